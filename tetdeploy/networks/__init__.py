@@ -1,0 +1,142 @@
+"""Networks, and how a configuration becomes one. Each family is a file of its own."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tetdeploy.networks.convsnn import ConvSNN
+from tetdeploy.networks.resnet19 import ResNet19
+
+__all__ = ["NETWORKS", "Classifier", "ConvSNN", "NetworkConfig", "ResNet19", "build_network", "import_network"]
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"convsnn": ConvSNN, "resnet19": ResNet19}
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """All that decides a network's parameters' shapes and its neurons.
+
+    `model` is a name of `NETWORKS`, or `package.module:function` for a network of the user's own: the function is
+    called with num_classes, in_channels and image_size, and makes its own choice of the rest.
+    """
+
+    model: str
+    num_classes: int
+    in_channels: int
+    image_size: tuple[int, int]
+    width: float = 1.0
+    tau: float = 0.5
+    v_th: float = 1.0
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.model not in NETWORKS and ":" not in self.model:
+            raise ValueError(
+                f"unknown model {self.model!r}; choose one of {', '.join(NETWORKS)}, "
+                "or package.module:function for your own"
+            )
+        for name in ("num_classes", "in_channels", "width", "v_th", "gamma"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        object.__setattr__(self, "image_size", (int(self.image_size[0]), int(self.image_size[1])))
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the network is the user's own code."""
+        return self.model not in NETWORKS
+
+
+def build_network(config: NetworkConfig) -> nn.Module:
+    """A freshly initialised network.
+
+    Raises:
+        ValueError: the model is the user's own: that is imported only where the user says so, by `import_network`.
+    """
+    if config.is_own:
+        raise ValueError(
+            f"the network {config.model!r} is code of your own and is not imported because a file says so; "
+            f"pass --model {config.model} (in Python: load(path, network=...))"
+        )
+    return NETWORKS[config.model](
+        num_classes=config.num_classes,
+        in_channels=config.in_channels,
+        image_size=config.image_size,
+        width=config.width,
+        tau=config.tau,
+        v_th=config.v_th,
+        gamma=config.gamma,
+    )
+
+
+def import_network(config: NetworkConfig) -> nn.Module:
+    """Import and call the user's own `package.module:function`.
+
+    Raises:
+        ValueError: the module or the function is not there, or what it returns is not an `nn.Module`.
+    """
+    module_name, _, function_name = config.model.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"cannot import {function_name!r} from {module_name!r}: {error}; the module must be importable from here "
+            "(set PYTHONPATH, or run where it lies)"
+        ) from error
+    network = function(num_classes=config.num_classes, in_channels=config.in_channels, image_size=config.image_size)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{config.model} must return a torch.nn.Module, got {type(network).__name__}")
+    return network
+
+
+class Classifier(nn.Module):
+    """A network together with what its data need: input normalisation, class names, image shape.
+
+    `classifier(x, T)` normalises uint8 images, (x / 255 - mean) / std per channel; floating-point input is taken as
+    normalised already. Everything else is the network's: `[N, C, H, W]` with T or `[T, N, C, H, W]` in, `[T, N, K]` out.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        config: NetworkConfig,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        class_names: tuple[str, ...],
+        data: str = "",
+    ) -> None:
+        super().__init__()
+        if not len(mean) == len(std) == config.in_channels:
+            raise ValueError(f"mean and std must have {config.in_channels} values each, got {len(mean)} and {len(std)}")
+        if min(std) <= 0:
+            raise ValueError(f"std must be above 0 in every channel, got {std}")
+        if len(class_names) != config.num_classes:
+            raise ValueError(f"{config.num_classes} classes need as many names, got {len(class_names)}")
+        self.network = network
+        self.config = config
+        self.class_names = tuple(class_names)
+        self.data = data
+        shape = (config.in_channels, 1, 1)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(shape), persistent=False)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return (self.config.in_channels, *self.config.image_size)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return (x.to(self.mean.dtype) / 255.0 - self.mean) / self.std
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        x = self.normalize(x) if x.dtype == torch.uint8 else x
+        logits: Tensor = self.network(x, T) if T is not None else self.network(x)
+        return logits
