@@ -1,0 +1,131 @@
+"""Losses: against naive loops, the paper's gradients by hand, Lemma 4.1 as a property."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from tetdeploy.train import mse_loss, sdt_loss, tet_loss, total_loss
+
+
+def draw(T: int = 5, N: int = 7, K: int = 4, *, seed: int = 0, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(T, N, K, generator=generator, dtype=torch.float64)
+    return logits, torch.randint(K, (N,), generator=generator)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_tet_is_the_mean_of_every_steps_cross_entropy(smoothing: float) -> None:
+    logits, labels = draw()
+    naive = torch.zeros((), dtype=torch.float64)
+    for t in range(len(logits)):
+        for n, y in enumerate(labels.tolist()):
+            log_softmax = logits[t, n] - logits[t, n].exp().sum().log()
+            naive += -(1 - smoothing) * log_softmax[y] - smoothing * log_softmax.mean()
+    naive /= logits.shape[0] * logits.shape[1]
+    torch.testing.assert_close(tet_loss(logits, labels, label_smoothing=smoothing), naive, rtol=1e-13, atol=0)
+
+
+def test_sdt_is_the_cross_entropy_of_the_mean_logits() -> None:
+    logits, labels = draw()
+    mean = sum(logits[t] for t in range(len(logits))) / len(logits)
+    naive = -torch.stack([(mean[n].exp() / mean[n].exp().sum())[y].log() for n, y in enumerate(labels)]).mean()
+    torch.testing.assert_close(sdt_loss(logits, labels), naive, rtol=1e-13, atol=0)
+
+
+def test_mse_pulls_every_class_of_every_step_to_phi() -> None:
+    logits = torch.tensor([[[1.0, 3.0]], [[0.0, 1.0]]])  # T=2, N=1, K=2
+    assert mse_loss(logits, phi=1.0).item() == pytest.approx((0 + 4 + 1 + 0) / 4)
+    assert mse_loss(logits, phi=0.0).item() == pytest.approx((1 + 9 + 0 + 1) / 4)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.05, 1.0])
+def test_total_weighs_tet_and_mse(lam: float) -> None:
+    logits, labels = draw()
+    expected = (1 - lam) * tet_loss(logits, labels) + lam * mse_loss(logits, phi=0.7)
+    torch.testing.assert_close(total_loss(logits, labels, lam=lam, phi=0.7), expected)
+
+
+def test_gradient_of_tet_is_equation_10() -> None:
+    logits, labels = draw()
+    logits.requires_grad_()
+    tet_loss(logits, labels).backward()
+    T, N, K = logits.shape
+    by_hand = (logits.detach().softmax(-1) - functional.one_hot(labels, K)) / (T * N)
+    torch.testing.assert_close(logits.grad, by_hand, rtol=1e-12, atol=1e-15)
+
+
+def test_gradient_of_sdt_is_equation_8() -> None:
+    logits, labels = draw()
+    logits.requires_grad_()
+    sdt_loss(logits, labels).backward()
+    T, N, K = logits.shape
+    error = logits.detach().mean(0).softmax(-1) - functional.one_hot(labels, K)
+    torch.testing.assert_close(logits.grad, (error / (T * N)).expand(T, N, K), rtol=1e-12, atol=1e-15)
+
+
+@given(
+    T=st.integers(1, 6),
+    N=st.integers(1, 4),
+    K=st.integers(2, 6),
+    seed=st.integers(0, 2**31),
+    scale=st.floats(0.01, 100.0),
+    smoothing=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+)
+def test_lemma_4_1_sdt_never_exceeds_tet(T: int, N: int, K: int, seed: int, scale: float, smoothing: float) -> None:
+    logits, labels = draw(T, N, K, seed=seed, scale=scale)
+    sdt = sdt_loss(logits, labels, label_smoothing=smoothing).item()
+    tet = tet_loss(logits, labels, label_smoothing=smoothing).item()
+    assert sdt <= tet + 1e-12 * (1 + tet)
+
+
+def test_lemma_4_1_is_strict_when_steps_disagree_and_tight_when_they_agree() -> None:
+    logits, labels = draw()
+    assert sdt_loss(logits, labels) < tet_loss(logits, labels)
+    steady = logits[:1].expand(4, -1, -1)
+    torch.testing.assert_close(sdt_loss(steady, labels), tet_loss(steady, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_raised_to_float32_first(dtype: torch.dtype) -> None:
+    logits, labels = draw(T=6, scale=20.0)
+    half = logits.to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        losses = (sdt_loss(half, labels), tet_loss(half, labels), mse_loss(half), total_loss(half, labels))
+    exact = half.detach().float()
+    expected = (sdt_loss(exact, labels), tet_loss(exact, labels), mse_loss(exact), total_loss(exact, labels))
+    assert [loss.dtype for loss in losses] == [torch.float32] * 4
+    assert [loss.item() for loss in losses] == [loss.item() for loss in expected]
+    losses[3].backward()
+    assert half.grad is not None and half.grad.dtype == dtype and bool(half.grad.isfinite().all())
+
+
+def test_float64_stays_float64() -> None:
+    logits, labels = draw()
+    assert total_loss(logits, labels).dtype == sdt_loss(logits, labels).dtype == torch.float64
+
+
+def test_batch_first_or_flat_logits_are_refused() -> None:
+    logits, labels = draw()
+    with pytest.raises(ValueError, match=r"logits have shape \[7, 4\].*\[T, N, K\] with time first"):
+        tet_loss(logits[0], labels)
+    with pytest.raises(ValueError, match=r"labels have shape \[7\]; logits \[7, 5, 4\] want \[5\]"):
+        tet_loss(logits.transpose(0, 1), labels)
+    with pytest.raises(ValueError, match="nothing empty"):
+        mse_loss(logits[:0])
+
+
+def test_wrong_dtypes_and_weights_are_refused() -> None:
+    logits, labels = draw()
+    with pytest.raises(ValueError, match=r"labels are torch.int32; .*labels\.long"):
+        sdt_loss(logits, labels.int())
+    with pytest.raises(ValueError, match=r"logits are torch.int64"):
+        mse_loss(logits.long())
+    with pytest.raises(ValueError, match=r"label_smoothing is 1.5; .*\[0, 1\]"):
+        tet_loss(logits, labels, label_smoothing=1.5)
+    with pytest.raises(ValueError, match=r"lam is -0.1; .*\[0, 1\]"):
+        total_loss(logits, labels, lam=-0.1)
