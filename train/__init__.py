@@ -1,5 +1,7 @@
 """Training: losses, schedules, the loop."""
 
+from .config import TrainConfig
+from .loop import TrainResult, evaluate, train
 from .losses import mse_loss, sdt_loss, tet_loss, total_loss
 
-__all__ = ["mse_loss", "sdt_loss", "tet_loss", "total_loss"]
+__all__ = ["TrainConfig", "TrainResult", "evaluate", "mse_loss", "sdt_loss", "tet_loss", "total_loss", "train"]

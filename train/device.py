@@ -1,0 +1,50 @@
+"""Which device a run uses and in what precision."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `TrainConfig.device`; "auto" is the current GPU if there is one.
+
+    Raises:
+        ValueError: a GPU is asked for that is not there.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(name.removeprefix("cuda:")) if name.startswith("cuda:") else 0
+    if index >= count:
+        built = "" if torch.version.cuda else "; this PyTorch is built for the CPU only"
+        raise ValueError(f"device {name} is not there: PyTorch sees {count} GPUs{built}; use --device cpu or auto")
+    return torch.device("cuda", index if name.startswith("cuda:") else torch.cuda.current_device())
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """The precision of `TrainConfig.precision` on a device: what "auto" comes to, or `name` itself.
+
+    Raises:
+        ValueError: bf16 on a GPU that has none.
+    """
+    if device.type == "cpu":
+        return "fp32" if name == "auto" else name
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bf16" and not has_bf16:
+        raise ValueError(f"{device_name(device)} has no bf16; use --precision fp16 or fp32")
+    if name == "auto":
+        return "bf16" if has_bf16 else "fp16"
+    return name
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a network runs in a precision; "fp32" is no autocast at all."""
+    dtype = DTYPES[precision]
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

@@ -1,0 +1,281 @@
+"""The training loop.
+
+Small image sets live on the device as uint8; a batch is chosen, augmented and normalised there. Every random number
+follows from (seed, epoch) or (seed, global step), so that a resumed run draws what an uninterrupted one would have:
+bit for bit the same weights on a CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tetdeploy.checkpoint import CHECKPOINT_NAME, STATE_NAME, save_checkpoint
+from tetdeploy.files import write_json
+
+from .augment import AUGMENTATIONS
+from .config import TrainConfig
+from .device import autocast
+from .interrupt import Interrupt, deferred_interrupt
+from .progress import Progress
+from .runs import CONFIG_NAME, check_run, mark_latest, read_metrics, run_settings, write_metrics
+from .schedule import derive_seed
+from .session import Session, check_data, headline, prepare, provenance
+from .state import Best, TrainState, restore_state, save_state
+from .validation import count_correct, evaluate
+
+if TYPE_CHECKING:
+    from tetdeploy.data import ImageSet
+    from tetdeploy.networks import Classifier
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        out: the run folder.
+        epochs: finished epochs.
+        best: the epoch in the checkpoint, with its validation accuracy and loss; None before the first is finished.
+        interrupted: Ctrl-C ended it; `--resume` goes on.
+        seconds: this session's time.
+    """
+
+    out: Path
+    epochs: int
+    best: Best | None
+    interrupted: bool
+    seconds: float
+
+    @property
+    def checkpoint(self) -> Path:
+        """The best weights; there is no such file before the first epoch is finished."""
+        return self.out / CHECKPOINT_NAME
+
+
+def train(
+    classifier: Classifier,
+    train_set: ImageSet,
+    val_set: ImageSet | None,
+    config: TrainConfig,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    runs: Path | None = None,
+    progress: bool | None = None,
+) -> TrainResult:
+    """Train a classifier and keep the run in a folder: checkpoint, training state, metrics and settings.
+
+    `classifier` is trained in place and ends with the last epoch's weights, in eval mode and on the training device;
+    the best epoch's are in `out/checkpoint.safetensors`. Ctrl-C ends the run after the current batch and saves it.
+
+    Args:
+        classifier: network and input normalisation. When resuming, a fresh one: its weights are overwritten.
+        train_set: trained on.
+        val_set: decides which epoch is best; None keeps the last epoch.
+        config: how to train.
+        out: run folder, made if it is not there.
+        resume: go on with the run in `out`, which must have the same settings.
+        runs: folder whose `latest` is to point at this run, if any.
+        progress: True for a bar, False for silence, None for a bar on a terminal and a line an epoch elsewhere.
+
+    Returns:
+        Where the run ended.
+
+    Raises:
+        ValueError: data do not fit the classifier, `out` holds a run or one with other settings, the device is not
+            there, its memory does not suffice, or the loss is not finite.
+        OSError: something cannot be written; earlier files are as they were.
+    """
+    out = Path(out)
+    start = time.perf_counter()
+    for data in (train_set, val_set):
+        if data is not None:
+            check_data(data, classifier)
+    check_run(out, run_settings(classifier, train_set, val_set, config), resume=resume)
+    try:
+        session = prepare(classifier, train_set, val_set, config, out)
+        state = _begin(session, run_settings(classifier, train_set, val_set, config), resume=resume)
+        if runs is not None:
+            mark_latest(out, runs)
+        cuda = [session.device] if session.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            finished = _run(session, state, progress)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"out of GPU memory at batch_size {config.batch_size}, T={config.T}, precision {config.precision}; "
+            "lower --batch-size or --T"
+        ) from error
+    classifier.eval()
+    return TrainResult(out, state.epoch, state.best, not finished, time.perf_counter() - start)
+
+
+def _begin(session: Session, settings: dict[str, Any], *, resume: bool) -> TrainState:
+    """The state of the run to go on with, or of a new one, which is written before anything is computed."""
+    if resume:
+        network, optimizer = session.classifier.network, session.optimizer
+        return restore_state(session.out / STATE_NAME, network, optimizer, session.scaler, session.device)
+    state = TrainState.start(session.steps_per_epoch, session.device)
+    _save(session, state)
+    write_json(session.out / CONFIG_NAME, settings)
+    return state
+
+
+def _save(session: Session, state: TrainState) -> None:
+    save_state(session.out / STATE_NAME, state, session.classifier.network, session.optimizer, session.scaler)
+
+
+def _run(session: Session, state: TrainState, show: bool | None) -> bool:
+    """Train to the end and return True, or to a Ctrl-C and return False with the state saved."""
+    config, steps = session.config, session.steps_per_epoch
+    records = read_metrics(session.out, epochs=state.epoch)
+    done = state.epoch * steps + state.step
+    with deferred_interrupt() as interrupt, Progress(config, steps_per_epoch=steps, steps_done=done, show=show) as bar:
+        bar.say(headline(session))
+        while state.epoch < config.epochs:
+            record = _run_epoch(session, state, bar, interrupt)
+            if record is None:
+                _save(session, state)
+                return False
+            records.append(record)
+            _keep(session, state, records)
+            bar.epoch(record)
+    return True
+
+
+def _run_epoch(session: Session, state: TrainState, bar: Progress, interrupt: Interrupt) -> dict[str, Any] | None:
+    """Train the rest of an epoch and validate; its line of metrics.jsonl, or None after a Ctrl-C."""
+    config = session.config
+    rate = session.rate(state.epoch * session.steps_per_epoch + session.steps_per_epoch - 1)
+    _train_steps(session, state, bar, interrupt)
+    if interrupt.requested:
+        return None
+    loss, accuracy = _running_means(session, state)
+    start = time.perf_counter()
+    val = _validate(session, interrupt)
+    if interrupt.requested:
+        return None
+    val_loss, val_accuracy = (None, None) if val is None else val
+    _check_finite(session, state, val_loss)
+    return {
+        "epoch": state.epoch + 1,
+        "T": config.T,
+        "lr": rate,
+        "train_loss": loss,
+        "train_accuracy": accuracy,
+        "val_loss": val_loss,
+        "val_accuracy": val_accuracy,
+        "images_per_s": round(_speed(session, state), 1),
+        "seconds": round(state.seconds + time.perf_counter() - start, 3),
+    }
+
+
+def _train_steps(session: Session, state: TrainState, bar: Progress, interrupt: Interrupt) -> None:
+    """Train to the end of the epoch, or to a Ctrl-C."""
+    session.classifier.train()
+    size = session.batch_size
+    order = session.order(state.epoch)
+    start = time.perf_counter() - state.seconds
+    while state.step < session.steps_per_epoch and not interrupt.requested:
+        _train_step(session, state, order[state.step * size : (state.step + 1) * size])
+        state.step += 1
+        if bar.due():
+            loss, accuracy = _running_means(session, state)
+            state.seconds = time.perf_counter() - start
+            speed = _speed(session, state)
+            bar.step(epoch=state.epoch + 1, step=state.step, loss=loss, accuracy=accuracy, images_per_s=speed)
+    _running_means(session, state)  # nothing that is not finite is ever saved; on a GPU this also waits for the steps
+    state.seconds = time.perf_counter() - start
+
+
+def _train_step(session: Session, state: TrainState, chosen: Tensor) -> None:
+    """One update on the images of these indices. Waits for nothing on a GPU (but for fp16's gradient scaling)."""
+    config, optimizer, scaler = session.config, session.optimizer, session.scaler
+    step = state.epoch * session.steps_per_epoch + state.step
+    session.generator.manual_seed(derive_seed(config.seed, "augment", step))
+    torch.manual_seed(derive_seed(config.seed, "network", step))  # dropout and whatever else a network draws
+    images = AUGMENTATIONS[config.augment](session.train.x[chosen], session.generator)
+    labels = session.train.y[chosen]
+    for group in optimizer.param_groups:
+        group["lr"] = session.rate(step)
+    with autocast(session.device, session.precision):
+        logits = session.classifier(images, config.T)
+    loss = session.loss(logits, labels)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    if config.clip > 0:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(session.classifier.network.parameters(), config.clip)
+    scaler.step(optimizer)
+    scaler.update()
+    state.losses[state.step] = loss.detach()
+    state.correct[state.step] = count_correct(logits.detach(), labels)
+
+
+def _validate(session: Session, interrupt: Interrupt) -> tuple[float, float] | None:
+    if session.val is None:
+        return None
+    return evaluate(
+        session.classifier,
+        session.val.x,
+        session.val.y,
+        T=session.config.T,
+        batch_size=max(session.config.batch_size, 128),
+        loss=session.loss,
+        precision=session.precision,
+        stop=lambda: interrupt.requested,
+    )
+
+
+def _keep(session: Session, state: TrainState, records: list[dict[str, Any]]) -> None:
+    """Write an epoch down: metrics, the checkpoint if it is the best so far, and last what --resume starts from.
+
+    In this order: a kill in between leaves an older state, which runs the epoch again and writes the same.
+    """
+    record = records[-1]
+    write_metrics(session.out, records)
+    this = Best(record["epoch"], record["val_accuracy"], record["val_loss"])
+    if state.best is None or state.best.is_beaten_by(this):
+        state.best = this
+        training = asdict(session.config)
+        save_checkpoint(
+            session.out / CHECKPOINT_NAME, session.classifier, training=training, provenance=provenance(session, this)
+        )
+    state.next_epoch()
+    _save(session, state)
+
+
+def _running_means(session: Session, state: TrainState) -> tuple[float, float]:
+    """Mean loss and accuracy of the running epoch's finished steps.
+
+    Raises:
+        ValueError: a loss is not finite.
+    """
+    _check_finite(session, state, None)
+    losses, correct = state.losses[: state.step], state.correct[: state.step]
+    if state.step == 0:
+        return 0.0, 0.0
+    return losses.double().mean().item(), correct.sum().item() / (state.step * session.batch_size)
+
+
+def _check_finite(session: Session, state: TrainState, val_loss: float | None) -> None:
+    """Stop a run whose loss is NaN or infinite: every later step would be lost too."""
+    bad = (~state.losses[: state.step].isfinite()).nonzero().flatten().tolist()
+    if not bad and (val_loss is None or np.isfinite(val_loss)):
+        return
+    step = state.epoch * session.steps_per_epoch + (bad[0] if bad else state.step - 1)
+    where, value = ("loss", state.losses[bad[0]].item()) if bad else ("validation loss after the epoch", val_loss)
+    raise ValueError(
+        f"the {where} is {value} at step {step} (epoch {state.epoch + 1}, lr {session.rate(step):.3g}); "
+        "lower --lr, switch on --clip 1 or use --precision fp32. The files of the finished epochs are as they were"
+    )
+
+
+def _speed(session: Session, state: TrainState) -> float:
+    return state.step * session.batch_size / max(state.seconds, 1e-9)

@@ -1,0 +1,67 @@
+"""Optimizers, and their state as named tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .config import TrainConfig
+
+MOMENTUM = 0.9
+
+
+def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or SGD with Nesterov momentum 0.9. Weight decay acts on convolutions' and linear layers' weights only.
+
+    Args:
+        network: already on its device.
+        config: optimizer, lr and weight_decay are read.
+    """
+    decayed_ids = {id(m.weight) for m in network.modules() if isinstance(m, _ConvNd | nn.Linear)}
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if id(p) in decayed_ids], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed_ids], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError(f"the network {type(network).__name__} has no parameter that can be trained")
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=MOMENTUM, nesterov=True)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=parameters[0].is_cuda)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state by name: `<parameter>.<entry>`, for instance `readout.weight.exp_avg`.
+
+    Every entry of AdamW's and SGD's state is a tensor; the rest, its parameter groups, follows from the configuration.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in network.named_parameters():
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                tensors[f"{name}.{entry}"] = value
+    return tensors
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, on the parameters' devices.
+
+    Raises:
+        ValueError: a tensor belongs to no parameter of the network.
+    """
+    parameters = dict(network.named_parameters())
+    index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        parameter_name, _, entry = name.rpartition(".")
+        if parameter_name not in parameters:
+            raise ValueError(f"the optimizer state {name} belongs to no parameter of the network")
+        parameter = parameters[parameter_name]
+        # A file knows no memory layout; fused updates want that of the parameter (channels last, say).
+        value = torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.shape == parameter.shape else value
+        state.setdefault(index[id(parameter)], {})[entry] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,102 @@
+"""What a run shows while it trains: a bar on a terminal, one line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich import progress as rich_progress
+from rich.console import Console
+
+from .config import TrainConfig
+
+INTERVAL = 0.5  # seconds between two looks at the losses: each makes a GPU wait
+
+
+class Progress:
+    """Bar, lines or silence; a context manager round the whole run.
+
+    Args:
+        config: T and epochs are shown.
+        steps_per_epoch: for the bar and the remaining time.
+        steps_done: where a resumed run goes on.
+        show: True for a bar, False for silence, None for a bar on a terminal and lines elsewhere.
+    """
+
+    def __init__(self, config: TrainConfig, *, steps_per_epoch: int, steps_done: int, show: bool | None) -> None:
+        self.console = Console(quiet=show is False, force_terminal=True if show else None)
+        self._config = config
+        self._steps_per_epoch = steps_per_epoch
+        self._first_step = steps_done
+        self._start = self._last = time.perf_counter()
+        self._val = ""
+        self._bar: rich_progress.Progress | None = None
+        if self.console.is_terminal and not self.console.quiet:
+            columns = ("{task.description}", rich_progress.BarColumn(24), "{task.fields[status]}")
+            self._bar = rich_progress.Progress(*columns, console=self.console, refresh_per_second=4)
+            self._task = self._bar.add_task("", total=steps_per_epoch, status="")
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line of its own."""
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def due(self) -> bool:
+        """Whether it is time for another look; at most once an INTERVAL."""
+        now = time.perf_counter()
+        if now - self._last < INTERVAL:
+            return False
+        self._last = now
+        return True
+
+    def step(self, *, epoch: int, step: int, loss: float, accuracy: float, images_per_s: float) -> None:
+        """Show where the running epoch stands.
+
+        Args:
+            epoch: its number, from 1.
+            step: its finished steps.
+            loss: their mean.
+            accuracy: of the training images so far, a fraction.
+            images_per_s: training speed.
+        """
+        if self._bar is not None:
+            text = self._status(loss, accuracy, images_per_s, (epoch - 1) * self._steps_per_epoch + step)
+            self._bar.update(self._task, description=self._head(epoch), completed=step, status=text)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Show a finished epoch, given its line of metrics.jsonl."""
+        if record["val_accuracy"] is not None:
+            self._val = f"  val {100 * record['val_accuracy']:.1f} %"
+        loss, accuracy, speed = record["train_loss"], record["train_accuracy"], record["images_per_s"]
+        self.step(epoch=record["epoch"], step=self._steps_per_epoch, loss=loss, accuracy=accuracy, images_per_s=speed)
+        if self._bar is None:
+            text = self._status(loss, accuracy, speed, record["epoch"] * self._steps_per_epoch)
+            self.say(f"{self._head(record['epoch'])}  {text}")
+
+    def _head(self, epoch: int) -> str:
+        return f"epoch {epoch}/{self._config.epochs}  T={self._config.T}"
+
+    def _status(self, loss: float, accuracy: float, images_per_s: float, steps_done: int) -> str:
+        """The numbers; `steps_done` of the whole run gives the remaining time at this session's pace."""
+        elapsed = time.perf_counter() - self._start
+        remaining = self._config.epochs * self._steps_per_epoch - steps_done
+        eta = elapsed / max(1, steps_done - self._first_step) * remaining
+        return f"loss {loss:.3f}  train {100 * accuracy:.1f} %{self._val}  {images_per_s:,.0f} img/s  eta {_clock(eta)}"
+
+
+def _clock(seconds: float) -> str:
+    """04:10, or 1:04:10 from an hour on."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"

@@ -1,0 +1,106 @@
+"""All of a run that changes from step to step, and the file --resume reads it from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tetdeploy.checkpoint import FORMAT, check_keys, read_content, read_tensors, write_tensors
+
+from .optimizer import load_optimizer_tensors, optimizer_tensors
+
+
+@dataclass(frozen=True)
+class Best:
+    """The epoch whose weights are in the checkpoint. Without a validation set, the last one and None."""
+
+    epoch: int
+    val_accuracy: float | None
+    val_loss: float | None
+
+    def is_beaten_by(self, other: Best) -> bool:
+        """Higher validation accuracy, at equal accuracy lower loss; without a validation set always."""
+        if other.val_accuracy is None or other.val_loss is None or self.val_accuracy is None or self.val_loss is None:
+            return True
+        return (other.val_accuracy, -other.val_loss) > (self.val_accuracy, -self.val_loss)
+
+
+@dataclass
+class TrainState:
+    """Where a run stands.
+
+    Attributes:
+        epoch: finished epochs, and so the index of the running one.
+        step: finished steps of the running epoch.
+        losses: of the running epoch's steps, [steps per epoch], float32, on the training device; so are `correct`,
+            the rightly classified images of each step, int64. They stay there until someone looks: no step waits.
+        seconds: spent on the running epoch's steps.
+        best: the best epoch so far.
+    """
+
+    epoch: int
+    step: int
+    losses: Tensor
+    correct: Tensor
+    seconds: float = 0.0
+    best: Best | None = None
+
+    @classmethod
+    def start(cls, steps_per_epoch: int, device: torch.device) -> TrainState:
+        losses = torch.zeros(steps_per_epoch, device=device)
+        return cls(0, 0, losses, torch.zeros(steps_per_epoch, dtype=torch.int64, device=device))
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+        self.losses.zero_()
+        self.correct.zero_()
+
+
+def save_state(
+    path: Path, state: TrainState, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Write everything `restore_state` needs, atomically. Random numbers need nothing: they follow from the step.
+
+    Raises:
+        OSError: the file cannot be written; an earlier one is as it was.
+    """
+    tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(optimizer, network).items()}
+    tensors |= {"epoch.losses": state.losses, "epoch.correct": state.correct}
+    position = {
+        "epoch": state.epoch,
+        "step": state.step,
+        "seconds": state.seconds,
+        "best": None if state.best is None else asdict(state.best),
+        "scaler": scaler.state_dict(),
+    }
+    write_tensors(path, tensors, {"format": FORMAT, "resume": position})
+
+
+def restore_state(
+    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device
+) -> TrainState:
+    """Bring network, optimizer and scaler back to where `save_state` found them, in place; return the rest.
+
+    Raises:
+        ValueError: the file is no state of a run, or one of another network.
+    """
+    position = read_content(path).get("resume")
+    if position is None:
+        raise ValueError(f"{path} is a checkpoint, not the state of a run; it cannot be resumed, only used with --init")
+    tensors = read_tensors(path)
+    weights = _section(tensors, "network.")
+    check_keys(weights, network.state_dict(), path)
+    network.load_state_dict(weights)
+    load_optimizer_tensors(optimizer, network, _section(tensors, "optimizer."))
+    scaler.load_state_dict(position["scaler"])
+    best = None if position["best"] is None else Best(**position["best"])
+    losses, correct = tensors["epoch.losses"].to(device), tensors["epoch.correct"].to(device)
+    return TrainState(position["epoch"], position["step"], losses, correct, position["seconds"], best)
+
+
+def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,64 @@
+"""Loss and accuracy of a classifier on images it is not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .device import autocast
+from .losses import total_loss
+
+if TYPE_CHECKING:
+    from tetdeploy.networks import Classifier
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def evaluate(
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    T: int,
+    batch_size: int = 256,
+    loss: Loss = total_loss,
+    precision: str = "fp32",
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, float] | None:
+    """Mean loss and accuracy (the mean logits decide) in eval mode; the classifier's mode is put back afterwards.
+
+    Args:
+        classifier: on the device of the images.
+        images: uint8 [N, C, H, W], or floating and normalised.
+        labels: int64 [N].
+        T: time steps.
+        batch_size: images at a time.
+        loss: of logits [T, N, K] and labels [N], a mean over the batch.
+        precision: "fp32", or autocast in "bf16" or "fp16".
+        stop: asked before each batch; True gives up.
+
+    Returns:
+        (loss, accuracy), or None if given up.
+    """
+    was_training = classifier.training
+    classifier.eval()
+    totals = torch.zeros(2, device=images.device)
+    try:
+        with torch.inference_mode(), autocast(images.device, precision):
+            for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+                if stop():
+                    return None
+                logits = classifier(x, T)
+                totals += torch.stack([loss(logits, y) * len(y), count_correct(logits, y).float()])
+    finally:
+        classifier.train(was_training)
+    mean_loss, accuracy = (totals / len(labels)).tolist()
+    return mean_loss, accuracy
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many images' largest mean logit is the label's, a scalar; the mean over time in float32."""
+    return (logits.float().mean(0).argmax(-1) == labels).sum()
