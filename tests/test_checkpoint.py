@@ -1,0 +1,246 @@
+"""Checkpoints: round trip, what is refused and how it is said, the newest run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import tetdeploy
+from tetdeploy.checkpoint import load, load_weights, newest_run, read_metadata, save_checkpoint
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
+
+
+class OwnNetwork(nn.Module):
+    """A user's own network that follows the contract; its one linear layer is registered twice."""
+
+    def __init__(self, features: int = 16, classes: int = 3) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(features)
+        self.readout = nn.Linear(features, classes)
+        self.again = self.readout
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        return self.again(self.norm(x.flatten(1))).expand(T, -1, -1)
+
+
+def classifier_of(network: nn.Module, config: NetworkConfig) -> Classifier:
+    names = tuple(f"class {k}" for k in range(config.num_classes))
+    channels = config.in_channels
+    mean, std = (0.4914, 0.4822, 0.4465)[:channels], (0.2023, 0.1994, 0.201)[:channels]
+    return Classifier(network, config=config, mean=mean, std=std, class_names=names, data="digits")
+
+
+def convsnn(num_classes: int = 3, **options: Any) -> Classifier:
+    config = NetworkConfig("convsnn", num_classes, 1, (8, 8), width=0.125, **options)
+    return classifier_of(build_network(config), config)
+
+
+def own() -> Classifier:
+    return classifier_of(OwnNetwork(), NetworkConfig("mine.nets:small", 3, 1, (4, 4)))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, convsnn(), training={"T": 4}, provenance={"epoch": 7})
+    return path
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Apply `change` to the JSON in a checkpoint's metadata, leaving the tensors."""
+    tensors, content = load_file(path), read_metadata(path)
+    change(content)
+    save_file(tensors, path, metadata={"tetdeploy": json.dumps(content)})
+
+
+def test_round_trip_gives_the_same_logits_and_settings(tmp_path: Path) -> None:
+    classifier = convsnn(tau=0.25, v_th=0.5, gamma=2.0)
+    images = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8)
+    classifier.train()(images, 3)  # BN statistics are part of what must come back
+    path = tmp_path / "new" / "folder" / "c.safetensors"
+    save_checkpoint(path, classifier, training={"T": 4}, provenance={"epoch": 7})
+    loaded = tetdeploy.load(path)
+    assert not loaded.training
+    assert loaded.config == classifier.config
+    assert (loaded.class_names, loaded.data) == (classifier.class_names, "digits")
+    torch.testing.assert_close(loaded(images, 5), classifier.eval()(images, 5), rtol=0, atol=0)
+
+
+def test_a_run_folder_stands_for_its_checkpoint(saved: Path) -> None:
+    assert read_metadata(saved.parent) == read_metadata(saved)
+    assert load(saved.parent).config == load(saved).config
+
+
+def test_metadata_says_all_that_serving_needs(saved: Path) -> None:
+    metadata = read_metadata(saved)
+    assert metadata["format"] == 1
+    assert metadata["network"]["image_size"] == [8, 8]
+    assert metadata["data"] == {
+        "name": "digits",
+        "mean": [0.4914],
+        "std": [0.2023],
+        "class_names": ["class 0", "class 1", "class 2"],
+        "image_shape": [1, 8, 8],
+    }
+    assert (metadata["training"], metadata["provenance"]) == ({"T": 4}, {"epoch": 7})
+
+
+def test_metadata_are_read_without_torch_and_safetensors(saved: Path) -> None:
+    code = (
+        "import sys; from tetdeploy.checkpoint import read_metadata; print(read_metadata(sys.argv[1])['format']);"
+        "assert not {'torch', 'safetensors'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == ("1\n", "")
+
+
+def test_own_networks_are_never_imported_because_a_file_says_so(tmp_path: Path) -> None:
+    path, classifier = tmp_path / "own.safetensors", own()
+    save_checkpoint(path, classifier, training={}, provenance={})
+    with pytest.raises(ValueError, match=r"not imported because a file says so; pass --model mine\.nets:small"):
+        load(path)
+    loaded = load(path, network=OwnNetwork())
+    images = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
+    torch.testing.assert_close(loaded(images, 2), classifier.eval()(images, 2), rtol=0, atol=0)
+
+
+def test_weights_start_another_run(saved: Path) -> None:
+    other = convsnn(tau=0.9)
+    load_weights(other, saved)
+    assert other.config.tau == 0.9
+    state, wanted = other.network.state_dict(), load(saved).network.state_dict()
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
+def test_weights_that_do_not_fit_are_listed_and_change_nothing(saved: Path) -> None:
+    other = convsnn(num_classes=5)
+    before = {name: value.clone() for name, value in other.network.state_dict().items()}
+    with pytest.raises(ValueError, match=r"misshapen: readout.*weight \[3, 32\], wanted \[5, 32\]"):
+        load_weights(other, saved)
+    assert all(torch.equal(before[name], value) for name, value in other.network.state_dict().items())
+    with pytest.raises(ValueError, match=r"missing: norm\.weight, .*again\.bias; unexpected: .*readout"):
+        load(saved, network=OwnNetwork())
+
+
+@pytest.mark.parametrize("name", ["missing.safetensors", "no/such/run"])
+def test_a_wrong_path_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist; give a checkpoint"):
+        load(tmp_path / name)
+
+
+def test_folders_without_checkpoint_say_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint.safetensors; it is not a run folder"):
+        load(tmp_path)
+    (tmp_path / "last.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match="first epoch is not finished: go on with --resume"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 8, 100, -1])
+def test_truncated_files_are_refused(saved: Path, kept: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is truncated: \d+ bytes"):
+        load(saved)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_pickles_and_torch_files_are_never_unpickled(tmp_path: Path) -> None:
+    for protocol in range(2, 6):
+        (tmp_path / "model.pt").write_bytes(pickle.dumps(Bomb(), protocol=protocol))
+        with pytest.raises(ValueError, match="is a pickle, not a checkpoint.*unpickling can run code"):
+            load(tmp_path / "model.pt")
+    torch.save({"bomb": Bomb()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"is a zip archive, as torch\.save writes.*\.safetensors files"):
+        read_metadata(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello, this is some text",
+        struct.pack("<Q", 4) + b"nope",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 16) + b'{"a": {"b": 1}} ',
+        struct.pack("<Q", 20) + b'{"__metadata__": 3}  ',
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match="is not a checkpoint: not a safetensors file"):
+        load(tmp_path / "x")
+
+
+def test_foreign_safetensors_are_refused(tmp_path: Path) -> None:
+    for metadata in (None, {"format": "pt"}):
+        save_file({"weight": torch.zeros(3)}, tmp_path / "x.safetensors", metadata=metadata)
+        with pytest.raises(ValueError, match="safetensors file but not a tetdeploy checkpoint"):
+            load(tmp_path / "x.safetensors")
+
+
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    header = json.dumps({"__metadata__": {"tetdeploy": json.dumps({"format": 1, "training": {}})}}).encode()
+    path.write_bytes(struct.pack("<Q", 0x0280) + header.ljust(0x0280))  # a pickle of protocol 2 opens with 80 02
+    with pytest.raises(ValueError, match="lacks network, data, provenance"):
+        read_metadata(path)
+
+
+def test_damaged_metadata_are_refused(saved: Path) -> None:
+    rewrite(saved, lambda content: content["network"].update(model="resnet1"))
+    with pytest.raises(ValueError, match=r"checkpoint.safetensors: unknown model 'resnet1'; choose one of convsnn"):
+        load(saved)
+    rewrite(saved, lambda content: content["network"].update(model="convsnn", depth=3))
+    with pytest.raises(ValueError, match=r"do not describe a network this tetdeploy knows: .*'depth'"):
+        load(saved)
+    rewrite(saved, lambda content: content.pop("data"))
+    with pytest.raises(ValueError, match="metadata lacks data"):
+        load(saved)
+
+
+def test_newer_and_unreadable_formats_are_refused(saved: Path) -> None:
+    rewrite(saved, lambda content: content.update(format=2))
+    with pytest.raises(ValueError, match="has format 2, this tetdeploy reads format 1; update tetdeploy"):
+        load(saved)
+    save_file({"weight": torch.zeros(3)}, saved, metadata={"tetdeploy": "{"})
+    with pytest.raises(ValueError, match="metadata cannot be read"):
+        load(saved)
+
+
+def test_a_failed_write_leaves_the_earlier_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    before = saved.read_bytes()
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint.safetensors: .*No space.*earlier file there is as"):
+        save_checkpoint(saved, convsnn(), training={}, provenance={})
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_folder_that_cannot_be_made_is_named(saved: Path) -> None:
+    with pytest.raises(OSError, match=r"cannot write .*c\.safetensors: .*choose another output folder"):
+        save_checkpoint(saved / "c.safetensors", convsnn(), training={}, provenance={})
+
+
+def test_newest_run_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no run in .*: train one first \(tetdeploy train\)"):
+        newest_run(tmp_path / "runs")
+    (tmp_path / "latest").write_text("gone\n")
+    with pytest.raises(FileNotFoundError, match=r"latest points at .*gone, which is gone; name another"):
+        newest_run(tmp_path)
