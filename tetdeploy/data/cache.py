@@ -1,0 +1,64 @@
+"""Keeping what is slow to decode, so that the second run starts at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tetdeploy.files import atomic_write
+
+Arrays = dict[str, NDArray[Any]]
+
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+_FORMAT = "1"  # raise it when decoding changes, so that older files are made anew
+
+
+def cached(name: str, root: Path, sources: Iterable[Path], make: Callable[[], Arrays]) -> Arrays:
+    """What `make` returns, from the cache when `sources` are as they were.
+
+    One file for each `name` and `root`, in `$XDG_CACHE_HOME/tetdeploy` or `~/.cache/tetdeploy`; it holds a fingerprint
+    of the sources' paths, sizes and modification times. A file that is damaged or belongs to other sources is made
+    anew; where the cache cannot be written the result is returned all the same.
+
+    Args:
+        name: begins the file's name; readable.
+        root: the folder the sources lie in.
+        sources: the files the result is made of.
+        make: makes the arrays; not called when the cache has them.
+    """
+    sources = list(sources)
+    fingerprint = _fingerprint(sources)
+    path = _cache_folder() / f"{name}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
+    with suppress(*_DAMAGED), np.load(path, allow_pickle=False) as file:
+        if str(file["fingerprint"]) == fingerprint:
+            return {key: file[key] for key in file.files if key != "fingerprint"}
+    arrays = make()
+    contents: dict[str, Any] = {"fingerprint": np.array(fingerprint), **arrays}
+    with suppress(OSError), atomic_write(path) as temporary, temporary.open("wb") as output:
+        np.savez(output, **contents)
+    return arrays
+
+
+def _fingerprint(sources: list[Path]) -> str:
+    digest = hashlib.sha256(_FORMAT.encode())
+    for path in sources:
+        digest.update(os.fsencode(path))
+        with suppress(OSError):  # `make` reports what cannot be read, with the others that cannot
+            stat = path.stat()
+            digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def _cache_folder() -> Path:
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # the XDG specification says to ignore a relative path
+    return (configured if configured.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "tetdeploy"  # noqa: PTH111

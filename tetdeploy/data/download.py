@@ -1,0 +1,79 @@
+"""Downloading a data set through torchvision, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import shutil
+import socket
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tetdeploy.extras import MissingExtraError, import_extra
+
+_STALL_SECONDS = 30.0
+
+
+def download(name: str, dataset_class: str, folder: str, data_dir: Path, *, looked_for: Sequence[str]) -> None:
+    """Download with `torchvision.datasets.<dataset_class>` and put its `folder` into `data_dir`.
+
+    It is downloaded into a temporary folder beside it first: when anything fails, nothing is left behind. torchvision
+    verifies checksums.
+
+    Args:
+        name: the data set, for the error.
+        dataset_class: torchvision's class.
+        folder: what that class makes below its root.
+        data_dir: made when missing.
+        looked_for: where the data set was looked for before, for the error.
+
+    Raises:
+        OSError: the download failed or torchvision is not installed; says what was looked for and what to do.
+    """
+    # beside the target, on the same file system, so that moving it is one step
+    existing = next(path for path in (data_dir, *data_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(
+            f"cannot put {name} into {data_dir}: {existing} is a file; name a folder with --data-dir"
+        )
+    try:
+        maker = getattr(import_extra("torchvision.datasets", "train"), dataset_class)
+        with tempfile.TemporaryDirectory(prefix=".tetdeploy-download-", dir=existing) as temporary:
+            archive = data_dir / getattr(maker, "filename", "")
+            if archive.is_file():  # brought by hand to a machine without network; torchvision verifies its checksum
+                shutil.copy(archive, temporary)
+            with _bounded_and_quiet():
+                maker(temporary, download=True)
+            data_dir.mkdir(parents=True, exist_ok=True)
+            _move(Path(temporary) / folder, data_dir / folder)
+    except (MissingExtraError, OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(
+            f"{name} was not found in {data_dir} and could not be downloaded ({reason}). "
+            f"Looked for: {'; '.join(looked_for)}. Put one of these there, or name another folder with --data-dir"
+        ) from None
+
+
+def _move(source: Path, target: Path) -> None:
+    if not target.exists():
+        source.replace(target)
+        return
+    for path in source.rglob("*"):  # an earlier, incomplete one is there
+        if path.is_file():
+            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target / path.relative_to(source))
+
+
+@contextlib.contextmanager
+def _bounded_and_quiet() -> Iterator[None]:
+    """torchvision prints to stdout, where reports go, and waits for ever on a connection that is swallowed."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_STALL_SECONDS)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        socket.setdefaulttimeout(before)

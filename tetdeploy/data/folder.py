@@ -1,0 +1,101 @@
+"""`folder:PATH`: PATH/train/<class>/* and PATH/test/<class>/*."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cache import Arrays, cached
+from .decoding import SUFFIXES, ImageFile, decode_images, shorten
+from .images import ImageSet, Split, channel_statistics, mixed_order
+
+ClassFiles = dict[str, list[Path]]
+
+
+def load_folder(root: Path | str, split: Split) -> ImageSet:
+    """Read png, jpeg, webp and bmp images from class folders.
+
+    Classes are the folders' names, sorted. All images, of both splits, must have one size; they become RGB unless all
+    are greyscale. Mean and std are those of the training images. The order is fixed and mixed over the classes.
+    Names that begin with a dot are ignored.
+
+    Args:
+        root: the folder that has `train` and `test`, each with the same class folders.
+        split: "train" or "test".
+
+    Raises:
+        OSError: a folder is missing or cannot be read.
+        ValueError: a class folder is empty or lacks its twin, a file is no image or unreadable, sizes differ. All such
+            files are counted, and the first ones named.
+        MissingExtraError: Pillow is not installed.
+    """
+    root = Path(root).expanduser()
+    train, test = (class_files(root / part) for part in ("train", "test"))
+    _refuse_different_classes(root, train, test)
+    paths, labels = _ordered(train, test)
+
+    def decode() -> Arrays:
+        # both splits at once: whether there are one or three channels depends on all images
+        files = [ImageFile(str(path), path.read_bytes) for path in paths]
+        return {"images": decode_images(files, text=f"decoding {root.name}")}
+
+    images = cached(f"folder-{root.resolve().name}", root, paths, decode)["images"]
+    num_train = sum(map(len, train.values()))
+    mean, std = channel_statistics(images[:num_train])
+    part = slice(num_train) if split == "train" else slice(num_train, None)
+    return ImageSet(f"folder:{root}", split, images[part], labels[part], tuple(train), mean, std)
+
+
+def class_files(folder: Path) -> ClassFiles:
+    """The image files of each class folder in `folder`, both sorted.
+
+    Raises:
+        OSError: `folder` is missing or cannot be read.
+        ValueError: there are no class folders, images lie outside them, one is empty or holds what is no image.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; wanted {folder}/<class>/ with png, jpeg, webp or bmp images")
+    entries = _visible(folder)
+    stray = [str(path) for path in entries if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+    if stray:
+        raise ValueError(
+            f"{len(stray)} images in {folder} lie outside a class folder: {shorten(stray)}; move them into one"
+        )
+    classes = {path.name: _visible(path) for path in entries if path.is_dir()}
+    if not classes:
+        raise ValueError(f"{folder} has no class folders; wanted {folder}/<class>/ with png, jpeg, webp or bmp images")
+    empty = [name for name, files in classes.items() if not files]
+    if empty:
+        raise ValueError(f"{len(empty)} class folders in {folder} are empty: {shorten(empty)}; fill or remove them")
+    foreign = [str(p) for files in classes.values() for p in files if p.suffix.lower() not in SUFFIXES or p.is_dir()]
+    if foreign:
+        raise ValueError(
+            f"{len(foreign)} entries of the class folders in {folder} are no {'/'.join(SUFFIXES)} images: "
+            f"{shorten(foreign)}; convert or remove them"
+        )
+    return classes
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.name)
+
+
+def _refuse_different_classes(root: Path, train: ClassFiles, test: ClassFiles) -> None:
+    only_train, only_test = (sorted(set(a) - set(b)) for a, b in ((train, test), (test, train)))
+    if only_train or only_test:
+        parts = [f"{len(n)} only in {p}: {shorten(n)}" for p, n in (("train", only_train), ("test", only_test)) if n]
+        raise ValueError(f"the classes in {root}/train and {root}/test differ ({'; '.join(parts)}); give both the same")
+
+
+def _ordered(train: ClassFiles, test: ClassFiles) -> tuple[list[Path], NDArray[np.int64]]:
+    """Paths and labels of the training, then of the test images, each part in a mixed order."""
+    paths: list[Path] = []
+    labels: list[int] = []
+    for classes in (train, test):
+        pairs = [(path, label) for label, files in enumerate(classes.values()) for path in files]
+        for index in mixed_order(len(pairs)):
+            paths.append(pairs[index][0])
+            labels.append(pairs[index][1])
+    return paths, np.array(labels, np.int64)

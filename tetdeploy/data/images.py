@@ -1,0 +1,268 @@
+"""A set of labelled images in memory, and its `.npz` form."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tetdeploy.files import atomic_write
+
+Split = Literal["train", "test"]
+
+_LAYOUTS = "uint8 [N, C, H, W] (or [N, H, W] for one channel)"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Labelled 8-bit images.
+
+    Attributes:
+        name: what `load_data` was given: "digits", "folder:photos", ...
+        split: "train" or "test".
+        images: uint8 [N, C, H, W], 0..255.
+        labels: int64 [N], 0..K-1.
+        class_names: K distinct names; label k means class_names[k].
+        mean: per channel, of images / 255, in the training split.
+        std: per channel, of images / 255, in the training split; greater than 0.
+
+    Raises:
+        ValueError: the parts do not fit each other.
+    """
+
+    name: str
+    split: Split
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.split not in ("train", "test"):
+            raise ValueError(f"{self.name}: split is {self.split!r}; choose 'train' or 'test'")
+        _check_images(self.name, self.images)
+        _check_labels(self.name, self.labels, len(self.images), self.class_names)
+        _check_statistics(self.name, self.mean, self.std, self.images.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, indices: Sequence[int] | slice | NDArray[Any]) -> ImageSet:
+        """The images at `indices` (integers, a slice or a mask [N]), in that order.
+
+        Raises:
+            ValueError: nothing is selected, or an index lies outside the set.
+        """
+        try:
+            chosen = np.arange(len(self))[indices]
+        except IndexError as error:
+            raise ValueError(f"{self.name} {self.split}: cannot select from {len(self)} images: {error}") from None
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
+
+def _check_images(name: str, images: Any) -> None:
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
+        got = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise ValueError(f"{name}: images are {got}; wanted uint8 [N, C, H, W]")
+    if 0 in images.shape:
+        raise ValueError(
+            f"{name}: images have the shape {list(images.shape)}, which holds no pixel; give one image or more"
+        )
+
+
+def _check_labels(name: str, labels: Any, num_images: int, class_names: tuple[str, ...]) -> None:
+    if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.ndim != 1:
+        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else type(labels).__name__
+        raise ValueError(f"{name}: labels are {got}; wanted int64 [N]")
+    if len(labels) != num_images:
+        raise ValueError(f"{name}: {num_images} images but {len(labels)} labels; each image needs one label")
+    repeated = sorted({c for c in class_names if class_names.count(c) > 1})
+    if repeated:
+        raise ValueError(f"{name}: class_names has {', '.join(repeated)} more than once; names must differ")
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise ValueError(
+            f"{name}: labels run from {labels.min()} to {labels.max()}, outside 0..{len(class_names) - 1} "
+            f"for {len(class_names)} classes; number the labels from 0 or give more class_names"
+        )
+
+
+def _check_statistics(name: str, mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(f"{name}: {len(mean)} means and {len(std)} stds for {channels} channels; wanted one a channel")
+    if not np.isfinite(mean).all() or not np.isfinite(std).all() or min(std) <= 0:
+        raise ValueError(f"{name}: mean {mean} and std {std} must be finite, and std greater than 0")
+
+
+def channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of images / 255 for each channel.
+
+    Args:
+        images: uint8 [N, C, H, W].
+
+    Returns:
+        C means and C standard deviations; a standard deviation is at least 1/255 (one grey level), so that a
+        constant channel can be divided by it.
+    """
+    levels = np.arange(256) / 255
+    mean, std = [], []
+    for channel in range(images.shape[1]):
+        histogram = np.zeros(256, np.int64)  # exact, and needs no float copy of the images
+        for start in range(0, len(images), 1024):
+            histogram += np.bincount(images[start : start + 1024, channel].ravel(), minlength=256)
+        share = histogram / histogram.sum()
+        mean.append(float(share @ levels))
+        std.append(max(float(np.sqrt(share @ (levels - mean[-1]) ** 2)), 1 / 255))
+    return tuple(mean), tuple(std)
+
+
+def stratified(labels: NDArray[np.int64], *, fraction: float, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Split 0..N-1 so that each class gives `fraction` of its members, rounded, to the second part.
+
+    A class of two or more members keeps at least one on each side; a class of one stays in the first part.
+
+    Args:
+        labels: int64 [N].
+        fraction: share of the second part, between 0 and 1, both excluded.
+        seed: the same seed gives the same split on every machine.
+
+    Returns:
+        Indices of the first and of the second part, each ascending.
+    """
+    # numpy promises that RandomState's stream never changes; default_rng's may with numpy's version
+    rng = np.random.RandomState(seed)
+    second = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        second[members[:count]] = True
+    return np.flatnonzero(~second), np.flatnonzero(second)
+
+
+def mixed_order(count: int) -> NDArray[np.intp]:
+    """A fixed permutation of 0..count-1, for sources sorted by class: their first n images become a fair sample."""
+    return np.random.RandomState(0).permutation(count)
+
+
+def split_validation(data: ImageSet, *, fraction: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Split a set into a part to train on and a part to validate on, class by class.
+
+    Each class gives `fraction` of its images, rounded, to validation; a class of two or more images keeps at least one
+    on each side, and a class of one stays in training. Both parts keep the order, the mean and the std of `data`.
+
+    Args:
+        data: the set to split.
+        fraction: share of the validation part, between 0 and 1, both excluded.
+        seed: the same seed gives the same split on every machine; 0 or more.
+
+    Returns:
+        The training part and the validation part.
+
+    Raises:
+        ValueError: `fraction` or `seed` is out of range, or no class has the two images a split needs.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation fraction is {fraction}; wanted a number between 0 and 1, such as 0.1")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; wanted 0 to {2**32 - 1}")
+    train, validation = stratified(data.labels, fraction=fraction, seed=seed)
+    if not len(validation):
+        raise ValueError(f"{data.name} {data.split}: no class has two images, so none can go to validation; add images")
+    return data.select(train), data.select(validation)
+
+
+def save_npz(data: ImageSet, path: Path | str) -> None:
+    """Write `images`, `labels` and `class_names` to a `.npz` that `load_npz` reads, also on a host without torch.
+
+    Raises:
+        OSError: the file cannot be written; an earlier one is left as it was.
+        ValueError: `path` does not end in `.npz`, so `load_data` would not know what it is.
+    """
+    if Path(path).suffix.lower() != ".npz":
+        raise ValueError(f"cannot save images as {path}: the name must end in .npz")
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, images=data.images, labels=data.labels, class_names=np.array(data.class_names))
+
+
+def load_npz(path: Path | str, split: Split) -> ImageSet:
+    """Read a `.npz` with `images`, `labels` and, if it has them, `class_names`.
+
+    The file is one set: both splits read all of it. Its order is kept. Mean and std are those of its images.
+
+    Args:
+        path: `images` uint8 [N, C, H, W], or [N, H, W] for one channel; `labels` integers [N], 0..K-1;
+            `class_names` strings [K], by default "0" to the highest label.
+        split: the name the set carries.
+
+    Raises:
+        OSError: there is no such file, or it cannot be opened.
+        ValueError: it is not a `.npz`, is damaged, lacks an array, or an array has a wrong dtype, shape or value.
+    """
+    arrays = _read_arrays(Path(path))
+    images = _usable_images(path, arrays["images"])
+    labels = _usable_labels(path, arrays["labels"])
+    if "class_names" in arrays:
+        class_names = _usable_names(path, arrays["class_names"])
+    else:
+        class_names = tuple(str(k) for k in range(int(labels.max(initial=0)) + 1))
+    mean, std = channel_statistics(images)
+    return ImageSet(str(path), split, images, labels, class_names, mean, std)
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}; give the path of a .npz with the arrays images and labels")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it has no zip directory at its end")
+        with np.load(path, allow_pickle=False) as file:
+            missing = sorted({"images", "labels"} - set(file.files))
+            found = ", ".join(file.files) or "nothing"
+            arrays = {name: file[name] for name in ("images", "labels", "class_names") if name in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise ValueError(
+            f"{path} is not a .npz, is damaged or holds Python objects ({error}); "
+            "write it with numpy.savez(path, images=..., labels=...)"
+        ) from error
+    if missing:
+        raise ValueError(
+            f"{path} holds {found} but not {' and '.join(missing)}; "
+            "write it with numpy.savez(path, images=..., labels=...)"
+        )
+    return arrays
+
+
+def _usable_images(path: Path | str, images: NDArray[Any]) -> NDArray[np.uint8]:
+    got = f"{path}: images are {images.dtype} {list(images.shape)}"
+    if np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"{got}; wanted {_LAYOUTS}: if they run from 0 to 1, multiply by 255 and cast to uint8")
+    if images.dtype != np.uint8:
+        raise ValueError(f"{got}; wanted {_LAYOUTS}: scale to 0..255 and cast to uint8")
+    if images.ndim not in (3, 4):
+        raise ValueError(f"{got}; wanted {_LAYOUTS}")
+    if images.ndim == 4 and images.shape[3] in (1, 3) and min(images.shape[1:3]) > 4:
+        raise ValueError(f"{got}, with the channels last; wanted {_LAYOUTS}: use images.transpose(0, 3, 1, 2)")
+    if 0 in images.shape:
+        raise ValueError(f"{got}, which holds no pixel; wanted {_LAYOUTS} with one image or more")
+    return np.ascontiguousarray(images if images.ndim == 4 else images[:, None])
+
+
+def _usable_labels(path: Path | str, labels: NDArray[Any]) -> NDArray[np.int64]:
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+        raise ValueError(
+            f"{path}: labels are {labels.dtype} {list(labels.shape)}; "
+            "wanted integers [N], one class number an image: cast them with labels.astype('int64')"
+        )
+    return labels.astype(np.int64)
+
+
+def _usable_names(path: Path | str, names: NDArray[Any]) -> tuple[str, ...]:
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise ValueError(f"{path}: class_names are {names.dtype} {list(names.shape)}; wanted strings [K], one a class")
+    return tuple(str(name) for name in names)
