@@ -18,7 +18,7 @@ from tetdeploy.files import atomic_write
 
 Arrays = dict[str, NDArray[Any]]
 
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, TypeError)
 _FORMAT = "1"  # raise it when decoding changes, so that older files are made anew
 
 
@@ -32,13 +32,14 @@ def cached(name: str, root: Path, sources: Iterable[Path], make: Callable[[], Ar
     Args:
         name: begins the file's name; readable.
         root: the folder the sources lie in.
-        sources: the files the result is made of.
+        sources: the files the result is made of, all below `root`.
         make: makes the arrays; not called when the cache has them.
     """
     sources = list(sources)
-    fingerprint = _fingerprint(sources)
+    fingerprint = _fingerprint(root, sources)
     path = _cache_folder() / f"{name}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
-    with suppress(*_DAMAGED), np.load(path, allow_pickle=False) as file:
+    # opened here, because numpy leaves a damaged file open
+    with suppress(*_DAMAGED), path.open("rb") as source, np.load(source, allow_pickle=False) as file:
         if str(file["fingerprint"]) == fingerprint:
             return {key: file[key] for key in file.files if key != "fingerprint"}
     arrays = make()
@@ -48,10 +49,10 @@ def cached(name: str, root: Path, sources: Iterable[Path], make: Callable[[], Ar
     return arrays
 
 
-def _fingerprint(sources: list[Path]) -> str:
+def _fingerprint(root: Path, sources: list[Path]) -> str:
     digest = hashlib.sha256(_FORMAT.encode())
     for path in sources:
-        digest.update(os.fsencode(path))
+        digest.update(os.fsencode(path.relative_to(root)))
         with suppress(OSError):  # `make` reports what cannot be read, with the others that cannot
             stat = path.stat()
             digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -218,14 +218,20 @@ def load_npz(path: Path | str, split: Split) -> ImageSet:
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.exists():
         raise FileNotFoundError(f"no file {path}; give the path of a .npz with the arrays images and labels")
+    with path.open("rb") as source:
+        return _parse_arrays(path, source)
+
+
+def _parse_arrays(path: Path, source: BinaryIO) -> dict[str, NDArray[Any]]:
     try:
-        if not zipfile.is_zipfile(path):
+        if not zipfile.is_zipfile(source):
             raise ValueError("it has no zip directory at its end")
-        with np.load(path, allow_pickle=False) as file:
+        source.seek(0)
+        with np.load(source, allow_pickle=False) as file:
             missing = sorted({"images", "labels"} - set(file.files))
             found = ", ".join(file.files) or "nothing"
             arrays = {name: file[name] for name in ("images", "labels", "class_names") if name in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{path} is not a .npz, is damaged or holds Python objects ({error}); "
             "write it with numpy.savez(path, images=..., labels=...)"

@@ -1,0 +1,834 @@
+"""Image sets: what is read is what was written, and every way to get it wrong says so."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import urllib.error
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from tetdeploy.data import DATA_NAMES, ImageSet, cifar, decoding, digits, load_data, save_npz, split_validation
+from tetdeploy.data.cache import cached
+from tetdeploy.data.images import channel_statistics
+
+NO_DATA = Path("nowhere")
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tetdeploy"
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise urllib.error.URLError("no network in this test")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, str]]:
+    """A folder and the local address it is served at."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.HTTPServer(("127.0.0.1", 0), functools.partial(_Handler, directory=str(folder))) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield folder, f"http://127.0.0.1:{running.server_port}/"
+        running.shutdown()
+        thread.join()
+
+
+def noise(*shape: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def image_set(**changes: Any) -> ImageSet:
+    parts: dict[str, Any] = {
+        "name": "made",
+        "split": "train",
+        "images": noise(6, 1, 4, 4),
+        "labels": np.array([0, 0, 0, 1, 1, 2]),
+        "class_names": ("a", "b", "c"),
+        "mean": (0.5,),
+        "std": (0.2,),
+    }
+    return ImageSet(**(parts | changes))
+
+
+# ---------------------------------------------------------------- ImageSet
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "val"}, "split is 'val'; choose 'train' or 'test'"),
+        ({"images": noise(6, 4, 4)}, r"images are uint8 \[6, 4, 4\]; wanted uint8 \[N, C, H, W\]"),
+        ({"images": np.zeros((6, 1, 4, 4))}, r"images are float64 \[6, 1, 4, 4\]; wanted uint8"),
+        ({"images": [1, 2]}, "images are list; wanted uint8"),
+        ({"images": noise(0, 1, 4, 4)}, r"shape \[0, 1, 4, 4\], which holds no pixel"),
+        ({"labels": np.zeros(6, np.int32)}, r"labels are int32 \[6\]; wanted int64"),
+        ({"labels": np.zeros(5, np.int64)}, "6 images but 5 labels"),
+        ({"labels": np.array([0, 0, 0, 1, 1, 3])}, r"labels run from 0 to 3, outside 0..2 for 3 classes"),
+        ({"labels": np.array([-1, 0, 0, 1, 1, 2])}, "labels run from -1 to 2"),
+        ({"class_names": ("a", "b", "a")}, "class_names has a more than once"),
+        ({"mean": (0.5, 0.5)}, "2 means and 1 stds for 1 channels"),
+        ({"std": (0.0,)}, "std greater than 0"),
+        ({"mean": (float("nan"),)}, "must be finite"),
+    ],
+)
+def test_image_set_refuses_parts_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        image_set(**changes)
+
+
+@pytest.mark.parametrize("indices", [[4, 0], np.array([4, 0]), slice(1, 3), np.array([1, 0, 0, 0, 1, 0], bool)])
+def test_select_keeps_images_and_labels_together(indices: Any) -> None:
+    data = image_set()
+    chosen = data.select(indices)
+    positions = np.arange(6)[indices]
+    assert len(chosen) == 2
+    np.testing.assert_array_equal(chosen.images, data.images[positions])
+    np.testing.assert_array_equal(chosen.labels, data.labels[positions])
+    assert (chosen.class_names, chosen.mean, chosen.std) == (data.class_names, data.mean, data.std)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"), [([6], "cannot select from 6 images"), ([], "holds no pixel"), ([0.5], "cannot select")]
+)
+def test_select_refuses(indices: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        image_set().select(indices)
+
+
+def test_channel_statistics_are_those_of_the_scaled_images() -> None:
+    images = noise(3000, 3, 5, 4)
+    images[:, 2] = 7
+    mean, std = channel_statistics(images)
+    np.testing.assert_allclose(mean, (images / 255).mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(std[:2], (images / 255).std((0, 2, 3))[:2], rtol=1e-12)
+    assert std[2] == 1 / 255  # a constant channel does not divide by zero
+
+
+# ---------------------------------------------------------------- validation split
+
+
+def test_split_validation_is_stratified_complete_and_repeatable() -> None:
+    labels = np.repeat([0, 1, 2], [100, 40, 10])[np.random.default_rng(1).permutation(150)]
+    data = image_set(images=np.arange(150, dtype=np.uint8).reshape(150, 1, 1, 1), labels=labels)
+    train, validation = split_validation(data, fraction=0.1)
+    assert np.bincount(validation.labels).tolist() == [10, 4, 1]
+    assert sorted([*train.images.ravel(), *validation.images.ravel()]) == list(range(150))
+    again = split_validation(data, fraction=0.1)[1]
+    other = split_validation(data, fraction=0.1, seed=1)[1]
+    np.testing.assert_array_equal(validation.images, again.images)
+    assert not np.array_equal(validation.images, other.images)
+    for part in (train, validation):
+        np.testing.assert_array_equal(part.labels, labels[part.images.ravel()])
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_split_validation_leaves_every_class_on_both_sides(fraction: float) -> None:
+    train, validation = split_validation(image_set(), fraction=fraction)
+    assert set(train.labels) == {0, 1, 2}  # class 2 has one image, which stays in training
+    assert set(validation.labels) == {0, 1}
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.5, float("nan")])
+def test_split_validation_refuses_a_fraction_outside_0_and_1(fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"validation fraction is .*; wanted a number between 0 and 1"):
+        split_validation(image_set(), fraction=fraction)
+
+
+def test_split_validation_refuses_what_it_cannot_split() -> None:
+    single = image_set().select([0, 3, 5])
+    with pytest.raises(ValueError, match="no class has two images"):
+        split_validation(single, fraction=0.5)
+    with pytest.raises(ValueError, match="seed is -1"):
+        split_validation(image_set(), fraction=0.5, seed=-1)
+
+
+# ---------------------------------------------------------------- names, imports
+
+
+def test_unknown_names_list_the_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ValueError, match="unknown data set 'mnist'; choose digits, fashion-mnist, cifar10, cifar100, f"
+    ):
+        load_data("mnist", "train", data_dir=NO_DATA)
+    assert DATA_NAMES == ("digits", "fashion-mnist", "cifar10", "cifar100")
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    with pytest.raises(ValueError, match=r"for the folder of that name: folder:photos"):
+        load_data("photos", "train", data_dir=NO_DATA)
+    with pytest.raises(ValueError, match="unknown split 'val'; choose 'train' or 'test'"):
+        load_data("digits", "val", data_dir=NO_DATA)  # type: ignore[arg-type]
+
+
+def test_import_and_npz_need_numpy_only(tmp_path: Path) -> None:
+    save_npz(image_set(), tmp_path / "x.npz")
+    program = (
+        "import sys, tetdeploy.data as d; from pathlib import Path;"
+        "n = len(d.load_data(sys.argv[1], 'test', data_dir=Path('.')));"
+        "print(n, [m for m in ('torch', 'torchvision', 'sklearn', 'PIL') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "x.npz")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "6 []"
+
+
+# ---------------------------------------------------------------- digits
+
+
+def test_digits_are_lossless_and_split_in_two() -> None:
+    from sklearn.datasets import load_digits
+
+    train, test = (load_data("digits", split, data_dir=NO_DATA) for split in ("train", "test"))
+    assert train.images.shape == (1438, 1, 8, 8) and test.images.shape == (359, 1, 8, 8)
+    assert train.images.max() == 255 and train.class_names == tuple("0123456789")
+    source = load_digits()
+    wanted = sorted((tuple(x.ravel()), int(y)) for x, y in zip(source.images, source.target, strict=True))
+    got = [
+        (tuple(np.rint(x.ravel() * (16 / 255))), int(y))
+        for part in (train, test)
+        for x, y in zip(part.images, part.labels, strict=True)
+    ]
+    assert sorted(got) == wanted
+    shares = np.bincount(test.labels) / np.bincount(source.target)
+    assert abs(shares - 0.2).max() < 0.005
+
+
+def test_digits_split_is_the_same_for_ever() -> None:
+    test = load_data("digits", "test", data_dir=NO_DATA)
+    assert hashlib.sha256(test.images.tobytes()).hexdigest()[:16] == "2f5eb12f1dfec8a2"
+
+
+def test_digits_constants_are_those_of_the_training_images() -> None:
+    mean, std = channel_statistics(load_data("digits", "train", data_dir=NO_DATA).images)
+    np.testing.assert_allclose((digits.MEAN, digits.STD), (mean, std), atol=5e-5)
+
+
+# ---------------------------------------------------------------- npz
+
+
+def test_npz_returns_what_was_saved(tmp_path: Path) -> None:
+    data = image_set(images=noise(6, 2, 4, 4), mean=(0.5, 0.5), std=(0.2, 0.2))
+    save_npz(data, tmp_path / "new" / "x.npz")
+    back = load_data(str(tmp_path / "new" / "x.npz"), "test", data_dir=NO_DATA)
+    np.testing.assert_array_equal(back.images, data.images)
+    np.testing.assert_array_equal(back.labels, data.labels)
+    assert back.class_names == data.class_names and back.split == "test"
+    assert (back.mean, back.std) == channel_statistics(data.images)
+
+
+def test_npz_gives_grey_images_a_channel_and_classes_numbers(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=noise(3, 4, 5), labels=np.array([0, 2, 1], np.uint8))
+    data = load_data(str(tmp_path / "x.npz"), "train", data_dir=NO_DATA)
+    assert data.images.shape == (3, 1, 4, 5) and data.class_names == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": noise(2, 1, 4, 4)}, "holds images but not labels"),
+        ({"x": noise(2)}, "holds x but not images and labels"),
+        ({"images": np.zeros((2, 1, 4, 4), np.float32)}, r"images are float32 .* multiply by 255 and cast to uint8"),
+        ({"images": np.zeros((2, 1, 4, 4), np.int64)}, r"images are int64 .* cast to uint8"),
+        ({"images": noise(2, 4)}, r"images are uint8 \[2, 4\]; wanted uint8 \[N, C, H, W\] \(or \[N, H, W\]"),
+        ({"images": noise(2, 8, 8, 3)}, r"with the channels last; .* images.transpose\(0, 3, 1, 2\)"),
+        ({"images": noise(0, 1, 4, 4), "labels": np.zeros(0, int)}, "holds no pixel"),
+        ({"labels": np.zeros(2)}, r"labels are float64 \[2\]; wanted integers \[N\]"),
+        ({"labels": np.zeros((2, 1), int)}, r"labels are int64 \[2, 1\]; wanted integers"),
+        ({"labels": np.zeros(3, int)}, "2 images but 3 labels"),
+        ({"labels": np.array([-1, 0])}, "labels run from -1 to 0"),
+        ({"labels": np.array([0, 2]), "class_names": np.array(["a", "b"])}, "labels run from 0 to 2, outside 0..1"),
+        ({"class_names": np.array([1, 2])}, r"class_names are int64 \[2\]; wanted strings"),
+        ({"class_names": np.array(["a", {}], object)}, "is damaged or holds Python objects"),
+        ({"images": np.array([None, {}], object)}, "is damaged or holds Python objects"),
+    ],
+)
+def test_npz_refuses_wrong_arrays(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    default = {} if len(arrays) == 1 and not {"labels", "class_names"} & set(arrays) and "holds" in message else None
+    good = {"images": noise(2, 1, 4, 4), "labels": np.array([0, 1])}
+    np.savez(tmp_path / "x.npz", **((good if default is None else {}) | arrays))
+    with pytest.raises(ValueError, match=message):
+        load_data(str(tmp_path / "x.npz"), "train", data_dir=NO_DATA)
+
+
+def test_npz_refuses_files_that_are_not_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    with pytest.raises(FileNotFoundError, match=r"no file .*x\.npz; give the path"):
+        load_data(str(path), "train", data_dir=NO_DATA)
+    save_npz(image_set(), path)
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[whole.index(image_set().images.tobytes()) + 3] ^= 1  # the zip's checksum notices one flipped bit
+    single = io.BytesIO()
+    np.save(single, noise(3))
+    for content in (whole[: len(whole) // 2], whole[:-30], b"", b"hello", bytes(damaged), single.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.npz is not a .npz, is damaged"):
+            load_data(str(path), "train", data_dir=NO_DATA)
+
+
+def test_save_npz_refuses_other_suffixes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the name must end in \.npz"):
+        save_npz(image_set(), tmp_path / "x.zip")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- folder:PATH
+
+
+def write_image(path: Path, pixels: NDArray[Any], mode: str | None = None) -> NDArray[Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(pixels)
+    image = image.convert(mode) if mode else image
+    image.save(path, **({"lossless": True} if path.suffix == ".webp" else {}))
+    return pixels
+
+
+def make_tree(root: Path, classes: tuple[str, ...] = ("cat", "ant"), per_class: int = 3, grey: bool = False) -> Path:
+    """Class folders of lossless 6x4 images; the first pixel says which class and which number it is."""
+    for split in ("train", "test"):
+        for k, name in enumerate(sorted(classes)):
+            for i in range(per_class):
+                pixels = noise(4, 6, seed=100 * k + i) if grey else noise(4, 6, 3, seed=100 * k + i)
+                pixels[0, 0] = 10 * k + i
+                write_image(root / split / name / f"{i}{('.png', '.webp', '.bmp')[i % 3]}", pixels)
+    return root
+
+
+def test_folder_reads_every_image_with_its_class(tmp_path: Path) -> None:
+    make_tree(tmp_path)
+    (tmp_path / "train" / "cat" / ".DS_Store").write_bytes(b"ignored")
+    data = load_data(f"folder:{tmp_path}", "train", data_dir=NO_DATA)
+    assert data.images.shape == (6, 3, 4, 6) and data.class_names == ("ant", "cat")
+    assert sorted(data.images[:, 0, 0, 0]) == [0, 1, 2, 10, 11, 12]
+    np.testing.assert_array_equal(data.labels, data.images[:, 0, 0, 0] // 10)
+    for image in data.images:
+        first = int(image[0, 0, 0])
+        wanted = noise(4, 6, 3, seed=100 * (first // 10) + first % 10).transpose(2, 0, 1)
+        np.testing.assert_array_equal(image[:, 1:], wanted[:, 1:])
+
+
+def test_folder_order_is_mixed_and_repeatable(tmp_path: Path) -> None:
+    root = make_tree(tmp_path, per_class=10)
+    first, second = (load_data(f"folder:{root}", "test", data_dir=NO_DATA) for _ in range(2))
+    np.testing.assert_array_equal(first.images, second.images)
+    assert set(first.labels[:10]) == {0, 1}
+
+
+def test_folder_statistics_are_of_the_training_images(tmp_path: Path) -> None:
+    root = make_tree(tmp_path)
+    for path in (root / "test").rglob("*.*"):
+        write_image(path, np.zeros((4, 6, 3), np.uint8))
+    train, test = (load_data(f"folder:{root}", split, data_dir=NO_DATA) for split in ("train", "test"))
+    assert not test.images.any()
+    assert (test.mean, test.std) == (train.mean, train.std) == channel_statistics(train.images)
+
+
+def test_folder_is_grey_only_if_all_images_are(tmp_path: Path) -> None:
+    root = make_tree(tmp_path, grey=True)
+    for path in root.rglob("*.webp"):  # webp has no grey mode
+        Image.open(path).convert("L").save(path.with_suffix(".png"))
+        path.unlink()
+    assert load_data(f"folder:{root}", "train", data_dir=NO_DATA).images.shape == (6, 1, 4, 6)
+    write_image(root / "test" / "cat" / "colour.png", noise(4, 6, 3))
+    data = load_data(f"folder:{root}", "train", data_dir=NO_DATA)
+    assert data.images.shape == (6, 3, 4, 6)  # both splits decide, so that they fit one network
+    assert (data.images == data.images[:, :1]).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("1", 1), ("L", 1), ("LA", 1), ("P", 3), ("RGB", 3), ("RGBA", 3), ("CMYK", 3)]
+)
+def test_folder_converts_pixel_formats(tmp_path: Path, mode: str, channels: int) -> None:
+    black_and_white = np.repeat(np.where(noise(4, 6, 1) > 127, 255, 0).astype(np.uint8), 3, axis=2)
+    for split in ("train", "test"):
+        suffix = ".jpg" if mode == "CMYK" else ".png"
+        write_image(tmp_path / split / "a" / f"x{suffix}", black_and_white, mode)
+    data = load_data(f"folder:{tmp_path}", "train", data_dir=NO_DATA)
+    wanted = black_and_white.transpose(2, 0, 1)[:channels]
+    if mode != "CMYK":  # jpeg is lossy
+        np.testing.assert_array_equal(data.images[0], wanted)
+    assert data.images.shape == (1, channels, 4, 6)
+
+
+def add_file(name: str, content: bytes) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+    return change
+
+
+def add_image(name: str, *shape: int, dtype: Any = np.uint8) -> Callable[[Path], Any]:
+    return lambda root: write_image(root / name, noise(*shape).astype(dtype))
+
+
+def cut(name: str) -> Callable[[Path], Any]:
+    return lambda root: (root / name).write_bytes((root / name).read_bytes()[:60])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add_file("train/cat/x.png", b"hello"), r"1 of 13 images cannot be read: .*x.png \(5 bytes that are no png"),
+        (add_file("test/cat/x.png", b""), r"1 of 13 images cannot be read: .*x.png \(0 bytes"),
+        (cut("test/ant/0.png"), r"1 of 12 images cannot be read: .*ant/0.png"),
+        (lambda root: (root / "train/cat/l.png").symlink_to("gone.png"), r"1 of 13 images cannot be read: .*l.png"),
+        (add_image("train/cat/x.png", 4, 6, dtype=np.uint16), r"pixel format I;16 is not 8 bits a channel"),
+        (
+            add_image("test/cat/x.png", 5, 8, 3),
+            r"2 sizes \(width x height\): 12 of 6x4, 1 of 8x5; .* 1: .*test/cat/x.png",
+        ),
+        (lambda root: (root / "train/dog").mkdir(), "1 class folders in .*train are empty: dog"),
+        (add_image("train/dog/x.png", 4, 6, 3), r"train and .*test differ \(1 only in train: dog\)"),
+        (add_image("test/dog/x.png", 4, 6, 3), r"\(1 only in test: dog\)"),
+        (add_image("train/x.png", 4, 6, 3), "1 images in .*train lie outside a class folder: .*x.png"),
+        (add_file("train/cat/x.tiff", b"?"), "1 entries of the class folders .* are no .*x.tiff"),
+        (lambda root: (root / "train/cat/sub").mkdir(), "1 entries of the class folders .*sub"),
+        (lambda root: (root / "test").rename(root / "val"), "no folder .*test; wanted .*test/<class>/"),
+        (lambda root: (root / "train").rename(root / "training"), "no folder .*train; wanted .*train/<class>/"),
+    ],
+)
+def test_folder_names_and_counts_what_is_wrong(tmp_path: Path, change: Callable[[Path], Any], message: str) -> None:
+    root = make_tree(tmp_path / "set")
+    load_data(f"folder:{root}", "train", data_dir=NO_DATA)  # fills the cache, which must not hide the change
+    change(root)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_data(f"folder:{root}", "train", data_dir=NO_DATA)
+
+
+def test_folder_counts_all_and_names_five(tmp_path: Path) -> None:
+    root = make_tree(tmp_path)
+    for i in range(8):
+        (root / "train" / "cat" / f"bad{i}.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"8 of 20 images cannot be read: .* and 3 more; repair or remove them"):
+        load_data(f"folder:{root}", "train", data_dir=NO_DATA)
+
+
+def test_folder_without_classes_says_what_is_wanted(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    with pytest.raises(ValueError, match=r"train has no class folders; wanted .*<class>/ with png"):
+        load_data(f"folder:{tmp_path}", "train", data_dir=NO_DATA)
+
+
+# ---------------------------------------------------------------- cache, progress bar
+
+
+def test_cache_is_used_until_a_source_changes(tmp_path: Path, cache_folder: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"1")
+    calls: list[int] = []
+
+    def make() -> dict[str, NDArray[Any]]:
+        calls.append(len(calls))
+        return {"a": np.array(calls), "b": np.array(["x"])}
+
+    def get() -> list[int]:
+        return list(cached("made", tmp_path, [source], make)["a"])
+
+    assert (get(), get()) == ([0], [0])
+    source.write_bytes(b"22")
+    assert (get(), get()) == ([0, 1], [0, 1])
+    os.utime(source, ns=(1, 1))
+    assert get() == [0, 1, 2]
+    [path] = cache_folder.iterdir()  # one file a source, no litter
+    for damaged in (b"", b"junk", path.read_bytes()[:-40]):
+        path.write_bytes(damaged)
+        before = len(calls)
+        assert len(get()) == before + 1  # made anew,
+        assert len(get()) == before + 1  # and kept
+
+
+def test_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    root = make_tree(tmp_path / "set")
+    assert len(load_data(f"folder:{root}", "train", data_dir=NO_DATA)) == 6
+
+
+def test_cache_does_not_mind_how_the_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_tree(tmp_path / "set")
+    load_data(f"folder:{root}", "train", data_dir=NO_DATA)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tetdeploy.data.folder.decode_images", None)  # would be called without a cache
+    assert len(load_data("folder:set", "train", data_dir=NO_DATA)) == 6
+
+
+def test_relative_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    cached("made", tmp_path, [], lambda: {"a": np.zeros(1)})
+    assert not Path("relative").exists() and len(list((tmp_path / "home/.cache/tetdeploy").iterdir())) == 1
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("terminal", "seconds", "shown"), [(True, 5, True), (True, 0, False), (False, 5, False)])
+def test_progress_bar_shows_on_a_terminal_when_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, seconds: float, shown: bool
+) -> None:
+    stream = _Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    begin = time.monotonic()
+    clock = iter([begin, begin + seconds, begin + seconds])
+    monkeypatch.setattr(decoding, "time", type("Clock", (), {"monotonic": staticmethod(lambda: next(clock))}))
+    encoded = io.BytesIO()
+    Image.fromarray(noise(4, 4)).save(encoded, "PNG")
+    decoding.decode_images([decoding.ImageFile("x", encoded.getvalue)] * 2, text="decoding made")
+    assert ("decoding made" in stream.getvalue()) == shown
+    assert bool(stream.getvalue()) == shown
+
+
+# ---------------------------------------------------------------- Fashion-MNIST
+
+
+def idx_bytes(array: NDArray[np.uint8]) -> bytes:
+    return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+
+
+def write_fashion(folder: Path, *, compress: bool, prefix: str = "t10k") -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    images, labels = noise(12, 28, 28), np.array([9, 2, 1, 1, 6, 1, 4, 6, 5, 7, 4, 5], np.uint8)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        content = idx_bytes(array)
+        path = folder / f"{prefix}-{name}-ubyte{'.gz' if compress else ''}"
+        path.write_bytes(gzip.compress(content) if compress else content)
+    return images, labels
+
+
+@pytest.mark.parametrize("folder", [".", "fashion-mnist", "FashionMNIST/raw"])
+@pytest.mark.parametrize("compress", [True, False])
+def test_fashion_mnist_is_found_in_each_layout(tmp_path: Path, folder: str, compress: bool) -> None:
+    images, labels = write_fashion(tmp_path / folder, compress=compress)
+    data = load_data("fashion-mnist", "test", data_dir=tmp_path)
+    np.testing.assert_array_equal(data.images[:, 0], images)
+    np.testing.assert_array_equal(data.labels, labels)
+    assert data.class_names[9] == "Ankle boot" and (data.mean, data.std) == ((0.2860,), (0.3530,))
+
+
+def test_fashion_mnist_class_names_are_torchvisions() -> None:
+    from torchvision.datasets import FashionMNIST
+
+    from tetdeploy.data.fashion_mnist import CLASS_NAMES
+
+    assert list(CLASS_NAMES) == FashionMNIST.classes
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_fashion_mnist_refuses_damaged_files(tmp_path: Path, compress: bool) -> None:
+    write_fashion(tmp_path, compress=compress)
+    path = tmp_path / f"t10k-images-idx3-ubyte{'.gz' if compress else ''}"
+    whole = path.read_bytes()
+    for content in (whole[:-100], whole[:6], b"", idx_bytes(noise(12))):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.* remove it to download the set again"):
+            load_data("fashion-mnist", "test", data_dir=tmp_path)
+
+
+def test_fashion_mnist_refuses_mnist(tmp_path: Path) -> None:
+    write_fashion(tmp_path, compress=False)
+    labels = np.array([7, 2, 1, 0, 4, 1, 4, 9, 5, 9, 0, 6], np.uint8)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+    with pytest.raises(ValueError, match="holds the labels of MNIST, not of Fashion-MNIST"):
+        load_data("fashion-mnist", "test", data_dir=tmp_path)
+
+
+def test_fashion_mnist_is_downloaded(
+    server: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torchvision.datasets import FashionMNIST
+
+    data_dir = tmp_path / "new" / "data"
+    for prefix in ("train", "t10k"):
+        images, _ = write_fashion(server[0], compress=True, prefix=prefix)
+    resources = [(p.name, hashlib.md5(p.read_bytes()).hexdigest()) for p in sorted(server[0].iterdir())]
+    monkeypatch.setattr(FashionMNIST, "mirrors", [server[1]])
+    monkeypatch.setattr(FashionMNIST, "resources", resources)
+    for split in ("train", "test"):
+        np.testing.assert_array_equal(load_data("fashion-mnist", split, data_dir=data_dir).images[:, 0], images)
+    assert capsys.readouterr().out == ""  # stdout is for reports
+    assert [path.name for path in data_dir.iterdir()] == ["FashionMNIST"]
+    (data_dir / "FashionMNIST/raw/train-labels-idx1-ubyte").unlink()
+    (data_dir / "FashionMNIST/raw/train-labels-idx1-ubyte.gz").unlink()
+    assert len(load_data("fashion-mnist", "train", data_dir=data_dir)) == 12  # an incomplete set is completed
+
+
+# ---------------------------------------------------------------- CIFAR
+
+
+@pytest.fixture
+def small_cifar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar, "COUNTS", {"train": 40, "test": 20})
+
+
+NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
+
+
+def cifar_files(split: str = "test") -> dict[str, bytes]:
+    """Names and webp bytes of a small CIFAR-10; red of the first pixel is the label, green the number."""
+    files = {}
+    for label, name in enumerate(NAMES):
+        for i in range({"train": 4, "test": 2}[split]):
+            pixels = noise(32, 32, 3, seed=label * 10 + i)
+            pixels[0, 0, :2] = label, i
+            encoded = io.BytesIO()
+            Image.fromarray(pixels).save(encoded, "WEBP", lossless=True)
+            files[f"cifar10/{split}/{name}/{name}_{i}.webp"] = encoded.getvalue()
+    return files
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+def write_tree(root: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+
+@pytest.mark.usefixtures("small_cifar")
+def test_cifar_tree_and_zips_give_the_same(tmp_path: Path) -> None:
+    files = cifar_files("train")
+    write_tree(tmp_path / "tree", files)
+    (tmp_path / "zips").mkdir()
+    names = list(files)
+    for part in range(2):
+        write_zip(tmp_path / "zips" / f"cifar10-train-{part}.zip", {n: files[n] for n in names[part::2]})
+    tree, zips = (load_data("cifar10", "train", data_dir=tmp_path / source) for source in ("tree", "zips"))
+    for data in (tree, zips):
+        assert data.images.shape == (40, 3, 32, 32) and list(data.class_names) == NAMES
+        np.testing.assert_array_equal(data.labels, data.images[:, 0, 0, 0])
+        assert sorted(map(tuple, data.images[:, :2, 0, 0])) == [(k, i) for k in range(10) for i in range(4)]
+    np.testing.assert_array_equal(tree.images, zips.images)
+    assert len(set(zips.labels[:10])) > 3  # mixed over the classes
+
+
+@pytest.mark.usefixtures("small_cifar", "no_network")
+def test_cifar_single_zip_is_found(tmp_path: Path) -> None:
+    write_zip(tmp_path / "cifar10-test.zip", cifar_files())
+    assert len(load_data("cifar10", "test", data_dir=tmp_path)) == 20
+    with pytest.raises(OSError, match="cifar10 was not found"):
+        load_data("cifar10", "train", data_dir=tmp_path)
+
+
+@pytest.mark.usefixtures("small_cifar")
+def test_cifar_second_reading_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_zip(tmp_path / "cifar10-test.zip", cifar_files())
+    first = load_data("cifar10", "test", data_dir=tmp_path)
+    monkeypatch.setattr(cifar, "decode_images", None)  # would be called without a cache
+    second = load_data("cifar10", "test", data_dir=tmp_path)
+    np.testing.assert_array_equal(first.images, second.images)
+    np.testing.assert_array_equal(first.labels, second.labels)
+
+
+@pytest.mark.usefixtures("small_cifar")
+def test_cifar_refuses_incomplete_or_damaged_sources(tmp_path: Path) -> None:
+    files = cifar_files()
+    path = tmp_path / "cifar10-test.zip"
+
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            load_data("cifar10", "test", data_dir=tmp_path)
+
+    write_zip(path, dict(list(files.items())[1:]))
+    refused(r"cifar10-test.zip: 19 images, but cifar10 has 20 in test; add what is missing")
+    write_zip(path, {n: c for n, c in files.items() if "/cat/" not in n})
+    refused("class folders are not those of cifar10/test; missing or unknown: cat")
+    write_zip(path, files | {"cifar10/test/cat/cat_1.webp": b"junk"})
+    refused(r"1 of 20 images cannot be read: .*cifar10-test.zip/cifar10/test/cat/cat_1.webp \(4 bytes")
+    write_zip(path, {})
+    refused("missing or unknown: airplane, automobile, bird, cat, deer and 5 more")
+    write_zip(path, files)
+    path.write_bytes(path.read_bytes()[:-50])
+    refused("cifar10-test.zip is not a zip or is cut short")
+    small = io.BytesIO()
+    Image.fromarray(noise(8, 8, 3)).save(small, "WEBP", lossless=True)
+    write_zip(path, dict.fromkeys(files, small.getvalue()))
+    refused("images of 8x8 with 3 channels; cifar10 has 32x32 with 3")
+
+
+@pytest.mark.usefixtures("small_cifar")
+def test_cifar_tree_with_foreign_class_is_refused(tmp_path: Path) -> None:
+    write_tree(tmp_path, cifar_files() | {"cifar10/test/unicorn/x.webp": b"x"})
+    with pytest.raises(ValueError, match="not those of cifar10/test; missing or unknown: unicorn"):
+        load_data("cifar10", "test", data_dir=tmp_path)
+
+
+def python2_pickle(value: Any) -> bytes:
+    """As CIFAR's files were written: the dtype's flags are integers, of which numpy >= 2.4 warns."""
+    return pickle.dumps(value, protocol=2).replace(b"\x89\x88\x87", b"K\x00K\x01\x87")
+
+
+@pytest.fixture
+def torchvision_cifar(server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, small_cifar: None) -> Path:
+    """A server with a small CIFAR-10 in torchvision's layout, to whose checksums torchvision is told to hold."""
+    from torchvision.datasets import CIFAR10
+
+    batches = server[0] / "cifar-10-batches-py"
+    batches.mkdir()
+    data, labels = noise(20, 3 * 32 * 32), np.tile(np.arange(10), 2)
+    data[:, 0] = labels
+    batch = {"data": data, "labels": labels.tolist()}
+    contents = {
+        "data_batch_1": batch,
+        "data_batch_2": batch,
+        "test_batch": batch,
+        "batches.meta": {"label_names": NAMES},
+    }
+    md5 = {}
+    for name, value in contents.items():
+        (batches / name).write_bytes(python2_pickle(value))
+        md5[name] = hashlib.md5((batches / name).read_bytes()).hexdigest()
+    archive = batches.parent / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(batches, batches.name)
+    monkeypatch.setattr(CIFAR10, "url", server[1] + archive.name)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "train_list", [[n, md5[n]] for n in ("data_batch_1", "data_batch_2")])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5["batches.meta"]})
+    return batches.parent
+
+
+def test_cifar_is_read_from_torchvisions_layout(torchvision_cifar: Path) -> None:
+    for split, count in (("train", 40), ("test", 20)):
+        data = load_data("cifar10", split, data_dir=torchvision_cifar)  # type: ignore[arg-type]
+        assert data.images.shape == (count, 3, 32, 32) and list(data.class_names) == NAMES
+        np.testing.assert_array_equal(data.labels, data.images[:, 0, 0, 0])
+        np.testing.assert_array_equal(data.images[0].ravel()[1:], noise(20, 3 * 32 * 32)[0, 1:])
+
+
+def test_cifar_damaged_torchvision_layout_is_refused(torchvision_cifar: Path) -> None:
+    (torchvision_cifar / "cifar-10-batches-py" / "test_batch").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"cifar-10-batches-py is incomplete or damaged .* remove it to download"):
+        load_data("cifar10", "test", data_dir=torchvision_cifar)
+
+
+def test_cifar_is_downloaded(torchvision_cifar: Path, tmp_path: Path) -> None:
+    data_dir = tmp_path / "new" / "data"
+    assert len(load_data("cifar10", "train", data_dir=data_dir)) == 40
+    assert [path.name for path in data_dir.iterdir()] == ["cifar-10-batches-py"]
+
+
+@pytest.mark.usefixtures("no_network")
+def test_cifar_archive_brought_by_hand_is_unpacked(torchvision_cifar: Path, tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    (torchvision_cifar / "cifar-10-python.tar.gz").rename(data_dir / "cifar-10-python.tar.gz")
+    assert len(load_data("cifar10", "test", data_dir=data_dir)) == 20
+
+
+def test_broken_download_leaves_nothing(
+    torchvision_cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "tgz_md5", "0" * 32)
+    with pytest.raises(OSError, match="could not be downloaded"):
+        load_data("cifar10", "train", data_dir=tmp_path / "new" / "data")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["server"]
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("cifar10", ["cifar-10-batches-py (torchvision's layout", "cifar10/train/<class>/*", "cifar10-train-*.zip"]),
+        ("cifar100", ["cifar-100-python (torchvision's layout", "cifar100/train/<class>/*", "cifar100-train-*.zip"]),
+        ("fashion-mnist", ["FashionMNIST/raw/train-images-idx3-ubyte[.gz]", "fashion-mnist/train-images"]),
+    ],
+)
+def test_failed_download_says_where_data_were_looked_for(tmp_path: Path, name: str, places: list[str]) -> None:
+    data_dir = tmp_path / "new" / "data"
+    with pytest.raises(OSError, match="could not be downloaded") as caught:
+        load_data(name, "train", data_dir=data_dir)
+    message = str(caught.value)
+    assert message.startswith(f"{name} was not found in {data_dir} and could not be downloaded (")
+    assert "no network in this test" in message and "--data-dir" in message and "\n" not in message
+    assert all(place in message for place in places)
+    assert caught.value.__suppress_context__
+    assert not list(tmp_path.iterdir())
+
+
+def test_download_without_torchvision_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # type: ignore[arg-type]
+    with pytest.raises(OSError, match=r"cifar10 was not found .* pip install 'tetdeploy\[train\]'.*Looked for"):
+        load_data("cifar10", "train", data_dir=tmp_path)
+
+
+def test_data_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"file is a file; name a folder with --data-dir"):
+        load_data("cifar10", "train", data_dir=tmp_path / "file")
+
+
+# ---------------------------------------------------------------- the real images
+
+
+@pytest.fixture
+def real_data() -> Path:
+    folder = os.environ.get("TETDEPLOY_DATA")
+    if not folder:
+        pytest.skip("TETDEPLOY_DATA does not name a folder with the real CIFAR images")
+    return Path(folder)
+
+
+@pytest.mark.parametrize(("name", "num_classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_real_cifar_test_split(real_data: Path, name: str, num_classes: int) -> None:
+    data = load_data(name, "test", data_dir=real_data)
+    assert data.images.shape == (10_000, 3, 32, 32) and len(data.class_names) == num_classes
+    assert np.bincount(data.labels).tolist() == [10_000 // num_classes] * num_classes
+    np.testing.assert_allclose(channel_statistics(data.images)[0], data.mean, atol=0.005)
+    assert abs(np.bincount(data.labels[:1000], minlength=num_classes) - 1000 / num_classes).max() < 40
+
+
+@pytest.mark.slow
+def test_real_cifar10_train_split(real_data: Path) -> None:
+    data = load_data("cifar10", "train", data_dir=real_data)
+    assert np.bincount(data.labels).tolist() == [5000] * 10
+    np.testing.assert_allclose(channel_statistics(data.images)[0], data.mean, atol=5e-5)
+    train, validation = split_validation(data, fraction=0.1)
+    assert np.bincount(train.labels).tolist() == [4500] * 10
+    assert np.bincount(validation.labels).tolist() == [500] * 10
