@@ -139,7 +139,7 @@ def test_a_wrong_path_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_folders_without_checkpoint_say_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint.safetensors; it is not a run folder"):
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint\.safetensors; it is not a run folder"):
         load(tmp_path)
     (tmp_path / "last.safetensors").touch()
     with pytest.raises(FileNotFoundError, match="first epoch is not finished: go on with --resume"):
@@ -161,7 +161,7 @@ class Bomb:
 def test_pickles_and_torch_files_are_never_unpickled(tmp_path: Path) -> None:
     for protocol in range(2, 6):
         (tmp_path / "model.pt").write_bytes(pickle.dumps(Bomb(), protocol=protocol))
-        with pytest.raises(ValueError, match="is a pickle, not a checkpoint.*unpickling can run code"):
+        with pytest.raises(ValueError, match=r"is a pickle, not a checkpoint.*unpickling can run code"):
             load(tmp_path / "model.pt")
     torch.save({"bomb": Bomb()}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"is a zip archive, as torch\.save writes.*\.safetensors files"):

@@ -107,6 +107,12 @@ def train(
         cuda = [session.device] if session.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             finished = _run(session, state, progress)
+    except OSError as error:
+        if error.errno is None:  # says what and where already
+            raise
+        raise OSError(
+            f"{error.filename or out}: {error.strerror}; what was written before is as it was: go on with --resume"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"out of GPU memory at batch_size {config.batch_size}, T={config.T}, precision {config.precision}; "

@@ -1,0 +1,549 @@
+"""Training: configuration, schedule, augmentation, optimizer, and the loop with its files, interrupts and resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Generator, Tensor, nn
+
+import tetdeploy
+from tetdeploy.checkpoint import load_weights, newest_run, read_metadata
+from tetdeploy.data import ImageSet, load_data, split_validation
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.train import TrainConfig, TrainResult, evaluate, train
+from tetdeploy.train.augment import AUGMENTATIONS, random_crop, random_flip
+from tetdeploy.train.device import pick_device
+from tetdeploy.train.optimizer import build_optimizer
+from tetdeploy.train.runs import mark_latest, unused_run_folder
+from tetdeploy.train.schedule import derive_seed, learning_rate
+
+
+class Toy(nn.Module):
+    """Convolution, BN, dropout and a readout whose logits grow with the step: all that resuming can get wrong.
+
+    `on_forward` is called with the number of forward passes so far.
+    """
+
+    def __init__(self, on_forward: Callable[[int], None] = lambda count: None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.dropout = nn.Dropout(0.2)
+        self.readout = nn.Linear(4 * 16, 3)
+        self.on_forward, self.count = on_forward, 0
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        self.count += 1
+        self.on_forward(self.count)
+        features = self.dropout(torch.relu(self.norm(self.conv(x)))).flatten(1)
+        gain = torch.linspace(0.5, 1.5, T or 1).view(-1, 1, 1)
+        return self.readout(features) * gain
+
+
+def toy(on_forward: Callable[[int], None] = lambda count: None, *, seed: int = 0) -> Classifier:
+    torch.manual_seed(seed)
+    config = NetworkConfig("tests:toy", 3, 1, (4, 4))
+    return Classifier(
+        Toy(on_forward), config=config, mean=(0.5,), std=(0.25,), class_names=("dark", "middle", "bright"), data="toy"
+    )
+
+
+def images_of(count: int, *, seed: int, split: Any = "train") -> ImageSet:
+    """Noise around three brightnesses: a toy learns it, but not at once."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count)
+    pixels = 60 + 60 * labels[:, None, None, None] + rng.integers(-55, 56, (count, 1, 4, 4))
+    return ImageSet(
+        name="toy",
+        split=split,
+        images=pixels.astype(np.uint8),
+        labels=labels.astype(np.int64),
+        class_names=("dark", "middle", "bright"),
+        mean=(0.5,),
+        std=(0.25,),
+    )
+
+
+TRAIN, VAL = images_of(52, seed=1), images_of(31, seed=2)  # 6 steps of 8, 4 images left out
+STEPS = 6
+
+
+def settings(**changes: Any) -> TrainConfig:
+    return TrainConfig(**({"T": 2, "epochs": 3, "batch_size": 8, "augment": "shift", "device": "cpu"} | changes))
+
+
+def run(out: Path, classifier: Classifier | None = None, **options: Any) -> TrainResult:
+    config = options.pop("config", settings())
+    arguments = {"progress": False} | options
+    return train(classifier or toy(), TRAIN, VAL, config, out, **arguments)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in r.items() if key not in ("seconds", "images_per_s")} for r in records]
+
+
+def interrupt_at(count: int) -> Callable[[int], None]:
+    """Ctrl-C in the middle of the forward pass with this number (training and validation batches counted)."""
+    return lambda current: signal.raise_signal(signal.SIGINT) if current == count else None
+
+
+def same_weights(one: Classifier, other: Classifier) -> bool:
+    wanted = other.state_dict()
+    return all(torch.equal(value, wanted[name]) for name, value in one.state_dict().items())
+
+
+# --- configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"T": 0}, "T is 0; it must be at least 1"),
+        ({"T": 2.5}, "T is 2.5; it must be a whole number"),
+        ({"epochs": True}, "epochs is True; it must be a whole number"),
+        ({"lr": 0.0}, r"lr is 0.0; it must be above 0.0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
+        ({"lam": 1.5}, "lam is 1.5; it must be at least 0.0 and at most 1.0"),
+        ({"phi": math.inf}, "phi is inf; it must be finite"),
+        ({"clip": -1.0}, "clip is -1.0; it must be at least 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"val_fraction": 1.0}, "val_fraction is 1.0; .* at most 0.9"),
+        ({"warmup_epochs": 3, "epochs": 3}, "warmup_epochs is 3 of 3 epochs"),
+        ({"optimizer": "adam"}, "unknown optimizer 'adam'; choose one of adamw, sgd"),
+        ({"loss": "ce"}, "unknown loss 'ce'; choose one of tet, sdt"),
+        ({"augment": "cutout"}, "unknown augment 'cutout'; choose one of none, shift, crop, crop-flip"),
+        ({"precision": "int8"}, "unknown precision 'int8'; choose one of auto, fp32, bf16, fp16"),
+        ({"device": "tpu"}, "unknown device 'tpu'; choose auto, cpu, cuda"),
+    ],
+)
+def test_config_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"device cuda:99 is not there: PyTorch sees \d+ GPUs.*--device cpu or auto"):
+        pick_device("cuda:99")
+
+
+# --- schedule and seeds
+
+
+def test_learning_rate_warms_up_linearly_then_follows_a_cosine() -> None:
+    rates = [learning_rate(s, peak=0.4, total_steps=12, warmup_steps=4) for s in range(12)]
+    assert rates[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    assert rates[8] == pytest.approx(0.2)  # half of the cosine
+    assert rates[11] == pytest.approx(0.2 * (1 + math.cos(math.pi * 7 / 8)))
+    assert learning_rate(0, peak=0.4, total_steps=1) == 0.4
+
+
+def test_derived_seeds_differ_by_seed_purpose_and_index() -> None:
+    seeds = {derive_seed(s, p, i) for s in range(5) for p in ("order", "augment") for i in range(50)}
+    assert len(seeds) == 500
+    assert all(0 <= s < 2**64 for s in seeds)
+    assert derive_seed(3, "order", 7) == derive_seed(3, "order", 7)
+
+
+# --- augmentation
+
+
+@given(N=st.integers(1, 6), C=st.integers(1, 3), H=st.integers(1, 7), W=st.integers(1, 7), padding=st.integers(0, 3))
+def test_random_crop_shifts_each_image_and_fills_with_zeros(N: int, C: int, H: int, W: int, padding: int) -> None:
+    images = torch.randint(1, 256, (N, C, H, W), dtype=torch.uint8, generator=Generator().manual_seed(N))
+    cropped = random_crop(images, Generator().manual_seed(H), padding=padding)
+    assert cropped.shape == images.shape and cropped.dtype == torch.uint8
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    spots = [(top, left) for top in range(2 * padding + 1) for left in range(2 * padding + 1)]
+    for n in range(N):
+        assert any(np.array_equal(cropped[n], padded[n, :, a : a + H, b : b + W]) for a, b in spots)
+
+
+def test_random_crop_uses_every_shift_and_random_flip_half() -> None:
+    images = torch.arange(1, 10, dtype=torch.uint8).view(1, 1, 3, 3).expand(900, 1, 3, 3)
+    middles = random_crop(images, Generator().manual_seed(0), padding=1)[:, 0, 1, 1].bincount(minlength=10)[1:]
+    assert middles.min() > 60 and middles.max() < 140  # 100 each, standard deviation 9.4
+    flipped = random_flip(images, Generator().manual_seed(0))
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    assert 400 < mirrored.sum() < 500
+    assert torch.equal(flipped[~mirrored], images[~mirrored])
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentation_follows_from_the_generator(name: str) -> None:
+    images = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8)
+    first, again, other = (AUGMENTATIONS[name](images, Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert torch.equal(first, other) == (name == "none")
+
+
+# --- optimizer
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_weight_decay_spares_bn_and_biases(name: str) -> None:
+    network = Toy()
+    optimizer = build_optimizer(network, settings(optimizer=name, weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    found = {key: decay[id(p)] for key, p in network.named_parameters()}
+    assert found == {key: 0.3 if key in ("conv.weight", "readout.weight") else 0.0 for key in found}
+    if name == "sgd":
+        assert all(group["nesterov"] and group["momentum"] == 0.9 for group in optimizer.param_groups)
+
+
+def test_a_network_without_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="Identity has no parameter that can be trained"):
+        build_optimizer(nn.Identity(), settings())
+
+
+# --- the loop
+
+
+def test_a_run_leaves_its_four_files(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run(out, config=settings(epochs=8, lr=0.02, augment="none"))
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoint.safetensors",
+        "config.json",
+        "last.safetensors",
+        "metrics.jsonl",
+    ]
+    assert (result.epochs, result.interrupted, result.checkpoint) == (8, False, out / "checkpoint.safetensors")
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == list(range(1, 9))
+    assert set(records[0]) == {
+        *("epoch", "T", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_s", "seconds")
+    }
+    assert records[-1]["train_loss"] < records[0]["train_loss"]
+    assert records[-1]["val_accuracy"] > 0.8
+    config = json.loads((out / "config.json").read_text())
+    assert config["training"]["batch_size"] == 8 and config["network"]["model"] == "tests:toy"
+    assert config["data"]["train_images"] == 52 and config["data"]["val_images"] == 31
+
+
+def test_the_checkpoint_is_the_epoch_with_the_best_validation(tmp_path: Path) -> None:
+    result = run(tmp_path, config=settings(epochs=10, lr=0.02))
+    records = metrics(tmp_path)
+    best = max(records, key=lambda record: (record["val_accuracy"], -record["val_loss"]))
+    assert result.best is not None
+    assert (result.best.epoch, result.best.val_accuracy) == (best["epoch"], best["val_accuracy"])
+    assert best["epoch"] < 10  # or the test could not tell best from last
+    provenance = read_metadata(tmp_path)["provenance"]
+    assert (provenance["epoch"], provenance["val_accuracy"]) == (best["epoch"], best["val_accuracy"])
+    loaded = tetdeploy.load(tmp_path, network=Toy())
+    assert evaluate(loaded, torch.tensor(VAL.images), torch.tensor(VAL.labels), T=2) == pytest.approx(
+        (best["val_loss"], best["val_accuracy"])
+    )
+
+
+def test_without_validation_the_last_epoch_is_kept(tmp_path: Path) -> None:
+    classifier = toy()
+    result = train(classifier, TRAIN, None, settings(), tmp_path, progress=False)
+    assert result.best is not None and (result.best.epoch, result.best.val_accuracy) == (3, None)
+    assert same_weights(tetdeploy.load(tmp_path, network=Toy()), classifier)
+    assert metrics(tmp_path)[-1]["val_loss"] is None
+
+
+def test_the_seed_decides_everything_and_the_callers_random_state_is_left_alone(tmp_path: Path) -> None:
+    classifiers = [toy(), toy(), toy()]
+    for index, (classifier, seed) in enumerate(zip(classifiers, (0, 0, 1), strict=True)):
+        torch.manual_seed(100 + index)
+        expected = torch.get_rng_state()
+        run(tmp_path / str(index), classifier, config=settings(seed=seed))
+        assert torch.equal(torch.get_rng_state(), expected)
+    assert same_weights(classifiers[0], classifiers[1])
+    assert not same_weights(classifiers[0], classifiers[2])
+
+
+# Forward passes of an epoch: 6 training batches, 1 validation batch.
+@pytest.mark.parametrize("at", [1, 3, STEPS, STEPS + 1, STEPS + 2, 2 * STEPS + 1, 3 * STEPS + 2])
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "sgd", "clip": 0.5}, {"precision": "fp16"}])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, at: int, changes: dict[str, Any]) -> None:
+    config, whole = settings(**changes), toy()
+    run(tmp_path / "whole", whole, config=config)
+
+    result = run(tmp_path / "parts", toy(interrupt_at(at)), config=config)
+    assert result.interrupted and result.epochs == (at - 1) // (STEPS + 1)
+    resumed = toy(seed=5)
+    assert not run(tmp_path / "parts", resumed, config=config, resume=True).interrupted
+
+    assert same_weights(resumed, whole)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    for name in ("last.safetensors", "checkpoint.safetensors"):
+        parts, wanted = load_file(tmp_path / "parts" / name), load_file(tmp_path / "whole" / name)
+        assert parts.keys() == wanted.keys()
+        assert all(torch.equal(parts[key], wanted[key]) for key in wanted)
+
+
+def test_a_killed_run_repeats_its_epoch_without_double_lines(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    classifier = toy()
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "parts", toy(lambda count: _kill() if count == STEPS + 3 else None))
+    # As if the kill had come after the second epoch's metrics and before its state.
+    (tmp_path / "parts" / "metrics.jsonl").write_text((tmp_path / "whole" / "metrics.jsonl").read_text())
+    run(tmp_path / "parts", classifier, resume=True)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+def _kill() -> None:
+    raise RuntimeError("killed")
+
+
+def test_a_second_ctrl_c_ends_at_once_and_handlers_are_put_back(tmp_path: Path) -> None:
+    def twice(count: int) -> None:
+        if count == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, toy(twice))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not run(tmp_path, toy(), resume=True).interrupted
+
+
+def test_training_runs_in_a_thread_too(tmp_path: Path) -> None:
+    results: list[TrainResult] = []
+    thread = threading.Thread(target=lambda: results.append(run(tmp_path)))
+    thread.start()
+    thread.join()
+    assert results[0].epochs == 3
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    classifier, again = toy(), toy(seed=5)
+    run(tmp_path, classifier)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    result = run(tmp_path, again, resume=True)
+    assert (result.epochs, result.interrupted) == (3, False)
+    assert same_weights(again, classifier)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_init_starts_a_new_run_from_given_weights(tmp_path: Path) -> None:
+    run(tmp_path / "old")
+    classifier = toy(seed=5)
+    load_weights(classifier, tmp_path / "old")
+    assert same_weights(classifier, tetdeploy.load(tmp_path / "old", network=Toy()))
+    assert run(tmp_path / "new", classifier).epochs == 3
+
+
+def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+    """Plain SGD at lr 1 without decay moves the weights by the clipped gradient and its Nesterov momentum."""
+    start, classifier = toy(), toy()
+    config = settings(epochs=1, batch_size=52, optimizer="sgd", lr=1.0, weight_decay=0.0, warmup_epochs=0, clip=1e-3)
+    run(tmp_path, classifier, config=config)
+    moved = [a.detach() - b.detach() for a, b in zip(start.parameters(), classifier.parameters(), strict=True)]
+    norm = torch.cat([value.flatten() for value in moved]).norm().item()
+    assert norm == pytest.approx(1.9e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"loss": "sdt"}, {"label_smoothing": 0.2}, {"lam": 0.5}, {"phi": 3.0}, {"T": 3}])
+def test_each_loss_setting_changes_the_result(tmp_path: Path, changes: dict[str, Any]) -> None:
+    plain, changed = toy(), toy()
+    run(tmp_path / "plain", plain)
+    run(tmp_path / "changed", changed, config=settings(**changes))
+    assert not same_weights(plain, changed)
+
+
+def test_bf16_autocast_keeps_weights_and_losses_in_float32(tmp_path: Path) -> None:
+    seen: list[torch.dtype] = []
+    classifier = toy()
+    classifier.network.readout.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    run(tmp_path, classifier, config=settings(precision="bf16"))
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in classifier.parameters()} == {torch.float32}
+    assert read_metadata(tmp_path)["provenance"]["precision"] == "bf16"
+
+
+def test_evaluation_does_not_depend_on_the_batches_and_keeps_the_mode() -> None:
+    classifier = toy().train()
+    images, labels = torch.tensor(VAL.images), torch.tensor(VAL.labels)
+    whole = evaluate(classifier, images, labels, T=2)
+    assert whole == pytest.approx(evaluate(classifier, images, labels, T=2, batch_size=7))
+    assert classifier.training
+    logits = classifier.eval()(images, 2).mean(0)
+    assert whole is not None and whole[1] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+
+
+# --- refusals
+
+
+def test_a_new_run_never_overwrites_one(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"already holds a run \(config.json, .*choose another --out, or --resume"):
+        run(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_resume_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing to resume in .*no config.json and last.safetensors"):
+        run(tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_resume_with_other_settings_shows_the_difference(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"training\.epochs: 3 -> 4; training\.lr: 0\.002 -> 0\.1; resume with the old"
+    ):
+        run(tmp_path, config=settings(epochs=4, lr=0.1), resume=True)
+    with pytest.raises(ValueError, match=r"data\.val_images: 31 -> 0"):
+        train(toy(), TRAIN, None, settings(), tmp_path, resume=True, progress=False)
+
+
+def test_resume_from_a_damaged_state_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    state = tmp_path / "last.safetensors"
+    state.write_bytes(state.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"last\.safetensors is truncated"):
+        run(tmp_path, resume=True)
+    state.write_bytes((tmp_path / "checkpoint.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"last\.safetensors is a checkpoint, not the state of a run"):
+        run(tmp_path, resume=True)
+
+
+def test_a_training_state_is_no_checkpoint(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ValueError, match=r"holds the state of a training run.*; use .*checkpoint\.safetensors"):
+        tetdeploy.load(tmp_path / "last.safetensors")
+
+
+@pytest.mark.parametrize("broken", ["[]", "{"])
+def test_a_broken_config_file_is_named(tmp_path: Path, broken: str) -> None:
+    run(tmp_path)
+    (tmp_path / "config.json").write_text(broken)
+    with pytest.raises(ValueError, match=r"config\.json (is not JSON|must hold an object)"):
+        run(tmp_path, resume=True)
+
+
+def test_a_loss_that_is_not_finite_names_step_rate_and_remedy(tmp_path: Path) -> None:
+    def poison(count: int) -> None:
+        if count == STEPS + 4:  # the third training batch of the second epoch
+            nn.init.constant_(classifier.network.conv.bias, math.nan)
+
+    classifier = toy(poison)
+    with pytest.raises(ValueError, match=r"loss is nan at step 8 \(epoch 2, lr 0\.00187\); lower --lr"):
+        run(tmp_path, classifier)
+    assert len(metrics(tmp_path)) == 1
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "last.safetensors").values())
+
+
+def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    wide = ImageSet(**(vars(TRAIN) | {"images": np.zeros((52, 1, 4, 5), np.uint8)}))
+    with pytest.raises(ValueError, match=r"toy has images of shape \(1, 4, 5\); the network wants \(1, 4, 4\)"):
+        train(toy(), wide, VAL, settings(), tmp_path)
+    more = ImageSet(**(vars(TRAIN) | {"labels": TRAIN.labels + 1, "class_names": ("a", "b", "c", "d")}))
+    with pytest.raises(ValueError, match="toy has labels from 1 to 3; the network has 3 classes"):
+        train(toy(), more, VAL, settings(), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write .*file/run/last\.safetensors"):
+        run(tmp_path / "file" / "run")
+
+
+def test_a_full_disk_leaves_the_finished_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Any, target: Any) -> None:
+        if Path(target).name == "metrics.jsonl" and Path(target).exists():
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr("tetdeploy.files.os.replace", full)
+    with pytest.raises(OSError, match=r"No space left on device; what was written before is as it was: .*--resume"):
+        run(tmp_path)
+    monkeypatch.undo()
+    assert len(metrics(tmp_path)) == 1
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+    whole, resumed = toy(), toy()
+    run(tmp_path / "whole", whole)
+    run(tmp_path, resumed, resume=True)
+    assert same_weights(resumed, whole)
+
+
+# --- progress
+
+
+def test_progress_is_one_line_an_epoch_off_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, progress=None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(
+        "toy  52 train  31 validation   tests:toy 0.000243 M parameters   TET lambda 0.05   fp32"
+    )
+    assert len(lines) == 4
+    assert lines[3].startswith("epoch 3/3  T=2  loss ") and lines[3].endswith("img/s  eta 00:00")
+
+
+def test_progress_bar_and_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "bar", progress=True)
+    shown = capsys.readouterr().out
+    assert "━" in shown and "epoch 3/3" in shown and "eta 00:00" in shown
+    run(tmp_path / "silent", progress=False)
+    assert capsys.readouterr().out == ""
+
+
+# --- run folders
+
+
+def test_latest_points_at_the_newest_run(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    run(runs / "one", runs=runs)
+    assert newest_run(runs) == runs / "one"
+    run(tmp_path / "elsewhere" / "two", runs=runs)
+    assert newest_run(runs) == tmp_path / "elsewhere" / "two"
+    assert (runs / "latest" / "checkpoint.safetensors").is_file()
+
+
+def test_latest_is_a_text_file_where_there_are_no_symlinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OSError("symlinks need a privilege")
+
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    mark_latest(tmp_path / "runs" / "one", tmp_path / "runs")
+    assert (tmp_path / "runs" / "latest").read_text() == "one\n"
+    assert newest_run(tmp_path / "runs") == tmp_path / "runs" / "one"
+
+
+def test_unused_run_folder_counts_up(tmp_path: Path) -> None:
+    names = []
+    for _ in range(3):
+        folder = unused_run_folder(tmp_path, "digits-convsnn")
+        folder.mkdir()
+        names.append(folder.name)
+    assert names == ["digits-convsnn", "digits-convsnn-2", "digits-convsnn-3"]
+
+
+# --- real data, real network
+
+
+def test_the_small_network_learns_real_digits(tmp_path: Path) -> None:
+    digits = load_data("digits", "train", data_dir=tmp_path)
+    train_set, val_set = split_validation(digits, fraction=0.2)
+    config = NetworkConfig("convsnn", 10, 1, (8, 8), width=0.5)
+    torch.manual_seed(0)
+    classifier = Classifier(
+        build_network(config), config=config, mean=digits.mean, std=digits.std, class_names=digits.class_names
+    )
+    result = train(classifier, train_set, val_set, settings(T=2, epochs=6, batch_size=64, lr=5e-3), tmp_path / "run")
+    assert result.best is not None and result.best.val_accuracy is not None
+    assert result.best.val_accuracy > 0.9
