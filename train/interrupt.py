@@ -9,25 +9,19 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupt:
-    """Whether Ctrl-C was pressed since `deferred_interrupt` began."""
-
-    requested = False
-
-
 @contextmanager
-def deferred_interrupt() -> Iterator[Interrupt]:
-    """Record the first Ctrl-C instead of raising KeyboardInterrupt in the middle of an update; the second one raises.
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Set an event at the first Ctrl-C instead of raising KeyboardInterrupt in the middle of an update.
 
-    Outside the main thread Python delivers no signals, so nothing is installed there.
+    The second one raises. Outside the main thread Python delivers no signals, so nothing is installed there.
     """
-    interrupt = Interrupt()
+    interrupt = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
 
     def record(number: int, frame: FrameType | None) -> None:
-        interrupt.requested = True
+        interrupt.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = signal.signal(signal.SIGINT, record)

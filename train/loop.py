@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from tetdeploy.files import write_json
 from .augment import AUGMENTATIONS
 from .config import TrainConfig
 from .device import autocast
-from .interrupt import Interrupt, deferred_interrupt
+from .interrupt import deferred_interrupt
 from .progress import Progress
 from .runs import CONFIG_NAME, check_run, mark_latest, read_metrics, run_settings, write_metrics
 from .schedule import derive_seed
@@ -155,17 +156,17 @@ def _run(session: Session, state: TrainState, show: bool | None) -> bool:
     return True
 
 
-def _run_epoch(session: Session, state: TrainState, bar: Progress, interrupt: Interrupt) -> dict[str, Any] | None:
+def _run_epoch(session: Session, state: TrainState, bar: Progress, interrupt: Event) -> dict[str, Any] | None:
     """Train the rest of an epoch and validate; its line of metrics.jsonl, or None after a Ctrl-C."""
     config = session.config
     rate = session.rate(state.epoch * session.steps_per_epoch + session.steps_per_epoch - 1)
     _train_steps(session, state, bar, interrupt)
-    if interrupt.requested:
+    if interrupt.is_set():
         return None
     loss, accuracy = _running_means(session, state)
     start = time.perf_counter()
     val = _validate(session, interrupt)
-    if interrupt.requested:
+    if interrupt.is_set():
         return None
     val_loss, val_accuracy = (None, None) if val is None else val
     _check_finite(session, state, val_loss)
@@ -182,13 +183,13 @@ def _run_epoch(session: Session, state: TrainState, bar: Progress, interrupt: In
     }
 
 
-def _train_steps(session: Session, state: TrainState, bar: Progress, interrupt: Interrupt) -> None:
+def _train_steps(session: Session, state: TrainState, bar: Progress, interrupt: Event) -> None:
     """Train to the end of the epoch, or to a Ctrl-C."""
     session.classifier.train()
     size = session.batch_size
     order = session.order(state.epoch)
     start = time.perf_counter() - state.seconds
-    while state.step < session.steps_per_epoch and not interrupt.requested:
+    while state.step < session.steps_per_epoch and not interrupt.is_set():
         _train_step(session, state, order[state.step * size : (state.step + 1) * size])
         state.step += 1
         if bar.due():
@@ -224,7 +225,7 @@ def _train_step(session: Session, state: TrainState, chosen: Tensor) -> None:
     state.correct[state.step] = count_correct(logits.detach(), labels)
 
 
-def _validate(session: Session, interrupt: Interrupt) -> tuple[float, float] | None:
+def _validate(session: Session, interrupt: Event) -> tuple[float, float] | None:
     if session.val is None:
         return None
     return evaluate(
@@ -235,7 +236,7 @@ def _validate(session: Session, interrupt: Interrupt) -> tuple[float, float] | N
         batch_size=max(session.config.batch_size, 128),
         loss=session.loss,
         precision=session.precision,
-        stop=lambda: interrupt.requested,
+        stop=interrupt.is_set,
     )
 
 
