@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -19,15 +18,16 @@ class OverTime(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        y = super().forward(x.flatten(0, 1))  # type: ignore[no-untyped-call]
+        return _split_time(y, x)
 
 
 class tdBN(nn.BatchNorm2d):
     """Threshold-dependent batch normalisation (Zheng et al., AAAI 2021): statistics over time and batch together.
 
-    Takes `[T, N, C, H, W]`, or `[T * N, C, H, W]` inside `OverTime`. The affine weight starts at `alpha * v_th`, so that
-    currents start with a standard deviation in proportion to the threshold. In inference it folds into the convolution
-    before it (Eq. 6).
+    Takes `[T, N, C, H, W]`, or `[T * N, C, H, W]` inside `OverTime`. The affine weight starts at `alpha * v_th`, so
+    that currents start with a standard deviation in proportion to the threshold. In inference it folds into the
+    convolution before it (Eq. 6).
     """
 
     def __init__(self, num_features: int, *, v_th: float = 1.0, alpha: float = 1.0, **options: Any) -> None:
@@ -37,7 +37,7 @@ class tdBN(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 5:
-            return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            return _split_time(super().forward(x.flatten(0, 1)), x)
         return super().forward(x)
 
 
@@ -54,13 +54,21 @@ class DirectEncoding(nn.Sequential):
             ValueError: images without T, frames with another T than theirs, or neither images nor frames.
         """
         if x.dim() == 5:
-            if T is not None and T != x.shape[0]:
+            if T is not None and x.shape[0] != T:
                 raise ValueError(f"frames [T, N, C, H, W] hold T={x.shape[0]} steps, but T={T} was asked for")
-            return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            frames = super().forward(x.flatten(0, 1))  # type: ignore[no-untyped-call]
+            return _split_time(frames, x)
         if x.dim() != 4:
             raise ValueError(f"input must be images [N, C, H, W] or frames [T, N, C, H, W], got shape {list(x.shape)}")
         if T is None:
             raise ValueError("images [N, C, H, W] need a number of time steps: net(images, T=4)")
-        torch._check(T >= 1, lambda: f"T must be at least 1, got {T}")
-        current: Tensor = super().forward(x)
+        if isinstance(T, int) and T < 1:  # the exporter may leave T open: then it is no int
+            raise ValueError(f"T must be at least 1, got {T}")
+        current: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return current.unsqueeze(0).expand(T, *current.shape)
+
+
+def _split_time(y: Tensor, x: Tensor) -> Tensor:
+    """`[T * N, ...]` as `[T, N, ...]`, T and N being those of `x`."""
+    split: Tensor = y.unflatten(0, x.shape[:2])
+    return split

@@ -158,8 +158,8 @@ def lif(
 ) -> tuple[Tensor, Tensor]:
     """Run LIF neurons over a whole sequence (Eqs. 1-3); the gradient uses the triangle surrogate (Eq. 5).
 
-    Nothing is detached: the gradient flows through the reset and through time. For backward one tensor is kept, `current`
-    itself; in inference nothing is. With half-precision currents (autocast) the membrane is kept in float32.
+    Nothing is detached: the gradient flows through the reset and through time. For backward one tensor is kept,
+    `current` itself; in inference nothing is. With half-precision currents (autocast) the membrane is kept in float32.
 
     Args:
         current: pre-synaptic input I, `[T, ...]`, any floating dtype; time is axis 0, everything else are neurons.
@@ -207,7 +207,7 @@ class LIF(nn.Module):
         return self.with_state(current)[0]
 
     def with_state(self, current: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Start from `u` and return the last membrane too: (spikes `[T, ...]`, u `[...]`), for long sequences in pieces."""
+        """Spikes `[T, ...]` and the last membrane `[...]`, starting from `u`: for long sequences in pieces."""
         return lif(current, u, tau=self.tau, v_th=self.v_th, gamma=self.gamma)
 
     def extra_repr(self) -> str:

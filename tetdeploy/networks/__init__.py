@@ -97,7 +97,8 @@ class Classifier(nn.Module):
     """A network together with what its data need: input normalisation, class names, image shape.
 
     `classifier(x, T)` normalises uint8 images, (x / 255 - mean) / std per channel; floating-point input is taken as
-    normalised already. Everything else is the network's: `[N, C, H, W]` with T or `[T, N, C, H, W]` in, `[T, N, K]` out.
+    normalised already. Everything else is the network's: `[N, C, H, W]` with T or `[T, N, C, H, W]` in, `[T, N, K]`
+    out.
     """
 
     mean: Tensor

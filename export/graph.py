@@ -1,0 +1,174 @@
+"""Tracing: a network becomes an ONNX graph in which every neuron layer is still one node, `tetdeploy::LIF`.
+
+What T is decides how the trace is taken: a number for the unrolled layout, one for the step layout, a dimension of the
+input for the dynamic layout. What a LIF node becomes is `lowering`'s business.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import values
+from torch import Tensor, nn
+
+from tetdeploy.folding import count_batchnorm, fold_batchnorm
+from tetdeploy.networks import Classifier
+
+Encoding = Literal["direct", "frames"]
+OPSET, IR_VERSION, LIF_DOMAIN = 20, 10, "tetdeploy"
+
+
+class _Boundary(nn.Module):
+    """The network as the outside sees it: batch first, input normalised inside, mean and per-step logits out."""
+
+    def __init__(self, classifier: Classifier, *, T: int | None, encoding: Encoding) -> None:
+        super().__init__()
+        self.classifier, self.T, self.encoding = classifier, T, encoding
+
+    def forward(self, x: Tensor, steps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.encoding == "frames":
+            frames = x.unsqueeze(0) if self.T == 1 else x.transpose(0, 1)
+            logits = self.classifier(frames)
+        else:
+            logits = self.classifier(x, self.T if steps is None else steps.shape[1])
+        per_step = logits.transpose(0, 1)
+        return per_step.mean(1), per_step
+
+
+def trace(
+    classifier: Classifier, *, T: int | None, encoding: Encoding, uint8: bool, fold_bn: bool
+) -> tuple[ir.Model, int]:
+    """Trace a classifier in inference into an ONNX graph with LIF nodes and a dynamic batch.
+
+    Args:
+        T: number of steps; None makes it a dimension of the input (`steps [N, T]`, or the frames' own).
+        encoding: `direct` for images `[N, C, H, W]`, `frames` for `[N, T, C, H, W]` (`[N, C, H, W]` where T is 1).
+        uint8: the graph takes uint8 pixels and normalises them; otherwise float32 that is normalised already.
+        fold_bn: fold BN first (Eq. 6).
+
+    Returns:
+        The graph, and how many BN were folded.
+
+    Raises:
+        ValueError: the network cannot be traced, or not with T left open; FoldingError from folding.
+    """
+    boundary = _Boundary(classifier, T=T, encoding=encoding).eval()
+    inputs, shapes = _example(classifier, T, encoding, uint8)
+    with torch.no_grad(), _quiet():
+        try:
+            program = torch.export.export(boundary, inputs, dynamic_shapes=shapes)
+        except Exception as error:  # torch.export raises many kinds for what a network's code may do
+            raise ValueError(_why_untraceable(error, T)) from error
+        num_folded = count_batchnorm(program.graph) if fold_bn else 0
+        if fold_bn:
+            program = torch.export.export(fold_batchnorm(program), inputs, dynamic_shapes=shapes)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=fold_bn,  # the optimiser would fold BN as well
+            custom_translation_table={torch.ops.tetdeploy.lif.default: _translate_lif},
+            verbose=False,
+        )
+    assert exported is not None
+    model: ir.Model = exported.model
+    model.ir_version = IR_VERSION
+    _name_boundary(model, T, encoding)
+    return model, num_folded
+
+
+def module_name(node: ir.Node) -> str:
+    """The network's own name of the module that a node stems from: `blocks.0.lif1`."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    path = str(scopes[-2]) if len(scopes) > 1 else ""
+    return path.removeprefix("classifier").removeprefix(".").removeprefix("network").removeprefix(".")
+
+
+def _example(
+    classifier: Classifier, T: int | None, encoding: Encoding, uint8: bool
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Example inputs (a batch of 2) and which of their dimensions are dynamic."""
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("T")
+    dtype = torch.uint8 if uint8 else torch.float32
+    device = classifier.mean.device
+    steps = T or 3
+    if encoding == "frames" and T != 1:
+        x = torch.zeros((2, steps, *classifier.image_shape), dtype=dtype, device=device)
+        return (x,), ({0: batch, 1: time} if T is None else {0: batch},)
+    x = torch.zeros((2, *classifier.image_shape), dtype=dtype, device=device)
+    if T is not None:
+        return (x,), ({0: batch},)
+    return (x, torch.zeros((2, steps), dtype=torch.uint8, device=device)), ({0: batch}, {0: batch, 1: time})
+
+
+def _why_untraceable(error: Exception, T: int | None) -> str:
+    detail = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if T is None:
+        return (
+            "the network cannot be traced with the number of steps left open, which the dynamic layout needs; "
+            f"use --layout unrolled. The reason: {detail}"
+        )
+    return f"torch.export cannot trace the network: {detail}"
+
+
+def _name_boundary(model: ir.Model, T: int | None, encoding: Encoding) -> None:
+    """Inputs `x` and `steps`, outputs `logits [batch, K]` and `per_step [batch, T, K]`."""
+    graph = model.graph
+    for value, name in zip(graph.inputs, ("x", "steps"), strict=False):
+        value.name = name
+    for value, name in zip(graph.outputs, ("logits", "per_step"), strict=True):
+        value.name = name
+    x = graph.inputs[0]
+    names = {x.shape[0]: "batch"}  # type: ignore[index]
+    if T is None:
+        names[(x if encoding == "frames" else graph.inputs[1]).shape[1]] = "T"  # type: ignore[index]
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([names.get(dim, dim) for dim in value.shape])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter warns of its own internals; nothing a user can act on."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _lif_schema() -> onnx.defs.OpSchema:
+    schema = onnx.defs.OpSchema
+    return schema(
+        "LIF",
+        LIF_DOMAIN,
+        1,
+        doc="LIF neurons over a whole sequence (Eqs. 1-3); an intermediate form, no file holds it.",
+        inputs=[
+            schema.FormalParameter("current", "F"),
+            schema.FormalParameter("u", "F", param_option=schema.FormalParameterOption.Optional),
+        ],
+        outputs=[schema.FormalParameter("spikes", "F"), schema.FormalParameter("u_last", "F")],
+        type_constraints=[("F", ["tensor(float)"], "float32")],
+        attributes=[schema.Attribute(name, schema.AttrType.FLOAT, required=True) for name in ("tau", "v_th")],
+    )
+
+
+onnx.defs.register_schema(_lif_schema())
+_lif_opset = values.Opset(LIF_DOMAIN, 1)
+
+
+def _translate_lif(current: Any, u: Any, tau: float, v_th: float, gamma: float) -> Any:
+    return _lif_opset.LIF(current, u, tau=tau, v_th=v_th)

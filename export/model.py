@@ -1,0 +1,320 @@
+"""`export_model`: trace, fold, lower, describe, check, write."""
+
+from __future__ import annotations
+
+import base64
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata as distributions
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from tetdeploy import __version__
+from tetdeploy.engine import METADATA_KEY, Engine
+from tetdeploy.files import atomic_write
+from tetdeploy.networks import Classifier
+
+from .counters import Layers, counting_overlay
+from .graph import Encoding, trace
+from .lowering import Encoder, Neurons, lower, split_encoder
+from .parity import Parity, check_steps, compare, run_torch
+
+Layout = Literal["unrolled", "dynamic", "step"]
+LAYOUTS: tuple[Layout, ...] = ("unrolled", "dynamic", "step")
+NUM_REFERENCE = 256
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What graph to write.
+
+    Attributes:
+        layout: `unrolled` (T fixed), `dynamic` (any T in one call) or `step` (one step; membranes go in and out).
+        T: steps of an unrolled graph; ignored by the other layouts.
+        trained_T: the T of the training, for the default number of steps of the other layouts.
+        with_state: an unrolled graph also takes and returns every membrane, for long streams in chunks of T.
+        encoding: `direct` for images shown at every step, `frames` for an input that changes.
+        normalize: input normalisation is part of the graph, which then takes uint8.
+        fold_bn: fold BN (Eq. 6).
+    """
+
+    layout: Layout = "unrolled"
+    T: int = 4
+    trained_T: int = 4
+    with_state: bool = False
+    encoding: Encoding = "direct"
+    normalize: bool = True
+    fold_bn: bool = True
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"unknown layout {self.layout!r}; choose one of {', '.join(LAYOUTS)}")
+        if self.encoding not in ("direct", "frames"):
+            raise ValueError(f"unknown encoding {self.encoding!r}; choose direct or frames")
+        for name in ("T", "trained_T"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.with_state and self.layout != "unrolled":
+            raise ValueError(
+                f"with_state goes with the unrolled layout; a {self.layout} graph "
+                + ("always has its state outside" if self.layout == "step" else "runs any T in one call")
+            )
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the trace: None where they are a dimension of the input."""
+        return {"unrolled": self.T, "dynamic": None, "step": 1}[self.layout]
+
+    @property
+    def file_name(self) -> str:
+        """`model-T6.onnx`, `model-T6-state.onnx`, `model-dynamic.onnx`, `model-step.onnx`."""
+        name = f"model-T{self.T}" if self.layout == "unrolled" else f"model-{self.layout}"
+        return f"{name}{'-state' if self.with_state else ''}.onnx"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote. `parity` is None without a check; `from_state` compares from random membranes."""
+
+    path: Path
+    num_folded: int
+    num_neurons: int
+    size_bytes: int
+    parity: Parity | None
+    from_state: Parity | None
+    uncounted: tuple[str, ...]
+
+
+def export_model(
+    classifier: Classifier,
+    path: Path | str,
+    config: ExportConfig,
+    images: NDArray[Any],
+    *,
+    labels: NDArray[np.int64] | None = None,
+    source: Mapping[str, Any] | None = None,
+    num_check: int = 1000,
+    tick: Callable[[str, int, int], None] | None = None,
+) -> Exported:
+    """Write a classifier as ONNX, with 256 reference images beside it, after checking it against PyTorch.
+
+    Args:
+        classifier: put into inference mode here. Only its neurons may carry anything from one step to the next.
+        path: the `.onnx` file; the reference goes to `<path without .onnx>.reference.npz`.
+        images: real input, uint8 `[N, C, H, W]` or frames `[N, T, C, H, W]`; float32 that is normalised already where
+            `config.normalize` is off and the data have no pixels. The first `num_check` are compared, 256 are kept.
+        labels: of the images, kept with the reference.
+        source: what the model was made from, kept in the metadata.
+        num_check: images compared with PyTorch; 0 leaves the check out.
+        tick: called with (what, done, all) during the check.
+
+    Raises:
+        ValueError: the network cannot be exported so, and why (FoldingError, ParityError among them). Nothing is
+            written then, and earlier files stay as they were.
+        OSError: the folder cannot be written.
+    """
+    path = Path(path)
+    classifier.eval()
+    x = _as_input(classifier, images[: max(num_check, NUM_REFERENCE)], config)
+    check_steps(classifier, torch.from_numpy(x[:4]).to(classifier.mean.device), config.encoding)
+    graph = build_graph(classifier, config, source)
+    with atomic_write(path) as temporary, atomic_write(reference_path(path)) as kept:
+        temporary.write_bytes(ir.to_proto(graph.model).SerializeToString())
+        onnx.checker.check_model(str(temporary), full_check=True)
+        parity, from_state = _check(classifier, temporary, config, x[:num_check], tick) if num_check else (None, None)
+        _write_reference(kept, classifier, x[:NUM_REFERENCE], labels, config, graph.neurons)
+        size = temporary.stat().st_size
+    return Exported(path, graph.num_folded, len(graph.neurons), size, parity, from_state, tuple(graph.uncounted))
+
+
+def reference_path(model: Path) -> Path:
+    """Where the reference images of an exported model lie."""
+    return model.with_suffix(".reference.npz")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A lowered graph with its metadata; `uncounted` names layers whose operations cannot be counted."""
+
+    model: ir.Model
+    neurons: list[Neurons]
+    uncounted: list[str]
+    num_folded: int
+
+
+def build_graph(classifier: Classifier, config: ExportConfig, source: Mapping[str, Any] | None = None) -> Graph:
+    """Trace, fold, lower and describe, without writing anything."""
+    model, num_folded = trace(
+        classifier, T=config.steps, encoding=config.encoding, uint8=config.normalize, fold_bn=config.fold_bn
+    )
+    with_state = config.with_state or config.layout == "step"
+    neurons = lower(model, T=config.steps, with_state=with_state)
+    if not neurons:
+        raise ValueError("the network has no LIF or IF neurons of tetdeploy, so there is nothing that spikes to export")
+    encoders = split_encoder(model) if config.layout == "step" and config.encoding == "direct" else []
+    layers = Layers(model.graph, neurons, config.encoding)
+    _strip(model)
+    description = _describe(classifier, config, neurons, encoders, layers, source)
+    model.metadata_props[METADATA_KEY] = json.dumps(description)
+    model.producer_name, model.producer_version, model.doc_string = "tetdeploy", __version__, None
+    return Graph(model, neurons, layers.uncounted, num_folded)
+
+
+def _describe(
+    classifier: Classifier,
+    config: ExportConfig,
+    neurons: list[Neurons],
+    encoders: list[Encoder],
+    layers: Layers,
+    source: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """All that serving needs, for the ONNX metadata."""
+    with_state = config.with_state or config.layout == "step"
+    normalization = None
+    if config.normalize:
+        mean, std = classifier.mean.flatten().tolist(), classifier.std.flatten().tolist()
+        normalization = {"scale": 255.0, "mean": mean, "std": std}
+    return {
+        "format": 1,
+        "layout": config.layout,
+        "T": config.steps,
+        "trained_T": config.trained_T,
+        "encoding": config.encoding,
+        "input": {"shape": classifier.image_shape, "dtype": "uint8" if config.normalize else "float32"},
+        "normalization": normalization,
+        "class_names": classifier.class_names,
+        "fires": "u > v_th",
+        "reset": "hard, to 0",
+        "neurons": [{"name": n.name, "tau": n.tau, "v_th": n.v_th, "shape": n.shape} for n in neurons],
+        "states": [
+            {"input": f"u.{n.name}", "output": f"u_next.{n.name}", "shape": n.shape} for n in neurons if with_state
+        ],
+        "encoded": [
+            {"input": f"encoded.{e.name}", "output": f"encoded_next.{e.name}", "shape": e.shape} for e in encoders
+        ],
+        "layers": [layer.to_dict() for layer in layers.layers],
+        "uncounted": layers.uncounted,
+        "counting_overlay": base64.b64encode(counting_overlay(layers, neurons)).decode(),
+        "fold_bn": config.fold_bn,
+        "source": dict(source or {}),
+        "versions": versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that write an export."""
+    packages = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+    return {"tetdeploy": __version__, "python": platform.python_version()} | {
+        name: distributions.version(name) for name in packages
+    }
+
+
+def _check(
+    classifier: Classifier,
+    file: Path,
+    config: ExportConfig,
+    x: NDArray[Any],
+    tick: Callable[[str, int, int], None] | None,
+) -> tuple[Parity, Parity | None]:
+    """The parity gate: at the graph's own T, or two steps beyond the training's; from a state too, where it has one."""
+    engine = Engine(file)
+    T = config.T if config.layout == "unrolled" else config.trained_T + 2
+    if config.encoding == "frames":
+        T = min(T, x.shape[1])
+    what = f"the {config.layout} graph"
+    parity = compare(classifier, engine, x, T, tick=_ticker(tick, "checking against PyTorch", len(x)))
+    parity.check(what)
+    if config.layout == "dynamic":
+        for other in {1, config.trained_T} - {T}:
+            compare(classifier, engine, x[:64], other).check(f"{what} at T={other}")
+    if not engine.with_state:
+        return parity, None
+    steps, some = engine.T or 1, x[:200]
+    from_state = compare(
+        classifier, engine, some, steps, from_random_state=True, tick=_ticker(tick, "from a state", len(some))
+    )
+    # One step from random membranes may leave two classes near a tie, so that here spikes decide, not classes.
+    replace(from_state, top1_agreement=1.0).check(f"{what} from a non-zero state")
+    return parity, from_state
+
+
+def _ticker(tick: Callable[[str, int, int], None] | None, what: str, total: int) -> Callable[[int], None] | None:
+    if tick is None:
+        return None
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        tick(what, done, total)
+
+    return advance
+
+
+def _write_reference(
+    file: Path,
+    classifier: Classifier,
+    x: NDArray[Any],
+    labels: NDArray[np.int64] | None,
+    config: ExportConfig,
+    neurons: list[Neurons],
+) -> None:
+    """What PyTorch computes for the reference images, so that another machine can prove it computes the same."""
+    T = config.T if config.layout == "unrolled" else config.trained_T
+    per_step, counts = [], []
+    for start in range(0, len(x), 32):
+        logits, spikes = run_torch(classifier, x[start : start + 32], T, config.encoding)
+        per_step.append(logits)
+        counts.append(np.stack([s.reshape(T, s.shape[1], -1).sum(-1).T for s in spikes], axis=-1).astype(np.int64))
+    arrays: dict[str, Any] = {
+        "x": x,
+        "per_step": np.concatenate(per_step),
+        "spike_counts": np.concatenate(counts),
+        "neurons": np.array([layer.name for layer in neurons]),
+    }
+    if labels is not None:
+        arrays["labels"] = labels[: len(x)]
+    with file.open("wb") as handle:
+        np.savez_compressed(handle, **arrays)
+
+
+def _as_input(classifier: Classifier, images: NDArray[Any], config: ExportConfig) -> NDArray[Any]:
+    """The images as the graph takes them."""
+    wanted = (*((2,) if config.encoding == "frames" else (1,)), *classifier.image_shape)
+    if len(images) == 0 or images.ndim != len(wanted) + (config.encoding == "frames"):
+        raise ValueError(
+            f"images must be [N, {'T, ' * (config.encoding == 'frames')}C, H, W], got {list(images.shape)}"
+        )
+    if images.shape[-3:] != classifier.image_shape:
+        raise ValueError(f"the network takes images {classifier.image_shape}, got {images.shape[-3:]}")
+    if config.normalize and images.dtype != np.uint8:
+        raise ValueError(f"with normalisation in the graph the images must be uint8, got {images.dtype}")
+    if not config.normalize and images.dtype == np.uint8:
+        with torch.no_grad():
+            return classifier.normalize(torch.from_numpy(images).to(classifier.mean.device)).cpu().numpy()
+    return np.ascontiguousarray(images)
+
+
+def _strip(model: ir.Model) -> None:
+    """torch's exporter leaves stack traces with paths of this machine in every node."""
+    model.metadata_props.clear()
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.metadata_props.clear()

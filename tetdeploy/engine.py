@@ -1,0 +1,359 @@
+"""An exported model under ONNX Runtime: run it at any T, or stream frames through it. Needs numpy and onnxruntime only.
+
+An engine keeps nothing between calls, so that threads may share one; LIF state lives in a `Stream`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tetdeploy.extras import import_extra
+
+Array = NDArray[Any]
+METADATA_KEY = "tetdeploy"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives.
+
+    Attributes:
+        logits: mean of the per-step logits over the T steps, `[N, K]`; its largest entry is the predicted class.
+        per_step: `[N, T, K]`. The result for any t < T is `per_step[:, :t].mean(1)`: LIF neurons are causal.
+    """
+
+    logits: Array
+    per_step: Array
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one `push` gives: `logits [N, K]`, the mean since the last reset; `step_logits [N, K]`; steps `t` so far."""
+
+    logits: Array
+    step_logits: Array
+    t: int
+
+
+class Engine:
+    """A model that `tetdeploy export` wrote.
+
+    Args:
+        model: path of the `.onnx` file.
+        device: `cpu`, `cuda` or `tensorrt`. Another device than the one asked for is never used instead.
+        threads: threads of one operation; None leaves it to ONNX Runtime (all cores).
+
+    Attributes:
+        metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
+        path, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph, else None), encoding (`direct` or
+        `frames`), input_shape `(C, H, W)`, input_dtype, class_names.
+
+    Raises:
+        ValueError: the file is no ONNX model, or none of ours; the device is unknown or its provider not available.
+        OSError: the file cannot be read.
+        MissingExtraError: onnxruntime is not installed.
+    """
+
+    def __init__(self, model: str | Path, *, device: str = "cpu", threads: int | None = None) -> None:
+        self.path = Path(model)
+        self._providers = _providers(device)
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        self._threads = threads
+        self._bytes = _read(self.path)
+        self._session = self._make_session(b"")
+        self.metadata = _metadata(self._session, self.path)
+        self.layout: str = self.metadata["layout"]
+        self.encoding: str = self.metadata["encoding"]
+        self.T: int | None = self.metadata["T"]
+        self.with_state: bool = bool(self.metadata["states"])
+        self.input_shape: tuple[int, ...] = tuple(self.metadata["input"]["shape"])
+        self.input_dtype = np.dtype(self.metadata["input"]["dtype"])
+        self.class_names: tuple[str, ...] = tuple(self.metadata["class_names"])
+
+    def run(self, x: Array, T: int | None = None) -> Result:
+        """Run images or frames from u = 0.
+
+        Args:
+            x: images `[N, C, H, W]` (direct encoding) or frames `[N, T, C, H, W]`, in the model's input dtype.
+            T: number of steps. By default all steps of the frames, or the T of the export.
+
+        Raises:
+            ValueError: x has another shape or dtype than the model's, or holds NaN; T is below 1, or beyond what an
+                unrolled graph or the frames hold.
+        """
+        x = self.check_input(x)
+        T = self.check_T(T, x)
+        return self._collect(self._session, x, T, [])[0]
+
+    def run_with(self, overlay: bytes, x: Array, T: int | None = None) -> tuple[Result, dict[str, Array]]:
+        """`run` on the graph that `overlay` makes of this one; also gives its outputs, `[T, N, ...]` by name."""
+        x = self.check_input(x)
+        T = self.check_T(T, x)
+        session, names = self.overlaid(overlay)
+        return self._collect(session, x, T, names)
+
+    def count(self, x: Array, T: int | None = None) -> tuple[Result, dict[str, Array]]:
+        """`run` on the counting graph. Also gives, by name: `active.<layer>`, nonzero inputs summed over channels,
+        `[T, N, *spatial]`; `fired.<neurons>`, spikes per step and image, `[T, N]`."""
+        return self.run_with(self.counting_overlay, x, T)
+
+    @cached_property
+    def counting_overlay(self) -> bytes:
+        return base64.b64decode(self.metadata["counting_overlay"])
+
+    def stream(self, batch: int = 1) -> Stream:
+        """A session that keeps the LIF state of `batch` streams from one `push` to the next.
+
+        Raises:
+            ValueError: the graph gives no state out: only the step layout and `--with-state` do.
+        """
+        return Stream(self, batch)
+
+    def check_T(self, T: int | None, x: Array) -> int:
+        """The number of steps to run.
+
+        Raises:
+            ValueError: see `run`.
+        """
+        limit = x.shape[1] if self.encoding == "frames" else self.T if not self.with_state else None
+        if T is None:
+            T = limit or self.T or int(self.metadata["trained_T"])
+        if T < 1:
+            raise ValueError(f"T must be at least 1, got {T}")
+        if self.encoding == "frames" and x.shape[1] < T:
+            raise ValueError(f"T={T} steps need as many frames, got {x.shape[1]}")
+        if self.T is not None and not self.with_state and self.T < T:
+            raise ValueError(
+                f"{self.path.name} is unrolled to T={self.T} and cannot run T={T}; "
+                f"export again with --T {T}, or with --layout dynamic for any T"
+            )
+        return T
+
+    def check_input(self, x: Array) -> Array:
+        """`x` as the graph takes it.
+
+        Raises:
+            ValueError: see `run`.
+        """
+        x = np.asarray(x)
+        time = ("T",) if self.encoding == "frames" else ()
+        wanted = f"[{', '.join(map(str, ('N', *time, *self.input_shape)))}]"
+        if x.ndim != 1 + len(time) + len(self.input_shape) or x.shape[-len(self.input_shape) :] != self.input_shape:
+            raise ValueError(f"{self.path.name} takes input of shape {wanted}, got {list(x.shape)}")
+        if 0 in x.shape:
+            raise ValueError(
+                f"the input is empty: {list(x.shape)}; {self.path.name} takes {wanted} with N of at least 1"
+            )
+        if x.dtype != self.input_dtype:
+            raise ValueError(_wrong_dtype(self.path.name, x.dtype, self.input_dtype))
+        if x.dtype.kind == "f" and not np.isfinite(x).all():
+            raise ValueError("the input holds NaN or infinite values; the answer would be meaningless")
+        return np.ascontiguousarray(x)
+
+    def _collect(self, session: Any, x: Array, T: int, names: list[str]) -> tuple[Result, dict[str, Array]]:
+        """Run T steps in as many calls as the layout needs; outputs `names` come back as `[T, N, ...]`."""
+        if self.with_state:
+            stream = Stream(self, len(x), session)
+            calls = [stream.call(part, names) for part in _chunks(x, T, self.T or 1, self.encoding)]
+        else:
+            feed = {"x": x[:, :T] if self.encoding == "frames" else x}
+            if self.layout == "dynamic" and self.encoding == "direct":
+                feed["steps"] = np.zeros((len(x), T), np.uint8)
+            if self.layout == "unrolled" and self.encoding == "frames":
+                feed["x"] = _pad_time(x[:, :T], self.T or T)
+            calls = [dict(zip(["per_step", *names], session.run(["per_step", *names], feed), strict=True))]
+        per_step = np.concatenate([call["per_step"] for call in calls], axis=1)[:, :T]
+        extra = {name: np.concatenate([_time_first(c[name], c["per_step"]) for c in calls])[:T] for name in names}
+        return Result(per_step.mean(1), per_step), extra
+
+    def _make_session(self, overlay: bytes) -> Any:
+        ort = import_extra("onnxruntime", "cpu")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        try:
+            session = ort.InferenceSession(self._bytes + overlay, options, providers=self._providers)
+        except Exception as error:  # ONNX Runtime's own exception classes are private
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{self.path} cannot be loaded: not an ONNX model, or a damaged one ({reason})") from error
+        if session.get_providers()[0] != self._providers[0]:
+            raise ValueError(
+                f"ONNX Runtime could not start {self._providers[0]} and would have used {session.get_providers()[0]}; "
+                "check the driver and the CUDA libraries, or choose device='cpu'"
+            )
+        return session
+
+    def overlaid(self, overlay: bytes) -> tuple[Any, list[str]]:
+        """The session of this model with an overlay, made once, and the outputs that it adds."""
+        cache: dict[bytes, tuple[Any, list[str]]] = self.__dict__.setdefault("_overlays", {})
+        if overlay not in cache:
+            own = {output.name for output in self._session.get_outputs()}
+            session = self._make_session(overlay)
+            cache[overlay] = session, [o.name for o in session.get_outputs() if o.name not in own]
+        return cache[overlay]
+
+
+class Stream:
+    """Frames in, answers out, with the LIF state kept in between. Made by `Engine.stream`.
+
+    Attributes:
+        t: steps since the last reset.
+        state: every membrane by its input's name, `u.<neurons> [N, ...]`; may be saved and put back.
+    """
+
+    def __init__(self, engine: Engine, batch: int, session: Any = None) -> None:
+        if not engine.with_state:
+            raise ValueError(
+                f"{engine.path.name} gives no LIF state out, so it cannot stream; export with --layout step "
+                "(a frame at a time) or --with-state (chunks of T frames)"
+            )
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        self.engine, self.batch = engine, batch
+        self._session = session or engine._session
+        self._states = [(s["input"], s["output"], tuple(s["shape"])) for s in engine.metadata["states"]]
+        self._encoded = [(s["input"], s["output"], tuple(s["shape"])) for s in engine.metadata["encoded"]]
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew: u = 0, t = 0."""
+        self.t = 0
+        self.state = self._zeros(self._states)
+        self._image: Array | None = None
+        self._kept = self._zeros(self._encoded)
+        self._sum = np.zeros((self.batch, len(self.engine.class_names)), np.float32)
+
+    def push(self, x: Array | None = None) -> StepResult:
+        """Run the next step, or the next T steps of an unrolled graph.
+
+        Args:
+            x: a frame, or the image of a directly encoded model, `[N, C, H, W]`; a chunk `[N, T, C, H, W]` for an
+                unrolled graph that takes frames. None shows the last image again, which costs no encoding.
+
+        Raises:
+            ValueError: another shape, dtype or batch than the stream's; None before any image, or with frames.
+        """
+        if x is None and (self._image is None or self.engine.encoding == "frames"):
+            raise ValueError("push() repeats the last image of a directly encoded stream; there is none: push(image)")
+        if x is not None:
+            chunk = self.engine.layout != "step"
+            frames = self.engine.encoding == "frames"
+            x = self.engine.check_input(x if chunk or not frames else np.asarray(x)[:, None])
+            if frames and x.shape[1] != (self.engine.T or 1):
+                raise ValueError(f"push a chunk of exactly T={self.engine.T} frames, got {x.shape[1]}")
+            x = x.copy()  # push() may show it again, after the caller has filled the buffer anew
+        outputs = self.call(x, [])
+        per_step = outputs["per_step"]
+        self._sum = self._sum + per_step.sum(1)
+        self.t += per_step.shape[1]
+        return StepResult((self._sum / self.t).astype(np.float32), per_step[:, -1], self.t)
+
+    def call(self, x: Array | None, names: Sequence[str]) -> dict[str, Array]:
+        """One call of the graph on checked input: its `per_step` and the outputs `names`. State moves on."""
+        if x is not None and len(x) != self.batch:
+            raise ValueError(f"this stream has a batch of {self.batch}, got {len(x)}")
+        shown = x if x is not None else self._image
+        assert shown is not None
+        feed: dict[str, Array] = {"x": shown[:, 0] if self._one_frame() else shown, **self.state}
+        if self._encoded:
+            feed |= {"encode": np.array([x is not None]), **self._kept}
+        wanted = ["per_step", *names, *(s[1] for s in self._states), *(e[1] for e in self._encoded)]
+        outputs = dict(zip(wanted, self._session.run(wanted, feed), strict=True))
+        self.state = {name: outputs[output] for name, output, _ in self._states}
+        self._kept = {name: outputs[output] for name, output, _ in self._encoded}
+        self._image = shown
+        return outputs
+
+    def _one_frame(self) -> bool:
+        return self.engine.layout == "step" and self.engine.encoding == "frames"
+
+    def _zeros(self, states: list[tuple[str, str, tuple[int, ...]]]) -> dict[str, Array]:
+        return {name: np.zeros((self.batch, *shape), np.float32) for name, _, shape in states}
+
+
+def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not an .onnx file")
+    if not path.exists():
+        raise FileNotFoundError(f"no model at {path}; write one with: tetdeploy export")
+    return path.read_bytes()
+
+
+def _metadata(session: Any, path: Path) -> dict[str, Any]:
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if text is None:
+        raise ValueError(f"{path} is an ONNX model, but not one that tetdeploy exported: its metadata are missing")
+    value: dict[str, Any] = json.loads(text)
+    if value.get("format") != 1:
+        raise ValueError(f"{path} has metadata of format {value.get('format')}; this tetdeploy reads format 1")
+    return value
+
+
+def _providers(device: str) -> list[str]:
+    if device not in PROVIDERS:
+        raise ValueError(f"unknown device {device!r}; choose one of {', '.join(PROVIDERS)}")
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    if len(both) == 2:
+        raise ValueError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; keep one: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'tetdeploy[cpu]' or 'tetdeploy[gpu]'"
+        )
+    ort = import_extra("onnxruntime", "cpu" if device == "cpu" else "gpu")
+    if PROVIDERS[device] not in ort.get_available_providers():
+        raise ValueError(
+            f"device {device!r} needs ONNX Runtime's {PROVIDERS[device]}, which this installation lacks: "
+            "pip uninstall -y onnxruntime, then pip install 'tetdeploy[gpu]'"
+        )
+    return [PROVIDERS[device]]
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _wrong_dtype(name: str, got: np.dtype[Any], wanted: np.dtype[Any]) -> str:
+    if wanted == np.uint8:
+        return (
+            f"{name} takes uint8 pixels 0..255 and normalises them itself, got {got}; "
+            "convert the images, or export with --no-normalize for float32 input"
+        )
+    return f"{name} takes {wanted} input that is normalised already, got {got}; convert it with .astype('{wanted}')"
+
+
+def _chunks(x: Array, T: int, size: int, encoding: str) -> list[Array | None]:
+    """The input of each call of a graph that runs `size` steps at a time; None is the same image again."""
+    starts = range(0, T, size)
+    if encoding == "direct":
+        return [x if start == 0 else None for start in starts]
+    return [_pad_time(x[:, start : min(start + size, T)], size) for start in starts]
+
+
+def _pad_time(frames: Array, T: int) -> Array:
+    """Frames `[N, t, ...]` filled up with zeros to T steps: later frames change no earlier answer."""
+    missing = T - frames.shape[1]
+    return np.pad(frames, [(0, 0), (0, missing), *[(0, 0)] * (frames.ndim - 2)]) if missing else frames
+
+
+def _time_first(value: Array, per_step: Array) -> Array:
+    """A counting output as `[T, N, ...]`; graphs may have merged its first two axes."""
+    N, T = per_step.shape[:2]
+    if value.shape[:2] == (T, N):
+        return value
+    return value.reshape(T, N, *value.shape[1:])

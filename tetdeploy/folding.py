@@ -1,0 +1,167 @@
+"""Folding batch normalisation into the layer before it (Eq. 6).
+
+In inference BN is an affine map per channel, so that with running mean mu, running standard deviation
+alpha = sqrt(var + eps) and affine parameters gamma, beta::
+
+    W' = W gamma / alpha        b' = beta + (b - mu) gamma / alpha        (6)
+
+Folding works on the traced graph, not on the modules: there it sees what really feeds what, whatever the modules are
+called and however often one is used. A convolution that feeds two different BNs becomes two convolutions.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+aten = torch.ops.aten
+
+_BATCH_NORM = aten.batch_norm.default
+_CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)
+_LAYERS = (*_CONVOLUTIONS, aten.linear.default)
+# Operations that may stand between a layer and its BN: they move no value from one channel to another.
+_VIEWS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.contiguous.default,
+    aten.clone.default,
+)
+
+
+class FoldingError(ValueError):
+    """A BN layer cannot be folded; the message names it and says why."""
+
+
+def fold_batchnorm(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """Fold every BN of an exported network into the convolution or linear layer before it (Eq. 6).
+
+    The arithmetic of folding is float64. Shared layers are copied where their BNs differ.
+
+    Args:
+        program: `torch.export.export(net.eval(), ...)`, any shapes, dynamic ones included.
+
+    Returns:
+        A module that maps the same input to the same output with no BN in it. `program` is left as it was.
+
+    Raises:
+        FoldingError: a BN is in training mode, or has no convolution or linear layer straight before it.
+    """
+    graph_module = copy.deepcopy(program.module())
+    assert isinstance(graph_module, fx.GraphModule)
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target is _BATCH_NORM:
+            _fold(graph_module, node)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+    return graph_module
+
+
+def count_batchnorm(graph: fx.Graph) -> int:
+    """How many BN operations a graph has."""
+    return sum(node.op == "call_function" and node.target is _BATCH_NORM for node in graph.nodes)
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the module that a traced node stems from, or the node's own name."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack and stack[-1][0] else node.name
+
+
+def _fold(graph_module: fx.GraphModule, bn: fx.Node) -> None:
+    name = module_path(bn)
+    if bn.args[5]:
+        raise FoldingError(
+            f"cannot fold BN {name!r}: it is in training mode, so its statistics change with every batch; "
+            "call net.eval() first (and track running statistics in training)"
+        )
+    layer = _layer_before(bn, name)
+    weight, bias = _folded(graph_module, layer, bn)
+    graph = graph_module.graph
+    with graph.inserting_before(layer):
+        owner = f"folded_{bn.name}"
+        graph_module.add_submodule(owner, nn.ParameterDict({"weight": weight, "bias": bias}))
+        parameters = [graph.get_attr(f"{owner}.{key}") for key in ("weight", "bias")]
+        folded = graph.create_node("call_function", layer.target, (layer.args[0], *parameters, *layer.args[3:]))
+    folded.meta = dict(layer.meta)
+    _replace_on_the_way(bn, layer, folded)
+
+
+def _layer_before(bn: fx.Node, name: str) -> fx.Node:
+    """The convolution or linear layer whose channels `bn` normalises."""
+    before: Any = bn.args[0]
+    channels, node = tuple(before.meta["val"].shape[1:]), before
+    while node.target in _VIEWS:
+        node = node.args[0]
+    if node.target not in _LAYERS:
+        kind = "the input" if node.op == "placeholder" else str(node.target)
+        raise FoldingError(
+            f"cannot fold BN {name!r}: what comes before it is {kind} ({module_path(node)}), not a convolution or "
+            "linear layer; move the BN behind one, or export without folding (--no-fold-bn)"
+        )
+    if tuple(node.meta["val"].shape[-len(channels) :]) != channels:
+        raise FoldingError(
+            f"cannot fold BN {name!r}: between it and {module_path(node)!r} the channels are rearranged from shape "
+            f"{list(node.meta['val'].shape)} to {list(before.meta['val'].shape)}"
+        )
+    layer: fx.Node = node
+    return layer
+
+
+def _folded(graph_module: fx.GraphModule, layer: fx.Node, bn: fx.Node) -> tuple[nn.Parameter, nn.Parameter]:
+    """Eq. 6 in float64: the new weight and bias."""
+    gamma, beta, mean, variance = (_value(graph_module, argument) for argument in bn.args[1:5])
+    eps: Any = bn.args[7]
+    weight = _value(graph_module, layer.args[1])
+    bias = _value(graph_module, layer.args[2]) if len(layer.args) > 2 else None
+    assert weight is not None and mean is not None and variance is not None
+    scale = torch.rsqrt(variance.double() + float(eps))
+    scale = scale if gamma is None else scale * gamma.double()
+    new_bias = -mean.double() if bias is None else bias.double() - mean.double()
+    new_bias = new_bias * scale if beta is None else new_bias * scale + beta.double()
+    new_weight = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    return nn.Parameter(new_weight.to(weight.dtype), False), nn.Parameter(new_bias.to(weight.dtype), False)
+
+
+def _value(graph_module: fx.GraphModule, argument: Any) -> Tensor | None:
+    """The parameter or buffer that a graph argument reads."""
+    if argument is None:
+        return None
+    if not (isinstance(argument, fx.Node) and argument.op == "get_attr"):
+        raise FoldingError(f"cannot fold: {argument} is computed in the network, not a parameter of it")
+    value: Any = graph_module
+    for part in str(argument.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def _replace_on_the_way(bn: fx.Node, layer: fx.Node, folded: fx.Node) -> None:
+    """Let what read `bn` read `folded` through copies of the views that lay between layer and BN."""
+    views: list[fx.Node] = []
+    node: Any = bn.args[0]
+    while node is not layer:
+        views.append(node)
+        node = node.args[0]
+    current = folded
+    for view in reversed(views):
+        with bn.graph.inserting_before(bn):
+            copied = bn.graph.node_copy(view, lambda n, _c=current, _v=view: _c if n is _v.args[0] else n)  # type: ignore[misc]
+        current = copied
+    bn.replace_all_uses_with(current)
+    bn.graph.erase_node(bn)
