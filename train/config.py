@@ -63,7 +63,7 @@ class TrainConfig:
     """
 
     T: int = 4
-    epochs: int = 40
+    epochs: int = 30
     batch_size: int = 64
     lr: float = 2e-3
     optimizer: str = "adamw"
