@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -72,7 +73,7 @@ class Layers:
             return None
         if ir.convenience.get_const_tensor(weight) is None or weight.shape is None:
             return None
-        flags = {"from_input": value not in self._after_neurons, "binary": value in self._binary}
+        flags: dict[str, Any] = {"from_input": value not in self._after_neurons, "binary": value in self._binary}
         shape = tuple(int(dim) for dim in weight.shape)  # type: ignore[arg-type]
         if node.op_type != "Conv":
             transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
@@ -82,7 +83,7 @@ class Layers:
 
 
 def _convolution(
-    node: ir.Node, name: str, input_shape: tuple[int, ...], weight_shape: tuple[int, ...], flags: dict[str, bool]
+    node: ir.Node, name: str, input_shape: tuple[int, ...], weight_shape: tuple[int, ...], flags: dict[str, Any]
 ) -> Layer | None:
     kernel = weight_shape[2:]
     if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):

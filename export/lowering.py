@@ -162,11 +162,11 @@ class _Builder:
     def __call__(self, op: str, *inputs: ir.Value | None, **attributes: object) -> ir.Value:
         return self.many(op, list(inputs), 1, **attributes)[0]
 
-    def constant(self, array: np.ndarray) -> ir.Value:
-        return self("Constant", value=ir.tensor(array))
-
     def ints(self, numbers: list[int]) -> ir.Value:
-        return self.constant(np.array(numbers, np.int64))
+        return self("Constant", value=ir.tensor(np.array(numbers, np.int64)))
+
+    def number(self, value: float) -> ir.Value:
+        return self("Constant", value=ir.tensor(np.array(value, np.float32)))
 
     def split(self, current: ir.Value | None, T: int) -> list[ir.Value]:
         """The T steps of `current [T, ...]`, each `[1, ...]`; a current that repeats one step is not copied."""
@@ -184,9 +184,9 @@ class _Builder:
         """Eqs. 1-3 for one step: spikes, and the membrane after the reset if the caller wants it."""
         h = current
         if u is not None:
-            leaked = u if layer.tau == 1.0 else self("Mul", u, self.constant(np.float32(layer.tau)))
+            leaked = u if layer.tau == 1.0 else self("Mul", u, self.number(layer.tau))
             h = self("Add", leaked, current)
-        fired = self("Cast", self("Greater", h, self.constant(np.float32(layer.v_th))), to=int(ir.DataType.FLOAT))
+        fired = self("Cast", self("Greater", h, self.number(layer.v_th)), to=int(ir.DataType.FLOAT))
         return fired, self("Sub", h, self("Mul", h, fired)) if reset else None
 
 

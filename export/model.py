@@ -6,7 +6,7 @@ import base64
 import json
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata as distributions
 from pathlib import Path
@@ -92,6 +92,9 @@ class Exported:
     parity: Parity | None
     from_state: Parity | None
     uncounted: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path)}
 
 
 def export_model(

@@ -40,7 +40,7 @@ class NeuronRecorder(TorchDispatchMode):
     """
 
     def __init__(self, state: Sequence[Tensor] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.given = state
         self.spikes: list[Tensor] = []
         self.state: list[Tensor] = []
@@ -202,7 +202,8 @@ def _run_engine(
 
 def _running_class(per_step: NDArray[Any]) -> NDArray[np.int64]:
     """The predicted class after each number of steps, `[N, T]`: argmax of the running mean."""
-    return np.cumsum(per_step, axis=1).argmax(-1)
+    classes: NDArray[np.int64] = np.cumsum(per_step, axis=1).argmax(-1)
+    return classes
 
 
 def _batches(x: NDArray[Any]) -> Iterator[NDArray[Any]]:

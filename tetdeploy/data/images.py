@@ -204,9 +204,9 @@ def load_npz(path: Path | str, split: Split) -> ImageSet:
         OSError: there is no such file, or it cannot be opened.
         ValueError: it is not a `.npz`, is damaged, lacks an array, or an array has a wrong dtype, shape or value.
     """
-    arrays = _read_arrays(Path(path))
+    arrays = read_arrays(Path(path))
     images = _usable_images(path, arrays["images"])
-    labels = _usable_labels(path, arrays["labels"])
+    labels = usable_labels(path, arrays["labels"])
     if "class_names" in arrays:
         class_names = _usable_names(path, arrays["class_names"])
     else:
@@ -215,7 +215,7 @@ def load_npz(path: Path | str, split: Split) -> ImageSet:
     return ImageSet(str(path), split, images, labels, class_names, mean, std)
 
 
-def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.exists():
         raise FileNotFoundError(f"no file {path}; give the path of a .npz with the arrays images and labels")
     with path.open("rb") as source:
@@ -259,7 +259,7 @@ def _usable_images(path: Path | str, images: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(images if images.ndim == 4 else images[:, None])
 
 
-def _usable_labels(path: Path | str, labels: NDArray[Any]) -> NDArray[np.int64]:
+def usable_labels(path: Path | str, labels: NDArray[Any]) -> NDArray[np.int64]:
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
         raise ValueError(
             f"{path}: labels are {labels.dtype} {list(labels.shape)}; "

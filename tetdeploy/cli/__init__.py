@@ -1,0 +1,33 @@
+"""The command line. The only part that knows train, export and the engine at once; it imports them lazily."""
+
+from __future__ import annotations
+
+import click
+
+from tetdeploy import __version__
+from tetdeploy.cli.errors import CleanErrors
+from tetdeploy.cli.export import export
+from tetdeploy.cli.predict import predict
+from tetdeploy.cli.quickstart import quickstart
+from tetdeploy.cli.sweep import sweep
+from tetdeploy.cli.train import train
+
+__all__ = ["main"]
+
+
+@click.group(cls=CleanErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="tetdeploy")
+def main() -> None:
+    """Spiking neural networks from training with TET to a served engine.
+
+    \b
+    tetdeploy quickstart                 all of it on small real images, in about a minute
+    tetdeploy train                      train (the digits, if nothing else is said)
+    tetdeploy export --T 6 --fold-bn     write the newest run as ONNX
+    tetdeploy sweep                      accuracy, energy and latency at each T
+    tetdeploy predict MODEL IMAGE...     classify image files
+    """
+
+
+for command in (quickstart, train, export, sweep, predict):
+    main.add_command(command)

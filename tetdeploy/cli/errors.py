@@ -1,0 +1,30 @@
+"""What users can cause becomes one line and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from tetdeploy.extras import MissingExtraError
+
+INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+
+
+class CleanErrors(click.Group):
+    """A group whose commands report ValueError, OSError and MissingExtraError as `Error: ...` with exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, MissingExtraError) as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            raise click.ClickException(_describe(error)) from error
+
+
+def _describe(error: OSError) -> str:
+    """An OSError of ours says it all; the system's own names the file and the reason."""
+    if error.errno is None or error.filename is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"

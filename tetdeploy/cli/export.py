@@ -1,0 +1,166 @@
+"""`tetdeploy export`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.progress import TaskID
+
+from tetdeploy.cli.options import console, data_dir_option, json_option, network_of, progress_bar, runs_option
+
+if TYPE_CHECKING:
+    from tetdeploy.export import Exported
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  tetdeploy export --T 6 --fold-bn                 the newest run, unrolled over 6 steps
+  tetdeploy export runs/r19 --layout dynamic       any T in one call
+  tetdeploy export runs/r19 --layout step          a frame at a time: streaming, early exit
+  tetdeploy export runs/own --model my_package.my_module:my_network
+"""
+)
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--T", "T", type=click.IntRange(min=1), help="Steps of an unrolled graph. [default: the training's]")
+@click.option(
+    "--layout",
+    default="unrolled",
+    show_default=True,
+    help="unrolled (T fixed), dynamic (any T) or step (one step, state outside).",
+)
+@click.option(
+    "--with-state",
+    is_flag=True,
+    help="An unrolled graph also takes and returns every membrane: long streams in chunks of T.",
+)
+@click.option(
+    "--encoding",
+    default="direct",
+    show_default=True,
+    help="direct (one image at every step) or frames (input changes).",
+)
+@click.option(
+    "--normalize/--no-normalize",
+    default=True,
+    show_default=True,
+    help="Normalise inside the graph (uint8 in), or not (float32 in).",
+)
+@click.option("--fold-bn/--no-fold-bn", default=True, show_default=True, help="Fold BN into the convolutions (Eq. 6).")
+@click.option("--model", help="package.module:function, if the network is your own.")
+@click.option("--data", help="Images for the check and the reference. [default: the training images of the run]")
+@data_dir_option
+@click.option(
+    "--check",
+    "num_check",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Images compared with PyTorch; 0 is off.",
+)
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="The .onnx file. [default: RUN/model-T<T>.onnx]")
+@runs_option
+@json_option
+def export(
+    run: Path | None,
+    T: int | None,
+    model: str | None,
+    data: str | None,
+    data_dir: Path,
+    num_check: int,
+    out: Path | None,
+    runs: Path,
+    json_path: Path | None,
+    **options: Any,
+) -> None:
+    """Write a trained network as ONNX, checked against PyTorch.
+
+    RUN is a run folder or a checkpoint; the newest run by default. Beside the model lie 256 reference images with
+    PyTorch's answers, MODEL.reference.npz.
+    """
+    from tetdeploy.checkpoint import checkpoint_file, newest_run, read_metadata
+    from tetdeploy.data import load_frames
+    from tetdeploy.export import ExportConfig, export_model
+    from tetdeploy.files import write_json
+
+    file = checkpoint_file(run or newest_run(runs))
+    metadata = read_metadata(file)
+    trained_T = int(metadata["training"].get("T", 4))
+    config = ExportConfig(T=T or trained_T, trained_T=trained_T, **options)
+    classifier = _load(file, metadata, model)
+    source = data or str(metadata["data"]["name"])
+    if config.encoding == "frames":
+        images, labels = load_frames(source)
+    else:
+        images, labels = real_images(source, data_dir, float(metadata["training"].get("val_fraction", 0.0)))
+    path = out or file.parent / config.file_name
+    with progress_bar() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def tick(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        exported = export_model(
+            classifier,
+            path,
+            config,
+            images,
+            labels=labels,
+            source=_source(file, metadata),
+            num_check=num_check,
+            tick=tick,
+        )
+    print_exported(exported, config.layout, config.T)
+    if json_path is not None:
+        write_json(json_path, exported.to_dict())
+    console.print(f"next: tetdeploy sweep {exported.path}")
+
+
+def real_images(data: str, data_dir: Path, val_fraction: float) -> tuple[Any, Any]:
+    """Images and labels to check with: those held out for validation first, then the others. Never the test set."""
+    import numpy as np
+
+    from tetdeploy.data import load_data, split_validation
+
+    images = load_data(data, "train", data_dir=data_dir)
+    if not val_fraction:
+        return images.images, images.labels
+    train, val = split_validation(images, fraction=val_fraction)
+    return np.concatenate([val.images, train.images]), np.concatenate([val.labels, train.labels])
+
+
+def print_exported(exported: Exported, layout: str, T: int) -> None:
+    """What was done and how far the result is from PyTorch."""
+    steps = f" T={T}" if layout == "unrolled" else ""
+    console.print(f"folded {exported.num_folded} BN | {exported.num_neurons} neuron layers | lowered {layout}{steps}")
+    for what, parity in (("from u = 0", exported.parity), ("from random u", exported.from_state)):
+        if parity is not None:
+            console.print(
+                f"checked {what} on {parity.num_images:,} images at T={parity.T}: "
+                f"top-1 agreement {parity.top1_agreement:.2%}   "
+                f"spike mismatch {parity.spike_mismatch_rate * 1e6:.2f} ppm   "
+                f"largest logit error {parity.max_abs_logit_error:.1e}"
+            )
+    if exported.parity is None:
+        console.print("not checked against PyTorch (--check 0)")
+    if exported.uncounted:
+        console.print(f"operations of these layers will not be counted: {', '.join(exported.uncounted)}")
+    console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB")
+
+
+def _load(file: Path, metadata: dict[str, Any], own: str | None) -> Any:
+    from tetdeploy.checkpoint import load
+    from tetdeploy.networks import NetworkConfig
+
+    return load(file, network=network_of(NetworkConfig(**metadata["network"]), own))
+
+
+def _source(file: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What the model was made from."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"checkpoint_sha256": digest} | {k: metadata[k] for k in ("network", "data", "training", "provenance")}

@@ -1,0 +1,70 @@
+"""Options that several commands share, and how they find the newest run and export."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+
+data_dir_option = click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    default=Path("data"),
+    envvar="TETDEPLOY_DATA",
+    show_default=True,
+    show_envvar=True,
+    help="Where downloaded data sets lie, or are put.",
+)
+runs_option = click.option(
+    "--runs",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder of the runs.",
+)
+json_option = click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the result here.")
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all cores by default.")
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="cpu, cuda or tensorrt; never another than the one named."
+)
+
+
+def newest_export(runs: Path) -> Path:
+    """The newest exported model of any run.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    models = [path for path in runs.glob("*/*.onnx") if not path.parent.is_symlink()]
+    if not models:
+        raise FileNotFoundError(f"no exported model in {runs}/; write one with: tetdeploy export, or name the file")
+    return max(models, key=lambda path: path.stat().st_mtime)
+
+
+def progress_bar() -> Progress:
+    """A progress bar on stderr; silent where that is no terminal."""
+    stderr = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    return Progress(*columns, console=stderr, disable=not sys.stderr.isatty(), transient=True)
+
+
+def network_of(config: Any, own: str | None) -> Any:
+    """A network for a configuration; the user's own is imported only if `own`, from --model, names that very function.
+
+    Raises:
+        ValueError: the checkpoint needs --model, or was made with another one.
+    """
+    from tetdeploy.networks import build_network, import_network
+
+    if own is not None and own != config.model:
+        raise ValueError(f"--model {own} is not what this checkpoint was trained with: {config.model}")
+    return import_network(config) if own is not None and config.is_own else build_network(config)

@@ -1,0 +1,134 @@
+"""`tetdeploy predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tetdeploy.cli.options import console, device_option, json_option, threads_option
+
+if TYPE_CHECKING:
+    from tetdeploy.engine import Engine
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  tetdeploy predict runs/r19/model-T6.onnx cat.png dog.jpg
+  tetdeploy predict model-dynamic.onnx photo.jpg --resize --T 8 --top 5
+"""
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--T", "T", type=click.IntRange(min=1), help="Steps. [default: the T of the graph, or of the training]")
+@click.option("--top", default=3, show_default=True, type=click.IntRange(min=1), help="How many classes to show.")
+@click.option("--resize", is_flag=True, help="Scale and crop images of another size to the model's.")
+@device_option
+@threads_option
+@json_option
+def predict(
+    model: Path,
+    images: tuple[Path, ...],
+    T: int | None,
+    top: int,
+    resize: bool,
+    device: str,
+    threads: int | None,
+    json_path: Path | None,
+) -> None:
+    """Classify image files: the most likely classes, and how certain they are after each step.
+
+    Certainty is the softmax of the mean logits so far. Needs no torch.
+    """
+    import numpy as np
+
+    from tetdeploy.engine import Engine
+    from tetdeploy.files import write_json
+
+    engine = Engine(model, device=device, threads=threads)
+    if engine.encoding == "frames":
+        raise ValueError(
+            f"{model} takes frames [N, T, C, H, W], not images; run it from Python: Engine(...).run(frames)"
+        )
+    x = np.stack([_read_image(path, engine, resize) for path in images])
+    result = engine.run(x, T)
+    steps = np.arange(1, result.per_step.shape[1] + 1)[None, :, None]
+    certainty = _softmax(np.cumsum(result.per_step, axis=1) / steps)
+    for path, by_step in zip(images, certainty, strict=True):
+        _print(path, by_step, engine.class_names, top)
+    if json_path is not None:
+        write_json(
+            json_path,
+            {
+                "model": str(model),
+                "T": int(steps.size),
+                "class_names": engine.class_names,
+                "images": [{"file": str(p), "certainty": c.tolist()} for p, c in zip(images, certainty, strict=True)],
+            },
+        )
+        console.print(str(json_path))
+
+
+def _print(path: Path, certainty: Any, class_names: tuple[str, ...], top: int) -> None:
+    """One table: classes by rows, steps by columns."""
+    from rich import box
+    from rich.table import Table
+
+    order = certainty[-1].argsort()[::-1][:top]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=str(path), title_justify="left")
+    table.add_column("class")
+    for t in range(1, len(certainty) + 1):
+        table.add_column(f"T={t}", justify="right")
+    for k in order:
+        table.add_row(class_names[k], *(f"{certainty[t, k]:.1%}" for t in range(len(certainty))))
+    console.print(table)
+
+
+def _read_image(path: Path, engine: Engine, resize: bool) -> Any:
+    """An image file as the graph takes it, `[C, H, W]`."""
+    import numpy as np
+
+    from tetdeploy.extras import import_extra
+
+    image_module = import_extra("PIL.Image", "cpu")
+    channels, height, width = engine.input_shape
+    if channels not in (1, 3):
+        raise ValueError(f"image files have 1 or 3 channels, {engine.path.name} takes {channels}; run it from Python")
+    try:
+        with image_module.open(path) as file:
+            image = file.convert("L" if channels == 1 else "RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image at {path}") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    if image.size != (width, height):
+        if not resize:
+            raise ValueError(
+                f"{path} has {image.size[0]}x{image.size[1]} pixels, {engine.path.name} takes {width}x{height}; "
+                "pass --resize to scale and crop it"
+            )
+        image_ops = import_extra("PIL.ImageOps", "cpu")
+        image = image_ops.fit(image, (width, height))
+    pixels = np.asarray(image, np.uint8).reshape(height, width, channels).transpose(2, 0, 1)
+    if engine.input_dtype == np.uint8:
+        return pixels
+    return _normalized(pixels, engine)
+
+
+def _normalized(pixels: Any, engine: Engine) -> Any:
+    import numpy as np
+
+    data = engine.metadata["source"].get("data", {})
+    if "mean" not in data:
+        raise ValueError(f"{engine.path.name} takes normalised float32 input and does not say how; run it from Python")
+    mean, std = (np.array(data[key], np.float32)[:, None, None] for key in ("mean", "std"))
+    return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def _softmax(logits: Any) -> Any:
+    import numpy as np
+
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
