@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 # Neurons are independent, so that on a CPU a slice of them is taken through all T steps while it lies in the cache:
 # one pass over memory instead of one for each operation and step.
@@ -173,9 +174,11 @@ def lif(
         `[...]`, in float32 for half-precision currents and in the dtype of `current` otherwise.
 
     Raises:
-        ValueError: T is 0, `current` is not floating point, or `u` has another shape or device than one step.
-        RuntimeError: a second derivative is asked for; a surrogate gradient has none.
+        ValueError: T is 0, `current` is not floating point, `u` has another shape or device than one step, or a
+            parameter is out of its range.
+        RuntimeError: a second derivative, or forward-mode differentiation, is asked for.
     """
+    _check_parameters(tau, v_th, gamma)
     if current.dim() == 0 or current.shape[0] == 0:
         raise ValueError(f"current must be [T, ...] with T of at least 1, got shape {list(current.shape)}")
     if not current.is_floating_point():
@@ -186,6 +189,8 @@ def lif(
         if u.device != current.device:
             raise ValueError(f"u lies on {u.device} and current on {current.device}; move one of them")
         u = u.to(membrane_dtype(current.dtype))
+    if not torch.compiler.is_compiling():
+        _refuse_forward_mode(current, u)
     spikes, u_last = torch.ops.tetdeploy.lif(current, u, tau, v_th, gamma)
     return spikes, u_last
 
@@ -198,9 +203,7 @@ class LIF(nn.Module):
 
     def __init__(self, *, tau: float = 0.5, v_th: float = 1.0, gamma: float = 1.0) -> None:
         super().__init__()
-        _require(0.0 <= tau <= 1.0, "tau", tau, "in [0, 1]; it is the leak factor per step, not a time constant")
-        _require(0.0 < v_th < float("inf"), "v_th", v_th, "above 0 and finite")
-        _require(0.0 < gamma < float("inf"), "gamma", gamma, "above 0 and finite")
+        _check_parameters(tau, v_th, gamma)
         self.tau, self.v_th, self.gamma = float(tau), float(v_th), float(gamma)
 
     def forward(self, current: Tensor) -> Tensor:
@@ -219,6 +222,18 @@ class IF(LIF):
 
     def __init__(self, *, v_th: float = 1.0, gamma: float = 1.0) -> None:
         super().__init__(tau=1.0, v_th=v_th, gamma=gamma)
+
+
+def _check_parameters(tau: float, v_th: float, gamma: float) -> None:
+    _require(0.0 <= tau <= 1.0, "tau", tau, "in [0, 1]; it is the leak factor per step, not a time constant")
+    _require(0.0 < v_th < float("inf"), "v_th", v_th, "above 0 and finite")
+    _require(0.0 < gamma < float("inf"), "gamma", gamma, "above 0 and finite")
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """torch gives a custom operator a forward-mode derivative of zero, silently."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError("LIF neurons have no forward-mode derivative; use backward() or torch.autograd.grad")
 
 
 def _require(holds: bool, name: str, value: float, wanted: str) -> None:
