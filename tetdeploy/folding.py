@@ -106,7 +106,9 @@ def _layer_before(bn: fx.Node, name: str) -> fx.Node:
     """The convolution or linear layer whose channels `bn` normalises."""
     before: Any = bn.args[0]
     channels, node = tuple(before.meta["val"].shape[1:]), before
+    kept = True
     while node.target in _VIEWS:
+        kept = kept and _trailing(node, channels) == channels
         node = node.args[0]
     if node.target not in _LAYERS:
         kind = "the input" if node.op == "placeholder" else str(node.target)
@@ -114,21 +116,35 @@ def _layer_before(bn: fx.Node, name: str) -> fx.Node:
             f"cannot fold BN {name!r}: what comes before it is {kind} ({module_path(node)}), not a convolution or "
             "linear layer; move the BN behind one, or export without folding (--no-fold-bn)"
         )
-    if tuple(node.meta["val"].shape[-len(channels) :]) != channels:
+    if not kept or _trailing(node, channels) != channels:
         raise FoldingError(
             f"cannot fold BN {name!r}: between it and {module_path(node)!r} the channels are rearranged from shape "
-            f"{list(node.meta['val'].shape)} to {list(before.meta['val'].shape)}"
+            f"{_shape(node)} to {_shape(before)}"
+        )
+    # Without the batch: channels and space after a convolution, channels alone after a linear layer.
+    if len(channels) != node.args[1].meta["val"].dim() - 1:
+        raise FoldingError(
+            f"cannot fold BN {name!r}: it normalises axis 1 of its input {_shape(before)}, which is not the axis of "
+            f"{module_path(node)!r}'s channels; move the channels there, or export without folding (--no-fold-bn)"
         )
     layer: fx.Node = node
     return layer
 
 
+def _trailing(node: fx.Node, like: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape[-len(like) :])
+
+
+def _shape(node: fx.Node) -> str:
+    return str(list(node.meta["val"].shape))
+
+
 def _folded(graph_module: fx.GraphModule, layer: fx.Node, bn: fx.Node) -> tuple[nn.Parameter, nn.Parameter]:
     """Eq. 6 in float64: the new weight and bias."""
-    gamma, beta, mean, variance = (_value(graph_module, argument) for argument in bn.args[1:5])
+    gamma, beta, mean, variance = (_value(graph_module, argument, bn) for argument in bn.args[1:5])
     eps: Any = bn.args[7]
-    weight = _value(graph_module, layer.args[1])
-    bias = _value(graph_module, layer.args[2]) if len(layer.args) > 2 else None
+    weight = _value(graph_module, layer.args[1], bn)
+    bias = _value(graph_module, layer.args[2], bn) if len(layer.args) > 2 else None
     assert weight is not None and mean is not None and variance is not None
     scale = torch.rsqrt(variance.double() + float(eps))
     scale = scale if gamma is None else scale * gamma.double()
@@ -138,12 +154,15 @@ def _folded(graph_module: fx.GraphModule, layer: fx.Node, bn: fx.Node) -> tuple[
     return nn.Parameter(new_weight.to(weight.dtype), False), nn.Parameter(new_bias.to(weight.dtype), False)
 
 
-def _value(graph_module: fx.GraphModule, argument: Any) -> Tensor | None:
-    """The parameter or buffer that a graph argument reads."""
+def _value(graph_module: fx.GraphModule, argument: Any, bn: fx.Node) -> Tensor | None:
+    """The parameter or buffer that an argument of `bn`, or of the layer before it, reads."""
     if argument is None:
         return None
     if not (isinstance(argument, fx.Node) and argument.op == "get_attr"):
-        raise FoldingError(f"cannot fold: {argument} is computed in the network, not a parameter of it")
+        raise FoldingError(
+            f"cannot fold BN {module_path(bn)!r}: {argument} ({module_path(argument)}) is computed in the network, not "
+            "a parameter of it; remove the parametrization first, or export without folding (--no-fold-bn)"
+        )
     value: Any = graph_module
     for part in str(argument.target).split("."):
         value = getattr(value, part)
