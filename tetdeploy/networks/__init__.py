@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from tetdeploy.networks.ann import ann_twin, has_neurons
 from tetdeploy.networks.convsnn import ConvSNN
 from tetdeploy.networks.resnet19 import ResNet19
+from tetdeploy.networks.sew_resnet34 import SEWResNet34
+from tetdeploy.networks.spiking_resnet34 import SpikingResNet34
+from tetdeploy.networks.vggsnn import VGGSNN
 
-__all__ = ["NETWORKS", "Classifier", "ConvSNN", "NetworkConfig", "ResNet19", "build_network", "import_network"]
+__all__ = [
+    "NETWORKS",
+    "VGGSNN",
+    "Classifier",
+    "ConvSNN",
+    "NetworkConfig",
+    "ResNet19",
+    "SEWResNet34",
+    "SpikingResNet34",
+    "ann_twin",
+    "build_network",
+    "import_network",
+]
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"convsnn": ConvSNN, "resnet19": ResNet19}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "convsnn": ConvSNN,
+    "resnet19": ResNet19,
+    "vggsnn": VGGSNN,
+    "vggsnn-strided": partial(VGGSNN, strided=True),
+    "spiking-resnet34": SpikingResNet34,
+    "sew-resnet34": SEWResNet34,
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +51,9 @@ class NetworkConfig:
 
     `model` is a name of `NETWORKS`, or `package.module:function` for a network of the user's own: the function is
     called with num_classes, in_channels and image_size, and makes its own choice of the rest.
+    `ann` makes it the ANN twin: ReLU in place of the neurons, no time, the same parameters under the same names. It is
+    a switch beside `model`, not a model of its own, so that the user's own networks have a twin as well.
+    `tau` is always 1 for sew-resnet34, whose IF neurons do not leak.
     """
 
     model: str
@@ -33,9 +64,10 @@ class NetworkConfig:
     tau: float = 0.5
     v_th: float = 1.0
     gamma: float = 1.0
+    ann: bool = False
 
     def __post_init__(self) -> None:
-        if self.model not in NETWORKS and ":" not in self.model:
+        if self.model not in NETWORKS and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.model):
             raise ValueError(
                 f"unknown model {self.model!r}; choose one of {', '.join(NETWORKS)}, "
                 "or package.module:function for your own"
@@ -43,6 +75,8 @@ class NetworkConfig:
         for name in ("num_classes", "in_channels", "width", "v_th", "gamma"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.model == "sew-resnet34":
+            object.__setattr__(self, "tau", 1.0)  # what is saved says what is computed
         object.__setattr__(self, "image_size", (int(self.image_size[0]), int(self.image_size[1])))
 
     @property
@@ -62,7 +96,7 @@ def build_network(config: NetworkConfig) -> nn.Module:
             f"the network {config.model!r} is code of your own and is not imported because a file says so; "
             f"pass --model {config.model} (in Python: load(path, network=...))"
         )
-    return NETWORKS[config.model](
+    network = NETWORKS[config.model](
         num_classes=config.num_classes,
         in_channels=config.in_channels,
         image_size=config.image_size,
@@ -71,15 +105,19 @@ def build_network(config: NetworkConfig) -> nn.Module:
         v_th=config.v_th,
         gamma=config.gamma,
     )
+    return ann_twin(network) if config.ann else network
 
 
 def import_network(config: NetworkConfig) -> nn.Module:
-    """Import and call the user's own `package.module:function`.
+    """Import and call the user's own `package.module:function`; modules in the current folder are found too.
 
     Raises:
-        ValueError: the module or the function is not there, or what it returns is not an `nn.Module`.
+        ValueError: the module or the function is not there, does not take num_classes, in_channels and image_size, or
+            what it returns is not an `nn.Module`.
     """
     module_name, _, function_name = config.model.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:  # as `python -m` does; a console script has its own folder instead
+        sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
@@ -87,10 +125,15 @@ def import_network(config: NetworkConfig) -> nn.Module:
             f"cannot import {function_name!r} from {module_name!r}: {error}; the module must be importable from here "
             "(set PYTHONPATH, or run where it lies)"
         ) from error
-    network = function(num_classes=config.num_classes, in_channels=config.in_channels, image_size=config.image_size)
+    options = {"num_classes": config.num_classes, "in_channels": config.in_channels, "image_size": config.image_size}
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{config.model} must be a function of {', '.join(options)}: {error}") from error
+    network = function(**options)
     if not isinstance(network, nn.Module):
         raise ValueError(f"{config.model} must return a torch.nn.Module, got {type(network).__name__}")
-    return network
+    return ann_twin(network) if config.ann else network
 
 
 class Classifier(nn.Module):
@@ -121,6 +164,8 @@ class Classifier(nn.Module):
             raise ValueError(f"std must be above 0 in every channel, got {std}")
         if len(class_names) != config.num_classes:
             raise ValueError(f"{config.num_classes} classes need as many names, got {len(class_names)}")
+        if config.ann and has_neurons(network):
+            raise ValueError("the configuration says ann, but the network has neurons; pass ann_twin(network)")
         self.network = network
         self.config = config
         self.class_names = tuple(class_names)

@@ -46,14 +46,12 @@ def ann_twin(network: nn.Module) -> nn.Module:
     """
     if not has_neurons(network):
         raise ValueError(f"{type(network).__name__} has no LIF or IF neurons to replace; it is no spiking network")
-    # A root that is itself one layer has no parent to be replaced in.
-    twin = nn.Sequential(network) if isinstance(network, LIF) else copy.deepcopy(network)
-    for parent in list(twin.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, LIF):
-                setattr(parent, name, nn.ReLU())
-            elif type(child) is DirectEncoding:
-                setattr(parent, name, SingleStep(*child))
+    twin = copy.deepcopy(network)
+    for path, module in list(twin.named_modules(remove_duplicate=False)):
+        if isinstance(module, LIF):
+            twin.set_submodule(path, nn.ReLU())
+        elif type(module) is DirectEncoding:
+            module.__class__ = SingleStep  # the same layers under the same names
     return twin
 
 

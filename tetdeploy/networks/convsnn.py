@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tetdeploy.layers import DirectEncoding, OverTime, tdBN
+from tetdeploy.layers import DirectEncoding, OverTime
+from tetdeploy.networks.blocks import check_image_size, conv_bn, scaled
 from tetdeploy.neurons import LIF
 
 
@@ -29,15 +30,14 @@ class ConvSNN(nn.Module):
         gamma: float = 1.0,
     ) -> None:
         super().__init__()
-        if min(image_size) < 4:
-            raise ValueError(f"convsnn needs images of at least 4x4 pixels, got {image_size[0]}x{image_size[1]}")
-        a, b, c = (max(1, round(channels * width)) for channels in (32, 64, 64))
+        check_image_size("convsnn", image_size, minimum=4)
+        a, b, c = scaled((32, 64, 64), width)
         neuron = {"tau": tau, "v_th": v_th, "gamma": gamma}
-        self.encode = DirectEncoding(nn.Conv2d(in_channels, a, 3, padding=1, bias=False), tdBN(a, v_th=v_th))
+        self.encode = DirectEncoding(*conv_bn(in_channels, a, 3, v_th=v_th))
         self.lif1 = LIF(**neuron)
-        self.layer2 = OverTime(nn.Conv2d(a, b, 3, padding=1, bias=False), tdBN(b, v_th=v_th))
+        self.layer2 = OverTime(*conv_bn(a, b, 3, v_th=v_th))
         self.lif2 = LIF(**neuron)
-        self.layer3 = OverTime(nn.MaxPool2d(2), nn.Conv2d(b, c, 3, padding=1, bias=False), tdBN(c, v_th=v_th))
+        self.layer3 = OverTime(nn.MaxPool2d(2), *conv_bn(b, c, 3, v_th=v_th))
         self.lif3 = LIF(**neuron)
         features = c * (image_size[0] // 4) * (image_size[1] // 4)
         self.readout = OverTime(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(features, num_classes))

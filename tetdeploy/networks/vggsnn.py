@@ -55,8 +55,8 @@ class VGGSNN(nn.Module):
             if halves and not strided:
                 layers.append(OverTime(nn.AvgPool2d(2)))
         self.layers = nn.Sequential(*layers)
-        height, width_ = (_halved(size, times=4, up=strided) for size in image_size)
-        self.readout = OverTime(nn.Flatten(), nn.Linear(channels[-1] * height * width_, num_classes))
+        rows, columns = (_halved(size, times=4, up=strided) for size in image_size)
+        self.readout = OverTime(nn.Flatten(), nn.Linear(channels[-1] * rows * columns, num_classes))
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         logits: Tensor = self.readout(self.layers(self.lif1(self.encode(x, T))))

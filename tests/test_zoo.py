@@ -1,0 +1,322 @@
+"""The networks at the paper's widths, their small forms through training and export, and their ANN twins."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tetdeploy.export import ExportConfig, export_model
+from tetdeploy.folding import count_batchnorm, fold_batchnorm
+from tetdeploy.layers import DirectEncoding, OverTime
+from tetdeploy.networks import NETWORKS, Classifier, NetworkConfig, ann_twin, build_network, import_network
+from tetdeploy.networks.sew_resnet34 import SEWBlock
+from tetdeploy.neurons import IF, LIF
+
+# (channels, image side) a network is made for, and the smallest side it takes
+SIZES = {
+    "convsnn": (3, 32, 4),
+    "resnet19": (3, 32, 4),
+    "vggsnn": (2, 48, 16),
+    "vggsnn-strided": (2, 48, 8),
+    "spiking-resnet34": (3, 224, 32),
+    "sew-resnet34": (3, 224, 32),
+}
+MODELS = tuple(SIZES)
+
+
+def config_of(model: str, **options: Any) -> NetworkConfig:
+    """A narrow network with 5 classes, for the smallest images it takes unless told otherwise."""
+    channels, _, smallest = SIZES[model]
+    settings = {"num_classes": 5, "in_channels": channels, "image_size": (smallest, smallest), "width": 0.125}
+    return NetworkConfig(model, **(settings | options))
+
+
+def lively(network: nn.Module, *shape: int) -> nn.Module:
+    """The network in eval mode, initialised so that every layer's neurons fire, as they do after training."""
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight)
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # an average over all batches
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.2, 0.5)
+    with torch.no_grad():
+        for _ in range(2):
+            network(torch.randn(8, *shape), 3 if any(isinstance(m, LIF) for m in network.modules()) else 1)
+    return network.eval()
+
+
+def classifier_of(model: str, **options: Any) -> Classifier:
+    config = config_of(model, **options)
+    network = lively(build_network(config), config.in_channels, *config.image_size)
+    channels = config.in_channels
+    names = tuple("abcde")
+    return Classifier(network, config=config, mean=(0.5,) * channels, std=(0.25,) * channels, class_names=names)
+
+
+def test_every_network_is_tested() -> None:
+    assert set(NETWORKS) == set(SIZES)
+
+
+@pytest.mark.parametrize(
+    ("model", "num_classes", "parameters"),
+    [
+        # convolutions without bias 8 x 2 + 1 + 3 shortcuts, BN, and two linear layers
+        ("resnet19", 10, 12_630_858),
+        # sum of the shapes in the fixture of the authors' checkpoints
+        ("vggsnn", 10, 9_271_498),
+        ("vggsnn-strided", 10, 9_271_498),
+        # torchvision's resnet34
+        ("spiking-resnet34", 1000, 21_797_672),
+        ("sew-resnet34", 1000, 21_797_672),
+    ],
+)
+def test_full_widths_have_the_published_number_of_parameters(model: str, num_classes: int, parameters: int) -> None:
+    channels, side, _ = SIZES[model]
+    with torch.device("meta"):
+        network = build_network(NetworkConfig(model, num_classes, channels, (side, side)))
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize(("model", "neuron", "layers"), [("spiking-resnet34", LIF, 33), ("sew-resnet34", IF, 36)])
+def test_resnet34_has_its_weights_shapes(model: str, neuron: type, layers: int) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        ours = build_network(NetworkConfig(model, 1000, 3, (224, 224)))
+        theirs = torchvision.models.resnet34()
+    assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
+    assert sum(type(module) is neuron for module in ours.modules()) == layers
+    assert not any(isinstance(module, nn.ReLU) for module in ours.modules())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_images_and_repeated_frames_give_the_same_logits(model: str) -> None:
+    classifier = classifier_of(model)
+    images = torch.rand(2, *classifier.image_shape)
+    with torch.no_grad():
+        logits = classifier(images, 3)
+        frames = classifier(images.expand(3, *images.shape))
+    assert logits.shape == (3, 2, 5)
+    torch.testing.assert_close(frames, logits, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(logits[0], logits[2])  # neurons fire, and what they fire depends on time
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_learns(model: str) -> None:
+    config = config_of(model)
+    network = build_network(config)
+    images = torch.randn(4, config.in_channels, *config.image_size)
+    network(images, 4).square().mean().backward()
+    without = [n for n, p in network.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert not without
+    first = next(network.parameters()).grad
+    assert first is not None and first.abs().max() > 0
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sizes_that_are_not_square_and_odd(model: str) -> None:
+    smallest = SIZES[model][2]
+    config = config_of(model, image_size=(smallest + 5, 2 * smallest + 3))
+    network = build_network(config).eval()
+    with torch.no_grad():
+        assert network(torch.randn(2, config.in_channels, *config.image_size), 2).shape == (2, 2, 5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_images_that_are_too_small_are_refused(model: str) -> None:
+    side = SIZES[model][2]
+    with pytest.raises(ValueError, match=rf"^{model} needs images of at least {side}x{side} pixels, got 64x{side - 1}"):
+        build_network(config_of(model, image_size=(64, side - 1)))
+
+
+def test_average_pooling_comes_after_the_neurons() -> None:
+    """Spikes 1, 0, 0, 0 pool to a quarter; pooling currents first would give 0 or 1."""
+    classifier = classifier_of("vggsnn")
+    seen: list[Tensor] = []
+    pools = [m for m in classifier.network.modules() if isinstance(m, nn.AvgPool2d)]
+    assert len(pools) == 4
+    for pool in pools:
+        pool.register_forward_hook(lambda module, inputs, output: seen.extend([inputs[0], output]))
+    classifier.network(torch.randn(4, 2, 16, 16), 4)
+    assert all(set(spikes.unique().tolist()) <= {0.0, 1.0} for spikes in seen[::2])
+    assert set(seen[1].unique().tolist()) == {0.0, 0.25, 0.5, 0.75, 1.0}
+
+
+def test_a_silent_sew_block_is_the_identity() -> None:
+    block = SEWBlock(4, 4, stride=1, v_th=1.0, gamma=1.0).eval()
+    nn.init.zeros_(block.layer2[1].weight)  # the last BN gives no current, so nothing fires
+    x = torch.randint(3, (2, 1, 4, 6, 6)).float()
+    assert torch.equal(block(x), x)
+
+
+def test_sew_adds_spikes_to_spikes() -> None:
+    classifier = classifier_of("sew-resnet34")
+    values: set[float] = set()
+    for block in classifier.network.blocks:
+        block.register_forward_hook(lambda module, inputs, output: values.update(output.unique().tolist()))
+    classifier.network(torch.randn(2, 3, 32, 32), 3)
+    assert values <= set(map(float, range(8)))  # a stage of six blocks: at most 1 + 6
+    assert max(values) >= 2  # an OR would stay binary
+
+
+def test_sew_neurons_never_leak_and_the_configuration_says_so() -> None:
+    config = config_of("sew-resnet34", tau=0.5)
+    assert config.tau == 1.0
+    assert {m.tau for m in build_network(config).modules() if isinstance(m, LIF)} == {1.0}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_neuron_parameters_reach_every_neuron(model: str) -> None:
+    network = build_network(config_of(model, tau=0.25, v_th=0.5, gamma=2.0))
+    tau = 1.0 if model == "sew-resnet34" else 0.25
+    assert {(m.tau, m.v_th, m.gamma) for m in network.modules() if isinstance(m, LIF)} == {(tau, 0.5, 2.0)}
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_network_exports_in_every_layout(model: str, layout: Any, tmp_path: Path) -> None:
+    classifier = classifier_of(model)
+    images = np.random.default_rng(0).integers(256, size=(20, *classifier.image_shape), dtype=np.uint8)
+    exported = export_model(classifier, tmp_path / "m.onnx", ExportConfig(layout, T=3), images, num_check=20)
+    neurons = sum(isinstance(module, LIF) for module in classifier.modules())
+    batch_norms = sum(isinstance(module, nn.BatchNorm2d) for module in classifier.modules())
+    assert (exported.num_neurons, exported.num_folded, exported.uncounted) == (neurons, batch_norms, ())
+    assert exported.parity is not None and exported.parity.spike_mismatch_rate <= 1e-4
+
+
+def test_frames_of_two_polarities_export(tmp_path: Path) -> None:
+    classifier = classifier_of("vggsnn")
+    frames = np.random.default_rng(0).integers(256, size=(10, 4, 2, 16, 16), dtype=np.uint8)
+    config = ExportConfig("dynamic", T=4, trained_T=2, encoding="frames")
+    exported = export_model(classifier, tmp_path / "m.onnx", config, frames, num_check=10)
+    assert exported.parity is not None and exported.parity.T == 4
+
+
+# --- ANN twins --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_twin_has_the_same_weights_and_no_neurons(model: str) -> None:
+    network, twin = build_network(config_of(model)), build_network(config_of(model, ann=True))
+    wanted, state = network.state_dict(), twin.state_dict()
+    assert list(state) == list(wanted)
+    assert all(state[name].shape == wanted[name].shape for name in wanted)
+    twin.load_state_dict(wanted)
+    neurons = sum(isinstance(module, LIF) for module in network.modules())
+    assert sum(isinstance(module, nn.ReLU) for module in twin.modules()) == neurons
+    assert not any(isinstance(module, LIF) for module in twin.modules())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_twin_trains_at_one_step(model: str) -> None:
+    config = config_of(model, ann=True)
+    twin = build_network(config)
+    images = torch.randn(4, config.in_channels, *config.image_size)
+    logits = twin(images, 1)
+    assert logits.shape == (1, 4, 5)
+    assert torch.equal(twin.eval()(images), twin(images, 1))
+    logits.square().mean().backward()
+    assert all(p.grad is not None for p in twin.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, when it copies a traced graph
+@pytest.mark.parametrize("model", MODELS)
+def test_a_twins_batch_normalisation_folds(model: str) -> None:
+    config = config_of(model, ann=True)
+    shape = (config.in_channels, *config.image_size)
+    twin = lively(build_network(config), *shape).double()
+    images = torch.randn(2, *shape, dtype=torch.float64)
+    program = torch.export.export(twin, (images, 1))
+    folded = fold_batchnorm(program)
+    assert count_batchnorm(program.graph) > 0 and count_batchnorm(folded.graph) == 0
+    torch.testing.assert_close(folded(images, 1), twin(images, 1), rtol=1e-9, atol=1e-9)
+
+
+def test_a_twin_of_resnet19_computes_relu() -> None:
+    """Against the layers called by hand."""
+    twin = lively(build_network(config_of("resnet19", image_size=(8, 8), ann=True)), 3, 8, 8)
+    images = torch.randn(3, 3, 8, 8)
+
+    def layer(module: nn.Module, x: Tensor) -> Tensor:
+        return nn.Sequential.forward(module, x)  # type: ignore[arg-type]
+
+    with torch.no_grad():
+        x = layer(twin.encode, images).relu()
+        for block in twin.blocks:
+            main = layer(block.layer2, layer(block.layer1, x).relu())
+            x = (main + (x if isinstance(block.shortcut, nn.Identity) else layer(block.shortcut, x))).relu()
+        x = layer(twin.fc2, layer(twin.fc1, x).relu())
+        torch.testing.assert_close(twin(images, 1), x[None], rtol=1e-5, atol=1e-5)
+
+
+def test_a_twin_takes_frames_one_by_one() -> None:
+    twin = lively(build_network(config_of("vggsnn", ann=True)), 2, 16, 16)
+    frames = torch.randn(3, 2, 2, 16, 16)
+    expected = torch.cat([twin(frame) for frame in frames])
+    torch.testing.assert_close(twin(frames), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_making_a_twin_leaves_the_network() -> None:
+    network = build_network(config_of("resnet19"))
+    before = str(network)
+    twin = ann_twin(network)
+    assert str(network) == before
+    twin.fc2[0].weight.data.zero_()
+    assert network.fc2[0].weight.any()
+
+
+def test_a_twin_refuses_more_than_one_step() -> None:
+    twin = build_network(config_of("convsnn", ann=True))
+    with pytest.raises(ValueError, match=r"an ANN has no time .*use T=1, got T=4"):
+        twin(torch.randn(2, 3, 4, 4), 4)
+    with pytest.raises(ValueError, match=r"hold T=3 steps, but T=4 was asked for"):
+        twin(torch.randn(3, 2, 3, 4, 4), 4)
+    with pytest.raises(ValueError, match=r"input must be images"):
+        twin(torch.randn(3, 4, 4), 1)
+
+
+def test_what_does_not_spike_has_no_twin() -> None:
+    with pytest.raises(ValueError, match=r"Linear has no LIF or IF neurons to replace"):
+        ann_twin(nn.Linear(2, 2))
+
+
+class OwnNetwork(nn.Module):
+    """A user's own, with one neuron module under two names and one encoder with named layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = DirectEncoding()
+        self.encode.add_module("conv", nn.Conv2d(1, 4, 3))
+        self.lif = self.again = LIF()
+        self.readout = OverTime(nn.Flatten(), nn.Linear(16, 5))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        logits: Tensor = self.readout(self.again(self.lif(self.encode(x, T))))
+        return logits
+
+
+def test_a_users_own_network_has_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("own_nets")
+    module.small = lambda **options: OwnNetwork()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_nets", module)
+    twin = import_network(NetworkConfig("own_nets:small", 5, 1, (4, 4), ann=True))
+    assert list(twin.state_dict()) == list(OwnNetwork().state_dict())
+    assert not any(isinstance(m, LIF) for m in twin.modules())
+    assert twin(torch.randn(2, 1, 4, 4)).shape == (1, 2, 5)
+
+
+def test_a_spiking_network_does_not_pass_for_a_twin() -> None:
+    config = NetworkConfig("own_nets:small", 5, 1, (4, 4), ann=True)
+    with pytest.raises(ValueError, match=r"says ann, but the network has neurons; pass ann_twin\(network\)"):
+        Classifier(OwnNetwork(), config=config, mean=(0.0,), std=(1.0,), class_names=tuple("abcde"))
