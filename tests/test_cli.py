@@ -1,0 +1,341 @@
+"""Commands as a user types them: what they write, what they say, and one clear line for everything done wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from tetdeploy.cli import main
+from tetdeploy.cli.options import newest_export
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `train` and `export` ran on the digits: runs/digits-convsnn with an unrolled T=3 model."""
+    folder = tmp_path_factory.mktemp("trained")
+    for arguments in (["train", "--epochs", "4", "--width", "0.5"], ["export", "--T", "3", "--check", "64"]):
+        result = CliRunner().invoke(main, [*arguments, "--runs", str(folder / "runs")])
+        assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def workplace(trained: Path, tmp_path: Path) -> Path:
+    """A copy of `trained` to do harm to; it is the working folder."""
+    shutil.copytree(trained / "runs", tmp_path / "runs", symlinks=True)
+    return tmp_path
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def refused(*arguments: str, code: int = 1) -> str:
+    """The message of a command that must fail: one line, no traceback."""
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    if code == 1:
+        assert result.output.count("Error: ") == 1
+    return result.output
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+MODEL = "runs/digits-convsnn/model-T3.onnx"
+
+
+class TestCommands:
+    def test_every_command_has_help_with_examples(self) -> None:
+        assert set(main.commands) >= {"quickstart", "train", "export", "sweep", "predict"}
+        for name in main.commands:
+            output = run(name, "--help").output
+            assert "Examples:" in output, name
+            assert f"tetdeploy {name}" in output, name
+
+    def test_train_leaves_a_run(self, workplace: Path) -> None:
+        folder = workplace / "runs" / "digits-convsnn"
+        names = {path.name for path in folder.iterdir()}
+        assert {"checkpoint.safetensors", "last.safetensors", "metrics.jsonl", "config.json"} <= names
+        assert (workplace / "runs" / "latest").resolve() == folder.resolve()
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+
+    def test_sweep_writes_the_contracts_json_and_a_plot(self, workplace: Path) -> None:
+        result = run("sweep", "--json", "out.json", "--plot", "out.png")
+        assert result.exit_code == 0, result.output
+        written = json.loads(Path("out.json").read_text())
+        assert set(written) == {"model", "data", "num_samples", "rows"}
+        assert [row["T"] for row in written["rows"]] == [1, 2, 3]
+        assert written["num_samples"] == 359
+        for row in written["rows"]:
+            assert set(row) == {
+                "T",
+                "accuracy",
+                "firing_rate",
+                "ac_ops",
+                "mac_ops",
+                "energy_pj",
+                "energy_exact_pj",
+                "latency_ms",
+            }
+            assert 0.8 < row["accuracy"] <= 1
+            assert 0 < row["firing_rate"] < 1
+            assert row["energy_pj"] == pytest.approx(0.9 * row["ac_ops"] + 4.6 * row["mac_ops"])
+            assert row["latency_ms"] > 0
+        ops = [row["ac_ops"] for row in written["rows"]]
+        assert ops[0] < ops[1] < ops[2]
+        with Image.open("out.png") as picture:
+            assert picture.size[0] > 500
+        assert "the latency is the same at every T" in result.output
+
+    def test_sweep_takes_npz_data(self, workplace: Path) -> None:
+        generator = np.random.default_rng(0)
+        images = generator.integers(0, 256, (20, 1, 8, 8), dtype=np.uint8)
+        np.savez("mine.npz", images=images, labels=np.arange(20) % 10)
+        result = run("sweep", "--data", "mine.npz", "--json", "out.json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(Path("out.json").read_text())["num_samples"] == 20
+
+    def test_predict_names_classes_and_certainty_at_each_step(self, workplace: Path) -> None:
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save("a.png")
+        Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save("b.png")
+        result = run("predict", MODEL, "a.png", "b.png", "--resize", "--top", "2", "--json", "p.json")
+        assert result.exit_code == 0, result.output
+        assert "T=3" in result.output
+        certainty = np.array(json.loads(Path("p.json").read_text())["images"][0]["certainty"])
+        assert certainty.shape == (3, 10)
+        np.testing.assert_allclose(certainty.sum(-1), 1, rtol=1e-5)
+
+    def test_own_network_trains_and_exports_only_when_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shutil.copy(Path(__file__).parent.parent / "examples" / "own_network.py", tmp_path / "own_network.py")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        own = ("--model", "own_network:my_network")
+        trained = run("train", *own, "--epochs", "1", "--warmup-epochs", "0", "--T", "2")
+        assert trained.exit_code == 0, trained.output
+        assert "--model own_network:my_network" in trained.output.splitlines()[-1]
+        assert "is not imported because a file says so" in refused("export", "--check", "20")
+        exported = run("export", *own, "--check", "20")
+        assert exported.exit_code == 0, exported.output
+        assert "is not what this checkpoint was trained with" in refused("export", "--model", "other:net")
+
+    def test_resume_goes_on_to_the_weights_of_an_uninterrupted_run(self, tmp_path: Path) -> None:
+        options = ["--epochs", "6", "--width", "0.25", "--T", "2"]
+        assert run("train", *options, "--out", "whole").exit_code == 0
+        command = [sys.executable, "-m", "tetdeploy", "train", *options, "--out", "cut"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stdout.read()
+        assert process.wait(60) == 130, rest
+        assert "Traceback" not in rest
+        assert "tetdeploy train --resume cut" in rest
+        resumed = run("train", "--resume", "cut")
+        assert resumed.exit_code == 0, resumed.output
+        assert (
+            Path("cut/checkpoint.safetensors").read_bytes()[-10_000:]
+            == Path("whole/checkpoint.safetensors").read_bytes()[-10_000:]
+        )
+        metrics = [
+            [json.loads(line) for line in Path(f, "metrics.jsonl").read_text().splitlines()] for f in ("cut", "whole")
+        ]
+        assert [row["train_loss"] for row in metrics[0]] == [row["train_loss"] for row in metrics[1]]
+
+    def test_init_starts_from_given_weights(self, workplace: Path) -> None:
+        result = run(
+            "train",
+            "--init",
+            "runs/digits-convsnn",
+            "--width",
+            "0.5",
+            "--epochs",
+            "1",
+            "--warmup-epochs",
+            "0",
+            "--lr",
+            "1e-9",
+            "--json",
+            "t.json",
+        )
+        assert result.exit_code == 0, result.output
+        assert json.loads(Path("t.json").read_text())["val_accuracy"] > 0.8
+        message = refused("train", "--init", "runs/digits-convsnn", "--epochs", "1", "--warmup-epochs", "0")
+        assert "encode.0.weight [16, 1, 3, 3] instead of [32, 1, 3, 3]" in message
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ("export", "nothing"),
+            ("sweep", "nothing.onnx"),
+            ("predict", "nothing.onnx", "a.png"),
+            ("train", "--resume", "nothing"),
+            ("train", "--init", "nothing"),
+            ("train", "--data", "folder:nothing"),
+            ("train", "--data", "nothing.npz"),
+        ],
+    )
+    def test_wrong_path(self, command: tuple[str, ...]) -> None:
+        assert "nothing" in refused(*command)
+
+    @pytest.mark.parametrize("command", [("export",), ("sweep",), ("train", "--resume")])
+    def test_nothing_there_yet(self, command: tuple[str, ...]) -> None:
+        assert "tetdeploy " in refused(*command)
+
+    def test_unknown_names_list_the_choices(self, workplace: Path) -> None:
+        assert "convsnn, resnet19" in refused("train", "--model", "resnet1999")
+        assert "digits, fashion-mnist, cifar10, cifar100" in refused("train", "--data", "mnist")
+        assert "unrolled, dynamic, step" in refused("export", "--layout", "rolled")
+        assert "cpu, cuda, tensorrt" in refused("sweep", "--device", "tpu")
+        assert "adamw, sgd" in refused("train", "--optimizer", "adam")
+
+    @pytest.mark.parametrize("T", ["0", "-1", "two"])
+    def test_bad_T(self, T: str, workplace: Path) -> None:
+        before = snapshot(workplace)
+        refused("export", "--T", T, code=2)
+        refused("predict", MODEL, "a.png", "--T", T, code=2)
+        refused("sweep", "--T", T)
+        refused("train", "--T", T, code=2 if T == "two" else 1)
+        assert snapshot(workplace) == before
+
+    def test_T_beyond_an_unrolled_graph_says_how_to_export_again(self, workplace: Path) -> None:
+        message = refused("sweep", "--T", "1:8")
+        assert "cannot run T=8" in message
+        assert "--T 8" in message
+        assert "--layout dynamic" in message
+
+    def test_wrong_image_size_and_kind(self, workplace: Path) -> None:
+        Image.fromarray(np.zeros((9, 8), np.uint8)).save("a.png")
+        assert "--resize" in refused("predict", MODEL, "a.png")
+        Path("b.png").write_text("no image")
+        assert "cannot be read as an image" in refused("predict", MODEL, "b.png")
+        assert "no image at c.png" in refused("predict", MODEL, "c.png")
+
+    def test_data_that_do_not_fit_the_model(self, workplace: Path) -> None:
+        np.savez("size.npz", images=np.zeros((2, 1, 9, 9), np.uint8), labels=np.zeros(2, np.int64))
+        assert "[N, 1, 8, 8]" in refused("sweep", "--data", "size.npz")
+        np.savez("classes.npz", images=np.zeros((2, 1, 8, 8), np.uint8), labels=np.array([0, 11]))
+        assert "10 classes" in refused("sweep", "--data", "classes.npz")
+        np.savez("floats.npz", images=np.full((2, 1, 8, 8), np.nan), labels=np.zeros(2, np.int64))
+        assert "uint8" in refused("sweep", "--data", "floats.npz")
+
+    def test_nan_in_frames(self, workplace: Path) -> None:
+        np.savez("frames.npz", images=np.zeros((30, 3, 1, 8, 8), np.float32), labels=np.zeros(30, np.int64))
+        arguments = (
+            "export",
+            "--encoding",
+            "frames",
+            "--no-normalize",
+            "--data",
+            "frames.npz",
+            "--check",
+            "10",
+            "-o",
+            "f.onnx",
+        )
+        assert run(*arguments).exit_code == 0
+        np.savez("nan.npz", images=np.full((2, 3, 1, 8, 8), np.nan, np.float32), labels=np.zeros(2, np.int64))
+        assert "NaN" in refused("sweep", "f.onnx", "--data", "nan.npz")
+
+    def test_checkpoints_that_are_none(self, workplace: Path) -> None:
+        file = Path("runs/digits-convsnn/checkpoint.safetensors")
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        assert "truncated" in refused("export")
+        file.write_bytes(b"\x80\x04\x95\x10\x00\x00\x00pickle of somebody")
+        assert "unpickling can run code" in refused("export")
+        file.write_bytes(b"PK\x03\x04torch.save")
+        assert "not opened" in refused("export")
+        import torch
+        from safetensors.torch import save_file
+
+        save_file({"weight": torch.zeros(3)}, file)
+        assert "not" in refused("export")
+
+    def test_onnx_files_that_are_not_ours(self, workplace: Path) -> None:
+        import onnx
+        from onnx import TensorProto, helper
+
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+        y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+        graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
+        onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), "foreign.onnx")
+        assert "not one that tetdeploy exported" in refused("sweep", "foreign.onnx")
+        Path("text.onnx").write_text("not onnx at all")
+        assert "cannot be loaded" in refused("predict", "text.onnx", "a.png")
+        whole = Path(MODEL).read_bytes()
+        Path("half.onnx").write_bytes(whole[: len(whole) // 2])
+        assert "half.onnx" in refused("sweep", "half.onnx")
+        assert "folder" in refused("sweep", "runs")
+
+    @pytest.mark.parametrize(
+        ("missing", "command", "extra"),
+        [("torch", ("export",), "train"), ("onnxruntime", ("sweep",), "cpu"), ("sklearn", ("train",), "train")],
+    )
+    def test_a_missing_extra_names_the_line_that_installs_it(
+        self, missing: str, command: tuple[str, ...], extra: str, workplace: Path
+    ) -> None:
+        script = f"import sys; sys.modules[{missing!r}] = None\nfrom tetdeploy.cli import main\nmain()"
+        done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done.stderr
+        assert f"pip install 'tetdeploy[{extra}]'" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_both_onnxruntimes(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(metadata, "version", lambda name: "1.0")
+        assert "pip uninstall -y onnxruntime onnxruntime-gpu" in refused("sweep")
+
+    def test_output_that_cannot_be_written_leaves_all_as_it_was(self, workplace: Path) -> None:
+        Path("file").write_text("in the way")
+        before = snapshot(workplace)
+        assert "file/m.onnx" in refused("export", "--check", "0", "-o", "file/m.onnx")
+        assert "file/s.json" in refused("sweep", "--json", "file/s.json", "--plot", "file/s.png")
+        assert "file/run" in refused("train", "--out", "file/run", "--epochs", "1", "--warmup-epochs", "0")
+        assert snapshot(workplace) == before
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")
+    def test_read_only_folder(self, workplace: Path) -> None:
+        folder = workplace / "locked"
+        folder.mkdir(mode=0o500)
+        assert "locked" in refused("export", "--check", "0", "-o", "locked/m.onnx")
+
+    def test_a_run_is_not_overwritten(self, workplace: Path) -> None:
+        before = snapshot(workplace)
+        assert "choose another --out" in refused("train", "--out", "runs/digits-convsnn")
+        assert "training.lr: 0.002 -> 0.1" in refused("train", "--resume", "runs/digits-convsnn", "--lr", "0.1")
+        assert snapshot(workplace) == before
+        refused("train", "--resume", "runs/digits-convsnn", "--init", "runs/digits-convsnn", code=2)
+
+
+def test_newest_export_is_the_last_written(tmp_path: Path) -> None:
+    for name, age in (("a", 100), ("b", 0), ("c", 50)):
+        model = tmp_path / name / "model-T4.onnx"
+        model.parent.mkdir()
+        model.write_bytes(b"")
+        os.utime(model, (time.time() - age, time.time() - age))
+    assert newest_export(tmp_path).parent.name == "b"
