@@ -1,0 +1,273 @@
+"""Networks: shapes, both forms of input, the integrating output, the classifier round them, the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tetdeploy.networks import NETWORKS, Classifier, NetworkConfig, build_network, import_network
+from tetdeploy.networks.resnet19 import ResNet19
+from tetdeploy.neurons import LIF
+
+SIDE = 32  # the smallest image that every network takes
+
+
+def lively(network: nn.Module) -> nn.Module:
+    """The network in inference, with currents so strong that all layers spike; a fresh narrow one may be silent."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.bias, 0.5)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight)
+    return network.eval()
+
+
+def small(model: str = "convsnn", **options: Any) -> nn.Module:
+    """A narrow network of 5 classes for 2 channels."""
+    settings = {"num_classes": 5, "in_channels": 2, "image_size": (SIDE, SIDE), "width": 0.1} | options
+    return lively(build_network(NetworkConfig(model, **settings)))
+
+
+# --- all of them -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_images_and_frames_become_logits_of_every_step(model: str) -> None:
+    network = small(model).double()
+    x = torch.randn(3, 2, SIDE, SIDE, dtype=torch.float64)
+    logits = network(x, 4)
+    assert logits.shape == (4, 3, 5)
+    assert torch.isfinite(logits).all()
+    assert (logits[0] - logits[-1]).abs().max() > 0  # the neurons make steps differ
+    frames = x.expand(4, *x.shape)
+    for shown in (network(frames), network(frames, 4), network(frames, T=4)):
+        torch.testing.assert_close(shown, logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_every_parameter_is_learnt(model: str) -> None:
+    network = small(model).train()
+    network(torch.randn(3, 2, SIDE, SIDE), 4).square().mean().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        if parameter.dim() > 1:  # a bias in front of BN has a gradient of zero
+            assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_images_need_not_be_square_and_wrong_ones_are_refused(model: str) -> None:
+    config = NetworkConfig(model, 3, 1, (SIDE, 2 * SIDE), width=0.05)
+    network = build_network(config).eval()
+    assert network(torch.randn(2, 1, SIDE, 2 * SIDE), 2).shape == (2, 2, 3)
+    with pytest.raises(ValueError, match=rf"{model} needs images of at least \d+x\d+ pixels, got 2x{SIDE}"):
+        build_network(NetworkConfig(model, 3, 1, (2, SIDE)))
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_neurons_have_the_configured_parameters(model: str) -> None:
+    config = NetworkConfig(model, 3, 1, (SIDE, SIDE), width=0.05, tau=0.25, v_th=0.75, gamma=2.0)
+    neurons = {(m.tau, m.v_th, m.gamma) for m in build_network(config).modules() if isinstance(m, LIF)}
+    assert neurons == {(config.tau, 0.75, 2.0)}
+
+
+@settings(deadline=None, max_examples=20)
+@given(T=st.integers(1, 6), k=st.integers(1, 6), N=st.integers(0, 3), seed=st.integers(0, 2**31))
+def test_the_first_k_steps_of_a_run_are_a_run_of_k_steps(T: int, k: int, N: int, seed: int) -> None:
+    k = min(k, T)
+    torch.manual_seed(seed)
+    x, network = torch.randn(N, 2, SIDE, SIDE, dtype=torch.float64), small().double()
+    torch.testing.assert_close(network(x, T)[:k], network(x, k), rtol=1e-9, atol=1e-9)
+
+
+# --- the output layer --------------------------------------------------------------------------------------------
+
+
+def readout_of(network: nn.Module) -> nn.Module:
+    """The last child: what follows the last neurons."""
+    return list(network.children())[-1]
+
+
+def spikes_into(readout: nn.Module, network: nn.Module, x: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """What reaches the output layer, and the network's logits."""
+    seen: list[Tensor] = []
+    handle = readout.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    logits = network(x, T)
+    handle.remove()
+    return seen[0], logits
+
+
+@pytest.mark.parametrize("model", ["convsnn", "resnet19"])
+def test_the_output_neither_leaks_nor_fires(model: str) -> None:
+    """A step's logits are a linear map of that step's spikes alone: their mean forgets the order of the steps."""
+    network = small(model).double()
+    readout = readout_of(network)
+    assert not any(isinstance(module, LIF) for module in readout.modules())
+    spikes, logits = spikes_into(readout, network, torch.randn(3, 2, SIDE, SIDE, dtype=torch.float64), 6)
+    assert set(spikes.unique().tolist()) == {0.0, 1.0}
+    assert (spikes[1:] != spikes[:-1]).any()
+    order = torch.tensor([4, 0, 5, 2, 1, 3])
+    torch.testing.assert_close(readout(spikes[order]), logits[order], rtol=1e-12, atol=1e-12)
+    for t in range(6):
+        torch.testing.assert_close(readout(spikes[t : t + 1])[0], logits[t], rtol=1e-12, atol=1e-12)
+    assert len(logits.unique()) > 6 and (logits < 0).any()  # not spikes, and not cut at any threshold
+
+
+# --- resnet19 ----------------------------------------------------------------------------------------------------
+
+
+def test_resnet19_has_as_many_parameters_as_the_papers() -> None:
+    with torch.device("meta"):
+        network = build_network(NetworkConfig("resnet19", 10, 3, (32, 32)))
+    assert sum(parameter.numel() for parameter in network.parameters()) == 12_630_858
+    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    shortcuts = [module for module in layers if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)]
+    assert len(layers) - len(shortcuts) == 19
+
+
+def test_width_scales_every_layer() -> None:
+    config = NetworkConfig("resnet19", 10, 3, (32, 32), width=0.25)
+    outputs = [m.out_channels for m in build_network(config).modules() if isinstance(m, nn.Conv2d)]
+    assert (outputs[0], max(outputs)) == (16, 128)
+    narrowest = build_network(NetworkConfig("convsnn", 3, 1, (8, 8), width=1e-9))
+    assert {m.out_channels for m in narrowest.modules() if isinstance(m, nn.Conv2d)} == {1}
+
+
+def test_resnet19_halves_the_image_twice() -> None:
+    network = small("resnet19")
+    assert isinstance(network, ResNet19)
+    spikes = network.blocks(network.lif1(network.encode(torch.randn(1, 2, SIDE, SIDE), 2)))
+    assert spikes.shape[-2:] == (SIDE // 4, SIDE // 4)
+
+
+# --- configuration -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["resnet18", "", ":", "module:", ":function", ".relative:function", "a:b:c", "a b:c"])
+def test_an_unknown_model_lists_the_choices(model: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown model .*; choose one of convsnn, resnet19.* package\.module:function"
+    ):
+        NetworkConfig(model, 10, 3, (32, 32))
+
+
+@pytest.mark.parametrize("name", ["num_classes", "in_channels", "width", "v_th", "gamma"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_settings_below_their_range_are_refused(name: str, value: int) -> None:
+    settings = {"num_classes": 10, "in_channels": 3, "image_size": (8, 8)} | {name: value}
+    with pytest.raises(ValueError, match=f"{name} must be above 0, got {value}"):
+        NetworkConfig("convsnn", **settings)
+
+
+def test_a_leak_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tau must be in \[0, 1\]"):
+        build_network(NetworkConfig("convsnn", 10, 3, (8, 8), tau=2.0))
+
+
+# --- the user's own ----------------------------------------------------------------------------------------------
+
+MODULE = """
+from torch import nn
+
+def network(num_classes, in_channels, image_size):
+    return nn.Linear(in_channels * image_size[0] * image_size[1], num_classes)
+
+def number(num_classes, in_channels, image_size):
+    return 3
+
+def too_few(num_classes):
+    return nn.Identity()
+
+value = 3
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"own_{abs(hash(str(tmp_path)))}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["elsewhere"])
+    return name
+
+
+def test_an_own_network_is_found_in_the_current_folder(own_module: str) -> None:
+    config = NetworkConfig(f"{own_module}:network", 7, 2, (3, 4))
+    network = import_network(config)
+    assert config.is_own and isinstance(network, nn.Linear)
+    assert (network.in_features, network.out_features) == (24, 7)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("missing", r"cannot import 'missing' from 'own_\d+': .*; the module must be importable from here"),
+        ("number", r"own_\d+:number must return a torch\.nn\.Module, got int"),
+        ("too_few", r"own_\d+:too_few must be a function of num_classes, in_channels, image_size: got an unexpected"),
+        ("value", r"own_\d+:value must be a function of num_classes, .*: 3 is not a callable object"),
+    ],
+)
+def test_own_networks_that_are_none_are_refused(own_module: str, function: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        import_network(NetworkConfig(f"{own_module}:{function}", 7, 2, (3, 4)))
+
+
+def test_an_own_module_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match=r"cannot import 'network' from 'no_such\.module': No module named 'no_such'"):
+        import_network(NetworkConfig("no_such.module:network", 10, 3, (8, 8)))
+
+
+def test_own_networks_are_imported_only_on_request() -> None:
+    config = NetworkConfig("mine.nets:small", 10, 3, (8, 8))
+    with pytest.raises(ValueError, match=r"not imported because a file says so; pass --model mine\.nets:small"):
+        build_network(config)
+
+
+# --- classifier --------------------------------------------------------------------------------------------------
+
+
+def classifier(**options: Any) -> Classifier:
+    config = NetworkConfig("convsnn", 2, 3, (8, 8), width=0.25)
+    settings = {"mean": (0.5, 0.25, 0.0), "std": (0.5, 0.25, 2.0), "class_names": ("cat", "dog")} | options
+    return Classifier(lively(build_network(config)), config=config, **settings).eval()
+
+
+def test_uint8_images_are_normalised_and_floats_are_not() -> None:
+    net, x = classifier(), torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    by_hand = torch.stack([(x[:, c] / 255 - m) / s for c, (m, s) in enumerate([(0.5, 0.5), (0.25, 0.25), (0, 2)])], 1)
+    torch.testing.assert_close(net.normalize(x), by_hand)
+    torch.testing.assert_close(net(x, 3), net.network(net.normalize(x), 3), rtol=0, atol=0)
+    torch.testing.assert_close(net(by_hand, 3), net.network(by_hand, 3), rtol=0, atol=0)
+    assert (net(x, 3) - net(x.float(), 3)).abs().max() > 0
+
+
+def test_uint8_frames_are_normalised_step_by_step() -> None:
+    net, frames = classifier(), torch.randint(256, (3, 4, 3, 8, 8), dtype=torch.uint8)
+    wanted = net.network(torch.stack([net.normalize(frame) for frame in frames]))
+    torch.testing.assert_close(net(frames), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(net(frames, T=3), wanted, rtol=0, atol=0)
+
+
+def test_a_classifier_knows_its_images_and_keeps_normalisation_out_of_the_weights() -> None:
+    net = classifier(data="pets")
+    assert (net.image_shape, net.class_names, net.data) == ((3, 8, 8), ("cat", "dog"), "pets")
+    assert {name.partition(".")[0] for name in net.state_dict()} == {"network"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": (0.5,)}, "mean and std must have 3 values each, got 1 and 3"),
+        ({"std": (0.5, 0.5)}, "mean and std must have 3 values each, got 3 and 2"),
+        ({"std": (0.5, 0.0, 0.5)}, "std must be above 0 in every channel, got"),
+        ({"class_names": ("cat",)}, "2 classes need as many names, got 1"),
+    ],
+)
+def test_data_that_do_not_fit_the_network_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        classifier(**options)
