@@ -10,7 +10,8 @@ import ast
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import Any, Literal
 
 import onnx
@@ -29,13 +30,13 @@ OPSET, IR_VERSION, LIF_DOMAIN = 20, 10, "tetdeploy"
 class _Boundary(nn.Module):
     """The network as the outside sees it: batch first, input normalised inside, mean and per-step logits out."""
 
-    def __init__(self, classifier: Classifier, *, T: int | None, encoding: Encoding) -> None:
+    def __init__(self, classifier: Classifier, *, T: int | None, encoding: Encoding, step: bool) -> None:
         super().__init__()
-        self.classifier, self.T, self.encoding = classifier, T, encoding
+        self.classifier, self.T, self.encoding, self.step = classifier, T, encoding, step
 
     def forward(self, x: Tensor, steps: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.encoding == "frames":
-            frames = x.unsqueeze(0) if self.T == 1 else x.transpose(0, 1)
+            frames = x.unsqueeze(0) if self.step else x.transpose(0, 1)
             logits = self.classifier(frames)
         else:
             logits = self.classifier(x, self.T if steps is None else steps.shape[1])
@@ -44,13 +45,14 @@ class _Boundary(nn.Module):
 
 
 def trace(
-    classifier: Classifier, *, T: int | None, encoding: Encoding, uint8: bool, fold_bn: bool
+    classifier: Classifier, *, T: int | None, encoding: Encoding, step: bool, uint8: bool, fold_bn: bool
 ) -> tuple[ir.Model, int]:
     """Trace a classifier in inference into an ONNX graph with LIF nodes and a dynamic batch.
 
     Args:
         T: number of steps; None makes it a dimension of the input (`steps [N, T]`, or the frames' own).
-        encoding: `direct` for images `[N, C, H, W]`, `frames` for `[N, T, C, H, W]` (`[N, C, H, W]` where T is 1).
+        encoding: `direct` for images `[N, C, H, W]`, `frames` for `[N, T, C, H, W]`.
+        step: the step layout (T is 1): frames come one at a time, `[N, C, H, W]`.
         uint8: the graph takes uint8 pixels and normalises them; otherwise float32 that is normalised already.
         fold_bn: fold BN first (Eq. 6).
 
@@ -60,8 +62,8 @@ def trace(
     Raises:
         ValueError: the network cannot be traced, or not with T left open; FoldingError from folding.
     """
-    boundary = _Boundary(classifier, T=T, encoding=encoding).eval()
-    inputs, shapes = _example(classifier, T, encoding, uint8)
+    boundary = _Boundary(classifier, T=T, encoding=encoding, step=step).eval()
+    inputs, shapes = _example(classifier, T, encoding, step, uint8)
     with torch.no_grad(), _quiet():
         try:
             program = torch.export.export(boundary, inputs, dynamic_shapes=shapes)
@@ -70,19 +72,30 @@ def trace(
         num_folded = count_batchnorm(program.graph) if fold_bn else 0
         if fold_bn:
             program = torch.export.export(fold_batchnorm(program), inputs, dynamic_shapes=shapes)
+        model = _to_onnx(program, optimize=fold_bn)  # the optimiser would fold BN as well
+    model.ir_version = IR_VERSION
+    _name_boundary(model, T, encoding)
+    return model, num_folded
+
+
+def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Model:
+    try:
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
-            optimize=fold_bn,  # the optimiser would fold BN as well
+            optimize=optimize,
             custom_translation_table={torch.ops.tetdeploy.lif.default: _translate_lif},
             verbose=False,
         )
+    except Exception as error:  # of the exporter's own kinds, some of them private
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(f"the network uses an operation that torch.onnx cannot export: {_first_line(cause)}") from error
     assert exported is not None
     model: ir.Model = exported.model
-    model.ir_version = IR_VERSION
-    _name_boundary(model, T, encoding)
-    return model, num_folded
+    return model
 
 
 def module_name(node: ir.Node) -> str:
@@ -93,14 +106,14 @@ def module_name(node: ir.Node) -> str:
 
 
 def _example(
-    classifier: Classifier, T: int | None, encoding: Encoding, uint8: bool
+    classifier: Classifier, T: int | None, encoding: Encoding, step: bool, uint8: bool
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Example inputs (a batch of 2) and which of their dimensions are dynamic."""
     batch, time = torch.export.Dim("batch"), torch.export.Dim("T")
     dtype = torch.uint8 if uint8 else torch.float32
     device = classifier.mean.device
     steps = T or 3
-    if encoding == "frames" and T != 1:
+    if encoding == "frames" and not step:
         x = torch.zeros((2, steps, *classifier.image_shape), dtype=dtype, device=device)
         return (x,), ({0: batch, 1: time} if T is None else {0: batch},)
     x = torch.zeros((2, *classifier.image_shape), dtype=dtype, device=device)
@@ -110,13 +123,17 @@ def _example(
 
 
 def _why_untraceable(error: Exception, T: int | None) -> str:
-    detail = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    detail = _first_line(error)
     if T is None:
         return (
             "the network cannot be traced with the number of steps left open, which the dynamic layout needs; "
             f"use --layout unrolled. The reason: {detail}"
         )
     return f"torch.export cannot trace the network: {detail}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _name_boundary(model: ir.Model, T: int | None, encoding: Encoding) -> None:
@@ -130,23 +147,26 @@ def _name_boundary(model: ir.Model, T: int | None, encoding: Encoding) -> None:
     names = {x.shape[0]: "batch"}  # type: ignore[index]
     if T is None:
         names[(x if encoding == "frames" else graph.inputs[1]).shape[1]] = "T"  # type: ignore[index]
-    for value in (*graph.inputs, *graph.outputs):
+    inner = (value for node in graph for value in node.outputs)
+    for value in (*graph.inputs, *inner):
         if value.shape is not None:
             value.shape = ir.Shape([names.get(dim, dim) for dim in value.shape])
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter warns of its own internals; nothing a user can act on."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """torch's exporter warns of its own internals and prints graphs; nothing a user can act on."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _lif_schema() -> onnx.defs.OpSchema:

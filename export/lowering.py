@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -52,6 +53,9 @@ def lower(model: ir.Model, *, T: int | None, with_state: bool) -> list[Neurons]:
 
     Returns:
         The neuron layers in the order in which they fire.
+
+    Raises:
+        ValueError: a layer starts from a membrane of the network's own.
     """
     assert T is not None or not with_state
     neurons = []
@@ -59,7 +63,7 @@ def lower(model: ir.Model, *, T: int | None, with_state: bool) -> list[Neurons]:
     for node in [node for node in model.graph if node.domain == LIF_DOMAIN]:
         layer = _describe(node, names)
         spikes = _scan(model.graph, node, layer) if T is None else _unroll(model.graph, node, layer, T, with_state)
-        spikes.name = f"spikes.{layer.name}"
+        spikes.name, spikes.type, spikes.shape = f"spikes.{layer.name}", _FLOAT, node.outputs[0].shape
         node.outputs[0].replace_all_uses_with(spikes)
         model.graph.remove(node, safe=True)
         neurons.append(Neurons(layer.name, layer.tau, layer.v_th, layer.shape, spikes))
@@ -77,10 +81,10 @@ def split_encoder(model: ir.Model) -> list[Encoder]:
         The encoded currents; none where nothing depends on the image alone with the batch as first axis.
     """
     graph = model.graph
-    inside = _image_only(graph)
-    results = [value for node in inside for value in node.outputs if _leaves(value, inside)]
     batch = graph.inputs[0].shape[0]  # type: ignore[index]
-    if not results or any(value.shape is None or len(value.shape) < 2 for value in results):
+    inside = _image_only(graph, batch)
+    results = [value for node in inside for value in node.outputs if _leaves(value, inside)]
+    if not results:
         return []
     encode = ir.Value(name="encode", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
     encoders = [Encoder(f"{k}", _fixed(value)) for k, value in enumerate(results)]
@@ -100,6 +104,11 @@ def _describe(node: ir.Node, names: Counter[str]) -> Neurons:
     current = node.inputs[0]
     assert current is not None and current.shape is not None
     shape = tuple(int(dim) for dim in current.shape[2:])  # type: ignore[arg-type]
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        raise ValueError(
+            f"neurons {name!r} start from a membrane u that the network gives; an exported graph starts all at u = 0 "
+            "(streams hand the membranes on from outside): leave u out"
+        )
     return Neurons(name, node.attributes["tau"].as_float(), node.attributes["v_th"].as_float(), shape, node.outputs[0])
 
 
@@ -174,7 +183,7 @@ class _Builder:
         producer = current.producer()
         if producer is not None and producer.op_type == "Expand":
             source = producer.inputs[0]
-            if source is not None and source.shape is not None and source.shape[0] == 1:
+            if source is not None and source.shape is not None and source.shape == ir.Shape([1, *current.shape[1:]]):
                 return [source] * T
         return [current] if T == 1 else self.many("Split", [current], T, axis=0, num_outputs=T)
 
@@ -190,8 +199,9 @@ class _Builder:
         return fired, self("Sub", h, self("Mul", h, fired)) if reset else None
 
 
-def _image_only(graph: ir.Graph) -> list[ir.Node]:
-    """Nodes that compute from the image's values and nothing else, without the views at their end."""
+def _image_only(graph: ir.Graph, batch: Any) -> list[ir.Node]:
+    """Nodes that compute from the image's values and nothing else, without those at their end that only view, or whose
+    result does not have the batch as its first axis."""
     image, others = graph.inputs[0], set(graph.inputs[1:])
     from_image, from_others = {image}, set(others)
     nodes = []
@@ -202,9 +212,24 @@ def _image_only(graph: ir.Graph) -> list[ir.Node]:
         elif values & from_image and node.op_type not in ("Shape", "Size"):
             from_image.update(node.outputs)
             nodes.append(node)
-    while views := [n for n in nodes if n.op_type in _VIEWS and not any(u.node in nodes for u in n.outputs[0].uses())]:
-        nodes = [node for node in nodes if node not in views]
+    while dropped := [node for node in nodes if _is_loose_end(node, nodes, batch)]:
+        nodes = [node for node in nodes if node not in dropped]
     return nodes
+
+
+def _is_loose_end(node: ir.Node, nodes: list[ir.Node], batch: Any) -> bool:
+    results = [value for value in node.outputs if _leaves(value, nodes)]
+    if node.op_type in _VIEWS:
+        return not any(use.node in nodes for use in node.outputs[0].uses())
+    return not all(_is_per_image(value, batch) for value in results)
+
+
+def _is_per_image(value: ir.Value, batch: Any) -> bool:
+    """Whether `value` is float32 `[N, ...]` with all but N fixed."""
+    shape = value.shape
+    if shape is None or len(shape) < 2 or value.dtype != ir.DataType.FLOAT:
+        return False
+    return shape[0] == batch and all(isinstance(dim, int) for dim in shape[1:])
 
 
 def _leaves(value: ir.Value, nodes: list[ir.Node]) -> bool:
@@ -217,6 +242,8 @@ def _insert_if(
     """`nodes` move into the then-branch of an `If`; the else-branch hands `given` through. Returns the If's outputs."""
     kept = [ir.node("Identity", [value]) for value in given]
     for node, result in zip(kept, results, strict=True):
+        # Unnamed values get a name of their own graph's choice, which the graph round it may have.
+        node.outputs[0].name = f"{node.inputs[0].name}.kept"  # type: ignore[union-attr]
         node.outputs[0].type, node.outputs[0].shape = result.type, result.shape
     other = ir.Graph([], [node.outputs[0] for node in kept], nodes=kept, opset_imports=graph.opset_imports, name="keep")
     conditional = ir.node("If", [condition], num_outputs=len(results))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib import metadata as distributions
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,9 +127,19 @@ def export_model(
     """
     path = Path(path)
     classifier.eval()
+    if num_check < 0:
+        raise ValueError(f"num_check must be 0 or more, got {num_check}")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(images)} images need as many labels, got {len(labels)}")
     x = _as_input(classifier, images[: max(num_check, NUM_REFERENCE)], config)
-    check_steps(classifier, torch.from_numpy(x[:4]).to(classifier.mean.device), config.encoding)
+    some = torch.from_numpy(x[:4]).to(classifier.mean.device)
+    num_layers = check_steps(classifier, some, config.encoding, T=max(4, config.T, config.trained_T + 2))
     graph = build_graph(classifier, config, source)
+    if len(graph.neurons) != num_layers:
+        raise ValueError(
+            f"the network runs {num_layers} neuron layers, but only {len(graph.neurons)} of them reach its logits; "
+            "take out those whose spikes are not used"
+        )
     with atomic_write(path) as temporary, atomic_write(reference_path(path)) as kept:
         temporary.write_bytes(ir.to_proto(graph.model).SerializeToString())
         onnx.checker.check_model(str(temporary), full_check=True)
@@ -157,7 +167,12 @@ class Graph:
 def build_graph(classifier: Classifier, config: ExportConfig, source: Mapping[str, Any] | None = None) -> Graph:
     """Trace, fold, lower and describe, without writing anything."""
     model, num_folded = trace(
-        classifier, T=config.steps, encoding=config.encoding, uint8=config.normalize, fold_bn=config.fold_bn
+        classifier,
+        T=config.steps,
+        encoding=config.encoding,
+        step=config.layout == "step",
+        uint8=config.normalize,
+        fold_bn=config.fold_bn,
     )
     with_state = config.with_state or config.layout == "step"
     neurons = lower(model, T=config.steps, with_state=with_state)
@@ -216,9 +231,9 @@ def _describe(
 
 def versions() -> dict[str, str]:
     """The versions that write an export."""
-    packages = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+    modules = {name: importlib.import_module(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")}
     return {"tetdeploy": __version__, "python": platform.python_version()} | {
-        name: distributions.version(name) for name in packages
+        name: str(module.__version__) for name, module in modules.items()
     }
 
 
@@ -274,6 +289,7 @@ def _write_reference(
 ) -> None:
     """What PyTorch computes for the reference images, so that another machine can prove it computes the same."""
     T = config.T if config.layout == "unrolled" else config.trained_T
+    T = min(T, x.shape[1]) if config.encoding == "frames" else T
     per_step, counts = [], []
     for start in range(0, len(x), 32):
         logits, spikes = run_torch(classifier, x[start : start + 32], T, config.encoding)
@@ -293,18 +309,23 @@ def _write_reference(
 
 def _as_input(classifier: Classifier, images: NDArray[Any], config: ExportConfig) -> NDArray[Any]:
     """The images as the graph takes them."""
-    wanted = (*((2,) if config.encoding == "frames" else (1,)), *classifier.image_shape)
-    if len(images) == 0 or images.ndim != len(wanted) + (config.encoding == "frames"):
-        raise ValueError(
-            f"images must be [N, {'T, ' * (config.encoding == 'frames')}C, H, W], got {list(images.shape)}"
-        )
+    frames = config.encoding == "frames"
+    if 0 in images.shape or images.ndim != 4 + frames:
+        raise ValueError(f"images must be [N, {'T, ' * frames}C, H, W] and some, got {list(images.shape)}")
     if images.shape[-3:] != classifier.image_shape:
         raise ValueError(f"the network takes images {classifier.image_shape}, got {images.shape[-3:]}")
+    if frames and config.layout == "unrolled" and images.shape[1] < config.T:
+        raise ValueError(f"T={config.T} steps are checked on as many frames, got {images.shape[1]}; choose a smaller T")
     if config.normalize and images.dtype != np.uint8:
         raise ValueError(f"with normalisation in the graph the images must be uint8, got {images.dtype}")
     if not config.normalize and images.dtype == np.uint8:
         with torch.no_grad():
             return classifier.normalize(torch.from_numpy(images).to(classifier.mean.device)).cpu().numpy()
+    if not config.normalize and (images.dtype != np.float32 or not np.isfinite(images).all()):
+        raise ValueError(
+            "without normalisation in the graph the images must be uint8, or finite float32 that is normalised "
+            f"already; got {images.dtype}{'' if np.isfinite(images).all() else ' with NaN or infinite values'}"
+        )
     return np.ascontiguousarray(images)
 
 

@@ -94,36 +94,69 @@ class Parity:
             )
 
 
+class _InFloat64(TorchDispatchMode):
+    """Within it, what a network asks for in float32, as `x.float()` does, is float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
 @torch.no_grad()
-def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int = 4) -> None:
+def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int = 4) -> int:
     """Refuse a network in which more than neurons carries something from one step to the next.
 
     In float64, T steps at once are compared with T single steps between which only membranes are handed on.
 
     Args:
-        x: a few images `[N, C, H, W]`, or frames `[N, T, C, H, W]` with at least T steps.
+        x: a few images `[N, C, H, W]`, or frames `[N, T, C, H, W]`; where these hold fewer steps they come round again.
+
+    Returns:
+        The number of neuron layers that run.
 
     Raises:
-        ValueError: they differ.
+        ValueError: they differ, or the network fails or does not return `[T, N, K]`.
     """
     double = copy.deepcopy(classifier).double()
     x = x if x.dtype == torch.uint8 else x.double()
-    with NeuronRecorder() as whole:
-        logits = _forward(double, x[:, :T] if encoding == "frames" else x, T, encoding)
+    if encoding == "frames":
+        x = x[:, [t % x.shape[1] for t in range(T)]]
+    whole, logits = _recorded(double, x, T, encoding)
     state: list[Tensor] | None = None
     for t in range(T):
-        with NeuronRecorder(state) as single:
-            step = _forward(double, x[:, t : t + 1] if encoding == "frames" else x, 1, encoding)
+        single, step = _recorded(double, x[:, t : t + 1] if encoding == "frames" else x, 1, encoding, state)
         state = single.state
-        same = len(single.spikes) == len(whole.spikes) and all(
-            torch.equal(a[0], b[t]) for a, b in zip(single.spikes, whole.spikes, strict=True)
-        )
+        if len(single.spikes) != len(whole.spikes):
+            raise ValueError(
+                f"the network runs its neurons {len(whole.spikes)} times for T={T} and {len(single.spikes)} times for "
+                "one step; give each layer of neurons its whole sequence [T, ...] in one call"
+            )
+        same = all(torch.equal(a[0], b[t]) for a, b in zip(single.spikes, whole.spikes, strict=True))
         if not same or not torch.allclose(step[0], logits[t], rtol=1e-9, atol=1e-9):
             raise ValueError(
                 f"the network mixes time outside its neurons: its answer at step {t + 1} of T={T} differs from that of "
                 "a single step that starts from the same membranes; only LIF and IF neurons may carry anything from "
                 "one step to the next"
             )
+    return len(whole.spikes)
+
+
+def _recorded(
+    classifier: Classifier, x: Tensor, T: int, encoding: str, state: Sequence[Tensor] | None = None
+) -> tuple[NeuronRecorder, Tensor]:
+    """One run in float64, with its neurons' spikes and membranes; a network's own errors become ValueErrors."""
+    recorder = NeuronRecorder(state)
+    try:
+        with _InFloat64(), recorder:
+            logits = _forward(classifier, x, T, encoding)
+    except Exception as error:  # whatever the user's network may raise
+        raise ValueError(f"the network fails at T={T} on input {list(x.shape)}: {error}") from error
+    wanted = [T, len(x), len(classifier.class_names)]
+    if list(logits.shape) != wanted:
+        raise ValueError(f"the network must return logits [T, N, K] = {wanted}, got {list(logits.shape)}")
+    return recorder, logits
 
 
 def compare(
