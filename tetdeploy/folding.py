@@ -97,6 +97,8 @@ def _fold(graph_module: fx.GraphModule, bn: fx.Node) -> None:
         owner = f"folded_{bn.name}"
         graph_module.add_submodule(owner, nn.ParameterDict({"weight": weight, "bias": bias}))
         parameters = [graph.get_attr(f"{owner}.{key}") for key in ("weight", "bias")]
+        for parameter, value in zip(parameters, (weight, bias), strict=True):
+            parameter.meta["val"] = value  # read where a second BN follows
         folded = graph.create_node("call_function", layer.target, (layer.args[0], *parameters, *layer.args[3:]))
     folded.meta = dict(layer.meta)
     _replace_on_the_way(bn, layer, folded)
@@ -124,8 +126,8 @@ def _layer_before(bn: fx.Node, name: str) -> fx.Node:
     # Without the batch: channels and space after a convolution, channels alone after a linear layer.
     if len(channels) != node.args[1].meta["val"].dim() - 1:
         raise FoldingError(
-            f"cannot fold BN {name!r}: it normalises axis 1 of its input {_shape(before)}, which is not the axis of "
-            f"{module_path(node)!r}'s channels; move the channels there, or export without folding (--no-fold-bn)"
+            f"cannot fold BN {name!r}: it normalises axis 1 of its input {_shape(before)}, which is not where "
+            f"{module_path(node)!r} has its channels; move them there, or export without folding (--no-fold-bn)"
         )
     layer: fx.Node = node
     return layer

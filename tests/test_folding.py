@@ -1,0 +1,432 @@
+"""Folding: equal to the unfolded network in float64, no BN left, and what cannot be folded is named with the reason."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from tetdeploy.folding import FoldingError, count_batchnorm, fold_batchnorm
+from tetdeploy.layers import DirectEncoding, OverTime, tdBN
+from tetdeploy.networks import NetworkConfig, build_network
+from tetdeploy.neurons import LIF
+
+# torch.export copies its own tree specifications in a way that it deprecates itself
+pytestmark = pytest.mark.filterwarnings(r"ignore:.*LeafSpec.*is deprecated:FutureWarning")
+
+aten = torch.ops.aten
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding)
+
+
+def settled(network: nn.Module) -> nn.Module:
+    """The network in inference and float64, its BN as after training: no statistic or parameter left at its default."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None and module.running_var is not None
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.25, 4.0)
+            if module.affine:
+                nn.init.normal_(module.weight, 0.8, 0.5)  # some below zero
+                nn.init.normal_(module.bias, 0.5)
+    return network.double().eval()
+
+
+def traced(network: nn.Module, *inputs: Tensor, dynamic: Any = None) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(network, inputs, dynamic_shapes=dynamic)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def count(graph: fx.Graph, *targets: Any) -> int:
+    return sum(node.target in targets for node in graph.nodes)
+
+
+def assert_folds(network: nn.Module, *inputs: Tensor, batchnorms: int) -> fx.GraphModule:
+    program = traced(network, *inputs)
+    assert count_batchnorm(program.graph) == batchnorms
+    folded = fold_batchnorm(program)
+    assert count_batchnorm(folded.graph) == 0
+    folded.graph.lint()
+    torch.testing.assert_close(folded(*inputs), network(*inputs), rtol=1e-10, atol=1e-10)
+    return folded
+
+
+# --- one layer and its BN ----------------------------------------------------------------------------------------
+
+LAYERS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
+    "conv1d": (lambda bias: nn.Conv1d(4, 6, 3, padding=1, bias=bias), nn.BatchNorm1d, (2, 4, 7)),
+    "conv2d": (lambda bias: nn.Conv2d(4, 6, 3, padding=1, bias=bias), nn.BatchNorm2d, (2, 4, 5, 7)),
+    "conv3d": (lambda bias: nn.Conv3d(4, 6, 3, padding=1, bias=bias), nn.BatchNorm3d, (2, 4, 3, 5, 7)),
+    "linear": (lambda bias: nn.Linear(4, 6, bias=bias), nn.BatchNorm1d, (5, 4)),
+    "groups": (lambda bias: nn.Conv2d(4, 6, 3, groups=2, bias=bias), nn.BatchNorm2d, (2, 4, 5, 7)),
+    "depthwise": (lambda bias: nn.Conv2d(4, 8, 3, groups=4, bias=bias), lambda _: nn.BatchNorm2d(8), (2, 4, 5, 7)),
+    "strides": (lambda bias: nn.Conv2d(4, 6, 3, (2, 3), (1, 0), (1, 2), bias=bias), nn.BatchNorm2d, (2, 4, 9, 9)),
+    "same": (lambda bias: nn.Conv2d(4, 6, 3, padding="same", bias=bias), nn.BatchNorm2d, (2, 4, 5, 7)),
+    "circular": (
+        lambda bias: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular", bias=bias),
+        nn.BatchNorm2d,
+        (2, 4, 5, 7),
+    ),
+    "one channel": (lambda bias: nn.Conv2d(4, 1, 3, bias=bias), lambda _: nn.BatchNorm2d(1), (2, 4, 5, 7)),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_and_its_bn_become_one_layer(kind: str, bias: bool) -> None:
+    layer, bn, shape = LAYERS[kind]
+    assert_folds(settled(nn.Sequential(layer(bias), bn(6))), randn(*shape), batchnorms=1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["conv2d", "linear"])
+def test_bn_without_affine_parameters(kind: str, bias: bool) -> None:
+    layer, bn, shape = LAYERS[kind]
+    assert_folds(settled(nn.Sequential(layer(bias), bn(6, affine=False, eps=0.3))), randn(*shape), batchnorms=1)
+
+
+def test_equation_6_by_hand() -> None:
+    network = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1, eps=0.0)).double().eval()
+    linear, bn = network
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[2.0, -3.0]]))
+        for parameter, value in ((linear.bias, 5), (bn.weight, 6), (bn.bias, 7), (bn.running_mean, 1)):
+            parameter.fill_(value)
+        bn.running_var.fill_(4.0)
+    folded = fold_batchnorm(traced(network, randn(3, 2)))
+    values = {name.rpartition(".")[2]: value.tolist() for name, value in folded.named_parameters()}
+    assert values == {
+        "weight": [[6.0, -9.0]],
+        "bias": [7 + (5 - 1) * 6 / 2],
+    }  # W gamma/alpha, beta + (b-mu) gamma/alpha
+
+
+def test_float32_networks_are_folded_in_float64_and_stay_float32() -> None:
+    network = settled(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))).float()
+    folded = fold_batchnorm(traced(network, torch.randn(2, 4, 5, 5)))
+    exact = fold_batchnorm(traced(copy.deepcopy(network).double(), randn(2, 4, 5, 5)))
+    for got, wanted in zip(folded.parameters(), exact.parameters(), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, wanted.float(), rtol=1e-7, atol=0)  # one rounding, at the end
+
+
+# --- over time ---------------------------------------------------------------------------------------------------
+
+
+class OwnTime(nn.Module):
+    """Convolution and BN apart, with the reshaping that code over time is full of in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(2, 4, 3), tdBN(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        current = self.conv(x.flatten(0, 1))
+        current = current.reshape(x.shape[0], x.shape[1], *current.shape[1:])
+        return self.bn(current.contiguous())
+
+
+class RepeatedBefore(nn.Module):
+    """The current of an image repeated over time, and BN only then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.bn = DirectEncoding(nn.Conv2d(2, 4, 3)), tdBN(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.encode(x, 3))
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (OwnTime, (3, 2, 2, 6, 6)),
+        (RepeatedBefore, (2, 2, 6, 6)),
+        (lambda: OverTime(nn.Conv2d(2, 4, 3), tdBN(4)), (3, 2, 2, 6, 6)),
+        (lambda: OverTime(nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4)), (3, 2, 2, 2, 2)),
+    ],
+    ids=["own reshaping", "repeated image", "OverTime", "linear"],
+)
+def test_time_between_a_layer_and_its_bn(network: Any, shape: tuple[int, ...]) -> None:
+    folded = assert_folds(settled(network()), randn(*shape), batchnorms=1)
+    assert count(folded.graph, *CONVOLUTIONS, aten.linear.default) == 1  # the layer is not left beside its fold
+
+
+# --- shared layers and branches ----------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """One convolution called twice; `bn2` may be no BN."""
+
+    def __init__(self, bn2: nn.Module, *, bias: bool = True) -> None:
+        super().__init__()
+        self.conv, self.bn1, self.bn2 = nn.Conv2d(3, 3, 3, padding=1, bias=bias), nn.BatchNorm2d(3), bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv(self.bn1(self.conv(x)).relu()))
+
+
+class TwoReaders(nn.Module):
+    """One result of one convolution read by a BN and by what `other` is."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn, self.other = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), other
+
+    def forward(self, x: Tensor) -> Tensor:
+        current = self.conv(x)
+        return self.bn(current) * self.other(current)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_used_in_two_places_with_two_bns(bias: bool) -> None:
+    folded = assert_folds(settled(Shared(nn.BatchNorm2d(3), bias=bias)), randn(2, 3, 6, 6), batchnorms=2)
+    weights = [node.args[1] for node in folded.graph.nodes if node.target in CONVOLUTIONS]
+    assert len(set(weights)) == 2
+
+
+def test_a_convolution_with_bn_in_only_one_of_its_two_places() -> None:
+    folded = assert_folds(settled(Shared(nn.Identity())), randn(2, 3, 6, 6), batchnorms=1)
+    assert {"conv.weight", "conv.bias"} <= {str(node.target) for node in folded.graph.nodes if node.op == "get_attr"}
+
+
+def test_one_bn_used_in_two_places() -> None:
+    network = Shared(nn.Identity())
+    network.bn2 = network.bn1
+    assert_folds(settled(network), randn(2, 3, 6, 6), batchnorms=2)
+
+
+@pytest.mark.parametrize(("other", "batchnorms"), [(nn.BatchNorm2d(4), 2), (nn.ReLU(), 1)])
+def test_a_result_with_two_readers(other: nn.Module, batchnorms: int) -> None:
+    folded = assert_folds(settled(TwoReaders(other)), randn(2, 3, 6, 6), batchnorms=batchnorms)
+    assert count(folded.graph, *CONVOLUTIONS) == 2
+
+
+def test_two_bns_in_a_row() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    folded = assert_folds(settled(network), randn(2, 3, 6, 6), batchnorms=2)
+    assert count(folded.graph, *CONVOLUTIONS) == 1
+
+
+class Residual(nn.Module):
+    """A block with a downsample branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Conv2d(3, 4, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3, 1, 1),
+            nn.BatchNorm2d(4),
+        )
+        self.shortcut = nn.Sequential(nn.Conv2d(3, 4, 1, 2, bias=False), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.main(x) + self.shortcut(x)).relu()
+
+
+def test_downsample_branches() -> None:
+    folded = assert_folds(settled(Residual()), randn(2, 3, 7, 7), batchnorms=3)
+    assert count(folded.graph, *CONVOLUTIONS) == 3
+
+
+# --- whole networks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "batchnorms"), [("convsnn", 3), ("resnet19", 20)])
+@pytest.mark.parametrize("form", ["images", "frames"])
+def test_whole_networks(model: str, batchnorms: int, form: str) -> None:
+    config = NetworkConfig(model, 5, 2, (8, 8), width=0.1)
+    network = settled(build_network(config))
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight)  # a fresh linear layer does not reach the threshold
+    inputs = (randn(4, 3, 2, 8, 8),) if form == "frames" else (randn(3, 2, 8, 8), 4)
+    rates = spike_rates(network, *inputs)
+    assert all(rate > 0 for rate in rates), rates
+    assert_folds(network, *inputs, batchnorms=batchnorms)
+
+
+def spike_rates(network: nn.Module, *inputs: Any) -> list[float]:
+    rates: list[float] = []
+    layers = [module for module in network.modules() if isinstance(module, LIF)]
+    hooks = [m.register_forward_hook(lambda _m, _i, spikes: rates.append(spikes.mean().item())) for m in layers]
+    network(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return rates
+
+
+def test_the_batch_stays_dynamic() -> None:
+    network = settled(build_network(NetworkConfig("convsnn", 5, 2, (8, 8), width=0.1)))
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("T")
+    program = traced(network, randn(4, 3, 2, 8, 8), dynamic=({0: time, 1: batch},))
+    folded = fold_batchnorm(program)
+    assert count_batchnorm(folded.graph) == 0
+    for T, N in ((4, 3), (2, 7), (6, 1)):
+        x = randn(T, N, 2, 8, 8)
+        torch.testing.assert_close(folded(x), network(x), rtol=1e-10, atol=1e-10)
+
+
+def test_the_result_can_be_exported_again_with_a_dynamic_batch() -> None:
+    network = settled(OverTime(nn.Conv2d(2, 4, 3), tdBN(4)))
+    batch = torch.export.Dim("batch")
+    program = traced(network, randn(3, 2, 2, 6, 6), dynamic=({1: batch},))
+    again = traced(fold_batchnorm(program), randn(3, 2, 2, 6, 6), dynamic=({1: batch},)).module()
+    x = randn(3, 5, 2, 6, 6)
+    torch.testing.assert_close(again(x), network(x), rtol=1e-10, atol=1e-10)
+
+
+def test_the_original_is_untouched() -> None:
+    network = settled(Shared(nn.BatchNorm2d(3)))
+    x, before = randn(2, 3, 6, 6), copy.deepcopy(network.state_dict())
+    program = traced(network, x)
+    text, wanted = str(program), network(x)
+    folded = fold_batchnorm(program)
+    with torch.no_grad():
+        for parameter in folded.parameters():
+            parameter.fill_(9.0)
+    assert str(program) == text
+    assert count_batchnorm(program.graph) == 2
+    torch.testing.assert_close(program.module()(x), wanted, rtol=0, atol=0)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_network_without_bn_is_left_as_it_is() -> None:
+    folded = assert_folds(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU()).double(), randn(2, 2, 6, 6), batchnorms=0)
+    assert count(folded.graph, *CONVOLUTIONS) == 1
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+def named(**modules: nn.Module) -> nn.Sequential:
+    network = nn.Sequential()
+    for name, module in modules.items():
+        network.add_module(name, module)
+    return network
+
+
+class Permuted(nn.Module):
+    def __init__(self, rearrange: Any, bn: nn.Module, layer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv, self.bn, self.rearrange = layer or nn.Conv2d(2, 4, 3, padding=1), bn, rearrange
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.rearrange(self.conv(x)))
+
+
+def weight_normed() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 4, 3))
+
+
+REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
+    "before everything": (
+        named(first=nn.BatchNorm2d(2), conv=nn.Conv2d(2, 4, 3)),
+        (2, 2, 4, 4),
+        r"BN 'first': what comes before it is the input",
+    ),
+    "after an activation": (
+        named(conv=nn.Conv2d(2, 4, 3), act=nn.ReLU(), late=nn.BatchNorm2d(4)),
+        (2, 2, 4, 4),
+        r"BN 'late': what comes before it is aten\.relu\.default \(act\), not a convolution or linear layer; move",
+    ),
+    "after neurons": (
+        named(conv=OverTime(nn.Conv2d(2, 4, 3)), lif=LIF(), late=tdBN(4)),
+        (3, 2, 2, 4, 4),
+        r"BN 'late': what comes before it is .*getitem.* \(lif\)",
+    ),
+    "after a sum": (
+        Permuted(lambda y: y + 1, nn.BatchNorm2d(4)),
+        (2, 2, 4, 4),
+        r"BN 'bn': what comes before it is aten\.add\.Tensor",
+    ),
+    "after a transposed convolution": (
+        named(up=nn.ConvTranspose2d(2, 4, 3), bn=nn.BatchNorm2d(4)),
+        (2, 2, 4, 4),
+        r"BN 'bn': what comes before it is aten\.conv_transpose2d\.input \(up\), not a convolution",
+    ),
+    "after pooling of a BN": (
+        named(conv=nn.Conv2d(2, 4, 3), bn=nn.BatchNorm2d(4), pool=nn.MaxPool2d(2), again=nn.BatchNorm2d(4)),
+        (2, 2, 4, 4),
+        r"BN 'again': what comes before it is aten\.max_pool2d\.default \(pool\)",
+    ),
+    "channels permuted": (
+        Permuted(lambda y: y.permute(0, 3, 1, 2), nn.BatchNorm2d(4)),
+        (2, 2, 4, 4),
+        r"BN 'bn': what comes before it is aten\.permute\.default",
+    ),
+    "channels and rows merged": (
+        Permuted(lambda y: y.flatten(1, 2), nn.BatchNorm1d(16)),
+        (2, 2, 4, 4),
+        r"BN 'bn': between it and 'conv' the channels are rearranged from shape \[2, 4, 4, 4\] to \[2, 16, 4\]",
+    ),
+    "channels into the batch": (
+        Permuted(lambda y: y.reshape(-1, 2, 4, 4), nn.BatchNorm2d(2)),
+        (2, 2, 4, 4),
+        r"BN 'bn': between it and 'conv' the channels are rearranged from shape \[2, 4, 4, 4\] to \[4, 2, 4, 4\]",
+    ),
+    "channels repeated": (
+        Permuted(lambda y: y.unsqueeze(-1).expand(2, 4, 4).flatten(0, 1), nn.BatchNorm1d(4), nn.Linear(2, 4)),
+        (2, 2),
+        r"BN 'bn': between it and 'conv' the channels are rearranged from shape \[2, 4\] to \[8, 4\]",
+    ),
+    "one channel only": (
+        Permuted(lambda y: y.flatten(1), nn.BatchNorm1d(4), nn.Conv2d(2, 1, 1)),
+        (2, 2, 1, 4),
+        r"BN 'bn': it normalises axis 1 of its input \[2, 4\], which is not where 'conv' has its channels",
+    ),
+    "linear over another axis": (
+        named(linear=nn.Linear(5, 4), bn=nn.BatchNorm1d(4)),
+        (2, 4, 5),
+        r"BN 'bn': it normalises axis 1 of its input \[2, 4, 4\], which is not where 'linear' has its",
+    ),
+    "weights that are computed": (
+        named(conv=weight_normed(), bn=nn.BatchNorm2d(4)),
+        (2, 2, 4, 4),
+        r"BN 'bn': \w+ \(conv\.parametrizations.*\) is computed in the network, not a parameter of it; remove the",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_folded_is_named_with_the_reason(case: str) -> None:
+    network, shape, message = REFUSED[case]
+    program = traced(settled(network), randn(*shape))
+    with pytest.raises(FoldingError, match=f"cannot fold {message}"):
+        fold_batchnorm(program)
+
+
+@pytest.mark.parametrize(
+    "bn", [nn.BatchNorm2d(4).train(), nn.BatchNorm2d(4, track_running_stats=False)], ids=["training", "no statistics"]
+)
+def test_bn_in_training_mode_is_refused(bn: nn.Module) -> None:
+    network = named(conv=nn.Conv2d(2, 4, 3), bn=bn).double()
+    network.train(bn.training)
+    with pytest.raises(FoldingError, match=r"cannot fold BN 'bn': it is in training mode, .* call net\.eval\(\) first"):
+        fold_batchnorm(traced(network, randn(2, 2, 4, 4)))
+
+
+def test_nested_modules_are_named_by_their_path() -> None:
+    network = named(stage=named(block=OverTime(nn.MaxPool2d(2), tdBN(2))))
+    program = traced(settled(network), randn(3, 2, 2, 4, 4))
+    with pytest.raises(FoldingError, match=r"BN 'stage\.block\.1': what comes before .* \(stage\.block\.0\)"):
+        fold_batchnorm(program)
+
+
+def test_a_refusal_leaves_the_program_as_it_was() -> None:
+    network = settled(named(conv=nn.Conv2d(2, 2, 1), bn=nn.BatchNorm2d(2), act=nn.ReLU(), late=nn.BatchNorm2d(2)))
+    program, x = traced(network, randn(2, 2, 4, 4)), randn(2, 2, 4, 4)
+    text = str(program)
+    with pytest.raises(FoldingError, match="BN 'late'"):
+        fold_batchnorm(program)
+    assert str(program) == text
+    torch.testing.assert_close(program.module()(x), network(x), rtol=0, atol=0)
