@@ -1,0 +1,355 @@
+"""Checkpoints of the TET authors: names, numbers against their forward pass written out here, refusals."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tetdeploy
+from tetdeploy.checkpoint import read_metadata
+from tetdeploy.foreign import ARCHITECTURES, import_checkpoint, import_to_checkpoint, their_names
+
+ENTRIES = {
+    arch: json.loads((Path(__file__).parent / "fixtures" / "tet_reference_state_dict_keys.json").read_text())[key][
+        "entries"
+    ]
+    for arch, key in (("resnet19", "resnet19"), ("vggsnn", "vggsnn"), ("vggsnn-strided", "vggsnnwoap"))
+}
+State = dict[str, Tensor]
+
+
+def random_state(arch: str) -> State:
+    """A state dict with the authors' keys and shapes whose neurons fire in every layer."""
+    torch.manual_seed(0)
+    state: State = {}
+    for entry in ENTRIES[arch]:
+        state[entry["key"]] = state[entry["alias_of"]] if "alias_of" in entry else random_tensor(entry)
+    return state
+
+
+def random_tensor(entry: Mapping[str, Any]) -> Tensor:
+    key, shape = entry["key"], entry["shape"]
+    if key.endswith("num_batches_tracked"):
+        return torch.tensor(7)
+    if key.endswith("running_var") or (key.endswith("weight") and len(shape) == 1):
+        return torch.rand(shape) + 0.5
+    if len(shape) > 1:
+        fan_in = torch.Size(shape[1:]).numel()
+        return torch.randn(shape) * (2 / fan_in) ** 0.5 * (4 if len(shape) == 2 else 1)
+    return torch.randn(shape) * 0.3
+
+
+def flat_state(arch: str) -> State:
+    """The same keys and shapes with one number in each tensor, so that its file is small."""
+    return {
+        entry["key"]: torch.tensor(7)
+        if entry["key"].endswith("num_batches_tracked")
+        else torch.full((1,), 0.5).expand(entry["shape"])
+        for entry in ENTRIES[arch]
+    }
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "theirs.pth"
+
+
+# --- the authors' forward pass, batch first ---------------------------------------------------------------------------
+
+
+def their_lif(x: Tensor) -> Tensor:
+    mem: Tensor | float = 0.0
+    spikes = []
+    for t in range(x.shape[1]):
+        mem = mem * 0.5 + x[:, t]
+        spike = (mem - 1 > 0).to(x.dtype)
+        mem = (1 - spike) * mem
+        spikes.append(spike)
+    return torch.stack(spikes, 1)
+
+
+def over_steps(function: Any, x: Tensor) -> Tensor:
+    y = function(x.flatten(0, 1))
+    return y.view(*x.shape[:2], *y.shape[1:])
+
+
+def their_conv_bn(state: State, x: Tensor, conv: str, bn: str, stride: int = 1) -> Tensor:
+    weight, bias = state[f"{conv}.weight"], state.get(f"{conv}.bias")
+    y = over_steps(lambda z: F.conv2d(z, weight, bias, stride=stride, padding=weight.shape[-1] // 2), x)
+    norm = [state[f"{bn}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+    return over_steps(lambda z: F.batch_norm(z, *norm), y)
+
+
+def their_resnet19(state: State, x: Tensor) -> Tensor:
+    def layer(path: str, x: Tensor, stride: int = 1) -> Tensor:
+        return their_conv_bn(state, x, f"{path}.layer.module", f"{path}.bn.seqbn.module", stride)
+
+    x = their_lif(layer("conv1_s", x))
+    for stage, count in ((1, 3), (2, 3), (3, 2)):
+        for k in range(count):
+            path, stride = f"layer{stage}.{k}", 2 if stage > 1 and k == 0 else 1
+            out = layer(f"{path}.conv2_s", their_lif(layer(f"{path}.conv1_s", x, stride)))
+            x = their_lif(out + (layer(f"{path}.downsample", x, stride) if k == 0 else x))
+    x = x.mean((-2, -1))
+    x = their_lif(F.linear(x, state["fc1_s.layer.module.weight"], state["fc1_s.layer.module.bias"]))
+    return F.linear(x, state["fc2_s.layer.module.weight"], state["fc2_s.layer.module.bias"])
+
+
+def their_vggsnn(state: State, x: Tensor, *, strided: bool) -> Tensor:
+    feature = 0
+    for k in range(8):
+        path = f"features.{feature}.fwd.module"
+        x = their_lif(their_conv_bn(state, x, f"{path}.0", f"{path}.1", 2 if strided and k % 2 else 1))
+        feature += 1
+        if k % 2 and not strided:
+            x = over_steps(lambda z: F.avg_pool2d(z, 2), x)
+            feature += 1
+    return F.linear(x.flatten(2), state["classifier.module.weight"], state["classifier.module.bias"])
+
+
+# --- what is imported -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_names_are_those_of_the_fixture(arch: str) -> None:
+    groups: dict[str, set[str]] = {}
+    for entry in ENTRIES[arch]:
+        if not entry["key"].endswith("num_batches_tracked"):  # the fixture does not say what is the same count
+            groups.setdefault(entry.get("alias_of", entry["key"]), set()).add(entry["key"])
+    names = their_names(arch)
+    weights = [set(theirs) for ours, theirs in names.items() if not ours.endswith("num_batches_tracked")]
+    assert sorted(map(sorted, weights)) == sorted(map(sorted, groups.values()))
+    every = [name for theirs in names.values() for name in theirs]
+    assert sorted(every) == sorted(entry["key"] for entry in ENTRIES[arch])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@torch.no_grad()
+def test_the_imported_network_computes_what_theirs_computes(arch: str, file: Path) -> None:
+    state = random_state(arch)
+    torch.save(state, file)
+    size = (16, 16) if arch == "resnet19" else (48, 48)
+    imported = import_checkpoint(file, arch, image_size=size)
+    double = {key: value.double() for key, value in state.items()}
+    frames = torch.randn(2, 3, imported.config.in_channels, *size, dtype=torch.float64)
+    if arch == "resnet19":
+        expected = their_resnet19(double, frames)
+    else:
+        expected = their_vggsnn(double, frames, strided=arch == "vggsnn-strided")
+    logits = imported.network.double()(frames.transpose(0, 1)).transpose(0, 1)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    # The comparison means something: the answers depend on the image and on the step.
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    assert (expected[:, 0] - expected[:, 2]).abs().max() > 0.1
+
+
+def test_keys_are_counted_and_aliases_merged(file: Path) -> None:
+    torch.save(flat_state("resnet19"), file)
+    imported = import_checkpoint(file, "resnet19")
+    assert (imported.num_keys, imported.num_merged) == (415, 415 - len(imported.network.state_dict()))
+    assert not imported.network.training
+
+
+@pytest.mark.parametrize("wrap", [None, "state_dict", "net"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_prefixes_and_wrappers_are_dropped(wrap: str | None, prefix: str, file: Path) -> None:
+    state = {prefix + key: value for key, value in flat_state("vggsnn").items()}
+    torch.save(state if wrap is None else {"epoch": 3, "best_acc": 83.2, wrap: state}, file)
+    weights = import_checkpoint(file, "vggsnn").network.state_dict()
+    assert weights["layers.0.1.num_batches_tracked"] == 7
+    assert all((value == 0.5).all() for key, value in weights.items() if "tracked" not in key)
+
+
+def test_classes_are_read_from_the_last_layer(file: Path) -> None:
+    state = flat_state("resnet19")
+    for key in ("fc2.weight", "fc2_s.layer.module.weight", "fc2.bias", "fc2_s.layer.module.bias"):
+        state[key] = state[key][:1].expand(100, *state[key].shape[1:])
+    torch.save(state, file)
+    assert import_checkpoint(file, "resnet19").config.num_classes == 100
+    assert import_to_checkpoint(file, "resnet19", file.with_suffix(".safetensors")).data == "cifar100"
+
+
+# --- as a checkpoint of ours ------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_ours_is_written(file: Path, tmp_path: Path) -> None:
+    torch.save(flat_state("vggsnn"), file)
+    report = import_to_checkpoint(file, "vggsnn", tmp_path / "runs" / "vgg", T=10)
+    assert report.path == tmp_path / "runs" / "vgg" / "checkpoint.safetensors"
+    assert (report.data, report.config.image_size, report.num_parameters) == ("dvs-cifar10", (48, 48), 9_271_498)
+    classifier = tetdeploy.load(tmp_path / "runs" / "vgg")
+    assert (classifier.image_shape, classifier.class_names[3]) == ((2, 48, 48), "cat")
+    frames = torch.randint(256, (2, 1, 2, 48, 48), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = import_checkpoint(file, "vggsnn").network(frames / 255)
+        torch.testing.assert_close(classifier(frames), expected)
+    metadata = read_metadata(report.path)
+    assert metadata["training"] == {"T": 10}
+    assert metadata["provenance"]["imported"].keys() == {"file", "arch", "sha256"}
+    assert str(tmp_path) not in json.dumps(metadata)
+
+
+@pytest.mark.parametrize("data", [None, "cifar10"])
+def test_cifar_brings_the_authors_normalisation(data: str | None, file: Path, tmp_path: Path) -> None:
+    torch.save(flat_state("resnet19"), file)
+    import_to_checkpoint(file, "resnet19", tmp_path / "c.safetensors", data=data)
+    written = read_metadata(tmp_path / "c.safetensors")["data"]
+    assert written["mean"] == [0.4914, 0.4822, 0.4465] and written["std"] == [0.2023, 0.1994, 0.201]
+    assert written["class_names"][0] == "airplane"
+
+
+def test_other_data_bring_their_own_normalisation(file: Path, tmp_path: Path) -> None:
+    torch.save(flat_state("resnet19"), file)
+    options: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "image_size": (64, 48)}
+    import_to_checkpoint(file, "resnet19", tmp_path / "c.safetensors", data="mine", **options)
+    written = read_metadata(tmp_path / "c.safetensors")["data"]
+    assert (written["name"], written["mean"], written["class_names"][9]) == ("mine", [0.5, 0.5, 0.5], "9")
+    assert written["image_shape"] == [3, 64, 48]
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_missing_unexpected_and_misshapen_keys_are_listed_at_once(file: Path) -> None:
+    state = flat_state("resnet19")
+    del state["layer2.0.bn1.seqbn.module.bias"]
+    state["layer4.0.conv1.weight"] = torch.zeros(2)
+    state["layer1.0.conv1.weight"] = torch.zeros(128, 64, 5, 5)
+    state["fc2.weight"] = torch.zeros(10)
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"missing: layer2\.0\.bn1\.seqbn\.module\.bias; ") as caught:
+        import_checkpoint(file, "resnet19")
+    assert "unexpected: layer4.0.conv1.weight; " in str(caught.value)
+    assert "layer1.0.conv1.weight [128, 64, 5, 5], wanted [128, 64, 3, 3]" in str(caught.value)
+    assert "fc2.weight [10], wanted [10, 256]" in str(caught.value)
+
+
+def test_names_of_one_tensor_must_agree(file: Path) -> None:
+    state = flat_state("resnet19")
+    state["conv1_s.layer.module.weight"] = torch.ones(64, 3, 3, 3)
+    state["layer3.1.bn2.seqbn.module.running_var"] = torch.ones(512)
+    torch.save(state, file)
+    message = (
+        r"different values under names of one tensor: conv1_s\.layer\.module\.weight and conv1\.weight, "
+        r"layer3\.1\.bn2\.seqbn\.module\.running_var and layer3\.1\.bn2\.bn\.running_var$"
+    )
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(file, "resnet19")
+
+
+def test_values_that_are_not_finite_are_refused(file: Path) -> None:
+    state = flat_state("vggsnn")
+    state["features.3.fwd.module.0.bias"] = torch.full((256,), torch.inf)
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"not finite in features\.3\.fwd\.module\.0\.bias$"):
+        import_checkpoint(file, "vggsnn")
+
+
+def test_another_architecture_is_recognised(file: Path) -> None:
+    torch.save(flat_state("vggsnn-strided"), file)
+    with pytest.raises(ValueError, match=r"holds a vggsnn-strided, not a vggsnn; import it with --arch vggsnn-strided"):
+        import_checkpoint(file, "vggsnn")
+
+
+def test_an_unknown_architecture_is_refused(file: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown architecture 'resnet18'; choose one of resnet19, vggsnn, vggsnn-s"):
+        import_checkpoint(file, "resnet18")
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_code_is_never_run(file: Path) -> None:
+    torch.save({"net": Bomb()}, file)
+    with pytest.raises(ValueError, match=r"holds more than tensors \(_pytest\S*\) and is not opened, .*can run code"):
+        import_checkpoint(file, "vggsnn")
+    file.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"theirs\.pth is damaged, or not a file of tensors"):
+        import_checkpoint(file, "vggsnn")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04" + bytes(100)])
+def test_other_files_are_refused(content: bytes, file: Path) -> None:
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"theirs\.pth is damaged, or not a file of tensors that torch\.save wrote"):
+        import_checkpoint(file, "vggsnn")
+
+
+def test_a_truncated_file_is_refused(file: Path) -> None:
+    torch.save(flat_state("vggsnn"), file)
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="is damaged, or not a file"):
+        import_checkpoint(file, "vggsnn")
+
+
+def test_missing_files_and_folders_are_named(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"cannot read .*theirs\.pth: No such file"):
+        import_checkpoint(file, "vggsnn")
+    with pytest.raises(
+        IsADirectoryError, match=r"cannot read .*: Is a directory; give the file that torch\.save wrote"
+    ):
+        import_checkpoint(tmp_path, "vggsnn")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.zeros(3), "holds Tensor, not a state dict"),
+        ({}, "holds dict, not a state dict"),
+        ({"epoch": 3, "conv1.weight": torch.zeros(3)}, "not a state dict: epoch is no tensor"),
+        ({"weights": {}, "epoch": 3}, "weights, epoch are no tensor; .* under 'state_dict' or 'net'"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(content: Any, message: str, file: Path) -> None:
+    torch.save(content, file)
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(file, "vggsnn")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "cifar100"}, r"theirs\.pth tells 10 classes apart, but cifar100 has 100 class names"),
+        ({"data": "mine"}, "normalisation of 'mine' is not known; choose one of cifar10, cifar100, dvs-cifar10, or"),
+        ({"data": "mine", "mean": (0.5,) * 3}, "normalisation of 'mine' is not known"),
+        ({"data": "mine", "mean": (0.5,) * 3, "std": (1.0,)}, "mean and std must have 3 values each, got 3 and 1"),
+        ({"data": "dvs-cifar10"}, r"misshapen: conv1\.weight \[64, 3, 3, 3\], wanted \[64, 2, 3, 3\]"),
+        ({"class_names": ("a", "b")}, "10 classes apart, but cifar10 has 2 class names"),
+        ({"T": 0}, "T must be at least 1, got 0"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_and_nothing_is_written(
+    options: dict[str, Any], message: str, file: Path, tmp_path: Path
+) -> None:
+    torch.save(flat_state("resnet19"), file)
+    with pytest.raises(ValueError, match=message):
+        import_to_checkpoint(file, "resnet19", tmp_path / "out" / "c.safetensors", **options)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_data_must_be_named_for_other_numbers_of_classes(file: Path, tmp_path: Path) -> None:
+    state = flat_state("resnet19")
+    for key in ("fc2.weight", "fc2_s.layer.module.weight", "fc2.bias", "fc2_s.layer.module.bias"):
+        state[key] = state[key][:7]
+    torch.save(state, file)
+    with pytest.raises(ValueError, match="a resnet19 of 7 classes was trained neither on cifar10 nor on cifar100"):
+        import_to_checkpoint(file, "resnet19", tmp_path / "c.safetensors")
+
+
+def test_a_run_is_not_written_over(file: Path, tmp_path: Path) -> None:
+    torch.save(flat_state("vggsnn"), file)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"run already holds a run \(checkpoint\.safetensors\); choose another output"):
+        import_to_checkpoint(file, "vggsnn", tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == b"mine"

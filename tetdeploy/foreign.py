@@ -1,0 +1,332 @@
+"""Checkpoints of the TET authors' code as networks and checkpoints of ours.
+
+Their modules register the same layer several times, so that one tensor has up to four names in their state dict; such
+names are merged after a check that they agree. What their networks compute is what ours compute: conv3x3-BN-LIF with
+tau 0.5 and threshold 1, in ResNet-19 and in both VGGSNN. Only the names and the layout differ (theirs is batch-first).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import platform
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tetdeploy import __version__
+from tetdeploy.checkpoint import CHECKPOINT_NAME, check_keys, save_checkpoint
+from tetdeploy.data.cifar import _CIFAR10, _CIFAR100
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
+
+_BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_WRAPPERS = ("state_dict", "net")
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """The authors' network: what it was made for, and the name of its last layer's weight in our network."""
+
+    in_channels: int
+    image_size: tuple[int, int]
+    last: str
+
+
+ARCHITECTURES = {
+    "resnet19": _Architecture(3, (32, 32), "fc2.0.weight"),
+    "vggsnn": _Architecture(2, (48, 48), "readout.1.weight"),
+    "vggsnn-strided": _Architecture(2, (48, 48), "readout.1.weight"),
+}
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Normalisation and classes of what the authors trained on."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+
+
+_DATA = {
+    "cifar10": _Data(_CIFAR10.mean, _CIFAR10.std, _CIFAR10.class_names),
+    "cifar100": _Data(_CIFAR100.mean, _CIFAR100.std, _CIFAR100.class_names),
+    "dvs-cifar10": _Data((0.0, 0.0), (1.0, 1.0), _CIFAR10.class_names),  # frames are only scaled, to [0, 1]
+}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An imported network in eval mode, and how many of the file's keys were further names of the same tensor."""
+
+    network: nn.Module
+    config: NetworkConfig
+    num_keys: int
+    num_merged: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `import_to_checkpoint` wrote and where; `data` is what was chosen if it was left open."""
+
+    path: Path
+    data: str
+    config: NetworkConfig
+    num_parameters: int
+    num_keys: int
+    num_merged: int
+
+
+def import_checkpoint(
+    path: Path | str, arch: str, *, in_channels: int | None = None, image_size: tuple[int, int] | None = None
+) -> Imported:
+    """Read a state dict of the TET authors into our network of the same architecture.
+
+    The number of classes is read from the last layer. A `module.` before every key (DataParallel) is dropped, and a
+    state dict that lies under "state_dict" or "net" is taken out.
+
+    Args:
+        path: what `torch.save(model.state_dict(), path)` wrote. It is read with `weights_only=True`: no code runs.
+        arch: "resnet19", "vggsnn" or "vggsnn-strided".
+        in_channels: of the images; None takes the authors' (3 for resnet19, 2 polarities for vggsnn).
+        image_size: (H, W); None takes the authors' (32x32 for resnet19, 48x48 for vggsnn).
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: unknown `arch`; not a file of torch.save, or one that holds code; keys are missing, unexpected or
+            misshapen; names of one tensor disagree; a weight is not finite. All of a kind are listed.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHITECTURES)}")
+    tensors = _without_prefix(_state_dict(_read(Path(path)), path))
+    config = _config(tensors, arch, in_channels, image_size)
+    with torch.device("meta"):
+        wanted = build_network(config).state_dict()
+    names = their_names(arch)
+    _check_architecture(tensors, arch, path)
+    check_keys(tensors, {theirs: wanted[ours] for ours, all_ in names.items() for theirs in all_}, path)
+    _check_values(tensors, names, path)
+    network = build_network(config).eval()
+    network.load_state_dict({ours: tensors[theirs[0]] for ours, theirs in names.items()})
+    return Imported(network, config, len(tensors), len(tensors) - len(names))
+
+
+def import_to_checkpoint(
+    file: Path | str,
+    arch: str,
+    output: Path | str,
+    *,
+    data: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
+    image_size: tuple[int, int] | None = None,
+    T: int | None = None,
+) -> Report:
+    """Import a checkpoint of the TET authors and write it as one of ours.
+
+    Args:
+        file: see `import_checkpoint`, as for `arch` and `image_size`.
+        output: a `.safetensors` file, or a run folder, which must not hold a checkpoint yet.
+        data: what it was trained on: "cifar10", "cifar100" and "dvs-cifar10" bring normalisation and class names, any
+            other name needs `mean` and `std`. None takes what the authors trained on: for resnet19 CIFAR-10 or
+            CIFAR-100 by the number of classes, for vggsnn DVS-CIFAR10.
+        mean: per channel, of images / 255; also decides how many channels there are.
+        std: per channel, of images / 255.
+        class_names: one a class; None takes those of `data`, or else "0", "1", ...
+        T: steps it was trained with, which become the default of an export, if known.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError: as `import_checkpoint`; data with no known normalisation; the file has another number of classes
+            than the data; the run folder already holds a checkpoint.
+    """
+    path = _output_file(Path(output))
+    if T is not None and T < 1:
+        raise ValueError(f"T must be at least 1, got {T}")
+    channels = len(mean) if mean is not None else len(_DATA[data].mean) if data in _DATA else None
+    imported = import_checkpoint(file, arch, in_channels=channels, image_size=image_size)
+    config = imported.config
+    data = data or _trained_on(arch, config.num_classes)
+    mean, std = _normalization(data, mean, std)
+    names = _class_names(data, class_names, config.num_classes, file)
+    classifier = Classifier(imported.network, config=config, mean=mean, std=std, class_names=names, data=data)
+    save_checkpoint(path, classifier, training={} if T is None else {"T": T}, provenance=_provenance(Path(file), arch))
+    num_parameters = sum(p.numel() for p in imported.network.parameters())
+    return Report(path, data, config, num_parameters, imported.num_keys, imported.num_merged)
+
+
+def their_names(arch: str) -> dict[str, tuple[str, ...]]:
+    """For every key of our network's state dict all the names that the tensor has in the authors' state dict."""
+    return _resnet19_names() if arch == "resnet19" else _vggsnn_names(strided=arch == "vggsnn-strided")
+
+
+def _resnet19_names() -> dict[str, tuple[str, ...]]:
+    names = _layer_names("encode", "", 1)
+    blocks = [f"layer{stage}.{k}" for stage, count in ((1, 3), (2, 3), (3, 2)) for k in range(count)]
+    for k, theirs in enumerate(blocks):
+        for n in (1, 2):
+            names |= _layer_names(f"blocks.{k}.layer{n}", f"{theirs}.", n)
+        if theirs.endswith(".0"):  # the first block of a stage changes the shape
+            names[f"blocks.{k}.shortcut.0.weight"] = (f"{theirs}.downsample.layer.module.weight",)
+            norms = (f"{theirs}.downsample.bn.bn", f"{theirs}.downsample.bn.seqbn.module")
+            names |= {f"blocks.{k}.shortcut.1.{x}": tuple(f"{norm}.{x}" for norm in norms) for x in _BN}
+    for ours, theirs in (("fc1.2", "fc1"), ("fc2.0", "fc2")):
+        names |= {f"{ours}.{x}": (f"{theirs}.{x}", f"{theirs}_s.layer.module.{x}") for x in ("weight", "bias")}
+    return names
+
+
+def _layer_names(ours: str, theirs: str, n: int) -> dict[str, tuple[str, ...]]:
+    """A convolution and its BN: their `convN`, `bnN` and the pair of both, `convN_s`."""
+    norms = (f"bn{n}.bn", f"bn{n}.seqbn.module", f"conv{n}_s.bn.bn", f"conv{n}_s.bn.seqbn.module")
+    convolution = (f"{theirs}conv{n}.weight", f"{theirs}conv{n}_s.layer.module.weight")
+    return {f"{ours}.0.weight": convolution} | {
+        f"{ours}.1.{x}": tuple(f"{theirs}{norm}.{x}" for norm in norms) for x in _BN
+    }
+
+
+def _vggsnn_names(*, strided: bool) -> dict[str, tuple[str, ...]]:
+    # Their pooling is a feature of its own, behind every second layer; in ours neurons are modules of their own too.
+    theirs = range(8) if strided else (0, 1, 3, 4, 6, 7, 9, 10)
+    ours = (0, 2, 4, 6, 8, 10, 12) if strided else (0, 3, 5, 8, 10, 13, 15)
+    names: dict[str, tuple[str, ...]] = {}
+    for layer, k in zip(("encode", *(f"layers.{k}" for k in ours)), theirs, strict=True):
+        for part, parameters in (("0", ("weight", "bias")), ("1", _BN)):
+            names |= {f"{layer}.{part}.{x}": (f"features.{k}.fwd.module.{part}.{x}",) for x in parameters}
+    return names | {f"readout.1.{x}": (f"classifier.module.{x}",) for x in ("weight", "bias")}
+
+
+def _read(path: Path) -> Any:
+    """The content of a file of torch.save, if that is tensors and plain values."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise type(error)(f"cannot read {path}: {error.strerror}; give the file that torch.save wrote") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles, which end in the errors below
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for what a file may hold
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        if name:
+            raise ValueError(
+                f"{path} holds more than tensors ({name[1]}) and is not opened, because unpickling that can run code; "
+                "where the file is to be trusted, save the weights alone: torch.save(model.state_dict(), file)"
+            ) from error
+        raise ValueError(f"{path} is damaged, or not a file of tensors that torch.save wrote") from error
+
+
+def _state_dict(content: Any, path: Path | str) -> dict[str, Tensor]:
+    for key in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path} holds {type(content).__name__}, not a state dict; save model.state_dict()")
+    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"{path} is not a state dict: {', '.join(others[:10])} {'is' if len(others) == 1 else 'are'} no tensor; "
+            f"a state dict may lie at the top of the file or under {' or '.join(map(repr, _WRAPPERS))}"
+        )
+    return dict(content)
+
+
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the `module.` that DataParallel puts before every key."""
+    if all(key.startswith("module.") for key in tensors):
+        return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+def _config(
+    tensors: Mapping[str, Tensor], arch: str, in_channels: int | None, image_size: tuple[int, int] | None
+) -> NetworkConfig:
+    made_for = ARCHITECTURES[arch]
+    last = next((tensors[name] for name in their_names(arch)[made_for.last] if name in tensors), None)
+    num_classes = 10 if last is None or last.dim() != 2 else len(last)  # a last layer that is not one is listed later
+    return NetworkConfig(arch, num_classes, in_channels or made_for.in_channels, image_size or made_for.image_size)
+
+
+def _check_architecture(tensors: Mapping[str, Tensor], arch: str, path: Path | str) -> None:
+    for other in ARCHITECTURES:
+        if other != arch and set(tensors) == {name for names in their_names(other).values() for name in names}:
+            raise ValueError(f"{path} holds a {other}, not a {arch}; import it with --arch {other}")
+
+
+def _check_values(tensors: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]], path: Path | str) -> None:
+    """Names of one tensor must agree. BN's count of batches is left out: it plays no part in inference."""
+    differing = [
+        f"{other} and {first}"
+        for ours, (first, *others) in names.items()
+        for other in others
+        if not ours.endswith("num_batches_tracked") and not torch.equal(tensors[first], tensors[other])
+    ]
+    if differing:
+        raise ValueError(f"{path} has different values under names of one tensor: {', '.join(differing)}")
+    broken = [first for first, *_ in names.values() if not tensors[first].isfinite().all()]
+    if broken:
+        raise ValueError(f"{path} has values that are not finite in {', '.join(broken)}")
+
+
+def _output_file(output: Path) -> Path:
+    if output.suffix == ".safetensors":
+        return output
+    file = output / CHECKPOINT_NAME
+    if file.exists():
+        raise ValueError(f"{output} already holds a run ({CHECKPOINT_NAME}); choose another output")
+    return file
+
+
+def _trained_on(arch: str, num_classes: int) -> str:
+    """The data that the authors trained an architecture on."""
+    if arch != "resnet19":
+        return "dvs-cifar10"
+    names = [name for name in ("cifar10", "cifar100") if len(_DATA[name].class_names) == num_classes]
+    if not names:
+        raise ValueError(
+            f"a resnet19 of {num_classes} classes was trained neither on cifar10 nor on cifar100; "
+            "name the data and give the mean and std of every channel (of images / 255)"
+        )
+    return names[0]
+
+
+def _normalization(
+    data: str, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if data in _DATA:
+        mean, std = mean or _DATA[data].mean, std or _DATA[data].std
+    if not mean or not std:
+        raise ValueError(
+            f"the normalisation of {data!r} is not known; choose one of {', '.join(_DATA)}, "
+            "or give the mean and std of every channel (of images / 255)"
+        )
+    return tuple(mean), tuple(std)
+
+
+def _class_names(data: str, given: Sequence[str] | None, num_classes: int, file: Path | str) -> tuple[str, ...]:
+    names = given or (_DATA[data].class_names if data in _DATA else [str(k) for k in range(num_classes)])
+    if len(names) != num_classes:
+        raise ValueError(
+            f"{file} tells {num_classes} classes apart, but {data} has {len(names)} class names; "
+            "choose the data it was trained on, or give the class names"
+        )
+    return tuple(names)
+
+
+def _provenance(file: Path, arch: str) -> dict[str, Any]:
+    return {
+        "versions": {
+            "tetdeploy": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "imported": {"file": file.name, "arch": arch, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+    }
