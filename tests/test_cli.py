@@ -144,14 +144,14 @@ class TestCommands:
         options = ["--epochs", "6", "--width", "0.25", "--T", "2"]
         assert run("train", *options, "--out", "whole").exit_code == 0
         command = [sys.executable, "-m", "tetdeploy", "train", *options, "--out", "cut"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("epoch 2/"):
-                process.send_signal(signal.SIGINT)
-                break
-        rest = process.stdout.read()
-        assert process.wait(60) == 130, rest
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("epoch 2/"):
+                    process.send_signal(signal.SIGINT)
+                    break
+            rest = process.stdout.read()
+        assert process.returncode == 130, rest
         assert "Traceback" not in rest
         assert "tetdeploy train --resume cut" in rest
         resumed = run("train", "--resume", "cut")
@@ -184,7 +184,7 @@ class TestCommands:
         assert result.exit_code == 0, result.output
         assert json.loads(Path("t.json").read_text())["val_accuracy"] > 0.8
         message = refused("train", "--init", "runs/digits-convsnn", "--epochs", "1", "--warmup-epochs", "0")
-        assert "encode.0.weight [16, 1, 3, 3] instead of [32, 1, 3, 3]" in message
+        assert "encode.0.weight [16, 1, 3, 3], wanted [32, 1, 3, 3]" in message
 
 
 class TestBadInput:
@@ -245,7 +245,7 @@ class TestBadInput:
         assert "uint8" in refused("sweep", "--data", "floats.npz")
 
     def test_nan_in_frames(self, workplace: Path) -> None:
-        np.savez("frames.npz", images=np.zeros((30, 3, 1, 8, 8), np.float32), labels=np.zeros(30, np.int64))
+        np.savez("frames.npz", images=np.zeros((30, 4, 1, 8, 8), np.float32), labels=np.zeros(30, np.int64))
         arguments = (
             "export",
             "--encoding",
@@ -259,7 +259,7 @@ class TestBadInput:
             "f.onnx",
         )
         assert run(*arguments).exit_code == 0
-        np.savez("nan.npz", images=np.full((2, 3, 1, 8, 8), np.nan, np.float32), labels=np.zeros(2, np.int64))
+        np.savez("nan.npz", images=np.full((2, 4, 1, 8, 8), np.nan, np.float32), labels=np.zeros(2, np.int64))
         assert "NaN" in refused("sweep", "f.onnx", "--data", "nan.npz")
 
     def test_checkpoints_that_are_none(self, workplace: Path) -> None:

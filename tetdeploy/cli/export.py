@@ -10,6 +10,7 @@ import click
 from rich.progress import TaskID
 
 from tetdeploy.cli.options import console, data_dir_option, json_option, network_of, progress_bar, runs_option
+from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:
     from tetdeploy.export import Exported
@@ -81,6 +82,8 @@ def export(
     RUN is a run folder or a checkpoint; the newest run by default. Beside the model lie 256 reference images with
     PyTorch's answers, MODEL.reference.npz.
     """
+    for package, extra in (("torch", "train"), ("onnxscript", "train"), ("onnxruntime", "cpu")):
+        import_extra(package, extra)
     from tetdeploy.checkpoint import checkpoint_file, newest_run, read_metadata
     from tetdeploy.data import load_frames
     from tetdeploy.export import ExportConfig, export_model

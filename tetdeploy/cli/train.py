@@ -9,6 +9,7 @@ import click
 
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.options import console, data_dir_option, json_option, network_of, runs_option
+from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:
     from tetdeploy.data import ImageSet
@@ -90,6 +91,7 @@ def train(
     Writes RUN/checkpoint.safetensors (the best epoch on held-out training images; the test set is not touched),
     RUN/last.safetensors (for --resume), RUN/metrics.jsonl and RUN/config.json. Ctrl-C saves and stops.
     """
+    import_extra("torch", "train")
     from tetdeploy.checkpoint import load_weights
     from tetdeploy.data import load_data, split_validation
     from tetdeploy.files import write_json
