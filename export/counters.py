@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from tetdeploy.energy import Layer
 
-from .graph import Encoding, module_name
+from .graph import module_name
 from .lowering import Neurons
 
 # Operations whose output is binary if all of their data inputs are.
@@ -31,9 +31,15 @@ _UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm",
 
 
 class Layers:
-    """The layers of a lowered graph: `layers` by name with the value each one reads, `uncounted` by name."""
+    """The layers of a lowered graph: `layers` by name with the value each one reads, `uncounted` by name.
 
-    def __init__(self, graph: ir.Graph, neurons: Iterable[Neurons], encoding: Encoding) -> None:
+    Args:
+        T: steps of the graph, None where they are dynamic.
+    """
+
+    def __init__(self, graph: ir.Graph, neurons: Iterable[Neurons], T: int | None) -> None:
+        self._T = T or 1
+        self._timed: set[ir.Value] = set()  # what holds T steps, as an axis or merged into the batch
         self.read: dict[str, ir.Value] = {}
         self.layers: list[Layer] = []
         self.uncounted: list[str] = []
@@ -57,10 +63,13 @@ class Layers:
             self.read[name] = value
 
     def _propagate(self, node: ir.Node) -> None:
-        """What is binary, and what lies behind neurons, follows from a node's inputs."""
+        """What is binary, holds T steps, or lies behind neurons, follows from a node's inputs."""
+        shape = node.outputs[0].shape
+        if any(value in self._timed for value in node.inputs) or (shape and len(shape) > 1 and shape[0] == self._T):
+            self._timed.update(node.outputs)
         if any(value in self._after_neurons for value in node.inputs):
             self._after_neurons.update(node.outputs)
-        if node.op_type in _KEEP_BINARY:
+        if node.op_type in _KEEP_BINARY or _pads_with_zeros(node):
             data = node.inputs[: _DATA_INPUTS.get(node.op_type, 1)]
             if all(value in self._binary for value in data):
                 self._binary.add(node.outputs[0])
@@ -73,13 +82,41 @@ class Layers:
             return None
         if ir.convenience.get_const_tensor(weight) is None or weight.shape is None:
             return None
-        flags: dict[str, Any] = {"from_input": value not in self._after_neurons, "binary": value in self._binary}
+        from_input = value not in self._after_neurons
+        positions = self._positions(value, 1 if node.op_type == "Conv" else -1)
+        if positions is None and from_input:
+            return None
+        flags: dict[str, Any] = {"from_input": from_input, "binary": value in self._binary, "positions": positions or 1}
         shape = tuple(int(dim) for dim in weight.shape)  # type: ignore[arg-type]
         if node.op_type != "Conv":
+            if len(shape) != 2:
+                return None
             transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
             features, outputs = reversed(shape) if transposed else shape
             return Layer(name, (features,), outputs, **flags)
         return _convolution(node, name, tuple(int(d) for d in value.shape[1:]), shape, flags)  # type: ignore[arg-type]
+
+    def _positions(self, value: ir.Value, channel_axis: int) -> int | None:
+        """How often a layer is applied to one image in one step (to every token, say); None if that is unknown."""
+        assert value.shape is not None
+        leading = value.shape[:channel_axis]
+        count = 1
+        for dim in leading:
+            one = dim if isinstance(dim, int) else dim.evaluate(dict.fromkeys(dim.free_symbols(), 1))
+            if not isinstance(one, int):
+                return None
+            count *= one
+        positions, rest = divmod(count, self._T if value in self._timed else 1)
+        return positions if rest == 0 else None
+
+
+def _pads_with_zeros(node: ir.Node) -> bool:
+    if node.op_type != "Pad" or node.attributes.get_string("mode", "constant") != "constant":
+        return False
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return True
+    constant = ir.convenience.get_const_tensor(node.inputs[2])
+    return constant is not None and not constant.numpy().any()
 
 
 def _convolution(

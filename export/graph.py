@@ -92,7 +92,9 @@ def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Mod
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ValueError(f"the network uses an operation that torch.onnx cannot export: {_first_line(cause)}") from error
+        raise ValueError(
+            f"the network uses an operation that torch.onnx cannot export: {_first_line(cause)}"
+        ) from error
     assert exported is not None
     model: ir.Model = exported.model
     return model

@@ -181,7 +181,7 @@ class _Builder:
         """The T steps of `current [T, ...]`, each `[1, ...]`; a current that repeats one step is not copied."""
         assert current is not None
         producer = current.producer()
-        if producer is not None and producer.op_type == "Expand":
+        if producer is not None and producer.op_type == "Expand" and current.shape is not None:
             source = producer.inputs[0]
             if source is not None and source.shape is not None and source.shape == ir.Shape([1, *current.shape[1:]]):
                 return [source] * T

@@ -179,7 +179,7 @@ def build_graph(classifier: Classifier, config: ExportConfig, source: Mapping[st
     if not neurons:
         raise ValueError("the network has no LIF or IF neurons of tetdeploy, so there is nothing that spikes to export")
     encoders = split_encoder(model) if config.layout == "step" and config.encoding == "direct" else []
-    layers = Layers(model.graph, neurons, config.encoding)
+    layers = Layers(model.graph, neurons, config.steps)
     _strip(model)
     description = _describe(classifier, config, neurons, encoders, layers, source)
     model.metadata_props[METADATA_KEY] = json.dumps(description)
@@ -253,7 +253,7 @@ def _check(
     parity = compare(classifier, engine, x, T, tick=_ticker(tick, "checking against PyTorch", len(x)))
     parity.check(what)
     if config.layout == "dynamic":
-        for other in {1, config.trained_T} - {T}:
+        for other in {1, min(T, config.trained_T)} - {T}:
             compare(classifier, engine, x[:64], other).check(f"{what} at T={other}")
     if not engine.with_state:
         return parity, None

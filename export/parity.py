@@ -149,7 +149,7 @@ def _recorded(
     """One run in float64, with its neurons' spikes and membranes; a network's own errors become ValueErrors."""
     recorder = NeuronRecorder(state)
     try:
-        with _InFloat64(), recorder:
+        with _InFloat64(), recorder:  # type: ignore[no-untyped-call]
             logits = _forward(classifier, x, T, encoding)
     except Exception as error:  # whatever the user's network may raise
         raise ValueError(f"the network fails at T={T} on input {list(x.shape)}: {error}") from error

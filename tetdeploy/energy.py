@@ -39,6 +39,7 @@ class Layer:
         kernel, strides, pads, dilations: of a convolution, per spatial axis; `pads` is (begin, end) per axis.
         from_input: no neurons lie between the network's input and this layer: the paper's first layer.
         binary: the layer's input is spikes, 0 or 1.
+        positions: how often the layer is applied to one image in one step, as a linear layer is to tokens.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Layer:
     dilations: tuple[int, ...] = ()
     from_input: bool = False
     binary: bool = True
+    positions: int = 1
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Layer:
@@ -63,7 +65,7 @@ class Layer:
 
     @property
     def counter(self) -> str:
-        """The output of the counting graph with this layer's nonzero inputs, `[T, N, *spatial]`."""
+        """The output of the counting graph with this layer's nonzero inputs, `[T, N, *positions, *spatial]`."""
         return f"active.{self.name}"
 
     def fan_out(self) -> NDArray[np.int64]:
@@ -76,7 +78,7 @@ class Layer:
 
     def dense_ops(self) -> int:
         """Operations for one image and one step if every input counts."""
-        return int(self.input_shape[0] * self.fan_out().sum())
+        return int(self.positions * self.input_shape[0] * self.fan_out().sum())
 
 
 def axis_fan_out(size: int, kernel: int, stride: int, pads: tuple[int, int], dilation: int) -> NDArray[np.int64]:
@@ -95,7 +97,7 @@ class Operations:
     num_images: int = 0
 
     def add(self, active: Mapping[str, NDArray[Any]], num_images: int, T: int) -> None:
-        """Add a batch: `active[layer.counter]` holds nonzero inputs, `[T, N, *spatial]`."""
+        """Add a batch: `active[layer.counter]` holds nonzero inputs, `[T, N, *positions, *spatial]`."""
         self.num_images += num_images
         for layer in self.layers:
             if layer.from_input:

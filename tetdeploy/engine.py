@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -173,7 +173,7 @@ class Engine:
                 feed["steps"] = np.zeros((len(x), T), np.uint8)
             if self.layout == "unrolled" and self.encoding == "frames":
                 feed["x"] = _pad_time(x[:, :T], self.T or T)
-            calls = [dict(zip(["per_step", *names], session.run(["per_step", *names], feed), strict=True))]
+            calls = [_call(session, ["per_step", *names], feed)]
         per_step = np.concatenate([call["per_step"] for call in calls], axis=1)[:, :T]
         extra = {name: np.concatenate([_time_first(c[name], c["per_step"]) for c in calls])[:T] for name in names}
         return Result(per_step.mean(1), per_step), extra
@@ -211,7 +211,8 @@ class Stream:
 
     Attributes:
         t: steps since the last reset.
-        state: every membrane by its input's name, `u.<neurons> [N, ...]`; may be saved and put back.
+        state: every membrane by its input's name, `u.<neurons> [N, ...]` float32; may be saved and put back. Another
+            set of names, shape or dtype raises ValueError.
     """
 
     def __init__(self, engine: Engine, batch: int, session: Any = None) -> None:
@@ -231,10 +232,24 @@ class Stream:
     def reset(self) -> None:
         """Start anew: u = 0, t = 0."""
         self.t = 0
-        self.state = self._zeros(self._states)
+        self._u = self._zeros(self._states)
         self._image: Array | None = None
         self._kept = self._zeros(self._encoded)
         self._sum = np.zeros((self.batch, len(self.engine.class_names)), np.float32)
+
+    @property
+    def state(self) -> dict[str, Array]:
+        return dict(self._u)
+
+    @state.setter
+    def state(self, state: Mapping[str, Array]) -> None:
+        wanted = {name: (self.batch, *shape) for name, _, shape in self._states}
+        if set(state) != set(wanted):
+            raise ValueError(f"the state must hold {', '.join(wanted)}; got {', '.join(state) or 'nothing'}")
+        for name, u in state.items():
+            if u.shape != wanted[name] or u.dtype != np.float32:
+                raise ValueError(f"{name} must be float32 {list(wanted[name])}, got {u.dtype} {list(u.shape)}")
+        self._u = {name: u.copy() for name, u in state.items()}
 
     def push(self, x: Array | None = None) -> StepResult:
         """Run the next step, or the next T steps of an unrolled graph.
@@ -249,9 +264,8 @@ class Stream:
         if x is None and (self._image is None or self.engine.encoding == "frames"):
             raise ValueError("push() repeats the last image of a directly encoded stream; there is none: push(image)")
         if x is not None:
-            chunk = self.engine.layout != "step"
             frames = self.engine.encoding == "frames"
-            x = self.engine.check_input(x if chunk or not frames else np.asarray(x)[:, None])
+            x = self.engine.check_input(self._with_time(np.asarray(x)) if self._one_frame() else x)
             if frames and x.shape[1] != (self.engine.T or 1):
                 raise ValueError(f"push a chunk of exactly T={self.engine.T} frames, got {x.shape[1]}")
             x = x.copy()  # push() may show it again, after the caller has filled the buffer anew
@@ -267,15 +281,22 @@ class Stream:
             raise ValueError(f"this stream has a batch of {self.batch}, got {len(x)}")
         shown = x if x is not None else self._image
         assert shown is not None
-        feed: dict[str, Array] = {"x": shown[:, 0] if self._one_frame() else shown, **self.state}
+        feed: dict[str, Array] = {"x": shown[:, 0] if self._one_frame() else shown, **self._u}
         if self._encoded:
             feed |= {"encode": np.array([x is not None]), **self._kept}
         wanted = ["per_step", *names, *(s[1] for s in self._states), *(e[1] for e in self._encoded)]
-        outputs = dict(zip(wanted, self._session.run(wanted, feed), strict=True))
-        self.state = {name: outputs[output] for name, output, _ in self._states}
+        outputs = _call(self._session, wanted, feed)
+        self._u = {name: outputs[output] for name, output, _ in self._states}
         self._kept = {name: outputs[output] for name, output, _ in self._encoded}
         self._image = shown
         return outputs
+
+    def _with_time(self, frame: Array) -> Array:
+        """One frame `[N, C, H, W]` as the `[N, 1, C, H, W]` of the others."""
+        if frame.ndim != 1 + len(self.engine.input_shape):
+            shape = ", ".join(map(str, ("N", *self.engine.input_shape)))
+            raise ValueError(f"push one frame at a time, of shape [{shape}]; got {list(frame.shape)}")
+        return frame[:, None]
 
     def _one_frame(self) -> bool:
         return self.engine.layout == "step" and self.engine.encoding == "frames"
@@ -296,10 +317,23 @@ def _metadata(session: Any, path: Path) -> dict[str, Any]:
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is None:
         raise ValueError(f"{path} is an ONNX model, but not one that tetdeploy exported: its metadata are missing")
-    value: dict[str, Any] = json.loads(text)
-    if value.get("format") != 1:
-        raise ValueError(f"{path} has metadata of format {value.get('format')}; this tetdeploy reads format 1")
+    try:
+        value: dict[str, Any] = json.loads(text)
+        value["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has damaged metadata; export the model again") from error
+    if value["format"] != 1:
+        raise ValueError(f"{path} has metadata of format {value['format']}; this tetdeploy reads format 1")
     return value
+
+
+def _call(session: Any, names: list[str], feed: Mapping[str, Array]) -> dict[str, Array]:
+    """The outputs `names` of one call of the graph."""
+    try:
+        return dict(zip(names, session.run(names, feed), strict=True))
+    except Exception as error:  # ONNX Runtime's own exception classes are private
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"ONNX Runtime failed on x of shape {list(feed['x'].shape)}: {reason}") from error
 
 
 def _providers(device: str) -> list[str]:
@@ -356,4 +390,5 @@ def _time_first(value: Array, per_step: Array) -> Array:
     N, T = per_step.shape[:2]
     if value.shape[:2] == (T, N):
         return value
-    return value.reshape(T, N, *value.shape[1:])
+    tokens = () if len(value) == T * N else (-1,)  # these may be merged with step and image too
+    return value.reshape(T, N, *tokens, *value.shape[1:])
