@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -37,6 +38,12 @@ def membrane_dtype(dtype: torch.dtype) -> torch.dtype:
 def _lif(current: Tensor, u: Tensor | None, tau: float, v_th: float, gamma: float) -> tuple[Tensor, Tensor]:
     spikes, u_last = _lif_outputs(current)
     current_, spikes_, u_ = _flat(current), _flat(spikes), u_last.view(-1)
+    if fused := _fused(current):
+        _start(u_, u, slice(None))
+        number = _number(current)
+        with fused.threads(torch.get_num_threads()):
+            fused.forward(_rows(current_), u_.numpy(), spikes_.numpy(), number(tau), number(v_th))
+        return spikes, u_last
     for part in _parts(u_):
         membrane = _start(u_, u, part)
         fired = torch.empty_like(membrane)
@@ -61,6 +68,15 @@ def _lif_backward(
     grad_current, grad_u = _lif_outputs(current)
     current_, grad_current_, grad_u_ = _flat(current), _flat(grad_current), grad_u.view(-1)
     grad_spikes_ = None if grad_spikes is None else _flat(grad_spikes)
+    if fused := _fused(current):
+        _start(grad_u_, grad_u_last, slice(None))
+        start = _start(torch.empty_like(grad_u_), u, slice(None))
+        incoming = current_[:0] if grad_spikes_ is None else grad_spikes_
+        number = _number(current)
+        arrays = (_rows(current_), start.numpy(), _contiguous(incoming), grad_u_.numpy(), grad_current_.numpy())
+        with fused.threads(torch.get_num_threads()):
+            fused.backward(*arrays, number(tau), number(v_th), number(gamma))
+        return grad_current, grad_u
     for part in _parts(grad_u_):
         h = _membranes(current_[:, part], u, part, tau, v_th)
         g = _start(grad_u_, grad_u_last, part)  # dL/du(t)
@@ -97,6 +113,33 @@ def _start(into: Tensor, given: Tensor | None, part: slice, *, whole: bool = Tru
     """The slice `part` of `into` (or all of `into`), filled from `given`, or with zeros."""
     view = into[part] if whole else into
     return view.zero_() if given is None else view.copy_(given.reshape(-1)[part])
+
+
+def _fused(current: Tensor) -> Any:
+    """The compiled kernels, where they serve: float32 and float64 on a CPU, with numba installed."""
+    if current.device.type != "cpu" or current.dtype not in (torch.float32, torch.float64):
+        return None
+    try:
+        from tetdeploy import fused
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+        return None  # the same results by torch operations, slower
+    return fused
+
+
+def _number(like: Tensor) -> Any:
+    return np.float64 if like.dtype == torch.float64 else np.float32
+
+
+def _rows(current: Tensor) -> Any:
+    """`[T, M]`, or `[1, M]` where all steps are the same (direct encoding's repeated current)."""
+    repeats = current.stride(0) == 0
+    return _contiguous(current[:1] if repeats else current)
+
+
+def _contiguous(sequence: Tensor) -> Any:
+    return sequence.contiguous().numpy()
 
 
 def _parts(neurons: Tensor) -> Iterator[slice]:
