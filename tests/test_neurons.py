@@ -63,6 +63,15 @@ def kernel(name: str) -> Iterator[None]:
 both_kernels = pytest.mark.parametrize("name", ["fused", "operations"])
 
 
+@pytest.fixture(params=["fused", "operations"])
+def _either_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    with kernel(request.param):
+        yield
+
+
+by_either_kernel = pytest.mark.usefixtures("_either_kernel")
+
+
 def column(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
@@ -70,6 +79,7 @@ def column(*values: float) -> Tensor:
 # --- by hand -----------------------------------------------------------------------------------------------------
 
 
+@by_either_kernel
 def test_membranes_worked_out_by_hand() -> None:
     #  h = 0.75 | 0.375 + 0.75 = 1.125, fires | 0 + 0.5 | 0.25 + 0.5 = 0.75
     current = column(0.75, 0.75, 0.5, 0.5)
@@ -78,6 +88,7 @@ def test_membranes_worked_out_by_hand() -> None:
     assert steps[-1][0].tolist() == [0.0, 1.0, 0.0, 0.0]
 
 
+@by_either_kernel
 def test_a_neuron_fires_strictly_above_the_threshold() -> None:
     above = math.nextafter(1.0, 2.0)
     spikes, u = lif(column(1.0, 0.5, above - 0.5))  # 1.0 | 0.5 + 0.5 = 1.0 | 0.5 + ... just above 1.0
@@ -85,21 +96,25 @@ def test_a_neuron_fires_strictly_above_the_threshold() -> None:
     assert u.item() == 0.0
 
 
+@by_either_kernel
 def test_reset_is_to_zero_whatever_was_above_the_threshold() -> None:
     spikes, u = lif(column(100.0, 0.25))
     assert (spikes.tolist(), u.item()) == ([1.0, 0.0], 0.25)
 
 
+@by_either_kernel
 def test_negative_membranes_leak_and_are_not_clipped() -> None:
     spikes, u = lif(column(-4.0, 0.0, 2.0))  # -4 | -2 | -1 + 2 = 1
     assert (spikes.tolist(), u.item()) == ([0.0, 0.0, 0.0], 1.0)
 
 
+@by_either_kernel
 def test_threshold_and_leak_are_those_given() -> None:
     spikes, u = lif(column(0.25, 0.25, 0.25), tau=0.75, v_th=0.5)  # 0.25 | 0.4375 | 0.578..., fires
     assert (spikes.tolist(), u.item()) == ([0.0, 0.0, 1.0], 0.0)
 
 
+@by_either_kernel
 def test_gradient_worked_out_by_hand() -> None:
     """T = 2, h = (0.75, 1.125), s = (0, 1). Triangles: 1 - 0.25 = 0.75 and 1 - 0.125 = 0.875.
 
@@ -112,6 +127,7 @@ def test_gradient_worked_out_by_hand() -> None:
     assert current.grad.tolist() == [0.875 * 0.5 * 0.4375, 0.875]
 
 
+@by_either_kernel
 def test_if_neurons_do_not_leak() -> None:
     current = torch.full((4, 3), 0.375)
     assert IF()(current)[:, 0].tolist() == [0.0, 0.0, 1.0, 0.0]  # 0.375 | 0.75 | 1.125, fires | 0.375
