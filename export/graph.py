@@ -93,7 +93,7 @@ def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Mod
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise ValueError(
-            f"the network uses an operation that torch.onnx cannot export: {_first_line(cause)}"
+            f"torch.onnx cannot export an operation of the network: {_first_line(cause)}"
         ) from error
     assert exported is not None
     model: ir.Model = exported.model

@@ -1,0 +1,72 @@
+"""A network, its data and its exports, for several test files; each export is made once a session."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tetdeploy.data import ImageSet, load_data
+from tetdeploy.engine import Engine
+from tetdeploy.export import ExportConfig, export_model
+from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig
+
+_folder = tempfile.TemporaryDirectory(prefix="tetdeploy-tests-")
+
+
+@cache
+def digits() -> ImageSet:
+    return load_data("digits", "test", data_dir=Path("unused"))
+
+
+def frames(count: int, T: int) -> np.ndarray[Any, Any]:
+    """Real digits as frames `[count, T, 1, 8, 8]`, another digit at each step."""
+    images = digits().images
+    return np.stack([images[np.arange(count) * 3 + 7 * t] for t in range(T)], axis=1)
+
+
+def classifier(network: nn.Module) -> Classifier:
+    """A classifier of digits in inference, whose BN have seen data and whose affine parameters are not 1 and 0."""
+    data = digits()
+    config = NetworkConfig("my.networks:odd", num_classes=10, in_channels=1, image_size=(8, 8))
+    made = Classifier(network, config=config, mean=data.mean, std=data.std, class_names=data.class_names, data="digits")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for module in made.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.7, 1.5)
+                nn.init.uniform_(module.bias, -0.2, 0.3)
+                module.momentum = None  # the mean over the batches below
+    made.train()
+    with torch.no_grad():
+        for start in range(0, 192, 64):
+            made(torch.from_numpy(data.images[start : start + 64]), 3)
+    return made.eval()
+
+
+@cache
+def convsnn() -> Classifier:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return classifier(ConvSNN(num_classes=10, in_channels=1, image_size=(8, 8), width=0.25))
+
+
+@cache
+def exported(layout: str, **options: Any) -> Path:
+    """The path of `convsnn` as an export; `options` are those of `ExportConfig`."""
+    config = ExportConfig(layout=layout, **options)  # type: ignore[arg-type]
+    name = "-".join([layout, *(f"{k}-{v}" for k, v in sorted(options.items()))])
+    direct = config.encoding == "direct"
+    images = digits().images[:60] if direct else frames(60, 9)
+    labels = digits().labels[:60] if direct else None
+    return export_model(convsnn(), Path(_folder.name) / f"{name}.onnx", config, images, labels=labels).path
+
+
+@cache
+def engine(layout: str, **options: Any) -> Engine:
+    return Engine(exported(layout, **options), threads=1)

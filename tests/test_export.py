@@ -1,0 +1,790 @@
+"""Exports: the graph's boundary, the numbers against PyTorch, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from export_helpers import classifier, convsnn, digits, engine, exported, frames
+from torch import Tensor, nn
+
+import tetdeploy
+from tetdeploy.engine import Engine
+from tetdeploy.export import ExportConfig, ParityError, export_model, lowering, model, reference_path
+from tetdeploy.export.counters import spikes_overlay
+from tetdeploy.folding import FoldingError
+from tetdeploy.layers import DirectEncoding, OverTime, tdBN
+from tetdeploy.networks import Classifier
+from tetdeploy.neurons import IF, LIF, lif
+
+Options = dict[str, Any]
+
+LAYERS = ("lif1", "lif2", "lif3")
+CASES: dict[str, tuple[str, Options]] = {
+    "unrolled": ("unrolled", {"T": 4}),
+    "unrolled one step": ("unrolled", {"T": 1}),
+    "dynamic": ("dynamic", {}),
+    "step": ("step", {}),
+    "state": ("unrolled", {"T": 3, "with_state": True}),
+    "frames unrolled": ("unrolled", {"T": 4, "encoding": "frames"}),
+    "frames unrolled one step": ("unrolled", {"T": 1, "encoding": "frames"}),
+    "frames dynamic": ("dynamic", {"encoding": "frames"}),
+    "frames step": ("step", {"encoding": "frames"}),
+    "frames state": ("unrolled", {"T": 3, "with_state": True, "encoding": "frames"}),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[str, Options]:
+    return CASES[request.param]
+
+
+def pytorch(
+    x: np.ndarray[Any, Any], T: int, net: Classifier | None = None
+) -> tuple[np.ndarray[Any, Any], list[Tensor]]:
+    """Per-step logits `[N, T, K]`, and the spikes `[T, N, ...]` of every LIF module, by hooks."""
+    net = net or convsnn()
+    spikes: list[Tensor] = []
+    hooks = [m.register_forward_hook(lambda m, i, o: spikes.append(o)) for m in net.modules() if isinstance(m, LIF)]
+    with torch.no_grad():
+        tensor = torch.from_numpy(x)
+        logits = net(tensor[:, :T].transpose(0, 1)) if x.ndim == 5 else net(tensor, T)
+    for hook in hooks:
+        hook.remove()
+    return logits.transpose(0, 1).numpy(), spikes
+
+
+def inputs(options: Options, count: int, T: int = 9) -> np.ndarray[Any, Any]:
+    return frames(count, T) if options.get("encoding") == "frames" else digits().images[:count]
+
+
+def steps(layout: str, options: Options) -> list[int]:
+    return list(range(1, options["T"] + 1)) if layout == "unrolled" and "with_state" not in options else [1, 2, 5, 9]
+
+
+def test_the_network_under_test_is_a_hard_case() -> None:
+    _, spikes = pytorch(digits().images[:200], 6)
+    assert len(spikes) == 3
+    assert all(0.02 < s.mean() < 0.7 for s in spikes)
+    assert all(len(s.mean((1, 2, 3, 4)).unique()) > 1 for s in spikes)  # activity is not the same at every step
+    norms = [m for m in convsnn().modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 3
+    for norm in norms:
+        assert norm.running_mean is not None and norm.running_mean.abs().max() > 0.05
+        assert norm.running_var is not None and (norm.running_var - 1).abs().max() > 0.05
+        assert (norm.weight - 1).abs().max() > 0.1 and norm.bias.abs().max() > 0.05
+
+
+# ------------------------------------------------------------------------------------------------ the numbers
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_logits_and_spikes_are_those_of_pytorch(case: tuple[str, Options], count: int) -> None:
+    layout, options = case
+    x = inputs(options, count)
+    for T in steps(layout, options):
+        expected, expected_spikes = pytorch(x, T)
+        result, spikes = engine(layout, **options).run_with(spikes_overlay(LAYERS), x, T)
+        for name, wanted in zip(LAYERS, expected_spikes, strict=True):
+            got = spikes[f"spikes.{name}"].reshape(wanted.shape)
+            assert set(np.unique(got)) <= {0.0, 1.0}
+            assert np.mean(got != wanted.numpy()) <= 1e-4
+        assert result.per_step.shape == (count, T, 10)
+        np.testing.assert_allclose(result.per_step, expected, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(result.logits, expected.mean(1), rtol=0, atol=2e-5)
+        plain = engine(layout, **options).run(x, T)
+        np.testing.assert_array_equal(plain.per_step, result.per_step)
+
+
+@pytest.mark.parametrize("encoding", ["direct", "frames"])
+def test_layouts_agree(encoding: str) -> None:
+    options = {"encoding": encoding} if encoding == "frames" else {}
+    x = inputs(options, 20)
+    whole = engine("dynamic", **options).run(x, 9).per_step
+    for layout, more, T in (("unrolled", {"T": 4}, 4), ("step", {}, 9), ("unrolled", {"T": 3, "with_state": True}, 8)):
+        part = engine(layout, **options, **more).run(x, T).per_step
+        np.testing.assert_allclose(part, whole[:, :T], rtol=0, atol=1e-6)
+
+
+def test_any_T_is_the_cumulative_result_of_a_longer_run() -> None:
+    x = digits().images[:9]
+    long = engine("dynamic").run(x, 9).per_step
+    for T in range(1, 9):
+        np.testing.assert_allclose(engine("dynamic").run(x, T).logits, long[:, :T].mean(1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_a_graph_that_is_not_folded_computes_the_same(layout: str) -> None:
+    options: Options = {"T": 4} if layout == "unrolled" else {}
+    x = digits().images[:20]
+    unfolded = engine(layout, fold_bn=False, **options)
+    np.testing.assert_allclose(unfolded.run(x, 4).per_step, pytorch(x, 4)[0], rtol=0, atol=2e-5)
+    kinds = {node.op_type for node in every_node(onnx.load(unfolded.path).graph)}
+    assert "BatchNormalization" in kinds
+    assert unfolded.metadata["fold_bn"] is False
+    names = [layer["name"] for layer in unfolded.metadata["layers"]]
+    assert names == [layer["name"] for layer in engine(layout, **options).metadata["layers"]]
+
+
+def test_without_normalisation_the_graph_takes_what_the_network_takes() -> None:
+    images = digits().images[:20]
+    plain = engine("unrolled", T=4, normalize=False)
+    assert plain.input_dtype == np.float32 and plain.metadata["normalization"] is None
+    x = convsnn().normalize(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(plain.run(x).per_step, pytorch(images, 4)[0], rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="takes float32 input that is normalised already, got uint8"):
+        plain.run(images)
+
+
+# ------------------------------------------------------------------------------------------------ state
+
+
+def test_two_runs_give_the_same_bits(case: tuple[str, Options]) -> None:
+    layout, options = case
+    x, other, T = inputs(options, 7), inputs(options, 60)[20:27], steps(layout, options)[-1]
+    first = engine(layout, **options).run(x, T).per_step
+    between = engine(layout, **options).run(other, T).per_step
+    assert not np.array_equal(first, between)
+    np.testing.assert_array_equal(engine(layout, **options).run(x, T).per_step, first)
+
+
+@pytest.mark.parametrize("options", [{}, {"encoding": "frames"}], ids=["direct", "frames"])
+def test_a_stream_of_steps_is_a_run(options: Options) -> None:
+    x = inputs(options, 7)
+    whole = engine("step", **options).run(x, 9)
+    stream = engine("step", **options).stream(batch=7)
+    for t in range(9):
+        result = stream.push(x[:, t]) if options else stream.push(x if t == 0 else None)
+        assert result.t == t + 1
+        np.testing.assert_array_equal(result.step_logits, whole.per_step[:, t])
+        np.testing.assert_allclose(result.logits, whole.per_step[:, : t + 1].mean(1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"encoding": "frames"}], ids=["direct", "frames"])
+def test_chunks_with_state_are_one_long_run(options: Options) -> None:
+    x = inputs(options, 7)
+    long = pytorch(x, 9)[0]
+    chunks = engine("unrolled", T=3, with_state=True, **options)
+    np.testing.assert_allclose(chunks.run(x, 9).per_step, long, rtol=0, atol=2e-5)
+    stream = chunks.stream(batch=7)
+    for t in (3, 6, 9):
+        result = stream.push(x[:, t - 3 : t]) if options else stream.push(x if t == 3 else None)
+        assert result.t == t
+        np.testing.assert_allclose(result.step_logits, long[:, t - 1], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(result.logits, long[:, :t].mean(1), rtol=0, atol=2e-5)
+
+
+def test_interleaved_streams_do_not_touch_each_other() -> None:
+    sequences = [digits().images[k : k + 1] for k in (0, 30)]
+    alone = [engine("step").run(x, 5).per_step for x in sequences]
+    streams = [engine("step").stream() for _ in sequences]
+    for t in range(5):
+        for stream, x, whole in zip(streams, sequences, alone, strict=True):
+            np.testing.assert_array_equal(stream.push(x if t == 0 else None).step_logits, whole[:, t])
+
+
+def test_a_step_graph_does_not_encode_the_same_image_again() -> None:
+    graph = onnx.load(exported("step")).graph
+    (choice,) = [node for node in graph.node if node.op_type == "If"]
+    branches = {attribute.name: attribute.g for attribute in choice.attribute}
+    assert [n.op_type for n in branches["then_branch"].node].count("Conv") == 1
+    assert [n.op_type for n in branches["else_branch"].node] == ["Identity"]
+    outer = [node for node in graph.node if node.op_type in ("Conv", "Cast", "Div")]
+    assert len([node for node in outer if node.op_type == "Conv"]) == 2
+    assert all("x" not in node.input for node in outer)
+
+    session = onnxruntime.InferenceSession(exported("step"), providers=["CPUExecutionProvider"])
+    feed = {
+        i.name: np.zeros([2, *i.shape[1:]], np.float32) for i in session.get_inputs() if i.name not in ("x", "encode")
+    }
+    one, other = digits().images[:2], digits().images[40:42]
+
+    def call(x: np.ndarray[Any, Any], encode: bool, encoded: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+        now = feed | {"x": x, "encode": np.array([encode]), "encoded.0": encoded}
+        return session.run(["per_step", "u_next.lif1", "encoded_next.0"], now)
+
+    first = call(one, True, feed["encoded.0"])
+    assert np.abs(first[2]).max() > 0.1
+    for got, wanted in zip(call(other, False, first[2]), first, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    assert not np.array_equal(call(other, True, first[2])[1], first[1])
+
+
+def test_an_unrolled_graph_encodes_the_image_once() -> None:
+    kinds = [node.op_type for node in onnx.load(exported("unrolled", T=4)).graph.node]
+    assert kinds.count("Conv") == 3  # the first of a batch of N, the others of T x N
+    assert kinds.count("Split") == 2  # the first layer's current is one for all steps
+
+
+# ------------------------------------------------------------------------------------------------ the file
+
+
+def every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from every_node(attribute.g)
+
+
+def signature(values: Any) -> dict[str, tuple[str, list[int | str]]]:
+    return {
+        v.name: (
+            onnx.TensorProto.DataType.Name(v.type.tensor_type.elem_type).lower(),
+            [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
+        )
+        for v in values
+    }
+
+
+def test_the_graph_is_plain_onnx(case: tuple[str, Options]) -> None:
+    layout, options = case
+    proto = onnx.load(exported(layout, **options))
+    onnx.checker.check_model(proto, full_check=True)
+    assert proto.ir_version == 10
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", 20)]
+    assert not proto.functions
+    nodes = list(every_node(proto.graph))
+    assert {node.domain for node in nodes} == {""}
+    assert "BatchNormalization" not in {node.op_type for node in nodes}
+    assert ("Scan" in {node.op_type for node in nodes}) == (layout == "dynamic")
+
+
+def test_inputs_and_outputs(case: tuple[str, Options]) -> None:
+    layout, options = case
+    graph = onnx.load(exported(layout, **options)).graph
+    frames_, T = options.get("encoding") == "frames", options.get("T")
+    time: int | str = {"unrolled": T, "dynamic": "T", "step": 1}[layout]  # type: ignore[dict-item]
+    wanted: dict[str, Any] = {"x": ("uint8", ["batch", *([time] if frames_ and layout != "step" else []), 1, 8, 8])}
+    if layout == "dynamic" and not frames_:
+        wanted["steps"] = ("uint8", ["batch", "T"])
+    shapes = {"lif1": [8, 8, 8], "lif2": [16, 8, 8], "lif3": [16, 4, 4]}
+    has_state = layout == "step" or "with_state" in options
+    states = {f"u.{name}": ("float", ["batch", *shape]) for name, shape in shapes.items() if has_state}
+    encoded: dict[str, Any] = {}
+    if layout == "step" and not frames_:
+        encoded = {"encoded.0": ("float", ["batch", 8, 8, 8])}
+        wanted["encode"] = ("bool", [1])
+    assert signature(graph.input) == wanted | states | encoded
+    outputs = {"logits": ("float", ["batch", 10]), "per_step": ("float", ["batch", time, 10])}
+    outputs |= {name.replace("u.", "u_next."): value for name, value in states.items()}
+    outputs |= {name.replace("encoded.", "encoded_next."): value for name, value in encoded.items()}
+    assert signature(graph.output) == outputs
+
+
+@pytest.mark.parametrize("name", ["unrolled", "unrolled one step", "frames unrolled", "frames unrolled one step"])
+def test_both_outputs_of_the_graph_fit_together(name: str) -> None:
+    layout, options = CASES[name]
+    session = onnxruntime.InferenceSession(exported(layout, **options), providers=["CPUExecutionProvider"])
+    logits, per_step = session.run(["logits", "per_step"], {"x": inputs(options, 5, options["T"])})
+    np.testing.assert_allclose(logits, per_step.mean(1), rtol=0, atol=1e-6)
+
+
+def test_metadata_carry_all_that_serving_needs(case: tuple[str, Options]) -> None:
+    layout, options = case
+    proto = onnx.load(exported(layout, **options))
+    assert [p.key for p in proto.metadata_props] == ["tetdeploy"]
+    value = json.loads(proto.metadata_props[0].value)
+    data = digits()
+    assert value["layout"] == layout
+    assert value["T"] == {"unrolled": options.get("T"), "dynamic": None, "step": 1}[layout]
+    assert value["trained_T"] == 4
+    assert value["encoding"] == options.get("encoding", "direct")
+    assert value["input"] == {"shape": [1, 8, 8], "dtype": "uint8"}
+    assert value["normalization"]["scale"] == 255
+    np.testing.assert_allclose(value["normalization"]["mean"], data.mean, rtol=1e-6)
+    np.testing.assert_allclose(value["normalization"]["std"], data.std, rtol=1e-6)
+    assert value["class_names"] == list(data.class_names)
+    assert value["fires"] == "u > v_th" and value["reset"] == "hard, to 0"
+    shapes = [[8, 8, 8], [16, 8, 8], [16, 4, 4]]
+    assert value["neurons"] == [
+        {"name": name, "tau": 0.5, "v_th": 1.0, "shape": shape} for name, shape in zip(LAYERS, shapes, strict=True)
+    ]
+    assert [layer["name"] for layer in value["layers"]] == ["encode.0", "layer2.0", "layer3.1", "readout.2"]
+    assert [layer["from_input"] for layer in value["layers"]] == [True, False, False, False]
+    assert [layer["binary"] for layer in value["layers"]] == [False, True, True, True]
+    assert value["uncounted"] == []
+    assert value["versions"]["tetdeploy"] == tetdeploy.__version__
+    assert value["versions"]["torch"] == torch.__version__ and value["versions"]["onnx"] == onnx.__version__
+
+
+def test_nothing_of_this_machine_is_in_the_file(case: tuple[str, Options]) -> None:
+    layout, options = case
+    path = exported(layout, **options)
+    here = {str(Path.home()), str(Path.cwd()), str(path.parent), str(Path(torch.__file__).parents[1]), platform.node()}
+    for traced in ("pkg.torch", "site-packages", ".py", "stack_trace", "Traceback", *(h for h in here if len(h) > 3)):
+        assert traced.encode() not in path.read_bytes(), traced
+
+
+def test_versions_are_known_with_the_gpu_build_of_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert model.versions()["onnxruntime"] == onnxruntime.__version__
+
+
+@pytest.mark.parametrize("name", ["unrolled", "dynamic", "frames unrolled", "frames step"])
+def test_the_reference_is_what_pytorch_computes(name: str) -> None:
+    layout, options = CASES[name]
+    T = 4
+    with np.load(reference_path(exported(layout, **options))) as arrays:
+        reference = dict(arrays)
+    x = inputs(options, 60)
+    np.testing.assert_array_equal(reference["x"], x)
+    expected, spikes = pytorch(x, T)
+    np.testing.assert_allclose(reference["per_step"], expected, rtol=0, atol=2e-5)
+    counts = np.stack([s.flatten(2).sum(-1).T.numpy() for s in spikes], axis=-1)
+    assert reference["spike_counts"].shape == (60, T, 3)
+    assert np.abs(reference["spike_counts"] - counts).sum() <= 1e-4 * counts.sum()
+    assert reference["neurons"].tolist() == list(LAYERS)
+    if options.get("encoding") == "frames":
+        assert "labels" not in reference
+    else:
+        np.testing.assert_array_equal(reference["labels"], digits().labels[:60])
+
+
+def test_the_reference_holds_256_images(tmp_path: Path) -> None:
+    ticks: list[tuple[str, int, int]] = []
+    images = digits().images[:300]
+    made = export_model(
+        convsnn(), tmp_path / "m.onnx", ExportConfig(T=2), images, num_check=270, tick=lambda *a: ticks.append(a)
+    )
+    with np.load(tmp_path / "m.reference.npz") as reference:
+        np.testing.assert_array_equal(reference["x"], images[:256])
+    assert made.parity is not None and made.parity.num_images == 270
+    assert ticks[-1] == ("checking against PyTorch", 270, 270)
+    assert made.num_folded == 3 and made.num_neurons == 3
+    assert made.size_bytes == (tmp_path / "m.onnx").stat().st_size
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.reference.npz"]
+
+
+def test_the_check_may_be_left_out(tmp_path: Path) -> None:
+    made = export_model(convsnn(), tmp_path / "m.onnx", ExportConfig(T=2), digits().images[:5], num_check=0)
+    assert made.parity is None and made.from_state is None
+    assert json.loads(json.dumps(made.to_dict()))["path"] == str(tmp_path / "m.onnx")
+
+
+def test_parity_is_reported_and_covers_a_state(tmp_path: Path) -> None:
+    made = export_model(convsnn(), tmp_path / "m.onnx", ExportConfig("step", trained_T=3), digits().images[:60])
+    assert made.parity is not None and made.from_state is not None
+    assert made.parity.T == 5  # two steps beyond the training's
+    assert made.parity.spike_mismatch_rate <= 1e-4 and made.parity.top1_agreement >= 0.999
+    assert len(made.parity.top1_agreement_by_step) == 5
+    assert 0 < made.parity.max_abs_logit_error < 1e-4
+    assert made.from_state.num_images == 60 and made.from_state.spike_mismatch_rate <= 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ the parity gate
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Iterator[Path]:
+    """A path with an earlier export; afterwards it must lie there as it was, and nothing else."""
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"earlier model")
+    reference_path(path).write_bytes(b"earlier reference")
+    yield path
+    assert path.read_bytes() == b"earlier model"
+    assert reference_path(path).read_bytes() == b"earlier reference"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_graph_with_another_threshold_is_not_written(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = lowering._Builder.number
+    monkeypatch.setattr(
+        lowering._Builder, "number", lambda self, value: number(self, value * 1.02 if value == 1.0 else value)
+    )
+    with pytest.raises(ParityError, match=r"unrolled graph does not compute .* of a million .* nothing was written"):
+        export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:60])
+
+
+def test_a_graph_with_other_weights_is_not_written(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = classifier(Small())
+    build = model.build_graph
+
+    def build_then_change(*args: Any) -> model.Graph:
+        graph = build(*args)
+        with torch.no_grad():
+            net.network.readout.weight.neg_()  # spikes stay the same
+        return graph
+
+    monkeypatch.setattr(model, "build_graph", build_then_change)
+    with pytest.raises(ParityError, match=r" 0 of a million neuron-steps differ .* top-1 agreement"):
+        export_model(net, earlier, ExportConfig(T=4), digits().images[:60])
+
+
+def test_an_unrolled_graph_that_ignores_its_state_is_not_written(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = lowering._Builder.step
+
+    def first_step_from_zero(self: Any, current: Any, u: Any, *args: Any, **options: Any) -> Any:
+        given = u is not None and u.producer() is not None and u.producer().op_type == "Unsqueeze"
+        return step(self, current, None if given else u, *args, **options)
+
+    monkeypatch.setattr(lowering._Builder, "step", first_step_from_zero)
+    with pytest.raises(ParityError, match="from a non-zero state does not compute"):
+        export_model(classifier(Small()), earlier, ExportConfig(T=5, with_state=True), digits().images[:60])
+
+
+# ------------------------------------------------------------------------------------------------ networks of one's own
+
+
+class Small(nn.Module):
+    """Images in, two neuron layers; the pieces between may be changed by those who inherit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.encode = nn.Conv2d(1, 4, 3, padding=1)
+            self.layer2 = nn.Linear(256, 32)
+            self.readout = nn.Linear(32, 10)
+        self.lif = LIF(v_th=0.3)
+
+    def current(self, x: Tensor, T: int) -> Tensor:
+        return self.encode(x).unsqueeze(0).expand(T, -1, -1, -1, -1)
+
+    def between(self, spikes: Tensor) -> Tensor:
+        return spikes
+
+    def after(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.between(self.lif(self.current(x, T)))
+        return self.after(self.readout(self.lif(self.layer2(spikes.flatten(2)) * 2)))
+
+
+class Odd(nn.Module):
+    """Grouped, dilated and strided convolutions, average pooling, functional neurons, one module at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.encode = DirectEncoding(nn.Conv2d(1, 8, 3, padding="same"), tdBN(8, v_th=0.6))
+            self.grouped = OverTime(nn.Conv2d(8, 16, 3, groups=4, padding=2, dilation=2, bias=False), tdBN(16))
+            self.strided = OverTime(nn.ZeroPad2d((0, 1, 1, 0)), nn.Conv2d(16, 16, (3, 2), stride=(2, 1)), tdBN(16))
+            self.side = nn.Conv2d(16, 16, 1, stride=(2, 1), padding=(0, 1))
+            self.pooled = OverTime(nn.AvgPool2d(2, padding=1), nn.Conv2d(16, 8, 2), nn.BatchNorm2d(8))
+            self.readout = nn.LazyLinear(10)
+        self.shared = LIF(tau=0.75, v_th=0.6)
+        self.integrate = IF(v_th=0.8)
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.shared(self.encode(x, T))
+        spikes, _ = lif(self.grouped(spikes), tau=0.3, v_th=0.9)
+        spikes = self.shared(self.strided(spikes)) + spikes[:, :, :, ::2]  # not binary any more
+        spikes = self.integrate(self.pooled(spikes))
+        return self.readout(spikes.flatten(2)).float()
+
+
+class Tokens(nn.Module):
+    """Rows of the image as tokens: linear layers on tokens, a convolution along them, BN over features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(6)
+            self.embed, self.mix = nn.Linear(8, 16), nn.Conv1d(16, 16, 3, padding=1, groups=2)
+            self.norm, self.mlp, self.readout = nn.BatchNorm1d(16), nn.Linear(16, 12), nn.Linear(12, 10)
+        self.lif1, self.lif2, self.lif3 = LIF(v_th=0.3), LIF(tau=0.2), LIF(v_th=0.2)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.embed(x.squeeze(1))
+        spikes = self.lif1(current.unsqueeze(0).expand(T, *current.shape))
+        mixed = self.norm(self.mix(spikes.flatten(0, 1).transpose(1, 2))).transpose(1, 2)
+        spikes = self.lif3(self.mlp(self.lif2(mixed.unflatten(0, spikes.shape[:2]))))
+        return self.readout(spikes).mean(2)
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+@pytest.mark.parametrize(("network", "names", "layers", "num_folded"), [
+    (
+        Odd,
+        ["shared", "lif", "shared#2", "integrate"],
+        ["encode.0", "grouped.0", "strided.1", "pooled.1", "readout"],
+        4,
+    ),
+    (Tokens, ["lif1", "lif2", "lif3"], ["embed", "mix", "mlp", "readout"], 1),
+])  # fmt: skip
+def test_unusual_networks(
+    layout: str, network: type[nn.Module], names: list[str], layers: list[str], num_folded: int, tmp_path: Path
+) -> None:
+    net = classifier(network())
+    x = digits().images[:40]
+    config = ExportConfig(layout=layout, T=5)  # type: ignore[arg-type]
+    made = export_model(net, tmp_path / "m.onnx", config, x)
+    runner = Engine(made.path, threads=1)
+    assert [n["name"] for n in runner.metadata["neurons"]] == names
+    assert [layer["name"] for layer in runner.metadata["layers"]] == layers
+    assert made.num_folded == num_folded and made.uncounted == ()
+    for count, T in itertools.product((1, 7), (2, 5)):
+        result, spikes = runner.run_with(spikes_overlay(names), x[:count], T)
+        np.testing.assert_allclose(result.per_step, pytorch(x[:count], T, net)[0], rtol=0, atol=2e-5)
+        assert all(0.01 < s.mean() < 0.9 for s in spikes.values())
+    if layout == "step":
+        assert len(runner.metadata["encoded"]) == 1
+
+
+class AddedTimeAxis(Small):
+    def current(self, x: Tensor, T: int) -> Tensor:
+        return (self.encode(x).unsqueeze(0) * 1.5).expand(T, -1, -1, -1, -1)
+
+
+class BroadcastCurrent(Small):
+    def current(self, x: Tensor, T: int) -> Tensor:
+        return self.encode(x).amax((2, 3), keepdim=True).unsqueeze(0).expand(T, -1, -1, 8, 8)
+
+
+class AsksForFloat32(Small):
+    def current(self, x: Tensor, T: int) -> Tensor:
+        return super().current(x.float().to(torch.float32), T)
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "step"])
+@pytest.mark.parametrize("network", [AddedTimeAxis, BroadcastCurrent, AsksForFloat32])
+def test_currents_in_other_shapes(network: type[nn.Module], layout: str, tmp_path: Path) -> None:
+    net = classifier(network())
+    x = digits().images[:40]
+    made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout=layout), x)  # type: ignore[arg-type]
+    runner = Engine(made.path, threads=1)
+    np.testing.assert_allclose(runner.run(x, 4).per_step, pytorch(x, 4, net)[0], rtol=0, atol=2e-5)
+    assert len(runner.metadata["encoded"]) == (layout == "step")
+
+
+class Transposed(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = OverTime(nn.ConvTranspose2d(4, 4, 3, padding=1))
+
+    def between(self, spikes: Tensor) -> Tensor:
+        return self.up(spikes)
+
+
+def test_layers_that_are_not_counted_are_named(tmp_path: Path) -> None:
+    made = export_model(classifier(Transposed()), tmp_path / "m.onnx", ExportConfig(), digits().images[:40])
+    assert made.uncounted == ("up.0",)
+    runner = Engine(made.path)
+    assert runner.metadata["uncounted"] == ["up.0"]
+    assert [layer["name"] for layer in runner.metadata["layers"]] == ["encode", "layer2", "readout"]
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+class MeanOverTime(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return spikes - spikes.mean(0)
+
+
+class RunningSum(Small):
+    def after(self, logits: Tensor) -> Tensor:
+        return logits.cumsum(0)
+
+
+class DependsOnT(Small):
+    def after(self, logits: Tensor) -> Tensor:
+        return logits / len(logits)
+
+
+class LateEcho(Small):
+    """Five steps back: only a check as long as the graph sees it."""
+
+    def between(self, spikes: Tensor) -> Tensor:
+        return torch.cat([spikes[:5], spikes[5:] * spikes[:-5]]) if len(spikes) > 5 else spikes
+
+
+class OneStepAtATime(Small):
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        u, logits = None, []
+        for _ in range(T):
+            spikes, u = lif(self.encode(x).unsqueeze(0), u, v_th=0.3)
+            logits.append(self.readout(self.lif(self.layer2(spikes.flatten(2)))))
+        return torch.cat(logits)
+
+
+class StartsElsewhere(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return lif(spikes, torch.full_like(spikes[0], 0.2), v_th=0.6)[0]
+
+
+class Unused(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        self.lif(spikes * 0.5)
+        return spikes
+
+
+class NoNeurons(Small):
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        return self.readout(self.layer2(self.current(x, T).flatten(2)))
+
+
+class OnlyTheMean(Small):
+    def after(self, logits: Tensor) -> Tensor:
+        return logits.mean(0)
+
+
+class Exotic(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return torch.linalg.matrix_exp(spikes * 0.01)
+
+
+class LooksAtTheData(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return spikes * 2 if spikes.mean() > 0.1 else spikes
+
+
+class Fails(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return spikes @ torch.ones(3, 3, dtype=spikes.dtype)
+
+
+class BehindPooling(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = OverTime(nn.AvgPool2d(1), nn.BatchNorm2d(4))
+
+    def between(self, spikes: Tensor) -> Tensor:
+        return self.norm(spikes)
+
+
+@pytest.mark.parametrize(("network", "error", "match"), [
+    (MeanOverTime, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs"),
+    (RunningSum, ValueError, "mixes time outside its neurons: its answer at step 2 of T=6 differs"),
+    (DependsOnT, ValueError, "mixes time outside its neurons"),
+    (LateEcho, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
+    (OneStepAtATime, ValueError, r"runs its neurons 12 times for T=6 and 2 times for .* in one call"),
+    (StartsElsewhere, ValueError, r"neurons 'lif#2' start from a membrane u .* leave u out"),
+    (Unused, ValueError, r"runs 3 neuron layers, but only 2 .* take out those"),
+    (NoNeurons, ValueError, "no LIF or IF neurons of tetdeploy"),
+    (OnlyTheMean, ValueError, r"must return logits \[T, N, K\] = \[6, 4, 10\], got \[4, 10\]"),
+    (Exotic, ValueError, "torch.onnx cannot export an operation of the network: .*linalg_matrix_exp"),
+    (LooksAtTheData, ValueError, "torch.export cannot trace the network: .*data-dependent"),
+    (Fails, ValueError, r"the network fails at T=6 on input \[4, 1, 8, 8\]"),
+    (BehindPooling, FoldingError, r"cannot fold BN 'classifier.network.norm.1'|cannot fold BN 'network.norm.1'"),
+])  # fmt: skip
+def test_refused_networks(
+    network: type[nn.Module], error: type[Exception], match: str, earlier: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    net = classifier(network()) if network is not Fails else untested(Fails())
+    with pytest.raises(error, match=match):
+        export_model(net, earlier, ExportConfig(T=4), digits().images[:40])
+    assert capfd.readouterr() == ("", "")  # the message alone
+
+
+def untested(network: nn.Module) -> Classifier:
+    data = digits()
+    return Classifier(
+        network, config=convsnn().config, mean=data.mean, std=data.std, class_names=data.class_names
+    ).eval()
+
+
+class CountsSteps(Small):
+    def current(self, x: Tensor, T: int) -> Tensor:
+        return torch.stack([self.encode(x) for _ in range(T)])
+
+
+def test_dynamic_names_the_way_out_for_a_network_that_counts_its_steps(earlier: Path) -> None:
+    net = classifier(CountsSteps())
+    with pytest.raises(ValueError, match=r"cannot be traced with the number of steps left open.* --layout unrolled"):
+        export_model(net, earlier, ExportConfig("dynamic"), digits().images[:40])
+
+
+def test_a_network_that_mixes_frames_is_refused_even_with_one_frame_each(earlier: Path) -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = convsnn().network
+
+        def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+            return self.inner(x, T).cumsum(0)
+
+    with pytest.raises(ValueError, match="mixes time outside its neurons"):
+        export_model(untested(Mixing()), earlier, ExportConfig(T=1, encoding="frames"), frames(20, 1))
+
+
+@pytest.mark.parametrize(("options", "match"), [
+    ({"layout": "rolled"}, "unknown layout 'rolled'; choose one of unrolled, dynamic, step"),
+    ({"encoding": "rate"}, "unknown encoding 'rate'; choose direct or frames"),
+    ({"T": 0}, "T must be at least 1, got 0"),
+    ({"trained_T": -1}, "trained_T must be at least 1, got -1"),
+    ({"layout": "step", "with_state": True}, "goes with the unrolled layout; a step graph always has its state"),
+    ({"layout": "dynamic", "with_state": True}, "goes with the unrolled layout; a dynamic graph runs any T"),
+])  # fmt: skip
+def test_refused_options(options: Options, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        ExportConfig(**options)
+
+
+@pytest.mark.parametrize(("options", "make", "match"), [
+    ({}, lambda x: x[:0], r"images must be \[N, C, H, W\] and some, got \[0, 1, 8, 8\]"),
+    ({}, lambda x: x[0], r"images must be \[N, C, H, W\]"),
+    ({"encoding": "frames"}, lambda x: x, r"images must be \[N, T, C, H, W\]"),
+    ({}, lambda x: x[..., :7], r"the network takes images \(1, 8, 8\), got \(1, 8, 7\)"),
+    ({}, lambda x: x.astype(np.float32), "images must be uint8, got float32"),
+    ({"normalize": False}, lambda x: x.astype(np.float64), "finite float32 .* got float64$"),
+    ({"normalize": False}, lambda x: x.astype(np.float32) * np.nan, "got float32 with NaN or infinite values"),
+    ({"encoding": "frames", "T": 5}, lambda x: frames(9, 4), "T=5 steps are checked on as many frames, got 4"),
+])  # fmt: skip
+def test_refused_images(options: Options, make: Any, match: str, earlier: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        export_model(convsnn(), earlier, ExportConfig(**options), make(digits().images[:9]))
+
+
+def test_refused_labels_and_counts(earlier: Path) -> None:
+    images, labels = digits().images[:9], digits().labels[:8]
+    with pytest.raises(ValueError, match="9 images need as many labels, got 8"):
+        export_model(convsnn(), earlier, ExportConfig(), images, labels=labels)
+    with pytest.raises(ValueError, match="num_check must be 0 or more, got -1"):
+        export_model(convsnn(), earlier, ExportConfig(), images, num_check=-1)
+
+
+def test_frames_may_be_fewer_than_the_training_had(tmp_path: Path) -> None:
+    x = frames(20, 2)
+    made = export_model(convsnn(), tmp_path / "m.onnx", ExportConfig("dynamic", encoding="frames"), x)
+    assert made.parity is not None and made.parity.T == 2
+    with np.load(reference_path(made.path)) as reference:
+        assert reference["per_step"].shape == (20, 2, 10) and reference["spike_counts"].shape == (20, 2, 3)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"cannot write .*m\.onnx: .*; choose another output folder"):
+        export_model(convsnn(), tmp_path / "file" / "m.onnx", ExportConfig(T=2), digits().images[:9])
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(OSError, match=r"cannot write .*: Permission denied; choose another output folder"):
+        export_model(convsnn(), tmp_path / "m.onnx", ExportConfig(T=2), digits().images[:9])
+    tmp_path.chmod(0o755)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_names() -> None:
+    names = [
+        ExportConfig(T=6).file_name,
+        ExportConfig(T=6, with_state=True).file_name,
+        ExportConfig("dynamic").file_name,
+        ExportConfig("step").file_name,
+    ]
+    assert names == ["model-T6.onnx", "model-T6-state.onnx", "model-dynamic.onnx", "model-step.onnx"]
+    assert reference_path(Path("runs/x/model-T6.onnx")) == Path("runs/x/model-T6.reference.npz")
+    assert dataclasses.replace(ExportConfig(), layout="dynamic").steps is None
