@@ -430,3 +430,10 @@ def test_a_refusal_leaves_the_program_as_it_was() -> None:
         fold_batchnorm(program)
     assert str(program) == text
     torch.testing.assert_close(program.module()(x), network(x), rtol=0, atol=0)
+
+
+def test_a_decomposed_program_is_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
+    program = torch.export.export(network, (torch.zeros(2, 1, 5, 5),)).run_decompositions()
+    with pytest.raises(FoldingError, match="fold before run_decompositions"):
+        fold_batchnorm(program)

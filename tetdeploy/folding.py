@@ -64,6 +64,11 @@ def fold_batchnorm(program: torch.export.ExportedProgram) -> fx.GraphModule:
     graph_module = copy.deepcopy(program.module())
     assert isinstance(graph_module, fx.GraphModule)
     for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and "batch_norm" in str(node.target) and node.target is not _BATCH_NORM:
+            raise FoldingError(
+                f"cannot fold BN {module_path(node)!r}: the program is decomposed already ({node.target}); "
+                "fold before run_decompositions()"
+            )
         if node.op == "call_function" and node.target is _BATCH_NORM:
             _fold(graph_module, node)
     graph_module.graph.eliminate_dead_code()

@@ -29,11 +29,20 @@ _lock = Lock()  # numba's fallback thread pool ends the process if two threads o
 def threads(count: int) -> Iterator[None]:
     """Within it the kernels may run, with as many threads as torch uses, at most as many as there are cores."""
     with _lock:
-        numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
+        available: int = getattr(numba.config, "NUMBA_NUM_THREADS")  # noqa: B009 - set at run time, unknown to its types
+        numba.set_num_threads(max(1, min(count, available)))
         yield
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _compiled(function: Any) -> Any:
+    """Compiled at the first call, and kept on disk for the next process where a folder for that can be written."""
+    try:
+        return njit(function, parallel=True, nogil=True, cache=True)
+    except RuntimeError:  # "no locator available": neither the package's folder nor the user's cache is writable
+        return njit(function, parallel=True, nogil=True)
+
+
+@_compiled
 def forward(current: Array, u: Array, spikes: Array, tau: Any, v_th: Any) -> None:
     """Eqs. 1-3. `current [T or 1, M]` (one row serves every step); writes `spikes [T, M]`; `u [M]` goes in and out."""
     T, M = spikes.shape
@@ -51,7 +60,7 @@ def forward(current: Array, u: Array, spikes: Array, tau: Any, v_th: Any) -> Non
                 u[i] = h - h * s
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@_compiled
 def backward(
     current: Array, u: Array, grad_spikes: Array, grad_u: Array, grad_current: Array, tau: Any, v_th: Any, gamma: Any
 ) -> None:
