@@ -127,6 +127,11 @@ def export_model(
     """
     path = Path(path)
     classifier.eval()
+    if k := classifier.config.smooth_spike:
+        raise ValueError(
+            f"the network was trained with smooth spikes, Sigmoid({k:g} x): it neither fires nor saves operations, and "
+            "is there for Table 2 only; train without --smooth-spike to export"
+        )
     if num_check < 0:
         raise ValueError(f"num_check must be 0 or more, got {num_check}")
     if labels is not None and len(labels) != len(images):

@@ -18,6 +18,7 @@ from tetdeploy.networks.ann import ann_twin, has_neurons
 from tetdeploy.networks.convsnn import ConvSNN
 from tetdeploy.networks.resnet19 import ResNet19
 from tetdeploy.networks.sew_resnet34 import SEWResNet34
+from tetdeploy.networks.smooth_spike import smooth_twin
 from tetdeploy.networks.spiking_resnet34 import SpikingResNet34
 from tetdeploy.networks.vggsnn import VGGSNN
 
@@ -33,6 +34,7 @@ __all__ = [
     "ann_twin",
     "build_network",
     "import_network",
+    "smooth_twin",
 ]
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -53,6 +55,7 @@ class NetworkConfig:
     called with num_classes, in_channels and image_size, and makes its own choice of the rest.
     `ann` makes it the ANN twin: ReLU in place of the neurons, no time, the same parameters under the same names. It is
     a switch beside `model`, not a model of its own, so that the user's own networks have a twin as well.
+    `smooth_spike` above 0 makes spikes smooth, Sigmoid(k x) with that k in place of the Heaviside function (Table 2).
     `tau` is always 1 for sew-resnet34, whose IF neurons do not leak.
     """
 
@@ -65,6 +68,7 @@ class NetworkConfig:
     v_th: float = 1.0
     gamma: float = 1.0
     ann: bool = False
+    smooth_spike: float = 0.0
 
     def __post_init__(self) -> None:
         if self.model not in NETWORKS and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.model):
@@ -75,6 +79,10 @@ class NetworkConfig:
         for name in ("num_classes", "in_channels", "width", "v_th", "gamma"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0.0 <= self.smooth_spike < float("inf"):
+            raise ValueError(f"smooth_spike must be 0 (off) or a k above 0, got {self.smooth_spike}")
+        if self.ann and self.smooth_spike:
+            raise ValueError("ann and smooth_spike exclude each other: an ANN has no spikes to make smooth")
         if self.model == "sew-resnet34":
             object.__setattr__(self, "tau", 1.0)  # what is saved says what is computed
         object.__setattr__(self, "image_size", (int(self.image_size[0]), int(self.image_size[1])))
@@ -105,7 +113,7 @@ def build_network(config: NetworkConfig) -> nn.Module:
         v_th=config.v_th,
         gamma=config.gamma,
     )
-    return ann_twin(network) if config.ann else network
+    return _variant(network, config)
 
 
 def import_network(config: NetworkConfig) -> nn.Module:
@@ -133,7 +141,14 @@ def import_network(config: NetworkConfig) -> nn.Module:
     network = function(**options)
     if not isinstance(network, nn.Module):
         raise ValueError(f"{config.model} must return a torch.nn.Module, got {type(network).__name__}")
-    return ann_twin(network) if config.ann else network
+    return _variant(network, config)
+
+
+def _variant(network: nn.Module, config: NetworkConfig) -> nn.Module:
+    """The network itself, its ANN twin, or its twin with smooth spikes."""
+    if config.ann:
+        return ann_twin(network)
+    return smooth_twin(network, k=config.smooth_spike) if config.smooth_spike else network
 
 
 class Classifier(nn.Module):
