@@ -127,9 +127,10 @@ class Engine:
         Raises:
             ValueError: see `run`.
         """
-        limit = x.shape[1] if self.encoding == "frames" else self.T if not self.with_state else None
         if T is None:
-            T = limit or self.T or int(self.metadata["trained_T"])
+            own = self.T if self.layout == "unrolled" else int(self.metadata["trained_T"])
+            T = x.shape[1] if self.encoding == "frames" else own
+        assert T is not None
         if T < 1:
             raise ValueError(f"T must be at least 1, got {T}")
         if self.encoding == "frames" and x.shape[1] < T:

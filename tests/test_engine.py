@@ -1,0 +1,372 @@
+"""The engine: runs, streams, threads, and one clear message for whatever is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from export_helpers import digits, engine, exported, frames
+from onnx import TensorProto, helper
+
+from tetdeploy.engine import Engine
+from tetdeploy.extras import MissingExtraError
+
+Array = np.ndarray[Any, Any]
+
+
+def images(count: int, start: int = 0) -> Array:
+    return digits().images[start : start + count]
+
+
+# ------------------------------------------------------------------------------------------------ run
+
+
+@pytest.mark.parametrize(("layout", "options", "default"), [
+    ("unrolled", {"T": 4}, 4),
+    ("dynamic", {}, 4),  # the T of the training
+    ("dynamic", {"trained_T": 6}, 6),
+    ("step", {}, 4),
+    ("unrolled", {"T": 3, "with_state": True}, 3),
+])  # fmt: skip
+def test_T_defaults_to_that_of_the_export(layout: str, options: dict[str, Any], default: int) -> None:
+    runner = engine(layout, **options)
+    result = runner.run(images(3))
+    assert result.per_step.shape == (3, default, 10)
+    assert result.logits.shape == (3, 10)
+    assert result.logits.dtype == result.per_step.dtype == np.float32
+    np.testing.assert_array_equal(result.per_step, runner.run(images(3), default).per_step)
+    np.testing.assert_allclose(result.logits, result.per_step.mean(1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layout", "options"), [
+    ("unrolled", {"T": 4}),
+    ("dynamic", {}),
+    ("step", {}),
+    ("unrolled", {"T": 3, "with_state": True}),
+])  # fmt: skip
+def test_frames_run_to_their_end_by_default(layout: str, options: dict[str, Any]) -> None:
+    runner = engine(layout, encoding="frames", **options)
+    x = frames(3, 4)
+    whole = runner.run(x).per_step
+    assert whole.shape == (3, 4, 10)
+    for T in (1, 2, 3):  # fewer steps than there are frames, and fewer frames than the graph has steps
+        np.testing.assert_allclose(runner.run(x, T).per_step, whole[:, :T], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(runner.run(x[:, :T]).per_step, whole[:, :T], rtol=0, atol=1e-6)
+    later = x.copy()
+    later[:, 2:] = 0
+    np.testing.assert_allclose(runner.run(later).per_step[:, :2], whole[:, :2], rtol=0, atol=1e-6)
+    assert not np.allclose(runner.run(later).per_step[:, 2:], whole[:, 2:])
+
+
+def test_attributes_say_what_the_model_is() -> None:
+    runner = engine("unrolled", T=4)
+    assert (runner.layout, runner.T, runner.encoding, runner.with_state) == ("unrolled", 4, "direct", False)
+    assert runner.input_shape == (1, 8, 8) and runner.input_dtype == np.uint8
+    assert runner.class_names == digits().class_names
+    assert runner.path == exported("unrolled", T=4)
+    assert engine("dynamic").T is None
+    assert engine("step").with_state and engine("step").T == 1
+
+
+def test_input_may_lie_in_memory_any_way_and_is_left_alone() -> None:
+    runner, x = engine("dynamic"), images(4)
+    reversed_ = np.asfortranarray(x[::-1])
+    kept = reversed_.copy()
+    np.testing.assert_allclose(runner.run(reversed_).logits, runner.run(x).logits[::-1], rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(reversed_, kept)
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    np.testing.assert_array_equal(runner.run(read_only).logits, runner.run(x).logits)
+
+
+def test_results_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        engine("dynamic").run(images(1)).logits = np.zeros(1)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("layout", "options"), [("dynamic", {}), ("step", {}), ("unrolled", {"T": 4})])
+def test_threads_may_share_an_engine(layout: str, options: dict[str, Any]) -> None:
+    runner = Engine(exported(layout, **options), threads=1)
+    batches = [images(k % 3 + 1, 5 * k) for k in range(24)]
+    alone = [runner.count(x, 4) for x in batches]
+    fresh = Engine(exported(layout, **options), threads=1)  # its counting session is made under contention
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda x: fresh.count(x, 4), batches))
+        runs = list(pool.map(lambda x: fresh.run(x, 4), batches))
+    for (one, counts), (other, other_counts), run in zip(alone, together, runs, strict=True):
+        np.testing.assert_array_equal(one.per_step, other.per_step)
+        np.testing.assert_array_equal(one.per_step, run.per_step)
+        for name, value in counts.items():
+            np.testing.assert_array_equal(value, other_counts[name])
+
+
+@pytest.mark.parametrize("threads", [1, 2, None])
+def test_any_number_of_threads_gives_the_same_answer(threads: int | None) -> None:
+    runner = Engine(exported("dynamic"), threads=threads)
+    assert runner._session.get_session_options().intra_op_num_threads == (threads or 0)
+    np.testing.assert_allclose(runner.run(images(5), 4).logits, engine("dynamic").run(images(5), 4).logits, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(("make", "match"), [
+    (lambda x: x[0], r"dynamic\.onnx takes input of shape \[N, 1, 8, 8\], got \[1, 8, 8\]"),
+    (lambda x: x[..., :7], r"takes input of shape \[N, 1, 8, 8\], got \[2, 1, 8, 7\]"),
+    (lambda x: x.transpose(0, 2, 3, 1), r"got \[2, 8, 8, 1\]"),
+    (lambda x: x[:, None], r"got \[2, 1, 1, 8, 8\]"),
+    (lambda x: np.float32(3), r"got \[\]"),
+    (lambda x: x[:0], r"the input is empty: \[0, 1, 8, 8\]; .* takes \[N, 1, 8, 8\] with N of at least 1"),
+    (lambda x: x.astype(np.float32), "takes uint8 pixels 0..255 .* got float32; .* --no-normalize"),
+    (lambda x: x.astype(np.int64), "takes uint8 pixels 0..255 and normalises them itself, got int64"),
+    (lambda x: x.tolist(), "takes uint8 pixels 0..255 and normalises them itself, got int64"),
+])  # fmt: skip
+def test_refused_input(make: Callable[[Array], Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        engine("dynamic").run(make(images(2)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_refused_values(value: float) -> None:
+    x = np.zeros((2, 1, 8, 8), np.float32)
+    x[1, 0, 3, 3] = value
+    with pytest.raises(ValueError, match="the input holds NaN or infinite values"):
+        engine("unrolled", T=4, normalize=False).run(x)
+    with pytest.raises(ValueError, match=r"takes float32 input .* got float64; convert it with .astype\('float32'\)"):
+        engine("unrolled", T=4, normalize=False).run(np.zeros((2, 1, 8, 8)))
+
+
+@pytest.mark.parametrize(("layout", "options", "make", "T", "match"), [
+    ("dynamic", {}, images, 0, "T must be at least 1, got 0"),
+    ("unrolled", {"T": 4}, images, -2, "T must be at least 1, got -2"),
+    ("step", {}, images, 0, "T must be at least 1, got 0"),
+    ("unrolled", {"T": 4}, images, 5,
+     r"unrolled-T-4\.onnx is unrolled to T=4 and cannot run T=5; export again with --T 5, or with --layout dynamic"),
+    ("dynamic", {"encoding": "frames"}, lambda n: frames(n, 3), 4, "T=4 steps need as many frames, got 3"),
+    ("unrolled", {"T": 4, "encoding": "frames"}, lambda n: frames(n, 9), None, "unrolled to T=4 and cannot run T=9"),
+    ("dynamic", {"encoding": "frames"}, lambda n: frames(n, 3)[:, :0], None, "the input is empty"),
+    ("dynamic", {"encoding": "frames"}, images, 1, r"takes input of shape \[N, T, 1, 8, 8\], got \[2, 1, 8, 8\]"),
+])  # fmt: skip
+def test_refused_T(
+    layout: str, options: dict[str, Any], make: Callable[[int], Array], T: int | None, match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        engine(layout, **options).run(make(2), T)
+
+
+def foreign(path: Path, metadata: str | None = None) -> Path:
+    """An ONNX model that we did not write."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "other", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    if metadata is not None:
+        helper.set_model_props(model, {"tetdeploy": metadata})
+    onnx.save(model, path)
+    return path
+
+
+def test_refused_models(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"other\.onnx is an ONNX model, but not one that tetdeploy exported"):
+        Engine(foreign(tmp_path / "other.onnx"))
+    for metadata in ("{", "[1]", "{}", '"text"'):
+        with pytest.raises(ValueError, match="has damaged metadata; export the model again"):
+            Engine(foreign(tmp_path / "damaged.onnx", metadata))
+    with pytest.raises(ValueError, match="has metadata of format 2; this tetdeploy reads format 1"):
+        Engine(foreign(tmp_path / "newer.onnx", json.dumps({"format": 2})))
+    with pytest.raises(ValueError, match=r"is a folder, not an \.onnx file"):
+        Engine(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no model at .*absent\.onnx; write one with: tetdeploy export"):
+        Engine(tmp_path / "absent.onnx")
+    for name, content in (("text.onnx", b"these are just words\n" * 20), ("empty.onnx", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} cannot be loaded: not an ONNX model, or a damaged one"):
+            Engine(tmp_path / name)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_model_is_refused(part: float, tmp_path: Path) -> None:
+    content = exported("dynamic").read_bytes()
+    (tmp_path / "cut.onnx").write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(ValueError, match=r"cut\.onnx (cannot be loaded|is an ONNX model, but not one)") as caught:
+        Engine(tmp_path / "cut.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_refused_devices_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = exported("dynamic")
+    with pytest.raises(ValueError, match="unknown device 'tpu'; choose one of cpu, cuda, tensorrt"):
+        Engine(path, device="tpu")
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        Engine(path, threads=0)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    for device, provider in (("cuda", "CUDA"), ("tensorrt", "Tensorrt")):
+        with pytest.raises(ValueError, match=rf"device '{device}' needs ONNX Runtime's {provider}.*tetdeploy\[gpu\]"):
+            Engine(path, device=device)
+
+
+def test_a_provider_that_does_not_start_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime itself goes on with the CPU and a line in the log when a CUDA library is missing."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    session = onnxruntime.InferenceSession
+
+    def falls_back(model: bytes, options: Any, providers: list[str]) -> Any:
+        assert providers == ["CUDAExecutionProvider"]
+        return session(model, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", falls_back)
+    with pytest.raises(ValueError, match="could not start CUDAExecutionProvider and would have used CPUExecutionProv"):
+        Engine(exported("dynamic"), device="cuda")
+
+
+def test_both_onnxruntime_packages_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
+    with pytest.raises(ValueError, match=r"onnxruntime and onnxruntime-gpu are both installed .* pip uninstall -y"):
+        Engine(exported("dynamic"))
+
+
+def test_a_missing_onnxruntime_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'tetdeploy\[cpu\]'"):
+        Engine(exported("dynamic"))
+
+
+def test_a_call_that_fails_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfMemory:
+        def run(self, names: list[str], feed: dict[str, Array]) -> None:
+            raise RuntimeError("bad allocation\nand a page of detail")
+
+    runner = Engine(exported("dynamic"))
+    monkeypatch.setattr(runner, "_session", OutOfMemory())
+    with pytest.raises(ValueError, match=r"ONNX Runtime failed on x of shape \[2, 1, 8, 8\]: bad allocation$"):
+        runner.run(images(2))
+
+
+# ------------------------------------------------------------------------------------------------ streams
+
+
+def test_reset_starts_anew() -> None:
+    stream = engine("step").stream(batch=2)
+    first = [stream.push(images(2) if t == 0 else None) for t in range(3)]
+    stream.reset()
+    assert stream.t == 0
+    assert all(not u.any() for u in stream.state.values())
+    with pytest.raises(ValueError, match="there is none"):  # the last image is forgotten too
+        stream.push()
+    again = [stream.push(images(2) if t == 0 else None) for t in range(3)]
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.logits, other.logits)
+        np.testing.assert_array_equal(one.step_logits, other.step_logits)
+        assert one.t == other.t
+    assert not np.array_equal(first[0].step_logits, first[2].step_logits)
+
+
+def test_a_new_image_in_a_running_stream_meets_the_membranes_of_the_last() -> None:
+    stream, fresh = engine("step").stream(), engine("step").stream()
+    stream.push(images(1))
+    switched = stream.push(images(1, 9)).step_logits
+    assert not np.array_equal(switched, fresh.push(images(1, 9)).step_logits)
+    x = np.stack([images(1)[0], images(1, 9)[0]])[None]
+    as_frames = engine("dynamic", encoding="frames").run(x).per_step
+    np.testing.assert_allclose(switched, as_frames[:, 1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"encoding": "frames"}], ids=["direct", "frames"])
+def test_state_may_be_saved_and_put_back(options: dict[str, Any]) -> None:
+    x = frames(3, 6) if options else np.repeat(images(3)[:, None], 6, 1)
+    stream = engine("step", **options).stream(batch=3)
+    for t in range(3):
+        stream.push(x[:, t])
+    saved = {name: u.copy() for name, u in stream.state.items()}
+    assert set(saved) == {"u.lif1", "u.lif2", "u.lif3"} and all(u.any() for u in saved.values())
+    went_on = [stream.push(x[:, t]).step_logits for t in range(3, 6)]
+    other = engine("step", **options).stream(batch=3)
+    other.state = saved
+    for u in saved.values():
+        u[:] = 7.0  # what was put back is the stream's own
+    for t, wanted in zip(range(3, 6), went_on, strict=True):
+        np.testing.assert_array_equal(other.push(x[:, t]).step_logits, wanted)
+
+
+def test_a_saved_state_does_not_change_as_the_stream_goes_on() -> None:
+    stream = engine("step").stream()
+    stream.push(images(1))
+    saved = stream.state
+    kept = {name: u.copy() for name, u in saved.items()}
+    stream.push()
+    assert any(not np.array_equal(stream.state[name], u) for name, u in kept.items())
+    for name, u in kept.items():
+        np.testing.assert_array_equal(saved[name], u)
+
+
+def test_refused_states() -> None:
+    stream = engine("step").stream(batch=2)
+    good = stream.state
+    with pytest.raises(ValueError, match=r"the state must hold u\.lif1, u\.lif2, u\.lif3; got u\.lif1"):
+        stream.state = {"u.lif1": good["u.lif1"]}
+    with pytest.raises(ValueError, match=r"u\.lif2 must be float32 \[2, 16, 8, 8\], got float32 \[1, 16, 8, 8\]"):
+        stream.state = good | {"u.lif2": good["u.lif2"][:1]}
+    with pytest.raises(ValueError, match=r"u\.lif3 must be float32 .*, got float64"):
+        stream.state = good | {"u.lif3": good["u.lif3"].astype(float)}
+
+
+def test_the_callers_buffer_may_be_filled_anew() -> None:
+    whole = engine("step").run(images(1), 4).per_step
+    buffer = images(1).copy()
+    stream = engine("step").stream()
+    stream.push(buffer)
+    buffer[:] = 255
+    for t in range(1, 4):
+        np.testing.assert_array_equal(stream.push().step_logits, whole[:, t])
+    chunks = engine("unrolled", T=3, with_state=True)
+    buffer[:] = images(1)
+    stream = chunks.stream()
+    stream.push(buffer)
+    buffer[:] = 255
+    np.testing.assert_array_equal(stream.push(None).step_logits, chunks.run(images(1), 6).per_step[:, 5])
+
+
+def test_a_refused_push_leaves_the_stream_as_it_was() -> None:
+    x = images(2)
+    whole = engine("step").run(x, 2).per_step
+    stream = engine("step").stream(batch=2)
+    stream.push(x)
+    for bad, match in (
+        (x[:1], "this stream has a batch of 2, got 1"),
+        (x.astype(np.float32), "got float32"),
+        (x[:, :, :4], r"takes input of shape \[N, 1, 8, 8\]"),
+        (x[:0], "empty"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            stream.push(bad)
+    assert stream.t == 1
+    np.testing.assert_array_equal(stream.push().step_logits, whole[:, 1])
+
+
+def test_refused_streams() -> None:
+    for layout, options in (("unrolled", {"T": 4}), ("dynamic", {})):
+        with pytest.raises(ValueError, match="gives no LIF state out, so it cannot stream; export with --layout step"):
+            engine(layout, **options).stream()
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+        engine("step").stream(batch=0)
+    with pytest.raises(ValueError, match="repeats the last image of a directly encoded stream; there is none"):
+        engine("step").stream().push(None)
+    frame_stream = engine("step", encoding="frames").stream()
+    frame_stream.push(frames(1, 1)[:, 0])
+    with pytest.raises(ValueError, match="repeats the last image of a directly encoded stream"):
+        frame_stream.push(None)
+    for bad in (frames(1, 1), np.uint8(3)):
+        with pytest.raises(ValueError, match=r"push one frame at a time, of shape \[N, 1, 8, 8\]; got"):
+            frame_stream.push(bad)
+    chunks = engine("unrolled", T=3, with_state=True, encoding="frames").stream()
+    with pytest.raises(ValueError, match="push a chunk of exactly T=3 frames, got 2"):
+        chunks.push(frames(1, 2))

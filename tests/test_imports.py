@@ -1,0 +1,84 @@
+"""What an import pulls in: a serving host has numpy and onnxruntime, and no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from export_helpers import digits, exported
+
+import tetdeploy
+
+HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "onnx_ir", "sklearn", "matplotlib", "safetensors", "scipy")
+MODULES = [
+    name
+    for name in (
+        "tetdeploy",
+        "tetdeploy.engine",
+        "tetdeploy.energy",
+        "tetdeploy.data",
+        "tetdeploy.validate",
+        "tetdeploy.cli",
+        "tetdeploy.report",
+        "tetdeploy.serve",
+    )
+    if importlib.util.find_spec(name) is not None
+]
+
+
+def loaded_by(code: str, *arguments: str) -> set[str]:
+    """The top-level packages that are loaded after `code` in a process of its own."""
+    code += "\nimport json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    command = [sys.executable, "-W", "error", "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_probe_sees_what_is_loaded() -> None:
+    assert {"torch", "onnx"} <= loaded_by("import tetdeploy.export")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    loaded = loaded_by(f"import {module}")
+    assert "tetdeploy" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("module", ["tetdeploy", "tetdeploy.energy", "tetdeploy.data"])
+def test_a_training_host_needs_no_onnxruntime_for(module: str) -> None:
+    assert "onnxruntime" not in loaded_by(f"import {module}")
+
+
+def test_running_an_engine_loads_no_torch(tmp_path: Path) -> None:
+    images = tmp_path / "images.bin"
+    images.write_bytes(digits().images[:4].tobytes())
+    code = """
+import sys
+import numpy as np
+from tetdeploy import Engine
+from tetdeploy.energy import Layer, Operations
+x = np.fromfile(sys.argv[2], np.uint8).reshape(4, 1, 8, 8)
+engine = Engine(sys.argv[1])
+assert engine.run(x, T=3).per_step.shape == (4, 3, 10)
+operations = Operations(tuple(Layer.from_dict(layer) for layer in engine.metadata["layers"]))
+operations.add(engine.count(x, 3)[1], 4, 3)
+assert operations.at(3).energy_pj > 0
+stream = engine.stream(batch=4)
+assert stream.push(x).t == 1 and stream.push().t == 2
+"""
+    loaded = loaded_by(code, str(exported("step")), str(images))
+    assert "onnxruntime" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_names_of_the_package_are_found_lazily() -> None:
+    code = "import tetdeploy; assert tetdeploy.Engine.__name__ == 'Engine'; assert tetdeploy.__version__"
+    assert loaded_by(code).isdisjoint({"torch", "safetensors"})
+    with pytest.raises(AttributeError, match="module 'tetdeploy' has no attribute 'Motor'"):
+        _ = tetdeploy.Motor
