@@ -1,0 +1,139 @@
+"""Activation checkpointing: less memory for more time (`--recompute`).
+
+Training keeps what every layer computed until backward has used it: memory grows with depth times T. A network whose
+blocks recompute keeps only what goes into each block, and computes a block once more when backward reaches it: one more
+forward pass in all, for the memory of one block. (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.)
+
+A block is whatever lies between two neuron layers of an `nn.Sequential`: a residual block, or conv-BN-LIF. A network
+that names its layers one by one has no such chain: then each convolution with its BN is a block, which saves less.
+
+torch's checkpoint runs BN twice and would let it count every batch twice
+(https://github.com/pytorch/pytorch/issues/96136); here the second pass leaves the running statistics alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from tetdeploy.layers import DirectEncoding, OverTime
+from tetdeploy.neurons import LIF
+
+_NEURONS = (LIF, nn.ReLU)  # an ANN twin has ReLU where the network has neurons
+
+
+class _RecomputedSequential(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in _blocks(self):
+            x = _checkpointed(block, x)
+        return x
+
+
+class _RecomputedOverTime(OverTime):
+    def forward(self, x: Tensor) -> Tensor:
+        return _checkpointed([*self], x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class _RecomputedEncoding(DirectEncoding):
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        if x.dim() != 5 or T not in (None, x.shape[0]):
+            return super().forward(x, T)  # direct encoding computes one step for all T: there is little to save
+        return _checkpointed([*self], x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+_RECOMPUTED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Sequential: _RecomputedSequential,
+    OverTime: _RecomputedOverTime,
+    DirectEncoding: _RecomputedEncoding,
+}
+
+
+def recompute_blocks(network: nn.Module) -> list[str]:
+    """Make a network's blocks recompute their insides in backward, in place.
+
+    Loss, gradients and BN's running statistics are those of the plain network (bit for bit on a CPU); the state dict
+    and inference stay as they are.
+
+    Args:
+        network: built of `nn.Sequential`, `OverTime` and `DirectEncoding`; other modules are entered and left alone.
+
+    Returns:
+        The names of the modules that recompute now.
+
+    Raises:
+        ValueError: there is none.
+    """
+    modules = dict(_outermost(network, ""))
+    for module in modules.values():
+        module.__class__ = _RECOMPUTED.get(type(module), type(module))
+    if not modules:
+        raise ValueError(
+            f"{type(network).__name__} has nothing to recompute: no nn.Sequential, OverTime or DirectEncoding with BN "
+            "or neurons in it; train it without --recompute"
+        )
+    return list(modules)
+
+
+def _outermost(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that are to recompute, with their names; what lies inside one of them belongs to its blocks."""
+    known = type(module) in (*_RECOMPUTED, *_RECOMPUTED.values())
+    if known and _holds(module, (_BatchNorm, *_NEURONS)):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _outermost(child, f"{name}.{child_name}".lstrip("."))
+
+
+def _blocks(layers: nn.Sequential) -> Iterator[list[nn.Module]]:
+    """The layers in runs, each of which ends with neurons."""
+    block: list[nn.Module] = []
+    for layer in layers:
+        block.append(layer)
+        if _holds(layer, _NEURONS):
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _checkpointed(block: list[nn.Module], x: Tensor) -> Tensor:
+    """Apply the layers; where backward will follow, keep only `x` for it."""
+
+    def run(x: Tensor) -> Tensor:
+        for layer in block:
+            x = layer(x)
+        return x
+
+    if not torch.is_grad_enabled():
+        return run(x)
+    norms = [module for layer in block for module in layer.modules() if isinstance(module, _BatchNorm)]
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _statistics_kept(norms)
+
+    y: Tensor = checkpoint(run, x, use_reentrant=False, context_fn=contexts)
+    return y
+
+
+@contextmanager
+def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Within it these BN count into copies: switched off, they would keep two tensors less than in the first pass."""
+    counted = [dict(norm.named_buffers(recurse=False)) for norm in norms]
+    for norm, buffers in zip(norms, counted, strict=True):
+        for name, buffer in buffers.items():
+            setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, counted, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer)
+
+
+def _holds(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    return any(isinstance(inner, kinds) for inner in module.modules())
