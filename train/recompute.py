@@ -36,14 +36,14 @@ class _RecomputedSequential(nn.Sequential):
 
 class _RecomputedOverTime(OverTime):
     def forward(self, x: Tensor) -> Tensor:
-        return _checkpointed([*self], x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return _over_time([*self], x)
 
 
 class _RecomputedEncoding(DirectEncoding):
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         if x.dim() != 5 or T not in (None, x.shape[0]):
             return super().forward(x, T)  # direct encoding computes one step for all T: there is little to save
-        return _checkpointed([*self], x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return _over_time([*self], x)
 
 
 _RECOMPUTED: dict[type[nn.Module], type[nn.Module]] = {
@@ -117,6 +117,12 @@ def _checkpointed(block: list[nn.Module], x: Tensor) -> Tensor:
         return nullcontext(), _statistics_kept(norms)
 
     y: Tensor = checkpoint(run, x, use_reentrant=False, context_fn=contexts)
+    return y
+
+
+def _over_time(layers: list[nn.Module], x: Tensor) -> Tensor:
+    """The same for layers that know no time: `[T, N, ...]` is one batch of T x N to them."""
+    y: Tensor = _checkpointed(layers, x.flatten(0, 1)).unflatten(0, x.shape[:2])
     return y
 
 
