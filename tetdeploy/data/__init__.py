@@ -10,7 +10,8 @@ from .digits import load_digits
 from .fashion_mnist import load_fashion_mnist
 from .folder import load_folder
 from .frames import load_frames
-from .images import ImageSet, Split, load_npz, save_npz, split_validation
+from .images import ImageSet, load_npz, save_npz, split_validation
+from .labelled import Split
 
 __all__ = ["DATA_NAMES", "ImageSet", "Split", "load_data", "load_frames", "save_npz", "split_validation"]
 

@@ -17,7 +17,8 @@ from .cache import Arrays, cached
 from .decoding import ImageFile, decode_images, shorten
 from .download import download
 from .folder import class_files
-from .images import ImageSet, Split, mixed_order
+from .images import ImageSet, mixed_order
+from .labelled import Split
 
 COUNTS = {"train": 50_000, "test": 10_000}
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from tetdeploy.extras import import_extra
 
-from .images import ImageSet, Split, stratified
+from .images import ImageSet, stratified
+from .labelled import Split
 
 MEAN = (0.3058,)
 STD = (0.3764,)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .download import download
-from .images import ImageSet, Split
+from .images import ImageSet
+from .labelled import Split
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",

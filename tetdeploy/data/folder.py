@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from .cache import Arrays, cached
 from .decoding import SUFFIXES, ImageFile, decode_images, shorten
-from .images import ImageSet, Split, channel_statistics, mixed_order
+from .images import ImageSet, channel_statistics, mixed_order
+from .labelled import Split
 
 ClassFiles = dict[str, list[Path]]
 

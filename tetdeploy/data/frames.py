@@ -1,14 +1,68 @@
-"""Labelled frame sequences in a `.npz`: input that changes from step to step."""
+"""A set of labelled frame sequences in memory, and its `.npz` form: an input of its own at each step."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .images import read_arrays, usable_labels
+from .images import read_arrays, usable_labels, usable_names
+from .labelled import Encoding, LabelledSet, Split
+
+_NUM_MEASURED = 1000  # recordings that decide a set's std; the order is mixed, so that they are a fair sample
+
+
+@dataclass(frozen=True, eq=False)
+class FrameSet(LabelledSet):
+    """Labelled sequences of T frames, as recordings of an event camera become.
+
+    Attributes:
+        name: what `load_data` was given: "dvs-cifar10", "saccades:digits", ...
+        split: "train" or "test".
+        frames: uint8 [N, T, C, H, W]; of a recording C = 2 and frames count events: OFF in channel 0, ON in channel 1.
+        labels: int64 [N], 0..K-1.
+        class_names: K distinct names; label k means class_names[k].
+        mean: per channel, of frames / 255; 0 for counts, so that a pixel without events is 0 to the network as well.
+        std: per channel, of frames / 255; greater than 0.
+
+    Raises:
+        ValueError: the parts do not fit each other.
+    """
+
+    encoding: ClassVar[Encoding] = "frames"
+    _array: ClassVar[str] = "frames"
+    _items: ClassVar[str] = "recordings"
+
+    name: str
+    split: Split
+    frames: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        self._check("[N, T, C, H, W]")
+
+
+def count_statistics(frames: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that bring event counts to a sensible scale: 0, and the root mean square of frames / 255.
+
+    Most pixels see no event. With a mean of 0 these stay 0; the second moment of what the network sees is 1.
+
+    Args:
+        frames: uint8 [N, T, C, H, W] of the training split; the first 1,000 decide.
+
+    Returns:
+        C means and C standard deviations; 1/255, one event, for a channel that has none.
+    """
+    counts = frames[:_NUM_MEASURED].astype(np.float32)
+    rms = np.sqrt((counts**2).mean((0, 1, 3, 4), dtype=np.float64)) / 255
+    return (0.0,) * frames.shape[2], tuple(float(value) or 1 / 255 for value in rms)
 
 
 def load_frames(path: Path | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -23,7 +77,25 @@ def load_frames(path: Path | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """
     if not str(path).lower().endswith(".npz"):
         raise ValueError(f"frames come from a .npz with images [N, T, C, H, W] and labels [N]; got {str(path)!r}")
+    return _checked(path, read_arrays(Path(path)))
+
+
+def load_frame_set(path: Path | str, split: Split) -> FrameSet:
+    """Read a `.npz` with `images` uint8 [N, T, C, H, W], `labels` and, if it has them, `class_names`.
+
+    The file is one set: both splits read all of it, in its order. Mean is 0, std is that of its frames.
+
+    Raises:
+        OSError: there is no such file, or it cannot be opened.
+        ValueError: it is not a `.npz`, is damaged, lacks an array, or an array has a wrong dtype, shape or value.
+    """
     arrays = read_arrays(Path(path))
+    frames, labels = _checked(path, arrays)
+    mean, std = count_statistics(frames)
+    return FrameSet(str(path), split, frames, labels, usable_names(path, arrays, labels), mean, std)
+
+
+def _checked(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     frames = arrays["images"]
     if frames.ndim != 5 or frames.dtype not in (np.uint8, np.float32) or 0 in frames.shape:
         raise ValueError(

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.files import atomic_write
 
-Split = Literal["train", "test"]
+from .labelled import Encoding, LabelledSet, Split
+
+S = TypeVar("S", bound=LabelledSet)
 
 _LAYOUTS = "uint8 [N, C, H, W] (or [N, H, W] for one channel)"
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
+class ImageSet(LabelledSet):
     """Labelled 8-bit images.
 
     Attributes:
@@ -36,6 +38,10 @@ class ImageSet:
         ValueError: the parts do not fit each other.
     """
 
+    encoding: ClassVar[Encoding] = "direct"
+    _array: ClassVar[str] = "images"
+    _items: ClassVar[str] = "images"
+
     name: str
     split: Split
     images: NDArray[np.uint8]
@@ -45,59 +51,7 @@ class ImageSet:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if self.split not in ("train", "test"):
-            raise ValueError(f"{self.name}: split is {self.split!r}; choose 'train' or 'test'")
-        _check_images(self.name, self.images)
-        _check_labels(self.name, self.labels, len(self.images), self.class_names)
-        _check_statistics(self.name, self.mean, self.std, self.images.shape[1])
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def select(self, indices: Sequence[int] | slice | NDArray[Any]) -> ImageSet:
-        """The images at `indices` (integers, a slice or a mask [N]), in that order.
-
-        Raises:
-            ValueError: nothing is selected, or an index lies outside the set.
-        """
-        try:
-            chosen = np.arange(len(self))[indices]
-        except IndexError as error:
-            raise ValueError(f"{self.name} {self.split}: cannot select from {len(self)} images: {error}") from None
-        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
-
-
-def _check_images(name: str, images: Any) -> None:
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
-        got = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise ValueError(f"{name}: images are {got}; wanted uint8 [N, C, H, W]")
-    if 0 in images.shape:
-        raise ValueError(
-            f"{name}: images have the shape {list(images.shape)}, which holds no pixel; give one image or more"
-        )
-
-
-def _check_labels(name: str, labels: Any, num_images: int, class_names: tuple[str, ...]) -> None:
-    if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.ndim != 1:
-        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else type(labels).__name__
-        raise ValueError(f"{name}: labels are {got}; wanted int64 [N]")
-    if len(labels) != num_images:
-        raise ValueError(f"{name}: {num_images} images but {len(labels)} labels; each image needs one label")
-    repeated = sorted({c for c in class_names if class_names.count(c) > 1})
-    if repeated:
-        raise ValueError(f"{name}: class_names has {', '.join(repeated)} more than once; names must differ")
-    if labels.min() < 0 or labels.max() >= len(class_names):
-        raise ValueError(
-            f"{name}: labels run from {labels.min()} to {labels.max()}, outside 0..{len(class_names) - 1} "
-            f"for {len(class_names)} classes; number the labels from 0 or give more class_names"
-        )
-
-
-def _check_statistics(name: str, mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"{name}: {len(mean)} means and {len(std)} stds for {channels} channels; wanted one a channel")
-    if not np.isfinite(mean).all() or not np.isfinite(std).all() or min(std) <= 0:
-        raise ValueError(f"{name}: mean {mean} and std {std} must be finite, and std greater than 0")
+        self._check("[N, C, H, W]")
 
 
 def channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -150,11 +104,12 @@ def mixed_order(count: int) -> NDArray[np.intp]:
     return np.random.RandomState(0).permutation(count)
 
 
-def split_validation(data: ImageSet, *, fraction: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+def split_validation(data: S, *, fraction: float, seed: int = 0) -> tuple[S, S]:
     """Split a set into a part to train on and a part to validate on, class by class.
 
-    Each class gives `fraction` of its images, rounded, to validation; a class of two or more images keeps at least one
-    on each side, and a class of one stays in training. Both parts keep the order, the mean and the std of `data`.
+    Each class gives `fraction` of its images (or recordings), rounded, to validation; a class of two or more keeps at
+    least one on each side, and a class of one stays in training. Both parts keep the order, the mean and the std of
+    `data`.
 
     Args:
         data: the set to split.
@@ -177,8 +132,10 @@ def split_validation(data: ImageSet, *, fraction: float, seed: int = 0) -> tuple
     return data.select(train), data.select(validation)
 
 
-def save_npz(data: ImageSet, path: Path | str) -> None:
-    """Write `images`, `labels` and `class_names` to a `.npz` that `load_npz` reads, also on a host without torch.
+def save_npz(data: LabelledSet, path: Path | str) -> None:
+    """Write `images`, `labels` and `class_names` to a `.npz` that `load_data` reads, also on a host without torch.
+
+    The images of a `FrameSet` are its frames, uint8 [N, T, C, H, W].
 
     Raises:
         OSError: the file cannot be written; an earlier one is left as it was.
@@ -187,7 +144,7 @@ def save_npz(data: ImageSet, path: Path | str) -> None:
     if Path(path).suffix.lower() != ".npz":
         raise ValueError(f"cannot save images as {path}: the name must end in .npz")
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, images=data.images, labels=data.labels, class_names=np.array(data.class_names))
+        np.savez(file, images=data.x, labels=data.labels, class_names=np.array(data.class_names))
 
 
 def load_npz(path: Path | str, split: Split) -> ImageSet:
@@ -207,12 +164,8 @@ def load_npz(path: Path | str, split: Split) -> ImageSet:
     arrays = read_arrays(Path(path))
     images = _usable_images(path, arrays["images"])
     labels = usable_labels(path, arrays["labels"])
-    if "class_names" in arrays:
-        class_names = _usable_names(path, arrays["class_names"])
-    else:
-        class_names = tuple(str(k) for k in range(int(labels.max(initial=0)) + 1))
     mean, std = channel_statistics(images)
-    return ImageSet(str(path), split, images, labels, class_names, mean, std)
+    return ImageSet(str(path), split, images, labels, usable_names(path, arrays, labels), mean, std)
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -268,7 +221,11 @@ def usable_labels(path: Path | str, labels: NDArray[Any]) -> NDArray[np.int64]:
     return labels.astype(np.int64)
 
 
-def _usable_names(path: Path | str, names: NDArray[Any]) -> tuple[str, ...]:
+def usable_names(path: Path | str, arrays: Mapping[str, NDArray[Any]], labels: NDArray[np.int64]) -> tuple[str, ...]:
+    """The `class_names` of a `.npz`, by default "0" to the highest label."""
+    if "class_names" not in arrays:
+        return tuple(str(k) for k in range(int(labels.max(initial=0)) + 1))
+    names = arrays["class_names"]
     if names.dtype.kind != "U" or names.ndim != 1:
         raise ValueError(f"{path}: class_names are {names.dtype} {list(names.shape)}; wanted strings [K], one a class")
     return tuple(str(name) for name in names)
