@@ -87,6 +87,7 @@ def test_metadata_says_all_that_serving_needs(saved: Path) -> None:
     assert metadata["network"]["image_size"] == [8, 8]
     assert metadata["data"] == {
         "name": "digits",
+        "encoding": "direct",
         "mean": [0.4914],
         "std": [0.2023],
         "class_names": ["class 0", "class 1", "class 2"],

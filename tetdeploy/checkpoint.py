@@ -165,9 +165,10 @@ def newest_run(runs: Path) -> Path:
 
 
 def data_settings(classifier: Classifier) -> dict[str, Any]:
-    """What a classifier knows of its data, JSON-able: name, mean, std, class names and image shape."""
+    """What a classifier knows of its data, JSON-able: name, encoding, mean, std, class names and image shape."""
     return {
         "name": classifier.data,
+        "encoding": classifier.encoding,
         "mean": _short_floats(classifier.mean),
         "std": _short_floats(classifier.std),
         "class_names": list(classifier.class_names),
@@ -296,6 +297,7 @@ def _classifier_arguments(metadata: Mapping[str, Any], file: Path) -> tuple[Any,
             "std": tuple(float(value) for value in data["std"]),
             "class_names": tuple(str(name) for name in data["class_names"]),
             "data": str(data["name"]),
+            "encoding": str(data.get("encoding", "direct")),
         }
     except (TypeError, KeyError, IndexError) as error:
         raise ValueError(f"{file}: its metadata do not describe a network this tetdeploy knows: {error}") from error

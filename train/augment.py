@@ -1,6 +1,7 @@
 """Augmentation of whole batches of uint8 images, on the device they live on.
 
-Every function takes the generator it draws from: the same generator state gives the same images.
+Every function takes the generator it draws from: the same generator state gives the same images. Frames are
+augmented by `same_at_every_step`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,41 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
     return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
+def random_roll(images: Tensor, generator: Generator, *, pixels: int) -> Tensor:
+    """Roll each image on its own by up to `pixels` up, down, left and right; what leaves comes in on the other side.
+
+    Args:
+        images: [N, C, H, W], any dtype.
+        generator: on the device of `images`.
+        pixels: at least 0.
+
+    Returns:
+        New images, [N, C, H, W].
+    """
+    N, _, H, W = images.shape
+    device = images.device
+    down, right = torch.randint(-pixels, pixels + 1, (2, N, 1), generator=generator, device=device)
+    rows = (torch.arange(H, device=device) - down) % H
+    columns = (torch.arange(W, device=device) - right) % W
+    chosen = images[torch.arange(N, device=device)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return chosen.movedim(-1, 1).contiguous()  # indices apart from each other put [N, H, W] first
+
+
+def same_at_every_step(augment: Callable[[Tensor, Generator], Tensor], images: Tensor, generator: Generator) -> Tensor:
+    """Apply `augment` to images [N, C, H, W], or to frames [N, T, C, H, W] as to images of T x C channels.
+
+    All steps of a sequence are flipped, cut out and rolled alike, as one moving picture.
+    """
+    if images.dim() == 4:
+        return augment(images, generator)
+    augmented: Tensor = augment(images.flatten(1, 2), generator).unflatten(1, images.shape[1:3])
+    return augmented
+
+
+def _flip_and_roll(images: Tensor, generator: Generator) -> Tensor:
+    return random_roll(random_flip(images, generator), generator, pixels=5)
+
+
 def _crop_and_flip(images: Tensor, generator: Generator) -> Tensor:
     return random_flip(random_crop(images, generator, padding=4), generator)
 
@@ -57,4 +93,5 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "shift": partial(random_crop, padding=1),  # digits: 8 x 8 pixels leave room for one
     "crop": partial(random_crop, padding=4),
     "crop-flip": _crop_and_flip,  # CIFAR
+    "flip-roll": _flip_and_roll,  # DVS-CIFAR10
 }

@@ -20,7 +20,7 @@ from torch import Tensor
 from tetdeploy.checkpoint import CHECKPOINT_NAME, STATE_NAME, save_checkpoint
 from tetdeploy.files import write_json
 
-from .augment import AUGMENTATIONS
+from .augment import AUGMENTATIONS, same_at_every_step
 from .config import TrainConfig
 from .device import autocast
 from .interrupt import deferred_interrupt
@@ -29,10 +29,10 @@ from .runs import CONFIG_NAME, check_run, mark_latest, read_metrics, run_setting
 from .schedule import derive_seed
 from .session import Session, check_data, headline, prepare, provenance
 from .state import Best, TrainState, restore_state, save_state
-from .validation import count_correct, evaluate
+from .validation import as_input, count_correct, evaluate
 
 if TYPE_CHECKING:
-    from tetdeploy.data import ImageSet
+    from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier
 
 
@@ -62,8 +62,8 @@ class TrainResult:
 
 def train(
     classifier: Classifier,
-    train_set: ImageSet,
-    val_set: ImageSet | None,
+    train_set: LabelledSet,
+    val_set: LabelledSet | None,
     config: TrainConfig,
     out: Path | str,
     *,
@@ -98,7 +98,7 @@ def train(
     start = time.perf_counter()
     for data in (train_set, val_set):
         if data is not None:
-            check_data(data, classifier)
+            check_data(data, classifier, config.T)
     check_run(out, run_settings(classifier, train_set, val_set, config), resume=resume)
     try:
         session = prepare(classifier, train_set, val_set, config, out)
@@ -207,12 +207,12 @@ def _train_step(session: Session, state: TrainState, chosen: Tensor) -> None:
     step = state.epoch * session.steps_per_epoch + state.step
     session.generator.manual_seed(derive_seed(config.seed, "augment", step))
     torch.manual_seed(derive_seed(config.seed, "network", step))  # dropout and whatever else a network draws
-    images = AUGMENTATIONS[config.augment](session.train.x[chosen], session.generator)
+    images = same_at_every_step(AUGMENTATIONS[config.augment], session.train.x[chosen], session.generator)
     labels = session.train.y[chosen]
     for group in optimizer.param_groups:
         group["lr"] = session.rate(step)
     with autocast(session.device, session.precision):
-        logits = session.classifier(images, config.T)
+        logits = session.classifier(as_input(images, config.T), config.T)
     loss = session.loss(logits, labels)
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()

@@ -16,7 +16,7 @@ from tetdeploy.files import atomic_write
 from .config import TrainConfig
 
 if TYPE_CHECKING:
-    from tetdeploy.data import ImageSet
+    from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier
 
 CONFIG_NAME = "config.json"
@@ -24,7 +24,7 @@ METRICS_NAME = "metrics.jsonl"
 
 
 def run_settings(
-    classifier: Classifier, train_set: ImageSet, val_set: ImageSet | None, config: TrainConfig
+    classifier: Classifier, train_set: LabelledSet, val_set: LabelledSet | None, config: TrainConfig
 ) -> dict[str, Any]:
     """What goes into config.json: {"network", "data", "training"}; a resumed run must have the same."""
     images = {"train_images": len(train_set), "val_images": 0 if val_set is None else len(val_set)}

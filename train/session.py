@@ -23,20 +23,20 @@ from .state import Best
 from .validation import Loss
 
 if TYPE_CHECKING:
-    from tetdeploy.data import ImageSet
+    from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier
 
 
 @dataclass(frozen=True)
 class Images:
-    """A set on the device: uint8 [N, C, H, W] and int64 [N]."""
+    """A set on the device: uint8 images [N, C, H, W] or frames [N, T, C, H, W], and int64 [N]."""
 
     x: Tensor
     y: Tensor
 
     @classmethod
-    def on(cls, device: torch.device, data: ImageSet) -> Images:
-        return cls(torch.tensor(data.images, device=device), torch.tensor(data.labels, device=device))
+    def on(cls, device: torch.device, data: LabelledSet) -> Images:
+        return cls(torch.tensor(data.x, device=device), torch.tensor(data.labels, device=device))
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,22 @@ class Session:
         return torch.randperm(len(self.train.x), generator=generator).to(self.device)
 
 
-def check_data(data: ImageSet, classifier: Classifier) -> None:
-    """Refuse images and labels the classifier cannot take: shape, dtype, no image at all, labels out of range.
+def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
+    """Refuse inputs and labels the classifier cannot take: kind, shape, dtype, none at all, labels out of range.
 
     Raises:
         ValueError: with what it got and what it wants.
     """
-    shape = tuple(data.images.shape[1:])
-    if shape != tuple(classifier.image_shape):
-        raise ValueError(f"{data.name} has images of shape {shape}; the network wants {classifier.image_shape}")
-    if data.images.dtype != np.uint8:
-        raise ValueError(f"{data.name} has {data.images.dtype} images; training wants uint8 from 0 to 255")
+    if data.encoding != classifier.encoding:
+        raise ValueError(f"{data.name} has {data.encoding} input; the network was made for {classifier.encoding} input")
+    if tuple(data.image_shape) != tuple(classifier.image_shape):
+        raise ValueError(
+            f"{data.name} has images of shape {data.image_shape}; the network wants {classifier.image_shape}"
+        )
+    if data.x.dtype != np.uint8:
+        raise ValueError(f"{data.name} has {data.x.dtype} images; training wants uint8 from 0 to 255")
+    if data.encoding == "frames" and data.x.shape[1] < T:
+        raise ValueError(f"{data.name} has {data.x.shape[1]} frames a recording, too few for T={T}; lower --T")
     if len(data.labels) == 0:
         raise ValueError(f"{data.name} has no {data.split} images to train or validate on; change val_fraction")
     low, high = int(data.labels.min()), int(data.labels.max())
@@ -97,7 +102,7 @@ def check_data(data: ImageSet, classifier: Classifier) -> None:
 
 
 def prepare(
-    classifier: Classifier, train_set: ImageSet, val_set: ImageSet | None, config: TrainConfig, out: Path
+    classifier: Classifier, train_set: LabelledSet, val_set: LabelledSet | None, config: TrainConfig, out: Path
 ) -> Session:
     """Move everything to the device and build what trains it."""
     device = pick_device(config.device)

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+def as_input(x: Tensor, T: int) -> Tensor:
+    """A batch as networks take it: images [N, C, H, W] as they are; of frames [N, T', ...] the first T, [T, N, ...]."""
+    return x if x.dim() == 4 else x[:, :T].transpose(0, 1)
+
+
 def evaluate(
     classifier: Classifier,
     images: Tensor,
@@ -32,7 +37,7 @@ def evaluate(
 
     Args:
         classifier: on the device of the images.
-        images: uint8 [N, C, H, W], or floating and normalised.
+        images: uint8 [N, C, H, W] or frames [N, T, C, H, W], or floating and normalised.
         labels: int64 [N].
         T: time steps.
         batch_size: images at a time.
@@ -51,7 +56,7 @@ def evaluate(
             for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
                 if stop():
                     return None
-                logits = classifier(x, T)
+                logits = classifier(as_input(x, T), T)
                 totals += torch.stack([loss(logits, y) * len(y), count_correct(logits, y).float()])
     finally:
         classifier.train(was_training)

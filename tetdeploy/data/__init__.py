@@ -9,11 +9,21 @@ from .cifar import load_cifar10, load_cifar100
 from .digits import load_digits
 from .fashion_mnist import load_fashion_mnist
 from .folder import load_folder
-from .frames import load_frames
+from .frames import FrameSet, load_frames
 from .images import ImageSet, load_npz, save_npz, split_validation
-from .labelled import Split
+from .labelled import LabelledSet, Split
 
-__all__ = ["DATA_NAMES", "ImageSet", "Split", "load_data", "load_frames", "save_npz", "split_validation"]
+__all__ = [
+    "DATA_NAMES",
+    "FrameSet",
+    "ImageSet",
+    "LabelledSet",
+    "Split",
+    "load_data",
+    "load_frames",
+    "save_npz",
+    "split_validation",
+]
 
 _LOADERS: dict[str, Callable[[Split, Path], ImageSet]] = {
     "digits": lambda split, data_dir: load_digits(split),

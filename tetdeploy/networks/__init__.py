@@ -156,7 +156,7 @@ class Classifier(nn.Module):
 
     `classifier(x, T)` normalises uint8 images, (x / 255 - mean) / std per channel; floating-point input is taken as
     normalised already. Everything else is the network's: `[N, C, H, W]` with T or `[T, N, C, H, W]` in, `[T, N, K]`
-    out.
+    out. `encoding` says which of the two the data are: "direct" or "frames".
     """
 
     mean: Tensor
@@ -171,6 +171,7 @@ class Classifier(nn.Module):
         std: tuple[float, ...],
         class_names: tuple[str, ...],
         data: str = "",
+        encoding: str = "direct",
     ) -> None:
         super().__init__()
         if not len(mean) == len(std) == config.in_channels:
@@ -179,12 +180,15 @@ class Classifier(nn.Module):
             raise ValueError(f"std must be above 0 in every channel, got {std}")
         if len(class_names) != config.num_classes:
             raise ValueError(f"{config.num_classes} classes need as many names, got {len(class_names)}")
+        if encoding not in ("direct", "frames"):
+            raise ValueError(f"unknown encoding {encoding!r}; choose direct or frames")
         if config.ann and has_neurons(network):
             raise ValueError("the configuration says ann, but the network has neurons; pass ann_twin(network)")
         self.network = network
         self.config = config
         self.class_names = tuple(class_names)
         self.data = data
+        self.encoding = encoding
         shape = (config.in_channels, 1, 1)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(shape), persistent=False)
