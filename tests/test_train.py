@@ -228,7 +228,8 @@ def test_a_run_leaves_its_four_files(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == list(range(1, 9))
     assert set(records[0]) == {
-        *("epoch", "T", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_s", "seconds")
+        *("epoch", "stage", "T", "loss", "lr", "train_loss", "train_accuracy", "images_per_s", "seconds"),
+        *("val_loss", "val_sdt_loss", "val_tet_loss", "val_accuracy"),
     }
     assert records[-1]["train_loss"] < records[0]["train_loss"]
     assert records[-1]["val_accuracy"] > 0.8

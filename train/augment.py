@@ -13,6 +13,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from tetdeploy.extras import import_extra
+
 
 def random_crop(images: Tensor, generator: Generator, *, padding: int) -> Tensor:
     """Shift each image on its own by up to `padding` pixels up, down, left and right; what comes in is 0 (black).
@@ -69,6 +71,57 @@ def random_roll(images: Tensor, generator: Generator, *, pixels: int) -> Tensor:
     return chosen.movedim(-1, 1).contiguous()  # indices apart from each other put [N, H, W] first
 
 
+def cutout(images: Tensor, generator: Generator, *, size: int, fill: Tensor) -> Tensor:
+    """Blank a square of `size` pixels of each image, centred on any pixel and so partly outside near a border.
+
+    (DeVries and Taylor, Improved Regularization of Convolutional Neural Networks with Cutout, 2017.)
+
+    Args:
+        images: [N, C, H, W], any dtype.
+        generator: on the device of `images`.
+        size: side of the square, at least 0.
+        fill: values of a blank pixel, [C] in the dtype of `images`; fewer are repeated over the channels.
+
+    Returns:
+        New images, [N, C, H, W].
+    """
+    N, C, H, W = images.shape
+    device = images.device
+    top, left = (torch.randint(side, (N, 1), generator=generator, device=device) - size // 2 for side in (H, W))
+    rows, columns = torch.arange(H, device=device), torch.arange(W, device=device)
+    in_rows, in_columns = (rows >= top) & (rows < top + size), (columns >= left) & (columns < left + size)
+    square = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    return torch.where(square, fill.repeat(C // len(fill)).view(-1, 1, 1), images)
+
+
+def autoaugment(images: Tensor, generator: Generator) -> Tensor:
+    """Give each image one of the 25 pairs of operations that were found for CIFAR-10, at its own draw.
+
+    (Cubuk et al., AutoAugment: Learning Augmentation Policies from Data, CVPR 2019; torchvision's.)
+
+    Args:
+        images: uint8 [N, C, H, W] with C = 1 or 3.
+        generator: on the device of `images`; it seeds what torchvision draws.
+
+    Returns:
+        New images, uint8 [N, C, H, W].
+
+    Raises:
+        ValueError: another number of channels.
+        MissingExtraError: torchvision is not installed.
+    """
+    if images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"AutoAugment wants images of 1 or 3 channels, got {images.shape[1]}; choose another --augment"
+        )
+    transforms = import_extra("torchvision.transforms", "train")
+    augment = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
+    seed = int(torch.randint(2**62, (), generator=generator, device=images.device))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return torch.stack([augment(image) for image in images])
+
+
 def same_at_every_step(augment: Callable[[Tensor, Generator], Tensor], images: Tensor, generator: Generator) -> Tensor:
     """Apply `augment` to images [N, C, H, W], or to frames [N, T, C, H, W] as to images of T x C channels.
 
@@ -88,10 +141,15 @@ def _crop_and_flip(images: Tensor, generator: Generator) -> Tensor:
     return random_flip(random_crop(images, generator, padding=4), generator)
 
 
+def _crop_flip_autoaugment(images: Tensor, generator: Generator) -> Tensor:
+    return autoaugment(_crop_and_flip(images, generator), generator)
+
+
 AUGMENTATIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "none": lambda images, generator: images,
     "shift": partial(random_crop, padding=1),  # digits: 8 x 8 pixels leave room for one
     "crop": partial(random_crop, padding=4),
     "crop-flip": _crop_and_flip,  # CIFAR
+    "autoaugment": _crop_flip_autoaugment,
     "flip-roll": _flip_and_roll,  # DVS-CIFAR10
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from .augment import AUGMENTATIONS
+from .stages import Stage, TimeRange, parse_random_T, parse_tit
 
 OPTIMIZERS = ("adamw", "sgd")
 LOSSES = ("tet", "sdt")
@@ -25,8 +27,14 @@ _RANGES = {
     "phi": (-math.inf, math.inf, True),
     "seed": (0, 2**63 - 1, True),
     "val_fraction": (0.0, 0.9, True),
+    "switch_to_tet": (0, math.inf, True),
+    "ema": (0.0, 0.9999999, True),
+    "distill_alpha": (0.0, math.inf, False),
+    "distill_tau": (0.0, math.inf, False),
+    "cutout": (0, math.inf, True),
 }
-_WHOLE = ("T", "epochs", "batch_size", "seed")
+_WHOLE = ("T", "epochs", "batch_size", "seed", "switch_to_tet", "cutout")
+_TEXTS = ("tit", "random_T", "distill")
 _CHOICES = {
     "optimizer": OPTIMIZERS,
     "loss": LOSSES,
@@ -42,21 +50,35 @@ class TrainConfig:
     The defaults train the digits. Checks itself: a value out of range raises `ValueError` with the range.
 
     Attributes:
-        T: time steps of every training and validation pass.
-        epochs: passes over the training images.
+        T: time steps of every training and validation pass; with `tit`, whatever is given, those of its last stage.
+        epochs: passes over the training images; with `tit`, whatever is given, the sum of its stages.
+        tit: stages of time inheritance training, such as "2:300,6:50", see `stages.parse_tit`; "" is one stage of T
+            and epochs. Each stage has its own warm-up, cosine and fresh optimizer state, and goes on with the last
+            weights of the one before.
         batch_size: images a step; the odd rest of an epoch is left out (each epoch leaves out other images).
         lr: peak learning rate, after the warm-up.
         optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
         weight_decay: on the weights of convolutions and linear layers only, not on BN and biases.
-        warmup_epochs: length of the linear warm-up in epochs, a fraction allowed; then a cosine to 0.
+        warmup_epochs: length of each stage's linear warm-up in epochs, a fraction allowed; then a cosine to 0.
         label_smoothing: share of the target spread over all classes, in [0, 1].
         clip: largest norm of the whole gradient; 0 switches clipping off.
         loss: "tet" (Eq. 13, with lam and phi) or "sdt" (Eq. 7; lam and phi play no part).
+        switch_to_tet: with loss "sdt", the number of epochs after which "tet" takes over (Figure 3); 0 is never. The
+            schedule of the learning rate and the optimizer go on.
         lam: weight of the MSE term (Eq. 13), in [0, 1].
         phi: target of the MSE term (Eq. 12); the paper takes v_th.
         seed: with the step it determines every random number.
         val_fraction: share of the training images held out for validation; 0 holds out none.
-        augment: "none", "shift", "crop" or "crop-flip", see `augment.AUGMENTATIONS`.
+        augment: "none", "shift", "crop", "crop-flip", "autoaugment" (after crop and flip) or "flip-roll"; see
+            `augment.AUGMENTATIONS`.
+        cutout: side in pixels of the square that `augment.cutout` blanks; 0 is off.
+        ema: decay of the moving average of the weights that is validated and kept, see `averaging.update_average`;
+            0 is off.
+        random_T: "1:6" draws the number of steps anew at each training step, see `objective.prefix_mean`; "" is off.
+            Validation runs at T.
+        distill: checkpoint or run folder of an ANN twin to learn from, see `losses.distillation_loss`; "" is off.
+        distill_alpha: weight of that loss, above 0.
+        distill_tau: its temperature, above 0.
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1".
         precision: autocast in "bf16" or "fp16" (with gradient scaling), or "fp32"; "auto" is fp32 on a CPU, on a GPU
             bf16, or fp16 where it has no bf16. Losses, BN statistics and weights stay float32 in all.
@@ -64,6 +86,7 @@ class TrainConfig:
 
     T: int = 4
     epochs: int = 30
+    tit: str = ""
     batch_size: int = 64
     lr: float = 2e-3
     optimizer: str = "adamw"
@@ -72,11 +95,18 @@ class TrainConfig:
     label_smoothing: float = 0.0
     clip: float = 0.0
     loss: str = "tet"
+    switch_to_tet: int = 0
     lam: float = 0.05
     phi: float = 1.0
     seed: int = 0
     val_fraction: float = 0.1
     augment: str = "none"
+    cutout: int = 0
+    ema: float = 0.0
+    random_T: str = ""
+    distill: str = ""
+    distill_alpha: float = 1.0
+    distill_tau: float = 3.0
     device: str = "auto"
     precision: str = "auto"
 
@@ -89,10 +119,58 @@ class TrainConfig:
                 raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdecimal():
             raise ValueError(f"unknown device {self.device!r}; choose auto, cpu, cuda or cuda:<number>")
-        if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
+        for name in _TEXTS:
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a text in quotes")
+        if self.tit:
+            # What is saved says what is run; the exporter reads T.
+            object.__setattr__(self, "T", self.stages[-1].T)
+            object.__setattr__(self, "epochs", sum(stage.epochs for stage in self.stages))
+        self._check_together()
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the run, at least one."""
+        return parse_tit(self.tit, lr=self.lr) if self.tit else (Stage(1, self.T, self.epochs, self.lr, 0),)
+
+    def stage(self, epoch: int) -> Stage:
+        """The stage of an epoch, counted from 0 over the whole run."""
+        return next(stage for stage in reversed(self.stages) if stage.first_epoch <= epoch)
+
+    @cached_property
+    def time_range(self) -> TimeRange | None:
+        """What `random_T` says; None when it is off."""
+        return parse_random_T(self.random_T) if self.random_T else None
+
+    @property
+    def longest_T(self) -> int:
+        """The most time steps that any pass of the run has."""
+        return max(self.time_range.high if self.time_range else 1, *(stage.T for stage in self.stages), self.T)
+
+    @property
+    def estimates_bn(self) -> bool:
+        """Whether the BN statistics gathered in training do not fit what is validated, and are estimated anew."""
+        return self.ema > 0 or bool(self.random_T)
+
+    def loss_at(self, epoch: int) -> str:
+        """ "tet" or "sdt": what an epoch, counted from 0, minimises."""
+        return "tet" if self.switch_to_tet and epoch >= self.switch_to_tet else self.loss
+
+    def _check_together(self) -> None:
+        """Settings that are each right and do not go together."""
+        shortest = min(stage.epochs for stage in self.stages)
+        if self.warmup_epochs >= shortest and self.warmup_epochs > 0:
             raise ValueError(
-                f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs; the warm-up must be the shorter"
+                f"warmup_epochs is {self.warmup_epochs} of {shortest} epochs; the warm-up must be the shorter"
             )
+        if self.switch_to_tet and self.loss != "sdt":
+            raise ValueError(f"switch_to_tet goes with loss sdt, got loss {self.loss}: there is nothing to switch from")
+        if self.switch_to_tet >= self.epochs:
+            raise ValueError(
+                f"switch_to_tet is {self.switch_to_tet} of {self.epochs} epochs; it must come before the last"
+            )
+        if self.time_range and self.tit:
+            raise ValueError("random_T and tit both decide the time steps of training; choose one of them")
 
     def _check_number(self, name: str) -> None:
         value = getattr(self, name)

@@ -8,6 +8,7 @@ bit for bit the same weights on a CPU.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
@@ -20,16 +21,18 @@ from torch import Tensor
 from tetdeploy.checkpoint import CHECKPOINT_NAME, STATE_NAME, save_checkpoint
 from tetdeploy.files import write_json
 
-from .augment import AUGMENTATIONS, same_at_every_step
+from .averaging import kept_classifier, trainable, update_average
+from .board import no_board, tensorboard
 from .config import TrainConfig
 from .device import autocast
 from .interrupt import deferred_interrupt
+from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
 from .progress import Progress
 from .runs import CONFIG_NAME, check_run, mark_latest, read_metrics, run_settings, write_metrics
 from .schedule import derive_seed
-from .session import Session, check_data, headline, prepare, provenance
+from .session import Session, check_data, check_together, headline, prepare, provenance
 from .state import Best, TrainState, restore_state, save_state
-from .validation import as_input, count_correct, evaluate
+from .validation import as_input, count_correct, measure
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -70,11 +73,13 @@ def train(
     resume: bool = False,
     runs: Path | None = None,
     progress: bool | None = None,
+    board: bool = False,
 ) -> TrainResult:
     """Train a classifier and keep the run in a folder: checkpoint, training state, metrics and settings.
 
-    `classifier` is trained in place and ends with the last epoch's weights, in eval mode and on the training device;
-    the best epoch's are in `out/checkpoint.safetensors`. Ctrl-C ends the run after the current batch and saves it.
+    `classifier` is trained in place and ends with the last epoch's weights, in eval mode and on the training device.
+    The best epoch's are in `out/checkpoint.safetensors`: of several stages the best of the last, with `ema` the
+    averaged ones. Ctrl-C ends the run after the current batch and saves it.
 
     Args:
         classifier: network and input normalisation. When resuming, a fresh one: its weights are overwritten.
@@ -85,20 +90,23 @@ def train(
         resume: go on with the run in `out`, which must have the same settings.
         runs: folder whose `latest` is to point at this run, if any.
         progress: True for a bar, False for silence, None for a bar on a terminal and a line an epoch elsewhere.
+        board: write TensorBoard curves to `out/tensorboard` as well.
 
     Returns:
         Where the run ended.
 
     Raises:
-        ValueError: data do not fit the classifier, `out` holds a run or one with other settings, the device is not
-            there, its memory does not suffice, or the loss is not finite.
+        ValueError: data or settings do not fit the classifier, `out` holds a run or one with other settings, the
+            device is not there, its memory does not suffice, or the loss is not finite.
+        MissingExtraError: the package tensorboard is wanted and not installed.
         OSError: something cannot be written; earlier files are as they were.
     """
     out = Path(out)
     start = time.perf_counter()
     for data in (train_set, val_set):
         if data is not None:
-            check_data(data, classifier, config.T)
+            check_data(data, classifier, config.longest_T)
+    check_together(classifier, config)
     check_run(out, run_settings(classifier, train_set, val_set, config), resume=resume)
     try:
         session = prepare(classifier, train_set, val_set, config, out)
@@ -107,7 +115,7 @@ def train(
             mark_latest(out, runs)
         cuda = [session.device] if session.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
-            finished = _run(session, state, progress)
+            finished = _run(session, state, progress, board)
     except OSError as error:
         if error.errno is None:  # says what and where already
             raise
@@ -116,7 +124,7 @@ def train(
         ) from error
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"out of GPU memory at batch_size {config.batch_size}, T={config.T}, precision {config.precision}; "
+            f"out of GPU memory at batch_size {config.batch_size}, T={config.longest_T}, precision {config.precision}; "
             "lower --batch-size or --T"
         ) from error
     classifier.eval()
@@ -128,7 +136,9 @@ def _begin(session: Session, settings: dict[str, Any], *, resume: bool) -> Train
     if resume:
         network, optimizer = session.classifier.network, session.optimizer
         return restore_state(session.out / STATE_NAME, network, optimizer, session.scaler, session.device)
-    state = TrainState.start(session.steps_per_epoch, session.device)
+    weights = trainable(session.classifier.network) if session.config.ema else {}
+    average = {name: weight.clone() for name, weight in weights.items()}
+    state = TrainState.start(session.steps_per_epoch, session.device, average)
     _save(session, state)
     write_json(session.out / CONFIG_NAME, settings)
     return state
@@ -138,46 +148,48 @@ def _save(session: Session, state: TrainState) -> None:
     save_state(session.out / STATE_NAME, state, session.classifier.network, session.optimizer, session.scaler)
 
 
-def _run(session: Session, state: TrainState, show: bool | None) -> bool:
+def _run(session: Session, state: TrainState, show: bool | None, board: bool) -> bool:
     """Train to the end and return True, or to a Ctrl-C and return False with the state saved."""
     config, steps = session.config, session.steps_per_epoch
     records = read_metrics(session.out, epochs=state.epoch)
     done = state.epoch * steps + state.step
-    with deferred_interrupt() as interrupt, Progress(config, steps_per_epoch=steps, steps_done=done, show=show) as bar:
+    curves = tensorboard(session.out, epochs_done=state.epoch) if board else no_board()
+    bar = Progress(config, steps_per_epoch=steps, steps_done=done, show=show)
+    with deferred_interrupt() as interrupt, curves as draw, bar:
         bar.say(headline(session))
         while state.epoch < config.epochs:
-            record = _run_epoch(session, state, bar, interrupt)
-            if record is None:
+            _train_steps(session, state, bar, interrupt)
+            finished = None if interrupt.is_set() else _finish_epoch(session, state, interrupt)
+            if finished is None:
                 _save(session, state)
                 return False
+            kept, record = finished
             records.append(record)
-            _keep(session, state, records)
+            _keep(session, state, kept, records)
             bar.epoch(record)
+            draw(record)
     return True
 
 
-def _run_epoch(session: Session, state: TrainState, bar: Progress, interrupt: Event) -> dict[str, Any] | None:
-    """Train the rest of an epoch and validate; its line of metrics.jsonl, or None after a Ctrl-C."""
-    config = session.config
-    rate = session.rate(state.epoch * session.steps_per_epoch + session.steps_per_epoch - 1)
-    _train_steps(session, state, bar, interrupt)
-    if interrupt.is_set():
-        return None
+def _finish_epoch(session: Session, state: TrainState, interrupt: Event) -> tuple[Classifier, dict[str, Any]] | None:
+    """Validate a trained epoch: the classifier to keep and the line of metrics.jsonl, or None after a Ctrl-C."""
+    stage = session.config.stage(state.epoch)
     loss, accuracy = _running_means(session, state)
     start = time.perf_counter()
-    val = _validate(session, interrupt)
+    kept = kept_classifier(session, state)
+    val = _validate(session, state, kept, interrupt)
     if interrupt.is_set():
         return None
-    val_loss, val_accuracy = (None, None) if val is None else val
-    _check_finite(session, state, val_loss)
-    return {
+    _check_finite(session, state, val["val_loss"])
+    return kept, {
         "epoch": state.epoch + 1,
-        "T": config.T,
-        "lr": rate,
+        "stage": stage.number,
+        "T": stage.T,
+        "loss": session.config.loss_at(state.epoch),
+        "lr": session.rate((state.epoch + 1) * session.steps_per_epoch - 1),
         "train_loss": loss,
         "train_accuracy": accuracy,
-        "val_loss": val_loss,
-        "val_accuracy": val_accuracy,
+        **val,
         "images_per_s": round(_speed(session, state), 1),
         "seconds": round(state.seconds + time.perf_counter() - start, 3),
     }
@@ -185,6 +197,8 @@ def _run_epoch(session: Session, state: TrainState, bar: Progress, interrupt: Ev
 
 def _train_steps(session: Session, state: TrainState, bar: Progress, interrupt: Event) -> None:
     """Train to the end of the epoch, or to a Ctrl-C."""
+    if state.step == 0 and state.epoch == session.config.stage(state.epoch).first_epoch:
+        session.optimizer.state.clear()  # moments of another T mislead the first steps of a stage
     session.classifier.train()
     size = session.batch_size
     order = session.order(state.epoch)
@@ -205,15 +219,15 @@ def _train_step(session: Session, state: TrainState, chosen: Tensor) -> None:
     """One update on the images of these indices. Waits for nothing on a GPU (but for fp16's gradient scaling)."""
     config, optimizer, scaler = session.config, session.optimizer, session.scaler
     step = state.epoch * session.steps_per_epoch + state.step
-    session.generator.manual_seed(derive_seed(config.seed, "augment", step))
+    x, labels = session.batch(chosen, derive_seed(config.seed, "augment", step))
+    lengths = draw_lengths(config, state.epoch, step)
     torch.manual_seed(derive_seed(config.seed, "network", step))  # dropout and whatever else a network draws
-    images = same_at_every_step(AUGMENTATIONS[config.augment], session.train.x[chosen], session.generator)
-    labels = session.train.y[chosen]
     for group in optimizer.param_groups:
         group["lr"] = session.rate(step)
     with autocast(session.device, session.precision):
-        logits = session.classifier(as_input(images, config.T), config.T)
-    loss = session.loss(logits, labels)
+        logits = session.classifier(as_input(x, max(lengths)), max(lengths))
+        taught = 0.0 if session.teacher is None else session.teacher.loss(logits, x)
+    loss = prefix_mean(epoch_loss(config, state.epoch), logits, labels, lengths) + taught
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     if config.clip > 0:
@@ -221,39 +235,41 @@ def _train_step(session: Session, state: TrainState, chosen: Tensor) -> None:
         torch.nn.utils.clip_grad_norm_(session.classifier.network.parameters(), config.clip)
     scaler.step(optimizer)
     scaler.update()
+    if state.average:
+        update_average(state.average, session.classifier.network, decay=config.ema, step=step)
     state.losses[state.step] = loss.detach()
     state.correct[state.step] = count_correct(logits.detach(), labels)
 
 
-def _validate(session: Session, interrupt: Event) -> tuple[float, float] | None:
-    if session.val is None:
-        return None
-    return evaluate(
-        session.classifier,
+def _validate(session: Session, state: TrainState, kept: Classifier, interrupt: Event) -> dict[str, float | None]:
+    """The losses and the accuracy on the held-out images at the stage's T; None for each where there are none."""
+    losses = validation_losses(session.config, state.epoch)
+    found = session.val and measure(
+        kept,
         session.val.x,
         session.val.y,
-        T=session.config.T,
+        T=session.config.stage(state.epoch).T,
+        losses=losses,
         batch_size=max(session.config.batch_size, 128),
-        loss=session.loss,
         precision=session.precision,
         stop=interrupt.is_set,
     )
+    values: Mapping[str, float] = found or {}
+    return {name: values.get(name) for name in losses} | {"val_accuracy": values.get("accuracy")}
 
 
-def _keep(session: Session, state: TrainState, records: list[dict[str, Any]]) -> None:
+def _keep(session: Session, state: TrainState, kept: Classifier, records: list[dict[str, Any]]) -> None:
     """Write an epoch down: metrics, the checkpoint if it is the best so far, and last what --resume starts from.
 
     In this order: a kill in between leaves an older state, which runs the epoch again and writes the same.
     """
     record = records[-1]
     write_metrics(session.out, records)
-    this = Best(record["epoch"], record["val_accuracy"], record["val_loss"])
+    this = Best(record["epoch"], record["val_accuracy"], record["val_loss"], record["stage"])
     if state.best is None or state.best.is_beaten_by(this):
         state.best = this
         training = asdict(session.config)
-        save_checkpoint(
-            session.out / CHECKPOINT_NAME, session.classifier, training=training, provenance=provenance(session, this)
-        )
+        save_checkpoint(session.out / CHECKPOINT_NAME, kept, training=training, provenance=provenance(session, this))
     state.next_epoch()
     _save(session, state)
 

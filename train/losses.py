@@ -93,6 +93,40 @@ def total_loss(
     return (1.0 - lam) * tet + lam * mse_loss(logits, phi=phi)
 
 
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, *, tau_kd: float = 3.0) -> Tensor:
+    """Distillation from an ANN twin at every step.
+
+    L_KD = tau_kd^2 / T sum_t KL(softmax(z / tau_kd) || softmax(O(t) / tau_kd))
+
+    tau_kd^2 keeps the size of the gradient whatever the temperature (Hinton et al., Distilling the Knowledge in a
+    Neural Network, 2015); every step is taught on its own, as TET does it with the labels (temporal-decoupled
+    distillation, ICML 2025). Zero where every O(t) gives the teacher's distribution.
+
+    Args:
+        logits: O(t), [T, N, K], floating.
+        teacher_logits: z, [N, K], floating; no gradient flows into them.
+        tau_kd: temperature, above 0.
+
+    Returns:
+        The mean over the batch, a scalar, in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: wrong shapes, dtypes or temperature.
+    """
+    logits = _checked_logits(logits)
+    if teacher_logits.shape != logits.shape[1:] or not teacher_logits.is_floating_point():
+        raise ValueError(
+            f"teacher_logits are {teacher_logits.dtype} {list(teacher_logits.shape)}; "
+            f"logits {list(logits.shape)} want floating {list(logits.shape[1:])}"
+        )
+    if not 0.0 < tau_kd < float("inf"):
+        raise ValueError(f"tau_kd is {tau_kd}; it is a temperature and must be above 0 and finite")
+    targets = functional.log_softmax(teacher_logits.detach().to(logits.dtype) / tau_kd, dim=-1).expand_as(logits)
+    student = functional.log_softmax(logits / tau_kd, dim=-1)
+    divergence = functional.kl_div(student, targets, reduction="none", log_target=True).sum(-1)
+    return tau_kd**2 * divergence.mean()
+
+
 def _checked(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """`logits` in at least float32, after a look at everything a caller can mistake."""
     logits = _checked_logits(logits)

@@ -18,7 +18,7 @@ class Progress:
     """Bar, lines or silence; a context manager round the whole run.
 
     Args:
-        config: T and epochs are shown.
+        config: the epochs and each one's T are shown.
         steps_per_epoch: for the bar and the remaining time.
         steps_done: where a resumed run goes on.
         show: True for a bar, False for silence, None for a bar on a terminal and lines elsewhere.
@@ -85,13 +85,20 @@ class Progress:
             self.say(f"{self._head(record['epoch'])}  {text}")
 
     def _head(self, epoch: int) -> str:
-        return f"epoch {epoch}/{self._config.epochs}  T={self._config.T}"
+        T = self._config.random_T or self._config.stage(epoch - 1).T
+        return f"epoch {epoch}/{self._config.epochs}  T={T}"
+
+    def _work(self, steps: int) -> int:
+        """Time steps until a training step: in a later stage, with a larger T, each takes longer."""
+        per_epoch, stages = self._steps_per_epoch, self._config.stages
+        done = (min(max(steps - s.first_epoch * per_epoch, 0), s.epochs * per_epoch) for s in stages)
+        return sum(stage.T * count for stage, count in zip(stages, done, strict=True))
 
     def _status(self, loss: float, accuracy: float, images_per_s: float, steps_done: int) -> str:
         """The numbers; `steps_done` of the whole run gives the remaining time at this session's pace."""
         elapsed = time.perf_counter() - self._start
-        remaining = self._config.epochs * self._steps_per_epoch - steps_done
-        eta = elapsed / max(1, steps_done - self._first_step) * remaining
+        first, now, end = map(self._work, (self._first_step, steps_done, self._config.epochs * self._steps_per_epoch))
+        eta = elapsed / max(1, now - first) * (end - now)
         return f"loss {loss:.3f}  train {100 * accuracy:.1f} %{self._val}  {images_per_s:,.0f} img/s  eta {_clock(eta)}"
 
 

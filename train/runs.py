@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ def check_run(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
         raise ValueError(
             f"nothing to resume in {out}: it has no {CONFIG_NAME} and {STATE_NAME}; train without --resume"
         )
-    differences = _differences(read_run_config(out), settings)
+    differences = _differences(_completed(read_run_config(out)), settings)
     if differences:
         raise ValueError(
             f"{out} was started with other settings: {'; '.join(differences)}; "
@@ -122,6 +122,22 @@ def write_metrics(out: Path, records: list[dict[str, Any]]) -> None:
     """Write metrics.jsonl, one line an epoch. Whole and atomically: an appended line could be cut by a full disk."""
     with atomic_write(out / METRICS_NAME) as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that an earlier version started: what it did not know yet has its default, which is off."""
+    from tetdeploy.networks import NetworkConfig
+
+    return {
+        **settings,
+        "data": {"encoding": "direct"} | settings.get("data", {}),
+        "network": _defaults(NetworkConfig) | settings.get("network", {}),
+        "training": _defaults(TrainConfig) | settings.get("training", {}),
+    }
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(config) if field.default is not MISSING}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

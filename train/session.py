@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,13 @@ from torch import Tensor
 
 import tetdeploy
 
+from .augment import AUGMENTATIONS, cutout, same_at_every_step
 from .config import TrainConfig
 from .device import device_name, pick_device, pick_precision
-from .losses import sdt_loss, total_loss
+from .objective import Teacher, load_teacher
 from .optimizer import build_optimizer
 from .schedule import derive_seed, learning_rate
 from .state import Best
-from .validation import Loss
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -49,7 +50,7 @@ class Session:
     val: Images | None
     device: torch.device
     precision: str
-    loss: Loss
+    teacher: Teacher | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     generator: torch.Generator
@@ -64,15 +65,29 @@ class Session:
         return len(self.train.x) // self.batch_size  # the odd rest is left out
 
     def rate(self, step: int) -> float:
-        """The learning rate of a global step."""
+        """The learning rate of a global step: each stage has its own schedule."""
         steps = self.steps_per_epoch
-        warmup = round(self.config.warmup_epochs * steps)
-        return learning_rate(step, peak=self.config.lr, total_steps=self.config.epochs * steps, warmup_steps=warmup)
+        stage = self.config.stage(step // steps)
+        return learning_rate(
+            step - stage.first_epoch * steps,
+            peak=stage.lr,
+            total_steps=stage.epochs * steps,
+            warmup_steps=round(self.config.warmup_epochs * steps),
+        )
 
-    def order(self, epoch: int) -> Tensor:
+    def order(self, epoch: int, purpose: str = "order") -> Tensor:
         """The order of an epoch's images; drawn on the CPU, so that a GPU takes them in the same."""
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, purpose, epoch))
         return torch.randperm(len(self.train.x), generator=generator).to(self.device)
+
+    def batch(self, chosen: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """The training images of these indices, augmented as `seed` decides, and their labels."""
+        self.generator.manual_seed(seed)
+        x = same_at_every_step(AUGMENTATIONS[self.config.augment], self.train.x[chosen], self.generator)
+        if self.config.cutout:
+            mean = (self.classifier.mean.flatten() * 255).round().to(x.dtype)  # 0 to the network, as in the paper
+            x = same_at_every_step(partial(cutout, size=self.config.cutout, fill=mean), x, self.generator)
+        return x, self.train.y[chosen]
 
 
 def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
@@ -101,12 +116,31 @@ def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
         )
 
 
+def check_together(classifier: Classifier, config: TrainConfig) -> None:
+    """Refuse settings that do not go with the network.
+
+    Raises:
+        ValueError: an ANN with another T than 1, or AutoAugment of other than gray and colour images.
+    """
+    if classifier.config.ann and config.longest_T > 1:
+        raise ValueError(f"an ANN has no time: train it with T=1 (--ann --T 1), got T={config.longest_T}")
+    channels = classifier.image_shape[0]
+    if config.augment == "autoaugment" and (channels not in (1, 3) or classifier.encoding == "frames"):
+        raise ValueError(
+            f"autoaugment wants images of 1 or 3 channels, got {classifier.encoding} input of {channels}; "
+            "choose another augment"
+        )
+
+
 def prepare(
     classifier: Classifier, train_set: LabelledSet, val_set: LabelledSet | None, config: TrainConfig, out: Path
 ) -> Session:
     """Move everything to the device and build what trains it."""
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
+    teacher = load_teacher(config, classifier)
+    if teacher is not None:
+        teacher.classifier.to(device)
     classifier.to(device)
     return Session(
         classifier=classifier,
@@ -115,7 +149,7 @@ def prepare(
         val=None if val_set is None else Images.on(device, val_set),
         device=device,
         precision=precision,
-        loss=_training_loss(config),
+        teacher=teacher,
         optimizer=build_optimizer(classifier.network, config),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         generator=torch.Generator(device),
@@ -128,7 +162,12 @@ def headline(session: Session) -> str:
     config, classifier = session.config, session.classifier
     millions = sum(p.numel() for p in classifier.network.parameters()) / 1e6
     held_out = 0 if session.val is None else len(session.val.x)
-    loss = f"TET lambda {config.lam:g}" if config.loss == "tet" else "SDT"
+    tet = f"TET lambda {config.lam:g}"
+    loss = tet if config.loss == "tet" else "SDT"
+    if config.switch_to_tet:
+        loss += f", after {config.switch_to_tet} epochs {tet}"
+    if session.teacher is not None:
+        loss += f", distilled from {config.distill}"
     return (
         f"{classifier.data}  {len(session.train.x):,} train  {held_out:,} validation   "
         f"{classifier.config.model} {millions:.3g} M parameters   {loss}   "
@@ -149,14 +188,7 @@ def provenance(session: Session, best: Best) -> dict[str, Any]:
         "device": device_name(session.device),
         "precision": session.precision,
         "epoch": best.epoch,
+        "T": session.config.stage(best.epoch - 1).T,
         "val_accuracy": best.val_accuracy,
         "seed": session.config.seed,
     }
-
-
-def _training_loss(config: TrainConfig) -> Loss:
-    if config.loss == "sdt":
-        return lambda logits, labels: sdt_loss(logits, labels, label_smoothing=config.label_smoothing)
-    return lambda logits, labels: total_loss(
-        logits, labels, lam=config.lam, phi=config.phi, label_smoothing=config.label_smoothing
-    )

@@ -15,14 +15,21 @@ from .optimizer import load_optimizer_tensors, optimizer_tensors
 
 @dataclass(frozen=True)
 class Best:
-    """The epoch whose weights are in the checkpoint. Without a validation set, the last one and None."""
+    """The epoch whose weights are in the checkpoint. Without a validation set, the last one and None.
+
+    Of several stages of time inheritance training only the last counts, as soon as it has an epoch: accuracies at
+    different T do not compare, and the T of the last is the one that was trained for.
+    """
 
     epoch: int
     val_accuracy: float | None
     val_loss: float | None
+    stage: int = 1
 
     def is_beaten_by(self, other: Best) -> bool:
-        """Higher validation accuracy, at equal accuracy lower loss; without a validation set always."""
+        """A later stage, or higher validation accuracy, at equal accuracy lower loss; without validation always."""
+        if other.stage != self.stage:
+            return other.stage > self.stage
         if other.val_accuracy is None or other.val_loss is None or self.val_accuracy is None or self.val_loss is None:
             return True
         return (other.val_accuracy, -other.val_loss) > (self.val_accuracy, -self.val_loss)
@@ -37,6 +44,7 @@ class TrainState:
         step: finished steps of the running epoch.
         losses: of the running epoch's steps, [steps per epoch], float32, on the training device; so are `correct`,
             the rightly classified images of each step, int64. They stay there until someone looks: no step waits.
+        average: moving average of the parameters, by name; empty without `ema`.
         seconds: spent on the running epoch's steps.
         best: the best epoch so far.
     """
@@ -45,13 +53,14 @@ class TrainState:
     step: int
     losses: Tensor
     correct: Tensor
+    average: dict[str, Tensor]
     seconds: float = 0.0
     best: Best | None = None
 
     @classmethod
-    def start(cls, steps_per_epoch: int, device: torch.device) -> TrainState:
+    def start(cls, steps_per_epoch: int, device: torch.device, average: dict[str, Tensor]) -> TrainState:
         losses = torch.zeros(steps_per_epoch, device=device)
-        return cls(0, 0, losses, torch.zeros(steps_per_epoch, dtype=torch.int64, device=device))
+        return cls(0, 0, losses, torch.zeros(steps_per_epoch, dtype=torch.int64, device=device), average)
 
     def next_epoch(self) -> None:
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
@@ -69,6 +78,7 @@ def save_state(
     """
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
     tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(optimizer, network).items()}
+    tensors |= {f"average.{name}": value for name, value in state.average.items()}
     tensors |= {"epoch.losses": state.losses, "epoch.correct": state.correct}
     position = {
         "epoch": state.epoch,
@@ -99,7 +109,8 @@ def restore_state(
     scaler.load_state_dict(position["scaler"])
     best = None if position["best"] is None else Best(**position["best"])
     losses, correct = tensors["epoch.losses"].to(device), tensors["epoch.correct"].to(device)
-    return TrainState(position["epoch"], position["step"], losses, correct, position["seconds"], best)
+    average = {name: value.to(device) for name, value in _section(tensors, "average.").items()}
+    return TrainState(position["epoch"], position["step"], losses, correct, average, position["seconds"], best)
 
 
 def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

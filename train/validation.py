@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,33 +35,64 @@ def evaluate(
 ) -> tuple[float, float] | None:
     """Mean loss and accuracy (the mean logits decide) in eval mode; the classifier's mode is put back afterwards.
 
+    Args: see `measure`; `loss` is the one loss.
+
+    Returns:
+        (loss, accuracy), or None if given up.
+    """
+    found = measure(
+        classifier,
+        images,
+        labels,
+        T=T,
+        losses={"loss": loss},
+        batch_size=batch_size,
+        precision=precision,
+        stop=stop,
+    )
+    return None if found is None else (found["loss"], found["accuracy"])
+
+
+def measure(
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    T: int,
+    losses: Mapping[str, Loss],
+    batch_size: int = 256,
+    precision: str = "fp32",
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Several losses and the accuracy of one pass, in eval mode; the classifier's mode is put back afterwards.
+
     Args:
         classifier: on the device of the images.
         images: uint8 [N, C, H, W] or frames [N, T, C, H, W], or floating and normalised.
         labels: int64 [N].
         T: time steps.
+        losses: by name, each of logits [T, N, K] and labels [N], a mean over the batch.
         batch_size: images at a time.
-        loss: of logits [T, N, K] and labels [N], a mean over the batch.
         precision: "fp32", or autocast in "bf16" or "fp16".
         stop: asked before each batch; True gives up.
 
     Returns:
-        (loss, accuracy), or None if given up.
+        The mean of each loss and "accuracy" (the mean logits decide), or None if given up.
     """
     was_training = classifier.training
     classifier.eval()
-    totals = torch.zeros(2, device=images.device)
+    totals = torch.zeros(len(losses) + 1, device=images.device)
     try:
         with torch.inference_mode(), autocast(images.device, precision):
             for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
                 if stop():
                     return None
                 logits = classifier(as_input(x, T), T)
-                totals += torch.stack([loss(logits, y) * len(y), count_correct(logits, y).float()])
+                sums = [loss(logits, y) * len(y) for loss in losses.values()]
+                totals += torch.stack([*sums, count_correct(logits, y).float()])
     finally:
         classifier.train(was_training)
-    mean_loss, accuracy = (totals / len(labels)).tolist()
-    return mean_loss, accuracy
+    return dict(zip((*losses, "accuracy"), (totals / len(labels)).tolist(), strict=True))
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,93 @@
+"""A moving average of the weights, and BN statistics estimated anew for weights that BN never saw in training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .device import autocast
+from .objective import draw_lengths
+from .schedule import derive_seed
+from .session import Session
+from .state import TrainState
+from .validation import as_input
+
+if TYPE_CHECKING:
+    from tetdeploy.networks import Classifier
+
+BN_BATCHES = 10
+
+
+def kept_classifier(session: Session, state: TrainState) -> Classifier:
+    """What an epoch's validation and checkpoint take: the classifier itself, or a copy with other weights or BN.
+
+    With `ema` the copy has the averaged weights. With it or `random_T` its BN statistics are estimated anew on 10
+    training batches, augmented and with numbers of time steps drawn as in training. The epoch decides what is drawn.
+    """
+    config = session.config
+    if not config.estimates_bn:
+        return session.classifier
+    kept = copy.deepcopy(session.classifier)
+    for name, weight in trainable(kept.network).items():
+        if name in state.average:
+            weight.copy_(state.average[name])
+    batches = session.order(state.epoch, "bn").split(session.batch_size)[: min(BN_BATCHES, session.steps_per_epoch)]
+    with estimating_bn(kept.network), autocast(session.device, session.precision):
+        for index, chosen in enumerate(batches):
+            number = state.epoch * BN_BATCHES + index
+            x, _ = session.batch(chosen, derive_seed(config.seed, "bn images", number))
+            T = max(draw_lengths(config, state.epoch, derive_seed(config.seed, "bn T", number)))
+            kept(as_input(x, T), T)
+    return kept
+
+
+def trainable(network: nn.Module) -> dict[str, Tensor]:
+    """The parameters an optimizer changes, by name, detached."""
+    return {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], network: nn.Module, *, decay: float, step: int) -> None:
+    """Exponential moving average of the weights after a training step, in place: w_avg <- d w_avg + (1 - d) w.
+
+    d = min(decay, (1 + step) / (10 + step)), so that the first steps do not average over the initial weights. (Polyak
+    and Juditsky, SIAM J. Control Optim. 1992; the warm-up is that of TensorFlow's ExponentialMovingAverage.)
+
+    Args:
+        average: parameters by name, as `trainable` gives them, cloned.
+        network: whose weights the optimizer has just changed.
+        decay: largest d, in [0, 1); 0.999 averages over about the last 1,000 steps.
+        step: of the whole run, from 0.
+    """
+    d = min(decay, (1 + step) / (10 + step))
+    weights = trainable(network)
+    torch._foreach_lerp_([*average.values()], [weights[name] for name in average], 1.0 - d)
+
+
+@contextmanager
+def estimating_bn(network: nn.Module) -> Iterator[None]:
+    """Within it, forward passes estimate every BN's mean and variance from scratch; each pass counts the same.
+
+    An average of weights has not the statistics of any of the weights it averages (Izmailov et al., UAI 2018). All
+    else is in inference, dropout too. BN's momentum is put back afterwards, and the network is left in eval mode.
+    """
+    network.eval()
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over passes
+        norm.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        network.eval()

@@ -1,0 +1,104 @@
+"""What a training step minimises: the loss of its epoch, over random numbers of steps, with or without a teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tetdeploy.checkpoint import load
+
+from .config import TrainConfig
+from .losses import distillation_loss, sdt_loss, tet_loss, total_loss
+from .schedule import derive_seed
+from .validation import Loss, as_input
+
+if TYPE_CHECKING:
+    from tetdeploy.networks import Classifier
+
+
+def epoch_loss(config: TrainConfig, epoch: int) -> Loss:
+    """The loss of an epoch, counted from 0: Eq. 7 or Eq. 13, with the configuration's lam, phi and label smoothing."""
+    smoothing = config.label_smoothing
+    if config.loss_at(epoch) == "sdt":
+        return lambda logits, labels: sdt_loss(logits, labels, label_smoothing=smoothing)
+    return lambda logits, labels: total_loss(logits, labels, lam=config.lam, phi=config.phi, label_smoothing=smoothing)
+
+
+def validation_losses(config: TrainConfig, epoch: int) -> dict[str, Loss]:
+    """What is logged of held-out images: the epoch's own loss, and L_SDT (Eq. 7) and L_TET (Eq. 9) as they are."""
+    return {"val_loss": epoch_loss(config, epoch), "val_sdt_loss": sdt_loss, "val_tet_loss": tet_loss}
+
+
+def draw_lengths(config: TrainConfig, epoch: int, step: int) -> tuple[int, ...]:
+    """The numbers of steps that a training step counts: its stage's T, or those drawn by `random_T`.
+
+    Args:
+        epoch: from 0.
+        step: of the whole run, from 0; with the seed it decides what is drawn.
+    """
+    if config.time_range is None:
+        return (config.stage(epoch).T,)
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "T", step))
+    low, high, draws = config.time_range.low, config.time_range.high, config.time_range.draws
+    return tuple(torch.randint(low, high + 1, (draws,), generator=generator).tolist())
+
+
+def prefix_mean(loss: Loss, logits: Tensor, labels: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Random time steps: 1/s sum_j L(O(1..T_j), y) over the s lengths T_j that were drawn, from one run at the largest.
+
+    LIF neurons are causal: what a network computes in its first T_j steps does not depend on how many follow, so that
+    the first T_j logits of the longest run are those of a run of T_j steps. BN alone couples the steps: while training
+    it normalises with the statistics of the whole batch, here of max_j T_j steps for every T_j. That is what inference
+    does as well, where one set of statistics serves every T; it is estimated anew for validation, from runs whose T
+    are drawn as in training. (Mixed time-step training, Du et al., Temporal Flexibility in Spiking Neural Networks,
+    ICLR 2025, which draws a T for each part of a network and sums s runs; here one T a draw for the whole network, and
+    the sum divided by s, so that a learning rate means the same for any s.)
+
+    Args:
+        loss: of logits [T_j, N, K] and labels [N].
+        logits: [max_j T_j, N, K].
+        labels: [N].
+        lengths: T_j, at least one.
+    """
+    return torch.stack([loss(logits[:T], labels) for T in lengths]).mean()
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """An ANN twin to learn from, with the weight and the temperature of its loss (`losses.distillation_loss`)."""
+
+    classifier: Classifier
+    alpha: float
+    tau_kd: float
+
+    def loss(self, logits: Tensor, x: Tensor) -> Tensor:
+        """alpha times the distillation loss of logits [T, N, K] for a batch [N, C, H, W] or [N, T, C, H, W]."""
+        with torch.no_grad():
+            frames = x.dim() == 5
+            targets = self.classifier(as_input(x, len(logits)), None if frames else 1).mean(0)
+        return self.alpha * distillation_loss(logits, targets, tau_kd=self.tau_kd)
+
+
+def load_teacher(config: TrainConfig, student: Classifier) -> Teacher | None:
+    """The teacher of `config.distill`, in eval mode on the CPU; None if there is none.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is no ANN twin, or one for other images or classes.
+    """
+    if not config.distill:
+        return None
+    classifier = load(Path(config.distill))
+    if not classifier.config.ann:
+        raise ValueError(f"the teacher {config.distill} is no ANN: train one with --ann and give its run to --distill")
+    for name in ("image_shape", "class_names"):
+        theirs, ours = getattr(classifier, name), getattr(student, name)
+        if theirs != ours:
+            raise ValueError(
+                f"the teacher {config.distill} was trained on other data: its {name} is {theirs}, not {ours}"
+            )
+    return Teacher(classifier.requires_grad_(False), config.distill_alpha, config.distill_tau)
