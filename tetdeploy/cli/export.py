@@ -40,9 +40,7 @@ Examples:
 )
 @click.option(
     "--encoding",
-    default="direct",
-    show_default=True,
-    help="direct (one image at every step) or frames (input changes).",
+    help="direct (one image at every step) or frames (input changes). [default: that of the training's data]",
 )
 @click.option(
     "--normalize/--no-normalize",
@@ -92,13 +90,15 @@ def export(
     file = checkpoint_file(run or newest_run(runs))
     metadata = read_metadata(file)
     trained_T = int(metadata["training"].get("T", 4))
+    options["encoding"] = options["encoding"] or metadata["data"].get("encoding", "direct")
     config = ExportConfig(T=T or trained_T, trained_T=trained_T, **options)
     classifier = _load(file, metadata, model)
     source = data or str(metadata["data"]["name"])
-    if config.encoding == "frames":
+    if config.encoding == "frames" and source.lower().endswith(".npz"):
         images, labels = load_frames(source)
     else:
-        images, labels = real_images(source, data_dir, float(metadata["training"].get("val_fraction", 0.0)))
+        val_fraction = float(metadata["training"].get("val_fraction", 0.0))
+        images, labels = real_inputs(source, data_dir, val_fraction, T=trained_T)
     path = out or file.parent / config.file_name
     with progress_bar() as bar:
         tasks: dict[str, TaskID] = {}
@@ -124,17 +124,18 @@ def export(
     console.print(f"next: tetdeploy sweep {exported.path}")
 
 
-def real_images(data: str, data_dir: Path, val_fraction: float) -> tuple[Any, Any]:
-    """Images and labels to check with: those held out for validation first, then the others. Never the test set."""
+def real_inputs(data: str, data_dir: Path, val_fraction: float, *, T: int) -> tuple[Any, Any]:
+    """Images, or recordings cut into T frames, and labels to check with: those held out for validation first, then the
+    others. Never the test set."""
     import numpy as np
 
     from tetdeploy.data import load_data, split_validation
 
-    images = load_data(data, "train", data_dir=data_dir)
+    inputs = load_data(data, "train", data_dir=data_dir, T=T)
     if not val_fraction:
-        return images.images, images.labels
-    train, val = split_validation(images, fraction=val_fraction)
-    return np.concatenate([val.images, train.images]), np.concatenate([val.labels, train.labels])
+        return inputs.x, inputs.labels
+    train, val = split_validation(inputs, fraction=val_fraction)
+    return np.concatenate([val.x, train.x]), np.concatenate([val.labels, train.labels])
 
 
 def print_exported(exported: Exported, layout: str, T: int) -> None:

@@ -74,8 +74,9 @@ def sweep(
 
 
 def default_steps(engine: Engine) -> tuple[int, ...]:
-    """Every T that an unrolled graph holds; 1..8 where T is free."""
-    last = engine.T if engine.layout == "unrolled" and engine.T else 8
+    """Every T that an unrolled graph holds; where T is free 1..8, or with frames up to the T of the training."""
+    free = int(engine.metadata["trained_T"]) if engine.encoding == "frames" else 8
+    last = engine.T if engine.layout == "unrolled" and engine.T else free
     return tuple(range(1, last + 1))
 
 
@@ -89,7 +90,10 @@ def run_sweep(
     name = data or str(engine.metadata["source"].get("data", {}).get("name", ""))
     if not name:
         raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
-    x, labels = load_frames(name) if engine.encoding == "frames" else _images(engine, name, data_dir)
+    if engine.encoding == "frames" and name.lower().endswith(".npz"):
+        x, labels = load_frames(name)
+    else:
+        x, labels = _inputs(engine, name, data_dir)
     x, labels = x[:limit], labels[:limit]
     engine.check_T(max(steps), x[:1])
     with progress_bar() as bar:
@@ -138,21 +142,22 @@ def save_sweep(result: Sweep, engine: Engine, json_path: Path | None, plot: Path
             raise
         console.print(f"[dim]no plot: {error}[/dim]")
     console.print("   ".join(written))
-    console.print(f"next: tetdeploy predict {engine.path} IMAGE...")
+    if engine.encoding == "direct":
+        console.print(f"next: tetdeploy predict {engine.path} IMAGE...")
 
 
-def _images(engine: Engine, name: str, data_dir: Path) -> tuple[Any, Any]:
-    """The test images of a data set, as the graph takes them."""
+def _inputs(engine: Engine, name: str, data_dir: Path) -> tuple[Any, Any]:
+    """The test images or frames of a data set, as the graph takes them."""
     import numpy as np
 
     from tetdeploy.data import load_data
 
-    test = load_data(name, "test", data_dir=data_dir)
+    test = load_data(name, "test", data_dir=data_dir, T=int(engine.metadata["trained_T"]))
     if engine.input_dtype == np.uint8:
-        return test.images, test.labels
+        return test.x, test.labels
     statistics = engine.metadata["source"].get("data", {})
     mean, std = (
         np.array(statistics.get(key, default), np.float32)[:, None, None]
         for key, default in (("mean", test.mean), ("std", test.std))
     )
-    return (test.images.astype(np.float32) / np.float32(255) - mean) / std, test.labels
+    return (test.x.astype(np.float32) / np.float32(255) - mean) / std, test.labels

@@ -12,7 +12,7 @@ from tetdeploy.cli.options import console, data_dir_option, json_option, network
 from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:
-    from tetdeploy.data import ImageSet
+    from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier, NetworkConfig
 
 _NETWORK_OPTIONS = ("model", "width", "tau", "v_th", "gamma")
@@ -24,6 +24,8 @@ Examples:
   tetdeploy train                                         the digits, with the small convsnn
   tetdeploy train --data cifar10 --model resnet19 --augment crop-flip --epochs 100 --device cuda
   tetdeploy train --data folder:photos --T 2 --out runs/photos
+  tetdeploy train --data dvs-cifar10 --T 10 --model vggsnn --augment flip-roll --lam 0.001
+  tetdeploy train --data saccades:digits --T 5            event frames, made of images
   tetdeploy train --resume                                go on with the newest run
   tetdeploy train --init runs/digits --T 6 --epochs 5     start from given weights
   tetdeploy train --model my_package.my_module:my_network your own network
@@ -33,7 +35,8 @@ Examples:
     "--data",
     default="digits",
     show_default=True,
-    help="digits, fashion-mnist, cifar10, cifar100, folder:PATH or FILE.npz.",
+    help="digits, fashion-mnist, cifar10, cifar100, folder:PATH or FILE.npz; of events n-mnist, dvs-cifar10, "
+    "events:PATH or saccades:NAME of images (frames of equal count; by-time:... of equal time).",
 )
 @data_dir_option
 @click.option(
@@ -103,7 +106,7 @@ def train(
     data, data_dir = options.pop("data"), options.pop("data_dir")
     network = {name: options.pop(name) for name in _NETWORK_OPTIONS}
     config = TrainConfig(**options)
-    images = load_data(data, "train", data_dir=data_dir)
+    images = load_data(data, "train", data_dir=data_dir, T=config.T)
     train_set, val_set = (
         split_validation(images, fraction=config.val_fraction) if config.val_fraction else (images, None)
     )
@@ -128,7 +131,8 @@ def train(
     else:
         console.print(f"last epoch  ->  {result.checkpoint}")
     own = f" --model {network['model']}" if ":" in network["model"] else ""
-    console.print(f"next: tetdeploy export {result.out} --T 6 --fold-bn{own}")
+    steps = " --T 6" if images.encoding == "direct" else ""  # recordings were cut into the T frames of the training
+    console.print(f"next: tetdeploy export {result.out}{steps} --fold-bn{own}")
 
 
 def _resumed(
@@ -150,7 +154,7 @@ def _resumed(
     return run
 
 
-def _classifier(images: ImageSet, seed: int, network: dict[str, Any]) -> Classifier:
+def _classifier(images: LabelledSet, seed: int, network: dict[str, Any]) -> Classifier:
     """A freshly initialised classifier for a data set; `seed` decides its weights."""
     import torch
 
@@ -158,8 +162,8 @@ def _classifier(images: ImageSet, seed: int, network: dict[str, Any]) -> Classif
 
     config: NetworkConfig = NetworkConfig(
         num_classes=len(images.class_names),
-        in_channels=images.images.shape[1],
-        image_size=(images.images.shape[2], images.images.shape[3]),
+        in_channels=images.image_shape[0],
+        image_size=images.image_shape[1:],
         **network,
     )
     torch.manual_seed(seed)
@@ -170,12 +174,13 @@ def _classifier(images: ImageSet, seed: int, network: dict[str, Any]) -> Classif
         std=images.std,
         class_names=images.class_names,
         data=images.name,
+        encoding=images.encoding,
     )
 
 
 def _unused(runs: Path, data: str, model: str) -> Path:
     from tetdeploy.train.runs import unused_run_folder
 
-    name = f"{Path(data.removeprefix('folder:')).stem}-{model.rpartition(':')[2]}"
+    name = f"{Path(data.removeprefix('folder:')).stem.replace(':', '-')}-{model.rpartition(':')[2]}"
     folder: Path = unused_run_folder(runs, name)
     return folder

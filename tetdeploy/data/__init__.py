@@ -1,17 +1,21 @@
-"""Image sets by name. Imports numpy only; what a set needs beyond it is imported when it is loaded."""
+"""Image and event sets by name. Imports numpy only; what a set needs beyond it is imported when it is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from .cifar import load_cifar10, load_cifar100
 from .digits import load_digits
+from .event_sets import load_dvs_cifar10, load_event_folder, load_n_mnist
+from .events import Binning
 from .fashion_mnist import load_fashion_mnist
 from .folder import load_folder
-from .frames import FrameSet, load_frames
-from .images import ImageSet, load_npz, save_npz, split_validation
+from .frames import FrameSet, load_frames, load_npz
+from .images import ImageSet, save_npz, split_validation
 from .labelled import LabelledSet, Split
+from .saccades import saccade_set
 
 __all__ = [
     "DATA_NAMES",
@@ -25,28 +29,40 @@ __all__ = [
     "split_validation",
 ]
 
-_LOADERS: dict[str, Callable[[Split, Path], ImageSet]] = {
+_IMAGE_SETS: dict[str, Callable[[Split, Path], ImageSet]] = {
     "digits": lambda split, data_dir: load_digits(split),
     "fashion-mnist": lambda split, data_dir: load_fashion_mnist(split, data_dir=data_dir),
     "cifar10": lambda split, data_dir: load_cifar10(split, data_dir=data_dir),
     "cifar100": lambda split, data_dir: load_cifar100(split, data_dir=data_dir),
 }
+_EVENT_SETS: dict[str, Callable[[Split, Path, Binning], FrameSet]] = {
+    "n-mnist": load_n_mnist,
+    "dvs-cifar10": load_dvs_cifar10,
+}
 
-DATA_NAMES = tuple(_LOADERS)
+DATA_NAMES = (*_IMAGE_SETS, *_EVENT_SETS)
+
+_BY_TIME = "by-time:"
+_EVENTS = "events:"
+_SACCADES = "saccades:"
 
 
-def load_data(name: str, split: Split, *, data_dir: Path) -> ImageSet:
-    """Load an image set.
+def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10) -> LabelledSet:
+    """Load an image set or an event set.
 
     Args:
-        name: "digits", "fashion-mnist", "cifar10", "cifar100", "folder:PATH" (PATH/train/<class>/* and
-            PATH/test/<class>/*) or a path that ends in ".npz" (one set: both splits read all of it).
+        name: of images: "digits", "fashion-mnist", "cifar10", "cifar100", "folder:PATH" (PATH/train/<class>/* and
+            PATH/test/<class>/*). Of events: "n-mnist", "dvs-cifar10", "events:PATH" (as folder:PATH, with recordings),
+            "saccades:NAME" (the image set NAME, moved before an event camera); each frame has the same number of
+            events, or with "by-time:" in front of the name the same time. Or a path that ends in ".npz", of images
+            or frames (one set: both splits read all of it).
         split: "train" or "test".
-        data_dir: where Fashion-MNIST and CIFAR are looked for, and downloaded to when missing.
+        data_dir: where data sets are looked for, and downloaded to when missing.
+        T: frames that a recording is cut into. Images and a `.npz` are as they are.
 
     Returns:
-        The set; the order of its images is always the same. For all but `.npz` it is mixed over the classes, so
-        that the first n images are a fair sample.
+        An `ImageSet`, or a `FrameSet` for events; the order of its entries is always the same. For all but `.npz` it
+        is mixed over the classes, so that the first n are a fair sample.
 
     Raises:
         ValueError: unknown name or split, or the data are damaged or do not fit together.
@@ -55,13 +71,37 @@ def load_data(name: str, split: Split, *, data_dir: Path) -> ImageSet:
     """
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; choose 'train' or 'test'")
-    if name in _LOADERS:
-        return _LOADERS[name](split, Path(data_dir).expanduser())
+    data_dir = Path(data_dir).expanduser()
+    plain = name.removeprefix(_BY_TIME)
+    binning = Binning(T, "count" if plain == name else "time")
+    if plain in _EVENT_SETS:
+        return replace(_EVENT_SETS[plain](split, data_dir, binning), name=name)
+    if plain.startswith(_EVENTS):
+        return replace(load_event_folder(plain.removeprefix(_EVENTS), split, binning), name=name)
+    if plain.startswith(_SACCADES):
+        return _load_saccades(name, plain.removeprefix(_SACCADES), split, data_dir, binning)
+    if plain != name:
+        raise ValueError(f"{name!r}: only events are cut into frames; give an event set, or leave out {_BY_TIME}")
+    return _load_images(name, split, data_dir)
+
+
+def _load_images(name: str, split: Split, data_dir: Path) -> LabelledSet:
+    if name in _IMAGE_SETS:
+        return _IMAGE_SETS[name](split, data_dir)
     if name.startswith("folder:"):
         return load_folder(name.removeprefix("folder:"), split)
     if name.lower().endswith(".npz"):
         return load_npz(Path(name).expanduser(), split)
     hint = f" (for the folder of that name: folder:{name})" if Path(name).is_dir() else ""
     raise ValueError(
-        f"unknown data set {name!r}{hint}; choose {', '.join(DATA_NAMES)}, folder:PATH or a path ending in .npz"
+        f"unknown data set {name!r}{hint}; choose {', '.join(DATA_NAMES)}, folder:PATH, events:PATH, saccades:NAME "
+        "or a path ending in .npz"
     )
+
+
+def _load_saccades(name: str, images: str, split: Split, data_dir: Path, binning: Binning) -> FrameSet:
+    sets = {part: _load_images(images, part, data_dir) for part in dict.fromkeys((split, "train"))}
+    chosen, train = sets[split], sets["train"]
+    if not isinstance(chosen, ImageSet) or not isinstance(train, ImageSet):
+        raise ValueError(f"{name!r}: {images} holds frames already; saccades turn images into frames")
+    return saccade_set(chosen, train, name, binning)

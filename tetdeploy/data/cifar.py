@@ -15,7 +15,7 @@ from tetdeploy.extras import import_extra
 
 from .cache import Arrays, cached
 from .decoding import ImageFile, decode_images, shorten
-from .download import download
+from .download import download_torchvision
 from .folder import class_files
 from .images import ImageSet, mixed_order
 from .labelled import Split
@@ -96,7 +96,7 @@ def _load(cifar: _Cifar, split: Split, data_dir: Path) -> ImageSet:
             f"{tree}/<class>/*",
             f"{data_dir}/{cifar.name}-{split}.zip or {cifar.name}-{split}-*.zip with {cifar.name}/{split}/<class>/*",
         ]
-        download(cifar.name, cifar.dataset_class, cifar.folder, data_dir, looked_for=looked_for)
+        download_torchvision(cifar.name, cifar.dataset_class, cifar.folder, data_dir, looked_for=looked_for)
     return _image_set(cifar, split, _from_torchvision(cifar, split, data_dir), str(data_dir / cifar.folder))
 
 

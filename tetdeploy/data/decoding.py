@@ -71,7 +71,7 @@ def decode_images(files: Sequence[ImageFile], *, text: str) -> NDArray[np.uint8]
             images[index] = decoded.pixels if decoded.grey else decoded.pixels.transpose(2, 0, 1)
             colour[index] = not decoded.grey
 
-    _in_threads(decode, len(files), text)
+    in_threads(decode, len(files), text)
     _refuse_unreadable(files, errors)
     _refuse_unequal(files, sizes)
     return images if colour.any() else np.ascontiguousarray(images[:, :1])
@@ -104,7 +104,9 @@ def _decode(file: ImageFile) -> _Decoded:
     raise ValueError(f"pixel format {image.mode} is not 8 bits a channel")  # convert() would clip 16 bits, not scale
 
 
-def _in_threads(decode: Callable[[int], None], count: int, text: str) -> None:
+def in_threads(decode: Callable[[int], None], count: int, text: str) -> None:
+    """Call `decode` with 0..count-1 in threads, with a progress bar that says `text`."""
+
     def decode_chunk(start: int) -> int:
         stop = min(start + _CHUNK, count)
         for index in range(start, stop):

@@ -1,4 +1,4 @@
-"""Downloading a data set through torchvision, whole or not at all."""
+"""Downloading a data set through torchvision or tonic, whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tetdeploy.extras import MissingExtraError, import_extra
@@ -17,21 +17,35 @@ from tetdeploy.extras import MissingExtraError, import_extra
 _STALL_SECONDS = 30.0
 
 
-def download(name: str, dataset_class: str, folder: str, data_dir: Path, *, looked_for: Sequence[str]) -> None:
-    """Download with `torchvision.datasets.<dataset_class>` and put its `folder` into `data_dir`.
+def download_torchvision(
+    name: str, dataset_class: str, folder: str, data_dir: Path, *, looked_for: Sequence[str]
+) -> None:
+    """`download` with `torchvision.datasets.<dataset_class>`; an archive that lies in `data_dir` is unpacked."""
 
-    It is downloaded into a temporary folder beside it first: when anything fails, nothing is left behind. torchvision
-    verifies checksums.
+    def make(root: str) -> None:
+        maker = getattr(import_extra("torchvision.datasets", "train"), dataset_class)
+        archive = data_dir / getattr(maker, "filename", "")
+        if archive.is_file():  # brought by hand to a machine without network; torchvision verifies its checksum
+            shutil.copy(archive, root)
+        maker(root, download=True)
+
+    download(name, make, folder, data_dir, looked_for=looked_for)
+
+
+def download(
+    name: str, make: Callable[[str], object], folder: str, data_dir: Path, *, looked_for: Sequence[str]
+) -> None:
+    """Download into a temporary folder and put its `folder` into `data_dir`: if anything fails, nothing is left behind.
 
     Args:
         name: the data set, for the error.
-        dataset_class: torchvision's class.
-        folder: what that class makes below its root.
+        make: downloads, verifies and unpacks into the folder it is given, with torchvision or tonic.
+        folder: what it makes below that.
         data_dir: made when missing.
         looked_for: where the data set was looked for before, for the error.
 
     Raises:
-        OSError: the download failed or torchvision is not installed; says what was looked for and what to do.
+        OSError: the download failed or its package is not installed; says what was looked for and what to do.
     """
     # beside the target, on the same file system, so that moving it is one step
     existing = next(path for path in (data_dir, *data_dir.absolute().parents) if path.exists())
@@ -40,13 +54,9 @@ def download(name: str, dataset_class: str, folder: str, data_dir: Path, *, look
             f"cannot put {name} into {data_dir}: {existing} is a file; name a folder with --data-dir"
         )
     try:
-        maker = getattr(import_extra("torchvision.datasets", "train"), dataset_class)
         with tempfile.TemporaryDirectory(prefix=".tetdeploy-download-", dir=existing) as temporary:
-            archive = data_dir / getattr(maker, "filename", "")
-            if archive.is_file():  # brought by hand to a machine without network; torchvision verifies its checksum
-                shutil.copy(archive, temporary)
             with _bounded_and_quiet():
-                maker(temporary, download=True)
+                make(temporary)
             data_dir.mkdir(parents=True, exist_ok=True)
             _move(Path(temporary) / folder, data_dir / folder)
     except (MissingExtraError, OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
@@ -69,7 +79,7 @@ def _move(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _bounded_and_quiet() -> Iterator[None]:
-    """torchvision prints to stdout, where reports go, and waits for ever on a connection that is swallowed."""
+    """Both print to stdout, where reports go, and wait for ever on a connection that is swallowed."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_STALL_SECONDS)
     try:

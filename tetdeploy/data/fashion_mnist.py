@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .download import download
+from .download import download_torchvision
 from .images import ImageSet
 from .labelled import Split
 
@@ -42,7 +42,7 @@ def load_fashion_mnist(split: Split, *, data_dir: Path) -> ImageSet:
         looked_for = [
             f"{folder}/{_PREFIX[split]}-images-idx3-ubyte[.gz] and -labels-idx1-ubyte[.gz]" for folder in folders
         ]
-        download("fashion-mnist", "FashionMNIST", "FashionMNIST", data_dir, looked_for=looked_for)
+        download_torchvision("fashion-mnist", "FashionMNIST", "FashionMNIST", data_dir, looked_for=looked_for)
         files = _find(folders, split)
         assert files is not None, "torchvision's layout is the first one looked for"
     images, labels = read_idx(files[0], ndim=3), read_idx(files[1], ndim=1)

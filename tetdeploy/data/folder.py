@@ -34,8 +34,8 @@ def load_folder(root: Path | str, split: Split) -> ImageSet:
     """
     root = Path(root).expanduser()
     train, test = (class_files(root / part) for part in ("train", "test"))
-    _refuse_different_classes(root, train, test)
-    paths, labels = _ordered(train, test)
+    refuse_different_classes(root, train, test)
+    paths, labels = in_mixed_order(train, test)
 
     def decode() -> Arrays:
         # both splits at once: whether there are one or three channels depends on all images
@@ -49,31 +49,38 @@ def load_folder(root: Path | str, split: Split) -> ImageSet:
     return ImageSet(f"folder:{root}", split, images[part], labels[part], tuple(train), mean, std)
 
 
-def class_files(folder: Path) -> ClassFiles:
-    """The image files of each class folder in `folder`, both sorted.
+def class_files(folder: Path, *, suffixes: tuple[str, ...] = SUFFIXES, kind: str = "images") -> ClassFiles:
+    """The files of each class folder in `folder`, both sorted.
+
+    Args:
+        folder: has the class folders.
+        suffixes: what the files may end in, in lower case.
+        kind: what errors call the files.
 
     Raises:
         OSError: `folder` is missing or cannot be read.
-        ValueError: there are no class folders, images lie outside them, one is empty or holds what is no image.
+        ValueError: there are no class folders, files lie outside them, one is empty or holds what is of another kind.
     """
+    formats = [suffix[1:] for suffix in suffixes]
+    wanted = f"{folder}/<class>/ with {', '.join(formats[:-1])} or {formats[-1]} {kind}"
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}; wanted {folder}/<class>/ with png, jpeg, webp or bmp images")
+        raise FileNotFoundError(f"no folder {folder}; wanted {wanted}")
     entries = _visible(folder)
-    stray = [str(path) for path in entries if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+    stray = [str(path) for path in entries if path.suffix.lower() in suffixes and not path.is_dir()]
     if stray:
         raise ValueError(
-            f"{len(stray)} images in {folder} lie outside a class folder: {shorten(stray)}; move them into one"
+            f"{len(stray)} {kind} in {folder} lie outside a class folder: {shorten(stray)}; move them into one"
         )
     classes = {path.name: _visible(path) for path in entries if path.is_dir()}
     if not classes:
-        raise ValueError(f"{folder} has no class folders; wanted {folder}/<class>/ with png, jpeg, webp or bmp images")
+        raise ValueError(f"{folder} has no class folders; wanted {wanted}")
     empty = [name for name, files in classes.items() if not files]
     if empty:
         raise ValueError(f"{len(empty)} class folders in {folder} are empty: {shorten(empty)}; fill or remove them")
-    foreign = [str(p) for files in classes.values() for p in files if p.suffix.lower() not in SUFFIXES or p.is_dir()]
+    foreign = [str(p) for files in classes.values() for p in files if p.suffix.lower() not in suffixes or p.is_dir()]
     if foreign:
         raise ValueError(
-            f"{len(foreign)} entries of the class folders in {folder} are no {'/'.join(SUFFIXES)} images: "
+            f"{len(foreign)} entries of the class folders in {folder} are no {'/'.join(suffixes)} {kind}: "
             f"{shorten(foreign)}; convert or remove them"
         )
     return classes
@@ -83,15 +90,16 @@ def _visible(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.name)
 
 
-def _refuse_different_classes(root: Path, train: ClassFiles, test: ClassFiles) -> None:
+def refuse_different_classes(root: Path, train: ClassFiles, test: ClassFiles) -> None:
+    """Raise ValueError, with their names, if `train` and `test` have other classes."""
     only_train, only_test = (sorted(set(a) - set(b)) for a, b in ((train, test), (test, train)))
     if only_train or only_test:
         parts = [f"{len(n)} only in {p}: {shorten(n)}" for p, n in (("train", only_train), ("test", only_test)) if n]
         raise ValueError(f"the classes in {root}/train and {root}/test differ ({'; '.join(parts)}); give both the same")
 
 
-def _ordered(train: ClassFiles, test: ClassFiles) -> tuple[list[Path], NDArray[np.int64]]:
-    """Paths and labels of the training, then of the test images, each part in a mixed order."""
+def in_mixed_order(train: ClassFiles, test: ClassFiles) -> tuple[list[Path], NDArray[np.int64]]:
+    """Paths and labels [N] of the training, then of the test images, each part in a mixed order."""
     paths: list[Path] = []
     labels: list[int] = []
     for classes in (train, test):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .images import read_arrays, usable_labels, usable_names
+from .images import image_set, read_arrays, usable_labels, usable_names
 from .labelled import Encoding, LabelledSet, Split
 
 _NUM_MEASURED = 1000  # recordings that decide a set's std; the order is mixed, so that they are a fair sample
@@ -80,16 +80,24 @@ def load_frames(path: Path | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     return _checked(path, read_arrays(Path(path)))
 
 
-def load_frame_set(path: Path | str, split: Split) -> FrameSet:
-    """Read a `.npz` with `images` uint8 [N, T, C, H, W], `labels` and, if it has them, `class_names`.
+def load_npz(path: Path | str, split: Split) -> LabelledSet:
+    """Read a `.npz` with `images`, `labels` and, if it has them, `class_names`.
 
-    The file is one set: both splits read all of it, in its order. Mean is 0, std is that of its frames.
+    The file is one set: both splits read all of it. Its order is kept. Mean and std are those of its images; of frames
+    the mean is 0.
+
+    Args:
+        path: `images` uint8 [N, C, H, W], or [N, H, W] for one channel, or frames [N, T, C, H, W]; `labels` integers
+            [N], 0..K-1; `class_names` strings [K], by default "0" to the highest label.
+        split: the name the set carries.
 
     Raises:
         OSError: there is no such file, or it cannot be opened.
         ValueError: it is not a `.npz`, is damaged, lacks an array, or an array has a wrong dtype, shape or value.
     """
     arrays = read_arrays(Path(path))
+    if arrays["images"].ndim != 5:
+        return image_set(path, split, arrays)
     frames, labels = _checked(path, arrays)
     mean, std = count_statistics(frames)
     return FrameSet(str(path), split, frames, labels, usable_names(path, arrays, labels), mean, std)

@@ -147,21 +147,8 @@ def save_npz(data: LabelledSet, path: Path | str) -> None:
         np.savez(file, images=data.x, labels=data.labels, class_names=np.array(data.class_names))
 
 
-def load_npz(path: Path | str, split: Split) -> ImageSet:
-    """Read a `.npz` with `images`, `labels` and, if it has them, `class_names`.
-
-    The file is one set: both splits read all of it. Its order is kept. Mean and std are those of its images.
-
-    Args:
-        path: `images` uint8 [N, C, H, W], or [N, H, W] for one channel; `labels` integers [N], 0..K-1;
-            `class_names` strings [K], by default "0" to the highest label.
-        split: the name the set carries.
-
-    Raises:
-        OSError: there is no such file, or it cannot be opened.
-        ValueError: it is not a `.npz`, is damaged, lacks an array, or an array has a wrong dtype, shape or value.
-    """
-    arrays = read_arrays(Path(path))
+def image_set(path: Path | str, split: Split, arrays: Mapping[str, NDArray[Any]]) -> ImageSet:
+    """The set that the arrays of a `.npz` make: `images` uint8 [N, C, H, W] or [N, H, W], see `load_npz`."""
     images = _usable_images(path, arrays["images"])
     labels = usable_labels(path, arrays["labels"])
     mean, std = channel_statistics(images)

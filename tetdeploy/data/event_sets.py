@@ -1,0 +1,144 @@
+"""Sets of recordings: N-MNIST, DVS-CIFAR10, and `events:PATH` for class folders of event files."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cache import Arrays, cached
+from .download import download
+from .events import READERS, Binning, Size, decode_recordings, import_tonic
+from .folder import class_files, in_mixed_order, refuse_different_classes
+from .frames import FrameSet, count_statistics
+from .images import mixed_order
+from .labelled import Split
+
+COUNTS: dict[str, dict[Split, int]] = {
+    "n-mnist": {"train": 60_000, "test": 10_000},
+    "dvs-cifar10": {"train": 9_000, "test": 1_000},
+}
+
+_DIGITS = tuple("0123456789")
+_OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_NUM_MEASURED = 1000
+
+
+def load_event_folder(root: Path | str, split: Split, binning: Binning) -> FrameSet:
+    """Read PATH/train/<class>/* and PATH/test/<class>/*: `.npz` (t, x, y, p), `.aedat4` and N-MNIST's `.bin`.
+
+    Classes are the folders' names, sorted. All recordings must come from sensors of one size: a `.npz` says it in
+    `sensor_size` (width, height); if no file says it, it is the smallest sensor that holds every event. The order is
+    fixed and mixed over the classes. Names that begin with a dot are ignored.
+
+    Returns:
+        Frames uint8 [N, T, 2, H, W], H and W at most 48, see `to_frames`.
+
+    Raises:
+        OSError: a folder is missing or cannot be read.
+        ValueError: a class folder is empty or lacks its twin, or files cannot be used: damaged, empty, times negative
+            or not ascending, pixels outside the sensor. All such files are counted, and the first ones named.
+        MissingExtraError: there are `.aedat4` or `.bin` files and tonic is not installed.
+    """
+    root = Path(root).expanduser()
+    train, test = (class_files(root / part, suffixes=tuple(READERS), kind="recordings") for part in ("train", "test"))
+    refuse_different_classes(root, train, test)
+    paths, labels = in_mixed_order(train, test)
+
+    def decode() -> Arrays:
+        return {"frames": decode_recordings(paths, binning, text=root.name)}  # both splits: they share one sensor
+
+    frames = cached(f"events-{root.resolve().name}-{_suffix(binning)}", root, paths, decode)["frames"]
+    num_train = sum(map(len, train.values()))
+    mean, std = count_statistics(frames[:num_train])
+    part = slice(num_train) if split == "train" else slice(num_train, None)
+    return FrameSet(f"events:{root}", split, frames[part], labels[part], tuple(train), mean, std)
+
+
+def load_n_mnist(split: Split, data_dir: Path, binning: Binning) -> FrameSet:
+    """N-MNIST (Orchard et al. 2015), frames uint8 [N, T, 2, 34, 34], found in `NMNIST` or downloaded by tonic.
+
+    `data_dir/NMNIST` has tonic's layout: `Train/<digit>/*.bin` and `Test/<digit>/*.bin`.
+
+    Raises:
+        OSError: nothing was found and the download failed.
+        ValueError: files are missing or cannot be used.
+        MissingExtraError: tonic is not installed.
+    """
+    tonic = import_tonic()
+    folder = data_dir / "NMNIST"
+    found: dict[Split, list[Path]] = {}
+    parts: dict[Split, Path] = {"train": folder / "Train", "test": folder / "Test"}
+    for part, place in parts.items():
+        if not any(place.glob("*/*.bin")):
+            make = partial(tonic.datasets.NMNIST, train=part == "train")
+            download("n-mnist", make, "NMNIST", data_dir, looked_for=[f"{place}/<digit>/*.bin"])
+        found[part] = sorted(place.glob("[0-9]/*.bin"))
+    width, height, _ = tonic.datasets.NMNIST.sensor_size
+    return _frame_set("n-mnist", split, folder, found, _DIGITS, (height, width), binning)
+
+
+def load_dvs_cifar10(split: Split, data_dir: Path, binning: Binning) -> FrameSet:
+    """DVS-CIFAR10 (Li et al. 2017), frames uint8 [N, T, 2, 48, 48], found in `CIFAR10DVS` or downloaded by tonic.
+
+    `data_dir/CIFAR10DVS` has tonic's layout: `<class>/*.aedat4`, numbered. The set has no test split of its own: as is
+    usual, the first 900 recordings of each class are for training and the last 100 for testing.
+
+    Raises:
+        OSError: nothing was found and the download failed.
+        ValueError: files are missing or cannot be used.
+        MissingExtraError: tonic is not installed.
+    """
+    tonic = import_tonic()
+    folder = data_dir / "CIFAR10DVS"
+    if not any(folder.glob("*/*.aedat4")):
+        looked_for = [f"{folder}/<class>/*.aedat4"]
+        download("dvs-cifar10", tonic.datasets.CIFAR10DVS, "CIFAR10DVS", data_dir, looked_for=looked_for)
+    found: dict[Split, list[Path]] = {"train": [], "test": []}
+    for name in _OBJECTS:
+        paths = sorted((folder / name).glob("*.aedat4"), key=lambda path: (_number(path), path.name))
+        num_train = len(paths) * 9 // 10
+        found["train"] += paths[:num_train]
+        found["test"] += paths[num_train:]
+    width, height, _ = tonic.datasets.CIFAR10DVS.sensor_size
+    return _frame_set("dvs-cifar10", split, folder, found, _OBJECTS, (height, width), binning)
+
+
+def _frame_set(
+    name: str,
+    split: Split,
+    root: Path,
+    found: dict[Split, list[Path]],
+    class_names: tuple[str, ...],
+    sensor: Size,
+    binning: Binning,
+) -> FrameSet:
+    for part, paths in found.items():
+        if len(paths) != COUNTS[name][part]:
+            raise ValueError(
+                f"{root}: {len(paths):,} recordings, but {name} has {COUNTS[name][part]:,} in {part}; "
+                "remove the folder to download it again, or use events:PATH for a set of your own"
+            )
+    mixed: dict[Split, list[Path]] = {p: [paths[i] for i in mixed_order(len(paths))] for p, paths in found.items()}
+
+    def decode(paths: list[Path]) -> NDArray[np.uint8]:
+        return decode_recordings(paths, binning, sensor=sensor, text=f"{name} {split}")
+
+    key = f"{name}-{split}-{_suffix(binning)}"
+    frames = cached(key, root, mixed[split], lambda: {"frames": decode(mixed[split])})["frames"]
+    mean, std = count_statistics(frames if split == "train" else decode(mixed["train"][:_NUM_MEASURED]))
+    labels = np.array([class_names.index(path.parent.name) for path in mixed[split]], np.int64)
+    return FrameSet(name, split, frames, labels, class_names, mean, std)
+
+
+def _suffix(binning: Binning) -> str:
+    return f"T{binning.T}-{binning.by}"
+
+
+def _number(path: Path) -> int:
+    """The last number in a file's name: 10 of cifar10_cat_10.aedat4."""
+    numbers = re.findall(r"\d+", path.stem)
+    return int(numbers[-1]) if numbers else 0

@@ -1,0 +1,291 @@
+"""Recordings of event cameras: reading, checking and cutting them into frames.
+
+tonic reads the cameras' formats; `.npz` needs numpy only.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tetdeploy.extras import import_extra
+
+from .decoding import in_threads, shorten
+
+FRAME_SIZE = 48  # pixels; sensors with more are brought to it, as in the paper
+
+Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True)
+class Binning:
+    """How a recording is cut into frames.
+
+    Attributes:
+        T: frames, one for each time step.
+        by: "count" gives each frame the same number of events (to one), "time" the same time.
+    """
+
+    T: int = 10
+    by: Literal["count", "time"] = "count"
+
+    def __post_init__(self) -> None:
+        if self.T < 1:
+            raise ValueError(f"recordings are cut into T of at least 1 frames, got {self.T}")
+        if self.by not in ("count", "time"):
+            raise ValueError(f"recordings are cut by {self.by!r}; choose count or time")
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """The events of one recording, in the order of their times.
+
+    Attributes:
+        t: times [n], integers (microseconds, as a rule) or floating, ascending and 0 or more.
+        x, y: pixels, integers [n]; row 0 is the upper one.
+        p: polarities [n]: 0 or -1 (or False) is OFF, 1 (or True) is ON.
+        sensor: height and width of the camera, or None where the file does not say.
+
+    Raises:
+        ValueError: no event; arrays that do not fit; times that are negative or not ascending; pixels outside the
+            sensor; other polarities.
+    """
+
+    t: NDArray[Any]
+    x: NDArray[Any]
+    y: NDArray[Any]
+    p: NDArray[Any]
+    sensor: Size | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {len(array) if array.ndim == 1 else -1 for array in (self.t, self.x, self.y, self.p)}
+        if len(sizes) != 1 or -1 in sizes:
+            shapes = ", ".join(f"{name} {list(getattr(self, name).shape)}" for name in "txyp")
+            raise ValueError(f"its arrays have the shapes {shapes}; wanted [n], all of one length")
+        if sizes == {0}:
+            raise ValueError("it holds no event")
+        self._check_times()
+        for name in "xy":
+            if getattr(self, name).dtype.kind not in "iu":
+                raise ValueError(f"{name} is {getattr(self, name).dtype}; wanted integers, pixels counted from 0")
+            if getattr(self, name).min() < 0:
+                raise ValueError(f"it has an event at {name}={getattr(self, name).min()}; pixels are counted from 0")
+        if self.sensor is not None:
+            self.check_inside(self.sensor)
+        on = self.p == 1
+        if not (on | (self.p == 0)).all() and not (on | (self.p == -1)).all():
+            raise ValueError(
+                f"its polarities run from {self.p.min()} to {self.p.max()}; wanted 0 (OFF) and 1 (ON), or -1 and 1"
+            )
+
+    def _check_times(self) -> None:
+        if self.t.dtype.kind not in "iuf" or (self.t.dtype.kind == "f" and not np.isfinite(self.t).all()):
+            raise ValueError(f"its times are {self.t.dtype}, or not finite; wanted numbers, such as microseconds")
+        if self.t.min() < 0:
+            raise ValueError(f"it has a negative time, {self.t.min()}; times start at 0 or later")
+        back = np.flatnonzero(self.t[1:] < self.t[:-1])
+        if len(back):
+            i = int(back[0])
+            raise ValueError(
+                f"its times are not sorted: event {i + 1} is at {self.t[i + 1]}, after {self.t[i]}; "
+                "sort all arrays by t"
+            )
+
+    def check_inside(self, sensor: Size) -> None:
+        """Refuse events outside a sensor of this height and width, with ValueError."""
+        height, width = self.extent
+        if height > sensor[0] or width > sensor[1]:
+            raise ValueError(
+                f"it reaches the pixel x={width - 1}, y={height - 1}, "
+                f"outside the sensor of {sensor[1]}x{sensor[0]} pixels (width x height)"
+            )
+
+    @property
+    def extent(self) -> Size:
+        """Height and width of the smallest sensor that holds every event."""
+        return int(self.y.max()) + 1, int(self.x.max()) + 1
+
+
+def to_frames(recording: Recording, binning: Binning, sensor: Size) -> NDArray[np.uint8]:
+    """Count the events of each polarity and pixel in each of T parts of a recording.
+
+    A sensor of more than 48 rows or columns is brought to 48 of them: each cell counts the events on its area, those
+    of a pixel that it shares with a neighbour in part. An even picture stays even, as it would not if 128 pixels fell
+    into 48 bins of 2 or 3; a lone event on a corner of four cells is lost in the rounding.
+
+    Args:
+        recording: its events.
+        binning: how many frames, of the same time or the same number of events.
+        sensor: height and width of the camera.
+
+    Returns:
+        uint8 [T, 2, H, W], OFF before ON, clipped at 255; H and W are those of the sensor, or 48.
+
+    Raises:
+        ValueError: an event lies outside the sensor.
+    """
+    recording.check_inside(sensor)
+    height, width = sensor
+    x, y = recording.x.astype(np.int64), recording.y.astype(np.int64)
+    cells = ((_bins(recording.t, binning) * 2 + (recording.p > 0)) * height + y) * width + x
+    counts: NDArray[Any] = np.bincount(cells, minlength=binning.T * 2 * height * width)
+    counts = counts.reshape(binning.T, 2, height, width)
+    rows, columns = frame_size(sensor)
+    if (rows, columns) != sensor:
+        counts = np.rint(_shares(height, rows) @ counts @ _shares(width, columns).T)
+    frames: NDArray[np.uint8] = np.minimum(counts, 255).astype(np.uint8)
+    return frames
+
+
+def frame_size(sensor: Size) -> Size:
+    """Height and width of the frames of a sensor."""
+    return min(sensor[0], FRAME_SIZE), min(sensor[1], FRAME_SIZE)
+
+
+def _bins(t: NDArray[Any], binning: Binning) -> NDArray[np.int64]:
+    """The frame of each event, [n]."""
+    if binning.by == "count":
+        return np.arange(len(t)) * binning.T // len(t)
+    elapsed = t - t[0]
+    if elapsed[-1] == 0:
+        return np.zeros(len(t), np.int64)
+    bins: NDArray[np.int64] = (elapsed.astype(np.float64) * binning.T / float(elapsed[-1])).astype(np.int64)
+    return np.minimum(bins, binning.T - 1)  # the last event ends the last frame
+
+
+def _shares(pixels: int, cells: int) -> NDArray[np.float64]:
+    """The share of each pixel that lies in each of `cells` equal cells of a line: [cells, pixels]."""
+    edges = np.arange(cells + 1)[:, None] * pixels / cells
+    pixel = np.arange(pixels)
+    overlap: NDArray[np.float64] = np.minimum(edges[1:], pixel + 1) - np.maximum(edges[:-1], pixel)
+    return overlap.clip(0)
+
+
+def decode_recordings(
+    paths: Sequence[Path], binning: Binning, *, sensor: Size | None = None, text: str
+) -> NDArray[np.uint8]:
+    """Read recordings and cut them into frames, in threads.
+
+    Args:
+        paths: one or more files that end in a key of `READERS`.
+        binning: how each is cut.
+        sensor: height and width of the camera. None: what the files say; where none of them does, the smallest sensor
+            that holds every event of all of them.
+        text: what the progress bar says.
+
+    Returns:
+        uint8 [N, T, 2, H, W], see `to_frames`.
+
+    Raises:
+        ValueError: some files cannot be read or hold events that cannot be (all are counted, the first ones named),
+            or they come from sensors of different sizes.
+        MissingExtraError: tonic is needed and not installed.
+    """
+    for path in paths:
+        if path.suffix.lower() != ".npz":
+            import_tonic()
+            break
+    sensor = sensor or _common_sensor(paths, text)
+    frames = np.zeros((len(paths), binning.T, 2, *frame_size(sensor)), np.uint8)
+
+    def decode(index: int, recording: Recording) -> None:
+        frames[index] = to_frames(recording, binning, sensor)
+
+    _read_all(paths, decode, text)
+    return frames
+
+
+def _common_sensor(paths: Sequence[Path], text: str) -> Size:
+    said: dict[int, Size] = {}
+    reached: dict[int, Size] = {}
+
+    def measure(index: int, recording: Recording) -> None:
+        reached[index] = recording.extent
+        if recording.sensor is not None:
+            said[index] = recording.sensor
+
+    _read_all(paths, measure, f"measuring for {text}")
+    sizes = sorted(set(said.values()))
+    if len(sizes) > 1:
+        examples = [f"{w}x{h} in {next(paths[i] for i in sorted(said) if said[i] == (h, w))}" for h, w in sizes]
+        raise ValueError(f"the recordings come from sensors of {len(sizes)} sizes: {shorten(examples)}; wanted one")
+    if sizes:
+        return sizes[0]
+    return max(height for height, _ in reached.values()), max(width for _, width in reached.values())
+
+
+def _read_all(paths: Sequence[Path], use: Callable[[int, Recording], None], text: str) -> None:
+    """Read every file and hand it on with its index; then refuse, all at once, those that cannot be used."""
+    errors: dict[int, str] = {}
+
+    def read(index: int) -> None:
+        try:
+            use(index, READERS[paths[index].suffix.lower()](paths[index]))
+        except Exception as error:  # tonic and its readers raise whatever they like for damaged files
+            errors[index] = " ".join(str(error).split()) or type(error).__name__
+
+    in_threads(read, len(paths), text)
+    if errors:
+        named = [f"{paths[index]} ({errors[index]})" for index in sorted(errors)]
+        raise ValueError(
+            f"{len(errors)} of {len(paths)} recordings cannot be used: {shorten(named)}; repair or remove them"
+        )
+
+
+def read_npz(path: Path) -> Recording:
+    """`.npz` with the arrays t, x, y and p, and `sensor_size` (width, height) where the camera is to be checked."""
+    with path.open("rb") as source:
+        if not zipfile.is_zipfile(source):
+            raise ValueError("it is no .npz, or is cut short")
+        source.seek(0)
+        with np.load(source, allow_pickle=False) as file:
+            missing = [name for name in "txyp" if name not in file.files]
+            if missing:
+                raise ValueError(f"it holds {', '.join(file.files) or 'nothing'} but not {', '.join(missing)}")
+            t, x, y, p = (file[name] for name in "txyp")
+            size = file["sensor_size"].tolist() if "sensor_size" in file.files else None
+    return Recording(t, x, y, p, None if size is None else (int(size[1]), int(size[0])))
+
+
+def read_aedat4(path: Path) -> Recording:
+    """`.aedat4`, as iniVation's cameras and DVS-CIFAR10 have it."""
+    streams = import_extra("aedat", "events").Decoder(str(path)).id_to_stream()
+    cameras = [streams[number] for number in sorted(streams) if streams[number]["type"] == "events"]
+    if not cameras:
+        raise ValueError("it has no stream of events")
+    try:
+        events = import_tonic().io.read_aedat4(str(path))  # the first of these streams
+    except ValueError as error:
+        if "concatenate" not in str(error):
+            raise
+        raise ValueError("it holds no event") from None
+    t, x, y, p = (events[name].copy() for name in ("t", "x", "y", "on"))
+    return Recording(t, x, y, p, (int(cameras[0]["height"]), int(cameras[0]["width"])))
+
+
+def read_bin(path: Path) -> Recording:
+    """N-MNIST's `.bin`: five bytes an event, of a sensor of 34x34 pixels."""
+    tonic = import_tonic()
+    if path.stat().st_size % 5:
+        raise ValueError(f"it has {path.stat().st_size} bytes, which are no events of 5 bytes each: it is cut short")
+    width, height, _ = tonic.datasets.NMNIST.sensor_size
+    events = tonic.io.read_mnist_file(str(path), dtype=tonic.datasets.NMNIST.dtype)
+    return Recording(events["t"], events["x"], events["y"], events["p"], (height, width))
+
+
+READERS: dict[str, Callable[[Path], Recording]] = {".npz": read_npz, ".aedat4": read_aedat4, ".bin": read_bin}
+
+
+def import_tonic() -> Any:
+    """The package tonic.
+
+    Raises:
+        MissingExtraError: it is not installed; names the line that installs it.
+    """
+    return import_extra("tonic", "events")
