@@ -80,14 +80,14 @@ class Layers:
         value, weight = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
         if node.op_type not in ("Conv", "MatMul", "Gemm") or value is None or weight is None or value.shape is None:
             return None
-        if ir.convenience.get_const_tensor(weight) is None or weight.shape is None:
+        shape = _parameter_shape(weight)
+        if shape is None:
             return None
         from_input = value not in self._after_neurons
         positions = self._positions(value, 1 if node.op_type == "Conv" else -1)
         if positions is None and from_input:
             return None
         flags: dict[str, Any] = {"from_input": from_input, "binary": value in self._binary, "positions": positions or 1}
-        shape = tuple(int(dim) for dim in weight.shape)  # type: ignore[arg-type]
         if node.op_type != "Conv":
             if len(shape) != 2:
                 return None
@@ -108,6 +108,17 @@ class Layers:
             count *= one
         positions, rest = divmod(count, self._T if value in self._timed else 1)
         return positions if rest == 0 else None
+
+
+def _parameter_shape(weight: ir.Value) -> tuple[int, ...] | None:
+    """The shape of a constant, or of a matrix transposed, as linear layers have it in a graph that is not optimised;
+    None for what is computed."""
+    producer = weight.producer()
+    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
+        shape = _parameter_shape(producer.inputs[0])
+        return shape[::-1] if shape is not None and len(shape) == 2 else None
+    tensor = ir.convenience.get_const_tensor(weight)
+    return None if tensor is None else tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
 
 
 def _pads_with_zeros(node: ir.Node) -> bool:

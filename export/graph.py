@@ -20,7 +20,7 @@ import torch
 from onnxscript import values
 from torch import Tensor, nn
 
-from tetdeploy.folding import count_batchnorm, fold_batchnorm
+from tetdeploy.folding import FoldingError, count_batchnorm, fold_batchnorm
 from tetdeploy.networks import Classifier
 
 Encoding = Literal["direct", "frames"]
@@ -71,11 +71,19 @@ def trace(
             raise ValueError(_why_untraceable(error, T)) from error
         num_folded = count_batchnorm(program.graph) if fold_bn else 0
         if fold_bn:
-            program = torch.export.export(fold_batchnorm(program), inputs, dynamic_shapes=shapes)
+            program = torch.export.export(_folded(program), inputs, dynamic_shapes=shapes)
         model = _to_onnx(program, optimize=fold_bn)  # the optimiser would fold BN as well
     model.ir_version = IR_VERSION
     _name_boundary(model, T, encoding)
     return model, num_folded
+
+
+def _folded(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
+    """The program without BN; refusals name modules as the network does, without our boundary round it."""
+    try:
+        return fold_batchnorm(program)
+    except FoldingError as error:
+        raise FoldingError(str(error).replace("classifier.network.", "")) from error
 
 
 def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Model:
@@ -92,9 +100,7 @@ def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Mod
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ValueError(
-            f"torch.onnx cannot export an operation of the network: {_first_line(cause)}"
-        ) from error
+        raise ValueError(f"torch.onnx cannot export an operation of the network: {_first_line(cause)}") from error
     assert exported is not None
     model: ir.Model = exported.model
     return model

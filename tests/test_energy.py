@@ -233,10 +233,13 @@ def test_counts_are_those_of_pytorchs_spikes(layout: str, options: dict[str, Any
         assert count.analogue_ac_ops == 0
 
 
-@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-def test_counts_with_inputs_that_are_not_binary(layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "fold_bn"), [("unrolled", True), ("unrolled", False), ("dynamic", True), ("step", True)]
+)
+def test_counts_with_inputs_that_are_not_binary(layout: str, fold_bn: bool, tmp_path: Path) -> None:
     net, x, T = classifier(Analogue()), digits().images[:40], 5
-    made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout=layout, T=T), x)  # type: ignore[arg-type]
+    config = ExportConfig(layout=layout, T=T, fold_bn=fold_bn)  # type: ignore[arg-type]
+    made = export_model(net, tmp_path / "m.onnx", config, x)
     runner = Engine(made.path, threads=1)
     layers = {layer["name"]: layer for layer in runner.metadata["layers"]}
     assert {name: layer["binary"] for name, layer in layers.items()} == {
