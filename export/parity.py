@@ -2,13 +2,17 @@
 
 Spikes are discontinuous: one unit in the last place of a current flips a spike whose h is near v_th. Parity is
 therefore a rate, the neuron-steps that differ over all neuron-steps, with the top-1 agreement and the logit error.
+
+A deep network may multiply one flipped spike to thousands in later layers, so much that PyTorch in float32 does not
+agree with PyTorch in float64. So a second rate tells the export's own error from what the network makes of it: the
+*local* one, where each layer of PyTorch reads the spikes that the engine's layer read.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +29,10 @@ from .graph import Encoding
 
 MAX_MISMATCH = 100e-6
 MIN_AGREEMENT = 0.999
+MAX_LOGIT_ERROR = 1e-4  # of the largest logit, layer by layer
+AMPLIFICATION = 4.0  # of PyTorch's own rounding: the engine rounds as often, and independently
 _BATCH = 50
+_NUM_LOCAL, _NUM_ROUNDING = 100, 20
 
 
 class ParityError(ValueError):
@@ -37,11 +44,12 @@ class NeuronRecorder(TorchDispatchMode):
 
     Args:
         state: membranes `[N, ...]` to start from instead, in the same order.
+        replacing: spikes `[T, N, ...]` that the next layers read in place of those recorded.
     """
 
-    def __init__(self, state: Sequence[Tensor] | None = None) -> None:
+    def __init__(self, state: Sequence[Tensor] | None = None, replacing: Sequence[Tensor] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.given = state
+        self.given, self.replacing = state, replacing
         self.spikes: list[Tensor] = []
         self.state: list[Tensor] = []
 
@@ -54,6 +62,8 @@ class NeuronRecorder(TorchDispatchMode):
         spikes, u_last = func(current, u, *parameters)
         self.spikes.append(spikes)
         self.state.append(u_last)
+        if self.replacing is not None:
+            spikes = self.replacing[len(self.spikes) - 1].to(spikes).view_as(spikes)
         return spikes, u_last
 
 
@@ -66,7 +76,12 @@ class Parity:
         top1_agreement: images whose predicted class is the same, a fraction, after all T steps.
         top1_agreement_by_step: the same after 1..T steps.
         spike_mismatch_rate: differing neuron-steps over all neuron-steps.
+        local_mismatch_rate: the same where every layer of PyTorch reads the engine's spikes, on up to 100 images; that
+            of the worst layer, as one wrong layer is little of a whole network. (One or two spikes make no rate.)
         max_abs_logit_error: the largest difference of a per-step logit.
+        local_logit_error: the same layer by layer, as a fraction of the largest logit.
+        rounding_mismatch_rate: PyTorch in float32 against PyTorch in float64 on up to 20 of the images; measured only
+            where the gate would fail without it.
     """
 
     num_images: int
@@ -74,24 +89,48 @@ class Parity:
     top1_agreement: float
     top1_agreement_by_step: tuple[float, ...]
     spike_mismatch_rate: float
+    local_mismatch_rate: float
     max_abs_logit_error: float
+    local_logit_error: float
+    rounding_mismatch_rate: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def differs(self) -> bool:
+        """More neuron-steps differ, or fewer images agree, than in an export whose network does not amplify."""
+        return self.spike_mismatch_rate > MAX_MISMATCH or self.top1_agreement < MIN_AGREEMENT
+
+    @property
+    def is_rounding(self) -> bool:
+        """PyTorch differs from itself in float64 by as much: the network amplifies rounding, the export is right."""
+        floor = self.rounding_mismatch_rate
+        return floor is not None and 0 < self.spike_mismatch_rate <= AMPLIFICATION * floor
+
+    @property
+    def is_local(self) -> bool:
+        """Each layer by itself computes what PyTorch's does."""
+        return self.local_mismatch_rate <= MAX_MISMATCH and self.local_logit_error <= MAX_LOGIT_ERROR
+
     def check(self, what: str) -> None:
-        """The gate.
+        """The gate: at most 100 in a million neuron-steps differ locally; and over the whole network as well, with
+        99.9 % of the classes the same, unless the network amplifies PyTorch's own rounding as much.
 
         Raises:
-            ParityError: more neuron-steps differ, or fewer images agree, than an export may have.
+            ParityError: it does not hold.
         """
-        if self.spike_mismatch_rate > MAX_MISMATCH or self.top1_agreement < MIN_AGREEMENT:
-            raise ParityError(
-                f"{what} does not compute what PyTorch computes: {self.spike_mismatch_rate * 1e6:,.0f} of a million "
-                f"neuron-steps differ (at most {MAX_MISMATCH * 1e6:.0f}), top-1 agreement "
-                f"{self.top1_agreement:.2%} (at least {MIN_AGREEMENT:.1%}) on {self.num_images} images at T={self.T}; "
-                "nothing was written"
-            )
+        if self.is_local and (not self.differs or self.is_rounding):
+            return
+        floor = self.rounding_mismatch_rate
+        raise ParityError(
+            f"{what} does not compute what PyTorch computes: {self.spike_mismatch_rate * 1e6:,.0f} of a million "
+            f"neuron-steps differ (at most {MAX_MISMATCH * 1e6:.0f}), {self.local_mismatch_rate * 1e6:,.0f} in the "
+            f"worst layer by itself, top-1 agreement {self.top1_agreement:.2%} (at least {MIN_AGREEMENT:.1%}) on "
+            f"{self.num_images} images at T={self.T}, largest logit error {self.max_abs_logit_error:.1e}"
+            + ("" if floor is None else f"; PyTorch in float64 differs from itself in {floor * 1e6:,.0f}")
+            + "; nothing was written"
+        )
 
 
 class _InFloat64(TorchDispatchMode):
@@ -176,38 +215,83 @@ def compare(
         tick: called with the number of images done, for a progress bar.
     """
     neurons = [(n["name"], float(n["v_th"]), tuple(n["shape"])) for n in engine.metadata["neurons"]]
-    overlay = spikes_overlay([name for name, _, _ in neurons])
+    names = [name for name, _, _ in neurons]
+    overlay = spikes_overlay(names)
     generator = np.random.default_rng(0)
-    differing = neuron_steps = 0
-    error = 0.0
+    whole, rounding = _Differing(), _Differing()
+    local = [_Differing() for _ in names]
+    error = local_error = 0.0
     agree = np.zeros(T)
-    for batch in _batches(x):
+    first_state = None
+    for start, batch in _batches(x):
         state = None
         if from_random_state:
             state = [generator.random((len(batch), *shape), np.float32) * v_th for _, v_th, shape in neurons]
+        first_state = first_state or state
         expected, spikes = run_torch(classifier, batch, T, engine.encoding, state)
-        per_step, got = _run_engine(engine, overlay, batch, T, [name for name, _, _ in neurons], state)
-        for k, (name, _, _) in enumerate(neurons):
-            other = got[f"spikes.{name}"].reshape(spikes[k].shape)
-            differing += int(np.count_nonzero(other != spikes[k]))
-            neuron_steps += other.size
+        per_step, by_name = _run_engine(engine, overlay, batch, T, names, state)
+        got = [by_name[f"spikes.{name}"] for name in names]
+        whole.add(got, spikes)
+        if start < _NUM_LOCAL:
+            logits, spikes = run_torch(classifier, batch, T, engine.encoding, state, replacing=got)
+            for layer, a, b in zip(local, got, spikes, strict=True):
+                layer.add([a], [b])
+            local_error = max(local_error, _relative_error(per_step, logits))
         error = max(error, float(np.abs(per_step - expected).max()))
         agree += (_running_class(per_step) == _running_class(expected)).sum(0)
         if tick:
             tick(len(batch))
     by_step = tuple(float(a) for a in agree / len(x))
-    return Parity(len(x), T, by_step[-1], by_step, differing / max(neuron_steps, 1), error)
+    worst = max((layer.rate for layer in local if layer.differing > 2), default=0.0)
+    parity = Parity(len(x), T, by_step[-1], by_step, whole.rate, worst, error, local_error)
+    if not parity.differs:
+        return parity
+    some = x[:_NUM_ROUNDING]
+    state = None if first_state is None else [u[: len(some)] for u in first_state]
+    double = copy.deepcopy(classifier).double()
+    rounding.add(*(run_torch(c, some, T, engine.encoding, state)[1] for c in (double, classifier)))
+    return replace(parity, rounding_mismatch_rate=rounding.rate)
+
+
+@dataclass
+class _Differing:
+    """Neuron-steps that differ, over all."""
+
+    differing: int = 0
+    neuron_steps: int = 0
+
+    def add(self, some: Sequence[NDArray[Any]], others: Sequence[NDArray[Any]]) -> None:
+        for a, b in zip(some, others, strict=True):
+            self.differing += int(np.count_nonzero(a.reshape(b.shape) != b))
+            self.neuron_steps += b.size
+
+    @property
+    def rate(self) -> float:
+        return self.differing / max(self.neuron_steps, 1)
 
 
 @torch.no_grad()
 def run_torch(
-    classifier: Classifier, x: NDArray[Any], T: int, encoding: str, state: Sequence[NDArray[Any]] | None = None
+    classifier: Classifier,
+    x: NDArray[Any],
+    T: int,
+    encoding: str,
+    state: Sequence[NDArray[Any]] | None = None,
+    *,
+    replacing: Sequence[NDArray[Any]] | None = None,
 ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
-    """Per-step logits `[N, T, K]` and every layer's spikes `[T, N, ...]`, as PyTorch computes them."""
-    device = classifier.mean.device
-    given = None if state is None else [torch.from_numpy(u).to(device) for u in state]
-    with NeuronRecorder(given) as recorder:
-        logits = _forward(classifier, torch.from_numpy(x).to(device), T, encoding)
+    """Per-step logits `[N, T, K]` and every layer's spikes `[T, N, ...]`, as PyTorch computes them.
+
+    Args:
+        state: membranes to start from, by layer.
+        replacing: spikes that the layers read in place of those of the layers before them.
+    """
+    device, dtype = classifier.mean.device, classifier.mean.dtype
+    given = None if state is None else [torch.from_numpy(u).to(device, dtype) for u in state]
+    forced = None if replacing is None else [torch.from_numpy(spikes) for spikes in replacing]
+    inputs = torch.from_numpy(x).to(device)
+    with NeuronRecorder(given, forced) as recorder:
+        logits = _forward(classifier, inputs if x.dtype == np.uint8 else inputs.to(dtype), T, encoding)
     return logits.transpose(0, 1).cpu().numpy(), [spikes.cpu().numpy() for spikes in recorder.spikes]
 
 
@@ -233,11 +317,15 @@ def _run_engine(
     return outputs["per_step"], outputs
 
 
+def _relative_error(logits: NDArray[Any], expected: NDArray[Any]) -> float:
+    return float(np.abs(logits - expected).max() / max(np.abs(expected).max(), 1e-12))
+
+
 def _running_class(per_step: NDArray[Any]) -> NDArray[np.int64]:
     """The predicted class after each number of steps, `[N, T]`: argmax of the running mean."""
     classes: NDArray[np.int64] = np.cumsum(per_step, axis=1).argmax(-1)
     return classes
 
 
-def _batches(x: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    return (x[start : start + _BATCH] for start in range(0, len(x), _BATCH))
+def _batches(x: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
+    return ((start, x[start : start + _BATCH]) for start in range(0, len(x), _BATCH))

@@ -147,9 +147,15 @@ def print_exported(exported: Exported, layout: str, T: int) -> None:
             console.print(
                 f"checked {what} on {parity.num_images:,} images at T={parity.T}: "
                 f"top-1 agreement {parity.top1_agreement:.2%}   "
-                f"spike mismatch {parity.spike_mismatch_rate * 1e6:.2f} ppm   "
+                f"spike mismatch {parity.spike_mismatch_rate * 1e6:.2f} ppm "
+                f"({parity.local_mismatch_rate * 1e6:.2f} in the worst layer by itself)   "
                 f"largest logit error {parity.max_abs_logit_error:.1e}"
             )
+            if parity.differs and parity.rounding_mismatch_rate is not None:
+                console.print(
+                    "  this network amplifies rounding: PyTorch in float32 and in float64 differ in "
+                    f"{parity.rounding_mismatch_rate * 1e6:,.0f} ppm as well"
+                )
     if exported.parity is None:
         console.print("not checked against PyTorch (--check 0)")
     if exported.uncounted:

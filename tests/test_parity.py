@@ -1,0 +1,102 @@
+"""The gate: what passes and what does not; the local rate sees an export's own error in a network that amplifies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from tetdeploy.data import load_data
+from tetdeploy.engine import Engine
+from tetdeploy.export import ExportConfig, Parity, ParityError
+from tetdeploy.export.model import build_graph
+from tetdeploy.export.parity import compare
+from tetdeploy.networks import Classifier, NetworkConfig, ResNet19, build_network
+
+GOOD = Parity(1000, 4, 1.0, (1.0,) * 4, 0.0, 0.0, 1e-6, 1e-7)
+
+
+@pytest.mark.parametrize(
+    "parity",
+    [
+        GOOD,
+        replace(GOOD, spike_mismatch_rate=100e-6, top1_agreement=0.999),
+        replace(GOOD, spike_mismatch_rate=2e-3, top1_agreement=0.99, rounding_mismatch_rate=1e-3),
+    ],
+)
+def test_the_gate_lets_through(parity: Parity) -> None:
+    parity.check("it")
+
+
+@pytest.mark.parametrize(
+    "parity",
+    [
+        replace(GOOD, spike_mismatch_rate=101e-6),
+        replace(GOOD, top1_agreement=0.998),
+        replace(GOOD, local_mismatch_rate=101e-6),
+        replace(GOOD, local_logit_error=1e-3),
+        replace(GOOD, spike_mismatch_rate=2e-3, rounding_mismatch_rate=1e-4),
+        replace(GOOD, spike_mismatch_rate=2e-3, rounding_mismatch_rate=1e-3, local_mismatch_rate=101e-6),
+        replace(GOOD, top1_agreement=0.9, rounding_mismatch_rate=0.0),
+    ],
+)
+def test_the_gate_refuses(parity: Parity) -> None:
+    with pytest.raises(ParityError, match="nothing was written"):
+        parity.check("it")
+
+
+def deep(seed: int) -> Classifier:
+    """A narrow ResNet-19 with statistics of real images and no training: it amplifies every flipped spike."""
+    digits = load_data("digits", "train", data_dir=Path())
+    config = NetworkConfig("resnet19", 10, 1, (8, 8), width=0.25)
+    torch.manual_seed(seed)
+    network = build_network(config)
+    assert isinstance(network, ResNet19)
+    nn.init.normal_(network.fc1[2].weight, 0.0, 0.5)  # no BN behind it: it must drive its neurons by itself
+    classifier = Classifier(network, config=config, mean=digits.mean, std=digits.std, class_names=digits.class_names)
+    classifier.train()
+    with torch.no_grad():
+        for _ in range(30):
+            classifier(torch.from_numpy(digits.images[:100]), 4)
+    return classifier.eval()
+
+
+def exported(classifier: Classifier, path: Path) -> Engine:
+    path.write_bytes(ir.to_proto(build_graph(classifier, ExportConfig(T=4)).model).SerializeToString())
+    return Engine(path)
+
+
+def test_the_local_rate_does_not_follow_flipped_spikes_and_sees_a_wrong_layer(tmp_path: Path) -> None:
+    classifier = deep(0)
+    x = load_data("digits", "train", data_dir=Path()).images[:50]
+    engine = exported(classifier, tmp_path / "m.onnx")
+    assert compare(classifier, engine, x, 4).is_local
+    middle = classifier.network.blocks[3].layer1[0]
+    assert isinstance(middle, nn.Conv2d)
+    with torch.no_grad():
+        middle.weight[0].mul_(1.5)  # one channel of one layer of PyTorch's network is another now
+    parity = compare(classifier, engine, x, 4)
+    assert parity.local_mismatch_rate > 100e-6
+    assert parity.spike_mismatch_rate > 5 * parity.local_mismatch_rate  # all that comes behind follows
+    with pytest.raises(ParityError):
+        parity.check("it")
+
+
+def test_rounding_is_measured_only_where_the_gate_would_fail(tmp_path: Path) -> None:
+    classifier = deep(1)
+    x = load_data("digits", "train", data_dir=Path()).images[:20]
+    engine = exported(classifier, tmp_path / "m.onnx")
+    with torch.no_grad():
+        classifier.network.fc2[0].weight.neg_()
+    parity = compare(classifier, engine, x, 4)
+    assert parity.differs
+    assert parity.rounding_mismatch_rate is not None
+    assert parity.local_logit_error > 0.1
+    assert np.isfinite(parity.max_abs_logit_error)
+    with pytest.raises(ParityError):
+        parity.check("it")
