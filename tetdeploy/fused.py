@@ -14,6 +14,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numba import njit, prange
 from numpy.typing import NDArray
 
@@ -31,6 +32,8 @@ def threads(count: int) -> Iterator[None]:
     with _lock:
         available: int = getattr(numba.config, "NUMBA_NUM_THREADS")  # noqa: B009 - set at run time, unknown to its types
         numba.set_num_threads(max(1, min(count, available)))
+        if torch.get_num_threads() != count:  # numba's first call starts OpenMP with all cores, for torch as well
+            torch.set_num_threads(count)
         yield
 
 
