@@ -95,7 +95,7 @@ def run_sweep(
     else:
         x, labels = _inputs(engine, name, data_dir)
     x, labels = x[:limit], labels[:limit]
-    engine.check_T(max(steps), x[:1])
+    engine.check_T(max(steps), engine.check_input(x[:1]))
     with progress_bar() as bar:
         task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
         return measure(

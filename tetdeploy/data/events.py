@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.extras import import_extra
+from tetdeploy.extras import MissingExtraError, import_extra
 
 from .decoding import in_threads, shorten
 
@@ -227,6 +227,8 @@ def _read_all(paths: Sequence[Path], use: Callable[[int, Recording], None], text
     def read(index: int) -> None:
         try:
             use(index, READERS[paths[index].suffix.lower()](paths[index]))
+        except MissingExtraError:
+            raise
         except Exception as error:  # tonic and its readers raise whatever they like for damaged files
             errors[index] = " ".join(str(error).split()) or type(error).__name__
 

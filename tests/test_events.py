@@ -1,0 +1,713 @@
+"""Event data: frames count every event where and when it happened, and recordings that cannot be used are named.
+
+`fixtures/*.aedat4` were written by iniVation's own library (dv-processing 2.0.4, MonoCameraWriter): event i of 60 is at
+t = 1,000,000 + 100 i, x = 7 i mod width, y = 13 i mod height, ON where 3 divides i. `camera-lz4` (LZ4) and
+`camera-empty` have a sensor of 64x40 pixels, `dvs128` (uncompressed) of 128x128 like DVS-CIFAR10.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tetdeploy.cli import main
+from tetdeploy.data import FrameSet, ImageSet, event_sets, load_data, load_frames, save_npz, split_validation
+from tetdeploy.data.events import Binning, Recording, frame_size, read_aedat4, read_bin, read_npz, to_frames
+from tetdeploy.data.frames import count_statistics
+from tetdeploy.data.saccades import NUM_STEPS, saccade_events, saccade_frames, saccade_path
+from tetdeploy.engine import Engine
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NOWHERE = Path("nowhere")
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+def recording(**changes: Any) -> Recording:
+    """Six events on a sensor of 4x3 pixels (width x height)."""
+    arrays: dict[str, Any] = {"t": [0, 1, 2, 3, 50, 60], "x": [0, 1, 3, 3, 2, 0], "y": [0, 0, 2, 2, 1, 0]}
+    arrays["p"] = [1, 0, 1, 1, 0, 1]
+    return Recording(**{name: np.asarray(value) for name, value in (arrays | changes).items()}, sensor=(3, 4))
+
+
+def random_recording(seed: int, num: int, sensor: tuple[int, int]) -> Recording:
+    rng = np.random.default_rng(seed)
+    height, width = sensor
+    t = np.sort(rng.integers(0, 300_000, num))
+    return Recording(t, rng.integers(0, width, num), rng.integers(0, height, num), rng.integers(0, 2, num), sensor)
+
+
+def write_npz(path: Path, events: Recording, **more: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, t=events.t, x=events.x, y=events.y, p=events.p, **more)
+
+
+def write_bin(path: Path, events: Recording) -> None:
+    """N-MNIST's format: 40 bits an event, big endian: x (8), y (8), polarity (1), microseconds (23)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    t, x, y, p = (array.astype(np.int64) for array in (events.t, events.x, events.y, events.p))
+    last = (p << 7) | (t >> 16)
+    path.write_bytes(np.stack([x, y, last, t >> 8 & 255, t & 255], axis=1).astype(np.uint8).tobytes())
+
+
+def event_folder(root: Path, sensor: tuple[int, int] = (20, 30), **more: Any) -> Path:
+    """Three training and two test recordings of each of two classes, as `.npz`."""
+    for part, count in (("train", 3), ("test", 2)):
+        for label, name in enumerate(("left", "right")):
+            for i in range(count):
+                events = random_recording(100 * label + 10 * count + i, 400, sensor)
+                write_npz(root / part / name / f"{i}.npz", events, **more)
+    return root
+
+
+# ---------------------------------------------------------------- frames
+
+
+def test_frames_by_count_have_the_same_number_of_events() -> None:
+    frames = to_frames(recording(), Binning(3, "count"), (3, 4))
+    assert frames.shape == (3, 2, 3, 4) and frames.dtype == np.uint8
+    wanted = np.zeros((3, 2, 3, 4), int)
+    for t, p, y, x in [(0, 1, 0, 0), (0, 0, 0, 1), (1, 1, 2, 3), (1, 1, 2, 3), (2, 0, 1, 2), (2, 1, 0, 0)]:
+        wanted[t, p, y, x] += 1
+    np.testing.assert_array_equal(frames, wanted)
+
+
+def test_frames_by_time_have_the_same_length() -> None:
+    frames = to_frames(recording(), Binning(3, "time"), (3, 4))
+    assert frames.sum((1, 2, 3)).tolist() == [4, 0, 2]  # 0..20, 20..40, 40..60: the last event ends the last frame
+    floating = to_frames(recording(t=np.array([0, 1, 2, 3, 50, 60]) / 1e6), Binning(3, "time"), (3, 4))
+    np.testing.assert_array_equal(floating, frames)
+    at_once = to_frames(recording(t=np.full(6, 7)), Binning(3, "time"), (3, 4))
+    assert at_once.sum((1, 2, 3)).tolist() == [6, 0, 0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    T=st.integers(1, 12),
+    by=st.sampled_from(["count", "time"]),
+    num=st.integers(1, 200),
+    sensor=st.tuples(st.integers(1, 48), st.integers(1, 48)),
+)
+def test_every_event_is_counted_once(T: int, by: Any, num: int, sensor: tuple[int, int]) -> None:
+    events = random_recording(num, num, sensor)
+    frames = to_frames(events, Binning(T, by), sensor)
+    assert frames.shape == (T, 2, *sensor)
+    assert frames.sum() == num
+    assert frames.sum((0, 2, 3)).tolist() == [int((events.p == 0).sum()), int((events.p == 1).sum())]
+    if by == "count":
+        assert np.ptp(frames.sum((1, 2, 3), dtype=int)) <= 1
+
+
+@pytest.mark.parametrize("by", ["count", "time"])
+def test_frames_are_those_of_tonic(by: Any) -> None:
+    transforms = pytest.importorskip("tonic.transforms")
+    events = random_recording(0, 1000, (34, 34))
+    made = np.zeros(1000, [("t", np.int64), ("x", np.int64), ("y", np.int64), ("p", np.int64)])
+    for name in "txyp":
+        made[name] = getattr(events, name)
+    theirs = transforms.ToFrame((34, 34, 2), **{"n_event_bins" if by == "count" else "n_time_bins": 5})(made)
+    ours = to_frames(events, Binning(5, by), (34, 34))
+    # By time, tonic's bins have whole microseconds and leave out what lies behind the last one.
+    allowed = 0 if by == "count" else 5
+    assert np.abs(theirs.astype(int) - ours).sum() <= allowed
+
+
+def test_a_large_sensor_is_brought_to_48_pixels_evenly() -> None:
+    y, x = (axis.ravel() for axis in np.mgrid[:128, :96])
+    t = np.arange(9 * len(x))
+    events = Recording(t, np.tile(x, 9), np.tile(y, 9), np.ones(len(t), int), (128, 96))
+    frames = to_frames(events, Binning(1), (128, 96))
+    assert frames.shape == (1, 2, 48, 48) and frame_size((128, 96)) == (48, 48)
+    assert (frames[0, 1] == 48).all()  # nine events on each of 128 / 48 x 96 / 48 pixels
+    lone = Recording(*(np.array([value]) for value in (0, 9, 8, 1)))
+    assert np.argwhere(to_frames(lone, Binning(1), (128, 96))).tolist() == [[0, 1, 3, 4]]
+    assert frame_size((34, 200)) == (34, 48)
+
+
+def test_counts_are_clipped_at_255() -> None:
+    events = Recording(*(np.full(300, value) for value in (5, 1, 2, 0)))
+    assert to_frames(events, Binning(1), (3, 3)).max() == 255
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({name: [] for name in "txyp"}, "it holds no event"),
+        ({"t": [0, 1, -2, 3, 4, 5]}, "it has a negative time, -2; times start at 0"),
+        ({"t": [0, 1, 7, 3, 4, 5]}, "its times are not sorted: event 3 is at 3, after 7; sort all arrays by t"),
+        ({"t": [0, 1, 2, 3, 4, np.nan]}, "its times are float64, or not finite"),
+        ({"t": ["a"] * 6}, "its times are <U1"),
+        ({"x": [0, 1, 2, 3, 4, 0]}, "it reaches the pixel x=4, y=2, outside the sensor of 4x3 pixels"),
+        ({"y": [0, 1, 3, 0, 1, 0]}, "it reaches the pixel x=3, y=3, outside the sensor"),
+        ({"y": [0, 1, -1, 0, 1, 0]}, "it has an event at y=-1; pixels are counted from 0"),
+        ({"x": [0.5] * 6}, "x is float64; wanted integers"),
+        ({"p": [0, 1, 2, 0, 1, 0]}, "its polarities run from 0 to 2; wanted 0 .OFF. and 1"),
+        ({"p": [0, 1, -1, 0, 1, 0]}, "its polarities run from -1 to 1"),
+        ({"p": [0, 1]}, r"shapes t \[6\], x \[6\], y \[6\], p \[2\]; wanted \[n\], all of one length"),
+        ({"p": np.zeros((6, 1), int)}, r"p \[6, 1\]; wanted \[n\]"),
+    ],
+)
+def test_a_recording_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recording(**changes)
+
+
+def test_frames_refuse_a_sensor_that_is_too_small() -> None:
+    with pytest.raises(ValueError, match="outside the sensor of 2x3 pixels"):
+        to_frames(recording(), Binning(1), (3, 2))
+
+
+def test_both_ways_to_write_polarities_and_unsigned_arrays_are_read() -> None:
+    plain = to_frames(recording(), Binning(2), (3, 4))
+    for p in ([1, -1, 1, 1, -1, 1], [True, False, True, True, False, True]):
+        np.testing.assert_array_equal(to_frames(recording(p=p), Binning(2), (3, 4)), plain)
+    unsigned = {"t": np.uint64([0, 1, 2, 3, 50, 60]), "x": np.uint64([0, 1, 3, 3, 2, 0])}
+    np.testing.assert_array_equal(to_frames(recording(**unsigned), Binning(2), (3, 4)), plain)
+
+
+@pytest.mark.parametrize(("T", "by", "message"), [(0, "count", "at least 1 frames, got 0"), (1, "tim", "cut by 'tim'")])
+def test_binning_refuses(T: int, by: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Binning(T, by)
+
+
+# ---------------------------------------------------------------- files
+
+
+def assert_same_events(got: Recording, wanted: Recording) -> None:
+    for name in "txyp":
+        np.testing.assert_array_equal(getattr(got, name).astype(int), getattr(wanted, name).astype(int))
+
+
+def test_npz_is_read(tmp_path: Path) -> None:
+    events = random_recording(0, 50, (10, 20))
+    write_npz(tmp_path / "a.npz", events, sensor_size=np.array([20, 10]))
+    got = read_npz(tmp_path / "a.npz")
+    assert_same_events(got, events)
+    assert got.sensor == (10, 20)
+    write_npz(tmp_path / "b.npz", events)
+    assert read_npz(tmp_path / "b.npz").sensor is None
+
+
+def test_n_mnists_bin_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("tonic")
+    events = random_recording(0, 50, (34, 34))
+    write_bin(tmp_path / "a.bin", events)
+    got = read_bin(tmp_path / "a.bin")
+    assert_same_events(got, events)
+    assert got.sensor == (34, 34)
+
+
+@pytest.mark.parametrize(("name", "width", "height"), [("camera-lz4", 64, 40), ("dvs128", 128, 128)])
+def test_aedat4_is_read(name: str, width: int, height: int) -> None:
+    pytest.importorskip("tonic")
+    i = np.arange(60)
+    got = read_aedat4(FIXTURES / f"{name}.aedat4")
+    assert_same_events(got, Recording(1_000_000 + 100 * i, 7 * i % width, 13 * i % height, i % 3 == 0))
+    assert got.sensor == (height, width)
+
+
+# ---------------------------------------------------------------- events:PATH
+
+
+def test_event_folder_is_read(tmp_path: Path) -> None:
+    root = event_folder(tmp_path / "set")
+    train = load_data(f"events:{root}", "train", data_dir=NOWHERE, T=4)
+    test = load_data(f"events:{root}", "test", data_dir=NOWHERE, T=4)
+    assert isinstance(train, FrameSet) and train.encoding == "frames"
+    assert train.frames.shape == (6, 4, 2, 20, 30) and test.x.shape == (4, 4, 2, 20, 30)
+    assert train.image_shape == (2, 20, 30)
+    assert (train.class_names, train.name) == (("left", "right"), f"events:{root}")
+    assert sorted(train.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    wanted = to_frames(random_recording(100 + 30 + 1, 400, (20, 30)), Binning(4), (20, 30))
+    assert sum((wanted == frames).all() for frames in train.frames[train.labels == 1]) == 1
+    assert train.mean == test.mean == (0.0, 0.0)
+    assert train.std == test.std
+    normalized = train.frames / 255 / np.array(train.std)[:, None, None]
+    np.testing.assert_allclose((normalized**2).mean((0, 1, 3, 4)), 1)
+
+
+def test_event_folder_by_time_and_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = event_folder(tmp_path / "set")
+    by_time = load_data(f"by-time:events:{root}", "train", data_dir=NOWHERE, T=4)
+    assert by_time.name == f"by-time:events:{root}"
+    assert (by_time.x != load_data(f"events:{root}", "train", data_dir=NOWHERE, T=4).x).any()
+    monkeypatch.setattr("tetdeploy.data.events.READERS", {})
+    again = load_data(f"by-time:events:{root}", "train", data_dir=NOWHERE, T=4)
+    np.testing.assert_array_equal(again.x, by_time.x)
+
+
+def test_event_folder_of_all_formats(tmp_path: Path) -> None:
+    pytest.importorskip("tonic")
+    for part in ("train", "test"):
+        write_bin(tmp_path / part / "digit" / "a.bin", random_recording(1, 80, (34, 34)))
+        write_npz(tmp_path / part / "noise" / "a.npz", random_recording(2, 80, (34, 34)))
+    data = load_data(f"events:{tmp_path}", "train", data_dir=NOWHERE, T=2)
+    assert data.x.shape == (2, 2, 2, 34, 34)
+    for part in ("train", "test"):
+        (tmp_path / part / "camera").mkdir()
+        shutil.copy(FIXTURES / "camera-lz4.aedat4", tmp_path / part / "camera")
+    with pytest.raises(
+        ValueError, match=r"sensors of 2 sizes: 34x34 in .*a\.bin, 64x40 in .*camera-lz4\.aedat4; wanted one"
+    ):
+        load_data(f"events:{tmp_path}", "train", data_dir=NOWHERE, T=2)
+
+
+def test_recordings_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> None:
+    root = event_folder(tmp_path / "set", sensor_size=[30, 20])
+    (root / "train/left/0.npz").write_bytes(b"PK no zip")
+    np.savez(root / "train/right/1.npz", t=[1], x=[1])
+    np.savez(root / "test/left/0.npz", t=[1], x=[30], y=[2], p=[1])
+    unsorted = {"t": [3, 1], "x": [1, 1], "y": [2, 2], "p": [1, 1]}
+    np.savez(root / "test/right/0.npz", **unsorted)
+    np.savez(root / "test/right/1.npz", t=[], x=np.zeros(0, int), y=np.zeros(0, int), p=[])
+    with pytest.raises(ValueError, match=r"^4 of 10 recordings cannot be used: .*; repair or remove them$") as caught:
+        load_data(f"events:{root}", "test", data_dir=NOWHERE)
+    for part in (
+        r"train/left/0.npz (it is no .npz, or is cut short)",
+        r"train/right/1.npz (it holds t, x but not y, p)",
+        r"test/right/0.npz (its times are not sorted",
+        r"test/right/1.npz (it holds no event)",
+    ):
+        assert part in str(caught.value)
+    for name in ("train/left/0", "train/right/1", "test/right/0", "test/right/1"):
+        shutil.copy(root / "train/left/1.npz", root / f"{name}.npz")
+    with pytest.raises(ValueError, match=r"1 of 10 .*test/left/0.npz \(it reaches the pixel x=30, y=2, outside"):
+        load_data(f"events:{root}", "test", data_dir=NOWHERE)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.bin", b"123456", "it has 6 bytes, which are no events of 5 bytes each: it is cut short"),
+        ("a.bin", b"", "it holds no event"),
+        ("a.bin", bytes([40, 1, 0, 0, 0]), "it reaches the pixel x=40, y=1, outside the sensor of 34x34 pixels"),
+        ("a.bin", bytes([1, 1, 0, 0, 9, 1, 1, 0, 0, 8]), "its times are not sorted"),
+        ("a.aedat4", b"hello", r"a.aedat4 \(\w+"),
+        ("a.aedat4", (FIXTURES / "dvs128.aedat4").read_bytes()[:1500], r"a.aedat4 \(\w+"),
+        ("a.aedat4", (FIXTURES / "camera-empty.aedat4").read_bytes(), "it holds no event"),
+        (
+            "a.aedat4",
+            (FIXTURES / "dvs128.aedat4").read_bytes().replace(b">128<", b">100<"),
+            "it reaches the pixel x=1.., y=1.., outside the sensor of 100x100 pixels",
+        ),
+    ],
+)
+def test_damaged_files_of_cameras_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    pytest.importorskip("tonic")
+    for part in ("train", "test"):
+        (tmp_path / part / "one").mkdir(parents=True)
+        (tmp_path / part / "one" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"2 of 2 recordings cannot be used: .*{message}"):
+        load_data(f"events:{tmp_path}", "train", data_dir=NOWHERE)
+
+
+def test_class_folders_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder .*set/train; wanted .*/<class>/ with npz, aedat4 or bin rec"
+    ):
+        load_data("events:set", "train", data_dir=NOWHERE)
+    root = event_folder(tmp_path / "set")
+    (root / "train/up").mkdir()
+    with pytest.raises(ValueError, match=r"1 class folders in .*train are empty: up; fill or remove them"):
+        load_data("events:set", "train", data_dir=NOWHERE)
+    shutil.copy(root / "train/left/0.npz", root / "train/up")
+    with pytest.raises(ValueError, match=r"the classes in set/train and set/test differ .*only in train: up"):
+        load_data("events:set", "train", data_dir=NOWHERE)
+    (root / "train/up/0.npz").rename(root / "train/up/0.txt")
+    with pytest.raises(
+        ValueError, match=r"1 entries of the class folders .* are no .npz/.aedat4/.bin recordings: .*0.txt"
+    ):
+        load_data("events:set", "train", data_dir=NOWHERE)
+
+
+@pytest.mark.parametrize("package", ["tonic", "aedat"])
+def test_a_missing_package_is_named_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    if package == "aedat":
+        pytest.importorskip("tonic")
+    for part in ("train", "test"):
+        (tmp_path / "set" / part / "a").mkdir(parents=True)
+        shutil.copy(FIXTURES / "dvs128.aedat4", tmp_path / "set" / part / "a")
+    monkeypatch.setitem(sys.modules, package, None)
+    for name in ("events:set", *(("n-mnist", "dvs-cifar10") if package == "tonic" else ())):
+        result = CliRunner().invoke(main, ["train", "--data", name])
+        assert result.exit_code == 1
+        assert (
+            f"needs the package '{package}', which is not installed: pip install 'tetdeploy[events]'" in result.output
+        )
+
+
+def test_npz_recordings_need_numpy_only(tmp_path: Path) -> None:
+    event_folder(tmp_path / "set")
+    program = (
+        "import sys, tetdeploy.data as d; from pathlib import Path;"
+        "n = len(d.load_data('events:set', 'test', data_dir=Path('.')));"
+        "print(n, [m for m in ('torch', 'tonic', 'aedat', 'sklearn', 'PIL') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "4 []"
+
+
+# ---------------------------------------------------------------- N-MNIST and DVS-CIFAR10
+
+
+def test_n_mnist_is_found_in_tonics_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tonic")
+    monkeypatch.setitem(event_sets.COUNTS, "n-mnist", {"train": 20, "test": 10})
+    for part, count in (("Train", 2), ("Test", 1)):
+        for digit in range(10):
+            for i in range(count):
+                events = random_recording(digit, 60, (34, 34))
+                write_bin(tmp_path / "NMNIST" / part / str(digit) / f"{i:05}.bin", events)
+    train = load_data("n-mnist", "train", data_dir=tmp_path, T=3)
+    test = load_data("n-mnist", "test", data_dir=tmp_path, T=3)
+    assert train.x.shape == (20, 3, 2, 34, 34) and test.x.shape == (10, 3, 2, 34, 34)
+    assert (train.std, train.class_names) == (test.std, tuple("0123456789"))
+    for frames, label in zip(test.x, test.labels, strict=True):
+        np.testing.assert_array_equal(frames, to_frames(random_recording(label, 60, (34, 34)), Binning(3), (34, 34)))
+    (tmp_path / "NMNIST/Test/3/00000.bin").unlink()
+    with pytest.raises(ValueError, match=r"NMNIST: 9 recordings, but n-mnist has 10 in test; remove the folder"):
+        load_data("n-mnist", "test", data_dir=tmp_path)
+
+
+def test_dvs_cifar10_is_found_in_tonics_layout_and_split_by_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tonic")
+    monkeypatch.setitem(event_sets.COUNTS, "dvs-cifar10", {"train": 90, "test": 10})
+    read: list[str] = []
+    monkeypatch.setitem(event_sets.READERS, ".aedat4", lambda path: read.append(path.name) or read_aedat4(path))
+    for name in event_sets._OBJECTS:
+        (tmp_path / "CIFAR10DVS" / name).mkdir(parents=True)
+        for i in range(1, 11):
+            shutil.copy(FIXTURES / "dvs128.aedat4", tmp_path / "CIFAR10DVS" / name / f"cifar10_{name}_{i}.aedat4")
+    test = load_data("dvs-cifar10", "test", data_dir=tmp_path)
+    assert test.x.shape == (10, 10, 2, 48, 48)
+    assert sorted(test.labels.tolist()) == list(range(10))
+    assert {f"cifar10_{name}_10.aedat4" for name in event_sets._OBJECTS} == set(read[:10])
+    train = load_data("by-time:dvs-cifar10", "train", data_dir=tmp_path)
+    assert train.x.shape == (90, 10, 2, 48, 48) and train.std == pytest.approx(test.std)
+    assert np.bincount(train.labels).tolist() == [9] * 10
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("name", "place"), [("n-mnist", r"NMNIST/Train/<digit>/\*.bin"), ("dvs-cifar10", r"CIFAR10DVS/<class>/\*.aedat4")]
+)
+def test_a_download_that_fails_says_what_to_do(tmp_path: Path, name: str, place: str) -> None:
+    pytest.importorskip("tonic")
+    with pytest.raises(
+        OSError, match=f"{name} was not found in data and could not be downloaded .*Looked for: .*{place}"
+    ):
+        load_data(name, "train", data_dir=Path("data"))
+    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+
+
+# ---------------------------------------------------------------- saccades
+
+
+def noise_images(count: int, channels: int, height: int, width: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (count, channels, height, width), np.uint8)
+
+
+def naive_events(image: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Events [30, 2, H, W] of one grey image, pixel by pixel."""
+    height, width = image.shape
+    log = np.rint(np.log(np.arange(256) / 255 + 0.1) / 0.25 * 64)[image] / 64
+    events = np.zeros((NUM_STEPS, 2, height, width), int)
+
+    def seen(step: int, row: int, column: int) -> float:
+        x, y = column - float(path[step, 0]), row - float(path[step, 1])
+        left, top = int(np.floor(x)), int(np.floor(y))
+        value = 0.0
+        for r, c, weight in [
+            (top, left, (1 - (y - top)) * (1 - (x - left))),
+            (top, left + 1, (1 - (y - top)) * (x - left)),
+            (top + 1, left, (y - top) * (1 - (x - left))),
+            (top + 1, left + 1, (y - top) * (x - left)),
+        ]:
+            value += weight * log[min(max(r, 0), height - 1), min(max(c, 0), width - 1)]
+        return value
+
+    path = saccade_path(height, width)
+    for row in range(height):
+        for column in range(width):
+            reference = seen(0, row, column)
+            for step in range(NUM_STEPS):
+                n = int(seen(step + 1, row, column) - reference)
+                reference += n
+                events[step, int(n > 0), row, column] = abs(n)
+    return events
+
+
+def test_saccades_are_those_of_a_naive_loop() -> None:
+    image = noise_images(2, 1, 9, 12)
+    for n, events in enumerate(np.moveaxis(saccade_events(image), 1, 0)):
+        np.testing.assert_array_equal(events, naive_events(image[n, 0]))
+
+
+def test_the_path_is_a_closed_triangle_round_the_middle() -> None:
+    path = saccade_path(32, 16)
+    np.testing.assert_array_equal(path[[0, 10, 20, 30]], [(-2, -4), (0, 4), (2, -4), (-2, -4)])
+    assert path.shape == (31, 2)
+
+
+def test_a_closed_path_gives_as_many_on_as_off_events() -> None:
+    counts = saccade_events(noise_images(3, 3, 10, 10)).sum(0, dtype=int)
+    np.testing.assert_array_equal(counts[:, 0], counts[:, 1])
+    assert counts.min() >= 0 and counts.max() > 0
+
+
+def test_an_edge_that_moves_right_turns_pixels_off() -> None:
+    image = np.zeros((1, 1, 8, 8), np.uint8)
+    image[..., 4:] = 255  # dark on the left: the third saccade moves it left, the others right
+    events = saccade_events(image).sum((1, 3, 4), dtype=int)
+    assert events[:20, 0].sum() > 0 and events[:20, 1].sum() == 0
+    assert events[20:, 1].sum() == events[:20, 0].sum() and events[20:, 0].sum() == 0
+
+
+def test_an_even_image_has_no_events_and_colours_are_seen_as_grey() -> None:
+    assert saccade_events(np.full((1, 1, 8, 8), 200, np.uint8)).sum() == 0
+    grey = noise_images(2, 1, 8, 8)
+    np.testing.assert_array_equal(saccade_events(grey), saccade_events(grey.repeat(3, axis=1)))
+    with pytest.raises(ValueError, match="saccades need images of 1 or 3 channels, got 2"):
+        saccade_events(noise_images(1, 2, 8, 8))
+
+
+@pytest.mark.parametrize("by", ["count", "time"])
+def test_saccade_frames_hold_all_events(by: Any) -> None:
+    images = noise_images(70, 1, 8, 8)  # more than one chunk
+    events, frames = saccade_events(images), saccade_frames(images, Binning(7, by))
+    assert frames.shape == (70, 7, 2, 8, 8)
+    np.testing.assert_array_equal(frames.sum(1, dtype=int), events.sum(0, dtype=int))
+    per_frame = frames.sum((2, 3, 4), dtype=int)
+    if by == "count":  # to one step of the movement
+        largest_step = events.sum((2, 3, 4), dtype=int).max(0)
+        assert (np.abs(per_frame - per_frame.mean(1, keepdims=True)) <= largest_step[:, None]).all()
+    else:
+        np.testing.assert_array_equal(per_frame[:, 0], events[:5].sum((0, 2, 3, 4), dtype=int))
+
+
+def test_saccades_of_the_digits() -> None:
+    train = load_data("saccades:digits", "train", data_dir=NOWHERE, T=5)
+    test = load_data("saccades:digits", "test", data_dir=NOWHERE, T=5)
+    digits = load_data("digits", "test", data_dir=NOWHERE)
+    assert isinstance(test, FrameSet) and test.name == "saccades:digits"
+    assert train.x.shape == (1438, 5, 2, 8, 8) and test.x.shape == (359, 5, 2, 8, 8)
+    np.testing.assert_array_equal(test.labels, digits.labels)
+    assert train.std == test.std and train.mean == (0.0, 0.0)
+    assert int(test.x.sum(dtype=int)) == 263_948  # exact arithmetic: the same on every machine
+
+
+@pytest.mark.parametrize(
+    ("name", "T", "message"),
+    [
+        ("saccades:digits", 31, "moves in 30 steps, too few for T=31"),
+        ("saccades:mnist", 5, "unknown data set 'mnist'"),
+        ("saccades:frames.npz", 5, "frames.npz holds frames already; saccades turn images into frames"),
+        ("by-time:digits", 5, "'by-time:digits': only events are cut into frames"),
+        ("by-time:frames.npz", 5, "only events are cut into frames"),
+        ("saccades:digits", 0, "at least 1 frames, got 0"),
+    ],
+)
+def test_names_of_event_sets_refuse(name: str, T: int, message: str) -> None:
+    save_npz(frame_set(), "frames.npz")
+    with pytest.raises(ValueError, match=message):
+        load_data(name, "train", data_dir=NOWHERE, T=T)
+
+
+# ---------------------------------------------------------------- FrameSet
+
+
+def frame_set(**changes: Any) -> FrameSet:
+    parts: dict[str, Any] = {
+        "name": "made",
+        "split": "train",
+        "frames": np.random.default_rng(0).integers(0, 9, (12, 3, 2, 8, 8), np.uint8),
+        "labels": np.arange(12) % 3,
+        "class_names": ("a", "b", "c"),
+        "mean": (0.0, 0.0),
+        "std": (0.02, 0.02),
+    }
+    return FrameSet(**(parts | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"frames": np.zeros((12, 2, 8, 8), np.uint8)},
+            r"frames are uint8 \[12, 2, 8, 8\]; wanted uint8 \[N, T, C, H, W\]",
+        ),
+        ({"frames": np.zeros((12, 3, 2, 8, 8))}, "frames are float64"),
+        ({"frames": np.zeros((12, 0, 2, 8, 8), np.uint8)}, r"frames have the shape \[12, 0, 2, 8, 8\]"),
+        ({"labels": np.zeros(5, np.int64)}, "12 recordings but 5 labels"),
+        ({"std": (0.1,)}, "2 means and 1 stds for 2 channels"),
+    ],
+)
+def test_frame_set_refuses_parts_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        frame_set(**changes)
+
+
+def test_frame_sets_split_and_select_as_image_sets_do() -> None:
+    data = frame_set()
+    train, val = split_validation(data, fraction=0.25)
+    assert isinstance(train, FrameSet)
+    assert np.bincount(val.labels).tolist() == [1, 1, 1] and len(train) == 9
+    chosen = data.select([5, 2])
+    np.testing.assert_array_equal(chosen.frames, data.frames[[5, 2]])
+    with pytest.raises(ValueError, match="made train: cannot select from 12 recordings"):
+        data.select([12])
+
+
+def test_frames_come_back_from_a_npz(tmp_path: Path) -> None:
+    data = frame_set()
+    save_npz(data, tmp_path / "frames.npz")
+    got = load_data(str(tmp_path / "frames.npz"), "test", data_dir=NOWHERE)
+    assert isinstance(got, FrameSet)
+    np.testing.assert_array_equal(got.frames, data.frames)
+    np.testing.assert_array_equal(load_frames(tmp_path / "frames.npz")[0], data.frames)
+    assert got.class_names == data.class_names
+    np.savez(tmp_path / "float.npz", images=data.frames.astype(np.float32), labels=data.labels)
+    with pytest.raises(ValueError, match="frames are float32"):
+        load_data(str(tmp_path / "float.npz"), "test", data_dir=NOWHERE)
+
+
+def test_a_channel_without_events_does_not_divide_by_zero() -> None:
+    frames = np.zeros((2, 3, 2, 4, 4), np.uint8)
+    frames[:, :, 1] = 51
+    assert count_statistics(frames) == ((0.0, 0.0), (1 / 255, pytest.approx(0.2)))
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def test_flip_and_roll_are_the_same_at_every_step() -> None:
+    torch = pytest.importorskip("torch")
+    from tetdeploy.train.augment import AUGMENTATIONS, same_at_every_step
+
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 3, 2, 12, 14), np.uint8))
+    made = same_at_every_step(AUGMENTATIONS["flip-roll"], frames, torch.Generator().manual_seed(0))
+    assert made.shape == frames.shape and made.dtype == torch.uint8
+    found = set()
+    for before, after in zip(frames, made, strict=True):
+        matches = [
+            (flip, down, right)
+            for flip in (False, True)
+            for down in range(-5, 6)
+            for right in range(-5, 6)
+            if torch.equal((before.flip(-1) if flip else before).roll((down, right), (-2, -1)), after)
+        ]
+        assert len(matches) == 1, "one flip and one roll for all steps and channels"
+        found.add(matches[0])
+    assert {flip for flip, _, _ in found} == {False, True}
+    assert {-5, 5} <= {shift for _, *shifts in found for shift in shifts}
+
+
+# ---------------------------------------------------------------- the whole chain
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `train` and two exports ran on frames: T=3, unrolled and step."""
+    folder = tmp_path_factory.mktemp("trained")
+    runs = ["--runs", str(folder / "runs")]
+    small = ["--data", "saccades:digits", "--T", "3", "--epochs", "3", "--width", "0.25", "--lr", "1e-2"]
+    for arguments in (["train", *small], ["export", "--check", "64"], ["export", "--layout", "step", "--check", "64"]):
+        result = run(*arguments, *runs)
+        assert result.exit_code == 0, result.output
+        if arguments[0] == "train":
+            assert f"next: tetdeploy export {folder}/runs/saccades-digits-convsnn --fold-bn" in result.output
+    return folder / "runs" / "saccades-digits-convsnn"
+
+
+def test_frames_are_trained_exported_and_swept(trained: Path, tmp_path: Path) -> None:
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["val_accuracy"] > 0.4  # ten classes
+    result = run("sweep", str(trained / "model-T3.onnx"), "--json", str(tmp_path / "sweep.json"))
+    assert result.exit_code == 0, result.output
+    swept = json.loads((tmp_path / "sweep.json").read_text())
+    assert (swept["data"], swept["num_samples"]) == ("saccades:digits", 359)
+    assert [row["T"] for row in swept["rows"]] == [1, 2, 3]
+    assert swept["rows"][-1]["accuracy"] > 0.4
+    result = run("sweep", str(trained / "model-step.onnx"), "--limit", "20")
+    assert result.exit_code == 0, result.output
+
+
+def test_frames_are_streamed(trained: Path) -> None:
+    whole, step = Engine(trained / "model-T3.onnx"), Engine(trained / "model-step.onnx")
+    assert whole.encoding == step.encoding == "frames"
+    frames = load_data("saccades:digits", "test", data_dir=NOWHERE, T=3).x[:20]
+    stream = step.stream(batch=20)
+    for t in range(3):
+        result = stream.push(frames[:, t])
+    np.testing.assert_allclose(result.logits, whole.run(frames).logits, atol=1e-4)
+    with pytest.raises(ValueError, match="there is none"):
+        stream.push()
+
+
+def test_what_does_not_fit_frames_is_refused(trained: Path) -> None:
+    save_npz(frame_set(), "frames.npz")
+    for arguments, message in [
+        (("export", str(trained), "--T", "8"), "T=8 steps are checked on as many frames, got 3; choose a smaller T"),
+        (
+            ("train", "--data", "frames.npz", "--T", "4", "--epochs", "2"),
+            "3 frames a recording, too few for T=4; lower --T",
+        ),
+        (("sweep", str(trained / "model-T3.onnx"), "--data", "digits"), "takes input of shape [N, T, 2, 8, 8]"),
+        (("train", "--data", "saccades:digits", "--T", "40"), "moves in 30 steps, too few for T=40"),
+    ]:
+        result = run(*arguments)
+        assert result.exit_code == 1, result.output
+        assert message in result.output
+        assert "Traceback" not in result.output
+
+
+def test_images_do_not_go_on_with_a_network_for_frames() -> None:
+    torch = pytest.importorskip("torch")
+    from tetdeploy.networks import Classifier, NetworkConfig, build_network
+    from tetdeploy.train import TrainConfig, train
+
+    config = NetworkConfig("convsnn", num_classes=3, in_channels=2, image_size=(8, 8), width=0.1)
+    torch.manual_seed(0)
+    data = frame_set()
+    arguments = {"mean": data.mean, "std": data.std, "class_names": data.class_names}
+    classifier = Classifier(build_network(config), config=config, encoding="direct", **arguments)
+    with pytest.raises(ValueError, match="made has frames input; the network was made for direct input"):
+        train(classifier, data, None, TrainConfig(T=3), Path("run"))
+    images = ImageSet("flat", "train", data.frames[:, 0], data.labels, **arguments)
+    frames_classifier = Classifier(build_network(config), config=config, encoding="frames", **arguments)
+    with pytest.raises(ValueError, match="flat has direct input; the network was made for frames input"):
+        train(frames_classifier, images, None, TrainConfig(T=3), Path("run"))
+    with pytest.raises(ValueError, match="unknown encoding 'rate'; choose direct or frames"):
+        Classifier(build_network(config), config=config, encoding="rate", **arguments)
