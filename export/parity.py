@@ -249,7 +249,9 @@ def compare(
     some = x[:_NUM_ROUNDING]
     state = None if first_state is None else [u[: len(some)] for u in first_state]
     double = copy.deepcopy(classifier).double()
-    rounding.add(*(run_torch(c, some, T, engine.encoding, state)[1] for c in (double, classifier)))
+    with _InFloat64():  # type: ignore[no-untyped-call]
+        exact = run_torch(double, some, T, engine.encoding, state)[1]
+    rounding.add(exact, run_torch(classifier, some, T, engine.encoding, state)[1])
     return replace(parity, rounding_mismatch_rate=rounding.rate)
 
 

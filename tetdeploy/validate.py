@@ -55,16 +55,16 @@ def parse_steps(text: str) -> tuple[int, ...]:
     Raises:
         ValueError: it does not parse, or a T is outside 1..1024.
     """
-    steps: set[int] = set()
     try:
-        for part in text.split(","):
-            first, _, last = part.partition(":")
-            steps.update(range(int(first), int(last or first) + 1))
+        ends = [
+            (int(first), int(last if colon else first))
+            for first, colon, last in (p.partition(":") for p in text.split(","))
+        ]
     except ValueError:
         raise ValueError(f"T must be like 6, 1:6 or 1,2,4; got {text!r}") from None
-    if not steps or min(steps) < 1 or max(steps) > MAX_T:
+    if any(not 1 <= first <= last <= MAX_T for first, last in ends):
         raise ValueError(f"T must lie in 1..{MAX_T}, from low to high; got {text!r}")
-    return tuple(sorted(steps))
+    return tuple(sorted({t for first, last in ends for t in range(first, last + 1)}))
 
 
 def sweep(
