@@ -8,6 +8,7 @@ from tetdeploy import __version__
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.export import export
 from tetdeploy.cli.import_ import import_
+from tetdeploy.cli.landscape import landscape
 from tetdeploy.cli.predict import predict
 from tetdeploy.cli.quickstart import quickstart
 from tetdeploy.cli.sweep import sweep
@@ -27,9 +28,10 @@ def main() -> None:
     tetdeploy export --T 6 --fold-bn     write the newest run as ONNX
     tetdeploy sweep                      accuracy, energy and latency at each T
     tetdeploy predict MODEL IMAGE...     classify image files
+    tetdeploy landscape RUN...           both losses round trained weights
     tetdeploy import FILE --arch ...     a checkpoint of the TET authors
     """
 
 
-for command in (quickstart, train, export, sweep, predict, import_):
+for command in (quickstart, train, export, sweep, predict, landscape, import_):
     main.add_command(command)

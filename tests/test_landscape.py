@@ -1,0 +1,365 @@
+"""Loss landscapes: directions, the numbers against perturbed copies, interruptions, refusals, plot and command."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from numpy.typing import NDArray
+
+from tetdeploy.checkpoint import save_checkpoint
+from tetdeploy.cli import main
+from tetdeploy.data import load_data
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.train import evaluate, landscape, sdt_loss, tet_loss
+from tetdeploy.train.landscape import (
+    Landscape,
+    LandscapeConfig,
+    filter_normalised,
+    load_landscape,
+    measure_landscape,
+    save_landscape,
+)
+from tetdeploy.train.landscape_figure import plot_landscape, summarise
+from tetdeploy.train.schedule import derive_seed
+
+CONFIG = LandscapeConfig(T=2, points=3, extent=0.5, batch_size=24, device="cpu")
+
+
+def classifier_of(seed: int = 0) -> Classifier:
+    return copy.deepcopy(_built(seed))
+
+
+@functools.cache
+def _built(seed: int) -> Classifier:
+    """A small network that spikes in every layer, its BN statistics being those of its images."""
+    torch.manual_seed(seed)
+    config = NetworkConfig("convsnn", 10, 1, (8, 8), width=0.125)
+    names = tuple("0123456789")
+    classifier = Classifier(
+        build_network(config), config=config, mean=(0.3,), std=(0.4,), class_names=names, data="digits"
+    )
+    with torch.no_grad():
+        for _ in range(30):
+            classifier(torch.tensor(digits()[0]), 2)
+    return classifier.eval()
+
+
+@functools.cache
+def digits(count: int = 40) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    images = load_data("digits", "train", data_dir=Path("data"))
+    return images.images[:count], images.labels[:count]
+
+
+def bowl(points: int = 5) -> Landscape:
+    """Two checkpoints: a^2 + b^2 and four times that, above 0.1; L_TET is higher by 1."""
+    axis = LandscapeConfig(T=1, points=points).axis
+    square = axis[:, None] ** 2 + axis[None, :] ** 2
+    sdt = np.stack([square + 0.1, 4 * square + 0.1])
+    settings = {"num_images": 1, "T": 1}
+    return Landscape(("flat", "sharp"), axis, axis, sdt, sdt + 1, np.ones_like(sdt), sdt.size, settings)
+
+
+class TestDirections:
+    def test_every_filter_is_as_long_as_the_networks(self) -> None:
+        classifier = classifier_of()
+        direction = filter_normalised(classifier, seed=3)
+        weights = dict(classifier.named_parameters())
+        assert set(direction) == {name for name, weight in weights.items() if weight.dim() in (2, 4)}
+        assert len(direction) == 4 and len(weights) > 4  # BN and biases have none
+        for name, d in direction.items():
+            assert torch.allclose(d.flatten(1).norm(dim=1), weights[name].detach().flatten(1).norm(dim=1), rtol=1e-5)
+
+    def test_the_seed_decides(self) -> None:
+        one, same, other = (filter_normalised(classifier_of(), seed=seed) for seed in (3, 3, 4))
+        for name in one:
+            assert torch.equal(one[name], same[name])
+            assert not torch.allclose(one[name], other[name])
+
+    def test_a_dead_filter_stays(self) -> None:
+        layer = torch.nn.Linear(3, 2)
+        torch.nn.init.zeros_(layer.weight)
+        assert filter_normalised(layer, seed=0)["weight"].abs().max() == 0
+
+
+class TestNumbers:
+    def test_every_point_is_a_perturbed_copy(self, tmp_path: Path) -> None:
+        classifier = classifier_of()
+        images, labels = digits()
+        measured = measure_landscape({"a": classifier}, images, labels, CONFIG, tmp_path / "l.npz")
+        assert measured.complete and measured.sdt_loss.shape == (1, 3, 3)
+        assert list(measured.alphas) == [-0.5, 0.0, 0.5]
+        d1, d2 = (filter_normalised(classifier, seed=derive_seed(0, "direction", k)) for k in (1, 2))
+        for i, alpha in enumerate((-0.5, 0.0, 0.5)):
+            for j, beta in enumerate((-0.5, 0.0, 0.5)):
+                moved = copy.deepcopy(classifier)
+                with torch.no_grad():
+                    for name, parameter in moved.named_parameters():
+                        if name in d1:
+                            parameter += alpha * d1[name] + beta * d2[name]
+                for loss, values in ((sdt_loss, measured.sdt_loss), (tet_loss, measured.tet_loss)):
+                    wanted = evaluate(moved, torch.tensor(images), torch.tensor(labels), T=2, loss=loss)
+                    assert wanted == pytest.approx((values[0, i, j], measured.accuracy[0, i, j]), rel=1e-4)
+        assert np.ptp(measured.sdt_loss) > 1e-3
+        assert (measured.tet_loss >= measured.sdt_loss).all()  # Lemma 4.1
+
+    def test_the_classifier_stays_as_it_was(self, tmp_path: Path) -> None:
+        classifier = classifier_of()
+        before = copy.deepcopy(classifier.state_dict())
+        classifier.train()  # BN must not see what is measured
+        measure_landscape({"a": classifier}, *digits(), CONFIG, tmp_path / "l.npz")
+        assert not classifier.training
+        for name, value in classifier.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    def test_frames_take_their_first_steps(self, tmp_path: Path) -> None:
+        images, labels = digits()
+        frames = images[:, None].repeat(4, axis=1)
+        frames[:, 2:] = 0
+        shown = [
+            measure_landscape({"a": classifier_of()}, x, labels, CONFIG, tmp_path / f"{x.ndim}.npz")
+            for x in (images, frames)
+        ]
+        np.testing.assert_allclose(shown[0].tet_loss, shown[1].tet_loss, rtol=1e-5)
+        longer = LandscapeConfig(T=5, points=3, device="cpu")
+        with pytest.raises(ValueError, match="T is 5, but the frames hold 4 steps"):
+            measure_landscape({"a": classifier_of()}, frames, labels, longer, tmp_path / "l.npz")
+
+    def test_the_file_holds_all_of_it(self, tmp_path: Path) -> None:
+        measured = measure_landscape({"a": classifier_of()}, *digits(), CONFIG, tmp_path / "l.npz")
+        read = load_landscape(tmp_path / "l.npz")
+        for name in ("alphas", "betas", "sdt_loss", "tet_loss", "accuracy"):
+            np.testing.assert_array_equal(getattr(read, name), getattr(measured, name))
+        assert (read.names, read.finished, read.settings) == (("a",), 9, measured.settings)
+        assert {"T", "seed", "extent", "points", "weights", "images"} <= set(read.settings)
+
+
+class TestInterruptions:
+    def test_two_sessions_end_as_one(self, tmp_path: Path) -> None:
+        classifiers = {"a": classifier_of(0), "b": classifier_of(1)}
+        whole = measure_landscape(classifiers, *digits(), CONFIG, tmp_path / "whole.npz")
+        measured = 0
+
+        def tick() -> None:
+            nonlocal measured
+            measured += 1
+
+        for last in (4, 12, 99):  # in the first checkpoint, in the second, never
+            path = tmp_path / "parts.npz"
+            part = measure_landscape(
+                classifiers, *digits(), CONFIG, path, tick=tick, stop=lambda last=last: measured >= last
+            )
+            assert part.finished == measured == min(last, 18)
+            assert np.isfinite(part.sdt_loss).sum() == part.finished
+            assert load_landscape(path).finished == part.finished
+        for name in ("sdt_loss", "tet_loss", "accuracy"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(whole, name))
+
+    def test_what_is_complete_is_not_measured_again(self, tmp_path: Path) -> None:
+        measure_landscape({"a": classifier_of()}, *digits(), CONFIG, tmp_path / "l.npz")
+        told, ticks = [], []
+        measure_landscape(
+            {"a": classifier_of()},
+            *digits(),
+            CONFIG,
+            tmp_path / "l.npz",
+            begun=lambda *numbers: told.append(numbers),
+            tick=lambda: ticks.append(1),
+        )
+        assert told == [(9, 9)] and not ticks
+
+    def test_a_kill_costs_a_row_at_most(self, tmp_path: Path) -> None:
+        ticks = []
+
+        def kill_at_the_fifth() -> None:
+            ticks.append(1)
+            if len(ticks) == 5:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            measure_landscape({"a": classifier_of()}, *digits(), CONFIG, tmp_path / "l.npz", tick=kill_at_the_fifth)
+        assert load_landscape(tmp_path / "l.npz").finished == 3
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"points": 4}, "points is 4; it must be odd"),
+            ({"points": 1}, "points is 1; it must be odd, .* at least 3"),
+            ({"extent": 0.0}, "extent is 0.0; it must be above 0"),
+            ({"extent": float("nan")}, "extent is nan"),
+            ({"seed": -1}, "seed is -1"),
+            ({"T": 0}, "must be at least 1, got 0"),
+            ({"batch_size": 0}, "must be at least 1, got 4 and 0"),
+            ({"precision": "int4"}, "unknown precision 'int4'; choose one of auto, fp32"),
+        ],
+    )
+    def test_settings_out_of_range(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            LandscapeConfig(**{"T": 4, **options})
+
+    def test_other_settings_are_named_and_nothing_is_lost(self, tmp_path: Path) -> None:
+        file = tmp_path / "l.npz"
+        measure_landscape({"a": classifier_of()}, *digits(), CONFIG, file)
+        content = file.read_bytes()
+        other = LandscapeConfig(T=3, points=5, extent=0.5, batch_size=24, device="cpu")
+        with pytest.raises(ValueError, match=r"other settings: T: 2 -> 3; points: 3 -> 5; give another --out"):
+            measure_landscape({"a": classifier_of()}, *digits(), other, file)
+        with pytest.raises(ValueError, match=r"other settings: weights: "):
+            measure_landscape({"a": classifier_of(1)}, *digits(), CONFIG, file)
+        with pytest.raises(ValueError, match=r"num_images: 40 -> 39; images: "):
+            measure_landscape({"a": classifier_of()}, *digits(39), CONFIG, file)
+        assert file.read_bytes() == content
+
+    def test_files_that_are_no_landscape(self, tmp_path: Path) -> None:
+        (tmp_path / "text.npz").write_text("not an archive")
+        np.savez(tmp_path / "other.npz", images=np.zeros(3))
+        save_landscape(tmp_path / "cut.npz", bowl())
+        (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:700])
+        for name in ("text", "other", "cut"):
+            with pytest.raises(ValueError, match=rf"{name}\.npz is not a landscape, or damaged"):
+                measure_landscape({"a": classifier_of()}, *digits(), CONFIG, tmp_path / f"{name}.npz")
+        with pytest.raises(FileNotFoundError, match=r"none\.npz does not exist"):
+            load_landscape(tmp_path / "none.npz")
+
+    def test_images_that_do_not_fit(self, tmp_path: Path) -> None:
+        images, labels = digits()
+        for x, y, message in (
+            (images.astype(np.float32), labels, "images are float32"),
+            (images, labels[:-1], "40, 1, 8, 8. with 39 labels"),
+            (images[:, :, :7], labels, r"shape \(1, 7, 8\); a takes \(1, 8, 8\)"),
+            (images, labels + 1, "labels run from 1 to 10; a has 10 classes"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                measure_landscape({"a": classifier_of()}, x, y, CONFIG, tmp_path / "l.npz")
+        assert not list(tmp_path.iterdir())
+
+
+class TestFigure:
+    def test_sharpness_of_a_bowl(self) -> None:
+        flat, sharp = summarise(bowl(), radius=0.5)  # a step of 0.5: the four neighbours of the centre
+        assert flat["sdt_loss"] == pytest.approx(0.1) and flat["tet_loss"] == pytest.approx(1.1)
+        assert flat["sdt_mean_increase"] == pytest.approx(0.25) and sharp["sdt_mean_increase"] == pytest.approx(1.0)
+        flat, sharp = summarise(bowl(), radius=1.0)  # 4 at 0.5, 4 at 0.5 sqrt 2, 4 at 1
+        assert flat["tet_mean_increase"] == pytest.approx((0.25 + 0.5 + 1.0) / 3)
+        assert sharp["tet_max_increase"] == pytest.approx(4.0)
+        with pytest.raises(ValueError, match=r"radius is 0\.4, but the grid's nearest points are 0\.5 away"):
+            summarise(bowl(), radius=0.4)
+
+    def test_what_is_not_finite_stays_json(self) -> None:
+        odd = bowl()
+        odd.sdt_loss[0, 2, 1] = np.inf
+        assert json.loads(json.dumps(summarise(odd, 0.5), allow_nan=False))[0]["sdt_mean_increase"] is None
+
+    @pytest.mark.parametrize("kind", ["bowl", "decades", "constant", "infinite"])
+    def test_plots_of_all_sorts(self, tmp_path: Path, kind: str) -> None:
+        shown = bowl()
+        if kind == "decades":
+            shown.sdt_loss **= 6
+        if kind == "constant":
+            shown.sdt_loss[:] = shown.tet_loss[:] = 0.0
+        if kind == "infinite":
+            shown.tet_loss[1] = np.inf
+        plot_landscape(shown, tmp_path / "plot.png", radius=0.5, title=kind)
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_nothing_finite_is_refused(self, tmp_path: Path) -> None:
+        shown = bowl()
+        shown.sdt_loss[:] = shown.tet_loss[:] = np.nan
+        with pytest.raises(ValueError, match="no loss is finite"):
+            plot_landscape(shown, tmp_path / "plot.png", radius=0.5)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """runs/sdt and runs/tet with a checkpoint each, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("sdt", "tet")):
+        training = {"T": 2, "val_fraction": 0.1}
+        path = tmp_path / "runs" / name / "checkpoint.safetensors"
+        save_checkpoint(path, classifier_of(seed), training=training, provenance={})
+    return tmp_path / "runs"
+
+
+def run(*arguments: str) -> Result:
+    options = ["--points", "3", "--limit", "30", "--device", "cpu"]
+    return CliRunner().invoke(main, ["landscape", *options, *arguments])
+
+
+class TestCommand:
+    def test_two_runs(self, runs: Path) -> None:
+        result = run("runs/sdt", "runs/tet", "--radius", "1", "--json", "l.json")
+        assert result.exit_code == 0, result.output
+        assert "30 images of digits, train; T=2" in result.output
+        measured = load_landscape(runs / "sdt" / "landscape-tet.npz")
+        assert measured.names == ("sdt", "tet") and measured.complete
+        assert (runs / "sdt" / "landscape-tet.png").read_bytes().startswith(b"\x89PNG")
+        content = json.loads(Path("l.json").read_text())
+        assert [row["name"] for row in content["rows"]] == ["sdt", "tet"]
+        assert content["rows"][1]["sdt_loss"] == measured.sdt_loss[1, 1, 1]
+        assert content["settings"]["T"] == 2 and content["radius"] == 1
+
+    def test_parts_of_the_data(self, runs: Path) -> None:
+        digests = set()
+        for split in ("train", "validation", "test"):
+            result = run("runs/sdt", "--split", split, "--radius", "1", "--out", f"{split}.npz")
+            assert result.exit_code == 0, result.output
+            digests.add(load_landscape(f"{split}.npz").settings["images"])
+        assert len(digests) == 3
+
+    def test_ctrl_c_keeps_what_is_measured(self, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        count, counted = 0, landscape.count_correct
+
+        def interrupted(*arguments: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return counted(*arguments)
+
+        monkeypatch.setattr(landscape, "count_correct", interrupted)
+        result = run("runs/tet", "--radius", "1")
+        assert result.exit_code == 130
+        assert "interrupted after 5 of 9 points, kept in runs/tet/landscape.npz" in result.output
+        result = run("runs/tet", "--radius", "1")
+        assert result.exit_code == 0, result.output
+        assert "holds 5 of 9 points already" in result.output
+        assert count == 9
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["runs/none"], "runs/none does not exist"),
+            (["runs/sdt", "runs/sdt"], "a checkpoint is named twice: runs/sdt, runs/sdt"),
+            (["runs/sdt", "--radius", "0.1"], "--radius 0.1 is shorter than a step of the grid, 1; give more --points"),
+            (["runs/sdt", "--points", "4"], "points is 4; it must be odd"),
+            (["runs/sdt", "--device", "cuda:99"], "device cuda:99 is not there"),
+            (["runs/sdt", "--data", "nowhere"], "unknown data set 'nowhere'"),
+        ],
+    )
+    def test_refusals(self, runs: Path, arguments: list[str], message: str) -> None:
+        result = run(*arguments)
+        assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+        assert f"Error: {message}" in result.output
+        assert not list(runs.rglob("*.npz"))
+
+    def test_runs_that_differ(self, runs: Path) -> None:
+        path = runs / "long" / "checkpoint.safetensors"
+        save_checkpoint(path, classifier_of(), training={"T": 6}, provenance={})
+        result = run("runs/sdt", "runs/long")
+        assert (
+            "Error: the checkpoints were trained with different T (sdt: 2, long: 6); say which with --T"
+            in result.output
+        )
+        result = run("runs/long", "--split", "validation")
+        assert "Error: --split validation: the run held out no images" in result.output

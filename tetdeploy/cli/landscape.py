@@ -1,0 +1,186 @@
+"""`tetdeploy landscape`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tetdeploy.cli.errors import INTERRUPTED
+from tetdeploy.cli.options import console, data_dir_option, json_option, network_of, progress_bar, runs_option
+from tetdeploy.extras import import_extra
+
+if TYPE_CHECKING:
+    from tetdeploy.networks import Classifier
+    from tetdeploy.train.landscape import Landscape, LandscapeConfig
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  tetdeploy landscape                                      round the newest run's weights
+  tetdeploy landscape runs/sdt runs/tet                    Figure 2: two minima, both losses, one scale
+  tetdeploy landscape runs/tet --points 41 --extent 0.5    a closer look
+  tetdeploy landscape runs/tet --split test --limit 10000 --device cuda
+"""
+)
+@click.argument("checkpoints", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
+@click.option("--T", "T", type=click.IntRange(min=1), help="Time steps. [default: the training's]")
+@click.option("--points", default=21, show_default=True, help="Grid points along each direction, an odd number.")
+@click.option("--extent", default=1.0, show_default=True, help="The grid runs from -extent to extent, in filter norms.")
+@click.option("--seed", default=0, show_default=True, help="Of the two random directions.")
+@click.option(
+    "--split",
+    default="train",
+    show_default=True,
+    type=click.Choice(["train", "validation", "test"]),
+    help="Images to measure on; train and validation are the run's own parts.",
+)
+@click.option("--limit", default=1000, show_default=True, type=click.IntRange(min=1), help="At most so many of them.")
+@click.option("--radius", type=float, help="Of the sharpness measure. [default: half the extent]")
+@click.option("--data", help="Another data set. [default: the training's]")
+@data_dir_option
+@click.option("--model", help="package.module:function, if the network is your own.")
+@click.option("--batch-size", default=256, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@click.option("--precision", default="fp32", show_default=True, help="fp32, bf16, fp16 or auto.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), help="The numbers. [default: RUN/landscape.npz]")
+@click.option("--plot", type=click.Path(path_type=Path), help="The plot. [default: beside the numbers, .png]")
+@runs_option
+@json_option
+@click.pass_context
+def landscape(
+    ctx: click.Context,
+    /,
+    checkpoints: tuple[Path, ...],
+    T: int | None,
+    split: str,
+    limit: int,
+    radius: float | None,
+    data: str | None,
+    data_dir: Path,
+    model: str | None,
+    out: Path | None,
+    plot: Path | None,
+    runs: Path,
+    json_path: Path | None,
+    **options: Any,
+) -> None:
+    """Loss landscape round one or more trained networks (Figure 2).
+
+    Both losses, L_SDT (Eq. 7) and L_TET (Eq. 9), and the accuracy on a grid along two random filter-normalised
+    directions. Writes the numbers (.npz) and a contour plot (.png). Ctrl-C keeps what is measured; the same command
+    goes on from there.
+
+    Sharpness is the mean rise of a loss over the grid points at most RADIUS away from the trained weights.
+    """
+    import_extra("torch", "train")
+    from tetdeploy.checkpoint import checkpoint_file, newest_run, read_metadata
+    from tetdeploy.train.landscape import LandscapeConfig
+
+    checkpoints = checkpoints or (newest_run(runs),)
+    files = [checkpoint_file(path) for path in checkpoints]
+    metadata = [read_metadata(file) for file in files]
+    config = LandscapeConfig(T=T or _common("T", files, [m["training"].get("T", 4) for m in metadata]), **options)
+    step = config.extent / (config.points // 2)
+    radius = max(config.extent / 2, step) if radius is None else radius
+    if not radius >= step * (1 - 1e-9):
+        raise ValueError(f"--radius {radius:g} is shorter than a step of the grid, {step:g}; give more --points")
+    source = data or _common("data", files, [m["data"]["name"] for m in metadata])
+    images = _images(source, split, limit, data_dir, metadata[0])
+    classifiers = _classifiers(checkpoints, files, metadata, model)
+    path = out or _default_out(files)
+    result = _measure(classifiers, images, config, path)
+    if not result.complete:
+        console.print(
+            f"interrupted after {result.finished:,} of {result.total:,} points, kept in {path}; "
+            "the same command goes on from there"
+        )
+        ctx.exit(INTERRUPTED)
+    _report(result, path, plot or path.with_suffix(".png"), json_path, radius, f"{images.name}, {split}")
+
+
+def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeConfig, path: Path) -> Landscape:
+    """Measure with a progress bar, until done or interrupted."""
+    from tetdeploy.train.interrupt import deferred_interrupt
+    from tetdeploy.train.landscape import measure_landscape
+
+    with deferred_interrupt() as interrupt, progress_bar() as bar:
+        task = bar.add_task(f"{', '.join(classifiers)} on {len(images):,} images of {images.name}")
+
+        def begun(finished: int, total: int) -> None:
+            bar.update(task, completed=finished, total=total)
+            if finished:
+                console.print(f"{path} holds {finished:,} of {total:,} points already")
+
+        return measure_landscape(
+            classifiers,
+            images.x,
+            images.labels,
+            config,
+            path,
+            begun=begun,
+            tick=lambda: bar.advance(task),
+            stop=interrupt.is_set,
+        )
+
+
+def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, radius: float, images: str) -> None:
+    """Table, plot and JSON."""
+    from tetdeploy.files import write_json
+    from tetdeploy.train.landscape_figure import landscape_table, plot_landscape, summarise
+
+    count, T = result.settings["num_images"], result.settings["T"]
+    console.print(landscape_table(result, radius))
+    console.print(f"[dim]rises over the grid points at most {radius:g} away; {count:,} images of {images}; T={T}[/dim]")
+    plot_landscape(result, plot, radius=radius, title=f"{count:,} images of {images}   T={T}")
+    if json_path is not None:
+        rows = summarise(result, radius)
+        content = {"numbers": str(path), "plot": str(plot), "images": images, "radius": radius}
+        write_json(json_path, content | {"settings": dict(result.settings), "rows": rows})
+    console.print("   ".join(str(written) for written in (path, plot, json_path) if written is not None))
+    console.print("next: look at the plot; a flatter minimum has fewer lines inside the circle")
+
+
+def _images(source: str, split: str, limit: int, data_dir: Path, metadata: dict[str, Any]) -> Any:
+    """The images to measure on, a fair sample of at most `limit`."""
+    from tetdeploy.data import load_data, split_validation
+    from tetdeploy.data.images import mixed_order
+
+    images = load_data(source, "test" if split == "test" else "train", data_dir=data_dir)
+    fraction = float(metadata["training"].get("val_fraction", 0.0))
+    if split == "validation" and not fraction:
+        raise ValueError("--split validation: the run held out no images (its val_fraction is 0); take train or test")
+    if split != "test" and fraction:
+        images = split_validation(images, fraction=fraction)[0 if split == "train" else 1]
+    return images.select(mixed_order(len(images))[:limit])
+
+
+def _classifiers(
+    paths: tuple[Path, ...], files: list[Path], metadata: list[dict[str, Any]], model: str | None
+) -> dict[str, Classifier]:
+    """The checkpoints' classifiers by a name for the table and the plot."""
+    from tetdeploy.checkpoint import load
+    from tetdeploy.networks import NetworkConfig
+
+    names = [path.name if path.is_dir() else path.parent.name + "/" + path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a checkpoint is named twice: {', '.join(names)}")
+    networks = [network_of(NetworkConfig(**m["network"]), model) for m in metadata]
+    return {name: load(file, network=network) for name, file, network in zip(names, files, networks, strict=True)}
+
+
+def _default_out(files: list[Path]) -> Path:
+    others = "".join(f"-{file.parent.name}" for file in files[1:])
+    return files[0].parent / f"landscape{others}.npz"
+
+
+def _common(what: str, files: list[Path], values: list[Any]) -> Any:
+    """The one value that all checkpoints have."""
+    if len(set(values)) > 1:
+        listed = ", ".join(f"{file.parent.name}: {value}" for file, value in zip(files, values, strict=True))
+        raise ValueError(f"the checkpoints were trained with different {what} ({listed}); say which with --{what}")
+    return values[0]
