@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from tetdeploy.train import mse_loss, sdt_loss, tet_loss, total_loss
+from tetdeploy.train import distillation_loss, mse_loss, sdt_loss, tet_loss, total_loss
 
 
 def draw(T: int = 5, N: int = 7, K: int = 4, *, seed: int = 0, scale: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -130,3 +130,32 @@ def test_wrong_dtypes_and_weights_are_refused() -> None:
         tet_loss(logits, labels, label_smoothing=1.5)
     with pytest.raises(ValueError, match=r"lam is -0.1; .*\[0, 1\]"):
         total_loss(logits, labels, lam=-0.1)
+
+
+def test_distillation_against_a_naive_loop() -> None:
+    logits, _ = draw()
+    teacher, tau_kd = torch.randn(7, 4, dtype=torch.float64), 3.0
+    total = 0.0
+    for step in logits:
+        for student_row, teacher_row in zip(step, teacher, strict=True):
+            p, q = (torch.softmax(row / tau_kd, -1) for row in (teacher_row, student_row))
+            total += (p * (p / q).log()).sum().item()
+    expected = tau_kd**2 * total / (5 * 7)
+    assert distillation_loss(logits, teacher, tau_kd=tau_kd).item() == pytest.approx(expected)
+    same = logits[:1].expand(5, -1, -1)
+    assert distillation_loss(same, logits[0]).item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_distillation_teaches_the_student_alone() -> None:
+    logits, _ = draw()
+    teacher = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    distillation_loss(logits.requires_grad_(), teacher).backward()
+    assert teacher.grad is None and logits.grad is not None and logits.grad.abs().max() > 0
+
+
+def test_distillation_refuses() -> None:
+    logits, _ = draw()
+    with pytest.raises(ValueError, match=r"teacher_logits are torch.float32 \[5, 7, 4\]; .* want floating \[7, 4\]"):
+        distillation_loss(logits, torch.zeros(5, 7, 4))
+    with pytest.raises(ValueError, match=r"tau_kd is 0.0; .*above 0"):
+        distillation_loss(logits, torch.zeros(7, 4), tau_kd=0.0)

@@ -111,9 +111,7 @@ def autoaugment(images: Tensor, generator: Generator) -> Tensor:
         MissingExtraError: torchvision is not installed.
     """
     if images.shape[1] not in (1, 3):
-        raise ValueError(
-            f"AutoAugment wants images of 1 or 3 channels, got {images.shape[1]}; choose another --augment"
-        )
+        raise ValueError(f"autoaugment wants images of 1 or 3 channels, got {images.shape[1]}; choose another augment")
     transforms = import_extra("torchvision.transforms", "train")
     augment = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
     seed = int(torch.randint(2**62, (), generator=generator, device=images.device))

@@ -38,7 +38,7 @@ def kept_classifier(session: Session, state: TrainState) -> Classifier:
         if name in state.average:
             weight.copy_(state.average[name])
     batches = session.order(state.epoch, "bn").split(session.batch_size)[: min(BN_BATCHES, session.steps_per_epoch)]
-    with estimating_bn(kept.network), autocast(session.device, session.precision):
+    with estimating_bn(kept), autocast(session.device, session.precision):
         for index, chosen in enumerate(batches):
             number = state.epoch * BN_BATCHES + index
             x, _ = session.batch(chosen, derive_seed(config.seed, "bn images", number))

@@ -44,17 +44,37 @@ def check_run(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
         ValueError: `out` holds a run and `resume` is false; or `resume` is true and `out` holds none, or one that was
             started with other settings (each difference is named).
     """
-    config_file = out / CONFIG_NAME
     if not resume:
-        held = [name for name in (CONFIG_NAME, CHECKPOINT_NAME) if (out / name).exists()]
-        if held:
-            raise ValueError(f"{out} already holds a run ({', '.join(held)}); choose another --out, or --resume it")
+        refuse_held(out)
         return
-    if not config_file.is_file() or not (out / STATE_NAME).is_file():
+    if not (out / CONFIG_NAME).is_file() or not (out / STATE_NAME).is_file():
         raise ValueError(
             f"nothing to resume in {out}: it has no {CONFIG_NAME} and {STATE_NAME}; train without --resume"
         )
-    differences = _differences(_completed(read_run_config(out)), settings)
+    check_settings(out, settings)
+
+
+def refuse_held(out: Path) -> None:
+    """Refuse to write over a run.
+
+    Raises:
+        ValueError: `out` holds one.
+    """
+    held = [name for name in (CONFIG_NAME, CHECKPOINT_NAME) if (out / name).exists()]
+    if held:
+        raise ValueError(f"{out} already holds a run ({', '.join(held)}); choose another --out, or --resume it")
+
+
+def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run under other settings.
+
+    Raises:
+        FileNotFoundError: `out` holds no run.
+        ValueError: it was started with other settings; each difference is named.
+    """
+    started = _completed(read_run_config(out))
+    started.pop("recipe", None)  # where the settings came from is none of them
+    differences = _differences(started, settings)
     if differences:
         raise ValueError(
             f"{out} was started with other settings: {'; '.join(differences)}; "

@@ -1,0 +1,496 @@
+"""Stages, the switch of the loss, EMA, random T, distillation, augmentation, seeds: each on real digits."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Generator, Tensor, nn
+
+import tetdeploy
+from tetdeploy.checkpoint import read_metadata
+from tetdeploy.data import ImageSet, load_data, split_validation
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.train import TrainConfig, TrainResult, evaluate, sdt_loss, tet_loss, total_loss, train, train_seeds
+from tetdeploy.train.augment import autoaugment, cutout
+from tetdeploy.train.averaging import estimating_bn, update_average
+from tetdeploy.train.objective import draw_lengths, prefix_mean
+from tetdeploy.train.stages import Stage, TimeRange, parse_random_T, parse_tit
+
+DIGITS = load_data("digits", "train", data_dir=Path())
+assert isinstance(DIGITS, ImageSet)
+TRAIN, VAL = split_validation(DIGITS.select(slice(500)), fraction=0.2)  # 400 and 100 or so
+STEPS = len(TRAIN) // 64
+
+
+def classifier_of(*, seed: int = 0, **network: Any) -> Classifier:
+    config = NetworkConfig("convsnn", 10, 1, (8, 8), **({"width": 0.25} | network))
+    torch.manual_seed(seed)
+    return Classifier(
+        build_network(config),
+        config=config,
+        mean=DIGITS.mean,
+        std=DIGITS.std,
+        class_names=DIGITS.class_names,
+        data="digits",
+    )
+
+
+def settings(**changes: Any) -> TrainConfig:
+    defaults = {"T": 2, "epochs": 2, "batch_size": 64, "lr": 0.01, "warmup_epochs": 0.5, "device": "cpu"}
+    return TrainConfig(**(defaults | changes))
+
+
+def run(out: Path, classifier: Classifier | None = None, *, resume: bool = False, **changes: Any) -> TrainResult:
+    classifier = classifier or classifier_of()
+    return train(classifier, TRAIN, VAL, settings(**changes), out, resume=resume, progress=False)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in r.items() if key not in ("seconds", "images_per_s")} for r in records]
+
+
+def interrupted_at(count: int, classifier: Classifier) -> Classifier:
+    """Ctrl-C in the middle of the training pass with this number."""
+    passes = iter(range(1, 1000))
+
+    def before(module: nn.Module, args: Any) -> None:
+        if module.training and next(passes) == count:
+            signal.raise_signal(signal.SIGINT)
+
+    classifier.register_forward_pre_hook(before)
+    return classifier
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """The same tensors in the state and in the checkpoint, and the same metrics."""
+    for name in ("last.safetensors", "checkpoint.safetensors"):
+        a, b = load_file(one / name), load_file(other / name)
+        if a.keys() != b.keys() or not all(torch.equal(a[key], b[key]) for key in a):
+            return False
+    return metrics(one) == metrics(other)
+
+
+# --- notation
+
+
+def test_tit_notation() -> None:
+    assert parse_tit("2:300,6:50:1e-4", lr=0.1) == (Stage(1, 2, 300, 0.1, 0), Stage(2, 6, 50, 1e-4, 300))
+    config = TrainConfig(tit="2:300,6:50:1e-4", lr=0.1)
+    assert (config.T, config.epochs, config.longest_T) == (6, 350, 6)
+    assert [config.stage(epoch).T for epoch in (0, 299, 300, 349)] == [2, 2, 6, 6]
+    assert TrainConfig(T=3, epochs=7, lr=0.5).stages == (Stage(1, 3, 7, 0.5, 0),)
+
+
+@pytest.mark.parametrize(
+    "text", ["2", "2:300,", "2:300,6", "2:x", "0:5", "2:0", "2:5:0", "2:5:nan", "2:5:1:1", "2.5:3"]
+)
+def test_tit_that_does_not_parse(text: str) -> None:
+    with pytest.raises(ValueError, match=r"tit is '.*'.*must be T:epochs or T:epochs:lr .* such as 2:300,6:50"):
+        TrainConfig(tit=text)
+
+
+def test_random_T_notation() -> None:
+    assert parse_random_T("1:6") == TimeRange(1, 6, 3)
+    assert parse_random_T("2:4:1") == TimeRange(2, 4, 1)
+    for text in ("6", "6:1", "0:3", "1:6:0", "1:6:2:2", "a:b"):
+        with pytest.raises(ValueError, match=r"random_T is '.*'; it must be LOW:HIGH .* such as 1:6"):
+            TrainConfig(random_T=text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tit": "2:3,4:1"}, "warmup_epochs is 1.0 of 1 epochs"),
+        ({"tit": 2}, "tit is 2; it must be a text in quotes"),
+        ({"switch_to_tet": 3}, "switch_to_tet goes with loss sdt, got loss tet"),
+        ({"switch_to_tet": 30, "loss": "sdt"}, "switch_to_tet is 30 of 30 epochs"),
+        ({"tit": "2:3,4:3", "random_T": "1:4"}, "random_T and tit both decide the time steps"),
+        ({"ema": 1.0}, "ema is 1.0; it must be at least 0.0 and at most 0.9999999"),
+        ({"cutout": -1}, "cutout is -1; it must be at least 0"),
+        ({"distill_tau": 0.0}, "distill_tau is 0.0; it must be above 0.0"),
+    ],
+)
+def test_config_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+# --- time inheritance training
+
+
+TIT = {"tit": "1:2,3:2:0.004"}
+
+
+def test_each_stage_has_its_T_its_schedule_and_fresh_moments(tmp_path: Path) -> None:
+    result = run(tmp_path, **TIT)
+    records = metrics(tmp_path)
+    assert [(r["epoch"], r["stage"], r["T"]) for r in records] == [(1, 1, 1), (2, 1, 1), (3, 2, 3), (4, 2, 3)]
+    total, warmup = 2 * STEPS, round(0.5 * STEPS)
+    last = [0.5 * (1 + math.cos(math.pi * (s - warmup) / (total - warmup))) for s in (STEPS - 1, total - 1)]
+    assert [r["lr"] for r in records] == pytest.approx(
+        [0.01 * last[0], 0.01 * last[1], 0.004 * last[0], 0.004 * last[1]]
+    )
+    steps = load_file(tmp_path / "last.safetensors")["optimizer.layer2.0.weight.step"]
+    assert steps.item() == 2 * STEPS  # of the second stage alone
+    assert result.best is not None and result.best.stage == 2
+    assert read_metadata(tmp_path)["provenance"]["T"] == 3
+    assert read_metadata(tmp_path)["training"]["T"] == 3
+
+
+def test_the_checkpoint_is_the_best_of_the_last_stage_alone(tmp_path: Path) -> None:
+    """A second stage that destroys what was learned is kept all the same: its T is the one asked for."""
+    run(tmp_path, tit="2:2,3:2:10.0")
+    records = metrics(tmp_path)
+    assert max(r["val_accuracy"] for r in records[2:]) < records[1]["val_accuracy"]  # or nothing is tested
+    best = max(records[2:], key=lambda r: (r["val_accuracy"], -r["val_loss"]))
+    provenance = read_metadata(tmp_path)["provenance"]
+    assert (provenance["epoch"], provenance["val_accuracy"]) == (best["epoch"], best["val_accuracy"])
+
+
+def test_inheriting_beats_starting_anew(tmp_path: Path) -> None:
+    """On real digits: two epochs at T=3 after four at T=1 against the same two from scratch."""
+    inherited = run(tmp_path / "tit", tit="1:4,3:2")
+    anew = run(tmp_path / "anew", T=3, epochs=2)
+    assert inherited.best is not None and anew.best is not None
+    assert inherited.best.val_accuracy > anew.best.val_accuracy  # type: ignore[operator]
+
+
+# The first stage, its last step, the first step of the second stage, and within it.
+@pytest.mark.parametrize("at", [2, 2 * STEPS, 2 * STEPS + 1, 3 * STEPS + 2])
+def test_a_run_resumes_bit_for_bit_in_any_stage(tmp_path: Path, at: int, whole_tit: Path) -> None:
+    assert run(tmp_path, interrupted_at(at, classifier_of()), **TIT).interrupted
+    assert not run(tmp_path, classifier_of(seed=5), resume=True, **TIT).interrupted
+    assert same_files(tmp_path, whole_tit)
+
+
+@pytest.fixture(scope="module")
+def whole_tit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    run(out, **TIT)
+    return out
+
+
+def test_resuming_with_another_tit_shows_both(tmp_path: Path) -> None:
+    run(tmp_path, **TIT)
+    with pytest.raises(ValueError, match=r"training\.tit: 1:2,3:2:0\.004 -> 1:2,3:2;"):
+        run(tmp_path, resume=True, tit="1:2,3:2")
+
+
+def test_a_run_of_an_earlier_version_resumes(tmp_path: Path) -> None:
+    run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("tit", "ema", "random_T"):
+        del config["training"][name]
+    del config["network"]["smooth_spike"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not run(tmp_path, resume=True).interrupted
+    with pytest.raises(ValueError, match=r"training\.ema: 0\.0 -> 0\.9"):
+        run(tmp_path, resume=True, ema=0.9)
+
+
+# --- from SDT to TET
+
+
+def test_the_switch_changes_the_loss_and_both_are_logged_throughout(tmp_path: Path) -> None:
+    switched, sdt = tmp_path / "switched", tmp_path / "sdt"
+    result = run(switched, loss="sdt", switch_to_tet=2, epochs=4, T=3, lam=0.3)
+    run(sdt, loss="sdt", epochs=4, T=3, lam=0.3)
+    with_switch, without = metrics(switched), metrics(sdt)
+    assert with_switch[:2] == without[:2]
+    assert [r["loss"] for r in with_switch] == ["sdt", "sdt", "tet", "tet"]
+    assert all(a["train_loss"] != b["train_loss"] for a, b in zip(with_switch[2:], without[2:], strict=True))
+    assert all(r["val_sdt_loss"] <= r["val_tet_loss"] for r in with_switch)  # Lemma 4.1
+    assert [r["val_loss"] for r in without] == [r["val_sdt_loss"] for r in without]
+    assert result.best is not None and result.best.epoch == 4
+    found = evaluate(tetdeploy.load(switched), torch.tensor(VAL.x), torch.tensor(VAL.labels), T=3, loss=_eq_13)
+    assert found == pytest.approx((with_switch[3]["val_loss"], with_switch[3]["val_accuracy"]))
+
+
+def _eq_13(logits: Tensor, labels: Tensor) -> Tensor:
+    return total_loss(logits, labels, lam=0.3)
+
+
+def test_the_logged_losses_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    run(tmp_path, epochs=1, lam=0.3)
+    record, classifier = metrics(tmp_path)[0], tetdeploy.load(tmp_path)
+    with torch.no_grad():
+        logits = classifier(torch.tensor(VAL.x), 2)
+    labels = torch.tensor(VAL.labels)
+    assert record["val_sdt_loss"] == pytest.approx(sdt_loss(logits, labels).item())
+    assert record["val_tet_loss"] == pytest.approx(tet_loss(logits, labels).item())
+    assert record["val_loss"] == pytest.approx(total_loss(logits, labels, lam=0.3).item())
+
+
+# --- smooth spikes and ANN
+
+
+@pytest.mark.parametrize("network", [{"smooth_spike": 1.0}, {"smooth_spike": 20.0}, {"ann": True}])
+def test_smooth_networks_and_twins_learn_and_load(tmp_path: Path, network: dict[str, Any]) -> None:
+    T = 1 if "ann" in network else 2
+    result = run(tmp_path, classifier_of(**network), T=T, epochs=6)
+    assert result.best is not None and result.best.val_accuracy is not None and result.best.val_accuracy > 0.7
+    loaded = tetdeploy.load(tmp_path)
+    assert loaded.config == classifier_of(**network).config
+    found = evaluate(loaded, torch.tensor(VAL.x), torch.tensor(VAL.labels), T=T)
+    assert found == pytest.approx((result.best.val_loss, result.best.val_accuracy))
+
+
+def test_an_ann_has_no_time(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"an ANN has no time: train it with T=1 \(--ann --T 1\), got T=2"):
+        run(tmp_path / "ann", classifier_of(ann=True))
+    assert not (tmp_path / "ann").exists()
+
+
+# --- moving average
+
+
+def test_the_average_by_hand() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    average = {"weight": torch.tensor([[4.0]])}
+    nn.init.constant_(network.weight, 8.0)
+    update_average(average, network, decay=0.5, step=0)  # d = 1/10
+    assert average["weight"].item() == pytest.approx(0.1 * 4 + 0.9 * 8)
+    update_average(average, network, decay=0.5, step=99)  # d = 0.5 < 100/109
+    assert average["weight"].item() == pytest.approx(0.5 * 7.6 + 0.5 * 8)
+
+
+def test_bn_is_estimated_as_the_mean_over_the_passes() -> None:
+    network = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5)).train()
+    first, second = torch.randn(50, 2), 3 + torch.randn(50, 2)
+    with estimating_bn(network):
+        network(first), network(second)
+    norm = network[0]
+    assert torch.allclose(norm.running_mean, (first.mean(0) + second.mean(0)) / 2, atol=1e-6)
+    assert torch.allclose(norm.running_var, (first.var(0) + second.var(0)) / 2, atol=1e-5)
+    assert (norm.momentum, network.training) == (0.1, False)
+
+
+def test_the_checkpoint_has_the_averaged_weights_and_their_bn(tmp_path: Path) -> None:
+    classifier = classifier_of()
+    result = run(tmp_path, classifier, ema=0.9, epochs=4)
+    state, kept = load_file(tmp_path / "last.safetensors"), load_file(tmp_path / "checkpoint.safetensors")
+    assert result.best is not None and result.best.epoch == 4  # else the state is of another epoch
+    for name, value in kept.items():
+        if f"average.{name}" in state:
+            assert torch.equal(value, state[f"average.{name}"])
+            assert not torch.equal(value, state[f"network.{name}"])
+    assert not torch.equal(kept["layer2.1.running_mean"], state["network.layer2.1.running_mean"])
+    assert torch.equal(classifier.network.state_dict()["layer2.0.weight"], state["network.layer2.0.weight"])
+    found = evaluate(tetdeploy.load(tmp_path), torch.tensor(VAL.x), torch.tensor(VAL.labels), T=2)
+    assert found == pytest.approx((result.best.val_loss, result.best.val_accuracy))
+
+
+def test_averaging_helps_a_noisy_run(tmp_path: Path) -> None:
+    """At a constant high rate the weights jump about; their average is better, on real digits."""
+    noisy = {"lr": 0.05, "epochs": 6, "tit": "2:1000:0.05"}  # the cosine of 1,000 epochs is flat in its first six
+    plain, averaged = (
+        _first_epochs(tmp_path / name, 6, noisy | {"ema": ema}) for name, ema in (("a", 0.0), ("b", 0.98))
+    )
+    assert [r["train_loss"] for r in plain] == [r["train_loss"] for r in averaged]
+    assert sum(r["val_tet_loss"] for r in averaged[2:]) < sum(r["val_tet_loss"] for r in plain[2:])
+
+
+def _first_epochs(out: Path, count: int, changes: dict[str, Any]) -> list[dict[str, Any]]:
+    assert run(out, interrupted_at(count * STEPS + 1, classifier_of()), **changes).interrupted
+    return metrics(out)
+
+
+# --- random T
+
+
+def test_the_first_steps_of_a_long_run_are_a_short_run() -> None:
+    """Causality, which `prefix_mean` relies on."""
+    classifier = classifier_of().eval()
+    x = torch.tensor(VAL.x[:20])
+    with torch.no_grad():
+        assert torch.equal(classifier(x, 6)[:2], classifier(x, 2))
+
+
+def test_prefix_mean_is_the_mean_of_the_runs() -> None:
+    logits, labels = torch.randn(5, 7, 10, dtype=torch.float64), torch.randint(10, (7,))
+    expected = (tet_loss(logits[:1], labels) + 2 * tet_loss(logits[:4], labels)) / 3
+    assert torch.allclose(prefix_mean(tet_loss, logits, labels, (4, 1, 4)), expected)
+
+
+def test_lengths_follow_from_the_step_and_cover_the_range() -> None:
+    config = settings(random_T="2:5:3")
+    drawn = [draw_lengths(config, 0, step) for step in range(100)]
+    assert drawn == [draw_lengths(config, 0, step) for step in range(100)]
+    assert {T for lengths in drawn for T in lengths} == {2, 3, 4, 5}
+    assert {len(lengths) for lengths in drawn} == {3}
+    assert draw_lengths(settings(tit="1:2,3:2"), 2, 0) == (3,)
+
+
+def test_random_T_serves_every_T(tmp_path: Path) -> None:
+    """Trained on T=1..4 the digits' accuracy at T=1 is higher than after training at T=4 alone."""
+    labels, x = torch.tensor(VAL.labels), torch.tensor(VAL.x)
+    losses = []
+    for name, random_T in (("fixed", ""), ("random", "1:4")):
+        run(tmp_path / name, epochs=8, T=4, random_T=random_T, loss="sdt")
+        found = evaluate(tetdeploy.load(tmp_path / name), x, labels, T=1, loss=sdt_loss)
+        assert found is not None
+        losses.append(found[0])
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("changes", [{"ema": 0.9, "random_T": "1:3"}, {"augment": "autoaugment", "cutout": 3}])
+def test_options_resume_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
+    run(tmp_path / "whole", **changes)
+    assert run(tmp_path / "parts", interrupted_at(STEPS + 2, classifier_of()), **changes).interrupted
+    run(tmp_path / "parts", classifier_of(seed=5), resume=True, **changes)
+    assert same_files(tmp_path / "parts", tmp_path / "whole")
+
+
+# --- distillation
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("teacher")
+    run(out, classifier_of(ann=True, width=0.5), T=1, epochs=15, lam=0.0)
+    return out
+
+
+def test_the_student_comes_closer_to_its_teacher(tmp_path: Path, teacher: Path) -> None:
+    with torch.no_grad():
+        targets = tetdeploy.load(teacher)(torch.tensor(VAL.x), 1)[0]
+    distances = []
+    for name, distill in (("alone", ""), ("taught", str(teacher))):
+        run(tmp_path / name, epochs=12, distill=distill)
+        with torch.no_grad():
+            logits = tetdeploy.load(tmp_path / name)(torch.tensor(VAL.x), 2)
+        distances.append(tetdeploy.train.distillation_loss(logits, targets).item())
+    assert distances[1] < 0.85 * distances[0]
+
+
+def test_teachers_that_do_not_fit(tmp_path: Path, teacher: Path) -> None:
+    run(tmp_path / "snn", epochs=1)
+    with pytest.raises(ValueError, match=r"the teacher .*snn is no ANN: train one with --ann"):
+        run(tmp_path / "student", distill=str(tmp_path / "snn"))
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
+        run(tmp_path / "student", distill="nothing")
+    other = replace(TRAIN, class_names=tuple("abcdefghij"))
+    student = classifier_of()
+    student.class_names = other.class_names
+    with pytest.raises(ValueError, match=r"was trained on other data: its class_names is \('0', .*not \('a'"):
+        train(student, other, None, settings(distill=str(teacher)), tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+# --- augmentation
+
+
+def test_cutout_blanks_one_square_of_each_image() -> None:
+    images = torch.full((400, 3, 9, 7), 9, dtype=torch.uint8)
+    fill = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    cut = cutout(images, Generator().manual_seed(0), size=3, fill=fill)
+    blank = cut[:, 0] == 1
+    assert torch.equal(cut == fill.view(3, 1, 1), blank[:, None].expand_as(cut))
+    areas = blank.flatten(1).sum(1)
+    assert areas.max() == 9 and areas.min() == 4  # a corner leaves 2 x 2
+    assert blank.any(0).all()
+    rows, columns = blank.any(2).sum(1), blank.any(1).sum(1)
+    assert torch.equal(rows * columns, areas)
+    frames = cutout(images.repeat(1, 2, 1, 1), Generator().manual_seed(0), size=3, fill=fill)
+    assert torch.equal(frames, cut.repeat(1, 2, 1, 1))
+
+
+def test_autoaugment_changes_images_one_by_one_and_leaves_the_random_state_alone() -> None:
+    images = torch.tensor(TRAIN.x[:1]).repeat(40, 3, 4, 4)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    augmented = autoaugment(images, Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert augmented.shape == images.shape and augmented.dtype == torch.uint8
+    assert len({image.numpy().tobytes() for image in augmented}) > 15
+    with pytest.raises(ValueError, match="autoaugment wants images of 1 or 3 channels, got 2; choose another"):
+        autoaugment(images[:, :2], Generator())
+
+
+def test_autoaugment_of_event_frames_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    config = NetworkConfig("convsnn", 10, 2, (8, 8), width=0.25)
+    options: dict[str, Any] = {"mean": (0.0, 0.0), "std": (1.0, 1.0), "class_names": DIGITS.class_names}
+    two = Classifier(build_network(config), config=config, **options)
+    images = replace(TRAIN, images=TRAIN.x.repeat(2, axis=1), mean=(0.0, 0.0), std=(1.0, 1.0))
+    with pytest.raises(ValueError, match="autoaugment wants images of 1 or 3 channels, got direct input of 2"):
+        train(two, images, None, settings(augment="autoaugment"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# --- several seeds
+
+
+def seeds(out: Path, make: Callable[[int], Classifier], **options: Any) -> Any:
+    arguments = {"recipe": "my.toml", "progress": False} | options
+    return train_seeds(make, TRAIN, VAL, settings(epochs=3), arguments.pop("seeds", (0, 3)), out, **arguments)
+
+
+def of_seed(seed: int) -> Classifier:
+    return classifier_of(seed=seed)
+
+
+def test_seeds_make_a_run_each_and_a_summary(tmp_path: Path) -> None:
+    result = seeds(tmp_path / "many", of_seed, runs=tmp_path)
+    run(tmp_path / "three", classifier_of(seed=3), epochs=3, seed=3)
+    assert same_files(tmp_path / "many" / "seed-3", tmp_path / "three")
+    summary = json.loads((tmp_path / "many" / "summary.json").read_text())
+    accuracies = [r["val_accuracy"] for r in summary["runs"]]
+    assert [(r["seed"], r["run"]) for r in summary["runs"]] == [(0, "seed-0"), (3, "seed-3")]
+    a, b = accuracies
+    assert a != b
+    assert summary["mean_val_accuracy"] == result.mean == pytest.approx((a + b) / 2)
+    assert summary["std_val_accuracy"] == result.std == pytest.approx(abs(a - b) / math.sqrt(2))
+    assert (summary["recipe"], summary["num_finished"]) == ("my.toml", 2)
+    assert summary["settings"]["training"]["epochs"] == 3 and "seed" not in summary["settings"]["training"]
+    best = tmp_path / "many" / ("seed-0" if a > b else "seed-3")
+    assert (tmp_path / "latest").resolve() == best.resolve() == result.best.out.resolve()
+
+
+def test_interrupted_seeds_go_on(tmp_path: Path) -> None:
+    def make(seed: int) -> Classifier:
+        return interrupted_at(STEPS + 1, of_seed(seed)) if seed == 3 else of_seed(seed)
+
+    first = seeds(tmp_path / "parts", make, seeds=(0, 3, 4))
+    assert first.interrupted and len(first.runs) == 2 and first.std is None
+    finished = (tmp_path / "parts" / "seed-0" / "last.safetensors").stat().st_mtime_ns
+    result = seeds(tmp_path / "parts", of_seed, seeds=(0, 3, 4), resume=True, recipe=None)
+    seeds(tmp_path / "whole", of_seed, seeds=(0, 3, 4))
+    assert not result.interrupted
+    assert (tmp_path / "parts" / "seed-0" / "last.safetensors").stat().st_mtime_ns == finished
+    read = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("parts", "whole")]
+    assert read[0] == read[1]
+
+
+def test_seeds_refuse(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"seeds are \[1, 1\]; give at least one, and none twice"):
+        seeds(tmp_path / "a", of_seed, seeds=(1, 1))
+    seeds(tmp_path / "a", of_seed, seeds=(0,))
+    with pytest.raises(ValueError, match=r"already holds a run \(config.json\)"):
+        seeds(tmp_path / "a", of_seed, seeds=(0,))
+    with pytest.raises(ValueError, match=r"seeds: \[0\] -> \[0, 1\]"):
+        seeds(tmp_path / "a", of_seed, seeds=(0, 1), resume=True)
+
+
+# --- TensorBoard
+
+
+def test_tensorboard_gets_every_number_of_every_epoch(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(classifier_of(), TRAIN, VAL, settings(), tmp_path, progress=False, board=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    records = metrics(tmp_path)
+    assert {"val_accuracy", "val_sdt_loss", "val_tet_loss", "lr", "T"} <= set(events.Tags()["scalars"])
+    curve = [(event.step, event.value) for event in events.Scalars("val_tet_loss")]
+    assert curve == [(r["epoch"], pytest.approx(r["val_tet_loss"])) for r in records]

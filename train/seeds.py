@@ -1,0 +1,161 @@
+"""One recipe under several seeds (`--seeds 0,1,2`): a run for each, and the mean and the standard deviation of all."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from tetdeploy.checkpoint import STATE_NAME
+from tetdeploy.files import write_json
+
+from .config import TrainConfig
+from .loop import TrainResult, train
+from .runs import CONFIG_NAME, check_settings, mark_latest, read_run_config, refuse_held, run_settings
+
+if TYPE_CHECKING:
+    from tetdeploy.data import LabelledSet
+    from tetdeploy.networks import Classifier
+
+SUMMARY_NAME = "summary.json"
+
+
+@dataclass(frozen=True)
+class SeedsResult:
+    """How the runs of several seeds ended.
+
+    Attributes:
+        out: the folder of all of them.
+        runs: one for each seed that was begun, in the order of the seeds.
+        mean: of the best validation accuracies; None without any.
+        std: their sample standard deviation (over n - 1); None for fewer than two.
+        interrupted: Ctrl-C ended it.
+    """
+
+    out: Path
+    runs: tuple[TrainResult, ...]
+    mean: float | None
+    std: float | None
+    interrupted: bool
+
+    @property
+    def best(self) -> TrainResult | None:
+        """The run with the highest validation accuracy; without validation the first."""
+        begun = [run for run in self.runs if run.best is not None]
+        return max(begun, key=_accuracy, default=None)
+
+    @property
+    def summary(self) -> Path:
+        return self.out / SUMMARY_NAME
+
+
+def train_seeds(
+    make_classifier: Callable[[int], Classifier],
+    train_set: LabelledSet,
+    val_set: LabelledSet | None,
+    config: TrainConfig,
+    seeds: Sequence[int],
+    out: Path | str,
+    *,
+    recipe: str | None = None,
+    resume: bool = False,
+    runs: Path | None = None,
+    progress: bool | None = None,
+    board: bool = False,
+) -> SeedsResult:
+    """Train under each seed into `out/seed-<seed>`, and write `out/summary.json` after each.
+
+    The seed decides the initial weights and every random number of training; the images held out stay the same.
+
+    Args:
+        make_classifier: makes the freshly initialised classifier of a seed.
+        train_set, val_set, config, progress, board: see `train`; the seed of `config` plays no part.
+        seeds: distinct, each at least 0.
+        out: folder of the runs.
+        recipe: what the summary calls the recipe, the file it came from for instance.
+        resume: go on: finished seeds stay as they are, the interrupted one goes on, the others are trained.
+        runs: folder whose `latest` points at `out` until all are trained, then at the best of the runs.
+
+    Raises:
+        ValueError: no seed, or one twice; and what `train` raises.
+        OSError: see `train`.
+    """
+    out = Path(out)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
+    settings = run_settings(make_classifier(seeds[0]), train_set, val_set, replace(config, seed=seeds[0]))
+    settings |= {"seeds": list(seeds)}
+    if resume:
+        check_settings(out, settings)
+        recipe = read_run_config(out).get("recipe")
+    else:
+        refuse_held(out)
+        write_json(out / CONFIG_NAME, settings | {"recipe": recipe})
+    if runs is not None:
+        mark_latest(out, runs)
+    console = Console(quiet=progress is False)
+    results: list[TrainResult] = []
+    for number, seed in enumerate(seeds, 1):
+        folder = out / f"seed-{seed}"
+        console.print(f"seed {seed}, {number} of {len(seeds)}  ->  {folder}", highlight=False, soft_wrap=True)
+        results.append(
+            train(
+                make_classifier(seed),
+                train_set,
+                val_set,
+                replace(config, seed=seed),
+                folder,
+                resume=resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file(),
+                progress=progress,
+                board=board,
+            )
+        )
+        result = _summarised(out, results)
+        write_json(out / SUMMARY_NAME, _summary(result, settings, recipe))
+        if result.interrupted:
+            return result
+    if runs is not None and result.best is not None:
+        mark_latest(result.best.out, runs)
+    return result
+
+
+def _accuracy(run: TrainResult) -> float:
+    return -1.0 if run.best is None or run.best.val_accuracy is None else run.best.val_accuracy
+
+
+def _summarised(out: Path, runs: Sequence[TrainResult]) -> SeedsResult:
+    finished = [_accuracy(run) for run in runs if not run.interrupted and _accuracy(run) >= 0]
+    mean = statistics.fmean(finished) if finished else None
+    std = statistics.stdev(finished) if len(finished) > 1 else None
+    return SeedsResult(out, tuple(runs), mean, std, runs[-1].interrupted)
+
+
+def _summary(result: SeedsResult, settings: dict[str, Any], recipe: str | None) -> dict[str, Any]:
+    """What summary.json holds: the recipe with all its settings, and which of its runs made which number."""
+    shared = json.loads(json.dumps(settings))
+    seeds = shared.pop("seeds")
+    shared["training"].pop("seed")
+    return {
+        "recipe": recipe,
+        "mean_val_accuracy": result.mean,
+        "std_val_accuracy": result.std,
+        "num_finished": sum(not run.interrupted for run in result.runs),
+        "runs": [
+            {
+                "seed": seed,
+                "run": run.out.name,
+                "epochs": run.epochs,
+                "interrupted": run.interrupted,
+                "best_epoch": None if run.best is None else run.best.epoch,
+                "val_accuracy": None if run.best is None else run.best.val_accuracy,
+                "val_loss": None if run.best is None else run.best.val_loss,
+            }
+            for seed, run in zip(seeds, result.runs, strict=False)
+        ],
+        "settings": shared,
+    }
