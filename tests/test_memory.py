@@ -1,0 +1,64 @@
+"""examples/benchmarks/memory.py: its loop is the same network, and what it shows is in the right order."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tetdeploy.networks import NetworkConfig, build_network
+from tetdeploy.train import total_loss
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "benchmarks" / "memory.py"
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("memory_benchmark", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_loop_computes_what_ours_computes() -> None:
+    gradients = []
+    x, labels = torch.rand(8, 1, 8, 8), torch.arange(8)
+    for twin in (lambda network: network, script().loop_twin):
+        torch.manual_seed(0)
+        network = twin(build_network(NetworkConfig("convsnn", 10, 1, (8, 8), width=0.25))).double()
+        total_loss(network(x.double(), 3), labels).backward()
+        gradients.append([p.grad for p in network.parameters()])
+    for ours, loop in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, loop)
+    assert gradients[0][0].abs().max() > 0
+
+
+@pytest.mark.slow
+def test_recomputation_and_our_neurons_take_less(tmp_path: Path) -> None:
+    options = ["--model", "vggsnn", "--batch-size", "32", "--T", "4", "--device", "cpu", "--repeats", "1"]
+    command = [sys.executable, "-W", "error", str(SCRIPT), *options, "--json", str(tmp_path / "m.json")]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert "vggsnn width 0.25, batch 32 of 32x32, cpu" in result.stdout
+    rows = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))["rows"]
+    peak = {(row["neurons"], row["recompute"]): row["peak_mb"] for row in rows}
+    assert peak["ours", True] < 0.8 * peak["ours", False] < 0.8 * peak["loop", False]
+    assert peak["loop", True] < 0.8 * peak["loop", False]
+
+
+def test_a_case_that_fails_is_named() -> None:
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "--model", "nothing", "--T", "3"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "T=3, neurons=ours, recompute=False: the process ended with 1" in result.stderr
+    assert "unknown model 'nothing'" in result.stderr
