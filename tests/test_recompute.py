@@ -133,6 +133,28 @@ def test_inference_is_untouched_and_nothing_is_computed_twice() -> None:
     assert len(calls) == 1
 
 
+def test_it_exports_as_the_plain_network() -> None:
+    plain = network_of("vggsnn").eval()
+    x, _ = batch()
+    programs = [torch.export.export(network, (x, T)) for network in (plain, recomputed(plain))]
+    targets = [[node.target for node in program.graph.nodes if node.op == "call_function"] for program in programs]
+    assert targets[0] == targets[1]
+
+
+@pytest.mark.parametrize("model", ["resnet19", "vggsnn"])
+def test_autocast_is_the_same_the_second_time(model: str) -> None:
+    plain = network_of(model)
+    frugal = recomputed(plain)
+    x, labels = batch()
+    for network in (plain, frugal):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = network(x, T)
+        total_loss(logits, labels).backward()
+    for (name, p), q in zip(plain.named_parameters(), frugal.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        assert torch.equal(p.grad, q.grad), name
+
+
 def test_twice_is_once() -> None:
     network = network_of("resnet19")
     names = recompute_blocks(network)

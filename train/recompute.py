@@ -102,15 +102,15 @@ def _blocks(layers: nn.Sequential) -> Iterator[list[nn.Module]]:
 
 
 def _checkpointed(block: list[nn.Module], x: Tensor) -> Tensor:
-    """Apply the layers; where backward will follow, keep only `x` for it."""
+    """Apply the layers; in training keep only `x` for backward."""
 
     def run(x: Tensor) -> Tensor:
         for layer in block:
             x = layer(x)
         return x
 
-    if not torch.is_grad_enabled():
-        return run(x)
+    if not torch.is_grad_enabled() or not any(layer.training for layer in block):
+        return run(x)  # inference and export
     norms = [module for layer in block for module in layer.modules() if isinstance(module, _BatchNorm)]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
