@@ -148,7 +148,8 @@ def _images(source: str, split: str, limit: int, data_dir: Path, metadata: dict[
     from tetdeploy.data import load_data, split_validation
     from tetdeploy.data.images import mixed_order
 
-    images = load_data(source, "test" if split == "test" else "train", data_dir=data_dir)
+    T = int(metadata["training"].get("T", 4))
+    images = load_data(source, "test" if split == "test" else "train", data_dir=data_dir, T=T)
     fraction = float(metadata["training"].get("val_fraction", 0.0))
     if split == "validation" and not fraction:
         raise ValueError("--split validation: the run held out no images (its val_fraction is 0); take train or test")
