@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,28 +12,35 @@ import click
 
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.options import console, data_dir_option, json_option, network_of, runs_option
+from tetdeploy.cli.recipe import config_option, is_given
 from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier, NetworkConfig
+    from tetdeploy.train import SeedsResult, TrainConfig, TrainResult
 
-_NETWORK_OPTIONS = ("model", "width", "tau", "v_th", "gamma")
+_NETWORK_OPTIONS = ("model", "width", "tau", "v_th", "gamma", "ann", "smooth_spike")
 
 
 @click.command(
     epilog="""\b
 Examples:
   tetdeploy train                                         the digits, with the small convsnn
+  tetdeploy train --config examples/recipes/table1-tet-T4.toml --seeds 0,1,2
   tetdeploy train --data cifar10 --model resnet19 --augment crop-flip --epochs 100 --device cuda
+  tetdeploy train --tit 2:20,6:10                         20 epochs at T=2, then 10 at T=6
   tetdeploy train --data folder:photos --T 2 --out runs/photos
   tetdeploy train --data dvs-cifar10 --T 10 --model vggsnn --augment flip-roll --lam 0.001
   tetdeploy train --data saccades:digits --T 5            event frames, made of images
   tetdeploy train --resume                                go on with the newest run
   tetdeploy train --init runs/digits --T 6 --epochs 5     start from given weights
+  tetdeploy train --ann --out runs/ann                    the ANN twin, and learning from it:
+  tetdeploy train --distill runs/ann
   tetdeploy train --model my_package.my_module:my_network your own network
 """
 )
+@config_option
 @click.option(
     "--data",
     default="digits",
@@ -46,27 +56,60 @@ Examples:
 @click.option("--tau", default=0.5, show_default=True, help="Leak factor per step (Eq. 1).")
 @click.option("--v-th", default=1.0, show_default=True, help="Firing threshold (Eq. 2).")
 @click.option("--gamma", default=1.0, show_default=True, help="Half-width of the surrogate triangle (Eq. 5).")
-@click.option("--T", "T", default=4, show_default=True, help="Time steps.")
-@click.option("--epochs", default=30, show_default=True)
-@click.option("--batch-size", default=64, show_default=True)
+@click.option("--ann", is_flag=True, help="Train the ANN twin, with ReLU for neurons; T is 1.")
+@click.option(
+    "--smooth-spike",
+    default=0.0,
+    show_default=True,
+    metavar="K",
+    help="Sigmoid(K x) for the Heaviside function (Table 2); 0 is off.",
+)
+@click.option("--T", "T", default=4, show_default=True, help="Time steps; 1 with --ann.")
+@click.option("--epochs", default=30, show_default=True, help="Passes over the training images.")
+@click.option(
+    "--tit", default="", metavar="T:EPOCHS[:LR],...", help="Time inheritance training, in place of --T and --epochs."
+)
+@click.option("--batch-size", default=64, show_default=True, help="Images a step.")
 @click.option("--lr", default=2e-3, show_default=True, help="Peak learning rate; warm-up, then a cosine to 0.")
 @click.option("--optimizer", default="adamw", show_default=True, help="adamw or sgd (Nesterov 0.9).")
 @click.option(
     "--weight-decay", default=1e-2, show_default=True, help="On the weights of convolutions and linear layers."
 )
-@click.option("--warmup-epochs", default=1.0, show_default=True)
-@click.option("--label-smoothing", default=0.0, show_default=True)
+@click.option("--warmup-epochs", default=1.0, show_default=True, help="Of each stage; a fraction is fine.")
+@click.option("--label-smoothing", default=0.0, show_default=True, help="Share of the target spread over all classes.")
 @click.option("--clip", default=0.0, show_default=True, help="Largest norm of the gradient; 0 is off.")
 @click.option("--loss", default="tet", show_default=True, help="tet (Eq. 13) or sdt (Eq. 7).")
+@click.option(
+    "--switch-to-tet",
+    default=0,
+    show_default=True,
+    metavar="EPOCHS",
+    help="With --loss sdt: go on with tet after so many epochs (Figure 3); 0 is never.",
+)
 @click.option("--lam", default=0.05, show_default=True, help="Weight of the MSE term (Eq. 13).")
 @click.option("--phi", default=1.0, show_default=True, help="Target of the MSE term (Eq. 12).")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Decides every random number.")
+@click.option("--seeds", default="", metavar="0,1,2", help="A run for each seed, OUT/seed-0 ..., and OUT/summary.json.")
 @click.option(
     "--val-fraction", default=0.1, show_default=True, help="Share of the training images held out for validation."
 )
-@click.option("--augment", default="none", show_default=True, help="none, shift, crop or crop-flip.")
+@click.option(
+    "--augment",
+    default="none",
+    show_default=True,
+    help="none, shift, crop, crop-flip, autoaugment (after crop-flip) or flip-roll.",
+)
+@click.option("--cutout", default=0, show_default=True, metavar="PIXELS", help="Side of a blank square; 0 is off.")
+@click.option("--ema", default=0.0, show_default=True, help="Decay of the weights' moving average; 0 is off.")
+@click.option(
+    "--random-T", "random_T", default="", metavar="LOW:HIGH[:DRAWS]", help="Draw T anew at each training step."
+)
+@click.option("--distill", default="", metavar="RUN", help="Learn from this ANN twin at every time step.")
+@click.option("--distill-alpha", default=1.0, show_default=True, help="Weight of the distillation.")
+@click.option("--distill-tau", default=3.0, show_default=True, help="Temperature of the distillation.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
+@click.option("--tensorboard", is_flag=True, help="Also write curves to RUN/tensorboard.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: RUNS/<data>-<model>, numbered]")
 @runs_option
 @click.option(
@@ -82,6 +125,9 @@ Examples:
 def train(
     ctx: click.Context,
     /,
+    config: Path | None,
+    seeds: str,
+    tensorboard: bool,
     out: Path | None,
     runs: Path,
     resume: str | None,
@@ -96,25 +142,158 @@ def train(
     """
     import_extra("torch", "train")
     from tetdeploy.checkpoint import load_weights
-    from tetdeploy.data import load_data, split_validation
-    from tetdeploy.files import write_json
-    from tetdeploy.train import TrainConfig
     from tetdeploy.train import train as run_training
+    from tetdeploy.train import train_seeds
 
     if resume is not None:
-        out = _resumed(ctx, Path(resume) if resume else None, out, runs, init, options)
-    data, data_dir = options.pop("data"), options.pop("data_dir")
-    network = {name: options.pop(name) for name in _NETWORK_OPTIONS}
-    config = TrainConfig(**options)
-    images = load_data(data, "train", data_dir=data_dir, T=config.T)
-    train_set, val_set = (
-        split_validation(images, fraction=config.val_fraction) if config.val_fraction else (images, None)
-    )
-    classifier = _classifier(images, config.seed, network)
+        out = _resumed_run(Path(resume) if resume else None, out, runs, init)
+        seeds = _take_settings(ctx, out, options) or seeds
+    several = _parse_seeds(ctx, seeds, init)
+    with _naming(config):
+        job = _job(ctx, options)
+    out = out or _unused(runs, config, job)
+    how: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard}
+    if several:
+        recipe = None if config is None else str(config)
+        many = train_seeds(job.classifier, job.train, job.val, job.config, several, out, recipe=recipe, **how)
+        _report_seeds(ctx, many, job, json_path)
+        return
+    classifier = job.classifier(job.config.seed)
     if init is not None:
         load_weights(classifier, init)
-    out = out or _unused(runs, data, network["model"])
-    result = run_training(classifier, train_set, val_set, config, out, resume=resume is not None, runs=runs)
+    _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **how), job, json_path)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the options say: the configuration, the network's options, and the data."""
+
+    config: TrainConfig
+    network: dict[str, Any]
+    train: LabelledSet
+    val: LabelledSet | None
+
+    def classifier(self, seed: int) -> Classifier:
+        """A freshly initialised classifier for the data set; `seed` decides its weights."""
+        import torch
+
+        from tetdeploy.networks import Classifier, NetworkConfig
+
+        data = self.train
+        config: NetworkConfig = NetworkConfig(
+            num_classes=len(data.class_names),
+            in_channels=data.image_shape[0],
+            image_size=data.image_shape[1:],
+            **self.network,
+        )
+        torch.manual_seed(seed)
+        return Classifier(
+            network_of(config, config.model if config.is_own else None),
+            config=config,
+            mean=data.mean,
+            std=data.std,
+            class_names=data.class_names,
+            data=data.name,
+            encoding=data.encoding,
+        )
+
+
+def _job(ctx: click.Context, options: dict[str, Any]) -> _Job:
+    from tetdeploy.data import load_data, split_validation
+
+    name, data_dir = options.pop("data"), options.pop("data_dir")
+    network = {option: options.pop(option) for option in _NETWORK_OPTIONS}
+    if network["ann"] and not is_given(ctx, "T"):
+        options["T"] = 1
+    config = train_config(ctx, options)
+    data = load_data(name, "train", data_dir=data_dir, T=config.longest_T)
+    train, val = split_validation(data, fraction=config.val_fraction) if config.val_fraction else (data, None)
+    return _Job(config, network, train, val)
+
+
+def train_config(ctx: click.Context, options: dict[str, Any]) -> TrainConfig:
+    """The configuration of these options.
+
+    Raises:
+        ValueError: a value is out of its range, or --T or --epochs was given beside a --tit that says otherwise.
+    """
+    from tetdeploy.train import TrainConfig
+
+    config = TrainConfig(**options)
+    for name in ("T", "epochs"):
+        # A recipe's T gives way to a --tit that is typed.
+        stands = ctx.get_parameter_source(name) == ctx.get_parameter_source("tit") or _is_typed(ctx, name)
+        if config.tit and stands and is_given(ctx, name) and options[name] != getattr(config, name):
+            said = {"T": f"ends at T={config.T}", "epochs": f"has {config.epochs} epochs in all"}[name]
+            raise ValueError(f"tit {config.tit!r} {said}, but {name} is {options[name]}; leave out one of the two")
+    return config
+
+
+def _is_typed(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+@contextmanager
+def _naming(recipe: Path | None) -> Iterator[None]:
+    """Within it, what is wrong with a value also names the recipe that the options came from."""
+    try:
+        yield
+    except ValueError as error:
+        if recipe is None:
+            raise
+        raise ValueError(f"{recipe}, with what was typed: {error}") from error
+
+
+def _parse_seeds(ctx: click.Context, text: str, init: Path | None) -> tuple[int, ...]:
+    """The seeds of `--seeds`; none without it."""
+    if not text:
+        return ()
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        seeds = (-1,)
+    if min(seeds) < 0:
+        raise ValueError(f"seeds is {text!r}; it must be whole numbers from 0, separated by commas, such as 0,1,2")
+    if _is_typed(ctx, "seed"):
+        raise click.UsageError("--seed and --seeds both decide the random numbers: choose one of them")
+    if init is not None:
+        raise click.UsageError("--init gives the same weights to every seed; choose --init or --seeds")
+    return seeds
+
+
+def _resumed_run(run: Path | None, out: Path | None, runs: Path, init: Path | None) -> Path:
+    """The run to go on with."""
+    from tetdeploy.checkpoint import newest_run
+
+    if init is not None:
+        raise click.UsageError("--init starts a new run and --resume goes on with one: choose one of them")
+    return run or out or newest_run(runs)
+
+
+def _take_settings(ctx: click.Context, run: Path, options: dict[str, Any]) -> str:
+    """Give options that were neither typed nor in a recipe the settings of a run; its seeds, if it has several."""
+    from tetdeploy.train.runs import read_run_config
+
+    settings = read_run_config(run)
+    data = {"data": settings.get("data", {}).get("name", options["data"])}
+    for name, value in {**settings.get("network", {}), **settings.get("training", {}), **data}.items():
+        if name in options and not is_given(ctx, name):
+            options[name] = value
+    return "" if is_given(ctx, "seeds") else ",".join(map(str, settings.get("seeds", ())))
+
+
+def _unused(runs: Path, recipe: Path | None, job: _Job) -> Path:
+    """A new run's folder: `RUNS/<recipe>`, or `RUNS/<data>-<model>`; numbered if it exists."""
+    from tetdeploy.train.runs import unused_run_folder
+
+    data, model = Path(job.train.name).stem.replace(":", "-"), job.network["model"].rpartition(":")[2]
+    folder: Path = unused_run_folder(runs, f"{data}-{model}" if recipe is None else recipe.stem)
+    return folder
+
+
+def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path | None) -> None:
+    from tetdeploy.files import write_json
+
     if result.interrupted:
         console.print(f"interrupted after {result.epochs} epochs; go on with: tetdeploy train --resume {result.out}")
         ctx.exit(INTERRUPTED)
@@ -130,57 +309,32 @@ def train(
         console.print(f"best val {best.val_accuracy:.2%} at epoch {best.epoch}  ->  {result.checkpoint}")
     else:
         console.print(f"last epoch  ->  {result.checkpoint}")
-    own = f" --model {network['model']}" if ":" in network["model"] else ""
-    steps = " --T 6" if images.encoding == "direct" else ""  # recordings were cut into the T frames of the training
-    console.print(f"next: tetdeploy export {result.out}{steps} --fold-bn{own}")
+    _say_next(result.out, job)
 
 
-def _resumed(
-    ctx: click.Context, run: Path | None, out: Path | None, runs: Path, init: Path | None, options: dict[str, Any]
-) -> Path:
-    """The run to go on with; options that were not typed take its settings."""
-    from tetdeploy.checkpoint import newest_run
-    from tetdeploy.train.runs import read_run_config
+def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path: Path | None) -> None:
+    from tetdeploy.files import atomic_write
 
-    if init is not None:
-        raise click.UsageError("--init starts a new run and --resume goes on with one: choose one of them")
-    run = run or out or newest_run(runs)
-    settings = read_run_config(run)
-    typed = {name for name in options if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
-    data = {"data": settings.get("data", {}).get("name", options["data"])}
-    for name, value in {**settings.get("network", {}), **settings.get("training", {}), **data}.items():
-        if name in options and name not in typed:
-            options[name] = value
-    return run
-
-
-def _classifier(images: LabelledSet, seed: int, network: dict[str, Any]) -> Classifier:
-    """A freshly initialised classifier for a data set; `seed` decides its weights."""
-    import torch
-
-    from tetdeploy.networks import Classifier, NetworkConfig
-
-    config: NetworkConfig = NetworkConfig(
-        num_classes=len(images.class_names),
-        in_channels=images.image_shape[0],
-        image_size=images.image_shape[1:],
-        **network,
-    )
-    torch.manual_seed(seed)
-    return Classifier(
-        network_of(config, config.model if config.is_own else None),
-        config=config,
-        mean=images.mean,
-        std=images.std,
-        class_names=images.class_names,
-        data=images.name,
-        encoding=images.encoding,
-    )
+    for run in result.runs:
+        if run.best is not None and run.best.val_accuracy is not None:
+            console.print(f"{run.out.name}  best val {run.best.val_accuracy:.2%} at epoch {run.best.epoch}")
+    if result.interrupted:
+        console.print(f"interrupted; go on with: tetdeploy train --resume {result.out}")
+        ctx.exit(INTERRUPTED)
+    if json_path is not None:
+        with atomic_write(json_path) as temporary:
+            temporary.write_bytes(result.summary.read_bytes())
+    if result.mean is not None:
+        spread = "" if result.std is None else f" +- {100 * result.std:.2f}"
+        console.print(f"best val {100 * result.mean:.2f}{spread} % over {len(result.runs)} seeds  ->  {result.summary}")
+    if result.best is not None:
+        _say_next(result.best.out, job)
 
 
-def _unused(runs: Path, data: str, model: str) -> Path:
-    from tetdeploy.train.runs import unused_run_folder
-
-    name = f"{Path(data.removeprefix('folder:')).stem.replace(':', '-')}-{model.rpartition(':')[2]}"
-    folder: Path = unused_run_folder(runs, name)
-    return folder
+def _say_next(run: Path, job: _Job) -> None:
+    own = f" --model {job.network['model']}" if ":" in job.network["model"] else ""
+    if job.network["ann"]:
+        console.print(f"next: tetdeploy train --distill {run}{own}")
+    elif not job.network["smooth_spike"]:
+        steps = " --T 6" if job.train.encoding == "direct" else ""  # recordings were cut into the training's T frames
+        console.print(f"next: tetdeploy export {run}{steps} --fold-bn{own}")

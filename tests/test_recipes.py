@@ -1,0 +1,191 @@
+"""Recipes: every file in examples/recipes says something that trains, and what is wrong with one is named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from tetdeploy.cli import main
+from tetdeploy.cli.recipe import read_recipe
+from tetdeploy.cli.train import train, train_config
+from tetdeploy.data import DATA_NAMES
+from tetdeploy.networks import NETWORKS, NetworkConfig
+from tetdeploy.train import TrainConfig
+
+RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.toml"))
+QUICK = ("--epochs", "2", "--width", "0.25", "--T", "2", "--batch-size", "256")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, ["train", *arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments: str, code: int = 1) -> str:
+    result = CliRunner().invoke(main, ["train", *arguments])
+    assert result.exit_code == code and isinstance(result.exception, SystemExit), result.output
+    return result.output
+
+
+def configurations(*arguments: str) -> tuple[TrainConfig, dict[str, Any]]:
+    """What `tetdeploy train` makes of these arguments, without training."""
+    with train.make_context("train", list(arguments)) as ctx:
+        names = {field.name for field in fields(TrainConfig)}
+        config = train_config(ctx, {name: value for name, value in ctx.params.items() if name in names})
+        return config, ctx.params
+
+
+def settings(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(folder, "config.json").read_text())
+    return found
+
+
+# --- the files of examples/recipes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path: Path) -> None:
+    config, params = configurations("--config", str(path))
+    assert params["data"] in DATA_NAMES and params["model"] in NETWORKS
+    options = {name: params[name] for name in ("width", "tau", "v_th", "gamma", "ann", "smooth_spike")}
+    network = NetworkConfig(params["model"], 10, 3, (32, 32), **options)
+    assert not network.ann or config.longest_T == 1
+    for name, value in read_recipe(path, train).items():  # nothing in the file is lost on the way
+        assert params[name] == value
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(("# Table", "# Figure", "# Comparison", "# Beside the paper"))
+
+
+def test_there_is_a_recipe_for_each_table_and_figure() -> None:
+    names = {path.stem for path in RECIPES}
+    assert {f"table1-{loss}-T{T}" for loss in ("sdt", "tet") for T in (4, 6)} <= names
+    assert {"table2-sdt", "table2-tet", "figure3", "figure4a-T2", "figure4a-T3", "figure4a-T4", "figure4a-tit"} <= names
+    assert {f"comparison-cifar{c}-T{T}" for c in (10, 100) for T in (2, 4, 6)} <= names
+    assert {"modern-cifar10", "modern-cifar10-teacher", "comparison-dvs-cifar10-tet"} <= names
+
+
+def test_the_commands_defaults_are_those_of_the_configuration() -> None:
+    config, _ = configurations()
+    assert config == TrainConfig()
+
+
+# --- a recipe in use
+
+
+def test_a_recipe_trains_and_what_is_typed_overrides_it(tmp_path: Path) -> None:
+    Path("small.toml").write_text('width = 0.25\nT = 2\nepochs = 9\nlr = 5e-3\nrandom-T = "1:2"\nbatch-size = 256\n')
+    run("--config", "small.toml", "--epochs", "2")
+    written = settings("runs/small")
+    assert written["network"]["width"] == 0.25
+    expected = {"T": 2, "epochs": 2, "lr": 5e-3, "random_T": "1:2", "batch_size": 256}
+    assert expected.items() <= written["training"].items()
+
+
+def test_resume_with_another_recipe_shows_the_difference(tmp_path: Path) -> None:
+    run(*QUICK, "--out", "r")
+    Path("other.toml").write_text("ema = 0.9\n")
+    assert "training.ema: 0.0 -> 0.9" in refused("--resume", "r", "--config", "other.toml")
+    run("--resume", "r")
+
+
+def test_tit_from_the_command_line(tmp_path: Path) -> None:
+    run("--tit", "1:2,2:2", "--width", "0.25", "--batch-size", "256", "--out", "r")
+    records = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert [record["T"] for record in records] == [1, 1, 2, 2]
+    assert settings("r")["training"]["T"] == 2
+    run("--resume", "r")
+
+
+def test_seeds_from_a_recipe_end_in_a_summary_that_names_it(tmp_path: Path) -> None:
+    Path("three.toml").write_text('seeds = "0,1,2"\nT = 1\n')
+    output = run("--config", "three.toml", *QUICK[:4], *QUICK[6:], "--json", "out.json").output
+    summary = json.loads(Path("runs/three/summary.json").read_text())
+    assert summary == json.loads(Path("out.json").read_text())
+    assert summary["recipe"] == "three.toml" and summary["num_finished"] == 3
+    assert f"best val {100 * summary['mean_val_accuracy']:.2f} +- {100 * summary['std_val_accuracy']:.2f} %" in output
+    before = Path("runs/three/summary.json").read_text()
+    run("--resume", "runs/three")
+    assert Path("runs/three/summary.json").read_text() == before
+    assert "training.lr: 0.002 -> 0.1" in refused("--resume", "runs/three", "--lr", "0.1")
+
+
+def test_ann_then_distillation(tmp_path: Path) -> None:
+    small = ("--width", "0.25", "--epochs", "2", "--batch-size", "256")
+    output = run("--ann", *small, "--out", "ann").output
+    assert settings("ann")["training"]["T"] == 1 and "next: tetdeploy train --distill ann" in output
+    output = run("--distill", "ann", "--T", "2", *small, "--out", "taught").output
+    assert "distilled from ann" in output
+    assert "an ANN has no time" in refused("--ann", "--T", "2")
+
+
+def test_a_smooth_network_trains_and_does_not_export(tmp_path: Path) -> None:
+    output = run("--smooth-spike", "10", *QUICK, "--out", "smooth").output
+    assert "next: tetdeploy export" not in output
+    result = CliRunner().invoke(main, ["export", "smooth"])
+    assert result.exit_code == 1
+    assert "Error: the network was trained with smooth spikes" in result.output
+
+
+# --- what can be wrong with one
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch = 3", "r.toml: unknown key 'epoch' (did you mean epochs?); allowed are data, model, width, tau"),
+        ('out = "x"', "r.toml: unknown key 'out'"),
+        ("[train]\nT = 3", "r.toml: unknown key 'train'"),
+        ('T = "4"', "r.toml: T is '4'; it must be a whole number (Time steps"),
+        ("T = 4.0", "r.toml: T is 4.0; it must be a whole number"),
+        ("T = true", "r.toml: T is True; it must be a whole number"),
+        ('lr = "fast"', "r.toml: lr is 'fast'; it must be a number"),
+        ("ann = 1", "r.toml: ann is 1; it must be true or false"),
+        ("tit = 3", "r.toml: tit is 3; it must be a text in quotes"),
+        ("seeds = [0, 1]", "r.toml: seeds is [0, 1]; it must be a text in quotes"),
+        ('random-T = "1:2"\nrandom_T = "1:3"', "r.toml: random_T is there twice"),
+        ("T = ", "r.toml is not TOML: "),
+        ('loss = "ce"', "r.toml, with what was typed: unknown loss 'ce'; choose one of tet, sdt"),
+        ('tit = "2:3,x"', "r.toml, with what was typed: tit is '2:3,x' ('x' in it does not parse)"),
+        ('data = "mnist"', "r.toml, with what was typed: unknown data set 'mnist'"),
+        ('T = 3\ntit = "1:2,2:2"', "tit '1:2,2:2' ends at T=2, but T is 3; leave out one of the two"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, message: str) -> None:
+    Path("r.toml").write_text(text)
+    assert message in refused("--config", "r.toml")
+    assert not Path("runs").exists()
+
+
+def test_missing_files_and_options_that_exclude_each_other() -> None:
+    assert "nothing.toml" in refused("--config", "nothing.toml")
+    Path("binary.toml").write_bytes(b"\xff\xfe")
+    assert "binary.toml is not TOML" in refused("--config", "binary.toml")
+    assert "seeds is '0,x'; it must be whole numbers from 0" in refused("--seeds", "0,x")
+    assert "choose one of them" in refused("--seeds", "0,1", "--seed", "2", code=2)
+    assert "choose --init or --seeds" in refused("--seeds", "0,1", "--init", "r", code=2)
+    assert "but epochs is 7" in refused("--tit", "1:2,2:2", "--epochs", "7")
+
+
+def test_a_typed_tit_replaces_the_recipes_T() -> None:
+    Path("r.toml").write_text("T = 4\nepochs = 300\n")
+    config, _ = configurations("--config", "r.toml", "--tit", "1:2,2:2")
+    assert (config.T, config.epochs) == (2, 4)
+    with pytest.raises(ValueError, match="ends at T=2, but T is 3"):
+        configurations("--config", "r.toml", "--tit", "1:2,2:2", "--T", "3")
+
+
+def test_only_options_are_keys(tmp_path: Path) -> None:
+    Path("r.toml").write_text("T = 4\n")
+    assert read_recipe(Path("r.toml"), click.Command("c", params=[click.Option(["--T", "T"], type=int)])) == {"T": 4}
