@@ -26,7 +26,7 @@ GOOD = Parity(1000, 4, 1.0, (1.0,) * 4, 0.0, 0.0, 1e-6, 1e-7)
     [
         GOOD,
         replace(GOOD, spike_mismatch_rate=100e-6, top1_agreement=0.999),
-        replace(GOOD, spike_mismatch_rate=2e-3, top1_agreement=0.99, rounding_mismatch_rate=1e-3),
+        replace(GOOD, spike_mismatch_rate=2e-3, top1_agreement=0.99, amplified=(2e-3, 1e-3)),
     ],
 )
 def test_the_gate_lets_through(parity: Parity) -> None:
@@ -40,9 +40,9 @@ def test_the_gate_lets_through(parity: Parity) -> None:
         replace(GOOD, top1_agreement=0.998),
         replace(GOOD, local_mismatch_rate=101e-6),
         replace(GOOD, local_logit_error=1e-3),
-        replace(GOOD, spike_mismatch_rate=2e-3, rounding_mismatch_rate=1e-4),
-        replace(GOOD, spike_mismatch_rate=2e-3, rounding_mismatch_rate=1e-3, local_mismatch_rate=101e-6),
-        replace(GOOD, top1_agreement=0.9, rounding_mismatch_rate=0.0),
+        replace(GOOD, spike_mismatch_rate=2e-3, amplified=(2e-3, 1e-4)),
+        replace(GOOD, spike_mismatch_rate=2e-3, amplified=(2e-3, 1e-3), local_mismatch_rate=101e-6),
+        replace(GOOD, top1_agreement=0.9, amplified=(0.0, 0.0)),
     ],
 )
 def test_the_gate_refuses(parity: Parity) -> None:
@@ -95,7 +95,7 @@ def test_rounding_is_measured_only_where_the_gate_would_fail(tmp_path: Path) -> 
         classifier.network.fc2[0].weight.neg_()
     parity = compare(classifier, engine, x, 4)
     assert parity.differs
-    assert parity.rounding_mismatch_rate is not None
+    assert parity.amplified is not None
     assert parity.local_logit_error > 0.1
     assert np.isfinite(parity.max_abs_logit_error)
     with pytest.raises(ParityError):

@@ -151,10 +151,11 @@ def print_exported(exported: Exported, layout: str, T: int) -> None:
                 f"({parity.local_mismatch_rate * 1e6:.2f} in the worst layer by itself)   "
                 f"largest logit error {parity.max_abs_logit_error:.1e}"
             )
-            if parity.differs and parity.rounding_mismatch_rate is not None:
+            if parity.amplified is not None:
+                there, floor = (f"{rate * 1e6:,.0f} ppm" for rate in parity.amplified)
                 console.print(
-                    "  this network amplifies rounding: PyTorch in float32 and in float64 differ in "
-                    f"{parity.rounding_mismatch_rate * 1e6:,.0f} ppm as well"
+                    f"  the network amplifies rounding: on the images that differ most {there} of the spikes differ, and "
+                    f"PyTorch rounded otherwise differs from itself in {floor}"
                 )
     if exported.parity is None:
         console.print("not checked against PyTorch (--check 0)")
