@@ -130,6 +130,16 @@ def test_ann_then_distillation(tmp_path: Path) -> None:
     assert "an ANN has no time" in refused("--ann", "--T", "2")
 
 
+def test_recompute_trains_the_same_and_is_no_setting_of_the_run(tmp_path: Path) -> None:
+    run(*QUICK, "--out", "plain")
+    run(*QUICK, "--out", "again", "--recompute")
+    run("--resume", "again")
+    lines = [Path(folder, "metrics.jsonl").read_text().splitlines() for folder in ("plain", "again")]
+    losses = [[json.loads(line)["train_loss"] for line in part] for part in lines]
+    assert losses[0] == losses[1]
+    assert settings("plain") == settings("again")
+
+
 def test_a_smooth_network_trains_and_does_not_export(tmp_path: Path) -> None:
     output = run("--smooth-spike", "10", *QUICK, "--out", "smooth").output
     assert "next: tetdeploy export" not in output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Generator, Tensor, nn
 import tetdeploy
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.data import ImageSet, load_data, split_validation
+from tetdeploy.extras import MissingExtraError
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig, TrainResult, evaluate, sdt_loss, tet_loss, total_loss, train, train_seeds
 from tetdeploy.train.augment import autoaugment, cutout
@@ -494,3 +496,12 @@ def test_tensorboard_gets_every_number_of_every_epoch(tmp_path: Path) -> None:
     assert {"val_accuracy", "val_sdt_loss", "val_tet_loss", "lr", "T"} <= set(events.Tags()["scalars"])
     curve = [(event.step, event.value) for event in events.Scalars("val_tet_loss")]
     assert curve == [(r["epoch"], pytest.approx(r["val_tet_loss"])) for r in records]
+
+
+def test_a_missing_tensorboard_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'tetdeploy\[tensorboard\]'"):
+        train(classifier_of(), TRAIN, VAL, settings(), tmp_path / "run", progress=False, board=True)
+    assert not (tmp_path / "run").exists()

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.extras import import_extra
-
 FOLDER = "tensorboard"
 Board = Callable[[dict[str, Any]], None]  # takes a line of metrics.jsonl
 
@@ -21,10 +19,8 @@ def tensorboard(out: Path, *, epochs_done: int) -> Iterator[Board]:
         out: run folder.
         epochs_done: where a resumed run goes on; what an earlier session wrote of later epochs is hidden.
 
-    Raises:
-        MissingExtraError: the package tensorboard is not installed.
+    The package tensorboard must be installed.
     """
-    import_extra("tensorboard", "tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(out / FOLDER), purge_step=epochs_done + 1)

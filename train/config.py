@@ -64,7 +64,7 @@ class TrainConfig:
         clip: largest norm of the whole gradient; 0 switches clipping off.
         loss: "tet" (Eq. 13, with lam and phi) or "sdt" (Eq. 7; lam and phi play no part).
         switch_to_tet: with loss "sdt", the number of epochs after which "tet" takes over (Figure 3); 0 is never. The
-            schedule of the learning rate and the optimizer go on.
+            schedule of the learning rate and the optimizer go on, and the best epoch of all is kept.
         lam: weight of the MSE term (Eq. 13), in [0, 1].
         phi: target of the MSE term (Eq. 12); the paper takes v_th.
         seed: with the step it determines every random number.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tetdeploy.checkpoint import CHECKPOINT_NAME, STATE_NAME, save_checkpoint
+from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
 
 from .averaging import kept_classifier, trainable, update_average
@@ -107,6 +108,8 @@ def train(
         if data is not None:
             check_data(data, classifier, config.longest_T)
     check_together(classifier, config)
+    if board:
+        import_extra("tensorboard", "tensorboard")  # before anything is written
     check_run(out, run_settings(classifier, train_set, val_set, config), resume=resume)
     try:
         session = prepare(classifier, train_set, val_set, config, out)

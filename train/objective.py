@@ -69,7 +69,10 @@ def prefix_mean(loss: Loss, logits: Tensor, labels: Tensor, lengths: tuple[int, 
 
 @dataclass(frozen=True)
 class Teacher:
-    """An ANN twin to learn from, with the weight and the temperature of its loss (`losses.distillation_loss`)."""
+    """An ANN twin to learn from, with the weight and the temperature of its loss (`losses.distillation_loss`).
+
+    It teaches every step that is run: with random T those of the longest run.
+    """
 
     classifier: Classifier
     alpha: float

@@ -109,6 +109,7 @@ Examples:
 @click.option("--distill-tau", default=3.0, show_default=True, help="Temperature of the distillation.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
+@click.option("--recompute", is_flag=True, help="Less memory, more time: compute blocks again in the backward pass.")
 @click.option("--tensorboard", is_flag=True, help="Also write curves to RUN/tensorboard.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: RUNS/<data>-<model>, numbered]")
 @runs_option
@@ -127,6 +128,7 @@ def train(
     /,
     config: Path | None,
     seeds: str,
+    recompute: bool,
     tensorboard: bool,
     out: Path | None,
     runs: Path,
@@ -150,7 +152,7 @@ def train(
         seeds = _take_settings(ctx, out, options) or seeds
     several = _parse_seeds(ctx, seeds, init)
     with _naming(config):
-        job = _job(ctx, options)
+        job = _job(ctx, options, recompute=recompute)
     out = out or _unused(runs, config, job)
     how: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard}
     if several:
@@ -172,12 +174,14 @@ class _Job:
     network: dict[str, Any]
     train: LabelledSet
     val: LabelledSet | None
+    recompute: bool  # no part of the configuration: the result is the same, and a run may go on with or without it
 
     def classifier(self, seed: int) -> Classifier:
         """A freshly initialised classifier for the data set; `seed` decides its weights."""
         import torch
 
         from tetdeploy.networks import Classifier, NetworkConfig
+        from tetdeploy.train.recompute import recompute_blocks
 
         data = self.train
         config: NetworkConfig = NetworkConfig(
@@ -187,8 +191,11 @@ class _Job:
             **self.network,
         )
         torch.manual_seed(seed)
+        network = network_of(config, config.model if config.is_own else None)
+        if self.recompute:
+            recompute_blocks(network)
         return Classifier(
-            network_of(config, config.model if config.is_own else None),
+            network,
             config=config,
             mean=data.mean,
             std=data.std,
@@ -198,7 +205,7 @@ class _Job:
         )
 
 
-def _job(ctx: click.Context, options: dict[str, Any]) -> _Job:
+def _job(ctx: click.Context, options: dict[str, Any], *, recompute: bool) -> _Job:
     from tetdeploy.data import load_data, split_validation
 
     name, data_dir = options.pop("data"), options.pop("data_dir")
@@ -208,7 +215,7 @@ def _job(ctx: click.Context, options: dict[str, Any]) -> _Job:
     config = train_config(ctx, options)
     data = load_data(name, "train", data_dir=data_dir, T=config.longest_T)
     train, val = split_validation(data, fraction=config.val_fraction) if config.val_fraction else (data, None)
-    return _Job(config, network, train, val)
+    return _Job(config, network, train, val, recompute)
 
 
 def train_config(ctx: click.Context, options: dict[str, Any]) -> TrainConfig:
