@@ -107,15 +107,19 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
 
 def _panel(panel: Any, landscape: Landscape, loss: NDArray[np.float64], levels: Any, norm: Any) -> Any:
     """One loss round one checkpoint; returns what a colour bar is made from."""
+    from matplotlib.patheffects import withStroke
+
     values = np.ma.masked_invalid(loss.T)  # alpha to the right, beta up
     shades = panel.pcolormesh(landscape.alphas, landscape.betas, values, norm=norm, cmap=_COLOURS, shading="gouraud")
     crossed = [level for level in levels if values.min() < level < values.max()]
     if crossed:
         lines = panel.contour(landscape.alphas, landscape.betas, values, levels=crossed, colors="white", linewidths=0.8)
+        lines.set_path_effects([withStroke(linewidth=1.6, foreground="0.25")])  # white alone is lost on bright colours
         for text in panel.clabel(lines, fmt="%.3g", fontsize=7, colors="black"):
             text.set_bbox({"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8})
     panel.plot(0, 0, "+", color="white", markersize=9, markeredgewidth=1.6)
     panel.set_aspect("equal")
+    panel.locator_params(nbins=5)
     return shades
 
 

@@ -42,7 +42,7 @@ Examples:
 @click.option("--data", help="Another data set. [default: the training's]")
 @data_dir_option
 @click.option("--model", help="package.module:function, if the network is your own.")
-@click.option("--batch-size", default=256, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), help="[default: 64 on a CPU, 512 on a GPU]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option("--precision", default="fp32", show_default=True, help="fp32, bf16, fp16 or auto.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="The numbers. [default: RUN/landscape.npz]")
