@@ -154,7 +154,7 @@ def print_exported(exported: Exported, layout: str, T: int) -> None:
             if parity.amplified is not None:
                 there, floor = (f"{rate * 1e6:,.0f} ppm" for rate in parity.amplified)
                 console.print(
-                    f"  the network amplifies rounding: on the images that differ most {there} of the spikes differ, and "
+                    f"  the network amplifies rounding: on the images that differ most {there} differ, and "
                     f"PyTorch rounded otherwise differs from itself in {floor}"
                 )
     if exported.parity is None:
