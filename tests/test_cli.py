@@ -132,7 +132,7 @@ class TestCommands:
         shutil.copy(Path(__file__).parent.parent / "examples" / "own_network.py", tmp_path / "own_network.py")
         monkeypatch.syspath_prepend(str(tmp_path))
         own = ("--model", "own_network:my_network")
-        trained = run("train", *own, "--epochs", "1", "--warmup-epochs", "0", "--T", "2")
+        trained = run("train", *own, "--epochs", "1", "--T", "2")
         assert trained.exit_code == 0, trained.output
         assert "--model own_network:my_network" in trained.output.splitlines()[-1]
         assert "is not imported because a file says so" in refused("export", "--check", "20")
@@ -183,7 +183,7 @@ class TestCommands:
         )
         assert result.exit_code == 0, result.output
         assert json.loads(Path("t.json").read_text())["val_accuracy"] > 0.8
-        message = refused("train", "--init", "runs/digits-convsnn", "--epochs", "1", "--warmup-epochs", "0")
+        message = refused("train", "--init", "runs/digits-convsnn", "--epochs", "1")
         assert "encode.0.weight [16, 1, 3, 3], wanted [32, 1, 3, 3]" in message
 
 
@@ -315,7 +315,7 @@ class TestBadInput:
         before = snapshot(workplace)
         assert "file/m.onnx" in refused("export", "--check", "0", "-o", "file/m.onnx")
         assert "file/s.json" in refused("sweep", "--json", "file/s.json", "--plot", "file/s.png")
-        assert "file/run" in refused("train", "--out", "file/run", "--epochs", "1", "--warmup-epochs", "0")
+        assert "file/run" in refused("train", "--out", "file/run", "--epochs", "1")
         assert snapshot(workplace) == before
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")

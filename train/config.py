@@ -91,7 +91,7 @@ class TrainConfig:
     lr: float = 2e-3
     optimizer: str = "adamw"
     weight_decay: float = 1e-2
-    warmup_epochs: float = 1.0
+    warmup_epochs: float = 0.5
     label_smoothing: float = 0.0
     clip: float = 0.0
     loss: str = "tet"

@@ -75,7 +75,7 @@ Examples:
 @click.option(
     "--weight-decay", default=1e-2, show_default=True, help="On the weights of convolutions and linear layers."
 )
-@click.option("--warmup-epochs", default=1.0, show_default=True, help="Of each stage; a fraction is fine.")
+@click.option("--warmup-epochs", default=0.5, show_default=True, help="Of each stage; a fraction is fine.")
 @click.option("--label-smoothing", default=0.0, show_default=True, help="Share of the target spread over all classes.")
 @click.option("--clip", default=0.0, show_default=True, help="Largest norm of the gradient; 0 is off.")
 @click.option("--loss", default="tet", show_default=True, help="tet (Eq. 13) or sdt (Eq. 7).")
