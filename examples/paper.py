@@ -1,0 +1,227 @@
+"""The paper's tables and figures, one command each: trains what is compared, then writes the table or the plot.
+
+    python examples/paper.py table1              at the paper's size: ResNet-19, 300 epochs, three seeds (a GPU, days)
+    python examples/paper.py table1 --smoke      the same on the small digits: two cores, minutes
+    python examples/paper.py figure4 --out results --data-dir ~/data
+
+Trains by the recipes in `examples/recipes`, one after the other; what is finished is not trained again, what was
+interrupted goes on. Test accuracies are those of exported models under ONNX Runtime. A smoke run shows that the path
+works; its numbers say nothing about the paper.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tetdeploy.files import atomic_write, write_json
+
+RECIPES = Path(__file__).parent / "recipes"
+SMOKE = ("--data", "digits", "--model", "convsnn", "--width", "0.5", "--augment", "none", "--batch-size", "64")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trained network of a table: its row's name, its recipe, options beside it, and what a smoke run is long."""
+
+    name: str
+    recipe: str
+    options: tuple[str, ...] = ()
+    smoke: tuple[str, ...] = ("--epochs", "6", "--seeds", "0,1")
+
+
+def entries(pattern: str, **names: str) -> tuple[Entry, ...]:
+    return tuple(Entry(name, pattern.format(key)) for key, name in names.items())
+
+
+TABLES = {
+    "table1": entries(
+        "table1-{}", **{"sdt-T4": "SDT T=4", "tet-T4": "TET T=4", "sdt-T6": "SDT T=6", "tet-T6": "TET T=6"}
+    ),
+    "table2": tuple(
+        Entry(f"{loss.upper()} k={k}", f"table2-{loss}", ("--smooth-spike", str(k)), ("--epochs", "6"))
+        for loss in ("sdt", "tet")
+        for k in (1, 10, 20)
+    ),
+    "figure2": entries("table1-{}", **{"sdt-T4": "SDT", "tet-T4": "TET"}),
+    "figure3": (
+        Entry("SDT, then TET", "figure3", (), ("--epochs", "12", "--switch-to-tet", "8", "--T", "4")),
+        Entry("SDT", "figure3", ("--switch-to-tet", "0"), ("--epochs", "12", "--T", "4")),
+    ),
+    "figure4": (
+        *entries("figure4a-{}", T2="TET T=2", T3="TET T=3", T4="TET T=4"),
+        Entry("TIT T=2 to 6", "figure4a-tit", (), ("--tit", "2:6,6:2")),
+        Entry("SDT T=4", "table1-sdt-T4"),
+    ),
+    "comparison": entries(
+        "comparison-{}",
+        **{f"cifar{n}-T{T}": f"CIFAR-{n} T={T}" for n in (10, 100) for T in (2, 4, 6)},
+    ),
+}
+
+
+def tetdeploy(*arguments: object) -> None:
+    command = [sys.executable, "-m", "tetdeploy", *map(str, arguments)]
+    print("$ tetdeploy", *command[3:], flush=True)
+    if code := subprocess.run(command, check=False).returncode:
+        raise SystemExit(code)
+
+
+def trained(entry: Entry, out: Path, data_dir: Path, smoke: bool) -> list[Path]:
+    """Train an entry unless that is done; its runs, one for each seed."""
+    folder = out / "runs" / entry.name.replace(" ", "-").replace(",", "").replace("=", "")
+    done = folder / "done"
+    if not done.exists():
+        if (folder / "config.json").exists():
+            tetdeploy("train", "--resume", folder, "--data-dir", data_dir, "--runs", out / "runs")
+        else:
+            options = (*SMOKE, *entry.smoke) if smoke else ()
+            recipe = ("--config", RECIPES / f"{entry.recipe}.toml", "--data-dir", data_dir, "--runs", out / "runs")
+            tetdeploy("train", *recipe, *options, *entry.options, "--out", folder)
+        done.touch()
+    return sorted(folder.glob("seed-*")) or [folder]
+
+
+def swept(run: Path, data_dir: Path, steps: str) -> list[dict[str, Any]]:
+    """Export a run for any T and sweep it over its test set; the rows."""
+    model, result = run / "model-dynamic.onnx", run / "sweep.json"
+    if not result.exists():
+        tetdeploy("export", run, "--layout", "dynamic", "--fold-bn", "--data-dir", data_dir, "--check", 200)
+        tetdeploy("sweep", model, "--T", steps, "--data-dir", data_dir, "--json", result)
+    rows: list[dict[str, Any]] = json.loads(result.read_text())["rows"]
+    return rows
+
+
+def mean_std(values: Sequence[float]) -> str:
+    spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.2f}{spread}"
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def best_validation(run: Path) -> float:
+    return max(float(row["val_accuracy"]) for row in metrics(run))
+
+
+def write_table(out: Path, name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Markdown, to a file and to the terminal."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    text = f"{title}\n\n" + "\n".join(lines) + "\n"
+    with atomic_write(out / f"{name}.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"\n{text}\n{out / f'{name}.md'}")
+
+
+def accuracy_table(name: str, out: Path, data_dir: Path, smoke: bool) -> None:
+    """Mean and standard deviation of the accuracy: on the test set, or held out where spikes are smooth."""
+    rows, numbers = [], []
+    for entry in TABLES[name]:
+        runs = trained(entry, out, data_dir, smoke)
+        held_out = [best_validation(run) for run in runs]
+        test = []
+        if name != "table2":  # smooth spikes do not export
+            for run in runs:
+                T = json.loads((run / "config.json").read_text())["training"]["T"]
+                test.append(next(row["accuracy"] for row in swept(run, data_dir, "1:8") if row["T"] == T))
+        numbers.append({"name": entry.name, "recipe": entry.recipe, "held_out": held_out, "test": test})
+        rows.append([entry.name, mean_std(held_out), mean_std(test) if test else "–", str(len(runs))])
+    write_json(out / f"{name}.json", {"smoke": smoke, "rows": numbers})
+    write_table(out, name, caption(name, smoke), ["", "held out (%)", "test (%)", "seeds"], rows)
+
+
+def caption(name: str, smoke: bool) -> str:
+    return f"**{name}**" + (" (smoke: digits and a small network, a few epochs)" if smoke else "")
+
+
+def landscape(out: Path, data_dir: Path, smoke: bool) -> None:
+    runs = [trained(entry, out, data_dir, smoke)[0] for entry in TABLES["figure2"]]
+    size = ("--points", 9, "--limit", 300) if smoke else ()
+    tetdeploy(
+        "landscape", *runs, "--data-dir", data_dir, "--plot", out / "figure2.png", "--json", out / "figure2.json", *size
+    )
+
+
+def switch(out: Path, data_dir: Path, smoke: bool) -> None:
+    """Both losses and the accuracy on the held-out set by epoch, with and without the switch."""
+    figure, axes = subplots(3)
+    curves = {}
+    for entry in TABLES["figure3"]:
+        rows = metrics(trained(entry, out, data_dir, smoke)[0])
+        curves[entry.name] = rows
+        for axis, key, label in zip(
+            axes, ("val_sdt_loss", "val_tet_loss", "val_accuracy"), ("L_SDT", "L_TET", "accuracy"), strict=True
+        ):
+            axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], label=entry.name)
+            axis.set(xlabel="epoch", ylabel=f"{label}, held out")
+    axes[0].legend(frameon=False)
+    write_json(out / "figure3.json", {"smoke": smoke, "curves": curves})
+    save(figure, out / "figure3.png", smoke)
+
+
+def scalability(out: Path, data_dir: Path, smoke: bool) -> None:
+    """Accuracy against T and against energy, with no training at the new T."""
+    figure, (left, right) = subplots(2)
+    curves = {}
+    for entry in TABLES["figure4"]:
+        runs = [swept(run, data_dir, "1:8") for run in trained(entry, out, data_dir, smoke)]
+        steps = [row["T"] for row in runs[0]]
+        accuracy = [statistics.mean(100 * run[k]["accuracy"] for run in runs) for k in range(len(steps))]
+        energy = [statistics.mean(run[k]["energy_pj"] / 1e6 for run in runs) for k in range(len(steps))]
+        curves[entry.name] = {"T": steps, "accuracy_percent": accuracy, "energy_uj": energy, "seeds": len(runs)}
+        left.plot(steps, accuracy, "o-", label=entry.name)
+        right.plot(energy, accuracy, "o-", label=entry.name)
+    left.set(xlabel="time steps T", ylabel="test accuracy (%)")
+    right.set(xlabel="energy (µJ per image)", ylabel="test accuracy (%)")
+    left.legend(frameon=False)
+    write_json(out / "figure4.json", {"smoke": smoke, "curves": curves})
+    rows = [[name, *(f"{a:.2f}" for a in curve["accuracy_percent"])] for name, curve in curves.items()]
+    write_table(out, "figure4", caption("figure4", smoke), ["test (%)", *(f"T={t}" for t in range(1, 9))], rows)
+    save(figure, out / "figure4.png", smoke)
+
+
+def subplots(count: int) -> tuple[Any, Any]:
+    from cycler import cycler
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * count, 3.8), layout="constrained")
+    axes = figure.subplots(1, count)
+    for axis in axes:  # Okabe and Ito's colours, which the colour-blind can tell apart
+        axis.set_prop_cycle(cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]))
+        axis.grid(color="0.92")
+    return figure, axes
+
+
+def save(figure: Any, path: Path, smoke: bool) -> None:
+    figure.suptitle(caption(path.stem, smoke).replace("**", ""), fontsize=10)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    print(path)
+
+
+@click.command()
+@click.argument("what", type=click.Choice(list(TABLES)))
+@click.option("--smoke", is_flag=True, help="Digits and a small network: minutes on two cores.")
+@click.option("--out", type=click.Path(path_type=Path), help="Results and runs. [default: results/WHAT, -smoke]")
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
+def main(what: str, smoke: bool, out: Path | None, data_dir: Path) -> None:
+    """Train, measure and write one of the paper's tables or figures."""
+    out = out or Path("results") / (f"{what}-smoke" if smoke else what)
+    program = {"figure2": landscape, "figure3": switch, "figure4": scalability}.get(what)
+    if program is None:
+        accuracy_table(what, out, data_dir, smoke)
+    else:
+        program(out, data_dir, smoke)
+
+
+if __name__ == "__main__":
+    main()
