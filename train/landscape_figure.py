@@ -93,7 +93,8 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
             shades = _panel(panel, landscape, getattr(landscape, loss)[k], levels, norm)
             circle = Circle((0, 0), radius, fill=False, linestyle="--", edgecolor="white", linewidth=0.8)
             panel.add_patch(circle)
-            panel.set_title(f"{'ABCDEFGHIJKLMNOP'[2 * k + column]}   {name}   {label}", fontsize=10, loc="left")
+            shown = name if len(name) <= 32 else f"…{name[-31:]}"  # what tells runs apart is at the end of their paths
+            panel.set_title(f"{'ABCDEFGHIJKLMNOP'[2 * k + column]}   {label}   {shown}", fontsize=10, loc="left")
             if k == runs - 1:
                 panel.set_xlabel("α, first direction")
             if column == 0:
