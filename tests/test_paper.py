@@ -1,0 +1,52 @@
+"""The program of the paper's tables and figures: its recipes are there, and its smoke options are options."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from click.testing import CliRunner
+
+from tetdeploy.cli.train import train
+
+FILE = Path(__file__).parent.parent / "examples" / "paper.py"
+
+
+@pytest.fixture(scope="module")
+def paper() -> ModuleType:
+    import sys
+
+    specification = importlib.util.spec_from_file_location("paper", FILE)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["paper"] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_every_entry_has_its_recipe_and_a_name_of_its_own(paper: ModuleType) -> None:
+    for entries in paper.TABLES.values():
+        assert len({entry.name for entry in entries}) == len(entries) > 1
+        for entry in entries:
+            assert (paper.RECIPES / f"{entry.recipe}.toml").is_file(), entry.recipe
+
+
+def test_every_option_of_a_smoke_run_is_one_of_train(paper: ModuleType) -> None:
+    known = {name for parameter in train.params for name in parameter.opts}
+    for entries in paper.TABLES.values():
+        for entry in entries:
+            options = (*paper.SMOKE, *entry.options, *entry.smoke)
+            assert {option for option in options if option.startswith("--")} <= known
+
+
+def test_mean_and_standard_deviation(paper: ModuleType) -> None:
+    assert paper.mean_std([0.5]) == "50.00"
+    assert paper.mean_std([0.9, 0.92]) == "91.00 ± 1.41"
+
+
+def test_an_unknown_table_is_refused(paper: ModuleType) -> None:
+    result = CliRunner().invoke(paper.main, ["table9"])
+    assert result.exit_code == 2
+    assert "'comparison'" in result.output
