@@ -75,6 +75,11 @@ class ExportConfig:
         return {"unrolled": self.T, "dynamic": None, "step": 1}[self.layout]
 
     @property
+    def has_state(self) -> bool:
+        """Whether every membrane is an input and an output of the graph."""
+        return self.with_state or self.layout == "step"
+
+    @property
     def file_name(self) -> str:
         """`model-T6.onnx`, `model-T6-state.onnx`, `model-dynamic.onnx`, `model-step.onnx`."""
         name = f"model-T{self.T}" if self.layout == "unrolled" else f"model-{self.layout}"
@@ -179,8 +184,7 @@ def build_graph(classifier: Classifier, config: ExportConfig, source: Mapping[st
         uint8=config.normalize,
         fold_bn=config.fold_bn,
     )
-    with_state = config.with_state or config.layout == "step"
-    neurons = lower(model, T=config.steps, with_state=with_state)
+    neurons = lower(model, T=config.steps, with_state=config.has_state)
     if not neurons:
         raise ValueError("the network has no LIF or IF neurons of tetdeploy, so there is nothing that spikes to export")
     encoders = split_encoder(model) if config.layout == "step" and config.encoding == "direct" else []
@@ -201,7 +205,6 @@ def _describe(
     source: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """All that serving needs, for the ONNX metadata."""
-    with_state = config.with_state or config.layout == "step"
     normalization = None
     if config.normalize:
         mean, std = classifier.mean.flatten().tolist(), classifier.std.flatten().tolist()
@@ -219,7 +222,9 @@ def _describe(
         "reset": "hard, to 0",
         "neurons": [{"name": n.name, "tau": n.tau, "v_th": n.v_th, "shape": n.shape} for n in neurons],
         "states": [
-            {"input": f"u.{n.name}", "output": f"u_next.{n.name}", "shape": n.shape} for n in neurons if with_state
+            {"input": f"u.{n.name}", "output": f"u_next.{n.name}", "shape": n.shape}
+            for n in neurons
+            if config.has_state
         ],
         "encoded": [
             {"input": f"encoded.{e.name}", "output": f"encoded_next.{e.name}", "shape": e.shape} for e in encoders

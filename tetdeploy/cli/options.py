@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from tetdeploy.engine import Engine
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,3 +71,23 @@ def network_of(config: Any, own: str | None) -> Any:
     if own is not None and own != config.model:
         raise ValueError(f"--model {own} is not what this checkpoint was trained with: {config.model}")
     return import_network(config) if own is not None and config.is_own else build_network(config)
+
+
+def as_model_input(engine: Engine, pixels: Any, **statistics: Any) -> Any:
+    """uint8 pixels `[..., C, H, W]` as the graph takes them: as they are, or normalised where it does not do so itself.
+
+    Args:
+        statistics: mean and std for a model that does not say with which ones it was trained.
+
+    Raises:
+        ValueError: it does not say, and none are given.
+    """
+    import numpy as np
+
+    if engine.input_dtype == np.uint8:
+        return pixels
+    known = statistics | engine.metadata["source"].get("data", {})
+    if "mean" not in known:
+        raise ValueError(f"{engine.path.name} takes normalised float32 input and does not say how; run it from Python")
+    mean, std = (np.array(known[key], np.float32)[:, None, None] for key in ("mean", "std"))
+    return (pixels.astype(np.float32) / np.float32(255) - mean) / std

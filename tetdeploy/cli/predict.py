@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.options import console, device_option, json_option, threads_option
+from tetdeploy.cli.options import as_model_input, console, device_option, json_option, threads_option
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
@@ -112,19 +112,7 @@ def _read_image(path: Path, engine: Engine, resize: bool) -> Any:
         image_ops = import_extra("PIL.ImageOps", "cpu")
         image = image_ops.fit(image, (width, height))
     pixels = np.asarray(image, np.uint8).reshape(height, width, channels).transpose(2, 0, 1)
-    if engine.input_dtype == np.uint8:
-        return pixels
-    return _normalized(pixels, engine)
-
-
-def _normalized(pixels: Any, engine: Engine) -> Any:
-    import numpy as np
-
-    data = engine.metadata["source"].get("data", {})
-    if "mean" not in data:
-        raise ValueError(f"{engine.path.name} takes normalised float32 input and does not say how; run it from Python")
-    mean, std = (np.array(data[key], np.float32)[:, None, None] for key in ("mean", "std"))
-    return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    return as_model_input(engine, pixels)
 
 
 def _softmax(logits: Any) -> Any:

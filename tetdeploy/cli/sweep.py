@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.options import (
+    as_model_input,
     console,
     data_dir_option,
     device_option,
@@ -148,16 +149,7 @@ def save_sweep(result: Sweep, engine: Engine, json_path: Path | None, plot: Path
 
 def _inputs(engine: Engine, name: str, data_dir: Path) -> tuple[Any, Any]:
     """The test images or frames of a data set, as the graph takes them."""
-    import numpy as np
-
     from tetdeploy.data import load_data
 
     test = load_data(name, "test", data_dir=data_dir, T=int(engine.metadata["trained_T"]))
-    if engine.input_dtype == np.uint8:
-        return test.x, test.labels
-    statistics = engine.metadata["source"].get("data", {})
-    mean, std = (
-        np.array(statistics.get(key, default), np.float32)[:, None, None]
-        for key, default in (("mean", test.mean), ("std", test.std))
-    )
-    return (test.x.astype(np.float32) / np.float32(255) - mean) / std, test.labels
+    return as_model_input(engine, test.x, mean=test.mean, std=test.std), test.labels
