@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,6 +67,59 @@ def parse_steps(text: str) -> tuple[int, ...]:
     return tuple(sorted({t for first, last in ends for t in range(first, last + 1)}))
 
 
+class Tally:
+    """Sums over the images of a data set, by step; `arrays` and `restore` let a long run go on another day.
+
+    Attributes:
+        seen, correct: images, and right answers after each number of steps, by class: `[K]`, `[K, T]`.
+        fired: spikes by layer of neurons and step, `[layers, T]`.
+        operations: of the convolutions and linear layers.
+    """
+
+    def __init__(self, engine: Engine, T: int) -> None:
+        num_classes = len(engine.class_names)
+        self.T = T
+        self.neurons = {n["name"]: int(np.prod(n["shape"])) for n in engine.metadata["neurons"]}
+        self.operations = Operations(tuple(Layer.from_dict(layer) for layer in engine.metadata["layers"]))
+        self.seen = np.zeros(num_classes, np.int64)
+        self.correct = np.zeros((num_classes, T), np.int64)
+        self.fired = np.zeros((len(self.neurons), T))
+
+    def add(self, per_step: NDArray[Any], counts: Mapping[str, NDArray[Any]], labels: NDArray[np.int64]) -> None:
+        """Add a batch that ran T steps on the counting graph."""
+        right = np.cumsum(per_step, axis=1).argmax(-1) == labels[:, None]
+        np.add.at(self.correct, labels, right)
+        np.add.at(self.seen, labels, 1)
+        self.fired += [counts[f"fired.{name}"].astype(np.float64).sum(1) for name in self.neurons]
+        self.operations.add(counts, len(labels), self.T)
+
+    def row(self, t: int, latency_ms: float) -> Row:
+        """What holds after `t` steps."""
+        num_samples = self.seen.sum()
+        count = self.operations.at(t)
+        return Row(
+            T=t,
+            accuracy=float(self.correct[:, t - 1].sum() / num_samples),
+            firing_rate=float(self.fired[:, :t].sum() / (sum(self.neurons.values()) * num_samples * t)),
+            ac_ops=count.ac_ops,
+            mac_ops=count.mac_ops,
+            energy_pj=count.energy_pj,
+            energy_exact_pj=count.energy_exact_pj,
+            latency_ms=latency_ms,
+        )
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All of it, for `np.savez`."""
+        counts = {f"ops.{name}": ops for name, ops in self.operations.counts.items()}
+        return {"seen": self.seen, "correct": self.correct, "fired": self.fired} | counts
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """The inverse of `arrays`, for the same model and T."""
+        self.seen, self.correct, self.fired = (arrays[name].copy() for name in ("seen", "correct", "fired"))
+        self.operations.counts = {name[4:]: arrays[name].copy() for name in arrays if name.startswith("ops.")}
+        self.operations.num_images = int(self.seen.sum())
+
+
 def sweep(
     engine: Engine,
     x: NDArray[Any],
@@ -99,35 +152,15 @@ def sweep(
         raise ValueError(f"batch_size and num_timed must be at least 1, got {batch_size} and {num_timed}")
     T = max(steps)
     engine.check_T(T, engine.check_input(x[:1]))
-    neurons = {n["name"]: int(np.prod(n["shape"])) for n in engine.metadata["neurons"]}
-    operations = Operations(tuple(Layer.from_dict(layer) for layer in engine.metadata["layers"]))
-    correct, fired = np.zeros(T), np.zeros(T)
+    tally = Tally(engine, T)
     for start in range(0, len(x), batch_size):
-        batch, truth = x[start : start + batch_size], labels[start : start + batch_size]
+        batch = x[start : start + batch_size]
         result, counts = engine.count(batch, T)
-        correct += (np.cumsum(result.per_step, axis=1).argmax(-1) == truth[:, None]).sum(0)
-        fired += sum(counts[f"fired.{name}"].astype(np.float64).sum(1) for name in neurons)
-        operations.add(counts, len(batch), T)
+        tally.add(result.per_step, counts, labels[start : start + batch_size])
         if tick:
             tick(len(batch))
-    neuron_steps = sum(neurons.values()) * len(x)
     latency = measure_latency(engine, x, steps, num_timed)
-    rows = []
-    for t in steps:
-        count = operations.at(t)
-        rows.append(
-            Row(
-                T=t,
-                accuracy=float(correct[t - 1] / len(x)),
-                firing_rate=float(fired[:t].sum() / (neuron_steps * t)),
-                ac_ops=count.ac_ops,
-                mac_ops=count.mac_ops,
-                energy_pj=count.energy_pj,
-                energy_exact_pj=count.energy_exact_pj,
-                latency_ms=latency[t],
-            )
-        )
-    return Sweep(str(engine.path), data, len(x), tuple(rows))
+    return Sweep(str(engine.path), data, len(x), tuple(tally.row(t, latency[t]) for t in steps))
 
 
 def measure_latency(engine: Engine, x: NDArray[Any], steps: Sequence[int], num_timed: int) -> dict[int, float]:
