@@ -1,0 +1,6 @@
+"""Results as people read them: tables for the terminal, plots for a paper, a report for the browser."""
+
+from tetdeploy.report.sweep_plot import plot_sweep
+from tetdeploy.report.tables import count, energy, sweep_table
+
+__all__ = ["count", "energy", "plot_sweep", "sweep_table"]
