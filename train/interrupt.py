@@ -13,7 +13,8 @@ from types import FrameType
 def deferred_interrupt() -> Iterator[threading.Event]:
     """Set an event at the first Ctrl-C instead of raising KeyboardInterrupt in the middle of an update.
 
-    The second one raises. Outside the main thread Python delivers no signals, so nothing is installed there.
+    The second one raises. SIGTERM, which a cluster's scheduler and `torchrun` send before they kill, sets it too.
+    Outside the main thread Python delivers no signals, so nothing is installed there.
     """
     interrupt = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -24,8 +25,9 @@ def deferred_interrupt() -> Iterator[threading.Event]:
         interrupt.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    previous = signal.signal(signal.SIGINT, record)
+    previous = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

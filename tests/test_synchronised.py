@@ -1,0 +1,79 @@
+"""tdBN over ranks against one process that sees the whole batch, in float64."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from ranks_helpers import load, on_ranks, save
+from torch import Tensor, nn
+
+from tetdeploy.layers import OverTime, tdBN
+from tetdeploy.train.ranks import current_ranks
+from tetdeploy.train.synchronised import synchronise_bn
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(1)
+    layers = nn.Sequential(
+        tdBN(3, v_th=0.5), OverTime(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None)), tdBN(4, affine=False)
+    )
+    return layers.double()
+
+
+def batch(size: int = 6) -> Tensor:
+    """`[T, N, C, H, W]` whose images differ so much that the statistics of half of them are wrong."""
+    generator = torch.Generator().manual_seed(2)
+    scale = torch.arange(1, size + 1, dtype=torch.float64).view(1, size, 1, 1, 1)
+    return torch.randn(2, size, 3, 5, 6, generator=generator, dtype=torch.float64) * scale + scale
+
+
+def passes(layers: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Two training passes with gradients, then one in inference."""
+    x = x.clone().requires_grad_(True)
+    for _ in range(2):
+        y = layers(x)
+    (y**3).sum().backward()
+    assert x.grad is not None
+    gradients = {f"grad.{name}": p.grad for name, p in layers.named_parameters() if p.grad is not None}
+    inference = layers.eval()(x.detach())
+    return {"y": y.detach(), "grad.x": x.grad, "inference": inference.detach(), **gradients, **layers.state_dict()}
+
+
+def _work(folder: Path, copied: bool) -> None:
+    ranks, layers = current_ranks(), network()
+    synchronise_bn(layers)
+    layers = copy.deepcopy(layers) if copied else layers
+    save(folder, ranks.rank, **passes(layers, batch()[:, ranks.share(6)]))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_two_ranks_normalise_like_one_process(tmp_path: Path, copied: bool) -> None:
+    on_ranks(2, _work, tmp_path, copied)
+    halves, whole = [load(tmp_path, 0), load(tmp_path, 1)], passes(network(), batch())
+    assert list(halves[0]) == list(whole) and "grad.1.0.weight" in whole
+    for name, wanted in whole.items():
+        first, second = halves[0][name], halves[1][name]
+        if name in ("y", "grad.x", "inference"):
+            got = torch.cat([first, second], 1)
+        elif name.startswith("grad."):  # each rank's own share of the sum, as DistributedDataParallel wants it
+            got = first + second
+        else:
+            assert torch.equal(first, second), name
+            got = first
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_network_stays_what_it_was_outside_training() -> None:
+    plain, layers = network(), network()
+    synchronise_bn(layers)
+    synchronise_bn(layers)  # a second time changes nothing
+    assert [type(m).__name__ for m in layers.modules() if isinstance(m, nn.BatchNorm2d)] == [
+        "SynchronisedtdBN",
+        "SynchronisedBatchNorm2d",
+        "SynchronisedtdBN",
+    ]
+    assert isinstance(layers[0], tdBN) and list(layers.state_dict()) == list(plain.state_dict())
+    assert torch.equal(layers.eval()(batch()), plain.eval()(batch()))

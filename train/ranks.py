@@ -1,0 +1,126 @@
+"""The processes that train one network together, as `torchrun` starts them; one alone is the usual case.
+
+Each process (a rank) holds the whole network and takes its share of every global batch. Gradients, tdBN's statistics
+and the numbers of metrics.jsonl go over all shares, so that a run ends the same, to float error, however many ranks it
+has. Rank 0 alone writes and prints.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+V = TypeVar("V")
+
+# What PyTorch's backends say when another process is gone: gloo as a plain RuntimeError, NCCL as a DistBackendError.
+_LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused", "NCCL", "gloo")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this one is.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: of all.
+        local_rank: of this process on its machine; it takes the GPU of that number.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> slice:
+        """This rank's part of a global batch."""
+        size = batch_size // self.size
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def check_batch(self, batch_size: int) -> None:
+        """Refuse a global batch that has no equal shares.
+
+        Raises:
+            ValueError: it does not divide.
+        """
+        if batch_size % self.size:
+            raise ValueError(
+                f"a batch of {batch_size} images has no {self.size} equal shares, one for each process; "
+                f"choose a --batch-size that is a multiple of {self.size}"
+            )
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, elementwise, the same bits on each; waits for none on a GPU."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Goes over the CPUs, so that no GPU waits."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor([int(flag)])).item())
+
+    def agreed(self, value: V) -> V:
+        """What rank 0 calls the value: the folder of a new run, for instance."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Rank 0 goes through the block before any other: it downloads and decodes, they read what it kept; and what is
+        wrong for all is said once."""
+        if self.rank > 0:
+            self._wait()
+        yield
+        if self.rank == 0:
+            self._wait()
+
+    def _wait(self) -> None:
+        if self.size > 1:
+            self.any(False)
+
+
+def current_ranks() -> Ranks:
+    """The processes of this process's group; `Ranks()` where there is none."""
+    if not dist.is_available() or not dist.is_initialized():
+        return Ranks()
+    rank = dist.get_rank()
+    return Ranks(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Within it, the processes that `torchrun` started are one group: NCCL between GPUs, gloo between CPUs.
+
+    Does nothing where `torchrun` started none, or one alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield current_ranks()
+        return
+    has_gpu = torch.cuda.is_available() and dist.is_nccl_available()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if has_gpu and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+    try:
+        yield current_ranks()
+    finally:
+        dist.destroy_process_group()
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another process of the group has ended."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)
