@@ -14,14 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .device import autocast
 from .objective import draw_lengths
 from .schedule import derive_seed
-from .session import Session
+from .session import BN_BATCHES, Session
 from .state import TrainState
 from .validation import as_input
 
 if TYPE_CHECKING:
     from tetdeploy.networks import Classifier
-
-BN_BATCHES = 10
 
 
 def kept_classifier(session: Session, state: TrainState) -> Classifier:
@@ -37,11 +35,9 @@ def kept_classifier(session: Session, state: TrainState) -> Classifier:
     for name, weight in trainable(kept.network).items():
         if name in state.average:
             weight.copy_(state.average[name])
-    batches = session.order(state.epoch, "bn").split(session.batch_size)[: min(BN_BATCHES, session.steps_per_epoch)]
     with estimating_bn(kept), autocast(session.device, session.precision):
-        for index, chosen in enumerate(batches):
+        for index, (x, _) in enumerate(session.bn_batches(state.epoch)):
             number = state.epoch * BN_BATCHES + index
-            x, _ = session.batch(chosen, derive_seed(config.seed, "bn images", number))
             T = max(draw_lengths(config, state.epoch, derive_seed(config.seed, "bn T", number)))
             kept(as_input(x, T), T)
     return kept

@@ -1,6 +1,6 @@
 """The training loop.
 
-Small image sets live on the device as uint8; a batch is chosen, augmented and normalised there. Every random number
+Batches come from the session, whether the images live on the device or on disk (`batches`). Every random number
 follows from (seed, epoch) or (seed, global step), so that a resumed run draws what an uninterrupted one would have:
 bit for bit the same weights on a CPU.
 """
@@ -203,11 +203,11 @@ def _train_steps(session: Session, state: TrainState, bar: Progress, interrupt: 
     if state.step == 0 and state.epoch == session.config.stage(state.epoch).first_epoch:
         session.optimizer.state.clear()  # moments of another T mislead the first steps of a stage
     session.classifier.train()
-    size = session.batch_size
-    order = session.order(state.epoch)
     start = time.perf_counter() - state.seconds
-    while state.step < session.steps_per_epoch and not interrupt.is_set():
-        _train_step(session, state, order[state.step * size : (state.step + 1) * size])
+    for x, labels in session.batches(state.epoch, first_step=state.step):
+        if interrupt.is_set():
+            break
+        _train_step(session, state, x, labels)
         state.step += 1
         if bar.due():
             loss, accuracy = _running_means(session, state)
@@ -218,11 +218,10 @@ def _train_steps(session: Session, state: TrainState, bar: Progress, interrupt: 
     state.seconds = time.perf_counter() - start
 
 
-def _train_step(session: Session, state: TrainState, chosen: Tensor) -> None:
-    """One update on the images of these indices. Waits for nothing on a GPU (but for fp16's gradient scaling)."""
+def _train_step(session: Session, state: TrainState, x: Tensor, labels: Tensor) -> None:
+    """One update on a batch. Waits for nothing on a GPU (but for fp16's gradient scaling)."""
     config, optimizer, scaler = session.config, session.optimizer, session.scaler
     step = state.epoch * session.steps_per_epoch + state.step
-    x, labels = session.batch(chosen, derive_seed(config.seed, "augment", step))
     lengths = draw_lengths(config, state.epoch, step)
     torch.manual_seed(derive_seed(config.seed, "network", step))  # dropout and whatever else a network draws
     for group in optimizer.param_groups:
@@ -249,11 +248,9 @@ def _validate(session: Session, state: TrainState, kept: Classifier, interrupt: 
     losses = validation_losses(session.config, state.epoch)
     found = session.val and measure(
         kept,
-        session.val.x,
-        session.val.y,
+        session.val.in_order(max(session.config.batch_size, 128)),
         T=session.config.stage(state.epoch).T,
         losses=losses,
-        batch_size=max(session.config.batch_size, 128),
         precision=session.precision,
         stop=interrupt.is_set,
     )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import tetdeploy
 
-from .augment import AUGMENTATIONS, cutout, same_at_every_step
+from .batches import Batch, DeviceImages, Draws, Images
 from .config import TrainConfig
 from .device import device_name, pick_device, pick_precision
 from .objective import Teacher, load_teacher
@@ -27,17 +26,8 @@ if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier
 
-
-@dataclass(frozen=True)
-class Images:
-    """A set on the device: uint8 images [N, C, H, W] or frames [N, T, C, H, W], and int64 [N]."""
-
-    x: Tensor
-    y: Tensor
-
-    @classmethod
-    def on(cls, device: torch.device, data: LabelledSet) -> Images:
-        return cls(torch.tensor(data.x, device=device), torch.tensor(data.labels, device=device))
+# Passes that estimate BN anew for weights that BN never saw in training.
+BN_BATCHES = 10
 
 
 @dataclass(frozen=True)
@@ -53,16 +43,15 @@ class Session:
     teacher: Teacher | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    generator: torch.Generator
     out: Path
 
     @property
     def batch_size(self) -> int:
-        return min(self.config.batch_size, len(self.train.x))
+        return min(self.config.batch_size, len(self.train))
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.train.x) // self.batch_size  # the odd rest is left out
+        return len(self.train) // self.batch_size  # the odd rest is left out
 
     def rate(self, step: int) -> float:
         """The learning rate of a global step: each stage has its own schedule."""
@@ -75,19 +64,30 @@ class Session:
             warmup_steps=round(self.config.warmup_epochs * steps),
         )
 
-    def order(self, epoch: int, purpose: str = "order") -> Tensor:
-        """The order of an epoch's images; drawn on the CPU, so that a GPU takes them in the same."""
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, purpose, epoch))
-        return torch.randperm(len(self.train.x), generator=generator).to(self.device)
+    def batches(self, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
+        """The training batches of an epoch's steps from `first_step` on."""
+        steps = range(first_step, self.steps_per_epoch)
+        return self.train.drawn(self._draws(epoch, steps, order="order", images="augment", seeds=self.steps_per_epoch))
 
-    def batch(self, chosen: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """The training images of these indices, augmented as `seed` decides, and their labels."""
-        self.generator.manual_seed(seed)
-        x = same_at_every_step(AUGMENTATIONS[self.config.augment], self.train.x[chosen], self.generator)
-        if self.config.cutout:
-            mean = (self.classifier.mean.flatten() * 255).round().to(x.dtype)  # 0 to the network, as in the paper
-            x = same_at_every_step(partial(cutout, size=self.config.cutout, fill=mean), x, self.generator)
-        return x, self.train.y[chosen]
+    def bn_batches(self, epoch: int) -> Iterator[Batch]:
+        """Up to `BN_BATCHES` batches, drawn and augmented as in training, to estimate BN's statistics on."""
+        steps = range(min(BN_BATCHES, self.steps_per_epoch))
+        return self.train.drawn(self._draws(epoch, steps, order="bn", images="bn images", seeds=BN_BATCHES))
+
+    def _draws(self, epoch: int, steps: range, *, order: str, images: str, seeds: int) -> Draws:
+        """Batches of a shuffled epoch. All follows from (seed, epoch) and the step: nothing of it is to be restored.
+
+        Args:
+            order, images: purposes of the seeds, see `derive_seed`: of the epoch's order, and of each augmentation.
+            seeds: how many an epoch has.
+        """
+        seed, size = self.config.seed, self.batch_size
+        # drawn on the CPU, so that a GPU takes the images in the same order
+        generator = torch.Generator().manual_seed(derive_seed(seed, order, epoch))
+        chosen = torch.randperm(len(self.train), generator=generator)[steps.start * size : steps.stop * size]
+        return Draws(
+            chosen.view(len(steps), size), tuple(derive_seed(seed, images, epoch * seeds + step) for step in steps)
+        )
 
 
 def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
@@ -145,14 +145,13 @@ def prepare(
     return Session(
         classifier=classifier,
         config=config,
-        train=Images.on(device, train_set),
-        val=None if val_set is None else Images.on(device, val_set),
+        train=DeviceImages(train_set, classifier, config),
+        val=None if val_set is None else DeviceImages(val_set, classifier, config),
         device=device,
         precision=precision,
         teacher=teacher,
         optimizer=build_optimizer(classifier.network, config),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        generator=torch.Generator(device),
         out=out,
     )
 
@@ -161,7 +160,7 @@ def headline(session: Session) -> str:
     """One line: the data, the network, the loss and the device."""
     config, classifier = session.config, session.classifier
     millions = sum(p.numel() for p in classifier.network.parameters()) / 1e6
-    held_out = 0 if session.val is None else len(session.val.x)
+    held_out = 0 if session.val is None else len(session.val)
     tet = f"TET lambda {config.lam:g}"
     loss = tet if config.loss == "tet" else "SDT"
     if config.switch_to_tet:
@@ -169,7 +168,7 @@ def headline(session: Session) -> str:
     if session.teacher is not None:
         loss += f", distilled from {config.distill}"
     return (
-        f"{classifier.data}  {len(session.train.x):,} train  {held_out:,} validation   "
+        f"{classifier.data}  {len(session.train):,} train  {held_out:,} validation   "
         f"{classifier.config.model} {millions:.3g} M parameters   {loss}   "
         f"{session.precision} on {device_name(session.device)}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,44 +35,37 @@ def evaluate(
 ) -> tuple[float, float] | None:
     """Mean loss and accuracy (the mean logits decide) in eval mode; the classifier's mode is put back afterwards.
 
-    Args: see `measure`; `loss` is the one loss.
+    Args:
+        classifier, T, precision, stop: see `measure`.
+        images: uint8 [N, C, H, W] or frames [N, T, C, H, W], or floating and normalised; on the classifier's device.
+        labels: int64 [N].
+        batch_size: images at a time.
+        loss: of logits [T, N, K] and labels [N], a mean over the batch.
 
     Returns:
         (loss, accuracy), or None if given up.
     """
-    found = measure(
-        classifier,
-        images,
-        labels,
-        T=T,
-        losses={"loss": loss},
-        batch_size=batch_size,
-        precision=precision,
-        stop=stop,
-    )
+    batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    found = measure(classifier, batches, T=T, losses={"loss": loss}, precision=precision, stop=stop)
     return None if found is None else (found["loss"], found["accuracy"])
 
 
 def measure(
     classifier: Classifier,
-    images: Tensor,
-    labels: Tensor,
+    batches: Iterable[tuple[Tensor, Tensor]],
     *,
     T: int,
     losses: Mapping[str, Loss],
-    batch_size: int = 256,
     precision: str = "fp32",
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Several losses and the accuracy of one pass, in eval mode; the classifier's mode is put back afterwards.
 
     Args:
-        classifier: on the device of the images.
-        images: uint8 [N, C, H, W] or frames [N, T, C, H, W], or floating and normalised.
-        labels: int64 [N].
+        classifier: on the device of the batches.
+        batches: images and labels, one batch or more, as `evaluate` takes them.
         T: time steps.
         losses: by name, each of logits [T, N, K] and labels [N], a mean over the batch.
-        batch_size: images at a time.
         precision: "fp32", or autocast in "bf16" or "fp16".
         stop: asked before each batch; True gives up.
 
@@ -81,18 +74,20 @@ def measure(
     """
     was_training = classifier.training
     classifier.eval()
-    totals = torch.zeros(len(losses) + 1, device=images.device)
+    device, count = classifier.mean.device, 0
+    totals = torch.zeros(len(losses) + 1, device=device)
     try:
-        with torch.inference_mode(), autocast(images.device, precision):
-            for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        with torch.inference_mode(), autocast(device, precision):
+            for x, y in batches:
                 if stop():
                     return None
+                count += len(y)
                 logits = classifier(as_input(x, T), T)
                 sums = [loss(logits, y) * len(y) for loss in losses.values()]
                 totals += torch.stack([*sums, count_correct(logits, y).float()])
     finally:
         classifier.train(was_training)
-    return dict(zip((*losses, "accuracy"), (totals / len(labels)).tolist(), strict=True))
+    return dict(zip((*losses, "accuracy"), (totals / count).tolist(), strict=True))
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:

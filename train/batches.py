@@ -1,0 +1,77 @@
+"""Batches of images and labels, on the device and augmented, and what is drawn for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from .augment import AUGMENTATIONS, cutout, same_at_every_step
+
+if TYPE_CHECKING:
+    from tetdeploy.data import LabelledSet
+    from tetdeploy.networks import Classifier
+
+    from .config import TrainConfig
+
+Batch = tuple[Tensor, Tensor]  # uint8 images [N, C, H, W] or frames [N, T, C, H, W], and labels int64 [N]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The batches that are to come: which images, and what decides how they are augmented.
+
+    Attributes:
+        chosen: indices of the images of each batch, int64 [batches, N], on the CPU.
+        seeds: one for each batch.
+    """
+
+    chosen: Tensor
+    seeds: tuple[int, ...]
+
+
+class Images(Protocol):
+    """The images of one part of the data, for training or for validation."""
+
+    def __len__(self) -> int: ...
+
+    def drawn(self, draws: Draws) -> Iterator[Batch]:
+        """Augmented batches. The same draw gives the same pixels, whichever batches came before it."""
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        """All images once as they are, the last batch with what remains."""
+
+
+class DeviceImages:
+    """A small set: all of it on the device as uint8, where a batch is chosen and augmented as a whole."""
+
+    def __init__(self, data: LabelledSet, classifier: Classifier, config: TrainConfig) -> None:
+        device = classifier.mean.device
+        self._x = torch.tensor(data.x, device=device)
+        self._y = torch.tensor(data.labels, device=device)
+        self._augment = partial(same_at_every_step, AUGMENTATIONS[config.augment])
+        self._cutout = config.cutout
+        self._blank = (classifier.mean.flatten() * 255).round().to(self._x.dtype)  # 0 to the network, as in the paper
+        self._generator = torch.Generator(device)
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def drawn(self, draws: Draws) -> Iterator[Batch]:
+        # to the device at once: a copy for each step would wait for the steps before it
+        for chosen, seed in zip(draws.chosen.to(self._x.device), draws.seeds, strict=True):
+            self._generator.manual_seed(seed)
+            x = self._augment(self._x[chosen], self._generator)
+            if self._cutout:
+                x = same_at_every_step(self._blanked, x, self._generator)
+            yield x, self._y[chosen]  # of several ranks each would take its slice here, augmented with the others'
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        yield from zip(self._x.split(batch_size), self._y.split(batch_size), strict=True)
+
+    def _blanked(self, x: Tensor, generator: Generator) -> Tensor:
+        return cutout(x, generator, size=self._cutout, fill=self._blank)
