@@ -32,7 +32,8 @@ def synchronise_bn(network: nn.Module) -> None:
     """
     for module in network.modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, _Synchronised):
-            module.__class__ = _synchronised(type(module))
+            kind: Any = type(module)
+            module.__class__ = _synchronised(kind)
 
 
 class _Synchronised(_BatchNorm):
@@ -40,13 +41,14 @@ class _Synchronised(_BatchNorm):
         if not self.training:
             return super().forward(x)
         if x.dim() == 5 and isinstance(self, tdBN):
-            return self.forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        self._check_input_dim(x)
-        y, mean, var, count = _GroupNorm.apply(x, self.weight, self.bias, self.eps)
+            steps: Tensor = self.forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            return steps
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        y: Tensor
+        y, mean, var, count = _GroupNorm.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
         if self.track_running_stats:
             self._count(mean, var * (count / (count - 1)))
-        normalised: Tensor = y
-        return normalised
+        return y
 
     @torch.no_grad()
     def _count(self, mean: Tensor, unbiased: Tensor) -> None:
@@ -59,7 +61,7 @@ class _Synchronised(_BatchNorm):
 
 
 @cache
-def _synchronised(kind: type[nn.Module]) -> type[nn.Module]:
+def _synchronised(kind: Any) -> Any:
     return type(f"Synchronised{kind.__name__}", (_Synchronised, kind), {})
 
 
@@ -84,7 +86,7 @@ class _GroupNorm(torch.autograd.Function):
         return y, mean, var, total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale, total = ctx.saved_tensors
         shape = [1, -1, *[1] * (x.dim() - 2)]
         g = grad.to(mean.dtype)
