@@ -28,10 +28,12 @@ class Draws:
     Attributes:
         chosen: indices of the images of each batch, int64 [batches, N], on the CPU.
         seeds: one for each batch.
+        share: this rank's part of each batch; an image becomes the same whichever rank it falls to.
     """
 
     chosen: Tensor
     seeds: tuple[int, ...]
+    share: slice
 
 
 class Images(Protocol):
@@ -68,7 +70,7 @@ class DeviceImages:
             x = self._augment(self._x[chosen], self._generator)
             if self._cutout:
                 x = same_at_every_step(self._blanked, x, self._generator)
-            yield x, self._y[chosen]  # of several ranks each would take its slice here, augmented with the others'
+            yield x[draws.share], self._y[chosen[draws.share]]  # augmented with what falls to the other ranks
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         yield from zip(self._x.split(batch_size), self._y.split(batch_size), strict=True)

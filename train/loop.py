@@ -29,6 +29,7 @@ from .device import autocast
 from .interrupt import deferred_interrupt
 from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
 from .progress import Progress
+from .ranks import current_ranks
 from .runs import CONFIG_NAME, check_run, mark_latest, read_metrics, run_settings, write_metrics
 from .schedule import derive_seed
 from .session import Session, check_data, check_together, headline, prepare, provenance
@@ -102,19 +103,23 @@ def train(
         MissingExtraError: the package tensorboard is wanted and not installed.
         OSError: something cannot be written; earlier files are as they were.
     """
-    out = Path(out)
+    out, ranks = Path(out), current_ranks()
     start = time.perf_counter()
-    for data in (train_set, val_set):
-        if data is not None:
-            check_data(data, classifier, config.longest_T)
-    check_together(classifier, config)
-    if board:
-        import_extra("tensorboard", "tensorboard")  # before anything is written
-    check_run(out, run_settings(classifier, train_set, val_set, config), resume=resume)
+    settings = run_settings(classifier, train_set, val_set, config)
+    with ranks.first():
+        for data in (train_set, val_set):
+            if data is not None:
+                check_data(data, classifier, config.longest_T)
+        check_together(classifier, config)
+        ranks.check_batch(min(config.batch_size, len(train_set)))
+        if board:
+            import_extra("tensorboard", "tensorboard")  # before anything is written
+        if ranks.writes:
+            check_run(out, settings, resume=resume)
     try:
         session = prepare(classifier, train_set, val_set, config, out)
-        state = _begin(session, run_settings(classifier, train_set, val_set, config), resume=resume)
-        if runs is not None:
+        state = _begin(session, settings, resume=resume)
+        if runs is not None and ranks.writes:
             mark_latest(out, runs)
         cuda = [session.device] if session.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
@@ -143,12 +148,14 @@ def _begin(session: Session, settings: dict[str, Any], *, resume: bool) -> Train
     average = {name: weight.clone() for name, weight in weights.items()}
     state = TrainState.start(session.steps_per_epoch, session.device, average)
     _save(session, state)
-    write_json(session.out / CONFIG_NAME, settings)
+    if session.ranks.writes:
+        write_json(session.out / CONFIG_NAME, settings)
     return state
 
 
 def _save(session: Session, state: TrainState) -> None:
-    save_state(session.out / STATE_NAME, state, session.classifier.network, session.optimizer, session.scaler)
+    if session.ranks.writes:
+        save_state(session.out / STATE_NAME, state, session.classifier.network, session.optimizer, session.scaler)
 
 
 def _run(session: Session, state: TrainState, show: bool | None, board: bool) -> bool:
@@ -156,13 +163,14 @@ def _run(session: Session, state: TrainState, show: bool | None, board: bool) ->
     config, steps = session.config, session.steps_per_epoch
     records = read_metrics(session.out, epochs=state.epoch)
     done = state.epoch * steps + state.step
-    curves = tensorboard(session.out, epochs_done=state.epoch) if board else no_board()
-    bar = Progress(config, steps_per_epoch=steps, steps_done=done, show=show)
+    writes = session.ranks.writes
+    curves = tensorboard(session.out, epochs_done=state.epoch) if board and writes else no_board()
+    bar = Progress(config, steps_per_epoch=steps, steps_done=done, show=show if writes else False)
     with deferred_interrupt() as interrupt, curves as draw, bar:
         bar.say(headline(session))
         while state.epoch < config.epochs:
-            _train_steps(session, state, bar, interrupt)
-            finished = None if interrupt.is_set() else _finish_epoch(session, state, interrupt)
+            trained = _train_steps(session, state, bar, interrupt)
+            finished = _finish_epoch(session, state, interrupt) if trained else None
             if finished is None:
                 _save(session, state)
                 return False
@@ -181,7 +189,7 @@ def _finish_epoch(session: Session, state: TrainState, interrupt: Event) -> tupl
     start = time.perf_counter()
     kept = kept_classifier(session, state)
     val = _validate(session, state, kept, interrupt)
-    if interrupt.is_set():
+    if session.ranks.any(interrupt.is_set()):
         return None
     _check_finite(session, state, val["val_loss"])
     return kept, {
@@ -198,14 +206,15 @@ def _finish_epoch(session: Session, state: TrainState, interrupt: Event) -> tupl
     }
 
 
-def _train_steps(session: Session, state: TrainState, bar: Progress, interrupt: Event) -> None:
-    """Train to the end of the epoch, or to a Ctrl-C."""
+def _train_steps(session: Session, state: TrainState, bar: Progress, interrupt: Event) -> bool:
+    """Train to the end of the epoch and return True, or to a Ctrl-C on any rank and return False."""
     if state.step == 0 and state.epoch == session.config.stage(state.epoch).first_epoch:
         session.optimizer.state.clear()  # moments of another T mislead the first steps of a stage
     session.classifier.train()
-    start = time.perf_counter() - state.seconds
+    start, trained = time.perf_counter() - state.seconds, True
     for x, labels in session.batches(state.epoch, first_step=state.step):
-        if interrupt.is_set():
+        trained = not session.ranks.any(interrupt.is_set())
+        if not trained:
             break
         _train_step(session, state, x, labels)
         state.step += 1
@@ -216,6 +225,7 @@ def _train_steps(session: Session, state: TrainState, bar: Progress, interrupt: 
             bar.step(epoch=state.epoch + 1, step=state.step, loss=loss, accuracy=accuracy, images_per_s=speed)
     _running_means(session, state)  # nothing that is not finite is ever saved; on a GPU this also waits for the steps
     state.seconds = time.perf_counter() - start
+    return trained
 
 
 def _train_step(session: Session, state: TrainState, x: Tensor, labels: Tensor) -> None:
@@ -223,11 +233,12 @@ def _train_step(session: Session, state: TrainState, x: Tensor, labels: Tensor) 
     config, optimizer, scaler = session.config, session.optimizer, session.scaler
     step = state.epoch * session.steps_per_epoch + state.step
     lengths = draw_lengths(config, state.epoch, step)
-    torch.manual_seed(derive_seed(config.seed, "network", step))  # dropout and whatever else a network draws
+    draws = "network" if session.ranks.rank == 0 else f"network of rank {session.ranks.rank}"
+    torch.manual_seed(derive_seed(config.seed, draws, step))  # dropout and whatever else a network draws
     for group in optimizer.param_groups:
         group["lr"] = session.rate(step)
     with autocast(session.device, session.precision):
-        logits = session.classifier(as_input(x, max(lengths)), max(lengths))
+        logits = session.model(as_input(x, max(lengths)), max(lengths))
         taught = 0.0 if session.teacher is None else session.teacher.loss(logits, x)
     loss = prefix_mean(epoch_loss(config, state.epoch), logits, labels, lengths) + taught
     optimizer.zero_grad(set_to_none=True)
@@ -239,20 +250,22 @@ def _train_step(session: Session, state: TrainState, x: Tensor, labels: Tensor) 
     scaler.update()
     if state.average:
         update_average(state.average, session.classifier.network, decay=config.ema, step=step)
-    state.losses[state.step] = loss.detach()
-    state.correct[state.step] = count_correct(logits.detach(), labels)
+    numbers = torch.stack([loss.detach() / session.ranks.size, count_correct(logits.detach(), labels)])
+    state.losses[state.step], state.correct[state.step] = session.ranks.sum(numbers)
 
 
 def _validate(session: Session, state: TrainState, kept: Classifier, interrupt: Event) -> dict[str, float | None]:
     """The losses and the accuracy on the held-out images at the stage's T; None for each where there are none."""
-    losses = validation_losses(session.config, state.epoch)
+    losses, ranks = validation_losses(session.config, state.epoch), session.ranks
     found = session.val and measure(
         kept,
         session.val.in_order(max(session.config.batch_size, 128)),
         T=session.config.stage(state.epoch).T,
         losses=losses,
         precision=session.precision,
-        stop=interrupt.is_set,
+        # Ranks cannot stop apart: one would wait for the others' numbers.
+        stop=interrupt.is_set if ranks.size == 1 else lambda: False,
+        ranks=ranks,
     )
     values: Mapping[str, float] = found or {}
     return {name: values.get(name) for name in losses} | {"val_accuracy": values.get("accuracy")}
@@ -264,12 +277,15 @@ def _keep(session: Session, state: TrainState, kept: Classifier, records: list[d
     In this order: a kill in between leaves an older state, which runs the epoch again and writes the same.
     """
     record = records[-1]
-    write_metrics(session.out, records)
+    writes = session.ranks.writes
+    if writes:
+        write_metrics(session.out, records)
     this = Best(record["epoch"], record["val_accuracy"], record["val_loss"], record["stage"])
     if state.best is None or state.best.is_beaten_by(this):
         state.best = this
-        training = asdict(session.config)
-        save_checkpoint(session.out / CHECKPOINT_NAME, kept, training=training, provenance=provenance(session, this))
+        if writes:
+            about = {"training": asdict(session.config), "provenance": provenance(session, this)}
+            save_checkpoint(session.out / CHECKPOINT_NAME, kept, **about)
     state.next_epoch()
     _save(session, state)
 

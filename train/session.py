@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import tetdeploy
 
@@ -19,8 +20,10 @@ from .config import TrainConfig
 from .device import device_name, pick_device, pick_precision
 from .objective import Teacher, load_teacher
 from .optimizer import build_optimizer
+from .ranks import Ranks, current_ranks
 from .schedule import derive_seed, learning_rate
 from .state import Best
+from .synchronised import over_ranks
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -44,6 +47,9 @@ class Session:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     out: Path
+    ranks: Ranks
+    held_out: int  # validation images of all ranks; `val` holds this rank's
+    model: nn.Module  # what a training step calls: the classifier, or its gradients go over all ranks
 
     @property
     def batch_size(self) -> int:
@@ -85,9 +91,8 @@ class Session:
         # drawn on the CPU, so that a GPU takes the images in the same order
         generator = torch.Generator().manual_seed(derive_seed(seed, order, epoch))
         chosen = torch.randperm(len(self.train), generator=generator)[steps.start * size : steps.stop * size]
-        return Draws(
-            chosen.view(len(steps), size), tuple(derive_seed(seed, images, epoch * seeds + step) for step in steps)
-        )
+        step_seeds = tuple(derive_seed(seed, images, epoch * seeds + step) for step in steps)
+        return Draws(chosen.view(len(steps), size), step_seeds, self.ranks.share(size))
 
 
 def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
@@ -142,35 +147,50 @@ def prepare(
     if teacher is not None:
         teacher.classifier.to(device)
     classifier.to(device)
+    ranks = current_ranks()
     return Session(
         classifier=classifier,
         config=config,
         train=DeviceImages(train_set, classifier, config),
-        val=None if val_set is None else DeviceImages(val_set, classifier, config),
+        val=None if val_set is None else DeviceImages(_share(val_set, ranks), classifier, config),
         device=device,
         precision=precision,
         teacher=teacher,
         optimizer=build_optimizer(classifier.network, config),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         out=out,
+        ranks=ranks,
+        held_out=0 if val_set is None else len(val_set),
+        model=over_ranks(classifier) if ranks.size > 1 else classifier,
     )
+
+
+def _share(data: LabelledSet, ranks: Ranks) -> LabelledSet:
+    """This rank's part of a set that is passed over once.
+
+    Raises:
+        ValueError: there are fewer images than ranks.
+    """
+    if len(data.labels) < ranks.size:
+        raise ValueError(f"{len(data.labels)} validation images are too few for {ranks.size} processes")
+    return data if ranks.size == 1 else data.select(np.arange(ranks.rank, len(data.labels), ranks.size))
 
 
 def headline(session: Session) -> str:
     """One line: the data, the network, the loss and the device."""
     config, classifier = session.config, session.classifier
     millions = sum(p.numel() for p in classifier.network.parameters()) / 1e6
-    held_out = 0 if session.val is None else len(session.val)
     tet = f"TET lambda {config.lam:g}"
     loss = tet if config.loss == "tet" else "SDT"
     if config.switch_to_tet:
         loss += f", after {config.switch_to_tet} epochs {tet}"
     if session.teacher is not None:
         loss += f", distilled from {config.distill}"
+    several = f"{session.ranks.size} x " if session.ranks.size > 1 else ""
     return (
-        f"{classifier.data}  {len(session.train):,} train  {held_out:,} validation   "
+        f"{classifier.data}  {len(session.train):,} train  {session.held_out:,} validation   "
         f"{classifier.config.model} {millions:.3g} M parameters   {loss}   "
-        f"{session.precision} on {device_name(session.device)}"
+        f"{session.precision} on {several}{device_name(session.device)}"
     )
 
 

@@ -21,8 +21,18 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from tetdeploy.layers import tdBN
+
+
+def over_ranks(classifier: nn.Module) -> nn.Module:
+    """What a training step calls in place of the classifier: its gradients are means over all ranks.
+
+    The classifier's BN are synchronised, in place; buffers need no other exchange.
+    """
+    synchronise_bn(classifier)
+    return DistributedDataParallel(classifier, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def synchronise_bn(network: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .device import autocast
 from .losses import total_loss
+from .ranks import Ranks
 
 if TYPE_CHECKING:
     from tetdeploy.networks import Classifier
@@ -58,6 +59,7 @@ def measure(
     losses: Mapping[str, Loss],
     precision: str = "fp32",
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks | None = None,
 ) -> dict[str, float] | None:
     """Several losses and the accuracy of one pass, in eval mode; the classifier's mode is put back afterwards.
 
@@ -68,26 +70,27 @@ def measure(
         losses: by name, each of logits [T, N, K] and labels [N], a mean over the batch.
         precision: "fp32", or autocast in "bf16" or "fp16".
         stop: asked before each batch; True gives up.
+        ranks: each of them has a part of the images; what comes back is over all parts.
 
     Returns:
         The mean of each loss and "accuracy" (the mean logits decide), or None if given up.
     """
     was_training = classifier.training
     classifier.eval()
-    device, count = classifier.mean.device, 0
-    totals = torch.zeros(len(losses) + 1, device=device)
+    device = classifier.mean.device
+    totals = torch.zeros(len(losses) + 2, device=device)
     try:
         with torch.inference_mode(), autocast(device, precision):
             for x, y in batches:
                 if stop():
                     return None
-                count += len(y)
                 logits = classifier(as_input(x, T), T)
                 sums = [loss(logits, y) * len(y) for loss in losses.values()]
-                totals += torch.stack([*sums, count_correct(logits, y).float()])
+                totals += torch.stack([*sums, count_correct(logits, y).float(), logits.new_tensor(len(y)).float()])
+            totals = ranks.sum(totals) if ranks else totals
     finally:
         classifier.train(was_training)
-    return dict(zip((*losses, "accuracy"), (totals / count).tolist(), strict=True))
+    return dict(zip((*losses, "accuracy"), (totals[:-1] / totals[-1]).tolist(), strict=True))
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
