@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tetdeploy.energy import AC_PJ, MAC_PJ, Layer, OperationCount, Operations, axis_fan_out
+from tetdeploy.energy import CONSTANTS, Layer, OperationCount, Operations, axis_fan_out
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
@@ -133,7 +133,7 @@ def test_the_two_bills_by_hand() -> None:
     # Two images: the first layer does 40 a step whatever the image, the others what fired.
     assert (one.mac_ops, one.ac_ops, one.analogue_ac_ops) == (40.0, (5 * 6 + 2 * 4) / 2, 2 * 4 / 2)
     assert (two.mac_ops, two.ac_ops, two.analogue_ac_ops) == (80.0, (5 * 10 + 2 * 11) / 2, 2 * 11 / 2)
-    assert (AC_PJ, MAC_PJ) == (0.9, 4.6)
+    assert (CONSTANTS["fp32"].ac_pj, CONSTANTS["fp32"].mac_pj) == (0.9, 4.6)
     assert two.energy_pj == pytest.approx(36 * 0.9 + 80 * 4.6)
     assert two.energy_exact_pj == pytest.approx(25 * 0.9 + (80 + 11) * 4.6)
     assert OperationCount(10.0, 2.0, 0.0).energy_pj == OperationCount(10.0, 2.0, 0.0).energy_exact_pj

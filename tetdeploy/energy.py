@@ -7,26 +7,91 @@ strides a value reaches fewer outputs, and the count is exact. What an operation
 - **multiply-accumulate** (MAC): the input is not binary. In the first layer, which sees the image, every value counts,
   zero or not; further in (behind average pooling, say) only nonzero values do.
 
-Two bills, both per image:
-
-- `energy_pj`, the paper's: the first layer multiplies, at every step; all other layers only add.
-- `energy_exact_pj`: every layer whose input is not binary multiplies.
-
-Energies are for 32-bit float operations in 45 nm CMOS: 0.9 pJ an addition, 4.6 pJ a multiply-accumulate
-(Horowitz, ISSCC 2014; Rathi & Roy, 2020, whom the TET paper follows).
+The literature bills them differently; `CONVENTIONS` names the three that are computed, each per image. Additions of
+biases and residuals and the neurons' own arithmetic are in none of them: `neuron_ops` and the export's `other_ops`
+count those apart. `docs/energy.md` has the formulas, an audit by hand, and how other tools count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-AC_PJ = 0.9
-MAC_PJ = 4.6
+CONVENTIONS = {
+    "paper": "the first layer multiplies, at every step; all others only add (TET, and most papers)",
+    "exact": "every layer whose input is not binary multiplies, so that average pooling counts",
+    "once": "as paper, but a first layer that sees the same image at every step multiplies once, as the engine does",
+}
+OTHER_OPS = {
+    "bias_adds": "one addition for every output of a layer with a bias, which a folded BN leaves",
+    "residual_adds": "one addition for every value of a sum of two branches",
+    "batch_norm_macs": "one multiply-accumulate for every value of a BN that is not folded",
+    "neuron_ops": "per neuron a leak (a multiplication, LIF only), an addition, a comparison, a reset (x - x s)",
+}
+
+
+@dataclass(frozen=True)
+class EnergyConstants:
+    """Picojoules of an accumulate and of a multiply-accumulate, and where the figures come from.
+
+    Raises:
+        ValueError: a figure is not a positive number, or a multiply-accumulate costs less than its addition.
+    """
+
+    ac_pj: float
+    mac_pj: float
+    source: str
+
+    def __post_init__(self) -> None:
+        for name, value in (("ac_pj", self.ac_pj), ("mac_pj", self.mac_pj)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number of picojoules, got {value}")
+        if self.mac_pj < self.ac_pj:
+            raise ValueError(
+                f"a multiply-accumulate contains an accumulate, so mac_pj must be at least ac_pj={self.ac_pj}; "
+                f"got {self.mac_pj}"
+            )
+
+
+_HOROWITZ = "M. Horowitz, Computing's energy problem, ISSCC 2014, 45 nm"
+CONSTANTS = {
+    "fp32": EnergyConstants(0.9, 4.6, f"{_HOROWITZ}, 32-bit float: addition 0.9 pJ, multiplication 3.7 pJ"),
+    "int8": EnergyConstants(
+        0.1, 0.3, f"{_HOROWITZ}: 8-bit integer multiplication 0.2 pJ, addition into 32-bit integers 0.1 pJ"
+    ),
+}
+
+
+def energy_constants(
+    precision: str = "fp32", *, ac_pj: float | None = None, mac_pj: float | None = None
+) -> EnergyConstants:
+    """The constants for a model's arithmetic, `fp32` or `int8`, or one's own instead of one or both.
+
+    Raises:
+        ValueError: no cited figures for this precision, and not both are given; a figure is not positive.
+    """
+    known = CONSTANTS.get(precision)
+    if ac_pj is None and mac_pj is None and known is not None:
+        return known
+    if known is None and (ac_pj is None or mac_pj is None):
+        raise ValueError(
+            f"no cited energies for precision {precision!r}, only for {', '.join(CONSTANTS)}; "
+            "give your own with --ac-pj and --mac-pj (in Python energy_constants(ac_pj=, mac_pj=))"
+        )
+    own = [f"{name} {value:g}" for name, value in (("ac_pj", ac_pj), ("mac_pj", mac_pj)) if value is not None]
+    source = f"given by the user: {', '.join(own)}"
+    if known is None:
+        assert ac_pj is not None and mac_pj is not None
+        return EnergyConstants(ac_pj, mac_pj, source)
+    rest = "" if len(own) == 2 else f"; the other: {known.source}"
+    return EnergyConstants(
+        known.ac_pj if ac_pj is None else ac_pj, known.mac_pj if mac_pj is None else mac_pj, source + rest
+    )
 
 
 @dataclass(frozen=True)
@@ -40,6 +105,7 @@ class Layer:
         from_input: no neurons lie between the network's input and this layer: the paper's first layer.
         binary: the layer's input is spikes, 0 or 1.
         positions: how often the layer is applied to one image in one step, as a linear layer is to tokens.
+        once: the graph computes the layer once for an image, not at every step: direct encoding's first layer.
     """
 
     name: str
@@ -52,6 +118,7 @@ class Layer:
     from_input: bool = False
     binary: bool = True
     positions: int = 1
+    once: bool = False
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Layer:
@@ -67,6 +134,15 @@ class Layer:
     def counter(self) -> str:
         """The output of the counting graph with this layer's nonzero inputs, `[T, N, *positions, *spatial]`."""
         return f"active.{self.name}"
+
+    @property
+    def num_inputs(self) -> int:
+        """Values that the layer reads for one image in one step."""
+        return self.positions * math.prod(self.input_shape)
+
+    @property
+    def num_weights(self) -> int:
+        return self.input_shape[0] * self.outputs * math.prod(self.kernel)
 
     def fan_out(self) -> NDArray[np.int64]:
         """How many outputs an input value reaches, by its position: `[*spatial]`, a scalar for a linear layer."""
@@ -88,13 +164,24 @@ def axis_fan_out(size: int, kernel: int, stride: int, pads: tuple[int, int], dil
     return np.bincount(taps[(taps >= 0) & (taps < size)], minlength=size).astype(np.int64)
 
 
+def layers_of(metadata: Mapping[str, Any]) -> tuple[Layer, ...]:
+    """The layers of an exported model.
+
+    Earlier exports do not say which layers are computed once; with direct encoding the first ones are.
+    """
+    direct = metadata["encoding"] == "direct"
+    return tuple(Layer.from_dict({"once": direct and layer["from_input"]} | layer) for layer in metadata["layers"])
+
+
 @dataclass
 class Operations:
-    """Operations summed over images, by layer and step; `counts[layer][t]` for step t + 1."""
+    """Operations summed over images, by layer and step: `counts[layer][t]` for step t + 1, `active` their inputs."""
 
     layers: tuple[Layer, ...]
     counts: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    active: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     num_images: int = 0
+    constants: EnergyConstants = CONSTANTS["fp32"]
 
     def add(self, active: Mapping[str, NDArray[Any]], num_images: int, T: int) -> None:
         """Add a batch: `active[layer.counter]` holds nonzero inputs, `[T, N, *positions, *spatial]`."""
@@ -102,40 +189,126 @@ class Operations:
         for layer in self.layers:
             if layer.from_input:
                 ops = np.full(T, float(layer.dense_ops() * num_images))
+                inputs = np.full(T, float(layer.num_inputs * num_images))
             else:
                 spatial = layer.fan_out()
-                values = active[layer.counter].astype(np.float64)
-                ops = (values.reshape(T, -1, *spatial.shape) * spatial).reshape(T, -1).sum(1)
+                values = active[layer.counter].astype(np.float64).reshape(T, -1, *spatial.shape)
+                ops = (values * spatial).reshape(T, -1).sum(1)
+                inputs = values.reshape(T, -1).sum(1)
             self.counts[layer.name] = self.counts.get(layer.name, 0.0) + ops
+            self.active[layer.name] = self.active.get(layer.name, 0.0) + inputs
 
     def at(self, T: int) -> OperationCount:
-        """Operations per image for the first T steps."""
-        count = OperationCount(0.0, 0.0, 0.0)
-        for layer in self.layers:
-            ops = float(self.counts[layer.name][:T].sum()) / self.num_images
-            count = count.plus(layer, ops)
-        return count
+        """Operations per image for the first T steps, of all layers."""
+        return sum((self.of(layer, T) for layer in self.layers), start=OperationCount(constants=self.constants))
+
+    def of(self, layer: Layer, T: int) -> OperationCount:
+        """Operations per image of one layer in the first T steps."""
+        ops = float(self.counts[layer.name][:T].sum()) / self.num_images
+        count = OperationCount(constants=self.constants)
+        if not layer.from_input:
+            return replace(count, ac_ops=ops, analogue_ac_ops=0.0 if layer.binary else ops)
+        first = float(self.counts[layer.name][0]) / self.num_images
+        return replace(count, mac_ops=ops, repeated_mac_ops=ops - first if layer.once else 0.0)
+
+    def input_rate(self, layer: Layer, T: int) -> float:
+        """The share of a layer's inputs that counted in the first T steps; 1 where every value does."""
+        return float(self.active[layer.name][:T].sum()) / (layer.num_inputs * self.num_images * T)
+
+    def by_layer(self, steps: Sequence[int]) -> list[dict[str, Any]]:
+        """Every layer at every T of `steps`, as JSON."""
+        return [self._layer_dict(layer, steps) for layer in self.layers]
+
+    def ann(self) -> dict[str, float]:
+        """The ANN twin: every layer once, every input multiplied, per image (or frame)."""
+        mac_ops = sum(layer.dense_ops() for layer in self.layers)
+        return {"mac_ops": mac_ops, "energy_pj": mac_ops * self.constants.mac_pj}
+
+    def _layer_dict(self, layer: Layer, steps: Sequence[int]) -> dict[str, Any]:
+        rows = [self.of(layer, T).to_dict(T) | {"input_rate": self.input_rate(layer, T)} for T in steps]
+        return {
+            "name": layer.name,
+            "from_input": layer.from_input,
+            "binary": layer.binary,
+            "once": layer.once,
+            "fan_out": float(layer.fan_out().mean()),
+            "weights": layer.num_weights,
+            "dense_ops": layer.dense_ops(),
+            "rows": rows,
+        }
 
 
 @dataclass(frozen=True)
 class OperationCount:
-    """Operations per image, split as in the paper; the inputs of `analogue_ac_ops` of the `ac_ops` are not binary."""
+    """Operations per image, split as in the paper, and what they cost by each of the `CONVENTIONS`.
 
-    ac_ops: float
-    mac_ops: float
-    analogue_ac_ops: float
+    Attributes:
+        analogue_ac_ops: those of `ac_ops` whose inputs are not binary.
+        repeated_mac_ops: those of `mac_ops` that only repeat the first step's.
+    """
 
-    def plus(self, layer: Layer, ops: float) -> OperationCount:
-        if layer.from_input:
-            return OperationCount(self.ac_ops, self.mac_ops + ops, self.analogue_ac_ops)
-        return OperationCount(self.ac_ops + ops, self.mac_ops, self.analogue_ac_ops + (0.0 if layer.binary else ops))
+    ac_ops: float = 0.0
+    mac_ops: float = 0.0
+    analogue_ac_ops: float = 0.0
+    repeated_mac_ops: float = 0.0
+    constants: EnergyConstants = CONSTANTS["fp32"]
+
+    def __add__(self, other: OperationCount) -> OperationCount:
+        return OperationCount(
+            self.ac_ops + other.ac_ops,
+            self.mac_ops + other.mac_ops,
+            self.analogue_ac_ops + other.analogue_ac_ops,
+            self.repeated_mac_ops + other.repeated_mac_ops,
+            self.constants,
+        )
 
     @property
     def energy_pj(self) -> float:
         """The paper's bill, in pJ an image."""
-        return self.ac_ops * AC_PJ + self.mac_ops * MAC_PJ
+        return self._bill(self.ac_ops, self.mac_ops)
 
     @property
     def energy_exact_pj(self) -> float:
         """Every layer with a non-binary input multiplies, in pJ an image."""
-        return (self.ac_ops - self.analogue_ac_ops) * AC_PJ + (self.mac_ops + self.analogue_ac_ops) * MAC_PJ
+        return self._bill(self.ac_ops - self.analogue_ac_ops, self.mac_ops + self.analogue_ac_ops)
+
+    @property
+    def energy_once_pj(self) -> float:
+        """The paper's bill, but what only repeats is computed once, in pJ an image."""
+        return self._bill(self.ac_ops, self.mac_ops - self.repeated_mac_ops)
+
+    def to_dict(self, T: int) -> dict[str, float]:
+        """The two counts and the three bills, as JSON."""
+        return {
+            "T": T,
+            "ac_ops": self.ac_ops,
+            "mac_ops": self.mac_ops,
+            "energy_pj": self.energy_pj,
+            "energy_exact_pj": self.energy_exact_pj,
+            "energy_once_pj": self.energy_once_pj,
+        }
+
+    def _bill(self, ac_ops: float, mac_ops: float) -> float:
+        return ac_ops * self.constants.ac_pj + mac_ops * self.constants.mac_pj
+
+
+def other_ops(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """Operations of `OTHER_OPS` for one image in one step. Of earlier exports only the neurons' are known."""
+    counted = {kind: sum(by_name.values()) for kind, by_name in metadata.get("other_ops", {}).items()}
+    return counted | {"neuron_ops": sum(sum(_of_neurons(layer)) for layer in metadata["neurons"])}
+
+
+def other_ops_pj(metadata: Mapping[str, Any], constants: EnergyConstants) -> dict[str, float]:
+    """What `other_ops` cost, per image and step. A comparison costs as much as an addition; a multiplication what a
+    multiply-accumulate costs beyond its addition."""
+    price = {"bias_adds": constants.ac_pj, "residual_adds": constants.ac_pj, "batch_norm_macs": constants.mac_pj}
+    bill = {kind: ops * price[kind] for kind, ops in other_ops(metadata).items() if kind in price}
+    multiplied, added = (sum(column) for column in zip(*map(_of_neurons, metadata["neurons"]), strict=True))
+    return bill | {"neuron_ops": multiplied * (constants.mac_pj - constants.ac_pj) + added * constants.ac_pj}
+
+
+def _of_neurons(layer: Mapping[str, Any]) -> tuple[int, int]:
+    """Multiplications, and additions with comparisons, of a layer of neurons in one step of Eqs. 1-3."""
+    size = math.prod(layer["shape"])
+    leaks = layer["tau"] != 1.0
+    return size * (leaks + 1), size * 3

@@ -6,6 +6,7 @@ An engine keeps nothing between calls, so that threads may share one; LIF state 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,8 +57,8 @@ class Engine:
 
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
-        path, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph, else None), encoding (`direct` or
-        `frames`), input_shape `(C, H, W)`, input_dtype, class_names.
+        path, device, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph, else None), encoding (`direct`
+        or `frames`), input_shape `(C, H, W)`, input_dtype, class_names.
 
     Raises:
         ValueError: the file is no ONNX model, or none of ours; the device is unknown or its provider not available.
@@ -66,7 +67,7 @@ class Engine:
     """
 
     def __init__(self, model: str | Path, *, device: str = "cpu", threads: int | None = None) -> None:
-        self.path = Path(model)
+        self.path, self.device = Path(model), device
         self._providers = _providers(device)
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
@@ -108,6 +109,11 @@ class Engine:
         """`run` on the counting graph. Also gives, by name: `active.<layer>`, nonzero inputs summed over channels,
         `[T, N, *spatial]`; `fired.<neurons>`, spikes per step and image, `[T, N]`."""
         return self.run_with(self.counting_overlay, x, T)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the model file."""
+        return hashlib.sha256(self._bytes).hexdigest()
 
     @cached_property
     def counting_overlay(self) -> bytes:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.energy import Layer, Operations
+from tetdeploy import __version__
+from tetdeploy.energy import (
+    EnergyConstants,
+    Operations,
+    energy_constants,
+    layers_of,
+    other_ops,
+    other_ops_pj,
+)
 from tetdeploy.engine import Engine
+from tetdeploy.extras import import_extra
 
 MAX_T = 1024
 
@@ -22,8 +33,9 @@ class Row:
 
     Attributes:
         firing_rate: spikes over neuron-steps of the whole network.
-        energy_pj, energy_exact_pj: the two bills of `tetdeploy.energy`.
+        energy_pj, energy_exact_pj, energy_once_pj: the bills of `tetdeploy.energy.CONVENTIONS`: paper, exact, once.
         latency_ms: median time of one image (batch 1) on this machine.
+        ann_ratio: the energy of the ANN twin over `energy_pj`; None where that is zero.
     """
 
     T: int
@@ -34,19 +46,30 @@ class Row:
     energy_pj: float
     energy_exact_pj: float
     latency_ms: float
+    energy_once_pj: float
+    ann_ratio: float | None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The rows, and what they were measured on."""
+    """The rows, and what they were measured on.
+
+    Attributes:
+        origin: `provenance` of the model and of the measurement.
+        details: `Tally.details`: layers, neurons, the ANN twin, other operations, constants, classes.
+    """
 
     model: str
     data: str
     num_samples: int
     rows: tuple[Row, ...]
+    origin: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        value = asdict(self)
+        rows, origin, details = (value.pop(name) for name in ("rows", "origin", "details"))
+        return {"kind": "sweep", **value, **origin, "rows": rows, **details}
 
 
 def parse_steps(text: str) -> tuple[int, ...]:
@@ -74,13 +97,20 @@ class Tally:
         seen, correct: images, and right answers after each number of steps, by class: `[K]`, `[K, T]`.
         fired: spikes by layer of neurons and step, `[layers, T]`.
         operations: of the convolutions and linear layers.
+
+    Args:
+        constants: picojoules of an operation; by default those for the model's precision.
+
+    Raises:
+        ValueError: there are none for it.
     """
 
-    def __init__(self, engine: Engine, T: int) -> None:
+    def __init__(self, engine: Engine, T: int, constants: EnergyConstants | None = None) -> None:
         num_classes = len(engine.class_names)
-        self.T = T
+        self.T, self.class_names, self.metadata = T, engine.class_names, engine.metadata
         self.neurons = {n["name"]: int(np.prod(n["shape"])) for n in engine.metadata["neurons"]}
-        self.operations = Operations(tuple(Layer.from_dict(layer) for layer in engine.metadata["layers"]))
+        constants = constants or energy_constants(engine.metadata.get("precision", "fp32"))
+        self.operations = Operations(layers_of(engine.metadata), constants=constants)
         self.seen = np.zeros(num_classes, np.int64)
         self.correct = np.zeros((num_classes, T), np.int64)
         self.fired = np.zeros((len(self.neurons), T))
@@ -106,18 +136,66 @@ class Tally:
             energy_pj=count.energy_pj,
             energy_exact_pj=count.energy_exact_pj,
             latency_ms=latency_ms,
+            energy_once_pj=count.energy_once_pj,
+            ann_ratio=self.operations.ann()["energy_pj"] / count.energy_pj if count.energy_pj else None,
         )
+
+    def details(self, steps: Sequence[int]) -> dict[str, Any]:
+        """What lies behind the rows at every T of `steps`, as JSON: by layer, by layer of neurons, by class; the ANN
+        twin; what no row's energy includes; the constants."""
+        constants = self.operations.constants
+        return {
+            "layers": self.operations.by_layer(steps),
+            "neurons": [self._neuron_dict(k, name, steps) for k, name in enumerate(self.neurons)],
+            "uncounted": list(self.metadata["uncounted"]),
+            "ann": self.operations.ann(),
+            "other_ops": other_ops(self.metadata),
+            "other_ops_pj": other_ops_pj(self.metadata, constants),
+            "constants": asdict(constants),
+            "by_class": [self._class_dict(k, name, steps) for k, name in enumerate(self.class_names)],
+        }
+
+    def _neuron_dict(self, k: int, name: str, steps: Sequence[int]) -> dict[str, Any]:
+        neurons = self.neurons[name] * self.seen.sum()
+        rows = [{"T": t, "firing_rate": float(self.fired[k, :t].sum() / (neurons * t))} for t in steps]
+        return {"name": name, "size": self.neurons[name], "rows": rows}
+
+    def _class_dict(self, k: int, name: str, steps: Sequence[int]) -> dict[str, Any]:
+        """Accuracies are None for a class without images."""
+        seen = int(self.seen[k])
+        accuracy = [float(self.correct[k, t - 1] / seen) if seen else None for t in steps]
+        return {"name": name, "num_samples": seen, "accuracy": accuracy}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All of it, for `np.savez`."""
         counts = {f"ops.{name}": ops for name, ops in self.operations.counts.items()}
-        return {"seen": self.seen, "correct": self.correct, "fired": self.fired} | counts
+        active = {f"active.{name}": inputs for name, inputs in self.operations.active.items()}
+        return {"seen": self.seen, "correct": self.correct, "fired": self.fired} | counts | active
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """The inverse of `arrays`, for the same model and T."""
         self.seen, self.correct, self.fired = (arrays[name].copy() for name in ("seen", "correct", "fired"))
-        self.operations.counts = {name[4:]: arrays[name].copy() for name in arrays if name.startswith("ops.")}
+        self.operations.counts = _restored(arrays, "ops.")
+        self.operations.active = _restored(arrays, "active.")
         self.operations.num_images = int(self.seen.sum())
+
+
+def _restored(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
+    return {name.removeprefix(prefix): arrays[name].copy() for name in arrays if name.startswith(prefix)}
+
+
+def provenance(engine: Engine) -> dict[str, Any]:
+    """What a result must say of the model and of the measurement besides its numbers, as JSON."""
+    versions = {"tetdeploy": __version__, "python": platform.python_version(), "numpy": np.__version__}
+    return {
+        "model_sha256": engine.sha256,
+        "trained_T": int(engine.metadata["trained_T"]),
+        "layout": engine.layout,
+        "num_classes": len(engine.class_names),
+        "versions": versions | {"onnxruntime": str(import_extra("onnxruntime", "cpu").__version__)},
+        "device": engine.device,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def sweep(
@@ -129,6 +207,7 @@ def sweep(
     data: str = "",
     batch_size: int = 64,
     num_timed: int = 30,
+    constants: EnergyConstants | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> Sweep:
     """Measure a model at every T of `steps`.
@@ -142,17 +221,19 @@ def sweep(
         labels: `[N]`.
         data: the name that the result carries.
         num_timed: timed calls for each latency.
+        constants: picojoules of an operation; by default those for the model's precision.
         tick: called with the number of images done.
 
     Raises:
-        ValueError: labels do not fit the images or the model's classes; see also `Engine.run`.
+        ValueError: labels do not fit the images or the model's classes, or there are no energies for the model's
+            precision; see also `Engine.run`.
     """
     _check_labels(engine, x, labels)
     if num_timed < 1 or batch_size < 1:
         raise ValueError(f"batch_size and num_timed must be at least 1, got {batch_size} and {num_timed}")
     T = max(steps)
     engine.check_T(T, engine.check_input(x[:1]))
-    tally = Tally(engine, T)
+    tally = Tally(engine, T, constants)
     for start in range(0, len(x), batch_size):
         batch = x[start : start + batch_size]
         result, counts = engine.count(batch, T)
@@ -160,7 +241,8 @@ def sweep(
         if tick:
             tick(len(batch))
     latency = measure_latency(engine, x, steps, num_timed)
-    return Sweep(str(engine.path), data, len(x), tuple(tally.row(t, latency[t]) for t in steps))
+    rows = tuple(tally.row(t, latency[t]) for t in steps)
+    return Sweep(str(engine.path), data, len(x), rows, provenance(engine), tally.details(steps))
 
 
 def measure_latency(engine: Engine, x: NDArray[Any], steps: Sequence[int], num_timed: int) -> dict[int, float]:
