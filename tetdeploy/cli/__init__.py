@@ -11,6 +11,7 @@ from tetdeploy.cli.import_ import import_
 from tetdeploy.cli.landscape import landscape
 from tetdeploy.cli.predict import predict
 from tetdeploy.cli.quickstart import quickstart
+from tetdeploy.cli.report import report
 from tetdeploy.cli.sweep import sweep
 from tetdeploy.cli.train import train
 
@@ -27,11 +28,12 @@ def main() -> None:
     tetdeploy train                      train (the digits, if nothing else is said)
     tetdeploy export --T 6 --fold-bn     write the newest run as ONNX
     tetdeploy sweep                      accuracy, energy and latency at each T
+    tetdeploy report RUN...              one HTML page: curves, accuracy, energy, layers, hashes
     tetdeploy predict MODEL IMAGE...     classify image files
     tetdeploy landscape RUN...           both losses round trained weights
     tetdeploy import FILE --arch ...     a checkpoint of the TET authors
     """
 
 
-for command in (quickstart, train, export, sweep, predict, landscape, import_):
+for command in (quickstart, train, export, sweep, report, predict, landscape, import_):
     main.add_command(command)

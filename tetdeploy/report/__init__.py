@@ -1,4 +1,8 @@
-"""Results as people read them: tables for the terminal, plots for a paper, a report for the browser."""
+"""Results as people read them: tables for the terminal, plots for a paper, a report for the browser.
+
+A report goes from files to `Results` (reading.py, results.py), to a `Document` (page.py, sections/), to HTML or
+Markdown (writers.py).
+"""
 
 from tetdeploy.report.sweep_plot import plot_sweep
 from tetdeploy.report.tables import count, energy, sweep_table

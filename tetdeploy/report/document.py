@@ -1,0 +1,84 @@
+"""What a report is made of, whatever it is written as: sections of cards, tables, plots and notes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Card:
+    """The headline numbers of one model: `(label, value)` pairs."""
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Cards:
+    cards: tuple[Card, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. The first `num_labels` columns are labels, to the left; the others numbers, to the right.
+
+    Attributes:
+        marked: indices of rows to stress, the T of the training for instance.
+        wide: cells hold long text, hashes for instance, that may be broken anywhere.
+    """
+
+    caption: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    num_labels: int = 1
+    marked: frozenset[int] = frozenset()
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawing, as the inside of an HTML page takes it.
+
+    Attributes:
+        svg: one `<svg>` element.
+        description: what one sees, for those who cannot.
+    """
+
+    svg: str
+    description: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Plots:
+    """Plots side by side where there is room."""
+
+    plots: tuple[Plot, ...]
+
+
+@dataclass(frozen=True)
+class Note:
+    text: str
+
+
+Block = Cards | Table | Plots | Note
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: tuple[Block, ...]
+
+    @property
+    def anchor(self) -> str:
+        """The name that links in the page use."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Document:
+    title: str
+    subtitle: str
+    sections: tuple[Section, ...]
+    notes: tuple[str, ...] = field(default=())

@@ -1,0 +1,131 @@
+"""Plots as inline SVG: one look for all, sharp at any size, the same bytes for the same numbers."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tetdeploy.extras import import_extra
+from tetdeploy.report.document import Plot
+
+# Okabe and Ito's palette, which the colour-blind can tell apart; without its yellow, which is lost on white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LINES = ("-", "--", "-.", (0, (1, 1.2)))
+_LONGEST_NAME = 34
+
+# A plot is drawn as wide as a phone is, so that its text can be read there; on a large screen two stand side by side.
+WIDTH, HEIGHT = 4.8, 3.1  # inches
+
+_RC = {
+    "svg.fonttype": "none",  # text stays text: to be searched, copied, read out, and shown in any script
+    "text.parse_math": False,  # a $ in a name is a $
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "axes.axisbelow": True,
+    "axes.edgecolor": "0.35",
+    "lines.markersize": 5,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.handlelength": 2.6,
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """Colour, marker and line of a series: any one of them tells it from the others."""
+
+    colour: str
+    marker: str
+    line: Any
+
+    @staticmethod
+    def of(number: int) -> Style:
+        return Style(_COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)], _LINES[number % len(_LINES)])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `Axes.plot`."""
+        return {"color": self.colour, "marker": self.marker, "linestyle": self.line}
+
+
+def draw(
+    paint: Callable[[Any], None],
+    *,
+    description: str,
+    caption: str,
+    height: float = HEIGHT,
+    legend: bool = True,
+) -> Plot:
+    """A plot of one pair of axes.
+
+    Args:
+        paint: draws on the axes; what has a label comes into the legend above them.
+        description: what one sees, for screen readers.
+        height: of the plot in inches, without the legend.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    matplotlib = import_extra("matplotlib", "train")
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_RC | {"svg.hashsalt": caption}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has a font for it
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        paint(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        if legend and handles:
+            columns = 1 if max(map(len, labels)) > 16 else min(2, len(labels))
+            figure.set_figheight(height + 0.2 * -(-len(labels) // columns))
+            figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return Plot(_inline(file.getvalue(), description), description, caption)
+
+
+def percent_axis(axis: Any) -> None:
+    """Fractions as per cent; the unit stands in the label of the axis."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+
+
+def whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def short(name: str, longest: int = _LONGEST_NAME) -> str:
+    """A name that fits a plot; what tells names apart is mostly at their ends."""
+    return name if len(name) <= longest else f"{name[: longest // 3]}…{name[-(longest - longest // 3 - 1) :]}"
+
+
+def energy_unit(largest_pj: float) -> tuple[str, float]:
+    """The unit for an axis, and how many picojoules it has."""
+    units = (("mJ", 1e9), ("µJ", 1e6), ("nJ", 1e3))
+    return next(((unit, size) for unit, size in units if largest_pj >= size), ("pJ", 1.0))
+
+
+def _inline(svg: str, description: str) -> str:
+    """The `<svg>` element alone: as wide as its place, with a text for screen readers."""
+    element = svg[svg.index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    element = re.sub(r"<!--.*?-->", "", element, flags=re.DOTALL)
+    opening, rest = element.split(">", 1)
+    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
+    return f'{opening} role="img" aria-label="{html.escape(description)}">{rest.strip()}'

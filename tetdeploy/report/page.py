@@ -1,0 +1,34 @@
+"""Results to a document: a title and the sections that have something to show."""
+
+from __future__ import annotations
+
+from tetdeploy.report.document import Document
+from tetdeploy.report.results import Results
+from tetdeploy.report.sections import SECTIONS
+
+_FEW = 4  # as many names stand in the title
+
+
+def document_of(results: Results, title: str | None = None) -> Document:
+    """The report on some results.
+
+    Args:
+        title: by default the names of the sources.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    names = [source.name for source in results.sources]
+    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    sections = [section for make in SECTIONS if (section := make(results)) is not None]
+    return Document(title or ", ".join(names[:_FEW]) + more, _subtitle(results), tuple(sections))
+
+
+def _subtitle(results: Results) -> str:
+    networks = {source.run.network.get("model") for source in results.trained if source.run}
+    data = {m.content["data"] for m in results.measurements}
+    data = data or {str(source.run.data.get("name")) for source in results.trained if source.run}
+    counts = {m.content["num_samples"] for m in results.measurements}
+    images = f", {counts.pop():,} test images" if len(counts) == 1 else ""
+    network = f"{', '.join(sorted(map(str, networks)))} on " if networks else ""
+    return f"Spiking networks: {network}{', '.join(sorted(data))}{images}"

@@ -1,0 +1,266 @@
+"""What a report compares: each path it was given becomes a source, with a name, its runs and what was measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tetdeploy.report.reading import (
+    CONFIG_NAME,
+    SUMMARY_NAME,
+    Run,
+    json_object,
+    merged,
+    model_stem,
+    read_run,
+    result_files,
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of one exported model.
+
+    Attributes:
+        name: of its series in plots and tables.
+        content: as in the JSON.
+        files: where that comes from.
+        run: what it was trained in, if the report was given the run folder.
+    """
+
+    name: str
+    content: dict[str, Any]
+    files: tuple[Path, ...]
+    run: Run | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.content["rows"]
+        return rows
+
+    @property
+    def trained_T(self) -> int | None:
+        known = self.content.get("trained_T") or (self.run.training.get("T") if self.run else None)
+        return None if known is None else int(known)
+
+    @cached_property
+    def headline(self) -> dict[str, Any]:
+        """The row at the T of the training, or else the one at the largest T."""
+        return next((row for row in self.rows if row["T"] == self.trained_T), self.rows[-1])
+
+    @property
+    def T(self) -> int:
+        """Of the headline."""
+        return int(self.headline["T"])
+
+    @property
+    def ann_pj(self) -> float | None:
+        """Energy of the ANN twin, in pJ an image."""
+        found = (self.content.get("ann") or {}).get("energy_pj")
+        return None if found is None else float(found)
+
+    def points(self, x: str, y: str) -> list[tuple[int, float, float]]:
+        """T and two numbers of each row where both were measured."""
+        pairs = [(row["T"], row.get(x), row.get(y)) for row in self.rows]
+        return [(T, float(a), float(b)) for T, a, b in pairs if a is not None and b is not None]
+
+    def by_entry(self, part: str, key: str) -> dict[str, float]:
+        """A number of every entry of `layers`, `neurons` or `by_class` at the headline's T, by the entry's name."""
+        entries = self.content.get(part) or []
+        found = {entry["name"]: row.get(key) for entry in entries for row in entry["rows"] if row["T"] == self.T}
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One thing that a report was asked for.
+
+    Attributes:
+        runs: its trainings by name; several where it holds several seeds.
+        summary: of several seeds, else {}.
+    """
+
+    name: str
+    runs: dict[str, Run]
+    measurements: tuple[Measurement, ...]
+    summary: dict[str, Any]
+
+    @property
+    def series(self) -> list[str]:
+        """Names in plots and tables: of the models measured, or its own."""
+        return [m.name for m in self.measurements] or [self.name]
+
+    @property
+    def run(self) -> Run | None:
+        """The first of its runs."""
+        return next(iter(self.runs.values()), None)
+
+
+@dataclass(frozen=True)
+class Results:
+    """All of a report; `notes` say what a reader must know before comparing."""
+
+    sources: tuple[Source, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        return [m for source in self.sources for m in source.measurements]
+
+    @property
+    def trained(self) -> list[Source]:
+        """The sources whose training is known."""
+        return [source for source in self.sources if source.runs]
+
+    @property
+    def unmeasured(self) -> list[Source]:
+        return [source for source in self.sources if not source.measurements]
+
+    @cached_property
+    def style_of(self) -> dict[str, int]:
+        """A number for every series, which decides its colour and marker; a source has that of its first series."""
+        names = [name for source in self.sources for name in source.series]
+        numbers = {name: k for k, name in enumerate(names)}
+        return {source.name: numbers[source.series[0]] for source in self.sources} | numbers
+
+    def twin_energy(self, run: Run) -> float | None:
+        """The energy of an ANN run, in pJ an image, if a spiking network of its very shape was measured."""
+        found = (m.ann_pj for m in self.measurements if m.run is not None and _shape(m.run) == _shape(run))
+        return next((energy for energy in found if energy is not None), None) if run.network.get("ann") else None
+
+
+def read_results(paths: Sequence[Path], names: Sequence[str] = ()) -> Results:
+    """Read run folders and result files.
+
+    Args:
+        paths: run folders, folders of several seeds, or JSON files of `tetdeploy sweep` and `tetdeploy validate`.
+        names: for the sources in the order of the paths; the others are called by their folder or file. The results
+            of one model beside each other are one source.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: no path, or one twice; a path is no result, or damaged; names that do not fit; the results are of
+            different data and cannot be compared.
+    """
+    groups = _grouped(paths)
+    notes: list[str] = []
+    sources = tuple(_source(name, g, notes) for name, g in zip(_labels(groups, names), groups, strict=True))
+    empty = [str(group[0]) for group, source in zip(groups, sources, strict=True) if not _holds_anything(source)]
+    if empty:
+        raise ValueError(
+            f"nothing to report on in {', '.join(empty)}: no epoch is finished and nothing was measured; "
+            "train further (--resume), or export and run tetdeploy sweep"
+        )
+    check_comparable(sources)
+    return Results(sources, tuple(notes + list(_cautions(sources))))
+
+
+def check_comparable(sources: Sequence[Source]) -> None:
+    """Refuse to show results of different data side by side.
+
+    Raises:
+        ValueError: they are.
+    """
+    measured = {m.name: _data_name(m.content["data"]) for source in sources for m in source.measurements}
+    _refuse_different("measured on", measured)
+    if any(not source.measurements for source in sources):  # its validation images are all there is to compare by
+        trained = {source.name: _data_name(source.run.data.get("name", "")) for source in sources if source.run}
+        _refuse_different("trained on", trained)
+
+
+def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
+    """A run, several seeds, or the result files of one model."""
+    if not paths[0].is_dir():
+        return Source(name, {}, (_measurement(name, paths, None, notes),), {})
+    folder = paths[0]
+    seeds = sorted((f.parent for f in folder.glob(f"seed-*/{CONFIG_NAME}")), key=lambda f: (len(f.name), f.name))
+    runs = {f"{name} {seed.name}": read_run(seed) for seed in seeds} or {name: read_run(folder)}
+    found = [(label, run, stem, files) for label, run in runs.items() for stem, files in _results_of(run)]
+    single = Counter(label for label, *_ in found)
+    measurements = tuple(
+        _measurement(label if single[label] == 1 else f"{label} {stem}", files, run, notes)
+        for label, run, stem, files in found
+    )
+    summary = folder / SUMMARY_NAME
+    return Source(name, runs, measurements, json_object(summary) if seeds and summary.is_file() else {})
+
+
+def _results_of(run: Run) -> Iterator[tuple[str, list[Path]]]:
+    yield from result_files(run.folder).items()
+
+
+def _measurement(name: str, files: Sequence[Path], run: Run | None, notes: list[str]) -> Measurement:
+    content, used, left_out = merged(files)
+    notes += left_out
+    return Measurement(name, content, tuple(used), run)
+
+
+def _holds_anything(source: Source) -> bool:
+    return bool(source.measurements) or any(run.metrics for run in source.runs.values())
+
+
+def _cautions(sources: Sequence[Source]) -> Iterator[str]:
+    """What sets results apart without making them incomparable."""
+    counts = {m.name: m.content["num_samples"] for source in sources for m in source.measurements}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+        yield f"The models were measured on different numbers of images ({listed}): compare accuracies with care."
+    devices = {m.content.get("device", "cpu") for source in sources for m in source.measurements}
+    if len(devices) > 1:
+        yield f"The models ran on different devices ({', '.join(sorted(devices))}): latencies do not compare."
+
+
+def _refuse_different(what: str, data: Mapping[str, str]) -> None:
+    if len(set(data.values())) > 1:
+        listed = ", ".join(f"{name} on {where or 'unknown data'}" for name, where in data.items())
+        raise ValueError(
+            f"these results cannot be compared, they were {what} different data: {listed}; make a report for each"
+        )
+
+
+def _data_name(data: str) -> str:
+    """Files of data may lie elsewhere on another machine: only their own name counts."""
+    return Path(data).name if data.lower().endswith(".npz") else data
+
+
+def _shape(run: Run) -> dict[str, Any]:
+    """What decides the shapes of a network's parameters."""
+    names = ("model", "num_classes", "in_channels", "image_size", "width")
+    return {name: run.network.get(name) for name in names}
+
+
+def _grouped(paths: Sequence[Path]) -> list[tuple[Path, ...]]:
+    """Each run folder by itself, the result files of one model together."""
+    if not paths:
+        raise ValueError("nothing to report on: give run folders, or JSON files of tetdeploy sweep")
+    groups: dict[tuple[Path, str], list[Path]] = {}
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; give a run folder or the JSON file of a sweep")
+        whole = path.resolve()
+        group = groups.setdefault((whole, "") if path.is_dir() else (whole.parent, model_stem(path)), [])
+        if whole in [known.resolve() for known in group]:
+            raise ValueError(f"{path} is named twice")
+        group.append(path)
+    return [tuple(group) for group in groups.values()]
+
+
+def _labels(groups: Sequence[tuple[Path, ...]], names: Sequence[str]) -> list[str]:
+    if len(names) > len(groups):
+        raise ValueError(f"{len(names)} names for {len(groups)} results: {', '.join(names)}; give one --name for each")
+    own = [group[0].resolve().name if group[0].is_dir() else model_stem(group[0]) for group in groups]
+    twice = {name for name, count in Counter(own).items() if count > 1}
+    unique = [
+        f"{group[0].resolve().parent.name}/{name}" if name in twice else name
+        for name, group in zip(own, groups, strict=True)
+    ]
+    if len(set(unique)) < len(unique):
+        unique = [str(group[0]) for group in groups]
+    labels = [*names, *unique[len(names) :]]
+    if len(set(labels)) < len(labels) or not all(label.strip() for label in labels):
+        raise ValueError(f"every result needs a name of its own, got {', '.join(map(repr, labels))}; see --name")
+    return labels

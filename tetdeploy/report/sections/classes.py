@@ -1,0 +1,50 @@
+"""Accuracy of each class."""
+
+from __future__ import annotations
+
+from tetdeploy.report.document import Block, Note, Plots, Section, Table
+from tetdeploy.report.numbers import percent
+from tetdeploy.report.results import Measurement, Results
+from tetdeploy.report.sections.layers import by_entry
+
+_FEW = 24  # as many classes are drawn and listed whole; of more, the best and the worst are
+_ENDS = 8
+
+
+def accuracy_by_class(results: Results) -> Section | None:
+    """At the T of the training."""
+    measured = [m for m in results.measurements if m.by_entry("by_class", "accuracy")]
+    if not measured:
+        return None
+    if max(len(m.content["by_class"]) for m in measured) > _FEW:
+        return Section("Accuracy by class", tuple(block for m in measured for block in _compact(m)))
+    plot = by_entry(
+        results, measured, "by_class", "accuracy", "accuracy (%)", 0.01,
+        "Accuracy of each class at the T of the training.",
+    )  # fmt: skip
+    return Section("Accuracy by class", (Plots((plot,)), _table(measured)))
+
+
+def _table(measured: list[Measurement]) -> Table:
+    values = [m.by_entry("by_class", "accuracy") for m in measured]
+    images = {c["name"]: c["num_samples"] for m in measured for c in m.content["by_class"]}
+    rows = tuple((name, f"{count:,}", *(percent(v.get(name)) for v in values)) for name, count in images.items())
+    headers = ("class", "images", *(f"{m.name}, T={m.T}" for m in measured))
+    return Table("Accuracy of each class.", headers, rows)
+
+
+def _compact(m: Measurement) -> tuple[Block, ...]:
+    """Of many classes: how they spread, and the ends."""
+    values = m.by_entry("by_class", "accuracy")
+    ordered = sorted(values, key=lambda name: values[name])
+    low, high = ordered[:_ENDS], ordered[-_ENDS:][::-1]
+    rows = tuple(
+        (worst, percent(values[worst]), best, percent(values[best])) for worst, best in zip(low, high, strict=True)
+    )
+    tenths = [sum(int(v * 10) == k or (k == 9 and v == 1) for v in values.values()) for k in range(10)]
+    spread = ", ".join(f"{10 * k}-{10 * k + 10} %: {n}" for k, n in enumerate(tenths) if n)
+    caption = f"{m.name} at T={m.T}: the lowest and the highest of {len(values)} classes."
+    table = Table(caption, ("lowest", "accuracy", "highest", "accuracy"), rows)
+    return table, Note(
+        f"{m.name}: classes by accuracy: {spread}. Median {percent(values[ordered[len(ordered) // 2]])}."
+    )

@@ -1,0 +1,121 @@
+"""Where the spikes and the energy are: firing rate by layer of neurons, energy by layer of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tetdeploy.report.document import Plot, Plots, Section, Table
+from tetdeploy.report.drawing import Style, draw, energy_unit, short
+from tetdeploy.report.numbers import joules, operations, rate, short_float, text
+from tetdeploy.report.results import Measurement, Results
+
+_SMALLEST, _ROW = 1.6, 0.2  # inches
+
+
+def firing_rate_by_layer(results: Results) -> Section | None:
+    """At the T of the training as a plot, at every T as a table."""
+    measured = [m for m in results.measurements if m.by_entry("neurons", "firing_rate")]
+    if not measured:
+        return None
+    plot = by_entry(
+        results,
+        measured,
+        "neurons",
+        "firing_rate",
+        "firing rate (spikes per neuron and step)",
+        1.0,
+        "Firing rate of each layer of neurons, from the input (top) to the output, at the T of the training.",
+    )
+    return Section("Firing rate by layer", (Plots((plot,)), *(_neurons_table(m) for m in measured)))
+
+
+def energy_by_layer(results: Results) -> Section | None:
+    """At the T of the training."""
+    measured = [m for m in results.measurements if m.by_entry("layers", "energy_pj")]
+    if not measured:
+        return None
+    unit, size = energy_unit(max(e for m in measured for e in m.by_entry("layers", "energy_pj").values()))
+    plot = by_entry(
+        results,
+        measured,
+        "layers",
+        "energy_pj",
+        f"energy ({unit} per image)",
+        size,
+        "Energy of each convolution and linear layer, from the input (top) to the output, at the T of the training.",
+    )
+    return Section("Energy by layer", (Plots((plot,)), *(_layers_table(m) for m in measured)))
+
+
+def by_entry(
+    results: Results, measured: Sequence[Measurement], part: str, key: str, label: str, size: float, caption: str
+) -> Plot:
+    """One number of each layer, neuron layer or class: bars of one model, a dot for each of several."""
+    values = {m.name: m.by_entry(part, key) for m in measured}
+    names = list(dict.fromkeys(name for found in values.values() for name in found))
+    places = {name: k for k, name in enumerate(names)}
+
+    def paint(axes: Any) -> None:
+        for series, found in values.items():
+            style = Style.of(results.style_of[series])
+            at, shown = [places[name] for name in found], [value / size for value in found.values()]
+            if len(values) == 1:
+                axes.barh(at, shown, color=style.colour, height=0.7)
+            else:
+                axes.plot(shown, at, style.marker, color=style.colour, label=short(series), alpha=0.85)
+        axes.set_yticks(range(len(names)), [short(name, 24) for name in names], fontsize=8)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(visible=len(values) > 1, axis="y")
+        axes.set_xlim(left=0)
+        axes.set_xlabel(label)
+
+    at = ", ".join(dict.fromkeys(f"T={m.T}" for m in measured))
+    highest = [f"{m.name}: most in {max(v, key=lambda n: v[n])}" for m in measured if (v := values[m.name])]
+    return draw(
+        paint,
+        description=f"{label} by name, {len(names)} of them. {'; '.join(highest)}",
+        caption=caption.removesuffix(".") + f" ({at}).",
+        height=max(_SMALLEST, 0.7 + _ROW * len(names)),
+    )
+
+
+def _neurons_table(m: Measurement) -> Table:
+    entries = m.content["neurons"]
+    steps = list(dict.fromkeys(row["T"] for entry in entries for row in entry["rows"]))
+    rows = []
+    for entry in entries:
+        rates = {row["T"]: row.get("firing_rate") for row in entry["rows"]}
+        rows.append(
+            (entry["name"], text(entry.get("size"), lambda v: f"{v:,.0f}"), *(rate(rates.get(T)) for T in steps))
+        )
+    headers = ("layer", "neurons", *(f"T={T}{' *' if m.trained_T == T else ''}" for T in steps))
+    return Table(f"{m.name}: firing rate of each layer by T.", headers, tuple(rows))
+
+
+def _layers_table(m: Measurement) -> Table:
+    """Only the columns that the result has."""
+    total = sum(m.by_entry("layers", "energy_pj").values())
+    columns: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], str]]] = [
+        ("input", lambda layer, _: _input_kind(layer)),
+        ("parameters", lambda layer, _: text(layer.get("parameters"), lambda v: f"{v:,.0f}")),
+        ("fan-out", lambda layer, _: short_float(layer.get("fan_out"))),
+        ("nonzero inputs", lambda _, row: text(row.get("input_rate"), lambda v: f"{v:.1%}")),
+        ("AC ops", lambda _, row: operations(row.get("ac_ops"))),
+        ("MAC ops", lambda _, row: operations(row.get("mac_ops"))),
+        ("energy", lambda _, row: joules(row.get("energy_pj"))),
+        ("energy, exact", lambda _, row: joules(row.get("energy_exact_pj"))),
+        ("share", lambda _, row: text(row.get("energy_pj"), lambda v: f"{v / total:.1%}" if total else "–")),
+    ]
+    found = [(layer, row) for layer in m.content["layers"] for row in layer["rows"] if row["T"] == m.T]
+    cells = [[cell(layer, row) for _, cell in columns] for layer, row in found]
+    kept = [k for k in range(len(columns)) if any(row[k] != "–" for row in cells)]
+    rows = tuple((layer["name"], *(row[k] for k in kept)) for (layer, _), row in zip(found, cells, strict=True))
+    caption = f"{m.name} at T={m.T}, per image. Fan-out: outputs that an input value reaches, on average."
+    return Table(caption, ("layer", *(columns[k][0] for k in kept)), rows)
+
+
+def _input_kind(layer: dict[str, Any]) -> str:
+    if layer.get("from_input"):
+        return "image"
+    return {True: "spikes", False: "analogue"}.get(layer.get("binary"), "–")  # type: ignore[arg-type]
