@@ -18,42 +18,45 @@ from onnx import TensorProto, helper
 
 from tetdeploy.energy import Layer
 
-from .graph import module_name
+from .graph import is_of_network, module_name
 from .lowering import Neurons
+from .whole import WholeNumbers
 
-# Operations whose output is binary if all of their data inputs are.
-_KEEP_BINARY = {
-    "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Expand", "Slice", "Gather", "Split",
-    "Concat", "MaxPool", "Tile", "Mul", "Cast", "DepthToSpace", "SpaceToDepth",
-}  # fmt: skip
-_DATA_INPUTS = {"Concat": None, "Mul": 2}  # how many inputs are data; one where not named
 _UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm", "Conv"}
 
 
 class Layers:
-    """The layers of a lowered graph: `layers` by name with the value each one reads, `uncounted` by name.
+    """The layers of a lowered graph: `layers` by name with the value each one reads, `uncounted` by name, and what else
+    is added or multiplied, `other_ops`: by kind (see `tetdeploy.energy.OTHER_OPS`) and module, per image and step.
 
     Args:
         T: steps of the graph, None where they are dynamic.
+        frames: the input changes from step to step.
     """
 
-    def __init__(self, graph: ir.Graph, neurons: Iterable[Neurons], T: int | None) -> None:
-        self._T = T or 1
-        self._timed: set[ir.Value] = set()  # what holds T steps, as an axis or merged into the batch
+    def __init__(self, graph: ir.Graph, neurons: Iterable[Neurons], T: int | None, *, frames: bool) -> None:
+        self._T = T
         self.read: dict[str, ir.Value] = {}
         self.layers: list[Layer] = []
         self.uncounted: list[str] = []
-        self._binary = {layer.spikes for layer in neurons}
-        self._after_neurons = set(self._binary)
+        self.other_ops: dict[str, Counter[str]] = {
+            kind: Counter() for kind in ("bias_adds", "residual_adds", "batch_norm_macs")
+        }
+        # What changes from step to step, or holds the steps as an axis, may be merged into the batch.
+        self._timed = {value for value in graph.inputs if value.name == "steps" or (frames and value.name == "x")}
+        spikes = [layer.spikes for layer in neurons]
+        self._whole = WholeNumbers(spikes)
+        self._after_neurons = set(spikes)
         names: Counter[str] = Counter()
-        for node in _nodes(graph):
+        for node, encodes in _nodes(graph):
             self._propagate(node)
+            self._count_other(node)
             if node.op_type not in _UNCOUNTED:
                 continue
             name = module_name(node) or str(node.name)
             names[name] += 1
             name = name if names[name] == 1 else f"{name}#{names[name]}"
-            layer = self._layer(node, name)
+            layer = self._layer(node, name, encodes)
             if layer is None:
                 self.uncounted.append(name)
                 continue
@@ -63,20 +66,26 @@ class Layers:
             self.read[name] = value
 
     def _propagate(self, node: ir.Node) -> None:
-        """What is binary, holds T steps, or lies behind neurons, follows from a node's inputs."""
+        """What is a whole number, holds T steps, or lies behind neurons, follows from a node's inputs."""
         shape = node.outputs[0].shape
-        if any(value in self._timed for value in node.inputs) or (shape and len(shape) > 1 and shape[0] == self._T):
+        holds_steps = self._T is not None and shape is not None and len(shape) > 1 and shape[0] == self._T
+        if holds_steps or any(value in self._timed for value in node.inputs):
             self._timed.update(node.outputs)
         if any(value in self._after_neurons for value in node.inputs):
             self._after_neurons.update(node.outputs)
-        if node.op_type in _KEEP_BINARY or _pads_with_zeros(node):
-            data = node.inputs[: _DATA_INPUTS.get(node.op_type, 1)]
-            if all(value in self._binary for value in data):
-                self._binary.add(node.outputs[0])
-                if node.op_type == "Split":
-                    self._binary.update(node.outputs)
+        self._whole.propagate(node)
 
-    def _layer(self, node: ir.Node, name: str) -> Layer | None:
+    def _count_other(self, node: ir.Node) -> None:
+        kind = _other_kind(node)
+        if kind is None:
+            return
+        name, ops = module_name(node) or str(node.name), self._repeats(node.outputs[0], None)
+        if ops is None:
+            self.uncounted.append(f"{name} ({kind})")
+        else:
+            self.other_ops[kind][name] += ops
+
+    def _layer(self, node: ir.Node, name: str, encodes: bool) -> Layer | None:
         value, weight = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
         if node.op_type not in ("Conv", "MatMul", "Gemm") or value is None or weight is None or value.shape is None:
             return None
@@ -84,10 +93,11 @@ class Layers:
         if shape is None:
             return None
         from_input = value not in self._after_neurons
-        positions = self._positions(value, 1 if node.op_type == "Conv" else -1)
-        if positions is None and from_input:
+        positions = self._repeats(value, 1 if node.op_type == "Conv" else -1)
+        if positions is None:
             return None
-        flags: dict[str, Any] = {"from_input": from_input, "binary": value in self._binary, "positions": positions or 1}
+        once = from_input and (encodes or (value not in self._timed and self._T != 1))
+        flags = {"from_input": from_input, "binary": self._whole.is_binary(value), "positions": positions, "once": once}
         if node.op_type != "Conv":
             if len(shape) != 2:
                 return None
@@ -96,18 +106,43 @@ class Layers:
             return Layer(name, (features,), outputs, **flags)
         return _convolution(node, name, tuple(int(d) for d in value.shape[1:]), shape, flags)  # type: ignore[arg-type]
 
-    def _positions(self, value: ir.Value, channel_axis: int) -> int | None:
-        """How often a layer is applied to one image in one step (to every token, say); None if that is unknown."""
-        assert value.shape is not None
-        leading = value.shape[:channel_axis]
+    def _repeats(self, value: ir.Value, channel_axis: int | None) -> int | None:
+        """The product of a value's axes up to `channel_axis`, for one image in one step: how often a layer is applied
+        (to every token, say), or how many values there are; None if that is unknown."""
+        if value.shape is None:
+            return None
         count = 1
-        for dim in leading:
+        for dim in value.shape[:channel_axis]:
             one = dim if isinstance(dim, int) else dim.evaluate(dict.fromkeys(dim.free_symbols(), 1))
             if not isinstance(one, int):
                 return None
             count *= one
-        positions, rest = divmod(count, self._T if value in self._timed else 1)
-        return positions if rest == 0 else None
+        repeats, rest = divmod(count, (self._T or 1) if value in self._timed else 1)
+        return repeats if rest == 0 else None
+
+
+def _other_kind(node: ir.Node) -> str | None:
+    """Which of `OTHER_OPS` a node is."""
+    if node.op_type == "BatchNormalization":
+        return "batch_norm_macs"
+    if node.op_type in ("Conv", "ConvTranspose", "Gemm"):
+        return "bias_adds" if len(node.inputs) > 2 and _is_parameter(node.inputs[2]) else None
+    # The neurons' own arithmetic stems from no module of the network.
+    if node.op_type not in ("Add", "Sub") or not is_of_network(node) or node.outputs[0].dtype != ir.DataType.FLOAT:
+        return None
+    if not any(_is_constant(value) for value in node.inputs):
+        return "residual_adds"
+    return "bias_adds" if node.op_type == "Add" and any(_is_parameter(value) for value in node.inputs) else None
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and ir.convenience.get_const_tensor(value) is not None
+
+
+def _is_parameter(value: ir.Value | None) -> bool:
+    """Whether a value is a constant that is not zero: the exporter gives every convolution a bias, if only of zeros."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return tensor is not None and bool(tensor.numpy().any())
 
 
 def _parameter_shape(weight: ir.Value) -> tuple[int, ...] | None:
@@ -119,15 +154,6 @@ def _parameter_shape(weight: ir.Value) -> tuple[int, ...] | None:
         return shape[::-1] if shape is not None and len(shape) == 2 else None
     tensor = ir.convenience.get_const_tensor(weight)
     return None if tensor is None else tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
-
-
-def _pads_with_zeros(node: ir.Node) -> bool:
-    if node.op_type != "Pad" or node.attributes.get_string("mode", "constant") != "constant":
-        return False
-    if len(node.inputs) < 3 or node.inputs[2] is None:
-        return True
-    constant = ir.convenience.get_const_tensor(node.inputs[2])
-    return constant is not None and not constant.numpy().any()
 
 
 def _convolution(
@@ -192,10 +218,10 @@ def _overlay(nodes: list[onnx.NodeProto], initializers: list[TensorProto], outpu
     return bytes(model.SerializeToString())
 
 
-def _nodes(graph: ir.Graph) -> Iterable[ir.Node]:
-    """The graph's nodes, an `If`'s branches (the step layout's encoder) before what follows it."""
+def _nodes(graph: ir.Graph) -> Iterable[tuple[ir.Node, bool]]:
+    """The graph's nodes, and whether each is of the branch of an `If` (the step layout's encoder), which comes first."""
     for node in graph:
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH and node.op_type == "If":
-                yield from attribute.as_graph()
-        yield node
+                yield from ((inner, True) for inner in attribute.as_graph())
+        yield node, False

@@ -25,6 +25,7 @@ from tetdeploy.networks import Classifier
 
 Encoding = Literal["direct", "frames"]
 OPSET, IR_VERSION, LIF_DOMAIN = 20, 10, "tetdeploy"
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class _Boundary(nn.Module):
@@ -106,9 +107,14 @@ def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Mod
     return model
 
 
+def is_of_network(node: ir.Node) -> bool:
+    """Whether a node stems from the network, and not from the lowering of its neurons."""
+    return _SCOPES in node.metadata_props
+
+
 def module_name(node: ir.Node) -> str:
     """The network's own name of the module that a node stems from: `blocks.0.lif1`."""
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
     path = str(scopes[-2]) if len(scopes) > 1 else ""
     return path.removeprefix("classifier").removeprefix(".").removeprefix("network").removeprefix(".")
 

@@ -188,7 +188,7 @@ def build_graph(classifier: Classifier, config: ExportConfig, source: Mapping[st
     if not neurons:
         raise ValueError("the network has no LIF or IF neurons of tetdeploy, so there is nothing that spikes to export")
     encoders = split_encoder(model) if config.layout == "step" and config.encoding == "direct" else []
-    layers = Layers(model.graph, neurons, config.steps)
+    layers = Layers(model.graph, neurons, config.steps, frames=config.encoding == "frames")
     _strip(model)
     description = _describe(classifier, config, neurons, encoders, layers, source)
     model.metadata_props[METADATA_KEY] = json.dumps(description)
@@ -231,6 +231,7 @@ def _describe(
         ],
         "layers": [layer.to_dict() for layer in layers.layers],
         "uncounted": layers.uncounted,
+        "other_ops": layers.other_ops,
         "counting_overlay": base64.b64encode(counting_overlay(layers, neurons)).decode(),
         "fold_bn": config.fold_bn,
         "source": dict(source or {}),

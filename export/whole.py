@@ -1,0 +1,112 @@
+"""Which values of a graph are whole numbers, and how large they can get: spikes are 0 or 1, sums of spikes 0, 1, 2...
+
+A layer whose input can only be 0 or 1 adds; any other multiplies. What follows from a node's inputs is kept here; a
+value that nothing is known of counts as not binary, so that the exact energy never comes out too small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import onnx_ir as ir
+
+# Operations that only hand values on, copy or drop them, or put zeros beside them.
+_VIEWS = {
+    "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Expand", "Slice", "Gather", "Split", "Tile",
+    "MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "Cast", "CastLike", "DepthToSpace", "SpaceToDepth", "Relu",
+    "Abs", "Sign", "Ceil", "Floor", "Round",
+}  # fmt: skip
+_OF_ALL: dict[str, Callable[[Iterable[float]], float]] = {
+    "Concat": max,
+    "Max": max,
+    "Min": min,
+    "Add": sum,
+    "Sum": sum,
+    "Mul": math.prod,
+}
+
+
+class WholeNumbers:
+    """The largest value that each value of a graph can have, for those that are whole numbers from 0.
+
+    Args:
+        spikes: values that are 0 or 1.
+    """
+
+    def __init__(self, spikes: Iterable[ir.Value]) -> None:
+        self._largest: dict[ir.Value, float] = dict.fromkeys(spikes, 1.0)
+
+    def is_binary(self, value: ir.Value | None) -> bool:
+        """Whether a value can only be 0 or 1."""
+        largest = self.largest(value)
+        return largest is not None and largest <= 1
+
+    def largest(self, value: ir.Value | None) -> float | None:
+        """The largest value possible; None where the values may be negative or fractions."""
+        if value is None:
+            return None
+        if value in self._largest:
+            return self._largest[value]
+        tensor = ir.convenience.get_const_tensor(value)
+        return None if tensor is None else _largest_constant(tensor.numpy())
+
+    def propagate(self, node: ir.Node) -> None:
+        """What follows for the outputs of a node whose inputs are known already."""
+        largest = self._follows(node)
+        if largest is not None:
+            for output in node.outputs:
+                self._largest.setdefault(output, largest)
+
+    def _follows(self, node: ir.Node) -> float | None:
+        kind, inputs = node.op_type, node.inputs
+        if node.outputs[0].dtype == ir.DataType.BOOL:
+            return 1.0
+        if kind in _VIEWS or pads_with_zeros(node):
+            return self.largest(inputs[0])
+        if kind == "Where":
+            return self._of_all(max, inputs[1:3])
+        if kind in _OF_ALL:
+            return self._of_all(_OF_ALL[kind], inputs)
+        if kind == "Clip":
+            return self._clipped(*inputs)
+        if kind == "Sub":
+            return self._complement(*inputs)
+        return None
+
+    def _of_all(self, combine: Callable[[Iterable[float]], float], values: Iterable[ir.Value | None]) -> float | None:
+        largest = [self.largest(value) for value in values]
+        known = [number for number in largest if number is not None]
+        return combine(known) if len(known) == len(largest) else None
+
+    def _clipped(
+        self, value: ir.Value | None, low: ir.Value | None = None, high: ir.Value | None = None
+    ) -> float | None:
+        """Whole numbers, cut off from 0 to a whole number: a sum of spikes becomes their OR."""
+        if low is not None and self.largest(low) != 0:
+            return None
+        return self.largest(value) if high is None else self._of_all(min, (value, high))
+
+    def _complement(self, one: ir.Value | None, spikes: ir.Value | None) -> float | None:
+        """1 - s: with a product it makes AND NOT of spikes."""
+        tensor = None if one is None else ir.convenience.get_const_tensor(one)
+        is_one = tensor is not None and bool((tensor.numpy() == 1).all())
+        return 1.0 if is_one and self.is_binary(spikes) else None
+
+
+def pads_with_zeros(node: ir.Node) -> bool:
+    if node.op_type != "Pad" or node.attributes.get_string("mode", "constant") != "constant":
+        return False
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return True
+    constant = ir.convenience.get_const_tensor(node.inputs[2])
+    return constant is not None and not constant.numpy().any()
+
+
+def _largest_constant(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> float | None:
+    if array.dtype.kind not in "biuf" or array.size == 0:
+        return None
+    numbers = array.astype(np.float64)
+    whole = np.isfinite(numbers).all() and (numbers >= 0).all() and (numbers == np.floor(numbers)).all()
+    return float(numbers.max()) if whole else None
