@@ -1,6 +1,18 @@
 """From a trained network to an ONNX file that carries all serving needs."""
 
-from .model import LAYOUTS, ExportConfig, Exported, export_model, reference_path
-from .parity import Parity, ParityError
+from tetdeploy.agreement import reference_path
 
-__all__ = ["LAYOUTS", "ExportConfig", "Exported", "Parity", "ParityError", "export_model", "reference_path"]
+from .model import LAYOUTS, ExportConfig, Exported, export_model
+from .parity import Parity, ParityError
+from .sidebyside import SideBySide
+
+__all__ = [
+    "LAYOUTS",
+    "ExportConfig",
+    "Exported",
+    "Parity",
+    "ParityError",
+    "SideBySide",
+    "export_model",
+    "reference_path",
+]

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from tetdeploy import __version__
+from tetdeploy.agreement import reference_path
 from tetdeploy.engine import METADATA_KEY, Engine
 from tetdeploy.files import atomic_write
 from tetdeploy.networks import Classifier
@@ -26,7 +27,8 @@ from tetdeploy.networks import Classifier
 from .counters import Layers, counting_overlay
 from .graph import Encoding, trace
 from .lowering import Encoder, Neurons, lower, split_encoder
-from .parity import Parity, check_steps, compare, run_torch
+from .parity import Parity, check_steps, compare
+from .recorder import run_torch
 
 Layout = Literal["unrolled", "dynamic", "step"]
 LAYOUTS: tuple[Layout, ...] = ("unrolled", "dynamic", "step")
@@ -154,14 +156,9 @@ def export_model(
         temporary.write_bytes(ir.to_proto(graph.model).SerializeToString())
         onnx.checker.check_model(str(temporary), full_check=True)
         parity, from_state = _check(classifier, temporary, config, x[:num_check], tick) if num_check else (None, None)
-        _write_reference(kept, classifier, x[:NUM_REFERENCE], labels, config, graph.neurons)
+        _write_reference(kept, classifier, x[:NUM_REFERENCE], labels, config, graph.neurons, source or {})
         size = temporary.stat().st_size
     return Exported(path, graph.num_folded, len(graph.neurons), size, parity, from_state, tuple(graph.uncounted))
-
-
-def reference_path(model: Path) -> Path:
-    """Where the reference images of an exported model lie."""
-    return model.with_suffix(".reference.npz")
 
 
 @dataclass(frozen=True)
@@ -297,6 +294,7 @@ def _write_reference(
     labels: NDArray[np.int64] | None,
     config: ExportConfig,
     neurons: list[Neurons],
+    source: Mapping[str, Any],
 ) -> None:
     """What PyTorch computes for the reference images, so that another machine can prove it computes the same."""
     T = config.T if config.layout == "unrolled" else config.trained_T
@@ -311,6 +309,7 @@ def _write_reference(
         "per_step": np.concatenate(per_step),
         "spike_counts": np.concatenate(counts),
         "neurons": np.array([layer.name for layer in neurons]),
+        "checkpoint_sha256": np.array(source.get("checkpoint_sha256", "")),
     }
     if labels is not None:
         arrays["labels"] = labels[: len(x)]

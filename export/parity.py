@@ -24,8 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tetdeploy.engine import Engine, Stream
 from tetdeploy.networks import Classifier
 
+from .comparison import Comparison
 from .counters import spikes_overlay
 from .graph import Encoding
+from .recorder import NeuronRecorder, compare_torch, forward, run_torch
 
 MAX_MISMATCH = 100e-6
 MIN_AGREEMENT = 0.999
@@ -37,34 +39,6 @@ _NUM_LOCAL, _NUM_ROUNDING = 100, 20
 
 class ParityError(ValueError):
     """The exported graph does not compute what PyTorch computes."""
-
-
-class NeuronRecorder(TorchDispatchMode):
-    """Within it, every LIF operator's spikes and last membrane are kept, in the order in which the layers fire.
-
-    Args:
-        state: membranes `[N, ...]` to start from instead, in the same order.
-        replacing: spikes `[T, N, ...]` that the next layers read in place of those recorded.
-    """
-
-    def __init__(self, state: Sequence[Tensor] | None = None, replacing: Sequence[Tensor] | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.given, self.replacing = state, replacing
-        self.spikes: list[Tensor] = []
-        self.state: list[Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.tetdeploy.lif.default:
-            return func(*args, **(kwargs or {}))
-        current, u, *parameters = args
-        if self.given is not None:
-            u = self.given[len(self.state)]
-        spikes, u_last = func(current, u, *parameters)
-        self.spikes.append(spikes)
-        self.state.append(u_last)
-        if self.replacing is not None:
-            spikes = self.replacing[len(self.spikes) - 1].to(spikes).view_as(spikes)
-        return spikes, u_last
 
 
 @dataclass(frozen=True)
@@ -188,7 +162,7 @@ def _recorded(
     recorder = NeuronRecorder(state)
     try:
         with _InFloat64(), recorder:  # type: ignore[no-untyped-call]
-            logits = _forward(classifier, x, T, encoding)
+            logits = forward(classifier, x, T, encoding)
     except Exception as error:  # whatever the user's network may raise
         raise ValueError(f"the network fails at T={T} on input {list(x.shape)}: {error}") from error
     wanted = [T, len(x), len(classifier.class_names)]
@@ -217,43 +191,45 @@ def compare(
     names = [name for name, _, _ in neurons]
     overlay = spikes_overlay(names)
     generator = np.random.default_rng(0)
-    local = [_Differing() for _ in names]
+    sums = Comparison(classifier, engine, T)
     by_image: list[NDArray[np.int64]] = []
-    size = 0
-    error = local_error = 0.0
-    agree = np.zeros(T)
     first_state = None
     for start, batch in _batches(x):
         state = None
         if from_random_state:
             state = [generator.random((len(batch), *shape), np.float32) * v_th for _, v_th, shape in neurons]
         first_state = first_state or state
-        expected, spikes = run_torch(classifier, batch, T, engine.encoding, state)
         per_step, by_name = _run_engine(engine, overlay, batch, T, names, state)
-        got = [by_name[f"spikes.{name}"] for name in names]
-        by_image.append(_differing_by_image(got, spikes))
-        size = sum(layer[:, 0].size for layer in spikes)
+        spikes = [by_name[f"spikes.{name}"] for name in names]
+        by_image.append(sums.add(batch, per_step, spikes, state)[1])
         if start < _NUM_LOCAL:
-            logits, spikes = run_torch(classifier, batch, T, engine.encoding, state, replacing=got)
-            for layer, a, b in zip(local, got, spikes, strict=True):
-                layer.add(a, b)
-            local_error = max(local_error, _relative_error(per_step, logits))
-        error = max(error, float(np.abs(per_step - expected).max()))
-        agree += (_running_class(per_step) == _running_class(expected)).sum(0)
+            sums.add_local(batch, per_step, spikes, state)
         if tick:
             tick(len(batch))
-    by_step = tuple(float(a) for a in agree / len(x))
-    worst = max((layer.rate for layer in local if layer.differing > 2), default=0.0)
-    differing = np.concatenate(by_image)
-    rate = float(differing.mean() / max(size, 1))
-    parity = Parity(len(x), T, by_step[-1], by_step, rate, worst, error, local_error)
+    parity = _parity(sums, T)
     if not parity.differs:
         return parity
     # Membranes are kept for the first batch alone: from random ones, the images are chosen there.
-    worst_images = np.argsort(-(by_image[0] if first_state else differing), kind="stable")[:_NUM_ROUNDING]
+    images = by_image[0] if first_state else np.concatenate(by_image)
+    worst_images = np.argsort(-images, kind="stable")[:_NUM_ROUNDING]
     state = None if first_state is None else [u[worst_images] for u in first_state]
-    there = float(differing[worst_images].mean() / size)
+    there = float(images[worst_images].mean() / (sums.whole.sizes.sum() * T))
     return replace(parity, amplified=(there, _rounding(classifier, x[worst_images], T, engine.encoding, state)))
+
+
+def _parity(sums: Comparison, T: int) -> Parity:
+    agreement = tuple(sums.logits.top1_agreement(t) for t in range(1, T + 1))
+    local = sums.local.layer_rates(T)[sums.local.differing.sum(1) > 2]  # one or two spikes make no rate
+    return Parity(
+        num_images=sums.logits.num_images,
+        T=T,
+        top1_agreement=agreement[-1],
+        top1_agreement_by_step=agreement,
+        spike_mismatch_rate=sums.whole.rate(T),
+        local_mismatch_rate=float(local.max(initial=0.0)),
+        max_abs_logit_error=sums.logits.max_abs_logit_error(T),
+        local_logit_error=sums.local_error,
+    )
 
 
 def _rounding(
@@ -262,68 +238,17 @@ def _rounding(
     """How much PyTorch differs from itself where it rounds otherwise: in float64, and with weights one ulp away."""
     expected = run_torch(classifier, x, T, encoding, state)[1]
     with _InFloat64():  # type: ignore[no-untyped-call]
-        others = [run_torch(copy.deepcopy(classifier).double(), x, T, encoding, state)[1]]
+        double = copy.deepcopy(classifier).double()
+        differing = [compare_torch(double, x, T, encoding, expected, state)[1]]
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         moved = copy.deepcopy(classifier)
         for parameter in moved.parameters():
             ulps = torch.rand(parameter.shape, generator=generator).to(parameter) * 2 - 1
             parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps * ulps)
-        others.append(run_torch(moved, x, T, encoding, state)[1])
+        differing.append(compare_torch(moved, x, T, encoding, expected, state)[1])
     size = sum(layer.size for layer in expected)
-    return max(float(_differing_by_image(other, expected).sum()) / size for other in others)
-
-
-def _differing_by_image(some: Sequence[NDArray[Any]], others: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
-    """Neuron-steps that differ, `[N]`; spikes are `[T, N, ...]`."""
-    different = (a.reshape(b.shape) != b for a, b in zip(some, others, strict=True))
-    return sum((d.reshape(*d.shape[:2], -1).sum((0, 2)) for d in different), start=np.zeros(1, np.int64))
-
-
-@dataclass
-class _Differing:
-    """Neuron-steps of a layer that differ, over all."""
-
-    differing: int = 0
-    neuron_steps: int = 0
-
-    def add(self, spikes: NDArray[Any], others: NDArray[Any]) -> None:
-        self.differing += int(np.count_nonzero(spikes.reshape(others.shape) != others))
-        self.neuron_steps += others.size
-
-    @property
-    def rate(self) -> float:
-        return self.differing / max(self.neuron_steps, 1)
-
-
-@torch.no_grad()
-def run_torch(
-    classifier: Classifier,
-    x: NDArray[Any],
-    T: int,
-    encoding: str,
-    state: Sequence[NDArray[Any]] | None = None,
-    *,
-    replacing: Sequence[NDArray[Any]] | None = None,
-) -> tuple[NDArray[Any], list[NDArray[Any]]]:
-    """Per-step logits `[N, T, K]` and every layer's spikes `[T, N, ...]`, as PyTorch computes them.
-
-    Args:
-        state: membranes to start from, by layer.
-        replacing: spikes that the layers read in place of those of the layers before them.
-    """
-    device, dtype = classifier.mean.device, classifier.mean.dtype
-    given = None if state is None else [torch.from_numpy(u).to(device, dtype) for u in state]
-    forced = None if replacing is None else [torch.from_numpy(spikes) for spikes in replacing]
-    inputs = torch.from_numpy(x).to(device)
-    with NeuronRecorder(given, forced) as recorder:
-        logits = _forward(classifier, inputs if x.dtype == np.uint8 else inputs.to(dtype), T, encoding)
-    return logits.transpose(0, 1).cpu().numpy(), [spikes.cpu().numpy() for spikes in recorder.spikes]
-
-
-def _forward(classifier: Classifier, x: Tensor, T: int, encoding: str) -> Tensor:
-    logits: Tensor = classifier(x[:, :T].transpose(0, 1)) if encoding == "frames" else classifier(x, T)
-    return logits
+    return max(float(d.sum()) / size for d in differing)
 
 
 def _run_engine(
@@ -341,16 +266,6 @@ def _run_engine(
     stream.state = {f"u.{name}": u for name, u in zip(names, state, strict=True)}
     outputs = stream.call(x[:, :T] if engine.encoding == "frames" else x, [f"spikes.{name}" for name in names])
     return outputs["per_step"], outputs
-
-
-def _relative_error(logits: NDArray[Any], expected: NDArray[Any]) -> float:
-    return float(np.abs(logits - expected).max() / max(np.abs(expected).max(), 1e-12))
-
-
-def _running_class(per_step: NDArray[Any]) -> NDArray[np.int64]:
-    """The predicted class after each number of steps, `[N, T]`: argmax of the running mean."""
-    classes: NDArray[np.int64] = np.cumsum(per_step, axis=1).argmax(-1)
-    return classes
 
 
 def _batches(x: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
