@@ -143,6 +143,9 @@ def _crop_flip_autoaugment(images: Tensor, generator: Generator) -> Tensor:
     return autoaugment(_crop_and_flip(images, generator), generator)
 
 
+# Of image files, as they are decoded: see `disk_images`.
+RESIZED_CROP = "resized-crop"
+
 AUGMENTATIONS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "none": lambda images, generator: images,
     "shift": partial(random_crop, padding=1),  # digits: 8 x 8 pixels leave room for one

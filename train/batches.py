@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -55,7 +54,7 @@ class DeviceImages:
         device = classifier.mean.device
         self._x = torch.tensor(data.x, device=device)
         self._y = torch.tensor(data.labels, device=device)
-        self._augment = partial(same_at_every_step, AUGMENTATIONS[config.augment])
+        self._augment = config.augment
         self._cutout = config.cutout
         self._blank = (classifier.mean.flatten() * 255).round().to(self._x.dtype)  # 0 to the network, as in the paper
         self._generator = torch.Generator(device)
@@ -64,10 +63,11 @@ class DeviceImages:
         return len(self._x)
 
     def drawn(self, draws: Draws) -> Iterator[Batch]:
+        augment = AUGMENTATIONS[self._augment]
         # to the device at once: a copy for each step would wait for the steps before it
         for chosen, seed in zip(draws.chosen.to(self._x.device), draws.seeds, strict=True):
             self._generator.manual_seed(seed)
-            x = self._augment(self._x[chosen], self._generator)
+            x = same_at_every_step(augment, self._x[chosen], self._generator)
             if self._cutout:
                 x = same_at_every_step(self._blanked, x, self._generator)
             yield x[draws.share], self._y[chosen[draws.share]]  # augmented with what falls to the other ranks

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from .augment import AUGMENTATIONS
+from .augment import AUGMENTATIONS, RESIZED_CROP
 from .stages import Stage, TimeRange, parse_random_T, parse_tit
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -38,7 +38,7 @@ _TEXTS = ("tit", "random_T", "distill")
 _CHOICES = {
     "optimizer": OPTIMIZERS,
     "loss": LOSSES,
-    "augment": tuple(AUGMENTATIONS),
+    "augment": (*AUGMENTATIONS, RESIZED_CROP),
     "precision": PRECISIONS,
 }
 
@@ -69,8 +69,8 @@ class TrainConfig:
         phi: target of the MSE term (Eq. 12); the paper takes v_th.
         seed: with the step it determines every random number.
         val_fraction: share of the training images held out for validation; 0 holds out none.
-        augment: "none", "shift", "crop", "crop-flip", "autoaugment" (after crop and flip) or "flip-roll"; see
-            `augment.AUGMENTATIONS`.
+        augment: "none", "shift", "crop", "crop-flip", "autoaugment" (after crop and flip) or "flip-roll", see
+            `augment.AUGMENTATIONS`; or of ImageNet "resized-crop", see `disk_images.DiskImages`.
         cutout: side in pixels of the square that `augment.cutout` blanks; 0 is off.
         ema: decay of the moving average of the weights that is validated and kept, see `averaging.update_average`;
             0 is off.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
@@ -76,6 +77,7 @@ def train(
     runs: Path | None = None,
     progress: bool | None = None,
     board: bool = False,
+    workers: int | None = None,
 ) -> TrainResult:
     """Train a classifier and keep the run in a folder: checkpoint, training state, metrics and settings.
 
@@ -93,13 +95,15 @@ def train(
         runs: folder whose `latest` is to point at this run, if any.
         progress: True for a bar, False for silence, None for a bar on a terminal and a line an epoch elsewhere.
         board: write TensorBoard curves to `out/tensorboard` as well.
+        workers: processes that read images which stay on disk, by default as many as there are cores; 0 reads in this
+            process. With them a script needs `if __name__ == "__main__":`, as always with multiprocessing.
 
     Returns:
         Where the run ended.
 
     Raises:
         ValueError: data or settings do not fit the classifier, `out` holds a run or one with other settings, the
-            device is not there, its memory does not suffice, or the loss is not finite.
+            device is not there, its memory does not suffice, an image cannot be read, or the loss is not finite.
         MissingExtraError: the package tensorboard is wanted and not installed.
         OSError: something cannot be written; earlier files are as they were.
     """
@@ -110,14 +114,14 @@ def train(
         for data in (train_set, val_set):
             if data is not None:
                 check_data(data, classifier, config.longest_T)
-        check_together(classifier, config)
+        check_together(classifier, train_set, config)
         ranks.check_batch(min(config.batch_size, len(train_set)))
         if board:
             import_extra("tensorboard", "tensorboard")  # before anything is written
         if ranks.writes:
             check_run(out, settings, resume=resume)
     try:
-        session = prepare(classifier, train_set, val_set, config, out)
+        session = prepare(classifier, train_set, val_set, config, out, workers=workers)
         state = _begin(session, settings, resume=resume)
         if runs is not None and ranks.writes:
             mark_latest(out, runs)
@@ -166,7 +170,7 @@ def _run(session: Session, state: TrainState, show: bool | None, board: bool) ->
     writes = session.ranks.writes
     curves = tensorboard(session.out, epochs_done=state.epoch) if board and writes else no_board()
     bar = Progress(config, steps_per_epoch=steps, steps_done=done, show=show if writes else False)
-    with deferred_interrupt() as interrupt, curves as draw, bar:
+    with deferred_interrupt() as interrupt, closing(session.reader), curves as draw, bar:
         bar.say(headline(session))
         while state.epoch < config.epochs:
             trained = _train_steps(session, state, bar, interrupt)

@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 import tetdeploy
+from tetdeploy.data import ImageFiles
 
+from .augment import RESIZED_CROP
 from .batches import Batch, DeviceImages, Draws, Images
 from .config import TrainConfig
 from .device import device_name, pick_device, pick_precision
+from .disk_images import DiskImages, ImageReader
 from .objective import Teacher, load_teacher
 from .optimizer import build_optimizer
 from .ranks import Ranks, current_ranks
@@ -49,6 +52,7 @@ class Session:
     out: Path
     ranks: Ranks
     held_out: int  # validation images of all ranks; `val` holds this rank's
+    reader: ImageReader  # of images that stay on disk
     model: nn.Module  # what a training step calls: the classifier, or its gradients go over all ranks
 
     @property
@@ -121,12 +125,25 @@ def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
         )
 
 
-def check_together(classifier: Classifier, config: TrainConfig) -> None:
-    """Refuse settings that do not go with the network.
+def check_together(classifier: Classifier, data: LabelledSet, config: TrainConfig) -> None:
+    """Refuse settings that do not go with the network or with the data that are trained on.
 
     Raises:
-        ValueError: an ANN with another T than 1, or AutoAugment of other than gray and colour images.
+        ValueError: an ANN with another T than 1, AutoAugment of other than gray and colour images, or an augmentation
+            of images in memory for those on disk, or the other way round.
     """
+    on_disk = isinstance(data, ImageFiles)
+    if on_disk and (config.augment not in ("none", RESIZED_CROP) or config.cutout):
+        asked = f"augment {config.augment} and cutout {config.cutout}"
+        raise ValueError(
+            f"{data.name} is cropped as it is read from disk: choose augment none or {RESIZED_CROP} and "
+            f"cutout 0, got {asked}"
+        )
+    if config.augment == RESIZED_CROP and not on_disk:
+        raise ValueError(
+            f"{RESIZED_CROP} cuts from image files as they are read from disk (imagenet); for "
+            f"{data.name} choose another augment"
+        )
     if classifier.config.ann and config.longest_T > 1:
         raise ValueError(f"an ANN has no time: train it with T=1 (--ann --T 1), got T={config.longest_T}")
     channels = classifier.image_shape[0]
@@ -138,7 +155,13 @@ def check_together(classifier: Classifier, config: TrainConfig) -> None:
 
 
 def prepare(
-    classifier: Classifier, train_set: LabelledSet, val_set: LabelledSet | None, config: TrainConfig, out: Path
+    classifier: Classifier,
+    train_set: LabelledSet,
+    val_set: LabelledSet | None,
+    config: TrainConfig,
+    out: Path,
+    *,
+    workers: int | None,
 ) -> Session:
     """Move everything to the device and build what trains it."""
     device = pick_device(config.device)
@@ -148,11 +171,18 @@ def prepare(
         teacher.classifier.to(device)
     classifier.to(device)
     ranks = current_ranks()
+    reader = ImageReader(workers, device)
+
+    def images(data: LabelledSet) -> Images:
+        if isinstance(data, ImageFiles):
+            return DiskImages(data, reader, augment=config.augment == RESIZED_CROP)
+        return DeviceImages(data, classifier, config)
+
     return Session(
         classifier=classifier,
         config=config,
-        train=DeviceImages(train_set, classifier, config),
-        val=None if val_set is None else DeviceImages(_share(val_set, ranks), classifier, config),
+        train=images(train_set),
+        val=None if val_set is None else images(_share(val_set, ranks)),
         device=device,
         precision=precision,
         teacher=teacher,
@@ -161,6 +191,7 @@ def prepare(
         out=out,
         ranks=ranks,
         held_out=0 if val_set is None else len(val_set),
+        reader=reader,
         model=over_ranks(classifier) if ranks.size > 1 else classifier,
     )
 

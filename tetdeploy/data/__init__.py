@@ -13,6 +13,8 @@ from .events import Binning
 from .fashion_mnist import load_fashion_mnist
 from .folder import load_folder
 from .frames import FrameSet, load_frames, load_npz
+from .image_files import ImageFiles
+from .imagenet import load_imagenet
 from .images import ImageSet, save_npz, split_validation
 from .labelled import LabelledSet, Split
 from .saccades import saccade_set
@@ -20,6 +22,7 @@ from .saccades import saccade_set
 __all__ = [
     "DATA_NAMES",
     "FrameSet",
+    "ImageFiles",
     "ImageSet",
     "LabelledSet",
     "Split",
@@ -40,7 +43,7 @@ _EVENT_SETS: dict[str, Callable[[Split, Path, Binning], FrameSet]] = {
     "dvs-cifar10": load_dvs_cifar10,
 }
 
-DATA_NAMES = (*_IMAGE_SETS, *_EVENT_SETS)
+DATA_NAMES = (*_IMAGE_SETS, "imagenet", *_EVENT_SETS)
 
 _BY_TIME = "by-time:"
 _EVENTS = "events:"
@@ -51,18 +54,19 @@ def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10) -> Labell
     """Load an image set or an event set.
 
     Args:
-        name: of images: "digits", "fashion-mnist", "cifar10", "cifar100", "folder:PATH" (PATH/train/<class>/* and
-            PATH/test/<class>/*). Of events: "n-mnist", "dvs-cifar10", "events:PATH" (as folder:PATH, with recordings),
-            "saccades:NAME" (the image set NAME, moved before an event camera); each frame has the same number of
-            events, or with "by-time:" in front of the name the same time. Or a path that ends in ".npz", of images
-            or frames (one set: both splits read all of it).
+        name: of images: "digits", "fashion-mnist", "cifar10", "cifar100", "imagenet" or "imagenet:PATH" (see
+            `load_imagenet`), "folder:PATH" (PATH/train/<class>/* and PATH/test/<class>/*). Of events: "n-mnist",
+            "dvs-cifar10", "events:PATH" (as folder:PATH, with recordings), "saccades:NAME" (the image set NAME, moved
+            before an event camera); each frame has the same number of events, or with "by-time:" in front of the name
+            the same time. Or a path that ends in ".npz", of images or frames (one set: both splits read all of it).
         split: "train" or "test".
         data_dir: where data sets are looked for, and downloaded to when missing.
         T: frames that a recording is cut into. Images and a `.npz` are as they are.
 
     Returns:
-        An `ImageSet`, or a `FrameSet` for events; the order of its entries is always the same. For all but `.npz` it
-        is mixed over the classes, so that the first n are a fair sample.
+        An `ImageSet`, `ImageFiles` for ImageNet, which stays on disk, or a `FrameSet` for events; the order of its
+        entries is always the same. For all but `.npz` it is mixed over the classes, so that the first n are a fair
+        sample.
 
     Raises:
         ValueError: unknown name or split, or the data are damaged or do not fit together.
@@ -88,14 +92,16 @@ def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10) -> Labell
 def _load_images(name: str, split: Split, data_dir: Path) -> LabelledSet:
     if name in _IMAGE_SETS:
         return _IMAGE_SETS[name](split, data_dir)
+    if name.partition(":")[0].partition("@")[0] == "imagenet":
+        return load_imagenet(name, split, data_dir=data_dir)
     if name.startswith("folder:"):
         return load_folder(name.removeprefix("folder:"), split)
     if name.lower().endswith(".npz"):
         return load_npz(Path(name).expanduser(), split)
     hint = f" (for the folder of that name: folder:{name})" if Path(name).is_dir() else ""
     raise ValueError(
-        f"unknown data set {name!r}{hint}; choose {', '.join(DATA_NAMES)}, folder:PATH, events:PATH, saccades:NAME "
-        "or a path ending in .npz"
+        f"unknown data set {name!r}{hint}; choose {', '.join(DATA_NAMES)}, imagenet:PATH, folder:PATH, "
+        "events:PATH, saccades:NAME or a path ending in .npz"
     )
 
 
@@ -103,5 +109,6 @@ def _load_saccades(name: str, images: str, split: Split, data_dir: Path, binning
     sets = {part: _load_images(images, part, data_dir) for part in dict.fromkeys((split, "train"))}
     chosen, train = sets[split], sets["train"]
     if not isinstance(chosen, ImageSet) or not isinstance(train, ImageSet):
-        raise ValueError(f"{name!r}: {images} holds frames already; saccades turn images into frames")
+        reason = "stays on disk" if isinstance(chosen, ImageFiles) else "holds frames already"
+        raise ValueError(f"{name!r}: {images} {reason}; saccades turn images into frames, in memory")
     return saccade_set(chosen, train, name, binning)

@@ -89,26 +89,35 @@ def _first_size(files: Iterable[ImageFile]) -> tuple[int, int]:
 
 
 def _decode(file: ImageFile) -> _Decoded:
+    image = open_image(file.read())
+    if image.mode in _GREY_MODES:
+        return _Decoded(np.asarray(image if image.mode == "L" else image.convert("L")), grey=True)
+    return _Decoded(np.asarray(image if image.mode == "RGB" else image.convert("RGB")), grey=False)
+
+
+def open_image(data: bytes) -> Any:
+    """The Pillow image of a file's bytes, of a kind that converts to grey or RGB without loss of range.
+
+    Raises:
+        ValueError: it is none; a damaged one raises what Pillow's decoders do, some only where the pixels are used.
+    """
     pillow: Any = import_extra("PIL.Image", "cpu")
-    data = file.read()
     try:
         image = pillow.open(io.BytesIO(data), formats=_FORMATS)  # naming the formats is 5 times faster, too
     except pillow.UnidentifiedImageError:
         raise ValueError(f"{len(data)} bytes that are no png, jpeg, webp or bmp") from None
     if image.mode == "P":
         image = image.convert("RGBA")  # straight to RGB, Pillow warns of palettes with transparency
-    if image.mode in _GREY_MODES:
-        return _Decoded(np.asarray(image if image.mode == "L" else image.convert("L")), grey=True)
-    if image.mode in _COLOUR_MODES:
-        return _Decoded(np.asarray(image if image.mode == "RGB" else image.convert("RGB")), grey=False)
-    raise ValueError(f"pixel format {image.mode} is not 8 bits a channel")  # convert() would clip 16 bits, not scale
+    if image.mode not in (*_GREY_MODES, *_COLOUR_MODES):
+        raise ValueError(f"pixel format {image.mode} is not 8 bits a channel")  # convert() would clip 16 bits
+    return image
 
 
-def in_threads(decode: Callable[[int], None], count: int, text: str) -> None:
-    """Call `decode` with 0..count-1 in threads, with a progress bar that says `text`."""
+def in_threads(decode: Callable[[int], None], count: int, text: str | None, *, chunk: int = _CHUNK) -> None:
+    """Call `decode` with 0..count-1 in threads, `chunk` a task, with a progress bar that says `text`, if any."""
 
     def decode_chunk(start: int) -> int:
-        stop = min(start + _CHUNK, count)
+        stop = min(start + chunk, count)
         for index in range(start, stop):
             decode(index)
         return stop - start
@@ -117,21 +126,21 @@ def in_threads(decode: Callable[[int], None], count: int, text: str) -> None:
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         with _progress(text, count) as advance:
-            for done in pool.map(decode_chunk, range(0, count, _CHUNK)):
+            for done in pool.map(decode_chunk, range(0, count, chunk)):
                 advance(done)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for the rest
 
 
 @contextmanager
-def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
+def _progress(text: str | None, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the number of images done; a bar appears when it takes more than a second."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    progress = Progress(console=console, disable=not console.is_terminal, transient=True)
-    task = progress.add_task(text, total=total)
+    progress = Progress(console=console, disable=text is None or not console.is_terminal, transient=True)
+    task = progress.add_task(text or "", total=total)
     begin = time.monotonic()
 
     def advance(count: int) -> None:

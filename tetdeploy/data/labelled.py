@@ -58,7 +58,7 @@ class LabelledSet:
             raise ValueError(
                 f"{self.name} {self.split}: cannot select from {len(self)} {self._items}: {error}"
             ) from None
-        fields: dict[str, Any] = {self._array: self.x[chosen], "labels": self.labels[chosen]}
+        fields: dict[str, Any] = {self._array: getattr(self, self._array)[chosen], "labels": self.labels[chosen]}
         return replace(self, **fields)  # type: ignore[type-var]  # each subclass is a dataclass
 
     def _check(self, layout: str) -> None:

@@ -1,0 +1,198 @@
+"""Batches of image files: worker processes decode, crop and flip, the device gets uint8."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import get_all_start_methods, get_context
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tetdeploy.data.image_files import as_pixels, centre_crop, read_image, refuse_unreadable
+from tetdeploy.extras import import_extra
+
+from .schedule import derive_seed
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    from tetdeploy.data import ImageFiles
+
+    from .batches import Batch, Draws
+
+
+class Wanted(NamedTuple):
+    """An image to read, and what it is to become."""
+
+    path: str
+    label: int
+    size: int  # of the crop, in pixels
+    seed: int | None  # of a random crop and flip; None for the crop of the evaluation
+
+
+class ImageReader:
+    """Reads batches of image files in worker processes, started at the first batch, ahead of those who take them.
+
+    What is to be read comes with the request, so that the workers hold no list of files, and one set of them serves
+    training and validation in turn.
+
+    Args:
+        workers: processes; 0 reads in this one. None takes as many as this rank has cores, see `usable_cores`.
+        device: where the batches go.
+    """
+
+    def __init__(self, workers: int | None, device: torch.device) -> None:
+        self._workers = usable_cores() if workers is None else workers
+        self._device = device
+        self._requests = _Requests()
+        self._loader: DataLoader[Batch | list[str]] | None = None
+
+    def read(self, requests: Iterable[list[Wanted]]) -> Iterator[Batch]:
+        """A batch for each request, on the device: uint8 [N, 3, size, size] and int64 [N]. One pass at a time.
+
+        Raises:
+            ValueError: images cannot be read; how many of a batch, and which.
+            ChildProcessError: a worker ended.
+        """
+        if self._loader is None:
+            self._loader = self._started()
+        self._requests.batches = requests
+        for batch in self._received(iter(self._loader)):
+            if isinstance(batch, list):
+                refuse_unreadable(batch)
+            else:
+                x, y = batch
+                yield x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True)
+
+    def close(self) -> None:
+        """End the workers; the next `read` starts new ones."""
+        self._loader = None
+
+    def _started(self) -> DataLoader[Batch | list[str]]:
+        processes = self._workers > 0
+        return DataLoader(
+            _Files(),
+            batch_sampler=self._requests,
+            num_workers=self._workers,
+            collate_fn=_as_it_is,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_begin_worker,
+            persistent_workers=processes,
+            prefetch_factor=2 if processes else None,
+            multiprocessing_context=_context() if processes else None,
+            generator=torch.Generator(),  # its own: the run's random numbers are no affair of a loader
+        )
+
+    def _received(self, batches: Iterator[Batch | list[str]]) -> Iterator[Batch | list[str]]:
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self.close()
+            raise ChildProcessError(
+                f"a process that reads images ended ({error}); if its memory ran out, lower --workers or --batch-size"
+            ) from error
+
+
+class DiskImages:
+    """A set that stays on disk, read by an `ImageReader`.
+
+    Args:
+        data: the files.
+        reader: shared by the sets of a run.
+        augment: whether training crops and flips at random, as ImageNet is trained: a crop of 8 to 100 % of the area
+            and an aspect ratio of 3/4 to 4/3, scaled to the size. Otherwise as in the evaluation.
+    """
+
+    def __init__(self, data: ImageFiles, reader: ImageReader, *, augment: bool) -> None:
+        self._data = data
+        self._reader = reader
+        self._augment = augment
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def drawn(self, draws: Draws) -> Iterator[Batch]:
+        steps = zip(draws.chosen, draws.seeds, strict=True)
+        return self._reader.read(
+            [self._wanted(index, seed) for index in chosen[draws.share].tolist()] for chosen, seed in steps
+        )
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        starts = range(0, len(self), batch_size)
+        parts = (range(start, min(start + batch_size, len(self))) for start in starts)
+        return self._reader.read([self._wanted(index, None) for index in part] for part in parts)
+
+    def _wanted(self, index: int, batch_seed: int | None) -> Wanted:
+        """An image's own seed, of the batch's and its index: its place in the batch, and so its rank, play no part."""
+        seed = derive_seed(batch_seed, "image", index) if self._augment and batch_seed is not None else None
+        return Wanted(self._data.path(index), int(self._data.labels[index]), self._data.size, seed)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, shared between the ranks that torchrun started on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def random_crop_flip(image: Image, size: int, seed: int) -> NDArray[np.uint8]:
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip of a Pillow image in RGB: uint8 [3, size, size].
+
+    Raises:
+        MissingExtraError: torchvision is not installed.
+    """
+    transforms = import_extra("torchvision.transforms.v2", "train")
+    augment = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return as_pixels(augment(image))
+
+
+class _Requests:
+    """What a loader asks for its batches' contents; the next requests are put here before each pass."""
+
+    batches: Iterable[list[Wanted]] = ()
+
+    def __iter__(self) -> Iterator[list[Wanted]]:
+        return iter(self.batches)
+
+
+class _Files(Dataset["Batch | list[str]"]):
+    """Answers requests: a batch, or what is wrong with its images. An error raised in a worker would lose its text."""
+
+    def __getitems__(self, batch: Sequence[Wanted]) -> Batch | list[str]:
+        pixels, errors = [], []
+        for wanted in batch:
+            try:
+                image = read_image(wanted.path)
+            except ValueError as error:
+                errors.append(str(error))
+                continue
+            size, seed = wanted.size, wanted.seed
+            pixels.append(centre_crop(image, size) if seed is None else random_crop_flip(image, size, seed))
+        return errors or (torch.from_numpy(np.stack(pixels)), torch.tensor([wanted.label for wanted in batch]))
+
+
+def _as_it_is(batch: Batch | list[str]) -> Batch | list[str]:
+    return batch
+
+
+def _begin_worker(number: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to all; the run ends its workers when it is ready
+    warnings.filterwarnings("ignore", "(?i)corrupt exif", module="PIL")  # some of ImageNet's; nothing of it is used
+
+
+def _context() -> Any:
+    """New processes, not copies of this one with its threads and its GPU: a copied lock stays locked for ever."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torchvision.transforms.v2"])  # imported once, not by each worker
+    return context
