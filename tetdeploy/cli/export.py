@@ -85,6 +85,7 @@ def export(
     from tetdeploy.checkpoint import checkpoint_file, newest_run, read_metadata
     from tetdeploy.data import load_frames
     from tetdeploy.export import ExportConfig, export_model
+    from tetdeploy.export.model import NUM_REFERENCE
     from tetdeploy.files import write_json
 
     file = checkpoint_file(run or newest_run(runs))
@@ -98,7 +99,8 @@ def export(
         images, labels = load_frames(source)
     else:
         val_fraction = float(metadata["training"].get("val_fraction", 0.0))
-        images, labels = real_inputs(source, data_dir, val_fraction, T=trained_T)
+        count = max(num_check, NUM_REFERENCE)
+        images, labels = real_inputs(source, data_dir, val_fraction, T=trained_T, count=count)
     path = out or file.parent / config.file_name
     with progress_bar() as bar:
         tasks: dict[str, TaskID] = {}
@@ -124,18 +126,20 @@ def export(
     console.print(f"next: tetdeploy sweep {exported.path}")
 
 
-def real_inputs(data: str, data_dir: Path, val_fraction: float, *, T: int) -> tuple[Any, Any]:
-    """Images, or recordings cut into T frames, and labels to check with: those held out for validation first, then the
-    others. Never the test set."""
+def real_inputs(data: str, data_dir: Path, val_fraction: float, *, T: int, count: int) -> tuple[Any, Any]:
+    """Up to `count` images, or recordings cut into T frames, and labels to check with: those held out for validation
+    first, then the others. Never the test set."""
     import numpy as np
 
     from tetdeploy.data import load_data, split_validation
 
     inputs = load_data(data, "train", data_dir=data_dir, T=T)
     if not val_fraction:
-        return inputs.x, inputs.labels
+        return inputs.x[:count], inputs.labels[:count]
     train, val = split_validation(inputs, fraction=val_fraction)
-    return np.concatenate([val.x, train.x]), np.concatenate([val.labels, train.labels])
+    others = max(count - len(val), 0)
+    x = np.concatenate([val.x[:count], train.x[:others]])
+    return x, np.concatenate([val.labels[:count], train.labels[:others]])
 
 
 def print_exported(exported: Exported, layout: str, T: int) -> None:

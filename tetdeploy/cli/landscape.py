@@ -116,7 +116,7 @@ def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeC
 
         return measure_landscape(
             classifiers,
-            images.x,
+            images.x[:],
             images.labels,
             config,
             path,

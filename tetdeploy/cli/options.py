@@ -84,10 +84,16 @@ def as_model_input(engine: Engine, pixels: Any, **statistics: Any) -> Any:
     """
     import numpy as np
 
+    from tetdeploy.data.image_files import FileImages
+
     if engine.input_dtype == np.uint8:
         return pixels
     known = statistics | engine.metadata["source"].get("data", {})
     if "mean" not in known:
         raise ValueError(f"{engine.path.name} takes normalised float32 input and does not say how; run it from Python")
     mean, std = (np.array(known[key], np.float32)[:, None, None] for key in ("mean", "std"))
-    return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+    def normalised(pixels: Any) -> Any:
+        return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+    return pixels.converted(normalised) if isinstance(pixels, FileImages) else normalised(pixels)
