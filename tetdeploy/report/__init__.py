@@ -5,6 +5,6 @@ Markdown (writers.py).
 """
 
 from tetdeploy.report.sweep_plot import plot_sweep
-from tetdeploy.report.tables import count, energy, sweep_table
+from tetdeploy.report.tables import count, energy, layers_table, other_ops_table, sweep_table
 
-__all__ = ["count", "energy", "plot_sweep", "sweep_table"]
+__all__ = ["count", "energy", "layers_table", "other_ops_table", "plot_sweep", "sweep_table"]

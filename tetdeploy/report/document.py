@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Plots:
-    """Plots side by side where there is room."""
+class Row:
+    """Side by side where there is room."""
 
-    plots: tuple[Plot, ...]
+    items: tuple[Plot | Table, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Note:
     text: str
 
 
-Block = Cards | Table | Plots | Note
+Block = Cards | Table | Row | Note
 
 
 @dataclass(frozen=True)
@@ -81,4 +81,3 @@ class Document:
     title: str
     subtitle: str
     sections: tuple[Section, ...]
-    notes: tuple[str, ...] = field(default=())

@@ -26,7 +26,9 @@ _RC = {
     "svg.fonttype": "none",  # text stays text: to be searched, copied, read out, and shown in any script
     "text.parse_math": False,  # a $ in a name is a $
     "font.family": ["DejaVu Sans"],
-    "font.size": 9,
+    "font.size": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -36,7 +38,7 @@ _RC = {
     "lines.markersize": 5,
     "lines.linewidth": 1.6,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9.5,
     "legend.handlelength": 2.6,
 }
 
@@ -90,7 +92,7 @@ def draw(
         handles, labels = axes.get_legend_handles_labels()
         if legend and handles:
             columns = 1 if max(map(len, labels)) > 16 else min(2, len(labels))
-            figure.set_figheight(height + 0.2 * -(-len(labels) // columns))
+            figure.set_figheight(height + 0.22 * -(-len(labels) // columns))
             figure.legend(handles, labels, loc="outside upper left", ncols=columns)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
@@ -108,6 +110,16 @@ def whole_numbers(axis: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def log_axis(axes: Any) -> None:
+    """The x axis logarithmic, with ticks as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def short(name: str, longest: int = _LONGEST_NAME) -> str:

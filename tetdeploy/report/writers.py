@@ -9,7 +9,7 @@ from itertools import count
 
 from tetdeploy import __version__
 from tetdeploy.extras import import_extra
-from tetdeploy.report.document import Block, Cards, Document, Note, Plots, Section, Table
+from tetdeploy.report.document import Block, Cards, Document, Plot, Row, Section, Table
 
 
 def to_html(document: Document) -> str:
@@ -40,9 +40,12 @@ def _with_own_ids(document: Document) -> Document:
     numbers = count(1)
 
     def own(block: Block) -> Block:
-        if not isinstance(block, Plots):
+        if not isinstance(block, Row):
             return block
-        return Plots(tuple(replace(plot, svg=_prefixed(plot.svg, f"p{next(numbers)}-")) for plot in block.plots))
+        return Row(tuple(own_plot(item) if isinstance(item, Plot) else item for item in block.items))
+
+    def own_plot(plot: Plot) -> Plot:
+        return replace(plot, svg=_prefixed(plot.svg, f"p{next(numbers)}-"))
 
     return replace(document, sections=tuple(Section(s.title, tuple(map(own, s.blocks))) for s in document.sections))
 
@@ -68,7 +71,9 @@ def _markdown(block: Block) -> str:
         table = [head, *((label, *(found.get(label, "–") for found in facts)) for label in labels)]
         cells = [tuple(map(_cell, row)) for row in table]
         return _lines([cells[0], (":--", *("--:" for _ in facts)), *cells[1:]])
-    return _plain(block.text) if isinstance(block, Note) else ""
+    if isinstance(block, Row):
+        return "\n\n".join(_markdown(item) for item in block.items if isinstance(item, Table))
+    return _plain(block.text)
 
 
 def _lines(rows: list[tuple[str, ...]]) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tetdeploy.report.document import Note, Plots, Section, Table
-from tetdeploy.report.drawing import Style, draw, energy_unit, percent_axis, short, whole_numbers
+from tetdeploy.report.document import Note, Plot, Row, Section, Table
+from tetdeploy.report.drawing import Style, draw, energy_unit, log_axis, percent_axis, short, whole_numbers
 from tetdeploy.report.numbers import joules, percent, times
 from tetdeploy.report.results import Results
 
@@ -25,7 +25,15 @@ class Point:
     latency_ms: float | None = None
 
 
-def accuracy_by_T(results: Results) -> Section | None:
+def accuracy(results: Results) -> Section | None:
+    """Both panels of Figure 4, and what the energies are."""
+    plots = [plot for plot in (accuracy_by_T(results), accuracy_by_energy(results)) if plot is not None]
+    return (
+        Section("Accuracy by time steps and energy", (Row(tuple(plots)), Note(bills_note(results)))) if plots else None
+    )
+
+
+def accuracy_by_T(results: Results) -> Plot | None:
     """Figure 4A."""
     measured = [m for m in results.measurements if m.points("T", "accuracy")]
     if not measured:
@@ -44,22 +52,22 @@ def accuracy_by_T(results: Results) -> Section | None:
         whole_numbers(axes.xaxis)
         percent_axis(axes.yaxis)
 
-    trained = [f"{m.name}: T={m.trained_T}" for m in measured if m.trained_T]
-    rings = f" A ring marks the T of the training ({', '.join(trained)})." if trained else ""
+    trained = {f"{m.name}: T={m.trained_T}": m.trained_T for m in measured if m.trained_T}
+    listed = f"T={next(iter(trained.values()))}" if len(set(trained.values())) == 1 else ", ".join(trained)
+    rings = f" A ring marks the T of the training ({listed})." if trained else ""
     ends = [
         f"{m.name} goes from {percent(m.rows[0].get('accuracy'))} at T={m.rows[0]['T']} to "
         f"{percent(m.rows[-1].get('accuracy'))} at T={m.rows[-1]['T']}"
         for m in measured
     ]
-    plot = draw(
+    return draw(
         paint,
         description=f"Accuracy against time steps. {'; '.join(ends)}.",
         caption=f"Accuracy after T time steps.{rings}",
     )
-    return Section("Accuracy by time steps", (Plots((plot,)),))
 
 
-def accuracy_by_energy(results: Results) -> Section | None:
+def accuracy_by_energy(results: Results) -> Plot | None:
     """Figure 4B, with the ANN twin."""
     measured = [m for m in results.measurements if m.points("energy_pj", "accuracy")]
     if not measured:
@@ -94,14 +102,14 @@ def accuracy_by_energy(results: Results) -> Section | None:
             label = f"{short(name)} (ANN, validation)"
             axes.plot(energy_pj / size, accuracy, "*", color=style.colour, markersize=11, label=label)
         if min(energies) > 0 and max(energies) > _LOG_FROM * min(energies):
-            axes.set_xscale("log")
+            log_axis(axes)
         else:
             axes.set_xlim(left=0)
         axes.set_xlabel(f"energy ({unit} per image)")
         axes.set_ylabel("accuracy (%)")
         percent_axis(axes.yaxis)
 
-    plot = draw(
+    return draw(
         paint,
         description="Accuracy against energy per image, a line for each model and a point for each T. "
         + "; ".join(
@@ -110,7 +118,6 @@ def accuracy_by_energy(results: Results) -> Section | None:
         ),
         caption=_energy_caption(bool(twins), bool(trained_twins)),
     )
-    return Section("Accuracy by energy", (Plots((plot,)), Note(bills_note(results))))
 
 
 def pareto_front(results: Results) -> Section | None:
@@ -134,8 +141,11 @@ def pareto_front(results: Results) -> Section | None:
             best = [p for p in own if p in front]
             x, y = [p.energy_pj / size for p in best], [p.accuracy for p in best]
             axes.plot(x, y, style.marker, color=style.colour, markersize=7, label=short(m.name))
+            for p in best:
+                place = (p.energy_pj / size, p.accuracy)
+                axes.annotate(f"T={p.T}", place, (4, -11), textcoords="offset points", fontsize=8, color="0.25")
         if min(p.energy_pj for p in points) > 0 and max(p.energy_pj for p in points) > _LOG_FROM * points[0].energy_pj:
-            axes.set_xscale("log")
+            log_axis(axes)
         axes.set_xlabel(f"energy ({unit} per image)")
         axes.set_ylabel("accuracy (%)")
         percent_axis(axes.yaxis)
@@ -146,9 +156,9 @@ def pareto_front(results: Results) -> Section | None:
         caption="The Pareto front: no other model or T is as accurate for less energy. Points behind it are pale.",
     )
     rows = [(p.name, str(p.T), percent(p.accuracy), joules(p.energy_pj), _dearer(p, front)) for p in front]
-    headers = ("model", "T", "accuracy", "energy per image", "energy, cheapest = 1")
-    table = Table("The points of the front, from the cheapest on.", headers, tuple(rows))
-    return Section("Pareto front", (Plots((plot,)), table))
+    headers = ("model", "T", "accuracy", "energy", "/ cheapest")
+    table = Table("The points of the front; energy per image.", headers, tuple(rows))
+    return Section("Pareto front", (Row((plot, table)),))
 
 
 def points_of(results: Results) -> list[Point]:

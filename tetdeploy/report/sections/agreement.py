@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tetdeploy.report.document import Block, Note, Section, Table
+from tetdeploy.report.document import Note, Row, Section, Table
 from tetdeploy.report.numbers import parts_per_million, percent, short_float, text
 from tetdeploy.report.results import Measurement, Results
 
@@ -22,12 +22,12 @@ def agreement(results: Results) -> Section | None:
         return None
     headers = ("model", "T", "same class", "spikes that differ", "largest logit error")
     whole = Table("The exported model against PyTorch.", headers, tuple(rows))
-    by_layer: list[Block] = [table for m in results.measurements if (table := _by_layer(m)) is not None]
+    by_layer = tuple(table for m in results.measurements if (table := _by_layer(m)) is not None)
     note = (
         "Same class: images for which both give the same answer. Spikes that differ: of all neurons and steps, in "
         "parts per million; a membrane potential that lies within rounding of the threshold may fall on either side."
     )
-    return Section("Agreement with PyTorch", (whole, Note(note), *by_layer))
+    return Section("Agreement with PyTorch", (whole, Note(note), *([Row(by_layer)] if by_layer else [])))
 
 
 def _by_layer(m: Measurement) -> Table | None:

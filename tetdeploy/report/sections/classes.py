@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tetdeploy.report.document import Block, Note, Plots, Section, Table
+from tetdeploy.report.document import Block, Note, Row, Section, Table
 from tetdeploy.report.numbers import percent
 from tetdeploy.report.results import Measurement, Results
 from tetdeploy.report.sections.layers import by_entry
@@ -22,7 +22,7 @@ def accuracy_by_class(results: Results) -> Section | None:
         results, measured, "by_class", "accuracy", "accuracy (%)", 0.01,
         "Accuracy of each class at the T of the training.",
     )  # fmt: skip
-    return Section("Accuracy by class", (Plots((plot,)), _table(measured)))
+    return Section("Accuracy by class", (Row((plot, _table(measured))),))
 
 
 def _table(measured: list[Measurement]) -> Table:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from tetdeploy.report.document import Note, Plots, Section, Table
-from tetdeploy.report.drawing import Style, draw, short, whole_numbers
+from tetdeploy.report.document import Note, Plot, Row, Section, Table
+from tetdeploy.report.drawing import Style, draw, energy_unit, short, whole_numbers
 from tetdeploy.report.numbers import joules, milliseconds, operations, percent, rate, times
 from tetdeploy.report.results import Measurement, Results
 
@@ -23,48 +23,70 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
 )
 
 
-def numbers_by_T(results: Results) -> Section | None:
-    """A table for each model."""
-    if not results.measurements:
+def cost(results: Results) -> Section | None:
+    """Energy and latency as plots, all numbers in a table for each model."""
+    measured = results.measurements
+    if not measured:
         return None
-    other = [_other_operations(m) for m in results.measurements]
-    notes = [
-        "Operations, energy and latency are per image; firing rate is spikes a neuron and step, over the whole "
-        "network. Energy follows the paper: the first layer multiplies at every step, all others add. Exact: every "
-        "layer whose input is not binary multiplies. First layer once: as the engine runs a still image, whose first "
-        "layer is the same at every step.",
-        *dict.fromkeys(note for note in other if note),
-    ]
-    return Section("Numbers by time steps", (*(_table(m) for m in results.measurements), *map(Note, notes)))
+    plots = (
+        _plot(results, "energy_pj", "Energy per image, as the paper counts it.", *_energy_axis(measured)),
+        _plot(results, "latency_ms", _latency_caption(measured), "latency (ms per image)", 1.0),
+    )
+    row = Row(tuple(plot for plot in plots if plot is not None))
+    return Section("Cost by time steps", (*([row] if row.items else []), *map(_table, measured), *_notes(measured)))
 
 
-def latency_by_T(results: Results) -> Section | None:
-    """Of one image on the machine that measured."""
-    measured = [m for m in results.measurements if m.points("T", "latency_ms")]
+def _plot(results: Results, key: str, caption: str, label: str, size: float) -> Plot | None:
+    """A number by T, from 0 on."""
+    measured = [m for m in results.measurements if m.points("T", key)]
     if not measured:
         return None
 
     def paint(axes: Any) -> None:
+        highest = 0.0
         for m in measured:
-            points = m.points("T", "latency_ms")
+            values = [value / size for *_, value in m.points("T", key)]
             style = Style.of(results.style_of[m.name])
-            axes.plot([T for T, *_ in points], [ms for *_, ms in points], label=short(m.name), **style.options)
+            axes.plot([T for T, *_ in m.points("T", key)], values, label=short(m.name), **style.options)
+            highest = max(highest, *values)
         axes.set_xlabel("time steps T")
-        axes.set_ylabel("latency (ms per image)")
-        axes.set_ylim(bottom=0)
+        axes.set_ylabel(label)
+        axes.set_ylim(0, 1.08 * highest or 1.0)
         whole_numbers(axes.xaxis)
 
-    devices = ", ".join(dict.fromkeys(str(m.content.get("device", "cpu")) for m in measured))
-    unrolled = [m.name for m in measured if m.content.get("layout") == "unrolled"]
-    plot = draw(
-        paint,
-        description="Latency of one image against time steps. "
-        + "; ".join(f"{m.name} at T={m.T}: {milliseconds(m.headline.get('latency_ms'))}" for m in measured),
-        caption=f"Median time of one image at a time, on {devices}.",
+    numbers = "; ".join(
+        f"{m.name} at T={m.T}: {float(m.headline[key]) / size:.3g}" for m in measured if m.headline.get(key)
     )
-    always = "always runs all of its steps, at the same cost for every T"
-    notes = [Note(f"An unrolled graph ({', '.join(unrolled)}) {always}.")] if unrolled else []
-    return Section("Latency by time steps", (Plots((plot,)), *notes))
+    return draw(paint, description=f"{label} against time steps. {numbers}", caption=caption, legend=len(measured) > 1)
+
+
+def _energy_axis(measured: Sequence[Measurement]) -> tuple[str, float]:
+    unit, size = energy_unit(max((row.get("energy_pj") or 0.0 for m in measured for row in m.rows), default=0.0))
+    return f"energy ({unit} per image)", size
+
+
+def _latency_caption(measured: Sequence[Measurement]) -> str:
+    devices = ", ".join(dict.fromkeys(str(m.content.get("device", "cpu")) for m in measured))
+    caption = f"Median time of one image at a time, on {devices}."
+    unrolled = [m.name for m in measured if m.content.get("layout") == "unrolled"]
+    always = "An unrolled graph always runs all of its steps: it takes as long for every T"
+    return f"{caption} {always} ({', '.join(unrolled)})." if unrolled else caption
+
+
+def _notes(measured: Sequence[Measurement]) -> list[Note]:
+    text = (
+        "Operations, energy and latency are per image; firing rate is spikes per neuron and step, over the whole "
+        "network. Energy follows the paper: the first layer multiplies at every step, all others add. Exact: every "
+        "layer whose input is not binary multiplies. First layer once: as the engine runs a still image, whose first "
+        "layer is the same at every step. ANN twin / energy: how many times less than the same layers, dense, once."
+    )
+    left_out: dict[str, list[str]] = {}
+    for m in measured:
+        left_out.setdefault(_left_out(m), []).append(m.name)
+    return [
+        Note(text),
+        *(Note(f"Not in the totals of {', '.join(n)}: {what}.") for what, n in left_out.items() if what),
+    ]
 
 
 def _table(m: Measurement) -> Table:
@@ -79,8 +101,14 @@ def _table(m: Measurement) -> Table:
     return Table(caption, ("T", *(header for header, *_ in columns)), rows, marked=marked)
 
 
-def _other_operations(m: Measurement) -> str:
-    """What the totals leave out."""
-    found = m.content.get("other_ops") or {}
-    listed = [f"{key.replace('_', ' ')} {operations(v)}" for key, v in found.items() if isinstance(v, int | float)]
-    return f"Not in the totals, per image and step ({m.name}): {', '.join(listed)}." if listed else ""
+def _left_out(m: Measurement) -> str:
+    """What the totals do not hold."""
+    counts, energies = (m.content.get(key) or {} for key in ("other_ops", "other_ops_pj"))
+    listed = [
+        f"{name.replace('_', ' ')} {operations(number)}" + (f" ({joules(energies[name])})" if name in energies else "")
+        for name, number in counts.items()
+        if isinstance(number, int | float) and number
+    ]
+    uncounted = [f"the layers {', '.join(map(str, names))}"] if (names := m.content.get("uncounted")) else []
+    parts = ([f"{', '.join(listed)} per image and step"] if listed else []) + uncounted
+    return "; ".join(parts)

@@ -5,47 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tetdeploy.report.document import Plot, Plots, Section, Table
+from tetdeploy.report.document import Plot, Row, Section, Table
 from tetdeploy.report.drawing import Style, draw, energy_unit, short
-from tetdeploy.report.numbers import joules, operations, rate, short_float, text
+from tetdeploy.report.numbers import joules, operations, rate, text
 from tetdeploy.report.results import Measurement, Results
 
-_SMALLEST, _ROW = 1.6, 0.2  # inches
+_SMALLEST, _ROW, _DOT = 1.6, 0.2, 0.1  # inches: the plot, an entry of one model, and of each of several
 
 
-def firing_rate_by_layer(results: Results) -> Section | None:
-    """At the T of the training as a plot, at every T as a table."""
-    measured = [m for m in results.measurements if m.by_entry("neurons", "firing_rate")]
-    if not measured:
-        return None
-    plot = by_entry(
-        results,
-        measured,
-        "neurons",
-        "firing_rate",
-        "firing rate (spikes per neuron and step)",
-        1.0,
-        "Firing rate of each layer of neurons, from the input (top) to the output, at the T of the training.",
-    )
-    return Section("Firing rate by layer", (Plots((plot,)), *(_neurons_table(m) for m in measured)))
+def layers(results: Results) -> Section | None:
+    """At the T of the training as plots; firing rates at every T as a table."""
+    firing = [m for m in results.measurements if m.by_entry("neurons", "firing_rate")]
+    costing = [m for m in results.measurements if m.by_entry("layers", "energy_pj")]
+    plots = [_firing_plot(results, firing)] if firing else []
+    if costing:
+        plots.append(_energy_plot(results, costing))
+    tables = (*map(_neurons_table, firing), *map(_layers_table, costing))
+    return Section("Firing rate and energy by layer", (Row(tuple(plots)), *tables)) if plots else None
 
 
-def energy_by_layer(results: Results) -> Section | None:
-    """At the T of the training."""
-    measured = [m for m in results.measurements if m.by_entry("layers", "energy_pj")]
-    if not measured:
-        return None
+def _firing_plot(results: Results, measured: Sequence[Measurement]) -> Plot:
+    caption = "Firing rate of each layer of neurons, from the input (top) to the output, at the T of the training."
+    return by_entry(results, measured, "neurons", "firing_rate", "spikes per neuron and step", 1.0, caption)
+
+
+def _energy_plot(results: Results, measured: Sequence[Measurement]) -> Plot:
     unit, size = energy_unit(max(e for m in measured for e in m.by_entry("layers", "energy_pj").values()))
-    plot = by_entry(
-        results,
-        measured,
-        "layers",
-        "energy_pj",
-        f"energy ({unit} per image)",
-        size,
-        "Energy of each convolution and linear layer, from the input (top) to the output, at the T of the training.",
-    )
-    return Section("Energy by layer", (Plots((plot,)), *(_layers_table(m) for m in measured)))
+    caption = "Energy of each convolution and linear layer, from the input (top) on, at the T of the training."
+    return by_entry(results, measured, "layers", "energy_pj", f"energy ({unit} per image)", size, caption)
 
 
 def by_entry(
@@ -57,17 +44,19 @@ def by_entry(
     places = {name: k for k, name in enumerate(names)}
 
     def paint(axes: Any) -> None:
-        for series, found in values.items():
+        for k, (series, found) in enumerate(values.items()):
             style = Style.of(results.style_of[series])
             at, shown = [places[name] for name in found], [value / size for value in found.values()]
             if len(values) == 1:
                 axes.barh(at, shown, color=style.colour, height=0.7)
             else:
-                axes.plot(shown, at, style.marker, color=style.colour, label=short(series), alpha=0.85)
+                beside = (k - (len(values) - 1) / 2) * 0.6 / len(values)
+                axes.plot(shown, [y + beside for y in at], style.marker, color=style.colour, label=short(series))
         axes.set_yticks(range(len(names)), [short(name, 24) for name in names], fontsize=8)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(visible=len(values) > 1, axis="y")
         axes.set_xlim(left=0)
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(label)
 
     at = ", ".join(dict.fromkeys(f"T={m.T}" for m in measured))
@@ -76,7 +65,7 @@ def by_entry(
         paint,
         description=f"{label} by name, {len(names)} of them. {'; '.join(highest)}",
         caption=caption.removesuffix(".") + f" ({at}).",
-        height=max(_SMALLEST, 0.7 + _ROW * len(names)),
+        height=max(_SMALLEST, 0.7 + max(_ROW, _DOT * len(measured)) * len(names)),
     )
 
 
@@ -98,8 +87,8 @@ def _layers_table(m: Measurement) -> Table:
     total = sum(m.by_entry("layers", "energy_pj").values())
     columns: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], str]]] = [
         ("input", lambda layer, _: _input_kind(layer)),
-        ("parameters", lambda layer, _: text(layer.get("parameters"), lambda v: f"{v:,.0f}")),
-        ("fan-out", lambda layer, _: short_float(layer.get("fan_out"))),
+        ("weights", lambda layer, _: text(layer.get("weights", layer.get("parameters")), lambda v: f"{v:,.0f}")),
+        ("fan-out", lambda layer, _: text(layer.get("fan_out"), lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}")),
         ("nonzero inputs", lambda _, row: text(row.get("input_rate"), lambda v: f"{v:.1%}")),
         ("AC ops", lambda _, row: operations(row.get("ac_ops"))),
         ("MAC ops", lambda _, row: operations(row.get("mac_ops"))),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tetdeploy.report.document import Card, Cards, Note, Section
-from tetdeploy.report.numbers import joules, milliseconds, percent, rate, text
+from tetdeploy.report.numbers import NONE, joules, milliseconds, percent, rate, text
 from tetdeploy.report.results import Measurement, Results, Source
 
 
@@ -22,14 +22,15 @@ def _measured(m: Measurement) -> Card:
     row = m.headline
     where = f"T={m.T}" + (", as trained" if m.trained_T == m.T else "")
     facts = [
-        (f"accuracy at {where}", f"{percent(row.get('accuracy'))} of {m.content['num_samples']:,} images"),
+        (f"accuracy at {where}", percent(row.get("accuracy"))),
+        ("measured on", f"{m.content['num_samples']:,} images of {m.content['data']}"),
         ("energy per image", joules(row.get("energy_pj"))),
         ("against its ANN twin", _against(row.get("ann_ratio"), m, row.get("energy_pj"))),
-        ("firing rate", f"{rate(row.get('firing_rate'))} spikes a neuron and step"),
+        ("spikes per neuron and step", rate(row.get("firing_rate"))),
         ("latency of one image", milliseconds(row.get("latency_ms"))),
         ("same answer as PyTorch", text(row.get("top1_agreement"), lambda v: f"{v:.2%} of images")),
     ]
-    return Card(m.name, tuple((label, value) for label, value in facts if not value.startswith("–")))
+    return Card(m.name, tuple((label, value) for label, value in facts if value != NONE))
 
 
 def _against(ratio: float | None, m: Measurement, energy_pj: float | None) -> str:
@@ -37,7 +38,7 @@ def _against(ratio: float | None, m: Measurement, energy_pj: float | None) -> st
     if ratio is None and m.ann_pj and energy_pj:
         ratio = m.ann_pj / energy_pj
     if not ratio:
-        return "–"
+        return NONE
     return f"{ratio:.3g} times less energy" if ratio >= 1 else f"{1 / ratio:.3g} times more energy"
 
 
@@ -45,17 +46,16 @@ def _trained(source: Source, results: Results) -> Card:
     """A training of which nothing was exported and measured."""
     run = source.run
     assert run is not None  # a source without measurements has runs
-    images = f"{run.data['val_images']:,} validation images" if run.data.get("val_images") else "the validation images"
+    images = f"{run.data['val_images']:,} validation images" if run.data.get("val_images") else NONE
     facts = []
     if (mean := source.summary.get("mean_val_accuracy")) is not None:
         std = source.summary.get("std_val_accuracy")
         spread = "" if std is None else f" ± {std:.2%}"
         facts.append((f"validation accuracy, {len(source.runs)} seeds", f"{percent(mean)}{spread}"))
     elif run.best is not None and run.best.get("val_accuracy") is not None:
-        facts.append(
-            (f"validation accuracy at T={run.best.get('T')}", f"{percent(run.best['val_accuracy'])} of {images}")
-        )
+        facts.append((f"validation accuracy at T={run.best.get('T')}", percent(run.best["val_accuracy"])))
     if (energy_pj := results.twin_energy(run)) is not None:
         facts.append(("energy per image", joules(energy_pj)))
-    kind = "ANN, not exported" if run.network.get("ann") else "not exported and measured"
-    return Card(source.name, (*facts, ("kind", kind)))
+    kind = "ANN: no T, not exported" if run.network.get("ann") else "trained, not exported or not measured"
+    facts += [("measured on", images), ("kind", kind)]
+    return Card(source.name, tuple((label, value) for label, value in facts if value != NONE))
