@@ -8,6 +8,7 @@ bytes of the model followed by the bytes of the overlay are the counting model. 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -97,7 +98,12 @@ class Layers:
         if positions is None:
             return None
         once = from_input and (encodes or (value not in self._timed and self._T != 1))
-        flags = {"from_input": from_input, "binary": self._whole.is_binary(value), "positions": positions, "once": once}
+        flags: dict[str, Any] = {
+            "from_input": from_input,
+            "binary": self._whole.is_binary(value),
+            "positions": positions,
+            "once": once,
+        }
         if node.op_type != "Conv":
             if len(shape) != 2:
                 return None
@@ -178,48 +184,49 @@ def _convolution(
 
 def counting_overlay(layers: Layers, neurons: Iterable[Neurons]) -> bytes:
     """The overlay that counts: outputs `active.<layer>`, nonzero inputs summed over channels, and `fired.<neurons>`,
-    spikes summed over everything but step and image, `[T, N]`. All float32, exact below 2^24."""
-    nodes: list[onnx.NodeProto] = []
-    initializers = []
-    outputs = []
+    spikes summed over everything but step and image, `[T, N]`. All are exact: float32 up to 2^24, float64 beyond."""
+    graph = onnx.GraphProto()
     for layer in layers.layers:
-        if layer.from_input:
-            continue
-        value = str(layers.read[layer.name].name)
-        if not layer.binary:
-            nodes += [
-                helper.make_node("Abs", [value], [f"{layer.counter}.abs"]),
-                helper.make_node("Sign", [f"{layer.counter}.abs"], [f"{layer.counter}.nonzero"]),
-            ]
-            value = f"{layer.counter}.nonzero"
-        axes = f"{layer.counter}.axes"
-        initializers.append(helper.make_tensor(axes, TensorProto.INT64, [1], [1 if layer.kernel else -1]))
-        nodes.append(helper.make_node("ReduceSum", [value, axes], [layer.counter], keepdims=0))
-        outputs.append(layer.counter)
+        if not layer.from_input:
+            _count_inputs(graph, layer, str(layers.read[layer.name].name))
     for layer_ in neurons:
-        name, axes = f"fired.{layer_.name}", f"fired.{layer_.name}.axes"
-        dims = list(range(2, 2 + len(layer_.shape)))
-        initializers.append(helper.make_tensor(axes, TensorProto.INT64, [len(dims)], dims))
-        nodes.append(helper.make_node("ReduceSum", [str(layer_.spikes.name), axes], [name], keepdims=0))
-        outputs.append(name)
-    return _overlay(nodes, initializers, outputs)
+        _count_spikes(graph, layer_)
+    return bytes(onnx.ModelProto(graph=graph).SerializeToString())
 
 
 def spikes_overlay(neurons: Iterable[str]) -> bytes:
     """The overlay that makes every spike an output: `spikes.<neurons>`, `[T, N, ...]`."""
-    return _overlay([], [], [f"spikes.{name}" for name in neurons])
+    graph = onnx.GraphProto()
+    graph.output.extend(helper.make_tensor_value_info(f"spikes.{n}", TensorProto.FLOAT, None) for n in neurons)
+    return bytes(onnx.ModelProto(graph=graph).SerializeToString())
 
 
-def _overlay(nodes: list[onnx.NodeProto], initializers: list[TensorProto], outputs: list[str]) -> bytes:
-    model = onnx.ModelProto()
-    model.graph.node.extend(nodes)
-    model.graph.initializer.extend(initializers)
-    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs)
-    return bytes(model.SerializeToString())
+def _count_inputs(graph: onnx.GraphProto, layer: Layer, value: str) -> None:
+    name = layer.counter
+    if not layer.binary:
+        graph.node.append(helper.make_node("Abs", [value], [f"{name}.abs"]))
+        graph.node.append(helper.make_node("Sign", [f"{name}.abs"], [f"{name}.nonzero"]))
+        value = f"{name}.nonzero"
+    _sum(graph, value, [1 if layer.kernel else -1], name, TensorProto.FLOAT)
+
+
+def _count_spikes(graph: onnx.GraphProto, layer: Neurons) -> None:
+    name, value, kind = f"fired.{layer.name}", str(layer.spikes.name), TensorProto.FLOAT
+    if math.prod(layer.shape) > 2**24:
+        kind = TensorProto.DOUBLE
+        graph.node.append(helper.make_node("Cast", [value], [f"{name}.double"], to=kind))
+        value = f"{name}.double"
+    _sum(graph, value, list(range(2, 2 + len(layer.shape))), name, kind)
+
+
+def _sum(graph: onnx.GraphProto, value: str, axes: list[int], output: str, kind: int) -> None:
+    graph.initializer.append(helper.make_tensor(f"{output}.axes", TensorProto.INT64, [len(axes)], axes))
+    graph.node.append(helper.make_node("ReduceSum", [value, f"{output}.axes"], [output], keepdims=0))
+    graph.output.append(helper.make_tensor_value_info(output, kind, None))
 
 
 def _nodes(graph: ir.Graph) -> Iterable[tuple[ir.Node, bool]]:
-    """The graph's nodes, and whether each is of the branch of an `If` (the step layout's encoder), which comes first."""
+    """The graph's nodes, and whether each is of a branch of an `If` (the step layout's encoder), which comes first."""
     for node in graph:
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.GRAPH and node.op_type == "If":

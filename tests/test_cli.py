@@ -84,11 +84,11 @@ class TestCommands:
         result = run("sweep", "--json", "out.json", "--plot", "out.png")
         assert result.exit_code == 0, result.output
         written = json.loads(Path("out.json").read_text())
-        assert set(written) == {"model", "data", "num_samples", "rows"}
+        assert set(written) >= {"model", "data", "num_samples", "rows"}
         assert [row["T"] for row in written["rows"]] == [1, 2, 3]
         assert written["num_samples"] == 359
         for row in written["rows"]:
-            assert set(row) == {
+            assert set(row) >= {
                 "T",
                 "accuracy",
                 "firing_rate",
@@ -107,6 +107,33 @@ class TestCommands:
         with Image.open("out.png") as picture:
             assert picture.size[0] > 500
         assert "the latency is the same at every T" in result.output
+
+    def test_sweep_shows_where_the_energy_goes(self, workplace: Path) -> None:
+        result = run("sweep", "--T", "2:3", "--layers", "--other-ops", "--energy", "once", "--json", "out.json")
+        assert result.exit_code == 0, result.output
+        for line in (
+            "layers, per image at T=3",
+            "encode.0",
+            "layer2.0",
+            "all layers",
+            "bias adds",
+            "neuron ops",
+            "ANN",
+        ):
+            assert line in result.output
+        written = json.loads(Path("out.json").read_text())
+        assert written["kind"] == "sweep" and written["trained_T"] == 4
+        total = sum(layer["rows"][1]["energy_pj"] for layer in written["layers"])
+        assert total == pytest.approx(written["rows"][1]["energy_pj"])
+
+    def test_sweep_takes_other_picojoules(self, workplace: Path) -> None:
+        result = run("sweep", "--T", "3", "--limit", "50", "--ac-pj", "0.5", "--mac-pj", "2", "--json", "out.json")
+        assert result.exit_code == 0, result.output
+        assert "multiplies (2 pJ), all others add (0.5 pJ)" in result.output
+        written = json.loads(Path("out.json").read_text())
+        (row,) = written["rows"]
+        assert row["energy_pj"] == pytest.approx(0.5 * row["ac_ops"] + 2 * row["mac_ops"])
+        assert written["constants"] == {"ac_pj": 0.5, "mac_pj": 2.0, "source": "given: ac_pj 0.5, mac_pj 2"}
 
     def test_sweep_takes_npz_data(self, workplace: Path) -> None:
         generator = np.random.default_rng(0)
@@ -222,6 +249,11 @@ class TestBadInput:
         refused("sweep", "--T", T)
         refused("train", "--T", T, code=2 if T == "two" else 1)
         assert snapshot(workplace) == before
+
+    def test_picojoules_that_cannot_be(self, workplace: Path) -> None:
+        assert "ac_pj must be a positive number of picojoules, got 0" in refused("sweep", "--ac-pj", "0")
+        assert "mac_pj must be at least ac_pj=0.9; got 0.5" in refused("sweep", "--mac-pj", "0.5")
+        assert "'paper', 'exact', 'once'" in refused("sweep", "--energy", "total", code=2)
 
     def test_T_beyond_an_unrolled_graph_says_how_to_export_again(self, workplace: Path) -> None:
         message = refused("sweep", "--T", "1:8")

@@ -15,12 +15,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tetdeploy.energy import CONSTANTS, Layer, OperationCount, Operations, axis_fan_out
+from tetdeploy.energy import Layer, OperationCount, Operations, axis_fan_out
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier
 from tetdeploy.neurons import LIF
+from tetdeploy.picojoules import CONSTANTS
 
 Array = np.ndarray[Any, Any]
 

@@ -22,76 +22,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.picojoules import CONSTANTS, EnergyConstants
+
 CONVENTIONS = {
     "paper": "the first layer multiplies, at every step; all others only add (TET, and most papers)",
     "exact": "every layer whose input is not binary multiplies, so that average pooling counts",
     "once": "as paper, but a first layer that sees the same image at every step multiplies once, as the engine does",
 }
 OTHER_OPS = {
-    "bias_adds": "one addition for every output of a layer with a bias, which a folded BN leaves",
-    "residual_adds": "one addition for every value of a sum of two branches",
-    "batch_norm_macs": "one multiply-accumulate for every value of a BN that is not folded",
-    "neuron_ops": "per neuron a leak (a multiplication, LIF only), an addition, a comparison, a reset (x - x s)",
+    "bias_adds": "an addition for every output of a layer with a bias",
+    "residual_adds": "an addition for every value of a sum of two branches",
+    "batch_norm_macs": "a multiplication and an addition, for BN that is not folded",
+    "neuron_ops": "h = tau u + I, h > v_th, u = h - h s for every neuron",
 }
-
-
-@dataclass(frozen=True)
-class EnergyConstants:
-    """Picojoules of an accumulate and of a multiply-accumulate, and where the figures come from.
-
-    Raises:
-        ValueError: a figure is not a positive number, or a multiply-accumulate costs less than its addition.
-    """
-
-    ac_pj: float
-    mac_pj: float
-    source: str
-
-    def __post_init__(self) -> None:
-        for name, value in (("ac_pj", self.ac_pj), ("mac_pj", self.mac_pj)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number of picojoules, got {value}")
-        if self.mac_pj < self.ac_pj:
-            raise ValueError(
-                f"a multiply-accumulate contains an accumulate, so mac_pj must be at least ac_pj={self.ac_pj}; "
-                f"got {self.mac_pj}"
-            )
-
-
-_HOROWITZ = "M. Horowitz, Computing's energy problem, ISSCC 2014, 45 nm"
-CONSTANTS = {
-    "fp32": EnergyConstants(0.9, 4.6, f"{_HOROWITZ}, 32-bit float: addition 0.9 pJ, multiplication 3.7 pJ"),
-    "int8": EnergyConstants(
-        0.1, 0.3, f"{_HOROWITZ}: 8-bit integer multiplication 0.2 pJ, addition into 32-bit integers 0.1 pJ"
-    ),
-}
-
-
-def energy_constants(
-    precision: str = "fp32", *, ac_pj: float | None = None, mac_pj: float | None = None
-) -> EnergyConstants:
-    """The constants for a model's arithmetic, `fp32` or `int8`, or one's own instead of one or both.
-
-    Raises:
-        ValueError: no cited figures for this precision, and not both are given; a figure is not positive.
-    """
-    known = CONSTANTS.get(precision)
-    if ac_pj is None and mac_pj is None and known is not None:
-        return known
-    if known is None and (ac_pj is None or mac_pj is None):
-        raise ValueError(
-            f"no cited energies for precision {precision!r}, only for {', '.join(CONSTANTS)}; "
-            "give your own with --ac-pj and --mac-pj (in Python energy_constants(ac_pj=, mac_pj=))"
-        )
-    own = [f"{name} {value:g}" for name, value in (("ac_pj", ac_pj), ("mac_pj", mac_pj)) if value is not None]
-    source = f"given by the user: {', '.join(own)}"
-    if known is None:
-        assert ac_pj is not None and mac_pj is not None
-        return EnergyConstants(ac_pj, mac_pj, source)
-    rest = "" if len(own) == 2 else f"; the other: {known.source}"
-    return EnergyConstants(
-        known.ac_pj if ac_pj is None else ac_pj, known.mac_pj if mac_pj is None else mac_pj, source + rest
-    )
 
 
 @dataclass(frozen=True)
@@ -175,13 +118,19 @@ def layers_of(metadata: Mapping[str, Any]) -> tuple[Layer, ...]:
 
 @dataclass
 class Operations:
-    """Operations summed over images, by layer and step: `counts[layer][t]` for step t + 1, `active` their inputs."""
+    """Operations summed over images, by layer and step: `counts[layer][t]` for step t + 1, `active` their inputs.
+
+    Attributes:
+        chunk: steps of one call of the graph, after which layers that are computed once are computed again; None if
+            one call does.
+    """
 
     layers: tuple[Layer, ...]
     counts: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     active: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     num_images: int = 0
     constants: EnergyConstants = CONSTANTS["fp32"]
+    chunk: int | None = None
 
     def add(self, active: Mapping[str, NDArray[Any]], num_images: int, T: int) -> None:
         """Add a batch: `active[layer.counter]` holds nonzero inputs, `[T, N, *positions, *spatial]`."""
@@ -208,8 +157,8 @@ class Operations:
         count = OperationCount(constants=self.constants)
         if not layer.from_input:
             return replace(count, ac_ops=ops, analogue_ac_ops=0.0 if layer.binary else ops)
-        first = float(self.counts[layer.name][0]) / self.num_images
-        return replace(count, mac_ops=ops, repeated_mac_ops=ops - first if layer.once else 0.0)
+        needed = float(self.counts[layer.name][: T : self.chunk or T].sum()) / self.num_images
+        return replace(count, mac_ops=ops, repeated_mac_ops=ops - needed if layer.once else 0.0)
 
     def input_rate(self, layer: Layer, T: int) -> float:
         """The share of a layer's inputs that counted in the first T steps; 1 where every value does."""

@@ -13,16 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy import __version__
-from tetdeploy.energy import (
-    EnergyConstants,
-    Operations,
-    energy_constants,
-    layers_of,
-    other_ops,
-    other_ops_pj,
-)
+from tetdeploy.energy import Operations, layers_of, other_ops, other_ops_pj
 from tetdeploy.engine import Engine
 from tetdeploy.extras import import_extra
+from tetdeploy.picojoules import EnergyConstants, energy_constants
 
 MAX_T = 1024
 
@@ -110,7 +104,8 @@ class Tally:
         self.T, self.class_names, self.metadata = T, engine.class_names, engine.metadata
         self.neurons = {n["name"]: int(np.prod(n["shape"])) for n in engine.metadata["neurons"]}
         constants = constants or energy_constants(engine.metadata.get("precision", "fp32"))
-        self.operations = Operations(layers_of(engine.metadata), constants=constants)
+        chunk = engine.T if engine.with_state and engine.layout == "unrolled" else None
+        self.operations = Operations(layers_of(engine.metadata), constants=constants, chunk=chunk)
         self.seen = np.zeros(num_classes, np.int64)
         self.correct = np.zeros((num_classes, T), np.int64)
         self.fired = np.zeros((len(self.neurons), T))

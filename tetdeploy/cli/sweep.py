@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from tetdeploy.cli.options import (
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
+    from tetdeploy.picojoules import EnergyConstants
     from tetdeploy.validate import Sweep
 
 
@@ -30,6 +32,8 @@ Examples:
   tetdeploy sweep                                    the newest export, every T it holds
   tetdeploy sweep runs/r19/model-T6.onnx --T 1:6 --json r19.json
   tetdeploy sweep model-dynamic.onnx --T 1,2,4,8,16 --data test.npz     no torch needed
+  tetdeploy sweep --layers --other-ops               where the energy goes, and what it leaves out
+  tetdeploy sweep --energy once --ac-pj 0.03 --mac-pj 0.23
 """
 )
 @click.argument("model", required=False, type=click.Path(path_type=Path))
@@ -41,6 +45,20 @@ Examples:
 @data_dir_option
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--energy",
+    "conventions",
+    multiple=True,
+    type=click.Choice(("paper", "exact", "once")),
+    default=("paper", "exact"),
+    show_default="paper, exact",
+    help="The table's energies: first layer multiplies, others add (paper); any layer multiplies whose input is not "
+    "binary (exact); as paper, but a constant image's first layer once (once). May be repeated; the JSON has all.",
+)
+@click.option("--layers", "show_layers", is_flag=True, help="Also a table of the layers, at the T of the training.")
+@click.option("--other-ops", is_flag=True, help="Also what no energy includes: biases, residual sums, the neurons.")
+@click.option("--ac-pj", type=float, help="Picojoules of an accumulate. [default: 0.9 for fp32; 45 nm]")
+@click.option("--mac-pj", type=float, help="Picojoules of a multiply-accumulate. [default: 4.6 for fp32; 45 nm]")
 @device_option
 @threads_option
 @runs_option
@@ -53,6 +71,11 @@ def sweep(
     data_dir: Path,
     limit: int | None,
     batch_size: int,
+    conventions: tuple[str, ...],
+    show_layers: bool,
+    other_ops: bool,
+    ac_pj: float | None,
+    mac_pj: float | None,
     device: str,
     threads: int | None,
     runs: Path,
@@ -65,12 +88,15 @@ def sweep(
     test set. Needs no torch.
     """
     from tetdeploy.engine import Engine
+    from tetdeploy.picojoules import energy_constants
     from tetdeploy.validate import parse_steps
 
     engine = Engine(model or newest_export(runs), device=device, threads=threads)
     wanted = parse_steps(steps) if steps else default_steps(engine)
-    result = run_sweep(engine, wanted, data, data_dir, limit=limit, batch_size=batch_size)
-    print_sweep(result, engine)
+    constants = energy_constants(engine.metadata.get("precision", "fp32"), ac_pj=ac_pj, mac_pj=mac_pj)
+    result = run_sweep(engine, wanted, data, data_dir, limit=limit, batch_size=batch_size, constants=constants)
+    print_sweep(result, engine, conventions)
+    print_details(result, engine, conventions, layers=show_layers, other_ops=other_ops)
     save_sweep(result, engine, json_path, plot)
 
 
@@ -82,47 +108,84 @@ def default_steps(engine: Engine) -> tuple[int, ...]:
 
 
 def run_sweep(
-    engine: Engine, steps: tuple[int, ...], data: str | None, data_dir: Path, *, limit: int | None, batch_size: int = 64
+    engine: Engine,
+    steps: tuple[int, ...],
+    data: str | None,
+    data_dir: Path,
+    *,
+    limit: int | None,
+    batch_size: int = 64,
+    constants: EnergyConstants | None = None,
 ) -> Sweep:
     """Load the data and sweep, with a progress bar."""
-    from tetdeploy.data import load_frames
     from tetdeploy.validate import sweep as measure
 
-    name = data or str(engine.metadata["source"].get("data", {}).get("name", ""))
-    if not name:
-        raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
-    if engine.encoding == "frames" and name.lower().endswith(".npz"):
-        x, labels = load_frames(name)
-    else:
-        x, labels = _inputs(engine, name, data_dir)
-    x, labels = x[:limit], labels[:limit]
+    name, x, labels = load_inputs(engine, data, data_dir, limit)
     engine.check_T(max(steps), engine.check_input(x[:1]))
     with progress_bar() as bar:
         task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
         return measure(
-            engine, x, labels, steps, data=name, batch_size=batch_size, tick=lambda done: bar.advance(task, done)
+            engine,
+            x,
+            labels,
+            steps,
+            data=name,
+            batch_size=batch_size,
+            constants=constants,
+            tick=lambda done: bar.advance(task, done),
         )
 
 
-def print_sweep(result: Sweep, engine: Engine) -> None:
-    from tetdeploy.report import sweep_table
+def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> None:
+    from tetdeploy.report import energy, sweep_table
 
     trained_T = int(engine.metadata["trained_T"])
     console.print(f"{result.model}   {result.num_samples:,} images of {result.data}   {engine.layout}")
-    console.print(sweep_table(result, trained_T))
-    notes = [f"* the T of the training; energy per image: {_BILLS}"]
+    console.print(sweep_table(result, trained_T, conventions=conventions))
+    notes = [
+        f"* the T of the training; energy per image: {_bills(result, conventions)}",
+        f"ANN: the same layers once, all inputs multiplied, {energy(result.details['ann']['energy_pj'])}",
+    ]
     if engine.layout == "unrolled" and not engine.with_state:
         notes.append(f"an unrolled graph always runs its T={engine.T} steps: the latency is the same at every T")
     if engine.metadata["uncounted"]:
         notes.append(f"operations not counted: {', '.join(engine.metadata['uncounted'])}")
+    _print_notes(notes)
+
+
+def print_details(result: Sweep, engine: Engine, conventions: Sequence[str], *, layers: bool, other_ops: bool) -> None:
+    """What the options ask for below the table, at the T of the training or else the largest."""
+    from tetdeploy.report import layers_table, other_ops_table
+
+    steps, trained_T = [row.T for row in result.rows], int(engine.metadata["trained_T"])
+    T = trained_T if trained_T in steps else max(steps)
+    if layers:
+        console.print(f"layers, per image at T={T}")
+        console.print(layers_table(result.details, T, conventions=conventions))
+    if other_ops:
+        console.print(f"other operations, per image at T={T}")
+        console.print(other_ops_table(result.details, T))
+        if "other_ops" not in engine.metadata:
+            _print_notes(
+                ["biases and residual sums are not known: an earlier version exported this model; export again"]
+            )
+
+
+def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
         console.print(f"[dim]{note}[/dim]")
 
 
-_BILLS = (
-    "the first layer multiplies (4.6 pJ), all others add (0.9 pJ); "
-    "exact: every layer whose input is not binary multiplies"
-)
+def _bills(result: Sweep, conventions: Sequence[str]) -> str:
+    ac_pj, mac_pj = (result.details["constants"][name] for name in ("ac_pj", "mac_pj"))
+    bills = {
+        "paper": f"the first layer multiplies ({mac_pj:g} pJ), all others add ({ac_pj:g} pJ)",
+        "exact": "exact: every layer whose input is not binary multiplies",
+        "once": "once: the first layer multiplies once, not at every step",
+    }
+    if "paper" not in conventions:
+        bills = {name: f"{text} ({mac_pj:g} pJ; an addition {ac_pj:g} pJ)" for name, text in bills.items()}
+    return "; ".join(bills[name] for name in conventions)
 
 
 def save_sweep(result: Sweep, engine: Engine, json_path: Path | None, plot: Path | None) -> None:
@@ -147,9 +210,31 @@ def save_sweep(result: Sweep, engine: Engine, json_path: Path | None, plot: Path
         console.print(f"next: tetdeploy predict {engine.path} IMAGE...")
 
 
-def _inputs(engine: Engine, name: str, data_dir: Path) -> tuple[Any, Any]:
-    """The test images or frames of a data set, as the graph takes them."""
-    from tetdeploy.data import load_data
+def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | None) -> tuple[str, Any, Any]:
+    """Name, images or frames as the graph takes them, and labels of a data set; by default the test set of the data
+    that the model was trained on."""
+    from tetdeploy.data import load_data, load_frames
 
+    name = data or str(engine.metadata["source"].get("data", {}).get("name", ""))
+    if not name:
+        raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
+    is_file = name.lower().endswith(".npz")
+    if engine.encoding == "frames" and is_file:
+        x, labels = load_frames(name)
+        return name, x[:limit], labels[:limit]
     test = load_data(name, "test", data_dir=data_dir, T=int(engine.metadata["trained_T"]))
-    return as_model_input(engine, test.x, mean=test.mean, std=test.std), test.labels
+    if not is_file and test.class_names != engine.class_names:
+        _refuse_classes(engine, name, test.class_names)
+    test = test if limit is None else test.select(slice(limit))  # images on disk are decoded later, batch by batch
+    return name, as_model_input(engine, test.x, mean=test.mean, std=test.std), test.labels
+
+
+def _refuse_classes(engine: Engine, name: str, names: tuple[str, ...]) -> None:
+    """A label means another class to the data than to the model. (A .npz need not name its classes.)"""
+    own, others = (
+        f"{len(n)} classes ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for n in (engine.class_names, names)
+    )
+    raise ValueError(
+        f"the labels of {name} do not match the model's: it has {others}, {engine.path.name} knows {own}; "
+        "is this the data it was trained on?"
+    )
