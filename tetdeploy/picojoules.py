@@ -1,0 +1,69 @@
+"""What an operation costs: the constants of every energy, with their source. They can be replaced.
+
+They are Horowitz's for 45 nm CMOS, which nearly all papers on spiking networks use, Rathi & Roy (2020) among them, whom
+the TET paper follows. They are of the arithmetic alone: memory, which costs more on most machines, is in none of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EnergyConstants:
+    """Picojoules of an accumulate and of a multiply-accumulate, and where the figures come from.
+
+    Raises:
+        ValueError: a figure is not a positive number, or a multiply-accumulate costs less than its addition.
+    """
+
+    ac_pj: float
+    mac_pj: float
+    source: str
+
+    def __post_init__(self) -> None:
+        for name, value in (("ac_pj", self.ac_pj), ("mac_pj", self.mac_pj)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number of picojoules, got {value}")
+        if self.mac_pj < self.ac_pj:
+            raise ValueError(
+                f"a multiply-accumulate contains an accumulate, so mac_pj must be at least ac_pj={self.ac_pj}; "
+                f"got {self.mac_pj}"
+            )
+
+
+_HOROWITZ = "M. Horowitz, Computing's energy problem, ISSCC 2014, 45 nm"
+CONSTANTS = {
+    "fp32": EnergyConstants(0.9, 4.6, f"{_HOROWITZ}, 32-bit float: addition 0.9 pJ, multiplication 3.7 pJ"),
+    "int8": EnergyConstants(
+        0.1, 0.3, f"{_HOROWITZ}: 8-bit integer multiplication 0.2 pJ, addition into 32-bit integers 0.1 pJ"
+    ),
+}
+
+
+def energy_constants(
+    precision: str = "fp32", *, ac_pj: float | None = None, mac_pj: float | None = None
+) -> EnergyConstants:
+    """The constants for a model's arithmetic, `fp32` or `int8`, or one's own instead of one or both.
+
+    Raises:
+        ValueError: no cited figures for this precision, and not both are given; a figure is not positive.
+    """
+    own = {name: value for name, value in (("ac_pj", ac_pj), ("mac_pj", mac_pj)) if value is not None}
+    if precision not in CONSTANTS and len(own) < 2:
+        raise ValueError(
+            f"no cited energies for precision {precision!r}, only for {', '.join(CONSTANTS)}; "
+            "give your own with --ac-pj and --mac-pj (in Python energy_constants(ac_pj=, mac_pj=))"
+        )
+    if not own:
+        return CONSTANTS[precision]
+    source = "given: " + ", ".join(f"{name} {value:g}" for name, value in own.items())
+    if ac_pj is not None and mac_pj is not None:
+        return EnergyConstants(ac_pj, mac_pj, source)
+    known = CONSTANTS[precision]
+    return EnergyConstants(
+        known.ac_pj if ac_pj is None else ac_pj,
+        known.mac_pj if mac_pj is None else mac_pj,
+        f"{source}; the other: {known.source}",
+    )
