@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+NONE = "–"  # what stands for a number that was not measured
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class Table:
     num_labels: int = 1
     marked: frozenset[int] = frozenset()
     wide: bool = False
+
+    def without_empty_columns(self) -> Table:
+        """The columns in which something stands: what was not measured is a dash in every row."""
+        kept = [k for k in range(len(self.headers)) if any(row[k] != NONE for row in self.rows)]
+        rows = tuple(tuple(row[k] for k in kept) for row in self.rows)
+        return replace(self, headers=tuple(self.headers[k] for k in kept), rows=rows)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tetdeploy.report.document import NONE
 from tetdeploy.report.tables import count, energy
-
-NONE = "–"
 
 
 def text(value: float | None, form: Callable[[float], str]) -> str:

@@ -16,8 +16,10 @@ CONFIG_NAME, METRICS_NAME, SUMMARY_NAME = "config.json", "metrics.jsonl", "summa
 # model the later kind here leads, and the earlier one fills in what it lacks.
 KINDS = ("sweep", "validate")
 
-_ROW_NUMBERS = ("accuracy", "firing_rate", "ac_ops", "mac_ops", "energy_pj", "energy_exact_pj", "energy_once_pj")
-_ROW_NUMBERS += ("ann_ratio", "latency_ms", "top1_agreement", "spike_mismatch_rate", "max_abs_logit_error")
+_ROW_NUMBERS = (
+    "accuracy", "firing_rate", "ac_ops", "mac_ops", "energy_pj", "energy_exact_pj", "energy_once_pj", "ann_ratio",
+    "latency_ms", "top1_agreement", "spike_mismatch_rate", "max_abs_logit_error",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,12 @@ def read_run(folder: Path) -> Run:
             "or the JSON file of a sweep"
         )
     config = json_object(folder / CONFIG_NAME)
-    parts = [config.get(name) for name in ("network", "data", "training")]
-    if not all(isinstance(part, dict) for part in parts):
+    network, data, training = (config.get(name) for name in ("network", "data", "training"))
+    if not isinstance(network, dict) or not isinstance(data, dict) or not isinstance(training, dict):
         raise ValueError(f"{folder / CONFIG_NAME} must hold the objects network, data and training; it was changed")
     checkpoint = folder / CHECKPOINT_NAME
     metadata = read_metadata(checkpoint) if checkpoint.is_file() else {}
-    return Run(folder, *parts, _read_metrics(folder / METRICS_NAME), metadata)  # type: ignore[arg-type]
+    return Run(folder, network, data, training, _read_metrics(folder / METRICS_NAME), metadata)
 
 
 def result_files(folder: Path) -> dict[str, list[Path]]:

@@ -97,10 +97,10 @@ def accuracy_by_energy(results: Results) -> Plot | None:
             for T, x, y in zip((T for T, *_ in points), energy, accuracy, strict=True):
                 if T == m.T or T in (points[0][0], points[-1][0]):
                     axes.annotate(f"T={T}", (x, y), (3, -10), textcoords="offset points", fontsize=7.5, color="0.25")
-        for name, energy_pj, accuracy in trained_twins:
+        for name, energy_pj, validation in trained_twins:
             style = Style.of(results.style_of[name])
             label = f"{short(name)} (ANN, validation)"
-            axes.plot(energy_pj / size, accuracy, "*", color=style.colour, markersize=11, label=label)
+            axes.plot(energy_pj / size, validation, "*", color=style.colour, markersize=11, label=label)
         if min(energies) > 0 and max(energies) > _LOG_FROM * min(energies):
             log_axis(axes)
         else:
@@ -196,7 +196,7 @@ def ann_runs(results: Results) -> list[tuple[str, float, float]]:
 
 def bills_note(results: Results) -> str:
     """What an energy is."""
-    constants = next((c for m in results.measurements if (c := m.content.get("constants"))), {})
+    constants: dict[str, Any] = next((c for m in results.measurements if (c := m.content.get("constants"))), {})
     add, multiply = constants.get("ac_pj", 0.9), constants.get("mac_pj", 4.6)
     source = constants.get("source", "32-bit float operations in 45 nm CMOS (Horowitz, ISSCC 2014)")
     return (

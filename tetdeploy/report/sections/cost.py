@@ -90,15 +90,15 @@ def _notes(measured: Sequence[Measurement]) -> list[Note]:
 
 
 def _table(m: Measurement) -> Table:
-    columns = [column for column in _COLUMNS if any(row.get(column[1]) is not None for row in m.rows)]
     rows = tuple(
-        (f"{row['T']}{' *' if row['T'] == m.trained_T else ''}", *(form(row.get(key)) for _, key, form in columns))
+        (f"{row['T']}{' *' if row['T'] == m.trained_T else ''}", *(form(row.get(key)) for _, key, form in _COLUMNS))
         for row in m.rows
     )
     marked = frozenset(k for k, row in enumerate(m.rows) if row["T"] == m.trained_T)
     star = "; * is the T of the training" if marked else ""
     caption = f"{m.name}: {m.content['num_samples']:,} images of {m.content['data']}{star}."
-    return Table(caption, ("T", *(header for header, *_ in columns)), rows, marked=marked)
+    headers = ("T", *(header for header, *_ in _COLUMNS))
+    return Table(caption, headers, rows, marked=marked).without_empty_columns()
 
 
 def _left_out(m: Measurement) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from tetdeploy.report.document import Plot, Row, Section, Table
+from tetdeploy.report.document import NONE, Plot, Row, Section, Table
 from tetdeploy.report.drawing import Style, draw, energy_unit, short
 from tetdeploy.report.numbers import joules, operations, rate, text
 from tetdeploy.report.results import Measurement, Results
@@ -83,28 +83,40 @@ def _neurons_table(m: Measurement) -> Table:
 
 
 def _layers_table(m: Measurement) -> Table:
-    """Only the columns that the result has."""
     total = sum(m.by_entry("layers", "energy_pj").values())
-    columns: list[tuple[str, Callable[[dict[str, Any], dict[str, Any]], str]]] = [
-        ("input", lambda layer, _: _input_kind(layer)),
-        ("weights", lambda layer, _: text(layer.get("weights", layer.get("parameters")), lambda v: f"{v:,.0f}")),
-        ("fan-out", lambda layer, _: text(layer.get("fan_out"), lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}")),
-        ("nonzero inputs", lambda _, row: text(row.get("input_rate"), lambda v: f"{v:.1%}")),
-        ("AC ops", lambda _, row: operations(row.get("ac_ops"))),
-        ("MAC ops", lambda _, row: operations(row.get("mac_ops"))),
-        ("energy", lambda _, row: joules(row.get("energy_pj"))),
-        ("energy, exact", lambda _, row: joules(row.get("energy_exact_pj"))),
-        ("share", lambda _, row: text(row.get("energy_pj"), lambda v: f"{v / total:.1%}" if total else "–")),
-    ]
     found = [(layer, row) for layer in m.content["layers"] for row in layer["rows"] if row["T"] == m.T]
-    cells = [[cell(layer, row) for _, cell in columns] for layer, row in found]
-    kept = [k for k in range(len(columns)) if any(row[k] != "–" for row in cells)]
-    rows = tuple((layer["name"], *(row[k] for k in kept)) for (layer, _), row in zip(found, cells, strict=True))
+    headers = (
+        "layer",
+        "input",
+        "weights",
+        "fan-out",
+        "nonzero inputs",
+        "AC ops",
+        "MAC ops",
+        "energy",
+        "exact",
+        "share",
+    )
+    rows = tuple(
+        (
+            layer["name"],
+            _input_kind(layer),
+            text(layer.get("weights", layer.get("parameters")), lambda v: f"{v:,.0f}"),
+            text(layer.get("fan_out"), lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}"),
+            text(row.get("input_rate"), lambda v: f"{v:.1%}"),
+            operations(row.get("ac_ops")),
+            operations(row.get("mac_ops")),
+            joules(row.get("energy_pj")),
+            joules(row.get("energy_exact_pj")),
+            text(row.get("energy_pj"), lambda v: f"{v / total:.1%}" if total else NONE),
+        )
+        for layer, row in found
+    )
     caption = f"{m.name} at T={m.T}, per image. Fan-out: outputs that an input value reaches, on average."
-    return Table(caption, ("layer", *(columns[k][0] for k in kept)), rows)
+    return Table(caption, headers, rows).without_empty_columns()
 
 
 def _input_kind(layer: dict[str, Any]) -> str:
     if layer.get("from_input"):
         return "image"
-    return {True: "spikes", False: "analogue"}.get(layer.get("binary"), "–")  # type: ignore[arg-type]
+    return "spikes" if layer.get("binary", True) else "analogue"

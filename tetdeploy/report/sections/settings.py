@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tetdeploy.report.document import Section, Table
-from tetdeploy.report.numbers import NONE
+from tetdeploy.report.document import NONE, Section, Table
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Results, Source
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tetdeploy.report.document import Card, Cards, Note, Section
-from tetdeploy.report.numbers import NONE, joules, milliseconds, percent, rate, text
+from tetdeploy.report.document import NONE, Card, Cards, Note, Section
+from tetdeploy.report.numbers import joules, milliseconds, percent, rate, text
 from tetdeploy.report.results import Measurement, Results, Source
 
 

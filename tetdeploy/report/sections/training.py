@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from tetdeploy.report.document import Note, Plot, Row, Section, Table
+from tetdeploy.report.document import NONE, Note, Plot, Row, Section, Table
 from tetdeploy.report.drawing import Style, draw, percent_axis, short, whole_numbers
-from tetdeploy.report.numbers import NONE, percent, short_float
+from tetdeploy.report.numbers import percent, short_float
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Results, Source
 
