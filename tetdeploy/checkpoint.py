@@ -210,7 +210,7 @@ def read_content(path: Path | str) -> dict[str, Any]:
         ValueError: a pickle, truncated, not safetensors, not ours, or of a newer format.
     """
     path = Path(path)
-    header = _read_header(path)
+    header = read_header(path)
     text = (header.get("__metadata__") or {}).get(METADATA_KEY)
     if text is None:
         raise ValueError(f"{path} is a safetensors file but not a tetdeploy checkpoint: no {METADATA_KEY!r} metadata")
@@ -224,29 +224,15 @@ def read_content(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path | str) -> None:
-    """Compare names and shapes of a file's tensors with those a network wants.
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, ours or not: shape, dtype and place of every tensor by name, and metadata.
+
+    It is 8 bytes of its length, then JSON; checked against the file's size.
 
     Raises:
-        ValueError: they differ; missing, unexpected and misshapen names are listed.
+        FileNotFoundError: there is no such file.
+        ValueError: a pickle, truncated, or not safetensors.
     """
-    shared = [name for name in wanted if name in tensors]
-    problems = {
-        "missing": [name for name in wanted if name not in tensors],
-        "unexpected": [name for name in tensors if name not in wanted],
-        "misshapen": [
-            f"{name} {list(tensors[name].shape)}, wanted {list(wanted[name].shape)}"
-            for name in shared
-            if tensors[name].shape != wanted[name].shape
-        ],
-    }
-    listed = [f"{kind}: {_shortened(names)}" for kind, names in problems.items() if names]
-    if listed:
-        raise ValueError(f"the weights of {path} do not fit the network; " + "; ".join(listed))
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: 8 bytes of its length, then JSON; checked against the file's size."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -271,6 +257,27 @@ def _read_header(path: Path) -> dict[str, Any]:
     if size < 8 + length + end:
         raise ValueError(f"{path} is truncated: {size} bytes of {8 + length + end}; copy or train it again")
     return header
+
+
+def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path | str) -> None:
+    """Compare names and shapes of a file's tensors with those a network wants.
+
+    Raises:
+        ValueError: they differ; missing, unexpected and misshapen names are listed.
+    """
+    shared = [name for name in wanted if name in tensors]
+    problems = {
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [name for name in tensors if name not in wanted],
+        "misshapen": [
+            f"{name} {list(tensors[name].shape)}, wanted {list(wanted[name].shape)}"
+            for name in shared
+            if tensors[name].shape != wanted[name].shape
+        ],
+    }
+    listed = [f"{kind}: {_shortened(names)}" for kind, names in problems.items() if names]
+    if listed:
+        raise ValueError(f"the weights of {path} do not fit the network; " + "; ".join(listed))
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:
