@@ -223,7 +223,7 @@ def sweep(
         ValueError: labels do not fit the images or the model's classes, or there are no energies for the model's
             precision; see also `Engine.run`.
     """
-    _check_labels(engine, x, labels)
+    check_labels(engine, x, labels)
     if num_timed < 1 or batch_size < 1:
         raise ValueError(f"batch_size and num_timed must be at least 1, got {batch_size} and {num_timed}")
     T = max(steps)
@@ -235,6 +235,13 @@ def sweep(
         tally.add(result.per_step, counts, labels[start : start + batch_size])
         if tick:
             tick(len(batch))
+    return summarise(engine, tally, x, steps, data=data, num_timed=num_timed)
+
+
+def summarise(
+    engine: Engine, tally: Tally, x: NDArray[Any], steps: Sequence[int], *, data: str = "", num_timed: int = 30
+) -> Sweep:
+    """The sweep that the sums over all of `x` make, with latencies measured now. Args: see `sweep`."""
     latency = measure_latency(engine, x, steps, num_timed)
     rows = tuple(tally.row(t, latency[t]) for t in steps)
     return Sweep(str(engine.path), data, len(x), rows, provenance(engine), tally.details(steps))
@@ -256,7 +263,12 @@ def measure_latency(engine: Engine, x: NDArray[Any], steps: Sequence[int], num_t
     return {t: medians[max(steps)] if fixed else medians[t] for t in steps}
 
 
-def _check_labels(engine: Engine, x: NDArray[Any], labels: NDArray[np.int64]) -> None:
+def check_labels(engine: Engine, x: NDArray[Any], labels: NDArray[np.int64]) -> None:
+    """Refuse labels that do not fit the images or the model's classes.
+
+    Raises:
+        ValueError: they do not.
+    """
     if len(x) == 0 or len(x) != len(labels):
         raise ValueError(f"every image needs a label: {len(x)} images, {len(labels)} labels")
     num_classes = len(engine.class_names)

@@ -93,7 +93,7 @@ def export(
     trained_T = int(metadata["training"].get("T", 4))
     options["encoding"] = options["encoding"] or metadata["data"].get("encoding", "direct")
     config = ExportConfig(T=T or trained_T, trained_T=trained_T, **options)
-    classifier = _load(file, metadata, model)
+    classifier = load_classifier(file, metadata, model)
     source = data or str(metadata["data"]["name"])
     if config.encoding == "frames" and source.lower().endswith(".npz"):
         images, labels = load_frames(source)
@@ -168,7 +168,8 @@ def print_exported(exported: Exported, layout: str, T: int) -> None:
     console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB")
 
 
-def _load(file: Path, metadata: dict[str, Any], own: str | None) -> Any:
+def load_classifier(file: Path, metadata: dict[str, Any], own: str | None) -> Any:
+    """The classifier of a checkpoint; `own` is --model, for a network of the user's own."""
     from tetdeploy.checkpoint import load
     from tetdeploy.networks import NetworkConfig
 
