@@ -92,12 +92,13 @@ class ImageReader:
     def _received(self, batches: Iterator[Batch | list[str]]) -> Iterator[Batch | list[str]]:
         try:
             yield from batches
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:  # the latter two where a batch was on its way
+            if self._workers == 0 or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
                 raise
             self.close()
             raise ChildProcessError(
-                f"a process that reads images ended ({error}); if its memory ran out, lower --workers or --batch-size"
+                f"a process that reads images ended ({str(error) or 'in the middle of a batch'}); "
+                "if its memory ran out, lower --workers or --batch-size"
             ) from error
 
 

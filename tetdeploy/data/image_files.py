@@ -161,7 +161,8 @@ def read_image(path: str) -> Any:
             image = open_image(file.read()).convert("RGB")
         image.load()
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for damaged files
-        raise ValueError(f"{path} ({error})") from error
+        known = error.strerror if isinstance(error, OSError) else None  # without the path, once more
+        raise ValueError(f"{path} ({known or error})") from error
     return image
 
 
