@@ -60,7 +60,7 @@ def report(
         with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     for note in results.notes:
-        console.print(f"[dim]{note}[/dim]")
+        console.print(note, style="dim", markup=False)
     console.print(f"{len(document.sections)} sections: {', '.join(s.title for s in document.sections)}")
-    console.print("   ".join(map(str, texts)))
-    console.print(f"next: open {out} in a browser")
+    console.print("   ".join(map(str, texts)), markup=False)
+    console.print(f"next: open {out} in a browser", markup=False)

@@ -1,0 +1,181 @@
+"""What a file is: a checkpoint, the state of a training, an exported model, or a file of others. Needs no torch.
+
+Descriptions are JSON-able and have "kind", "path", "size_bytes", "sha256"; what else depends on the kind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tetdeploy.checkpoint import METADATA_KEY, checkpoint_file, read_content, read_header, read_metadata
+from tetdeploy.energy import Layer, layers_of
+from tetdeploy.engine import Engine
+from tetdeploy.extras import import_extra
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+_DTYPES |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+_PICKLES = (".pt", ".pth", ".pkl", ".ckpt", ".bin")  # what torch writes has a refusal that says why
+_BN_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def inspect(path: Path | str) -> dict[str, Any]:
+    """Describe a file, or the checkpoint of a run folder.
+
+    Returns:
+        Of kind "checkpoint", "training state", "model", "safetensors" or "onnx"; the last two are not of tetdeploy.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the folder holds no checkpoint.
+        ValueError: neither safetensors nor ONNX, or damaged.
+        MissingExtraError: an ONNX model, and onnxruntime is not installed.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; give a run folder, a checkpoint (.safetensors) or an .onnx file"
+        )
+    file = checkpoint_file(path)
+    if file.suffix == ".onnx":
+        found = _inspect_onnx(file)
+    elif file.suffix in (".safetensors", *_PICKLES):
+        found = _inspect_safetensors(file)
+    else:
+        raise ValueError(
+            f"{file} is neither a checkpoint (.safetensors) nor a model (.onnx); "
+            "a result of sweep or validate is shown by tetdeploy report"
+        )
+    same = {"path": str(file), "size_bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return {"kind": found.pop("kind")} | same | found
+
+
+def _inspect_safetensors(file: Path) -> dict[str, Any]:
+    header = read_header(file)
+    metadata = header.pop("__metadata__", None) or {}
+    try:
+        tensors = {name: (_dtype(entry["dtype"]), [int(d) for d in entry["shape"]]) for name, entry in header.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: its header does not describe its tensors ({error!r})") from error
+    if METADATA_KEY not in metadata:
+        return {"kind": "safetensors", "metadata": metadata} | _modules(tensors)
+    content = read_content(file)
+    if "resume" in content:
+        network = {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
+        return {"kind": "training state", "resume": content["resume"], "num_tensors": len(tensors)} | _modules(network)
+    return {"kind": "checkpoint"} | read_metadata(file) | _modules(tensors)
+
+
+def _modules(tensors: Mapping[str, tuple[str, list[int]]]) -> dict[str, Any]:
+    """The modules that tensors belong to, with their parameters; statistics of BN are none."""
+    modules: dict[str, dict[str, tuple[str, list[int]]]] = {}
+    for name in sorted(tensors, key=_natural):
+        module, _, leaf = name.rpartition(".")
+        modules.setdefault(module or name, {})[leaf] = tensors[name]
+    layers = [_module(name, leaves) for name, leaves in modules.items()]
+    return {"parameters": sum(layer["parameters"] for layer in layers), "layers": layers}
+
+
+def _module(name: str, leaves: Mapping[str, tuple[str, list[int]]]) -> dict[str, Any]:
+    own = {leaf: shape for leaf, (_, shape) in leaves.items() if leaf not in _BN_STATISTICS}
+    shape = own.get("weight", next(iter(own.values()), []))
+    return {
+        "name": name,
+        "type": _type("running_mean" in leaves, own),
+        "shape": shape,
+        "bias": "bias" in leaves,
+        "parameters": sum(math.prod(s) for s in own.values()),
+        "dtype": next((dtype for leaf, (dtype, _) in leaves.items() if leaf in own), None),
+    }
+
+
+def _type(has_statistics: bool, parameters: Mapping[str, list[int]]) -> str:
+    """What a module is, as far as its tensors tell."""
+    if has_statistics:
+        return "batch norm"
+    dims = len(parameters.get("weight", []))
+    return {2: "linear", 3: "convolution 1d", 4: "convolution", 5: "convolution 3d"}.get(dims, "other")
+
+
+def _inspect_onnx(file: Path) -> dict[str, Any]:
+    session = _session(file)
+    ports = {
+        "inputs": [_port(port) for port in session.get_inputs()],
+        "outputs": [_port(port) for port in session.get_outputs()],
+    }
+    about = session.get_modelmeta()
+    if METADATA_KEY not in about.custom_metadata_map:
+        keys = sorted(about.custom_metadata_map)
+        return {"kind": "onnx", "producer": about.producer_name, "graph": about.graph_name, "metadata": keys} | ports
+    metadata = Engine(file).metadata
+    return {"kind": "model"} | ports | _model(metadata)
+
+
+def _model(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """All but what only programs read, with the layers' sizes worked out."""
+    hidden = ("format", "counting_overlay", "layers", "neurons")
+    states = {state["input"].removeprefix("u."): state for state in metadata["states"]}
+    neurons = [
+        neuron | {"size": math.prod(neuron["shape"]), "state": states.get(neuron["name"], {}).get("input")}
+        for neuron in metadata["neurons"]
+    ]
+    layers = [_layer(layer) for layer in layers_of(metadata)]
+    shown = {key: value for key, value in metadata.items() if key not in hidden}
+    precision = metadata.get("precision", "fp32")
+    return shown | {
+        "precision": precision,
+        "num_weights": sum(layer["weights"] for layer in layers),
+        "num_neurons": sum(neuron["size"] for neuron in neurons),
+        "layers": layers,
+        "neurons": neurons,
+    }
+
+
+def _layer(layer: Layer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "type": "convolution" if layer.kernel else "linear",
+        "input_shape": list(layer.input_shape),
+        "input": "pixels" if layer.from_input else "spikes" if layer.binary else "analogue",
+        "outputs": layer.outputs,
+        "kernel": list(layer.kernel),
+        "strides": list(layer.strides),
+        "weights": layer.num_weights,
+        "fan_out": float(layer.fan_out().mean()),
+        "dense_ops": layer.dense_ops(),
+        "once": layer.once,
+    }
+
+
+def _session(file: Path) -> Any:
+    """An ONNX Runtime session, only to be asked."""
+    ort = import_extra("onnxruntime", "cpu")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exception classes are private
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{file} cannot be loaded: not an ONNX model, or a damaged one ({reason})") from error
+
+
+def _port(port: Any) -> dict[str, Any]:
+    """An input or output; `batch` and other free dimensions are names."""
+    dtype = str(port.type).removeprefix("tensor(").removesuffix(")")
+    return {"name": port.name, "shape": list(port.shape), "dtype": {"float": "float32"}.get(dtype, dtype)}
+
+
+def _dtype(name: str) -> str:
+    return _DTYPES.get(name, str(name))
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """blocks.2 before blocks.10."""
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in name.split(".")]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

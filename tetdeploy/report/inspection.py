@@ -1,0 +1,217 @@
+"""Tables of `tetdeploy inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from tetdeploy.report.tables import count
+
+_KINDS = {
+    "checkpoint": "a checkpoint of tetdeploy: trained weights, with how they were trained",
+    "training state": "the state of a training run of tetdeploy, for train --resume",
+    "model": "a model that tetdeploy exported",
+    "safetensors": "a safetensors file, not a checkpoint of tetdeploy (see tetdeploy import)",
+    "onnx": "an ONNX model, not one that tetdeploy exported",
+}
+
+
+def inspection_tables(found: Mapping[str, Any]) -> Iterator[Table]:
+    """What `tetdeploy.inspection.inspect` found: facts first, then inputs and outputs, layers, neurons."""
+    yield _facts(_FACTS[found["kind"]](found))
+    if "inputs" in found:
+        yield _ports(found)
+    if found["kind"] == "model":
+        yield _layers(found["layers"])
+        yield _neurons(found["neurons"])
+    elif found.get("layers"):
+        yield _modules(found["layers"])
+
+
+def _file_facts(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "what": _KINDS[found["kind"]],
+        "file": f"{found['path']}   {size(found['size_bytes'])}",
+        "SHA-256": found["sha256"],
+    }
+
+
+def _checkpoint_facts(found: Mapping[str, Any]) -> dict[str, Any]:
+    return _file_facts(found) | {"parameters": f"{found['parameters']:,}"} | _origin_facts(found)
+
+
+def _state_facts(found: Mapping[str, Any]) -> dict[str, Any]:
+    resume = found["resume"]
+    best = resume.get("best") or {}
+    kept = f"{best['epoch']}, {_percent(best.get('val_accuracy'))} of validation images right" if best else "none yet"
+    return _file_facts(found) | {
+        "where it stands": f"{resume['epoch']} epochs and {resume['step']} steps finished",
+        "best epoch": kept,
+        "parameters": f"{found['parameters']:,}, with the optimizer's state {found['num_tensors']} tensors",
+    }
+
+
+def _model_facts(found: Mapping[str, Any]) -> dict[str, Any]:
+    steps = f"T={found['T']}" if found["T"] is not None else "T free"
+    normalised = "inside the graph" if found["normalization"] else "no: the input is normalised already"
+    return (
+        _file_facts(found)
+        | {
+            "layout": f"{found['layout']}, {steps}; trained at T={found['trained_T']}; {found['encoding']} encoding",
+            "input": f"{_shape(found['input']['shape'])} {found['input']['dtype']}; normalised {normalised}",
+            "classes": _classes(found["class_names"]),
+            "neurons": f"{found['num_neurons']:,}; fire at {found['fires']}; reset {found['reset']}",
+            "weights": f"{found['num_weights']:,} of convolutions and linear layers, {found['precision']}",
+            "BN": "folded into the convolutions (Eq. 6)" if found.get("fold_bn", True) else "not folded",
+            "operations not counted": ", ".join(found["uncounted"]),
+            "exported": f"{found['created']} with {_versions(found['versions'])}",
+            "from checkpoint": found["source"].get("checkpoint_sha256", ""),
+        }
+        | _origin_facts(found["source"])
+    )
+
+
+def _foreign_facts(found: Mapping[str, Any]) -> dict[str, Any]:
+    metadata = found["metadata"]
+    listed = [f"{k}={v}" for k, v in metadata.items()] if isinstance(metadata, dict) else metadata
+    facts = {"producer": found.get("producer"), "metadata": ", ".join(listed)[:300]}
+    parameters = {"parameters": f"{found['parameters']:,}"} if "parameters" in found else {}
+    return _file_facts(found) | parameters | facts
+
+
+_FACTS = {
+    "checkpoint": _checkpoint_facts,
+    "training state": _state_facts,
+    "model": _model_facts,
+    "safetensors": _foreign_facts,
+    "onnx": _foreign_facts,
+}
+
+
+def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
+    """How it was trained: of a checkpoint's metadata, or of a model's source."""
+    network, data, training, origin = (source.get(k) or {} for k in ("network", "data", "training", "provenance"))
+    facts: dict[str, Any] = {}
+    if network:
+        kind = ", ANN twin" if network.get("ann") else ""
+        neurons = ", ".join(f"{name} {network[name]:g}" for name in ("tau", "v_th", "gamma") if name in network)
+        facts["network"] = f"{network['model']}{kind}, width {network.get('width', 1):g}; {neurons}"
+    if data:
+        facts["data"] = f"{data.get('name')}, images {_shape(data.get('image_shape') or [])}"
+        if "class_names" in data:
+            facts["classes"] = _classes(data["class_names"])
+    if training:
+        facts["training"] = _training(training)
+    if origin.get("epoch") is not None:
+        facts["kept"] = f"epoch {origin['epoch']}, validation accuracy {_percent(origin.get('val_accuracy'))}"
+    if origin.get("created"):
+        facts["trained"] = (
+            f"{origin['created']} on {origin.get('device', '?')} with {_versions(origin.get('versions'))}"
+        )
+    return facts
+
+
+def _training(training: Mapping[str, Any]) -> str:
+    steps = (
+        f"TIT {training['tit']}" if training.get("tit") else f"T={training.get('T')}, {training.get('epochs')} epochs"
+    )
+    loss = str(training.get("loss", "")).upper()
+    lam = f" λ={training['lam']:g}" if loss == "TET" and "lam" in training else ""
+    rest = ", ".join(
+        f"{name} {training[name]}" for name in ("optimizer", "lr", "batch_size", "seed") if name in training
+    )
+    return ", ".join(part for part in (steps, f"{loss}{lam}", rest.replace("_", " ")) if part)
+
+
+def _facts(facts: Mapping[str, Any]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in facts.items():
+        if value not in (None, ""):
+            table.add_row(label, Text(str(value)))
+    return table
+
+
+def _ports(found: Mapping[str, Any]) -> Table:
+    table = _table("", "name", "shape", "dtype")
+    for direction in ("inputs", "outputs"):
+        for port in found[direction]:
+            _add_row(table, direction.removesuffix("s"), port["name"], _shape(port["shape"]), port["dtype"])
+    return table
+
+
+def _layers(layers: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table(
+        "layer", "reads", "shape", numbers=("kernel", "stride", "outputs", "weights", "fan-out", "dense ops")
+    )
+    for layer in layers:
+        fan_out = layer["fan_out"]
+        _add_row(
+            table,
+            layer["name"],
+            layer["input"] + (", once" if layer["once"] else ""),
+            _shape(layer["input_shape"]),
+            "×".join(map(str, layer["kernel"])) or "–",
+            "×".join(map(str, layer["strides"])) or "–",
+            f"{layer['outputs']:,}",
+            f"{layer['weights']:,}",
+            f"{fan_out:,.0f}" if fan_out >= 100 else f"{fan_out:.3g}",
+            count(layer["dense_ops"]),
+        )
+    return table
+
+
+def _neurons(neurons: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("neurons", "state input", numbers=("tau", "v_th", "shape", "size"))
+    for neuron in neurons:
+        numbers = (f"{neuron['tau']:g}", f"{neuron['v_th']:g}", _shape(neuron["shape"]), f"{neuron['size']:,}")
+        _add_row(table, neuron["name"], neuron["state"] or "none: starts at 0", *numbers)
+    return table
+
+
+def _modules(layers: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("layer", "type", "dtype", numbers=("weight", "bias", "parameters"))
+    for layer in layers:
+        shape, bias = "×".join(map(str, layer["shape"])) or "–", "yes" if layer["bias"] else "no"
+        _add_row(table, layer["name"], layer["type"], layer["dtype"] or "–", shape, bias, f"{layer['parameters']:,}")
+    return table
+
+
+def _table(*headers: str, numbers: Sequence[str] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    for header in numbers:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    table.add_row(*map(Text, cells))  # text as it is: rich would take a [batch] or a name in brackets for markup
+
+
+def size(num_bytes: int) -> str:
+    """A file's size: `249 kB`."""
+    return f"{count(num_bytes)}B" if num_bytes >= 1000 else f"{num_bytes} bytes"
+
+
+def _shape(shape: Sequence[Any]) -> str:
+    return f"[{', '.join('?' if dim is None else str(dim) for dim in shape)}]"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"
+
+
+def _versions(versions: Mapping[str, Any] | None) -> str:
+    return ", ".join(f"{name} {version}" for name, version in (versions or {}).items()) or "unknown versions"
+
+
+def _classes(names: Sequence[str]) -> str:
+    more = ", …" if len(names) > 10 else ""
+    return f"{len(names)}: {', '.join(names[:10])}{more}"
