@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .ranks import current_ranks
+
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -13,13 +15,19 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ValueError: a GPU is asked for that is not there.
     """
+    ranks = current_ranks()
+    if ranks.size > 1 and name.startswith("cuda:"):
+        raise ValueError(f"device {name} is one GPU for {ranks.size} processes; use --device cuda: each takes its own")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(name.removeprefix("cuda:")) if name.startswith("cuda:") else 0
+    index = int(name.removeprefix("cuda:")) if name.startswith("cuda:") else ranks.local_rank
     if index >= count:
         built = "" if torch.version.cuda else "; this PyTorch is built for the CPU only"
-        raise ValueError(f"device {name} is not there: PyTorch sees {count} GPUs{built}; use --device cpu or auto")
+        fewer = "start fewer processes, or " if 0 < count < ranks.size else ""
+        raise ValueError(
+            f"device {name} is not there: PyTorch sees {count} GPUs{built}; {fewer}use --device cpu or auto"
+        )
     return torch.device("cuda", index if name.startswith("cuda:") else torch.cuda.current_device())
 
 

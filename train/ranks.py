@@ -80,16 +80,21 @@ class Ranks:
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """Rank 0 goes through the block before any other: it downloads and decodes, they read what it kept; and what is
-        wrong for all is said once."""
-        if self.rank > 0:
-            self._wait()
-        yield
-        if self.rank == 0:
-            self._wait()
+        """Each machine's first process goes through the block before its others: it downloads and decodes, they read what
+        it kept; and what is wrong for all is said once.
 
-    def _wait(self) -> None:
-        if self.size > 1:
+        Raises:
+            ConnectionError: the first one failed.
+        """
+        if self.local_rank > 0 and self.any(False):
+            raise ConnectionError("the first process failed, and says why")
+        try:
+            yield
+        except BaseException:
+            if self.local_rank == 0:
+                self.any(True)
+            raise
+        if self.local_rank == 0:
             self.any(False)
 
 
@@ -106,6 +111,9 @@ def process_group() -> Iterator[Ranks]:
     """Within it, the processes that `torchrun` started are one group: NCCL between GPUs, gloo between CPUs.
 
     Does nothing where `torchrun` started none, or one alone.
+
+    Raises:
+        ConnectionError: another process of the group ended before its time.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield current_ranks()
@@ -117,10 +125,16 @@ def process_group() -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
     try:
         yield current_ranks()
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        raise ConnectionError(
+            "another process of this run has ended, and so does this one; what was written is as it was after the last "
+            "epoch: go on with --resume"
+        ) from error
     finally:
         dist.destroy_process_group()
 
 
-def lost_rank(error: BaseException) -> bool:
-    """Whether an error says that another process of the group has ended."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)
+def _is_lost(error: RuntimeError) -> bool:
+    return any(sign in str(error) for sign in _LOST)

@@ -16,6 +16,7 @@ from tetdeploy.files import write_json
 
 from .config import TrainConfig
 from .loop import TrainResult, train
+from .ranks import current_ranks
 from .runs import CONFIG_NAME, check_settings, mark_latest, read_run_config, refuse_held, run_settings
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def train_seeds(
     runs: Path | None = None,
     progress: bool | None = None,
     board: bool = False,
+    workers: int | None = None,
 ) -> SeedsResult:
     """Train under each seed into `out/seed-<seed>`, and write `out/summary.json` after each.
 
@@ -74,7 +76,7 @@ def train_seeds(
 
     Args:
         make_classifier: makes the freshly initialised classifier of a seed.
-        train_set, val_set, config, progress, board: see `train`; the seed of `config` plays no part.
+        train_set, val_set, config, progress, board, workers: see `train`; the seed of `config` plays no part.
         seeds: distinct, each at least 0.
         out: folder of the runs.
         recipe: what the summary calls the recipe, the file it came from for instance.
@@ -85,43 +87,44 @@ def train_seeds(
         ValueError: no seed, or one twice; and what `train` raises.
         OSError: see `train`.
     """
-    out = Path(out)
+    out, ranks = Path(out), current_ranks()
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
     settings = run_settings(make_classifier(seeds[0]), train_set, val_set, replace(config, seed=seeds[0]))
     settings |= {"seeds": list(seeds)}
-    if resume:
-        check_settings(out, settings)
-        recipe = read_run_config(out).get("recipe")
-    else:
-        refuse_held(out)
-        write_json(out / CONFIG_NAME, settings | {"recipe": recipe})
-    if runs is not None:
-        mark_latest(out, runs)
-    console = Console(quiet=progress is False)
+    if ranks.writes:
+        recipe = _begin(out, settings, recipe, resume=resume)
+        if runs is not None:
+            mark_latest(out, runs)
+    console = Console(quiet=progress is False or not ranks.writes)
     results: list[TrainResult] = []
     for number, seed in enumerate(seeds, 1):
         folder = out / f"seed-{seed}"
         console.print(f"seed {seed}, {number} of {len(seeds)}  ->  {folder}", highlight=False, soft_wrap=True)
-        results.append(
-            train(
-                make_classifier(seed),
-                train_set,
-                val_set,
-                replace(config, seed=seed),
-                folder,
-                resume=resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file(),
-                progress=progress,
-                board=board,
-            )
-        )
+        begun = ranks.agreed(resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file())
+        one = replace(config, seed=seed)
+        classifier = make_classifier(seed)
+        how = {"resume": begun, "progress": progress, "board": board, "workers": workers}
+        results.append(train(classifier, train_set, val_set, one, folder, **how))
         result = _summarised(out, results)
-        write_json(out / SUMMARY_NAME, _summary(result, settings, recipe))
+        if ranks.writes:
+            write_json(out / SUMMARY_NAME, _summary(result, settings, recipe))
         if result.interrupted:
             return result
-    if runs is not None and result.best is not None:
+    if runs is not None and result.best is not None and ranks.writes:
         mark_latest(result.best.out, runs)
     return result
+
+
+def _begin(out: Path, settings: dict[str, Any], recipe: str | None, *, resume: bool) -> str | None:
+    """Check the folder, or write down what is to come; the recipe that the seeds were begun with."""
+    if resume:
+        check_settings(out, settings)
+        begun_with: str | None = read_run_config(out).get("recipe")
+        return begun_with
+    refuse_held(out)
+    write_json(out / CONFIG_NAME, settings | {"recipe": recipe})
+    return recipe
 
 
 def _accuracy(run: TrainResult) -> float:

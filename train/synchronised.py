@@ -14,6 +14,7 @@ One gather forward and one sum backward; what is kept for backward is what plain
 from __future__ import annotations
 
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ def over_ranks(classifier: nn.Module) -> nn.Module:
     The classifier's BN are synchronised, in place; buffers need no other exchange.
     """
     synchronise_bn(classifier)
-    return DistributedDataParallel(classifier, broadcast_buffers=False, gradient_as_bucket_view=True)
+    options = signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"  # before torch 2.13
+    return DistributedDataParallel(classifier, gradient_as_bucket_view=True, **{buffers: False})  # type: ignore[arg-type]
 
 
 def synchronise_bn(network: nn.Module) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier, NetworkConfig
     from tetdeploy.train import SeedsResult, TrainConfig, TrainResult
+    from tetdeploy.train.ranks import Ranks
 
 _NETWORK_OPTIONS = ("model", "width", "tau", "v_th", "gamma", "ann", "smooth_spike")
 
@@ -31,6 +32,7 @@ Examples:
   tetdeploy train --data cifar10 --model resnet19 --augment crop-flip --epochs 100 --device cuda
   tetdeploy train --tit 2:20,6:10                         20 epochs at T=2, then 10 at T=6
   tetdeploy train --data folder:photos --T 2 --out runs/photos
+  tetdeploy train --config examples/recipes/imagenet-sew-resnet34.toml --data imagenet:PATH --workers 16
   tetdeploy train --data dvs-cifar10 --T 10 --model vggsnn --augment flip-roll --lam 0.001
   tetdeploy train --data saccades:digits --T 5            event frames, made of images
   tetdeploy train --resume                                go on with the newest run
@@ -38,6 +40,7 @@ Examples:
   tetdeploy train --ann --out runs/ann                    the ANN twin, and learning from it:
   tetdeploy train --distill runs/ann
   tetdeploy train --model my_package.my_module:my_network your own network
+  torchrun --nproc-per-node 2 -m tetdeploy train          two processes, each with its share of every batch
 """
 )
 @config_option
@@ -45,8 +48,8 @@ Examples:
     "--data",
     default="digits",
     show_default=True,
-    help="digits, fashion-mnist, cifar10, cifar100, folder:PATH or FILE.npz; of events n-mnist, dvs-cifar10, "
-    "events:PATH or saccades:NAME of images (frames of equal count; by-time:... of equal time).",
+    help="digits, fashion-mnist, cifar10, cifar100, imagenet[:PATH][@SIZE], folder:PATH or FILE.npz; of events "
+    "n-mnist, dvs-cifar10, events:PATH or saccades:NAME of images (frames of equal count; by-time:... of equal time).",
 )
 @data_dir_option
 @click.option(
@@ -97,7 +100,7 @@ Examples:
     "--augment",
     default="none",
     show_default=True,
-    help="none, shift, crop, crop-flip, autoaugment (after crop-flip) or flip-roll.",
+    help="none, shift, crop, crop-flip, autoaugment (after crop-flip) or flip-roll; of ImageNet none or resized-crop.",
 )
 @click.option("--cutout", default=0, show_default=True, metavar="PIXELS", help="Side of a blank square; 0 is off.")
 @click.option("--ema", default=0.0, show_default=True, help="Decay of the weights' moving average; 0 is off.")
@@ -109,6 +112,9 @@ Examples:
 @click.option("--distill-tau", default=3.0, show_default=True, help="Temperature of the distillation.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
+@click.option(
+    "--workers", type=click.IntRange(min=0), help="Processes that read ImageNet; 0 reads in this one. [default: cores]"
+)
 @click.option("--recompute", is_flag=True, help="Less memory, more time: compute blocks again in the backward pass.")
 @click.option("--tensorboard", is_flag=True, help="Also write curves to RUN/tensorboard.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: RUNS/<data>-<model>, numbered]")
@@ -128,6 +134,7 @@ def train(
     /,
     config: Path | None,
     seeds: str,
+    workers: int | None,
     recompute: bool,
     tensorboard: bool,
     out: Path | None,
@@ -146,24 +153,44 @@ def train(
     from tetdeploy.checkpoint import load_weights
     from tetdeploy.train import train as run_training
     from tetdeploy.train import train_seeds
+    from tetdeploy.train.ranks import process_group
 
-    if resume is not None:
-        out = _resumed_run(Path(resume) if resume else None, out, runs, init)
-        seeds = _take_settings(ctx, out, options) or seeds
-    several = _parse_seeds(ctx, seeds, init)
-    with _naming(config):
-        job = _job(ctx, options, recompute=recompute)
-    out = out or _unused(runs, config, job)
-    how: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard}
-    if several:
-        recipe = None if config is None else str(config)
-        many = train_seeds(job.classifier, job.train, job.val, job.config, several, out, recipe=recipe, **how)
-        _report_seeds(ctx, many, job, json_path)
+    with process_group() as ranks, _one_voice(ranks):
+        with ranks.first(), _naming(config):
+            if resume is not None:
+                out = _resumed_run(Path(resume) if resume else None, out, runs, init)
+                seeds = _take_settings(ctx, out, options) or seeds
+            several = _parse_seeds(ctx, seeds, init)
+            job = _job(ctx, options, recompute=recompute)
+        out = ranks.agreed(out or _unused(runs, config, job))
+        json_path = json_path if ranks.writes else None
+        how: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
+        if several:
+            recipe = None if config is None else str(config)
+            many = train_seeds(job.classifier, job.train, job.val, job.config, several, out, recipe=recipe, **how)
+            _report_seeds(ctx, many, job, json_path)
+            return
+        classifier = job.classifier(job.config.seed)
+        if init is not None:
+            load_weights(classifier, init)
+        _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **how), job, json_path)
+
+
+@contextmanager
+def _one_voice(ranks: Ranks) -> Iterator[None]:
+    """Of several processes the first alone prints and writes; the others say what is wrong with them alone."""
+    if ranks.writes:
+        yield
         return
-    classifier = job.classifier(job.config.seed)
-    if init is not None:
-        load_weights(classifier, init)
-    _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **how), job, json_path)
+    console.quiet = True
+    try:
+        yield
+    except ConnectionError:  # the first one says it
+        raise SystemExit(1) from None
+    except (ValueError, OSError) as error:
+        raise type(error)(f"process {ranks.rank} of {ranks.size}: {error}") from error
+    finally:
+        console.quiet = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,151 @@
+"""Training over ranks: two gloo processes on the CPU against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks_helpers import load, on_ranks, save
+
+from tetdeploy.data import load_data, split_validation
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.train import TrainConfig, train, train_seeds
+from tetdeploy.train.ranks import Ranks, current_ranks, process_group
+
+DIGITS = load_data("digits", "train", data_dir=Path("data"))
+TRAIN, VAL = (
+    part.select(range(count)) for part, count in zip(split_validation(DIGITS, fraction=0.2), (200, 51), strict=True)
+)
+SHORT = TrainConfig(T=2, epochs=1, batch_size=50)
+CONFIG = TrainConfig(T=3, epochs=2, batch_size=32, augment="shift", ema=0.9, random_T="1:3", clip=1.0)
+
+
+def classifier(seed: int = 0) -> Classifier:
+    """In float64, where rounding moves no current over the threshold: spikes make float32 runs drift apart."""
+    torch.manual_seed(seed)
+    config = NetworkConfig("convsnn", 10, 1, (8, 8), width=0.25)
+    data = {"mean": DIGITS.mean, "std": DIGITS.std, "class_names": DIGITS.class_names, "data": "digits"}
+    return Classifier(build_network(config), config=config, **data).double()
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _work(folder: Path) -> None:
+    """What the tests below look at, in one group of two processes: starting one takes seconds."""
+    ranks = current_ranks()
+    result = train(classifier(), TRAIN, VAL, CONFIG, folder / "two", runs=folder)
+    seeds = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", progress=False)
+    again = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", resume=True, progress=False)
+    refused = pytest.raises(ValueError, match=r"33 images has no 2 equal shares.*multiple of 2")
+    with refused if ranks.writes else pytest.raises(ConnectionError, match="the first process failed"):
+        train(classifier(), TRAIN, VAL, replace(SHORT, batch_size=33), folder / "odd")
+    with pytest.raises(ValueError, match="1 validation images are too few for 2 processes"):
+        train(classifier(), TRAIN, VAL.select(range(1)), SHORT, folder / "few", progress=False)
+    with pytest.raises(ValueError, match="cuda:0 is one GPU for 2 processes"):
+        train(classifier(), TRAIN, VAL, replace(SHORT, device="cuda:0"), folder / "gpu")
+    with ranks.first():
+        first = (folder / "first").exists()
+        (folder / "first").touch()
+    save(
+        folder,
+        ranks.rank,
+        epochs=[run.epochs for run in (result, *seeds.runs, *again.runs)],
+        best=result.best and result.best.val_accuracy,
+        any=[ranks.any(ranks.rank == 1), ranks.any(False)],
+        agreed=ranks.agreed(f"from {ranks.rank}"),
+        after_another=first,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("ranks")
+    on_ranks(2, _work, made)
+    return made
+
+
+def test_two_ranks_train_like_one_process(folder: Path, tmp_path: Path) -> None:
+    train(classifier(), TRAIN, VAL, CONFIG, tmp_path, progress=False)
+    assert load(folder, 0)["epochs"] == [2, 1, 1, 1, 1]
+    for one, two in zip(metrics(tmp_path), metrics(folder / "two"), strict=True):
+        for name in ("train_loss", "train_accuracy", "val_loss", "val_sdt_loss", "val_accuracy", "lr"):
+            assert two[name] == pytest.approx(one[name], rel=1e-6), name  # the sums of losses are float32
+
+
+def test_one_rank_writes_and_all_know_the_same(folder: Path) -> None:
+    one, two = load(folder, 0), load(folder, 1)
+    assert (one.pop("after_another"), two.pop("after_another")) == (False, True)
+    assert one == two and one["any"] == [True, False] and one["agreed"] == "from 0"
+    files = ["checkpoint.safetensors", "config.json", "last.safetensors", "metrics.jsonl"]
+    assert sorted(path.name for path in (folder / "two").iterdir()) == files
+    assert json.loads((folder / "seeds" / "summary.json").read_text())["num_finished"] == 2
+    assert not (folder / "odd").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    begun = torchrun("--epochs", "40", "--width", "0.25", "--T", "2", "--out", str(run))
+    wait_until(lambda: (run / "metrics.jsonl").is_file(), begun)
+    os.kill(workers(begun)[1], signal.SIGKILL)
+    output = begun.communicate(timeout=60)[0]
+    assert begun.returncode != 0 and "another process of this run has ended" in output
+    finished = len(metrics(run))
+    assert 1 <= finished < 40
+
+    resumed = torchrun("--resume", str(run))
+    wait_until(lambda: len(metrics(run)) > finished, resumed)
+    resumed.send_signal(signal.SIGINT)
+    output = resumed.communicate(timeout=60)[0]
+    assert f"go on with: tetdeploy train --resume {run}" in output
+    assert output.count("epoch 2/40") <= 1  # one process prints
+    assert [row["epoch"] for row in metrics(run)] == list(range(1, len(metrics(run)) + 1))
+
+
+def test_what_is_wrong_for_all_is_said_once() -> None:
+    refused = torchrun("--data", "no-such-set")
+    output = refused.communicate(timeout=60)[0]
+    assert refused.returncode != 0 and output.count("unknown data set 'no-such-set'") == 1
+
+
+def test_one_process_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with process_group() as ranks, ranks.first():
+        assert ranks == Ranks() and ranks.writes and ranks.share(8) == slice(0, 8)
+        assert ranks.any(True) and not ranks.any(False) and ranks.agreed("x") == "x"
+
+
+def torchrun(*arguments: str) -> subprocess.Popen[str]:
+    """`torchrun --nproc-per-node 2 -m tetdeploy train ...`, with its output to read."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, "-m", "tetdeploy", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def workers(parent: subprocess.Popen[str]) -> list[int]:
+    listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    return sorted(int(pid) for pid in listed if b"tetdeploy" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def wait_until(done: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 90
+    while not done():
+        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=30)[0]
+        time.sleep(0.1)
