@@ -80,8 +80,8 @@ class Ranks:
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """Each machine's first process goes through the block before its others: it downloads and decodes, they read what
-        it kept; and what is wrong for all is said once.
+        """Each machine's first process goes through the block before its others: it downloads and decodes, they read
+        what it kept; and what is wrong for all is said once.
 
         Raises:
             ConnectionError: the first one failed.
