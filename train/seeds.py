@@ -104,7 +104,7 @@ def train_seeds(
         begun = ranks.agreed(resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file())
         one = replace(config, seed=seed)
         classifier = make_classifier(seed)
-        how = {"resume": begun, "progress": progress, "board": board, "workers": workers}
+        how: dict[str, Any] = {"resume": begun, "progress": progress, "board": board, "workers": workers}
         results.append(train(classifier, train_set, val_set, one, folder, **how))
         result = _summarised(out, results)
         if ranks.writes:
