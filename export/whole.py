@@ -90,9 +90,18 @@ class WholeNumbers:
 
     def _complement(self, one: ir.Value | None, spikes: ir.Value | None) -> float | None:
         """1 - s: with a product it makes AND NOT of spikes."""
-        tensor = None if one is None else ir.convenience.get_const_tensor(one)
-        is_one = tensor is not None and bool((tensor.numpy() == 1).all())
-        return 1.0 if is_one and self.is_binary(spikes) else None
+        return 1.0 if _is_one(one) and self.is_binary(spikes) else None
+
+
+def _is_one(value: ir.Value | None) -> bool:
+    """Whether a value is constant and 1, perhaps of another type first."""
+    if value is None:
+        return False
+    producer = value.producer()
+    if producer is not None and producer.op_type in ("Cast", "CastLike"):
+        return _is_one(producer.inputs[0])
+    tensor = ir.convenience.get_const_tensor(value)
+    return tensor is not None and bool((tensor.numpy() == 1).all())
 
 
 def pads_with_zeros(node: ir.Node) -> bool:

@@ -1,0 +1,218 @@
+"""What the exporter says of a graph's layers: binary or not, computed once or not; and what else the graph adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from export_helpers import classifier, digits, engine, unchecked
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from tetdeploy.energy import layers_of, other_ops
+from tetdeploy.export import ExportConfig
+from tetdeploy.export.counters import Layers, counting_overlay
+from tetdeploy.export.lowering import Neurons
+from tetdeploy.layers import DirectEncoding, OverTime, tdBN
+from tetdeploy.networks import ResNet19
+from tetdeploy.networks.sew_resnet34 import SEWBlock
+from tetdeploy.neurons import IF, LIF
+
+# ------------------------------------------------------------------------------------------- binary or not
+
+HALF = 0.5
+BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "itself": lambda a, b: a,
+    "dropout": lambda a, b: nn.functional.dropout(a, training=False),
+    "views": lambda a, b: a.transpose(2, 3).flip(2).reshape(a.shape),
+    "max_pool": lambda a, b: nn.functional.max_pool2d(a.flatten(0, 1), 3, 1, 1).unflatten(0, a.shape[:2]),
+    "zero_pad": lambda a, b: nn.functional.pad(a, (1, 0))[..., :-1],
+    "concat": lambda a, b: torch.cat([a[..., :4], b[..., 4:]], -1),
+    "both": lambda a, b: a * b,
+    "first_only": lambda a, b: (1 - a) * b,
+    "either": lambda a, b: (a + b).clamp(0, 1),
+    "maximum": lambda a, b: torch.maximum(a, b),
+    "where": lambda a, b: torch.where(a > HALF, b, torch.zeros_like(b)),
+    "compared": lambda a, b: (a * 0.3 + b > HALF).float(),
+    "mask": lambda a, b: a * torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0]),
+}
+NOT_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": lambda a, b: a + b,
+    "difference": lambda a, b: a - b,
+    "scaled": lambda a, b: a * 0.7,
+    "average_pool": lambda a, b: nn.functional.avg_pool2d(a.flatten(0, 1), 3, 1, 1).unflatten(0, a.shape[:2]),
+    "concat_of_a_sum": lambda a, b: torch.cat([a[..., :4], (a + b)[..., 4:]], -1),
+    "clip_at_two": lambda a, b: (a + b + a).clamp(0, 2),
+    "clip_of_fractions": lambda a, b: (a * 0.7 + b).clamp(0, 1),
+    "where_half": lambda a, b: torch.where(a > HALF, b, torch.full_like(b, HALF)),
+    "one_minus_twice": lambda a, b: 2 - a,
+}
+HEADS = BINARY | NOT_BINARY
+
+
+class Heads(nn.Module):
+    """A linear layer behind every function of two layers' spikes, `[T, N, 1, 8, 8]` each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.encode = DirectEncoding(nn.Conv2d(1, 1, 3, padding=1), tdBN(1, v_th=0.7))
+            self.layer2 = OverTime(nn.Conv2d(1, 1, 3, padding=1), tdBN(1, v_th=0.7))
+            self.heads = nn.ModuleDict({name: nn.Linear(8, 2) for name in HEADS})
+            self.readout = nn.Linear(len(HEADS) * 16, 10)
+        self.lif1, self.lif2 = LIF(v_th=0.5), LIF(v_th=0.5)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        a = self.lif1(self.encode(x, T))
+        b = self.lif2(self.layer2(a))
+        read = [self.heads[name](function(a, b)).flatten(2) for name, function in HEADS.items()]
+        return self.readout(torch.cat(read, -1))
+
+
+@pytest.mark.parametrize("fold_bn", [True, False])
+def test_which_inputs_are_binary(fold_bn: bool, tmp_path: Path) -> None:
+    net, x = Heads(), digits().images[:40]
+    runner = unchecked(net, tmp_path / "m.onnx", ExportConfig(T=3, fold_bn=fold_bn))
+    said = {layer.name.removeprefix("heads."): layer.binary for layer in layers_of(runner.metadata)}
+    seen: dict[str, bool] = {}
+
+    def watch(name: str) -> Any:
+        return lambda module, inputs, output: seen.update({name: bool(((inputs[0] == 0) | (inputs[0] == 1)).all())})
+
+    for name in HEADS:
+        net.heads[name].register_forward_hook(watch(name))
+    with torch.no_grad():
+        classifier(net)(torch.from_numpy(x), 3)
+    assert seen == {name: name in BINARY for name in HEADS}
+    assert {name: said[name] for name in HEADS} == seen
+    assert runner.metadata["uncounted"] == []
+
+
+# ------------------------------------------------------------------------------------------- once or at every step
+
+
+@pytest.mark.parametrize("options", [
+    {"layout": "unrolled", "T": 4},
+    {"layout": "unrolled", "T": 3, "with_state": True},
+    {"layout": "dynamic"},
+    {"layout": "step"},
+    {"layout": "unrolled", "T": 4, "encoding": "frames"},
+    {"layout": "dynamic", "encoding": "frames"},
+    {"layout": "step", "encoding": "frames"},
+])  # fmt: skip
+def test_only_a_constant_images_first_layer_is_computed_once(options: dict[str, Any]) -> None:
+    layers = layers_of(engine(**options).metadata)
+    assert [layer.once for layer in layers] == [options.get("encoding") != "frames", False, False, False]
+
+
+class EncodesEveryStep(nn.Module):
+    """The image is repeated before the first layer, which so runs at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.readout, self.lif = OverTime(nn.Conv2d(1, 2, 3)), nn.Linear(72, 10), LIF(v_th=0.3)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        return self.readout(self.lif(self.encode(x.unsqueeze(0).expand(T, *x.shape))).flatten(2))
+
+
+@pytest.mark.parametrize(("layout", "once"), [("unrolled", False), ("dynamic", False), ("step", True)])
+def test_a_first_layer_that_runs_at_every_step_says_so(layout: str, once: bool, tmp_path: Path) -> None:
+    """The step layout puts whatever depends on the image alone behind its `encode` input: there it is once."""
+    config = ExportConfig(layout=layout, T=3)  # type: ignore[arg-type]
+    first, _ = layers_of(unchecked(EncodesEveryStep(), tmp_path / "m.onnx", config).metadata)
+    assert (first.name, first.from_input, first.once) == ("encode.0", True, once)
+
+
+# ------------------------------------------------------------------------------------------- what else is added
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_biases_are_counted_for_every_output(layout: str) -> None:
+    """ConvSNN at width 0.25 on 8x8 pixels: 8 and 16 channels, pooling, 16 channels, pooling, ten classes."""
+    metadata = engine(layout, **({"T": 4} if layout == "unrolled" else {})).metadata
+    assert metadata["other_ops"] == {
+        "bias_adds": {"encode.0": 8 * 64, "layer2.0": 16 * 64, "layer3.1": 16 * 16, "readout.2": 10},
+        "residual_adds": {},
+        "batch_norm_macs": {},
+    }
+    neurons = 8 * 64 + 16 * 64 + 16 * 16
+    assert other_ops(metadata) == {
+        "bias_adds": neurons + 10,
+        "residual_adds": 0,
+        "batch_norm_macs": 0,
+        "neuron_ops": 5 * neurons,
+    }
+
+
+@pytest.mark.parametrize("options", [{"layout": "dynamic"}, {"T": 3, "with_state": True}])
+def test_residual_sums_are_counted(options: dict[str, Any], tmp_path: Path) -> None:
+    """ResNet-19 at width 1/16 on 8x8 pixels: 4 channels, then 8 x3 at 8x8, 16 x3 at 4x4, 32 x2 at 2x2."""
+    net = ResNet19(num_classes=10, in_channels=1, image_size=(8, 8), width=1 / 16)
+    metadata = unchecked(net, tmp_path / "m.onnx", ExportConfig(**options)).metadata
+    sums = [8 * 64] * 3 + [16 * 16] * 3 + [32 * 4] * 2
+    assert metadata["other_ops"]["residual_adds"] == {f"blocks.{k}": size for k, size in enumerate(sums)}
+    assert metadata["other_ops"]["batch_norm_macs"] == {}
+    biases = metadata["other_ops"]["bias_adds"]
+    assert {name: biases[name] for name in ("encode.0", "blocks.3.layer1.0", "blocks.3.shortcut.0", "fc1.2")} == {
+        "encode.0": 4 * 64,
+        "blocks.3.layer1.0": 16 * 16,
+        "blocks.3.shortcut.0": 16 * 16,
+        "fc1.2": 16,
+    }
+    assert not any(layer.binary for layer in layers_of(metadata) if layer.name == "fc1.2")  # behind average pooling
+
+
+class Sums(nn.Module):
+    """SEW blocks, whose sums are of spikes, and a linear layer without bias on tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.if1 = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1, bias=False), tdBN(4)), IF()
+        self.blocks = nn.Sequential(*(SEWBlock(4, 4, stride=1, v_th=1.0, gamma=1.0) for _ in range(2)))
+        self.tokens, self.readout = nn.Linear(8, 3, bias=False), nn.Linear(4 * 8 * 3, 10)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        return self.readout(self.tokens(self.blocks(self.if1(self.encode(x, T)))).flatten(2))
+
+
+@pytest.mark.parametrize("fold_bn", [True, False])
+def test_sums_of_spikes_biases_and_batch_norms(fold_bn: bool, tmp_path: Path) -> None:
+    metadata = unchecked(Sums(), tmp_path / "m.onnx", ExportConfig(T=4, fold_bn=fold_bn)).metadata
+    convolutions = ["encode", *(f"blocks.{k}.layer{n}" for k in (0, 1) for n in (1, 2))]
+    size = 4 * 64
+    assert metadata["other_ops"] == {
+        "bias_adds": {f"{name}.0": size for name in convolutions if fold_bn} | {"readout": 10},
+        "residual_adds": {"blocks.0": size, "blocks.1": size},
+        "batch_norm_macs": {} if fold_bn else {f"{name}.1": size for name in convolutions},
+    }
+    assert other_ops(metadata)["neuron_ops"] == 5 * size * 4  # IF does not leak
+    binary = {layer.name: layer.binary for layer in layers_of(metadata)}
+    assert binary["blocks.0.layer1.0"] and binary["blocks.0.layer2.0"] and binary["blocks.1.layer2.0"]
+    assert not binary["blocks.1.layer1.0"] and not binary["tokens"]  # they read sums of spikes
+    assert metadata["uncounted"] == []
+
+
+# ------------------------------------------------------------------------------------------- exact sums
+
+
+@pytest.mark.parametrize("size", [2**24, 2**24 + 3])
+def test_sums_of_spikes_are_exact_beyond_float32(size: int) -> None:
+    """float32 has no 2^24 + 3. The graph hands its input on as spikes, and the overlay counts them."""
+    spikes = ir.Value(name="spikes.big")
+    layers = Layers(ir.Graph([], [], nodes=[]), [], 1, frames=False)
+    overlay = counting_overlay(layers, [Neurons("big", 0.5, 1.0, (size,), spikes)])
+    shape = [1, 1, None]
+    given, handed = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "spikes.big"))
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["spikes.big"])], "g", [given], [handed])
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)])
+    session = onnxruntime.InferenceSession(model.SerializeToString() + overlay, providers=["CPUExecutionProvider"])
+    (fired,) = session.run(["fired.big"], {"x": np.ones((1, 1, size), np.float32)})
+    assert fired.tolist() == [[size]]
