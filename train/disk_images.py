@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -186,8 +187,19 @@ def _as_it_is(batch: Batch | list[str]) -> Batch | list[str]:
 
 
 def _begin_worker(number: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to all; the run ends its workers when it is ready
+    # A Ctrl-C, or a cluster's SIGTERM, goes to all processes; the run ends its workers when it has saved itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     warnings.filterwarnings("ignore", "(?i)corrupt exif", module="PIL")  # some of ImageNet's; nothing of it is used
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    """PyTorch's own watch looks at a worker's parent, which is the fork server and lives while a worker does."""
+    run = parent_process()
+    if run is not None:
+        run.join()
+        os._exit(1)
 
 
 def _context() -> Any:
