@@ -1,6 +1,7 @@
 """The paper's tables and figures, one command each: trains what is compared, then writes the table or the plot.
 
     python examples/paper.py table1              at the paper's size: ResNet-19, 300 epochs, three seeds (a GPU, days)
+    python examples/paper.py figure4 --small     on Fashion-MNIST, four epochs of a small network: two cores, an hour
     python examples/paper.py table1 --smoke      the same on the small digits: two cores, minutes
     python examples/paper.py figure4 --out results --data-dir ~/data
 
@@ -25,21 +26,43 @@ import click
 from tetdeploy.files import atomic_write, write_json
 
 RECIPES = Path(__file__).parent / "recipes"
-SMOKE = ("--data", "digits", "--model", "convsnn", "--width", "0.5", "--augment", "none", "--batch-size", "64")
+# Okabe and Ito's colours, which the colour-blind can tell apart; those of Figure 4 go by the T of the training.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLORS = dict(zip((4, 2, 3, 6), PALETTE, strict=False))
+SMALL = ("--model", "convsnn", "--width", "0.5", "--augment", "none")
+SCALES = {
+    "full": (),
+    "small": ("--data", "fashion-mnist", *SMALL, "--batch-size", "128", "--lr", "2e-3"),
+    "smoke": ("--data", "digits", *SMALL, "--batch-size", "64"),
+}
+CAPTIONS = {
+    "full": "",
+    "small": " (Fashion-MNIST and a small network, a few epochs)",
+    "smoke": " (smoke: digits and a small network, a few epochs)",
+}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One trained network of a table: its row's name, its recipe, options beside it, and what a smoke run is long."""
+    """One trained network of a table: its row's name, its recipe, options beside it, how long other scales train it."""
 
     name: str
     recipe: str
     options: tuple[str, ...] = ()
     smoke: tuple[str, ...] = ("--epochs", "6", "--seeds", "0,1")
+    small: tuple[str, ...] = ("--epochs", "4")
+
+    def shortened(self, scale: str) -> tuple[str, ...]:
+        """The options of a scale, which override the recipe's."""
+        return (*SCALES[scale], *{"full": (), "small": self.small, "smoke": self.smoke}[scale])
 
 
 def entries(pattern: str, **names: str) -> tuple[Entry, ...]:
     return tuple(Entry(name, pattern.format(key)) for key, name in names.items())
+
+
+def switched(epochs: int) -> tuple[str, ...]:
+    return ("--epochs", str(epochs), "--switch-to-tet", str(2 * epochs // 3), "--T", "4")
 
 
 TABLES = {
@@ -53,13 +76,13 @@ TABLES = {
     ),
     "figure2": entries("table1-{}", **{"sdt-T4": "SDT", "tet-T4": "TET"}),
     "figure3": (
-        Entry("SDT, then TET", "figure3", (), ("--epochs", "12", "--switch-to-tet", "8", "--T", "4")),
-        Entry("SDT", "figure3", ("--switch-to-tet", "0"), ("--epochs", "12", "--T", "4")),
+        Entry("SDT, then TET", "figure3", (), *(switched(epochs) for epochs in (12, 6))),
+        Entry("SDT", "figure3", ("--switch-to-tet", "0"), *(("--epochs", str(n), "--T", "4") for n in (12, 6))),
     ),
     "figure4": (
         *entries("figure4a-{}", T2="TET T=2", T3="TET T=3", T4="TET T=4"),
-        Entry("TIT T=2 to 6", "figure4a-tit", (), ("--tit", "2:6,6:2")),
-        Entry("SDT T=4", "table1-sdt-T4"),
+        Entry("TIT T=2 to 6", "figure4a-tit", (), ("--tit", "2:6,6:2"), ("--tit", "2:4,6:2")),
+        *(Entry(f"SDT T={T}", f"figure4a-T{T}", ("--loss", "sdt")) for T in (2, 3, 4)),
     ),
     "comparison": entries(
         "comparison-{}",
@@ -75,7 +98,7 @@ def tetdeploy(*arguments: object) -> None:
         raise SystemExit(code)
 
 
-def trained(entry: Entry, out: Path, data_dir: Path, smoke: bool) -> list[Path]:
+def trained(entry: Entry, out: Path, data_dir: Path, scale: str) -> list[Path]:
     """Train an entry unless that is done; its runs, one for each seed."""
     folder = out / "runs" / entry.name.replace(" ", "-").replace(",", "").replace("=", "")
     done = folder / "done"
@@ -83,9 +106,8 @@ def trained(entry: Entry, out: Path, data_dir: Path, smoke: bool) -> list[Path]:
         if (folder / "config.json").exists():
             tetdeploy("train", "--resume", folder, "--data-dir", data_dir, "--runs", out / "runs")
         else:
-            options = (*SMOKE, *entry.smoke) if smoke else ()
             recipe = ("--config", RECIPES / f"{entry.recipe}.toml", "--data-dir", data_dir, "--runs", out / "runs")
-            tetdeploy("train", *recipe, *options, *entry.options, "--out", folder)
+            tetdeploy("train", *recipe, *entry.shortened(scale), *entry.options, "--out", folder)
         done.touch()
     return sorted(folder.glob("seed-*")) or [folder]
 
@@ -109,6 +131,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def trained_T(run: Path) -> int:
+    return int(json.loads((run / "config.json").read_text())["training"]["T"])
+
+
 def best_validation(run: Path) -> float:
     return max(float(row["val_accuracy"]) for row in metrics(run))
 
@@ -122,41 +148,41 @@ def write_table(out: Path, name: str, title: str, header: Sequence[str], rows: S
     print(f"\n{text}\n{out / f'{name}.md'}")
 
 
-def accuracy_table(name: str, out: Path, data_dir: Path, smoke: bool) -> None:
+def accuracy_table(name: str, out: Path, data_dir: Path, scale: str) -> None:
     """Mean and standard deviation of the accuracy: on the test set, or held out where spikes are smooth."""
     rows, numbers = [], []
     for entry in TABLES[name]:
-        runs = trained(entry, out, data_dir, smoke)
+        runs = trained(entry, out, data_dir, scale)
         held_out = [best_validation(run) for run in runs]
         test = []
         if name != "table2":  # smooth spikes do not export
             for run in runs:
-                T = json.loads((run / "config.json").read_text())["training"]["T"]
+                T = trained_T(run)
                 test.append(next(row["accuracy"] for row in swept(run, data_dir, "1:8") if row["T"] == T))
         numbers.append({"name": entry.name, "recipe": entry.recipe, "held_out": held_out, "test": test})
         rows.append([entry.name, mean_std(held_out), mean_std(test) if test else "–", str(len(runs))])
-    write_json(out / f"{name}.json", {"smoke": smoke, "rows": numbers})
-    write_table(out, name, caption(name, smoke), ["", "held out (%)", "test (%)", "seeds"], rows)
+    write_json(out / f"{name}.json", {"scale": scale, "rows": numbers})
+    write_table(out, name, caption(name, scale), ["", "held out (%)", "test (%)", "seeds"], rows)
 
 
-def caption(name: str, smoke: bool) -> str:
-    return f"**{name}**" + (" (smoke: digits and a small network, a few epochs)" if smoke else "")
+def caption(name: str, scale: str) -> str:
+    return f"**{name}**{CAPTIONS[scale]}"
 
 
-def landscape(out: Path, data_dir: Path, smoke: bool) -> None:
-    runs = [trained(entry, out, data_dir, smoke)[0] for entry in TABLES["figure2"]]
-    size = ("--points", 9, "--limit", 300) if smoke else ()
+def landscape(out: Path, data_dir: Path, scale: str) -> None:
+    runs = [trained(entry, out, data_dir, scale)[0] for entry in TABLES["figure2"]]
+    size = {"full": (), "small": ("--points", 15, "--limit", 1000), "smoke": ("--points", 9, "--limit", 300)}[scale]
     tetdeploy(
         "landscape", *runs, "--data-dir", data_dir, "--plot", out / "figure2.png", "--json", out / "figure2.json", *size
     )
 
 
-def switch(out: Path, data_dir: Path, smoke: bool) -> None:
+def switch(out: Path, data_dir: Path, scale: str) -> None:
     """Both losses and the accuracy on the held-out set by epoch, with and without the switch."""
     figure, axes = subplots(3)
     curves = {}
     for entry in TABLES["figure3"]:
-        rows = metrics(trained(entry, out, data_dir, smoke)[0])
+        rows = metrics(trained(entry, out, data_dir, scale)[0])
         curves[entry.name] = rows
         for axis, key, label in zip(
             axes, ("val_sdt_loss", "val_tet_loss", "val_accuracy"), ("L_SDT", "L_TET", "accuracy"), strict=True
@@ -164,29 +190,34 @@ def switch(out: Path, data_dir: Path, smoke: bool) -> None:
             axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], label=entry.name)
             axis.set(xlabel="epoch", ylabel=f"{label}, held out")
     axes[0].legend(frameon=False)
-    write_json(out / "figure3.json", {"smoke": smoke, "curves": curves})
-    save(figure, out / "figure3.png", smoke)
+    write_json(out / "figure3.json", {"scale": scale, "curves": curves})
+    save(figure, out / "figure3.png", scale)
 
 
-def scalability(out: Path, data_dir: Path, smoke: bool) -> None:
-    """Accuracy against T and against energy, with no training at the new T."""
+def scalability(out: Path, data_dir: Path, scale: str) -> None:
+    """Accuracy against T and against energy, with no training at the new T; the T of the training is a large marker."""
     figure, (left, right) = subplots(2)
     curves = {}
     for entry in TABLES["figure4"]:
-        runs = [swept(run, data_dir, "1:8") for run in trained(entry, out, data_dir, smoke)]
+        folders = trained(entry, out, data_dir, scale)
+        runs = [swept(run, data_dir, "1:8") for run in folders]
         steps = [row["T"] for row in runs[0]]
         accuracy = [statistics.mean(100 * run[k]["accuracy"] for run in runs) for k in range(len(steps))]
         energy = [statistics.mean(run[k]["energy_pj"] / 1e6 for run in runs) for k in range(len(steps))]
-        curves[entry.name] = {"T": steps, "accuracy_percent": accuracy, "energy_uj": energy, "seeds": len(runs)}
-        left.plot(steps, accuracy, "o-", label=entry.name)
-        right.plot(energy, accuracy, "o-", label=entry.name)
+        T = trained_T(folders[0])
+        curve = {"T": steps, "accuracy_percent": accuracy, "energy_uj": energy, "seeds": len(runs), "trained_T": T}
+        curves[entry.name] = curve
+        color, line = COLORS[T], "--" if "sdt" in entry.options else "-"
+        for axis, x in ((left, steps), (right, energy)):
+            axis.plot(x, accuracy, "o", linestyle=line, color=color, markersize=4, label=entry.name)
+            axis.plot(x[steps.index(T)], accuracy[steps.index(T)], "o", color=color, markersize=9)
     left.set(xlabel="time steps T", ylabel="test accuracy (%)")
     right.set(xlabel="energy (µJ per image)", ylabel="test accuracy (%)")
     left.legend(frameon=False)
-    write_json(out / "figure4.json", {"smoke": smoke, "curves": curves})
+    write_json(out / "figure4.json", {"scale": scale, "curves": curves})
     rows = [[name, *(f"{a:.2f}" for a in curve["accuracy_percent"])] for name, curve in curves.items()]
-    write_table(out, "figure4", caption("figure4", smoke), ["test (%)", *(f"T={t}" for t in range(1, 9))], rows)
-    save(figure, out / "figure4.png", smoke)
+    write_table(out, "figure4", caption("figure4", scale), ["test (%)", *(f"T={t}" for t in range(1, 9))], rows)
+    save(figure, out / "figure4.png", scale)
 
 
 def subplots(count: int) -> tuple[Any, Any]:
@@ -195,14 +226,14 @@ def subplots(count: int) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(4.6 * count, 3.8), layout="constrained")
     axes = figure.subplots(1, count)
-    for axis in axes:  # Okabe and Ito's colours, which the colour-blind can tell apart
-        axis.set_prop_cycle(cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]))
+    for axis in axes:
+        axis.set_prop_cycle(cycler(color=PALETTE))
         axis.grid(color="0.92")
     return figure, axes
 
 
-def save(figure: Any, path: Path, smoke: bool) -> None:
-    figure.suptitle(caption(path.stem, smoke).replace("**", ""), fontsize=10)
+def save(figure: Any, path: Path, scale: str) -> None:
+    figure.suptitle(caption(path.stem, scale).replace("**", ""), fontsize=10)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     print(path)
@@ -210,17 +241,19 @@ def save(figure: Any, path: Path, smoke: bool) -> None:
 
 @click.command()
 @click.argument("what", type=click.Choice(list(TABLES)))
-@click.option("--smoke", is_flag=True, help="Digits and a small network: minutes on two cores.")
-@click.option("--out", type=click.Path(path_type=Path), help="Results and runs. [default: results/WHAT, -smoke]")
+@click.option("--smoke", "scale", flag_value="smoke", help="Digits and a small network: minutes on two cores.")
+@click.option("--small", "scale", flag_value="small", help="Fashion-MNIST and a small network: an hour or more.")
+@click.option("--out", type=click.Path(path_type=Path), help="Results and runs. [default: results/WHAT[-SCALE]]")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
-def main(what: str, smoke: bool, out: Path | None, data_dir: Path) -> None:
+def main(what: str, scale: str | None, out: Path | None, data_dir: Path) -> None:
     """Train, measure and write one of the paper's tables or figures."""
-    out = out or Path("results") / (f"{what}-smoke" if smoke else what)
+    out = out or Path("results") / (f"{what}-{scale}" if scale else what)
+    scale = scale or "full"
     program = {"figure2": landscape, "figure3": switch, "figure4": scalability}.get(what)
     if program is None:
-        accuracy_table(what, out, data_dir, smoke)
+        accuracy_table(what, out, data_dir, scale)
     else:
-        program(out, data_dir, smoke)
+        program(out, data_dir, scale)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,12 @@ def test_every_entry_has_its_recipe_and_a_name_of_its_own(paper: ModuleType) -> 
             assert (paper.RECIPES / f"{entry.recipe}.toml").is_file(), entry.recipe
 
 
-def test_every_option_of_a_smoke_run_is_one_of_train(paper: ModuleType) -> None:
+@pytest.mark.parametrize("scale", ["full", "small", "smoke"])
+def test_every_option_of_a_scale_is_one_of_train(paper: ModuleType, scale: str) -> None:
     known = {name for parameter in train.params for name in parameter.opts}
     for entries in paper.TABLES.values():
         for entry in entries:
-            options = (*paper.SMOKE, *entry.options, *entry.smoke)
+            options = (*entry.shortened(scale), *entry.options)
             assert {option for option in options if option.startswith("--")} <= known
 
 
