@@ -81,7 +81,7 @@ TABLES = {
     ),
     "figure4": (
         *entries("figure4a-{}", T2="TET T=2", T3="TET T=3", T4="TET T=4"),
-        Entry("TIT T=2 to 6", "figure4a-tit", (), ("--tit", "2:6,6:2"), ("--tit", "2:4,6:2")),
+        Entry("TIT T=2 to 6", "figure4a-tit", (), ("--tit", "2:6,6:2"), ("--tit", "2:4,6:1")),
         *(Entry(f"SDT T={T}", f"figure4a-T{T}", ("--loss", "sdt")) for T in (2, 3, 4)),
     ),
     "comparison": entries(
