@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from export_helpers import classifier, convsnn, digits, engine, frames
-from hypothesis import assume, given, settings
+from export_helpers import classifier, convsnn, digits, engine, frames, unchecked
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tetdeploy.energy import Layer, OperationCount, Operations, axis_fan_out
+from tetdeploy.energy import (
+    Layer,
+    OperationCount,
+    Operations,
+    axis_fan_out,
+    layers_of,
+    other_ops,
+    other_ops_pj,
+)
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model
+from tetdeploy.export.counters import spikes_overlay
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier
 from tetdeploy.neurons import LIF
-from tetdeploy.picojoules import CONSTANTS
+from tetdeploy.picojoules import CONSTANTS, EnergyConstants, energy_constants
 
 Array = np.ndarray[Any, Any]
 
@@ -138,6 +150,97 @@ def test_the_two_bills_by_hand() -> None:
     assert two.energy_pj == pytest.approx(36 * 0.9 + 80 * 4.6)
     assert two.energy_exact_pj == pytest.approx(25 * 0.9 + (80 + 11) * 4.6)
     assert OperationCount(10.0, 2.0, 0.0).energy_pj == OperationCount(10.0, 2.0, 0.0).energy_exact_pj
+
+
+def two_layers(once: bool = True, **options: Any) -> Operations:
+    """Five steps of one image: a first layer of 40 operations a step, and one where 1, 2, 3, 4, 5 spikes reach 6."""
+    first = Layer("first", (4,), 10, from_input=True, binary=False, once=once)
+    operations = Operations((first, Layer("second", (7,), 6)), **options)
+    operations.add({"active.second": np.arange(1.0, 6.0)[:, None]}, 1, 5)
+    return operations
+
+
+def test_the_third_bill_pays_for_what_the_engine_computes() -> None:
+    spikes = 6 * (1 + 2 + 3 + 4 + 5)
+    assert two_layers().at(5).energy_once_pj == pytest.approx(spikes * 0.9 + 40 * 4.6)
+    assert two_layers(once=False).at(5).energy_once_pj == pytest.approx(spikes * 0.9 + 5 * 40 * 4.6)
+    # A graph with state runs two steps a call, and the first layer in each of the three calls.
+    assert two_layers(chunk=2).at(5).energy_once_pj == pytest.approx(spikes * 0.9 + 3 * 40 * 4.6)
+    assert two_layers(chunk=2).at(2).energy_once_pj == pytest.approx(6 * 3 * 0.9 + 40 * 4.6)
+
+
+def test_layers_add_up_and_the_twin_multiplies_every_input_once() -> None:
+    operations = two_layers(constants=EnergyConstants(2.0, 3.0, "ours"))
+    first, second = operations.by_layer((1, 5))
+    assert [row["T"] for row in first["rows"]] == [1, 5]
+    assert first["rows"][1] == {
+        "T": 5,
+        "ac_ops": 0,
+        "mac_ops": 200,
+        "energy_pj": 600,
+        "energy_exact_pj": 600,
+        "energy_once_pj": 120,
+        "input_rate": 1,
+    }
+    assert (second["rows"][0]["ac_ops"], second["rows"][0]["energy_pj"]) == (6, 12)
+    assert second["rows"][1]["input_rate"] == pytest.approx((1 + 2 + 3 + 4 + 5) / (5 * 7))
+    assert (first["fan_out"], second["weights"], second["dense_ops"]) == (10, 42, 42)
+    assert operations.ann() == {"mac_ops": 82, "energy_pj": 246}
+    assert operations.at(5).energy_pj == first["rows"][1]["energy_pj"] + second["rows"][1]["energy_pj"]
+
+
+def test_what_no_bill_includes() -> None:
+    metadata = {
+        "neurons": [{"tau": 0.5, "shape": [3, 4]}, {"tau": 1.0, "shape": [10]}],
+        "other_ops": {"bias_adds": {"a": 7, "b": 8}, "residual_adds": {"c": 20}, "batch_norm_macs": {"d": 5}},
+    }
+    counted = {"bias_adds": 15, "residual_adds": 20, "batch_norm_macs": 5, "neuron_ops": 12 * 5 + 10 * 4}
+    assert other_ops(metadata) == counted
+    # LIF: tau u and h s multiply; + I, > v_th and h - h s add. IF has no tau u.
+    assert other_ops_pj(metadata, EnergyConstants(1.0, 10.0, "ours")) == {
+        "bias_adds": 15,
+        "residual_adds": 20,
+        "batch_norm_macs": 50,
+        "neuron_ops": 12 * (2 * 9 + 3) + 10 * (9 + 3),
+    }
+    del metadata["other_ops"]  # as in models exported before it was written
+    assert other_ops(metadata) == {"neuron_ops": 100}
+    assert set(other_ops_pj(metadata, CONSTANTS["fp32"])) == {"neuron_ops"}
+
+
+def test_models_exported_before_once_was_written() -> None:
+    layers = [Layer("first", (4,), 10, from_input=True).to_dict(), Layer("second", (7,), 6).to_dict()]
+    for layer in layers:
+        del layer["once"]
+    assert [layer.once for layer in layers_of({"encoding": "direct", "layers": layers})] == [True, False]
+    assert [layer.once for layer in layers_of({"encoding": "frames", "layers": layers})] == [False, False]
+
+
+# ------------------------------------------------------------------------------------------------ the constants
+
+
+def test_the_constants_of_a_precision_and_of_ones_own() -> None:
+    assert energy_constants() is CONSTANTS["fp32"]
+    assert "ISSCC 2014" in CONSTANTS["fp32"].source and "ISSCC 2014" in CONSTANTS["int8"].source
+    int8 = energy_constants("int8")
+    assert (int8.ac_pj, int8.mac_pj) == (0.1, pytest.approx(0.2 + 0.1))
+    half = energy_constants("int8", ac_pj=0.03)
+    assert (half.ac_pj, half.mac_pj) == (0.03, 0.3)
+    assert half.source == f"given: ac_pj 0.03; the other: {int8.source}"
+    assert energy_constants("fp4", ac_pj=1, mac_pj=2) == EnergyConstants(1, 2, "given: ac_pj 1, mac_pj 2")
+
+
+@pytest.mark.parametrize(("precision", "own", "match"), [
+    ("fp4", {}, "no cited energies for precision 'fp4', only for fp32, int8; give your own with --ac-pj and --mac-pj"),
+    ("fp4", {"ac_pj": 1.0}, "no cited energies for precision 'fp4'"),
+    ("fp32", {"ac_pj": 0.0}, "ac_pj must be a positive number of picojoules, got 0"),
+    ("fp32", {"mac_pj": -1.0}, "mac_pj must be a positive number of picojoules, got -1"),
+    ("fp32", {"mac_pj": float("nan")}, "mac_pj must be a positive number of picojoules, got nan"),
+    ("fp32", {"ac_pj": 5.0}, "contains an accumulate, so mac_pj must be at least ac_pj=5.0; got 4.6"),
+])  # fmt: skip
+def test_constants_that_cannot_be(precision: str, own: dict[str, float], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        energy_constants(precision, **own)
 
 
 # ---------------------------------------------------------------------------------------- against PyTorch's spikes
@@ -313,3 +416,168 @@ def test_a_layer_on_tokens_counts_every_token(layout: str, merged: bool, tmp_pat
     hook.remove()
     np.testing.assert_array_equal(operations.counts["mlp"], spikes[0].flatten(1).sum(1).numpy() * 5)
     np.testing.assert_array_equal(operations.counts["readout"], spikes[1].flatten(1).sum(1).numpy() * 10)
+
+
+# ------------------------------------------------------------------------ brute force, through the exported graph
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution along one or two axes of spikes `[4, 5, 6]` (or `[4, 5]`), or a linear layer on the last axis."""
+
+    dims: int
+    groups: int
+    per_group: int
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    dilations: tuple[int, ...]
+
+    def module(self) -> nn.Module:
+        if self.dims == 0:
+            return nn.Linear(6, self.per_group)
+        pad, convolution = ((nn.ConstantPad1d, nn.Conv1d), (nn.ConstantPad2d, nn.Conv2d))[self.dims - 1]
+        padding = tuple(side for pair in reversed(self.pads) for side in pair)
+        options = {"stride": self.strides, "dilation": self.dilations, "groups": self.groups}
+        made = convolution(4, self.per_group * self.groups, self.kernel, **options)  # type: ignore[arg-type]
+        return OverTime(pad(padding, 0.0), made)
+
+    def count(self, spikes: Array) -> Array:
+        """Operations by step, one output after another: spikes `[T, N, 4, ...]` -> `[T]`."""
+        ops = np.zeros(len(spikes), np.int64)
+        if self.dims == 0:
+            return ops + spikes.reshape(len(spikes), -1).sum(1) * self.per_group
+        reach = [
+            range(0, size + sum(pads) - dilation * (kernel - 1), stride)
+            for size, pads, dilation, kernel, stride in zip(
+                spikes.shape[3:], self.pads, self.dilations, self.kernel, self.strides, strict=True
+            )
+        ]
+        channels = 4 // self.groups
+        for output, start in itertools.product(range(self.per_group * self.groups), itertools.product(*reach)):
+            group = output // self.per_group
+            for channel, tap in itertools.product(range(channels), itertools.product(*map(range, self.kernel))):
+                place = [
+                    begin + k * dilation - pads[0]
+                    for begin, k, dilation, pads in zip(start, tap, self.dilations, self.pads, strict=True)
+                ]
+                if all(0 <= one < size for one, size in zip(place, spikes.shape[3:], strict=True)):
+                    ops += spikes[(slice(None), slice(None), group * channels + channel, *place)].sum(1)
+        return ops
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> Geometry:
+    dims = draw(st.integers(0, 2))
+    sizes = (5, 6)[2 - dims :]
+    pads = [(draw(st.integers(0, 2)), draw(st.integers(0, 2))) for _ in sizes]
+    dilations = [draw(st.integers(1, 2)) for _ in sizes]
+    kernel = [
+        draw(st.integers(1, (size + sum(pad) - 1) // dilation + 1).filter(lambda k: k <= 4))
+        for size, pad, dilation in zip(sizes, pads, dilations, strict=True)
+    ]
+    strides = [draw(st.integers(1, 3)) for _ in sizes]
+    return Geometry(
+        dims,
+        draw(st.sampled_from([1, 2, 4])),
+        draw(st.integers(1, 2)),
+        *(tuple(part) for part in (kernel, strides, pads, dilations)),  # type: ignore[arg-type]
+    )
+
+
+class Branches(nn.Module):
+    """Layers side by side that all read the same spikes."""
+
+    def __init__(self, layers: Sequence[Geometry]) -> None:
+        super().__init__()
+        self.geometries, self.lif = tuple(layers), LIF(v_th=0.4)
+        self.encode = DirectEncoding(nn.Conv2d(1, 4, (4, 3), bias=False), tdBN(4))
+        self.branches = nn.ModuleList(layer.module() for layer in layers)
+        with torch.no_grad():
+            width = self.features(torch.zeros(1, 1, 4, 5, 6)).shape[-1]
+        self.readout = nn.Linear(width, 10)
+
+    def features(self, spikes: Tensor) -> Tensor:
+        read = (
+            branch(spikes[..., 0, :] if layer.dims == 1 else spikes)
+            for branch, layer in zip(self.branches, self.geometries, strict=True)
+        )
+        return torch.cat([value.flatten(2) for value in read], -1)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        return self.readout(self.features(self.lif(self.encode(x, T))))
+
+
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(geometries(), min_size=6, max_size=8), st.sampled_from([("unrolled", 3), ("dynamic", 3), ("step", 1)]))
+def test_any_layer_counts_what_a_loop_counts(layers: list[Geometry], layout: tuple[str, int]) -> None:
+    x, T = digits().images[:6], 3
+    with tempfile.TemporaryDirectory() as folder:
+        config = ExportConfig(layout=layout[0], T=layout[1])  # type: ignore[arg-type]
+        runner = unchecked(Branches(layers), Path(folder) / "m.onnx", config)
+    spikes = runner.run_with(spikes_overlay(["lif"]), x, T)[1]["spikes.lif"].astype(np.int64)
+    assert spikes.shape == (T, 6, 4, 5, 6) and 0.02 < spikes.mean() < 0.98
+    operations = Operations(layers_of(runner.metadata))
+    operations.add(runner.count(x, T)[1], len(x), T)
+    names = [name for name in operations.counts if name.startswith("branches")]
+    assert len(names) == len(layers) and runner.metadata["uncounted"] == []
+    for name, layer in zip(names, layers, strict=True):
+        seen = spikes[..., 0, :] if layer.dims == 1 else spikes
+        np.testing.assert_array_equal(operations.counts[name], layer.count(seen), err_msg=f"{name}: {layer}")
+
+
+# ------------------------------------------------------------------------------------------------ against peers
+
+
+class FixedT(nn.Module):
+    """A classifier as others call it, with the images alone."""
+
+    def __init__(self, inner: Classifier, T: int) -> None:
+        super().__init__()
+        self.inner, self.T = inner, T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, self.T)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Classifier, Engine]]:
+    """Two networks and their graphs: one of binary inputs behind the first layer, one of others too."""
+    net, path = classifier(Analogue()), tmp_path_factory.mktemp("peer") / "m.onnx"
+    export_model(net, path, ExportConfig(T=4), digits().images[:40])
+    return [(convsnn(), engine("unrolled", T=4)), (net, Engine(path, threads=1))]
+
+
+@pytest.mark.peer
+def test_spikingjelly_counts_the_same_where_inputs_are_binary(compared: list[tuple[Classifier, Engine]]) -> None:
+    counters = pytest.importorskip("spikingjelly.activation_based.op_counter", reason="needs spikingjelly 2.0")
+    x, T = digits().images[:31], 4
+    for model, runner in compared:
+        theirs = counters.SynOpCounter()
+        with torch.no_grad(), counters.DispatchCounterMode([theirs]):
+            model(torch.from_numpy(x), T)
+        by_scope = {scope: sum(ops.values()) for scope, ops in theirs.get_counts().items()}
+        operations = counted(runner, x, T)
+        for layer in operations.layers:
+            ours = operations.counts[layer.name].sum()
+            assert ours > 0
+            # It counts nothing where any input is neither 0 nor 1; we bill those apart.
+            assert by_scope[f"Classifier.network.{layer.name}"] == (ours if layer.binary else 0), layer.name
+
+
+@pytest.mark.peer
+def test_neurobench_counts_the_same(compared: list[tuple[Classifier, Engine]]) -> None:
+    """Effective ACs are ours of binary inputs; effective MACs those of the others, the first layer counted once."""
+    metrics = pytest.importorskip("neurobench.metrics.workload", reason="needs neurobench")
+    models = pytest.importorskip("neurobench.models.torch_model", reason="needs neurobench")
+    x, T = digits().images[:8], 4  # few: it sums in float32, which rounds beyond 2^24
+    for model, runner in compared:
+        wrapped = models.TorchModel(FixedT(model, T))
+        wrapped.register_hooks()
+        with torch.no_grad():
+            wrapped(torch.from_numpy(x))
+        theirs = metrics.SynapticOperations()(wrapped, None, (torch.from_numpy(x), None))
+        wrapped.cleanup_hooks()
+        ours = counted(runner, x, T).at(T)
+        assert theirs["Effective_ACs"] == ours.ac_ops - ours.analogue_ac_ops > 0
+        assert theirs["Effective_MACs"] == ours.mac_ops - ours.repeated_mac_ops + ours.analogue_ac_ops > 0
