@@ -1,0 +1,133 @@
+"""Results and run folders as the commands write them, made up, for the tests of the report."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    """A validation of two layers at T = 1, 2, 3; a change to None takes the key out."""
+    steps = (1, 2, 3)
+    content: dict[str, Any] = {
+        "kind": "validate",
+        "model": "runs/a/model-T3.onnx",
+        "data": "digits",
+        "num_samples": 200,
+        "model_sha256": "ab" * 32,
+        "trained_T": 2,
+        "layout": "unrolled",
+        "num_classes": 2,
+        "versions": {"tetdeploy": "0.1.0", "onnxruntime": "1.32.0"},
+        "device": "cpu",
+        "created": "2026-01-02T03:04:05+00:00",
+        "rows": [
+            {
+                "T": T,
+                "accuracy": 0.9 + T / 100,
+                "firing_rate": 0.1,
+                "ac_ops": 1e6 * T,
+                "mac_ops": 1e5 * T,
+                "energy_pj": 1.36e6 * T,
+                "energy_exact_pj": 1.4e6 * T,
+                "energy_once_pj": 1e6 * T,
+                "ann_ratio": 5.0 / T,
+                "latency_ms": 0.5 * T,
+                "top1_agreement": 0.995,
+                "spike_mismatch_rate": 2e-6,
+                "max_abs_logit_error": 1e-5,
+            }
+            for T in steps
+        ],
+        "layers": [
+            {
+                "name": name,
+                "from_input": name == "conv1",
+                "binary": name != "conv1",
+                "fan_out": 288.0,
+                "weights": 1152,
+                "rows": [
+                    {"T": T, "ac_ops": 1e6, "mac_ops": 0.0, "energy_pj": energy * T, "energy_exact_pj": energy * T}
+                    for T in steps
+                ],
+            }
+            for name, energy in (("conv1", 4e5), ("conv2", 9.6e5))
+        ],
+        "neurons": [
+            {"name": f"lif{k}", "size": 2048, "rows": [{"T": T, "firing_rate": k / 10} for T in steps]} for k in (1, 2)
+        ],
+        "ann": {"mac_ops": 1_478_260, "energy_pj": 6.8e6},
+        "other_ops": {"neuron_ops": 4096},
+        "constants": {"ac_pj": 0.9, "mac_pj": 4.6, "source": "Horowitz, ISSCC 2014"},
+        "by_class": [
+            {"name": "cat", "num_samples": 120, "accuracy": [0.91, 0.92, 0.93]},
+            {"name": "dog", "num_samples": 80, "accuracy": [0.71, 0.72, 0.73]},
+        ],
+    }
+    return {key: value for key, value in (content | changes).items() if value is not None}
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def run_folder(folder: Path, *, metrics: list[dict[str, Any]] | None = None, **training: Any) -> Path:
+    """A run of two epochs without a checkpoint."""
+    network = {"model": "convsnn", "num_classes": 2, "in_channels": 1, "image_size": [8, 8], "width": 1.0}
+    config = {
+        "network": network | {"ann": training.pop("ann", False)},
+        "data": {"name": "digits", "image_shape": [1, 8, 8], "train_images": 900, "val_images": 100},
+        "training": {"T": 2, "epochs": 2, "tit": "", "loss": "tet", "lr": 0.002, "seed": 0} | training,
+    }
+    write(folder / "config.json", config)
+    records = [epoch(1), epoch(2)] if metrics is None else metrics
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def epoch(number: int, **changes: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    record = {"epoch": number, "stage": 1, "T": 2, "loss": "tet", "lr": 0.002 / number, "seconds": 1.5}
+    record |= {"train_loss": 1.0 / number, "train_accuracy": 0.8, "val_loss": 1.1 / number, "val_accuracy": 0.85}
+    return record | changes
+
+
+class Page(HTMLParser):
+    """What a page holds, checked while it is read: every element is closed, in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == [], self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style",) and data.strip():
+            self.texts.append(data.strip())
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
+
+    def attributes(self, name: str) -> list[str]:
+        return [value for _, attributes in self.tags if (value := attributes.get(name)) is not None]

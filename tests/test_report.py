@@ -1,0 +1,431 @@
+"""The report: what it shows of which results, that it is one safe page, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from report_helpers import Page, epoch, result, run_folder, write
+
+from tetdeploy.cli import main
+from tetdeploy.report.page import document_of
+from tetdeploy.report.results import Results, read_results
+from tetdeploy.report.sections.accuracy import Point, pareto
+from tetdeploy.report.writers import to_html, to_markdown
+
+
+def page(*paths: Path, names: tuple[str, ...] = ()) -> Page:
+    return Page(html(read_results(paths, names)))
+
+
+def html(results: Results) -> str:
+    return to_html(document_of(results))
+
+
+def sections(results: Results) -> list[str]:
+    return [section.title for section in document_of(results).sections]
+
+
+ALL = [
+    "At a glance",
+    "Accuracy by time steps and energy",
+    "Pareto front",
+    "Cost by time steps",
+    "Firing rate and energy by layer",
+    "Agreement with PyTorch",
+    "Accuracy by class",
+    "Versions and hashes",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A page with everything: two runs, one of them validated."""
+    folder = tmp_path_factory.mktemp("whole")
+    write(run_folder(folder / "a") / "m.validate.json", result())
+    return html(read_results([folder / "a", run_folder(folder / "b", loss="sdt")]))
+
+
+class TestPage:
+    def test_numbers_with_units_stand_in_the_page(self, whole: str) -> None:
+        found = Page(whole).texts
+        for text in ("92.00%", "200 images of digits", "2.72 µJ", "2.5 times less energy", "1 ms", "99.50% of images"):
+            assert text in found, text
+        assert "ab" * 32 in found
+        assert "2026-01-02T03:04:05+00:00" in found
+
+    def test_is_one_file_that_loads_nothing(self, whole: str) -> None:
+        found = Page(whole)
+        tags = {tag for tag, _ in found.tags}
+        assert tags.isdisjoint({"script", "link", "img", "iframe", "object"})
+        assert all(value.startswith("#") for name in ("href", "src", "xlink:href") for value in found.attributes(name))
+        assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)\)", whole))
+        assert "@import" not in whole
+
+    def test_ids_are_unique_and_every_reference_has_one(self, whole: str) -> None:
+        ids = Page(whole).attributes("id")
+        assert len(ids) == len(set(ids))
+        references = set(re.findall(r'(?:href="|url\()#([^")]*)', whole))
+        assert references
+        assert references <= set(ids)
+
+    def test_plots_have_a_text_for_those_who_do_not_see_them(self, whole: str) -> None:
+        found = Page(whole)
+        plots = [attributes for tag, attributes in found.tags if tag == "svg"]
+        assert len(plots) == 11
+        assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in plots)
+        assert all("width" not in attributes and attributes["viewbox"] for attributes in plots)
+        assert sum(tag == "figcaption" for tag, _ in found.tags) >= len(plots)
+
+    def test_names_in_the_contents_are_those_of_the_sections(self, whole: str) -> None:
+        found = Page(whole)
+        assert [f"#{section['id']}" for tag, section in found.tags if tag == "section"] == [
+            link["href"] for tag, link in found.tags if tag == "a"
+        ]
+
+    def test_same_input_same_bytes(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "a.validate.json", result(layers=None, by_class=None))
+        assert html(read_results([file])) == html(read_results([file]))
+
+    def test_names_are_text_and_never_markup(self, tmp_path: Path) -> None:
+        evil = "<script>alert(1)</script>"
+        content = result(model=evil, device=evil, versions={evil: evil}, constants={"source": evil})
+        content["by_class"][0]["name"] = content["layers"][0]["name"] = content["neurons"][0]["name"] = evil
+        content["layout"] = '"><img src=x onerror=alert(1)>'
+        text = html(read_results([write(tmp_path / "a.validate.json", content)], [f'{evil} " $x$ & 火']))
+        tags = {tag for tag, _ in Page(text).tags}
+        assert tags.isdisjoint({"script", "img"})
+        assert "&lt;script&gt;" in text
+        assert "$x$ &amp; 火" in text  # no formula, and any script
+
+    def test_markdown_has_the_tables_and_shows_names_as_they_are(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "a.validate.json", result())
+        text = to_markdown(document_of(read_results([file], ["a|b <i> *c*"])))
+        assert "| a\\|b \\<i\\> \\*c\\* |" in text
+        assert "| **2 \\*** | **92.00%** |" in text
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        rules = [(before, after) for before, after in pairwise(lines) if "--" in after and set(after) <= set("|:- ")]
+        assert len(rules) > 5
+        for before, after in rules:
+            assert len(re.findall(r"(?<!\\)\|", before)) == len(re.findall(r"\|", after))
+
+
+class TestSections:
+    def test_all_of_a_validation(self, tmp_path: Path) -> None:
+        assert sections(read_results([write(tmp_path / "a.json", result())])) == ALL
+
+    @pytest.mark.parametrize(
+        ("key", "section"),
+        [("by_class", "Accuracy by class"), ("layers", None), ("neurons", None), ("ann", None), ("constants", None)],
+    )
+    def test_a_section_needs_its_numbers(self, tmp_path: Path, key: str, section: str | None) -> None:
+        found = sections(read_results([write(tmp_path / "a.json", result(**{key: None}))]))
+        assert found == [title for title in ALL if title != section]
+
+    def test_neither_layers_nor_neurons(self, tmp_path: Path) -> None:
+        found = sections(read_results([write(tmp_path / "a.json", result(layers=None, neurons=None))]))
+        assert "Firing rate and energy by layer" not in found
+
+    def test_an_old_sweep_shows_what_it_has(self, tmp_path: Path) -> None:
+        keys = ("T", "accuracy", "firing_rate", "ac_ops", "mac_ops", "energy_pj", "energy_exact_pj", "latency_ms")
+        rows = [{key: row[key] for key in keys} for row in result()["rows"]]
+        old = {"model": "m.onnx", "data": "digits", "num_samples": 10, "rows": rows}
+        results = read_results([write(tmp_path / "old.json", old)])
+        assert results.measurements[0].T == 3  # the T of the training is not known
+        assert sections(results) == [t for t in ALL if not t.startswith(("Firing", "Agreement", "Accuracy by class"))]
+
+    def test_numbers_that_were_not_measured(self, tmp_path: Path) -> None:
+        content = result(by_class=None)
+        for row in content["rows"]:
+            row |= {"accuracy": None, "energy_pj": None, "latency_ms": None}
+        found = sections(read_results([write(tmp_path / "a.json", content)]))
+        assert "Pareto front" not in found
+        assert "Accuracy by time steps and energy" not in found
+        assert "Agreement with PyTorch" in found
+
+    def test_many_classes_are_shown_in_short(self, tmp_path: Path) -> None:
+        classes = [{"name": f"c{k:03}", "num_samples": 10, "accuracy": [k / 100] * 3} for k in range(100)]
+        results = read_results([write(tmp_path / "a.json", result(by_class=classes))])
+        section = next(s for s in document_of(results).sections if s.title == "Accuracy by class")
+        text = repr(section)
+        assert "c000" in text
+        assert "c099" in text
+        assert "c050" not in text
+        assert "0-10 %: 10, 10-20 %: 10" in text
+
+    def test_margins_of_a_comparison_with_the_checkpoint(self, tmp_path: Path) -> None:
+        content = result()
+        margin = {"local": {"count": 1, "median": 3e-7, "max": 4e-7}, "every": {"count": 9, "median": 0.5, "max": 2.0}}
+        content["neurons"][1] |= {"spike_mismatch_rate": 3e-6, "local_mismatch_rate": 1e-6, "margin": margin}
+        found = page(write(tmp_path / "a.json", content)).texts
+        assert {"3 ppm", "1 ppm", "4.0e-07", "5.0e-01"} <= set(found)
+
+
+class TestTraining:
+    def test_settings_and_curves(self, tmp_path: Path) -> None:
+        results = read_results([run_folder(tmp_path / "a", loss="sdt"), run_folder(tmp_path / "b", T=6)])
+        document = document_of(results)
+        assert [s.title for s in document.sections][:3] == [
+            "At a glance",
+            "What was trained, on what and how",
+            "Training",
+        ]
+        (table,) = document.sections[1].blocks
+        marked = {table.rows[k] for k in table.marked}  # type: ignore[union-attr]
+        assert marked == {("time steps T", "2", "6"), ("loss", "SDT", "TET")}
+
+    def test_changes_of_T_and_of_the_loss_are_marked(self, tmp_path: Path) -> None:
+        metrics = [epoch(1, loss="sdt"), epoch(2), epoch(3, T=6, stage=2), epoch(4, T=6, stage=3)]
+        text = page(run_folder(tmp_path / "a", metrics=metrics)).text
+        assert "a goes on with TET after epoch 1; a goes on with T=6 after epoch 2; a goes on with stage 3" in text
+
+    def test_several_seeds(self, tmp_path: Path) -> None:
+        for seed in (0, 1):
+            run_folder(tmp_path / "a" / f"seed-{seed}", seed=seed)
+        runs = [{"seed": seed, "best_epoch": 2, "val_accuracy": 0.8 + seed / 10} for seed in (0, 1)]
+        summary = {"runs": runs, "mean_val_accuracy": 0.85, "std_val_accuracy": 0.0707}
+        write(tmp_path / "a" / "summary.json", summary)
+        write(tmp_path / "a" / "config.json", {"seeds": [0, 1]})
+        text = page(tmp_path / "a").text
+        assert "85.00% ± 7.07%" in text
+        assert "the band goes from the lowest to the highest" in text
+        assert "0, 1" in text.splitlines()  # the seeds
+
+    def test_no_validation_images(self, tmp_path: Path) -> None:
+        nothing = {"val_loss": None, "val_accuracy": None}
+        run = run_folder(tmp_path / "a", metrics=[epoch(1, **nothing), epoch(2, train_loss=float("nan"), **nothing)])
+        assert "Training" in sections(read_results([run]))
+
+    def test_energy_of_a_trained_ann_is_its_twins(self, tmp_path: Path) -> None:
+        snn, ann = run_folder(tmp_path / "snn"), run_folder(tmp_path / "ann", ann=True)
+        write(snn / "m.sweep.json", result(kind="sweep"))
+        results = read_results([snn, ann])
+        assert results.twin_energy(results.sources[1].run) == 6.8e6  # type: ignore[arg-type]
+        assert "6.8 µJ" in Page(html(results)).texts
+        other = run_folder(tmp_path / "other", ann=True)
+        config = json.loads((other / "config.json").read_text())
+        config["network"]["width"] = 2.0
+        write(other / "config.json", config)
+        results = read_results([snn, other])
+        assert results.twin_energy(results.sources[1].run) is None  # type: ignore[arg-type]
+
+
+class TestReading:
+    def test_sweep_fills_in_what_a_validation_lacks(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a")
+        content = result()
+        for row in content["rows"]:
+            row["latency_ms"] = None
+        write(run / "m.validate.json", content)
+        write(run / "m.sweep.json", result(kind="sweep", extra="kept"))
+        (measurement,) = read_results([run]).measurements
+        assert [row["latency_ms"] for row in measurement.rows] == [0.5, 1.0, 1.5]
+        assert measurement.content["kind"] == "validate"
+        assert measurement.content["extra"] == "kept"
+        assert measurement.name == "a"
+
+    @pytest.mark.parametrize(("key", "value"), [("model_sha256", "cd"), ("num_samples", 3), ("data", "other")])
+    def test_of_another_model_or_data_it_is_left_out_and_said(self, tmp_path: Path, key: str, value: Any) -> None:
+        run = run_folder(tmp_path / "a")
+        write(run / "m.validate.json", result())
+        write(run / "m.sweep.json", result(kind="sweep", **{key: value}))
+        results = read_results([run])
+        assert results.measurements[0].content[key] == result()[key]
+        assert f"m.sweep.json is left out: it and m.validate.json differ in {key}." in results.notes[0]
+        assert results.notes[0] in Page(html(results)).text
+
+    def test_several_models_of_a_run_have_names_of_their_own(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a")
+        write(run / "m-T6.sweep.json", result())
+        write(run / "m-int8.sweep.json", result())
+        assert [m.name for m in read_results([run]).measurements] == ["a m-T6", "a m-int8"]
+
+    def test_classes_follow_their_rows_whatever_the_order(self, tmp_path: Path) -> None:
+        content = result()
+        content["rows"].reverse()
+        (m,) = read_results([write(tmp_path / "a.json", content)]).measurements
+        assert [row["T"] for row in m.rows] == [1, 2, 3]
+        rows = m.content["by_class"][0]["rows"]
+        assert {row["T"]: row["accuracy"] for row in rows} == {3: 0.91, 2: 0.92, 1: 0.93}
+
+    def test_names(self, tmp_path: Path) -> None:
+        files = [write(tmp_path / folder / "m.sweep.json", result()) for folder in ("a", "b")]
+        assert [s.name for s in read_results(files).sources] == ["a/m", "b/m"]
+        assert [s.name for s in read_results(files, ["SDT"]).sources] == ["SDT", "b/m"]
+
+    def test_different_numbers_of_images_are_said(self, tmp_path: Path) -> None:
+        files = [write(tmp_path / f"{n}.json", result(num_samples=n)) for n in (100, 200)]
+        assert "different numbers of images (100: 100, 200: 200)" in read_results(files).notes[0]
+
+    def test_a_data_file_counts_by_its_name(self, tmp_path: Path) -> None:
+        files = [write(tmp_path / f"{n}.json", result(data=f"{n}/test.npz")) for n in ("x", "y")]
+        assert len(read_results(files).measurements) == 2
+
+
+points = st.lists(
+    st.builds(
+        Point, st.just("m"), st.integers(1, 9), st.sampled_from([1.0, 2.0, 3.0, 5.0]), st.sampled_from([0.1, 0.5, 0.9])
+    ),
+    max_size=12,
+)
+
+
+@given(points)
+def test_the_front_is_what_no_point_beats(given_points: list[Point]) -> None:
+    def beats(p: Point, q: Point) -> bool:
+        better = p.energy_pj < q.energy_pj or p.accuracy > q.accuracy
+        return p.energy_pj <= q.energy_pj and p.accuracy >= q.accuracy and better
+
+    unbeaten = {(q.energy_pj, q.accuracy) for q in given_points if not any(beats(p, q) for p in given_points)}
+    front = pareto(given_points)
+    assert [(p.energy_pj, p.accuracy) for p in front] == sorted(unbeaten)
+
+
+class TestRefusals:
+    def refused(self, *paths: Path, match: str, names: tuple[str, ...] = ()) -> None:
+        with pytest.raises((ValueError, FileNotFoundError), match=match):
+            read_results(paths, names)
+
+    def test_nothing(self) -> None:
+        self.refused(match="nothing to report on: give run folders")
+
+    def test_no_such_path(self, tmp_path: Path) -> None:
+        self.refused(tmp_path / "no", match="no does not exist; give a run folder or the JSON file")
+
+    def test_twice(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a")
+        self.refused(run, tmp_path / "a" / ".." / "a", match="named twice")
+
+    def test_no_run_folder(self, tmp_path: Path) -> None:
+        self.refused(tmp_path, match="is not a run folder: it has no config.json")
+
+    def test_a_run_without_anything(self, tmp_path: Path) -> None:
+        self.refused(run_folder(tmp_path / "a", metrics=[]), match="nothing to report on in .*a: no epoch is finished")
+
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [
+            ("{", "is not JSON"),
+            ("[" * 100_000, "is not JSON"),
+            ("\xff\xfe", "is not a result|is not JSON"),
+            ("[1]", "holds a list, not an object"),
+            ("{}", 'it has no "kind"'),
+            ('{"kind": "poem"}', "its kind is 'poem'; give JSON of sweep or validate"),
+            ('{"kind": "sweep"}', "does not have the form of a sweep: KeyError"),
+            ('{"kind": "sweep", "model": "m", "data": "d", "num_samples": 1, "rows": []}', "it needs rows"),
+            ('{"kind": "sweep", "model": "m", "data": "d", "num_samples": 1, "rows": [1]}', "form of a sweep"),
+        ],
+    )
+    def test_a_file_that_is_no_result(self, tmp_path: Path, text: str, match: str) -> None:
+        file = tmp_path / "x.json"
+        file.write_text(text, encoding="latin-1")
+        self.refused(file, match=match)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"layers": [1]},
+            {"layers": [{"name": "a"}]},
+            {"neurons": {"a": 1}},
+            {"by_class": [{"name": "a", "num_samples": 1, "accuracy": [0.5]}]},
+            {"num_samples": "many"},
+        ],
+    )
+    def test_a_damaged_part(self, tmp_path: Path, changes: dict[str, Any]) -> None:
+        self.refused(write(tmp_path / "x.json", result(**changes)), match="x.json does not have the form of a validate")
+
+    def test_a_T_twice_and_a_number_that_is_none(self, tmp_path: Path) -> None:
+        content = result()
+        content["rows"][1]["T"] = 1
+        self.refused(write(tmp_path / "x.json", content), match="rows, each with a T of its own")
+        content = result()
+        content["rows"][1]["accuracy"] = "good"
+        self.refused(write(tmp_path / "y.json", content), match="form of a validate")
+
+    def test_damaged_run_folders(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a")
+        (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
+        self.refused(run, match="metrics.jsonl is damaged")
+        (run / "metrics.jsonl").write_text("3\n")
+        self.refused(run, match='every line must be an object with an "epoch"')
+        write(run / "config.json", {"network": 1})
+        self.refused(run, match="must hold the objects network, data and training")
+
+    def test_results_of_different_data(self, tmp_path: Path) -> None:
+        files = [write(tmp_path / f"{data}.json", result(data=data)) for data in ("digits", "cifar10")]
+        self.refused(
+            *files, match="cannot be compared, they were measured on different data: digits on digits, cifar10 on"
+        )
+
+    def test_trainings_on_different_data_with_nothing_measured(self, tmp_path: Path) -> None:
+        one, two = run_folder(tmp_path / "one"), run_folder(tmp_path / "two")
+        config = json.loads((two / "config.json").read_text())
+        config["data"]["name"] = "cifar10"
+        write(two / "config.json", config)
+        self.refused(one, two, match="trained on different data: one on digits, two on cifar10")
+
+    def test_names_that_do_not_fit(self, tmp_path: Path) -> None:
+        files = [write(tmp_path / f"{name}.json", result()) for name in "ab"]
+        self.refused(*files, names=("x", "y", "z"), match="3 names for 2 results")
+        self.refused(*files, names=("b",), match="needs a name of its own")
+        self.refused(*files, names=(" ",), match="needs a name of its own")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run with an export and its sweep."""
+    folder = tmp_path_factory.mktemp("report")
+    runs = ["--runs", str(folder)]
+    for command in (
+        ["train", "--epochs", "2", "--width", "0.25", "--T", "2", "--out", str(folder / "tet"), *runs],
+        ["export", "--T", "3", "--check", "0", *runs],
+        ["sweep", *runs],
+    ):
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code == 0, done.output
+    return folder
+
+
+class TestCommand:
+    def test_of_a_real_run(self, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(trained, tmp_path / "runs", symlinks=True)
+        done = CliRunner().invoke(main, ["report", "--markdown", "r.md", "--title", "Two epochs"])
+        assert done.exit_code == 0, done.output
+        assert "runs/tet/report.html" in done.output
+        found = Page((tmp_path / "runs/tet/report.html").read_text(encoding="utf-8"))
+        (sweep,) = (json.loads(file.read_text()) for file in (tmp_path / "runs/tet").glob("*.sweep.json"))
+        at_trained = next(row for row in sweep["rows"] if row["T"] == 2)
+        assert f"{at_trained['accuracy']:.2%}" in found.texts
+        assert sweep["model_sha256"] in found.texts
+        titles = [s.split(",")[0] for s in ("What was trained, on what and how", "Training", *ALL[:5], *ALL[6:])]
+        assert all(any(text.startswith(title) for text in found.texts) for title in titles)
+        assert (tmp_path / "r.md").read_text(encoding="utf-8").startswith("# Two epochs\n")
+
+    def test_several_go_beside_each_other_in_the_working_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        for name in "ab":
+            write(tmp_path / f"{name}.sweep.json", result(kind="sweep"))
+        done = CliRunner().invoke(main, ["report", "a.sweep.json", "b.sweep.json", "--name", "[red]x[/y]"])
+        assert done.exit_code == 0, done.output
+        assert "[red]x[/y]" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).texts
+
+    @pytest.mark.parametrize("arguments", [[], ["nothing"], ["."], ["note.txt"]])
+    def test_refusals_are_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("note.txt").write_text("hello")
+        done = CliRunner().invoke(main, ["report", *arguments])
+        assert done.exit_code == 1
+        assert isinstance(done.exception, SystemExit)
+        assert done.output.count("Error: ") == 1
+        assert not Path("report.html").exists()
