@@ -57,7 +57,7 @@ class Margins:
         if count == 0:
             return {"count": 0, "median": None, "max": None}
         middle = int(np.searchsorted(np.cumsum(counts), (count + 1) // 2))
-        median = 2.0 ** (_LOWEST + (middle + 0.5) / _PER_OCTAVE)
+        median = 2.0 ** (_LOWEST + (middle + 0.5) / _PER_OCTAVE) if middle else 0.0  # u = v_th, to the last bit
         largest = float(self.largest.max() if layer is None else self.largest[layer])
         return {"count": count, "median": min(median, largest), "max": largest}
 

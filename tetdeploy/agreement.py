@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine
-from tetdeploy.validate import Tally
+from tetdeploy.validate import Sweep, Tally
 
 _NEEDED = ("x", "per_step", "spike_counts", "neurons")
 
@@ -150,12 +150,8 @@ class ReferenceComparison:
         self.sizes = np.array(list(self.tally.neurons.values()), np.int64)
         self.count_error = np.zeros((len(self.sizes), T), np.int64)
 
-    def row(self, t: int) -> dict[str, float | None]:
-        """What a row of the result says; nulls for steps beyond the reference."""
-        if t > self.T:
-            return dict.fromkeys(
-                ("top1_agreement", "spike_mismatch_rate", "max_abs_logit_error", "spike_count_error"), None
-            )
+    def row(self, t: int) -> dict[str, Any]:
+        """What a row of the result says."""
         neuron_steps = self.sizes.sum() * t * self.logits.num_images
         return {
             "top1_agreement": self.logits.top1_agreement(t),
@@ -207,3 +203,38 @@ def compare_reference(
         if tick:
             tick(len(run.logits))
     return result
+
+
+class Compared(Protocol):
+    """A comparison with PyTorch, of the reference or of a whole test set."""
+
+    T: int
+
+    def row(self, t: int) -> dict[str, Any]: ...
+
+    def neuron(self, layer: int) -> dict[str, Any]: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+_NOTHING = dict.fromkeys(("top1_agreement", "spike_mismatch_rate", "max_abs_logit_error"))
+
+
+def validation(measured: Sweep, compared: Compared | None, *, labelled: bool) -> dict[str, Any]:
+    """The JSON of `tetdeploy validate`: that of a sweep and, in rows, neurons and `agreement`, what was compared.
+
+    Args:
+        compared: None where there was nothing to compare with; its fields are null then, as in rows beyond its T.
+        labelled: the images have labels that say something of the model; otherwise accuracies are null.
+    """
+    value = measured.to_dict() | {"kind": "validate", "agreement": compared and compared.to_dict()}
+    value["rows"] = [
+        row | (compared.row(row["T"]) if compared is not None and row["T"] <= compared.T else _NOTHING)
+        for row in value["rows"]
+    ]
+    if not labelled:
+        value["rows"] = [row | {"accuracy": None} for row in value["rows"]]
+        value["by_class"] = []
+    if compared is not None:
+        value["neurons"] = [neuron | compared.neuron(k) for k, neuron in enumerate(value["neurons"])]
+    return value

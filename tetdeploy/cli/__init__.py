@@ -8,12 +8,14 @@ from tetdeploy import __version__
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.export import export
 from tetdeploy.cli.import_ import import_
+from tetdeploy.cli.inspect import inspect
 from tetdeploy.cli.landscape import landscape
 from tetdeploy.cli.predict import predict
 from tetdeploy.cli.quickstart import quickstart
 from tetdeploy.cli.report import report
 from tetdeploy.cli.sweep import sweep
 from tetdeploy.cli.train import train
+from tetdeploy.cli.validate import validate
 
 __all__ = ["main"]
 
@@ -28,12 +30,14 @@ def main() -> None:
     tetdeploy train                      train (the digits, if nothing else is said)
     tetdeploy export --T 6 --fold-bn     write the newest run as ONNX
     tetdeploy sweep                      accuracy, energy and latency at each T
+    tetdeploy validate                   does it compute what PyTorch computes, here? a gate for CI
     tetdeploy report RUN...              one HTML page: curves, accuracy, energy, layers, hashes
+    tetdeploy inspect FILE               what a checkpoint or a model is, layer by layer
     tetdeploy predict MODEL IMAGE...     classify image files
     tetdeploy landscape RUN...           both losses round trained weights
     tetdeploy import FILE --arch ...     a checkpoint of the TET authors
     """
 
 
-for command in (quickstart, train, export, sweep, report, predict, landscape, import_):
+for command in (quickstart, train, export, sweep, validate, report, inspect, predict, landscape, import_):
     main.add_command(command)

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
@@ -53,11 +62,27 @@ def newest_export(runs: Path) -> Path:
     return max(models, key=lambda path: path.stat().st_mtime)
 
 
-def progress_bar() -> Progress:
-    """A progress bar on stderr; silent where that is no terminal."""
+class _Rate(ProgressColumn):
+    """`9.3 images/s`."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.3g} {self.what}/s" if task.speed else "")
+
+
+def progress_bar(rate_of: str = "") -> Progress:
+    """A progress bar on stderr; silent where that is no terminal.
+
+    Args:
+        rate_of: what the tasks count, to show how many a second.
+    """
     stderr = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    return Progress(*columns, console=stderr, disable=not sys.stderr.isatty(), transient=True)
+    rate = (_Rate(rate_of),) if rate_of else ()
+    return Progress(*columns, *rate, console=stderr, disable=not sys.stderr.isatty(), transient=True)
 
 
 def network_of(config: Any, own: str | None) -> Any:

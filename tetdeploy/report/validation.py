@@ -8,62 +8,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from tetdeploy.report.tables import energy
+from tetdeploy.report.tables import count, energy
 
 Show = Callable[[Any], str]
-_COLUMNS: dict[str, tuple[str, Show]] = {
-    "accuracy": ("accuracy", "{:.2%}".format),
-    "engine_accuracy": ("engine", "{:.2%}".format),
-    "torch_accuracy": ("PyTorch", "{:.2%}".format),
-    "top1_agreement": ("top-1\nagreement", "{:.2%}".format),
-    "spike_mismatch_rate": ("spike\nmismatch", lambda rate: ppm(rate)),
-    "local_mismatch_rate": ("layer by\nlayer", lambda rate: ppm(rate)),
-    "spike_count_error": ("spike count\nerror", lambda rate: ppm(rate)),
-    "max_abs_logit_error": ("logit\nerror", "{:.1e}".format),
-    "firing_rate": ("firing\nrate", "{:.3f}".format),
-    "energy_pj": ("energy", energy),
-    "latency_ms": ("latency", "{:.2f} ms".format),
-    "torch_latency_ms": ("PyTorch's\nlatency", "{:.2f} ms".format),
-}
-
-
-def validation_table(rows: Sequence[Mapping[str, Any]], trained_T: int) -> Table:
-    """The rows of a validation; the T of the training is marked. Columns without any value are left out."""
-    shown = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
-    table = _table("T", *(_COLUMNS[key][0] for key in shown))
-    for row in rows:
-        cells = ("–" if row.get(key) is None else _COLUMNS[key][1](row[key]) for key in shown)
-        table.add_row(f"{row['T']}{'*' if row['T'] == trained_T else ' '}", *cells)
-    return table
-
-
-def neurons_table(neurons: Sequence[Mapping[str, Any]]) -> Table:
-    """Layers of neurons: firing rate at the largest T, and how far they are from PyTorch's."""
-    if not any("margin" in layer for layer in neurons):
-        table = _table(
-            "", "neurons", "firing\nrate", *(["spike count\nerror"] if "spike_count_error" in neurons[0] else [])
-        )
-        for layer in neurons:
-            errors = [ppm(layer["spike_count_error"])] if "spike_count_error" in layer else []
-            table.add_row(layer["name"], f"{layer['size']:,}", _rate(layer), *errors)
-        return table
-    headers = (
-        "firing\nrate",
-        "PyTorch's",
-        "spike\nmismatch",
-        "by\nitself",
-        "margin where\nthey differ",
-        "at first,\nby itself",
-        "everywhere",
-    )
-    table = _table("", "neurons", *headers)
-    for layer in neurons:
-        margins = (_margin(layer["margin"][name]["median"]) for name in ("differing", "local", "every"))
-        rates = (ppm(layer[key]) for key in ("spike_mismatch_rate", "local_mismatch_rate"))
-        table.add_row(
-            layer["name"], f"{layer['size']:,}", _rate(layer), f"{layer['torch_firing_rate']:.3f}", *rates, *margins
-        )
-    return table
 
 
 def ppm(rate: float) -> str:
@@ -71,17 +18,76 @@ def ppm(rate: float) -> str:
     return f"{rate * 1e6:,.0f} ppm" if rate >= 99.5e-6 else f"{rate * 1e6:.3g} ppm"
 
 
-def _rate(layer: Mapping[str, Any]) -> str:
-    return f"{layer['rows'][-1]['firing_rate']:.3f}"
+_COST: dict[str, tuple[str, Show]] = {
+    "accuracy": ("accuracy", "{:.2%}".format),
+    "firing_rate": ("firing\nrate", "{:.3f}".format),
+    "ac_ops": ("AC\nops", count),
+    "mac_ops": ("MAC\nops", count),
+    "energy_pj": ("energy", energy),
+    "latency_ms": ("latency", "{:.2f} ms".format),
+    "torch_latency_ms": ("PyTorch's\nlatency", "{:.2f} ms".format),
+}
+_AGREEMENT: dict[str, tuple[str, Show]] = {
+    "engine_accuracy": ("accuracy", "{:.2%}".format),
+    "torch_accuracy": ("PyTorch's", "{:.2%}".format),
+    "top1_agreement": ("top-1\nagreement", "{:.2%}".format),
+    "spike_mismatch_rate": ("spike\nmismatch", ppm),
+    "local_mismatch_rate": ("each layer\nby itself", ppm),
+    "spike_count_error": ("spike count\nerror", ppm),
+    "max_abs_logit_error": ("largest\nlogit error", "{:.1e}".format),
+}
+_MARGINS = {"differing": "margin where\nthey differ", "local": "by itself,\nat first", "every": "every-\nwhere"}
 
 
-def _margin(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1e}"
+def cost_table(rows: Sequence[Mapping[str, Any]], trained_T: int) -> Table:
+    """Accuracy, operations, energy and latency of a validation at each T; the T of the training is marked."""
+    return _rows_table(rows, _COST, trained_T)
+
+
+def agreement_table(rows: Sequence[Mapping[str, Any]], trained_T: int) -> Table:
+    """How far the engine is from PyTorch at each T."""
+    return _rows_table(rows, _AGREEMENT, trained_T)
+
+
+def neurons_table(neurons: Sequence[Mapping[str, Any]]) -> Table:
+    """Layers of neurons: firing rate at the largest T, and how far they are from PyTorch's over all steps."""
+    columns: dict[str, tuple[str, Show]] = {
+        "torch_firing_rate": ("PyTorch's", "{:.3f}".format),
+        "spike_mismatch_rate": ("spike\nmismatch", ppm),
+        "local_mismatch_rate": ("by\nitself", ppm),
+        "spike_count_error": ("spike count\nerror", ppm),
+    }
+    shown = _with_values(columns, neurons)
+    margins = _MARGINS if any("margin" in layer for layer in neurons) else {}
+    table = _table("", "firing\nrate", *(columns[key][0] for key in shown), *margins.values())
+    for layer in neurons:
+        cells = [f"{layer['rows'][-1]['firing_rate']:.3f}", *(_cell(columns, layer, key) for key in shown)]
+        medians = [layer["margin"][name]["median"] for name in margins]
+        table.add_row(layer["name"], *cells, *("–" if median is None else f"{median:.0e}" for median in medians))
+    return table
+
+
+def _rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, Show]], trained_T: int) -> Table:
+    shown = _with_values(columns, rows)
+    table = _table("T", *(columns[key][0] for key in shown))
+    for row in rows:
+        mark = "*" if row["T"] == trained_T else " "
+        table.add_row(f"{row['T']}{mark}", *(_cell(columns, row, key) for key in shown))
+    return table
+
+
+def _with_values(columns: Mapping[str, tuple[str, Show]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [key for key in columns if any(row.get(key) is not None for row in rows)]
+
+
+def _cell(columns: Mapping[str, tuple[str, Show]], row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    return "–" if value is None else columns[key][1](value)
 
 
 def _table(first: str, *headers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, justify="left" if not first else "right", no_wrap=True)
+    table.add_column(first, justify="right" if first else "left", no_wrap=True)
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     return table

@@ -1,0 +1,93 @@
+"""`--fail-under`: a result as a gate for CI."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+
+FAILED = 3  # exit code of a gate that failed; 1 and 2 are errors
+
+_FIELDS = {"accuracy": "accuracy", "agreement": "top1_agreement", "energy": "energy_pj"}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A bound on one number at one T: the least accuracy or agreement, the most energy. T is None for the default."""
+
+    key: str
+    wanted: float
+    T: int | None = None
+
+    @property
+    def field(self) -> str:
+        """Of a result's rows."""
+        return _FIELDS[self.key]
+
+    def passes(self, got: float) -> bool:
+        return got <= self.wanted if self.key == "energy" else got >= self.wanted
+
+
+def parse_gate(text: str) -> Gate:
+    """`accuracy=0.94`, `agreement=0.999@4`, `energy=2e6` (pJ).
+
+    Raises:
+        ValueError: it does not parse, and why.
+    """
+    key, equals, rest = text.partition("=")
+    if not equals or key not in _FIELDS:
+        raise ValueError(f"{text!r}: write KEY=VALUE or KEY=VALUE@T with KEY one of {', '.join(_FIELDS)}")
+    value, at, step = rest.partition("@")
+    try:
+        wanted, T = float(value), int(step) if at else None
+    except ValueError:
+        raise ValueError(f"{text!r}: write {key}=VALUE or {key}=VALUE@T with numbers") from None
+    if not math.isfinite(wanted) or wanted < 0 or (T is not None and T < 1):
+        raise ValueError(f"{text!r}: VALUE must be 0 or more and T at least 1")
+    if key != "energy" and wanted > 1:
+        raise ValueError(f"{text!r}: {key} is a fraction, 0 to 1 ({wanted:g} % is {wanted / 100:g})")
+    return Gate(key, wanted, T)
+
+
+class GateType(click.ParamType):
+    name = "KEY=VALUE[@T]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Gate:
+        try:
+            return value if isinstance(value, Gate) else parse_gate(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def place_gates(gates: Sequence[Gate], steps: Collection[int], trained_T: int) -> list[Gate]:
+    """Gates with a T each: by default the training's, if it is measured, otherwise the largest.
+
+    Raises:
+        ValueError: a gate's T is not measured.
+    """
+    default = trained_T if trained_T in steps else max(steps)
+    placed = [Gate(gate.key, gate.wanted, gate.T or default) for gate in gates]
+    for gate in placed:
+        if gate.T not in steps:
+            measured = ", ".join(map(str, sorted(steps)))
+            raise ValueError(
+                f"--fail-under {gate.key}={gate.wanted:g}@{gate.T}: T={gate.T} is not measured ({measured})"
+            )
+    return placed
+
+
+def check_gates(gates: Sequence[Gate], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What each gate, with a T, got from the rows of a result, as JSON: key, T, wanted, got, passed."""
+    by_T = {row["T"]: row for row in rows}
+    found = [(gate, by_T[gate.T][gate.field]) for gate in gates]
+    return [asdict(gate) | {"got": got, "passed": got is not None and gate.passes(got)} for gate, got in found]
+
+
+def describe(gate: Mapping[str, Any]) -> str:
+    """`accuracy at T=4: 0.9312, wanted at least 0.94`."""
+    bound = "at most" if gate["key"] == "energy" else "at least"
+    unit = " pJ" if gate["key"] == "energy" else ""
+    return f"{gate['key']} at T={gate['T']}: {gate['got']:.10g}{unit}, wanted {bound} {gate['wanted']:.10g}{unit}"

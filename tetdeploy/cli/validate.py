@@ -1,0 +1,344 @@
+"""`tetdeploy validate`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tetdeploy.cli.errors import INTERRUPTED
+from tetdeploy.cli.gates import FAILED, Gate, GateType, check_gates, describe, place_gates
+from tetdeploy.cli.options import (
+    console,
+    data_dir_option,
+    device_option,
+    json_option,
+    newest_export,
+    progress_bar,
+    runs_option,
+    threads_option,
+)
+from tetdeploy.cli.sweep import default_steps, load_inputs
+
+if TYPE_CHECKING:
+    from tetdeploy.agreement import Compared, Reference
+    from tetdeploy.engine import Engine
+    from tetdeploy.resumable import Partial, Pass
+    from tetdeploy.validate import Sweep, Tally
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  tetdeploy validate runs/r19/model-T4.onnx                     does this machine compute what PyTorch computed?
+  tetdeploy validate MODEL --data cifar10 --fail-under accuracy=0.94 --fail-under agreement=0.999
+  tetdeploy validate MODEL --data test.npz --fail-under energy=2e6@2     at most 2 µJ an image at T=2
+  tetdeploy validate MODEL --against runs/r19 --T 1:4           spike by spike, needs tetdeploy[train]
+
+\b
+Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl-C.
+"""
+)
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("--T", "steps", help="Steps: 6, 1:6 or 1,2,4. [default: all that are there to compare]")
+@click.option(
+    "--data",
+    help="A data set's name or FILE.npz with images and labels, for the accuracy. [default: only the reference images "
+    "beside the model; with --against the test set of the training's data]",
+)
+@data_dir_option
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images of the data set.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="Run PyTorch beside the engine: the run folder or checkpoint that the model was exported from.",
+)
+@click.option(
+    "--num-torch", type=click.IntRange(min=0), help="Images that PyTorch sees; 0 is all. [default: the first 2,000]"
+)
+@click.option("--model", "network", help="With --against: package.module:function, if the network is your own.")
+@click.option(
+    "--fail-under",
+    "gates",
+    multiple=True,
+    type=GateType(),
+    help="Exit with 3 if accuracy or agreement (fractions) is less, or energy (pJ an image) is more, at T "
+    "[default: the training's]. May be repeated.",
+)
+@click.option("--layers/--no-layers", default=None, help="Also a table of the layers. [default: with --against]")
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--restart", is_flag=True, help="Begin anew where an earlier run was interrupted.")
+@device_option
+@threads_option
+@runs_option
+@json_option
+@click.pass_context
+def validate(
+    ctx: click.Context,
+    model: Path | None,
+    steps: str | None,
+    data: str | None,
+    data_dir: Path,
+    limit: int | None,
+    against: Path | None,
+    num_torch: int | None,
+    network: str | None,
+    gates: tuple[Gate, ...],
+    layers: bool | None,
+    batch_size: int,
+    restart: bool,
+    device: str,
+    threads: int | None,
+    runs: Path,
+    json_path: Path | None,
+) -> None:
+    """Does an exported model compute what PyTorch computes, here?
+
+    MODEL is an .onnx file; the newest export by default. Without more, the 256 images that the export kept are run and
+    compared with PyTorch's answers; with --data the accuracy at each T as well. Neither needs torch. --against runs
+    PyTorch side by side. Ctrl-C keeps what is done; the same command goes on. Writes MODEL.validate.json.
+    """
+    from tetdeploy.engine import Engine
+    from tetdeploy.files import write_json
+
+    if against is None and (num_torch is not None or network is not None):
+        raise click.UsageError("--num-torch and --model go with --against CHECKPOINT")
+    engine = Engine(model or newest_export(runs), device=device, threads=threads)
+    json_path = json_path or engine.path.with_suffix(".validate.json")
+    partial_path = json_path.with_suffix(".partial.npz")
+    if restart:
+        partial_path.unlink(missing_ok=True)
+    job = _Job(engine, steps, gates, batch_size)
+    try:
+        if against is not None:
+            beside, digest = _beside(engine, against, network, threads)
+            inputs = load_inputs(engine, data, data_dir, limit)
+            result = job.side_by_side(*inputs, beside, digest, 2000 if num_torch is None else num_torch, partial_path)
+        elif data is not None:
+            result = job.with_data(*load_inputs(engine, data, data_dir, limit), partial_path)
+        else:
+            result = job.reference_only()
+    except KeyboardInterrupt:
+        kept = f"; what is done lies in {partial_path} and the same command goes on" if partial_path.exists() else ""
+        console.print(f"interrupted{kept}")
+        ctx.exit(INTERRUPTED)
+    write_json(json_path, result)
+    partial_path.unlink(missing_ok=True)
+    _print(result, layers=against is not None if layers is None else layers)
+    console.print(str(json_path))
+    failed = [gate for gate in result["gates"] if not gate["passed"]]
+    for gate in failed:
+        console.print(f"[red]failed:[/red] {describe(gate)}")
+    console.print(f"next: tetdeploy report {json_path}")
+    if failed:
+        ctx.exit(FAILED)
+
+
+class _Job:
+    """What to measure of a model; its methods are the three kinds of validation and give their JSON."""
+
+    def __init__(self, engine: Engine, steps: str | None, gates: tuple[Gate, ...], batch_size: int) -> None:
+        from tetdeploy.validate import parse_steps
+
+        self.engine, self.gates, self.batch_size = engine, gates, batch_size
+        self.wanted = parse_steps(steps) if steps else None
+        self.trained_T = int(engine.metadata["trained_T"])
+
+    def reference_only(self) -> dict[str, Any]:
+        """The kept images alone: no test accuracy."""
+        from tetdeploy.agreement import load_reference
+
+        engine, reference = self.engine, load_reference(self.engine)
+        steps = self.wanted or tuple(range(1, reference.T + 1))
+        if max(steps) > reference.T:
+            raise ValueError(
+                f"the reference of {engine.path.name} holds T={reference.T} steps, too few for T={max(steps)}; "
+                "name data with --data, or choose a smaller --T"
+            )
+        gates = self._placed(steps, compared=steps, accuracy=False)
+        compared = self._compare(reference, max(steps))
+        measured = self._sweep(compared.tally, reference.x, steps, "reference images")
+        return self._json(measured, compared, gates, labelled=False)
+
+    def with_data(self, name: str, x: Any, labels: Any, partial_path: Path) -> dict[str, Any]:
+        """A data set, and the kept images where they are there."""
+        from tetdeploy.agreement import load_reference, reference_path
+        from tetdeploy.resumable import Pass
+
+        engine, steps = self.engine, self.wanted or default_steps(self.engine)
+        there = reference_path(engine.path).exists()
+        reference = load_reference(engine) if there or self._needs_agreement else None
+        if reference is None:
+            console.print(f"[dim]no {reference_path(engine.path).name}, so nothing is compared with PyTorch[/dim]")
+        gates = self._placed(steps, compared=[t for t in steps if reference is not None and t <= reference.T])
+        self._check(x, labels, steps)
+        run = Pass(engine, x, labels, max(steps), batch_size=self.batch_size)
+        self._finish(run, _partial(partial_path, run, name))
+        compared = None if reference is None else self._compare(reference, max(steps))
+        return self._json(self._sweep(run.tally, x, steps, name), compared, gates)
+
+    def side_by_side(
+        self, name: str, x: Any, labels: Any, classifier: Any, digest: str, num_torch: int, partial_path: Path
+    ) -> dict[str, Any]:
+        """PyTorch beside the engine on the first images, and the engine on all."""
+        from tetdeploy.export import SideBySide
+        from tetdeploy.export.sidebyside import torch_latency
+        from tetdeploy.resumable import Pass
+
+        engine, steps = self.engine, self.wanted or default_steps(self.engine)
+        gates = self._placed(steps, compared=steps)
+        self._check(x, labels, steps)
+        beside = SideBySide(classifier, engine, max(steps))
+        run = Pass(
+            engine,
+            x,
+            labels,
+            max(steps),
+            batch_size=self.batch_size,
+            beside=beside,
+            num_beside=num_torch or len(x),
+        )
+        self._finish(run, _partial(partial_path, run, name, checkpoint=digest))
+        result = self._json(self._sweep(run.tally, x, steps, name), beside, gates)
+        result["agreement"]["checkpoint_sha256"] = digest
+        latency = torch_latency(classifier, engine, x, steps)
+        result["rows"] = [row | {"torch_latency_ms": latency[row["T"]]} for row in result["rows"]]
+        return result
+
+    @property
+    def _needs_agreement(self) -> bool:
+        return any(gate.key == "agreement" for gate in self.gates)
+
+    def _placed(self, steps: tuple[int, ...], *, compared: Any, accuracy: bool = True) -> list[Gate]:
+        """The gates, each at its T; those that could only fail for want of a number are refused before any work."""
+        gates = place_gates(self.gates, steps, self.trained_T)
+        for gate in gates:
+            if gate.key == "accuracy" and not accuracy:
+                raise ValueError("--fail-under accuracy needs a test set: name one with --data")
+            if gate.key == "agreement" and gate.T not in compared:
+                raise ValueError(
+                    f"--fail-under agreement: the reference holds no T={gate.T}; give another one, agreement=...@T"
+                )
+        return gates
+
+    def _check(self, x: Any, labels: Any, steps: tuple[int, ...]) -> None:
+        from tetdeploy.validate import check_labels
+
+        check_labels(self.engine, x, labels)
+        self.engine.check_T(max(steps), self.engine.check_input(x[:1]))
+
+    def _compare(self, reference: Reference, T: int) -> Any:
+        from tetdeploy.agreement import compare_reference
+
+        with progress_bar("images") as bar:
+            task = bar.add_task("reference images", total=len(reference.x))
+            return compare_reference(
+                self.engine, reference, T, batch_size=self.batch_size, tick=lambda done: bar.advance(task, done)
+            )
+
+    def _finish(self, run: Pass, partial: Partial) -> None:
+        """Run a pass to its end, with a bar for the images that PyTorch sees too and one for the others."""
+        from tetdeploy.resumable import finish
+
+        kept = partial.load()
+        if kept is not None:
+            run.restore(kept)
+            console.print(f"going on after {run.done:,} of {len(run.x):,} images (--restart begins anew)")
+        with progress_bar("images") as bar:
+            both = bar.add_task("PyTorch and engine", total=run.num_beside, visible=run.num_beside > 0)
+            alone = bar.add_task(self.engine.path.name, total=len(run.x) - run.num_beside)
+            bar.update(both, completed=min(run.done, run.num_beside))
+            bar.update(alone, completed=max(run.done - run.num_beside, 0))
+            finish(run, partial, lambda done: bar.advance(both if run.done <= run.num_beside else alone, done))
+
+    def _sweep(self, tally: Tally, x: Any, steps: tuple[int, ...], name: str) -> Sweep:
+        from tetdeploy.validate import summarise
+
+        return summarise(self.engine, tally, x, steps, data=name)
+
+    def _json(
+        self, measured: Sweep, compared: Compared | None, gates: list[Gate], *, labelled: bool = True
+    ) -> dict[str, Any]:
+        from tetdeploy.agreement import validation
+
+        result = validation(measured, compared, labelled=labelled)
+        return result | {"gates": check_gates(gates, result["rows"])}
+
+
+def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) -> tuple[Any, str]:
+    """The classifier of the checkpoint that a model was exported from, and the checkpoint's SHA-256.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    from tetdeploy.extras import import_extra
+
+    torch = import_extra("torch", "train")
+    import_extra("onnxscript", "train")
+    from tetdeploy.checkpoint import checkpoint_file, read_metadata
+    from tetdeploy.cli.export import load_classifier
+
+    file = checkpoint_file(path)
+    metadata = read_metadata(file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    wanted = str(engine.metadata["source"].get("checkpoint_sha256", ""))
+    if digest != wanted:
+        raise ValueError(
+            f"{engine.path.name} was not exported from {file}: it was made from "
+            f"{f'the checkpoint {wanted[:12]}' if wanted else 'a network it does not name'}, this is {digest[:12]} "
+            f"(SHA-256); name that checkpoint, or export this one again: tetdeploy export {path}"
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load_classifier(file, metadata, own), digest
+
+
+def _partial(path: Path, run: Pass, name: str, **settings: str) -> Partial:
+    """The file of an unfinished run, with all that decides its result."""
+    from tetdeploy.resumable import Partial
+
+    engine = run.engine
+    decisive = {"model": engine.sha256, "device": engine.device, "data": name, "images": len(run.x), "T": run.T}
+    labels = hashlib.sha256(run.labels.tobytes()).hexdigest()
+    return Partial(path, decisive | {"labels": labels, "torch images": run.num_beside} | settings)
+
+
+def _print(result: dict[str, Any], *, layers: bool) -> None:
+    from tetdeploy.report.validation import agreement_table, cost_table, neurons_table
+
+    rows, agreement, trained_T = result["rows"], result["agreement"], result["trained_T"]
+    console.print(f"{result['model']}   {result['num_samples']:,} images of {result['data']}   {result['layout']}")
+    console.print(cost_table(rows, trained_T))
+    if rows[0]["accuracy"] is None:
+        console.print("[dim]images of the training: their accuracy says nothing; name a test set with --data[/dim]")
+    if agreement is not None:
+        console.print(_heading(agreement))
+        console.print(agreement_table(rows, trained_T))
+        console.print(f"[dim]* the T of the training; {_reading(agreement)}[/dim]")
+    if layers:
+        console.print(f"layers of neurons, T={rows[-1]['T']}")
+        console.print(neurons_table(result["neurons"]))
+
+
+def _heading(agreement: dict[str, Any]) -> str:
+    count = f"{agreement['num_images']:,} images"
+    if agreement["with"] == "reference":
+        return f"compared with what PyTorch made of the {count} of the reference, T up to {agreement['T']}"
+    return f"beside PyTorch on {count}, checkpoint {agreement['checkpoint_sha256'][:12]}"
+
+
+def _reading(agreement: dict[str, Any]) -> str:
+    """How to read the table."""
+    if agreement["with"] == "reference":
+        return "spike count error: per layer and step, over all neuron-steps; at least as many spikes differ"
+    by_itself = "by itself: each layer of PyTorch reads the engine's spikes"
+    margin = agreement["margin"]["local"]
+    if not margin["count"]:
+        return by_itself
+    return (
+        f"{by_itself}; where it differs u lies {margin['median']:.1e} v_th from v_th "
+        f"(median of {margin['count']:,}; at most {margin['max']:.1e})"
+    )
