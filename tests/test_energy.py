@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -540,19 +541,20 @@ class FixedT(nn.Module):
         return self.inner(x, self.T)
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Classifier, Engine]]:
+@cache
+def compared() -> list[tuple[Classifier, Engine]]:
     """Two networks and their graphs: one of binary inputs behind the first layer, one of others too."""
-    net, path = classifier(Analogue()), tmp_path_factory.mktemp("peer") / "m.onnx"
-    export_model(net, path, ExportConfig(T=4), digits().images[:40])
-    return [(convsnn(), engine("unrolled", T=4)), (net, Engine(path, threads=1))]
+    net = classifier(Analogue())
+    with tempfile.TemporaryDirectory() as folder:
+        made = export_model(net, Path(folder) / "m.onnx", ExportConfig(T=4), digits().images[:40])
+        return [(convsnn(), engine("unrolled", T=4)), (net, Engine(made.path, threads=1))]
 
 
 @pytest.mark.peer
-def test_spikingjelly_counts_the_same_where_inputs_are_binary(compared: list[tuple[Classifier, Engine]]) -> None:
+def test_spikingjelly_counts_the_same_where_inputs_are_binary() -> None:
     counters = pytest.importorskip("spikingjelly.activation_based.op_counter", reason="needs spikingjelly 2.0")
     x, T = digits().images[:31], 4
-    for model, runner in compared:
+    for model, runner in compared():
         theirs = counters.SynOpCounter()
         with torch.no_grad(), counters.DispatchCounterMode([theirs]):
             model(torch.from_numpy(x), T)
@@ -566,12 +568,12 @@ def test_spikingjelly_counts_the_same_where_inputs_are_binary(compared: list[tup
 
 
 @pytest.mark.peer
-def test_neurobench_counts_the_same(compared: list[tuple[Classifier, Engine]]) -> None:
+def test_neurobench_counts_the_same() -> None:
     """Effective ACs are ours of binary inputs; effective MACs those of the others, the first layer counted once."""
     metrics = pytest.importorskip("neurobench.metrics.workload", reason="needs neurobench")
     models = pytest.importorskip("neurobench.models.torch_model", reason="needs neurobench")
     x, T = digits().images[:8], 4  # few: it sums in float32, which rounds beyond 2^24
-    for model, runner in compared:
+    for model, runner in compared():
         wrapped = models.TorchModel(FixedT(model, T))
         wrapped.register_hooks()
         with torch.no_grad():
