@@ -24,6 +24,7 @@ MODULES = [
         "tetdeploy.validate",
         "tetdeploy.cli",
         "tetdeploy.report",
+        "tetdeploy.inspection",
         "tetdeploy.serve",
     )
     if importlib.util.find_spec(name) is not None

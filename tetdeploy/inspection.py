@@ -34,9 +34,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
         MissingExtraError: an ONNX model, and onnxruntime is not installed.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; give a run folder, a checkpoint (.safetensors) or an .onnx file"
-        )
+        raise FileNotFoundError(f"{path} does not exist; give a run folder, a .safetensors or an .onnx file")
     file = checkpoint_file(path)
     if file.suffix == ".onnx":
         found = _inspect_onnx(file)

@@ -1,0 +1,197 @@
+"""inspect: what it says of checkpoints, models and files of others agrees with the files; what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from export_helpers import convsnn, exported
+from onnx import TensorProto, helper
+from rich.console import Console
+from test_imports import HEAVY, loaded_by
+
+from tetdeploy.checkpoint import save_checkpoint, write_tensors
+from tetdeploy.cli import main
+from tetdeploy.inspection import inspect
+from tetdeploy.report.inspection import inspection_tables, size
+
+TRAINING = {"T": 3, "epochs": 2, "tit": "", "loss": "tet", "lam": 0.05, "optimizer": "adamw", "lr": 0.002, "seed": 7}
+PROVENANCE = {"versions": {"torch": "2.13"}, "created": "2026-01-02T03:04:05", "epoch": 2, "val_accuracy": 0.9321}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("run") / "checkpoint.safetensors"
+    save_checkpoint(file, convsnn(), training=TRAINING, provenance=PROVENANCE)
+    return file
+
+
+def shown(found: dict[str, Any], width: int = 100) -> str:
+    console = Console(width=width, file=io.StringIO())
+    for table in inspection_tables(found):
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def safetensors(path: Path, shapes: dict[str, list[int]], metadata: dict[str, str] | None = None) -> Path:
+    """A file of zeros, written by hand."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    return path
+
+
+def relu(path: Path) -> Path:
+    """An ONNX model of somebody else."""
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "theirs", ports[:1], ports[1:])
+    opsets = [helper.make_opsetid("", 20)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="[bold]them[/x]")
+    onnx.save(model, path)
+    return path
+
+
+class TestCheckpoint:
+    def test_parameters_are_those_of_the_network(self, checkpoint: Path) -> None:
+        found = inspect(checkpoint)
+        network = convsnn().network
+        assert found["kind"] == "checkpoint"
+        assert found["parameters"] == sum(p.numel() for p in network.parameters())
+        assert found["training"] == TRAINING
+        modules = dict(network.named_modules())
+        types = {torch.nn.Conv2d: "convolution", torch.nn.BatchNorm2d: "batch norm", torch.nn.Linear: "linear"}
+        kinds = {name: kind for name, m in modules.items() for type_, kind in types.items() if isinstance(m, type_)}
+        assert {layer["name"]: layer["type"] for layer in found["layers"]} == kinds
+        for layer in found["layers"]:
+            module = modules[layer["name"]]
+            assert layer["shape"] == list(module.weight.shape)
+            assert layer["bias"] == (module.bias is not None)
+
+    def test_a_run_folder_is_its_checkpoint(self, checkpoint: Path) -> None:
+        assert inspect(checkpoint.parent) == inspect(checkpoint)
+
+    def test_table(self, checkpoint: Path) -> None:
+        text = shown(inspect(checkpoint))
+        assert max(map(len, text.splitlines())) <= 100
+        for part in ("T=3, 2 epochs, TET λ=0.05", "epoch 2, validation accuracy 93.21%", "my.networks:odd", "16×8×3×3"):
+            assert part in text, part
+
+    def test_state_of_a_run(self, tmp_path: Path) -> None:
+        file = tmp_path / "last.safetensors"
+        tensors = {"network.conv.weight": torch.zeros(4, 1, 3, 3), "optimizer.0": torch.zeros(4)}
+        best = {"epoch": 2, "val_accuracy": 0.5}
+        write_tensors(file, tensors, {"format": 1, "resume": {"epoch": 2, "step": 5, "best": best}})
+        found = inspect(file)
+        assert (found["kind"], found["parameters"], found["num_tensors"]) == ("training state", 36, 2)
+        assert "2 epochs and 5 steps finished" in shown(found)
+
+    def test_layers_go_by_number(self, tmp_path: Path) -> None:
+        file = safetensors(tmp_path / "a.safetensors", {f"blocks.{k}.weight": [2, 2] for k in (10, 9, 1)})
+        assert [layer["name"] for layer in inspect(file)["layers"]] == ["blocks.1", "blocks.9", "blocks.10"]
+
+
+class TestModel:
+    @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+    def test_inputs_layers_and_neurons(self, layout: str) -> None:
+        found = inspect(exported(layout))
+        assert (found["kind"], found["layout"], found["precision"]) == ("model", layout, "fp32")
+        assert "counting_overlay" not in found
+        inputs = {port["name"]: port for port in found["inputs"]}
+        assert inputs["x"] == {"name": "x", "shape": ["batch", 1, 8, 8], "dtype": "uint8"}
+        for neuron in found["neurons"]:
+            assert neuron["size"] == np.prod(neuron["shape"])
+            if layout == "step":
+                assert inputs[neuron["state"]]["shape"][1:] == list(neuron["shape"])
+            else:
+                assert neuron["state"] is None
+        convolutions = [m for m in convsnn().modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+        assert [layer["weights"] for layer in found["layers"]] == [m.weight.numel() for m in convolutions]
+        assert [layer["input"] for layer in found["layers"]] == ["pixels", "spikes", "spikes", "spikes"]
+
+    def test_json_can_be_written_and_tables_fit_100_columns(self) -> None:
+        found = inspect(exported("step"))
+        assert json.loads(json.dumps(found))["kind"] == "model"
+        text = shown(found)
+        assert max(map(len, text.splitlines())) <= 100
+        assert "…" not in text
+        for part in ("step, T=1", "u.lif1", "[batch, 1, 8, 8]", "folded into the convolutions (Eq. 6)"):
+            assert part in text, part
+
+    def test_loads_nothing_heavy(self, checkpoint: Path) -> None:
+        code = "import sys\nfrom tetdeploy.inspection import inspect\nfor path in sys.argv[1:]: inspect(path)"
+        assert loaded_by(code, str(checkpoint), str(exported("unrolled"))).isdisjoint(HEAVY)
+
+
+class TestOthers:
+    def test_safetensors(self, tmp_path: Path) -> None:
+        shapes = {"a.weight": [2, 3], "a.bias": [2], "[bold]alone[/x]": [5]}
+        found = inspect(safetensors(tmp_path / "a.safetensors", shapes, {"made": "[red]by hand"}))
+        assert (found["kind"], found["parameters"]) == ("safetensors", 13)
+        assert {layer["dtype"] for layer in found["layers"]} == {"float16"}
+        text = shown(found)
+        assert "[bold]alone[/x]" in text  # as it is: no markup
+        assert "made=[red]by hand" in text
+
+    def test_onnx(self, tmp_path: Path) -> None:
+        found = inspect(relu(tmp_path / "a.onnx"))
+        assert (found["kind"], found["producer"]) == ("onnx", "[bold]them[/x]")
+        assert found["inputs"] == [{"name": "x", "shape": ["n", 3], "dtype": "float32"}]
+        assert "[bold]them[/x]" in shown(found)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("name", "content", "match"),
+        [
+            ("a.onnx", b"hello", "not an ONNX model, or a damaged one"),
+            ("a.onnx", b"", "not an ONNX model, or a damaged one"),
+            ("a.safetensors", b"hello world", "not a safetensors file"),
+            ("a.safetensors", struct.pack("<Q", 999) + b"{}", "is truncated"),
+            ("a.pth", b"PK\x03\x04rest", "a zip archive, as torch.save writes"),
+            ("a.json", b"{}", "is neither a checkpoint .* nor a model .* tetdeploy report"),
+        ],
+    )
+    def test_files(self, tmp_path: Path, name: str, content: bytes, match: str) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=match):
+            inspect(tmp_path / name)
+
+    def test_a_tensor_without_a_shape(self, tmp_path: Path) -> None:
+        text = json.dumps({"a": {"dtype": "F32", "data_offsets": [0, 0]}}).encode()
+        (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+        with pytest.raises(ValueError, match="its header does not describe its tensors"):
+            inspect(tmp_path / "a.safetensors")
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="does not exist; give a run folder"):
+            inspect(tmp_path / "no")
+        with pytest.raises(FileNotFoundError, match="it is not a run folder"):
+            inspect(tmp_path)
+
+
+def test_command(tmp_path: Path, checkpoint: Path) -> None:
+    done = CliRunner().invoke(main, ["inspect", str(checkpoint), "--json", str(tmp_path / "i.json")])
+    assert done.exit_code == 0, done.output
+    assert "a checkpoint of tetdeploy" in done.output
+    assert json.loads((tmp_path / "i.json").read_text()) == inspect(checkpoint)
+    done = CliRunner().invoke(main, ["inspect", str(tmp_path / "i.json")])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    assert done.output.count("Error: ") == 1
+
+
+def test_sizes() -> None:
+    assert [size(n) for n in (12, 1_234, 5_678_000)] == ["12 bytes", "1.23 kB", "5.68 MB"]
