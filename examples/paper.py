@@ -51,6 +51,14 @@ class Entry:
     options: tuple[str, ...] = ()
     smoke: tuple[str, ...] = ("--epochs", "6", "--seeds", "0,1")
     small: tuple[str, ...] = ("--epochs", "4")
+    scales: tuple[str, ...] = ("full", "small", "smoke")
+    needs: str = ""  # a folder in the data folder, for data that cannot be downloaded
+
+    def left_out(self, scale: str, data_dir: Path) -> str:
+        """Why it is not trained; "" if it is."""
+        if scale not in self.scales:
+            return f"only {' and '.join(self.scales)} runs have it"
+        return f"it needs {data_dir / self.needs}" if not (data_dir / self.needs).is_dir() and self.needs else ""
 
     def shortened(self, scale: str) -> tuple[str, ...]:
         """The options of a scale, which override the recipe's."""
@@ -63,6 +71,12 @@ def entries(pattern: str, **names: str) -> tuple[Entry, ...]:
 
 def switched(epochs: int) -> tuple[str, ...]:
     return ("--epochs", str(epochs), "--switch-to-tet", str(2 * epochs // 3), "--T", "4")
+
+
+def inherited(T: int, first: int, second: int) -> tuple[str, ...]:
+    """Options of a short run whose recipe inherits its weights from T=2, or at T=2 has no second stage."""
+    length = ("--tit", f"2:{first},{T}:{second}") if T > 2 else ("--epochs", str(first + second))
+    return (*length, "--seeds", "0,1")
 
 
 TABLES = {
@@ -84,9 +98,30 @@ TABLES = {
         Entry("TIT T=2 to 6", "figure4a-tit", (), ("--tit", "2:6,6:2"), ("--tit", "2:4,6:1")),
         *(Entry(f"SDT T={T}", f"figure4a-T{T}", ("--loss", "sdt")) for T in (2, 3, 4)),
     ),
-    "comparison": entries(
-        "comparison-{}",
-        **{f"cifar{n}-T{T}": f"CIFAR-{n} T={T}" for n in (10, 100) for T in (2, 4, 6)},
+    "comparison": (
+        *(
+            Entry(
+                f"CIFAR-{n} T={T}",
+                f"comparison-cifar{n}-T{T}",
+                (),
+                *(inherited(T, *stages) for stages in ((4, 2), (3, 1))),
+            )
+            for n in (10, 100)
+            for T in (2, 4, 6)
+        ),
+        *(
+            Entry(
+                f"DVS-CIFAR10 {loss.upper()} T=10",
+                f"comparison-dvs-cifar10-{loss}",
+                smoke=("--data", "saccades:digits", "--T", "4", "--epochs", "6", "--seeds", "0,1"),
+                scales=("full", "smoke"),
+            )
+            for loss in ("sdt", "tet")
+        ),
+        *(
+            Entry(f"ImageNet {name} T={T}", f"imagenet-{model}", scales=("full",), needs="imagenet")
+            for name, model, T in (("Spiking-ResNet-34", "spiking-resnet34", 6), ("SEW-ResNet-34", "sew-resnet34", 4))
+        ),
     ),
 }
 
@@ -152,13 +187,17 @@ def accuracy_table(name: str, out: Path, data_dir: Path, scale: str) -> None:
     """Mean and standard deviation of the accuracy: on the test set, or held out where spikes are smooth."""
     rows, numbers = [], []
     for entry in TABLES[name]:
+        if reason := entry.left_out(scale, data_dir):
+            print(f"left out: {entry.name}: {reason}", flush=True)
+            continue
         runs = trained(entry, out, data_dir, scale)
         held_out = [best_validation(run) for run in runs]
         test = []
         if name != "table2":  # smooth spikes do not export
             for run in runs:
                 T = trained_T(run)
-                test.append(next(row["accuracy"] for row in swept(run, data_dir, "1:8") if row["T"] == T))
+                steps = f"1:{T}" if "dvs" in entry.recipe else "1:8"  # a recording has no more frames
+                test.append(next(row["accuracy"] for row in swept(run, data_dir, steps) if row["T"] == T))
         numbers.append({"name": entry.name, "recipe": entry.recipe, "held_out": held_out, "test": test})
         rows.append([entry.name, mean_std(held_out), mean_std(test) if test else "–", str(len(runs))])
     write_json(out / f"{name}.json", {"scale": scale, "rows": numbers})

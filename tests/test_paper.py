@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
 
-from tetdeploy.cli.train import train
+from tetdeploy.cli.train import train, train_config
+from tetdeploy.train import TrainConfig
 
 FILE = Path(__file__).parent.parent / "examples" / "paper.py"
 
@@ -40,6 +42,32 @@ def test_every_option_of_a_scale_is_one_of_train(paper: ModuleType, scale: str) 
         for entry in entries:
             options = (*entry.shortened(scale), *entry.options)
             assert {option for option in options if option.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("scale", ["full", "small", "smoke"])
+def test_every_entry_makes_a_configuration(paper: ModuleType, scale: str) -> None:
+    names = {field.name for field in fields(TrainConfig)}
+    for entries in paper.TABLES.values():
+        for entry in (entry for entry in entries if scale in entry.scales):
+            arguments = [
+                "--config",
+                str(paper.RECIPES / f"{entry.recipe}.toml"),
+                *entry.shortened(scale),
+                *entry.options,
+            ]
+            with train.make_context("train", arguments) as ctx:
+                config = train_config(ctx, {name: value for name, value in ctx.params.items() if name in names})
+            assert scale == "full" or config.epochs <= 12
+
+
+def test_what_is_left_out_says_why(paper: ModuleType, tmp_path: Path) -> None:
+    by_name = {entry.name: entry for entry in paper.TABLES["comparison"]}
+    imagenet, events = by_name["ImageNet SEW-ResNet-34 T=4"], by_name["DVS-CIFAR10 TET T=10"]
+    assert imagenet.left_out("full", tmp_path) == f"it needs {tmp_path / 'imagenet'}"
+    (tmp_path / "imagenet").mkdir()
+    assert imagenet.left_out("full", tmp_path) == ""
+    assert imagenet.left_out("smoke", tmp_path) == "only full runs have it"
+    assert events.left_out("smoke", tmp_path) == "" and events.left_out("small", tmp_path) != ""
 
 
 def test_mean_and_standard_deviation(paper: ModuleType) -> None:

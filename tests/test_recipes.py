@@ -74,6 +74,7 @@ def test_there_is_a_recipe_for_each_table_and_figure() -> None:
     assert {"table2-sdt", "table2-tet", "figure3", "figure4a-T2", "figure4a-T3", "figure4a-T4", "figure4a-tit"} <= names
     assert {f"comparison-cifar{c}-T{T}" for c in (10, 100) for T in (2, 4, 6)} <= names
     assert {"modern-cifar10", "modern-cifar10-teacher", "comparison-dvs-cifar10-tet"} <= names
+    assert {"imagenet-spiking-resnet34", "imagenet-sew-resnet34"} <= names
 
 
 def test_the_commands_defaults_are_those_of_the_configuration() -> None:
