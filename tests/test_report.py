@@ -57,7 +57,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
 class TestPage:
     def test_numbers_with_units_stand_in_the_page(self, whole: str) -> None:
         found = Page(whole).texts
-        for text in ("92.00%", "200 images of digits", "2.72 µJ", "2.5 times less energy", "1 ms", "99.50% of images"):
+        for text in ("92.00%", "200 images of digits", "2.72 µJ", "2.5 times less energy", "1 ms", "99.50%"):
             assert text in found, text
         assert "ab" * 32 in found
         assert "2026-01-02T03:04:05+00:00" in found
@@ -168,6 +168,18 @@ class TestSections:
         found = page(write(tmp_path / "a.json", content)).texts
         assert {"3 ppm", "1 ppm", "4.0e-07", "5.0e-01"} <= set(found)
 
+    def test_gates(self, tmp_path: Path) -> None:
+        gates = [
+            {"key": "accuracy", "wanted": 0.95, "T": 2, "got": 0.92, "passed": False},
+            {"key": "energy", "wanted": 3e6, "T": 2, "got": 2.72e6, "passed": True},
+        ]
+        results = read_results([write(tmp_path / "a.json", result(gates=gates))])
+        section = next(s for s in document_of(results).sections if s.title == "Gates")
+        assert section.blocks[0].rows == (  # type: ignore[union-attr]
+            ("a", "accuracy", "2", "at least 95.00%", "92.00%", "NO"),
+            ("a", "energy", "2", "at most 3 µJ", "2.72 µJ", "yes"),
+        )
+
 
 class TestTraining:
     def test_settings_and_curves(self, tmp_path: Path) -> None:
@@ -261,9 +273,38 @@ class TestReading:
         assert [s.name for s in read_results(files).sources] == ["a/m", "b/m"]
         assert [s.name for s in read_results(files, ["SDT"]).sources] == ["SDT", "b/m"]
 
+    def test_agreement_on_reference_images_joins_the_accuracy_of_a_sweep(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a")
+        kept = result(data="reference images", num_samples=64, by_class=None, agreement={"with": "reference"})
+        for row in kept["rows"]:
+            row |= {"accuracy": None, "energy_pj": 1.0, "top1_agreement": 0.75, "spike_count_error": 8e-6}
+        kept["neurons"][0]["spike_mismatch_rate"] = 5e-6
+        write(run / "m.validate.json", kept)
+        sweep = result(kind="sweep")
+        for row in sweep["rows"]:
+            for key in ("top1_agreement", "spike_mismatch_rate", "max_abs_logit_error"):
+                del row[key]
+        write(run / "m.sweep.json", sweep)
+        results = read_results([run])
+        (m,) = results.measurements
+        assert results.notes == ()
+        assert [row["accuracy"] for row in m.rows] == [0.91, 0.92, 0.93]
+        assert (m.headline["energy_pj"], m.headline["top1_agreement"]) == (2.72e6, 0.75)
+        found = Page(html(results)).texts
+        assert {"75.00%", "8 ppm", "5 ppm"} <= set(found)
+        assert "The exported model against PyTorch (a: the 64 images that its export kept)." in found
+
+    def test_agreement_alone_is_compared_with_any_data(self, tmp_path: Path) -> None:
+        kept = result(data="reference images")
+        for row in kept["rows"]:
+            row["accuracy"] = None
+        files = [write(tmp_path / "a.json", kept), write(tmp_path / "b.json", result())]
+        results = read_results(files)
+        assert "different images (a: 200 reference images, b: 200 images of digits)" in results.notes[0]
+
     def test_different_numbers_of_images_are_said(self, tmp_path: Path) -> None:
         files = [write(tmp_path / f"{n}.json", result(num_samples=n)) for n in (100, 200)]
-        assert "different numbers of images (100: 100, 200: 200)" in read_results(files).notes[0]
+        assert "different images (100: 100 images of digits, 200: 200 images of digits)" in read_results(files).notes[0]
 
     def test_a_data_file_counts_by_its_name(self, tmp_path: Path) -> None:
         files = [write(tmp_path / f"{n}.json", result(data=f"{n}/test.npz")) for n in ("x", "y")]

@@ -25,10 +25,8 @@ def document_of(results: Results, title: str | None = None) -> Document:
 
 
 def _subtitle(results: Results) -> str:
-    networks = {source.run.network.get("model") for source in results.trained if source.run}
-    data = {m.content["data"] for m in results.measurements}
-    data = data or {str(source.run.data.get("name")) for source in results.trained if source.run}
-    counts = {m.content["num_samples"] for m in results.measurements}
-    images = f", {counts.pop():,} test images" if len(counts) == 1 else ""
-    network = f"{', '.join(sorted(map(str, networks)))} on " if networks else ""
-    return f"Spiking networks: {network}{', '.join(sorted(data))}{images}"
+    networks = {str(source.run.network.get("model")) for source in results.trained if source.run}
+    images = {m.images for m in results.measurements}
+    data = images or {str(source.run.data.get("name")) for source in results.trained if source.run}
+    network = f"{', '.join(sorted(networks))} on " if networks else "measured on "
+    return f"Spiking networks: {network}{', '.join(sorted(data))}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ from tetdeploy.checkpoint import CHECKPOINT_NAME, read_metadata
 
 CONFIG_NAME, METRICS_NAME, SUMMARY_NAME = "config.json", "metrics.jsonl", "summary.json"
 
-# What a file is follows from its "kind", and in a run folder from its name, MODEL.<kind>.json. Of two results of one
-# model the later kind here leads, and the earlier one fills in what it lacks.
+# What a file is follows from its "kind", and in a run folder from its name, MODEL.<kind>.json.
 KINDS = ("sweep", "validate")
 
 _ROW_NUMBERS = (
     "accuracy", "firing_rate", "ac_ops", "mac_ops", "energy_pj", "energy_exact_pj", "energy_once_pj", "ann_ratio",
     "latency_ms", "top1_agreement", "spike_mismatch_rate", "max_abs_logit_error",
+    "local_mismatch_rate", "spike_count_error", "torch_accuracy", "torch_latency_ms",
 )  # fmt: skip
 
 
@@ -98,24 +97,6 @@ def read_result(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} does not have the form of a {kind}: {error!r}; run tetdeploy {kind} again") from error
 
 
-def merged(files: Sequence[Path]) -> tuple[dict[str, Any], list[Path], list[str]]:
-    """One model's results as one: the leading kind's, with what it lacks from the others if they measured the same.
-
-    Returns:
-        The content, the files it is of, and notes on those that were left out.
-    """
-    contents = {file: read_result(file) for file in files}
-    first, *others = sorted(files, key=lambda file: KINDS.index(contents[file]["kind"]), reverse=True)
-    content, used, notes = contents[first], [first], []
-    for file in others:
-        if differing := _apart(content, contents[file]):
-            notes.append(f"{file} is left out: it and {first.name} differ in {', '.join(differing)}.")
-        else:
-            content = _filled(content, contents[file])
-            used.append(file)
-    return content, used, notes
-
-
 def json_object(file: Path) -> dict[str, Any]:
     """The JSON object of a file.
 
@@ -167,20 +148,3 @@ def _normalised(content: dict[str, Any]) -> dict[str, Any]:
 def _row(row: dict[str, Any]) -> dict[str, Any]:
     numbers = {key: float(row[key]) for key in _ROW_NUMBERS if row.get(key) is not None}
     return row | numbers | {"T": int(row["T"])}
-
-
-def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """What tells two results of one file name apart: another model, or other images."""
-    keys = ("data", "num_samples", "model_sha256")
-    return [key for key in keys if first.get(key) and second.get(key) and first[key] != second[key]]
-
-
-def _filled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """`first`, and what it lacks from `second`, row by row."""
-    others = {row["T"]: row for row in second["rows"]}
-    rows = [_joined(row, others.get(row["T"], {})) for row in first["rows"]]
-    return _joined(first, second) | {"rows": rows}
-
-
-def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    return {**second, **{key: value for key, value in first.items() if value is not None or key not in second}}

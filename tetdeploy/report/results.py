@@ -9,16 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.report.reading import (
-    CONFIG_NAME,
-    SUMMARY_NAME,
-    Run,
-    json_object,
-    merged,
-    model_stem,
-    read_run,
-    result_files,
-)
+from tetdeploy.report.merging import has_accuracy, merged
+from tetdeploy.report.reading import CONFIG_NAME, SUMMARY_NAME, Run, json_object, model_stem, read_run, result_files
 
 
 @dataclass(frozen=True)
@@ -41,6 +33,12 @@ class Measurement:
     def rows(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = self.content["rows"]
         return rows
+
+    @property
+    def images(self) -> str:
+        """`359 images of digits`."""
+        number, data = f"{self.content['num_samples']:,}", self.content["data"]
+        return f"{number} {data}" if data.endswith("images") else f"{number} images of {data}"
 
     @property
     def trained_T(self) -> int | None:
@@ -165,8 +163,8 @@ def check_comparable(sources: Sequence[Source]) -> None:
     Raises:
         ValueError: they are.
     """
-    measured = {m.name: _data_name(m.content["data"]) for source in sources for m in source.measurements}
-    _refuse_different("measured on", measured)
+    labelled = [m for source in sources for m in source.measurements if has_accuracy(m.content)]
+    _refuse_different("measured on", {m.name: _data_name(m.content["data"]) for m in labelled})
     if any(not source.measurements for source in sources):  # its validation images are all there is to compare by
         trained = {source.name: _data_name(source.run.data.get("name", "")) for source in sources if source.run}
         _refuse_different("trained on", trained)
@@ -205,10 +203,10 @@ def _holds_anything(source: Source) -> bool:
 
 def _cautions(sources: Sequence[Source]) -> Iterator[str]:
     """What sets results apart without making them incomparable."""
-    counts = {m.name: m.content["num_samples"] for source in sources for m in source.measurements}
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
-        yield f"The models were measured on different numbers of images ({listed}): compare accuracies with care."
+    images = {m.name: m.images for source in sources for m in source.measurements}
+    if len(set(images.values())) > 1:
+        listed = ", ".join(f"{name}: {count}" for name, count in images.items())
+        yield f"The models were measured on different images ({listed}): compare them with care."
     devices = {m.content.get("device", "cpu") for source in sources for m in source.measurements}
     if len(devices) > 1:
         yield f"The models ran on different devices ({', '.join(sorted(devices))}): latencies do not compare."

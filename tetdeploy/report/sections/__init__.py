@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tetdeploy.report.document import Section
 from tetdeploy.report.results import Results
 from tetdeploy.report.sections.accuracy import accuracy, pareto_front
-from tetdeploy.report.sections.agreement import agreement
+from tetdeploy.report.sections.agreement import agreement, gates
 from tetdeploy.report.sections.classes import accuracy_by_class
 from tetdeploy.report.sections.cost import cost
 from tetdeploy.report.sections.layers import layers
@@ -19,6 +19,7 @@ from tetdeploy.report.sections.training import seeds, training
 
 SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     at_a_glance,
+    gates,
     settings,
     training,
     seeds,

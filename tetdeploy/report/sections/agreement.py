@@ -2,52 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tetdeploy.report.document import NONE, Note, Row, Section, Table
-from tetdeploy.report.numbers import parts_per_million, percent, text
+from tetdeploy.report.merging import AGREEMENT
+from tetdeploy.report.numbers import joules, parts_per_million, percent, text
 from tetdeploy.report.results import Measurement, Results
 
-_KEYS = ("top1_agreement", "spike_mismatch_rate", "max_abs_logit_error")
+
+def _small(value: float | None) -> str:
+    return text(value, lambda v: f"{v:.1e}")
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("same class", "top1_agreement", percent),
+    ("PyTorch's accuracy", "torch_accuracy", percent),
+    ("spikes that differ", "spike_mismatch_rate", parts_per_million),
+    ("by itself", "local_mismatch_rate", parts_per_million),
+    ("spike counts differ", "spike_count_error", parts_per_million),
+    ("logit error, largest", "max_abs_logit_error", _small),
+)
 _NOTE = (
     "Same class: images for which both give the same answer. Spikes that differ: of all neurons and steps, in parts "
     "per million; a membrane potential u that lies within rounding of the threshold v_th may fall on either side. By "
     "itself: where each layer of PyTorch reads the spikes that the engine's layer read, so that no earlier layer plays "
-    "a part."
+    "a part. Spike counts: of each layer and step; at least as many spikes differ."
 )
 
 
 def agreement(results: Results) -> Section | None:
     """A row for each model and T, and the layers where spikes differ."""
-    found = [(m, row) for m in results.measurements for row in m.rows if any(row.get(k) is not None for k in _KEYS)]
+    found = [(m, row) for m in results.measurements for row in m.rows if any(row.get(k) is not None for k in AGREEMENT)]
     if not found:
         return None
-    headers = (
-        "model",
-        "T",
-        "same class",
-        "PyTorch's accuracy",
-        "spikes that differ",
-        "by itself",
-        "logit error, largest",
-    )
-    rows = tuple(_row(m, row) for m, row in found)
-    whole = Table("The exported model against PyTorch.", headers, rows).without_empty_columns()
+    rows = tuple((m.name, str(row["T"]), *(form(row.get(key)) for _, key, form in _COLUMNS)) for m, row in found)
+    headers = ("model", "T", *(header for header, *_ in _COLUMNS))
+    images = "; ".join(dict.fromkeys(f"{m.name}: {_images(m)}" for m, _ in found))
+    whole = Table(f"The exported model against PyTorch ({images}).", headers, rows).without_empty_columns()
     by_layer = tuple(table for m in results.measurements if (table := _by_layer(m)) is not None)
     return Section("Agreement with PyTorch", (whole, Note(_NOTE), *([Row(by_layer)] if by_layer else [])))
 
 
-def _row(m: Measurement, row: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        m.name,
-        str(row["T"]),
-        percent(row.get("top1_agreement")),
-        percent(row.get("torch_accuracy")),
-        parts_per_million(row.get("spike_mismatch_rate")),
-        parts_per_million(row.get("local_mismatch_rate")),
-        _small(row.get("max_abs_logit_error")),
-    )
+def gates(results: Results) -> Section | None:
+    """What was asked of a model, and whether it held (`validate --fail-under`)."""
+    rows = tuple(_gate(m.name, gate) for m in results.measurements for gate in m.content.get("gates") or [])
+    headers = ("model", "number", "T", "wanted", "got", "held")
+    return Section("Gates", (Table("Bounds that were set for the models.", headers, rows, 2),)) if rows else None
+
+
+def _gate(name: str, gate: Mapping[str, Any]) -> tuple[str, ...]:
+    form, bound = (joules, "at most") if gate["key"] == "energy" else (percent, "at least")
+    held = "yes" if gate["passed"] else "NO"
+    return name, str(gate["key"]), str(gate["T"]), f"{bound} {form(gate['wanted'])}", form(gate.get("got")), held
+
+
+def _images(m: Measurement) -> str:
+    """What agreement was measured on."""
+    compared = m.content.get("agreement") or {}
+    number = compared.get("num_images", m.content["num_samples"])
+    if compared.get("with") == "reference":
+        return f"the {number:,} images that its export kept"
+    return f"{number:,} images of {compared.get('data', m.content['data'])}"
 
 
 def _by_layer(m: Measurement) -> Table | None:
@@ -74,7 +90,3 @@ def _margin(entry: Mapping[str, Any], which: str, statistic: str) -> str:
     margin = entry.get("margin")
     found = margin.get(which) if isinstance(margin, dict) else None
     return _small(found.get(statistic)) if isinstance(found, dict) else NONE
-
-
-def _small(value: float | None) -> str:
-    return text(value, lambda v: f"{v:.1e}")

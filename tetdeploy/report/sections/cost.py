@@ -20,6 +20,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("energy, first layer once", "energy_once_pj", joules),
     ("ANN twin / energy", "ann_ratio", times),
     ("latency", "latency_ms", milliseconds),
+    ("PyTorch's", "torch_latency_ms", milliseconds),
 )
 
 
@@ -96,7 +97,7 @@ def _table(m: Measurement) -> Table:
     )
     marked = frozenset(k for k, row in enumerate(m.rows) if row["T"] == m.trained_T)
     star = "; * is the T of the training" if marked else ""
-    caption = f"{m.name}: {m.content['num_samples']:,} images of {m.content['data']}{star}."
+    caption = f"{m.name}: {m.images}{star}."
     headers = ("T", *(header for header, *_ in _COLUMNS))
     return Table(caption, headers, rows, marked=marked).without_empty_columns()
 

@@ -37,7 +37,7 @@ def _measurement_table(m: Measurement) -> Table:
         "model": content["model"],
         "its SHA-256": content.get("model_sha256"),
         "layout": content.get("layout"),
-        "data": f"{content['num_samples']:,} images of {content['data']}",
+        "data": m.images,
         "device": content.get("device"),
         "measured": content.get("created"),
         "versions": _versions(content.get("versions")),

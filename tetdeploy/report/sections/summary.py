@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tetdeploy.report.document import NONE, Card, Cards, Note, Section
-from tetdeploy.report.numbers import joules, milliseconds, percent, rate, text
+from tetdeploy.report.numbers import joules, milliseconds, percent, rate
 from tetdeploy.report.results import Measurement, Results, Source
 
 
@@ -23,13 +23,15 @@ def _measured(m: Measurement) -> Card:
     where = f"T={m.T}" + (", as trained" if m.trained_T == m.T else "")
     facts = [
         (f"accuracy at {where}", percent(row.get("accuracy"))),
-        ("measured on", f"{m.content['num_samples']:,} images of {m.content['data']}"),
+        ("measured on", m.images),
         ("energy per image", joules(row.get("energy_pj"))),
         ("against its ANN twin", _against(row.get("ann_ratio"), m, row.get("energy_pj"))),
         ("spikes per neuron and step", rate(row.get("firing_rate"))),
         ("latency of one image", milliseconds(row.get("latency_ms"))),
-        ("same answer as PyTorch", text(row.get("top1_agreement"), lambda v: f"{v:.2%} of images")),
+        ("same answer as PyTorch", percent(row.get("top1_agreement"))),
     ]
+    if row.get("accuracy") is None:
+        facts.insert(0, facts.pop())  # without labels agreement is the headline
     return Card(m.name, tuple((label, value) for label, value in facts if value != NONE))
 
 

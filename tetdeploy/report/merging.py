@@ -1,0 +1,91 @@
+"""Several results of one exported model as one: a sweep's latencies, a validation's agreement with PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tetdeploy.report.reading import KINDS, read_result
+
+AGREEMENT = (
+    "top1_agreement",
+    "spike_mismatch_rate",
+    "local_mismatch_rate",
+    "spike_count_error",
+    "max_abs_logit_error",
+    "margin",
+)
+
+
+def merged(files: Sequence[Path]) -> tuple[dict[str, Any], list[Path], list[str]]:
+    """What was measured of one model.
+
+    A result with accuracies leads, of two such the one of the later kind in `KINDS`. It takes what it lacks from the
+    others if they measured the same images, and the agreement with PyTorch whatever images that is of: an export's
+    reference images have no part in the accuracy.
+
+    Returns:
+        The content, the files it is of, and notes on those that were left out.
+    """
+    contents = {file: read_result(file) for file in files}
+    first, *others = sorted(files, key=lambda file: _rank(contents[file]), reverse=True)
+    content, used, notes = contents[first], [first], []
+    for file in others:
+        other = contents[file]
+        differing = _apart(content, other)
+        if not differing:
+            content = _filled(content, other)
+        elif "model_sha256" not in differing and not agrees(content) and agrees(other):
+            content = _with_agreement(content, other)
+        else:
+            notes.append(f"{file} is left out: it and {first.name} differ in {', '.join(differing)}.")
+            continue
+        used.append(file)
+    return content, used, notes
+
+
+def agrees(content: Mapping[str, Any]) -> bool:
+    """Whether a result compares with PyTorch."""
+    return any(row.get(key) is not None for row in content["rows"] for key in AGREEMENT)
+
+
+def has_accuracy(content: Mapping[str, Any]) -> bool:
+    """Whether the images had labels."""
+    return any(row.get("accuracy") is not None for row in content["rows"])
+
+
+def _rank(content: Mapping[str, Any]) -> tuple[bool, int]:
+    return has_accuracy(content), KINDS.index(content["kind"])
+
+
+def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What tells two results of one file name apart: another model, or other images."""
+    keys = ("data", "num_samples", "model_sha256")
+    return [key for key in keys if first.get(key) and second.get(key) and first[key] != second[key]]
+
+
+def _filled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """`first`, and what it lacks from `second`, row by row."""
+    others = {row["T"]: row for row in second["rows"]}
+    rows = [_joined(row, others.get(row["T"], {})) for row in first["rows"]]
+    return _joined(first, second) | {"rows": rows}
+
+
+def _with_agreement(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """`first`, and the agreement of `second`, of its rows and of its layers of neurons."""
+    rows = {row["T"]: _agreement(row) for row in second["rows"]}
+    neurons = {entry["name"]: _agreement(entry) for entry in second.get("neurons") or []}
+    parts = {"rows": [row | rows.get(row["T"], {}) for row in first["rows"]]}
+    if first.get("neurons"):
+        parts["neurons"] = [entry | neurons.get(entry["name"], {}) for entry in first["neurons"]]
+    compared = {"num_images": second["num_samples"], "data": second["data"]} | (second.get("agreement") or {})
+    return {**first, **parts, "agreement": compared, "gates": [*first.get("gates", []), *second.get("gates", [])]}
+
+
+def _agreement(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: entry[key] for key in AGREEMENT if entry.get(key) is not None}
+
+
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    return {**second, **{key: value for key, value in first.items() if value is not None or key not in second}}
