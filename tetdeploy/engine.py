@@ -72,9 +72,13 @@ class Engine:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         self._threads = threads
-        self._bytes = _read(self.path)
+        self._bytes = read_model(self.path)
         self._session = self._make_session(b"")
-        self.metadata = _metadata(self._session, self.path)
+        self._take(parse_metadata(self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), self.path))
+
+    def _take(self, metadata: dict[str, Any]) -> None:
+        """The attributes that the metadata say."""
+        self.metadata = metadata
         self.layout: str = self.metadata["layout"]
         self.encoding: str = self.metadata["encoding"]
         self.T: int | None = self.metadata["T"]
@@ -246,7 +250,7 @@ class Stream:
 
     @property
     def state(self) -> dict[str, Array]:
-        return dict(self._u)
+        return {name: np.asarray(u) for name, u in self._u.items()}  # a TensorRT engine keeps them on the GPU
 
     @state.setter
     def state(self, state: Mapping[str, Array]) -> None:
@@ -312,16 +316,43 @@ class Stream:
         return {name: np.zeros((self.batch, *shape), np.float32) for name, _, shape in states}
 
 
-def _read(path: Path) -> bytes:
+def open_engine(model: str | Path, *, device: str = "cpu", threads: int | None = None) -> Engine:
+    """An `Engine` for an `.onnx` file, a `TensorRTEngine` for what `tetdeploy build` made of one.
+
+    Raises:
+        ValueError: the device is not one that the file can run on; otherwise as these two do.
+    """
+    if Path(model).suffix != ".engine":
+        return Engine(model, device=device, threads=threads)
+    if device != "tensorrt":
+        raise ValueError(f"{model} runs on an NVIDIA GPU only, got device {device!r}; choose device tensorrt")
+    from tetdeploy.tensorrt_engine import TensorRTEngine
+
+    return TensorRTEngine(model)
+
+
+def read_model(path: Path) -> bytes:
+    """The bytes of an exported model.
+
+    Raises:
+        ValueError: it is a folder, or a TensorRT engine.
+        OSError: it is not there or cannot be read.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not an .onnx file")
     if not path.exists():
         raise FileNotFoundError(f"no model at {path}; write one with: tetdeploy export")
+    if path.suffix == ".engine":
+        raise ValueError(f"{path} is a TensorRT engine; here the .onnx file it was built from is needed")
     return path.read_bytes()
 
 
-def _metadata(session: Any, path: Path) -> dict[str, Any]:
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+def parse_metadata(text: str | None, path: Path) -> dict[str, Any]:
+    """The metadata of a model from their text in the file `path`.
+
+    Raises:
+        ValueError: there are none, they are damaged, or of a format that this version does not know.
+    """
     if text is None:
         raise ValueError(f"{path} is an ONNX model, but not one that tetdeploy exported: its metadata are missing")
     try:
@@ -338,6 +369,8 @@ def _call(session: Any, names: list[str], feed: Mapping[str, Array]) -> dict[str
     """The outputs `names` of one call of the graph."""
     try:
         return dict(zip(names, session.run(names, feed), strict=True))
+    except ValueError:  # of a TensorRT session, which speaks for itself
+        raise
     except Exception as error:  # ONNX Runtime's own exception classes are private
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"ONNX Runtime failed on x of shape {list(feed['x'].shape)}: {reason}") from error
