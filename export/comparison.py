@@ -104,6 +104,11 @@ class Comparison:
         expected, differing = compare_torch(
             self.classifier, x, self.T, self.encoding, spikes, state, replacing=True, watch=watch
         )
+        self.count_local(per_step, expected, differing)
+
+    def count_local(self, per_step: NDArray[Any], expected: NDArray[Any], differing: NDArray[np.int64]) -> None:
+        """Add what each layer by itself made of images: PyTorch's logits `[N, T, K]`, neurons that differ
+        `[layers, T, N]`."""
         self.local.add(differing)
         error = np.abs(per_step - expected).max() / max(np.abs(expected).max(), 1e-12)
         self.local_error = max(self.local_error, float(error))

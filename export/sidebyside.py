@@ -64,20 +64,25 @@ class SideBySide:
         expected, differing = self.sums.add(x, result.per_step, spikes, watch=self._watch)
         for side, logits in enumerate((expected, result.per_step)):
             self.correct[side] += (running_class(logits) == labels[:, None]).sum(0)
-        self._add_local(x, result.per_step, spikes, np.flatnonzero(differing))
+        self._add_local(x, result.per_step, spikes, expected, differing > 0)
         return result, outputs
 
     def _add_local(
-        self, x: NDArray[Any], per_step: NDArray[Any], spikes: list[NDArray[Any]], some: NDArray[np.int64]
+        self,
+        x: NDArray[Any],
+        per_step: NDArray[Any],
+        spikes: list[NDArray[Any]],
+        expected: NDArray[Any],
+        some: NDArray[np.bool_],
     ) -> None:
-        """Where no spike of an image differs each layer has read the engine's spikes already."""
-        num_layers, num_same = len(spikes), len(x) - len(some)
-        self.sums.local.add(np.zeros((num_layers, self.T, num_same), np.int64))
-        if len(some) == 0:
-            return
-        if num_same:
+        """Each layer by itself. Only `some` images are run: where no spike differs, each layer of PyTorch has read the
+        engine's spikes already."""
+        if not some.all():
+            nothing = np.zeros((len(spikes), self.T, int((~some).sum())), np.int64)
+            self.sums.count_local(per_step[~some], expected[~some], nothing)
             x, per_step, spikes = x[some], per_step[some], [layer[:, some] for layer in spikes]
-        self.sums.add_local(x, per_step, spikes, watch=self._watch_local)
+        if len(x):
+            self.sums.add_local(x, per_step, spikes, watch=self._watch_local)
 
     def _watch(self, layer: int, current: Tensor, spikes: Tensor, different: Tensor, tau: float, v_th: float) -> None:
         self.fired[layer] += spikes.reshape(self.T, -1).sum(1).to(torch.int64).cpu().numpy()

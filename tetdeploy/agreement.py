@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine
+from tetdeploy.files import read_npz
 from tetdeploy.validate import Sweep, Tally
 
 _NEEDED = ("x", "per_step", "spike_counts", "neurons")
@@ -86,7 +86,7 @@ class Reference:
 
     @property
     def T(self) -> int:
-        return self.per_step.shape[1]
+        return int(self.per_step.shape[1])
 
 
 def reference_path(model: Path) -> Path:
@@ -107,10 +107,9 @@ def load_reference(engine: Engine) -> Reference:
             f"no reference images at {path}; `tetdeploy export` writes them beside the model: copy them along"
         )
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (*_NEEDED, "labels", "checkpoint_sha256") if name in file.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{path} is damaged: {error}; export the model again") from error
+        arrays = read_npz(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; export the model again") from error
     if missing := [name for name in _NEEDED if name not in arrays]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; export the model again")
     if not _belongs(engine, arrays):

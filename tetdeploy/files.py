@@ -1,14 +1,19 @@
-"""Writing results so that a reader never sees half a file."""
+"""Writing results so that a reader never sees half a file, and reading arrays that may be damaged."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @contextmanager
@@ -40,6 +45,21 @@ def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_npz(path: Path | str) -> dict[str, NDArray[Any]]:
+    """All arrays of a `.npz`.
+
+    Raises:
+        ValueError: it is none, is damaged, or holds Python objects.
+        OSError: it cannot be opened.
+    """
+    with Path(path).open("rb") as handle:  # np.load leaves a file open that is no zip
+        try:
+            with np.load(handle, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+        except (OSError, ValueError, TypeError, RuntimeError, EOFError, BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _umask() -> int:

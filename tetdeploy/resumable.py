@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine, Result
-from tetdeploy.files import atomic_write
+from tetdeploy.files import atomic_write, read_npz
 from tetdeploy.validate import Tally
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -123,11 +122,10 @@ class Partial:
         if not self.path.exists():
             return None
         try:
-            with np.load(self.path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = read_npz(self.path)
             settings = json.loads(str(arrays.pop("settings")))
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise ValueError(f"{self.path} is damaged ({error}); pass --restart to begin anew") from error
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{self.path} holds no unfinished run ({error}); pass --restart to begin anew") from error
         if settings != self.settings:
             names = sorted(settings.keys() | self.settings.keys())
             other = [n for n in names if settings.get(n) != self.settings.get(n)]
@@ -139,8 +137,9 @@ class Partial:
         return arrays
 
     def save(self, arrays: Arrays) -> None:
+        content: dict[str, Any] = {"settings": np.array(json.dumps(self.settings)), **arrays}
         with atomic_write(self.path) as temporary, temporary.open("wb") as file:
-            np.savez(file, settings=np.array(json.dumps(self.settings)), **arrays)
+            np.savez(file, **content)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -52,14 +52,12 @@ def parse_gate(text: str) -> Gate:
     return Gate(key, wanted, T)
 
 
-class GateType(click.ParamType):
-    name = "KEY=VALUE[@T]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Gate:
-        try:
-            return value if isinstance(value, Gate) else parse_gate(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+def parse_gates(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> tuple[Gate, ...]:
+    """The callback of `--fail-under`."""
+    try:
+        return tuple(parse_gate(text) for text in value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def place_gates(gates: Sequence[Gate], steps: Collection[int], trained_T: int) -> list[Gate]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.errors import INTERRUPTED
-from tetdeploy.cli.gates import FAILED, Gate, GateType, check_gates, describe, place_gates
+from tetdeploy.cli.gates import FAILED, Gate, check_gates, describe, parse_gates, place_gates
 from tetdeploy.cli.options import (
     console,
     data_dir_option,
@@ -42,7 +42,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
 """
 )
 @click.argument("model", required=False, type=click.Path(path_type=Path))
-@click.option("--T", "steps", help="Steps: 6, 1:6 or 1,2,4. [default: all that are there to compare]")
+@click.option("--T", "steps", help="Steps: 6, 1:6 or 1,2,4. [default: those of the reference; as sweep with data]")
 @click.option(
     "--data",
     help="A data set's name or FILE.npz with images and labels, for the accuracy. [default: only the reference images "
@@ -64,7 +64,8 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
     "--fail-under",
     "gates",
     multiple=True,
-    type=GateType(),
+    callback=parse_gates,
+    metavar="KEY=VALUE[@T]",
     help="Exit with 3 if accuracy or agreement (fractions) is less, or energy (pJ an image) is more, at T "
     "[default: the training's]. May be repeated.",
 )
@@ -109,7 +110,8 @@ def validate(
     engine = Engine(model or newest_export(runs), device=device, threads=threads)
     json_path = json_path or engine.path.with_suffix(".validate.json")
     partial_path = json_path.with_suffix(".partial.npz")
-    if restart:
+    long = against is not None or data is not None
+    if restart and long:
         partial_path.unlink(missing_ok=True)
     job = _Job(engine, steps, gates, batch_size)
     try:
@@ -126,7 +128,8 @@ def validate(
         console.print(f"interrupted{kept}")
         ctx.exit(INTERRUPTED)
     write_json(json_path, result)
-    partial_path.unlink(missing_ok=True)
+    if long:
+        partial_path.unlink(missing_ok=True)
     _print(result, layers=against is not None if layers is None else layers)
     console.print(str(json_path))
     failed = [gate for gate in result["gates"] if not gate["passed"]]

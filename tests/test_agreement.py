@@ -1,0 +1,172 @@
+"""The kept reference: what is compared, to the last count, and which files are refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from export_helpers import exported
+
+from tetdeploy.agreement import (
+    LogitAgreement,
+    Reference,
+    compare_reference,
+    load_reference,
+    reference_path,
+    running_class,
+    validation,
+)
+from tetdeploy.engine import Engine
+from tetdeploy.validate import summarise
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    """A model of its own folder, unrolled to T=4, with its reference to do harm to."""
+    source = exported("unrolled")
+    for path in (source, reference_path(source)):
+        shutil.copy(path, tmp_path / path.name)
+    return Engine(tmp_path / source.name, threads=1)
+
+
+def rewrite(engine: Engine, change: Callable[[dict[str, Any]], object]) -> None:
+    path = reference_path(engine.path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    change(arrays)
+    np.savez(path, **arrays)
+
+
+def test_logits_by_step() -> None:
+    per_step = np.array([[[1.0, 0.0], [0.0, 3.0]], [[0.0, 2.0], [0.0, 2.0]]])
+    expected = np.array([[[1.0, 0.0], [0.5, 0.0]], [[2.0, 0.0], [0.0, 3.0]]])
+    whole, parts = LogitAgreement(2), LogitAgreement(2)
+    whole.add(per_step, expected)
+    for k in range(2):
+        parts.add(per_step[k : k + 1], expected[k : k + 1])
+    for sums in (whole, parts):
+        # classes after one and two steps: (0, 1), (1, 1) against (0, 0), (0, 1)
+        assert [sums.top1_agreement(t) for t in (1, 2)] == [0.5, 0.5]
+        assert [sums.max_abs_logit_error(t) for t in (1, 2)] == [2.0, 3.0]
+    assert running_class(per_step).tolist() == [[0, 1], [1, 1]]
+
+
+def test_logits_that_are_no_numbers() -> None:
+    good, bad = np.zeros((1, 2, 3)), np.full((1, 2, 3), np.nan)
+    with pytest.raises(ValueError, match="the engine gives NaN or infinite logits"):
+        LogitAgreement(2).add(bad, good)
+    with pytest.raises(ValueError, match="PyTorch gives NaN"):
+        LogitAgreement(2).add(good, bad)
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_the_reference_agrees_where_it_was_written(layout: str) -> None:
+    engine = Engine(exported(layout), threads=1)
+    reference = load_reference(engine)
+    seen: list[int] = []
+    result = compare_reference(engine, reference, reference.T, batch_size=25, tick=seen.append)
+    assert seen == [25, 25, 10]
+    for t in range(1, reference.T + 1):
+        row = result.row(t)
+        assert row["top1_agreement"] == 1.0
+        assert 0 < row["max_abs_logit_error"] < 1e-4
+        assert row["spike_count_error"] < 100e-6
+        assert row["spike_mismatch_rate"] is None
+    assert result.tally.seen.sum() == 60
+
+
+def test_every_difference_counts_at_its_step(engine: Engine) -> None:
+    own = load_reference(engine)
+    run, counts = engine.count(own.x, 4)
+    fired = np.stack([counts[f"fired.{n['name']}"] for n in engine.metadata["neurons"]], axis=-1)
+    spike_counts = fired.swapaxes(0, 1).astype(np.int64)
+    per_step = run.per_step.copy()
+    per_step[7, 2] += 0.25  # the class stays
+    per_step[3, 1:, :] *= -100.0  # the class becomes another one
+    spike_counts[5, 1, 0] += 3
+    spike_counts[6, 3, 2] -= 2
+    result = compare_reference(engine, Reference(own.x, per_step, spike_counts, None), 4)
+    sizes = [int(np.prod(n["shape"])) for n in engine.metadata["neurons"]]
+    agreement = [result.row(t)["top1_agreement"] for t in (1, 2, 3, 4)]
+    assert agreement[0] == 1.0
+    assert agreement[1:] == [pytest.approx(59 / 60)] * 3
+    errors = [result.row(t)["spike_count_error"] for t in (1, 2, 3, 4)]
+    wrong = (0, 3, 3, 5)
+    assert errors == pytest.approx([n / (sum(sizes) * t * 60) for t, n in zip((1, 2, 3, 4), wrong, strict=True)])
+    assert result.neuron(0)["spike_count_error"] == pytest.approx(3 / (sizes[0] * 4 * 60))
+    assert result.neuron(2)["spike_count_error"] == pytest.approx(2 / (sizes[2] * 4 * 60))
+    shorter = compare_reference(engine, Reference(own.x, per_step, spike_counts, None), 2)
+    assert shorter.row(2) == result.row(2)  # causal
+
+
+def test_only_the_reference_s_steps_are_compared() -> None:
+    engine = Engine(exported("dynamic"), threads=1)
+    reference = load_reference(engine)
+    compared = compare_reference(engine, reference, 100)
+    assert compared.T == reference.T
+    x = reference.x[:5]
+    longer = compare_reference(engine, reference, reference.T).tally
+    longer.T = reference.T
+    measured = summarise(engine, longer, x, (1, reference.T), num_timed=1)
+    value = validation(measured, compared, labelled=True)
+    assert value["kind"] == "validate"
+    assert value["rows"][0]["top1_agreement"] == 1.0
+    compared.T = 1  # as if the reference held one step
+    value = validation(measured, compared, labelled=False)
+    assert value["rows"][1] | {"top1_agreement": None, "max_abs_logit_error": None} == value["rows"][1]
+    assert [row["accuracy"] for row in value["rows"]] == [None, None]
+    assert value["by_class"] == []
+    nothing = validation(measured, None, labelled=True)
+    assert nothing["agreement"] is None
+    assert nothing["rows"][0]["top1_agreement"] is None
+    assert nothing["rows"][0]["accuracy"] is not None
+
+
+def test_a_missing_reference(engine: Engine) -> None:
+    reference_path(engine.path).unlink()
+    with pytest.raises(FileNotFoundError, match=r"no reference images at .*reference\.npz.*copy them along"):
+        load_reference(engine)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no zip at all"])
+def test_a_damaged_reference(engine: Engine, content: bytes) -> None:
+    reference_path(engine.path).write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged"):
+        load_reference(engine)
+
+
+def test_a_truncated_reference(engine: Engine) -> None:
+    path = reference_path(engine.path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_reference(engine)
+
+
+def test_a_reference_without_counts(engine: Engine) -> None:
+    rewrite(engine, lambda arrays: arrays.pop("spike_counts"))
+    with pytest.raises(ValueError, match=r"lacks spike_counts; export the model again"):
+        load_reference(engine)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays: arrays.update(neurons=np.array(["a", "b", "c"])),
+        lambda arrays: arrays.update(per_step=arrays["per_step"][:, :, :-1]),
+        lambda arrays: arrays.update(per_step=arrays["per_step"][:-1]),
+        lambda arrays: arrays.update(checkpoint_sha256=np.array("0" * 64)),
+    ],
+)
+def test_the_reference_of_another_model(engine: Engine, change: Callable[[dict[str, Any]], None]) -> None:
+    rewrite(engine, change)
+    with pytest.raises(ValueError, match="it was written with another model"):
+        load_reference(engine)
+
+
+def test_an_older_reference_names_no_checkpoint(engine: Engine) -> None:
+    rewrite(engine, lambda arrays: arrays.pop("checkpoint_sha256"))
+    assert load_reference(engine).T == 4
