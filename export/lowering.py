@@ -2,9 +2,9 @@
 
 Unrolled and step graphs spell every step out; the dynamic graph has one `Scan` a layer. All compute, per step::
 
-    h = tau u + I        Mul, Add           (1)
-    s = h > v_th         Greater, Cast      (2)
-    u = h - h s          Mul, Sub           (3), h (1 - s) in the form that ONNX Runtime does fastest
+    h = tau u + I        Mul, Add                (1)
+    s = h > v_th         Greater, Cast           (2)
+    u = h - h s          ThresholdedRelu, Sub    (3), h (1 - s) without a use of s
 
 in this order of operations and in float32, as PyTorch's kernel does, so that equal currents give equal spikes.
 No graph holds a membrane: it starts at zero, or is an input, and where it is an input it is an output as well.
@@ -196,7 +196,7 @@ class _Builder:
             leaked = u if layer.tau == 1.0 else self("Mul", u, self.number(layer.tau))
             h = self("Add", leaked, current)
         fired = self("Cast", self("Greater", h, self.number(layer.v_th)), to=int(ir.DataType.FLOAT))
-        return fired, self("Sub", h, self("Mul", h, fired)) if reset else None
+        return fired, self("Sub", h, self("ThresholdedRelu", h, alpha=layer.v_th)) if reset else None
 
 
 def _image_only(graph: ir.Graph, batch: Any) -> list[ir.Node]:
