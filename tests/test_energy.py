@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from export_helpers import classifier, convsnn, digits, engine, frames, unchecked
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -509,7 +509,12 @@ class Branches(nn.Module):
         return self.readout(self.features(self.lif(self.encode(x, T))))
 
 
-@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=3,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # an export each: shrinking would take minutes
+)
 @given(st.lists(geometries(), min_size=6, max_size=8), st.sampled_from([("unrolled", 3), ("dynamic", 3), ("step", 1)]))
 def test_any_layer_counts_what_a_loop_counts(layers: list[Geometry], layout: tuple[str, int]) -> None:
     x, T = digits().images[:6], 3

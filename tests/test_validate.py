@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
+import json
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +14,13 @@ import pytest
 from export_helpers import digits, exported
 from PIL import Image
 from rich.console import Console
+from rich.table import Table
 
+from tetdeploy.energy import layers_of
 from tetdeploy.engine import Engine
-from tetdeploy.report import count, energy, plot_sweep, sweep_table
-from tetdeploy.validate import parse_steps, sweep
+from tetdeploy.picojoules import CONSTANTS, EnergyConstants
+from tetdeploy.report import count, energy, layers_table, other_ops_table, plot_sweep, sweep_table
+from tetdeploy.validate import Tally, parse_steps, sweep
 
 
 @pytest.mark.parametrize(
@@ -48,6 +55,77 @@ def test_a_sweep_is_what_single_runs_give(layout: str) -> None:
     assert result.rows[1].mac_ops == pytest.approx(3 * result.rows[0].mac_ops)
 
 
+def test_what_lies_behind_the_rows() -> None:
+    engine = Engine(exported("step"))
+    x, labels = digits().images[:70], digits().labels[:70].copy()
+    labels[labels == 3] = 4  # a class without images
+    result = sweep(engine, x, labels, (2, 3), data="digits", batch_size=32, num_timed=1)
+    written = json.loads(json.dumps(result.to_dict()))
+    assert (written["kind"], written["num_samples"], written["layout"], written["device"]) == (
+        "sweep",
+        70,
+        "step",
+        "cpu",
+    )
+    assert written["model_sha256"] == hashlib.sha256(engine.path.read_bytes()).hexdigest()
+    assert (written["trained_T"], written["num_classes"]) == (engine.metadata["trained_T"], 10)
+    assert set(written["versions"]) == {"tetdeploy", "python", "numpy", "onnxruntime"}
+    datetime.fromisoformat(written["created"])
+
+    run, counts = engine.count(x, 3)
+    for neurons in written["neurons"]:
+        fired = counts[f"fired.{neurons['name']}"]  # [T, N]
+        rates = [fired[:T].sum() / (70 * T * neurons["size"]) for T in (2, 3)]
+        assert [row["firing_rate"] for row in neurons["rows"]] == pytest.approx(rates)
+    for layer in written["layers"][1:]:
+        of = next(entry for entry in layers_of(engine.metadata) if entry.name == layer["name"])
+        active = counts[of.counter]
+        assert layer["rows"][1]["ac_ops"] == pytest.approx((active * of.fan_out()).sum() / 70)
+        assert layer["rows"][1]["input_rate"] == pytest.approx(active.sum() / (70 * 3 * of.num_inputs))
+    for k, row in enumerate(written["rows"]):
+        for bill in ("ac_ops", "mac_ops", "energy_pj", "energy_exact_pj", "energy_once_pj"):
+            assert row[bill] == pytest.approx(sum(layer["rows"][k][bill] for layer in written["layers"]))
+        assert row["ann_ratio"] == pytest.approx(written["ann"]["energy_pj"] / row["energy_pj"])
+    dense = sum(layer["dense_ops"] for layer in written["layers"])
+    assert written["ann"] == {"mac_ops": dense, "energy_pj": pytest.approx(dense * 4.6)}
+    assert written["constants"] == dataclasses.asdict(CONSTANTS["fp32"])
+
+    right = np.cumsum(run.per_step, axis=1).argmax(-1)[:, 1:] == labels[:, None]
+    for k, entry in enumerate(written["by_class"]):
+        assert (entry["name"], entry["num_samples"]) == (engine.class_names[k], (labels == k).sum())
+        expected = right[labels == k].mean(0).tolist() if k != 3 else [None, None]
+        assert entry["accuracy"] == (pytest.approx(expected) if k != 3 else expected)
+
+
+def test_a_tally_goes_on_where_it_was_kept() -> None:
+    engine = Engine(exported("unrolled"))
+    x, labels = digits().images[:40], digits().labels[:40]
+    whole, first = Tally(engine, 3), Tally(engine, 3)
+    for tally, parts in ((whole, (slice(0, 40),)), (first, (slice(0, 24),))):
+        for part in parts:
+            result, counts = engine.count(x[part], 3)
+            tally.add(result.per_step, counts, labels[part])
+    later = Tally(engine, 3)
+    later.restore(first.arrays())
+    result, counts = engine.count(x[24:], 3)
+    later.add(result.per_step, counts, labels[24:])
+    assert later.row(3, 1.0) == whole.row(3, 1.0)
+    assert later.details((1, 3)) == whole.details((1, 3))
+
+
+def test_a_precision_without_cited_energies_needs_ones_own() -> None:
+    engine = Engine(exported("unrolled"))
+    engine.metadata["precision"] = "fp4"
+    x, labels = digits().images[:4], digits().labels[:4]
+    with pytest.raises(ValueError, match="no cited energies for precision 'fp4'"):
+        sweep(engine, x, labels, (1,), num_timed=1)
+    result = sweep(engine, x, labels, (1,), num_timed=1, constants=EnergyConstants(1.0, 2.0, "ours"))
+    assert result.rows[0].energy_pj == result.rows[0].ac_ops + 2 * result.rows[0].mac_ops
+    engine.metadata["precision"] = "int8"
+    row = sweep(engine, x, labels, (1,), num_timed=1).rows[0]
+    assert row.energy_pj == pytest.approx(0.1 * row.ac_ops + 0.3 * row.mac_ops)
+
+
 def test_labels_that_do_not_fit() -> None:
     engine = Engine(exported("unrolled"))
     x = digits().images[:4]
@@ -78,3 +156,34 @@ def test_the_table_marks_the_trained_T_and_the_plot_is_a_picture(tmp_path: Path)
     plot_sweep(result, picture, 2)
     with Image.open(picture) as image:
         assert min(image.size) > 400
+
+
+def test_tables_of_layers_and_of_other_operations() -> None:
+    engine = Engine(exported("unrolled"))
+    result = sweep(engine, digits().images[:20], digits().labels[:20], (1, 2), num_timed=1)
+    row = result.rows[1]
+    layers = printed(layers_table(result.details, 2))
+    assert [line.split()[0] for line in layers if line.strip()][-5:-1] == [
+        "encode.0",
+        "layer2.0",
+        "layer3.1",
+        "readout.2",
+    ]
+    assert layers[-2].split("  ")[-1].strip() == energy(row.energy_exact_pj)
+    once = printed(layers_table(result.details, 2, conventions=("once",)))
+    assert once[-2].split("  ")[-1].strip() == energy(row.energy_once_pj)
+    assert row.energy_once_pj < row.energy_pj
+    others = "\n".join(printed(other_ops_table(result.details, 2)))
+    assert f"{count(2 * result.details['other_ops']['bias_adds'])}" in others
+    assert f"{energy(2 * result.details['other_ops_pj']['neuron_ops'])}" in others
+    assert "once" in printed(sweep_table(result, conventions=("once",)))[1]
+
+
+def printed(table: Table) -> list[str]:
+    """The lines of a table in a terminal of 100 columns; none is cut."""
+    console = Console(width=100, file=io.StringIO())
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "…" not in text
+    return [line.rstrip() for line in text.splitlines()]
