@@ -22,6 +22,8 @@ MODULES = [
         "tetdeploy.energy",
         "tetdeploy.data",
         "tetdeploy.validate",
+        "tetdeploy.agreement",
+        "tetdeploy.resumable",
         "tetdeploy.cli",
         "tetdeploy.report",
         "tetdeploy.inspection",

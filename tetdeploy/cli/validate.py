@@ -147,7 +147,7 @@ class _Job:
         from tetdeploy.validate import parse_steps
 
         self.engine, self.gates, self.batch_size = engine, gates, batch_size
-        self.wanted = parse_steps(steps) if steps else None
+        self.wanted = None if steps is None else parse_steps(steps)
         self.trained_T = int(engine.metadata["trained_T"])
 
     def reference_only(self) -> dict[str, Any]:
