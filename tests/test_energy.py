@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import json
 import tempfile
@@ -588,3 +589,20 @@ def test_neurobench_counts_the_same() -> None:
         ours = counted(runner, x, T).at(T)
         assert theirs["Effective_ACs"] == ours.ac_ops - ours.analogue_ac_ops > 0
         assert theirs["Effective_MACs"] == ours.mac_ops - ours.repeated_mac_ops + ours.analogue_ac_ops > 0
+
+
+# ------------------------------------------------------------------------------------------------ the documentation
+
+
+def test_the_audits_of_the_documentation() -> None:
+    page = Path(__file__).parents[1] / "docs" / "energy.md"
+    given = {"engine": engine("unrolled", T=4), "images": digits().images[:30], "labels": digits().labels[:30]}
+    result = doctest.testfile(str(page), module_relative=False, globs=given, encoding="utf-8")
+    assert result.attempted > 10 and result.failed == 0
+
+
+@pytest.mark.parametrize("precision", CONSTANTS)
+def test_the_constants_of_the_documentation(precision: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "energy.md").read_text(encoding="utf-8")
+    constants = CONSTANTS[precision]
+    assert f"| `{precision}` | {constants.ac_pj} pJ | {constants.mac_pj} pJ |" in page
