@@ -14,7 +14,6 @@ from tetdeploy.cli.options import (
     console,
     data_dir_option,
     device_option,
-    json_option,
     newest_export,
     progress_bar,
     runs_option,
@@ -42,7 +41,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
 """
 )
 @click.argument("model", required=False, type=click.Path(path_type=Path))
-@click.option("--T", "steps", help="Steps: 6, 1:6 or 1,2,4. [default: those of the reference; as sweep with data]")
+@click.option("--T", "steps", help="Steps: 6, 1:6 or 1,2,4. [default: those of the reference, or with data as sweep]")
 @click.option(
     "--data",
     help="A data set's name or FILE.npz with images and labels, for the accuracy. [default: only the reference images "
@@ -66,8 +65,8 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
     multiple=True,
     callback=parse_gates,
     metavar="KEY=VALUE[@T]",
-    help="Exit with 3 if accuracy or agreement (fractions) is less, or energy (pJ an image) is more, at T "
-    "[default: the training's]. May be repeated.",
+    help="Exit with 3 if accuracy or agreement (fractions) is less, or energy (pJ an image, as in the table) is more, "
+    "at T [default: the training's]. May be repeated.",
 )
 @click.option("--layers/--no-layers", default=None, help="Also a table of the layers. [default: with --against]")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
@@ -75,7 +74,12 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
 @device_option
 @threads_option
 @runs_option
-@json_option
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path),
+    help="Where the result goes. [default: MODEL.validate.json]",
+)
 @click.pass_context
 def validate(
     ctx: click.Context,
@@ -104,6 +108,7 @@ def validate(
     """
     from tetdeploy.engine import Engine
     from tetdeploy.files import write_json
+    from tetdeploy.report.validation import shown
 
     if against is None and (num_torch is not None or network is not None):
         raise click.UsageError("--num-torch and --model go with --against CHECKPOINT")
@@ -130,7 +135,8 @@ def validate(
     write_json(json_path, result)
     if long:
         partial_path.unlink(missing_ok=True)
-    _print(result, layers=against is not None if layers is None else layers)
+    for part in shown(result, layers=against is not None if layers is None else layers):
+        console.print(part)
     console.print(str(json_path))
     failed = [gate for gate in result["gates"] if not gate["passed"]]
     for gate in failed:
@@ -307,41 +313,3 @@ def _partial(path: Path, run: Pass, name: str, **settings: str) -> Partial:
     decisive = {"model": engine.sha256, "device": engine.device, "data": name, "images": len(run.x), "T": run.T}
     labels = hashlib.sha256(run.labels.tobytes()).hexdigest()
     return Partial(path, decisive | {"labels": labels, "torch images": run.num_beside} | settings)
-
-
-def _print(result: dict[str, Any], *, layers: bool) -> None:
-    from tetdeploy.report.validation import agreement_table, cost_table, neurons_table
-
-    rows, agreement, trained_T = result["rows"], result["agreement"], result["trained_T"]
-    console.print(f"{result['model']}   {result['num_samples']:,} images of {result['data']}   {result['layout']}")
-    console.print(cost_table(rows, trained_T))
-    if rows[0]["accuracy"] is None:
-        console.print("[dim]images of the training: their accuracy says nothing; name a test set with --data[/dim]")
-    if agreement is not None:
-        console.print(_heading(agreement))
-        console.print(agreement_table(rows, trained_T))
-        console.print(f"[dim]* the T of the training; {_reading(agreement)}[/dim]")
-    if layers:
-        console.print(f"layers of neurons, T={rows[-1]['T']}")
-        console.print(neurons_table(result["neurons"]))
-
-
-def _heading(agreement: dict[str, Any]) -> str:
-    count = f"{agreement['num_images']:,} images"
-    if agreement["with"] == "reference":
-        return f"compared with what PyTorch made of the {count} of the reference, T up to {agreement['T']}"
-    return f"beside PyTorch on {count}, checkpoint {agreement['checkpoint_sha256'][:12]}"
-
-
-def _reading(agreement: dict[str, Any]) -> str:
-    """How to read the table."""
-    if agreement["with"] == "reference":
-        return "spike count error: per layer and step, over all neuron-steps; at least as many spikes differ"
-    by_itself = "by itself: each layer of PyTorch reads the engine's spikes"
-    margin = agreement["margin"]["local"]
-    if not margin["count"]:
-        return by_itself
-    return (
-        f"{by_itself}; where it differs u lies {margin['median']:.1e} v_th from v_th "
-        f"(median of {margin['count']:,}; at most {margin['max']:.1e})"
-    )

@@ -1,8 +1,8 @@
-"""Tables of a validation."""
+"""A validation in the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -37,6 +37,47 @@ _AGREEMENT: dict[str, tuple[str, Show]] = {
     "max_abs_logit_error": ("largest\nlogit error", "{:.1e}".format),
 }
 _MARGINS = {"differing": "margin where\nthey differ", "local": "by itself,\nat first", "every": "every-\nwhere"}
+
+
+def shown(result: Mapping[str, Any], *, layers: bool) -> Iterator[str | Table]:
+    """What the terminal shows of a validation's JSON, from top to bottom.
+
+    Args:
+        layers: also a table of the layers of neurons.
+    """
+    rows, agreement, trained_T = result["rows"], result["agreement"], result["trained_T"]
+    yield f"{result['model']}   {result['num_samples']:,} images of {result['data']}   {result['layout']}"
+    yield cost_table(rows, trained_T)
+    if rows[0]["accuracy"] is None:
+        yield "[dim]images of the training: their accuracy says nothing; name a test set with --data[/dim]"
+    if agreement is not None:
+        yield _heading(agreement)
+        yield agreement_table(rows, trained_T)
+        yield f"[dim]* the T of the training; {_reading(agreement)}[/dim]"
+    if layers:
+        yield f"layers of neurons, T={rows[-1]['T']}"
+        yield neurons_table(result["neurons"])
+
+
+def _heading(agreement: Mapping[str, Any]) -> str:
+    count = f"{agreement['num_images']:,} images"
+    if agreement["with"] == "reference":
+        return f"compared with what PyTorch made of the {count} of the reference, T up to {agreement['T']}"
+    return f"beside PyTorch on {count}, checkpoint {agreement['checkpoint_sha256'][:12]}"
+
+
+def _reading(agreement: Mapping[str, Any]) -> str:
+    """How to read the table."""
+    if agreement["with"] == "reference":
+        return "spike count error: per layer and step, over all neuron-steps; at least as many spikes differ"
+    by_itself = "by itself: each layer of PyTorch reads the engine's spikes"
+    margin = agreement["margin"]["local"]
+    if not margin["count"]:
+        return by_itself
+    return (
+        f"{by_itself}; where it differs, |u - v_th| / v_th is {margin['median']:.1e} "
+        f"(median of {margin['count']:,}; at most {margin['max']:.1e})"
+    )
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]], trained_T: int) -> Table:
