@@ -18,7 +18,7 @@ from report_helpers import Page, epoch, result, run_folder, write
 from tetdeploy.cli import main
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import Results, read_results
-from tetdeploy.report.sections.accuracy import Point, pareto
+from tetdeploy.report.sections.pareto import Point, pareto
 from tetdeploy.report.writers import to_html, to_markdown
 
 

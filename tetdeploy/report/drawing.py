@@ -6,7 +6,7 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", "--", "-.", (0, (1, 1.2)))
 _LONGEST_NAME = 34
+_LOG_FROM = 20.0  # where the dearest point costs so many times the cheapest, energy is drawn on a logarithmic axis
 
 # A plot is drawn as wide as a phone is, so that its text can be read there; on a large screen two stand side by side.
 WIDTH, HEIGHT = 4.8, 3.1  # inches
@@ -112,14 +113,23 @@ def whole_numbers(axis: Any) -> None:
     axis.set_major_locator(MaxNLocator(integer=True))
 
 
-def log_axis(axes: Any) -> None:
-    """The x axis logarithmic, with ticks as plain numbers."""
+def energy_axis(axes: Any, energies_pj: Sequence[float], unit: str) -> None:
+    """The x axis from 0 on; logarithmic, with ticks as plain numbers, where the energies lie far apart."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    axes.set_xlabel(f"energy ({unit} per image)")
+    if min(energies_pj) <= 0 or max(energies_pj) <= _LOG_FROM * min(energies_pj):
+        axes.set_xlim(left=0)
+        return
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def mark(axes: Any, text: str, x: float, y: float) -> None:
+    """A small text below and to the right of a point."""
+    axes.annotate(text, (x, y), (4, -11), textcoords="offset points", fontsize=8, color="0.25")
 
 
 def short(name: str, longest: int = _LONGEST_NAME) -> str:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 from tetdeploy.report.document import Section
 from tetdeploy.report.results import Results
-from tetdeploy.report.sections.accuracy import accuracy, pareto_front
+from tetdeploy.report.sections.accuracy import accuracy
 from tetdeploy.report.sections.agreement import agreement, gates
 from tetdeploy.report.sections.classes import accuracy_by_class
 from tetdeploy.report.sections.cost import cost
 from tetdeploy.report.sections.layers import layers
+from tetdeploy.report.sections.pareto import pareto_front
 from tetdeploy.report.sections.provenance import provenance
 from tetdeploy.report.sections.settings import settings
 from tetdeploy.report.sections.summary import at_a_glance

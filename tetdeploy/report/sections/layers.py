@@ -55,7 +55,7 @@ def by_entry(
         axes.set_yticks(range(len(names)), [short(name, 24) for name in names], fontsize=8)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(visible=len(values) > 1, axis="y")
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.05 * max(v for found in values.values() for v in found.values()) / size or 1.0)
         axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(label)
 

@@ -1,0 +1,96 @@
+"""Which model, at which T, is the most accurate for its energy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tetdeploy.report.document import NONE, Row, Section, Table
+from tetdeploy.report.drawing import Style, draw, energy_axis, energy_unit, mark, percent_axis, short
+from tetdeploy.report.numbers import joules, percent, times
+from tetdeploy.report.results import Results
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model at one T; energy per image."""
+
+    name: str
+    T: int
+    energy_pj: float
+    accuracy: float
+
+
+def pareto_front(results: Results) -> Section | None:
+    """The points of all models that no other point beats in both energy and accuracy."""
+    points = _points(results)
+    if len(points) < 2:
+        return None
+    front = pareto(points)
+    unit, size = energy_unit(max(point.energy_pj for point in points))
+
+    def paint(axes: Any) -> None:
+        line = {"where": "post", "color": "0.6", "linewidth": 1.2, "label": "Pareto front"}
+        axes.step([p.energy_pj / size for p in front], [p.accuracy for p in front], **line)
+        for name in dict.fromkeys(point.name for point in points):
+            _draw_points(axes, [p for p in points if p.name == name], front, Style.of(results.style_of[name]), size)
+        energy_axis(axes, [p.energy_pj for p in points], unit)
+        axes.set_ylabel("accuracy (%)")
+        percent_axis(axes.yaxis)
+
+    plot = draw(
+        paint,
+        description="Pareto front of accuracy and energy: " + "; ".join(f"{p.name} at T={p.T}" for p in front),
+        caption="The Pareto front: no other model or T is as accurate for less energy. Points behind it are pale.",
+    )
+    return Section("Pareto front", (Row((plot, _table(front))),))
+
+
+def pareto(points: Sequence[Point]) -> list[Point]:
+    """The points that no other one beats: as accurate or more for as much energy or less, and better in one of them.
+
+    Returns:
+        By energy, and so by accuracy. Of equal points the first is kept.
+    """
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.energy_pj, -p.accuracy)):
+        if not front or point.accuracy > front[-1].accuracy:
+            front.append(point)
+    return front
+
+
+def _points(results: Results) -> list[Point]:
+    """Every model at every T where accuracy and energy are known."""
+    return [
+        Point(m.name, T, energy_pj, accuracy)
+        for m in results.measurements
+        for T, energy_pj, accuracy in m.points("energy_pj", "accuracy")
+    ]
+
+
+def _draw_points(axes: Any, own: Sequence[Point], front: Sequence[Point], style: Style, size: float) -> None:
+    """One model's points, pale, and those on the front in full and with their T."""
+    pale = {"color": style.colour, "alpha": 0.35, "markeredgewidth": 0}
+    axes.plot([p.energy_pj / size for p in own], [p.accuracy for p in own], style.marker, **pale)
+    best = [p for p in own if p in front]
+    x, y = [p.energy_pj / size for p in best], [p.accuracy for p in best]
+    axes.plot(x, y, style.marker, color=style.colour, markersize=7, label=short(own[0].name))
+    for point in best:
+        mark(axes, f"T={point.T}", point.energy_pj / size, point.accuracy)
+
+
+def _table(front: Sequence[Point]) -> Table:
+    cheapest = front[0].energy_pj
+    rows = tuple(
+        (
+            p.name,
+            str(p.T),
+            percent(p.accuracy),
+            joules(p.energy_pj),
+            times(p.energy_pj / cheapest) if cheapest else NONE,
+        )
+        for p in front
+    )
+    headers = ("model", "T", "accuracy", "energy", "/ cheapest")
+    return Table("The points of the front; energy per image.", headers, rows)
