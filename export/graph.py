@@ -65,7 +65,7 @@ def trace(
     """
     boundary = _Boundary(classifier, T=T, encoding=encoding, step=step).eval()
     inputs, shapes = _example(classifier, T, encoding, step, uint8)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         try:
             program = torch.export.export(boundary, inputs, dynamic_shapes=shapes)
         except Exception as error:  # torch.export raises many kinds for what a network's code may do
@@ -168,7 +168,7 @@ def _name_boundary(model: ir.Model, T: int | None, encoding: Encoding) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch's exporter warns of its own internals and prints graphs; nothing a user can act on."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]

@@ -30,7 +30,7 @@ _CONVOLUTIONS = (
 )
 _LAYERS = (*_CONVOLUTIONS, aten.linear.default)
 # Operations that may stand between a layer and its BN: they move no value from one channel to another.
-_VIEWS = (
+VIEWS = (
     aten.view.default,
     aten.reshape.default,
     aten.flatten.using_ints,
@@ -114,7 +114,7 @@ def _layer_before(bn: fx.Node, name: str) -> fx.Node:
     before: Any = bn.args[0]
     channels, node = tuple(before.meta["val"].shape[1:]), before
     kept = True
-    while node.target in _VIEWS:
+    while node.target in VIEWS:
         kept = kept and _trailing(node, channels) == channels
         node = node.args[0]
     if node.target not in _LAYERS:

@@ -14,6 +14,17 @@ from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:
     from tetdeploy.export import Exported
+    from tetdeploy.export.nir_format import NirExported
+
+# What says how an ONNX graph runs and is checked; a NIR graph is one step of a normalised image, whatever runs it.
+_ONNX_ONLY = {
+    "T": "--T",
+    "layout": "--layout",
+    "with_state": "--with-state",
+    "normalize": "--[no-]normalize",
+    "data": "--data",
+    "num_check": "--check",
+}
 
 
 @click.command(
@@ -23,9 +34,18 @@ Examples:
   tetdeploy export runs/r19 --layout dynamic       any T in one call
   tetdeploy export runs/r19 --layout step          a frame at a time: streaming, early exit
   tetdeploy export runs/own --model my_package.my_module:my_network
+  tetdeploy export runs/r19 --format nir -o r19.nir
 """
 )
 @click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "file_format",
+    default="onnx",
+    show_default=True,
+    type=click.Choice(("onnx", "nir")),
+    help="onnx, for tetdeploy's engine; nir, for other frameworks and neuromorphic chips.",
+)
 @click.option("--T", "T", type=click.IntRange(min=1), help="Steps of an unrolled graph. [default: the training's]")
 @click.option(
     "--layout",
@@ -60,11 +80,17 @@ Examples:
     type=click.IntRange(min=0),
     help="Images compared with PyTorch; 0 is off.",
 )
-@click.option("--out", "-o", type=click.Path(path_type=Path), help="The .onnx file. [default: RUN/model-T<T>.onnx]")
+@click.option(
+    "--out", "-o", type=click.Path(path_type=Path), help="The file. [default: RUN/model-T<T>.onnx; RUN/model.nir]"
+)
 @runs_option
 @json_option
+@click.pass_context
 def export(
+    ctx: click.Context,
+    /,
     run: Path | None,
+    file_format: str,
     T: int | None,
     model: str | None,
     data: str | None,
@@ -75,11 +101,15 @@ def export(
     json_path: Path | None,
     **options: Any,
 ) -> None:
-    """Write a trained network as ONNX, checked against PyTorch.
+    """Write a trained network as ONNX, checked against PyTorch, or as NIR.
 
-    RUN is a run folder or a checkpoint; the newest run by default. Beside the model lie 256 reference images with
-    PyTorch's answers, MODEL.reference.npz.
+    RUN is a run folder or a checkpoint; the newest run by default. Beside an ONNX model lie 256 reference images with
+    PyTorch's answers, MODEL.reference.npz. A NIR file is not run here: docs/nir.md says how others read it.
     """
+    if file_format == "nir":
+        _refuse_onnx_options(ctx)
+        _export_nir(run, model, out, runs, json_path, options["encoding"])
+        return
     for package, extra in (("torch", "train"), ("onnxscript", "train"), ("onnxruntime", "cpu")):
         import_extra(package, extra)
     from tetdeploy.checkpoint import checkpoint_file, newest_run, read_metadata
@@ -124,6 +154,47 @@ def export(
     if json_path is not None:
         write_json(json_path, exported.to_dict())
     console.print(f"next: tetdeploy sweep {exported.path}")
+
+
+def _refuse_onnx_options(ctx: click.Context) -> None:
+    typed = [ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE for name in _ONNX_ONLY]
+    given = [option for option, is_typed in zip(_ONNX_ONLY.values(), typed, strict=True) if is_typed]
+    given += ["--no-fold-bn"] * (not ctx.params["fold_bn"])
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)} cannot go with --format nir: a NIR graph is one step of a normalised image with BN "
+            "folded, and whoever runs it chooses T"
+        )
+
+
+def _export_nir(
+    run: Path | None, model: str | None, out: Path | None, runs: Path, json_path: Path | None, encoding: Any
+) -> None:
+    for package, extra in (("torch", "train"), ("onnxscript", "train"), ("nir", "nir")):
+        import_extra(package, extra)
+    from tetdeploy.checkpoint import checkpoint_file, newest_run, read_metadata
+    from tetdeploy.export.nir_format import export_nir
+    from tetdeploy.files import write_json
+
+    file = checkpoint_file(run or newest_run(runs))
+    metadata = read_metadata(file)
+    exported = export_nir(
+        load_classifier(file, metadata, model),
+        out or file.parent / "model.nir",
+        trained_T=int(metadata["training"].get("T", 4)),
+        encoding=encoding or metadata["data"].get("encoding", "direct"),
+        source=_source(file, metadata),
+    )
+    print_nir(exported)
+    if json_path is not None:
+        write_json(json_path, exported.to_dict())
+
+
+def print_nir(exported: NirExported) -> None:
+    nodes = ", ".join(f"{count} {kind}" for kind, count in exported.nodes.items() if kind not in ("Input", "Output"))
+    console.print(f"folded {exported.num_folded} BN | {nodes} | {exported.num_edges} edges")
+    console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB")
+    console.print("it takes normalised images, and a step is 0.1 ms: docs/nir.md", style="dim")
 
 
 def real_inputs(data: str, data_dir: Path, val_fraction: float, *, T: int, count: int) -> tuple[Any, Any]:

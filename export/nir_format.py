@@ -1,0 +1,342 @@
+"""A folded network as a graph of the Neuromorphic Intermediate Representation (NIR), for other frameworks and chips.
+
+Pedersen et al., Neuromorphic intermediate representation, Nature Communications 2024. NIR's neurons live in continuous
+time, ours in steps. One step of forward Euler over dt, ``v + dt/tau_nir (v_leak - v + R I)``, is our Eq. 1 for
+
+    tau_nir = dt / (1 - tau)        R = 1 / (1 - tau) = tau_nir / dt        v_leak = 0
+
+and without a leak (tau = 1, `nir.IF`: dv/dt = R I) for R = 1 / dt. NIR fires for v > v_threshold, strictly, and resets
+to v_reset = 0, as Eqs. 2 and 3 do. Readers that take other steps, or fire at v = v_threshold: docs/nir.md.
+
+NIR knows neither a batch nor T: a graph maps one image's input of one step. So in the traced network the two are found
+by the batch, which is left open: what stands right of it in a shape is an image's, whatever lies left of it is time.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from tetdeploy import __version__
+from tetdeploy.engine import METADATA_KEY
+from tetdeploy.extras import import_extra
+from tetdeploy.files import atomic_write
+from tetdeploy.folding import VIEWS, count_batchnorm, fold_batchnorm, module_path
+from tetdeploy.networks import Classifier
+
+from .graph import Encoding, quiet
+from .parity import check_steps
+
+aten = torch.ops.aten
+DT = 1e-4  # seconds a step: what snnTorch and SpikingJelly assume of a NIR graph, which does not say
+
+
+@dataclass(frozen=True)
+class NirExported:
+    """What was written: the file, its nodes by kind, its edges, and how many BN were folded."""
+
+    path: Path
+    nodes: dict[str, int]
+    num_edges: int
+    num_folded: int
+    size_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "path": str(self.path)}
+
+
+def export_nir(
+    classifier: Classifier,
+    path: Path | str,
+    *,
+    trained_T: int,
+    encoding: Encoding = "direct",
+    source: Mapping[str, Any] | None = None,
+) -> NirExported:
+    """Write a classifier's network as a NIR file, BN folded (Eq. 6).
+
+    Each step the graph takes an image or frame `[C, H, W]` as `classifier.normalize` gives it, and gives that step's
+    logits `[K]`; a direct encoding shows the same image at every step. How to normalise, and the class names, are
+    metadata.
+
+    Args:
+        classifier: put into inference mode here.
+        trained_T: kept in the metadata; a NIR graph runs for as many steps as its reader likes.
+        encoding: what the data are, images (`direct`) or `frames`.
+        source: what the network was made from, kept in the metadata.
+
+    Raises:
+        ValueError: NIR has no node for a part of the network, which the message names. Nothing is written then.
+        MissingExtraError: the package nir is not installed.
+        OSError: the folder cannot be written.
+    """
+    nir = import_extra("nir", "nir")
+    path = Path(path)
+    graph, num_folded = nir_graph(classifier.eval(), encoding=encoding)
+    graph.metadata = {METADATA_KEY: json.dumps(_describe(classifier, trained_T, encoding, source))}
+    with atomic_write(path) as temporary:
+        nir.write(temporary, graph)
+        nir.read(temporary)  # every shape is checked once more, from the file
+        size = temporary.stat().st_size
+    kinds = [type(node).__name__ for node in graph.nodes.values()]
+    return NirExported(path, {kind: kinds.count(kind) for kind in kinds}, len(graph.edges), num_folded, size)
+
+
+def nir_graph(classifier: Classifier, *, encoding: Encoding = "direct") -> tuple[Any, int]:
+    """The `nir.NIRGraph` of a classifier in inference, and how many BN were folded. Errors: see `export_nir`."""
+    nir = import_extra("nir", "nir")
+    num_layers = _check(classifier, encoding)
+    with torch.no_grad(), quiet():
+        program = _traced(classifier, encoding)
+        num_folded, folded = count_batchnorm(program.graph), fold_batchnorm(program)
+    graph = _Writer(folded, nir).write()
+    num_written = sum(isinstance(node, nir.LIF | nir.IF) for node in graph.nodes.values())
+    if num_written != num_layers or not num_written:
+        raise ValueError(
+            f"the network runs {num_layers} layers of tetdeploy's neurons, of which {num_written} reach its logits; "
+            "all must, and at least one"
+        )
+    return graph, num_folded
+
+
+def _check(classifier: Classifier, encoding: Encoding) -> int:
+    """How many neuron layers run, and that nothing but they knows time. Noise does: no value matters, only whether two
+    ways of running the steps agree."""
+    shape = (2, 4, *classifier.image_shape) if encoding == "frames" else (2, *classifier.image_shape)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return check_steps(classifier, torch.from_numpy(pixels).to(classifier.mean.device), encoding)
+
+
+def _traced(classifier: Classifier, encoding: Encoding) -> torch.export.ExportedProgram:
+    """The network over three steps, with the batch left open."""
+    image = torch.zeros((2, *classifier.image_shape), device=classifier.mean.device)
+    batch = torch.export.Dim.AUTO  # a named one is refused for guards that every batch passes
+    frames = encoding == "frames"
+    inputs: tuple[Any, ...] = (image.expand(3, *image.shape),) if frames else (image, 3)
+    try:
+        shapes = ({1: batch},) if frames else ({0: batch}, None)
+        return torch.export.export(classifier.network, inputs, dynamic_shapes=shapes)
+    except Exception as error:  # torch.export raises many kinds for what a network's code may do
+        raise ValueError(f"torch.export cannot trace the network: {str(error).strip().splitlines()[0]}") from error
+
+
+def _describe(
+    classifier: Classifier, trained_T: int, encoding: Encoding, source: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "dt": DT,
+        "trained_T": trained_T,
+        "encoding": encoding,
+        "input": "normalised: (pixel / 255 - mean) / std per channel",
+        "normalization": {
+            "scale": 255.0,
+            "mean": classifier.mean.flatten().tolist(),
+            "std": classifier.std.flatten().tolist(),
+        },
+        "class_names": classifier.class_names,
+        "logits": "the mean of the output over the steps",
+        "source": dict(source or {}),
+        "versions": {"tetdeploy": __version__, "nir": import_extra("nir", "nir").version, "torch": torch.__version__},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+Sources = tuple[str, ...]  # the NIR nodes whose outputs a traced value is the sum of
+
+
+@dataclass
+class _Writer:
+    """Walks a folded network and writes NIR nodes.
+
+    A traced value is kept as the NIR nodes that it sums: NIR adds where several edges meet, and has no node for it.
+    """
+
+    module: fx.GraphModule
+    nir: Any
+    nodes: dict[str, Any] = field(default_factory=dict)
+    edges: list[tuple[str, str]] = field(default_factory=list)
+    sources: dict[fx.Node, Sources] = field(default_factory=dict)
+
+    def write(self) -> Any:
+        translations: dict[Any, Callable[[fx.Node], Sources]] = {
+            aten.conv2d.default: self._conv,
+            aten.conv2d.padding: self._conv,
+            aten.linear.default: self._linear,
+            aten.avg_pool2d.default: self._avg_pool,
+            aten.adaptive_avg_pool2d.default: self._adaptive_avg_pool,
+            aten.add.Tensor: self._add,
+            aten.dropout.default: self._dropout,
+            torch.ops.tetdeploy.lif.default: self._lif,
+        } | dict.fromkeys(VIEWS, self._view)
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder" and not self.nodes:
+                self.nodes["input"] = self.nir.Input({"input": np.array(_shape(node))})
+                self.sources[node] = ("input",)
+            elif node.op == "call_function" and node.target is operator.getitem and node.args[0] in self.sources:
+                self.sources[node] = self._spikes(node)
+            elif node.op == "call_function" and any(given in self.sources for given in node.all_input_nodes):
+                if isinstance(node.meta.get("val"), torch.SymInt):
+                    continue  # a size, the batch's
+                if node.target not in translations:
+                    raise _no_node(node, str(node.target))
+                self.sources[node] = translations[node.target](node)
+            elif node.op == "output":
+                (logits,) = node.args[0]
+                self._node("output", self.nir.Output({"output": np.array(_shape(logits))}), self.sources[logits])
+        return self.nir.NIRGraph(self.nodes, self.edges)
+
+    def _node(self, name: str, node: Any, sources: Sources) -> Sources:
+        base, count = name, 1
+        while name in self.nodes:
+            count += 1
+            name = f"{base}_{count}"
+        self.nodes[name] = node
+        self.edges += [(source, name) for source in sources]
+        return (name,)
+
+    def _layer(self, node: fx.Node, made: Any) -> Sources:
+        """Add a node that reads the first argument of the traced one."""
+        return self._node(_name(node), made, self.sources[node.args[0]])  # type: ignore[index]
+
+    def _conv(self, node: fx.Node) -> Sources:
+        weight, bias = self._parameters(node)
+        stride, padding, dilation, groups = _options(node.args[3:], (1, 1), (0, 0), (1, 1), 1)
+        if groups != 1:
+            raise _no_node(node, f"a convolution in {groups} groups: nir takes its inputs for those of one group")
+        if weight.shape[2] != weight.shape[3]:
+            raise _no_node(
+                node, f"a kernel of {weight.shape[2]}x{weight.shape[3]}: nir takes every kernel for a square"
+            )
+        bias = np.zeros(len(weight), weight.dtype) if bias is None else bias
+        size = _shape(node.args[0])[1:]
+        pads = padding if isinstance(padding, str) else _pair(padding)
+        made = self.nir.Conv2d(size, weight, _pair(stride), pads, _pair(dilation), 1, bias)
+        return self._layer(node, made)
+
+    def _linear(self, node: fx.Node) -> Sources:
+        weight, bias = self._parameters(node)
+        if len(_shape(node.args[0])) != 1:
+            raise _no_node(node, f"a linear layer on {list(_shape(node.args[0]))}: NIR's takes a vector")
+        return self._layer(node, self.nir.Linear(weight) if bias is None else self.nir.Affine(weight, bias))
+
+    def _avg_pool(self, node: fx.Node) -> Sources:
+        kernel, stride, padding, ceil_mode, include_pad, divisor = _options(
+            node.args[1:], None, (), 0, False, True, None
+        )
+        pads = _pair(padding)
+        if ceil_mode or divisor or (any(pads) and not include_pad):
+            raise _no_node(node, "average pooling with ceil_mode, a divisor, or padding that is left out of the mean")
+        return self._pool(node, _pair(kernel), _pair(stride or kernel), pads)
+
+    def _adaptive_avg_pool(self, node: fx.Node) -> Sources:
+        size, out = _shape(node.args[0])[1:], _shape(node)[1:]
+        if any(a % b for a, b in zip(size, out, strict=True)):
+            raise _no_node(
+                node, f"adaptive average pooling of {list(size)} to {list(out)}, by windows of several sizes"
+            )
+        kernel = (size[0] // out[0], size[1] // out[1])
+        return self._pool(node, kernel, kernel, (0, 0))
+
+    def _pool(self, node: fx.Node, *geometry: tuple[int, int]) -> Sources:
+        return self._layer(node, self.nir.AvgPool2d(*(np.array(pair) for pair in geometry)))
+
+    def _add(self, node: fx.Node) -> Sources:
+        terms = node.args[:2]
+        if node.kwargs.get("alpha", 1) != 1 or not all(isinstance(t, fx.Node) and t in self.sources for t in terms):
+            raise _no_node(node, "a sum with something that is not computed from the input, or scaled")
+        if len({_shape(term) for term in terms}) != 1:
+            raise _no_node(node, f"a sum of different shapes, {' and '.join(str(list(_shape(t))) for t in terms)}")
+        together = [source for term in terms for source in self.sources[term]]  # type: ignore[index]
+        if len(set(together)) < len(together):
+            raise _no_node(node, "a value added to itself: two equal edges")
+        return tuple(together)
+
+    def _dropout(self, node: fx.Node) -> Sources:
+        assert not node.args[2], "traced in inference"
+        return self.sources[node.args[0]]  # type: ignore[index]
+
+    def _view(self, node: fx.Node) -> Sources:
+        """Time and batch merged or split are none of NIR's business; an image's axes become one by a Flatten node."""
+        before, after = _shape(node.args[0]), _shape(node)
+        if before == after:
+            return self.sources[node.args[0]]  # type: ignore[index]
+        if after != (int(np.prod(before)),):
+            raise _no_node(node, f"a change of shape from {list(before)} to {list(after)}")
+        # From the back, so that it holds with a batch in front as well: readers differ in whether they add one.
+        return self._layer(node, self.nir.Flatten({"input": np.array(before)}, -len(before), -1))
+
+    def _lif(self, node: fx.Node) -> Sources:
+        _, u, tau, v_th, _ = node.args
+        if u is not None:
+            raise _no_node(node, "neurons that start from a membrane of the network's own")
+        shape = _shape(node.args[0])
+        zero, threshold = np.zeros(shape), np.full(shape, v_th)
+        if tau == 1.0:
+            made = self.nir.IF(np.full(shape, 1 / DT), threshold, zero)
+        else:
+            leak = 1.0 - float(tau)  # type: ignore[arg-type]
+            made = self.nir.LIF(np.full(shape, DT / leak), np.full(shape, 1 / leak), zero, threshold, zero)
+        return self._layer(node, made)
+
+    def _spikes(self, node: fx.Node) -> Sources:
+        if node.args[1] != 0 and node.users:
+            raise _no_node(node, "a membrane potential that is read: NIR's neurons give spikes only")
+        return self.sources[node.args[0]]  # type: ignore[index]
+
+    def _parameters(self, node: fx.Node) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        weight, bias = (self._parameter(node, given) for given in (*node.args[1:3], None)[:2])
+        assert weight is not None
+        return weight, bias
+
+    def _parameter(self, node: fx.Node, given: Any) -> NDArray[Any] | None:
+        if given is None:
+            return None
+        if given.op != "get_attr":
+            raise _no_node(node, "weights that the network computes; remove the parametrization first")
+        value: Any = self.module
+        for part in str(given.target).split("."):
+            value = getattr(value, part)
+        assert isinstance(value, Tensor)
+        return value.detach().cpu().numpy()
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    """What stands right of the batch in a traced value's shape: an image's own axes."""
+    dims = node.meta["val"].shape
+    open_dims = [k for k, dim in enumerate(dims) if not isinstance(dim, int)]
+    if len(open_dims) != 1:
+        raise _no_node(node, f"a value of shape {list(dims)}, which has not one axis for the batch")
+    return tuple(int(dim) for dim in dims[open_dims[0] + 1 :])
+
+
+def _options(given: Sequence[Any], *defaults: Any) -> tuple[Any, ...]:
+    """A traced operation's arguments; those that stand at their defaults are left out at its end."""
+    return (*given, *defaults[len(given) :])
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    both = (value, value) if isinstance(value, int) else tuple(value)
+    return int(both[0]), int(both[-1])
+
+
+def _name(node: fx.Node) -> str:
+    """The network's own name of the module: `blocks.0.lif1`, as in an ONNX export."""
+    return module_path(node)
+
+
+def _no_node(node: fx.Node, what: str) -> ValueError:
+    return ValueError(
+        f"NIR cannot hold {_name(node)!r}: {what}; networks of convolutions, linear layers, average pooling, sums and "
+        "neurons can go (vggsnn, vggsnn-strided, resnet19), max pooling cannot"
+    )

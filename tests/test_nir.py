@@ -1,0 +1,392 @@
+"""NIR files: what is in them, read back; the same spikes in other frameworks; what NIR cannot hold."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from export_helpers import convsnn, digits
+from torch import Tensor, nn
+
+from tetdeploy.cli import main
+from tetdeploy.export.margins import margins
+from tetdeploy.export.nir_format import DT, export_nir, nir_graph
+from tetdeploy.export.recorder import NeuronRecorder, compare_torch
+from tetdeploy.folding import FoldingError
+from tetdeploy.layers import DirectEncoding, OverTime, tdBN
+from tetdeploy.networks import NETWORKS, Classifier, NetworkConfig
+from tetdeploy.neurons import IF, LIF
+
+nir = pytest.importorskip("nir")
+
+SIZE = 16
+
+
+@cache
+def images() -> np.ndarray[Any, Any]:
+    """Real digits, 16x16."""
+    return np.kron(digits().images[:192], np.ones((2, 2), np.uint8))
+
+
+def calibrated(network: nn.Module) -> Classifier:
+    """A classifier in inference whose BN have seen data, and whose neurons fire in every layer."""
+    config = NetworkConfig("my.networks:odd", num_classes=10, in_channels=1, image_size=(SIZE, SIZE))
+    data = digits()
+    made = Classifier(network, config=config, mean=data.mean, std=data.std, class_names=data.class_names)
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.9, 1.6)
+            nn.init.uniform_(module.bias, -0.1, 0.3)
+            module.momentum = None  # the mean over the batches below
+    with torch.no_grad():
+        for start in (0, 96):
+            made.train()(torch.from_numpy(images()[start : start + 96]), 3)
+    return made.eval()
+
+
+@cache
+def built(name: str, width: float, **neuron: float) -> Classifier:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"num_classes": 10, "in_channels": 1, "image_size": (SIZE, SIZE), "width": width}
+        return calibrated(NETWORKS[name](**options, **neuron))
+
+
+class Everything(nn.Module):
+    """All that a NIR graph can hold, once; `change` stands in front of the second layer."""
+
+    def __init__(self, change: nn.Module | None = None) -> None:
+        super().__init__()
+        self.encode = DirectEncoding(nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False), tdBN(4))
+        self.lif1 = LIF(tau=0.25, v_th=0.8)
+        self.change = OverTime(change or nn.Dropout())
+        self.layer2 = OverTime(nn.Conv2d(4, 4, 3, padding="same", dilation=2), tdBN(4))
+        self.if2 = IF(v_th=1.5)
+        self.pool = OverTime(nn.AvgPool2d(2, padding=1, stride=1), nn.AdaptiveAvgPool2d(3), nn.Flatten())
+        self.hidden = OverTime(nn.Linear(36, 6, bias=False))
+        self.lif3 = LIF()
+        self.readout = OverTime(nn.Linear(6, 10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        first = self.lif1(self.encode(x, T))
+        second = self.layer2(self.change(first)) + first
+        logits: Tensor = self.readout(self.lif3(self.hidden(self.pool(self.if2(second)))))
+        return logits
+
+
+# ------------------------------------------------------------------------------------------- what is in the file
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Any]:
+    """A network, and the graph of its file read back."""
+    torch.manual_seed(0)
+    made = calibrated(Everything())
+    file = tmp_path_factory.mktemp("nir") / "deep" / "model.nir"
+    export_nir(made, file, trained_T=3, source={"checkpoint_sha256": "ab"})
+    return made, nir.read(file)
+
+
+def test_every_layer_is_a_node_of_its_name(everything: tuple[Classifier, Any]) -> None:
+    kinds = {name: type(node).__name__ for name, node in everything[1].nodes.items()}
+    assert kinds == {
+        "input": "Input", "encode.0": "Conv2d", "lif1": "LIF", "layer2.0": "Conv2d", "if2": "IF",
+        "pool.0": "AvgPool2d", "pool.1": "AvgPool2d", "pool.2": "Flatten", "hidden.0": "Linear", "lif3": "LIF",
+        "readout.0": "Affine", "output": "Output",
+    }  # fmt: skip
+
+
+def test_edges_meet_where_the_network_adds(everything: tuple[Classifier, Any]) -> None:
+    chain = ["input", "encode.0", "lif1", "layer2.0", "if2", "pool.0", "pool.1", "pool.2", "hidden.0", "lif3",
+             "readout.0", "output"]  # fmt: skip
+    assert sorted(everything[1].edges) == sorted([*itertools.pairwise(chain), ("lif1", "if2")])
+
+
+def test_weights_are_folded(everything: tuple[Classifier, Any]) -> None:
+    """Eq. 6, written out: W' = W gamma / alpha, b' = beta + (b - mu) gamma / alpha."""
+    network, graph = everything
+    conv, bn = network.network.encode
+    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+    weight = conv.weight.double() * scale[:, None, None, None]
+    node = graph.nodes["encode.0"]
+    np.testing.assert_allclose(node.weight, weight.detach().numpy(), rtol=1e-6)
+    np.testing.assert_allclose(node.bias, (bn.bias - bn.running_mean * scale).detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert (node.weight.dtype, tuple(node.stride), tuple(node.padding)) == (np.float32, (2, 2), (1, 1))
+    same = graph.nodes["layer2.0"]
+    assert (same.padding, tuple(same.dilation), int(same.groups)) == ("same", (2, 2), 1)
+
+
+def test_one_euler_step_of_the_neurons_is_ours(everything: tuple[Classifier, Any]) -> None:
+    """v + dt / tau (v_leak - v + R I), by the file's own numbers, is tau u + I; with no leak v + dt R I is u + I."""
+    v, current = np.random.default_rng(0).normal(size=(2, 4, 8, 8))
+    lif = everything[1].nodes["lif1"]
+    np.testing.assert_allclose(v + DT / lif.tau * (lif.v_leak - v + lif.r * current), 0.25 * v + current, atol=1e-12)
+    assert {*lif.v_threshold.flat} == {0.8} and {*lif.v_reset.flat} == {0.0}
+    no_leak = everything[1].nodes["if2"]
+    np.testing.assert_allclose(v + DT * no_leak.r * current, v + current, atol=1e-12)
+    assert {*no_leak.v_threshold.flat} == {1.5} and {*no_leak.v_reset.flat} == {0.0}
+
+
+def test_shapes_are_those_of_one_image(everything: tuple[Classifier, Any]) -> None:
+    nodes = everything[1].nodes
+    shapes = {name: [int(n) for n in node.output_type["output"]] for name, node in nodes.items()}
+    assert shapes["input"] == [1, 16, 16] and shapes["lif1"] == [4, 8, 8] and shapes["pool.0"] == [4, 9, 9]
+    assert shapes["pool.1"] == [4, 3, 3] and shapes["pool.2"] == [36] and shapes["output"] == [10]
+
+
+def test_the_metadata_say_what_goes_in_and_comes_out(everything: tuple[Classifier, Any]) -> None:
+    found = json.loads(everything[1].metadata["tetdeploy"])
+    assert found["dt"] == DT and found["trained_T"] == 3 and found["encoding"] == "direct"
+    assert found["normalization"]["mean"] == pytest.approx(digits().mean)
+    assert found["class_names"] == list(digits().class_names) and found["source"] == {"checkpoint_sha256": "ab"}
+
+
+def test_frames_give_the_same_graph() -> None:
+    network = built("vggsnn", 0.0625)
+    direct, frames = (nir_graph(network, encoding=encoding)[0] for encoding in ("direct", "frames"))
+    assert direct.edges == frames.edges
+    for name, node in direct.nodes.items():
+        for key, value in node.to_dict().items():
+            np.testing.assert_array_equal(value, frames.nodes[name].to_dict()[key])
+
+
+def test_a_layer_used_twice_becomes_two_nodes() -> None:
+    class Twice(Everything):
+        def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+            spikes = self.if2(self.layer2(self.lif1(self.layer2(self.lif1(self.encode(x, T))))))
+            logits: Tensor = self.readout(self.lif3(self.hidden(self.pool(spikes))))
+            return logits
+
+    graph, num_folded = nir_graph(calibrated(Twice()))
+    assert num_folded == 3
+    assert {"lif1", "lif1_2", "layer2.0", "layer2.0_2"} <= set(graph.nodes)
+
+
+# ------------------------------------------------------------------------------------------- in other frameworks
+
+
+def in_snntorch(file: Path) -> nn.Module:
+    reader = pytest.importorskip("snntorch.import_nir")
+    module: nn.Module = reader.import_from_nir(nir.read(file))
+    return module
+
+
+def in_spikingjelly(file: Path) -> nn.Module:
+    reader = pytest.importorskip("spikingjelly.activation_based.nir_exchange")
+    module: nn.Module = reader.import_from_nir(file, dt=DT)
+    return module
+
+
+READERS = {"snntorch": in_snntorch, "spikingjelly": in_spikingjelly}
+
+
+@torch.no_grad()
+def their_spikes(
+    module: nn.Module, network: Classifier, x: Tensor, T: int
+) -> tuple[Tensor, list[np.ndarray[Any, Any]]]:
+    """Logits `[T, N, K]` and the spikes `[T, N, ...]` of every neuron layer, one step after the other."""
+    names = [name for name, m in network.network.named_modules() if isinstance(m, LIF)]
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    for name in names:
+        module.get_submodule(name.replace(".", "_")).register_forward_hook(
+            lambda m, i, o, name=name: kept[name].append(o[0] if isinstance(o, tuple) else o)
+        )
+    logits, state = [], None
+    for _ in range(T):
+        out, state = module.eval()(network.normalize(x), state)
+        logits.append(out)
+    return torch.stack(logits), [torch.stack(steps).numpy() for steps in kept.values()]
+
+
+def far_from_ours(network: Classifier, x: Tensor, T: int, others: list[np.ndarray[Any, Any]]) -> tuple[int, float]:
+    """Each layer by itself, on the spikes that theirs read: how many neurons fire otherwise, and how far from the
+    threshold at most, as a fraction of it, their membranes lie when they first do. (Later they differ for that.)"""
+    distances = []
+
+    def watch(layer: int, current: Tensor, spikes: Tensor, different: Tensor, tau: float, v_th: float) -> None:
+        first = different & (different.cumsum(0) == 1)
+        distances.extend(margins(current, spikes, tau, v_th)[first].tolist())
+
+    compare_torch(network, x.numpy(), T, "direct", others, replacing=True, watch=watch)
+    return len(distances), max(distances, default=0.0)
+
+
+NETS = [
+    ("vggsnn-strided", 0.125, {}),
+    ("vggsnn-strided", 0.125, {"tau": 0.3, "v_th": 0.7}),
+    ("vggsnn", 0.125, {}),
+    ("resnet19", 0.0625, {}),
+]
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(("name", "width", "neuron"), NETS, ids=lambda value: str(value).strip("{}") or "default")
+def test_others_fire_as_we_do(reader: str, name: str, width: float, neuron: dict[str, float], tmp_path: Path) -> None:
+    """Step by step on real images. What differs must be a membrane within rounding of the threshold."""
+    network, T = built(name, width, **neuron), 6
+    export_nir(network, tmp_path / "m.nir", trained_T=4)
+    x = torch.from_numpy(images()[:32])
+    logits, others = their_spikes(READERS[reader](tmp_path / "m.nir"), network, x, T)
+    assert all(0.01 < spikes.mean() < 0.9 for spikes in others[:-1])  # the comparison sees neurons that fire
+    alone, margin = far_from_ours(network, x, T, others)
+    assert margin < 1e-5 and alone <= 1e-4 * sum(spikes.size for spikes in others)  # the export's own gate
+    with torch.no_grad(), NeuronRecorder() as ours:
+        expected = network(x, T)
+    num_differing = sum(int((a.numpy() != b).sum()) for a, b in zip(ours.spikes, others, strict=True))
+    print(f"{num_differing} of {sum(s.size for s in others):,} differ; {alone} by themselves, within {margin:.1e} v_th")
+    if num_differing == 0:
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")
+def test_that_comparison_sees_a_leak_that_is_one_percent_off(tmp_path: Path) -> None:
+    network = built("vggsnn-strided", 0.125)
+    graph, _ = nir_graph(network)
+    for node in graph.nodes.values():
+        if isinstance(node, nir.LIF):
+            node.tau *= 1.01
+            node.r *= 1.01
+    nir.write(tmp_path / "m.nir", graph)
+    x = torch.from_numpy(images()[:8])
+    _, others = their_spikes(in_snntorch(tmp_path / "m.nir"), network, x, 4)
+    alone, margin = far_from_ours(network, x, 4, others)
+    assert alone > 20 and margin > 1e-4
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+class Thrown(nn.Module):
+    """Applies a function to spikes `[N, 4, 8, 8]`."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.function(x)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (nn.MaxPool2d(3, 1, 1), r"'change\.0': aten\.max_pool2d.*max pooling cannot"),
+        (nn.Conv2d(4, 4, 1, groups=2), "a convolution in 2 groups"),
+        (nn.Conv2d(4, 4, (1, 3), padding=(0, 1)), "a kernel of 1x3"),
+        (nn.AvgPool2d(3, 1, 1, count_include_pad=False), "padding that is left out of the mean"),
+        (
+            nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Upsample((8, 8))),
+            r"adaptive average pooling of \[8, 8\] to \[3, 3\]",
+        ),
+        (Thrown(lambda x: x + x), "a value added to itself"),
+        (Thrown(lambda x: x + 1.0), "a sum with something that is not computed from the input"),
+        (Thrown(lambda x: torch.add(x, x.relu(), alpha=2)), r"'change\.0': aten\.relu"),
+        (
+            Thrown(lambda x: x.reshape(-1, 8, 4, 8).reshape(-1, 4, 8, 8)),
+            r"a change of shape from \[4, 8, 8\] to \[8, 4, 8\]",
+        ),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), "weights that the network computes"),
+        (nn.Linear(8, 8), r"a linear layer on \[4, 8, 8\]"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_what_nir_has_no_node_for(change: nn.Module, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=reason):
+        export_nir(calibrated(Everything(change)), tmp_path / "m.nir", trained_T=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batch_normalisation_that_cannot_be_folded() -> None:
+    with pytest.raises(FoldingError, match=r"cannot fold BN 'change\.0'"):
+        nir_graph(calibrated(Everything(nn.BatchNorm2d(4))))
+
+
+def test_neurons_that_nothing_reads() -> None:
+    class Idle(Everything):
+        def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+            self.lif3(self.encode(x, T))
+            return super().forward(x, T)
+
+    with pytest.raises(ValueError, match="runs 4 layers of tetdeploy's neurons, of which 3 reach its logits"):
+        nir_graph(calibrated(Idle()))
+
+
+def test_layers_that_know_time() -> None:
+    class Mixing(Everything):
+        def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+            return super().forward(x, T).cumsum(0)
+
+    with pytest.raises(ValueError, match="mixes time outside its neurons"):
+        nir_graph(calibrated(Mixing()))
+
+
+def test_a_membrane_that_is_read() -> None:
+    class Reading(Everything):
+        def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+            spikes, u_last = self.lif1.with_state(self.encode(x, T))
+            second = self.layer2(spikes) + u_last
+            logits: Tensor = self.readout(self.lif3(self.hidden(self.pool(self.if2(second)))))
+            return logits
+
+    with pytest.raises(ValueError, match=r"mixes time|a membrane potential that is read"):
+        nir_graph(calibrated(Reading()))
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nir-runs")
+    arguments = ["train", "--epochs", "1", "--model", "vggsnn-strided", "--width", "0.0625", "--runs", str(folder)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_export_writes_the_newest_run(runs: Path, tmp_path: Path) -> None:
+    file, summary = tmp_path / "out.nir", tmp_path / "out.json"
+    arguments = ["export", "--format", "nir", "--runs", str(runs), "-o", str(file), "--json", str(summary)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "folded 8 BN | 8 Conv2d, 8 LIF, 1 Flatten, 1 Affine" in result.output
+    graph = nir.read(file)
+    assert Counter(type(node).__name__ for node in graph.nodes.values()) == json.loads(summary.read_text())["nodes"]
+    source = json.loads(graph.metadata["tetdeploy"])["source"]
+    assert source["network"]["model"] == "vggsnn-strided" and len(source["checkpoint_sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    "options", [("--T", "4"), ("--layout", "step"), ("--with-state",), ("--no-normalize",), ("--check", "9")]
+)
+def test_options_of_onnx_are_refused(options: tuple[str, ...], runs: Path) -> None:
+    result = CliRunner().invoke(main, ["export", "--format", "nir", "--runs", str(runs), *options])
+    assert result.exit_code == 2
+    assert "cannot go with --format nir" in result.output and options[0].removeprefix("--no-") in result.output
+    both = CliRunner().invoke(main, ["export", "--format", "nir", "--runs", str(runs), "--no-fold-bn"])
+    assert both.exit_code == 2 and "--no-fold-bn" in both.output
+
+
+def test_convsnn_pools_maxima(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"NIR cannot hold 'layer3\.0'.*max pooling cannot"):
+        export_nir(convsnn(), tmp_path / "m.nir", trained_T=4)
+
+
+def test_without_the_package(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "nir", None)
+    result = CliRunner().invoke(main, ["export", "--format", "nir", "--runs", str(runs)])
+    assert result.exit_code == 1 and "pip install 'tetdeploy[nir]'" in result.output
