@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 
 from tetdeploy import __version__
+from tetdeploy.cli.bench import bench
+from tetdeploy.cli.build import build
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.export import export
 from tetdeploy.cli.import_ import import_
@@ -30,8 +32,10 @@ def main() -> None:
     tetdeploy train                      train (the digits, if nothing else is said)
     tetdeploy export --T 6 --fold-bn     write the newest run as ONNX
     tetdeploy sweep                      accuracy, energy and latency at each T
+    tetdeploy bench                      latency and throughput by batch, threads and T
     tetdeploy validate                   does it compute what PyTorch computes, here? a gate for CI
     tetdeploy report RUN...              one HTML page: curves, accuracy, energy, layers, hashes
+    tetdeploy build MODEL                a TensorRT engine of it, for NVIDIA GPUs
     tetdeploy inspect FILE               what a checkpoint or a model is, layer by layer
     tetdeploy predict MODEL IMAGE...     classify image files
     tetdeploy landscape RUN...           both losses round trained weights
@@ -39,5 +43,5 @@ def main() -> None:
     """
 
 
-for command in (quickstart, train, export, sweep, validate, report, inspect, predict, landscape, import_):
+for command in (quickstart, train, export, sweep, bench, validate, report, build, inspect, predict, landscape, import_):
     main.add_command(command)

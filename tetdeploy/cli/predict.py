@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Examples:
   tetdeploy predict runs/r19/model-T6.onnx cat.png dog.jpg
   tetdeploy predict model-dynamic.onnx photo.jpg --resize --T 8 --top 5
+  tetdeploy predict model-T4.engine cat.png --device tensorrt
 """
 )
 @click.argument("model", type=click.Path(path_type=Path))
@@ -44,10 +45,10 @@ def predict(
     """
     import numpy as np
 
-    from tetdeploy.engine import Engine
+    from tetdeploy.engine import open_engine
     from tetdeploy.files import write_json
 
-    engine = Engine(model, device=device, threads=threads)
+    engine = open_engine(model, device=device, threads=threads)
     if engine.encoding == "frames":
         raise ValueError(
             f"{model} takes frames [N, T, C, H, W], not images; run it from Python: Engine(...).run(frames)"

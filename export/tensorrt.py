@@ -1,0 +1,304 @@
+"""TensorRT engines from exported graphs, with `tensorrt` (11 or later) or `tensorrt-rtx`: one API serves both.
+
+An engine computes what the graph says: networks are strongly typed, so float16 and int8 come from the ONNX file, and
+TF32, which would round float32 currents to 10 bits and so change spikes, is off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from tetdeploy import __version__
+from tetdeploy.engine import METADATA_KEY, parse_metadata, read_model
+from tetdeploy.files import atomic_write, write_json
+from tetdeploy.nvidia import BUILDING, choose_package, gpu_runtime, import_tensorrt, target_architectures
+from tetdeploy.tensorrt_engine import manifest_path
+
+from .tensorrt_graph import layers_of, prepare
+
+Range = tuple[int, int, int]
+Tick = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What engine to build.
+
+    Attributes:
+        package: `tensorrt`, `tensorrt-rtx`, or `auto`, the one that is installed.
+        batch: least, usual and most images of one call.
+        T: least, usual and most steps, for the dynamic layout only; None is 1, the training's T, and twice that or 16.
+        gpu_architectures: compute capabilities to build for, such as `8.9`; None is all that TensorRT-RTX can build
+            into one engine, and for TensorRT the GPU at hand.
+        workspace_mb: most memory for the scratch space of one kernel; None is all that the GPU has.
+        timing_cache: file that keeps what TensorRT measured, so that the next build need not; TensorRT-RTX has none.
+    """
+
+    package: str = "auto"
+    batch: Range = (1, 8, 64)
+    T: Range | None = None
+    gpu_architectures: tuple[str, ...] | None = None
+    workspace_mb: int | None = None
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch", self.batch), ("T", self.T)):
+            if value is not None and not 1 <= value[0] <= value[1] <= value[2]:
+                raise ValueError(f"{name} must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, got {value}")
+        if self.workspace_mb is not None and self.workspace_mb < 1:
+            raise ValueError(f"workspace_mb must be at least 1, got {self.workspace_mb}")
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build wrote: the engine at `path` and its manifest beside it."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+
+def build_engine(
+    model: Path | str, path: Path | str | None = None, config: BuildConfig | None = None, *, tick: Tick | None = None
+) -> Built:
+    """Build a TensorRT engine from an exported graph, with a manifest, `<path>.json`, beside it.
+
+    Args:
+        model: the `.onnx` file.
+        path: the engine; `<model without .onnx>.engine` by default.
+        tick: called with (phase, done, all) during the build.
+
+    Raises:
+        ValueError: the graph is none of ours, the configuration does not fit it, the package or the GPU, or TensorRT
+            refuses it. Nothing is written then, and earlier files stay as they were.
+        OSError: a file cannot be read or written, a full disk for one.
+        MissingExtraError: TensorRT is not installed.
+    """
+    config = config or BuildConfig()
+    model = Path(model)
+    path = model.with_suffix(".engine") if path is None else Path(path)
+    if path.suffix != ".engine":
+        raise ValueError(f"an engine's file name ends in .engine, got {path.name}")
+    data = read_model(model)
+    graph, metadata = _parse(data, model)
+    T = _steps(config.T, metadata, model)
+    package = choose_package(config.package)
+    if package == "tensorrt":
+        gpu_runtime(BUILDING)  # before any object of TensorRT is made
+    trt = import_tensorrt(package)
+    architectures = target_architectures(trt, package, config.gpu_architectures)
+    _check_cache(config.timing_cache, package)
+    with _writing(path), atomic_write(path) as engine_file, atomic_write(manifest_path(path)) as manifest_file:
+        started = time.perf_counter()
+        build = _Build(trt, prepare(graph), tick)
+        build.configure(config, T, architectures if package == "tensorrt-rtx" else ())
+        plan = build.run(f"{package} {trt.__version__} cannot build {model.name}")
+        manifest = {
+            "format": 1,
+            "package": package,
+            "version": trt.__version__,
+            "gpu_architectures": architectures,
+            "graph": model.name,
+            "graph_sha256": hashlib.sha256(data).hexdigest(),
+            "engine_sha256": hashlib.sha256(plan).hexdigest(),
+            "engine_bytes": len(plan),
+            "batch": config.batch,
+            "T": T,
+            "workspace_mb": config.workspace_mb,
+            "tensors": build.tensors,
+            "layers": layers_of(build.report, graph),
+            "build_seconds": round(time.perf_counter() - started, 3),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {"tetdeploy": __version__, "onnx": onnx.__version__},
+            "metadata": metadata,
+        }
+        engine_file.write_bytes(plan)
+        write_json(manifest_file, manifest)
+        if config.timing_cache is not None:
+            build.save_timings(config.timing_cache)
+    return Built(path, manifest)
+
+
+class _Build:
+    """One build. The parser owns the weights and the network the parser's objects: both live until the engine is
+    there, and the parser goes first."""
+
+    def __init__(self, trt: Any, graph: onnx.ModelProto, tick: Tick | None) -> None:
+        self._trt = trt
+        self._log, self._monitor = _observers(trt, tick)
+        self._builder = trt.Builder(self._log)
+        self._network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        self._parser = trt.OnnxParser(self._network, self._log)
+        self._config = self._builder.create_builder_config()
+        self._parsed = self._parser.parse(graph.SerializeToString())
+
+    @property
+    def report(self) -> str:
+        """TensorRT's account of the kernels."""
+        return str(self._log.layers)
+
+    @property
+    def tensors(self) -> list[dict[str, Any]]:
+        """Inputs and outputs; -1 is a dimension of the call."""
+        network = self._network
+        inputs = [network.get_input(k) for k in range(network.num_inputs)]
+        outputs = [network.get_output(k) for k in range(network.num_outputs)]
+        return [
+            {"name": t.name, "kind": kind, "dtype": t.dtype.name.lower(), "shape": list(t.shape)}
+            for kind, some in (("input", inputs), ("output", outputs))
+            for t in some
+        ]
+
+    def configure(self, config: BuildConfig, T: Range | None, architectures: tuple[str, ...] | list[str]) -> None:
+        trt, settings = self._trt, self._config
+        settings.clear_flag(trt.BuilderFlag.TF32)
+        settings.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the log does not tell of the kernels
+        settings.progress_monitor = self._monitor
+        if config.workspace_mb is not None:
+            settings.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, config.workspace_mb << 20)
+        if architectures:
+            settings.num_compute_capabilities = len(architectures)
+            for k, name in enumerate(architectures):
+                settings.set_compute_capability(trt.ComputeCapability.__members__[f"SM{name.replace('.', '')}"], k)
+        if config.timing_cache is not None:
+            kept = config.timing_cache.read_bytes() if config.timing_cache.exists() else b""
+            self._timings = settings.create_timing_cache(kept)
+            settings.set_timing_cache(self._timings, ignore_mismatch=False)
+        profile = self._builder.create_optimization_profile()
+        for k in range(self._network.num_inputs):
+            value = self._network.get_input(k)
+            shape = tuple(value.shape)
+            if -1 in shape:
+                profile.set_shape(value.name, *(_with_free(shape, config.batch[i], T and T[i]) for i in range(3)))
+        settings.add_optimization_profile(profile)
+
+    def run(self, refused: str) -> bytes:
+        """The engine.
+
+        Raises:
+            ValueError: `refused`, and TensorRT's reason.
+            KeyboardInterrupt: Ctrl-C, which TensorRT itself would not hear.
+        """
+        plan = None
+        if self._parsed:
+            with _interruptible(self._monitor):
+                plan = self._builder.build_serialized_network(self._network, self._config)
+        reasons = [self._parser.get_error(k).desc() for k in range(self._parser.num_errors)] + self._log.errors
+        del self._parser
+        if self._monitor.stopped:
+            raise KeyboardInterrupt
+        if plan is None:
+            raise ValueError(f"{refused}: {reasons[0].splitlines()[0] if reasons else 'it does not say why'}")
+        return bytes(plan)
+
+    def save_timings(self, path: Path) -> None:
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(bytes(self._timings.serialize()))
+
+
+def _observers(trt: Any, tick: Tick | None) -> tuple[Any, Any]:
+    """What listens to a build: a log that keeps errors and the account of the kernels, a monitor that can stop it."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.layers = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                self.errors.append(message)
+            elif message.startswith("Layers:"):
+                self.layers = message
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.stopped = False
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self._steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if tick is not None and phase_name in self._steps:
+                tick(phase_name, step + 1, self._steps[phase_name])
+            return not self.stopped
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+    return Log(), Monitor()
+
+
+@contextmanager
+def _interruptible(monitor: Any) -> Iterator[None]:
+    """Ctrl-C stops the build at its next step: an exception raised inside TensorRT's calls to Python would be lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        monitor.stopped = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full disk, which the system reports without a name, names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _parse(data: bytes, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    try:
+        graph = onnx.load_from_string(data)
+    except DecodeError as error:
+        raise ValueError(f"{path} cannot be loaded: not an ONNX model, or a damaged one") from error
+    texts = {entry.key: entry.value for entry in graph.metadata_props}
+    return graph, parse_metadata(texts.get(METADATA_KEY), path)
+
+
+def _steps(asked: Range | None, metadata: dict[str, Any], path: Path) -> Range | None:
+    """The range of T of a dynamic graph; None for the others, which have no free T."""
+    if metadata["layout"] != "dynamic":
+        if asked is not None:
+            raise ValueError(f"{path.name} is {metadata['layout']}: only a dynamic graph has a free T; leave --T out")
+        return None
+    trained_T = int(metadata["trained_T"])
+    return asked or (1, trained_T, max(16, 2 * trained_T))
+
+
+def _check_cache(path: Path | None, package: str) -> None:
+    if path is not None and package == "tensorrt-rtx":
+        raise ValueError(
+            "TensorRT-RTX has no timing cache: it measures nothing at the build, and chooses its kernels where the "
+            "engine runs; leave --timing-cache out"
+        )
+
+
+def _with_free(shape: tuple[int, ...], N: int, T: int | None) -> tuple[int, ...]:
+    """A shape with its free dimensions set: the batch is the first axis, T the second."""
+    free = (N, T)
+    return tuple(free[axis] if dim == -1 else dim for axis, dim in enumerate(shape))  # type: ignore[misc]

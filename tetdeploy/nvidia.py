@@ -1,0 +1,146 @@
+"""NVIDIA's libraries: which TensorRT is installed, and which GPU is there. Needs numpy only until it is asked.
+
+Two packages have one API. `tensorrt` builds an engine for the GPU it builds on, any from Turing (7.5) on, those of data
+centres included. `tensorrt-rtx` builds on any machine, without GPU or driver, for GeForce, RTX and workstation cards,
+and compiles the rest where the engine runs.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from typing import Any
+
+from tetdeploy.extras import MissingExtraError, import_extra
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+BUILDING = "building with TensorRT (not with TensorRT-RTX)"
+
+
+class NoGpuError(ValueError):
+    """No NVIDIA driver or no GPU that it can use."""
+
+
+def choose_package(asked: str = "auto") -> str:
+    """The TensorRT package to take: the one asked for; for `auto` the one installed, and of both `tensorrt` where there
+    is a GPU and `tensorrt-rtx` where there is none.
+
+    Raises:
+        ValueError: an unknown name.
+        MissingExtraError: neither is installed.
+    """
+    if asked in MODULES:
+        return asked
+    if asked != "auto":
+        raise ValueError(f"unknown package {asked!r}; choose one of auto, {', '.join(MODULES)}")
+    installed = [package for package, module in MODULES.items() if find_spec(module) is not None]
+    if not installed:
+        raise MissingExtraError(
+            "TensorRT is not installed: pip install 'tetdeploy[rtx]' for GeForce and RTX cards, built "
+            "on any machine, or pip install 'tetdeploy[tensorrt]' for any card, built on the card itself"
+        )
+    if len(installed) == 2:
+        try:
+            gpu_runtime(BUILDING)
+        except NoGpuError:
+            return "tensorrt-rtx"
+    return installed[0]
+
+
+def import_tensorrt(package: str) -> Any:
+    """The module of a TensorRT package. For `tensorrt` call `gpu_runtime` before making any object of it: without a
+    driver that ends the process.
+
+    Raises:
+        MissingExtraError: it is not installed, or its libraries are not.
+        ValueError: its version is one that this project does not know.
+    """
+    try:
+        module = import_extra(MODULES[package], _EXTRAS[package])
+    except MissingExtraError:
+        raise
+    except ImportError as error:
+        raise MissingExtraError(
+            f"the package {package!r} is installed, but its libraries cannot be loaded ({error}); install it from "
+            f"NVIDIA's index: pip install {package} --extra-index-url https://pypi.nvidia.com"
+        ) from error
+    if package == "tensorrt" and int(module.__version__.partition(".")[0]) < 11:
+        raise ValueError(f"TensorRT {module.__version__} is too old; 11 or later is needed: pip install -U tensorrt")
+    return module
+
+
+def gpu_runtime(purpose: str) -> Any:
+    """`cuda.bindings.runtime`, once a driver and a GPU are known to be there. `purpose` is what needs them.
+
+    Raises:
+        NoGpuError: they are not, and why.
+        MissingExtraError: cuda-bindings is not installed.
+    """
+    cuda = import_extra("cuda.bindings.runtime", "rtx")
+    if checked(cuda, cuda.cudaDriverGetVersion()) == 0:
+        raise NoGpuError(f"{purpose} needs an NVIDIA GPU and its driver, and this machine has no NVIDIA driver")
+    error, count = cuda.cudaGetDeviceCount()
+    if int(error) or not count:
+        reason = _reason(cuda, error) if int(error) else "the driver sees none"
+        raise NoGpuError(f"{purpose} needs an NVIDIA GPU, and none can be used: {reason}")
+    return cuda
+
+
+def gpu_architecture(cuda: Any) -> str:
+    """The compute capability of the first GPU, such as `8.9`."""
+    names = cuda.cudaDeviceAttr
+    major = checked(cuda, cuda.cudaDeviceGetAttribute(names.cudaDevAttrComputeCapabilityMajor, 0))
+    minor = checked(cuda, cuda.cudaDeviceGetAttribute(names.cudaDevAttrComputeCapabilityMinor, 0))
+    return f"{major}.{minor}"
+
+
+def target_architectures(trt: Any, package: str, asked: tuple[str, ...] | None) -> list[str]:
+    """The compute capabilities to build for.
+
+    Raises:
+        ValueError: the package cannot build for one of those asked for; the message says which package can.
+        NoGpuError: TensorRT builds for the GPU at hand, and there is none.
+    """
+    if package == "tensorrt":
+        present = gpu_architecture(gpu_runtime(BUILDING))
+        if asked not in (None, (present,)):
+            raise ValueError(
+                f"TensorRT builds for the GPU at hand, here {present}, not for {', '.join(asked or ())}; build where "
+                "that GPU is, or with --package tensorrt-rtx, which needs none to build"
+            )
+        return [present]
+    names = [name.removeprefix("SM") for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    known = sorted((f"{name[:-1]}.{name[-1]}" for name in names), key=_version)
+    if asked is None:
+        return [name for name in known if name != "7.5"]  # not beside others; and without float32 matrix products
+    for name in asked:
+        if name not in known:
+            other = "The package tensorrt can, on a machine with that GPU: pip install 'tetdeploy[tensorrt]'"
+            is_newer = re.fullmatch(r"\d+\.\d", name) is not None and _version(name) > (7, 5)
+            raise ValueError(
+                f"TensorRT-RTX cannot build for GPU architecture {name!r}; it can for {', '.join(known)}."
+                + (f" {other}" if is_newer else "")
+            )
+    return sorted(set(asked), key=_version)
+
+
+def checked(cuda: Any, result: tuple[Any, ...]) -> Any:
+    """The value of a CUDA call.
+
+    Raises:
+        ValueError: the call failed, with CUDA's own words.
+    """
+    error, *values = result
+    if int(error):
+        raise ValueError(f"CUDA failed: {_reason(cuda, error)}")
+    return values[0] if values else None
+
+
+def _reason(cuda: Any, error: Any) -> str:
+    text: bytes = cuda.cudaGetErrorString(error)[1]
+    return text.decode()
+
+
+def _version(architecture: str) -> tuple[int, ...]:
+    return tuple(map(int, architecture.split(".")))
