@@ -47,8 +47,6 @@ class TensorRTEngine(Engine):
         self._take(self.manifest["metadata"])
         # Before any object of TensorRT is made: without a driver that ends the process.
         cuda = gpu_runtime(f"running {self.path.name}")
-            f"running {self.path.name}"
-        )  # before any object of TensorRT is made: without a driver that ends the process
         trt = import_tensorrt(self.manifest["package"])
         check_target(self.manifest, self.path.name, trt.__version__, gpu_architecture(cuda))
         kept = [state["output"] for state in (*self.metadata["states"], *self.metadata["encoded"])]
