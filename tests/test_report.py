@@ -360,9 +360,12 @@ class TestRefusals:
             ("[1]", "holds a list, not an object"),
             ("{}", 'it has no "kind"'),
             ('{"kind": "poem"}', "its kind is 'poem'; give JSON of sweep or validate"),
-            ('{"kind": "sweep"}', "does not have the form of a sweep: KeyError"),
+            ('{"kind": "sweep"}', "does not have the form of a sweep: model is missing"),
             ('{"kind": "sweep", "model": "m", "data": "d", "num_samples": 1, "rows": []}', "it needs rows"),
-            ('{"kind": "sweep", "model": "m", "data": "d", "num_samples": 1, "rows": [1]}', "form of a sweep"),
+            (
+                '{"kind": "sweep", "model": "m", "data": "d", "num_samples": 1, "rows": [1]}',
+                r"form of a sweep: rows\[0\] must be an object, got 1",
+            ),
         ],
     )
     def test_a_file_that_is_no_result(self, tmp_path: Path, text: str, match: str) -> None:
@@ -371,17 +374,26 @@ class TestRefusals:
         self.refused(file, match=match)
 
     @pytest.mark.parametrize(
-        "changes",
+        ("changes", "reason"),
         [
-            {"layers": [1]},
-            {"layers": [{"name": "a"}]},
-            {"neurons": {"a": 1}},
-            {"by_class": [{"name": "a", "num_samples": 1, "accuracy": [0.5]}]},
-            {"num_samples": "many"},
+            ({"layers": [1]}, r"layers\[0\] must be an object, got 1"),
+            ({"layers": [{"name": "a"}]}, r"layers\[0\].rows is missing"),
+            ({"neurons": {"a": 1}}, "neurons must be a list"),
+            (
+                {"neurons": [{"name": "a", "rows": [{"T": 1, "firing_rate": "high"}]}]},
+                r"rows\[0\].firing_rate must be a",
+            ),
+            ({"by_class": [{"name": "a", "num_samples": 1, "accuracy": [0.5]}]}, "an accuracy for each row"),
+            ({"num_samples": "many"}, "num_samples must be a whole number of at least 1, got 'many'"),
+            ({"num_samples": True}, "num_samples must be a whole number of at least 1, got True"),
+            ({"ann": {"energy_pj": float("inf")}}, "ann.energy_pj must be a finite number, got inf"),
+            ({"versions": {"a": 1}}, "versions.a must be str, got 1"),
+            ({"gates": [{"key": "energy", "T": 1, "wanted": 1, "passed": "yes"}]}, r"passed must be bool"),
         ],
     )
-    def test_a_damaged_part(self, tmp_path: Path, changes: dict[str, Any]) -> None:
-        self.refused(write(tmp_path / "x.json", result(**changes)), match="x.json does not have the form of a validate")
+    def test_a_damaged_part(self, tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+        file = write(tmp_path / "x.json", result(**changes))
+        self.refused(file, match=f"x.json does not have the form of a validate: .*{reason}")
 
     def test_a_T_twice_and_a_number_that_is_none(self, tmp_path: Path) -> None:
         content = result()
@@ -396,9 +408,9 @@ class TestRefusals:
         (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
         self.refused(run, match="metrics.jsonl is damaged")
         (run / "metrics.jsonl").write_text("3\n")
-        self.refused(run, match='every line must be an object with an "epoch"')
+        self.refused(run, match="metrics.jsonl is damaged: it must be an object, got 3")
         write(run / "config.json", {"network": 1})
-        self.refused(run, match="must hold the objects network, data and training")
+        self.refused(run, match="config.json is damaged: network must be an object, got 1")
 
     def test_results_of_different_data(self, tmp_path: Path) -> None:
         files = [write(tmp_path / f"{data}.json", result(data=data)) for data in ("digits", "cifar10")]

@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.checkpoint import CHECKPOINT_NAME, read_metadata
+from tetdeploy.report.form import EPOCH, RESULT, RUN, SUMMARY, check_form
 
 CONFIG_NAME, METRICS_NAME, SUMMARY_NAME = "config.json", "metrics.jsonl", "summary.json"
 
 # What a file is follows from its "kind", and in a run folder from its name, MODEL.<kind>.json.
 KINDS = ("sweep", "validate")
-
-_ROW_NUMBERS = (
-    "accuracy", "firing_rate", "ac_ops", "mac_ops", "energy_pj", "energy_exact_pj", "energy_once_pj", "ann_ratio",
-    "latency_ms", "top1_agreement", "spike_mismatch_rate", "max_abs_logit_error",
-    "local_mismatch_rate", "spike_count_error", "torch_accuracy", "torch_latency_ms",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,12 +52,25 @@ def read_run(folder: Path) -> Run:
             "or the JSON file of a sweep"
         )
     config = json_object(folder / CONFIG_NAME)
-    network, data, training = (config.get(name) for name in ("network", "data", "training"))
-    if not isinstance(network, dict) or not isinstance(data, dict) or not isinstance(training, dict):
-        raise ValueError(f"{folder / CONFIG_NAME} must hold the objects network, data and training; it was changed")
+    _check(folder / CONFIG_NAME, config, RUN)
     checkpoint = folder / CHECKPOINT_NAME
     metadata = read_metadata(checkpoint) if checkpoint.is_file() else {}
-    return Run(folder, network, data, training, _read_metrics(folder / METRICS_NAME), metadata)
+    parts = (config["network"], config["data"], config["training"])
+    return Run(folder, *parts, _read_metrics(folder / METRICS_NAME), metadata)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What a folder of several seeds says of them; {} if it says nothing.
+
+    Raises:
+        ValueError: its summary.json is damaged.
+    """
+    file = folder / SUMMARY_NAME
+    if not file.is_file():
+        return {}
+    summary = json_object(file)
+    _check(file, summary, SUMMARY)
+    return summary
 
 
 def result_files(folder: Path) -> dict[str, list[Path]]:
@@ -92,9 +100,10 @@ def read_result(file: Path) -> dict[str, Any]:
         what = f"its kind is {kind!r}" if kind else 'it has no "kind"'
         raise ValueError(f"{file} is not a result that a report can show: {what}; give JSON of {' or '.join(KINDS)}")
     try:
+        check_form(content, RESULT)
         return _normalised(content) | {"kind": kind}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} does not have the form of a {kind}: {error!r}; run tetdeploy {kind} again") from error
+    except ValueError as error:
+        raise ValueError(f"{file} does not have the form of a {kind}: {error}; run tetdeploy {kind} again") from error
 
 
 def json_object(file: Path) -> dict[str, Any]:
@@ -119,32 +128,29 @@ def _read_metrics(file: Path) -> tuple[dict[str, Any], ...]:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
-    if not all(isinstance(line, dict) and isinstance(line.get("epoch"), int) for line in lines):
-        raise ValueError(f'{file} is damaged: every line must be an object with an "epoch"')
+    for line in lines:
+        _check(file, line, EPOCH)
     return tuple(lines)
 
 
+def _check(file: Path, content: Any, form: Any) -> None:
+    try:
+        check_form(content, form)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
 def _normalised(content: dict[str, Any]) -> dict[str, Any]:
-    """Rows ordered by T, their numbers checked."""
-    given = content["rows"]
-    rows = [_row(row) for row in given]
+    """Rows ordered by T, and accuracies by class beside their T."""
+    rows = content["rows"]
     if not rows or len({row["T"] for row in rows}) < len(rows):
         raise ValueError("it needs rows, each with a T of its own")
-    parts = {
-        part: [entry | {"name": str(entry["name"]), "rows": [_row(r) for r in entry["rows"]]} for entry in found]
-        for part in ("layers", "neurons")
-        if (found := content.get(part))
-    }
-    if classes := content.get("by_class"):
-        parts["by_class"] = [
-            {"name": str(entry["name"]), "num_samples": int(entry["num_samples"])}
-            | {"rows": [{"T": r["T"], "accuracy": a} for r, a in zip(rows, entry["accuracy"], strict=True)]}
-            for entry in classes
-        ]
-    named = {"model": str(content["model"]), "data": str(content["data"]), "num_samples": int(content["num_samples"])}
-    return content | parts | named | {"rows": sorted(rows, key=lambda row: int(row["T"]))}
-
-
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    numbers = {key: float(row[key]) for key in _ROW_NUMBERS if row.get(key) is not None}
-    return row | numbers | {"T": int(row["T"])}
+    classes = content.get("by_class") or []
+    if any(len(entry["accuracy"]) != len(rows) for entry in classes):
+        raise ValueError("by_class needs an accuracy for each row")
+    steps = [row["T"] for row in rows]
+    by_class = [
+        entry | {"rows": [{"T": T, "accuracy": a} for T, a in zip(steps, entry["accuracy"], strict=True)]}
+        for entry in classes
+    ]
+    return content | {"rows": sorted(rows, key=lambda row: int(row["T"])), "by_class": by_class}
