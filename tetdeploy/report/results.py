@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tetdeploy.report.merging import has_accuracy, merged
 from tetdeploy.report.reading import CONFIG_NAME, SUMMARY_NAME, Run, json_object, model_stem, read_run, result_files
+from tetdeploy.report.timings import is_bench, read_benches
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Results:
-    """All of a report; `notes` say what a reader must know before comparing."""
+    """All of a report; `notes` say what a reader must know before comparing, `benches` are timings by name."""
 
     sources: tuple[Source, ...]
     notes: tuple[str, ...] = ()
+    benches: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -144,7 +146,12 @@ def read_results(paths: Sequence[Path], names: Sequence[str] = ()) -> Results:
         ValueError: no path, or one twice; a path is no result, or damaged; names that do not fit; the results are of
             different data and cannot be compared.
     """
-    groups = _grouped(paths)
+    timings = [path for path in paths if is_bench(path)]
+    if timings and len(timings) == len(paths):
+        raise ValueError(
+            f"{', '.join(map(str, timings))}: timings alone make no report; name the run folder, or a sweep, as well"
+        )
+    groups = _grouped([path for path in paths if path not in timings])
     notes: list[str] = []
     sources = tuple(_source(name, g, notes) for name, g in zip(_labels(groups, names), groups, strict=True))
     empty = [str(group[0]) for group, source in zip(groups, sources, strict=True) if not _holds_anything(source)]
@@ -154,7 +161,8 @@ def read_results(paths: Sequence[Path], names: Sequence[str] = ()) -> Results:
             "train further (--resume), or export and run tetdeploy sweep"
         )
     check_comparable(sources)
-    return Results(sources, tuple(notes + list(_cautions(sources))))
+    folders = [run.folder for source in sources for run in source.runs.values()]
+    return Results(sources, tuple(notes + list(_cautions(sources))), read_benches(folders, timings))
 
 
 def check_comparable(sources: Sequence[Source]) -> None:

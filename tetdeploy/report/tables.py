@@ -73,6 +73,25 @@ def other_ops_table(details: Mapping[str, Any], T: int) -> Table:
     return table
 
 
+BENCH_COLUMNS = ("T", "threads", "batch", "median", "p95", "p99", "images/s", "calls")
+
+
+def bench_table(result: Mapping[str, Any]) -> Table:
+    """Latency and throughput: the JSON of a bench."""
+    table = _table(*BENCH_COLUMNS)
+    for row in result["rows"]:
+        table.add_row(*bench_cells(row))
+    return table
+
+
+def bench_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of a bench under `BENCH_COLUMNS`."""
+    times = (f"{row[key]:.3g} ms" for key in ("median_ms", "p95_ms", "p99_ms"))
+    rate = row["images_per_s"]
+    settings = (str(row[key]) for key in ("T", "threads", "batch"))
+    return (*settings, *times, f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}", str(row["calls"]))
+
+
 def _table(*headers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in headers:

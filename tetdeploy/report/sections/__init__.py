@@ -9,6 +9,7 @@ from tetdeploy.report.document import Section
 from tetdeploy.report.results import Results
 from tetdeploy.report.sections.accuracy import accuracy
 from tetdeploy.report.sections.agreement import agreement, gates
+from tetdeploy.report.sections.bench import bench
 from tetdeploy.report.sections.classes import accuracy_by_class
 from tetdeploy.report.sections.cost import cost
 from tetdeploy.report.sections.layers import layers
@@ -28,6 +29,7 @@ SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     pareto_front,
     cost,
     layers,
+    bench,
     agreement,
     accuracy_by_class,
     provenance,

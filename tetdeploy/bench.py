@@ -1,0 +1,218 @@
+"""How long an exported model takes on this machine: latency and throughput by batch, threads and T. Needs no torch.
+
+All settings take turns, so that a slow moment of the machine hits them all alike. A turn is one call that does not
+count, after which the setting's weights lie in the caches and the threads of the setting before have gone to sleep, and
+then a few that do. What a call takes does not depend on what spikes: the graph's convolutions are dense.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tetdeploy.engine import PROVIDERS, Engine
+from tetdeploy.extras import import_extra
+from tetdeploy.validate import provenance
+
+CALLS_PER_TURN = 5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`batch` images a call, `threads` of an operation, `T` steps."""
+
+    batch: int
+    threads: int
+    T: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one setting took.
+
+    Attributes:
+        median_ms, p95_ms, p99_ms: of one call of `Engine.run`, in milliseconds.
+        images_per_s: images over time, of all calls.
+        calls: how many were timed.
+    """
+
+    batch: int
+    threads: int
+    T: int
+    median_ms: float
+    p95_ms: float
+    p99_ms: float
+    images_per_s: float
+    calls: int
+
+
+class Bench:
+    """Times one model; `run` may be interrupted, `rows` has what was timed until then.
+
+    Args:
+        model: the `.onnx` file.
+        batches, threads, steps: every combination is timed. No steps: the T of the graph, or else of the training.
+        device: see `Engine`.
+
+    Attributes:
+        engines: one for each number of threads, all alive at once.
+        load_ms: what making each of them took.
+
+    Raises:
+        ValueError: a number is below 1, or a T beyond the graph; see also `Engine`.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        batches: Sequence[int],
+        threads: Sequence[int],
+        steps: Sequence[int] = (),
+        device: str = "cpu",
+    ) -> None:
+        for name, numbers in (("batch", batches), ("threads", threads), ("T", steps)):
+            if any(number < 1 for number in numbers):
+                raise ValueError(f"{name} must be at least 1, got {min(numbers)}")
+        self._load = load_average()
+        self.engines: dict[int, Engine] = {}
+        self.load_ms: dict[int, float] = {}
+        import_extra("onnxruntime", "cpu")  # the first engine's loading is not to pay for it
+        for count in threads:
+            start = time.perf_counter()
+            self.engines[count] = Engine(model, device=device, threads=count)
+            self.load_ms[count] = (time.perf_counter() - start) * 1e3
+        self.engine = self.engines[threads[0]]
+        own = self.engine.T if self.engine.layout == "unrolled" else None
+        self.settings = [
+            Setting(batch, count, T)
+            for T in steps or (own or int(self.engine.metadata["trained_T"]),)
+            for count in threads
+            for batch in batches
+        ]
+        self._seconds: dict[Setting, list[float]] = {setting: [] for setting in self.settings}
+
+    def run(
+        self,
+        x: NDArray[Any],
+        *,
+        repeats: int | None = None,
+        seconds: float = 10.0,
+        tick: Callable[[float], None] | None = None,
+    ) -> None:
+        """Time every setting on the first images of `x`, which come round again where a batch needs more.
+
+        Args:
+            x: images `[N, C, H, W]`, or frames `[N, T, C, H, W]`, as the graph takes them.
+            repeats: timed calls of each setting, whatever that takes.
+            seconds: without `repeats`, how long all of it goes on; every setting has a turn in any case.
+            tick: called with the fraction that is done.
+
+        Raises:
+            ValueError: see `Engine.run`; repeats or seconds are not above 0.
+        """
+        if (seconds if repeats is None else repeats) <= 0:
+            raise ValueError(f"repeats and seconds must be above 0, got {seconds if repeats is None else repeats}")
+        inputs = {s.batch: x[np.arange(s.batch) % len(x)] for s in self.settings}
+        for setting in self.settings:  # refuse what cannot run before anything is timed
+            self.engine.check_T(setting.T, self.engine.check_input(inputs[setting.batch]))
+        for setting, count in self._turns(repeats, seconds, tick):
+            engine, batch = self.engines[setting.threads], inputs[setting.batch]
+            engine.run(batch, setting.T)
+            for _ in range(count):
+                start = time.perf_counter()
+                engine.run(batch, setting.T)
+                self._seconds[setting].append(time.perf_counter() - start)
+
+    def _turns(
+        self, repeats: int | None, seconds: float, tick: Callable[[float], None] | None
+    ) -> Iterator[tuple[Setting, int]]:
+        """Whose turn it is, and for how many timed calls."""
+        order = np.random.default_rng(0)  # each round in another order: no setting always follows the same one
+        start, done = time.perf_counter(), 0
+        while True:
+            count = CALLS_PER_TURN if repeats is None else min(CALLS_PER_TURN, repeats - done)
+            if count == 0:
+                return
+            for k, turn in enumerate(order.permutation(len(self.settings))):
+                passed = (time.perf_counter() - start) / seconds
+                if repeats is None and done and passed >= 1:
+                    return
+                yield self.settings[turn], count
+                if tick:
+                    share = (done + count * (k + 1) / len(self.settings)) / repeats if repeats else passed
+                    tick(min(share, 1.0))
+            done += count
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Of the settings that had a call."""
+        return tuple(_row(setting, taken) for setting, taken in self._seconds.items() if taken)
+
+    def to_dict(self, data: str) -> dict[str, Any]:
+        """The result as JSON. `data`: what the images were."""
+        return {
+            "kind": "bench",
+            "model": str(self.engine.path),
+            "data": data,
+            "size_bytes": self.engine.path.stat().st_size,
+            "load_ms": [{"threads": count, "load_ms": taken} for count, taken in self.load_ms.items()],
+            "machine": machine(self.engine) | {"load": self._load},
+            "rows": [asdict(row) for row in self.rows],
+        } | provenance(self.engine)
+
+
+def _row(setting: Setting, seconds: Sequence[float]) -> Row:
+    median, p95, p99 = (float(ms) for ms in np.percentile(np.array(seconds) * 1e3, (50, 95, 99)))
+    return Row(**asdict(setting), median_ms=median, p95_ms=p95, p99_ms=p99,
+               images_per_s=setting.batch * len(seconds) / sum(seconds), calls=len(seconds))  # fmt: skip
+
+
+def random_input(engine: Engine, T: int) -> NDArray[Any]:
+    """An image of noise, or frames, as the graph takes it: `[1, C, H, W]` or `[1, T, C, H, W]`."""
+    shape = (1, *((T,) if engine.encoding == "frames" else ()), *engine.input_shape)
+    noise = np.random.default_rng(0)
+    if engine.input_dtype == np.uint8:
+        return noise.integers(0, 256, shape, np.uint8)
+    return noise.normal(size=shape).astype(engine.input_dtype)
+
+
+def machine(engine: Engine) -> dict[str, Any]:
+    """What the timings are of: processor, cores, system, execution provider."""
+    return {
+        "cpu": cpu_model(_cpuinfo()),
+        "cores": usable_cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "provider": PROVIDERS.get(engine.device, engine.device),
+    }
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_average() -> float | None:
+    """How many processes ran or waited to, on the average of the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def cpu_model(cpuinfo: Iterable[str]) -> str:
+    """The processor's name by /proc/cpuinfo, or else by Python."""
+    fields: Mapping[str, str] = {
+        key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in cpuinfo) if colon
+    }
+    return fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []

@@ -1,0 +1,165 @@
+"""`tetdeploy bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tetdeploy.cli.errors import INTERRUPTED
+from tetdeploy.cli.options import console, data_dir_option, device_option, newest_export, progress_bar, runs_option
+
+if TYPE_CHECKING:
+    from tetdeploy.bench import Bench
+    from tetdeploy.engine import Engine
+
+
+def _numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """`1,8` as numbers, each once."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"must be like 8 or 1,8,64; got {text!r}") from None
+    if min(numbers) < 1:
+        raise click.BadParameter(f"must be at least 1, got {min(numbers)}")
+    return numbers
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  tetdeploy bench                                               the newest export
+  tetdeploy bench model-dynamic.onnx --T 1,2,4 --batch 1,16 --threads 1,2,4
+  tetdeploy bench MODEL --repeats 1000 --json here.bench.json   as many calls as a 99th percentile wants
+  tetdeploy bench MODEL --device cuda --batch 1,64 --threads 1
+
+\b
+Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
+"""
+)
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("--batch", "batches", default="1,8", show_default=True, callback=_numbers, help="Images a call.")
+@click.option("--threads", callback=_numbers, help="Threads of an operation. [default: 1 and all cores]")
+@click.option("--T", "steps", help="Steps: 6, 1:6 or 1,2,4. [default: the graph's, or else the training's]")
+@click.option("--repeats", type=click.IntRange(min=1), help="Timed calls of each setting. [default: by --seconds]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="How long all settings together take turns. [default: 10]",
+)
+@click.option(
+    "--data",
+    help="A data set's name or FILE.npz. [default: the reference images beside the model, or else noise, which takes "
+    "as long: what a call takes does not depend on what spikes]",
+)
+@data_dir_option
+@device_option
+@runs_option
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Where the result goes. [default: MODEL.bench.json]"
+)
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    model: Path | None,
+    batches: tuple[int, ...],
+    threads: tuple[int, ...] | None,
+    steps: str | None,
+    repeats: int | None,
+    seconds: float | None,
+    data: str | None,
+    data_dir: Path,
+    device: str,
+    runs: Path,
+    json_path: Path | None,
+) -> None:
+    """Latency and throughput of an exported model on this machine.
+
+    MODEL is an .onnx file; the newest export by default. Every combination of batch, threads and T is timed, all taking
+    turns. Ctrl-C keeps what was timed. Writes MODEL.bench.json, which tetdeploy report shows. Needs no torch.
+    """
+    from tetdeploy.bench import Bench, usable_cores
+    from tetdeploy.files import write_json
+    from tetdeploy.validate import parse_steps
+
+    if repeats is not None and seconds is not None:
+        raise click.UsageError("--repeats and --seconds exclude each other")
+    cores = usable_cores()
+    threads = threads or tuple(sorted({1, cores}))
+    if max(threads) > cores:
+        console.print(f"{max(threads)} threads on {cores} cores: they will wait for each other", style="yellow")
+    timing = Bench(
+        model or newest_export(runs),
+        batches=batches,
+        threads=threads,
+        steps=parse_steps(steps) if steps else (),
+        device=device,
+    )
+    name, x = _inputs(timing, data, data_dir)
+    interrupted = False
+    try:
+        _run(timing, x, repeats, seconds)
+    except KeyboardInterrupt:
+        interrupted = True
+    if timing.rows:
+        result = timing.to_dict(name) | {"interrupted": interrupted}
+        json_path = json_path or timing.engine.path.with_suffix(".bench.json")
+        write_json(json_path, result)
+        print_bench(result, timing.engine)
+        console.print(str(json_path))
+    if interrupted:
+        console.print("interrupted; what was timed until then is kept" if timing.rows else "interrupted")
+        ctx.exit(INTERRUPTED)
+
+
+def _inputs(timing: Bench, data: str | None, data_dir: Path) -> tuple[str, Any]:
+    """What the images are called, and as many as the largest batch if there are."""
+    from tetdeploy.agreement import load_reference, reference_path
+    from tetdeploy.bench import random_input
+    from tetdeploy.cli.sweep import load_inputs
+
+    largest, T = max(s.batch for s in timing.settings), max(s.T for s in timing.settings)
+    if data is not None:
+        name, x, _ = load_inputs(timing.engine, data, data_dir, largest)
+        return name, x[: len(x)]  # decoded now, if they lie on disk
+    if reference_path(timing.engine.path).exists():
+        x = load_reference(timing.engine).x[:largest]
+        if timing.engine.encoding == "direct" or x.shape[1] >= T:
+            return "reference images", x
+    return "noise", random_input(timing.engine, T)
+
+
+def _run(timing: Bench, x: Any, repeats: int | None, seconds: float | None) -> None:
+    with progress_bar() as bar:
+        task = bar.add_task(f"{timing.engine.path.name}, {len(timing.settings)} settings, %", total=100)
+        timing.run(
+            x,
+            repeats=repeats,
+            seconds=seconds or 10.0,
+            tick=lambda share: bar.update(task, completed=round(100 * share)),
+        )
+
+
+def print_bench(result: dict[str, Any], engine: Engine) -> None:
+    from tetdeploy.report.tables import bench_table
+
+    on = result["machine"]
+    console.print(f"{result['model']}   {result['size_bytes'] / 1e6:.1f} MB   {engine.layout}   {result['data']}")
+    console.print(f"{on['cpu']}, {on['cores']} cores, {on['system']}, {on['provider']}")
+    console.print(bench_table(result))
+    notes = ["times of one call; loading: " + _loading(result)]
+    if engine.layout == "unrolled" and not engine.with_state:
+        notes.append(f"an unrolled graph always runs its T={engine.T} steps: a smaller T takes as long")
+    if (least := min(row["calls"] for row in result["rows"])) < 100:
+        notes.append(f"{least} calls of a setting: for a 99th percentile time 100 and more (--repeats, --seconds)")
+    if (on["load"] or 0) >= 1:
+        notes.append(f"{on['load']:.1f} processes were running when this began: an idle machine is faster")
+    for note in notes:
+        console.print(f"[dim]{note}[/dim]")
+
+
+def _loading(result: dict[str, Any]) -> str:
+    return ", ".join(f"{entry['load_ms']:.0f} ms with {entry['threads']} threads" for entry in result["load_ms"])

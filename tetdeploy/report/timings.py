@@ -1,0 +1,56 @@
+"""The timings of `tetdeploy bench` among the files of a report: tables of their own, not rows by T as other results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tetdeploy.report.reading import json_object
+from tetdeploy.report.tables import bench_cells
+
+_SUFFIX = ".bench.json"
+
+
+def is_bench(path: Path) -> bool:
+    """Whether a file is the result of a bench, by its name or else its content."""
+    if not path.is_file():
+        return False
+    return path.name.endswith(_SUFFIX) or json_object(path).get("kind") == "bench"
+
+
+def read_benches(folders: Sequence[Path], files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The benches in some run folders, and in files of their own, by a name for each.
+
+    Raises:
+        ValueError: a file is no bench, or damaged.
+    """
+    return {name: _read(file) for name, file in _named(folders, files)}
+
+
+def _named(folders: Sequence[Path], files: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    seen = set()
+    for folder in folders:
+        for file in sorted(folder.glob(f"*{_SUFFIX}")):
+            seen.add(file.resolve())
+            yield f"{folder.resolve().name} {_stem(file)}", file
+    for file in files:
+        if file.resolve() not in seen:
+            yield str(file), file
+
+
+def _stem(file: Path) -> str:
+    return file.name.removesuffix(_SUFFIX)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content = json_object(file)
+    try:
+        if content["kind"] != "bench" or not content["rows"]:
+            raise ValueError("its kind is not bench, or it has no rows")
+        for row in content["rows"]:
+            bench_cells(row)
+        _ = str(content["model"]), [content["machine"][key] for key in ("cpu", "cores", "provider")]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not have the form of a bench: {error!r}; run tetdeploy bench again") from error
+    return content
