@@ -85,7 +85,6 @@ class ImageReader:
             pin_memory=self._device.type == "cuda",
             worker_init_fn=_begin_worker,
             persistent_workers=processes,
-            prefetch_factor=2 if processes else None,
             multiprocessing_context=_context() if processes else None,
             generator=torch.Generator(),  # its own: the run's random numbers are no affair of a loader
         )
@@ -99,7 +98,7 @@ class ImageReader:
             self.close()
             raise ChildProcessError(
                 f"a process that reads images ended ({str(error) or 'in the middle of a batch'}); "
-                "if its memory ran out, lower --workers or --batch-size"
+                "if memory or /dev/shm ran out, go on with --resume and fewer --workers"
             ) from error
 
 
@@ -111,9 +110,13 @@ class DiskImages:
         reader: shared by the sets of a run.
         augment: whether training crops and flips at random, as ImageNet is trained: a crop of 8 to 100 % of the area
             and an aspect ratio of 3/4 to 4/3, scaled to the size. Otherwise as in the evaluation.
+
+    Raises:
+        MissingExtraError: torchvision or Pillow is not installed.
     """
 
     def __init__(self, data: ImageFiles, reader: ImageReader, *, augment: bool) -> None:
+        import_extra("torchvision.transforms.v2" if augment else "PIL.Image", "train")  # here, not first in a worker
         self._data = data
         self._reader = reader
         self._augment = augment

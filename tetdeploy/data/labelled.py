@@ -14,11 +14,11 @@ Encoding = Literal["direct", "frames"]
 
 
 class LabelledSet:
-    """A set of labelled inputs in memory; the base of `ImageSet` and `FrameSet`, which are frozen dataclasses.
+    """A set of labelled inputs; the base of `ImageSet`, `ImageFiles` and `FrameSet`, which are frozen dataclasses.
 
     Attributes:
         encoding: "direct" for images, shown at every step; "frames" for an input of its own at each step.
-        x: the images uint8 [N, C, H, W], or the frames uint8 [N, T, C, H, W].
+        x: the images uint8 [N, C, H, W], or the frames uint8 [N, T, C, H, W]; of `ImageFiles` decoded where sliced.
         image_shape: (C, H, W).
     """
 
