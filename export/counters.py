@@ -43,8 +43,8 @@ class Layers:
         self.other_ops: dict[str, Counter[str]] = {
             kind: Counter() for kind in ("bias_adds", "residual_adds", "batch_norm_macs")
         }
-        # What changes from step to step, or holds the steps as an axis, may be merged into the batch.
-        self._timed = {value for value in graph.inputs if value.name == "steps" or (frames and value.name == "x")}
+        # What changes from step to step, or holds the steps as an axis; they may be merged into the batch.
+        self._timed = {value for value in graph.inputs if frames and value.name == "x"}
         spikes = [layer.spikes for layer in neurons]
         self._whole = WholeNumbers(spikes)
         self._after_neurons = set(spikes)
@@ -68,13 +68,19 @@ class Layers:
 
     def _propagate(self, node: ir.Node) -> None:
         """What is a whole number, holds T steps, or lies behind neurons, follows from a node's inputs."""
-        shape = node.outputs[0].shape
-        holds_steps = self._T is not None and shape is not None and len(shape) > 1 and shape[0] == self._T
-        if holds_steps or any(value in self._timed for value in node.inputs):
+        if self._holds_steps(node.outputs[0]) or any(value in self._timed for value in node.inputs):
             self._timed.update(node.outputs)
         if any(value in self._after_neurons for value in node.inputs):
             self._after_neurons.update(node.outputs)
         self._whole.propagate(node)
+
+    def _holds_steps(self, value: ir.Value) -> bool:
+        if value.shape is None or len(value.shape) < 2:
+            return False
+        if self._T is not None:
+            return value.shape[0] == self._T
+        symbols = [dim.free_symbols() for dim in value.shape if not isinstance(dim, int)]
+        return any("T" in of_one or len(of_one) > 1 for of_one in symbols)  # the batch is the only other symbol
 
     def _count_other(self, node: ir.Node) -> None:
         kind = _other_kind(node)

@@ -112,6 +112,29 @@ def test_only_a_constant_images_first_layer_is_computed_once(options: dict[str, 
     assert [layer.once for layer in layers] == [options.get("encoding") != "frames", False, False, False]
 
 
+class TwoFirstLayers(nn.Module):
+    """Two linear layers before the first neurons, behind a view whose shape has the batch in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.readout = nn.Linear(64, 9, bias=False), nn.Linear(9, 8), nn.Linear(8, 10)
+        self.lif = LIF(v_th=0.1)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.second(self.first(x.flatten(1)))
+        return self.readout(self.lif(current.unsqueeze(0).expand(T, *current.shape)))
+
+
+@pytest.mark.parametrize("fold_bn", [True, False])
+def test_all_layers_before_the_neurons_are_computed_once(fold_bn: bool, tmp_path: Path) -> None:
+    config = ExportConfig(layout="dynamic", fold_bn=fold_bn)
+    runner = unchecked(TwoFirstLayers(), tmp_path / "m.onnx", config)
+    layers = layers_of(runner.metadata)
+    assert [(layer.from_input, layer.once) for layer in layers] == [(True, True), (True, True), (False, False)]
+    assert runner.metadata["uncounted"] == []
+    assert runner.metadata["other_ops"]["bias_adds"] == {"second": 8, "readout": 10}
+
+
 class EncodesEveryStep(nn.Module):
     """The image is repeated before the first layer, which so runs at every step."""
 
