@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.report.merging import has_accuracy, merged
-from tetdeploy.report.reading import CONFIG_NAME, SUMMARY_NAME, Run, json_object, model_stem, read_run, result_files
+from tetdeploy.report.reading import CONFIG_NAME, Run, model_stem, read_run, read_summary, result_files
 from tetdeploy.report.timings import is_bench, read_benches
 
 
@@ -191,8 +191,7 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
         _measurement(label if single[label] == 1 else f"{label} {stem}", files, run, notes)
         for label, run, stem, files in found
     )
-    summary = folder / SUMMARY_NAME
-    return Source(name, runs, measurements, json_object(summary) if seeds and summary.is_file() else {})
+    return Source(name, runs, measurements, read_summary(folder) if seeds else {})
 
 
 def _results_of(run: Run) -> Iterator[tuple[str, list[Path]]]:
