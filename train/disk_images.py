@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from .batches import Batch, Draws
 
 
+# What PyTorch's loader says when a process or thread of its own is gone.
+_LOST = ("DataLoader worker", "Pin memory thread")
+
+
 class Wanted(NamedTuple):
     """An image to read, and what it is to become."""
 
@@ -93,11 +97,12 @@ class ImageReader:
         try:
             yield from batches
         except (RuntimeError, EOFError, OSError) as error:  # the latter two where a batch was on its way
-            if self._workers == 0 or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+            reason = str(error).partition("\n")[0] or "in the middle of a batch"  # PyTorch adds the worker's traceback
+            if self._workers == 0 or (isinstance(error, RuntimeError) and not reason.startswith(_LOST)):
                 raise
             self.close()
             raise ChildProcessError(
-                f"a process that reads images ended ({str(error) or 'in the middle of a batch'}); "
+                f"a process that reads images ended ({reason}); "
                 "if memory or /dev/shm ran out, go on with --resume and fewer --workers"
             ) from error
 
