@@ -18,6 +18,7 @@ MODULES = [
     name
     for name in (
         "tetdeploy",
+        "tetdeploy.bench",
         "tetdeploy.engine",
         "tetdeploy.energy",
         "tetdeploy.data",

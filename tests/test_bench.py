@@ -1,0 +1,309 @@
+"""`tetdeploy bench`: what is timed and what is not, the numbers by a clock of our own, inputs, report, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from export_helpers import exported
+from report_helpers import result as sweep_result
+from report_helpers import run_folder, write
+
+from tetdeploy import bench
+from tetdeploy.bench import CALLS_PER_TURN, Bench, Setting, cpu_model, random_input
+from tetdeploy.cli import main
+from tetdeploy.engine import Engine
+from tetdeploy.report.document import Table
+from tetdeploy.report.page import document_of
+from tetdeploy.report.results import read_results
+
+Call = tuple[int, int, int]  # threads, batch, T
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A dynamic model with its reference images, in a folder of its own."""
+    source = exported("dynamic")
+    shutil.copy(source.with_suffix(".reference.npz"), tmp_path / "m.reference.npz")
+    return Path(shutil.copy(source, tmp_path / "m.onnx"))
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["bench", *map(str, arguments)])
+
+
+class Clock:
+    """Stands in for `time`; a call of the engine takes what `cost` says, in seconds."""
+
+    def __init__(self, cost: Callable[[Call, int], float]) -> None:
+        self.now, self.cost = 0.0, cost
+        self.calls: list[Call] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def run(self, engine: Engine, x: np.ndarray[Any, Any], T: int) -> None:
+        call = (engine._threads or 0, len(x), T)
+        self.now += self.cost(call, self.calls.count(call))
+        self.calls.append(call)
+
+
+@pytest.fixture
+def clocked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Call, int], float]], Clock]:
+    def make(cost: Callable[[Call, int], float]) -> Clock:
+        clock = Clock(cost)
+        monkeypatch.setattr(bench, "time", clock)
+        monkeypatch.setattr(Engine, "run", lambda engine, x, T: clock.run(engine, x, T))
+        return clock
+
+    return make
+
+
+# -------------------------------------------------------------------------------------------------- what is measured
+
+
+def test_numbers_are_those_of_the_clock(model: Path, clocked: Any) -> None:
+    """The k-th timed call of 100 takes k ms; each turn begins with a call of 1 s, which must not count."""
+    turn = CALLS_PER_TURN + 1
+    clocked(lambda call, k: 1.0 if k % turn == 0 else (k - k // turn) * 1e-3)
+    timing = Bench(model, batches=[4], threads=[1], steps=[3])
+    timing.run(random_input(timing.engine, 3), repeats=100)
+    (row,) = timing.rows
+    assert (row.batch, row.threads, row.T, row.calls) == (4, 1, 3, 100)
+    assert row.median_ms == pytest.approx(50.5) and row.p95_ms == pytest.approx(95.05)
+    assert row.p99_ms == pytest.approx(99.01)
+    assert row.images_per_s == pytest.approx(4 * 100 / 5.05)
+
+
+def test_settings_take_turns_in_changing_order(model: Path, clocked: Any) -> None:
+    clock = clocked(lambda call, k: 1e-3)
+    timing = Bench(model, batches=[1, 2], threads=[1, 2], steps=[1, 3])
+    timing.run(random_input(timing.engine, 3), repeats=4 * CALLS_PER_TURN)
+    turns = clock.calls[:: CALLS_PER_TURN + 1]
+    assert clock.calls == [call for call in turns for _ in range(CALLS_PER_TURN + 1)]
+    rounds = [turns[k : k + 8] for k in range(0, len(turns), 8)]
+    everything = {(threads, batch, T) for threads in (1, 2) for batch in (1, 2) for T in (1, 3)}
+    assert [set(r) for r in rounds] == [everything] * 4
+    assert len({tuple(r) for r in rounds}) > 1
+
+
+def test_repeats_are_exact(model: Path, clocked: Any) -> None:
+    clocked(lambda call, k: 1e-3)
+    timing = Bench(model, batches=[1, 8], threads=[1])
+    ticks: list[float] = []
+    timing.run(random_input(timing.engine, 4), repeats=7, tick=ticks.append)
+    assert [row.calls for row in timing.rows] == [7, 7]
+    assert ticks == sorted(ticks) and ticks[-1] == 1.0
+
+
+def test_seconds_end_it_but_every_setting_has_a_turn(model: Path, clocked: Any) -> None:
+    clock = clocked(lambda call, k: 0.1)
+    timing = Bench(model, batches=[1, 8], threads=[1])
+    timing.run(random_input(timing.engine, 4), seconds=0.01)
+    assert [row.calls for row in timing.rows] == [CALLS_PER_TURN] * 2
+    clock.now = 0.0
+    timing.run(random_input(timing.engine, 4), seconds=6.0)
+    assert 6.0 <= clock.now <= 6.0 + 0.1 * (CALLS_PER_TURN + 1) + 1e-9
+
+
+def test_real_calls(model: Path) -> None:
+    timing = Bench(model, batches=[1, 32], threads=[1], steps=[8])
+    timing.run(random_input(timing.engine, 8), repeats=10)
+    one, many = timing.rows
+    assert 0 < one.median_ms <= one.p95_ms <= one.p99_ms
+    assert one.median_ms < many.median_ms  # 32 images take longer than one
+    assert set(timing.load_ms) == {1} and timing.load_ms[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "T"), [("unrolled", {"T": 3}, 3), ("dynamic", {}, 4), ("step", {}, 4)], ids=lambda v: str(v)
+)
+def test_T_is_the_graphs_or_that_of_the_training(layout: str, options: dict[str, Any], T: int) -> None:
+    assert Bench(exported(layout, **options), batches=[1], threads=[1]).settings == [Setting(1, 1, T)]
+
+
+def test_noise_is_what_the_graph_takes() -> None:
+    frames = Engine(exported("unrolled", T=4, encoding="frames"))
+    assert random_input(frames, 4).shape == (1, 4, 1, 8, 8) and random_input(frames, 4).dtype == np.uint8
+    normalised = random_input(Engine(exported("dynamic", normalize=False)), 4)
+    assert normalised.shape == (1, 1, 8, 8) and normalised.dtype == np.float32
+
+
+def test_the_name_of_the_processor() -> None:
+    assert cpu_model(["processor\t: 0", "model name\t: Xeon: 8 cores", "flags: sse"]) == "Xeon: 8 cores"
+    assert cpu_model(["Hardware\t: BCM2711", "Model\t\t: Raspberry Pi 4"]) == "Raspberry Pi 4"
+    assert cpu_model([])
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def test_json_and_table(model: Path) -> None:
+    done = run(model, "--batch", "1,3", "--threads", "1", "--T", "1,4", "--repeats", "6")
+    assert done.exit_code == 0, done.output
+    content = json.loads(model.with_suffix(".bench.json").read_text())
+    assert content["kind"] == "bench" and content["model"] == str(model) and content["data"] == "reference images"
+    assert content["model_sha256"] == Engine(model).sha256 and content["device"] == "cpu" and not content["interrupted"]
+    assert content["size_bytes"] == model.stat().st_size and content["load_ms"][0]["threads"] == 1
+    assert content["machine"]["provider"] == "CPUExecutionProvider" and content["machine"]["cores"] >= 1
+    assert content["versions"]["onnxruntime"] and content["machine"]["cpu"]
+    assert [(r["batch"], r["threads"], r["T"]) for r in content["rows"]] == [(1, 1, 1), (3, 1, 1), (1, 1, 4), (3, 1, 4)]
+    keys = {"batch", "threads", "T", "median_ms", "p95_ms", "p99_ms", "images_per_s", "calls"}
+    assert all(row.keys() == keys and row["calls"] == 6 for row in content["rows"])
+    for text in ("median", "p99", "images/s", content["machine"]["cpu"], "6 calls of a setting", ".bench.json"):
+        assert text in done.output
+
+
+def test_without_reference_images_noise_is_shown(model: Path, tmp_path: Path) -> None:
+    model.with_suffix(".reference.npz").unlink()
+    assert "noise" in run(model, "--repeats", "1", "--threads", "1", "--json", tmp_path / "a.json").output
+    assert json.loads((tmp_path / "a.json").read_text())["data"] == "noise"
+
+
+def test_images_of_a_data_set(model: Path, tmp_path: Path) -> None:
+    done = run(model, "--repeats", 1, "--threads", 1, "--data", "digits", "--json", tmp_path / "a.json")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "a.json").read_text())["data"] == "digits"
+
+
+def test_an_unrolled_graph_says_that_T_changes_nothing(tmp_path: Path) -> None:
+    done = run(exported("unrolled", T=3), "--T", 2, "--repeats", 1, "--threads", 1, "--json", tmp_path / "a.json")
+    assert "always runs its T=3 steps: a smaller T takes as long" in done.output
+
+
+def test_more_threads_than_cores_are_warned_of(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "usable_cores", lambda: 1)
+    done = run(model, "--repeats", 1, "--threads", "1,2", "--batch", 1)
+    assert done.exit_code == 0 and "2 threads on 1 cores" in done.output
+
+
+def test_ctrl_c_keeps_what_was_timed(model: Path, clocked: Any) -> None:
+    def cost(call: Call, k: int) -> float:
+        if k == 3 * CALLS_PER_TURN:
+            raise KeyboardInterrupt
+        return 1e-3
+
+    clocked(cost)
+    done = run(model, "--repeats", 1000, "--threads", 1, "--batch", "1,2")
+    assert done.exit_code == 130 and "what was timed until then is kept" in done.output
+    content = json.loads(model.with_suffix(".bench.json").read_text())
+    assert content["interrupted"] and all(0 < row["calls"] <= 3 * CALLS_PER_TURN for row in content["rows"])
+
+
+def test_ctrl_c_before_the_first_call_writes_nothing(model: Path, clocked: Any) -> None:
+    def cost(call: Call, k: int) -> float:
+        raise KeyboardInterrupt
+
+    clocked(cost)
+    done = run(model, "--threads", 1)
+    assert done.exit_code == 130 and "Traceback" not in done.output
+    assert not model.with_suffix(".bench.json").exists()
+
+
+def test_no_torch_is_loaded(model: Path) -> None:
+    code = (
+        "import sys; from tetdeploy.cli import main\n"
+        "main(['bench', sys.argv[1], '--repeats', '2', '--threads', '1'], standalone_mode=False)\n"
+        "assert not {'torch', 'onnx', 'matplotlib'} & set(sys.modules), 'heavy'"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert model.with_suffix(".bench.json").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def test_the_report_has_a_table_for_each_model(model: Path) -> None:
+    """Of a run folder, and of files named one by one."""
+    assert run(model, "--repeats", 2, "--threads", 1).exit_code == 0
+    timings = model.with_suffix(".bench.json")
+    sweep = write(model.with_suffix(".sweep.json"), sweep_result(kind="sweep"))
+    folder = run_folder(model.parent / "trained")
+    shutil.copy(timings, folder)
+    for paths, name in (
+        ([sweep, timings], str(timings)),
+        ([folder], "trained m"),
+        ([folder, folder / timings.name], "trained m"),
+    ):
+        (section,) = (s for s in document_of(read_results(paths)).sections if s.title == "Latency and throughput")
+        table, _ = section.blocks
+        assert isinstance(table, Table) and table.caption.startswith(f"{name}: {model} on ")
+        assert table.headers[:4] == ("T", "threads", "batch", "median")
+        assert [row[:3] for row in table.rows] == [("4", "1", "1"), ("4", "1", "8")]
+        assert all(row[3].endswith(" ms") and row[-1] == "2" for row in table.rows)
+
+
+def test_a_report_refuses_timings_alone_and_damaged_ones(tmp_path: Path) -> None:
+    rows = [{"batch": 1}]
+    bad = write(tmp_path / "a.bench.json", {"kind": "bench", "model": "m", "machine": {}, "rows": rows})
+    with pytest.raises(ValueError, match="timings alone make no report"):
+        read_results([bad])
+    sweep = write(tmp_path / "a.sweep.json", sweep_result(kind="sweep"))
+    with pytest.raises(
+        ValueError, match=r"a\.bench\.json does not have the form of a bench.*run tetdeploy bench again"
+    ):
+        read_results([sweep, bad])
+    write(bad, {"kind": "sweep"})
+    with pytest.raises(ValueError, match="its kind is not bench"):
+        read_results([sweep, bad])
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch", "0"), "must be at least 1, got 0"),
+        (("--threads", "1,-2"), "must be at least 1, got -2"),
+        (("--batch", "many"), "must be like 8 or 1,8,64; got 'many'"),
+        (("--repeats", "0"), "0 is not in the range"),
+        (("--seconds", "0"), "0"),
+        (("--repeats", "3", "--seconds", "3"), "exclude each other"),
+    ],
+)
+def test_wrong_usage(model: Path, options: tuple[str, ...], message: str) -> None:
+    done = run(model, *options)
+    assert done.exit_code == 2 and message in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--T", "5"), "is unrolled to T=3 and cannot run T=5"),
+        (("--T", "0"), "T must lie in 1..1024"),
+        (("--device", "tpu"), "unknown device 'tpu'"),
+        (("--data", "nothing.npz"), "nothing.npz"),
+    ],
+)
+def test_one_line_for_what_cannot_be_timed(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = run(exported("unrolled", T=3), "--threads", 1, "--json", tmp_path / "a.json", *options)
+    assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output, done.output
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_no_model(tmp_path: Path) -> None:
+    assert "no model at" in run(tmp_path / "none.onnx").output
+    assert "no exported model in" in run("--runs", tmp_path).output
+
+
+def test_python_refuses_the_same(model: Path) -> None:
+    with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+        Bench(model, batches=[1, 0], threads=[1])
+    with pytest.raises(ValueError, match="T must be at least 1, got 0"):
+        Bench(model, batches=[1], threads=[1], steps=[0])
+    timing = Bench(model, batches=[1], threads=[1])
+    with pytest.raises(ValueError, match="repeats and seconds must be above 0, got 0"):
+        timing.run(random_input(timing.engine, 4), repeats=0)
+    with pytest.raises(ValueError, match=r"takes input of shape \[N, 1, 8, 8\]"):
+        timing.run(np.zeros((1, 3, 8, 8), np.uint8))
