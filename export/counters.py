@@ -45,7 +45,7 @@ class Layers:
         }
         # What changes from step to step, or holds the steps as an axis; they may be merged into the batch.
         self._timed = {value for value in graph.inputs if frames and value.name == "x"}
-        spikes = [layer.spikes for layer in neurons]
+        spikes = [value for layer in neurons for value in layer.values()]
         self._whole = WholeNumbers(spikes)
         self._after_neurons = set(spikes)
         names: Counter[str] = Counter()
@@ -153,17 +153,22 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 def _is_parameter(value: ir.Value | None) -> bool:
     """Whether a value is a constant that is not zero: the exporter gives every convolution a bias, if only of zeros."""
+    producer = None if value is None else value.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        return _is_parameter(producer.inputs[0])
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return tensor is not None and bool(tensor.numpy().any())
 
 
 def _parameter_shape(weight: ir.Value) -> tuple[int, ...] | None:
-    """The shape of a constant, or of a matrix transposed, as linear layers have it in a graph that is not optimised;
-    None for what is computed."""
+    """The shape of a constant, of one in 8 bits, or of a matrix transposed, as linear layers have it in a graph that is
+    not optimised; None for what is computed."""
     producer = weight.producer()
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
         shape = _parameter_shape(producer.inputs[0])
         return shape[::-1] if shape is not None and len(shape) == 2 else None
+    if producer is not None and producer.op_type == "DequantizeLinear" and producer.inputs[0] is not None:
+        return _parameter_shape(producer.inputs[0])
     tensor = ir.convenience.get_const_tensor(weight)
     return None if tensor is None else tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any, Literal
@@ -18,10 +18,12 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import values
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tetdeploy.folding import FoldingError, count_batchnorm, fold_batchnorm
 from tetdeploy.networks import Classifier
+
+from .int8 import CurrentScale, quantise, translate_int8_conv
 
 Encoding = Literal["direct", "frames"]
 OPSET, IR_VERSION, LIF_DOMAIN = 20, 10, "tetdeploy"
@@ -46,7 +48,14 @@ class _Boundary(nn.Module):
 
 
 def trace(
-    classifier: Classifier, *, T: int | None, encoding: Encoding, step: bool, uint8: bool, fold_bn: bool
+    classifier: Classifier,
+    *,
+    T: int | None,
+    encoding: Encoding,
+    step: bool,
+    uint8: bool,
+    fold_bn: bool,
+    int8: Mapping[str, CurrentScale] | None = None,
 ) -> tuple[ir.Model, int]:
     """Trace a classifier in inference into an ONNX graph with LIF nodes and a dynamic batch.
 
@@ -56,6 +65,7 @@ def trace(
         step: the step layout (T is 1): frames come one at a time, `[N, C, H, W]`.
         uint8: the graph takes uint8 pixels and normalises them; otherwise float32 that is normalised already.
         fold_bn: fold BN first (Eq. 6).
+        int8: scales of the convolutions that compute in 8 bits.
 
     Returns:
         The graph, and how many BN were folded.
@@ -63,20 +73,39 @@ def trace(
     Raises:
         ValueError: the network cannot be traced, or not with T left open; FoldingError from folding.
     """
-    boundary = _Boundary(classifier, T=T, encoding=encoding, step=step).eval()
     inputs, shapes = _example(classifier, T, encoding, step, uint8)
     with torch.no_grad(), quiet():
-        try:
-            program = torch.export.export(boundary, inputs, dynamic_shapes=shapes)
-        except Exception as error:  # torch.export raises many kinds for what a network's code may do
-            raise ValueError(_why_untraceable(error, T)) from error
+        program = _program(classifier, T, encoding, step, uint8)
         num_folded = count_batchnorm(program.graph) if fold_bn else 0
         if fold_bn:
-            program = torch.export.export(_folded(program), inputs, dynamic_shapes=shapes)
+            folded = _folded(program)
+            quantise(folded, int8 or {})
+            program = torch.export.export(folded, inputs, dynamic_shapes=shapes)
         model = _to_onnx(program, optimize=fold_bn)  # the optimiser would fold BN as well
     model.ir_version = IR_VERSION
     _name_boundary(model, T, encoding)
     return model, num_folded
+
+
+def folded_module(classifier: Classifier, *, T: int, encoding: Encoding, uint8: bool) -> fx.GraphModule:
+    """The network with BN folded, for PyTorch: `x [N, ...]` to the mean and the per-step logits `[N, T, K]`.
+
+    Raises:
+        ValueError: see `trace`.
+    """
+    with torch.no_grad(), quiet():
+        return _folded(_program(classifier, T, encoding, False, uint8))
+
+
+def _program(
+    classifier: Classifier, T: int | None, encoding: Encoding, step: bool, uint8: bool
+) -> torch.export.ExportedProgram:
+    boundary = _Boundary(classifier, T=T, encoding=encoding, step=step).eval()
+    inputs, shapes = _example(classifier, T, encoding, step, uint8)
+    try:
+        return torch.export.export(boundary, inputs, dynamic_shapes=shapes)
+    except Exception as error:  # torch.export raises many kinds for what a network's code may do
+        raise ValueError(_why_untraceable(error, T)) from error
 
 
 def _folded(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
@@ -94,7 +123,10 @@ def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Mod
             dynamo=True,
             opset_version=OPSET,
             optimize=optimize,
-            custom_translation_table={torch.ops.tetdeploy.lif.default: _translate_lif},
+            custom_translation_table={
+                torch.ops.tetdeploy.lif.default: _translate_lif,
+                torch.ops.tetdeploy.int8_conv.default: translate_int8_conv,
+            },
             verbose=False,
         )
     except Exception as error:  # of the exporter's own kinds, some of them private

@@ -22,6 +22,8 @@ import onnx_ir as ir
 from .graph import LIF_DOMAIN, module_name
 
 _FLOAT = ir.TensorType(ir.DataType.FLOAT)
+_BYTE = ir.TensorType(ir.DataType.UINT8)
+_HAND_ON = ("Unsqueeze", "Reshape", "Squeeze", "Flatten", "Transpose", "Identity", "MaxPool", "Slice")
 _VIEWS = ("Unsqueeze", "Expand", "Reshape", "Squeeze", "Flatten", "Transpose", "Identity")
 
 
@@ -35,6 +37,12 @@ class Neurons:
     shape: tuple[int, ...]
     spikes: ir.Value
 
+    def values(self) -> list[ir.Value]:
+        """The spikes, and those in one byte where the graph has them."""
+        producer = self.spikes.producer()
+        byte = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else None
+        return [self.spikes] if byte is None or byte.dtype != ir.DataType.UINT8 else [self.spikes, byte]
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -44,12 +52,13 @@ class Encoder:
     shape: tuple[int, ...]
 
 
-def lower(model: ir.Model, *, T: int | None, with_state: bool) -> list[Neurons]:
+def lower(model: ir.Model, *, T: int | None, with_state: bool, byte_spikes: bool = False) -> list[Neurons]:
     """Replace every LIF node of `model`, in place.
 
     Args:
         T: steps to unroll; None makes a `Scan` over the steps that the input brings.
         with_state: every membrane becomes an input `u.<name> [N, ...]` and an output `u_next.<name> [N, ...]`.
+        byte_spikes: spikes are uint8 up to the QuantizeLinear nodes that read them, which go away.
 
     Returns:
         The neuron layers in the order in which they fire.
@@ -61,12 +70,17 @@ def lower(model: ir.Model, *, T: int | None, with_state: bool) -> list[Neurons]:
     neurons = []
     names: Counter[str] = Counter()
     for node in [node for node in model.graph if node.domain == LIF_DOMAIN]:
-        layer = _describe(node, names)
-        spikes = _scan(model.graph, node, layer) if T is None else _unroll(model.graph, node, layer, T, with_state)
+        layer, build = _describe(node, names), _Builder(model.graph, node, _BYTE if byte_spikes else _FLOAT)
+        spikes = _scan(build, node, layer) if T is None else _unroll(build, node, layer, T, with_state)
+        if byte_spikes:
+            spikes.type, spikes.shape = _BYTE, node.outputs[0].shape
+            spikes = build("Cast", spikes, to=int(ir.DataType.FLOAT))
         spikes.name, spikes.type, spikes.shape = f"spikes.{layer.name}", _FLOAT, node.outputs[0].shape
         node.outputs[0].replace_all_uses_with(spikes)
         model.graph.remove(node, safe=True)
         neurons.append(Neurons(layer.name, layer.tau, layer.v_th, layer.shape, spikes))
+    if byte_spikes:
+        _pass_bytes(model.graph, neurons)
     model.opset_imports.pop(LIF_DOMAIN, None)
     return neurons
 
@@ -112,8 +126,8 @@ def _describe(node: ir.Node, names: Counter[str]) -> Neurons:
     return Neurons(name, node.attributes["tau"].as_float(), node.attributes["v_th"].as_float(), shape, node.outputs[0])
 
 
-def _unroll(graph: ir.Graph, node: ir.Node, layer: Neurons, T: int, with_state: bool) -> ir.Value:
-    build = _Builder(graph, node)
+def _unroll(build: _Builder, node: ir.Node, layer: Neurons, T: int, with_state: bool) -> ir.Value:
+    graph = build.graph
     currents = build.split(node.inputs[0], T)
     u: ir.Value | None = None
     if with_state:
@@ -133,20 +147,19 @@ def _unroll(graph: ir.Graph, node: ir.Node, layer: Neurons, T: int, with_state: 
     return build("Concat", *spikes, axis=0) if T > 1 else spikes[0]
 
 
-def _scan(graph: ir.Graph, node: ir.Node, layer: Neurons) -> ir.Value:
+def _scan(build: _Builder, node: ir.Node, layer: Neurons) -> ir.Value:
     """One `Scan` over the steps; its body is one step of the layer."""
-    build = _Builder(graph, node)
     current = node.inputs[0]
     step_shape = build("Slice", build("Shape", current), build.ints([1]), build.ints([2**31]), build.ints([0]))
     zeros = build("ConstantOfShape", step_shape, value=ir.tensor(np.zeros(1, np.float32)))
     dims = [None] * (len(layer.shape) + 1)
     u_in, current_t = _float_value("", dims), _float_value("", dims)
-    body = ir.Graph([u_in, current_t], [], nodes=[], opset_imports=graph.opset_imports, name=f"lif.{layer.name}")
-    inner = _Builder(body, None)
+    body = ir.Graph([u_in, current_t], [], nodes=[], opset_imports=build.graph.opset_imports, name=f"lif.{layer.name}")
+    inner = _Builder(body, None, build.spikes)
     fired, u_out = inner.step(current_t, u_in, layer, reset=True)
     assert u_out is not None
-    for value in (u_out, fired):
-        value.type, value.shape = _FLOAT, ir.Shape(dims)
+    for value, kind in ((u_out, _FLOAT), (fired, build.spikes)):
+        value.type, value.shape = kind, ir.Shape(dims)
     body.outputs.extend([u_out, fired])
     for k, value in enumerate([*body.inputs, *(output for inside in body for output in inside.outputs)]):
         value.name = f"{layer.name}.step.{k}"  # a body must not shadow names of the graph round it
@@ -154,11 +167,38 @@ def _scan(graph: ir.Graph, node: ir.Node, layer: Neurons) -> ir.Value:
     return spikes
 
 
-class _Builder:
-    """Writes nodes before `anchor`, or at the end of the graph."""
+def _pass_bytes(graph: ir.Graph, neurons: list[Neurons]) -> None:
+    """Take out every QuantizeLinear of spikes: what read it reads the neurons' bytes, through copies of the views."""
+    bytes_of: dict[ir.Value, ir.Value] = {}
+    for layer in neurons:
+        cast = layer.spikes.producer()
+        assert cast is not None and cast.inputs[0] is not None
+        bytes_of[layer.spikes] = cast.inputs[0]
+    views = []
+    for node in list(graph):
+        source = node.inputs[0] if node.inputs else None
+        if source not in bytes_of:
+            continue
+        if node.op_type in _HAND_ON:
+            copied = ir.Node("", node.op_type, [bytes_of[source], *node.inputs[1:]], node.attributes.values())
+            copied.outputs[0].type, copied.outputs[0].shape = _BYTE, node.outputs[0].shape
+            copied.metadata_props.update(node.metadata_props)
+            graph.insert_after(node, copied)
+            bytes_of[node.outputs[0]] = copied.outputs[0]
+            views += [node, copied]
+        elif node.op_type == "QuantizeLinear":
+            node.outputs[0].replace_all_uses_with(bytes_of[source])
+            graph.remove(node, safe=True)
+    for node in reversed(views):
+        if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
+            graph.remove(node, safe=True)
 
-    def __init__(self, graph: ir.Graph, anchor: ir.Node | None) -> None:
-        self.graph, self.anchor = graph, anchor
+
+class _Builder:
+    """Writes nodes before `anchor`, or at the end of the graph; spikes are of the type `spikes`."""
+
+    def __init__(self, graph: ir.Graph, anchor: ir.Node | None, spikes: ir.TensorType) -> None:
+        self.graph, self.anchor, self.spikes = graph, anchor, spikes
 
     def many(self, op: str, inputs: list[ir.Value | None], count: int, /, **attributes: object) -> list[ir.Value]:
         node = ir.node(op, inputs, attributes, num_outputs=count)  # type: ignore[arg-type]
@@ -195,7 +235,7 @@ class _Builder:
         if u is not None:
             leaked = u if layer.tau == 1.0 else self("Mul", u, self.number(layer.tau))
             h = self("Add", leaked, current)
-        fired = self("Cast", self("Greater", h, self.number(layer.v_th)), to=int(ir.DataType.FLOAT))
+        fired = self("Cast", self("Greater", h, self.number(layer.v_th)), to=int(self.spikes.dtype))
         return fired, self("Sub", h, self("ThresholdedRelu", h, alpha=layer.v_th)) if reset else None
 
 

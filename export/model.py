@@ -6,6 +6,7 @@ import base64
 import importlib
 import json
 import platform
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -28,10 +29,13 @@ from .counters import Layers, counting_overlay
 from .graph import Encoding, trace
 from .lowering import Encoder, Neurons, lower, split_encoder
 from .parity import Parity, check_steps, compare
+from .precision import Calibration, Int8Network, Scales, calibrate
 from .recorder import run_torch
 
 Layout = Literal["unrolled", "dynamic", "step"]
+Precision = Literal["fp32", "int8"]
 LAYOUTS: tuple[Layout, ...] = ("unrolled", "dynamic", "step")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 NUM_REFERENCE = 256
 
 
@@ -47,6 +51,7 @@ class ExportConfig:
         encoding: `direct` for images shown at every step, `frames` for an input that changes.
         normalize: input normalisation is part of the graph, which then takes uint8.
         fold_bn: fold BN (Eq. 6).
+        precision: `int8` computes the convolutions that read spikes in 8 bits, see `export.int8`.
     """
 
     layout: Layout = "unrolled"
@@ -56,8 +61,13 @@ class ExportConfig:
     encoding: Encoding = "direct"
     normalize: bool = True
     fold_bn: bool = True
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        if self.precision == "int8" and not self.fold_bn:
+            raise ValueError("precision int8 needs BN folded into the convolutions: leave out --no-fold-bn")
         if self.layout not in LAYOUTS:
             raise ValueError(f"unknown layout {self.layout!r}; choose one of {', '.join(LAYOUTS)}")
         if self.encoding not in ("direct", "frames"):
@@ -85,12 +95,14 @@ class ExportConfig:
     def file_name(self) -> str:
         """`model-T6.onnx`, `model-T6-state.onnx`, `model-dynamic.onnx`, `model-step.onnx`."""
         name = f"model-T{self.T}" if self.layout == "unrolled" else f"model-{self.layout}"
-        return f"{name}{'-state' if self.with_state else ''}.onnx"
+        precision = "" if self.precision == "fp32" else f"-{self.precision}"
+        return f"{name}{'-state' if self.with_state else ''}{precision}.onnx"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote. `parity` is None without a check; `from_state` compares from random membranes."""
+    """What an export wrote. `parity` is None without a check; `from_state` compares from random membranes; `int8` says
+    how the scales of an int8 graph were found and what accuracy it keeps."""
 
     path: Path
     num_folded: int
@@ -99,6 +111,7 @@ class Exported:
     parity: Parity | None
     from_state: Parity | None
     uncounted: tuple[str, ...]
+    int8: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"path": str(self.path)}
@@ -113,6 +126,7 @@ def export_model(
     labels: NDArray[np.int64] | None = None,
     source: Mapping[str, Any] | None = None,
     num_check: int = 1000,
+    calibration: tuple[NDArray[Any], NDArray[np.int64] | None] | None = None,
     tick: Callable[[str, int, int], None] | None = None,
 ) -> Exported:
     """Write a classifier as ONNX, with 256 reference images beside it, after checking it against PyTorch.
@@ -125,6 +139,8 @@ def export_model(
         labels: of the images, kept with the reference.
         source: what the model was made from, kept in the metadata.
         num_check: images compared with PyTorch; 0 leaves the check out.
+        calibration: images and labels of the training set that an int8 graph takes its scales from, other ones than
+            `images` where there are enough.
         tick: called with (what, done, all) during the check.
 
     Raises:
@@ -146,7 +162,11 @@ def export_model(
     x = _as_input(classifier, images[: max(num_check, NUM_REFERENCE)], config)
     some = torch.from_numpy(x[:4]).to(classifier.mean.device)
     num_layers = check_steps(classifier, some, config.encoding, T=max(4, config.T, config.trained_T + 2))
-    graph = build_graph(classifier, config, source)
+    found = _calibrate(classifier, config, calibration, source, tick) if config.precision == "int8" else None
+    graph = build_graph(classifier, config, source, found.scales if found else None)
+    checked: Any = classifier
+    if found is not None:
+        checked = Int8Network(classifier, found.scales, encoding=config.encoding, uint8=config.normalize)
     if len(graph.neurons) != num_layers:
         raise ValueError(
             f"the network runs {num_layers} neuron layers, but only {len(graph.neurons)} of them reach its logits; "
@@ -155,10 +175,14 @@ def export_model(
     with atomic_write(path) as temporary, atomic_write(reference_path(path)) as kept:
         temporary.write_bytes(ir.to_proto(graph.model).SerializeToString())
         onnx.checker.check_model(str(temporary), full_check=True)
-        parity, from_state = _check(classifier, temporary, config, x[:num_check], tick) if num_check else (None, None)
-        _write_reference(kept, classifier, x[:NUM_REFERENCE], labels, config, graph.neurons, source or {})
+        parity, from_state = _check(checked, temporary, config, x[:num_check], tick) if num_check else (None, None)
+        _write_reference(kept, checked, x[:NUM_REFERENCE], labels, config, graph.neurons, source or {})
         size = temporary.stat().st_size
-    return Exported(path, graph.num_folded, len(graph.neurons), size, parity, from_state, tuple(graph.uncounted))
+        int8 = None
+        if found is not None:
+            kept_accuracy = _kept_accuracy(classifier, temporary, config, x[:num_check], labels) if num_check else None
+            int8 = found.to_dict() | {"kept": kept_accuracy}
+    return Exported(path, graph.num_folded, len(graph.neurons), size, parity, from_state, tuple(graph.uncounted), int8)
 
 
 @dataclass(frozen=True)
@@ -171,8 +195,10 @@ class Graph:
     num_folded: int
 
 
-def build_graph(classifier: Classifier, config: ExportConfig, source: Mapping[str, Any] | None = None) -> Graph:
-    """Trace, fold, lower and describe, without writing anything."""
+def build_graph(
+    classifier: Classifier, config: ExportConfig, source: Mapping[str, Any] | None = None, int8: Scales | None = None
+) -> Graph:
+    """Trace, fold, lower and describe, without writing anything; `int8` are the scales of an int8 graph."""
     model, num_folded = trace(
         classifier,
         T=config.steps,
@@ -180,8 +206,9 @@ def build_graph(classifier: Classifier, config: ExportConfig, source: Mapping[st
         step=config.layout == "step",
         uint8=config.normalize,
         fold_bn=config.fold_bn,
+        int8=int8,
     )
-    neurons = lower(model, T=config.steps, with_state=config.has_state)
+    neurons = lower(model, T=config.steps, with_state=config.has_state, byte_spikes=int8 is not None)
     if not neurons:
         raise ValueError("the network has no LIF or IF neurons of tetdeploy, so there is nothing that spikes to export")
     encoders = split_encoder(model) if config.layout == "step" and config.encoding == "direct" else []
@@ -231,6 +258,7 @@ def _describe(
         "other_ops": layers.other_ops,
         "counting_overlay": base64.b64encode(counting_overlay(layers, neurons)).decode(),
         "fold_bn": config.fold_bn,
+        "precision": config.precision,
         "source": dict(source or {}),
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -243,6 +271,55 @@ def versions() -> dict[str, str]:
     return {"tetdeploy": __version__, "python": platform.python_version()} | {
         name: str(module.__version__) for name, module in modules.items()
     }
+
+
+def _calibrate(
+    classifier: Classifier,
+    config: ExportConfig,
+    calibration: tuple[NDArray[Any], NDArray[np.int64] | None] | None,
+    source: Mapping[str, Any] | None,
+    tick: Callable[[str, int, int], None] | None,
+) -> Calibration:
+    if calibration is None:
+        raise ValueError("precision int8 takes its scales from images of the training set; give some as calibration")
+    x = _as_input(classifier, calibration[0], config)
+    T = min(config.trained_T, x.shape[1]) if config.encoding == "frames" else config.trained_T
+
+    def make_engine(scales: Scales) -> Engine:
+        unrolled = replace(config, layout="unrolled", with_state=False, T=T)
+        return _in_memory(build_graph(classifier, unrolled, source, scales))
+
+    ticker = _ticker(tick, "calibrating", len(x))
+    return calibrate(classifier, x, calibration[1], T, config.encoding, make_engine, ticker)
+
+
+def _in_memory(graph: Graph) -> Engine:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        file.write_bytes(ir.to_proto(graph.model).SerializeToString())
+        return Engine(file)
+
+
+def _kept_accuracy(
+    classifier: Classifier, file: Path, config: ExportConfig, x: NDArray[Any], labels: NDArray[np.int64] | None
+) -> dict[str, Any]:
+    """What the int8 graph keeps of the float32 one's answers, after each number of steps, on the checked images."""
+    engine = Engine(file)
+    T = config.T if config.layout == "unrolled" else config.trained_T
+    T = min(T, x.shape[1]) if config.encoding == "frames" else T
+    full = _in_memory(build_graph(classifier, replace(config, precision="fp32")))
+    sides = {"fp32": full, "int8": engine}
+    per_step = {
+        name: np.concatenate([side.run(x[k : k + 32], T).per_step for k in range(0, len(x), 32)])
+        for name, side in sides.items()
+    }
+    classes = {name: np.cumsum(logits, axis=1).argmax(-1) for name, logits in per_step.items()}
+    kept: dict[str, Any] = {"num_images": len(x), "T": list(range(1, T + 1))}
+    kept["agreement"] = [float(a) for a in (classes["fp32"] == classes["int8"]).mean(0)]
+    if labels is not None:
+        for name, chosen in classes.items():
+            kept[f"accuracy_{name}"] = [float(a) for a in (chosen == labels[: len(x), None]).mean(0)]
+    return kept
 
 
 def _check(

@@ -237,9 +237,11 @@ def _rounding(
 ) -> float:
     """How much PyTorch differs from itself where it rounds otherwise: in float64, and with weights one ulp away."""
     expected = run_torch(classifier, x, T, encoding, state)[1]
-    with _InFloat64():  # type: ignore[no-untyped-call]
-        double = copy.deepcopy(classifier).double()
-        differing = [compare_torch(double, x, T, encoding, expected, state)[1]]
+    differing = []
+    if isinstance(classifier, Classifier):  # an int8 network has no form in float64
+        with _InFloat64():  # type: ignore[no-untyped-call]
+            double = copy.deepcopy(classifier).double()
+            differing.append(compare_torch(double, x, T, encoding, expected, state)[1])
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         moved = copy.deepcopy(classifier)

@@ -63,6 +63,8 @@ class WholeNumbers:
         kind, inputs = node.op_type, node.inputs
         if node.outputs[0].dtype == ir.DataType.BOOL:
             return 1.0
+        if kind in ("QuantizeLinear", "DequantizeLinear"):
+            return self.largest(inputs[0]) if _keeps_values(node) else None
         if kind in _VIEWS or pads_with_zeros(node):
             return self.largest(inputs[0])
         if kind == "Where":
@@ -91,6 +93,14 @@ class WholeNumbers:
     def _complement(self, one: ir.Value | None, spikes: ir.Value | None) -> float | None:
         """1 - s: with a product it makes AND NOT of spikes."""
         return 1.0 if _is_one(one) and self.is_binary(spikes) else None
+
+
+def _keeps_values(node: ir.Node) -> bool:
+    """Whether a quantisation has scale 1 and zero point 0, as that of spikes."""
+    if not _is_one(node.inputs[1]):
+        return False
+    tensor = ir.convenience.get_const_tensor(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
+    return tensor is None or not tensor.numpy().any()
 
 
 def _is_one(value: ir.Value | None) -> bool:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _ONNX_ONLY = {
     "T": "--T",
     "layout": "--layout",
+    "precision": "--precision",
+    "num_calibration": "--calibrate",
     "with_state": "--with-state",
     "normalize": "--[no-]normalize",
     "data": "--data",
@@ -33,6 +35,7 @@ Examples:
   tetdeploy export --T 6 --fold-bn                 the newest run, unrolled over 6 steps
   tetdeploy export runs/r19 --layout dynamic       any T in one call
   tetdeploy export runs/r19 --layout step          a frame at a time: streaming, early exit
+  tetdeploy export runs/r19 --precision int8       convolutions of spikes in 8 bits: smaller, and faster on a CPU
   tetdeploy export runs/own --model my_package.my_module:my_network
   tetdeploy export runs/r19 --format nir -o r19.nir
 """
@@ -69,6 +72,21 @@ Examples:
     help="Normalise inside the graph (uint8 in), or not (float32 in).",
 )
 @click.option("--fold-bn/--no-fold-bn", default=True, show_default=True, help="Fold BN into the convolutions (Eq. 6).")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(("fp32", "int8")),
+    help="int8: convolutions that read spikes compute in 8 bits; spikes stay exact.",
+)
+@click.option(
+    "--calibrate",
+    "num_calibration",
+    default=512,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Training images that int8 takes the scales of the input currents from.",
+)
 @click.option("--model", help="package.module:function, if the network is your own.")
 @click.option("--data", help="Images for the check and the reference. [default: the training images of the run]")
 @data_dir_option
@@ -96,6 +114,7 @@ def export(
     data: str | None,
     data_dir: Path,
     num_check: int,
+    num_calibration: int,
     out: Path | None,
     runs: Path,
     json_path: Path | None,
@@ -131,6 +150,9 @@ def export(
         val_fraction = float(metadata["training"].get("val_fraction", 0.0))
         count = max(num_check, NUM_REFERENCE)
         images, labels = real_inputs(source, data_dir, val_fraction, T=trained_T, count=count)
+    calibration = None
+    if config.precision == "int8":
+        calibration = _training_inputs(source, data_dir, metadata, T=trained_T, count=num_calibration)
     path = out or file.parent / config.file_name
     with progress_bar() as bar:
         tasks: dict[str, TaskID] = {}
@@ -148,6 +170,7 @@ def export(
             labels=labels,
             source=_source(file, metadata),
             num_check=num_check,
+            calibration=calibration,
             tick=tick,
         )
     print_exported(exported, config.layout, config.T)
@@ -213,6 +236,16 @@ def real_inputs(data: str, data_dir: Path, val_fraction: float, *, T: int, count
     return x, np.concatenate([val.labels[:count], train.labels[:others]])
 
 
+def _training_inputs(source: str, data_dir: Path, metadata: dict[str, Any], *, T: int, count: int) -> tuple[Any, Any]:
+    """The last images of the training part and their labels: others than the check's, where there are enough."""
+    from tetdeploy.data import load_data, split_validation
+
+    data = load_data(source, "train", data_dir=data_dir, T=T)
+    fraction = float(metadata["training"].get("val_fraction", 0.0))
+    train = split_validation(data, fraction=fraction)[0] if fraction else data
+    return train.x[-count:], train.labels[-count:]
+
+
 def print_exported(exported: Exported, layout: str, T: int) -> None:
     """What was done and how far the result is from PyTorch."""
     steps = f" T={T}" if layout == "unrolled" else ""
@@ -232,11 +265,29 @@ def print_exported(exported: Exported, layout: str, T: int) -> None:
                     f"  the network amplifies rounding: on the images that differ most {there} differ, and "
                     f"PyTorch rounded otherwise differs from itself in {floor}"
                 )
+    if exported.int8 is not None:
+        _print_int8(exported.int8)
     if exported.parity is None:
         console.print("not checked against PyTorch (--check 0)")
     if exported.uncounted:
         console.print(f"operations of these layers will not be counted: {', '.join(exported.uncounted)}")
     console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB")
+
+
+def _print_int8(int8: dict[str, Any]) -> None:
+    found = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in int8["accuracy"].items())
+    console.print(
+        f"int8: {len(int8['scales'])} convolutions, scales by {int8['method']} on {int8['num_images']:,} training "
+        f"images (accuracy there: {found})"
+    )
+    if kept := int8["kept"]:
+        T, agreement = kept["T"][-1], kept["agreement"][-1]
+        accuracy = ""
+        if "accuracy_fp32" in kept:
+            accuracy = f"   accuracy {kept['accuracy_int8'][-1]:.2%} (fp32 {kept['accuracy_fp32'][-1]:.2%})"
+        console.print(
+            f"  on the {kept['num_images']:,} checked images at T={T}: agrees with fp32 {agreement:.2%}{accuracy}"
+        )
 
 
 def load_classifier(file: Path, metadata: dict[str, Any], own: str | None) -> Any:

@@ -1,0 +1,314 @@
+"""Convolutions in 8-bit integers, with exact spikes.
+
+A spike is 0 or 1 and loses nothing at scale 1. Weights take a scale for each output channel, the output current one
+scale and zero point for the layer::
+
+    W_q = round(W / s_w),  |W_q| <= 127        b_q = round(b / s_w), 32 bits
+    a   = sum W_q s + b_q                      exact: whole numbers
+    I_q = clip(round(a s_w / s_I) + z, 0, 255)
+    I   = s_I (I_q - z)                        what the neurons integrate, in float32
+
+so that only weights and input currents round. `int8_conv` computes this in PyTorch bit for bit as ONNX Runtime does:
+an int8 graph is checked against it. It becomes standard QuantizeLinear and DequantizeLinear nodes round a Conv, the
+form that ONNX Runtime, OpenVINO and TensorRT all fuse into one integer convolution.
+
+The first layer, which reads the image, and the linear layers stay in floating point.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnxscript import opset20
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from tetdeploy.folding import module_path
+
+aten = torch.ops.aten
+_EXACT = 2**24  # whole numbers up to here are exact in float32
+_BINS = 4096
+
+
+@dataclass(frozen=True)
+class CurrentScale:
+    """How a layer's output current rounds: I = scale (I_q - zero), I_q in 0..255."""
+
+    scale: float
+    zero: int
+
+    @classmethod
+    def covering(cls, low: float, high: float) -> CurrentScale:
+        """The scale whose 256 values reach from low to high; 0 is one of them."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = float(np.float32(max((high - low) / 255, 1e-8)))
+        return cls(scale, int(np.clip(round(-low / scale), 0, 255)))
+
+
+@torch.library.custom_op("tetdeploy::int8_conv", mutates_args=())
+def int8_conv(
+    spikes: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    scale: float,
+    zero: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """The current of a quantised convolution, float32 [N, C', H', W'].
+
+    Args:
+        spikes: whole numbers, float32 [N, C, H, W].
+        weight: int8 [C', C / groups, *kernel].
+        weight_scale: float32 [C'].
+        bias: int32 [C'].
+        scale, zero: see `CurrentScale`.
+    """
+    # Every partial sum is a whole number below 2^24, which float32 holds exactly, in any order of summation.
+    sums = _CONV[weight.dim() - 2](spikes.float(), weight.float(), None, stride, padding, dilation, groups)
+    channels = [1, -1, *[1] * (weight.dim() - 2)]
+    whole = (sums.to(torch.int32) + bias.view(channels)).float()
+    step = torch.tensor(scale, dtype=torch.float32)
+    quantised = torch.round(whole * (weight_scale / step.to(weight_scale)).view(channels)).clamp(-zero, 255 - zero)
+    return quantised * step.to(quantised)
+
+
+@int8_conv.register_fake
+def _(
+    spikes: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    scale: float,
+    zero: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    return _CONV[weight.dim() - 2](spikes, weight.float(), None, stride, padding, dilation, groups)
+
+
+_CONV: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+def translate_int8_conv(
+    spikes: Any,
+    weight: Any,
+    weight_scale: Any,
+    bias: Any,
+    scale: float,
+    zero: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Any:
+    """The same in ONNX: a Conv between DequantizeLinear and QuantizeLinear nodes."""
+    op: Any = opset20
+    one, none = op.Constant(value_float=1.0), op.Cast(op.Constant(value_int=0), to=2)
+    x = op.DequantizeLinear(op.QuantizeLinear(spikes, one, none), one, none)
+    w = op.DequantizeLinear(weight, weight_scale, axis=0)
+    b = op.DequantizeLinear(bias, weight_scale, axis=0)
+    y = op.Conv(x, w, b, strides=list(stride), pads=[*padding, *padding], dilations=list(dilation), group=groups)
+    step, offset = op.Constant(value_float=scale), op.Cast(op.Constant(value_int=zero), to=2)
+    return op.DequantizeLinear(op.QuantizeLinear(y, step, offset), step, offset)
+
+
+class Int8Error(ValueError):
+    """A network has nothing that could run in int8, or a layer that cannot."""
+
+
+def quantise(graph_module: fx.GraphModule, scales: Mapping[str, CurrentScale]) -> None:
+    """Let the convolutions named in `scales` compute in 8 bits, in place. The network must be folded.
+
+    Raises:
+        Int8Error: one of them has sums too large for exact arithmetic.
+    """
+    for name, node in spiking_convolutions(graph_module).items():
+        if name in scales:
+            _replace(graph_module, node, name, scales[name])
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+
+
+def spiking_convolutions(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
+    """The convolutions that read spikes and nothing else, by the name of their module."""
+    found: dict[str, fx.Node] = {}
+    names: Counter[str] = Counter()
+    for node in graph_module.graph.nodes:
+        if node.target not in _CONVOLUTIONS:
+            continue
+        name = module_path(node).removeprefix("classifier.").removeprefix("network.")
+        names[name] += 1
+        name = name if names[name] == 1 else f"{name}#{names[name]}"
+        if _is_spikes(node.args[0]):
+            found[name] = node
+    return found
+
+
+def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str, current: CurrentScale) -> None:
+    arguments = [*node.args, *[None] * (7 - len(node.args))]
+    weight = _parameter(graph_module, arguments[1])
+    bias = None if arguments[2] is None else _parameter(graph_module, arguments[2])
+    dims = weight.dim() - 2
+    quantised = _quantised(weight, bias)
+    if 127 * weight[0].numel() >= _EXACT:
+        raise Int8Error(f"{name} sums {weight[0].numel():,} weights, too many for exact 8-bit arithmetic")
+    stride, padding, dilation = (_numbers(arguments[k], dims, default) for k, default in ((3, 1), (4, 0), (5, 1)))
+    graph, owner = graph_module.graph, f"int8_{node.name}"
+    holder = nn.Module()
+    for key, value in quantised.items():
+        holder.register_buffer(key, value)
+    graph_module.add_submodule(owner, holder)
+    with graph.inserting_before(node):
+        tensors = [graph.get_attr(f"{owner}.{key}") for key in quantised]
+        rest = (current.scale, current.zero, stride, padding, dilation, arguments[6] or 1)
+        new = graph.call_function(torch.ops.tetdeploy.int8_conv.default, (node.args[0], *tensors, *rest))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _quantised(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """`weight` int8 with a scale for each output channel, symmetric; `bias` int32 at the same scales."""
+    largest = weight.abs().flatten(1).amax(1).clamp_min(1e-12)
+    scale = (largest / 127).float()
+    per_channel = scale.view(-1, *[1] * (weight.dim() - 1))
+    whole = torch.round(weight / per_channel).clamp(-127, 127).to(torch.int8)
+    shift = torch.zeros_like(scale) if bias is None else bias
+    limit = 2.0**30
+    return {
+        "weight": whole,
+        "weight_scale": scale,
+        "bias": torch.round(shift.double() / scale.double()).clamp(-limit, limit).to(torch.int32),
+    }
+
+
+def _parameter(graph_module: fx.GraphModule, node: Any) -> Tensor:
+    value: Any = graph_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value.detach()  # type: ignore[no-any-return]
+
+
+def _numbers(value: Any, dims: int, default: int) -> list[int]:
+    """`[2]` and 2 are short for the same number along each axis."""
+    numbers = [default] if value is None else [value] if isinstance(value, int) else list(value)
+    return numbers * dims if len(numbers) == 1 else numbers
+
+
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_HAND_ON = {
+    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.expand.default, aten.permute.default, aten.transpose.int, aten.contiguous.default,
+    aten.clone.default, aten.slice.Tensor, aten.select.int, aten.max_pool1d.default, aten.max_pool2d.default,
+}  # fmt: skip
+
+
+def _is_spikes(node: Any) -> bool:
+    """Whether a value is spikes, seen through what only hands values on."""
+    while isinstance(node, fx.Node) and node.target in _HAND_ON:
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target is aten.cat.default:
+        return all(_is_spikes(part) for part in node.args[0])  # type: ignore[union-attr]
+    lif = node.args[0] if node.args else None
+    return isinstance(lif, fx.Node) and lif.target is torch.ops.tetdeploy.lif.default and node.args[1:] == (0,)
+
+
+@dataclass
+class CurrentHistogram:
+    """The output currents of a layer over the calibration images; the first batch sets the range of the bins."""
+
+    counts: Tensor | None = None
+    low: float = 0.0
+    high: float = 0.0
+    lowest: float = field(default=0.0)
+    highest: float = field(default=0.0)
+
+    def add(self, current: Tensor) -> None:
+        low, high = (float(v) for v in current.aminmax())
+        if self.counts is None:
+            reach = max(high - low, 1e-6) / 4
+            self.low, self.high = low - reach, high + reach
+            self.counts = torch.zeros(_BINS, dtype=torch.float64)
+        self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
+        inside = current.flatten().clamp(self.low, self.high).float()
+        self.counts += torch.histc(inside, _BINS, self.low, self.high).double()
+
+    def percentile(self, percent: float) -> CurrentScale:
+        """The scale that covers all but (100 - percent) / 2 per cent of the currents at either end."""
+        assert self.counts is not None
+        share = self.counts.cumsum(0) / self.counts.sum()
+        edges = np.linspace(self.low, self.high, _BINS + 1)
+        rest = (100 - percent) / 200
+        low = edges[int((share <= rest).sum())]
+        high = edges[int((share < 1 - rest).sum()) + 1]
+        return CurrentScale.covering(max(low, self.lowest), min(high, self.highest))
+
+    def least_squares(self) -> CurrentScale:
+        """The scale with the least mean squared error of the rounded and clipped currents."""
+        assert self.counts is not None
+        centres = np.linspace(self.low, self.high, _BINS, endpoint=False) + (self.high - self.low) / (2 * _BINS)
+        weights = self.counts.numpy()
+        candidates = [CurrentScale.covering(self.lowest, self.highest)]
+        candidates += [self.percentile(100 - rest) for rest in np.geomspace(1e-4, 2, 40)]
+        return min(candidates, key=lambda scale: _squared_error(scale, centres, weights))
+
+
+def _squared_error(scale: CurrentScale, values: NDArray[Any], weights: NDArray[Any]) -> float:
+    rounded = np.clip(np.round(values / scale.scale), -scale.zero, 255 - scale.zero) * scale.scale
+    return float(((rounded - values) ** 2 * weights).sum())
+
+
+METHODS: dict[str, Callable[[CurrentHistogram], CurrentScale]] = {
+    "mse": lambda histogram: histogram.least_squares(),
+    "percentile": lambda histogram: histogram.percentile(99.99),
+}
+
+
+@torch.no_grad()
+def record_currents(
+    graph_module: fx.GraphModule, batches: Iterable[Tensor], tick: Callable[[int], None] | None = None
+) -> dict[str, CurrentHistogram]:
+    """Run a folded network on batches of calibration images and gather what its spiking convolutions put out.
+
+    Raises:
+        Int8Error: it has none.
+    """
+    nodes = {node: name for name, node in spiking_convolutions(graph_module).items()}
+    if not nodes:
+        raise Int8Error(
+            "no convolution of the network reads spikes alone, so none can run in int8; use --precision fp32"
+        )
+    recorder = _Recorder(graph_module, nodes)
+    for batch in batches:
+        recorder.run(batch)
+        if tick:
+            tick(len(batch))
+    return recorder.histograms
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule, nodes: Mapping[fx.Node, str]) -> None:
+        super().__init__(graph_module)
+        self._nodes = nodes
+        self.histograms = {name: CurrentHistogram() for name in nodes.values()}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self._nodes:
+            self.histograms[self._nodes[n]].add(result)
+        return result

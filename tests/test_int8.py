@@ -1,0 +1,243 @@
+"""int8: the operator against ONNX Runtime bit for bit, exports in all layouts, calibration, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from export_helpers import classifier, convsnn, digits, frames
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tetdeploy import Engine
+from tetdeploy.export import ExportConfig, Exported, export_model
+from tetdeploy.export.graph import folded_module
+from tetdeploy.export.int8 import CurrentHistogram, CurrentScale, int8_conv, spiking_convolutions
+from tetdeploy.layers import DirectEncoding, OverTime
+from tetdeploy.neurons import LIF
+from tetdeploy.validate import sweep
+
+
+def calibration(count: int = 128) -> tuple[Any, Any]:
+    return digits().images[-count:], digits().labels[-count:]
+
+
+def export(path: Path, layout: str = "unrolled", network: Any = None, **options: Any) -> Exported:
+    config = ExportConfig(layout=layout, T=5, trained_T=3, precision="int8", **options)  # type: ignore[arg-type]
+    images = digits().images[:90] if config.encoding == "direct" else frames(60, 6)
+    labels = digits().labels[:90] if config.encoding == "direct" else None
+    given = calibration() if config.encoding == "direct" else (frames(60, 6), None)
+    return export_model(network or convsnn(), path, config, images, labels=labels, num_check=90, calibration=given)
+
+
+# --- the operator ------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 999),
+    channels=st.sampled_from([(3, 8, 1), (8, 8, 8), (8, 4, 2)]),
+    kernel=st.sampled_from([1, 2, 3]),
+    stride=st.sampled_from([1, 2]),
+    padding=st.sampled_from([0, 1]),
+)
+def test_pytorch_and_onnx_runtime_give_the_same_bits(
+    seed: int, channels: tuple[int, int, int], kernel: int, stride: int, padding: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    c_in, c_out, groups = channels
+    spikes = (rng.random((2, c_in, 6, 7)) < 0.3).astype(np.float32)
+    weight = rng.integers(-127, 128, (c_out, c_in // groups, kernel, kernel)).astype(np.int8)
+    weight_scale = rng.uniform(1e-3, 2e-2, c_out).astype(np.float32)
+    bias = rng.integers(-300, 300, c_out).astype(np.int32)
+    scale, zero = float(np.float32(rng.uniform(0.005, 0.05))), int(rng.integers(0, 256))
+    place = ([stride] * 2, [padding] * 2, [1, 1], groups)
+    ours = int8_conv(*map(torch.from_numpy, (spikes, weight, weight_scale, bias)), scale, zero, *place)
+    assert np.array_equal(ours.numpy(), _onnx(spikes, weight, weight_scale, bias, scale, zero, place))
+
+
+def _onnx(spikes: Any, weight: Any, weight_scale: Any, bias: Any, scale: float, zero: int, place: Any) -> Any:
+    """The nodes of `translate_int8_conv`, written down again by hand, in ONNX Runtime."""
+    make, array = onnx.helper.make_node, onnx.numpy_helper.from_array
+    stride, padding, dilation, groups = place
+    attributes = {"strides": stride, "pads": padding * 2, "dilations": dilation, "group": groups}
+    nodes = [
+        make("DequantizeLinear", ["x", "one", "none"], ["xd"]),
+        make("DequantizeLinear", ["w", "ws"], ["wd"], axis=0),
+        make("DequantizeLinear", ["b", "ws"], ["bd"], axis=0),
+        make("Conv", ["xd", "wd", "bd"], ["y"], **attributes),
+        make("QuantizeLinear", ["y", "step", "zero"], ["yq"]),
+        make("DequantizeLinear", ["yq", "step", "zero"], ["out"]),
+    ]
+    constants = {"one": np.float32(1), "none": np.uint8(0), "w": weight, "ws": weight_scale, "b": bias}
+    constants |= {"step": np.float32(scale), "zero": np.uint8(zero)}
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes,
+        "conv",
+        [info("x", onnx.TensorProto.UINT8, spikes.shape)],
+        [info("out", onnx.TensorProto.FLOAT, None)],
+        [array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    return ort.InferenceSession(model.SerializeToString()).run(None, {"x": spikes.astype(np.uint8)})[0]
+
+
+# --- exports -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_every_layout_computes_what_pytorch_computes(tmp_path: Path, layout: str) -> None:
+    exported = export(tmp_path / "m.onnx", layout)
+    assert exported.parity is not None and exported.parity.spike_mismatch_rate == 0
+    assert exported.int8 is not None and list(exported.int8["scales"]) == ["layer2.0", "layer3.1"]
+    kept = exported.int8["kept"]
+    assert kept["num_images"] == 90 and kept["agreement"][-1] > 0.9 and len(kept["accuracy_int8"]) == len(kept["T"])
+    engine = Engine(exported.path)
+    assert engine.metadata["precision"] == "int8" and not exported.uncounted
+    result, _ = engine.count(digits().images[:20], 3)
+    assert np.array_equal(result.per_step, engine.run(digits().images[:20], 3).per_step)
+
+
+def test_frames_and_chunks_with_state(tmp_path: Path) -> None:
+    exported = export(tmp_path / "m.onnx", encoding="frames", with_state=True)
+    assert exported.parity is not None and exported.parity.spike_mismatch_rate == 0
+    assert exported.from_state is not None and exported.from_state.spike_mismatch_rate == 0
+
+
+def test_spikes_go_from_neurons_to_convolutions_in_bytes(tmp_path: Path) -> None:
+    graph = onnx.load(export(tmp_path / "m.onnx").path).graph
+    producers = {output: node for node in graph.node for output in node.output}
+    weights = {initializer.name: initializer for initializer in graph.initializer}
+    integer = [node for node in graph.node if node.op_type == "Conv" and node.input[1] in producers]
+    assert len(integer) == 2
+    for node in integer:
+        weight = producers[node.input[1]]
+        assert weight.op_type == "DequantizeLinear" and weights[weight.input[0]].data_type == onnx.TensorProto.INT8
+        value = producers[node.input[0]]
+        assert value.op_type == "DequantizeLinear"
+        chain = []
+        while value.op_type != "Concat":
+            value = producers[value.input[0]]
+            chain.append(value.op_type)
+        assert set(chain) <= {"Reshape", "MaxPool", "Concat"}  # nothing is quantised or converted on the way
+        assert all(producers[step].op_type == "Cast" for step in value.input)
+    quantised = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert len(quantised) == 2  # the currents, not the spikes
+
+
+def test_smaller_file_and_the_same_operations(tmp_path: Path) -> None:
+    full = export_model(convsnn(), tmp_path / "f.onnx", ExportConfig(T=5, trained_T=3), digits().images[:90])
+    small = export(tmp_path / "i.onnx")
+    assert small.size_bytes < full.size_bytes
+    layers = [Engine(exported.path).metadata["layers"] for exported in (full, small)]
+    assert layers[0] == layers[1]
+    images, labels = digits().images[:64], digits().labels[:64]
+    ops = [sweep(Engine(e.path), images, labels, (3,), num_timed=1).rows[0].ac_ops for e in (full, small)]
+    assert ops[1] == pytest.approx(ops[0], rel=0.05)  # a few spikes differ
+
+
+class Residual(nn.Module):
+    """A strided, a grouped and a 1x1 convolution of spikes; one of a residual sum, which may be 2 and stays float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1 = DirectEncoding(nn.Conv2d(1, 8, 3, padding=1)), LIF()
+        self.a, self.lif2 = OverTime(nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(8)), LIF()
+        self.b, self.lif3 = OverTime(nn.Conv2d(8, 8, 1)), LIF()
+        self.c = OverTime(nn.Conv2d(8, 6, 3, stride=2))
+        self.readout = OverTime(nn.Flatten(), nn.Linear(6 * 9, 10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.lif1(self.encode(x, T))
+        branch = self.lif3(self.b(self.lif2(self.a(spikes))))
+        logits: Tensor = self.readout(self.c(branch + spikes))
+        return logits
+
+
+def test_own_network_with_groups_strides_and_a_sum(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    exported = export(tmp_path / "m.onnx", network=classifier(Residual()))
+    assert exported.int8 is not None and list(exported.int8["scales"]) == ["a.0", "b.0"]
+    assert exported.parity is not None and exported.parity.local_mismatch_rate <= 1e-4
+
+
+# --- calibration -------------------------------------------------------------------------------------------------
+
+
+def test_scales_cover_what_they_are_asked_to() -> None:
+    assert CurrentScale.covering(0.0, 2.55) == CurrentScale(pytest.approx(0.01), 0)  # type: ignore[arg-type]
+    assert CurrentScale.covering(-1.275, 1.275).zero in (127, 128)
+    assert CurrentScale.covering(1.0, 2.0).zero == 0  # 0 is always one of the values
+    histogram = CurrentHistogram()
+    torch.manual_seed(0)
+    for _ in range(4):
+        histogram.add(torch.randn(50_000))
+    wide, narrow = histogram.percentile(100), histogram.percentile(95)
+    assert narrow.scale * 255 == pytest.approx(2 * 1.96, rel=0.02)  # 95 % of a normal distribution
+    assert histogram.highest - histogram.lowest == pytest.approx(wide.scale * 255, rel=0.01)
+    assert narrow.scale < histogram.least_squares().scale < wide.scale
+
+
+def test_least_squares_errs_less_than_any_percentile() -> None:
+    histogram = CurrentHistogram()
+    torch.manual_seed(0)
+    current = torch.cat([torch.randn(100_000), torch.randn(100) * 4])
+    histogram.add(current)
+
+    def error(scale: CurrentScale) -> float:
+        rounded = (current / scale.scale).round().clamp(-scale.zero, 255 - scale.zero) * scale.scale
+        return float(((rounded - current) ** 2).mean())
+
+    best = error(histogram.least_squares())
+    for percent in (100, 99.999, 99.99, 99.9, 99, 95):
+        assert best <= error(histogram.percentile(percent)) * 1.001, percent  # the histogram has bins of some width
+    assert best < error(histogram.percentile(100))
+
+
+def test_convolutions_of_spikes_are_found_by_name() -> None:
+    torch.manual_seed(3)
+    module = folded_module(classifier(Residual()), T=2, encoding="direct", uint8=True)
+    assert list(spiking_convolutions(module)) == ["a.0", "b.0"]  # not the first, which reads the image
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+def refused(tmp_path: Path, match: str, config: ExportConfig, given: Any, network: Any = None) -> None:
+    with pytest.raises(ValueError, match=match):
+        export_model(network or convsnn(), tmp_path / "m.onnx", config, digits().images[:60], calibration=given)
+    assert not list(tmp_path.iterdir())
+
+
+INT8 = ExportConfig(T=3, trained_T=3, precision="int8")
+
+
+def test_what_int8_needs(tmp_path: Path) -> None:
+    refused(tmp_path, "give some as calibration", INT8, None)
+    refused(tmp_path, "at least 32 images of the training set, got 31", INT8, calibration(31))
+    refused(tmp_path, r"takes images \(1, 8, 8\), got \(1, 8, 9\)", INT8, (np.zeros((40, 1, 8, 9), np.uint8), None))
+    with pytest.raises(ValueError, match="int8 needs BN folded"):
+        ExportConfig(precision="int8", fold_bn=False)
+    with pytest.raises(ValueError, match="unknown precision 'int4'; choose one of fp32, int8"):
+        ExportConfig(precision="int4")  # type: ignore[arg-type]
+
+
+def test_a_network_without_convolutions_of_spikes_is_refused(tmp_path: Path) -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode, self.lif = DirectEncoding(nn.Conv2d(1, 4, 3)), LIF()
+            self.readout = OverTime(nn.Flatten(), nn.Linear(4 * 36, 10))
+
+        def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+            logits: Tensor = self.readout(self.lif(self.encode(x, T)))
+            return logits
+
+    refused(tmp_path, "no convolution of the network reads spikes alone", INT8, calibration(), classifier(Dense()))
