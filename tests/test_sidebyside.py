@@ -169,7 +169,7 @@ class TestGoingOn:
         beside = SideBySide(moved(1.3, channel=True), model, T)
         return Pass(model, data.x[:60], data.labels[:60], T, batch_size=8, beside=beside, num_beside=num_beside)
 
-    @pytest.mark.parametrize("at", [0, 24, 48])
+    @pytest.mark.parametrize("at", [8, 24, 48])
     def test_an_interrupted_run_ends_as_one_that_was_not(self, at: int, tmp_path: Path) -> None:
         whole, cut = self.make(), self.make()
         partial = Partial(tmp_path / "p.npz", {"T": T})
@@ -193,6 +193,15 @@ class TestGoingOn:
         for name, value in mine.items():
             np.testing.assert_array_equal(value, other[name], err_msg=name)
         assert not (tmp_path / "unused.npz").exists()
+
+    def test_nothing_done_leaves_no_file(self, tmp_path: Path) -> None:
+        def interrupt(done: int) -> None:
+            raise KeyboardInterrupt
+
+        partial = Partial(tmp_path / "p.npz", {})
+        with pytest.raises(KeyboardInterrupt):
+            finish(self.make(), partial, interrupt)
+        assert partial.load() is None
 
     def test_it_is_written_down_on_the_way(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tetdeploy.resumable._SAVE_EVERY", 0.0)

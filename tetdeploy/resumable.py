@@ -161,7 +161,8 @@ def finish(run: Pass, partial: Partial, tick: Callable[[int], None]) -> None:
                 partial.save(kept)
                 due = time.monotonic() + _SAVE_EVERY
     except KeyboardInterrupt:
-        partial.save(kept)  # not what the interrupted batch may have left half done
+        if kept["done"]:
+            partial.save(kept)  # not what the interrupted batch may have left half done
         raise
 
 

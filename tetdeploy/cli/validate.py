@@ -307,9 +307,12 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
 
 def _partial(path: Path, run: Pass, name: str, **settings: str) -> Partial:
     """The file of an unfinished run, with all that decides its result."""
+    import numpy as np
+
     from tetdeploy.resumable import Partial
 
     engine = run.engine
     decisive = {"model": engine.sha256, "device": engine.device, "data": name, "images": len(run.x), "T": run.T}
-    labels = hashlib.sha256(run.labels.tobytes()).hexdigest()
-    return Partial(path, decisive | {"labels": labels, "torch images": run.num_beside} | settings)
+    ends = (np.asarray(part) for part in (run.labels, run.x[:1], run.x[-1:]))
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in ends)).hexdigest()
+    return Partial(path, decisive | {"labels and ends": digest, "torch images": run.num_beside} | settings)
