@@ -222,6 +222,7 @@ def far_from_ours(network: Classifier, x: Tensor, T: int, others: list[np.ndarra
 NETS = [
     ("vggsnn-strided", 0.125, {}),
     ("vggsnn-strided", 0.125, {"tau": 0.3, "v_th": 0.7}),
+    ("vggsnn-strided", 0.125, {"tau": 1.0}),
     ("vggsnn", 0.125, {}),
     ("resnet19", 0.0625, {}),
 ]
@@ -233,6 +234,8 @@ NETS = [
 @pytest.mark.parametrize(("name", "width", "neuron"), NETS, ids=lambda value: str(value).strip("{}") or "default")
 def test_others_fire_as_we_do(reader: str, name: str, width: float, neuron: dict[str, float], tmp_path: Path) -> None:
     """Step by step on real images. What differs must be a membrane within rounding of the threshold."""
+    if reader == "snntorch" and neuron.get("tau") == 1.0:
+        pytest.skip("snnTorch takes R = 1 only of nir.IF, which over a dt of 1e-4 is another neuron, and lets it leak")
     network, T = built(name, width, **neuron), 6
     export_nir(network, tmp_path / "m.nir", trained_T=4)
     x = torch.from_numpy(images()[:32])
