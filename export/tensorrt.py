@@ -194,17 +194,22 @@ class _Build:
         if self._parsed:
             with _interruptible(self._monitor):
                 plan = self._builder.build_serialized_network(self._network, self._config)
-        reasons = [self._parser.get_error(k).desc() for k in range(self._parser.num_errors)] + self._log.errors
+        reasons = [_reason(self._parser.get_error(k)) for k in range(self._parser.num_errors)] + self._log.errors
         del self._parser
         if self._monitor.stopped:
             raise KeyboardInterrupt
         if plan is None:
-            raise ValueError(f"{refused}: {reasons[0].splitlines()[0] if reasons else 'it does not say why'}")
+            raise ValueError(f"{refused}: {reasons[0] if reasons else 'it does not say why'}")
         return bytes(plan)
 
     def save_timings(self, path: Path) -> None:
         with atomic_write(path) as temporary:
             temporary.write_bytes(bytes(self._timings.serialize()))
+
+
+def _reason(error: Any) -> str:
+    """Which node the parser refuses, and why: the first line may say only that it does."""
+    return f"{error.node_operator()} {error.node_name()}: {' '.join(error.desc().splitlines()[:2])}"
 
 
 def _observers(trt: Any, tick: Tick | None) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.extras import import_extra
-from tetdeploy.nvidia import checked, gpu_architecture, gpu_runtime, import_tensorrt
+from tetdeploy.nvidia import MODULES, checked, gpu_architecture, gpu_runtime, import_tensorrt
 
 
 class TensorRTEngine(Engine):
@@ -78,6 +78,7 @@ class TensorRTEngine(Engine):
 
 
 _AGAIN = "build it again: tetdeploy build MODEL.onnx"
+_NEEDED = {"package", "version", "gpu_architectures", "graph", "engine_sha256", "batch", "T", "metadata"}
 
 
 def manifest_path(engine: Path) -> Path:
@@ -103,6 +104,8 @@ def read_manifest(engine: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged; {_AGAIN}") from error
     if known != 1:
         raise ValueError(f"{path} is a manifest of format {known}; this tetdeploy reads format 1")
+    if _NEEDED - manifest.keys() or manifest["package"] not in MODULES:
+        raise ValueError(f"{path} is damaged; {_AGAIN}")
     return manifest
 
 

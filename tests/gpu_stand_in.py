@@ -1,0 +1,166 @@
+"""A stand-in for CUDA and TensorRT, in host memory and with ONNX Runtime, for machines without a GPU.
+
+It shows that the runner hands the right memory to the right call: a read of memory that was freed is an error, and
+every byte that crosses between host and "GPU" is counted. It says nothing of CUDA or TensorRT themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+VERSION = "1.2.3"
+
+
+class Stream(int):
+    """What CUDA calls a stream."""
+
+
+class Cuda:
+    """What the runner uses of `cuda.bindings.runtime`."""
+
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down")
+    cudaMemPoolAttr = SimpleNamespace(cudaMemPoolAttrReleaseThreshold="threshold")
+    cudaDeviceAttr = SimpleNamespace(
+        cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
+    )
+
+    def __init__(self, *, driver: int = 13000, count: int = 1, error: int = 0) -> None:
+        self.driver, self.count, self.error = driver, count, error
+        self.memory: dict[int, Any] = {}
+        self.copied = {"up": 0, "down": 0}
+
+    def cudaDriverGetVersion(self) -> tuple[int, int]:
+        return 0, self.driver
+
+    def cudaGetDeviceCount(self) -> tuple[int, int | None]:
+        return self.error, None if self.error else self.count
+
+    def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
+        return 0, f"error {error}".encode()
+
+    def cudaDeviceGetAttribute(self, name: str, device: int) -> tuple[int, int]:
+        return 0, {"major": 8, "minor": 6}[name]
+
+    def cudaSetDevice(self, device: int) -> tuple[int]:
+        return (0,)
+
+    def cudaDeviceGetDefaultMemPool(self, device: int) -> tuple[int, str]:
+        return 0, "pool"
+
+    def cudaMemPoolSetAttribute(self, pool: str, name: str, value: Any) -> tuple[int]:
+        return (0,)
+
+    def cudaStreamCreate(self) -> tuple[int, Stream]:
+        return 0, Stream(7)
+
+    def cudaStreamDestroy(self, stream: Stream) -> tuple[int]:
+        return (0,)
+
+    def cudaStreamSynchronize(self, stream: Stream) -> tuple[int]:
+        return (0,)
+
+    def cudaMallocAsync(self, size: int, stream: Stream) -> tuple[int, int]:
+        buffer = ctypes.create_string_buffer(size)
+        address = ctypes.addressof(buffer)
+        self.memory[address] = buffer
+        return 0, address
+
+    def cudaFreeAsync(self, address: int, stream: Stream) -> tuple[int]:
+        del self.memory[address]
+        return (0,)
+
+    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: str, stream: Stream) -> tuple[int]:
+        assert len(self.memory[to if kind == "up" else source]) == size
+        ctypes.memmove(to, source, size)
+        self.copied[kind] += size
+        return (0,)
+
+
+class TensorRT:
+    """What the runner uses of a TensorRT module; its "engines" are ONNX models."""
+
+    __version__ = VERSION
+    TensorIOMode = enum.Enum("TensorIOMode", "INPUT OUTPUT")
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+
+    class Logger:
+        ERROR = 1
+
+        def __init__(self, severity: int) -> None:
+            pass
+
+    def Runtime(self, log: Any) -> Any:
+        return SimpleNamespace(deserialize_cuda_engine=lambda plan: _Engine(self.cuda, plan))
+
+    @staticmethod
+    def nptype(dtype: Any) -> Any:
+        return dtype
+
+
+class _Engine:
+    def __init__(self, cuda: Cuda, plan: bytes) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = ort.InferenceSession(plan, options, providers=["CPUExecutionProvider"])
+        self.cuda = cuda
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.outputs = {value.name: value for value in self.session.get_outputs()}
+        self.names = [*self.inputs, *self.outputs]
+        self.num_io_tensors = len(self.names)
+
+    def get_tensor_name(self, k: int) -> str:
+        return self.names[k]
+
+    def get_tensor_mode(self, name: str) -> TensorRT.TensorIOMode:
+        return TensorRT.TensorIOMode.INPUT if name in self.inputs else TensorRT.TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        kinds = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(bool)": np.bool_}
+        return kinds[(self.inputs | self.outputs)[name].type]
+
+    def create_execution_context(self) -> _Context:
+        return _Context(self)
+
+
+class _Context:
+    def __init__(self, engine: _Engine) -> None:
+        self.engine = engine
+        self.free: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        wanted = self.engine.inputs[name].shape
+        if len(shape) != len(wanted) or any(isinstance(w, int) and w != s for w, s in zip(wanted, shape, strict=True)):
+            return False
+        self.free |= {w: s for w, s in zip(wanted, shape, strict=True) if isinstance(w, str)}
+        self.shapes[name] = shape
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.free[dim] if isinstance(dim, str) else dim for dim in self.engine.outputs[name].shape)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return name in self.engine.names
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == 7
+        memory = self.engine.cuda.memory
+        feed = {}
+        for name, shape in self.shapes.items():
+            data = np.frombuffer(memory[self.addresses[name]].raw, self.engine.get_tensor_dtype(name))
+            feed[name] = data.reshape(shape)
+        for name, value in zip(self.engine.outputs, self.engine.session.run(None, feed), strict=True):
+            buffer = memory[self.addresses[name]]
+            assert len(buffer) == value.nbytes
+            ctypes.memmove(buffer, value.ctypes.data, value.nbytes)
+        return True

@@ -1,0 +1,375 @@
+"""TensorRT engines are built by TensorRT-RTX, which needs no GPU; that they run is for test_tensorrt_engine.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import tempfile
+import warnings
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from click.testing import CliRunner
+from export_helpers import digits, engine, exported, frames
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from tetdeploy import nvidia
+from tetdeploy.cli import main
+from tetdeploy.export import tensorrt
+from tetdeploy.export.tensorrt import BuildConfig, Built, build_engine
+from tetdeploy.export.tensorrt_graph import prepare
+from tetdeploy.nvidia import NoGpuError, target_architectures
+
+trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra rtx)")
+
+RTX = BuildConfig(package="tensorrt-rtx")
+_folder = tempfile.TemporaryDirectory(prefix="tetdeploy-tests-")
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    ("unrolled", {"T": 3}),
+    ("unrolled", {"T": 3, "with_state": True}),
+    ("unrolled", {"T": 3, "encoding": "frames"}),
+    ("dynamic", {}),
+    ("dynamic", {"encoding": "frames"}),
+    ("step", {}),
+    ("step", {"encoding": "frames"}),
+    ("step", {"normalize": False}),
+]
+layouts = pytest.mark.parametrize(("layout", "options"), LAYOUTS, ids=lambda value: str(value))
+
+
+@cache
+def feed(model: Path, count: int = 4) -> dict[str, np.ndarray[Any, Any]]:
+    """Real digits, T=3 and membranes for every input of a graph."""
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    values: dict[str, np.ndarray[Any, Any]] = {}
+    for value in session.get_inputs():
+        shape = [{"batch": count, "T": 3}[dim] if isinstance(dim, str) else dim for dim in value.shape]
+        values[value.name] = (rng.random(shape) * 1.5).astype(np.float32)
+    if values["x"].ndim == 5:
+        values["x"] = frames(count, 3)
+    elif session.get_inputs()[0].type == "tensor(uint8)":
+        values["x"] = digits().images[:count]
+    if "encode" in values:
+        values["encode"] = np.array([True])
+    if "steps" in values:
+        values["steps"] = np.zeros((count, 3), np.uint8)
+    return values
+
+
+def in_float16(model: Path, path: Path) -> Path:
+    onnx.save(convert_float_to_float16(onnx.load(model), keep_io_types=True), path)
+    return path
+
+
+def in_int8(model: Path, path: Path) -> Path:
+    class Digits(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = [feed(model)]
+
+        def get_next(self) -> Any:
+            return self.left.pop() if self.left else None
+
+    quantize_static(
+        model,
+        path,
+        Digits(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+    )
+    return path
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@cache
+def built_once(layout: str, **options: Any) -> Built:
+    name = "-".join([layout, *(f"{k}-{v}" for k, v in sorted(options.items()))])
+    return build_engine(exported(layout, **options), Path(_folder.name) / f"{name}.engine", RTX)
+
+
+def reads(built: Built, *operators: str) -> list[str]:
+    """The precisions that the kernels with one of these operators read."""
+    layers = [layer for layer in built.manifest["layers"] if set(operators) & layer["operators"].keys()]
+    return [precision for layer in layers for precision in layer["inputs"]]
+
+
+@layouts
+def test_every_layout_builds(layout: str, options: dict[str, Any]) -> None:
+    model, built = exported(layout, **options), built_once(layout, **options)
+    manifest = json.loads(built.path.with_name(f"{built.path.name}.json").read_bytes())
+    assert manifest == json.loads(json.dumps(built.manifest))
+    assert built.path.stat().st_size == manifest["engine_bytes"] > 10_000
+    assert manifest["engine_sha256"] == hashlib.sha256(built.path.read_bytes()).hexdigest()
+    assert manifest["graph_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
+    assert manifest["metadata"] == engine(layout, **options).metadata
+    assert (manifest["package"], manifest["version"]) == ("tensorrt-rtx", trt.__version__)
+    assert manifest["gpu_architectures"] == ["8.0", "8.6", "8.9", "12.0", "12.1"]
+    assert manifest["T"] == ([1, 4, 16] if layout == "dynamic" else None)
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    wanted = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
+    assert sorted(tensor["name"] for tensor in manifest["tensors"]) == sorted(wanted)
+    kinds = {"tensor(uint8)": "uint8", "tensor(float)": "float", "tensor(bool)": "bool"}
+    for value in session.get_inputs():
+        tensor = next(tensor for tensor in manifest["tensors"] if tensor["name"] == value.name)
+        assert tensor["dtype"] == kinds[value.type]
+        assert tensor["shape"] == [-1 if isinstance(dim, str) else dim for dim in value.shape]
+
+
+@layouts
+def test_the_report_tells_of_every_neuron_layer(layout: str, options: dict[str, Any]) -> None:
+    built = built_once(layout, **options)
+    layers = built.manifest["layers"]
+    assert {name for layer in layers for name in layer["neurons"]} == {"lif1", "lif2", "lif3"}
+    assert set(reads(built, "Conv", "Gemm", "MatMul")) <= {"Float", "Int64"}  # Int64: sizes
+    done = sum((Counter(layer["operators"]) for layer in layers), Counter())
+    inside = layout == "step" and "encoding" not in options  # the first convolution, of which the log says only `If`
+    assert done["Conv"] == 3 - inside
+    if layout == "unrolled" and not options.get("with_state"):
+        fused = [layer for layer in layers if layer["neurons"]]
+        assert len(fused) == 3  # T steps of a neuron layer are one kernel
+        assert all(layer["operators"]["Greater"] == 3 for layer in fused)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [("unrolled", {"T": 3}), ("dynamic", {}), ("step", {}), ("step", {"encoding": "frames"})],
+    ids=lambda value: str(value),
+)
+@pytest.mark.parametrize(("convert", "precision"), [(in_float16, "Half"), (in_int8, "Int8")], ids=["float16", "int8"])
+def test_precision_comes_from_the_graph(
+    layout: str, options: dict[str, Any], convert: Any, precision: str, tmp_path: Path
+) -> None:
+    model = convert(exported(layout, **options), tmp_path / "m.onnx")
+    built = build_engine(model, config=RTX)
+    assert built.path == tmp_path / "m.engine"
+    convolutions = reads(built, "Conv")
+    assert precision in convolutions
+    assert set(convolutions) <= {precision, "UInt8", "Int64"}  # the pixels and sizes, beside the currents
+
+
+@layouts
+def test_what_is_prepared_computes_the_same(layout: str, options: dict[str, Any]) -> None:
+    model = exported(layout, **options)
+    graph = prepare(onnx.load(model))
+    onnx.checker.check_model(graph, full_check=True)
+    before = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, feed(model))
+    after = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feed(model))
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+    readers = {node.op_type for node in graph.graph.node if "x" in node.input}
+    assert readers == ({"Cast"} if "normalize" not in options else readers)
+    names = [node.name for node in graph.graph.node]
+    assert len(set(names)) == len(names)
+
+
+def test_float32_is_not_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    flags = []
+    run = tensorrt._Build.run
+
+    def spied(self: Any, refused: str) -> bytes:
+        flags.append(self._config.get_flag(trt.BuilderFlag.TF32))
+        return run(self, refused)
+
+    monkeypatch.setattr(tensorrt._Build, "run", spied)
+    build_engine(exported("unrolled", T=3), tmp_path / "m.engine", RTX)
+    assert flags == [False]
+
+
+def test_ranges_and_limits_reach_tensorrt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reports: list[str] = []
+    limits = []
+    run = tensorrt._Build.run
+
+    def spied(self: Any, refused: str) -> bytes:
+        limits.append(self._config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE))
+        plan = run(self, refused)
+        reports.append(self.report)
+        return plan
+
+    monkeypatch.setattr(tensorrt._Build, "run", spied)
+    config = BuildConfig("tensorrt-rtx", batch=(2, 3, 5), T=(1, 7, 9), workspace_mb=64)
+    build_engine(exported("dynamic"), tmp_path / "m.engine", config)
+    assert limits == [64 << 20]
+    assert "MinShape: [2,1,8,8], OptShape: [3,1,8,8], MaxShape: [5,1,8,8]" in reports[0]
+    assert "MinShape: [2,1], OptShape: [3,7], MaxShape: [5,9]" in reports[0]
+
+
+def test_architectures_are_those_asked_for(tmp_path: Path) -> None:
+    config = BuildConfig("tensorrt-rtx", gpu_architectures=("12.0", "8.9"))
+    built = build_engine(exported("step"), tmp_path / "a.engine", config)
+    assert built.manifest["gpu_architectures"] == ["8.9", "12.0"]
+    turing = BuildConfig("tensorrt-rtx", gpu_architectures=("7.5",))
+    with pytest.raises(ValueError, match=r"^tensorrt-rtx .* cannot build unrolled-T-3\.onnx: .*Turing.*FP32 GEMM"):
+        build_engine(exported("unrolled", T=3), tmp_path / "b.engine", turing)
+    half = in_float16(exported("unrolled", T=3), tmp_path / "half.onnx")
+    assert build_engine(half, config=turing).manifest["gpu_architectures"] == ["7.5"]
+    assert names_in(tmp_path) == ["a.engine", "a.engine.json", "half.engine", "half.engine.json", "half.onnx"]
+
+
+@pytest.mark.parametrize("name", ["9.0", "10.0"])
+def test_data_centre_cards_are_for_the_other_package(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"cannot build for GPU architecture '{name}'.* The package tensorrt can"):
+        target_architectures(trt, "tensorrt-rtx", ("8.9", name))
+
+
+@pytest.mark.parametrize("name", ["6.1", "", "ada"])
+def test_other_cards_are_for_none(name: str) -> None:
+    with pytest.raises(ValueError, match=r"it can for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1\.$"):
+        target_architectures(trt, "tensorrt-rtx", (name,))
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX in the place of TensorRT, and a GPU of architecture 9.0: the code's other path, not the library."""
+    for module in (nvidia, tensorrt):
+        monkeypatch.setattr(module, "gpu_runtime", lambda purpose: SimpleNamespace())
+    monkeypatch.setattr(nvidia, "gpu_architecture", lambda cuda: "9.0")
+    monkeypatch.setattr(tensorrt, "import_tensorrt", lambda package: trt)
+
+
+def test_tensorrt_builds_for_the_gpu_at_hand(with_gpu: None, tmp_path: Path) -> None:
+    built = build_engine(exported("step"), tmp_path / "m.engine", BuildConfig("tensorrt"))
+    assert (built.manifest["package"], built.manifest["gpu_architectures"]) == ("tensorrt", ["9.0"])
+    with pytest.raises(ValueError, match=r"for the GPU at hand, here 9\.0, not for 8\.9; .*--package tensorrt-rtx"):
+        build_engine(exported("step"), tmp_path / "n.engine", BuildConfig("tensorrt", gpu_architectures=("8.9",)))
+
+
+def test_a_timing_cache_is_kept_where_there_is_one(with_gpu: None, tmp_path: Path) -> None:
+    timings = tmp_path / "timings.bin"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TensorRT-RTX's, which stands in here
+        for _ in range(2):  # made, then read
+            build_engine(exported("step"), tmp_path / "m.engine", BuildConfig("tensorrt", timing_cache=timings))
+            assert timings.stat().st_size > 0
+    with pytest.raises(ValueError, match="TensorRT-RTX has no timing cache"):
+        build_engine(exported("step"), tmp_path / "m.engine", BuildConfig("tensorrt-rtx", timing_cache=timings))
+
+
+def test_tensorrt_without_a_driver_is_refused_before_it_is_touched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_driver(purpose: str) -> None:
+        raise NoGpuError(f"{purpose} needs a driver")
+
+    def touched(package: str) -> None:
+        raise AssertionError("TensorRT was imported")
+
+    monkeypatch.setattr(tensorrt, "gpu_runtime", no_driver)
+    monkeypatch.setattr(tensorrt, "import_tensorrt", touched)
+    with pytest.raises(NoGpuError, match=r"^building with TensorRT \(not with TensorRT-RTX\) needs a driver$"):
+        build_engine(exported("step"), tmp_path / "m.engine", BuildConfig("tensorrt"))
+
+
+def test_a_full_disk_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "m.engine"
+    path.write_bytes(b"an earlier engine")
+    write = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        write(self, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        build_engine(exported("step"), path, RTX)
+    assert caught.value.filename == str(path)
+    refused = CliRunner().invoke(main, ["build", str(exported("step")), "-o", str(path)])
+    assert (refused.exit_code, refused.output) == (1, f"Error: {path}: No space left on device\n")
+    assert names_in(tmp_path) == ["m.engine"]
+    assert path.read_bytes() == b"an earlier engine"
+
+
+def test_ctrl_c_stops_a_build_and_leaves_nothing(tmp_path: Path) -> None:
+    seen = []
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        seen.append((phase, done, total))
+        if len(seen) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(exported("step"), tmp_path / "m.engine", RTX, tick=interrupt)
+    assert seen and all(1 <= done <= total for _, done, total in seen)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not names_in(tmp_path)
+
+
+def test_a_graph_that_tensorrt_cannot_parse_is_refused(tmp_path: Path) -> None:
+    graph = onnx.load(exported("unrolled", T=3))
+    next(node for node in graph.graph.node if node.op_type == "MaxPool").op_type = "Unknown"
+    onnx.save(graph, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=r"^tensorrt-rtx .* cannot build m\.onnx: Unknown node_max_pool2d: "):
+        build_engine(tmp_path / "m.onnx", config=RTX)
+    assert names_in(tmp_path) == ["m.onnx"]
+
+
+def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no model at"):
+        build_engine(tmp_path / "no.onnx", config=RTX)
+    (tmp_path / "m.onnx").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="not an ONNX model, or a damaged one"):
+        build_engine(tmp_path / "m.onnx", config=RTX)
+    graph = onnx.load(exported("step"))
+    del graph.metadata_props[:]
+    onnx.save(graph, tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match="not one that tetdeploy exported"):
+        build_engine(tmp_path / "other.onnx", config=RTX)
+    with pytest.raises(ValueError, match=r"^an engine's file name ends in \.engine, got m\.onnx$"):
+        build_engine(exported("step"), tmp_path / "m.onnx", RTX)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is step: only a dynamic graph has a free T"):
+        build_engine(exported("step"), tmp_path / "m.engine", BuildConfig("tensorrt-rtx", T=(1, 2, 3)))
+    with pytest.raises(ValueError, match=r"batch must be MIN:OPT:MAX .*, got \(0, 1, 2\)"):
+        BuildConfig(batch=(0, 1, 2))
+    with pytest.raises(ValueError, match=r"T must be .*, got \(3, 2, 4\)"):
+        BuildConfig(T=(3, 2, 4))
+    with pytest.raises(ValueError, match="workspace_mb must be at least 1, got 0"):
+        BuildConfig(workspace_mb=0)
+
+
+def test_the_command_builds_and_reports(tmp_path: Path) -> None:
+    arguments = ["build", str(exported("dynamic")), "-o", str(tmp_path / "m.engine"), "--package", "tensorrt-rtx"]
+    options = ["--batch", "4", "--T", "1:3:5", "--gpu-arch", "8.6, 8.9", "--json", str(tmp_path / "b.json"), "-v"]
+    result = CliRunner().invoke(main, [*arguments, *options], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert f"tensorrt-rtx {trt.__version__} for GPU architecture 8.6, 8.9   batch 4:4:4   T 1:3:5" in result.output
+    assert "lif3" in result.output and "kernels by the precision they write" in result.output
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert (written["batch"], written["T"]) == ([4, 4, 4], [1, 3, 5])
+    assert written["engine"] == str(tmp_path / "m.engine") and "metadata" not in written
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--batch", "1:2"], 2, "'1:2' is neither MIN:OPT:MAX nor a number"),
+        (["--batch", "3:2:1"], 2, "1 <= MIN <= OPT <= MAX must hold"),
+        (["--gpu-arch", "9.0"], 1, "The package tensorrt can"),
+        (["--package", "trt"], 2, "'trt' is not one of"),
+    ],
+)
+def test_the_command_refuses_in_one_line(options: list[str], code: int, message: str, tmp_path: Path) -> None:
+    arguments = ["build", str(exported("step")), "-o", str(tmp_path / "m.engine"), "--package", "tensorrt-rtx"]
+    result = CliRunner().invoke(main, [*arguments, *options])
+    assert result.exit_code == code
+    assert message in result.output and "Traceback" not in result.output
+    assert not names_in(tmp_path)

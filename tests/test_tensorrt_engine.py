@@ -1,0 +1,280 @@
+"""The runner of TensorRT engines: against ONNX Runtime on a stand-in for the GPU, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from export_helpers import digits, engine, exported, frames
+from gpu_stand_in import VERSION, Cuda, TensorRT
+
+from tetdeploy import tensorrt_engine
+from tetdeploy.cli import main
+from tetdeploy.engine import Engine, open_engine
+from tetdeploy.nvidia import NoGpuError, choose_package, gpu_architecture, gpu_runtime
+from tetdeploy.tensorrt_engine import TensorRTEngine, manifest_path
+
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    ("unrolled", {"T": 3}),
+    ("unrolled", {"T": 3, "with_state": True}),
+    ("unrolled", {"T": 3, "encoding": "frames"}),
+    ("dynamic", {}),
+    ("dynamic", {"encoding": "frames"}),
+    ("step", {}),
+    ("step", {"encoding": "frames"}),
+    ("step", {"normalize": False}),
+]
+layouts = pytest.mark.parametrize(("layout", "options"), LAYOUTS, ids=lambda value: str(value))
+
+
+def write_engine(path: Path, layout: str, options: dict[str, Any], **other: Any) -> Path:
+    """An "engine" for the stand-in: the graph itself, and a manifest in which `other` is different."""
+    plan = exported(layout, **options).read_bytes()
+    path.write_bytes(plan)
+    manifest = {
+        "format": 1,
+        "package": "tensorrt-rtx",
+        "version": VERSION,
+        "gpu_architectures": ["8.6", "8.9"],
+        "graph": "model.onnx",
+        "engine_sha256": hashlib.sha256(plan).hexdigest(),
+        "batch": [1, 4, 8],
+        "T": [1, 3, 6] if layout == "dynamic" else None,
+        "metadata": engine(layout, **options).metadata,
+    }
+    manifest_path(path).write_text(json.dumps(manifest | other))
+    return path
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    """The stand-in in the place of CUDA and TensorRT."""
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed (extra rtx)")
+    made = Cuda()
+    monkeypatch.setattr(tensorrt_engine, "gpu_runtime", lambda purpose: made)
+    monkeypatch.setattr(tensorrt_engine, "import_tensorrt", lambda package: TensorRT(made))
+    return made
+
+
+def inputs(of: Engine, count: int, T: int) -> np.ndarray[Any, Any]:
+    if of.encoding == "frames":
+        return frames(count, T)
+    images = digits().images[:count]
+    return images if of.input_dtype == np.uint8 else (images.astype(np.float32) / 255 - 0.3) / 0.4
+
+
+@layouts
+def test_it_computes_what_onnx_runtime_computes(
+    layout: str, options: dict[str, Any], cuda: Cuda, tmp_path: Path
+) -> None:
+    onnx, trt = engine(layout, **options), TensorRTEngine(write_engine(tmp_path / "m.engine", layout, options))
+    for count, T in ((5, 3), (1, 2), (8, 3)):
+        x = inputs(onnx, count, 3)
+        wanted, got = onnx.run(x, T), trt.run(x, T)
+        np.testing.assert_array_equal(got.per_step, wanted.per_step)
+        np.testing.assert_array_equal(got.logits, wanted.logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"encoding": "frames"}], ids=["images", "frames"])
+def test_a_stream_keeps_its_state_on_the_gpu(options: dict[str, Any], cuda: Cuda, tmp_path: Path) -> None:
+    onnx, trt = engine("step", **options), TensorRTEngine(write_engine(tmp_path / "m.engine", "step", options))
+    wanted, got = onnx.stream(2), trt.stream(2)
+    x = inputs(onnx, 2, 6)
+    steps = [x[:, t] for t in range(6)] if options else [x, None, None, x, None, None]
+    for t, shown in enumerate(steps):
+        before = dict(cuda.copied)
+        a, b = wanted.push(shown), got.push(shown)
+        np.testing.assert_array_equal(b.step_logits, a.step_logits)
+        np.testing.assert_array_equal(b.logits, a.logits)
+        moved = {way: cuda.copied[way] - before[way] for way in before}
+        assert moved["down"] == b.step_logits.nbytes
+        if t:  # the first step's zeros come from the host
+            assert moved["up"] == 2 * 64 + (not options)  # the image, and whether to encode it
+    for name, u in wanted.state.items():
+        np.testing.assert_array_equal(got.state[name], u)
+
+
+def test_state_is_saved_and_put_back(cuda: Cuda, tmp_path: Path) -> None:
+    trt = TensorRTEngine(write_engine(tmp_path / "m.engine", "step", {"encoding": "frames"}))
+    x = frames(1, 4)
+    first = trt.stream()
+    first.push(x[:, 0])
+    kept = first.state
+    assert all(isinstance(u, np.ndarray) and u.any() for u in kept.values())
+    wanted = first.push(x[:, 1])
+    other = trt.stream()
+    other.state = kept
+    np.testing.assert_array_equal(other.push(x[:, 1]).step_logits, wanted.step_logits)
+
+
+def test_gpu_memory_is_given_back(cuda: Cuda, tmp_path: Path) -> None:
+    trt = TensorRTEngine(write_engine(tmp_path / "m.engine", "step", {}))
+    stream = trt.stream(3)
+    for _ in range(4):
+        stream.push(digits().images[:3])
+    states = len(trt.metadata["states"]) + len(trt.metadata["encoded"])
+    gc.collect()
+    assert len(cuda.memory) == states
+    del stream
+    gc.collect()
+    assert not cuda.memory
+
+
+def test_threads_share_an_engine(cuda: Cuda, tmp_path: Path) -> None:
+    trt = TensorRTEngine(write_engine(tmp_path / "m.engine", "step", {}))
+    images = digits().images
+    wanted = [engine("step").run(images[k : k + 4], 3).per_step for k in range(0, 32, 4)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda k: trt.run(images[k : k + 4], 3).per_step, range(0, 32, 4)))
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_it_says_what_it_is(cuda: Cuda, tmp_path: Path) -> None:
+    trt = open_engine(write_engine(tmp_path / "m.engine", "dynamic", {}), device="tensorrt")
+    assert isinstance(trt, TensorRTEngine)
+    assert (trt.device, trt.layout, trt.T, trt.input_shape) == ("tensorrt", "dynamic", None, (1, 8, 8))
+    assert trt.class_names == engine("dynamic").class_names
+    assert trt.sha256 == trt.manifest["engine_sha256"]
+    assert trt.run(digits().images[:2]).per_step.shape == (2, 4, 10)  # the training's T
+
+
+def test_what_it_was_not_built_for_is_refused(cuda: Cuda, tmp_path: Path) -> None:
+    trt = TensorRTEngine(write_engine(tmp_path / "m.engine", "dynamic", {}))
+    images = digits().images
+    with pytest.raises(ValueError, match=r"m\.engine was built for 1 to 8 images, got 9; build again with --batch"):
+        trt.run(images[:9])
+    with pytest.raises(ValueError, match="built for 1 to 6 steps, got 7; build again with --T"):
+        trt.run(images[:1], 7)
+    with pytest.raises(ValueError, match=r"cannot count spikes or operations; they are those of model\.onnx"):
+        trt.count(images[:1], 2)
+    with pytest.raises(ValueError, match="gives no LIF state out"):
+        trt.stream()
+    with pytest.raises(ValueError, match="takes uint8"):
+        trt.run(images[:1].astype(np.float32))
+
+
+def test_a_failing_gpu_is_an_error(cuda: Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = TensorRTEngine(write_engine(tmp_path / "m.engine", "unrolled", {"T": 3}))
+    monkeypatch.setattr(cuda, "cudaMallocAsync", lambda size, stream: (2, None))
+    with pytest.raises(ValueError, match=r"^CUDA failed: error 2$"):
+        trt.run(digits().images[:1])
+    monkeypatch.undo()
+    monkeypatch.setattr(trt._session._context, "execute_async_v3", lambda stream: False)
+    with pytest.raises(ValueError, match=r"^TensorRT: m\.engine failed$"):
+        trt.run(digits().images[:1])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"version": "0.9"}, r"m\.engine was built by tensorrt-rtx 0\.9, and 1\.2\.3 is installed; build it again"),
+        ({"gpu_architectures": ["8.9"]}, r"built for GPU architecture 8\.9, and this GPU is 8\.6; .*--gpu-arch 8\.6"),
+        ({"engine_sha256": "0"}, r"is not the engine that m\.engine\.json describes; build it again"),
+        ({"format": 2}, r"m\.engine\.json is a manifest of format 2"),
+        ({"package": "other"}, r"m\.engine\.json is damaged; build it again"),
+    ],
+    ids=["version", "architecture", "another engine", "format", "package"],
+)
+def test_an_engine_for_something_else_is_refused(
+    other: dict[str, Any], message: str, cuda: Cuda, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TensorRTEngine(write_engine(tmp_path / "m.engine", "unrolled", {"T": 3}, **other))
+
+
+def test_an_engine_needs_its_manifest(tmp_path: Path) -> None:
+    path = write_engine(tmp_path / "m.engine", "unrolled", {"T": 3})
+    for text in ("{", "[]", '{"format": 1}'):
+        manifest_path(path).write_text(text)
+        with pytest.raises(ValueError, match=r"m\.engine\.json is damaged"):
+            TensorRTEngine(path)
+    manifest_path(path).unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*m\.engine\.json; build it again"):
+        TensorRTEngine(path)
+    with pytest.raises(FileNotFoundError, match=r"there is no .*other\.engine;"):
+        TensorRTEngine(tmp_path / "other.engine")
+
+
+def test_without_a_driver_nothing_of_tensorrt_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(package: str) -> None:
+        raise AssertionError("TensorRT was imported")
+
+    def no_driver(purpose: str) -> None:
+        raise NoGpuError(f"{purpose} needs a driver")
+
+    monkeypatch.setattr(tensorrt_engine, "import_tensorrt", touched)
+    monkeypatch.setattr(tensorrt_engine, "gpu_runtime", no_driver)
+    path = write_engine(tmp_path / "m.engine", "unrolled", {"T": 3})
+    with pytest.raises(NoGpuError, match=r"^running m\.engine needs a driver$"):
+        TensorRTEngine(path)
+
+
+def test_the_device_is_named(tmp_path: Path) -> None:
+    path = write_engine(tmp_path / "m.engine", "unrolled", {"T": 3})
+    with pytest.raises(ValueError, match="runs on an NVIDIA GPU only, got device 'cpu'; choose device tensorrt"):
+        open_engine(path)
+    with pytest.raises(ValueError, match=r"is a TensorRT engine; here the \.onnx file"):
+        Engine(path)
+
+
+def test_predict_runs_an_engine(cuda: Cuda, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    image.fromarray(digits().images[0, 0]).save(tmp_path / "digit.png")
+    path = write_engine(tmp_path / "m.engine", "unrolled", {"T": 3})
+    arguments = ["predict", str(path), str(tmp_path / "digit.png"), "--device", "tensorrt"]
+    assert "T=3" in CliRunner().invoke(main, arguments, catch_exceptions=False).output
+    refused = CliRunner().invoke(main, arguments[:-2])
+    assert refused.exit_code == 1
+    assert refused.output.startswith("Error: ") and "choose device tensorrt" in refused.output
+
+
+@pytest.fixture(scope="module")
+def gpu_package() -> str:
+    """The TensorRT package that can build for the GPU at hand."""
+    pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed (extra tensorrt or rtx)")
+    try:
+        architecture = gpu_architecture(gpu_runtime("this test"))
+    except NoGpuError as error:
+        pytest.skip(str(error))
+    if architecture in ("9.0", "10.0", "10.3"):
+        pytest.importorskip("tensorrt", reason=f"GPU architecture {architecture} needs the package tensorrt")
+        return "tensorrt"
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra rtx)")
+    return choose_package()
+
+
+@pytest.mark.gpu
+@layouts
+def test_on_a_gpu_it_agrees_with_onnx_runtime(
+    layout: str, options: dict[str, Any], gpu_package: str, tmp_path: Path
+) -> None:
+    from tetdeploy.export.tensorrt import BuildConfig, build_engine
+
+    onnx = engine(layout, **options)
+    config = BuildConfig(package=gpu_package, batch=(1, 16, 60))
+    trt = TensorRTEngine(build_engine(onnx.path, tmp_path / "m.engine", config).path)
+    x = inputs(onnx, 60, 3)
+    wanted, got = onnx.run(x, 3), trt.run(x, 3)
+    # Sums in another order may flip a spike here and there, and with it a logit; most are equal up to rounding.
+    assert (got.logits.argmax(-1) == wanted.logits.argmax(-1)).mean() >= 0.98
+    assert np.median(np.abs(got.per_step - wanted.per_step)) < 1e-4
+    np.testing.assert_allclose(got.logits, got.per_step.mean(1), atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_stream_is_a_run(gpu_package: str, tmp_path: Path) -> None:
+    from tetdeploy.export.tensorrt import BuildConfig, build_engine
+
+    path = build_engine(exported("step"), tmp_path / "m.engine", BuildConfig(package=gpu_package, batch=(4, 4, 4))).path
+    trt, images = TensorRTEngine(path), digits().images[:4]
+    stream = trt.stream(4)
+    steps = [stream.push(images if t == 0 else None).step_logits for t in range(5)]
+    np.testing.assert_array_equal(np.stack(steps, 1), trt.run(images, 5).per_step)
+    assert all(u.any() for u in stream.state.values())
