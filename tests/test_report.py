@@ -292,7 +292,7 @@ class TestReading:
         assert (m.headline["energy_pj"], m.headline["top1_agreement"]) == (2.72e6, 0.75)
         found = Page(html(results)).texts
         assert {"75.00%", "8 ppm", "5 ppm"} <= set(found)
-        assert "The exported model against PyTorch (a: the 64 images that its export kept)." in found
+        assert "a: the exported model against PyTorch on the 64 images that its export kept." in found
 
     def test_agreement_alone_is_compared_with_any_data(self, tmp_path: Path) -> None:
         kept = result(data="reference images")

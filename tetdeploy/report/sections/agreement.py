@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tetdeploy.report.document import NONE, Note, Row, Section, Table
-from tetdeploy.report.merging import AGREEMENT
+from tetdeploy.report.document import NONE, Note, Section, Table
+from tetdeploy.report.merging import AGREEMENT, agrees
 from tetdeploy.report.numbers import joules, parts_per_million, percent, text
 from tetdeploy.report.results import Measurement, Results
 
@@ -32,16 +32,10 @@ _NOTE = (
 
 
 def agreement(results: Results) -> Section | None:
-    """A row for each model and T, and the layers where spikes differ."""
-    found = [(m, row) for m in results.measurements for row in m.rows if any(row.get(k) is not None for k in AGREEMENT)]
-    if not found:
-        return None
-    rows = tuple((m.name, str(row["T"]), *(form(row.get(key)) for _, key, form in _COLUMNS)) for m, row in found)
-    headers = ("model", "T", *(header for header, *_ in _COLUMNS))
-    images = "; ".join(dict.fromkeys(f"{m.name}: {_images(m)}" for m, _ in found))
-    whole = Table(f"The exported model against PyTorch ({images}).", headers, rows).without_empty_columns()
-    by_layer = tuple(table for m in results.measurements if (table := _by_layer(m)) is not None)
-    return Section("Agreement with PyTorch", (whole, Note(_NOTE), *([Row(by_layer)] if by_layer else [])))
+    """A table by T for each model, and one by layer where it is known which spikes differ."""
+    compared = [m for m in results.measurements if agrees(m.content)]
+    tables = [table for m in compared for table in (_by_steps(m), _by_layer(m)) if table is not None]
+    return Section("Agreement with PyTorch", (*tables, Note(_NOTE))) if tables else None
 
 
 def gates(results: Results) -> Section | None:
@@ -64,6 +58,13 @@ def _images(m: Measurement) -> str:
     if compared.get("with") == "reference":
         return f"the {number:,} images that its export kept"
     return f"{number:,} images of {compared.get('data', m.content['data'])}"
+
+
+def _by_steps(m: Measurement) -> Table:
+    found = [row for row in m.rows if any(row.get(key) is not None for key in AGREEMENT)]
+    rows = tuple((f"{row['T']}", *(form(row.get(key)) for _, key, form in _COLUMNS)) for row in found)
+    caption = f"{m.name}: the exported model against PyTorch on {_images(m)}."
+    return Table(caption, ("T", *(header for header, *_ in _COLUMNS)), rows).without_empty_columns()
 
 
 def _by_layer(m: Measurement) -> Table | None:
