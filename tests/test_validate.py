@@ -9,6 +9,7 @@ import json
 from datetime import datetime
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from export_helpers import digits, exported
@@ -18,10 +19,12 @@ from rich.table import Table
 
 from tetdeploy.cli.options import console as terminal
 from tetdeploy.cli.sweep import print_details
-from tetdeploy.energy import layers_of
+from tetdeploy.cli.sweep import sweep as sweep_command
+from tetdeploy.energy import CONVENTIONS, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.picojoules import CONSTANTS, EnergyConstants
 from tetdeploy.report import count, energy, layers_table, other_ops_table, plot_sweep, sweep_table
+from tetdeploy.report.tables import BILLS
 from tetdeploy.validate import Tally, parse_steps, sweep
 
 
@@ -202,3 +205,9 @@ def test_a_model_of_an_earlier_version_sweeps_and_says_what_is_not_known() -> No
     with terminal.capture() as capture:
         print_details(result, engine, ("paper",), layers=False, other_ops=True)
     assert "biases and residual sums are not known: an earlier version exported this model" in capture.get()
+
+
+def test_every_convention_can_be_asked_for() -> None:
+    (option,) = (option for option in sweep_command.params if option.name == "conventions")
+    assert isinstance(option.type, click.Choice)
+    assert list(option.type.choices) == list(BILLS) == list(CONVENTIONS)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy import __version__
-from tetdeploy.energy import Operations, layers_of, other_ops, other_ops_pj
+from tetdeploy.energy import CONVENTIONS, Operations, layers_of, other_ops, other_ops_pj
 from tetdeploy.engine import Engine
 from tetdeploy.extras import import_extra
 from tetdeploy.picojoules import EnergyConstants, energy_constants
@@ -137,7 +137,7 @@ class Tally:
 
     def details(self, steps: Sequence[int]) -> dict[str, Any]:
         """What lies behind the rows at every T of `steps`, as JSON: by layer, by layer of neurons, by class; the ANN
-        twin; what no row's energy includes; the constants."""
+        twin; what no row's energy includes; the constants and the conventions."""
         constants = self.operations.constants
         return {
             "layers": self.operations.by_layer(steps),
@@ -147,6 +147,7 @@ class Tally:
             "other_ops": other_ops(self.metadata),
             "other_ops_pj": other_ops_pj(self.metadata, constants),
             "constants": asdict(constants),
+            "conventions": dict(CONVENTIONS),
             "by_class": [self._class_dict(k, name, steps) for k, name in enumerate(self.class_names)],
         }
 
