@@ -109,7 +109,7 @@ def bench(
         json_path = json_path or timing.engine.path.with_suffix(".bench.json")
         write_json(json_path, result)
         print_bench(result, timing.engine)
-        console.print(str(json_path))
+        console.print(str(json_path), markup=False)
     if interrupted:
         console.print("interrupted; what was timed until then is kept" if timing.rows else "interrupted")
         ctx.exit(INTERRUPTED)
@@ -147,10 +147,14 @@ def print_bench(result: dict[str, Any], engine: Engine) -> None:
     from tetdeploy.report.tables import bench_table
 
     on = result["machine"]
-    console.print(f"{result['model']}   {result['size_bytes'] / 1e6:.1f} MB   {engine.layout}   {result['data']}")
-    console.print(f"{on['cpu']}, {on['cores']} cores, {on['system']}, {on['provider']}")
+    console.print(
+        f"{result['model']}   {result['size_bytes'] / 1e6:.1f} MB   {engine.layout}   {result['data']}", markup=False
+    )
+    console.print(f"{on['cpu']}, {on['cores']} cores, {on['system']}, {on['provider']}", markup=False)
     console.print(bench_table(result))
     notes = ["times of one call; loading: " + _loading(result)]
+    if result["data"] == "noise":
+        notes.append("no reference images beside the model: noise takes as long, a call does not depend on what spikes")
     if engine.layout == "unrolled" and not engine.with_state:
         notes.append(f"an unrolled graph always runs its T={engine.T} steps: a smaller T takes as long")
     if (least := min(row["calls"] for row in result["rows"])) < 100:
