@@ -161,6 +161,15 @@ class TestSections:
         assert "c050" not in text
         assert "0-10 %: 10, 10-20 %: 10" in text
 
+    def test_constants_of_each_precision_are_named(self, tmp_path: Path) -> None:
+        int8 = {"ac_pj": 0.03, "mac_pj": 0.23, "source": "8-bit integers"}
+        files = [write(tmp_path / "a.json", result()), write(tmp_path / "b.json", result(constants=int8))]
+        note = document_of(read_results(files)).sections[1].blocks[-1].text  # type: ignore[union-attr]
+        assert (
+            "a: 0.9 pJ an addition (AC), 4.6 pJ a multiply-accumulate (MAC): Horowitz, ISSCC 2014; b: 0.03 pJ" in note
+        )
+        assert "estimated from counted operations, not measured" in note
+
     def test_margins_of_a_comparison_with_the_checkpoint(self, tmp_path: Path) -> None:
         content = result()
         margin = {"local": {"count": 1, "median": 3e-7, "max": 4e-7}, "every": {"count": 9, "median": 0.5, "max": 2.0}}

@@ -124,12 +124,20 @@ def _energy_caption(*, has_twin: bool, has_trained_twin: bool) -> str:
 
 
 def _bills(results: Results) -> str:
-    """What an energy is."""
-    constants: dict[str, Any] = next((c for m in results.measurements if (c := m.content.get("constants"))), {})
-    add, multiply = constants.get("ac_pj", 0.9), constants.get("mac_pj", 4.6)
-    source = constants.get("source", "32-bit float operations in 45 nm CMOS (Horowitz, ISSCC 2014)")
+    """What an energy is; models of another precision have other constants."""
+    constants: dict[str, list[str]] = {}
+    for m in results.measurements:
+        constants.setdefault(_constants(m.content.get("constants") or {}), []).append(m.name)
+    several = len(constants) > 1
+    listed = "; ".join(f"{', '.join(n)}: {text}" if several else text for text, n in constants.items())
     return (
-        f"Energy is estimated from counted operations, not measured: {add} pJ an addition (AC), {multiply} pJ a "
-        f"multiply-accumulate (MAC); {source}. As in the paper the first layer multiplies at every step and all others "
-        "only add; memory traffic and the neurons' own arithmetic are not in it."
+        f"Energy is estimated from counted operations, not measured. {listed}. As in the paper the first layer "
+        "multiplies at every step and all others only add; memory traffic and the neurons' own arithmetic are not in "
+        "it."
     )
+
+
+def _constants(given: dict[str, Any]) -> str:
+    add, multiply = given.get("ac_pj", 0.9), given.get("mac_pj", 4.6)
+    source = given.get("source", "32-bit float operations in 45 nm CMOS (Horowitz, ISSCC 2014)")
+    return f"{add:g} pJ an addition (AC), {multiply:g} pJ a multiply-accumulate (MAC): {source}"
