@@ -1,10 +1,16 @@
 """From a trained network to an ONNX file that carries all serving needs."""
 
-from tetdeploy.agreement import reference_path
+from __future__ import annotations
 
-from .model import LAYOUTS, ExportConfig, Exported, export_model
-from .parity import Parity, ParityError
-from .sidebyside import SideBySide
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tetdeploy.agreement import reference_path
+
+    from .model import LAYOUTS, ExportConfig, Exported, export_model
+    from .parity import Parity, ParityError
+    from .sidebyside import SideBySide
 
 __all__ = [
     "LAYOUTS",
@@ -16,3 +22,12 @@ __all__ = [
     "export_model",
     "reference_path",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: TensorRT engines are built from a graph on hosts that have no torch.
+    if name not in __all__:
+        raise AttributeError(f"module 'tetdeploy.export' has no attribute {name!r}")
+    homes = {"reference_path": "tetdeploy.agreement", "SideBySide": "tetdeploy.export.sidebyside"}
+    homes |= dict.fromkeys(("Parity", "ParityError"), "tetdeploy.export.parity")
+    return getattr(import_module(homes.get(name, "tetdeploy.export.model")), name)

@@ -44,7 +44,7 @@ def loaded_by(code: str, *arguments: str) -> set[str]:
 
 
 def test_the_probe_sees_what_is_loaded() -> None:
-    assert {"torch", "onnx"} <= loaded_by("import tetdeploy.export")
+    assert {"torch", "onnx"} <= loaded_by("from tetdeploy.export import export_model")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -57,6 +57,13 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 @pytest.mark.parametrize("module", ["tetdeploy", "tetdeploy.energy", "tetdeploy.data"])
 def test_a_training_host_needs_no_onnxruntime_for(module: str) -> None:
     assert "onnxruntime" not in loaded_by(f"import {module}")
+
+
+def test_building_and_running_tensorrt_engines_needs_no_torch() -> None:
+    loaded = loaded_by("import tetdeploy.export.tensorrt")
+    assert "onnx" in loaded and not loaded & {"torch", "onnxscript", "onnx_ir", "onnxruntime"}
+    loaded = loaded_by("import tetdeploy.tensorrt_engine")
+    assert not loaded & {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 
 
 def test_running_an_engine_loads_no_torch(tmp_path: Path) -> None:
