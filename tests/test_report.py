@@ -265,9 +265,9 @@ class TestReading:
 
     def test_several_models_of_a_run_have_names_of_their_own(self, tmp_path: Path) -> None:
         run = run_folder(tmp_path / "a")
+        write(run / "m-T6-int8.sweep.json", result())
         write(run / "m-T6.sweep.json", result())
-        write(run / "m-int8.sweep.json", result())
-        assert [m.name for m in read_results([run]).measurements] == ["a m-T6", "a m-int8"]
+        assert [m.name for m in read_results([run]).measurements] == ["a m-T6", "a m-T6-int8"]
 
     def test_classes_follow_their_rows_whatever_the_order(self, tmp_path: Path) -> None:
         content = result()
