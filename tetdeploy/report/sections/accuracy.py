@@ -10,6 +10,7 @@ from tetdeploy.report.drawing import Style, draw, energy_axis, energy_unit, mark
 from tetdeploy.report.numbers import joules, percent
 from tetdeploy.report.results import Measurement, Results
 
+_SHORT = 18
 Twin = tuple[str, float, float]  # a trained ANN: name, energy in pJ an image, validation accuracy
 
 
@@ -47,14 +48,17 @@ def _by_energy(results: Results) -> Plot | None:
     measured = [m for m in results.measurements if m.points("energy_pj", "accuracy")]
     if not measured:
         return None
-    twins = sorted({m.ann_pj for m in measured if m.ann_pj})
+    twins: dict[float, list[str]] = {}  # by energy, of which models
+    for m in measured:
+        if m.ann_pj:
+            twins.setdefault(m.ann_pj, []).append(short(m.name, _SHORT))
     trained_twins = _trained_twins(results)
-    energies = [energy_pj for m in measured for _, energy_pj, _ in m.points("energy_pj", "accuracy")] + twins
+    energies = [energy_pj for m in measured for _, energy_pj, _ in m.points("energy_pj", "accuracy")] + list(twins)
     unit, size = energy_unit(max(energies))
 
     def paint(axes: Any) -> None:
-        for energy_pj in twins:
-            _draw_twin(axes, energy_pj / size)
+        for energy_pj, names in twins.items():
+            _draw_twin(axes, energy_pj / size, f" of {', '.join(names[:2])}" if len(twins) > 1 else "")
         for m in measured:
             _draw_model(axes, m, Style.of(results.style_of[m.name]), size)
         for name, energy_pj, validation in trained_twins:
@@ -72,10 +76,10 @@ def _by_energy(results: Results) -> Plot | None:
     return draw(paint, description=f"Accuracy against energy per image: {'; '.join(points)}", caption=caption)
 
 
-def _draw_twin(axes: Any, energy: float) -> None:
+def _draw_twin(axes: Any, energy: float, whose: str) -> None:
     axes.axvline(energy, color="0.35", linestyle=":", linewidth=1.4)
     upright = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right"}
-    axes.annotate("ANN twin ", (energy, 0.02), color="0.35", fontsize=8, **upright)
+    axes.annotate(f"ANN twin{whose}", (energy, 0.02), color="0.35", fontsize=8, **upright)
 
 
 def _draw_model(axes: Any, m: Measurement, style: Style, size: float) -> None:
