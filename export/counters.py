@@ -109,6 +109,7 @@ class Layers:
             "binary": self._whole.is_binary(value),
             "positions": positions,
             "once": once,
+            "precision": "int8" if _is_quantised(weight) else "fp32",
         }
         if node.op_type != "Conv":
             if len(shape) != 2:
@@ -160,6 +161,11 @@ def _is_parameter(value: ir.Value | None) -> bool:
     return tensor is not None and bool(tensor.numpy().any())
 
 
+def _is_quantised(weight: ir.Value) -> bool:
+    producer = weight.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
 def _parameter_shape(weight: ir.Value) -> tuple[int, ...] | None:
     """The shape of a constant, of one in 8 bits, or of a matrix transposed, as linear layers have it in a graph that is
     not optimised; None for what is computed."""
@@ -167,7 +173,7 @@ def _parameter_shape(weight: ir.Value) -> tuple[int, ...] | None:
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
         shape = _parameter_shape(producer.inputs[0])
         return shape[::-1] if shape is not None and len(shape) == 2 else None
-    if producer is not None and producer.op_type == "DequantizeLinear" and producer.inputs[0] is not None:
+    if producer is not None and _is_quantised(weight) and producer.inputs[0] is not None:
         return _parameter_shape(producer.inputs[0])
     tensor = ir.convenience.get_const_tensor(weight)
     return None if tensor is None else tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]

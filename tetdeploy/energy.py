@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.picojoules import CONSTANTS, EnergyConstants
+from tetdeploy.picojoules import EnergyConstants, energy_constants
 
 CONVENTIONS = {
     "paper": "the first layer multiplies, at every step; all others only add (TET, and most papers)",
@@ -49,6 +49,7 @@ class Layer:
         binary: the layer's input is spikes, 0 or 1.
         positions: how often the layer is applied to one image in one step, as a linear layer is to tokens.
         once: the graph computes the layer once for an image, not at every step: direct encoding's first layer.
+        precision: of its arithmetic, `fp32` or `int8`; it decides what an operation costs.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Layer:
     binary: bool = True
     positions: int = 1
     once: bool = False
+    precision: str = "fp32"
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Layer:
@@ -121,6 +123,7 @@ class Operations:
     """Operations summed over images, by layer and step: `counts[layer][t]` for step t + 1, `active` their inputs.
 
     Attributes:
+        constants: one's own, for every layer; by default those for each layer's precision.
         chunk: steps of one call of the graph, after which layers that are computed once are computed again; None if
             one call does.
     """
@@ -129,7 +132,7 @@ class Operations:
     counts: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     active: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     num_images: int = 0
-    constants: EnergyConstants = CONSTANTS["fp32"]
+    constants: EnergyConstants | None = None
     chunk: int | None = None
 
     def add(self, active: Mapping[str, NDArray[Any]], num_images: int, T: int) -> None:
@@ -149,16 +152,20 @@ class Operations:
 
     def at(self, T: int) -> OperationCount:
         """Operations per image for the first T steps, of all layers."""
-        return sum((self.of(layer, T) for layer in self.layers), start=OperationCount(constants=self.constants))
+        return sum((self.of(layer, T) for layer in self.layers), start=OperationCount())
 
     def of(self, layer: Layer, T: int) -> OperationCount:
         """Operations per image of one layer in the first T steps."""
         ops = float(self.counts[layer.name][:T].sum()) / self.num_images
-        count = OperationCount(constants=self.constants)
+        price = self.price(layer)
         if not layer.from_input:
-            return replace(count, ac_ops=ops, analogue_ac_ops=0.0 if layer.binary else ops)
+            return OperationCount.billed(price, ac_ops=ops, analogue_ac_ops=0.0 if layer.binary else ops)
         needed = float(self.counts[layer.name][: T : self.chunk or T].sum()) / self.num_images
-        return replace(count, mac_ops=ops, repeated_mac_ops=ops - needed if layer.once else 0.0)
+        return OperationCount.billed(price, mac_ops=ops, repeated_mac_ops=ops - needed if layer.once else 0.0)
+
+    def price(self, layer: Layer) -> EnergyConstants:
+        """What the operations of a layer cost."""
+        return self.constants or energy_constants(layer.precision)
 
     def input_rate(self, layer: Layer, T: int) -> float:
         """The share of a layer's inputs that counted in the first T steps; 1 where every value does."""
@@ -171,7 +178,8 @@ class Operations:
     def ann(self) -> dict[str, float]:
         """The ANN twin: every layer once, every input multiplied, per image (or frame)."""
         mac_ops = sum(layer.dense_ops() for layer in self.layers)
-        return {"mac_ops": mac_ops, "energy_pj": mac_ops * self.constants.mac_pj}
+        energy_pj = sum(layer.dense_ops() * self.price(layer).mac_pj for layer in self.layers)
+        return {"mac_ops": mac_ops, "energy_pj": energy_pj}
 
     def _layer_dict(self, layer: Layer, steps: Sequence[int]) -> dict[str, Any]:
         rows = [self.of(layer, T).to_dict(T) | {"input_rate": self.input_rate(layer, T)} for T in steps]
@@ -181,6 +189,7 @@ class Operations:
             "binary": layer.binary,
             "once": layer.once,
             "fan_out": float(layer.fan_out().mean()),
+            "precision": layer.precision,
             "weights": layer.num_weights,
             "dense_ops": layer.dense_ops(),
             "rows": rows,
@@ -189,56 +198,45 @@ class Operations:
 
 @dataclass(frozen=True)
 class OperationCount:
-    """Operations per image, split as in the paper, and what they cost by each of the `CONVENTIONS`.
+    """Operations per image, split as in the paper, and what they cost by each of the `CONVENTIONS`, in pJ an image.
 
     Attributes:
         analogue_ac_ops: those of `ac_ops` whose inputs are not binary.
         repeated_mac_ops: those of `mac_ops` that only repeat the first step's.
+        energy_pj, energy_exact_pj, energy_once_pj: `paper`, `exact`, `once`.
     """
 
     ac_ops: float = 0.0
     mac_ops: float = 0.0
     analogue_ac_ops: float = 0.0
     repeated_mac_ops: float = 0.0
-    constants: EnergyConstants = CONSTANTS["fp32"]
+    energy_pj: float = 0.0
+    energy_exact_pj: float = 0.0
+    energy_once_pj: float = 0.0
+
+    @classmethod
+    def billed(
+        cls,
+        price: EnergyConstants,
+        *,
+        ac_ops: float = 0.0,
+        mac_ops: float = 0.0,
+        analogue_ac_ops: float = 0.0,
+        repeated_mac_ops: float = 0.0,
+    ) -> OperationCount:
+        """Operations at one price."""
+        paper = ac_ops * price.ac_pj + mac_ops * price.mac_pj
+        exact = (ac_ops - analogue_ac_ops) * price.ac_pj + (mac_ops + analogue_ac_ops) * price.mac_pj
+        once = ac_ops * price.ac_pj + (mac_ops - repeated_mac_ops) * price.mac_pj
+        return cls(ac_ops, mac_ops, analogue_ac_ops, repeated_mac_ops, paper, exact, once)
 
     def __add__(self, other: OperationCount) -> OperationCount:
-        return OperationCount(
-            self.ac_ops + other.ac_ops,
-            self.mac_ops + other.mac_ops,
-            self.analogue_ac_ops + other.analogue_ac_ops,
-            self.repeated_mac_ops + other.repeated_mac_ops,
-            self.constants,
-        )
-
-    @property
-    def energy_pj(self) -> float:
-        """The paper's bill, in pJ an image."""
-        return self._bill(self.ac_ops, self.mac_ops)
-
-    @property
-    def energy_exact_pj(self) -> float:
-        """Every layer with a non-binary input multiplies, in pJ an image."""
-        return self._bill(self.ac_ops - self.analogue_ac_ops, self.mac_ops + self.analogue_ac_ops)
-
-    @property
-    def energy_once_pj(self) -> float:
-        """The paper's bill, but what only repeats is computed once, in pJ an image."""
-        return self._bill(self.ac_ops, self.mac_ops - self.repeated_mac_ops)
+        return OperationCount(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def to_dict(self, T: int) -> dict[str, float]:
         """The two counts and the three bills, as JSON."""
-        return {
-            "T": T,
-            "ac_ops": self.ac_ops,
-            "mac_ops": self.mac_ops,
-            "energy_pj": self.energy_pj,
-            "energy_exact_pj": self.energy_exact_pj,
-            "energy_once_pj": self.energy_once_pj,
-        }
-
-    def _bill(self, ac_ops: float, mac_ops: float) -> float:
-        return ac_ops * self.constants.ac_pj + mac_ops * self.constants.mac_pj
+        names = ("ac_ops", "mac_ops", "energy_pj", "energy_exact_pj", "energy_once_pj")
+        return {"T": T} | {name: getattr(self, name) for name in names}
 
 
 def other_ops(metadata: Mapping[str, Any]) -> dict[str, int]:

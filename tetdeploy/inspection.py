@@ -138,6 +138,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "input": "pixels" if layer.from_input else "spikes" if layer.binary else "analogue",
         "outputs": layer.outputs,
         "kernel": list(layer.kernel),
+        "precision": layer.precision,
         "strides": list(layer.strides),
         "weights": layer.num_weights,
         "fan_out": float(layer.fan_out().mean()),

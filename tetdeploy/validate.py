@@ -93,7 +93,7 @@ class Tally:
         operations: of the convolutions and linear layers.
 
     Args:
-        constants: picojoules of an operation; by default those for the model's precision.
+        constants: picojoules of an operation, of every layer; by default those for each layer's precision.
 
     Raises:
         ValueError: there are none for it.
@@ -103,7 +103,7 @@ class Tally:
         num_classes = len(engine.class_names)
         self.T, self.class_names, self.metadata = T, engine.class_names, engine.metadata
         self.neurons = {n["name"]: int(np.prod(n["shape"])) for n in engine.metadata["neurons"]}
-        constants = constants or energy_constants(engine.metadata.get("precision", "fp32"))
+        self.constants = constants or energy_constants(engine.metadata.get("precision", "fp32"))
         chunk = engine.T if engine.with_state and engine.layout == "unrolled" else None
         self.operations = Operations(layers_of(engine.metadata), constants=constants, chunk=chunk)
         self.seen = np.zeros(num_classes, np.int64)
@@ -138,7 +138,8 @@ class Tally:
     def details(self, steps: Sequence[int]) -> dict[str, Any]:
         """What lies behind the rows at every T of `steps`, as JSON: by layer, by layer of neurons, by class; the ANN
         twin; what no row's energy includes; the constants and the conventions."""
-        constants = self.operations.constants
+        # What is not the layers' computes in float32, whatever they do.
+        constants = self.operations.constants or energy_constants("fp32")
         return {
             "layers": self.operations.by_layer(steps),
             "neurons": [self._neuron_dict(k, name, steps) for k, name in enumerate(self.neurons)],
@@ -146,7 +147,7 @@ class Tally:
             "ann": self.operations.ann(),
             "other_ops": other_ops(self.metadata),
             "other_ops_pj": other_ops_pj(self.metadata, constants),
-            "constants": asdict(constants),
+            "constants": asdict(self.constants),
             "conventions": dict(CONVENTIONS),
             "by_class": [self._class_dict(k, name, steps) for k, name in enumerate(self.class_names)],
         }

@@ -93,7 +93,9 @@ def sweep(
 
     engine = Engine(model or newest_export(runs), device=device, threads=threads)
     wanted = parse_steps(steps) if steps else default_steps(engine)
-    constants = energy_constants(engine.metadata.get("precision", "fp32"), ac_pj=ac_pj, mac_pj=mac_pj)
+    own = ac_pj is not None or mac_pj is not None
+    precision = engine.metadata.get("precision", "fp32")
+    constants = energy_constants(precision, ac_pj=ac_pj, mac_pj=mac_pj) if own else None
     result = run_sweep(engine, wanted, data, data_dir, limit=limit, batch_size=batch_size, constants=constants)
     print_sweep(result, engine, conventions)
     print_details(result, engine, conventions, layers=show_layers, other_ops=other_ops)
@@ -177,15 +179,26 @@ def _print_notes(notes: Sequence[str]) -> None:
 
 
 def _bills(result: Sweep, conventions: Sequence[str]) -> str:
-    ac_pj, mac_pj = (result.details["constants"][name] for name in ("ac_pj", "mac_pj"))
     bills = {
-        "paper": f"the first layer multiplies ({mac_pj:g} pJ), all others add ({ac_pj:g} pJ)",
+        "paper": "the first layer multiplies, all others add",
         "exact": "exact: every layer whose input is not binary multiplies",
         "once": "once: the first layer multiplies once, not at every step",
     }
-    if "paper" not in conventions:
-        bills = {name: f"{text} ({mac_pj:g} pJ; an addition {ac_pj:g} pJ)" for name, text in bills.items()}
-    return "; ".join(bills[name] for name in conventions)
+    return "; ".join([*(bills[name] for name in conventions), _prices(result)])
+
+
+def _prices(result: Sweep) -> str:
+    """What an operation costs, for each precision of the layers unless figures were given."""
+    from tetdeploy.picojoules import CONSTANTS
+
+    given = result.details["constants"]
+    prices = {"": (given["mac_pj"], given["ac_pj"])}
+    precisions = sorted({layer["precision"] for layer in result.details["layers"]})
+    if len(precisions) > 1 and not given["source"].startswith("given"):
+        prices = {f" in {name}": (CONSTANTS[name].mac_pj, CONSTANTS[name].ac_pj) for name in precisions}
+    return ", ".join(
+        f"{mac:g} pJ a multiply-accumulate and {ac:g} pJ an addition{name}" for name, (mac, ac) in prices.items()
+    )
 
 
 def save_sweep(result: Sweep, engine: Engine, json_path: Path | None, plot: Path | None) -> None:
