@@ -159,7 +159,7 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Table:
             "×".join(map(str, layer["kernel"])) or "–",
             "×".join(map(str, layer["strides"])) or "–",
             f"{layer['outputs']:,}",
-            f"{layer['weights']:,}",
+            f"{layer['weights']:,}" + (" int8" if layer["precision"] == "int8" else ""),
             f"{fan_out:,.0f}" if fan_out >= 100 else f"{fan_out:.3g}",
             count(layer["dense_ops"]),
         )
