@@ -1,34 +1,50 @@
 """What TensorRT needs our graphs to be, and what its log says that it made of them.
 
-TensorRT knows uint8 only as the type of an input that is cast at once. Our graphs of frames transpose their uint8 input
-first, and the step graph casts it inside an `If`; so `prepare` puts a cast to float32 (exact for uint8) right behind
-each such input. Nothing but views stands between an input and its cast, so no result changes. It also gives every node
-a name of its own, which bodies of `Scan` need not have, so that TensorRT's account of its kernels can be read.
+TensorRT knows uint8 only as the type of an input that is cast at once, and int8 only around zero. `prepare` changes
+types, and no value:
+
+- A cast to float32, exact for uint8, comes right behind each uint8 input. Our graphs of frames transpose theirs first,
+  and the step graph casts it inside an `If`.
+- Spikes that an int8 graph hands on as uint8 are float32 up to the convolution that reads them, and int8 there.
+- A current I = s (clip(round(y / s) + z, 0, 255) - z) is spelled out in float32, s clip(round(y / s), -z, 255 - z), and
+  an int32 bias is the float32 number it stands for.
+
+Every node gets a name of its own, which bodies of `Scan` need not have, so that TensorRT's account of its kernels can
+be read.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+_ZERO = "int8.zero"
 
 
 def prepare(graph: onnx.ModelProto) -> onnx.ModelProto:
     """The graph as TensorRT takes it; see the top of this file. Changes `graph`."""
+    constants = _constants(graph.graph)
+    for subgraph in _graphs(graph.graph):
+        del subgraph.value_info[:]  # they would say uint8
+        _use_int8(subgraph, constants)
+    zero, folded = numpy_helper.from_array(np.zeros((), np.int8), _ZERO), _float_biases(graph.graph, constants)
+    graph.graph.initializer.extend([zero, *folded])
     for value in graph.graph.input:
         if value.name == "steps" or value.type.tensor_type.elem_type != TensorProto.UINT8:
             continue  # only the shape of `steps` is read
         name = f"{value.name}.float"
         for node in _all_nodes(graph.graph):
             node.input[:] = [name if read == value.name else read for read in node.input]
-        graph.graph.node.insert(0, helper.make_node("Cast", [value.name], [name], name=name, to=TensorProto.FLOAT))
+        graph.graph.node.insert(0, helper.make_node("Cast", [value.name], [name], to=TensorProto.FLOAT))
     names: Counter[str] = Counter()
     for subgraph in _graphs(graph.graph):
-        del subgraph.value_info[:]  # of what now is float32
         for node in subgraph.node:
             spikes = [output for output in node.output if output.startswith("spikes.")]
             prefix = f"{subgraph.name}/" if subgraph.name.startswith("lif.") else ""
@@ -36,6 +52,77 @@ def prepare(graph: onnx.ModelProto) -> onnx.ModelProto:
             names[name] += 1
             node.name = name if names[name] == 1 else f"{name}#{names[name]}"
     return graph
+
+
+def _use_int8(graph: onnx.GraphProto, constants: Mapping[str, NDArray[Any]]) -> None:
+    """No uint8 inside `graph`: see the top of this file."""
+    makers = {output: node for node in graph.node for output in node.output}
+    read_by_convolutions = {node.input[0] for node in graph.node if node.op_type == "Conv"}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "Cast" and node.attribute[0].i == TensorProto.UINT8:
+            node.attribute[0].i = TensorProto.FLOAT
+        if not (node.op_type in ("QuantizeLinear", "DequantizeLinear") and _is_uint8(node, constants)):
+            nodes.append(node)
+        elif node.op_type == "DequantizeLinear":
+            source = makers[node.input[0]]
+            given = source.input[0] if source.op_type == "QuantizeLinear" else node.input[0]
+            build = _spikes if node.output[0] in read_by_convolutions else _current
+            nodes.extend(build(given, node, constants))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for value in graph.output:
+        if value.type.tensor_type.elem_type == TensorProto.UINT8:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+
+
+def _is_uint8(node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> bool:
+    return len(node.input) > 2 and constants[node.input[2]].dtype == np.uint8
+
+
+def _spikes(given: str, node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> list[onnx.NodeProto]:
+    quantised, scale = f"{node.output[0]}.int8", node.input[1]
+    if (constants[scale] != 1).any() or constants[node.input[2]].any():
+        raise ValueError(
+            f"a convolution reads {given} as uint8 with a scale of its own; TensorRT has int8 around zero only: "
+            "quantise with tetdeploy export --precision int8"
+        )
+    return [
+        helper.make_node("QuantizeLinear", [given, scale, _ZERO], [quantised]),
+        helper.make_node("DequantizeLinear", [quantised, scale, _ZERO], node.output),
+    ]
+
+
+def _current(given: str, node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> list[onnx.NodeProto]:
+    scale, zero = node.input[1], int(constants[node.input[2]])
+    steps = [f"{node.output[0]}.{step}" for step in ("low", "high", "scaled", "rounded", "clipped")]
+    low, high, scaled, rounded, clipped = steps
+    return [
+        helper.make_node("Constant", [], [low], value_float=float(-zero)),
+        helper.make_node("Constant", [], [high], value_float=float(255 - zero)),
+        helper.make_node("Div", [given, scale], [scaled]),
+        helper.make_node("Round", [scaled], [rounded]),
+        helper.make_node("Clip", [rounded, low, high], [clipped]),
+        helper.make_node("Mul", [clipped, scale], node.output),
+    ]
+
+
+def _float_biases(graph: onnx.GraphProto, constants: Mapping[str, NDArray[Any]]) -> list[onnx.TensorProto]:
+    """Dequantised int32 constants, taken out of `graph`; TensorRT dequantises 8 bits only."""
+    dequantised = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
+    biases = [node for node in dequantised if constants[node.input[0]].dtype == np.int32]
+    for node in biases:
+        graph.node.remove(node)
+    values = [constants[node.input[0]].astype(np.float32) * constants[node.input[1]] for node in biases]
+    return [numpy_helper.from_array(value, node.output[0]) for value, node in zip(values, biases, strict=True)]
+
+
+def _constants(graph: onnx.GraphProto) -> dict[str, NDArray[Any]]:
+    values = {tensor.name: numpy_helper.to_array(tensor) for inner in _graphs(graph) for tensor in inner.initializer}
+    for node in _all_nodes(graph):
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    return values
 
 
 def layers_of(report: str, graph: onnx.ModelProto) -> list[dict[str, Any]]:

@@ -19,13 +19,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
-from export_helpers import digits, engine, exported, frames
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from export_helpers import convsnn, digits, engine, exported, frames
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from tetdeploy import nvidia
 from tetdeploy.cli import main
-from tetdeploy.export import tensorrt
+from tetdeploy.export import ExportConfig, export_model, tensorrt
 from tetdeploy.export.tensorrt import BuildConfig, Built, build_engine
 from tetdeploy.export.tensorrt_graph import prepare
 from tetdeploy.nvidia import NoGpuError, target_architectures
@@ -72,25 +71,14 @@ def in_float16(model: Path, path: Path) -> Path:
     return path
 
 
-def in_int8(model: Path, path: Path) -> Path:
-    class Digits(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = [feed(model)]
-
-        def get_next(self) -> Any:
-            return self.left.pop() if self.left else None
-
-    quantize_static(
-        model,
-        path,
-        Digits(),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-        activation_type=QuantType.QInt8,
-        weight_type=QuantType.QInt8,
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
-    )
-    return path
+@cache
+def int8(layout: str, **options: Any) -> Path:
+    """`convsnn` as our own int8 export."""
+    config = ExportConfig(layout=layout, T=3, trained_T=3, precision="int8", **options)  # type: ignore[arg-type]
+    images = digits().images[:64] if config.encoding == "direct" else frames(64, 3)
+    labels = digits().labels[:64] if config.encoding == "direct" else None
+    path = Path(_folder.name) / f"int8-{layout}-{'-'.join(options)}.onnx"
+    return export_model(convsnn(), path, config, images, num_check=0, calibration=(images, labels)).path
 
 
 def names_in(folder: Path) -> list[str]:
@@ -146,21 +134,48 @@ def test_the_report_tells_of_every_neuron_layer(layout: str, options: dict[str, 
         assert all(layer["operators"]["Greater"] == 3 for layer in fused)
 
 
-@pytest.mark.parametrize(
-    ("layout", "options"),
-    [("unrolled", {"T": 3}), ("dynamic", {}), ("step", {}), ("step", {"encoding": "frames"})],
-    ids=lambda value: str(value),
-)
-@pytest.mark.parametrize(("convert", "precision"), [(in_float16, "Half"), (in_int8, "Int8")], ids=["float16", "int8"])
-def test_precision_comes_from_the_graph(
-    layout: str, options: dict[str, Any], convert: Any, precision: str, tmp_path: Path
-) -> None:
-    model = convert(exported(layout, **options), tmp_path / "m.onnx")
-    built = build_engine(model, config=RTX)
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_float16_comes_from_the_graph(layout: str, tmp_path: Path) -> None:
+    options = {"T": 3} if layout == "unrolled" else {}
+    built = build_engine(in_float16(exported(layout, **options), tmp_path / "m.onnx"), config=RTX)
     assert built.path == tmp_path / "m.engine"
     convolutions = reads(built, "Conv")
-    assert precision in convolutions
-    assert set(convolutions) <= {precision, "UInt8", "Int64"}  # the pixels and sizes, beside the currents
+    assert "Half" in convolutions
+    assert set(convolutions) <= {"Half", "UInt8", "Int64"}  # the pixels and sizes, beside the currents
+
+
+INT8: list[tuple[str, dict[str, Any]]] = [
+    ("unrolled", {}),
+    ("unrolled", {"with_state": True}),
+    ("dynamic", {}),
+    ("step", {}),
+    ("step", {"encoding": "frames"}),
+]
+
+
+@pytest.mark.parametrize(("layout", "options"), INT8, ids=lambda value: str(value))
+def test_int8_convolutions_stay_int8(layout: str, options: dict[str, Any], tmp_path: Path) -> None:
+    built = build_engine(int8(layout, **options), tmp_path / "m.engine", RTX)
+    types = [layer["inputs"] for layer in built.manifest["layers"] if layer["type"] == "correlation"]
+    assert types.count(["Int8"]) == 2 and len(types) == 3  # the first reads the image
+
+
+@pytest.mark.parametrize(("layout", "options"), INT8, ids=lambda value: str(value))
+def test_what_is_prepared_of_int8_computes_the_same(layout: str, options: dict[str, Any]) -> None:
+    model = int8(layout, **options)
+    graph = prepare(onnx.load(model))
+    onnx.checker.check_model(graph, full_check=True)
+    used = {name for node in graph.graph.node for name in node.input}
+    types = {tensor.data_type for tensor in graph.graph.initializer if tensor.name in used}
+    assert onnx.TensorProto.INT8 in types and not types & {onnx.TensorProto.UINT8, onnx.TensorProto.INT32}
+    plain = ort.SessionOptions()
+    plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # both then sum in float32
+    before, after = (
+        ort.InferenceSession(bytes_, plain, providers=["CPUExecutionProvider"]).run(None, feed(model))
+        for bytes_ in (model.read_bytes(), graph.SerializeToString())
+    )
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @layouts
@@ -373,3 +388,15 @@ def test_the_command_refuses_in_one_line(options: list[str], code: int, message:
     assert result.exit_code == code
     assert message in result.output and "Traceback" not in result.output
     assert not names_in(tmp_path)
+
+
+def test_int8_of_others_is_refused(tmp_path: Path) -> None:
+    graph = onnx.load(int8("unrolled"))
+    read = {node.input[0] for node in graph.graph.node if node.op_type == "Conv"}
+    scale = next(n.input[1] for n in graph.graph.node if n.op_type == "DequantizeLinear" and n.output[0] in read)
+    tensor = next(tensor for tensor in graph.graph.initializer if tensor.name == scale)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(0.5, np.float32), scale))
+    onnx.save(graph, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=r"as uint8 with a scale of its own; .*tetdeploy export --precision int8"):
+        build_engine(tmp_path / "m.onnx", config=RTX)
+    assert names_in(tmp_path) == ["m.onnx"]
