@@ -60,9 +60,9 @@ class Entry:
             return f"only {' and '.join(self.scales)} runs have it"
         return f"it needs {data_dir / self.needs}" if not (data_dir / self.needs).is_dir() and self.needs else ""
 
-    def shortened(self, scale: str) -> tuple[str, ...]:
-        """The options of a scale, which override the recipe's."""
-        return (*SCALES[scale], *{"full": (), "small": self.small, "smoke": self.smoke}[scale])
+    def chosen(self, scale: str) -> tuple[str, ...]:
+        """The options beside the recipe, which they override; of a shorter run its own come last."""
+        return (*self.options, *SCALES[scale], *{"full": (), "small": self.small, "smoke": self.smoke}[scale])
 
 
 def entries(pattern: str, **names: str) -> tuple[Entry, ...]:
@@ -77,6 +77,16 @@ def inherited(T: int, first: int, second: int) -> tuple[str, ...]:
     """Options of a short run whose recipe inherits its weights from T=2, or at T=2 has no second stage."""
     length = ("--tit", f"2:{first},{T}:{second}") if T > 2 else ("--epochs", str(first + second))
     return (*length, "--seeds", "0,1")
+
+
+TEACHER = "ANN twin"
+OFF = ("--ema", "0", "--cutout", "0", "--random-T", "", "--distill", "", "--augment", "crop-flip", "--seeds", "0,1,2")
+
+
+def modern(name: str, full: tuple[str, ...] = (), smoke: tuple[str, ...] = ()) -> Entry:
+    """The modern recipe with SGD, and of the rest only what `full` switches on (in a smoke run `smoke`)."""
+    short = ("--epochs", "12", "--warmup-epochs", "1", "--augment", "none")
+    return Entry(name, "modern-cifar10", (*OFF, *full), (*short, *smoke), scales=("full", "smoke"))
 
 
 TABLES = {
@@ -123,6 +133,14 @@ TABLES = {
             for name, model, T in (("Spiking-ResNet-34", "spiking-resnet34", 6), ("SEW-ResNet-34", "sew-resnet34", 4))
         ),
     ),
+    "modern": (
+        Entry("paper's recipe", "figure4a-T4", (), ("--epochs", "12", "--seeds", "0,1,2"), scales=("full", "smoke")),
+        modern("SGD"),
+        modern("SGD, cutout", ("--cutout", "16"), ("--cutout", "2")),
+        modern("SGD, EMA", ("--ema", "0.999"), ("--ema", "0.98")),
+        modern("SGD, random T", *[("--random-T", "1:6")] * 2),
+        modern("SGD, distilled", *[("--distill", f"{{out}}/runs/{TEACHER.replace(' ', '-')}")] * 2),
+    ),
 }
 
 
@@ -142,7 +160,8 @@ def trained(entry: Entry, out: Path, data_dir: Path, scale: str) -> list[Path]:
             tetdeploy("train", "--resume", folder, "--data-dir", data_dir, "--runs", out / "runs")
         else:
             recipe = ("--config", RECIPES / f"{entry.recipe}.toml", "--data-dir", data_dir, "--runs", out / "runs")
-            tetdeploy("train", *recipe, *entry.shortened(scale), *entry.options, "--out", folder)
+            options = (option.format(out=out) for option in entry.chosen(scale))
+            tetdeploy("train", *recipe, *options, "--out", folder)
         done.touch()
     return sorted(folder.glob("seed-*")) or [folder]
 
@@ -202,6 +221,20 @@ def accuracy_table(name: str, out: Path, data_dir: Path, scale: str) -> None:
         rows.append([entry.name, mean_std(held_out), mean_std(test) if test else "–", str(len(runs))])
     write_json(out / f"{name}.json", {"scale": scale, "rows": numbers})
     write_table(out, name, caption(name, scale), ["", "held out (%)", "test (%)", "seeds"], rows)
+
+
+def modern_table(out: Path, data_dir: Path, scale: str) -> None:
+    """Test accuracy at several T: what each option of the modern recipe does by itself."""
+    teacher = Entry(TEACHER, "modern-cifar10-teacher", (), ("--epochs", "12", "--warmup-epochs", "1", "--cutout", "0"))
+    trained(teacher, out, data_dir, scale)
+    shown, rows, numbers = (1, 2, 4, 6), [], []
+    for entry in TABLES["modern"]:
+        swept_runs = [swept(run, data_dir, "1:8") for run in trained(entry, out, data_dir, scale)]
+        accuracy = {T: [row["accuracy"] for run in swept_runs for row in run if row["T"] == T] for T in shown}
+        numbers.append({"name": entry.name, "test": accuracy})
+        rows.append([entry.name, *(mean_std(accuracy[T]) for T in shown)])
+    write_json(out / "modern.json", {"scale": scale, "rows": numbers})
+    write_table(out, "modern", caption("modern", scale), ["trained at T=4, test (%)", *(f"T={T}" for T in shown)], rows)
 
 
 def caption(name: str, scale: str) -> str:
@@ -288,7 +321,8 @@ def main(what: str, scale: str | None, out: Path | None, data_dir: Path) -> None
     """Train, measure and write one of the paper's tables or figures."""
     out = out or Path("results") / (f"{what}-{scale}" if scale else what)
     scale = scale or "full"
-    program = {"figure2": landscape, "figure3": switch, "figure4": scalability}.get(what)
+    programs = {"figure2": landscape, "figure3": switch, "figure4": scalability, "modern": modern_table}
+    program = programs.get(what)
     if program is None:
         accuracy_table(what, out, data_dir, scale)
     else:

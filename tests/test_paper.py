@@ -40,7 +40,7 @@ def test_every_option_of_a_scale_is_one_of_train(paper: ModuleType, scale: str) 
     known = {name for parameter in train.params for name in parameter.opts}
     for entries in paper.TABLES.values():
         for entry in entries:
-            options = (*entry.shortened(scale), *entry.options)
+            options = entry.chosen(scale)
             assert {option for option in options if option.startswith("--")} <= known
 
 
@@ -52,8 +52,7 @@ def test_every_entry_makes_a_configuration(paper: ModuleType, scale: str) -> Non
             arguments = [
                 "--config",
                 str(paper.RECIPES / f"{entry.recipe}.toml"),
-                *entry.shortened(scale),
-                *entry.options,
+                *entry.chosen(scale),
             ]
             with train.make_context("train", arguments) as ctx:
                 config = train_config(ctx, {name: value for name, value in ctx.params.items() if name in names})
