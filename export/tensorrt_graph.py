@@ -43,15 +43,24 @@ def prepare(graph: onnx.ModelProto) -> onnx.ModelProto:
         for node in _all_nodes(graph.graph):
             node.input[:] = [name if read == value.name else read for read in node.input]
         graph.graph.node.insert(0, helper.make_node("Cast", [value.name], [name], to=TensorProto.FLOAT))
+    _name_nodes(graph.graph)
+    return graph
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    """A name for each node that no other has: `spikes.<neurons>` for what makes their spikes, `lif.<neurons>/...` for
+    the rest of a `Scan` body, and for what is only cast to their spikes, a cast that TensorRT drops."""
     names: Counter[str] = Counter()
-    for subgraph in _graphs(graph.graph):
+    for subgraph in _graphs(graph):
+        casts = {node.input[0]: node.output[0] for node in subgraph.node if node.op_type == "Cast"}
         for node in subgraph.node:
             spikes = [output for output in node.output if output.startswith("spikes.")]
+            cast = [casts[output] for output in node.output if casts.get(output, "").startswith("spikes.")]
             prefix = f"{subgraph.name}/" if subgraph.name.startswith("lif.") else ""
+            prefix = f"lif.{cast[0].removeprefix('spikes.')}/" if cast else prefix
             name = spikes[0] if spikes else prefix + (node.name or node.op_type)
             names[name] += 1
             node.name = name if names[name] == 1 else f"{name}#{names[name]}"
-    return graph
 
 
 def _use_int8(graph: onnx.GraphProto, constants: Mapping[str, NDArray[Any]]) -> None:

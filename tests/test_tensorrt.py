@@ -158,6 +158,7 @@ def test_int8_convolutions_stay_int8(layout: str, options: dict[str, Any], tmp_p
     built = build_engine(int8(layout, **options), tmp_path / "m.engine", RTX)
     types = [layer["inputs"] for layer in built.manifest["layers"] if layer["type"] == "correlation"]
     assert types.count(["Int8"]) == 2 and len(types) == 3  # the first reads the image
+    assert {name for layer in built.manifest["layers"] for name in layer["neurons"]} == {"lif1", "lif2", "lif3"}
 
 
 @pytest.mark.parametrize(("layout", "options"), INT8, ids=lambda value: str(value))
