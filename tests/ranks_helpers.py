@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,22 @@ from torch import multiprocessing
 
 from tetdeploy.train.ranks import process_group
 
+_SECONDS = 300
+
 
 def on_ranks(size: int, work: Callable[..., None], *arguments: Any) -> None:
-    """Call `work(*arguments)` in `size` processes of one group; what one raises is raised here."""
+    """Call `work(*arguments)` in `size` processes of one group; what one raises is raised here, and so is that they do
+    not end: where ranks disagree about what to exchange, they wait for each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_one, (size, port, work, arguments), nprocs=size)  # type: ignore[no-untyped-call]
+    processes = multiprocessing.spawn(_one, (size, port, work, arguments), nprocs=size, join=False)  # type: ignore[no-untyped-call]
+    end = time.monotonic() + _SECONDS
+    while not processes.join(timeout=1.0):
+        if time.monotonic() > end:
+            for process in processes.processes:
+                process.kill()
+            raise AssertionError(f"the ranks have not ended after {_SECONDS} s")
 
 
 def _one(rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:

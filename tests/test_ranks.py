@@ -49,7 +49,7 @@ def _work(folder: Path) -> None:
     seeds = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", progress=False)
     again = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", resume=True, progress=False)
     refused = pytest.raises(ValueError, match=r"33 images has no 2 equal shares.*multiple of 2")
-    with refused if ranks.writes else pytest.raises(ConnectionError, match="the first process failed"):
+    with refused if ranks.writes else pytest.raises(ConnectionError, match="the first process of a machine failed"):
         train(classifier(), TRAIN, VAL, replace(SHORT, batch_size=33), folder / "odd")
     with pytest.raises(ValueError, match="1 validation images are too few for 2 processes"):
         train(classifier(), TRAIN, VAL.select(range(1)), SHORT, folder / "few", progress=False)
@@ -125,6 +125,18 @@ def test_one_process_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     with process_group() as ranks, ranks.first():
         assert ranks == Ranks() and ranks.writes and ranks.share(8) == slice(0, 8)
         assert ranks.any(True) and not ranks.any(False) and ranks.agreed("x") == "x"
+
+
+def test_an_environment_that_torchrun_did_not_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        pytest.raises(ValueError, match="WORLD_SIZE is 2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        process_group(),
+    ):
+        pass
 
 
 def torchrun(*arguments: str) -> subprocess.Popen[str]:

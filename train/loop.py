@@ -177,6 +177,7 @@ def _run(session: Session, state: TrainState, show: bool | None, board: bool) ->
             finished = _finish_epoch(session, state, interrupt) if trained else None
             if finished is None:
                 _save(session, state)
+                session.ranks.any(False)  # a rank that ends before the first has saved would have it killed by torchrun
                 return False
             kept, record = finished
             records.append(record)

@@ -19,6 +19,7 @@ from torch import distributed as dist
 
 V = TypeVar("V")
 
+_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # and WORLD_SIZE, which others set as well
 # What PyTorch's backends say when another process is gone: gloo as a plain RuntimeError, NCCL as a DistBackendError.
 _LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused", "NCCL", "gloo")
 
@@ -84,18 +85,18 @@ class Ranks:
         what it kept; and what is wrong for all is said once.
 
         Raises:
-            ConnectionError: the first one failed.
+            ConnectionError: the first one failed, or that of another machine.
         """
-        if self.local_rank > 0 and self.any(False):
-            raise ConnectionError("the first process failed, and says why")
-        try:
-            yield
-        except BaseException:
-            if self.local_rank == 0:
-                self.any(True)
-            raise
         if self.local_rank == 0:
-            self.any(False)
+            try:
+                yield
+            except BaseException:
+                self.any(True)
+                raise
+        if self.any(False):
+            raise ConnectionError("the first process of a machine failed, and says why")
+        if self.local_rank > 0:
+            yield
 
 
 def current_ranks() -> Ranks:
@@ -114,10 +115,16 @@ def process_group() -> Iterator[Ranks]:
 
     Raises:
         ConnectionError: another process of the group ended before its time.
+        ValueError: the environment speaks of several processes, but not as `torchrun` does.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         yield current_ranks()
         return
+    if missing := [name for name in _TORCHRUN if name not in os.environ]:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start several processes "
+            "with torchrun, or one with WORLD_SIZE unset"
+        )
     has_gpu = torch.cuda.is_available() and dist.is_nccl_available()
     local_rank = int(os.environ["LOCAL_RANK"])
     if has_gpu and local_rank < torch.cuda.device_count():

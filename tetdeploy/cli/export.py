@@ -10,6 +10,7 @@ import click
 from rich.progress import TaskID
 
 from tetdeploy.cli.options import console, data_dir_option, json_option, network_of, progress_bar, runs_option
+from tetdeploy.cli.recipe import is_typed
 from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:
@@ -129,6 +130,8 @@ def export(
         _refuse_onnx_options(ctx)
         _export_nir(run, model, out, runs, json_path, options["encoding"])
         return
+    if is_typed(ctx, "num_calibration") and options["precision"] != "int8":
+        raise click.UsageError("--calibrate goes with --precision int8")
     for package, extra in (("torch", "train"), ("onnxscript", "train"), ("onnxruntime", "cpu")):
         import_extra(package, extra)
     from tetdeploy.checkpoint import checkpoint_file, newest_run, read_metadata
@@ -144,15 +147,16 @@ def export(
     config = ExportConfig(T=T or trained_T, trained_T=trained_T, **options)
     classifier = load_classifier(file, metadata, model)
     source = data or str(metadata["data"]["name"])
+    calibration = None
     if config.encoding == "frames" and source.lower().endswith(".npz"):
         images, labels = load_frames(source)
+        calibration = images[-num_calibration:], labels[-num_calibration:]
     else:
         val_fraction = float(metadata["training"].get("val_fraction", 0.0))
         count = max(num_check, NUM_REFERENCE)
         images, labels = real_inputs(source, data_dir, val_fraction, T=trained_T, count=count)
-    calibration = None
-    if config.precision == "int8":
-        calibration = _training_inputs(source, data_dir, metadata, T=trained_T, count=num_calibration)
+        if config.precision == "int8":
+            calibration = _training_inputs(source, data_dir, val_fraction, T=trained_T, count=num_calibration)
     path = out or file.parent / config.file_name
     with progress_bar() as bar:
         tasks: dict[str, TaskID] = {}
@@ -180,8 +184,7 @@ def export(
 
 
 def _refuse_onnx_options(ctx: click.Context) -> None:
-    typed = [ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE for name in _ONNX_ONLY]
-    given = [option for option, is_typed in zip(_ONNX_ONLY.values(), typed, strict=True) if is_typed]
+    given = [option for name, option in _ONNX_ONLY.items() if is_typed(ctx, name)]
     given += ["--no-fold-bn"] * (not ctx.params["fold_bn"])
     if given:
         raise click.UsageError(
@@ -236,13 +239,13 @@ def real_inputs(data: str, data_dir: Path, val_fraction: float, *, T: int, count
     return x, np.concatenate([val.labels[:count], train.labels[:others]])
 
 
-def _training_inputs(source: str, data_dir: Path, metadata: dict[str, Any], *, T: int, count: int) -> tuple[Any, Any]:
+def _training_inputs(data: str, data_dir: Path, val_fraction: float, *, T: int, count: int) -> tuple[Any, Any]:
     """The last images of the training part and their labels: others than the check's, where there are enough."""
     from tetdeploy.data import load_data, split_validation
 
-    data = load_data(source, "train", data_dir=data_dir, T=T)
-    fraction = float(metadata["training"].get("val_fraction", 0.0))
-    train = split_validation(data, fraction=fraction)[0] if fraction else data
+    train = load_data(data, "train", data_dir=data_dir, T=T)
+    if val_fraction:
+        train, _ = split_validation(train, fraction=val_fraction)
     return train.x[-count:], train.labels[-count:]
 
 

@@ -70,6 +70,11 @@ config_option = click.option(
 )
 
 
+def is_typed(ctx: click.Context, name: str) -> bool:
+    """Whether an option was typed."""
+    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
 def is_given(ctx: click.Context, name: str) -> bool:
     """Whether an option was typed, or stands in the recipe."""
     source = click.core.ParameterSource

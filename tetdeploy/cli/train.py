@@ -12,7 +12,7 @@ import click
 
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.options import console, data_dir_option, json_option, network_of, runs_option
-from tetdeploy.cli.recipe import config_option, is_given
+from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:
@@ -188,7 +188,8 @@ def _one_voice(ranks: Ranks) -> Iterator[None]:
     except ConnectionError:  # the first one says it
         raise SystemExit(1) from None
     except (ValueError, OSError) as error:
-        raise type(error)(f"process {ranks.rank} of {ranks.size}: {error}") from error
+        kind = OSError if isinstance(error, OSError) else ValueError  # some of their kinds take other arguments
+        raise kind(f"process {ranks.rank} of {ranks.size}: {error}") from error
     finally:
         console.quiet = False
 
@@ -256,15 +257,11 @@ def train_config(ctx: click.Context, options: dict[str, Any]) -> TrainConfig:
     config = TrainConfig(**options)
     for name in ("T", "epochs"):
         # A recipe's T gives way to a --tit that is typed.
-        stands = ctx.get_parameter_source(name) == ctx.get_parameter_source("tit") or _is_typed(ctx, name)
+        stands = ctx.get_parameter_source(name) == ctx.get_parameter_source("tit") or is_typed(ctx, name)
         if config.tit and stands and is_given(ctx, name) and options[name] != getattr(config, name):
             said = {"T": f"ends at T={config.T}", "epochs": f"has {config.epochs} epochs in all"}[name]
             raise ValueError(f"tit {config.tit!r} {said}, but {name} is {options[name]}; leave out one of the two")
     return config
-
-
-def _is_typed(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 @contextmanager
@@ -288,7 +285,7 @@ def _parse_seeds(ctx: click.Context, text: str, init: Path | None) -> tuple[int,
         seeds = (-1,)
     if min(seeds) < 0:
         raise ValueError(f"seeds is {text!r}; it must be whole numbers from 0, separated by commas, such as 0,1,2")
-    if _is_typed(ctx, "seed"):
+    if is_typed(ctx, "seed"):
         raise click.UsageError("--seed and --seeds both decide the random numbers: choose one of them")
     if init is not None:
         raise click.UsageError("--init gives the same weights to every seed; choose --init or --seeds")
