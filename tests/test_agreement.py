@@ -157,13 +157,34 @@ def test_a_reference_without_counts(engine: Engine) -> None:
     [
         lambda arrays: arrays.update(neurons=np.array(["a", "b", "c"])),
         lambda arrays: arrays.update(per_step=arrays["per_step"][:, :, :-1]),
-        lambda arrays: arrays.update(per_step=arrays["per_step"][:-1]),
         lambda arrays: arrays.update(checkpoint_sha256=np.array("0" * 64)),
     ],
 )
 def test_the_reference_of_another_model(engine: Engine, change: Callable[[dict[str, Any]], None]) -> None:
     rewrite(engine, change)
     with pytest.raises(ValueError, match="it was written with another model"):
+        load_reference(engine)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays: arrays.update(per_step=arrays["per_step"][:-1]),
+        lambda arrays: arrays.update(per_step=arrays["per_step"].astype(str)),
+        lambda arrays: arrays.update(per_step=arrays["per_step"][:, :0], spike_counts=arrays["spike_counts"][:, :0]),
+        lambda arrays: arrays.update(spike_counts=arrays["spike_counts"][:, :, :2]),
+        lambda arrays: arrays.update(spike_counts=arrays["spike_counts"].astype(np.float32)),
+        lambda arrays: arrays.update(x=arrays["x"][:-1]),
+        lambda arrays: arrays.update(labels=np.full(len(arrays["x"]), 10)),
+        lambda arrays: arrays.update(labels=np.zeros(3, np.int64)),
+        lambda arrays: arrays.update(labels=np.full(len(arrays["x"]), "seven")),
+    ],
+)
+def test_a_reference_whose_arrays_do_not_fit_each_other(
+    engine: Engine, change: Callable[[dict[str, Any]], None]
+) -> None:
+    rewrite(engine, change)
+    with pytest.raises(ValueError, match="its arrays do not fit each other; export the model again"):
         load_reference(engine)
 
 

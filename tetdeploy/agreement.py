@@ -114,20 +114,32 @@ def load_reference(engine: Engine) -> Reference:
         raise ValueError(f"{path} lacks {', '.join(missing)}; export the model again")
     if not _belongs(engine, arrays):
         raise ValueError(f"{path} is not the reference of {engine.path.name}: it was written with another model")
+    if not _is_whole(arrays, len(engine.class_names)):
+        raise ValueError(f"{path} is damaged: its arrays do not fit each other; export the model again")
     return Reference(arrays["x"], arrays["per_step"], arrays["spike_counts"], arrays.get("labels"))
 
 
 def _belongs(engine: Engine, arrays: Mapping[str, NDArray[Any]]) -> bool:
     names = [n["name"] for n in engine.metadata["neurons"]]
     wanted = engine.metadata["source"].get("checkpoint_sha256", "")
-    per_step, counts = arrays["per_step"], arrays["spike_counts"]
     return (
         arrays["neurons"].tolist() == names
-        and per_step.ndim == counts.ndim == 3
-        and per_step.shape[:2] == counts.shape[:2]
-        and len(per_step) == len(arrays["x"])
-        and per_step.shape[2] == len(engine.class_names)
+        and arrays["per_step"].shape[2:] == (len(engine.class_names),)
         and str(arrays.get("checkpoint_sha256", wanted)) == wanted
+    )
+
+
+def _is_whole(arrays: Mapping[str, NDArray[Any]], num_classes: int) -> bool:
+    """Whether the arrays are of the types that an export writes, fit each other, and hold an image and a step."""
+    per_step, counts = arrays["per_step"], arrays["spike_counts"]
+    labels = arrays.get("labels", np.zeros(len(per_step), np.int64))
+    return (
+        per_step.size > 0
+        and counts.shape == (*per_step.shape[:2], arrays["neurons"].size)
+        and arrays["x"].shape[:1] == labels.shape == per_step.shape[:1]
+        and (per_step.dtype.kind, counts.dtype.kind) == ("f", "i")
+        and labels.dtype.kind in "iu"
+        and 0 <= labels.min() <= labels.max() < num_classes
     )
 
 
