@@ -228,6 +228,13 @@ class TestGoingOn:
         with pytest.raises(ValueError, match="pass --restart to begin anew"):
             Partial(path, {}).load()
 
+    @pytest.mark.parametrize("lost", ["done", "tally/seen", "beside/correct"])
+    def test_a_file_that_lacks_sums(self, lost: str) -> None:
+        arrays = self.make(num_beside=8).arrays()
+        del arrays[lost]
+        with pytest.raises(ValueError, match=r"the unfinished run lacks .*; pass --restart to begin anew"):
+            self.make(num_beside=8).restore(arrays)
+
 
 def test_a_batch_is_as_large_as_its_spikes_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     model = engine("unrolled")

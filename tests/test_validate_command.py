@@ -399,3 +399,4 @@ class TestBadInput:
     def test_what_cannot_be_written(self) -> None:
         Path("file").write_text("in the way")
         assert "file/v.json" in refused(MODEL, "--json", "file/v.json")
+        assert "'run' is a directory" in refused(MODEL, "--json", "run", code=2)

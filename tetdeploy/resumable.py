@@ -98,9 +98,17 @@ class Pass:
         return {"done": np.array(self.done)} | join(self._parts())
 
     def restore(self, arrays: Arrays) -> None:
-        self.done = int(arrays["done"])
-        for name, part in self._parts().items():
-            part.restore(split(arrays, name))
+        """The inverse of `arrays`, for the same model, images and T.
+
+        Raises:
+            ValueError: there is less, as in what an earlier version wrote.
+        """
+        try:
+            for name, part in self._parts().items():
+                part.restore(split(arrays, name))
+            self.done = int(arrays["done"])
+        except KeyError as error:
+            raise ValueError(f"the unfinished run lacks {error}; pass --restart to begin anew") from error
 
 
 class Partial:

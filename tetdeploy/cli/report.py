@@ -25,9 +25,14 @@ Examples:
 )
 @click.option("--title", help="Of the report. [default: the names]")
 @click.option(
-    "--out", "-o", type=click.Path(path_type=Path), help="The page. [default: RUN/report.html; of several report.html]"
+    "--out",
+    "-o",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The page. [default: RUN/report.html; of several report.html]",
 )
-@click.option("--markdown", type=click.Path(path_type=Path), help="Also write tables and text as Markdown.")
+@click.option(
+    "--markdown", type=click.Path(path_type=Path, dir_okay=False), help="Also write tables and text as Markdown."
+)
 @runs_option
 def report(
     paths: tuple[Path, ...],

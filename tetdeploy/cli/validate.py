@@ -77,7 +77,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
 @click.option(
     "--json",
     "json_path",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, dir_okay=False),
     help="Where the result goes. [default: MODEL.validate.json]",
 )
 @click.pass_context
@@ -309,10 +309,12 @@ def _partial(path: Path, run: Pass, name: str, **settings: str) -> Partial:
     """The file of an unfinished run, with all that decides its result."""
     import numpy as np
 
+    from tetdeploy import __version__
     from tetdeploy.resumable import Partial
 
     engine = run.engine
     decisive = {"model": engine.sha256, "device": engine.device, "data": name, "images": len(run.x), "T": run.T}
+    decisive["tetdeploy"] = __version__
     ends = (np.asarray(part) for part in (run.labels, run.x[:1], run.x[-1:]))
     digest = hashlib.sha256(b"".join(array.tobytes() for array in ends)).hexdigest()
     return Partial(path, decisive | {"labels and ends": digest, "torch images": run.num_beside} | settings)
