@@ -327,7 +327,12 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("missing", "command", "extra"),
-        [("torch", ("export",), "train"), ("onnxruntime", ("sweep",), "cpu"), ("sklearn", ("train",), "train")],
+        [
+            ("torch", ("export",), "train"),
+            ("onnxruntime", ("sweep",), "cpu"),
+            ("sklearn", ("train",), "train"),
+            ("matplotlib", ("sweep", "--plot", "p.png"), "train"),
+        ],
     )
     def test_a_missing_extra_names_the_line_that_installs_it(
         self, missing: str, command: tuple[str, ...], extra: str, workplace: Path
@@ -337,6 +342,7 @@ class TestBadInput:
         assert done.returncode == 1, done.stderr
         assert f"pip install 'tetdeploy[{extra}]'" in done.stderr
         assert "Traceback" not in done.stderr
+        assert done.stdout == ""  # before any work
 
     def test_both_onnxruntimes(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(metadata, "version", lambda name: "1.0")

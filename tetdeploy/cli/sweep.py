@@ -63,7 +63,9 @@ Examples:
 @threads_option
 @runs_option
 @json_option
-@click.option("--plot", type=click.Path(path_type=Path), help="Where the plot goes. [default: MODEL.sweep.png]")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Where the plot goes. [default: MODEL.sweep.png]"
+)
 def sweep(
     model: Path | None,
     steps: str | None,
@@ -88,9 +90,12 @@ def sweep(
     test set. Needs no torch.
     """
     from tetdeploy.engine import Engine
+    from tetdeploy.extras import import_extra
     from tetdeploy.picojoules import energy_constants
     from tetdeploy.validate import parse_steps
 
+    if plot is not None:
+        import_extra("matplotlib", "train")  # before any work
     engine = Engine(model or newest_export(runs), device=device, threads=threads)
     wanted = parse_steps(steps) if steps else default_steps(engine)
     own = ac_pj is not None or mac_pj is not None
@@ -215,8 +220,6 @@ def save_sweep(result: Sweep, engine: Engine, json_path: Path | None, plot: Path
         plot_sweep(result, picture, int(engine.metadata["trained_T"]))
         written.append(str(picture))
     except MissingExtraError as error:
-        if plot is not None:
-            raise
         console.print(f"[dim]no plot: {error}[/dim]")
     console.print("   ".join(written))
     if engine.encoding == "direct":
