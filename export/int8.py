@@ -8,9 +8,9 @@ scale and zero point for the layer::
     I_q = clip(round(a s_w / s_I) + z, 0, 255)
     I   = s_I (I_q - z)                        what the neurons integrate, in float32
 
-so that only weights and input currents round. `int8_conv` computes this in PyTorch bit for bit as ONNX Runtime does:
-an int8 graph is checked against it. It becomes standard QuantizeLinear and DequantizeLinear nodes round a Conv, the
-form that ONNX Runtime, OpenVINO and TensorRT all fuse into one integer convolution.
+so that only weights, biases and input currents round. `int8_conv` computes this in PyTorch bit for bit as ONNX Runtime
+does: an int8 graph is checked against it. It becomes standard QuantizeLinear and DequantizeLinear nodes round a Conv,
+the form that ONNX Runtime, OpenVINO and TensorRT all fuse into one integer convolution.
 
 The first layer, which reads the image, and the linear layers stay in floating point.
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from tetdeploy.folding import module_path
 
 aten = torch.ops.aten
 _EXACT = 2**24  # whole numbers up to here are exact in float32
+_LARGEST_BIAS = 2.0**30  # leaves room in 32 bits for the sums
 _BINS = 4096
 
 
@@ -73,13 +74,13 @@ def int8_conv(
         bias: int32 [C'].
         scale, zero: see `CurrentScale`.
     """
-    # Every partial sum is a whole number below 2^24, which float32 holds exactly, in any order of summation.
-    sums = _CONV[weight.dim() - 2](spikes.float(), weight.float(), None, stride, padding, dilation, groups)
+    # Every partial sum is a whole number below 2^24, which float32 holds exactly, in any order of summation; but some
+    # kernels (Winograd's) multiply by fractions and miss a whole number by a little.
+    sums = _CONV[weight.dim() - 2](spikes.float(), weight.float(), None, stride, padding, dilation, groups).round()
     channels = [1, -1, *[1] * (weight.dim() - 2)]
     whole = (sums.to(torch.int32) + bias.view(channels)).float()
-    step = torch.tensor(scale, dtype=torch.float32)
-    quantised = torch.round(whole * (weight_scale / step.to(weight_scale)).view(channels)).clamp(-zero, 255 - zero)
-    return quantised * step.to(quantised)
+    step = torch.tensor(scale, dtype=torch.float32, device=whole.device)
+    return torch.round(whole * (weight_scale / step).view(channels)).clamp(-zero, 255 - zero) * step
 
 
 @int8_conv.register_fake
@@ -135,15 +136,20 @@ def quantise(graph_module: fx.GraphModule, scales: Mapping[str, CurrentScale]) -
         Int8Error: one of them has sums too large for exact arithmetic.
     """
     for name, node in spiking_convolutions(graph_module).items():
-        if name in scales:
-            _replace(graph_module, node, name, scales[name])
+        # A network's own loop over the steps calls one module T times, and a longer one calls it more often.
+        current = scales.get(name) or scales.get(name.partition("#")[0])
+        if current is not None:
+            _replace(graph_module, node, name, current)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
 
 
 def spiking_convolutions(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
-    """The convolutions that read spikes and nothing else, by the name of their module."""
+    """The convolutions that read spikes and nothing else, by the name of their module.
+
+    Not among them: those whose weights the network computes (parametrizations), or whose padding differs by side.
+    """
     found: dict[str, fx.Node] = {}
     names: Counter[str] = Counter()
     for node in graph_module.graph.nodes:
@@ -152,20 +158,42 @@ def spiking_convolutions(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
         name = module_path(node).removeprefix("classifier.").removeprefix("network.")
         names[name] += 1
         name = name if names[name] == 1 else f"{name}#{names[name]}"
-        if _is_spikes(node.args[0]):
+        if _is_spikes(node.args[0]) and _has_parameters(node) and _padding(node) is not None:
             found[name] = node
     return found
 
 
+def _has_parameters(convolution: fx.Node) -> bool:
+    return all(given is None or given.op == "get_attr" for given in convolution.args[1:3])  # type: ignore[union-attr]
+
+
+def _padding(convolution: fx.Node) -> list[int] | None:
+    """A convolution's padding along each axis, also that of the name "same"; None if it is not alike on both sides."""
+    _, weight, _, _, padding, dilation, _ = _arguments(convolution)
+    kernel = list(weight.meta["val"].shape[2:])
+    if padding == "valid":
+        return [0] * len(kernel)
+    if padding != "same":
+        return _numbers(padding, len(kernel), 0)
+    both = [d * (k - 1) for d, k in zip(_numbers(dilation, len(kernel), 1), kernel, strict=True)]
+    return None if any(pads % 2 for pads in both) else [pads // 2 for pads in both]
+
+
+def _arguments(convolution: fx.Node) -> list[Any]:
+    """Input, weight, bias, stride, padding, dilation, groups; None for what the call leaves out."""
+    return [*convolution.args, *[None] * (7 - len(convolution.args))]
+
+
 def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str, current: CurrentScale) -> None:
-    arguments = [*node.args, *[None] * (7 - len(node.args))]
-    weight = _parameter(graph_module, arguments[1])
-    bias = None if arguments[2] is None else _parameter(graph_module, arguments[2])
-    dims = weight.dim() - 2
-    quantised = _quantised(weight, bias)
+    spikes, weight_node, bias_node, stride, _, dilation, groups = _arguments(node)
+    weight = _parameter(graph_module, weight_node)
+    bias = None if bias_node is None else _parameter(graph_module, bias_node)
     if 127 * weight[0].numel() >= _EXACT:
-        raise Int8Error(f"{name} sums {weight[0].numel():,} weights, too many for exact 8-bit arithmetic")
-    stride, padding, dilation = (_numbers(arguments[k], dims, default) for k, default in ((3, 1), (4, 0), (5, 1)))
+        raise Int8Error(
+            f"{name} sums {weight[0].numel():,} weights, too many for exact 8-bit arithmetic; use --precision fp32"
+        )
+    quantised = _quantised(weight, bias)
+    places = [_numbers(stride, weight.dim() - 2, 1), _padding(node), _numbers(dilation, weight.dim() - 2, 1)]
     graph, owner = graph_module.graph, f"int8_{node.name}"
     holder = nn.Module()
     for key, value in quantised.items():
@@ -173,8 +201,8 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str, current: Cu
     graph_module.add_submodule(owner, holder)
     with graph.inserting_before(node):
         tensors = [graph.get_attr(f"{owner}.{key}") for key in quantised]
-        rest = (current.scale, current.zero, stride, padding, dilation, arguments[6] or 1)
-        new = graph.call_function(torch.ops.tetdeploy.int8_conv.default, (node.args[0], *tensors, *rest))
+        rest = (current.scale, current.zero, *places, groups or 1)
+        new = graph.call_function(torch.ops.tetdeploy.int8_conv.default, (spikes, *tensors, *rest))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
@@ -182,16 +210,15 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str, current: Cu
 
 def _quantised(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     """`weight` int8 with a scale for each output channel, symmetric; `bias` int32 at the same scales."""
-    largest = weight.abs().flatten(1).amax(1).clamp_min(1e-12)
-    scale = (largest / 127).float()
+    shift = weight.new_zeros(len(weight)) if bias is None else bias
+    # Next to a bias that 32 bits cannot hold at the weights' own scale (a channel of zeros), the weights are nothing.
+    largest = torch.maximum(weight.abs().flatten(1).amax(1) / 127, shift.abs() / _LARGEST_BIAS)
+    scale = largest.clamp_min(1e-12).float()
     per_channel = scale.view(-1, *[1] * (weight.dim() - 1))
-    whole = torch.round(weight / per_channel).clamp(-127, 127).to(torch.int8)
-    shift = torch.zeros_like(scale) if bias is None else bias
-    limit = 2.0**30
     return {
-        "weight": whole,
+        "weight": torch.round(weight / per_channel).clamp(-127, 127).to(torch.int8),
         "weight_scale": scale,
-        "bias": torch.round(shift.double() / scale.double()).clamp(-limit, limit).to(torch.int32),
+        "bias": torch.round(shift.double() / scale.double()).to(torch.int32),
     }
 
 
@@ -208,11 +235,15 @@ def _numbers(value: Any, dims: int, default: int) -> list[int]:
     return numbers * dims if len(numbers) == 1 else numbers
 
 
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_CONVOLUTIONS = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+)  # fmt: skip
 _HAND_ON = {
     aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
     aten.squeeze.dim, aten.expand.default, aten.permute.default, aten.transpose.int, aten.contiguous.default,
     aten.clone.default, aten.slice.Tensor, aten.select.int, aten.max_pool1d.default, aten.max_pool2d.default,
+    aten.dropout.default,  # of a network in inference
 }  # fmt: skip
 
 
@@ -235,8 +266,8 @@ class CurrentHistogram:
     counts: Tensor | None = None
     low: float = 0.0
     high: float = 0.0
-    lowest: float = field(default=0.0)
-    highest: float = field(default=0.0)
+    lowest: float = 0.0
+    highest: float = 0.0
 
     def add(self, current: Tensor) -> None:
         low, high = (float(v) for v in current.aminmax())
@@ -246,7 +277,7 @@ class CurrentHistogram:
             self.counts = torch.zeros(_BINS, dtype=torch.float64)
         self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
         inside = current.flatten().clamp(self.low, self.high).float()
-        self.counts += torch.histc(inside, _BINS, self.low, self.high).double()
+        self.counts += torch.histc(inside, _BINS, self.low, self.high).double().cpu()
 
     def percentile(self, percent: float) -> CurrentScale:
         """The scale that covers all but (100 - percent) / 2 per cent of the currents at either end."""

@@ -29,7 +29,7 @@ from .counters import Layers, counting_overlay
 from .graph import Encoding, trace
 from .lowering import Encoder, Neurons, lower, split_encoder
 from .parity import Parity, check_steps, compare
-from .precision import Calibration, Int8Network, Scales, calibrate
+from .precision import Calibration, Int8Network, Scales, calibrate, kept_answers
 from .recorder import run_torch
 
 Layout = Literal["unrolled", "dynamic", "step"]
@@ -150,6 +150,35 @@ def export_model(
     """
     path = Path(path)
     classifier.eval()
+    _refuse(classifier, len(images), labels, num_check)
+    x = _as_input(classifier, images[: max(num_check, NUM_REFERENCE)], config)
+    some = torch.from_numpy(x[:4]).to(classifier.mean.device)
+    num_layers = check_steps(classifier, some, config.encoding, T=max(4, config.T, config.trained_T + 2))
+    found = _calibrate(classifier, config, calibration, source, tick) if config.precision == "int8" else None
+    graph = build_graph(classifier, config, source, found.scales if found else None)
+    if len(graph.neurons) != num_layers:
+        raise ValueError(
+            f"the network runs {num_layers} neuron layers, but only {len(graph.neurons)} of them reach its logits; "
+            "take out those whose spikes are not used"
+        )
+    expected: Any = classifier  # what computes the graph's answers in PyTorch
+    if found is not None:
+        expected = Int8Network(classifier, found.scales, encoding=config.encoding, uint8=config.normalize)
+    parity = from_state = int8 = None
+    with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference:
+        temporary.write_bytes(ir.to_proto(graph.model).SerializeToString())
+        onnx.checker.check_model(str(temporary), full_check=True)
+        if num_check:
+            parity, from_state = _check(expected, temporary, config, x[:num_check], tick)
+        _write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.neurons, source or {})
+        size = temporary.stat().st_size
+        if found is not None:
+            kept = _kept(classifier, temporary, config, x[:num_check], labels) if num_check else None
+            int8 = found.to_dict() | {"kept": kept}
+    return Exported(path, graph.num_folded, len(graph.neurons), size, parity, from_state, tuple(graph.uncounted), int8)
+
+
+def _refuse(classifier: Classifier, num_images: int, labels: NDArray[np.int64] | None, num_check: int) -> None:
     if k := classifier.config.smooth_spike:
         raise ValueError(
             f"the network was trained with smooth spikes, Sigmoid({k:g} x): it neither fires nor saves operations, and "
@@ -157,32 +186,8 @@ def export_model(
         )
     if num_check < 0:
         raise ValueError(f"num_check must be 0 or more, got {num_check}")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{len(images)} images need as many labels, got {len(labels)}")
-    x = _as_input(classifier, images[: max(num_check, NUM_REFERENCE)], config)
-    some = torch.from_numpy(x[:4]).to(classifier.mean.device)
-    num_layers = check_steps(classifier, some, config.encoding, T=max(4, config.T, config.trained_T + 2))
-    found = _calibrate(classifier, config, calibration, source, tick) if config.precision == "int8" else None
-    graph = build_graph(classifier, config, source, found.scales if found else None)
-    checked: Any = classifier
-    if found is not None:
-        checked = Int8Network(classifier, found.scales, encoding=config.encoding, uint8=config.normalize)
-    if len(graph.neurons) != num_layers:
-        raise ValueError(
-            f"the network runs {num_layers} neuron layers, but only {len(graph.neurons)} of them reach its logits; "
-            "take out those whose spikes are not used"
-        )
-    with atomic_write(path) as temporary, atomic_write(reference_path(path)) as kept:
-        temporary.write_bytes(ir.to_proto(graph.model).SerializeToString())
-        onnx.checker.check_model(str(temporary), full_check=True)
-        parity, from_state = _check(checked, temporary, config, x[:num_check], tick) if num_check else (None, None)
-        _write_reference(kept, checked, x[:NUM_REFERENCE], labels, config, graph.neurons, source or {})
-        size = temporary.stat().st_size
-        int8 = None
-        if found is not None:
-            kept_accuracy = _kept_accuracy(classifier, temporary, config, x[:num_check], labels) if num_check else None
-            int8 = found.to_dict() | {"kept": kept_accuracy}
-    return Exported(path, graph.num_folded, len(graph.neurons), size, parity, from_state, tuple(graph.uncounted), int8)
+    if labels is not None and len(labels) != num_images:
+        raise ValueError(f"{num_images} images need as many labels, got {len(labels)}")
 
 
 @dataclass(frozen=True)
@@ -300,26 +305,12 @@ def _in_memory(graph: Graph) -> Engine:
         return Engine(file)
 
 
-def _kept_accuracy(
+def _kept(
     classifier: Classifier, file: Path, config: ExportConfig, x: NDArray[Any], labels: NDArray[np.int64] | None
 ) -> dict[str, Any]:
-    """What the int8 graph keeps of the float32 one's answers, after each number of steps, on the checked images."""
-    engine = Engine(file)
-    T = config.T if config.layout == "unrolled" else config.trained_T
-    T = min(T, x.shape[1]) if config.encoding == "frames" else T
+    """What the int8 graph keeps of the float32 one's answers on the checked images."""
     full = _in_memory(build_graph(classifier, replace(config, precision="fp32")))
-    sides = {"fp32": full, "int8": engine}
-    per_step = {
-        name: np.concatenate([side.run(x[k : k + 32], T).per_step for k in range(0, len(x), 32)])
-        for name, side in sides.items()
-    }
-    classes = {name: np.cumsum(logits, axis=1).argmax(-1) for name, logits in per_step.items()}
-    kept: dict[str, Any] = {"num_images": len(x), "T": list(range(1, T + 1))}
-    kept["agreement"] = [float(a) for a in (classes["fp32"] == classes["int8"]).mean(0)]
-    if labels is not None:
-        for name, chosen in classes.items():
-            kept[f"accuracy_{name}"] = [float(a) for a in (chosen == labels[: len(x), None]).mean(0)]
-    return kept
+    return kept_answers(full, Engine(file), x, labels, _steps(config, x))
 
 
 def _check(
@@ -331,9 +322,7 @@ def _check(
 ) -> tuple[Parity, Parity | None]:
     """The parity gate: at the graph's own T, or two steps beyond the training's; from a state too, where it has one."""
     engine = Engine(file)
-    T = config.T if config.layout == "unrolled" else config.trained_T + 2
-    if config.encoding == "frames":
-        T = min(T, x.shape[1])
+    T = _steps(config, x, beyond=2)
     what = f"the {config.layout} graph"
     parity = compare(classifier, engine, x, T, tick=_ticker(tick, "checking against PyTorch", len(x)))
     parity.check(what)
@@ -349,6 +338,13 @@ def _check(
     # One step from random membranes may leave two classes near a tie, so that here spikes decide, not classes.
     replace(from_state, top1_agreement=1.0).check(f"{what} from a non-zero state")
     return parity, from_state
+
+
+def _steps(config: ExportConfig, x: NDArray[Any], *, beyond: int = 0) -> int:
+    """How many steps to run `x`: as many as an unrolled graph has, or else `beyond` more than the training had; but no
+    more than there are frames."""
+    T = config.T if config.layout == "unrolled" else config.trained_T + beyond
+    return min(T, x.shape[1]) if config.encoding == "frames" else T
 
 
 def _ticker(tick: Callable[[str, int, int], None] | None, what: str, total: int) -> Callable[[int], None] | None:
@@ -374,8 +370,7 @@ def _write_reference(
     source: Mapping[str, Any],
 ) -> None:
     """What PyTorch computes for the reference images, so that another machine can prove it computes the same."""
-    T = config.T if config.layout == "unrolled" else config.trained_T
-    T = min(T, x.shape[1]) if config.encoding == "frames" else T
+    T = _steps(config, x)
     per_step, counts = [], []
     for start in range(0, len(x), 32):
         logits, spikes = run_torch(classifier, x[start : start + 32], T, config.encoding)

@@ -77,11 +77,33 @@ def calibrate(
     truth = expected.argmax(1) if labels is None else labels
     quality = {}
     for name, scales in candidates.items():
-        engine = make_engine(scales)
-        logits = np.concatenate([engine.run(x[k : k + _BATCH], T).logits for k in range(0, len(x), _BATCH)])
+        logits = _run(make_engine(scales), x, T).mean(1)
         quality[name] = float((logits.argmax(1) == truth).mean()), -float(np.abs(logits - expected).mean())
     best = max(quality, key=lambda name: quality[name])
     return Calibration(best, len(x), {name: accuracy for name, (accuracy, _) in quality.items()}, candidates[best])
+
+
+def kept_answers(
+    full: Engine, int8: Engine, x: NDArray[Any], labels: NDArray[np.int64] | None, T: int
+) -> dict[str, Any]:
+    """What an int8 engine keeps of the float32 one's answers after 1..T steps.
+
+    Returns:
+        `num_images`, `T` (a list), `agreement` of the classes for each T; with labels also `accuracy_fp32` and
+        `accuracy_int8`.
+    """
+    classes = {name: np.cumsum(_run(side, x, T), axis=1).argmax(-1) for name, side in (("fp32", full), ("int8", int8))}
+    kept: dict[str, Any] = {"num_images": len(x), "T": list(range(1, T + 1))}
+    kept["agreement"] = (classes["fp32"] == classes["int8"]).mean(0).tolist()
+    if labels is not None:
+        for name, chosen in classes.items():
+            kept[f"accuracy_{name}"] = (chosen == labels[: len(x), None]).mean(0).tolist()
+    return kept
+
+
+def _run(engine: Engine, x: NDArray[Any], T: int) -> NDArray[np.float32]:
+    """Per-step logits `[N, T, K]`."""
+    return np.concatenate([engine.run(x[k : k + _BATCH], T).per_step for k in range(0, len(x), _BATCH)])
 
 
 class Int8Network(nn.Module):

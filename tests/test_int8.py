@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,18 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from click.testing import CliRunner
 from export_helpers import classifier, convsnn, digits, frames
+from export_helpers import exported as fp32_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tetdeploy import Engine
-from tetdeploy.export import ExportConfig, Exported, export_model
+from tetdeploy.cli import main
+from tetdeploy.export import ExportConfig, Exported, ParityError, export_model, int8, precision
 from tetdeploy.export.graph import folded_module
-from tetdeploy.export.int8 import CurrentHistogram, CurrentScale, int8_conv, spiking_convolutions
+from tetdeploy.export.int8 import CurrentHistogram, CurrentScale, Int8Error, int8_conv, quantise, spiking_convolutions
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
 from tetdeploy.validate import sweep
@@ -92,9 +98,15 @@ def _onnx(spikes: Any, weight: Any, weight_scale: Any, bias: Any, scale: float, 
 # --- exports -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """`convsnn` in a layout, exported once."""
+    return cache(lambda layout: export(tmp_path_factory.mktemp("int8") / "m.onnx", layout))
+
+
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-def test_every_layout_computes_what_pytorch_computes(tmp_path: Path, layout: str) -> None:
-    exported = export(tmp_path / "m.onnx", layout)
+def test_every_layout_computes_what_pytorch_computes(small: Callable[[str], Exported], layout: str) -> None:
+    exported = small(layout)
     assert exported.parity is not None and exported.parity.spike_mismatch_rate == 0
     assert exported.int8 is not None and list(exported.int8["scales"]) == ["layer2.0", "layer3.1"]
     kept = exported.int8["kept"]
@@ -111,8 +123,8 @@ def test_frames_and_chunks_with_state(tmp_path: Path) -> None:
     assert exported.from_state is not None and exported.from_state.spike_mismatch_rate == 0
 
 
-def test_spikes_go_from_neurons_to_convolutions_in_bytes(tmp_path: Path) -> None:
-    graph = onnx.load(export(tmp_path / "m.onnx").path).graph
+def test_spikes_go_from_neurons_to_convolutions_in_bytes(small: Callable[[str], Exported]) -> None:
+    graph = onnx.load(small("unrolled").path).graph
     producers = {output: node for node in graph.node for output in node.output}
     weights = {initializer.name: initializer for initializer in graph.initializer}
     integer = [node for node in graph.node if node.op_type == "Conv" and node.input[1] in producers]
@@ -132,15 +144,14 @@ def test_spikes_go_from_neurons_to_convolutions_in_bytes(tmp_path: Path) -> None
     assert len(quantised) == 2  # the currents, not the spikes
 
 
-def test_smaller_file_and_the_same_operations(tmp_path: Path) -> None:
-    full = export_model(convsnn(), tmp_path / "f.onnx", ExportConfig(T=5, trained_T=3), digits().images[:90])
-    small = export(tmp_path / "i.onnx")
-    assert small.size_bytes < full.size_bytes
-    layers = [Engine(exported.path).metadata["layers"] for exported in (full, small)]
+def test_smaller_file_and_the_same_operations(small: Callable[[str], Exported]) -> None:
+    files = fp32_export("unrolled", T=5, trained_T=3), small("unrolled").path
+    assert files[1].stat().st_size < files[0].stat().st_size
+    layers = [Engine(file).metadata["layers"] for file in files]
     assert [layer["precision"] for layer in layers[1]] == ["fp32", "int8", "int8", "fp32"]
     assert layers[0] == [layer | {"precision": "fp32"} for layer in layers[1]]
     images, labels = digits().images[:64], digits().labels[:64]
-    swept = [sweep(Engine(e.path), images, labels, (3,), num_timed=1) for e in (full, small)]
+    swept = [sweep(Engine(file), images, labels, (3,), num_timed=1) for file in files]
     assert swept[1].rows[0].ac_ops == pytest.approx(swept[0].rows[0].ac_ops, rel=0.05)  # a few spikes differ
     price = {"fp32": (0.9, 4.6), "int8": (0.1, 0.3)}
     bill = 0.0
@@ -173,6 +184,61 @@ def test_own_network_with_groups_strides_and_a_sum(tmp_path: Path) -> None:
     exported = export(tmp_path / "m.onnx", network=classifier(Residual()))
     assert exported.int8 is not None and list(exported.int8["scales"]) == ["a.0", "b.0"]
     assert exported.parity is not None and exported.parity.local_mismatch_rate <= 1e-4
+
+
+def test_the_gate_sees_a_scale_that_is_two_percent_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's side has another scale than the graph."""
+    off = lambda module, scales: quantise(  # noqa: E731
+        module, {name: replace(scale, scale=scale.scale * 1.02) for name, scale in scales.items()}
+    )
+    monkeypatch.setattr(precision, "quantise", off)
+    with pytest.raises(ParityError, match="does not compute what PyTorch computes"):
+        export(tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class Odd(Residual):
+    """Convolutions of spikes whose padding has a name, that follow a dropout, or whose weights are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = OverTime(nn.Conv2d(8, 6, 3, padding="same", dilation=2))
+        self.uneven = OverTime(nn.Conv2d(8, 6, 2, padding="same"))
+        self.dropped = OverTime(nn.Dropout(), nn.Conv2d(8, 6, 1))
+        self.computed = OverTime(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 6, 1)))
+        self.readout = OverTime(nn.Flatten(), nn.Linear(6 * 64, 10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.lif1(self.encode(x, T))
+        logits: Tensor = self.readout(
+            self.same(spikes) + self.uneven(spikes) + self.dropped(spikes) + self.computed(spikes)
+        )
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # PyTorch pads in a copy
+def test_odd_convolutions_and_a_channel_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    network = classifier(Odd())
+    with torch.no_grad():
+        network.network.same[0].weight[2] = 0.0
+        network.network.same[0].bias[2] = 0.7
+    module = folded_module(network, T=2, encoding="direct", uint8=True)
+    assert list(spiking_convolutions(module)) == ["same.0", "dropped.1"]
+    x = torch.from_numpy(digits().images[:20])
+    before, scale = module(x)[0].detach(), CurrentScale.covering(-3, 3)
+    monkeypatch.setattr(int8, "_EXACT", 127 * 72)
+    with pytest.raises(Int8Error, match=r"same\.0 sums 72 weights, too many.*use --precision fp32"):
+        quantise(module, {"same.0": scale})
+    monkeypatch.undo()
+    quantise(module, {"same.0": scale, "dropped.1": scale})
+    after = module(x)[0]
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, before, rtol=0.0, atol=0.05 * float(before.abs().max()))
+    buffers = dict(module.named_buffers())
+    (key,) = (name for name, value in buffers.items() if name.endswith(".weight") and value.shape[2:] == (3, 3))
+    held = buffers[f"{key}_scale"] * buffers[key.removesuffix("weight") + "bias"]
+    torch.testing.assert_close(held, network.network.same[0].bias.detach(), rtol=0.0, atol=1e-3)
 
 
 # --- calibration -------------------------------------------------------------------------------------------------
@@ -234,6 +300,11 @@ def test_what_int8_needs(tmp_path: Path) -> None:
         ExportConfig(precision="int8", fold_bn=False)
     with pytest.raises(ValueError, match="unknown precision 'int4'; choose one of fp32, int8"):
         ExportConfig(precision="int4")  # type: ignore[arg-type]
+
+
+def test_calibrate_goes_with_int8() -> None:
+    refused = CliRunner().invoke(main, ["export", "--calibrate", "64"])
+    assert refused.exit_code == 2 and "--calibrate goes with --precision int8" in refused.output
 
 
 def test_a_network_without_convolutions_of_spikes_is_refused(tmp_path: Path) -> None:
