@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ TRAIN, VAL = (
     part.select(range(count)) for part, count in zip(split_validation(DIGITS, fraction=0.2), (200, 51), strict=True)
 )
 SHORT = TrainConfig(T=2, epochs=1, batch_size=50)
+_SECONDS = 180  # far more than it takes; a hang is to fail
 CONFIG = TrainConfig(T=3, epochs=2, batch_size=32, augment="shift", ema=0.9, random_T="1:3", clip=1.0)
 
 
@@ -94,13 +95,40 @@ def test_one_rank_writes_and_all_know_the_same(folder: Path) -> None:
     assert not (folder / "odd").exists()
 
 
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def torchrun() -> Iterator[Start]:
+    """Starts `torchrun --nproc-per-node 2 -m tetdeploy train ...`, with its output to read; ends what a test leaves."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        process = subprocess.Popen(
+            [*command, "-m", "tetdeploy", "train", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its processes, by force after 30 s
+            process.communicate(timeout=60)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
-def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path: Path, torchrun: Start) -> None:
     run = tmp_path / "run"
     begun = torchrun("--epochs", "40", "--width", "0.25", "--T", "2", "--out", str(run))
     wait_until(lambda: (run / "metrics.jsonl").is_file(), begun)
     os.kill(workers(begun)[1], signal.SIGKILL)
-    output = begun.communicate(timeout=60)[0]
+    output = begun.communicate(timeout=_SECONDS)[0]
     assert begun.returncode != 0 and "another process of this run has ended" in output
     finished = len(metrics(run))
     assert 1 <= finished < 40
@@ -108,15 +136,15 @@ def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path: Path) -> None:
     resumed = torchrun("--resume", str(run))
     wait_until(lambda: len(metrics(run)) > finished, resumed)
     resumed.send_signal(signal.SIGINT)
-    output = resumed.communicate(timeout=60)[0]
+    output = resumed.communicate(timeout=_SECONDS)[0]
     assert f"go on with: tetdeploy train --resume {run}" in output
     assert output.count("epoch 2/40") <= 1  # one process prints
     assert [row["epoch"] for row in metrics(run)] == list(range(1, len(metrics(run)) + 1))
 
 
-def test_what_is_wrong_for_all_is_said_once() -> None:
+def test_what_is_wrong_for_all_is_said_once(torchrun: Start) -> None:
     refused = torchrun("--data", "no-such-set")
-    output = refused.communicate(timeout=60)[0]
+    output = refused.communicate(timeout=_SECONDS)[0]
     assert refused.returncode != 0 and output.count("unknown data set 'no-such-set'") == 1
 
 
@@ -139,25 +167,13 @@ def test_an_environment_that_torchrun_did_not_make(monkeypatch: pytest.MonkeyPat
         pass
 
 
-def torchrun(*arguments: str) -> subprocess.Popen[str]:
-    """`torchrun --nproc-per-node 2 -m tetdeploy train ...`, with its output to read."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen(
-        [*command, "-m", "tetdeploy", "train", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
 def workers(parent: subprocess.Popen[str]) -> list[int]:
     listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     return sorted(int(pid) for pid in listed if b"tetdeploy" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 def wait_until(done: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 90
+    end = time.monotonic() + _SECONDS
     while not done():
         assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=30)[0]
         time.sleep(0.1)
