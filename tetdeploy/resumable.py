@@ -149,9 +149,6 @@ class Partial:
         with atomic_write(self.path) as temporary, temporary.open("wb") as file:
             np.savez(file, **content)
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-
 
 def finish(run: Pass, partial: Partial, tick: Callable[[int], None]) -> None:
     """Run all that is left, and keep what is done every 20 seconds and at Ctrl-C, which goes on to the caller.

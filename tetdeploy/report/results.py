@@ -185,17 +185,15 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
     folder = paths[0]
     seeds = sorted((f.parent for f in folder.glob(f"seed-*/{CONFIG_NAME}")), key=lambda f: (len(f.name), f.name))
     runs = {f"{name} {seed.name}": read_run(seed) for seed in seeds} or {name: read_run(folder)}
-    found = [(label, run, stem, files) for label, run in runs.items() for stem, files in _results_of(run)]
+    found = [
+        (label, run, stem, files) for label, run in runs.items() for stem, files in result_files(run.folder).items()
+    ]
     single = Counter(label for label, *_ in found)
     measurements = tuple(
         _measurement(label if single[label] == 1 else f"{label} {stem}", files, run, notes)
         for label, run, stem, files in found
     )
     return Source(name, runs, measurements, read_summary(folder) if seeds else {})
-
-
-def _results_of(run: Run) -> Iterator[tuple[str, list[Path]]]:
-    yield from result_files(run.folder).items()
 
 
 def _measurement(name: str, files: Sequence[Path], run: Run | None, notes: list[str]) -> Measurement:
