@@ -59,7 +59,10 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @device_option
 @runs_option
 @click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Where the result goes. [default: MODEL.bench.json]"
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where the result goes. [default: MODEL.bench.json]",
 )
 @click.pass_context
 def bench(

@@ -43,7 +43,9 @@ runs_option = click.option(
     show_default=True,
     help="Folder of the runs.",
 )
-json_option = click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the result here.")
+json_option = click.option(
+    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result here."
+)
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all cores by default.")
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="cpu, cuda or tensorrt; never another than the one named."
