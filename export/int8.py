@@ -313,8 +313,11 @@ METHODS: dict[str, Callable[[CurrentHistogram], CurrentScale]] = {
 @torch.no_grad()
 def record_currents(
     graph_module: fx.GraphModule, batches: Iterable[Tensor], tick: Callable[[int], None] | None = None
-) -> dict[str, CurrentHistogram]:
+) -> tuple[dict[str, CurrentHistogram], Tensor]:
     """Run a folded network on batches of calibration images and gather what its spiking convolutions put out.
+
+    Returns:
+        The currents by convolution, and the network's mean logits `[N, K]`.
 
     Raises:
         Int8Error: it has none.
@@ -325,11 +328,12 @@ def record_currents(
             "no convolution of the network reads spikes alone, so none can run in int8; use --precision fp32"
         )
     recorder = _Recorder(graph_module, nodes)
+    logits = []
     for batch in batches:
-        recorder.run(batch)
+        logits.append(recorder.run(batch)[0])
         if tick:
             tick(len(batch))
-    return recorder.histograms
+    return recorder.histograms, torch.cat(logits)
 
 
 class _Recorder(fx.Interpreter):

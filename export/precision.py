@@ -70,15 +70,14 @@ def calibrate(
     module = folded_module(classifier, T=T, encoding=encoding, uint8=x.dtype == np.uint8)
     x = x[:, :T] if encoding == "frames" else x
     inputs = torch.from_numpy(x).to(classifier.mean.device)
-    histograms = record_currents(module, inputs.split(_BATCH), tick)
+    histograms, logits = record_currents(module, inputs.split(_BATCH), tick)
+    expected = logits.cpu().numpy()
     candidates = {name: {layer: scale(h) for layer, h in histograms.items()} for name, scale in METHODS.items()}
-    with torch.no_grad():
-        expected = torch.cat([module(part)[0] for part in inputs.split(_BATCH)]).cpu().numpy()
     truth = expected.argmax(1) if labels is None else labels
     quality = {}
     for name, scales in candidates.items():
-        logits = _run(make_engine(scales), x, T).mean(1)
-        quality[name] = float((logits.argmax(1) == truth).mean()), -float(np.abs(logits - expected).mean())
+        answers = _run(make_engine(scales), x, T).mean(1)
+        quality[name] = float((answers.argmax(1) == truth).mean()), -float(np.abs(answers - expected).mean())
     best = max(quality, key=lambda name: quality[name])
     return Calibration(best, len(x), {name: accuracy for name, (accuracy, _) in quality.items()}, candidates[best])
 
