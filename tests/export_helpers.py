@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 import torch
 from torch import nn
 
@@ -79,3 +80,17 @@ def unchecked(network: nn.Module, path: Path, config: ExportConfig) -> Engine:
     made = build_graph(classifier(network), config)
     path.write_bytes(ir.to_proto(made.model).SerializeToString())
     return Engine(path, threads=1)
+
+
+# Of what a TensorRT engine may hold, for the tests of its builder and of its runner.
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    ("unrolled", {"T": 3}),
+    ("unrolled", {"T": 3, "with_state": True}),
+    ("unrolled", {"T": 3, "encoding": "frames"}),
+    ("dynamic", {}),
+    ("dynamic", {"encoding": "frames"}),
+    ("step", {}),
+    ("step", {"encoding": "frames"}),
+    ("step", {"normalize": False}),
+]
+layouts = pytest.mark.parametrize(("layout", "options"), LAYOUTS, ids=lambda value: str(value))

@@ -19,7 +19,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
-from export_helpers import convsnn, digits, engine, exported, frames
+from export_helpers import convsnn, digits, engine, exported, frames, layouts
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from tetdeploy import nvidia
@@ -33,17 +33,6 @@ trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed 
 
 RTX = BuildConfig(package="tensorrt-rtx")
 _folder = tempfile.TemporaryDirectory(prefix="tetdeploy-tests-")
-LAYOUTS: list[tuple[str, dict[str, Any]]] = [
-    ("unrolled", {"T": 3}),
-    ("unrolled", {"T": 3, "with_state": True}),
-    ("unrolled", {"T": 3, "encoding": "frames"}),
-    ("dynamic", {}),
-    ("dynamic", {"encoding": "frames"}),
-    ("step", {}),
-    ("step", {"encoding": "frames"}),
-    ("step", {"normalize": False}),
-]
-layouts = pytest.mark.parametrize(("layout", "options"), LAYOUTS, ids=lambda value: str(value))
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from export_helpers import digits, engine, exported, frames
+from export_helpers import digits, engine, exported, frames, layouts
 from gpu_stand_in import VERSION, Cuda, TensorRT
 
 from tetdeploy import tensorrt_engine
@@ -20,18 +20,6 @@ from tetdeploy.cli import main
 from tetdeploy.engine import Engine, open_engine
 from tetdeploy.nvidia import NoGpuError, choose_package, gpu_architecture, gpu_runtime
 from tetdeploy.tensorrt_engine import TensorRTEngine, manifest_path
-
-LAYOUTS: list[tuple[str, dict[str, Any]]] = [
-    ("unrolled", {"T": 3}),
-    ("unrolled", {"T": 3, "with_state": True}),
-    ("unrolled", {"T": 3, "encoding": "frames"}),
-    ("dynamic", {}),
-    ("dynamic", {"encoding": "frames"}),
-    ("step", {}),
-    ("step", {"encoding": "frames"}),
-    ("step", {"normalize": False}),
-]
-layouts = pytest.mark.parametrize(("layout", "options"), LAYOUTS, ids=lambda value: str(value))
 
 
 def write_engine(path: Path, layout: str, options: dict[str, Any], **other: Any) -> Path:
