@@ -19,7 +19,9 @@ MODULES = [
     for name in (
         "tetdeploy",
         "tetdeploy.bench",
+        "tetdeploy.early_exit",
         "tetdeploy.engine",
+        "tetdeploy.openvino_session",
         "tetdeploy.energy",
         "tetdeploy.data",
         "tetdeploy.validate",

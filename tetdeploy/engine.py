@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.extras import import_extra
+
+if TYPE_CHECKING:
+    from tetdeploy.early_exit import Exit
 
 Array = NDArray[Any]
 METADATA_KEY = "tetdeploy"
@@ -31,11 +34,14 @@ class Result:
 
     Attributes:
         logits: mean of the per-step logits over the T steps, `[N, K]`; its largest entry is the predicted class.
-        per_step: `[N, T, K]`. The result for any t < T is `per_step[:, :t].mean(1)`: LIF neurons are causal.
+        per_step: `[N, T, K]`. The result for any t < T is `per_step[:, :t].mean(1)`: LIF neurons are causal. With early
+            exit the steps that an image did not take are NaN, and its logits are the mean over those it took.
+        steps: how many steps each image took, `[N]` int64; T for all without early exit.
     """
 
     logits: Array
     per_step: Array
+    steps: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -87,19 +93,22 @@ class Engine:
         self.input_dtype = np.dtype(self.metadata["input"]["dtype"])
         self.class_names: tuple[str, ...] = tuple(self.metadata["class_names"])
 
-    def run(self, x: Array, T: int | None = None) -> Result:
+    def run(self, x: Array, T: int | None = None, *, exit: Exit | None = None) -> Result:
         """Run images or frames from u = 0.
 
         Args:
             x: images `[N, C, H, W]` (direct encoding) or frames `[N, T, C, H, W]`, in the model's input dtype.
             T: number of steps. By default all steps of the frames, or the T of the export.
+            exit: when an image stops before T. It leaves the batch, which then costs less. The step layout only.
 
         Raises:
             ValueError: x has another shape or dtype than the model's, or holds NaN; T is below 1, or beyond what an
-                unrolled graph or the frames hold.
+                unrolled graph or the frames hold; early exit in another layout than step.
         """
         x = self.check_input(x)
         T = self.check_T(T, x)
+        if exit is not None:
+            return self._run_until_certain(x, T, exit)
         return self._collect(self._session, x, T, [])[0]
 
     def run_with(self, overlay: bytes, x: Array, T: int | None = None) -> tuple[Result, dict[str, Array]]:
@@ -187,7 +196,29 @@ class Engine:
             calls = [_call(session, ["per_step", *names], feed)]
         per_step = np.concatenate([call["per_step"] for call in calls], axis=1)[:, :T]
         extra = {name: np.concatenate([_time_first(c[name], c["per_step"]) for c in calls])[:T] for name in names}
-        return Result(per_step.mean(1), per_step), extra
+        return Result(per_step.mean(1), per_step, np.full(len(x), per_step.shape[1])), extra
+
+    def _run_until_certain(self, x: Array, T: int, exit: Exit) -> Result:
+        """Run at most T steps; after each the images that are certain leave the batch."""
+        if self.layout != "step":
+            raise ValueError(
+                f"{self.path.name} is {self.layout} and runs its steps in one call, so that no image can stop early; "
+                "export with --layout step"
+            )
+        stream, running = Stream(self, len(x)), np.arange(len(x))
+        per_step = np.full((len(x), T, len(self.class_names)), np.nan, np.float32)
+        total, steps = np.zeros((len(x), len(self.class_names)), np.float32), np.full(len(x), T)
+        for t, part in enumerate(_chunks(x, T, 1, self.encoding), start=1):
+            logits = stream.call(None if part is None else part[running], [])["per_step"][:, 0]
+            per_step[running, t - 1] = logits
+            total[running] += logits
+            if exit.min_T <= t < T and (certain := exit.certain(total[running] / np.float32(t))).any():
+                steps[running[certain]] = t
+                running = running[~certain]
+                if not len(running):
+                    break
+                stream.keep(~certain)
+        return Result(total / steps[:, None].astype(np.float32), per_step, steps)
 
     def _make_session(self, overlay: bytes) -> Any:
         ort = import_extra("onnxruntime", "cpu")
@@ -285,6 +316,13 @@ class Stream:
         self._sum = self._sum + per_step.sum(1)
         self.t += per_step.shape[1]
         return StepResult((self._sum / self.t).astype(np.float32), per_step[:, -1], self.t)
+
+    def keep(self, which: Array) -> None:
+        """Go on with some of the streams only: `which` is a mask `[N]`, or their numbers in a new order."""
+        self.batch = len(np.arange(self.batch)[which])
+        self._u, self._kept = ({name: np.asarray(u)[which] for name, u in a.items()} for a in (self._u, self._kept))
+        self._image = None if self._image is None else self._image[which]
+        self._sum = self._sum[which]
 
     def call(self, x: Array | None, names: Sequence[str]) -> dict[str, Array]:
         """One call of the graph on checked input: its `per_step` and the outputs `names`. State moves on."""

@@ -1,0 +1,182 @@
+"""Early exit: what leaves and when, that its answer is that of the same image alone, and the threshold's file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from export_helpers import digits, engine, exported, frames
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tetdeploy.early_exit import CRITERIA, Criterion, Exit, certainty, exit_path, load_exit
+
+Array = np.ndarray[Any, Any]
+
+
+def expected_steps(per_step: Array, exit: Exit) -> Array:
+    """Step by step and image by image, what `Exit` says of `per_step [N, T, K]`."""
+    steps = []
+    for logits in per_step.astype(np.float64):
+        for t in range(1, len(logits) + 1):
+            p = np.sort(np.exp(logits[:t].mean(0)) / np.exp(logits[:t].mean(0)).sum())
+            certain = p[-1] if exit.criterion == "confidence" else p[-1] - p[-2]
+            if t == len(logits) or (t >= exit.min_T and certain > exit.threshold):
+                steps.append(t)
+                break
+    return np.array(steps)
+
+
+# ---------------------------------------------------------------------------------------------------------- the rule
+
+
+def test_certainty_by_hand() -> None:
+    logits = np.log(np.array([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]))
+    np.testing.assert_allclose(certainty(logits, "confidence"), [0.5, 0.8])
+    np.testing.assert_allclose(certainty(logits, "margin"), [0.2, 0.7])
+    np.testing.assert_allclose(certainty(logits + 1000, "margin"), [0.2, 0.7])  # no overflow
+    np.testing.assert_array_equal(Exit(0.6).certain(logits), [False, True])
+    np.testing.assert_array_equal(Exit(0.1, "margin").certain(logits), [True, True])
+    np.testing.assert_array_equal(Exit(1.0).certain(np.array([[1e9, 0.0]])), [False])
+
+
+def test_one_class_is_certain_of_itself() -> None:
+    for criterion in CRITERIA:
+        np.testing.assert_array_equal(certainty(np.zeros((2, 1)), criterion), [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 1.5}, "threshold must lie in 0..1, got 1.5"),
+        ({"threshold": float("nan")}, "threshold must lie in 0..1, got nan"),
+        ({"threshold": 0.5, "criterion": "entropy"}, "unknown criterion 'entropy'; choose confidence or margin"),
+        ({"threshold": 0.5, "min_T": 0}, "min_T must be at least 1, got 0"),
+    ],
+)
+def test_what_an_exit_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Exit(**options)
+
+
+# --------------------------------------------------------------------------------------------------------- the engine
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("encoding", ["direct", "frames"])
+def test_images_leave_when_they_are_certain(encoding: str, criterion: Criterion) -> None:
+    runner = engine("step", encoding=encoding)
+    x = digits().images[:40] if encoding == "direct" else frames(40, 6)
+    whole = runner.run(x, 6)
+    np.testing.assert_array_equal(whole.steps, np.full(40, 6))
+    running = np.cumsum(whole.per_step, 1) / np.arange(1, 7)[:, None]
+    exit = Exit(float(np.quantile(certainty(running, criterion), 0.7)), criterion, min_T=2)
+    result = runner.run(x, 6, exit=exit)
+    np.testing.assert_array_equal(result.steps, expected_steps(whole.per_step, exit))
+    assert set(result.steps) >= {2, 3, 6}  # some leave at once, some later, some never
+    for n, taken in enumerate(result.steps):
+        np.testing.assert_allclose(result.per_step[n, :taken], whole.per_step[n, :taken], rtol=0, atol=1e-5)
+        assert np.isnan(result.per_step[n, taken:]).all()
+        np.testing.assert_allclose(result.logits[n], whole.per_step[n, :taken].mean(0), rtol=0, atol=1e-5)
+    assert result.logits.dtype == result.per_step.dtype == np.float32
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    threshold=st.floats(0, 1),
+    criterion=st.sampled_from(CRITERIA),
+    count=st.integers(1, 9),
+    T=st.integers(1, 5),
+    min_T=st.integers(1, 6),
+)
+def test_any_batch_answers_as_each_image_alone(
+    threshold: float, criterion: Criterion, count: int, T: int, min_T: int
+) -> None:
+    runner, exit = engine("step"), Exit(threshold, criterion, min_T)
+    x = digits().images[50 : 50 + count]
+    together = runner.run(x, T, exit=exit)
+    for n in range(count):
+        alone = runner.run(x[n : n + 1], T, exit=exit)
+        assert together.steps[n] == alone.steps[0]
+        np.testing.assert_allclose(together.logits[n], alone.logits[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(together.per_step[n], alone.per_step[0], rtol=0, atol=1e-5)
+
+
+def test_the_work_shrinks_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tetdeploy.engine import Stream
+
+    sizes: list[dict[str, int]] = []
+    call = Stream.call
+
+    def recorded(stream: Stream, x: Array | None, names: list[str]) -> dict[str, Array]:
+        outputs = call(stream, x, names)
+        sizes.append({name: len(value) for name, value in outputs.items()})
+        return outputs
+
+    monkeypatch.setattr(Stream, "call", recorded)
+    runner, x = engine("step"), digits().images[:40]
+    confidence = certainty(runner.run(x, 1).logits, "confidence")
+    sizes.clear()
+    steps = runner.run(x, 6, exit=Exit(float(np.median(confidence)))).steps
+    assert steps.min() == 1 and 1 < len(sizes) == steps.max()
+    for t, outputs in enumerate(sizes, start=1):
+        assert set(outputs.values()) == {(steps >= t).sum()}
+
+
+def test_all_may_leave_at_once_or_none_ever() -> None:
+    runner, x = engine("step"), digits().images[:5]
+    np.testing.assert_array_equal(runner.run(x, 4, exit=Exit(0.0)).steps, np.ones(5))
+    never, whole = runner.run(x, 4, exit=Exit(1.0)), runner.run(x, 4)
+    np.testing.assert_array_equal(never.steps, whole.steps)
+    np.testing.assert_array_equal(never.per_step, whole.per_step)
+    np.testing.assert_allclose(never.logits, whole.logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"), [("unrolled", {"T": 4}), ("dynamic", {}), ("unrolled", {"T": 3, "with_state": True})]
+)
+def test_other_layouts_refuse(layout: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"is {layout} and runs its steps in one call.* export with --layout step"):
+        engine(layout, **options).run(digits().images[:2], 3, exit=Exit(0.9))
+
+
+# ---------------------------------------------------------------------------------------------------------- the file
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copy(exported("step"), tmp_path / "m.onnx"))
+
+
+def write_exit(model: Path, **changes: Any) -> None:
+    content = {"threshold": 0.9, "criterion": "margin", "min_T": 2, "T": 6, "model_sha256": engine("step").sha256}
+    exit_path(model).write_text(json.dumps(content | changes))
+
+
+def test_a_threshold_is_loaded(model: Path) -> None:
+    write_exit(model)
+    assert exit_path(model) == model.parent / "m.exit.json"
+    assert load_exit(model) == load_exit(str(model), T=6) == load_exit(model, T=9) == Exit(0.9, "margin", 2)
+
+
+def test_what_load_exit_refuses(model: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no early-exit threshold at .*m.exit.json; run: tetdeploy calibrate"):
+        load_exit(model)
+    for changes in ({"threshold": 2}, {"criterion": "luck"}, {"min_T": None}, {"T": "many"}):
+        write_exit(model, **changes)
+        with pytest.raises(ValueError, match=r"exit\.json is damaged; run: tetdeploy calibrate"):
+            load_exit(model)
+    for text in ("", "[]", "{}", '{"threshold": 0.9'):
+        exit_path(model).write_text(text)
+        with pytest.raises(ValueError, match=r"exit\.json is damaged"):
+            load_exit(model)
+    write_exit(model, model_sha256="00")
+    with pytest.raises(ValueError, match="threshold of another model than"):
+        load_exit(model)
+    write_exit(model)
+    with pytest.raises(ValueError, match=r"was found for T=6 and says nothing of T=4; run: .* --T 4"):
+        load_exit(model, T=4)

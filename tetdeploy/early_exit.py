@@ -1,0 +1,97 @@
+"""When an image's answer is certain enough to stop, and the threshold found for a model. Needs numpy only.
+
+A network trained with TET answers at every step, and most images need few. Let p be the softmax of the mean logits of
+the steps so far, p1 and p2 its largest entries. An image stops after the first step t >= min_T at which
+
+    p1 > threshold           (criterion "confidence")
+    p1 - p2 > threshold      (criterion "margin")
+
+and after T steps in any case. A threshold of 1 stops no image early.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Criterion = Literal["confidence", "margin"]
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+
+
+@dataclass(frozen=True)
+class Exit:
+    """When an image's answer is certain enough to stop.
+
+    Attributes:
+        threshold: 0..1.
+        criterion: what must exceed it, `confidence` or `margin`.
+        min_T: the fewest steps that an image takes.
+
+    Raises:
+        ValueError: the criterion is unknown, or a number out of range.
+    """
+
+    threshold: float
+    criterion: Criterion = "confidence"
+    min_T: int = 1
+
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"unknown criterion {self.criterion!r}; choose {' or '.join(CRITERIA)}")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold must lie in 0..1, got {self.threshold}; 1 stops no image early")
+        if self.min_T < 1:
+            raise ValueError(f"min_T must be at least 1, got {self.min_T}")
+
+    def certain(self, mean_logits: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which images may stop, `[N]`, by the mean logits of their steps so far, `[N, K]`."""
+        return certainty(mean_logits, self.criterion) > self.threshold
+
+
+def certainty(mean_logits: NDArray[Any], criterion: Criterion) -> NDArray[np.float64]:
+    """The confidence p1 or the margin p1 - p2 of the softmax of `mean_logits [..., K]`: `[...]`, in 0..1."""
+    logits = mean_logits.astype(np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    found: NDArray[np.float64] = p.max(-1)
+    if criterion == "margin" and p.shape[-1] > 1:
+        found = found - np.partition(p, -2)[..., -2]
+    return found
+
+
+def exit_path(model: Path | str) -> Path:
+    """Where the threshold of an exported model lies: `MODEL.exit.json` beside `MODEL.onnx`."""
+    return Path(model).with_suffix(".exit.json")
+
+
+def load_exit(model: Path | str, T: int | None = None) -> Exit:
+    """The threshold that `tetdeploy calibrate` found for a model.
+
+    Args:
+        model: path of the `.onnx` file, which must be the very one.
+        T: the steps that are to be run at most, if they are known.
+
+    Raises:
+        FileNotFoundError: the model is not there, or there is no threshold beside it.
+        ValueError: the threshold's file is damaged, is that of another model, or was found for more steps than T.
+    """
+    path, again = exit_path(model), f"run: tetdeploy calibrate {model}"
+    if not path.is_file():
+        raise FileNotFoundError(f"no early-exit threshold at {path}; {again}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = Exit(float(content["threshold"]), content["criterion"], int(content["min_T"]))
+        sha256, calibrated_T = str(content["model_sha256"]), int(content["T"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged; {again}") from error
+    if hashlib.sha256(Path(model).read_bytes()).hexdigest() != sha256:
+        raise ValueError(f"{path} holds the threshold of another model than {model}; {again}")
+    if T is not None and calibrated_T > T:
+        raise ValueError(f"{path} was found for T={calibrated_T} and says nothing of T={T}; {again} --T {T}")
+    return found
