@@ -1,0 +1,366 @@
+"""Batches, queues and sequences by themselves: no engine, no transport, and where time matters no clock but ours."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Coroutine, Hashable, Mapping
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tetdeploy.serve.scheduler import (
+    CallFailedError,
+    Limits,
+    QueueFullError,
+    Request,
+    Scheduler,
+    StoppingError,
+    Waiting,
+)
+from tetdeploy.serve.sequences import LostSequenceError, Sequences, Step, TooManySequencesError, UnknownSequenceError
+
+R = TypeVar("R")
+PATIENCE = 30  # seconds before a test that hangs fails
+
+
+def run(coroutine: Coroutine[Any, Any, R]) -> R:
+    async def with_patience() -> R:
+        return await asyncio.wait_for(coroutine, PATIENCE)
+
+    return asyncio.run(with_patience())
+
+
+class Worker:
+    """A model that doubles numbers, notes its calls, and waits in each until it is let go."""
+
+    def __init__(self, *, held: bool = False) -> None:
+        self.calls: list[tuple[Hashable, list[Any]]] = []
+        self.entered = threading.Event()
+        self.free = threading.Event()
+        if not held:
+            self.free.set()
+
+    def __call__(self, key: Hashable, payloads: list[int]) -> list[int]:
+        self.calls.append((key, payloads))
+        self.entered.set()
+        assert self.free.wait(PATIENCE)
+        return [2 * payload for payload in payloads]
+
+    async def busy(self) -> None:
+        """Until a call has begun."""
+        await asyncio.get_running_loop().run_in_executor(None, self.entered.wait, PATIENCE)
+
+
+def waiting(limits: Limits, *requests: tuple[Hashable, str, float], order: bool = False) -> Waiting[str, str]:
+    """Requests `(key, payload, arrived)` of one image each; with `order`, those of equal payload follow one another."""
+    loop = asyncio.new_event_loop()
+    made: Waiting[str, str] = Waiting(limits)
+    for key, payload, arrived in requests:
+        made.add(key, [Request(payload, 1, arrived, loop.create_future(), payload if order else None)])
+    loop.close()
+    return made
+
+
+def taken(queue: Waiting[str, str], now: float) -> tuple[Hashable, str] | None:
+    batch = queue.take(now)
+    return None if batch is None else (batch[0], "".join(request.payload for request in batch[1]))
+
+
+def test_a_batch_runs_when_it_is_full_or_its_oldest_request_has_waited() -> None:
+    queue = waiting(Limits(max_batch=3, max_wait=5), ("T4", "a", 10.0), ("T4", "b", 12.0))
+    assert queue.due() == 15.0
+    assert taken(queue, 14.9) is None
+    assert taken(queue, 15.0) == ("T4", "ab")
+    assert queue.due() == math.inf
+    full = waiting(Limits(max_batch=3, max_wait=5), *(("T4", name, 10.0) for name in "abcd"))
+    assert taken(full, 10.0) == ("T4", "abc")
+    assert taken(full, 10.0) is None and len(full) == 1
+    assert taken(full, 15.0) == ("T4", "d")
+
+
+def test_only_requests_of_one_key_share_a_call() -> None:
+    queue = waiting(Limits(max_batch=8, max_wait=0), ("T4", "a", 0), ("T6", "b", 0), ("T4", "c", 0))
+    assert [taken(queue, 1) for _ in range(3)] == [("T4", "ac"), ("T6", "b"), None]
+
+
+def test_a_rare_key_does_not_starve_behind_a_busy_one() -> None:
+    queue = waiting(Limits(max_batch=2, max_wait=0), *(("busy", name, 0) for name in "abcdef"), ("rare", "z", 1))
+    assert [taken(queue, 1) for _ in range(4)] == [("busy", "ab"), ("rare", "z"), ("busy", "cd"), ("busy", "ef")]
+
+
+def test_requests_that_follow_one_another_never_share_a_call() -> None:
+    queue = waiting(Limits(max_batch=8, max_wait=0), *(("steps", name, 0) for name in "aabacb"), order=True)
+    assert [taken(queue, 1) for _ in range(4)] == [("steps", "abc"), ("steps", "ab"), ("steps", "a"), None]
+
+
+def test_a_large_request_is_neither_split_nor_overtaken() -> None:
+    async def scenario() -> list[tuple[Hashable, list[int]]]:
+        worker = Worker(held=True)
+        scheduler = Scheduler(worker, Limits(max_batch=4, max_wait=0))
+        first = asyncio.create_task(scheduler.submit("T4", [0]))
+        await worker.busy()
+        tasks = [asyncio.create_task(scheduler.submit("T4", [k], size=size)) for k, size in enumerate([2, 3, 1, 1], 1)]
+        await asyncio.sleep(0)
+        worker.free.set()
+        assert await asyncio.gather(first, *tasks) == [[0], [2], [4], [6], [8]]
+        with pytest.raises(ValueError, match="at most 4 images, got 5"):
+            await scheduler.submit("T4", [9], size=5)
+        await scheduler.drain()
+        return worker.calls
+
+    assert run(scenario()) == [("T4", [0]), ("T4", [1]), ("T4", [2, 3]), ("T4", [4])]
+
+
+def test_concurrent_requests_share_a_call_within_the_wait() -> None:
+    async def scenario() -> list[tuple[Hashable, list[int]]]:
+        worker = Worker()
+        scheduler = Scheduler(worker, Limits(max_batch=3, max_wait=60))
+        answers = await asyncio.gather(*(scheduler.submit("T4", [k]) for k in range(3)))
+        assert answers == [[0], [2], [4]]
+        await scheduler.drain()
+        return worker.calls
+
+    assert run(scenario()) == [("T4", [0, 1, 2])]
+
+
+def test_a_lone_request_runs_after_the_wait() -> None:
+    async def scenario() -> None:
+        scheduler = Scheduler(Worker(), Limits(max_batch=8, max_wait=0.01))
+        assert await scheduler.submit("T4", [21]) == [42]
+        await scheduler.drain()
+
+    run(scenario())
+
+
+def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
+    async def scenario() -> None:
+        worker = Worker(held=True)
+        scheduler = Scheduler(worker, Limits(max_batch=1, max_wait=0, queue=2))
+        kept = [asyncio.create_task(scheduler.submit("T4", [0]))]
+        await worker.busy()
+        kept += [asyncio.create_task(scheduler.submit("T4", [k])) for k in (1, 2)]
+        await asyncio.sleep(0)
+        assert scheduler.waiting == 2
+        with pytest.raises(QueueFullError, match="2 requests wait already and the queue holds 2"):
+            await scheduler.submit("T4", [3])
+        worker.free.set()
+        assert await asyncio.gather(*kept) == [[0], [2], [4]]
+        with pytest.raises(QueueFullError):  # all of a request's payloads or none
+            await scheduler.submit("T4", [4, 5, 6])
+        assert scheduler.waiting == 0
+        await scheduler.drain()
+
+    run(scenario())
+
+
+def test_requests_of_clients_that_left_are_dropped() -> None:
+    async def scenario() -> list[tuple[Hashable, list[int]]]:
+        worker = Worker(held=True)
+        scheduler = Scheduler(worker, Limits(max_batch=4, max_wait=0))
+        running = asyncio.create_task(scheduler.submit("T4", [0]))
+        await worker.busy()
+        gone, stays = (asyncio.create_task(scheduler.submit("T4", [k])) for k in (1, 2))
+        await asyncio.sleep(0)
+        running.cancel()  # in the call already: it runs, and nobody hears the answer
+        gone.cancel()
+        await asyncio.sleep(0)
+        worker.free.set()
+        assert await stays == [4]
+        await scheduler.drain()
+        return worker.calls
+
+    assert run(scenario()) == [("T4", [0]), ("T4", [2])]
+
+
+def test_a_failed_call_fails_its_own_requests_only() -> None:
+    def fails_on_three(key: Hashable, payloads: list[int]) -> list[int | Exception]:
+        if 3 in payloads:
+            raise OSError("out of memory")
+        return [LostSequenceError("lost") if payload == 5 else payload for payload in payloads]
+
+    async def scenario() -> list[Any]:
+        scheduler = Scheduler(fails_on_three, Limits(max_batch=2, max_wait=60))
+        tasks = [scheduler.submit("T4", [k]) for k in (1, 2, 3, 4, 5, 6)]
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        await scheduler.drain()
+        return found
+
+    one, two, three, four, five, six = run(scenario())
+    assert (one, two, six) == ([1], [2], [6])
+    assert isinstance(three, CallFailedError) and isinstance(four, CallFailedError)
+    assert "out of memory" in str(three)
+    assert isinstance(five, LostSequenceError)
+
+
+def test_draining_finishes_what_was_taken_and_takes_no_more() -> None:
+    async def scenario() -> None:
+        worker = Worker(held=True)
+        scheduler = Scheduler(worker, Limits(max_batch=1, max_wait=0))
+        first = asyncio.create_task(scheduler.submit("T4", [0]))
+        await worker.busy()
+        rest = [asyncio.create_task(scheduler.submit("T4", [k])) for k in (1, 2)]
+        await asyncio.sleep(0)
+        drain = asyncio.create_task(scheduler.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(StoppingError):
+            await scheduler.submit("T4", [3])
+        worker.free.set()
+        await drain
+        assert [task.result() for task in (first, *rest)] == [[0], [2], [4]]
+
+    run(scenario())
+
+
+def test_draining_does_not_wait_for_a_fuller_batch() -> None:
+    async def scenario() -> None:
+        scheduler = Scheduler(Worker(), Limits(max_batch=8, max_wait=3600))
+        task = asyncio.create_task(scheduler.submit("T4", [1]))
+        await asyncio.sleep(0)
+        await scheduler.drain()
+        assert task.result() == [2]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"queue": 0}, {"max_wait": -1.0}, {"max_wait": math.nan}])
+def test_limits_that_nothing_could_pass_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        Limits(**wrong)
+
+
+class Pool:
+    """Streams whose state is all that was pushed to them."""
+
+    def __init__(self) -> None:
+        self.pushed: dict[int, list[int | None]] = {}
+        self.made = 0
+        self.batches: list[int] = []
+
+    def open(self) -> int:
+        self.made += 1
+        self.pushed[self.made] = []
+        return self.made
+
+    def push(self, frames: Mapping[int, int | None]) -> dict[int, tuple[int | None, ...]]:
+        if -1 in frames.values():
+            raise OSError("out of memory")
+        self.batches.append(len(frames))
+        for stream, frame in frames.items():
+            self.pushed[stream].append(frame)
+        return {stream: tuple(self.pushed[stream]) for stream in frames}
+
+    def close(self, id: int) -> None:
+        del self.pushed[id]
+
+
+def admit(
+    sequences: Sequences[int, Any], id: int, *frames: int, start: bool = False, end: bool = False, now: float = 0
+) -> list[Step[int]]:
+    return sequences.admit(id, list(frames), start=start, end=end, now=now)
+
+
+# What clients may do, in any order: (sequence, number of frames, start, end).
+actions = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans()), max_size=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(actions=actions, max_batch=st.integers(1, 4), pause=st.lists(st.booleans(), min_size=40, max_size=40))
+def test_sequences_never_see_one_anothers_state(
+    actions: list[tuple[int, int, bool, bool]], max_batch: int, pause: list[bool]
+) -> None:
+    pool = Pool()
+
+    async def scenario() -> None:
+        sequences = Sequences(pool, timeout=60, limit=10)
+        scheduler = Scheduler(lambda _, steps: sequences.run(steps), Limits(max_batch, 0, queue=1000))
+        expected: list[list[tuple[int, ...]]] = []
+        tasks = []
+        said: dict[int, list[int]] = defaultdict(list)
+        unique = 0
+        for (id, count, start, end), rest in zip(actions, pause, strict=False):
+            frames = list(range(unique, unique + count))
+            unique += count
+            if not start and id not in said:
+                with pytest.raises(UnknownSequenceError):
+                    admit(sequences, id, *frames, start=start, end=end)
+                continue
+            before = [] if start else said[id]
+            said[id] = before + frames
+            expected.append([tuple(before + frames[: k + 1]) for k in range(count)])
+            steps = admit(sequences, id, *frames, start=start, end=end)
+            tasks.append(asyncio.create_task(scheduler.submit("steps", steps, order=steps[0].sequence)))
+            if end:
+                del said[id]
+            if rest:
+                await asyncio.sleep(0)
+        assert await asyncio.gather(*tasks) == expected
+        assert len(sequences) == len(said) == len(pool.pushed)
+        await scheduler.drain()
+
+    run(scenario())
+
+
+def test_steps_of_several_sequences_share_a_call() -> None:
+    pool = Pool()
+    sequences = Sequences(pool, timeout=60, limit=10)
+    steps = [admit(sequences, id, 10 * id, 10 * id + 1, start=True) for id in (1, 2, 3)]
+    assert sequences.run([step for step, _ in steps]) == [(10,), (20,), (30,)]
+    assert sequences.run([step for _, step in steps]) == [(10, 11), (20, 21), (30, 31)]
+    assert pool.batches == [3, 3]
+
+
+def test_a_sequence_that_was_never_begun_or_has_ended_is_unknown() -> None:
+    sequences = Sequences(Pool(), timeout=60, limit=10)
+    with pytest.raises(UnknownSequenceError, match="sequence 7 is not open"):
+        admit(sequences, 7, 0)
+    sequences.run(admit(sequences, 7, 0, start=True, end=True))
+    with pytest.raises(UnknownSequenceError, match="has ended"):
+        admit(sequences, 7, 1, end=True)
+    assert not sequences.pool.pushed  # type: ignore[attr-defined]
+
+
+def test_idle_sequences_expire_and_busy_ones_do_not() -> None:
+    pool = Pool()
+    sequences = Sequences(pool, timeout=60, limit=10)
+    sequences.run(admit(sequences, 1, 0, start=True, now=100))
+    waits = admit(sequences, 2, 0, start=True, now=100)  # its step still waits
+    assert sequences.expire(159) == []
+    idle = sequences.expire(160)
+    sequences.close(idle)
+    assert len(idle) == 1 and len(sequences) == 1 and not pool.pushed
+    with pytest.raises(UnknownSequenceError):
+        admit(sequences, 1, 1, now=161)
+    sequences.run(waits)
+    assert sequences.run(admit(sequences, 2, 1, now=161)) == [(0, 1)]
+
+
+def test_open_sequences_are_bounded() -> None:
+    sequences = Sequences(Pool(), timeout=60, limit=2)
+    for id in (1, 2):
+        admit(sequences, id, 0, start=True)
+    with pytest.raises(TooManySequencesError, match="2 sequences are open"):
+        admit(sequences, 3, 0, start=True)
+    admit(sequences, 2, 0, start=True)  # begins anew
+    admit(sequences, 2, 0, end=True)
+    admit(sequences, 3, 0, start=True)
+
+
+def test_a_failed_step_ends_the_sequences_of_its_call() -> None:
+    pool = Pool()
+    sequences = Sequences(pool, timeout=60, limit=10)
+    bystander = admit(sequences, 1, 0, 1, start=True)
+    failing = admit(sequences, 2, 0, -1, 2, start=True)
+    sequences.run([bystander[0], failing[0]])
+    with pytest.raises(OSError, match="out of memory"):
+        sequences.run([failing[1]])
+    seen, lost = sequences.run([bystander[1], failing[2]])
+    assert seen == (0, 1) and isinstance(lost, LostSequenceError)
+    sequences.forget(2, failing[0].sequence)
+    with pytest.raises(UnknownSequenceError):
+        admit(sequences, 2, 3)
+    assert len(pool.pushed) == 1

@@ -1,0 +1,142 @@
+"""Requests that continue one another: each sequence has a LIF state of its own, kept in a pool of streams.
+
+Admission happens where requests arrive, and decides at once whether a request is in its place; steps run later, on the
+engine's thread, many sequences in one call. Knows no engine and no transport: the pool may be any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+F = TypeVar("F")
+A = TypeVar("A")
+F_contra = TypeVar("F_contra", contravariant=True)
+A_co = TypeVar("A_co", covariant=True)
+
+
+class UnknownSequenceError(ValueError):
+    """No such sequence is open."""
+
+
+class TooManySequencesError(ValueError):
+    """As many sequences are open as may be."""
+
+
+class LostSequenceError(RuntimeError):
+    """An earlier step of the sequence failed, and its state is lost."""
+
+
+class Pool(Protocol[F_contra, A_co]):
+    """Streams that run together, such as `tetdeploy.streams.StreamPool`."""
+
+    def open(self) -> int: ...
+    def push(self, frames: Mapping[int, F_contra | None]) -> Mapping[int, A_co]: ...
+    def close(self, id: int) -> None: ...
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sequence.
+
+    Attributes:
+        used: when its last request came.
+        admitted, done: steps admitted, and steps that ran. Only the engine's thread writes `done` and `stream`.
+        stream: its id in the pool while it has a state there.
+    """
+
+    used: float
+    admitted: int = 0
+    done: int = 0
+    stream: int | None = None
+
+
+@dataclass(frozen=True)
+class Step(Generic[F]):
+    """One step of a sequence. A frame of None shows the last image again."""
+
+    sequence: Sequence
+    frame: F | None
+    start: bool = False
+    end: bool = False
+
+
+class Sequences(Generic[F, A]):
+    """The open sequences of one model.
+
+    Args:
+        timeout: seconds without a request after which a sequence ends.
+        limit: how many may be open.
+    """
+
+    def __init__(self, pool: Pool[F, A], *, timeout: float, limit: int) -> None:
+        self.pool, self.timeout, self.limit = pool, timeout, limit
+        self._open: dict[int | str, Sequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def admit(self, id: int | str, frames: list[F | None], *, start: bool, end: bool, now: float) -> list[Step[F]]:
+        """The steps of a request: `frames` to push, in order. `start` on an open sequence begins it anew.
+
+        Raises:
+            UnknownSequenceError: it is not open and this is not its start.
+            TooManySequencesError: there is no room for one more.
+        """
+        sequence = self._open.get(id) or self._begin(id, start, now)
+        if end:
+            del self._open[id]
+        sequence.used = now
+        sequence.admitted += len(frames)
+        last = len(frames) - 1
+        return [Step(sequence, frame, start and k == 0, end and k == last) for k, frame in enumerate(frames)]
+
+    def _begin(self, id: int | str, start: bool, now: float) -> Sequence:
+        if not start:
+            raise UnknownSequenceError(
+                f"sequence {id!r} is not open: it never started, has ended, or was idle for more than "
+                f"{self.timeout:g} s; begin one with sequence_start"
+            )
+        if len(self._open) >= self.limit:
+            raise TooManySequencesError(f"{self.limit} sequences are open, and no more may be; end one first")
+        return self._open.setdefault(id, Sequence(now))
+
+    def forget(self, id: int | str, sequence: Sequence) -> None:
+        """End a sequence of which a step failed."""
+        if self._open.get(id) is sequence:
+            del self._open[id]
+
+    def expire(self, now: float) -> list[Sequence]:
+        """End the sequences that were idle for too long; `close` them on the engine's thread."""
+        idle = {id: s for id, s in self._open.items() if s.done == s.admitted and s.used + self.timeout <= now}
+        for id in idle:
+            del self._open[id]
+        return list(idle.values())
+
+    def run(self, steps: list[Step[F]]) -> list[A | LostSequenceError]:
+        """Run one step of each of several sequences, in one call of the pool."""
+        for step in steps:
+            if step.start:
+                self.close([step.sequence])
+                step.sequence.stream = self.pool.open()
+        frames = {step.sequence.stream: step.frame for step in steps if step.sequence.stream is not None}
+        try:
+            answers = self.pool.push(frames) if frames else {}
+        except Exception:
+            self.close(step.sequence for step in steps)
+            raise
+        finally:
+            for step in steps:
+                step.sequence.done += 1
+        lost = LostSequenceError("an earlier step of this sequence failed and its state is lost; start it anew")
+        found = [lost if (id := step.sequence.stream) is None else answers[id] for step in steps]
+        self.close(step.sequence for step in steps if step.end)
+        return found
+
+    def close(self, sequences: Iterable[Sequence]) -> None:
+        """Free what sequences keep in the pool."""
+        for sequence in sequences:
+            if sequence.stream is not None:
+                self.pool.close(sequence.stream)
+                sequence.stream = None
