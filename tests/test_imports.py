@@ -31,6 +31,7 @@ MODULES = [
         "tetdeploy.report",
         "tetdeploy.inspection",
         "tetdeploy.serve",
+        "tetdeploy.streams",
     )
     if importlib.util.find_spec(name) is not None
 ]

@@ -64,7 +64,7 @@ class Engine:
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
         path, device, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph, else None), encoding (`direct`
-        or `frames`), input_shape `(C, H, W)`, input_dtype, class_names.
+        or `frames`), input_shape `(C, H, W)`, input_dtype, class_names, max_batch (most images in a call, None is any).
 
     Raises:
         ValueError: the file is no ONNX model, or none of ours; the device is unknown or its provider not available.
@@ -81,6 +81,8 @@ class Engine:
         self._bytes = read_model(self.path)
         self._session = self._make_session(b"")
         self._take(parse_metadata(self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), self.path))
+
+    max_batch: int | None = None
 
     def _take(self, metadata: dict[str, Any]) -> None:
         """The attributes that the metadata say."""
@@ -139,6 +141,26 @@ class Engine:
             ValueError: the graph gives no state out: only the step layout and `--with-state` do.
         """
         return Stream(self, batch)
+
+    def call(self, feed: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
+        """The outputs `names` of one call of the graph, whose inputs are `feed`; nothing is checked.
+
+        Raises:
+            ValueError: the runtime failed.
+        """
+        return _call(self._session, list(names), feed)
+
+    def check_streams(self) -> None:
+        """Refuse a model that cannot stream.
+
+        Raises:
+            ValueError: the graph gives no state out.
+        """
+        if not self.with_state:
+            raise ValueError(
+                f"{self.path.name} gives no LIF state out, so it cannot stream; export with --layout step "
+                "(a frame at a time) or --with-state (chunks of T frames)"
+            )
 
     def check_T(self, T: int | None, x: Array) -> int:
         """The number of steps to run.
@@ -258,11 +280,7 @@ class Stream:
     """
 
     def __init__(self, engine: Engine, batch: int, session: Any = None) -> None:
-        if not engine.with_state:
-            raise ValueError(
-                f"{engine.path.name} gives no LIF state out, so it cannot stream; export with --layout step "
-                "(a frame at a time) or --with-state (chunks of T frames)"
-            )
+        engine.check_streams()
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         self.engine, self.batch = engine, batch

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -55,11 +55,20 @@ def read_npz(path: Path | str) -> dict[str, NDArray[Any]]:
         OSError: it cannot be opened.
     """
     with Path(path).open("rb") as handle:  # np.load leaves a file open that is no zip
-        try:
-            with np.load(handle, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
-        except (OSError, ValueError, TypeError, RuntimeError, EOFError, BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        return parse_npz(handle, str(path))
+
+
+def parse_npz(handle: BinaryIO, name: str) -> dict[str, NDArray[Any]]:
+    """All arrays of an open `.npz`, which errors call `name`.
+
+    Raises:
+        ValueError: it is none, is damaged, or holds Python objects.
+    """
+    try:
+        with np.load(handle, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (OSError, ValueError, TypeError, RuntimeError, EOFError, BadZipFile, zlib.error) as error:
+        raise ValueError(f"{name} is damaged: {error}") from error
 
 
 def _umask() -> int:
