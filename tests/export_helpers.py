@@ -71,6 +71,16 @@ def exported(layout: str, **options: Any) -> Path:
 
 
 @cache
+def int8_exported(layout: str, **options: Any) -> Path:
+    """The same in int8 at T=3; no gate has seen it."""
+    config = ExportConfig(layout=layout, T=3, trained_T=3, precision="int8", **options)  # type: ignore[arg-type]
+    images = digits().images[:64] if config.encoding == "direct" else frames(64, 3)
+    labels = digits().labels[:64] if config.encoding == "direct" else None
+    path = Path(_folder.name) / f"int8-{layout}-{'-'.join(options)}.onnx"
+    return export_model(convsnn(), path, config, images, num_check=0, calibration=(images, labels)).path
+
+
+@cache
 def engine(layout: str, **options: Any) -> Engine:
     return Engine(exported(layout, **options), threads=1)
 

@@ -19,12 +19,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
-from export_helpers import convsnn, digits, engine, exported, frames, layouts
+from export_helpers import digits, engine, exported, frames, int8_exported, layouts
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from tetdeploy import nvidia
 from tetdeploy.cli import main
-from tetdeploy.export import ExportConfig, export_model, tensorrt
+from tetdeploy.export import tensorrt
 from tetdeploy.export.tensorrt import BuildConfig, Built, build_engine
 from tetdeploy.export.tensorrt_graph import prepare
 from tetdeploy.nvidia import NoGpuError, target_architectures
@@ -58,16 +58,6 @@ def feed(model: Path, count: int = 4) -> dict[str, np.ndarray[Any, Any]]:
 def in_float16(model: Path, path: Path) -> Path:
     onnx.save(convert_float_to_float16(onnx.load(model), keep_io_types=True), path)
     return path
-
-
-@cache
-def int8(layout: str, **options: Any) -> Path:
-    """`convsnn` as our own int8 export."""
-    config = ExportConfig(layout=layout, T=3, trained_T=3, precision="int8", **options)  # type: ignore[arg-type]
-    images = digits().images[:64] if config.encoding == "direct" else frames(64, 3)
-    labels = digits().labels[:64] if config.encoding == "direct" else None
-    path = Path(_folder.name) / f"int8-{layout}-{'-'.join(options)}.onnx"
-    return export_model(convsnn(), path, config, images, num_check=0, calibration=(images, labels)).path
 
 
 def names_in(folder: Path) -> list[str]:
@@ -144,7 +134,7 @@ INT8: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("layout", "options"), INT8, ids=lambda value: str(value))
 def test_int8_convolutions_stay_int8(layout: str, options: dict[str, Any], tmp_path: Path) -> None:
-    built = build_engine(int8(layout, **options), tmp_path / "m.engine", RTX)
+    built = build_engine(int8_exported(layout, **options), tmp_path / "m.engine", RTX)
     types = [layer["inputs"] for layer in built.manifest["layers"] if layer["type"] == "correlation"]
     assert types.count(["Int8"]) == 2 and len(types) == 3  # the first reads the image
     assert {name for layer in built.manifest["layers"] for name in layer["neurons"]} == {"lif1", "lif2", "lif3"}
@@ -152,7 +142,7 @@ def test_int8_convolutions_stay_int8(layout: str, options: dict[str, Any], tmp_p
 
 @pytest.mark.parametrize(("layout", "options"), INT8, ids=lambda value: str(value))
 def test_what_is_prepared_of_int8_computes_the_same(layout: str, options: dict[str, Any]) -> None:
-    model = int8(layout, **options)
+    model = int8_exported(layout, **options)
     graph = prepare(onnx.load(model))
     onnx.checker.check_model(graph, full_check=True)
     used = {name for node in graph.graph.node for name in node.input}
@@ -381,7 +371,7 @@ def test_the_command_refuses_in_one_line(options: list[str], code: int, message:
 
 
 def test_int8_of_others_is_refused(tmp_path: Path) -> None:
-    graph = onnx.load(int8("unrolled"))
+    graph = onnx.load(int8_exported("unrolled"))
     read = {node.input[0] for node in graph.graph.node if node.op_type == "Conv"}
     scale = next(n.input[1] for n in graph.graph.node if n.op_type == "DequantizeLinear" and n.output[0] in read)
     tensor = next(tensor for tensor in graph.graph.initializer if tensor.name == scale)

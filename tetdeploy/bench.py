@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.engine import PROVIDERS, Engine
+from tetdeploy.engine import PROVIDERS, RUNTIMES, Engine, check_runtime
 from tetdeploy.extras import import_extra
 from tetdeploy.validate import provenance
 
@@ -60,7 +60,7 @@ class Bench:
     Args:
         model: the `.onnx` file.
         batches, threads, steps: every combination is timed. No steps: the T of the graph, or else of the training.
-        device: see `Engine`.
+        device, runtime: see `Engine`.
 
     Attributes:
         engines: one for each number of threads, all alive at once.
@@ -78,6 +78,7 @@ class Bench:
         threads: Sequence[int],
         steps: Sequence[int] = (),
         device: str = "cpu",
+        runtime: str = "onnxruntime",
     ) -> None:
         for name, numbers in (("batch", batches), ("threads", threads), ("T", steps)):
             if any(number < 1 for number in numbers):
@@ -85,10 +86,11 @@ class Bench:
         self._load = load_average()
         self.engines: dict[int, Engine] = {}
         self.load_ms: dict[int, float] = {}
-        import_extra("onnxruntime", "cpu")  # the first engine's loading is not to pay for it
+        check_runtime(runtime, device)
+        import_extra(runtime, RUNTIMES[runtime])  # the first engine's loading is not to pay for it
         for count in threads:
             start = time.perf_counter()
-            self.engines[count] = Engine(model, device=device, threads=count)
+            self.engines[count] = Engine(model, device=device, threads=count, runtime=runtime)
             self.load_ms[count] = (time.perf_counter() - start) * 1e3
         self.engine = self.engines[threads[0]]
         own = self.engine.T if self.engine.layout == "unrolled" else None
@@ -191,7 +193,7 @@ def machine(engine: Engine) -> dict[str, Any]:
         "cpu": cpu_model(_cpuinfo()),
         "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
-        "provider": PROVIDERS.get(engine.device, engine.device),
+        "provider": "OpenVINO" if engine.runtime == "openvino" else PROVIDERS.get(engine.device, engine.device),
     }
 
 

@@ -1,4 +1,5 @@
-"""An exported model under ONNX Runtime: run it at any T, or stream frames through it. Needs numpy and onnxruntime only.
+"""An exported model under ONNX Runtime or OpenVINO: run it at any T, or stream frames through it. Needs numpy and one of
+these only.
 
 An engine keeps nothing between calls, so that threads may share one; LIF state lives in a `Stream`.
 """
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.extras import import_extra
+from tetdeploy.openvino_session import OpenVINOSession
 
 if TYPE_CHECKING:
     from tetdeploy.early_exit import Exit
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 METADATA_KEY = "tetdeploy"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # each with the extra that brings it
 
 
 @dataclass(frozen=True)
@@ -59,22 +62,27 @@ class Engine:
     Args:
         model: path of the `.onnx` file.
         device: `cpu`, `cuda` or `tensorrt`. Another device than the one asked for is never used instead.
-        threads: threads of one operation; None leaves it to ONNX Runtime (all cores).
+        threads: threads of one operation; None leaves it to the runtime (all cores).
+        runtime: `onnxruntime`, or `openvino` on a CPU.
 
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
-        path, device, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph, else None), encoding (`direct`
+        path, device, runtime, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph, else None), encoding (`direct`
         or `frames`), input_shape `(C, H, W)`, input_dtype, class_names, max_batch (most images in a call, None is any).
 
     Raises:
-        ValueError: the file is no ONNX model, or none of ours; the device is unknown or its provider not available.
+        ValueError: the file is no ONNX model, or none of ours; the device is unknown or its provider not available; the
+            runtime is unknown, or cannot run on the device.
         OSError: the file cannot be read.
-        MissingExtraError: onnxruntime is not installed.
+        MissingExtraError: the runtime is not installed.
     """
 
-    def __init__(self, model: str | Path, *, device: str = "cpu", threads: int | None = None) -> None:
-        self.path, self.device = Path(model), device
-        self._providers = _providers(device)
+    def __init__(
+        self, model: str | Path, *, device: str = "cpu", threads: int | None = None, runtime: str = "onnxruntime"
+    ) -> None:
+        self.path, self.device, self.runtime = Path(model), device, runtime
+        check_runtime(runtime, device)
+        self._providers = _providers(device) if runtime == "onnxruntime" else []
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         self._threads = threads
@@ -243,6 +251,8 @@ class Engine:
         return Result(total / steps[:, None].astype(np.float32), per_step, steps)
 
     def _make_session(self, overlay: bytes) -> Any:
+        if self.runtime == "openvino":
+            return OpenVINOSession(self._bytes + overlay, self._threads, self.path.name)
         ort = import_extra("onnxruntime", "cpu")
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -372,19 +382,34 @@ class Stream:
         return {name: np.zeros((self.batch, *shape), np.float32) for name, _, shape in states}
 
 
-def open_engine(model: str | Path, *, device: str = "cpu", threads: int | None = None) -> Engine:
+def open_engine(
+    model: str | Path, *, device: str = "cpu", threads: int | None = None, runtime: str = "onnxruntime"
+) -> Engine:
     """An `Engine` for an `.onnx` file, a `TensorRTEngine` for what `tetdeploy build` made of one.
 
     Raises:
         ValueError: the device is not one that the file can run on; otherwise as these two do.
     """
     if Path(model).suffix != ".engine":
-        return Engine(model, device=device, threads=threads)
+        return Engine(model, device=device, threads=threads, runtime=runtime)
+    check_runtime(runtime, device)
     if device != "tensorrt":
         raise ValueError(f"{model} runs on an NVIDIA GPU only, got device {device!r}; choose device tensorrt")
     from tetdeploy.tensorrt_engine import TensorRTEngine
 
     return TensorRTEngine(model)
+
+
+def check_runtime(runtime: str, device: str) -> None:
+    """Refuse a runtime that there is not, or not on this device.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
+    if runtime == "openvino" and device != "cpu":
+        raise ValueError(f"runtime openvino runs on the CPU only, got device {device!r}; choose runtime onnxruntime")
 
 
 def read_model(path: Path) -> bytes:

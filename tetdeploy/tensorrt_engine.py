@@ -29,7 +29,7 @@ class TensorRTEngine(Engine):
 
     Attributes:
         manifest: what `tetdeploy build` said of it; its entry `metadata` is that of the exported model.
-        Those of `Engine`; `device` is `tensorrt`.
+        Those of `Engine`; `device` and `runtime` are `tensorrt`.
 
     Raises:
         ValueError: the file and its manifest do not belong together; the engine is for another GPU or library.
@@ -39,7 +39,7 @@ class TensorRTEngine(Engine):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self.device = Path(path), "tensorrt"
+        self.path, self.device, self.runtime = Path(path), "tensorrt", "tensorrt"
         self.manifest = read_manifest(self.path)
         self._bytes = self.path.read_bytes()
         if hashlib.sha256(self._bytes).hexdigest() != self.manifest["engine_sha256"]:

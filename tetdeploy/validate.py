@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tetdeploy import __version__
 from tetdeploy.energy import CONVENTIONS, Operations, layers_of, other_ops, other_ops_pj
-from tetdeploy.engine import Engine
+from tetdeploy.engine import RUNTIMES, Engine
 from tetdeploy.extras import import_extra
 from tetdeploy.picojoules import EnergyConstants, energy_constants
 
@@ -183,14 +183,16 @@ def _restored(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDAr
 
 def provenance(engine: Engine) -> dict[str, Any]:
     """What a result must say of the model and of the measurement besides its numbers, as JSON."""
+    runtime = import_extra(engine.runtime, RUNTIMES[engine.runtime])
     versions = {"tetdeploy": __version__, "python": platform.python_version(), "numpy": np.__version__}
     return {
         "model_sha256": engine.sha256,
         "trained_T": int(engine.metadata["trained_T"]),
         "layout": engine.layout,
         "num_classes": len(engine.class_names),
-        "versions": versions | {"onnxruntime": str(import_extra("onnxruntime", "cpu").__version__)},
+        "versions": versions | {engine.runtime: str(runtime.__version__)},
         "device": engine.device,
+        "runtime": engine.runtime,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.errors import INTERRUPTED
-from tetdeploy.cli.options import console, data_dir_option, device_option, newest_export, progress_bar, runs_option
+from tetdeploy.cli.options import (
+    console,
+    data_dir_option,
+    device_option,
+    newest_export,
+    progress_bar,
+    runs_option,
+    runtime_option,
+)
 
 if TYPE_CHECKING:
     from tetdeploy.bench import Bench
@@ -35,6 +43,7 @@ Examples:
   tetdeploy bench model-dynamic.onnx --T 1,2,4 --batch 1,16 --threads 1,2,4
   tetdeploy bench MODEL --repeats 1000 --json here.bench.json   as many calls as a 99th percentile wants
   tetdeploy bench MODEL --device cuda --batch 1,64 --threads 1
+  tetdeploy bench MODEL --runtime openvino --json openvino.bench.json
 
 \b
 Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
@@ -57,6 +66,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 )
 @data_dir_option
 @device_option
+@runtime_option
 @runs_option
 @click.option(
     "--json",
@@ -76,6 +86,7 @@ def bench(
     data: str | None,
     data_dir: Path,
     device: str,
+    runtime: str,
     runs: Path,
     json_path: Path | None,
 ) -> None:
@@ -100,6 +111,7 @@ def bench(
         threads=threads,
         steps=parse_steps(steps) if steps else (),
         device=device,
+        runtime=runtime,
     )
     name, x = _inputs(timing, data, data_dir)
     interrupted = False

@@ -50,6 +50,12 @@ threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="cpu, cuda or tensorrt; never another than the one named."
 )
+runtime_option = click.option(
+    "--runtime",
+    default="onnxruntime",
+    show_default=True,
+    help="onnxruntime, or openvino on a CPU (pip install 'tetdeploy[openvino]').",
+)
 
 
 def newest_export(runs: Path) -> Path:

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.options import as_model_input, console, device_option, json_option, threads_option
+from tetdeploy.cli.options import (
+    as_model_input,
+    console,
+    device_option,
+    json_option,
+    runtime_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
@@ -27,6 +34,7 @@ Examples:
 @click.option("--top", default=3, show_default=True, type=click.IntRange(min=1), help="How many classes to show.")
 @click.option("--resize", is_flag=True, help="Scale and crop images of another size to the model's.")
 @device_option
+@runtime_option
 @threads_option
 @json_option
 def predict(
@@ -36,6 +44,7 @@ def predict(
     top: int,
     resize: bool,
     device: str,
+    runtime: str,
     threads: int | None,
     json_path: Path | None,
 ) -> None:
@@ -48,7 +57,7 @@ def predict(
     from tetdeploy.engine import open_engine
     from tetdeploy.files import write_json
 
-    engine = open_engine(model, device=device, threads=threads)
+    engine = open_engine(model, device=device, threads=threads, runtime=runtime)
     if engine.encoding == "frames":
         raise ValueError(
             f"{model} takes frames [N, T, C, H, W], not images; run it from Python: Engine(...).run(frames)"

@@ -17,6 +17,7 @@ from tetdeploy.cli.options import (
     newest_export,
     progress_bar,
     runs_option,
+    runtime_option,
     threads_option,
 )
 
@@ -60,6 +61,7 @@ Examples:
 @click.option("--ac-pj", type=float, help="Picojoules of an accumulate. [default: 0.9 for fp32; 45 nm]")
 @click.option("--mac-pj", type=float, help="Picojoules of a multiply-accumulate. [default: 4.6 for fp32; 45 nm]")
 @device_option
+@runtime_option
 @threads_option
 @runs_option
 @json_option
@@ -79,6 +81,7 @@ def sweep(
     ac_pj: float | None,
     mac_pj: float | None,
     device: str,
+    runtime: str,
     threads: int | None,
     runs: Path,
     json_path: Path | None,
@@ -96,7 +99,7 @@ def sweep(
 
     if plot is not None:
         import_extra("matplotlib", "train")  # before any work
-    engine = Engine(model or newest_export(runs), device=device, threads=threads)
+    engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     wanted = parse_steps(steps) if steps else default_steps(engine)
     own = ac_pj is not None or mac_pj is not None
     precision = engine.metadata.get("precision", "fp32")

@@ -17,6 +17,7 @@ from tetdeploy.cli.options import (
     newest_export,
     progress_bar,
     runs_option,
+    runtime_option,
     threads_option,
 )
 from tetdeploy.cli.sweep import default_steps, load_inputs
@@ -72,6 +73,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
 @click.option("--restart", is_flag=True, help="Begin anew where an earlier run was interrupted.")
 @device_option
+@runtime_option
 @threads_option
 @runs_option
 @click.option(
@@ -96,6 +98,7 @@ def validate(
     batch_size: int,
     restart: bool,
     device: str,
+    runtime: str,
     threads: int | None,
     runs: Path,
     json_path: Path | None,
@@ -112,7 +115,7 @@ def validate(
 
     if against is None and (num_torch is not None or network is not None):
         raise click.UsageError("--num-torch and --model go with --against CHECKPOINT")
-    engine = Engine(model or newest_export(runs), device=device, threads=threads)
+    engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     json_path = json_path or engine.path.with_suffix(".validate.json")
     partial_path = json_path.with_suffix(".partial.npz")
     long = against is not None or data is not None
@@ -314,7 +317,7 @@ def _partial(path: Path, run: Pass, name: str, **settings: str) -> Partial:
 
     engine = run.engine
     decisive = {"model": engine.sha256, "device": engine.device, "data": name, "images": len(run.x), "T": run.T}
-    decisive["tetdeploy"] = __version__
+    decisive |= {"runtime": engine.runtime, "tetdeploy": __version__}
     ends = (np.asarray(part) for part in (run.labels, run.x[:1], run.x[-1:]))
     digest = hashlib.sha256(b"".join(array.tobytes() for array in ends)).hexdigest()
     return Partial(path, decisive | {"labels and ends": digest, "torch images": run.num_beside} | settings)

@@ -1,0 +1,155 @@
+"""OpenVINO computes what ONNX Runtime computes, in every layout and precision."""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from export_helpers import convsnn, digits, exported, frames, int8_exported, layouts
+from PIL import Image
+
+from tetdeploy.cli import main
+from tetdeploy.engine import Engine, open_engine
+from tetdeploy.export import ExportConfig, export_model
+from tetdeploy.export.counters import spikes_overlay
+from tetdeploy.extras import MissingExtraError
+
+pytest.importorskip("openvino", reason="openvino is not installed (extra openvino)")
+
+
+def in_openvino(path: Path) -> Engine:
+    return Engine(path, threads=1, runtime="openvino")
+
+
+def inputs(engine: Engine, count: int = 40) -> np.ndarray[Any, Any]:
+    if engine.encoding == "frames":
+        return frames(count, 3)
+    images = digits().images[:count]
+    return images if engine.input_dtype == np.uint8 else (images / np.float32(255)).astype(np.float32)
+
+
+INT8: list[tuple[str, dict[str, Any]]] = [("unrolled", {}), ("dynamic", {}), ("step", {})]
+
+
+@layouts
+def test_every_spike_and_count_is_onnx_runtimes(layout: str, options: dict[str, Any]) -> None:
+    same_answers(exported(layout, **options))
+
+
+@pytest.mark.parametrize(("layout", "options"), INT8)
+def test_int8_as_well(layout: str, options: dict[str, Any]) -> None:
+    same_answers(int8_exported(layout, **options))
+
+
+def same_answers(path: Path) -> None:
+    """Logits, spikes and counts."""
+    other, engine = Engine(path, threads=1), in_openvino(path)
+    assert (engine.runtime, other.runtime, engine.metadata) == ("openvino", "onnxruntime", other.metadata)
+    x = inputs(engine)
+    np.testing.assert_allclose(engine.run(x, 3).per_step, other.run(x, 3).per_step, rtol=1e-5, atol=1e-5)
+    overlay = spikes_overlay([neurons["name"] for neurons in engine.metadata["neurons"]])
+    spikes, expected = (each.run_with(overlay, x, 3)[1] for each in (engine, other))
+    assert spikes.keys() == expected.keys() and len(spikes) == 3
+    for name, value in spikes.items():
+        assert 0 < value.mean() < 1
+        assert np.mean(value != expected[name]) <= 1e-4
+    counts, expected = (each.count(x, 3)[1] for each in (engine, other))
+    assert counts.keys() == expected.keys()
+    for name, value in counts.items():
+        assert value.sum() == pytest.approx(expected[name].sum(), rel=1e-3)
+
+
+def test_a_stream_keeps_its_state_and_encodes_an_image_once() -> None:
+    path, images = exported("step"), digits().images
+    ours, theirs = (Engine(path, threads=1, runtime=name).stream(2) for name in ("openvino", "onnxruntime"))
+    for x in (images[:2], None, images[2:4], None, None):
+        assert ours.push(x).logits == pytest.approx(theirs.push(x).logits, abs=1e-5)
+    for name, u in ours.state.items():
+        np.testing.assert_allclose(u, theirs.state[name], atol=1e-5)
+
+
+def test_answers_of_earlier_calls_stay_as_they_were() -> None:
+    engine = in_openvino(exported("unrolled", T=3))
+    first = engine.run(digits().images[:5]).per_step
+    kept = first.copy()
+    engine.run(digits().images[5:10])
+    assert np.array_equal(first, kept)
+
+
+def test_threads_share_an_engine() -> None:
+    engine = in_openvino(exported("dynamic"))
+    parts = np.array_split(digits().images[:80], 16)
+    expected = [engine.run(part, 3).per_step for part in parts]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda part: engine.run(part, 3).per_step, parts))
+    assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_what_openvino_cannot_read(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"OpenVINO cannot load m\.onnx: not an ONNX model, a damaged one"):
+        in_openvino(tmp_path / "m.onnx")
+    model = onnx.load(exported("unrolled", T=3))
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match="not one that tetdeploy exported"):
+        in_openvino(tmp_path / "m.onnx")
+    model.graph.node.append(onnx.helper.make_node("QLinearConv", ["x"], ["y"], domain="com.microsoft"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None))
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=r"export again with --target openvino .*com\.microsoft\.QLinearConv"):
+        in_openvino(tmp_path / "m.onnx")
+
+
+def test_runtime_and_device_must_fit() -> None:
+    path = exported("unrolled", T=3)
+    with pytest.raises(ValueError, match="unknown runtime 'tvm'; choose one of onnxruntime, openvino"):
+        Engine(path, runtime="tvm")
+    with pytest.raises(ValueError, match="openvino runs on the CPU only, got device 'cuda'"):
+        open_engine(path, device="cuda", runtime="openvino")
+
+
+def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = exported("unrolled", T=3)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'tetdeploy\[openvino\]'"):
+        in_openvino(path)
+
+
+# --- commands ----------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str | Path) -> str:
+    done = CliRunner().invoke(main, [*map(str, arguments), "--runtime", "openvino"])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_every_command_that_opens_an_engine(tmp_path: Path) -> None:
+    model = tmp_path / "m.onnx"
+    config = ExportConfig(T=3, trained_T=3)
+    export_model(convsnn(), model, config, digits().images[:40], labels=digits().labels[:40], num_check=40)
+    files = {name: tmp_path / f"{name}.json" for name in ("sweep", "validate", "bench")}
+    limited = ("--data", "digits", "--limit", "50", "--threads", "1")
+    run("sweep", model, *limited, "--json", files["sweep"])
+    run("validate", model, *limited, "--json", files["validate"], "--fail-under", "agreement=0.99")
+    run("bench", model, "--repeats", "2", "--threads", "1", "--json", files["bench"])
+    for file in files.values():
+        result = json.loads(file.read_text())
+        assert result["runtime"] == "openvino" and "openvino" in result["versions"]
+    assert json.loads(files["bench"].read_text())["machine"]["provider"] == "OpenVINO"
+    reported = CliRunner().invoke(main, ["report", *map(str, files.values()), "--out", str(tmp_path / "r.html")])
+    assert reported.exit_code == 0, reported.output
+    Image.fromarray(digits().images[0, 0]).save(tmp_path / "digit.png")
+    assert "T=3" in run("predict", model, tmp_path / "digit.png")

@@ -1,0 +1,77 @@
+"""An exported model under OpenVINO, called as `Engine` and `Stream` call ONNX Runtime. Needs numpy and openvino."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tetdeploy.extras import import_extra
+
+Array = NDArray[Any]
+
+
+class OpenVINOSession:
+    """A compiled model on the CPU. Each thread has an inference request of its own, and they take turns.
+
+    OpenVINO may choose bfloat16 or float16 for a float32 graph where the processor has them, and even without asking;
+    both would change spikes, so it is held to float32.
+
+    Args:
+        model: bytes of the ONNX file, and of an overlay behind them.
+        threads: of one operation; None leaves it to OpenVINO (all cores).
+        name: of the model, for errors.
+
+    Raises:
+        ValueError: OpenVINO cannot read or compile it.
+        MissingExtraError: openvino is not installed.
+    """
+
+    def __init__(self, model: bytes, threads: int | None, name: str) -> None:
+        core = import_extra("openvino", "openvino").Core()
+        self._name, self._local = name, threading.local()
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            read = core.read_model(model)
+            self._compiled = core.compile_model(read, "CPU", options)
+        except RuntimeError as error:
+            raise ValueError(
+                f"OpenVINO cannot load {name}: not an ONNX model, a damaged one, or one that was exported for another "
+                f"runtime, then export again with --target openvino ({_reason(error)})"
+            ) from error
+        self._metadata = dict(read.get_rt_info("framework").value) if read.has_rt_info("framework") else {}
+
+    def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> list[Array]:
+        """The outputs `names` of one call.
+
+        Raises:
+            ValueError: OpenVINO failed.
+        """
+        if not hasattr(self._local, "request"):
+            self._local.request = self._compiled.create_infer_request()
+        try:
+            outputs = self._local.request.infer(feed, share_inputs=True)
+        except RuntimeError as error:
+            shape = list(feed["x"].shape)
+            raise ValueError(f"OpenVINO failed in {self._name} on x of shape {shape}: {_reason(error)}") from error
+        return [np.asarray(outputs[name]) for name in names]
+
+    def get_outputs(self) -> list[SimpleNamespace]:
+        """The outputs, each with its `name`."""
+        return [SimpleNamespace(name=output.any_name) for output in self._compiled.outputs]
+
+    def get_modelmeta(self) -> SimpleNamespace:
+        """What the ONNX file says of itself, as `custom_metadata_map`."""
+        return SimpleNamespace(custom_metadata_map=self._metadata)
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line of OpenVINO's report that says what is wrong, and not where in its sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line.removeprefix("-- ") for line in lines if line.startswith("-- ")), lines[-1])
