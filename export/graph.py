@@ -7,44 +7,22 @@ input for the dynamic layout. What a LIF node becomes is `lowering`'s business.
 from __future__ import annotations
 
 import ast
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from io import StringIO
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import values
-from torch import Tensor, fx, nn
 
-from tetdeploy.folding import FoldingError, count_batchnorm, fold_batchnorm
+from tetdeploy.folding import count_batchnorm
 from tetdeploy.networks import Classifier
+from tetdeploy.quantisation import Scales, quantise
+from tetdeploy.tracing import Encoding, example_input, first_line, quiet, traced_program, without_bn
 
-from .int8 import CurrentScale, quantise, translate_int8_conv
+from .int8 import translate_int8_conv
 
-Encoding = Literal["direct", "frames"]
 OPSET, IR_VERSION, LIF_DOMAIN = 20, 10, "tetdeploy"
 _SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-class _Boundary(nn.Module):
-    """The network as the outside sees it: batch first, input normalised inside, mean and per-step logits out."""
-
-    def __init__(self, classifier: Classifier, *, T: int | None, encoding: Encoding, step: bool) -> None:
-        super().__init__()
-        self.classifier, self.T, self.encoding, self.step = classifier, T, encoding, step
-
-    def forward(self, x: Tensor, steps: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.encoding == "frames":
-            frames = x.unsqueeze(0) if self.step else x.transpose(0, 1)
-            logits = self.classifier(frames)
-        else:
-            logits = self.classifier(x, self.T if steps is None else steps.shape[1])
-        per_step = logits.transpose(0, 1)
-        return per_step.mean(1), per_step
 
 
 def trace(
@@ -55,7 +33,7 @@ def trace(
     step: bool,
     uint8: bool,
     fold_bn: bool,
-    int8: Mapping[str, CurrentScale] | None = None,
+    int8: Scales | None = None,
 ) -> tuple[ir.Model, int]:
     """Trace a classifier in inference into an ONNX graph with LIF nodes and a dynamic batch.
 
@@ -73,47 +51,18 @@ def trace(
     Raises:
         ValueError: the network cannot be traced, or not with T left open; FoldingError from folding.
     """
-    inputs, shapes = _example(classifier, T, encoding, step, uint8)
+    inputs, shapes = example_input(classifier, T, encoding, step, uint8)
     with torch.no_grad(), quiet():
-        program = _program(classifier, T, encoding, step, uint8)
+        program = traced_program(classifier, T, encoding, step, uint8)
         num_folded = count_batchnorm(program.graph) if fold_bn else 0
         if fold_bn:
-            folded = _folded(program)
+            folded = without_bn(program)
             quantise(folded, int8 or {})
             program = torch.export.export(folded, inputs, dynamic_shapes=shapes)
         model = _to_onnx(program, optimize=fold_bn)  # the optimiser would fold BN as well
     model.ir_version = IR_VERSION
     _name_boundary(model, T, encoding)
     return model, num_folded
-
-
-def folded_module(classifier: Classifier, *, T: int, encoding: Encoding, uint8: bool) -> fx.GraphModule:
-    """The network with BN folded, for PyTorch: `x [N, ...]` to the mean and the per-step logits `[N, T, K]`.
-
-    Raises:
-        ValueError: see `trace`.
-    """
-    with torch.no_grad(), quiet():
-        return _folded(_program(classifier, T, encoding, False, uint8))
-
-
-def _program(
-    classifier: Classifier, T: int | None, encoding: Encoding, step: bool, uint8: bool
-) -> torch.export.ExportedProgram:
-    boundary = _Boundary(classifier, T=T, encoding=encoding, step=step).eval()
-    inputs, shapes = _example(classifier, T, encoding, step, uint8)
-    try:
-        return torch.export.export(boundary, inputs, dynamic_shapes=shapes)
-    except Exception as error:  # torch.export raises many kinds for what a network's code may do
-        raise ValueError(_why_untraceable(error, T)) from error
-
-
-def _folded(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
-    """The program without BN; refusals name modules as the network does, without our boundary round it."""
-    try:
-        return fold_batchnorm(program)
-    except FoldingError as error:
-        raise FoldingError(str(error).replace("classifier.network.", "")) from error
 
 
 def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Model:
@@ -133,7 +82,7 @@ def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Mod
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ValueError(f"torch.onnx cannot export an operation of the network: {_first_line(cause)}") from error
+        raise ValueError(f"torch.onnx cannot export an operation of the network: {first_line(cause)}") from error
     assert exported is not None
     model: ir.Model = exported.model
     return model
@@ -151,37 +100,6 @@ def module_name(node: ir.Node) -> str:
     return path.removeprefix("classifier").removeprefix(".").removeprefix("network").removeprefix(".")
 
 
-def _example(
-    classifier: Classifier, T: int | None, encoding: Encoding, step: bool, uint8: bool
-) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """Example inputs (a batch of 2) and which of their dimensions are dynamic."""
-    batch, time = torch.export.Dim("batch"), torch.export.Dim("T")
-    dtype = torch.uint8 if uint8 else torch.float32
-    device = classifier.mean.device
-    steps = T or 3
-    if encoding == "frames" and not step:
-        x = torch.zeros((2, steps, *classifier.image_shape), dtype=dtype, device=device)
-        return (x,), ({0: batch, 1: time} if T is None else {0: batch},)
-    x = torch.zeros((2, *classifier.image_shape), dtype=dtype, device=device)
-    if T is not None:
-        return (x,), ({0: batch},)
-    return (x, torch.zeros((2, steps), dtype=torch.uint8, device=device)), ({0: batch}, {0: batch, 1: time})
-
-
-def _why_untraceable(error: Exception, T: int | None) -> str:
-    detail = _first_line(error)
-    if T is None:
-        return (
-            "the network cannot be traced with the number of steps left open, which the dynamic layout needs; "
-            f"use --layout unrolled. The reason: {detail}"
-        )
-    return f"torch.export cannot trace the network: {detail}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def _name_boundary(model: ir.Model, T: int | None, encoding: Encoding) -> None:
     """Inputs `x` and `steps`, outputs `logits [batch, K]` and `per_step [batch, T, K]`."""
     graph = model.graph
@@ -197,22 +115,6 @@ def _name_boundary(model: ir.Model, T: int | None, encoding: Encoding) -> None:
     for value in (*graph.inputs, *inner):
         if value.shape is not None:
             value.shape = ir.Shape([names.get(dim, dim) for dim in value.shape])
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """torch's exporter warns of its own internals and prints graphs; nothing a user can act on."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _lif_schema() -> onnx.defs.OpSchema:

@@ -21,15 +21,19 @@ from numpy.typing import NDArray
 
 from tetdeploy import __version__
 from tetdeploy.agreement import reference_path
+from tetdeploy.calibration import Calibration, calibrate
 from tetdeploy.engine import METADATA_KEY, Engine
 from tetdeploy.files import atomic_write
+from tetdeploy.int8_network import Int8Network
 from tetdeploy.networks import Classifier
+from tetdeploy.quantisation import Scales
+from tetdeploy.tracing import Encoding
 
 from .counters import Layers, counting_overlay
-from .graph import Encoding, trace
+from .graph import trace
 from .lowering import Encoder, Neurons, lower, split_encoder
 from .parity import Parity, check_steps, compare
-from .precision import Calibration, Int8Network, Scales, calibrate, kept_answers
+from .precision import kept_answers, per_step_logits
 from .recorder import run_torch
 
 Layout = Literal["unrolled", "dynamic", "step"]
@@ -51,7 +55,7 @@ class ExportConfig:
         encoding: `direct` for images shown at every step, `frames` for an input that changes.
         normalize: input normalisation is part of the graph, which then takes uint8.
         fold_bn: fold BN (Eq. 6).
-        precision: `int8` computes the convolutions that read spikes in 8 bits, see `export.int8`.
+        precision: `int8` computes the convolutions that read spikes in 8 bits, see `tetdeploy.quantisation`.
     """
 
     layout: Layout = "unrolled"
@@ -289,13 +293,14 @@ def _calibrate(
         raise ValueError("precision int8 takes its scales from images of the training set; give some as calibration")
     x = _as_input(classifier, calibration[0], config)
     T = min(config.trained_T, x.shape[1]) if config.encoding == "frames" else config.trained_T
+    x = x[:, :T] if config.encoding == "frames" else x
 
-    def make_engine(scales: Scales) -> Engine:
+    def answers(scales: Scales) -> NDArray[np.float32]:
         unrolled = replace(config, layout="unrolled", with_state=False, T=T)
-        return _in_memory(build_graph(classifier, unrolled, source, scales))
+        return per_step_logits(_in_memory(build_graph(classifier, unrolled, source, scales)), x, T)
 
     ticker = _ticker(tick, "calibrating", len(x))
-    return calibrate(classifier, x, calibration[1], T, config.encoding, make_engine, ticker)
+    return calibrate(classifier, x, calibration[1], T, config.encoding, answers, ticker)
 
 
 def _in_memory(graph: Graph) -> Engine:

@@ -33,8 +33,8 @@ from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
 from tetdeploy.folding import VIEWS, count_batchnorm, fold_batchnorm, module_path
 from tetdeploy.networks import Classifier
+from tetdeploy.tracing import Encoding, quiet
 
-from .graph import Encoding, quiet
 from .parity import check_steps
 
 aten = torch.ops.aten

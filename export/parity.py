@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetdeploy.engine import Engine, Stream
 from tetdeploy.networks import Classifier
+from tetdeploy.tracing import Encoding
 
 from .comparison import Comparison
 from .counters import spikes_overlay
-from .graph import Encoding
 from .recorder import NeuronRecorder, compare_torch, forward, run_torch
 
 MAX_MISMATCH = 100e-6

@@ -20,13 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tetdeploy import Engine
+from tetdeploy import Engine, int8_network, quantisation
+from tetdeploy.calibration import CurrentHistogram
 from tetdeploy.cli import main
-from tetdeploy.export import ExportConfig, Exported, ParityError, export_model, int8, precision
-from tetdeploy.export.graph import folded_module
-from tetdeploy.export.int8 import CurrentHistogram, CurrentScale, Int8Error, int8_conv, quantise, spiking_convolutions
+from tetdeploy.export import ExportConfig, Exported, ParityError, export_model
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
+from tetdeploy.quantisation import CurrentScale, Int8Error, int8_conv, quantise, spiking_convolutions
+from tetdeploy.tracing import folded_module
 from tetdeploy.validate import sweep
 
 
@@ -191,7 +192,7 @@ def test_the_gate_sees_a_scale_that_is_two_percent_off(tmp_path: Path, monkeypat
     off = lambda module, scales: quantise(  # noqa: E731
         module, {name: replace(scale, scale=scale.scale * 1.02) for name, scale in scales.items()}
     )
-    monkeypatch.setattr(precision, "quantise", off)
+    monkeypatch.setattr(int8_network, "quantise", off)
     with pytest.raises(ParityError, match="does not compute what PyTorch computes"):
         export(tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
@@ -227,7 +228,7 @@ def test_odd_convolutions_and_a_channel_of_zeros(monkeypatch: pytest.MonkeyPatch
     assert list(spiking_convolutions(module)) == ["same.0", "dropped.1"]
     x = torch.from_numpy(digits().images[:20])
     before, scale = module(x)[0].detach(), CurrentScale.covering(-3, 3)
-    monkeypatch.setattr(int8, "_EXACT", 127 * 72)
+    monkeypatch.setattr(quantisation, "_EXACT", 127 * 72)
     with pytest.raises(Int8Error, match=r"same\.0 sums 72 weights, too many.*use --precision fp32"):
         quantise(module, {"same.0": scale})
     monkeypatch.undo()

@@ -1,0 +1,168 @@
+"""The scales of the input currents of convolutions in 8 bits, found on images of the training set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from tetdeploy.networks import Classifier
+from tetdeploy.quantisation import CurrentScale, Int8Error, Scales, spiking_convolutions
+from tetdeploy.tracing import Encoding, folded_module
+
+MIN_IMAGES = 32
+_BATCH = 32
+_BINS = 4096
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The scales of the input currents, and how they were found.
+
+    Attributes:
+        method: of `METHODS`, the one with the higher accuracy on the calibration images.
+        num_images: calibration images, of the training set.
+        accuracy: of each method on them.
+        scales: by convolution.
+    """
+
+    method: str
+    num_images: int
+    accuracy: dict[str, float]
+    scales: dict[str, CurrentScale]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def calibrate(
+    classifier: Classifier,
+    x: NDArray[Any],
+    labels: NDArray[np.int64] | None,
+    T: int,
+    encoding: Encoding,
+    answers: Callable[[Scales], NDArray[np.float32]],
+    tick: Callable[[int], None] | None = None,
+) -> Calibration:
+    """Find the scales of the input currents on calibration images.
+
+    Args:
+        x: input as the graph takes it, `[N, ...]`.
+        labels: `[N]`; without them the accuracy is the agreement with the network in float32.
+        T: steps to run.
+        answers: the per-step logits `[N, T, K]` on `x` of the network in 8 bits at some scales, to measure its accuracy.
+        tick: called with the number of images done.
+
+    Raises:
+        ValueError: there are too few images; Int8Error: see `record_currents`.
+    """
+    if len(x) < MIN_IMAGES:
+        raise ValueError(f"calibration takes at least {MIN_IMAGES} images of the training set, got {len(x)}")
+    module = folded_module(classifier, T=T, encoding=encoding, uint8=x.dtype == np.uint8)
+    x = x[:, :T] if encoding == "frames" else x
+    inputs = torch.from_numpy(x).to(classifier.mean.device)
+    histograms, full = record_currents(module, inputs.split(_BATCH), tick)
+    expected = full.cpu().numpy()
+    candidates = {name: {layer: scale(h) for layer, h in histograms.items()} for name, scale in METHODS.items()}
+    truth = expected.argmax(1) if labels is None else labels
+    quality = {}
+    for name, scales in candidates.items():
+        logits = answers(scales).mean(1)
+        quality[name] = float((logits.argmax(1) == truth).mean()), -float(np.abs(logits - expected).mean())
+    best = max(quality, key=lambda name: quality[name])
+    return Calibration(best, len(x), {name: accuracy for name, (accuracy, _) in quality.items()}, candidates[best])
+
+
+@dataclass
+class CurrentHistogram:
+    """The output currents of a layer over the calibration images; the first batch sets the range of the bins."""
+
+    counts: Tensor | None = None
+    low: float = 0.0
+    high: float = 0.0
+    lowest: float = 0.0
+    highest: float = 0.0
+
+    def add(self, current: Tensor) -> None:
+        low, high = (float(v) for v in current.aminmax())
+        if self.counts is None:
+            reach = max(high - low, 1e-6) / 4
+            self.low, self.high = low - reach, high + reach
+            self.counts = torch.zeros(_BINS, dtype=torch.float64)
+        self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
+        inside = current.flatten().clamp(self.low, self.high).float()
+        self.counts += torch.histc(inside, _BINS, self.low, self.high).double().cpu()
+
+    def percentile(self, percent: float) -> CurrentScale:
+        """The scale that covers all but (100 - percent) / 2 per cent of the currents at either end."""
+        assert self.counts is not None
+        share = self.counts.cumsum(0) / self.counts.sum()
+        edges = np.linspace(self.low, self.high, _BINS + 1)
+        rest = (100 - percent) / 200
+        low = edges[int((share <= rest).sum())]
+        high = edges[int((share < 1 - rest).sum()) + 1]
+        return CurrentScale.covering(max(low, self.lowest), min(high, self.highest))
+
+    def least_squares(self) -> CurrentScale:
+        """The scale with the least mean squared error of the rounded and clipped currents."""
+        assert self.counts is not None
+        centres = np.linspace(self.low, self.high, _BINS, endpoint=False) + (self.high - self.low) / (2 * _BINS)
+        weights = self.counts.numpy()
+        candidates = [CurrentScale.covering(self.lowest, self.highest)]
+        candidates += [self.percentile(100 - rest) for rest in np.geomspace(1e-4, 2, 40)]
+        return min(candidates, key=lambda scale: _squared_error(scale, centres, weights))
+
+
+def _squared_error(scale: CurrentScale, values: NDArray[Any], weights: NDArray[Any]) -> float:
+    rounded = np.clip(np.round(values / scale.scale), -scale.zero, 255 - scale.zero) * scale.scale
+    return float(((rounded - values) ** 2 * weights).sum())
+
+
+METHODS: dict[str, Callable[[CurrentHistogram], CurrentScale]] = {
+    "mse": lambda histogram: histogram.least_squares(),
+    "percentile": lambda histogram: histogram.percentile(99.99),
+}
+
+
+@torch.no_grad()
+def record_currents(
+    graph_module: fx.GraphModule, batches: Iterable[Tensor], tick: Callable[[int], None] | None = None
+) -> tuple[dict[str, CurrentHistogram], Tensor]:
+    """Run a folded network on batches of calibration images and gather what its spiking convolutions put out.
+
+    Returns:
+        The currents by convolution, and the network's mean logits `[N, K]`.
+
+    Raises:
+        Int8Error: it has none.
+    """
+    nodes = {node: name for name, node in spiking_convolutions(graph_module).items()}
+    if not nodes:
+        raise Int8Error(
+            "no convolution of the network reads spikes alone, so none can run in int8; use --precision fp32"
+        )
+    recorder = _Recorder(graph_module, nodes)
+    logits = []
+    for batch in batches:
+        logits.append(recorder.run(batch)[0])
+        if tick:
+            tick(len(batch))
+    return recorder.histograms, torch.cat(logits)
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule, nodes: Mapping[fx.Node, str]) -> None:
+        super().__init__(graph_module)
+        self._nodes = nodes
+        self.histograms = {name: CurrentHistogram() for name in nodes.values()}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self._nodes:
+            self.histograms[self._nodes[n]].add(result)
+        return result

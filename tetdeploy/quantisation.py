@@ -1,0 +1,235 @@
+"""Convolutions in 8-bit integers, with exact spikes.
+
+A spike is 0 or 1 and loses nothing at scale 1. Weights take a scale for each output channel, the output current one
+scale and zero point for the layer::
+
+    W_q = round(W / s_w),  |W_q| <= 127        b_q = round(b / s_w), 32 bits
+    a   = sum W_q s + b_q                      exact: whole numbers
+    I_q = clip(round(a s_w / s_I) + z, 0, 255)
+    I   = s_I (I_q - z)                        what the neurons integrate, in float32
+
+so that only weights, biases and input currents round. `int8_conv` computes this in PyTorch bit for bit as ONNX Runtime
+does: an int8 graph is checked against it.
+
+The first layer, which reads the image, and the linear layers stay in floating point.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from tetdeploy.folding import module_path
+
+aten = torch.ops.aten
+_EXACT = 2**24  # whole numbers up to here are exact in float32
+_LARGEST_BIAS = 2.0**30  # leaves room in 32 bits for the sums
+
+
+@dataclass(frozen=True)
+class CurrentScale:
+    """How a layer's output current rounds: I = scale (I_q - zero), I_q in 0..255."""
+
+    scale: float
+    zero: int
+
+    @classmethod
+    def covering(cls, low: float, high: float) -> CurrentScale:
+        """The scale whose 256 values reach from low to high; 0 is one of them."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = float(np.float32(max((high - low) / 255, 1e-8)))
+        return cls(scale, int(np.clip(round(-low / scale), 0, 255)))
+
+
+Scales = Mapping[str, CurrentScale]  # by the name of the convolution, see `spiking_convolutions`
+
+
+@torch.library.custom_op("tetdeploy::int8_conv", mutates_args=())
+def int8_conv(
+    spikes: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    scale: float,
+    zero: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """The current of a quantised convolution, float32 [N, C', H', W'].
+
+    Args:
+        spikes: whole numbers, float32 [N, C, H, W].
+        weight: int8 [C', C / groups, *kernel].
+        weight_scale: float32 [C'].
+        bias: int32 [C'].
+        scale, zero: see `CurrentScale`.
+    """
+    # Every partial sum is a whole number below 2^24, which float32 holds exactly, in any order of summation; but some
+    # kernels (Winograd's) multiply by fractions and miss a whole number by a little.
+    sums = _CONV[weight.dim() - 2](spikes.float(), weight.float(), None, stride, padding, dilation, groups).round()
+    channels = [1, -1, *[1] * (weight.dim() - 2)]
+    whole = (sums.to(torch.int32) + bias.view(channels)).float()
+    step = torch.tensor(scale, dtype=torch.float32, device=whole.device)
+    return torch.round(whole * (weight_scale / step).view(channels)).clamp(-zero, 255 - zero) * step
+
+
+@int8_conv.register_fake
+def _(
+    spikes: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    scale: float,
+    zero: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    return _CONV[weight.dim() - 2](spikes, weight.float(), None, stride, padding, dilation, groups)
+
+
+_CONV: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+class Int8Error(ValueError):
+    """A network has nothing that could run in int8, or a layer that cannot."""
+
+
+def quantise(graph_module: fx.GraphModule, scales: Scales) -> None:
+    """Let the convolutions named in `scales` compute in 8 bits, in place. The network must be folded.
+
+    Raises:
+        Int8Error: one of them has sums too large for exact arithmetic.
+    """
+    for name, node in spiking_convolutions(graph_module).items():
+        # A network's own loop over the steps calls one module T times, and a longer one calls it more often.
+        current = scales.get(name) or scales.get(name.partition("#")[0])
+        if current is not None:
+            _replace(graph_module, node, name, current)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+
+
+def spiking_convolutions(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
+    """The convolutions that read spikes and nothing else, by the name of their module.
+
+    Not among them: those whose weights the network computes (parametrizations), or whose padding differs by side.
+    """
+    found: dict[str, fx.Node] = {}
+    names: Counter[str] = Counter()
+    for node in graph_module.graph.nodes:
+        if node.target not in _CONVOLUTIONS:
+            continue
+        name = module_path(node).removeprefix("classifier.").removeprefix("network.")
+        names[name] += 1
+        name = name if names[name] == 1 else f"{name}#{names[name]}"
+        if _is_spikes(node.args[0]) and _has_parameters(node) and _padding(node) is not None:
+            found[name] = node
+    return found
+
+
+def _has_parameters(convolution: fx.Node) -> bool:
+    return all(given is None or given.op == "get_attr" for given in convolution.args[1:3])  # type: ignore[union-attr]
+
+
+def _padding(convolution: fx.Node) -> list[int] | None:
+    """A convolution's padding along each axis, also that of the name "same"; None if it is not alike on both sides."""
+    _, weight, _, _, padding, dilation, _ = _arguments(convolution)
+    kernel = list(weight.meta["val"].shape[2:])
+    if padding == "valid":
+        return [0] * len(kernel)
+    if padding != "same":
+        return _numbers(padding, len(kernel), 0)
+    both = [d * (k - 1) for d, k in zip(_numbers(dilation, len(kernel), 1), kernel, strict=True)]
+    return None if any(pads % 2 for pads in both) else [pads // 2 for pads in both]
+
+
+def _arguments(convolution: fx.Node) -> list[Any]:
+    """Input, weight, bias, stride, padding, dilation, groups; None for what the call leaves out."""
+    return [*convolution.args, *[None] * (7 - len(convolution.args))]
+
+
+def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str, current: CurrentScale) -> None:
+    spikes, weight_node, bias_node, stride, _, dilation, groups = _arguments(node)
+    weight = _parameter(graph_module, weight_node)
+    bias = None if bias_node is None else _parameter(graph_module, bias_node)
+    if 127 * weight[0].numel() >= _EXACT:
+        raise Int8Error(
+            f"{name} sums {weight[0].numel():,} weights, too many for exact 8-bit arithmetic; use --precision fp32"
+        )
+    quantised = _quantised(weight, bias)
+    places = [_numbers(stride, weight.dim() - 2, 1), _padding(node), _numbers(dilation, weight.dim() - 2, 1)]
+    graph, owner = graph_module.graph, f"int8_{node.name}"
+    holder = nn.Module()
+    for key, value in quantised.items():
+        holder.register_buffer(key, value)
+    graph_module.add_submodule(owner, holder)
+    with graph.inserting_before(node):
+        tensors = [graph.get_attr(f"{owner}.{key}") for key in quantised]
+        rest = (current.scale, current.zero, *places, groups or 1)
+        new = graph.call_function(torch.ops.tetdeploy.int8_conv.default, (spikes, *tensors, *rest))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _quantised(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """`weight` int8 with a scale for each output channel, symmetric; `bias` int32 at the same scales."""
+    shift = weight.new_zeros(len(weight)) if bias is None else bias
+    # Next to a bias that 32 bits cannot hold at the weights' own scale (a channel of zeros), the weights are nothing.
+    largest = torch.maximum(weight.abs().flatten(1).amax(1) / 127, shift.abs() / _LARGEST_BIAS)
+    scale = largest.clamp_min(1e-12).float()
+    per_channel = scale.view(-1, *[1] * (weight.dim() - 1))
+    return {
+        "weight": torch.round(weight / per_channel).clamp(-127, 127).to(torch.int8),
+        "weight_scale": scale,
+        "bias": torch.round(shift.double() / scale.double()).to(torch.int32),
+    }
+
+
+def _parameter(graph_module: fx.GraphModule, node: Any) -> Tensor:
+    value: Any = graph_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value.detach()  # type: ignore[no-any-return]
+
+
+def _numbers(value: Any, dims: int, default: int) -> list[int]:
+    """`[2]` and 2 are short for the same number along each axis."""
+    numbers = [default] if value is None else [value] if isinstance(value, int) else list(value)
+    return numbers * dims if len(numbers) == 1 else numbers
+
+
+_CONVOLUTIONS = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+)  # fmt: skip
+_HAND_ON = {
+    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.expand.default, aten.permute.default, aten.transpose.int, aten.contiguous.default,
+    aten.clone.default, aten.slice.Tensor, aten.select.int, aten.max_pool1d.default, aten.max_pool2d.default,
+    aten.dropout.default,  # of a network in inference
+}  # fmt: skip
+
+
+def _is_spikes(node: Any) -> bool:
+    """Whether a value is spikes, seen through what only hands values on."""
+    while isinstance(node, fx.Node) and node.target in _HAND_ON:
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target is aten.cat.default:
+        return all(_is_spikes(part) for part in node.args[0])  # type: ignore[union-attr]
+    lif = node.args[0] if node.args else None
+    return isinstance(lif, fx.Node) and lif.target is torch.ops.tetdeploy.lif.default and node.args[1:] == (0,)

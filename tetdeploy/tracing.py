@@ -1,0 +1,115 @@
+"""Tracing: a network in inference becomes a graph of PyTorch operations in which every neuron layer is one node.
+
+What T is decides how the trace is taken: a number, or a dimension of the input. The exporter lowers the graph to ONNX;
+here it is folded (Eq. 6) and run by PyTorch.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from tetdeploy.folding import FoldingError, fold_batchnorm
+from tetdeploy.networks import Classifier
+
+Encoding = Literal["direct", "frames"]
+
+
+class _Boundary(nn.Module):
+    """The network as the outside sees it: batch first, input normalised inside, mean and per-step logits out."""
+
+    def __init__(self, classifier: Classifier, *, T: int | None, encoding: Encoding, step: bool) -> None:
+        super().__init__()
+        self.classifier, self.T, self.encoding, self.step = classifier, T, encoding, step
+
+    def forward(self, x: Tensor, steps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.encoding == "frames":
+            frames = x.unsqueeze(0) if self.step else x.transpose(0, 1)
+            logits = self.classifier(frames)
+        else:
+            logits = self.classifier(x, self.T if steps is None else steps.shape[1])
+        per_step = logits.transpose(0, 1)
+        return per_step.mean(1), per_step
+
+
+def folded_module(classifier: Classifier, *, T: int, encoding: Encoding, uint8: bool) -> fx.GraphModule:
+    """The network with BN folded, for PyTorch: `x [N, ...]` to the mean and the per-step logits `[N, T, K]`.
+
+    Raises:
+        ValueError: see `trace`.
+    """
+    with torch.no_grad(), quiet():
+        return without_bn(traced_program(classifier, T, encoding, False, uint8))
+
+
+def traced_program(
+    classifier: Classifier, T: int | None, encoding: Encoding, step: bool, uint8: bool
+) -> torch.export.ExportedProgram:
+    boundary = _Boundary(classifier, T=T, encoding=encoding, step=step).eval()
+    inputs, shapes = example_input(classifier, T, encoding, step, uint8)
+    try:
+        return torch.export.export(boundary, inputs, dynamic_shapes=shapes)
+    except Exception as error:  # torch.export raises many kinds for what a network's code may do
+        raise ValueError(_why_untraceable(error, T)) from error
+
+
+def without_bn(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
+    """The program without BN; refusals name modules as the network does, without our boundary round it."""
+    try:
+        return fold_batchnorm(program)
+    except FoldingError as error:
+        raise FoldingError(str(error).replace("classifier.network.", "")) from error
+
+
+def example_input(
+    classifier: Classifier, T: int | None, encoding: Encoding, step: bool, uint8: bool
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Example inputs (a batch of 2) and which of their dimensions are dynamic."""
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("T")
+    dtype = torch.uint8 if uint8 else torch.float32
+    device = classifier.mean.device
+    steps = T or 3
+    if encoding == "frames" and not step:
+        x = torch.zeros((2, steps, *classifier.image_shape), dtype=dtype, device=device)
+        return (x,), ({0: batch, 1: time} if T is None else {0: batch},)
+    x = torch.zeros((2, *classifier.image_shape), dtype=dtype, device=device)
+    if T is not None:
+        return (x,), ({0: batch},)
+    return (x, torch.zeros((2, steps), dtype=torch.uint8, device=device)), ({0: batch}, {0: batch, 1: time})
+
+
+def _why_untraceable(error: Exception, T: int | None) -> str:
+    detail = first_line(error)
+    if T is None:
+        return (
+            "the network cannot be traced with the number of steps left open, which the dynamic layout needs; "
+            f"use --layout unrolled. The reason: {detail}"
+        )
+    return f"torch.export cannot trace the network: {detail}"
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch's exporter warns of its own internals and prints graphs; nothing a user can act on."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
