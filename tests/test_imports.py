@@ -20,6 +20,8 @@ MODULES = [
         "tetdeploy",
         "tetdeploy.bench",
         "tetdeploy.early_exit",
+        "tetdeploy.exit_calibration",
+        "tetdeploy.exit_savings",
         "tetdeploy.engine",
         "tetdeploy.openvino_session",
         "tetdeploy.energy",

@@ -368,7 +368,7 @@ class TestRefusals:
             ("\xff\xfe", "is not a result|is not JSON"),
             ("[1]", "holds a list, not an object"),
             ("{}", 'it has no "kind"'),
-            ('{"kind": "poem"}', "its kind is 'poem'; give JSON of sweep or validate"),
+            ('{"kind": "poem"}', "its kind is 'poem'; give JSON of early-exit, sweep or validate"),
             ('{"kind": "sweep"}', "does not have the form of a sweep: model is missing"),
             ('{"kind": "sweep", "model": "m", "data": "d", "num_samples": 1, "rows": []}', "it needs rows"),
             (

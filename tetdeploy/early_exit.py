@@ -71,27 +71,37 @@ def exit_path(model: Path | str) -> Path:
 
 
 def load_exit(model: Path | str, T: int | None = None) -> Exit:
-    """The threshold that `tetdeploy calibrate` found for a model.
+    """The rule that `tetdeploy calibrate` found for a model.
 
     Args:
         model: path of the `.onnx` file, which must be the very one.
         T: the steps that are to be run at most, if they are known.
 
     Raises:
-        FileNotFoundError: the model is not there, or there is no threshold beside it.
-        ValueError: the threshold's file is damaged, is that of another model, or was found for more steps than T.
+        FileNotFoundError: the model is not there, or there is no rule beside it.
+        ValueError: the rule's file is damaged, is that of another model, or was found for more steps than T.
     """
+    found, calibrated_T = load_calibration(model)
+    if T is not None and calibrated_T > T:
+        raise ValueError(
+            f"{exit_path(model)} was found for T={calibrated_T} and says nothing of T={T}; "
+            f"run: tetdeploy calibrate {model} --T {T}"
+        )
+    return found
+
+
+def load_calibration(model: Path | str) -> tuple[Exit, int]:
+    """The rule of a model, and the T that it was found for. Raises: as `load_exit`."""
     path, again = exit_path(model), f"run: tetdeploy calibrate {model}"
+    sha256 = hashlib.sha256(Path(model).read_bytes()).hexdigest()
     if not path.is_file():
         raise FileNotFoundError(f"no early-exit threshold at {path}; {again}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = Exit(float(content["threshold"]), content["criterion"], int(content["min_T"]))
-        sha256, calibrated_T = str(content["model_sha256"]), int(content["T"])
+        written_for, T = str(content["model_sha256"]), int(content["T"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged; {again}") from error
-    if hashlib.sha256(Path(model).read_bytes()).hexdigest() != sha256:
+    if written_for != sha256:
         raise ValueError(f"{path} holds the threshold of another model than {model}; {again}")
-    if T is not None and calibrated_T > T:
-        raise ValueError(f"{path} was found for T={calibrated_T} and says nothing of T={T}; {again} --T {T}")
-    return found
+    return found, T

@@ -170,6 +170,18 @@ class Engine:
                 "(a frame at a time) or --with-state (chunks of T frames)"
             )
 
+    def check_early_exit(self) -> None:
+        """Refuse a graph whose images cannot stop one by one.
+
+        Raises:
+            ValueError: its layout is not step.
+        """
+        if self.layout != "step":
+            raise ValueError(
+                f"{self.path.name} is {self.layout} and runs its steps in one call, so that no image can stop early; "
+                "export with --layout step"
+            )
+
     def check_T(self, T: int | None, x: Array) -> int:
         """The number of steps to run.
 
@@ -230,11 +242,7 @@ class Engine:
 
     def _run_until_certain(self, x: Array, T: int, exit: Exit) -> Result:
         """Run at most T steps; after each the images that are certain leave the batch."""
-        if self.layout != "step":
-            raise ValueError(
-                f"{self.path.name} is {self.layout} and runs its steps in one call, so that no image can stop early; "
-                "export with --layout step"
-            )
+        self.check_early_exit()
         stream, running = Stream(self, len(x)), np.arange(len(x))
         per_step = np.full((len(x), T, len(self.class_names)), np.nan, np.float32)
         total, steps = np.zeros((len(x), len(self.class_names)), np.float32), np.full(len(x), T)

@@ -7,6 +7,8 @@ import click
 from tetdeploy import __version__
 from tetdeploy.cli.bench import bench
 from tetdeploy.cli.build import build
+from tetdeploy.cli.calibrate import calibrate
+from tetdeploy.cli.early_exit import early_exit
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.export import export
 from tetdeploy.cli.import_ import import_
@@ -34,6 +36,8 @@ def main() -> None:
     tetdeploy sweep                      accuracy, energy and latency at each T
     tetdeploy bench                      latency and throughput by batch, threads and T
     tetdeploy validate                   does it compute what PyTorch computes, here? a gate for CI
+    tetdeploy calibrate MODEL            when an answer is certain enough to stop: early exit's threshold
+    tetdeploy early-exit MODEL           what stopping early keeps and saves
     tetdeploy report RUN...              one HTML page: curves, accuracy, energy, layers, hashes
     tetdeploy build MODEL                a TensorRT engine of it, for NVIDIA GPUs
     tetdeploy inspect FILE               what a checkpoint or a model is, layer by layer
@@ -43,5 +47,20 @@ def main() -> None:
     """
 
 
-for command in (quickstart, train, export, sweep, bench, validate, report, build, inspect, predict, landscape, import_):
+for command in (
+    quickstart,
+    train,
+    export,
+    sweep,
+    bench,
+    validate,
+    calibrate,
+    early_exit,
+    report,
+    build,
+    inspect,
+    predict,
+    landscape,
+    import_,
+):
     main.add_command(command)

@@ -243,12 +243,12 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
         return name, x[:limit], labels[:limit]
     test = load_data(name, "test", data_dir=data_dir, T=int(engine.metadata["trained_T"]))
     if not is_file and test.class_names != engine.class_names:
-        _refuse_classes(engine, name, test.class_names)
+        refuse_classes(engine, name, test.class_names)
     test = test if limit is None else test.select(slice(limit))  # images on disk are decoded later, batch by batch
     return name, as_model_input(engine, test.x, mean=test.mean, std=test.std), test.labels
 
 
-def _refuse_classes(engine: Engine, name: str, names: tuple[str, ...]) -> None:
+def refuse_classes(engine: Engine, name: str, names: tuple[str, ...]) -> None:
     """A label means another class to the data than to the model. (A .npz need not name its classes.)"""
     own, others = (
         f"{len(n)} classes ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for n in (engine.class_names, names)

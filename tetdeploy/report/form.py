@@ -31,6 +31,26 @@ _ROW = {
     "max_abs_logit_error": NUMBER,
     "input_rate": NUMBER,
 }
+_COST = {"energy_pj!": NUMBER, "energy_exact_pj!": NUMBER, "energy_once_pj!": NUMBER}
+_EARLY_EXIT = {
+    "criterion!": str,
+    "threshold!": NUMBER,
+    "min_T!": STEP,
+    "T!": STEP,
+    "accuracy!": NUMBER,
+    "fixed_accuracy!": NUMBER,
+    "lost!": NUMBER,
+    "gained!": NUMBER,
+    "loss!": NUMBER,
+    "loss_95!": NUMBER,
+    "mean_T!": NUMBER,
+    "by_steps!": [{"T!": STEP, "num_images!": NUMBER}],
+    "cost!": _COST,
+    "fixed_cost!": _COST,
+    "seconds!": NUMBER,
+    "fixed_seconds!": NUMBER,
+    "speedup!": NUMBER,
+}
 RESULT = {
     "model!": str,
     "data!": str,
@@ -59,6 +79,7 @@ RESULT = {
     "other_ops_pj": {"*": NUMBER},
     "constants": {"ac_pj": NUMBER, "mac_pj": NUMBER, "source": str},
     "by_class": [{"name!": str, "num_samples!": NUMBER, "accuracy!": [NUMBER]}],
+    "early_exit": _EARLY_EXIT,
     "agreement": {"with": str, "num_images": NUMBER, "data": str},
     "gates": [{"key!": str, "T!": STEP, "wanted!": NUMBER, "got": NUMBER, "passed!": bool}],
 }

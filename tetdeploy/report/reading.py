@@ -13,7 +13,7 @@ from tetdeploy.report.form import EPOCH, RESULT, RUN, SUMMARY, check_form
 CONFIG_NAME, METRICS_NAME, SUMMARY_NAME = "config.json", "metrics.jsonl", "summary.json"
 
 # What a file is follows from its "kind", and in a run folder from its name, MODEL.<kind>.json.
-KINDS = ("sweep", "validate")
+KINDS = ("early-exit", "sweep", "validate")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,10 @@ def read_result(file: Path) -> dict[str, Any]:
     kind = "sweep" if is_old_sweep else content.get("kind")
     if kind not in KINDS:
         what = f"its kind is {kind!r}" if kind else 'it has no "kind"'
-        raise ValueError(f"{file} is not a result that a report can show: {what}; give JSON of {' or '.join(KINDS)}")
+        *kinds, last = KINDS
+        raise ValueError(
+            f"{file} is not a result that a report can show: {what}; give JSON of {', '.join(kinds)} or {last}"
+        )
     try:
         check_form(content, RESULT)
         return _normalised(content) | {"kind": kind}

@@ -12,6 +12,7 @@ from tetdeploy.report.sections.agreement import agreement, gates
 from tetdeploy.report.sections.bench import bench
 from tetdeploy.report.sections.classes import accuracy_by_class
 from tetdeploy.report.sections.cost import cost
+from tetdeploy.report.sections.early_exit import early_exit
 from tetdeploy.report.sections.layers import layers
 from tetdeploy.report.sections.pareto import pareto_front
 from tetdeploy.report.sections.provenance import provenance
@@ -28,6 +29,7 @@ SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     accuracy,
     pareto_front,
     cost,
+    early_exit,
     layers,
     bench,
     agreement,

@@ -1,0 +1,314 @@
+"""The threshold of early exit against every other one, what it keeps and saves, its commands and its section."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from export_helpers import digits, engine, exported
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from report_helpers import result as sweep_result
+from report_helpers import write
+
+from tetdeploy.cli import main
+from tetdeploy.early_exit import CRITERIA, Exit, exit_path, load_calibration
+from tetdeploy.energy import Operations, layers_of
+from tetdeploy.engine import Engine
+from tetdeploy.exit_calibration import Answers, Frontier, Paired, answer, calibrate
+from tetdeploy.exit_savings import measure
+from tetdeploy.report.page import document_of
+from tetdeploy.report.results import read_results
+
+Array = np.ndarray[Any, Any]
+T = 6
+
+
+def own_labels(start: int, count: int) -> tuple[Array, Array]:
+    """Digits, each with the class that the untrained network gives it after T steps: early exit then loses where an
+    earlier answer differs from the last."""
+    x = digits().images[start : start + count]
+    return x, engine("step").run(x, T).logits.argmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------------- the calibration
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> Answers:
+    shape = draw(st.integers(1, 12)), draw(st.integers(1, 5))
+    few = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])  # so that many are equal
+    certainty = draw(hnp.arrays(float, shape, elements=few | st.floats(0, 1)))
+    return Answers(draw(hnp.arrays(bool, shape)), dict.fromkeys(CRITERIA, certainty))
+
+
+def outcome(some: Answers, exit: Exit) -> tuple[int, int, int]:
+    """Steps of all images together, answers lost and gained, image by image."""
+    steps = some.steps(exit)
+    pairs = [(bool(right[-1]), bool(right[t - 1])) for right, t in zip(some.right, steps, strict=True)]
+    return int(steps.sum()), pairs.count((True, False)), pairs.count((False, True))
+
+
+@given(answers(), st.integers(1, 5), st.floats(0, 1))
+def test_no_threshold_takes_fewer_steps_for_the_loss(some: Answers, min_T: int, loss: float) -> None:
+    N, steps = some.right.shape
+    min_T = min(min_T, steps)
+    frontier = Frontier.of(some, "margin", min_T)
+    for k, threshold in enumerate(frontier.threshold):
+        claimed = int(frontier.steps[k]), int(frontier.lost[k]), int(frontier.gained[k])
+        assert claimed == outcome(some, Exit(float(threshold), "margin", min_T))
+    values = np.unique(np.append(some.certainty["margin"], [0.0, 1.0]))
+    every = {outcome(some, Exit(float(v), "margin", min_T)) for v in [*values, *((values[1:] + values[:-1]) / 2)]}
+    assert every == set(zip(frontier.steps.tolist(), frontier.lost.tolist(), frontier.gained.tolist(), strict=True))
+    point = frontier.cheapest(loss)
+    assert point.paired.loss <= loss + 1e-9
+    assert point.mean_T * N == pytest.approx(min(taken for taken, lost, gained in every if lost - gained <= loss * N))
+    assert point.accuracy == pytest.approx(some.right[:, -1].mean() - point.paired.loss)
+
+
+def test_a_calibration_by_hand() -> None:
+    """Three images, three steps. The first is right from the start, the second from its second step on, the third
+    only at the first; the surer, the sooner a falling threshold stops them."""
+    right = np.array([[True, True, True], [False, True, True], [True, False, False]])
+    sure = np.array([[0.9, 0.8, 0.99], [0.6, 0.7, 0.99], [0.5, 0.4, 0.99]])
+    some = Answers(right, {"confidence": sure, "margin": sure / 2})
+    frontier = Frontier.of(some, "confidence")
+    np.testing.assert_allclose(frontier.threshold, [1, 0.8, 0.65, 0.55, 0.25])
+    assert frontier.steps.tolist() == [9, 7, 6, 5, 3]
+    assert frontier.lost.tolist() == [0, 0, 0, 1, 1] and frontier.gained.tolist() == [0, 0, 0, 0, 1]
+    assert frontier.cheapest(0.0).mean_T == 1.0  # at last one answer turned wrong and another right
+    found = calibrate(some, loss=0.0, criteria=["margin"])
+    assert found.point.exit == Exit(0.125, "margin") and found.accuracy_by_T == [2 / 3, 2 / 3, 2 / 3]
+    assert calibrate(some, min_T=3).point.mean_T == 3
+    for options, message in (
+        ({"loss": -0.1}, "loss of accuracy must lie in 0..1, a fraction, got -0.1"),
+        ({"min_T": 4}, "min_T must lie within the T=3 steps, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(some, **options)
+
+
+def test_the_criterion_of_fewer_steps_is_taken() -> None:
+    right = np.array([[True, True], [False, True]])
+    tells, does_not = np.array([[0.9, 1.0], [0.3, 1.0]]), np.array([[0.3, 1.0], [0.9, 1.0]])
+    for sure in ({"confidence": tells, "margin": does_not}, {"confidence": does_not, "margin": tells}):
+        some = Answers(right, sure)
+        best = calibrate(some, loss=0.0).point
+        assert sure[best.exit.criterion] is tells and best.mean_T == 1.5 and best.paired == Paired(2, 0, 0)
+
+
+def test_paired_interval() -> None:
+    """Bonett and Price: one is added to each kind of flip, two to the images."""
+    paired = Paired(98, lost=7, gained=3)
+    assert paired.loss == pytest.approx(0.04082, abs=1e-5)
+    assert paired.loss_95 == pytest.approx(1.96 * np.sqrt((0.08 + 0.04 - 0.04**2) / 100))
+    assert Paired(98, 0, 0).loss_95 == pytest.approx(1.96 * np.sqrt(0.02 / 100))  # no flips prove little
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_engine_does_what_the_calibration_says(criterion: Any) -> None:
+    x, labels = own_labels(0, 90)
+    ticks: list[int] = []
+    some = answer(engine("step"), x, labels, T, batch_size=40, tick=ticks.append)
+    assert ticks == [40, 40, 10] and some.right.shape == (90, T) and some.right[:, -1].all()
+    found = calibrate(some, loss=0.05, criteria=[criterion]).point
+    assert 1 < found.mean_T < T and found.paired.gained == 0 and 0 < found.paired.lost <= 4
+    result = engine("step").run(x, T, exit=found.exit)
+    np.testing.assert_array_equal(result.steps, some.steps(found.exit))
+    assert result.steps.mean() == pytest.approx(found.mean_T)
+    assert (result.logits.argmax(-1) == labels).mean() == pytest.approx(found.accuracy)
+
+
+# -------------------------------------------------------------------------------------------------------- the savings
+
+
+def test_savings_are_those_of_the_steps_that_each_image_took() -> None:
+    runner, (x, labels) = engine("step"), own_labels(100, 50)
+    exit = calibrate(answer(runner, x, labels, T), loss=0.1).point.exit
+    result = measure(runner, x, labels, exit, T, data="some digits", batch_size=32)
+    early, alone = result["early_exit"], runner.run(x, T, exit=exit)
+    assert (result["data"], result["num_samples"], early["batch_size"]) == ("some digits", 50, 32)
+    assert early["mean_T"] == pytest.approx(alone.steps.mean())
+    assert [entry["num_images"] for entry in early["by_steps"]] == np.bincount(alone.steps, minlength=T + 1)[
+        1:
+    ].tolist()
+    assert early["accuracy"] == pytest.approx((alone.logits.argmax(-1) == labels).mean())
+    assert early["fixed_accuracy"] == 1.0 == result["rows"][-1]["accuracy"] and early["lost"] > 0
+    each = []
+    for image, steps in zip(x, alone.steps, strict=True):
+        operations = Operations(layers_of(runner.metadata))
+        operations.add(runner.count(image[None], int(steps))[1], 1, int(steps))
+        each.append(operations.at(int(steps)))
+    for key in ("ac_ops", "mac_ops", "energy_pj", "energy_exact_pj", "energy_once_pj"):
+        assert early["cost"][key] == pytest.approx(np.mean([getattr(count, key) for count in each]))
+        assert early["fixed_cost"][key] == pytest.approx(result["rows"][-1][key])
+        assert early["cost"][key] < early["fixed_cost"][key]
+    assert early["speedup"] == pytest.approx(early["fixed_seconds"] / early["seconds"])
+
+
+def test_both_ways_take_turns_after_a_round_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[bool, int]] = []
+    run = Engine.run
+
+    def recorded(self: Engine, x: Array, T: int | None = None, *, exit: Exit | None = None) -> Any:
+        calls.append((exit is not None, len(x)))
+        return run(self, x, T, exit=exit)
+
+    monkeypatch.setattr(Engine, "run", recorded)
+    x, labels = digits().images[:10], digits().labels[:10]
+    measure(engine("step"), x, labels, Exit(0.5), 2, batch_size=4)
+    assert [early for early, _ in calls] == [True, False, True, False, False, True, True, False]
+    assert [size for _, size in calls] == [4, 4, 4, 4, 4, 4, 2, 2]
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return Path(shutil.copy(exported("step"), tmp_path / "m.onnx"))
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    x, labels = own_labels(0, 120)
+    np.savez(tmp_path / "held-out.npz", images=x, labels=labels)
+    return tmp_path / "held-out.npz"
+
+
+def describe(model: Path, **changes: Any) -> None:
+    """Change the metadata in a model file."""
+    proto = onnx.load(model)
+    (entry,) = [prop for prop in proto.metadata_props if prop.key == "tetdeploy"]
+    entry.value = json.dumps(json.loads(entry.value) | changes)
+    onnx.save(proto, model)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [*map(str, arguments)])
+
+
+def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_path: Path) -> None:
+    done = run("calibrate", model, "--data", held_out, "--T", T, "--loss", 5, "--json", tmp_path / "copy.json")
+    assert done.exit_code == 0, done.output
+    content = json.loads(exit_path(model).read_text())
+    assert content == json.loads((tmp_path / "copy.json").read_text())
+    exit, calibrated_T = load_calibration(model)
+    assert (exit.threshold, exit.criterion, calibrated_T) == (content["threshold"], content["criterion"], T)
+    assert content["fixed_accuracy"] == 1.0 and 0.95 <= content["accuracy"] < 1 and content["mean_T"] < T
+    assert sum(content["num_images_by_steps"]) == content["num_samples"] == 120
+    assert [entry["allowed_loss"] for entry in content["frontier"]] == [0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05]
+    assert "5*" in done.output and f"{content['threshold']:.4f}" in done.output
+    assert "one image is" not in done.output  # 5 % of 120 images are 6
+    assert f"next: tetdeploy early-exit {model}" in done.output
+
+    done = run("early-exit", model, "--data", held_out, "--threads", 1)
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "m.early-exit.json").read_text())
+    assert result["early_exit"]["mean_T"] == pytest.approx(content["mean_T"])
+    assert result["early_exit"]["accuracy"] == pytest.approx(content["accuracy"])
+    assert f"{content['mean_T']:.2f}" in done.output and "× faster" in done.output
+
+    done = run("report", tmp_path / "m.early-exit.json", "-o", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
+    assert done.exit_code == 0 and "Early exit" in done.output, done.output
+    text = (tmp_path / "r.md").read_text()
+    assert f"{exit.criterion} \\> {exit.threshold:.4f}" in text and f"{content['mean_T']:.2f}" in text
+
+
+def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:
+    describe(model, source={"data": {"name": "digits"}, "training": {"val_fraction": 0.1}})
+    done = run("calibrate", model, "--T", 3)
+    assert done.exit_code == 0, done.output
+    content = json.loads(exit_path(model).read_text())
+    assert (content["data"], content["num_samples"], content["T"]) == ("digits (held out)", 143, 3)
+    assert "one image is 0.7 points here" in done.output
+    done = run("calibrate", model, "--split", "train", "--limit", 30, "--criterion", "margin", "--min-T", 2)
+    assert done.exit_code == 0, done.output
+    content = json.loads(exit_path(model).read_text())
+    assert (content["data"], content["num_samples"], content["T"]) == ("digits (trained on)", 30, 8)
+    assert content["num_images_by_steps"][0] == 0 and {e["criterion"] for e in content["frontier"]} == {"margin"}
+
+
+@pytest.mark.parametrize(("arguments", "changes", "message"), [
+    ([], {}, "does not say what data it was trained on; name some with --data"),
+    ([], {"source": {"data": {"name": "digits"}}}, "held out no images .* take those it was trained on with --split"),
+    (["--data", "poems"], {"source": {"training": {"val_fraction": 0.1}}}, "unknown data set 'poems'"),
+    (["--data", "digits", "--split", "train"], {"class_names": list("abcdefghij")}, "do not match the model's"),
+    (["--data", "digits", "--split", "train", "--min-T", "9"], {}, "min_T must lie within the T=8 steps, got 9"),
+    (["--data", "digits", "--loss", "-1"], {}, "-1.0 is not in the range"),
+])  # fmt: skip
+def test_what_calibrate_refuses(model: Path, arguments: list[str], changes: dict[str, Any], message: str) -> None:
+    describe(model, **changes)
+    done = run("calibrate", model, "--limit", 20, *arguments)
+    assert done.exit_code in (1, 2) and "Traceback" not in done.output
+    assert re.search(message, done.output), done.output
+    assert not exit_path(model).exists()
+
+
+@pytest.mark.parametrize("command", ["calibrate", "early-exit"])
+def test_other_layouts_are_refused_before_any_work(command: str) -> None:
+    done = run(command, exported("dynamic"), "--data", "digits")
+    assert done.exit_code == 1 and "export with --layout step" in done.output
+
+
+def test_what_early_exit_refuses(model: Path, held_out: Path) -> None:
+    done = run("early-exit", model, "--data", held_out)
+    assert done.exit_code == 1 and "no early-exit threshold at" in done.output and "tetdeploy calibrate" in done.output
+    assert run("calibrate", model, "--data", held_out, "--T", T).exit_code == 0
+    done = run("early-exit", model, "--data", held_out, "--T", 4)
+    assert done.exit_code == 1 and f"was found for T={T} and says nothing of T=4" in done.output
+    describe(model, trained_T=5)
+    done = run("early-exit", model, "--data", held_out)
+    assert done.exit_code == 1 and "holds the threshold of another model" in done.output
+
+
+@pytest.mark.parametrize("command", ["calibrate", "early-exit"])
+def test_ctrl_c_leaves_nothing_behind(
+    model: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    if command == "early-exit":
+        assert run("calibrate", model, "--data", held_out, "--T", T).exit_code == 0
+    before = sorted(path.name for path in model.parent.iterdir())
+    calls: list[int] = []
+    engine_run = Engine.run
+
+    def interrupted(self: Engine, x: Array, *arguments: Any, **options: Any) -> Any:
+        calls.append(len(x))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return engine_run(self, x, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "run", interrupted)
+    done = run(command, model, "--data", held_out)
+    assert done.exit_code == 130 and "interrupted; nothing was written" in done.output and len(calls) == 2
+    assert sorted(path.name for path in model.parent.iterdir()) == before
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def test_a_sweep_of_the_same_images_is_joined(tmp_path: Path) -> None:
+    x, labels = own_labels(0, 40)
+    measured = measure(engine("step"), x, labels, Exit(0.3), 3, data="digits")
+    of = {"data": "digits", "num_samples": 40, "model_sha256": measured["model_sha256"]}
+    files = [
+        write(tmp_path / "m.early-exit.json", measured),
+        write(tmp_path / "m.sweep.json", sweep_result(kind="sweep", **of)),
+    ]
+    results = read_results(files)
+    (found,) = results.measurements
+    assert found.rows[0]["latency_ms"] == 0.5 and found.content["early_exit"]["T"] == 3 and not results.notes
+    titles = [section.title for section in document_of(results).sections]
+    assert titles.index("Early exit") == titles.index("Cost by time steps") + 1
+    del measured["early_exit"]["mean_T"]
+    write(files[0], measured)
+    with pytest.raises(ValueError, match=r"early_exit.mean_T is missing; run tetdeploy early-exit again"):
+        read_results(files)

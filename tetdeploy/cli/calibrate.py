@@ -1,0 +1,162 @@
+"""`tetdeploy calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tetdeploy.cli.errors import INTERRUPTED
+from tetdeploy.cli.options import (
+    as_model_input,
+    console,
+    data_dir_option,
+    device_option,
+    json_option,
+    newest_export,
+    progress_bar,
+    runs_option,
+    threads_option,
+)
+from tetdeploy.cli.sweep import default_steps, load_inputs, refuse_classes
+
+if TYPE_CHECKING:
+    from tetdeploy.engine import Engine
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  tetdeploy export --layout step && tetdeploy calibrate     the newest export, T = 8, at most 0.1 points lost
+  tetdeploy calibrate MODEL --T 4 --loss 0.5
+  tetdeploy calibrate MODEL --data held-out.npz             images of your own, all of them; no torch needed
+  tetdeploy early-exit MODEL                                then: what it keeps and saves on the test set
+
+\b
+Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
+"""
+)
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    help="A data set's name, or FILE.npz with images and labels, all of which are used. [default: the training's data]",
+)
+@data_dir_option
+@click.option(
+    "--split",
+    type=click.Choice(("val", "train")),
+    default="val",
+    show_default=True,
+    help="Of the training's data: the images held out for validation, or those trained on, whose answers are surer "
+    "than those of new images.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
+@click.option(
+    "--T", "T", type=click.IntRange(1, 1024), help="The most steps. [default: 8; with frames that of the training]"
+)
+@click.option(
+    "--loss",
+    type=click.FloatRange(0, 100),
+    default=0.1,
+    show_default=True,
+    help="Points of accuracy (per cent of the images) that may be lost against T steps for every image.",
+)
+@click.option(
+    "--criterion",
+    type=click.Choice(("confidence", "margin", "both")),
+    default="both",
+    show_default=True,
+    help="What must exceed the threshold: the largest entry of the softmax of the mean logits, or how far it is ahead "
+    "of the second; both: the one that takes fewer steps.",
+)
+@click.option("--min-T", "min_T", type=click.IntRange(min=1), default=1, show_default=True, help="The fewest steps.")
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
+@device_option
+@threads_option
+@runs_option
+@json_option
+@click.pass_context
+def calibrate(
+    ctx: click.Context,
+    model: Path | None,
+    data: str | None,
+    data_dir: Path,
+    split: str,
+    limit: int | None,
+    T: int | None,
+    loss: float,
+    criterion: str,
+    min_T: int,
+    batch_size: int,
+    device: str,
+    threads: int | None,
+    runs: Path,
+    json_path: Path | None,
+) -> None:
+    """When is an answer certain enough to stop? The threshold of early exit, from held-out images.
+
+    MODEL is an .onnx file of the step layout; the newest export by default. One run of T steps gives every threshold's
+    accuracy; the one that takes the fewest steps on average and loses no more than --loss goes beside the model, into
+    MODEL.exit.json. Needs no torch.
+    """
+    from tetdeploy.early_exit import CRITERIA, exit_path
+    from tetdeploy.engine import Engine
+    from tetdeploy.exit_calibration import answer
+    from tetdeploy.exit_calibration import calibrate as find
+    from tetdeploy.files import write_json
+    from tetdeploy.report.early_exit import calibration_shown
+
+    engine = Engine(model or newest_export(runs), device=device, threads=threads)
+    engine.check_early_exit()
+    name, x, labels = held_out(engine, data, data_dir, split, limit)
+    T = T or max(default_steps(engine))
+    engine.check_T(T, engine.check_input(x[:1]))
+    criteria = CRITERIA if criterion == "both" else tuple(c for c in CRITERIA if c == criterion)
+    try:
+        with progress_bar("images") as bar:
+            task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
+            answers = answer(engine, x, labels, T, batch_size=batch_size, tick=lambda done: bar.advance(task, done))
+        found = find(answers, loss=loss / 100, criteria=criteria, min_T=min_T)
+        result = found.to_dict(engine, name)
+        written = [path for path in (exit_path(engine.path), json_path) if path is not None]
+        for path in written:
+            write_json(path, result)
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing was written")
+        ctx.exit(INTERRUPTED)
+    for part in calibration_shown(result):
+        console.print(part)
+    console.print("   ".join(map(str, written)), markup=False)
+    console.print(f"next: tetdeploy early-exit {engine.path}", markup=False)
+
+
+def held_out(engine: Engine, data: str | None, data_dir: Path, split: str, limit: int | None) -> tuple[str, Any, Any]:
+    """Name, images or frames as the graph takes them, and labels to calibrate on.
+
+    Raises:
+        ValueError: the training held no images out, or the data are of other classes.
+    """
+    from tetdeploy.data import load_data, split_validation
+
+    source = engine.metadata["source"]
+    own = str(source.get("data", {}).get("name", ""))
+    if data is not None and data != own and data.lower().endswith(".npz"):
+        return load_inputs(engine, data, data_dir, limit)
+    name = data or own
+    if not name:
+        raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
+    fraction = float(source.get("training", {}).get("val_fraction", 0.0))
+    if split == "val" and not fraction:
+        raise ValueError(
+            f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "
+            "calibrate on; name others with --data FILE.npz, or take those it was trained on with --split train"
+        )
+    images = load_data(name, "train", data_dir=data_dir, T=int(engine.metadata["trained_T"]))
+    if not name.lower().endswith(".npz") and images.class_names != engine.class_names:
+        refuse_classes(engine, name, images.class_names)
+    if fraction:
+        images = split_validation(images, fraction=fraction)[0 if split == "train" else 1]
+    chosen = images.select(slice(limit))
+    x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)
+    return f"{name} ({'held out' if split == 'val' else 'trained on'})", x, chosen.labels

@@ -1,0 +1,99 @@
+"""`tetdeploy early-exit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tetdeploy.cli.errors import INTERRUPTED
+from tetdeploy.cli.options import (
+    console,
+    data_dir_option,
+    device_option,
+    newest_export,
+    progress_bar,
+    runs_option,
+    threads_option,
+)
+from tetdeploy.cli.sweep import load_inputs
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  tetdeploy early-exit                                   the newest export, on the test set of its training's data
+  tetdeploy early-exit MODEL --data test.npz --batch-size 256
+  tetdeploy early-exit MODEL --limit 1000 --threads 1
+
+\b
+Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
+"""
+)
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("--T", "T", type=click.IntRange(1, 1024), help="The most steps. [default: that of the calibration]")
+@click.option(
+    "--data",
+    help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",
+)
+@data_dir_option
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
+@click.option(
+    "--batch-size", default=64, show_default=True, type=click.IntRange(min=1), help="Images that start together."
+)
+@device_option
+@threads_option
+@runs_option
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where the result goes. [default: MODEL.early-exit.json]",
+)
+@click.pass_context
+def early_exit(
+    ctx: click.Context,
+    model: Path | None,
+    T: int | None,
+    data: str | None,
+    data_dir: Path,
+    limit: int | None,
+    batch_size: int,
+    device: str,
+    threads: int | None,
+    runs: Path,
+    json_path: Path | None,
+) -> None:
+    """What early exit keeps and saves, on a test set: accuracy, steps, energy, time.
+
+    MODEL is an .onnx file of the step layout with the MODEL.exit.json that tetdeploy calibrate wrote beside it; the
+    newest export by default. Every batch runs with T steps for each image and with early exit, taking turns, and both
+    are timed. Writes MODEL.early-exit.json, which tetdeploy report shows. Needs no torch.
+    """
+    from tetdeploy.early_exit import load_calibration, load_exit
+    from tetdeploy.engine import Engine
+    from tetdeploy.exit_savings import measure
+    from tetdeploy.files import write_json
+    from tetdeploy.report.early_exit import savings_shown
+
+    engine = Engine(model or newest_export(runs), device=device, threads=threads)
+    engine.check_early_exit()
+    T = T or load_calibration(engine.path)[1]
+    exit = load_exit(engine.path, T)
+    name, x, labels = load_inputs(engine, data, data_dir, limit)
+    engine.check_T(T, engine.check_input(x[:1]))
+    json_path = json_path or engine.path.with_suffix(".early-exit.json")
+    try:
+        with progress_bar("images") as bar:
+            task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
+            result = measure(
+                engine, x, labels, exit, T, data=name, batch_size=batch_size, tick=lambda done: bar.advance(task, done)
+            )
+        write_json(json_path, result)
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing was written")
+        ctx.exit(INTERRUPTED)
+    for part in savings_shown(result):
+        console.print(part)
+    console.print(str(json_path), markup=False)
+    console.print(f"next: tetdeploy report {json_path}", markup=False)

@@ -1,0 +1,115 @@
+"""Early exit in the terminal: the thresholds of a calibration, and what one keeps and saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from tetdeploy.report.tables import BILLS, energy
+
+Cells = tuple[str, str, str, str]  # what, T steps for each image, early exit, the difference
+
+
+def calibration_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
+    """What the terminal shows of a calibration's JSON, from top to bottom."""
+    yield f"{result['model']}   {result['num_samples']:,} images of {result['data']}   T={result['T']}"
+    yield _frontier_table(result)
+    fixed = "  ".join(f"{accuracy:.2%}" for accuracy in result["accuracy_by_T"])
+    yield f"[dim]every image the same T, 1 to {result['T']}: {fixed}[/dim]"
+    yield (
+        f"[dim]* goes beside the model; lost: points of accuracy against T={result['T']} for every image, with the "
+        "95 % interval that the answers turned wrong and right on the same images give[/dim]"
+    )
+    if result["num_samples"] * result["allowed_loss"] < 1:
+        yield (
+            f"one image is {100 / result['num_samples']:.2g} points here, more than may be lost: on other images the "
+            "loss may well be larger; calibrate on more"
+        )
+    yield f"steps  {by_steps(result['num_images_by_steps'])}"
+
+
+def _frontier_table(result: Mapping[str, Any]) -> Table:
+    headers = (
+        "may\nlose",
+        "criterion",
+        "threshold",
+        "accuracy",
+        "lost",
+        "turned wrong\n/ right",
+        "mean T",
+        "of T\nsteps",
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in headers:
+        table.add_column(header, justify="left" if header == "criterion" else "right", no_wrap=True)
+    for entry in result["frontier"]:
+        table.add_row(
+            f"{entry['allowed_loss'] * 100:g}{'*' if entry['allowed_loss'] == result['allowed_loss'] else ' '}",
+            entry["criterion"],
+            f"{entry['threshold']:.4f}",
+            f"{entry['accuracy']:.2%}",
+            lost(entry),
+            f"{entry['lost']} / {entry['gained']}",
+            f"{entry['mean_T']:.2f}",
+            f"{entry['mean_T'] / result['T']:.0%}",
+        )
+    return table
+
+
+def savings_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
+    """What the terminal shows of an early exit's JSON, from top to bottom."""
+    early = result["early_exit"]
+    yield f"{result['model']}   {result['num_samples']:,} images of {result['data']}   {rule(early)}"
+    table = Table("", f"T={early['T']}", "early exit", "", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for cells in compared(early):
+        table.add_row(*cells)
+    yield table
+    yield f"steps  {by_steps([entry['num_images'] for entry in early['by_steps']])}"
+    on = result["machine"]
+    yield f"[dim]{on['cpu']}, {on['cores']} cores, {on['provider']}, batches of {early['batch_size']}[/dim]"
+    yield f"[dim]{turned(early)}[/dim]"
+    if (early["load"] or 0) >= 1:
+        yield f"[dim]{early['load']:.1f} processes were running when this began: an idle machine is faster[/dim]"
+
+
+def compared(early: Mapping[str, Any]) -> Iterator[Cells]:
+    """The rows of the comparison with T steps for each image; costs are per image, time is of the whole run."""
+    yield "accuracy", f"{early['fixed_accuracy']:.2%}", f"{early['accuracy']:.2%}", f"{lost(early)} points lost"
+    yield "mean T", f"{early['T']:.2f}", f"{early['mean_T']:.2f}", _times(early["T"], early["mean_T"])
+    labels = {"paper": "energy", "exact": "energy, exact", "once": "energy, first layer once"}
+    for name, key in BILLS.items():
+        fixed, cost = early["fixed_cost"][key], early["cost"][key]
+        yield labels[name], energy(fixed), energy(cost), _times(fixed, cost)
+    fixed, seconds = early["fixed_seconds"], early["seconds"]
+    yield "time of the run", f"{fixed:.3g} s", f"{seconds:.3g} s", f"{early['speedup']:.2f} × faster"
+
+
+def lost(entry: Mapping[str, Any]) -> str:
+    """Points of accuracy with their interval: `0.08 ± 0.20`."""
+    return f"{entry['loss'] * 100:.2f} ± {entry['loss_95'] * 100:.2f}"
+
+
+def turned(early: Mapping[str, Any]) -> str:
+    """The paired flips in words."""
+    return f"Against T={early['T']} for every image {early['lost']} answers turned wrong and {early['gained']} right."
+
+
+def rule(exit: Mapping[str, Any]) -> str:
+    """`confidence > 0.93`."""
+    least = f", from T={exit['min_T']}" if exit["min_T"] > 1 else ""
+    return f"{exit['criterion']} > {exit['threshold']:.4f}{least}"
+
+
+def by_steps(counts: list[int]) -> str:
+    """`1: 60.1 %   2: 20.0 %   ...`, the share of the images that took so many steps."""
+    total = sum(counts)
+    return "   ".join(f"{t}: {count / total:.1%}" for t, count in enumerate(counts, start=1))
+
+
+def _times(fixed: float, early: float) -> str:
+    return f"{fixed / early:.2f} × less" if early else ""
