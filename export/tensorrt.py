@@ -91,7 +91,7 @@ def build_engine(
     if path.suffix != ".engine":
         raise ValueError(f"an engine's file name ends in .engine, got {path.name}")
     data = read_model(model)
-    graph, metadata = _parse(data, model)
+    graph, metadata = parse_graph(data, model)
     T = _steps(config.T, metadata, model)
     package = choose_package(config.package)
     if package == "tensorrt":
@@ -99,7 +99,7 @@ def build_engine(
     trt = import_tensorrt(package)
     architectures = target_architectures(trt, package, config.gpu_architectures)
     _check_cache(config.timing_cache, package)
-    with _writing(path), atomic_write(path) as engine_file, atomic_write(manifest_path(path)) as manifest_file:
+    with atomic_write(manifest_path(path)) as manifest_file, atomic_write(path) as engine_file:
         started = time.perf_counter()
         build = _Build(trt, prepare(graph), tick)
         build.configure(config, T, architectures if package == "tensorrt-rtx" else ())
@@ -265,18 +265,12 @@ def _interruptible(monitor: Any) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """A full disk, which the system reports without a name, names the file."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+def parse_graph(data: bytes, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """An exported graph and its metadata from the bytes of the file `path`.
 
-
-def _parse(data: bytes, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    Raises:
+        ValueError: it is no ONNX model, or none of ours.
+    """
     try:
         graph = onnx.load_from_string(data)
     except DecodeError as error:

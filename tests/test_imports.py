@@ -64,8 +64,10 @@ def test_a_training_host_needs_no_onnxruntime_for(module: str) -> None:
     assert "onnxruntime" not in loaded_by(f"import {module}")
 
 
-def test_building_and_running_tensorrt_engines_needs_no_torch() -> None:
+def test_engines_and_triton_repositories_need_no_torch() -> None:
     loaded = loaded_by("import tetdeploy.export.tensorrt")
+    assert "onnx" in loaded and not loaded & {"torch", "onnxscript", "onnx_ir", "onnxruntime"}
+    loaded = loaded_by("import tetdeploy.export.repository")
     assert "onnx" in loaded and not loaded & {"torch", "onnxscript", "onnx_ir", "onnxruntime"}
     loaded = loaded_by("import tetdeploy.tensorrt_engine")
     assert not loaded & {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}

@@ -94,6 +94,10 @@ class Engine:
 
     def _take(self, metadata: dict[str, Any]) -> None:
         """The attributes that the metadata say."""
+        if metadata["layout"] == "sequence":
+            raise ValueError(
+                f"{self.path} is a step graph for Triton, which keeps its state; the engine takes what it was made of"
+            )
         self.metadata = metadata
         self.layout: str = self.metadata["layout"]
         self.encoding: str = self.metadata["encoding"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -23,22 +24,51 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     An error leaves an earlier file at `path` as it was and removes the temporary one. Missing parent folders are made.
 
     Raises:
-        OSError: the folder cannot be made or written; the message names `path`.
+        OSError: the folder cannot be made or written, or the disk is full; the message names `path`.
     """
     path = Path(path)
-    try:
+    with _making(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; choose another output folder") from error
     temporary = Path(name)
     try:
-        yield temporary
+        with _filling(path):
+            yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which must not be there; it takes that name when the block ends without
+    an error, and goes otherwise. Missing parent folders are made.
+
+    Raises:
+        OSError: the folder cannot be made or written, the disk is full, or `path` is there by now; the message names
+            `path`.
+    """
+    path = Path(path)
+    with _making(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        with _filling(path):
+            yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
+        with _making(path):
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """Where what can be made anew is kept: `$XDG_CACHE_HOME/tetdeploy` or `~/.cache/tetdeploy`."""
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # the XDG specification says to ignore a relative path
+    return (configured if configured.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "tetdeploy"  # noqa: PTH111
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -69,6 +99,25 @@ def parse_npz(handle: BinaryIO, name: str) -> dict[str, NDArray[Any]]:
             return {key: file[key] for key in file.files}
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{name} is damaged: {error}") from error
+
+
+@contextmanager
+def _making(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; choose another output folder") from error
+
+
+@contextmanager
+def _filling(path: Path) -> Iterator[None]:
+    """A full disk, which the system reports without a name, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _umask() -> int:
