@@ -189,8 +189,8 @@ def test_own_network_with_groups_strides_and_a_sum(tmp_path: Path) -> None:
 
 def test_the_gate_sees_a_scale_that_is_two_percent_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's side has another scale than the graph."""
-    off = lambda module, scales: quantise(  # noqa: E731
-        module, {name: replace(scale, scale=scale.scale * 1.02) for name, scale in scales.items()}
+    off = lambda module, scales, **options: quantise(  # noqa: E731
+        module, {name: replace(scale, scale=scale.scale * 1.02) for name, scale in scales.items()}, **options
     )
     monkeypatch.setattr(int8_network, "quantise", off)
     with pytest.raises(ParityError, match="does not compute what PyTorch computes"):

@@ -55,7 +55,7 @@ def calibrate(
         x: input as the graph takes it, `[N, ...]`.
         labels: `[N]`; without them the accuracy is the agreement with the network in float32.
         T: steps to run.
-        answers: the per-step logits `[N, T, K]` on `x` of the network in 8 bits at some scales, to measure its accuracy.
+        answers: the per-step logits `[N, T, K]` on `x` of the network in 8 bits at some scales, whose accuracy counts.
         tick: called with the number of images done.
 
     Raises:

@@ -12,6 +12,7 @@ called and however often one is used. A convolution that feeds two different BNs
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import torch
@@ -47,13 +48,15 @@ class FoldingError(ValueError):
     """A BN layer cannot be folded; the message names it and says why."""
 
 
-def fold_batchnorm(program: torch.export.ExportedProgram) -> fx.GraphModule:
+def fold_batchnorm(program: torch.export.ExportedProgram, *, trainable: bool = False) -> fx.GraphModule:
     """Fold every BN of an exported network into the convolution or linear layer before it (Eq. 6).
 
     The arithmetic of folding is float64. Shared layers are copied where their BNs differ.
 
     Args:
         program: `torch.export.export(net.eval(), ...)`, any shapes, dynamic ones included.
+        trainable: the module reads the parameters of the traced network itself and folds them at each call, so that
+            gradients reach them. BN's running statistics are constants to it.
 
     Returns:
         A module that maps the same input to the same output with no BN in it. `program` is left as it was.
@@ -61,7 +64,7 @@ def fold_batchnorm(program: torch.export.ExportedProgram) -> fx.GraphModule:
     Raises:
         FoldingError: a BN is in training mode, or has no convolution or linear layer straight before it.
     """
-    graph_module = copy.deepcopy(program.module())
+    graph_module = program.module() if trainable else copy.deepcopy(program.module())
     assert isinstance(graph_module, fx.GraphModule)
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and "batch_norm" in str(node.target) and node.target is not _BATCH_NORM:
@@ -70,7 +73,7 @@ def fold_batchnorm(program: torch.export.ExportedProgram) -> fx.GraphModule:
                 "fold before run_decompositions()"
             )
         if node.op == "call_function" and node.target is _BATCH_NORM:
-            _fold(graph_module, node)
+            _fold(graph_module, node, trainable)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
@@ -88,7 +91,32 @@ def module_path(node: fx.Node) -> str:
     return str(stack[-1][0]) if stack and stack[-1][0] else node.name
 
 
-def _fold(graph_module: fx.GraphModule, bn: fx.Node) -> None:
+def is_parameter(node: Any) -> bool:
+    """Whether a node of a traced graph reads a parameter or buffer, or one that is folded at each call."""
+    if not isinstance(node, fx.Node):
+        return False
+    return node.op == "get_attr" or (node.target is operator.getitem and node.args[0].target is fold)  # type: ignore[union-attr]
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 6 in float64: the new weight `[C', ...]` and bias `[C']`, in the dtype of `weight`."""
+    scale = torch.rsqrt(variance.double() + eps)
+    scale = scale if gamma is None else scale * gamma.double()
+    new_bias = -mean.double() if bias is None else bias.double() - mean.double()
+    new_bias = new_bias * scale if beta is None else new_bias * scale + beta.double()
+    new_weight = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    return new_weight.to(weight.dtype), new_bias.to(weight.dtype)
+
+
+def _fold(graph_module: fx.GraphModule, bn: fx.Node, trainable: bool) -> None:
     name = module_path(bn)
     if bn.args[5]:
         raise FoldingError(
@@ -96,14 +124,13 @@ def _fold(graph_module: fx.GraphModule, bn: fx.Node) -> None:
             "call net.eval() first (and track running statistics in training)"
         )
     layer = _layer_before(bn, name)
-    weight, bias = _folded(graph_module, layer, bn)
+    parts = [layer.args[1], layer.args[2] if len(layer.args) > 2 else None, *bn.args[1:5]]
+    for part in parts:
+        _refuse_computed(part, bn)
     graph = graph_module.graph
     with graph.inserting_before(layer):
-        owner = f"folded_{bn.name}"
-        graph_module.add_submodule(owner, nn.ParameterDict({"weight": weight, "bias": bias}))
-        parameters = [graph.get_attr(f"{owner}.{key}") for key in ("weight", "bias")]
-        for parameter, value in zip(parameters, (weight, bias), strict=True):
-            parameter.meta["val"] = value  # read where a second BN follows
+        make = _folded_at_each_call if trainable else _folded_once
+        parameters = make(graph_module, parts, bn)
         folded = graph.create_node("call_function", layer.target, (layer.args[0], *parameters, *layer.args[3:]))
     folded.meta = dict(layer.meta)
     _replace_on_the_way(bn, layer, folded)
@@ -146,32 +173,48 @@ def _shape(node: fx.Node) -> str:
     return str(list(node.meta["val"].shape))
 
 
-def _folded(graph_module: fx.GraphModule, layer: fx.Node, bn: fx.Node) -> tuple[nn.Parameter, nn.Parameter]:
-    """Eq. 6 in float64: the new weight and bias."""
-    gamma, beta, mean, variance = (_value(graph_module, argument, bn) for argument in bn.args[1:5])
-    eps: Any = bn.args[7]
-    weight = _value(graph_module, layer.args[1], bn)
-    bias = _value(graph_module, layer.args[2], bn) if len(layer.args) > 2 else None
-    assert weight is not None and mean is not None and variance is not None
-    scale = torch.rsqrt(variance.double() + float(eps))
-    scale = scale if gamma is None else scale * gamma.double()
-    new_bias = -mean.double() if bias is None else bias.double() - mean.double()
-    new_bias = new_bias * scale if beta is None else new_bias * scale + beta.double()
-    new_weight = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-    return nn.Parameter(new_weight.to(weight.dtype), False), nn.Parameter(new_bias.to(weight.dtype), False)
+def _folded_once(graph_module: fx.GraphModule, parts: list[Any], bn: fx.Node) -> list[fx.Node]:
+    """New weight and bias as parameters of the module."""
+    values = fold(*(_value(graph_module, part) for part in parts), _eps(bn))  # type: ignore[arg-type]
+    owner = f"folded_{bn.name}"
+    folded = {key: nn.Parameter(value, False) for key, value in zip(("weight", "bias"), values, strict=True)}
+    graph_module.add_submodule(owner, nn.ParameterDict(folded))
+    nodes = [graph_module.graph.get_attr(f"{owner}.{key}") for key in folded]
+    for node, value in zip(nodes, values, strict=True):
+        node.meta["val"] = value  # read where a second BN follows
+    return nodes
 
 
-def _value(graph_module: fx.GraphModule, argument: Any, bn: fx.Node) -> Tensor | None:
-    """The parameter or buffer that an argument of `bn`, or of the layer before it, reads."""
-    if argument is None:
+def _folded_at_each_call(graph_module: fx.GraphModule, parts: list[Any], bn: fx.Node) -> list[fx.Node]:
+    """New weight and bias as the graph computes them."""
+    graph = graph_module.graph
+    pair = graph.call_function(fold, (*parts, _eps(bn)))
+    nodes = [graph.call_function(operator.getitem, (pair, k)) for k in range(2)]
+    for node, like in zip(nodes, (parts[0], bn.args[3]), strict=True):
+        node.meta["val"] = like.meta["val"]  # type: ignore[union-attr]
+    return nodes
+
+
+def _eps(bn: fx.Node) -> float:
+    return float(bn.args[7])  # type: ignore[arg-type]
+
+
+def _refuse_computed(argument: Any, bn: fx.Node) -> None:
+    """Refuse what is no parameter or buffer among what `bn`, or the layer before it, reads."""
+    if argument is None or is_parameter(argument):
+        return
+    raise FoldingError(
+        f"cannot fold BN {module_path(bn)!r}: {argument} ({module_path(argument)}) is computed in the network, not "
+        "a parameter of it; remove the parametrization first, or export without folding (--no-fold-bn)"
+    )
+
+
+def _value(graph_module: fx.GraphModule, node: fx.Node | None) -> Tensor | None:
+    """What a `get_attr` node reads."""
+    if node is None:
         return None
-    if not (isinstance(argument, fx.Node) and argument.op == "get_attr"):
-        raise FoldingError(
-            f"cannot fold BN {module_path(bn)!r}: {argument} ({module_path(argument)}) is computed in the network, not "
-            "a parameter of it; remove the parametrization first, or export without folding (--no-fold-bn)"
-        )
     value: Any = graph_module
-    for part in str(argument.target).split("."):
+    for part in str(node.target).split("."):
         value = getattr(value, part)
     assert isinstance(value, Tensor)
     return value.detach()

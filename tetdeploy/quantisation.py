@@ -9,7 +9,8 @@ scale and zero point for the layer::
     I   = s_I (I_q - z)                        what the neurons integrate, in float32
 
 so that only weights, biases and input currents round. `int8_conv` computes this in PyTorch bit for bit as ONNX Runtime
-does: an int8 graph is checked against it.
+does: an int8 graph is checked against it. `fake_quantised_conv` computes it too, from weights in float32, and has
+gradients to fine-tune them: those of the convolution without rounding (straight-through), zero where I_q is clipped.
 
 The first layer, which reads the image, and the linear layers stay in floating point.
 """
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from tetdeploy.folding import module_path
+from tetdeploy.folding import is_parameter, module_path
 
 aten = torch.ops.aten
 _EXACT = 2**24  # whole numbers up to here are exact in float32
@@ -73,13 +74,26 @@ def int8_conv(
         bias: int32 [C'].
         scale, zero: see `CurrentScale`.
     """
+    rounded, step = _rounded(spikes, weight, weight_scale, bias, scale, stride, padding, dilation, groups)
+    return rounded.clamp(-zero, 255 - zero) * step
+
+
+def _rounded(
+    spikes: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, scale: float, *places: Any
+) -> tuple[Tensor, Tensor]:
+    """I_q - z before it is clipped, and s_I, both float32."""
     # Every partial sum is a whole number below 2^24, which float32 holds exactly, in any order of summation; but some
     # kernels (Winograd's) multiply by fractions and miss a whole number by a little.
-    sums = _CONV[weight.dim() - 2](spikes.float(), weight.float(), None, stride, padding, dilation, groups).round()
-    channels = [1, -1, *[1] * (weight.dim() - 2)]
+    sums = _CONV[weight.dim() - 2](spikes.float(), weight.float(), None, *places).round()
+    channels = _channels(weight.dim(), 1)
     whole = (sums.to(torch.int32) + bias.view(channels)).float()
     step = torch.tensor(scale, dtype=torch.float32, device=whole.device)
-    return torch.round(whole * (weight_scale / step).view(channels)).clamp(-zero, 255 - zero) * step
+    return torch.round(whole * (weight_scale / step).view(channels)), step
+
+
+def _channels(dims: int, axis: int) -> list[int]:
+    """The shape of a value for each channel, where channels are that axis."""
+    return [-1 if k == axis else 1 for k in range(dims)]
 
 
 @int8_conv.register_fake
@@ -101,12 +115,64 @@ def _(
 _CONV: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
+class _FakeQuantised(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, spikes: Tensor, weight: Tensor, bias: Tensor | None, scale: float, zero: int, *places: Any
+    ) -> Tensor:
+        quantised = _quantised(weight, bias)
+        rounded, step = _rounded(spikes, *quantised.values(), scale, *places)
+        clipped = rounded.clamp(-zero, 255 - zero)
+        ctx.save_for_backward(spikes, quantised["weight"], quantised["weight_scale"], rounded == clipped)
+        ctx.places = places
+        return clipped * step
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        spikes, weight, weight_scale, inside = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.places
+        held = weight.float() * weight_scale.view(_channels(weight.dim(), 0))
+        grads = aten.convolution_backward(
+            grad * inside, spikes, held, [len(held)], stride, padding, dilation, False, [0] * len(stride), groups,
+            ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        return (*grads, *[None] * (2 + len(ctx.places)))
+
+
+def fake_quantised_conv(
+    spikes: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    zero: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """`int8_conv` of weights and biases that are quantised here, with gradients for them and for the spikes.
+
+    Args:
+        spikes: whole numbers, float32 [N, C, H, W].
+        weight: float32 [C', C / groups, *kernel].
+        bias: float32 [C'].
+        scale, zero: see `CurrentScale`.
+    """
+    current: Tensor = _FakeQuantised.apply(  # type: ignore[no-untyped-call]
+        spikes, weight, bias, scale, zero, stride, padding, dilation, groups
+    )
+    return current
+
+
 class Int8Error(ValueError):
     """A network has nothing that could run in int8, or a layer that cannot."""
 
 
-def quantise(graph_module: fx.GraphModule, scales: Scales) -> None:
+def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = False) -> None:
     """Let the convolutions named in `scales` compute in 8 bits, in place. The network must be folded.
+
+    Args:
+        trainable: weights are quantised at each call, with gradients (`fake_quantised_conv`), not once and for all.
 
     Raises:
         Int8Error: one of them has sums too large for exact arithmetic.
@@ -115,7 +181,13 @@ def quantise(graph_module: fx.GraphModule, scales: Scales) -> None:
         # A network's own loop over the steps calls one module T times, and a longer one calls it more often.
         current = scales.get(name) or scales.get(name.partition("#")[0])
         if current is not None:
-            _replace(graph_module, node, name, current)
+            _check_sums(name, node)
+            replacement = _fake_quantised if trainable else _quantised_once
+            with graph_module.graph.inserting_before(node):
+                new = replacement(graph_module, node, current)
+            new.meta = dict(node.meta)
+            node.replace_all_uses_with(new)
+            graph_module.graph.erase_node(node)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
@@ -140,7 +212,7 @@ def spiking_convolutions(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
 
 
 def _has_parameters(convolution: fx.Node) -> bool:
-    return all(given is None or given.op == "get_attr" for given in convolution.args[1:3])  # type: ignore[union-attr]
+    return all(given is None or is_parameter(given) for given in convolution.args[1:3])
 
 
 def _padding(convolution: fx.Node) -> list[int] | None:
@@ -160,28 +232,36 @@ def _arguments(convolution: fx.Node) -> list[Any]:
     return [*convolution.args, *[None] * (7 - len(convolution.args))]
 
 
-def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str, current: CurrentScale) -> None:
-    spikes, weight_node, bias_node, stride, _, dilation, groups = _arguments(node)
-    weight = _parameter(graph_module, weight_node)
-    bias = None if bias_node is None else _parameter(graph_module, bias_node)
-    if 127 * weight[0].numel() >= _EXACT:
-        raise Int8Error(
-            f"{name} sums {weight[0].numel():,} weights, too many for exact 8-bit arithmetic; use --precision fp32"
-        )
-    quantised = _quantised(weight, bias)
-    places = [_numbers(stride, weight.dim() - 2, 1), _padding(node), _numbers(dilation, weight.dim() - 2, 1)]
-    graph, owner = graph_module.graph, f"int8_{node.name}"
-    holder = nn.Module()
+def _places(convolution: fx.Node) -> tuple[list[int], list[int], list[int], int]:
+    """A convolution's stride, padding, dilation and groups."""
+    _, weight, _, stride, _, dilation, groups = _arguments(convolution)
+    dims = weight.meta["val"].dim() - 2
+    padding = _padding(convolution)
+    assert padding is not None
+    return _numbers(stride, dims, 1), padding, _numbers(dilation, dims, 1), groups or 1
+
+
+def _check_sums(name: str, convolution: fx.Node) -> None:
+    count = _arguments(convolution)[1].meta["val"].shape[1:].numel()
+    if 127 * count >= _EXACT:
+        raise Int8Error(f"{name} sums {count:,} weights, too many for exact 8-bit arithmetic; use --precision fp32")
+
+
+def _quantised_once(graph_module: fx.GraphModule, node: fx.Node, current: CurrentScale) -> fx.Node:
+    spikes, weight, bias = _arguments(node)[:3]
+    quantised = _quantised(_parameter(graph_module, weight), None if bias is None else _parameter(graph_module, bias))
+    owner, holder = f"int8_{node.name}", nn.Module()
     for key, value in quantised.items():
         holder.register_buffer(key, value)
     graph_module.add_submodule(owner, holder)
-    with graph.inserting_before(node):
-        tensors = [graph.get_attr(f"{owner}.{key}") for key in quantised]
-        rest = (current.scale, current.zero, *places, groups or 1)
-        new = graph.call_function(torch.ops.tetdeploy.int8_conv.default, (spikes, *tensors, *rest))
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    tensors = [graph_module.graph.get_attr(f"{owner}.{key}") for key in quantised]
+    given = (spikes, *tensors, current.scale, current.zero, *_places(node))
+    return graph_module.graph.call_function(torch.ops.tetdeploy.int8_conv.default, given)
+
+
+def _fake_quantised(graph_module: fx.GraphModule, node: fx.Node, current: CurrentScale) -> fx.Node:
+    given = (*_arguments(node)[:3], current.scale, current.zero, *_places(node))
+    return graph_module.graph.call_function(fake_quantised_conv, given)
 
 
 def _quantised(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
@@ -190,7 +270,7 @@ def _quantised(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     # Next to a bias that 32 bits cannot hold at the weights' own scale (a channel of zeros), the weights are nothing.
     largest = torch.maximum(weight.abs().flatten(1).amax(1) / 127, shift.abs() / _LARGEST_BIAS)
     scale = largest.clamp_min(1e-12).float()
-    per_channel = scale.view(-1, *[1] * (weight.dim() - 1))
+    per_channel = scale.view(_channels(weight.dim(), 0))
     return {
         "weight": torch.round(weight / per_channel).clamp(-127, 127).to(torch.int8),
         "weight_scale": scale,

@@ -39,14 +39,19 @@ class _Boundary(nn.Module):
         return per_step.mean(1), per_step
 
 
-def folded_module(classifier: Classifier, *, T: int, encoding: Encoding, uint8: bool) -> fx.GraphModule:
+def folded_module(
+    classifier: Classifier, *, T: int, encoding: Encoding, uint8: bool, trainable: bool = False
+) -> fx.GraphModule:
     """The network with BN folded, for PyTorch: `x [N, ...]` to the mean and the per-step logits `[N, T, K]`.
 
+    Args:
+        trainable: see `fold_batchnorm`.
+
     Raises:
-        ValueError: see `trace`.
+        ValueError: the network cannot be traced; FoldingError from folding.
     """
     with torch.no_grad(), quiet():
-        return without_bn(traced_program(classifier, T, encoding, False, uint8))
+        return without_bn(traced_program(classifier, T, encoding, False, uint8), trainable=trainable)
 
 
 def traced_program(
@@ -60,10 +65,10 @@ def traced_program(
         raise ValueError(_why_untraceable(error, T)) from error
 
 
-def without_bn(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
+def without_bn(program: torch.export.ExportedProgram, *, trainable: bool = False) -> fx.GraphModule:
     """The program without BN; refusals name modules as the network does, without our boundary round it."""
     try:
-        return fold_batchnorm(program)
+        return fold_batchnorm(program, trainable=trainable)
     except FoldingError as error:
         raise FoldingError(str(error).replace("classifier.network.", "")) from error
 
