@@ -219,8 +219,8 @@ def test_a_provider_that_does_not_start_is_not_replaced(monkeypatch: pytest.Monk
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     session = onnxruntime.InferenceSession
 
-    def falls_back(model: bytes, options: Any, providers: list[str]) -> Any:
-        assert providers == ["CUDAExecutionProvider"]
+    def falls_back(model: bytes, options: Any, providers: list[tuple[str, Any]], enable_fallback: int) -> Any:
+        assert [name for name, _ in providers] == ["CUDAExecutionProvider"]
         return session(model, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", falls_back)

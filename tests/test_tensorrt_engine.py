@@ -84,7 +84,7 @@ def test_a_stream_keeps_its_state_on_the_gpu(options: dict[str, Any], cuda: Cuda
         moved = {way: cuda.copied[way] - before[way] for way in before}
         assert moved["down"] == b.step_logits.nbytes
         if t:  # the first step's zeros come from the host
-            assert moved["up"] == 2 * 64 + (not options)  # the image, and whether to encode it
+            assert moved["up"] == 2 * 64 * (shown is not None) + (not options)  # an image, and whether to encode it
     for name, u in wanted.state.items():
         np.testing.assert_array_equal(got.state[name], u)
 
@@ -109,7 +109,7 @@ def test_gpu_memory_is_given_back(cuda: Cuda, tmp_path: Path) -> None:
         stream.push(digits().images[:3])
     states = len(trt.metadata["states"]) + len(trt.metadata["encoded"])
     gc.collect()
-    assert len(cuda.memory) == states
+    assert len(cuda.memory) == states + 1  # and the image
     del stream
     gc.collect()
     assert not cuda.memory

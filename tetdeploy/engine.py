@@ -1,5 +1,5 @@
-"""An exported model under ONNX Runtime or OpenVINO: run it at any T, or stream frames through it. Needs numpy and one of
-these only.
+"""An exported model under ONNX Runtime or OpenVINO: run it at any T, or stream frames through it. Needs numpy and one
+of these only.
 
 An engine keeps nothing between calls, so that threads may share one; LIF state lives in a `Stream`.
 """
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.extras import import_extra
+from tetdeploy.onnxruntime_gpu import BoundSession, prepare, provider_options
 from tetdeploy.openvino_session import OpenVINOSession
 
 if TYPE_CHECKING:
@@ -61,14 +62,16 @@ class Engine:
 
     Args:
         model: path of the `.onnx` file.
-        device: `cpu`, `cuda` or `tensorrt`. Another device than the one asked for is never used instead.
+        device: `cpu`, `cuda` or `tensorrt`. Another device than the one asked for is never used instead. On a GPU (the
+            first that CUDA shows) state and images stay there between the steps of a run or a stream.
         threads: threads of one operation; None leaves it to the runtime (all cores).
         runtime: `onnxruntime`, or `openvino` on a CPU.
 
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
-        path, device, runtime, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph, else None), encoding (`direct`
-        or `frames`), input_shape `(C, H, W)`, input_dtype, class_names, max_batch (most images in a call, None is any).
+        path, device, runtime, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph, else None), encoding
+        (`direct` or `frames`), input_shape `(C, H, W)`, input_dtype, class_names, max_batch (most images in a call,
+        None is any).
 
     Raises:
         ValueError: the file is no ONNX model, or none of ours; the device is unknown or its provider not available; the
@@ -76,6 +79,8 @@ class Engine:
         OSError: the file cannot be read.
         MissingExtraError: the runtime is not installed.
     """
+
+    max_batch: int | None = None
 
     def __init__(
         self, model: str | Path, *, device: str = "cpu", threads: int | None = None, runtime: str = "onnxruntime"
@@ -89,8 +94,7 @@ class Engine:
         self._bytes = read_model(self.path)
         self._session = self._make_session(b"")
         self._take(parse_metadata(self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), self.path))
-
-    max_batch: int | None = None
+        self._session = self._bind(self._session)
 
     def _take(self, metadata: dict[str, Any]) -> None:
         """The attributes that the metadata say."""
@@ -143,6 +147,11 @@ class Engine:
         return hashlib.sha256(self._bytes).hexdigest()
 
     @cached_property
+    def state_outputs(self) -> tuple[str, ...]:
+        """What one call gives for the next: membranes, and the encoded currents of a step graph for images."""
+        return tuple(state["output"] for state in (*self.metadata["states"], *self.metadata["encoded"]))
+
+    @cached_property
     def counting_overlay(self) -> bytes:
         return base64.b64decode(self.metadata["counting_overlay"])
 
@@ -161,6 +170,10 @@ class Engine:
             ValueError: the runtime failed.
         """
         return _call(self._session, list(names), feed)
+
+    def put(self, x: Array) -> Any:
+        """`x` where the model runs, for calls that show it again and again."""
+        return self._session.put(x) if isinstance(self._session, BoundSession) else x
 
     def check_streams(self) -> None:
         """Refuse a model that cannot stream.
@@ -270,24 +283,33 @@ class Engine:
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        try:
-            session = ort.InferenceSession(self._bytes + overlay, options, providers=self._providers)
+        providers = [(name, provider_options(name, self.sha256)) for name in self._providers]
+        try:  # with its fallback a call that fails on the GPU would be made on the CPU, and all later ones
+            session = ort.InferenceSession(self._bytes + overlay, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's own exception classes are private
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{self.path} cannot be loaded: not an ONNX model, or a damaged one ({reason})") from error
-        if session.get_providers()[0] != self._providers[0]:
+            fault = "not an ONNX model, or a damaged one"
+            if self.device != "cpu":
+                fault += f"; or {self.device} cannot be used: check driver and libraries, or choose device='cpu'"
+            raise ValueError(f"{self.path} cannot be loaded: {fault} ({reason})") from error
+        started = session.get_providers()
+        if missing := [name for name in self._providers if name not in started]:
             raise ValueError(
-                f"ONNX Runtime could not start {self._providers[0]} and would have used {session.get_providers()[0]}; "
-                "check the driver and the CUDA libraries, or choose device='cpu'"
+                f"ONNX Runtime could not start {missing[0]} and would have used {started[0]}; check the driver and the "
+                f"{'TensorRT 10' if missing[0].startswith('Tensorrt') else 'CUDA'} libraries, or choose device='cpu'"
             )
         return session
+
+    def _bind(self, session: Any) -> Any:
+        """On a GPU, the session whose state outputs stay there."""
+        return session if self.device == "cpu" else BoundSession(session, "cuda", self.state_outputs)
 
     def overlaid(self, overlay: bytes) -> tuple[Any, list[str]]:
         """The session of this model with an overlay, made once, and the outputs that it adds."""
         cache: dict[bytes, tuple[Any, list[str]]] = self.__dict__.setdefault("_overlays", {})
         if overlay not in cache:
             own = {output.name for output in self._session.get_outputs()}
-            session = self._make_session(overlay)
+            session = self._bind(self._make_session(overlay))
             cache[overlay] = session, [o.name for o in session.get_outputs() if o.name not in own]
         return cache[overlay]
 
@@ -315,7 +337,7 @@ class Stream:
         """Start anew: u = 0, t = 0."""
         self.t = 0
         self._u = self._zeros(self._states)
-        self._image: Array | None = None
+        self._image: Any = None  # as `Engine.put` gave it
         self._kept = self._zeros(self._encoded)
         self._sum = np.zeros((self.batch, len(self.engine.class_names)), np.float32)
 
@@ -361,16 +383,16 @@ class Stream:
         """Go on with some of the streams only: `which` is a mask `[N]`, or their numbers in a new order."""
         self.batch = len(np.arange(self.batch)[which])
         self._u, self._kept = ({name: np.asarray(u)[which] for name, u in a.items()} for a in (self._u, self._kept))
-        self._image = None if self._image is None else self._image[which]
+        self._image = None if self._image is None else self.engine.put(np.asarray(self._image)[which])
         self._sum = self._sum[which]
 
     def call(self, x: Array | None, names: Sequence[str]) -> dict[str, Array]:
         """One call of the graph on checked input: its `per_step` and the outputs `names`. State moves on."""
         if x is not None and len(x) != self.batch:
             raise ValueError(f"this stream has a batch of {self.batch}, got {len(x)}")
-        shown = x if x is not None else self._image
+        shown = self._image if x is None else self.engine.put(x[:, 0] if self._one_frame() else x)
         assert shown is not None
-        feed: dict[str, Array] = {"x": shown[:, 0] if self._one_frame() else shown, **self._u}
+        feed: dict[str, Array] = {"x": shown, **self._u}
         if self._encoded:
             feed |= {"encode": np.array([x is not None]), **self._kept}
         wanted = ["per_step", *names, *(s[1] for s in self._states), *(e[1] for e in self._encoded)]
@@ -479,11 +501,15 @@ def _providers(device: str) -> list[str]:
             "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'tetdeploy[cpu]' or 'tetdeploy[gpu]'"
         )
     ort = import_extra("onnxruntime", "cpu" if device == "cpu" else "gpu")
+    if device != "cpu":
+        prepare(device)
     if PROVIDERS[device] not in ort.get_available_providers():
         raise ValueError(
             f"device {device!r} needs ONNX Runtime's {PROVIDERS[device]}, which this installation lacks: "
             "pip uninstall -y onnxruntime, then pip install 'tetdeploy[gpu]'"
         )
+    if device == "tensorrt":
+        return [PROVIDERS["tensorrt"], PROVIDERS["cuda"]]  # what TensorRT cannot do
     return [PROVIDERS[device]]
 
 

@@ -50,8 +50,10 @@ class TensorRTEngine(Engine):
         cuda = gpu_runtime(f"running {self.path.name}")
         trt = import_tensorrt(self.manifest["package"])
         check_target(self.manifest, self.path.name, trt.__version__, gpu_architecture(cuda))
-        kept = [state["output"] for state in (*self.metadata["states"], *self.metadata["encoded"])]
-        self._session = Session(trt, Gpu(cuda), self._bytes, kept, self.path.name)
+        self._session = Session(trt, Gpu(cuda), self._bytes, self.state_outputs, self.path.name)
+
+    def put(self, x: Array) -> GpuArray:
+        return self._session.put(x)
 
     def check_input(self, x: Array) -> Array:
         x = super().check_input(x)
@@ -223,6 +225,12 @@ class Session:
             results = [outputs[n] if n in self._kept else self._gpu.get(outputs[n]) for n in names]
             checked(self._gpu.cuda, self._gpu.cuda.cudaStreamSynchronize(self._gpu.stream))
             return results
+
+    def put(self, array: Array) -> GpuArray:
+        """A copy on the GPU, to be fed to many calls."""
+        with self._lock:
+            checked(self._gpu.cuda, self._gpu.cuda.cudaSetDevice(0))
+            return self._gpu.put(np.ascontiguousarray(array))
 
     def _on_gpu(self, name: str, value: Array | GpuArray) -> GpuArray:
         if isinstance(value, GpuArray):

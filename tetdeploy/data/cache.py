@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.files import atomic_write
+from tetdeploy.files import atomic_write, cache_folder
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -37,7 +37,7 @@ def cached(name: str, root: Path, sources: Iterable[Path], make: Callable[[], Ar
     """
     sources = list(sources)
     fingerprint = _fingerprint(root, sources)
-    path = _cache_folder() / f"{name}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
+    path = cache_folder() / f"{name}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
     # opened here, because numpy leaves a damaged file open
     with suppress(*_DAMAGED), path.open("rb") as source, np.load(source, allow_pickle=False) as file:
         if str(file["fingerprint"]) == fingerprint:

@@ -1,0 +1,301 @@
+"""I/O binding: bound to the CPU it computes what the plain path computes; on a GPU where there is one.
+
+Of the providers for GPUs only what is asked of ONNX Runtime is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from export_helpers import digits, engine, exported, frames, layouts
+
+from tetdeploy.early_exit import Exit
+from tetdeploy.engine import Engine
+from tetdeploy.onnxruntime_gpu import BoundSession, DeviceArray, provider_options
+from tetdeploy.streams import StreamPool
+
+Array = np.ndarray[Any, Any]
+
+
+class BoundEngine(Engine):
+    """Binds its state as on a GPU, to the CPU's memory."""
+
+    def _bind(self, session: Any) -> BoundSession:
+        return BoundSession(session, "cpu", self.state_outputs)
+
+
+def make(layout: str, options: dict[str, Any]) -> Engine:
+    return BoundEngine(exported(layout, **options), threads=1)
+
+
+def inputs(of: Engine, count: int, T: int) -> Array:
+    if of.encoding == "frames":
+        return frames(count, T)
+    images = digits().images[:count]
+    return images if of.input_dtype == np.uint8 else (images.astype(np.float32) / 255 - 0.3) / 0.4
+
+
+# ------------------------------------------------------------------------------------------------ bound to the CPU
+
+
+@layouts
+def test_runs_and_counts_are_the_same(layout: str, options: dict[str, Any]) -> None:
+    plain, other = engine(layout, **options), make(layout, options)
+    assert isinstance(other._session, BoundSession) and not isinstance(plain._session, BoundSession)
+    for count, T in ((5, 3), (1, 2)):
+        x = inputs(plain, count, 3)
+        np.testing.assert_array_equal(other.run(x, T).per_step, plain.run(x, T).per_step)
+        (result, counts), (wanted, wanted_counts) = other.count(x, T), plain.count(x, T)
+        np.testing.assert_array_equal(result.per_step, wanted.per_step)
+        assert counts.keys() == wanted_counts.keys() and counts
+        for name, value in counts.items():
+            np.testing.assert_array_equal(value, wanted_counts[name])
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("step", {}),
+        ("step", {"encoding": "frames"}),
+        ("unrolled", {"T": 3, "with_state": True}),
+        ("unrolled", {"T": 3, "with_state": True, "encoding": "frames"}),
+    ],
+    ids=str,
+)
+def test_streams_are_the_same(layout: str, options: dict[str, Any]) -> None:
+    plain, other = engine(layout, **options).stream(2), make(layout, options).stream(2)
+    x = frames(2, 15) if options.get("encoding") else digits().images[:4]
+    for t in range(5):
+        shown = (x[:, 3 * t : 3 * t + 3] if layout == "unrolled" else x[:, t]) if options.get("encoding") else None
+        if not options.get("encoding") and t in (0, 3):
+            shown = x[t // 3 : t // 3 + 2]
+        wanted, got = plain.push(shown), other.push(shown)
+        np.testing.assert_array_equal(got.logits, wanted.logits)
+        np.testing.assert_array_equal(got.step_logits, wanted.step_logits)
+    for name, u in plain.state.items():
+        assert u.any()
+        np.testing.assert_array_equal(other.state[name], u)
+    saved = plain.state
+    plain.reset()
+    other.reset()
+    plain.state = other.state = saved
+    first = x[:, :3] if layout == "unrolled" else x[:, 0]
+    again = first if options.get("encoding") else x[:2]
+    np.testing.assert_array_equal(other.push(again).step_logits, plain.push(again).step_logits)
+
+
+def test_state_and_image_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second step on only the flag `encode` comes from the host, and only the logits go there."""
+    runner = make("step", {})
+    stream = runner.stream(2)
+    stream.push(digits().images[:2])
+    fed: list[dict[str, Any]] = []
+    given: list[dict[str, Any]] = []
+    run = runner._session.run
+
+    def watched(names: list[str], feed: dict[str, Any]) -> list[Any]:
+        fed.append(feed)
+        outputs: list[Any] = run(names, feed)
+        given.append(dict(zip(names, outputs, strict=True)))
+        return outputs
+
+    monkeypatch.setattr(runner._session, "run", watched)
+    for _ in range(3):
+        stream.push()
+    for feed, outputs in zip(fed, given, strict=True):
+        assert {name for name, value in feed.items() if not isinstance(value, DeviceArray)} == {"encode"}
+        assert {name for name, value in outputs.items() if not isinstance(value, DeviceArray)} == {"per_step"}
+    assert fed[0]["x"] is fed[2]["x"]
+    for state in (*runner.metadata["states"], *runner.metadata["encoded"]):
+        assert fed[1][state["input"]] is given[0][state["output"]]
+
+
+def test_the_callers_buffer_may_be_filled_anew() -> None:
+    buffer = digits().images[:1].copy()
+    whole = engine("step").run(buffer, 3).per_step
+    stream = make("step", {}).stream()
+    stream.push(buffer)
+    buffer[:] = 255
+    gc.collect()
+    for t in (1, 2):
+        np.testing.assert_array_equal(stream.push().step_logits, whole[:, t])
+
+
+def test_pools_and_early_exit_work_on_a_bound_session() -> None:
+    plain, other, x = engine("step"), make("step", {}), digits().images[:40]
+    wanted, got = (of.run(x, 4, exit=Exit(0.3)) for of in (plain, other))
+    assert len(set(wanted.steps.tolist())) > 1
+    np.testing.assert_array_equal(got.steps, wanted.steps)
+    np.testing.assert_array_equal(got.per_step, wanted.per_step)
+    pool = StreamPool(other)
+    ids = [pool.open() for _ in x]
+    steps = [pool.push({id: image if t == 0 else None for id, image in zip(ids, x, strict=True)}) for t in range(3)]
+    stepwise = np.array([[step[id].step_logits for step in steps] for id in ids])
+    np.testing.assert_array_equal(stepwise, plain.run(x, 3).per_step)
+
+
+def test_threads_share_a_bound_engine() -> None:
+    runner, images = make("step", {}), digits().images
+    wanted = [engine("step").run(images[k : k + 4], 3).per_step for k in range(0, 32, 4)]
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(lambda k: runner.run(images[k : k + 4], 3).per_step, range(0, 32, 4)))
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_bound_call_that_fails_gives_one_line() -> None:
+    runner = make("step", {})
+    stream = runner.stream()
+    stream.push(digits().images[:1])
+    stream._u["u.lif1"] = np.zeros((1, 3, 3, 3), np.float32)
+    with pytest.raises(ValueError, match=r"^ONNX Runtime failed on x of shape \[1, 1, 8, 8\]: .*lif1.*$") as caught:
+        stream.push()
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ providers
+
+
+def gpu_build(monkeypatch: pytest.MonkeyPatch, started: list[str]) -> list[Any]:
+    """An onnxruntime with the GPU providers, of which `started` start; gives what sessions are asked for."""
+    asked: list[Any] = []
+    session = onnxruntime.InferenceSession
+    built_with = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: built_with)
+
+    def on_cpu(model: bytes, options: Any, *, providers: list[Any], enable_fallback: int) -> Any:
+        asked.append((dict(providers), enable_fallback))
+        made = session(model, options, providers=["CPUExecutionProvider"])
+        monkeypatch.setattr(made, "get_providers", lambda: [*started, "CPUExecutionProvider"])
+        return made
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", on_cpu)
+    return asked
+
+
+def test_cuda_computes_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = exported("step")
+    asked = gpu_build(monkeypatch, ["CUDAExecutionProvider"])
+    runner = Engine(model, device="cuda")
+    assert isinstance(runner._session, BoundSession)
+    assert asked == [({"CUDAExecutionProvider": {"use_tf32": "0"}}, 0)]
+
+
+def test_tensorrt_caches_by_model_and_leaves_the_rest_to_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    models = [exported("step"), exported("step", normalize=False)]
+    asked = gpu_build(monkeypatch, ["TensorrtExecutionProvider", "CUDAExecutionProvider"])
+    for model in models:
+        runner = Engine(model, device="tensorrt")
+        options, fallback = asked[-1]
+        assert list(options) == ["TensorrtExecutionProvider", "CUDAExecutionProvider"] and fallback == 0
+        engines = tmp_path / "tetdeploy" / "tensorrt" / runner.sha256
+        assert options["TensorrtExecutionProvider"] == {
+            "trt_engine_cache_enable": "True",
+            "trt_engine_cache_path": str(engines),
+            "trt_timing_cache_enable": "True",
+            "trt_timing_cache_path": str(engines.parent),
+        }
+        assert engines.is_dir()
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"cannot be kept in .*/file/tetdeploy/tensorrt/abc: .*; set XDG_CACHE_HOME"):
+        provider_options("TensorrtExecutionProvider", "abc")
+
+
+@pytest.mark.parametrize(
+    ("device", "started", "match"),
+    [
+        (
+            "cuda",
+            [],
+            "could not start CUDAExecutionProvider and would have used CPUExecutionProvider; .* CUDA libraries",
+        ),
+        (
+            "tensorrt",
+            ["CUDAExecutionProvider"],
+            "could not start TensorrtExecutionProvider and would have used CUDAExecutionProvider; .* TensorRT 10 lib",
+        ),
+    ],
+)
+def test_a_provider_whose_libraries_fail_is_refused(
+    device: str, started: list[str], match: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    model = exported("step")
+    gpu_build(monkeypatch, started)
+    with pytest.raises(ValueError, match=match):
+        Engine(model, device=device)
+
+
+def test_a_gpu_that_fails_is_not_blamed_on_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected\nand more")
+
+    model = exported("step")
+    gpu_build(monkeypatch, [])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fails)
+    with pytest.raises(
+        ValueError, match=r"or cuda cannot be used: check driver .*device='cpu' \(CUDA failure 100: .*\)$"
+    ):
+        Engine(model, device="cuda")
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.fixture(params=["cuda", "tensorrt"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A device of ONNX Runtime that starts here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        Engine(exported("step"), device=request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    return str(request.param)
+
+
+@pytest.mark.gpu
+@layouts
+def test_on_a_gpu_it_agrees_with_the_cpu(layout: str, options: dict[str, Any], device: str) -> None:
+    cpu, gpu = engine(layout, **options), Engine(exported(layout, **options), device=device)
+    x = inputs(cpu, 60, 3)
+    wanted, got = cpu.run(x, 3), gpu.run(x, 3)
+    # Sums in another order may flip a spike here and there, and with it a logit; most are equal up to rounding.
+    assert (got.logits.argmax(-1) == wanted.logits.argmax(-1)).mean() >= 0.98
+    assert np.median(np.abs(got.per_step - wanted.per_step)) < 1e-5
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_stream_is_a_run_and_its_state_stays_there(device: str) -> None:
+    gpu, x = Engine(exported("step"), device=device), digits().images[:4]
+    stream = gpu.stream(4)
+    steps = [stream.push(x if t == 0 else None).step_logits for t in range(5)]
+    np.testing.assert_array_equal(np.stack(steps, 1), gpu.run(x, 5).per_step)
+    for kept in (*stream._u.values(), *stream._kept.values(), stream._image):
+        assert isinstance(kept, DeviceArray) and kept.value.device_name().lower() == "cuda"
+    assert all(u.any() for u in stream.state.values())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_tensorrt_finds_its_engines_again(device: str, tmp_path: Path) -> None:
+    if device != "tensorrt":
+        pytest.skip("only TensorRT builds engines")
+    x = digits().images[:4]
+    wanted = Engine(exported("dynamic"), device=device).run(x, 3).per_step
+    built = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.engine")}
+    assert built
+    np.testing.assert_array_equal(Engine(exported("dynamic"), device=device).run(x, 3).per_step, wanted)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.engine")} == built

@@ -1,0 +1,109 @@
+"""ONNX Runtime on an NVIDIA GPU: options of its providers, and sessions that leave state there between calls."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tetdeploy.files import cache_folder
+
+Array = NDArray[Any]
+
+
+def prepare(device: str) -> None:
+    """Find the CUDA libraries that pip installed, and for TensorRT forbid TF32.
+
+    TF32 rounds float32 currents to 10 bits of mantissa and so changes spikes. The CUDA provider has an option against
+    it, TensorRT's only this variable of the environment; one that is set already stays.
+    """
+    import onnxruntime
+
+    onnxruntime.preload_dlls()
+    if device == "tensorrt":
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+
+
+def provider_options(provider: str, model_sha256: str) -> dict[str, str]:
+    """Options of an ONNX Runtime provider for one model.
+
+    TensorRT builds an engine at the first call of a new batch size, and afterwards finds it in the user's cache. ONNX
+    Runtime names these files by the graph's nodes and not by its weights, so each model has a folder of its own:
+    https://github.com/microsoft/onnxruntime/issues/6455
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    if provider == "CUDAExecutionProvider":
+        return {"use_tf32": "0"}
+    if provider != "TensorrtExecutionProvider":
+        return {}
+    timings = cache_folder() / "tensorrt"
+    engines = timings / model_sha256
+    try:
+        engines.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"TensorRT's engines cannot be kept in {engines}: {error.strerror}; set XDG_CACHE_HOME to a folder that "
+            "can be written"
+        ) from error
+    return {
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": str(engines),
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": str(timings),
+    }
+
+
+class DeviceArray:
+    """An array in a device's memory; `np.asarray` copies it to the host."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value  # an OrtValue
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        array: Array = self.value.numpy()
+        return array if dtype is None else array.astype(dtype)
+
+
+class BoundSession:
+    """An ONNX Runtime session with I/O binding, called as `Engine` and `Stream` call a plain one. Threads may share it.
+
+    Args:
+        session: the `InferenceSession`.
+        device: as ONNX Runtime calls it: `cuda`, or `cpu`.
+        kept: outputs that stay on the device, to be fed to the next call.
+    """
+
+    def __init__(self, session: Any, device: str, kept: Iterable[str]) -> None:
+        self._session, self._device, self._kept = session, device, frozenset(kept)
+        self.get_outputs = session.get_outputs
+
+    def put(self, array: Array) -> DeviceArray:
+        """A contiguous array on the device, to be fed to many calls."""
+        from onnxruntime import OrtValue
+
+        return DeviceArray(OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0))
+
+    def run(self, names: Sequence[str], feed: Mapping[str, Array | DeviceArray]) -> list[Array | DeviceArray]:
+        """The outputs `names` of one call, on the device what is kept there."""
+        binding = self._session.io_binding()
+        for name, value in feed.items():
+            if isinstance(value, DeviceArray):
+                binding.bind_ortvalue_input(name, value.value)
+            else:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name in names:
+            binding.bind_output(name, self._device if name in self._kept else "cpu")
+        binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        values = zip(names, binding.get_outputs(), strict=True)
+        return [DeviceArray(value) if name in self._kept else value.numpy() for name, value in values]
