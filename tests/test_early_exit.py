@@ -127,6 +127,23 @@ def test_the_work_shrinks_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> Non
         assert set(outputs.values()) == {(steps >= t).sum()}
 
 
+@pytest.mark.parametrize("which", [np.array([True, False, True, True]), np.array([3, 0])], ids=["mask", "numbers"])
+def test_a_stream_goes_on_with_those_that_are_kept(which: Array) -> None:
+    x = digits().images[:4]
+    every, some = engine("step").stream(4), engine("step").stream(4)
+    every.push(x)
+    some.push(x)
+    some.keep(which)
+    for _ in range(2):
+        all_of_them, kept = every.push(), some.push()
+    assert (some.batch, kept.t) == (len(kept.logits), 3) == (len(x[which]), 3)
+    np.testing.assert_allclose(kept.logits, all_of_them.logits[which], rtol=0, atol=1e-5)
+    for name, u in some.state.items():
+        np.testing.assert_allclose(u, every.state[name][which], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=f"has a batch of {some.batch}, got 4"):
+        some.push(x)
+
+
 def test_all_may_leave_at_once_or_none_ever() -> None:
     runner, x = engine("step"), digits().images[:5]
     np.testing.assert_array_equal(runner.run(x, 4, exit=Exit(0.0)).steps, np.ones(5))

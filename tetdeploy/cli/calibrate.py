@@ -17,6 +17,7 @@ from tetdeploy.cli.options import (
     newest_export,
     progress_bar,
     runs_option,
+    runtime_option,
     threads_option,
 )
 from tetdeploy.cli.sweep import default_steps, load_inputs, refuse_classes
@@ -73,6 +74,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @click.option("--min-T", "min_T", type=click.IntRange(min=1), default=1, show_default=True, help="The fewest steps.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
 @device_option
+@runtime_option
 @threads_option
 @runs_option
 @json_option
@@ -90,6 +92,7 @@ def calibrate(
     min_T: int,
     batch_size: int,
     device: str,
+    runtime: str,
     threads: int | None,
     runs: Path,
     json_path: Path | None,
@@ -107,7 +110,7 @@ def calibrate(
     from tetdeploy.files import write_json
     from tetdeploy.report.early_exit import calibration_shown
 
-    engine = Engine(model or newest_export(runs), device=device, threads=threads)
+    engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     engine.check_early_exit()
     name, x, labels = held_out(engine, data, data_dir, split, limit)
     T = T or max(default_steps(engine))

@@ -14,6 +14,7 @@ from tetdeploy.cli.options import (
     newest_export,
     progress_bar,
     runs_option,
+    runtime_option,
     threads_option,
 )
 from tetdeploy.cli.sweep import load_inputs
@@ -42,6 +43,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     "--batch-size", default=64, show_default=True, type=click.IntRange(min=1), help="Images that start together."
 )
 @device_option
+@runtime_option
 @threads_option
 @runs_option
 @click.option(
@@ -60,6 +62,7 @@ def early_exit(
     limit: int | None,
     batch_size: int,
     device: str,
+    runtime: str,
     threads: int | None,
     runs: Path,
     json_path: Path | None,
@@ -76,7 +79,7 @@ def early_exit(
     from tetdeploy.files import write_json
     from tetdeploy.report.early_exit import savings_shown
 
-    engine = Engine(model or newest_export(runs), device=device, threads=threads)
+    engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     engine.check_early_exit()
     T = T or load_calibration(engine.path)[1]
     exit = load_exit(engine.path, T)
