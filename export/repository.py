@@ -18,20 +18,34 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2 as triton
 
 from tetdeploy import __version__
 from tetdeploy.engine import parse_metadata, read_model
+from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_folder
 from tetdeploy.tensorrt_engine import read_manifest
 
 from .sequence_graph import sequence_graph
 from .tensorrt import parse_graph
 
+
+def _schema() -> Any:
+    """The protobuf schema of a model's configuration, as tritonclient ships it, and no more of tritonclient.grpc: that
+    registers messages of names that KServe's server registers as well, and a process may have each name once."""
+    package = Path(import_extra("tritonclient", "cluster").__path__[0])
+    spec = spec_from_file_location("triton_model_config", package / "grpc" / "model_config_pb2.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+triton = _schema()
 MAX_BATCH = 64
 MAX_STREAMS = 1024
 IDLE_SECONDS = 60
@@ -79,7 +93,7 @@ class _Source:
 
     @property
     def is_stream(self) -> bool:
-        return self.metadata["layout"] == "sequence"
+        return bool(self.metadata["layout"] == "sequence")
 
     @property
     def labels(self) -> str:
@@ -122,7 +136,7 @@ def check_name(name: str) -> None:
         )
 
 
-def model_config(source: _Source, name: str) -> triton.ModelConfig:
+def model_config(source: _Source, name: str) -> Any:
     """What Triton must know of a model."""
     states = {tensor for state in source.metadata["states"] for tensor in (state["input"], state["output"])}
     config = triton.ModelConfig(name=name, platform=source.platform, max_batch_size=source.max_batch)
@@ -147,7 +161,7 @@ def model_config(source: _Source, name: str) -> triton.ModelConfig:
     return config
 
 
-def _keep_sequences(batching: triton.ModelSequenceBatching, source: _Source) -> None:
+def _keep_sequences(batching: Any, source: _Source) -> None:
     """Implicit state: what a request writes, the sequence's next one reads, and its first one reads zeros."""
     batching.max_sequence_idle_microseconds = IDLE_SECONDS * 1_000_000
     batching.oldest.max_candidate_sequences = MAX_STREAMS
@@ -247,7 +261,7 @@ def _add(writing: ExitStack, folder: Path, source: _Source) -> Added:
     return Added(folder.name, version, folder, source.platform)
 
 
-def _check_successor(folder: Path, config: triton.ModelConfig, source: _Source) -> None:
+def _check_successor(folder: Path, config: Any, source: _Source) -> None:
     """Refuse what cannot be the next version of the model in `folder`: one configuration, which its owner may have
     edited, serves all versions."""
     try:
@@ -270,7 +284,7 @@ def _check_successor(folder: Path, config: triton.ModelConfig, source: _Source) 
         )
 
 
-def _essence(config: triton.ModelConfig, labels: str) -> dict[str, str]:
+def _essence(config: Any, labels: str) -> dict[str, str]:
     """What all versions of a model have in common, in words."""
     kinds = {triton.ModelInstanceGroup.Kind.Name(group.kind) for group in config.instance_group}
     return {

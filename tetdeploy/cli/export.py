@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import TaskID
 
+from tetdeploy.cli.cluster import FORMATS, export_for_cluster
 from tetdeploy.cli.options import console, data_dir_option, json_option, network_of, progress_bar, runs_option
 from tetdeploy.cli.recipe import is_typed
 from tetdeploy.extras import import_extra
@@ -39,6 +40,8 @@ Examples:
   tetdeploy export runs/r19 --precision int8       convolutions of spikes in 8 bits: smaller, and faster on a CPU
   tetdeploy export runs/own --model my_package.my_module:my_network
   tetdeploy export runs/r19 --format nir -o r19.nir
+  tetdeploy export runs/r19 --layout dynamic --format triton-repository -o models
+  tetdeploy export runs/r19/model-step.onnx --format kserve --storage-uri s3://models/r19
 """
 )
 @click.argument("run", required=False, type=click.Path(path_type=Path))
@@ -47,8 +50,9 @@ Examples:
     "file_format",
     default="onnx",
     show_default=True,
-    type=click.Choice(("onnx", "nir")),
-    help="onnx, for tetdeploy's engine; nir, for other frameworks and neuromorphic chips.",
+    type=click.Choice(("onnx", "nir", *FORMATS)),
+    help="onnx, for tetdeploy's engine; nir, for other frameworks and neuromorphic chips; triton-repository or kserve, "
+    "for many machines.",
 )
 @click.option("--T", "T", type=click.IntRange(min=1), help="Steps of an unrolled graph. [default: the training's]")
 @click.option(
@@ -100,8 +104,14 @@ Examples:
     help="Images compared with PyTorch; 0 is off.",
 )
 @click.option(
-    "--out", "-o", type=click.Path(path_type=Path), help="The file. [default: RUN/model-T<T>.onnx; RUN/model.nir]"
+    "--out",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="The file, or Triton's folder. [default: RUN/model-T<T>.onnx; RUN/model.nir; RUN/triton; RUN/kserve.yaml]",
 )
+@click.option("--name", help="Of the served model (triton-repository, kserve). [default: the run folder's]")
+@click.option("--storage-uri", help="Where the cluster finds the model (kserve): s3://..., pvc://..., ...")
+@click.option("--image", help="What examples/serving/Dockerfile builds (kserve). [default: tetdeploy:latest]")
 @runs_option
 @json_option
 @click.pass_context
@@ -119,19 +129,27 @@ def export(
     out: Path | None,
     runs: Path,
     json_path: Path | None,
+    name: str | None,
+    storage_uri: str | None,
+    image: str | None,
     **options: Any,
-) -> None:
-    """Write a trained network as ONNX, checked against PyTorch, or as NIR.
+) -> Path | None:
+    """Write a trained network as ONNX, checked against PyTorch, as NIR, or for servers of many machines.
 
     RUN is a run folder or a checkpoint; the newest run by default. Beside an ONNX model lie 256 reference images with
-    PyTorch's answers, MODEL.reference.npz. A NIR file is not run here: docs/nir.md says how others read it.
+    PyTorch's answers, MODEL.reference.npz. A NIR file is not run here: docs/nir.md says how others read it. For Triton
+    and KServe RUN may also be an exported model, or for Triton a TensorRT engine: docs/cluster.md.
     """
+    _refuse_cluster_options(ctx, file_format)
     if file_format == "nir":
         _refuse_onnx_options(ctx)
         _export_nir(run, model, out, runs, json_path, options["encoding"])
-        return
+        return None
     if is_typed(ctx, "num_calibration") and options["precision"] != "int8":
         raise click.UsageError("--calibrate goes with --precision int8")
+    if file_format in FORMATS:
+        export_for_cluster(ctx, _typed_onnx_options(ctx))
+        return None
     for package, extra in (("torch", "train"), ("onnxscript", "train"), ("onnxruntime", "cpu")):
         import_extra(package, extra)
     from tetdeploy.checkpoint import checkpoint_file, newest_run, read_metadata
@@ -181,12 +199,24 @@ def export(
     if json_path is not None:
         write_json(json_path, exported.to_dict())
     console.print(f"next: tetdeploy sweep {exported.path}")
+    return exported.path
+
+
+def _typed_onnx_options(ctx: click.Context) -> list[str]:
+    given = [option for name, option in _ONNX_ONLY.items() if is_typed(ctx, name)]
+    return given + ["--no-fold-bn"] * (not ctx.params["fold_bn"])
+
+
+def _refuse_cluster_options(ctx: click.Context, file_format: str) -> None:
+    allowed = {"triton-repository": {"name"}, "kserve": {"name", "storage_uri", "image"}}.get(file_format, set())
+    for name in ("name", "storage_uri", "image"):
+        if name not in allowed and is_typed(ctx, name):
+            goes_with = "triton-repository or kserve" if name == "name" else "kserve"
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --format {goes_with}")
 
 
 def _refuse_onnx_options(ctx: click.Context) -> None:
-    given = [option for name, option in _ONNX_ONLY.items() if is_typed(ctx, name)]
-    given += ["--no-fold-bn"] * (not ctx.params["fold_bn"])
-    if given:
+    if given := _typed_onnx_options(ctx):
         raise click.UsageError(
             f"{', '.join(given)} cannot go with --format nir: a NIR graph is one step of a normalised image with BN "
             "folded, and whoever runs it chooses T"

@@ -1,0 +1,79 @@
+"""An InferenceService of KServe, which runs `tetdeploy serve` on Kubernetes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tetdeploy.files import atomic_write
+
+MODELS = "/mnt/models"  # where KServe's storage initializer puts what lies at the storage URI
+HTTP_PORT = 8080
+CPUS, MEMORY = "2", "2Gi"
+
+
+def check_service_name(name: str) -> None:
+    """Refuse what Kubernetes takes for no name of a service (RFC 1035).
+
+    Raises:
+        ValueError: it is so.
+    """
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name):
+        raise ValueError(
+            f"{name!r} is no name for a service of Kubernetes, which is small letters, digits and '-', begins with a "
+            "letter and has at most 63 of them; choose one with --name"
+        )
+
+
+def inference_service(name: str, *, model_file: str, storage_uri: str, image: str) -> dict[str, Any]:
+    """The InferenceService (v1beta1) that serves one model over the Open Inference Protocol v2.
+
+    Args:
+        name: of the service, and of the model in its requests.
+        model_file: the `.onnx` file's name at the storage URI.
+        storage_uri: where KServe finds it: `pvc://claim/folder`, `s3://bucket/folder`, ...
+        image: of the container, whose entry point is `tetdeploy`.
+
+    Raises:
+        ValueError: the name is none for Kubernetes, or the URI has no scheme.
+    """
+    check_service_name(name)
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", storage_uri):
+        raise ValueError(
+            f"{storage_uri!r} is no storage URI; give one such as pvc://models/digits or s3://bucket/digits"
+        )
+
+    def probe(path: str) -> dict[str, Any]:
+        return {"httpGet": {"path": path, "port": HTTP_PORT}, "periodSeconds": 5, "timeoutSeconds": 5}
+
+    resources = {"cpu": CPUS, "memory": MEMORY}
+    options = ["--host", "0.0.0.0", "--http-port", str(HTTP_PORT), "--threads", CPUS]
+    container = {
+        "name": "kserve-container",  # by which KServe knows the one that answers
+        "image": image,
+        "args": ["serve", f"{name}={MODELS}/{model_file}", *options],
+        "env": [{"name": "STORAGE_URI", "value": storage_uri}],
+        "ports": [{"name": "http1", "containerPort": HTTP_PORT, "protocol": "TCP"}],
+        "resources": {"requests": dict(resources), "limits": dict(resources)},
+        "readinessProbe": probe("/v2/health/ready"),
+        "livenessProbe": probe("/v2/health/live"),
+    }
+    return {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {"name": name},
+        "spec": {"predictor": {"minReplicas": 1, "containers": [container]}},
+    }
+
+
+def write_inference_service(path: Path | str, service: dict[str, Any]) -> None:
+    """Write it as YAML, atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_text(yaml.safe_dump(service, sort_keys=False), encoding="utf-8")

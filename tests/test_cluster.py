@@ -1,0 +1,163 @@
+"""What the command line writes for servers of many machines: Triton's model repository, KServe's InferenceService."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from export_helpers import exported
+
+pytest.importorskip("tritonclient")
+pytest.importorskip("yaml")
+import yaml
+
+from tetdeploy.cli import main
+from tetdeploy.export.kserve import inference_service
+
+serve = pytest.importorskip("tetdeploy.cli.serve").serve
+URI = "s3://models/digits"
+ROOT = Path(__file__).parent.parent
+
+
+def call(*arguments: object) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(*arguments: object) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code in (1, 2) and "Traceback" not in result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("cluster") / "runs"
+    call("train", "--epochs", 1, "--width", 0.125, "--runs", runs)
+    return runs / "digits-convsnn"
+
+
+def test_a_run_becomes_a_repository_and_then_its_next_version(run: Path, tmp_path: Path) -> None:
+    arguments = ["export", run, "--layout", "dynamic", "--check", 20, "--format", "triton-repository", "-o", tmp_path]
+    output = call(*arguments, "--json", tmp_path / "written.json")
+    assert f"{tmp_path}/digits-convsnn-stream/1   onnxruntime_onnx" in output
+    assert output.endswith(
+        f"next: tritonserver --model-repository {tmp_path} (docs/cluster.md)\n".replace(" (", "   (")
+    )
+    models = json.loads((tmp_path / "written.json").read_text())["models"]
+    assert [(m["name"], m["version"]) for m in models] == [("digits-convsnn", 1), ("digits-convsnn-stream", 1)]
+    served = (tmp_path / "digits-convsnn" / "1" / "model.onnx").read_bytes()
+    assert served == (run / "model-dynamic.onnx").read_bytes()
+    assert (run / "model-step.reference.npz").exists()
+    again = call("export", run / "model-step.onnx", "--format", "triton-repository", "-o", tmp_path)
+    assert f"{tmp_path}/digits-convsnn-stream/2" in again
+
+
+def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path) -> None:
+    file, model = tmp_path / "digits.yaml", exported("step")
+    output = call("export", model, "--format", "kserve", "--name", "Digits_T4", "--storage-uri", URI, "-o", file)
+    assert f"next: copy {model} to {URI}, then kubectl apply -f {file}" in output
+    service = yaml.safe_load(file.read_text())
+    assert (service["apiVersion"], service["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
+    assert service["metadata"]["name"] == "digits-t4"
+    (container,) = service["spec"]["predictor"]["containers"]
+    assert (container["name"], container["image"]) == ("kserve-container", "tetdeploy:latest")
+    assert container["env"] == [{"name": "STORAGE_URI", "value": URI}]
+    command, *arguments = container["args"]
+    assert command == "serve"
+    options = serve.make_context("serve", list(arguments)).params  # refuses an option that the command does not have
+    assert options["models"] == (f"digits-t4=/mnt/models/{model.name}",)
+    assert (options["host"], options["http_port"], options["threads"]) == ("0.0.0.0", 8080, 2)
+    assert container["ports"][0]["containerPort"] == container["readinessProbe"]["httpGet"]["port"] == 8080
+    assert container["readinessProbe"]["httpGet"]["path"] == "/v2/health/ready"
+
+
+# In a process of its own: KServe and tritonclient.grpc register the same protobuf names.
+_CHECK = """
+import json, re, sys
+import kserve
+import kubernetes.client as kubernetes
+
+def check(value, kind):
+    listed = re.fullmatch(r"[Ll]ist\\[(\\w+)\\]", kind)
+    if listed:
+        for entry in value:
+            check(entry, listed[1])
+    elif isinstance(value, dict) and not kind.startswith(("dict", "Dict")):
+        known = getattr(kserve, kind, None) or getattr(kubernetes, kind)
+        fields = {known.attribute_map[field]: inner for field, inner in known.openapi_types.items()}
+        for key, inner in value.items():
+            if key not in fields:
+                sys.exit(f"{kind} has no {key}")
+            check(inner, fields[key])
+
+check(json.loads(sys.argv[1]), "V1beta1InferenceService")
+"""
+
+
+def test_every_field_is_one_of_kserves() -> None:
+    if find_spec("kserve") is None or find_spec("kubernetes") is None:
+        pytest.skip("kserve is not installed")
+    service = inference_service("digits", model_file="m.onnx", storage_uri=URI, image="tetdeploy:1")
+
+    def complaint() -> str:
+        command = [sys.executable, "-c", _CHECK, json.dumps(service)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stderr.strip()
+
+    assert complaint() == ""
+    service["spec"]["predictor"]["containers"][0]["readinessProbe"]["httpGet"]["prot"] = 1
+    assert complaint() == "V1HTTPGetAction has no prot"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--format", "kserve"), "--format kserve needs --storage-uri"),
+        (
+            ("--format", "kserve", "--storage-uri", "models/digits"),
+            "'models/digits' is no storage URI",
+        ),
+        (("--format", "kserve", "--storage-uri", URI, "--name", "-x"), "is no name for a service of Kubernetes"),
+        (("--format", "triton-repository", "--name", "a/b"), "'a/b' is no name for a served model"),
+        (("--format", "triton-repository", "--T", 3), "--T: .* is exported already; give the run to export anew"),
+        (("--format", "triton-repository", "--image", "x"), "--image goes with --format kserve"),
+        (("--name", "x"), "--name goes with --format triton-repository or kserve"),
+        (("--format", "nir", "--storage-uri", URI), "--storage-uri goes with --format kserve"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options: tuple[object, ...], message: str, tmp_path: Path) -> None:
+    output = refused("export", exported("step"), "-o", tmp_path / "out", *options)
+    assert re.search(message, output), output
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "foreign.onnx").write_bytes(b"no model")
+    (tmp_path / "old.engine").write_bytes(b"an engine")
+    for file_format, model, message in (
+        ("kserve", "foreign.onnx", "foreign.onnx cannot be loaded: not an ONNX model, or a damaged one"),
+        ("kserve", "none.onnx", "no model at"),
+        ("kserve", "old.engine", "is a TensorRT engine; the container that KServe runs takes the .onnx file"),
+        ("triton-repository", "none.onnx", "no model at"),
+        ("triton-repository", "old.engine", "there is no .*old.engine.json"),
+    ):
+        options = ("--storage-uri", URI) if file_format == "kserve" else ()
+        output = refused("export", tmp_path / model, "--format", file_format, *options)
+        assert re.search(message, output), output
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["foreign.onnx", "old.engine"]
+
+
+def test_the_image_is_made_of_what_is_there() -> None:
+    lines = (ROOT / "examples" / "serving" / "Dockerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]]
+    assert copied and all((ROOT / name).exists() for name in copied)
+    entry = [json.loads(line.partition(" ")[2]) for line in lines if line.startswith(("ENTRYPOINT", "CMD"))]
+    assert [words[0] for words in entry] == ["tetdeploy", "serve"]
+    serve.make_context("serve", entry[1][1:])

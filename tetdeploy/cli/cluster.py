@@ -1,0 +1,84 @@
+"""`tetdeploy export --format triton-repository` and `--format kserve`: what a server of many machines is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tetdeploy.cli.options import console
+from tetdeploy.extras import import_extra
+
+FORMATS = ("triton-repository", "kserve")
+DEFAULT_IMAGE = "tetdeploy:latest"
+_SERVED = (".onnx", ".engine")
+
+
+def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
+    """Export RUN as ONNX if it is a run and no model, and write what the format is from the model.
+
+    Args:
+        ctx: of `tetdeploy export`.
+        onnx_options: those typed that say how a graph is made.
+    """
+    run, file_format, name = (ctx.params[key] for key in ("run", "file_format", "name"))
+    import_extra("onnx", "cluster")
+    import_extra("yaml" if file_format == "kserve" else "tritonclient", "cluster")
+    if file_format == "kserve" and not ctx.params["storage_uri"]:
+        raise click.UsageError(
+            "--format kserve needs --storage-uri, where the cluster finds the model: s3://... pvc://..."
+        )
+    if run is not None and run.suffix in _SERVED:
+        if onnx_options:
+            raise click.UsageError(f"{', '.join(onnx_options)}: {run} is exported already; give the run to export anew")
+        models = [run]
+    else:
+        models = _exported(ctx)
+    name = name or models[0].resolve().parent.name
+    if file_format == "kserve":
+        _write_service(ctx, models[0], name)
+    else:
+        _write_repository(ctx, models, name)
+
+
+def _exported(ctx: click.Context) -> list[Path]:
+    """The run's models, newly exported to their usual places: for Triton the step layout beside the one asked for."""
+    layouts = [ctx.params["layout"]]
+    if ctx.params["file_format"] == "triton-repository" and layouts != ["step"]:
+        layouts.append("step")
+    own = {"file_format": "onnx", "out": None, "json_path": None, "name": None, "storage_uri": None, "image": None}
+    return [ctx.invoke(ctx.command, **ctx.params | own | {"layout": layout}) for layout in layouts]
+
+
+def _write_repository(ctx: click.Context, models: list[Path], name: str) -> None:
+    from tetdeploy.export.repository import add_to_repository
+    from tetdeploy.files import write_json
+
+    repository = ctx.params["out"] or models[0].parent / "triton"
+    added = add_to_repository(repository, models, name)
+    for model in added:
+        console.print(f"{model.path}/{model.version}   {model.platform}")
+    if ctx.params["json_path"] is not None:
+        write_json(ctx.params["json_path"], {"models": [model.to_dict() for model in added]})
+    console.print(f"next: tritonserver --model-repository {repository}   (docs/cluster.md)")
+
+
+def _write_service(ctx: click.Context, model: Path, name: str) -> None:
+    from tetdeploy.engine import read_model
+    from tetdeploy.export.kserve import inference_service, write_inference_service
+    from tetdeploy.export.tensorrt import parse_graph
+    from tetdeploy.files import write_json
+
+    if model.suffix != ".onnx":
+        raise ValueError(f"{model} is a TensorRT engine; the container that KServe runs takes the .onnx file")
+    parse_graph(read_model(model), model)
+    storage_uri, image = ctx.params["storage_uri"], ctx.params["image"] or DEFAULT_IMAGE
+    service = inference_service(
+        name.lower().replace("_", "-").replace(".", "-"), model_file=model.name, storage_uri=storage_uri, image=image
+    )
+    path = ctx.params["out"] or model.parent / "kserve.yaml"
+    write_inference_service(path, service)
+    console.print(f"{path}   {service['metadata']['name']}   {image}")
+    if ctx.params["json_path"] is not None:
+        write_json(ctx.params["json_path"], {"path": str(path), "service": service})
+    console.print(f"next: copy {model} to {storage_uri}, then kubectl apply -f {path}   (docs/cluster.md)")
