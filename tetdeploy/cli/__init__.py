@@ -17,6 +17,7 @@ from tetdeploy.cli.landscape import landscape
 from tetdeploy.cli.predict import predict
 from tetdeploy.cli.quickstart import quickstart
 from tetdeploy.cli.report import report
+from tetdeploy.cli.serve import serve
 from tetdeploy.cli.sweep import sweep
 from tetdeploy.cli.train import train
 from tetdeploy.cli.validate import validate
@@ -38,6 +39,7 @@ def main() -> None:
     tetdeploy validate                   does it compute what PyTorch computes, here? a gate for CI
     tetdeploy calibrate MODEL            when an answer is certain enough to stop: early exit's threshold
     tetdeploy early-exit MODEL           what stopping early keeps and saves
+    tetdeploy serve MODEL...             answer requests over HTTP and gRPC: the Open Inference Protocol
     tetdeploy report RUN...              one HTML page: curves, accuracy, energy, layers, hashes
     tetdeploy build MODEL                a TensorRT engine of it, for NVIDIA GPUs
     tetdeploy inspect FILE               what a checkpoint or a model is, layer by layer
@@ -56,6 +58,7 @@ for command in (
     validate,
     calibrate,
     early_exit,
+    serve,
     report,
     build,
     inspect,

@@ -162,7 +162,7 @@ class Scheduler(Generic[P, R]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._call: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._stopping = False
+        self._stopping = self._hurry = False
 
     @property
     def waiting(self) -> int:
@@ -197,10 +197,15 @@ class Scheduler(Generic[P, R]):
         """Run something between two calls."""
         await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
+    def hurry(self) -> None:
+        """From now on no request waits for others: the server is about to stop."""
+        self._hurry = True
+        self._start()
+
     async def drain(self) -> None:
         """Take no more, finish what waits, end the thread."""
         self._stopping = True
-        self._start()
+        self.hurry()
         while self._call is not None:
             await asyncio.wait([self._call])
         self._thread.shutdown()
@@ -212,7 +217,7 @@ class Scheduler(Generic[P, R]):
         if self._timer is not None:
             self._timer.cancel()
         loop = asyncio.get_running_loop()
-        batch = self._waiting.take(math.inf if self._stopping else loop.time())
+        batch = self._waiting.take(math.inf if self._hurry else loop.time())
         if batch is not None:
             self._call = loop.create_task(self._answer(*batch))
         elif len(self._waiting):

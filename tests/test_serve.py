@@ -1,0 +1,388 @@
+"""`tetdeploy serve` in a process of its own, asked by stock clients and by clients that do everything wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from export_helpers import digits, engine, exported, frames
+
+from tetdeploy.cli import main
+from tetdeploy.serve.requests import Parameters, tensor
+
+# Not imported here: KServe and tritonclient define the same protobuf messages, so a process can hold only one of them.
+if importlib.util.find_spec("kserve") is None:
+    pytest.skip("needs the extra serve", allow_module_level=True)
+http = pytest.importorskip("tritonclient.http", reason="needs tritonclient[http]")
+rpc = pytest.importorskip("tritonclient.grpc", reason="needs tritonclient[grpc]")
+PATIENCE = 60
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    http: str
+    grpc: str
+
+    def post(self, path: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
+        """Status and JSON of a POST."""
+        request = urllib.request.Request(f"http://{self.http}/v2/{path}", body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.loads(error.read())
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of a metric; 0 where nothing was counted yet."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        with urllib.request.urlopen(f"http://{self.http}/metrics", timeout=PATIENCE) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+            found = [s.value for f in families for s in f.samples if s.name == name and s.labels == labels]
+        return found[0] if found else 0.0
+
+
+def start(*arguments: str) -> Server:
+    command = [sys.executable, "-m", "tetdeploy", "serve", "--http-port", "0", "--grpc-port", "0", "--threads", "1"]
+    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("ready: "):
+            words = line.split()
+            return Server(process, words[1].removeprefix("http://"), words[3])
+    raise AssertionError(f"the server ended with {process.wait()}")
+
+
+def stop(server: Server) -> int:
+    """End a server as an init system does; its exit code."""
+    if server.process.poll() is None:
+        server.process.send_signal(signal.SIGTERM)
+    code = server.process.wait(PATIENCE)
+    assert server.process.stdout is not None
+    server.process.stdout.close()
+    return code
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    models = {
+        "step": exported("step"),
+        "frames": exported("step", encoding="frames"),
+        "dynamic": exported("dynamic"),
+        "float": exported("step", normalize=False),
+    }
+    running = start(*(f"{name}={path}" for name, path in models.items()), "--max-request-mb", "1", "--max-batch", "8")
+    yield running
+    assert stop(running) == 0
+
+
+def images(count: int, offset: int = 0) -> np.ndarray[Any, Any]:
+    return digits().images[offset : offset + count]
+
+
+def asked(kind: Any, x: np.ndarray[Any, Any], **options: Any) -> list[Any]:
+    datatype = {"uint8": "UINT8", "float32": "FP32"}[x.dtype.name]
+    given = kind.InferInput("x", list(x.shape), datatype)
+    given.set_data_from_numpy(x, **options)
+    return [given]
+
+
+@pytest.fixture(params=["http", "http-json", "grpc"])
+def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Any]:
+    """`infer(model, x, **options)` by a stock client."""
+    kind = rpc if request.param == "grpc" else http
+    options = {"binary_data": False} if request.param == "http-json" else {}
+    with kind.InferenceServerClient(server.grpc if kind is rpc else server.http) as made:
+
+        def infer(model: str, x: np.ndarray[Any, Any] | None, **keywords: Any) -> Any:
+            return made.infer(model, [] if x is None else asked(kind, x, **options), **keywords)
+
+        yield infer
+
+
+@pytest.mark.parametrize(("model", "layout"), [("step", "step"), ("dynamic", "dynamic")])
+def test_stock_clients_get_the_engines_answers(client: Any, model: str, layout: str) -> None:
+    x = images(5)
+    expected = engine(layout).run(x, 3)
+    answer = client(model, x, parameters={"T": 3})
+    np.testing.assert_allclose(answer.as_numpy("per_step"), expected.per_step, atol=1e-5)
+    np.testing.assert_allclose(answer.as_numpy("logits"), expected.logits, atol=1e-5)
+    assert answer.as_numpy("steps").tolist() == [3] * 5
+    names = engine(layout).class_names
+    assert [name.decode() for name in answer.as_numpy("class")] == [names[k] for k in expected.logits.argmax(1)]
+
+
+def test_frames_of_an_event_camera(client: Any) -> None:
+    x = frames(2, 4)
+    expected = engine("step", encoding="frames").run(x)
+    np.testing.assert_allclose(client("frames", x).as_numpy("per_step"), expected.per_step, atol=1e-5)
+
+
+def test_images_stop_early(client: Any) -> None:
+    from tetdeploy.early_exit import Exit
+
+    x = images(8)
+    full = engine("step").run(x, 6)
+    p = np.exp(full.per_step[:, 0]) / np.exp(full.per_step[:, 0]).sum(1, keepdims=True)
+    threshold = float(np.median(p.max(1)))
+    expected = engine("step").run(x, 6, exit=Exit(threshold))
+    assert len(set(expected.steps.tolist())) > 1
+    answer = client("step", x, parameters={"T": 6, "early_exit": threshold})
+    assert answer.as_numpy("steps").tolist() == expected.steps.tolist()
+    np.testing.assert_allclose(answer.as_numpy("logits"), expected.logits, atol=1e-5)
+
+
+def test_a_sequence_goes_on_where_it_was(client: Any) -> None:
+    x = frames(2, 6)
+    expected = engine("step", encoding="frames").run(x)
+    first = [client("frames", x[k : k + 1, :2], sequence_id=k + 1, sequence_start=True) for k in range(2)]
+    second = [client("frames", x[k : k + 1, 2:], sequence_id=k + 1, sequence_end=True) for k in range(2)]
+    for k in range(2):
+        steps = np.concatenate([part[k].as_numpy("per_step") for part in (first, second)], axis=1)
+        np.testing.assert_allclose(steps[0], expected.per_step[k], atol=1e-5)
+        np.testing.assert_allclose(second[k].as_numpy("logits")[0], expected.logits[k], atol=1e-5)
+        assert second[k].as_numpy("steps").tolist() == [6]
+
+
+def test_an_image_is_shown_again_without_being_sent(server: Server) -> None:
+    x = images(1)
+    expected = engine("step").run(x, 5)
+    with rpc.InferenceServerClient(server.grpc) as client:
+        client.infer("step", asked(rpc, x), sequence_id="mine", sequence_start=True)
+        answer = client.infer("step", [], sequence_id="mine", sequence_end=True, parameters={"T": 4})
+    np.testing.assert_allclose(answer.as_numpy("per_step"), expected.per_step[:, 1:], atol=1e-5)
+    np.testing.assert_allclose(answer.as_numpy("logits"), expected.logits, atol=1e-5)
+
+
+def test_many_clients_share_calls_and_none_gets_anothers_answer(server: Server) -> None:
+    before = server.metric("tetdeploy_batch_images_count", model="dynamic")
+    x = images(48)
+    expected = {T: engine("dynamic").run(x, T).logits for T in (2, 3)}
+
+    def ask(k: int) -> Any:
+        with http.InferenceServerClient(server.http) as client:
+            answer = client.infer("dynamic", asked(http, x[k : k + 1]), parameters={"T": 2 + k % 2})
+        return answer.as_numpy("logits")[0]
+
+    with ThreadPoolExecutor(16) as pool:
+        for k, logits in enumerate(pool.map(ask, range(len(x)))):
+            np.testing.assert_allclose(logits, expected[2 + k % 2][k], atol=1e-5)
+    calls = server.metric("tetdeploy_batch_images_count", model="dynamic") - before
+    assert 6 <= calls < len(x)
+
+
+def test_metadata_and_health(server: Server) -> None:
+    with http.InferenceServerClient(server.http) as client:
+        assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("step")
+        assert client.get_server_metadata()["name"] == "tetdeploy"
+        described = client.get_model_metadata("frames")
+    assert described["inputs"] == [{"name": "x", "datatype": "UINT8", "shape": [-1, -1, 1, 8, 8]}]
+    assert [(o["name"], o["shape"]) for o in described["outputs"]] == [
+        ("logits", [-1, 10]),
+        ("per_step", [-1, -1, 10]),
+        ("steps", [-1]),
+        ("class", [-1]),
+    ]
+    with rpc.InferenceServerClient(server.grpc) as client:
+        assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("step")
+        assert [o.name for o in client.get_model_metadata("step").outputs] == ["logits", "per_step", "steps", "class"]
+
+
+def test_metrics(server: Server) -> None:
+    names = ("tetdeploy_request_seconds_count", "tetdeploy_image_steps_sum", "tetdeploy_estimated_energy_joules_total")
+    before = [server.metric(name, model="step") for name in names]
+    with http.InferenceServerClient(server.http) as client:
+        client.infer("step", asked(http, images(3)), parameters={"T": 5})
+    requests, steps, energy = (server.metric(name, model="step") - was for name, was in zip(names, before, strict=True))
+    assert (requests, steps) == (1, 15)
+    assert energy > 0
+    assert server.metric("tetdeploy_queue_requests", model="step") == 0
+
+
+def body(**changes: Any) -> bytes:
+    """A good request as JSON, but for `changes` to its input or, with `parameters`, to these."""
+    given = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": images(1).tolist()}
+    parameters = changes.pop("parameters", {})
+    return json.dumps({"inputs": [given | changes], "parameters": parameters}).encode()
+
+
+WRONG: list[tuple[str, bytes, int, str]] = [
+    ("step", b"garbage", 400, "malformed"),
+    ("step", b"{}", 400, "Field required at inputs"),
+    ("step", body(name="y"), 400, "takes one input, x; got y"),
+    ("step", body(datatype="FP32"), 400, "takes x as UINT8, got 'FP32'"),
+    ("step", body(shape=[1, 1, 8, 9]), 400, "has 72 values, got 64"),
+    ("step", body(shape=[1, -1, 8, 8]), 400, "no size may be negative"),
+    ("step", body(shape=[2, 1, 8, 4]), 400, r"takes input of shape [N, 1, 8, 8], got [2, 1, 8, 4]"),
+    ("step", body(data=[[1, 2], [3]]), 400, "nested unevenly"),
+    ("step", body(data=[0.5] * 64), 400, "must be numbers of uint8"),
+    ("step", body(data=[256] * 64), 400, "must lie in 0..255"),
+    ("step", body(data=["1"] * 64), 400, "must be numbers of uint8"),
+    ("float", body(datatype="FP32", data=[float("nan")] * 64), 400, "NaN or infinite"),
+    ("step", body(parameters={"T": 0}), 400, "T must be at least 1"),
+    ("step", body(parameters={"T": 65}), 400, "T must lie in 1..64"),
+    ("step", body(parameters={"T": "4"}), 400, "T must be an integer"),
+    ("step", body(parameters={"steps": 4}), 400, "unknown parameter 'steps'"),
+    ("step", body(parameters={"early_exit": 2}), 400, "a threshold in 0..1"),
+    ("step", body(parameters={"early_exit": True}), 400, "has no threshold: make one with tetdeploy calibrate"),
+    ("dynamic", body(parameters={"early_exit": 0.9}), 400, "--layout step"),
+    ("dynamic", body(parameters={"sequence_id": 1, "sequence_start": True}), 400, "--layout step"),
+    ("step", body(parameters={"sequence_id": 77}), 404, "sequence 77 is not open"),
+    ("step", body(parameters={"sequence_start": True}), 400, "need a sequence_id"),
+    ("step", body(shape=[9, 1, 8, 8], data=images(9).tolist()), 400, "at most 8 images"),
+    ("nobody", body(), 404, "nobody does not exist"),
+    ("step", b" " * 1_000_001, 413, "at most 1,000,000 bytes"),
+]
+
+
+@pytest.mark.parametrize(("model", "wrong", "status", "message"), WRONG, ids=[case[3] for case in WRONG])
+def test_what_is_wrong_with_a_request_is_said(
+    server: Server, model: str, wrong: bytes, status: int, message: str
+) -> None:
+    got, answer = server.post(f"models/{model}/infer", wrong, **{"Content-Type": "application/json"})
+    assert (got, set(answer)) == (status, {"error"})
+    assert message in answer["error"]
+    assert "Traceback" not in answer["error"]
+
+
+def test_binary_requests_that_do_not_fit_their_header(server: Server) -> None:
+    def post(size: int, sent: bytes, length: int | None = None) -> tuple[int, str]:
+        given = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "parameters": {"binary_data_size": size}}
+        head = json.dumps({"inputs": [given]}).encode()
+        header = {"Inference-Header-Content-Length": str(len(head) if length is None else length)}
+        status, answer = server.post("models/step/infer", head + sent, **header)
+        return status, answer.get("error", "")
+
+    assert post(64, bytes(64)) == (200, "")
+    assert post(64, bytes(63)) == (400, "input x has binary_data_size 64, but 63 bytes follow")
+    assert post(60, bytes(60))[1] == "x of shape [1, 1, 8, 8] has 64 values, got 60"
+    assert post(64, bytes(70)) == (400, "6 bytes follow the JSON that belong to no input")
+    assert post(64, bytes(64), length=10**6)[0] == 400
+
+
+def test_refusals_over_grpc_have_their_codes(server: Server) -> None:
+    def code(model: str, x: Any, **keywords: Any) -> str:
+        with rpc.InferenceServerClient(server.grpc) as client, pytest.raises(rpc.InferenceServerException) as refused:
+            client.infer(model, asked(rpc, x), **keywords)
+        return str(refused.value.status()).removeprefix("StatusCode.")
+
+    assert code("nobody", images(1)) == "NOT_FOUND"
+    assert code("step", images(1), sequence_id=78) == "NOT_FOUND"
+    assert code("step", images(1)[..., :4]) == "INVALID_ARGUMENT"
+    assert code("float", np.full((1, 1, 8, 8), np.nan, np.float32)) == "INVALID_ARGUMENT"
+    assert code("step", images(1), parameters={"T": 0}) == "INVALID_ARGUMENT"
+    assert code("step", np.zeros((16_000, 1, 8, 8), np.uint8)) == "RESOURCE_EXHAUSTED"
+
+
+def test_a_sequence_ends_once(client: Any) -> None:
+    client("step", images(1), sequence_id=9, sequence_start=True, sequence_end=True)
+    with pytest.raises(Exception, match="sequence 9 is not open"):
+        client("step", images(1), sequence_id=9, sequence_end=True)
+
+
+def test_clients_that_leave_do_no_harm(server: Server) -> None:
+    host, port = server.http.split(":")
+    head = f"POST /v2/models/step/infer HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    for sent in (
+        head.encode(),  # half a header
+        (head + "Content-Length: 1000\r\n\r\n{").encode(),  # half a body
+        (head + f"Content-Length: {len(body())}\r\n\r\n").encode() + body(),  # all of it, and no ear for the answer
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+    ):
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+            connection.sendall(sent)
+    assert server.post("models/step/infer", body())[0] == 200
+
+
+def test_sigterm_finishes_what_was_taken() -> None:
+    running = start(f"step={exported('step')}", "--max-wait-ms", "60000", "--max-batch", "8")
+    expected = engine("step").run(images(3)).logits
+    answers: dict[int, Any] = {}
+
+    def ask(k: int) -> None:
+        with http.InferenceServerClient(running.http, network_timeout=PATIENCE) as client:
+            answers[k] = client.infer("step", asked(http, images(1, k))).as_numpy("logits")[0]
+
+    threads = [threading.Thread(target=ask, args=(k,)) for k in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        while running.metric("tetdeploy_queue_requests", model="step") < 3:
+            pass
+        assert not answers
+    finally:
+        code = stop(running)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert code == 0
+    np.testing.assert_allclose([answers[k] for k in range(3)], expected, atol=1e-5)
+
+
+def test_full_queues_refuse_and_idle_sequences_end() -> None:
+    options = ("--max-wait-ms", "60000", "--queue", "1", "--sequence-timeout", "0.2", "--max-batch", "1")
+    running = start(f"step={exported('step')}", *options)
+    try:
+        start_one = {"sequence_id": 1, "sequence_start": True}
+        assert running.post("models/step/infer", body(parameters=start_one))[0] == 200
+        while running.metric("tetdeploy_open_sequences", model="step"):
+            pass
+        status, answer = running.post("models/step/infer", body(parameters={"sequence_id": 1}))
+        assert (status, "idle for more than 0.2 s" in answer["error"]) == (404, True)
+        status, answer = running.post("models/step/infer", body(parameters={**start_one, "T": 2}))
+        assert (status, "the queue holds 1" in answer["error"]) == (503, True)
+        with rpc.InferenceServerClient(running.grpc) as client:
+            with pytest.raises(rpc.InferenceServerException, match="the queue holds 1") as refused:
+                client.infer("step", asked(rpc, images(1)), sequence_id=1, sequence_start=True, parameters={"T": 2})
+            assert "RESOURCE_EXHAUSTED" in str(refused.value.status())
+    finally:
+        assert stop(running) == 0
+
+
+def test_only_this_machine_is_served_by_default(server: Server) -> None:
+    assert server.http.startswith("127.0.0.1:") and server.grpc.startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize("which", ["http", "grpc"])
+def test_a_port_in_use_is_said(server: Server, which: str) -> None:
+    port = getattr(server, which).rpartition(":")[2]
+    other = "grpc" if which == "http" else "http"
+    command = [sys.executable, "-m", "tetdeploy", "serve", str(exported("step")), f"--{which}-port", port]
+    done = subprocess.run([*command, f"--{other}-port", "0"], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    result = CliRunner().invoke(main, ["serve", str(exported("step")), f"step={exported('dynamic')}"])
+    assert result.exit_code == 1
+    assert "two models are called step" in result.output
+
+
+def test_parameters_of_a_sequence() -> None:
+    assert Parameters.parse({"sequence_id": 0, "T": 3}) == Parameters(T=3)
+    assert Parameters.parse({"sequence_id": "a", "sequence_end": True}).sequence_id == "a"
+    assert Parameters.parse({"early_exit": "0.5"}).early_exit == 0.5
+    with pytest.raises(ValueError, match="early_exit is for whole requests"):
+        Parameters.parse({"sequence_id": 1, "early_exit": True})
+
+
+def test_raw_tensors_are_not_copied() -> None:
+    raw = bytes(range(64))
+    made = tensor("x", "UINT8", [1, 1, 8, 8], memoryview(raw), np.dtype(np.uint8))
+    assert np.shares_memory(made, np.frombuffer(raw, np.uint8))

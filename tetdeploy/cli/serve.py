@@ -1,0 +1,116 @@
+"""`tetdeploy serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tetdeploy.cli.options import console, device_option, threads_option
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  tetdeploy serve runs/r19/model-step.onnx                 http://127.0.0.1:8080/v2/models/model-step/infer
+  tetdeploy serve digits=a/model-step.onnx clothes=b/model-T4.onnx --threads 1
+  tetdeploy serve model-step.onnx --host 0.0.0.0 --max-batch 32 --max-wait-ms 5
+  curl http://127.0.0.1:8080/metrics
+"""
+)
+@click.argument("models", metavar="[NAME=]MODEL...", nargs=-1, required=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Interface to listen on; 0.0.0.0 is all of them.")
+@click.option("--http-port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0 is any free one.")
+@click.option("--grpc-port", default=8081, show_default=True, type=click.IntRange(0, 65535), help="0 is any free one.")
+@click.option("--max-batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images of one call.")
+@click.option(
+    "--max-wait-ms",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="How long a request waits for others to share its call.",
+)
+@click.option(
+    "--queue", default=256, show_default=True, type=click.IntRange(min=1), help="Requests that may wait for a model."
+)
+@click.option(
+    "--max-request-mb",
+    default=64.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True, max=2000),
+    help="Size of a request.",
+)
+@click.option("--max-T", "max_T", default=64, show_default=True, type=click.IntRange(min=1), help="Steps of a request.")
+@click.option(
+    "--sequence-timeout",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds without a request after which a sequence ends.",
+)
+@click.option(
+    "--max-sequences", default=4096, show_default=True, type=click.IntRange(min=1), help="Sequences open at once."
+)
+@device_option
+@threads_option
+def serve(
+    models: tuple[str, ...],
+    host: str,
+    http_port: int,
+    grpc_port: int,
+    max_batch: int,
+    max_wait_ms: float,
+    queue: int,
+    max_request_mb: float,
+    max_T: int,
+    sequence_timeout: float,
+    max_sequences: int,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Serve exported models over HTTP and gRPC: the Open Inference Protocol v2.
+
+    A model is called by its file's name without the ending, or by NAME. Requests that come together share a call of the
+    engine. There is no authentication: beyond this machine, put it behind something that has. Ctrl-C or SIGTERM
+    finishes the requests taken. Needs no torch.
+    """
+    from tetdeploy.engine import open_engine
+    from tetdeploy.extras import import_extra
+
+    paths = _by_name(models)
+    server = import_extra("tetdeploy.serve.server", "serve")
+    from tetdeploy.serve.models import Bounds
+    from tetdeploy.serve.scheduler import Limits
+
+    engines = {name: open_engine(path, device=device, threads=threads) for name, path in paths.items()}
+
+    def announce(http: str, rpc: str) -> None:
+        for name, engine in engines.items():
+            console.print(f"{name}   {engine.path}   layout {engine.layout}   http://{http}/v2/models/{name}/infer")
+        console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops")
+
+    server.serve(
+        engines,
+        server.Address(host, http_port, grpc_port),
+        Limits(max_batch, max_wait_ms / 1000, queue),
+        Bounds(max_T, sequence_timeout, max_sequences),
+        max_request_bytes=int(max_request_mb * 1e6),
+        announce=announce,
+    )
+    console.print("stopped; all requests taken were answered")
+
+
+def _by_name(models: tuple[str, ...]) -> dict[str, str]:
+    """The models' paths, by what requests call them.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    paths: dict[str, str] = {}
+    for model in models:
+        name, _, path = model.rpartition("=") if not Path(model).exists() else ("", "", model)
+        name = name or Path(path).stem
+        if name in paths:
+            raise ValueError(f"two models are called {name}; give one another name: NAME={path}")
+        paths[name] = path
+    return paths

@@ -1,0 +1,203 @@
+"""A served model: an engine with its thread, its queue and its sequences. No transport here.
+
+One thread runs the engine, which uses as many cores as it was given: two calls at once would only share them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tetdeploy.agreement import load_reference
+from tetdeploy.early_exit import Exit, load_exit
+from tetdeploy.energy import Operations, layers_of
+from tetdeploy.engine import Array, Engine, Result, StepResult
+from tetdeploy.serve.scheduler import Limits, Scheduler
+from tetdeploy.serve.sequences import LostSequenceError, Sequence, Sequences
+from tetdeploy.streams import StreamPool
+
+STEPS = "steps"  # the scheduler's key of all sequences; other keys are tuples
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a served model lets requests ask for.
+
+    Attributes:
+        max_T: most steps of one request.
+        sequence_timeout: seconds without a request after which a sequence ends.
+        max_sequences: sequences that may be open at once.
+    """
+
+    max_T: int = 64
+    sequence_timeout: float = 60.0
+    max_sequences: int = 4096
+
+
+class ServedModel:
+    """An engine that answers many requests at once. Belongs to one event loop.
+
+    Args:
+        name: what requests call it.
+        on_call: told of every call of the engine, on its thread: the steps that each image took, `[N]`.
+
+    Attributes:
+        scheduler: its queue.
+        sequences: those open; None if the model cannot step.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        limits: Limits,
+        bounds: Bounds,
+        on_call: Callable[[NDArray[np.int64]], None] = lambda steps: None,
+    ) -> None:
+        self.name, self.engine, self.bounds, self._on_call = name, engine, bounds, on_call
+        self.scheduler: Scheduler[Any, Any] = Scheduler(self._run, limits)
+        self.sequences: Sequences[Array, StepResult] | None = None
+        if engine.layout == "step":
+            pool = StreamPool(engine, max_batch=limits.max_batch)
+            self.sequences = Sequences(pool, timeout=bounds.sequence_timeout, limit=bounds.max_sequences)
+        self._calibrated: dict[int, Exit] = {}
+
+    async def infer(self, x: Array, *, T: int | None = None, early_exit: bool | float = False) -> Result:
+        """Run images or frames from u = 0, together with other requests of the same T, shape and early exit.
+
+        Args:
+            x, T: as `Engine.run` takes them.
+            early_exit: stop each image when its answer is certain: by the threshold of `tetdeploy calibrate` (True), or
+                at this confidence.
+
+        Raises:
+            ValueError: the engine cannot run this, or not in one batch; there is no such threshold.
+            QueueFullError, StoppingError, CallFailedError: as `Scheduler.submit`.
+        """
+        x = self.engine.check_input(x)
+        T = self._check_T(self.engine.check_T(T, x))
+        key = (T, x.shape[1:], self._exit(early_exit, T))
+        [answer] = await self.scheduler.submit(key, [x], size=len(x))
+        assert isinstance(answer, Result)
+        return answer
+
+    async def push(
+        self, id: int | str, x: Array | None, *, T: int | None = None, start: bool = False, end: bool = False
+    ) -> Result:
+        """Run the next steps of a sequence, together with those of others.
+
+        Args:
+            x: an image `[1, C, H, W]`, shown for T steps (by default one); None goes on with the last one. Or frames
+                `[1, T, C, H, W]`, each for a step.
+            start, end: whether the sequence begins with the first, and ends with the last of these steps.
+
+        Returns:
+            `logits [1, K]`, their mean since the sequence began; `per_step [1, T, K]` of these steps; `steps [1]` since
+            it began.
+
+        Raises:
+            ValueError: the model is of another layout than step, or x does not fit.
+            UnknownSequenceError, TooManySequencesError: as `Sequences.admit`.
+            LostSequenceError: an earlier step failed.
+            QueueFullError, StoppingError, CallFailedError: as `Scheduler.submit`.
+        """
+        if self.sequences is None:
+            raise ValueError(
+                f"{self.name} has layout {self.engine.layout} and keeps no state between requests; "
+                "sequences need a model of tetdeploy export --layout step"
+            )
+        frames = self._frames(x, T, start)
+        self.scheduler.check_room(len(frames))  # before the sequence takes note of them
+        steps = self.sequences.admit(id, frames, start=start, end=end, now=asyncio.get_running_loop().time())
+        sequence = steps[0].sequence
+        try:
+            answers: list[StepResult] = await self.scheduler.submit(STEPS, steps, order=sequence)
+        except RuntimeError:  # CallFailedError, LostSequenceError
+            self.sequences.forget(id, sequence)
+            raise
+        per_step = np.stack([answer.step_logits for answer in answers])
+        return Result(answers[-1].logits[None], per_step[None], np.array([answers[-1].t]))
+
+    async def expire(self) -> None:
+        """End the sequences that were idle for too long."""
+        if self.sequences is not None and (idle := self.sequences.expire(asyncio.get_running_loop().time())):
+            await self.scheduler.on_thread(lambda: self._close(idle))
+
+    def _close(self, sequences: list[Sequence]) -> None:
+        assert self.sequences is not None
+        self.sequences.close(sequences)
+
+    def _run(self, key: Hashable, payloads: list[Any]) -> list[Result] | list[StepResult | LostSequenceError]:
+        """One call of the engine."""
+        if key == STEPS:
+            assert self.sequences is not None
+            answers = self.sequences.run(payloads)
+            self._on_call(np.ones(len(answers), np.int64))
+            return answers
+        assert isinstance(key, tuple)
+        T, _, exit = key
+        result = self.engine.run(payloads[0] if len(payloads) == 1 else np.concatenate(payloads), T, exit=exit)
+        self._on_call(result.steps)
+        ends = np.cumsum([len(x) for x in payloads])
+        return [_part(result, slice(end - len(x), end)) for x, end in zip(payloads, ends, strict=True)]
+
+    def _frames(self, x: Array | None, T: int | None, start: bool) -> list[Array | None]:
+        """What each step of a sequence is shown, `[C, H, W]`, or None for the last image again."""
+        direct = self.engine.encoding == "direct"
+        if x is None:
+            if not direct or start:
+                raise ValueError("only a directly encoded sequence goes on without an image, and not at its start")
+            return [None] * self._check_T(1 if T is None else T)
+        x = self.engine.check_input(x)
+        if len(x) != 1:
+            raise ValueError(f"a sequence is one stream: send a batch of 1, got {len(x)}")
+        if direct:
+            return [x[0], *[None] * (self._check_T(1 if T is None else T) - 1)]
+        return list(x[0, : self._check_T(self.engine.check_T(T, x))])
+
+    def _check_T(self, T: int) -> int:
+        if not 1 <= T <= self.bounds.max_T:
+            raise ValueError(f"T must lie in 1..{self.bounds.max_T}, got {T}; --max-T lets a server run more")
+        return T
+
+    def _exit(self, wanted: bool | float, T: int) -> Exit | None:
+        if wanted is False:
+            return None
+        if self.engine.layout != "step":
+            raise ValueError(
+                f"{self.name} has layout {self.engine.layout} and cannot stop early; "
+                "early_exit needs a model of tetdeploy export --layout step"
+            )
+        if wanted is not True:
+            return Exit(wanted)
+        if T not in self._calibrated:
+            try:
+                self._calibrated[T] = load_exit(self.engine.path, T)
+            except FileNotFoundError:
+                raise ValueError(
+                    f"{self.name} has no threshold: make one with tetdeploy calibrate, or send early_exit=0.9, say"
+                ) from None
+        return self._calibrated[T]
+
+
+def _part(result: Result, rows: slice) -> Result:
+    return Result(result.logits[rows], result.per_step[rows], result.steps[rows])
+
+
+def step_energy_pj(engine: Engine, num_images: int = 32) -> float | None:
+    """An estimate of what one step costs: the mean over the first reference images beside the model, run for the T of
+    the training, by the convention `paper`. None where there are none, or the engine counts no spikes."""
+    try:
+        reference = load_reference(engine)
+        x = reference.x[:num_images]
+        _, counts = engine.count(x, reference.T)
+    except (ValueError, FileNotFoundError):
+        return None
+    operations = Operations(layers_of(engine.metadata))
+    operations.add(counts, len(x), reference.T)
+    return operations.at(reference.T).energy_pj / reference.T

@@ -1,0 +1,204 @@
+"""The Open Inference Protocol v2 in KServe's terms: a `kserve.Model` for each served model, and how requests are read.
+
+KServe's own reading of binary tensors turns every value into a Python object, and a malformed request into an internal
+error; `TensorDataPlane` reads them in its place.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from google.protobuf.unknown_fields import UnknownFieldSet
+from kserve import InferInput, InferOutput, InferRequest, InferResponse, Model
+from kserve.errors import InvalidInput
+from kserve.protocol.dataplane import DataPlane
+from kserve.protocol.rest.v2_datamodels import InferenceRequest, RequestInput
+from pydantic import ValidationError
+
+from tetdeploy import __version__
+from tetdeploy.engine import Array, Result
+from tetdeploy.serve.metrics import Metrics
+from tetdeploy.serve.models import ServedModel
+from tetdeploy.serve.requests import DATATYPES, Parameters, tensor
+from tetdeploy.serve.scheduler import StoppingError
+
+JSON_LENGTH = "inference-header-content-length"
+DOUBLE_PARAM = 4  # Triton's field number; KServe's InferParameter lacks it, so that it arrives as an unknown field
+
+
+class OpenInferenceModel(Model):  # type: ignore[misc]
+    """A served model as KServe sees it: one input `x`, outputs `logits`, `per_step`, `steps` and `class`."""
+
+    def __init__(self, served: ServedModel, metrics: Metrics) -> None:
+        super().__init__(served.name)
+        self.served, self.metrics = served, metrics
+        self.ready = True
+
+    def load(self) -> bool:
+        """What KServe calls for a model that is not ready, which ours are not while they finish."""
+        raise StoppingError("the server is shutting down; ask another one, or later")
+
+    def get_input_types(self) -> list[dict[str, Any]]:
+        engine = self.served.engine
+        time = (-1,) if engine.encoding == "frames" else ()
+        return [_described("x", engine.input_dtype, -1, *time, *engine.input_shape)]
+
+    def get_output_types(self) -> list[dict[str, Any]]:
+        K, float32 = len(self.served.engine.class_names), np.dtype(np.float32)
+        return [
+            _described("logits", float32, -1, K),
+            _described("per_step", float32, -1, -1, K),
+            _described("steps", np.dtype(np.int64), -1),
+            _described("class", np.dtype(object), -1),
+        ]
+
+    async def predict(self, payload: InferRequest, headers: Any = None, response_headers: Any = None) -> InferResponse:
+        started = time.perf_counter()
+        outputs = self._outputs(await self._run(payload), payload)
+        self.metrics.seconds.labels(self.name).observe(time.perf_counter() - started)
+        return InferResponse(
+            payload.id or str(uuid.uuid4()),
+            self.name,
+            outputs,
+            from_grpc=payload.from_grpc,
+            use_binary_outputs=payload.use_binary_outputs and not payload.from_grpc,  # there arrays always are
+            requested_outputs=payload.request_outputs,
+        )
+
+    async def _run(self, request: InferRequest) -> Result:
+        try:
+            return await self._answer(request)
+        except ValueError as error:
+            raise (error if type(error) is not ValueError else InvalidInput(str(error))) from error
+
+    async def _answer(self, request: InferRequest) -> Result:
+        parameters = Parameters.parse(_parameters(request))
+        x = self._input(request.inputs)
+        if parameters.sequence_id is not None:
+            start, end = parameters.sequence_start, parameters.sequence_end
+            return await self.served.push(parameters.sequence_id, x, T=parameters.T, start=start, end=end)
+        if x is None:
+            raise ValueError(f"{self.name} needs the input x")
+        return await self.served.infer(x, T=parameters.T, early_exit=parameters.early_exit)
+
+    def _input(self, inputs: list[InferInput]) -> Array | None:
+        if not inputs:
+            return None
+        if [given.name for given in inputs] != ["x"]:
+            raise ValueError(f"{self.name} takes one input, x; got {', '.join(given.name for given in inputs)}")
+        [x] = inputs
+        data = x.data if x._raw_data is None else x._raw_data  # as_numpy() would trust the shape and copy lists
+        return tensor("x", x.datatype, x.shape, data, self.served.engine.input_dtype)
+
+    def _outputs(self, result: Result, request: InferRequest) -> list[InferOutput]:
+        names = np.array(self.served.engine.class_names, object)
+        values = {
+            "logits": result.logits,
+            "per_step": result.per_step,
+            "steps": result.steps,
+            "class": names[result.logits.argmax(-1)],
+        }
+        wanted = [output.name for output in request.request_outputs or ()] or list(values)
+        if unknown := [name for name in wanted if name not in values]:
+            raise InvalidInput(f"{self.name} has no output {unknown[0]!r}; there are {', '.join(values)}")
+        return [
+            InferOutput(name, list(values[name].shape), DATATYPES[values[name].dtype.name], values[name])
+            for name in wanted
+        ]
+
+
+def _described(name: str, dtype: np.dtype[Any], *shape: int) -> dict[str, Any]:
+    return {"name": name, "datatype": DATATYPES[dtype.name], "shape": list(shape)}
+
+
+def _parameters(request: InferRequest) -> dict[str, Any]:
+    """The parameters of a request but for the one that is KServe's."""
+    given: Mapping[str, Any] = request.parameters or {}
+    if request.from_grpc:
+        given = {name: _grpc_parameter(name, parameter) for name, parameter in given.items()}
+    return {name: value for name, value in given.items() if name != "binary_data_output"}
+
+
+def _grpc_parameter(name: str, parameter: Any) -> Any:
+    if (choice := parameter.WhichOneof("parameter_choice")) is not None:
+        return getattr(parameter, choice)
+    for field in UnknownFieldSet(parameter):
+        if field.field_number == DOUBLE_PARAM:
+            return struct.unpack("<d", struct.pack("<Q", field.data))[0]
+    raise ValueError(f"parameter {name} has no value of a type that is known here")
+
+
+class _BinaryInput(RequestInput):  # type: ignore[misc]
+    data: list[Any] = []  # noqa: RUF012  pydantic copies it
+
+
+class _BinaryRequest(InferenceRequest):  # type: ignore[misc]
+    inputs: list[_BinaryInput]
+
+
+class TensorDataPlane(DataPlane):  # type: ignore[misc]
+    """KServe's data plane, with requests read by us."""
+
+    def metadata(self) -> dict[str, Any]:
+        return {
+            "name": "tetdeploy",
+            "version": __version__,
+            "extensions": ["binary_tensor_data", "sequence", "parameters"],
+        }
+
+    async def ready(self) -> bool:
+        return all([await model.healthy() for model in self.model_registry.get_models().values()])
+
+    def decode_inference_request(
+        self, body: bytes | InferenceRequest, headers: Mapping[str, str], model_name: str
+    ) -> InferRequest:
+        """A request as JSON, or as JSON followed by the inputs' bytes.
+
+        Raises:
+            InvalidInput: it is neither.
+        """
+        if not isinstance(body, bytes):
+            return InferRequest.from_inference_request(body, model_name)
+        length = _json_length(headers.get(JSON_LENGTH), len(body))
+        try:
+            request = _BinaryRequest.model_validate_json(body[:length])
+        except ValidationError as error:
+            raise InvalidInput(malformed(error.errors())) from error
+        decoded = InferRequest.from_inference_request(request, model_name)
+        _attach(decoded.inputs, memoryview(body)[length:])
+        return decoded
+
+
+def _json_length(header: str | None, available: int) -> int:
+    if header is None:
+        return available
+    if not header.isdecimal() or int(header) > available:
+        raise InvalidInput(f"{JSON_LENGTH} must lie in 0..{available}, the length of the body; got {header}")
+    return int(header)
+
+
+def _attach(inputs: list[InferInput], binary: memoryview) -> None:
+    """Give inputs with a `binary_data_size` their part of what follows the JSON."""
+    start = 0
+    for given in inputs:
+        size = given.parameters.get("binary_data_size")
+        if size is None:
+            continue
+        left = len(binary) - start
+        if type(size) is not int or not 0 <= size <= left:
+            raise InvalidInput(f"input {given.name} has binary_data_size {size}, but {left} bytes follow")
+        given._raw_data = binary[start : start + size]
+        start += size
+    if start != len(binary):
+        raise InvalidInput(f"{len(binary) - start} bytes follow the JSON that belong to no input")
+
+
+def malformed(errors: Any) -> str:
+    """One line about the first thing that a request got wrong, from pydantic's list."""
+    where = ".".join(str(part) for part in errors[0]["loc"] if part not in ("body", "InferenceRequest"))
+    return f"the request is malformed: {errors[0]['msg']}" + (f" at {where}" if where else "")

@@ -1,0 +1,133 @@
+"""What a request of the Open Inference Protocol may say, and what is wrong with it. Knows no transport."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from tetdeploy.engine import Array
+
+Data = bytes | memoryview | list[Any]
+DATATYPES = {"uint8": "UINT8", "float32": "FP32", "int64": "INT64", "object": "BYTES"}  # by numpy's names
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a request.
+
+    Attributes:
+        T: steps; None for the model's own.
+        early_exit: False, True for the calibrated threshold, or a threshold in 0..1.
+        sequence_id: of the sequence that the request is a part of; None if of none, as are 0 and "".
+        sequence_start, sequence_end: whether it is the first or the last one.
+    """
+
+    T: int | None = None
+    early_exit: bool | float = False
+    sequence_id: int | str | None = None
+    sequence_start: bool = False
+    sequence_end: bool = False
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Parameters:
+        """Parameters as they came.
+
+        Raises:
+            ValueError: one is unknown, of another type, or they contradict each other.
+        """
+        known = [field.name for field in fields(cls)]
+        for name, value in given.items():
+            if name not in known:
+                raise ValueError(f"unknown parameter {name!r}; there are {', '.join(known)}")
+            if not _fits(name, value):
+                raise ValueError(f"parameter {name} must be {_WANTED[name]}, got {value!r}")
+        checked = dict(given)
+        if "early_exit" in checked:
+            checked["early_exit"] = _threshold(checked["early_exit"])
+        return cls(**checked).checked()
+
+    def checked(self) -> Parameters:
+        """These, with a sequence_id of 0 or "" as None.
+
+        Raises:
+            ValueError: they contradict each other.
+        """
+        if self.sequence_id:
+            if self.early_exit is not False:
+                raise ValueError("early_exit is for whole requests; the client of a sequence stops when it likes")
+            return self
+        if self.sequence_start or self.sequence_end:
+            raise ValueError("sequence_start and sequence_end need a sequence_id that is not 0")
+        return Parameters(self.T, self.early_exit)
+
+
+_WANTED = {
+    "T": "an integer",
+    "early_exit": "true, false, or a threshold in 0..1",
+    "sequence_id": "an integer or a string",
+    "sequence_start": "true or false",
+    "sequence_end": "true or false",
+}
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name == "T":
+        return type(value) is int
+    if name == "sequence_id":
+        return type(value) in (int, str)
+    if name == "early_exit":
+        return isinstance(value, bool) or 0 <= _threshold(value) <= 1
+    return isinstance(value, bool)
+
+
+def _threshold(value: Any) -> bool | float:
+    """A threshold may come as a string: the parameters of KServe's gRPC have no floating-point numbers."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def tensor(
+    name: str, datatype: str, shape: list[int], data: bytes | memoryview | list[Any], wanted: np.dtype[Any]
+) -> Array:
+    """A tensor as it came: raw bytes, or numbers in any nesting.
+
+    Raises:
+        ValueError: it is not what it says, or of another datatype than `wanted`.
+    """
+    if datatype != DATATYPES[wanted.name]:
+        raise ValueError(f"the model takes {name} as {DATATYPES[wanted.name]}, got {datatype!r}")
+    if not all(size >= 0 for size in shape):
+        raise ValueError(f"{name} has the shape {shape}; no size may be negative")
+    values = _numbers(name, data, wanted) if isinstance(data, list) else _raw(name, data, wanted)
+    if values.size != math.prod(shape):
+        raise ValueError(f"{name} of shape {shape} has {math.prod(shape)} values, got {values.size}")
+    return values.reshape(shape)
+
+
+def _raw(name: str, data: bytes | memoryview, wanted: np.dtype[Any]) -> Array:
+    if len(data) % wanted.itemsize:
+        raise ValueError(f"{name} has {len(data)} bytes, which are no whole number of {wanted} values")
+    return np.frombuffer(data, wanted)
+
+
+def _numbers(name: str, data: list[Any], wanted: np.dtype[Any]) -> Array:
+    try:
+        values = np.array(data)
+    except ValueError as error:
+        raise ValueError(f"the data of {name} are nested unevenly") from error
+    if values.size == 0:
+        return values.astype(wanted)
+    if values.dtype.kind not in ("iu" if wanted.kind == "u" else "iuf"):
+        raise ValueError(f"the data of {name} must be numbers of {wanted}, got {values.dtype}")
+    if wanted.kind == "u" and not (values.min() >= 0 and values.max() <= np.iinfo(wanted).max):
+        raise ValueError(f"the data of {name} must lie in 0..{np.iinfo(wanted).max}")
+    with np.errstate(over="ignore"):  # the engine refuses infinity with a better message
+        return values.astype(wanted).ravel()
