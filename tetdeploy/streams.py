@@ -193,8 +193,9 @@ class StreamPool:
                 self._check_repeats(id)
             parts = _parts(list(shown), self.max_batch)
             batches = [self._stack({id: shown[id] for id in ids}) for ids in parts]
-            calls = [(ids, x, self._call(ids, x)) for ids, x in zip(parts, batches, strict=True)]
-            calls += [(ids, None, self._call(ids, None)) for ids in _parts(repeated, self.max_batch)]
+            pushes: list[tuple[list[int], Array | None]] = list(zip(parts, batches, strict=True))
+            pushes += [(ids, None) for ids in _parts(repeated, self.max_batch)]
+            calls = [(ids, x, self._call(ids, x)) for ids, x in pushes]
             results: dict[int, StepResult] = {}
             for ids, x, outputs in calls:
                 results |= self._move_on(ids, x, outputs)

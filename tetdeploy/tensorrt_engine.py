@@ -52,7 +52,7 @@ class TensorRTEngine(Engine):
         check_target(self.manifest, self.path.name, trt.__version__, gpu_architecture(cuda))
         self._session = Session(trt, Gpu(cuda), self._bytes, self.state_outputs, self.path.name)
 
-    def put(self, x: Array) -> GpuArray:
+    def put(self, x: Array) -> Any:
         return self._session.put(x)
 
     def check_input(self, x: Array) -> Array:
