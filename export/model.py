@@ -130,7 +130,7 @@ def export_model(
     labels: NDArray[np.int64] | None = None,
     source: Mapping[str, Any] | None = None,
     num_check: int = 1000,
-    calibration: tuple[NDArray[Any], NDArray[np.int64] | None] | None = None,
+    calibration: tuple[NDArray[Any], NDArray[np.int64] | None] | Calibration | None = None,
     tick: Callable[[str, int, int], None] | None = None,
 ) -> Exported:
     """Write a classifier as ONNX, with 256 reference images beside it, after checking it against PyTorch.
@@ -144,7 +144,7 @@ def export_model(
         source: what the model was made from, kept in the metadata.
         num_check: images compared with PyTorch; 0 leaves the check out.
         calibration: images and labels of the training set that an int8 graph takes its scales from, other ones than
-            `images` where there are enough.
+            `images` where there are enough; or the scales themselves, of a network that was fine-tuned at them.
         tick: called with (what, done, all) during the check.
 
     Raises:
@@ -285,10 +285,12 @@ def versions() -> dict[str, str]:
 def _calibrate(
     classifier: Classifier,
     config: ExportConfig,
-    calibration: tuple[NDArray[Any], NDArray[np.int64] | None] | None,
+    calibration: tuple[NDArray[Any], NDArray[np.int64] | None] | Calibration | None,
     source: Mapping[str, Any] | None,
     tick: Callable[[str, int, int], None] | None,
 ) -> Calibration:
+    if isinstance(calibration, Calibration):
+        return calibration
     if calibration is None:
         raise ValueError("precision int8 takes its scales from images of the training set; give some as calibration")
     x = _as_input(classifier, calibration[0], config)

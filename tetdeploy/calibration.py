@@ -29,15 +29,23 @@ class Calibration:
         num_images: calibration images, of the training set.
         accuracy: of each method on them.
         scales: by convolution.
+        fine_tuned: the network was trained at these scales (`tetdeploy train --qat`).
     """
 
     method: str
     num_images: int
     accuracy: dict[str, float]
     scales: dict[str, CurrentScale]
+    fine_tuned: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
+        """What `to_dict` gave; KeyError or TypeError for anything else."""
+        scales = {name: CurrentScale(**scale) for name, scale in values["scales"].items()}
+        return cls(**{**values, "scales": scales})
 
 
 def calibrate(

@@ -1,7 +1,8 @@
 """Weights, configuration and provenance in one safetensors file; runs and how to find the newest.
 
 A checkpoint is a safetensors file: the network's state dict as tensors, and in the metadata one key, "tetdeploy", with
-JSON {"format", "network", "data", "training", "provenance"}. Reading the metadata needs neither torch nor safetensors.
+JSON {"format", "network", "data", "training", "provenance"}, and "int8" if it was fine-tuned in 8 bits. Reading the
+metadata needs neither torch nor safetensors.
 Pickles, and so torch's own files, are recognised by their first bytes and never unpickled: a pickle runs code.
 """
 
@@ -36,7 +37,12 @@ _KEYS_SHOWN = 20
 
 
 def save_checkpoint(
-    path: Path | str, classifier: Classifier, *, training: Mapping[str, Any], provenance: Mapping[str, Any]
+    path: Path | str,
+    classifier: Classifier,
+    *,
+    training: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    int8: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the classifier as one safetensors file, atomically: an error leaves an earlier file as it was.
 
@@ -45,6 +51,7 @@ def save_checkpoint(
         classifier: network, its configuration and the input normalisation.
         training: how it was trained, JSON-able.
         provenance: versions, time, epoch, accuracy, seed; JSON-able.
+        int8: the scales that the network was fine-tuned at, `calibration.Calibration.to_dict()`, if it was.
 
     Raises:
         OSError: the file cannot be written.
@@ -56,6 +63,8 @@ def save_checkpoint(
         "training": dict(training),
         "provenance": dict(provenance),
     }
+    if int8 is not None:
+        content["int8"] = dict(int8)
     write_tensors(path, classifier.network.state_dict(), content)
 
 

@@ -27,14 +27,17 @@ def kept_classifier(session: Session, state: TrainState) -> Classifier:
 
     With `ema` the copy has the averaged weights. With it or `random_T` its BN statistics are estimated anew on 10
     training batches, augmented and with numbers of time steps drawn as in training. The epoch decides what is drawn.
+    With `qat` they stay.
     """
     config = session.config
-    if not config.estimates_bn:
+    if not config.ema and not config.estimates_bn:
         return session.classifier
     kept = copy.deepcopy(session.classifier)
     for name, weight in trainable(kept.network).items():
         if name in state.average:
             weight.copy_(state.average[name])
+    if not config.estimates_bn:
+        return kept
     with estimating_bn(kept), autocast(session.device, session.precision):
         for index, (x, _) in enumerate(session.bn_batches(state.epoch)):
             number = state.epoch * BN_BATCHES + index

@@ -79,6 +79,8 @@ class TrainConfig:
         distill: checkpoint or run folder of an ANN twin to learn from, see `losses.distillation_loss`; "" is off.
         distill_alpha: weight of that loss, above 0.
         distill_tau: its temperature, above 0.
+        qat: fine-tune with the convolutions of spikes in 8 bits, see `qat`; in float32, with BN's running statistics as
+            they are and without dropout.
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:1".
         precision: autocast in "bf16" or "fp16" (with gradient scaling), or "fp32"; "auto" is fp32 on a CPU, on a GPU
             bf16, or fp16 where it has no bf16. Losses, BN statistics and weights stay float32 in all.
@@ -107,6 +109,7 @@ class TrainConfig:
     distill: str = ""
     distill_alpha: float = 1.0
     distill_tau: float = 3.0
+    qat: bool = False
     device: str = "auto"
     precision: str = "auto"
 
@@ -150,7 +153,7 @@ class TrainConfig:
     @property
     def estimates_bn(self) -> bool:
         """Whether the BN statistics gathered in training do not fit what is validated, and are estimated anew."""
-        return self.ema > 0 or bool(self.random_T)
+        return (self.ema > 0 or bool(self.random_T)) and not self.qat
 
     def loss_at(self, epoch: int) -> str:
         """ "tet" or "sdt": what an epoch, counted from 0, minimises."""
@@ -169,6 +172,8 @@ class TrainConfig:
             raise ValueError(
                 f"switch_to_tet is {self.switch_to_tet} of {self.epochs} epochs; it must come before the last"
             )
+        if self.qat and self.precision not in ("auto", "fp32"):
+            raise ValueError(f"qat computes whole numbers in float32; use precision fp32, got {self.precision}")
         if self.time_range and self.tit:
             raise ValueError("random_T and tit both decide the time steps of training; choose one of them")
 

@@ -30,6 +30,7 @@ from .device import autocast
 from .interrupt import deferred_interrupt
 from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
 from .progress import Progress
+from .qat import read_scales
 from .ranks import current_ranks
 from .runs import CONFIG_NAME, check_run, mark_latest, read_metrics, run_settings, write_metrics
 from .schedule import derive_seed
@@ -89,7 +90,7 @@ def train(
         classifier: network and input normalisation. When resuming, a fresh one: its weights are overwritten.
         train_set: trained on.
         val_set: decides which epoch is best; None keeps the last epoch.
-        config: how to train.
+        config: how to train; `qat` starts from a classifier that is trained.
         out: run folder, made if it is not there.
         resume: go on with the run in `out`, which must have the same settings.
         runs: folder whose `latest` is to point at this run, if any.
@@ -121,7 +122,10 @@ def train(
         if ranks.writes:
             check_run(out, settings, resume=resume)
     try:
-        session = prepare(classifier, train_set, val_set, config, out, workers=workers)
+        calibration = read_scales(out) if config.qat and resume else None
+        session = prepare(classifier, train_set, val_set, config, out, workers=workers, calibration=calibration)
+        if session.calibration is not None:
+            settings["int8"] = session.calibration.to_dict()
         state = _begin(session, settings, resume=resume)
         if runs is not None and ranks.writes:
             mark_latest(out, runs)
@@ -263,7 +267,7 @@ def _validate(session: Session, state: TrainState, kept: Classifier, interrupt: 
     """The losses and the accuracy on the held-out images at the stage's T; None for each where there are none."""
     losses, ranks = validation_losses(session.config, state.epoch), session.ranks
     found = session.val and measure(
-        kept,
+        session.as_deployed(kept),
         session.val.in_order(max(session.config.batch_size, 128)),
         T=session.config.stage(state.epoch).T,
         losses=losses,
@@ -290,7 +294,8 @@ def _keep(session: Session, state: TrainState, kept: Classifier, records: list[d
         state.best = this
         if writes:
             about = {"training": asdict(session.config), "provenance": provenance(session, this)}
-            save_checkpoint(session.out / CHECKPOINT_NAME, kept, **about)
+            int8 = None if session.calibration is None else session.calibration.to_dict()
+            save_checkpoint(session.out / CHECKPOINT_NAME, kept, **about, int8=int8)
     state.next_epoch()
     _save(session, state)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import tetdeploy
+from tetdeploy.calibration import Calibration
 from tetdeploy.data import ImageFiles
 
 from .augment import RESIZED_CROP
@@ -23,6 +24,7 @@ from .device import device_name, pick_device, pick_precision
 from .disk_images import DiskImages, ImageReader
 from .objective import Teacher, load_teacher
 from .optimizer import build_optimizer
+from .qat import check_qat, find_scales, int8_network
 from .ranks import Ranks, current_ranks
 from .schedule import derive_seed, learning_rate
 from .state import Best
@@ -54,6 +56,7 @@ class Session:
     held_out: int  # validation images of all ranks; `val` holds this rank's
     reader: ImageReader  # of images that stay on disk
     model: nn.Module  # what a training step calls: the classifier, or its gradients go over all ranks
+    calibration: Calibration | None  # the scales that `qat` trains at
 
     @property
     def batch_size(self) -> int:
@@ -73,6 +76,10 @@ class Session:
             total_steps=stage.epochs * steps,
             warmup_steps=round(self.config.warmup_epochs * steps),
         )
+
+    def as_deployed(self, kept: Classifier) -> Any:
+        """What is validated of a classifier to keep: with `qat` the network in 8 bits."""
+        return kept if self.calibration is None else int8_network(kept, self.calibration.scales)
 
     def batches(self, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
         """The training batches of an epoch's steps from `first_step` on."""
@@ -129,8 +136,8 @@ def check_together(classifier: Classifier, data: LabelledSet, config: TrainConfi
     """Refuse settings that do not go with the network or with the data that are trained on.
 
     Raises:
-        ValueError: an ANN with another T than 1, AutoAugment of other than gray and colour images, or an augmentation
-            of images in memory for those on disk, or the other way round.
+        ValueError: an ANN with another T than 1, `qat` of a network without spikes, AutoAugment of other than gray and
+            colour images, or an augmentation of images in memory for those on disk, or the other way round.
     """
     on_disk = isinstance(data, ImageFiles)
     if on_disk and (config.augment not in ("none", RESIZED_CROP) or config.cutout):
@@ -146,6 +153,8 @@ def check_together(classifier: Classifier, data: LabelledSet, config: TrainConfi
         )
     if classifier.config.ann and config.longest_T > 1:
         raise ValueError(f"an ANN has no time: train it with T=1 (--ann --T 1), got T={config.longest_T}")
+    if config.qat:
+        check_qat(classifier)
     channels = classifier.image_shape[0]
     if config.augment == "autoaugment" and (channels not in (1, 3) or classifier.encoding == "frames"):
         raise ValueError(
@@ -162,15 +171,23 @@ def prepare(
     out: Path,
     *,
     workers: int | None,
+    calibration: Calibration | None,
 ) -> Session:
-    """Move everything to the device and build what trains it."""
+    """Move everything to the device and build what trains it.
+
+    Args:
+        calibration: the scales of the run that goes on; None for a new one, or one without `qat`.
+    """
     device = pick_device(config.device)
-    precision = pick_precision(config.precision, device)
+    precision = "fp32" if config.qat else pick_precision(config.precision, device)
     teacher = load_teacher(config, classifier)
     if teacher is not None:
         teacher.classifier.to(device)
     classifier.to(device)
     ranks = current_ranks()
+    if config.qat and calibration is None:
+        calibration = ranks.agreed(replace(find_scales(classifier, train_set, config.T), fine_tuned=True))
+    trained: Any = classifier if calibration is None else int8_network(classifier, calibration.scales)
     reader = ImageReader(workers, device)
 
     def images(data: LabelledSet) -> Images:
@@ -192,7 +209,8 @@ def prepare(
         ranks=ranks,
         held_out=0 if val_set is None else len(val_set),
         reader=reader,
-        model=over_ranks(classifier) if ranks.size > 1 else classifier,
+        model=over_ranks(trained) if ranks.size > 1 else trained,
+        calibration=calibration,
     )
 
 
@@ -217,11 +235,12 @@ def headline(session: Session) -> str:
         loss += f", after {config.switch_to_tet} epochs {tet}"
     if session.teacher is not None:
         loss += f", distilled from {config.distill}"
+    in_8_bits = f", {len(session.calibration.scales)} convolutions in int8" if session.calibration else ""
     several = f"{session.ranks.size} x " if session.ranks.size > 1 else ""
     return (
         f"{classifier.data}  {len(session.train):,} train  {session.held_out:,} validation   "
         f"{classifier.config.model} {millions:.3g} M parameters   {loss}   "
-        f"{session.precision} on {several}{device_name(session.device)}"
+        f"{session.precision}{in_8_bits} on {several}{device_name(session.device)}"
     )
 
 

@@ -90,7 +90,7 @@ Examples:
     default=512,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Training images that int8 takes the scales of the input currents from.",
+    help="Training images that int8 takes the scales of the input currents from; a run of train --qat has its own.",
 )
 @click.option("--model", help="package.module:function, if the network is your own.")
 @click.option("--data", help="Images for the check and the reference. [default: the training images of the run]")
@@ -163,6 +163,7 @@ def export(
     trained_T = int(metadata["training"].get("T", 4))
     options["encoding"] = options["encoding"] or metadata["data"].get("encoding", "direct")
     config = ExportConfig(T=T or trained_T, trained_T=trained_T, **options)
+    fine_tuned = _fine_tuned_scales(ctx, file, metadata) if config.precision == "int8" else None
     classifier = load_classifier(file, metadata, model)
     source = data or str(metadata["data"]["name"])
     calibration = None
@@ -173,7 +174,7 @@ def export(
         val_fraction = float(metadata["training"].get("val_fraction", 0.0))
         count = max(num_check, NUM_REFERENCE)
         images, labels = real_inputs(source, data_dir, val_fraction, T=trained_T, count=count)
-        if config.precision == "int8":
+        if config.precision == "int8" and fine_tuned is None:
             calibration = _training_inputs(source, data_dir, val_fraction, T=trained_T, count=num_calibration)
     path = out or file.parent / config.file_name
     with progress_bar() as bar:
@@ -192,7 +193,7 @@ def export(
             labels=labels,
             source=_source(file, metadata),
             num_check=num_check,
-            calibration=calibration,
+            calibration=fine_tuned or calibration,
             tick=tick,
         )
     print_exported(exported, config.layout, config.T)
@@ -279,6 +280,20 @@ def _training_inputs(data: str, data_dir: Path, val_fraction: float, *, T: int, 
     return train.x[-count:], train.labels[-count:]
 
 
+def _fine_tuned_scales(ctx: click.Context, file: Path, metadata: dict[str, Any]) -> Any:
+    """The scales that a run of `train --qat` was fine-tuned at; None for any other."""
+    from tetdeploy.calibration import Calibration
+
+    if "int8" not in metadata:
+        return None
+    if is_typed(ctx, "num_calibration"):
+        raise click.UsageError(f"{file} was fine-tuned at scales of its own (train --qat): leave out --calibrate")
+    try:
+        return Calibration.from_dict(metadata["int8"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: its int8 metadata cannot be read; the file was changed") from error
+
+
 def print_exported(exported: Exported, layout: str, T: int) -> None:
     """What was done and how far the result is from PyTorch."""
     steps = f" T={T}" if layout == "unrolled" else ""
@@ -308,19 +323,29 @@ def print_exported(exported: Exported, layout: str, T: int) -> None:
 
 
 def _print_int8(int8: dict[str, Any]) -> None:
+    if int8["fine_tuned"]:
+        console.print(f"int8: {len(int8['scales'])} convolutions, at the scales that the run was fine-tuned at (--qat)")
+    else:
+        _print_calibration(int8)
+    if kept := int8["kept"]:
+        _print_kept(kept)
+
+
+def _print_calibration(int8: dict[str, Any]) -> None:
     found = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in int8["accuracy"].items())
     console.print(
         f"int8: {len(int8['scales'])} convolutions, scales by {int8['method']} on {int8['num_images']:,} training "
         f"images (accuracy there: {found})"
     )
-    if kept := int8["kept"]:
-        T, agreement = kept["T"][-1], kept["agreement"][-1]
-        accuracy = ""
-        if "accuracy_fp32" in kept:
-            accuracy = f"   accuracy {kept['accuracy_int8'][-1]:.2%} (fp32 {kept['accuracy_fp32'][-1]:.2%})"
-        console.print(
-            f"  on the {kept['num_images']:,} checked images at T={T}: agrees with fp32 {agreement:.2%}{accuracy}"
-        )
+
+
+def _print_kept(kept: dict[str, Any]) -> None:
+    T, agreement = kept["T"][-1], kept["agreement"][-1]
+    accuracy = ""
+    if "accuracy_fp32" in kept:
+        accuracy = f"   accuracy {kept['accuracy_int8'][-1]:.2%} (fp32 {kept['accuracy_fp32'][-1]:.2%})"
+    images = f"{kept['num_images']:,} checked images"
+    console.print(f"  on the {images} at T={T}: agrees with fp32 {agreement:.2%}{accuracy}")
 
 
 def load_classifier(file: Path, metadata: dict[str, Any], own: str | None) -> Any:

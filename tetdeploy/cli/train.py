@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from tetdeploy.train import SeedsResult, TrainConfig, TrainResult
     from tetdeploy.train.ranks import Ranks
 
+# What fine-tuning in 8 bits takes over from the checkpoint, and what it has of its own; what is given comes first.
+_KEPT_BY_QAT = ("T", "batch_size", "label_smoothing", "clip", "lam", "phi", "val_fraction", "augment", "cutout")
+_QAT_DEFAULTS = {"lr": 1e-4, "epochs": 2}
 _NETWORK_OPTIONS = ("model", "width", "tau", "v_th", "gamma", "ann", "smooth_spike")
 
 
@@ -37,6 +40,7 @@ Examples:
   tetdeploy train --data saccades:digits --T 5            event frames, made of images
   tetdeploy train --resume                                go on with the newest run
   tetdeploy train --init runs/digits --T 6 --epochs 5     start from given weights
+  tetdeploy train --qat --init runs/digits                fine-tune in 8 bits, for export --precision int8
   tetdeploy train --ann --out runs/ann                    the ANN twin, and learning from it:
   tetdeploy train --distill runs/ann
   tetdeploy train --model my_package.my_module:my_network your own network
@@ -116,6 +120,11 @@ Examples:
     "--workers", type=click.IntRange(min=0), help="Processes that read ImageNet; 0 reads in this one. [default: cores]"
 )
 @click.option("--recompute", is_flag=True, help="Less memory, more time: compute blocks again in the backward pass.")
+@click.option(
+    "--qat",
+    is_flag=True,
+    help="Fine-tune the weights of --init in 8 bits, as export --precision int8 computes them; 2 epochs at lr 1e-4.",
+)
 @click.option("--tensorboard", is_flag=True, help="Also write curves to RUN/tensorboard.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: RUNS/<data>-<model>, numbered]")
 @runs_option
@@ -160,8 +169,14 @@ def train(
             if resume is not None:
                 out = _resumed_run(Path(resume) if resume else None, out, runs, init)
                 seeds = _take_settings(ctx, out, options) or seeds
+            elif options["qat"]:
+                _take_checkpoint(ctx, init, options)
+            if options["qat"] and recompute:
+                raise click.UsageError("--recompute does not go with --qat, which trains one traced graph")
             several = _parse_seeds(ctx, seeds, init)
             job = _job(ctx, options, recompute=recompute)
+            if options["qat"] and init is not None:
+                _check_same_inputs(init, job)
         out = ranks.agreed(out or _unused(runs, config, job))
         json_path = json_path if ranks.writes else None
         how: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
@@ -313,6 +328,44 @@ def _take_settings(ctx: click.Context, run: Path, options: dict[str, Any]) -> st
     return "" if is_given(ctx, "seeds") else ",".join(map(str, settings.get("seeds", ())))
 
 
+def _take_checkpoint(ctx: click.Context, init: Path | None, options: dict[str, Any]) -> None:
+    """Give options that were neither typed nor in a recipe what the checkpoint to fine-tune says, or qat's defaults.
+
+    Raises:
+        ValueError: an option of the network was given that disagrees, or the network is the user's own and not named.
+    """
+    from tetdeploy.checkpoint import read_metadata
+
+    if init is None:
+        raise click.UsageError("--qat fine-tunes a trained network: name its run or checkpoint with --init")
+    metadata = read_metadata(init)
+    network, training = metadata["network"], metadata["training"]
+    if ":" in str(network["model"]) and not is_given(ctx, "model"):
+        raise ValueError(f"{init} holds a network of your own: pass --model {network['model']}")
+    for name in _NETWORK_OPTIONS:
+        value = network.get(name, options[name])
+        if is_given(ctx, name) and options[name] != value:
+            raise ValueError(f"{init} has {name} {value}, not {options[name]}: leave it out")
+        options[name] = value
+    kept = {name: training[name] for name in _KEPT_BY_QAT if name in training}
+    kept["loss"] = "tet" if training.get("switch_to_tet") else training.get("loss", options["loss"])
+    for name, value in {**kept, **_QAT_DEFAULTS, "data": metadata["data"]["name"]}.items():
+        if not is_given(ctx, name):
+            options[name] = value
+
+
+def _check_same_inputs(init: Path, job: _Job) -> None:
+    """Refuse data of another kind than the checkpoint's network takes."""
+    from tetdeploy.checkpoint import read_metadata
+
+    data = read_metadata(init)["data"]
+    theirs = data.get("encoding", "direct"), list(data["image_shape"]), len(data["class_names"])
+    ours = job.train.encoding, list(job.train.image_shape), len(job.train.class_names)
+    if theirs != ours:
+        wanted, got = (f"{encoding} input {shape} of {count} classes" for encoding, shape, count in (theirs, ours))
+        raise ValueError(f"{init} takes {wanted}; {job.train.name} has {got}: choose the --data it was trained on")
+
+
 def _unused(runs: Path, recipe: Path | None, job: _Job) -> Path:
     """A new run's folder: `RUNS/<recipe>`, or `RUNS/<data>-<model>`; numbered if it exists."""
     from tetdeploy.train.runs import unused_run_folder
@@ -368,4 +421,5 @@ def _say_next(run: Path, job: _Job) -> None:
         console.print(f"next: tetdeploy train --distill {run}{own}")
     elif not job.network["smooth_spike"]:
         steps = " --T 6" if job.train.encoding == "direct" else ""  # recordings were cut into the training's T frames
-        console.print(f"next: tetdeploy export {run}{steps} --fold-bn{own}")
+        form = "--precision int8" if job.config.qat else "--fold-bn"
+        console.print(f"next: tetdeploy export {run}{steps} {form}{own}")

@@ -1,0 +1,181 @@
+"""Fine-tuning in 8 bits: gradients, what is trained is what the export computes, runs and resumes, refusals."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from export_helpers import convsnn, digits, frames
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+
+from tetdeploy import Engine
+from tetdeploy.calibration import Calibration
+from tetdeploy.checkpoint import load, read_metadata
+from tetdeploy.cli import main
+from tetdeploy.data import load_data, split_validation
+from tetdeploy.int8_network import Int8Network
+from tetdeploy.quantisation import CurrentScale, fake_quantised_conv
+from tetdeploy.train import TrainConfig, TrainResult, train
+
+TRAIN, VAL = split_validation(load_data("digits", "train", data_dir=Path()).select(slice(400)), fraction=0.2)
+SCALES = {"layer2.0": CurrentScale.covering(-3, 3), "layer3.1": CurrentScale.covering(-3, 3)}
+
+
+def tuned(out: Path, init: Path, *, classifier: Any = None, **changes: Any) -> TrainResult:
+    settings = {"T": 2, "epochs": 2, "lr": 1e-3, "batch_size": 64, "qat": True, "device": "cpu"} | changes
+    start = classifier or load(init)
+    return train(start, TRAIN, VAL, TrainConfig(**settings), out, resume=(out / "config.json").exists(), progress=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network, trained in float32 by the command."""
+    folder = tmp_path_factory.mktemp("qat") / "plain"
+    run("train", "--width", "0.25", "--T", "2", "--epochs", "3", "--batch-size", "32", "--lam", "0.1", "--out", folder)
+    return folder
+
+
+def run(*arguments: Any, code: int = 0) -> str:
+    runs = ["--runs", str(Path(arguments[-1]).parent)] if arguments[0] == "train" else []
+    result = CliRunner().invoke(main, [*map(str, arguments), *runs])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_are_those_without_rounding_and_none_where_clipped(groups: int) -> None:
+    torch.manual_seed(0)
+    spikes = (torch.rand(3, 4, 6, 6) < 0.4).float().requires_grad_()
+    weight = torch.randn(6, 4 // groups, 3, 3, requires_grad=True)
+    bias = torch.randn(6, requires_grad=True)
+    place = ([2, 2], [1, 1], [1, 1], groups)
+    scale = CurrentScale.covering(-2.0, 2.0)
+    current = fake_quantised_conv(spikes, weight, bias, scale.scale, scale.zero, *place)
+    exact = functional.conv2d(spikes, weight, bias, *place)
+    inside = (exact > -1.9) & (exact < 1.9)
+    clipped = (exact < -2.1) | (exact > 2.1)
+    assert 0.1 < float(clipped.float().mean()) < 0.9
+    torch.testing.assert_close(current[inside], exact[inside], rtol=0.0, atol=0.1)
+    assert float(current.detach().abs().max()) <= 2.01
+    parameters = (spikes, weight, bias)
+    assert not any(grad.any() for grad in torch.autograd.grad(current[clipped].sum(), parameters, retain_graph=True))
+    ours = torch.autograd.grad(current[inside].sum(), parameters)
+    expected = torch.autograd.grad(exact[inside].sum(), parameters)
+    for got, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.0, atol=0.02 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("encoding", ["direct", "frames"])
+def test_gradients_reach_every_parameter_and_bn_keeps_its_statistics(encoding: Any) -> None:
+    network = Int8Network(convsnn(), SCALES, encoding=encoding, uint8=True)
+    before = {name: value.clone() for name, value in network.named_buffers()}
+    network.train()
+    x = torch.from_numpy(digits().images[:8] if encoding == "direct" else frames(8, 3))
+    with torch.inference_mode():  # the first trace, that of a validation
+        network(x if encoding == "direct" else x.transpose(0, 1), 3)
+    network(x if encoding == "direct" else x.transpose(0, 1), 3).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        parameter.grad = None
+    assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
+
+
+# --- runs
+
+
+def test_the_export_computes_what_was_trained(trained: Path, tmp_path: Path) -> None:
+    said = run("train", "--qat", "--init", trained, "--lr", "1e-3", "--epochs", "1", "--out", tmp_path / "tuned")
+    assert "2 convolutions in int8" in said and "--precision int8" in said
+    metadata, before = read_metadata(tmp_path / "tuned"), read_metadata(trained)
+    kept = ("T", "batch_size", "lam", "loss")
+    assert metadata["network"] == before["network"]
+    assert [metadata["training"][name] for name in kept] == [before["training"][name] for name in kept]
+    said = run("export", tmp_path / "tuned", "--precision", "int8", "--check", "100", "-o", tmp_path / "int8.onnx")
+    assert "2 convolutions, at the scales that the run was fine-tuned at (--qat)" in said
+    assert "spike mismatch 0.00 ppm" in said
+    run("export", tmp_path / "tuned", "--check", "100", "-o", tmp_path / "fp32.onnx")
+    assert "leave out --calibrate" in run(
+        "export", tmp_path / "tuned", "--precision", "int8", "--calibrate", "64", code=2
+    )
+
+    engine = Engine(tmp_path / "int8.onnx", threads=1)
+    data, val = split_validation(load_data("digits", "train", data_dir=Path()), fraction=0.1)
+    answers = engine.run(val.x, 2).logits.argmax(1)
+    assert float((answers == val.labels).mean()) == pytest.approx(metadata["provenance"]["val_accuracy"], abs=1e-6)
+    scales = Calibration.from_dict(metadata["int8"])
+    assert scales.fine_tuned and list(scales.scales) == ["layer2.0", "layer3.1"]
+    network = Int8Network(load(tmp_path / "tuned"), scales.scales, encoding="direct", uint8=True)
+    with torch.no_grad():
+        logits = network(torch.from_numpy(data.x[:64]), 2).transpose(0, 1).numpy()
+    np.testing.assert_allclose(engine.run(data.x[:64], 2).per_step, logits, rtol=0.0, atol=1e-4)
+
+
+def test_weights_train_and_statistics_stay(trained: Path, tmp_path: Path) -> None:
+    result = tuned(tmp_path / "run", trained, ema=0.5, random_T="1:3", loss="sdt", tit="")
+    before, after = (load_file(folder / "checkpoint.safetensors") for folder in (trained, result.out))
+    assert before.keys() == after.keys()
+    for name in before:
+        fixed = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        assert torch.equal(before[name], after[name]) == fixed, name
+
+
+def test_an_interrupted_run_goes_on_with_the_same_scales_and_weights(trained: Path, tmp_path: Path) -> None:
+    changes = {"tit": "2:1,3:1"}
+    whole = tuned(tmp_path / "whole", trained, **changes)
+    classifier, passes = load(trained), iter(range(1000))
+
+    def interrupt(module: nn.Module, given: Any, output: Any) -> None:
+        if torch.is_grad_enabled() and next(passes) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, given, output: interrupt(module, given, output) if isinstance(module, Int8Network) else None
+    )
+    with hook:
+        assert tuned(tmp_path / "cut", trained, classifier=classifier, **changes).interrupted
+    untrained = load(trained)
+    nn.init.zeros_(untrained.network.layer2[0].weight)  # --resume overwrites it, and calibrates nothing anew
+    assert not tuned(tmp_path / "cut", trained, classifier=untrained, **changes).interrupted
+    for name in ("checkpoint.safetensors", "last.safetensors"):
+        a, b = load_file(whole.out / name), load_file(tmp_path / "cut" / name)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert read_metadata(whole.out)["int8"] == read_metadata(tmp_path / "cut")["int8"]
+
+
+# --- refusals
+
+
+def test_what_cannot_be_fine_tuned(trained: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "none")
+    assert "name its run or checkpoint with --init" in run("train", "--qat", *out, code=2)
+    assert "has width 0.25, not 0.5: leave it out" in run(
+        "train", "--qat", "--init", trained, "--width", "0.5", *out, code=1
+    )
+    refused = run("train", "--qat", "--init", trained, "--data", "saccades:digits", *out, code=1)
+    assert "takes direct input [1, 8, 8] of 10 classes" in refused
+    assert "--recompute does not go with --qat" in run("train", "--qat", "--init", trained, "--recompute", *out, code=2)
+    with pytest.raises(ValueError, match="whole numbers in float32; use precision fp32, got bf16"):
+        TrainConfig(qat=True, precision="bf16")
+    few = TrainConfig(T=2, epochs=1, qat=True, device="cpu", batch_size=20)
+    with pytest.raises(ValueError, match="at least 32 images of the training set, got 20"):
+        train(load(trained), TRAIN.select(slice(20)), VAL, few, tmp_path / "few", progress=False)
+    assert not (tmp_path / "none").exists() and not (tmp_path / "few").exists()
+
+
+@pytest.mark.parametrize(("option", "kind"), [(("--ann",), "an ANN twin"), (("--smooth-spike", "10"), "smooth spikes")])
+def test_networks_without_spikes_are_refused(option: tuple[str, ...], kind: str, tmp_path: Path) -> None:
+    run(
+        "train", *option, "--width", "0.1", "--T", "1", "--epochs", "1", "--warmup-epochs", "0", "--out", tmp_path / "a"
+    )
+    refused = run("train", "--qat", "--init", tmp_path / "a", "--out", tmp_path / "b", code=1)
+    assert kind in refused and "leave out --qat" in refused
