@@ -64,7 +64,7 @@ class Layers:
             value = node.inputs[0]
             assert value is not None
             self.layers.append(layer)
-            self.read[name] = value
+            self.read[name] = _before_half(value)
 
     def _propagate(self, node: ir.Node) -> None:
         """What is a whole number, holds T steps, or lies behind neurons, follows from a node's inputs."""
@@ -109,7 +109,7 @@ class Layers:
             "binary": self._whole.is_binary(value),
             "positions": positions,
             "once": once,
-            "precision": "int8" if _is_quantised(weight) else "fp32",
+            "precision": _precision(weight),
         }
         if node.op_type != "Conv":
             if len(shape) != 2:
@@ -159,6 +159,19 @@ def _is_parameter(value: ir.Value | None) -> bool:
         return _is_parameter(producer.inputs[0])
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return tensor is not None and bool(tensor.numpy().any())
+
+
+def _before_half(value: ir.Value) -> ir.Value:
+    """What a layer in float16 reads, from before the cast: counts would not fit into 11 bits."""
+    producer = value.producer()
+    cast = producer is not None and producer.op_type == "Cast" and value.dtype == ir.DataType.FLOAT16
+    return producer.inputs[0] if cast else value  # type: ignore[union-attr, return-value]
+
+
+def _precision(weight: ir.Value) -> str:
+    if _is_quantised(weight):
+        return "int8"
+    return "fp16" if weight.dtype == ir.DataType.FLOAT16 else "fp32"
 
 
 def _is_quantised(weight: ir.Value) -> bool:

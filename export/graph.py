@@ -19,6 +19,7 @@ from tetdeploy.networks import Classifier
 from tetdeploy.quantisation import Scales, quantise
 from tetdeploy.tracing import Encoding, example_input, first_line, quiet, traced_program, without_bn
 
+from .half import halve
 from .int8 import translate_int8_conv
 
 OPSET, IR_VERSION, LIF_DOMAIN = 20, 10, "tetdeploy"
@@ -34,6 +35,7 @@ def trace(
     uint8: bool,
     fold_bn: bool,
     int8: Scales | None = None,
+    half: bool = False,
 ) -> tuple[ir.Model, int]:
     """Trace a classifier in inference into an ONNX graph with LIF nodes and a dynamic batch.
 
@@ -44,6 +46,7 @@ def trace(
         uint8: the graph takes uint8 pixels and normalises them; otherwise float32 that is normalised already.
         fold_bn: fold BN first (Eq. 6).
         int8: scales of the convolutions that compute in 8 bits.
+        half: the layers between neurons compute in float16.
 
     Returns:
         The graph, and how many BN were folded.
@@ -58,6 +61,8 @@ def trace(
         if fold_bn:
             folded = without_bn(program)
             quantise(folded, int8 or {})
+            if half:
+                halve(folded)
             program = torch.export.export(folded, inputs, dynamic_shapes=shapes)
         model = _to_onnx(program, optimize=fold_bn)  # the optimiser would fold BN as well
     model.ir_version = IR_VERSION

@@ -31,15 +31,15 @@ from tetdeploy.tracing import Encoding
 
 from .counters import Layers, counting_overlay
 from .graph import trace
+from .half import HalfNetwork
 from .lowering import Encoder, Neurons, lower, split_encoder
 from .parity import Parity, check_steps, compare
 from .precision import kept_answers, per_step_logits
 from .recorder import run_torch
+from .targets import Precision, Target, check_target
 
 Layout = Literal["unrolled", "dynamic", "step"]
-Precision = Literal["fp32", "int8"]
 LAYOUTS: tuple[Layout, ...] = ("unrolled", "dynamic", "step")
-PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 NUM_REFERENCE = 256
 
 
@@ -55,7 +55,9 @@ class ExportConfig:
         encoding: `direct` for images shown at every step, `frames` for an input that changes.
         normalize: input normalisation is part of the graph, which then takes uint8.
         fold_bn: fold BN (Eq. 6).
-        precision: `int8` computes the convolutions that read spikes in 8 bits, see `tetdeploy.quantisation`.
+        precision: `int8` computes the convolutions that read spikes in 8 bits, see `tetdeploy.quantisation`; `fp16` the
+            layers between neurons in float16, see `export.half`.
+        target: where the graph is to run; says which precisions there are, see `export.targets`.
     """
 
     layout: Layout = "unrolled"
@@ -66,12 +68,12 @@ class ExportConfig:
     normalize: bool = True
     fold_bn: bool = True
     precision: Precision = "fp32"
+    target: Target = "cpu"
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
-        if self.precision == "int8" and not self.fold_bn:
-            raise ValueError("precision int8 needs BN folded into the convolutions: leave out --no-fold-bn")
+        check_target(self.target, self.precision)
+        if self.precision != "fp32" and not self.fold_bn:
+            raise ValueError(f"precision {self.precision} needs BN folded into the convolutions: leave out --no-fold-bn")
         if self.layout not in LAYOUTS:
             raise ValueError(f"unknown layout {self.layout!r}; choose one of {', '.join(LAYOUTS)}")
         if self.encoding not in ("direct", "frames"):
@@ -97,10 +99,11 @@ class ExportConfig:
 
     @property
     def file_name(self) -> str:
-        """`model-T6.onnx`, `model-T6-state.onnx`, `model-dynamic.onnx`, `model-step.onnx`."""
+        """`model-T6.onnx`, `model-T6-state.onnx`, `model-dynamic.onnx`, `model-T6-fp16-cuda.onnx`."""
         name = f"model-T{self.T}" if self.layout == "unrolled" else f"model-{self.layout}"
         precision = "" if self.precision == "fp32" else f"-{self.precision}"
-        return f"{name}{'-state' if self.with_state else ''}{precision}.onnx"
+        target = "" if self.target == "cpu" else f"-{self.target}"
+        return f"{name}{'-state' if self.with_state else ''}{precision}{target}.onnx"
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,8 @@ def export_model(
     expected: Any = classifier  # what computes the graph's answers in PyTorch
     if found is not None:
         expected = Int8Network(classifier, found.scales, encoding=config.encoding, uint8=config.normalize)
+    elif config.precision == "fp16":
+        expected = HalfNetwork(classifier, encoding=config.encoding, uint8=config.normalize)
     parity = from_state = int8 = None
     with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference:
         temporary.write_bytes(ir.to_proto(graph.model).SerializeToString())
@@ -216,6 +221,7 @@ def build_graph(
         uint8=config.normalize,
         fold_bn=config.fold_bn,
         int8=int8,
+        half=config.precision == "fp16",
     )
     neurons = lower(model, T=config.steps, with_state=config.has_state, byte_spikes=int8 is not None)
     if not neurons:
@@ -268,6 +274,7 @@ def _describe(
         "counting_overlay": base64.b64encode(counting_overlay(layers, neurons)).decode(),
         "fold_bn": config.fold_bn,
         "precision": config.precision,
+        "target": config.target,
         "source": dict(source or {}),
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -231,7 +231,7 @@ def test_the_constants_of_a_precision_and_of_ones_own() -> None:
 
 
 @pytest.mark.parametrize(("precision", "own", "match"), [
-    ("fp4", {}, "no cited energies for precision 'fp4', only for fp32, int8; give your own with --ac-pj and --mac-pj"),
+    ("fp4", {}, "no cited energies for precision 'fp4', only for fp32, fp16, int8; give your own with --ac-pj"),
     ("fp4", {"ac_pj": 1.0}, "no cited energies for precision 'fp4'"),
     ("fp32", {"ac_pj": 0.0}, "ac_pj must be a positive number of picojoules, got 0"),
     ("fp32", {"mac_pj": -1.0}, "mac_pj must be a positive number of picojoules, got -1"),

@@ -299,7 +299,7 @@ def test_what_int8_needs(tmp_path: Path) -> None:
     refused(tmp_path, r"takes images \(1, 8, 8\), got \(1, 8, 9\)", INT8, (np.zeros((40, 1, 8, 9), np.uint8), None))
     with pytest.raises(ValueError, match="int8 needs BN folded"):
         ExportConfig(precision="int8", fold_bn=False)
-    with pytest.raises(ValueError, match="unknown precision 'int4'; choose one of fp32, int8"):
+    with pytest.raises(ValueError, match="unknown precision 'int4'; choose one of fp32, fp16, int8"):
         ExportConfig(precision="int4")  # type: ignore[arg-type]
 
 

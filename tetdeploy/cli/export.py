@@ -23,6 +23,7 @@ _ONNX_ONLY = {
     "T": "--T",
     "layout": "--layout",
     "precision": "--precision",
+    "target": "--target",
     "num_calibration": "--calibrate",
     "with_state": "--with-state",
     "normalize": "--[no-]normalize",
@@ -38,6 +39,7 @@ Examples:
   tetdeploy export runs/r19 --layout dynamic       any T in one call
   tetdeploy export runs/r19 --layout step          a frame at a time: streaming, early exit
   tetdeploy export runs/r19 --precision int8       convolutions of spikes in 8 bits: smaller, and faster on a CPU
+  tetdeploy export runs/r19 --precision fp16 --target tensorrt-rtx      for tetdeploy build
   tetdeploy export runs/own --model my_package.my_module:my_network
   tetdeploy export runs/r19 --format nir -o r19.nir
   tetdeploy export runs/r19 --layout dynamic --format triton-repository -o models
@@ -81,8 +83,16 @@ Examples:
     "--precision",
     default="fp32",
     show_default=True,
-    type=click.Choice(("fp32", "int8")),
-    help="int8: convolutions that read spikes compute in 8 bits; spikes stay exact.",
+    type=click.Choice(("fp32", "fp16", "int8")),
+    help="int8: convolutions that read spikes compute in 8 bits; fp16: layers between neurons in float16, on GPUs. "
+    "Spikes stay exact.",
+)
+@click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    type=click.Choice(("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino")),
+    help="What will run the graph; docs/precision.md says what goes with what.",
 )
 @click.option(
     "--calibrate",

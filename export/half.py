@@ -1,0 +1,213 @@
+"""Layers in float16: what they read, their weights and what they put out; neurons stay in float32.
+
+Layers between neurons compute in float16::
+
+    I = fp32( fp16( sum fp16(W) s + fp16(b) ) )
+
+Spikes, and small sums of them, lose nothing, so that weights, biases and currents round, each once: float16 keeps 11
+bits. Membranes, thresholds and residual sums stay in float32, and so do the first layer, which reads the image, and the
+readout; docs/precision.md has the measurements behind that.
+
+A processor without float16 arithmetic computes such a layer in float32. ONNX Runtime's CPU provider then leaves out the
+last rounding, and a graph is checked against a `HalfNetwork` that does so too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tetdeploy.folding import module_path
+from tetdeploy.networks import Classifier
+from tetdeploy.tracing import Encoding, folded_module
+
+aten = torch.ops.aten
+_LARGEST = torch.finfo(torch.float16).max
+_LAYERS = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.linear.default,
+)  # fmt: skip
+Place = Literal["first", "inner", "readout"]
+
+
+class HalfError(ValueError):
+    """A layer cannot compute in float16."""
+
+
+@dataclass(frozen=True)
+class PlacedLayer:
+    """A convolution or linear layer of a traced network: `first` has no neurons before it, `readout` none behind."""
+
+    name: str
+    place: Place
+    node: fx.Node
+
+
+def placed_layers(graph_module: fx.GraphModule) -> list[PlacedLayer]:
+    """The layers whose weights are parameters, in the order in which they run."""
+    nodes = list(graph_module.graph.nodes)
+    behind: set[fx.Node] = set()
+    for node in nodes:
+        if _is_neurons(node) or any(given in behind for given in node.all_input_nodes):
+            behind.add(node)
+    before: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if any(_is_neurons(user) or user in before for user in node.users):
+            before.add(node)
+    layers, names = [], Counter[str]()
+    for node in nodes:
+        if node.target not in _LAYERS or any(given is not None and given.op != "get_attr" for given in node.args[1:3]):
+            continue
+        name = module_path(node).removeprefix("classifier.").removeprefix("network.")
+        names[name] += 1
+        place: Place = "first" if node not in behind else "inner" if node in before else "readout"
+        layers.append(PlacedLayer(name if names[name] == 1 else f"{name}#{names[name]}", place, node))
+    return layers
+
+
+def halve(graph_module: fx.GraphModule, layers: Iterable[PlacedLayer] | None = None) -> None:
+    """Let layers compute in float16, in place; by default those between neurons. The network must be folded.
+
+    Raises:
+        HalfError: there are none, or a weight or a current may be too large for float16.
+    """
+    if layers is None:
+        layers = [layer for layer in placed_layers(graph_module) if layer.place == "inner"]
+        if not layers:
+            raise HalfError("no layer of the network lies between neurons, so none can run in float16; use fp32")
+    for layer in layers:
+        _halve_layer(graph_module, layer)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+def _halve_layer(graph_module: fx.GraphModule, layer: PlacedLayer) -> None:
+    graph, node = graph_module.graph, layer.node
+    x, weight, bias = (*node.args, None)[:3]
+    with graph.inserting_before(node):
+        inputs = [graph.call_function(aten.to.dtype, (x, torch.float16))]
+        inputs += [graph.get_attr(name) for name in _half_parameters(graph_module, layer)]
+    for new, old in zip(inputs[1:], (weight, bias), strict=False):
+        new.meta = dict(old.meta)  # type: ignore[union-attr]
+    linear = node.target is aten.linear.default
+    node.args = (*inputs[:2], *([None] if linear else inputs[2:]), *node.args[3:])
+    with graph.inserting_after(node):
+        current = graph.call_function(aten.to.dtype, (node, torch.float32))
+    node.replace_all_uses_with(current, delete_user_cb=lambda user: user is not current)
+    current.meta, inputs[0].meta = dict(node.meta), dict(node.meta)
+    if linear and bias is not None:  # a matrix product and its bias would round twice
+        with graph.inserting_after(current):
+            total = graph.call_function(aten.add.Tensor, (current, bias))
+        current.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+        total.meta = dict(node.meta)
+
+
+def _half_parameters(graph_module: fx.GraphModule, layer: PlacedLayer) -> list[str]:
+    """The names of a layer's weight and, if it has one, bias in float16.
+
+    Raises:
+        HalfError: see `halve`.
+    """
+    holder, owner = nn.Module(), f"half_{layer.node.name}"
+    reach: Any = 0.0
+    names = []
+    for key, given in zip(("weight", "bias"), layer.node.args[1:3], strict=False):
+        if given is None:
+            continue
+        value: Any = graph_module
+        for part in str(given.target).split("."):  # type: ignore[union-attr]
+            value = getattr(value, part)
+        reach = reach + value.detach().abs().flatten(1).sum(1) if key == "weight" else reach + value.detach().abs()
+        holder.register_buffer(key, value.detach().to(torch.float16))
+        names.append(f"{owner}.{key}")
+    if float(reach.max()) > _LARGEST:
+        raise HalfError(
+            f"the currents of {layer.name} may reach {float(reach.max()):.3g} and float16 ends at {_LARGEST:g}; "
+            "use --precision fp32"
+        )
+    graph_module.add_submodule(owner, holder)
+    return names
+
+
+def _is_neurons(node: fx.Node) -> bool:
+    return node.target is torch.ops.tetdeploy.lif.default
+
+
+class HalfNetwork(nn.Module):
+    """The network with layers in float16, in PyTorch; their sums are float32.
+
+    Called like a `Classifier`: images `[N, C, H, W]` and T, or frames `[T, N, C, H, W]`, to logits `[T, N, K]`.
+
+    Args:
+        places: of the layers in float16.
+        round_currents: what the layers put out is rounded too, as a GPU does and ONNX Runtime on a CPU does not.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        *,
+        encoding: Encoding,
+        uint8: bool,
+        places: tuple[Place, ...] = ("inner",),
+        round_currents: bool = False,
+    ) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self._encoding, self._uint8 = encoding, uint8
+        self._places, self._round_currents = places, round_currents
+        self._by_T: dict[int, _RoundingInterpreter] = {}
+
+    @property
+    def mean(self) -> Tensor:
+        return self.classifier.mean
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.classifier.class_names
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HalfNetwork:
+        """A copy whose weights may be moved: they are rounded anew."""
+        classifier = copy.deepcopy(self.classifier, memo)
+        return HalfNetwork(
+            classifier,
+            encoding=self._encoding,
+            uint8=self._uint8,
+            places=self._places,
+            round_currents=self._round_currents,
+        )
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        frames = self._encoding == "frames"
+        interpreter = self._at(len(x) if frames else T or 1)
+        logits: Tensor = interpreter.run(x.transpose(0, 1) if frames else x)[1]
+        return logits.transpose(0, 1)
+
+    def _at(self, T: int) -> _RoundingInterpreter:
+        if T not in self._by_T:
+            with _disable_current_modes():  # the check's recorder is for what runs, not for what is traced
+                module = folded_module(self.classifier, T=T, encoding=self._encoding, uint8=self._uint8)
+                halve(module, [layer for layer in placed_layers(module) if layer.place in self._places])
+            self._by_T[T] = _RoundingInterpreter(module, self._round_currents)
+        return self._by_T[T]
+
+
+class _RoundingInterpreter(fx.Interpreter):
+    """Runs a network whose float16 layers compute in float32."""
+
+    def __init__(self, graph_module: fx.GraphModule, round_currents: bool) -> None:
+        super().__init__(graph_module)
+        self._dtype = torch.float16 if round_currents else torch.float32
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in _LAYERS and args[0].dtype == torch.float16:
+            floats = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
+            return target(*floats, **kwargs).to(self._dtype)
+        return super().call_function(target, args, kwargs)
