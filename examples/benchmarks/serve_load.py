@@ -1,0 +1,248 @@
+"""Load and faults of `tetdeploy serve`: throughput and latency beside the engine's own, a soak, bad clients.
+
+    pip install 'tetdeploy[cpu,serve]' 'tritonclient[http]'
+    python examples/benchmarks/serve_load.py MODEL [--clients 1,16,64,256] [--json load.json]
+    python examples/benchmarks/serve_load.py MODEL --soak 10
+    python examples/benchmarks/serve_load.py MODEL --faults
+
+Clients send one image of the model's reference images each, as a binary tensor over HTTP, and the next one as soon as
+the answer is there; every answer is compared with the engine's. They share the machine's cores with the server. `share`
+is the server's throughput over that of the bare engine at the mean batch that the server reached.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import tritonclient.http as triton
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.table import Table
+
+from tetdeploy import Engine
+from tetdeploy.agreement import load_reference
+from tetdeploy.files import write_json
+
+DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
+console = Console(highlight=False)
+
+
+class Server:
+    """`tetdeploy serve` of one model, called m, in a process of its own."""
+
+    def __init__(self, model: Path, threads: int | None) -> None:
+        command = [sys.executable, "-m", "tetdeploy", "serve", f"m={model}", "--http-port", "0", "--grpc-port", "0"]
+        command += [] if threads is None else ["--threads", str(threads)]
+        self.process = subprocess.Popen([*command, "--queue", "1024"], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        ready = next((line for line in self.process.stdout if line.startswith("ready: ")), None)
+        if ready is None:
+            raise OSError("the server did not start")
+        self.address = ready.split()[1].removeprefix("http://")
+
+    def metric(self, name: str) -> float:
+        with urllib.request.urlopen(f"http://{self.address}/metrics") as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+            return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait()
+
+
+class Load:
+    """Clients that ask one image after the other, and compare each answer with the engine's.
+
+    Attributes:
+        seconds: of each right answer.
+        outcomes: how often an answer was right, wrong, or which error.
+    """
+
+    def __init__(self, address: str, x: Any, expected: Any) -> None:
+        self.address, self.x, self.expected = address, x, expected
+        self.seconds: list[float] = []
+        self.outcomes: Counter[str] = Counter()
+        self._end = threading.Event()
+
+    def _ask(self, first: int) -> None:
+        k = first
+        with triton.InferenceServerClient(self.address, network_timeout=120, connection_timeout=120) as client:
+            while not self._end.is_set():
+                k = (k + 1) % len(self.x)
+                image = self.x[k : k + 1]
+                given = triton.InferInput("x", list(image.shape), DATATYPES[image.dtype.name])
+                given.set_data_from_numpy(image)
+                started = time.perf_counter()
+                try:
+                    logits = client.infer("m", [given]).as_numpy("logits")[0]
+                except Exception as error:  # whatever a client may see of a server that is gone
+                    self.outcomes[type(error).__name__] += 1
+                    time.sleep(0.05)
+                    continue
+                self.seconds.append(time.perf_counter() - started)
+                self.outcomes["right" if np.allclose(logits, self.expected[k], atol=1e-4) else "WRONG"] += 1
+
+    def run(self, clients: int, during: Callable[[], None]) -> float:
+        """Ask with so many clients while `during` runs; gives the seconds it took."""
+        threads = [threading.Thread(target=self._ask, args=(7 * k,)) for k in range(clients)]
+        started = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        try:
+            during()
+        finally:
+            self._end.set()
+        took = time.perf_counter() - started
+        for thread in threads:
+            thread.join()
+        return took
+
+
+def engine_rate(engine: Engine, x: Any, batch: int, seconds: float) -> float:
+    """Images per second of the bare engine: the median of its calls."""
+    part, times = x[:batch], []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 5:
+        started = time.perf_counter()
+        engine.run(part)
+        times.append(time.perf_counter() - started)
+    return len(part) / statistics.median(times)
+
+
+def measure(server: Server, engine: Engine, x: Any, expected: Any, clients: int, seconds: float) -> dict[str, Any]:
+    """One row of the table."""
+    images, calls = (server.metric(f"tetdeploy_batch_images_{what}") for what in ("sum", "count"))
+    load = Load(server.address, x, expected)
+    took = load.run(clients, lambda: time.sleep(seconds))
+    images = server.metric("tetdeploy_batch_images_sum") - images
+    batch = images / (server.metric("tetdeploy_batch_images_count") - calls)
+    p50, p95, p99 = (1e3 * float(q) for q in np.quantile(load.seconds, (0.5, 0.95, 0.99)))
+    rate, alone = load.outcomes["right"] / took, engine_rate(engine, x, max(1, round(batch)), seconds / 4)
+    row = {"clients": clients, "images_per_s": rate, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "mean_batch": batch}
+    return row | {"engine_images_per_s": alone, "share": rate / alone, "outcomes": dict(load.outcomes)}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table()
+    for name in ("clients", "images/s", "p50 ms", "p95 ms", "p99 ms", "batch", "engine/s", "share", "outcomes"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        numbers = [f"{row[name]:.4g}" for name in row if name not in ("clients", "outcomes")]
+        table.add_row(str(row["clients"]), *numbers, str(row["outcomes"]))
+    console.print(table)
+
+
+def soak(server: Server, x: Any, expected: Any, minutes: float) -> dict[str, Any]:
+    """16 clients for so long, and the server's memory meanwhile, in MB."""
+    memory: list[float] = []
+
+    def watch() -> None:
+        for _ in range(20):
+            time.sleep(minutes * 60 / 20)
+            memory.append(server.metric("process_resident_memory_bytes") / 1e6)
+            console.print(f"{len(memory) * 5} %   {memory[-1]:.1f} MB")
+
+    load = Load(server.address, x, expected)
+    load.run(16, watch)
+    return {"minutes": minutes, "resident_mb": memory, "outcomes": dict(load.outcomes)}
+
+
+def misbehave(address: str) -> None:
+    """Half headers, half bodies, garbage, and 1 GB announced and sent, on connections that are then cut."""
+    host, port = address.split(":")
+    head = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: m\r\nContent-Length: "
+    for sent in (head, head + b"1000\r\n\r\n{", head + b"7\r\n\r\ngarbage", b"\x16\x03\x01\x02\x00\x01"):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(sent)
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head + b"1000000000\r\n\r\n")
+        for _ in range(1000):
+            connection.sendall(bytes(1_000_000))
+        console.print(f"1 GB body: {connection.recv(100).splitlines()[0].decode()}")
+
+
+def faults(model: Path, threads: int | None, x: Any, expected: Any) -> dict[str, Any]:
+    """Good clients beside bad ones; then a graceful stop under load; then a kill, and the answers after the restart."""
+    found: dict[str, Any] = {}
+    server = Server(model, threads)
+    before = server.metric("process_resident_memory_bytes")
+    load = Load(server.address, x, expected)
+    load.run(16, lambda: misbehave(server.address))
+    growth = (server.metric("process_resident_memory_bytes") - before) / 1e6
+    found["beside bad clients"] = dict(load.outcomes) | {"growth_mb": growth}
+    load = Load(server.address, x, expected)
+    load.run(16, lambda: _end_after(2, server.process.terminate))
+    found["graceful stop"] = dict(load.outcomes) | {"exit_code": server.process.wait()}
+    server = Server(model, threads)
+    load = Load(server.address, x, expected)
+    load.run(16, lambda: _end_after(2, server.process.kill))
+    found["killed"] = dict(load.outcomes)
+    server = Server(model, threads)
+    load = Load(server.address, x, expected)
+    load.run(16, lambda: time.sleep(2))
+    server.stop()
+    return found | {"restarted": dict(load.outcomes)}
+
+
+def _end_after(seconds: float, end: Callable[[], None]) -> None:
+    """End a server under load, and let its clients see that it is gone."""
+    time.sleep(seconds)
+    end()
+    time.sleep(2)
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--clients", default="1,16,64,256", show_default=True)
+@click.option("--seconds", default=10.0, show_default=True, help="Of each number of clients.")
+@click.option("--threads", type=click.IntRange(min=1), help="Cores of the engine; all by default.")
+@click.option("--soak", "minutes", type=float, help="Watch the server's memory for so many minutes instead.")
+@click.option("--faults", "with_faults", is_flag=True, help="Misbehave, stop, kill and restart instead.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+def main(
+    model: Path,
+    clients: str,
+    seconds: float,
+    threads: int | None,
+    minutes: float | None,
+    with_faults: bool,
+    json_path: Path | None,
+) -> None:
+    """Load and faults of `tetdeploy serve`."""
+    engine = Engine(model, threads=threads)
+    x = load_reference(engine).x
+    expected = engine.run(x).logits
+    if with_faults:
+        found: Any = faults(model, threads, x, expected)
+        console.print(found)
+    else:
+        server = Server(model, threads)
+        try:
+            if minutes is not None:
+                found = soak(server, x, expected, minutes)
+                console.print(found)
+            else:
+                counts = [int(count) for count in clients.split(",")]
+                found = [measure(server, engine, x, expected, count, seconds) for count in counts]
+                show(found)
+        finally:
+            server.stop()
+    if json_path is not None:
+        write_json(json_path, found)
+
+
+if __name__ == "__main__":
+    main()
