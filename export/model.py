@@ -73,7 +73,9 @@ class ExportConfig:
     def __post_init__(self) -> None:
         check_target(self.target, self.precision)
         if self.precision != "fp32" and not self.fold_bn:
-            raise ValueError(f"precision {self.precision} needs BN folded into the convolutions: leave out --no-fold-bn")
+            raise ValueError(
+                f"precision {self.precision} needs BN folded into the convolutions: leave out --no-fold-bn"
+            )
         if self.layout not in LAYOUTS:
             raise ValueError(f"unknown layout {self.layout!r}; choose one of {', '.join(LAYOUTS)}")
         if self.encoding not in ("direct", "frames"):
