@@ -31,6 +31,7 @@ import tritonclient.http as triton
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
+from tritonclient.utils import InferenceServerException
 
 from tetdeploy import Engine
 from tetdeploy.agreement import load_reference
@@ -89,7 +90,8 @@ class Load:
                 try:
                     logits = client.infer("m", [given]).as_numpy("logits")[0]
                 except Exception as error:  # whatever a client may see of a server that is gone
-                    self.outcomes[type(error).__name__] += 1
+                    refused = isinstance(error, InferenceServerException) and error.status()
+                    self.outcomes[refused or type(error).__name__] += 1
                     time.sleep(0.05)
                     continue
                 self.seconds.append(time.perf_counter() - started)
