@@ -175,7 +175,8 @@ def _shape(node: fx.Node) -> str:
 
 def _folded_once(graph_module: fx.GraphModule, parts: list[Any], bn: fx.Node) -> list[fx.Node]:
     """New weight and bias as parameters of the module."""
-    values = fold(*(_value(graph_module, part) for part in parts), _eps(bn))  # type: ignore[arg-type]
+    given: list[Any] = [_value(graph_module, part) for part in parts]
+    values = fold(*given, eps=_eps(bn))
     owner = f"folded_{bn.name}"
     folded = {key: nn.Parameter(value, False) for key, value in zip(("weight", "bias"), values, strict=True)}
     graph_module.add_submodule(owner, nn.ParameterDict(folded))
@@ -191,7 +192,7 @@ def _folded_at_each_call(graph_module: fx.GraphModule, parts: list[Any], bn: fx.
     pair = graph.call_function(fold, (*parts, _eps(bn)))
     nodes = [graph.call_function(operator.getitem, (pair, k)) for k in range(2)]
     for node, like in zip(nodes, (parts[0], bn.args[3]), strict=True):
-        node.meta["val"] = like.meta["val"]  # type: ignore[union-attr]
+        node.meta["val"] = like.meta["val"]
     return nodes
 
 

@@ -121,9 +121,10 @@ class _FakeQuantised(torch.autograd.Function):
         ctx: Any, spikes: Tensor, weight: Tensor, bias: Tensor | None, scale: float, zero: int, *places: Any
     ) -> Tensor:
         quantised = _quantised(weight, bias)
-        rounded, step = _rounded(spikes, *quantised.values(), scale, *places)
+        held, weight_scale, shift = quantised.values()
+        rounded, step = _rounded(spikes, held, weight_scale, shift, scale, *places)
         clipped = rounded.clamp(-zero, 255 - zero)
-        ctx.save_for_backward(spikes, quantised["weight"], quantised["weight_scale"], rounded == clipped)
+        ctx.save_for_backward(spikes, held, weight_scale, rounded == clipped)
         ctx.places = places
         return clipped * step
 
