@@ -175,8 +175,8 @@ def _shape(node: fx.Node) -> str:
 
 def _folded_once(graph_module: fx.GraphModule, parts: list[Any], bn: fx.Node) -> list[fx.Node]:
     """New weight and bias as parameters of the module."""
-    given: list[Any] = [_value(graph_module, part) for part in parts]
-    values = fold(*given, eps=_eps(bn))
+    given: list[Any] = [*(_value(graph_module, part) for part in parts), _eps(bn)]
+    values = fold(*given)
     owner = f"folded_{bn.name}"
     folded = {key: nn.Parameter(value, False) for key, value in zip(("weight", "bias"), values, strict=True)}
     graph_module.add_submodule(owner, nn.ParameterDict(folded))
