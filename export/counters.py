@@ -45,7 +45,8 @@ class Layers:
         }
         # What changes from step to step, or holds the steps as an axis; they may be merged into the batch.
         self._timed = {value for value in graph.inputs if frames and value.name == "x"}
-        spikes = [value for layer in neurons for value in layer.values()]
+        spikes = [layer.spikes for layer in neurons]
+        self._timed.update(spikes)
         self._whole = WholeNumbers(spikes)
         self._after_neurons = set(spikes)
         names: Counter[str] = Counter()
@@ -225,9 +226,9 @@ def counting_overlay(layers: Layers, neurons: Iterable[Neurons]) -> bytes:
 
 
 def spikes_overlay(neurons: Iterable[str]) -> bytes:
-    """The overlay that makes every spike an output: `spikes.<neurons>`, `[T, N, ...]`."""
+    """The overlay that makes every spike an output: `spikes.<neurons>`, `[T * N, ...]` or `[T, N, ...]`."""
     graph = onnx.GraphProto()
-    graph.output.extend(helper.make_tensor_value_info(f"spikes.{n}", TensorProto.FLOAT, None) for n in neurons)
+    graph.output.extend(helper.make_empty_tensor_value_info(f"spikes.{name}") for name in neurons)
     return bytes(onnx.ModelProto(graph=graph).SerializeToString())
 
 
@@ -244,9 +245,11 @@ def _count_spikes(graph: onnx.GraphProto, layer: Neurons) -> None:
     name, value, kind = f"fired.{layer.name}", str(layer.spikes.name), TensorProto.FLOAT
     if math.prod(layer.shape) > 2**24:
         kind = TensorProto.DOUBLE
-        graph.node.append(helper.make_node("Cast", [value], [f"{name}.double"], to=kind))
-        value = f"{name}.double"
-    _sum(graph, value, list(range(2, 2 + len(layer.shape))), name, kind)
+    if kind == TensorProto.DOUBLE or layer.spikes.dtype != ir.DataType.FLOAT:
+        graph.node.append(helper.make_node("Cast", [value], [f"{name}.spikes"], to=kind))
+        value = f"{name}.spikes"
+    assert layer.spikes.shape is not None
+    _sum(graph, value, list(range(len(layer.spikes.shape) - len(layer.shape), len(layer.spikes.shape))), name, kind)
 
 
 def _sum(graph: onnx.GraphProto, value: str, axes: list[int], output: str, kind: int) -> None:

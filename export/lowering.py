@@ -7,20 +7,35 @@ Unrolled and step graphs spell every step out; the dynamic graph has one `Scan` 
     u = h - h s          ThresholdedRelu, Sub    (3), h (1 - s) without a use of s
 
 in this order of operations and in float32, as PyTorch's kernel does, so that equal currents give equal spikes.
+
+For ONNX Runtime on a CPU (`for_cpu`) the same bits come from fewer passes over memory, on the negated h::
+
+    n = tau r - I                          Mul, Sub
+    s = n < -v_th                          Less, Cast; for float32 spikes HardSigmoid, steep enough to be a step
+    r = n if n >= -v_th else 0             ThresholdedRelu, whose n > alpha is n >= -v_th one float below -v_th
+
+and where every current comes from 8 bits, the steps are scaled instead of leaking: with m(t) = n(t) / tau^t and tau a
+power of two, m = r - I / tau^t costs no multiplication, as the currents' own scales take the factor.
+
 No graph holds a membrane: it starts at zero, or is an input, and where it is an input it is an output as well.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from .graph import LIF_DOMAIN, module_name
 
+_Scaled = Callable[[float], ir.Value]
 _FLOAT = ir.TensorType(ir.DataType.FLOAT)
 _BYTE = ir.TensorType(ir.DataType.UINT8)
 _HAND_ON = ("Unsqueeze", "Reshape", "Squeeze", "Flatten", "Transpose", "Identity", "MaxPool", "Slice")
@@ -29,19 +44,14 @@ _VIEWS = ("Unsqueeze", "Expand", "Reshape", "Squeeze", "Flatten", "Transpose", "
 
 @dataclass(frozen=True)
 class Neurons:
-    """One neuron layer of a lowered graph: `shape` is one image's membrane, `spikes` the value `[T, N, *shape]`."""
+    """One neuron layer of a lowered graph: `shape` is one image's membrane, `spikes` the value `[T * N, *shape]` (of a
+    `Scan` `[T, N, *shape]`), float32 or uint8."""
 
     name: str
     tau: float
     v_th: float
     shape: tuple[int, ...]
     spikes: ir.Value
-
-    def values(self) -> list[ir.Value]:
-        """The spikes, and those in one byte where the graph has them."""
-        producer = self.spikes.producer()
-        byte = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else None
-        return [self.spikes] if byte is None or byte.dtype != ir.DataType.UINT8 else [self.spikes, byte]
 
 
 @dataclass(frozen=True)
@@ -52,13 +62,16 @@ class Encoder:
     shape: tuple[int, ...]
 
 
-def lower(model: ir.Model, *, T: int | None, with_state: bool, byte_spikes: bool = False) -> list[Neurons]:
+def lower(
+    model: ir.Model, *, T: int | None, with_state: bool, byte_spikes: bool = False, for_cpu: bool = False
+) -> list[Neurons]:
     """Replace every LIF node of `model`, in place.
 
     Args:
         T: steps to unroll; None makes a `Scan` over the steps that the input brings.
         with_state: every membrane becomes an input `u.<name> [N, ...]` and an output `u_next.<name> [N, ...]`.
         byte_spikes: spikes are uint8 up to the QuantizeLinear nodes that read them, which go away.
+        for_cpu: the arithmetic that is fastest in ONNX Runtime on a CPU, with the same result.
 
     Returns:
         The neuron layers in the order in which they fire.
@@ -69,18 +82,27 @@ def lower(model: ir.Model, *, T: int | None, with_state: bool, byte_spikes: bool
     assert T is not None or not with_state
     neurons = []
     names: Counter[str] = Counter()
+    merged: dict[ir.Value, ir.Value] = {}
+    by_step: dict[ir.Value, list[ir.Value]] = {}
     for node in [node for node in model.graph if node.domain == LIF_DOMAIN]:
-        layer, build = _describe(node, names), _Builder(model.graph, node, _BYTE if byte_spikes else _FLOAT)
-        spikes = _scan(build, node, layer) if T is None else _unroll(build, node, layer, T, with_state)
-        if byte_spikes:
-            spikes.type, spikes.shape = _BYTE, node.outputs[0].shape
-            spikes = build("Cast", spikes, to=int(ir.DataType.FLOAT))
-        spikes.name, spikes.type, spikes.shape = f"spikes.{layer.name}", _FLOAT, node.outputs[0].shape
-        node.outputs[0].replace_all_uses_with(spikes)
+        layer = _describe(node, names)
+        build = _Builder(model.graph, node, _BYTE if byte_spikes else _FLOAT, merged, by_step)
+        if T is None:
+            spikes = _scan(build, node, layer, for_cpu)
+        elif for_cpu and T > 1 and not with_state:
+            spikes = _unroll_for_cpu(build, node, layer, T)
+        else:
+            spikes = _unroll(build, node, layer, T, with_state)
+        spikes.name, spikes.type, spikes.shape = f"spikes.{layer.name}", build.spikes, node.outputs[0].shape
+        if T is None:
+            node.outputs[0].replace_all_uses_with(build.as_float(spikes))
+        else:
+            _connect(build, node.outputs[0], spikes, layer)
         model.graph.remove(node, safe=True)
-        neurons.append(Neurons(layer.name, layer.tau, layer.v_th, layer.shape, spikes))
+        neurons.append(replace(layer, spikes=spikes))
     if byte_spikes:
-        _pass_bytes(model.graph, neurons)
+        _pass_bytes(model.graph, [layer.spikes for layer in neurons])
+    common.RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(LIF_DOMAIN, None)
     return neurons
 
@@ -127,27 +149,64 @@ def _describe(node: ir.Node, names: Counter[str]) -> Neurons:
 
 
 def _unroll(build: _Builder, node: ir.Node, layer: Neurons, T: int, with_state: bool) -> ir.Value:
+    """The steps one by one, each a part of the batch of T x N that the layers before and behind compute: no axis comes
+    or goes between two convolutions, so that a runtime can keep its own memory layout from one to the next."""
     graph = build.graph
     currents = build.split(node.inputs[0], T)
     u: ir.Value | None = None
     if with_state:
         batch = graph.inputs[0].shape[0]  # type: ignore[index]
-        given = _float_value(f"u.{layer.name}", (batch, *layer.shape))
+        u = given = _float_value(f"u.{layer.name}", (batch, *layer.shape))
         graph.inputs.append(given)
-        u = build("Unsqueeze", given, build.ints([0]))
     spikes = []
     for t, current in enumerate(currents):
         fired, u = build.step(current, u, layer, reset=with_state or t + 1 < T)
         spikes.append(fired)
     if with_state:
         assert u is not None
-        last = build("Squeeze", u, build.ints([0]))
-        last.name, last.shape, last.type = f"u_next.{layer.name}", given.shape, _FLOAT
-        graph.outputs.append(last)
+        u.name, u.shape, u.type = f"u_next.{layer.name}", given.shape, _FLOAT
+        graph.outputs.append(u)
     return build("Concat", *spikes, axis=0) if T > 1 else spikes[0]
 
 
-def _scan(build: _Builder, node: ir.Node, layer: Neurons) -> ir.Value:
+def _unroll_for_cpu(build: _Builder, node: ir.Node, layer: Neurons, T: int) -> ir.Value:
+    """The same without state, on n = -h."""
+    growth = 1 / layer.tau
+    currents, scalable = build.currents(node.inputs[0], T)
+    scaled = scalable and math.frexp(growth)[0] == 0.5 and growth**T < 2**64
+    spikes = []
+    r: ir.Value | None = None
+    for t, current in enumerate(currents):
+        factor = growth**t if scaled else 1.0
+        inner = replace(layer, tau=1.0, v_th=layer.v_th * factor) if scaled else layer
+        fired, r = build.negated_step(current(factor), r, inner, reset=t + 1 < T)
+        spikes.append(fired)
+    return build("Concat", *spikes, axis=0)
+
+
+def _connect(build: _Builder, sequence: ir.Value, spikes: ir.Value, layer: Neurons) -> None:
+    """Let the readers of `sequence [T, N, ...]` read `spikes`, which become `[T * N, ...]`: directly where they would
+    merge T and N themselves. What nobody reads in the end is swept away."""
+    assert sequence.shape is not None
+    T, N = sequence.shape[0], sequence.shape[1]
+    spikes.shape = ir.Shape([T * N, *layer.shape])
+    apart = build.reshape(spikes, [T, N, *layer.shape])
+    numbers = build.as_float(apart)
+    sequence.replace_all_uses_with(numbers)
+    build.merged[numbers] = build.as_float(spikes)
+    build.by_step[numbers] = _inputs(_producer(spikes)) if T != 1 else [spikes]
+    for use in list(numbers.uses()):
+        if use.node.op_type == "Reshape" and _merges(use.node, numbers):
+            use.node.outputs[0].replace_all_uses_with(build.merged[numbers])
+
+
+def _merges(reshape: ir.Node, sequence: ir.Value) -> bool:
+    """Whether a Reshape makes `[T * N, ...]` of `[T, N, ...]`."""
+    after, before = reshape.outputs[0].shape, sequence.shape
+    return after is not None and before is not None and len(before) > 2 and after[1:] == before[2:]
+
+
+def _scan(build: _Builder, node: ir.Node, layer: Neurons, for_cpu: bool) -> ir.Value:
     """One `Scan` over the steps; its body is one step of the layer."""
     current = node.inputs[0]
     step_shape = build("Slice", build("Shape", current), build.ints([1]), build.ints([2**31]), build.ints([0]))
@@ -155,8 +214,8 @@ def _scan(build: _Builder, node: ir.Node, layer: Neurons) -> ir.Value:
     dims = [None] * (len(layer.shape) + 1)
     u_in, current_t = _float_value("", dims), _float_value("", dims)
     body = ir.Graph([u_in, current_t], [], nodes=[], opset_imports=build.graph.opset_imports, name=f"lif.{layer.name}")
-    inner = _Builder(body, None, build.spikes)
-    fired, u_out = inner.step(current_t, u_in, layer, reset=True)
+    inner = _Builder(body, None, build.spikes, {}, {})
+    fired, u_out = (inner.negated_step if for_cpu else inner.step)(current_t, u_in, layer, reset=True)
     assert u_out is not None
     for value, kind in ((u_out, _FLOAT), (fired, build.spikes)):
         value.type, value.shape = kind, ir.Shape(dims)
@@ -167,13 +226,14 @@ def _scan(build: _Builder, node: ir.Node, layer: Neurons) -> ir.Value:
     return spikes
 
 
-def _pass_bytes(graph: ir.Graph, neurons: list[Neurons]) -> None:
+def _pass_bytes(graph: ir.Graph, spikes: list[ir.Value]) -> None:
     """Take out every QuantizeLinear of spikes: what read it reads the neurons' bytes, through copies of the views."""
     bytes_of: dict[ir.Value, ir.Value] = {}
-    for layer in neurons:
-        cast = layer.spikes.producer()
-        assert cast is not None and cast.inputs[0] is not None
-        bytes_of[layer.spikes] = cast.inputs[0]
+    for node in graph:
+        if node.op_type == "Reshape" and node.inputs[0] in spikes:
+            spikes = [*spikes, node.outputs[0]]
+        elif node.op_type == "Cast" and node.inputs[0] in spikes:
+            bytes_of[node.outputs[0]] = node.inputs[0]
     views = []
     for node in list(graph):
         source = node.inputs[0] if node.inputs else None
@@ -195,10 +255,21 @@ def _pass_bytes(graph: ir.Graph, neurons: list[Neurons]) -> None:
 
 
 class _Builder:
-    """Writes nodes before `anchor`, or at the end of the graph; spikes are of the type `spikes`."""
+    """Writes nodes before `anchor`, or at the end of the graph; spikes are of the type `spikes`.
 
-    def __init__(self, graph: ir.Graph, anchor: ir.Node | None, spikes: ir.TensorType) -> None:
-        self.graph, self.anchor, self.spikes = graph, anchor, spikes
+    Of values `[T, N, ...]` `merged` holds what is there as `[T * N, ...]`, and `by_step` the neurons' spikes of each
+    step, `[N, ...]`.
+    """
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        anchor: ir.Node | None,
+        spikes: ir.TensorType,
+        merged: dict[ir.Value, ir.Value],
+        by_step: dict[ir.Value, list[ir.Value]],
+    ) -> None:
+        self.graph, self.anchor, self.spikes, self.merged, self.by_step = graph, anchor, spikes, merged, by_step
 
     def many(self, op: str, inputs: list[ir.Value | None], count: int, /, **attributes: object) -> list[ir.Value]:
         node = ir.node(op, inputs, attributes, num_outputs=count)  # type: ignore[arg-type]
@@ -217,15 +288,85 @@ class _Builder:
     def number(self, value: float) -> ir.Value:
         return self("Constant", value=ir.tensor(np.array(value, np.float32)))
 
+    def byte(self, value: int) -> ir.Value:
+        return self("Constant", value=ir.tensor(np.array(value, np.uint8)))
+
+    def reshape(self, value: ir.Value, shape: Sequence[int | ir.SymbolicDim]) -> ir.Value:
+        """`value` with other axes, all but one of known length."""
+        reshaped = self("Reshape", value, self.ints([dim if isinstance(dim, int) else -1 for dim in shape]))
+        reshaped.type, reshaped.shape = value.type, ir.Shape(shape)
+        return reshaped
+
+    def as_float(self, spikes: ir.Value) -> ir.Value:
+        if self.spikes == _FLOAT:
+            return spikes
+        numbers = self("Cast", spikes, to=int(ir.DataType.FLOAT))
+        numbers.type, numbers.shape = _FLOAT, spikes.shape
+        return numbers
+
     def split(self, current: ir.Value | None, T: int) -> list[ir.Value]:
-        """The T steps of `current [T, ...]`, each `[1, ...]`; a current that repeats one step is not copied."""
+        """The T steps of `current [T, N, ...]`, each `[N, ...]`; a current that repeats one step is not copied."""
         assert current is not None
+        repeated = _repeated(current)
+        if repeated is not None:
+            return [self.merge(repeated)] * T
+        whole = self.merge(current)
+        return [whole] if T == 1 else self.many("Split", [whole], T, axis=0, num_outputs=T)
+
+    def currents(self, current: ir.Value | None, T: int) -> tuple[list[_Scaled], bool]:
+        """The T steps of `current [T, N, ...]`, each a function that writes it times a factor; and whether the factor
+        is free, as it goes into scales: of currents that come from 8 bits, spikes and sums of these."""
+        assert current is not None
+        if current in self.by_step and self.spikes == _BYTE:
+            one, none = self.number(1.0), self.byte(0)
+            return [partial(self._dequantised, spikes, one, none) for spikes in self.by_step[current]], True
         producer = current.producer()
-        if producer is not None and producer.op_type == "Expand" and current.shape is not None:
-            source = producer.inputs[0]
-            if source is not None and source.shape is not None and source.shape == ir.Shape([1, *current.shape[1:]]):
-                return [source] * T
-        return [current] if T == 1 else self.many("Split", [current], T, axis=0, num_outputs=T)
+        if producer is not None and producer.op_type == "Add" and _all_like(current, producer.inputs):
+            parts = [self.currents(part, T) for part in producer.inputs]
+            if all(scalable for _, scalable in parts):
+                pairs = zip(*(steps for steps, _ in parts), strict=True)
+                return [partial(self._sum, producer, *pair) for pair in pairs], True
+        before = self.merge(current).producer() if _repeated(current) is None else None
+        if before is not None and before.op_type == "DequantizeLinear":
+            quantised, scale, zero = _inputs(before)
+            steps = self.many("Split", [quantised], T, axis=0, num_outputs=T)
+            return [partial(self._dequantised, step, scale, zero) for step in steps], True
+        return [partial(self._times, step) for step in self.split(current, T)], False
+
+    def _dequantised(self, value: ir.Value, scale: ir.Value, zero: ir.Value, factor: float) -> ir.Value:
+        if factor != 1.0:
+            tensor = ir.convenience.get_const_tensor(scale)
+            assert tensor is not None
+            scale = self.number(float(tensor.numpy()) * factor)
+        return self("DequantizeLinear", value, scale, zero)
+
+    def _sum(self, of: ir.Node, one: _Scaled, other: _Scaled, factor: float) -> ir.Value:
+        total = self("Add", one(factor), other(factor))
+        _producer(total).metadata_props.update(of.metadata_props)
+        return total
+
+    def _times(self, value: ir.Value, factor: float) -> ir.Value:
+        return value if factor == 1.0 else self("Mul", value, self.number(factor))
+
+    def merge(self, value: ir.Value) -> ir.Value:
+        """`value [T, N, ...]` as `[T * N, ...]`, from before it was taken apart; sums are taken there as well."""
+        if value not in self.merged:
+            self.merged[value] = self._merge(value)
+        return self.merged[value]
+
+    def _merge(self, value: ir.Value) -> ir.Value:
+        assert value.shape is not None
+        producer = value.producer()
+        if producer is not None and producer.op_type in ("Reshape", "Unsqueeze"):
+            before = producer.inputs[0]
+            if before is not None and before.shape is not None and before.shape[1:] == value.shape[2:]:
+                return before
+        if producer is not None and producer.op_type == "Add" and _all_like(value, producer.inputs):
+            total = self("Add", *(self.merge(part) for part in producer.inputs if part is not None))
+            _producer(total).metadata_props.update(producer.metadata_props)
+            total.type, total.shape = value.type, ir.Shape([value.shape[0] * value.shape[1], *value.shape[2:]])
+            return total
+        return self.reshape(value, [value.shape[0] * value.shape[1], *value.shape[2:]])
 
     def step(
         self, current: ir.Value, u: ir.Value | None, layer: Neurons, *, reset: bool
@@ -237,6 +378,53 @@ class _Builder:
             h = self("Add", leaked, current)
         fired = self("Cast", self("Greater", h, self.number(layer.v_th)), to=int(self.spikes.dtype))
         return fired, self("Sub", h, self("ThresholdedRelu", h, alpha=layer.v_th)) if reset else None
+
+    def negated_step(
+        self, current: ir.Value, r: ir.Value | None, layer: Neurons, *, reset: bool
+    ) -> tuple[ir.Value, ir.Value | None]:
+        """The same on n = -h and r = -u; the first step, which has no r, begins with h = I."""
+        v_th = float(np.float32(layer.v_th))
+        if r is None:
+            fired = self.fire(current, v_th, negated=False)
+            return fired, self("Sub", self("ThresholdedRelu", current, alpha=v_th), current) if reset else None
+        leaked = r if layer.tau == 1.0 else self("Mul", r, self.number(layer.tau))
+        n = self("Sub", leaked, current)
+        below = float(np.nextafter(np.float32(-v_th), np.float32(-np.inf)))
+        return self.fire(n, v_th, negated=True), self("ThresholdedRelu", n, alpha=below) if reset else None
+
+    def fire(self, h: ir.Value, v_th: float, *, negated: bool) -> ir.Value:
+        """h > v_th; of a negated h, h < -v_th. As float32 it is one HardSigmoid, min(1, max(0, alpha h + beta)): with
+        alpha = 1 / ulp(v_th), a power of two, the least h above v_th gives 1 and v_th itself 0, both exactly."""
+        if self.spikes == _FLOAT and abs(math.frexp(v_th)[1]) < 64:
+            alpha = 1 / float(np.spacing(np.float32(v_th)))
+            return self("HardSigmoid", h, alpha=-alpha if negated else alpha, beta=-alpha * v_th)
+        fires = self("Less", h, self.number(-v_th)) if negated else self("Greater", h, self.number(v_th))
+        return self("Cast", fires, to=int(self.spikes.dtype))
+
+
+def _repeated(current: ir.Value) -> ir.Value | None:
+    """The one step `[1, N, ...]` that `current [T, N, ...]` repeats, if it does."""
+    producer = current.producer()
+    if producer is None or producer.op_type != "Expand" or current.shape is None:
+        return None
+    source = producer.inputs[0]
+    same = source is not None and source.shape is not None and source.shape == ir.Shape([1, *current.shape[1:]])
+    return source if same else None
+
+
+def _producer(value: ir.Value) -> ir.Node:
+    producer = value.producer()
+    assert producer is not None
+    return producer
+
+
+def _inputs(node: ir.Node) -> list[ir.Value]:
+    """Inputs of a node of which none is left out."""
+    return [value for value in node.inputs if value is not None]
+
+
+def _all_like(value: ir.Value, parts: Sequence[ir.Value | None]) -> bool:
+    return all(part is not None and part.shape == value.shape for part in parts)
 
 
 def _image_only(graph: ir.Graph, batch: Any) -> list[ir.Node]:

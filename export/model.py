@@ -225,7 +225,13 @@ def build_graph(
         int8=int8,
         half=config.precision == "fp16",
     )
-    neurons = lower(model, T=config.steps, with_state=config.has_state, byte_spikes=int8 is not None)
+    neurons = lower(
+        model,
+        T=config.steps,
+        with_state=config.has_state,
+        byte_spikes=int8 is not None,
+        for_cpu=config.target == "cpu",
+    )
     if not neurons:
         raise ValueError("the network has no LIF or IF neurons of tetdeploy, so there is nothing that spikes to export")
     encoders = split_encoder(model) if config.layout == "step" and config.encoding == "direct" else []

@@ -94,6 +94,7 @@ def build_engine(
     graph, metadata = parse_graph(data, model)
     T = _steps(config.T, metadata, model)
     package = choose_package(config.package)
+    _check_target(metadata, package, model)
     if package == "tensorrt":
         gpu_runtime(BUILDING)  # before any object of TensorRT is made
     trt = import_tensorrt(package)
@@ -287,6 +288,15 @@ def _steps(asked: Range | None, metadata: dict[str, Any], path: Path) -> Range |
         return None
     trained_T = int(metadata["trained_T"])
     return asked or (1, trained_T, max(16, 2 * trained_T))
+
+
+def _check_target(metadata: dict[str, Any], package: str, path: Path) -> None:
+    """Refuse an int8 graph whose quantisation stands where ONNX Runtime wants it, and TensorRT does not."""
+    if metadata["precision"] == "int8" and metadata["target"] == "cpu":
+        raise ValueError(
+            f"{path.name} was exported for cpu, and TensorRT would not compute its convolutions in 8 bits; export it "
+            f"again: tetdeploy export --precision int8 --target {package}"
+        )
 
 
 def _check_cache(path: Path | None, package: str) -> None:

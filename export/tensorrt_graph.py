@@ -49,15 +49,16 @@ def prepare(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
     """A name for each node that no other has: `spikes.<neurons>` for what makes their spikes, `lif.<neurons>/...` for
-    the rest of a `Scan` body, and for what is only cast to their spikes, a cast that TensorRT drops."""
+    the rest of a `Scan` body, for what makes the spikes of one step, and for a cast of spikes: TensorRT drops one."""
     names: Counter[str] = Counter()
     for subgraph in _graphs(graph):
-        casts = {node.input[0]: node.output[0] for node in subgraph.node if node.op_type == "Cast"}
+        whole = {part: node.output[0] for node in subgraph.node if node.op_type == "Concat" for part in node.input}
         for node in subgraph.node:
             spikes = [output for output in node.output if output.startswith("spikes.")]
-            cast = [casts[output] for output in node.output if casts.get(output, "").startswith("spikes.")]
+            of = [whole[output] for output in node.output if whole.get(output, "").startswith("spikes.")]
             prefix = f"{subgraph.name}/" if subgraph.name.startswith("lif.") else ""
-            prefix = f"lif.{cast[0].removeprefix('spikes.')}/" if cast else prefix
+            of += [node.input[0]] if node.op_type == "Cast" and node.input[0].startswith("spikes.") else []
+            prefix = f"lif.{of[0].removeprefix('spikes.')}/" if of else prefix
             name = spikes[0] if spikes else prefix + (node.name or node.op_type)
             names[name] += 1
             node.name = name if names[name] == 1 else f"{name}#{names[name]}"

@@ -229,7 +229,7 @@ def test_sums_of_spikes_biases_and_batch_norms(fold_bn: bool, tmp_path: Path) ->
 @pytest.mark.parametrize("size", [2**24, 2**24 + 3])
 def test_sums_of_spikes_are_exact_beyond_float32(size: int) -> None:
     """float32 has no 2^24 + 3. The graph hands its input on as spikes, and the overlay counts them."""
-    spikes = ir.Value(name="spikes.big")
+    spikes = ir.Value(name="spikes.big", shape=ir.Shape([1, 1, size]), type=ir.TensorType(ir.DataType.FLOAT))
     layers = Layers(ir.Graph([], [], nodes=[]), [], 1, frames=False)
     overlay = counting_overlay(layers, [Neurons("big", 0.5, 1.0, (size,), spikes)])
     shape = [1, 1, None]

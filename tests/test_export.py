@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_helpers import classifier, convsnn, digits, engine, exported, frames
+from export_helpers import classifier, convsnn, digits, engine, exported, frames, int8_exported, unchecked
 from torch import Tensor, nn
 
 import tetdeploy
@@ -403,9 +403,9 @@ def earlier(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_graph_with_another_threshold_is_not_written(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    number = lowering._Builder.number
+    fire = lowering._Builder.fire
     monkeypatch.setattr(
-        lowering._Builder, "number", lambda self, value: number(self, value * 1.02 if value == 1.0 else value)
+        lowering._Builder, "fire", lambda self, h, v_th, **options: fire(self, h, v_th * 1.02, **options)
     )
     with pytest.raises(ParityError, match=r"unrolled graph does not compute .* of a million .* nothing was written"):
         export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:60])
@@ -432,7 +432,7 @@ def test_an_unrolled_graph_that_ignores_its_state_is_not_written(
     step = lowering._Builder.step
 
     def first_step_from_zero(self: Any, current: Any, u: Any, *args: Any, **options: Any) -> Any:
-        given = u is not None and u.producer() is not None and u.producer().op_type == "Unsqueeze"
+        given = u is not None and u.producer() is None
         return step(self, current, None if given else u, *args, **options)
 
     monkeypatch.setattr(lowering._Builder, "step", first_step_from_zero)
@@ -818,3 +818,47 @@ def test_file_names() -> None:
     assert names == ["model-T6.onnx", "model-T6-state.onnx", "model-dynamic.onnx", "model-step.onnx"]
     assert reference_path(Path("runs/x/model-T6.onnx")) == Path("runs/x/model-T6.reference.npz")
     assert dataclasses.replace(ExportConfig(), layout="dynamic").steps is None
+
+
+class OnlyNeurons(nn.Module):
+    def __init__(self, tau: float, v_th: float) -> None:
+        super().__init__()
+        self.lif, self.readout = LIF(tau=tau, v_th=v_th), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor, T: int | None = None) -> torch.Tensor:
+        frames = x if T is None else x.expand(T, *x.shape)
+        logits: torch.Tensor = self.readout(self.lif(frames.flatten(2)))
+        return logits
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
+@pytest.mark.parametrize("tau", [0.5, 0.3, 1.0])
+@pytest.mark.parametrize("v_th", [1.0, 0.7, 3e-5, 3e25])
+def test_neurons_fire_as_pytorchs_do_next_to_the_threshold(
+    layout: str, tau: float, v_th: float, tmp_path: Path
+) -> None:
+    """Currents from a few floats below v_th to a few above, and what fires at a later step."""
+    T, rng = 6, np.random.default_rng(0)
+    near = np.float32(v_th) + np.arange(-3, 4) * np.spacing(np.float32(abs(v_th)))
+    currents = np.concatenate([near, near * (1 - tau), [0, v_th / 2, -v_th, 5 * v_th]]).astype(np.float32)
+    x = rng.choice(currents, (16, T, 1, 8, 8))
+    network = OnlyNeurons(tau, v_th)
+    engine = unchecked(
+        network,
+        tmp_path / "m.onnx",
+        ExportConfig(layout, T=T, encoding="frames", normalize=False),  # type: ignore[arg-type]
+    )
+    _, found = engine.run_with(spikes_overlay(["lif"]), x, T)
+    wanted = network.lif(torch.from_numpy(x).transpose(0, 1).flatten(2)).numpy()
+    assert 0.1 < wanted.mean() < 0.9
+    np.testing.assert_array_equal(found["spikes.lif"], wanted)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
+def test_the_arithmetic_for_a_cpu_gives_the_bits_of_the_plain_one(layout: str, precision: str) -> None:
+    make = int8_exported if precision == "int8" else exported
+    options = {} if precision == "int8" else {"T": 3}
+    x = digits().images[:40]
+    answers = [Engine(make(layout, target=target, **options), threads=1).run(x, 3) for target in ("cpu", "openvino")]
+    np.testing.assert_array_equal(answers[0].per_step, answers[1].per_step)

@@ -4,24 +4,29 @@
     python examples/benchmarks/inference.py [--model resnet19] [--batch 1,8] [--threads 2] [--json inference.json]
 
 The weights are not trained: time does not depend on them. BN takes its statistics from the images, so that spikes are
-about as frequent as in a trained network (the rate is printed). Sides take turns in one process; the table shows
-medians. `convolutions` is the sum over convolution kernels in ONNX Runtime's own profile of that graph, taken in the
-same process; the ratio is the whole of that profile to it.
+about as frequent as in a trained network (the rate is printed). Every side has a process of its own, as threads that
+wait for one library's next call would take the cores from another's; the sides take turns, each with one call to warm
+up and five that count, and the table shows medians. `peak` is the largest resident set of a side's process, `opened`
+how long it took until a model was ready. What convolutions take is the sum over their kernels in ONNX Runtime's own
+profile of that graph, of runs of their own, and so is what all kernels take.
 
-SpikingJelly runs the same modules with its neurons in place of ours, torch.compile the same network. OpenVINO reads the
-ONNX files of the two engines.
+SpikingJelly runs the same modules with its neurons in place of ours, torch.compile the same network. OpenVINO reads
+ONNX files exported for it.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
+import resource
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +47,8 @@ from tetdeploy.neurons import LIF
 
 Call = Callable[[Any], Any]
 OTHERS = ("SpikingJelly", "torch.compile", "OpenVINO fp32", "OpenVINO int8")
+BASE = "int8"
+CALLS = 5  # of a side's turn
 
 
 def untrained(model: str, width: float, data_dir: Path, T: int) -> tuple[Classifier, Any]:
@@ -116,17 +123,77 @@ def convolution_share(model: Path, x: Any, threads: int) -> dict[str, float]:
     return {key: statistics.median(run[key] for run in runs[3:]) for key in ("all", "convolutions")}
 
 
-def alternate(sides: Mapping[str, Call], x: Any, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each side."""
-    times: dict[str, list[float]] = {side: [] for side in sides}
+def make(side: str, folder: Path, T: int, threads: int) -> Call:
+    """What a side calls with images."""
+    if side in ("SpikingJelly", "torch.compile"):
+        torch.set_num_threads(threads)
+        classifier = torch.load(folder / "classifier.pt", weights_only=False)
+        return spikingjelly(classifier, T) if side == "SpikingJelly" else compiled(classifier, T)
+    if side.startswith("OpenVINO"):
+        return openvino(folder / f"{side}.onnx", threads)
+    engine = Engine(folder / f"{side}.onnx", threads=threads)
+    return lambda x: engine.run(x, engine.T or T)
+
+
+def work(connection: Connection, side: str, folder: Path, T: int, threads: int) -> None:
+    """A side's process: opens the model, then for every number of images it is sent answers with times of calls."""
+    start = time.perf_counter()
+    call, images = make(side, folder, T, threads), np.load(folder / "images.npy")
+    connection.send(time.perf_counter() - start)
     with torch.inference_mode():
-        for repeat in range(-2, repeats):
-            for side, call in sides.items():
+        while size := connection.recv():
+            x, times = np.ascontiguousarray(images[:size]), []
+            for _ in range(1 + CALLS):
                 start = time.perf_counter()
                 call(x)
-                if repeat >= 0:
-                    times[side].append(1e3 * (time.perf_counter() - start))
-    return {side: statistics.median(values) for side, values in times.items()}
+                times.append(1e3 * (time.perf_counter() - start))
+            connection.send((times[1:], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3))
+
+
+def measure(sides: list[str], sizes: list[int], turns: int, folder: Path, T: int, threads: int) -> dict[str, Any]:
+    """By side: seconds to open, median milliseconds by batch, peak MB."""
+    context = multiprocessing.get_context("spawn")
+    found: dict[str, Any] = {}
+    workers: dict[str, Connection] = {}
+    for side in sides:
+        workers[side], theirs = context.Pipe()
+        context.Process(target=work, args=(theirs, side, folder, T, threads), daemon=True).start()
+        found[side] = {"opened_s": workers[side].recv(), "median_ms": {}}
+    for size in sizes:
+        times: dict[str, list[float]] = {side: [] for side in sides}
+        for turn in range(-1, turns):
+            for side, connection in workers.items():
+                connection.send(size)
+                taken, found[side]["peak_mb"] = connection.recv()
+                times[side] += taken if turn >= 0 else []
+        for side in sides:
+            found[side]["median_ms"][size] = statistics.median(times[side])
+    return found
+
+
+def export_all(classifier: Classifier, images: Any, T: int, folder: Path) -> dict[str, float]:
+    """Write `<side>.onnx` for the engine's and OpenVINO's sides. Returns the seconds of each export."""
+    np.save(folder / "images.npy", images)
+    torch.save(classifier, folder / "classifier.pt")
+    seconds = {}
+    for side, options in EXPORTS.items():
+        start = time.perf_counter()
+        config = ExportConfig(**{"T": T, "trained_T": T, **options})  # type: ignore[arg-type]
+        given = (images[:64], None)
+        export_model(classifier, folder / f"{side}.onnx", config, images[:4], num_check=0, calibration=given)
+        seconds[side] = time.perf_counter() - start
+    return seconds
+
+
+EXPORTS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "int8": {"precision": "int8"},
+    "fp32 dynamic": {"layout": "dynamic"},
+    "int8 dynamic": {"layout": "dynamic", "precision": "int8"},
+    "int8 T=8": {"T": 8, "precision": "int8"},
+    "OpenVINO fp32": {"target": "openvino"},
+    "OpenVINO int8": {"target": "openvino", "precision": "int8"},
+}
 
 
 @click.command()
@@ -135,7 +202,7 @@ def alternate(sides: Mapping[str, Call], x: Any, repeats: int) -> dict[str, floa
 @click.option("--T", "T", default=4, show_default=True)
 @click.option("--batch", default="1,8", show_default=True)
 @click.option("--threads", default=len(os.sched_getaffinity(0)), show_default=True)
-@click.option("--repeats", default=20, show_default=True)
+@click.option("--turns", default=4, show_default=True, help=f"Of each side, {CALLS} calls each.")
 @click.option("--without", multiple=True, type=click.Choice(OTHERS), help="Leave one of the others out.")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
@@ -145,39 +212,26 @@ def main(
     T: int,
     batch: str,
     threads: int,
-    repeats: int,
+    turns: int,
     without: tuple[str, ...],
     data_dir: Path,
     json_path: Path | None,
 ) -> None:
     torch.set_num_threads(threads)
     classifier, images = untrained(model, width, data_dir, T)
-    results: dict[str, Any] = {"model": model, "width": width, "T": T, "threads": threads, "rows": []}
-    with tempfile.TemporaryDirectory() as folder:
-        files = {}
-        for precision in ("fp32", "int8"):
-            start = time.perf_counter()
-            config = ExportConfig(T=T, trained_T=T, precision=precision)  # type: ignore[arg-type]
-            files[precision] = Path(folder) / config.file_name
-            given = (images[:64], None)
-            export_model(classifier, files[precision], config, images[:4], num_check=0, calibration=given)
-            results[f"export_{precision}_s"] = time.perf_counter() - start
-        engines = {name: Engine(file, threads=threads) for name, file in files.items()}
-        results["firing_rate"] = firing_rate(engines["fp32"], images[:32])
-        sides: dict[str, Call] = {f"engine {name}": engine.run for name, engine in engines.items()}
-        makers: dict[str, Callable[[], Call]] = {
-            "SpikingJelly": lambda: spikingjelly(classifier, T),
-            "torch.compile": lambda: compiled(classifier, T),
-            "OpenVINO fp32": lambda: openvino(files["fp32"], threads),
-            "OpenVINO int8": lambda: openvino(files["int8"], threads),
+    sizes = [int(size) for size in batch.split(",")]
+    results: dict[str, Any] = {"model": model, "width": width, "T": T, "threads": threads}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        results["export_s"] = export_all(classifier, images, T, folder)
+        results["firing_rate"] = firing_rate(Engine(folder / "fp32.onnx", threads=threads), images[:32])
+        sides = [side for side in dict.fromkeys([*EXPORTS, *OTHERS]) if side not in without]
+        results["sides"] = measure(sides, sizes, turns, folder, T, threads)
+        results["profile"] = {
+            side: {size: convolution_share(folder / f"{side}.onnx", images[:size], threads) for size in sizes}
+            for side in ("fp32", "int8")
         }
-        sides |= {name: make() for name, make in makers.items() if name not in without}
-        for size in map(int, batch.split(",")):
-            x = np.ascontiguousarray(images[:size])
-            row: dict[str, Any] = {"batch": size, "median_ms": alternate(sides, x, repeats)}
-            row["profile"] = {name: convolution_share(file, x, threads) for name, file in files.items()}
-            results["rows"].append(row)
-    show(results)
+    show(results, sizes)
     if json_path is not None:
         write_json(json_path, results)
 
@@ -189,20 +243,26 @@ def firing_rate(engine: Engine, x: Any) -> float:
     return fired / (sum(neurons.values()) * len(x) * (engine.T or 1))
 
 
-def show(results: dict[str, Any]) -> None:
-    console = Console(width=130)
+def show(results: dict[str, Any], sizes: list[int]) -> None:
+    console = Console(width=120)
     title = f"{results['model']} x {results['width']:g}, T={results['T']}, {results['threads']} threads"
-    console.print(f"{title}, firing rate {results['firing_rate']:.3f}; median ms, and times the engine's in int8")
-    sides = results["rows"][0]["median_ms"]
+    console.print(f"{title}, firing rate {results['firing_rate']:.3f}; median ms, and times that of {BASE}")
     table = Table()
-    for header in ("batch", *sides, "fp32 / convolutions", "int8 / convolutions"):
-        table.add_column(header, justify="right")
-    for row in results["rows"]:
-        best = row["median_ms"]["engine int8"]
-        cells = [f"{ms:.1f}  {ms / best:.2f}x" for ms in row["median_ms"].values()]
-        shares = [f"{p['all'] / p['convolutions']:.2f}x of {p['convolutions']:.1f}" for p in row["profile"].values()]
-        table.add_row(str(row["batch"]), *cells, *shares)
+    for header in ("", *(f"batch {size}" for size in sizes), "opened", "exported", "peak"):
+        table.add_column(header, justify="right" if header else "left")
+    base = results["sides"][BASE]["median_ms"]
+    for side, found in results["sides"].items():
+        cells = [f"{found['median_ms'][size]:.1f}  {found['median_ms'][size] / base[size]:.2f}x" for size in sizes]
+        exported = results["export_s"].get(side)
+        seconds = "" if exported is None else f"{exported:.1f} s"
+        table.add_row(side, *cells, f"{found['opened_s']:.2f} s", seconds, f"{found['peak_mb']:,.0f} MB")
     console.print(table)
+    for side, by_size in results["profile"].items():
+        for size, share in by_size.items():
+            ratio = share["all"] / share["convolutions"]
+            console.print(
+                f"{side} batch {size}: convolutions {share['convolutions']:.1f} ms, all kernels {ratio:.3f} times that"
+            )
 
 
 if __name__ == "__main__":
