@@ -163,8 +163,10 @@ def export_model(
     x = _as_input(classifier, images[: max(num_check, NUM_REFERENCE)], config)
     some = torch.from_numpy(x[:4]).to(classifier.mean.device)
     num_layers = check_steps(classifier, some, config.encoding, T=max(4, config.T, config.trained_T + 2))
-    found = _calibrate(classifier, config, calibration, source, tick) if config.precision == "int8" else None
-    graph = build_graph(classifier, config, source, found.scales if found else None)
+    tried: dict[int, Graph] = {}
+    found = _calibrate(classifier, config, calibration, source, tick, tried) if config.precision == "int8" else None
+    scales = found.scales if found else None
+    graph = tried.get(id(scales)) or build_graph(classifier, config, source, scales)
     if len(graph.neurons) != num_layers:
         raise ValueError(
             f"the network runs {num_layers} neuron layers, but only {len(graph.neurons)} of them reach its logits; "
@@ -303,7 +305,10 @@ def _calibrate(
     calibration: tuple[NDArray[Any], NDArray[np.int64] | None] | Calibration | None,
     source: Mapping[str, Any] | None,
     tick: Callable[[str, int, int], None] | None,
+    tried: dict[int, Graph],
 ) -> Calibration:
+    """Scales for an int8 graph; `tried` gets the graphs that were made of some, by their id, where they are the
+    wanted one."""
     if isinstance(calibration, Calibration):
         return calibration
     if calibration is None:
@@ -314,7 +319,10 @@ def _calibrate(
 
     def answers(scales: Scales) -> NDArray[np.float32]:
         unrolled = replace(config, layout="unrolled", with_state=False, T=T)
-        return per_step_logits(_in_memory(build_graph(classifier, unrolled, source, scales)), x, T)
+        graph = build_graph(classifier, unrolled, source, scales)
+        if unrolled == config:
+            tried[id(scales)] = graph
+        return per_step_logits(_in_memory(graph), x, T)
 
     ticker = _ticker(tick, "calibrating", len(x))
     return calibrate(classifier, x, calibration[1], T, config.encoding, answers, ticker)
