@@ -143,15 +143,20 @@ def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
         scheduler = Scheduler(worker, Limits(max_batch=1, max_wait=0, queue=2))
         kept = [asyncio.create_task(scheduler.submit("T4", [0]))]
         await worker.busy()
-        kept += [asyncio.create_task(scheduler.submit("T4", [k])) for k in (1, 2)]
+        kept.append(asyncio.create_task(scheduler.submit("T4", [1])))
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError):  # all of a request's payloads or none
+            await scheduler.submit("T4", [2, 3])
+        kept.append(asyncio.create_task(scheduler.submit("T4", [2])))
         await asyncio.sleep(0)
         assert scheduler.waiting == 2
         with pytest.raises(QueueFullError, match="2 requests wait already and the queue holds 2"):
             await scheduler.submit("T4", [3])
         worker.free.set()
         assert await asyncio.gather(*kept) == [[0], [2], [4]]
-        with pytest.raises(QueueFullError):  # all of a request's payloads or none
+        with pytest.raises(ValueError, match="at most 2 steps, as many as the queue holds, got 3") as never:
             await scheduler.submit("T4", [4, 5, 6])
+        assert not isinstance(never.value, QueueFullError)  # which says: try again later
         assert scheduler.waiting == 0
         await scheduler.drain()
 

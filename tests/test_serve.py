@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,13 @@ def start(*arguments: str) -> Server:
             words = line.split()
             return Server(process, words[1].removeprefix("http://"), words[3])
     raise AssertionError(f"the server ended with {process.wait()}")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not come to this"
+        time.sleep(0.01)
 
 
 def stop(server: Server) -> int:
@@ -262,7 +270,7 @@ def test_what_is_wrong_with_a_request_is_said(
 
 
 def test_binary_requests_that_do_not_fit_their_header(server: Server) -> None:
-    def post(size: int, sent: bytes, length: int | None = None) -> tuple[int, str]:
+    def post(size: int, sent: bytes, length: int | str | None = None) -> tuple[int, str]:
         given = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "parameters": {"binary_data_size": size}}
         head = json.dumps({"inputs": [given]}).encode()
         header = {"Inference-Header-Content-Length": str(len(head) if length is None else length)}
@@ -274,6 +282,7 @@ def test_binary_requests_that_do_not_fit_their_header(server: Server) -> None:
     assert post(60, bytes(60))[1] == "x of shape [1, 1, 8, 8] has 64 values, got 60"
     assert post(64, bytes(70)) == (400, "6 bytes follow the JSON that belong to no input")
     assert post(64, bytes(64), length=10**6)[0] == 400
+    assert post(64, bytes(64), length="9" * 5000)[0] == 400
 
 
 def test_refusals_over_grpc_have_their_codes(server: Server) -> None:
@@ -310,8 +319,8 @@ def test_clients_that_leave_do_no_harm(server: Server) -> None:
     assert server.post("models/step/infer", body())[0] == 200
 
 
-def test_sigterm_finishes_what_was_taken() -> None:
-    running = start(f"step={exported('step')}", "--max-wait-ms", "60000", "--max-batch", "8")
+def test_full_queues_refuse_and_sigterm_finishes_what_was_taken() -> None:
+    running = start(f"step={exported('step')}", "--max-wait-ms", "60000", "--max-batch", "8", "--queue", "3")
     expected = engine("step").run(images(3)).logits
     answers: dict[int, Any] = {}
 
@@ -323,8 +332,15 @@ def test_sigterm_finishes_what_was_taken() -> None:
     try:
         for thread in threads:
             thread.start()
-        while running.metric("tetdeploy_queue_requests", model="step") < 3:
-            pass
+        wait_until(lambda: running.metric("tetdeploy_queue_requests", model="step") == 3)
+        status, answer = running.post("models/step/infer", body())
+        assert (status, "the queue holds 3" in answer["error"]) == (503, True)
+        with (
+            rpc.InferenceServerClient(running.grpc) as client,
+            pytest.raises(rpc.InferenceServerException, match="the queue holds 3") as refused,
+        ):
+            client.infer("step", asked(rpc, images(1)))
+        assert "RESOURCE_EXHAUSTED" in str(refused.value.status())
         assert not answers
     finally:
         code = stop(running)
@@ -334,24 +350,37 @@ def test_sigterm_finishes_what_was_taken() -> None:
     np.testing.assert_allclose([answers[k] for k in range(3)], expected, atol=1e-5)
 
 
-def test_full_queues_refuse_and_idle_sequences_end() -> None:
-    options = ("--max-wait-ms", "60000", "--queue", "1", "--sequence-timeout", "0.2", "--max-batch", "1")
-    running = start(f"step={exported('step')}", *options)
+def test_idle_sequences_end() -> None:
+    running = start(f"step={exported('step')}", "--sequence-timeout", "0.2", "--queue", "1")
     try:
         start_one = {"sequence_id": 1, "sequence_start": True}
         assert running.post("models/step/infer", body(parameters=start_one))[0] == 200
-        while running.metric("tetdeploy_open_sequences", model="step"):
-            pass
+        wait_until(lambda: not running.metric("tetdeploy_open_sequences", model="step"))
         status, answer = running.post("models/step/infer", body(parameters={"sequence_id": 1}))
         assert (status, "idle for more than 0.2 s" in answer["error"]) == (404, True)
         status, answer = running.post("models/step/infer", body(parameters={**start_one, "T": 2}))
-        assert (status, "the queue holds 1" in answer["error"]) == (503, True)
-        with rpc.InferenceServerClient(running.grpc) as client:
-            with pytest.raises(rpc.InferenceServerException, match="the queue holds 1") as refused:
-                client.infer("step", asked(rpc, images(1)), sequence_id=1, sequence_start=True, parameters={"T": 2})
-            assert "RESOURCE_EXHAUSTED" in str(refused.value.status())
+        assert (status, "at most 1 steps" in answer["error"]) == (400, True)
     finally:
         assert stop(running) == 0
+
+
+def test_a_second_signal_ends_the_server_at_once() -> None:
+    running = start(f"step={exported('step')}")
+    host, port = running.http.split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        connection.sendall(b"POST /v2/models/step/infer HTTP/1.1\r\nHost: m\r\nContent-Length: 9\r\n\r\n{")
+        running.post("models/step/infer", body())  # by now the half of a body has come
+        running.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not accepts(host, int(port)))
+        assert stop(running) == -signal.SIGTERM
+
+
+def accepts(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=PATIENCE).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_only_this_machine_is_served_by_default(server: Server) -> None:
@@ -372,6 +401,12 @@ def test_two_models_of_one_name_are_refused() -> None:
     result = CliRunner().invoke(main, ["serve", str(exported("step")), f"step={exported('dynamic')}"])
     assert result.exit_code == 1
     assert "two models are called step" in result.output
+
+
+def test_a_name_that_no_url_reaches_is_refused() -> None:
+    result = CliRunner().invoke(main, ["serve", f"a/b={exported('step')}"])
+    assert result.exit_code == 1
+    assert "'a/b' is no name for a model" in result.output
 
 
 def test_parameters_of_a_sequence() -> None:

@@ -104,12 +104,14 @@ def _by_name(models: tuple[str, ...]) -> dict[str, str]:
     """The models' paths, by what requests call them.
 
     Raises:
-        ValueError: two have one name.
+        ValueError: two have one name, or one holds a `/`.
     """
     paths: dict[str, str] = {}
     for model in models:
         name, _, path = model.rpartition("=") if not Path(model).exists() else ("", "", model)
         name = name or Path(path).stem
+        if "/" in name:
+            raise ValueError(f"{name!r} is no name for a model, since a URL holds it; choose one without '/'")
         if name in paths:
             raise ValueError(f"two models are called {name}; give one another name: NAME={path}")
         paths[name] = path

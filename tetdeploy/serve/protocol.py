@@ -177,7 +177,7 @@ class TensorDataPlane(DataPlane):  # type: ignore[misc]
 def _json_length(header: str | None, available: int) -> int:
     if header is None:
         return available
-    if not header.isdecimal() or int(header) > available:
+    if not header.isdecimal() or len(header) > 18 or int(header) > available:  # int() refuses thousands of digits
         raise InvalidInput(f"{JSON_LENGTH} must lie in 0..{available}, the length of the body; got {header}")
     return int(header)
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from tetdeploy.engine import Array
 
-Data = bytes | memoryview | list[Any]
 DATATYPES = {"uint8": "UINT8", "float32": "FP32", "int64": "INT64", "object": "BYTES"}  # by numpy's names
 
 

@@ -103,7 +103,12 @@ class Waiting(Generic[P, R]):
         return self._count
 
     def check_room(self, count: int) -> None:
-        """Raise QueueFullError if there is no room for so many."""
+        """Raise QueueFullError if there is no room for so many now, ValueError if there never is."""
+        if count > self.limits.queue:
+            raise ValueError(
+                f"a request may hold at most {self.limits.queue} steps, as many as the queue holds, got {count}; "
+                "send several requests"
+            )
         if self._count + count > self.limits.queue:
             raise QueueFullError(
                 f"{self._count} requests wait already and the queue holds {self.limits.queue}; try again later"
@@ -114,7 +119,7 @@ class Waiting(Generic[P, R]):
 
         Raises:
             QueueFullError: there is no room for them.
-            ValueError: one is larger than a whole batch.
+            ValueError: one is larger than a whole batch, or they are more than the queue holds.
         """
         largest = max(request.size for request in requests)
         if largest > self.limits.max_batch:
@@ -183,7 +188,7 @@ class Scheduler(Generic[P, R]):
             QueueFullError: there is no room for all of them.
             StoppingError: after `drain`.
             CallFailedError: the call failed.
-            ValueError: `size` is more than a batch holds.
+            ValueError: `size` is more than a batch holds, or there are more payloads than the queue holds.
         """
         self.check_room(len(payloads))
         loop = asyncio.get_running_loop()
