@@ -28,6 +28,16 @@ def check_service_name(name: str) -> None:
         )
 
 
+def check_storage_uri(uri: str) -> None:
+    """Refuse what KServe cannot fetch from.
+
+    Raises:
+        ValueError: it has no scheme.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", uri):
+        raise ValueError(f"{uri!r} is no storage URI; give one such as pvc://models/digits or s3://bucket/digits")
+
+
 def inference_service(name: str, *, model_file: str, storage_uri: str, image: str) -> dict[str, Any]:
     """The InferenceService (v1beta1) that serves one model over the Open Inference Protocol v2.
 
@@ -41,10 +51,7 @@ def inference_service(name: str, *, model_file: str, storage_uri: str, image: st
         ValueError: the name is none for Kubernetes, or the URI has no scheme.
     """
     check_service_name(name)
-    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", storage_uri):
-        raise ValueError(
-            f"{storage_uri!r} is no storage URI; give one such as pvc://models/digits or s3://bucket/digits"
-        )
+    check_storage_uri(storage_uri)
 
     def probe(path: str) -> dict[str, Any]:
         return {"httpGet": {"path": path, "port": HTTP_PORT}, "periodSeconds": 5, "timeoutSeconds": 5}

@@ -18,9 +18,9 @@ pytest.importorskip("yaml")
 import yaml
 
 from tetdeploy.cli import main
+from tetdeploy.cli.serve import serve
 from tetdeploy.export.kserve import inference_service
 
-serve = pytest.importorskip("tetdeploy.cli.serve").serve
 URI = "s3://models/digits"
 ROOT = Path(__file__).parent.parent
 
@@ -136,6 +136,29 @@ def test_what_does_not_go_together_is_refused(options: tuple[object, ...], messa
     output = refused("export", exported("step"), "-o", tmp_path / "out", *options)
     assert re.search(message, output), output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("triton-repository", "--name", "a/b"), "'a/b' is no name for a served model"),
+        (("kserve", "--storage-uri", URI, "--name", "7"), "'7' is no name for a service of Kubernetes"),
+        (("kserve", "--storage-uri", "models/digits"), "'models/digits' is no storage URI"),
+    ],
+)
+def test_a_wrong_name_is_refused_before_the_export(run: Path, options: tuple[str, ...], message: str) -> None:
+    before = {file: file.stat().st_mtime_ns for file in run.iterdir()}
+    assert message in refused("export", run, "--format", *options)
+    assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
+
+
+def test_a_graph_that_our_server_does_not_run_becomes_no_service(tmp_path: Path) -> None:
+    call("export", exported("step"), "--format", "triton-repository", "--name", "m", "-o", tmp_path)
+    graph = tmp_path / "m-stream" / "1" / "model.onnx"
+    assert "is a step graph for Triton" in refused(
+        "export", graph, "--format", "kserve", "--storage-uri", URI, "--name", "m"
+    )
+    assert [file.name for file in graph.parent.iterdir()] == ["model.onnx"]
 
 
 def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:

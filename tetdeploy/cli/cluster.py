@@ -21,24 +21,45 @@ def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
         ctx: of `tetdeploy export`.
         onnx_options: those typed that say how a graph is made.
     """
-    run, file_format, name = (ctx.params[key] for key in ("run", "file_format", "name"))
+    run, file_format = ctx.params["run"], ctx.params["file_format"]
     import_extra("onnx", "cluster")
     import_extra("yaml" if file_format == "kserve" else "tritonclient", "cluster")
     if file_format == "kserve" and not ctx.params["storage_uri"]:
         raise click.UsageError(
             "--format kserve needs --storage-uri, where the cluster finds the model: s3://... pvc://..."
         )
-    if run is not None and run.suffix in _SERVED:
-        if onnx_options:
-            raise click.UsageError(f"{', '.join(onnx_options)}: {run} is exported already; give the run to export anew")
-        models = [run]
-    else:
-        models = _exported(ctx)
-    name = name or models[0].resolve().parent.name
+    is_model = run is not None and run.suffix in _SERVED
+    if is_model and onnx_options:
+        raise click.UsageError(f"{', '.join(onnx_options)}: {run} is exported already; give the run to export anew")
+    name = _checked_name(ctx, run if is_model else _checkpoint(ctx))
+    models = [run] if is_model else _exported(ctx)
     if file_format == "kserve":
         _write_service(ctx, models[0], name)
     else:
         _write_repository(ctx, models, name)
+
+
+def _checkpoint(ctx: click.Context) -> Path:
+    import_extra("torch", "train")
+    from tetdeploy.checkpoint import checkpoint_file, newest_run
+
+    return checkpoint_file(ctx.params["run"] or newest_run(ctx.params["runs"]))
+
+
+def _checked_name(ctx: click.Context, source: Path) -> str:
+    """What the model is called, by default as the folder of its `source`. Refused before an export takes its time."""
+    name = str(ctx.params["name"] or source.resolve().parent.name)
+    if ctx.params["file_format"] == "triton-repository":
+        from tetdeploy.export.repository import check_name
+
+        check_name(name)
+        return name
+    from tetdeploy.export.kserve import check_service_name, check_storage_uri
+
+    name = name.lower().replace("_", "-").replace(".", "-")
+    check_service_name(name)
+    check_storage_uri(ctx.params["storage_uri"])
+    return name
 
 
 def _exported(ctx: click.Context) -> list[Path]:
@@ -71,11 +92,10 @@ def _write_service(ctx: click.Context, model: Path, name: str) -> None:
 
     if model.suffix != ".onnx":
         raise ValueError(f"{model} is a TensorRT engine; the container that KServe runs takes the .onnx file")
-    parse_graph(read_model(model), model)
+    if parse_graph(read_model(model), model)[1]["layout"] == "sequence":
+        raise ValueError(f"{model} is a step graph for Triton, which keeps its state; give the one it was made of")
     storage_uri, image = ctx.params["storage_uri"], ctx.params["image"] or DEFAULT_IMAGE
-    service = inference_service(
-        name.lower().replace("_", "-").replace(".", "-"), model_file=model.name, storage_uri=storage_uri, image=image
-    )
+    service = inference_service(name, model_file=model.name, storage_uri=storage_uri, image=image)
     path = ctx.params["out"] or model.parent / "kserve.yaml"
     write_inference_service(path, service)
     console.print(f"{path}   {service['metadata']['name']}   {image}")
