@@ -183,7 +183,14 @@ def test_a_threshold_is_loaded(model: Path) -> None:
 def test_what_load_exit_refuses(model: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no early-exit threshold at .*m.exit.json; run: tetdeploy calibrate"):
         load_exit(model)
-    for changes in ({"threshold": 2}, {"criterion": "luck"}, {"min_T": None}, {"T": "many"}):
+    for changes in (
+        {"threshold": 2},
+        {"criterion": "luck"},
+        {"min_T": None},
+        {"T": "many"},
+        {"T": float("inf")},
+        {"T": 0},
+    ):
         write_exit(model, **changes)
         with pytest.raises(ValueError, match=r"exit\.json is damaged; run: tetdeploy calibrate"):
             load_exit(model)

@@ -264,10 +264,11 @@ def test_a_state_may_hold_no_python_objects() -> None:
     np.savez(buffer, sum_logits=np.zeros(10, np.float32), t=1, model_sha256=np.array([print], object))
     with pytest.raises(ValueError, match="the state is damaged"):
         StreamState.from_bytes(buffer.getvalue())
-    buffer = io.BytesIO()
-    np.savez(buffer, u=np.zeros(3))
-    with pytest.raises(ValueError, match="the state is no state of a stream"):
-        StreamState.from_bytes(buffer.getvalue())
+    for arrays in ({"u": np.zeros(3)}, {"sum_logits": np.zeros(10), "t": np.inf, "model_sha256": "00"}):
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        with pytest.raises(ValueError, match="the state is no state of a stream"):
+            StreamState.from_bytes(buffer.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------ refusals

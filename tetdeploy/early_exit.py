@@ -100,7 +100,9 @@ def load_calibration(model: Path | str) -> tuple[Exit, int]:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = Exit(float(content["threshold"]), content["criterion"], int(content["min_T"]))
         written_for, T = str(content["model_sha256"]), int(content["T"])
-    except (ValueError, KeyError, TypeError) as error:
+        if T < 1:
+            raise ValueError(f"T must be at least 1, got {T}")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{path} is damaged; {again}") from error
     if written_for != sha256:
         raise ValueError(f"{path} holds the threshold of another model than {model}; {again}")

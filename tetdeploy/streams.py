@@ -55,7 +55,7 @@ class StreamState:
         try:
             total, t, sha256 = (arrays.pop(key) for key in ("sum_logits", "t", "model_sha256"))
             steps = int(t)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{name} is no state of a stream") from error
         return cls({key.removeprefix(_PREFIX): value for key, value in arrays.items()}, total, steps, str(sha256))
 
