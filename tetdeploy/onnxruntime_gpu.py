@@ -95,11 +95,13 @@ class BoundSession:
     def run(self, names: Sequence[str], feed: Mapping[str, Array | DeviceArray]) -> list[Array | DeviceArray]:
         """The outputs `names` of one call, on the device what is kept there."""
         binding = self._session.io_binding()
+        # An array that is bound must live until the call is done: the binding does not own it.
+        from_host = {n: np.ascontiguousarray(v) for n, v in feed.items() if not isinstance(v, DeviceArray)}
+        for name, array in from_host.items():
+            binding.bind_cpu_input(name, array)
         for name, value in feed.items():
             if isinstance(value, DeviceArray):
                 binding.bind_ortvalue_input(name, value.value)
-            else:
-                binding.bind_cpu_input(name, np.ascontiguousarray(value))
         for name in names:
             binding.bind_output(name, self._device if name in self._kept else "cpu")
         binding.synchronize_inputs()
