@@ -270,6 +270,22 @@ def test_what_early_exit_refuses(model: Path, held_out: Path) -> None:
     assert done.exit_code == 1 and "holds the threshold of another model" in done.output
 
 
+def test_a_path_with_brackets_is_no_markup(tmp_path: Path, held_out: Path) -> None:
+    (tmp_path / "[red]").mkdir()
+    model = Path(shutil.copy(exported("step"), tmp_path / "[red]" / "m.onnx"))
+    for arguments in (["calibrate", model, "--T", 2], ["early-exit", model], ["sweep", model, "--T", 1]):
+        done = run(*arguments, "--data", held_out)
+        assert done.exit_code == 0, done.output
+        assert "[red]/m.onnx120imagesof" in "".join(done.output.split())
+
+
+def test_a_threshold_that_cannot_be_written_is_named(model: Path, held_out: Path) -> None:
+    exit_path(model).mkdir()
+    done = run("calibrate", model, "--data", held_out, "--T", 2)
+    assert done.exit_code == 1 and re.search(r"cannot write .*/m\.exit\.json: Is a directory", done.output), done.output
+    assert not list(model.parent.glob(".*.tmp"))
+
+
 @pytest.mark.parametrize("command", ["calibrate", "early-exit"])
 def test_ctrl_c_leaves_nothing_behind(
     model: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch, command: str
@@ -311,4 +327,8 @@ def test_a_sweep_of_the_same_images_is_joined(tmp_path: Path) -> None:
     del measured["early_exit"]["mean_T"]
     write(files[0], measured)
     with pytest.raises(ValueError, match=r"early_exit.mean_T is missing; run tetdeploy early-exit again"):
+        read_results(files)
+    measured["early_exit"] |= {"mean_T": 1.0, "by_steps": [{"T": 1, "num_images": 0}]}
+    write(files[0], measured)
+    with pytest.raises(ValueError, match=r"by_steps needs images; run tetdeploy early-exit again"):
         read_results(files)

@@ -36,7 +36,8 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         with _filling(path):
             yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
-        temporary.replace(path)
+        with _making(path):
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -150,7 +150,7 @@ def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> No
     from tetdeploy.report import energy, sweep_table
 
     trained_T = int(engine.metadata["trained_T"])
-    console.print(f"{result.model}   {result.num_samples:,} images of {result.data}   {engine.layout}")
+    console.print(f"{result.model}   {result.num_samples:,} images of {result.data}   {engine.layout}", markup=False)
     console.print(sweep_table(result, trained_T, conventions=conventions))
     notes = [
         f"* the T of the training; energy per image: {_bills(result, conventions)}",
@@ -224,9 +224,9 @@ def save_sweep(result: Sweep, engine: Engine, json_path: Path | None, plot: Path
         written.append(str(picture))
     except MissingExtraError as error:
         console.print(f"[dim]no plot: {error}[/dim]")
-    console.print("   ".join(written))
+    console.print("   ".join(written), markup=False)
     if engine.encoding == "direct":
-        console.print(f"next: tetdeploy predict {engine.path} IMAGE...")
+        console.print(f"next: tetdeploy predict {engine.path} IMAGE...", markup=False)
 
 
 def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | None) -> tuple[str, Any, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from tetdeploy.report.tables import BILLS, energy
@@ -15,7 +16,7 @@ Cells = tuple[str, str, str, str]  # what, T steps for each image, early exit, t
 
 def calibration_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
     """What the terminal shows of a calibration's JSON, from top to bottom."""
-    yield f"{result['model']}   {result['num_samples']:,} images of {result['data']}   T={result['T']}"
+    yield f"{_measured(result)}   T={result['T']}"
     yield _frontier_table(result)
     fixed = "  ".join(f"{accuracy:.2%}" for accuracy in result["accuracy_by_T"])
     yield f"[dim]every image the same T, 1 to {result['T']}: {fixed}[/dim]"
@@ -29,6 +30,10 @@ def calibration_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
             "loss may well be larger; calibrate on more"
         )
     yield f"steps  {by_steps(result['num_images_by_steps'])}"
+
+
+def _measured(result: Mapping[str, Any]) -> str:
+    return escape(f"{result['model']}   {result['num_samples']:,} images of {result['data']}")
 
 
 def _frontier_table(result: Mapping[str, Any]) -> Table:
@@ -62,7 +67,7 @@ def _frontier_table(result: Mapping[str, Any]) -> Table:
 def savings_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
     """What the terminal shows of an early exit's JSON, from top to bottom."""
     early = result["early_exit"]
-    yield f"{result['model']}   {result['num_samples']:,} images of {result['data']}   {rule(early)}"
+    yield f"{_measured(result)}   {rule(early)}"
     table = Table("", f"T={early['T']}", "early exit", "", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"

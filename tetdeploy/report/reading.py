@@ -152,6 +152,8 @@ def _normalised(content: dict[str, Any]) -> dict[str, Any]:
     classes = content.get("by_class") or []
     if any(len(entry["accuracy"]) != len(rows) for entry in classes):
         raise ValueError("by_class needs an accuracy for each row")
+    if (early := content.get("early_exit")) and not sum(entry["num_images"] for entry in early["by_steps"]) > 0:
+        raise ValueError("early_exit.by_steps needs images")
     steps = [row["T"] for row in rows]
     by_class = [
         entry | {"rows": [{"T": T, "accuracy": a} for T, a in zip(steps, entry["accuracy"], strict=True)]}
