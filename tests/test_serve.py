@@ -364,7 +364,7 @@ def test_idle_sequences_end() -> None:
         assert stop(running) == 0
 
 
-def test_a_second_signal_ends_the_server_at_once() -> None:
+def test_ctrl_c_once_more_ends_the_server_at_once() -> None:
     running = start(f"step={exported('step')}")
     host, port = running.http.split(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
@@ -372,7 +372,11 @@ def test_a_second_signal_ends_the_server_at_once() -> None:
         running.post("models/step/infer", body())  # by now the half of a body has come
         running.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not accepts(host, int(port)))
-        assert stop(running) == -signal.SIGTERM
+        running.process.send_signal(signal.SIGTERM)  # supervisors may send it twice: what was taken is still finished
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.process.wait(0.3)
+        running.process.send_signal(signal.SIGINT)
+        assert stop(running) == 130
 
 
 def accepts(host: str, port: int) -> bool:

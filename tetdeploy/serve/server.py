@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
@@ -124,16 +125,15 @@ def _step_energy_pj(engine: Engine) -> float | None:
 
 
 def _stop_signal() -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets. The second one ends the process at once."""
-    stop, loop, numbers = asyncio.Event(), asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+    """An event that SIGINT and SIGTERM set. A SIGINT after that ends the process at once."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
-    def first() -> None:
+    def set_stop() -> None:
         stop.set()
-        for number in numbers:
-            loop.remove_signal_handler(number)
+        loop.add_signal_handler(signal.SIGINT, os._exit, 128 + signal.SIGINT)
 
-    for number in numbers:
-        loop.add_signal_handler(number, first)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, set_stop)
     return stop
 
 
