@@ -230,6 +230,7 @@ def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:
     content = json.loads(exit_path(model).read_text())
     assert (content["data"], content["num_samples"], content["T"]) == ("digits (held out)", 143, 3)
     assert "one image is 0.7 points here" in done.output
+    assert "calibrate on more" not in run("calibrate", model, "--T", 3, "--loss", 0).output  # no number would do
     done = run("calibrate", model, "--split", "train", "--limit", 30, "--criterion", "margin", "--min-T", 2)
     assert done.exit_code == 0, done.output
     content = json.loads(exit_path(model).read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -247,9 +248,15 @@ def test_refused_states(tmp_path: Path) -> None:
             pool.open(StreamState(carried, good.sum_logits, 1, good.model_sha256))
     with pytest.raises(ValueError, match="the state is damaged"):
         pool.open(StreamState(good.carried, good.sum_logits[:3], 1, good.model_sha256))
+    broken = {**good.carried, "u.lif1": good.carried["u.lif1"] + np.float32(np.nan)}
+    with pytest.raises(ValueError, match=r"the state is damaged: u\.lif1 holds NaN"):
+        pool.open(StreamState(broken, good.sum_logits, 1, good.model_sha256))
     assert len(pool) == 1
     data = good.to_bytes()
-    for bad in (b"", b"words", data[:-200], data[:100]):
+    unclosed = io.BytesIO()
+    with zipfile.ZipFile(unclosed, "w") as file:
+        file.writestr("t.npy", b"\x93NUMPY\x01\x00\x12\x00{'descr': ('<f4', \n")
+    for bad in (b"", b"words", data[:-200], data[:100], unclosed.getvalue()):
         with pytest.raises(ValueError, match="the state is damaged"):
             StreamState.from_bytes(bad)
     (tmp_path / "s.npz").write_bytes(data[:-200])

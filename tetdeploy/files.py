@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError  # of a damaged header, from NumPy's parser
 from typing import Any, BinaryIO
 from zipfile import BadZipFile
 
@@ -98,7 +99,7 @@ def parse_npz(handle: BinaryIO, name: str) -> dict[str, NDArray[Any]]:
     try:
         with np.load(handle, allow_pickle=False) as file:
             return {key: file[key] for key in file.files}
-    except (OSError, ValueError, TypeError, RuntimeError, EOFError, BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, EOFError, BadZipFile, TokenError, zlib.error) as error:
         raise ValueError(f"{name} is damaged: {error}") from error
 
 

@@ -127,7 +127,7 @@ class StreamPool:
         """Start a stream, at u = 0 or where `state` was taken. Gives its id; ids are not used again.
 
         Raises:
-            ValueError: the state is of another model.
+            ValueError: the state is of another model, or damaged.
         """
         if state is not None:
             self._check_state(state)
@@ -270,6 +270,8 @@ class StreamPool:
         given = {**state.carried, "sum_logits": state.sum_logits}
         if {name: (value.shape, value.dtype) for name, value in given.items()} != wanted or state.t < 0:
             raise ValueError(f"the state is damaged: it does not hold what a stream of {self.engine.path.name} carries")
+        if broken := [name for name, value in given.items() if not np.isfinite(value).all()]:
+            raise ValueError(f"the state is damaged: {broken[0]} holds NaN or infinite values")
 
 
 class _Rows:

@@ -24,7 +24,7 @@ def calibration_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
         f"[dim]* goes beside the model; lost: points of accuracy against T={result['T']} for every image, with the "
         "95 % interval that the answers turned wrong and right on the same images give[/dim]"
     )
-    if result["num_samples"] * result["allowed_loss"] < 1:
+    if 0 < result["num_samples"] * result["allowed_loss"] < 1:
         yield (
             f"one image is {100 / result['num_samples']:.2g} points here, more than may be lost: on other images the "
             "loss may well be larger; calibrate on more"
