@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from tetdeploy.energy import Layer
 
 from .graph import is_of_network, module_name
-from .lowering import Neurons
+from .lowering import Neurons, network_node
 from .whole import WholeNumbers
 
 _UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm", "Conv"}
@@ -47,6 +47,7 @@ class Layers:
         self._timed = {value for value in graph.inputs if frames and value.name == "x"}
         spikes = [layer.spikes for layer in neurons]
         self._timed.update(spikes)
+        self._counted: set[ir.Node] = set()
         self._whole = WholeNumbers(spikes)
         self._after_neurons = set(spikes)
         names: Counter[str] = Counter()
@@ -84,9 +85,11 @@ class Layers:
         return any("T" in of_one or len(of_one) > 1 for of_one in symbols)  # the batch is the only other symbol
 
     def _count_other(self, node: ir.Node) -> None:
+        node = network_node(node)
         kind = _other_kind(node)
-        if kind is None:
+        if kind is None or node in self._counted:
             return
+        self._counted.add(node)
         name, ops = module_name(node) or str(node.name), self._repeats(node.outputs[0], None)
         if ops is None:
             self.uncounted.append(f"{name} ({kind})")
@@ -131,7 +134,8 @@ class Layers:
             if not isinstance(one, int):
                 return None
             count *= one
-        repeats, rest = divmod(count, (self._T or 1) if value in self._timed else 1)
+        timed = value in self._timed or self._holds_steps(value)
+        repeats, rest = divmod(count, (self._T or 1) if timed else 1)
         return repeats if rest == 0 else None
 
 

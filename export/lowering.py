@@ -39,6 +39,7 @@ _Scaled = Callable[[float], ir.Value]
 _FLOAT = ir.TensorType(ir.DataType.FLOAT)
 _BYTE = ir.TensorType(ir.DataType.UINT8)
 _HAND_ON = ("Unsqueeze", "Reshape", "Squeeze", "Flatten", "Transpose", "Identity", "MaxPool", "Slice")
+_STANDS_FOR = "tetdeploy.stands_for"
 _VIEWS = ("Unsqueeze", "Expand", "Reshape", "Squeeze", "Flatten", "Transpose", "Identity")
 
 
@@ -133,6 +134,12 @@ def split_encoder(model: ir.Model) -> list[Encoder]:
     return encoders
 
 
+def network_node(node: ir.Node) -> ir.Node:
+    """The node of the network that `node` stands for: a sum is taken anew on merged or single steps, perhaps often."""
+    of: ir.Node = node.meta.get(_STANDS_FOR, node)
+    return of
+
+
 def _describe(node: ir.Node, names: Counter[str]) -> Neurons:
     name = module_name(node) or "lif"
     names[name] += 1
@@ -171,13 +178,13 @@ def _unroll(build: _Builder, node: ir.Node, layer: Neurons, T: int, with_state: 
 
 def _unroll_for_cpu(build: _Builder, node: ir.Node, layer: Neurons, T: int) -> ir.Value:
     """The same without state, on n = -h."""
-    growth = 1 / layer.tau
     currents, scalable = build.currents(node.inputs[0], T)
-    scaled = scalable and math.frexp(growth)[0] == 0.5 and growth**T < 2**64
+    mantissa, exponent = math.frexp(layer.tau)  # of a power of two 0.5, of tau = 0 nothing
+    scaled = scalable and mantissa == 0.5 and T * (1 - exponent) < 64
     spikes = []
     r: ir.Value | None = None
     for t, current in enumerate(currents):
-        factor = growth**t if scaled else 1.0
+        factor = layer.tau**-t if scaled else 1.0
         inner = replace(layer, tau=1.0, v_th=layer.v_th * factor) if scaled else layer
         fired, r = build.negated_step(current(factor), r, inner, reset=t + 1 < T)
         spikes.append(fired)
@@ -342,7 +349,7 @@ class _Builder:
 
     def _sum(self, of: ir.Node, one: _Scaled, other: _Scaled, factor: float) -> ir.Value:
         total = self("Add", one(factor), other(factor))
-        _producer(total).metadata_props.update(of.metadata_props)
+        _producer(total).meta[_STANDS_FOR] = of
         return total
 
     def _times(self, value: ir.Value, factor: float) -> ir.Value:
@@ -363,7 +370,7 @@ class _Builder:
                 return before
         if producer is not None and producer.op_type == "Add" and _all_like(value, producer.inputs):
             total = self("Add", *(self.merge(part) for part in producer.inputs if part is not None))
-            _producer(total).metadata_props.update(producer.metadata_props)
+            _producer(total).meta[_STANDS_FOR] = producer
             total.type, total.shape = value.type, ir.Shape([value.shape[0] * value.shape[1], *value.shape[2:]])
             return total
         return self.reshape(value, [value.shape[0] * value.shape[1], *value.shape[2:]])

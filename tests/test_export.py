@@ -862,3 +862,39 @@ def test_the_arithmetic_for_a_cpu_gives_the_bits_of_the_plain_one(layout: str, p
     x = digits().images[:40]
     answers = [Engine(make(layout, target=target, **options), threads=1).run(x, 3) for target in ("cpu", "openvino")]
     np.testing.assert_array_equal(answers[0].per_step, answers[1].per_step)
+
+
+class Sums(nn.Module):
+    """Sums of currents and spikes: two neuron layers and a convolution read one, and neurons one of repeated steps."""
+
+    def __init__(self, tau: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(1, 4, 1)
+        self.conv, self.down = (OverTime(nn.Conv2d(4, 4, 3, padding=1)) for _ in range(2))
+        self.lif, self.lif2 = LIF(tau=tau, v_th=0.3), LIF(tau=tau, v_th=0.2)
+        self.readout = OverTime(nn.Flatten(), nn.Linear(256, 10))
+
+    def forward(self, x: torch.Tensor, T: int) -> torch.Tensor:
+        a = self.lif(self.one(x).expand(T, -1, -1, -1, -1) + self.other(x).expand(T, -1, -1, -1, -1))
+        total = self.conv(a) + a
+        logits: torch.Tensor = self.readout(self.lif(total) + self.lif2(total) + self.lif2(self.down(total)))
+        return logits
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("tau", [0.0, 0.3, 0.5])
+def test_sums_before_neurons_for_a_cpu(tau: float, precision: str, tmp_path: Path) -> None:
+    """They fire as PyTorch's, and each sum of the network is counted once a step, however often the graph takes it."""
+    network, images = classifier(Sums(tau)), digits().images[:40]
+    bills = []
+    for target in ("cpu", "openvino"):
+        config = ExportConfig(T=3, trained_T=3, precision=precision, target=target)  # type: ignore[arg-type]
+        made = export_model(
+            network, tmp_path / "m.onnx", config, images, num_check=40, calibration=(images, digits().labels[:40])
+        )
+        assert made.parity is not None and made.parity.spike_mismatch_rate == 0.0
+        metadata = Engine(made.path, threads=1).metadata
+        assert sum(metadata["other_ops"]["residual_adds"].values()) == 4 * 256
+        bills.append([metadata[name] for name in ("layers", "other_ops", "uncounted")])
+    assert bills[0] == bills[1]
