@@ -59,9 +59,13 @@ class Server:
             families = text_string_to_metric_families(answer.read().decode())
             return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
-    def stop(self) -> int:
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End it if it still runs."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait()
+        self.process.wait()
 
 
 class Load:
@@ -179,23 +183,22 @@ def misbehave(address: str) -> None:
 def faults(model: Path, threads: int | None, x: Any, expected: Any) -> dict[str, Any]:
     """Good clients beside bad ones; then a graceful stop under load; then a kill, and the answers after the restart."""
     found: dict[str, Any] = {}
-    server = Server(model, threads)
-    before = server.metric("process_resident_memory_bytes")
-    load = Load(server.address, x, expected)
-    load.run(16, lambda: misbehave(server.address))
-    growth = (server.metric("process_resident_memory_bytes") - before) / 1e6
-    found["beside bad clients"] = dict(load.outcomes) | {"growth_mb": growth}
-    load = Load(server.address, x, expected)
-    load.run(16, lambda: _end_after(2, server.process.terminate))
-    found["graceful stop"] = dict(load.outcomes) | {"exit_code": server.process.wait()}
-    server = Server(model, threads)
-    load = Load(server.address, x, expected)
-    load.run(16, lambda: _end_after(2, server.process.kill))
-    found["killed"] = dict(load.outcomes)
-    server = Server(model, threads)
-    load = Load(server.address, x, expected)
-    load.run(16, lambda: time.sleep(2))
-    server.stop()
+    with Server(model, threads) as server:
+        before = server.metric("process_resident_memory_bytes")
+        load = Load(server.address, x, expected)
+        load.run(16, lambda: misbehave(server.address))
+        growth = (server.metric("process_resident_memory_bytes") - before) / 1e6
+        found["beside bad clients"] = dict(load.outcomes) | {"growth_mb": growth}
+        load = Load(server.address, x, expected)
+        load.run(16, lambda: _end_after(2, server.process.terminate))
+        found["graceful stop"] = dict(load.outcomes) | {"exit_code": server.process.wait()}
+    with Server(model, threads) as server:
+        load = Load(server.address, x, expected)
+        load.run(16, lambda: _end_after(2, server.process.kill))
+        found["killed"] = dict(load.outcomes)
+    with Server(model, threads) as server:
+        load = Load(server.address, x, expected)
+        load.run(16, lambda: time.sleep(2))
     return found | {"restarted": dict(load.outcomes)}
 
 
@@ -231,17 +234,14 @@ def main(
         found: Any = faults(model, threads, x, expected)
         console.print(found)
     else:
-        server = Server(model, threads)
-        try:
+        counts = [int(count) for count in clients.split(",")]
+        with Server(model, threads) as server:
             if minutes is not None:
                 found = soak(server, x, expected, minutes)
                 console.print(found)
             else:
-                counts = [int(count) for count in clients.split(",")]
                 found = [measure(server, engine, x, expected, count, seconds) for count in counts]
                 show(found)
-        finally:
-            server.stop()
     if json_path is not None:
         write_json(json_path, found)
 
