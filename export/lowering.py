@@ -103,7 +103,7 @@ def lower(
         neurons.append(replace(layer, spikes=spikes))
     if byte_spikes:
         _pass_bytes(model.graph, [layer.spikes for layer in neurons])
-    common.RemoveUnusedNodesPass()(model)
+    _remove_unused(model, [layer.spikes for layer in neurons])
     model.opset_imports.pop(LIF_DOMAIN, None)
     return neurons
 
@@ -259,6 +259,14 @@ def _pass_bytes(graph: ir.Graph, spikes: list[ir.Value]) -> None:
     for node in reversed(views):
         if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             graph.remove(node, safe=True)
+
+
+def _remove_unused(model: ir.Model, spikes: list[ir.Value]) -> None:
+    """Sweep, but keep all `spikes`, which are counted and checked also where neurons alone read them, step by step."""
+    model.graph.outputs.extend(spikes)
+    common.RemoveUnusedNodesPass()(model)
+    for _ in spikes:
+        model.graph.outputs.pop()
 
 
 class _Builder:
