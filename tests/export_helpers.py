@@ -59,11 +59,15 @@ def convsnn() -> Classifier:
         return classifier(ConvSNN(num_classes=10, in_channels=1, image_size=(8, 8), width=0.25))
 
 
-@cache
 def exported(layout: str, **options: Any) -> Path:
     """The path of `convsnn` as an export; `options` are those of `ExportConfig`."""
-    config = ExportConfig(layout=layout, **options)  # type: ignore[arg-type]
-    name = "-".join([layout, *(f"{k}-{v}" for k, v in sorted(options.items()))])
+    return _exported(layout, tuple(sorted(options.items())))
+
+
+@cache
+def _exported(layout: str, options: tuple[tuple[str, Any], ...]) -> Path:
+    config = ExportConfig(layout=layout, **dict(options))  # type: ignore[arg-type]
+    name = "-".join([layout, *(f"{k}-{v}" for k, v in options)])
     direct = config.encoding == "direct"
     images = digits().images[:60] if direct else frames(60, 9)
     labels = digits().labels[:60] if direct else None
@@ -76,7 +80,7 @@ def int8_exported(layout: str, **options: Any) -> Path:
     config = ExportConfig(layout=layout, T=3, trained_T=3, precision="int8", **options)  # type: ignore[arg-type]
     images = digits().images[:64] if config.encoding == "direct" else frames(64, 3)
     labels = digits().labels[:64] if config.encoding == "direct" else None
-    path = Path(_folder.name) / f"int8-{layout}-{'-'.join(options)}.onnx"
+    path = Path(_folder.name) / f"int8-{'-'.join([layout, *map(str, options.values())])}.onnx"
     return export_model(convsnn(), path, config, images, num_check=0, calibration=(images, labels)).path
 
 

@@ -36,9 +36,10 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     try:
         with _filling(path):
             yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
-        with _making(path):
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
             temporary.replace(path)
+    except IsADirectoryError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; choose another name") from error
     finally:
         temporary.unlink(missing_ok=True)
 
