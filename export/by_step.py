@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx import helper
 from onnx_ir.passes import common
 
-from .lowering import Neurons
+from .neuron_steps import Neurons
 
 _PER_IMAGE = ("Conv", "MaxPool", "AveragePool", "Add")
 # Values put out for each weight from which on a convolution goes step by step: measured, see the top of this file.

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from tetdeploy.energy import Layer
 
 from .graph import is_of_network, module_name
-from .lowering import Neurons, network_node
+from .neuron_steps import Neurons, network_node
 from .whole import WholeNumbers
 
 _UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm", "Conv"}

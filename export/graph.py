@@ -15,9 +15,8 @@ import torch
 from onnxscript import values
 
 from tetdeploy.folding import count_batchnorm
-from tetdeploy.networks import Classifier
 from tetdeploy.quantisation import Scales, quantise
-from tetdeploy.tracing import Encoding, example_input, first_line, quiet, traced_program, without_bn
+from tetdeploy.tracing import Encoding, Tracer, example_input, first_line, quiet
 
 from .half import halve
 from .int8 import translate_int8_conv
@@ -27,12 +26,10 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def trace(
-    classifier: Classifier,
+    tracer: Tracer,
     *,
     T: int | None,
-    encoding: Encoding,
     step: bool,
-    uint8: bool,
     fold_bn: bool,
     int8: Scales | None = None,
     half: bool = False,
@@ -40,10 +37,9 @@ def trace(
     """Trace a classifier in inference into an ONNX graph with LIF nodes and a dynamic batch.
 
     Args:
+        tracer: of the classifier. The graph takes images `[N, C, H, W]` or frames `[N, T, C, H, W]`, as it says.
         T: number of steps; None makes it a dimension of the input (`steps [N, T]`, or the frames' own).
-        encoding: `direct` for images `[N, C, H, W]`, `frames` for `[N, T, C, H, W]`.
         step: the step layout (T is 1): frames come one at a time, `[N, C, H, W]`.
-        uint8: the graph takes uint8 pixels and normalises them; otherwise float32 that is normalised already.
         fold_bn: fold BN first (Eq. 6).
         int8: scales of the convolutions that compute in 8 bits.
         half: the layers between neurons compute in float16.
@@ -54,19 +50,19 @@ def trace(
     Raises:
         ValueError: the network cannot be traced, or not with T left open; FoldingError from folding.
     """
-    inputs, shapes = example_input(classifier, T, encoding, step, uint8)
+    inputs, shapes = example_input(tracer.classifier, T, tracer.encoding, step, tracer.uint8)
+    program = tracer.program(T, step=step)
+    num_folded = count_batchnorm(program.graph) if fold_bn else 0
     with torch.no_grad(), quiet():
-        program = traced_program(classifier, T, encoding, step, uint8)
-        num_folded = count_batchnorm(program.graph) if fold_bn else 0
         if fold_bn:
-            folded = without_bn(program)
+            folded = tracer.folded(T, step=step)
             quantise(folded, int8 or {})
             if half:
                 halve(folded)
             program = torch.export.export(folded, inputs, dynamic_shapes=shapes)
         model = _to_onnx(program, optimize=fold_bn)  # the optimiser would fold BN as well
     model.ir_version = IR_VERSION
-    _name_boundary(model, T, encoding)
+    _name_boundary(model, T, tracer.encoding)
     return model, num_folded
 
 

@@ -14,18 +14,17 @@ last rounding, and a graph is checked against a `HalfNetwork` that does so too.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from tetdeploy.folding import module_path
 from tetdeploy.networks import Classifier
+from tetdeploy.traced_network import TracedNetwork
 from tetdeploy.tracing import Encoding, folded_module
 
 aten = torch.ops.aten
@@ -140,12 +139,10 @@ def _is_neurons(node: fx.Node) -> bool:
     return node.target is torch.ops.tetdeploy.lif.default
 
 
-class HalfNetwork(nn.Module):
+class HalfNetwork(TracedNetwork):
     """The network with layers in float16, in PyTorch; their sums are float32.
 
-    Called like a `Classifier`: images `[N, C, H, W]` and T, or frames `[T, N, C, H, W]`, to logits `[T, N, K]`.
-
-    Args:
+    Args: see `TracedNetwork`, and
         places: of the layers in float16.
         round_currents: what the layers put out is rounded too, as a GPU does and ONNX Runtime on a CPU does not.
     """
@@ -159,44 +156,13 @@ class HalfNetwork(nn.Module):
         places: tuple[Place, ...] = ("inner",),
         round_currents: bool = False,
     ) -> None:
-        super().__init__()
-        self.classifier = classifier
-        self._encoding, self._uint8 = encoding, uint8
+        super().__init__(classifier, encoding=encoding, uint8=uint8)
         self._places, self._round_currents = places, round_currents
-        self._by_T: dict[int, _RoundingInterpreter] = {}
 
-    @property
-    def mean(self) -> Tensor:
-        return self.classifier.mean
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.classifier.class_names
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> HalfNetwork:
-        """A copy whose weights may be moved: they are rounded anew."""
-        classifier = copy.deepcopy(self.classifier, memo)
-        return HalfNetwork(
-            classifier,
-            encoding=self._encoding,
-            uint8=self._uint8,
-            places=self._places,
-            round_currents=self._round_currents,
-        )
-
-    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
-        frames = self._encoding == "frames"
-        interpreter = self._at(len(x) if frames else T or 1)
-        logits: Tensor = interpreter.run(x.transpose(0, 1) if frames else x)[1]
-        return logits.transpose(0, 1)
-
-    def _at(self, T: int) -> _RoundingInterpreter:
-        if T not in self._by_T:
-            with _disable_current_modes():  # the check's recorder is for what runs, not for what is traced
-                module = folded_module(self.classifier, T=T, encoding=self._encoding, uint8=self._uint8)
-                halve(module, [layer for layer in placed_layers(module) if layer.place in self._places])
-            self._by_T[T] = _RoundingInterpreter(module, self._round_currents)
-        return self._by_T[T]
+    def trace(self, T: int) -> Callable[[Tensor], Any]:
+        module = folded_module(self.classifier, T=T, encoding=self.encoding, uint8=self.uint8)
+        halve(module, [layer for layer in placed_layers(module) if layer.place in self._places])
+        return _RoundingInterpreter(module, self._round_currents).run
 
 
 class _RoundingInterpreter(fx.Interpreter):

@@ -27,13 +27,15 @@ from tetdeploy.files import atomic_write
 from tetdeploy.int8_network import Int8Network
 from tetdeploy.networks import Classifier
 from tetdeploy.quantisation import Scales
-from tetdeploy.tracing import Encoding
+from tetdeploy.tracing import Encoding, Tracer
 
 from .by_step import take_apart
 from .counters import Layers, counting_overlay
+from .encoder import Encoder, split_encoder
 from .graph import trace
 from .half import HalfNetwork
-from .lowering import Encoder, Neurons, lower, split_encoder
+from .lowering import lower
+from .neuron_steps import Neurons
 from .parity import Parity, check_steps, compare
 from .precision import kept_answers, per_step_logits
 from .recorder import run_torch
@@ -162,12 +164,13 @@ def export_model(
     classifier.eval()
     _refuse(classifier, len(images), labels, num_check)
     x = _as_input(classifier, images[: max(num_check, NUM_REFERENCE)], config)
-    some = torch.from_numpy(x[:4]).to(classifier.mean.device)
+    some = torch.from_numpy(x[:2]).to(classifier.mean.device)
     num_layers = check_steps(classifier, some, config.encoding, T=max(4, config.T, config.trained_T + 2))
     tried: dict[int, Graph] = {}
-    found = _calibrate(classifier, config, calibration, source, tick, tried) if config.precision == "int8" else None
+    tracer = _tracer(classifier, config)
+    found = _calibrate(tracer, config, calibration, source, tick, tried) if config.precision == "int8" else None
     scales = found.scales if found else None
-    graph = tried.get(id(scales)) or build_graph(classifier, config, source, scales)
+    graph = tried.get(id(scales)) or _build(tracer, config, source, scales)
     if len(graph.neurons) != num_layers:
         raise ValueError(
             f"the network runs {num_layers} neuron layers, but only {len(graph.neurons)} of them reach its logits; "
@@ -187,7 +190,7 @@ def export_model(
         _write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.neurons, source or {})
         size = temporary.stat().st_size
         if found is not None:
-            kept = _kept(classifier, temporary, config, x[:num_check], labels) if num_check else None
+            kept = _kept(tracer, temporary, config, x[:num_check], labels) if num_check else None
             int8 = found.to_dict() | {"kept": kept}
     return Exported(path, graph.num_folded, len(graph.neurons), size, parity, from_state, tuple(graph.uncounted), int8)
 
@@ -218,12 +221,18 @@ def build_graph(
     classifier: Classifier, config: ExportConfig, source: Mapping[str, Any] | None = None, int8: Scales | None = None
 ) -> Graph:
     """Trace, fold, lower and describe, without writing anything; `int8` are the scales of an int8 graph."""
+    return _build(_tracer(classifier, config), config, source, int8)
+
+
+def _tracer(classifier: Classifier, config: ExportConfig) -> Tracer:
+    return Tracer(classifier, encoding=config.encoding, uint8=config.normalize)
+
+
+def _build(tracer: Tracer, config: ExportConfig, source: Mapping[str, Any] | None, int8: Scales | None) -> Graph:
     model, num_folded = trace(
-        classifier,
+        tracer,
         T=config.steps,
-        encoding=config.encoding,
         step=config.layout == "step",
-        uint8=config.normalize,
         fold_bn=config.fold_bn,
         int8=int8,
         half=config.precision == "fp16",
@@ -243,7 +252,7 @@ def build_graph(
     joined = b""
     if config.target == "cpu" and config.precision == "fp32" and config.layout == "unrolled":
         joined = take_apart(model, neurons, layers.read.values())
-    description = _describe(classifier, config, neurons, encoders, layers, source)
+    description = _describe(tracer.classifier, config, neurons, encoders, layers, source)
     description["joined_overlay"] = base64.b64encode(joined).decode()
     model.metadata_props[METADATA_KEY] = json.dumps(description)
     model.producer_name, model.producer_version, model.doc_string = "tetdeploy", __version__, None
@@ -305,7 +314,7 @@ def versions() -> dict[str, str]:
 
 
 def _calibrate(
-    classifier: Classifier,
+    tracer: Tracer,
     config: ExportConfig,
     calibration: tuple[NDArray[Any], NDArray[np.int64] | None] | Calibration | None,
     source: Mapping[str, Any] | None,
@@ -318,19 +327,19 @@ def _calibrate(
         return calibration
     if calibration is None:
         raise ValueError("precision int8 takes its scales from images of the training set; give some as calibration")
-    x = _as_input(classifier, calibration[0], config)
+    x = _as_input(tracer.classifier, calibration[0], config)
     T = min(config.trained_T, x.shape[1]) if config.encoding == "frames" else config.trained_T
     x = x[:, :T] if config.encoding == "frames" else x
 
     def answers(scales: Scales) -> NDArray[np.float32]:
         unrolled = replace(config, layout="unrolled", with_state=False, T=T)
-        graph = build_graph(classifier, unrolled, source, scales)
+        graph = _build(tracer, unrolled, source, scales)
         if unrolled == config:
             tried[id(scales)] = graph
         return per_step_logits(_in_memory(graph), x, T)
 
     ticker = _ticker(tick, "calibrating", len(x))
-    return calibrate(classifier, x, calibration[1], T, config.encoding, answers, ticker)
+    return calibrate(tracer, x, calibration[1], T, answers, ticker)
 
 
 def _in_memory(graph: Graph) -> Engine:
@@ -341,10 +350,10 @@ def _in_memory(graph: Graph) -> Engine:
 
 
 def _kept(
-    classifier: Classifier, file: Path, config: ExportConfig, x: NDArray[Any], labels: NDArray[np.int64] | None
+    tracer: Tracer, file: Path, config: ExportConfig, x: NDArray[Any], labels: NDArray[np.int64] | None
 ) -> dict[str, Any]:
     """What the int8 graph keeps of the float32 one's answers on the checked images."""
-    full = _in_memory(build_graph(classifier, replace(config, precision="fp32")))
+    full = _in_memory(_build(tracer, replace(config, precision="fp32"), None, None))
     return kept_answers(full, Engine(file), x, labels, _steps(config, x))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tetdeploy.energy import layers_of, other_ops
 from tetdeploy.export import ExportConfig
 from tetdeploy.export.counters import Layers, counting_overlay
-from tetdeploy.export.lowering import Neurons
+from tetdeploy.export.neuron_steps import Neurons
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import ResNet19
 from tetdeploy.networks.sew_resnet34 import SEWBlock

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import tetdeploy
 from tetdeploy.engine import Engine
-from tetdeploy.export import ExportConfig, ParityError, export_model, lowering, model, reference_path
+from tetdeploy.export import ExportConfig, ParityError, export_model, model, neuron_steps, reference_path
 from tetdeploy.export.counters import spikes_overlay
 from tetdeploy.folding import FoldingError
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
@@ -404,9 +404,9 @@ def earlier(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_graph_with_another_threshold_is_not_written(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fire = lowering._Builder.fire
+    fire = neuron_steps.StepBuilder.fire
     monkeypatch.setattr(
-        lowering._Builder, "fire", lambda self, h, v_th, **options: fire(self, h, v_th * 1.02, **options)
+        neuron_steps.StepBuilder, "fire", lambda self, h, v_th, **options: fire(self, h, v_th * 1.02, **options)
     )
     with pytest.raises(ParityError, match=r"unrolled graph does not compute .* of a million .* nothing was written"):
         export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:60])
@@ -414,7 +414,7 @@ def test_a_graph_with_another_threshold_is_not_written(earlier: Path, monkeypatc
 
 def test_a_graph_with_other_weights_is_not_written(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = classifier(Small())
-    build = model.build_graph
+    build = model._build
 
     def build_then_change(*args: Any) -> model.Graph:
         graph = build(*args)
@@ -422,7 +422,7 @@ def test_a_graph_with_other_weights_is_not_written(earlier: Path, monkeypatch: p
             net.network.readout.weight.neg_()  # spikes stay the same
         return graph
 
-    monkeypatch.setattr(model, "build_graph", build_then_change)
+    monkeypatch.setattr(model, "_build", build_then_change)
     with pytest.raises(ParityError, match=r" 0 of a million neuron-steps differ .* top-1 agreement"):
         export_model(net, earlier, ExportConfig(T=4), digits().images[:60])
 
@@ -430,13 +430,13 @@ def test_a_graph_with_other_weights_is_not_written(earlier: Path, monkeypatch: p
 def test_an_unrolled_graph_that_ignores_its_state_is_not_written(
     earlier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = lowering._Builder.step
+    step = neuron_steps.StepBuilder.step
 
     def first_step_from_zero(self: Any, current: Any, u: Any, *args: Any, **options: Any) -> Any:
         given = u is not None and u.producer() is None
         return step(self, current, None if given else u, *args, **options)
 
-    monkeypatch.setattr(lowering._Builder, "step", first_step_from_zero)
+    monkeypatch.setattr(neuron_steps.StepBuilder, "step", first_step_from_zero)
     with pytest.raises(ParityError, match="from a non-zero state does not compute"):
         export_model(classifier(Small()), earlier, ExportConfig(T=5, with_state=True), digits().images[:60])
 
@@ -703,10 +703,10 @@ class BehindPooling(Small):
     (StartsElsewhere, ValueError, r"neurons 'lif#2' start from a membrane u .* leave u out"),
     (Unused, ValueError, r"runs 3 neuron layers, but only 2 .* take out those"),
     (NoNeurons, ValueError, "no LIF or IF neurons of tetdeploy"),
-    (OnlyTheMean, ValueError, r"must return logits \[T, N, K\] = \[6, 4, 10\], got \[4, 10\]"),
+    (OnlyTheMean, ValueError, r"must return logits \[T, N, K\] = \[6, 2, 10\], got \[2, 10\]"),
     (Exotic, ValueError, "torch.onnx cannot export an operation of the network: .*linalg_matrix_exp"),
     (LooksAtTheData, ValueError, "torch.export cannot trace the network: .*data-dependent"),
-    (Fails, ValueError, r"the network fails at T=6 on input \[4, 1, 8, 8\]"),
+    (Fails, ValueError, r"the network fails at T=6 on input \[2, 1, 8, 8\]"),
     (BehindPooling, FoldingError, r"cannot fold BN 'norm\.1': what comes before .*\(norm\.0\)"),
 ])  # fmt: skip
 def test_refused_networks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,3 +154,21 @@ def test_every_command_that_opens_an_engine(tmp_path: Path) -> None:
     assert reported.exit_code == 0, reported.output
     Image.fromarray(digits().images[0, 0]).save(tmp_path / "digit.png")
     assert "T=3" in run("predict", model, tmp_path / "digit.png")
+
+
+def test_ctrl_c_after_several_engines_are_gone_is_an_interrupt(tmp_path: Path) -> None:
+    """OpenVINO sets the signal stack of the thread; of several cores one may leave it to freed memory."""
+    script = f"""
+import gc, signal
+from tetdeploy import Engine
+first, second = (Engine({str(exported("unrolled", T=4))!r}, runtime="openvino", threads=1) for _ in range(2))
+for name in ("first", "second"):
+    del globals()[name]
+    gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr

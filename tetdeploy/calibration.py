@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from tetdeploy.networks import Classifier
 from tetdeploy.quantisation import CurrentScale, Int8Error, Scales, spiking_convolutions
-from tetdeploy.tracing import Encoding, folded_module
+from tetdeploy.tracing import Tracer
 
 MIN_IMAGES = 32
 _BATCH = 32
@@ -49,17 +48,17 @@ class Calibration:
 
 
 def calibrate(
-    classifier: Classifier,
+    tracer: Tracer,
     x: NDArray[Any],
     labels: NDArray[np.int64] | None,
     T: int,
-    encoding: Encoding,
     answers: Callable[[Scales], NDArray[np.float32]],
     tick: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Find the scales of the input currents on calibration images.
 
     Args:
+        tracer: of the network in float32.
         x: input as the graph takes it, `[N, ...]`.
         labels: `[N]`; without them the accuracy is the agreement with the network in float32.
         T: steps to run.
@@ -71,10 +70,9 @@ def calibrate(
     """
     if len(x) < MIN_IMAGES:
         raise ValueError(f"calibration takes at least {MIN_IMAGES} images of the training set, got {len(x)}")
-    module = folded_module(classifier, T=T, encoding=encoding, uint8=x.dtype == np.uint8)
-    x = x[:, :T] if encoding == "frames" else x
-    inputs = torch.from_numpy(x).to(classifier.mean.device)
-    histograms, full = record_currents(module, inputs.split(_BATCH), tick)
+    x = x[:, :T] if tracer.encoding == "frames" else x
+    inputs = torch.from_numpy(x).to(tracer.classifier.mean.device)
+    histograms, full = record_currents(tracer.folded(T), inputs.split(_BATCH), tick)
     expected = full.cpu().numpy()
     candidates = {name: {layer: scale(h) for layer, h in histograms.items()} for name, scale in METHODS.items()}
     truth = expected.argmax(1) if labels is None else labels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +33,7 @@ class OpenVINOSession:
     """
 
     def __init__(self, model: bytes, threads: int | None, name: str) -> None:
-        core = import_extra("openvino", "openvino").Core()
+        core = _core()
         self._name, self._local = name, threading.local()
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
@@ -69,6 +70,14 @@ class OpenVINOSession:
     def get_modelmeta(self) -> SimpleNamespace:
         """What the ONNX file says of itself, as `custom_metadata_map`."""
         return SimpleNamespace(custom_metadata_map=self._metadata)
+
+
+@cache
+def _core() -> Any:
+    """One for the whole process. OpenVINO's CPU plugin gives the thread a signal stack and, when the last model of a
+    core goes, puts back what was there before: of two cores that may be the other's, freed, and the next signal
+    (Ctrl-C) ends the process with a segmentation fault."""
+    return import_extra("openvino", "openvino").Core()
 
 
 def _reason(error: RuntimeError) -> str:

@@ -39,6 +39,35 @@ class _Boundary(nn.Module):
         return per_step.mean(1), per_step
 
 
+class Tracer:
+    """Traces of a classifier in inference, each taken once: its weights must stay as they are meanwhile.
+
+    Args:
+        encoding: `direct` or `frames`.
+        uint8: the input is pixels, which are normalised; otherwise float32 that is normalised already.
+    """
+
+    def __init__(self, classifier: Classifier, *, encoding: Encoding, uint8: bool) -> None:
+        self.classifier, self.encoding, self.uint8 = classifier, encoding, uint8
+        self._programs: dict[tuple[int | None, bool], torch.export.ExportedProgram] = {}
+
+    def program(self, T: int | None, *, step: bool = False) -> torch.export.ExportedProgram:
+        """The trace at T steps, None for any number; `step` is the step layout.
+
+        Raises:
+            ValueError: the network cannot be traced.
+        """
+        if (T, step) not in self._programs:
+            with torch.no_grad(), quiet():
+                self._programs[T, step] = traced_program(self.classifier, T, self.encoding, step, self.uint8)
+        return self._programs[T, step]
+
+    def folded(self, T: int | None, *, step: bool = False) -> fx.GraphModule:
+        """The network with BN folded, to run or to change; another one at each call. Errors as for `folded_module`."""
+        with torch.no_grad(), quiet():
+            return without_bn(self.program(T, step=step))
+
+
 def folded_module(
     classifier: Classifier, *, T: int, encoding: Encoding, uint8: bool, trainable: bool = False
 ) -> fx.GraphModule:

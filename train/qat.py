@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tetdeploy.calibration import Calibration, calibrate
 from tetdeploy.int8_network import Int8Network
 from tetdeploy.quantisation import Scales
+from tetdeploy.tracing import Tracer
 
 from .runs import CONFIG_NAME, read_run_config
 
@@ -53,7 +54,8 @@ def find_scales(classifier: Classifier, train_set: LabelledSet, T: int) -> Calib
 
     classifier.eval()
     labels = train_set.labels[-NUM_CALIBRATION:]
-    return calibrate(classifier, x, labels, T, "frames" if frames else "direct", answers)
+    tracer = Tracer(classifier, encoding="frames" if frames else "direct", uint8=True)
+    return calibrate(tracer, x, labels, T, answers)
 
 
 def int8_network(classifier: Classifier, scales: Scales) -> Int8Network:

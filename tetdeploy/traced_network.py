@@ -1,0 +1,60 @@
+"""A classifier that runs from its trace: what an export changes in the trace, it computes in PyTorch."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tetdeploy.networks import Classifier
+from tetdeploy.tracing import Encoding
+
+
+class TracedNetwork(nn.Module):
+    """Called like a `Classifier`: images `[N, C, H, W]` and T, or frames `[T, N, C, H, W]`, to logits `[T, N, K]`.
+
+    Args:
+        classifier: traced at each T it is called with; put into inference mode by that. Its device stays what it is.
+        encoding: `direct` or `frames`.
+        uint8: the input is pixels, which are normalised; otherwise float32 that is normalised already.
+    """
+
+    def __init__(self, classifier: Classifier, *, encoding: Encoding, uint8: bool) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.encoding, self.uint8 = encoding, uint8
+        self._by_T: dict[int, Callable[[Tensor], Any]] = {}
+
+    @abstractmethod
+    def trace(self, T: int) -> Callable[[Tensor], Any]:
+        """What maps `x [N, ...]` to the mean and the per-step logits `[N, T, K]`."""
+
+    @property
+    def mean(self) -> Tensor:
+        return self.classifier.mean
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.classifier.class_names
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with weights of its own, traced anew."""
+        made = copy.copy(self)
+        made._modules = {"classifier": copy.deepcopy(self.classifier, memo)}
+        made._by_T = {}
+        return made
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        frames = self.encoding == "frames"
+        steps = len(x) if frames else T or 1
+        if steps not in self._by_T:
+            # The check's recorder is for what runs, not for what is traced; and what is traced may be trained later.
+            with _disable_current_modes(), torch.inference_mode(False):
+                self._by_T[steps] = self.trace(steps)
+        logits: Tensor = self._by_T[steps](x.transpose(0, 1) if frames else x)[1]
+        return logits.transpose(0, 1)
