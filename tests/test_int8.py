@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -14,7 +18,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
-from export_helpers import classifier, convsnn, digits, frames
+from export_helpers import classifier, convsnn, digits, frames, int8_exported
 from export_helpers import exported as fp32_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -320,3 +324,17 @@ def test_a_network_without_convolutions_of_spikes_is_refused(tmp_path: Path) -> 
             return logits
 
     refused(tmp_path, "no convolution of the network reads spikes alone", INT8, calibration(), classifier(Dense()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="qemu-x86_64 (Debian's qemu-user) is not installed")
+@pytest.mark.parametrize("processor", ["Nehalem", "Haswell"])
+def test_processors_without_vnni_compute_the_same(processor: str, tmp_path: Path) -> None:
+    """Emulated: Nehalem has no AVX, Haswell AVX2 alone. 8-bit products may saturate there; those with spikes do not."""
+    path = int8_exported("unrolled")
+    result = tmp_path / "result.json"
+    command = ["qemu-x86_64", "-cpu", processor, sys.executable, "-m", "tetdeploy", "validate", str(path)]
+    subprocess.run([*command, "--json", str(result)], check=True, capture_output=True, timeout=300)
+    row = json.loads(result.read_text())["rows"][-1]
+    assert row["T"] == 3 and row["top1_agreement"] == 1.0 and row["spike_count_error"] == 0.0
+    assert row["max_abs_logit_error"] < 1e-5
