@@ -4,11 +4,12 @@
     python examples/benchmarks/inference.py [--model resnet19] [--batch 1,8] [--threads 2] [--json inference.json]
 
 The weights are not trained: time does not depend on them. BN takes its statistics from the images, so that spikes are
-about as frequent as in a trained network (the rate is printed). Every side has a process of its own, as threads that
-wait for one library's next call would take the cores from another's; the sides take turns, each with one call to warm
-up and five that count, and the table shows medians. `peak` is the largest resident set of a side's process, `opened`
-how long it took until a model was ready. What convolutions take is the sum over their kernels in ONNX Runtime's own
-profile of that graph, of runs of their own, and so is what all kernels take.
+about as frequent as in a trained network (the rate is printed). Every side has a process of its own, which is stopped
+(SIGSTOP) while the others work, as threads that wait for one library's next call would take the cores from another's.
+The sides take turns, each with one call to warm up and five that count, and the table shows medians. `peak` is the
+largest resident set of a side's process, `opened` how long it took until a model was ready. What convolutions take is
+the sum over their kernels in ONNX Runtime's own profile of that graph, of runs of their own, and so is what all kernels
+take.
 
 SpikingJelly runs the same modules with its neurons in place of ours, torch.compile the same network. OpenVINO reads
 ONNX files exported for it.
@@ -20,6 +21,7 @@ import copy
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import tempfile
 import time
@@ -157,25 +159,49 @@ def peak_mb() -> float:
 
 def measure(sides: list[str], sizes: list[int], turns: int, folder: Path, T: int, threads: int) -> dict[str, Any]:
     """By side: seconds to open, median milliseconds by batch, peak MB."""
-    context = multiprocessing.get_context("spawn")
     found: dict[str, Any] = {}
-    workers: dict[str, Connection] = {}
+    workers: dict[str, Worker] = {}
     for side in sides:
-        workers[side], theirs = context.Pipe()
-        context.Process(target=work, args=(theirs, side, folder, T, threads), daemon=True).start()
-        found[side] = {"opened_s": workers[side].recv(), "median_ms": {}}
+        workers[side] = Worker(side, folder, T, threads)
+        found[side] = {"opened_s": workers[side].opened, "median_ms": {}}
     for size in sizes:
         times: dict[str, list[float]] = {side: [] for side in sides}
         for turn in range(-1, turns):
-            for side, connection in workers.items():
-                connection.send(size)
-                taken, found[side]["peak_mb"] = connection.recv()
+            for side, worker in workers.items():
+                taken, found[side]["peak_mb"] = worker.ask(size)
                 times[side] += taken if turn >= 0 else []
         for side in sides:
             found[side]["median_ms"][size] = statistics.median(times[side])
-    for connection in workers.values():
-        connection.send(0)
+    for worker in workers.values():
+        worker.end()
     return found
+
+
+class Worker:
+    """A side's process, which runs only while it is asked."""
+
+    def __init__(self, *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=work, args=(theirs, *args), daemon=True)
+        self._process.start()
+        self.opened: float = self._connection.recv()
+        self._signal(signal.SIGSTOP)
+
+    def ask(self, size: int) -> tuple[list[float], float]:
+        self._signal(signal.SIGCONT)
+        self._connection.send(size)
+        times, peak = self._connection.recv()
+        self._signal(signal.SIGSTOP)
+        return times, peak
+
+    def end(self) -> None:
+        self._signal(signal.SIGCONT)
+        self._connection.send(0)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
 
 
 def export_all(classifier: Classifier, images: Any, T: int, folder: Path) -> dict[str, float]:
