@@ -350,6 +350,37 @@ def test_full_queues_refuse_and_sigterm_finishes_what_was_taken() -> None:
     np.testing.assert_allclose([answers[k] for k in range(3)], expected, atol=1e-5)
 
 
+def test_half_bodies_leave_memory_for_no_more_than_the_budget() -> None:
+    running = start(f"step={exported('step')}", "--max-request-mb", "1", "--max-total-mb", "1.2")
+    host, port = running.http.split(":")
+    large = np.zeros((14_000, 1, 8, 8), np.uint8)  # 0.9 MB, and more images than a batch
+
+    def refusal(ask: Callable[[], Any]) -> str:
+        with pytest.raises(Exception) as refused:  # noqa: PT011  of two clients, each with classes of its own
+            ask()
+        return f"{refused.value}"
+
+    try:
+        with (
+            http.InferenceServerClient(running.http) as web,
+            rpc.InferenceServerClient(running.grpc) as client,
+            socket.create_connection((host, int(port)), timeout=PATIENCE) as half,
+        ):
+            asks = [lambda: web.infer("step", asked(http, large)), lambda: client.infer("step", asked(rpc, large))]
+            assert all("at most 64 images" in refusal(ask) for ask in asks)
+            half.sendall(
+                b"POST /v2/models/step/infer HTTP/1.1\r\nHost: m\r\nContent-Length: 900000\r\n\r\n" + bytes(899_999)
+            )
+            wait_until(lambda: "may hold 1,200,000 bytes and hold" in refusal(asks[0]))
+            over = refusal(asks[1])
+            assert "may hold 1,200,000 bytes and hold" in over and "RESOURCE_EXHAUSTED" in over
+            assert len(client.infer("step", asked(rpc, images(1))).as_numpy("logits")) == 1  # there is room for this
+            half.close()
+            wait_until(lambda: "at most 64 images" in refusal(asks[1]))
+    finally:
+        assert stop(running) == 0
+
+
 def test_idle_sequences_end() -> None:
     running = start(f"step={exported('step')}", "--sequence-timeout", "0.2", "--queue", "1")
     try:
@@ -399,6 +430,13 @@ def test_a_port_in_use_is_said(server: Server, which: str) -> None:
     done = subprocess.run([*command, f"--{other}-port", "0"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_total_below_one_request_is_refused() -> None:
+    command = [sys.executable, "-m", "tetdeploy", "serve", str(exported("step")), "--max-total-mb", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert "raise --max-total-mb or lower --max-request-mb" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_two_models_of_one_name_are_refused() -> None:

@@ -40,6 +40,11 @@ Examples:
     type=click.FloatRange(min=0, min_open=True, max=2000),
     help="Size of a request.",
 )
+@click.option(
+    "--max-total-mb",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Size of all requests together that are being read or answered. [default: 4 times --max-request-mb]",
+)
 @click.option("--max-T", "max_T", default=64, show_default=True, type=click.IntRange(min=1), help="Steps of a request.")
 @click.option(
     "--sequence-timeout",
@@ -62,6 +67,7 @@ def serve(
     max_wait_ms: float,
     queue: int,
     max_request_mb: float,
+    max_total_mb: float | None,
     max_T: int,
     sequence_timeout: float,
     max_sequences: int,
@@ -79,9 +85,11 @@ def serve(
 
     paths = _by_name(models)
     server = import_extra("tetdeploy.serve.server", "serve")
+    from tetdeploy.serve.bodies import Sizes
     from tetdeploy.serve.models import Bounds
     from tetdeploy.serve.scheduler import Limits
 
+    sizes = Sizes(int(max_request_mb * 1e6), int((max_total_mb or 4 * max_request_mb) * 1e6))
     engines = {name: open_engine(path, device=device, threads=threads) for name, path in paths.items()}
 
     def announce(http: str, rpc: str) -> None:
@@ -94,7 +102,7 @@ def serve(
         server.Address(host, http_port, grpc_port),
         Limits(max_batch, max_wait_ms / 1000, queue),
         Bounds(max_T, sequence_timeout, max_sequences),
-        max_request_bytes=int(max_request_mb * 1e6),
+        sizes=sizes,
         announce=announce,
     )
     console.print("stopped; all requests taken were answered")

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -30,9 +30,10 @@ from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.rest.server import metrics_handler
 from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from tetdeploy.engine import Engine
+from tetdeploy.serve.bodies import BodyLimit, Budget, OverBudgetError, Sizes
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.models import Bounds, ServedModel, step_energy_pj
 from tetdeploy.serve.protocol import OpenInferenceModel, TensorDataPlane, malformed
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 # What an error is to a client: the first class that fits. Anything else is our bug, and says nothing to clients.
 STATUS: dict[type[Exception], tuple[int, grpc.StatusCode]] = {
+    OverBudgetError: (503, grpc.StatusCode.RESOURCE_EXHAUSTED),
     QueueFullError: (503, grpc.StatusCode.RESOURCE_EXHAUSTED),
     TooManySequencesError: (503, grpc.StatusCode.RESOURCE_EXHAUSTED),
     StoppingError: (503, grpc.StatusCode.UNAVAILABLE),
@@ -54,7 +56,6 @@ STATUS: dict[type[Exception], tuple[int, grpc.StatusCode]] = {
     NotImplementedError: (400, grpc.StatusCode.INVALID_ARGUMENT),  # KServe's, for versions of a model
     InvalidInput: (400, grpc.StatusCode.INVALID_ARGUMENT),
 }
-BODY_SECONDS = 30.0  # that a body may take to arrive
 GRACE_SECONDS = 30.0  # that requests may take to finish once the server is told to stop
 
 
@@ -73,7 +74,7 @@ def serve(
     limits: Limits,
     bounds: Bounds,
     *,
-    max_request_bytes: int,
+    sizes: Sizes,
     announce: Callable[[str, str], None],
 ) -> None:
     """Serve models, by name, until SIGINT or SIGTERM; then finish what was taken.
@@ -84,7 +85,7 @@ def serve(
     Raises:
         OSError: an address cannot be listened to.
     """
-    asyncio.run(_serve(engines, address, limits, bounds, max_request_bytes, announce))
+    asyncio.run(_serve(engines, address, limits, bounds, sizes, announce))
 
 
 async def _serve(
@@ -92,7 +93,7 @@ async def _serve(
     address: Address,
     limits: Limits,
     bounds: Bounds,
-    max_request_bytes: int,
+    sizes: Sizes,
     announce: Callable[[str, str], None],
 ) -> None:
     metrics, models, repository = Metrics(), [], ModelRepository()
@@ -102,10 +103,10 @@ async def _serve(
         models.append(OpenInferenceModel(served, metrics))
         repository.update(models[-1])
     plane = TensorDataPlane(model_registry=repository)
-    stop = _stop_signal()
+    stop, budget = _stop_signal(), Budget(sizes.max_total)
     with _listening(address.host, address.http_port) as listener:
-        rpc, grpc_port = await _start_grpc(plane, metrics, address, max_request_bytes)
-        server = _http_server(_application(plane, metrics, max_request_bytes))
+        rpc, grpc_port = await _start_grpc(plane, metrics, address, sizes.max_request, budget)
+        server = _http_server(BodyLimit(_application(plane, metrics), sizes.max_request, budget))
         http = asyncio.create_task(server.serve([listener]))
         expiry = asyncio.create_task(_expire([model.served for model in models], bounds.sequence_timeout))
         announce(f"{address.host}:{listener.getsockname()[1]}", f"{address.host}:{grpc_port}")
@@ -172,10 +173,10 @@ def _http_server(app: ASGIApp) -> uvicorn.Server:
 
 
 async def _start_grpc(
-    plane: TensorDataPlane, metrics: Metrics, address: Address, max_request_bytes: int
+    plane: TensorDataPlane, metrics: Metrics, address: Address, max_request_bytes: int, budget: Budget
 ) -> tuple[grpc.aio.Server, int]:
     server = grpc.aio.server(
-        interceptors=[_Statuses(metrics)],
+        interceptors=[_Calls(metrics, budget)],
         options=[
             ("grpc.max_receive_message_length", max_request_bytes),
             ("grpc.max_send_message_length", -1),
@@ -212,12 +213,21 @@ def status_of(error: Exception) -> tuple[int, grpc.StatusCode, str]:
     return 500, grpc.StatusCode.INTERNAL, "internal error"
 
 
-class _Statuses(AsyncExceptionToStatusInterceptor):
-    """Errors as gRPC statuses."""
+class _Calls(AsyncExceptionToStatusInterceptor):
+    """What all calls of gRPC have in common: the budget that they share with HTTP, and errors as statuses. A message
+    counts once it is here: gRPC says nothing of those on their way."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, budget: Budget) -> None:
         super().__init__()
-        self._metrics = metrics
+        self._metrics, self._budget = metrics, budget
+
+    async def intercept(self, method: Any, request_or_iterator: Any, context: Any, method_name: str) -> Any:
+        async def within_budget(request: Any, context: Any) -> Any:
+            with self._budget.share() as share:
+                share.add(request.ByteSize())
+                return await method(request, context)
+
+        return await super().intercept(within_budget, request_or_iterator, context, method_name)
 
     async def handle_exception(
         self, ex: Exception, request_or_iterator: Any, context: Any, method_name: str
@@ -229,7 +239,7 @@ class _Statuses(AsyncExceptionToStatusInterceptor):
         raise AssertionError("abort raises")
 
 
-def _application(plane: TensorDataPlane, metrics: Metrics, max_request_bytes: int) -> ASGIApp:
+def _application(plane: TensorDataPlane, metrics: Metrics) -> ASGIApp:
     app = FastAPI(title="tetdeploy", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/metrics", metrics_handler, methods=["GET"])
     register_v2_endpoints(app, plane, _FixedModels())
@@ -255,63 +265,4 @@ def _application(plane: TensorDataPlane, metrics: Metrics, max_request_bytes: in
         app.add_exception_handler(kind, failed)
     app.add_exception_handler(RequestValidationError, unreadable)
     app.add_exception_handler(HTTPException, no_such_page)
-    return BodyLimit(app, max_request_bytes)
-
-
-class BodyLimit:
-    """Reads the body of a request before the application does: within a size and a time."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            return await self.app(scope, receive, send)
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        try:
-            body = await asyncio.wait_for(self._read(headers, receive), BODY_SECONDS)
-        except _BodyRefusedError as refused:
-            return await JSONResponse({"error": str(refused)}, refused.status)(scope, receive, send)
-        except TimeoutError:
-            message = f"the body took more than {BODY_SECONDS:g} s to arrive"
-            return await JSONResponse({"error": message}, 408)(scope, receive, send)
-        if body is not None:
-            await self.app(scope, _replay(body, receive), send)
-        return None
-
-    async def _read(self, headers: dict[bytes, str], receive: Receive) -> bytes | None:
-        """The whole body; None if the client left before its end. A body that is too large is thrown away as it comes:
-        a client that is still sending when the connection closes would not see the answer."""
-        if headers.get(b"content-encoding", "identity") != "identity":
-            raise _BodyRefusedError(415, "compressed bodies are not read here; send them as they are")
-        parts: list[bytes] = []
-        size, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            size += len(message.get("body", b""))
-            parts.append(message.get("body", b""))
-            if size > self.max_bytes:
-                parts.clear()
-            more = message.get("more_body", False)
-        if size > self.max_bytes:
-            wanted = f"a request may hold at most {self.max_bytes:,} bytes, got {size:,}"
-            raise _BodyRefusedError(413, f"{wanted}; --max-request-mb sets the server's limit")
-        return b"".join(parts)
-
-
-class _BodyRefusedError(ValueError):
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
-    """A body that was read already, for the application to read; then what else the client says."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
+    return app
