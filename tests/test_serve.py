@@ -223,6 +223,37 @@ def test_metrics(server: Server) -> None:
     assert server.metric("tetdeploy_queue_requests", model="step") == 0
 
 
+def test_a_model_has_version_1_and_no_other(client: Any, server: Server) -> None:
+    answer = client("step", images(1), model_version="1")
+    np.testing.assert_allclose(answer.as_numpy("logits"), engine("step").run(images(1)).logits, atol=1e-5)
+    got = answer.get_response()
+    assert (got["model_version"] if isinstance(got, dict) else got.model_version) == "1"
+    with pytest.raises(Exception, match="step has the version 1 only, got '2'"):
+        client("step", images(1), model_version="2")
+
+
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+def test_metadata_and_readiness_are_of_version_1(server: Server, kind: str) -> None:
+    module, address = (http, server.http) if kind == "http" else (rpc, server.grpc)
+    with module.InferenceServerClient(address) as client:
+        described = client.get_model_metadata("step", "1")
+        assert list(described["versions"] if kind == "http" else described.versions) == ["1"]
+        assert client.is_model_ready("step", "1")
+        with pytest.raises(module.InferenceServerException, match="version 1 only, got '01'"):
+            client.get_model_metadata("step", "01")
+        if kind == "http":
+            assert not client.is_model_ready("step", "2")  # this client takes any refusal for an answer
+        else:
+            with pytest.raises(module.InferenceServerException, match="version 1 only, got '2'"):
+                client.is_model_ready("step", "2")
+
+
+def test_pages_that_there_are_not(server: Server) -> None:
+    assert server.post("repository/models/step/unload", b"")[0] == 400
+    assert server.post("models/step", b"") == (405, {"error": "Method Not Allowed"})
+    assert server.post("nowhere", b"") == (404, {"error": "Not Found"})
+
+
 def body(**changes: Any) -> bytes:
     """A good request as JSON, but for `changes` to its input or, with `parameters`, to these."""
     given = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": images(1).tolist()}
