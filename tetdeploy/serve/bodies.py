@@ -96,7 +96,8 @@ class BodyLimit:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         with self.budget.share() as share:
             try:
-                body = await asyncio.wait_for(self._read(headers, receive, share), BODY_SECONDS)
+                async with asyncio.timeout(BODY_SECONDS):
+                    body = await self._read(headers, receive, share)
             except _BodyRefusedError as refused:
                 return await JSONResponse({"error": str(refused)}, refused.status)(scope, receive, send)
             except TimeoutError:
