@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tetdeploy.cli.options import console, device_option, threads_option
+from tetdeploy.cli.options import console, device_option, runtime_option, threads_option
 
 
 @click.command(
@@ -57,6 +57,7 @@ Examples:
     "--max-sequences", default=4096, show_default=True, type=click.IntRange(min=1), help="Sequences open at once."
 )
 @device_option
+@runtime_option
 @threads_option
 def serve(
     models: tuple[str, ...],
@@ -72,6 +73,7 @@ def serve(
     sequence_timeout: float,
     max_sequences: int,
     device: str,
+    runtime: str,
     threads: int | None,
 ) -> None:
     """Serve exported models over HTTP and gRPC: the Open Inference Protocol v2.
@@ -90,11 +92,12 @@ def serve(
     from tetdeploy.serve.scheduler import Limits
 
     sizes = Sizes(int(max_request_mb * 1e6), int((max_total_mb or 4 * max_request_mb) * 1e6))
-    engines = {name: open_engine(path, device=device, threads=threads) for name, path in paths.items()}
+    engines = {name: open_engine(path, device=device, threads=threads, runtime=runtime) for name, path in paths.items()}
 
     def announce(http: str, rpc: str) -> None:
         for name, engine in engines.items():
-            console.print(f"{name}   {engine.path}   layout {engine.layout}   http://{http}/v2/models/{name}/infer")
+            shown = f"{name}   {engine.path}   layout {engine.layout}   http://{http}/v2/models/{name}/infer"
+            console.print(shown, markup=False)
         console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops")
 
     server.serve(

@@ -96,7 +96,7 @@ async def _serve(
 
 def _step_energy_pj(engine: Engine) -> float | None:
     """By an engine of its own: the counting graph is not needed again."""
-    return step_energy_pj(Engine(engine.path)) if engine.device == "cpu" else None
+    return step_energy_pj(Engine(engine.path, runtime=engine.runtime)) if engine.device == "cpu" else None
 
 
 def _stop_signal() -> asyncio.Event:
