@@ -107,11 +107,14 @@ def calibrate(
     from tetdeploy.engine import Engine
     from tetdeploy.exit_calibration import answer
     from tetdeploy.exit_calibration import calibrate as find
-    from tetdeploy.files import write_json
+    from tetdeploy.files import check_writable, write_json
     from tetdeploy.report.early_exit import calibration_shown
 
     engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     engine.check_early_exit()
+    written = [path for path in (exit_path(engine.path), json_path) if path is not None]
+    for path in written:
+        check_writable(path)
     name, x, labels = held_out(engine, data, data_dir, split, limit)
     T = T or max(default_steps(engine))
     engine.check_T(T, engine.check_input(x[:1]))
@@ -122,7 +125,6 @@ def calibrate(
             answers = answer(engine, x, labels, T, batch_size=batch_size, tick=lambda done: bar.advance(task, done))
         found = find(answers, loss=loss / 100, criteria=criteria, min_T=min_T)
         result = found.to_dict(engine, name)
-        written = [path for path in (exit_path(engine.path), json_path) if path is not None]
         for path in written:
             write_json(path, result)
     except KeyboardInterrupt:
@@ -162,4 +164,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str, limit
         images = split_validation(images, fraction=fraction)[0 if split == "train" else 1]
     chosen = images.select(slice(limit))
     x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)
-    return f"{name} ({'held out' if split == 'val' else 'trained on'})", x, chosen.labels
+    what = "held out" if split == "val" else "trained on"
+    if name != own:  # of which the training saw nothing
+        what = f"{'validation' if split == 'val' else 'training'} part; not the data of the training"
+    return f"{name} ({what})", x, chosen.labels

@@ -76,16 +76,17 @@ def early_exit(
     from tetdeploy.early_exit import load_calibration, load_exit
     from tetdeploy.engine import Engine
     from tetdeploy.exit_savings import measure
-    from tetdeploy.files import write_json
+    from tetdeploy.files import check_writable, write_json
     from tetdeploy.report.early_exit import savings_shown
 
     engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     engine.check_early_exit()
     T = T or load_calibration(engine.path)[1]
     exit = load_exit(engine.path, T)
+    json_path = json_path or engine.path.with_suffix(".early-exit.json")
+    check_writable(json_path)
     name, x, labels = load_inputs(engine, data, data_dir, limit)
     engine.check_T(T, engine.check_input(x[:1]))
-    json_path = json_path or engine.path.with_suffix(".early-exit.json")
     try:
         with progress_bar("images") as bar:
             task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))

@@ -94,12 +94,15 @@ def sweep(
     """
     from tetdeploy.engine import Engine
     from tetdeploy.extras import import_extra
+    from tetdeploy.files import check_writable
     from tetdeploy.picojoules import energy_constants
     from tetdeploy.validate import parse_steps
 
     if plot is not None:
         import_extra("matplotlib", "train")  # before any work
     engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
+    for path in sweep_paths(engine, json_path, plot):
+        check_writable(path)
     wanted = parse_steps(steps) if steps else default_steps(engine)
     own = ac_pj is not None or mac_pj is not None
     precision = engine.metadata.get("precision", "fp32")
@@ -209,16 +212,20 @@ def _prices(result: Sweep) -> str:
     )
 
 
+def sweep_paths(engine: Engine, json_path: Path | None, plot: Path | None) -> tuple[Path, Path]:
+    """Where JSON and PNG go: beside the model unless told otherwise."""
+    return json_path or engine.path.with_suffix(".sweep.json"), plot or engine.path.with_suffix(".sweep.png")
+
+
 def save_sweep(result: Sweep, engine: Engine, json_path: Path | None, plot: Path | None) -> None:
     """Write JSON and PNG, beside the model unless told otherwise."""
     from tetdeploy.extras import MissingExtraError
     from tetdeploy.files import write_json
     from tetdeploy.report import plot_sweep
 
-    json_path = json_path or engine.path.with_suffix(".sweep.json")
+    json_path, picture = sweep_paths(engine, json_path, plot)
     write_json(json_path, result.to_dict())
     written = [str(json_path)]
-    picture = plot or engine.path.with_suffix(".sweep.png")
     try:
         plot_sweep(result, picture, int(engine.metadata["trained_T"]))
         written.append(str(picture))
