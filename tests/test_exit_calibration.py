@@ -274,7 +274,8 @@ def test_what_early_exit_refuses(model: Path, held_out: Path) -> None:
 def test_a_path_with_brackets_is_no_markup(tmp_path: Path, held_out: Path) -> None:
     (tmp_path / "[red]").mkdir()
     model = Path(shutil.copy(exported("step"), tmp_path / "[red]" / "m.onnx"))
-    for arguments in (["calibrate", model, "--T", 2], ["early-exit", model], ["sweep", model, "--T", 1]):
+    commands = ["calibrate", model, "--T", 2], ["early-exit", model], ["sweep", model, "--T", 1], ["validate", model]
+    for arguments in commands:
         done = run(*arguments, "--data", held_out)
         assert done.exit_code == 0, done.output
         assert "[red]/m.onnx120imagesof" in "".join(done.output.split())

@@ -12,13 +12,10 @@ from tetdeploy.cli.options import (
     as_model_input,
     console,
     data_dir_option,
-    device_option,
     json_option,
     newest_export,
+    opens_model,
     progress_bar,
-    runs_option,
-    runtime_option,
-    threads_option,
 )
 from tetdeploy.cli.sweep import default_steps, load_inputs, refuse_classes
 
@@ -38,7 +35,6 @@ Examples:
 Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 """
 )
-@click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--data",
     help="A data set's name, or FILE.npz with images and labels, all of which are used. [default: the training's data]",
@@ -73,10 +69,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 )
 @click.option("--min-T", "min_T", type=click.IntRange(min=1), default=1, show_default=True, help="The fewest steps.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
-@device_option
-@runtime_option
-@threads_option
-@runs_option
+@opens_model()
 @json_option
 @click.pass_context
 def calibrate(

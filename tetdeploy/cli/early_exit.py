@@ -10,12 +10,9 @@ from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.options import (
     console,
     data_dir_option,
-    device_option,
     newest_export,
+    opens_model,
     progress_bar,
-    runs_option,
-    runtime_option,
-    threads_option,
 )
 from tetdeploy.cli.sweep import load_inputs
 
@@ -31,7 +28,6 @@ Examples:
 Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 """
 )
-@click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--T", "T", type=click.IntRange(1, 1024), help="The most steps. [default: that of the calibration]")
 @click.option(
     "--data",
@@ -42,10 +38,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @click.option(
     "--batch-size", default=64, show_default=True, type=click.IntRange(min=1), help="Images that start together."
 )
-@device_option
-@runtime_option
-@threads_option
-@runs_option
+@opens_model()
 @click.option(
     "--json",
     "json_path",

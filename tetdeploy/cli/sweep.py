@@ -12,13 +12,10 @@ from tetdeploy.cli.options import (
     as_model_input,
     console,
     data_dir_option,
-    device_option,
     json_option,
     newest_export,
+    opens_model,
     progress_bar,
-    runs_option,
-    runtime_option,
-    threads_option,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +34,6 @@ Examples:
   tetdeploy sweep --energy once --ac-pj 0.03 --mac-pj 0.23
 """
 )
-@click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--T", "steps", help="Steps: 6, 1:6 or 1,2,4. [default: 1 to the T of the graph; 1:8 where it is free]")
 @click.option(
     "--data",
@@ -60,10 +56,7 @@ Examples:
 @click.option("--other-ops", is_flag=True, help="Also what no energy includes: biases, residual sums, the neurons.")
 @click.option("--ac-pj", type=float, help="Picojoules of an accumulate. [default: 0.9 for fp32; 45 nm]")
 @click.option("--mac-pj", type=float, help="Picojoules of a multiply-accumulate. [default: 4.6 for fp32; 45 nm]")
-@device_option
-@runtime_option
-@threads_option
-@runs_option
+@opens_model()
 @json_option
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Where the plot goes. [default: MODEL.sweep.png]"
