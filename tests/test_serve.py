@@ -470,6 +470,13 @@ def test_a_total_below_one_request_is_refused() -> None:
     assert "raise --max-total-mb or lower --max-request-mb" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_an_unknown_runtime_is_refused() -> None:
+    command = [sys.executable, "-m", "tetdeploy", "serve", str(exported("step")), "--runtime", "abacus"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert "unknown runtime 'abacus'; choose one of onnxruntime, openvino" in done.stderr
+
+
 def test_two_models_of_one_name_are_refused() -> None:
     result = CliRunner().invoke(main, ["serve", str(exported("step")), f"step={exported('dynamic')}"])
     assert result.exit_code == 1

@@ -110,7 +110,7 @@ class BodyLimit:
     async def _read(self, headers: dict[bytes, str], receive: Receive, share: Share) -> bytes | None:
         """The whole body; None if the client left before its end. A body that is refused is thrown away as it comes: a
         client that is still sending when the connection closes would not see the answer."""
-        if headers.get(b"content-encoding", "identity") != "identity":
+        if headers.get(b"content-encoding", "identity").lower() != "identity":
             raise _BodyRefusedError(415, "compressed bodies are not read here; send them as they are")
         parts: list[bytes] = []
         size, more = 0, True
