@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -487,6 +488,19 @@ def test_a_name_that_no_url_reaches_is_refused() -> None:
     result = CliRunner().invoke(main, ["serve", f"a/b={exported('step')}"])
     assert result.exit_code == 1
     assert "'a/b' is no name for a model" in result.output
+
+
+@pytest.mark.slow
+def test_the_load_script_measures_and_gets_right_answers_only(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "examples" / "benchmarks" / "serve_load.py"
+    options = ["--clients", "1,4", "--seconds", "1", "--threads", "1", "--json", str(tmp_path / "load.json")]
+    command = [sys.executable, str(script), str(exported("step")), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "load.json").read_text())
+    assert [row["clients"] for row in rows] == [1, 4]
+    assert all(set(row["outcomes"]) == {"right"} and row["images_per_s"] > 0 for row in rows)
+    assert 1 <= rows[1]["mean_batch"] <= 4
 
 
 def test_parameters_of_a_sequence() -> None:
