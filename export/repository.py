@@ -286,9 +286,8 @@ def _check_successor(folder: Path, config: Any, source: _Source) -> None:
 
 def _essence(config: Any, labels: str) -> dict[str, str]:
     """What all versions of a model have in common, in words."""
-    kinds = {triton.ModelInstanceGroup.Kind.Name(group.kind) for group in config.instance_group}
     return {
-        "the platform": " on ".join([config.platform, *sorted(kinds)]),
+        "the platform": config.platform,
         "the inputs": _shapes((v.name, v) for v in config.input),
         "the outputs": _shapes((v.name, v) for v in config.output),
         "the states": _shapes((v.input_name, v) for v in config.sequence_batching.state),

@@ -60,6 +60,24 @@ def test_a_run_becomes_a_repository_and_then_its_next_version(run: Path, tmp_pat
     assert f"{tmp_path}/digits-convsnn-stream/2" in again
 
 
+def test_paths_with_brackets_are_shown_whole(run: Path, tmp_path: Path) -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    folder = tmp_path / "[red]"
+    folder.mkdir()
+    model, image, result = folder / "m.onnx", folder / "[bold].png", folder / "r.json"
+    image_module.new("L", (8, 8)).save(image)
+    output = call("export", run, "--layout", "dynamic", "--check", 20, "-o", model)
+    assert f"{model}   " in output and f"next: tetdeploy sweep {model}\n" in output
+    output = call("export", model, "--format", "triton-repository", "--name", "m", "-o", folder / "triton")
+    assert f"{folder / 'triton' / 'm'}/1   onnx" in output and f"--model-repository {folder / 'triton'}   " in output
+    output = call("export", model, "--format", "kserve", "--storage-uri", URI, "--name", "m", "-o", folder / "m.yaml")
+    assert f"{folder / 'm.yaml'}   m" in output and f"copy {model} to" in output
+    output = call("predict", model, image, "--json", result)
+    assert "[bold].png" in output and f"{result}\n" in output
+    output = call("validate", model, "--json", result)
+    assert f"{result}\nnext: tetdeploy report {result}\n" in output
+
+
 def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path) -> None:
     file, model = tmp_path / "digits.yaml", exported("step")
     output = call("export", model, "--format", "kserve", "--name", "Digits_T4", "--storage-uri", URI, "-o", file)

@@ -274,7 +274,8 @@ def test_what_early_exit_refuses(model: Path, held_out: Path) -> None:
 def test_a_path_with_brackets_is_no_markup(tmp_path: Path, held_out: Path) -> None:
     (tmp_path / "[red]").mkdir()
     model = Path(shutil.copy(exported("step"), tmp_path / "[red]" / "m.onnx"))
-    for arguments in (["calibrate", model, "--T", 2], ["early-exit", model], ["sweep", model, "--T", 1]):
+    commands = ["calibrate", model, "--T", 2], ["early-exit", model], ["sweep", model, "--T", 1], ["validate", model]
+    for arguments in commands:
         done = run(*arguments, "--data", held_out)
         assert done.exit_code == 0, done.output
         assert "[red]/m.onnx120imagesof" in "".join(done.output.split())
@@ -285,6 +286,40 @@ def test_a_threshold_that_cannot_be_written_is_named(model: Path, held_out: Path
     done = run("calibrate", model, "--data", held_out, "--T", 2)
     assert done.exit_code == 1 and re.search(r"cannot write .*/m\.exit\.json: Is a directory", done.output), done.output
     assert not list(model.parent.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("command", ["calibrate", "early-exit", "sweep"])
+def test_an_output_that_cannot_be_written_is_named_before_any_work(
+    model: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    if command == "early-exit":
+        assert run("calibrate", model, "--data", held_out, "--T", T).exit_code == 0
+    (model.parent / "file").touch()
+
+    def no_work(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("it ran the model")
+
+    monkeypatch.setattr(Engine, "run", no_work)
+    monkeypatch.setattr(Engine, "run_with", no_work)
+    before = sorted(path.name for path in model.parent.iterdir())
+    for target, reason in (
+        (model.parent / "file" / "a.json", "Not a directory"),
+        ("/proc/none/a.json", "No such file"),
+    ):
+        done = run(command, model, "--data", held_out, "--json", target)
+        assert done.exit_code == 1 and re.search(f"cannot write {target}: {reason}", done.output), done.output
+    if command == "sweep":
+        done = run(command, model, "--data", held_out, "--plot", model.parent / "file" / "a.png")
+        assert done.exit_code == 1 and "a.png: Not a directory" in done.output
+    assert sorted(path.name for path in model.parent.iterdir()) == before
+
+
+def test_another_data_set_is_not_said_to_be_held_out(model: Path) -> None:
+    describe(model, source={"data": {"name": "another"}, "training": {"val_fraction": 0.1}})
+    done = run("calibrate", model, "--data", "digits", "--T", 2)
+    assert done.exit_code == 0, done.output
+    content = json.loads(exit_path(model).read_text())
+    assert content["data"] == "digits (validation part; not the data of the training)"
 
 
 @pytest.mark.parametrize("command", ["calibrate", "early-exit"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,22 @@ except KeyboardInterrupt:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
+def test_a_server_runs_models_under_it_and_stops() -> None:
+    pytest.importorskip("kserve", reason="needs the extra serve")
+    given = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": digits().images[:1].tolist()}
+    command = [sys.executable, "-m", "tetdeploy", "serve", f"m={exported('step')}", "--runtime", "openvino"]
+    command += ["--http-port", "0", "--grpc-port", "0", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            url = next(line for line in server.stdout if line.startswith("ready: ")).split()[1]
+            body = json.dumps({"inputs": [given], "outputs": [{"name": "logits"}], "parameters": {"T": 3}}).encode()
+            with urllib.request.urlopen(f"{url}/v2/models/m/infer", body, timeout=60) as answer:
+                (logits,) = json.loads(answer.read())["outputs"]
+        finally:
+            server.terminate()
+        assert server.wait(60) == 0
+    expected = Engine(exported("step"), threads=1).run(digits().images[:1], 3).logits
+    np.testing.assert_allclose(logits["data"], expected[0], atol=1e-4)

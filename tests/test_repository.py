@@ -262,6 +262,15 @@ def test_the_target_says_where_triton_runs_it(target: str, kind: str, accelerato
     assert [accelerator.name for accelerator in on_gpu] == accelerators
 
 
+def test_instances_are_the_owners_to_edit(tmp_path: Path) -> None:
+    file = served(tmp_path, "dynamic") / "config.pbtxt"
+    edited = file.read_text().replace("kind: KIND_CPU", "kind: KIND_GPU\n  gpus: 0").replace("count: 1", "count: 2")
+    assert edited.count("KIND_GPU") == edited.count("count: 2") == 1
+    file.write_text(edited)
+    (added,) = add_to_repository(tmp_path / "models", [exported("dynamic")], "digits")
+    assert (added.version, file.read_text()) == (2, edited)
+
+
 def test_a_target_that_triton_has_not_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was made for tensorrt-rtx, which Triton has not; choose --target"):
         served_for(tmp_path, "tensorrt-rtx")
@@ -316,7 +325,7 @@ class TestEngines:
         assert config.sequence_batching == of_graph.sequence_batching
         assert (list(config.input), list(config.output)) == (list(of_graph.input), list(of_graph.output))
         with pytest.raises(
-            ValueError, match="has the platform onnxruntime_onnx on KIND_CPU and the new version tensorrt"
+            ValueError, match="has the platform onnxruntime_onnx and the new version tensorrt_plan, but"
         ):
             add_to_repository(graph.parent, [plan], "digits")
 

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -223,6 +224,37 @@ def test_metrics(server: Server) -> None:
     assert server.metric("tetdeploy_queue_requests", model="step") == 0
 
 
+def test_a_model_has_version_1_and_no_other(client: Any, server: Server) -> None:
+    answer = client("step", images(1), model_version="1")
+    np.testing.assert_allclose(answer.as_numpy("logits"), engine("step").run(images(1)).logits, atol=1e-5)
+    got = answer.get_response()
+    assert (got["model_version"] if isinstance(got, dict) else got.model_version) == "1"
+    with pytest.raises(Exception, match="step has the version 1 only, got '2'"):
+        client("step", images(1), model_version="2")
+
+
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+def test_metadata_and_readiness_are_of_version_1(server: Server, kind: str) -> None:
+    module, address = (http, server.http) if kind == "http" else (rpc, server.grpc)
+    with module.InferenceServerClient(address) as client:
+        described = client.get_model_metadata("step", "1")
+        assert list(described["versions"] if kind == "http" else described.versions) == ["1"]
+        assert client.is_model_ready("step", "1")
+        with pytest.raises(module.InferenceServerException, match="version 1 only, got '01'"):
+            client.get_model_metadata("step", "01")
+        if kind == "http":
+            assert not client.is_model_ready("step", "2")  # this client takes any refusal for an answer
+        else:
+            with pytest.raises(module.InferenceServerException, match="version 1 only, got '2'"):
+                client.is_model_ready("step", "2")
+
+
+def test_pages_that_there_are_not(server: Server) -> None:
+    assert server.post("repository/models/step/unload", b"")[0] == 400
+    assert server.post("models/step", b"") == (405, {"error": "Method Not Allowed"})
+    assert server.post("nowhere", b"") == (404, {"error": "Not Found"})
+
+
 def body(**changes: Any) -> bytes:
     """A good request as JSON, but for `changes` to its input or, with `parameters`, to these."""
     given = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": images(1).tolist()}
@@ -350,6 +382,37 @@ def test_full_queues_refuse_and_sigterm_finishes_what_was_taken() -> None:
     np.testing.assert_allclose([answers[k] for k in range(3)], expected, atol=1e-5)
 
 
+def test_half_bodies_leave_memory_for_no_more_than_the_budget() -> None:
+    running = start(f"step={exported('step')}", "--max-request-mb", "1", "--max-total-mb", "1.2")
+    host, port = running.http.split(":")
+    large = np.zeros((14_000, 1, 8, 8), np.uint8)  # 0.9 MB, and more images than a batch
+
+    def refusal(ask: Callable[[], Any]) -> str:
+        with pytest.raises(Exception) as refused:  # noqa: PT011  of two clients, each with classes of its own
+            ask()
+        return f"{refused.value}"
+
+    try:
+        with (
+            http.InferenceServerClient(running.http) as web,
+            rpc.InferenceServerClient(running.grpc) as client,
+            socket.create_connection((host, int(port)), timeout=PATIENCE) as half,
+        ):
+            asks = [lambda: web.infer("step", asked(http, large)), lambda: client.infer("step", asked(rpc, large))]
+            assert all("at most 64 images" in refusal(ask) for ask in asks)
+            half.sendall(
+                b"POST /v2/models/step/infer HTTP/1.1\r\nHost: m\r\nContent-Length: 900000\r\n\r\n" + bytes(899_999)
+            )
+            wait_until(lambda: "may hold 1,200,000 bytes and hold" in refusal(asks[0]))
+            over = refusal(asks[1])
+            assert "may hold 1,200,000 bytes and hold" in over and "RESOURCE_EXHAUSTED" in over
+            assert len(client.infer("step", asked(rpc, images(1))).as_numpy("logits")) == 1  # there is room for this
+            half.close()
+            wait_until(lambda: "at most 64 images" in refusal(asks[1]))
+    finally:
+        assert stop(running) == 0
+
+
 def test_idle_sequences_end() -> None:
     running = start(f"step={exported('step')}", "--sequence-timeout", "0.2", "--queue", "1")
     try:
@@ -401,6 +464,20 @@ def test_a_port_in_use_is_said(server: Server, which: str) -> None:
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_total_below_one_request_is_refused() -> None:
+    command = [sys.executable, "-m", "tetdeploy", "serve", str(exported("step")), "--max-total-mb", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert "raise --max-total-mb or lower --max-request-mb" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unknown_runtime_is_refused() -> None:
+    command = [sys.executable, "-m", "tetdeploy", "serve", str(exported("step")), "--runtime", "abacus"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert "unknown runtime 'abacus'; choose one of onnxruntime, openvino" in done.stderr
+
+
 def test_two_models_of_one_name_are_refused() -> None:
     result = CliRunner().invoke(main, ["serve", str(exported("step")), f"step={exported('dynamic')}"])
     assert result.exit_code == 1
@@ -411,6 +488,19 @@ def test_a_name_that_no_url_reaches_is_refused() -> None:
     result = CliRunner().invoke(main, ["serve", f"a/b={exported('step')}"])
     assert result.exit_code == 1
     assert "'a/b' is no name for a model" in result.output
+
+
+@pytest.mark.slow
+def test_the_load_script_measures_and_gets_right_answers_only(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "examples" / "benchmarks" / "serve_load.py"
+    options = ["--clients", "1,4", "--seconds", "1", "--threads", "1", "--json", str(tmp_path / "load.json")]
+    command = [sys.executable, str(script), str(exported("step")), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "load.json").read_text())
+    assert [row["clients"] for row in rows] == [1, 4]
+    assert all(set(row["outcomes"]) == {"right"} and row["images_per_s"] > 0 for row in rows)
+    assert 1 <= rows[1]["mean_batch"] <= 4
 
 
 def test_parameters_of_a_sequence() -> None:

@@ -17,6 +17,7 @@ from gpu_stand_in import VERSION, Cuda, TensorRT
 
 from tetdeploy import tensorrt_engine
 from tetdeploy.cli import main
+from tetdeploy.early_exit import Exit, load_exit
 from tetdeploy.engine import Engine, open_engine
 from tetdeploy.nvidia import NoGpuError, choose_package, gpu_architecture, gpu_runtime
 from tetdeploy.tensorrt_engine import TensorRTEngine, manifest_path
@@ -266,3 +267,26 @@ def test_on_a_gpu_a_stream_is_a_run(gpu_package: str, tmp_path: Path) -> None:
     steps = [stream.push(images if t == 0 else None).step_logits for t in range(5)]
     np.testing.assert_array_equal(np.stack(steps, 1), trt.run(images, 5).per_step)
     assert all(u.any() for u in stream.state.values())
+
+
+def test_an_engine_has_the_threshold_of_the_graph_it_was_built_from(cuda: Cuda, tmp_path: Path) -> None:
+    graph, options = tmp_path / "m.onnx", {"graph": "m.onnx"}
+    graph.write_bytes(exported("step").read_bytes())
+    with pytest.raises(
+        FileNotFoundError, match=r"no early-exit threshold at .*m.exit.json; run: .* calibrate .*m.onnx"
+    ):
+        load_exit(write_engine(tmp_path / "m-b8.engine", "step", {}, **options))
+    sha256 = hashlib.sha256(graph.read_bytes()).hexdigest()
+    content = {"threshold": 0.5, "criterion": "margin", "min_T": 1, "T": 4, "model_sha256": sha256}
+    (tmp_path / "m.exit.json").write_text(json.dumps(content))
+    path = write_engine(tmp_path / "m-b8.engine", "step", {}, **options, graph_sha256=sha256)
+    assert load_exit(path) == load_exit(graph) == Exit(0.5, "margin")
+    x = digits().images[:8]
+    wanted, got = engine("step").run(x, 4, exit=load_exit(graph)), TensorRTEngine(path).run(x, 4, exit=load_exit(path))
+    np.testing.assert_array_equal(got.steps, wanted.steps)
+    np.testing.assert_allclose(got.logits, wanted.logits, atol=1e-6)
+    with pytest.raises(ValueError, match=r"found for T=4 and says nothing of T=3; run: .* calibrate .*m.onnx --T 3"):
+        load_exit(path, 3)
+    for other in ({"graph_sha256": "0" * 64}, {}):  # of another graph; by a version that did not say of which
+        with pytest.raises(ValueError, match=r"m.exit.json holds the threshold of another model than .*m-b8.engine"):
+            load_exit(write_engine(path, "step", {}, **options, **other))

@@ -74,7 +74,8 @@ def load_exit(model: Path | str, T: int | None = None) -> Exit:
     """The rule that `tetdeploy calibrate` found for a model.
 
     Args:
-        model: path of the `.onnx` file, which must be the very one.
+        model: path of the `.onnx` file, which must be the very one; or of an `.engine` that `tetdeploy build` made of
+            it, beside which its rule lies.
         T: the steps that are to be run at most, if they are known.
 
     Raises:
@@ -84,16 +85,16 @@ def load_exit(model: Path | str, T: int | None = None) -> Exit:
     found, calibrated_T = load_calibration(model)
     if T is not None and calibrated_T > T:
         raise ValueError(
-            f"{exit_path(model)} was found for T={calibrated_T} and says nothing of T={T}; "
-            f"run: tetdeploy calibrate {model} --T {T}"
+            f"the threshold of {model} was found for T={calibrated_T} and says nothing of T={T}; "
+            f"run: tetdeploy calibrate {_graph(Path(model))[0]} --T {T}"
         )
     return found
 
 
 def load_calibration(model: Path | str) -> tuple[Exit, int]:
     """The rule of a model, and the T that it was found for. Raises: as `load_exit`."""
-    path, again = exit_path(model), f"run: tetdeploy calibrate {model}"
-    sha256 = hashlib.sha256(Path(model).read_bytes()).hexdigest()
+    graph, sha256 = _graph(Path(model))
+    path, again = exit_path(graph), f"run: tetdeploy calibrate {graph}"
     if not path.is_file():
         raise FileNotFoundError(f"no early-exit threshold at {path}; {again}")
     try:
@@ -107,3 +108,13 @@ def load_calibration(model: Path | str) -> tuple[Exit, int]:
     if written_for != sha256:
         raise ValueError(f"{path} holds the threshold of another model than {model}; {again}")
     return found, T
+
+
+def _graph(model: Path) -> tuple[Path, str]:
+    """The graph that a model is or was built from, and its SHA-256."""
+    if model.suffix != ".engine":
+        return model, hashlib.sha256(model.read_bytes()).hexdigest()
+    from tetdeploy.tensorrt_engine import read_manifest
+
+    manifest = read_manifest(model)
+    return model.with_name(manifest["graph"]), str(manifest.get("graph_sha256", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -65,6 +66,22 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(path: Path | str) -> None:
+    """Whether `atomic_write` could write here now, before the work whose result goes here. Leaves nothing behind.
+
+    Raises:
+        OSError: it could not; the message names `path`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OSError(f"cannot write {path}: {os.strerror(errno.EISDIR)}; choose another name")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    with _making(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
+        os.close(handle)
+        Path(name).unlink()
 
 
 def cache_folder() -> Path:

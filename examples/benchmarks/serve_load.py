@@ -1,23 +1,31 @@
 """Load and faults of `tetdeploy serve`: throughput and latency beside the engine's own, a soak, bad clients.
 
-    pip install 'tetdeploy[cpu,serve]' 'tritonclient[http]'
-    python examples/benchmarks/serve_load.py MODEL [--clients 1,16,64,256] [--json load.json]
+    pip install 'tetdeploy[cpu,serve,train]'
+    python examples/benchmarks/serve_load.py --convsnn [--clients 1,16,64,256] [--json load.json]
     python examples/benchmarks/serve_load.py MODEL --soak 10
     python examples/benchmarks/serve_load.py MODEL --faults
 
+MODEL is any export, and needs `[cpu,serve]` only; `--convsnn` makes one of `convsnn` at full width for CIFAR-10 images
+(untrained: time does not depend on weights), of which a call takes some 10 ms, as of a network one would serve.
+
 Clients send one image of the model's reference images each, as a binary tensor over HTTP, and the next one as soon as
-the answer is there; every answer is compared with the engine's. They share the machine's cores with the server. `share`
-is the server's throughput over that of the bare engine at the mean batch that the server reached.
+the answer is there; every answer is compared with the engine's. They are coroutines of one process that write requests
+made before, so that they take little of the cores that they share with the server. `share` is the server's throughput
+over that of the bare engine, in a process without a server and with all cores, at the mean batch that the server
+reached.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import signal
 import socket
 import statistics
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 import urllib.request
 from collections import Counter
@@ -27,18 +35,16 @@ from typing import Any
 
 import click
 import numpy as np
-import tritonclient.http as triton
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
-from tritonclient.utils import InferenceServerException
 
 from tetdeploy import Engine
 from tetdeploy.agreement import load_reference
 from tetdeploy.files import write_json
 
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
-console = Console(highlight=False)
+console = Console(highlight=False, width=120)
 
 
 class Server:
@@ -77,44 +83,83 @@ class Load:
     """
 
     def __init__(self, address: str, x: Any, expected: Any) -> None:
-        self.address, self.x, self.expected = address, x, expected
+        self.host, _, self.port = address.rpartition(":")
+        self.requests = [request(image[None]) for image in x]
+        self.expected = expected
         self.seconds: list[float] = []
         self.outcomes: Counter[str] = Counter()
-        self._end = threading.Event()
+        self._ended = False
 
-    def _ask(self, first: int) -> None:
-        k = first
-        with triton.InferenceServerClient(self.address, network_timeout=120, connection_timeout=120) as client:
-            while not self._end.is_set():
-                k = (k + 1) % len(self.x)
-                image = self.x[k : k + 1]
-                given = triton.InferInput("x", list(image.shape), DATATYPES[image.dtype.name])
-                given.set_data_from_numpy(image)
-                started = time.perf_counter()
-                try:
-                    logits = client.infer("m", [given]).as_numpy("logits")[0]
-                except Exception as error:  # whatever a client may see of a server that is gone
-                    refused = isinstance(error, InferenceServerException) and error.status()
-                    self.outcomes[refused or type(error).__name__] += 1
-                    time.sleep(0.05)
-                    continue
-                self.seconds.append(time.perf_counter() - started)
-                self.outcomes["right" if np.allclose(logits, self.expected[k], atol=1e-4) else "WRONG"] += 1
+    async def _ask(self, first: int) -> None:
+        k, connection = first, None
+        while not self._ended:
+            k = (k + 1) % len(self.requests)
+            started = time.perf_counter()
+            try:
+                if connection is not None and connection[0].at_eof():  # closed while it was idle
+                    connection[1].close()
+                    connection = None
+                connection = connection or await asyncio.open_connection(self.host, self.port)
+                async with asyncio.timeout(120):
+                    status, logits, goes_on = await self._exchange(*connection, self.requests[k])
+            except (OSError, EOFError, ValueError, TimeoutError) as error:  # of a server that is gone
+                self.outcomes[type(error).__name__] += 1
+                if connection is not None:
+                    connection[1].close()
+                connection = None
+                await asyncio.sleep(0.05)
+                continue
+            if not goes_on:
+                connection[1].close()
+                connection = None
+            if status != 200:
+                self.outcomes[f"HTTP {status}"] += 1
+                await asyncio.sleep(0.05)
+                continue
+            self.seconds.append(time.perf_counter() - started)
+            self.outcomes["right" if np.allclose(logits, self.expected[k], atol=1e-4) else "WRONG"] += 1
+
+    async def _exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes
+    ) -> tuple[int, Any, bool]:
+        """Status and logits of a request, and whether the server keeps the connection."""
+        writer.write(request)
+        first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines if line)
+        answer = await reader.readexactly(int(headers["content-length"]))
+        status = int(first.split()[1])
+        logits = np.frombuffer(answer[int(headers[LENGTH]) :], np.float32) if status == 200 else None
+        return status, logits, headers.get("connection") != "close"
+
+    async def _run(self, clients: int, during: Callable[[], None]) -> float:
+        asking = [asyncio.create_task(self._ask(7 * k)) for k in range(clients)]
+        started = time.perf_counter()
+        await asyncio.to_thread(during)
+        took = time.perf_counter() - started
+        self._ended = True
+        for task in asking:
+            task.cancel()
+        ends = await asyncio.gather(*asking, return_exceptions=True)
+        if bugs := [end for end in ends if isinstance(end, Exception)]:
+            raise AssertionError("a client failed") from bugs[0]
+        return took
 
     def run(self, clients: int, during: Callable[[], None]) -> float:
         """Ask with so many clients while `during` runs; gives the seconds it took."""
-        threads = [threading.Thread(target=self._ask, args=(7 * k,)) for k in range(clients)]
-        started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        try:
-            during()
-        finally:
-            self._end.set()
-        took = time.perf_counter() - started
-        for thread in threads:
-            thread.join()
-        return took
+        return asyncio.run(self._run(clients, during))
+
+
+LENGTH = "inference-header-content-length"
+
+
+def request(x: Any) -> bytes:
+    """A request as it goes over the wire: one input and one output, both as binary tensors."""
+    given = {"name": "x", "shape": list(x.shape), "datatype": DATATYPES[x.dtype.name]}
+    given["parameters"] = {"binary_data_size": x.nbytes}
+    wanted = {"name": "logits", "parameters": {"binary_data": True}}
+    head = json.dumps({"inputs": [given], "outputs": [wanted]}).encode()
+    lines = f"POST /v2/models/m/infer HTTP/1.1\r\nHost: m\r\n{LENGTH}: {len(head)}\r\n"
+    return f"{lines}Content-Length: {len(head) + x.nbytes}\r\n\r\n".encode() + head + x.tobytes()
 
 
 def engine_rate(engine: Engine, x: Any, batch: int, seconds: float) -> float:
@@ -135,7 +180,7 @@ def measure(server: Server, engine: Engine, x: Any, expected: Any, clients: int,
     took = load.run(clients, lambda: time.sleep(seconds))
     images = server.metric("tetdeploy_batch_images_sum") - images
     batch = images / (server.metric("tetdeploy_batch_images_count") - calls)
-    p50, p95, p99 = (1e3 * float(q) for q in np.quantile(load.seconds, (0.5, 0.95, 0.99)))
+    p50, p95, p99 = (1e3 * float(q) for q in np.quantile(load.seconds or [np.nan], (0.5, 0.95, 0.99)))
     rate, alone = load.outcomes["right"] / took, engine_rate(engine, x, max(1, round(batch)), seconds / 4)
     row = {"clients": clients, "images_per_s": rate, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "mean_batch": batch}
     return row | {"engine_images_per_s": alone, "share": rate / alone, "outcomes": dict(load.outcomes)}
@@ -180,6 +225,20 @@ def misbehave(address: str) -> None:
         console.print(f"1 GB body: {connection.recv(100).splitlines()[0].decode()}")
 
 
+def half_bodies(server: Server) -> float:
+    """By how many MB the server's memory grows while 15 clients have sent 60 MB each of bodies that never end."""
+    host, port = server.address.split(":")
+    before = server.metric("process_resident_memory_bytes")
+    with contextlib.ExitStack() as connections:
+        for _ in range(15):
+            connection = connections.enter_context(socket.create_connection((host, int(port))))
+            connection.sendall(b"POST /v2/models/m/infer HTTP/1.1\r\nHost: m\r\nContent-Length: 64000000\r\n\r\n")
+            for _ in range(60):
+                connection.sendall(bytes(1_000_000))
+        time.sleep(1)
+        return (server.metric("process_resident_memory_bytes") - before) / 1e6
+
+
 def faults(model: Path, threads: int | None, x: Any, expected: Any) -> dict[str, Any]:
     """Good clients beside bad ones; then a graceful stop under load; then a kill, and the answers after the restart."""
     found: dict[str, Any] = {}
@@ -189,6 +248,7 @@ def faults(model: Path, threads: int | None, x: Any, expected: Any) -> dict[str,
         load.run(16, lambda: misbehave(server.address))
         growth = (server.metric("process_resident_memory_bytes") - before) / 1e6
         found["beside bad clients"] = dict(load.outcomes) | {"growth_mb": growth}
+        found["15 half bodies of 60 MB"] = {"growth_mb": half_bodies(server)}
         load = Load(server.address, x, expected)
         load.run(16, lambda: _end_after(2, server.process.terminate))
         found["graceful stop"] = dict(load.outcomes) | {"exit_code": server.process.wait()}
@@ -210,7 +270,9 @@ def _end_after(seconds: float, end: Callable[[], None]) -> None:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("--convsnn", "make", is_flag=True, help="Make a model in place of MODEL.")
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
 @click.option("--clients", default="1,16,64,256", show_default=True)
 @click.option("--seconds", default=10.0, show_default=True, help="Of each number of clients.")
 @click.option("--threads", type=click.IntRange(min=1), help="Cores of the engine; all by default.")
@@ -218,7 +280,9 @@ def _end_after(seconds: float, end: Callable[[], None]) -> None:
 @click.option("--faults", "with_faults", is_flag=True, help="Misbehave, stop, kill and restart instead.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
 def main(
-    model: Path,
+    model: Path | None,
+    make: bool,
+    data_dir: Path,
     clients: str,
     seconds: float,
     threads: int | None,
@@ -227,23 +291,38 @@ def main(
     json_path: Path | None,
 ) -> None:
     """Load and faults of `tetdeploy serve`."""
-    engine = Engine(model, threads=threads)
-    x = load_reference(engine).x
-    expected = engine.run(x).logits
-    if with_faults:
-        found: Any = faults(model, threads, x, expected)
-        console.print(found)
-    else:
-        counts = [int(count) for count in clients.split(",")]
-        with Server(model, threads) as server:
-            if minutes is not None:
-                found = soak(server, x, expected, minutes)
-                console.print(found)
-            else:
-                found = [measure(server, engine, x, expected, count, seconds) for count in counts]
-                show(found)
+    if (model is None) != make:
+        raise click.UsageError("name a MODEL, or let --convsnn make one")
+    with tempfile.TemporaryDirectory() as folder:
+        model = model or convsnn(Path(folder), data_dir)
+        engine = Engine(model, threads=threads)
+        x = load_reference(engine).x
+        expected = engine.run(x).logits
+        if with_faults:
+            found: Any = faults(model, threads, x, expected)
+            console.print(found)
+        else:
+            counts = [int(count) for count in clients.split(",")]
+            with Server(model, threads) as server:
+                if minutes is not None:
+                    found = soak(server, x, expected, minutes)
+                    console.print(found)
+                else:
+                    found = [measure(server, engine, x, expected, count, seconds) for count in counts]
+                    show(found)
     if json_path is not None:
         write_json(json_path, found)
+
+
+def convsnn(folder: Path, data_dir: Path) -> Path:
+    """An export of a network as large as one would serve on a CPU."""
+    from inference import untrained  # beside this file
+
+    from tetdeploy.export import ExportConfig, export_model
+
+    classifier, images = untrained("convsnn", 1.0, data_dir, T=4)
+    config = ExportConfig(layout="step", trained_T=4)
+    return export_model(classifier, folder / "convsnn.onnx", config, images[:256], num_check=0).path
 
 
 if __name__ == "__main__":

@@ -11,11 +11,9 @@ from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.options import (
     console,
     data_dir_option,
-    device_option,
     newest_export,
+    opens_model,
     progress_bar,
-    runs_option,
-    runtime_option,
 )
 
 if TYPE_CHECKING:
@@ -49,7 +47,6 @@ Examples:
 Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 """
 )
-@click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--batch", "batches", default="1,8", show_default=True, callback=_numbers, help="Images a call.")
 @click.option("--threads", callback=_numbers, help="Threads of an operation. [default: 1 and all cores]")
 @click.option("--T", "steps", help="Steps: 6, 1:6 or 1,2,4. [default: the graph's, or else the training's]")
@@ -65,9 +62,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     "as long: what a call takes does not depend on what spikes]",
 )
 @data_dir_option
-@device_option
-@runtime_option
-@runs_option
+@opens_model(threads=False)
 @click.option(
     "--json",
     "json_path",

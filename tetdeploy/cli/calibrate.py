@@ -12,13 +12,10 @@ from tetdeploy.cli.options import (
     as_model_input,
     console,
     data_dir_option,
-    device_option,
     json_option,
     newest_export,
+    opens_model,
     progress_bar,
-    runs_option,
-    runtime_option,
-    threads_option,
 )
 from tetdeploy.cli.sweep import default_steps, load_inputs, refuse_classes
 
@@ -38,7 +35,6 @@ Examples:
 Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 """
 )
-@click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--data",
     help="A data set's name, or FILE.npz with images and labels, all of which are used. [default: the training's data]",
@@ -73,10 +69,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 )
 @click.option("--min-T", "min_T", type=click.IntRange(min=1), default=1, show_default=True, help="The fewest steps.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
-@device_option
-@runtime_option
-@threads_option
-@runs_option
+@opens_model()
 @json_option
 @click.pass_context
 def calibrate(
@@ -107,11 +100,14 @@ def calibrate(
     from tetdeploy.engine import Engine
     from tetdeploy.exit_calibration import answer
     from tetdeploy.exit_calibration import calibrate as find
-    from tetdeploy.files import write_json
+    from tetdeploy.files import check_writable, write_json
     from tetdeploy.report.early_exit import calibration_shown
 
     engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     engine.check_early_exit()
+    written = [path for path in (exit_path(engine.path), json_path) if path is not None]
+    for path in written:
+        check_writable(path)
     name, x, labels = held_out(engine, data, data_dir, split, limit)
     T = T or max(default_steps(engine))
     engine.check_T(T, engine.check_input(x[:1]))
@@ -122,7 +118,6 @@ def calibrate(
             answers = answer(engine, x, labels, T, batch_size=batch_size, tick=lambda done: bar.advance(task, done))
         found = find(answers, loss=loss / 100, criteria=criteria, min_T=min_T)
         result = found.to_dict(engine, name)
-        written = [path for path in (exit_path(engine.path), json_path) if path is not None]
         for path in written:
             write_json(path, result)
     except KeyboardInterrupt:
@@ -162,4 +157,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str, limit
         images = split_validation(images, fraction=fraction)[0 if split == "train" else 1]
     chosen = images.select(slice(limit))
     x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)
-    return f"{name} ({'held out' if split == 'val' else 'trained on'})", x, chosen.labels
+    what = "held out" if split == "val" else "trained on"
+    if name != own:  # of which the training saw nothing
+        what = f"{'validation' if split == 'val' else 'training'} part; not the data of the training"
+    return f"{name} ({what})", x, chosen.labels

@@ -10,12 +10,9 @@ from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.options import (
     console,
     data_dir_option,
-    device_option,
     newest_export,
+    opens_model,
     progress_bar,
-    runs_option,
-    runtime_option,
-    threads_option,
 )
 from tetdeploy.cli.sweep import load_inputs
 
@@ -31,7 +28,6 @@ Examples:
 Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 """
 )
-@click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--T", "T", type=click.IntRange(1, 1024), help="The most steps. [default: that of the calibration]")
 @click.option(
     "--data",
@@ -42,10 +38,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @click.option(
     "--batch-size", default=64, show_default=True, type=click.IntRange(min=1), help="Images that start together."
 )
-@device_option
-@runtime_option
-@threads_option
-@runs_option
+@opens_model()
 @click.option(
     "--json",
     "json_path",
@@ -76,16 +69,17 @@ def early_exit(
     from tetdeploy.early_exit import load_calibration, load_exit
     from tetdeploy.engine import Engine
     from tetdeploy.exit_savings import measure
-    from tetdeploy.files import write_json
+    from tetdeploy.files import check_writable, write_json
     from tetdeploy.report.early_exit import savings_shown
 
     engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     engine.check_early_exit()
     T = T or load_calibration(engine.path)[1]
     exit = load_exit(engine.path, T)
+    json_path = json_path or engine.path.with_suffix(".early-exit.json")
+    check_writable(json_path)
     name, x, labels = load_inputs(engine, data, data_dir, limit)
     engine.check_T(T, engine.check_input(x[:1]))
-    json_path = json_path or engine.path.with_suffix(".early-exit.json")
     try:
         with progress_bar("images") as bar:
             task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))

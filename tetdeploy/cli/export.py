@@ -209,7 +209,7 @@ def export(
     print_exported(exported, config.layout, config.T)
     if json_path is not None:
         write_json(json_path, exported.to_dict())
-    console.print(f"next: tetdeploy sweep {exported.path}")
+    console.print(f"next: tetdeploy sweep {exported.path}", markup=False)
     return exported.path
 
 
@@ -260,7 +260,7 @@ def _export_nir(
 def print_nir(exported: NirExported) -> None:
     nodes = ", ".join(f"{count} {kind}" for kind, count in exported.nodes.items() if kind not in ("Input", "Output"))
     console.print(f"folded {exported.num_folded} BN | {nodes} | {exported.num_edges} edges")
-    console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB")
+    console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB", markup=False)
     console.print("it takes normalised images, and a step is 0.1 ms: docs/nir.md", style="dim")
 
 
@@ -328,8 +328,8 @@ def print_exported(exported: Exported, layout: str, T: int) -> None:
     if exported.parity is None:
         console.print("not checked against PyTorch (--check 0)")
     if exported.uncounted:
-        console.print(f"operations of these layers will not be counted: {', '.join(exported.uncounted)}")
-    console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB")
+        console.print(f"operations of these layers will not be counted: {', '.join(exported.uncounted)}", markup=False)
+    console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB", markup=False)
 
 
 def _print_int8(int8: dict[str, Any]) -> None:

@@ -48,5 +48,5 @@ def import_(file: Path, arch: str, out: Path, json_path: Path | None, **options:
             json_path,
             {"path": str(report.path), "data": report.data, "keys": report.num_keys, "merged": report.num_merged},
         )
-    console.print(str(report.path))
-    console.print(f"next: tetdeploy export {out} --T 6 --fold-bn")
+    console.print(str(report.path), markup=False)
+    console.print(f"next: tetdeploy export {out} --T 6 --fold-bn", markup=False)

@@ -34,4 +34,4 @@ def inspect(file: Path, json_path: Path | None) -> None:
         console.print(table)
     if json_path is not None:
         write_json(json_path, found)
-        console.print(str(json_path))
+        console.print(str(json_path), markup=False)

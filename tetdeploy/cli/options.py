@@ -58,6 +58,19 @@ runtime_option = click.option(
 )
 
 
+def opens_model(*, threads: bool = True) -> Callable[[F], F]:
+    """MODEL and how it is opened: --device, --runtime, --threads (unless the command has its own) and --runs, among
+    which the newest export is MODEL's default."""
+    options = [device_option, runtime_option, *([threads_option] if threads else []), runs_option]
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return click.argument("model", required=False, type=click.Path(path_type=Path))(command)
+
+    return decorate
+
+
 def newest_export(runs: Path) -> Path:
     """The newest exported model of any run.
 

@@ -78,21 +78,22 @@ def predict(
                 "images": [{"file": str(p), "certainty": c.tolist()} for p, c in zip(images, certainty, strict=True)],
             },
         )
-        console.print(str(json_path))
+        console.print(str(json_path), markup=False)
 
 
 def _print(path: Path, certainty: Any, class_names: tuple[str, ...], top: int) -> None:
     """One table: classes by rows, steps by columns."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     order = certainty[-1].argsort()[::-1][:top]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=str(path), title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(str(path), style="table.title"), title_justify="left")
     table.add_column("class")
     for t in range(1, len(certainty) + 1):
         table.add_column(f"T={t}", justify="right")
     for k in order:
-        table.add_row(class_names[k], *(f"{certainty[t, k]:.1%}" for t in range(len(certainty))))
+        table.add_row(Text(class_names[k]), *(f"{certainty[t, k]:.1%}" for t in range(len(certainty))))
     console.print(table)
 
 

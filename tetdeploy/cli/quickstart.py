@@ -33,4 +33,4 @@ def quickstart(ctx: click.Context, seed: int, runs: Path) -> None:
     ctx.invoke(export, T=8, runs=runs)
     console.print("\n[bold]3  tetdeploy sweep --T 1:8[/bold]")
     ctx.invoke(sweep, steps="1:8", runs=runs)
-    console.print(f"\nthe model: {newest_export(runs)}")
+    console.print(f"\nthe model: {newest_export(runs)}", markup=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tetdeploy.cli.options import console, device_option, threads_option
+from tetdeploy.cli.options import console, device_option, runtime_option, threads_option
 
 
 @click.command(
@@ -40,6 +40,11 @@ Examples:
     type=click.FloatRange(min=0, min_open=True, max=2000),
     help="Size of a request.",
 )
+@click.option(
+    "--max-total-mb",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Size of all requests together that are being read or answered. [default: 4 times --max-request-mb]",
+)
 @click.option("--max-T", "max_T", default=64, show_default=True, type=click.IntRange(min=1), help="Steps of a request.")
 @click.option(
     "--sequence-timeout",
@@ -52,6 +57,7 @@ Examples:
     "--max-sequences", default=4096, show_default=True, type=click.IntRange(min=1), help="Sequences open at once."
 )
 @device_option
+@runtime_option
 @threads_option
 def serve(
     models: tuple[str, ...],
@@ -62,10 +68,12 @@ def serve(
     max_wait_ms: float,
     queue: int,
     max_request_mb: float,
+    max_total_mb: float | None,
     max_T: int,
     sequence_timeout: float,
     max_sequences: int,
     device: str,
+    runtime: str,
     threads: int | None,
 ) -> None:
     """Serve exported models over HTTP and gRPC: the Open Inference Protocol v2.
@@ -79,14 +87,17 @@ def serve(
 
     paths = _by_name(models)
     server = import_extra("tetdeploy.serve.server", "serve")
+    from tetdeploy.serve.bodies import Sizes
     from tetdeploy.serve.models import Bounds
     from tetdeploy.serve.scheduler import Limits
 
-    engines = {name: open_engine(path, device=device, threads=threads) for name, path in paths.items()}
+    sizes = Sizes(int(max_request_mb * 1e6), int((max_total_mb or 4 * max_request_mb) * 1e6))
+    engines = {name: open_engine(path, device=device, threads=threads, runtime=runtime) for name, path in paths.items()}
 
     def announce(http: str, rpc: str) -> None:
         for name, engine in engines.items():
-            console.print(f"{name}   {engine.path}   layout {engine.layout}   http://{http}/v2/models/{name}/infer")
+            shown = f"{name}   {engine.path}   layout {engine.layout}   http://{http}/v2/models/{name}/infer"
+            console.print(shown, markup=False)
         console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops")
 
     server.serve(
@@ -94,7 +105,7 @@ def serve(
         server.Address(host, http_port, grpc_port),
         Limits(max_batch, max_wait_ms / 1000, queue),
         Bounds(max_T, sequence_timeout, max_sequences),
-        max_request_bytes=int(max_request_mb * 1e6),
+        sizes=sizes,
         announce=announce,
     )
     console.print("stopped; all requests taken were answered")

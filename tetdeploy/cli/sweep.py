@@ -12,13 +12,10 @@ from tetdeploy.cli.options import (
     as_model_input,
     console,
     data_dir_option,
-    device_option,
     json_option,
     newest_export,
+    opens_model,
     progress_bar,
-    runs_option,
-    runtime_option,
-    threads_option,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +34,6 @@ Examples:
   tetdeploy sweep --energy once --ac-pj 0.03 --mac-pj 0.23
 """
 )
-@click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--T", "steps", help="Steps: 6, 1:6 or 1,2,4. [default: 1 to the T of the graph; 1:8 where it is free]")
 @click.option(
     "--data",
@@ -60,10 +56,7 @@ Examples:
 @click.option("--other-ops", is_flag=True, help="Also what no energy includes: biases, residual sums, the neurons.")
 @click.option("--ac-pj", type=float, help="Picojoules of an accumulate. [default: 0.9 for fp32; 45 nm]")
 @click.option("--mac-pj", type=float, help="Picojoules of a multiply-accumulate. [default: 4.6 for fp32; 45 nm]")
-@device_option
-@runtime_option
-@threads_option
-@runs_option
+@opens_model()
 @json_option
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Where the plot goes. [default: MODEL.sweep.png]"
@@ -94,12 +87,15 @@ def sweep(
     """
     from tetdeploy.engine import Engine
     from tetdeploy.extras import import_extra
+    from tetdeploy.files import check_writable
     from tetdeploy.picojoules import energy_constants
     from tetdeploy.validate import parse_steps
 
     if plot is not None:
         import_extra("matplotlib", "train")  # before any work
     engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
+    for path in sweep_paths(engine, json_path, plot):
+        check_writable(path)
     wanted = parse_steps(steps) if steps else default_steps(engine)
     own = ac_pj is not None or mac_pj is not None
     precision = engine.metadata.get("precision", "fp32")
@@ -209,16 +205,20 @@ def _prices(result: Sweep) -> str:
     )
 
 
+def sweep_paths(engine: Engine, json_path: Path | None, plot: Path | None) -> tuple[Path, Path]:
+    """Where JSON and PNG go: beside the model unless told otherwise."""
+    return json_path or engine.path.with_suffix(".sweep.json"), plot or engine.path.with_suffix(".sweep.png")
+
+
 def save_sweep(result: Sweep, engine: Engine, json_path: Path | None, plot: Path | None) -> None:
     """Write JSON and PNG, beside the model unless told otherwise."""
     from tetdeploy.extras import MissingExtraError
     from tetdeploy.files import write_json
     from tetdeploy.report import plot_sweep
 
-    json_path = json_path or engine.path.with_suffix(".sweep.json")
+    json_path, picture = sweep_paths(engine, json_path, plot)
     write_json(json_path, result.to_dict())
     written = [str(json_path)]
-    picture = plot or engine.path.with_suffix(".sweep.png")
     try:
         plot_sweep(result, picture, int(engine.metadata["trained_T"]))
         written.append(str(picture))

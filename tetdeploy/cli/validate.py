@@ -13,12 +13,9 @@ from tetdeploy.cli.gates import FAILED, Gate, check_gates, describe, parse_gates
 from tetdeploy.cli.options import (
     console,
     data_dir_option,
-    device_option,
     newest_export,
+    opens_model,
     progress_bar,
-    runs_option,
-    runtime_option,
-    threads_option,
 )
 from tetdeploy.cli.sweep import default_steps, load_inputs
 
@@ -41,7 +38,6 @@ Examples:
 Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl-C.
 """
 )
-@click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--T", "steps", help="Steps: 6, 1:6 or 1,2,4. [default: those of the reference, or with data as sweep]")
 @click.option(
     "--data",
@@ -72,10 +68,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
 @click.option("--layers/--no-layers", default=None, help="Also a table of the layers. [default: with --against]")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
 @click.option("--restart", is_flag=True, help="Begin anew where an earlier run was interrupted.")
-@device_option
-@runtime_option
-@threads_option
-@runs_option
+@opens_model()
 @click.option(
     "--json",
     "json_path",
@@ -133,18 +126,18 @@ def validate(
             result = job.reference_only()
     except KeyboardInterrupt:
         kept = f"; what is done lies in {partial_path} and the same command goes on" if partial_path.exists() else ""
-        console.print(f"interrupted{kept}")
+        console.print(f"interrupted{kept}", markup=False)
         ctx.exit(INTERRUPTED)
     write_json(json_path, result)
     if long:
         partial_path.unlink(missing_ok=True)
     for part in shown(result, layers=against is not None if layers is None else layers):
         console.print(part)
-    console.print(str(json_path))
+    console.print(str(json_path), markup=False)
     failed = [gate for gate in result["gates"] if not gate["passed"]]
     for gate in failed:
         console.print(f"[red]failed:[/red] {describe(gate)}")
-    console.print(f"next: tetdeploy report {json_path}")
+    console.print(f"next: tetdeploy report {json_path}", markup=False)
     if failed:
         ctx.exit(FAILED)
 
@@ -184,7 +177,9 @@ class _Job:
         there = reference_path(engine.path).exists()
         reference = load_reference(engine) if there or self._needs_agreement else None
         if reference is None:
-            console.print(f"[dim]no {reference_path(engine.path).name}, so nothing is compared with PyTorch[/dim]")
+            console.print(
+                f"no {reference_path(engine.path).name}, so nothing is compared with PyTorch", style="dim", markup=False
+            )
         gates = self._placed(steps, compared=[t for t in steps if reference is not None and t <= reference.T])
         self._check(x, labels, steps)
         run = Pass(engine, x, labels, max(steps), batch_size=self.batch_size)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from tetdeploy.report.tables import count, energy
@@ -46,7 +47,7 @@ def shown(result: Mapping[str, Any], *, layers: bool) -> Iterator[str | Table]:
         layers: also a table of the layers of neurons.
     """
     rows, agreement, trained_T = result["rows"], result["agreement"], result["trained_T"]
-    yield f"{result['model']}   {result['num_samples']:,} images of {result['data']}   {result['layout']}"
+    yield escape(f"{result['model']}   {result['num_samples']:,} images of {result['data']}   {result['layout']}")
     yield cost_table(rows, trained_T)
     if rows[0]["accuracy"] is None:
         yield "[dim]images of the training: their accuracy says nothing; name a test set with --data[/dim]"

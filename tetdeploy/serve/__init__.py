@@ -4,6 +4,11 @@
 - `sequences`: requests that continue one another, each with its own LIF state.
 - `models`: an engine with its thread, its queue and its sequences.
 - `requests`: what a request of the protocol may say, and what is wrong with it.
+- `bodies`: how large requests may be, each and all together.
 - `metrics`: what Prometheus reads.
-- `server`: HTTP and gRPC, by KServe's Python server. The only part that needs the extra `serve`.
+- `protocol`: requests and models in KServe's terms.
+- `errors`, `rest`, `rpc`: what an error is to a client; the endpoints over HTTP; those over gRPC.
+- `server`: all of it, from start to a graceful stop.
+
+`bodies` and those after it need the extra `serve`.
 """

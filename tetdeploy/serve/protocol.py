@@ -1,7 +1,7 @@
 """The Open Inference Protocol v2 in KServe's terms: a `kserve.Model` for each served model, and how requests are read.
 
 KServe's own reading of binary tensors turns every value into a Python object, and a malformed request into an internal
-error; `TensorDataPlane` reads them in its place.
+error; `TensorDataPlane` reads them in its place. A model has one version, 1.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import struct
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -28,7 +28,27 @@ from tetdeploy.serve.requests import DATATYPES, Parameters, tensor
 from tetdeploy.serve.scheduler import StoppingError
 
 JSON_LENGTH = "inference-header-content-length"
+VERSION = "1"
 DOUBLE_PARAM = 4  # Triton's field number; KServe's InferParameter lacks it, so that it arrives as an unknown field
+
+
+class UnknownVersionError(ValueError):
+    """A model has no such version."""
+
+
+def check_version(name: str, version: str) -> None:
+    """Refuse a version that a model has not; "" leaves the choice to the server.
+
+    Raises:
+        UnknownVersionError: it is so.
+    """
+    if version not in ("", VERSION):
+        raise UnknownVersionError(f"{name} has the version {VERSION} only, got {version!r}; leave it out")
+
+
+def refuse_loading() -> NoReturn:
+    """What a client gets that wants models loaded or unloaded."""
+    raise InvalidInput("models are neither loaded nor unloaded while the server runs; name them when you start it")
 
 
 class OpenInferenceModel(Model):  # type: ignore[misc]
@@ -38,10 +58,6 @@ class OpenInferenceModel(Model):  # type: ignore[misc]
         super().__init__(served.name)
         self.served, self.metrics = served, metrics
         self.ready = True
-
-    def load(self) -> bool:
-        """What KServe calls for a model that is not ready, which ours are not while they finish."""
-        raise StoppingError("the server is shutting down; ask another one, or later")
 
     def get_input_types(self) -> list[dict[str, Any]]:
         engine = self.served.engine
@@ -65,6 +81,7 @@ class OpenInferenceModel(Model):  # type: ignore[misc]
             payload.id or str(uuid.uuid4()),
             self.name,
             outputs,
+            model_version=VERSION,
             from_grpc=payload.from_grpc,
             use_binary_outputs=payload.use_binary_outputs and not payload.from_grpc,  # there arrays always are
             requested_outputs=payload.request_outputs,
@@ -152,18 +169,43 @@ class TensorDataPlane(DataPlane):  # type: ignore[misc]
         }
 
     async def ready(self) -> bool:
-        return all([await model.healthy() for model in self.model_registry.get_models().values()])
+        return all(model.ready for model in self.model_registry.get_models().values())
 
-    def decode_inference_request(
-        self, body: bytes | InferenceRequest, headers: Mapping[str, str], model_name: str
-    ) -> InferRequest:
+    def running(self, name: str, version: str = "") -> OpenInferenceModel:
+        """A model that takes requests.
+
+        Raises:
+            ModelNotFound, UnknownVersionError: there is none.
+            StoppingError: it takes none any more.
+        """
+        model: OpenInferenceModel = self.get_model_from_registry(name)
+        check_version(name, version)
+        if not model.ready:
+            raise StoppingError("the server is shutting down; ask another one, or later")
+        return model
+
+    async def model_metadata(self, model_name: str, version: str = "") -> dict[str, Any]:
+        described: dict[str, Any] = await super().model_metadata(model_name)
+        check_version(model_name, version)
+        return described | {"versions": [VERSION]}
+
+    async def model_ready(self, model_name: str, version: str = "") -> bool:
+        model: OpenInferenceModel = self.get_model_from_registry(model_name)
+        check_version(model_name, version)
+        return model.ready
+
+    async def infer(
+        self, model_name: str, request: InferRequest, headers: Any = None
+    ) -> tuple[InferResponse, dict[str, str]]:
+        """What KServe's gRPC calls; its own takes four times of every request."""
+        return await self.running(model_name).predict(request), {}
+
+    def decode_inference_request(self, body: bytes, headers: Mapping[str, str], model_name: str) -> InferRequest:
         """A request as JSON, or as JSON followed by the inputs' bytes.
 
         Raises:
             InvalidInput: it is neither.
         """
-        if not isinstance(body, bytes):
-            return InferRequest.from_inference_request(body, model_name)
         length = _json_length(headers.get(JSON_LENGTH), len(body))
         try:
             request = _BinaryRequest.model_validate_json(body[:length])

@@ -1,4 +1,4 @@
-"""The inference server: KServe's REST and gRPC endpoints on uvicorn and grpc.aio, with our models behind them.
+"""The inference server: HTTP on uvicorn and gRPC on grpc.aio, from start to a graceful stop.
 
 `kserve.ModelServer` itself is not used: it binds to all interfaces, lets clients unload models, and logs a traceback
 for every bad request.
@@ -8,53 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import grpc
 import uvicorn
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from fastapi.requests import Request
-from fastapi.responses import JSONResponse
-from grpc_interceptor import AsyncExceptionToStatusInterceptor
 from kserve import ModelRepository
-from kserve.errors import InvalidInput, ModelNotFound, ModelNotReady
-from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
-from kserve.protocol.grpc.servicer import InferenceServicer
-from kserve.protocol.rest.server import metrics_handler
-from kserve.protocol.rest.v2_endpoints import register_v2_endpoints
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from tetdeploy.engine import Engine
+from tetdeploy.serve.bodies import BodyLimit, Budget, Sizes
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.models import Bounds, ServedModel, step_energy_pj
-from tetdeploy.serve.protocol import OpenInferenceModel, TensorDataPlane, malformed
-from tetdeploy.serve.scheduler import CallFailedError, Limits, QueueFullError, StoppingError
-from tetdeploy.serve.sequences import LostSequenceError, TooManySequencesError, UnknownSequenceError
+from tetdeploy.serve.protocol import OpenInferenceModel, TensorDataPlane
+from tetdeploy.serve.rest import application
+from tetdeploy.serve.rpc import grpc_server
+from tetdeploy.serve.scheduler import Limits
 
-logger = logging.getLogger(__name__)
-
-# What an error is to a client: the first class that fits. Anything else is our bug, and says nothing to clients.
-STATUS: dict[type[Exception], tuple[int, grpc.StatusCode]] = {
-    QueueFullError: (503, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    TooManySequencesError: (503, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    StoppingError: (503, grpc.StatusCode.UNAVAILABLE),
-    ModelNotReady: (503, grpc.StatusCode.UNAVAILABLE),
-    UnknownSequenceError: (404, grpc.StatusCode.NOT_FOUND),
-    ModelNotFound: (404, grpc.StatusCode.NOT_FOUND),
-    LostSequenceError: (500, grpc.StatusCode.ABORTED),
-    CallFailedError: (500, grpc.StatusCode.INTERNAL),
-    NotImplementedError: (400, grpc.StatusCode.INVALID_ARGUMENT),  # KServe's, for versions of a model
-    InvalidInput: (400, grpc.StatusCode.INVALID_ARGUMENT),
-}
-BODY_SECONDS = 30.0  # that a body may take to arrive
 GRACE_SECONDS = 30.0  # that requests may take to finish once the server is told to stop
 
 
@@ -73,7 +47,7 @@ def serve(
     limits: Limits,
     bounds: Bounds,
     *,
-    max_request_bytes: int,
+    sizes: Sizes,
     announce: Callable[[str, str], None],
 ) -> None:
     """Serve models, by name, until SIGINT or SIGTERM; then finish what was taken.
@@ -84,7 +58,7 @@ def serve(
     Raises:
         OSError: an address cannot be listened to.
     """
-    asyncio.run(_serve(engines, address, limits, bounds, max_request_bytes, announce))
+    asyncio.run(_serve(engines, address, limits, bounds, sizes, announce))
 
 
 async def _serve(
@@ -92,7 +66,7 @@ async def _serve(
     address: Address,
     limits: Limits,
     bounds: Bounds,
-    max_request_bytes: int,
+    sizes: Sizes,
     announce: Callable[[str, str], None],
 ) -> None:
     metrics, models, repository = Metrics(), [], ModelRepository()
@@ -102,10 +76,11 @@ async def _serve(
         models.append(OpenInferenceModel(served, metrics))
         repository.update(models[-1])
     plane = TensorDataPlane(model_registry=repository)
-    stop = _stop_signal()
+    stop, budget = _stop_signal(), Budget(sizes.max_total)
     with _listening(address.host, address.http_port) as listener:
-        rpc, grpc_port = await _start_grpc(plane, metrics, address, max_request_bytes)
-        server = _http_server(_application(plane, metrics, max_request_bytes))
+        rpc = grpc_server(plane, metrics, sizes.max_request, budget)
+        grpc_port = await _start_grpc(rpc, address)
+        server = _http_server(BodyLimit(application(plane, metrics), sizes.max_request, budget))
         http = asyncio.create_task(server.serve([listener]))
         expiry = asyncio.create_task(_expire([model.served for model in models], bounds.sequence_timeout))
         announce(f"{address.host}:{listener.getsockname()[1]}", f"{address.host}:{grpc_port}")
@@ -120,8 +95,11 @@ async def _serve(
 
 
 def _step_energy_pj(engine: Engine) -> float | None:
-    """By an engine of its own: the counting graph is not needed again."""
-    return step_energy_pj(Engine(engine.path)) if engine.device == "cpu" else None
+    """By an engine of its own, since the counting graph is not needed again; but for OpenVINO (2026.4), with which a
+    server that had let go of one crashed when it was stopped, at four times of six."""
+    if engine.device != "cpu":
+        return None
+    return step_energy_pj(engine if engine.runtime == "openvino" else Engine(engine.path))
 
 
 def _stop_signal() -> asyncio.Event:
@@ -171,147 +149,12 @@ def _http_server(app: ASGIApp) -> uvicorn.Server:
     return _Uvicorn(config)
 
 
-async def _start_grpc(
-    plane: TensorDataPlane, metrics: Metrics, address: Address, max_request_bytes: int
-) -> tuple[grpc.aio.Server, int]:
-    server = grpc.aio.server(
-        interceptors=[_Statuses(metrics)],
-        options=[
-            ("grpc.max_receive_message_length", max_request_bytes),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.so_reuseport", 0),  # or a second server would share the port in silence
-        ],
-    )
-    add_GRPCInferenceServiceServicer_to_server(InferenceServicer(plane, _FixedModels()), server)
+async def _start_grpc(server: grpc.aio.Server, address: Address) -> int:
+    """Let it listen; gives the port."""
     host = f"[{address.host}]" if ":" in address.host else address.host
     try:
-        port = server.add_insecure_port(f"{host}:{address.grpc_port}")
+        port: int = server.add_insecure_port(f"{host}:{address.grpc_port}")
     except RuntimeError as error:
         raise OSError(f"cannot listen on {host}:{address.grpc_port}; choose another --grpc-port") from error
     await server.start()
-    return server, port
-
-
-class _FixedModels:
-    """KServe's repository extension, refused: the models are those that the server was started with."""
-
-    async def load(self, model_name: str) -> NoReturn:
-        raise InvalidInput("models are neither loaded nor unloaded while the server runs; name them when you start it")
-
-    unload = load
-
-
-def status_of(error: Exception) -> tuple[int, grpc.StatusCode, str]:
-    """HTTP status, gRPC status and message for an error."""
-    for kind, (http, rpc) in STATUS.items():
-        if isinstance(error, kind):
-            if http == 500:
-                logger.error("%s", error, exc_info=error.__cause__)
-            return http, rpc, str(error)
-    logger.error("a bug of the server", exc_info=error)
-    return 500, grpc.StatusCode.INTERNAL, "internal error"
-
-
-class _Statuses(AsyncExceptionToStatusInterceptor):
-    """Errors as gRPC statuses."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        super().__init__()
-        self._metrics = metrics
-
-    async def handle_exception(
-        self, ex: Exception, request_or_iterator: Any, context: Any, method_name: str
-    ) -> NoReturn:
-        http, rpc, message = status_of(ex)
-        if method_name.endswith("/ModelInfer"):
-            self._metrics.refuse(request_or_iterator.model_name, http)
-        await context.abort(rpc, message)
-        raise AssertionError("abort raises")
-
-
-def _application(plane: TensorDataPlane, metrics: Metrics, max_request_bytes: int) -> ASGIApp:
-    app = FastAPI(title="tetdeploy", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_api_route("/metrics", metrics_handler, methods=["GET"])
-    register_v2_endpoints(app, plane, _FixedModels())
-
-    def refused(request: Request, status: int, message: str) -> JSONResponse:
-        if (model := request.path_params.get("model_name")) and request.method == "POST":
-            metrics.refuse(model, status)
-        return JSONResponse({"error": message}, status)
-
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        status, _, message = status_of(error)
-        return refused(request, status, message)
-
-    async def unreadable(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return refused(request, 400, malformed(error.errors()))
-
-    async def no_such_page(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        return refused(request, error.status_code, error.detail)
-
-    for kind in (*STATUS, Exception):
-        app.add_exception_handler(kind, failed)
-    app.add_exception_handler(RequestValidationError, unreadable)
-    app.add_exception_handler(HTTPException, no_such_page)
-    return BodyLimit(app, max_request_bytes)
-
-
-class BodyLimit:
-    """Reads the body of a request before the application does: within a size and a time."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            return await self.app(scope, receive, send)
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        try:
-            body = await asyncio.wait_for(self._read(headers, receive), BODY_SECONDS)
-        except _BodyRefusedError as refused:
-            return await JSONResponse({"error": str(refused)}, refused.status)(scope, receive, send)
-        except TimeoutError:
-            message = f"the body took more than {BODY_SECONDS:g} s to arrive"
-            return await JSONResponse({"error": message}, 408)(scope, receive, send)
-        if body is not None:
-            await self.app(scope, _replay(body, receive), send)
-        return None
-
-    async def _read(self, headers: dict[bytes, str], receive: Receive) -> bytes | None:
-        """The whole body; None if the client left before its end. A body that is too large is thrown away as it comes:
-        a client that is still sending when the connection closes would not see the answer."""
-        if headers.get(b"content-encoding", "identity") != "identity":
-            raise _BodyRefusedError(415, "compressed bodies are not read here; send them as they are")
-        parts: list[bytes] = []
-        size, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            size += len(message.get("body", b""))
-            parts.append(message.get("body", b""))
-            if size > self.max_bytes:
-                parts.clear()
-            more = message.get("more_body", False)
-        if size > self.max_bytes:
-            wanted = f"a request may hold at most {self.max_bytes:,} bytes, got {size:,}"
-            raise _BodyRefusedError(413, f"{wanted}; --max-request-mb sets the server's limit")
-        return b"".join(parts)
-
-
-class _BodyRefusedError(ValueError):
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
-    """A body that was read already, for the application to read; then what else the client says."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
+    return port

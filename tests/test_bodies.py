@@ -1,0 +1,160 @@
+"""The bodies of requests, read beside each other by a server that is no more than this."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("starlette", reason="needs the extra serve")
+from starlette.types import Message, Receive, Scope, Send
+
+from tetdeploy.serve import bodies
+from tetdeploy.serve.bodies import BodyLimit, Budget, OverBudgetError
+
+
+class Client:
+    """A request whose body comes when the test sends it."""
+
+    def __init__(self, limit: BodyLimit, method: str = "POST", headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+        self._coming: asyncio.Queue[Message] = asyncio.Queue()
+        self._sent: list[Message] = []
+        scope: Scope = {"type": "http", "method": method, "path": "/", "headers": list(headers)}
+        self._call = asyncio.create_task(limit(scope, self._coming.get, self._send))
+
+    async def _send(self, message: Message) -> None:
+        self._sent.append(message)
+
+    async def send(self, body: bytes, *, more: bool = False) -> None:
+        self._coming.put_nowait({"type": "http.request", "body": body, "more_body": more})
+        await self._settled()
+
+    async def leave(self) -> None:
+        self._coming.put_nowait({"type": "http.disconnect"})
+        await self._settled()
+
+    async def _settled(self) -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    async def answer(self) -> tuple[int, str]:
+        await asyncio.wait_for(self._call, 10)
+        status, body = self._sent
+        return status["status"], json.loads(body["body"]).get("error", "")
+
+
+class App:
+    """Keeps a request until it is let go, then answers with its length."""
+
+    def __init__(self) -> None:
+        self.let_go = asyncio.Event()
+        self.lengths: list[int] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.lengths.append(len((await receive())["body"]))
+        await self.let_go.wait()
+        await bodies.JSONResponse({})(scope, receive, send)
+
+
+def running(test: Callable[[BodyLimit, App], Any], *, max_bytes: int = 100, max_total: int = 250) -> None:
+    async def run() -> None:
+        app = App()
+        limit = BodyLimit(app, max_bytes, Budget(max_total))
+        await asyncio.wait_for(test(limit, app), 20)
+        assert limit.budget.held == 0
+
+    asyncio.run(run())
+
+
+def test_half_bodies_together_hold_no_more_than_the_budget() -> None:
+    async def test(limit: BodyLimit, app: App) -> None:
+        app.let_go.set()
+        slow = [Client(limit) for _ in range(3)]
+        for client in slow:
+            await client.send(bytes(80), more=True)
+        assert limit.budget.held == 240
+        late = Client(limit)
+        await late.send(bytes(11))
+        status, error = await late.answer()
+        assert (status, "may hold 250 bytes and hold 240 already" in error) == (503, True)
+        assert "--max-total-mb" in error
+        await slow[0].leave()  # its bytes are free again
+        again = Client(limit)
+        await again.send(bytes(11))
+        assert await again.answer() == (200, "")
+        for client in slow[1:]:
+            await client.send(bytes(20))
+            assert await client.answer() == (200, "")
+        assert app.lengths == [11, 100, 100]
+
+    running(test)
+
+
+def test_a_body_counts_until_it_is_answered() -> None:
+    async def test(limit: BodyLimit, app: App) -> None:
+        clients = [Client(limit) for _ in range(2)]
+        for client in clients:
+            await client.send(bytes(100))
+        refused = Client(limit)
+        await refused.send(bytes(60))
+        assert (await refused.answer())[0] == 503
+        app.let_go.set()
+        assert [await client.answer() for client in clients] == [(200, ""), (200, "")]
+
+    running(test)
+
+
+def test_what_is_refused_is_thrown_away_as_it_comes() -> None:
+    async def test(limit: BodyLimit, app: App) -> None:
+        large = Client(limit)
+        await large.send(bytes(90), more=True)
+        await large.send(bytes(90), more=True)
+        assert limit.budget.held == 0
+        await large.send(bytes(1000))
+        status, error = await large.answer()
+        assert (status, "at most 100 bytes, got 1,180" in error) == (413, True)
+        over = [Client(limit) for _ in range(3)]
+        for client in over:
+            await client.send(bytes(90), more=True)
+        assert limit.budget.held == 180  # the third holds nothing, and is told once it has sent all
+        await over[2].send(bytes(10))
+        assert (await over[2].answer())[0] == 503
+        for client in over[:2]:
+            await client.leave()
+
+    running(test)
+
+
+def test_a_slow_body_gives_its_bytes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
+
+    async def test(limit: BodyLimit, app: App) -> None:
+        client = Client(limit)
+        await client.send(bytes(80), more=True)
+        status, error = await client.answer()
+        assert (status, error) == (408, "the body took more than 0.05 s to arrive")
+
+    running(test)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 60)), max_size=40))
+def test_a_budget_is_the_sum_of_its_shares(added: list[tuple[int, int]]) -> None:
+    budget, sizes = Budget(100), [0] * 5
+    shares = [budget.share() for _ in sizes]
+    for who, size in added:
+        if sum(sizes) + size <= 100:
+            shares[who].add(size)
+            sizes[who] += size
+        else:
+            with pytest.raises(OverBudgetError, match="may hold 100 bytes"):
+                shares[who].add(size)
+        assert budget.held == sum(sizes)
+    for share in shares:
+        with share:
+            pass
+    assert budget.held == 0

@@ -1,0 +1,40 @@
+"""What an error is to a client."""
+
+from __future__ import annotations
+
+import logging
+
+import grpc
+from kserve.errors import InvalidInput, ModelNotFound
+
+from tetdeploy.serve.bodies import OverBudgetError
+from tetdeploy.serve.protocol import UnknownVersionError
+from tetdeploy.serve.scheduler import CallFailedError, QueueFullError, StoppingError
+from tetdeploy.serve.sequences import LostSequenceError, TooManySequencesError, UnknownSequenceError
+
+logger = logging.getLogger(__name__)
+
+# The first class that fits. Anything else is our bug, and says nothing to clients.
+STATUS: dict[type[Exception], tuple[int, grpc.StatusCode]] = {
+    OverBudgetError: (503, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    QueueFullError: (503, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    TooManySequencesError: (503, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    StoppingError: (503, grpc.StatusCode.UNAVAILABLE),
+    UnknownSequenceError: (404, grpc.StatusCode.NOT_FOUND),
+    UnknownVersionError: (404, grpc.StatusCode.NOT_FOUND),
+    ModelNotFound: (404, grpc.StatusCode.NOT_FOUND),
+    LostSequenceError: (500, grpc.StatusCode.ABORTED),
+    CallFailedError: (500, grpc.StatusCode.INTERNAL),
+    InvalidInput: (400, grpc.StatusCode.INVALID_ARGUMENT),
+}
+
+
+def status_of(error: Exception) -> tuple[int, grpc.StatusCode, str]:
+    """HTTP status, gRPC status and message for an error."""
+    for kind, (http, rpc) in STATUS.items():
+        if isinstance(error, kind):
+            if http == 500:
+                logger.error("%s", error, exc_info=error.__cause__)
+            return http, rpc, str(error)
+    logger.error("a bug of the server", exc_info=error)
+    return 500, grpc.StatusCode.INTERNAL, "internal error"

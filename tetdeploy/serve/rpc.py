@@ -1,0 +1,82 @@
+"""The Open Inference Protocol v2 over gRPC: KServe's servicer with our models behind it."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import grpc
+from grpc_interceptor import AsyncExceptionToStatusInterceptor
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+from kserve.protocol.grpc.servicer import InferenceServicer
+
+from tetdeploy.serve.bodies import Budget
+from tetdeploy.serve.errors import status_of
+from tetdeploy.serve.metrics import Metrics
+from tetdeploy.serve.protocol import TensorDataPlane, check_version, refuse_loading
+
+
+def grpc_server(plane: TensorDataPlane, metrics: Metrics, max_request_bytes: int, budget: Budget) -> grpc.aio.Server:
+    """The server, which listens nowhere yet."""
+    server = grpc.aio.server(
+        interceptors=[_Calls(metrics, budget)],
+        options=[
+            ("grpc.max_receive_message_length", max_request_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),  # or a second server would share the port in silence
+        ],
+    )
+    add_GRPCInferenceServiceServicer_to_server(_Servicer(plane, _FixedModels()), server)
+    return server
+
+
+class _Servicer(InferenceServicer):  # type: ignore[misc]
+    """KServe's, which ignores versions and does not tell of them."""
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+        check_version(request.name, request.version)
+        answer = await super().ModelMetadata(request, context)
+        answer.versions.extend((await self._data_plane.model_metadata(request.name))["versions"])
+        return answer
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        check_version(request.name, request.version)
+        return await super().ModelReady(request, context)
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        check_version(request.model_name, request.model_version)
+        return await super().ModelInfer(request, context)
+
+
+class _FixedModels:
+    """KServe's repository extension, refused."""
+
+    async def load(self, model_name: str) -> NoReturn:
+        refuse_loading()
+
+    unload = load
+
+
+class _Calls(AsyncExceptionToStatusInterceptor):
+    """What all calls have in common: the budget that they share with HTTP, and errors as statuses. A message counts
+    once it is here: gRPC says nothing of those on their way."""
+
+    def __init__(self, metrics: Metrics, budget: Budget) -> None:
+        super().__init__()
+        self._metrics, self._budget = metrics, budget
+
+    async def intercept(self, method: Any, request_or_iterator: Any, context: Any, method_name: str) -> Any:
+        async def within_budget(request: Any, context: Any) -> Any:
+            with self._budget.share() as share:
+                share.add(request.ByteSize())
+                return await method(request, context)
+
+        return await super().intercept(within_budget, request_or_iterator, context, method_name)
+
+    async def handle_exception(
+        self, ex: Exception, request_or_iterator: Any, context: Any, method_name: str
+    ) -> NoReturn:
+        http, rpc, message = status_of(ex)
+        if method_name.endswith("/ModelInfer"):
+            self._metrics.refuse(request_or_iterator.model_name, http)
+        await context.abort(rpc, message)
+        raise AssertionError("abort raises")
