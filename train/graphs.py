@@ -83,10 +83,10 @@ class StepGraphs:
             ValueError: it cannot be recorded, because it waits for the GPU for instance.
         """
         key = (key, x.shape, x.dtype, labels.shape)
-        with torch.cuda.device(x.device):
-            if key not in self._graphs:
+        if key not in self._graphs:
+            with torch.cuda.device(x.device):
                 self._graphs[key] = self._record(compute, x.clone(), labels.clone())
-            return self._graphs[key].replay(x, labels)
+        return self._graphs[key].replay(x, labels)
 
     def _record(self, compute: Compute, x: Tensor, labels: Tensor) -> Recorded:
         random, buffers = torch.cuda.get_rng_state(), [*self._network.buffers()]
