@@ -5,9 +5,9 @@
     python examples/benchmarks/gpu_training.py --device cpu --width 0.125 --batch 4     a smoke run; says nothing
 
 Every side trains the same layers (the ANN twin with ReLU for neurons, on T times the images) on fixed random images,
-with TET's loss and fused SGD. Each has a process of its own on the same card: SpikingJelly chooses its kernels at import
-(`SJ_LIF_CUDA_IMPLEMENTATION`), and a side that fails takes nothing with it: its reason is printed. The sides take turns;
-times are medians of CUDA events round a step, memory is what PyTorch had allocated at most.
+with TET's loss and fused SGD, each in a process of its own on the same card: SpikingJelly chooses its kernels at import
+(`SJ_LIF_CUDA_IMPLEMENTATION`), and a side that fails says why and takes nothing with it. The sides take turns; times
+are medians of CUDA events round a step, memory is what PyTorch had allocated at most.
 
     loop             LIF as a loop of PyTorch operations over T, contiguous (memory.py)
     NCHW             our neurons, contiguous
@@ -24,7 +24,6 @@ gradients, membranes' gradients written) and the currents' gradients (3); a resi
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import statistics
 import sys
@@ -34,7 +33,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +49,14 @@ from tetdeploy.networks import ann_twin, build_network
 from tetdeploy.networks.blocks import ResidualBlock
 from tetdeploy.neurons import LIF
 from tetdeploy.train import TrainConfig, total_loss
-from tetdeploy.train.device import autocast, device_name, pick_device, pick_precision, place, tuned_convolutions
+from tetdeploy.train.device import autocast, device_name, pick_device, pick_precision, place
 from tetdeploy.train.graphs import StepGraphs, check_graphs
 from tetdeploy.train.optimizer import build_optimizer
 from tetdeploy.train.ranks import Ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from memory import loop_twin, peak_bytes
+from turns import Answer, Worker
 
 SIDES = ("loop", "NCHW", "tetdeploy", "tetdeploy graphs")
 SIDES += tuple(f"SJ {backend} {layout}" for backend in ("torch", "triton", "cuda") for layout in ("NCHW", "NHWC"))
@@ -170,31 +169,22 @@ def resetting(side: str) -> Callable[[nn.Module], None]:
 # --- a side's process
 
 
-def work(connection: Connection, side: str, case: Case, threads: int | None) -> None:
-    """Answers requests until None: ("ok", what was asked for) or ("failed", why)."""
+def open_side(side: str, case: Case, threads: int | None) -> Answer:
+    """What answers "turn", "profile" and "floor"."""
     if side.startswith("SJ"):
         os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = side.split()[1]
     if threads is not None:
         torch.set_num_threads(threads)
-    step: Step | None = None
-    with tuned_convolutions():
-        while request := connection.recv():
-            try:
-                if request == FLOOR:
-                    connection.send(("ok", floor(case)))
-                    continue
-                step = step or Step(side, case)
-                connection.send(("ok", {"turn": turn, "profile": profile}[request](step, case.steps)))
-            except Exception as error:
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                connection.send(("failed", reason[0]))
+    torch.backends.cudnn.benchmark = True  # as in training
+    step = Step(side, case)
+    return lambda request: {"turn": turn, "profile": profile, FLOOR: floor}[request](step, case)
 
 
-def turn(step: Step, count: int) -> dict[str, Any]:
+def turn(step: Step, case: Case) -> dict[str, Any]:
     """Milliseconds of each step, after two that do not count, and MB at the peak."""
     step()
     step()
-    taken = timed(step, count, step.device)
+    taken = timed(step, case.steps, step.device)
     peak = peak_bytes(step.device) / 1e6
     if step.device.type == "cuda":
         torch.cuda.empty_cache()  # for the other processes
@@ -217,13 +207,13 @@ def timed(call: Callable[[], Any], count: int, device: torch.device) -> list[flo
     return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
-def profile(step: Step, count: int) -> dict[str, float]:
+def profile(step: Step, case: Case) -> dict[str, float]:
     """Milliseconds of a step by kind of operator: of kernels on a GPU, of operators' own time on a CPU."""
     on_gpu = step.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
     step()
     with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(count):
+        for _ in range(case.steps):
             step()
         if on_gpu:
             torch.cuda.synchronize(step.device)
@@ -231,9 +221,9 @@ def profile(step: Step, count: int) -> dict[str, float]:
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CPU:
             own = sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
-            found[kind_of(event)] += own / 1e3 / count
+            found[kind_of(event)] += own / 1e3 / case.steps
         elif not event.is_user_annotation:
-            found["kernels"] += event.device_time_total / 1e3 / count
+            found["kernels"] += event.device_time_total / 1e3 / case.steps
     kernels = found.pop("kernels", 0.0)
     if on_gpu:  # such as those of a graph, which no operator launches
         found[REST] += max(kernels - found.total(), 0.0)
@@ -268,9 +258,8 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def floor(case: Case) -> dict[str, float]:
+def floor(step: Step, case: Case) -> dict[str, float]:
     """Milliseconds that convolutions take by themselves, what they compute, and the bytes of all the rest."""
-    step = Step("tetdeploy", case)
     residuals: list[int] = []
     for module in step.network.modules():
         if isinstance(module, ResidualBlock):
@@ -317,55 +306,28 @@ def convolution(
 # --- the processes' turns, and the result
 
 
-class Worker:
-    def __init__(self, side: str, case: Case, threads: int | None) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs, side, case, threads), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def ask(self, request: str) -> tuple[str, Any]:
-        try:
-            self._connection.send(request)
-            answer: tuple[str, Any] = self._connection.recv()
-        except (EOFError, OSError):
-            self._process.join(10)
-            return "failed", f"its process ended with {self._process.exitcode}"
-        return answer
-
-    def end(self) -> None:
-        try:
-            self._connection.send(None)
-        except OSError:
-            return  # it has ended
-        self._process.join(30)
-
-
 def measure(sides: list[str], case: Case, turns: int, threads: int | None) -> dict[str, Any]:
-    """By side {"median_ms", "peak_mb", "profile_ms"}, or {"failed": why}; and "floor"."""
-    found: dict[str, Any] = {side: {"ms": []} for side in sides}
-    workers = {side: Worker(side, case, threads) for side in sides}
-    for number in range(turns + 1):  # the first warms up, and its peak memory is that of autotuning too
-        for side in sides:
-            if "failed" in found[side]:
-                continue
-            status, answer = workers[side].ask("turn")
-            if status == "failed":
-                found[side] = {"failed": answer}
-                workers[side].end()
-            elif number > 0:
-                found[side] |= {"ms": [*found[side]["ms"], *answer["ms"]], "peak_mb": answer["peak_mb"]}
-    for side in sides:
-        if "failed" not in found[side]:
-            found[side]["median_ms"] = statistics.median(found[side].pop("ms"))
-            status, answer = workers[side].ask("profile")
-            found[side]["profile_ms" if status == "ok" else "no_profile"] = answer
-            workers[side].end()
-    last = Worker(FLOOR, case, threads)
-    status, answer = last.ask(FLOOR)
+    """ "sides", each with "median_ms", "peak_mb" and "profile_ms", or with "failed"; and "floor"."""
+    workers = {side: Worker(open_side, side, case, threads) for side in sides}
+    taken: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for number in range(turns + 1):
+        for side, worker in workers.items():
+            answer = worker.ask("turn")
+            if number > 0 and answer is not None:  # the first turn warms up
+                taken[side].append(answer)
+    found: dict[str, Any] = {}
+    for side, worker in workers.items():
+        found[side] = {"profile_ms": worker.ask("profile")}
+        if worker.failed:
+            found[side] = {"failed": worker.failed}
+            continue
+        found[side]["median_ms"] = statistics.median(ms for answer in taken[side] for ms in answer["ms"])
+        found[side]["peak_mb"] = max(answer["peak_mb"] for answer in taken[side])
+        worker.end()
+    last = Worker(open_side, "tetdeploy", case, threads)
+    answer = last.ask(FLOOR) or {"failed": last.failed}
     last.end()
-    return {"sides": found, "floor": answer if status == "ok" else {"failed": answer}}
+    return {"sides": found, "floor": answer}
 
 
 def ratios(found: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
@@ -403,10 +365,10 @@ def show(results: dict[str, Any]) -> None:
     for side, found in results["sides"].items():
         if "failed" in found:
             continue
-        shares = found.get("profile_ms", {})
+        shares = found["profile_ms"]
         speed = 1e3 * case["batch"] / found["median_ms"]
         cells = (f"{found['median_ms']:.2f}", f"{speed:,.0f}", f"{found['peak_mb']:,.0f}")
-        table.add_row(side, *cells, *(f"{shares[kind]:.2f}" if shares else "" for kind in (*KINDS, REST)))
+        table.add_row(side, *cells, *(f"{shares[kind]:.2f}" for kind in (*KINDS, REST)))
     console.print(table)
     for side, found in results["sides"].items():
         if "failed" in found:
