@@ -205,11 +205,11 @@ def main(
 ) -> None:
     try:
         card = device_name(pick_device(device))
-    except ValueError as error:
+        classifier, images = untrained(model, width, data_dir, T)
+    except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     sizes = sorted(int(size) for size in batch.split(","))
     sides = [side for side in SIDES if side.startswith(begins or "")]
-    classifier, images = untrained(model, width, data_dir, T)
     results: dict[str, Any] = {"model": model, "width": width, "T": T, "card": card, "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
