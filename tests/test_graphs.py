@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,3 +261,24 @@ def test_a_step_that_waits_cannot_be_recorded() -> None:
     x = torch.ones(3, 2, device="cuda")
     with pytest.raises(ValueError, match=r"cannot be recorded as a CUDA graph .*; leave out --cuda-graphs"):
         StepGraphs(network)("key", compute, x, x)
+
+
+@gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_cut_run_goes_on_there_and_elsewhere(tmp_path: Path, optimizer: str) -> None:
+    """Fused updates take the moments that come back, in the weights' layout; the loss goes on where it was."""
+    config = settings(device="cuda", optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 2e-3)
+    whole = train(classifier(), TRAIN, VAL, config, tmp_path / "whole", progress=False)
+    cut, count = classifier(), iter(range(1, 1000))
+
+    def stop(network: nn.Module, *_: Any) -> None:
+        if network.training and next(count) == 7:  # of 5 an epoch
+            signal.raise_signal(signal.SIGINT)
+
+    cut.network.register_forward_hook(stop)
+    assert train(cut, TRAIN, VAL, config, tmp_path / "cut", progress=False, shards_mb=1).interrupted
+    shards = shutil.copytree(tmp_path / "cut" / "shards", tmp_path / "shards")
+    assert train(classifier(), TRAIN, VAL, config, tmp_path / "cut", progress=False, resume=True).epochs == whole.epochs
+    train(classifier(), TRAIN, VAL, config, tmp_path / "second", progress=False, restart_from=shards)
+    losses = [records(tmp_path / name)[-1]["train_loss"] for name in ("whole", "cut", "second")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[2] == pytest.approx(losses[0], rel=0.3)
