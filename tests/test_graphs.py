@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetdeploy.cli import main
 from tetdeploy.data import ImageSet
@@ -158,20 +159,30 @@ def gpu(test: Any) -> Any:
     return test
 
 
+class Layouts(TorchDispatchMode):
+    """Sees whether the input and the output of each convolution are channels-last. (Hooks would switch fusion off.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[bool, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            last = torch.channels_last
+            self.seen.append((args[0].is_contiguous(memory_format=last), output.is_contiguous(memory_format=last)))
+        return output
+
+
 @gpu
 def test_activations_are_channels_last() -> None:
-    network, seen = classifier(), []
+    network = classifier()
     place(network, torch.device("cuda"))
-
-    def look(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        seen.append(output.is_contiguous(memory_format=torch.channels_last))
-
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(look)
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast("cuda", torch.bfloat16), Layouts() as layouts:
         network(torch.from_numpy(TRAIN.x[:16]).cuda(), 2)
-    assert len(seen) == 20 and all(seen)
+    inputs, outputs = zip(*layouts.seen, strict=True)
+    assert len(outputs) == 20 and all(outputs)
+    assert all(inputs[1:])  # of the first, images as they come
 
 
 @gpu

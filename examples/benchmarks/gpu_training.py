@@ -65,7 +65,7 @@ FLOOR = "floor"
 PASSES, PASSES_OF_A_RESIDUAL, BANDWIDTH = 9, 2, 3e12
 KINDS = {
     "convolutions": ("conv",),
-    "neurons, and what is fused into them": ("lif", "spike"),
+    "neurons, and what is fused into them": ("lif", "spike", "_ongpu"),
     "BN": ("batch_norm", "batchnorm"),
     "copies, casts": ("copy_", "_to_copy", "contiguous", "clone"),
     "optimiser": ("optimizer", "_fused_sgd"),
