@@ -75,6 +75,24 @@ def test_there_is_a_recipe_for_each_table_and_figure() -> None:
     assert {f"comparison-cifar{c}-T{T}" for c in (10, 100) for T in (2, 4, 6)} <= names
     assert {"modern-cifar10", "modern-cifar10-teacher", "comparison-dvs-cifar10-tet"} <= names
     assert {"imagenet-spiking-resnet34", "imagenet-sew-resnet34"} <= names
+    assert {f"headline-cifar10{what}" for what in ("", "-ann", "-distilled")} <= names
+    assert {"headline-cifar100", "headline-cifar100-sdt"} <= names
+
+
+def test_the_headlines_twins_differ_from_it_in_nothing_else() -> None:
+    def recipe(name: str) -> dict[str, Any]:
+        return read_recipe(RECIPES[0].with_name(f"headline-{name}.toml"), train)
+
+    def different(one: str, other: str) -> set[str]:
+        first, second = recipe(one), recipe(other)
+        return {key for key in first | second if first.get(key) != second.get(key)}
+
+    assert different("cifar10", "cifar100") == {"data"}
+    assert different("cifar100", "cifar100-sdt") == {"loss", "lam"}  # lam plays no part in SDT
+    assert different("cifar10", "cifar10-distilled") == {"distill"}
+    assert different("cifar10", "cifar10-ann") == {"ann", "T", "tit", "epochs", "lam"}
+    stages = configurations("--config", str(RECIPES[0].with_name("headline-cifar10.toml")))[0].stages
+    assert [(stage.T, stage.epochs) for stage in stages] == [(2, 80), (4, 40)]
 
 
 def test_the_commands_defaults_are_those_of_the_configuration() -> None:

@@ -72,7 +72,7 @@ def load(path: Path | str, *, network: nn.Module | None = None) -> Classifier:
     """The trained classifier of a checkpoint, on the CPU and in eval mode.
 
     Args:
-        path: a checkpoint, or a run folder that holds one.
+        path: a checkpoint, a run folder that holds one, or a folder of shards (`tetdeploy train --shards-mb`).
         network: an instance of the user's own network, needed if the checkpoint was trained with one
             (`package.module:function`): a file never decides what code is imported.
 
@@ -86,9 +86,8 @@ def load(path: Path | str, *, network: nn.Module | None = None) -> Classifier:
     import_extra("torch", "train")
     from tetdeploy.networks import Classifier, build_network
 
-    file = checkpoint_file(path)
-    metadata = read_metadata(file)
-    config, arguments = _classifier_arguments(metadata, file)
+    file = weights_file(path)
+    config, arguments = _classifier_arguments(read_metadata(file), file)
     classifier = Classifier(build_network(config) if network is None else network, config=config, **arguments)
     load_weights(classifier, file)
     return classifier.eval()
@@ -99,15 +98,21 @@ def load_weights(classifier: Classifier, path: Path | str) -> None:
 
     Args:
         classifier: keeps its own configuration and normalisation; only its network's state changes.
-        path: a checkpoint, or a run folder that holds one.
+        path: a checkpoint, a run folder that holds one, or a folder of shards.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not a checkpoint of ours, or keys are missing, unexpected or misshapen (all are named).
     """
-    file = checkpoint_file(path)
+    from tetdeploy.shards import is_sharded, read_shards
+
+    file = weights_file(path)
     read_metadata(file)
-    tensors = read_tensors(file)
+    if is_sharded(file):
+        named = read_shards(file).items()
+        tensors = {name.removeprefix("network."): tensor for name, tensor in named if name.startswith("network.")}
+    else:
+        tensors = read_tensors(file)
     check_keys(tensors, classifier.network.state_dict(), file)
     classifier.network.load_state_dict(tensors)
 
@@ -116,14 +121,16 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     """What a checkpoint says about itself, without torch: {"format", "network", "data", "training", "provenance"}.
 
     Args:
-        path: a checkpoint, or a run folder that holds one.
+        path: a checkpoint, a run folder that holds one, or a folder of shards.
 
     Raises:
         FileNotFoundError: there is no such file, or the run has no checkpoint yet.
         ValueError: not a checkpoint of ours, truncated, or a pickle.
     """
-    file = checkpoint_file(path)
-    content = read_content(file)
+    from tetdeploy.shards import is_sharded, read_shards_content
+
+    file = weights_file(path)
+    content = read_shards_content(file) if is_sharded(file) else read_content(file)
     if "resume" in content:
         raise ValueError(
             f"{file} holds the state of a training run (for --resume), not a checkpoint; "
@@ -133,6 +140,17 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{file}: its metadata lacks {', '.join(missing)}; the file was changed after it was written")
     return content
+
+
+def weights_file(path: Path | str) -> Path:
+    """A folder of shards as it is, or the `checkpoint_file` that `path` names.
+
+    Raises:
+        FileNotFoundError: see `checkpoint_file`.
+    """
+    from tetdeploy.shards import is_sharded
+
+    return Path(path) if is_sharded(path) else checkpoint_file(path)
 
 
 def checkpoint_file(path: Path | str) -> Path:

@@ -65,7 +65,7 @@ class DeviceImages:
     def drawn(self, draws: Draws) -> Iterator[Batch]:
         augment = AUGMENTATIONS[self._augment]
         # to the device at once: a copy for each step would wait for the steps before it
-        for chosen, seed in zip(draws.chosen.to(self._x.device), draws.seeds, strict=True):
+        for chosen, seed in zip(_without_waiting(draws.chosen, self._x.device), draws.seeds, strict=True):
             self._generator.manual_seed(seed)
             x = same_at_every_step(augment, self._x[chosen], self._generator)
             if self._cutout:
@@ -77,3 +77,8 @@ class DeviceImages:
 
     def _blanked(self, x: Tensor, generator: Generator) -> Tensor:
         return cutout(x, generator, size=self._cutout, fill=self._blank)
+
+
+def _without_waiting(indices: Tensor, device: torch.device) -> Tensor:
+    """On the device; a GPU copies from pinned memory while this process goes on."""
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)

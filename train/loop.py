@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -26,17 +27,18 @@ from tetdeploy.files import write_json
 from .averaging import kept_classifier, trainable, update_average
 from .board import no_board, tensorboard
 from .config import TrainConfig
-from .device import autocast
+from .device import autocast, tuned_convolutions
 from .interrupt import deferred_interrupt
 from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
 from .progress import Progress
 from .qat import read_scales
 from .ranks import current_ranks
+from .restart import Restart, check_restart, find_restart, restart_origin, restart_state, write_restart
 from .runs import CONFIG_NAME, check_run, mark_latest, read_metrics, run_settings, write_metrics
 from .schedule import derive_seed
 from .session import Session, check_data, check_together, headline, prepare, provenance
 from .state import Best, TrainState, restore_state, save_state
-from .validation import as_input, count_correct, measure
+from .validation import Loss, as_input, count_correct, measure
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -79,6 +81,9 @@ def train(
     progress: bool | None = None,
     board: bool = False,
     workers: int | None = None,
+    cuda_graphs: bool = False,
+    shards_mb: float | None = None,
+    restart_from: Path | str | None = None,
 ) -> TrainResult:
     """Train a classifier and keep the run in a folder: checkpoint, training state, metrics and settings.
 
@@ -98,17 +103,27 @@ def train(
         board: write TensorBoard curves to `out/tensorboard` as well.
         workers: processes that read images which stay on disk, by default as many as there are cores; 0 reads in this
             process. With them a script needs `if __name__ == "__main__":`, as always with multiprocessing.
+        cuda_graphs: replay the training step as CUDA graphs, see `graphs`.
+        shards_mb: after every epoch, also write to `out/shards` the weights alone, in files of at most so many MB (of
+            10^6 bytes), see `restart`.
+        restart_from: go on in `out`, which holds no run, from such weights, or from a checkpoint; the settings must be
+            those of its run, but for device and precision.
 
     Returns:
         Where the run ended.
 
     Raises:
         ValueError: data or settings do not fit the classifier, `out` holds a run or one with other settings, the
-            device is not there, its memory does not suffice, an image cannot be read, or the loss is not finite.
+            device is not there, its memory does not suffice, an image cannot be read, or the loss is not finite;
+            there is nothing to restart from, it is damaged, or a tensor is larger than a shard; the step has no graph.
         MissingExtraError: the package tensorboard is wanted and not installed.
         OSError: something cannot be written; earlier files are as they were.
     """
     out, ranks = Path(out), current_ranks()
+    if shards_mb is not None and not 0 < shards_mb < float("inf"):
+        raise ValueError(f"shards_mb is {shards_mb}; it is the size of a file in MB and must be above 0")
+    if resume and restart_from is not None:
+        raise ValueError("resume goes on with the run in out and restart_from begins another; choose one of them")
     start = time.perf_counter()
     settings = run_settings(classifier, train_set, val_set, config)
     with ranks.first():
@@ -121,16 +136,31 @@ def train(
             import_extra("tensorboard", "tensorboard")  # before anything is written
         if ranks.writes:
             check_run(out, settings, resume=resume)
+    restart = None if restart_from is None else find_restart(restart_from)
+    if restart is not None:
+        check_restart(restart, settings)
+        settings["restarted"] = restart_origin(restart)
     try:
         calibration = read_scales(out) if config.qat and resume else None
-        session = prepare(classifier, train_set, val_set, config, out, workers=workers, calibration=calibration)
+        session = prepare(
+            classifier,
+            train_set,
+            val_set,
+            config,
+            out,
+            settings=settings,
+            workers=workers,
+            calibration=calibration,
+            cuda_graphs=cuda_graphs,
+            shard_bytes=None if shards_mb is None else int(shards_mb * 1e6),
+        )
         if session.calibration is not None:
             settings["int8"] = session.calibration.to_dict()
-        state = _begin(session, settings, resume=resume)
+        state = _begin(session, restart, resume=resume)
         if runs is not None and ranks.writes:
             mark_latest(out, runs)
         cuda = [session.device] if session.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
+        with torch.random.fork_rng(devices=cuda), tuned_convolutions():
             finished = _run(session, state, progress, board)
     except OSError as error:
         if error.errno is None:  # says what and where already
@@ -147,23 +177,28 @@ def train(
     return TrainResult(out, state.epoch, state.best, not finished, time.perf_counter() - start)
 
 
-def _begin(session: Session, settings: dict[str, Any], *, resume: bool) -> TrainState:
+def _begin(session: Session, restart: Restart | None, *, resume: bool) -> TrainState:
     """The state of the run to go on with, or of a new one, which is written before anything is computed."""
     if resume:
         network, optimizer = session.classifier.network, session.optimizer
         return restore_state(session.out / STATE_NAME, network, optimizer, session.scaler, session.device)
-    weights = trainable(session.classifier.network) if session.config.ema else {}
-    average = {name: weight.clone() for name, weight in weights.items()}
-    state = TrainState.start(session.steps_per_epoch, session.device, average)
+    if restart is not None:
+        state = restart_state(restart, session)
+    else:
+        weights = trainable(session.classifier.network) if session.config.ema else {}
+        average = {name: weight.clone() for name, weight in weights.items()}
+        state = TrainState.start(session.steps_per_epoch, session.device, average)
     _save(session, state)
     if session.ranks.writes:
-        write_json(session.out / CONFIG_NAME, settings)
+        write_json(session.out / CONFIG_NAME, session.settings)
     return state
 
 
 def _save(session: Session, state: TrainState) -> None:
     if session.ranks.writes:
         save_state(session.out / STATE_NAME, state, session.classifier.network, session.optimizer, session.scaler)
+        if session.shard_bytes is not None:
+            write_restart(session, state, session.shard_bytes)
 
 
 def _run(session: Session, state: TrainState, show: bool | None, board: bool) -> bool:
@@ -241,17 +276,17 @@ def _train_step(session: Session, state: TrainState, x: Tensor, labels: Tensor) 
     """One update on a batch. Waits for nothing on a GPU (but for fp16's gradient scaling)."""
     config, optimizer, scaler = session.config, session.optimizer, session.scaler
     step = state.epoch * session.steps_per_epoch + state.step
-    lengths = draw_lengths(config, state.epoch, step)
+    lengths = tuple(sorted(draw_lengths(config, state.epoch, step)))
     draws = "network" if session.ranks.rank == 0 else f"network of rank {session.ranks.rank}"
     torch.manual_seed(derive_seed(config.seed, draws, step))  # dropout and whatever else a network draws
     for group in optimizer.param_groups:
         group["lr"] = session.rate(step)
-    with autocast(session.device, session.precision):
-        logits = session.model(as_input(x, max(lengths)), max(lengths))
-        taught = 0.0 if session.teacher is None else session.teacher.loss(logits, x)
-    loss = prefix_mean(epoch_loss(config, state.epoch), logits, labels, lengths) + taught
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    compute = partial(_gradients, session, epoch_loss(config, state.epoch), lengths)
+    if session.graphs is None:
+        optimizer.zero_grad(set_to_none=True)
+        numbers = compute(x, labels)
+    else:
+        numbers = session.graphs((lengths, config.loss_at(state.epoch)), compute, x, labels)
     if config.clip > 0:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(session.classifier.network.parameters(), config.clip)
@@ -259,8 +294,17 @@ def _train_step(session: Session, state: TrainState, x: Tensor, labels: Tensor) 
     scaler.update()
     if state.average:
         update_average(state.average, session.classifier.network, decay=config.ema, step=step)
-    numbers = torch.stack([loss.detach() / session.ranks.size, count_correct(logits.detach(), labels)])
     state.losses[state.step], state.correct[state.step] = session.ranks.sum(numbers)
+
+
+def _gradients(session: Session, loss_of: Loss, lengths: tuple[int, ...], x: Tensor, labels: Tensor) -> Tensor:
+    """Forward and backward: adds to the parameters' gradients. Returns the loss and how many images are right, [2]."""
+    with autocast(session.device, session.precision):
+        logits = session.model(as_input(x, max(lengths)), max(lengths))
+        taught = 0.0 if session.teacher is None else session.teacher.loss(logits, x)
+    loss = prefix_mean(loss_of, logits, labels, lengths) + taught
+    session.scaler.scale(loss).backward()
+    return torch.stack([loss.detach() / session.ranks.size, count_correct(logits.detach(), labels)])
 
 
 def _validate(session: Session, state: TrainState, kept: Classifier, interrupt: Event) -> dict[str, float | None]:
@@ -293,7 +337,10 @@ def _keep(session: Session, state: TrainState, kept: Classifier, records: list[d
     if state.best is None or state.best.is_beaten_by(this):
         state.best = this
         if writes:
-            about = {"training": asdict(session.config), "provenance": provenance(session, this)}
+            about = {
+                "training": asdict(session.config),
+                "provenance": provenance(session, this.epoch, this.val_accuracy),
+            }
             int8 = None if session.calibration is None else session.calibration.to_dict()
             save_checkpoint(session.out / CHECKPOINT_NAME, kept, **about, int8=int8)
     state.next_epoch()

@@ -16,6 +16,8 @@ MOMENTUM = 0.9
 def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW, or SGD with Nesterov momentum 0.9. Weight decay acts on convolutions' and linear layers' weights only.
 
+    On a GPU either takes one fused pass over all parameters.
+
     Args:
         network: already on its device.
         config: optimizer, lr and weight_decay are read.
@@ -29,9 +31,10 @@ def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Opti
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError(f"the network {type(network).__name__} has no parameter that can be trained")
+    fused = parameters[0].is_cuda
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=MOMENTUM, nesterov=True)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=parameters[0].is_cuda)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=MOMENTUM, nesterov=True, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:

@@ -72,13 +72,13 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
         FileNotFoundError: `out` holds no run.
         ValueError: it was started with other settings; each difference is named.
     """
-    started = _completed(read_run_config(out))
-    for name in ("recipe", "int8"):  # where the settings came from, and what was measured, is none of them
+    started = completed(read_run_config(out))
+    for name in ("recipe", "int8", "restarted"):  # where the run came from, and what was measured, is no setting
         started.pop(name, None)
-    differences = _differences(started, settings)
-    if differences:
+    different = differences(started, settings)
+    if different:
         raise ValueError(
-            f"{out} was started with other settings: {'; '.join(differences)}; "
+            f"{out} was started with other settings: {'; '.join(different)}; "
             "resume with the old ones, or start a new run in another --out"
         )
 
@@ -145,7 +145,7 @@ def write_metrics(out: Path, records: list[dict[str, Any]]) -> None:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that an earlier version started: what it did not know yet has its default, which is off."""
     from tetdeploy.networks import NetworkConfig
 
@@ -161,7 +161,7 @@ def _defaults(config: Any) -> dict[str, Any]:
     return {field.name: field.default for field in fields(config) if field.default is not MISSING}
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` for each setting that differs, nested keys joined by dots."""
     old_values, new_values = _flattened(old), _flattened(new)
     names = old_values | new_values

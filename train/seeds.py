@@ -69,6 +69,8 @@ def train_seeds(
     progress: bool | None = None,
     board: bool = False,
     workers: int | None = None,
+    cuda_graphs: bool = False,
+    shards_mb: float | None = None,
 ) -> SeedsResult:
     """Train under each seed into `out/seed-<seed>`, and write `out/summary.json` after each.
 
@@ -76,7 +78,8 @@ def train_seeds(
 
     Args:
         make_classifier: makes the freshly initialised classifier of a seed.
-        train_set, val_set, config, progress, board, workers: see `train`; the seed of `config` plays no part.
+        train_set, val_set, config, progress, board, workers, cuda_graphs, shards_mb: see `train`; the seed of `config`
+            plays no part.
         seeds: distinct, each at least 0.
         out: folder of the runs.
         recipe: what the summary calls the recipe, the file it came from for instance.
@@ -105,6 +108,7 @@ def train_seeds(
         one = replace(config, seed=seed)
         classifier = make_classifier(seed)
         how: dict[str, Any] = {"resume": begun, "progress": progress, "board": board, "workers": workers}
+        how |= {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
         results.append(train(classifier, train_set, val_set, one, folder, **how))
         result = _summarised(out, results)
         if ranks.writes:

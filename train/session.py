@@ -20,14 +20,14 @@ from tetdeploy.data import ImageFiles
 from .augment import RESIZED_CROP
 from .batches import Batch, DeviceImages, Draws, Images
 from .config import TrainConfig
-from .device import device_name, pick_device, pick_precision
+from .device import device_name, pick_device, pick_precision, place
 from .disk_images import DiskImages, ImageReader
+from .graphs import StepGraphs, check_graphs
 from .objective import Teacher, load_teacher
 from .optimizer import build_optimizer
 from .qat import check_qat, find_scales, int8_network
 from .ranks import Ranks, current_ranks
 from .schedule import derive_seed, learning_rate
-from .state import Best
 from .synchronised import over_ranks
 
 if TYPE_CHECKING:
@@ -57,6 +57,9 @@ class Session:
     reader: ImageReader  # of images that stay on disk
     model: nn.Module  # what a training step calls: the classifier, or its gradients go over all ranks
     calibration: Calibration | None  # the scales that `qat` trains at
+    graphs: StepGraphs | None  # that replay forward and backward
+    settings: dict[str, Any]  # as in config.json
+    shard_bytes: int | None  # of a file at most, in which weights alone are written too
 
     @property
     def batch_size(self) -> int:
@@ -170,21 +173,28 @@ def prepare(
     config: TrainConfig,
     out: Path,
     *,
+    settings: dict[str, Any],
     workers: int | None,
     calibration: Calibration | None,
+    cuda_graphs: bool,
+    shard_bytes: int | None,
 ) -> Session:
     """Move everything to the device and build what trains it.
 
     Args:
+        settings: what config.json says of the run.
         calibration: the scales of the run that goes on; None for a new one, or one without `qat`.
+        cuda_graphs: record forward and backward.
+        shard_bytes: see `Session`.
     """
-    device = pick_device(config.device)
+    device, ranks = pick_device(config.device), current_ranks()
     precision = "fp32" if config.qat else pick_precision(config.precision, device)
+    if cuda_graphs:
+        check_graphs(config, device, precision, ranks)
     teacher = load_teacher(config, classifier)
     if teacher is not None:
-        teacher.classifier.to(device)
-    classifier.to(device)
-    ranks = current_ranks()
+        place(teacher.classifier, device)
+    place(classifier, device)
     if config.qat and calibration is None:
         calibration = ranks.agreed(replace(find_scales(classifier, train_set, config.T), fine_tuned=True))
     trained: Any = classifier if calibration is None else int8_network(classifier, calibration.scales)
@@ -211,6 +221,9 @@ def prepare(
         reader=reader,
         model=over_ranks(trained) if ranks.size > 1 else trained,
         calibration=calibration,
+        graphs=StepGraphs(classifier) if cuda_graphs else None,
+        settings=settings,
+        shard_bytes=shard_bytes,
     )
 
 
@@ -244,8 +257,8 @@ def headline(session: Session) -> str:
     )
 
 
-def provenance(session: Session, best: Best) -> dict[str, Any]:
-    """What a checkpoint says about where it comes from."""
+def provenance(session: Session, epoch: int, val_accuracy: float | None) -> dict[str, Any]:
+    """What weights say about where they come from; `epoch` is the number of finished ones."""
     return {
         "versions": {
             "tetdeploy": tetdeploy.__version__,
@@ -256,8 +269,8 @@ def provenance(session: Session, best: Best) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(session.device),
         "precision": session.precision,
-        "epoch": best.epoch,
-        "T": session.config.stage(best.epoch - 1).T,
-        "val_accuracy": best.val_accuracy,
+        "epoch": epoch,
+        "T": session.config.stage(max(epoch - 1, 0)).T,
+        "val_accuracy": val_accuracy,
         "seed": session.config.seed,
     }

@@ -62,6 +62,12 @@ class TrainState:
         losses = torch.zeros(steps_per_epoch, device=device)
         return cls(0, 0, losses, torch.zeros(steps_per_epoch, dtype=torch.int64, device=device), average)
 
+    def weights(self, network: nn.Module) -> dict[str, Tensor]:
+        """All tensors of the run but the optimizer's: the network's, their averages, the running epoch's numbers."""
+        tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        return tensors | {"epoch.losses": self.losses, "epoch.correct": self.correct}
+
     def next_epoch(self) -> None:
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.losses.zero_()
@@ -76,10 +82,8 @@ def save_state(
     Raises:
         OSError: the file cannot be written; an earlier one is as it was.
     """
-    tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
+    tensors = state.weights(network)
     tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(optimizer, network).items()}
-    tensors |= {f"average.{name}": value for name, value in state.average.items()}
-    tensors |= {"epoch.losses": state.losses, "epoch.correct": state.correct}
     position = {
         "epoch": state.epoch,
         "step": state.step,
@@ -102,16 +106,23 @@ def restore_state(
     if position is None:
         raise ValueError(f"{path} is a checkpoint, not the state of a run; it cannot be resumed, only used with --init")
     tensors = read_tensors(path)
-    weights = _section(tensors, "network.")
+    weights = section(tensors, "network.")
     check_keys(weights, network.state_dict(), path)
     network.load_state_dict(weights)
-    load_optimizer_tensors(optimizer, network, _section(tensors, "optimizer."))
+    load_optimizer_tensors(optimizer, network, section(tensors, "optimizer."))
     scaler.load_state_dict(position["scaler"])
     best = None if position["best"] is None else Best(**position["best"])
     losses, correct = tensors["epoch.losses"].to(device), tensors["epoch.correct"].to(device)
-    average = {name: value.to(device) for name, value in _section(tensors, "average.").items()}
+    average = like_weights(section(tensors, "average."), network)
     return TrainState(position["epoch"], position["step"], losses, correct, average, position["seconds"], best)
 
 
-def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def like_weights(average: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Averaged weights on the device and in the memory layout of the weights themselves: a file knows neither."""
+    weights = dict(network.named_parameters())
+    return {name: torch.empty_like(weights[name]).copy_(value) for name, value in average.items()}
+
+
+def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

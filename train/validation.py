@@ -86,7 +86,7 @@ def measure(
                     return None
                 logits = classifier(as_input(x, T), T)
                 sums = [loss(logits, y) * len(y) for loss in losses.values()]
-                totals += torch.stack([*sums, count_correct(logits, y).float(), logits.new_tensor(len(y)).float()])
+                totals += torch.stack([*sums, count_correct(logits, y).float(), totals.new_full((), len(y))])
             totals = ranks.sum(totals) if ranks else totals
     finally:
         classifier.train(was_training)

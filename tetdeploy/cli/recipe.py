@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 # What belongs to one machine or one call, and to no recipe.
-_NOT_IN_FILES = ("config", "resume", "out", "runs", "data_dir", "json_path")
+_NOT_IN_FILES = ("config", "resume", "restart_from", "out", "runs", "data_dir", "json_path")
 
 
 def read_recipe(path: Path, command: click.Command) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ Examples:
   tetdeploy train --data saccades:digits --T 5            event frames, made of images
   tetdeploy train --resume                                go on with the newest run
   tetdeploy train --init runs/digits --T 6 --epochs 5     start from given weights
+  tetdeploy train --restart-from carried/shards           go on with a run of which its weights alone are here
   tetdeploy train --qat --init runs/digits                fine-tune in 8 bits, for export --precision int8
   tetdeploy train --ann --out runs/ann                    the ANN twin, and learning from it:
   tetdeploy train --distill runs/ann
@@ -125,6 +126,12 @@ Examples:
     is_flag=True,
     help="Fine-tune the weights of --init in 8 bits, as export --precision int8 computes them; 2 epochs at lr 1e-4.",
 )
+@click.option("--cuda-graphs", is_flag=True, help="On an NVIDIA GPU: record forward and backward, and replay them.")
+@click.option(
+    "--shards-mb",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Also write the last weights to RUN/shards, in files of at most so many MB, for --restart-from.",
+)
 @click.option("--tensorboard", is_flag=True, help="Also write curves to RUN/tensorboard.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: RUNS/<data>-<model>, numbered]")
 @runs_option
@@ -136,6 +143,11 @@ Examples:
     help="Go on with a run, the newest by default, with its settings.",
 )
 @click.option("--init", type=click.Path(path_type=Path), help="Start from the weights of this checkpoint or run.")
+@click.option(
+    "--restart-from",
+    type=click.Path(path_type=Path),
+    help="Go on elsewhere from weights alone: shards, or a checkpoint; with the settings of their run.",
+)
 @json_option
 @click.pass_context
 def train(
@@ -145,11 +157,14 @@ def train(
     seeds: str,
     workers: int | None,
     recompute: bool,
+    cuda_graphs: bool,
+    shards_mb: float | None,
     tensorboard: bool,
     out: Path | None,
     runs: Path,
     resume: str | None,
     init: Path | None,
+    restart_from: Path | None,
     json_path: Path | None,
     **options: Any,
 ) -> None:
@@ -163,16 +178,23 @@ def train(
     from tetdeploy.train import train as run_training
     from tetdeploy.train import train_seeds
     from tetdeploy.train.ranks import process_group
+    from tetdeploy.train.runs import read_run_config
 
+    _check_beginnings(ctx, resume=resume is not None, init=init is not None, restart=restart_from is not None)
     with process_group() as ranks, _one_voice(ranks):
         with ranks.first(), _naming(config):
             if resume is not None:
-                out = _resumed_run(Path(resume) if resume else None, out, runs, init)
-                seeds = _take_settings(ctx, out, options) or seeds
+                out = _resumed_run(Path(resume) if resume else None, out, runs)
+                seeds = _take_settings(ctx, read_run_config(out), options) or seeds
+            elif restart_from is not None:
+                _take_carried(ctx, restart_from, options)
             elif options["qat"]:
                 _take_checkpoint(ctx, init, options)
-            if options["qat"] and recompute:
-                raise click.UsageError("--recompute does not go with --qat, which trains one traced graph")
+            if recompute and (options["qat"] or cuda_graphs):
+                other = (
+                    "--qat, which trains one traced graph" if options["qat"] else "--cuda-graphs, which record a pass"
+                )
+                raise click.UsageError(f"--recompute does not go with {other}")
             several = _parse_seeds(ctx, seeds, init)
             job = _job(ctx, options, recompute=recompute)
             if options["qat"] and init is not None:
@@ -180,6 +202,7 @@ def train(
         out = ranks.agreed(out or _unused(runs, config, job))
         json_path = json_path if ranks.writes else None
         how: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
+        how |= {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
         if several:
             recipe = None if config is None else str(config)
             many = train_seeds(job.classifier, job.train, job.val, job.config, several, out, recipe=recipe, **how)
@@ -188,6 +211,7 @@ def train(
         classifier = job.classifier(job.config.seed)
         if init is not None:
             load_weights(classifier, init)
+        how["restart_from"] = restart_from
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **how), job, json_path)
 
 
@@ -307,20 +331,40 @@ def _parse_seeds(ctx: click.Context, text: str, init: Path | None) -> tuple[int,
     return seeds
 
 
-def _resumed_run(run: Path | None, out: Path | None, runs: Path, init: Path | None) -> Path:
+def _check_beginnings(ctx: click.Context, *, resume: bool, init: bool, restart: bool) -> None:
+    """Refuse options that begin a run in different ways."""
+    if init and resume:
+        raise click.UsageError("--init starts a new run and --resume goes on with one: choose one of them")
+    if restart and (resume or init or ctx.params["seeds"] or ctx.params["qat"]):
+        raise click.UsageError(
+            "--restart-from goes on with one run from its weights: not together with --resume, --init, --seeds or --qat"
+        )
+
+
+def _resumed_run(run: Path | None, out: Path | None, runs: Path) -> Path:
     """The run to go on with."""
     from tetdeploy.checkpoint import newest_run
 
-    if init is not None:
-        raise click.UsageError("--init starts a new run and --resume goes on with one: choose one of them")
     return run or out or newest_run(runs)
 
 
-def _take_settings(ctx: click.Context, run: Path, options: dict[str, Any]) -> str:
-    """Give options that were neither typed nor in a recipe the settings of a run; its seeds, if it has several."""
-    from tetdeploy.train.runs import read_run_config
+def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) -> None:
+    """Give options that were neither typed nor in a recipe the settings of the run that the weights are from.
 
-    settings = read_run_config(run)
+    Raises:
+        ValueError: there are none, or their network is the user's own and not named.
+    """
+    from tetdeploy.train.restart import find_restart
+
+    settings = find_restart(weights).settings
+    if ":" in str(settings["network"].get("model")) and not is_given(ctx, "model"):
+        raise ValueError(f"{weights} holds a network of your own: pass --model {settings['network']['model']}")
+    here = {name: value for name, value in settings["training"].items() if name != "device"}
+    _take_settings(ctx, settings | {"training": here}, options)
+
+
+def _take_settings(ctx: click.Context, settings: Mapping[str, Any], options: dict[str, Any]) -> str:
+    """Give options that were neither typed nor in a recipe the settings of a run; its seeds, if it has several."""
     data = {"data": settings.get("data", {}).get("name", options["data"])}
     for name, value in {**settings.get("network", {}), **settings.get("training", {}), **data}.items():
         if name in options and not is_given(ctx, name):

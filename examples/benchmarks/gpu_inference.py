@@ -1,0 +1,225 @@
+"""One call of a network on a GPU: ONNX Runtime's CUDA provider and TensorRT against PyTorch and SpikingJelly.
+
+    pip install 'tetdeploy[gpu]' spikingjelly                                         and 'tetdeploy[tensorrt]'
+    python examples/benchmarks/gpu_inference.py --json inference.json                 ResNet-19, T=4, one card
+    python examples/benchmarks/gpu_inference.py --device cpu --width 0.125 --batch 1,4       a smoke run
+
+A call takes uint8 images from the host and gives logits to the host; in between everything stays on the card, a step
+graph's membranes too. Every side has a process of its own; they take turns, and what is not to be had here is listed
+with the reason. `agrees` is the share of images with the class of PyTorch in float32. The weights are not trained (BN
+has the statistics of the images): time does not depend on them, but where logits lie close, agreement does.
+
+    eager, compiled     PyTorch's; compiled with CUDA graphs (mode="reduce-overhead")
+    SJ ...              the same layers with SpikingJelly's neurons, each of its implementations
+    CUDA ...            `Engine(device="cuda")` for each layout; on --device cpu ONNX Runtime's CPU provider
+    TensorRT in ORT ... `Engine(device="tensorrt")`, ONNX Runtime's TensorRT provider
+    TensorRT ...        `tetdeploy build`'s engine
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tetdeploy.engine import open_engine
+from tetdeploy.export import LAYOUTS, ExportConfig, export_model
+from tetdeploy.files import write_json
+from tetdeploy.train.device import device_name, pick_device
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu_training import resetting, variant
+from inference import untrained
+from turns import Answer, Worker
+
+Call = Callable[[Any], Any]  # uint8 images [N, C, H, W] to logits [N, K]
+BASE = "eager fp32"
+HALF = ("fp32", "fp16")
+GRAPHS = tuple(" ".join(parts) for parts in product(LAYOUTS, (*HALF, "int8")))
+SIDES = (
+    *(
+        f"{name} {precision}"
+        for name in ("eager", "compiled", "SJ torch", "SJ triton", "SJ cuda")
+        for precision in HALF
+    ),
+    *(f"{runtime} {graph}" for runtime in ("CUDA", "TensorRT in ORT", "TensorRT") for graph in GRAPHS),
+)
+
+
+def open_side(side: str, folder: Path, T: int, device: str, largest: int, calls: int) -> Answer:
+    """What answers a number of images with {"ms": of each call, "classes"}."""
+    images = np.load(folder / "images.npy")
+    runtime, *what = side.rsplit(" ", 2 if side.startswith(("CUDA", "TensorRT")) else 1)
+    if runtime in ("CUDA", "TensorRT in ORT", "TensorRT"):
+        call = engine(runtime, *what, folder, T, device, largest)
+    else:
+        call = in_pytorch(runtime, what[0], folder, T, device)
+
+    def answer(size: int) -> dict[str, Any]:
+        x = np.ascontiguousarray(images[:size])
+        for _ in range(3):
+            logits = call(x)
+        taken = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            call(x)
+            taken.append(1e3 * (time.perf_counter() - start))
+        return {"ms": taken, "classes": np.asarray(logits).argmax(-1)}
+
+    return answer
+
+
+def in_pytorch(runtime: str, precision: str, folder: Path, T: int, device: str) -> Call:
+    on = pick_device(device)
+    if on.type == "cpu" and (precision == "fp16" or runtime in ("SJ triton", "SJ cuda")):
+        raise ValueError(f"{runtime} {precision} is for a GPU")
+    if runtime.startswith("SJ"):
+        os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = runtime.split()[1]
+    torch.backends.cudnn.benchmark = True
+    classifier = torch.load(folder / "classifier.pt", weights_only=False).to(on)
+    if precision == "fp16":
+        classifier.half()
+    if on.type == "cuda":
+        classifier.to(memory_format=torch.channels_last)
+    network: Any = classifier
+    if runtime == "compiled":
+        network = torch.compile(classifier, mode="reduce-overhead" if on.type == "cuda" else None)
+    elif runtime.startswith("SJ"):
+        network = variant(runtime, classifier, on)
+    reset = resetting(runtime)
+
+    @torch.inference_mode()
+    def call(x: Any) -> Any:
+        reset(network)
+        images = torch.from_numpy(x).to(on)
+        return network(images, T).float().mean(0).cpu().numpy()
+
+    return call
+
+
+def engine(runtime: str, layout: str, precision: str, folder: Path, T: int, device: str, largest: int) -> Call:
+    """Exports the graph that the runtime needs, unless another side has, and opens it."""
+    on_cpu = device == "cpu"
+    if on_cpu and runtime != "CUDA":
+        raise ValueError(f"{runtime} is for a GPU")
+    target = "cpu" if on_cpu else "cuda" if runtime == "CUDA" else "tensorrt"
+    config = ExportConfig(layout=layout, precision=precision, target=target, T=T, trained_T=T)  # type: ignore[arg-type]
+    model = folder / config.file_name
+    if not model.exists():
+        images = np.load(folder / "images.npy")
+        classifier = torch.load(folder / "classifier.pt", weights_only=False)
+        export_model(classifier, model, config, images[:4], num_check=0, calibration=(images[:64], None))
+    if runtime == "TensorRT":
+        from tetdeploy.export.tensorrt import BuildConfig, build_engine
+
+        steps = (T, T, T) if layout == "dynamic" else None
+        model = build_engine(model, config=BuildConfig(batch=(1, largest, largest), T=steps)).path
+    opened = open_engine(model, device="cpu" if on_cpu else "cuda" if runtime == "CUDA" else "tensorrt")
+    return lambda x: opened.run(x, T).logits
+
+
+def measure(sides: list[str], sizes: list[int], turns: int, *arguments: Any) -> dict[str, Any]:
+    """By side {"median_ms": {batch: ms}, "agrees"}, or {"failed": why}. Sides are opened one after the other."""
+    workers = {side: Worker(open_side, side, *arguments) for side in sides}
+    found: dict[str, Any] = {side: {"median_ms": {}} for side in sides}
+    classes: dict[str, Any] = {}
+    for size in sizes:
+        taken: dict[str, list[float]] = {side: [] for side in sides}
+        for number in range(turns + 1):
+            for side, worker in workers.items():
+                answer = worker.ask(size)
+                if answer is not None:
+                    taken[side] += answer["ms"] if number else []
+                    classes[side] = answer["classes"]
+        for side in sides:
+            if taken[side]:
+                found[side]["median_ms"][size] = statistics.median(taken[side])
+    for side, worker in workers.items():
+        if worker.failed:
+            found[side] = {"failed": worker.failed}
+            continue
+        if not workers.get(BASE, worker).failed and BASE in classes:
+            found[side]["agrees"] = float((classes[side] == classes[BASE]).mean())
+        worker.end()
+    return found
+
+
+def show(results: dict[str, Any], sizes: list[int]) -> None:
+    console = Console(width=120, highlight=False)
+    console.print(
+        f"{results['model']} x {results['width']:g}, T={results['T']}, on {results['card']}; median ms of a call "
+        f"(images/s at batch {sizes[-1]})"
+    )
+    table = Table()
+    for header in ("", *(f"batch {size}" for size in sizes), "images/s", "agrees"):
+        table.add_column(header, justify="right" if header else "left")
+    for side, found in results["sides"].items():
+        if "failed" in found:
+            continue
+        median = found["median_ms"]
+        agrees = f"{found['agrees']:.1%}" if "agrees" in found else ""
+        speed = f"{1e3 * sizes[-1] / median[sizes[-1]]:,.0f}"
+        table.add_row(side, *(f"{median[size]:.2f}" for size in sizes), speed, agrees)
+    console.print(table)
+    for side, found in results["sides"].items():
+        if "failed" in found:
+            console.print(f"{side} left out: {found['failed']}", markup=False)
+    if results["card"] == "cpu":
+        console.print("a smoke run: on a CPU these numbers say nothing about a card")
+
+
+@click.command()
+@click.option("--model", default="resnet19", show_default=True)
+@click.option("--width", default=1.0, show_default=True)
+@click.option("--T", "T", default=4, show_default=True)
+@click.option("--batch", default="1,256", show_default=True, help="Latency, throughput.")
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--turns", default=3, show_default=True, help="Of each side.")
+@click.option("--calls", default=20, show_default=True, help="In a turn.")
+@click.option("--side", "begins", multiple=True, help="Sides that begin so alone. [default: all]")
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+def main(
+    model: str,
+    width: float,
+    T: int,
+    batch: str,
+    device: str,
+    turns: int,
+    calls: int,
+    begins: tuple[str, ...],
+    data_dir: Path,
+    json_path: Path | None,
+) -> None:
+    try:
+        card = device_name(pick_device(device))
+        classifier, images = untrained(model, width, data_dir, T)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    sizes = sorted(int(size) for size in batch.split(","))
+    sides = [side for side in SIDES if side.startswith(begins or "")]
+    results: dict[str, Any] = {"model": model, "width": width, "T": T, "card": card, "torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        np.save(folder / "images.npy", images)
+        torch.save(classifier, folder / "classifier.pt")
+        results["sides"] = measure(sides, sizes, turns, folder, T, device, sizes[-1], calls)
+    show(results, sizes)
+    if json_path is not None:
+        write_json(json_path, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,432 @@
+"""A training step of ResNet-19 on a GPU: ours against the plain loop, SpikingJelly 2.0 and the ANN twin, and the floor.
+
+    pip install spikingjelly
+    python examples/benchmarks/gpu_training.py --json step.json                         one card, bf16, T=4, batch 256
+    python examples/benchmarks/gpu_training.py --device cpu --width 0.125 --batch 4     a smoke run; says nothing
+
+Every side trains the same layers (the ANN twin with ReLU for neurons, on T times the images) on fixed random images,
+with TET's loss and fused SGD, each in a process of its own on the same card: SpikingJelly chooses its kernels at import
+(`SJ_LIF_CUDA_IMPLEMENTATION`), and a side that fails says why and takes nothing with it. The sides take turns; times
+are medians of CUDA events round a step, memory is what PyTorch had allocated at most.
+
+    loop             LIF as a loop of PyTorch operations over T, contiguous (memory.py)
+    NCHW             our neurons, contiguous
+    tetdeploy        what `tetdeploy train` does: channels-last weights
+    tetdeploy graphs the same, forward and backward as a CUDA graph (`--cuda-graphs`)
+    SJ ...           LIFNode(tau=2.0, decay_input=False, v_reset=0., detach_reset=False, PiecewiseQuadratic(alpha=1.))
+    ANN              with the same choices as ours
+
+The floor is the time of the convolutions by themselves on this card (each shape forward and backward, channels-last),
+plus what BN, residual sum and neurons must read and write at 3 TB/s if they are fused: of each convolution's output, in
+16 bits, forward the statistics (1 pass) and the spikes (2: read, write), backward the sums (3: currents, spikes'
+gradients, membranes' gradients written) and the currents' gradients (3); a residual that is added is read twice.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tetdeploy.files import write_json
+from tetdeploy.networks import ann_twin, build_network
+from tetdeploy.networks.blocks import ResidualBlock
+from tetdeploy.neurons import LIF
+from tetdeploy.train import TrainConfig, total_loss
+from tetdeploy.train.device import autocast, device_name, pick_device, pick_precision, place
+from tetdeploy.train.graphs import StepGraphs, check_graphs
+from tetdeploy.train.optimizer import build_optimizer
+from tetdeploy.train.ranks import Ranks
+
+sys.path.insert(0, str(Path(__file__).parent))
+from memory import loop_twin, peak_bytes
+from turns import Answer, Worker
+
+SIDES = ("loop", "NCHW", "tetdeploy", "tetdeploy graphs")
+SIDES += tuple(f"SJ {backend} {layout}" for backend in ("torch", "triton", "cuda") for layout in ("NCHW", "NHWC"))
+SIDES += ("ANN", "ANN graphs")
+FLOOR = "floor"
+PASSES, PASSES_OF_A_RESIDUAL, BANDWIDTH = 9, 2, 3e12
+KINDS = {
+    "convolutions": ("conv",),
+    "neurons, and what is fused into them": ("lif", "spike", "_ongpu"),
+    "BN": ("batch_norm", "batchnorm"),
+    "copies, casts": ("copy_", "_to_copy", "contiguous", "clone"),
+    "optimiser": ("optimizer", "_fused_sgd"),
+}
+REST = "rest"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured, the same for every side."""
+
+    model: str
+    width: float
+    size: int
+    T: int
+    batch: int
+    device: str
+    precision: str
+    steps: int
+
+    def network(self) -> nn.Module:
+        from tetdeploy.networks import NetworkConfig
+
+        torch.manual_seed(0)
+        return build_network(NetworkConfig(self.model, 10, 3, (self.size, self.size), width=self.width))
+
+
+class Step:
+    """One training step of a side on fixed random images."""
+
+    def __init__(self, side: str, case: Case) -> None:
+        self.device = pick_device(case.device)
+        self.precision = pick_precision(case.precision, self.device)
+        self.T, batch = (1, case.batch * case.T) if side.startswith("ANN") else (case.T, case.batch)
+        network = variant(side, case.network(), self.device)
+        if side == "loop" or side.endswith("NCHW"):
+            network.to(self.device)
+        else:
+            place(network, self.device)
+        self.network, self.reset = network.train(), resetting(side)
+        config = TrainConfig(optimizer="sgd", lr=0.01, weight_decay=5e-4)
+        self.optimizer = build_optimizer(network, config)
+        self.graphs = None
+        if side.endswith("graphs"):
+            check_graphs(config, self.device, self.precision, Ranks())
+            self.graphs = StepGraphs(network)
+        self.x = torch.randn(batch, 3, case.size, case.size, device=self.device)
+        self.y = torch.randint(10, (batch,), device=self.device)
+
+    def __call__(self) -> None:
+        if self.graphs is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.compute(self.x, self.y)
+        else:
+            self.graphs("step", self.compute, self.x, self.y)
+        self.optimizer.step()
+
+    def compute(self, x: Tensor, y: Tensor) -> Tensor:
+        self.reset(self.network)
+        with autocast(self.device, self.precision):
+            logits = self.network(x, self.T)
+        loss = total_loss(logits, y)
+        loss.backward()
+        return loss.detach()
+
+
+def variant(side: str, network: nn.Module, device: torch.device) -> nn.Module:
+    """A side's network.
+
+    Raises:
+        ValueError: the side needs a GPU.
+    """
+    if side == "loop":
+        return loop_twin(network)
+    if side.startswith("ANN"):
+        return ann_twin(network)
+    if not side.startswith("SJ"):
+        return network
+    if device.type != "cuda" and "torch" not in side:
+        raise ValueError(f"{side} needs a GPU")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from spikingjelly.activation_based import neuron, surrogate
+    for path, module in list(network.named_modules()):
+        if isinstance(module, LIF):
+            options = {"tau": 2.0, "decay_input": False, "v_reset": 0.0, "detach_reset": False, "step_mode": "m"}
+            triangle = surrogate.PiecewiseQuadratic(alpha=1.0)
+            network.set_submodule(path, neuron.LIFNode(surrogate_function=triangle, **options))
+    return network
+
+
+def resetting(side: str) -> Callable[[nn.Module], None]:
+    if not side.startswith("SJ"):
+        return lambda network: None
+    from spikingjelly.activation_based import functional as theirs
+
+    reset: Callable[[nn.Module], None] = theirs.reset_net
+    return reset
+
+
+# --- a side's process
+
+
+def open_side(side: str, case: Case, threads: int | None) -> Answer:
+    """What answers "turn", "profile" and "floor"."""
+    if side.startswith("SJ"):
+        os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = side.split()[1]
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True  # as in training
+    step = Step(side, case)
+    return lambda request: {"turn": turn, "profile": profile, FLOOR: floor}[request](step, case)
+
+
+def turn(step: Step, case: Case) -> dict[str, Any]:
+    """Milliseconds of each step, after two that do not count, and MB at the peak."""
+    step()
+    step()
+    taken = timed(step, case.steps, step.device)
+    peak = peak_bytes(step.device) / 1e6
+    if step.device.type == "cuda":
+        torch.cuda.empty_cache()  # for the other processes
+    return {"ms": taken, "peak_mb": peak}
+
+
+def timed(call: Callable[[], Any], count: int, device: torch.device) -> list[float]:
+    if device.type != "cuda":
+        ends = [time.perf_counter()]
+        for _ in range(count):
+            call()
+            ends.append(time.perf_counter())
+        return [1e3 * (b - a) for a, b in pairwise(ends)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize(device)
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
+
+
+def profile(step: Step, case: Case) -> dict[str, float]:
+    """Milliseconds of a step by kind of operator: of kernels on a GPU, of operators' own time on a CPU."""
+    on_gpu = step.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
+    step()
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(case.steps):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize(step.device)
+    found: Counter[str] = Counter()
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            own = sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
+            found[kind_of(event)] += own / 1e3 / case.steps
+        elif not event.is_user_annotation:
+            found["kernels"] += event.device_time_total / 1e3 / case.steps
+    kernels = found.pop("kernels", 0.0)
+    if on_gpu:  # such as those of a graph, which no operator launches
+        found[REST] += max(kernels - found.total(), 0.0)
+    return {kind: found[kind] for kind in (*KINDS, REST)}
+
+
+def kind_of(event: Any) -> str:
+    """The kind of the innermost operator round an event that has one."""
+    while event is not None:
+        name = event.name.lower()
+        for kind, words in KINDS.items():
+            if any(word in name for word in words):
+                return kind
+        event = event.cpu_parent
+    return REST
+
+
+# --- the floor
+
+
+class Convolutions(TorchDispatchMode):
+    """Sees the shapes of all convolutions: input, weight, stride, padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[Any, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            x, weight, _, stride, padding = args[:5]
+            self.seen[tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def floor(step: Step, case: Case) -> dict[str, float]:
+    """Milliseconds that convolutions take by themselves, what they compute, and the bytes of all the rest."""
+    residuals: list[int] = []
+    for module in step.network.modules():
+        if isinstance(module, ResidualBlock):
+            module.register_forward_hook(lambda block, x, y: residuals.append(y.numel()))
+    with torch.no_grad(), autocast(step.device, step.precision), Convolutions() as convolutions:
+        step.network(step.x, step.T)
+    milliseconds = operations = elements = 0.0
+    for (shape, weight, stride, padding), count in convolutions.seen.items():
+        ms, macs, outputs = convolution(shape, weight, stride, padding, step)
+        milliseconds += count * ms
+        operations += count * 2 * macs * (2 if shape[1] == 3 else 3)  # images need no gradient
+        elements += count * outputs * (case.T if shape[0] == case.batch else 1)  # the encoded image is read T times
+    moved = 2 * (PASSES * elements + PASSES_OF_A_RESIDUAL * sum(residuals))
+    return {
+        "convolutions_ms": milliseconds,
+        "tflop": operations / 1e12,
+        "tflop_per_s": operations / 1e9 / milliseconds,
+        "gb": moved / 1e9,
+        "memory_ms": 1e3 * moved / BANDWIDTH,
+        "floor_ms": milliseconds + 1e3 * moved / BANDWIDTH,
+    }
+
+
+def convolution(
+    shape: tuple[int, ...], weight: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], step: Step
+) -> tuple[float, float, int]:
+    """Milliseconds of one convolution forward and backward, its multiply-accumulates forward, its outputs."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(step.precision, torch.float32)
+    options: dict[str, Any] = {"device": step.device, "dtype": dtype}
+    x, w = (torch.randn(s, **options).to(memory_format=torch.channels_last) for s in (shape, weight))
+    x.requires_grad_(shape[1] != 3)
+    w.requires_grad_()
+    gradient = torch.randn_like(functional.conv2d(x, w, stride=stride, padding=padding))
+
+    def both_ways() -> None:
+        x.grad = w.grad = None
+        functional.conv2d(x, w, stride=stride, padding=padding).backward(gradient)
+
+    timed(both_ways, 3, step.device)
+    taken = statistics.median(timed(both_ways, 10, step.device))
+    return taken, gradient.numel() * w[0].numel(), gradient.numel()
+
+
+# --- the processes' turns, and the result
+
+
+def measure(sides: list[str], case: Case, turns: int, threads: int | None) -> dict[str, Any]:
+    """ "sides", each with "median_ms", "peak_mb" and "profile_ms", or with "failed"; and "floor"."""
+    workers = {side: Worker(open_side, side, case, threads) for side in sides}
+    taken: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for number in range(turns + 1):
+        for side, worker in workers.items():
+            answer = worker.ask("turn")
+            if number > 0 and answer is not None:  # the first turn warms up
+                taken[side].append(answer)
+    found: dict[str, Any] = {}
+    for side, worker in workers.items():
+        found[side] = {"profile_ms": worker.ask("profile")}
+        if worker.failed:
+            found[side] = {"failed": worker.failed}
+            continue
+        found[side]["median_ms"] = statistics.median(ms for answer in taken[side] for ms in answer["ms"])
+        found[side]["peak_mb"] = max(answer["peak_mb"] for answer in taken[side])
+        worker.end()
+    last = Worker(open_side, "tetdeploy", case, threads)
+    answer = last.ask(FLOOR) or {"failed": last.failed}
+    last.end()
+    return {"sides": found, "floor": answer}
+
+
+def ratios(found: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
+    """What is to be reached: its name, the number, the wish, whether it holds. Without a side there is no number."""
+
+    def fastest(*names: str) -> dict[str, Any] | None:
+        sides = [side for name, side in found.items() if name.startswith(names) and "failed" not in side]
+        return min(sides, key=lambda side: float(side["median_ms"]), default=None)
+
+    ours, loop, theirs, ann = fastest("tetdeploy"), fastest("loop"), fastest("SJ"), fastest("ANN")
+    rows: list[tuple[str, float, str, bool]] = []
+    for name, one, other, key, wanted, at_least in (
+        ("plain loop / ours", loop, ours, "median_ms", 1.5, True),
+        ("SpikingJelly's best / ours", theirs, ours, "median_ms", 1.3, True),
+        ("ours / ANN twin", ours, ann, "median_ms", 1.15, False),
+        ("memory, ours / plain loop", ours, loop, "peak_mb", 0.6, False),
+    ):
+        if one is not None and other is not None:
+            value = one[key] / other[key]
+            sign = "at least" if at_least else "at most"
+            rows.append((name, value, f"{sign} {wanted}", value >= wanted if at_least else value <= wanted))
+    return rows
+
+
+def show(results: dict[str, Any]) -> None:
+    console = Console(width=150, highlight=False)
+    case = results["case"]
+    console.print(
+        f"{case['model']} x {case['width']:g}, {case['size']}x{case['size']}, T={case['T']}, batch {case['batch']}, "
+        f"{results['precision']} on {results['card']}, PyTorch {torch.__version__}"
+    )
+    table = Table()
+    for header in ("", "ms a step", "images/s", "peak MB", *KINDS, REST):
+        table.add_column(header, justify="right" if header else "left")
+    for side, found in results["sides"].items():
+        if "failed" in found:
+            continue
+        shares = found["profile_ms"]
+        speed = 1e3 * case["batch"] / found["median_ms"]
+        cells = (f"{found['median_ms']:.2f}", f"{speed:,.0f}", f"{found['peak_mb']:,.0f}")
+        table.add_row(side, *cells, *(f"{shares[kind]:.2f}" for kind in (*KINDS, REST)))
+    console.print(table)
+    for side, found in results["sides"].items():
+        if "failed" in found:
+            console.print(f"{side} left out: {found['failed']}", markup=False)
+    floor = results["floor"]
+    if "failed" in floor:
+        console.print(f"no floor: {floor['failed']}", markup=False)
+    else:
+        console.print(
+            f"floor {floor['floor_ms']:.2f} ms: convolutions {floor['convolutions_ms']:.2f} ms ({floor['tflop']:.3g} "
+            f"TFLOP at {floor['tflop_per_s']:.3g} TFLOP/s), {floor['gb']:.3g} GB at 3 TB/s {floor['memory_ms']:.2f} ms"
+        )
+    if results["card"] == "cpu":
+        console.print("a smoke run: on a CPU these numbers say nothing about a card")
+    for name, value, wish, holds in results["reached"]:
+        console.print(f"{name}: {value:.2f}, wanted {wish}: {'reached' if holds else 'NOT reached'}")
+
+
+@click.command()
+@click.option("--model", default="resnet19", show_default=True)
+@click.option("--width", default=1.0, show_default=True)
+@click.option("--size", default=32, show_default=True, help="Side of the images.")
+@click.option("--T", "T", default=4, show_default=True)
+@click.option("--batch", default=256, show_default=True)
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--precision", default="bf16", show_default=True)
+@click.option("--turns", default=5, show_default=True, help="Of each side.")
+@click.option("--steps", default=10, show_default=True, help="In a turn.")
+@click.option("--side", "sides", multiple=True, type=click.Choice(SIDES), help="These alone. [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="On a CPU.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+def main(
+    model: str,
+    width: float,
+    size: int,
+    T: int,
+    batch: int,
+    device: str,
+    precision: str,
+    turns: int,
+    steps: int,
+    sides: tuple[str, ...],
+    threads: int | None,
+    json_path: Path | None,
+) -> None:
+    try:
+        found = pick_device(device)
+        chosen = pick_precision(precision, found)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    case = Case(model, width, size, T, batch, device, chosen, steps)
+    results = {"case": vars(case), "card": device_name(found), "precision": chosen, "torch": torch.__version__}
+    results |= measure(list(sides or SIDES), case, turns, threads)
+    results["reached"] = ratios(results["sides"]) if found.type == "cuda" else []
+    show(results)
+    if json_path is not None:
+        write_json(json_path, results)
+
+
+if __name__ == "__main__":
+    main()

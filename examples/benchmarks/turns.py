@@ -1,0 +1,60 @@
+"""Sides of a benchmark, each in a process of its own: what fails says why and takes nothing with it."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+Answer = Callable[[Any], Any]
+
+
+class Worker:
+    """A side's process, which starts with the first request.
+
+    Args:
+        open_side: a module's function; called in the process, returns what answers requests.
+        arguments: for it.
+    """
+
+    def __init__(self, open_side: Callable[..., Answer], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, self._theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self._theirs, open_side, arguments), daemon=True)
+        self.failed = ""
+
+    def ask(self, request: Any) -> Any:
+        """The answer; None once the side has failed, `failed` being the reason."""
+        if self.failed:
+            return None
+        if self._process.pid is None:
+            self._process.start()
+            self._theirs.close()  # so that the end of the process is the end of the connection
+        try:
+            self._connection.send(request)
+            self.failed, answer = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join(10)
+            self.failed, answer = f"its process ended with {self._process.exitcode}", None
+        if self.failed:
+            self.end()
+        return answer
+
+    def end(self) -> None:
+        try:
+            self._connection.send(None)
+        except OSError:
+            return  # it has ended
+        self._process.join(30)
+
+
+def _serve(connection: Connection, open_side: Callable[..., Answer], arguments: tuple[Any, ...]) -> None:
+    answer: Answer | None = None
+    while (request := connection.recv()) is not None:
+        try:
+            answer = answer or open_side(*arguments)
+            connection.send(("", answer(request)))
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            connection.send((f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, None))

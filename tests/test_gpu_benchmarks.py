@@ -1,0 +1,105 @@
+"""examples/benchmarks/gpu_*.py: a side that fails says why, the numbers are put together rightly, a smoke run runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import operator
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a benchmark by name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def imported(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return imported
+
+
+def test_a_side_answers_until_it_fails_and_says_why(module: Any) -> None:
+    worker = module("turns").Worker(operator.attrgetter, "real")
+    assert [worker.ask(3), worker.ask(2.5)] == [3, 2.5] and worker.failed == ""
+    assert worker.ask("text") is None
+    assert worker.failed == "AttributeError: 'str' object has no attribute 'real'"
+    assert worker.ask(3) is None  # it is not asked again
+
+
+def test_a_side_that_cannot_be_opened_or_dies_says_so(module: Any) -> None:
+    turns = module("turns")
+    closed, dying = turns.Worker(operator.attrgetter, 3), turns.Worker(functools.partial, os._exit)
+    assert closed.ask(1) is None and closed.failed.startswith("TypeError: attribute name must be a string")
+    assert dying.ask(7) is None and dying.failed == "its process ended with 7"
+
+
+def test_the_wishes_take_the_fastest_of_each_kind(module: Any) -> None:
+    def side(ms: float, mb: float = 100) -> dict[str, Any]:
+        return {"median_ms": ms, "peak_mb": mb}
+
+    ratios = module("gpu_training").ratios
+    sides = {
+        "loop": side(30, 200),
+        "NCHW": side(5),
+        "tetdeploy": side(12, 90),
+        "tetdeploy graphs": side(10, 130),
+        "SJ torch NCHW": side(40),
+        "SJ triton NHWC": side(12),
+        "SJ cuda NCHW": {"failed": "why"},
+        "ANN": side(8),
+    }
+    assert ratios(sides) == [
+        ("plain loop / ours", 3.0, "at least 1.5", True),
+        ("SpikingJelly's best / ours", 1.2, "at least 1.3", False),
+        ("ours / ANN twin", 1.25, "at most 1.15", False),
+        ("memory, ours / plain loop", 0.65, "at most 0.6", False),
+    ]
+    assert ratios({"loop": {"failed": "why"}, "tetdeploy": side(10)}) == []
+
+
+def test_an_operators_time_goes_to_the_innermost_kind_round_it(module: Any) -> None:
+    def event(*names: str) -> Any:
+        return functools.reduce(lambda parent, name: SimpleNamespace(name=name, cpu_parent=parent), names, None)
+
+    kind_of = module("gpu_training").kind_of
+    assert kind_of(event("autograd::engine::evaluate_function: ConvolutionBackward0", "aten::sum")) == "convolutions"
+    assert kind_of(event("tetdeploy::lif", "aten::mul_")).startswith("neurons")
+    assert kind_of(event("aten::conv2d", "aten::clone")) == "copies, casts"
+    assert kind_of(event("aten::linear")) == "rest"
+
+
+@pytest.mark.slow
+def test_a_smoke_run_of_the_training_step(tmp_path: Path) -> None:
+    tiny = ["--device", "cpu", "--width", "0.0625", "--size", "8", "--batch", "2", "--turns", "1", "--steps", "1"]
+    sides = ["--side", "loop", "--side", "tetdeploy", "--side", "tetdeploy graphs", "--threads", "1"]
+    script, result = str(BENCHMARKS / "gpu_training.py"), tmp_path / "step.json"
+    command = [sys.executable, script, *tiny, *sides, "--json", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "tetdeploy graphs left out: ValueError: no CUDA graph of this training step: the run is on cpu" in done.stdout
+    )
+    assert "a smoke run" in done.stdout
+    found = json.loads(result.read_text())
+    assert found["sides"]["tetdeploy"]["profile_ms"]["convolutions"] > 0
+    # 20 convolutions forward and backward at T x N = 8, the first without a gradient for its images
+    assert 0 < found["floor"]["tflop"] < 1e-3 and found["reached"] == []
+
+
+@pytest.mark.parametrize("name", ["gpu_training", "gpu_inference"])
+def test_without_a_gpu_there_is_one_line(name: str) -> None:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--device", "cuda:99"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: device cuda:99 is not there") and len(done.stderr.splitlines()) == 1

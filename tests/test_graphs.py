@@ -1,0 +1,295 @@
+"""The training step on a GPU: layout, no waiting, CUDA graphs; and without one what can be known of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tetdeploy.cli import main
+from tetdeploy.data import ImageSet
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.train import TrainConfig, loop, train
+from tetdeploy.train.config import PRECISIONS
+from tetdeploy.train.device import place, tuned_convolutions
+from tetdeploy.train.graphs import Compute, Recorded, StepGraphs, check_graphs
+from tetdeploy.train.optimizer import build_optimizer
+from tetdeploy.train.ranks import Ranks
+
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")]
+
+
+def images_of(count: int, seed: int) -> ImageSet:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count)
+    pixels = 60 + 60 * labels[:, None, None, None] + rng.integers(-55, 56, (count, 3, 8, 8))
+    mean, std = (0.5,) * 3, (0.25,) * 3
+    return ImageSet("toy", "train", pixels.astype(np.uint8), labels.astype(np.int64), ("a", "b", "c"), mean, std)
+
+
+TRAIN, VAL = images_of(85, 1), images_of(31, 2)  # the last batch would be odd
+
+
+def classifier(**options: Any) -> Classifier:
+    torch.manual_seed(0)
+    config = NetworkConfig("resnet19", 3, 3, (8, 8), width=0.125, **options)
+    data: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "class_names": ("a", "b", "c"), "data": "toy"}
+    return Classifier(build_network(config), config=config, **data)
+
+
+def settings(**changes: Any) -> TrainConfig:
+    plain: dict[str, Any] = {"T": 2, "epochs": 3, "batch_size": 16, "optimizer": "sgd", "lr": 0.05, "ema": 0.9}
+    return TrainConfig(**(plain | {"augment": "crop-flip", "cutout": 2, "clip": 1.0} | changes))
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- without a GPU
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "precision", "ranks", "match"),
+    [
+        ({}, "cpu", "fp32", Ranks(), r"the run is on cpu, and only an NVIDIA GPU has them; or leave out --cuda-graphs"),
+        ({}, "cuda", "fp16", Ranks(), "fp16 scales gradients .* use --precision bf16 or fp32"),
+        ({"qat": True}, "cuda", "fp32", Ranks(), "--qat trains another network"),
+        ({}, "cuda", "bf16", Ranks(1, 4), "4 processes exchange gradients within the step"),
+    ],
+)
+def test_what_has_no_graph_is_refused(
+    config: dict[str, Any], device: str, precision: str, ranks: Ranks, match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        check_graphs(settings(**config), torch.device(device), precision, ranks)
+    check_graphs(settings(), torch.device("cuda"), "bf16", Ranks())
+
+
+def test_the_command_refuses_graphs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["train", "--cuda-graphs", "--device", "cpu"])
+    assert result.exit_code == 1 and "Error: no CUDA graph of this training step: the run is on cpu" in result.output
+    result = CliRunner().invoke(main, ["train", "--cuda-graphs", "--recompute"])
+    assert result.exit_code == 2 and "--recompute does not go with --cuda-graphs" in result.output
+
+
+@dataclass(frozen=True)
+class Replayed(Recorded):
+    """What a graph does, computed: reads its own copy of the batch, and adds to gradients that it first clears."""
+
+    compute: Any
+    gradients: list[Tensor]
+
+    def replay(self, x: Tensor, labels: Tensor) -> Tensor:
+        self.x.copy_(x)
+        self.labels.copy_(labels)
+        torch._foreach_zero_(self.gradients)
+        numbers: Tensor = self.compute(self.x, self.labels)
+        return numbers
+
+
+class StandIn(StepGraphs):
+    """Records on a CPU: the first computation of a key is the one that is replayed."""
+
+    def _record(self, compute: Compute, x: Tensor, labels: Tensor) -> Recorded:
+        for p in self._network.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
+        graph: Any = None
+        return Replayed(graph, x, labels, labels, compute, gradients)
+
+
+@pytest.mark.parametrize(
+    ("changes", "graphs"),
+    [
+        ({}, 1),
+        ({"tit": "1:1,2:2"}, 2),
+        ({"loss": "sdt", "switch_to_tet": 1}, 2),
+        ({"random_T": "1:2:2", "ema": 0.0}, 3),  # (1, 1), (1, 2), (2, 2)
+        ({"optimizer": "adamw", "lr": 2e-3}, 1),
+    ],
+)
+def test_a_run_with_graphs_is_the_run_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], graphs: int
+) -> None:
+    """All but the recording itself: which graph a step takes, gradients that stay where they are."""
+    made: list[StandIn] = []
+
+    def make(network: nn.Module) -> StandIn:
+        made.append(StandIn(network))
+        return made[0]
+
+    monkeypatch.setattr("tetdeploy.train.session.check_graphs", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr("tetdeploy.train.session.StepGraphs", make)
+    plain, replayed, config = classifier(), classifier(), settings(device="cpu", **changes)
+    train(plain, TRAIN, VAL, config, tmp_path / "plain", progress=False)
+    train(replayed, TRAIN, VAL, config, tmp_path / "graphs", progress=False, cuda_graphs=True)
+    assert len(made[0]._graphs) == graphs
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, replayed.state_dict()[name]), name
+
+
+def test_cudnn_chooses_within_a_run_only() -> None:
+    before = torch.backends.cudnn.benchmark
+    with tuned_convolutions():
+        assert torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = not before
+    assert torch.backends.cudnn.benchmark == before
+
+
+# --- on a GPU
+
+
+def gpu(test: Any) -> Any:
+    for mark in on_gpu:
+        test = mark(test)
+    return test
+
+
+class Layouts(TorchDispatchMode):
+    """Sees whether the input and the output of each convolution are channels-last. (Hooks would switch fusion off.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[bool, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            last = torch.channels_last
+            self.seen.append((args[0].is_contiguous(memory_format=last), output.is_contiguous(memory_format=last)))
+        return output
+
+
+@gpu
+def test_activations_are_channels_last() -> None:
+    network = classifier()
+    place(network, torch.device("cuda"))
+    with torch.autocast("cuda", torch.bfloat16), Layouts() as layouts:
+        network(torch.from_numpy(TRAIN.x[:16]).cuda(), 2)
+    inputs, outputs = zip(*layouts.seen, strict=True)
+    assert len(outputs) == 20 and all(outputs)
+    assert all(inputs[1:])  # of the first, images as they come
+
+
+@gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_optimizer_is_fused(optimizer: str) -> None:
+    network = classifier().cuda()
+    assert build_optimizer(network, settings(optimizer=optimizer)).defaults["fused"]
+
+
+@gpu
+@pytest.mark.parametrize("changes", [{}, {"random_T": "1:3"}, {"optimizer": "adamw"}, {"augment": "flip-roll"}])
+def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    """Every wait of the second epoch's steps is an error; in the first, kernels are loaded."""
+    step = loop._train_step
+
+    def watched(session: Any, state: Any, x: Tensor, labels: Tensor) -> None:
+        torch.cuda.set_sync_debug_mode("error" if state.epoch == 1 else "default")
+        step(session, state, x, labels)
+        if state.step == session.steps_per_epoch - 1:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loop, "_train_step", watched)
+    monkeypatch.setattr("tetdeploy.train.progress.INTERVAL", 1e9)  # a look at the losses waits, twice a second
+    try:
+        train(classifier(), TRAIN, VAL, settings(device="cuda", **changes), tmp_path, progress=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+def test_a_wait_would_be_noticed() -> None:
+    x = torch.ones(3, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            x.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p in ("fp32", "bf16")])
+@pytest.mark.parametrize("changes", [{}, {"tit": "1:1,2:2"}, {"random_T": "1:3", "ema": 0.0}])
+def test_losses_with_graphs_are_those_without(tmp_path: Path, precision: str, changes: dict[str, Any]) -> None:
+    """Kernels add up in an order of their own from run to run, a spike flips now and then: the first epoch agrees."""
+    config = settings(device="cuda", precision=precision, **changes)
+    for name in ("plain", "graphs"):
+        train(classifier(), TRAIN, VAL, config, tmp_path / name, progress=False, cuda_graphs=name == "graphs")
+    plain, graphs = records(tmp_path / "plain"), records(tmp_path / "graphs")
+    assert graphs[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=0.02)
+    assert graphs[-1]["train_loss"] == pytest.approx(plain[-1]["train_loss"], rel=0.1)
+    assert [record["T"] for record in graphs] == [record["T"] for record in plain]
+
+
+@gpu
+def test_recording_leaves_bn_and_random_numbers_as_they_were() -> None:
+    network = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1)).cuda()
+    x, labels = torch.randn(64, 4, device="cuda"), torch.zeros(64, device="cuda")
+
+    def compute(x: Tensor, labels: Tensor) -> Tensor:
+        loss = (network(x).squeeze(1) - labels).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    torch.manual_seed(0)
+    wanted = compute(x, labels).clone()
+    gradients = [p.grad.clone() for p in network.parameters() if p.grad is not None]
+    network[0].reset_running_stats()
+    graphs = StepGraphs(network)
+    for repeat in (1, 2):
+        torch.manual_seed(0)
+        torch.testing.assert_close(graphs("key", compute, x, labels), wanted)
+        assert network[0].num_batches_tracked.item() == repeat
+        for p, gradient in zip(network.parameters(), gradients, strict=True):
+            torch.testing.assert_close(p.grad, gradient)
+
+
+@gpu
+def test_a_step_that_waits_cannot_be_recorded() -> None:
+    network = nn.Linear(2, 1).cuda()
+
+    def compute(x: Tensor, labels: Tensor) -> Tensor:
+        loss = network(x).mean()
+        loss.backward()
+        return torch.tensor(loss.item(), device="cuda")
+
+    x = torch.ones(3, 2, device="cuda")
+    with pytest.raises(ValueError, match=r"cannot be recorded as a CUDA graph .*; leave out --cuda-graphs"):
+        StepGraphs(network)("key", compute, x, x)
+
+
+@gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_cut_run_goes_on_there_and_elsewhere(tmp_path: Path, optimizer: str) -> None:
+    """Fused updates take the moments that come back, in the weights' layout; the loss goes on where it was."""
+    config = settings(device="cuda", optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 2e-3)
+    whole = train(classifier(), TRAIN, VAL, config, tmp_path / "whole", progress=False)
+    cut, count = classifier(), iter(range(1, 1000))
+
+    def stop(network: nn.Module, *_: Any) -> None:
+        if network.training and next(count) == 7:  # of 5 an epoch
+            signal.raise_signal(signal.SIGINT)
+
+    cut.network.register_forward_hook(stop)
+    assert train(cut, TRAIN, VAL, config, tmp_path / "cut", progress=False, shards_mb=1).interrupted
+    shards = shutil.copytree(tmp_path / "cut" / "shards", tmp_path / "shards")
+    assert train(classifier(), TRAIN, VAL, config, tmp_path / "cut", progress=False, resume=True).epochs == whole.epochs
+    train(classifier(), TRAIN, VAL, config, tmp_path / "second", progress=False, restart_from=shards)
+    losses = [records(tmp_path / name)[-1]["train_loss"] for name in ("whole", "cut", "second")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[2] == pytest.approx(losses[0], rel=0.3)

@@ -1,0 +1,311 @@
+"""Going on elsewhere from weights alone: what is carried, where the run goes on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from torch import nn
+
+import tetdeploy
+from tetdeploy.checkpoint import read_content, read_metadata, write_tensors
+from tetdeploy.cli import main
+from tetdeploy.cli.errors import INTERRUPTED
+from tetdeploy.data import ImageSet
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.shards import INDEX_NAME, read_shards
+from tetdeploy.train import TrainConfig, TrainResult, loop, train
+
+STEPS = 5
+
+
+def images_of(count: int, seed: int) -> ImageSet:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count)
+    pixels = 60 + 60 * labels[:, None, None, None] + rng.integers(-55, 56, (count, 1, 8, 8))
+    return ImageSet("toy", "train", pixels.astype(np.uint8), labels.astype(np.int64), ("a", "b", "c"), (0.5,), (0.25,))
+
+
+TRAIN, VAL = images_of(8 * STEPS + 2, 1), images_of(24, 2)
+
+
+def classifier(seed: int = 0, **options: Any) -> Classifier:
+    torch.manual_seed(seed)
+    config = NetworkConfig("convsnn", 3, 1, (8, 8), width=0.125, **options)
+    names = ("a", "b", "c")
+    return Classifier(build_network(config), config=config, mean=(0.5,), std=(0.25,), class_names=names, data="toy")
+
+
+def settings(**changes: Any) -> TrainConfig:
+    plain = {"tit": "1:2,2:2", "batch_size": 8, "augment": "shift", "device": "cpu", "optimizer": "sgd", "lr": 0.05}
+    return TrainConfig(**(plain | changes))
+
+
+def run(out: Path, of: Classifier | None = None, **options: Any) -> TrainResult:
+    how = {"config": settings(), "progress": False, "shards_mb": 0.01} | options
+    return train(of or classifier(), TRAIN, VAL, how.pop("config"), out, **how)
+
+
+def interrupted(out: Path, steps: int, **options: Any) -> None:
+    """A run that a Ctrl-C ends after so many training steps."""
+    trained, count = classifier(), iter(range(1, 1000))
+
+    def stop(network: nn.Module, *_: Any) -> None:
+        if network.training and next(count) == steps:
+            signal.raise_signal(signal.SIGINT)
+
+    trained.network.register_forward_hook(stop)
+    assert run(out, trained, **options).interrupted
+
+
+def carried(out: Path, to: Path) -> Path:
+    """The shards alone, on another machine."""
+    shutil.copytree(out / "shards", to)
+    shutil.rmtree(out)
+    return to
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "images_per_s")} for line in lines]
+
+
+def forget_moments(out: Path) -> None:
+    """Take the optimizer's moments out of a run's state."""
+    state = out / "last.safetensors"
+    kept = {name: value for name, value in load_file(state).items() if not name.startswith("optimizer.")}
+    write_tensors(state, kept, read_content(state))
+
+
+def same_weights(one: Classifier, other: Classifier) -> bool:
+    wanted = other.state_dict()
+    return all(torch.equal(value, wanted[name]) for name, value in one.state_dict().items())
+
+
+# --- what is written
+
+
+def test_shards_hold_the_last_weights_and_no_moments(tmp_path: Path) -> None:
+    trained = classifier()
+    run(tmp_path / "r", trained, config=settings(ema=0.5))
+    (folder,) = (tmp_path / "r" / "shards").iterdir()
+    assert folder.name == "epoch-00004-step-000000"
+    tensors = read_shards(folder)
+    for name, value in trained.network.state_dict().items():
+        assert torch.equal(tensors[f"network.{name}"], value)
+    averaged = [name for name in tensors if name.startswith("average.")]
+    assert len(averaged) == len([*trained.network.parameters()])
+    assert not [name for name in tensors if name.startswith("optimizer.")]
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert all(file.stat().st_size <= 10_000 for file in folder.glob("model-*"))
+    assert (folder / "metrics.jsonl").read_bytes() == (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    assert read_metadata(folder)["provenance"]["epoch"] == 4
+
+
+def test_load_reads_shards(tmp_path: Path) -> None:
+    trained = classifier()
+    run(tmp_path / "r", trained)
+    (folder,) = (tmp_path / "r" / "shards").iterdir()
+    x = torch.from_numpy(VAL.x)
+    torch.testing.assert_close(tetdeploy.load(folder)(x, 2), trained.eval()(x, 2), rtol=0, atol=0)
+
+
+def test_without_the_option_there_are_no_shards_and_with_it_the_run_is_the_same(tmp_path: Path) -> None:
+    one, other = classifier(), classifier()
+    run(tmp_path / "plain", one, shards_mb=None)
+    run(tmp_path / "shards", other)
+    assert not (tmp_path / "plain" / "shards").exists()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+# --- where it goes on
+
+
+# Of 4 epochs of 5 steps: in each stage, in the last epoch, and after the last step of one, before its validation.
+@pytest.mark.parametrize("at", [3, STEPS, 2 * STEPS + 1, 4 * STEPS - 1])
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.5, "optimizer": "adamw", "lr": 2e-3}])
+def test_it_is_the_resumed_run_with_fresh_moments(tmp_path: Path, at: int, changes: dict[str, Any]) -> None:
+    config = settings(**changes)
+    interrupted(tmp_path / "first", at, config=config)
+    shutil.copytree(tmp_path / "first" / "shards", tmp_path / "carried")
+    forget_moments(tmp_path / "first")
+    resumed, restarted = classifier(seed=5), classifier(seed=6)
+    run(tmp_path / "first", resumed, config=config, resume=True)
+    result = run(tmp_path / "second", restarted, config=config, restart_from=tmp_path / "carried")
+    assert (result.epochs, result.interrupted) == (4, False)
+    assert same_weights(restarted, resumed)
+    assert records(tmp_path / "second") == records(tmp_path / "first")
+    origin = json.loads((tmp_path / "second" / "config.json").read_text())["restarted"]
+    assert origin["epoch"] * STEPS + origin["step"] == at
+
+
+def test_the_moments_are_missed(tmp_path: Path) -> None:
+    """Or the test above could not tell a restart from a resume."""
+    interrupted(tmp_path / "first", 3)
+    shutil.copytree(tmp_path / "first" / "shards", tmp_path / "carried")
+    resumed, restarted = classifier(), classifier()
+    run(tmp_path / "first", resumed, resume=True)
+    run(tmp_path / "second", restarted, restart_from=tmp_path / "carried")
+    assert not same_weights(restarted, resumed)
+
+
+def test_the_best_epoch_is_one_of_those_after_the_restart(tmp_path: Path) -> None:
+    config = settings(tit="", epochs=4, lr=1e-6)  # nothing is learned: the first epoch stays the best
+    interrupted(tmp_path / "first", 2 * STEPS + 1, config=config)
+    result = run(tmp_path / "second", config=config, restart_from=carried(tmp_path / "first", tmp_path / "carried"))
+    assert result.best is not None and result.best.epoch >= 3
+    assert read_metadata(tmp_path / "second")["provenance"]["epoch"] == result.best.epoch
+
+
+def test_a_restarted_run_resumes(tmp_path: Path) -> None:
+    interrupted(tmp_path / "first", 3)
+    shards = carried(tmp_path / "first", tmp_path / "carried")
+    whole, resumed = classifier(), classifier()
+    run(tmp_path / "whole", whole, restart_from=shards)
+    interrupted(tmp_path / "second", 4, restart_from=shards)
+    run(tmp_path / "second", resumed, resume=True)
+    assert same_weights(resumed, whole) and records(tmp_path / "second") == records(tmp_path / "whole")
+
+
+def test_a_checkpoint_goes_on_after_its_epoch(tmp_path: Path) -> None:
+    interrupted(tmp_path / "first", 2 * STEPS + 1, config=settings(ema=0.5), shards_mb=None)
+    epoch = read_metadata(tmp_path / "first")["provenance"]["epoch"]
+    earlier = records(tmp_path / "first")[:epoch]
+    for number, path in enumerate((tmp_path / "first", tmp_path / "first" / "checkpoint.safetensors")):
+        out = tmp_path / f"second-{number}"
+        run(out, config=settings(ema=0.5), restart_from=path)
+        assert [record["epoch"] for record in records(out)] == [1, 2, 3, 4]
+        assert records(out)[:epoch] == earlier
+
+
+def test_metrics_that_did_not_come_along_are_left_out(tmp_path: Path) -> None:
+    interrupted(tmp_path / "first", 2 * STEPS + 1)
+    shards = carried(tmp_path / "first", tmp_path / "carried")
+    for file in shards.rglob("metrics.jsonl"):
+        file.unlink()
+    run(tmp_path / "second", restart_from=shards)
+    assert [record["epoch"] for record in records(tmp_path / "second")] == [3, 4]
+
+
+# --- what is refused
+
+
+def test_other_settings_are_named_but_the_machine_may_be_another(tmp_path: Path) -> None:
+    interrupted(tmp_path / "first", 3)
+    shards = carried(tmp_path / "first", tmp_path / "carried")
+    with pytest.raises(
+        ValueError, match=r"of a run with other settings: training\.lr: 0\.05 -> 0\.1; go on with the old"
+    ):
+        run(tmp_path / "second", config=settings(lr=0.1), restart_from=shards)
+    with pytest.raises(ValueError, match=r"network\.tau: 0\.5 -> 0\.25"):
+        run(tmp_path / "second", classifier(tau=0.25), restart_from=shards)
+    with pytest.raises(ValueError, match=r"data\.val_images: 24 -> 0"):
+        train(classifier(), TRAIN, None, settings(), tmp_path / "second", restart_from=shards, progress=False)
+    assert not (tmp_path / "second").exists()
+    run(tmp_path / "second", config=settings(precision="bf16", device="auto"), restart_from=shards)
+
+
+def test_weights_of_another_network_are_listed(tmp_path: Path) -> None:
+    interrupted(tmp_path / "first", 3)
+    shards = carried(tmp_path / "first", tmp_path / "carried")
+    other = classifier()
+    other.network.extra = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"do not fit the network; missing: extra\.weight, extra\.bias"):
+        run(tmp_path / "second", other, restart_from=shards)
+
+
+def test_a_damaged_or_missing_shard_is_named(tmp_path: Path) -> None:
+    interrupted(tmp_path / "first", 3)
+    (folder,) = carried(tmp_path / "first", tmp_path / "carried").iterdir()
+    last = max(folder.glob("model-*.safetensors"))
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=rf"{last.name} is not the file that {INDEX_NAME} was written for"):
+        run(tmp_path / "second", restart_from=folder)
+    last.unlink()
+    with pytest.raises(ValueError, match=rf"lacks {last.name}"):
+        run(tmp_path / "third", restart_from=folder)
+
+
+def test_nothing_is_left_to_train(tmp_path: Path) -> None:
+    run(tmp_path / "first")
+    with pytest.raises(ValueError, match=r"is of the last of 4 epochs: nothing is left to train; .*--init"):
+        run(tmp_path / "second", restart_from=tmp_path / "first")
+
+
+def test_what_is_no_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing does not exist; give a checkpoint"):
+        run(tmp_path / "r", restart_from=tmp_path / "nothing")
+    interrupted(tmp_path / "first", 3)
+    with pytest.raises(ValueError, match=r"already holds a run"):
+        run(tmp_path / "first", restart_from=tmp_path / "first")
+    with pytest.raises(ValueError, match=r"resume goes on .* choose one of them"):
+        run(tmp_path / "first", restart_from=tmp_path / "first", resume=True)
+    with pytest.raises(ValueError, match=r"holds the state of a training run"):
+        run(tmp_path / "r", restart_from=tmp_path / "first" / "last.safetensors")
+    with pytest.raises(ValueError, match=r"shards_mb is 0\.0; .* must be above 0"):
+        run(tmp_path / "r", shards_mb=0.0)
+    with pytest.raises(ValueError, match=r"alone takes .* MB; shards of at most 0\.003 MB are too small"):
+        run(tmp_path / "r", shards_mb=0.003)
+
+
+# --- the command
+
+
+def command(*arguments: object, code: int = 0) -> str:
+    result: Result = CliRunner().invoke(main, ["train", *map(str, arguments)])
+    assert result.exit_code == code and isinstance(result.exception, SystemExit | None), result.output
+    return result.output
+
+
+@pytest.fixture
+def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Shards of a command's run that a Ctrl-C ended in its second of three epochs."""
+    monkeypatch.chdir(tmp_path)
+    step, count = loop._train_step, iter(range(1, 1000))
+
+    def stopped(*arguments: Any) -> None:
+        step(*arguments)
+        if next(count) == 8:  # of 5 an epoch
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_train_step", stopped)
+        options = ("--epochs", 3, "--width", 0.25, "--T", 1, "--lr", 3e-3, "--batch-size", 256)
+        command(*options, "--out", "r", "--shards-mb", 1, code=INTERRUPTED)
+    return carried(Path("r"), Path("carried"))
+
+
+def test_the_command_takes_the_settings_of_the_weights(half: Path) -> None:
+    command("--restart-from", half, "--out", "second")
+    written = json.loads(Path("second/config.json").read_text())
+    assert written["training"]["lr"] == 3e-3 and written["network"]["width"] == 0.25
+    assert [record["epoch"] for record in records(Path("second"))] == [1, 2, 3]
+    assert written["restarted"]["epoch"] == 1 and written["restarted"]["step"] == 3
+    command("--resume", "second")
+
+
+def test_the_command_refuses_what_does_not_go_together(half: Path) -> None:
+    for options in (["--init", "x"], ["--resume"], ["--seeds", "0,1"], ["--qat"]):
+        assert "not together with --resume, --init, --seeds or --qat" in command(
+            "--restart-from", half, *options, code=2
+        )
+    assert "training.lr: 0.003 -> 0.1" in command("--restart-from", half, "--lr", 0.1, code=1)
+    assert "nowhere does not exist" in command("--restart-from", "nowhere", code=1)
+    assert "--shards-mb" in command("--shards-mb", 0, code=2)
+
+
+def test_a_network_of_ones_own_is_not_imported_because_a_file_says_so(half: Path) -> None:
+    file = max(half.glob("*/model-00001*"))
+    content = read_content(file)
+    content["network"]["model"] = "somebody:network"
+    write_tensors(file, load_file(file), content)
+    assert "holds a network of your own: pass --model somebody:network" in command("--restart-from", half, code=1)

@@ -1,0 +1,138 @@
+"""Tensors in several safetensors files of limited size, for where large files cannot go.
+
+Hugging Face's convention: `model-00001-of-00004.safetensors` and so on, and `model.safetensors.index.json`, which says
+in which file each tensor lies (`weight_map`); here its `metadata` also hold each file's SHA-256, as a copy may be
+damaged. Every file carries the whole JSON content that a single one would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tetdeploy.checkpoint import METADATA_KEY, read_content, read_tensors, write_tensors
+from tetdeploy.files import atomic_folder, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_NAME = "model.safetensors.index.json"
+
+_ENTRY = 120  # bytes of the header for one tensor, beside its name
+
+
+def is_sharded(path: Path | str) -> bool:
+    """Whether a folder holds shards."""
+    return (Path(path) / INDEX_NAME).is_file()
+
+
+def write_shards(
+    folder: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any], *, limit: int, beside: Sequence[Path] = ()
+) -> None:
+    """Write named tensors and JSON content into a new folder, all of it or nothing.
+
+    Args:
+        folder: must not be there.
+        limit: of a file's size, in bytes.
+        beside: files that are copied into the folder as well.
+
+    Raises:
+        ValueError: a tensor is larger than `limit`.
+        OSError: the folder cannot be written.
+    """
+    parts = _split(tensors, limit, len(json.dumps({METADATA_KEY: json.dumps(content)})))
+    names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    with atomic_folder(folder) as temporary:
+        for name, part in zip(names, parts, strict=True):
+            write_tensors(temporary / name, {key: tensors[key] for key in part}, content)
+        metadata = {
+            "total_size": sum(_size(tensor) for tensor in tensors.values()),
+            "sha256": {name: _sha256(temporary / name) for name in names},
+        }
+        weight_map = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+        write_json(temporary / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
+        for file in beside:
+            (temporary / file.name).write_bytes(file.read_bytes())
+
+
+def read_shards(folder: Path | str) -> dict[str, Tensor]:
+    """All tensors of a folder's shards, on the CPU, in the order they were written in.
+
+    Raises:
+        ValueError: no index, a damaged one, or files that are missing, damaged or not those the index was written for.
+    """
+    folder = Path(folder)
+    index = _read_index(folder)
+    sums: dict[str, str] = index["metadata"]["sha256"]
+    if missing := [name for name in sums if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, of {len(sums)} shards; copy them all")
+    tensors: dict[str, Tensor] = {}
+    for name, wanted in sums.items():
+        if _sha256(folder / name) != wanted:
+            raise ValueError(f"{folder / name} is not the file that {INDEX_NAME} was written for; copy it again")
+        tensors |= read_tensors(folder / name)
+    if tensors.keys() != index["weight_map"].keys():
+        raise ValueError(f"{folder / INDEX_NAME} does not list the tensors of its shards; copy it again")
+    return {name: tensors[name] for name in index["weight_map"]}
+
+
+def read_shards_content(folder: Path | str) -> dict[str, Any]:
+    """The JSON content, as `write_shards` was given it, without torch.
+
+    Raises:
+        ValueError: no index, a damaged one, or the first file is missing or not ours.
+    """
+    folder = Path(folder)
+    first = folder / next(iter(_read_index(folder)["metadata"]["sha256"]))
+    if not first.is_file():
+        raise ValueError(f"{folder} lacks {first.name}; copy all of its files")
+    return read_content(first)
+
+
+def _split(tensors: Mapping[str, Tensor], limit: int, header: int) -> list[list[str]]:
+    """The names of each file's tensors, in their order; a file is begun when the next tensor does not fit."""
+    parts: list[list[str]] = [[]]
+    header += 64  # length, alignment, brackets
+    filled = header
+    for name, tensor in tensors.items():
+        size = _size(tensor) + len(name) + _ENTRY
+        if header + size > limit:
+            raise ValueError(
+                f"{name} alone takes {(header + size) / 1e6:.2f} MB; shards of at most {limit / 1e6:g} MB are too small"
+            )
+        if filled + size > limit:
+            parts.append([])
+            filled = header
+        parts[-1].append(name)
+        filled += size
+    return parts
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """The index, checked: some files, by plain names."""
+    file = folder / INDEX_NAME
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no shards: it has no {INDEX_NAME}")
+    try:
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        sums, weight_map = index["metadata"]["sha256"], index["weight_map"]
+        usable = len(sums) > 0 and all(Path(name).name == name for name in sums) and isinstance(weight_map, dict)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        usable = False
+    if not usable:
+        raise ValueError(
+            f"{file} is damaged, or was not written by tetdeploy: it must hold metadata.sha256, weight_map"
+        )
+    return index
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,117 @@
+"""CUDA graphs of the training step (`--cuda-graphs`): forward, loss and backward recorded once, then replayed.
+
+Launching some hundreds of kernels from Python takes longer than a small batch takes on the card; a graph is one launch.
+What a step computes depends on the numbers of time steps it counts, on its loss and on the batch's shape, so that each
+combination has a graph of its own, recorded when it first comes up: the next stage of time inheritance training has
+another. All graphs share one pool of memory, as no two of them run at once, and one set of gradients. Clipping, the
+optimizer's update and the moving average stay outside, where the learning rate may change.
+
+Never run yet on a GPU: see docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .ranks import Ranks
+
+# Passes before the recording: kernels are chosen, tuned and compiled in them, which no recording may do.
+WARM_UP = 3
+
+Compute = Callable[[Tensor, Tensor], Tensor]
+
+
+def check_graphs(config: TrainConfig, device: torch.device, precision: str, ranks: Ranks) -> None:
+    """Refuse what has no graph.
+
+    Raises:
+        ValueError: no GPU, fp16's gradient scaling, `qat`, or several processes.
+    """
+    reasons = {
+        f"the run is on {device.type}, and only an NVIDIA GPU has them": device.type != "cuda",
+        "fp16 scales gradients by what earlier steps gave; use --precision bf16 or fp32": precision == "fp16",
+        "--qat trains another network": config.qat,
+        f"{ranks.size} processes exchange gradients within the step": ranks.size > 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"no CUDA graph of this training step: {reason}; or leave out --cuda-graphs")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A graph, where it reads its batch and where it leaves its numbers."""
+
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
+    labels: Tensor
+    numbers: Tensor
+
+    def replay(self, x: Tensor, labels: Tensor) -> Tensor:
+        self.x.copy_(x)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        return self.numbers
+
+
+class StepGraphs:
+    """The graphs of a run's training steps.
+
+    Args:
+        network: whose parameters get the gradients; from the first step on they must not be set to None.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._graphs: dict[Hashable, Recorded] = {}
+        self._pool: Any = None
+
+    def __call__(self, key: Hashable, compute: Compute, x: Tensor, labels: Tensor) -> Tensor:
+        """What `compute(x, labels)` returns, and its gradients in the parameters' `.grad`, in place of older ones.
+
+        Args:
+            key: everything that decides what `compute` does, beside the shapes of `x` and `labels`.
+            compute: forward and backward; returns numbers that are read before the next call.
+
+        Raises:
+            ValueError: it cannot be recorded, because it waits for the GPU for instance.
+        """
+        key = (key, x.shape, x.dtype, labels.shape)
+        if key not in self._graphs:
+            with torch.cuda.device(x.device):
+                self._graphs[key] = self._record(compute, x.clone(), labels.clone())
+        return self._graphs[key].replay(x, labels)
+
+    def _record(self, compute: Compute, x: Tensor, labels: Tensor) -> Recorded:
+        random, buffers = torch.cuda.get_rng_state(), [*self._network.buffers()]
+        before = [buffer.clone() for buffer in buffers]  # BN counts the warm-up too
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # not that of the process, whose gradients' order a recording may not touch
+            for _ in range(WARM_UP):
+                compute(x, labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph, self._pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
+        gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
+        try:
+            # Of this thread alone: another may be pinning memory for the next batches.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                torch._foreach_zero_(gradients)  # kept where they are: the optimizer reads the same ones of every graph
+                numbers = compute(x, labels)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"the training step cannot be recorded as a CUDA graph ({reason}); leave out --cuda-graphs"
+            ) from error
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        torch.cuda.set_rng_state(random)
+        return Recorded(graph, x, labels, numbers)

@@ -1,0 +1,156 @@
+"""Going on elsewhere from weights alone (`--restart-from`), and the shards they are carried in (`--shards-mb`).
+
+`--resume` needs the whole state of a run. What is carried here is that state without the optimizer's moments: the last
+weights with BN's statistics as training left them (not those of the best epoch), their moving average if there is one,
+where in which epoch they are from, the settings, and the metrics so far. The restarted run goes on at that step of the
+schedule, with the images that step would have had, and with fresh moments.
+
+It chooses its best epoch among its own: the best weights of the earlier part are not carried.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tetdeploy.checkpoint import FORMAT, check_keys, read_metadata, read_tensors, weights_file
+from tetdeploy.shards import is_sharded, read_shards, write_shards
+
+from .averaging import trainable
+from .runs import METRICS_NAME, completed, differences, read_metrics, write_metrics
+from .session import Session, provenance
+from .state import TrainState, like_weights, section
+
+SHARDS_NAME = "shards"
+
+# What a machine decides: where files and devices are, and what the device is good at.
+_OF_THE_MACHINE = ("device", "precision", "distill")
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Weights to go on from.
+
+    Attributes:
+        path: a folder of shards, or a checkpoint.
+        settings: of the run they are from, as `runs.run_settings` gives them, and "provenance".
+        epoch: finished epochs, and so the index of the epoch to go on with.
+        step: its finished steps; 0 for a checkpoint, which is of an epoch's end.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    epoch: int
+    step: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Named as in the run's state: `network.*`, and of shards `average.*` and `epoch.*`."""
+        if self.path.is_dir():
+            return read_shards(self.path)
+        return {f"network.{name}": tensor for name, tensor in read_tensors(self.path).items()}
+
+
+def find_restart(path: Path | str) -> Restart:
+    """What to go on from: a folder of shards, a run folder (its shards, or without any its checkpoint), a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such path, or nothing of the kind in it.
+        ValueError: it is damaged, no checkpoint, or of a run in 8 bits.
+    """
+    path = Path(path)
+    for folder in (path / SHARDS_NAME, path):
+        path = max((inner for inner in folder.glob("epoch-*") if is_sharded(inner)), default=path)
+    path = weights_file(path)
+    content = read_metadata(path)
+    if "int8" in content or content["training"].get("qat"):
+        raise ValueError(f"{path} was fine-tuned in 8 bits (--qat); start that again with --init")
+    position = content.get("restart") or {"epoch": content["provenance"].get("epoch"), "step": 0}
+    if not all(isinstance(position.get(name), int) for name in ("epoch", "step")):
+        raise ValueError(f"{path} does not say which epoch it is of; use it with --init")
+    return Restart(path, content, position["epoch"], position["step"])
+
+
+def check_restart(restart: Restart, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on under other settings than those of the device, or with a run that is finished.
+
+    Raises:
+        ValueError: each difference is named.
+    """
+    old, new = (_compared(of) for of in (completed(restart.settings), settings))
+    new["data"] = {name: value for name, value in new["data"].items() if name in old["data"]}  # fewer in a checkpoint
+    if different := differences(old, new):
+        raise ValueError(
+            f"{restart.path} is of a run with other settings: {'; '.join(different)}; "
+            "go on with the old ones, or start a new run from these weights with --init"
+        )
+    if restart.epoch >= new["training"]["epochs"]:
+        raise ValueError(
+            f"{restart.path} is of the last of {restart.epoch} epochs: nothing is left to train; "
+            "start a new run from it with --init"
+        )
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings without those that a machine decides."""
+    sections = {name: dict(settings[name]) for name in ("network", "data", "training")}
+    for name in _OF_THE_MACHINE:
+        sections["training"].pop(name, None)
+    return sections
+
+
+def restart_state(restart: Restart, session: Session) -> TrainState:
+    """Put the weights into the network, write the earlier metrics into the new run, and say where it stands.
+
+    Raises:
+        ValueError: the weights are damaged or do not fit the network.
+        OSError: the metrics cannot be written.
+    """
+    tensors, network = restart.tensors(), session.classifier.network
+    weights = section(tensors, "network.")
+    check_keys(weights, network.state_dict(), restart.path)
+    network.load_state_dict(weights)
+    average = {}
+    if session.config.ema:  # a checkpoint's weights are averages already
+        average = like_weights(section(tensors, "average.") or trainable(network), network)
+    state = TrainState.start(session.steps_per_epoch, session.device, average)
+    state.epoch, state.step = restart.epoch, restart.step
+    if restart.step:
+        state.losses.copy_(tensors["epoch.losses"])
+        state.correct.copy_(tensors["epoch.correct"])
+    folder = restart.path if restart.path.is_dir() else restart.path.parent
+    if session.ranks.writes and (earlier := read_metrics(folder, epochs=restart.epoch)):
+        write_metrics(session.out, earlier)
+    return state
+
+
+def restart_origin(restart: Restart) -> dict[str, Any]:
+    """What the new run's config.json says of its beginning."""
+    return {"epoch": restart.epoch, "step": restart.step, "provenance": restart.settings["provenance"]}
+
+
+def write_restart(session: Session, state: TrainState, limit: int) -> None:
+    """Write `out/shards/epoch-00012-step-000000`, in files of at most `limit` bytes; then remove what lay beside it.
+
+    Raises:
+        ValueError: a tensor is larger than that.
+        OSError: it cannot be written.
+    """
+    shards, metrics = session.out / SHARDS_NAME, session.out / METRICS_NAME
+    content = {
+        "format": FORMAT,
+        **{name: session.settings[name] for name in ("network", "data", "training")},
+        "provenance": provenance(session, state.epoch, None),
+        "restart": {"epoch": state.epoch, "step": state.step},
+    }
+    folder = shards / f"epoch-{state.epoch:05d}-step-{state.step:06d}"
+    shutil.rmtree(folder, ignore_errors=True)  # the same state, saved twice
+    beside = [metrics] if metrics.is_file() else []
+    write_shards(folder, state.weights(session.classifier.network), content, limit=limit, beside=beside)
+    for earlier in shards.glob("epoch-*"):
+        if earlier != folder:
+            shutil.rmtree(earlier, ignore_errors=True)
