@@ -4,9 +4,8 @@
     python examples/benchmarks/inference.py [--model resnet19] [--batch 1,8] [--threads 2] [--json inference.json]
 
 The weights are not trained: time does not depend on them. BN takes its statistics from the images, so that spikes are
-about as frequent as in a trained network (the rate is printed). Every side has a process of its own, which is stopped
-(SIGSTOP) while the others work, as threads that wait for one library's next call would take the cores from another's.
-The sides take turns, each with one call to warm up and five that count, and the table shows medians. `peak` is the
+about as frequent as in a trained network (the rate is printed). Every side has a process of its own (`turns`). They
+take turns, each with one call to warm up and five that count, and the table shows medians. `peak` is the
 largest resident set of a side's process, `opened` how long it took until a model was ready. What convolutions take is
 the sum over their kernels in ONNX Runtime's own profile of that graph, of runs of their own, and so is what all kernels
 take.
@@ -19,15 +18,13 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
 import os
-import signal
 import statistics
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +42,9 @@ from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.files import write_json
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.neurons import LIF
+
+sys.path.insert(0, str(Path(__file__).parent))
+from turns import Answer, Worker
 
 Call = Callable[[Any], Any]
 OTHERS = ("SpikingJelly", "torch.compile", "OpenVINO fp32", "OpenVINO int8")
@@ -136,19 +136,22 @@ def make(side: str, folder: Path, T: int, threads: int) -> Call:
     return lambda x: engine.run(x, engine.T or T)
 
 
-def work(connection: Connection, side: str, folder: Path, T: int, threads: int) -> None:
-    """A side's process: opens the model, then for every number of images it is sent answers with times of calls."""
+def open_side(side: str, folder: Path, T: int, threads: int) -> Answer:
+    """What answers a number of images with {"opened_s", "ms": of each call, "peak_mb"}."""
     start = time.perf_counter()
     call, images = make(side, folder, T, threads), np.load(folder / "images.npy")
-    connection.send(time.perf_counter() - start)
-    with torch.inference_mode():
-        while size := connection.recv():
-            x, times = np.ascontiguousarray(images[:size]), []
-            for _ in range(1 + CALLS):
-                start = time.perf_counter()
-                call(x)
-                times.append(1e3 * (time.perf_counter() - start))
-            connection.send((times[1:], peak_mb()))
+    opened = time.perf_counter() - start
+
+    @torch.inference_mode()
+    def answer(size: int) -> dict[str, Any]:
+        x, taken = np.ascontiguousarray(images[:size]), []
+        for _ in range(1 + CALLS):
+            start = time.perf_counter()
+            call(x)
+            taken.append(1e3 * (time.perf_counter() - start))
+        return {"opened_s": opened, "ms": taken[1:], "peak_mb": peak_mb()}
+
+    return answer
 
 
 def peak_mb() -> float:
@@ -158,50 +161,24 @@ def peak_mb() -> float:
 
 
 def measure(sides: list[str], sizes: list[int], turns: int, folder: Path, T: int, threads: int) -> dict[str, Any]:
-    """By side: seconds to open, median milliseconds by batch, peak MB."""
-    found: dict[str, Any] = {}
-    workers: dict[str, Worker] = {}
-    for side in sides:
-        workers[side] = Worker(side, folder, T, threads)
-        found[side] = {"opened_s": workers[side].opened, "median_ms": {}}
+    """By side: seconds to open, median milliseconds by batch, peak MB; or only why it failed."""
+    workers = {side: Worker(open_side, side, folder, T, threads) for side in sides}
+    found: dict[str, Any] = {side: {"median_ms": {}} for side in sides}
     for size in sizes:
         times: dict[str, list[float]] = {side: [] for side in sides}
         for turn in range(-1, turns):
             for side, worker in workers.items():
-                taken, found[side]["peak_mb"] = worker.ask(size)
-                times[side] += taken if turn >= 0 else []
+                answer = worker.ask(size)
+                if answer is not None:
+                    found[side] |= {key: answer[key] for key in ("opened_s", "peak_mb")}
+                    times[side] += answer["ms"] if turn >= 0 else []
         for side in sides:
-            found[side]["median_ms"][size] = statistics.median(times[side])
-    for worker in workers.values():
+            found[side]["median_ms"][size] = statistics.median(times[side]) if times[side] else None
+    for side, worker in workers.items():
         worker.end()
+        if worker.failed:
+            found[side] = {"failed": worker.failed}
     return found
-
-
-class Worker:
-    """A side's process, which runs only while it is asked."""
-
-    def __init__(self, *args: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs, *args), daemon=True)
-        self._process.start()
-        self.opened: float = self._connection.recv()
-        self._signal(signal.SIGSTOP)
-
-    def ask(self, size: int) -> tuple[list[float], float]:
-        self._signal(signal.SIGCONT)
-        self._connection.send(size)
-        times, peak = self._connection.recv()
-        self._signal(signal.SIGSTOP)
-        return times, peak
-
-    def end(self) -> None:
-        self._signal(signal.SIGCONT)
-        self._connection.send(0)
-
-    def _signal(self, number: signal.Signals) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
 
 
 def export_all(classifier: Classifier, images: Any, T: int, folder: Path) -> dict[str, float]:
@@ -285,11 +262,17 @@ def show(results: dict[str, Any], sizes: list[int]) -> None:
         table.add_column(header, justify="right" if header else "left")
     base = results["sides"][BASE]["median_ms"]
     for side, found in results["sides"].items():
+        if "failed" in found:
+            table.add_row(side, *["-"] * (len(sizes) + 3))
+            continue
         cells = [f"{found['median_ms'][size]:.1f}  {found['median_ms'][size] / base[size]:.2f}x" for size in sizes]
         exported = results["export_s"].get(side)
         seconds = "" if exported is None else f"{exported:.1f} s"
         table.add_row(side, *cells, f"{found['opened_s']:.2f} s", seconds, f"{found['peak_mb']:,.0f} MB")
     console.print(table)
+    for side, found in results["sides"].items():
+        if "failed" in found:
+            console.print(f"{side}: {found['failed']}", markup=False)
     for side, by_size in results["profile"].items():
         for size, share in by_size.items():
             kernels, call = (

@@ -1,8 +1,14 @@
-"""Sides of a benchmark, each in a process of its own: what fails says why and takes nothing with it."""
+"""Sides of a benchmark, each in a process of its own: what fails says why and takes nothing with it.
+
+A process runs only while it is asked and is stopped (SIGSTOP) in between: threads that wait for one library's next call
+would take the cores from another's.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -32,8 +38,10 @@ class Worker:
             self._process.start()
             self._theirs.close()  # so that the end of the process is the end of the connection
         try:
+            self._signal(signal.SIGCONT)
             self._connection.send(request)
             self.failed, answer = self._connection.recv()
+            self._signal(signal.SIGSTOP)
         except (EOFError, OSError):
             self._process.join(10)
             self.failed, answer = f"its process ended with {self._process.exitcode}", None
@@ -43,10 +51,15 @@ class Worker:
 
     def end(self) -> None:
         try:
+            self._signal(signal.SIGCONT)
             self._connection.send(None)
         except OSError:
             return  # it has ended
         self._process.join(30)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
 
 
 def _serve(connection: Connection, open_side: Callable[..., Answer], arguments: tuple[Any, ...]) -> None:
