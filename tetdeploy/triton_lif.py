@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STEPS = 16  # in one launch; 4 neurons of a thread then hold 64 membranes
+STEPS = 16  # in one launch
+BLOCK = 1024  # neurons of a program, 8 a thread: 16 bytes of bfloat16; backward takes half where they have many steps
 
 NOT_FUSED: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 4}
 
@@ -31,8 +32,9 @@ def jit(function: Any) -> Any:
 @jit
 def values(pointer: tl.tensor, i: tl.tensor, inside: tl.tensor) -> tl.tensor:
     """In float32; zeros from None."""
-    none = pointer is None
-    return tl.full(i.shape, 0.0, tl.float32) if none else tl.load(pointer + i, mask=inside, other=0.0).to(tl.float32)
+    if pointer is not None:
+        return tl.load(pointer + i, mask=inside, other=0.0).to(tl.float32)
+    return tl.full(i.shape, 0.0, tl.float32)
 
 
 @jit
@@ -177,9 +179,8 @@ def _launch_forward(
     current: Tensor, u: Tensor | None, spikes: Tensor | None, u_last: Tensor | None, tau: float, v_th: float
 ) -> None:
     T, M = current.shape
-    block = _block(T)
-    _forward[(triton.cdiv(M, block),)](
-        current, u, spikes, u_last, M, current.stride(0), tau, v_th, T=T, BLOCK=block, **NOT_FUSED
+    _forward[(triton.cdiv(M, BLOCK),)](
+        current, u, spikes, u_last, M, current.stride(0), tau, v_th, T=T, BLOCK=BLOCK, **NOT_FUSED
     )
 
 
@@ -195,7 +196,7 @@ def _launch_backward(
     gamma: float,
 ) -> None:
     T, M = current.shape
-    block = _block(T)
+    block = BLOCK if T <= STEPS // 2 else BLOCK // 2
     tensors = (current, u, grad_spikes, grad_u_last, grad_current, grad_u)
     strides = (current.stride(0), 0 if grad_spikes is None else grad_spikes.stride(0))
     _backward[(triton.cdiv(M, block),)](
@@ -209,11 +210,6 @@ def _membranes_like(current: Tensor) -> Tensor:
 
 def _pieces(T: int) -> list[tuple[int, int]]:
     return list(pairwise([*range(0, T, STEPS), T]))
-
-
-def _block(T: int) -> int:
-    """Neurons of one program: 8 a thread, so that a thread reads 16 bytes of bfloat16, or 4 where steps are many."""
-    return 1024 if T <= STEPS // 2 else 512
 
 
 def _rows(sequence: Tensor) -> Tensor:
