@@ -357,19 +357,29 @@ def test_recomputing_a_block_gives_the_same_bits(device: str) -> None:
     assert all(torch.equal(plain[name], again[name]) for name in names)
 
 
+MODELS = [  # side of the images, fused layers: all that have a BN
+    ("resnet19", 4, 17),
+    ("convsnn", 4, 3),
+    ("vggsnn", 16, 8),
+    ("vggsnn-strided", 8, 8),
+    ("spiking-resnet34", 32, 33),
+    ("sew-resnet34", 32, 36),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("model", ["resnet19", "convsnn"])
-def test_a_whole_network_trains_the_same(model: str, device: str) -> None:
+@pytest.mark.parametrize(("model", "side", "launches"), MODELS)
+def test_a_whole_network_trains_the_same(model: str, side: int, launches: int, device: str) -> None:
     """Loss curve and state of some steps, from the same weights."""
 
     def trained() -> tuple[list[float], dict[str, Tensor]]:
         torch.manual_seed(0)
-        network = build_network(NetworkConfig(model, 3, 2, (4, 4), width=0.03)).train()
+        network = build_network(NetworkConfig(model, 3, 2, (side, side), width=0.03)).train()
         network.to(device=device, memory_format=torch.channels_last)  # fewer programs: the interpreter is slow
         optimizer = torch.optim.SGD(network.parameters(), 0.05)
         losses = []
         for k in range(2):
-            loss = network(draw(4, 2, 4, 4, seed=k).to(device), 2).square().mean()
+            loss = network(draw(4, 2, side, side, seed=k).to(device), 2).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -380,7 +390,7 @@ def test_a_whole_network_trains_the_same(model: str, device: str) -> None:
         wanted = trained()
     with counted() as calls:
         got = trained()
-    assert calls.count("forward") == 2 * (17 if model == "resnet19" else 3)
+    assert calls.count("forward") == 2 * launches
     assert got[0] == pytest.approx(wanted[0], rel=1e-4)
     assert list(got[1]) == list(wanted[1])
     for name in wanted[1]:

@@ -13,6 +13,7 @@ group, with other neurons or other BN, with hooks on the modules, in float64, at
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,6 +57,22 @@ def fire_encoded(lif: nn.Module, encode: nn.Module, x: Tensor, T: int | None = N
         return bn_lif(_before_bn(encode, x), bn, lif, T=T, repeated=True)
     spikes: Tensor = lif(encode(x, T))  # which refuses what is neither
     return spikes
+
+
+def fire_each(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """The layers one after the other; neurons together with the layer in front of them."""
+    modules = [*layers]
+    while modules:
+        layer = modules.pop(0)
+        x = fire(modules.pop(0), layer, x) if modules and isinstance(modules[0], LIF) else layer(x)
+    return x
+
+
+class FiringSequential(nn.Sequential):
+    """`nn.Sequential` of layers and neurons in turn."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fire_each(self, x)
 
 
 def bn_lif(
