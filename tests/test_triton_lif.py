@@ -278,6 +278,13 @@ def test_without_triton_that_is_said_once() -> None:
     assert "Triton is not installed: LIF neurons run on the GPU by plain PyTorch operations" in done.stdout
 
 
+def test_on_a_cpu_spikes_are_contiguous_whatever_the_currents_are() -> None:
+    """Convolutions of images with one channel may answer in channels-last, and networks call view on spikes."""
+    current = currents((4, 2, 3, 5, 7), "channels_last", torch.float32, "cpu")
+    spikes, u_last = lif(current)
+    assert not current.is_contiguous() and spikes.is_contiguous() and u_last.is_contiguous()
+
+
 def test_cpu_tensors_do_not_load_the_kernels() -> None:
     code = "import sys, torch, tetdeploy.neurons as n; n.LIF()(torch.ones(2, 3)); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

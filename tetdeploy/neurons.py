@@ -14,8 +14,9 @@ The whole sequence is one operator, `torch.ops.tetdeploy.lif`. It shows up as on
 backward is its own input: the membranes are integrated again there, bit for bit as in forward.
 
 Below stand the equations in torch operations, the reference, which runs anywhere. In their place run, with the same
-bits, numba on a CPU (`fused`) and Triton on a GPU (`triton_lif`), each in one pass over memory. Whatever runs takes the
-neurons in the order in which they lie in memory and answers in that order: channels-last stays channels-last.
+bits, numba on a CPU (`fused`) and Triton on a GPU (`triton_lif`), each in one pass over memory. On a GPU neurons are
+taken in the order in which they lie in memory, and the spikes lie in that order: channels-last stays channels-last. On
+a CPU spikes are contiguous: there a convolution's format may be chance, and networks call `view` on spikes.
 """
 
 from __future__ import annotations
@@ -190,6 +191,8 @@ def _parts(neurons: Tensor) -> Iterator[slice]:
 def _memory_order(current: Tensor) -> list[int]:
     """The axes of one step, from the outermost in memory to the innermost; as they are where a step has gaps."""
     shape, strides = current.shape[1:], current.stride()[1:]
+    if not current.is_cuda and _triton(current) is None:
+        return list(range(len(shape)))
     order = sorted(range(len(shape)), key=lambda axis: strides[axis], reverse=True)
     side_by_side = 1
     for axis in reversed(order):
