@@ -15,7 +15,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from triton_helpers import device, run_interpreted
 
 from tetdeploy import fused_bn, neurons
@@ -24,6 +23,7 @@ from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import NetworkConfig, ann_twin, build_network, smooth_twin
 from tetdeploy.networks.blocks import ResidualBlock, conv_bn
 from tetdeploy.neurons import IF, LIF
+from tetdeploy.train.recompute import recompute_blocks
 
 __all__ = ["device"]
 
@@ -348,13 +348,22 @@ def test_kept_for_backward_are_the_convolutions_output_and_the_residual(device: 
 
 
 @pytest.mark.gpu
-def test_recomputing_a_block_gives_the_same_bits(device: str) -> None:
-    block = ResidualBlock(3, 5, stride=2, tau=0.5, v_th=1.0, gamma=1.0).to(device)
-    x = (draw(4, 3, 3, 6, 6).to(device) > 0.3).float()
-    plain = outcome(block, lambda block, x: block(x), x)
-    again = outcome(block, lambda block, x: checkpoint(block, x, use_reentrant=False), x)
-    names = [name for name in plain if "running" not in name and "batches" not in name]
-    assert all(torch.equal(plain[name], again[name]) for name in names)
+@pytest.mark.parametrize(("model", "side", "launches"), [("vggsnn-strided", 8, 7), ("resnet19", 4, 16)])
+def test_recomputing_blocks_gives_the_same_bits_and_counts_a_batch_once(
+    model: str, side: int, launches: int, device: str
+) -> None:
+    network = build_network(NetworkConfig(model, 3, 2, (side, side), width=0.03)).train()
+    network.to(device=device, memory_format=torch.channels_last)
+    assert isinstance(network.encode, nn.Module)
+    network.encode.register_forward_hook(lambda *_: None)  # not fused, as it is where it may recompute
+    frugal = copy.deepcopy(network)
+    recompute_blocks(frugal)
+    x = draw(4, 2, side, side).to(device)
+    plain = outcome(network, lambda network, x: network(x, 2), x)
+    with counted() as calls:
+        again = outcome(frugal, lambda network, x: network(x, 2), x)
+    assert calls.count("backward") == launches and calls.count("forward") > launches
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
 MODELS = [  # side of the images, fused layers: all that have a BN
@@ -488,6 +497,9 @@ for layout in (last, planes):
         tile = layout | {"T": T, "POSITIONS": size // layout["CHANNELS"]} | dict.fromkeys(absent)
         print(build(kernels._forward, "bf16", tile))
         print(build(kernels._backward, "bf16", tile | {"REPEATED": False}))
+    one = ("C", "positions", "stride", "step", "slab", "slabs")  # Triton makes a constant of a number that is 1
+    for kernel in (kernels._statistics, kernels._forward, kernels._backward, kernels._norm_backward):
+        build(kernel, "bf16", tile | {"REPEATED": False}, [name for name in one if name in kernel.arg_names])
     print(build(kernels._backward, "bf16", tile | {"REPEATED": True} | dict.fromkeys(("residual", "residual_norm"))))
 """
 
