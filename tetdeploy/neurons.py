@@ -12,11 +12,19 @@ Equations: Deng et al., Temporal Efficient Training of Spiking Neural Network vi
 The whole sequence is one operator, `torch.ops.tetdeploy.lif`. It shows up as one node in `torch.compile` and
 `torch.export` (which is what the exporter lowers), its backward goes through the reset as well, and all it keeps for
 backward is its own input: the membranes are integrated again there, bit for bit as in forward.
+
+Below stand the equations in torch operations, the reference, which runs anywhere. In their place run, with the same
+bits, numba on a CPU (`fused`) and Triton on a GPU (`triton_lif`), each in one pass over memory. On a GPU neurons are
+taken in the order in which they lie in memory, and the spikes lie in that order: channels-last stays channels-last. On
+a CPU spikes are contiguous: there a convolution's format may be chance, and networks call `view` on spikes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -36,16 +44,21 @@ def membrane_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.custom_op("tetdeploy::lif", mutates_args=())
 def _lif(current: Tensor, u: Tensor | None, tau: float, v_th: float, gamma: float) -> tuple[Tensor, Tensor]:
-    spikes, u_last = _lif_outputs(current)
-    current_, spikes_, u_ = _flat(current), _flat(spikes), u_last.view(-1)
+    spikes, u_last = _empty_sequence(current), _empty_step(current)
+    order = _memory_order(current)
+    current_, spikes_, u_last_ = _flat(current, order), _flat(spikes, order), _flat_step(u_last, order)
+    u_ = None if u is None else _flat_step(u, order)
+    if kernels := _triton(current):
+        kernels.forward(current_, u_, spikes_, u_last_, tau, v_th)
+        return spikes, u_last
     if fused := _fused(current):
-        _start(u_, u, slice(None))
+        _start(u_last_, u_)
         number = _number(current)
         with fused.threads(torch.get_num_threads()):
-            fused.forward(_rows(current_), u_.numpy(), spikes_.numpy(), number(tau), number(v_th))
+            fused.forward(_rows(current_), u_last_.numpy(), spikes_.numpy(), number(tau), number(v_th))
         return spikes, u_last
-    for part in _parts(u_):
-        membrane = _start(u_, u, part)
+    for part in _parts(u_last_):
+        membrane = _start(u_last_[part], u_, part)
         fired = torch.empty_like(membrane)
         for t in range(len(current_)):
             membrane.mul_(tau).add_(current_[t, part])
@@ -65,12 +78,18 @@ def _lif_backward(
     v_th: float,
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
-    grad_current, grad_u = _lif_outputs(current)
-    current_, grad_current_, grad_u_ = _flat(current), _flat(grad_current), grad_u.view(-1)
-    grad_spikes_ = None if grad_spikes is None else _flat(grad_spikes)
+    grad_current, grad_u = _empty_sequence(current), _empty_step(current)
+    order = _memory_order(current)
+    current_, grad_current_, grad_u_ = _flat(current, order), _flat(grad_current, order), _flat_step(grad_u, order)
+    u_ = None if u is None else _flat_step(u, order)
+    grad_spikes_ = None if grad_spikes is None else _flat(grad_spikes, order)
+    grad_u_last_ = None if grad_u_last is None else _flat_step(grad_u_last, order)
+    if kernels := _triton(current):
+        kernels.backward(current_, u_, grad_spikes_, grad_u_last_, grad_current_, grad_u_, tau, v_th, gamma)
+        return grad_current, grad_u
     if fused := _fused(current):
-        _start(grad_u_, grad_u_last, slice(None))
-        start = _start(torch.empty_like(grad_u_), u, slice(None))
+        _start(grad_u_, grad_u_last_)
+        start = _start(torch.empty_like(grad_u_), u_)
         incoming = current_[:0] if grad_spikes_ is None else grad_spikes_
         number = _number(current)
         arrays = (_rows(current_), start.numpy(), _contiguous(incoming), grad_u_.numpy(), grad_current_.numpy())
@@ -78,8 +97,8 @@ def _lif_backward(
             fused.backward(*arrays, number(tau), number(v_th), number(gamma))
         return grad_current, grad_u
     for part in _parts(grad_u_):
-        h = _membranes(current_[:, part], u, part, tau, v_th)
-        g = _start(grad_u_, grad_u_last, part)  # dL/du(t)
+        h = _membranes(current_[:, part], u_, part, tau, v_th)
+        g = _start(grad_u_[part], grad_u_last_, part)  # dL/du(t)
         for t in reversed(range(len(h))):
             _step_backward(h[t], g, None if grad_spikes_ is None else grad_spikes_[t, part], v_th, gamma)
             grad_current_[t, part] = g  # dL/dh(t) = dL/dI(t)
@@ -90,7 +109,7 @@ def _lif_backward(
 def _membranes(current: Tensor, u: Tensor | None, part: slice, tau: float, v_th: float) -> Tensor:
     """h(t) for a slice of the neurons, `[T, neurons]`, by the very operations of forward."""
     h = torch.empty(current.shape, dtype=membrane_dtype(current.dtype), device=current.device)
-    membrane = _start(torch.empty_like(h[0]), u, part, whole=False)
+    membrane = _start(torch.empty_like(h[0]), u, part)
     fired = torch.empty_like(membrane)
     for h_t, current_t in zip(h, current, strict=True):
         torch.add(membrane.mul_(tau), current_t, out=h_t)
@@ -109,10 +128,32 @@ def _step_backward(h: Tensor, g: Tensor, grad_spikes: Tensor | None, v_th: float
     g.addcmul_(into_spike, surrogate, value=1.0 / gamma**2)
 
 
-def _start(into: Tensor, given: Tensor | None, part: slice, *, whole: bool = True) -> Tensor:
-    """The slice `part` of `into` (or all of `into`), filled from `given`, or with zeros."""
-    view = into[part] if whole else into
-    return view.zero_() if given is None else view.copy_(given.reshape(-1)[part])
+def _start(into: Tensor, given: Tensor | None, part: slice = slice(None)) -> Tensor:
+    """`into`, filled from the slice `part` of `given`, or with zeros."""
+    return into.zero_() if given is None else into.copy_(given[part])
+
+
+def _triton(current: Tensor) -> Any:
+    """The Triton kernels, where they serve: float32 and half precision on a GPU, with Triton installed."""
+    if not current.is_cuda or membrane_dtype(current.dtype) != torch.float32:
+        return None
+    return _triton_kernels()
+
+
+@cache
+def _triton_kernels() -> Any:
+    try:
+        from tetdeploy import triton_lif
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        warnings.warn(
+            "Triton is not installed: LIF neurons run on the GPU by plain PyTorch operations, with the same results "
+            "but slower and with more memory; pip install triton (on Windows: triton-windows)",
+            stacklevel=2,
+        )
+        return None
+    return triton_lif
 
 
 def _fused(current: Tensor) -> Any:
@@ -147,19 +188,55 @@ def _parts(neurons: Tensor) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, neurons.numel(), step))
 
 
-def _flat(sequence: Tensor) -> Tensor:
-    return sequence.reshape(sequence.shape[0], -1) if sequence.dim() > 1 else sequence[:, None]
+def _memory_order(current: Tensor) -> list[int]:
+    """The axes of one step, from the outermost in memory to the innermost; as they are where a step has gaps."""
+    shape, strides = current.shape[1:], current.stride()[1:]
+    if not current.is_cuda and _triton(current) is None:
+        return list(range(len(shape)))
+    order = sorted(range(len(shape)), key=lambda axis: strides[axis], reverse=True)
+    side_by_side = 1
+    for axis in reversed(order):
+        if strides[axis] != side_by_side and shape[axis] != 1:
+            return list(range(len(shape)))
+        side_by_side *= shape[axis]
+    return order
 
 
-def _lif_outputs(current: Tensor) -> tuple[Tensor, Tensor]:
-    """Tensors like the sequence and like one step's membrane, uninitialised."""
-    sequence = torch.empty(current.shape, dtype=current.dtype, device=current.device)
-    return sequence, torch.empty(current.shape[1:], dtype=membrane_dtype(current.dtype), device=current.device)
+def _flat(sequence: Tensor, order: list[int]) -> Tensor:
+    """`[T, M]`, the neurons in that order; a copy only where they do not lie in it."""
+    return sequence.permute(0, *(1 + axis for axis in order)).reshape(len(sequence), -1)
+
+
+def _flat_step(step: Tensor, order: list[int]) -> Tensor:
+    """`[M]` in the same order, side by side: a gradient may arrive as one number repeated."""
+    return step.permute(order).reshape(-1).contiguous()
+
+
+def _empty_sequence(current: Tensor) -> Tensor:
+    """Uninitialised, like `current` in shape, dtype and memory format; its steps follow each other without gaps."""
+    step = current.shape[1:]
+    strides = (math.prod(step), *_strides(step, _memory_order(current)))
+    return torch.empty_strided(current.shape, strides, dtype=current.dtype, device=current.device)
+
+
+def _empty_step(current: Tensor) -> Tensor:
+    """The same for one step's membranes."""
+    step = current.shape[1:]
+    strides = _strides(step, _memory_order(current))
+    return torch.empty_strided(step, strides, dtype=membrane_dtype(current.dtype), device=current.device)
+
+
+def _strides(shape: Sequence[int], order: list[int]) -> list[int]:
+    strides, side_by_side = [1] * len(shape), 1
+    for axis in reversed(order):
+        strides[axis] = side_by_side
+        side_by_side *= shape[axis]
+    return strides
 
 
 @_lif.register_fake
 def _(current: Tensor, u: Tensor | None, tau: float, v_th: float, gamma: float) -> tuple[Tensor, Tensor]:
-    return _lif_outputs(current)
+    return _empty_sequence(current), _empty_step(current)
 
 
 @_lif_backward.register_fake
@@ -172,7 +249,7 @@ def _(
     v_th: float,
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
-    return _lif_outputs(current)
+    return _empty_sequence(current), _empty_step(current)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -195,6 +272,40 @@ def _refuse(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
 
 _lif.register_autograd(_gradients, setup_context=_keep)
 _lif_backward.register_autograd(_refuse)
+
+
+class _OnGpu(torch.autograd.Function):
+    """The operator for training on a GPU.
+
+    A registered operator costs several microseconds a call more, and must write the last membranes, which hardly ever
+    are wanted in training: a fifth of the traffic at T = 4.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, current: Tensor, u: Tensor | None, tau: float, v_th: float, gamma: float, wants_u: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        _keep(ctx, (current, u, tau, v_th, gamma), None)
+        order = _memory_order(current)
+        spikes, u_last = _empty_sequence(current), _empty_step(current) if wants_u else None
+        steps = [None if step is None else _flat_step(step, order) for step in (u, u_last)]
+        _triton(current).forward(_flat(current, order), steps[0], _flat(spikes, order), steps[1], tau, v_th)
+        return spikes, u_last
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or grads == (None, None):  # the operator refuses a second derivative
+            return *_gradients(ctx, *grads), None
+        current, u = ctx.saved_tensors
+        order = _memory_order(current)
+        grad_current, grad_u = _empty_sequence(current), _empty_step(current) if ctx.needs_input_grad[1] else None
+        at_spikes = None if grads[0] is None else _flat(grads[0], order)
+        steps = [None if step is None else _flat_step(step, order) for step in (u, grads[1], grad_u)]
+        _triton(current).backward(
+            *(_flat(current, order), steps[0], at_spikes, steps[1], _flat(grad_current, order), steps[2]),
+            *(ctx.tau, ctx.v_th, ctx.gamma),
+        )
+        return grad_current, grad_u, None, None, None, None
 
 
 def lif(
@@ -222,6 +333,15 @@ def lif(
         RuntimeError: a second derivative, or forward-mode differentiation, is asked for.
     """
     _check_parameters(tau, v_th, gamma)
+    spikes, u_last = _checked_lif(current, u, tau, v_th, gamma, wants_u=True)
+    assert u_last is not None
+    return spikes, u_last
+
+
+def _checked_lif(
+    current: Tensor, u: Tensor | None, tau: float, v_th: float, gamma: float, *, wants_u: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`lif`; the last membrane may be None where it is not wanted."""
     if current.dim() == 0 or current.shape[0] == 0:
         raise ValueError(f"current must be [T, ...] with T of at least 1, got shape {list(current.shape)}")
     if not current.is_floating_point():
@@ -234,8 +354,15 @@ def lif(
         u = u.to(membrane_dtype(current.dtype))
     if not torch.compiler.is_compiling():
         _refuse_forward_mode(current, u)
+        if _needs_gradient(current, u) and _triton(current):
+            gpu: tuple[Tensor, Tensor | None] = _OnGpu.apply(current, u, tau, v_th, gamma, wants_u)  # type: ignore[no-untyped-call]
+            return gpu
     spikes, u_last = torch.ops.tetdeploy.lif(current, u, tau, v_th, gamma)
     return spikes, u_last
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class LIF(nn.Module):
@@ -250,7 +377,7 @@ class LIF(nn.Module):
         self.tau, self.v_th, self.gamma = float(tau), float(v_th), float(gamma)
 
     def forward(self, current: Tensor) -> Tensor:
-        return self.with_state(current)[0]
+        return _checked_lif(current, None, self.tau, self.v_th, self.gamma, wants_u=False)[0]
 
     def with_state(self, current: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Spikes `[T, ...]` and the last membrane `[...]`, starting from `u`: for long sequences in pieces."""

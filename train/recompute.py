@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from tetdeploy.fused_bn import FiringSequential, fire_each
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
 
@@ -48,6 +49,7 @@ class _RecomputedEncoding(DirectEncoding):
 
 _RECOMPUTED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Sequential: _RecomputedSequential,
+    FiringSequential: _RecomputedSequential,
     OverTime: _RecomputedOverTime,
     DirectEncoding: _RecomputedEncoding,
 }
@@ -105,9 +107,7 @@ def _checkpointed(block: list[nn.Module], x: Tensor) -> Tensor:
     """Apply the layers; in training keep only `x` for backward."""
 
     def run(x: Tensor) -> Tensor:
-        for layer in block:
-            x = layer(x)
-        return x
+        return fire_each(block, x)
 
     if not torch.is_grad_enabled() or not any(layer.training for layer in block):
         return run(x)  # inference and export

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from tetdeploy.fused_bn import fire, fire_sum
 from tetdeploy.layers import OverTime, tdBN
 from tetdeploy.neurons import LIF
 
@@ -52,9 +53,8 @@ class ResidualBlock(nn.Module):
             self.shortcut = OverTime(*conv_bn(in_channels, channels, 1, stride=stride, v_th=v_th))
 
     def forward(self, x: Tensor) -> Tensor:
-        current = self.layer2(self.lif1(self.layer1(x))) + self.shortcut(x)
-        spikes: Tensor = self.lif2(current)
-        return spikes
+        spikes = fire(self.lif1, self.layer1, x)  # lif1(layer1(x))
+        return fire_sum(self.lif2, self.layer2, spikes, self.shortcut, x)  # lif2(layer2(spikes) + shortcut(x))
 
 
 def residual_stages(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tetdeploy.fused_bn import fire, fire_encoded
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.networks.blocks import check_image_size, conv_bn, scaled
 from tetdeploy.neurons import LIF
@@ -43,8 +44,8 @@ class ConvSNN(nn.Module):
         self.readout = OverTime(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(features, num_classes))
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
-        spikes = self.lif1(self.encode(x, T))
-        spikes = self.lif2(self.layer2(spikes))
-        spikes = self.lif3(self.layer3(spikes))
+        spikes = fire_encoded(self.lif1, self.encode, x, T)  # lif1(encode(x, T))
+        spikes = fire(self.lif2, self.layer2, spikes)  # lif2(layer2(spikes))
+        spikes = fire(self.lif3, self.layer3, spikes)
         logits: Tensor = self.readout(spikes)
         return logits

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tetdeploy.fused_bn import fire_encoded
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.networks.blocks import ResidualBlock, check_image_size, conv_bn, residual_stages, scaled
 from tetdeploy.neurons import LIF
@@ -41,6 +42,6 @@ class ResNet19(nn.Module):
         self.fc2 = OverTime(nn.Linear(hidden, num_classes))
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
-        spikes = self.blocks(self.lif1(self.encode(x, T)))
+        spikes = self.blocks(fire_encoded(self.lif1, self.encode, x, T))
         logits: Tensor = self.fc2(self.lif2(self.fc1(spikes)))
         return logits

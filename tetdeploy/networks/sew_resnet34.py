@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tetdeploy.fused_bn import FiringSequential, fire, fire_encoded
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.networks.blocks import check_image_size, conv_bn, residual_stages, scaled
 from tetdeploy.neurons import IF
@@ -29,10 +30,10 @@ class SEWBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
             layer = OverTime(*conv_bn(in_channels, channels, 1, stride=stride, v_th=v_th))
-            self.shortcut = nn.Sequential(layer, IF(v_th=v_th, gamma=gamma))
+            self.shortcut = FiringSequential(layer, IF(v_th=v_th, gamma=gamma))
 
     def forward(self, x: Tensor) -> Tensor:
-        spikes = self.if2(self.layer2(self.if1(self.layer1(x))))
+        spikes = fire(self.if2, self.layer2, fire(self.if1, self.layer1, x))  # if2(layer2(if1(layer1(x))))
         total: Tensor = spikes + self.shortcut(x)
         return total
 
@@ -66,6 +67,6 @@ class SEWResNet34(nn.Module):
         self.readout = OverTime(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(stages[-1], num_classes))
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
-        spikes = self.pool(self.if1(self.encode(x, T)))
+        spikes = self.pool(fire_encoded(self.if1, self.encode, x, T))
         logits: Tensor = self.readout(self.blocks(spikes))
         return logits

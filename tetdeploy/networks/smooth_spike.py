@@ -37,6 +37,9 @@ class SmoothLIF(LIF):
             raise ValueError(f"k must be above 0 and finite; got {k}")
         self.k = float(k)
 
+    def forward(self, current: Tensor) -> Tensor:
+        return self.with_state(current)[0]
+
     def with_state(self, current: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Values `[T, ...]` and the last membrane `[...]`, starting from `u`."""
         dtype = membrane_dtype(current.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tetdeploy.fused_bn import fire_encoded
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.networks.blocks import ResidualBlock, check_image_size, conv_bn, residual_stages, scaled
 from tetdeploy.neurons import LIF
@@ -43,6 +44,6 @@ class SpikingResNet34(nn.Module):
         self.readout = OverTime(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(stages[-1], num_classes))
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
-        spikes = self.pool(self.lif1(self.encode(x, T)))
+        spikes = self.pool(fire_encoded(self.lif1, self.encode, x, T))
         logits: Tensor = self.readout(self.blocks(spikes))
         return logits

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tetdeploy.fused_bn import FiringSequential, fire_encoded
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.networks.blocks import check_image_size, conv_bn, scaled
 from tetdeploy.neurons import LIF
@@ -54,12 +55,12 @@ class VGGSNN(nn.Module):
             layers += [OverTime(*conv), LIF(**neuron)]
             if halves and not strided:
                 layers.append(OverTime(nn.AvgPool2d(2)))
-        self.layers = nn.Sequential(*layers)
+        self.layers = FiringSequential(*layers)
         rows, columns = (_halved(size, times=4, up=strided) for size in image_size)
         self.readout = OverTime(nn.Flatten(), nn.Linear(channels[-1] * rows * columns, num_classes))
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
-        logits: Tensor = self.readout(self.layers(self.lif1(self.encode(x, T))))
+        logits: Tensor = self.readout(self.layers(fire_encoded(self.lif1, self.encode, x, T)))
         return logits
 
 

@@ -1,0 +1,512 @@
+"""BN, residual and neurons as one function against the modules: on a GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from triton_helpers import device, run_interpreted
+
+from tetdeploy import fused_bn, neurons
+from tetdeploy.fused_bn import bn_lif, fire, fire_encoded
+from tetdeploy.layers import DirectEncoding, OverTime, tdBN
+from tetdeploy.networks import NetworkConfig, ann_twin, build_network, smooth_twin
+from tetdeploy.networks.blocks import ResidualBlock, conv_bn
+from tetdeploy.neurons import IF, LIF
+from tetdeploy.train.recompute import recompute_blocks
+
+__all__ = ["device"]
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@contextmanager
+def by_modules() -> Iterator[None]:
+    """Within it every module is called as it is, and neurons run by PyTorch's operations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neurons, "_triton", lambda x: None)
+        patch.setattr(neurons, "_fused", lambda x: None)
+        yield
+
+
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """What the fused function launches."""
+    kernels, calls = pytest.importorskip("tetdeploy.triton_bn_lif"), []
+
+    def recorded(name: str) -> Any:
+        function = getattr(kernels, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("statistics", "forward", "backward", "norm_backward"):
+            patch.setattr(kernels, name, recorded(name))
+        yield calls
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def norm_of(C: int, **options: Any) -> tdBN:
+    """A BN with parameters of its own in each channel, after some batches."""
+    bn = tdBN(C, **options)
+    with torch.no_grad():
+        bn.weight.copy_(1 + 0.3 * draw(C, seed=3))
+        bn.bias.copy_(0.4 + 0.3 * draw(C, seed=4))
+        assert bn.running_mean is not None and bn.num_batches_tracked is not None
+        bn.running_mean.copy_(draw(C, seed=5))
+        bn.num_batches_tracked.fill_(3)
+    return bn
+
+
+def close(got: Tensor, wanted: Tensor, eps: float) -> None:
+    """To `eps` of the largest value: sums over a batch cancel."""
+    torch.testing.assert_close(got.float(), wanted.float(), rtol=eps, atol=eps * max(wanted.abs().max().item(), 1e-3))
+
+
+def outcome(module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
+    """Spikes, gradients of the input and of all parameters, and the buffers after it."""
+    module, x = copy.deepcopy(module), x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    spikes = call(module, x)
+    arriving = draw(*spikes.shape, seed=2).to(spikes)
+    spikes.backward(arriving)
+    assert x.grad is not None
+    result = {"spikes": spikes.detach(), "x": x.grad}
+    result |= {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    assert len(result) == 2 + len([*module.parameters()])
+    return result | dict(module.named_buffers())
+
+
+def compare(
+    module: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tensor, *, launches: int, eps: float = 2e-5
+) -> None:
+    """The fused function against the modules."""
+    with by_modules():
+        wanted = outcome(module, call, x)
+    with counted() as calls:
+        got = outcome(module, call, x)
+    assert calls.count("forward") == calls.count("backward") == launches
+    assert got.keys() == wanted.keys()
+    assert torch.equal(got["spikes"], wanted["spikes"])
+    assert 0.05 < got["spikes"].float().mean().item() < 0.95
+    for name in wanted.keys() - {"spikes"}:
+        close(got[name], wanted[name], eps)
+
+
+def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """`[T, N, C, H, W]` whose merged batch has the memory format."""
+    return x.flatten(0, 1).contiguous(memory_format=memory_format).unflatten(0, x.shape[:2])
+
+
+# ------------------------------------------------------------------------------------------- the comparisons
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(("channels", "stride"), [(6, 1), (9, 1), (6, 2)])
+def test_a_residual_block(channels: int, stride: int, memory_format: torch.memory_format, device: str) -> None:
+    block = ResidualBlock(6, channels, stride=stride, tau=0.5, v_th=1.0, gamma=1.0)
+    for name, bn in block.named_modules():
+        if isinstance(bn, tdBN):
+            nn.init.constant_(bn.bias, 0.3 if name.startswith("layer") else -0.1)
+    block.to(device=device, memory_format=memory_format)
+    x = in_format((draw(3, 2, 6, 5, 7).to(device) > 0.3).float(), memory_format)
+    compare(block, lambda block, x: block(x), x, launches=2)
+    with counted() as calls:
+        spikes = block(x)
+    assert calls.count("statistics") == (2 if channels == 6 and stride == 1 else 3)
+    assert spikes.flatten(0, 1).is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("T", [1, 2, 5, 16])
+def test_direct_encoding_sums_the_gradient_over_its_steps(
+    T: int, memory_format: torch.memory_format, device: str
+) -> None:
+    stem = nn.ModuleList([DirectEncoding(*conv_bn(2, 5, 3)), IF(v_th=1.5)]).to(device)
+    nn.init.constant_(stem[0][1].bias, 0.3)
+    stem.to(memory_format=memory_format)
+    x = draw(3, 2, 6, 7).to(device).contiguous(memory_format=memory_format)
+    compare(stem, lambda stem, x: fire_encoded(stem[1], stem[0], x, T), x, launches=1)
+
+
+@pytest.mark.gpu
+def test_frames_through_direct_encoding(device: str) -> None:
+    stem = nn.ModuleList([DirectEncoding(*conv_bn(2, 5, 3)), LIF()]).to(device)
+    nn.init.constant_(stem[0][1].bias, 0.5)
+    x = draw(4, 3, 2, 6, 7).to(device)
+    compare(stem, lambda stem, x: fire_encoded(stem[1], stem[0], x), x, launches=1)
+
+
+class Behind(nn.Module):
+    """`bn_lif` as a module: y, and the residual made of it."""
+
+    def __init__(self, C: int, T: int, residual: str, **options: Any) -> None:
+        super().__init__()
+        self.T, self.residual = T, residual
+        self.bn, self.lif = norm_of(C, **options), LIF(tau=0.6, v_th=0.8, gamma=1.3)
+        if residual == "bn":
+            self.residual_bn = norm_of(C, **options)
+
+    def forward(self, y: Tensor) -> Tensor:
+        residual = {"none": None, "identity": 0.5 * y, "bn": -y.square()}[self.residual]
+        other = self.residual_bn if self.residual == "bn" else None
+        return bn_lif(y, self.bn, self.lif, T=self.T, residual=residual, residual_bn=other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("residual", ["none", "identity", "bn"])
+@pytest.mark.parametrize(
+    ("T", "shape", "memory_format"),
+    [
+        (4, (4, 3, 4, 5), torch.contiguous_format),
+        (4, (4, 3, 4, 5), torch.channels_last),
+        (2, (4, 66, 2, 2), torch.channels_last),
+        (9, (18, 4, 1, 1), torch.contiguous_format),
+        (16, (16, 1, 3, 3), torch.channels_last),
+    ],
+)
+def test_more_tiles_and_slabs_than_one(
+    T: int,
+    shape: tuple[int, ...],
+    memory_format: torch.memory_format,
+    residual: str,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tetdeploy import triton_bn_lif
+
+    monkeypatch.setattr(triton_bn_lif, "_tile", lambda layout, size: tile_of(layout))
+    monkeypatch.setattr(triton_bn_lif, "_PROGRAMS", 6)
+    y = draw(*shape).to(device).contiguous(memory_format=memory_format)
+    compare(Behind(shape[1], T, residual).to(device), lambda module, y: module(y), y, launches=1)
+
+
+def tile_of(layout: tuple[int, int]) -> dict[str, int]:
+    return (
+        {"POSITIONS": 8, "CHANNELS": 64 if layout[0] > 32 else 2}
+        if layout[1] == 1
+        else {"POSITIONS": 16, "CHANNELS": 1}
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"momentum": None}, {"momentum": 0.3, "eps": 0.1}, {"momentum": 0.0}])
+def test_running_statistics_are_moved_as_bn_moves_them(options: dict[str, Any], device: str) -> None:
+    def twice(module: nn.Module, y: Tensor) -> Tensor:
+        module(3 * y.detach() + 1)
+        spikes: Tensor = module(y)
+        return spikes
+
+    module = Behind(3, 4, "bn", **options).to(device)
+    with by_modules():
+        wanted = outcome(module, twice, draw(8, 3, 5, 5).to(device))
+    got = outcome(module, twice, draw(8, 3, 5, 5).to(device))
+    for name in ("bn.running_mean", "bn.running_var", "residual_bn.running_var", "bn.num_batches_tracked"):
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-6, atol=1e-6)
+    assert got["bn.num_batches_tracked"] == 5
+    before = module.state_dict()["bn.running_var"]
+    assert torch.equal(got["bn.running_var"], before) == (options["momentum"] == 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_statistics_do_not_cancel_far_from_zero(memory_format: torch.memory_format, device: str) -> None:
+    from tetdeploy import triton_bn_lif
+
+    y = 0.1 * draw(32, 3, 9, 9) + torch.tensor([1000.0, -3000.0, 0.0])[:, None, None]
+    y[0, :, 0, 0] += 50.0  # the first value is no guide either
+    exact = y.double()
+    y = y.to(device).contiguous(memory_format=memory_format)
+    bn = tdBN(3).to(device)
+    vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    norm = triton_bn_lif.statistics(y, *vectors, momentum=1.0, eps=1e-9).double().cpu()
+    var, mean = torch.var_mean(exact, (0, 2, 3), correction=0)
+    torch.testing.assert_close(norm[0], mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(norm[1], (var + 1e-9).rsqrt(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("residual", ["none", "identity", "bn"])
+def test_half_precision_is_float32_between_reading_and_writing(residual: str, dtype: torch.dtype, device: str) -> None:
+    """Spikes are those of the modules in float32 on the same values; gradients are rounded once or twice."""
+    module = Behind(3, 4, residual).to(device)
+    y = draw(8, 3, 5, 5).to(device=device, dtype=dtype)
+    other = {"none": None, "identity": (y > 0).to(dtype), "bn": draw(8, 3, 5, 5, seed=7).to(y)}[residual]
+    residual_bn = module.residual_bn if residual == "bn" else None
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        norms = copy.deepcopy((module.bn, residual_bn))
+        given = [t.detach().to(dtype).requires_grad_() for t in (y, other) if t is not None]
+        spikes = bn_lif(given[0], norms[0], module.lif, T=4, residual=[*given, None][1], residual_bn=norms[1])
+        return [spikes.detach(), *torch.autograd.grad(spikes, given, draw(*spikes.shape, seed=2).to(y).to(spikes))]
+
+    with by_modules():
+        wanted = run(torch.float32)
+    got = run(dtype)
+    assert {t.dtype for t in got} == {dtype}
+    assert torch.equal(got[0].float(), wanted[0])
+    for g, w in zip(got[1:], wanted[1:], strict=True):
+        close(g, w, 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    T=st.integers(1, 6),
+    N=st.integers(1, 3),
+    C=st.integers(1, 5),
+    H=st.integers(1, 4),
+    W=st.integers(2, 4),
+    last=st.booleans(),
+    residual=st.sampled_from(["none", "identity", "bn"]),
+)
+def test_any_shape(T: int, N: int, C: int, H: int, W: int, last: bool, residual: str, device: str) -> None:
+    y = draw(T * N, C, H, W).to(device).contiguous(memory_format=FORMATS[last])
+    module = Behind(C, T, residual).to(device)
+    with by_modules():
+        wanted = outcome(module, lambda module, y: module(y), y)
+    got = outcome(module, lambda module, y: module(y), y)
+    assert torch.equal(got["spikes"], wanted["spikes"])
+    for name in wanted:
+        close(got[name], wanted[name], 1e-4)  # of a handful of values the variance may be small
+
+
+def with_residual(module: nn.Module, y: Tensor, *, residual: Tensor) -> Tensor:
+    return bn_lif(y, module.bn, module.lif, T=4, residual=residual)
+
+
+@pytest.mark.gpu
+def test_a_residual_in_another_memory_format_or_with_gaps(device: str) -> None:
+    for residual in (draw(8, 3, 5, 5).contiguous(memory_format=torch.channels_last), draw(8, 3, 5, 5, 2)[..., 0]):
+        y, module = draw(8, 3, 5, 5, seed=9).to(device), Behind(3, 4, "none").to(device)
+
+        run = partial(with_residual, residual=residual.to(device))
+        compare(module, run, y, launches=1)
+
+
+@pytest.mark.gpu
+def test_an_expanded_gradient_and_a_gradient_of_no_one(device: str) -> None:
+    module, y = Behind(3, 4, "none").to(device), draw(8, 3, 5, 5).to(device).requires_grad_()
+    (got,) = torch.autograd.grad(module(y).sum(), y)
+    with by_modules():
+        (wanted,) = torch.autograd.grad(module(y).sum(), y)
+    close(got, wanted, 1e-5)
+    with torch.no_grad():
+        assert not module(y).requires_grad
+
+
+@pytest.mark.gpu
+def test_two_runs_have_the_same_bits(device: str) -> None:
+    module, y = Behind(3, 4, "bn").to(device), draw(32, 3, 9, 9).to(device)
+    first, second = (outcome(module, lambda module, y: module(y), y) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_parameters_do_not_share_their_gradients(device: str) -> None:
+    """Both BN of a block have the same gradient of the bias; in place on one must not change the other."""
+    module = Behind(3, 4, "bn").to(device)
+    module(draw(8, 3, 5, 5).to(device)).sum().backward()
+    grads = [p.grad for p in module.parameters()]
+    assert all(g is not None for g in grads)
+    before = [g.clone() for g in grads if g is not None]
+    assert grads[0] is not None
+    grads[1].zero_()  # type: ignore[union-attr]
+    assert all(torch.equal(g, b) for g, b in zip(grads[2:], before[2:], strict=True) if g is not None)
+
+
+@pytest.mark.gpu
+def test_kept_for_backward_are_the_convolutions_output_and_the_residual(device: str) -> None:
+    block = ResidualBlock(6, 6, stride=1, tau=0.5, v_th=1.0, gamma=1.0).to(device)
+    x, kept = (draw(4, 3, 6, 5, 7).to(device) > 0.3).float(), {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        block(x)
+    full = [t for t in kept.values() if t.numel() == x.numel()]
+    assert len(full) == 4  # x, y of layer 1, spikes, y of layer 2
+    assert sum(t.numel() for t in kept.values() if t.numel() not in (x.numel(), 6 * 6 * 9)) <= 2 * 4 * 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("model", "side", "launches"), [("vggsnn-strided", 8, 7), ("resnet19", 4, 16)])
+def test_recomputing_blocks_gives_the_same_bits_and_counts_a_batch_once(
+    model: str, side: int, launches: int, device: str
+) -> None:
+    network = build_network(NetworkConfig(model, 3, 2, (side, side), width=0.03)).train()
+    network.to(device=device, memory_format=torch.channels_last)
+    assert isinstance(network.encode, nn.Module)
+    network.encode.register_forward_hook(lambda *_: None)  # not fused, as it is where it may recompute
+    frugal = copy.deepcopy(network)
+    recompute_blocks(frugal)
+    x = draw(4, 2, side, side).to(device)
+    plain = outcome(network, lambda network, x: network(x, 2), x)
+    with counted() as calls:
+        again = outcome(frugal, lambda network, x: network(x, 2), x)
+    assert calls.count("backward") == launches and calls.count("forward") > launches
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+MODELS = [  # side of the images, fused layers: all that have a BN
+    ("resnet19", 4, 17),
+    ("convsnn", 4, 3),
+    ("vggsnn", 16, 8),
+    ("vggsnn-strided", 8, 8),
+    ("spiking-resnet34", 32, 33),
+    ("sew-resnet34", 32, 36),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("model", "side", "launches"), MODELS)
+def test_a_whole_network_trains_the_same(model: str, side: int, launches: int, device: str) -> None:
+    """Loss curve and state of some steps, from the same weights."""
+
+    def trained() -> tuple[list[float], dict[str, Tensor]]:
+        torch.manual_seed(0)
+        network = build_network(NetworkConfig(model, 3, 2, (side, side), width=0.03)).train()
+        network.to(device=device, memory_format=torch.channels_last)  # fewer programs: the interpreter is slow
+        optimizer = torch.optim.SGD(network.parameters(), 0.05)
+        losses = []
+        for k in range(2):
+            loss = network(draw(4, 2, side, side, seed=k).to(device), 2).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses, network.state_dict()
+
+    with by_modules():
+        wanted = trained()
+    with counted() as calls:
+        got = trained()
+    assert calls.count("forward") == 2 * launches
+    assert got[0] == pytest.approx(wanted[0], rel=1e-4)
+    assert list(got[1]) == list(wanted[1])
+    for name in wanted[1]:
+        close(got[1][name], wanted[1][name], 1e-4)
+
+
+# -------------------------------------------------------------------------------- where the modules are called
+
+
+@pytest.mark.gpu
+def test_the_modules_are_called_wherever_the_kernels_do_not_serve(device: str) -> None:
+    x = (draw(4, 3, 6, 5, 7).to(device) > 0.3).float()
+    block = ResidualBlock(6, 6, stride=1, tau=0.5, v_th=1.0, gamma=1.0).to(device)
+
+    def launches(change: Callable[[ResidualBlock], Any], x: Tensor = x) -> int:
+        changed = copy.deepcopy(block)
+        changed = change(changed) or changed
+        with counted() as calls:
+            changed(x)
+        return calls.count("forward")
+
+    assert launches(lambda block: None) == 2
+    assert launches(lambda block: block.eval()) == 0
+    assert launches(lambda block: block.double(), x.double()) == 0
+    assert launches(ann_twin) == 0
+    assert launches(lambda block: smooth_twin(block, k=10.0)) == 0
+    assert launches(lambda block: None, x[:1].expand(17, *x.shape[1:])) == 0
+    assert launches(lambda block: setattr(block, "lif1", nn.Identity())) == 1
+    assert launches(lambda block: setattr(block.layer2[1], "__class__", type("Other", (tdBN,), {}))) == 1
+    assert launches(lambda block: block.layer1[1].eval() and None) == 1
+    assert launches(lambda block: setattr(block.layer1[1], "track_running_stats", False)) == 1
+
+    def hooked(block: ResidualBlock) -> None:
+        block.lif1.register_forward_hook(lambda *_: None)
+        block.shortcut.register_forward_hook(lambda *_: None)
+
+    assert launches(hooked) == 0
+
+
+@pytest.mark.gpu
+def test_a_batch_of_one_value_a_channel_is_refused_as_by_bn(device: str) -> None:
+    layer, lif = OverTime(*conv_bn(2, 3, 1)).to(device), LIF()
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        fire(lif, layer, torch.ones(1, 1, 2, 1, 1, device=device))
+
+
+def test_on_a_cpu_the_modules_are_called() -> None:
+    block = ResidualBlock(3, 3, stride=1, tau=0.5, v_th=1.0, gamma=1.0)
+    x, seen = (draw(2, 2, 3, 4, 4) > 0).float(), []
+    block.layer2[1].register_forward_hook(lambda *_: seen.append("bn"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_bn, "_BNLIF", None)
+        spikes = block(x)
+    assert seen == ["bn"]
+    wanted = copy.deepcopy(block)
+    assert torch.equal(spikes, wanted.lif2(wanted.layer2(wanted.lif1(wanted.layer1(x))) + x))
+
+
+# ---------------------------------------------------------------------------------------------- without a GPU
+
+
+def test_in_tritons_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tetdeploy import triton_bn_lif as kernels
+
+FLOATS = ("partial", "weight", "bias", "running_mean", "running_var", "norm", "residual_norm", "sum_g", "sum_gx")
+
+def build(kernel, dtype, constants, one=()):
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names} | dict.fromkeys(one, 1)
+    numbers = dict.fromkeys(("positions", "C", "inner", "slab", "slabs", "stride", "step"), "i32")
+    numbers |= dict.fromkeys(("momentum", "eps", "tau", "v_th", "gamma", "height"), "fp32")
+    types = dict.fromkeys(FLOATS, "*fp32") | numbers | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
+    even = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(signature.values()) if kind[0] in "*i"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=even)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernels.NOT_FUSED)
+    ptx = compiled.asm["ptx"]
+    assert "fma." not in ptx, "a multiply-add was fused"
+    assert "ld.local" not in ptx and "st.local" not in ptx, "registers do not suffice"
+    return "ld.global.v" in ptx or ".v4.b32" in ptx or ".v2.b32" in ptx
+
+last, planes = {"inner": 1, "CHANNELS": 64}, {"CHANNELS": 1}
+build(kernels._merge, "fp32", {"SLABS": 512, "CHANNELS": 8})
+for layout in (last, planes):
+    for dtype in ("bf16", "fp16", "fp32"):
+        print(build(kernels._statistics, dtype, layout | {"POSITIONS": 1024 // layout["CHANNELS"]}))
+        print(build(kernels._norm_backward, dtype, layout | {"POSITIONS": 1024 // layout["CHANNELS"]}))
+    for T, size, absent in ((4, 1024, ()), (4, 1024, ("residual", "residual_norm")), (16, 512, ("residual_norm",))):
+        tile = layout | {"T": T, "POSITIONS": size // layout["CHANNELS"]} | dict.fromkeys(absent)
+        print(build(kernels._forward, "bf16", tile))
+        print(build(kernels._backward, "bf16", tile | {"REPEATED": False}))
+    one = ("C", "positions", "stride", "step", "slab", "slabs")  # Triton makes a constant of a number that is 1
+    for kernel in (kernels._statistics, kernels._forward, kernels._backward, kernels._norm_backward):
+        build(kernel, "bf16", tile | {"REPEATED": False}, [name for name in one if name in kernel.arg_names])
+    print(build(kernels._backward, "bf16", tile | {"REPEATED": True} | dict.fromkeys(("residual", "residual_norm"))))
+"""
+
+
+def test_the_kernels_compile_for_an_h100_without_fused_multiply_adds() -> None:
+    """What the interpreter does not see; Triton compiles without a GPU."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 26 and "False" not in done.stdout, done.stdout  # several values a load

@@ -1,0 +1,69 @@
+"""Where the tests of the Triton kernels run: on a GPU, or in Triton's interpreter, in a process of its own.
+
+The interpreter must be chosen before Triton is imported, and torch may import it at any time: a test file runs itself
+once more with TRITON_INTERPRET=1, where the same comparisons take CPU tensors through the same launches.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tetdeploy import neurons
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device whose tensors go through the kernels."""
+    if INTERPRETED:
+        monkeypatch.setattr(neurons, "_triton", interpreted_kernels)
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here; Triton's interpreter runs the same comparisons")
+    return "cuda"
+
+
+def interpreted_kernels(current: Tensor) -> Any:
+    """In place of `neurons._triton`: the kernels for CPU tensors as well."""
+    return neurons._triton_kernels() if neurons.membrane_dtype(current.dtype) == torch.float32 else None
+
+
+@contextmanager
+def kernel_calls() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """Names and arguments of the kernels that run within it."""
+    kernels, calls = neurons._triton_kernels(), []
+
+    def recorded(name: str) -> Any:
+        function = getattr(kernels, name)
+
+        def call(*arguments: Any) -> None:
+            calls.append((name, arguments))
+            function(*arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("forward", "backward"):
+            patch.setattr(kernels, name, recorded(name))
+        yield calls
+
+
+def run_interpreted(file: str) -> None:
+    """Run a file's GPU tests in the interpreter; all must pass there, none may be skipped."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", file]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^\d+ passed(, \d+ deselected)? in", done.stdout, re.MULTILINE), done.stdout

@@ -1,0 +1,234 @@
+"""Convolution, BN and neurons in training, with BN, the residual sum and the LIF sequence as one function.
+
+What is computed is always
+
+    lif(layer(x))        or        lif(layer(x) + shortcut(x'))
+
+with layers that end in a BN. In training on a GPU the BN are taken out of their layers, and all behind the
+convolutions is one pass over memory each way (`triton_bn_lif`): normalising, adding and integrating apart move several
+times as much, and that is most of the time beside the convolutions. Anywhere else, and wherever the kernels do not
+serve, the modules are called as they are: in inference, in torch.export and torch.compile, with BN over the ranks of a
+group, with other neurons or other BN, with hooks on the modules, in float64, at more than 16 steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tetdeploy import neurons
+from tetdeploy.layers import DirectEncoding, OverTime, tdBN
+from tetdeploy.neurons import IF, LIF
+
+
+def fire(lif: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
+    """`lif(layer(x))`: `[T, N, ...]` to spikes `[T, N, C, H, W]`, where `layer` is `OverTime` with a BN at its end."""
+    bn = _bn_to_fuse(OverTime, layer, lif, x)
+    if bn is None:
+        spikes: Tensor = lif(layer(x))
+        return spikes
+    return bn_lif(_before_bn(layer, x.flatten(0, 1)), bn, lif, T=len(x))
+
+
+def fire_sum(lif: nn.Module, layer: nn.Module, x: Tensor, shortcut: nn.Module, skipped: Tensor) -> Tensor:
+    """`lif(layer(x) + shortcut(skipped))`: see `fire`; `shortcut` is another such layer, or `nn.Identity`."""
+    bn = _bn_to_fuse(OverTime, layer, lif, x)
+    identity = type(shortcut) is nn.Identity and not _has_hooks(shortcut)
+    residual_bn = None if identity else _bn_to_fuse(OverTime, shortcut, lif, x)
+    if bn is None or (residual_bn is None and not identity):
+        spikes: Tensor = lif(layer(x) + shortcut(skipped))
+        return spikes
+    y, residual = _before_bn(layer, x.flatten(0, 1)), skipped.flatten(0, 1)
+    if not identity:
+        residual = _before_bn(shortcut, residual)
+    return bn_lif(y, bn, lif, T=len(x), residual=residual, residual_bn=residual_bn)
+
+
+def fire_encoded(lif: nn.Module, encode: nn.Module, x: Tensor, T: int | None = None) -> Tensor:
+    """`lif(encode(x, T))` for `DirectEncoding`; the current of an image is computed once and serves all T steps."""
+    bn = _bn_to_fuse(DirectEncoding, encode, lif, x)
+    if bn is not None and x.dim() == 5 and T in (None, len(x)):
+        return bn_lif(_before_bn(encode, x.flatten(0, 1)), bn, lif, T=len(x))
+    if bn is not None and x.dim() == 4 and isinstance(T, int) and T >= 1:
+        return bn_lif(_before_bn(encode, x), bn, lif, T=T, repeated=True)
+    spikes: Tensor = lif(encode(x, T))  # which refuses what is neither
+    return spikes
+
+
+def fire_each(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """The layers one after the other; neurons together with the layer in front of them."""
+    modules = [*layers]
+    while modules:
+        layer = modules.pop(0)
+        x = fire(modules.pop(0), layer, x) if modules and isinstance(modules[0], LIF) else layer(x)
+    return x
+
+
+class FiringSequential(nn.Sequential):
+    """`nn.Sequential` of layers and neurons in turn."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fire_each(self, x)
+
+
+def bn_lif(
+    y: Tensor,
+    bn: nn.BatchNorm2d,
+    lif: nn.Module,
+    *,
+    T: int,
+    residual: Tensor | None = None,
+    residual_bn: nn.BatchNorm2d | None = None,
+    repeated: bool = False,
+) -> Tensor:
+    """Spikes of neurons behind a BN: lif(bn(y)), lif(bn(y) + residual) or lif(bn(y) + residual_bn(residual)).
+
+    Fused where the kernels serve, else by these modules. The fused current is not rounded to the tensors' type on its
+    way, as it is between modules. What is kept for backward is y, the residual, and four numbers a channel.
+
+    Args:
+        y: `[T * N, C, H, W]`, T outermost; `[N, C, H, W]` if `repeated`: then it is the same at each of the T steps.
+        residual: shaped like y.
+
+    Returns:
+        Spikes `[T, N, C, H, W]` in the dtype and the memory format of y.
+    """
+    spikes: Tensor
+    if _kernels_serve(y, bn, lif, residual, residual_bn, T):
+        other = (None, None) if residual_bn is None else (residual_bn.weight, residual_bn.bias)
+        spikes = _BNLIF.apply(y, residual, bn.weight, bn.bias, *other, (bn, residual_bn), lif, T, repeated)  # type: ignore[no-untyped-call]
+        return spikes
+    current = bn(y)
+    if residual is not None:
+        current = current + (residual if residual_bn is None else residual_bn(residual))
+    spikes = lif(current.expand(T, *current.shape) if repeated else current.unflatten(0, (T, len(y) // T)))
+    return spikes
+
+
+class _BNLIF(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        residual_weight: Tensor | None,
+        residual_bias: Tensor | None,
+        norms: tuple[nn.BatchNorm2d, nn.BatchNorm2d | None],
+        lif: LIF,
+        T: int,
+        repeated: bool,
+    ) -> Tensor:
+        from tetdeploy import triton_bn_lif as kernels
+
+        y = _dense(y)
+        residual = None if residual is None else _like(residual, y)
+        norm = _statistics(y, norms[0])
+        residual_norm = None if norms[1] is None or residual is None else _statistics(residual, norms[1])
+        shape = (T, *y.shape) if repeated else (T, len(y) // T, *y.shape[1:])
+        step = y.numel() if repeated else y.numel() // T
+        spikes = torch.empty_strided(shape, (step, *y.stride()), dtype=y.dtype, device=y.device)
+        kernels.forward(y, norm, residual, residual_norm, spikes, lif.tau, lif.v_th)
+        ctx.save_for_backward(y, residual, norm, residual_norm)
+        ctx.lif = (lif.tau, lif.v_th, lif.gamma)
+        return spikes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_spikes: Tensor) -> tuple[Tensor | None, ...]:
+        from tetdeploy import triton_bn_lif as kernels
+
+        y, residual, norm, residual_norm = ctx.saved_tensors
+        g, sums = kernels.backward(y, norm, residual, residual_norm, _steps_like(grad_spikes, y), *ctx.lif)
+        identity = residual is not None and residual_norm is None
+        free = not (identity and ctx.needs_input_grad[1])  # g is not the gradient of a residual as well
+        if residual_norm is None:
+            grad_y = g if free else torch.empty_like(g)
+            kernels.norm_backward(g, y, norm, sums[0], sums[1], into=grad_y)
+            return grad_y, g if identity else None, sums[1], sums[0], *[None] * 6
+        grad_y = torch.empty_like(g)
+        kernels.norm_backward(g, y, norm, sums[0], sums[1], into=grad_y)
+        kernels.norm_backward(g, residual, residual_norm, sums[0], sums[2], into=g)
+        return grad_y, g, sums[1], sums[0], sums[2], sums[0].clone(), *[None] * 4
+
+
+def _statistics(y: Tensor, bn: nn.BatchNorm2d) -> Tensor:
+    """Of the batch; the running ones are moved as `nn.BatchNorm2d` moves them."""
+    from tetdeploy import triton_bn_lif as kernels
+
+    assert bn.running_mean is not None and bn.running_var is not None and bn.num_batches_tracked is not None
+    bn.num_batches_tracked.add_(1)
+    momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+    vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    norm: Tensor = kernels.statistics(y, *vectors, momentum=momentum, eps=bn.eps)
+    return norm
+
+
+def _bn_to_fuse(kind: type[nn.Sequential], layer: nn.Module, lif: nn.Module, x: Tensor) -> nn.BatchNorm2d | None:
+    """The BN at the end of a layer, if it may be taken out of it."""
+    if not (layer.training and type(lif) in (LIF, IF) and type(layer) is kind and neurons._triton(x)):
+        return None
+    bn = [*layer][-1]
+    if type(bn) not in (tdBN, nn.BatchNorm2d) or torch.compiler.is_compiling():
+        return None
+    return None if any(map(_has_hooks, (lif, layer, bn))) else bn
+
+
+def _kernels_serve(
+    y: Tensor,
+    bn: nn.BatchNorm2d,
+    lif: nn.Module,
+    residual: Tensor | None,
+    residual_bn: nn.BatchNorm2d | None,
+    T: int,
+) -> bool:
+    if not neurons._triton(y) or type(lif) not in (LIF, IF) or torch.compiler.is_compiling() or y.dim() != 4:
+        return False
+    from tetdeploy.triton_bn_lif import MAX_POSITIONS
+    from tetdeploy.triton_lif import STEPS
+
+    same = residual is None or (residual.dtype == y.dtype and residual.shape == y.shape)
+    positions = y.numel() // max(y.shape[1], 1)
+    norms = [bn] if residual_bn is None else [bn, residual_bn]
+    return same and T <= STEPS and 1 < positions < MAX_POSITIONS and all(map(_is_plain, norms))
+
+
+def _is_plain(bn: nn.BatchNorm2d) -> bool:
+    """In training, with affine parameters and running statistics in float32."""
+    tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    return bn.training and bn.track_running_stats and all(t is not None and t.dtype == torch.float32 for t in tensors)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _before_bn(layer: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(layer, nn.Sequential)
+    for module in [*layer][:-1]:
+        x = module(x)
+    return x
+
+
+def _dense(y: Tensor) -> Tensor:
+    """`[N, C, H, W]`, channels-last or contiguous as it is, else contiguous."""
+    return y if y.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+
+
+def _like(tensor: Tensor, y: Tensor) -> Tensor:
+    """A copy only where it does not lie in memory as y does."""
+    last = y.is_contiguous(memory_format=torch.channels_last)
+    return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _steps_like(sequence: Tensor, y: Tensor) -> Tensor:
+    """The same for `[T, N, C, H, W]`."""
+    steps: Tensor = _like(sequence.flatten(0, 1), y).unflatten(0, sequence.shape[:2])
+    return steps
