@@ -10,7 +10,8 @@ with TET's loss and fused SGD, each in a process of its own on the same card: Sp
 are medians of CUDA events round a step, memory is what PyTorch had allocated at most.
 
     loop             LIF as a loop of PyTorch operations over T, contiguous (memory.py)
-    NCHW             our neurons, contiguous
+    NCHW             our neurons with BN fused into them, contiguous
+    unfused          our neurons, BN by PyTorch, channels-last
     tetdeploy        what `tetdeploy train` does: channels-last weights
     tetdeploy graphs the same, forward and backward as a CUDA graph (`--cuda-graphs`)
     SJ ...           LIFNode(tau=2.0, decay_input=False, v_reset=0., detach_reset=False, PiecewiseQuadratic(alpha=1.))
@@ -58,7 +59,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from memory import loop_twin, peak_bytes
 from turns import Answer, Worker
 
-SIDES = ("loop", "NCHW", "tetdeploy", "tetdeploy graphs")
+SIDES = ("loop", "NCHW", "unfused", "tetdeploy", "tetdeploy graphs")
 SIDES += tuple(f"SJ {backend} {layout}" for backend in ("torch", "triton", "cuda") for layout in ("NCHW", "NHWC"))
 SIDES += ("ANN", "ANN graphs")
 FLOOR = "floor"
@@ -142,6 +143,10 @@ def variant(side: str, network: nn.Module, device: torch.device) -> nn.Module:
         return loop_twin(network)
     if side.startswith("ANN"):
         return ann_twin(network)
+    if side == "unfused":
+        for module in network.modules():
+            if isinstance(module, LIF):
+                module.register_forward_hook(lambda *_: None)  # neurons with hooks run by themselves
     if not side.startswith("SJ"):
         return network
     if device.type != "cuda" and "torch" not in side:
