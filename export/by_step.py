@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx import helper
 from onnx_ir.passes import common
 
-from .neuron_steps import Neurons
+from .neuron_steps import Neurons, makes_steps
 
 _PER_IMAGE = ("Conv", "MaxPool", "AveragePool", "Add")
 # Values put out for each weight from which on a convolution goes step by step: measured, see the top of this file.
@@ -40,7 +40,7 @@ def take_apart(model: ir.Model, neurons: Iterable[Neurons], read: Iterable[ir.Va
     spikes = [layer.spikes for layer in neurons]
     parts = _Parts(model.graph, spikes)
     for node in list(model.graph):
-        steps = parts.of(node.inputs[0]) if node.op_type == "Split" else None
+        steps = parts.of(node.inputs[0]) if makes_steps(node) else None
         if steps is not None:
             for whole, step in zip(node.outputs, steps, strict=True):
                 whole.replace_all_uses_with(step)

@@ -16,7 +16,7 @@ from export_helpers import classifier, digits
 from torch import Tensor, nn
 
 from tetdeploy.engine import Engine
-from tetdeploy.export import ExportConfig, by_step
+from tetdeploy.export import ExportConfig, by_step, export_model
 from tetdeploy.export.counters import spikes_overlay
 from tetdeploy.export.model import build_graph
 from tetdeploy.layers import DirectEncoding, OverTime
@@ -104,6 +104,29 @@ def test_many_weights_are_read_once(
     """Of 256, 256, 96, 96, 96 and 24 values by 144, 144, 216, 324, 24 and 36 weights; a shortcut goes with its sum."""
     monkeypatch.setattr(by_step, "_MIN_OUTPUTS", least)
     assert convolutions(built(Wide(), tmp_path / "m.onnx")) == expected
+
+
+class Chunks(Wide):
+    """A network's own Split, of channels: it is none into steps, though it may make as many parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled = OverTime(Halves(), nn.MaxPool2d(2), nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6))
+
+
+class Halves(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, 1)
+        return first.maximum(second)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_split_of_the_network_itself_stays_one(steps: int, tmp_path: Path) -> None:
+    network = classifier(Chunks())
+    made = export_model(network, tmp_path / "m.onnx", ExportConfig(T=steps), digits().images[:40])
+    assert made.parity is not None and made.parity.local_mismatch_rate == 0.0
+    splits = [node for node in onnx.load(made.path).graph.node if node.op_type == "Split"]
+    assert [len(node.output) for node in splits].count(2) >= 1
 
 
 def test_other_graphs_stay_whole(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
 
 The weights are not trained: time does not depend on them. BN takes its statistics from the images, so that spikes are
 about as frequent as in a trained network (the rate is printed). Every side has a process of its own (`turns`). They
-take turns, each with one call to warm up and five that count, and the table shows medians. `peak` is the
+take turns, each with two calls to warm up and five that count, and the table shows medians. `peak` is the
 largest resident set of a side's process, `opened` how long it took until a model was ready. What convolutions take is
 the sum over their kernels in ONNX Runtime's own profile of that graph, of runs of their own, and so is what all kernels
 take.
@@ -49,7 +49,7 @@ from turns import Answer, Worker
 Call = Callable[[Any], Any]
 OTHERS = ("SpikingJelly", "torch.compile", "OpenVINO fp32", "OpenVINO int8")
 BASE = "int8"
-CALLS = 5  # of a side's turn
+WARM_UP, CALLS = 2, 5  # of a side's turn; ONNX Runtime still takes new memory in the second
 
 
 def untrained(model: str, width: float, data_dir: Path, T: int) -> tuple[Classifier, Any]:
@@ -145,11 +145,11 @@ def open_side(side: str, folder: Path, T: int, threads: int) -> Answer:
     @torch.inference_mode()
     def answer(size: int) -> dict[str, Any]:
         x, taken = np.ascontiguousarray(images[:size]), []
-        for _ in range(1 + CALLS):
+        for _ in range(WARM_UP + CALLS):
             start = time.perf_counter()
             call(x)
             taken.append(1e3 * (time.perf_counter() - start))
-        return {"opened_s": opened, "ms": taken[1:], "peak_mb": peak_mb()}
+        return {"opened_s": opened, "ms": taken[WARM_UP:], "peak_mb": peak_mb()}
 
     return answer
 
@@ -157,11 +157,11 @@ def open_side(side: str, folder: Path, T: int, threads: int) -> Answer:
 def peak_mb() -> float:
     """The largest resident set of this process so far; `getrusage` would begin with that of its parent."""
     status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1e3
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
 
 def measure(sides: list[str], sizes: list[int], turns: int, folder: Path, T: int, threads: int) -> dict[str, Any]:
-    """By side: seconds to open, median milliseconds by batch, peak MB; or only why it failed."""
+    """By side: seconds to open, median milliseconds by batch, peak MB; and why it failed, if it did."""
     workers = {side: Worker(open_side, side, folder, T, threads) for side in sides}
     found: dict[str, Any] = {side: {"median_ms": {}} for side in sides}
     for size in sizes:
@@ -177,7 +177,7 @@ def measure(sides: list[str], sizes: list[int], turns: int, folder: Path, T: int
     for side, worker in workers.items():
         worker.end()
         if worker.failed:
-            found[side] = {"failed": worker.failed}
+            found[side]["failed"] = worker.failed
     return found
 
 
@@ -212,7 +212,9 @@ EXPORTS: dict[str, dict[str, Any]] = {
 @click.option("--T", "T", default=4, show_default=True)
 @click.option("--batch", default="1,8", show_default=True)
 @click.option("--threads", default=len(os.sched_getaffinity(0)), show_default=True)
-@click.option("--turns", default=4, show_default=True, help=f"Of each side, {CALLS} calls each.")
+@click.option(
+    "--turns", default=4, show_default=True, type=click.IntRange(min=1), help=f"Of each side, {CALLS} calls each."
+)
 @click.option("--without", multiple=True, type=click.Choice(OTHERS), help="Leave one of the others out.")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
@@ -241,9 +243,9 @@ def main(
             side: {size: convolution_share(folder / f"{side}.onnx", images[:size], threads) for size in sizes}
             for side in ("fp32", "int8")
         }
-    show(results, sizes)
     if json_path is not None:
         write_json(json_path, results)
+    show(results, sizes)
 
 
 def firing_rate(engine: Engine, x: Any) -> float:
@@ -251,6 +253,12 @@ def firing_rate(engine: Engine, x: Any) -> float:
     neurons = {n["name"]: int(np.prod(n["shape"])) for n in engine.metadata["neurons"]}
     fired = sum(float(counts[f"fired.{name}"].sum()) for name in neurons)
     return fired / (sum(neurons.values()) * len(x) * (engine.T or 1))
+
+
+def times_base(ms: float | None, base: float | None) -> str:
+    if ms is None:
+        return "-"
+    return f"{ms:.1f}" if base is None else f"{ms:.1f}  {ms / base:.2f}x"
 
 
 def show(results: dict[str, Any], sizes: list[int]) -> None:
@@ -262,25 +270,21 @@ def show(results: dict[str, Any], sizes: list[int]) -> None:
         table.add_column(header, justify="right" if header else "left")
     base = results["sides"][BASE]["median_ms"]
     for side, found in results["sides"].items():
-        if "failed" in found:
-            table.add_row(side, *["-"] * (len(sizes) + 3))
-            continue
-        cells = [f"{found['median_ms'][size]:.1f}  {found['median_ms'][size] / base[size]:.2f}x" for size in sizes]
+        cells = [times_base(found["median_ms"][size], base[size]) for size in sizes]
         exported = results["export_s"].get(side)
         seconds = "" if exported is None else f"{exported:.1f} s"
-        table.add_row(side, *cells, f"{found['opened_s']:.2f} s", seconds, f"{found['peak_mb']:,.0f} MB")
+        opened = f"{found['opened_s']:.2f} s" if "opened_s" in found else "-"
+        table.add_row(side, *cells, opened, seconds, f"{found.get('peak_mb', 0):,.0f} MB")
     console.print(table)
     for side, found in results["sides"].items():
         if "failed" in found:
             console.print(f"{side}: {found['failed']}", markup=False)
     for side, by_size in results["profile"].items():
         for size, share in by_size.items():
-            kernels, call = (
-                ms / share["convolutions"] for ms in (share["all"], results["sides"][side]["median_ms"][size])
-            )
+            kernels = f"all kernels of the profile {share['all'] / share['convolutions']:.2f} times that"
+            call = times_base(results["sides"][side]["median_ms"][size], share["convolutions"])
             console.print(
-                f"{side} batch {size}: convolutions {share['convolutions']:.1f} ms; all kernels of the profile "
-                f"{kernels:.2f} times that, the call above {call:.2f}"
+                f"{side} batch {size}: convolutions {share['convolutions']:.1f} ms; {kernels}, the call above {call}"
             )
 
 

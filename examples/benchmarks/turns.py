@@ -6,10 +6,12 @@ would take the cores from another's.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,6 +31,7 @@ class Worker:
         self._connection, self._theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(self._theirs, open_side, arguments), daemon=True)
         self.failed = ""
+        atexit.register(self.kill)
 
     def ask(self, request: Any) -> Any:
         """The answer; None once the side has failed, `failed` being the reason."""
@@ -50,12 +53,17 @@ class Worker:
         return answer
 
     def end(self) -> None:
-        try:
+        with suppress(OSError):  # it has ended
             self._signal(signal.SIGCONT)
             self._connection.send(None)
-        except OSError:
-            return  # it has ended
-        self._process.join(30)
+            self._process.join(30)
+        self.kill()
+
+    def kill(self) -> None:
+        """At once: a process that is stopped takes no other signal, and this one would wait for it when it ends."""
+        if self._process.pid is not None:
+            self._process.kill()
+            self._process.join()
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process.pid is not None and self._process.is_alive():
