@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,15 +20,18 @@ from tetdeploy.serve.bodies import BodyLimit, Budget, OverBudgetError
 
 
 class Client:
-    """A request whose body comes when the test sends it."""
+    """A request whose body comes when the test sends it. Its answer waits where the client does not `read`."""
 
     def __init__(self, limit: BodyLimit, method: str = "POST", headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
         self._coming: asyncio.Queue[Message] = asyncio.Queue()
         self._sent: list[Message] = []
+        self.read = asyncio.Event()
+        self.read.set()
         scope: Scope = {"type": "http", "method": method, "path": "/", "headers": list(headers)}
         self._call = asyncio.create_task(limit(scope, self._coming.get, self._send))
 
     async def _send(self, message: Message) -> None:
+        await self.read.wait()
         self._sent.append(message)
 
     async def send(self, body: bytes, *, more: bool = False) -> None:
@@ -37,6 +41,11 @@ class Client:
     async def leave(self) -> None:
         self._coming.put_nowait({"type": "http.disconnect"})
         await self._settled()
+
+    async def cancel(self) -> None:
+        self._call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await self._call
 
     async def _settled(self) -> None:
         for _ in range(10):
@@ -61,11 +70,15 @@ class App:
         await bodies.JSONResponse({})(scope, receive, send)
 
 
-def running(test: Callable[[BodyLimit, App], Any], *, max_bytes: int = 100, max_total: int = 250) -> None:
+def running(
+    test: Callable[[BodyLimit, App], Any], *, max_bytes: int = 100, max_total: int = 250, app: type[App] = App
+) -> None:
+    """Run `test`, after which the budget must be whole."""
+
     async def run() -> None:
-        app = App()
-        limit = BodyLimit(app, max_bytes, Budget(max_total))
-        await asyncio.wait_for(test(limit, app), 20)
+        made = app()
+        limit = BodyLimit(made, max_bytes, Budget(max_total))
+        await asyncio.wait_for(test(limit, made), 20)
         assert limit.budget.held == 0
 
     asyncio.run(run())
@@ -95,7 +108,7 @@ def test_half_bodies_together_hold_no_more_than_the_budget() -> None:
     running(test)
 
 
-def test_a_body_counts_until_it_is_answered() -> None:
+def test_a_body_counts_until_its_answer_begins() -> None:
     async def test(limit: BodyLimit, app: App) -> None:
         clients = [Client(limit) for _ in range(2)]
         for client in clients:
@@ -138,6 +151,122 @@ def test_a_slow_body_gives_its_bytes_back(monkeypatch: pytest.MonkeyPatch) -> No
         await client.send(bytes(80), more=True)
         status, error = await client.answer()
         assert (status, error) == (408, "the body took more than 0.05 s to arrive")
+
+    running(test)
+
+
+def test_a_refused_body_that_keeps_coming_gets_its_refusal_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
+
+    async def test(limit: BodyLimit, app: App) -> None:
+        large, over = Client(limit), Client(limit)
+        await large.send(bytes(101), more=True)
+        others = limit.budget.share()
+        others.add(200)
+        await over.send(bytes(60), more=True)
+        status, error = await large.answer()
+        assert (status, "at most 100 bytes, got 101" in error) == (413, True)
+        status, error = await over.answer()
+        assert (status, "may hold 250 bytes and hold 200 already" in error) == (503, True)
+        others.give_back()
+
+    running(test)
+
+
+def test_an_answer_that_nobody_reads_holds_nothing() -> None:
+    async def test(limit: BodyLimit, app: App) -> None:
+        client = Client(limit)
+        client.read.clear()
+        await client.send(bytes(100))
+        assert limit.budget.held == 100
+        app.let_go.set()
+        await client._settled()
+        assert limit.budget.held == 0
+        client.read.set()
+        assert await client.answer() == (200, "")
+
+    running(test)
+
+
+class Counting(App):
+    """Answers with how many hold the body beside itself."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = (await receive())["body"]
+        assert bytes(body) == b"whole"
+        self.lengths.append(sys.getrefcount(body) - 2)  # `body` here, and the argument
+        await bodies.JSONResponse({})(scope, receive, send)
+
+
+@pytest.mark.parametrize("parts", [[b"whole"], [b"wh", b"", b"ole"]])
+def test_the_application_alone_holds_a_body(parts: list[bytes]) -> None:
+    async def test(limit: BodyLimit, app: App) -> None:
+        client = Client(limit)
+        for k, part in enumerate(parts):
+            await client.send(part, more=k < len(parts) - 1)
+        assert await client.answer() == (200, "")
+        assert app.lengths == [0]
+
+    running(test, app=Counting)
+
+
+def test_a_compressed_body_is_refused_before_it_comes() -> None:
+    async def test(limit: BodyLimit, app: App) -> None:
+        status, error = await Client(limit, headers=((b"content-encoding", b"gzip"),)).answer()
+        assert (status, "compressed bodies are not read here" in error) == (415, True)
+        app.let_go.set()
+        plain = Client(limit, headers=((b"content-encoding", b"identity"),))
+        await plain.send(bytes(5))
+        assert await plain.answer() == (200, "")
+        assert app.lengths == [5]
+
+    running(test)
+
+
+def test_only_posts_are_read_here() -> None:
+    async def test(limit: BodyLimit, app: App) -> None:
+        app.let_go.set()
+        client = Client(limit, "GET")
+        await client.send(bytes(400), more=True)
+        assert await client.answer() == (200, "")
+        assert (app.lengths, limit.budget.held) == ([400], 0)  # as it came, and without a share
+
+    running(test)
+
+
+def test_a_body_of_no_bytes() -> None:
+    async def test(limit: BodyLimit, app: App) -> None:
+        app.let_go.set()
+        client = Client(limit)
+        await client.send(b"")
+        assert await client.answer() == (200, "")
+        assert app.lengths == [0]
+
+    running(test)
+
+
+class Failing(App):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("a bug")
+
+
+def test_an_application_that_raises_gives_its_bytes_back() -> None:
+    async def test(limit: BodyLimit, app: App) -> None:
+        client = Client(limit)
+        await client.send(bytes(100))
+        with pytest.raises(RuntimeError, match="a bug"):
+            await client.answer()
+
+    running(test, app=Failing)
+
+
+@pytest.mark.parametrize("more", [True, False], ids=["half sent", "being answered"])
+def test_a_cancelled_call_gives_its_bytes_back(more: bool) -> None:
+    async def test(limit: BodyLimit, app: App) -> None:
+        client = Client(limit)
+        await client.send(bytes(100), more=more)
+        assert limit.budget.held == 100
+        await client.cancel()
 
     running(test)
 

@@ -24,6 +24,7 @@ from click.testing import CliRunner
 from export_helpers import digits, engine, exported, frames
 
 from tetdeploy.cli import main
+from tetdeploy.cli.serve import Megabytes
 from tetdeploy.serve.requests import Parameters, tensor
 
 # Not imported here: KServe and tritonclient define the same protobuf messages, so a process can hold only one of them.
@@ -249,6 +250,20 @@ def test_metadata_and_readiness_are_of_version_1(server: Server, kind: str) -> N
                 client.is_model_ready("step", "2")
 
 
+def test_a_model_that_is_unknown_is_so_in_any_version(client: Any, server: Server) -> None:
+    asks: list[Callable[[Any], Any]] = [
+        lambda stub: stub.get_model_metadata("nobody", "2"),
+        lambda stub: stub.is_model_ready("nobody", "2"),
+    ]
+    with rpc.InferenceServerClient(server.grpc) as stub:
+        for ask in asks:
+            with pytest.raises(rpc.InferenceServerException, match="nobody does not exist") as refused:
+                ask(stub)
+            assert "NOT_FOUND" in str(refused.value.status())
+    with pytest.raises(Exception, match="nobody does not exist"):
+        client("nobody", images(1), model_version="2")
+
+
 def test_pages_that_there_are_not(server: Server) -> None:
     assert server.post("repository/models/step/unload", b"")[0] == 400
     assert server.post("models/step", b"") == (405, {"error": "Method Not Allowed"})
@@ -403,10 +418,17 @@ def test_half_bodies_leave_memory_for_no_more_than_the_budget() -> None:
             half.sendall(
                 b"POST /v2/models/step/infer HTTP/1.1\r\nHost: m\r\nContent-Length: 900000\r\n\r\n" + bytes(899_999)
             )
-            wait_until(lambda: "may hold 1,200,000 bytes and hold" in refusal(asks[0]))
-            over = refusal(asks[1])
-            assert "may hold 1,200,000 bytes and hold" in over and "RESOURCE_EXHAUSTED" in over
+            # By gRPC, whose requests come whole: one over HTTP could have the half one refused in its place.
+            wait_until(lambda: "may hold 1,200,000 bytes and hold 899,999 already" in refusal(asks[1]))
+            assert "RESOURCE_EXHAUSTED" in refusal(asks[1])
+            assert "may hold 1,200,000 bytes and hold" in refusal(asks[0])
             assert len(client.infer("step", asked(rpc, images(1))).as_numpy("logits")) == 1  # there is room for this
+            with socket.create_connection((host, int(port)), timeout=PATIENCE) as rest:
+                rest.sendall(
+                    b"POST /v2/models/step/infer HTTP/1.1\r\nHost: m\r\nContent-Length: 400000\r\n\r\n" + bytes(300_000)
+                )
+                wait_until(lambda: "hold 1,199,999 already" in refusal(asks[1]))
+                assert client.is_server_live() and client.is_model_ready("step")  # probes need no room
             half.close()
             wait_until(lambda: "at most 64 images" in refusal(asks[1]))
     finally:
@@ -469,6 +491,24 @@ def test_a_total_below_one_request_is_refused() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1
     assert "raise --max-total-mb or lower --max-request-mb" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--max-request-mb", "--max-total-mb"])
+@pytest.mark.parametrize("size", ["inf", "nan", "1e-7", "0", "-1", "1e303"])
+def test_a_size_that_is_none_is_refused(option: str, size: str) -> None:
+    result = CliRunner().invoke(main, ["serve", "m.onnx", option, size])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}': " in result.output
+    assert (
+        f"{size} MB is no size; give a number from 0.000001" in result.output
+        or "not in the range x<=2000" in result.output
+    )
+
+
+def test_sizes_are_whole_bytes() -> None:
+    assert Megabytes().convert("4.35", None, None) == 4_350_000
+    assert Megabytes(max=2000).convert("0.000001", None, None) == 1
+    assert type(Megabytes().convert("1.5", None, None)) is int
 
 
 def test_an_unknown_runtime_is_refused() -> None:

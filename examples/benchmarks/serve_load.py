@@ -57,7 +57,9 @@ class Server:
         assert self.process.stdout is not None
         ready = next((line for line in self.process.stdout if line.startswith("ready: ")), None)
         if ready is None:
-            raise OSError("the server did not start")
+            self.process.communicate()  # closes the pipe
+            ended = f"the server ended with exit code {self.process.returncode} before it was ready"
+            raise click.ClickException(f"{ended}; its reason is above")
         self.address = ready.split()[1].removeprefix("http://")
 
     def metric(self, name: str) -> float:
@@ -179,7 +181,7 @@ def measure(server: Server, engine: Engine, x: Any, expected: Any, clients: int,
     load = Load(server.address, x, expected)
     took = load.run(clients, lambda: time.sleep(seconds))
     images = server.metric("tetdeploy_batch_images_sum") - images
-    batch = images / (server.metric("tetdeploy_batch_images_count") - calls)
+    batch = images / max(1, server.metric("tetdeploy_batch_images_count") - calls)  # 0 if no call ran
     p50, p95, p99 = (1e3 * float(q) for q in np.quantile(load.seconds or [np.nan], (0.5, 0.95, 0.99)))
     rate, alone = load.outcomes["right"] / took, engine_rate(engine, x, max(1, round(batch)), seconds / 4)
     row = {"clients": clients, "images_per_s": rate, "p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "mean_batch": batch}
@@ -219,10 +221,19 @@ def misbehave(address: str) -> None:
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(sent)
     with socket.create_connection((host, int(port))) as connection:
+        console.print(f"1 GB body: {_answer_to_1_gb(connection, head)}")
+
+
+def _answer_to_1_gb(connection: socket.socket, head: bytes) -> str:
+    """The first line of the answer, or that there was none: the server may cut such a connection."""
+    try:
         connection.sendall(head + b"1000000000\r\n\r\n")
         for _ in range(1000):
             connection.sendall(bytes(1_000_000))
-        console.print(f"1 GB body: {connection.recv(100).splitlines()[0].decode()}")
+        answer = connection.recv(100)
+    except OSError as error:
+        return f"cut, {type(error).__name__}"
+    return answer.splitlines()[0].decode() if answer else "closed without an answer"
 
 
 def half_bodies(server: Server) -> float:

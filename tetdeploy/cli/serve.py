@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import click
 
 from tetdeploy.cli.options import console, device_option, runtime_option, threads_option
+
+
+class Megabytes(click.FloatRange):
+    """Megabytes on the command line, whole bytes in the program: a finite number of them, and one at least."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        size = super().convert(value, param, ctx) * 1e6
+        if not (math.isfinite(size) and size >= 1):
+            self.fail(f"{value} MB is no size; give a number from 0.000001, which is one byte.", param, ctx)
+        return round(size)
 
 
 @click.command(
@@ -35,14 +47,16 @@ Examples:
 )
 @click.option(
     "--max-request-mb",
+    "max_request",
     default=64.0,
     show_default=True,
-    type=click.FloatRange(min=0, min_open=True, max=2000),
+    type=Megabytes(max=2000),
     help="Size of a request.",
 )
 @click.option(
     "--max-total-mb",
-    type=click.FloatRange(min=0, min_open=True),
+    "max_total",
+    type=Megabytes(),
     help="Size of all requests together that are being read or answered. [default: 4 times --max-request-mb]",
 )
 @click.option("--max-T", "max_T", default=64, show_default=True, type=click.IntRange(min=1), help="Steps of a request.")
@@ -67,8 +81,8 @@ def serve(
     max_batch: int,
     max_wait_ms: float,
     queue: int,
-    max_request_mb: float,
-    max_total_mb: float | None,
+    max_request: int,
+    max_total: int | None,
     max_T: int,
     sequence_timeout: float,
     max_sequences: int,
@@ -91,7 +105,7 @@ def serve(
     from tetdeploy.serve.models import Bounds
     from tetdeploy.serve.scheduler import Limits
 
-    sizes = Sizes(int(max_request_mb * 1e6), int((max_total_mb or 4 * max_request_mb) * 1e6))
+    sizes = Sizes(max_request, max_total or 4 * max_request)
     engines = {name: open_engine(path, device=device, threads=threads, runtime=runtime) for name, path in paths.items()}
 
     def announce(http: str, rpc: str) -> None:

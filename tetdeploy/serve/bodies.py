@@ -1,12 +1,11 @@
 """The bodies of requests: how large one may be, how long it may take to arrive, and how many bytes all may hold.
 
-What a request holds counts from its first byte until it is answered, since it is in memory for so long.
+What a request holds counts from its first byte until its answer begins, since it is in memory for so long, once.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -93,47 +92,47 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         with self.budget.share() as share:
+            answer = _giving_back(share, send)
             try:
-                async with asyncio.timeout(BODY_SECONDS):
-                    body = await self._read(headers, receive, share)
+                replay = await self._read(scope, receive, share)
             except _BodyRefusedError as refused:
-                return await JSONResponse({"error": str(refused)}, refused.status)(scope, receive, send)
-            except TimeoutError:
-                message = f"the body took more than {BODY_SECONDS:g} s to arrive"
-                return await JSONResponse({"error": message}, 408)(scope, receive, send)
-            if body is not None:
-                await self.app(scope, _replay(body, receive), send)
+                return await JSONResponse({"error": str(refused)}, refused.status)(scope, receive, answer)
+            if replay is not None:
+                await self.app(scope, replay, answer)
         return None
 
-    async def _read(self, headers: dict[bytes, str], receive: Receive, share: Share) -> bytes | None:
-        """The whole body; None if the client left before its end. A body that is refused is thrown away as it comes: a
-        client that is still sending when the connection closes would not see the answer."""
+    async def _read(self, scope: Scope, receive: Receive, share: Share) -> Receive | None:
+        """The whole body, to be received; None if the client left before its end. A body that is refused is thrown away
+        as it comes: a client that is still sending when the connection closes would not see the answer."""
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         if headers.get(b"content-encoding", "identity").lower() != "identity":
             raise _BodyRefusedError(415, "compressed bodies are not read here; send them as they are")
-        parts: list[bytes] = []
-        size, more = 0, True
+        body, size, more = bytearray(), 0, True  # a list of small parts would hold more than their bytes
         refused: _BodyRefusedError | None = None
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            part = message.get("body", b"")
-            size += len(part)
-            if refused is None:
-                parts.append(part)
-                refused = self._refusal(size, len(part), share)
-            if refused is not None:
-                parts.clear()
-                share.give_back()
-            more = message.get("more_body", False)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    part, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(part)
+                    refused = refused or self._refusal(size, len(part), share)
+                    if refused is None:
+                        body += part
+                    else:
+                        body.clear()
+                        share.give_back()
+        except TimeoutError:
+            refused = refused or _BodyRefusedError(408, f"the body took more than {BODY_SECONDS:g} s to arrive")
         if size > self.max_bytes:
             wanted = f"a request may hold at most {self.max_bytes:,} bytes, got {size:,}"
-            raise _BodyRefusedError(413, f"{wanted}; --max-request-mb sets the server's limit")
+            refused = _BodyRefusedError(413, f"{wanted}; --max-request-mb sets the server's limit")
         if refused is not None:
+            body.clear()  # the error's traceback holds this frame while it is answered
             raise refused
-        return b"".join(parts)
+        return _replay(body, receive)
 
     def _refusal(self, size: int, added: int, share: Share) -> _BodyRefusedError | None:
         """Why a body of which `size` bytes came, the last `added` just now, is not kept."""
@@ -152,11 +151,24 @@ class _BodyRefusedError(ValueError):
         self.status = status
 
 
-def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
-    """A body that was read already, for the application to read; then what else the client says."""
+def _replay(body: bytearray, receive: Receive) -> Receive:
+    """A body that was read already, for the application to receive once and keep as long as it needs it; then what else
+    the client says."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
         return messages.pop() if messages else await receive()
 
     return replay
+
+
+def _giving_back(share: Share, send: Send) -> Send:
+    """Sends an answer, and gives the share back when it begins: the body is done with, and a client may take as long
+    as it likes to read."""
+
+    async def answer(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            share.give_back()
+        await send(message)
+
+    return answer

@@ -200,7 +200,9 @@ class TensorDataPlane(DataPlane):  # type: ignore[misc]
         """What KServe's gRPC calls; its own takes four times of every request."""
         return await self.running(model_name).predict(request), {}
 
-    def decode_inference_request(self, body: bytes, headers: Mapping[str, str], model_name: str) -> InferRequest:
+    def decode_inference_request(
+        self, body: bytes | bytearray, headers: Mapping[str, str], model_name: str
+    ) -> InferRequest:
         """A request as JSON, or as JSON followed by the inputs' bytes.
 
         Raises:
@@ -208,7 +210,7 @@ class TensorDataPlane(DataPlane):  # type: ignore[misc]
         """
         length = _json_length(headers.get(JSON_LENGTH), len(body))
         try:
-            request = _BinaryRequest.model_validate_json(body[:length])
+            request = _BinaryRequest.model_validate_json(body if length == len(body) else body[:length])
         except ValidationError as error:
             raise InvalidInput(malformed(error.errors())) from error
         decoded = InferRequest.from_inference_request(request, model_name)

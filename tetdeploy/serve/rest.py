@@ -9,11 +9,13 @@ import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tetdeploy.serve.errors import STATUS, status_of
+from tetdeploy.serve.errors import status_of
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.protocol import JSON_LENGTH, TensorDataPlane, refuse_loading
 
@@ -44,7 +46,10 @@ def application(plane: TensorDataPlane, metrics: Metrics) -> Starlette:
     async def infer(request: Request) -> Response:
         name, version = _model(request)
         model = plane.running(name, version)
-        answer = await model.predict(plane.decode_inference_request(await request.body(), request.headers, name))
+        # BodyLimit gives the body as one message, of which request.body() would make a copy. Nothing here keeps it.
+        answer = await model.predict(
+            plane.decode_inference_request((await request.receive())["body"], request.headers, name)
+        )
         content, json_length = answer.to_rest()
         if json_length is None:
             return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
@@ -64,7 +69,8 @@ def application(plane: TensorDataPlane, metrics: Metrics) -> Starlette:
             status, _, message = status_of(error)
         if (model := request.path_params.get("name")) and request.method == "POST":
             metrics.refuse(model, status)
-        return JSONResponse({"error": message}, status)
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold the body
+        return JSONResponse({"error": message}, status, getattr(error, "headers", None))  # of a 405: Allow
 
     versions = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
     routes = [
@@ -78,7 +84,9 @@ def application(plane: TensorDataPlane, metrics: Metrics) -> Starlette:
         *(Route(f"/v2/repository/models/{{name}}/{what}", load, methods=["POST"]) for what in ("load", "unload")),
         Route("/metrics", show_metrics),
     ]
-    return Starlette(routes=routes, exception_handlers=dict.fromkeys((*STATUS, HTTPException, Exception), failed))
+    # A handler of the application for Exception would have the error raised once more, and uvicorn log it once more.
+    every = Middleware(ExceptionMiddleware, handlers={Exception: failed})
+    return Starlette(routes=routes, middleware=[every], exception_handlers={HTTPException: failed})
 
 
 def _model(request: Request) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from kserve.protocol.grpc.servicer import InferenceServicer
 from tetdeploy.serve.bodies import Budget
 from tetdeploy.serve.errors import status_of
 from tetdeploy.serve.metrics import Metrics
-from tetdeploy.serve.protocol import TensorDataPlane, check_version, refuse_loading
+from tetdeploy.serve.protocol import TensorDataPlane, refuse_loading
 
 
 def grpc_server(plane: TensorDataPlane, metrics: Metrics, max_request_bytes: int, budget: Budget) -> grpc.aio.Server:
@@ -33,17 +33,17 @@ class _Servicer(InferenceServicer):  # type: ignore[misc]
     """KServe's, which ignores versions and does not tell of them."""
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:
-        check_version(request.name, request.version)
+        described = await self._data_plane.model_metadata(request.name, request.version)
         answer = await super().ModelMetadata(request, context)
-        answer.versions.extend((await self._data_plane.model_metadata(request.name))["versions"])
+        answer.versions.extend(described["versions"])
         return answer
 
     async def ModelReady(self, request: Any, context: Any) -> Any:
-        check_version(request.name, request.version)
+        await self._data_plane.model_ready(request.name, request.version)
         return await super().ModelReady(request, context)
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
-        check_version(request.model_name, request.model_version)
+        self._data_plane.running(request.model_name, request.model_version)
         return await super().ModelInfer(request, context)
 
 
@@ -57,8 +57,8 @@ class _FixedModels:
 
 
 class _Calls(AsyncExceptionToStatusInterceptor):
-    """What all calls have in common: the budget that they share with HTTP, and errors as statuses. A message counts
-    once it is here: gRPC says nothing of those on their way."""
+    """What all calls have in common: the budget that inference shares with HTTP, and errors as statuses. A message
+    counts once it is here: gRPC says nothing of those on their way. Probes are small, and never refused for it."""
 
     def __init__(self, metrics: Metrics, budget: Budget) -> None:
         super().__init__()
@@ -67,7 +67,8 @@ class _Calls(AsyncExceptionToStatusInterceptor):
     async def intercept(self, method: Any, request_or_iterator: Any, context: Any, method_name: str) -> Any:
         async def within_budget(request: Any, context: Any) -> Any:
             with self._budget.share() as share:
-                share.add(request.ByteSize())
+                if method_name.endswith("/ModelInfer"):
+                    share.add(request.ByteSize())
                 return await method(request, context)
 
         return await super().intercept(within_budget, request_or_iterator, context, method_name)

@@ -1,0 +1,80 @@
+"""The HTTP endpoints, called without a server and, as kserve allows, in a process without tritonclient."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("kserve") is None:
+    pytest.skip("needs the extra serve", allow_module_level=True)
+
+CALL = """
+import asyncio, json
+from types import SimpleNamespace
+from prometheus_client import CollectorRegistry
+from tetdeploy.serve.metrics import Metrics
+from tetdeploy.serve.rest import application
+
+def call(plane, method, path, body=b"", when_answered=lambda: None):
+    "Status, headers and JSON of the answer; a body that is received once."
+    coming, sent = [{"type": "http.request", "body": body}], []
+    async def receive():
+        return coming.pop()
+    async def send(message):
+        when_answered()
+        sent.append(message)
+    scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b""}
+    asyncio.run(application(plane, Metrics(CollectorRegistry()))(scope, receive, send))
+    start, answer = sent
+    headers = {name.decode(): value.decode() for name, value in start["headers"]}
+    return start["status"], headers, json.loads(answer["body"])
+"""
+
+
+def run(script: str) -> tuple[Any, str]:
+    """The JSON that a script prints last, and what it logs."""
+    done = subprocess.run([sys.executable, "-c", CALL + script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_another_method_is_refused_with_those_that_are_allowed() -> None:
+    (status, headers, answer), _ = run('print(json.dumps(call(None, "POST", "/v2/models/m")))')
+    assert (status, answer) == (405, {"error": "Method Not Allowed"})
+    assert set(headers["allow"].split(", ")) == {"GET", "HEAD"}
+
+
+def test_a_bug_is_logged_once_and_clients_are_told_nothing_of_it() -> None:
+    (status, _, answer), log = run('print(json.dumps(call(None, "POST", "/v2/models/m/infer", b"{}")))')
+    assert (status, answer) == (500, {"error": "internal error"})
+    assert log.count("Traceback") == 1 and "'NoneType' object has no attribute 'running'" in log
+
+
+def test_a_body_is_not_copied_and_a_refusal_does_not_keep_it() -> None:
+    (status, answer, held), _ = run(
+        """
+import sys
+from kserve.errors import InvalidInput
+
+class Plane:
+    def running(self, name, version):
+        async def predict(request):
+            raise InvalidInput("the same" if request is body else "a copy")
+        return SimpleNamespace(predict=predict)
+
+    def decode_inference_request(self, given, headers, name):
+        return given
+
+body, held = bytearray(100), []
+alone = sys.getrefcount(body)
+status, _, answer = call(Plane(), "POST", "/v2/models/m/infer", body, lambda: held.append(sys.getrefcount(body)))
+print(json.dumps([status, answer, held[0] - alone]))
+"""
+    )
+    assert (status, answer) == (400, {"error": "the same"})
+    assert held == 1  # `call` itself

@@ -1,0 +1,65 @@
+"""What the load script of the server does where there is nothing to measure; `test_serve.py` lets it measure."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import struct
+import threading
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import click
+import numpy as np
+import pytest
+from export_helpers import digits, engine
+
+pytest.importorskip("prometheus_client", reason="needs the extra serve")
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = Path(__file__).parents[1] / "examples" / "benchmarks" / "serve_load.py"
+    spec = importlib.util.spec_from_file_location("serve_load", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_row_of_no_call(script: ModuleType) -> None:
+    server = SimpleNamespace(address="127.0.0.1:1", metric=lambda name: 0.0)
+    x = digits().images[:2]
+    row = script.measure(server, engine("step"), x, np.zeros((2, 10)), 1, 0.05)
+    assert (row["mean_batch"], row["images_per_s"], row["share"]) == (0, 0, 0)
+    assert "right" not in row["outcomes"]
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_server_that_cuts_the_large_body(script: ModuleType, reset: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def cut() -> None:
+            connection, _ = listener.accept()
+            connection.recv(1000)
+            if reset:  # lingering for no time resets it
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+
+        server = threading.Thread(target=cut)
+        server.start()
+        with socket.create_connection(listener.getsockname()) as connection:
+            assert script._answer_to_1_gb(connection, b"POST / HTTP/1.1\r\nContent-Length: ").startswith("cut, ")
+        server.join(10)
+
+
+def test_a_large_body_without_an_answer(script: ModuleType) -> None:
+    silent = SimpleNamespace(sendall=lambda sent: None, recv=lambda size: b"")
+    assert script._answer_to_1_gb(silent, b"") == "closed without an answer"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("kserve") is None, reason="needs the extra serve")
+def test_a_server_that_does_not_start(script: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(click.ClickException, match="the server ended with exit code 1 before it was ready"):
+        script.Server(tmp_path / "nothing.onnx", 1)
+    assert "nothing.onnx" in capfd.readouterr().err
