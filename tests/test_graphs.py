@@ -67,7 +67,7 @@ def records(out: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("config", "device", "precision", "ranks", "match"),
     [
-        ({}, "cpu", "fp32", Ranks(), r"the run is on cpu, and only an NVIDIA GPU has them; or leave out --cuda-graphs"),
+        ({}, "cpu", "fp32", Ranks(), r"the run is on cpu, and only an NVIDIA GPU has them; or pass --no-cuda-graphs"),
         ({}, "cuda", "fp16", Ranks(), "fp16 scales gradients .* use --precision bf16 or fp32"),
         ({"qat": True}, "cuda", "fp32", Ranks(), "--qat trains another network"),
         ({}, "cuda", "bf16", Ranks(1, 4), "4 processes exchange gradients within the step"),
@@ -165,7 +165,7 @@ class BrokenRecording:
         (
             RuntimeError("operation not permitted\nCompile with"),
             ValueError,
-            r"graph \(operation not permitted\); leave",
+            r"graph \(operation not permitted\); pass --no-cuda-graphs",
         ),
         (torch.OutOfMemoryError("12 GiB too few"), torch.OutOfMemoryError, "12 GiB too few"),
     ],
@@ -363,7 +363,7 @@ def test_a_step_that_waits_cannot_be_recorded() -> None:
     """In a process of its own: PyTorch leaves the generator of random numbers in the broken recording."""
     done = subprocess.run([sys.executable, "-c", WAITING], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"cannot be recorded as a CUDA graph \(.*captur.*\); leave out --cuda-graphs", done.stdout)
+    assert re.search(r"cannot be recorded as a CUDA graph \(.*captur.*\); pass --no-cuda-graphs", done.stdout)
 
 
 @gpu

@@ -41,7 +41,7 @@ def check_graphs(config: TrainConfig, device: torch.device, precision: str, rank
     }
     for reason, holds in reasons.items():
         if holds:
-            raise ValueError(f"no CUDA graph of this training step: {reason}; or leave out --cuda-graphs")
+            raise ValueError(f"no CUDA graph of this training step: {reason}; or pass --no-cuda-graphs")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class StepGraphs:
                 raise cause from None
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             raise ValueError(
-                f"the training step cannot be recorded as a CUDA graph ({reason}); leave out --cuda-graphs"
+                f"the training step cannot be recorded as a CUDA graph ({reason}); pass --no-cuda-graphs"
             ) from cause
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
