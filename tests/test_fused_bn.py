@@ -199,6 +199,43 @@ def test_more_tiles_and_slabs_than_one(
     compare(Behind(shape[1], T, residual).to(device), lambda module, y: module(y), y, launches=1)
 
 
+FULL = (1024, 128, 32, 32)  # stage 1 of ResNet-19 at batch 256 and T = 4
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_at_full_size_the_last_image_is_computed_as_well(memory_format: torch.memory_format, device: str) -> None:
+    """Elementwise in PyTorch from the same statistics and sums, which at this size no order of adding gives again."""
+    from tetdeploy import triton_bn_lif as kernels
+
+    y = torch.empty(FULL, device=device, memory_format=memory_format).normal_()
+    grad_spikes = torch.randn_like(y).unflatten(0, (4, -1))
+    bn, spikes = norm_of(FULL[1]).to(device), torch.empty_like(y).unflatten(0, (4, -1))
+    vectors = (bn.weight.detach(), bn.bias.detach(), bn.running_mean, bn.running_var)
+    norm = kernels.statistics(y, *vectors, momentum=0.1, eps=bn.eps)
+    kernels.forward(y, norm, None, None, spikes, 0.5, 1.0)
+    g, sums = kernels.backward(y, norm, None, None, grad_spikes, 0.5, 1.0, 1.0)
+    grad_y = torch.empty_like(y)
+    kernels.norm_backward(g, y, norm, sums[0], sums[1], into=grad_y)
+
+    var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+    torch.testing.assert_close(norm[0], mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm[1], (var + bn.eps).rsqrt(), rtol=1e-5, atol=0)
+    of_channels = [vector[:, None, None] for vector in (*norm, sums[0], sums[1])]
+    m, inverse, weight, bias, sum_g, sum_gx = of_channels
+    last = y.unflatten(0, (4, -1))[:, -1]
+    current = ((last - m) * (inverse * weight) + bias).requires_grad_()
+    with by_modules():
+        wanted = LIF(tau=0.5, v_th=1.0, gamma=1.0)(current)
+        (wanted_g,) = torch.autograd.grad(wanted, current, grad_spikes[:, -1])
+    assert torch.equal(spikes[:, -1], wanted)
+    close(g.unflatten(0, (4, -1))[:, -1], wanted_g, 1e-6)
+    count = y.numel() // FULL[1]
+    wanted_y = inverse * weight * (wanted_g - sum_g / count - (last - m) * inverse * sum_gx / count)
+    close(grad_y.unflatten(0, (4, -1))[:, -1], wanted_y, 1e-5)
+
+
 def tile_of(layout: tuple[int, int]) -> dict[str, int]:
     return (
         {"POSITIONS": 8, "CHANNELS": 64 if layout[0] > 32 else 2}
@@ -463,6 +500,39 @@ def test_on_a_cpu_the_modules_are_called() -> None:
 
 def test_in_tritons_interpreter() -> None:
     run_interpreted(__file__)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_cuda_takes_every_grid_at_full_size(
+    memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first axis ends at 2^31 - 1, the others at 65,535."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from tetdeploy import triton_bn_lif as kernels
+
+    grids: dict[str, tuple[int, ...]] = {}
+
+    class Launched:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids[self.name] = grid
+            return lambda *_, **__: None
+
+    names = ("_statistics", "_merge", "_forward", "_backward", "_norm_backward")
+    for name in names:
+        monkeypatch.setattr(kernels, name, Launched(name))
+    y = torch.empty(FULL, device="meta", memory_format=memory_format)
+    sequence, vector = torch.empty_like(y).unflatten(0, (4, -1)), torch.empty(FULL[1], device="meta")
+    norm = kernels.statistics(y, vector, vector, vector, vector, momentum=0.1, eps=1e-5)
+    kernels.forward(y, norm, None, None, sequence, 0.5, 1.0)
+    g, sums = kernels.backward(y, norm, None, None, sequence, 0.5, 1.0, 1.0)
+    kernels.norm_backward(g, y, norm, sums[0], sums[1], into=g)
+    assert [*grids] == [*names]
+    for grid in grids.values():
+        assert grid[0] < 2**31 and all(axis <= 65_535 for axis in grid[1:])
+    assert grids["_norm_backward"] == (1024 * 1024 * 128 // 1024,)
 
 
 COMPILE = """

@@ -23,6 +23,7 @@ from tetdeploy.data import ImageSet
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.shards import INDEX_NAME, read_shards
 from tetdeploy.train import TrainConfig, TrainResult, loop, train
+from tetdeploy.train.restart import find_restart
 
 STEPS = 5
 
@@ -126,6 +127,31 @@ def test_without_the_option_there_are_no_shards_and_with_it_the_run_is_the_same(
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+def test_a_state_saved_twice_leaves_its_shards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between removing and writing them there would be none."""
+    interrupted(tmp_path / "r", 3)
+    (folder,) = (tmp_path / "r" / "shards").iterdir()
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_train_steps", lambda *_: False)  # a Ctrl-C at once
+        assert run(tmp_path / "r", resume=True).interrupted
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+    max(folder.glob("model-*")).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_train_steps", lambda *_: False)
+        run(tmp_path / "r", resume=True)
+    read_shards(folder)
+
+
+def test_what_a_killed_write_left_is_swept(tmp_path: Path) -> None:
+    interrupted(tmp_path / "r", 3)
+    left = tmp_path / "r" / "shards" / ".epoch-00001-step-000000.abc.tmp"
+    left.mkdir()
+    (left / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    run(tmp_path / "r", resume=True)
+    assert [folder.name for folder in (tmp_path / "r" / "shards").iterdir()] == ["epoch-00004-step-000000"]
+
+
 # --- where it goes on
 
 
@@ -184,6 +210,17 @@ def test_a_checkpoint_goes_on_after_its_epoch(tmp_path: Path) -> None:
         run(out, config=settings(ema=0.5), restart_from=path)
         assert [record["epoch"] for record in records(out)] == [1, 2, 3, 4]
         assert records(out)[:epoch] == earlier
+
+
+def test_of_a_run_the_later_of_shards_and_checkpoint_goes_on(tmp_path: Path) -> None:
+    interrupted(tmp_path / "r", STEPS + 2)
+    assert (find_restart(tmp_path / "r").epoch, find_restart(tmp_path / "r").step) == (1, 2)
+    file = tmp_path / "r" / "checkpoint.safetensors"
+    content = read_content(file)
+    content["provenance"]["epoch"] = 3  # as if the run had gone on without shards
+    write_tensors(file, load_file(file), content)
+    assert (find_restart(tmp_path / "r").path, find_restart(tmp_path / "r").epoch) == (file, 3)
+    assert find_restart(tmp_path / "r" / "shards").epoch == 1
 
 
 def test_metrics_that_did_not_come_along_are_left_out(tmp_path: Path) -> None:
@@ -255,6 +292,10 @@ def test_what_is_no_weights_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "r", shards_mb=0.0)
     with pytest.raises(ValueError, match=r"alone takes .* MB; shards of at most 0\.003 MB are too small"):
         run(tmp_path / "r", shards_mb=0.003)
+    assert not list((tmp_path / "r").glob("*"))
+    with pytest.raises(ValueError, match="are too small"):
+        run(tmp_path / "second", restart_from=tmp_path / "first", shards_mb=0.003)
+    assert not list((tmp_path / "second").glob("*"))
 
 
 # --- the command
@@ -309,3 +350,27 @@ def test_a_network_of_ones_own_is_not_imported_because_a_file_says_so(half: Path
     content["network"]["model"] = "somebody:network"
     write_tensors(file, load_file(file), content)
     assert "holds a network of your own: pass --model somebody:network" in command("--restart-from", half, code=1)
+
+
+def test_a_resumed_run_goes_on_with_its_shards_and_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is typed comes first, and is remembered; neither is a setting that must be the same."""
+    monkeypatch.chdir(tmp_path)
+    small = ("--width", 0.25, "--T", 1, "--batch-size", 512, "--epochs", 2)
+    given: list[tuple[bool, float | None]] = []
+    whole = loop.train
+
+    def watched(*arguments: Any, cuda_graphs: bool, shards_mb: float | None, **options: Any) -> TrainResult:
+        given.append((cuda_graphs, shards_mb))
+        return whole(*arguments, cuda_graphs=cuda_graphs, shards_mb=shards_mb, **options)
+
+    monkeypatch.setattr("tetdeploy.train.train", watched)
+    monkeypatch.setattr("tetdeploy.train.seeds.train", watched)
+    monkeypatch.setattr("tetdeploy.train.session.check_graphs", lambda *_: None)
+    monkeypatch.setattr("tetdeploy.train.session.StepGraphs", lambda _: None)
+    command(*small, "--out", "r", "--shards-mb", 1, "--cuda-graphs")
+    for options in ((), ("--shards-mb", 2, "--no-cuda-graphs"), ()):
+        command("--resume", "r", *options)
+    command(*small, "--out", "s", "--seeds", "0,1", "--shards-mb", 3)
+    command("--resume", "s")
+    assert given == [(True, 1.0), (True, 1.0), (False, 2.0), (False, 2.0), *[(False, 3.0)] * 4]
+    assert json.loads(Path("r/config.json").read_text())["how"] == {"cuda_graphs": False, "shards_mb": 2.0}

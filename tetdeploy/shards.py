@@ -29,6 +29,27 @@ def is_sharded(path: Path | str) -> bool:
     return (Path(path) / INDEX_NAME).is_file()
 
 
+def is_complete(folder: Path | str) -> bool:
+    """Whether a folder holds shards, and all that its index names."""
+    folder = Path(folder)
+    if not is_sharded(folder):
+        return False
+    try:
+        names = _read_index(folder)["metadata"]["sha256"]
+    except ValueError:
+        return False
+    return all((folder / name).is_file() for name in names)
+
+
+def check_limit(tensors: Mapping[str, Tensor], content: Mapping[str, Any], *, limit: int) -> None:
+    """What `write_shards` would say to these, before anything is written.
+
+    Raises:
+        ValueError: a tensor is larger than `limit`.
+    """
+    _split(tensors, limit, _header(content))
+
+
 def write_shards(
     folder: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any], *, limit: int, beside: Sequence[Path] = ()
 ) -> None:
@@ -43,7 +64,7 @@ def write_shards(
         ValueError: a tensor is larger than `limit`.
         OSError: the folder cannot be written.
     """
-    parts = _split(tensors, limit, len(json.dumps({METADATA_KEY: json.dumps(content)})))
+    parts = _split(tensors, limit, _header(content))
     names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     with atomic_folder(folder) as temporary:
         for name, part in zip(names, parts, strict=True):
@@ -90,6 +111,11 @@ def read_shards_content(folder: Path | str) -> dict[str, Any]:
     if not first.is_file():
         raise ValueError(f"{folder} lacks {first.name}; copy all of its files")
     return read_content(first)
+
+
+def _header(content: Mapping[str, Any]) -> int:
+    """Bytes of the JSON content in a file's header."""
+    return len(json.dumps({METADATA_KEY: json.dumps(content)}))
 
 
 def _split(tensors: Mapping[str, Tensor], limit: int, header: int) -> list[list[str]]:

@@ -30,6 +30,14 @@ def _offsets(p: tl.tensor, c: tl.tensor, C: tl.tensor, inner: tl.tensor) -> tl.t
 
 
 @jit
+def _tile_of_program(C: tl.tensor, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr) -> tl.tuple:
+    """Channels and positions of a program of `_grid_of_tiles`."""
+    program, blocks = tl.program_id(0), tl.cdiv(C, CHANNELS)
+    c = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    return c, program // blocks * POSITIONS + tl.arange(0, POSITIONS)
+
+
+@jit
 def _affine(y: tl.tensor, norm: tl.tuple) -> tl.tensor:
     return (y - norm[0]) * (norm[1] * norm[2]) + norm[3]
 
@@ -155,8 +163,7 @@ def _forward(
     CHANNELS: tl.constexpr,
 ) -> None:
     """Eqs. 1-3 of BN and residual. From step to step is `step` in memory, in y `stride`: 0 where one serves all."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    p = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
+    c, p = _tile_of_program(C, POSITIONS, CHANNELS)
     inside = (p < positions)[:, None] & (c < C)[None, :]
     i = _offsets(p, c, C, inner)
     own, other = _channels_of(norm, c, C), _channels_of(residual_norm, c, C)
@@ -258,8 +265,7 @@ def _norm_backward(
     CHANNELS: tl.constexpr,
 ) -> None:
     """w / sigma (g - mean(g) - xhat mean(g xhat)), the means over all positions; may be written over g."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    p = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
+    c, p = _tile_of_program(C, POSITIONS, CHANNELS)
     inside = (p < positions)[:, None] & (c < C)[None, :]
     i = _offsets(p, c, C, inner)
     own = _channels_of(norm, c, C)
@@ -291,8 +297,7 @@ def statistics(
     norm = y.new_empty((4, C), dtype=torch.float32)
     vectors = (weight, bias, running_mean, running_var, norm)
     with torch.cuda.device_of(y):
-        blocks = triton.cdiv(C, tile["CHANNELS"])
-        _statistics[(blocks, slabs)](y, partial, positions, *layout, slab, **tile, **NOT_FUSED)
+        _statistics[_grid_of_slabs(slabs, C, tile)](y, partial, positions, *layout, slab, **tile, **NOT_FUSED)
         _merge[(triton.cdiv(C, 8),)](
             partial, *vectors, C, slabs, momentum, eps, SLABS=triton.next_power_of_2(slabs), CHANNELS=8, **NOT_FUSED
         )
@@ -315,9 +320,8 @@ def forward(
     layout, T = _layout(y), len(spikes)
     tile = _tile(layout, 1024)
     positions, stride, step = _steps(y, spikes)
-    grid = (triton.cdiv(y.shape[1], tile["CHANNELS"]), triton.cdiv(positions, tile["POSITIONS"]))
     with torch.cuda.device_of(y):
-        _forward[grid](
+        _forward[_grid_of_tiles(positions, y.shape[1], tile)](
             *(y, norm, residual, residual_norm, spikes, positions, *layout, stride, step),
             *(tau, v_th),
             T=T,
@@ -349,7 +353,7 @@ def backward(
     grad_current = torch.empty_like(y)
     tensors = (y, norm, residual, residual_norm, grad_spikes, grad_current, partial)
     with torch.cuda.device_of(y):
-        _backward[(triton.cdiv(C, tile["CHANNELS"]), slabs)](
+        _backward[_grid_of_slabs(slabs, C, tile)](
             *(*tensors, positions, *layout, stride, step, slab, tau, v_th, gamma, 1.0 / gamma**2),
             T=T,
             REPEATED=stride == 0,
@@ -364,9 +368,10 @@ def norm_backward(g: Tensor, y: Tensor, norm: Tensor, sum_g: Tensor, sum_gx: Ten
     layout = _layout(y)
     tile = _tile(layout, 1024)
     positions = y.numel() // y.shape[1]
-    grid = (triton.cdiv(y.shape[1], tile["CHANNELS"]), triton.cdiv(positions, tile["POSITIONS"]))
     with torch.cuda.device_of(y):
-        _norm_backward[grid](g, y, norm, sum_g, sum_gx, into, positions, *layout, **tile, **NOT_FUSED)
+        _norm_backward[_grid_of_tiles(positions, y.shape[1], tile)](
+            g, y, norm, sum_g, sum_gx, into, positions, *layout, **tile, **NOT_FUSED
+        )
 
 
 def _layout(y: Tensor) -> tuple[int, int]:
@@ -381,6 +386,15 @@ def _tile(layout: tuple[int, int], size: int) -> dict[str, Any]:
     C, inner = layout
     channels = min(64, triton.next_power_of_2(C)) if inner == 1 else 1
     return {"POSITIONS": size // channels, "CHANNELS": channels}
+
+
+def _grid_of_tiles(positions: int, C: int, tile: dict[str, Any]) -> tuple[int]:
+    """All tiles on one axis, side by side in C: CUDA's other two end at 65,535, its first at 2^31 - 1."""
+    return (triton.cdiv(C, tile["CHANNELS"]) * triton.cdiv(positions, tile["POSITIONS"]),)
+
+
+def _grid_of_slabs(slabs: int, C: int, tile: dict[str, Any]) -> tuple[int, int]:
+    return triton.cdiv(C, tile["CHANNELS"]), slabs  # of which there are `_MAX_SLABS` at most
 
 
 def _slabs(positions: int, C: int, tile: dict[str, Any]) -> tuple[int, int]:

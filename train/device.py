@@ -56,15 +56,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def place(network: nn.Module, device: torch.device) -> None:
-    """Move a network to its device in place; on a GPU its convolutions get channels-last weights.
+def place(network: nn.Module, device: torch.device, *, channels_last: bool = True) -> None:
+    """Move a network to its device in place; on a GPU its convolutions get channels-last weights, if so wished.
 
     A convolution takes the layout of its weights for its input and output, and all that follows keeps it: `[T*N, C, H,
     W]` lies channel by channel in memory, as half-precision kernels want it, from the first convolution on. The images
-    themselves, of three channels, are not worth a pass of their own.
+    themselves, of three channels, are not worth a pass of their own. `view` may refuse such activations, so that this
+    is not for networks that others wrote.
     """
     network.to(device)
-    if device.type != "cuda":
+    if device.type != "cuda" or not channels_last:
         return
     for parameter in network.parameters():
         if parameter.dim() == 4:

@@ -41,7 +41,7 @@ def check_graphs(config: TrainConfig, device: torch.device, precision: str, rank
     }
     for reason, holds in reasons.items():
         if holds:
-            raise ValueError(f"no CUDA graph of this training step: {reason}; or leave out --cuda-graphs")
+            raise ValueError(f"no CUDA graph of this training step: {reason}; or pass --no-cuda-graphs")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class StepGraphs:
             compute: forward and backward; returns numbers that are read before the next call.
 
         Raises:
-            ValueError: it cannot be recorded, because it waits for the GPU for instance.
+            ValueError: it cannot be recorded, because it waits for the GPU for instance. The process draws no more
+                random numbers on the GPU then: PyTorch leaves the generator in the recording.
+            torch.OutOfMemoryError: memory does not suffice.
         """
         key = (key, x.shape, x.dtype, labels.shape)
         if key not in self._graphs:
@@ -99,18 +101,22 @@ class StepGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         graph, self._pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
         gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
+        outside = torch.cuda.current_stream()
         try:
             # Of this thread alone: another may be pinning memory for the next batches.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 torch._foreach_zero_(gradients)  # kept where they are: the optimizer reads the same ones of every graph
                 numbers = compute(x, labels)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            # The end of a broken recording raises an error of its own, and does so before it leaves the stream.
+            torch.cuda.set_stream(outside)
+            cause = error.__context__ or error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             raise ValueError(
-                f"the training step cannot be recorded as a CUDA graph ({reason}); leave out --cuda-graphs"
-            ) from error
+                f"the training step cannot be recorded as a CUDA graph ({reason}); pass --no-cuda-graphs"
+            ) from cause
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
         torch.cuda.set_rng_state(random)

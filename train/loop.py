@@ -22,7 +22,6 @@ from torch import Tensor
 
 from tetdeploy.checkpoint import CHECKPOINT_NAME, STATE_NAME, save_checkpoint
 from tetdeploy.extras import import_extra
-from tetdeploy.files import write_json
 
 from .averaging import kept_classifier, trainable, update_average
 from .board import no_board, tensorboard
@@ -33,8 +32,8 @@ from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
 from .progress import Progress
 from .qat import read_scales
 from .ranks import current_ranks
-from .restart import Restart, check_restart, find_restart, restart_origin, restart_state, write_restart
-from .runs import CONFIG_NAME, check_run, mark_latest, read_metrics, run_settings, write_metrics
+from .restart import Restart, check_restart, check_shards, find_restart, restart_origin, restart_state, write_restart
+from .runs import check_run, mark_latest, read_metrics, run_settings, write_metrics, write_run_config
 from .schedule import derive_seed
 from .session import Session, check_data, check_together, headline, prepare, provenance
 from .state import Best, TrainState, restore_state, save_state
@@ -136,6 +135,7 @@ def train(
             import_extra("tensorboard", "tensorboard")  # before anything is written
         if ranks.writes:
             check_run(out, settings, resume=resume)
+    settings["how"] = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
     restart = None if restart_from is None else find_restart(restart_from)
     if restart is not None:
         check_restart(restart, settings)
@@ -156,6 +156,8 @@ def train(
         )
         if session.calibration is not None:
             settings["int8"] = session.calibration.to_dict()
+        if session.shard_bytes is not None:
+            check_shards(session, session.shard_bytes)
         state = _begin(session, restart, resume=resume)
         if runs is not None and ranks.writes:
             mark_latest(out, runs)
@@ -181,16 +183,17 @@ def _begin(session: Session, restart: Restart | None, *, resume: bool) -> TrainS
     """The state of the run to go on with, or of a new one, which is written before anything is computed."""
     if resume:
         network, optimizer = session.classifier.network, session.optimizer
-        return restore_state(session.out / STATE_NAME, network, optimizer, session.scaler, session.device)
-    if restart is not None:
+        state = restore_state(session.out / STATE_NAME, network, optimizer, session.scaler, session.device)
+    elif restart is not None:
         state = restart_state(restart, session)
     else:
         weights = trainable(session.classifier.network) if session.config.ema else {}
         average = {name: weight.clone() for name, weight in weights.items()}
         state = TrainState.start(session.steps_per_epoch, session.device, average)
-    _save(session, state)
+    if not resume:
+        _save(session, state)
     if session.ranks.writes:
-        write_json(session.out / CONFIG_NAME, session.settings)
+        write_run_config(session.out, session.settings, resume=resume)
     return state
 
 

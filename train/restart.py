@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tetdeploy.checkpoint import FORMAT, check_keys, read_metadata, read_tensors, weights_file
-from tetdeploy.shards import is_sharded, read_shards, write_shards
+from tetdeploy.checkpoint import CHECKPOINT_NAME, FORMAT, check_keys, read_metadata, read_tensors, weights_file
+from tetdeploy.shards import check_limit, is_complete, is_sharded, read_shards, write_shards
 
 from .averaging import trainable
 from .runs import METRICS_NAME, completed, differences, read_metrics, write_metrics
@@ -56,16 +56,24 @@ class Restart:
 
 
 def find_restart(path: Path | str) -> Restart:
-    """What to go on from: a folder of shards, a run folder (its shards, or without any its checkpoint), a checkpoint.
+    """What to go on from: a folder of shards, a checkpoint, or a run: the later of its shards and its checkpoint.
 
     Raises:
         FileNotFoundError: there is no such path, or nothing of the kind in it.
         ValueError: it is damaged, no checkpoint, or of a run in 8 bits.
     """
     path = Path(path)
-    for folder in (path / SHARDS_NAME, path):
-        path = max((inner for inner in folder.glob("epoch-*") if is_sharded(inner)), default=path)
-    path = weights_file(path)
+    inside = [folder for parent in (path, path / SHARDS_NAME) for folder in parent.glob("epoch-*")]
+    found = [folder for folder in inside if is_sharded(folder)]
+    if not found:
+        return _read(weights_file(path))
+    found = [max(found, key=lambda folder: folder.name)]
+    if (checkpoint := path / CHECKPOINT_NAME).is_file():  # of a run that went on without shards
+        found.append(checkpoint)
+    return max(map(_read, found), key=lambda restart: (restart.epoch, restart.step))  # shards where both are the same
+
+
+def _read(path: Path) -> Restart:
     content = read_metadata(path)
     if "int8" in content or content["training"].get("qat"):
         raise ValueError(f"{path} was fine-tuned in 8 bits (--qat); start that again with --init")
@@ -133,24 +141,44 @@ def restart_origin(restart: Restart) -> dict[str, Any]:
     return {"epoch": restart.epoch, "step": restart.step, "provenance": restart.settings["provenance"]}
 
 
+def check_shards(session: Session, limit: int) -> None:
+    """Whether the weights fit shards of at most `limit` bytes, before anything is written.
+
+    Raises:
+        ValueError: a tensor is larger than that.
+    """
+    state = TrainState.start(session.steps_per_epoch, session.device, {})  # averages are as large as their weights
+    last = _content(session, session.config.epochs, session.steps_per_epoch)  # with the most digits
+    check_limit(state.weights(session.classifier.network), last, limit=limit)
+
+
 def write_restart(session: Session, state: TrainState, limit: int) -> None:
     """Write `out/shards/epoch-00012-step-000000`, in files of at most `limit` bytes; then remove what lay beside it.
+
+    Shards of the same step are left as they are: a state that is saved twice is the same.
 
     Raises:
         ValueError: a tensor is larger than that.
         OSError: it cannot be written.
     """
     shards, metrics = session.out / SHARDS_NAME, session.out / METRICS_NAME
-    content = {
-        "format": FORMAT,
-        **{name: session.settings[name] for name in ("network", "data", "training")},
-        "provenance": provenance(session, state.epoch, None),
-        "restart": {"epoch": state.epoch, "step": state.step},
-    }
     folder = shards / f"epoch-{state.epoch:05d}-step-{state.step:06d}"
-    shutil.rmtree(folder, ignore_errors=True)  # the same state, saved twice
+    if is_complete(folder):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    content = _content(session, state.epoch, state.step)
     beside = [metrics] if metrics.is_file() else []
     write_shards(folder, state.weights(session.classifier.network), content, limit=limit, beside=beside)
-    for earlier in shards.glob("epoch-*"):
-        if earlier != folder:
-            shutil.rmtree(earlier, ignore_errors=True)
+    for pattern in ("epoch-*", ".epoch-*.tmp"):  # the latter of writes that were killed
+        for other in shards.glob(pattern):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def _content(session: Session, epoch: int, step: int) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        **{name: session.settings[name] for name in ("network", "data", "training")},
+        "provenance": provenance(session, epoch, None),
+        "restart": {"epoch": epoch, "step": step},
+    }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdeploy.checkpoint import CHECKPOINT_NAME, LATEST_NAME, STATE_NAME, data_settings
-from tetdeploy.files import atomic_write
+from tetdeploy.files import atomic_write, write_json
 
 from .config import TrainConfig
 
@@ -73,7 +73,7 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
         ValueError: it was started with other settings; each difference is named.
     """
     started = completed(read_run_config(out))
-    for name in ("recipe", "int8", "restarted"):  # where the run came from, and what was measured, is no setting
+    for name in ("recipe", "int8", "restarted", "how"):  # where the run came from, what was measured: no settings
         started.pop(name, None)
     different = differences(started, settings)
     if different:
@@ -84,7 +84,7 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_run_config(out: Path) -> dict[str, Any]:
-    """A run's config.json: {"network", "data", "training"}.
+    """A run's config.json: {"network", "data", "training"}, and "how": what else it runs with, of no effect on results.
 
     Raises:
         FileNotFoundError: there is none.
@@ -100,6 +100,18 @@ def read_run_config(out: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must hold an object, got {type(settings).__name__}")
     return settings
+
+
+def write_run_config(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+    """Write config.json; of a resumed run only "how" it runs may have changed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    before = read_run_config(out) if resume else None
+    now = dict(settings) if before is None else before | {"how": settings["how"]}
+    if now != before:
+        write_json(out / CONFIG_NAME, now)
 
 
 def unused_run_folder(runs: Path, name: str) -> Path:

@@ -17,7 +17,7 @@ from tetdeploy.files import write_json
 from .config import TrainConfig
 from .loop import TrainResult, train
 from .ranks import current_ranks
-from .runs import CONFIG_NAME, check_settings, mark_latest, read_run_config, refuse_held, run_settings
+from .runs import CONFIG_NAME, check_settings, mark_latest, read_run_config, refuse_held, run_settings, write_run_config
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -96,7 +96,8 @@ def train_seeds(
     settings = run_settings(make_classifier(seeds[0]), train_set, val_set, replace(config, seed=seeds[0]))
     settings |= {"seeds": list(seeds)}
     if ranks.writes:
-        recipe = _begin(out, settings, recipe, resume=resume)
+        how = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
+        recipe = _begin(out, settings, recipe, how, resume=resume)
         if runs is not None:
             mark_latest(out, runs)
     console = Console(quiet=progress is False or not ranks.writes)
@@ -107,9 +108,9 @@ def train_seeds(
         begun = ranks.agreed(resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file())
         one = replace(config, seed=seed)
         classifier = make_classifier(seed)
-        how: dict[str, Any] = {"resume": begun, "progress": progress, "board": board, "workers": workers}
-        how |= {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
-        results.append(train(classifier, train_set, val_set, one, folder, **how))
+        options: dict[str, Any] = {"resume": begun, "progress": progress, "board": board, "workers": workers}
+        options |= {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
+        results.append(train(classifier, train_set, val_set, one, folder, **options))
         result = _summarised(out, results)
         if ranks.writes:
             write_json(out / SUMMARY_NAME, _summary(result, settings, recipe))
@@ -120,14 +121,14 @@ def train_seeds(
     return result
 
 
-def _begin(out: Path, settings: dict[str, Any], recipe: str | None, *, resume: bool) -> str | None:
+def _begin(out: Path, settings: dict[str, Any], recipe: str | None, how: dict[str, Any], *, resume: bool) -> str | None:
     """Check the folder, or write down what is to come; the recipe that the seeds were begun with."""
     if resume:
         check_settings(out, settings)
-        begun_with: str | None = read_run_config(out).get("recipe")
-        return begun_with
-    refuse_held(out)
-    write_json(out / CONFIG_NAME, settings | {"recipe": recipe})
+        recipe = read_run_config(out).get("recipe")
+    else:
+        refuse_held(out)
+    write_run_config(out, settings | {"recipe": recipe, "how": how}, resume=resume)
     return recipe
 
 

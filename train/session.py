@@ -192,9 +192,8 @@ def prepare(
     if cuda_graphs:
         check_graphs(config, device, precision, ranks)
     teacher = load_teacher(config, classifier)
-    if teacher is not None:
-        place(teacher.classifier, device)
-    place(classifier, device)
+    for placed in (classifier,) if teacher is None else (teacher.classifier, classifier):
+        place(placed, device, channels_last=not placed.config.is_own)
     if config.qat and calibration is None:
         calibration = ranks.agreed(replace(find_scales(classifier, train_set, config.T), fine_tuned=True))
     trained: Any = classifier if calibration is None else int8_network(classifier, calibration.scales)

@@ -126,7 +126,11 @@ Examples:
     is_flag=True,
     help="Fine-tune the weights of --init in 8 bits, as export --precision int8 computes them; 2 epochs at lr 1e-4.",
 )
-@click.option("--cuda-graphs", is_flag=True, help="On an NVIDIA GPU: record forward and backward, and replay them.")
+@click.option(
+    "--cuda-graphs/--no-cuda-graphs",
+    default=False,
+    help="On an NVIDIA GPU: record forward and backward, and replay them.",
+)
 @click.option(
     "--shards-mb",
     type=click.FloatRange(min=0, min_open=True),
@@ -185,7 +189,9 @@ def train(
         with ranks.first(), _naming(config):
             if resume is not None:
                 out = _resumed_run(Path(resume) if resume else None, out, runs)
-                seeds = _take_settings(ctx, read_run_config(out), options) or seeds
+                settings = read_run_config(out)
+                seeds = _take_settings(ctx, settings, options) or seeds
+                cuda_graphs, shards_mb = _take_how(ctx, settings.get("how", {}))
             elif restart_from is not None:
                 _take_carried(ctx, restart_from, options)
             elif options["qat"]:
@@ -370,6 +376,14 @@ def _take_settings(ctx: click.Context, settings: Mapping[str, Any], options: dic
         if name in options and not is_given(ctx, name):
             options[name] = value
     return "" if is_given(ctx, "seeds") else ",".join(map(str, settings.get("seeds", ())))
+
+
+def _take_how(ctx: click.Context, how: Mapping[str, Any]) -> tuple[bool, float | None]:
+    """CUDA graphs and the shards' size of a run, where they were neither typed nor in a recipe: no settings, as they
+    change nothing in the result, but a run that goes on goes on with them."""
+    names = ("cuda_graphs", "shards_mb")
+    graphs, shards = (ctx.params[name] if is_given(ctx, name) else how.get(name, ctx.params[name]) for name in names)
+    return graphs, shards
 
 
 def _take_checkpoint(ctx: click.Context, init: Path | None, options: dict[str, Any]) -> None:
