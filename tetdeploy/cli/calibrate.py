@@ -67,6 +67,12 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     help="What must exceed the threshold: the largest entry of the softmax of the mean logits, or how far it is ahead "
     "of the second; both: the one that takes fewer steps.",
 )
+@click.option(
+    "--confident",
+    is_flag=True,
+    help="Not only the loss found but the upper end of its 95 % interval must stay within --loss, at this threshold "
+    "and all above: it then holds on other images too. Takes more steps, and thousands of images.",
+)
 @click.option("--min-T", "min_T", type=click.IntRange(min=1), default=1, show_default=True, help="The fewest steps.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
 @opens_model()
@@ -82,6 +88,7 @@ def calibrate(
     T: int | None,
     loss: float,
     criterion: str,
+    confident: bool,
     min_T: int,
     batch_size: int,
     device: str,
@@ -116,7 +123,7 @@ def calibrate(
         with progress_bar("images") as bar:
             task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
             answers = answer(engine, x, labels, T, batch_size=batch_size, tick=lambda done: bar.advance(task, done))
-        found = find(answers, loss=loss / 100, criteria=criteria, min_T=min_T)
+        found = find(answers, loss=loss / 100, criteria=criteria, min_T=min_T, confident=confident)
         result = found.to_dict(engine, name)
         for path in written:
             write_json(path, result)
