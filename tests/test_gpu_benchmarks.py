@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import json
@@ -14,6 +15,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+from tetdeploy.neurons import IF, LIF
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -62,10 +67,27 @@ def test_the_wishes_take_the_fastest_of_each_kind(module: Any) -> None:
     assert ratios(sides) == [
         ("plain loop / ours", 3.0, "at least 1.5", True),
         ("SpikingJelly's best / ours", 1.2, "at least 1.3", False),
-        ("ours / ANN twin", 1.25, "at most 1.15", False),
+        ("ours / ANN twin, whose BN and ReLU are not fused", 1.25, "at most 1.15", False),
         ("memory, ours / plain loop", 0.65, "at most 0.6", False),
     ]
     assert ratios({"loop": {"failed": "why"}, "tetdeploy": side(10)}) == []
+
+
+@pytest.mark.peer
+def test_spikingjellys_neurons_have_our_parameters(module: Any) -> None:
+    pytest.importorskip("spikingjelly", reason="SpikingJelly is not installed")
+    ours = nn.Sequential(LIF(tau=0.75, v_th=0.8, gamma=1.3), IF(v_th=1.5))
+    variant, resetting = module("gpu_training").variant, module("gpu_training").resetting
+    theirs = variant("SJ torch NCHW", copy.deepcopy(ours), torch.device("cpu"))
+    resetting("SJ torch NCHW")(theirs)
+    assert not any(isinstance(layer, LIF) for layer in theirs)
+    x = torch.rand(8, 200, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    outcomes = []
+    for network in (ours, theirs):
+        spikes = network(2 * x)
+        outcomes.append((spikes.detach(), *torch.autograd.grad(spikes.sum(), x)))
+    assert 0.05 < outcomes[0][0].mean() < 0.95
+    torch.testing.assert_close(outcomes[1], outcomes[0])
 
 
 def test_an_operators_time_goes_to_the_innermost_kind_round_it(module: Any) -> None:
