@@ -71,7 +71,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     "--confident",
     is_flag=True,
     help="Not only the loss found but the upper end of its 95 % interval must stay within --loss, at this threshold "
-    "and all above: it then holds on other images too. Takes more steps, and thousands of images.",
+    "and all above, so that it nearly always holds on other images too. Takes more steps, and thousands of images.",
 )
 @click.option("--min-T", "min_T", type=click.IntRange(min=1), default=1, show_default=True, help="The fewest steps.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
