@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.extras import import_extra
+from tetdeploy.native import fuse_model, library, missing
 from tetdeploy.onnxruntime_gpu import BoundSession, prepare, provider_options
 from tetdeploy.openvino_session import OpenVINOSession
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 METADATA_KEY = "tetdeploy"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+NATIVE_FROM = 20_000  # neurons; in smaller networks what lies between convolutions takes no time to speak of
 RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # each with the extra that brings it
 
 
@@ -66,16 +70,19 @@ class Engine:
             first that CUDA shows) state and images stay there between the steps of a run or a stream.
         threads: threads of one operation; None leaves it to the runtime (all cores).
         runtime: `onnxruntime`, or `openvino` on a CPU.
+        native: whether what stands between convolutions runs as this package's own operator, in C (`tetdeploy.native`),
+            and not as ONNX Runtime's: the same results in less time. None: where that can be and the network is large
+            enough for it to count.
 
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
         path, device, runtime, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph, else None), encoding
         (`direct` or `frames`), input_shape `(C, H, W)`, input_dtype, class_names, max_batch (most images in a call,
-        None is any).
+        None is any), native (whether it does).
 
     Raises:
         ValueError: the file is no ONNX model, or none of ours; the device is unknown or its provider not available; the
-            runtime is unknown, or cannot run on the device.
+            runtime is unknown, or cannot run on the device; native is True where that cannot be.
         OSError: the file cannot be read.
         MissingExtraError: the runtime is not installed.
     """
@@ -83,7 +90,13 @@ class Engine:
     max_batch: int | None = None
 
     def __init__(
-        self, model: str | Path, *, device: str = "cpu", threads: int | None = None, runtime: str = "onnxruntime"
+        self,
+        model: str | Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        runtime: str = "onnxruntime",
+        native: bool | None = None,
     ) -> None:
         self.path, self.device, self.runtime = Path(model), device, runtime
         check_runtime(runtime, device)
@@ -94,7 +107,9 @@ class Engine:
         self._bytes = read_model(self.path)
         self._session = self._make_session(b"")
         self._take(parse_metadata(self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), self.path))
-        self._session = self._bind(self._session)
+        fused = self._go_native(native)
+        self.native = fused is not None
+        self._session = self._bind(fused or self._session)
 
     def _take(self, metadata: dict[str, Any]) -> None:
         """The attributes that the metadata say."""
@@ -275,7 +290,7 @@ class Engine:
                 stream.keep(~certain)
         return Result(total / steps[:, None].astype(np.float32), per_step, steps)
 
-    def _make_session(self, overlay: bytes) -> Any:
+    def _make_session(self, overlay: bytes, fused: bytes | None = None) -> Any:
         if self.runtime == "openvino":
             return OpenVINOSession(self._bytes + overlay, self._threads, self.path.name)
         ort = import_extra("onnxruntime", "cpu")
@@ -283,9 +298,14 @@ class Engine:
         options.log_severity_level = 3
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
+        if fused is not None:
+            options.register_custom_ops_library(str(library()))
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all is done
         providers = [(name, provider_options(name, self.sha256)) for name in self._providers]
         try:  # with its fallback a call that fails on the GPU would be made on the CPU, and all later ones
-            session = ort.InferenceSession(self._bytes + overlay, options, providers=providers, enable_fallback=0)
+            session = ort.InferenceSession(
+                fused or self._bytes + overlay, options, providers=providers, enable_fallback=0
+            )
         except Exception as error:  # ONNX Runtime's own exception classes are private
             reason = str(error).strip().splitlines()[0]
             fault = "not an ONNX model, or a damaged one"
@@ -299,6 +319,33 @@ class Engine:
                 f"{'TensorRT 10' if missing[0].startswith('Tensorrt') else 'CUDA'} libraries, or choose device='cpu'"
             )
         return session
+
+    def _go_native(self, wanted: bool | None) -> Any:
+        """The session that calls the native operator; None if it is not wanted, or has nothing to do.
+
+        Raises:
+            ValueError: it is, and cannot be had.
+        """
+        possible = self.device == "cpu" and self.runtime == "onnxruntime"
+        if wanted and not possible:
+            raise ValueError(f"native is for ONNX Runtime on a CPU, not {self.runtime} on {self.device}")
+        neurons = sum(math.prod(layer["shape"]) for layer in self.metadata["neurons"])
+        if wanted is False or not possible or (wanted is None and neurons < NATIVE_FROM):
+            return None
+        if (reason := missing()) is not None:
+            if wanted:
+                raise ValueError(reason)
+            return None
+        try:
+            model = fuse_model(self._bytes)
+            return None if model is None else self._make_session(b"", fused=model)
+        except Exception as error:  # whatever it is, ONNX Runtime's own operators remain
+            if wanted:
+                raise ValueError(f"{self.path} cannot run natively: {error}") from error
+            warnings.warn(
+                f"{self.path} runs on ONNX Runtime's own operators alone: {error}", RuntimeWarning, stacklevel=3
+            )
+            return None
 
     def _bind(self, session: Any) -> Any:
         """On a GPU, the session whose state outputs stay there."""

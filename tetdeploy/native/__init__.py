@@ -1,0 +1,82 @@
+"""Element-wise arithmetic of a graph in few passes over memory, for ONNX Runtime on a CPU.
+
+ONNX Runtime runs one operator after the other, and between two of them a tensor goes through memory. What stands
+between two convolutions of a spiking network (scales of the currents, residual sums, leak, threshold and reset of every
+step) is one operator here, in C, with the same bits. Model files do not know of it: it is put in when a model is
+loaded, into the graph that ONNX Runtime has optimised for the machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tetdeploy.native.regions import Kind
+
+_ELEMENT_TYPES = {"float": 1, "uint8": 2, "int8": 3, "bool": 9}  # in ONNX's numbering
+
+
+def library() -> Path | None:
+    """The compiled `elementwise.c`; None where it could not be compiled at installation."""
+    found = importlib.util.find_spec("tetdeploy.native._elementwise")
+    return Path(found.origin) if found is not None and found.origin else None
+
+
+def missing() -> str | None:
+    """What this installation lacks for the native operator, and what to do; None if nothing."""
+    if library() is None:
+        return "the native operator was not compiled: install a C compiler (GCC or Clang), then tetdeploy again"
+    if importlib.util.find_spec("onnx") is None:
+        return "the native operator needs the package onnx: pip install onnx"
+    return None
+
+
+def fuse_model(model: bytes) -> bytes | None:
+    """`model` as ONNX Runtime optimises it, its element-wise regions joined to nodes of `library()`; None of one without.
+
+    Raises:
+        OSError: no temporary file can be written.
+        Exception: ONNX Runtime's own.
+    """
+    import onnx
+    import onnxruntime as ort
+
+    from tetdeploy.native.regions import fuse
+
+    options = _options(ort)
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        optimised = onnx.load(options.optimized_model_filepath)
+    return optimised.SerializeToString() if fuse(optimised, _kinds(ort, onnx, optimised)) else None
+
+
+def _kinds(ort: Any, onnx: Any, model: Any) -> dict[str, Kind]:
+    """Type and shape of every tensor, as ONNX Runtime infers them."""
+    from tetdeploy.native.regions import Kind
+
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    given = {value.name for value in probe.graph.output}
+    names = dict.fromkeys(name for node in model.graph.node for name in node.output if name and name not in given)
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = _options(ort)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found = {}
+    for value in (*session.get_inputs(), *session.get_outputs()):
+        element = value.type.removeprefix("tensor(").removesuffix(")")
+        if element in _ELEMENT_TYPES:
+            found[value.name] = Kind(_ELEMENT_TYPES[element], tuple(value.shape))
+    return found
+
+
+def _options(ort: Any) -> Any:
+    """Of a session that computes nothing."""
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options

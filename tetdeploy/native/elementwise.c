@@ -1,0 +1,344 @@
+/* A chain of element-wise operations as one operator of ONNX Runtime on a CPU.
+ *
+ * The node `ai.tetdeploy::Elementwise` runs a program (written by `tetdeploy/native/programs.py`) over all elements of
+ * its inputs, BLOCK elements at a time: values between the operations stay in the first-level cache instead of going
+ * through memory once per operation. Arithmetic is float32, one operation after the other and never contracted, so that
+ * every result has the bits of ONNX Runtime's own operators.
+ *
+ * Inputs and outputs are cut into equal parts along their first axis, the time steps; element i of all parts belongs
+ * together. Attributes:
+ *
+ *   program       int64s, five an instruction: operation, d, a, b, k
+ *   immediates    float32s that instructions refer to
+ *   input_ports   int64s, two an input: its type (ONNX's numbering) and in how many parts it comes
+ *   output_ports  the same of the outputs
+ *
+ * The header beside this file is ONNX Runtime's C API (MIT license), which only ever grows.
+ */
+#include "onnxruntime_c_api.h"
+
+#include <stdio.h>
+
+#define API_VERSION 17 /* ONNX Runtime 1.17 was the first with all that is called here */
+#define BLOCK 1024
+#define GRAIN (16 * BLOCK) /* elements that are worth a thread's while */
+#define MAX_REGISTERS 256
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_CPU
+#endif
+#define INLINED static inline __attribute__((always_inline)) /* so that it is compiled for each CPU, too */
+#define LOOP(value) _Pragma("GCC ivdep") for (size_t i = 0; i < n; ++i) d[i] = (value)
+
+/* Keep in step with `programs.py`. d, a and b are registers where nothing else is said, k counts immediates. */
+enum {
+  LOAD,       /* d = part b of input a */
+  DEQUANTIZE, /* d = (part b of input a - immediate k) * immediate k + 1 */
+  STORE,      /* part b of output d = a */
+  ADD, SUB, MUL, DIV, LESS, GREATER, LESS_EQUAL, GREATER_EQUAL, /* d = a o b */
+  ADD_K, SUB_K, K_SUB, MUL_K, DIV_K, K_DIV, LESS_K, GREATER_K, LESS_EQUAL_K, GREATER_EQUAL_K, /* d = a o immediate */
+  THRESHOLDED_RELU, /* d = a if a > immediate k else 0 */
+  HARD_SIGMOID,     /* d = min(max(immediate k * a + immediate k + 1, 0), 1) */
+  OPERATIONS
+};
+
+typedef struct { int64_t op, d, a, b, k; } Instruction;
+typedef struct { int64_t type, parts; } Port;
+
+typedef struct {
+  const OrtApi* api;
+  Instruction* program;
+  float* immediates;
+  Port *inputs, *outputs;
+  size_t length, registers, num_immediates, num_inputs, num_outputs;
+} Kernel;
+
+typedef struct {
+  const Kernel* kernel;
+  const void** inputs;
+  void** outputs;
+  size_t elements; /* of a part */
+} Call;
+
+#define DEQUANTIZED(type)                           \
+  do {                                              \
+    const type* a = (const type*)source + start;    \
+    LOOP(((float)a[i] - zero) * scale);             \
+  } while (0)
+
+INLINED void load(float* d, const void* source, int64_t type, size_t start, size_t n, float zero, float scale) {
+  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) DEQUANTIZED(float);
+  else if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) DEQUANTIZED(int8_t);
+  else DEQUANTIZED(uint8_t);
+}
+
+INLINED void store(const float* a, void* target, int64_t type, size_t start, size_t n) {
+  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+    memcpy((float*)target + start, a, n * sizeof(float));
+  } else if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) {
+    int8_t* d = (int8_t*)target + start;
+    LOOP((int8_t)(int32_t)a[i]);
+  } else {
+    uint8_t* d = (uint8_t*)target + start;
+    LOOP((uint8_t)(int32_t)a[i]);
+  }
+}
+
+FOR_EACH_CPU static void run_block(const Call* call, float* registers, size_t start, size_t n) {
+  const Kernel* kernel = call->kernel;
+  const float* at[MAX_REGISTERS]; /* a float32 input is read where it lies */
+  for (size_t p = 0; p < kernel->length; ++p) {
+    const Instruction* in = kernel->program + p;
+    const size_t from = start + in->b * call->elements; /* of what loads and stores */
+    const float *k = kernel->immediates + in->k, c = k[0];
+    if (in->op == STORE) {
+      store(at[in->a], call->outputs[in->d], kernel->outputs[in->d].type, from, n);
+      continue;
+    }
+    float* d = registers + in->d * BLOCK;
+    const float *a = at[in->a], *b = at[in->b];
+    if (in->op == LOAD && kernel->inputs[in->a].type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+      at[in->d] = (const float*)call->inputs[in->a] + from;
+      continue;
+    }
+    at[in->d] = d;
+    if (in->op <= DEQUANTIZE) {
+      const int plain = in->op == LOAD;
+      load(d, call->inputs[in->a], kernel->inputs[in->a].type, from, n, plain ? 0.0f : c, plain ? 1.0f : k[1]);
+      continue;
+    }
+    switch (in->op) {
+      case ADD: LOOP(a[i] + b[i]); break;
+      case SUB: LOOP(a[i] - b[i]); break;
+      case MUL: LOOP(a[i] * b[i]); break;
+      case DIV: LOOP(a[i] / b[i]); break;
+      case LESS: LOOP(a[i] < b[i] ? 1.0f : 0.0f); break;
+      case GREATER: LOOP(a[i] > b[i] ? 1.0f : 0.0f); break;
+      case LESS_EQUAL: LOOP(a[i] <= b[i] ? 1.0f : 0.0f); break;
+      case GREATER_EQUAL: LOOP(a[i] >= b[i] ? 1.0f : 0.0f); break;
+      case ADD_K: LOOP(a[i] + c); break;
+      case SUB_K: LOOP(a[i] - c); break;
+      case K_SUB: LOOP(c - a[i]); break;
+      case MUL_K: LOOP(a[i] * c); break;
+      case DIV_K: LOOP(a[i] / c); break;
+      case K_DIV: LOOP(c / a[i]); break;
+      case LESS_K: LOOP(a[i] < c ? 1.0f : 0.0f); break;
+      case GREATER_K: LOOP(a[i] > c ? 1.0f : 0.0f); break;
+      case LESS_EQUAL_K: LOOP(a[i] <= c ? 1.0f : 0.0f); break;
+      case GREATER_EQUAL_K: LOOP(a[i] >= c ? 1.0f : 0.0f); break;
+      case THRESHOLDED_RELU: LOOP(a[i] > c ? a[i] : 0.0f); break;
+      case HARD_SIGMOID: {
+        const float beta = k[1];
+        LOOP(a[i] * c + beta);
+        LOOP(d[i] > 1.0f ? 1.0f : d[i]);
+        LOOP(d[i] > 0.0f ? d[i] : 0.0f);
+        break;
+      }
+    }
+  }
+}
+
+static void run_grain(void* argument, size_t grain) {
+  const Call* call = argument;
+  float registers[call->kernel->registers * BLOCK] __attribute__((aligned(64)));
+  const size_t first = grain * GRAIN, last = first + GRAIN < call->elements ? first + GRAIN : call->elements;
+  for (size_t start = first; start < last; start += BLOCK)
+    run_block(call, registers, start, last - start < BLOCK ? last - start : BLOCK);
+}
+
+#define TRY(expression)                                    \
+  do {                                                     \
+    OrtStatusPtr status = (expression);                    \
+    if (status != NULL) return status;                     \
+  } while (0)
+
+static OrtStatusPtr failed(const OrtApi* api, const char* why) {
+  char message[200];
+  snprintf(message, sizeof message, "ai.tetdeploy::Elementwise: %s", why);
+  return api->CreateStatus(ORT_INVALID_ARGUMENT, message);
+}
+
+/* The dimensions of an input, which must be as declared; how many elements each of its parts has. */
+static OrtStatusPtr measure(const Kernel* kernel, const OrtValue* value, Port port, int64_t* dims, size_t* rank,
+                            size_t* elements) {
+  const OrtApi* api = kernel->api;
+  OrtTensorTypeAndShapeInfo* info;
+  TRY(api->GetTensorTypeAndShape(value, &info));
+  enum ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  OrtStatusPtr status = api->GetTensorElementType(info, &type);
+  if (status == NULL) status = api->GetDimensionsCount(info, rank);
+  if (status == NULL && *rank > 0 && *rank <= 8) status = api->GetDimensions(info, dims, *rank);
+  if (status == NULL) status = api->GetTensorShapeElementCount(info, elements);
+  api->ReleaseTensorTypeAndShapeInfo(info);
+  if (status != NULL) return status;
+  if (type != (enum ONNXTensorElementDataType)port.type) return failed(api, "an input is of another type");
+  if (*rank < 1 || *rank > 8) return failed(api, "an input has no axis, or more than 8");
+  if (dims[0] % port.parts != 0) return failed(api, "an input cannot be cut into its steps");
+  *elements /= port.parts;
+  return NULL;
+}
+
+static OrtStatusPtr ORT_API_CALL compute(void* self, OrtKernelContext* context) {
+  const Kernel* kernel = self;
+  const OrtApi* api = kernel->api;
+  const void* inputs[kernel->num_inputs];
+  void* outputs[kernel->num_outputs];
+  int64_t dims[8] = {0}, ignored[8];
+  size_t rank = 0, elements = 0;
+  for (size_t k = 0; k < kernel->num_inputs; ++k) {
+    const OrtValue* value;
+    size_t its_rank, its_elements;
+    TRY(api->KernelContext_GetInput(context, k, &value));
+    TRY(measure(kernel, value, kernel->inputs[k], k ? ignored : dims, k ? &its_rank : &rank, &its_elements));
+    if (k == 0) elements = its_elements;
+    if (its_elements != elements) return failed(api, "inputs have different shapes");
+    TRY(api->GetTensorMutableData((OrtValue*)value, (void**)&inputs[k]));
+  }
+  const int64_t step = dims[0] / kernel->inputs[0].parts;
+  for (size_t k = 0; k < kernel->num_outputs; ++k) {
+    OrtValue* value;
+    dims[0] = step * kernel->outputs[k].parts;
+    TRY(api->KernelContext_GetOutput(context, k, dims, rank, &value));
+    TRY(api->GetTensorMutableData(value, &outputs[k]));
+  }
+  Call call = {kernel, inputs, outputs, elements};
+  const size_t grains = (elements + GRAIN - 1) / GRAIN;
+  if (grains > 1) return api->KernelContext_ParallelFor(context, run_grain, grains, 0, &call);
+  if (grains == 1) run_grain(&call, 0);
+  return NULL;
+}
+
+static void ORT_API_CALL destroy(void* self) {
+  Kernel* kernel = self;
+  free(kernel->program);
+  free(kernel->immediates);
+  free(kernel->inputs);
+  free(kernel->outputs);
+  free(kernel);
+}
+
+/* An attribute of whole numbers, `each` an item: the items, to be freed, and how many they are. */
+static OrtStatusPtr read_items(const OrtApi* api, const OrtKernelInfo* info, const char* name, size_t each, void* items,
+                               size_t* count) {
+  size_t numbers = 0;
+  int64_t* read = NULL;
+  TRY(api->KernelInfoGetAttributeArray_int64(info, name, NULL, &numbers));
+  if (numbers == 0 || numbers % each != 0) return failed(api, "an attribute has the wrong length");
+  if ((read = malloc(numbers * sizeof *read)) == NULL) return failed(api, "no memory");
+  *(int64_t**)items = read;
+  *count = numbers / each;
+  return api->KernelInfoGetAttributeArray_int64(info, name, read, &numbers);
+}
+
+static int within(int64_t value, size_t limit) { return value >= 0 && (size_t)value < limit; }
+
+/* Refuse a program that would reach beyond its registers, immediates or tensors. */
+static OrtStatusPtr check(Kernel* kernel) {
+  for (int side = 0; side < 2; ++side) {
+    const Port* ports = side ? kernel->outputs : kernel->inputs;
+    for (size_t k = 0; k < (side ? kernel->num_outputs : kernel->num_inputs); ++k) {
+      const int64_t type = ports[k].type;
+      if (ports[k].parts < 1) return failed(kernel->api, "a tensor has no part");
+      if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && type != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 &&
+          type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 && type != ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL)
+        return failed(kernel->api, "a tensor has a type that is not supported");
+    }
+  }
+  for (size_t p = 0; p < kernel->length; ++p) {
+    const Instruction in = kernel->program[p];
+    int fine = within(in.op, OPERATIONS) && in.k >= 0 && (size_t)in.k <= kernel->num_immediates;
+    int64_t used[] = {in.d, in.a, in.b}; /* registers */
+    if (fine && in.op <= DEQUANTIZE) {
+      fine = within(in.a, kernel->num_inputs) && within(in.b, kernel->inputs[in.a].parts);
+      used[1] = used[2] = 0;
+    } else if (fine && in.op == STORE) {
+      fine = within(in.d, kernel->num_outputs) && within(in.b, kernel->outputs[in.d].parts);
+      used[0] = used[2] = 0;
+    }
+    for (int r = 0; r < 3 && fine; ++r) {
+      fine = within(used[r], MAX_REGISTERS);
+      if (fine && (size_t)used[r] >= kernel->registers) kernel->registers = used[r] + 1;
+    }
+    if (!fine) return failed(kernel->api, "its program is damaged");
+  }
+  return NULL;
+}
+
+static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info) {
+  const OrtApi* api = kernel->api;
+  TRY(read_items(api, info, "program", 5, &kernel->program, &kernel->length));
+  TRY(read_items(api, info, "input_ports", 2, &kernel->inputs, &kernel->num_inputs));
+  TRY(read_items(api, info, "output_ports", 2, &kernel->outputs, &kernel->num_outputs));
+  size_t given;
+  TRY(api->KernelInfo_GetInputCount(info, &given));
+  if (given != kernel->num_inputs) return failed(api, "it has another number of inputs");
+  TRY(api->KernelInfo_GetOutputCount(info, &given));
+  if (given != kernel->num_outputs) return failed(api, "it has another number of outputs");
+  TRY(api->KernelInfoGetAttributeArray_float(info, "immediates", NULL, &kernel->num_immediates));
+  kernel->immediates = calloc(kernel->num_immediates + 2, sizeof(float)); /* every instruction may look at two */
+  if (kernel->immediates == NULL) return failed(api, "no memory");
+  TRY(api->KernelInfoGetAttributeArray_float(info, "immediates", kernel->immediates, &kernel->num_immediates));
+  return check(kernel);
+}
+
+static OrtStatusPtr ORT_API_CALL create(const struct OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
+                                        void** made) {
+  (void)op;
+  Kernel* kernel = calloc(1, sizeof *kernel);
+  if (kernel == NULL) return failed(api, "no memory");
+  kernel->api = api;
+  OrtStatusPtr status = fill(kernel, info);
+  if (status != NULL) destroy(kernel);
+  *made = status == NULL ? kernel : NULL;
+  return status;
+}
+
+static const char* ORT_API_CALL name(const struct OrtCustomOp* op) { return (void)op, "Elementwise"; }
+static const char* ORT_API_CALL provider(const struct OrtCustomOp* op) { return (void)op, "CPUExecutionProvider"; }
+static size_t ORT_API_CALL one(const struct OrtCustomOp* op) { return (void)op, 1; }
+static int ORT_API_CALL at_least_one(const struct OrtCustomOp* op) { return (void)op, 1; }
+static int ORT_API_CALL mixed(const struct OrtCustomOp* op) { return (void)op, 0; }
+static int ORT_API_CALL first_version(const struct OrtCustomOp* op) { return (void)op, 1; }
+static enum ONNXTensorElementDataType ORT_API_CALL any_type(const struct OrtCustomOp* op, size_t index) {
+  return (void)op, (void)index, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+}
+static OrtCustomOpInputOutputCharacteristic ORT_API_CALL variadic(const struct OrtCustomOp* op, size_t index) {
+  return (void)op, (void)index, INPUT_OUTPUT_VARIADIC;
+}
+static OrtMemType ORT_API_CALL memory(const struct OrtCustomOp* op, size_t index) {
+  return (void)op, (void)index, OrtMemTypeDefault;
+}
+
+static const OrtCustomOp ELEMENTWISE = {
+    .version = API_VERSION,
+    .GetName = name,
+    .GetExecutionProviderType = provider,
+    .GetInputType = any_type,
+    .GetInputTypeCount = one,
+    .GetOutputType = any_type,
+    .GetOutputTypeCount = one,
+    .KernelDestroy = destroy,
+    .GetInputCharacteristic = variadic,
+    .GetOutputCharacteristic = variadic,
+    .GetInputMemoryType = memory,
+    .GetVariadicInputMinArity = at_least_one,
+    .GetVariadicInputHomogeneity = mixed,
+    .GetVariadicOutputMinArity = at_least_one,
+    .GetVariadicOutputHomogeneity = mixed,
+    .CreateKernelV2 = create,
+    .KernelComputeV2 = compute,
+    .GetStartVersion = first_version,
+    .GetEndVersion = first_version,
+};
+
+/* What ONNX Runtime calls when a session's options are given this library. */
+ORT_EXPORT OrtStatusPtr ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  const OrtApi* api = base->GetApi(API_VERSION);
+  if (api == NULL) return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, "this ONNX Runtime is older than 1.17");
+  OrtCustomOpDomain* domain; /* lives as long as the process: sessions refer to it */
+  TRY(api->CreateCustomOpDomain("ai.tetdeploy", &domain));
+  TRY(api->CustomOpDomain_Add(domain, &ELEMENTWISE));
+  return api->AddCustomOpDomain(options, domain);
+}

@@ -1,0 +1,406 @@
+"""Finds what is element-wise in a graph that ONNX Runtime has optimised, and makes one node of each connected region.
+
+No path leaves a region and comes back to it: all its nodes have equally many other nodes on the longest path that leads
+to them. `Split` and `DequantizeLinear` belong to no region; each region that reads them does their work itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from tetdeploy.native.programs import Op, Program
+
+DOMAIN = "ai.tetdeploy"
+FLOAT, UINT8, INT8, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8, TensorProto.BOOL
+BINARY = {
+    "Add": Op.ADD,
+    "Sub": Op.SUB,
+    "Mul": Op.MUL,
+    "Div": Op.DIV,
+    "Less": Op.LESS,
+    "Greater": Op.GREATER,
+    "LessOrEqual": Op.LESS_EQUAL,
+    "GreaterOrEqual": Op.GREATER_EQUAL,
+}
+NUMBER_RIGHT = {op: Op[f"{op.name}_K"] for op in BINARY.values()}
+NUMBER_LEFT = {
+    Op.ADD: Op.ADD_K,
+    Op.SUB: Op.K_SUB,
+    Op.MUL: Op.MUL_K,
+    Op.DIV: Op.K_DIV,
+    Op.LESS: Op.GREATER_K,
+    Op.GREATER: Op.LESS_K,
+    Op.LESS_EQUAL: Op.GREATER_EQUAL_K,
+    Op.GREATER_EQUAL: Op.LESS_EQUAL_K,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Element type (in ONNX's numbering) and shape of a tensor; a dimension that is not fixed is None or has a name."""
+
+    type: int
+    shape: tuple[int | str | None, ...]
+
+
+class _UnfusableError(Exception):
+    """No program can be written for a region."""
+
+
+def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind]) -> int:
+    """Put nodes `Elementwise` in place of the element-wise regions of `model`.
+
+    Args:
+        kinds: of the graph's tensors.
+
+    Returns: how many there are.
+    """
+    graph = _Graph(model.graph, kinds)
+    fused = graph.fuse()
+    if fused:
+        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    return fused
+
+
+class _Graph:
+    """A graph whose nodes are known by their place in it."""
+
+    def __init__(self, graph: onnx.GraphProto, kinds: Mapping[str, Kind]) -> None:
+        self.graph, self.kinds, self.nodes = graph, kinds, list(graph.node)
+        self.producer = {name: k for k, node in enumerate(self.nodes) for name in node.output}
+        self.numbers = {t.name: value for t in graph.initializer if (value := _number(t)) is not None}
+        self.sizes = {
+            t.name: numpy_helper.to_array(t).tolist() for t in graph.initializer if t.data_type == TensorProto.INT64
+        }
+        self.inline = [self._is_inline(node) for node in self.nodes]
+        self.joins = defaultdict[str, list[int]](list)  # the Concats that a value is part of
+        self.region: dict[int, int] = {}
+        level, readers = list[int](), defaultdict[str, list[int]](list)
+        for k, node in enumerate(self.nodes):
+            member = not self.inline[k] and self._is_member(node)
+            before = [self.producer[name] for name in _reads(node) if name in self.producer]
+            level.append(max((level[j] for j in before), default=0) + (not member and not self.inline[k]))
+            if member:
+                self.region[k] = k
+                tensors = [name for name in node.input if name not in self.numbers]
+                for j in (*before, *(j for name in tensors for j in readers[name])):
+                    if j in self.region and level[j] == level[k]:
+                        self.region[self._first(k)] = self._first(j)
+                for name in tensors:
+                    readers[name].append(k)
+                for name in node.input if node.op_type == "Concat" else ():
+                    self.joins[name].append(k)
+        self.region = {k: self._first(k) for k in self.region}
+
+    def _first(self, k: int) -> int:
+        while self.region[k] != k:
+            k = self.region[k]
+        return k
+
+    def fuse(self) -> int:
+        """Rewrite the graph. Returns how many nodes `Elementwise` it has."""
+        while True:
+            members = defaultdict[int, list[int]](list)
+            for k, first in self.region.items():
+                members[first].append(k)
+            self.region = {k: first for k, first in self.region.items() if len(members[first]) > 1}
+            try:
+                writers = [_Writer(self, first, of) for first, of in members.items() if len(of) > 1]
+                outside = self._read_outside(writers)
+                made = [writer.node(outside) for writer in writers]
+            except _UnfusableError as error:
+                self.region = {k: first for k, first in self.region.items() if first != error.args[0]}
+                continue
+            self._replace(made)
+            return len(made)
+
+    def region_of(self, name: str) -> int | None:
+        """The region that makes a value."""
+        return self.region.get(self.producer.get(name, -1))
+
+    def inline_producer(self, name: str) -> onnx.NodeProto | None:
+        k = self.producer.get(name)
+        return self.nodes[k] if k is not None and self.inline[k] else None
+
+    def _is_inline(self, node: onnx.NodeProto) -> bool:
+        if node.domain or not all(self._has_axes(name) for name in (node.input[0], *node.output)):
+            return False
+        if node.op_type == "Split":
+            sizes = self.sizes.get(node.input[1]) if len(node.input) > 1 else [1]
+            return _attribute(node, "axis", 0) == 0 and sizes is not None and len(set(sizes)) == 1
+        return (
+            node.op_type == "DequantizeLinear"
+            and all(name in self.numbers for name in node.input[1:])
+            and self.kinds[node.input[0]].type in (UINT8, INT8)
+            and self.kinds[node.output[0]].type == FLOAT
+        )
+
+    def _is_member(self, node: onnx.NodeProto) -> bool:
+        """Whether a node works element by element, on types that `elementwise.c` knows."""
+        tensors = [name for name in node.input if name not in self.numbers]
+        if node.domain or not tensors or not all(self._has_axes(name) for name in (*tensors, *node.output)):
+            return False
+        if len({self._image(name) for name in (*tensors, *node.output)}) > 1:
+            return False  # something is repeated along an axis
+        types = {self.kinds[name].type for name in tensors}
+        if node.op_type == "Cast":
+            return types <= {BOOL, UINT8} and _attribute(node, "to", 0) in (FLOAT, UINT8)
+        if node.op_type == "Concat":
+            rank = len(self.kinds[tensors[0]].shape)
+            return tensors == list(node.input) and _attribute(node, "axis", 0) in (0, -rank) and types <= {FLOAT, UINT8}
+        return types == {FLOAT} and (
+            node.op_type in ("ThresholdedRelu", "HardSigmoid") or (node.op_type in BINARY and len(tensors) > 0)
+        )
+
+    def _has_axes(self, name: str) -> bool:
+        shape = self.kinds[name].shape if name in self.kinds else ()
+        return 0 < len(shape) <= 8 and all(isinstance(dim, int) for dim in shape[1:])
+
+    def _image(self, name: str) -> tuple[object, ...]:
+        """What two values must have in common; how long their first axes are is seen in the call."""
+        shape = self.kinds[name].shape
+        return (shape[0] == 1, *shape[1:])
+
+    def _read_outside(self, writers: list[_Writer]) -> set[str]:
+        """What regions read of one another, and all others of them."""
+        needed = [output.name for output in self.graph.output]
+        needed += [name for writer in writers for name in writer.reads]
+        for k, node in enumerate(self.nodes):
+            if k not in self.region and not self.inline[k]:
+                needed += _reads(node)
+        found = set[str]()
+        while needed:
+            name = needed.pop()
+            if name not in found:
+                found.add(name)
+                producer = self.inline_producer(name)
+                needed += producer.input if producer is not None else []
+        return found
+
+    def _replace(self, fused: list[onnx.NodeProto]) -> None:
+        """The graph with `fused` nodes, in an order in which it can be run, and without what nobody reads any more."""
+        kept = [node for k, node in enumerate(self.nodes) if k not in self.region]
+        made = {name: k for k, node in enumerate([*kept, *fused]) for name in node.output}
+        nodes, order, seen = [*kept, *fused], list[int](), set[int]()
+        stack = [(made[output.name], False) for output in reversed(self.graph.output) if output.name in made]
+        while stack:
+            k, done = stack.pop()
+            if done:
+                order.append(k)
+            elif k not in seen:
+                seen.add(k)
+                stack.append((k, True))
+                stack += [(made[name], False) for name in _reads(nodes[k]) if name in made]
+        ordered = [onnx.NodeProto.FromString(nodes[k].SerializeToString()) for k in order]
+        read = {name for node in ordered for name in _reads(node)}
+        numbers = [onnx.TensorProto.FromString(t.SerializeToString()) for t in self.graph.initializer if t.name in read]
+        for field, items in ((self.graph.node, ordered), (self.graph.initializer, numbers)):
+            del field[:]
+            field.extend(items)
+        known = {value.name for value in (*self.graph.value_info, *self.graph.output)}
+        for name in (name for node in fused for name in node.output if name not in known):
+            self.graph.value_info.append(helper.make_tensor_value_info(name, self.kinds[name].type, None))
+
+
+class _Writer:
+    """Writes the program of one region.
+
+    Attributes:
+        reads: the tensors that it reads.
+        parts: in how many steps each tensor comes that it makes or that leads to one that it reads.
+    """
+
+    def __init__(self, graph: _Graph, region: int, members: list[int]) -> None:
+        self.graph, self.region = graph, region
+        self.nodes = [graph.nodes[k] for k in members]
+        self.parts = self._count_parts()
+        self._begin()
+        for name in (name for node in self.nodes for name in node.output):
+            for part in range(self.parts[name]):
+                self._value(name, part)
+        self.reads = list(self._inputs)
+
+    def _begin(self) -> None:
+        self._program = Program()
+        self._inputs: list[str] = []
+        self._values: dict[tuple[str, int], int] = {}
+
+    def node(self, outside: set[str]) -> onnx.NodeProto:
+        """The node whose outputs are those of the region that are read outside it."""
+        self._begin()
+        outputs = [name for node in self.nodes for name in node.output if name in outside]
+        for part in range(max(self.parts[name] for name in outputs)):
+            for number, name in enumerate(outputs):
+                if part < self.parts[name]:
+                    self._program.store(self._value(name, part), number, part)
+        try:
+            program = self._program.encode()
+        except ValueError as error:
+            raise _UnfusableError(self.region) from error
+        return helper.make_node(
+            "Elementwise",
+            self._inputs,
+            outputs,
+            domain=DOMAIN,
+            program=program,
+            immediates=[*self._program.immediates, 0.0],
+            input_ports=[number for name in self._inputs for number in self._port(name)],
+            output_ports=[number for name in outputs for number in self._port(name)],
+        )
+
+    def _port(self, name: str) -> tuple[int, int]:
+        return self.graph.kinds[name].type, self.parts[name]
+
+    def _value(self, name: str, part: int) -> int:
+        key = (name, part)
+        if key not in self._values:
+            self._values[key] = self._write(name, part)
+        return self._values[key]
+
+    def _write(self, name: str, part: int) -> int:
+        """The value of one step of a tensor, loaded or computed."""
+        place = self._place(name, part)
+        if place is not None:
+            return self._program.add(Op.LOAD, *place)
+        node = self.graph.nodes[self.graph.producer[name]]
+        if node.op_type == "DequantizeLinear":
+            return self._dequantise(node, part)
+        if node.op_type == "Split":
+            return self._value(node.input[0], list(node.output).index(name) * self.parts[name] + part)
+        return self._compute(node, part)
+
+    def _dequantise(self, node: onnx.NodeProto, part: int) -> int:
+        scale, zero = (float(self.graph.numbers[name]) if name else 0.0 for name in (*node.input, "")[1:3])
+        place = self._place(node.input[0], part)
+        if place is not None:
+            return self._program.add(Op.DEQUANTIZE, *place, self._program.immediate(zero, scale))
+        centred = self._program.add(Op.SUB_K, self._value(node.input[0], part), k=self._program.immediate(zero))
+        return self._program.add(Op.MUL_K, centred, k=self._program.immediate(scale))
+
+    def _compute(self, node: onnx.NodeProto, part: int) -> int:
+        program = self._program
+        if node.op_type == "Concat":
+            for name in node.input:
+                if part < self.parts[name]:
+                    break
+                part -= self.parts[name]
+            return self._value(name, part)
+        if node.op_type in BINARY:
+            op, (left, right) = BINARY[node.op_type], node.input
+            if left in self.graph.numbers:
+                return program.add(NUMBER_LEFT[op], self._value(right, part), k=self._number(left))
+            if right in self.graph.numbers:
+                return program.add(NUMBER_RIGHT[op], self._value(left, part), k=self._number(right))
+            return program.add(op, self._value(left, part), self._value(right, part))
+        value = self._value(node.input[0], part)
+        if node.op_type == "ThresholdedRelu":
+            return program.add(Op.THRESHOLDED_RELU, value, k=program.immediate(_attribute(node, "alpha", 1.0)))
+        if node.op_type == "HardSigmoid":
+            slope = program.immediate(_attribute(node, "alpha", 0.2), _attribute(node, "beta", 0.5))
+            return program.add(Op.HARD_SIGMOID, value, k=slope)
+        return value  # a Cast of 0 and 1, or of bytes
+
+    def _number(self, name: str) -> int:
+        return self._program.immediate(float(self.graph.numbers[name]))
+
+    def _place(self, name: str, part: int) -> tuple[int, int] | None:
+        """The input, and its part, that hold one step of a tensor; None of what is computed here."""
+        tensor = self._tensor(name, part)
+        if tensor is None:
+            return None
+        if tensor[0] not in self._inputs:
+            self._inputs.append(tensor[0])
+        return self._inputs.index(tensor[0]), tensor[1]
+
+    def _tensor(self, name: str, part: int) -> tuple[str, int] | None:
+        if self.graph.region_of(name) == self.region:
+            return None
+        node = self.graph.inline_producer(name)
+        if node is None:
+            join = self._join(name)
+            if join is None:
+                return name, part
+            before = list(join.input).index(name)
+            return join.output[0], sum(self.parts[other] for other in join.input[:before]) + part
+        if node.op_type == "Split":
+            return self._tensor(node.input[0], list(node.output).index(name) * self.parts[name] + part)
+        return None
+
+    def _join(self, name: str) -> onnx.NodeProto | None:
+        """The Concat through which another region gives a value anyway."""
+        region = self.graph.region_of(name)
+        joins = (k for k in self.graph.joins[name] if region is not None and self.graph.region.get(k) == region)
+        return next((self.graph.nodes[k] for k in joins), None)
+
+    def _count_parts(self) -> dict[str, int]:
+        """In how many steps the tensors come that the region makes, reads, or that stand between."""
+        same, sums = list[list[str]](), list[tuple[str, list[str]]]()
+        names, seen = [name for node in self.nodes for name in (*node.input, *node.output)], set[str]()
+        while names:
+            name = names.pop()
+            if name in seen or name in self.graph.numbers:
+                continue
+            seen.add(name)
+            own = self.graph.region_of(name) == self.region
+            node = self.graph.nodes[self.graph.producer[name]] if own else self.graph.inline_producer(name)
+            node = node or self._join(name)
+            if node is None:
+                continue
+            tensors = [n for n in node.input if n not in self.graph.numbers and n not in self.graph.sizes]
+            if node.op_type == "Split":
+                sums.append((tensors[0], list(node.output)))
+            elif node.op_type == "Concat":
+                sums.append((node.output[0], tensors))
+            else:
+                same.append([*tensors, *node.output])
+            names += [*tensors, *node.output]
+        return _solve(seen - self.graph.numbers.keys(), same, sums, self.region)
+
+
+def _solve(
+    names: Iterable[str], same: list[list[str]], sums: list[tuple[str, list[str]]], region: int
+) -> dict[str, int]:
+    """Whole numbers, as small as they can be, with `same` names equal and each total in `sums` that of its pieces."""
+    found: dict[str, int] = {}
+    pieces = [name for _, pieces in sums for name in pieces if name not in {total for total, _ in sums}]
+    for start in (*pieces, *sorted(names)):
+        found.setdefault(start, 1)
+        before = -1
+        while before != len(found):
+            before = len(found)
+            for group in same:
+                known = next((found[name] for name in group if name in found), None)
+                if known is not None:
+                    found |= {name: known for name in group if name not in found}
+            for total, parts in sums:
+                if all(name in found for name in parts):
+                    found.setdefault(total, sum(found[name] for name in parts))
+    if any(len({found[name] for name in group}) > 1 for group in same) or any(
+        found[total] != sum(found[name] for name in parts) for total, parts in sums
+    ):
+        raise _UnfusableError(region)
+    return found
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    """The values that a node reads, its subgraphs included."""
+    inner = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return [*filter(None, node.input), *(name for graph in inner for within in graph.node for name in _reads(within))]
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def _number(tensor: onnx.TensorProto) -> np.generic | None:
+    """The number of a tensor that holds one, and has one axis at most."""
+    if len(tensor.dims) > 1 or any(dim != 1 for dim in tensor.dims) or tensor.data_type not in (FLOAT, UINT8, INT8):
+        return None
+    return numpy_helper.to_array(tensor).reshape(-1)[0]  # type: ignore[no-any-return]
