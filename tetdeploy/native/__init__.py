@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tetdeploy.native.loops import Loop
     from tetdeploy.native.regions import Kind
 
 _ELEMENT_TYPES = {"float": 1, "uint8": 2, "int8": 3, "bool": 9}  # in ONNX's numbering
@@ -35,12 +36,28 @@ def missing() -> str | None:
 
 
 def fuse_model(model: bytes) -> bytes | None:
-    """`model` as ONNX Runtime optimises it, its element-wise regions joined to nodes of `library()`; None of one without.
+    """`model` as ONNX Runtime optimises it, with its element-wise regions as nodes of `library()`; None of one without.
 
     Raises:
         OSError: no temporary file can be written.
         Exception: ONNX Runtime's own.
     """
+    import onnx
+
+    from tetdeploy.native.loops import take_out_loops
+    from tetdeploy.native.regions import UnfusableError
+
+    if b"Scan" not in model:
+        return _fuse(model, [])
+    proto = onnx.ModelProto.FromString(model)
+    loops = take_out_loops(proto)
+    try:
+        return _fuse(proto.SerializeToString(), loops)
+    except UnfusableError:  # neurons between which more than sums depends on T
+        return _fuse(model, [])
+
+
+def _fuse(model: bytes, loops: list[Loop]) -> bytes | None:
     import onnx
     import onnxruntime as ort
 
@@ -51,21 +68,21 @@ def fuse_model(model: bytes) -> bytes | None:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         optimised = onnx.load(options.optimized_model_filepath)
-    return optimised.SerializeToString() if fuse(optimised, _kinds(ort, onnx, optimised)) else None
+    return optimised.SerializeToString() if fuse(optimised, _kinds(ort, onnx, optimised), loops) else None
 
 
 def _kinds(ort: Any, onnx: Any, model: Any) -> dict[str, Kind]:
     """Type and shape of every tensor, as ONNX Runtime infers them."""
     from tetdeploy.native.regions import Kind
 
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    given = {value.name for value in probe.graph.output}
+    own = len(model.graph.output)
+    given = {value.name for value in model.graph.output}
     names = dict.fromkeys(name for node in model.graph.node for name in node.output if name and name not in given)
-    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = _options(ort)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    del model.graph.output[own:]
     found = {}
     for value in (*session.get_inputs(), *session.get_outputs()):
         element = value.type.removeprefix("tensor(").removesuffix(")")

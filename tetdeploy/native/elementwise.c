@@ -6,12 +6,16 @@
  * every result has the bits of ONNX Runtime's own operators.
  *
  * Inputs and outputs are cut into equal parts along their first axis, the time steps; element i of all parts belongs
- * together. Attributes:
+ * together. A program either names the parts that it reads and writes, or runs once for each step, on a part each of
+ * what has as many. What lasts from a step to the next stays in its first registers, which begin at zero. Attributes:
  *
  *   program       int64s, five an instruction: operation, d, a, b, k
  *   immediates    float32s that instructions refer to
- *   input_ports   int64s, two an input: its type (ONNX's numbering) and in how many parts it comes
+ *   input_ports   int64s, two an input: its type (ONNX's numbering), and of how many parts it is; 0 are as many as steps,
+ *                 -1 is one that all steps read
  *   output_ports  the same of the outputs
+ *   states        int64, how many registers last; -1 if parts are named. Otherwise one more input follows, of any type:
+ *                 its second axis is as long as there are steps
  *
  * The header beside this file is ONNX Runtime's C API (MIT license), which only ever grows.
  */
@@ -53,6 +57,7 @@ typedef struct {
   float* immediates;
   Port *inputs, *outputs;
   size_t length, registers, num_immediates, num_inputs, num_outputs;
+  int64_t states;
 } Kernel;
 
 typedef struct {
@@ -60,6 +65,7 @@ typedef struct {
   const void** inputs;
   void** outputs;
   size_t elements; /* of a part */
+  size_t steps;    /* how often the program runs */
 } Call;
 
 #define DEQUANTIZED(type)                           \
@@ -86,29 +92,36 @@ INLINED void store(const float* a, void* target, int64_t type, size_t start, siz
   }
 }
 
-FOR_EACH_CPU static void run_block(const Call* call, float* registers, size_t start, size_t n) {
+/* Where an instruction's part of a tensor begins, in elements. */
+static inline size_t offset(const Call* call, Port port, int64_t part, size_t step) {
+  return (port.parts > 0 ? (size_t)part : port.parts == 0 ? step : 0) * call->elements;
+}
+
+FOR_EACH_CPU static void run_step(const Call* call, float* registers, const float** at, size_t step, size_t start,
+                                  size_t n) {
   const Kernel* kernel = call->kernel;
-  const float* at[MAX_REGISTERS]; /* a float32 input is read where it lies */
   for (size_t p = 0; p < kernel->length; ++p) {
     const Instruction* in = kernel->program + p;
-    const size_t from = start + in->b * call->elements; /* of what loads and stores */
     const float *k = kernel->immediates + in->k, c = k[0];
     if (in->op == STORE) {
-      store(at[in->a], call->outputs[in->d], kernel->outputs[in->d].type, from, n);
+      const Port port = kernel->outputs[in->d];
+      store(at[in->a], call->outputs[in->d], port.type, offset(call, port, in->b, step) + start, n);
       continue;
     }
     float* d = registers + in->d * BLOCK;
-    const float *a = at[in->a], *b = at[in->b];
-    if (in->op == LOAD && kernel->inputs[in->a].type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
-      at[in->d] = (const float*)call->inputs[in->a] + from;
-      continue;
-    }
-    at[in->d] = d;
     if (in->op <= DEQUANTIZE) {
+      const Port port = kernel->inputs[in->a];
+      const size_t from = offset(call, port, in->b, step) + start;
       const int plain = in->op == LOAD;
-      load(d, call->inputs[in->a], kernel->inputs[in->a].type, from, n, plain ? 0.0f : c, plain ? 1.0f : k[1]);
+      at[in->d] = d;
+      if (plain && port.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
+        at[in->d] = (const float*)call->inputs[in->a] + from;
+      else
+        load(d, call->inputs[in->a], port.type, from, n, plain ? 0.0f : c, plain ? 1.0f : k[1]);
       continue;
     }
+    const float *a = at[in->a], *b = at[in->b];
+    at[in->d] = d;
     switch (in->op) {
       case ADD: LOOP(a[i] + b[i]); break;
       case SUB: LOOP(a[i] - b[i]); break;
@@ -142,10 +155,16 @@ FOR_EACH_CPU static void run_block(const Call* call, float* registers, size_t st
 
 static void run_grain(void* argument, size_t grain) {
   const Call* call = argument;
-  float registers[call->kernel->registers * BLOCK] __attribute__((aligned(64)));
+  const size_t count = call->kernel->registers;
+  float registers[count * BLOCK] __attribute__((aligned(64)));
+  const float* at[MAX_REGISTERS]; /* a register's values: its own, or a float32 input where it lies */
   const size_t first = grain * GRAIN, last = first + GRAIN < call->elements ? first + GRAIN : call->elements;
-  for (size_t start = first; start < last; start += BLOCK)
-    run_block(call, registers, start, last - start < BLOCK ? last - start : BLOCK);
+  for (size_t start = first; start < last; start += BLOCK) {
+    for (size_t r = 0; r < count; ++r) at[r] = registers + r * BLOCK;
+    if (call->kernel->states > 0) memset(registers, 0, call->kernel->states * BLOCK * sizeof(float));
+    for (size_t step = 0; step < call->steps; ++step)
+      run_step(call, registers, at, step, start, last - start < BLOCK ? last - start : BLOCK);
+  }
 }
 
 #define TRY(expression)                                    \
@@ -160,9 +179,11 @@ static OrtStatusPtr failed(const OrtApi* api, const char* why) {
   return api->CreateStatus(ORT_INVALID_ARGUMENT, message);
 }
 
+static int64_t parts_of(Port port, size_t steps) { return port.parts > 0 ? port.parts : port.parts == 0 ? (int64_t)steps : 1; }
+
 /* The dimensions of an input, which must be as declared; how many elements each of its parts has. */
-static OrtStatusPtr measure(const Kernel* kernel, const OrtValue* value, Port port, int64_t* dims, size_t* rank,
-                            size_t* elements) {
+static OrtStatusPtr measure(const Kernel* kernel, const OrtValue* value, Port port, size_t steps, int64_t* dims,
+                            size_t* rank, size_t* elements) {
   const OrtApi* api = kernel->api;
   OrtTensorTypeAndShapeInfo* info;
   TRY(api->GetTensorTypeAndShape(value, &info));
@@ -175,9 +196,26 @@ static OrtStatusPtr measure(const Kernel* kernel, const OrtValue* value, Port po
   if (status != NULL) return status;
   if (type != (enum ONNXTensorElementDataType)port.type) return failed(api, "an input is of another type");
   if (*rank < 1 || *rank > 8) return failed(api, "an input has no axis, or more than 8");
-  if (dims[0] % port.parts != 0) return failed(api, "an input cannot be cut into its steps");
-  *elements /= port.parts;
+  if (dims[0] % parts_of(port, steps) != 0) return failed(api, "an input cannot be cut into its steps");
+  *elements /= parts_of(port, steps);
   return NULL;
+}
+
+/* How many steps there are: the length of the second axis of the last input. */
+static OrtStatusPtr count_steps(const Kernel* kernel, OrtKernelContext* context, size_t* steps) {
+  const OrtApi* api = kernel->api;
+  const OrtValue* value;
+  OrtTensorTypeAndShapeInfo* info;
+  int64_t dims[8] = {0};
+  size_t rank = 0;
+  TRY(api->KernelContext_GetInput(context, kernel->num_inputs, &value));
+  TRY(api->GetTensorTypeAndShape(value, &info));
+  OrtStatusPtr status = api->GetDimensionsCount(info, &rank);
+  if (status == NULL && rank >= 2 && rank <= 8) status = api->GetDimensions(info, dims, rank);
+  api->ReleaseTensorTypeAndShapeInfo(info);
+  if (status == NULL && dims[1] < 1) return failed(api, "there is no step");
+  *steps = dims[1];
+  return status;
 }
 
 static OrtStatusPtr ORT_API_CALL compute(void* self, OrtKernelContext* context) {
@@ -186,24 +224,25 @@ static OrtStatusPtr ORT_API_CALL compute(void* self, OrtKernelContext* context) 
   const void* inputs[kernel->num_inputs];
   void* outputs[kernel->num_outputs];
   int64_t dims[8] = {0}, ignored[8];
-  size_t rank = 0, elements = 0;
+  size_t rank = 0, elements = 0, steps = 1;
+  if (kernel->states >= 0) TRY(count_steps(kernel, context, &steps));
   for (size_t k = 0; k < kernel->num_inputs; ++k) {
     const OrtValue* value;
     size_t its_rank, its_elements;
     TRY(api->KernelContext_GetInput(context, k, &value));
-    TRY(measure(kernel, value, kernel->inputs[k], k ? ignored : dims, k ? &its_rank : &rank, &its_elements));
+    TRY(measure(kernel, value, kernel->inputs[k], steps, k ? ignored : dims, k ? &its_rank : &rank, &its_elements));
     if (k == 0) elements = its_elements;
     if (its_elements != elements) return failed(api, "inputs have different shapes");
     TRY(api->GetTensorMutableData((OrtValue*)value, (void**)&inputs[k]));
   }
-  const int64_t step = dims[0] / kernel->inputs[0].parts;
+  const int64_t step = dims[0] / parts_of(kernel->inputs[0], steps);
   for (size_t k = 0; k < kernel->num_outputs; ++k) {
     OrtValue* value;
-    dims[0] = step * kernel->outputs[k].parts;
+    dims[0] = step * parts_of(kernel->outputs[k], steps);
     TRY(api->KernelContext_GetOutput(context, k, dims, rank, &value));
     TRY(api->GetTensorMutableData(value, &outputs[k]));
   }
-  Call call = {kernel, inputs, outputs, elements};
+  Call call = {kernel, inputs, outputs, elements, steps};
   const size_t grains = (elements + GRAIN - 1) / GRAIN;
   if (grains > 1) return api->KernelContext_ParallelFor(context, run_grain, grains, 0, &call);
   if (grains == 1) run_grain(&call, 0);
@@ -236,11 +275,14 @@ static int within(int64_t value, size_t limit) { return value >= 0 && (size_t)va
 
 /* Refuse a program that would reach beyond its registers, immediates or tensors. */
 static OrtStatusPtr check(Kernel* kernel) {
+  if (kernel->states > MAX_REGISTERS) return failed(kernel->api, "it has too many states");
+  kernel->registers = kernel->states > 0 ? kernel->states : 0;
   for (int side = 0; side < 2; ++side) {
     const Port* ports = side ? kernel->outputs : kernel->inputs;
     for (size_t k = 0; k < (side ? kernel->num_outputs : kernel->num_inputs); ++k) {
       const int64_t type = ports[k].type;
-      if (ports[k].parts < 1) return failed(kernel->api, "a tensor has no part");
+      if (kernel->states < 0 ? ports[k].parts < 1 : ports[k].parts != 0 && (side || ports[k].parts != -1))
+        return failed(kernel->api, "a tensor has no parts");
       if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && type != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 &&
           type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 && type != ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL)
         return failed(kernel->api, "a tensor has a type that is not supported");
@@ -251,10 +293,10 @@ static OrtStatusPtr check(Kernel* kernel) {
     int fine = within(in.op, OPERATIONS) && in.k >= 0 && (size_t)in.k <= kernel->num_immediates;
     int64_t used[] = {in.d, in.a, in.b}; /* registers */
     if (fine && in.op <= DEQUANTIZE) {
-      fine = within(in.a, kernel->num_inputs) && within(in.b, kernel->inputs[in.a].parts);
+      fine = within(in.a, kernel->num_inputs) && (kernel->states >= 0 || within(in.b, kernel->inputs[in.a].parts));
       used[1] = used[2] = 0;
     } else if (fine && in.op == STORE) {
-      fine = within(in.d, kernel->num_outputs) && within(in.b, kernel->outputs[in.d].parts);
+      fine = within(in.d, kernel->num_outputs) && (kernel->states >= 0 || within(in.b, kernel->outputs[in.d].parts));
       used[0] = used[2] = 0;
     }
     for (int r = 0; r < 3 && fine; ++r) {
@@ -273,7 +315,8 @@ static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info) {
   TRY(read_items(api, info, "output_ports", 2, &kernel->outputs, &kernel->num_outputs));
   size_t given;
   TRY(api->KernelInfo_GetInputCount(info, &given));
-  if (given != kernel->num_inputs) return failed(api, "it has another number of inputs");
+  TRY(api->KernelInfoGetAttribute_int64(info, "states", &kernel->states));
+  if (given != kernel->num_inputs + (kernel->states >= 0)) return failed(api, "it has another number of inputs");
   TRY(api->KernelInfo_GetOutputCount(info, &given));
   if (given != kernel->num_outputs) return failed(api, "it has another number of outputs");
   TRY(api->KernelInfoGetAttributeArray_float(info, "immediates", NULL, &kernel->num_immediates));

@@ -7,7 +7,7 @@ to them. `Split` and `DequantizeLinear` belong to no region; each region that re
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tetdeploy.native.layout import keep_blocked
+from tetdeploy.native.loops import FIRST_MARK, Loop, leading_to, put_nodes, reads, scalar
 from tetdeploy.native.programs import Op, Program
 
 DOMAIN = "ai.tetdeploy"
@@ -50,19 +52,27 @@ class Kind:
     shape: tuple[int | str | None, ...]
 
 
-class _UnfusableError(Exception):
-    """No program can be written for a region."""
+class UnfusableError(Exception):
+    """No program can be written for a region, its argument."""
 
 
-def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind]) -> int:
+def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], loops: Sequence[Loop] = ()) -> int:
     """Put nodes `Elementwise` in place of the element-wise regions of `model`.
 
     Args:
         kinds: of the graph's tensors.
+        loops: the neurons that stand where `take_out_loops` left its marks.
 
     Returns: how many there are.
+
+    Raises:
+        UnfusableError: the neurons of a loop cannot be put in again.
     """
-    graph = _Graph(model.graph, kinds)
+    kinds = dict(kinds)
+    graph = _Graph(model.graph, kinds, loops)
+    elementwise = {k for k in range(len(graph.nodes)) if k in graph.region or graph.inline[k]}
+    if keep_blocked(model.graph, kinds, elementwise, graph.numbers.keys() | graph.sizes.keys()):
+        graph = _Graph(model.graph, kinds, loops)
     fused = graph.fuse()
     if fused:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
@@ -72,10 +82,10 @@ def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind]) -> int:
 class _Graph:
     """A graph whose nodes are known by their place in it."""
 
-    def __init__(self, graph: onnx.GraphProto, kinds: Mapping[str, Kind]) -> None:
+    def __init__(self, graph: onnx.GraphProto, kinds: Mapping[str, Kind], loops: Sequence[Loop]) -> None:
         self.graph, self.kinds, self.nodes = graph, kinds, list(graph.node)
         self.producer = {name: k for k, node in enumerate(self.nodes) for name in node.output}
-        self.numbers = {t.name: value for t in graph.initializer if (value := _number(t)) is not None}
+        self.numbers = {t.name: value for t in graph.initializer if (value := scalar(t)) is not None}
         self.sizes = {
             t.name: numpy_helper.to_array(t).tolist() for t in graph.initializer if t.data_type == TensorProto.INT64
         }
@@ -85,12 +95,13 @@ class _Graph:
         level, readers = list[int](), defaultdict[str, list[int]](list)
         for k, node in enumerate(self.nodes):
             member = not self.inline[k] and self._is_member(node)
-            before = [self.producer[name] for name in _reads(node) if name in self.producer]
+            before = [self.producer[name] for name in reads(node) if name in self.producer]
             level.append(max((level[j] for j in before), default=0) + (not member and not self.inline[k]))
             if member:
                 self.region[k] = k
                 tensors = [name for name in node.input if name not in self.numbers]
-                for j in (*before, *(j for name in tensors for j in readers[name])):
+                near = [self.producer.get(self._before_inline(name), -1) for name in tensors]
+                for j in (*near, *(j for name in tensors for j in readers[name])):
                     if j in self.region and level[j] == level[k]:
                         self.region[self._first(k)] = self._first(j)
                 for name in tensors:
@@ -98,6 +109,20 @@ class _Graph:
                 for name in node.input if node.op_type == "Concat" else ():
                     self.joins[name].append(k)
         self.region = {k: self._first(k) for k in self.region}
+        self.loops = {}
+        for k, node in enumerate(self.nodes if loops else ()):
+            mark = self.numbers.get(node.input[1]) if node.op_type == "Greater" else None
+            if mark is not None and float(mark) >= FIRST_MARK:
+                self.loops[k] = loops[int(mark) - FIRST_MARK]
+        if len(self.loops) != len(loops):
+            raise UnfusableError("a loop was lost")
+        inputs = [value.name for value in graph.input]
+        self.steps = "steps" if "steps" in inputs else "x"  # [N, T], or frames [N, T, ...]
+
+    def _before_inline(self, name: str) -> str:
+        while (node := self.inline_producer(name)) is not None:
+            name = node.input[0]
+        return name
 
     def _first(self, k: int) -> int:
         while self.region[k] != k:
@@ -115,10 +140,18 @@ class _Graph:
                 writers = [_Writer(self, first, of) for first, of in members.items() if len(of) > 1]
                 outside = self._read_outside(writers)
                 made = [writer.node(outside) for writer in writers]
-            except _UnfusableError as error:
+            except UnfusableError as error:
+                if any(self.region.get(k) == error.args[0] for k in self.loops):
+                    raise
                 self.region = {k: first for k, first in self.region.items() if first != error.args[0]}
                 continue
-            self._replace(made)
+            if not self.loops.keys() <= self.region.keys():
+                raise UnfusableError("a loop stands alone")
+            kept = [node for k, node in enumerate(self.nodes) if k not in self.region]
+            put_nodes(self.graph, leading_to(self.graph.output, [*kept, *made]))
+            known = {value.name for value in (*self.graph.value_info, *self.graph.output)}
+            for name in (name for node in made for name in node.output if name not in known):
+                self.graph.value_info.append(helper.make_tensor_value_info(name, self.kinds[name].type, None))
             return len(made)
 
     def region_of(self, name: str) -> int | None:
@@ -128,6 +161,15 @@ class _Graph:
     def inline_producer(self, name: str) -> onnx.NodeProto | None:
         k = self.producer.get(name)
         return self.nodes[k] if k is not None and self.inline[k] else None
+
+    def repeated(self, name: str) -> str | None:
+        """The tensor `[N, ...]` that `name [T * N, ...]` repeats for each step, if it does."""
+        for op in ("Reshape", "Expand", "Unsqueeze"):
+            node = self.nodes[self.producer[name]] if name in self.producer else None
+            if node is None or node.op_type != op:
+                return None
+            name = node.input[0]
+        return name if name in self.kinds else None
 
     def _is_inline(self, node: onnx.NodeProto) -> bool:
         if node.domain or not all(self._has_axes(name) for name in (node.input[0], *node.output)):
@@ -174,7 +216,7 @@ class _Graph:
         needed += [name for writer in writers for name in writer.reads]
         for k, node in enumerate(self.nodes):
             if k not in self.region and not self.inline[k]:
-                needed += _reads(node)
+                needed += reads(node)
         found = set[str]()
         while needed:
             name = needed.pop()
@@ -183,30 +225,6 @@ class _Graph:
                 producer = self.inline_producer(name)
                 needed += producer.input if producer is not None else []
         return found
-
-    def _replace(self, fused: list[onnx.NodeProto]) -> None:
-        """The graph with `fused` nodes, in an order in which it can be run, and without what nobody reads any more."""
-        kept = [node for k, node in enumerate(self.nodes) if k not in self.region]
-        made = {name: k for k, node in enumerate([*kept, *fused]) for name in node.output}
-        nodes, order, seen = [*kept, *fused], list[int](), set[int]()
-        stack = [(made[output.name], False) for output in reversed(self.graph.output) if output.name in made]
-        while stack:
-            k, done = stack.pop()
-            if done:
-                order.append(k)
-            elif k not in seen:
-                seen.add(k)
-                stack.append((k, True))
-                stack += [(made[name], False) for name in _reads(nodes[k]) if name in made]
-        ordered = [onnx.NodeProto.FromString(nodes[k].SerializeToString()) for k in order]
-        read = {name for node in ordered for name in _reads(node)}
-        numbers = [onnx.TensorProto.FromString(t.SerializeToString()) for t in self.graph.initializer if t.name in read]
-        for field, items in ((self.graph.node, ordered), (self.graph.initializer, numbers)):
-            del field[:]
-            field.extend(items)
-        known = {value.name for value in (*self.graph.value_info, *self.graph.output)}
-        for name in (name for node in fused for name in node.output if name not in known):
-            self.graph.value_info.append(helper.make_tensor_value_info(name, self.kinds[name].type, None))
 
 
 class _Writer:
@@ -220,7 +238,10 @@ class _Writer:
     def __init__(self, graph: _Graph, region: int, members: list[int]) -> None:
         self.graph, self.region = graph, region
         self.nodes = [graph.nodes[k] for k in members]
+        self.loops = [graph.loops[k] for k in members if k in graph.loops]
         self.parts = self._count_parts()
+        if self.loops and set(self.parts.values()) != {1}:
+            raise UnfusableError(region)  # steps of both kinds
         self._begin()
         for name in (name for node in self.nodes for name in node.output):
             for part in range(self.parts[name]):
@@ -228,9 +249,12 @@ class _Writer:
         self.reads = list(self._inputs)
 
     def _begin(self) -> None:
+        """Write nothing yet."""
         self._program = Program()
         self._inputs: list[str] = []
+        self._repeated: set[str] = set()
         self._values: dict[tuple[str, int], int] = {}
+        self._kept: list[tuple[int, int]] = []
 
     def node(self, outside: set[str]) -> onnx.NodeProto:
         """The node whose outputs are those of the region that are read outside it."""
@@ -240,23 +264,28 @@ class _Writer:
             for number, name in enumerate(outputs):
                 if part < self.parts[name]:
                     self._program.store(self._value(name, part), number, part)
+        for value, state in self._kept:
+            self._program.keep(value, state)
         try:
             program = self._program.encode()
         except ValueError as error:
-            raise _UnfusableError(self.region) from error
+            raise UnfusableError(self.region) from error
         return helper.make_node(
             "Elementwise",
-            self._inputs,
+            [*self._inputs, *([self.graph.steps] if self.loops else [])],
             outputs,
             domain=DOMAIN,
             program=program,
             immediates=[*self._program.immediates, 0.0],
             input_ports=[number for name in self._inputs for number in self._port(name)],
             output_ports=[number for name in outputs for number in self._port(name)],
+            states=len(self._program.states) if self.loops else -1,
         )
 
     def _port(self, name: str) -> tuple[int, int]:
-        return self.graph.kinds[name].type, self.parts[name]
+        """Type and parts, as `elementwise.c` numbers them."""
+        parts = self.parts.get(name, 1)
+        return self.graph.kinds[name].type, parts if not self.loops else -1 if name in self._repeated else 0
 
     def _value(self, name: str, part: int) -> int:
         key = (name, part)
@@ -274,7 +303,23 @@ class _Writer:
             return self._dequantise(node, part)
         if node.op_type == "Split":
             return self._value(node.input[0], list(node.output).index(name) * self.parts[name] + part)
-        return self._compute(node, part)
+        if node.op_type == "Concat":
+            for piece in node.input:
+                if part < self.parts[piece]:
+                    return self._value(piece, part)
+                part -= self.parts[piece]
+        if (loop := self.graph.loops.get(self.graph.producer[name])) is not None:
+            return self._fire(loop, self._value(node.input[0], part))
+        return _arithmetic(self._program, node, lambda operand: self._value(operand, part), self.graph.numbers)
+
+    def _fire(self, loop: Loop, current: int) -> int:
+        """The spikes of a loop's neurons in one step."""
+        state = self._program.state()
+        values = {loop.u: state, loop.x: current}
+        for node in loop.nodes:
+            values[node.output[0]] = _arithmetic(self._program, node, values.__getitem__, loop.numbers)
+        self._kept.append((values[loop.next_u], state))
+        return values[loop.spikes]
 
     def _dequantise(self, node: onnx.NodeProto, part: int) -> int:
         scale, zero = (float(self.graph.numbers[name]) if name else 0.0 for name in (*node.input, "")[1:3])
@@ -283,32 +328,6 @@ class _Writer:
             return self._program.add(Op.DEQUANTIZE, *place, self._program.immediate(zero, scale))
         centred = self._program.add(Op.SUB_K, self._value(node.input[0], part), k=self._program.immediate(zero))
         return self._program.add(Op.MUL_K, centred, k=self._program.immediate(scale))
-
-    def _compute(self, node: onnx.NodeProto, part: int) -> int:
-        program = self._program
-        if node.op_type == "Concat":
-            for name in node.input:
-                if part < self.parts[name]:
-                    break
-                part -= self.parts[name]
-            return self._value(name, part)
-        if node.op_type in BINARY:
-            op, (left, right) = BINARY[node.op_type], node.input
-            if left in self.graph.numbers:
-                return program.add(NUMBER_LEFT[op], self._value(right, part), k=self._number(left))
-            if right in self.graph.numbers:
-                return program.add(NUMBER_RIGHT[op], self._value(left, part), k=self._number(right))
-            return program.add(op, self._value(left, part), self._value(right, part))
-        value = self._value(node.input[0], part)
-        if node.op_type == "ThresholdedRelu":
-            return program.add(Op.THRESHOLDED_RELU, value, k=program.immediate(_attribute(node, "alpha", 1.0)))
-        if node.op_type == "HardSigmoid":
-            slope = program.immediate(_attribute(node, "alpha", 0.2), _attribute(node, "beta", 0.5))
-            return program.add(Op.HARD_SIGMOID, value, k=slope)
-        return value  # a Cast of 0 and 1, or of bytes
-
-    def _number(self, name: str) -> int:
-        return self._program.immediate(float(self.graph.numbers[name]))
 
     def _place(self, name: str, part: int) -> tuple[int, int] | None:
         """The input, and its part, that hold one step of a tensor; None of what is computed here."""
@@ -324,6 +343,10 @@ class _Writer:
             return None
         node = self.graph.inline_producer(name)
         if node is None:
+            repeated = self.graph.repeated(name) if self.loops else None
+            if repeated is not None:
+                self._repeated.add(repeated)
+                return repeated, part
             join = self._join(name)
             if join is None:
                 return name, part
@@ -367,40 +390,59 @@ class _Writer:
 def _solve(
     names: Iterable[str], same: list[list[str]], sums: list[tuple[str, list[str]]], region: int
 ) -> dict[str, int]:
-    """Whole numbers, as small as they can be, with `same` names equal and each total in `sums` that of its pieces."""
+    """Whole numbers, as small as they can be, with `same` names equal and each total in `sums` that of its pieces.
+
+    Raises:
+        UnfusableError: there are none.
+    """
     found: dict[str, int] = {}
-    pieces = [name for _, pieces in sums for name in pieces if name not in {total for total, _ in sums}]
-    for start in (*pieces, *sorted(names)):
-        found.setdefault(start, 1)
-        before = -1
-        while before != len(found):
-            before = len(found)
-            for group in same:
-                known = next((found[name] for name in group if name in found), None)
-                if known is not None:
-                    found |= {name: known for name in group if name not in found}
-            for total, parts in sums:
-                if all(name in found for name in parts):
-                    found.setdefault(total, sum(found[name] for name in parts))
+    groups, totals = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
+    for k, group in enumerate(same):
+        for name in group:
+            groups[name].append(k)
+    for k, (_, pieces) in enumerate(sums):
+        for name in pieces:
+            totals[name].append(k)
+    whole = {total for total, _ in sums}
+    for start in (*(name for _, pieces in sums for name in pieces if name not in whole), *sorted(names)):
+        news = [(start, found.get(start, 1))]
+        while news:
+            name, number = news.pop()
+            if name in found:
+                continue
+            found[name] = number
+            news += [(other, number) for k in groups[name] for other in same[k]]
+            for k in totals[name]:
+                total, pieces = sums[k]
+                if all(piece in found for piece in pieces):
+                    news.append((total, sum(found[piece] for piece in pieces)))
     if any(len({found[name] for name in group}) > 1 for group in same) or any(
-        found[total] != sum(found[name] for name in parts) for total, parts in sums
+        found[total] != sum(found[name] for name in pieces) for total, pieces in sums
     ):
-        raise _UnfusableError(region)
+        raise UnfusableError(region)
     return found
 
 
-def _reads(node: onnx.NodeProto) -> list[str]:
-    """The values that a node reads, its subgraphs included."""
-    inner = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return [*filter(None, node.input), *(name for graph in inner for within in graph.node for name in _reads(within))]
+def _arithmetic(
+    program: Program, node: onnx.NodeProto, operand: Callable[[str], int], numbers: Mapping[str, np.generic]
+) -> int:
+    """The value of a node on values that its operands have."""
+    if node.op_type in BINARY:
+        op, (left, right) = BINARY[node.op_type], node.input
+        if left in numbers:
+            return program.add(NUMBER_LEFT[op], operand(right), k=program.immediate(float(numbers[left])))
+        if right in numbers:
+            return program.add(NUMBER_RIGHT[op], operand(left), k=program.immediate(float(numbers[right])))
+        return program.add(op, operand(left), operand(right))
+    value = operand(node.input[0])
+    if node.op_type == "ThresholdedRelu":
+        return program.add(Op.THRESHOLDED_RELU, value, k=program.immediate(_attribute(node, "alpha", 1.0)))
+    if node.op_type == "HardSigmoid":
+        slope = program.immediate(_attribute(node, "alpha", 0.2), _attribute(node, "beta", 0.5))
+        return program.add(Op.HARD_SIGMOID, value, k=slope)
+    assert node.op_type == "Cast"  # of 0 and 1, or of bytes
+    return value
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
-
-
-def _number(tensor: onnx.TensorProto) -> np.generic | None:
-    """The number of a tensor that holds one, and has one axis at most."""
-    if len(tensor.dims) > 1 or any(dim != 1 for dim in tensor.dims) or tensor.data_type not in (FLOAT, UINT8, INT8):
-        return None
-    return numpy_helper.to_array(tensor).reshape(-1)[0]  # type: ignore[no-any-return]

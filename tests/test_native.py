@@ -1,0 +1,439 @@
+"""The native operator gives the bits of ONNX Runtime's own operators, and is refused where it cannot be."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from export_helpers import LAYOUTS, digits, exported, frames, int8_exported, unchecked
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from tetdeploy import native
+from tetdeploy.engine import Engine
+from tetdeploy.export import ExportConfig
+from tetdeploy.native.programs import Op, Program
+from tetdeploy.networks import ResNet19
+from tetdeploy.neurons import LIF
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+FLOAT, UINT8, INT8, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8, TensorProto.BOOL
+Array = np.ndarray[Any, Any]
+SPECIAL = np.array([0.0, -0.0, 1.0, -1.0, 0.5, 1 + 2**-23, 1e-42, 3e38, np.inf, -np.inf, np.nan], np.float32)
+
+
+def floats(*shape: int, seed: int = 0) -> Array:
+    """Numbers round the thresholds, and all that are special."""
+    values = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    places = np.random.default_rng(seed + 1).integers(0, values.size, min(values.size, 4 * len(SPECIAL)))
+    values.reshape(-1)[places] = np.resize(SPECIAL, len(places))
+    return values
+
+
+def graph(
+    nodes: list[onnx.NodeProto],
+    inputs: dict[str, tuple[int, Sequence[int | str]]],
+    outputs: dict[str, int],
+    constants: dict[str, Array] | None = None,
+) -> bytes:
+    made = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
+        [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()],
+        [numpy_helper.from_array(value, name) for name, value in (constants or {}).items()],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.tetdeploy", 1)]
+    return helper.make_model(made, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def run(model: bytes, feed: dict[str, Array], threads: int = 2, *, joined: bool = False) -> list[Array]:
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, threads
+    if joined:
+        options.register_custom_ops_library(str(native.library()))
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    result: list[Array] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, feed)
+    return result
+
+
+def joined(model: bytes) -> tuple[bytes, list[str]]:
+    """The model with native operators, and the operators that it has then."""
+    made = native.fuse_model(model)
+    assert made is not None
+    return made, [node.op_type for node in onnx.ModelProto.FromString(made).graph.node]
+
+
+def assert_same(model: bytes, feed: dict[str, Array]) -> list[str]:
+    """Both give the same bits, with one thread and with several. Returns the operators of the joined graph."""
+    made, operators = joined(model)
+    for threads in (1, 3):
+        for plain, other in zip(run(model, feed, threads), run(made, feed, threads, joined=True), strict=True):
+            assert plain.dtype == other.dtype and plain.shape == other.shape
+            np.testing.assert_array_equal(plain, other)  # nan equals nan; -0 is told from 0 below
+            np.testing.assert_array_equal(np.signbit(plain[plain == 0]), np.signbit(other[other == 0]))
+    return operators
+
+
+# ------------------------------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div", "Less", "Greater", "LessOrEqual", "GreaterOrEqual"])
+@pytest.mark.parametrize("number", [None, "left", "right"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (2, 129, 33, 5)], ids=str)
+def test_operators_of_two(op: str, number: str | None, shape: tuple[int, ...]) -> None:
+    compares = op in ("Less", "Greater", "LessOrEqual", "GreaterOrEqual")
+    operands = {None: ["a", "b"], "left": ["k", "a"], "right": ["a", "k"]}[number]
+    nodes = [helper.make_node(op, operands, ["c"])]
+    nodes += [helper.make_node("Cast", ["c"], ["d"], to=FLOAT)] if compares else []
+    nodes.append(helper.make_node("ThresholdedRelu", ["d" if compares else "c"], ["y"], alpha=0.25))
+    declared = {name: (FLOAT, ["N", *shape[1:]]) for name in ("a", "b") if name in operands}
+    model = graph(nodes, declared, {"y": FLOAT}, {"k": np.array(0.5, np.float32)} if number else None)
+    feed = {name: floats(*shape, seed=ord(name)) for name in declared}
+    assert assert_same(model, feed) == ["Elementwise"]
+
+
+@pytest.mark.parametrize("alpha", [0.2, 8388608.0, -8388608.0])
+def test_operators_of_one(alpha: float) -> None:
+    nodes = [
+        helper.make_node("HardSigmoid", ["x"], ["a"], alpha=alpha, beta=-alpha),
+        helper.make_node("ThresholdedRelu", ["x"], ["b"]),  # alpha is 1
+        helper.make_node("Sub", ["b", "a"], ["y"]),
+    ]
+    model = graph(nodes, {"x": (FLOAT, ["N", 700])}, {"y": FLOAT})
+    assert assert_same(model, {"x": np.nan_to_num(floats(5, 700), nan=0.5)}) == ["Elementwise"]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(INT8, np.int8), (UINT8, np.uint8)])
+def test_bytes_become_currents_and_spikes_bytes(kind: int, dtype: type[np.generic]) -> None:
+    """As in a lowered graph: a part of the batch for each step, a scale for each, spikes joined as bytes."""
+    nodes = [helper.make_node("Split", ["q"], ["q0", "q1"], axis=0, num_outputs=2)]
+    for t in range(2):
+        nodes += [
+            helper.make_node("DequantizeLinear", [f"q{t}", f"scale{t}", "zero"], [f"i{t}"]),
+            helper.make_node("Sub", ["i0" if t == 0 else "r0", f"i{t}"], [f"n{t}"]),
+            helper.make_node("ThresholdedRelu", [f"n{t}"], [f"r{t}"], alpha=-1.5),
+            helper.make_node("Less", [f"n{t}", "v_th"], [f"fires{t}"]),
+            helper.make_node("Cast", [f"fires{t}"], [f"s{t}"], to=UINT8),
+        ]
+    nodes.append(helper.make_node("Concat", ["s0", "s1"], ["y"], axis=0))
+    constants = {
+        "scale0": np.array(0.037, np.float32),
+        "scale1": np.array(0.074, np.float32),
+        "zero": np.array(3, dtype),
+        "v_th": np.array(-1.5, np.float32),
+    }
+    model = graph(nodes, {"q": (kind, ["2N", 3, 11, 11])}, {"y": UINT8, "r1": FLOAT, "fires0": BOOL}, constants)
+    q = np.random.default_rng(0).integers(np.iinfo(dtype).min, np.iinfo(dtype).max + 1, (6, 3, 11, 11)).astype(dtype)
+    assert assert_same(model, {"q": q}) == ["Elementwise"]
+
+
+def test_a_region_does_not_reach_round_what_lies_between() -> None:
+    """a -> Softmax -> c, and a -> c: one node for a and c would have to run before the Softmax and behind it."""
+    nodes = [
+        helper.make_node("Mul", ["x", "k"], ["a0"]),
+        helper.make_node("Sub", ["a0", "x"], ["a"]),
+        helper.make_node("Softmax", ["a"], ["b"]),
+        helper.make_node("Sub", ["a", "b"], ["c0"]),
+        helper.make_node("Mul", ["c0", "k"], ["y"]),
+    ]
+    model = graph(nodes, {"x": (FLOAT, ["N", 40])}, {"y": FLOAT}, {"k": np.array(0.3, np.float32)})
+    operators = assert_same(model, {"x": floats(9, 40)})
+    assert operators == ["Elementwise", "Softmax", "Elementwise"]
+
+
+def test_what_is_repeated_along_an_axis_is_left_alone() -> None:
+    nodes = [
+        helper.make_node("Add", ["x", "bias"], ["a"]),
+        helper.make_node("Mul", ["a", "gate"], ["b"]),
+        helper.make_node("Mul", ["b", "k"], ["c"]),
+        helper.make_node("Sub", ["c", "b"], ["y"]),
+    ]
+    constants = {"bias": floats(4, 1, 1), "k": np.array([0.5], np.float32)}
+    model = graph(nodes, {"x": (FLOAT, ["N", 4, 6, 6]), "gate": (FLOAT, ["N", 4, 1, 1])}, {"y": FLOAT}, constants)
+    operators = assert_same(model, {"x": floats(3, 4, 6, 6), "gate": floats(3, 4, 1, 1, seed=5)})
+    assert sorted(operators) == ["Add", "Elementwise", "Mul"]
+
+
+def test_values_that_subgraphs_read_are_given_out() -> None:
+    inner = [helper.make_node("Identity", ["b"], ["then"])], [helper.make_node("Identity", ["a"], ["else"])]
+    branches = {
+        name: helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(nodes[0].output[0], FLOAT, None)])
+        for name, nodes in zip(("then_branch", "else_branch"), inner, strict=True)
+    }
+    nodes = [
+        helper.make_node("Mul", ["x", "k"], ["a"]),
+        helper.make_node("Sub", ["a", "x"], ["b"]),
+        helper.make_node("If", ["which"], ["y"], **branches),
+    ]
+    inputs: dict[str, tuple[int, Sequence[int | str]]] = {"x": (FLOAT, ["N", 4]), "which": (BOOL, [])}
+    model = graph(nodes, inputs, {"y": FLOAT}, {"k": np.array(3, np.float32)})
+    for which in (True, False):
+        assert assert_same(model, {"x": floats(3, 4), "which": np.array(which)}) == ["Elementwise", "If"]
+
+
+def test_a_graph_with_nothing_to_join_stays() -> None:
+    model = graph([helper.make_node("Relu", ["x"], ["y"])], {"x": (FLOAT, ["N", 4])}, {"y": FLOAT})
+    assert native.fuse_model(model) is None
+
+
+# --------------------------------------------------------------------------------------------------------- networks
+
+
+def assert_same_answers(path: Path, x: Array, steps: list[int]) -> None:
+    plain, fast = Engine(path, threads=2, native=False), Engine(path, threads=2, native=True)
+    assert fast.native and not plain.native
+    for count, T in itertools.product((1, 5), steps):
+        np.testing.assert_array_equal(plain.run(x[:count], T).per_step, fast.run(x[:count], T).per_step)
+    if plain.with_state:
+        one, other = plain.stream(3), fast.stream(3)
+        for _ in range(3):
+            chunk = x[:3] if plain.encoding == "direct" else x[:3, : plain.T or 1]
+            chunk = chunk[:, 0] if plain.layout == "step" and plain.encoding == "frames" else chunk
+            np.testing.assert_array_equal(one.push(chunk).logits, other.push(chunk).logits)
+        assert one.state.keys() == other.state.keys()
+        for name in one.state:
+            np.testing.assert_array_equal(one.state[name], other.state[name])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(("layout", "options"), LAYOUTS, ids=str)
+def test_every_layout_gives_the_same_bits(layout: str, options: dict[str, Any], precision: str) -> None:
+    if precision == "int8":
+        path = int8_exported(layout, **{k: v for k, v in options.items() if k != "T"})
+    else:
+        path = exported(layout, **options)
+    x = digits().images if options.get("encoding") != "frames" else frames(8, 3)
+    if not options.get("normalize", True):
+        x = (x / 16).astype(np.float32)
+    assert_same_answers(path, x, [1, 3])
+
+
+class Mixed(nn.Module):
+    """Between two layers of neurons stands what depends on T: each step reads the sum of those before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.encode, self.readout = nn.Conv2d(1, 6, 3, padding=1), nn.Linear(384, 10)
+        self.lif1, self.lif2 = LIF(v_th=0.4), LIF(v_th=0.7)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.encode(x)
+        spikes = self.lif1(current.unsqueeze(0).expand(T, *current.shape))
+        logits: Tensor = self.readout(self.lif2(spikes.cumsum(0) * 0.5).flatten(2))
+        return logits
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
+def test_what_depends_on_T_between_neurons(layout: str, tmp_path: Path) -> None:
+    unchecked(Mixed(), tmp_path / "m.onnx", ExportConfig(layout=layout, T=4))  # type: ignore[arg-type]
+    assert_same_answers(tmp_path / "m.onnx", digits().images, [4])
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_residual_networks_have_no_other_passes_over_memory(layout: str, target: str, tmp_path: Path) -> None:
+    """Between convolutions of ResNet-19 stand native operators, and nothing that reorders or copies."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ResNet19(num_classes=10, in_channels=1, image_size=(8, 8), width=0.25)
+    config = ExportConfig(layout=layout, T=4, target=target)  # type: ignore[arg-type]
+    unchecked(network, tmp_path / "m.onnx", config)
+    assert_same_answers(tmp_path / "m.onnx", digits().images, [4])
+    _, operators = joined((tmp_path / "m.onnx").read_bytes())
+    assert not {"Scan", "Split", "Sub", "Add", "HardSigmoid", "ThresholdedRelu"} & set(operators) - {"Sub"}
+    assert operators.count("ReorderInput") <= 2 or layout == "step"  # a state has the usual order
+
+
+def test_sessions_may_be_shared_by_threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    engine, x = Engine(exported("dynamic"), native=True), digits().images
+    wanted = [engine.run(x[k : k + 3], 1 + k % 4).per_step for k in range(24)]
+    with ThreadPoolExecutor(6) as pool:
+        got = list(pool.map(lambda k: engine.run(x[k : k + 3], 1 + k % 4).per_step, range(24)))
+    for one, other in zip(wanted, got, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# --------------------------------------------------------------------------------------------------------- choices
+
+
+def test_small_networks_take_the_time_for_it_only_when_asked() -> None:
+    assert not Engine(exported("step")).native
+    assert Engine(exported("step"), native=True).native
+
+
+def test_large_networks_have_it_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetdeploy.engine.NATIVE_FROM", 1)
+    assert Engine(exported("step")).native
+    monkeypatch.setattr("tetdeploy.engine.missing", lambda: "not compiled")
+    assert not Engine(exported("step")).native
+    with pytest.raises(ValueError, match="not compiled"):
+        Engine(exported("step"), native=True)
+
+
+def test_refused_where_onnxruntime_does_not_run_on_a_cpu() -> None:
+    pytest.importorskip("openvino")
+    with pytest.raises(ValueError, match="native is for ONNX Runtime on a CPU, not openvino on cpu"):
+        Engine(exported("unrolled", T=3), runtime="openvino", native=True)
+
+
+def test_what_goes_wrong_leaves_the_engine_as_it_would_be_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetdeploy.engine.NATIVE_FROM", 1)
+
+    def fail(model: bytes) -> bytes:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("tetdeploy.engine.fuse_model", fail)
+    with pytest.warns(RuntimeWarning, match=r"step.*runs on ONNX Runtime's own operators alone: no space left"):
+        engine = Engine(exported("step"))
+    assert not engine.native and engine.run(digits().images[:2], 2).logits.shape == (2, 10)
+    with pytest.raises(ValueError, match="cannot run natively: no space left"):
+        Engine(exported("step"), native=True)
+
+
+def test_counting_and_overlays_see_the_plain_graph() -> None:
+    plain, fast = Engine(exported("dynamic"), native=False), Engine(exported("dynamic"), native=True)
+    for one, other in zip(
+        plain.count(digits().images[:4], 3)[1].items(), fast.count(digits().images[:4], 3)[1].items(), strict=True
+    ):
+        assert one[0] == other[0]
+        np.testing.assert_array_equal(one[1], other[1])
+
+
+# -------------------------------------------------------------------------------------------------------- programs
+
+
+def test_a_register_is_free_when_nobody_reads_its_value_any_more() -> None:
+    program = Program()
+    value = program.add(Op.LOAD, 0)
+    for k in range(300):
+        value = program.add(Op.ADD_K, value, k=program.immediate(float(k % 3)))
+    program.store(value, 0, 0)
+    code = program.encode()
+    assert max(code[1::5]) < 2 and len(program.immediates) == 3
+
+
+def test_too_many_values_at_once_are_refused() -> None:
+    program = Program()
+    values = [program.add(Op.LOAD, 0, part) for part in range(257)]
+    for part, value in enumerate(values):
+        program.store(value, 0, part)
+    with pytest.raises(ValueError, match="257 values at once"):
+        program.encode()
+
+
+def test_more_steps_than_registers_leave_the_region_to_onnxruntime() -> None:
+    """Sums that all wait for the last step."""
+    T = 300
+    pieces = [f"x{t}" for t in range(T)]
+    nodes = [helper.make_node("Split", ["x"], pieces, axis=0, num_outputs=T)]
+    nodes += [helper.make_node("Add", [f"x{t}", f"x{T - 1 - t}"], [f"a{t}"]) for t in range(T)]
+    nodes.append(helper.make_node("Concat", [f"a{t}" for t in range(T)], ["y"], axis=0))
+    model = graph(nodes, {"x": (FLOAT, ["TN", 4])}, {"y": FLOAT})
+    made = native.fuse_model(model)
+    feed = {"x": floats(2 * T, 4)}
+    if made is not None:
+        np.testing.assert_array_equal(run(model, feed)[0], run(made, feed, joined=True)[0])
+
+
+def elementwise(**changes: Any) -> bytes:
+    """A program that adds 1, damaged by `changes`."""
+    attributes: dict[str, Any] = {
+        "program": [Op.LOAD, 0, 0, 0, 0, Op.ADD_K, 0, 0, 0, 0, Op.STORE, 0, 0, 0, 0],
+        "immediates": [1.0],
+        "input_ports": [FLOAT, 1],
+        "output_ports": [FLOAT, 1],
+        "states": -1,
+    } | changes
+    node = helper.make_node("Elementwise", ["x"], ["y"], domain="ai.tetdeploy", **attributes)
+    return graph([node], {"x": (FLOAT, ["N", 3])}, {"y": FLOAT})
+
+
+def test_the_program_that_is_damaged_below_runs() -> None:
+    x = floats(2, 3)
+    np.testing.assert_array_equal(run(elementwise(), {"x": x}, joined=True)[0], x + 1)
+
+
+@pytest.mark.parametrize(("changes", "match"), [
+    ({"program": [Op.LOAD, 0, 1, 0, 0]}, "damaged"),  # another input
+    ({"program": [Op.LOAD, 0, 0, 1, 0]}, "damaged"),  # another part
+    ({"program": [Op.LOAD, 256, 0, 0, 0]}, "damaged"),  # another register
+    ({"program": [Op.LOAD, -1, 0, 0, 0]}, "damaged"),
+    ({"program": [Op.STORE, 1, 0, 0, 0]}, "damaged"),  # another output
+    ({"program": [Op.STORE, 0, 0, 1, 0]}, "damaged"),
+    ({"program": [Op.ADD, 0, 0, 999, 0]}, "damaged"),
+    ({"program": [Op.ADD_K, 0, 0, 0, 2]}, "damaged"),  # another immediate
+    ({"program": [23, 0, 0, 0, 0]}, "damaged"),  # another operation
+    ({"program": [0, 0, 0]}, "wrong length"),
+    ({"input_ports": [FLOAT, 0]}, "no parts"),
+    ({"input_ports": [TensorProto.DOUBLE, 1]}, "not supported"),
+    ({"input_ports": [FLOAT, 1, FLOAT, 1]}, "another number of inputs"),
+    ({"output_ports": [FLOAT, 1, FLOAT, 1]}, "another number of outputs"),
+    ({"states": 1}, "another number of inputs"),
+])  # fmt: skip
+def test_damaged_programs_are_refused(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(Exception, match=match):
+        run(elementwise(**changes), {"x": floats(2, 3)}, joined=True)
+
+
+def running_sum(states: int = 1) -> bytes:
+    """x summed over the steps, and a constant current at each: what lasts is the first register."""
+    program = Program()
+    state = program.state()
+    total = program.add(Op.ADD, program.add(Op.ADD, state, program.add(Op.LOAD, 0)), program.add(Op.LOAD, 1))
+    program.store(total, 0, 0)
+    program.keep(total, state)
+    node = helper.make_node(
+        "Elementwise", ["x", "once", "steps"], ["y"], domain="ai.tetdeploy", states=states, program=program.encode(),
+        immediates=program.immediates, input_ports=[FLOAT, 0, FLOAT, -1], output_ports=[FLOAT, 0],
+    )  # fmt: skip
+    inputs: dict[str, tuple[int, Sequence[int | str]]] = {
+        "x": (FLOAT, ["TN", 700]), "once": (FLOAT, ["N", 700]), "steps": (UINT8, ["N", "T"]),
+    }  # fmt: skip
+    return graph([node], inputs, {"y": FLOAT})
+
+
+@pytest.mark.parametrize(("N", "T"), [(1, 1), (3, 4), (40, 7)])
+def test_a_program_that_runs_once_for_each_step(N: int, T: int) -> None:
+    x = np.random.default_rng(0).integers(-9, 9, (T, N, 700)).astype(np.float32)
+    once = np.random.default_rng(1).integers(-9, 9, (N, 700)).astype(np.float32)
+    feed = {"x": x.reshape(T * N, 700), "once": once, "steps": np.zeros((N, T), np.uint8)}
+    for threads in (1, 3):
+        y = run(running_sum(), feed, threads, joined=True)[0]
+        np.testing.assert_array_equal(y.reshape(T, N, 700), np.cumsum(x + once, axis=0))
+
+
+def test_steps_that_do_not_fit_are_refused() -> None:
+    feed = {"x": floats(6, 700), "once": floats(3, 700), "steps": np.zeros((3, 4), np.uint8)}
+    with pytest.raises(Exception, match="cut into its steps"):
+        run(running_sum(), feed, joined=True)
+    with pytest.raises(Exception, match="different shapes"):
+        run(running_sum(), feed | {"steps": np.zeros((3, 3), np.uint8)}, joined=True)
+    with pytest.raises(Exception, match="there is no step"):
+        run(running_sum(), feed | {"steps": np.zeros((3, 0), np.uint8)}, joined=True)
+    with pytest.raises(Exception, match="too many states"):
+        run(running_sum(states=257), feed, joined=True)
+
+
+def test_tensors_that_do_not_fit_are_refused_in_the_call() -> None:
+    with pytest.raises(Exception, match="cut into its steps"):
+        run(elementwise(input_ports=[FLOAT, 3]), {"x": floats(2, 3)}, joined=True)
+    node = helper.make_node(
+        "Elementwise", ["x", "z"], ["y"], domain="ai.tetdeploy", states=-1, immediates=[0.0],
+        program=[Op.LOAD, 0, 0, 0, 0, Op.LOAD, 1, 1, 0, 0, Op.ADD, 0, 0, 1, 0, Op.STORE, 0, 0, 0, 0],
+        input_ports=[FLOAT, 1, FLOAT, 1], output_ports=[FLOAT, 1],
+    )  # fmt: skip
+    model = graph([node], {"x": (FLOAT, ["N", 3]), "z": (FLOAT, ["M", 3])}, {"y": FLOAT})
+    with pytest.raises(Exception, match="different shapes"):
+        run(model, {"x": floats(2, 3), "z": floats(3, 3)}, joined=True)

@@ -1,0 +1,198 @@
+"""Takes the `Scan` out of a dynamic graph, so that ONNX Runtime optimises what is round it as in an unrolled graph.
+
+Neurons become a comparison with a number of their own on the merged steps `[T * N, ...]`: element-wise, as neurons are,
+so that the optimiser keeps its memory layout across it. In the optimised graph `regions` finds the numbers again, and
+runs the neurons in their place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper, shape_inference
+
+FIRST_MARK = 2**21  # no threshold is as high, and float32 tells it from the numbers that follow
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The neurons of a layer: `nodes` make of the membrane `u` and the current `x` the membrane `next_u` and the
+    `spikes`, with the `numbers` that they name."""
+
+    nodes: tuple[onnx.NodeProto, ...]
+    numbers: dict[str, np.generic]
+    u: str
+    x: str
+    next_u: str
+    spikes: str
+
+
+def take_out_loops(model: onnx.ModelProto) -> list[Loop]:
+    """Replace each `Scan` of `model` by a comparison with `FIRST_MARK` plus its place in what is returned.
+
+    One that begins with a membrane of the caller's, or gives one back, stays.
+    """
+    writer = _Merged(model)
+    for node in model.graph.node:
+        writer.take(node)
+    put_nodes(model.graph, leading_to(model.graph.output, writer.nodes))
+    return writer.loops
+
+
+class _Merged:
+    """A graph is written anew, and what is `[T, N, ...]` between neurons and convolutions becomes `[T * N, ...]`."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        inferred = shape_inference.infer_shapes(_without_weights(model)).graph
+        values = (*inferred.value_info, *inferred.input, *inferred.output)
+        self.kinds = {value.name: value.type.tensor_type for value in values}
+        self.producer = {name: node for node in model.graph.node for name in node.output}
+        self.read = {name for node in model.graph.node for name in reads(node)} | {v.name for v in model.graph.output}
+        self.graph = model.graph
+        self.nodes: list[onnx.NodeProto] = []
+        self.loops: list[Loop] = []
+        self.merged: dict[str, str] = {}
+
+    def take(self, node: onnx.NodeProto) -> None:
+        loop = _loop(node) if node.op_type == "Scan" else None
+        zeros = self.producer.get(node.input[0]) if loop is not None else None
+        if loop is not None and zeros is not None and _is_zeros(zeros) and node.output[0] not in self.read:
+            self._compare(node, loop)
+        elif (
+            node.op_type == "Reshape" and node.input[0] in self.merged and self._is_view(node.output[0], node.input[0])
+        ):
+            self.nodes.append(helper.make_node("Identity", [self.merged[node.input[0]]], node.output))
+        else:
+            self.nodes.append(node)
+            if node.op_type in ("Add", "Cast") and any(name in self.merged for name in node.input):
+                self._merge(node.output[0])
+
+    def _compare(self, scan: onnx.NodeProto, loop: Loop) -> None:
+        current, spikes = scan.input[1], scan.output[1]
+        fires, mark = f"{spikes}.fires", f"{spikes}.mark"
+        number = np.array(FIRST_MARK + len(self.loops), np.float32)
+        self.graph.initializer.append(numpy_helper.from_array(number, mark))
+        self.merged[spikes] = f"{spikes}.merged"
+        self.nodes += [
+            helper.make_node("Greater", [self._merge(current), mark], [fires]),
+            helper.make_node("Cast", [fires], [self.merged[spikes]], to=self.kinds[spikes].elem_type),
+            helper.make_node("Shape", [self._source(current)], [f"{spikes}.shape"]),  # for who reads [T, N, ...]
+            helper.make_node("Reshape", [self.merged[spikes], f"{spikes}.shape"], [spikes], allowzero=1),
+        ]
+        self.loops.append(loop)
+
+    def _source(self, name: str) -> str:
+        """What a value `[T, N, ...]` is computed from, of the same shape."""
+        while (node := self.producer.get(name)) is not None and node.op_type in ("Add", "Cast"):
+            if not self._all_like(name, node.input):
+                break
+            name = node.input[0]
+        return name
+
+    def _merge(self, name: str) -> str:
+        """The value `[T * N, ...]` that has the elements of `name [T, N, ...]`."""
+        if name not in self.merged:
+            node = self.producer.get(name)
+            if node is not None and node.op_type == "Reshape" and self._is_view(node.input[0], name):
+                self.merged[name] = node.input[0]
+            elif node is not None and node.op_type in ("Add", "Cast") and self._all_like(name, node.input):
+                copied = helper.make_node(node.op_type, [self._merge(part) for part in node.input], [f"{name}.merged"])
+                copied.attribute.extend(node.attribute)
+                self.nodes.append(copied)
+                self.merged[name] = copied.output[0]
+            else:
+                shape = numpy_helper.from_array(np.array([-1, *self._dims(name)[2:]], np.int64), f"{name}.merge")
+                self.graph.initializer.append(shape)
+                self.nodes.append(helper.make_node("Reshape", [name, shape.name], [f"{name}.merged"]))
+                self.merged[name] = f"{name}.merged"
+        return self.merged[name]
+
+    def _is_view(self, merged: str, name: str) -> bool:
+        """Whether one is the other with its first two axes merged."""
+        return len(self._dims(merged)) > 1 and self._dims(merged)[1:] == self._dims(name)[2:]
+
+    def _all_like(self, name: str, parts: Iterable[str]) -> bool:
+        return all(self._dims(part)[2:] == self._dims(name)[2:] != () for part in parts)
+
+    def _dims(self, name: str) -> tuple[int | str, ...]:
+        kind = self.kinds.get(name)
+        return () if kind is None else tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
+
+
+def _loop(scan: onnx.NodeProto) -> Loop | None:
+    """The body of a `Scan` over one current, from the first step to the last, with one membrane."""
+    attributes = {a.name: a for a in scan.attribute}
+    if set(attributes) != {"body", "num_scan_inputs"} or attributes["num_scan_inputs"].i != 1 or len(scan.input) != 2:
+        return None
+    body = attributes["body"].g
+    if len(body.output) != 2:
+        return None
+    constants = [*body.initializer]
+    for node in body.node:
+        if node.op_type == "Constant":
+            constants += [
+                onnx.TensorProto.FromString(a.t.SerializeToString()) for a in node.attribute if a.name == "value"
+            ]
+            constants[-1].name = node.output[0]
+    numbers = {t.name: number for t in constants if (number := scalar(t)) is not None}
+    nodes = tuple(node for node in body.node if node.op_type != "Constant")
+    return Loop(nodes, numbers, *(value.name for value in (*body.input, *body.output)))
+
+
+def _is_zeros(node: onnx.NodeProto) -> bool:
+    values = [numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"]
+    return node.op_type == "ConstantOfShape" and not any(value.any() for value in values)
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """What shapes are inferred from: large constants have theirs in the graph's `value_info`."""
+    light, graph = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import), model.graph
+    light.graph.name = graph.name
+    for field in ("node", "input", "output", "value_info"):
+        getattr(light.graph, field).extend(getattr(graph, field))
+    light.graph.initializer.extend(t for t in graph.initializer if math.prod(t.dims) <= 64)
+    return light
+
+
+def leading_to(outputs: Iterable[onnx.ValueInfoProto], nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Those of `nodes` that lead to `outputs`, each behind what it reads."""
+    made = {name: k for k, node in enumerate(nodes) for name in node.output}
+    order, seen = list[int](), set[int]()
+    stack = [(made[output.name], False) for output in reversed(list(outputs)) if output.name in made]
+    while stack:
+        k, done = stack.pop()
+        if done:
+            order.append(k)
+        elif k not in seen:
+            seen.add(k)
+            stack.append((k, True))
+            stack += [(made[name], False) for name in reads(nodes[k]) if name in made]
+    return [nodes[k] for k in order]
+
+
+def put_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Let `graph` have these nodes, and of its constants those that they read."""
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # they may belong to the graph
+    del graph.node[:]
+    graph.node.extend(copies)
+    read = {name for node in copies for name in reads(node)}
+    for k in reversed(range(len(graph.initializer))):
+        if graph.initializer[k].name not in read:
+            del graph.initializer[k]
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """The values that a node reads, its subgraphs included."""
+    inner = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return [*filter(None, node.input), *(name for graph in inner for within in graph.node for name in reads(within))]
+
+
+def scalar(tensor: onnx.TensorProto) -> np.generic | None:
+    """The number of a tensor that holds one, and has one axis at most."""
+    if len(tensor.dims) > 1 or any(dim != 1 for dim in tensor.dims):
+        return None
+    return numpy_helper.to_array(tensor).reshape(-1)[0]  # type: ignore[no-any-return]
