@@ -269,7 +269,10 @@ def watching_waits(test: Any) -> Any:
 
 @gpu
 @watching_waits
-@pytest.mark.parametrize("changes", [{}, {"random_T": "1:3"}, {"optimizer": "adamw"}, {"augment": "flip-roll"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"random_T": "1:3"}, {"optimizer": "adamw"}, {"augment": "flip-roll"}, {"augment": "autoaugment"}],
+)
 def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     """Every wait of the second epoch's steps is an error; in the first, kernels are loaded."""
     step = loop._train_step

@@ -22,7 +22,7 @@ from tetdeploy.data import ImageSet, load_data, split_validation
 from tetdeploy.extras import MissingExtraError
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig, TrainResult, evaluate, sdt_loss, tet_loss, total_loss, train, train_seeds
-from tetdeploy.train.augment import autoaugment, cutout
+from tetdeploy.train.augment import cutout
 from tetdeploy.train.averaging import estimating_bn, update_average
 from tetdeploy.train.objective import draw_lengths, prefix_mean
 from tetdeploy.train.stages import Stage, TimeRange, parse_random_T, parse_tit
@@ -405,18 +405,6 @@ def test_cutout_blanks_one_square_of_each_image() -> None:
     assert torch.equal(rows * columns, areas)
     frames = cutout(images.repeat(1, 2, 1, 1), Generator().manual_seed(0), size=3, fill=fill)
     assert torch.equal(frames, cut.repeat(1, 2, 1, 1))
-
-
-def test_autoaugment_changes_images_one_by_one_and_leaves_the_random_state_alone() -> None:
-    images = torch.tensor(TRAIN.x[:1]).repeat(40, 3, 4, 4)
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    augmented = autoaugment(images, Generator().manual_seed(0))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert augmented.shape == images.shape and augmented.dtype == torch.uint8
-    assert len({image.numpy().tobytes() for image in augmented}) > 15
-    with pytest.raises(ValueError, match="autoaugment wants images of 1 or 3 channels, got 2; choose another"):
-        autoaugment(images[:, :2], Generator())
 
 
 def test_autoaugment_of_event_frames_is_refused_before_anything_is_written(tmp_path: Path) -> None:
