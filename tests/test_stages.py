@@ -471,6 +471,21 @@ def test_seeds_refuse(tmp_path: Path) -> None:
         seeds(tmp_path / "a", of_seed, seeds=(0, 1), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"shards_mb": 0.003}, "shards of at most 0.003 MB are too small"),
+        ({"shards_mb": -1}, "shards_mb is -1; .* must be above 0"),
+        ({"cuda_graphs": True}, "no CUDA graph of this training step"),
+    ],
+)
+def test_what_the_first_seed_refuses_leaves_nothing_behind(tmp_path: Path, options: dict[str, Any], match: str) -> None:
+    """Or the same command without its mistake would find a run in the way."""
+    with pytest.raises(ValueError, match=match):
+        seeds(tmp_path / "a", of_seed, runs=tmp_path, **options)
+    assert not [*tmp_path.iterdir()]
+
+
 # --- TensorBoard
 
 
