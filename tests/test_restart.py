@@ -341,7 +341,7 @@ def test_the_command_refuses_what_does_not_go_together(half: Path) -> None:
         )
     assert "training.lr: 0.003 -> 0.1" in command("--restart-from", half, "--lr", 0.1, code=1)
     assert "nowhere does not exist" in command("--restart-from", "nowhere", code=1)
-    assert "--shards-mb" in command("--shards-mb", 0, code=2)
+    assert "--shards-mb" in command("--shards-mb", -1, code=2)
 
 
 def test_a_network_of_ones_own_is_not_imported_because_a_file_says_so(half: Path) -> None:
@@ -352,10 +352,9 @@ def test_a_network_of_ones_own_is_not_imported_because_a_file_says_so(half: Path
     assert "holds a network of your own: pass --model somebody:network" in command("--restart-from", half, code=1)
 
 
-def test_a_resumed_run_goes_on_with_its_shards_and_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is typed comes first, and is remembered; neither is a setting that must be the same."""
-    monkeypatch.chdir(tmp_path)
-    small = ("--width", 0.25, "--T", 1, "--batch-size", 512, "--epochs", 2)
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, float | None]]:
+    """Whether each run of the test has graphs, and the MB of its shards; graphs are allowed on a CPU."""
     given: list[tuple[bool, float | None]] = []
     whole = loop.train
 
@@ -367,10 +366,42 @@ def test_a_resumed_run_goes_on_with_its_shards_and_graphs(tmp_path: Path, monkey
     monkeypatch.setattr("tetdeploy.train.seeds.train", watched)
     monkeypatch.setattr("tetdeploy.train.session.check_graphs", lambda *_: None)
     monkeypatch.setattr("tetdeploy.train.session.StepGraphs", lambda _: None)
-    command(*small, "--out", "r", "--shards-mb", 1, "--cuda-graphs")
-    for options in ((), ("--shards-mb", 2, "--no-cuda-graphs"), ()):
+    return given
+
+
+SMALL = ("--width", 0.25, "--T", 1, "--batch-size", 512, "--epochs", 2)
+
+
+def test_a_resumed_run_goes_on_with_its_shards_and_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[tuple[bool, float | None]]
+) -> None:
+    """What is typed comes first, and is remembered; neither is a setting that must be the same."""
+    monkeypatch.chdir(tmp_path)
+    command(*SMALL, "--out", "r", "--shards-mb", 1, "--cuda-graphs")
+    for options in ((), ("--shards-mb", 2, "--no-cuda-graphs"), (), ("--shards-mb", 0), (), ("--shards-mb", 4)):
         command("--resume", "r", *options)
-    command(*small, "--out", "s", "--seeds", "0,1", "--shards-mb", 3)
+    assert given == [(True, 1.0), (True, 1.0), (False, 2.0), (False, 2.0), (False, None), (False, None), (False, 4.0)]
+    assert json.loads(Path("r/config.json").read_text())["how"] == {"cuda_graphs": False, "shards_mb": 4.0}
+    command(*SMALL, "--out", "s", "--seeds", "0,1", "--shards-mb", 3)
     command("--resume", "s")
-    assert given == [(True, 1.0), (True, 1.0), (False, 2.0), (False, 2.0), *[(False, 3.0)] * 4]
-    assert json.loads(Path("r/config.json").read_text())["how"] == {"cuda_graphs": False, "shards_mb": 2.0}
+    assert given[7:] == [(False, 3.0)] * 4
+
+
+def test_shards_that_are_switched_off_are_written_no_more(half: Path) -> None:
+    command("--restart-from", half, "--out", "with")
+    command("--restart-from", half, "--out", "without", "--shards-mb", 0)
+    assert Path("with/shards").exists() and not Path("without/shards").exists()
+
+
+def test_a_restarted_run_goes_on_with_the_shards_and_graphs_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[tuple[bool, float | None]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "check_restart", lambda *_: None)  # the run is finished: nothing would be left to train
+    command(*SMALL, "--out", "r", "--shards-mb", 1, "--cuda-graphs")
+    command("--restart-from", "r/shards", "--out", "of-shards")
+    command("--restart-from", "r/checkpoint.safetensors", "--out", "of-checkpoint")
+    command("--restart-from", "r/shards", "--out", "typed", "--shards-mb", 2, "--no-cuda-graphs")
+    shutil.copy("r/checkpoint.safetensors", "alone.safetensors")
+    command("--restart-from", "alone.safetensors", "--out", "alone")
+    assert given == [(True, 1.0), (True, 1.0), (True, 1.0), (False, 2.0), (False, None)]
