@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tetdeploy.checkpoint import CHECKPOINT_NAME, FORMAT, check_keys, read_metadata, read_tensors, weights_file
-from tetdeploy.shards import check_limit, is_complete, is_sharded, read_shards, write_shards
+from tetdeploy.checkpoint import CHECKPOINT_NAME, FORMAT, check_keys, checkpoint_file, read_metadata, read_tensors
+from tetdeploy.shards import check_limit, is_complete, newest_shards, read_shards, write_shards
 
 from .averaging import trainable
 from .runs import CONFIG_NAME, METRICS_NAME, completed, differences, read_metrics, read_run_config, write_metrics
@@ -65,11 +65,10 @@ def find_restart(path: Path | str) -> Restart:
         ValueError: it is damaged, no checkpoint, or of a run in 8 bits.
     """
     path = Path(path)
-    inside = [folder for parent in (path, path / SHARDS_NAME) for folder in parent.glob("epoch-*")]
-    found = [folder for folder in inside if is_sharded(folder)]
-    if not found:
-        return _read(weights_file(path))
-    found = [max(found, key=lambda folder: folder.name)]
+    shards = newest_shards(path) or newest_shards(path / SHARDS_NAME)
+    if shards is None:
+        return _read(checkpoint_file(path))
+    found = [shards]
     if (checkpoint := path / CHECKPOINT_NAME).is_file():  # of a run that went on without shards
         found.append(checkpoint)
     return max(map(_read, found), key=lambda restart: (restart.epoch, restart.step))  # shards where both are the same
