@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -71,6 +72,40 @@ def test_the_wishes_take_the_fastest_of_each_kind(module: Any) -> None:
         ("memory, ours / plain loop", 0.65, "at most 0.6", False),
     ]
     assert ratios({"loop": {"failed": "why"}, "tetdeploy": side(10)}) == []
+
+
+class Answering:
+    """In place of a side's process: a millisecond an image, or a failure from the second round on."""
+
+    def __init__(self, open_side: Any, side: str, *_: Any) -> None:
+        self.fails, self.failed, self.asked = side == "SJ torch fp32", "", 0
+
+    def ask(self, request: Any) -> Any:
+        self.asked += 1
+        if self.fails and self.asked > 1:
+            self.failed = "why"
+        if self.failed:
+            return None
+        whole = {"turn": {"ms": [3.0, 5.0], "peak_mb": 7.0}, "profile": {"BN": 1.0}, "floor": {"floor_ms": 2.0}}
+        return whole[request] if request in whole else {"ms": [float(request)], "classes": np.arange(request) % 2}
+
+    def end(self) -> None:
+        pass
+
+
+def test_a_call_that_is_cut_leaves_what_it_knows(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[dict[str, Any]] = []
+    training, inference = module("gpu_training"), module("gpu_inference")
+    for benchmark in (training, inference):
+        monkeypatch.setattr(benchmark, "Worker", Answering)
+    training.measure(["tetdeploy", "SJ torch fp32"], None, 2, None, lambda found: kept.append(copy.deepcopy(found)))
+    medians, profile = {"median_ms": 4.0, "peak_mb": 7.0}, {"profile_ms": {"BN": 1.0}}
+    assert kept[0] == {"sides": {"tetdeploy": medians, "SJ torch fp32": {"failed": "why"}}}
+    assert kept[-1]["sides"]["tetdeploy"] == medians | profile and kept[-1]["floor"] == {"floor_ms": 2.0}
+    kept.clear()
+    inference.measure(["eager fp32", "SJ torch fp32"], [1, 4], 1, kept.append)
+    assert kept[1] == {"eager fp32": {"median_ms": {1: 1.0}, "agrees": 1.0}, "SJ torch fp32": {"failed": "why"}}
+    assert kept[-1]["eager fp32"]["median_ms"] == {1: 1.0, 4: 4.0}
 
 
 @pytest.mark.peer

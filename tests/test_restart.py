@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tetdeploy
-from tetdeploy.checkpoint import read_content, read_metadata, write_tensors
+from tetdeploy.checkpoint import read_content, read_metadata, weights_file, write_tensors
 from tetdeploy.cli import main
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.data import ImageSet
+from tetdeploy.inspection import inspect
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.shards import INDEX_NAME, read_shards
+from tetdeploy.shards import INDEX_NAME, newest_shards, read_shards
 from tetdeploy.train import TrainConfig, TrainResult, loop, train
 from tetdeploy.train.restart import find_restart
 
@@ -117,6 +118,24 @@ def test_load_reads_shards(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "r" / "shards").iterdir()
     x = torch.from_numpy(VAL.x)
     torch.testing.assert_close(tetdeploy.load(folder)(x, 2), trained.eval()(x, 2), rtol=0, atol=0)
+
+
+def test_of_several_shards_the_latest_are_read_but_a_checkpoint_comes_first(tmp_path: Path) -> None:
+    trained = classifier()
+    run(tmp_path / "r", trained)
+    (folder,) = (tmp_path / "r" / "shards").iterdir()
+    earlier = shutil.copytree(folder, folder.with_name("epoch-00001-step-000002"))
+    for file in earlier.glob("model-*"):
+        file.write_bytes(b"")
+    shutil.copytree(tmp_path / "r" / "shards", tmp_path / "carried")
+    assert newest_shards(tmp_path / "carried") == tmp_path / "carried" / folder.name
+    assert same_weights(tetdeploy.load(tmp_path / "carried"), trained)
+    shutil.copy(tmp_path / "r" / "checkpoint.safetensors", tmp_path / "carried")
+    assert weights_file(tmp_path / "carried") == tmp_path / "carried" / "checkpoint.safetensors"
+    assert weights_file(tmp_path / "r") == tmp_path / "r" / "checkpoint.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"it holds shards: name one of their files, such as .*model-00001-of"):
+        inspect(tmp_path / "r" / "shards")
+    assert inspect(max(folder.glob("model-*")))["kind"] == "checkpoint"
 
 
 def test_without_the_option_there_are_no_shards_and_with_it_the_run_is_the_same(tmp_path: Path) -> None:
@@ -341,7 +360,21 @@ def test_the_command_refuses_what_does_not_go_together(half: Path) -> None:
         )
     assert "training.lr: 0.003 -> 0.1" in command("--restart-from", half, "--lr", 0.1, code=1)
     assert "nowhere does not exist" in command("--restart-from", "nowhere", code=1)
-    assert "--shards-mb" in command("--shards-mb", 0, code=2)
+    assert "--shards-mb" in command("--shards-mb", -1, code=2)
+
+
+def test_export_takes_shards(half: Path) -> None:
+    result = CliRunner().invoke(main, ["export", str(half), "--check", "20"])
+    assert result.exit_code == 0, result.output
+    assert "epoch-00001-step-000003: the weights after 1 epochs and 3 steps, not the best epoch's" in result.output
+    (model,) = Path().glob("carried/*.onnx")
+    result = CliRunner().invoke(main, ["validate", str(model), "--against", str(half), "--limit", "20"])
+    assert result.exit_code == 0, result.output
+    other = shutil.copytree(half / "epoch-00001-step-000003", Path("other"))
+    index = json.loads((other / INDEX_NAME).read_text())
+    (other / INDEX_NAME).write_text(json.dumps(index | {"changed": True}))
+    result = CliRunner().invoke(main, ["validate", str(model), "--against", str(other), "--limit", "20"])
+    assert result.exit_code == 1 and "was not exported from other" in result.output
 
 
 def test_a_network_of_ones_own_is_not_imported_because_a_file_says_so(half: Path) -> None:
@@ -352,10 +385,9 @@ def test_a_network_of_ones_own_is_not_imported_because_a_file_says_so(half: Path
     assert "holds a network of your own: pass --model somebody:network" in command("--restart-from", half, code=1)
 
 
-def test_a_resumed_run_goes_on_with_its_shards_and_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is typed comes first, and is remembered; neither is a setting that must be the same."""
-    monkeypatch.chdir(tmp_path)
-    small = ("--width", 0.25, "--T", 1, "--batch-size", 512, "--epochs", 2)
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, float | None]]:
+    """Whether each run of the test has graphs, and the MB of its shards; graphs are allowed on a CPU."""
     given: list[tuple[bool, float | None]] = []
     whole = loop.train
 
@@ -367,10 +399,42 @@ def test_a_resumed_run_goes_on_with_its_shards_and_graphs(tmp_path: Path, monkey
     monkeypatch.setattr("tetdeploy.train.seeds.train", watched)
     monkeypatch.setattr("tetdeploy.train.session.check_graphs", lambda *_: None)
     monkeypatch.setattr("tetdeploy.train.session.StepGraphs", lambda _: None)
-    command(*small, "--out", "r", "--shards-mb", 1, "--cuda-graphs")
-    for options in ((), ("--shards-mb", 2, "--no-cuda-graphs"), ()):
+    return given
+
+
+SMALL = ("--width", 0.25, "--T", 1, "--batch-size", 512, "--epochs", 2)
+
+
+def test_a_resumed_run_goes_on_with_its_shards_and_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[tuple[bool, float | None]]
+) -> None:
+    """What is typed comes first, and is remembered; neither is a setting that must be the same."""
+    monkeypatch.chdir(tmp_path)
+    command(*SMALL, "--out", "r", "--shards-mb", 1, "--cuda-graphs")
+    for options in ((), ("--shards-mb", 2, "--no-cuda-graphs"), (), ("--shards-mb", 0), (), ("--shards-mb", 4)):
         command("--resume", "r", *options)
-    command(*small, "--out", "s", "--seeds", "0,1", "--shards-mb", 3)
+    assert given == [(True, 1.0), (True, 1.0), (False, 2.0), (False, 2.0), (False, None), (False, None), (False, 4.0)]
+    assert json.loads(Path("r/config.json").read_text())["how"] == {"cuda_graphs": False, "shards_mb": 4.0}
+    command(*SMALL, "--out", "s", "--seeds", "0,1", "--shards-mb", 3)
     command("--resume", "s")
-    assert given == [(True, 1.0), (True, 1.0), (False, 2.0), (False, 2.0), *[(False, 3.0)] * 4]
-    assert json.loads(Path("r/config.json").read_text())["how"] == {"cuda_graphs": False, "shards_mb": 2.0}
+    assert given[7:] == [(False, 3.0)] * 4
+
+
+def test_shards_that_are_switched_off_are_written_no_more(half: Path) -> None:
+    command("--restart-from", half, "--out", "with")
+    command("--restart-from", half, "--out", "without", "--shards-mb", 0)
+    assert Path("with/shards").exists() and not Path("without/shards").exists()
+
+
+def test_a_restarted_run_goes_on_with_the_shards_and_graphs_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[tuple[bool, float | None]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "check_restart", lambda *_: None)  # the run is finished: nothing would be left to train
+    command(*SMALL, "--out", "r", "--shards-mb", 1, "--cuda-graphs")
+    command("--restart-from", "r/shards", "--out", "of-shards")
+    command("--restart-from", "r/checkpoint.safetensors", "--out", "of-checkpoint")
+    command("--restart-from", "r/shards", "--out", "typed", "--shards-mb", 2, "--no-cuda-graphs")
+    shutil.copy("r/checkpoint.safetensors", "alone.safetensors")
+    command("--restart-from", "alone.safetensors", "--out", "alone")
+    assert given == [(True, 1.0), (True, 1.0), (True, 1.0), (False, 2.0), (False, None)]

@@ -22,7 +22,7 @@ from tetdeploy.data import ImageSet, load_data, split_validation
 from tetdeploy.extras import MissingExtraError
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig, TrainResult, evaluate, sdt_loss, tet_loss, total_loss, train, train_seeds
-from tetdeploy.train.augment import autoaugment, cutout
+from tetdeploy.train.augment import cutout
 from tetdeploy.train.averaging import estimating_bn, update_average
 from tetdeploy.train.objective import draw_lengths, prefix_mean
 from tetdeploy.train.stages import Stage, TimeRange, parse_random_T, parse_tit
@@ -407,18 +407,6 @@ def test_cutout_blanks_one_square_of_each_image() -> None:
     assert torch.equal(frames, cut.repeat(1, 2, 1, 1))
 
 
-def test_autoaugment_changes_images_one_by_one_and_leaves_the_random_state_alone() -> None:
-    images = torch.tensor(TRAIN.x[:1]).repeat(40, 3, 4, 4)
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    augmented = autoaugment(images, Generator().manual_seed(0))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert augmented.shape == images.shape and augmented.dtype == torch.uint8
-    assert len({image.numpy().tobytes() for image in augmented}) > 15
-    with pytest.raises(ValueError, match="autoaugment wants images of 1 or 3 channels, got 2; choose another"):
-        autoaugment(images[:, :2], Generator())
-
-
 def test_autoaugment_of_event_frames_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     config = NetworkConfig("convsnn", 10, 2, (8, 8), width=0.25)
     options: dict[str, Any] = {"mean": (0.0, 0.0), "std": (1.0, 1.0), "class_names": DIGITS.class_names}
@@ -481,6 +469,21 @@ def test_seeds_refuse(tmp_path: Path) -> None:
         seeds(tmp_path / "a", of_seed, seeds=(0,))
     with pytest.raises(ValueError, match=r"seeds: \[0\] -> \[0, 1\]"):
         seeds(tmp_path / "a", of_seed, seeds=(0, 1), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"shards_mb": 0.003}, "shards of at most 0.003 MB are too small"),
+        ({"shards_mb": -1}, "shards_mb is -1; .* must be above 0"),
+        ({"cuda_graphs": True}, "no CUDA graph of this training step"),
+    ],
+)
+def test_what_the_first_seed_refuses_leaves_nothing_behind(tmp_path: Path, options: dict[str, Any], match: str) -> None:
+    """Or the same command without its mistake would find a run in the way."""
+    with pytest.raises(ValueError, match=match):
+        seeds(tmp_path / "a", of_seed, runs=tmp_path, **options)
+    assert not [*tmp_path.iterdir()]
 
 
 # --- TensorBoard

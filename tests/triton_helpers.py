@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,8 +32,10 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
         return "cpu"
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU here; Triton's interpreter runs the same comparisons")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)  # 10 bits of a product would be compared
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions of PyTorch warn of these names once; the new ones came with 2.9
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)  # 10 bits of a product would be compared
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     return "cuda"
 

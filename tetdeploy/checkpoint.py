@@ -8,6 +8,7 @@ Pickles, and so torch's own files, are recognised by their first bytes and never
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -72,7 +73,8 @@ def load(path: Path | str, *, network: nn.Module | None = None) -> Classifier:
     """The trained classifier of a checkpoint, on the CPU and in eval mode.
 
     Args:
-        path: a checkpoint, a run folder that holds one, or a folder of shards (`tetdeploy train --shards-mb`).
+        path: a checkpoint, a run folder that holds one, or a folder of shards (`tetdeploy train --shards-mb`), of more
+            in it the latest.
         network: an instance of the user's own network, needed if the checkpoint was trained with one
             (`package.module:function`): a file never decides what code is imported.
 
@@ -143,14 +145,22 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
 
 
 def weights_file(path: Path | str) -> Path:
-    """A folder of shards as it is, or the `checkpoint_file` that `path` names.
+    """A folder of shards, `path` itself or the latest in it (RUN/shards), or the `checkpoint_file` that `path` names.
 
     Raises:
         FileNotFoundError: see `checkpoint_file`.
     """
-    from tetdeploy.shards import is_sharded
+    from tetdeploy.shards import newest_shards
 
-    return Path(path) if is_sharded(path) else checkpoint_file(path)
+    held = (Path(path) / CHECKPOINT_NAME).exists()  # shards beside a checkpoint would be a choice
+    return (None if held else newest_shards(path)) or checkpoint_file(path)
+
+
+def weights_sha256(file: Path) -> str:
+    """Of a checkpoint, or of the index of a folder of shards, which has the checksum of each."""
+    from tetdeploy.shards import INDEX_NAME
+
+    return hashlib.sha256((file / INDEX_NAME if file.is_dir() else file).read_bytes()).hexdigest()
 
 
 def checkpoint_file(path: Path | str) -> Path:
@@ -159,12 +169,19 @@ def checkpoint_file(path: Path | str) -> Path:
     Raises:
         FileNotFoundError: there is no such path, or the folder has no checkpoint.
     """
+    from tetdeploy.shards import newest_shards
+
     path = Path(path)
     if path.is_dir():
         file = path / CHECKPOINT_NAME
         if not file.exists():
-            started = (path / STATE_NAME).exists()
-            remedy = "its first epoch is not finished: go on with --resume" if started else "it is not a run folder"
+            remedy = "it is not a run folder"
+            if (path / STATE_NAME).exists():
+                remedy = "its first epoch is not finished: go on with --resume"
+            elif (shards := newest_shards(path)) is not None:
+                remedy = (
+                    f"it holds shards: name one of their files, such as {min(shards.glob('model-*'), default=shards)}"
+                )
             raise FileNotFoundError(f"{path} holds no {CHECKPOINT_NAME}; {remedy}")
         return file
     if not path.exists():

@@ -29,6 +29,13 @@ def is_sharded(path: Path | str) -> bool:
     return (Path(path) / INDEX_NAME).is_file()
 
 
+def newest_shards(path: Path | str) -> Path | None:
+    """A folder of shards: `path` itself, or the latest of those in it (`epoch-00031-step-000000`); None without any."""
+    if is_sharded(path):
+        return Path(path)
+    return max(filter(is_sharded, Path(path).glob("epoch-*")), key=lambda folder: folder.name, default=None)
+
+
 def is_complete(folder: Path | str) -> bool:
     """Whether a folder holds shards, and all that its index names."""
     folder = Path(folder)

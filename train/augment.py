@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from tetdeploy.extras import import_extra
+from .autoaugment import autoaugment
 
 
 def random_crop(images: Tensor, generator: Generator, *, padding: int) -> Tensor:
@@ -94,32 +94,6 @@ def cutout(images: Tensor, generator: Generator, *, size: int, fill: Tensor) -> 
     return torch.where(square, fill.repeat(C // len(fill)).view(-1, 1, 1), images)
 
 
-def autoaugment(images: Tensor, generator: Generator) -> Tensor:
-    """Give each image one of the 25 pairs of operations that were found for CIFAR-10, at its own draw.
-
-    (Cubuk et al., AutoAugment: Learning Augmentation Policies from Data, CVPR 2019; torchvision's.)
-
-    Args:
-        images: uint8 [N, C, H, W] with C = 1 or 3.
-        generator: on the device of `images`; it seeds what torchvision draws.
-
-    Returns:
-        New images, uint8 [N, C, H, W].
-
-    Raises:
-        ValueError: another number of channels.
-        MissingExtraError: torchvision is not installed.
-    """
-    if images.shape[1] not in (1, 3):
-        raise ValueError(f"autoaugment wants images of 1 or 3 channels, got {images.shape[1]}; choose another augment")
-    transforms = import_extra("torchvision.transforms", "train")
-    augment = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
-    seed = int(torch.randint(2**62, (), generator=generator, device=images.device))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return torch.stack([augment(image) for image in images])
-
-
 def same_at_every_step(augment: Callable[[Tensor, Generator], Tensor], images: Tensor, generator: Generator) -> Tensor:
     """Apply `augment` to images [N, C, H, W], or to frames [N, T, C, H, W] as to images of T x C channels.
 
@@ -140,7 +114,12 @@ def _crop_and_flip(images: Tensor, generator: Generator) -> Tensor:
 
 
 def _crop_flip_autoaugment(images: Tensor, generator: Generator) -> Tensor:
-    return autoaugment(_crop_and_flip(images, generator), generator)
+    return autoaugment(_crop_and_flip(images, generator), _on_the_host(generator))
+
+
+def _on_the_host(generator: Generator) -> Generator:
+    """A generator on the CPU with the seed of one on a GPU, whose numbers would have to be waited for."""
+    return generator if generator.device.type == "cpu" else Generator().manual_seed(generator.initial_seed())
 
 
 # Of image files, as they are decoded: see `disk_images`.

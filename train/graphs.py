@@ -80,8 +80,8 @@ class StepGraphs:
             compute: forward and backward; returns numbers that are read before the next call.
 
         Raises:
-            ValueError: it cannot be recorded, because it waits for the GPU for instance. The process draws no more
-                random numbers on the GPU then: PyTorch leaves the generator in the recording.
+            ValueError: it cannot be recorded, because it waits for the GPU for instance. Random numbers go on as if
+                nothing had been recorded; memory that the recording took stays taken until the process ends.
             torch.OutOfMemoryError: memory does not suffice.
         """
         key = (key, x.shape, x.dtype, labels.shape)
@@ -91,7 +91,8 @@ class StepGraphs:
         return self._graphs[key].replay(x, labels)
 
     def _record(self, compute: Compute, x: Tensor, labels: Tensor) -> Recorded:
-        random, buffers = torch.cuda.get_rng_state(), [*self._network.buffers()]
+        generator, buffers = torch.cuda.default_generators[torch.cuda.current_device()], [*self._network.buffers()]
+        random, whole = generator.get_state(), generator.clone_state()
         before = [buffer.clone() for buffer in buffers]  # BN counts the warm-up too
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -108,8 +109,11 @@ class StepGraphs:
                 torch._foreach_zero_(gradients)  # kept where they are: the optimizer reads the same ones of every graph
                 numbers = compute(x, labels)
         except RuntimeError as error:
-            # The end of a broken recording raises an error of its own, and does so before it leaves the stream.
+            # The end of a broken recording raises an error of its own, and does so before it leaves the stream. Before
+            # PyTorch 2.13, whose generators have a state for each recording, theirs stays in it as well, and refuses to
+            # draw (https://github.com/pytorch/pytorch/pull/171265).
             torch.cuda.set_stream(outside)
+            generator.graphsafe_set_state(whole)
             cause = error.__context__ or error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
@@ -119,5 +123,5 @@ class StepGraphs:
             ) from cause
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
-        torch.cuda.set_rng_state(random)
+        generator.set_state(random)
         return Recorded(graph, x, labels, numbers)

@@ -8,8 +8,8 @@ bit for bit the same weights on a CPU.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,7 @@ def train(
     cuda_graphs: bool = False,
     shards_mb: float | None = None,
     restart_from: Path | str | None = None,
+    before_writing: Callable[[], object] | None = None,
 ) -> TrainResult:
     """Train a classifier and keep the run in a folder: checkpoint, training state, metrics and settings.
 
@@ -107,6 +108,7 @@ def train(
             10^6 bytes), see `restart`.
         restart_from: go on in `out`, which holds no run, from such weights, or from a checkpoint; the settings must be
             those of its run, but for device and precision.
+        before_writing: called once everything is checked and on the device, before the first file is written.
 
     Returns:
         Where the run ended.
@@ -118,30 +120,19 @@ def train(
         MissingExtraError: the package tensorboard is wanted and not installed.
         OSError: something cannot be written; earlier files are as they were.
     """
-    out, ranks = Path(out), current_ranks()
+    start, out = time.perf_counter(), Path(out)
     if shards_mb is not None and not 0 < shards_mb < float("inf"):
         raise ValueError(f"shards_mb is {shards_mb}; it is the size of a file in MB and must be above 0")
     if resume and restart_from is not None:
         raise ValueError("resume goes on with the run in out and restart_from begins another; choose one of them")
-    start = time.perf_counter()
     settings = run_settings(classifier, train_set, val_set, config)
-    with ranks.first():
-        for data in (train_set, val_set):
-            if data is not None:
-                check_data(data, classifier, config.longest_T)
-        check_together(classifier, train_set, config)
-        ranks.check_batch(min(config.batch_size, len(train_set)))
-        if board:
-            import_extra("tensorboard", "tensorboard")  # before anything is written
-        if ranks.writes:
-            check_run(out, settings, resume=resume)
+    _check(classifier, train_set, val_set, config, out, settings, resume=resume, board=board)
     settings["how"] = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
     restart = None if restart_from is None else find_restart(restart_from)
     if restart is not None:
         check_restart(restart, settings)
         settings["restarted"] = restart_origin(restart)
-    try:
-        calibration = read_scales(out) if config.qat and resume else None
+    with _explained(out, config):
         session = prepare(
             classifier,
             train_set,
@@ -150,7 +141,7 @@ def train(
             out,
             settings=settings,
             workers=workers,
-            calibration=calibration,
+            calibration=read_scales(out) if config.qat and resume else None,
             cuda_graphs=cuda_graphs,
             shard_bytes=None if shards_mb is None else int(shards_mb * 1e6),
         )
@@ -158,12 +149,48 @@ def train(
             settings["int8"] = session.calibration.to_dict()
         if session.shard_bytes is not None:
             check_shards(session, session.shard_bytes)
+        if before_writing is not None:
+            before_writing()
         state = _begin(session, restart, resume=resume)
-        if runs is not None and ranks.writes:
+        if runs is not None and session.ranks.writes:
             mark_latest(out, runs)
         cuda = [session.device] if session.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), tuned_convolutions():
             finished = _run(session, state, progress, board)
+    classifier.eval()
+    return TrainResult(out, state.epoch, state.best, not finished, time.perf_counter() - start)
+
+
+def _check(
+    classifier: Classifier,
+    train_set: LabelledSet,
+    val_set: LabelledSet | None,
+    config: TrainConfig,
+    out: Path,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool,
+    board: bool,
+) -> None:
+    """Refuse what does not fit together, as far as no device is needed to know it."""
+    ranks = current_ranks()
+    with ranks.first():
+        for data in (train_set, val_set):
+            if data is not None:
+                check_data(data, classifier, config.longest_T)
+        check_together(classifier, train_set, config)
+        ranks.check_batch(min(config.batch_size, len(train_set)))
+        if board:
+            import_extra("tensorboard", "tensorboard")
+        if ranks.writes:
+            check_run(out, settings, resume=resume)
+
+
+@contextmanager
+def _explained(out: Path, config: TrainConfig) -> Iterator[None]:
+    """Within it, a disk that is full and memory that does not suffice are errors that say what to do."""
+    try:
+        yield
     except OSError as error:
         if error.errno is None:  # says what and where already
             raise
@@ -175,8 +202,6 @@ def train(
             f"out of GPU memory at batch_size {config.batch_size}, T={config.longest_T}, precision {config.precision}; "
             "lower --batch-size or --T"
         ) from error
-    classifier.eval()
-    return TrainResult(out, state.epoch, state.best, not finished, time.perf_counter() - start)
 
 
 def _begin(session: Session, restart: Restart | None, *, resume: bool) -> TrainState:

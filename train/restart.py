@@ -2,8 +2,8 @@
 
 `--resume` needs the whole state of a run. What is carried here is that state without the optimizer's moments: the last
 weights with BN's statistics as training left them (not those of the best epoch), their moving average if there is one,
-where in which epoch they are from, the settings, and the metrics so far. The restarted run goes on at that step of the
-schedule, with the images that step would have had, and with fresh moments.
+where in which epoch they are from, the settings, how the run ran (shards, CUDA graphs), and the metrics so far. The
+restarted run goes on at that step of the schedule, with the images that step would have had, and with fresh moments.
 
 It chooses its best epoch among its own: the best weights of the earlier part are not carried.
 """
@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tetdeploy.checkpoint import CHECKPOINT_NAME, FORMAT, check_keys, read_metadata, read_tensors, weights_file
-from tetdeploy.shards import check_limit, is_complete, is_sharded, read_shards, write_shards
+from tetdeploy.checkpoint import CHECKPOINT_NAME, FORMAT, check_keys, checkpoint_file, read_metadata, read_tensors
+from tetdeploy.shards import check_limit, is_complete, newest_shards, read_shards, write_shards
 
 from .averaging import trainable
-from .runs import METRICS_NAME, completed, differences, read_metrics, write_metrics
+from .runs import CONFIG_NAME, METRICS_NAME, completed, differences, read_metrics, read_run_config, write_metrics
 from .session import Session, provenance
 from .state import TrainState, like_weights, section
 
@@ -41,12 +41,14 @@ class Restart:
         settings: of the run they are from, as `runs.run_settings` gives them, and "provenance".
         epoch: finished epochs, and so the index of the epoch to go on with.
         step: its finished steps; 0 for a checkpoint, which is of an epoch's end.
+        how: what else that run ran with ("cuda_graphs", "shards_mb"), of no effect on results; empty if not known.
     """
 
     path: Path
     settings: dict[str, Any]
     epoch: int
     step: int
+    how: dict[str, Any]
 
     def tensors(self) -> dict[str, Tensor]:
         """Named as in the run's state: `network.*`, and of shards `average.*` and `epoch.*`."""
@@ -63,11 +65,10 @@ def find_restart(path: Path | str) -> Restart:
         ValueError: it is damaged, no checkpoint, or of a run in 8 bits.
     """
     path = Path(path)
-    inside = [folder for parent in (path, path / SHARDS_NAME) for folder in parent.glob("epoch-*")]
-    found = [folder for folder in inside if is_sharded(folder)]
-    if not found:
-        return _read(weights_file(path))
-    found = [max(found, key=lambda folder: folder.name)]
+    shards = newest_shards(path) or newest_shards(path / SHARDS_NAME)
+    if shards is None:
+        return _read(checkpoint_file(path))
+    found = [shards]
     if (checkpoint := path / CHECKPOINT_NAME).is_file():  # of a run that went on without shards
         found.append(checkpoint)
     return max(map(_read, found), key=lambda restart: (restart.epoch, restart.step))  # shards where both are the same
@@ -80,7 +81,14 @@ def _read(path: Path) -> Restart:
     position = content.get("restart") or {"epoch": content["provenance"].get("epoch"), "step": 0}
     if not all(isinstance(position.get(name), int) for name in ("epoch", "step")):
         raise ValueError(f"{path} does not say which epoch it is of; use it with --init")
-    return Restart(path, content, position["epoch"], position["step"])
+    return Restart(path, content, position["epoch"], position["step"], content.get("how") or _how_beside(path))
+
+
+def _how_beside(checkpoint: Path) -> dict[str, Any]:
+    """Of a checkpoint: from the config.json of its run, if that came along."""
+    beside = not checkpoint.is_dir() and (checkpoint.parent / CONFIG_NAME).is_file()
+    how: dict[str, Any] = read_run_config(checkpoint.parent).get("how", {}) if beside else {}
+    return how
 
 
 def check_restart(restart: Restart, settings: Mapping[str, Any]) -> None:
@@ -178,7 +186,7 @@ def write_restart(session: Session, state: TrainState, limit: int) -> None:
 def _content(session: Session, epoch: int, step: int) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        **{name: session.settings[name] for name in ("network", "data", "training")},
+        **{name: session.settings[name] for name in ("network", "data", "training", "how")},
         "provenance": provenance(session, epoch, None),
         "restart": {"epoch": epoch, "step": step},
     }

@@ -87,7 +87,7 @@ def train_seeds(
         runs: folder whose `latest` points at `out` until all are trained, then at the best of the runs.
 
     Raises:
-        ValueError: no seed, or one twice; and what `train` raises.
+        ValueError: no seed, or one twice; and what `train` raises, for the first seed before anything is written.
         OSError: see `train`.
     """
     out, ranks = Path(out), current_ranks()
@@ -95,11 +95,16 @@ def train_seeds(
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
     settings = run_settings(make_classifier(seeds[0]), train_set, val_set, replace(config, seed=seeds[0]))
     settings |= {"seeds": list(seeds)}
+    how = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
     if ranks.writes:
-        how = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
-        recipe = _begin(out, settings, recipe, how, resume=resume)
-        if runs is not None:
-            mark_latest(out, runs)
+        recipe = _check(out, settings, recipe, resume=resume)
+
+    def begin() -> None:
+        if ranks.writes:
+            write_run_config(out, settings | {"recipe": recipe, "how": how}, resume=resume)
+            if runs is not None:
+                mark_latest(out, runs)
+
     console = Console(quiet=progress is False or not ranks.writes)
     results: list[TrainResult] = []
     for number, seed in enumerate(seeds, 1):
@@ -109,7 +114,7 @@ def train_seeds(
         one = replace(config, seed=seed)
         classifier = make_classifier(seed)
         options: dict[str, Any] = {"resume": begun, "progress": progress, "board": board, "workers": workers}
-        options |= {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
+        options |= how | {"before_writing": begin if number == 1 else None}
         results.append(train(classifier, train_set, val_set, one, folder, **options))
         result = _summarised(out, results)
         if ranks.writes:
@@ -121,14 +126,12 @@ def train_seeds(
     return result
 
 
-def _begin(out: Path, settings: dict[str, Any], recipe: str | None, how: dict[str, Any], *, resume: bool) -> str | None:
-    """Check the folder, or write down what is to come; the recipe that the seeds were begun with."""
+def _check(out: Path, settings: dict[str, Any], recipe: str | None, *, resume: bool) -> str | None:
+    """Refuse a folder that holds another run; the recipe that the seeds were begun with."""
     if resume:
         check_settings(out, settings)
-        recipe = read_run_config(out).get("recipe")
-    else:
-        refuse_held(out)
-    write_run_config(out, settings | {"recipe": recipe, "how": how}, resume=resume)
+        return read_run_config(out).get("recipe")
+    refuse_held(out)
     return recipe
 
 

@@ -2,6 +2,7 @@
 
     pip install 'tetdeploy[gpu]' spikingjelly                                         and 'tetdeploy[tensorrt]'
     python examples/benchmarks/gpu_inference.py --json inference.json                 ResNet-19, T=4, one card
+    python examples/benchmarks/gpu_inference.py --graphs graphs --export-only         before, where there is no card
     python examples/benchmarks/gpu_inference.py --device cpu --width 0.125 --batch 1,4       a smoke run
 
 A call takes uint8 images from the host and gives logits to the host; in between everything stays on the card, a step
@@ -110,50 +111,70 @@ def in_pytorch(runtime: str, precision: str, folder: Path, T: int, device: str) 
 
 
 def engine(runtime: str, layout: str, precision: str, folder: Path, T: int, device: str, largest: int) -> Call:
-    """Exports the graph that the runtime needs, unless another side has, and opens it."""
-    on_cpu = device == "cpu"
-    if on_cpu and runtime != "CUDA":
+    """Opens the graph that the runtime needs."""
+    if device == "cpu" and runtime != "CUDA":
         raise ValueError(f"{runtime} is for a GPU")
-    target = "cpu" if on_cpu else "cuda" if runtime == "CUDA" else "tensorrt"
+    model = exported(runtime, layout, precision, folder, T, device)
+    if runtime == "TensorRT":
+        from tetdeploy.export.tensorrt import BuildConfig, build_engine
+
+        steps = (T, T, T) if layout == "dynamic" else None
+        model = build_engine(model, config=BuildConfig(batch=(1, largest, largest), T=steps)).path
+    opened = open_engine(model, device="cpu" if device == "cpu" else "cuda" if runtime == "CUDA" else "tensorrt")
+    return lambda x: opened.run(x, T).logits
+
+
+def exported(runtime: str, layout: str, precision: str, folder: Path, T: int, device: str) -> Path:
+    """A side's graph, exported unless it lies in the folder already."""
+    target = "cpu" if device == "cpu" else "cuda" if runtime == "CUDA" else "tensorrt"
     config = ExportConfig(layout=layout, precision=precision, target=target, T=T, trained_T=T)  # type: ignore[arg-type]
     model = folder / config.file_name
     if not model.exists():
         images = np.load(folder / "images.npy")
         classifier = torch.load(folder / "classifier.pt", weights_only=False)
         export_model(classifier, model, config, images[:4], num_check=0, calibration=(images[:64], None))
-    if runtime == "TensorRT":
-        from tetdeploy.export.tensorrt import BuildConfig, build_engine
-
-        steps = (T, T, T) if layout == "dynamic" else None
-        model = build_engine(model, config=BuildConfig(batch=(1, largest, largest), T=steps)).path
-    opened = open_engine(model, device="cpu" if on_cpu else "cuda" if runtime == "CUDA" else "tensorrt")
-    return lambda x: opened.run(x, T).logits
+    return model
 
 
-def measure(sides: list[str], sizes: list[int], turns: int, *arguments: Any) -> dict[str, Any]:
-    """By side {"median_ms": {batch: ms}, "agrees"}, or {"failed": why}. Sides are opened one after the other."""
+def export_all(sides: list[str], folder: Path, T: int, device: str) -> None:
+    for side in sides:
+        if side.startswith(("CUDA", "TensorRT")):
+            start, parts = time.perf_counter(), side.rsplit(" ", 2)
+            try:
+                said = exported(parts[0], parts[1], parts[2], folder, T, device).name
+            except ValueError as error:
+                said = str(error)
+            print(f"{side}: {said}   {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def measure(
+    sides: list[str], sizes: list[int], turns: int, keep: Callable[[dict[str, Any]], None], *arguments: Any
+) -> None:
+    """By side {"median_ms": {batch: ms}, "agrees"}, or {"failed": why}. Sides are opened one after the other.
+
+    `keep` gets what is known so far after each round: a call that is cut leaves that.
+    """
     workers = {side: Worker(open_side, side, *arguments) for side in sides}
-    found: dict[str, Any] = {side: {"median_ms": {}} for side in sides}
+    taken: dict[str, dict[int, list[float]]] = {side: {} for side in sides}
     classes: dict[str, Any] = {}
     for size in sizes:
-        taken: dict[str, list[float]] = {side: [] for side in sides}
         for number in range(turns + 1):
             for side, worker in workers.items():
                 answer = worker.ask(size)
                 if answer is not None:
-                    taken[side] += answer["ms"] if number else []
                     classes[side] = answer["classes"]
-        for side in sides:
-            if taken[side]:
-                found[side]["median_ms"][size] = statistics.median(taken[side])
-    for side, worker in workers.items():
-        if worker.failed:
-            found[side] = {"failed": worker.failed}
-            continue
-        if not workers.get(BASE, worker).failed and BASE in classes:
-            found[side]["agrees"] = float((classes[side] == classes[BASE]).mean())
+                if answer is not None and number > 0:  # the first turn warms up
+                    taken[side].setdefault(size, []).extend(answer["ms"])
+            keep({side: found(worker, taken[side], classes, side) for side, worker in workers.items()})
+    for worker in workers.values():
         worker.end()
-    return found
+
+
+def found(worker: Worker, taken: dict[int, list[float]], classes: dict[str, Any], side: str) -> dict[str, Any]:
+    if worker.failed:
+        return {"failed": worker.failed}
+    same = {"agrees": float((classes[side] == classes[BASE]).mean())} if BASE in classes else {}
+    return {"median_ms": {size: statistics.median(ms) for size, ms in taken.items()}} | same
 
 
 def show(results: dict[str, Any], sizes: list[int]) -> None:
@@ -189,6 +210,13 @@ def show(results: dict[str, Any], sizes: list[int]) -> None:
 @click.option("--turns", default=3, show_default=True, help="Of each side.")
 @click.option("--calls", default=20, show_default=True, help="In a turn.")
 @click.option("--side", "begins", multiple=True, help="Sides that begin so alone. [default: all]")
+@click.option(
+    "--graphs",
+    type=click.Path(path_type=Path),
+    help="Folder in which weights and exported graphs are left and found again: exporting takes most of the time, and "
+    "no GPU (--export-only). [default: a temporary one]",
+)
+@click.option("--export-only", is_flag=True, help="Write the graphs of the sides to --graphs, and measure nothing.")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
@@ -200,25 +228,42 @@ def main(
     turns: int,
     calls: int,
     begins: tuple[str, ...],
+    graphs: Path | None,
+    export_only: bool,
     data_dir: Path,
     json_path: Path | None,
 ) -> None:
-    try:
-        card = device_name(pick_device(device))
-        classifier, images = untrained(model, width, data_dir, T)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     sizes = sorted(int(size) for size in batch.split(","))
     sides = [side for side in SIDES if side.startswith(begins or "")]
-    results: dict[str, Any] = {"model": model, "width": width, "T": T, "card": card, "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        np.save(folder / "images.npy", images)
-        torch.save(classifier, folder / "classifier.pt")
-        results["sides"] = measure(sides, sizes, turns, folder, T, device, sizes[-1], calls)
+        folder = (graphs or Path(name)) / f"{model}-{width:g}-T{T}"
+        try:
+            card = "" if export_only else device_name(pick_device(device))
+            prepare(folder, model, width, data_dir, T)
+        except (ValueError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+        if export_only:
+            export_all(sides, folder, T, device)
+            return
+        results: dict[str, Any] = {"model": model, "width": width, "T": T, "card": card, "torch": torch.__version__}
+
+        def keep(measured: dict[str, Any]) -> None:
+            results["sides"] = measured
+            if json_path is not None:
+                write_json(json_path, results)
+
+        measure(sides, sizes, turns, keep, folder, T, device, sizes[-1], calls)
     show(results, sizes)
-    if json_path is not None:
-        write_json(json_path, results)
+
+
+def prepare(folder: Path, model: str, width: float, data_dir: Path, T: int) -> None:
+    """Lay the network and the images into the folder, unless they are there."""
+    if (folder / "classifier.pt").exists():
+        return
+    classifier, images = untrained(model, width, data_dir, T)
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "images.npy", images)
+    torch.save(classifier, folder / "classifier.pt")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ KINDS = {
     "optimiser": ("optimizer", "_fused_sgd"),
 }
 REST = "rest"
+PROFILED = 3  # steps: reading what the profiler saw takes longer than they do
 
 
 @dataclass(frozen=True)
@@ -226,8 +227,9 @@ def profile(step: Step, case: Case) -> dict[str, float]:
     on_gpu = step.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
     step()
+    steps = min(case.steps, PROFILED)
     with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(case.steps):
+        for _ in range(steps):
             step()
         if on_gpu:
             torch.cuda.synchronize(step.device)
@@ -235,9 +237,9 @@ def profile(step: Step, case: Case) -> dict[str, float]:
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CPU:
             own = sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
-            found[kind_of(event)] += own / 1e3 / case.steps
+            found[kind_of(event)] += own / 1e3 / steps
         elif not event.is_user_annotation:
-            found["kernels"] += event.device_time_total / 1e3 / case.steps
+            found["kernels"] += event.device_time_total / 1e3 / steps
     kernels = found.pop("kernels", 0.0)
     if on_gpu:  # such as those of a graph, which no operator launches
         found[REST] += max(kernels - found.total(), 0.0)
@@ -320,28 +322,44 @@ def convolution(
 # --- the processes' turns, and the result
 
 
-def measure(sides: list[str], case: Case, turns: int, threads: int | None) -> dict[str, Any]:
-    """ "sides", each with "median_ms", "peak_mb" and "profile_ms", or with "failed"; and "floor"."""
+def measure(
+    sides: list[str], case: Case, turns: int, threads: int | None, keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """ "sides", each with "median_ms", "peak_mb" and "profile_ms", or with "failed"; and "floor".
+
+    `keep` gets what is known so far after each round and each side: a call that is cut leaves that.
+    """
     workers = {side: Worker(open_side, side, case, threads) for side in sides}
     taken: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    found: dict[str, Any] = {}
     for number in range(turns + 1):
         for side, worker in workers.items():
             answer = worker.ask("turn")
             if number > 0 and answer is not None:  # the first turn warms up
                 taken[side].append(answer)
-    found: dict[str, Any] = {}
+        found = {
+            side: {"failed": worker.failed} if worker.failed else medians(taken[side])
+            for side, worker in workers.items()
+        }
+        if number > 0:
+            keep({"sides": found})
     for side, worker in workers.items():
-        found[side] = {"profile_ms": worker.ask("profile")}
-        if worker.failed:
-            found[side] = {"failed": worker.failed}
-            continue
-        found[side]["median_ms"] = statistics.median(ms for answer in taken[side] for ms in answer["ms"])
-        found[side]["peak_mb"] = max(answer["peak_mb"] for answer in taken[side])
+        profiled = worker.ask("profile")
+        found[side] = {"failed": worker.failed} if worker.failed else found[side] | {"profile_ms": profiled}
         worker.end()
+        keep({"sides": found})
     last = Worker(open_side, "tetdeploy", case, threads)
     answer = last.ask(FLOOR) or {"failed": last.failed}
     last.end()
-    return {"sides": found, "floor": answer}
+    keep({"sides": found, "floor": answer})
+
+
+def medians(answers: list[dict[str, Any]]) -> dict[str, float]:
+    """Of a side's turns; nothing before the first."""
+    if not answers:
+        return {}
+    steps = [ms for answer in answers for ms in answer["ms"]]
+    return {"median_ms": statistics.median(steps), "peak_mb": max(answer["peak_mb"] for answer in answers)}
 
 
 def ratios(found: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
@@ -435,11 +453,15 @@ def main(
         raise click.ClickException(str(error)) from error
     case = Case(model, width, size, T, batch, device, chosen, steps)
     results = {"case": vars(case), "card": device_name(found), "precision": chosen, "torch": torch.__version__}
-    results |= measure(list(sides or SIDES), case, turns, threads)
-    results["reached"] = ratios(results["sides"]) if found.type == "cuda" else []
+
+    def keep(measured: dict[str, Any]) -> None:
+        results.update(measured)
+        results["reached"] = ratios(results["sides"]) if found.type == "cuda" else []
+        if json_path is not None:
+            write_json(json_path, results)
+
+    measure(list(sides or SIDES), case, turns, threads, keep)
     show(results)
-    if json_path is not None:
-        write_json(json_path, results)
 
 
 if __name__ == "__main__":

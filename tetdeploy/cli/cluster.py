@@ -41,9 +41,9 @@ def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
 
 def _checkpoint(ctx: click.Context) -> Path:
     import_extra("torch", "train")
-    from tetdeploy.checkpoint import checkpoint_file, newest_run
+    from tetdeploy.checkpoint import newest_run, weights_file
 
-    return checkpoint_file(ctx.params["run"] or newest_run(ctx.params["runs"]))
+    return weights_file(ctx.params["run"] or newest_run(ctx.params["runs"]))
 
 
 def _checked_name(ctx: click.Context, source: Path) -> str:

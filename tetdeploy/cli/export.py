@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,9 +145,10 @@ def export(
 ) -> Path | None:
     """Write a trained network as ONNX, checked against PyTorch, as NIR, or for servers of many machines.
 
-    RUN is a run folder or a checkpoint; the newest run by default. Beside an ONNX model lie 256 reference images with
-    PyTorch's answers, MODEL.reference.npz. A NIR file is not run here: docs/nir.md says how others read it. For Triton
-    and KServe RUN may also be an exported model, or for Triton a TensorRT engine: docs/cluster.md.
+    RUN is a run folder, a checkpoint, or shards (RUN/shards: the last weights, not the best epoch's); the newest run by
+    default. Beside an ONNX model lie 256 reference images with PyTorch's answers, MODEL.reference.npz. A NIR file is
+    not run here: docs/nir.md says how others read it. For Triton and KServe RUN may also be an exported model, or for
+    Triton a TensorRT engine: docs/cluster.md.
     """
     _refuse_cluster_options(ctx, file_format)
     if file_format == "nir":
@@ -162,14 +162,15 @@ def export(
         return None
     for package, extra in (("torch", "train"), ("onnxscript", "train"), ("onnxruntime", "cpu")):
         import_extra(package, extra)
-    from tetdeploy.checkpoint import checkpoint_file, newest_run, read_metadata
+    from tetdeploy.checkpoint import newest_run, read_metadata, weights_file
     from tetdeploy.data import load_frames
     from tetdeploy.export import ExportConfig, export_model
     from tetdeploy.export.model import NUM_REFERENCE
     from tetdeploy.files import write_json
 
-    file = checkpoint_file(run or newest_run(runs))
+    file = weights_file(run or newest_run(runs))
     metadata = read_metadata(file)
+    _say_which(file, metadata)
     trained_T = int(metadata["training"].get("T", 4))
     options["encoding"] = options["encoding"] or metadata["data"].get("encoding", "direct")
     config = ExportConfig(T=T or trained_T, trained_T=trained_T, **options)
@@ -239,12 +240,13 @@ def _export_nir(
 ) -> None:
     for package, extra in (("torch", "train"), ("onnxscript", "train"), ("nir", "nir")):
         import_extra(package, extra)
-    from tetdeploy.checkpoint import checkpoint_file, newest_run, read_metadata
+    from tetdeploy.checkpoint import newest_run, read_metadata, weights_file
     from tetdeploy.export.nir_format import export_nir
     from tetdeploy.files import write_json
 
-    file = checkpoint_file(run or newest_run(runs))
+    file = weights_file(run or newest_run(runs))
     metadata = read_metadata(file)
+    _say_which(file, metadata)
     exported = export_nir(
         load_classifier(file, metadata, model),
         out or file.parent / "model.nir",
@@ -358,6 +360,14 @@ def _print_kept(kept: dict[str, Any]) -> None:
     console.print(f"  on the {images} at T={T}: agrees with fp32 {agreement:.2%}{accuracy}")
 
 
+def _say_which(file: Path, metadata: dict[str, Any]) -> None:
+    """Of shards, which hold other weights than the checkpoint of their run."""
+    if file.is_dir():
+        besides = " and not their moving average" if metadata["training"].get("ema") else ""
+        epoch, step = (metadata.get("restart", {}).get(name, 0) for name in ("epoch", "step"))
+        console.print(f"{file}: the weights after {epoch} epochs and {step} steps, not the best epoch's{besides}")
+
+
 def load_classifier(file: Path, metadata: dict[str, Any], own: str | None) -> Any:
     """The classifier of a checkpoint; `own` is --model, for a network of the user's own."""
     from tetdeploy.checkpoint import load
@@ -368,5 +378,8 @@ def load_classifier(file: Path, metadata: dict[str, Any], own: str | None) -> An
 
 def _source(file: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     """What the model was made from."""
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return {"checkpoint_sha256": digest} | {k: metadata[k] for k in ("network", "data", "training", "provenance")}
+    from tetdeploy.checkpoint import weights_sha256
+
+    return {"checkpoint_sha256": weights_sha256(file)} | {
+        k: metadata[k] for k in ("network", "data", "training", "provenance")
+    }

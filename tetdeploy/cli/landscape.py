@@ -76,11 +76,11 @@ def landscape(
     Sharpness is the mean rise of a loss over the grid points at most RADIUS away from the trained weights.
     """
     import_extra("torch", "train")
-    from tetdeploy.checkpoint import checkpoint_file, newest_run, read_metadata
+    from tetdeploy.checkpoint import newest_run, read_metadata, weights_file
     from tetdeploy.train.landscape import LandscapeConfig
 
     checkpoints = checkpoints or (newest_run(runs),)
-    files = [checkpoint_file(path) for path in checkpoints]
+    files = [weights_file(path) for path in checkpoints]
     metadata = [read_metadata(file) for file in files]
     config = LandscapeConfig(T=T or _common("T", files, [m["training"].get("T", 4) for m in metadata]), **options)
     step = config.extent / (config.points // 2)

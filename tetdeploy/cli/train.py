@@ -133,8 +133,10 @@ Examples:
 )
 @click.option(
     "--shards-mb",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Also write the last weights to RUN/shards, in files of at most so many MB, for --restart-from.",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Also write the last weights to RUN/shards, in files of at most so many MB, for --restart-from; 0 is off.",
 )
 @click.option("--tensorboard", is_flag=True, help="Also write curves to RUN/tensorboard.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: RUNS/<data>-<model>, numbered]")
@@ -162,7 +164,7 @@ def train(
     workers: int | None,
     recompute: bool,
     cuda_graphs: bool,
-    shards_mb: float | None,
+    shards_mb: float,
     tensorboard: bool,
     out: Path | None,
     runs: Path,
@@ -193,7 +195,7 @@ def train(
                 seeds = _take_settings(ctx, settings, options) or seeds
                 cuda_graphs, shards_mb = _take_how(ctx, settings.get("how", {}))
             elif restart_from is not None:
-                _take_carried(ctx, restart_from, options)
+                cuda_graphs, shards_mb = _take_how(ctx, _take_carried(ctx, restart_from, options))
             elif options["qat"]:
                 _take_checkpoint(ctx, init, options)
             if recompute and (options["qat"] or cuda_graphs):
@@ -208,7 +210,7 @@ def train(
         out = ranks.agreed(out or _unused(runs, config, job))
         json_path = json_path if ranks.writes else None
         how: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
-        how |= {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
+        how |= {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb or None}
         if several:
             recipe = None if config is None else str(config)
             many = train_seeds(job.classifier, job.train, job.val, job.config, several, out, recipe=recipe, **how)
@@ -354,19 +356,24 @@ def _resumed_run(run: Path | None, out: Path | None, runs: Path) -> Path:
     return run or out or newest_run(runs)
 
 
-def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) -> None:
+def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Give options that were neither typed nor in a recipe the settings of the run that the weights are from.
+
+    Returns:
+        How that run ran, see `_take_how`.
 
     Raises:
         ValueError: there are none, or their network is the user's own and not named.
     """
     from tetdeploy.train.restart import find_restart
 
-    settings = find_restart(weights).settings
+    restart = find_restart(weights)
+    settings = restart.settings
     if ":" in str(settings["network"].get("model")) and not is_given(ctx, "model"):
         raise ValueError(f"{weights} holds a network of your own: pass --model {settings['network']['model']}")
     here = {name: value for name, value in settings["training"].items() if name != "device"}
     _take_settings(ctx, settings | {"training": here}, options)
+    return restart.how
 
 
 def _take_settings(ctx: click.Context, settings: Mapping[str, Any], options: dict[str, Any]) -> str:
@@ -378,12 +385,12 @@ def _take_settings(ctx: click.Context, settings: Mapping[str, Any], options: dic
     return "" if is_given(ctx, "seeds") else ",".join(map(str, settings.get("seeds", ())))
 
 
-def _take_how(ctx: click.Context, how: Mapping[str, Any]) -> tuple[bool, float | None]:
+def _take_how(ctx: click.Context, how: Mapping[str, Any]) -> tuple[bool, float]:
     """CUDA graphs and the shards' size of a run, where they were neither typed nor in a recipe: no settings, as they
     change nothing in the result, but a run that goes on goes on with them."""
     names = ("cuda_graphs", "shards_mb")
     graphs, shards = (ctx.params[name] if is_given(ctx, name) else how.get(name, ctx.params[name]) for name in names)
-    return graphs, shards
+    return graphs, shards or 0.0
 
 
 def _take_checkpoint(ctx: click.Context, init: Path | None, options: dict[str, Any]) -> None:

@@ -285,12 +285,11 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
 
     torch = import_extra("torch", "train")
     import_extra("onnxscript", "train")
-    from tetdeploy.checkpoint import checkpoint_file, read_metadata
+    from tetdeploy.checkpoint import read_metadata, weights_file, weights_sha256
     from tetdeploy.cli.export import load_classifier
 
-    file = checkpoint_file(path)
-    metadata = read_metadata(file)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    file = weights_file(path)
+    metadata, digest = read_metadata(file), weights_sha256(file)
     wanted = str(engine.metadata["source"].get("checkpoint_sha256", ""))
     if digest != wanted:
         raise ValueError(
