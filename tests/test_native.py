@@ -58,8 +58,7 @@ def run(model: bytes, feed: dict[str, Array], threads: int = 2, *, joined: bool 
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, threads
     if joined:
-        options.register_custom_ops_library(str(native.library()))
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        native.use(ort, options)
     result: list[Array] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, feed)
     return result
 
@@ -276,7 +275,7 @@ def test_small_networks_take_the_time_for_it_only_when_asked() -> None:
 def test_large_networks_have_it_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tetdeploy.engine.NATIVE_FROM", 1)
     assert Engine(exported("step")).native
-    monkeypatch.setattr("tetdeploy.engine.missing", lambda: "not compiled")
+    monkeypatch.setattr("tetdeploy.native.missing", lambda: "not compiled")
     assert not Engine(exported("step")).native
     with pytest.raises(ValueError, match="not compiled"):
         Engine(exported("step"), native=True)
@@ -294,7 +293,7 @@ def test_what_goes_wrong_leaves_the_engine_as_it_would_be_without(monkeypatch: p
     def fail(model: bytes) -> bytes:
         raise OSError("no space left")
 
-    monkeypatch.setattr("tetdeploy.engine.fuse_model", fail)
+    monkeypatch.setattr("tetdeploy.native.fuse_model", fail)
     with pytest.warns(RuntimeWarning, match=r"step.*runs on ONNX Runtime's own operators alone: no space left"):
         engine = Engine(exported("step"))
     assert not engine.native and engine.run(digits().images[:2], 2).logits.shape == (2, 10)

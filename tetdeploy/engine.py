@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy import native
 from tetdeploy.extras import import_extra
-from tetdeploy.native import fuse_model, library, missing
 from tetdeploy.onnxruntime_gpu import BoundSession, prepare, provider_options
 from tetdeploy.openvino_session import OpenVINOSession
 
@@ -299,8 +299,7 @@ class Engine:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         if fused is not None:
-            options.register_custom_ops_library(str(library()))
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all is done
+            native.use(ort, options)
         providers = [(name, provider_options(name, self.sha256)) for name in self._providers]
         try:  # with its fallback a call that fails on the GPU would be made on the CPU, and all later ones
             session = ort.InferenceSession(
@@ -332,12 +331,12 @@ class Engine:
         neurons = sum(math.prod(layer["shape"]) for layer in self.metadata["neurons"])
         if wanted is False or not possible or (wanted is None and neurons < NATIVE_FROM):
             return None
-        if (reason := missing()) is not None:
+        if (reason := native.missing()) is not None:
             if wanted:
                 raise ValueError(reason)
             return None
         try:
-            model = fuse_model(self._bytes)
+            model = native.fuse_model(self._bytes)
             return None if model is None else self._make_session(b"", fused=model)
         except Exception as error:  # whatever it is, ONNX Runtime's own operators remain
             if wanted:

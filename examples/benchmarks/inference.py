@@ -8,7 +8,7 @@ about as frequent as in a trained network (the rate is printed). Every side has 
 take turns, each with two calls to warm up and five that count, and the table shows medians. `peak` is the
 largest resident set of a side's process, `opened` how long it took until a model was ready. What convolutions take is
 the sum over their kernels in ONNX Runtime's own profile of that graph, of runs of their own, and so is what all kernels
-take.
+take. The sides with "ORT's own" run the same files without the native operator (`Engine(native=False)`).
 
 SpikingJelly runs the same modules with its neurons in place of ours, torch.compile the same network. OpenVINO reads
 ONNX files exported for it.
@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from tetdeploy import Engine
+from tetdeploy import Engine, native
 from tetdeploy.data import load_data
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.files import write_json
@@ -49,6 +49,7 @@ from turns import Answer, Worker
 Call = Callable[[Any], Any]
 OTHERS = ("SpikingJelly", "torch.compile", "OpenVINO fp32", "OpenVINO int8")
 BASE = "int8"
+OWN = ", ORT's own"
 WARM_UP, CALLS = 2, 5  # of a side's turn; ONNX Runtime still takes new memory in the second
 
 
@@ -104,9 +105,12 @@ def convolution_share(model: Path, x: Any, threads: int) -> dict[str, float]:
     """Milliseconds of ONNX Runtime's kernels in one run (of ten, the median), and of its convolutions among them."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.enable_profiling, options.log_severity_level = threads, True, 3
+    graph = None if native.missing() else native.fuse_model(model.read_bytes())
+    if graph is not None:
+        native.use(ort, options)
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(graph or str(model), options, providers=["CPUExecutionProvider"])
         for _ in range(13):
             session.run(["per_step"], {"x": x})
         events = json.loads(Path(session.end_profiling()).read_text())
@@ -132,7 +136,8 @@ def make(side: str, folder: Path, T: int, threads: int) -> Call:
         return spikingjelly(classifier, T) if side == "SpikingJelly" else compiled(classifier, T)
     if side.startswith("OpenVINO"):
         return openvino(folder / f"{side}.onnx", threads)
-    engine = Engine(folder / f"{side}.onnx", threads=threads)
+    file = folder / f"{side.removesuffix(OWN)}.onnx"
+    engine = Engine(file, threads=threads, native=False if side.endswith(OWN) else None)
     return lambda x: engine.run(x, engine.T or T)
 
 
@@ -237,7 +242,8 @@ def main(
         folder = Path(name)
         results["export_s"] = export_all(classifier, images, T, folder)
         results["firing_rate"] = firing_rate(Engine(folder / "fp32.onnx", threads=threads), images[:32])
-        sides = [side for side in dict.fromkeys([*EXPORTS, *OTHERS]) if side not in without]
+        own = [f"{side}{OWN}" for side in ("fp32", "int8", "int8 dynamic")]
+        sides = [side for side in dict.fromkeys([*EXPORTS, *own, *OTHERS]) if side not in without]
         results["sides"] = measure(sides, sizes, turns, folder, T, threads)
         results["profile"] = {  # its own cost, some microseconds a kernel, counts at batch 1
             side: {size: convolution_share(folder / f"{side}.onnx", images[:size], threads) for size in sizes}

@@ -57,6 +57,12 @@ def fuse_model(model: bytes) -> bytes | None:
         return _fuse(model, [])
 
 
+def use(ort: Any, options: Any) -> None:
+    """Let a session with `options` open what `fuse_model` made."""
+    options.register_custom_ops_library(str(library()))
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all is done
+
+
 def _fuse(model: bytes, loops: list[Loop]) -> bytes | None:
     import onnx
     import onnxruntime as ort
