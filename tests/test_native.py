@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -262,6 +265,26 @@ def test_sessions_may_be_shared_by_threads() -> None:
         got = list(pool.map(lambda k: engine.run(x[k : k + 3], 1 + k % 4).per_step, range(24)))
     for one, other in zip(wanted, got, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="qemu-x86_64 (Debian's qemu-user) is not installed")
+@pytest.mark.parametrize("processor", ["Nehalem", "Haswell", "max"])
+def test_older_processors_take_other_code_with_the_same_bits(processor: str, tmp_path: Path) -> None:
+    """Emulated: Nehalem has no AVX, Haswell AVX2, the last one what the emulator knows."""
+    np.save(tmp_path / "x.npy", digits().images[:4])
+    code = """
+import sys
+import numpy as np
+from tetdeploy import Engine
+path, x = sys.argv[1], np.load(sys.argv[2])
+for native in (False, True):
+    np.save(f"{sys.argv[2]}.{native}.npy", Engine(path, native=native, threads=1).run(x).per_step)
+"""
+    path, x = int8_exported("unrolled"), str(tmp_path / "x.npy")
+    command = ["qemu-x86_64", "-cpu", processor, sys.executable, "-c", code, str(path), x]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    np.testing.assert_array_equal(np.load(f"{x}.True.npy"), np.load(f"{x}.False.npy"))
 
 
 # --------------------------------------------------------------------------------------------------------- choices

@@ -34,7 +34,12 @@
 #define FOR_EACH_CPU
 #endif
 #define INLINED static inline __attribute__((always_inline)) /* so that it is compiled for each CPU, too */
-#define LOOP(value) _Pragma("GCC ivdep") for (size_t i = 0; i < n; ++i) d[i] = (value)
+#ifdef __clang__
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
+#define LOOP(value) INDEPENDENT for (size_t i = 0; i < n; ++i) d[i] = (value)
 
 /* Keep in step with `programs.py`. d, a and b are registers where nothing else is said, k counts immediates. */
 enum {
