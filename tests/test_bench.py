@@ -17,7 +17,7 @@ from export_helpers import exported
 from report_helpers import result as sweep_result
 from report_helpers import run_folder, write
 
-from tetdeploy import bench
+from tetdeploy import bench, native
 from tetdeploy.bench import CALLS_PER_TURN, Bench, Setting, cpu_model, random_input
 from tetdeploy.cli import main
 from tetdeploy.engine import Engine
@@ -135,6 +135,17 @@ def test_noise_is_what_the_graph_takes() -> None:
     assert random_input(frames, 4).shape == (1, 4, 1, 8, 8) and random_input(frames, 4).dtype == np.uint8
     normalised = random_input(Engine(exported("dynamic", normalize=False)), 4)
     assert normalised.shape == (1, 1, 8, 8) and normalised.dtype == np.float32
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_says_whether_the_native_operator_runs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetdeploy.engine.NATIVE_FROM", 1)
+    monkeypatch.setenv("COLUMNS", "200")
+    fast = run(model, "--threads", "1", "--repeats", "1").output
+    assert "CPUExecutionProvider, native operator" in fast and "slower than" not in fast
+    monkeypatch.setenv("TETDEPLOY_NATIVE", "0")
+    plain = run(model, "--threads", "1", "--repeats", "1").output
+    assert "native operator\n" not in plain and "slower than it could be" in plain and "TETDEPLOY_NATIVE=0" in plain
 
 
 def test_the_name_of_the_processor() -> None:

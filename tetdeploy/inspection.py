@@ -106,7 +106,7 @@ def _inspect_onnx(file: Path) -> dict[str, Any]:
     if METADATA_KEY not in about.custom_metadata_map:
         keys = sorted(about.custom_metadata_map)
         return {"kind": "onnx", "producer": about.producer_name, "graph": about.graph_name, "metadata": keys} | ports
-    metadata = Engine(file).metadata
+    metadata = Engine(file, native=False).metadata
     return {"kind": "model"} | ports | _model(metadata)
 
 

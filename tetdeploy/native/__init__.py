@@ -9,6 +9,7 @@ loaded, into the graph that ONNX Runtime has optimised for the machine.
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,9 @@ def library() -> Path | None:
 
 
 def missing() -> str | None:
-    """What this installation lacks for the native operator, and what to do; None if nothing."""
+    """Why there is no native operator here, and what to do; None if there is."""
+    if os.environ.get("TETDEPLOY_NATIVE") == "0":
+        return "the native operator is switched off by TETDEPLOY_NATIVE=0"
     if library() is None:
         return "the native operator was not compiled: install a C compiler (GCC or Clang), then tetdeploy again"
     if importlib.util.find_spec("onnx") is None:

@@ -96,7 +96,9 @@ async def _serve(
 
 def _step_energy_pj(engine: Engine) -> float | None:
     """By an engine of its own, since the counting graph is not needed again."""
-    return step_energy_pj(Engine(engine.path, runtime=engine.runtime)) if engine.device == "cpu" else None
+    if engine.device != "cpu":
+        return None
+    return step_energy_pj(Engine(engine.path, runtime=engine.runtime, native=False))
 
 
 def _stop_signal() -> asyncio.Event:
