@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tetdeploy import native
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig
-from tetdeploy.native.programs import Op, Program
+from tetdeploy.native.programs import MAX_REGISTERS, Op, Program
 from tetdeploy.networks import ResNet19
 from tetdeploy.neurons import LIF
 
@@ -341,18 +341,54 @@ def test_a_register_is_free_when_nobody_reads_its_value_any_more() -> None:
     value = program.add(Op.LOAD, 0)
     for k in range(300):
         value = program.add(Op.ADD_K, value, k=program.immediate(float(k % 3)))
-    program.store(value, 0, 0)
+    program.stores = [(value, 0, 0)]
     code = program.encode()
     assert max(code[1::5]) < 2 and len(program.immediates) == 3
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_steps_of_a_neuron_need_no_more_registers_than_one(backwards: bool) -> None:
+    """Whatever the order of the outputs: spikes, on which nothing depends, and currents, on which spikes do."""
+    program, u = Program(), None
+    for t in range(100):
+        current = program.add(Op.ADD, program.add(Op.LOAD, 0, t), program.add(Op.LOAD, 1, t))
+        u = current if u is None else program.add(Op.ADD, u, current)
+        spikes = program.add(Op.GREATER_K, u, k=program.immediate(1.0))
+        u = program.add(Op.SUB, u, program.add(Op.THRESHOLDED_RELU, u, k=program.immediate(1.0)))
+        program.stores += [(current, 0, t), (spikes, 1, t)]
+    if backwards:
+        program.stores.reverse()
+    code = program.encode()
+    assert max(d for op, d in zip(code[::5], code[1::5], strict=True) if op != Op.STORE) < 4
+
+
+def test_what_no_output_needs_is_left_out() -> None:
+    program = Program()
+    value = program.add(Op.LOAD, 0)
+    program.add(Op.ADD_K, value, k=program.immediate(1.0))
+    program.stores = [(value, 0, 0)]
+    assert program.encode()[::5] == [Op.LOAD, Op.STORE]
+
+
 def test_too_many_values_at_once_are_refused() -> None:
     program = Program()
-    values = [program.add(Op.LOAD, 0, part) for part in range(257)]
-    for part, value in enumerate(values):
-        program.store(value, 0, part)
-    with pytest.raises(ValueError, match="257 values at once"):
+    values = [program.add(Op.LOAD, 0, part) for part in range(MAX_REGISTERS)]
+    total = values[0]
+    for value in values[1:]:
+        total = program.add(Op.ADD, total, value)
+    program.stores = [(program.add(Op.MUL, value, total), 0, part) for part, value in enumerate(values)]
+    with pytest.raises(ValueError, match=f"{MAX_REGISTERS + 1} values at once"):
         program.encode()
+
+
+def test_a_long_chain_is_one_node() -> None:
+    names = ["x", *(f"a{k}" for k in range(1, 1500)), "y"]
+    adds = [helper.make_node("Add", [one, "x"], [other]) for one, other in itertools.pairwise(names)]
+    model = graph(adds, {"x": (FLOAT, ["N", 4])}, {"y": FLOAT})
+    made = native.fuse_model(model)
+    assert made is not None and len(onnx.ModelProto.FromString(made).graph.node) == 1
+    feed = {"x": floats(2, 4)}
+    np.testing.assert_array_equal(run(model, feed)[0], run(made, feed, joined=True)[0])
 
 
 def test_more_steps_than_registers_leave_the_region_to_onnxruntime() -> None:
@@ -390,7 +426,7 @@ def test_the_program_that_is_damaged_below_runs() -> None:
 @pytest.mark.parametrize(("changes", "match"), [
     ({"program": [Op.LOAD, 0, 1, 0, 0]}, "damaged"),  # another input
     ({"program": [Op.LOAD, 0, 0, 1, 0]}, "damaged"),  # another part
-    ({"program": [Op.LOAD, 256, 0, 0, 0]}, "damaged"),  # another register
+    ({"program": [Op.LOAD, MAX_REGISTERS, 0, 0, 0]}, "damaged"),  # another register
     ({"program": [Op.LOAD, -1, 0, 0, 0]}, "damaged"),
     ({"program": [Op.STORE, 1, 0, 0, 0]}, "damaged"),  # another output
     ({"program": [Op.STORE, 0, 0, 1, 0]}, "damaged"),
@@ -414,8 +450,8 @@ def running_sum(states: int = 1) -> bytes:
     program = Program()
     state = program.state()
     total = program.add(Op.ADD, program.add(Op.ADD, state, program.add(Op.LOAD, 0)), program.add(Op.LOAD, 1))
-    program.store(total, 0, 0)
-    program.keep(total, state)
+    program.stores = [(total, 0, 0)]
+    program.kept[state] = total
     node = helper.make_node(
         "Elementwise", ["x", "once", "steps"], ["y"], domain="ai.tetdeploy", states=states, program=program.encode(),
         immediates=program.immediates, input_ports=[FLOAT, 0, FLOAT, -1], output_ports=[FLOAT, 0],
@@ -445,7 +481,7 @@ def test_steps_that_do_not_fit_are_refused() -> None:
     with pytest.raises(Exception, match="there is no step"):
         run(running_sum(), feed | {"steps": np.zeros((3, 0), np.uint8)}, joined=True)
     with pytest.raises(Exception, match="too many states"):
-        run(running_sum(states=257), feed, joined=True)
+        run(running_sum(states=MAX_REGISTERS + 1), feed, joined=True)
 
 
 def test_tensors_that_do_not_fit_are_refused_in_the_call() -> None:

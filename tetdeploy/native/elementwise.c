@@ -26,7 +26,7 @@
 #define API_VERSION 17 /* ONNX Runtime 1.17 was the first with all that is called here */
 #define BLOCK 1024
 #define GRAIN (16 * BLOCK) /* elements that are worth a thread's while */
-#define MAX_REGISTERS 256
+#define MAX_REGISTERS 64 /* of 4 KB, on the stack of a thread */
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

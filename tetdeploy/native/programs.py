@@ -3,11 +3,12 @@ other."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-MAX_REGISTERS = 256
+MAX_REGISTERS = 64
 
 
 class Op(IntEnum):
@@ -38,16 +39,24 @@ class Op(IntEnum):
     HARD_SIGMOID = 22
 
 
+Instruction = tuple[Op, int, int, int, int]
+
+
 @dataclass
 class Program:
-    """Instructions `(op, d, a, b, k)` on values that are each written once; `encode` finds registers for them.
+    """Instructions `(op, d, a, b, k)` on values that are each written once; `encode` puts them in order and finds
+    registers.
 
-    `states` are values that last from one run of the program to the next, of which the first finds zeros.
+    Attributes:
+        stores: which value is which part of which output.
+        kept: of each value that lasts from one run of the program to the next, of which the first finds zeros, the
+            value that it then is.
     """
 
-    instructions: list[tuple[Op, int, int, int, int]] = field(default_factory=list)
+    instructions: list[Instruction] = field(default_factory=list)
     immediates: list[float] = field(default_factory=list)
-    states: list[int] = field(default_factory=list)
+    stores: list[tuple[int, int, int]] = field(default_factory=list)
+    kept: dict[int, int] = field(default_factory=dict)
     _values: int = 0
 
     def immediate(self, *numbers: float) -> int:
@@ -66,17 +75,10 @@ class Program:
         return self._values - 1
 
     def state(self) -> int:
-        """A value that lasts; `keep` says what it is in the next run."""
-        self.states.append(self._values)
+        """A value that lasts. What it is in the next run belongs into `kept`."""
         self._values += 1
-        return self.states[-1]
-
-    def keep(self, value: int, state: int) -> None:
-        """To be called when nothing reads the state any more."""
-        self.instructions.append((Op.MUL_K, state, value, 0, self.immediate(1.0)))
-
-    def store(self, value: int, output: int, part: int) -> None:
-        self.instructions.append((Op.STORE, output, value, part, 0))
+        self.kept[self._values - 1] = self._values - 1
+        return self._values - 1
 
     def encode(self) -> list[int]:
         """The attribute `program`.
@@ -84,30 +86,57 @@ class Program:
         Raises:
             ValueError: more values are needed at once than there are registers.
         """
-        last = {value: k for k, step in enumerate(self.instructions) for value in _read(step)}
-        free, encoded, used = list[int](), list[int](), len(self.states)
-        place = {state: k for k, state in enumerate(self.states)}
-        for k, (op, d, a, b, immediate) in enumerate(self.instructions):
+        instructions = self._in_order()
+        last = {value: k for k, step in enumerate(instructions) for value in _read(step)}
+        free, encoded, used = list[int](), list[int](), len(self.kept)
+        place = {state: k for k, state in enumerate(self.kept)}
+        for k, (op, d, a, b, immediate) in enumerate(instructions):
             read = list(_read((op, d, a, b, immediate)))
             at = [place[value] for value in read]
-            free += [place[value] for value in set(read) if last[value] == k and value not in self.states]
+            free += [place[value] for value in set(read) if last[value] == k and value not in self.kept]
             if op == Op.STORE:
                 encoded += [op, d, at[0], b, immediate]
                 continue
-            if d not in self.states:
+            if d not in self.kept:
                 if not free:
                     free.append(used)
                     used += 1
                 place[d] = free.pop()
-                if d not in last:
-                    free.append(place[d])
             encoded += [op, place[d], *([a, b] if op <= Op.DEQUANTIZE else [*at, 0][:2]), immediate]
         if used > MAX_REGISTERS:
             raise ValueError(f"{used} values at once")
         return encoded
 
+    def _in_order(self) -> list[Instruction]:
+        """What leads to the stores and states. So that few values are held at once, a value is stored as soon as it is
+        there, one that is only stored is computed step by step, and of operands the longer chain comes first."""
+        made = {step[1]: step for step in self.instructions}
+        length = dict.fromkeys(self.kept, 0)
+        for step in self.instructions:
+            length[step[1]] = 1 + max((length[value] for value in _read(step)), default=0)
+        read = {value for step in self.instructions for value in _read(step)}
+        stores = defaultdict[int, list[Instruction]](list)
+        for value, output, part in self.stores:
+            stores[value].append((Op.STORE, output, value, part, 0))
+        first = sorted(self.stores, key=lambda store: (store[0] in read, store[2], length[store[0]]))
+        waiting = [*self.kept.values(), *(value for value, _, _ in reversed(first))]
+        order, done = [step for state in self.kept for step in stores[state]], set(self.kept)
+        while waiting:
+            value = waiting[-1]
+            needed = [operand for operand in _read(made[value]) if operand not in done] if value not in done else []
+            if needed:
+                waiting += sorted(needed, key=length.__getitem__)
+                continue
+            waiting.pop()
+            if value not in done:
+                done.add(value)
+                order += [made[value], *stores[value]]
+        # Nothing reads the states any more.
+        keep = self.immediate(1.0)
+        return [*order, *((Op.MUL_K, state, value, 0, keep) for state, value in self.kept.items())]
 
-def _read(instruction: tuple[Op, int, int, int, int]) -> Iterable[int]:
+
+def _read(instruction: Instruction) -> Iterable[int]:
     """The values that an instruction reads."""
     op, _, a, b, _ = instruction
     if op <= Op.DEQUANTIZE:

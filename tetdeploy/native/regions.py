@@ -242,44 +242,36 @@ class _Writer:
         self.parts = self._count_parts()
         if self.loops and set(self.parts.values()) != {1}:
             raise UnfusableError(region)  # steps of both kinds
-        self._begin()
-        for name in (name for node in self.nodes for name in node.output):
-            for part in range(self.parts[name]):
-                self._value(name, part)
-        self.reads = list(self._inputs)
-
-    def _begin(self) -> None:
-        """Write nothing yet."""
+        self.reads: list[str] = []
         self._program = Program()
-        self._inputs: list[str] = []
         self._repeated: set[str] = set()
         self._values: dict[tuple[str, int], int] = {}
-        self._kept: list[tuple[int, int]] = []
+        for name in (name for node in self.nodes for name in node.output):  # each behind what it is computed from
+            for part in range(self.parts[name]):
+                self._value(name, part)
 
     def node(self, outside: set[str]) -> onnx.NodeProto:
         """The node whose outputs are those of the region that are read outside it."""
-        self._begin()
         outputs = [name for node in self.nodes for name in node.output if name in outside]
-        for part in range(max(self.parts[name] for name in outputs)):
-            for number, name in enumerate(outputs):
-                if part < self.parts[name]:
-                    self._program.store(self._value(name, part), number, part)
-        for value, state in self._kept:
-            self._program.keep(value, state)
+        self._program.stores = [
+            (self._values[name, part], number, part)
+            for number, name in enumerate(outputs)
+            for part in range(self.parts[name])
+        ]
         try:
             program = self._program.encode()
         except ValueError as error:
             raise UnfusableError(self.region) from error
         return helper.make_node(
             "Elementwise",
-            [*self._inputs, *([self.graph.steps] if self.loops else [])],
+            [*self.reads, *([self.graph.steps] if self.loops else [])],
             outputs,
             domain=DOMAIN,
             program=program,
             immediates=[*self._program.immediates, 0.0],
-            input_ports=[number for name in self._inputs for number in self._port(name)],
+            input_ports=[number for name in self.reads for number in self._port(name)],
             output_ports=[number for name in outputs for number in self._port(name)],
-            states=len(self._program.states) if self.loops else -1,
+            states=len(self._program.kept) if self.loops else -1,
         )
 
     def _port(self, name: str) -> tuple[int, int]:
@@ -318,7 +310,7 @@ class _Writer:
         values = {loop.u: state, loop.x: current}
         for node in loop.nodes:
             values[node.output[0]] = _arithmetic(self._program, node, values.__getitem__, loop.numbers)
-        self._kept.append((values[loop.next_u], state))
+        self._program.kept[state] = values[loop.next_u]
         return values[loop.spikes]
 
     def _dequantise(self, node: onnx.NodeProto, part: int) -> int:
@@ -334,9 +326,9 @@ class _Writer:
         tensor = self._tensor(name, part)
         if tensor is None:
             return None
-        if tensor[0] not in self._inputs:
-            self._inputs.append(tensor[0])
-        return self._inputs.index(tensor[0]), tensor[1]
+        if tensor[0] not in self.reads:
+            self.reads.append(tensor[0])
+        return self.reads.index(tensor[0]), tensor[1]
 
     def _tensor(self, name: str, part: int) -> tuple[str, int] | None:
         if self.graph.region_of(name) == self.region:
