@@ -26,6 +26,7 @@
 #define API_VERSION 17 /* ONNX Runtime 1.17 was the first with all that is called here */
 #define BLOCK 1024
 #define GRAIN (16 * BLOCK) /* elements that are worth a thread's while */
+#define MAX_PARTS (1 << 20)
 #define MAX_REGISTERS 64 /* of 4 KB, on the stack of a thread */
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -150,8 +151,8 @@ FOR_EACH_CPU static void run_step(const Call* call, float* registers, const floa
       case HARD_SIGMOID: {
         const float beta = k[1];
         LOOP(a[i] * c + beta);
-        LOOP(d[i] > 1.0f ? 1.0f : d[i]);
-        LOOP(d[i] > 0.0f ? d[i] : 0.0f);
+        LOOP(d[i] > 1.0f ? 1.0f : d[i]); /* NaN stays */
+        LOOP(d[i] < 0.0f ? 0.0f : d[i]);
         break;
       }
     }
@@ -285,9 +286,10 @@ static OrtStatusPtr check(Kernel* kernel) {
   for (int side = 0; side < 2; ++side) {
     const Port* ports = side ? kernel->outputs : kernel->inputs;
     for (size_t k = 0; k < (side ? kernel->num_outputs : kernel->num_inputs); ++k) {
-      const int64_t type = ports[k].type;
-      if (kernel->states < 0 ? ports[k].parts < 1 : ports[k].parts != 0 && (side || ports[k].parts != -1))
-        return failed(kernel->api, "a tensor has no parts");
+      const int64_t type = ports[k].type, parts = ports[k].parts;
+      const int named = parts >= 1 && parts <= MAX_PARTS, stepwise = parts == 0 || (parts == -1 && !side);
+      if (kernel->states < 0 ? !named : !stepwise)
+        return failed(kernel->api, "a tensor has no parts, or too many");
       if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT && type != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 &&
           type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 && type != ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL)
         return failed(kernel->api, "a tensor has a type that is not supported");

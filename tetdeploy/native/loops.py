@@ -34,7 +34,7 @@ class Loop:
 def take_out_loops(model: onnx.ModelProto) -> list[Loop]:
     """Replace each `Scan` of `model` by a comparison with `FIRST_MARK` plus its place in what is returned.
 
-    One that begins with a membrane of the caller's, or gives one back, stays.
+    One that begins with a membrane of the caller's, gives one back, or runs over other steps than the model's, stays.
     """
     writer = _Merged(model)
     for node in model.graph.node:
@@ -50,6 +50,8 @@ class _Merged:
         inferred = shape_inference.infer_shapes(_without_weights(model)).graph
         values = (*inferred.value_info, *inferred.input, *inferred.output)
         self.kinds = {value.name: value.type.tensor_type for value in values}
+        given = next((value.name for value in model.graph.input if value.name == "steps"), "x")
+        self.time = (*reversed(self._dims(given)[:2]),)  # T and N
         self.producer = {name: node for node in model.graph.node for name in node.output}
         self.read = {name for node in model.graph.node for name in reads(node)} | {v.name for v in model.graph.output}
         self.graph = model.graph
@@ -60,7 +62,13 @@ class _Merged:
     def take(self, node: onnx.NodeProto) -> None:
         loop = _loop(node) if node.op_type == "Scan" else None
         zeros = self.producer.get(node.input[0]) if loop is not None else None
-        if loop is not None and zeros is not None and _is_zeros(zeros) and node.output[0] not in self.read:
+        if (
+            loop is not None
+            and zeros is not None
+            and _is_zeros(zeros)
+            and node.output[0] not in self.read
+            and self._dims(node.input[1])[:2] == self.time
+        ):
             self._compare(node, loop)
         elif (
             node.op_type == "Reshape" and node.input[0] in self.merged and self._is_view(node.output[0], node.input[0])
@@ -116,7 +124,7 @@ class _Merged:
         return len(self._dims(merged)) > 1 and self._dims(merged)[1:] == self._dims(name)[2:]
 
     def _all_like(self, name: str, parts: Iterable[str]) -> bool:
-        return all(self._dims(part)[2:] == self._dims(name)[2:] != () for part in parts)
+        return len(self._dims(name)) > 2 and all(self._dims(part) == self._dims(name) for part in parts)
 
     def _dims(self, name: str) -> tuple[int | str, ...]:
         kind = self.kinds.get(name)

@@ -31,6 +31,8 @@ BINARY = {
     "LessOrEqual": Op.LESS_EQUAL,
     "GreaterOrEqual": Op.GREATER_EQUAL,
 }
+_OR_EQUAL = ("LessOrEqual", "GreaterOrEqual")
+_UNARY = ("ThresholdedRelu", "HardSigmoid")
 NUMBER_RIGHT = {op: Op[f"{op.name}_K"] for op in BINARY.values()}
 NUMBER_LEFT = {
     Op.ADD: Op.ADD_K,
@@ -85,10 +87,10 @@ class _Graph:
     def __init__(self, graph: onnx.GraphProto, kinds: Mapping[str, Kind], loops: Sequence[Loop]) -> None:
         self.graph, self.kinds, self.nodes = graph, kinds, list(graph.node)
         self.producer = {name: k for k, node in enumerate(self.nodes) for name in node.output}
-        self.numbers = {t.name: value for t in graph.initializer if (value := scalar(t)) is not None}
-        self.sizes = {
-            t.name: numpy_helper.to_array(t).tolist() for t in graph.initializer if t.data_type == TensorProto.INT64
-        }
+        given = {value.name for value in graph.input}  # these may hide a constant
+        constants = [t for t in graph.initializer if t.name not in given]
+        self.numbers = {t.name: value for t in constants if (value := scalar(t)) is not None}
+        self.sizes = {t.name: numpy_helper.to_array(t).tolist() for t in constants if t.data_type == TensorProto.INT64}
         self.inline = [self._is_inline(node) for node in self.nodes]
         self.joins = defaultdict[str, list[int]](list)  # the Concats that a value is part of
         self.region: dict[int, int] = {}
@@ -112,12 +114,12 @@ class _Graph:
         self.loops = {}
         for k, node in enumerate(self.nodes if loops else ()):
             mark = self.numbers.get(node.input[1]) if node.op_type == "Greater" else None
-            if mark is not None and float(mark) >= FIRST_MARK:
+            if mark is not None and FIRST_MARK <= float(mark) < FIRST_MARK + len(loops):
                 self.loops[k] = loops[int(mark) - FIRST_MARK]
+                check_loop(self.loops[k])
         if len(self.loops) != len(loops):
             raise UnfusableError("a loop was lost")
-        inputs = [value.name for value in graph.input]
-        self.steps = "steps" if "steps" in inputs else "x"  # [N, T], or frames [N, T, ...]
+        self.steps = "steps" if "steps" in given else "x"  # [N, T], or frames [N, T, ...]
 
     def _before_inline(self, name: str) -> str:
         while (node := self.inline_producer(name)) is not None:
@@ -164,19 +166,22 @@ class _Graph:
 
     def repeated(self, name: str) -> str | None:
         """The tensor `[N, ...]` that `name [T * N, ...]` repeats for each step, if it does."""
+        shape = self.kinds[name].shape
         for op in ("Reshape", "Expand", "Unsqueeze"):
             node = self.nodes[self.producer[name]] if name in self.producer else None
             if node is None or node.op_type != op:
                 return None
             name = node.input[0]
-        return name if name in self.kinds else None
+        return name if name in self.kinds and self.kinds[name].shape[1:] == shape[1:] else None
 
     def _is_inline(self, node: onnx.NodeProto) -> bool:
         if node.domain or not all(self._has_axes(name) for name in (node.input[0], *node.output)):
             return False
         if node.op_type == "Split":
-            sizes = self.sizes.get(node.input[1]) if len(node.input) > 1 else [1]
-            return _attribute(node, "axis", 0) == 0 and sizes is not None and len(set(sizes)) == 1
+            sizes = self.sizes.get(node.input[1]) if len(node.input) > 1 else _attribute(node, "split", [1])
+            length = self.kinds[node.input[0]].shape[0]
+            even = not isinstance(length, int) or length % len(node.output) == 0
+            return _attribute(node, "axis", 0) == 0 and sizes is not None and len(set(sizes)) == 1 and even
         return (
             node.op_type == "DequantizeLinear"
             and all(name in self.numbers for name in node.input[1:])
@@ -371,12 +376,17 @@ class _Writer:
             tensors = [n for n in node.input if n not in self.graph.numbers and n not in self.graph.sizes]
             if node.op_type == "Split":
                 sums.append((tensors[0], list(node.output)))
+                same.append(list(node.output))
             elif node.op_type == "Concat":
                 sums.append((node.output[0], tensors))
             else:
                 same.append([*tensors, *node.output])
             names += [*tensors, *node.output]
-        return _solve(seen - self.graph.numbers.keys(), same, sums, self.region)
+        found = _solve(seen, same, sums, self.region)
+        lengths = {(name, self.graph.kinds[name].shape[0]) for name in found}
+        if len({length / found[name] for name, length in lengths if isinstance(length, int)}) > 1:
+            raise UnfusableError(self.region)  # a step is not as long as the other
+        return found
 
 
 def _solve(
@@ -434,6 +444,22 @@ def _arithmetic(
         return program.add(Op.HARD_SIGMOID, value, k=slope)
     assert node.op_type == "Cast"  # of 0 and 1, or of bytes
     return value
+
+
+def check_loop(loop: Loop) -> None:
+    """Refuse neurons of which `_arithmetic` does not know an operator.
+
+    Raises:
+        UnfusableError: there is one.
+    """
+    made = {loop.u: "", loop.x: "", **dict.fromkeys(loop.numbers, "")}  # by which operator
+    for node in loop.nodes:
+        casts_spikes = node.op_type == "Cast" and made.get(node.input[0]) in ("Less", "Greater", *_OR_EQUAL)
+        if not (casts_spikes or node.op_type in (*BINARY, *_UNARY)) or not made.keys() >= set(node.input):
+            raise UnfusableError(f"neurons with {node.op_type}")
+        made[node.output[0]] = node.op_type
+    if not made.keys() >= {loop.next_u, loop.spikes}:
+        raise UnfusableError("neurons that give something else")
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
