@@ -19,7 +19,7 @@ from tetdeploy.export.model import Exported
 from tetdeploy.export.parity import ParityError
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
-from tetdeploy.tracing import folded_module
+from tetdeploy.tracing import Tracer
 from tetdeploy.validate import sweep
 
 
@@ -68,7 +68,8 @@ def test_the_gate_sees_a_network_in_float32(tmp_path: Path, monkeypatch: pytest.
 def test_rounding_the_currents_is_one_rounding_more() -> None:
     x = torch.from_numpy(digits().images[:40])
     plain = convsnn()(x, 3)
-    made = [HalfNetwork(convsnn(), encoding="direct", uint8=True, round_currents=rounds) for rounds in (False, True)]
+    tracer = Tracer(convsnn(), encoding="direct", uint8=True)
+    made = [HalfNetwork(tracer, round_currents=rounds) for rounds in (False, True)]
     kept, rounded = (network(x, 3) for network in made)
     assert not torch.equal(kept, plain) and not torch.equal(kept, rounded)
     assert np.mean((rounded.mean(0).argmax(-1) == plain.mean(0).argmax(-1)).numpy()) > 0.9
@@ -91,7 +92,7 @@ class Linear(nn.Module):
 def test_a_linear_layer_between_neurons(tmp_path: Path) -> None:
     torch.manual_seed(3)
     network = classifier(Linear())
-    module = folded_module(network, T=2, encoding="direct", uint8=True)
+    module = Tracer(network, encoding="direct", uint8=True).folded(2)
     assert [(layer.name, layer.place) for layer in placed_layers(module)] == [
         ("encode.0", "first"), ("hidden.1", "inner"), ("readout.0", "readout"),
     ]  # fmt: skip
@@ -106,6 +107,6 @@ def test_what_float16_cannot_hold_or_has_no_layer_for() -> None:
     with torch.no_grad():
         network.network.hidden[1].weight[0] = 1000.0
     with pytest.raises(HalfError, match=r"currents of hidden\.1 may reach 1\.44e\+05 and float16 ends at 65504"):
-        halve(folded_module(network, T=2, encoding="direct", uint8=True))
+        halve(Tracer(network, encoding="direct", uint8=True).folded(2))
     with pytest.raises(HalfError, match="no layer of the network lies between neurons"):
         halve(torch.fx.symbolic_trace(nn.Linear(2, 2)))
