@@ -114,7 +114,8 @@ class ExportConfig:
 @dataclass(frozen=True)
 class Exported:
     """What an export wrote. `parity` is None without a check; `from_state` compares from random membranes; `int8` says
-    how the scales of an int8 graph were found and what accuracy it keeps."""
+    how the scales of an int8 graph were found and what accuracy it keeps (`kept`, None without a check), `fp16` what a
+    graph in float16 keeps."""
 
     path: Path
     num_folded: int
@@ -124,6 +125,7 @@ class Exported:
     from_state: Parity | None
     uncounted: tuple[str, ...]
     int8: dict[str, Any] | None = None
+    fp16: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"path": str(self.path)}
@@ -181,7 +183,7 @@ def export_model(
         expected = Int8Network(onnx_tracer.tracer, found.scales)
     elif config.precision == "fp16":
         expected = HalfNetwork(onnx_tracer.tracer)
-    parity = from_state = int8 = None
+    parity = from_state = kept = None
     with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference:
         temporary.write_bytes(ir.to_proto(graph.model).SerializeToString())
         onnx.checker.check_model(str(temporary), full_check=True)
@@ -189,10 +191,19 @@ def export_model(
             parity, from_state = _check(expected, temporary, config, x[:num_check], tick)
         _write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.neurons, source or {})
         size = temporary.stat().st_size
-        if found is not None:
-            kept = _kept(classifier, temporary, config, x[:num_check], labels) if num_check else None
-            int8 = found.to_dict() | {"kept": kept}
-    return Exported(path, graph.num_folded, len(graph.neurons), size, parity, from_state, tuple(graph.uncounted), int8)
+        if num_check and config.precision != "fp32":
+            kept = _kept(classifier, temporary, config, x[:num_check], labels)
+    return Exported(
+        path,
+        graph.num_folded,
+        len(graph.neurons),
+        size,
+        parity,
+        from_state,
+        tuple(graph.uncounted),
+        int8=None if found is None else found.to_dict() | {"kept": kept},
+        fp16={"kept": kept} if config.precision == "fp16" else None,
+    )
 
 
 def _refuse(classifier: Classifier, num_images: int, labels: NDArray[np.int64] | None, num_check: int) -> None:
@@ -348,10 +359,10 @@ def _in_memory(graph: Graph) -> Engine:
 def _kept(
     classifier: Classifier, file: Path, config: ExportConfig, x: NDArray[Any], labels: NDArray[np.int64] | None
 ) -> dict[str, Any]:
-    """What the int8 graph keeps of the float32 network's answers on the checked images."""
+    """What the graph keeps of the float32 network's answers on the checked images."""
     T = _steps(config, x)
     full = torch_logits(classifier, x, T, config.encoding)
-    return kept_answers(full, per_step_logits(Engine(file), x, T), labels)
+    return kept_answers(full, per_step_logits(Engine(file), x, T), config.precision, labels)
 
 
 def _check(
