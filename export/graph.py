@@ -19,74 +19,87 @@ from tetdeploy.quantisation import Scales, quantise
 from tetdeploy.tracing import Encoding, Tracer, example_input, first_line, quiet
 
 from .half import halve
-from .int8 import translate_int8_conv
+from .int8 import set_scales, translate_int8_conv
 
 OPSET, IR_VERSION, LIF_DOMAIN = 20, 10, "tetdeploy"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def trace(
-    tracer: Tracer,
-    *,
-    T: int | None,
-    step: bool,
-    fold_bn: bool,
-    int8: Scales | None = None,
-    half: bool = False,
-) -> tuple[ir.Model, int]:
-    """Trace a classifier in inference into an ONNX graph with LIF nodes and a dynamic batch.
+class OnnxTracer:
+    """ONNX graphs of a classifier in inference, with LIF nodes and a dynamic batch. Each trace is taken once, whatever
+    the scales of int8: those go into a copy.
 
     Args:
-        tracer: of the classifier. The graph takes images `[N, C, H, W]` or frames `[N, T, C, H, W]`, as it says.
-        T: number of steps; None makes it a dimension of the input (`steps [N, T]`, or the frames' own).
-        step: the step layout (T is 1): frames come one at a time, `[N, C, H, W]`.
+        tracer: of the classifier. The graphs take images `[N, C, H, W]` or frames `[N, T, C, H, W]`, as it says.
         fold_bn: fold BN first (Eq. 6).
-        int8: scales of the convolutions that compute in 8 bits.
         half: the layers between neurons compute in float16.
-
-    Returns:
-        The graph, and how many BN were folded.
-
-    Raises:
-        ValueError: the network cannot be traced, or not with T left open; FoldingError from folding.
     """
-    inputs, shapes = example_input(tracer.classifier, T, tracer.encoding, step, tracer.uint8)
-    program = tracer.program(T, step=step)
-    num_folded = count_batchnorm(program.graph) if fold_bn else 0
-    with torch.no_grad(), quiet():
-        if fold_bn:
+
+    def __init__(self, tracer: Tracer, *, fold_bn: bool, half: bool = False) -> None:
+        self.tracer, self._fold_bn, self._half = tracer, fold_bn, half
+        self._programs: dict[tuple[Any, ...], tuple[torch.onnx.ONNXProgram, list[str]]] = {}
+
+    def graph(self, T: int | None, *, step: bool, int8: Scales | None = None) -> tuple[ir.Model, int]:
+        """A graph of its own, optimised, and how many BN were folded.
+
+        Args:
+            T: number of steps; None makes it a dimension of the input (`steps [N, T]`, or the frames' own).
+            step: the step layout (T is 1): frames come one at a time, `[N, C, H, W]`.
+            int8: scales of the convolutions that compute in 8 bits.
+
+        Raises:
+            ValueError: the network cannot be traced, or not with T left open; FoldingError from folding.
+        """
+        key = (T, step, *(int8 or ()))
+        if key not in self._programs:
+            self._programs[key] = self._trace(T, step, int8 or {})
+        traced, rounded = self._programs[key]
+        program = torch.onnx.ONNXProgram(traced.model.clone(), traced.exported_program)
+        set_scales(program.model, [(int8 or {})[name] for name in rounded])
+        if self._fold_bn:  # the optimiser would fold BN as well
+            with torch.no_grad(), quiet():
+                program.optimize()
+        program.model.ir_version = IR_VERSION
+        _name_boundary(program.model, T, self.tracer.encoding)
+        num_folded = count_batchnorm(self.tracer.program(T, step=step).graph) if self._fold_bn else 0
+        return program.model, num_folded
+
+    def _trace(self, T: int | None, step: bool, int8: Scales) -> tuple[torch.onnx.ONNXProgram, list[str]]:
+        """The trace, not optimised, and by which of the scales each convolution in 8 bits rounds."""
+        tracer, rounded = self.tracer, []
+        program = tracer.program(T, step=step)
+        if self._fold_bn:
+            inputs, shapes = example_input(tracer.classifier, T, tracer.encoding, step, tracer.uint8)
             folded = tracer.folded(T, step=step)
-            quantise(folded, int8 or {})
-            if half:
-                halve(folded)
-            program = torch.export.export(folded, inputs, dynamic_shapes=shapes)
-        model = _to_onnx(program, optimize=fold_bn)  # the optimiser would fold BN as well
-    model.ir_version = IR_VERSION
-    _name_boundary(model, T, tracer.encoding)
-    return model, num_folded
+            with torch.no_grad(), quiet():
+                rounded = quantise(folded, int8)
+                if self._half:
+                    halve(folded)
+                program = torch.export.export(folded, inputs, dynamic_shapes=shapes)
+        return _to_onnx(program), rounded
 
 
-def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Model:
+def _to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
     try:
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            optimize=optimize,
-            custom_translation_table={
-                torch.ops.tetdeploy.lif.default: _translate_lif,
-                torch.ops.tetdeploy.int8_conv.default: translate_int8_conv,
-            },
-            verbose=False,
-        )
+        with torch.no_grad(), quiet():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,
+                custom_translation_table={
+                    torch.ops.tetdeploy.lif.default: _translate_lif,
+                    torch.ops.tetdeploy.int8_conv.default: translate_int8_conv,
+                },
+                verbose=False,
+            )
     except Exception as error:  # of the exporter's own kinds, some of them private
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise ValueError(f"torch.onnx cannot export an operation of the network: {first_line(cause)}") from error
     assert exported is not None
-    model: ir.Model = exported.model
-    return model
+    return exported
 
 
 def is_of_network(node: ir.Node) -> bool:

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from tetdeploy.folding import module_path
-from tetdeploy.networks import Classifier
 from tetdeploy.traced_network import TracedNetwork
-from tetdeploy.tracing import Encoding, folded_module
+from tetdeploy.tracing import Tracer
 
 aten = torch.ops.aten
 _LARGEST = torch.finfo(torch.float16).max
@@ -147,20 +146,12 @@ class HalfNetwork(TracedNetwork):
         round_currents: what the layers put out is rounded too, as a GPU does and ONNX Runtime on a CPU does not.
     """
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        *,
-        encoding: Encoding,
-        uint8: bool,
-        places: tuple[Place, ...] = ("inner",),
-        round_currents: bool = False,
-    ) -> None:
-        super().__init__(classifier, encoding=encoding, uint8=uint8)
+    def __init__(self, tracer: Tracer, *, places: tuple[Place, ...] = ("inner",), round_currents: bool = False) -> None:
+        super().__init__(tracer)
         self._places, self._round_currents = places, round_currents
 
     def trace(self, T: int) -> Callable[[Tensor], Any]:
-        module = folded_module(self.classifier, T=T, encoding=self.encoding, uint8=self.uint8)
+        module = self._tracer.folded(T)
         halve(module, [layer for layer in placed_layers(module) if layer.place in self._places])
         return _RoundingInterpreter(module, self._round_currents).run
 

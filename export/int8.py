@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import onnx_ir as ir
 from onnxscript import opset20
+
+from tetdeploy.quantisation import CurrentScale
+
+from .neuron_steps import producer_of
 
 
 def translate_int8_conv(
@@ -33,3 +38,19 @@ def translate_int8_conv(
     y = op.Conv(x, w, b, strides=list(stride), pads=[*padding, *padding], dilations=list(dilation), group=groups)
     step, offset = op.Constant(value_float=scale), op.Cast(op.Constant(value_int=zero), to=2)
     return op.DequantizeLinear(op.QuantizeLinear(y, step, offset), step, offset)
+
+
+def set_scales(model: ir.Model, scales: Sequence[CurrentScale]) -> None:
+    """Let the currents of a graph that is not optimised yet round by other scales, in the order of its convolutions."""
+    rounding = [node for node in model.graph if node.op_type == "QuantizeLinear" and _source(node).op_type == "Conv"]
+    for node, current in zip(rounding, scales, strict=True):
+        step, offset = _source(node, 1), _source(_source(node, 2))
+        step.attributes["value_float"] = ir.AttrFloat32("value_float", current.scale)
+        offset.attributes["value_int"] = ir.AttrInt64("value_int", current.zero)
+
+
+def _source(node: ir.Node, k: int = 0) -> ir.Node:
+    """The node that makes a node's k-th input."""
+    value = node.inputs[k]
+    assert value is not None
+    return producer_of(value)

@@ -32,13 +32,13 @@ from tetdeploy.tracing import Encoding, Tracer
 from .by_step import take_apart
 from .counters import Layers, counting_overlay
 from .encoder import Encoder, split_encoder
-from .graph import trace
+from .graph import OnnxTracer
 from .half import HalfNetwork
 from .lowering import lower
 from .neuron_steps import Neurons
 from .parity import Parity, check_steps, compare
 from .precision import kept_answers, per_step_logits
-from .recorder import run_torch
+from .recorder import run_torch, torch_logits
 from .targets import Precision, Target, check_target
 
 Layout = Literal["unrolled", "dynamic", "step"]
@@ -114,7 +114,8 @@ class ExportConfig:
 @dataclass(frozen=True)
 class Exported:
     """What an export wrote. `parity` is None without a check; `from_state` compares from random membranes; `int8` says
-    how the scales of an int8 graph were found and what accuracy it keeps."""
+    how the scales of an int8 graph were found and what accuracy it keeps (`kept`, None without a check), `fp16` what a
+    graph in float16 keeps."""
 
     path: Path
     num_folded: int
@@ -124,6 +125,7 @@ class Exported:
     from_state: Parity | None
     uncounted: tuple[str, ...]
     int8: dict[str, Any] | None = None
+    fp16: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"path": str(self.path)}
@@ -167,10 +169,10 @@ def export_model(
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)
     num_layers = check_steps(classifier, some, config.encoding, T=max(4, config.T, config.trained_T + 2))
     tried: dict[int, Graph] = {}
-    tracer = _tracer(classifier, config)
-    found = _calibrate(tracer, config, calibration, source, tick, tried) if config.precision == "int8" else None
+    onnx_tracer = _onnx_tracer(classifier, config)
+    found = _calibrate(onnx_tracer, config, calibration, source, tick, tried) if config.precision == "int8" else None
     scales = found.scales if found else None
-    graph = tried.get(id(scales)) or _build(tracer, config, source, scales)
+    graph = tried.get(id(scales)) or _build(onnx_tracer, config, source, scales)
     if len(graph.neurons) != num_layers:
         raise ValueError(
             f"the network runs {num_layers} neuron layers, but only {len(graph.neurons)} of them reach its logits; "
@@ -178,10 +180,10 @@ def export_model(
         )
     expected: Any = classifier  # what computes the graph's answers in PyTorch
     if found is not None:
-        expected = Int8Network(classifier, found.scales, encoding=config.encoding, uint8=config.normalize)
+        expected = Int8Network(onnx_tracer.tracer, found.scales)
     elif config.precision == "fp16":
-        expected = HalfNetwork(classifier, encoding=config.encoding, uint8=config.normalize)
-    parity = from_state = int8 = None
+        expected = HalfNetwork(onnx_tracer.tracer)
+    parity = from_state = kept = None
     with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference:
         temporary.write_bytes(ir.to_proto(graph.model).SerializeToString())
         onnx.checker.check_model(str(temporary), full_check=True)
@@ -189,10 +191,19 @@ def export_model(
             parity, from_state = _check(expected, temporary, config, x[:num_check], tick)
         _write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.neurons, source or {})
         size = temporary.stat().st_size
-        if found is not None:
-            kept = _kept(tracer, temporary, config, x[:num_check], labels) if num_check else None
-            int8 = found.to_dict() | {"kept": kept}
-    return Exported(path, graph.num_folded, len(graph.neurons), size, parity, from_state, tuple(graph.uncounted), int8)
+        if num_check and config.precision != "fp32":
+            kept = _kept(classifier, temporary, config, x[:num_check], labels)
+    return Exported(
+        path,
+        graph.num_folded,
+        len(graph.neurons),
+        size,
+        parity,
+        from_state,
+        tuple(graph.uncounted),
+        int8=None if found is None else found.to_dict() | {"kept": kept},
+        fp16={"kept": kept} if config.precision == "fp16" else None,
+    )
 
 
 def _refuse(classifier: Classifier, num_images: int, labels: NDArray[np.int64] | None, num_check: int) -> None:
@@ -221,22 +232,18 @@ def build_graph(
     classifier: Classifier, config: ExportConfig, source: Mapping[str, Any] | None = None, int8: Scales | None = None
 ) -> Graph:
     """Trace, fold, lower and describe, without writing anything; `int8` are the scales of an int8 graph."""
-    return _build(_tracer(classifier, config), config, source, int8)
+    return _build(_onnx_tracer(classifier, config), config, source, int8)
 
 
-def _tracer(classifier: Classifier, config: ExportConfig) -> Tracer:
-    return Tracer(classifier, encoding=config.encoding, uint8=config.normalize)
+def _onnx_tracer(classifier: Classifier, config: ExportConfig) -> OnnxTracer:
+    tracer = Tracer(classifier, encoding=config.encoding, uint8=config.normalize)
+    return OnnxTracer(tracer, fold_bn=config.fold_bn, half=config.precision == "fp16")
 
 
-def _build(tracer: Tracer, config: ExportConfig, source: Mapping[str, Any] | None, int8: Scales | None) -> Graph:
-    model, num_folded = trace(
-        tracer,
-        T=config.steps,
-        step=config.layout == "step",
-        fold_bn=config.fold_bn,
-        int8=int8,
-        half=config.precision == "fp16",
-    )
+def _build(
+    onnx_tracer: OnnxTracer, config: ExportConfig, source: Mapping[str, Any] | None, int8: Scales | None
+) -> Graph:
+    model, num_folded = onnx_tracer.graph(config.steps, step=config.layout == "step", int8=int8)
     neurons = lower(
         model,
         T=config.steps,
@@ -252,7 +259,7 @@ def _build(tracer: Tracer, config: ExportConfig, source: Mapping[str, Any] | Non
     joined = b""
     if config.target == "cpu" and config.precision == "fp32" and config.layout == "unrolled":
         joined = take_apart(model, neurons, layers.read.values())
-    description = _describe(tracer.classifier, config, neurons, encoders, layers, source)
+    description = _describe(onnx_tracer.tracer.classifier, config, neurons, encoders, layers, source)
     description["joined_overlay"] = base64.b64encode(joined).decode()
     model.metadata_props[METADATA_KEY] = json.dumps(description)
     model.producer_name, model.producer_version, model.doc_string = "tetdeploy", __version__, None
@@ -314,32 +321,32 @@ def versions() -> dict[str, str]:
 
 
 def _calibrate(
-    tracer: Tracer,
+    onnx_tracer: OnnxTracer,
     config: ExportConfig,
     calibration: tuple[NDArray[Any], NDArray[np.int64] | None] | Calibration | None,
     source: Mapping[str, Any] | None,
     tick: Callable[[str, int, int], None] | None,
     tried: dict[int, Graph],
 ) -> Calibration:
-    """Scales for an int8 graph; `tried` gets the graphs that were made of some, by their id, where they are the
-    wanted one."""
+    """Scales for an int8 graph, tried out on the wanted graph where that has as many steps as the training: `tried`
+    gets those graphs, by the id of their scales."""
     if isinstance(calibration, Calibration):
         return calibration
     if calibration is None:
         raise ValueError("precision int8 takes its scales from images of the training set; give some as calibration")
-    x = _as_input(tracer.classifier, calibration[0], config)
+    x = _as_input(onnx_tracer.tracer.classifier, calibration[0], config)
     T = min(config.trained_T, x.shape[1]) if config.encoding == "frames" else config.trained_T
-    x = x[:, :T] if config.encoding == "frames" else x
+    trial = replace(config, T=T) if config.layout == "unrolled" and config.T < T else config
+    steps = trial.T if trial.layout == "unrolled" else T
 
     def answers(scales: Scales) -> NDArray[np.float32]:
-        unrolled = replace(config, layout="unrolled", with_state=False, T=T)
-        graph = _build(tracer, unrolled, source, scales)
-        if unrolled == config:
+        graph = _build(onnx_tracer, trial, source, scales)
+        if trial == config:
             tried[id(scales)] = graph
-        return per_step_logits(_in_memory(graph), x, T)
+        return per_step_logits(_in_memory(graph), x, steps)[:, :T]
 
     ticker = _ticker(tick, "calibrating", len(x))
-    return calibrate(tracer, x, calibration[1], T, answers, ticker)
+    return calibrate(onnx_tracer.tracer, x, calibration[1], T, answers, ticker)
 
 
 def _in_memory(graph: Graph) -> Engine:
@@ -350,11 +357,12 @@ def _in_memory(graph: Graph) -> Engine:
 
 
 def _kept(
-    tracer: Tracer, file: Path, config: ExportConfig, x: NDArray[Any], labels: NDArray[np.int64] | None
+    classifier: Classifier, file: Path, config: ExportConfig, x: NDArray[Any], labels: NDArray[np.int64] | None
 ) -> dict[str, Any]:
-    """What the int8 graph keeps of the float32 one's answers on the checked images."""
-    full = _in_memory(_build(tracer, replace(config, precision="fp32"), None, None))
-    return kept_answers(full, Engine(file), x, labels, _steps(config, x))
+    """What the graph keeps of the float32 network's answers on the checked images."""
+    T = _steps(config, x)
+    full = torch_logits(classifier, x, T, config.encoding)
+    return kept_answers(full, per_step_logits(Engine(file), x, T), config.precision, labels)
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""What an int8 graph keeps of the float32 one's answers."""
+"""What an fp16 or int8 graph keeps of the float32 network's answers."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine
 
+from .targets import Precision
+
 _BATCH = 32
 
 
 def kept_answers(
-    full: Engine, int8: Engine, x: NDArray[Any], labels: NDArray[np.int64] | None, T: int
+    full: NDArray[np.float32], reduced: NDArray[np.float32], precision: Precision, labels: NDArray[np.int64] | None
 ) -> dict[str, Any]:
-    """What an int8 engine keeps of the float32 one's answers after 1..T steps.
+    """What a graph keeps of the float32 network's answers after 1..T steps.
+
+    Args:
+        full, reduced: per-step logits `[N, T, K]` of network and graph on the same images.
+        precision: of the graph.
+        labels: of at least these images.
 
     Returns:
-        `num_images`, `T` (a list), `agreement` of the classes for each T; with labels also `accuracy_fp32` and
-        `accuracy_int8`.
+        `num_images`, `T` (a list), `agreement` of the classes for each T; with labels also `accuracy_fp32` and, by its
+        precision, that of the graph.
     """
-    classes = {
-        name: np.cumsum(per_step_logits(side, x, T), axis=1).argmax(-1)
-        for name, side in (("fp32", full), ("int8", int8))
-    }
-    kept: dict[str, Any] = {"num_images": len(x), "T": list(range(1, T + 1))}
-    kept["agreement"] = (classes["fp32"] == classes["int8"]).mean(0).tolist()
+    num_images, T, _ = full.shape
+    classes = {name: np.cumsum(logits, axis=1).argmax(-1) for name, logits in (("fp32", full), (precision, reduced))}
+    kept: dict[str, Any] = {"num_images": num_images, "T": list(range(1, T + 1))}
+    kept["agreement"] = (classes["fp32"] == classes[precision]).mean(0).tolist()
     if labels is not None:
         for name, chosen in classes.items():
-            kept[f"accuracy_{name}"] = (chosen == labels[: len(x), None]).mean(0).tolist()
+            kept[f"accuracy_{name}"] = (chosen == labels[:num_images, None]).mean(0).tolist()
     return kept
 
 

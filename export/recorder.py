@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetdeploy.networks import Classifier
 
+_BATCH = 32
+
 
 class NeuronRecorder(TorchDispatchMode):
     """Within it, every LIF operator's spikes and last membrane are kept, in the order in which the layers fire.
@@ -95,6 +97,12 @@ def run_torch(
     with NeuronRecorder(_on(classifier, state)) as recorder:
         logits = _logits(classifier, x, T, encoding)
     return logits, [spikes.cpu().numpy() for spikes in recorder.spikes]
+
+
+@torch.no_grad()
+def torch_logits(classifier: Classifier, x: NDArray[Any], T: int, encoding: str) -> NDArray[Any]:
+    """Per-step logits `[N, T, K]`, as PyTorch computes them, a batch at a time."""
+    return np.concatenate([_logits(classifier, x[k : k + _BATCH], T, encoding) for k in range(0, len(x), _BATCH)])
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +10,28 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from export_helpers import classifier, convsnn, digits, frames
 from torch import Tensor, nn
 
+from tetdeploy.cli import main
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model, half
 from tetdeploy.export.half import HalfError, HalfNetwork, halve, placed_layers
 from tetdeploy.export.model import Exported
 from tetdeploy.export.parity import ParityError
+from tetdeploy.export.precision import kept_answers
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
-from tetdeploy.tracing import folded_module
+from tetdeploy.tracing import Tracer
 from tetdeploy.validate import sweep
 
 
 def export(path: Path, layout: str = "unrolled", network: Any = None, **options: Any) -> Exported:
     config = ExportConfig(layout=layout, T=3, trained_T=3, precision="fp16", target="cuda", **options)  # type: ignore[arg-type]
     images = digits().images[:90] if config.encoding == "direct" else frames(60, 5)
-    return export_model(network or convsnn(), path, config, images, num_check=90)
+    labels = digits().labels[:90] if config.encoding == "direct" else None
+    return export_model(network or convsnn(), path, config, images, labels=labels, num_check=90)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +44,63 @@ def test_every_layout_computes_what_pytorch_computes(tmp_path: Path, layout: str
     metadata = Engine(exported.path).metadata
     assert (metadata["precision"], metadata["target"]) == ("fp16", "cuda")
     assert [layer["precision"] for layer in metadata["layers"]] == ["fp32", "fp16", "fp16", "fp32"]
+
+
+@pytest.mark.parametrize(("layout", "options"), [("unrolled", {}), ("step", {}), ("unrolled", {"encoding": "frames"})])
+def test_what_is_kept_of_float32_at_every_T(tmp_path: Path, layout: str, options: dict[str, Any]) -> None:
+    exported = export(tmp_path / "m.onnx", layout, **options)
+    assert exported.int8 is None and exported.fp16 is not None
+    kept = exported.fp16["kept"]
+    images = frames(60, 5) if options else digits().images[:90]
+    x = torch.from_numpy(images)
+    with torch.no_grad():
+        plain = (convsnn()(x.transpose(0, 1)) if options else convsnn()(x, 3)).numpy()
+    engine = Engine(exported.path)
+    assert kept["num_images"] == len(images) and kept["T"] == [1, 2, 3]
+    for k, T in enumerate(kept["T"]):
+        mine = engine.run(images, 3).per_step[:, :T].mean(1).argmax(-1)
+        theirs = plain[:T].mean(0).argmax(-1)
+        assert kept["agreement"][k] == pytest.approx((mine == theirs).mean())
+        if options:
+            assert "accuracy_fp16" not in kept
+        else:
+            labels = digits().labels[:90]
+            assert kept["accuracy_fp16"][k] == pytest.approx((mine == labels).mean())
+            assert kept["accuracy_fp32"][k] == pytest.approx((theirs == labels).mean())
+
+
+def test_answers_that_differ_are_counted_step_by_step() -> None:
+    """Two images, three steps, two classes: the mean over the steps changes its class at step 2 of the second image."""
+    full = np.array([[[1, 0], [1, 0], [1, 0]], [[1, 0], [1, 0], [1, 0]]], np.float32)
+    reduced = np.array([[[1, 0], [1, 0], [1, 0]], [[1, 0], [0, 2], [5, 0]]], np.float32)
+    kept = kept_answers(full, reduced, "fp16", np.array([0, 1, 9]))
+    assert kept == {
+        "num_images": 2,
+        "T": [1, 2, 3],
+        "agreement": [1.0, 0.5, 1.0],
+        "accuracy_fp32": [0.5, 0.5, 0.5],
+        "accuracy_fp16": [0.5, 1.0, 0.5],
+    }
+
+
+def test_the_command_says_what_is_kept(tmp_path: Path) -> None:
+    run, written = tmp_path / "run", tmp_path / "exported.json"
+    export = ["export", str(run), "--precision", "fp16", "--target", "cuda", "--check", "64", "--json", str(written)]
+    for arguments in (["train", "--width", "0.25", "--T", "2", "--epochs", "1", "--out", str(run)], export):
+        result = CliRunner().invoke(main, [*arguments, "--runs", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+    kept = json.loads(written.read_text())["fp16"]["kept"]
+    agreement, *accuracies = (kept[name][-1] for name in ("agreement", "accuracy_fp16", "accuracy_fp32"))
+    half, full = (f"{accuracy:.2%}" for accuracy in accuracies)
+    assert kept["num_images"] == 64 and len(kept["agreement"]) == 2
+    wanted = f"fp16 on the 64 checked images at T=2: agrees with fp32 {agreement:.2%} accuracy {half} (fp32 {full})"
+    assert wanted in " ".join(result.output.split())
+
+
+def test_without_a_check_nothing_is_said_to_be_kept(tmp_path: Path) -> None:
+    config = ExportConfig(T=3, trained_T=3, precision="fp16", target="cuda")
+    exported = export_model(convsnn(), tmp_path / "m.onnx", config, digits().images[:4], num_check=0)
+    assert exported.fp16 == {"kept": None}
 
 
 def test_weights_halve_and_operations_stay_and_cost_less(tmp_path: Path) -> None:
@@ -68,7 +130,8 @@ def test_the_gate_sees_a_network_in_float32(tmp_path: Path, monkeypatch: pytest.
 def test_rounding_the_currents_is_one_rounding_more() -> None:
     x = torch.from_numpy(digits().images[:40])
     plain = convsnn()(x, 3)
-    made = [HalfNetwork(convsnn(), encoding="direct", uint8=True, round_currents=rounds) for rounds in (False, True)]
+    tracer = Tracer(convsnn(), encoding="direct", uint8=True)
+    made = [HalfNetwork(tracer, round_currents=rounds) for rounds in (False, True)]
     kept, rounded = (network(x, 3) for network in made)
     assert not torch.equal(kept, plain) and not torch.equal(kept, rounded)
     assert np.mean((rounded.mean(0).argmax(-1) == plain.mean(0).argmax(-1)).numpy()) > 0.9
@@ -91,7 +154,7 @@ class Linear(nn.Module):
 def test_a_linear_layer_between_neurons(tmp_path: Path) -> None:
     torch.manual_seed(3)
     network = classifier(Linear())
-    module = folded_module(network, T=2, encoding="direct", uint8=True)
+    module = Tracer(network, encoding="direct", uint8=True).folded(2)
     assert [(layer.name, layer.place) for layer in placed_layers(module)] == [
         ("encode.0", "first"), ("hidden.1", "inner"), ("readout.0", "readout"),
     ]  # fmt: skip
@@ -106,6 +169,6 @@ def test_what_float16_cannot_hold_or_has_no_layer_for() -> None:
     with torch.no_grad():
         network.network.hidden[1].weight[0] = 1000.0
     with pytest.raises(HalfError, match=r"currents of hidden\.1 may reach 1\.44e\+05 and float16 ends at 65504"):
-        halve(folded_module(network, T=2, encoding="direct", uint8=True))
+        halve(Tracer(network, encoding="direct", uint8=True).folded(2))
     with pytest.raises(HalfError, match="no layer of the network lies between neurons"):
         halve(torch.fx.symbolic_trace(nn.Linear(2, 2)))

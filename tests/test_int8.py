@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -24,14 +26,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tetdeploy import Engine, int8_network, quantisation
+from tetdeploy import Engine, int8_network, quantisation, tracing
 from tetdeploy.calibration import CurrentHistogram
 from tetdeploy.cli import main
 from tetdeploy.export import ExportConfig, Exported, ParityError, export_model
+from tetdeploy.export.graph import OnnxTracer
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
 from tetdeploy.quantisation import CurrentScale, Int8Error, int8_conv, quantise, spiking_convolutions
-from tetdeploy.tracing import folded_module
+from tetdeploy.tracing import Tracer
 from tetdeploy.validate import sweep
 
 
@@ -39,8 +42,8 @@ def calibration(count: int = 128) -> tuple[Any, Any]:
     return digits().images[-count:], digits().labels[-count:]
 
 
-def export(path: Path, layout: str = "unrolled", network: Any = None, **options: Any) -> Exported:
-    config = ExportConfig(layout=layout, T=5, trained_T=3, precision="int8", **options)  # type: ignore[arg-type]
+def export(path: Path, layout: str = "unrolled", network: Any = None, *, T: int = 5, **options: Any) -> Exported:
+    config = ExportConfig(layout=layout, T=T, trained_T=3, precision="int8", **options)  # type: ignore[arg-type]
     images = digits().images[:90] if config.encoding == "direct" else frames(60, 6)
     labels = digits().labels[:90] if config.encoding == "direct" else None
     given = calibration() if config.encoding == "direct" else (frames(60, 6), None)
@@ -120,6 +123,45 @@ def test_every_layout_computes_what_pytorch_computes(small: Callable[[str], Expo
     assert engine.metadata["precision"] == "int8" and not exported.uncounted
     result, _ = engine.count(digits().images[:20], 3)
     assert np.array_equal(result.per_step, engine.run(digits().images[:20], 3).per_step)
+
+
+@pytest.mark.parametrize(("layout", "T"), [("unrolled", 3), ("unrolled", 5), ("dynamic", 3), ("step", 3)])
+def test_one_onnx_trace_serves_both_methods_and_the_graph(
+    layout: str, T: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+    for owner, name in ((torch.onnx, "export"), (tracing, "traced_program")):
+        plain = getattr(owner, name)
+
+        def counted(*args: Any, _plain: Any = plain, _name: str = name, **options: Any) -> Any:
+            calls[_name] += 1
+            return _plain(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+    export(tmp_path / "m.onnx", layout, T=T)
+    assert calls["export"] == 1
+    if (layout, T) == ("unrolled", 3):  # others calibrate and are checked at more than one T
+        assert calls["traced_program"] == 1
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_a_trace_with_other_scales_is_a_trace_at_these(layout: str) -> None:
+    """Also where the scales of layers, equal at first, differ, and the optimiser had merged them."""
+    alike, unlike = ((CurrentScale(0.02, 100), other) for other in (CurrentScale(0.02, 100), CurrentScale(0.03, 90)))
+    by_name = [dict(zip(("layer2.0", "layer3.1"), pair, strict=True)) for pair in (alike, unlike)]
+    fresh, used = (OnnxTracer(Tracer(convsnn(), encoding="direct", uint8=True), fold_bn=True) for _ in range(2))
+    T, step = {"unrolled": (3, False), "dynamic": (None, False), "step": (1, True)}[layout]
+    first = used.graph(T, step=step, int8=by_name[0])[0]
+    wanted, got = (each.graph(T, step=step, int8=by_name[1])[0] for each in (fresh, used))
+    assert contents(got) == contents(wanted) != contents(first)
+
+
+def contents(model: ir.Model) -> list[bytes]:
+    """A graph's nodes and weights, without notes on where a node stems from."""
+    graph = ir.to_proto(model).graph
+    for node in graph.node:
+        node.ClearField("metadata_props")
+    return [part.SerializeToString(deterministic=True) for part in (*graph.node, *graph.initializer)]
 
 
 def test_frames_and_chunks_with_state(tmp_path: Path) -> None:
@@ -228,7 +270,7 @@ def test_odd_convolutions_and_a_channel_of_zeros(monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         network.network.same[0].weight[2] = 0.0
         network.network.same[0].bias[2] = 0.7
-    module = folded_module(network, T=2, encoding="direct", uint8=True)
+    module = Tracer(network, encoding="direct", uint8=True).folded(2)
     assert list(spiking_convolutions(module)) == ["same.0", "dropped.1"]
     x = torch.from_numpy(digits().images[:20])
     before, scale = module(x)[0].detach(), CurrentScale.covering(-3, 3)
@@ -281,7 +323,7 @@ def test_least_squares_errs_less_than_any_percentile() -> None:
 
 def test_convolutions_of_spikes_are_found_by_name() -> None:
     torch.manual_seed(3)
-    module = folded_module(classifier(Residual()), T=2, encoding="direct", uint8=True)
+    module = Tracer(classifier(Residual()), encoding="direct", uint8=True).folded(2)
     assert list(spiking_convolutions(module)) == ["a.0", "b.0"]  # not the first, which reads the image
 
 

@@ -22,6 +22,7 @@ from tetdeploy.cli import main
 from tetdeploy.data import load_data, split_validation
 from tetdeploy.int8_network import Int8Network
 from tetdeploy.quantisation import CurrentScale, fake_quantised_conv
+from tetdeploy.tracing import Tracer
 from tetdeploy.train import TrainConfig, TrainResult, train
 
 TRAIN, VAL = split_validation(load_data("digits", "train", data_dir=Path()).select(slice(400)), fraction=0.2)
@@ -77,7 +78,7 @@ def test_gradients_are_those_without_rounding_and_none_where_clipped(groups: int
 
 @pytest.mark.parametrize("encoding", ["direct", "frames"])
 def test_gradients_reach_every_parameter_and_bn_keeps_its_statistics(encoding: Any) -> None:
-    network = Int8Network(convsnn(), SCALES, encoding=encoding, uint8=True)
+    network = Int8Network(Tracer(convsnn(), encoding=encoding, uint8=True), SCALES)
     before = {name: value.clone() for name, value in network.named_buffers()}
     network.train()
     x = torch.from_numpy(digits().images[:8] if encoding == "direct" else frames(8, 3))
@@ -114,7 +115,7 @@ def test_the_export_computes_what_was_trained(trained: Path, tmp_path: Path) -> 
     assert float((answers == val.labels).mean()) == pytest.approx(metadata["provenance"]["val_accuracy"], abs=1e-6)
     scales = Calibration.from_dict(metadata["int8"])
     assert scales.fine_tuned and list(scales.scales) == ["layer2.0", "layer3.1"]
-    network = Int8Network(load(tmp_path / "tuned"), scales.scales, encoding="direct", uint8=True)
+    network = Int8Network(Tracer(load(tmp_path / "tuned"), encoding="direct", uint8=True), scales.scales)
     with torch.no_grad():
         logits = network(torch.from_numpy(data.x[:64]), 2).transpose(0, 1).numpy()
     np.testing.assert_allclose(engine.run(data.x[:64], 2).per_step, logits, rtol=0.0, atol=1e-4)

@@ -101,8 +101,8 @@ class CurrentHistogram:
             self.low, self.high = low - reach, high + reach
             self.counts = torch.zeros(_BINS, dtype=torch.float64)
         self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
-        inside = current.flatten().clamp(self.low, self.high).float()
-        self.counts += torch.histc(inside, _BINS, self.low, self.high).double().cpu()
+        within = current if self.low <= low and high <= self.high else current.clamp(self.low, self.high)
+        self.counts += torch.histc(within.float(), _BINS, self.low, self.high).double().cpu()
 
     def percentile(self, percent: float) -> CurrentScale:
         """The scale that covers all but (100 - percent) / 2 per cent of the currents at either end."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from tetdeploy.networks import Classifier
 from tetdeploy.quantisation import Scales, quantise
 from tetdeploy.traced_network import TracedNetwork
-from tetdeploy.tracing import Encoding, folded_module
+from tetdeploy.tracing import Tracer
 
 
 class Int8Network(TracedNetwork):
@@ -19,11 +18,11 @@ class Int8Network(TracedNetwork):
     Args: see `TracedNetwork`; `scales` are those of the convolutions that compute in 8 bits.
     """
 
-    def __init__(self, classifier: Classifier, scales: Scales, *, encoding: Encoding, uint8: bool) -> None:
-        super().__init__(classifier, encoding=encoding, uint8=uint8)
+    def __init__(self, tracer: Tracer, scales: Scales) -> None:
+        super().__init__(tracer)
         self._scales = scales
 
     def trace(self, T: int) -> fx.GraphModule:
-        module = folded_module(self.classifier, T=T, encoding=self.encoding, uint8=self.uint8, trainable=True)
+        module = self._tracer.folded(T, trainable=True)
         quantise(module, self._scales, trainable=True)
         return module

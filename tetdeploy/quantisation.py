@@ -169,19 +169,24 @@ class Int8Error(ValueError):
     """A network has nothing that could run in int8, or a layer that cannot."""
 
 
-def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = False) -> None:
+def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = False) -> list[str]:
     """Let the convolutions named in `scales` compute in 8 bits, in place. The network must be folded.
 
     Args:
         trainable: weights are quantised at each call, with gradients (`fake_quantised_conv`), not once and for all.
 
+    Returns:
+        Which of the scales each of them has, by name, in the order in which they run.
+
     Raises:
         Int8Error: one of them has sums too large for exact arithmetic.
     """
+    used = []
     for name, node in spiking_convolutions(graph_module).items():
         # A network's own loop over the steps calls one module T times, and a longer one calls it more often.
-        current = scales.get(name) or scales.get(name.partition("#")[0])
-        if current is not None:
+        key = name if name in scales else name.partition("#")[0]
+        if current := scales.get(key):
+            used.append(key)
             _check_sums(name, node)
             replacement = _fake_quantised if trainable else _quantised_once
             with graph_module.graph.inserting_before(node):
@@ -192,6 +197,7 @@ def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = 
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
+    return used
 
 
 def spiking_convolutions(graph_module: fx.GraphModule) -> dict[str, fx.Node]:

@@ -11,23 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tetdeploy.networks import Classifier
-from tetdeploy.tracing import Encoding
+from tetdeploy.tracing import Tracer
 
 
 class TracedNetwork(nn.Module):
     """Called like a `Classifier`: images `[N, C, H, W]` and T, or frames `[T, N, C, H, W]`, to logits `[T, N, K]`.
 
     Args:
-        classifier: traced at each T it is called with; put into inference mode by that. Its device stays what it is.
-        encoding: `direct` or `frames`.
-        uint8: the input is pixels, which are normalised; otherwise float32 that is normalised already.
+        tracer: of the classifier, which is traced at each T it is called with, and put into inference mode by that.
+            Its device stays what it is.
     """
 
-    def __init__(self, classifier: Classifier, *, encoding: Encoding, uint8: bool) -> None:
+    def __init__(self, tracer: Tracer) -> None:
         super().__init__()
-        self.classifier = classifier
-        self.encoding, self.uint8 = encoding, uint8
+        self.classifier, self.encoding = tracer.classifier, tracer.encoding
+        self._tracer = tracer
         self._by_T: dict[int, Callable[[Tensor], Any]] = {}
 
     @abstractmethod
@@ -45,7 +43,9 @@ class TracedNetwork(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy with weights of its own, traced anew."""
         made = copy.copy(self)
-        made._modules = {"classifier": copy.deepcopy(self.classifier, memo)}
+        classifier = copy.deepcopy(self.classifier, memo)
+        made._modules = {"classifier": classifier}
+        made._tracer = Tracer(classifier, encoding=self.encoding, uint8=self._tracer.uint8)
         made._by_T = {}
         return made
 

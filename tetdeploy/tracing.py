@@ -62,25 +62,18 @@ class Tracer:
                 self._programs[T, step] = traced_program(self.classifier, T, self.encoding, step, self.uint8)
         return self._programs[T, step]
 
-    def folded(self, T: int | None, *, step: bool = False) -> fx.GraphModule:
-        """The network with BN folded, to run or to change; another one at each call. Errors as for `folded_module`."""
+    def folded(self, T: int | None, *, step: bool = False, trainable: bool = False) -> fx.GraphModule:
+        """The network with BN folded: `x [N, ...]` to the mean and the per-step logits `[N, T, K]`; another one at each
+        call, to run or to change.
+
+        Args:
+            trainable: see `fold_batchnorm`.
+
+        Raises:
+            ValueError: the network cannot be traced; FoldingError from folding.
+        """
         with torch.no_grad(), quiet():
-            return without_bn(self.program(T, step=step))
-
-
-def folded_module(
-    classifier: Classifier, *, T: int, encoding: Encoding, uint8: bool, trainable: bool = False
-) -> fx.GraphModule:
-    """The network with BN folded, for PyTorch: `x [N, ...]` to the mean and the per-step logits `[N, T, K]`.
-
-    Args:
-        trainable: see `fold_batchnorm`.
-
-    Raises:
-        ValueError: the network cannot be traced; FoldingError from folding.
-    """
-    with torch.no_grad(), quiet():
-        return without_bn(traced_program(classifier, T, encoding, False, uint8), trainable=trainable)
+            return without_bn(self.program(T, step=step), trainable=trainable)
 
 
 def traced_program(
@@ -94,7 +87,7 @@ def traced_program(
         raise ValueError(_why_untraceable(error, T)) from error
 
 
-def without_bn(program: torch.export.ExportedProgram, *, trainable: bool = False) -> fx.GraphModule:
+def without_bn(program: torch.export.ExportedProgram, *, trainable: bool) -> fx.GraphModule:
     """The program without BN; refusals name modules as the network does, without our boundary round it."""
     try:
         return fold_batchnorm(program, trainable=trainable)

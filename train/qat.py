@@ -50,18 +50,22 @@ def find_scales(classifier: Classifier, train_set: LabelledSet, T: int) -> Calib
     x = np.ascontiguousarray(x[:, :T]) if frames else x
 
     def answers(scales: Scales) -> NDArray[np.float32]:
-        return _per_step(int8_network(classifier, scales), x, T, frames)
+        return _per_step(Int8Network(tracer, scales), x, T, frames)
 
     classifier.eval()
     labels = train_set.labels[-NUM_CALIBRATION:]
-    tracer = Tracer(classifier, encoding="frames" if frames else "direct", uint8=True)
+    tracer = _tracer(classifier)
     return calibrate(tracer, x, labels, T, answers)
 
 
 def int8_network(classifier: Classifier, scales: Scales) -> Int8Network:
     """The classifier as it is trained and validated: of pixels, its spiking convolutions in 8 bits."""
+    return Int8Network(_tracer(classifier), scales)
+
+
+def _tracer(classifier: Classifier) -> Tracer:
     encoding: Any = classifier.encoding
-    return Int8Network(classifier, scales, encoding=encoding, uint8=True)
+    return Tracer(classifier, encoding=encoding, uint8=True)
 
 
 def read_scales(out: Path) -> Calibration:

@@ -29,6 +29,7 @@ from tetdeploy import load
 from tetdeploy.data import load_data
 from tetdeploy.export.half import HalfNetwork, Place
 from tetdeploy.export.recorder import compare_torch, run_torch
+from tetdeploy.tracing import Tracer
 
 BATCH = 32
 VARIANTS: dict[str, tuple[tuple[Place, ...], bool]] = {
@@ -58,7 +59,7 @@ class HalfMembranes(TorchDispatchMode):
 
 def measure(classifier: Any, x: Any, T: int, places: tuple[Place, ...], membranes: bool) -> tuple[float, float, float]:
     """Parts in a million that differ, over all layers and in the worst one by itself; images that keep their class."""
-    half = HalfNetwork(classifier, encoding="direct", uint8=True, places=places, round_currents=True)
+    half = HalfNetwork(Tracer(classifier, encoding="direct", uint8=True), places=places, round_currents=True)
     whole, local, sizes, same = 0, 0, 0, 0
     for start in range(0, len(x), BATCH):
         part = x[start : start + BATCH]

@@ -327,6 +327,8 @@ def print_exported(exported: Exported, layout: str, T: int) -> None:
                 )
     if exported.int8 is not None:
         _print_int8(exported.int8)
+    if exported.fp16 is not None and (kept := exported.fp16["kept"]):
+        _print_kept(kept, "fp16")
     if exported.parity is None:
         console.print("not checked against PyTorch (--check 0)")
     if exported.uncounted:
@@ -340,7 +342,7 @@ def _print_int8(int8: dict[str, Any]) -> None:
     else:
         _print_calibration(int8)
     if kept := int8["kept"]:
-        _print_kept(kept)
+        _print_kept(kept, "int8")
 
 
 def _print_calibration(int8: dict[str, Any]) -> None:
@@ -351,13 +353,13 @@ def _print_calibration(int8: dict[str, Any]) -> None:
     )
 
 
-def _print_kept(kept: dict[str, Any]) -> None:
+def _print_kept(kept: dict[str, Any], precision: str) -> None:
     T, agreement = kept["T"][-1], kept["agreement"][-1]
     accuracy = ""
     if "accuracy_fp32" in kept:
-        accuracy = f"   accuracy {kept['accuracy_int8'][-1]:.2%} (fp32 {kept['accuracy_fp32'][-1]:.2%})"
+        accuracy = f"   accuracy {kept[f'accuracy_{precision}'][-1]:.2%} (fp32 {kept['accuracy_fp32'][-1]:.2%})"
     images = f"{kept['num_images']:,} checked images"
-    console.print(f"  on the {images} at T={T}: agrees with fp32 {agreement:.2%}{accuracy}")
+    console.print(f"{precision} on the {images} at T={T}: agrees with fp32 {agreement:.2%}{accuracy}")
 
 
 def _say_which(file: Path, metadata: dict[str, Any]) -> None:
