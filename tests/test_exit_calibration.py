@@ -406,7 +406,7 @@ def test_ctrl_c_leaves_nothing_behind(
 
     monkeypatch.setattr(Engine, "run", interrupted)
     done = run(command, model, "--data", held_out)
-    assert done.exit_code == 130 and "interrupted; nothing was written" in done.output and len(calls) == 2
+    assert done.exit_code == 130 and "interrupted; no file is left half written" in done.output and len(calls) == 2
     assert sorted(path.name for path in model.parent.iterdir()) == before
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.options import (
     as_model_input,
     console,
@@ -81,9 +80,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
 @opens_model()
 @json_option
-@click.pass_context
 def calibrate(
-    ctx: click.Context,
     model: Path | None,
     data: str | None,
     data_dir: Path,
@@ -123,17 +120,13 @@ def calibrate(
     T = T or max(default_steps(engine))
     engine.check_T(T, engine.check_input(x[:1]))
     criteria = CRITERIA if criterion == "both" else tuple(c for c in CRITERIA if c == criterion)
-    try:
-        with progress_bar("images") as bar:
-            task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
-            answers = answer(engine, x, labels, T, batch_size=batch_size, tick=lambda done: bar.advance(task, done))
-        found = find(answers, loss=loss / 100, criteria=criteria, min_T=min_T, confident=confident)
-        result = found.to_dict(engine, name)
-        for path in written:
-            write_json(path, result)
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing was written")
-        ctx.exit(INTERRUPTED)
+    with progress_bar("images") as bar:
+        task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
+        answers = answer(engine, x, labels, T, batch_size=batch_size, tick=lambda done: bar.advance(task, done))
+    found = find(answers, loss=loss / 100, criteria=criteria, min_T=min_T, confident=confident)
+    result = found.to_dict(engine, name)
+    for path in written:
+        write_json(path, result)
     for part in calibration_shown(result):
         console.print(part)
     console.print("   ".join(map(str, written)), markup=False)
