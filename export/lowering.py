@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -35,14 +36,14 @@ def lower(
         The neuron layers in the order in which they fire.
 
     Raises:
-        ValueError: a layer starts from a membrane of the network's own.
+        ValueError: a layer starts from a membrane of the network's own, or gets other than `[T, N, ...]`.
     """
     assert T is not None or not with_state
     neurons = []
     names: Counter[str] = Counter()
     forms = Forms()
     for node in [node for node in model.graph if node.domain == LIF_DOMAIN]:
-        layer = _describe(node, names)
+        layer = _describe(node, names, model.graph.inputs[0])
         build = StepBuilder(model.graph, node, BYTE if byte_spikes else FLOAT, forms)
         if T is None:
             spikes = _scan(build, node, layer, for_cpu)
@@ -64,13 +65,25 @@ def lower(
     return neurons
 
 
-def _describe(node: ir.Node, names: Counter[str]) -> Neurons:
+def misplaced(name: str, shape: Iterable[object]) -> str:
+    """Why neurons that get currents of such a shape cannot be exported, and what to do."""
+    return (
+        f"neurons {name!r} get currents [{', '.join(map(str, shape))}], but axis 0 must be the T steps and axis 1 the "
+        "batch alone, as in [T, N, tokens, C]; give tokens or windows an axis of their own there, and merge them again "
+        "after the neurons"
+    )
+
+
+def _describe(node: ir.Node, names: Counter[str], x: ir.Value) -> Neurons:
     name = module_name(node) or "lif"
     names[name] += 1
     name = name if names[name] == 1 else f"{name}#{names[name]}"  # one module called at two places
     current = node.inputs[0]
     assert current is not None and current.shape is not None
-    shape = tuple(int(dim) for dim in current.shape[2:])  # type: ignore[arg-type]
+    assert x.shape is not None
+    shape = tuple(dim for dim in current.shape[2:] if isinstance(dim, int))
+    if len(shape) != len(current.shape) - 2 or current.shape[1] != x.shape[0]:
+        raise ValueError(misplaced(name, current.shape))
     if len(node.inputs) > 1 and node.inputs[1] is not None:
         raise ValueError(
             f"neurons {name!r} start from a membrane u that the network gives; an exported graph starts all at u = 0 "

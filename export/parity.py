@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
 
 from tetdeploy.engine import Engine, Stream
 from tetdeploy.networks import Classifier
@@ -27,6 +28,7 @@ from tetdeploy.tracing import Encoding
 
 from .comparison import Comparison
 from .counters import spikes_overlay
+from .lowering import misplaced
 from .recorder import NeuronRecorder, compare_torch, forward, run_torch
 
 MAX_MISMATCH = 100e-6
@@ -116,6 +118,20 @@ class _InFloat64(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class _NamedNeurons(NeuronRecorder):
+    """Keeps the names of the modules that fire as well; of neurons in a forward of the network itself "lif"."""
+
+    def __init__(self, state: Sequence[Tensor] | None = None) -> None:
+        super().__init__(state)
+        self.modules = ModuleTracker()
+        self.names: list[str] = []
+
+    def fired(self, current: Tensor, spikes: Tensor, u_last: Tensor, tau: float, v_th: float) -> Tensor:
+        *_, name = max(self.modules.parents, key=len).split(".", 2)  # of Classifier.network.NAME
+        self.names.append("lif" if name == "network" else name)
+        return super().fired(current, spikes, u_last, tau, v_th)
+
+
 @torch.no_grad()
 def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int = 4) -> int:
     """Refuse a network in which more than neurons carries something from one step to the next.
@@ -129,7 +145,7 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         The number of neuron layers that run.
 
     Raises:
-        ValueError: they differ, or the network fails or does not return `[T, N, K]`.
+        ValueError: they differ; the network fails or does not return `[T, N, K]`; neurons get other than `[T, N, ...]`.
     """
     double = copy.deepcopy(classifier).double()
     x = x if x.dtype == torch.uint8 else x.double()
@@ -145,6 +161,9 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
                 f"the network runs its neurons {len(whole.spikes)} times for T={T} and {len(single.spikes)} times for "
                 "one step; give each layer of neurons its whole sequence [T, ...] in one call"
             )
+        for name, spikes in zip(single.names, single.spikes, strict=True):
+            if spikes.shape[:2] != (1, len(x)):
+                raise ValueError(f"for one step of {len(x)} images {misplaced(name, spikes.shape)}")
         same = all(torch.equal(a[0], b[t]) for a, b in zip(single.spikes, whole.spikes, strict=True))
         if not same or not torch.allclose(step[0], logits[t], rtol=1e-9, atol=1e-9):
             raise ValueError(
@@ -157,11 +176,11 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
 
 def _recorded(
     classifier: Classifier, x: Tensor, T: int, encoding: str, state: Sequence[Tensor] | None = None
-) -> tuple[NeuronRecorder, Tensor]:
+) -> tuple[_NamedNeurons, Tensor]:
     """One run in float64, with its neurons' spikes and membranes; a network's own errors become ValueErrors."""
-    recorder = NeuronRecorder(state)
+    recorder = _NamedNeurons(state)
     try:
-        with _InFloat64(), recorder:  # type: ignore[no-untyped-call]
+        with _InFloat64(), recorder.modules, recorder:  # type: ignore[no-untyped-call]
             logits = forward(classifier, x, T, encoding)
     except Exception as error:  # whatever the user's network may raise
         raise ValueError(f"the network fails at T={T} on input {list(x.shape)}: {error}") from error

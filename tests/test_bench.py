@@ -278,6 +278,7 @@ def test_a_report_refuses_timings_alone_and_damaged_ones(tmp_path: Path) -> None
         (("--batch", "0"), "must be at least 1, got 0"),
         (("--threads", "1,-2"), "must be at least 1, got -2"),
         (("--batch", "many"), "must be like 8 or 1,8,64; got 'many'"),
+        (("--T", "0"), "T must lie in 1..1024"),
         (("--repeats", "0"), "0 is not in the range"),
         (("--seconds", "0"), "0"),
         (("--repeats", "3", "--seconds", "3"), "exclude each other"),
@@ -292,7 +293,6 @@ def test_wrong_usage(model: Path, options: tuple[str, ...], message: str) -> Non
     ("options", "message"),
     [
         (("--T", "5"), "is unrolled to T=3 and cannot run T=5"),
-        (("--T", "0"), "T must lie in 1..1024"),
         (("--device", "tpu"), "unknown device 'tpu'"),
         (("--data", "nothing.npz"), "nothing.npz"),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -62,7 +64,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-MODEL = "runs/digits-convsnn/model-T3.onnx"
+RUN = "runs/digits-convsnn"
+MODEL = f"{RUN}/model-T3.onnx"
 
 
 class TestCommands:
@@ -246,7 +249,7 @@ class TestBadInput:
         before = snapshot(workplace)
         refused("export", "--T", T, code=2)
         refused("predict", MODEL, "a.png", "--T", T, code=2)
-        refused("sweep", "--T", T)
+        refused("sweep", "--T", T, code=2)
         refused("train", "--T", T, code=2 if T == "two" else 1)
         assert snapshot(workplace) == before
 
@@ -356,6 +359,39 @@ class TestBadInput:
         assert "file/run" in refused("train", "--out", "file/run", "--epochs", "1")
         assert snapshot(workplace) == before
 
+    @pytest.mark.parametrize(
+        "command",
+        [
+            *((name, MODEL, "--json") for name in ("sweep", "bench", "validate", "inspect", "build")),
+            *(("sweep", MODEL, "--plot"), ("predict", MODEL, "a.png", "--json")),
+            *((name, "--json") for name in ("train", "export", "landscape")),
+            *(("report", RUN, "-o"), ("report", RUN, "--markdown"), ("landscape", RUN, "-o"), ("landscape", "--plot")),
+            *(("export", "-o"), ("export", "--format", "triton-repository", "-o")),
+        ],
+    )
+    def test_an_output_that_cannot_be_written_is_all_that_is_said(
+        self, command: tuple[str, ...], workplace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And before any work: nothing is run or trained, and no other file is written."""
+        Path("file").touch()
+        before = snapshot(workplace)
+        for name in ("export.export_model", "train.train", "engine.Engine.run"):
+            monkeypatch.setattr(f"tetdeploy.{name}", self.works)
+        message = refused(*command, "file/a.onnx").splitlines()[-1]
+        assert re.fullmatch(r"Error: cannot write file/a.onnx\S*: Not a directory; .* folder", message), message
+        assert snapshot(workplace) == before
+
+    @staticmethod
+    def works(*arguments: object, **options: object) -> None:
+        raise AssertionError("it began to work")
+
+    @pytest.mark.parametrize("command", ["bench", "validate"])
+    def test_so_is_the_usual_place(self, command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tetdeploy.engine.Engine.run", self.works)
+        monkeypatch.setattr("tetdeploy.engine.Engine.run_with", self.works)
+        Path(MODEL).with_suffix(f".{command}.json").mkdir()
+        assert f"model-T3.{command}.json: Is a directory" in refused(command)
+
     @pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")
     def test_read_only_folder(self, workplace: Path) -> None:
         folder = workplace / "locked"
@@ -368,6 +404,37 @@ class TestBadInput:
         assert "training.lr: 0.002 -> 0.1" in refused("train", "--resume", "runs/digits-convsnn", "--lr", "0.1")
         assert snapshot(workplace) == before
         refused("train", "--resume", "runs/digits-convsnn", "--init", "runs/digits-convsnn", code=2)
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        (("sweep",), "engine.Engine.run_with"),
+        (("predict", MODEL, "a.png"), "engine.Engine.run"),
+        (("inspect", RUN, "--json", "new"), "files.write_json"),
+        (("export", "--layout", "step"), "export.model.check_steps"),
+        (("export", "--layout", "step"), "export.model._write_reference"),
+        (("report",), "report.writers.to_html"),
+        (("landscape",), "train.landscape.measure_landscape"),
+        (("train", "--out", "new"), "data.load_data"),
+        (("serve", MODEL), "engine.open_engine"),
+        (("build", MODEL), "export.tensorrt.build_engine"),
+    ],
+)
+def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
+    command: tuple[str, ...], work: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    Image.new("L", (8, 8)).save("a.png")
+    before = snapshot(workplace)
+    importlib.import_module(f"tetdeploy.{work}".rpartition(".")[0].removesuffix(".Engine"))
+    monkeypatch.setattr(f"tetdeploy.{work}", interrupted)
+    done = run(*command)
+    assert done.exit_code == 130 and isinstance(done.exception, SystemExit)
+    assert done.output.splitlines()[-1] == "interrupted; no file is left half written"
+    assert "Error" not in done.output and snapshot(workplace) == before
 
 
 def test_newest_export_is_the_last_written(tmp_path: Path) -> None:

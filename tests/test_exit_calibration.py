@@ -20,6 +20,7 @@ from report_helpers import result as sweep_result
 from report_helpers import write
 
 from tetdeploy.cli import main
+from tetdeploy.data import save_npz, split_validation
 from tetdeploy.early_exit import CRITERIA, Exit, exit_path, load_calibration
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
@@ -68,7 +69,7 @@ def test_no_threshold_takes_fewer_steps_for_the_loss(some: Answers, min_T: int, 
     values = np.unique(np.append(some.certainty["margin"], [0.0, 1.0]))
     every = {outcome(some, Exit(float(v), "margin", min_T)) for v in [*values, *((values[1:] + values[:-1]) / 2)]}
     assert every == set(zip(frontier.steps.tolist(), frontier.lost.tolist(), frontier.gained.tolist(), strict=True))
-    point = frontier.cheapest(loss)
+    point = frontier.cheapest(loss, confident=False)
     assert point.paired.loss <= loss + 1e-9
     assert point.mean_T * N == pytest.approx(min(taken for taken, lost, gained in every if lost - gained <= loss * N))
     assert point.accuracy == pytest.approx(some.right[:, -1].mean() - point.paired.loss)
@@ -84,8 +85,8 @@ def test_a_calibration_by_hand() -> None:
     np.testing.assert_allclose(frontier.threshold, [1, 0.8, 0.65, 0.55, 0.25])
     assert frontier.steps.tolist() == [9, 7, 6, 5, 3]
     assert frontier.lost.tolist() == [0, 0, 0, 1, 1] and frontier.gained.tolist() == [0, 0, 0, 0, 1]
-    assert frontier.cheapest(0.0).mean_T == 1.0  # at last one answer turned wrong and another right
-    found = calibrate(some, loss=0.0, criteria=["margin"])
+    assert frontier.cheapest(0.0, confident=False).mean_T == 1.0  # at last one answer turned wrong and another right
+    found = calibrate(some, loss=0.0, criteria=["margin"], confident=False)
     assert found.point.exit == Exit(0.125, "margin") and found.accuracy_by_T == [2 / 3, 2 / 3, 2 / 3]
     assert calibrate(some, min_T=3).point.mean_T == 3
     for options, message in (
@@ -103,14 +104,14 @@ def test_a_confident_threshold_and_all_above_it_keep_the_interval_within_the_los
     certain = generator.random((300, 4))
     some = Answers(generator.random((300, 4)) < 0.6 + 0.4 * certain, {"confidence": certain, "margin": certain**2})
     frontier = Frontier.of(some, "margin")
-    point = frontier.cheapest(loss, confident=True)
+    point = frontier.cheapest(loss)
     paired = [Paired(300, int(a), int(b)) for a, b in zip(frontier.lost, frontier.gained, strict=True)]
     above = [k for k in range(1, len(paired)) if frontier.threshold[k] >= point.exit.threshold]
     assert all(paired[k].loss + paired[k].loss_95 <= loss for k in above)
     if len(above) + 1 < len(paired):
         after = paired[len(above) + 1]
         assert after.loss + after.loss_95 > loss
-    assert point.mean_T >= frontier.cheapest(loss).mean_T
+    assert point.mean_T >= frontier.cheapest(loss, confident=False).mean_T
 
 
 def test_a_confident_threshold_holds_on_other_images() -> None:
@@ -143,7 +144,7 @@ def test_the_criterion_of_fewer_steps_is_taken() -> None:
     tells, does_not = np.array([[0.9, 1.0], [0.3, 1.0]]), np.array([[0.3, 1.0], [0.9, 1.0]])
     for sure in ({"confidence": tells, "margin": does_not}, {"confidence": does_not, "margin": tells}):
         some = Answers(right, sure)
-        best = calibrate(some, loss=0.0).point
+        best = calibrate(some, loss=0.0, confident=False).point
         assert sure[best.exit.criterion] is tells and best.mean_T == 1.5 and best.paired == Paired(2, 0, 0)
 
 
@@ -271,8 +272,14 @@ def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:
     assert done.exit_code == 0, done.output
     content = json.loads(exit_path(model).read_text())
     assert (content["data"], content["num_samples"], content["T"]) == ("digits (held out)", 143, 3)
+    assert content["confident"] and (content["threshold"], content["mean_T"]) == (1, 3)
+    assert "143 images show no loss below 1.9 points with 95 % confidence" in done.output
+    assert "calibrate on 2,770 or more" in done.output
+    assert "calibrate on" not in run("calibrate", model, "--T", 3, "--loss", 0).output  # no number would do
+    done = run("calibrate", model, "--T", 3, "--point-estimate")
+    assert done.exit_code == 0 and not json.loads(exit_path(model).read_text())["confident"]
     assert "one image is 0.7 points here" in done.output
-    assert "calibrate on more" not in run("calibrate", model, "--T", 3, "--loss", 0).output  # no number would do
+    assert "calibrate on" not in run("calibrate", model, "--T", 3, "--loss", 0, "--point-estimate").output
     done = run("calibrate", model, "--split", "train", "--limit", 30, "--criterion", "margin", "--min-T", 2)
     assert done.exit_code == 0, done.output
     content = json.loads(exit_path(model).read_text())
@@ -287,6 +294,8 @@ def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:
     (["--data", "digits", "--split", "train"], {"class_names": list("abcdefghij")}, "do not match the model's"),
     (["--data", "digits", "--split", "train", "--min-T", "9"], {}, "min_T must lie within the T=8 steps, got 9"),
     (["--data", "digits", "--loss", "-1"], {}, "-1.0 is not in the range"),
+    (["--data", "digits", "--split", "val"], {}, "digits is not what was trained on, so nothing is held out"),
+    (["--split", "test"], {"source": {"data": {"name": "digits"}}}, "the test set of digits is for tetdeploy early"),
 ])  # fmt: skip
 def test_what_calibrate_refuses(model: Path, arguments: list[str], changes: dict[str, Any], message: str) -> None:
     describe(model, **changes)
@@ -356,12 +365,27 @@ def test_an_output_that_cannot_be_written_is_named_before_any_work(
     assert sorted(path.name for path in model.parent.iterdir()) == before
 
 
-def test_another_data_set_is_not_said_to_be_held_out(model: Path) -> None:
-    describe(model, source={"data": {"name": "another"}, "training": {"val_fraction": 0.1}})
-    done = run("calibrate", model, "--data", "digits", "--T", 2)
+@pytest.mark.parametrize("training", [{}, {"val_fraction": 0.1}])
+@pytest.mark.parametrize(("split", "count"), [(None, 1438), ("train", 1438), ("test", 359)])
+def test_a_set_that_was_not_trained_on_is_taken_whole(
+    model: Path, training: dict[str, float], split: str | None, count: int
+) -> None:
+    describe(model, source={"data": {"name": "another"}, "training": training})
+    done = run("calibrate", model, "--data", "digits", "--T", 1, *(("--split", split) if split else ()))
     assert done.exit_code == 0, done.output
     content = json.loads(exit_path(model).read_text())
-    assert content["data"] == "digits (validation part; not the data of the training)"
+    assert (content["data"], content["num_samples"]) == (f"digits ({split or 'train'} split, not trained on)", count)
+
+
+def test_the_same_set_by_another_name_is_known(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = digits()
+    save_npz(images, tmp_path / "d.npz")
+    describe(model, source={"data": {"name": str(tmp_path / "d.npz")}, "training": {"val_fraction": 0.1}})
+    monkeypatch.chdir(tmp_path)
+    assert run("calibrate", model, "--data", "d.npz", "--T", 1).exit_code == 0
+    content = json.loads(exit_path(model).read_text())
+    held_out = split_validation(images, fraction=0.1)[1]
+    assert (content["data"], content["num_samples"]) == ("d.npz (held out)", len(held_out))
 
 
 @pytest.mark.parametrize("command", ["calibrate", "early-exit"])
@@ -382,7 +406,7 @@ def test_ctrl_c_leaves_nothing_behind(
 
     monkeypatch.setattr(Engine, "run", interrupted)
     done = run(command, model, "--data", held_out)
-    assert done.exit_code == 130 and "interrupted; nothing was written" in done.output and len(calls) == 2
+    assert done.exit_code == 130 and "interrupted; no file is left half written" in done.output and len(calls) == 2
     assert sorted(path.name for path in model.parent.iterdir()) == before
 
 

@@ -749,6 +749,85 @@ def test_a_network_that_mixes_frames_is_refused_even_with_one_frame_each(earlier
         export_model(untested(Mixing()), earlier, ExportConfig(T=1, encoding="frames"), frames(20, 1))
 
 
+class Patches(nn.Module):
+    """Patches of the image as tokens `[T, N, 16, 8]`, which those who inherit may arrange for the second neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(8)
+            self.encode = DirectEncoding(nn.Conv2d(1, 8, 2, stride=2))
+            self.mix, self.readout = nn.Linear(8, 8), nn.Linear(8, 10)
+        self.lif1, self.block = LIF(v_th=0.3), nn.Sequential(LIF(v_th=0.1))
+
+    def arranged(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def back(self, spikes: Tensor, tokens: Tensor) -> Tensor:
+        return spikes.reshape(tokens.shape)
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        tokens = self.lif1(self.encode(x, T)).flatten(3).transpose(2, 3)
+        return self.readout(self.back(self.block(self.mix(self.arranged(tokens))), tokens)).mean(2)
+
+
+class AllMerged(Patches):
+    def arranged(self, tokens: Tensor) -> Tensor:
+        return tokens.flatten(0, 2)
+
+
+class MergedWithTheBatch(Patches):
+    def arranged(self, tokens: Tensor) -> Tensor:
+        return tokens.flatten(1, 2)
+
+
+class BatchFirst(Patches):
+    def arranged(self, tokens: Tensor) -> Tensor:
+        return tokens.transpose(0, 1)
+
+    def back(self, spikes: Tensor, tokens: Tensor) -> Tensor:
+        return spikes.transpose(0, 1)
+
+
+class TwoTokensFirst(Patches):
+    """As many tokens as the check of the steps has images: the trace tells them apart."""
+
+    def arranged(self, tokens: Tensor) -> Tensor:
+        return tokens[:, :, :2].transpose(1, 2)
+
+    def back(self, spikes: Tensor, tokens: Tensor) -> Tensor:
+        return spikes.transpose(1, 2)
+
+
+class MergedBetweenNeurons(Patches):
+    def arranged(self, tokens: Tensor) -> Tensor:
+        return tokens.flatten(0, 2).relu().reshape(tokens.shape)
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+@pytest.mark.parametrize(("network", "shape"), [
+    (AllMerged, r"\[32, 8\]"),
+    (MergedWithTheBatch, r"\[1, 32, 8\]"),
+    (BatchFirst, r"\[2, 1, 16, 8\]"),
+    (TwoTokensFirst, r"\[\w, 2, batch, 8\]"),
+])  # fmt: skip
+def test_neurons_without_an_axis_for_the_batch_are_named(
+    network: type[nn.Module], shape: str, layout: str, earlier: Path
+) -> None:
+    config = ExportConfig(layout=layout)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"neurons 'block.0' get currents {shape}.*tokens or windows an axis"):
+        export_model(classifier(network()), earlier, config, digits().images[:9], num_check=0)
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+@pytest.mark.parametrize("network", [Patches, MergedBetweenNeurons])
+def test_tokens_may_be_merged_elsewhere(network: type[nn.Module], layout: str, tmp_path: Path) -> None:
+    x = digits().images[:40]
+    made = export_model(classifier(network()), tmp_path / "m.onnx", ExportConfig(layout=layout), x)  # type: ignore[arg-type]
+    assert [n["shape"] for n in Engine(made.path).metadata["neurons"]] == [[8, 4, 4], [16, 8]]
+    assert made.parity is not None and made.parity.top1_agreement == 1
+
+
 @pytest.mark.parametrize(("options", "match"), [
     ({"layout": "rolled"}, "unknown layout 'rolled'; choose one of unrolled, dynamic, step"),
     ({"encoding": "rate"}, "unknown encoding 'rate'; choose direct or frames"),

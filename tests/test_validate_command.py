@@ -387,7 +387,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("T", ["0", "4:1", "1-4", "x", "1:99999", "1,", ""])
     def test_steps_that_do_not_parse(self, T: str) -> None:
-        assert "T must" in refused(MODEL, "--T", T)
+        assert "T must" in refused(MODEL, "--T", T, code=2)
 
     def test_more_steps_than_the_graph(self) -> None:
         assert "cannot run T=5" in refused(MODEL, "--T", "1:5", "--data", "digits")

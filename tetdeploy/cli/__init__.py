@@ -25,7 +25,11 @@ from tetdeploy.cli.validate import validate
 __all__ = ["main"]
 
 
-@click.group(cls=CleanErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=CleanErrors,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C. A file is written whole or not at all.",
+)
 @click.version_option(__version__, prog_name="tetdeploy")
 def main() -> None:
     """Spiking neural networks from training with TET to a served engine.

@@ -13,6 +13,7 @@ from tetdeploy.cli.options import (
     data_dir_option,
     newest_export,
     opens_model,
+    parsed_steps,
     progress_bar,
 )
 
@@ -49,7 +50,12 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 )
 @click.option("--batch", "batches", default="1,8", show_default=True, callback=_numbers, help="Images a call.")
 @click.option("--threads", callback=_numbers, help="Threads of an operation. [default: 1 and all cores]")
-@click.option("--T", "steps", help="Steps: 6, 1:6 or 1,2,4. [default: the graph's, or else the training's]")
+@click.option(
+    "--T",
+    "steps",
+    callback=parsed_steps,
+    help="Steps: 6, 1:6 or 1,2,4. [default: the graph's, or else the training's]",
+)
 @click.option("--repeats", type=click.IntRange(min=1), help="Timed calls of each setting. [default: by --seconds]")
 @click.option(
     "--seconds",
@@ -75,7 +81,7 @@ def bench(
     model: Path | None,
     batches: tuple[int, ...],
     threads: tuple[int, ...] | None,
-    steps: str | None,
+    steps: tuple[int, ...] | None,
     repeats: int | None,
     seconds: float | None,
     data: str | None,
@@ -91,8 +97,7 @@ def bench(
     turns. Ctrl-C keeps what was timed. Writes MODEL.bench.json, which tetdeploy report shows. Needs no torch.
     """
     from tetdeploy.bench import Bench, usable_cores
-    from tetdeploy.files import write_json
-    from tetdeploy.validate import parse_steps
+    from tetdeploy.files import check_writable, write_json
 
     if repeats is not None and seconds is not None:
         raise click.UsageError("--repeats and --seconds exclude each other")
@@ -104,10 +109,12 @@ def bench(
         model or newest_export(runs),
         batches=batches,
         threads=threads,
-        steps=parse_steps(steps) if steps else (),
+        steps=steps or (),
         device=device,
         runtime=runtime,
     )
+    json_path = json_path or timing.engine.path.with_suffix(".bench.json")
+    check_writable(json_path)
     name, x = _inputs(timing, data, data_dir)
     interrupted = False
     try:
@@ -116,7 +123,6 @@ def bench(
         interrupted = True
     if timing.rows:
         result = timing.to_dict(name) | {"interrupted": interrupted}
-        json_path = json_path or timing.engine.path.with_suffix(".bench.json")
         write_json(json_path, result)
         print_bench(result, timing.engine)
         console.print(str(json_path), markup=False)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.options import (
     as_model_input,
     console,
@@ -20,6 +20,7 @@ from tetdeploy.cli.options import (
 from tetdeploy.cli.sweep import default_steps, load_inputs, refuse_classes
 
 if TYPE_CHECKING:
+    from tetdeploy.data import Split
     from tetdeploy.engine import Engine
 
 
@@ -29,6 +30,7 @@ Examples:
   tetdeploy export --layout step && tetdeploy calibrate     the newest export, T = 8, at most 0.1 points lost
   tetdeploy calibrate MODEL --T 4 --loss 0.5
   tetdeploy calibrate MODEL --data held-out.npz             images of your own, all of them; no torch needed
+  tetdeploy calibrate MODEL --point-estimate                few images: go by the loss found on them, sure or not
   tetdeploy early-exit MODEL                                then: what it keeps and saves on the test set
 
 \b
@@ -37,16 +39,16 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 )
 @click.option(
     "--data",
-    help="A data set's name, or FILE.npz with images and labels, all of which are used. [default: the training's data]",
+    help="A data set's name, or FILE.npz with images and labels. Of a set that the network was not trained on all "
+    "images are used. [default: the training's data]",
 )
 @data_dir_option
 @click.option(
     "--split",
-    type=click.Choice(("val", "train")),
-    default="val",
-    show_default=True,
-    help="Of the training's data: the images held out for validation, or those trained on, whose answers are surer "
-    "than those of new images.",
+    type=click.Choice(("val", "train", "test")),
+    help="Of the training's data: val, the images held out for validation, or train, those trained on, whose answers "
+    "are surer than those of new images. Of another set: train or test, the whole of it. [default: val; of another "
+    "set train]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @click.option(
@@ -68,22 +70,21 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     "of the second; both: the one that takes fewer steps.",
 )
 @click.option(
-    "--confident",
-    is_flag=True,
-    help="Not only the loss found but the upper end of its 95 % interval must stay within --loss, at this threshold "
-    "and all above, so that it nearly always holds on other images too. Takes more steps, and thousands of images.",
+    "--confident/--point-estimate",
+    default=True,
+    help="What must stay within --loss: the upper end of the loss's 95 % interval, at the threshold and all above, so "
+    "that it nearly always holds on other images too, which takes thousands of images; or the loss found on these "
+    "images alone, which others exceed every other time. [default: confident]",
 )
 @click.option("--min-T", "min_T", type=click.IntRange(min=1), default=1, show_default=True, help="The fewest steps.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
 @opens_model()
 @json_option
-@click.pass_context
 def calibrate(
-    ctx: click.Context,
     model: Path | None,
     data: str | None,
     data_dir: Path,
-    split: str,
+    split: str | None,
     limit: int | None,
     T: int | None,
     loss: float,
@@ -100,8 +101,8 @@ def calibrate(
     """When is an answer certain enough to stop? The threshold of early exit, from held-out images.
 
     MODEL is an .onnx file of the step layout; the newest export by default. One run of T steps gives every threshold's
-    accuracy; the one that takes the fewest steps on average and loses no more than --loss goes beside the model, into
-    MODEL.exit.json. Needs no torch.
+    accuracy; the one that takes the fewest steps on average and loses no more than --loss, with 95 % confidence, goes
+    beside the model, into MODEL.exit.json. Needs no torch.
     """
     from tetdeploy.early_exit import CRITERIA, exit_path
     from tetdeploy.engine import Engine
@@ -119,52 +120,61 @@ def calibrate(
     T = T or max(default_steps(engine))
     engine.check_T(T, engine.check_input(x[:1]))
     criteria = CRITERIA if criterion == "both" else tuple(c for c in CRITERIA if c == criterion)
-    try:
-        with progress_bar("images") as bar:
-            task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
-            answers = answer(engine, x, labels, T, batch_size=batch_size, tick=lambda done: bar.advance(task, done))
-        found = find(answers, loss=loss / 100, criteria=criteria, min_T=min_T, confident=confident)
-        result = found.to_dict(engine, name)
-        for path in written:
-            write_json(path, result)
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing was written")
-        ctx.exit(INTERRUPTED)
+    with progress_bar("images") as bar:
+        task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
+        answers = answer(engine, x, labels, T, batch_size=batch_size, tick=lambda done: bar.advance(task, done))
+    found = find(answers, loss=loss / 100, criteria=criteria, min_T=min_T, confident=confident)
+    result = found.to_dict(engine, name)
+    for path in written:
+        write_json(path, result)
     for part in calibration_shown(result):
         console.print(part)
     console.print("   ".join(map(str, written)), markup=False)
     console.print(f"next: tetdeploy early-exit {engine.path}", markup=False)
 
 
-def held_out(engine: Engine, data: str | None, data_dir: Path, split: str, limit: int | None) -> tuple[str, Any, Any]:
+def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None, limit: int | None) -> Any:
     """Name, images or frames as the graph takes them, and labels to calibrate on.
 
     Raises:
         ValueError: the training held no images out, or the data are of other classes.
+        click.UsageError: no data are named, or the split is not one of theirs.
     """
     from tetdeploy.data import load_data, split_validation
 
     source = engine.metadata["source"]
     own = str(source.get("data", {}).get("name", ""))
-    if data is not None and data != own and data.lower().endswith(".npz"):
-        return load_inputs(engine, data, data_dir, limit)
     name = data or own
     if not name:
         raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
-    fraction = float(source.get("training", {}).get("val_fraction", 0.0))
+    trained_on = _place(name) == _place(own)
+    if name.lower().endswith(".npz") and not trained_on:
+        return load_inputs(engine, name, data_dir, limit)
+    split = split or ("val" if trained_on else "train")
+    if split == "test" and trained_on:
+        raise click.UsageError(f"the test set of {name} is for tetdeploy early-exit; take --split val, or another set")
+    if split == "val" and not trained_on:
+        raise click.UsageError(f"{name} is not what was trained on, so nothing is held out; take --split train or test")
+    fraction = float(source.get("training", {}).get("val_fraction", 0.0)) if trained_on else 0.0
     if split == "val" and not fraction:
         raise ValueError(
             f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "
-            "calibrate on; name others with --data FILE.npz, or take those it was trained on with --split train"
+            "calibrate on; name others with --data, or take those it was trained on with --split train"
         )
-    images = load_data(name, "train", data_dir=data_dir, T=int(engine.metadata["trained_T"]))
+    part: Split = "test" if split == "test" else "train"
+    images = load_data(name, part, data_dir=data_dir, T=int(engine.metadata["trained_T"]))
     if not name.lower().endswith(".npz") and images.class_names != engine.class_names:
         refuse_classes(engine, name, images.class_names)
     if fraction:
         images = split_validation(images, fraction=fraction)[0 if split == "train" else 1]
     chosen = images.select(slice(limit))
     x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)
-    what = "held out" if split == "val" else "trained on"
-    if name != own:  # of which the training saw nothing
-        what = f"{'validation' if split == 'val' else 'training'} part; not the data of the training"
+    what = {"val": "held out", "train": "trained on"}[split] if trained_on else f"{split} split, not trained on"
     return f"{name} ({what})", x, chosen.labels
+
+
+def _place(name: str) -> tuple[str, Path]:
+    """What a data set's name stands for, whatever its images' size, the frames that recordings are cut into, and the
+    way a path is written."""
+    kind, _, path = re.sub(r"^by-time:|@\d+$", "", name).rpartition(":")
+    return kind, Path(path).expanduser().resolve()

@@ -32,6 +32,10 @@ def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
     if is_model and onnx_options:
         raise click.UsageError(f"{', '.join(onnx_options)}: {run} is exported already; give the run to export anew")
     name = _checked_name(ctx, run if is_model else _checkpoint(ctx))
+    if out := ctx.params["out"]:  # before the exports that may come first
+        from tetdeploy.files import check_writable
+
+        check_writable(out if file_format == "kserve" else out / name / "config.pbtxt")
     models = [run] if is_model else _exported(ctx)
     if file_format == "kserve":
         _write_service(ctx, models[0], name)

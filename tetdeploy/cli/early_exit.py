@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.options import (
     console,
     data_dir_option,
@@ -45,9 +44,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     type=click.Path(path_type=Path, dir_okay=False),
     help="Where the result goes. [default: MODEL.early-exit.json]",
 )
-@click.pass_context
 def early_exit(
-    ctx: click.Context,
     model: Path | None,
     T: int | None,
     data: str | None,
@@ -80,16 +77,12 @@ def early_exit(
     check_writable(json_path)
     name, x, labels = load_inputs(engine, data, data_dir, limit)
     engine.check_T(T, engine.check_input(x[:1]))
-    try:
-        with progress_bar("images") as bar:
-            task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
-            result = measure(
-                engine, x, labels, exit, T, data=name, batch_size=batch_size, tick=lambda done: bar.advance(task, done)
-            )
-        write_json(json_path, result)
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing was written")
-        ctx.exit(INTERRUPTED)
+    with progress_bar("images") as bar:
+        task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
+        result = measure(
+            engine, x, labels, exit, T, data=name, batch_size=batch_size, tick=lambda done: bar.advance(task, done)
+        )
+    write_json(json_path, result)
     for part in savings_shown(result):
         console.print(part)
     console.print(str(json_path), markup=False)

@@ -1,4 +1,4 @@
-"""What users can cause becomes one line and an exit code, never a traceback."""
+"""What users can cause becomes one line and an exit code, never a traceback. So does Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
 class CleanErrors(click.Group):
-    """A group whose commands report ValueError, OSError and MissingExtraError as `Error: ...` with exit code 1."""
+    """A group whose commands report ValueError, OSError and MissingExtraError as `Error: ...` with exit code 1, and
+    Ctrl-C, where a command does not do so itself, with exit code 130: files are written whole or not at all."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -21,6 +22,9 @@ class CleanErrors(click.Group):
             raise click.ClickException(str(error)) from error
         except OSError as error:
             raise click.ClickException(_describe(error)) from error
+        except KeyboardInterrupt:
+            click.echo("interrupted; no file is left half written", err=True)
+            ctx.exit(INTERRUPTED)
 
 
 def _describe(error: OSError) -> str:

@@ -55,7 +55,7 @@ Examples:
     help="onnx, for tetdeploy's engine; nir, for other frameworks and neuromorphic chips; triton-repository or kserve, "
     "for many machines.",
 )
-@click.option("--T", "T", type=click.IntRange(min=1), help="Steps of an unrolled graph. [default: the training's]")
+@click.option("--T", "T", type=click.IntRange(1, 1024), help="Steps of an unrolled graph. [default: the training's]")
 @click.option(
     "--layout",
     default="unrolled",
@@ -166,7 +166,7 @@ def export(
     from tetdeploy.data import load_frames
     from tetdeploy.export import ExportConfig, export_model
     from tetdeploy.export.model import NUM_REFERENCE
-    from tetdeploy.files import write_json
+    from tetdeploy.files import check_writable, write_json
 
     file = weights_file(run or newest_run(runs))
     metadata = read_metadata(file)
@@ -174,6 +174,8 @@ def export(
     trained_T = int(metadata["training"].get("T", 4))
     options["encoding"] = options["encoding"] or metadata["data"].get("encoding", "direct")
     config = ExportConfig(T=T or trained_T, trained_T=trained_T, **options)
+    path = out or file.parent / config.file_name
+    check_writable(path)
     fine_tuned = _fine_tuned_scales(ctx, file, metadata) if config.precision == "int8" else None
     classifier = load_classifier(file, metadata, model)
     source = data or str(metadata["data"]["name"])
@@ -187,7 +189,6 @@ def export(
         images, labels = real_inputs(source, data_dir, val_fraction, T=trained_T, count=count)
         if config.precision == "int8" and fine_tuned is None:
             calibration = _training_inputs(source, data_dir, val_fraction, T=trained_T, count=num_calibration)
-    path = out or file.parent / config.file_name
     with progress_bar() as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -242,14 +243,16 @@ def _export_nir(
         import_extra(package, extra)
     from tetdeploy.checkpoint import newest_run, read_metadata, weights_file
     from tetdeploy.export.nir_format import export_nir
-    from tetdeploy.files import write_json
+    from tetdeploy.files import check_writable, write_json
 
     file = weights_file(run or newest_run(runs))
     metadata = read_metadata(file)
     _say_which(file, metadata)
+    path = out or file.parent / "model.nir"
+    check_writable(path)
     exported = export_nir(
         load_classifier(file, metadata, model),
-        out or file.parent / "model.nir",
+        path,
         trained_T=int(metadata["training"].get("T", 4)),
         encoding=encoding or metadata["data"].get("encoding", "direct"),
         source=_source(file, metadata),

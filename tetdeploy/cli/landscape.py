@@ -77,6 +77,7 @@ def landscape(
     """
     import_extra("torch", "train")
     from tetdeploy.checkpoint import newest_run, read_metadata, weights_file
+    from tetdeploy.files import check_writable
     from tetdeploy.train.landscape import LandscapeConfig
 
     checkpoints = checkpoints or (newest_run(runs),)
@@ -91,6 +92,9 @@ def landscape(
     images = _images(source, split, limit, data_dir, metadata[0])
     classifiers = _classifiers(checkpoints, files, metadata, model)
     path = out or _default_out(files)
+    plot = plot or path.with_suffix(".png")
+    for output in (path, plot):
+        check_writable(output)
     result = _measure(classifiers, images, config, path)
     if not result.complete:
         console.print(
@@ -98,7 +102,7 @@ def landscape(
             "the same command goes on from there"
         )
         ctx.exit(INTERRUPTED)
-    _report(result, path, plot or path.with_suffix(".png"), json_path, radius, f"{images.name}, {split}")
+    _report(result, path, plot, json_path, radius, f"{images.name}, {split}")
 
 
 def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeConfig, path: Path) -> Landscape:

@@ -43,8 +43,35 @@ runs_option = click.option(
     show_default=True,
     help="Folder of the runs.",
 )
+
+
+def checked_output(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """The callback of an output file: one that cannot be written is refused before the work whose result goes there."""
+    if path is not None:
+        from tetdeploy.files import check_writable
+
+        check_writable(path)
+    return path
+
+
+def parsed_steps(ctx: click.Context, param: click.Parameter, steps: str | None) -> tuple[int, ...] | None:
+    """The callback of a --T that takes several: `6`, `1:6` or `1,2,4`."""
+    if steps is None:
+        return None
+    from tetdeploy.validate import parse_steps
+
+    try:
+        return parse_steps(steps)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 json_option = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result here."
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=checked_output,
+    help="Also write the result here.",
 )
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all cores by default.")
 device_option = click.option(

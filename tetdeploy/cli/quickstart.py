@@ -32,5 +32,5 @@ def quickstart(ctx: click.Context, seed: int, runs: Path) -> None:
     console.print("\n[bold]2  tetdeploy export --T 8 --fold-bn[/bold]")
     ctx.invoke(export, T=8, runs=runs)
     console.print("\n[bold]3  tetdeploy sweep --T 1:8[/bold]")
-    ctx.invoke(sweep, steps="1:8", runs=runs)
+    ctx.invoke(sweep, steps=tuple(range(1, 9)), runs=runs)
     console.print(f"\nthe model: {newest_export(runs)}", markup=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tetdeploy.cli.options import console, runs_option
+from tetdeploy.cli.options import checked_output, console, runs_option
 from tetdeploy.extras import import_extra
 
 
@@ -28,10 +28,14 @@ Examples:
     "--out",
     "-o",
     type=click.Path(path_type=Path, dir_okay=False),
+    callback=checked_output,
     help="The page. [default: RUN/report.html; of several report.html]",
 )
 @click.option(
-    "--markdown", type=click.Path(path_type=Path, dir_okay=False), help="Also write tables and text as Markdown."
+    "--markdown",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=checked_output,
+    help="Also write tables and text as Markdown.",
 )
 @runs_option
 def report(

@@ -15,6 +15,7 @@ from tetdeploy.cli.options import (
     json_option,
     newest_export,
     opens_model,
+    parsed_steps,
     progress_bar,
 )
 
@@ -34,7 +35,12 @@ Examples:
   tetdeploy sweep --energy once --ac-pj 0.03 --mac-pj 0.23
 """
 )
-@click.option("--T", "steps", help="Steps: 6, 1:6 or 1,2,4. [default: 1 to the T of the graph; 1:8 where it is free]")
+@click.option(
+    "--T",
+    "steps",
+    callback=parsed_steps,
+    help="Steps: 6, 1:6 or 1,2,4. [default: 1 to the T of the graph; 1:8 where it is free]",
+)
 @click.option(
     "--data",
     help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",
@@ -63,7 +69,7 @@ Examples:
 )
 def sweep(
     model: Path | None,
-    steps: str | None,
+    steps: tuple[int, ...] | None,
     data: str | None,
     data_dir: Path,
     limit: int | None,
@@ -89,14 +95,13 @@ def sweep(
     from tetdeploy.extras import import_extra
     from tetdeploy.files import check_writable
     from tetdeploy.picojoules import energy_constants
-    from tetdeploy.validate import parse_steps
 
     if plot is not None:
         import_extra("matplotlib", "train")  # before any work
     engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     for path in sweep_paths(engine, json_path, plot):
         check_writable(path)
-    wanted = parse_steps(steps) if steps else default_steps(engine)
+    wanted = steps or default_steps(engine)
     own = ac_pj is not None or mac_pj is not None
     precision = engine.metadata.get("precision", "fp32")
     constants = energy_constants(precision, ac_pj=ac_pj, mac_pj=mac_pj) if own else None

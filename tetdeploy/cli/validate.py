@@ -15,6 +15,7 @@ from tetdeploy.cli.options import (
     data_dir_option,
     newest_export,
     opens_model,
+    parsed_steps,
     progress_bar,
 )
 from tetdeploy.cli.sweep import default_steps, load_inputs
@@ -38,7 +39,12 @@ Examples:
 Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl-C.
 """
 )
-@click.option("--T", "steps", help="Steps: 6, 1:6 or 1,2,4. [default: those of the reference, or with data as sweep]")
+@click.option(
+    "--T",
+    "steps",
+    callback=parsed_steps,
+    help="Steps: 6, 1:6 or 1,2,4. [default: those of the reference, or with data as sweep]",
+)
 @click.option(
     "--data",
     help="A data set's name or FILE.npz with images and labels, for the accuracy. [default: only the reference images "
@@ -79,7 +85,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
 def validate(
     ctx: click.Context,
     model: Path | None,
-    steps: str | None,
+    steps: tuple[int, ...] | None,
     data: str | None,
     data_dir: Path,
     limit: int | None,
@@ -103,13 +109,14 @@ def validate(
     PyTorch side by side. Ctrl-C keeps what is done; the same command goes on. Writes MODEL.validate.json.
     """
     from tetdeploy.engine import Engine
-    from tetdeploy.files import write_json
+    from tetdeploy.files import check_writable, write_json
     from tetdeploy.report.validation import shown
 
     if against is None and (num_torch is not None or network is not None):
         raise click.UsageError("--num-torch and --model go with --against CHECKPOINT")
     engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     json_path = json_path or engine.path.with_suffix(".validate.json")
+    check_writable(json_path)
     partial_path = json_path.with_suffix(".partial.npz")
     long = against is not None or data is not None
     if restart and long:
@@ -145,11 +152,10 @@ def validate(
 class _Job:
     """What to measure of a model; its methods are the three kinds of validation and give their JSON."""
 
-    def __init__(self, engine: Engine, steps: str | None, gates: tuple[Gate, ...], batch_size: int) -> None:
-        from tetdeploy.validate import parse_steps
-
-        self.engine, self.gates, self.batch_size = engine, gates, batch_size
-        self.wanted = None if steps is None else parse_steps(steps)
+    def __init__(
+        self, engine: Engine, wanted: tuple[int, ...] | None, gates: tuple[Gate, ...], batch_size: int
+    ) -> None:
+        self.engine, self.wanted, self.gates, self.batch_size = engine, wanted, gates, batch_size
         self.trained_T = int(engine.metadata["trained_T"])
 
     def reference_only(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from tetdeploy.exit_calibration import images_to_prove, provable_loss
 from tetdeploy.report.tables import BILLS, energy
 
 Cells = tuple[str, str, str, str]  # what, T steps for each image, early exit, the difference
@@ -22,14 +23,29 @@ def calibration_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
     yield f"[dim]every image the same T, 1 to {result['T']}: {fixed}[/dim]"
     yield (
         f"[dim]* goes beside the model; lost: points of accuracy against T={result['T']} for every image, with the "
-        "95 % interval that the answers turned wrong and right on the same images give[/dim]"
+        "95 % interval that the answers turned wrong and right on the same images give; "
+        f"{'its upper end' if result['confident'] else 'the loss itself, wherever the interval ends,'} is within what "
+        "it may lose[/dim]"
     )
-    if 0 < result["num_samples"] * result["allowed_loss"] < 1:
-        yield (
-            f"one image is {100 / result['num_samples']:.2g} points here, more than may be lost: on other images the "
-            "loss may well be larger; calibrate on more"
-        )
+    yield from _few_images(result)
     yield f"steps  {by_steps(result['num_images_by_steps'])}"
+
+
+def _few_images(result: Mapping[str, Any]) -> Iterator[str]:
+    """Too few images for the loss that is allowed."""
+    N, allowed = result["num_samples"], result["allowed_loss"]
+    if not result["confident"]:
+        if 0 < N * allowed < 1:
+            yield (
+                f"one image is {100 / N:.2g} points here, more than may be lost: on other images the loss may well be "
+                "larger; calibrate on more"
+            )
+    elif provable_loss(N) > allowed:
+        enough = f"calibrate on {images_to_prove(allowed):,} or more, " if allowed else ""
+        yield (
+            f"no image stops early: {N:,} images show no loss below {100 * provable_loss(N):.2g} points with 95 % "
+            f"confidence; {enough}allow more with --loss, or go by the loss found on these with --point-estimate"
+        )
 
 
 def _measured(result: Mapping[str, Any]) -> str:

@@ -22,33 +22,53 @@ from tetdeploy.serve.protocol import JSON_LENGTH, TensorDataPlane, refuse_loadin
 
 def application(plane: TensorDataPlane, metrics: Metrics) -> Starlette:
     """The endpoints, as an ASGI application."""
+    ends = _Endpoints(plane, metrics)
+    versions = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
+    routes = [
+        Route("/v2", ends.about),
+        Route("/v2/health/live", _live),
+        Route("/v2/health/ready", ends.ready),
+        Route("/v2/models", ends.models),
+        *(Route(model, ends.model_metadata) for model in versions),
+        *(Route(f"{model}/ready", ends.model_ready) for model in versions),
+        *(Route(f"{model}/infer", ends.infer, methods=["POST"]) for model in versions),
+        *(Route(f"/v2/repository/models/{{name}}/{what}", _load, methods=["POST"]) for what in ("load", "unload")),
+        Route("/metrics", _metrics),
+    ]
+    # A handler of the application for Exception would have the error raised once more, and uvicorn log it once more.
+    every = Middleware(ExceptionMiddleware, handlers={Exception: ends.failed})
+    return Starlette(routes=routes, middleware=[every], exception_handlers={HTTPException: ends.failed})
 
-    async def about(request: Request) -> Response:
-        return JSONResponse(plane.metadata())
 
-    async def live(request: Request) -> Response:
-        return JSONResponse({"live": True})
+class _Endpoints:
+    """What is answered from the models and counted."""
 
-    async def ready(request: Request) -> Response:
-        is_ready = await plane.ready()
+    def __init__(self, plane: TensorDataPlane, metrics: Metrics) -> None:
+        self._plane, self._metrics = plane, metrics
+
+    async def about(self, request: Request) -> Response:
+        return JSONResponse(self._plane.metadata())
+
+    async def ready(self, request: Request) -> Response:
+        is_ready = await self._plane.ready()
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
-    async def models(request: Request) -> Response:
-        return JSONResponse({"models": list(plane.model_registry.get_models())})
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"models": list(self._plane.model_registry.get_models())})
 
-    async def model_metadata(request: Request) -> Response:
-        return JSONResponse(await plane.model_metadata(*_model(request)))
+    async def model_metadata(self, request: Request) -> Response:
+        return JSONResponse(await self._plane.model_metadata(*_model(request)))
 
-    async def model_ready(request: Request) -> Response:
-        is_ready = await plane.model_ready(*_model(request))
+    async def model_ready(self, request: Request) -> Response:
+        is_ready = await self._plane.model_ready(*_model(request))
         return JSONResponse({"name": _model(request)[0], "ready": is_ready}, 200 if is_ready else 503)
 
-    async def infer(request: Request) -> Response:
+    async def infer(self, request: Request) -> Response:
         name, version = _model(request)
-        model = plane.running(name, version)
+        model = self._plane.running(name, version)
         # BodyLimit gives the body as one message, of which request.body() would make a copy. Nothing here keeps it.
         answer = await model.predict(
-            plane.decode_inference_request((await request.receive())["body"], request.headers, name)
+            self._plane.decode_inference_request((await request.receive())["body"], request.headers, name)
         )
         content, json_length = answer.to_rest()
         if json_length is None:
@@ -56,37 +76,27 @@ def application(plane: TensorDataPlane, metrics: Metrics) -> Starlette:
         headers = {JSON_LENGTH: str(json_length)}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
-    async def load(request: Request) -> Response:
-        refuse_loading()
-
-    async def show_metrics(request: Request) -> Response:
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
-
-    async def failed(request: Request, error: Exception) -> Response:
+    async def failed(self, request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):  # no such page, or another method
             status, message = error.status_code, error.detail
         else:
             status, _, message = status_of(error)
         if (model := request.path_params.get("name")) and request.method == "POST":
-            metrics.refuse(model, status)
+            self._metrics.refuse(model, status)
         error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold the body
         return JSONResponse({"error": message}, status, getattr(error, "headers", None))  # of a 405: Allow
 
-    versions = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
-    routes = [
-        Route("/v2", about),
-        Route("/v2/health/live", live),
-        Route("/v2/health/ready", ready),
-        Route("/v2/models", models),
-        *(Route(model, model_metadata) for model in versions),
-        *(Route(f"{model}/ready", model_ready) for model in versions),
-        *(Route(f"{model}/infer", infer, methods=["POST"]) for model in versions),
-        *(Route(f"/v2/repository/models/{{name}}/{what}", load, methods=["POST"]) for what in ("load", "unload")),
-        Route("/metrics", show_metrics),
-    ]
-    # A handler of the application for Exception would have the error raised once more, and uvicorn log it once more.
-    every = Middleware(ExceptionMiddleware, handlers={Exception: failed})
-    return Starlette(routes=routes, middleware=[every], exception_handlers={HTTPException: failed})
+
+async def _live(request: Request) -> Response:
+    return JSONResponse({"live": True})
+
+
+async def _load(request: Request) -> Response:
+    refuse_loading()
+
+
+async def _metrics(request: Request) -> Response:
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _model(request: Request) -> tuple[str, str]:
