@@ -373,7 +373,7 @@ def _check(
     tick: Callable[[str, int, int], None] | None,
 ) -> tuple[Parity, Parity | None]:
     """The parity gate: at the graph's own T, or two steps beyond the training's; from a state too, where it has one."""
-    engine = Engine(file)
+    engine = Engine(file, native=False)  # spikes are read by an overlay, from the plain graph
     T = _steps(config, x, beyond=2)
     what = f"the {config.layout} graph"
     parity = compare(classifier, engine, x, T, tick=_ticker(tick, "checking against PyTorch", len(x)))
