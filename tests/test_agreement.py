@@ -73,7 +73,7 @@ def test_the_reference_agrees_where_it_was_written(layout: str) -> None:
     for t in range(1, reference.T + 1):
         row = result.row(t)
         assert row["top1_agreement"] == 1.0
-        assert 0 < row["max_abs_logit_error"] < 1e-4
+        assert row["max_abs_logit_error"] < 1e-4  # 0 on some machines; that it counts is tested below
         assert row["spike_count_error"] < 100e-6
         assert row["spike_mismatch_rate"] is None
     assert result.tally.seen.sum() == 60
