@@ -82,20 +82,24 @@ def _fuse(model: bytes, loops: list[Loop]) -> bytes | None:
 
 def _kinds(ort: Any, onnx: Any, model: Any) -> dict[str, Kind]:
     """Type and shape of every tensor, as ONNX Runtime infers them."""
+    from tetdeploy.native.loops import without_weights
     from tetdeploy.native.regions import Kind
 
-    own = len(model.graph.output)
-    given = {value.name for value in model.graph.output}
-    names = dict.fromkeys(name for node in model.graph.node for name in node.output if name and name not in given)
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    light = without_weights(model, 2**14)
+    there = {value.name for value in (*light.graph.initializer, *light.graph.input)}
+    weights = {t.name: t for t in model.graph.initializer if t.name not in there}
+    for name, t in weights.items():
+        light.graph.input.append(onnx.helper.make_tensor_value_info(name, t.data_type, t.dims))
+    given = {value.name for value in light.graph.output}
+    names = dict.fromkeys(name for node in light.graph.node for name in node.output if name and name not in given)
+    light.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = _options(ort)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    del model.graph.output[own:]
+    session = ort.InferenceSession(light.SerializeToString(), options, providers=["CPUExecutionProvider"])
     found = {}
     for value in (*session.get_inputs(), *session.get_outputs()):
         element = value.type.removeprefix("tensor(").removesuffix(")")
-        if element in _ELEMENT_TYPES:
+        if element in _ELEMENT_TYPES and value.name not in weights:
             found[value.name] = Kind(_ELEMENT_TYPES[element], tuple(value.shape))
     return found
 

@@ -47,7 +47,7 @@ class _Merged:
     """A graph is written anew, and what is `[T, N, ...]` between neurons and convolutions becomes `[T * N, ...]`."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        inferred = shape_inference.infer_shapes(_without_weights(model)).graph
+        inferred = shape_inference.infer_shapes(without_weights(model, 64)).graph
         values = (*inferred.value_info, *inferred.input, *inferred.output)
         self.kinds = {value.name: value.type.tensor_type for value in values}
         given = next((value.name for value in model.graph.input if value.name == "steps"), "x")
@@ -156,13 +156,13 @@ def _is_zeros(node: onnx.NodeProto) -> bool:
     return node.op_type == "ConstantOfShape" and not any(value.any() for value in values)
 
 
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """What shapes are inferred from: large constants have theirs in the graph's `value_info`."""
+def without_weights(model: onnx.ModelProto, largest: int) -> onnx.ModelProto:
+    """A copy with constants of `largest` elements at most, to infer shapes from."""
     light, graph = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import), model.graph
     light.graph.name = graph.name
     for field in ("node", "input", "output", "value_info"):
         getattr(light.graph, field).extend(getattr(graph, field))
-    light.graph.initializer.extend(t for t in graph.initializer if math.prod(t.dims) <= 64)
+    light.graph.initializer.extend(t for t in graph.initializer if math.prod(t.dims) <= largest)
     return light
 
 
