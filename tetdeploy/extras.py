@@ -11,7 +11,7 @@ class MissingExtraError(ImportError):
 
 
 def import_extra(module: str, extra: str) -> Any:
-    """Import `module`, which the extra `extra` brings.
+    """Import `module`, which the extra `extra` brings, or whose own imports it brings if it is one of ours.
 
     Raises:
         MissingExtraError: it is not installed; the message has the line that installs it.
@@ -19,9 +19,9 @@ def import_extra(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
+        package, wanted = (error.name or "").partition(".")[0], module.partition(".")[0]
+        if package in ("", "tetdeploy") or wanted not in (package, "tetdeploy"):
             raise
-        package = error.name.partition(".")[0]
         raise MissingExtraError(
             f"this needs the package {package!r}, which is not installed: pip install 'tetdeploy[{extra}]'"
         ) from error
