@@ -381,6 +381,30 @@ class TestBadInput:
         assert re.fullmatch(r"Error: cannot write file/a.onnx\S*: Not a directory; .* folder", message), message
         assert snapshot(workplace) == before
 
+    @pytest.mark.parametrize(
+        "command",
+        [
+            *(
+                ("export", "-o", f"{RUN}/{name}")
+                for name in ("checkpoint.safetensors", "last.safetensors", "config.json")
+            ),
+            ("export", "--format", "nir", "-o", f"{RUN}/checkpoint.safetensors"),
+            ("bench", MODEL, "--json", f"{RUN}/checkpoint.safetensors"),
+            ("sweep", MODEL, "--plot", MODEL),
+            ("report", RUN, "-o", MODEL),
+            ("report", RUN, "--markdown", f"{RUN}/last.safetensors"),
+        ],
+    )
+    def test_an_output_does_not_take_the_place_of_something_else(
+        self, command: tuple[str, ...], workplace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Path(f"{RUN}/last.safetensors").touch()
+        before = snapshot(workplace)
+        for name in ("export.export_model", "engine.Engine.run"):
+            monkeypatch.setattr(f"tetdeploy.{name}", self.works)
+        assert "it is there, and something else; choose another name" in refused(*command).replace("\n", " ")
+        assert snapshot(workplace) == before
+
     @staticmethod
     def works(*arguments: object, **options: object) -> None:
         raise AssertionError("it began to work")

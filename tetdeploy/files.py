@@ -18,6 +18,8 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+MODELS = {".safetensors", ".onnx", ".engine", ".nir"}
+
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
@@ -68,15 +70,20 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_writable(path: Path | str) -> None:
+def check_writable(path: Path | str, suffix: str = "") -> None:
     """Whether `atomic_write` could write here now, before the work whose result goes here. Leaves nothing behind.
 
+    Args:
+        suffix: of the models that are written. A file that is there must have it; without one, be no model.
+
     Raises:
-        OSError: it could not; the message names `path`.
+        OSError: it could not, or would write over something else; the message names `path`.
     """
     path = Path(path)
     if path.is_dir():
         raise OSError(f"cannot write {path}: {os.strerror(errno.EISDIR)}; choose another name")
+    if path.is_file() and (path.suffix != suffix if suffix else path.suffix in MODELS):
+        raise OSError(f"cannot write {path}: it is there, and something else; choose another name, or remove it")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     with _making(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)

@@ -175,7 +175,7 @@ def export(
     options["encoding"] = options["encoding"] or metadata["data"].get("encoding", "direct")
     config = ExportConfig(T=T or trained_T, trained_T=trained_T, **options)
     path = out or file.parent / config.file_name
-    check_writable(path)
+    check_writable(path, ".onnx")
     fine_tuned = _fine_tuned_scales(ctx, file, metadata) if config.precision == "int8" else None
     classifier = load_classifier(file, metadata, model)
     source = data or str(metadata["data"]["name"])
@@ -249,7 +249,7 @@ def _export_nir(
     metadata = read_metadata(file)
     _say_which(file, metadata)
     path = out or file.parent / "model.nir"
-    check_writable(path)
+    check_writable(path, ".nir")
     exported = export_nir(
         load_classifier(file, metadata, model),
         path,
