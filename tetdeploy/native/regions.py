@@ -31,8 +31,8 @@ BINARY = {
     "LessOrEqual": Op.LESS_EQUAL,
     "GreaterOrEqual": Op.GREATER_EQUAL,
 }
-_OR_EQUAL = ("LessOrEqual", "GreaterOrEqual")
-_UNARY = ("ThresholdedRelu", "HardSigmoid")
+COMPARISONS = ("Less", "Greater", "LessOrEqual", "GreaterOrEqual")
+UNARY = ("ThresholdedRelu", "HardSigmoid")
 NUMBER_RIGHT = {op: Op[f"{op.name}_K"] for op in BINARY.values()}
 NUMBER_LEFT = {
     Op.ADD: Op.ADD_K,
@@ -202,9 +202,7 @@ class _Graph:
         if node.op_type == "Concat":
             rank = len(self.kinds[tensors[0]].shape)
             return tensors == list(node.input) and _attribute(node, "axis", 0) in (0, -rank) and types <= {FLOAT, UINT8}
-        return types == {FLOAT} and (
-            node.op_type in ("ThresholdedRelu", "HardSigmoid") or (node.op_type in BINARY and len(tensors) > 0)
-        )
+        return types == {FLOAT} and node.op_type in (*BINARY, *UNARY)
 
     def _has_axes(self, name: str) -> bool:
         shape = self.kinds[name].shape if name in self.kinds else ()
@@ -454,8 +452,8 @@ def check_loop(loop: Loop) -> None:
     """
     made = {loop.u: "", loop.x: "", **dict.fromkeys(loop.numbers, "")}  # by which operator
     for node in loop.nodes:
-        casts_spikes = node.op_type == "Cast" and made.get(node.input[0]) in ("Less", "Greater", *_OR_EQUAL)
-        if not (casts_spikes or node.op_type in (*BINARY, *_UNARY)) or not made.keys() >= set(node.input):
+        casts_spikes = node.op_type == "Cast" and made.get(node.input[0]) in COMPARISONS
+        if not (casts_spikes or node.op_type in (*BINARY, *UNARY)) or not made.keys() >= set(node.input):
             raise UnfusableError(f"neurons with {node.op_type}")
         made[node.output[0]] = node.op_type
     if not made.keys() >= {loop.next_u, loop.spikes}:
