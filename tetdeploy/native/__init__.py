@@ -2,12 +2,14 @@
 
 ONNX Runtime runs one operator after the other, and between two of them a tensor goes through memory. What stands
 between two convolutions of a spiking network (scales of the currents, residual sums, leak, threshold and reset of every
-step) is one operator here, in C, with the same bits. Model files do not know of it: it is put in when a model is
-loaded, into the graph that ONNX Runtime has optimised for the machine.
+step) is one operator here, in C, with the same bits, and where the processor has AMX, a second one is its int8
+convolutions. Model files do not know of them: they are put in when a model is loaded, into the graph that ONNX Runtime
+has optimised for the machine.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import tempfile
@@ -18,12 +20,13 @@ if TYPE_CHECKING:
     from tetdeploy.native.loops import Loop
     from tetdeploy.native.regions import Kind
 
+DOMAIN = "ai.tetdeploy"
 _ELEMENT_TYPES = {"float": 1, "uint8": 2, "int8": 3, "bool": 9}  # in ONNX's numbering
 
 
 def library() -> Path | None:
-    """The compiled `elementwise.c`; None where it could not be compiled at installation."""
-    found = importlib.util.find_spec("tetdeploy.native._elementwise")
+    """The compiled operators; None where they could not be compiled at installation."""
+    found = importlib.util.find_spec("tetdeploy.native._operators")
     return Path(found.origin) if found is not None and found.origin else None
 
 
@@ -38,8 +41,15 @@ def missing() -> str | None:
     return None
 
 
+def has_tiles() -> bool:
+    """Whether the processor and the system let this process multiply int8 in tiles (AMX)."""
+    path = library()
+    return path is not None and bool(ctypes.CDLL(str(path)).has_tiles())
+
+
 def fuse_model(model: bytes) -> bytes | None:
-    """`model` as ONNX Runtime optimises it, with its element-wise regions as nodes of `library()`; None of one without.
+    """`model` as ONNX Runtime optimises it, with nodes of `library()` for its element-wise regions and, where there is
+    AMX, its int8 convolutions; None of one without.
 
     Raises:
         OSError: no temporary file can be written.
@@ -71,13 +81,21 @@ def _fuse(model: bytes, loops: list[Loop]) -> bytes | None:
     import onnxruntime as ort
 
     from tetdeploy.native.regions import fuse
+    from tetdeploy.native.tiles import use_tiles
 
     options = _options(ort)
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         optimised = onnx.load(options.optimized_model_filepath)
-    return optimised.SerializeToString() if fuse(optimised, _kinds(ort, onnx, optimised), loops) else None
+    native_nodes = fuse(optimised, _kinds(ort, onnx, optimised), loops)
+    if has_tiles():
+        native_nodes += use_tiles(optimised.graph)
+    if not native_nodes:
+        return None
+    optimised.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    made: bytes = optimised.SerializeToString()
+    return made
 
 
 def _kinds(ort: Any, onnx: Any, model: Any) -> dict[str, Kind]:

@@ -16,14 +16,9 @@
  *   output_ports  the same of the outputs
  *   states        int64, how many registers last; -1 if parts are named. Otherwise one more input follows, of any type:
  *                 its second axis is as long as there are steps
- *
- * The header beside this file is ONNX Runtime's C API (MIT license), which only ever grows.
  */
-#include "onnxruntime_c_api.h"
+#include "operator.h"
 
-#include <stdio.h>
-
-#define API_VERSION 17 /* ONNX Runtime 1.17 was the first with all that is called here */
 #define BLOCK 1024
 #define GRAIN (16 * BLOCK) /* elements that are worth a thread's while */
 #define MAX_PARTS (1 << 20)
@@ -173,17 +168,7 @@ static void run_grain(void* argument, size_t grain) {
   }
 }
 
-#define TRY(expression)                                    \
-  do {                                                     \
-    OrtStatusPtr status = (expression);                    \
-    if (status != NULL) return status;                     \
-  } while (0)
-
-static OrtStatusPtr failed(const OrtApi* api, const char* why) {
-  char message[200];
-  snprintf(message, sizeof message, "ai.tetdeploy::Elementwise: %s", why);
-  return api->CreateStatus(ORT_INVALID_ARGUMENT, message);
-}
+static OrtStatusPtr failed(const OrtApi* api, const char* why) { return failed_in(api, "Elementwise", why); }
 
 static int64_t parts_of(Port port, size_t steps) { return port.parts > 0 ? port.parts : port.parts == 0 ? (int64_t)steps : 1; }
 
@@ -346,22 +331,16 @@ static OrtStatusPtr ORT_API_CALL create(const struct OrtCustomOp* op, const OrtA
 }
 
 static const char* ORT_API_CALL name(const struct OrtCustomOp* op) { return (void)op, "Elementwise"; }
-static const char* ORT_API_CALL provider(const struct OrtCustomOp* op) { return (void)op, "CPUExecutionProvider"; }
-static size_t ORT_API_CALL one(const struct OrtCustomOp* op) { return (void)op, 1; }
 static int ORT_API_CALL at_least_one(const struct OrtCustomOp* op) { return (void)op, 1; }
 static int ORT_API_CALL mixed(const struct OrtCustomOp* op) { return (void)op, 0; }
-static int ORT_API_CALL first_version(const struct OrtCustomOp* op) { return (void)op, 1; }
 static enum ONNXTensorElementDataType ORT_API_CALL any_type(const struct OrtCustomOp* op, size_t index) {
   return (void)op, (void)index, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 }
 static OrtCustomOpInputOutputCharacteristic ORT_API_CALL variadic(const struct OrtCustomOp* op, size_t index) {
   return (void)op, (void)index, INPUT_OUTPUT_VARIADIC;
 }
-static OrtMemType ORT_API_CALL memory(const struct OrtCustomOp* op, size_t index) {
-  return (void)op, (void)index, OrtMemTypeDefault;
-}
 
-static const OrtCustomOp ELEMENTWISE = {
+const OrtCustomOp ELEMENTWISE = {
     .version = API_VERSION,
     .GetName = name,
     .GetExecutionProviderType = provider,
@@ -382,13 +361,3 @@ static const OrtCustomOp ELEMENTWISE = {
     .GetStartVersion = first_version,
     .GetEndVersion = first_version,
 };
-
-/* What ONNX Runtime calls when a session's options are given this library. */
-ORT_EXPORT OrtStatusPtr ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  const OrtApi* api = base->GetApi(API_VERSION);
-  if (api == NULL) return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, "this ONNX Runtime is older than 1.17");
-  OrtCustomOpDomain* domain; /* lives as long as the process: sessions refer to it */
-  TRY(api->CreateCustomOpDomain("ai.tetdeploy", &domain));
-  TRY(api->CustomOpDomain_Add(domain, &ELEMENTWISE));
-  return api->AddCustomOpDomain(options, domain);
-}

@@ -15,11 +15,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tetdeploy.native import DOMAIN
 from tetdeploy.native.layout import keep_blocked
 from tetdeploy.native.loops import FIRST_MARK, Loop, leading_to, put_nodes, reads, scalar
 from tetdeploy.native.programs import Op, Program
 
-DOMAIN = "ai.tetdeploy"
 FLOAT, UINT8, INT8, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8, TensorProto.BOOL
 BINARY = {
     "Add": Op.ADD,
@@ -75,10 +75,7 @@ def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], loops: Sequence[Loop
     elementwise = {k for k in range(len(graph.nodes)) if k in graph.region or graph.inline[k]}
     if keep_blocked(model.graph, kinds, elementwise, graph.numbers.keys() | graph.sizes.keys()):
         graph = _Graph(model.graph, kinds, loops)
-    fused = graph.fuse()
-    if fused:
-        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    return fused
+    return graph.fuse()
 
 
 class _Graph:

@@ -1,0 +1,453 @@
+/* An int8 convolution as an operator of ONNX Runtime, for processors with AMX.
+ *
+ * The node `ai.tetdeploy::Convolution` stands for a `QLinearConv` of bytes that lie channels last, and gives its bits:
+ * sums of int32, plus the bias, times a scale for each channel in float32, limited, rounded to even, plus the zero point.
+ * ONNX Runtime's own multiplies in vector registers; tiles do sixteen times as much in an instruction.
+ *
+ *   input 0   uint8 [N, H, W, C], zero point 0
+ *   input 1   int8 [O, C, kernel height, kernel width], constant
+ *   input 2   float32 [O], constant: scale of the input times that of the weights over that of the output
+ *   input 3   int32 [O], constant: bias
+ *   output    uint8 [N, H', W', O]
+ *   strides, pads, zero_point   as in ONNX; the zero point is that of the output
+ *   tiles     1 to multiply with AMX, which `has_tiles` must allow; 0 in plain C
+ *
+ * A call first spreads the input: 64 channels after 64 channels, the pixels of all images one behind the other with the
+ * zeros of the padding between them, and for strides one such plane for each remainder. Sixteen outputs that follow one
+ * another are then made of sixteen rows of 64 bytes that do, for every tap of the kernel. Outputs that would lie in the
+ * padding are computed with the others and left out.
+ */
+#include "operator.h"
+
+#include <math.h>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define TILES 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define FOR_TILES __attribute__((target("arch=x86-64-v4,prefer-vector-width=512,amx-tile,amx-int8")))
+#else
+#define TILES 0
+#endif
+#define INLINED static inline __attribute__((always_inline)) /* so that it is compiled for AVX-512, too */
+
+#define CHUNK 64                               /* channels in a row of a tile */
+#define ROWS 16                                /* of a tile */
+#define POSITIONS (2 * ROWS)                   /* that are summed at once, */
+#define CHANNELS 32                            /* for as many channels */
+#define SUMS (POSITIONS * CHANNELS)
+#define TILE (ROWS * CHUNK)                    /* bytes */
+#define GROUP 8                                /* times POSITIONS in a grain */
+
+typedef struct {
+  const OrtApi* api;
+  size_t kernel[2], strides[2], pads[4]; /* vertical, horizontal; pads as in ONNX */
+  size_t in_channels, out_channels, chunks, blocks, taps;
+  int8_t* weights; /* [blocks][chunks][taps], each two tiles of 16 channels: [CHUNK / 4][16][4] */
+  float* scales;   /* these and biases are filled with zeros up to whole blocks */
+  int32_t* biases;
+  int64_t zero_point, tiles;
+} Kernel;
+
+typedef struct {
+  const Kernel* kernel;
+  const uint8_t* x;
+  uint8_t *y, *spread;
+  size_t images, size[2], out_size[2];
+  size_t planes[2];   /* remainders of the strides that taps fall on */
+  size_t pitch[2];    /* rows and columns of an image in a plane */
+  size_t positions;   /* of the outputs in a plane, padding included */
+  size_t allocated;   /* positions of a plane, with zeros behind the last image */
+  const size_t* taps; /* where the first position of each is, in bytes */
+  int by_channels;    /* grains that follow one another have weights in common, not pixels */
+} Call;
+
+int has_tiles(void) {
+#if TILES
+  static int known = -1;
+  if (known < 0) {
+    __builtin_cpu_init();
+    const int there = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+                      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    known = there && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+  }
+  return known;
+#else
+  return 0;
+#endif
+}
+
+static OrtStatusPtr failed(const OrtApi* api, const char* why) { return failed_in(api, "Convolution", why); }
+
+/* One row of an image in the planes of its remainder, or one of zeros. */
+static void spread_row(void* argument, size_t grain) {
+  const Call* call = argument;
+  const Kernel* kernel = call->kernel;
+  const size_t plane = grain % call->planes[0], at = grain / call->planes[0];
+  const size_t image = at / call->pitch[0], padded = at % call->pitch[0] * kernel->strides[0] + plane;
+  const size_t row = padded - kernel->pads[0]; /* wraps above the image */
+  const int inside = image < call->images && padded >= kernel->pads[0] && row < call->size[0];
+  for (size_t remainder = 0; remainder < call->planes[1]; ++remainder) {
+    for (size_t chunk = 0; chunk < kernel->chunks; ++chunk) {
+      const size_t from = chunk * CHUNK, left = kernel->in_channels - from, n = left < CHUNK ? left : CHUNK;
+      const size_t before = (plane * call->planes[1] + remainder) * kernel->chunks + chunk;
+      uint8_t* target = call->spread + (before * call->allocated + at * call->pitch[1]) * CHUNK;
+      for (size_t j = 0; j < call->pitch[1]; ++j, target += CHUNK) {
+        const size_t column = j * kernel->strides[1] + remainder - kernel->pads[1]; /* wraps, too */
+        const uint8_t* pixel = call->x + ((image * call->size[0] + row) * call->size[1] + column) * kernel->in_channels;
+        if (!inside || column >= call->size[1]) {
+          memset(target, 0, CHUNK);
+        } else if (n == CHUNK) {
+          memcpy(target, pixel + from, CHUNK);
+        } else {
+          memcpy(target, pixel + from, n);
+          memset(target + n, 0, CHUNK - n);
+        }
+      }
+    }
+  }
+}
+
+/* Sums that are to be written: those of `left` positions, of which the first is (image, y, x). */
+typedef struct { const int32_t* sums; size_t image, y, x, left; } Pending;
+
+static inline Pending sums_from(const Call* call, size_t position, const int32_t* sums) {
+  const size_t row = position / call->pitch[1], left = call->positions - position;
+  return (Pending){sums, row / call->pitch[0], row % call->pitch[0], position % call->pitch[1],
+                   left < POSITIONS ? left : POSITIONS};
+}
+
+INLINED void requantise(uint8_t* y, const int32_t* sums, const int32_t* biases, const float* scales, int32_t zero,
+                        size_t n) {
+  const float low = (float)-zero, high = (float)(255 - zero);
+  for (size_t i = 0; i < n; ++i) {
+    float scaled = (float)(int32_t)((uint32_t)sums[i] + (uint32_t)biases[i]) * scales[i];
+    scaled = scaled > low ? scaled : low;
+    scaled = scaled < high ? scaled : high;
+    y[i] = (uint8_t)((int32_t)rintf(scaled) + zero);
+  }
+}
+
+INLINED void write_some(const Call* call, size_t block, Pending* pending, size_t most) {
+  const Kernel* kernel = call->kernel;
+  const size_t first = block * CHANNELS, left = kernel->out_channels - first;
+  const float* scales = kernel->scales + first;
+  const int32_t *biases = kernel->biases + first, zero = (int32_t)kernel->zero_point;
+  for (; most > 0 && pending->left > 0; --most, --pending->left, pending->sums += CHANNELS) {
+    if (pending->y < call->out_size[0] && pending->x < call->out_size[1]) {
+      const size_t pixel = (pending->image * call->out_size[0] + pending->y) * call->out_size[1] + pending->x;
+      uint8_t* y = call->y + pixel * kernel->out_channels + first;
+      if (left >= CHANNELS) requantise(y, pending->sums, biases, scales, zero, CHANNELS);
+      else requantise(y, pending->sums, biases, scales, zero, left);
+    }
+    if (++pending->x < call->pitch[1]) continue;
+    pending->x = 0;
+    if (++pending->y < call->pitch[0]) continue;
+    pending->y = 0;
+    ++pending->image;
+  }
+}
+
+/* Channels `block` of a group of outputs. */
+static void multiply_plain(const Call* call, size_t block, size_t first, size_t last) {
+  const Kernel* kernel = call->kernel;
+  for (size_t position = first; position < last; position += POSITIONS) {
+    int32_t sums[SUMS] = {0};
+    const int8_t* weights = kernel->weights + block * kernel->chunks * kernel->taps * 2 * TILE;
+    for (size_t chunk = 0; chunk < kernel->chunks; ++chunk) {
+      const uint8_t* pixels = call->spread + (chunk * call->allocated + position) * CHUNK;
+      for (size_t tap = 0; tap < kernel->taps; ++tap, weights += 2 * TILE)
+        for (size_t p = 0; p < POSITIONS; ++p)
+          for (size_t c = 0; c < CHUNK; ++c) {
+            const int32_t pixel = pixels[call->taps[tap] + p * CHUNK + c];
+            if (pixel == 0) continue;
+            for (size_t o = 0; o < CHANNELS; ++o)
+              sums[p * CHANNELS + o] += pixel * weights[o / 16 * TILE + c / 4 * CHUNK + o % 16 * 4 + c % 4];
+          }
+    }
+    Pending pending = sums_from(call, position, sums);
+    write_some(call, block, &pending, POSITIONS);
+  }
+}
+
+#if TILES
+typedef struct {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+} TileShapes;
+
+/* The same. While a position's tiles are multiplied, the sums of those before it are written. */
+FOR_TILES static void multiply_tiles(const Call* call, size_t block, size_t first, size_t last) {
+  const Kernel* kernel = call->kernel;
+  TileShapes shapes = {.palette = 1};
+  for (size_t tile = 0; tile < 8; ++tile) shapes.bytes[tile] = CHUNK, shapes.rows[tile] = ROWS;
+  _tile_loadconfig(&shapes);
+  int32_t sums[2][SUMS] __attribute__((aligned(64)));
+  Pending pending = {.left = 0};
+  const size_t steps = kernel->chunks * kernel->taps, each = (POSITIONS + steps - 1) / steps;
+  int turn = 0;
+  for (size_t position = first; position < last; position += POSITIONS, turn = !turn) {
+    const int8_t* weights = kernel->weights + block * steps * 2 * TILE;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (size_t chunk = 0; chunk < kernel->chunks; ++chunk) {
+      const uint8_t* plane = call->spread + (chunk * call->allocated + position) * CHUNK;
+      for (size_t tap = 0; tap < kernel->taps; ++tap, weights += 2 * TILE) {
+        const uint8_t* pixels = plane + call->taps[tap];
+        _tile_loadd(4, pixels, CHUNK);
+        _tile_loadd(6, weights, CHUNK);
+        _tile_loadd(7, weights + TILE, CHUNK);
+        _tile_loadd(5, pixels + TILE, CHUNK);
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+        write_some(call, block, &pending, each);
+      }
+    }
+    _tile_stored(0, sums[turn], 4 * CHANNELS);
+    _tile_stored(1, sums[turn] + 16, 4 * CHANNELS);
+    _tile_stored(2, sums[turn] + SUMS / 2, 4 * CHANNELS);
+    _tile_stored(3, sums[turn] + SUMS / 2 + 16, 4 * CHANNELS);
+    pending = sums_from(call, position, sums[turn]);
+  }
+  write_some(call, block, &pending, POSITIONS);
+  _tile_release();
+}
+#endif
+
+static size_t groups(const Call* call) { return (call->positions + GROUP * POSITIONS - 1) / (GROUP * POSITIONS); }
+
+static void multiply(void* argument, size_t grain) {
+  const Call* call = argument;
+  const size_t blocks = call->kernel->blocks;
+  const size_t block = call->by_channels ? grain / groups(call) : grain % blocks;
+  const size_t first = (call->by_channels ? grain % groups(call) : grain / blocks) * GROUP * POSITIONS;
+  const size_t end = first + GROUP * POSITIONS, last = end < call->positions ? end : call->positions;
+#if TILES
+  if (call->kernel->tiles) {
+    multiply_tiles(call, block, first, last);
+    return;
+  }
+#endif
+  multiply_plain(call, block, first, last);
+}
+
+/* How long an axis of an image is in a plane, so that a tap beyond its end meets the zeros before the next. */
+static size_t pitch(size_t size, size_t out, size_t kernel, size_t stride, size_t before) {
+  const size_t end = (out - 1) * stride + kernel; /* of what taps reach */
+  size_t length = (size + before + stride - 1) / stride;
+  while (end > length * stride + before) ++length;
+  return length;
+}
+
+static OrtStatusPtr lay_out(Call* call, const int64_t* dims) {
+  const Kernel* kernel = call->kernel;
+  if ((size_t)dims[3] != kernel->in_channels) return failed(kernel->api, "the input has other channels than the weights");
+  call->images = dims[0];
+  for (int axis = 0; axis < 2; ++axis) {
+    const size_t padded = dims[axis + 1] + kernel->pads[axis] + kernel->pads[axis + 2];
+    if (padded < kernel->kernel[axis]) return failed(kernel->api, "the input is smaller than the kernel");
+    const size_t stride = kernel->strides[axis], taps = kernel->kernel[axis];
+    call->size[axis] = dims[axis + 1];
+    call->out_size[axis] = (padded - taps) / stride + 1;
+    call->planes[axis] = stride < taps ? stride : taps;
+    call->pitch[axis] = pitch(call->size[axis], call->out_size[axis], taps, stride, kernel->pads[axis]);
+  }
+  const size_t image = call->pitch[0] * call->pitch[1];
+  const size_t behind = kernel->kernel[0] * call->pitch[1] + kernel->kernel[1] + POSITIONS; /* are read there at most */
+  call->positions = call->images * image;
+  call->allocated = call->positions + (behind + image - 1) / image * image;
+  return NULL;
+}
+
+static OrtStatusPtr run(Call* call, OrtKernelContext* context) {
+  const Kernel* kernel = call->kernel;
+  const OrtApi* api = kernel->api;
+  size_t taps[kernel->taps];
+  for (size_t y = 0; y < kernel->kernel[0]; ++y)
+    for (size_t x = 0; x < kernel->kernel[1]; ++x) {
+      const size_t sy = kernel->strides[0], sx = kernel->strides[1], plane = y % sy * call->planes[1] + x % sx;
+      const size_t at = plane * kernel->chunks * call->allocated + y / sy * call->pitch[1] + x / sx;
+      taps[y * kernel->kernel[1] + x] = at * CHUNK;
+    }
+  call->taps = taps;
+  const size_t rows = call->allocated / call->pitch[1] * call->planes[0];
+  const size_t spread = call->planes[0] * call->planes[1] * kernel->chunks * call->allocated * CHUNK;
+  call->by_channels = spread < kernel->blocks * kernel->chunks * kernel->taps * 2 * TILE;
+  OrtMemoryInfo* where;
+  OrtAllocator* allocator;
+  TRY(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &where));
+  OrtStatusPtr status = api->KernelContext_GetAllocator(context, where, &allocator);
+  api->ReleaseMemoryInfo(where);
+  if (status != NULL) return status;
+  void* memory = NULL;
+  status = api->AllocatorAlloc(allocator, spread + CHUNK, &memory);
+  if (status == NULL) {
+    call->spread = (uint8_t*)memory + (CHUNK - (uintptr_t)memory % CHUNK) % CHUNK;
+    status = api->KernelContext_ParallelFor(context, spread_row, rows, 0, call);
+    if (status == NULL) status = api->KernelContext_ParallelFor(context, multiply, groups(call) * kernel->blocks, 0, call);
+    OrtStatusPtr freed = api->AllocatorFree(allocator, memory);
+    if (status == NULL) status = freed;
+    else if (freed != NULL) api->ReleaseStatus(freed);
+  }
+  api->ReleaseAllocator(allocator);
+  return status;
+}
+
+/* The dimensions of a tensor, which must have `rank`. */
+static OrtStatusPtr dimensions(const OrtApi* api, const OrtValue* value, int64_t* dims, size_t rank) {
+  OrtTensorTypeAndShapeInfo* info;
+  size_t found = 0;
+  TRY(api->GetTensorTypeAndShape(value, &info));
+  OrtStatusPtr status = api->GetDimensionsCount(info, &found);
+  if (status == NULL && found == rank) status = api->GetDimensions(info, dims, rank);
+  api->ReleaseTensorTypeAndShapeInfo(info);
+  return status == NULL && found != rank ? failed(api, "a tensor has another number of axes") : status;
+}
+
+static OrtStatusPtr ORT_API_CALL compute(void* self, OrtKernelContext* context) {
+  const Kernel* kernel = self;
+  const OrtApi* api = kernel->api;
+  const OrtValue* x;
+  OrtValue* y;
+  int64_t dims[4];
+  Call call = {.kernel = kernel};
+  TRY(api->KernelContext_GetInput(context, 0, &x));
+  TRY(dimensions(api, x, dims, 4));
+  TRY(lay_out(&call, dims));
+  const int64_t out[] = {dims[0], call.out_size[0], call.out_size[1], kernel->out_channels};
+  TRY(api->KernelContext_GetOutput(context, 0, out, 4, &y));
+  TRY(api->GetTensorMutableData((OrtValue*)x, (void**)&call.x));
+  TRY(api->GetTensorMutableData(y, (void**)&call.y));
+  return call.images > 0 ? run(&call, context) : NULL;
+}
+
+static void ORT_API_CALL destroy(void* self) {
+  Kernel* kernel = self;
+  free(kernel->weights);
+  free(kernel->scales);
+  free(kernel->biases);
+  free(kernel);
+}
+
+/* A constant input of `rank` axes. */
+static OrtStatusPtr constant(const OrtApi* api, const OrtKernelInfo* info, size_t index, size_t rank, int64_t* dims,
+                             const void** data) {
+  int is_constant = 0;
+  const OrtValue* value = NULL;
+  TRY(api->KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
+  if (!is_constant || value == NULL) return failed(api, "weights, scales and biases must be constant");
+  TRY(dimensions(api, value, dims, rank));
+  return api->GetTensorMutableData((OrtValue*)value, (void**)data);
+}
+
+static OrtStatusPtr read_sizes(const OrtApi* api, const OrtKernelInfo* info, const char* name, size_t least, size_t* sizes,
+                               size_t count) {
+  int64_t read[4];
+  size_t found = 0;
+  TRY(api->KernelInfoGetAttributeArray_int64(info, name, NULL, &found));
+  if (found != count) return failed(api, "an attribute has the wrong length");
+  TRY(api->KernelInfoGetAttributeArray_int64(info, name, read, &found));
+  for (size_t k = 0; k < count; ++k) {
+    if (read[k] < (int64_t)least || read[k] > 1 << 16) return failed(api, "a stride or pad is too small, or too large");
+    sizes[k] = read[k];
+  }
+  return NULL;
+}
+
+static void* zeros(size_t bytes) { /* of whole lines of the cache */
+  void* made = aligned_alloc(CHUNK, bytes);
+  return made == NULL ? NULL : memset(made, 0, bytes);
+}
+
+static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info) {
+  const OrtApi* api = kernel->api;
+  int64_t shape[4], channels[2];
+  const int8_t* weights;
+  const float* scales;
+  const int32_t* biases;
+  TRY(read_sizes(api, info, "strides", 1, kernel->strides, 2));
+  TRY(read_sizes(api, info, "pads", 0, kernel->pads, 4));
+  TRY(api->KernelInfoGetAttribute_int64(info, "zero_point", &kernel->zero_point));
+  TRY(api->KernelInfoGetAttribute_int64(info, "tiles", &kernel->tiles));
+  TRY(constant(api, info, 1, 4, shape, (const void**)&weights));
+  TRY(constant(api, info, 2, 1, channels, (const void**)&scales));
+  TRY(constant(api, info, 3, 1, channels + 1, (const void**)&biases));
+  if (channels[0] != shape[0] || channels[1] != shape[0]) return failed(api, "each channel needs a scale and a bias");
+  if (shape[0] < 1 || shape[1] < 1 || shape[2] < 1 || shape[3] < 1) return failed(api, "there are no weights");
+  if (shape[2] * shape[3] > 1 << 10) return failed(api, "the kernel is too large");
+  if (kernel->zero_point < 0 || kernel->zero_point > 255) return failed(api, "the zero point is no byte");
+  if (kernel->tiles && !has_tiles()) return failed(api, "this processor has no AMX");
+  kernel->out_channels = shape[0];
+  kernel->in_channels = shape[1];
+  kernel->kernel[0] = shape[2];
+  kernel->kernel[1] = shape[3];
+  kernel->taps = shape[2] * shape[3];
+  kernel->chunks = (kernel->in_channels + CHUNK - 1) / CHUNK;
+  kernel->blocks = (kernel->out_channels + CHANNELS - 1) / CHANNELS;
+  kernel->weights = zeros(kernel->blocks * kernel->chunks * kernel->taps * 2 * TILE);
+  kernel->scales = zeros(kernel->blocks * CHANNELS * sizeof *scales);
+  kernel->biases = zeros(kernel->blocks * CHANNELS * sizeof *biases);
+  if (!kernel->weights || !kernel->scales || !kernel->biases) return failed(api, "no memory");
+  memcpy(kernel->scales, scales, kernel->out_channels * sizeof *scales);
+  memcpy(kernel->biases, biases, kernel->out_channels * sizeof *biases);
+  for (size_t o = 0; o < kernel->out_channels; ++o)
+    for (size_t c = 0; c < kernel->in_channels; ++c) {
+      const size_t block = o / CHANNELS * kernel->chunks + c / CHUNK;
+      int8_t* target = kernel->weights + block * kernel->taps * 2 * TILE;
+      target += o % CHANNELS / 16 * TILE + c % CHUNK / 4 * CHUNK + o % 16 * 4 + c % 4;
+      for (size_t tap = 0; tap < kernel->taps; ++tap) target[tap * 2 * TILE] = *weights++;
+    }
+  return NULL;
+}
+
+static OrtStatusPtr ORT_API_CALL create(const struct OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
+                                        void** made) {
+  (void)op;
+  Kernel* kernel = calloc(1, sizeof *kernel);
+  if (kernel == NULL) return failed(api, "no memory");
+  kernel->api = api;
+  OrtStatusPtr status = fill(kernel, info);
+  if (status != NULL) destroy(kernel);
+  *made = status == NULL ? kernel : NULL;
+  return status;
+}
+
+static const char* ORT_API_CALL name(const struct OrtCustomOp* op) { return (void)op, "Convolution"; }
+static size_t ORT_API_CALL inputs(const struct OrtCustomOp* op) { return (void)op, 4; }
+static enum ONNXTensorElementDataType ORT_API_CALL input_type(const struct OrtCustomOp* op, size_t index) {
+  static const enum ONNXTensorElementDataType types[] = {
+      ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+      ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32};
+  return (void)op, types[index];
+}
+static enum ONNXTensorElementDataType ORT_API_CALL output_type(const struct OrtCustomOp* op, size_t index) {
+  return (void)op, (void)index, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+}
+static OrtCustomOpInputOutputCharacteristic ORT_API_CALL required(const struct OrtCustomOp* op, size_t index) {
+  return (void)op, (void)index, INPUT_OUTPUT_REQUIRED;
+}
+
+const OrtCustomOp CONVOLUTION = {
+    .version = API_VERSION,
+    .GetName = name,
+    .GetExecutionProviderType = provider,
+    .GetInputType = input_type,
+    .GetInputTypeCount = inputs,
+    .GetOutputType = output_type,
+    .GetOutputTypeCount = one,
+    .KernelDestroy = destroy,
+    .GetInputCharacteristic = required,
+    .GetOutputCharacteristic = required,
+    .GetInputMemoryType = memory,
+    .CreateKernelV2 = create,
+    .KernelComputeV2 = compute,
+    .GetStartVersion = first_version,
+    .GetEndVersion = first_version,
+};

@@ -1,0 +1,32 @@
+/* What the operators of this library have in common. The header beside this one is ONNX Runtime's C API (MIT license),
+ * which only ever grows. */
+#pragma once
+
+#include "onnxruntime_c_api.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define API_VERSION 17 /* ONNX Runtime 1.17 was the first with all that is called here */
+
+#define TRY(expression)                     \
+  do {                                      \
+    OrtStatusPtr status = (expression);     \
+    if (status != NULL) return status;      \
+  } while (0)
+
+extern const OrtCustomOp ELEMENTWISE, CONVOLUTION;
+
+static inline OrtStatusPtr failed_in(const OrtApi* api, const char* operator_, const char* why) {
+  char message[200];
+  snprintf(message, sizeof message, "ai.tetdeploy::%s: %s", operator_, why);
+  return api->CreateStatus(ORT_INVALID_ARGUMENT, message);
+}
+
+static inline const char* ORT_API_CALL provider(const struct OrtCustomOp* op) { return (void)op, "CPUExecutionProvider"; }
+static inline size_t ORT_API_CALL one(const struct OrtCustomOp* op) { return (void)op, 1; }
+static inline int ORT_API_CALL first_version(const struct OrtCustomOp* op) { return (void)op, 1; }
+static inline OrtMemType ORT_API_CALL memory(const struct OrtCustomOp* op, size_t index) {
+  return (void)op, (void)index, OrtMemTypeDefault;
+}

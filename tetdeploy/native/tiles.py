@@ -1,0 +1,76 @@
+"""Puts int8 convolutions of this package (`convolution.c`) in place of ONNX Runtime's where the processor has AMX."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from tetdeploy.native import DOMAIN
+from tetdeploy.native.loops import put_nodes
+
+LEAST_CHANNELS = 32  # fewer leave most of a tile empty
+
+
+def use_tiles(graph: onnx.GraphProto, *, tiles: bool = True) -> int:
+    """Replace each `QLinearConv` of ONNX Runtime's that works on bytes with channels last, has one group, no dilation,
+    an input and weights around zero, and at least 32 input channels.
+
+    Args:
+        tiles: multiply with AMX; otherwise in plain C, which is slow.
+
+    Returns: how many there are.
+    """
+    given = {value.name for value in graph.input}  # these may hide a constant
+    constants = {t.name: t for t in graph.initializer if t.name not in given}
+    nodes = list(graph.node)
+    replaced = 0
+    for k, node in enumerate(nodes):
+        convolution = _convolution(node, constants, tiles)
+        if convolution is not None:
+            nodes[k], scales = convolution
+            graph.initializer.append(scales)
+            replaced += 1
+    if replaced:
+        put_nodes(graph, nodes)
+    return replaced
+
+
+def _convolution(
+    node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], tiles: bool
+) -> tuple[onnx.NodeProto, onnx.TensorProto] | None:
+    """The node in place of `node`, and the scales of its channels."""
+    if node.domain != "com.microsoft" or node.op_type != "QLinearConv" or len(node.input) != 9:
+        return None  # without a bias
+    if not all(name in constants for name in node.input[1:]):
+        return None
+    x, *others, bias = node.input
+    x_scale, x_zero, weights, w_scale, w_zero, y_scale, y_zero = (constants[name] for name in others)
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    fits = (
+        attributes.get("channels_last") == 1
+        and attributes.get("group", 1) == 1
+        and set(attributes.get("dilations", [1])) == {1}
+        and attributes.get("auto_pad", b"NOTSET") == b"NOTSET"
+        and len(weights.dims) == 4
+        and weights.dims[1] >= LEAST_CHANNELS
+        and weights.data_type == TensorProto.INT8
+        and x_zero.data_type == y_zero.data_type == TensorProto.UINT8
+        and not numpy_helper.to_array(x_zero).any()
+        and not numpy_helper.to_array(w_zero).any()
+    )
+    if not fits:
+        return None
+    channel = numpy_helper.to_array(x_scale) * numpy_helper.to_array(w_scale) / numpy_helper.to_array(y_scale)
+    scales = np.broadcast_to(channel.astype(np.float32), weights.dims[0]).copy()
+    made = helper.make_node(
+        "Convolution",
+        [x, weights.name, f"{node.output[0]}.scales", bias],
+        node.output,
+        domain=DOMAIN,
+        strides=attributes.get("strides", [1, 1]),
+        pads=attributes.get("pads", [0, 0, 0, 0]),
+        zero_point=int(numpy_helper.to_array(y_zero).item()),
+        tiles=int(tiles),
+    )
+    return made, numpy_helper.from_array(scales, made.input[2])
