@@ -26,11 +26,11 @@
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#define INLINED static inline __attribute__((always_inline))
 #define FOR_TILES __attribute__((target("arch=x86-64-v4,prefer-vector-width=512,amx-tile,amx-int8")))
 #else
 #define TILES 0
 #endif
-#define INLINED static inline __attribute__((always_inline)) /* so that it is compiled for AVX-512, too */
 
 #define CHUNK 64                               /* channels in a row of a tile */
 #define ROWS 16                                /* of a tile */
@@ -79,6 +79,8 @@ int has_tiles(void) {
 #endif
 }
 
+static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
 static OrtStatusPtr failed(const OrtApi* api, const char* why) { return failed_in(api, "Convolution", why); }
 
 /* One row of an image in the planes of its remainder, or one of zeros. */
@@ -91,7 +93,7 @@ static void spread_row(void* argument, size_t grain) {
   const int inside = image < call->images && padded >= kernel->pads[0] && row < call->size[0];
   for (size_t remainder = 0; remainder < call->planes[1]; ++remainder) {
     for (size_t chunk = 0; chunk < kernel->chunks; ++chunk) {
-      const size_t from = chunk * CHUNK, left = kernel->in_channels - from, n = left < CHUNK ? left : CHUNK;
+      const size_t from = chunk * CHUNK, n = least(kernel->in_channels - from, CHUNK);
       const size_t before = (plane * call->planes[1] + remainder) * kernel->chunks + chunk;
       uint8_t* target = call->spread + (before * call->allocated + at * call->pitch[1]) * CHUNK;
       for (size_t j = 0; j < call->pitch[1]; ++j, target += CHUNK) {
@@ -110,43 +112,41 @@ static void spread_row(void* argument, size_t grain) {
   }
 }
 
-/* Sums that are to be written: those of `left` positions, of which the first is (image, y, x). */
-typedef struct { const int32_t* sums; size_t image, y, x, left; } Pending;
+/* Sums that are to be written: those of `left` positions, of which the first is (y, x) of an image. */
+typedef struct { const int32_t* sums; uint8_t* output; size_t y, x, left; } Pending;
 
-static inline Pending sums_from(const Call* call, size_t position, const int32_t* sums) {
-  const size_t row = position / call->pitch[1], left = call->positions - position;
-  return (Pending){sums, row / call->pitch[0], row % call->pitch[0], position % call->pitch[1],
-                   left < POSITIONS ? left : POSITIONS};
+static inline Pending sums_from(const Call* call, size_t block, size_t position, const int32_t* sums) {
+  const size_t row = position / call->pitch[1], y = row % call->pitch[0], x = position % call->pitch[1];
+  const size_t rows = row / call->pitch[0] * call->out_size[0] + least(y, call->out_size[0]); /* of outputs before it */
+  const size_t pixels = rows * call->out_size[1] + (y < call->out_size[0] ? least(x, call->out_size[1]) : 0);
+  uint8_t* output = call->y + pixels * call->kernel->out_channels + block * CHANNELS;
+  return (Pending){sums, output, y, x, least(call->positions - position, POSITIONS)};
 }
 
-INLINED void requantise(uint8_t* y, const int32_t* sums, const int32_t* biases, const float* scales, int32_t zero,
-                        size_t n) {
+/* Goes on by a position. Where its output is to be written; NULL of padding. */
+static inline uint8_t* next(const Call* call, Pending* pending) {
+  uint8_t* output = NULL;
+  if (pending->y < call->out_size[0] && pending->x < call->out_size[1]) {
+    output = pending->output;
+    pending->output += call->kernel->out_channels;
+  }
+  if (++pending->x == call->pitch[1]) {
+    pending->x = 0;
+    if (++pending->y == call->pitch[0]) pending->y = 0;
+  }
+  --pending->left;
+  pending->sums += CHANNELS;
+  return output;
+}
+
+static inline void requantise(uint8_t* y, const int32_t* sums, const int32_t* biases, const float* scales, int32_t zero,
+                              size_t n) {
   const float low = (float)-zero, high = (float)(255 - zero);
   for (size_t i = 0; i < n; ++i) {
     float scaled = (float)(int32_t)((uint32_t)sums[i] + (uint32_t)biases[i]) * scales[i];
     scaled = scaled > low ? scaled : low;
     scaled = scaled < high ? scaled : high;
     y[i] = (uint8_t)((int32_t)rintf(scaled) + zero);
-  }
-}
-
-INLINED void write_some(const Call* call, size_t block, Pending* pending, size_t most) {
-  const Kernel* kernel = call->kernel;
-  const size_t first = block * CHANNELS, left = kernel->out_channels - first;
-  const float* scales = kernel->scales + first;
-  const int32_t *biases = kernel->biases + first, zero = (int32_t)kernel->zero_point;
-  for (; most > 0 && pending->left > 0; --most, --pending->left, pending->sums += CHANNELS) {
-    if (pending->y < call->out_size[0] && pending->x < call->out_size[1]) {
-      const size_t pixel = (pending->image * call->out_size[0] + pending->y) * call->out_size[1] + pending->x;
-      uint8_t* y = call->y + pixel * kernel->out_channels + first;
-      if (left >= CHANNELS) requantise(y, pending->sums, biases, scales, zero, CHANNELS);
-      else requantise(y, pending->sums, biases, scales, zero, left);
-    }
-    if (++pending->x < call->pitch[1]) continue;
-    pending->x = 0;
-    if (++pending->y < call->pitch[0]) continue;
-    pending->y = 0;
-    ++pending->image;
   }
 }
 
@@ -167,8 +167,13 @@ static void multiply_plain(const Call* call, size_t block, size_t first, size_t 
               sums[p * CHANNELS + o] += pixel * weights[o / 16 * TILE + c / 4 * CHUNK + o % 16 * 4 + c % 4];
           }
     }
-    Pending pending = sums_from(call, position, sums);
-    write_some(call, block, &pending, POSITIONS);
+    Pending pending = sums_from(call, block, position, sums);
+    const size_t channel = block * CHANNELS, n = least(kernel->out_channels - channel, CHANNELS);
+    while (pending.left > 0) {
+      const int32_t* its = pending.sums;
+      uint8_t* y = next(call, &pending);
+      if (y) requantise(y, its, kernel->biases + channel, kernel->scales + channel, (int32_t)kernel->zero_point, n);
+    }
   }
 }
 
@@ -179,6 +184,42 @@ typedef struct {
   uint8_t rows[16];
 } TileShapes;
 
+/* What `requantise` needs of two times 16 channels. */
+typedef struct {
+  __m512 scales[2], low, high;
+  __m512i biases[2], zero;
+  __mmask16 there[2];
+} Channels;
+
+FOR_TILES INLINED void write_some(const Call* call, const Channels* channels, Pending* pending, size_t most) {
+  for (; most > 0 && pending->left > 0; --most) {
+    const int32_t* sums = pending->sums;
+    uint8_t* y = next(call, pending);
+    if (y == NULL) continue;
+    for (int half = 0; half < 2; ++half) {
+      const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + 16 * half), channels->biases[half]);
+      __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), channels->scales[half]);
+      scaled = _mm512_min_ps(_mm512_max_ps(scaled, channels->low), channels->high);
+      const __m512i bytes = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), channels->zero);
+      _mm_mask_storeu_epi8(y + 16 * half, channels->there[half], _mm512_cvtepi32_epi8(bytes));
+    }
+  }
+}
+
+FOR_TILES INLINED Channels channels_of(const Kernel* kernel, size_t block) {
+  const size_t first = block * CHANNELS, left = kernel->out_channels - first;
+  const int32_t zero = (int32_t)kernel->zero_point;
+  Channels made = {.low = _mm512_set1_ps((float)-zero),
+                   .high = _mm512_set1_ps((float)(255 - zero)),
+                   .zero = _mm512_set1_epi32(zero)};
+  for (size_t half = 0; half < 2; ++half) {
+    made.scales[half] = _mm512_load_ps(kernel->scales + first + 16 * half);
+    made.biases[half] = _mm512_load_si512(kernel->biases + first + 16 * half);
+    made.there[half] = (1u << least(left < 16 * half ? 0 : left - 16 * half, 16)) - 1;
+  }
+  return made;
+}
+
 /* The same. While a position's tiles are multiplied, the sums of those before it are written. */
 FOR_TILES static void multiply_tiles(const Call* call, size_t block, size_t first, size_t last) {
   const Kernel* kernel = call->kernel;
@@ -187,6 +228,7 @@ FOR_TILES static void multiply_tiles(const Call* call, size_t block, size_t firs
   _tile_loadconfig(&shapes);
   int32_t sums[2][SUMS] __attribute__((aligned(64)));
   Pending pending = {.left = 0};
+  const Channels channels = channels_of(kernel, block);
   const size_t steps = kernel->chunks * kernel->taps, each = (POSITIONS + steps - 1) / steps;
   int turn = 0;
   for (size_t position = first; position < last; position += POSITIONS, turn = !turn) {
@@ -207,16 +249,16 @@ FOR_TILES static void multiply_tiles(const Call* call, size_t block, size_t firs
         _tile_dpbusd(1, 4, 7);
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);
-        write_some(call, block, &pending, each);
+        write_some(call, &channels, &pending, each);
       }
     }
     _tile_stored(0, sums[turn], 4 * CHANNELS);
     _tile_stored(1, sums[turn] + 16, 4 * CHANNELS);
     _tile_stored(2, sums[turn] + SUMS / 2, 4 * CHANNELS);
     _tile_stored(3, sums[turn] + SUMS / 2 + 16, 4 * CHANNELS);
-    pending = sums_from(call, position, sums[turn]);
+    pending = sums_from(call, block, position, sums[turn]);
   }
-  write_some(call, block, &pending, POSITIONS);
+  write_some(call, &channels, &pending, POSITIONS);
   _tile_release();
 }
 #endif
@@ -228,7 +270,7 @@ static void multiply(void* argument, size_t grain) {
   const size_t blocks = call->kernel->blocks;
   const size_t block = call->by_channels ? grain / groups(call) : grain % blocks;
   const size_t first = (call->by_channels ? grain % groups(call) : grain / blocks) * GROUP * POSITIONS;
-  const size_t end = first + GROUP * POSITIONS, last = end < call->positions ? end : call->positions;
+  const size_t last = least(first + GROUP * POSITIONS, call->positions);
 #if TILES
   if (call->kernel->tiles) {
     multiply_tiles(call, block, first, last);
@@ -256,7 +298,7 @@ static OrtStatusPtr lay_out(Call* call, const int64_t* dims) {
     const size_t stride = kernel->strides[axis], taps = kernel->kernel[axis];
     call->size[axis] = dims[axis + 1];
     call->out_size[axis] = (padded - taps) / stride + 1;
-    call->planes[axis] = stride < taps ? stride : taps;
+    call->planes[axis] = least(stride, taps);
     call->pitch[axis] = pitch(call->size[axis], call->out_size[axis], taps, stride, kernel->pads[axis]);
   }
   const size_t image = call->pitch[0] * call->pitch[1];

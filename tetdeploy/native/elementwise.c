@@ -46,18 +46,25 @@ enum {
   ADD_K, SUB_K, K_SUB, MUL_K, DIV_K, K_DIV, LESS_K, GREATER_K, LESS_EQUAL_K, GREATER_EQUAL_K, /* d = a o immediate */
   THRESHOLDED_RELU, /* d = a if a > immediate k else 0 */
   HARD_SIGMOID,     /* d = min(max(immediate k * a + immediate k + 1, 0), 1) */
-  OPERATIONS
+  OPERATIONS,
+  /* Two in one pass, made by `join`; where one of them reads or writes a tensor, its part is in `part`. */
+  ADD_DEQUANTIZED = OPERATIONS, /* d = a + input b, dequantised */
+  SUB_DEQUANTIZED,              /* d = a - input b */
+  DEQUANTIZED_SUB,              /* d = input b - a */
+  STORE_LESS, STORE_GREATER, STORE_LESS_EQUAL, STORE_GREATER_EQUAL /* part of output d = a o immediate */
 };
 
 typedef struct { int64_t op, d, a, b, k; } Instruction;
+typedef struct { int64_t op, d, a, b, k, part; } Step;
 typedef struct { int64_t type, parts; } Port;
 
 typedef struct {
   const OrtApi* api;
   Instruction* program;
+  Step* joined; /* the same in fewer passes */
   float* immediates;
   Port *inputs, *outputs;
-  size_t length, registers, num_immediates, num_inputs, num_outputs;
+  size_t length, num_joined, registers, num_immediates, num_inputs, num_outputs;
   int64_t states;
 } Kernel;
 
@@ -69,27 +76,53 @@ typedef struct {
   size_t steps;    /* how often the program runs */
 } Call;
 
-#define DEQUANTIZED(type)                           \
-  do {                                              \
-    const type* a = (const type*)source + start;    \
-    LOOP(((float)a[i] - zero) * scale);             \
+/* `value` of every `x`, element of a tensor of any type. */
+#define OF_EACH(value)                                                                \
+  do {                                                                                \
+    if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) OF_EACH_OF(float, value);        \
+    else if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) OF_EACH_OF(int8_t, value);   \
+    else OF_EACH_OF(uint8_t, value);                                                  \
   } while (0)
+#define OF_EACH_OF(type, value)                     \
+  do {                                              \
+    const type* of = (const type*)source + start;   \
+    LOOP((value));                                  \
+  } while (0)
+#define DEQUANTIZED (((float)of[i] - zero) * scale)
 
 INLINED void load(float* d, const void* source, int64_t type, size_t start, size_t n, float zero, float scale) {
-  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) DEQUANTIZED(float);
-  else if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) DEQUANTIZED(int8_t);
-  else DEQUANTIZED(uint8_t);
+  OF_EACH(DEQUANTIZED);
 }
 
-INLINED void store(const float* a, void* target, int64_t type, size_t start, size_t n) {
-  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
-    memcpy((float*)target + start, a, n * sizeof(float));
-  } else if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) {
-    int8_t* d = (int8_t*)target + start;
-    LOOP((int8_t)(int32_t)a[i]);
-  } else {
-    uint8_t* d = (uint8_t*)target + start;
-    LOOP((uint8_t)(int32_t)a[i]);
+INLINED void join_load(int64_t op, float* d, const float* a, const void* source, int64_t type, size_t start, size_t n,
+                       float zero, float scale) {
+  if (op == ADD_DEQUANTIZED) OF_EACH(a[i] + DEQUANTIZED);
+  else if (op == SUB_DEQUANTIZED) OF_EACH(a[i] - DEQUANTIZED);
+  else OF_EACH(DEQUANTIZED - a[i]);
+}
+
+/* `value` into every element of a tensor. */
+#define INTO_EACH(value)                                    \
+  do {                                                      \
+    if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {      \
+      float* d = (float*)target + start;                    \
+      LOOP((float)(value));                                 \
+    } else if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) { \
+      int8_t* d = (int8_t*)target + start;                  \
+      LOOP((int8_t)(int32_t)(value));                       \
+    } else {                                                \
+      uint8_t* d = (uint8_t*)target + start;                \
+      LOOP((uint8_t)(int32_t)(value));                      \
+    }                                                       \
+  } while (0)
+
+INLINED void store(int64_t op, const float* a, void* target, int64_t type, size_t start, size_t n, float c) {
+  switch (op) {
+    case STORE: INTO_EACH(a[i]); break;
+    case STORE_LESS: INTO_EACH(a[i] < c); break;
+    case STORE_GREATER: INTO_EACH(a[i] > c); break;
+    case STORE_LESS_EQUAL: INTO_EACH(a[i] <= c); break;
+    case STORE_GREATER_EQUAL: INTO_EACH(a[i] >= c); break;
   }
 }
 
@@ -101,18 +134,25 @@ static inline size_t offset(const Call* call, Port port, int64_t part, size_t st
 FOR_EACH_CPU static void run_step(const Call* call, float* registers, const float** at, size_t step, size_t start,
                                   size_t n) {
   const Kernel* kernel = call->kernel;
-  for (size_t p = 0; p < kernel->length; ++p) {
-    const Instruction* in = kernel->program + p;
+  for (size_t p = 0; p < kernel->num_joined; ++p) {
+    const Step* in = kernel->joined + p;
     const float *k = kernel->immediates + in->k, c = k[0];
-    if (in->op == STORE) {
+    if (in->op == STORE || in->op >= STORE_LESS) {
       const Port port = kernel->outputs[in->d];
-      store(at[in->a], call->outputs[in->d], port.type, offset(call, port, in->b, step) + start, n);
+      store(in->op, at[in->a], call->outputs[in->d], port.type, offset(call, port, in->part, step) + start, n, c);
       continue;
     }
     float* d = registers + in->d * BLOCK;
+    if (in->op >= ADD_DEQUANTIZED) {
+      const Port port = kernel->inputs[in->b];
+      const size_t from = offset(call, port, in->part, step) + start;
+      join_load(in->op, d, at[in->a], call->inputs[in->b], port.type, from, n, c, k[1]);
+      at[in->d] = d;
+      continue;
+    }
     if (in->op <= DEQUANTIZE) {
       const Port port = kernel->inputs[in->a];
-      const size_t from = offset(call, port, in->b, step) + start;
+      const size_t from = offset(call, port, in->part, step) + start;
       const int plain = in->op == LOAD;
       at[in->d] = d;
       if (plain && port.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
@@ -243,6 +283,7 @@ static OrtStatusPtr ORT_API_CALL compute(void* self, OrtKernelContext* context) 
 static void ORT_API_CALL destroy(void* self) {
   Kernel* kernel = self;
   free(kernel->program);
+  free(kernel->joined);
   free(kernel->immediates);
   free(kernel->inputs);
   free(kernel->outputs);
@@ -300,6 +341,53 @@ static OrtStatusPtr check(Kernel* kernel) {
   return NULL;
 }
 
+static int reads(const Instruction* in, int64_t r) {
+  if (in->op <= DEQUANTIZE) return 0;
+  return in->a == r || (in->op >= ADD && in->op < ADD_K && in->b == r);
+}
+
+/* Whether nothing after instruction p reads the register that it writes, but the next. */
+static int only_next_reads(const Kernel* kernel, size_t p) {
+  const int64_t r = kernel->program[p].d;
+  if (r < kernel->states || p + 1 == kernel->length || !reads(kernel->program + p + 1, r)) return 0;
+  for (size_t q = p + 1; q < kernel->length; ++q) {
+    const Instruction* in = kernel->program + q;
+    if (q > p + 1 && reads(in, r)) return 0;
+    if (in->op != STORE && in->d == r) break;
+  }
+  return 1;
+}
+
+/* Two instructions as one; its operation is -1 if there is none for them. */
+static Step pair(const Instruction* first, const Instruction* next) {
+  Step step = {.op = -1, .d = next->d, .k = first->k};
+  if (first->op == DEQUANTIZE && (next->op == ADD || next->op == SUB) && next->a != next->b) {
+    const int left = next->a == first->d;
+    step.op = next->op == ADD ? ADD_DEQUANTIZED : left ? DEQUANTIZED_SUB : SUB_DEQUANTIZED;
+    step.a = left ? next->b : next->a;
+    step.b = first->a;
+    step.part = first->b;
+  } else if (first->op >= LESS_K && first->op <= GREATER_EQUAL_K && next->op == STORE) {
+    step.op = STORE_LESS + first->op - LESS_K;
+    step.a = first->a;
+    step.part = next->b;
+  }
+  return step;
+}
+
+static OrtStatusPtr join(Kernel* kernel) {
+  if ((kernel->joined = malloc(kernel->length * sizeof *kernel->joined)) == NULL) return failed(kernel->api, "no memory");
+  for (size_t p = 0; p < kernel->length; ++p) {
+    const Instruction* in = kernel->program + p;
+    Step step = {.op = -1};
+    if (only_next_reads(kernel, p)) step = pair(in, in + 1);
+    if (step.op < 0) step = (Step){in->op, in->d, in->a, in->b, in->k, in->b};
+    else ++p;
+    kernel->joined[kernel->num_joined++] = step;
+  }
+  return NULL;
+}
+
 static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info) {
   const OrtApi* api = kernel->api;
   TRY(read_items(api, info, "program", 5, &kernel->program, &kernel->length));
@@ -315,7 +403,8 @@ static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info) {
   kernel->immediates = calloc(kernel->num_immediates + 2, sizeof(float)); /* every instruction may look at two */
   if (kernel->immediates == NULL) return failed(api, "no memory");
   TRY(api->KernelInfoGetAttributeArray_float(info, "immediates", kernel->immediates, &kernel->num_immediates));
-  return check(kernel);
+  TRY(check(kernel));
+  return join(kernel);
 }
 
 static OrtStatusPtr ORT_API_CALL create(const struct OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
