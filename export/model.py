@@ -168,11 +168,11 @@ def export_model(
     x = _as_input(classifier, images[: max(num_check, NUM_REFERENCE)], config)
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)
     num_layers = check_steps(classifier, some, config.encoding, T=max(4, config.T, config.trained_T + 2))
-    tried: dict[int, Graph] = {}
     onnx_tracer = _onnx_tracer(classifier, config)
-    found = _calibrate(onnx_tracer, config, calibration, source, tick, tried) if config.precision == "int8" else None
-    scales = found.scales if found else None
-    graph = tried.get(id(scales)) or _build(onnx_tracer, config, source, scales)
+    found, graph = None, None
+    if config.precision == "int8":
+        found, graph = _calibrate(onnx_tracer, config, calibration, source, tick)
+    graph = graph or _build(onnx_tracer, config, source, found.scales if found else None)
     if len(graph.neurons) != num_layers:
         raise ValueError(
             f"the network runs {num_layers} neuron layers, but only {len(graph.neurons)} of them reach its logits; "
@@ -326,27 +326,27 @@ def _calibrate(
     calibration: tuple[NDArray[Any], NDArray[np.int64] | None] | Calibration | None,
     source: Mapping[str, Any] | None,
     tick: Callable[[str, int, int], None] | None,
-    tried: dict[int, Graph],
-) -> Calibration:
-    """Scales for an int8 graph, tried out on the wanted graph where that has as many steps as the training: `tried`
-    gets those graphs, by the id of their scales."""
+) -> tuple[Calibration, Graph | None]:
+    """Scales for an int8 graph, and the wanted graph at them where they were tried out on it: where it has as many
+    steps as the training."""
     if isinstance(calibration, Calibration):
-        return calibration
+        return calibration, None
     if calibration is None:
         raise ValueError("precision int8 takes its scales from images of the training set; give some as calibration")
     x = _as_input(onnx_tracer.tracer.classifier, calibration[0], config)
     T = min(config.trained_T, x.shape[1]) if config.encoding == "frames" else config.trained_T
     trial = replace(config, T=T) if config.layout == "unrolled" and config.T < T else config
     steps = trial.T if trial.layout == "unrolled" else T
+    trials: list[tuple[Scales, Graph]] = []
 
     def answers(scales: Scales) -> NDArray[np.float32]:
         graph = _build(onnx_tracer, trial, source, scales)
-        if trial == config:
-            tried[id(scales)] = graph
+        trials.append((scales, graph))
         return per_step_logits(_in_memory(graph), x, steps)[:, :T]
 
     ticker = _ticker(tick, "calibrating", len(x))
-    return calibrate(onnx_tracer.tracer, x, calibration[1], T, answers, ticker)
+    found = calibrate(onnx_tracer.tracer, x, calibration[1], T, answers, ticker)
+    return found, next(graph for scales, graph in trials if scales == found.scales) if trial == config else None
 
 
 def _in_memory(graph: Graph) -> Engine:
