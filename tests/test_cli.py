@@ -333,8 +333,10 @@ class TestBadInput:
         [
             ("torch", ("export",), "train"),
             ("onnxruntime", ("sweep",), "cpu"),
-            ("sklearn", ("train",), "train"),
-            ("matplotlib", ("sweep", "--plot", "p.png"), "train"),
+            ("sklearn", ("train",), "digits"),
+            ("sklearn", ("sweep",), "digits"),
+            ("matplotlib", ("sweep", "--plot", "p.png"), "report"),
+            ("matplotlib", ("report",), "report"),
         ],
     )
     def test_a_missing_extra_names_the_line_that_installs_it(
@@ -346,6 +348,12 @@ class TestBadInput:
         assert f"pip install 'tetdeploy[{extra}]'" in done.stderr
         assert "Traceback" not in done.stderr
         assert done.stdout == ""  # before any work
+
+    def test_a_sweep_goes_without_its_plot(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        result = run("sweep", MODEL, "--limit", "20")
+        assert result.exit_code == 0, result.output
+        assert "no plot: " in result.output and "pip install 'tetdeploy[report]'" in result.output
 
     def test_both_onnxruntimes(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(metadata, "version", lambda name: "1.0")

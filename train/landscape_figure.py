@@ -76,7 +76,7 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
         MissingExtraError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    import_extra("matplotlib", "train")
+    import_extra("matplotlib", "report")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle

@@ -54,7 +54,7 @@ def report(
     classes, hashes. It needs no network.
     """
     for package in ("matplotlib", "jinja2"):
-        import_extra(package, "train")
+        import_extra(package, "report")
     from tetdeploy.checkpoint import newest_run
     from tetdeploy.files import atomic_write
     from tetdeploy.report.page import document_of

@@ -97,7 +97,7 @@ def sweep(
     from tetdeploy.picojoules import energy_constants
 
     if plot is not None:
-        import_extra("matplotlib", "train")  # before any work
+        import_extra("matplotlib", "report")  # before any work
     engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     for path in sweep_paths(engine, json_path, plot):
         check_writable(path)
@@ -228,7 +228,7 @@ def save_sweep(result: Sweep, engine: Engine, json_path: Path | None, plot: Path
         plot_sweep(result, picture, int(engine.metadata["trained_T"]))
         written.append(str(picture))
     except MissingExtraError as error:
-        console.print(f"[dim]no plot: {error}[/dim]")
+        console.print(f"no plot: {error}", style="dim", markup=False)
     console.print("   ".join(written), markup=False)
     if engine.encoding == "direct":
         console.print(f"next: tetdeploy predict {engine.path} IMAGE...", markup=False)

@@ -21,7 +21,7 @@ def load_digits(split: Split) -> ImageSet:
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    source = import_extra("sklearn.datasets", "train").load_digits()
+    source = import_extra("sklearn.datasets", "digits").load_digits()
     images = np.rint(source.images * 255 / 16).astype(np.uint8)[:, None]
     labels = source.target.astype(np.int64)
     train, test = stratified(labels, fraction=0.2, seed=0)

@@ -80,7 +80,7 @@ def draw(
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    matplotlib = import_extra("matplotlib", "train")
+    matplotlib = import_extra("matplotlib", "report")
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

@@ -19,7 +19,7 @@ def plot_sweep(result: Sweep, path: Path | str, trained_T: int | None = None) ->
         MissingExtraError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    import_extra("matplotlib", "train")
+    import_extra("matplotlib", "report")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -18,7 +18,7 @@ def to_html(document: Document) -> str:
     Raises:
         MissingExtraError: jinja2 is not installed.
     """
-    jinja2 = import_extra("jinja2", "train")
+    jinja2 = import_extra("jinja2", "report")
     source = resources.files("tetdeploy.report").joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page: str = environment.from_string(source).render(document=_with_own_ids(document), version=__version__)
