@@ -8,6 +8,10 @@ time, ours in steps. One step of forward Euler over dt, ``v + dt/tau_nir (v_leak
 and without a leak (tau = 1, `nir.IF`: dv/dt = R I) for R = 1 / dt. NIR fires for v > v_threshold, strictly, and resets
 to v_reset = 0, as Eqs. 2 and 3 do. Readers that take other steps, or fire at v = v_threshold: docs/nir.md.
 
+NIR has no max pooling. Of spikes it says whether any in the window of k x k fired: whether their mean, 0 or at least
+1 / k^2, exceeds 1 / (2 k^2). Average pooling and LIF neurons of that threshold say so. They remember nothing: a mean of
+0 leaves v = 0, and any other fires, which resets it to 0.
+
 NIR knows neither a batch nor T: a graph maps one image's input of one step. So in the traced network the two are found
 by the batch, which is left open: what stands right of it in a shape is an image's, whatever lies left of it is time.
 """
@@ -99,12 +103,12 @@ def nir_graph(classifier: Classifier, *, encoding: Encoding = "direct") -> tuple
     with torch.no_grad(), quiet():
         program = _traced(classifier, encoding)
         num_folded, folded = count_batchnorm(program.graph), fold_batchnorm(program)
-    graph = _Writer(folded, nir).write()
-    num_written = sum(isinstance(node, nir.LIF | nir.IF) for node in graph.nodes.values())
-    if num_written != num_layers or not num_written:
+    writer = _Writer(folded, nir)
+    graph = writer.write()
+    if writer.num_layers != num_layers or not num_layers:
         raise ValueError(
-            f"the network runs {num_layers} layers of tetdeploy's neurons, of which {num_written} reach its logits; "
-            "all must, and at least one"
+            f"the network runs {num_layers} layers of tetdeploy's neurons, of which {writer.num_layers} reach its "
+            "logits; all must, and at least one"
         )
     return graph, num_folded
 
@@ -167,6 +171,7 @@ class _Writer:
     nodes: dict[str, Any] = field(default_factory=dict)
     edges: list[tuple[str, str]] = field(default_factory=list)
     sources: dict[fx.Node, Sources] = field(default_factory=dict)
+    num_layers: int = 0  # of the network's own neurons
 
     def write(self) -> Any:
         translations: dict[Any, Callable[[fx.Node], Sources]] = {
@@ -175,6 +180,7 @@ class _Writer:
             aten.linear.default: self._linear,
             aten.avg_pool2d.default: self._avg_pool,
             aten.adaptive_avg_pool2d.default: self._adaptive_avg_pool,
+            aten.max_pool2d.default: self._max_pool,
             aten.add.Tensor: self._add,
             aten.dropout.default: self._dropout,
             torch.ops.tetdeploy.lif.default: self._lif,
@@ -248,6 +254,18 @@ class _Writer:
         kernel = (size[0] // out[0], size[1] // out[1])
         return self._pool(node, kernel, kernel, (0, 0))
 
+    def _max_pool(self, node: fx.Node) -> Sources:
+        kernel, stride, padding, dilation, ceil_mode = _options(node.args[1:], None, (), 0, 1, False)
+        if ceil_mode or _pair(dilation) != (1, 1):
+            raise _no_node(node, "max pooling with ceil_mode or dilation")
+        read = [self.nodes[source] for source in self.sources[node.args[0]]]  # type: ignore[index]
+        if len(read) != 1 or not isinstance(read[0], self.nir.LIF | self.nir.IF):
+            raise _no_node(node, "max pooling of values that are not spikes: NIR has none")
+        size = _pair(kernel)
+        mean = self._pool(node, size, _pair(stride or kernel), _pair(padding))
+        tau = 0.5  # any but 1: snnTorch reads no nir.IF, and SpikingJelly no LIF of tau = 0
+        return self._node(f"{_name(node)}.any", self._neurons(_shape(node), tau, 0.5 / (size[0] * size[1])), mean)
+
     def _pool(self, node: fx.Node, *geometry: tuple[int, int]) -> Sources:
         return self._layer(node, self.nir.AvgPool2d(*(np.array(pair) for pair in geometry)))
 
@@ -280,14 +298,15 @@ class _Writer:
         _, u, tau, v_th, _ = node.args
         if u is not None:
             raise _no_node(node, "neurons that start from a membrane of the network's own")
-        shape = _shape(node.args[0])
+        self.num_layers += 1
+        return self._layer(node, self._neurons(_shape(node.args[0]), float(tau), float(v_th)))  # type: ignore[arg-type]
+
+    def _neurons(self, shape: tuple[int, ...], tau: float, v_th: float) -> Any:
         zero, threshold = np.zeros(shape), np.full(shape, v_th)
         if tau == 1.0:
-            made = self.nir.IF(np.full(shape, 1 / DT), threshold, zero)
-        else:
-            leak = 1.0 - float(tau)  # type: ignore[arg-type]
-            made = self.nir.LIF(np.full(shape, DT / leak), np.full(shape, 1 / leak), zero, threshold, zero)
-        return self._layer(node, made)
+            return self.nir.IF(np.full(shape, 1 / DT), threshold, zero)
+        leak = 1.0 - tau
+        return self.nir.LIF(np.full(shape, DT / leak), np.full(shape, 1 / leak), zero, threshold, zero)
 
     def _spikes(self, node: fx.Node) -> Sources:
         if node.args[1] != 0 and node.users:
@@ -337,6 +356,6 @@ def _name(node: fx.Node) -> str:
 
 def _no_node(node: fx.Node, what: str) -> ValueError:
     return ValueError(
-        f"NIR cannot hold {_name(node)!r}: {what}; networks of convolutions, linear layers, average pooling, sums and "
-        "neurons can go (vggsnn, vggsnn-strided, resnet19), max pooling cannot"
+        f"NIR cannot hold {_name(node)!r}: {what}; networks of convolutions, linear layers, average pooling, max "
+        "pooling of spikes, sums and neurons can go"
     )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from export_helpers import convsnn, digits
+from export_helpers import digits
 from torch import Tensor, nn
 
 from tetdeploy.cli import main
@@ -67,7 +67,7 @@ class Everything(nn.Module):
         super().__init__()
         self.encode = DirectEncoding(nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False), tdBN(4))
         self.lif1 = LIF(tau=0.25, v_th=0.8)
-        self.change = OverTime(change or nn.Dropout())
+        self.change = OverTime(change or nn.Sequential(nn.Dropout(), nn.MaxPool2d(3, stride=1, padding=1)))
         self.layer2 = OverTime(nn.Conv2d(4, 4, 3, padding="same", dilation=2), tdBN(4))
         self.if2 = IF(v_th=1.5)
         self.pool = OverTime(nn.AvgPool2d(2, padding=1, stride=1), nn.AdaptiveAvgPool2d(3), nn.Flatten())
@@ -98,15 +98,15 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, An
 def test_every_layer_is_a_node_of_its_name(everything: tuple[Classifier, Any]) -> None:
     kinds = {name: type(node).__name__ for name, node in everything[1].nodes.items()}
     assert kinds == {
-        "input": "Input", "encode.0": "Conv2d", "lif1": "LIF", "layer2.0": "Conv2d", "if2": "IF",
-        "pool.0": "AvgPool2d", "pool.1": "AvgPool2d", "pool.2": "Flatten", "hidden.0": "Linear", "lif3": "LIF",
-        "readout.0": "Affine", "output": "Output",
+        "input": "Input", "encode.0": "Conv2d", "lif1": "LIF", "change.0.1": "AvgPool2d", "change.0.1.any": "LIF",
+        "layer2.0": "Conv2d", "if2": "IF", "pool.0": "AvgPool2d", "pool.1": "AvgPool2d", "pool.2": "Flatten",
+        "hidden.0": "Linear", "lif3": "LIF", "readout.0": "Affine", "output": "Output",
     }  # fmt: skip
 
 
 def test_edges_meet_where_the_network_adds(everything: tuple[Classifier, Any]) -> None:
-    chain = ["input", "encode.0", "lif1", "layer2.0", "if2", "pool.0", "pool.1", "pool.2", "hidden.0", "lif3",
-             "readout.0", "output"]  # fmt: skip
+    chain = ["input", "encode.0", "lif1", "change.0.1", "change.0.1.any", "layer2.0", "if2", "pool.0", "pool.1",
+             "pool.2", "hidden.0", "lif3", "readout.0", "output"]  # fmt: skip
     assert sorted(everything[1].edges) == sorted([*itertools.pairwise(chain), ("lif1", "if2")])
 
 
@@ -133,6 +133,22 @@ def test_one_euler_step_of_the_neurons_is_ours(everything: tuple[Classifier, Any
     no_leak = everything[1].nodes["if2"]
     np.testing.assert_allclose(v + DT * no_leak.r * current, v + current, atol=1e-12)
     assert {*no_leak.v_threshold.flat} == {1.5} and {*no_leak.v_reset.flat} == {0.0}
+
+
+def test_a_maximum_of_spikes_is_their_mean_and_neurons_that_remember_nothing(
+    everything: tuple[Classifier, Any],
+) -> None:
+    mean, neurons = (everything[1].nodes[name] for name in ("change.0.1", "change.0.1.any"))
+    assert [tuple(pair) for pair in (mean.kernel_size, mean.stride, mean.padding)] == [(3, 3), (1, 1), (1, 1)]
+    steps = (torch.rand(50, 4, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.1).float()
+    maxima = nn.functional.max_pool2d(steps, 3, 1, 1).numpy() == 1
+    assert 0.2 < maxima.mean() < 0.8
+    v = np.zeros(neurons.tau.shape)
+    for current, expected in zip(nn.functional.avg_pool2d(steps, 3, 1, 1).numpy(), maxima, strict=True):
+        v = v + DT / neurons.tau * (neurons.v_leak - v + neurons.r * current)
+        fires = v > neurons.v_threshold
+        np.testing.assert_array_equal(fires, expected)
+        v = np.where(fires, neurons.v_reset, v)
 
 
 def test_shapes_are_those_of_one_image(everything: tuple[Classifier, Any]) -> None:
@@ -225,6 +241,7 @@ NETS = [
     ("vggsnn-strided", 0.125, {"tau": 1.0}),
     ("vggsnn", 0.125, {}),
     ("resnet19", 0.0625, {}),
+    ("convsnn", 0.25, {}),
 ]
 
 
@@ -285,7 +302,12 @@ class Thrown(nn.Module):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (nn.MaxPool2d(3, 1, 1), r"'change\.0': aten\.max_pool2d.*max pooling cannot"),
+        (nn.MaxPool2d(3, 1, 1, ceil_mode=True), r"'change\.0': max pooling with ceil_mode or dilation"),
+        (
+            nn.Sequential(nn.Conv2d(4, 4, 1), nn.MaxPool2d(3, 1, 1)),
+            r"'change\.0\.1': max pooling of values that are not spikes",
+        ),
+        (nn.AdaptiveMaxPool2d(8), r"'change\.0': aten\.adaptive_max_pool2d"),
         (nn.Conv2d(4, 4, 1, groups=2), "a convolution in 2 groups"),
         (nn.Conv2d(4, 4, (1, 3), padding=(0, 1)), "a kernel of 1x3"),
         (nn.AvgPool2d(3, 1, 1, count_include_pad=False), "padding that is left out of the mean"),
@@ -380,11 +402,6 @@ def test_options_of_onnx_are_refused(options: tuple[str, ...], runs: Path) -> No
     assert "cannot go with --format nir" in result.output and options[0].removeprefix("--no-") in result.output
     both = CliRunner().invoke(main, ["export", "--format", "nir", "--runs", str(runs), "--no-fold-bn"])
     assert both.exit_code == 2 and "--no-fold-bn" in both.output
-
-
-def test_convsnn_pools_maxima(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"NIR cannot hold 'layer3\.0'.*max pooling cannot"):
-        export_nir(convsnn(), tmp_path / "m.nir", trained_T=4)
 
 
 def test_without_the_package(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
