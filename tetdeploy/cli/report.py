@@ -35,7 +35,7 @@ Examples:
     "--markdown",
     type=click.Path(path_type=Path, dir_okay=False),
     callback=checked_output,
-    help="Also write tables and text as Markdown.",
+    help="Also write tables and text, without the plots, to this file as Markdown.",
 )
 @runs_option
 def report(
