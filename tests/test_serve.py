@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -528,6 +529,21 @@ def test_a_name_that_no_url_reaches_is_refused() -> None:
     result = CliRunner().invoke(main, ["serve", f"a/b={exported('step')}"])
     assert result.exit_code == 1
     assert "'a/b' is no name for a model" in result.output
+
+
+def test_says_what_makes_it_slower_than_it_could_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(*arguments: Any, announce: Callable[[str, str], None], **options: Any) -> None:
+        announce("127.0.0.1:1", "127.0.0.1:2")
+
+    monkeypatch.setitem(
+        sys.modules, "tetdeploy.serve.server", SimpleNamespace(serve=serve, Address=lambda *given: given)
+    )
+    monkeypatch.setenv("TETDEPLOY_NATIVE", "0")
+    small = CliRunner().invoke(main, ["serve", f"small={exported('step')}"]).output
+    assert "ready: " in small and "slower" not in small
+    monkeypatch.setattr("tetdeploy.engine.NATIVE_FROM", 1)
+    large = CliRunner().invoke(main, ["serve", f"large={exported('step')}"]).output
+    assert "large is slower than it could be: the native operator is switched off by TETDEPLOY_NATIVE=0" in large
 
 
 @pytest.mark.slow

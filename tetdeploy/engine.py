@@ -163,6 +163,11 @@ class Engine:
         neurons = sum(math.prod(layer["shape"]) for layer in self.metadata["neurons"])
         return (self.device, self.runtime) == ("cpu", "onnxruntime") and neurons >= NATIVE_FROM
 
+    @property
+    def lacks_native(self) -> str | None:
+        """Why the native operator cannot run where it would save time, and what to do; None if it can, or would not."""
+        return native.missing() if self.gains_from_native else None
+
     @cached_property
     def sha256(self) -> str:
         """Of the model file."""

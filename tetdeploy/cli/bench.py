@@ -160,7 +160,6 @@ def _run(timing: Bench, x: Any, repeats: int | None, seconds: float | None) -> N
 
 
 def print_bench(result: dict[str, Any], engine: Engine) -> None:
-    from tetdeploy import native
     from tetdeploy.report.tables import bench_table
 
     on = result["machine"]
@@ -170,8 +169,8 @@ def print_bench(result: dict[str, Any], engine: Engine) -> None:
     console.print(f"{on['cpu']}, {on['cores']} cores, {on['system']}, {on['provider']}", markup=False)
     console.print(bench_table(result))
     notes = ["times of one call; loading: " + _loading(result)]
-    if engine.gains_from_native and (reason := native.missing()):
-        notes.append(f"slower than it could be: {reason}")
+    if engine.lacks_native:
+        notes.append(f"slower than it could be: {engine.lacks_native}")
     if result["data"] == "noise":
         notes.append("no reference images beside the model: noise takes as long, a call does not depend on what spikes")
     if engine.layout == "unrolled" and not engine.with_state:

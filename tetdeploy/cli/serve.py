@@ -112,6 +112,8 @@ def serve(
         for name, engine in engines.items():
             shown = f"{name}   {engine.path}   layout {engine.layout}   http://{http}/v2/models/{name}/infer"
             console.print(shown, markup=False)
+            if engine.lacks_native:
+                console.print(f"{name} is slower than it could be: {engine.lacks_native}", style="yellow", markup=False)
         console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops")
 
     server.serve(
