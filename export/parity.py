@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
-from tetdeploy.engine import Engine, Stream
+from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier
+from tetdeploy.stream import Stream
 from tetdeploy.tracing import Encoding
 
 from .comparison import Comparison

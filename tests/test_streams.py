@@ -15,7 +15,8 @@ from export_helpers import digits, engine, frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetdeploy.engine import Engine, Stream
+from tetdeploy.engine import Engine
+from tetdeploy.stream import Stream
 from tetdeploy.streams import StreamPool, StreamState
 
 Array = np.ndarray[Any, Any]

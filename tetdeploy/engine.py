@@ -1,5 +1,4 @@
-"""An exported model under ONNX Runtime or OpenVINO: run it at any T, or stream frames through it. Needs numpy and one
-of these only.
+"""An exported model under ONNX Runtime or OpenVINO: run it at any T. Needs numpy and one of these only.
 
 An engine keeps nothing between calls, so that threads may share one; LIF state lives in a `Stream`.
 """
@@ -25,6 +24,7 @@ from tetdeploy import native
 from tetdeploy.extras import import_extra
 from tetdeploy.onnxruntime_gpu import BoundSession, prepare, provider_options
 from tetdeploy.openvino_session import OpenVINOSession
+from tetdeploy.stream import Stream
 
 if TYPE_CHECKING:
     from tetdeploy.early_exit import Exit
@@ -50,15 +50,6 @@ class Result:
     logits: Array
     per_step: Array
     steps: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one `push` gives: `logits [N, K]`, the mean since the last reset; `step_logits [N, K]`; steps `t` so far."""
-
-    logits: Array
-    step_logits: Array
-    t: int
 
 
 class Engine:
@@ -190,13 +181,22 @@ class Engine:
         """
         return Stream(self, batch)
 
-    def call(self, feed: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
+    def call(self, feed: Mapping[str, Array], names: Sequence[str], session: Any = None) -> dict[str, Array]:
         """The outputs `names` of one call of the graph, whose inputs are `feed`; nothing is checked.
+
+        Args:
+            session: of the graph with an overlay (`overlaid`); None is the graph's own.
 
         Raises:
             ValueError: the runtime failed.
         """
-        return _call(self._session, list(names), feed)
+        try:
+            return dict(zip(names, (session or self._session).run(list(names), feed), strict=True))
+        except ValueError:  # of a TensorRT session, which speaks for itself
+            raise
+        except Exception as error:  # ONNX Runtime's own exception classes are private
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"ONNX Runtime failed on x of shape {list(feed['x'].shape)}: {reason}") from error
 
     def put(self, x: Array) -> Any:
         """`x` where the model runs, for calls that show it again and again."""
@@ -279,7 +279,7 @@ class Engine:
                 feed["steps"] = np.zeros((len(x), T), np.uint8)
             if self.layout == "unrolled" and self.encoding == "frames":
                 feed["x"] = _pad_time(x[:, :T], self.T or T)
-            calls = [_call(session, ["per_step", *names], feed)]
+            calls = [self.call(feed, ["per_step", *names], session)]
         per_step = np.concatenate([call["per_step"] for call in calls], axis=1)[:, :T]
         extra = {name: np.concatenate([_time_first(c[name], c["per_step"]) for c in calls])[:T] for name in names}
         return Result(per_step.mean(1), per_step, np.full(len(x), per_step.shape[1])), extra
@@ -371,108 +371,6 @@ class Engine:
         return cache[overlay]
 
 
-class Stream:
-    """Frames in, answers out, with the LIF state kept in between. Made by `Engine.stream`.
-
-    Attributes:
-        t: steps since the last reset.
-        state: every membrane by its input's name, `u.<neurons> [N, ...]` float32; may be saved and put back. Another
-            set of names, shape or dtype raises ValueError.
-    """
-
-    def __init__(self, engine: Engine, batch: int, session: Any = None) -> None:
-        engine.check_streams()
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
-        self.engine, self.batch = engine, batch
-        self._session = session or engine._session
-        self._states = [(s["input"], s["output"], tuple(s["shape"])) for s in engine.metadata["states"]]
-        self._encoded = [(s["input"], s["output"], tuple(s["shape"])) for s in engine.metadata["encoded"]]
-        self.reset()
-
-    def reset(self) -> None:
-        """Start anew: u = 0, t = 0."""
-        self.t = 0
-        self._u = self._zeros(self._states)
-        self._image: Any = None  # as `Engine.put` gave it
-        self._kept = self._zeros(self._encoded)
-        self._sum = np.zeros((self.batch, len(self.engine.class_names)), np.float32)
-
-    @property
-    def state(self) -> dict[str, Array]:
-        return {name: np.asarray(u) for name, u in self._u.items()}  # a TensorRT engine keeps them on the GPU
-
-    @state.setter
-    def state(self, state: Mapping[str, Array]) -> None:
-        wanted = {name: (self.batch, *shape) for name, _, shape in self._states}
-        if set(state) != set(wanted):
-            raise ValueError(f"the state must hold {', '.join(wanted)}; got {', '.join(state) or 'nothing'}")
-        for name, u in state.items():
-            if u.shape != wanted[name] or u.dtype != np.float32:
-                raise ValueError(f"{name} must be float32 {list(wanted[name])}, got {u.dtype} {list(u.shape)}")
-        self._u = {name: u.copy() for name, u in state.items()}
-
-    def push(self, x: Array | None = None) -> StepResult:
-        """Run the next step, or the next T steps of an unrolled graph.
-
-        Args:
-            x: a frame, or the image of a directly encoded model, `[N, C, H, W]`; a chunk `[N, T, C, H, W]` for an
-                unrolled graph that takes frames. None shows the last image again, which costs no encoding.
-
-        Raises:
-            ValueError: another shape, dtype or batch than the stream's; None before any image, or with frames.
-        """
-        if x is None and (self._image is None or self.engine.encoding == "frames"):
-            raise ValueError("push() repeats the last image of a directly encoded stream; there is none: push(image)")
-        if x is not None:
-            frames = self.engine.encoding == "frames"
-            x = self.engine.check_input(self._with_time(np.asarray(x)) if self._one_frame() else x)
-            if frames and x.shape[1] != (self.engine.T or 1):
-                raise ValueError(f"push a chunk of exactly T={self.engine.T} frames, got {x.shape[1]}")
-            x = x.copy()  # push() may show it again, after the caller has filled the buffer anew
-        outputs = self.call(x, [])
-        per_step = outputs["per_step"]
-        self._sum = self._sum + per_step.sum(1)
-        self.t += per_step.shape[1]
-        return StepResult((self._sum / self.t).astype(np.float32), per_step[:, -1], self.t)
-
-    def keep(self, which: Array) -> None:
-        """Go on with some of the streams only: `which` is a mask `[N]`, or their numbers in a new order."""
-        self.batch = len(np.arange(self.batch)[which])
-        self._u, self._kept = ({name: np.asarray(u)[which] for name, u in a.items()} for a in (self._u, self._kept))
-        self._image = None if self._image is None else self.engine.put(np.asarray(self._image)[which])
-        self._sum = self._sum[which]
-
-    def call(self, x: Array | None, names: Sequence[str]) -> dict[str, Array]:
-        """One call of the graph on checked input: its `per_step` and the outputs `names`. State moves on."""
-        if x is not None and len(x) != self.batch:
-            raise ValueError(f"this stream has a batch of {self.batch}, got {len(x)}")
-        shown = self._image if x is None else self.engine.put(x[:, 0] if self._one_frame() else x)
-        assert shown is not None
-        feed: dict[str, Array] = {"x": shown, **self._u}
-        if self._encoded:
-            feed |= {"encode": np.array([x is not None]), **self._kept}
-        wanted = ["per_step", *names, *(s[1] for s in self._states), *(e[1] for e in self._encoded)]
-        outputs = _call(self._session, wanted, feed)
-        self._u = {name: outputs[output] for name, output, _ in self._states}
-        self._kept = {name: outputs[output] for name, output, _ in self._encoded}
-        self._image = shown
-        return outputs
-
-    def _with_time(self, frame: Array) -> Array:
-        """One frame `[N, C, H, W]` as the `[N, 1, C, H, W]` of the others."""
-        if frame.ndim != 1 + len(self.engine.input_shape):
-            shape = ", ".join(map(str, ("N", *self.engine.input_shape)))
-            raise ValueError(f"push one frame at a time, of shape [{shape}]; got {list(frame.shape)}")
-        return frame[:, None]
-
-    def _one_frame(self) -> bool:
-        return self.engine.layout == "step" and self.engine.encoding == "frames"
-
-    def _zeros(self, states: list[tuple[str, str, tuple[int, ...]]]) -> dict[str, Array]:
-        return {name: np.zeros((self.batch, *shape), np.float32) for name, _, shape in states}
-
-
 def open_engine(
     model: str | Path, *, device: str = "cpu", threads: int | None = None, runtime: str = "onnxruntime"
 ) -> Engine:
@@ -535,17 +433,6 @@ def parse_metadata(text: str | None, path: Path) -> dict[str, Any]:
     if value["format"] != 1:
         raise ValueError(f"{path} has metadata of format {value['format']}; this tetdeploy reads format 1")
     return value
-
-
-def _call(session: Any, names: list[str], feed: Mapping[str, Array]) -> dict[str, Array]:
-    """The outputs `names` of one call of the graph."""
-    try:
-        return dict(zip(names, session.run(names, feed), strict=True))
-    except ValueError:  # of a TensorRT session, which speaks for itself
-        raise
-    except Exception as error:  # ONNX Runtime's own exception classes are private
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"ONNX Runtime failed on x of shape {list(feed['x'].shape)}: {reason}") from error
 
 
 def _providers(device: str) -> list[str]:

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from tetdeploy.engine import Array, Engine, StepResult
+from tetdeploy.engine import Array, Engine
 from tetdeploy.files import atomic_write, parse_npz
+from tetdeploy.stream import StepResult
 
 _PREFIX = "carried."  # of the arrays' names in a file
 

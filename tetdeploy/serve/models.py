@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from tetdeploy.agreement import load_reference
 from tetdeploy.early_exit import Exit, load_exit
 from tetdeploy.energy import Operations, layers_of
-from tetdeploy.engine import Array, Engine, Result, StepResult
+from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.serve.scheduler import Limits, Scheduler
 from tetdeploy.serve.sequences import LostSequenceError, Sequence, Sequences
+from tetdeploy.stream import StepResult
 from tetdeploy.streams import StreamPool
 
 STEPS = "steps"  # the scheduler's key of all sequences; other keys are tuples
