@@ -195,6 +195,12 @@ class TestCommands:
         ]
         assert [row["train_loss"] for row in metrics[0]] == [row["train_loss"] for row in metrics[1]]
 
+    @pytest.mark.parametrize("seeds", [(), ("--seeds", "0,1")], ids=["one", "seeds"])
+    def test_a_folder_with_brackets_is_no_markup(self, seeds: tuple[str, ...], tmp_path: Path) -> None:
+        result = run("train", "--epochs", "1", "--width", "0.25", *seeds, "--out", "runs/[red]a[/x]")
+        assert result.exit_code == 0, result.output
+        assert result.output.count("[red]a[/x]") == (4 if seeds else 2)  # where it lies, and what comes next
+
     def test_init_starts_from_given_weights(self, workplace: Path) -> None:
         result = run(
             "train",

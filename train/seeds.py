@@ -109,7 +109,9 @@ def train_seeds(
     results: list[TrainResult] = []
     for number, seed in enumerate(seeds, 1):
         folder = out / f"seed-{seed}"
-        console.print(f"seed {seed}, {number} of {len(seeds)}  ->  {folder}", highlight=False, soft_wrap=True)
+        console.print(
+            f"seed {seed}, {number} of {len(seeds)}  ->  {folder}", highlight=False, soft_wrap=True, markup=False
+        )
         begun = ranks.agreed(resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file())
         one = replace(config, seed=seed)
         classifier = make_classifier(seed)

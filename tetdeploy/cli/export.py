@@ -370,7 +370,9 @@ def _say_which(file: Path, metadata: dict[str, Any]) -> None:
     if file.is_dir():
         besides = " and not their moving average" if metadata["training"].get("ema") else ""
         epoch, step = (metadata.get("restart", {}).get(name, 0) for name in ("epoch", "step"))
-        console.print(f"{file}: the weights after {epoch} epochs and {step} steps, not the best epoch's{besides}")
+        console.print(
+            f"{file}: the weights after {epoch} epochs and {step} steps, not the best epoch's{besides}", markup=False
+        )
 
 
 def load_classifier(file: Path, metadata: dict[str, Any], own: str | None) -> Any:

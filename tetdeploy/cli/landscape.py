@@ -99,7 +99,8 @@ def landscape(
     if not result.complete:
         console.print(
             f"interrupted after {result.finished:,} of {result.total:,} points, kept in {path}; "
-            "the same command goes on from there"
+            "the same command goes on from there",
+            markup=False,
         )
         ctx.exit(INTERRUPTED)
     _report(result, path, plot, json_path, radius, f"{images.name}, {split}")
@@ -116,7 +117,7 @@ def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeC
         def begun(finished: int, total: int) -> None:
             bar.update(task, completed=finished, total=total)
             if finished:
-                console.print(f"{path} holds {finished:,} of {total:,} points already")
+                console.print(f"{path} holds {finished:,} of {total:,} points already", markup=False)
 
         return measure_landscape(
             classifiers,
@@ -137,7 +138,8 @@ def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, r
 
     count, T = result.settings["num_images"], result.settings["T"]
     console.print(landscape_table(result, radius))
-    console.print(f"[dim]rises over the grid points at most {radius:g} away; {count:,} images of {images}; T={T}[/dim]")
+    rises = f"rises over the grid points at most {radius:g} away; {count:,} images of {images}; T={T}"
+    console.print(rises, style="dim", markup=False)
     plot_landscape(result, plot, radius=radius, title=f"{count:,} images of {images}   T={T}")
     if json_path is not None:
         rows = summarise(result, radius)

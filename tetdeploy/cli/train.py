@@ -444,7 +444,9 @@ def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path 
     from tetdeploy.files import write_json
 
     if result.interrupted:
-        console.print(f"interrupted after {result.epochs} epochs; go on with: tetdeploy train --resume {result.out}")
+        console.print(
+            f"interrupted after {result.epochs} epochs; go on with: tetdeploy train --resume {result.out}", markup=False
+        )
         ctx.exit(INTERRUPTED)
     best = result.best
     if json_path is not None:
@@ -455,9 +457,9 @@ def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path 
         )
         write_json(json_path, {"run": str(result.out), "epochs": result.epochs, "seconds": result.seconds, **fields})
     if best is not None and best.val_accuracy is not None:
-        console.print(f"best val {best.val_accuracy:.2%} at epoch {best.epoch}  ->  {result.checkpoint}")
+        console.print(f"best val {best.val_accuracy:.2%} at epoch {best.epoch}  ->  {result.checkpoint}", markup=False)
     else:
-        console.print(f"last epoch  ->  {result.checkpoint}")
+        console.print(f"last epoch  ->  {result.checkpoint}", markup=False)
     _say_next(result.out, job)
 
 
@@ -466,16 +468,21 @@ def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path:
 
     for run in result.runs:
         if run.best is not None and run.best.val_accuracy is not None:
-            console.print(f"{run.out.name}  best val {run.best.val_accuracy:.2%} at epoch {run.best.epoch}")
+            console.print(
+                f"{run.out.name}  best val {run.best.val_accuracy:.2%} at epoch {run.best.epoch}", markup=False
+            )
     if result.interrupted:
-        console.print(f"interrupted; go on with: tetdeploy train --resume {result.out}")
+        console.print(f"interrupted; go on with: tetdeploy train --resume {result.out}", markup=False)
         ctx.exit(INTERRUPTED)
     if json_path is not None:
         with atomic_write(json_path) as temporary:
             temporary.write_bytes(result.summary.read_bytes())
     if result.mean is not None:
         spread = "" if result.std is None else f" +- {100 * result.std:.2f}"
-        console.print(f"best val {100 * result.mean:.2f}{spread} % over {len(result.runs)} seeds  ->  {result.summary}")
+        console.print(
+            f"best val {100 * result.mean:.2f}{spread} % over {len(result.runs)} seeds  ->  {result.summary}",
+            markup=False,
+        )
     if result.best is not None:
         _say_next(result.best.out, job)
 
@@ -483,8 +490,8 @@ def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path:
 def _say_next(run: Path, job: _Job) -> None:
     own = f" --model {job.network['model']}" if ":" in job.network["model"] else ""
     if job.network["ann"]:
-        console.print(f"next: tetdeploy train --distill {run}{own}")
+        console.print(f"next: tetdeploy train --distill {run}{own}", markup=False)
     elif not job.network["smooth_spike"]:
         steps = " --T 6" if job.train.encoding == "direct" else ""  # recordings were cut into the training's T frames
         form = "--precision int8" if job.config.qat else "--fold-bn"
-        console.print(f"next: tetdeploy export {run}{steps} {form}{own}")
+        console.print(f"next: tetdeploy export {run}{steps} {form}{own}", markup=False)
