@@ -40,6 +40,7 @@ from .parity import Parity, check_steps, compare
 from .precision import kept_answers, per_step_logits
 from .recorder import run_torch, torch_logits
 from .targets import Precision, Target, check_target
+from .tensorrt import parse_graph
 
 Layout = Literal["unrolled", "dynamic", "step"]
 LAYOUTS: tuple[Layout, ...] = ("unrolled", "dynamic", "step")
@@ -185,7 +186,7 @@ def export_model(
         expected = HalfNetwork(onnx_tracer.tracer)
     parity = from_state = kept = None
     with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference:
-        temporary.write_bytes(ir.to_proto(graph.model).SerializeToString())
+        temporary.write_bytes(_serialised(graph.model, path))
         onnx.checker.check_model(str(temporary), full_check=True)
         if num_check:
             parity, from_state = _check(expected, temporary, config, x[:num_check], tick)
@@ -264,6 +265,21 @@ def _build(
     model.metadata_props[METADATA_KEY] = json.dumps(description)
     model.producer_name, model.producer_version, model.doc_string = "tetdeploy", __version__, None
     return Graph(model, neurons, layers.uncounted, num_folded)
+
+
+def _serialised(model: ir.Model, path: Path) -> bytes:
+    """A model as it goes to `path`. If the one that is there differs in its date alone, it is that one, date and all:
+    calibrations and engines know a model by its SHA-256."""
+    proto = ir.to_proto(model)
+    new: bytes = proto.SerializeToString()
+    try:
+        there = path.read_bytes()
+        created = parse_graph(there, path)[1]["created"]
+    except (OSError, ValueError, KeyError):
+        return new
+    (entry,) = proto.metadata_props
+    entry.value = json.dumps(json.loads(entry.value) | {"created": created})
+    return there if proto.SerializeToString() == there else new
 
 
 def _describe(

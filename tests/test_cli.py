@@ -83,6 +83,15 @@ class TestCommands:
         assert (workplace / "runs" / "latest").resolve() == folder.resolve()
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
 
+    def test_an_export_says_when_a_calibration_does_not_fit_it(self, workplace: Path) -> None:
+        model, export = f"{RUN}/model-step.onnx", ("export", "--layout", "step", "--check", "20")
+        for command in (export, ("calibrate", model, "--T", "2"), export, ("export", *export[1:], "--no-fold-bn")):
+            result = run(*command)
+            assert result.exit_code == 0, result.output
+            again = f"{RUN}/model-step.exit.json holds the threshold of another model than {model}; run: "
+            assert (again in result.output) == ("--no-fold-bn" in command)
+        assert Path(RUN, "model-step.exit.json").exists()
+
     def test_sweep_writes_the_contracts_json_and_a_plot(self, workplace: Path) -> None:
         result = run("sweep", "--json", "out.json", "--plot", "out.png")
         assert result.exit_code == 0, result.output

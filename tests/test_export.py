@@ -888,6 +888,25 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_same_network_again_is_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+
+    def export(**options: Any) -> bytes:
+        export_model(convsnn(), path, ExportConfig("step", **options), digits().images[:9])
+        return path.read_bytes()
+
+    export()
+    proto = onnx.load(path)
+    (entry,) = proto.metadata_props
+    entry.value = json.dumps(json.loads(entry.value) | {"created": "2026-01-02T03:04:05+00:00"})
+    onnx.save(proto, path)
+    earlier = path.read_bytes()
+    assert export() == earlier
+    assert b"2026-01-02T03:04:05" not in export(fold_bn=False)
+    path.write_bytes(earlier[:-1])
+    assert b"2026-01-02T03:04:05" not in export()
+
+
 def test_file_names() -> None:
     names = [
         ExportConfig(T=6).file_name,

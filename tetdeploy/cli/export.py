@@ -209,6 +209,7 @@ def export(
             tick=tick,
         )
     print_exported(exported, config.layout, config.T)
+    _say_whether_calibrated(exported.path)
     if json_path is not None:
         write_json(json_path, exported.to_dict())
     console.print(f"next: tetdeploy sweep {exported.path}", markup=False)
@@ -337,6 +338,17 @@ def print_exported(exported: Exported, layout: str, T: int) -> None:
     if exported.uncounted:
         console.print(f"operations of these layers will not be counted: {', '.join(exported.uncounted)}", markup=False)
     console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB", markup=False)
+
+
+def _say_whether_calibrated(path: Path) -> None:
+    """What `tetdeploy calibrate` found for an earlier model of this name is not deleted, and does not fit this one."""
+    from tetdeploy.early_exit import exit_path, load_exit
+
+    if exit_path(path).exists():
+        try:
+            load_exit(path)
+        except (ValueError, OSError) as error:
+            console.print(str(error), style="yellow", markup=False)
 
 
 def _print_int8(int8: dict[str, Any]) -> None:
