@@ -155,6 +155,15 @@ class TestCommands:
         assert result.exit_code == 0, result.output
         assert json.loads(Path("out.json").read_text())["num_samples"] == 20
 
+    @pytest.mark.parametrize(("columns", "width"), [("60", 60), ("100", 100), ("0", 120), ("", 120)])
+    def test_piped_tables_are_as_wide_as_COLUMNS(self, columns: str, width: int, workplace: Path) -> None:
+        environment = os.environ | {"COLUMNS": columns}
+        command = [sys.executable, "-m", "tetdeploy", "inspect", MODEL]
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        longest = max(map(len, output.splitlines()))
+        assert longest == width  # the file's SHA-256 and versions are folded
+        assert "…" not in output and "kernel" in output and "dense ops" in output
+
     def test_predict_names_classes_and_certainty_at_each_step(self, workplace: Path) -> None:
         Image.fromarray(np.zeros((8, 8), np.uint8)).save("a.png")
         Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save("b.png")

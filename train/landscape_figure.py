@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich import box
 from rich.table import Table
 
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
+from tetdeploy.report.result_table import ResultTable
 
 from .landscape import Landscape
 
@@ -46,7 +46,7 @@ def summarise(landscape: Landscape, radius: float) -> list[dict[str, Any]]:
 
 def landscape_table(landscape: Landscape, radius: float) -> Table:
     """`summarise` as a table."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = ResultTable()
     table.add_column("checkpoint")
     for header in ("accuracy", "L_SDT", f"mean rise\nr <= {radius:g}", "largest\nrise"):
         table.add_column(header, justify="right", no_wrap=True)

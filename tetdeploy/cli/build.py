@@ -136,10 +136,9 @@ def print_built(built: Built, *, verbose: bool) -> None:
 
 
 def _kernels(layers: list[dict[str, Any]]) -> Any:
-    from rich import box
-    from rich.table import Table
+    from tetdeploy.report.result_table import ResultTable
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = ResultTable()
     for name in ("kernel", "reads", "writes", "operators fused", "neurons"):
         table.add_column(name)
     for layer in layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+# As wide as COLUMNS says, or the terminal; rich alone would take the width of stderr for a pipe.
+console = Console(highlight=False, soft_wrap=True, width=get_terminal_size(fallback=(120, 24)).columns)
 
 data_dir_option = click.option(
     "--data-dir",

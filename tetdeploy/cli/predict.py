@@ -83,15 +83,15 @@ def predict(
 
 def _print(path: Path, certainty: Any, class_names: tuple[str, ...], top: int) -> None:
     """One table: classes by rows, steps by columns."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
+    from tetdeploy.report.result_table import ResultTable
+
     order = certainty[-1].argsort()[::-1][:top]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(str(path), style="table.title"), title_justify="left")
+    table = ResultTable(title=Text(str(path), style="table.title"))
     table.add_column("class")
     for t in range(1, len(certainty) + 1):
-        table.add_column(f"T={t}", justify="right")
+        table.add_column(f"T={t}", justify="right", no_wrap=True)
     for k in order:
         table.add_row(Text(class_names[k]), *(f"{certainty[t, k]:.1%}" for t in range(len(certainty))))
     console.print(table)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from tetdeploy.exit_calibration import images_to_prove, provable_loss
+from tetdeploy.report.result_table import ResultTable
 from tetdeploy.report.tables import BILLS, energy
 
 Cells = tuple[str, str, str, str]  # what, T steps for each image, early exit, the difference
@@ -63,7 +63,7 @@ def _frontier_table(result: Mapping[str, Any]) -> Table:
         "mean T",
         "of T\nsteps",
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = ResultTable()
     for header in headers:
         table.add_column(header, justify="left" if header == "criterion" else "right", no_wrap=True)
     for entry in result["frontier"]:
@@ -84,9 +84,10 @@ def savings_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
     """What the terminal shows of an early exit's JSON, from top to bottom."""
     early = result["early_exit"]
     yield f"{_measured(result)}   {rule(early)}"
-    table = Table("", f"T={early['T']}", "early exit", "", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = ResultTable()
+    table.add_column()
+    for header in (f"T={early['T']}", "early exit", ""):
+        table.add_column(header, justify="right", no_wrap=True)
     for cells in compared(early):
         table.add_row(*cells)
     yield table

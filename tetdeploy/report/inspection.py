@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tetdeploy.report.result_table import ResultTable
 from tetdeploy.report.tables import count
 
 _KINDS = {
@@ -138,7 +138,7 @@ def _facts(facts: Mapping[str, Any]) -> Table:
 
 
 def _ports(found: Mapping[str, Any]) -> Table:
-    table = _table("", "name", "shape", "dtype")
+    table = _table("", "name", "shape", "dtype", num_labels=2)
     for direction in ("inputs", "outputs"):
         for port in found[direction]:
             _add_row(table, direction.removesuffix("s"), port["name"], _shape(port["shape"]), port["dtype"])
@@ -182,8 +182,8 @@ def _modules(layers: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _table(*headers: str, numbers: Sequence[str] = ()) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(*headers: str, numbers: Sequence[str] = (), num_labels: int = 1) -> Table:
+    table = ResultTable(num_labels=num_labels)
     for header in headers:
         table.add_column(header, overflow="fold")
     for header in numbers:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from tetdeploy.energy import OTHER_OPS
+from tetdeploy.report.result_table import ResultTable
 from tetdeploy.validate import Sweep
 
 BILLS = {"paper": "energy_pj", "exact": "energy_exact_pj", "once": "energy_once_pj"}
@@ -74,11 +74,12 @@ def other_ops_table(details: Mapping[str, Any], T: int) -> Table:
 
 
 BENCH_COLUMNS = ("T", "threads", "batch", "median", "p95", "p99", "images/s", "calls")
+NUM_BENCH_LABELS = 3
 
 
 def bench_table(result: Mapping[str, Any]) -> Table:
     """Latency and throughput: the JSON of a bench."""
-    table = _table(*BENCH_COLUMNS)
+    table = _table(*BENCH_COLUMNS, num_labels=NUM_BENCH_LABELS)
     for row in result["rows"]:
         table.add_row(*bench_cells(row))
     return table
@@ -92,8 +93,8 @@ def bench_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (*settings, *times, f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}", str(row["calls"]))
 
 
-def _table(*headers: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(*headers: str, num_labels: int = 1) -> Table:
+    table = ResultTable(num_labels=num_labels)
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     return table

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from tetdeploy.report.result_table import ResultTable
 from tetdeploy.report.tables import count, energy
 
 Show = Callable[[Any], str]
@@ -128,7 +128,7 @@ def _cell(columns: Mapping[str, tuple[str, Show]], row: Mapping[str, Any], key: 
 
 
 def _table(first: str, *headers: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = ResultTable()
     table.add_column(first, justify="right" if first else "left", no_wrap=True)
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
