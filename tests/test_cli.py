@@ -164,6 +164,19 @@ class TestCommands:
         assert longest == width  # the file's SHA-256 and versions are folded
         assert "…" not in output and "kernel" in output and "dense ops" in output
 
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+    def test_any_encoding_of_stdout_will_do(self, encoding: str, workplace: Path) -> None:
+        name = os.fsdecode(b"d\xe9\xff \xce\xbb.png")  # no UTF-8 on Linux, so not to be printed as it is
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(Path(name))
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        printed = []
+        for arguments in (["sweep", "--limit", "9"], ["inspect", MODEL], ["predict", MODEL, name], ["validate", "-h"]):
+            command = [sys.executable, "-m", "tetdeploy", *arguments]
+            printed.append(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+        assert ("µJ" if encoding != "ascii" else "uJ").encode(encoding) in printed[0]
+        assert ("λ=" if encoding == "utf-8" else "lambda=").encode(encoding) in printed[1]
+        assert b"?" in printed[2]
+
     def test_predict_names_classes_and_certainty_at_each_step(self, workplace: Path) -> None:
         Image.fromarray(np.zeros((8, 8), np.uint8)).save("a.png")
         Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save("b.png")

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from tetdeploy.cli.encoding import replace_lacking_characters
 from tetdeploy.extras import MissingExtraError
 
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
@@ -14,6 +15,10 @@ INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 class CleanErrors(click.Group):
     """A group whose commands report ValueError, OSError and MissingExtraError as `Error: ...` with exit code 1, and
     Ctrl-C, where a command does not do so itself, with exit code 130: files are written whole or not at all."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        replace_lacking_characters()
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
