@@ -412,6 +412,7 @@ class TestBadInput:
             *((name, "--json") for name in ("train", "export", "landscape")),
             *(("report", RUN, "-o"), ("report", RUN, "--markdown"), ("landscape", RUN, "-o"), ("landscape", "--plot")),
             *(("export", "-o"), ("export", "--format", "triton-repository", "-o")),
+            ("import", "theirs.pth", "--arch", "resnet19", "-o"),
         ],
     )
     def test_an_output_that_cannot_be_written_is_all_that_is_said(
@@ -420,10 +421,12 @@ class TestBadInput:
         """And before any work: nothing is run or trained, and no other file is written."""
         Path("file").touch()
         before = snapshot(workplace)
-        for name in ("export.export_model", "train.train", "engine.Engine.run"):
+        for name in ("export.export_model", "train.train", "engine.Engine.run", "foreign.import_to_checkpoint"):
             monkeypatch.setattr(f"tetdeploy.{name}", self.works)
         message = refused(*command, "file/a.onnx").splitlines()[-1]
-        assert re.fullmatch(r"Error: cannot write file/a.onnx\S*: Not a directory; .* folder", message), message
+        option = "--out" if command[-1] == "-o" else command[-1]
+        said = rf"Error: cannot write file/a.onnx\S*: Not a directory; choose another with {option}"
+        assert re.fullmatch(said, message), message
         assert snapshot(workplace) == before
 
     @pytest.mark.parametrize(
@@ -447,8 +450,17 @@ class TestBadInput:
         before = snapshot(workplace)
         for name in ("export.export_model", "engine.Engine.run"):
             monkeypatch.setattr(f"tetdeploy.{name}", self.works)
-        assert "it is there, and something else; choose another name" in refused(*command).replace("\n", " ")
+        assert "it is there, and something else; choose another with --" in refused(*command).replace("\n", " ")
         assert snapshot(workplace) == before
+
+    def test_an_output_beside_the_model_names_the_option_for_another(self, workplace: Path) -> None:
+        for command, ending, option in (
+            ("sweep", "sweep.png", "--plot"),
+            ("bench", "bench.json", "--json"),
+            ("validate", "validate.json", "--json"),
+        ):
+            Path(MODEL).with_suffix(f".{ending}").mkdir()
+            assert f"{ending}: Is a directory; choose another with {option}\n" in refused(command, MODEL)
 
     @staticmethod
     def works(*arguments: object, **options: object) -> None:

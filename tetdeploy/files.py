@@ -70,22 +70,23 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_writable(path: Path | str, suffix: str = "") -> None:
+def check_writable(path: Path | str, suffix: str = "", *, remedy: str) -> None:
     """Whether `atomic_write` could write here now, before the work whose result goes here. Leaves nothing behind.
 
     Args:
         suffix: of the models that are written. A file that is there must have it; without one, be no model.
+        remedy: what the error says to do, such as "choose another with --json".
 
     Raises:
         OSError: it could not, or would write over something else; the message names `path`.
     """
     path = Path(path)
     if path.is_dir():
-        raise OSError(f"cannot write {path}: {os.strerror(errno.EISDIR)}; choose another name")
+        raise OSError(f"cannot write {path}: {os.strerror(errno.EISDIR)}; {remedy}")
     if path.is_file() and (path.suffix != suffix if suffix else path.suffix in MODELS):
-        raise OSError(f"cannot write {path}: it is there, and something else; choose another name, or remove it")
+        raise OSError(f"cannot write {path}: it is there, and something else; {remedy}, or remove it")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    with _making(path):
+    with _making(path, remedy):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
         os.close(handle)
         Path(name).unlink()
@@ -129,11 +130,11 @@ def parse_npz(handle: BinaryIO, name: str) -> dict[str, NDArray[Any]]:
 
 
 @contextmanager
-def _making(path: Path) -> Iterator[None]:
+def _making(path: Path, remedy: str = "choose another output folder") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; choose another output folder") from error
+        raise OSError(f"cannot write {path}: {error.strerror}; {remedy}") from error
 
 
 @contextmanager

@@ -148,7 +148,7 @@ def import_to_checkpoint(
         ValueError: as `import_checkpoint`; data with no known normalisation; the file has another number of classes
             than the data; the run folder already holds a checkpoint.
     """
-    path = _output_file(Path(output))
+    path = output_file(Path(output))
     if T is not None and T < 1:
         raise ValueError(f"T must be at least 1, got {T}")
     channels = len(mean) if mean is not None else len(_DATA[data].mean) if data in _DATA else None
@@ -275,7 +275,12 @@ def _check_values(tensors: Mapping[str, Tensor], names: Mapping[str, tuple[str, 
         raise ValueError(f"{path} has values that are not finite in {', '.join(broken)}")
 
 
-def _output_file(output: Path) -> Path:
+def output_file(output: Path) -> Path:
+    """Where `import_to_checkpoint` writes.
+
+    Raises:
+        ValueError: the run folder already holds a checkpoint.
+    """
     if output.suffix == ".safetensors":
         return output
     file = output / CHECKPOINT_NAME

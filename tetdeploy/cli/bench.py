@@ -114,7 +114,7 @@ def bench(
         runtime=runtime,
     )
     json_path = json_path or timing.engine.path.with_suffix(".bench.json")
-    check_writable(json_path)
+    check_writable(json_path, remedy="choose another with --json")
     name, x = _inputs(timing, data, data_dir)
     interrupted = False
     try:

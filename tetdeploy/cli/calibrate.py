@@ -113,9 +113,9 @@ def calibrate(
 
     engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     engine.check_early_exit()
-    written = [path for path in (exit_path(engine.path), json_path) if path is not None]
-    for path in written:
-        check_writable(path)
+    rule = exit_path(engine.path)
+    check_writable(rule, remedy="copy the model to another folder")
+    written = [rule] if json_path is None else [rule, json_path]
     name, x, labels = held_out(engine, data, data_dir, split, limit)
     T = T or max(default_steps(engine))
     engine.check_T(T, engine.check_input(x[:1]))

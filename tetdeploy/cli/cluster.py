@@ -35,7 +35,8 @@ def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
     if out := ctx.params["out"]:  # before the exports that may come first
         from tetdeploy.files import check_writable
 
-        check_writable(out if file_format == "kserve" else out / name / "config.pbtxt")
+        written = out if file_format == "kserve" else out / name / "config.pbtxt"
+        check_writable(written, remedy="choose another with --out")
     models = [run] if is_model else _exported(ctx)
     if file_format == "kserve":
         _write_service(ctx, models[0], name)

@@ -74,7 +74,7 @@ def early_exit(
     T = T or load_calibration(engine.path)[1]
     exit = load_exit(engine.path, T)
     json_path = json_path or engine.path.with_suffix(".early-exit.json")
-    check_writable(json_path)
+    check_writable(json_path, remedy="choose another with --json")
     name, x, labels = load_inputs(engine, data, data_dir, limit)
     engine.check_T(T, engine.check_input(x[:1]))
     with progress_bar("images") as bar:

@@ -175,7 +175,7 @@ def export(
     options["encoding"] = options["encoding"] or metadata["data"].get("encoding", "direct")
     config = ExportConfig(T=T or trained_T, trained_T=trained_T, **options)
     path = out or file.parent / config.file_name
-    check_writable(path, ".onnx")
+    check_writable(path, ".onnx", remedy="choose another with --out")
     fine_tuned = _fine_tuned_scales(ctx, file, metadata) if config.precision == "int8" else None
     classifier = load_classifier(file, metadata, model)
     source = data or str(metadata["data"]["name"])
@@ -250,7 +250,7 @@ def _export_nir(
     metadata = read_metadata(file)
     _say_which(file, metadata)
     path = out or file.parent / "model.nir"
-    check_writable(path, ".nir")
+    check_writable(path, ".nir", remedy="choose another with --out")
     exported = export_nir(
         load_classifier(file, metadata, model),
         path,

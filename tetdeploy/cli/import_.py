@@ -34,9 +34,10 @@ def import_(file: Path, arch: str, out: Path, json_path: Path | None, **options:
     merged and must agree; unknown, missing and misshapen ones are listed.
     """
     import_extra("torch", "train")
-    from tetdeploy.files import write_json
-    from tetdeploy.foreign import import_to_checkpoint
+    from tetdeploy.files import check_writable, write_json
+    from tetdeploy.foreign import import_to_checkpoint, output_file
 
+    check_writable(output_file(out), ".safetensors", remedy="choose another with --out")
     report = import_to_checkpoint(file, arch, out, **options)
     console.print(
         f"{report.num_keys} keys, {report.num_merged} of them second names of a tensor   "

@@ -93,8 +93,8 @@ def landscape(
     classifiers = _classifiers(checkpoints, files, metadata, model)
     path = out or _default_out(files)
     plot = plot or path.with_suffix(".png")
-    for output in (path, plot):
-        check_writable(output)
+    for output, option in ((path, "--out"), (plot, "--plot")):
+        check_writable(output, remedy=f"choose another with {option}")
     result = _measure(classifiers, images, config, path)
     if not result.complete:
         console.print(

@@ -52,7 +52,7 @@ def checked_output(ctx: click.Context, param: click.Parameter, path: Path | None
     if path is not None:
         from tetdeploy.files import check_writable
 
-        check_writable(path)
+        check_writable(path, remedy=f"choose another with {param.opts[0]}")
     return path
 
 

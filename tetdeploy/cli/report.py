@@ -28,7 +28,6 @@ Examples:
     "--out",
     "-o",
     type=click.Path(path_type=Path, dir_okay=False),
-    callback=checked_output,
     help="The page. [default: RUN/report.html; of several report.html]",
 )
 @click.option(
@@ -56,15 +55,16 @@ def report(
     for package in ("matplotlib", "jinja2"):
         import_extra(package, "report")
     from tetdeploy.checkpoint import newest_run
-    from tetdeploy.files import atomic_write
+    from tetdeploy.files import atomic_write, check_writable
     from tetdeploy.report.page import document_of
     from tetdeploy.report.results import read_results
     from tetdeploy.report.writers import to_html, to_markdown
 
     paths = paths or (newest_run(runs),)
+    out = out or (paths[0] / "report.html" if len(paths) == 1 and paths[0].is_dir() else Path("report.html"))
+    check_writable(out, remedy="choose another with --out")
     results = read_results(paths, names)
     document = document_of(results, title)
-    out = out or (paths[0] / "report.html" if len(paths) == 1 and paths[0].is_dir() else Path("report.html"))
     texts = {out: to_html(document)} | ({markdown: to_markdown(document)} if markdown else {})
     for path, text in texts.items():
         with atomic_write(path) as temporary:

@@ -99,8 +99,8 @@ def sweep(
     if plot is not None:
         import_extra("matplotlib", "report")  # before any work
     engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
-    for path in sweep_paths(engine, json_path, plot):
-        check_writable(path)
+    for path, option in zip(sweep_paths(engine, json_path, plot), ("--json", "--plot"), strict=True):
+        check_writable(path, remedy=f"choose another with {option}")
     wanted = steps or default_steps(engine)
     own = ac_pj is not None or mac_pj is not None
     precision = engine.metadata.get("precision", "fp32")

@@ -116,7 +116,7 @@ def validate(
         raise click.UsageError("--num-torch and --model go with --against CHECKPOINT")
     engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     json_path = json_path or engine.path.with_suffix(".validate.json")
-    check_writable(json_path)
+    check_writable(json_path, remedy="choose another with --json")
     partial_path = json_path.with_suffix(".partial.npz")
     long = against is not None or data is not None
     if restart and long:
