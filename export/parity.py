@@ -146,13 +146,16 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         The number of neuron layers that run.
 
     Raises:
-        ValueError: they differ; the network fails or does not return `[T, N, K]`; neurons get other than `[T, N, ...]`.
+        ValueError: they differ; the network fails or does not return finite `[T, N, K]`; neurons get other than
+            `[T, N, ...]`.
     """
     double = copy.deepcopy(classifier).double()
     x = x if x.dtype == torch.uint8 else x.double()
     if encoding == "frames":
         x = x[:, [t % x.shape[1] for t in range(T)]]
     whole, logits = _recorded(double, x, T, encoding)
+    if not logits.isfinite().all():
+        raise ValueError("the network gives NaN or infinite logits: its weights are damaged, or its training diverged")
     state: list[Tensor] | None = None
     for t in range(T):
         single, step = _recorded(double, x[:, t : t + 1] if encoding == "frames" else x, 1, encoding, state)

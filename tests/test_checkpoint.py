@@ -123,6 +123,18 @@ def test_weights_start_another_run(saved: Path) -> None:
     assert all(torch.equal(state[name], wanted[name]) for name in wanted)
 
 
+def test_weights_that_are_nan_are_named_and_change_nothing(tmp_path: Path) -> None:
+    made, other = convsnn(), convsnn()
+    names = [name for name in made.network.state_dict() if name.endswith(("readout.2.weight", "running_var"))]
+    for name in names:
+        made.network.state_dict()[name].view(-1)[0] = torch.nan
+    save_checkpoint(tmp_path / "c.safetensors", made, training={}, provenance={})
+    before = {name: value.clone() for name, value in other.network.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"c\.safetensors holds NaN in .*{names[-1]}.*: it is damaged"):
+        load_weights(other, tmp_path / "c.safetensors")
+    assert all(torch.equal(before[name], value) for name, value in other.network.state_dict().items())
+
+
 def test_weights_that_do_not_fit_are_listed_and_change_nothing(saved: Path) -> None:
     other = convsnn(num_classes=5)
     before = {name: value.clone() for name, value in other.network.state_dict().items()}

@@ -18,6 +18,7 @@ import pytest
 from export_helpers import digits, engine, exported, frames
 from onnx import TensorProto, helper
 
+from tetdeploy.early_exit import Exit
 from tetdeploy.engine import Engine
 from tetdeploy.extras import MissingExtraError
 
@@ -249,6 +250,35 @@ def test_a_call_that_fails_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(runner, "_session", OutOfMemory())
     with pytest.raises(ValueError, match=r"ONNX Runtime failed on x of shape \[2, 1, 8, 8\]: bad allocation$"):
         runner.run(images(2))
+
+
+@pytest.mark.parametrize(("layout", "options"), [("unrolled", {"T": 4}), ("dynamic", {}), ("step", {})])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_damaged_weights_give_no_answer(layout: str, options: dict[str, Any], value: float, tmp_path: Path) -> None:
+    proto = onnx.load(exported(layout, **options))
+    (weight,) = (w for w in proto.graph.initializer if w.name.endswith("readout.2.weight"))
+    damaged = onnx.numpy_helper.to_array(weight).copy()
+    damaged[3, 5] = value
+    weight.CopyFrom(onnx.numpy_helper.from_array(damaged, weight.name))
+    onnx.save(proto, tmp_path / "m.onnx")
+    runner = Engine(tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=r"m\.onnx gives NaN or infinite logits: .* export the model again"):
+        runner.run(images(2))
+    if layout == "step":
+        with pytest.raises(ValueError, match="NaN or infinite logits"):
+            runner.run(images(2), exit=Exit(0.5))
+        with pytest.raises(ValueError, match="NaN or infinite logits"):
+            runner.stream(2).push(images(2))
+
+
+def test_an_image_out_of_range_does_not_take_the_answers_of_others() -> None:
+    runner = engine("unrolled", T=4, normalize=False)
+    x = np.zeros((2, 1, 8, 8), np.float32)
+    x[1] = 3e38
+    result = runner.run(x)
+    assert np.isfinite(result.logits[0]).all() and not np.isfinite(result.logits[1]).any()
+    with pytest.raises(ValueError, match="the input far out of range"):
+        runner.run(x[1:])
 
 
 # ------------------------------------------------------------------------------------------------ streams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.metadata
 import itertools
@@ -728,6 +729,13 @@ def untested(network: nn.Module) -> Classifier:
 class CountsSteps(Small):
     def current(self, x: Tensor, T: int) -> Tensor:
         return torch.stack([self.encode(x) for _ in range(T)])
+
+
+def test_a_network_that_gives_nan_is_refused(earlier: Path) -> None:
+    net = copy.deepcopy(convsnn())
+    net.network.get_parameter("readout.2.weight").data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the network gives NaN or infinite logits: its weights are damaged"):
+        export_model(net, earlier, ExportConfig(T=4), digits().images[:40])
 
 
 def test_dynamic_names_the_way_out_for_a_network_that_counts_its_steps(earlier: Path) -> None:

@@ -83,7 +83,7 @@ def load(path: Path | str, *, network: nn.Module | None = None) -> Classifier:
 
     Raises:
         FileNotFoundError: there is no such file, or the run has no checkpoint yet.
-        ValueError: not a checkpoint of ours, truncated, a pickle, or the weights do not fit the network.
+        ValueError: not a checkpoint of ours, truncated, a pickle; the weights do not fit the network, or one is NaN.
     """
     import_extra("torch", "train")
     from tetdeploy.networks import Classifier, build_network
@@ -104,7 +104,8 @@ def load_weights(classifier: Classifier, path: Path | str) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a checkpoint of ours, or keys are missing, unexpected or misshapen (all are named).
+        ValueError: not a checkpoint of ours; keys are missing, unexpected or misshapen (all are named); a weight is
+            NaN.
     """
     from tetdeploy.shards import is_sharded, read_shards
 
@@ -116,6 +117,10 @@ def load_weights(classifier: Classifier, path: Path | str) -> None:
     else:
         tensors = read_tensors(file)
     check_keys(tensors, classifier.network.state_dict(), file)
+    if broken := [name for name, tensor in tensors.items() if tensor.isnan().any()]:  # a mask may be infinite
+        raise ValueError(
+            f"{file} holds NaN in {_shortened(broken)}: it is damaged, or its training diverged; copy or train it again"
+        )
     classifier.network.load_state_dict(tensors)
 
 

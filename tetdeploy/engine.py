@@ -128,7 +128,8 @@ class Engine:
 
         Raises:
             ValueError: x has another shape or dtype than the model's, or holds NaN; T is below 1, or beyond what an
-                unrolled graph or the frames hold; early exit in another layout than step.
+                unrolled graph or the frames hold; early exit in another layout than step; no image has finite
+                logits.
         """
         x = self.check_input(x)
         T = self.check_T(T, x)
@@ -188,15 +189,22 @@ class Engine:
             session: of the graph with an overlay (`overlaid`); None is the graph's own.
 
         Raises:
-            ValueError: the runtime failed.
+            ValueError: the runtime failed, or no image has finite logits.
         """
         try:
-            return dict(zip(names, (session or self._session).run(list(names), feed), strict=True))
+            outputs = dict(zip(names, (session or self._session).run(list(names), feed), strict=True))
         except ValueError:  # of a TensorRT session, which speaks for itself
             raise
         except Exception as error:  # ONNX Runtime's own exception classes are private
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"ONNX Runtime failed on x of shape {list(feed['x'].shape)}: {reason}") from error
+        # None at all: one image's float32 input may be far out of range, and a server batches it with those of others.
+        if "per_step" in outputs and not np.isfinite(outputs["per_step"]).all((1, 2)).any():
+            raise ValueError(
+                f"{self.path} gives NaN or infinite logits: the file is damaged, or the input far out of range; "
+                "if it does so for every input, export the model again"
+            )
+        return outputs
 
     def put(self, x: Array) -> Any:
         """`x` where the model runs, for calls that show it again and again."""
