@@ -518,6 +518,21 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
     assert "Error" not in done.output and snapshot(workplace) == before
 
 
+def test_ctrl_c_during_the_imports_is_one_line() -> None:
+    code = """
+import os, signal, sys
+class Interrupted:
+    def find_spec(self, name, *rest):
+        if name == "rich.console":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+from tetdeploy.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_newest_export_is_the_last_written(tmp_path: Path) -> None:
     for name, age in (("a", 100), ("b", 0), ("c", 50)):
         model = tmp_path / name / "model-T4.onnx"
