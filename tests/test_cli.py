@@ -404,6 +404,13 @@ class TestBadInput:
         assert "file/run" in refused("train", "--out", "file/run", "--epochs", "1")
         assert snapshot(workplace) == before
 
+    def test_a_run_that_does_not_begin_leaves_no_folder(self, workplace: Path) -> None:
+        before = sorted(workplace.rglob("*"))
+        for where in ((), ("--runs", "new/runs"), ("--out", "new/run")):
+            assert "cuda:99 is not there" in refused("train", "--device", "cuda:99", *where)
+        assert "do not fit" in refused("train", "--init", RUN, "--width", "0.25")
+        assert sorted(workplace.rglob("*")) == before
+
     @pytest.mark.parametrize(
         "command",
         [

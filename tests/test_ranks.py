@@ -21,6 +21,7 @@ from tetdeploy.data import load_data, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig, train, train_seeds
 from tetdeploy.train.ranks import Ranks, current_ranks, process_group
+from tetdeploy.train.runs import only_trainer
 
 DIGITS = load_data("digits", "train", data_dir=Path("data"))
 TRAIN, VAL = (
@@ -52,6 +53,12 @@ def _work(folder: Path) -> None:
     refused = pytest.raises(ValueError, match=r"33 images has no 2 equal shares.*multiple of 2")
     with refused if ranks.writes else pytest.raises(ConnectionError, match="the first process of a machine failed"):
         train(classifier(), TRAIN, VAL, replace(SHORT, batch_size=33), folder / "odd")
+    held = pytest.raises(ValueError, match="two is being trained by process")
+    with (
+        only_trainer(folder / "two", resume=True),
+        held if ranks.writes else pytest.raises(ConnectionError, match="the first process of a machine failed"),
+    ):
+        train(classifier(), TRAIN, VAL, CONFIG, folder / "two", resume=True)
     with pytest.raises(ValueError, match="1 validation images are too few for 2 processes"):
         train(classifier(), TRAIN, VAL.select(range(1)), SHORT, folder / "few", progress=False)
     with pytest.raises(ValueError, match="cuda:0 is one GPU for 2 processes"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +27,11 @@ import tetdeploy
 from tetdeploy.checkpoint import load_weights, newest_run, read_metadata
 from tetdeploy.data import ImageSet, load_data, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.train import TrainConfig, TrainResult, evaluate, train
+from tetdeploy.train import TrainConfig, TrainResult, evaluate, train, train_seeds
 from tetdeploy.train.augment import AUGMENTATIONS, random_crop, random_flip
 from tetdeploy.train.device import pick_device
 from tetdeploy.train.optimizer import build_optimizer
-from tetdeploy.train.runs import mark_latest, unused_run_folder
+from tetdeploy.train.runs import mark_latest, new_run_folder, only_trainer
 from tetdeploy.train.schedule import derive_seed, learning_rate
 
 
@@ -460,7 +463,7 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"cannot write .*file/run/last\.safetensors"):
+    with pytest.raises(OSError, match=r"cannot write .*file/run: Not a directory"):
         run(tmp_path / "file" / "run")
 
 
@@ -527,13 +530,82 @@ def test_latest_is_a_text_file_where_there_are_no_symlinks(tmp_path: Path, monke
     assert newest_run(tmp_path / "runs") == tmp_path / "runs" / "one"
 
 
-def test_unused_run_folder_counts_up(tmp_path: Path) -> None:
-    names = []
-    for _ in range(3):
-        folder = unused_run_folder(tmp_path, "digits-convsnn")
-        folder.mkdir()
-        names.append(folder.name)
-    assert names == ["digits-convsnn", "digits-convsnn-2", "digits-convsnn-3"]
+def test_new_run_folders_count_up_and_go_again_where_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "digits-convsnn").mkdir(parents=True)
+    with (
+        new_run_folder(tmp_path / "runs", "digits-convsnn") as two,
+        new_run_folder(two.parent, "digits-convsnn") as three,
+    ):
+        assert [two.name, three.name] == ["digits-convsnn-2", "digits-convsnn-3"]
+        (three / "file").touch()
+    assert sorted(path.name for path in two.parent.iterdir()) == ["digits-convsnn", "digits-convsnn-3"]
+    with new_run_folder(tmp_path / "elsewhere" / "runs", "digits-convsnn") as folder:
+        assert folder.is_dir()
+    assert not (tmp_path / "elsewhere").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write .*file/digits: Not a directory; choose another output folder"):
+        new_run_folder(tmp_path / "file", "digits").__enter__()
+
+
+# --- one trainer in a folder
+
+
+def test_a_folder_in_training_takes_no_second_trainer(tmp_path: Path) -> None:
+    whole, held, other = tmp_path / "whole", tmp_path / "held", toy()
+    refusal = rf"{held} is being trained by process {os.getpid()} on \S+; wait until .* choose another --out"
+
+    def refused(count: int) -> None:
+        if count in (1, STEPS + 3):  # before there is an epoch to resume, and after
+            for resume in (False, True):
+                with pytest.raises(ValueError, match=refusal):
+                    run(held, other, resume=resume)
+
+    run(whole)
+    run(held, toy(refused))
+    assert metrics(held) == metrics(whole)
+    assert {path.name for path in held.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_a_trainer_that_is_killed_holds_its_folder_no_longer(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from tetdeploy.train.runs import only_trainer
+with only_trainer(Path(sys.argv[1]), resume=False):
+    print("holds", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "holds\n"
+        with pytest.raises(ValueError, match=f"is being trained by process {other.pid} on"):
+            run(tmp_path)
+        other.kill()
+    assert (tmp_path / ".lock").exists()
+    run(tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK])
+def test_without_locks_a_run_goes_on_and_says_so(tmp_path: Path, error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(
+        RuntimeWarning, match=rf"\.lock cannot be locked \({os.strerror(error)}\): see to it that no other"
+    ):
+        assert run(tmp_path).epochs == 3
+
+
+def test_several_seeds_hold_the_folder_of_all(tmp_path: Path) -> None:
+    run(tmp_path / "seed-0", config=settings(seed=0))
+    with (
+        only_trainer(tmp_path, resume=False),
+        pytest.raises(ValueError, match=f"{tmp_path} is being trained by process"),
+    ):
+        train_seeds(lambda seed: toy(), TRAIN, VAL, settings(), (0, 1), tmp_path, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed-0"]
 
 
 # --- real data, real network

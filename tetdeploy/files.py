@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tokenize import TokenError  # of a damaged header, from NumPy's parser
 from typing import Any, BinaryIO
@@ -68,6 +68,26 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def made_folder(path: Path | str, *, new: bool = False) -> Iterator[None]:
+    """Within it there is a folder `path`; it and parents that were missing go again where they end empty.
+
+    Raises:
+        FileExistsError: `path` is there and was to be `new`, or is no folder.
+        OSError: it cannot be made; the message names `path`.
+    """
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    with _making(path):
+        path.mkdir(parents=True, exist_ok=not new)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the first that is not empty
+            for folder in missing:
+                folder.rmdir()
 
 
 def check_writable(path: Path | str, suffix: str = "", *, remedy: str) -> None:
@@ -134,7 +154,7 @@ def _making(path: Path, remedy: str = "choose another output folder") -> Iterato
     try:
         yield
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; {remedy}") from error
+        raise type(error)(f"cannot write {path}: {error.strerror}; {remedy}") from error
 
 
 @contextmanager

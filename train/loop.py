@@ -33,7 +33,7 @@ from .progress import Progress
 from .qat import read_scales
 from .ranks import current_ranks
 from .restart import Restart, check_restart, check_shards, find_restart, restart_origin, restart_state, write_restart
-from .runs import check_run, mark_latest, read_metrics, run_settings, write_metrics, write_run_config
+from .runs import check_run, mark_latest, only_trainer, read_metrics, run_settings, write_metrics, write_run_config
 from .schedule import derive_seed
 from .session import Session, check_data, check_together, headline, prepare, provenance
 from .state import Best, TrainState, restore_state, save_state
@@ -114,9 +114,10 @@ def train(
         Where the run ended.
 
     Raises:
-        ValueError: data or settings do not fit the classifier, `out` holds a run or one with other settings, the
-            device is not there, its memory does not suffice, an image cannot be read, or the loss is not finite;
-            there is nothing to restart from, it is damaged, or a tensor is larger than a shard; the step has no graph.
+        ValueError: data or settings do not fit the classifier, `out` holds a run or one with other settings, another
+            process trains there, the device is not there, its memory does not suffice, an image cannot be read, or the
+            loss is not finite; there is nothing to restart from, it is damaged, or a tensor is larger than a shard; the
+            step has no graph.
         MissingExtraError: the package tensorboard is wanted and not installed.
         OSError: something cannot be written; earlier files are as they were.
     """
@@ -125,38 +126,39 @@ def train(
         raise ValueError(f"shards_mb is {shards_mb}; it is the size of a file in MB and must be above 0")
     if resume and restart_from is not None:
         raise ValueError("resume goes on with the run in out and restart_from begins another; choose one of them")
-    settings = run_settings(classifier, train_set, val_set, config)
-    _check(classifier, train_set, val_set, config, out, settings, resume=resume, board=board)
-    settings["how"] = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
-    restart = None if restart_from is None else find_restart(restart_from)
-    if restart is not None:
-        check_restart(restart, settings)
-        settings["restarted"] = restart_origin(restart)
-    with _explained(out, config):
-        session = prepare(
-            classifier,
-            train_set,
-            val_set,
-            config,
-            out,
-            settings=settings,
-            workers=workers,
-            calibration=read_scales(out) if config.qat and resume else None,
-            cuda_graphs=cuda_graphs,
-            shard_bytes=None if shards_mb is None else int(shards_mb * 1e6),
-        )
-        if session.calibration is not None:
-            settings["int8"] = session.calibration.to_dict()
-        if session.shard_bytes is not None:
-            check_shards(session, session.shard_bytes)
-        if before_writing is not None:
-            before_writing()
-        state = _begin(session, restart, resume=resume)
-        if runs is not None and session.ranks.writes:
-            mark_latest(out, runs)
-        cuda = [session.device] if session.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), tuned_convolutions():
-            finished = _run(session, state, progress, board)
+    with only_trainer(out, resume=resume):
+        settings = run_settings(classifier, train_set, val_set, config)
+        _check(classifier, train_set, val_set, config, out, settings, resume=resume, board=board)
+        settings["how"] = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
+        restart = None if restart_from is None else find_restart(restart_from)
+        if restart is not None:
+            check_restart(restart, settings)
+            settings["restarted"] = restart_origin(restart)
+        with _explained(out, config):
+            session = prepare(
+                classifier,
+                train_set,
+                val_set,
+                config,
+                out,
+                settings=settings,
+                workers=workers,
+                calibration=read_scales(out) if config.qat and resume else None,
+                cuda_graphs=cuda_graphs,
+                shard_bytes=None if shards_mb is None else int(shards_mb * 1e6),
+            )
+            if session.calibration is not None:
+                settings["int8"] = session.calibration.to_dict()
+            if session.shard_bytes is not None:
+                check_shards(session, session.shard_bytes)
+            if before_writing is not None:
+                before_writing()
+            state = _begin(session, restart, resume=resume)
+            if runs is not None and session.ranks.writes:
+                mark_latest(out, runs)
+            cuda = [session.device] if session.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=cuda), tuned_convolutions():
+                finished = _run(session, state, progress, board)
     classifier.eval()
     return TrainResult(out, state.epoch, state.best, not finished, time.perf_counter() - start)
 

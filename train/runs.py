@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from tetdeploy.checkpoint import CHECKPOINT_NAME, LATEST_NAME, STATE_NAME, data_settings
-from tetdeploy.files import atomic_write, write_json
+from tetdeploy.files import atomic_write, made_folder, write_json
 
 from .config import TrainConfig
+from .ranks import current_ranks
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
+LOCK_NAME = ".lock"
 
 
 def run_settings(
@@ -35,6 +42,64 @@ def run_settings(
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     return plain
+
+
+@contextmanager
+def only_trainer(out: Path, *, resume: bool) -> Iterator[None]:
+    """Within it no other process trains in `out`, which is made unless a run in it is to be resumed.
+
+    The rank that writes holds a lock of the operating system on `out/.lock`: it ends with the process, however that
+    ends, and the file goes with it unless the process was killed. Without locks, as on some network file systems, a
+    warning says so.
+
+    Raises:
+        ValueError: another process trains there.
+        OSError: the folder cannot be made.
+    """
+    ranks = current_ranks()
+    with ExitStack() as held:
+        with ranks.first():
+            if ranks.writes and (out.is_dir() or not resume):
+                held.enter_context(made_folder(out))
+                held.enter_context(_locked(out))
+        yield
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    file = out / LOCK_NAME
+    # no lock that is a file alone: it would stay after a kill
+    lock = FileLock(file, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{out} is being trained{_holder(file)}; wait until that has ended, or choose another --out"
+        ) from None
+    except OSError as error:
+        warnings.warn(
+            f"{file} cannot be locked ({error.strerror}): see to it that no other process trains there",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        yield
+        return
+    try:
+        with suppress(OSError):
+            file.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):  # before the lock ends, or it might be the file of the next to lock it
+            file.unlink()
+        lock.release()
+
+
+def _holder(lock: Path) -> str:
+    """By whom, if the file says so: it is empty for a moment, and Windows lets nobody read it."""
+    try:
+        return f" by {text}" if (text := lock.read_text(encoding="utf-8")) else ""
+    except OSError:
+        return ""
 
 
 def check_run(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
@@ -114,13 +179,24 @@ def write_run_config(out: Path, settings: Mapping[str, Any], *, resume: bool) ->
         write_json(out / CONFIG_NAME, now)
 
 
-def unused_run_folder(runs: Path, name: str) -> Path:
-    """`runs/name`, or the first of `runs/name-2`, `runs/name-3`, ... that does not exist."""
+@contextmanager
+def new_run_folder(runs: Path, name: str) -> Iterator[Path]:
+    """Make `runs/name`, or the first of `runs/name-2`, `runs/name-3`, ... that is not there: whoever else looks for one
+    takes the next. It goes again if it ends empty.
+
+    Raises:
+        OSError: it cannot be made.
+    """
     folder, number = runs / name, 1
-    while folder.exists():
-        number += 1
-        folder = runs / f"{name}-{number}"
-    return folder
+    with ExitStack() as made:
+        while True:
+            try:
+                made.enter_context(made_folder(folder, new=True))
+                break
+            except FileExistsError:
+                number += 1
+                folder = runs / f"{name}-{number}"
+        yield folder
 
 
 def mark_latest(out: Path, runs: Path) -> None:

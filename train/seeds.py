@@ -17,7 +17,16 @@ from tetdeploy.files import write_json
 from .config import TrainConfig
 from .loop import TrainResult, train
 from .ranks import current_ranks
-from .runs import CONFIG_NAME, check_settings, mark_latest, read_run_config, refuse_held, run_settings, write_run_config
+from .runs import (
+    CONFIG_NAME,
+    check_settings,
+    mark_latest,
+    only_trainer,
+    read_run_config,
+    refuse_held,
+    run_settings,
+    write_run_config,
+)
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -96,36 +105,37 @@ def train_seeds(
     settings = run_settings(make_classifier(seeds[0]), train_set, val_set, replace(config, seed=seeds[0]))
     settings |= {"seeds": list(seeds)}
     how = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
-    if ranks.writes:
-        recipe = _check(out, settings, recipe, resume=resume)
-
-    def begin() -> None:
+    with only_trainer(out, resume=resume):  # and of each seed, in `train`: it may be resumed by itself
         if ranks.writes:
-            write_run_config(out, settings | {"recipe": recipe, "how": how}, resume=resume)
-            if runs is not None:
-                mark_latest(out, runs)
+            recipe = _check(out, settings, recipe, resume=resume)
 
-    console = Console(quiet=progress is False or not ranks.writes)
-    results: list[TrainResult] = []
-    for number, seed in enumerate(seeds, 1):
-        folder = out / f"seed-{seed}"
-        console.print(
-            f"seed {seed}, {number} of {len(seeds)}  ->  {folder}", highlight=False, soft_wrap=True, markup=False
-        )
-        begun = ranks.agreed(resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file())
-        one = replace(config, seed=seed)
-        classifier = make_classifier(seed)
-        options: dict[str, Any] = {"resume": begun, "progress": progress, "board": board, "workers": workers}
-        options |= how | {"before_writing": begin if number == 1 else None}
-        results.append(train(classifier, train_set, val_set, one, folder, **options))
-        result = _summarised(out, results)
-        if ranks.writes:
-            write_json(out / SUMMARY_NAME, _summary(result, settings, recipe))
-        if result.interrupted:
-            return result
-    if runs is not None and result.best is not None and ranks.writes:
-        mark_latest(result.best.out, runs)
-    return result
+        def begin() -> None:
+            if ranks.writes:
+                write_run_config(out, settings | {"recipe": recipe, "how": how}, resume=resume)
+                if runs is not None:
+                    mark_latest(out, runs)
+
+        console = Console(quiet=progress is False or not ranks.writes)
+        results: list[TrainResult] = []
+        for number, seed in enumerate(seeds, 1):
+            folder = out / f"seed-{seed}"
+            console.print(
+                f"seed {seed}, {number} of {len(seeds)}  ->  {folder}", highlight=False, soft_wrap=True, markup=False
+            )
+            begun = ranks.agreed(resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file())
+            one = replace(config, seed=seed)
+            classifier = make_classifier(seed)
+            options: dict[str, Any] = {"resume": begun, "progress": progress, "board": board, "workers": workers}
+            options |= how | {"before_writing": begin if number == 1 else None}
+            results.append(train(classifier, train_set, val_set, one, folder, **options))
+            result = _summarised(out, results)
+            if ranks.writes:
+                write_json(out / SUMMARY_NAME, _summary(result, settings, recipe))
+            if result.interrupted:
+                return result
+        if runs is not None and result.best is not None and ranks.writes:
+            mark_latest(result.best.out, runs)
+        return result
 
 
 def _check(out: Path, settings: dict[str, Any], recipe: str | None, *, resume: bool) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,7 +187,7 @@ def train(
     from tetdeploy.train.runs import read_run_config
 
     _check_beginnings(ctx, resume=resume is not None, init=init is not None, restart=restart_from is not None)
-    with process_group() as ranks, _one_voice(ranks):
+    with ExitStack() as made, process_group() as ranks, _one_voice(ranks):
         with ranks.first(), _naming(config):
             if resume is not None:
                 out = _resumed_run(Path(resume) if resume else None, out, runs)
@@ -207,7 +207,10 @@ def train(
             job = _job(ctx, options, recompute=recompute)
             if options["qat"] and init is not None:
                 _check_same_inputs(init, job)
-        out = ranks.agreed(out or _unused(runs, config, job))
+        if out is None and ranks.writes:
+            out = made.enter_context(_new_folder(runs, config, job))
+        out = ranks.agreed(out)
+        assert out is not None
         json_path = json_path if ranks.writes else None
         how: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
         how |= {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb or None}
@@ -431,13 +434,12 @@ def _check_same_inputs(init: Path, job: _Job) -> None:
         raise ValueError(f"{init} takes {wanted}; {job.train.name} has {got}: choose the --data it was trained on")
 
 
-def _unused(runs: Path, recipe: Path | None, job: _Job) -> Path:
+def _new_folder(runs: Path, recipe: Path | None, job: _Job) -> AbstractContextManager[Path]:
     """A new run's folder: `RUNS/<recipe>`, or `RUNS/<data>-<model>`; numbered if it exists."""
-    from tetdeploy.train.runs import unused_run_folder
+    from tetdeploy.train.runs import new_run_folder
 
     data, model = Path(job.train.name).stem.replace(":", "-"), job.network["model"].rpartition(":")[2]
-    folder: Path = unused_run_folder(runs, f"{data}-{model}" if recipe is None else recipe.stem)
-    return folder
+    return new_run_folder(runs, f"{data}-{model}" if recipe is None else recipe.stem)
 
 
 def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path | None) -> None:
