@@ -415,9 +415,11 @@ class TestRefusals:
     def test_damaged_run_folders(self, tmp_path: Path) -> None:
         run = run_folder(tmp_path / "a")
         (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
-        self.refused(run, match="metrics.jsonl is damaged")
+        self.refused(
+            run, match=r"metrics.jsonl is damaged in line 2: Unterminated string .*\(column 2\); remove that line"
+        )
         (run / "metrics.jsonl").write_text("3\n")
-        self.refused(run, match="metrics.jsonl is damaged: it must be an object, got 3")
+        self.refused(run, match="metrics.jsonl is damaged in line 1: it must be an object, got 3")
         write(run / "config.json", {"network": 1})
         self.refused(run, match="config.json is damaged: network must be an object, got 1")
 

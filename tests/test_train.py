@@ -439,6 +439,26 @@ def test_a_broken_config_file_is_named(tmp_path: Path, broken: str) -> None:
         run(tmp_path, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"epoch": 2, "T', r"Unterminated string starting at \(column 14\)"),
+        (b"\0\0\0\0", ".*"),  # what a power cut can leave
+        (b"3", 'it must be an object with a whole number for "epoch"'),
+        (b"{}", 'it must be an object with a whole number for "epoch"'),
+    ],
+)
+def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
+    run(tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    first, _, third = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([first, line, third]))
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl is damaged in line 2: {reason}; remove that line"):
+        run(tmp_path, resume=True)
+    file.write_bytes(b"\n".join([first, third]))
+    assert run(tmp_path, resume=True).epochs == 3
+
+
 def test_a_loss_that_is_not_finite_names_step_rate_and_remedy(tmp_path: Path) -> None:
     def poison(count: int) -> None:
         if count == STEPS + 4:  # the third training batch of the second epoch

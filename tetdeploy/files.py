@@ -1,4 +1,4 @@
-"""Writing results so that a reader never sees half a file, and reading arrays that may be damaged."""
+"""Writing results so that a reader never sees half a file, and reading lines and arrays that may be damaged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tokenize import TokenError  # of a damaged header, from NumPy's parser
@@ -123,6 +123,29 @@ def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json_lines(path: Path | str, check: Callable[[Any], object]) -> list[Any]:
+    """The JSON of each line of a file, but for empty ones.
+
+    Args:
+        check: raises a ValueError that says what is wrong with the content of a line.
+
+    Raises:
+        ValueError: a line is no JSON or fails `check`; the message names it.
+        OSError: the file cannot be read.
+    """
+    contents = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            contents.append(json.loads(line))
+            check(contents[-1])
+        except (ValueError, RecursionError) as error:
+            reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"{path} is damaged in line {number}: {reason}; remove that line to do without") from error
+    return contents
 
 
 def read_npz(path: Path | str) -> dict[str, NDArray[Any]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from tetdeploy.checkpoint import CHECKPOINT_NAME, LATEST_NAME, STATE_NAME, data_settings
-from tetdeploy.files import atomic_write, made_folder, write_json
+from tetdeploy.files import atomic_write, made_folder, read_json_lines, write_json
 
 from .config import TrainConfig
 from .ranks import current_ranks
@@ -219,12 +219,20 @@ def mark_latest(out: Path, runs: Path) -> None:
 
 
 def read_metrics(out: Path, *, epochs: int) -> list[dict[str, Any]]:
-    """The metrics of a run's first `epochs` epochs; later lines, of epochs that are to run again, are left out."""
+    """The metrics of a run's first `epochs` epochs; later lines, of epochs that are to run again, are left out.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
     file = out / METRICS_NAME
     if not file.is_file():
         return []
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [record for record in records if record["epoch"] <= epochs]
+    return [record for record in read_json_lines(file, _check_record) if record["epoch"] <= epochs]
+
+
+def _check_record(record: Any) -> None:
+    if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+        raise ValueError('it must be an object with a whole number for "epoch"')
 
 
 def write_metrics(out: Path, records: list[dict[str, Any]]) -> None:

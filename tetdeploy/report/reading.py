@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tetdeploy.checkpoint import CHECKPOINT_NAME, read_metadata
+from tetdeploy.files import read_json_lines
 from tetdeploy.report.form import EPOCH, RESULT, RUN, SUMMARY, check_form
 
 CONFIG_NAME, METRICS_NAME, SUMMARY_NAME = "config.json", "metrics.jsonl", "summary.json"
@@ -126,15 +128,7 @@ def json_object(file: Path) -> dict[str, Any]:
 
 
 def _read_metrics(file: Path) -> tuple[dict[str, Any], ...]:
-    if not file.is_file():
-        return ()
-    try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    for line in lines:
-        _check(file, line, EPOCH)
-    return tuple(lines)
+    return tuple(read_json_lines(file, partial(check_form, form=EPOCH))) if file.is_file() else ()
 
 
 def _check(file: Path, content: Any, form: Any) -> None:
