@@ -394,6 +394,20 @@ def test_large_networks_have_it_by_themselves(monkeypatch: pytest.MonkeyPatch) -
         Engine(exported("step"), native=True)
 
 
+def test_the_switch_is_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TETDEPLOY_NATIVE", "maybe")
+    for wanted in (None, True):  # whether or not the network is large enough for it
+        with pytest.raises(ValueError, match=r"TETDEPLOY_NATIVE is 'maybe'; it must be 0, .* or 1"):
+            Engine(exported("step"), native=wanted)
+    assert not Engine(exported("step"), native=False).native
+    for on in ("1", ""):
+        monkeypatch.setenv("TETDEPLOY_NATIVE", on)
+        assert Engine(exported("step"), native=True).native
+    monkeypatch.setenv("TETDEPLOY_NATIVE", "0")
+    with pytest.raises(ValueError, match="switched off by TETDEPLOY_NATIVE=0"):
+        Engine(exported("step"), native=True)
+
+
 def test_refused_where_onnxruntime_does_not_run_on_a_cpu() -> None:
     pytest.importorskip("openvino")
     with pytest.raises(ValueError, match="native is for ONNX Runtime on a CPU, not openvino on cpu"):

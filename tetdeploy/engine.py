@@ -343,13 +343,16 @@ class Engine:
         """The session that calls the native operator; None if it is not wanted, or has nothing to do.
 
         Raises:
-            ValueError: it is, and cannot be had.
+            ValueError: it is, and cannot be had; or TETDEPLOY_NATIVE, unless `wanted` is False, is neither 0 nor 1.
         """
         if wanted and (self.device, self.runtime) != ("cpu", "onnxruntime"):
             raise ValueError(f"native is for ONNX Runtime on a CPU, not {self.runtime} on {self.device}")
-        if not (self.gains_from_native if wanted is None else wanted):
+        if wanted is False:
             return None
-        if (reason := native.missing()) is not None:
+        reason = native.missing()
+        if not (wanted or self.gains_from_native):
+            return None
+        if reason is not None:
             if wanted:
                 raise ValueError(reason)
             return None

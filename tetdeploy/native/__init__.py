@@ -31,8 +31,17 @@ def library() -> Path | None:
 
 
 def missing() -> str | None:
-    """Why there is no native operator here, and what to do; None if there is."""
-    if os.environ.get("TETDEPLOY_NATIVE") == "0":
+    """Why there is no native operator here, and what to do; None if there is.
+
+    Raises:
+        ValueError: TETDEPLOY_NATIVE is neither 0 nor 1.
+    """
+    switch = os.environ.get("TETDEPLOY_NATIVE") or "1"
+    if switch not in ("0", "1"):
+        raise ValueError(
+            f"TETDEPLOY_NATIVE is {switch!r}; it must be 0, which switches the native operator off, or 1, as when unset"
+        )
+    if switch == "0":
         return "the native operator is switched off by TETDEPLOY_NATIVE=0"
     if library() is None:
         return "the native operator was not compiled: install a C compiler (GCC or Clang), then tetdeploy again"
