@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from client_helpers import triton_client
 from export_helpers import digits, engine, exported, frames
 
 from tetdeploy.cli import main
@@ -31,8 +32,8 @@ from tetdeploy.serve.requests import Parameters, tensor
 # Not imported here: KServe and tritonclient define the same protobuf messages, so a process can hold only one of them.
 if importlib.util.find_spec("kserve") is None:
     pytest.skip("needs the extra serve", allow_module_level=True)
-http = pytest.importorskip("tritonclient.http", reason="needs tritonclient[http]")
-rpc = pytest.importorskip("tritonclient.grpc", reason="needs tritonclient[grpc]")
+http = triton_client("http")
+rpc = triton_client("grpc")
 PATIENCE = 60
 
 

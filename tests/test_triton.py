@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from client_helpers import triton_client
 from export_helpers import digits, engine, exported, frames
 
-http = pytest.importorskip("tritonclient.http", reason="needs tritonclient[http]")
+http = triton_client("http")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("pytriton") is None, reason="needs nvidia-pytriton, for its Triton"),
