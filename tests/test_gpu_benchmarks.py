@@ -160,3 +160,21 @@ def test_without_a_gpu_there_is_one_line(name: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("Error: device cuda:99 is not there") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["half", "inference", "serve_load --convsnn", "gpu_inference --device cpu"])
+def test_without_images_there_is_one_line(command: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()  # a folder would be downloaded into, where there is a network
+    name, *options = command.split()
+    script = [sys.executable, str(BENCHMARKS / f"{name}.py"), *options, "--data-dir", str(tmp_path / "file")]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "name a folder with --data-dir" in done.stderr
+
+
+def test_an_error_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_text("no model")
+    script = [sys.executable, str(BENCHMARKS / "streams.py"), str(tmp_path / "m.onnx")]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ") and len(done.stderr.splitlines()) == 1

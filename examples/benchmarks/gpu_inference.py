@@ -35,6 +35,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tetdeploy.cli.errors import CleanErrors
+from tetdeploy.cli.options import data_dir_option, json_option
 from tetdeploy.engine import open_engine
 from tetdeploy.export import LAYOUTS, ExportConfig, export_model
 from tetdeploy.files import write_json
@@ -201,7 +203,7 @@ def show(results: dict[str, Any], sizes: list[int]) -> None:
         console.print("a smoke run: on a CPU these numbers say nothing about a card")
 
 
-@click.command()
+@click.command(cls=CleanErrors)
 @click.option("--model", default="resnet19", show_default=True)
 @click.option("--width", default=1.0, show_default=True)
 @click.option("--T", "T", default=4, show_default=True)
@@ -217,8 +219,8 @@ def show(results: dict[str, Any], sizes: list[int]) -> None:
     "no GPU (--export-only). [default: a temporary one]",
 )
 @click.option("--export-only", is_flag=True, help="Write the graphs of the sides to --graphs, and measure nothing.")
-@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@data_dir_option
+@json_option
 def main(
     model: str,
     width: float,
@@ -237,11 +239,8 @@ def main(
     sides = [side for side in SIDES if side.startswith(begins or "")]
     with tempfile.TemporaryDirectory() as name:
         folder = (graphs or Path(name)) / f"{model}-{width:g}-T{T}"
-        try:
-            card = "" if export_only else device_name(pick_device(device))
-            prepare(folder, model, width, data_dir, T)
-        except (ValueError, OSError) as error:
-            raise click.ClickException(str(error)) from error
+        card = "" if export_only else device_name(pick_device(device))
+        prepare(folder, model, width, data_dir, T)
         if export_only:
             export_all(sides, folder, T, device)
             return

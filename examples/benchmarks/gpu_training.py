@@ -47,6 +47,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tetdeploy.cli.errors import CleanErrors
+from tetdeploy.cli.options import json_option
 from tetdeploy.files import write_json
 from tetdeploy.networks import ann_twin, build_network
 from tetdeploy.networks.blocks import ResidualBlock
@@ -419,7 +421,7 @@ def show(results: dict[str, Any]) -> None:
         console.print(f"{name}: {value:.2f}, wanted {wish}: {'reached' if holds else 'NOT reached'}")
 
 
-@click.command()
+@click.command(cls=CleanErrors)
 @click.option("--model", default="resnet19", show_default=True)
 @click.option("--width", default=1.0, show_default=True)
 @click.option("--size", default=32, show_default=True, help="Side of the images.")
@@ -431,7 +433,7 @@ def show(results: dict[str, Any]) -> None:
 @click.option("--steps", default=10, show_default=True, help="In a turn.")
 @click.option("--side", "sides", multiple=True, type=click.Choice(SIDES), help="These alone. [default: all]")
 @click.option("--threads", type=click.IntRange(min=1), help="On a CPU.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@json_option
 def main(
     model: str,
     width: float,
@@ -446,11 +448,8 @@ def main(
     threads: int | None,
     json_path: Path | None,
 ) -> None:
-    try:
-        found = pick_device(device)
-        chosen = pick_precision(precision, found)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+    found = pick_device(device)
+    chosen = pick_precision(precision, found)
     case = Case(model, width, size, T, batch, device, chosen, steps)
     results = {"case": vars(case), "card": device_name(found), "precision": chosen, "torch": torch.__version__}
 

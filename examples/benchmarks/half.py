@@ -19,14 +19,15 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from inference import untrained
+from inference import load_images, untrained
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetdeploy import load
-from tetdeploy.data import load_data
+from tetdeploy.cli.errors import CleanErrors
+from tetdeploy.cli.options import data_dir_option
 from tetdeploy.export.half import HalfNetwork, Place
 from tetdeploy.export.recorder import compare_torch, run_torch
 from tetdeploy.tracing import Tracer
@@ -73,19 +74,19 @@ def measure(classifier: Any, x: Any, T: int, places: tuple[Place, ...], membrane
     return float(np.sum(whole) / np.sum(sizes)) * 1e6, float(np.max(local / sizes)) * 1e6, same / len(x)
 
 
-@click.command()
+@click.command(cls=CleanErrors)
 @click.option("--run", type=click.Path(path_type=Path), help="A run folder. [default: ResNet-19, untrained]")
 @click.option("--data", default="cifar10", show_default=True, help="The run's data; their test set is used.")
 @click.option("--width", default=0.25, show_default=True, help="Of ResNet-19.")
 @click.option("--T", "T", default=4, show_default=True)
 @click.option("--limit", default=256, show_default=True, help="Images.")
-@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
+@data_dir_option
 def main(run: Path | None, data: str, width: float, T: int, limit: int, data_dir: Path) -> None:
     if run is None:
         classifier, x = untrained("resnet19", width, data_dir, T)
         name = f"ResNet-19 x {width:g}, untrained"
     else:
-        classifier, x = load(run).eval(), load_data(data, "test", data_dir=data_dir).x
+        classifier, x = load(run).eval(), load_images(data, data_dir).x
         name = str(run)
     x = x[:limit]
     table = Table(title=f"{name}, T={T}, {len(x)} images of {data}: against float32")

@@ -37,7 +37,9 @@ from rich.table import Table
 from torch import nn
 
 from tetdeploy import Engine, native
-from tetdeploy.data import load_data
+from tetdeploy.cli.errors import CleanErrors
+from tetdeploy.cli.options import data_dir_option, json_option
+from tetdeploy.data import LabelledSet, load_data
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.files import write_json
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
@@ -53,9 +55,31 @@ OWN = ", ORT's own"
 WARM_UP, CALLS = 2, 5  # of a side's turn; ONNX Runtime still takes new memory in the second
 
 
+class NoImagesError(click.ClickException):
+    """The images that a benchmark needs are not to be had: nothing was measured."""
+
+    exit_code = 2
+
+
+def load_images(name: str, data_dir: Path) -> LabelledSet:
+    """A data set's test images.
+
+    Raises:
+        NoImagesError: there are none; says where they were looked for and what to do.
+    """
+    try:
+        return load_data(name, "test", data_dir=data_dir)
+    except OSError as error:
+        raise NoImagesError(str(error)) from error
+
+
 def untrained(model: str, width: float, data_dir: Path, T: int) -> tuple[Classifier, Any]:
-    """A network whose BN statistics are those of CIFAR-10 images, and the images."""
-    data = load_data("cifar10", "test", data_dir=data_dir)
+    """A network whose BN statistics are those of CIFAR-10 images, and the images.
+
+    Raises:
+        NoImagesError: they are not to be had.
+    """
+    data = load_images("cifar10", data_dir)
     config = NetworkConfig(model, num_classes=10, in_channels=3, image_size=(32, 32), width=width)
     torch.manual_seed(0)
     classifier = Classifier(
@@ -211,7 +235,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
 }
 
 
-@click.command()
+@click.command(cls=CleanErrors)
 @click.option("--model", default="resnet19", show_default=True)
 @click.option("--width", default=1.0, show_default=True)
 @click.option("--T", "T", default=4, show_default=True)
@@ -221,8 +245,8 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "--turns", default=4, show_default=True, type=click.IntRange(min=1), help=f"Of each side, {CALLS} calls each."
 )
 @click.option("--without", multiple=True, type=click.Choice(OTHERS), help="Leave one of the others out.")
-@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@data_dir_option
+@json_option
 def main(
     model: str,
     width: float,

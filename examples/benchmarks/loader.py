@@ -27,6 +27,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from tetdeploy.cli.errors import CleanErrors
+from tetdeploy.cli.options import json_option
 from tetdeploy.data import ImageFiles, ImageSet, LabelledSet, load_data
 from tetdeploy.files import write_json
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
@@ -154,7 +156,7 @@ def files_row(data: ImageFiles, step: Step, workers: int, steps: int, batch_size
         return Row(f"{name}, 224x224", step.name, workers, *measured(images, step, steps, batch_size, workers=workers))
 
 
-@click.command()
+@click.command(cls=CleanErrors)
 @click.option("--workers", default=f"0,{usable_cores()}", show_default=True, help="Numbers of processes to try.")
 @click.option("--model", default="spiking-resnet34", show_default=True, help="The network behind the image files.")
 @click.option("--width", default=0.125, show_default=True, help="Its factor on every channel count.")
@@ -165,7 +167,7 @@ def files_row(data: ImageFiles, step: Step, workers: int, steps: int, batch_size
 @click.option(
     "--data-dir", type=click.Path(path_type=Path), envvar="TETDEPLOY_DATA", help="Where imagenet lies, if any."
 )
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@json_option
 def main(
     workers: str,
     model: str,

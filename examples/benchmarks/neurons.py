@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tetdeploy.cli.errors import CleanErrors
+from tetdeploy.cli.options import json_option
 from tetdeploy.files import write_json
 from tetdeploy.neurons import lif
 
@@ -171,11 +173,11 @@ def cases(device: str) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}, {str(dtype).removeprefix('torch.')}, channels-last", last
 
 
-@click.command()
+@click.command(cls=CleanErrors)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", default=torch.get_num_threads(), show_default=True)
 @click.option("--repeats", default=25, show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@json_option
 def main(device: str, threads: int, repeats: int, json_path: Path | None) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("PyTorch sees no GPU here; leave out --device cuda")

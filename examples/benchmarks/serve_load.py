@@ -41,6 +41,8 @@ from rich.table import Table
 
 from tetdeploy import Engine
 from tetdeploy.agreement import load_reference
+from tetdeploy.cli.errors import CleanErrors
+from tetdeploy.cli.options import data_dir_option, json_option
 from tetdeploy.files import write_json
 
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
@@ -280,16 +282,16 @@ def _end_after(seconds: float, end: Callable[[], None]) -> None:
     time.sleep(2)
 
 
-@click.command()
+@click.command(cls=CleanErrors)
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--convsnn", "make", is_flag=True, help="Make a model in place of MODEL.")
-@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
+@data_dir_option
 @click.option("--clients", default="1,16,64,256", show_default=True)
 @click.option("--seconds", default=10.0, show_default=True, help="Of each number of clients.")
 @click.option("--threads", type=click.IntRange(min=1), help="Cores of the engine; all by default.")
 @click.option("--soak", "minutes", type=float, help="Watch the server's memory for so many minutes instead.")
 @click.option("--faults", "with_faults", is_flag=True, help="Misbehave, stop, kill and restart instead.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False))
+@json_option
 def main(
     model: Path | None,
     make: bool,

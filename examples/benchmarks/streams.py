@@ -22,6 +22,8 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 from tetdeploy import Engine
+from tetdeploy.cli.errors import CleanErrors
+from tetdeploy.cli.options import json_option
 from tetdeploy.files import write_json
 from tetdeploy.streams import StreamPool
 
@@ -102,13 +104,13 @@ def churned(engine: Engine, count: int, max_batch: int, images: Array, seconds: 
     return run_for(seconds, step)
 
 
-@click.command(help=__doc__)
+@click.command(cls=CleanErrors, help=__doc__)
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.option("--streams", default="1,10,100,1000", show_default=True)
 @click.option("--max-batch", default="16,64,256", show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--seconds", default=10.0, show_default=True, help="For each line.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@json_option
 def main(model: Path, streams: str, max_batch: str, threads: int, seconds: float, json_path: Path | None) -> None:
     engine = Engine(model, threads=threads)
     images = inputs(engine)

@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tetdeploy.cli.errors import CleanErrors
+from tetdeploy.cli.options import json_option
 from tetdeploy.files import write_json
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.neurons import LIF
@@ -128,10 +130,10 @@ def where_it_goes(step: Step) -> dict[str, float]:
 _GROUPS = {"convolution": ("convolution", "conv2d", "mkldnn"), "normalisation": ("batch_norm",), "neurons": ("lif",)}
 
 
-@click.command()
+@click.command(cls=CleanErrors)
 @click.option("--threads", default=torch.get_num_threads(), show_default=True)
 @click.option("--repeats", default=20, show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@json_option
 def main(threads: int, repeats: int, json_path: Path | None) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from tetdeploy.cli.bench import bench
 from tetdeploy.cli.build import build
 from tetdeploy.cli.calibrate import calibrate
 from tetdeploy.cli.early_exit import early_exit
-from tetdeploy.cli.errors import CleanErrors
+from tetdeploy.cli.errors import CleanGroup
 from tetdeploy.cli.export import export
 from tetdeploy.cli.import_ import import_
 from tetdeploy.cli.inspect import inspect
@@ -26,7 +26,7 @@ __all__ = ["main"]
 
 
 @click.group(
-    cls=CleanErrors,
+    cls=CleanGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C. A file is written whole or not at all. Tables are as "
     "wide as the terminal, or as the variable COLUMNS says: what does not fit goes on below.",

@@ -12,9 +12,9 @@ from tetdeploy.extras import MissingExtraError
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
-class CleanErrors(click.Group):
-    """A group whose commands report ValueError, OSError and MissingExtraError as `Error: ...` with exit code 1, and
-    Ctrl-C, where a command does not do so itself, with exit code 130: files are written whole or not at all."""
+class CleanErrors(click.Command):
+    """A command that reports ValueError, OSError and MissingExtraError as `Error: ...` with exit code 1, and Ctrl-C,
+    where it does not do so itself, with exit code 130: files are written whole or not at all."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         replace_lacking_characters()
@@ -30,6 +30,10 @@ class CleanErrors(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; no file is left half written", err=True)
             ctx.exit(INTERRUPTED)
+
+
+class CleanGroup(CleanErrors, click.Group):
+    """The same of all commands in a group."""
 
 
 def _describe(error: OSError) -> str:
