@@ -31,7 +31,6 @@ import os
 import statistics
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +60,7 @@ from tetdeploy.train.ranks import Ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from memory import loop_twin, peak_bytes
+from peers import reset, with_spikingjelly
 from turns import Answer, Worker
 
 SIDES = ("loop", "NCHW", "unfused", "tetdeploy", "tetdeploy graphs")
@@ -156,27 +156,11 @@ def variant(side: str, network: nn.Module, device: torch.device) -> nn.Module:
         return network
     if device.type != "cuda" and "torch" not in side:
         raise ValueError(f"{side} needs a GPU")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from spikingjelly.activation_based import neuron, surrogate
-    for path, module in list(network.named_modules()):
-        if isinstance(module, LIF):
-            options = {"v_threshold": module.v_th, "v_reset": 0.0, "detach_reset": False, "step_mode": "m"}
-            options["surrogate_function"] = surrogate.PiecewiseQuadratic(alpha=1 / module.gamma)
-            # our tau is the factor that stays of the membrane, theirs a time constant
-            leak = {} if module.tau == 1 else {"tau": 1 / (1 - module.tau), "decay_input": False}
-            node = neuron.LIFNode if leak else neuron.IFNode
-            network.set_submodule(path, node(**options, **leak))
-    return network
+    return with_spikingjelly(network)
 
 
 def resetting(side: str) -> Callable[[nn.Module], None]:
-    if not side.startswith("SJ"):
-        return lambda network: None
-    from spikingjelly.activation_based import functional as theirs
-
-    reset: Callable[[nn.Module], None] = theirs.reset_net
-    return reset
+    return reset if side.startswith("SJ") else lambda network: None
 
 
 # --- a side's process

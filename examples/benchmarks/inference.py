@@ -16,14 +16,12 @@ ONNX files exported for it.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,9 +41,9 @@ from tetdeploy.data import LabelledSet, load_data
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.files import write_json
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.neurons import LIF
 
 sys.path.insert(0, str(Path(__file__).parent))
+from peers import reset, with_spikingjelly
 from turns import Answer, Worker
 
 Call = Callable[[Any], Any]
@@ -95,18 +93,10 @@ def untrained(model: str, width: float, data_dir: Path, T: int) -> tuple[Classif
 
 
 def spikingjelly(classifier: Classifier, T: int) -> Call:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from spikingjelly.activation_based import functional, neuron
-    theirs = copy.deepcopy(classifier)
-    for module in list(theirs.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, LIF):
-                node = neuron.LIFNode(tau=2.0, decay_input=False, v_reset=0.0, v_threshold=child.v_th, step_mode="m")
-                setattr(module, name, node)
+    theirs = with_spikingjelly(classifier)
 
     def call(x: Any) -> Any:
-        functional.reset_net(theirs)
+        reset(theirs)
         return theirs(torch.from_numpy(x), T)
 
     return call

@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from peers import reset, spikingjelly_neuron
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import json_option
 from tetdeploy.files import write_json
-from tetdeploy.neurons import lif
+from tetdeploy.neurons import LIF, lif
 
 SHAPES = {
     "first layer of VGGSNN, 28x28": (4, 32, 64, 28, 28),
@@ -91,22 +91,10 @@ def kept_bytes(run: Callable[[Tensor], Tensor], current: Tensor) -> int:
 
 
 def spikingjelly(backend: str) -> Callable[[Tensor], Tensor]:
-    """SpikingJelly's neurons with our equations: tau = 0.5 is its 1 / (1 - tau) = 2, the triangle of width 1."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from spikingjelly.activation_based import functional, neuron, surrogate
-    node: nn.Module = neuron.LIFNode(
-        tau=2.0,
-        decay_input=False,
-        v_reset=0.0,
-        detach_reset=False,
-        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
-        step_mode="m",
-        backend=backend,
-    )
+    node = spikingjelly_neuron(LIF(), backend=backend)
 
     def run(current: Tensor) -> Tensor:
-        functional.reset_net(node)
+        reset(node)
         spikes: Tensor = node(current)
         return spikes
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from pathlib import Path
 
 import click
 import torch
+from peers import reset, spikingjelly, spikingjelly_neuron
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -54,31 +54,20 @@ class Ours(nn.Module):
 
 
 def spikingjelly_network() -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from spikingjelly.activation_based import functional, layer, neuron, surrogate
-
-    def neurons() -> nn.Module:
-        node: nn.Module = neuron.LIFNode(
-            tau=2.0,
-            decay_input=False,
-            v_reset=0.0,
-            detach_reset=False,
-            surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
-        )
-        return node
-
+    theirs = spikingjelly()
+    layer = theirs.layer
     layers: list[nn.Module] = []
     before = 1
     for entry in CHANNELS[1:]:
         if isinstance(entry, str):
             layers.append(layer.AvgPool2d(2))
             continue
-        layers += [layer.Conv2d(before, entry, 3, padding=1, bias=False), layer.BatchNorm2d(entry), neurons()]
+        layers += [layer.Conv2d(before, entry, 3, padding=1, bias=False), layer.BatchNorm2d(entry)]
+        layers.append(spikingjelly_neuron(LIF()))
         before = entry
     layers += [layer.AdaptiveAvgPool2d(1), layer.Flatten(), layer.Linear(before, 10)]
     network = nn.Sequential(*layers)
-    functional.set_step_mode(network, "m")
+    theirs.functional.set_step_mode(network, "m")
 
     class Theirs(nn.Module):
         def __init__(self) -> None:
@@ -86,7 +75,7 @@ def spikingjelly_network() -> nn.Module:
             self.network = network
 
         def forward(self, x: Tensor) -> Tensor:
-            functional.reset_net(self.network)
+            reset(self.network)
             logits: Tensor = self.network(x.unsqueeze(0).repeat(T, 1, 1, 1, 1))
             return logits
 

@@ -1,0 +1,54 @@
+"""SpikingJelly's neurons with the equations of ours."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import click
+from torch import nn
+
+from tetdeploy.neurons import LIF
+
+
+@cache  # `reset` is part of what is timed
+def spikingjelly() -> Any:
+    """Its `activation_based` with the modules that benchmarks use, imported without the warnings of that.
+
+    Raises:
+        ClickException: it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from spikingjelly import activation_based
+            from spikingjelly.activation_based import functional, layer, neuron, surrogate  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"SpikingJelly cannot be imported ({error}): pip install spikingjelly") from error
+    return activation_based
+
+
+def spikingjelly_neuron(ours: LIF, **options: Any) -> nn.Module:
+    """Its neuron for one of ours, over all steps at once; `options` are its own, such as the backend."""
+    theirs = spikingjelly()
+    options |= {"v_threshold": ours.v_th, "v_reset": 0.0, "detach_reset": False, "step_mode": "m"}
+    options["surrogate_function"] = theirs.surrogate.PiecewiseQuadratic(alpha=1 / ours.gamma)
+    if ours.tau == 1:
+        node: nn.Module = theirs.neuron.IFNode(**options)
+    else:  # our tau is the factor that stays of the membrane, theirs a time constant
+        node = theirs.neuron.LIFNode(**options, tau=1 / (1 - ours.tau), decay_input=False)
+    return node
+
+
+def with_spikingjelly(network: nn.Module) -> nn.Module:
+    """The network with its neurons in place of ours."""
+    for path, module in list(network.named_modules()):
+        if isinstance(module, LIF):
+            network.set_submodule(path, spikingjelly_neuron(module))
+    return network
+
+
+def reset(network: nn.Module) -> None:
+    """Set its membranes to 0, which it keeps from call to call."""
+    spikingjelly().functional.reset_net(network)
