@@ -82,15 +82,15 @@ def _locked(out: Path) -> Iterator[None]:
             RuntimeWarning,
             stacklevel=2,
         )
-        yield
-        return
     try:
         with suppress(OSError):
-            file.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+            if lock.is_locked:
+                file.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:
-        with suppress(OSError):  # before the lock ends, or it might be the file of the next to lock it
-            file.unlink()
+        with suppress(OSError):
+            if lock.is_locked:  # the file goes before the lock, or it might be that of the next to lock it
+                file.unlink()
         lock.release()
 
 
