@@ -335,6 +335,26 @@ def test_residual_networks_have_no_other_passes_over_memory(layout: str, target:
     assert operators.count("ReorderInput") <= 2 or layout == "step"  # a state has the usual order
 
 
+def test_spikes_that_are_summed_later_go_there_as_bytes() -> None:
+    """A convolution reads them, too: they are not written a second time, as float32."""
+    nodes = [
+        helper.make_node("Greater", ["x", "k"], ["fires"]),
+        helper.make_node("Cast", ["fires"], ["spikes"], to=UINT8),
+        helper.make_node("MaxPool", ["spikes"], ["pooled"], kernel_shape=[1, 1]),  # as a convolution of bytes
+        helper.make_node("Cast", ["pooled"], ["current"], to=FLOAT),
+        helper.make_node("Cast", ["spikes"], ["skipped"], to=FLOAT),
+        helper.make_node("Add", ["current", "skipped"], ["sum"]),
+        helper.make_node("Greater", ["sum", "k"], ["fires2"]),
+        helper.make_node("Cast", ["fires2"], ["y"], to=UINT8),
+    ]
+    model = graph(nodes, {"x": (FLOAT, ["N", 2, 5, 5])}, {"y": UINT8}, {"k": np.array(0.5, np.float32)})
+    assert assert_same(model, {"x": floats(3, 2, 5, 5)}) == ["Elementwise", "MaxPool", "Elementwise"]
+    made, _ = joined(model)
+    skips = onnx.ModelProto.FromString(made).graph.node[-1]
+    ports = next(a.ints for a in skips.attribute if a.name == "input_ports")
+    assert list(ports) == [UINT8, 1, UINT8, 1]
+
+
 @pytest.mark.parametrize("nodes", [
     [helper.make_node("Sqrt", ["x"], ["y"])],
     [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.INT32)],

@@ -1,7 +1,8 @@
 """Finds what is element-wise in a graph that ONNX Runtime has optimised, and makes one node of each connected region.
 
 No path leaves a region and comes back to it: all its nodes have equally many other nodes on the longest path that leads
-to them. `Split` and `DequantizeLinear` belong to no region; each region that reads them does their work itself.
+to them. `Split`, `DequantizeLinear` and the `Cast` of spikes that are summed belong to no region; each that reads them
+does their work itself.
 """
 
 from __future__ import annotations
@@ -179,12 +180,21 @@ class _Graph:
             length = self.kinds[node.input[0]].shape[0]
             even = not isinstance(length, int) or length % len(node.output) == 0
             return _attribute(node, "axis", 0) == 0 and sizes is not None and len(set(sizes)) == 1 and even
+        if node.op_type == "Cast":  # of spikes to be summed: bytes take a fourth of the memory
+            types = (self.kinds[node.input[0]].type, self.kinds[node.output[0]].type)
+            return types == (UINT8, FLOAT) and self._is_summed(node)
         return (
             node.op_type == "DequantizeLinear"
             and all(name in self.numbers for name in node.input[1:])
             and self.kinds[node.input[0]].type in (UINT8, INT8)
             and self.kinds[node.output[0]].type == FLOAT
         )
+
+    def _is_summed(self, node: onnx.NodeProto) -> bool:
+        """Whether another node makes what `node` reads, and only sums read what it makes."""
+        readers = [other for other in self.nodes if node.output[0] in reads(other)]
+        made = node.input[0] in self.producer and node.output[0] not in {o.name for o in self.graph.output}
+        return made and bool(readers) and all(r.op_type == "Add" and self._is_member(r) for r in readers)
 
     def _is_member(self, node: onnx.NodeProto) -> bool:
         """Whether a node works element by element, on types that `elementwise.c` knows."""
