@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from export_helpers import exported
 
+from tetdeploy import native
 from tetdeploy.agreement import (
     LogitAgreement,
     Reference,
@@ -101,6 +102,25 @@ def test_every_difference_counts_at_its_step(engine: Engine) -> None:
     assert result.neuron(2)["spike_count_error"] == pytest.approx(2 / (sizes[2] * 4 * 60))
     shorter = compare_reference(engine, Reference(own.x, per_step, spike_counts, None), 2)
     assert shorter.row(2) == result.row(2)  # causal
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_a_native_operator_that_computes_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(exported("dynamic"), threads=1, native=True)
+    reference = load_reference(engine)
+    right = compare_reference(engine, reference, reference.T).row(reference.T)
+
+    class Wrong:
+        def __init__(self, session: Any) -> None:
+            self.session = session
+
+        def run(self, names: list[str], feed: dict[str, Any]) -> list[Any]:
+            return [-output for output in self.session.run(names, feed)]
+
+    monkeypatch.setattr(engine, "_session", Wrong(engine._session))
+    wrong = compare_reference(engine, reference, reference.T).row(reference.T)
+    assert right["top1_agreement"] == 1.0 > wrong["top1_agreement"]
+    assert wrong["spike_count_error"] == right["spike_count_error"]  # counted without it
 
 
 def test_only_the_reference_s_steps_are_compared() -> None:
