@@ -528,6 +528,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
 def test_ctrl_c_during_the_imports_is_one_line() -> None:
     code = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what runs in its background
 class Interrupted:
     def find_spec(self, name, *rest):
         if name == "rich.console":
