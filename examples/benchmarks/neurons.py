@@ -3,24 +3,26 @@
     python examples/benchmarks/neurons.py [--threads 2] [--json neurons.json]
     python examples/benchmarks/neurons.py --device cuda        # also: pip install spikingjelly
 
-Forward and backward of one layer over T steps. All sides take turns in one process, so that a slow moment of the
-machine hits each; the table shows medians and the loop's over ours. "kept" is what autograd holds between forward and
-backward. On a GPU time is that between CUDA events, in float32 and bfloat16, contiguous and channels-last, and every
-backend of SpikingJelly that runs takes part, with our equations; one that does not run says why. *Never run on a GPU
-by the authors yet.*
+Forward and backward of one layer over T steps. Each side has a process of its own (`turns`), and they take turns, so
+that a slow moment of the machine hits each; the table shows medians and the loop's over ours. "kept" is what autograd
+holds between forward and backward. On a GPU time is that between CUDA events, in float32 and bfloat16, contiguous and
+channels-last, and every implementation of SpikingJelly's neurons takes part (`SJ_LIF_CUDA_IMPLEMENTATION`, which it
+reads when it is imported), with our equations; one that does not run says why. *Never run on a GPU by the authors yet.*
 """
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from peers import reset, spikingjelly_neuron
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -30,6 +32,12 @@ from tetdeploy.cli.options import json_option
 from tetdeploy.files import write_json
 from tetdeploy.neurons import LIF, lif
 
+sys.path.insert(0, str(Path(__file__).parent))
+from peers import reset, spikingjelly_neuron
+from turns import Answer, Worker
+
+TURNS = 5
+SPIKINGJELLY = ("SpikingJelly torch", "SpikingJelly triton", "SpikingJelly cuda")
 SHAPES = {
     "first layer of VGGSNN, 28x28": (4, 32, 64, 28, 28),
     "middle of ResNet-19, 16x16": (4, 16, 256, 16, 16),
@@ -41,8 +49,6 @@ GPU_SHAPES = {
     "many steps, 16x16": (10, 64, 256, 16, 16),
     "linear layer": (8, 512, 4096),
 }
-
-Row = dict[str, float]
 
 
 class Spike(torch.autograd.Function):
@@ -90,8 +96,9 @@ def kept_bytes(run: Callable[[Tensor], Tensor], current: Tensor) -> int:
     return sum(kept.values())
 
 
-def spikingjelly(backend: str) -> Callable[[Tensor], Tensor]:
-    node = spikingjelly_neuron(LIF(), backend=backend)
+def spikingjelly(implementation: str) -> Callable[[Tensor], Tensor]:
+    os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = implementation
+    node = spikingjelly_neuron(LIF())
 
     def run(current: Tensor) -> Tensor:
         reset(node)
@@ -99,29 +106,6 @@ def spikingjelly(backend: str) -> Callable[[Tensor], Tensor]:
         return spikes
 
     return run
-
-
-def sides_on(device: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    sides = {"loop": loop, "ours": ours}
-    if device == "cuda":
-        for backend in ("torch", "cupy", "triton"):
-            try:
-                sides[f"spikingjelly {backend}"] = spikingjelly(backend)
-            except Exception as error:  # whatever keeps another's package from starting is shown
-                print(f"without SpikingJelly's {backend} backend: {error}")
-    return sides
-
-
-def runs(name: str, run: Callable[[Tensor], Tensor], current: Tensor, gradient: Tensor) -> bool:
-    """Whether a side takes such tensors; ours and the loop must."""
-    if name in ("loop", "ours"):
-        return True
-    try:
-        seconds(run, current, gradient)
-    except Exception as error:  # as above
-        print(f"{name} does not run in {current.dtype}: {error}")
-        return False
-    return True
 
 
 def seconds(run: Callable[[Tensor], Tensor], current: Tensor, gradient: Tensor) -> float:
@@ -139,26 +123,74 @@ def seconds(run: Callable[[Tensor], Tensor], current: Tensor, gradient: Tensor) 
     return before.elapsed_time(after) / 1e3
 
 
-def medians(sides: dict[str, Callable[[Tensor], Tensor]], current: Tensor, gradient: Tensor, repeats: int) -> Row:
-    """Of each side, in turns, after three rounds to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(-3, repeats):
-        for name, run in sides.items():
-            t = seconds(run, current, gradient)
-            if repeat >= 0:
-                times[name].append(t)
-    return {name: statistics.median(values) for name, values in times.items()}
+@dataclass(frozen=True)
+class Case:
+    """A layer's current, as dtype and memory format go through it."""
+
+    layer: str
+    shape: tuple[int, ...]
+    dtype: str
+    channels_last: bool
+
+    def __str__(self) -> str:
+        return f"{self.layer}, {self.dtype}" + ", channels-last" * self.channels_last
+
+    def tensors(self, device: str) -> tuple[Tensor, Tensor]:
+        """The current and the gradient of its spikes."""
+        torch.manual_seed(0)
+        current = torch.randn(self.shape, device=device).to(getattr(torch, self.dtype))
+        if self.channels_last:
+            merged = current.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            current = merged.unflatten(0, self.shape[:2])
+        return current.requires_grad_(), torch.empty_like(current).normal_()
 
 
-def cases(device: str) -> Iterator[tuple[str, Tensor]]:
-    """Layers, as dtype and memory format go through them."""
-    for name, shape in (SHAPES if device == "cpu" else GPU_SHAPES).items():
-        for dtype in (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16):
-            current = torch.randn(shape, device=device).to(dtype)
-            yield f"{name}, {str(dtype).removeprefix('torch.')}", current
-            if device == "cuda" and len(shape) == 5:
-                last = current.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, shape[:2])
-                yield f"{name}, {str(dtype).removeprefix('torch.')}, channels-last", last
+def cases(device: str) -> Iterator[Case]:
+    for layer, shape in (SHAPES if device == "cpu" else GPU_SHAPES).items():
+        for dtype in ("float32",) if device == "cpu" else ("float32", "bfloat16"):
+            for channels_last in (False, True) if device == "cuda" and len(shape) == 5 else (False,):
+                yield Case(layer, shape, dtype, channels_last)
+
+
+def open_side(side: str, device: str, threads: int) -> Answer:
+    """What answers a case and a number of calls with {"seconds" of each, "kept_bytes"}."""
+    torch.set_num_threads(threads)
+    own = {"loop": loop, "ours": ours}
+    run = own[side] if side in own else spikingjelly(side.split()[1])
+    ready: tuple[Case, Tensor, Tensor] | None = None
+
+    def answer(request: tuple[Case, int]) -> dict[str, Any]:
+        nonlocal ready
+        case, calls = request
+        if ready is None or ready[0] != case:
+            ready = (case, *case.tensors(device))
+            seconds(run, *ready[1:])
+        seconds(run, *ready[1:])
+        return {"seconds": [seconds(run, *ready[1:]) for _ in range(calls)], "kept_bytes": kept_bytes(run, ready[1])}
+
+    return answer
+
+
+def measure(
+    case: Case, sides: tuple[str, ...], device: str, threads: int, workers: dict[str, Worker], repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Of each side that runs {"seconds", "kept_bytes"}; the first turn warms up."""
+    found: dict[str, dict[str, Any]] = {}
+    able = list(sides)
+    for turn in range(TURNS + 1):
+        for side in tuple(able):
+            answer = workers[side].ask((case, -(-repeats // TURNS)))
+            if answer is None:
+                if side in ("loop", "ours"):
+                    raise click.ClickException(f"{side} does not run on {case}: {workers[side].failed}")
+                print(f"{side} does not run on {case}: {workers[side].failed}")
+                able.remove(side)
+                found.pop(side, None)
+                workers[side] = Worker(open_side, side, device, threads)  # for the next case
+            elif turn:
+                found.setdefault(side, {"seconds": []})["seconds"] += answer["seconds"]
+                found[side]["kept_bytes"] = answer["kept_bytes"]
+    return {side: {**values, "seconds": statistics.median(values["seconds"])} for side, values in found.items()}
 
 
 @click.command(cls=CleanErrors)
@@ -169,28 +201,28 @@ def cases(device: str) -> Iterator[tuple[str, Tensor]]:
 def main(device: str, threads: int, repeats: int, json_path: Path | None) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("PyTorch sees no GPU here; leave out --device cuda")
-    torch.set_num_threads(threads)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{threads} threads"
-    sides = sides_on(device)
+    sides = ("loop", "ours", *(SPIKINGJELLY if device == "cuda" else ()))
+    workers = {side: Worker(open_side, side, device, threads) for side in sides}
     table = Table(title=f"LIF forward + backward, {where}, median of {repeats}")
     for column in ("layer", "[T, N, ...]", *sides, "speed-up", "kept, loop", "kept, ours"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     rows: list[dict[str, Any]] = []
-    for name, current in cases(device):
-        gradient = torch.empty_like(current).normal_()
-        current.requires_grad_()
-        able = {side: run for side, run in sides.items() if runs(side, run, current, gradient)}
-        took = medians(able, current, gradient, repeats)
-        kept = {"loop": kept_bytes(loop, current), "ours": kept_bytes(ours, current)}
+    for case in cases(device):
+        found = measure(case, sides, device, threads, workers, repeats)
+        took = {side: values["seconds"] for side, values in found.items()}
+        kept = {side: found[side]["kept_bytes"] for side in ("loop", "ours")}
         ratio = took["loop"] / took["ours"]
-        rows.append({"layer": name, "shape": [*current.shape], "seconds": took, "speed_up": ratio, "kept_bytes": kept})
+        rows.append({"layer": str(case), "shape": case.shape, "seconds": took, "speed_up": ratio, "kept_bytes": kept})
         table.add_row(
-            name,
-            str([*current.shape]),
+            str(case),
+            str([*case.shape]),
             *(f"{took[side] * 1e3:.2f} ms" if side in took else "-" for side in sides),
             f"{ratio:.2f}x",
             *(f"{kept[side] / 2**20:.1f} MiB" for side in ("loop", "ours")),
         )
+    for worker in workers.values():
+        worker.end()
     Console(width=130 if device == "cpu" else 200).print(table)
     summary: dict[str, Any] = {"device": where, "threads": threads, "repeats": repeats, "rows": rows}
     summary["geometric_mean"] = statistics.geometric_mean([row["speed_up"] for row in rows])
