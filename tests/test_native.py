@@ -15,16 +15,17 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from export_helpers import LAYOUTS, digits, exported, frames, int8_exported, unchecked
+from export_helpers import LAYOUTS, classifier, digits, exported, frames, int8_exported, unchecked
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from tetdeploy import native
 from tetdeploy.engine import Engine
-from tetdeploy.export import ExportConfig
+from tetdeploy.export import ExportConfig, export_model
+from tetdeploy.native.layout import keep_last
 from tetdeploy.native.loops import Loop
 from tetdeploy.native.programs import MAX_REGISTERS, Op, Program
-from tetdeploy.native.regions import UnfusableError, check_loop
+from tetdeploy.native.regions import Kind, UnfusableError, check_loop
 from tetdeploy.networks import ResNet19
 from tetdeploy.neurons import LIF
 
@@ -333,6 +334,75 @@ def test_residual_networks_have_no_other_passes_over_memory(layout: str, target:
     _, operators = joined((tmp_path / "m.onnx").read_bytes())
     assert not {"Scan", "Split", "Sub", "Add", "HardSigmoid", "ThresholdedRelu"} & set(operators) - {"Sub"}
     assert operators.count("ReorderInput") <= 2 or layout == "step"  # a state has the usual order
+
+
+@pytest.mark.parametrize(("layout", "most"), [("unrolled", 2), ("dynamic", 3)])
+def test_int8_residual_networks_stay_with_channels_last(layout: str, most: int, tmp_path: Path) -> None:
+    """What is left turns the first spikes of a dynamic graph, the mean of each channel, and the logits."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ResNet19(num_classes=10, in_channels=1, image_size=(8, 8), width=0.25)
+    config = ExportConfig(layout=layout, T=3, trained_T=3, precision="int8")  # type: ignore[arg-type]
+    x, labels = digits().images[:32], digits().labels[:32]
+    path = tmp_path / "m.onnx"
+    export_model(classifier(network), path, config, x, num_check=0, calibration=(x, labels))
+    assert_same_answers(path, x, [3])
+    _, operators = joined(path.read_bytes())
+    assert operators.count("Transpose") <= most and not {"Cast", "Split", "Concat"} & set(operators) - {"Concat"}
+
+
+def channels_last(
+    nodes: list[onnx.NodeProto], element: int = UINT8, image: tuple[int, int] = (5, 7)
+) -> tuple[list[str], bytes, bytes]:
+    """The operators after `keep_last` of nodes that make `y` of `x [N, H, W, 3]`, and the graphs before and after."""
+    declared: dict[str, tuple[int, Sequence[int | str]]] = {"x": (element, ["N", *image, 3])}
+    constants = {"k": np.array(0.5, np.float32), "image": np.array([2, 3])}
+    last_of = {name for node in nodes for name in node.output} - {name for node in nodes for name in node.input}
+    before = graph(nodes, declared, dict.fromkeys(sorted(last_of), FLOAT), constants)
+    model = onnx.ModelProto.FromString(before)
+    first = {UINT8: Kind(UINT8, (None, 3, *image)), FLOAT: Kind(FLOAT, (None, 3, *image))}
+    kinds = {"x": Kind(element, (None, *image, 3))}
+    for node in nodes:
+        kind = UINT8 if node.op_type == "Transpose" and element == UINT8 else FLOAT
+        kinds |= dict.fromkeys(node.output, first[kind])
+    elementwise = {k for k, node in enumerate(nodes) if node.op_type not in ("Transpose", "ReduceMean")}
+    kept = keep_last(model.graph, kinds, elementwise, {"k"})
+    after = model.SerializeToString()
+    assert kept or after == before
+    return [node.op_type for node in model.graph.node], before, after
+
+
+TURN = helper.make_node("Transpose", ["x"], ["a"], perm=[0, 3, 1, 2])
+
+
+def test_a_mean_over_an_image_of_bytes_needs_no_transpose() -> None:
+    nodes = [
+        TURN,
+        helper.make_node("Cast", ["a"], ["b"], to=FLOAT),
+        helper.make_node("ReduceMean", ["b", "image"], ["y"]),
+    ]
+    operators, before, after = channels_last(nodes)
+    assert operators == ["Cast", "ReduceMean", "Transpose"]  # of one number a channel
+    x = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(run(before, {"x": x})[0], run(after, {"x": x})[0])
+
+
+@pytest.mark.parametrize("case", ["floats", "large", "other axes", "needed in both orders"])
+def test_a_transpose_stays(case: str) -> None:
+    nodes = [
+        TURN,
+        helper.make_node("Cast", ["a"], ["b"], to=FLOAT),
+        helper.make_node("ReduceMean", ["b", "image"], ["y"]),
+    ]
+    if case == "floats":  # the order of a sum has its bits
+        operators, *_ = channels_last([TURN, helper.make_node("Mul", ["a", "k"], ["b"]), nodes[-1]], FLOAT)
+    elif case == "large":
+        operators, *_ = channels_last(nodes, image=(300, 300))
+    elif case == "other axes":
+        operators, *_ = channels_last([*nodes[:2], helper.make_node("ReduceMean", ["b", "k"], ["y"])])
+    else:
+        operators, *_ = channels_last([*nodes, helper.make_node("Add", ["b", "k"], ["z"])])
+    assert operators[0] == "Transpose" and operators[-1] != "Transpose"
 
 
 def test_spikes_that_are_summed_later_go_there_as_bytes() -> None:

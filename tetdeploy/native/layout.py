@@ -1,22 +1,27 @@
-"""Leaves float32 tensors in ONNX Runtime's blocked layout (NCHWc) between two convolutions.
+"""Leaves tensors between two convolutions in the layout that these want.
 
-ONNX Runtime's optimiser puts a `ReorderOutput` behind a convolution and a `ReorderInput` before the next one where it
-does not know the operators in between. Element-wise ones do not mind the order of elements.
+ONNX Runtime's float32 convolutions work on blocks of channels (NCHWc), its integer ones with channels last. Where it
+does not know the operators in between it puts `ReorderOutput` and `ReorderInput`, or `Transpose`, round them.
+Element-wise ones do not mind the order of elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, MutableMapping
-from typing import TYPE_CHECKING
+from collections.abc import Container, Mapping, MutableMapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy.native.loops import leading_to, put_nodes
 
 if TYPE_CHECKING:
     from tetdeploy.native.regions import Kind
 
+TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # where the channels go
+EXACT = 2**24  # whole numbers up to this have no rounding in float32
 DOMAIN = "com.microsoft.nchwc"
 
 
@@ -69,3 +74,82 @@ def _same_shape(kinds: MutableMapping[str, Kind], reorder: onnx.NodeProto) -> bo
     last = any(a.i for a in reorder.attribute if a.name == "channels_last")
     read, written = reorder.input[0], reorder.output[0]
     return not last and read in kinds and written in kinds and kinds[read].shape[1:] == kinds[written].shape[1:]
+
+
+def keep_last(
+    graph: onnx.GraphProto, kinds: MutableMapping[str, Kind], elementwise: Container[int], numbers: Container[str]
+) -> bool:
+    """Let the nodes `elementwise` work with channels last where what they read can come so and where that saves
+    `Transpose`s: before integer convolutions and before the mean over an image. Arguments and result as of
+    `keep_blocked`."""
+    last: dict[str, str] = {}  # by the name of the tensor in usual order
+    instead: dict[str, str] = {}
+    computed: dict[str, str] = {}  # of `last` what is computed here
+    means: dict[str, str] = {}  # with channels last, and the name of their axes
+    axes = {t.name: numpy_helper.to_array(t).tolist() for t in graph.initializer if t.data_type == TensorProto.INT64}
+    casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    nodes = list[onnx.NodeProto]()
+    for k, node in enumerate(graph.node):
+        tensors = [name for name in node.input if name not in numbers]
+        if _turns(node, TO_LAST) and node.input[0] in last:
+            instead[node.output[0]] = last[node.input[0]]
+            continue
+        nodes.append(node)
+        if _turns(node, TO_FIRST):
+            last[node.output[0]] = node.input[0]
+        elif node.domain == DOMAIN and node.op_type == "ReorderOutput" and _same_shape(kinds, node):
+            channels = kinds[node.output[0]].shape[1]
+            nodes.append(_twin(node, last, kinds, channels=channels, channels_last=1))
+        elif k in elementwise and tensors and all(name in last for name in tensors):
+            nodes.append(_twin(node, last, kinds))
+            computed |= {name: last[name] for name in node.output}
+        elif (
+            node.op_type == "ReduceMean"
+            and node.input[0] in last
+            and sorted(axis % 4 for axis in axes.get(node.input[-1], [])) == [2, 3]
+            and _is_exact(kinds, casts.get(node.input[0]))
+        ):
+            mean_name, axes_name = f"{node.output[0]}.last", f"{node.output[0]}.axes"
+            means[mean_name] = axes_name
+            mean = helper.make_node("ReduceMean", [last[node.input[0]], axes_name], [mean_name])
+            nodes[-1:] = [mean, helper.make_node("Transpose", mean.output, node.output, perm=TO_FIRST)]
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    for node in nodes:
+        node.input[:] = [instead.get(name, name) for name in node.input]
+    nodes = leading_to(graph.output, nodes)
+    made = {name for node in nodes for name in node.output}
+    before, after = (
+        sum(node.op_type == "Transpose" and node.input[0] not in means for node in each) for each in (graph.node, nodes)
+    )
+    if after >= before or any(name in made and twin in made for name, twin in computed.items()):
+        return False
+    graph.initializer.extend(numpy_helper.from_array(np.array([1, 2]), axes) for axes in means.values())
+    put_nodes(graph, nodes)
+    return True
+
+
+def _turns(node: onnx.NodeProto, perm: tuple[int, ...]) -> bool:
+    return node.op_type == "Transpose" and any(a.name == "perm" and tuple(a.ints) == perm for a in node.attribute)
+
+
+def _twin(
+    node: onnx.NodeProto, last: MutableMapping[str, str], kinds: MutableMapping[str, Kind], **attributes: Any
+) -> onnx.NodeProto:
+    """The node on tensors with channels last."""
+    outputs = [f"{name}.last" for name in node.output]
+    twin = helper.make_node(
+        node.op_type, [last.get(name, name) for name in node.input], outputs, domain=node.domain, **attributes
+    )
+    twin.attribute.extend(a for a in node.attribute if a.name not in attributes)
+    for name, output in zip(node.output, outputs, strict=True):
+        last[name] = output
+        kinds[output] = replace(kinds[name], shape=tuple(kinds[name].shape[axis] for axis in TO_LAST))
+    return twin
+
+
+def _is_exact(kinds: Mapping[str, Kind], image: str | None) -> bool:
+    """Whether it is of bytes, or of 0 and 1, and so small that the order of a sum over it plays no part in float32."""
+    if image is None or kinds[image].type not in (TensorProto.UINT8, TensorProto.BOOL):
+        return False
+    height, width = kinds[image].shape[2:]
+    return isinstance(height, int) and isinstance(width, int) and 255 * height * width < EXACT

@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy.native import DOMAIN
-from tetdeploy.native.layout import keep_blocked
+from tetdeploy.native.layout import keep_blocked, keep_last
 from tetdeploy.native.loops import FIRST_MARK, Loop, leading_to, put_nodes, reads, scalar
 from tetdeploy.native.programs import Op, Program
 
@@ -73,9 +73,12 @@ def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], loops: Sequence[Loop
     """
     kinds = dict(kinds)
     graph = _Graph(model.graph, kinds, loops)
-    elementwise = {k for k in range(len(graph.nodes)) if k in graph.region or graph.inline[k]}
-    if keep_blocked(model.graph, kinds, elementwise, graph.numbers.keys() | graph.sizes.keys()):
-        graph = _Graph(model.graph, kinds, loops)
+    casts = {name for loop in loops for node in loop.nodes if node.op_type == "Cast" for name in node.output}
+    whole = casts >= {loop.spikes for loop in loops}  # as `keep_last` takes them to be
+    for keep in (keep_blocked, keep_last)[: 1 + whole]:
+        elementwise = {k for k in range(len(graph.nodes)) if k in graph.region or graph.inline[k]}
+        if keep(model.graph, kinds, elementwise, graph.numbers.keys() | graph.sizes.keys()):
+            graph = _Graph(model.graph, kinds, loops)
     return graph.fuse()
 
 
