@@ -97,6 +97,8 @@ def spikes(*shape: int, most: int = 3) -> Array:
         ((2, 7, 7), (64, 70), (7, 7), [1, 1], [0, 0, 0, 0]),
         ((2, 6, 6), (64, 31), (3, 3), [1, 1], [0, 0, 3, 3]),
         ((2, 6, 6), (64, 17), (3, 3), [2, 2], [4, 4, 0, 0]),
+        ((2, 6, 6), (64, 32), (1, 1), [1, 1], [1, 1, 1, 1]),
+        ((2, 2, 6), (35, 9), (4, 3), [1, 2], [10, 7, 11, 9]),
     ],
     ids=str,
 )
@@ -122,7 +124,7 @@ def test_has_the_bits_of_onnx_runtime_in_any_geometry(seed: int, tiles: bool) ->
     rng = np.random.default_rng(seed)
     for _ in range(12):
         kernel, strides = tuple(rng.integers(1, 6, 2)), rng.integers(1, 5, 2)
-        pads = [*rng.integers(0, kernel), *rng.integers(0, kernel)]
+        pads = rng.integers(0, np.tile(kernel, 2) + rng.integers(0, 3))  # some as wide as the kernel
         size = [int(rng.integers(max(1, k - p - q), 20)) for k, p, q in zip(kernel, pads[:2], pads[2:], strict=True)]
         channels = int(rng.integers(32, 150)), int(rng.integers(1, 80))
         model = convolution(channels, kernel, strides=strides.tolist(), pads=[int(p) for p in pads])

@@ -280,10 +280,12 @@ static void multiply(void* argument, size_t grain) {
   multiply_plain(call, block, first, last);
 }
 
-/* How long an axis of an image is in a plane, so that a tap beyond its end meets the zeros before the next. */
+/* How long an axis of an image is in a plane, so that each output has a place and a tap beyond its end meets the zeros
+ * before the next. */
 static size_t pitch(size_t size, size_t out, size_t kernel, size_t stride, size_t before) {
   const size_t end = (out - 1) * stride + kernel; /* of what taps reach */
   size_t length = (size + before + stride - 1) / stride;
+  if (length < out) length = out; /* as where padding is as wide as the kernel, and outputs are of nothing else */
   while (end > length * stride + before) ++length;
   return length;
 }
