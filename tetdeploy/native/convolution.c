@@ -65,13 +65,15 @@ typedef struct {
 
 int has_tiles(void) {
 #if TILES
-  static int known = -1;
+  static int found = -1; /* by whichever thread comes first, or by several */
+  int known = __atomic_load_n(&found, __ATOMIC_RELAXED);
   if (known < 0) {
     __builtin_cpu_init();
     const int there = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
                       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     known = there && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+    __atomic_store_n(&found, known, __ATOMIC_RELAXED);
   }
   return known;
 #else
@@ -98,13 +100,16 @@ static void spread_row(void* argument, size_t grain) {
       uint8_t* target = call->spread + (before * call->allocated + at * call->pitch[1]) * CHUNK;
       for (size_t j = 0; j < call->pitch[1]; ++j, target += CHUNK) {
         const size_t column = j * kernel->strides[1] + remainder - kernel->pads[1]; /* wraps, too */
-        const uint8_t* pixel = call->x + ((image * call->size[0] + row) * call->size[1] + column) * kernel->in_channels;
         if (!inside || column >= call->size[1]) {
           memset(target, 0, CHUNK);
-        } else if (n == CHUNK) {
-          memcpy(target, pixel + from, CHUNK);
+          continue;
+        }
+        const size_t pixel = (image * call->size[0] + row) * call->size[1] + column;
+        const uint8_t* source = call->x + pixel * kernel->in_channels + from;
+        if (n == CHUNK) {
+          memcpy(target, source, CHUNK);
         } else {
-          memcpy(target, pixel + from, n);
+          memcpy(target, source, n);
           memset(target + n, 0, CHUNK - n);
         }
       }
@@ -154,7 +159,7 @@ static inline void requantise(uint8_t* y, const int32_t* sums, const int32_t* bi
 static void multiply_plain(const Call* call, size_t block, size_t first, size_t last) {
   const Kernel* kernel = call->kernel;
   for (size_t position = first; position < last; position += POSITIONS) {
-    int32_t sums[SUMS] = {0};
+    int32_t sums[SUMS] = {0}; /* wrap, as those of tiles do */
     const int8_t* weights = kernel->weights + block * kernel->chunks * kernel->taps * 2 * TILE;
     for (size_t chunk = 0; chunk < kernel->chunks; ++chunk) {
       const uint8_t* pixels = call->spread + (chunk * call->allocated + position) * CHUNK;
@@ -163,8 +168,10 @@ static void multiply_plain(const Call* call, size_t block, size_t first, size_t 
           for (size_t c = 0; c < CHUNK; ++c) {
             const int32_t pixel = pixels[call->taps[tap] + p * CHUNK + c];
             if (pixel == 0) continue;
-            for (size_t o = 0; o < CHANNELS; ++o)
-              sums[p * CHANNELS + o] += pixel * weights[o / 16 * TILE + c / 4 * CHUNK + o % 16 * 4 + c % 4];
+            for (size_t o = 0; o < CHANNELS; ++o) {
+              const int32_t product = pixel * weights[o / 16 * TILE + c / 4 * CHUNK + o % 16 * 4 + c % 4];
+              sums[p * CHANNELS + o] = (int32_t)((uint32_t)sums[p * CHANNELS + o] + (uint32_t)product);
+            }
           }
     }
     Pending pending = sums_from(call, block, position, sums);
@@ -183,6 +190,14 @@ typedef struct {
   uint16_t bytes[16];
   uint8_t rows[16];
 } TileShapes;
+
+/* Eight tiles. Constant, since GCC before 12.4 and 13.3 thinks that only the first 8 bytes of a configuration are read,
+ * and may leave out what is written into the others (PR 114098). */
+static const TileShapes SHAPES = {
+    .palette = 1,
+    .bytes = {CHUNK, CHUNK, CHUNK, CHUNK, CHUNK, CHUNK, CHUNK, CHUNK},
+    .rows = {ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS},
+};
 
 /* What `requantise` needs of two times 16 channels. */
 typedef struct {
@@ -223,9 +238,7 @@ FOR_TILES INLINED Channels channels_of(const Kernel* kernel, size_t block) {
 /* The same. While a position's tiles are multiplied, the sums of those before it are written. */
 FOR_TILES static void multiply_tiles(const Call* call, size_t block, size_t first, size_t last) {
   const Kernel* kernel = call->kernel;
-  TileShapes shapes = {.palette = 1};
-  for (size_t tile = 0; tile < 8; ++tile) shapes.bytes[tile] = CHUNK, shapes.rows[tile] = ROWS;
-  _tile_loadconfig(&shapes);
+  _tile_loadconfig(&SHAPES);
   int32_t sums[2][SUMS] __attribute__((aligned(64)));
   Pending pending = {.left = 0};
   const Channels channels = channels_of(kernel, block);
@@ -332,6 +345,7 @@ static OrtStatusPtr run(Call* call, OrtKernelContext* context) {
   if (status != NULL) return status;
   void* memory = NULL;
   status = api->AllocatorAlloc(allocator, spread + CHUNK, &memory);
+  if (status == NULL && memory == NULL) status = failed(api, "no memory");
   if (status == NULL) {
     call->spread = (uint8_t*)memory + (CHUNK - (uintptr_t)memory % CHUNK) % CHUNK;
     status = api->KernelContext_ParallelFor(context, spread_row, rows, 0, call);
