@@ -230,6 +230,13 @@ def test_a_number_that_a_caller_may_change_is_none() -> None:
     assert native.fuse_model(model) is None  # k is a tensor that is repeated
 
 
+def test_an_output_that_is_a_constant_stays_one() -> None:
+    nodes = [helper.make_node("Mul", ["x", "half"], ["half x"]), helper.make_node("Add", ["half x", "half"], ["y"])]
+    constants = {"half": np.array(0.5, np.float32), "k": np.arange(3, dtype=np.float32)}
+    model = graph(nodes, {"x": (FLOAT, ["N", 5])}, {"y": FLOAT, "k": FLOAT}, constants)
+    assert assert_same(model, {"x": floats(3, 5)}) == ["Elementwise"]
+
+
 def test_a_graph_with_nothing_to_join_stays() -> None:
     model = graph([helper.make_node("Relu", ["x"], ["y"])], {"x": (FLOAT, ["N", 4])}, {"y": FLOAT})
     assert native.fuse_model(model) is None

@@ -183,11 +183,11 @@ def leading_to(outputs: Iterable[onnx.ValueInfoProto], nodes: Sequence[onnx.Node
 
 
 def put_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Let `graph` have these nodes, and of its constants those that they read."""
+    """Let `graph` have these nodes, and of its constants those that they read or that are outputs."""
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # they may belong to the graph
     del graph.node[:]
     graph.node.extend(copies)
-    read = {name for node in copies for name in reads(node)}
+    read = {name for node in copies for name in reads(node)} | {output.name for output in graph.output}
     for k in reversed(range(len(graph.initializer))):
         if graph.initializer[k].name not in read:
             del graph.initializer[k]
