@@ -23,7 +23,7 @@ from tetdeploy import native
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.native.layout import keep_last
-from tetdeploy.native.loops import Loop
+from tetdeploy.native.loops import Loop, reads
 from tetdeploy.native.programs import MAX_REGISTERS, Op, Program
 from tetdeploy.native.regions import Kind, UnfusableError, check_loop
 from tetdeploy.networks import ResNet19
@@ -235,6 +235,32 @@ def test_an_output_that_is_a_constant_stays_one() -> None:
     constants = {"half": np.array(0.5, np.float32), "k": np.arange(3, dtype=np.float32)}
     model = graph(nodes, {"x": (FLOAT, ["N", 5])}, {"y": FLOAT, "k": FLOAT}, constants)
     assert assert_same(model, {"x": floats(3, 5)}) == ["Elementwise"]
+
+
+def test_a_network_of_twice_the_depth_takes_twice_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[onnx.NodeProto] = []
+
+    def count(node: onnx.NodeProto) -> list[str]:
+        looked_at.append(node)
+        return reads(node)
+
+    monkeypatch.setattr("tetdeploy.native.regions.reads", count)
+    work = []
+    for depth in (20, 40):
+        nodes, before = list[onnx.NodeProto](), "x"
+        for k in range(depth):
+            nodes += [
+                helper.make_node("Greater", [before, "k"], [f"fires{k}"]),
+                helper.make_node("Cast", [f"fires{k}"], [f"spikes{k}"], to=UINT8),
+                helper.make_node("MaxPool", [f"spikes{k}"], [f"pooled{k}"], kernel_shape=[1, 1]),
+                helper.make_node("Cast", [f"pooled{k}"], [f"current{k}"], to=FLOAT),
+                helper.make_node("Add", [f"current{k}", before], [f"sum{k}"]),
+            ]
+            before = f"sum{k}"
+        looked_at.clear()
+        joined(graph(nodes, {"x": (FLOAT, ["N", 2, 5, 5])}, {before: FLOAT}, {"k": np.array(0.5, np.float32)}))
+        work.append(len(looked_at))
+    assert work[1] < 2.5 * work[0]
 
 
 def test_a_graph_with_nothing_to_join_stays() -> None:

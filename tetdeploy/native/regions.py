@@ -92,6 +92,10 @@ class _Graph:
         constants = [t for t in graph.initializer if t.name not in given]
         self.numbers = {t.name: value for t in constants if (value := scalar(t)) is not None}
         self.sizes = {t.name: numpy_helper.to_array(t).tolist() for t in constants if t.data_type == TensorProto.INT64}
+        self.read_by = defaultdict[str, list[onnx.NodeProto]](list)
+        for node in self.nodes:
+            for name in reads(node):
+                self.read_by[name].append(node)
         self.inline = [self._is_inline(node) for node in self.nodes]
         self.joins = defaultdict[str, list[int]](list)  # the Concats that a value is part of
         self.region: dict[int, int] = {}
@@ -195,7 +199,7 @@ class _Graph:
 
     def _is_summed(self, node: onnx.NodeProto) -> bool:
         """Whether another node makes what `node` reads, and only sums read what it makes."""
-        readers = [other for other in self.nodes if node.output[0] in reads(other)]
+        readers = self.read_by[node.output[0]]
         made = node.input[0] in self.producer and node.output[0] not in {o.name for o in self.graph.output}
         return made and bool(readers) and all(r.op_type == "Add" and self._is_member(r) for r in readers)
 
