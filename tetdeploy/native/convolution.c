@@ -17,6 +17,7 @@
  * another are then made of sixteen rows of 64 bytes that do, for every tap of the kernel. Outputs that would lie in the
  * padding are computed with the others and left out.
  */
+#define _GNU_SOURCE /* syscall, whatever standard of C is asked for */
 #include "operator.h"
 
 #include <math.h>
