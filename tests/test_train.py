@@ -618,6 +618,13 @@ def test_without_locks_a_run_goes_on_and_says_so(tmp_path: Path, error: int, mon
         assert run(tmp_path).epochs == 3
 
 
+def test_a_lock_that_cannot_be_opened_may_be_held(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()  # as a file of another user, it cannot be opened to write
+    with pytest.raises(OSError, match=rf"cannot lock {tmp_path}/\.lock: Is a directory; choose another --out"):
+        run(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_several_seeds_hold_the_folder_of_all(tmp_path: Path) -> None:
     run(tmp_path / "seed-0", config=settings(seed=0))
     with (

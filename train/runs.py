@@ -54,7 +54,7 @@ def only_trainer(out: Path, *, resume: bool) -> Iterator[None]:
 
     Raises:
         ValueError: another process trains there.
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be made, or the file in it not opened.
     """
     ranks = current_ranks()
     with ExitStack() as held:
@@ -77,6 +77,8 @@ def _locked(out: Path) -> Iterator[None]:
             f"{out} is being trained{_holder(file)}; wait until that has ended, or choose another --out"
         ) from None
     except OSError as error:
+        if error.filename is not None:  # it cannot be opened, and so another process may well hold its lock
+            raise OSError(f"cannot lock {file}: {error.strerror}; choose another --out") from error
         warnings.warn(
             f"{file} cannot be locked ({error.strerror}): see to it that no other process trains there",
             RuntimeWarning,
