@@ -460,6 +460,18 @@ class TestBadInput:
         assert "it is there, and something else; choose another with --" in refused(*command).replace("\n", " ")
         assert snapshot(workplace) == before
 
+    @pytest.mark.parametrize("command", [("sweep", MODEL, "--plot", "s.x"), ("landscape", RUN, "--plot", "l")])
+    def test_a_plot_without_a_format_is_refused_before_the_work(
+        self, command: tuple[str, ...], workplace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("engine.Engine.run_with", "train.landscape.measure_landscape"):
+            monkeypatch.setattr(f"tetdeploy.{name}", self.works)
+        assert "is no plot's name: it must end in one of" in refused(*command).replace("\n", " ")
+
+    def test_a_report_and_its_markdown_are_two_files(self, workplace: Path) -> None:
+        said = refused("report", RUN, "-o", "r.html", "--markdown", "r.html", code=2)
+        assert "would be one file, r.html; choose another --markdown" in said.replace("\n", " ")
+
     def test_an_output_beside_the_model_names_the_option_for_another(self, workplace: Path) -> None:
         for command, ending, option in (
             ("sweep", "sweep.png", "--plot"),

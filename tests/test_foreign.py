@@ -350,6 +350,8 @@ def test_a_run_is_not_written_over(file: Path, tmp_path: Path) -> None:
     torch.save(flat_state("vggsnn"), file)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"run already holds a run \(checkpoint\.safetensors\); choose another output"):
+    with pytest.raises(ValueError, match=r"run already holds a run \(checkpoint\.safetensors\); choose another --out"):
         import_to_checkpoint(file, "vggsnn", tmp_path / "run")
+    with pytest.raises(ValueError, match="already holds a run"):
+        import_to_checkpoint(file, "vggsnn", tmp_path / "run" / "checkpoint.safetensors")
     assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == b"mine"

@@ -444,8 +444,10 @@ def test_a_broken_config_file_is_named(tmp_path: Path, broken: str) -> None:
     [
         (b'{"epoch": 2, "T', r"Unterminated string starting at \(column 14\)"),
         (b"\0\0\0\0", ".*"),  # what a power cut can leave
-        (b"3", 'it must be an object with a whole number for "epoch"'),
-        (b"{}", 'it must be an object with a whole number for "epoch"'),
+        (b"3", 'it must be an object with a whole number from 1 for "epoch"'),
+        (b'{"epoch": true}', 'it must be an object with a whole number from 1 for "epoch"'),
+        (b'{"epoch": -3}', 'it must be an object with a whole number from 1 for "epoch"'),
+        (b"{}", 'it must be an object with a whole number from 1 for "epoch"'),
     ],
 )
 def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path, line: bytes, reason: str) -> None:

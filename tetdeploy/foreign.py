@@ -281,11 +281,9 @@ def output_file(output: Path) -> Path:
     Raises:
         ValueError: the run folder already holds a checkpoint.
     """
-    if output.suffix == ".safetensors":
-        return output
-    file = output / CHECKPOINT_NAME
-    if file.exists():
-        raise ValueError(f"{output} already holds a run ({CHECKPOINT_NAME}); choose another output")
+    file = output if output.suffix == ".safetensors" else output / CHECKPOINT_NAME
+    if file.name == CHECKPOINT_NAME and file.exists():
+        raise ValueError(f"{file.parent} already holds a run ({CHECKPOINT_NAME}); choose another --out")
     return file
 
 

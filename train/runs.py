@@ -233,8 +233,8 @@ def read_metrics(out: Path, *, epochs: int) -> list[dict[str, Any]]:
 
 
 def _check_record(record: Any) -> None:
-    if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
-        raise ValueError('it must be an object with a whole number for "epoch"')
+    if not isinstance(record, dict) or type(record.get("epoch")) is not int or record["epoch"] < 1:
+        raise ValueError('it must be an object with a whole number from 1 for "epoch"')
 
 
 def write_metrics(out: Path, records: list[dict[str, Any]]) -> None:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.errors import INTERRUPTED
-from tetdeploy.cli.options import console, data_dir_option, json_option, network_of, progress_bar, runs_option
+from tetdeploy.cli.options import (
+    check_plot,
+    console,
+    data_dir_option,
+    json_option,
+    network_of,
+    progress_bar,
+    runs_option,
+)
 from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:
@@ -95,6 +103,7 @@ def landscape(
     plot = plot or path.with_suffix(".png")
     for output, option in ((path, "--out"), (plot, "--plot")):
         check_writable(output, remedy=f"choose another with {option}")
+    check_plot(plot)
     result = _measure(classifiers, images, config, path)
     if not result.complete:
         console.print(

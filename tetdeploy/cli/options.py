@@ -135,6 +135,21 @@ def progress_bar(rate_of: str = "") -> Progress:
     return Progress(*columns, *rate, console=stderr, disable=not sys.stderr.isatty(), transient=True)
 
 
+def check_plot(path: Path) -> None:
+    """Refuse the name of a plot that matplotlib, which must be there, has no format for.
+
+    Raises:
+        ValueError: it has none.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(
+            f"{path} is no plot's name: it must end in one of .{', .'.join(formats)}; choose another --plot"
+        )
+
+
 def network_of(config: Any, own: str | None) -> Any:
     """A network for a configuration; the user's own is imported only if `own`, from --model, names that very function.
 

@@ -63,6 +63,8 @@ def report(
     paths = paths or (newest_run(runs),)
     out = out or (paths[0] / "report.html" if len(paths) == 1 and paths[0].is_dir() else Path("report.html"))
     check_writable(out, remedy="choose another with --out")
+    if markdown is not None and markdown.absolute() == out.absolute():
+        raise click.UsageError(f"the page and the Markdown would be one file, {out}; choose another --markdown")
     results = read_results(paths, names)
     document = document_of(results, title)
     texts = {out: to_html(document)} | ({markdown: to_markdown(document)} if markdown else {})

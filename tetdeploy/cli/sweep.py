@@ -10,6 +10,7 @@ import click
 
 from tetdeploy.cli.options import (
     as_model_input,
+    check_plot,
     console,
     data_dir_option,
     json_option,
@@ -101,6 +102,8 @@ def sweep(
     engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
     for path, option in zip(sweep_paths(engine, json_path, plot), ("--json", "--plot"), strict=True):
         check_writable(path, remedy=f"choose another with {option}")
+    if plot is not None:
+        check_plot(plot)
     wanted = steps or default_steps(engine)
     own = ac_pj is not None or mac_pj is not None
     precision = engine.metadata.get("precision", "fp32")
