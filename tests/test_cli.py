@@ -560,3 +560,16 @@ def test_newest_export_is_the_last_written(tmp_path: Path) -> None:
         model.write_bytes(b"")
         os.utime(model, (time.time() - age, time.time() - age))
     assert newest_export(tmp_path).parent.name == "b"
+
+
+def test_a_warning_is_one_line() -> None:
+    code = """
+import warnings, click
+from tetdeploy.cli.errors import CleanErrors
+@click.command(cls=CleanErrors)
+def command():
+    warnings.warn("slower than it could be", RuntimeWarning)
+command()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "Warning: slower than it could be\n"

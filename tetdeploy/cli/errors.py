@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import click
@@ -18,6 +19,7 @@ class CleanErrors(click.Command):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         replace_lacking_characters()
+        warnings.formatwarning = _one_line
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -34,6 +36,11 @@ class CleanErrors(click.Command):
 
 class CleanGroup(CleanErrors, click.Group):
     """The same of all commands in a group."""
+
+
+def _one_line(message: Warning | str, *_: Any) -> str:
+    """A warning as a command's user needs it, without the line of code that gave it."""
+    return f"Warning: {message}\n"
 
 
 def _describe(error: OSError) -> str:
