@@ -38,7 +38,9 @@ class CleanGroup(CleanErrors, click.Group):
     """The same of all commands in a group."""
 
 
-def _one_line(message: Warning | str, *_: Any) -> str:
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """A warning as a command's user needs it, without the line of code that gave it."""
     return f"Warning: {message}\n"
 
