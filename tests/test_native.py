@@ -406,36 +406,33 @@ def channels_last(
 
 
 TURN = helper.make_node("Transpose", ["x"], ["a"], perm=[0, 3, 1, 2])
+BACK = helper.make_node("Transpose", ["b"], ["y"], perm=[0, 2, 3, 1])
+CAST = helper.make_node("Cast", ["a"], ["b"], to=FLOAT)
+MEAN = helper.make_node("ReduceMean", ["b", "image"], ["y"])
+HALF = helper.make_node("Mul", ["a", "k"], ["b"])
 
 
 def test_a_mean_over_an_image_of_bytes_needs_no_transpose() -> None:
-    nodes = [
-        TURN,
-        helper.make_node("Cast", ["a"], ["b"], to=FLOAT),
-        helper.make_node("ReduceMean", ["b", "image"], ["y"]),
-    ]
-    operators, before, after = channels_last(nodes)
+    operators, before, after = channels_last([TURN, CAST, MEAN])
     assert operators == ["Cast", "ReduceMean", "Transpose"]  # of one number a channel
     x = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3)).astype(np.uint8)
     np.testing.assert_array_equal(run(before, {"x": x})[0], run(after, {"x": x})[0])
 
 
-@pytest.mark.parametrize("case", ["floats", "large", "other axes", "needed in both orders"])
-def test_a_transpose_stays(case: str) -> None:
-    nodes = [
-        TURN,
-        helper.make_node("Cast", ["a"], ["b"], to=FLOAT),
-        helper.make_node("ReduceMean", ["b", "image"], ["y"]),
-    ]
-    if case == "floats":  # the order of a sum has its bits
-        operators, *_ = channels_last([TURN, helper.make_node("Mul", ["a", "k"], ["b"]), nodes[-1]], FLOAT)
-    elif case == "large":
-        operators, *_ = channels_last(nodes, image=(300, 300))
-    elif case == "other axes":
-        operators, *_ = channels_last([*nodes[:2], helper.make_node("ReduceMean", ["b", "k"], ["y"])])
-    else:
-        operators, *_ = channels_last([*nodes, helper.make_node("Add", ["b", "k"], ["z"])])
-    assert operators[0] == "Transpose" and operators[-1] != "Transpose"
+@pytest.mark.parametrize(
+    ("nodes", "options"),
+    [
+        pytest.param([TURN, HALF, MEAN], {"element": FLOAT}, id="floats"),  # the order of a sum has its bits
+        pytest.param([TURN, CAST, MEAN], {"image": (300, 300)}, id="large"),
+        pytest.param([TURN, CAST, helper.make_node("ReduceMean", ["b", "k"], ["y"])], {}, id="other-axes"),
+        pytest.param([TURN, CAST, helper.make_node("ReduceMean", ["b", "image"], ["y"], keepdims=0)], {}, id="no-axes"),
+        pytest.param([TURN, CAST, MEAN, helper.make_node("Add", ["b", "k"], ["z"])], {}, id="needed-in-both-orders"),
+        pytest.param([TURN, HALF, BACK], {"element": FLOAT}, id="output"),
+    ],
+)
+def test_a_transpose_stays(nodes: list[onnx.NodeProto], options: dict[str, Any]) -> None:
+    operators, before, after = channels_last(nodes, **options)
+    assert operators == [node.op_type for node in nodes] and before == after
 
 
 def test_spikes_that_are_summed_later_go_there_as_bytes() -> None:

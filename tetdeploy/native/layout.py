@@ -88,10 +88,11 @@ def keep_last(
     means: dict[str, str] = {}  # with channels last, and the name of their axes
     axes = {t.name: numpy_helper.to_array(t).tolist() for t in graph.initializer if t.data_type == TensorProto.INT64}
     casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    given = {output.name for output in graph.output}
     nodes = list[onnx.NodeProto]()
     for k, node in enumerate(graph.node):
         tensors = [name for name in node.input if name not in numbers]
-        if _turns(node, TO_LAST) and node.input[0] in last:
+        if _turns(node, TO_LAST) and node.input[0] in last and node.output[0] not in given:
             instead[node.output[0]] = last[node.input[0]]
             continue
         nodes.append(node)
@@ -107,6 +108,7 @@ def keep_last(
             node.op_type == "ReduceMean"
             and node.input[0] in last
             and sorted(axis % 4 for axis in axes.get(node.input[-1], [])) == [2, 3]
+            and all(a.i for a in node.attribute if a.name == "keepdims")
             and _is_exact(kinds, casts.get(node.input[0]))
         ):
             mean_name, axes_name = f"{node.output[0]}.last", f"{node.output[0]}.axes"
