@@ -435,6 +435,12 @@ def test_a_transpose_stays(nodes: list[onnx.NodeProto], options: dict[str, Any])
     assert operators == [node.op_type for node in nodes] and before == after
 
 
+def test_tensors_of_unknown_rank_stay() -> None:
+    nodes = [helper.make_node("ReorderOutput", ["x"], ["a"], domain="com.microsoft.nchwc", channels=16), HALF]
+    model = onnx.ModelProto.FromString(graph(nodes, {"x": (FLOAT, ["N", 16, 5, 5])}, {"b": FLOAT}))
+    assert not keep_last(model.graph, {name: Kind(FLOAT, ()) for name in "xab"}, {1}, {"k"})
+
+
 def test_spikes_that_are_summed_later_go_there_as_bytes() -> None:
     """A convolution reads them, too: they are not written a second time, as float32."""
     nodes = [

@@ -96,6 +96,8 @@ def keep_last(
             instead[node.output[0]] = last[node.input[0]]
             continue
         nodes.append(node)
+        if node.output[0] not in kinds or len(kinds[node.output[0]].shape) != 4:
+            continue
         if _turns(node, TO_FIRST):
             last[node.output[0]] = node.input[0]
         elif node.domain == DOMAIN and node.op_type == "ReorderOutput" and _same_shape(kinds, node):
