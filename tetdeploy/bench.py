@@ -188,13 +188,13 @@ def random_input(engine: Engine, T: int) -> NDArray[Any]:
 
 
 def machine(engine: Engine) -> dict[str, Any]:
-    """What the timings are of: processor, cores, system, execution provider and whether the native operator runs."""
+    """What the timings are of: processor, cores, system, execution provider and whether native operators run."""
     provider = "OpenVINO" if engine.runtime == "openvino" else PROVIDERS.get(engine.device, engine.device)
     return {
         "cpu": cpu_model(_cpuinfo()),
         "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
-        "provider": f"{provider}, native operator" if engine.native else provider,
+        "provider": f"{provider}, native operators" if engine.native else provider,
     }
 
 

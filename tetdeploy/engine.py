@@ -61,9 +61,9 @@ class Engine:
             first that CUDA shows) state and images stay there between the steps of a run or a stream.
         threads: threads of one operation; None leaves it to the runtime (all cores).
         runtime: `onnxruntime`, or `openvino` on a CPU.
-        native: whether what stands between convolutions runs as this package's own operator, in C (`tetdeploy.native`),
-            and not as ONNX Runtime's: the same results in less time. None: where that can be and the network is large
-            enough for it to count.
+        native: whether this package's own operators, in C (`tetdeploy.native`), run what stands between convolutions
+            and, on processors with AMX, int8 convolutions: the results of ONNX Runtime's own in less time. None: where
+            that can be and the network is large enough for it to count.
 
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
