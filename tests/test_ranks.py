@@ -106,7 +106,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def torchrun() -> Iterator[Start]:
+def torchrun(tmp_path: Path) -> Iterator[Start]:
     """Starts `torchrun --nproc-per-node 2 -m tetdeploy train ...`, with its output to read; ends what a test leaves."""
     started: list[subprocess.Popen[str]] = []
 
@@ -117,6 +117,7 @@ def torchrun() -> Iterator[Start]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         started.append(process)
