@@ -7,7 +7,7 @@ Element-wise ones do not mind the order of elements.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, MutableMapping
+from collections.abc import Container, Iterable, Mapping, MutableMapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,15 +58,21 @@ def keep_blocked(
                 nodes.append(helper.make_node("ReorderOutput", [name], [plain], domain=DOMAIN, channels=channels))
             continue
         nodes.append(node)
-    for node in (nodes := [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]):
-        node.input[:] = [instead.get(name, name) for name in node.input]
-    nodes = leading_to(graph.output, nodes)
+    nodes = leading_to(graph.output, _reading(instead, nodes))
     if not moved or any(
         n.op_type == "ReorderOutput" and kinds[n.input[0]].type != onnx.TensorProto.FLOAT for n in nodes
     ):
         return False  # bytes cannot be put in order again
     put_nodes(graph, nodes)
     return True
+
+
+def _reading(instead: Mapping[str, str], nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Copies of the nodes that read other tensors instead."""
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    for node in copies:
+        node.input[:] = [instead.get(name, name) for name in node.input]
+    return copies
 
 
 def _same_shape(kinds: MutableMapping[str, Kind], reorder: onnx.NodeProto) -> bool:
@@ -117,10 +123,7 @@ def keep_last(
             means[mean_name] = axes_name
             mean = helper.make_node("ReduceMean", [last[node.input[0]], axes_name], [mean_name])
             nodes[-1:] = [mean, helper.make_node("Transpose", mean.output, node.output, perm=TO_FIRST)]
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    for node in nodes:
-        node.input[:] = [instead.get(name, name) for name in node.input]
-    nodes = leading_to(graph.output, nodes)
+    nodes = leading_to(graph.output, _reading(instead, nodes))
     made = {name for node in nodes for name in node.output}
     before, after = (
         sum(node.op_type == "Transpose" and node.input[0] not in means for node in each) for each in (graph.node, nodes)
