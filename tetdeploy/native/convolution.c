@@ -466,17 +466,7 @@ static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info) {
   return NULL;
 }
 
-static OrtStatusPtr ORT_API_CALL create(const struct OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
-                                        void** made) {
-  (void)op;
-  Kernel* kernel = calloc(1, sizeof *kernel);
-  if (kernel == NULL) return failed(api, "no memory");
-  kernel->api = api;
-  OrtStatusPtr status = fill(kernel, info);
-  if (status != NULL) destroy(kernel);
-  *made = status == NULL ? kernel : NULL;
-  return status;
-}
+DEFINE_CREATE
 
 static const char* ORT_API_CALL name(const struct OrtCustomOp* op) { return (void)op, "Convolution"; }
 static size_t ORT_API_CALL inputs(const struct OrtCustomOp* op) { return (void)op, 4; }

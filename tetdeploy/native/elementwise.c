@@ -407,17 +407,7 @@ static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info) {
   return join(kernel);
 }
 
-static OrtStatusPtr ORT_API_CALL create(const struct OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
-                                        void** made) {
-  (void)op;
-  Kernel* kernel = calloc(1, sizeof *kernel);
-  if (kernel == NULL) return failed(api, "no memory");
-  kernel->api = api;
-  OrtStatusPtr status = fill(kernel, info);
-  if (status != NULL) destroy(kernel);
-  *made = status == NULL ? kernel : NULL;
-  return status;
-}
+DEFINE_CREATE
 
 static const char* ORT_API_CALL name(const struct OrtCustomOp* op) { return (void)op, "Elementwise"; }
 static int ORT_API_CALL at_least_one(const struct OrtCustomOp* op) { return (void)op, 1; }

@@ -24,6 +24,20 @@ static inline OrtStatusPtr failed_in(const OrtApi* api, const char* operator_, c
   return api->CreateStatus(ORT_INVALID_ARGUMENT, message);
 }
 
+/* What makes the kernel of a node, in the file of an operator: of its `Kernel`, which begins as zeros, by its `fill`. */
+#define DEFINE_CREATE                                                                                                   \
+  static OrtStatusPtr ORT_API_CALL create(const struct OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,   \
+                                          void** made) {                                                                \
+    (void)op;                                                                                                           \
+    Kernel* kernel = calloc(1, sizeof *kernel);                                                                         \
+    if (kernel == NULL) return failed(api, "no memory");                                                                \
+    kernel->api = api;                                                                                                  \
+    OrtStatusPtr status = fill(kernel, info);                                                                           \
+    if (status != NULL) destroy(kernel);                                                                                \
+    *made = status == NULL ? kernel : NULL;                                                                             \
+    return status;                                                                                                      \
+  }
+
 static inline const char* ORT_API_CALL provider(const struct OrtCustomOp* op) { return (void)op, "CPUExecutionProvider"; }
 static inline size_t ORT_API_CALL one(const struct OrtCustomOp* op) { return (void)op, 1; }
 static inline int ORT_API_CALL first_version(const struct OrtCustomOp* op) { return (void)op, 1; }
