@@ -29,10 +29,10 @@ def spikingjelly() -> Any:
     return activation_based
 
 
-def spikingjelly_neuron(ours: LIF, **options: Any) -> nn.Module:
-    """Its neuron for one of ours, over all steps at once; `options` are its own, such as the backend."""
+def spikingjelly_neuron(ours: LIF) -> nn.Module:
+    """Its neuron for one of ours, over all steps at once."""
     theirs = spikingjelly()
-    options |= {"v_threshold": ours.v_th, "v_reset": 0.0, "detach_reset": False, "step_mode": "m"}
+    options = {"v_threshold": ours.v_th, "v_reset": 0.0, "detach_reset": False, "step_mode": "m"}
     options["surrogate_function"] = theirs.surrogate.PiecewiseQuadratic(alpha=1 / ours.gamma)
     if ours.tau == 1:
         node: nn.Module = theirs.neuron.IFNode(**options)
