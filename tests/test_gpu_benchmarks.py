@@ -166,6 +166,8 @@ def test_without_a_gpu_there_is_one_line(name: str) -> None:
 def test_without_images_there_is_one_line(command: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()  # a folder would be downloaded into, where there is a network
     name, *options = command.split()
+    if name == "serve_load":
+        pytest.importorskip("prometheus_client", reason="needs tetdeploy[serve]")
     script = [sys.executable, str(BENCHMARKS / f"{name}.py"), *options, "--data-dir", str(tmp_path / "file")]
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 2
