@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -47,6 +48,11 @@ def workplace(trained: Path, tmp_path: Path) -> Path:
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments))
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    """Of a test that needs more than what the README installs for the tests."""
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
 
 
 def refused(*arguments: str, code: int = 1) -> str:
@@ -418,7 +424,8 @@ class TestBadInput:
             *(("sweep", MODEL, "--plot"), ("predict", MODEL, "a.png", "--json")),
             *((name, "--json") for name in ("train", "export", "landscape")),
             *(("report", RUN, "-o"), ("report", RUN, "--markdown"), ("landscape", RUN, "-o"), ("landscape", "--plot")),
-            *(("export", "-o"), ("export", "--format", "triton-repository", "-o")),
+            ("export", "-o"),
+            pytest.param(("export", "--format", "triton-repository", "-o"), marks=needs("tritonclient")),
             ("import", "theirs.pth", "--arch", "resnet19", "-o"),
         ],
     )
@@ -443,7 +450,7 @@ class TestBadInput:
                 ("export", "-o", f"{RUN}/{name}")
                 for name in ("checkpoint.safetensors", "last.safetensors", "config.json")
             ),
-            ("export", "--format", "nir", "-o", f"{RUN}/checkpoint.safetensors"),
+            pytest.param(("export", "--format", "nir", "-o", f"{RUN}/checkpoint.safetensors"), marks=needs("nir")),
             ("bench", MODEL, "--json", f"{RUN}/checkpoint.safetensors"),
             ("sweep", MODEL, "--plot", MODEL),
             ("report", RUN, "-o", MODEL),
@@ -517,7 +524,7 @@ class TestBadInput:
         (("report",), "report.writers.to_html"),
         (("landscape",), "train.landscape.measure_landscape"),
         (("train", "--out", "new"), "data.load_data"),
-        (("serve", MODEL), "engine.open_engine"),
+        pytest.param(("serve", MODEL), "engine.open_engine", marks=needs("kserve")),
         (("build", MODEL), "export.tensorrt.build_engine"),
     ],
 )
