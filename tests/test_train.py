@@ -444,10 +444,11 @@ def test_a_broken_config_file_is_named(tmp_path: Path, broken: str) -> None:
     [
         (b'{"epoch": 2, "T', r"Unterminated string starting at \(column 14\)"),
         (b"\0\0\0\0", ".*"),  # what a power cut can leave
-        (b"3", 'it must be an object with a whole number from 1 for "epoch"'),
-        (b'{"epoch": true}', 'it must be an object with a whole number from 1 for "epoch"'),
-        (b'{"epoch": -3}', 'it must be an object with a whole number from 1 for "epoch"'),
-        (b"{}", 'it must be an object with a whole number from 1 for "epoch"'),
+        (b"3", "it must be an object, got 3"),
+        (b'{"epoch": true}', "epoch must be a whole number of at least 1, got True"),
+        (b'{"epoch": -3}', "epoch must be a whole number of at least 1, got -3"),
+        (b"{}", "epoch is missing"),
+        (b'{"epoch": 2, "lr": "high"}', "lr must be a number, got 'high'"),
     ],
 )
 def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path, line: bytes, reason: str) -> None:

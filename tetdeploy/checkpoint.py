@@ -30,6 +30,9 @@ FORMAT = 1
 METADATA_KEY = "tetdeploy"
 CHECKPOINT_NAME = "checkpoint.safetensors"
 STATE_NAME = "last.safetensors"
+CONFIG_NAME = "config.json"
+METRICS_NAME = "metrics.jsonl"
+SUMMARY_NAME = "summary.json"  # of several seeds
 LATEST_NAME = "latest"
 
 _SECTIONS = ("network", "data", "training", "provenance")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tetdeploy.checkpoint import CHECKPOINT_NAME, STATE_NAME, save_checkpoint
 from tetdeploy.extras import import_extra
+from tetdeploy.report.reading import read_metrics
 
 from .averaging import kept_classifier, trainable, update_average
 from .board import no_board, tensorboard
@@ -33,7 +34,7 @@ from .progress import Progress
 from .qat import read_scales
 from .ranks import current_ranks
 from .restart import Restart, check_restart, check_shards, find_restart, restart_origin, restart_state, write_restart
-from .runs import check_run, mark_latest, only_trainer, read_metrics, run_settings, write_metrics, write_run_config
+from .runs import check_run, mark_latest, only_trainer, run_settings, write_metrics, write_run_config
 from .schedule import derive_seed
 from .session import Session, check_data, check_together, headline, prepare, provenance
 from .state import Best, TrainState, restore_state, save_state

@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from tetdeploy.calibration import Calibration, calibrate
+from tetdeploy.checkpoint import CONFIG_NAME
 from tetdeploy.int8_network import Int8Network
 from tetdeploy.quantisation import Scales
 from tetdeploy.tracing import Tracer
 
-from .runs import CONFIG_NAME, read_run_config
+from .runs import read_run_config
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet

@@ -18,11 +18,21 @@ from typing import Any
 
 from torch import Tensor
 
-from tetdeploy.checkpoint import CHECKPOINT_NAME, FORMAT, check_keys, checkpoint_file, read_metadata, read_tensors
+from tetdeploy.checkpoint import (
+    CHECKPOINT_NAME,
+    CONFIG_NAME,
+    FORMAT,
+    METRICS_NAME,
+    check_keys,
+    checkpoint_file,
+    read_metadata,
+    read_tensors,
+)
+from tetdeploy.report.reading import read_metrics
 from tetdeploy.shards import check_limit, is_complete, newest_shards, read_shards, write_shards
 
 from .averaging import trainable
-from .runs import CONFIG_NAME, METRICS_NAME, completed, differences, read_metrics, read_run_config, write_metrics
+from .runs import completed, differences, read_run_config, write_metrics
 from .session import Session, provenance
 from .state import TrainState, like_weights, section
 

@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from tetdeploy.checkpoint import CHECKPOINT_NAME, LATEST_NAME, STATE_NAME, data_settings
-from tetdeploy.files import atomic_write, made_folder, read_json_lines, write_json
+from tetdeploy.checkpoint import (
+    CHECKPOINT_NAME,
+    CONFIG_NAME,
+    LATEST_NAME,
+    METRICS_NAME,
+    STATE_NAME,
+    data_settings,
+)
+from tetdeploy.files import atomic_write, made_folder, write_json
 
 from .config import TrainConfig
 from .ranks import current_ranks
@@ -25,8 +32,6 @@ if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier
 
-CONFIG_NAME = "config.json"
-METRICS_NAME = "metrics.jsonl"
 LOCK_NAME = ".lock"
 
 
@@ -218,23 +223,6 @@ def mark_latest(out: Path, runs: Path) -> None:
     except (OSError, NotImplementedError):
         with atomic_write(latest) as temporary:
             temporary.write_text(f"{target.as_posix()}\n", encoding="utf-8")
-
-
-def read_metrics(out: Path, *, epochs: int) -> list[dict[str, Any]]:
-    """The metrics of a run's first `epochs` epochs; later lines, of epochs that are to run again, are left out.
-
-    Raises:
-        ValueError: a line is damaged.
-    """
-    file = out / METRICS_NAME
-    if not file.is_file():
-        return []
-    return [record for record in read_json_lines(file, _check_record) if record["epoch"] <= epochs]
-
-
-def _check_record(record: Any) -> None:
-    if not isinstance(record, dict) or type(record.get("epoch")) is not int or record["epoch"] < 1:
-        raise ValueError('it must be an object with a whole number from 1 for "epoch"')
 
 
 def write_metrics(out: Path, records: list[dict[str, Any]]) -> None:

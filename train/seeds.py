@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tetdeploy.checkpoint import STATE_NAME
+from tetdeploy.checkpoint import CONFIG_NAME, STATE_NAME, SUMMARY_NAME
 from tetdeploy.files import write_json
 
 from .config import TrainConfig
 from .loop import TrainResult, train
 from .ranks import current_ranks
 from .runs import (
-    CONFIG_NAME,
     check_settings,
     mark_latest,
     only_trainer,
@@ -31,8 +30,6 @@ from .runs import (
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier
-
-SUMMARY_NAME = "summary.json"
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tetdeploy.checkpoint import CONFIG_NAME
 from tetdeploy.report.merging import has_accuracy, merged
-from tetdeploy.report.reading import CONFIG_NAME, Run, model_stem, read_run, read_summary, result_files
+from tetdeploy.report.reading import Run, model_stem, read_run, read_summary, result_files
 from tetdeploy.report.timings import is_bench, read_benches
 
 
