@@ -31,7 +31,6 @@ from .device import autocast, tuned_convolutions
 from .interrupt import deferred_interrupt
 from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
 from .progress import Progress
-from .qat import read_scales
 from .ranks import current_ranks
 from .restart import Restart, check_restart, check_shards, find_restart, restart_origin, restart_state, write_restart
 from .runs import check_run, mark_latest, only_trainer, run_settings, write_metrics, write_run_config
@@ -143,23 +142,17 @@ def train(
                 config,
                 out,
                 settings=settings,
+                resume=resume,
                 workers=workers,
-                calibration=read_scales(out) if config.qat and resume else None,
                 cuda_graphs=cuda_graphs,
                 shard_bytes=None if shards_mb is None else int(shards_mb * 1e6),
             )
-            if session.calibration is not None:
-                settings["int8"] = session.calibration.to_dict()
             if session.shard_bytes is not None:
                 check_shards(session, session.shard_bytes)
             if before_writing is not None:
                 before_writing()
-            state = _begin(session, restart, resume=resume)
-            if runs is not None and session.ranks.writes:
-                mark_latest(out, runs)
-            cuda = [session.device] if session.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=cuda), tuned_convolutions():
-                finished = _run(session, state, progress, board)
+            state = _begin(session, restart, resume=resume, runs=runs)
+            finished = _run(session, state, progress, board)
     classifier.eval()
     return TrainResult(out, state.epoch, state.best, not finished, time.perf_counter() - start)
 
@@ -207,8 +200,9 @@ def _explained(out: Path, config: TrainConfig) -> Iterator[None]:
         ) from error
 
 
-def _begin(session: Session, restart: Restart | None, *, resume: bool) -> TrainState:
-    """The state of the run to go on with, or of a new one, which is written before anything is computed."""
+def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Path | None) -> TrainState:
+    """The state of the run to go on with, or of a new one, which is written before anything is computed; it is the
+    newest of `runs` from here on."""
     if resume:
         network, optimizer = session.classifier.network, session.optimizer
         state = restore_state(session.out / STATE_NAME, network, optimizer, session.scaler, session.device)
@@ -222,6 +216,8 @@ def _begin(session: Session, restart: Restart | None, *, resume: bool) -> TrainS
         _save(session, state)
     if session.ranks.writes:
         write_run_config(session.out, session.settings, resume=resume)
+        if runs is not None:
+            mark_latest(session.out, runs)
     return state
 
 
@@ -240,7 +236,15 @@ def _run(session: Session, state: TrainState, show: bool | None, board: bool) ->
     writes = session.ranks.writes
     curves = tensorboard(session.out, epochs_done=state.epoch) if board and writes else no_board()
     bar = Progress(config, steps_per_epoch=steps, steps_done=done, show=show if writes else False)
-    with deferred_interrupt() as interrupt, closing(session.reader), curves as draw, bar:
+    cuda = [session.device] if session.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=cuda),
+        tuned_convolutions(),
+        deferred_interrupt() as interrupt,
+        closing(session.reader),
+        curves as draw,
+        bar,
+    ):
         bar.say(headline(session))
         while state.epoch < config.epochs:
             trained = _train_steps(session, state, bar, interrupt)

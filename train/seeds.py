@@ -101,7 +101,10 @@ def train_seeds(
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
     settings = run_settings(make_classifier(seeds[0]), train_set, val_set, replace(config, seed=seeds[0]))
     settings |= {"seeds": list(seeds)}
-    how = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
+    how: dict[str, Any] = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
+    options = how | {"progress": progress, "board": board, "workers": workers}
+    console = Console(quiet=progress is False or not ranks.writes, highlight=False, soft_wrap=True)
+    results: list[TrainResult] = []
     with only_trainer(out, resume=resume):  # and of each seed, in `train`: it may be resumed by itself
         if ranks.writes:
             recipe = _check(out, settings, recipe, resume=resume)
@@ -112,19 +115,13 @@ def train_seeds(
                 if runs is not None:
                     mark_latest(out, runs)
 
-        console = Console(quiet=progress is False or not ranks.writes)
-        results: list[TrainResult] = []
         for number, seed in enumerate(seeds, 1):
             folder = out / f"seed-{seed}"
-            console.print(
-                f"seed {seed}, {number} of {len(seeds)}  ->  {folder}", highlight=False, soft_wrap=True, markup=False
-            )
+            console.print(f"seed {seed}, {number} of {len(seeds)}  ->  {folder}", markup=False)
             begun = ranks.agreed(resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file())
+            options |= {"resume": begun, "before_writing": None if results else begin}
             one = replace(config, seed=seed)
-            classifier = make_classifier(seed)
-            options: dict[str, Any] = {"resume": begun, "progress": progress, "board": board, "workers": workers}
-            options |= how | {"before_writing": begin if number == 1 else None}
-            results.append(train(classifier, train_set, val_set, one, folder, **options))
+            results.append(train(make_classifier(seed), train_set, val_set, one, folder, **options))
             result = _summarised(out, results)
             if ranks.writes:
                 write_json(out / SUMMARY_NAME, _summary(result, settings, recipe))

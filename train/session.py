@@ -25,7 +25,7 @@ from .disk_images import DiskImages, ImageReader
 from .graphs import StepGraphs, check_graphs
 from .objective import Teacher, load_teacher
 from .optimizer import build_optimizer
-from .qat import check_qat, find_scales, int8_network
+from .qat import check_qat, find_scales, int8_network, read_scales
 from .ranks import Ranks, current_ranks
 from .schedule import derive_seed, learning_rate
 from .synchronised import over_ranks
@@ -174,16 +174,16 @@ def prepare(
     out: Path,
     *,
     settings: dict[str, Any],
+    resume: bool,
     workers: int | None,
-    calibration: Calibration | None,
     cuda_graphs: bool,
     shard_bytes: int | None,
 ) -> Session:
     """Move everything to the device and build what trains it.
 
     Args:
-        settings: what config.json says of the run.
-        calibration: the scales of the run that goes on; None for a new one, or one without `qat`.
+        settings: what config.json says of the run, but for the scales of `qat`.
+        resume: go on with the run in `out`, and so at its scales.
         cuda_graphs: record forward and backward.
         shard_bytes: see `Session`.
     """
@@ -194,9 +194,15 @@ def prepare(
     teacher = load_teacher(config, classifier)
     for placed in (classifier,) if teacher is None else (teacher.classifier, classifier):
         place(placed, device, channels_last=not placed.config.is_own)
-    if config.qat and calibration is None:
+    calibration: Calibration | None = None
+    trained: Any = classifier
+    if config.qat and resume:
+        calibration = read_scales(out)
+    elif config.qat:
         calibration = ranks.agreed(replace(find_scales(classifier, train_set, config.T), fine_tuned=True))
-    trained: Any = classifier if calibration is None else int8_network(classifier, calibration.scales)
+    if calibration is not None:
+        trained = int8_network(classifier, calibration.scales)
+        settings = settings | {"int8": calibration.to_dict()}
     reader = ImageReader(workers, device)
 
     def images(data: LabelledSet) -> Images:
