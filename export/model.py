@@ -229,11 +229,9 @@ class Graph:
     num_folded: int
 
 
-def build_graph(
-    classifier: Classifier, config: ExportConfig, source: Mapping[str, Any] | None = None, int8: Scales | None = None
-) -> Graph:
-    """Trace, fold, lower and describe, without writing anything; `int8` are the scales of an int8 graph."""
-    return _build(_onnx_tracer(classifier, config), config, source, int8)
+def build_graph(classifier: Classifier, config: ExportConfig) -> Graph:
+    """Trace, fold, lower and describe, without writing anything."""
+    return _build(_onnx_tracer(classifier, config), config)
 
 
 def _onnx_tracer(classifier: Classifier, config: ExportConfig) -> OnnxTracer:
@@ -242,7 +240,10 @@ def _onnx_tracer(classifier: Classifier, config: ExportConfig) -> OnnxTracer:
 
 
 def _build(
-    onnx_tracer: OnnxTracer, config: ExportConfig, source: Mapping[str, Any] | None, int8: Scales | None
+    onnx_tracer: OnnxTracer,
+    config: ExportConfig,
+    source: Mapping[str, Any] | None = None,
+    int8: Scales | None = None,
 ) -> Graph:
     model, num_folded = onnx_tracer.graph(config.steps, step=config.layout == "step", int8=int8)
     neurons = lower(

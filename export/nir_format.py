@@ -213,7 +213,7 @@ class _Writer:
 
     def _layer(self, node: fx.Node, made: Any) -> Sources:
         """Add a node that reads the first argument of the traced one."""
-        return self._node(_name(node), made, self.sources[node.args[0]])  # type: ignore[index]
+        return self._node(module_path(node), made, self.sources[node.args[0]])  # type: ignore[index]
 
     def _conv(self, node: fx.Node) -> Sources:
         weight, bias = self._parameters(node)
@@ -264,7 +264,7 @@ class _Writer:
         size = _pair(kernel)
         mean = self._pool(node, size, _pair(stride or kernel), _pair(padding))
         tau = 0.5  # any but 1: snnTorch reads no nir.IF, and SpikingJelly no LIF of tau = 0
-        return self._node(f"{_name(node)}.any", self._neurons(_shape(node), tau, 0.5 / (size[0] * size[1])), mean)
+        return self._node(f"{module_path(node)}.any", self._neurons(_shape(node), tau, 0.5 / (size[0] * size[1])), mean)
 
     def _pool(self, node: fx.Node, *geometry: tuple[int, int]) -> Sources:
         return self._layer(node, self.nir.AvgPool2d(*(np.array(pair) for pair in geometry)))
@@ -349,13 +349,8 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(both[0]), int(both[-1])
 
 
-def _name(node: fx.Node) -> str:
-    """The network's own name of the module: `blocks.0.lif1`, as in an ONNX export."""
-    return module_path(node)
-
-
 def _no_node(node: fx.Node, what: str) -> ValueError:
     return ValueError(
-        f"NIR cannot hold {_name(node)!r}: {what}; networks of convolutions, linear layers, average pooling, max "
+        f"NIR cannot hold {module_path(node)!r}: {what}; networks of convolutions, linear layers, average pooling, max "
         "pooling of spikes, sums and neurons can go"
     )

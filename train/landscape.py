@@ -32,6 +32,7 @@ from tetdeploy.files import atomic_write
 from .config import PRECISIONS
 from .device import autocast, pick_device, pick_precision
 from .losses import sdt_loss, tet_loss
+from .runs import differences
 from .schedule import derive_seed
 from .validation import count_correct
 
@@ -297,10 +298,9 @@ def _begin(path: Path, names: tuple[str, ...], settings: dict[str, Any], axis: N
     """The measurement that `path` holds, or a new one."""
     if path.exists():
         landscape = load_landscape(path)
-        differences = _differences(landscape.settings, settings)
-        if differences:
+        if different := differences(landscape.settings, settings):
             raise ValueError(
-                f"{path} was measured with other settings: {'; '.join(differences)}; "
+                f"{path} was measured with other settings: {'; '.join(different)}; "
                 "give another --out, or remove it to measure anew"
             )
         return landscape
@@ -341,10 +341,6 @@ def _digest(arrays: Sequence[NDArray[Any]]) -> str:
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
 
 
 def _batches(

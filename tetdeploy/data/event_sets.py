@@ -13,7 +13,7 @@ from .cache import Arrays, cached
 from .download import download
 from .events import READERS, Binning, Size, decode_recordings, import_tonic
 from .folder import class_files, in_mixed_order, refuse_different_classes
-from .frames import FrameSet, count_statistics
+from .frames import NUM_MEASURED, FrameSet, count_statistics
 from .images import mixed_order
 from .labelled import Split
 
@@ -24,7 +24,6 @@ COUNTS: dict[str, dict[Split, int]] = {
 
 _DIGITS = tuple("0123456789")
 _OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-_NUM_MEASURED = 1000
 
 
 def load_event_folder(root: Path | str, split: Split, binning: Binning) -> FrameSet:
@@ -129,7 +128,7 @@ def _frame_set(
 
     key = f"{name}-{split}-{_suffix(binning)}"
     frames = cached(key, root, mixed[split], lambda: {"frames": decode(mixed[split])})["frames"]
-    mean, std = count_statistics(frames if split == "train" else decode(mixed["train"][:_NUM_MEASURED]))
+    mean, std = count_statistics(frames if split == "train" else decode(mixed["train"][:NUM_MEASURED]))
     labels = np.array([class_names.index(path.parent.name) for path in mixed[split]], np.int64)
     return FrameSet(name, split, frames, labels, class_names, mean, std)
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .events import Binning
-from .frames import FrameSet, count_statistics
+from .frames import NUM_MEASURED, FrameSet, count_statistics
 from .images import ImageSet
 
 STEPS_PER_SACCADE = 10
@@ -43,7 +43,7 @@ def saccade_set(images: ImageSet, train: ImageSet, name: str, binning: Binning) 
     """
     if binning.T > NUM_STEPS:
         raise ValueError(f"{name} moves in {NUM_STEPS} steps, too few for T={binning.T}; choose a smaller T")
-    mean, std = count_statistics(saccade_frames(train.images[:1000], binning))
+    mean, std = count_statistics(saccade_frames(train.images[:NUM_MEASURED], binning))
     frames = saccade_frames(images.images, binning)
     return FrameSet(name, images.split, frames, images.labels, images.class_names, mean, std)
 
