@@ -22,16 +22,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from tetdeploy.folding import module_path
+from tetdeploy.folding import LAYERS, layer_name, parameter
 from tetdeploy.traced_network import TracedNetwork
 from tetdeploy.tracing import Tracer
 
 aten = torch.ops.aten
 _LARGEST = torch.finfo(torch.float16).max
-_LAYERS = (
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.linear.default,
-)  # fmt: skip
 Place = Literal["first", "inner", "readout"]
 
 
@@ -61,12 +57,10 @@ def placed_layers(graph_module: fx.GraphModule) -> list[PlacedLayer]:
             before.add(node)
     layers, names = [], Counter[str]()
     for node in nodes:
-        if node.target not in _LAYERS or any(given is not None and given.op != "get_attr" for given in node.args[1:3]):
+        if node.target not in LAYERS or any(given is not None and given.op != "get_attr" for given in node.args[1:3]):
             continue
-        name = module_path(node).removeprefix("classifier.").removeprefix("network.")
-        names[name] += 1
         place: Place = "first" if node not in behind else "inner" if node in before else "readout"
-        layers.append(PlacedLayer(name if names[name] == 1 else f"{name}#{names[name]}", place, node))
+        layers.append(PlacedLayer(layer_name(node, names), place, node))
     return layers
 
 
@@ -119,11 +113,9 @@ def _half_parameters(graph_module: fx.GraphModule, layer: PlacedLayer) -> list[s
     for key, given in zip(("weight", "bias"), layer.node.args[1:3], strict=False):
         if given is None:
             continue
-        value: Any = graph_module
-        for part in str(given.target).split("."):  # type: ignore[union-attr]
-            value = getattr(value, part)
-        reach = reach + value.detach().abs().flatten(1).sum(1) if key == "weight" else reach + value.detach().abs()
-        holder.register_buffer(key, value.detach().to(torch.float16))
+        value = parameter(graph_module, given)  # type: ignore[arg-type]
+        reach = reach + (value.abs().flatten(1).sum(1) if key == "weight" else value.abs())
+        holder.register_buffer(key, value.to(torch.float16))
         names.append(f"{owner}.{key}")
     if float(reach.max()) > _LARGEST:
         raise HalfError(
@@ -164,7 +156,7 @@ class _RoundingInterpreter(fx.Interpreter):
         self._dtype = torch.float16 if round_currents else torch.float32
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in _LAYERS and args[0].dtype == torch.float16:
+        if target in LAYERS and args[0].dtype == torch.float16:
             floats = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
             return target(*floats, **kwargs).to(self._dtype)
         return super().call_function(target, args, kwargs)

@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx
+from torch import fx
 
 from tetdeploy import __version__
 from tetdeploy.engine import METADATA_KEY
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
-from tetdeploy.folding import VIEWS, count_batchnorm, fold_batchnorm, module_path
+from tetdeploy.folding import VIEWS, count_batchnorm, fold_batchnorm, module_path, parameter
 from tetdeploy.networks import Classifier
 from tetdeploy.tracing import Encoding, quiet
 
@@ -323,11 +323,7 @@ class _Writer:
             return None
         if given.op != "get_attr":
             raise _no_node(node, "weights that the network computes; remove the parametrization first")
-        value: Any = self.module
-        for part in str(given.target).split("."):
-            value = getattr(value, part)
-        assert isinstance(value, Tensor)
-        return value.detach().cpu().numpy()
+        return parameter(self.module, given).cpu().numpy()
 
 
 def _shape(node: Any) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 aten = torch.ops.aten
 
 _BATCH_NORM = aten.batch_norm.default
-_CONVOLUTIONS = (
+CONVOLUTIONS = (
     aten.conv1d.default,
     aten.conv2d.default,
     aten.conv3d.default,
@@ -29,7 +30,7 @@ _CONVOLUTIONS = (
     aten.conv2d.padding,
     aten.conv3d.padding,
 )
-_LAYERS = (*_CONVOLUTIONS, aten.linear.default)
+LAYERS = (*CONVOLUTIONS, aten.linear.default)
 # Operations that may stand between a layer and its BN: they move no value from one channel to another.
 VIEWS = (
     aten.view.default,
@@ -91,6 +92,26 @@ def module_path(node: fx.Node) -> str:
     return str(stack[-1][0]) if stack and stack[-1][0] else node.name
 
 
+def layer_name(node: fx.Node, names: Counter[str]) -> str:
+    """The network's own name of the layer that a traced node is; from its second call on with a number: `conv#2`.
+
+    Args:
+        names: how often each was there; counted on.
+    """
+    name = module_path(node).removeprefix("classifier.").removeprefix("network.")
+    names[name] += 1
+    return name if names[name] == 1 else f"{name}#{names[name]}"
+
+
+def parameter(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The parameter or buffer that a `get_attr` node reads, detached."""
+    value: Any = graph_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
 def is_parameter(node: Any) -> bool:
     """Whether a node of a traced graph reads a parameter or buffer, or one that is folded at each call."""
     if not isinstance(node, fx.Node):
@@ -144,7 +165,7 @@ def _layer_before(bn: fx.Node, name: str) -> fx.Node:
     while node.target in VIEWS:
         kept = kept and _trailing(node, channels) == channels
         node = node.args[0]
-    if node.target not in _LAYERS:
+    if node.target not in LAYERS:
         kind = "the input" if node.op == "placeholder" else str(node.target)
         raise FoldingError(
             f"cannot fold BN {name!r}: what comes before it is {kind} ({module_path(node)}), not a convolution or "
@@ -175,7 +196,7 @@ def _shape(node: fx.Node) -> str:
 
 def _folded_once(graph_module: fx.GraphModule, parts: list[Any], bn: fx.Node) -> list[fx.Node]:
     """New weight and bias as parameters of the module."""
-    given: list[Any] = [*(_value(graph_module, part) for part in parts), _eps(bn)]
+    given: list[Any] = [*(None if part is None else parameter(graph_module, part) for part in parts), _eps(bn)]
     values = fold(*given)
     owner = f"folded_{bn.name}"
     folded = {key: nn.Parameter(value, False) for key, value in zip(("weight", "bias"), values, strict=True)}
@@ -208,17 +229,6 @@ def _refuse_computed(argument: Any, bn: fx.Node) -> None:
         f"cannot fold BN {module_path(bn)!r}: {argument} ({module_path(argument)}) is computed in the network, not "
         "a parameter of it; remove the parametrization first, or export without folding (--no-fold-bn)"
     )
-
-
-def _value(graph_module: fx.GraphModule, node: fx.Node | None) -> Tensor | None:
-    """What a `get_attr` node reads."""
-    if node is None:
-        return None
-    value: Any = graph_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    assert isinstance(value, Tensor)
-    return value.detach()
 
 
 def _replace_on_the_way(bn: fx.Node, layer: fx.Node, folded: fx.Node) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from tetdeploy.folding import is_parameter, module_path
+from tetdeploy.folding import CONVOLUTIONS, is_parameter, layer_name, parameter
 
 aten = torch.ops.aten
 _EXACT = 2**24  # whole numbers up to here are exact in float32
@@ -208,11 +208,9 @@ def spiking_convolutions(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
     found: dict[str, fx.Node] = {}
     names: Counter[str] = Counter()
     for node in graph_module.graph.nodes:
-        if node.target not in _CONVOLUTIONS:
+        if node.target not in CONVOLUTIONS:
             continue
-        name = module_path(node).removeprefix("classifier.").removeprefix("network.")
-        names[name] += 1
-        name = name if names[name] == 1 else f"{name}#{names[name]}"
+        name = layer_name(node, names)
         if _is_spikes(node.args[0]) and _has_parameters(node) and _padding(node) is not None:
             found[name] = node
     return found
@@ -256,7 +254,7 @@ def _check_sums(name: str, convolution: fx.Node) -> None:
 
 def _quantised_once(graph_module: fx.GraphModule, node: fx.Node, current: CurrentScale) -> fx.Node:
     spikes, weight, bias = _arguments(node)[:3]
-    quantised = _quantised(_parameter(graph_module, weight), None if bias is None else _parameter(graph_module, bias))
+    quantised = _quantised(parameter(graph_module, weight), None if bias is None else parameter(graph_module, bias))
     owner, holder = f"int8_{node.name}", nn.Module()
     for key, value in quantised.items():
         holder.register_buffer(key, value)
@@ -285,23 +283,12 @@ def _quantised(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     }
 
 
-def _parameter(graph_module: fx.GraphModule, node: Any) -> Tensor:
-    value: Any = graph_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value.detach()  # type: ignore[no-any-return]
-
-
 def _numbers(value: Any, dims: int, default: int) -> list[int]:
     """`[2]` and 2 are short for the same number along each axis."""
     numbers = [default] if value is None else [value] if isinstance(value, int) else list(value)
     return numbers * dims if len(numbers) == 1 else numbers
 
 
-_CONVOLUTIONS = (
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-)  # fmt: skip
 _HAND_ON = {
     aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
     aten.squeeze.dim, aten.expand.default, aten.permute.default, aten.transpose.int, aten.contiguous.default,
