@@ -14,9 +14,10 @@ import onnx_ir as ir
 import torch
 from onnxscript import values
 
+from tetdeploy.data import Encoding
 from tetdeploy.folding import count_batchnorm
 from tetdeploy.quantisation import Scales, quantise
-from tetdeploy.tracing import Encoding, Tracer, example_input, first_line, quiet
+from tetdeploy.tracing import Tracer, example_input, first_line, quiet
 
 from .half import halve
 from .int8 import set_scales, translate_int8_conv

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from tetdeploy import __version__
 from tetdeploy.agreement import reference_path
 from tetdeploy.calibration import Calibration, calibrate
+from tetdeploy.data import Encoding
 from tetdeploy.engine import METADATA_KEY, Engine
 from tetdeploy.files import atomic_write
 from tetdeploy.int8_network import Int8Network
 from tetdeploy.networks import Classifier
 from tetdeploy.quantisation import Scales
-from tetdeploy.tracing import Encoding, Tracer
+from tetdeploy.tracing import Tracer
 
 from .by_step import take_apart
 from .counters import Layers, counting_overlay

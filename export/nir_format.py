@@ -32,12 +32,13 @@ from numpy.typing import NDArray
 from torch import fx
 
 from tetdeploy import __version__
+from tetdeploy.data import Encoding
 from tetdeploy.engine import METADATA_KEY
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
 from tetdeploy.folding import VIEWS, count_batchnorm, fold_batchnorm, module_path, parameter
 from tetdeploy.networks import Classifier
-from tetdeploy.tracing import Encoding, quiet
+from tetdeploy.tracing import quiet
 
 from .parity import check_steps
 

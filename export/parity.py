@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
+from tetdeploy.data import Encoding
 from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier
 from tetdeploy.stream import Stream
-from tetdeploy.tracing import Encoding
 
 from .comparison import Comparison
 from .counters import spikes_overlay

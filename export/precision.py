@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine
+from tetdeploy.validate import running_class
 
 from .targets import Precision
 
@@ -29,7 +30,7 @@ def kept_answers(
         precision, that of the graph.
     """
     num_images, T, _ = full.shape
-    classes = {name: np.cumsum(logits, axis=1).argmax(-1) for name, logits in (("fp32", full), (precision, reduced))}
+    classes = {name: running_class(logits) for name, logits in (("fp32", full), (precision, reduced))}
     kept: dict[str, Any] = {"num_images": num_images, "T": list(range(1, T + 1))}
     kept["agreement"] = (classes["fp32"] == classes[precision]).mean(0).tolist()
     if labels is not None:

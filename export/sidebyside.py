@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tetdeploy.agreement import running_class
 from tetdeploy.engine import Engine, Result
 from tetdeploy.networks import Classifier
 from tetdeploy.resumable import join, split
+from tetdeploy.validate import running_class
 
 from .comparison import Comparison
 from .counters import spikes_overlay

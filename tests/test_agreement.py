@@ -18,11 +18,10 @@ from tetdeploy.agreement import (
     compare_reference,
     load_reference,
     reference_path,
-    running_class,
     validation,
 )
 from tetdeploy.engine import Engine
-from tetdeploy.validate import summarise
+from tetdeploy.validate import running_class, summarise
 
 
 @pytest.fixture

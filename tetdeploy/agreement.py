@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine
 from tetdeploy.files import read_npz
-from tetdeploy.validate import Sweep, Tally
+from tetdeploy.validate import Sweep, Tally, running_class
 
 _NEEDED = ("x", "per_step", "spike_counts", "neurons")
 
@@ -61,12 +61,6 @@ class LogitAgreement:
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         self.num_images = int(arrays["num_images"])
         self.same, self.largest = arrays["same"].copy(), arrays["largest"].copy()
-
-
-def running_class(per_step: NDArray[Any]) -> NDArray[np.int64]:
-    """The predicted class after each number of steps, `[N, T]`: the largest running mean of `per_step [N, T, K]`."""
-    classes: NDArray[np.int64] = np.cumsum(per_step, axis=1).argmax(-1)
-    return classes
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ Pickles, and so torch's own files, are recognised by their first bytes and never
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdeploy.extras import import_extra
-from tetdeploy.files import atomic_write
+from tetdeploy.files import atomic_write, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -168,7 +167,7 @@ def weights_sha256(file: Path) -> str:
     """Of a checkpoint, or of the index of a folder of shards, which has the checksum of each."""
     from tetdeploy.shards import INDEX_NAME
 
-    return hashlib.sha256((file / INDEX_NAME if file.is_dir() else file).read_bytes()).hexdigest()
+    return sha256_of(file / INDEX_NAME if file.is_dir() else file)
 
 
 def checkpoint_file(path: Path | str) -> Path:

@@ -11,7 +11,6 @@ and after T steps in any case. A threshold of 1 stops no image early.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tetdeploy.files import sha256_of
 
 Criterion = Literal["confidence", "margin"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
@@ -113,7 +114,7 @@ def load_calibration(model: Path | str) -> tuple[Exit, int]:
 def _graph(model: Path) -> tuple[Path, str]:
     """The graph that a model is or was built from, and its SHA-256."""
     if model.suffix != ".engine":
-        return model, hashlib.sha256(model.read_bytes()).hexdigest()
+        return model, sha256_of(model)
     from tetdeploy.tensorrt_engine import read_manifest
 
     manifest = read_manifest(model)

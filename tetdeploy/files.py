@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -117,6 +118,12 @@ def cache_folder() -> Path:
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # the XDG specification says to ignore a relative path
     return (configured if configured.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "tetdeploy"  # noqa: PTH111
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_json(path: Path | str, value: Any) -> None:

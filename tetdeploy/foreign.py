@@ -7,7 +7,6 @@ tau 0.5 and threshold 1, in ResNet-19 and in both VGGSNN. Only the names and the
 
 from __future__ import annotations
 
-import hashlib
 import io
 import platform
 import re
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 
 from tetdeploy import __version__
 from tetdeploy.checkpoint import CHECKPOINT_NAME, check_keys, save_checkpoint
-from tetdeploy.data.cifar import _CIFAR10, _CIFAR100
+from tetdeploy.data.cifar import CIFAR10, CIFAR100
+from tetdeploy.files import sha256_of
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 
 _BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -56,9 +56,9 @@ class _Data:
 
 
 _DATA = {
-    "cifar10": _Data(_CIFAR10.mean, _CIFAR10.std, _CIFAR10.class_names),
-    "cifar100": _Data(_CIFAR100.mean, _CIFAR100.std, _CIFAR100.class_names),
-    "dvs-cifar10": _Data((0.0, 0.0), (1.0, 1.0), _CIFAR10.class_names),  # frames are only scaled, to [0, 1]
+    "cifar10": _Data(CIFAR10.mean, CIFAR10.std, CIFAR10.class_names),
+    "cifar100": _Data(CIFAR100.mean, CIFAR100.std, CIFAR100.class_names),
+    "dvs-cifar10": _Data((0.0, 0.0), (1.0, 1.0), CIFAR10.class_names),  # frames are only scaled, to [0, 1]
 }
 
 
@@ -331,5 +331,5 @@ def _provenance(file: Path, arch: str) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "imported": {"file": file.name, "arch": arch, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+        "imported": {"file": file.name, "arch": arch, "sha256": sha256_of(file)},
     }

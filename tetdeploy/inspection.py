@@ -5,7 +5,6 @@ Descriptions are JSON-able and have "kind", "path", "size_bytes", "sha256"; what
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from tetdeploy.checkpoint import METADATA_KEY, checkpoint_file, read_content, re
 from tetdeploy.energy import Layer, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.extras import import_extra
+from tetdeploy.files import sha256_of
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _DTYPES |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
@@ -45,7 +45,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
             f"{file} is neither a checkpoint (.safetensors) nor a model (.onnx); "
             "a result of sweep or validate is shown by tetdeploy report"
         )
-    same = {"path": str(file), "size_bytes": file.stat().st_size, "sha256": _sha256(file)}
+    same = {"path": str(file), "size_bytes": file.stat().st_size, "sha256": sha256_of(file)}
     return {"kind": found.pop("kind")} | same | found
 
 
@@ -173,8 +173,3 @@ def _dtype(name: str) -> str:
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """blocks.2 before blocks.10."""
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in name.split(".")]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

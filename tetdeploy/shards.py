@@ -7,14 +7,13 @@ damaged. Every file carries the whole JSON content that a single one would.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdeploy.checkpoint import METADATA_KEY, read_content, read_tensors, write_tensors
-from tetdeploy.files import atomic_folder, write_json
+from tetdeploy.files import atomic_folder, sha256_of, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +77,7 @@ def write_shards(
             write_tensors(temporary / name, {key: tensors[key] for key in part}, content)
         metadata = {
             "total_size": sum(_size(tensor) for tensor in tensors.values()),
-            "sha256": {name: _sha256(temporary / name) for name in names},
+            "sha256": {name: sha256_of(temporary / name) for name in names},
         }
         weight_map = {key: name for name, part in zip(names, parts, strict=True) for key in part}
         write_json(temporary / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
@@ -99,7 +98,7 @@ def read_shards(folder: Path | str) -> dict[str, Tensor]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, of {len(sums)} shards; copy them all")
     tensors: dict[str, Tensor] = {}
     for name, wanted in sums.items():
-        if _sha256(folder / name) != wanted:
+        if sha256_of(folder / name) != wanted:
             raise ValueError(f"{folder / name} is not the file that {INDEX_NAME} was written for; copy it again")
         tensors |= read_tensors(folder / name)
     if tensors.keys() != index["weight_map"].keys():
@@ -164,8 +163,3 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

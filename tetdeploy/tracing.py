@@ -11,15 +11,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from tetdeploy.data import Encoding
 from tetdeploy.folding import FoldingError, fold_batchnorm
 from tetdeploy.networks import Classifier
-
-Encoding = Literal["direct", "frames"]
 
 
 class _Boundary(nn.Module):

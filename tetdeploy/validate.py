@@ -112,7 +112,7 @@ class Tally:
 
     def add(self, per_step: NDArray[Any], counts: Mapping[str, NDArray[Any]], labels: NDArray[np.int64]) -> None:
         """Add a batch that ran T steps on the counting graph."""
-        right = np.cumsum(per_step, axis=1).argmax(-1) == labels[:, None]
+        right = running_class(per_step) == labels[:, None]
         np.add.at(self.correct, labels, right)
         np.add.at(self.seen, labels, 1)
         self.fired += [counts[f"fired.{name}"].astype(np.float64).sum(1) for name in self.neurons]
@@ -179,6 +179,12 @@ class Tally:
 
 def _restored(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
     return {name.removeprefix(prefix): arrays[name].copy() for name in arrays if name.startswith(prefix)}
+
+
+def running_class(per_step: NDArray[Any]) -> NDArray[np.int64]:
+    """The predicted class after each number of steps, `[N, T]`: the largest running mean of `per_step [N, T, K]`."""
+    classes: NDArray[np.int64] = np.cumsum(per_step, axis=1).argmax(-1)
+    return classes
 
 
 def provenance(engine: Engine) -> dict[str, Any]:

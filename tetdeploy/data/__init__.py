@@ -16,11 +16,12 @@ from .frames import FrameSet, load_frames, load_npz
 from .image_files import ImageFiles
 from .imagenet import load_imagenet
 from .images import ImageSet, save_npz, split_validation
-from .labelled import LabelledSet, Split
+from .labelled import Encoding, LabelledSet, Split
 from .saccades import saccade_set
 
 __all__ = [
     "DATA_NAMES",
+    "Encoding",
     "FrameSet",
     "ImageFiles",
     "ImageSet",

@@ -44,7 +44,7 @@ class _Cifar:
     std: tuple[float, float, float]
 
 
-_CIFAR10 = _Cifar(
+CIFAR10 = _Cifar(
     name="cifar10",
     dataset_class="CIFAR10",
     folder="cifar-10-batches-py",
@@ -52,7 +52,7 @@ _CIFAR10 = _Cifar(
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2023, 0.1994, 0.2010),  # the field's customary values; over all pixels it is (0.2470, 0.2435, 0.2616)
 )
-_CIFAR100 = _Cifar(
+CIFAR100 = _Cifar(
     name="cifar100",
     dataset_class="CIFAR100",
     folder="cifar-100-python",
@@ -74,12 +74,12 @@ def load_cifar10(split: Split, *, data_dir: Path) -> ImageSet:
         ValueError: what was found is damaged or not the whole set.
         MissingExtraError: torchvision or Pillow is needed and not installed.
     """
-    return _load(_CIFAR10, split, data_dir)
+    return _load(CIFAR10, split, data_dir)
 
 
 def load_cifar100(split: Split, *, data_dir: Path) -> ImageSet:
     """CIFAR-100 with its 100 fine classes; as `load_cifar10`, with `cifar-100-python` and `cifar100`."""
-    return _load(_CIFAR100, split, data_dir)
+    return _load(CIFAR100, split, data_dir)
 
 
 def _load(cifar: _Cifar, split: Split, data_dir: Path) -> ImageSet:

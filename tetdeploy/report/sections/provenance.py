@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from tetdeploy.checkpoint import CHECKPOINT_NAME
+from tetdeploy.files import sha256_of
 from tetdeploy.report.document import Section, Table
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Measurement, Results
@@ -22,7 +22,7 @@ def _run_table(name: str, run: Run) -> Table:
     file = run.folder / CHECKPOINT_NAME
     facts = {
         "checkpoint": CHECKPOINT_NAME if file.is_file() else "none yet",
-        "its SHA-256": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "",
+        "its SHA-256": sha256_of(file) if file.is_file() else "",
         "written": origin.get("created"),
         "versions": _versions(origin.get("versions")),
         "imported from": origin.get("source"),
