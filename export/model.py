@@ -39,9 +39,9 @@ from .lowering import lower
 from .neuron_steps import Neurons
 from .parity import Parity, check_steps, compare
 from .precision import kept_answers, per_step_logits
+from .reading import parse_graph
 from .recorder import run_torch, torch_logits
 from .targets import Precision, Target, check_target
-from .tensorrt import parse_graph
 
 Layout = Literal["unrolled", "dynamic", "step"]
 LAYOUTS: tuple[Layout, ...] = ("unrolled", "dynamic", "step")

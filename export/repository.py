@@ -30,8 +30,8 @@ from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_folder
 from tetdeploy.tensorrt_engine import read_manifest
 
+from .reading import parse_graph
 from .sequence_graph import sequence_graph
-from .tensorrt import parse_graph
 
 
 def _schema() -> Any:

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from tetdeploy import __version__
-from tetdeploy.engine import METADATA_KEY, parse_metadata, read_model
+from tetdeploy.engine import read_model
 from tetdeploy.files import atomic_write, write_json
 from tetdeploy.nvidia import BUILDING, choose_package, gpu_runtime, import_tensorrt, target_architectures
 from tetdeploy.tensorrt_engine import manifest_path
 
+from .reading import parse_graph
 from .tensorrt_graph import layers_of, prepare
 
 Range = tuple[int, int, int]
@@ -265,20 +265,6 @@ def _interruptible(monitor: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def parse_graph(data: bytes, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """An exported graph and its metadata from the bytes of the file `path`.
-
-    Raises:
-        ValueError: it is no ONNX model, or none of ours.
-    """
-    try:
-        graph = onnx.load_from_string(data)
-    except DecodeError as error:
-        raise ValueError(f"{path} cannot be loaded: not an ONNX model, or a damaged one") from error
-    texts = {entry.key: entry.value for entry in graph.metadata_props}
-    return graph, parse_metadata(texts.get(METADATA_KEY), path)
 
 
 def _steps(asked: Range | None, metadata: dict[str, Any], path: Path) -> Range | None:

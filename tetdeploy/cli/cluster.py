@@ -92,7 +92,7 @@ def _write_repository(ctx: click.Context, models: list[Path], name: str) -> None
 def _write_service(ctx: click.Context, model: Path, name: str) -> None:
     from tetdeploy.engine import read_model
     from tetdeploy.export.kserve import inference_service, write_inference_service
-    from tetdeploy.export.tensorrt import parse_graph
+    from tetdeploy.export.reading import parse_graph
     from tetdeploy.files import write_json
 
     if model.suffix != ".onnx":

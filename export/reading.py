@@ -1,0 +1,25 @@
+"""An exported graph, read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from tetdeploy.engine import METADATA_KEY, parse_metadata
+
+
+def parse_graph(data: bytes, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """An exported graph and its metadata from the bytes of the file `path`.
+
+    Raises:
+        ValueError: it is no ONNX model, or none of ours.
+    """
+    try:
+        graph = onnx.load_from_string(data)
+    except DecodeError as error:
+        raise ValueError(f"{path} cannot be loaded: not an ONNX model, or a damaged one") from error
+    texts = {entry.key: entry.value for entry in graph.metadata_props}
+    return graph, parse_metadata(texts.get(METADATA_KEY), path)
