@@ -48,10 +48,8 @@ def landscape_table(landscape: Landscape, radius: float) -> Table:
     """`summarise` as a table."""
     table = ResultTable()
     table.add_column("checkpoint")
-    for header in ("accuracy", "L_SDT", f"mean rise\nr <= {radius:g}", "largest\nrise"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for header in ("L_TET", f"mean rise\nr <= {radius:g}", "largest\nrise"):
-        table.add_column(header, justify="right", no_wrap=True)
+    rises = (f"mean rise\nr <= {radius:g}", "largest\nrise")
+    table.add_numbers("accuracy", "L_SDT", *rises, "L_TET", *rises)
     for row in summarise(landscape, radius):
         numbers = [
             "-" if (value := row[key]) is None else f"{value:.4f}"

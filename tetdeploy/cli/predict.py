@@ -90,8 +90,7 @@ def _print(path: Path, certainty: Any, class_names: tuple[str, ...], top: int) -
     order = certainty[-1].argsort()[::-1][:top]
     table = ResultTable(title=Text(str(path), style="table.title"))
     table.add_column("class")
-    for t in range(1, len(certainty) + 1):
-        table.add_column(f"T={t}", justify="right", no_wrap=True)
+    table.add_numbers(*(f"T={t}" for t in range(1, len(certainty) + 1)))
     for k in order:
         table.add_row(Text(class_names[k]), *(f"{certainty[t, k]:.1%}" for t in range(len(certainty))))
     console.print(table)

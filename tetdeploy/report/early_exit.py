@@ -86,8 +86,7 @@ def savings_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
     yield f"{_measured(result)}   {rule(early)}"
     table = ResultTable()
     table.add_column()
-    for header in (f"T={early['T']}", "early exit", ""):
-        table.add_column(header, justify="right", no_wrap=True)
+    table.add_numbers(f"T={early['T']}", "early exit", "")
     for cells in compared(early):
         table.add_row(*cells)
     yield table

@@ -186,8 +186,7 @@ def _table(*headers: str, numbers: Sequence[str] = (), num_labels: int = 1) -> T
     table = ResultTable(num_labels=num_labels)
     for header in headers:
         table.add_column(header, overflow="fold")
-    for header in numbers:
-        table.add_column(header, justify="right", no_wrap=True)
+    table.add_numbers(*numbers)
     return table
 
 

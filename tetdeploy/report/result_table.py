@@ -17,7 +17,7 @@ _BETWEEN = 3  # characters between two columns of the box below
 
 class ResultTable(Table):
     """A table of which no number is ever cut: where the console is too narrow for all columns, the others go on below,
-    beside the labels again. Columns of numbers are `no_wrap`; what is in the rest is wrapped or folded first.
+    beside the labels again. What is in other columns than those of numbers is wrapped or folded first.
 
     Args:
         num_labels: the first columns, which say what a row is.
@@ -27,6 +27,11 @@ class ResultTable(Table):
     def __init__(self, *, num_labels: int = 1, title: TextType | None = None) -> None:
         super().__init__(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
         self.num_labels = num_labels
+
+    def add_numbers(self, *headers: str) -> None:
+        """Columns of numbers: to the right, and in one line."""
+        for header in headers:
+            self.add_column(header, justify="right", no_wrap=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         widths = [_least_width(console, options, column) for column in self.columns]

@@ -95,8 +95,7 @@ def bench_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _table(*headers: str, num_labels: int = 1) -> Table:
     table = ResultTable(num_labels=num_labels)
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
+    table.add_numbers(*headers)
     return table
 
 

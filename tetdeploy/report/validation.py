@@ -130,6 +130,5 @@ def _cell(columns: Mapping[str, tuple[str, Show]], row: Mapping[str, Any], key: 
 def _table(first: str, *headers: str) -> Table:
     table = ResultTable()
     table.add_column(first, justify="right" if first else "left", no_wrap=True)
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
+    table.add_numbers(*headers)
     return table
