@@ -25,10 +25,10 @@ from torchvision.transforms import v2
 
 import tetdeploy
 from tetdeploy.cli import main
-from tetdeploy.cli.export import real_inputs
 from tetdeploy.cli.options import as_model_input
 from tetdeploy.data import ImageFiles, image_files, load_data, split_validation
 from tetdeploy.data.image_files import centre_crop
+from tetdeploy.export.trained import check_images
 from tetdeploy.networks import Classifier, NetworkConfig
 from tetdeploy.train import TrainConfig, TrainResult, train
 from tetdeploy.train.batches import Batch, Draws
@@ -137,16 +137,16 @@ def test_selecting_and_splitting_read_no_image(copied: Path) -> None:
         val_part.x[:]
 
 
-def test_real_inputs_reads_no_more_than_it_is_asked_for(copied: Path) -> None:
+def test_an_export_is_checked_on_no_more_images_than_it_is_asked_for(copied: Path) -> None:
     data = files_of(copied)
     train_part, val_part = split_validation(data, fraction=0.25)
     for part, kept in ((train_part, 2), (val_part, 9)):
         for index in range(kept, len(part)):
             Path(part.path(index)).write_bytes(b"")
-    x, labels = real_inputs("imagenet@16", copied, 0.25, T=2, count=11)
+    x, labels = check_images(train_part, val_part, 11)
     assert x.shape == (11, 3, 16, 16)
     np.testing.assert_array_equal(labels, np.concatenate([val_part.labels, train_part.labels[:2]]))
-    assert len(real_inputs("imagenet@16", copied, 0.25, T=2, count=4)[0]) == 4
+    assert len(check_images(train_part, val_part, 4)[0]) == 4
 
 
 def test_what_is_wrong_with_the_folders_is_named(copied: Path) -> None:

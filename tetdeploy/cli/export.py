@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from tetdeploy.extras import import_extra
 if TYPE_CHECKING:
     from tetdeploy.export import Exported
     from tetdeploy.export.nir_format import NirExported
+    from tetdeploy.export.trained import Trained
 
 # What says how an ONNX graph runs and is checked; a NIR graph is one step of a normalised image, whatever runs it.
 _ONNX_ONLY = {
@@ -162,50 +165,41 @@ def export(
         return None
     for package, extra in (("torch", "train"), ("onnxscript", "train"), ("onnxruntime", "cpu")):
         import_extra(package, extra)
-    from tetdeploy.checkpoint import newest_run, read_metadata, weights_file
-    from tetdeploy.data import load_frames
     from tetdeploy.export import ExportConfig, export_model
     from tetdeploy.export.model import NUM_REFERENCE
+    from tetdeploy.export.trained import Trained
     from tetdeploy.files import check_writable, write_json
 
-    file = weights_file(run or newest_run(runs))
-    metadata = read_metadata(file)
-    _say_which(file, metadata)
-    trained_T = int(metadata["training"].get("T", 4))
-    options["encoding"] = options["encoding"] or metadata["data"].get("encoding", "direct")
-    config = ExportConfig(T=T or trained_T, trained_T=trained_T, **options)
-    path = out or file.parent / config.file_name
+    trained = Trained.find(run, runs)
+    _say_which(trained)
+    options["encoding"] = options["encoding"] or trained.encoding
+    config = ExportConfig(T=T or trained.T, trained_T=trained.T, **options)
+    path = out or trained.file.parent / config.file_name
     check_writable(path, ".onnx", remedy="choose another with --out")
-    fine_tuned = _fine_tuned_scales(ctx, file, metadata) if config.precision == "int8" else None
-    classifier = load_classifier(file, metadata, model)
-    source = data or str(metadata["data"]["name"])
-    calibration = None
-    if config.encoding == "frames" and source.lower().endswith(".npz"):
-        images, labels = load_frames(source)
-        calibration = images[-num_calibration:], labels[-num_calibration:]
-    else:
-        val_fraction = float(metadata["training"].get("val_fraction", 0.0))
-        count = max(num_check, NUM_REFERENCE)
-        images, labels = real_inputs(source, data_dir, val_fraction, T=trained_T, count=count)
-        if config.precision == "int8" and fine_tuned is None:
-            calibration = _training_inputs(source, data_dir, val_fraction, T=trained_T, count=num_calibration)
-    with progress_bar() as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def tick(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
+    int8 = config.precision == "int8"
+    scales = trained.scales if int8 else None
+    if scales is not None and is_typed(ctx, "num_calibration"):
+        raise click.UsageError(
+            f"{trained.file} was fine-tuned at scales of its own (train --qat): leave out --calibrate"
+        )
+    classifier = load_classifier(trained.file, trained.metadata, model)
+    (images, labels), calibration = trained.images(
+        data,
+        data_dir,
+        config.encoding,
+        num_check=max(num_check, NUM_REFERENCE),
+        num_calibration=num_calibration if int8 and scales is None else 0,
+    )
+    with _progress() as tick:
         exported = export_model(
             classifier,
             path,
             config,
             images,
             labels=labels,
-            source=_source(file, metadata),
+            source=trained.source,
             num_check=num_check,
-            calibration=fine_tuned or calibration,
+            calibration=scales or calibration,
             tick=tick,
         )
     print_exported(exported, config.layout, config.T)
@@ -214,6 +208,20 @@ def export(
         write_json(json_path, exported.to_dict())
     console.print(f"next: tetdeploy sweep {exported.path}", markup=False)
     return exported.path
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each thing that goes on, from its first tick on: what, done, all."""
+    with progress_bar() as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def tick(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield tick
 
 
 def _typed_onnx_options(ctx: click.Context) -> list[str]:
@@ -242,21 +250,20 @@ def _export_nir(
 ) -> None:
     for package, extra in (("torch", "train"), ("onnxscript", "train"), ("nir", "nir")):
         import_extra(package, extra)
-    from tetdeploy.checkpoint import newest_run, read_metadata, weights_file
     from tetdeploy.export.nir_format import export_nir
+    from tetdeploy.export.trained import Trained
     from tetdeploy.files import check_writable, write_json
 
-    file = weights_file(run or newest_run(runs))
-    metadata = read_metadata(file)
-    _say_which(file, metadata)
-    path = out or file.parent / "model.nir"
+    trained = Trained.find(run, runs)
+    _say_which(trained)
+    path = out or trained.file.parent / "model.nir"
     check_writable(path, ".nir", remedy="choose another with --out")
     exported = export_nir(
-        load_classifier(file, metadata, model),
+        load_classifier(trained.file, trained.metadata, model),
         path,
-        trained_T=int(metadata["training"].get("T", 4)),
-        encoding=encoding or metadata["data"].get("encoding", "direct"),
-        source=_source(file, metadata),
+        trained_T=trained.T,
+        encoding=encoding or trained.encoding,
+        source=trained.source,
     )
     print_nir(exported)
     if json_path is not None:
@@ -268,46 +275,6 @@ def print_nir(exported: NirExported) -> None:
     console.print(f"folded {exported.num_folded} BN | {nodes} | {exported.num_edges} edges")
     console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB", markup=False)
     console.print("it takes normalised images, and a step is 0.1 ms: docs/nir.md", style="dim")
-
-
-def real_inputs(data: str, data_dir: Path, val_fraction: float, *, T: int, count: int) -> tuple[Any, Any]:
-    """Up to `count` images, or recordings cut into T frames, and labels to check with: those held out for validation
-    first, then the others. Never the test set."""
-    import numpy as np
-
-    from tetdeploy.data import load_data, split_validation
-
-    inputs = load_data(data, "train", data_dir=data_dir, T=T)
-    if not val_fraction:
-        return inputs.x[:count], inputs.labels[:count]
-    train, val = split_validation(inputs, fraction=val_fraction)
-    others = max(count - len(val), 0)
-    x = np.concatenate([val.x[:count], train.x[:others]])
-    return x, np.concatenate([val.labels[:count], train.labels[:others]])
-
-
-def _training_inputs(data: str, data_dir: Path, val_fraction: float, *, T: int, count: int) -> tuple[Any, Any]:
-    """The last images of the training part and their labels: others than the check's, where there are enough."""
-    from tetdeploy.data import load_data, split_validation
-
-    train = load_data(data, "train", data_dir=data_dir, T=T)
-    if val_fraction:
-        train, _ = split_validation(train, fraction=val_fraction)
-    return train.x[-count:], train.labels[-count:]
-
-
-def _fine_tuned_scales(ctx: click.Context, file: Path, metadata: dict[str, Any]) -> Any:
-    """The scales that a run of `train --qat` was fine-tuned at; None for any other."""
-    from tetdeploy.calibration import Calibration
-
-    if "int8" not in metadata:
-        return None
-    if is_typed(ctx, "num_calibration"):
-        raise click.UsageError(f"{file} was fine-tuned at scales of its own (train --qat): leave out --calibrate")
-    try:
-        return Calibration.from_dict(metadata["int8"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: its int8 metadata cannot be read; the file was changed") from error
 
 
 def print_exported(exported: Exported, layout: str, T: int) -> None:
@@ -377,28 +344,20 @@ def _print_kept(kept: dict[str, Any], precision: str) -> None:
     console.print(f"{precision} on the {images} at T={T}: agrees with fp32 {agreement:.2%}{accuracy}")
 
 
-def _say_which(file: Path, metadata: dict[str, Any]) -> None:
+def _say_which(trained: Trained) -> None:
     """Of shards, which hold other weights than the checkpoint of their run."""
-    if file.is_dir():
-        besides = " and not their moving average" if metadata["training"].get("ema") else ""
-        epoch, step = (metadata.get("restart", {}).get(name, 0) for name in ("epoch", "step"))
+    if trained.file.is_dir():
+        besides = " and not their moving average" if trained.metadata["training"].get("ema") else ""
+        epoch, step = (trained.metadata.get("restart", {}).get(name, 0) for name in ("epoch", "step"))
         console.print(
-            f"{file}: the weights after {epoch} epochs and {step} steps, not the best epoch's{besides}", markup=False
+            f"{trained.file}: the weights after {epoch} epochs and {step} steps, not the best epoch's{besides}",
+            markup=False,
         )
 
 
-def load_classifier(file: Path, metadata: dict[str, Any], own: str | None) -> Any:
+def load_classifier(file: Path, metadata: Mapping[str, Any], own: str | None) -> Any:
     """The classifier of a checkpoint; `own` is --model, for a network of the user's own."""
     from tetdeploy.checkpoint import load
     from tetdeploy.networks import NetworkConfig
 
     return load(file, network=network_of(NetworkConfig(**metadata["network"]), own))
-
-
-def _source(file: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """What the model was made from."""
-    from tetdeploy.checkpoint import weights_sha256
-
-    return {"checkpoint_sha256": weights_sha256(file)} | {
-        k: metadata[k] for k in ("network", "data", "training", "provenance")
-    }

@@ -1,0 +1,98 @@
+"""What is exported: weights, what they say of the training, and real images of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tetdeploy.calibration import Calibration
+from tetdeploy.checkpoint import newest_run, read_metadata, weights_file, weights_sha256
+from tetdeploy.data import LabelledSet, load_data, load_frames, split_validation
+
+Labelled = tuple[NDArray[Any], NDArray[np.int64]]  # images [N, C, H, W] or frames [N, T, C, H, W], and labels [N]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint or a folder of shards, and its metadata."""
+
+    file: Path
+    metadata: Mapping[str, Any]
+
+    @classmethod
+    def find(cls, run: Path | None, runs: Path) -> Trained:
+        """Of a run folder, a checkpoint, or shards; None is the newest run.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: see `read_metadata`.
+        """
+        file = weights_file(run or newest_run(runs))
+        return cls(file, read_metadata(file))
+
+    @property
+    def T(self) -> int:
+        """Steps of the training; 4 where that is not known, as of an imported checkpoint."""
+        return int(self.metadata["training"].get("T", 4))
+
+    @property
+    def encoding(self) -> Any:
+        """Of the training's data."""
+        return self.metadata["data"].get("encoding", "direct")
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What a model made of it says of its origin."""
+        sections = {name: self.metadata[name] for name in ("network", "data", "training", "provenance")}
+        return {"checkpoint_sha256": weights_sha256(self.file)} | sections
+
+    @property
+    def scales(self) -> Calibration | None:
+        """Those that a run of `train --qat` was fine-tuned at; None for any other.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        if "int8" not in self.metadata:
+            return None
+        try:
+            return Calibration.from_dict(self.metadata["int8"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.file}: its int8 metadata cannot be read; the file was changed") from error
+
+    def images(
+        self, data: str | None, data_dir: Path, encoding: str, *, num_check: int, num_calibration: int
+    ) -> tuple[Labelled, Labelled | None]:
+        """Real images to check with, and to calibrate on others of the training part, where there are enough.
+
+        Args:
+            data: a data set's name, or a `.npz`; None is the training's. Never its test set.
+            encoding: of the export.
+            num_calibration: 0 for none.
+        """
+        name = data or str(self.metadata["data"]["name"])
+        if encoding == "frames" and name.lower().endswith(".npz"):
+            x, labels = load_frames(name)
+            return (x, labels), _last(x, labels, num_calibration)
+        fraction = float(self.metadata["training"].get("val_fraction", 0.0))
+        images = load_data(name, "train", data_dir=data_dir, T=self.T)
+        train, val = split_validation(images, fraction=fraction) if fraction else (images, None)
+        return check_images(train, val, num_check), _last(train.x, train.labels, num_calibration)
+
+
+def check_images(train: LabelledSet, val: LabelledSet | None, count: int) -> Labelled:
+    """Up to `count` images and their labels: those held out for validation first, then the others."""
+    if val is None:
+        return train.x[:count], train.labels[:count]
+    others = max(count - len(val), 0)
+    x = np.concatenate([val.x[:count], train.x[:others]])
+    return x, np.concatenate([val.labels[:count], train.labels[:others]])
+
+
+def _last(x: NDArray[Any], labels: NDArray[np.int64], count: int) -> Labelled | None:
+    return (x[-count:], labels[-count:]) if count else None
