@@ -35,7 +35,7 @@ def by_modules() -> Iterator[None]:
     """Within it every module is called as it is, and neurons run by PyTorch's operations."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neurons, "_triton", lambda x: None)
-        patch.setattr(neurons, "_fused", lambda x: None)
+        patch.setattr(neurons, "_numba", lambda x: None)
         yield
 
 

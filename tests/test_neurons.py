@@ -54,16 +54,16 @@ def kernel(name: str) -> Iterator[None]:
     """The compiled kernels, or the torch operations that stand in where they do not serve."""
     with pytest.MonkeyPatch.context() as patch:
         if name == "operations":
-            patch.setattr(neurons, "_fused", lambda current: None)
+            patch.setattr(neurons, "_numba", lambda current: None)
         else:
-            assert neurons._fused(torch.zeros(1)) is not None
+            assert neurons._numba(torch.zeros(1)) is not None
         yield
 
 
-both_kernels = pytest.mark.parametrize("name", ["fused", "operations"])
+both_kernels = pytest.mark.parametrize("name", ["numba", "operations"])
 
 
-@pytest.fixture(params=["fused", "operations"])
+@pytest.fixture(params=["numba", "operations"])
 def _either_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
     with kernel(request.param):
         yield
@@ -282,7 +282,7 @@ def test_more_neurons_than_one_chunk(
 def test_both_kernels_give_the_same_bits_in_float32() -> None:
     current, u = torch.randn(5, 3, 70, 41), torch.rand(3, 70, 41)
     results = []
-    for name in ("fused", "operations"):
+    for name in ("numba", "operations"):
         with kernel(name):
             results.append(lif(current, u, tau=0.3, v_th=0.7))
     assert all(map(torch.equal, *results))

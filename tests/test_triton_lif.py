@@ -41,7 +41,7 @@ def outcome(current: Tensor, u: Tensor | None, at: str, *, kernels: bool, **opti
     with pytest.MonkeyPatch.context() as patch:
         if not kernels:
             patch.setattr(neurons, "_triton", lambda current: None)
-            patch.setattr(neurons, "_fused", lambda current: None)
+            patch.setattr(neurons, "_numba", lambda current: None)
         spikes, u_last = lif(current, u, **options)
         g = torch.Generator().manual_seed(2)
         arriving = [torch.randn(output.shape, generator=g).to(output) for output in (spikes, u_last)]
@@ -154,7 +154,7 @@ def test_values_that_are_not_numbers_pass_as_in_pytorch(device: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         got = [lif(current)[0], *torch.autograd.grad(lif(current)[0].sum(), current)]
         patch.setattr(neurons, "_triton", lambda current: None)
-        patch.setattr(neurons, "_fused", lambda current: None)
+        patch.setattr(neurons, "_numba", lambda current: None)
         wanted = [lif(current)[0], *torch.autograd.grad(lif(current)[0].sum(), current)]
     for g, w in zip(got, wanted, strict=True):
         torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)

@@ -14,9 +14,9 @@ The whole sequence is one operator, `torch.ops.tetdeploy.lif`. It shows up as on
 backward is its own input: the membranes are integrated again there, bit for bit as in forward.
 
 Below stand the equations in torch operations, the reference, which runs anywhere. In their place run, with the same
-bits, numba on a CPU (`fused`) and Triton on a GPU (`triton_lif`), each in one pass over memory. On a GPU neurons are
-taken in the order in which they lie in memory, and the spikes lie in that order: channels-last stays channels-last. On
-a CPU spikes are contiguous: there a convolution's format may be chance, and networks call `view` on spikes.
+bits, numba on a CPU (`numba_lif`) and Triton on a GPU (`triton_lif`), each in one pass over memory. On a GPU neurons
+are taken in the order in which they lie in memory, and the spikes lie in that order: channels-last stays channels-last.
+On a CPU spikes are contiguous: there a convolution's format may be chance, and networks call `view` on spikes.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def _lif(current: Tensor, u: Tensor | None, tau: float, v_th: float, gamma: floa
     if kernels := _triton(current):
         kernels.forward(current_, u_, spikes_, u_last_, tau, v_th)
         return spikes, u_last
-    if fused := _fused(current):
+    if kernels := _numba(current):
         _start(u_last_, u_)
         number = _number(current)
-        with fused.threads(torch.get_num_threads()):
-            fused.forward(_rows(current_), u_last_.numpy(), spikes_.numpy(), number(tau), number(v_th))
+        with kernels.threads(torch.get_num_threads()):
+            kernels.forward(_rows(current_), u_last_.numpy(), spikes_.numpy(), number(tau), number(v_th))
         return spikes, u_last
     for part in _parts(u_last_):
         membrane = _start(u_last_[part], u_, part)
@@ -87,14 +87,14 @@ def _lif_backward(
     if kernels := _triton(current):
         kernels.backward(current_, u_, grad_spikes_, grad_u_last_, grad_current_, grad_u_, tau, v_th, gamma)
         return grad_current, grad_u
-    if fused := _fused(current):
+    if kernels := _numba(current):
         _start(grad_u_, grad_u_last_)
         start = _start(torch.empty_like(grad_u_), u_)
         incoming = current_[:0] if grad_spikes_ is None else grad_spikes_
         number = _number(current)
         arrays = (_rows(current_), start.numpy(), _contiguous(incoming), grad_u_.numpy(), grad_current_.numpy())
-        with fused.threads(torch.get_num_threads()):
-            fused.backward(*arrays, number(tau), number(v_th), number(gamma))
+        with kernels.threads(torch.get_num_threads()):
+            kernels.backward(*arrays, number(tau), number(v_th), number(gamma))
         return grad_current, grad_u
     for part in _parts(grad_u_):
         h = _membranes(current_[:, part], u_, part, tau, v_th)
@@ -156,17 +156,17 @@ def _triton_kernels() -> Any:
     return triton_lif
 
 
-def _fused(current: Tensor) -> Any:
+def _numba(current: Tensor) -> Any:
     """The compiled kernels, where they serve: float32 and float64 on a CPU, with numba installed."""
     if current.device.type != "cpu" or current.dtype not in (torch.float32, torch.float64):
         return None
     try:
-        from tetdeploy import fused
+        from tetdeploy import numba_lif
     except ModuleNotFoundError as error:
         if error.name != "numba":
             raise
         return None  # the same results by torch operations, slower
-    return fused
+    return numba_lif
 
 
 def _number(like: Tensor) -> Any:
