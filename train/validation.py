@@ -31,24 +31,20 @@ def evaluate(
     T: int,
     batch_size: int = 256,
     loss: Loss = total_loss,
-    precision: str = "fp32",
-    stop: Callable[[], bool] = lambda: False,
-) -> tuple[float, float] | None:
+) -> tuple[float, float]:
     """Mean loss and accuracy (the mean logits decide) in eval mode; the classifier's mode is put back afterwards.
 
     Args:
-        classifier, T, precision, stop: see `measure`.
+        classifier, T: see `measure`.
         images: uint8 [N, C, H, W] or frames [N, T, C, H, W], or floating and normalised; on the classifier's device.
         labels: int64 [N].
         batch_size: images at a time.
         loss: of logits [T, N, K] and labels [N], a mean over the batch.
-
-    Returns:
-        (loss, accuracy), or None if given up.
     """
     batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    found = measure(classifier, batches, T=T, losses={"loss": loss}, precision=precision, stop=stop)
-    return None if found is None else (found["loss"], found["accuracy"])
+    found = measure(classifier, batches, T=T, losses={"loss": loss})
+    assert found is not None
+    return found["loss"], found["accuracy"]
 
 
 def measure(

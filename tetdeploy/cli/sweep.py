@@ -128,8 +128,8 @@ def run_sweep(
     data_dir: Path,
     *,
     limit: int | None,
-    batch_size: int = 64,
-    constants: EnergyConstants | None = None,
+    batch_size: int,
+    constants: EnergyConstants | None,
 ) -> Sweep:
     """Load the data and sweep, with a progress bar."""
     from tetdeploy.validate import sweep as measure

@@ -12,7 +12,7 @@ from tetdeploy.validate import Sweep
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
 
-def plot_sweep(result: Sweep, path: Path | str, trained_T: int | None = None) -> None:
+def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:
     """Accuracy and energy against T, as PNG (or what the file's ending says). The T of the training is marked.
 
     Raises:
@@ -33,8 +33,8 @@ def plot_sweep(result: Sweep, path: Path | str, trained_T: int | None = None) ->
     left.plot(steps, [100 * row.accuracy for row in result.rows], "o-", color=BLUE)
     right.plot(steps, [row.energy_pj / 1e6 for row in result.rows], "s--", color=ORANGE)
     if trained_T in steps:
-        left.axvline(float(trained_T or 0), color="0.6", linewidth=1, zorder=0)
-        left.annotate(f" trained at T={trained_T}", (float(trained_T or 0), 0.02), xycoords=("data", "axes fraction"))
+        left.axvline(trained_T, color="0.6", linewidth=1, zorder=0)
+        left.annotate(f" trained at T={trained_T}", (trained_T, 0.02), xycoords=("data", "axes fraction"))
     left.set_xlabel("time steps T")
     left.set_ylabel("● accuracy (%)", color=BLUE)
     right.set_ylabel("■ energy (µJ per image)", color=ORANGE)

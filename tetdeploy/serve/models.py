@@ -22,6 +22,7 @@ from tetdeploy.serve.sequences import LostSequenceError, Sequence, Sequences
 from tetdeploy.stream import StepResult
 from tetdeploy.streams import StreamPool
 
+_NUM_MEASURED = 32  # reference images that a step's energy is estimated from
 STEPS = "steps"  # the scheduler's key of all sequences; other keys are tuples
 
 
@@ -35,9 +36,9 @@ class Bounds:
         max_sequences: sequences that may be open at once.
     """
 
-    max_T: int = 64
-    sequence_timeout: float = 60.0
-    max_sequences: int = 4096
+    max_T: int
+    sequence_timeout: float
+    max_sequences: int
 
 
 class ServedModel:
@@ -190,12 +191,12 @@ def _part(result: Result, rows: slice) -> Result:
     return Result(result.logits[rows], result.per_step[rows], result.steps[rows])
 
 
-def step_energy_pj(engine: Engine, num_images: int = 32) -> float | None:
+def step_energy_pj(engine: Engine) -> float | None:
     """An estimate of what one step costs: the mean over the first reference images beside the model, run for the T of
     the training, by the convention `paper`. None where there are none, or the engine counts no spikes."""
     try:
         reference = load_reference(engine)
-        x = reference.x[:num_images]
+        x = reference.x[:_NUM_MEASURED]
         _, counts = engine.count(x, reference.T)
     except (ValueError, FileNotFoundError):
         return None

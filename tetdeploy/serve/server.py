@@ -36,9 +36,9 @@ GRACE_SECONDS = 30.0  # that requests may take to finish once the server is told
 class Address:
     """Where a server listens. A port of 0 is any free one."""
 
-    host: str = "127.0.0.1"
-    http_port: int = 8080
-    grpc_port: int = 8081
+    host: str
+    http_port: int
+    grpc_port: int
 
 
 def serve(
