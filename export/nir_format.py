@@ -38,7 +38,7 @@ from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
 from tetdeploy.folding import VIEWS, count_batchnorm, fold_batchnorm, module_path, parameter
 from tetdeploy.networks import Classifier
-from tetdeploy.tracing import quiet
+from tetdeploy.tracing import first_line, quiet
 
 from .parity import check_steps
 
@@ -132,7 +132,7 @@ def _traced(classifier: Classifier, encoding: Encoding) -> torch.export.Exported
         shapes = ({1: batch},) if frames else ({0: batch}, None)
         return torch.export.export(classifier.network, inputs, dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises many kinds for what a network's code may do
-        raise ValueError(f"torch.export cannot trace the network: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"torch.export cannot trace the network: {first_line(error)}") from error
 
 
 def _describe(

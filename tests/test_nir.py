@@ -333,6 +333,16 @@ def test_what_nir_has_no_node_for(change: nn.Module, reason: str, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_that_cannot_be_traced_and_does_not_say_why() -> None:
+    def silent(x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            raise NotImplementedError
+        return x
+
+    with pytest.raises(ValueError, match=r"torch\.export cannot trace the network: NotImplementedError"):
+        nir_graph(calibrated(Everything(Thrown(silent))))
+
+
 def test_batch_normalisation_that_cannot_be_folded() -> None:
     with pytest.raises(FoldingError, match=r"cannot fold BN 'change\.0'"):
         nir_graph(calibrated(Everything(nn.BatchNorm2d(4))))
