@@ -21,7 +21,7 @@ from tetdeploy.energy import Layer
 
 from .graph import is_of_network, module_name
 from .neuron_steps import Neurons, network_node
-from .whole import WholeNumbers
+from .whole_numbers import WholeNumbers
 
 _UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm", "Conv"}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tetdeploy.cli.encoding import replace_lacking_characters
+from tetdeploy.cli.characters import replace_lacking_characters
 from tetdeploy.extras import MissingExtraError
 
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
