@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from export_helpers import digits, engine, exported, frames
+from export_helpers import LAYOUTS, digits, engine, exported, frames
 
 pytest.importorskip("tritonclient")
 from google.protobuf import text_format
@@ -23,15 +23,7 @@ from tetdeploy.export.tensorrt import BuildConfig, build_engine
 
 Array = np.ndarray[Any, Any]
 DTYPES = {"TYPE_FP32": np.float32, "TYPE_UINT8": np.uint8}
-LAYOUTS: list[tuple[str, dict[str, Any]]] = [
-    ("unrolled", {"T": 3}),
-    ("unrolled", {"T": 3, "encoding": "frames"}),
-    ("dynamic", {}),
-    ("dynamic", {"encoding": "frames"}),
-    ("step", {}),
-    ("step", {"encoding": "frames"}),
-    ("step", {"normalize": False}),
-]
+SERVED = [(layout, options) for layout, options in LAYOUTS if "with_state" not in options]
 
 
 def read_config(folder: Path) -> Any:
@@ -90,7 +82,7 @@ def served(tmp_path: Path, layout: str, **options: Any) -> Path:
     return added.path
 
 
-@pytest.mark.parametrize(("layout", "options"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("layout", "options"), SERVED, ids=str)
 def test_the_configuration_is_that_of_the_graph(layout: str, options: dict[str, Any], tmp_path: Path) -> None:
     folder = served(tmp_path, layout, **options)
     config, graph = read_config(folder), onnx.load(folder / "1" / "model.onnx").graph

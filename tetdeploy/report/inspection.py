@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from tetdeploy.report.numbers import percent
 from tetdeploy.report.result_table import ResultTable
 from tetdeploy.report.tables import count
 
@@ -47,7 +48,7 @@ def _checkpoint_facts(found: Mapping[str, Any]) -> dict[str, Any]:
 def _state_facts(found: Mapping[str, Any]) -> dict[str, Any]:
     resume = found["resume"]
     best = resume.get("best") or {}
-    kept = f"{best['epoch']}, {_percent(best.get('val_accuracy'))} of validation images right" if best else "none yet"
+    kept = f"{best['epoch']}, {percent(best.get('val_accuracy'))} of validation images right" if best else "none yet"
     return _file_facts(found) | {
         "where it stands": f"{resume['epoch']} epochs and {resume['step']} steps finished",
         "best epoch": kept,
@@ -107,7 +108,7 @@ def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
     if training:
         facts["training"] = _training(training)
     if origin.get("epoch") is not None:
-        facts["kept"] = f"epoch {origin['epoch']}, validation accuracy {_percent(origin.get('val_accuracy'))}"
+        facts["kept"] = f"epoch {origin['epoch']}, validation accuracy {percent(origin.get('val_accuracy'))}"
     if origin.get("created"):
         facts["trained"] = (
             f"{origin['created']} on {origin.get('device', '?')} with {_versions(origin.get('versions'))}"
@@ -201,10 +202,6 @@ def size(num_bytes: int) -> str:
 
 def _shape(shape: Sequence[Any]) -> str:
     return f"[{', '.join('?' if dim is None else str(dim) for dim in shape)}]"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2%}"
 
 
 def _versions(versions: Mapping[str, Any] | None) -> str:
