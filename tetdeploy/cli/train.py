@@ -180,7 +180,7 @@ def train(
     RUN/last.safetensors (for --resume), RUN/metrics.jsonl and RUN/config.json. Ctrl-C saves and stops.
     """
     import_extra("torch", "train")
-    from tetdeploy.checkpoint import load_weights
+    from tetdeploy.checkpoint import load_weights, newest_run
     from tetdeploy.train import train as run_training
     from tetdeploy.train import train_seeds
     from tetdeploy.train.ranks import process_group
@@ -190,7 +190,7 @@ def train(
     with ExitStack() as made, process_group() as ranks, _one_voice(ranks):
         with ranks.first(), _naming(config):
             if resume is not None:
-                out = _resumed_run(Path(resume) if resume else None, out, runs)
+                out = Path(resume) if resume else out or newest_run(runs)
                 settings = read_run_config(out)
                 seeds = _take_settings(ctx, settings, options) or seeds
                 cuda_graphs, shards_mb = _take_how(ctx, settings.get("how", {}))
@@ -350,13 +350,6 @@ def _check_beginnings(ctx: click.Context, *, resume: bool, init: bool, restart: 
         raise click.UsageError(
             "--restart-from goes on with one run from its weights: not together with --resume, --init, --seeds or --qat"
         )
-
-
-def _resumed_run(run: Path | None, out: Path | None, runs: Path) -> Path:
-    """The run to go on with."""
-    from tetdeploy.checkpoint import newest_run
-
-    return run or out or newest_run(runs)
 
 
 def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) -> dict[str, Any]:

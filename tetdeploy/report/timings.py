@@ -33,14 +33,10 @@ def _named(folders: Sequence[Path], files: Sequence[Path]) -> Iterator[tuple[str
     for folder in folders:
         for file in sorted(folder.glob(f"*{_SUFFIX}")):
             seen.add(file.resolve())
-            yield f"{folder.resolve().name} {_stem(file)}", file
+            yield f"{folder.resolve().name} {file.name.removesuffix(_SUFFIX)}", file
     for file in files:
         if file.resolve() not in seen:
             yield str(file), file
-
-
-def _stem(file: Path) -> str:
-    return file.name.removesuffix(_SUFFIX)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -48,16 +48,16 @@ def shown(result: Mapping[str, Any], *, layers: bool) -> Iterator[str | Table]:
     """
     rows, agreement, trained_T = result["rows"], result["agreement"], result["trained_T"]
     yield escape(f"{result['model']}   {result['num_samples']:,} images of {result['data']}   {result['layout']}")
-    yield cost_table(rows, trained_T)
+    yield _rows_table(rows, _COST, trained_T)
     if rows[0]["accuracy"] is None:
         yield "[dim]images of the training: their accuracy says nothing; name a test set with --data[/dim]"
     if agreement is not None:
         yield _heading(agreement)
-        yield agreement_table(rows, trained_T)
+        yield _rows_table(rows, _AGREEMENT, trained_T)
         yield f"[dim]* the T of the training; {_reading(agreement)}[/dim]"
     if layers:
         yield f"layers of neurons, T={rows[-1]['T']}"
-        yield neurons_table(result["neurons"])
+        yield _neurons_table(result["neurons"])
 
 
 def _heading(agreement: Mapping[str, Any]) -> str:
@@ -81,17 +81,7 @@ def _reading(agreement: Mapping[str, Any]) -> str:
     )
 
 
-def cost_table(rows: Sequence[Mapping[str, Any]], trained_T: int) -> Table:
-    """Accuracy, operations, energy and latency of a validation at each T; the T of the training is marked."""
-    return _rows_table(rows, _COST, trained_T)
-
-
-def agreement_table(rows: Sequence[Mapping[str, Any]], trained_T: int) -> Table:
-    """How far the engine is from PyTorch at each T."""
-    return _rows_table(rows, _AGREEMENT, trained_T)
-
-
-def neurons_table(neurons: Sequence[Mapping[str, Any]]) -> Table:
+def _neurons_table(neurons: Sequence[Mapping[str, Any]]) -> Table:
     """Layers of neurons: firing rate at the largest T, and how far they are from PyTorch's over all steps."""
     columns: dict[str, tuple[str, Show]] = {
         "torch_firing_rate": ("PyTorch's", "{:.3f}".format),
@@ -110,6 +100,7 @@ def neurons_table(neurons: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, Show]], trained_T: int) -> Table:
+    """What was measured of some columns at each T; the T of the training is marked."""
     shown = _with_values(columns, rows)
     table = _table("T", *(columns[key][0] for key in shown))
     for row in rows:
