@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.calibration import Calibration
 from tetdeploy.checkpoint import newest_run, read_metadata, weights_file, weights_sha256
-from tetdeploy.data import LabelledSet, load_data, load_frames, split_validation
+from tetdeploy.data import Encoding, LabelledSet, load_data, load_frames, split_validation
 
 Labelled = tuple[NDArray[Any], NDArray[np.int64]]  # images [N, C, H, W] or frames [N, T, C, H, W], and labels [N]
 
@@ -41,9 +41,10 @@ class Trained:
         return int(self.metadata["training"].get("T", 4))
 
     @property
-    def encoding(self) -> Any:
+    def encoding(self) -> Encoding:
         """Of the training's data."""
-        return self.metadata["data"].get("encoding", "direct")
+        encoding: Encoding = self.metadata["data"].get("encoding", "direct")
+        return encoding
 
     @property
     def source(self) -> dict[str, Any]:
@@ -66,7 +67,7 @@ class Trained:
             raise ValueError(f"{self.file}: its int8 metadata cannot be read; the file was changed") from error
 
     def images(
-        self, data: str | None, data_dir: Path, encoding: str, *, num_check: int, num_calibration: int
+        self, data: str | None, data_dir: Path, encoding: Encoding, *, num_check: int, num_calibration: int
     ) -> tuple[Labelled, Labelled | None]:
         """Real images to check with, and to calibrate on others of the training part, where there are enough.
 
