@@ -90,15 +90,23 @@ def _fuse(model: bytes, loops: list[Loop]) -> bytes | None:
     import onnxruntime as ort
 
     from tetdeploy.native.regions import fuse
+    from tetdeploy.native.spikes import mark_convolutions, put_convolutions
     from tetdeploy.native.tiles import use_tiles
 
+    tiles = has_tiles()
+    proto = onnx.ModelProto.FromString(model)
+    marked = mark_convolutions(proto.graph, loops) if tiles else {}
+    if marked:
+        model = proto.SerializeToString()
     options = _options(ort)
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         optimised = onnx.load(options.optimized_model_filepath)
-    native_nodes = fuse(optimised, _kinds(ort, onnx, optimised), loops)
-    if has_tiles():
+    kinds = _kinds(ort, onnx, optimised)
+    native_nodes = put_convolutions(optimised.graph, marked, kinds)
+    native_nodes += fuse(optimised, kinds, loops)
+    if tiles:
         native_nodes += use_tiles(optimised.graph)
     if not native_nodes:
         return None

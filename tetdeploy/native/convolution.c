@@ -1,15 +1,20 @@
-/* An int8 convolution as an operator of ONNX Runtime, for processors with AMX.
+/* Convolutions of bytes as operators of ONNX Runtime, for processors with AMX: ONNX Runtime's own multiply in vector
+ * registers; tiles do sixteen times as much in an instruction.
  *
- * The node `ai.tetdeploy::Convolution` stands for a `QLinearConv` of bytes that lie channels last, and gives its bits:
- * sums of int32, plus the bias, times a scale for each channel in float32, limited, rounded to even, plus the zero point.
- * ONNX Runtime's own multiplies in vector registers; tiles do sixteen times as much in an instruction.
+ * `ai.tetdeploy::Convolution` stands for a `QLinearConv` of bytes that lie channels last, and gives its bits: sums of
+ * int32, plus the bias, times a scale for each channel in float32, limited, rounded to even, plus the zero point.
+ *
+ * `ai.tetdeploy::SpikeConvolution` stands for a float32 `Conv` of spikes, or sums of some. A weight is a whole number of 24
+ * bits times a scale of its channel, as near as float32 is to the channel's largest. It comes in three digits of a byte,
+ * (d0 * 256 + d1) * 256 + d2, whose sums are whole and exact; two float32 operations make a current of them.
  *
  *   input 0   uint8 [N, H, W, C], zero point 0
- *   input 1   int8 [O, C, kernel height, kernel width], constant
- *   input 2   float32 [O], constant: scale of the input times that of the weights over that of the output
- *   input 3   int32 [O], constant: bias
- *   output    uint8 [N, H', W', O]
- *   strides, pads, zero_point   as in ONNX; the zero point is that of the output
+ *   input 1   int8 [blocks, digits, chunks, kernel height, kernel width, 2, CHUNK / 4, 16, 4], constant: a block has 32
+ *             output channels, two tiles of 16, and a chunk CHUNK input channels, four after four; filled with zeros
+ *   input 2   float32 [O], constant: scale of the input times that of the weights over that of the output; of the weights
+ *   input 3   int32 [O], constant: bias; float32
+ *   output    uint8 [N, H', W', O]; float32
+ *   channels, strides, pads, zero_point   channels is C, others are as in ONNX; the zero point is that of a uint8 output
  *   tiles     1 to multiply with AMX, which `has_tiles` must allow; 0 in plain C
  *
  * A call first spreads the input: 64 channels after 64 channels, the pixels of all images one behind the other with the
@@ -40,14 +45,17 @@
 #define SUMS (POSITIONS * CHANNELS)
 #define TILE (ROWS * CHUNK)                    /* bytes */
 #define GROUP 8                                /* times POSITIONS in a grain */
+#define MAX_DIGITS 3
 
 typedef struct {
   const OrtApi* api;
   size_t kernel[2], strides[2], pads[4]; /* vertical, horizontal; pads as in ONNX */
-  size_t in_channels, out_channels, chunks, blocks, taps;
-  int8_t* weights; /* [blocks][chunks][taps], each two tiles of 16 channels: [CHUNK / 4][16][4] */
-  float* scales;   /* these and biases are filled with zeros up to whole blocks */
-  int32_t* biases;
+  size_t in_channels, out_channels, chunks, blocks, taps, digits;
+  size_t element;        /* bytes of an output's: 1, or 4 of three digits */
+  const int8_t* weights; /* [blocks][digits][chunks][taps], each two tiles: the node's, or where that is not aligned */
+  void* aligned;         /* a copy */
+  float* scales;         /* these and biases are filled with zeros up to whole blocks */
+  int32_t* biases;       /* or float32, of three digits */
   int64_t zero_point, tiles;
 } Kernel;
 
@@ -125,7 +133,7 @@ static inline Pending sums_from(const Call* call, size_t block, size_t position,
   const size_t row = position / call->pitch[1], y = row % call->pitch[0], x = position % call->pitch[1];
   const size_t rows = row / call->pitch[0] * call->out_size[0] + least(y, call->out_size[0]); /* of outputs before it */
   const size_t pixels = rows * call->out_size[1] + (y < call->out_size[0] ? least(x, call->out_size[1]) : 0);
-  uint8_t* output = call->y + pixels * call->kernel->out_channels + block * CHANNELS;
+  uint8_t* output = call->y + (pixels * call->kernel->out_channels + block * CHANNELS) * call->kernel->element;
   return (Pending){sums, output, y, x, least(call->positions - position, POSITIONS)};
 }
 
@@ -134,7 +142,7 @@ static inline uint8_t* next(const Call* call, Pending* pending) {
   uint8_t* output = NULL;
   if (pending->y < call->out_size[0] && pending->x < call->out_size[1]) {
     output = pending->output;
-    pending->output += call->kernel->out_channels;
+    pending->output += call->kernel->out_channels * call->kernel->element;
   }
   if (++pending->x == call->pitch[1]) {
     pending->x = 0;
@@ -156,31 +164,48 @@ static inline void requantise(uint8_t* y, const int32_t* sums, const int32_t* bi
   }
 }
 
+/* The sums of digits that follow one another, the highest first, are SUMS apart. */
+static inline void put_together(float* y, const int32_t* sums, const float* biases, const float* scales, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    const int32_t low = (int32_t)((uint32_t)sums[SUMS + i] * 256 + (uint32_t)sums[2 * SUMS + i]);
+    y[i] = fmaf((float)sums[i], scales[i] * 65536, fmaf((float)low, scales[i], biases[i]));
+  }
+}
+
+static void add_products(const Call* call, int32_t* sums, const int8_t* weights, size_t position) {
+  const Kernel* kernel = call->kernel;
+  for (size_t chunk = 0; chunk < kernel->chunks; ++chunk) {
+    const uint8_t* pixels = call->spread + (chunk * call->allocated + position) * CHUNK;
+    for (size_t tap = 0; tap < kernel->taps; ++tap, weights += 2 * TILE)
+      for (size_t p = 0; p < POSITIONS; ++p)
+        for (size_t c = 0; c < CHUNK; ++c) {
+          const int32_t pixel = pixels[call->taps[tap] + p * CHUNK + c];
+          if (pixel == 0) continue;
+          for (size_t o = 0; o < CHANNELS; ++o) {
+            const int32_t product = pixel * weights[o / 16 * TILE + c / 4 * CHUNK + o % 16 * 4 + c % 4];
+            sums[p * CHANNELS + o] = (int32_t)((uint32_t)sums[p * CHANNELS + o] + (uint32_t)product);
+          }
+        }
+  }
+}
+
 /* Channels `block` of a group of outputs. */
 static void multiply_plain(const Call* call, size_t block, size_t first, size_t last) {
   const Kernel* kernel = call->kernel;
+  const size_t digit_size = kernel->chunks * kernel->taps * 2 * TILE;
   for (size_t position = first; position < last; position += POSITIONS) {
-    int32_t sums[SUMS] = {0}; /* wrap, as those of tiles do */
-    const int8_t* weights = kernel->weights + block * kernel->chunks * kernel->taps * 2 * TILE;
-    for (size_t chunk = 0; chunk < kernel->chunks; ++chunk) {
-      const uint8_t* pixels = call->spread + (chunk * call->allocated + position) * CHUNK;
-      for (size_t tap = 0; tap < kernel->taps; ++tap, weights += 2 * TILE)
-        for (size_t p = 0; p < POSITIONS; ++p)
-          for (size_t c = 0; c < CHUNK; ++c) {
-            const int32_t pixel = pixels[call->taps[tap] + p * CHUNK + c];
-            if (pixel == 0) continue;
-            for (size_t o = 0; o < CHANNELS; ++o) {
-              const int32_t product = pixel * weights[o / 16 * TILE + c / 4 * CHUNK + o % 16 * 4 + c % 4];
-              sums[p * CHANNELS + o] = (int32_t)((uint32_t)sums[p * CHANNELS + o] + (uint32_t)product);
-            }
-          }
-    }
+    int32_t sums[MAX_DIGITS * SUMS] = {0}; /* wrap, as those of tiles do */
+    for (size_t digit = 0; digit < kernel->digits; ++digit)
+      add_products(call, sums + digit * SUMS, kernel->weights + (block * kernel->digits + digit) * digit_size, position);
     Pending pending = sums_from(call, block, position, sums);
     const size_t channel = block * CHANNELS, n = least(kernel->out_channels - channel, CHANNELS);
+    const int32_t* biases = kernel->biases + channel;
     while (pending.left > 0) {
       const int32_t* its = pending.sums;
       uint8_t* y = next(call, &pending);
-      if (y) requantise(y, its, kernel->biases + channel, kernel->scales + channel, (int32_t)kernel->zero_point, n);
+      if (y == NULL) continue;
+      if (kernel->digits == 1) requantise(y, its, biases, kernel->scales + channel, (int32_t)kernel->zero_point, n);
+      else put_together((float*)y, its, (const float*)biases, kernel->scales + channel, n);
     }
   }
 }
@@ -200,20 +225,29 @@ static const TileShapes SHAPES = {
     .rows = {ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS},
 };
 
-/* What `requantise` needs of two times 16 channels. */
+/* What `requantise` and `put_together` need of two times 16 channels. */
 typedef struct {
-  __m512 scales[2], low, high;
+  __m512 scales[2], high_scales[2], low, high;
   __m512i biases[2], zero;
   __mmask16 there[2];
 } Channels;
 
-FOR_TILES INLINED void write_some(const Call* call, const Channels* channels, Pending* pending, size_t most) {
+FOR_TILES INLINED void write_some(const Call* call, const Channels* channels, Pending* pending, size_t most, size_t digits) {
   for (; most > 0 && pending->left > 0; --most) {
     const int32_t* sums = pending->sums;
     uint8_t* y = next(call, pending);
     if (y == NULL) continue;
-    for (int half = 0; half < 2; ++half) {
-      const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + 16 * half), channels->biases[half]);
+    for (int half = 0; half < 2; ++half, sums += 16) {
+      if (digits > 1) {
+        const __m512i middle = _mm512_slli_epi32(_mm512_load_si512(sums + SUMS), 8);
+        const __m512i low = _mm512_add_epi32(middle, _mm512_load_si512(sums + 2 * SUMS));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(sums)), bias = _mm512_castsi512_ps(channels->biases[half]);
+        const __m512 below = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low), channels->scales[half], bias);
+        const __m512 current = _mm512_fmadd_ps(high, channels->high_scales[half], below);
+        _mm512_mask_storeu_ps((float*)y + 16 * half, channels->there[half], current);
+        continue;
+      }
+      const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums), channels->biases[half]);
       __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), channels->scales[half]);
       scaled = _mm512_min_ps(_mm512_max_ps(scaled, channels->low), channels->high);
       const __m512i bytes = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), channels->zero);
@@ -230,6 +264,7 @@ FOR_TILES INLINED Channels channels_of(const Kernel* kernel, size_t block) {
                    .zero = _mm512_set1_epi32(zero)};
   for (size_t half = 0; half < 2; ++half) {
     made.scales[half] = _mm512_load_ps(kernel->scales + first + 16 * half);
+    made.high_scales[half] = _mm512_mul_ps(made.scales[half], _mm512_set1_ps(65536));
     made.biases[half] = _mm512_load_si512(kernel->biases + first + 16 * half);
     made.there[half] = (1u << least(left < 16 * half ? 0 : left - 16 * half, 16)) - 1;
   }
@@ -237,43 +272,50 @@ FOR_TILES INLINED Channels channels_of(const Kernel* kernel, size_t block) {
 }
 
 /* The same. While a position's tiles are multiplied, the sums of those before it are written. */
-FOR_TILES static void multiply_tiles(const Call* call, size_t block, size_t first, size_t last) {
+FOR_TILES INLINED void multiply_digits(const Call* call, size_t block, size_t first, size_t last, size_t digits) {
   const Kernel* kernel = call->kernel;
   _tile_loadconfig(&SHAPES);
-  int32_t sums[2][SUMS] __attribute__((aligned(64)));
+  int32_t sums[2][MAX_DIGITS * SUMS] __attribute__((aligned(64)));
   Pending pending = {.left = 0};
   const Channels channels = channels_of(kernel, block);
-  const size_t steps = kernel->chunks * kernel->taps, each = (POSITIONS + steps - 1) / steps;
+  const size_t steps = digits * kernel->chunks * kernel->taps, each = (POSITIONS + steps - 1) / steps;
   int turn = 0;
   for (size_t position = first; position < last; position += POSITIONS, turn = !turn) {
     const int8_t* weights = kernel->weights + block * steps * 2 * TILE;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (size_t chunk = 0; chunk < kernel->chunks; ++chunk) {
-      const uint8_t* plane = call->spread + (chunk * call->allocated + position) * CHUNK;
-      for (size_t tap = 0; tap < kernel->taps; ++tap, weights += 2 * TILE) {
-        const uint8_t* pixels = plane + call->taps[tap];
-        _tile_loadd(4, pixels, CHUNK);
-        _tile_loadd(6, weights, CHUNK);
-        _tile_loadd(7, weights + TILE, CHUNK);
-        _tile_loadd(5, pixels + TILE, CHUNK);
-        _tile_dpbusd(0, 4, 6);
-        _tile_dpbusd(1, 4, 7);
-        _tile_dpbusd(2, 5, 6);
-        _tile_dpbusd(3, 5, 7);
-        write_some(call, &channels, &pending, each);
+    for (int32_t* its = sums[turn]; its < sums[turn] + digits * SUMS; its += SUMS) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (size_t chunk = 0; chunk < kernel->chunks; ++chunk) {
+        const uint8_t* plane = call->spread + (chunk * call->allocated + position) * CHUNK;
+        for (size_t tap = 0; tap < kernel->taps; ++tap, weights += 2 * TILE) {
+          const uint8_t* pixels = plane + call->taps[tap];
+          _tile_loadd(4, pixels, CHUNK);
+          _tile_loadd(6, weights, CHUNK);
+          _tile_loadd(7, weights + TILE, CHUNK);
+          _tile_loadd(5, pixels + TILE, CHUNK);
+          _tile_dpbusd(0, 4, 6);
+          _tile_dpbusd(1, 4, 7);
+          _tile_dpbusd(2, 5, 6);
+          _tile_dpbusd(3, 5, 7);
+          write_some(call, &channels, &pending, each, digits);
+        }
       }
+      _tile_stored(0, its, 4 * CHANNELS);
+      _tile_stored(1, its + 16, 4 * CHANNELS);
+      _tile_stored(2, its + SUMS / 2, 4 * CHANNELS);
+      _tile_stored(3, its + SUMS / 2 + 16, 4 * CHANNELS);
     }
-    _tile_stored(0, sums[turn], 4 * CHANNELS);
-    _tile_stored(1, sums[turn] + 16, 4 * CHANNELS);
-    _tile_stored(2, sums[turn] + SUMS / 2, 4 * CHANNELS);
-    _tile_stored(3, sums[turn] + SUMS / 2 + 16, 4 * CHANNELS);
     pending = sums_from(call, block, position, sums[turn]);
   }
-  write_some(call, &channels, &pending, POSITIONS);
+  write_some(call, &channels, &pending, POSITIONS, digits);
   _tile_release();
+}
+
+FOR_TILES static void multiply_tiles(const Call* call, size_t block, size_t first, size_t last) {
+  if (call->kernel->digits == 1) multiply_digits(call, block, first, last, 1);
+  else multiply_digits(call, block, first, last, MAX_DIGITS);
 }
 #endif
 
@@ -337,7 +379,7 @@ static OrtStatusPtr run(Call* call, OrtKernelContext* context) {
   call->taps = taps;
   const size_t rows = call->allocated / call->pitch[1] * call->planes[0];
   const size_t spread = call->planes[0] * call->planes[1] * kernel->chunks * call->allocated * CHUNK;
-  call->by_channels = spread < kernel->blocks * kernel->chunks * kernel->taps * 2 * TILE;
+  call->by_channels = spread < kernel->blocks * kernel->digits * kernel->chunks * kernel->taps * 2 * TILE;
   OrtMemoryInfo* where;
   OrtAllocator* allocator;
   TRY(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &where));
@@ -389,7 +431,7 @@ static OrtStatusPtr ORT_API_CALL compute(void* self, OrtKernelContext* context) 
 
 static void ORT_API_CALL destroy(void* self) {
   Kernel* kernel = self;
-  free(kernel->weights);
+  free(kernel->aligned);
   free(kernel->scales);
   free(kernel->biases);
   free(kernel);
@@ -425,78 +467,87 @@ static void* zeros(size_t bytes) { /* of whole lines of the cache */
   return made == NULL ? NULL : memset(made, 0, bytes);
 }
 
+/* One for outputs of uint8, three for float32. */
+static OrtStatusPtr count_digits(Kernel* kernel, const OrtKernelInfo* info) {
+  const OrtApi* api = kernel->api;
+  OrtTypeInfo* type;
+  const OrtTensorTypeAndShapeInfo* tensor;
+  enum ONNXTensorElementDataType element = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  TRY(api->KernelInfo_GetOutputTypeInfo(info, 0, &type));
+  OrtStatusPtr status = api->CastTypeInfoToTensorInfo(type, &tensor);
+  if (status == NULL) status = api->GetTensorElementType(tensor, &element);
+  api->ReleaseTypeInfo(type);
+  kernel->digits = element == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? MAX_DIGITS : 1;
+  return status;
+}
+
 static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info) {
   const OrtApi* api = kernel->api;
-  int64_t shape[4], channels[2];
-  const int8_t* weights;
+  int64_t shape[9], channels[2], in_channels;
   const float* scales;
-  const int32_t* biases;
+  const void* biases;
   TRY(read_sizes(api, info, "strides", 1, kernel->strides, 2));
   TRY(read_sizes(api, info, "pads", 0, kernel->pads, 4));
+  TRY(api->KernelInfoGetAttribute_int64(info, "channels", &in_channels));
   TRY(api->KernelInfoGetAttribute_int64(info, "zero_point", &kernel->zero_point));
   TRY(api->KernelInfoGetAttribute_int64(info, "tiles", &kernel->tiles));
-  TRY(constant(api, info, 1, 4, shape, (const void**)&weights));
+  TRY(constant(api, info, 1, 9, shape, (const void**)&kernel->weights));
   TRY(constant(api, info, 2, 1, channels, (const void**)&scales));
-  TRY(constant(api, info, 3, 1, channels + 1, (const void**)&biases));
-  if (channels[0] != shape[0] || channels[1] != shape[0]) return failed(api, "each channel needs a scale and a bias");
-  if (shape[0] < 1 || shape[1] < 1 || shape[2] < 1 || shape[3] < 1) return failed(api, "there are no weights");
-  if (shape[2] * shape[3] > 1 << 10) return failed(api, "the kernel is too large");
+  TRY(constant(api, info, 3, 1, channels + 1, &biases));
+  if (channels[0] != channels[1]) return failed(api, "each channel needs a scale and a bias");
+  if (in_channels < 1 || channels[0] < 1 || shape[3] < 1 || shape[4] < 1) return failed(api, "there are no weights");
+  if (shape[3] * shape[4] > 1 << 10) return failed(api, "the kernel is too large");
   if (kernel->zero_point < 0 || kernel->zero_point > 255) return failed(api, "the zero point is no byte");
   if (kernel->tiles && !has_tiles()) return failed(api, "this processor has no AMX");
-  kernel->out_channels = shape[0];
-  kernel->in_channels = shape[1];
-  kernel->kernel[0] = shape[2];
-  kernel->kernel[1] = shape[3];
-  kernel->taps = shape[2] * shape[3];
+  kernel->out_channels = channels[0];
+  kernel->in_channels = in_channels;
+  kernel->kernel[0] = shape[3];
+  kernel->kernel[1] = shape[4];
+  kernel->taps = shape[3] * shape[4];
   kernel->chunks = (kernel->in_channels + CHUNK - 1) / CHUNK;
   kernel->blocks = (kernel->out_channels + CHANNELS - 1) / CHANNELS;
-  kernel->weights = zeros(kernel->blocks * kernel->chunks * kernel->taps * 2 * TILE);
+  TRY(count_digits(kernel, info));
+  const int64_t packed[] = {kernel->blocks, kernel->digits, kernel->chunks, shape[3], shape[4], 2, CHUNK / 4, 16, 4};
+  if (memcmp(shape, packed, sizeof packed) != 0) return failed(api, "its weights are not in tiles");
+  kernel->element = kernel->digits == 1 ? 1 : sizeof(float);
   kernel->scales = zeros(kernel->blocks * CHANNELS * sizeof *scales);
-  kernel->biases = zeros(kernel->blocks * CHANNELS * sizeof *biases);
-  if (!kernel->weights || !kernel->scales || !kernel->biases) return failed(api, "no memory");
+  kernel->biases = zeros(kernel->blocks * CHANNELS * sizeof *kernel->biases);
+  if (!kernel->scales || !kernel->biases) return failed(api, "no memory");
   memcpy(kernel->scales, scales, kernel->out_channels * sizeof *scales);
-  memcpy(kernel->biases, biases, kernel->out_channels * sizeof *biases);
-  for (size_t o = 0; o < kernel->out_channels; ++o)
-    for (size_t c = 0; c < kernel->in_channels; ++c) {
-      const size_t block = o / CHANNELS * kernel->chunks + c / CHUNK;
-      int8_t* target = kernel->weights + block * kernel->taps * 2 * TILE;
-      target += o % CHANNELS / 16 * TILE + c % CHUNK / 4 * CHUNK + o % 16 * 4 + c % 4;
-      for (size_t tap = 0; tap < kernel->taps; ++tap) target[tap * 2 * TILE] = *weights++;
-    }
+  memcpy(kernel->biases, biases, kernel->out_channels * sizeof *kernel->biases);
+  if ((uintptr_t)kernel->weights % CHUNK != 0) { /* rows across two lines of the cache would take twice the time */
+    const size_t bytes = kernel->blocks * kernel->digits * kernel->chunks * kernel->taps * 2 * TILE;
+    if ((kernel->aligned = zeros(bytes)) == NULL) return failed(api, "no memory");
+    kernel->weights = memcpy(kernel->aligned, kernel->weights, bytes);
+  }
   return NULL;
 }
 
 DEFINE_CREATE
 
-static const char* ORT_API_CALL name(const struct OrtCustomOp* op) { return (void)op, "Convolution"; }
+static const char* ORT_API_CALL name(const struct OrtCustomOp* op) {
+  return op == &CONVOLUTION ? "Convolution" : "SpikeConvolution";
+}
 static size_t ORT_API_CALL inputs(const struct OrtCustomOp* op) { return (void)op, 4; }
 static enum ONNXTensorElementDataType ORT_API_CALL input_type(const struct OrtCustomOp* op, size_t index) {
   static const enum ONNXTensorElementDataType types[] = {
       ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
       ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32};
-  return (void)op, types[index];
+  return op != &CONVOLUTION && index == 3 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : types[index];
 }
 static enum ONNXTensorElementDataType ORT_API_CALL output_type(const struct OrtCustomOp* op, size_t index) {
-  return (void)op, (void)index, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+  return (void)index, op == &CONVOLUTION ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
 static OrtCustomOpInputOutputCharacteristic ORT_API_CALL required(const struct OrtCustomOp* op, size_t index) {
   return (void)op, (void)index, INPUT_OUTPUT_REQUIRED;
 }
 
-const OrtCustomOp CONVOLUTION = {
-    .version = API_VERSION,
-    .GetName = name,
-    .GetExecutionProviderType = provider,
-    .GetInputType = input_type,
-    .GetInputTypeCount = inputs,
-    .GetOutputType = output_type,
-    .GetOutputTypeCount = one,
-    .KernelDestroy = destroy,
-    .GetInputCharacteristic = required,
-    .GetOutputCharacteristic = required,
-    .GetInputMemoryType = memory,
-    .CreateKernelV2 = create,
-    .KernelComputeV2 = compute,
-    .GetStartVersion = first_version,
-    .GetEndVersion = first_version,
-};
+#define OPERATOR                                                                                                      \
+  {                                                                                                                   \
+    .version = API_VERSION, .GetName = name, .GetExecutionProviderType = provider, .GetInputType = input_type,        \
+    .GetInputTypeCount = inputs, .GetOutputType = output_type, .GetOutputTypeCount = one, .KernelDestroy = destroy,   \
+    .GetInputCharacteristic = required, .GetOutputCharacteristic = required, .GetInputMemoryType = memory,            \
+    .CreateKernelV2 = create, .KernelComputeV2 = compute, .GetStartVersion = first_version,                           \
+    .GetEndVersion = first_version,                                                                                   \
+  }
+const OrtCustomOp CONVOLUTION = OPERATOR, SPIKE_CONVOLUTION = OPERATOR;

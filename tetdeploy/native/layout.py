@@ -7,7 +7,7 @@ Element-wise ones do not mind the order of elements.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, MutableMapping
+from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tetdeploy.native.loops import leading_to, put_nodes
+from tetdeploy.native.loops import Loop, leading_to, put_nodes
+from tetdeploy.native.wholes import Whole, WholeNumbers
 
 if TYPE_CHECKING:
     from tetdeploy.native.regions import Kind
@@ -58,7 +59,7 @@ def keep_blocked(
                 nodes.append(helper.make_node("ReorderOutput", [name], [plain], domain=DOMAIN, channels=channels))
             continue
         nodes.append(node)
-    nodes = leading_to(graph.output, _reading(instead, nodes))
+    nodes = leading_to(graph.output, reading(instead, nodes))
     if not moved or any(
         n.op_type == "ReorderOutput" and kinds[n.input[0]].type != onnx.TensorProto.FLOAT for n in nodes
     ):
@@ -67,7 +68,7 @@ def keep_blocked(
     return True
 
 
-def _reading(instead: Mapping[str, str], nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
+def reading(instead: Mapping[str, str], nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
     """Copies of the nodes that read other tensors instead."""
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     for node in copies:
@@ -83,17 +84,25 @@ def _same_shape(kinds: MutableMapping[str, Kind], reorder: onnx.NodeProto) -> bo
 
 
 def keep_last(
-    graph: onnx.GraphProto, kinds: MutableMapping[str, Kind], elementwise: Container[int], numbers: Container[str]
+    graph: onnx.GraphProto,
+    kinds: MutableMapping[str, Kind],
+    elementwise: Container[int],
+    numbers: Container[str],
+    loops: Sequence[Loop] = (),
 ) -> bool:
     """Let the nodes `elementwise` work with channels last where what they read can come so and where that saves
     `Transpose`s: before integer convolutions and before the mean over an image. Arguments and result as of
-    `keep_blocked`."""
+    `keep_blocked`.
+
+    Args:
+        loops: the neurons that stand where `take_out_loops` left its marks.
+    """
     last: dict[str, str] = {}  # by the name of the tensor in usual order
     instead: dict[str, str] = {}
     computed: dict[str, str] = {}  # of `last` what is computed here
     means: dict[str, str] = {}  # with channels last, and the name of their axes
     axes = {t.name: numpy_helper.to_array(t).tolist() for t in graph.initializer if t.data_type == TensorProto.INT64}
-    casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    wholes = WholeNumbers(graph, loops)
     given = {output.name for output in graph.output}
     nodes = list[onnx.NodeProto]()
     for k, node in enumerate(graph.node):
@@ -117,13 +126,13 @@ def keep_last(
             and node.input[0] in last
             and sorted(axis % 4 for axis in axes.get(node.input[-1], [])) == [2, 3]
             and all(a.i for a in node.attribute if a.name == "keepdims")
-            and _is_exact(kinds, casts.get(node.input[0]))
+            and _is_exact(kinds[node.input[0]], wholes.of(node.input[0]))
         ):
             mean_name, axes_name = f"{node.output[0]}.last", f"{node.output[0]}.axes"
             means[mean_name] = axes_name
             mean = helper.make_node("ReduceMean", [last[node.input[0]], axes_name], [mean_name])
             nodes[-1:] = [mean, helper.make_node("Transpose", mean.output, node.output, perm=TO_FIRST)]
-    nodes = leading_to(graph.output, _reading(instead, nodes))
+    nodes = leading_to(graph.output, reading(instead, nodes))
     made = {name for node in nodes for name in node.output}
     before, after = (
         sum(node.op_type == "Transpose" and node.input[0] not in means for node in each) for each in (graph.node, nodes)
@@ -154,9 +163,7 @@ def _twin(
     return twin
 
 
-def _is_exact(kinds: Mapping[str, Kind], image: str | None) -> bool:
-    """Whether it is of bytes, or of 0 and 1, and so small that the order of a sum over it plays no part in float32."""
-    if image is None or kinds[image].type not in (TensorProto.UINT8, TensorProto.BOOL):
-        return False
-    height, width = kinds[image].shape[2:]
-    return isinstance(height, int) and isinstance(width, int) and 255 * height * width < EXACT
+def _is_exact(kind: Kind, whole: Whole | None) -> bool:
+    """Whether the order of a sum of such numbers over an image plays no part in float32."""
+    size = [dim for dim in kind.shape[2:] if isinstance(dim, int)]
+    return whole is not None and len(size) == 2 and whole.most * size[0] * size[1] < EXACT

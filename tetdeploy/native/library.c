@@ -8,5 +8,6 @@ ORT_EXPORT OrtStatusPtr ORT_API_CALL RegisterCustomOps(OrtSessionOptions* option
   TRY(api->CreateCustomOpDomain("ai.tetdeploy", &domain));
   TRY(api->CustomOpDomain_Add(domain, &ELEMENTWISE));
   TRY(api->CustomOpDomain_Add(domain, &CONVOLUTION));
+  TRY(api->CustomOpDomain_Add(domain, &SPIKE_CONVOLUTION));
   return api->AddCustomOpDomain(options, domain);
 }

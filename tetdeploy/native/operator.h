@@ -16,7 +16,7 @@
     if (status != NULL) return status;      \
   } while (0)
 
-extern const OrtCustomOp ELEMENTWISE, CONVOLUTION;
+extern const OrtCustomOp ELEMENTWISE, CONVOLUTION, SPIKE_CONVOLUTION;
 
 static inline OrtStatusPtr failed_in(const OrtApi* api, const char* operator_, const char* why) {
   char message[200];

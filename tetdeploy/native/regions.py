@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tetdeploy.native import DOMAIN
 from tetdeploy.native.layout import keep_blocked, keep_last
 from tetdeploy.native.loops import FIRST_MARK, Loop, leading_to, put_nodes, reads, scalar
 from tetdeploy.native.programs import Op, Program
+from tetdeploy.native.wholes import COMPARISONS
 
 FLOAT, UINT8, INT8, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8, TensorProto.BOOL
 BINARY = {
@@ -32,7 +34,6 @@ BINARY = {
     "LessOrEqual": Op.LESS_EQUAL,
     "GreaterOrEqual": Op.GREATER_EQUAL,
 }
-COMPARISONS = ("Less", "Greater", "LessOrEqual", "GreaterOrEqual")
 UNARY = ("ThresholdedRelu", "HardSigmoid")
 NUMBER_RIGHT = {op: Op[f"{op.name}_K"] for op in BINARY.values()}
 NUMBER_LEFT = {
@@ -73,9 +74,7 @@ def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], loops: Sequence[Loop
     """
     kinds = dict(kinds)
     graph = _Graph(model.graph, kinds, loops)
-    casts = {name for loop in loops for node in loop.nodes if node.op_type == "Cast" for name in node.output}
-    whole = casts >= {loop.spikes for loop in loops}  # as `keep_last` takes them to be
-    for keep in (keep_blocked, keep_last)[: 1 + whole]:
+    for keep in (keep_blocked, partial(keep_last, loops=loops)):
         elementwise = {k for k in range(len(graph.nodes)) if k in graph.region or graph.inline[k]}
         if keep(model.graph, kinds, elementwise, graph.numbers.keys() | graph.sizes.keys()):
             graph = _Graph(model.graph, kinds, loops)
@@ -99,22 +98,18 @@ class _Graph:
         self.inline = [self._is_inline(node) for node in self.nodes]
         self.joins = defaultdict[str, list[int]](list)  # the Concats that a value is part of
         self.region: dict[int, int] = {}
-        level, readers = list[int](), defaultdict[str, list[int]](list)
-        for k, node in enumerate(self.nodes):
-            member = not self.inline[k] and self._is_member(node)
-            before = [self.producer[name] for name in reads(node) if name in self.producer]
-            level.append(max((level[j] for j in before), default=0) + (not member and not self.inline[k]))
-            if member:
-                self.region[k] = k
-                tensors = [name for name in node.input if name not in self.numbers]
-                near = [self.producer.get(self._before_inline(name), -1) for name in tensors]
-                for j in (*near, *(j for name in tensors for j in readers[name])):
-                    if j in self.region and level[j] == level[k]:
-                        self.region[self._first(k)] = self._first(j)
-                for name in tensors:
-                    readers[name].append(k)
-                for name in node.input if node.op_type == "Concat" else ():
-                    self.joins[name].append(k)
+        level, readers = self._levels(), defaultdict[str, list[int]](list)
+        for k in self.region:
+            node = self.nodes[k]
+            tensors = [name for name in node.input if name not in self.numbers]
+            near = [self.producer.get(self._before_inline(name), -1) for name in tensors]
+            for j in (*near, *(j for name in tensors for j in readers[name])):
+                if j in self.region and level[j] == level[k]:
+                    self.region[self._first(k)] = self._first(j)
+            for name in tensors:
+                readers[name].append(k)
+            for name in node.input if node.op_type == "Concat" else ():
+                self.joins[name].append(k)
         self.region = {k: self._first(k) for k in self.region}
         self.loops = {}
         for k, node in enumerate(self.nodes if loops else ()):
@@ -125,6 +120,25 @@ class _Graph:
         if len(self.loops) != len(loops):
             raise UnfusableError("a loop was lost")
         self.steps = "steps" if "steps" in given else "x"  # [N, T], or frames [N, T, ...]
+
+    def _levels(self) -> list[int]:
+        """How many nodes outside regions are on the longest path that leads to each node, or, if only members on one
+        level read it, to these. Makes a region of each member."""
+        level = list[int]()
+        for k, node in enumerate(self.nodes):
+            if not self.inline[k] and self._is_member(node):
+                self.region[k] = k
+            before = [self.producer[name] for name in reads(node) if name in self.producer]
+            level.append(max((level[j] for j in before), default=0) + (k not in self.region and not self.inline[k]))
+        place = {id(node): k for k, node in enumerate(self.nodes)}
+        given = {output.name for output in self.graph.output}
+        for k in reversed(self.region):
+            (made,) = self.nodes[k].output
+            read_by = [place[id(node)] for node in self.read_by[made]]
+            levels = {level[j] for j in read_by}
+            if len(levels) == 1 and made not in given and all(j in self.region for j in read_by):
+                level[k] = levels.pop()
+        return level
 
     def _before_inline(self, name: str) -> str:
         while (node := self.inline_producer(name)) is not None:
@@ -212,7 +226,8 @@ class _Graph:
             return False  # something is repeated along an axis
         types = {self.kinds[name].type for name in tensors}
         if node.op_type == "Cast":
-            return types <= {BOOL, UINT8} and _attribute(node, "to", 0) in (FLOAT, UINT8)
+            to = _attribute(node, "to", 0)
+            return to in (FLOAT, UINT8) if types <= {BOOL, UINT8} else types == {FLOAT} and to == UINT8
         if node.op_type == "Concat":
             rank = len(self.kinds[tensors[0]].shape)
             return tensors == list(node.input) and _attribute(node, "axis", 0) in (0, -rank) and types <= {FLOAT, UINT8}

@@ -1,0 +1,392 @@
+"""The native float32 convolutions of spikes are as exact as float32 can be, and replace only those they can compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from export_helpers import digits, exported
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from tetdeploy import native
+from tetdeploy.engine import Engine
+from tetdeploy.export import ExportConfig
+from tetdeploy.export.model import build_graph
+from tetdeploy.native import spikes as spikes_module
+from tetdeploy.native.loops import Loop
+from tetdeploy.native.spikes import LARGEST, MOST, digits_of, mark_convolutions
+from tetdeploy.native.wholes import Whole, WholeNumbers
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
+Array = np.ndarray[Any, Any]
+WIDE, STEEP = 40, 2.0**23
+
+
+@pytest.fixture(
+    params=[
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(
+                native.missing() is not None or not native.has_tiles(),
+                reason="this processor, or its system, has no AMX",
+            ),
+        ),
+    ],
+    ids=["plain", "tiles"],
+)
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Native models have convolutions of spikes, in plain C or in tiles."""
+    monkeypatch.setattr(native, "has_tiles", lambda: True)
+    put = partial(spikes_module.put_convolutions, tiles=request.param)
+    monkeypatch.setattr(spikes_module, "put_convolutions", put)
+    return bool(request.param)
+
+
+def convolution(
+    weights: Array, before: Sequence[onnx.NodeProto] = (), *, biases: Array | None = None, **attributes: Any
+) -> onnx.ModelProto:
+    """`y [N, O, H', W']`, of what is `s` after the nodes `before`, or of spikes where `x [N, C, H, W]` is above 0.5."""
+    constants = {"half": np.array(0.5, np.float32), "two": np.array(2, np.float32), "w": weights}
+    constants |= {"shape": np.array([-1, weights.shape[1], 6, 6])}
+    constants |= {} if biases is None else {"b": biases}
+    nodes = [
+        *(before or [*spiking("x", "s")]),
+        helper.make_node("Conv", ["s", "w", *(["b"] if biases is not None else [])], ["y"], **attributes),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info("x", FLOAT, ["N", weights.shape[1] * attributes.get("group", 1), 6, 6])],
+        [helper.make_tensor_value_info("y", FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def spiking(x: str, y: str, threshold: str = "half") -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("Greater", [x, threshold], [f"{y}.fires"]),
+        helper.make_node("Cast", [f"{y}.fires"], [y], to=FLOAT),
+    ]
+
+
+def weights_of(*shape: int, seed: int = 0) -> Array:
+    """Of channels that differ in size by orders of magnitude."""
+    rng = np.random.default_rng(seed)
+    sizes = 10 ** rng.uniform(-4, 2, (shape[0], 1, 1, 1))
+    return (rng.normal(size=shape) * sizes).astype(np.float32)
+
+
+def images(n: int, channels: int, height: int = 6, width: int = 6, *, seed: int = 1) -> Array:
+    return np.random.default_rng(seed).random((n, channels, height, width), np.float32)
+
+
+def run(model: bytes, x: Array, threads: int = 2) -> Array:
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, threads
+    native.use(ort, options)
+    y: Array = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    return y
+
+
+def fused(model: onnx.ModelProto) -> tuple[bytes, list[str]]:
+    made = native.fuse_model(model.SerializeToString())
+    assert made is not None
+    return made, [node.op_type for node in onnx.ModelProto.FromString(made).graph.node]
+
+
+def exact(s: Array, weights: Array, biases: Array, strides: Sequence[int], pads: Sequence[int]) -> Array:
+    """The convolution in float64."""
+    top, left, bottom, right = pads
+    padded = torch.from_numpy(np.pad(s, [(0, 0), (0, 0), (top, bottom), (left, right)]).astype(np.float64))
+    w, b = torch.from_numpy(weights.astype(np.float64)), torch.from_numpy(biases.astype(np.float64))
+    y: Array = nn.functional.conv2d(padded, w, b, tuple(strides)).numpy()
+    return y
+
+
+# ------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_digits_make_the_weights() -> None:
+    weights = weights_of(50, 20, 3, 3)
+    weights[3], weights[4], weights[5, :2] = 0.0, 1e-40, 3e38
+    digits, scales = digits_of(weights)
+    high, middle, low = digits.astype(np.float64)
+    made = ((high * 256 + middle) * 256 + low) * scales.reshape(-1, 1, 1, 1)
+    largest = np.abs(weights.astype(np.float64)).max(axis=(1, 2, 3), keepdims=True)
+    error = np.abs(made - weights)
+    assert (error <= np.maximum(0.501 * largest / LARGEST, np.finfo(np.float32).tiny)).all()
+    assert 0.501 / LARGEST < 2**-23.9  # half an ulp of a float32 between 1 and 2 is 2^-24
+    assert (made[3] == 0).all() and len(np.unique(low)) == 256 and (np.abs(high) <= 127).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("channels", "kernel", "strides", "pads"),
+    [
+        ((64, 32), (3, 3), [1, 1], [1, 1, 1, 1]),
+        ((130, 70), (3, 3), [2, 2], [1, 1, 1, 1]),
+        ((40, 33), (1, 1), [2, 2], [0, 0, 0, 0]),
+        ((16, 5), (5, 2), [1, 3], [2, 0, 1, 4]),
+    ],
+    ids=str,
+)
+def test_sums_are_exact(
+    channels: tuple[int, int], kernel: tuple[int, int], strides: list[int], pads: list[int], threads: int, tiles: bool
+) -> None:
+    """But for the last roundings, of the lower digits with the bias and of the sum."""
+    inputs, outputs = channels
+    weights, biases = weights_of(outputs, inputs, *kernel), weights_of(outputs, 1, 1, 1, seed=2).reshape(-1)
+    model, operators = fused(convolution(weights, biases=biases, strides=strides, pads=pads))
+    assert operators.count("SpikeConvolution") == 1 and "Conv" not in operators
+    digits, scales = digits_of(weights)
+    whole = np.tensordot([65536, 256, 1], digits.astype(np.int64), 1)
+    x = images(3, inputs)
+    expected = exact(x > 0.5, whole * scales.astype(np.float64).reshape(-1, 1, 1, 1), biases, strides, pads)
+    y = run(model, x, threads)
+    low = exact(x > 0.5, np.abs(whole % 65536 - 32768) * scales.reshape(-1, 1, 1, 1), np.abs(biases), strides, pads)
+    assert (np.abs(y - expected) <= 2.0**-24 * (np.abs(expected) + low)).all()
+    assert np.abs(expected).min() > 0
+
+
+def test_plain_c_and_tiles_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native.has_tiles():
+        pytest.skip("this processor, or its system, has no AMX")
+    model = convolution(weights_of(70, 130, 3, 3), pads=[1, 1, 1, 1])
+    in_tiles, _ = fused(model)
+    monkeypatch.setattr(spikes_module, "put_convolutions", partial(spikes_module.put_convolutions, tiles=False))
+    plain, _ = fused(model)
+    x = images(9, 130)
+    y = run(in_tiles, x)
+    np.testing.assert_array_equal(y, run(plain, x))
+    np.testing.assert_array_equal(y[4:6], run(in_tiles, x[4:6], 1))  # nor do neighbours play a part
+
+
+def test_is_no_less_exact_than_float32(tiles: bool) -> None:
+    """Against the float32 weights in float64, at the size of ResNet-19's last convolutions."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(0, (2 / 4608) ** 0.5, (64, 512, 3, 3)).astype(np.float32)
+    model = convolution(weights, pads=[1, 1, 1, 1])
+    x = images(2, 512)
+    expected = exact(x > 0.5, weights, np.zeros(64), [1, 1], [1, 1, 1, 1])
+    made, plain = fused(model)[0], model.SerializeToString()
+    error, usual = (np.sqrt(np.mean((run(each, x) - expected) ** 2)) for each in (made, plain))
+    assert error < usual
+
+
+def test_the_largest_sums_fit(tiles: bool) -> None:
+    """All weights as large as can be, and as many inputs as are taken."""
+    channels = MOST // 9
+    weights = np.full((16, channels, 3, 3), 0.7, np.float32)
+    weights[8:] = -0.7
+    made, operators = fused(convolution(weights))
+    assert "SpikeConvolution" in operators
+    y = run(made, np.ones((1, channels, 6, 6), np.float32))
+    np.testing.assert_allclose(
+        y, exact(np.ones((1, channels, 6, 6)), weights, np.zeros(16), [1, 1], [0] * 4), rtol=1e-7
+    )
+    digit = np.full((16, channels, 3, 3), -128 * 257 * 0.7 / LARGEST, np.float32)  # both lower digits at their limit
+    digit[:, 0, 0, 0] = 0.7
+    made, _ = fused(convolution(digit))
+    y = run(made, np.ones((1, channels, 6, 6), np.float32))
+    np.testing.assert_allclose(y, exact(np.ones((1, channels, 6, 6)), digit, np.zeros(16), [1, 1], [0] * 4), rtol=3e-6)
+
+
+# ----------------------------------------------------------------------------------------------- what is spikes
+
+
+def node(op: str, inputs: Sequence[str], output: str = "s", **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(op, list(inputs), [output], **attributes)
+
+
+STEP = node("HardSigmoid", ["x"], alpha=STEEP, beta=-STEEP)
+AS_SPIKES = {
+    "greater": spiking("x", "s"),
+    "steep": [STEP],
+    "steep-negated": [node("HardSigmoid", ["x"], alpha=-STEEP, beta=-STEEP)],
+    "steep-small": [node("HardSigmoid", ["x"], alpha=2.0**26, beta=-(2.0**26) * 0.125)],
+    "identity": [*spiking("x", "a"), node("Identity", ["a"])],
+    "joined": [*spiking("x", "a"), *spiking("x", "b", "two"), node("Concat", ["a", "b"], axis=0)],
+    "sum": [*spiking("x", "a"), *spiking("x", "b", "two"), node("Add", ["a", "b"])],
+    "most": [*spiking("x", "a"), node("MaxPool", ["a"], kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[1, 1])],
+    "mean": [*spiking("x", "a"), node("AveragePool", ["a"], kernel_shape=[2, 2], strides=[2, 2])],
+    "mean-of-sums": [
+        *spiking("x", "a"),
+        node("Add", ["a", "a"], "b"),
+        node("AveragePool", ["b"], kernel_shape=[1, 4], strides=[1, 2]),
+    ],
+    "reshaped": [*spiking("x", "a"), node("Reshape", ["a", "shape"])],
+    "bytes": [node("Greater", ["x", "half"], "a"), node("Cast", ["a"], "b", to=UINT8), node("Cast", ["b"], to=FLOAT)],
+}
+OTHERWISE = {
+    "numbers": [node("Identity", ["x"])],
+    "scaled": [*spiking("x", "a"), node("Mul", ["a", "half"])],
+    "slope": [node("HardSigmoid", ["x"])],
+    "not-steep-enough": [node("HardSigmoid", ["x"], alpha=STEEP / 2, beta=-STEEP / 2)],
+    "not-steep-enough-there": [node("HardSigmoid", ["x"], alpha=STEEP, beta=-STEEP / 2)],
+    "no-power-of-two": [node("HardSigmoid", ["x"], alpha=3 * STEEP, beta=-3 * STEEP)],
+    "partly": [*spiking("x", "a"), node("Concat", ["a", "x"], axis=0)],
+    "sum-with-numbers": [*spiking("x", "a"), node("Add", ["a", "x"])],
+    "mean-of-9": [*spiking("x", "a"), node("AveragePool", ["a"], kernel_shape=[3, 3])],
+    "mean-with-padding": [*spiking("x", "a"), node("AveragePool", ["a"], kernel_shape=[2, 2], pads=[1, 1, 0, 0])],
+    "sum-with-means": [
+        *spiking("x", "a"),
+        node("AveragePool", ["a"], "b", kernel_shape=[1, 2], pads=[0, 0, 0, 0], strides=[1, 1]),
+        node("MaxPool", ["a"], "c", kernel_shape=[1, 2], strides=[1, 1]),
+        node("Add", ["b", "c"]),
+    ],
+    "too-many": [
+        *spiking("x", "a0"),
+        *(node("Add", [f"a{k}"] * 2, f"a{k + 1}") for k in range(8)),
+        node("Identity", ["a8"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("before", AS_SPIKES.values(), ids=AS_SPIKES)
+def test_spikes_go_into_tiles(before: list[onnx.NodeProto], tiles: bool) -> None:
+    weights = weights_of(20, WIDE, 3, 3)
+    model = convolution(weights, before, pads=[1, 1, 1, 1])
+    made, operators = fused(model)
+    assert operators.count("SpikeConvolution") == 1 and not {"Conv", "ConvInteger"} & set(operators)
+    x = images(4, WIDE) * 6 - 3
+    near = np.float32([0.5, 0.125, 1, -1])
+    x[0, 0, :4, 0], x[0, 0, :4, 1], x[0, 0, :4, 2] = near, np.nextafter(near, np.float32(9)), np.nextafter(near, -near)
+    model.graph.node.pop()
+    model.graph.output[0].name = "s"
+    s = run(model.SerializeToString(), x)
+    expected = exact(s, weights, np.zeros(20), [1, 1], [1, 1, 1, 1])
+    inputs = exact(s, np.ones_like(weights), np.zeros(20), [1, 1], [1, 1, 1, 1])
+    largest = np.abs(weights).max(axis=(1, 2, 3)).reshape(-1, 1, 1)
+    assert (np.abs(run(made, x) - expected) <= 2.0**-24 * (1.01 * inputs * largest + 2 * np.abs(expected))).all()
+    assert 0.1 < np.mean(s > 0) < 0.9999
+
+
+@pytest.mark.parametrize("before", OTHERWISE.values(), ids=OTHERWISE)
+def test_what_may_be_other_numbers_stays(before: list[onnx.NodeProto]) -> None:
+    graph = convolution(weights_of(20, WIDE, 3, 3), before).graph
+    unchanged = graph.SerializeToString()
+    assert mark_convolutions(graph, []) == {} and graph.SerializeToString() == unchanged
+
+
+NOT_FINITE = weights_of(20, WIDE, 3, 3)
+NOT_FINITE[0, 0, 0, 0] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("weights", "attributes"),
+    [
+        pytest.param(weights_of(20, 15, 3, 3), {}, id="few-channels"),
+        pytest.param(weights_of(20, WIDE, 3, 3), {"group": 2}, id="groups"),
+        pytest.param(weights_of(20, WIDE, 3, 3), {"dilations": [2, 2]}, id="dilated"),
+        pytest.param(weights_of(20, WIDE, 3, 3), {"auto_pad": "SAME_UPPER"}, id="auto-pad"),
+        pytest.param(NOT_FINITE, {}, id="nan"),
+        pytest.param(weights_of(2, MOST // 9 + 1, 3, 3), {}, id="too-many-inputs"),
+    ],
+)
+def test_other_convolutions_stay(weights: Array, attributes: dict[str, Any]) -> None:
+    assert not mark_convolutions(convolution(weights, **attributes).graph, [])
+
+
+def test_weights_that_a_caller_may_change_stay() -> None:
+    graph = convolution(weights_of(20, WIDE, 3, 3)).graph
+    graph.input.append(helper.make_tensor_value_info("w", FLOAT, [20, WIDE, 3, 3]))
+    assert not mark_convolutions(graph, [])
+
+
+def test_batchnorm_is_left_to_the_optimiser() -> None:
+    """It folds BN into the convolution before."""
+    model = convolution(weights_of(20, WIDE, 3, 3))
+    model.graph.node[-1].output[0] = "before"
+    model.graph.node.append(node("BatchNormalization", ["before", *["norm"] * 4], "y"))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(20, np.float32), "norm"))
+    assert not mark_convolutions(model.graph, [])
+
+
+def loop(*nodes: onnx.NodeProto) -> Loop:
+    return Loop(nodes, {"k": np.float32(1)}, "u", "x", "x", "s")
+
+
+@pytest.mark.parametrize(
+    ("neurons", "fires"),
+    [
+        (loop(STEP), True),
+        (loop(*spiking("x", "s", "k")), True),
+        (loop(node("HardSigmoid", ["x"])), False),
+        (loop(node("Mul", ["x", "k"])), False),
+        (loop(node("Mul", ["x", "k"], "a"), node("Cast", ["a"], to=FLOAT)), False),
+        (loop(), False),
+    ],
+)
+def test_neurons_taken_out_of_their_loop_are_looked_into(neurons: Loop, fires: bool) -> None:
+    """What stands in their place is a comparison, whatever they are."""
+    graph = convolution(weights_of(20, WIDE, 3, 3), spiking("x", "s", "mark")).graph
+    graph.initializer.append(numpy_helper.from_array(np.array(2**21, np.float32), "mark"))
+    assert (WholeNumbers(graph, [neurons]).of("s") == Whole(1)) is fires
+    assert bool(mark_convolutions(graph, [neurons])) is fires
+
+
+def test_who_reads_spikes_besides_gets_them() -> None:
+    """And as bytes: what is between convolutions passes over memory once."""
+    weights = weights_of(WIDE, WIDE, 3, 3)
+    model = convolution(weights, pads=[1, 1, 1, 1])
+    model.graph.node[-1].output[0] = "current"
+    model.graph.node.extend([node("Add", ["current", "s"], "sum"), *spiking("sum", "y")])
+    assert mark_convolutions(model.graph, [])
+    readers = [each.op_type for each in model.graph.node if "s" in each.input]
+    assert readers == ["Cast"]
+    assert [each.op_type for each in model.graph.node if each.output[0] == "sum"] == ["Add"]
+
+
+# --------------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+@pytest.mark.parametrize(("model", "size"), [("resnet19", 8), ("vggsnn", 16), ("sew-resnet34", 32)])
+def test_networks_answer_as_without_tiles(
+    model: str, size: int, layout: str, tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = NetworkConfig(model=model, num_classes=10, in_channels=1, image_size=(size, size), width=0.25)
+    x = images(9, 1, size, size)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build_network(config)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):  # so that neurons fire in every layer
+                nn.init.uniform_(module.weight, 0.5, 2.0)
+                nn.init.uniform_(module.bias, 0.0, 0.6)
+    with torch.no_grad():
+        network.train()(torch.from_numpy(x), 3)
+    whole = Classifier(network.eval(), config=config, mean=(0.0,), std=(1.0,), class_names=tuple("0123456789"))
+    graph = build_graph(whole, ExportConfig(layout=layout, T=3, normalize=False))  # type: ignore[arg-type]
+    path = tmp_path / "m.onnx"
+    path.write_bytes(ir.to_proto(graph.model).SerializeToString())
+    y = Engine(path, native=True).run(x, 3).per_step
+    _, operators = fused(onnx.load(path))
+    assert operators.count("SpikeConvolution") > 3
+    assert operators.count("Transpose") <= 4 or layout == "step"  # a state has the usual order
+    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    expected = Engine(path, native=True).run(x, 3).per_step
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    assert np.ptp(expected[:, -1], axis=0).min() > 0.01
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_a_trained_network_has_the_same_logits(layout: str, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = exported(layout, **({} if layout != "unrolled" else {"T": 3}))
+    y = Engine(path, native=True).run(digits().images, 3).per_step
+    assert "SpikeConvolution" in fused(onnx.load(path))[1]
+    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    np.testing.assert_allclose(y, Engine(path, native=True).run(digits().images, 3).per_step, atol=1e-5)

@@ -1,0 +1,274 @@
+"""Puts the exact convolutions of this package (`convolution.c`) in place of ONNX Runtime's float32 ones on spikes.
+
+An input that is spikes, or sums of some, is whole numbers that fit into a byte. So where the graph shows that it is, a
+weight can be a whole number, too, of 24 bits, in three bytes that tiles multiply: all products and sums are exact, and
+what differs from float32 is the weight, by half an ulp of the largest one of its channel at most.
+
+While ONNX Runtime optimises the graph a `ConvInteger` stands in for each: it knows that one, and lets it be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from tetdeploy.native import DOMAIN
+from tetdeploy.native.layout import TO_FIRST, TO_LAST, reading
+from tetdeploy.native.loops import Loop, leading_to, put_nodes
+from tetdeploy.native.regions import Kind
+from tetdeploy.native.tiles import LEAST_CHANNELS, tiles_of
+from tetdeploy.native.wholes import WholeNumbers, threshold
+
+Array = np.ndarray[Any, Any]
+LARGEST = 127 * 65536 + 127 * 256 + 127  # of three digits
+MOST = 2**31 // (128 * 257)  # inputs of 1 that may add up: two digits of each stay within int32
+POOLS = (("MaxPool", ""), ("QLinearAveragePool", "com.microsoft"))
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A convolution that was taken out: float32 weights `[O, C, kernel height, kernel width]`, biases `[O]`; its input
+    is bytes times `unit`."""
+
+    unit: float
+    weights: onnx.TensorProto
+    biases: onnx.TensorProto | None
+    attributes: dict[str, Any]
+
+
+def mark_convolutions(graph: onnx.GraphProto, loops: Sequence[Loop]) -> dict[str, Marked]:
+    """Replace each float32 `Conv` that the tiles can compute by a `ConvInteger`.
+
+    It has spikes, or sums of some, for input, at least 16 channels of them, one group, no dilation, and no
+    `BatchNormalization` behind it.
+
+    Args:
+        loops: the neurons that stand where `take_out_loops` left its marks.
+
+    Returns: those taken out, by the weights of what stands in for them.
+    """
+    wholes, marked = WholeNumbers(graph, loops), dict[str, Marked]()
+    spikes = _Bytes(wholes)
+    normalised = {name for node in graph.node if node.op_type == "BatchNormalization" for name in node.input}
+    nodes, others = list[onnx.NodeProto](), list[onnx.NodeProto]()
+    for node in graph.node:
+        y = node.output[0]
+        taken = _take(node, wholes) if node.op_type == "Conv" and y not in normalised else None
+        if taken is None:
+            others.append(node)
+            continue
+        stand_in = f"{node.input[1]}.{taken.unit}"
+        if stand_in not in marked:
+            graph.initializer.append(numpy_helper.from_array(np.ones(taken.weights.dims, np.int8), stand_in))
+            marked[stand_in] = taken
+        nodes += [
+            helper.make_node("ConvInteger", [spikes.of(node.input[0]), stand_in], [f"{y}.sums"], **taken.attributes),
+            helper.make_node("Cast", [f"{y}.sums"], [y], to=TensorProto.FLOAT),
+        ]
+    if marked:
+        graph.initializer.extend(spikes.numbers)
+        others = reading(spikes.as_floats(), others)
+        put_nodes(graph, leading_to(graph.output, [*nodes, *spikes.nodes, *others]))
+    return marked
+
+
+class _Bytes:
+    """Writes `nodes` that make bytes of spikes in float32, and `numbers` for them."""
+
+    def __init__(self, wholes: WholeNumbers) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.numbers: list[onnx.TensorProto] = []
+        self._wholes = wholes
+        self._made: dict[str, str] = {}
+
+    def of(self, name: str) -> str:
+        """The bytes of a value."""
+        name = self._wholes.source(name)
+        if name not in self._made:
+            self._made[name] = f"{name}.bytes"
+            self._write(name, self._wholes.producer[name])
+        return self._made[name]
+
+    def _write(self, name: str, node: onnx.NodeProto) -> None:
+        made, v_th = self._made[name], threshold(node)
+        if node.op_type in ("Concat", "MaxPool", "Reshape"):
+            read = [self.of(part) for part in (node.input if node.op_type == "Concat" else node.input[:1])]
+            copied = helper.make_node(node.op_type, [*read, *node.input[len(read) :]], [made])
+            copied.attribute.extend(node.attribute)
+            self.nodes.append(copied)
+        elif node.op_type == "AveragePool":
+            self._sum_up(name, node)
+        elif v_th is not None:  # less work than a `HardSigmoid`
+            fires = "Greater" if next(a.f for a in node.attribute if a.name == "alpha") > 0 else "Less"
+            self.nodes += [
+                helper.make_node(fires, [node.input[0], self._number(f"{name}.v_th", v_th)], [f"{name}.fires"]),
+                helper.make_node("Cast", [f"{name}.fires"], [made], to=TensorProto.UINT8),
+            ]
+        else:
+            self.nodes.append(helper.make_node("Cast", [name], [made], to=TensorProto.UINT8))
+
+    def _sum_up(self, name: str, pool: onnx.NodeProto) -> None:
+        """The sums of which `pool` gives the means: its outputs quantised with a scale of 1 / count."""
+        sizes: dict[str, Any] = {a.name: list(a.ints) for a in pool.attribute if a.name in ("kernel_shape", "strides")}
+        one, zero = self._number(f"{name}.one", np.float32(1)), self._number(f"{name}.zero", np.uint8(0))
+        share = self._number(f"{name}.share", np.float32(1 / math.prod(sizes["kernel_shape"])))
+        inputs = [self.of(pool.input[0]), one, zero, share, zero]
+        made = helper.make_node("QLinearAveragePool", inputs, [self._made[name]], domain="com.microsoft", **sizes)
+        self.nodes.append(made)
+
+    def _number(self, name: str, number: np.generic) -> str:
+        self.numbers.append(numpy_helper.from_array(np.array(number), name))
+        return name
+
+    def as_floats(self) -> dict[str, str]:
+        """What others read instead of the values: bytes take a fourth of the memory."""
+        wholes = {name: self._wholes.of(name) for name in self._made}
+        floats = {name: f"{name}.floats" for name, whole in wholes.items() if whole is not None and whole.unit == 1}
+        self.nodes += [
+            helper.make_node("Cast", [self._made[name]], [cast], to=TensorProto.FLOAT) for name, cast in floats.items()
+        ]
+        return floats
+
+
+def _take(node: onnx.NodeProto, wholes: WholeNumbers) -> Marked | None:
+    weights, *biases = (wholes.constants.get(name) for name in node.input[1:])
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if (
+        weights is None
+        or None in biases
+        or len(weights.dims) != 4
+        or weights.data_type != TensorProto.FLOAT
+        or weights.dims[1] < LEAST_CHANNELS
+        or attributes.get("group", 1) != 1
+        or set(attributes.get("dilations", [1])) != {1}
+        or attributes.get("auto_pad", b"NOTSET") != b"NOTSET"
+    ):
+        return None
+    whole, numbers = wholes.of(node.input[0]), numpy_helper.to_array(weights)
+    if whole is None or whole.most * numbers[0].size > MOST or not np.isfinite(numbers).all():
+        return None
+    return Marked(whole.unit, weights, biases[0] if biases else None, attributes)
+
+
+def put_convolutions(
+    graph: onnx.GraphProto, marked: Mapping[str, Marked], kinds: MutableMapping[str, Kind], *, tiles: bool = True
+) -> int:
+    """Put `SpikeConvolution`s, with `Transpose`s round them, where `mark_convolutions` left its marks.
+
+    Args:
+        kinds: of the graph's tensors; those of new ones are added.
+        tiles: multiply with AMX; otherwise in plain C, which is slow.
+
+    Returns: how many there are.
+    """
+    writer = _LastWriter(marked, kinds)
+    computed = {node.output[0]: node for node in graph.node if _stands_in(node, marked)}
+    read = {node.input[0] for node in computed.values()}
+    for node in graph.node:
+        if node.op_type == "Cast" and node.input[0] in computed:
+            writer.convolve(computed[node.input[0]], node.output[0], tiles)
+        elif node.output[0] in read and (node.op_type, node.domain) in POOLS:
+            writer.pool(node)
+        else:
+            writer.nodes.append(node)
+    if computed:
+        graph.initializer.extend(writer.constants)
+        put_nodes(graph, leading_to(graph.output, writer.nodes))
+    return len(computed)
+
+
+def _stands_in(node: onnx.NodeProto, marked: Mapping[str, Marked]) -> bool:
+    return node.op_type == "ConvInteger" and node.input[1] in marked
+
+
+class _LastWriter:
+    """Writes `nodes` that work with channels last, and `constants` for them."""
+
+    def __init__(self, marked: Mapping[str, Marked], kinds: MutableMapping[str, Kind]) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self._marked, self._kinds = marked, kinds
+        self._turned: set[str] = set()
+        self._packed: dict[str, list[str]] = {}
+
+    def convolve(self, stand_in: onnx.NodeProto, y: str, tiles: bool) -> None:
+        x, weights = stand_in.input
+        convolution = self._marked[weights]
+        if weights not in self._packed:
+            constants = _constants(convolution, weights)
+            self.constants += constants
+            self._packed[weights] = [tensor.name for tensor in constants]
+        made = helper.make_node(
+            "SpikeConvolution",
+            [self._last(x), *self._packed[weights]],
+            [f"{y}.turned"],
+            domain=DOMAIN,
+            channels=convolution.weights.dims[1],
+            strides=convolution.attributes.get("strides", [1, 1]),
+            pads=convolution.attributes.get("pads", [0, 0, 0, 0]),
+            zero_point=0,
+            tiles=int(tiles),
+        )
+        self._put(made, y)
+
+    def pool(self, node: onnx.NodeProto) -> None:
+        made = onnx.NodeProto.FromString(node.SerializeToString())
+        made.input[0], made.output[0] = self._last(node.input[0]), f"{node.output[0]}.turned"
+        del made.attribute[:]
+        made.attribute.extend(a for a in node.attribute if a.name not in ("storage_order", "channels_last"))
+        if node.op_type == "MaxPool":
+            made.op_type, made.domain = "NhwcMaxPool", "com.microsoft"
+        else:
+            made.attribute.append(helper.make_attribute("channels_last", 1))
+        self._put(made, node.output[0])
+
+    def _last(self, x: str) -> str:
+        if x not in self._turned:
+            self._turned.add(x)
+            self.nodes.append(helper.make_node("Transpose", [x], [f"{x}.turned"], perm=TO_LAST))
+            self._kinds[f"{x}.turned"] = _turned(self._kinds[x])
+        return f"{x}.turned"
+
+    def _put(self, node: onnx.NodeProto, y: str) -> None:
+        self._turned.add(y)
+        self.nodes += [node, helper.make_node("Transpose", node.output, [y], perm=TO_FIRST)]
+        self._kinds[node.output[0]] = _turned(self._kinds[y])
+
+
+def _turned(kind: Kind) -> Kind:
+    return replace(kind, shape=tuple(kind.shape[axis] for axis in TO_LAST))
+
+
+def _constants(convolution: Marked, name: str) -> list[onnx.TensorProto]:
+    """Digits of the weights in tiles, scales and biases."""
+    digits, scales = digits_of(numpy_helper.to_array(convolution.weights))
+    biases = np.zeros(len(scales), np.float32)
+    if convolution.biases is not None:
+        biases[:] = numpy_helper.to_array(convolution.biases)
+    arrays = {"digits": tiles_of(digits), "scales": scales * np.float32(convolution.unit), "biases": biases}
+    return [numpy_helper.from_array(array, f"{name}.{what}") for what, array in arrays.items()]
+
+
+def digits_of(weights: Array) -> tuple[Array, Array]:
+    """Weights as whole numbers in three digits, the highest first, each from -128 to 127.
+
+    Args:
+        weights: float32 `[O, ...]`, finite.
+
+    Returns:
+        int8 `[3, O, ...]`; float32 `[O]`, the scale that (d0 * 256 + d1) * 256 + d2 is to be multiplied with.
+    """
+    largest = np.abs(weights).max(axis=tuple(range(1, weights.ndim)))
+    scales = np.maximum(largest / np.float32(LARGEST), np.finfo(np.float32).tiny)
+    by_channel = scales.reshape(-1, *[1] * (weights.ndim - 1)).astype(np.float64)
+    whole = np.rint(weights / by_channel).clip(-LARGEST, LARGEST).astype(np.int32)
+    low = (whole + 128 & 255) - 128
+    middle = ((whole - low >> 8) + 128 & 255) - 128
+    high = (whole - low >> 8) - middle >> 8
+    return np.stack([high, middle, low]).astype(np.int8), scales

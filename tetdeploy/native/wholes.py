@@ -1,0 +1,113 @@
+"""Finds values that are whole numbers, as spikes and sums of spikes are: what is computed with them can be exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from tetdeploy.native.loops import FIRST_MARK, Loop, scalar
+
+COMPARISONS = ("Less", "Greater", "LessOrEqual", "GreaterOrEqual")
+SAME_VALUES = ("Identity", "MaxPool", "Reshape", "Split", "Transpose")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a value is: whole numbers from 0 to `most`, at most 255, times `unit`, a power of two."""
+
+    most: int
+    unit: float = 1.0
+
+
+class WholeNumbers:
+    """Knows which values of a graph are whole numbers, times a unit.
+
+    Args:
+        loops: the neurons that stand where `take_out_loops` left its marks.
+    """
+
+    def __init__(self, graph: onnx.GraphProto, loops: Sequence[Loop]) -> None:
+        given = {value.name: value.type.tensor_type.elem_type for value in graph.input}  # these may hide a constant
+        self.constants = {t.name: t for t in graph.initializer if t.name not in given}
+        self.producer = {name: node for node in graph.node for name in node.output}
+        self._loops = loops
+        self._known = {name: Whole(255) if element == TensorProto.UINT8 else None for name, element in given.items()}
+
+    def source(self, name: str) -> str:
+        """The value that `name` is another name for."""
+        while (node := self.producer.get(name)) is not None and node.op_type == "Identity":
+            name = node.input[0]
+        return name
+
+    def of(self, name: str) -> Whole | None:
+        """What `name` is; None of what may be something else."""
+        if name not in self._known:
+            node = self.producer.get(name)
+            found = self._find(node) if node is not None else None
+            self._known[name] = found if found is not None and found.most <= 255 else None
+        return self._known[name]
+
+    def _find(self, node: onnx.NodeProto) -> Whole | None:
+        if node.op_type in ("Concat", "Add"):
+            parts = [self.of(name) for name in node.input]
+            wholes = [part for part in parts if part is not None]
+            if len(wholes) < len(parts) or len({whole.unit for whole in wholes}) > 1:
+                return None
+            most = [whole.most for whole in wholes]
+            return Whole(max(most) if node.op_type == "Concat" else sum(most), wholes[0].unit)
+        if node.op_type in SAME_VALUES:
+            return self.of(node.input[0])
+        if node.op_type == "AveragePool":
+            whole, count = self.of(node.input[0]), _averaged(node)
+            return Whole(whole.most * count, whole.unit / count) if whole is not None and count is not None else None
+        if node.op_type == "Cast":
+            comparison = self.producer.get(node.input[0])
+            return Whole(1) if comparison is not None and self._fires(comparison) else self.of(node.input[0])
+        return Whole(1) if threshold(node) is not None else None
+
+    def _fires(self, comparison: onnx.NodeProto) -> bool:
+        """Whether a comparison, or the neurons that it stands for, gives 0 or 1."""
+        if comparison.op_type not in COMPARISONS:
+            return False
+        mark = scalar(self.constants[comparison.input[1]]) if comparison.input[1] in self.constants else None
+        if mark is None or not FIRST_MARK <= float(mark) < FIRST_MARK + len(self._loops):
+            return True
+        loop = self._loops[int(mark) - FIRST_MARK]
+        made = {name: node for node in loop.nodes for name in node.output}
+        spikes = made.get(loop.spikes)
+        if spikes is None or spikes.op_type != "Cast":
+            return spikes is not None and threshold(spikes) is not None
+        compared = made.get(spikes.input[0])
+        return compared is not None and compared.op_type in COMPARISONS
+
+
+def _averaged(pool: onnx.NodeProto) -> int | None:
+    """Of how many values each is the mean, if that is exact: of a power of two, none of them padding."""
+    attributes = {a.name: helper.get_attribute_value(a) for a in pool.attribute}
+    count = math.prod(attributes["kernel_shape"])
+    plain = (
+        not any(attributes.get("pads", [0]))
+        and not attributes.get("ceil_mode", 0)
+        and attributes.get("auto_pad", b"NOTSET") == b"NOTSET"
+        and set(attributes.get("dilations", [1])) == {1}
+    )
+    return count if plain and count & (count - 1) == 0 else None
+
+
+def threshold(node: onnx.NodeProto) -> np.float32 | None:
+    """What a `HardSigmoid` compares with that is so steep that it gives 0 or 1 of every number: 1 of those above,
+    with a negative slope of those below; None of any other node."""
+    if node.op_type != "HardSigmoid":
+        return None
+    attributes = {a.name: np.float32(a.f) for a in node.attribute}
+    slope, offset = attributes.get("alpha", np.float32(0.2)), attributes.get("beta", np.float32(0.5))
+    if abs(np.frexp(slope)[0]) != 0.5:  # times a power of two is exact
+        return None
+    zero = -offset / slope
+    beyond = np.nextafter(zero, np.copysign(np.float32(np.inf), slope))
+    return np.float32(zero) if slope * beyond + offset >= 1 and slope * zero + offset == 0 else None
