@@ -60,6 +60,8 @@ def lower(
         neurons.append(replace(layer, spikes=spikes))
     if byte_spikes:
         _pass_bytes(model.graph, [layer.spikes for layer in neurons])
+    _remove_views(model.graph, forms)
+    model.graph.sort()  # a sum may have been written where neurons behind others read it
     _remove_unused(model, [layer.spikes for layer in neurons])
     model.opset_imports.pop(LIF_DOMAIN, None)
     return neurons
@@ -196,6 +198,24 @@ def _pass_bytes(graph: ir.Graph, spikes: list[ir.Value]) -> None:
     for node in reversed(views):
         if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             graph.remove(node, safe=True)
+
+
+def _remove_views(graph: ir.Graph, forms: Forms) -> None:
+    """Take out every Reshape that changes nothing, and let sums between layers be of `[T * N, ...]`, as layers are."""
+    for node in list(graph):
+        before, after = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type != "Reshape" or before is None or before.shape is None or after.shape is None:
+            continue
+        producer = before.producer()
+        same = len(before.shape) == len(after.shape) and before.shape[1:] == after.shape[1:]
+        if same and 0 not in after.shape[1:]:
+            source = before
+        elif _merges(node, before) and producer is not None and producer.op_type in ("Add", "Reshape"):
+            source = StepBuilder(graph, node, FLOAT, forms).merge(before)
+        else:
+            continue
+        if not after.is_graph_output():
+            after.replace_all_uses_with(source)
 
 
 def _remove_unused(model: ir.Model, spikes: list[ir.Value]) -> None:
