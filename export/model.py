@@ -30,7 +30,6 @@ from tetdeploy.networks import Classifier
 from tetdeploy.quantisation import Scales
 from tetdeploy.tracing import Tracer
 
-from .by_step import take_apart
 from .counters import Layers, counting_overlay
 from .encoder import Encoder, split_encoder
 from .graph import OnnxTracer
@@ -259,11 +258,7 @@ def _build(
     encoders = split_encoder(model) if config.layout == "step" and config.encoding == "direct" else []
     layers = Layers(model.graph, neurons, config.steps, frames=config.encoding == "frames")
     _strip(model)
-    joined = b""
-    if config.target == "cpu" and config.precision == "fp32" and config.layout == "unrolled":
-        joined = take_apart(model, neurons, layers.read.values())
     description = _describe(onnx_tracer.tracer.classifier, config, neurons, encoders, layers, source)
-    description["joined_overlay"] = base64.b64encode(joined).decode()
     model.metadata_props[METADATA_KEY] = json.dumps(description)
     model.producer_name, model.producer_version, model.doc_string = "tetdeploy", __version__, None
     return Graph(model, neurons, layers.uncounted, num_folded)

@@ -32,7 +32,6 @@ Scaled = Callable[[float], ir.Value]
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 BYTE = ir.TensorType(ir.DataType.UINT8)
 _STANDS_FOR = "tetdeploy.stands_for"
-_MAKES_STEPS = "tetdeploy.makes_steps"
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,7 @@ class StepBuilder:
         whole = self.merge(current)
         if T == 1:
             return [whole]
-        steps = self.many("Split", [whole], T, axis=0, num_outputs=T)
-        producer_of(steps[0]).meta[_MAKES_STEPS] = True
-        return steps
+        return self.many("Split", [whole], T, axis=0, num_outputs=T)
 
     def currents(self, current: ir.Value | None, T: int) -> tuple[list[Scaled], bool]:
         """The T steps of `current [T, N, ...]`, each a function that writes it times a factor; and whether the factor
@@ -207,11 +204,6 @@ def network_node(node: ir.Node) -> ir.Node:
     """The node of the network that `node` stands for: a sum is taken anew on merged or single steps, perhaps often."""
     of: ir.Node = node.meta.get(_STANDS_FOR, node)
     return of
-
-
-def makes_steps(node: ir.Node) -> bool:
-    """Whether a node splits a current `[T * N, ...]` into its steps; a network may have Splits of its own."""
-    return bool(node.meta.get(_MAKES_STEPS))
 
 
 def _unscaled(value: ir.Value, factor: float) -> ir.Value:

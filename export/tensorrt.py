@@ -121,7 +121,6 @@ def build_engine(
             "layers": layers_of(build.report, graph),
             "build_seconds": round(time.perf_counter() - started, 3),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "warning": _warning(metadata, package, model),
             "versions": {"tetdeploy": __version__, "onnx": onnx.__version__},
             "metadata": metadata,
         }
@@ -284,17 +283,6 @@ def _check_target(metadata: dict[str, Any], package: str, path: Path) -> None:
             f"{path.name} was exported for cpu, and TensorRT would not compute its convolutions in 8 bits; export it "
             f"again: tetdeploy export --precision int8 --target {package}"
         )
-
-
-def _warning(metadata: dict[str, Any], package: str, path: Path) -> str | None:
-    """What makes the engine slower than it need be: convolutions of single steps (`by_step`), a CPU's optimum."""
-    unrolled = metadata["layout"] == "unrolled" and metadata["T"] > 1
-    if not unrolled or (metadata["target"], metadata["precision"]) != ("cpu", "fp32"):
-        return None
-    return (
-        f"{path.name} was exported for cpu, where convolutions with few weights run step by step: "
-        f"{metadata['T']} kernels where a GPU needs one; export it again: tetdeploy export --target {package}"
-    )
 
 
 def _check_cache(path: Path | None, package: str) -> None:

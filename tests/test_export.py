@@ -224,7 +224,7 @@ def test_a_step_graph_does_not_encode_the_same_image_again() -> None:
 
 
 def test_an_unrolled_graph_encodes_the_image_once() -> None:
-    nodes = onnx.load(exported("unrolled", T=4, target="openvino")).graph.node  # for a CPU see test_by_step.py
+    nodes = onnx.load(exported("unrolled", T=4)).graph.node
     kinds = [node.op_type for node in nodes]
     assert kinds.count("Conv") == 3  # the first of a batch of N, the others of T x N
     assert kinds.count("Split") == 2  # the first layer's current is one for all steps

@@ -379,26 +379,6 @@ def test_int8_of_another_target_is_refused(tmp_path: Path) -> None:
     assert not names_in(tmp_path)
 
 
-def test_convolutions_step_by_step_are_warned_of(tmp_path: Path) -> None:
-    model, written = exported("unrolled", T=3), tmp_path / "built.json"
-    arguments = ["build", str(model), "--package", TARGET, "-o", str(tmp_path / "m.engine"), "--json", str(written)]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
-    said = " ".join(result.output.split())
-    assert f"{model.name} was exported for cpu" in said
-    assert "export it again: tetdeploy export --target tensorrt-rtx" in said
-    assert json.loads(written.read_text())["warning"] in said
-
-
-@pytest.mark.parametrize(
-    ("layout", "options"),
-    [("unrolled", {"T": 3, "target": TARGET}), ("unrolled", {"T": 1}), ("dynamic", {}), ("step", {})],
-)
-def test_other_graphs_are_built_without_a_warning(layout: str, options: dict[str, Any], tmp_path: Path) -> None:
-    built = build_engine(exported(layout, **options), tmp_path / "m.engine", RTX)
-    assert built.manifest["warning"] is None
-
-
 def test_int8_of_others_is_refused(tmp_path: Path) -> None:
     graph = onnx.load(int8_exported("unrolled", target=TARGET))
     read = {node.input[0] for node in graph.graph.node if node.op_type == "Conv"}

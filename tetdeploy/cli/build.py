@@ -127,8 +127,6 @@ def print_built(built: Built, *, verbose: bool) -> None:
     kinds = ", ".join(f"{count} {name}" for name, count in precisions.most_common())
     made_of = f"{len(manifest['layers'])} kernels by the precision they write: {kinds}" if kinds else "kernels unknown"
     console.print(f"built in {manifest['build_seconds']:.1f} s   {made_of}")
-    if manifest["warning"]:
-        console.print(manifest["warning"], style="yellow", markup=False)
     if verbose:
         console.print(_kernels(manifest["layers"]))
     console.print(f"{built.path}   {manifest['engine_bytes'] / 1e6:.1f} MB", markup=False)
