@@ -263,6 +263,37 @@ def test_a_network_of_twice_the_depth_takes_twice_the_work(monkeypatch: pytest.M
     assert work[1] < 2.5 * work[0]
 
 
+@pytest.mark.parametrize("kind", [FLOAT, UINT8, INT8])
+@pytest.mark.parametrize("also", ["", "leaked", "n", "spikes", "kept", "u", "first", "begun"])
+def test_a_step_of_neurons_in_one_pass(also: str, kind: int) -> None:
+    """Two steps, whatever else reads what is between their operations."""
+    nodes = [helper.make_node("DequantizeLinear", ["x", "scale", "zero"], ["current"])] if kind != FLOAT else []
+    current = "current" if nodes else "x"
+    nodes += [
+        helper.make_node("Greater", [current, "k"], ["fires0"]),
+        helper.make_node("Cast", ["fires0"], ["y0"], to=UINT8),
+        helper.make_node("ThresholdedRelu", [current], ["first"], alpha=0.5),
+        helper.make_node("Sub", ["first", current], ["begun"]),
+        helper.make_node("Mul", ["begun", "k"], ["leaked"]),
+        helper.make_node("Sub", ["leaked", current], ["n"]),
+        helper.make_node("Less", ["n", "v_th"], ["fires"]),
+        helper.make_node("Cast", ["fires"], ["y"], to=UINT8),
+        helper.make_node("Cast", ["fires"], ["spikes"], to=FLOAT),
+        helper.make_node("ThresholdedRelu", ["n"], ["kept"], alpha=-0.5),
+        helper.make_node("Mul", ["kept", "k"], ["u"]),
+        helper.make_node("Add", ["u", also or "x2"], ["z"]),
+    ]
+    inputs: dict[str, tuple[int, Sequence[int | str]]] = {"x": (kind, ["N", 700]), "x2": (FLOAT, ["N", 700])}
+    dtype = {FLOAT: np.float32, UINT8: np.uint8, INT8: np.int8}[kind]
+    constants = {"k": np.array(0.5, np.float32), "v_th": np.array(-0.5, np.float32)}
+    constants |= {"scale": np.array(0.01, np.float32), "zero": np.array(7, dtype)} if kind != FLOAT else {}  # type: ignore[dict-item]
+    if also:
+        del inputs["x2"]
+    model = graph(nodes, inputs, {"y0": UINT8, "y": UINT8, "z": FLOAT}, constants)
+    x = floats(5, 700) if kind == FLOAT else np.random.default_rng(0).integers(0, 128, (5, 700)).astype(dtype)
+    assert set(assert_same(model, {"x": x} | ({} if also else {"x2": floats(5, 700, seed=3)}))) == {"Elementwise"}
+
+
 def test_what_a_region_alone_reads_belongs_to_it() -> None:
     """As the leak of a membrane that is an input: it is there before the current is."""
     nodes = [

@@ -90,14 +90,14 @@ def _fuse(model: bytes, loops: list[Loop]) -> bytes | None:
     import onnxruntime as ort
 
     from tetdeploy.native.regions import fuse
-    from tetdeploy.native.spikes import mark_convolutions, put_convolutions
+    from tetdeploy.native.spikes import compared, mark_convolutions, put_convolutions
     from tetdeploy.native.tiles import use_tiles
 
     tiles = has_tiles()
     proto = onnx.ModelProto.FromString(model)
     marked = mark_convolutions(proto.graph, loops) if tiles else {}
     if marked:
-        model = proto.SerializeToString()
+        model, loops = proto.SerializeToString(), [compared(loop) for loop in loops]
     options = _options(ort)
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")

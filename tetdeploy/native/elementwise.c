@@ -51,11 +51,20 @@ enum {
   ADD_DEQUANTIZED = OPERATIONS, /* d = a + input b, dequantised */
   SUB_DEQUANTIZED,              /* d = a - input b */
   DEQUANTIZED_SUB,              /* d = input b - a */
-  STORE_LESS, STORE_GREATER, STORE_LESS_EQUAL, STORE_GREATER_EQUAL /* part of output d = a o immediate */
+  STORE_LESS, STORE_GREATER, STORE_LESS_EQUAL, STORE_GREATER_EQUAL, /* part of output d = a o immediate */
+  /* A step of neurons, negated as `neuron_steps.py` writes it: h = a * leak - current, part of an output = h < v_th,
+   * d = (h if h > kept else 0) * leak_after. The current is b, or the part `from` of input b, dequantised. */
+  FIRE,
+  FIRE_FIRST /* h = current, part of an output = h > v_th, d = ((h if h > kept else 0) - h) * leak_after */
 };
 
 typedef struct { int64_t op, d, a, b, k; } Instruction;
-typedef struct { int64_t op, d, a, b, k, part; } Step;
+typedef struct {
+  int64_t op, d, a, b, k, part;
+  float zero, scale;    /* of what two in one dequantise */
+  int64_t output, from; /* of FIRE; `from` is -1 if the current is in a register */
+  float leak, v_th, kept, leak_after;
+} Step;
 typedef struct { int64_t type, parts; } Port;
 
 typedef struct {
@@ -126,6 +135,26 @@ INLINED void store(int64_t op, const float* a, void* target, int64_t type, size_
   }
 }
 
+#define FIRE_OF(type, current)                                    \
+  do {                                                            \
+    const type* of = (const type*)source + start;                 \
+    INDEPENDENT for (size_t i = 0; i < n; ++i) {                  \
+      const float h = first ? (current) : a[i] * leak - (current); \
+      const float held = h > kept ? h : 0.0f;                     \
+      spikes[i] = first ? h > v_th : h < v_th;                    \
+      d[i] = (first ? held - h : held) * leak_after;              \
+    }                                                             \
+  } while (0)
+
+INLINED void fire(const Step* in, int first, float* d, uint8_t* spikes, const float* a, const void* source, int64_t type,
+                  size_t start, size_t n) {
+  const float leak = in->leak, v_th = in->v_th, kept = in->kept, leak_after = in->leak_after;
+  const float zero = in->zero, scale = in->scale;
+  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) FIRE_OF(float, of[i]);
+  else if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8) FIRE_OF(int8_t, DEQUANTIZED);
+  else FIRE_OF(uint8_t, DEQUANTIZED);
+}
+
 /* Where an instruction's part of a tensor begins, in elements. */
 static inline size_t offset(const Call* call, Port port, int64_t part, size_t step) {
   return (port.parts > 0 ? (size_t)part : port.parts == 0 ? step : 0) * call->elements;
@@ -137,6 +166,23 @@ FOR_EACH_CPU static void run_step(const Call* call, float* registers, const floa
   for (size_t p = 0; p < kernel->num_joined; ++p) {
     const Step* in = kernel->joined + p;
     const float *k = kernel->immediates + in->k, c = k[0];
+    if (in->op >= FIRE) {
+      uint8_t* spikes = (uint8_t*)call->outputs[in->output] +
+                        offset(call, kernel->outputs[in->output], in->part, step) + start;
+      const void* source = at[in->from < 0 ? in->b : 0];
+      int64_t type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+      size_t begin = 0;
+      if (in->from >= 0) {
+        source = call->inputs[in->b];
+        type = kernel->inputs[in->b].type;
+        begin = offset(call, kernel->inputs[in->b], in->from, step) + start;
+      }
+      float* d = registers + in->d * BLOCK;
+      if (in->op == FIRE) fire(in, 0, d, spikes, at[in->a], source, type, begin, n);
+      else fire(in, 1, d, spikes, NULL, source, type, begin, n);
+      at[in->d] = d;
+      continue;
+    }
     if (in->op == STORE || in->op >= STORE_LESS) {
       const Port port = kernel->outputs[in->d];
       store(in->op, at[in->a], call->outputs[in->d], port.type, offset(call, port, in->part, step) + start, n, c);
@@ -146,7 +192,7 @@ FOR_EACH_CPU static void run_step(const Call* call, float* registers, const floa
     if (in->op >= ADD_DEQUANTIZED) {
       const Port port = kernel->inputs[in->b];
       const size_t from = offset(call, port, in->part, step) + start;
-      join_load(in->op, d, at[in->a], call->inputs[in->b], port.type, from, n, c, k[1]);
+      join_load(in->op, d, at[in->a], call->inputs[in->b], port.type, from, n, in->zero, in->scale);
       at[in->d] = d;
       continue;
     }
@@ -346,27 +392,34 @@ static int reads(const Instruction* in, int64_t r) {
   return in->a == r || (in->op >= ADD && in->op < ADD_K && in->b == r);
 }
 
+/* Whether nothing from instruction p on reads register r as it is now. */
+static int is_done(const Kernel* kernel, size_t p, int64_t r) {
+  for (; p < kernel->length; ++p) {
+    if (reads(kernel->program + p, r)) return 0;
+    if (kernel->program[p].op != STORE && kernel->program[p].d == r) return 1;
+  }
+  return r >= kernel->states; /* which the next run reads */
+}
+
 /* Whether nothing after instruction p reads the register that it writes, but the next. */
 static int only_next_reads(const Kernel* kernel, size_t p) {
-  const int64_t r = kernel->program[p].d;
-  if (r < kernel->states || p + 1 == kernel->length || !reads(kernel->program + p + 1, r)) return 0;
-  for (size_t q = p + 1; q < kernel->length; ++q) {
-    const Instruction* in = kernel->program + q;
-    if (q > p + 1 && reads(in, r)) return 0;
-    if (in->op != STORE && in->d == r) break;
-  }
-  return 1;
+  const Instruction* in = kernel->program + p;
+  if (p + 1 == kernel->length || !reads(in + 1, in->d)) return 0;
+  return (in[1].op != STORE && in[1].d == in->d) || is_done(kernel, p + 2, in->d);
 }
 
 /* Two instructions as one; its operation is -1 if there is none for them. */
-static Step pair(const Instruction* first, const Instruction* next) {
+static Step pair(const Kernel* kernel, const Instruction* first, const Instruction* next) {
   Step step = {.op = -1, .d = next->d, .k = first->k};
-  if (first->op == DEQUANTIZE && (next->op == ADD || next->op == SUB) && next->a != next->b) {
+  const int converts = first->op == LOAD && kernel->inputs[first->a].type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  if ((first->op == DEQUANTIZE || converts) && (next->op == ADD || next->op == SUB) && next->a != next->b) {
     const int left = next->a == first->d;
     step.op = next->op == ADD ? ADD_DEQUANTIZED : left ? DEQUANTIZED_SUB : SUB_DEQUANTIZED;
     step.a = left ? next->b : next->a;
     step.b = first->a;
     step.part = first->b;
+    step.zero = converts ? 0 : kernel->immediates[first->k];
+    step.scale = converts ? 1 : kernel->immediates[first->k + 1];
   } else if (first->op >= LESS_K && first->op <= GREATER_EQUAL_K && next->op == STORE) {
     step.op = STORE_LESS + first->op - LESS_K;
     step.a = first->a;
@@ -375,14 +428,83 @@ static Step pair(const Instruction* first, const Instruction* next) {
   return step;
 }
 
+/* Of the instructions from p on those that are a step of neurons, as one; how many they are, 0 if they are none. `h`
+ * is where their membrane is. */
+static size_t neurons(const Kernel* kernel, size_t p, Step* step) {
+  const Instruction *in = kernel->program + p, *end = kernel->program + kernel->length;
+  const int first = in->op == GREATER_K;
+  int64_t h = in->a, held = -1;
+  *step = (Step){.op = FIRE_FIRST, .b = h, .from = -1, .leak = 1, .leak_after = 1};
+  if (!first) {
+    if (in->op != SUB || in->a == in->b) return 0;
+    *step = (Step){.op = FIRE, .a = in->a, .b = in->b, .from = -1, .leak = 1, .leak_after = 1};
+    h = (in++)->d;
+  }
+  if (end - in < 2 || in->op != (first ? GREATER_K : LESS_K) || in->a != h || in[1].op != STORE) return 0;
+  if (in[1].a != in->d || kernel->outputs[in[1].d].type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8) return 0;
+  if (!is_done(kernel, in + 2 - kernel->program, in->d)) return 0;
+  step->v_th = kernel->immediates[in->k];
+  step->output = in[1].d;
+  step->part = in[1].b;
+  step->d = in->d; /* is not read where the membrane is not */
+  in += 2;
+  const int keeps = in < end && in->op == THRESHOLDED_RELU && in->a == h;
+  if (first && !keeps) return 0;
+  if (keeps) {
+    step->kept = kernel->immediates[in->k];
+    step->d = held = (in++)->d;
+    if (first) { /* held - h */
+      if (in == end || in->op != SUB || in->a != held || in->b != h || held == h) return 0;
+      if (in->d != held && !is_done(kernel, in + 1 - kernel->program, held)) return 0;
+      step->d = held = (in++)->d;
+    }
+    if (in < end && in->op == MUL_K && in->a == held &&
+        (in->d == held || is_done(kernel, in + 1 - kernel->program, held))) {
+      step->leak_after = kernel->immediates[in->k];
+      step->d = (in++)->d;
+    }
+  }
+  if (step->d != h && !is_done(kernel, in - kernel->program, h)) return 0;
+  return in - (kernel->program + p);
+}
+
+/* Let a step of neurons do what those joined before it do for it alone: the leak, and loading the current. */
+static void take_in(Kernel* kernel, size_t p, Step* step) {
+  for (int k = 0; k < 2 && kernel->num_joined > 0; ++k) {
+    const Step* last = kernel->joined + kernel->num_joined - 1;
+    const int done = last->d == step->d || is_done(kernel, p, last->d);
+    if (last->op == MUL_K && step->op == FIRE && last->d == step->a && done && step->leak == 1) {
+      step->leak = kernel->immediates[last->k];
+      step->a = last->a;
+    } else if (last->op == DEQUANTIZE && step->from < 0 && last->d == step->b && done &&
+               (step->op == FIRE_FIRST || last->d != step->a) &&
+               kernel->inputs[last->a].type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+      step->b = last->a;
+      step->from = last->b;
+      step->zero = kernel->immediates[last->k];
+      step->scale = kernel->immediates[last->k + 1];
+    } else {
+      return;
+    }
+    --kernel->num_joined;
+  }
+}
+
 static OrtStatusPtr join(Kernel* kernel) {
   if ((kernel->joined = malloc(kernel->length * sizeof *kernel->joined)) == NULL) return failed(kernel->api, "no memory");
-  for (size_t p = 0; p < kernel->length; ++p) {
+  for (size_t p = 0; p < kernel->length;) {
     const Instruction* in = kernel->program + p;
-    Step step = {.op = -1};
-    if (only_next_reads(kernel, p)) step = pair(in, in + 1);
-    if (step.op < 0) step = (Step){in->op, in->d, in->a, in->b, in->k, in->b};
-    else ++p;
+    Step step;
+    size_t count = neurons(kernel, p, &step);
+    if (count > 0) {
+      take_in(kernel, p + count, &step);
+    } else {
+      step.op = -1;
+      if (only_next_reads(kernel, p)) step = pair(kernel, in, in + 1);
+      count = step.op < 0 ? 1 : 2;
+      if (step.op < 0) step = (Step){.op = in->op, .d = in->d, .a = in->a, .b = in->b, .k = in->k, .part = in->b};
+    }
+    p += count;
     kernel->joined[kernel->num_joined++] = step;
   }
   return NULL;

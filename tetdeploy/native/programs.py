@@ -58,6 +58,7 @@ class Program:
     stores: list[tuple[int, int, int]] = field(default_factory=list)
     kept: dict[int, int] = field(default_factory=dict)
     _values: int = 0
+    _loaded: dict[tuple[Op, int, int, int], int] = field(default_factory=dict)
 
     def immediate(self, *numbers: float) -> int:
         """Where `numbers` stand one after the other."""
@@ -69,9 +70,14 @@ class Program:
         return len(self.immediates) - len(numbers)
 
     def add(self, op: Op, a: int, b: int = 0, k: int = 0) -> int:
-        """The value that an instruction gives."""
+        """The value that an instruction gives; of a part dequantised the same way before, that."""
+        loaded = (op, a, b, k) if op == Op.DEQUANTIZE else None
+        if loaded is not None and loaded in self._loaded:
+            return self._loaded[loaded]
         self._values += 1
         self.instructions.append((op, self._values - 1, a, b, k))
+        if loaded is not None:
+            self._loaded[loaded] = self._values - 1
         return self._values - 1
 
     def state(self) -> int:

@@ -104,12 +104,8 @@ class _Bytes:
             self.nodes.append(copied)
         elif node.op_type == "AveragePool":
             self._sum_up(name, node)
-        elif v_th is not None:  # less work than a `HardSigmoid`
-            fires = "Greater" if next(a.f for a in node.attribute if a.name == "alpha") > 0 else "Less"
-            self.nodes += [
-                helper.make_node(fires, [node.input[0], self._number(f"{name}.v_th", v_th)], [f"{name}.fires"]),
-                helper.make_node("Cast", [f"{name}.fires"], [made], to=TensorProto.UINT8),
-            ]
+        elif v_th is not None:
+            self.nodes += _comparison(node, self._number(f"{name}.v_th", v_th), made, TensorProto.UINT8)
         else:
             self.nodes.append(helper.make_node("Cast", [name], [made], to=TensorProto.UINT8))
 
@@ -134,6 +130,29 @@ class _Bytes:
             helper.make_node("Cast", [self._made[name]], [cast], to=TensorProto.FLOAT) for name, cast in floats.items()
         ]
         return floats
+
+
+def compared(loop: Loop) -> Loop:
+    """The neurons with a comparison, which is less work, where they have a `HardSigmoid` that gives 0 or 1."""
+    nodes, numbers = list[onnx.NodeProto](), dict(loop.numbers)
+    for node in loop.nodes:
+        v_th = threshold(node)
+        if v_th is None:
+            nodes.append(node)
+            continue
+        y = node.output[0]
+        numbers[f"{y}.v_th"] = v_th
+        nodes += _comparison(node, f"{y}.v_th", y, TensorProto.FLOAT)
+    return replace(loop, nodes=tuple(nodes), numbers=numbers)
+
+
+def _comparison(step: onnx.NodeProto, v_th: str, y: str, element: int) -> list[onnx.NodeProto]:
+    """What gives the same as a steep `HardSigmoid`, but 0 of a membrane that is no number."""
+    fires = "Greater" if next(a.f for a in step.attribute if a.name == "alpha") > 0 else "Less"
+    return [
+        helper.make_node(fires, [step.input[0], v_th], [f"{y}.fires"]),
+        helper.make_node("Cast", [f"{y}.fires"], [y], to=element),
+    ]
 
 
 def _take(node: onnx.NodeProto, wholes: WholeNumbers) -> Marked | None:
