@@ -2,8 +2,7 @@
 
 ONNX Runtime runs one operator after the other, and between two of them a tensor goes through memory. What stands
 between two convolutions of a spiking network (scales of the currents, residual sums, leak, threshold and reset of every
-step) is one operator here, in C, with the same bits, and where the processor has AMX, a second one is its int8
-convolutions. Model files do not know of them: they are put in when a model is loaded, into the graph that ONNX Runtime
+step) is one operator here, in C, with the same bits, and where the processor has AMX, others are its convolutions. Model files do not know of them: they are put in when a model is loaded, into the graph that ONNX Runtime
 has optimised for the machine.
 """
 
@@ -58,7 +57,7 @@ def has_tiles() -> bool:
 
 def fuse_model(model: bytes) -> bytes | None:
     """`model` as ONNX Runtime optimises it, with nodes of `library()` for its element-wise regions and, where there is
-    AMX, its int8 convolutions; None of one without.
+    AMX, its convolutions of bytes and of spikes; None of one without.
 
     Raises:
         OSError: no temporary file can be written.
