@@ -2,8 +2,9 @@
 
 ONNX Runtime runs one operator after the other, and between two of them a tensor goes through memory. What stands
 between two convolutions of a spiking network (scales of the currents, residual sums, leak, threshold and reset of every
-step) is one operator here, in C, with the same bits, and where the processor has AMX, others are its convolutions. Model files do not know of them: they are put in when a model is loaded, into the graph that ONNX Runtime
-has optimised for the machine.
+step) is one operator here, in C, with the same bits, and where the processor has AMX, others are its convolutions. Model
+files do not know of them: they are put in when a model is loaded, into the graph that ONNX Runtime has optimised for the
+machine.
 """
 
 from __future__ import annotations
@@ -89,12 +90,13 @@ def _fuse(model: bytes, loops: list[Loop]) -> bytes | None:
     import onnxruntime as ort
 
     from tetdeploy.native.regions import fuse
-    from tetdeploy.native.spikes import compared, mark_convolutions, put_convolutions
+    from tetdeploy.native.spikes import Marked, compared, mark_convolutions, put_convolutions
     from tetdeploy.native.tiles import use_tiles
 
-    tiles = has_tiles()
-    proto = onnx.ModelProto.FromString(model)
-    marked = mark_convolutions(proto.graph, loops) if tiles else {}
+    tiles, marked = has_tiles(), dict[str, Marked]()
+    if tiles:
+        proto = onnx.ModelProto.FromString(model)
+        marked = mark_convolutions(proto.graph, loops)
     if marked:
         model, loops = proto.SerializeToString(), [compared(loop) for loop in loops]
     options = _options(ort)
