@@ -1,10 +1,10 @@
 """Element-wise arithmetic of a graph in few passes over memory, for ONNX Runtime on a CPU.
 
 ONNX Runtime runs one operator after the other, and between two of them a tensor goes through memory. What stands
-between two convolutions of a spiking network (scales of the currents, residual sums, leak, threshold and reset of every
-step) is one operator here, in C, with the same bits, and where the processor has AMX, others are its convolutions. Model
-files do not know of them: they are put in when a model is loaded, into the graph that ONNX Runtime has optimised for the
-machine.
+between two convolutions of a spiking network (scales of the currents, residual sums, leak, threshold and reset of
+every step) is one operator here, in C, with the same bits, and where the processor has AMX, others are its
+convolutions. Model files do not know of them: they are put in when a model is loaded, into the graph that ONNX
+Runtime has optimised for the machine.
 """
 
 from __future__ import annotations
