@@ -313,6 +313,13 @@ class TestBadInput:
         Path("b.png").write_text("no image")
         assert "cannot be read as an image" in refused("predict", MODEL, "b.png")
         assert "no image at c.png" in refused("predict", MODEL, "c.png")
+        Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save("deep.png")  # as white as black, cut to 8 bits
+        assert "pixel format I;16 is not 8 bits a channel" in refused("predict", MODEL, "deep.png")
+
+    def test_an_image_too_large_for_pillow(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save("bomb.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+        assert "bomb.png cannot be read as an image: Image size (64 pixels)" in refused("predict", MODEL, "bomb.png")
 
     def test_data_that_do_not_fit_the_model(self, workplace: Path) -> None:
         np.savez("size.npz", images=np.zeros((2, 1, 9, 9), np.uint8), labels=np.zeros(2, np.int64))

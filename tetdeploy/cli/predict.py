@@ -101,19 +101,21 @@ def _read_image(path: Path, engine: Engine, resize: bool) -> Any:
     """An image file as the graph takes it, `[C, H, W]`."""
     import numpy as np
 
+    from tetdeploy.data.decoding import open_image
     from tetdeploy.extras import import_extra
 
-    image_module = import_extra("PIL.Image", "cpu")
+    import_extra("PIL.Image", "cpu")
     channels, height, width = engine.input_shape
     if channels not in (1, 3):
         raise ValueError(f"image files have 1 or 3 channels, {engine.path.name} takes {channels}; run it from Python")
     try:
-        with image_module.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB")
+        image = open_image(path.read_bytes()).convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no image at {path}") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for damaged files
+        raise ValueError(
+            f"{path} cannot be read as an image: {error}; give a png, jpeg, webp or bmp of 8 bits a channel"
+        ) from error
     if image.size != (width, height):
         if not resize:
             raise ValueError(
