@@ -57,9 +57,3 @@ def _fingerprint(root: Path, sources: list[Path]) -> str:
             stat = path.stat()
             digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     return digest.hexdigest()
-
-
-def _cache_folder() -> Path:
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # the XDG specification says to ignore a relative path
-    return (configured if configured.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "tetdeploy"  # noqa: PTH111
