@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from tetdeploy.cli import main
-from tetdeploy.cli.options import newest_export
+from tetdeploy.cli.options import newest_export, progress_bar
 
 
 @pytest.fixture(autouse=True)
@@ -570,6 +570,12 @@ def test_memory_that_does_not_suffice_is_one_line(
     message = refused("sweep")
     assert "the memory does not suffice (" in message and "smaller T" in message
     assert (str(error) or "out of memory") in message
+
+
+def test_stderr_that_is_closed_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress_bar() as bar:
+        assert bar.disable
 
 
 def test_ctrl_c_during_the_imports_is_one_line() -> None:
