@@ -435,11 +435,20 @@ def test_a_training_state_is_no_checkpoint(tmp_path: Path) -> None:
         tetdeploy.load(tmp_path / "last.safetensors")
 
 
-@pytest.mark.parametrize("broken", ["[]", "{"])
-def test_a_broken_config_file_is_named(tmp_path: Path, broken: str) -> None:
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("[]", r"is damaged: it must be an object, got \[\]; mend it by hand"),
+        ('{"training": []}', r"is damaged: training must be an object, got \[\]"),
+        ('{"network": {"width": "x"}}', "is damaged: network.width must be a finite number, got 'x'"),
+        ('{"seeds": 7}', "is damaged: seeds must be a list, got 7"),
+    ],
+)
+def test_a_broken_config_file_is_named(tmp_path: Path, broken: str, reason: str) -> None:
     run(tmp_path)
     (tmp_path / "config.json").write_text(broken)
-    with pytest.raises(ValueError, match=r"config\.json (is not JSON|must hold an object)"):
+    with pytest.raises(ValueError, match=rf"config\.json {reason}"):
         run(tmp_path, resume=True)
 
 
