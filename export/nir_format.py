@@ -18,6 +18,7 @@ by the batch, which is left open: what stands right of it in a shape is an image
 
 from __future__ import annotations
 
+import io
 import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -89,12 +90,15 @@ def export_nir(
     path = Path(path)
     graph, num_folded = nir_graph(classifier.eval(), encoding=encoding)
     graph.metadata = {METADATA_KEY: json.dumps(_describe(classifier, trained_T, encoding, source))}
+    written = io.BytesIO()  # HDF5 ends the process where it cannot close a file, as on a full disk
+    nir.write(written, graph)
+    nir.read(written)  # every shape is checked once more, from what was written
     with atomic_write(path) as temporary:
-        nir.write(temporary, graph)
-        nir.read(temporary)  # every shape is checked once more, from the file
-        size = temporary.stat().st_size
+        temporary.write_bytes(written.getbuffer())
     kinds = [type(node).__name__ for node in graph.nodes.values()]
-    return NirExported(path, {kind: kinds.count(kind) for kind in kinds}, len(graph.edges), num_folded, size)
+    return NirExported(
+        path, {kind: kinds.count(kind) for kind in kinds}, len(graph.edges), num_folded, written.getbuffer().nbytes
+    )
 
 
 def nir_graph(classifier: Classifier, *, encoding: Encoding = "direct") -> tuple[Any, int]:

@@ -97,7 +97,8 @@ class _Source:
 
     @property
     def labels(self) -> str:
-        return "".join(f"{name}\n" for name in self.metadata["class_names"])
+        # a line is a class; a name may be that of a folder, which can have a line break
+        return "".join(name.replace("\n", " ") + "\n" for name in self.metadata["class_names"])
 
 
 def add_to_repository(repository: Path | str, models: Sequence[Path], name: str) -> list[Added]:

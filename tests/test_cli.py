@@ -14,14 +14,16 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from tetdeploy.cli import main
-from tetdeploy.cli.options import newest_export
+from tetdeploy.cli.options import newest_export, progress_bar
 
 
 @pytest.fixture(autouse=True)
@@ -312,7 +314,15 @@ class TestBadInput:
         assert "--resize" in refused("predict", MODEL, "a.png")
         Path("b.png").write_text("no image")
         assert "cannot be read as an image" in refused("predict", MODEL, "b.png")
+        refused("predict", MODEL, "a.png", "--T", "1000000000", code=2)
         assert "no image at c.png" in refused("predict", MODEL, "c.png")
+        Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save("deep.png")  # as white as black, cut to 8 bits
+        assert "pixel format I;16 is not 8 bits a channel" in refused("predict", MODEL, "deep.png")
+
+    def test_an_image_too_large_for_pillow(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save("bomb.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+        assert "bomb.png cannot be read as an image: Image size (64 pixels)" in refused("predict", MODEL, "bomb.png")
 
     def test_data_that_do_not_fit_the_model(self, workplace: Path) -> None:
         np.savez("size.npz", images=np.zeros((2, 1, 9, 9), np.uint8), labels=np.zeros(2, np.int64))
@@ -542,6 +552,30 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
     assert done.exit_code == 130 and isinstance(done.exception, SystemExit)
     assert done.output.splitlines()[-1] == "interrupted; no file is left half written"
     assert "Error" not in done.output and snapshot(workplace) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 40 GiB for an array"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_one_line(
+    error: Exception, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tetdeploy.engine.Engine.run_with", Mock(side_effect=error))
+    message = refused("sweep")
+    assert "the memory does not suffice (" in message and "smaller T" in message
+    assert (str(error) or "out of memory") in message
+
+
+def test_stderr_that_is_closed_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress_bar() as bar:
+        assert bar.disable
 
 
 def test_ctrl_c_during_the_imports_is_one_line() -> None:

@@ -267,6 +267,7 @@ def test_npz_gives_grey_images_a_channel_and_classes_numbers(tmp_path: Path) -> 
         ({"labels": np.zeros(3, int)}, "2 images but 3 labels"),
         ({"labels": np.array([-1, 0])}, "labels run from -1 to 0"),
         ({"labels": np.array([0, 2]), "class_names": np.array(["a", "b"])}, "labels run from 0 to 2, outside 0..1"),
+        ({"labels": np.array([0, 10**9])}, "the highest label is 1000000000, which would make as many classes"),
         ({"class_names": np.array([1, 2])}, r"class_names are int64 \[2\]; wanted strings"),
         ({"class_names": np.array(["a", {}], object)}, "is damaged or holds Python objects"),
         ({"images": np.array([None, {}], object)}, "is damaged or holds Python objects"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,10 @@ def test_an_unknown_model_lists_the_choices(model: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["num_classes", "in_channels", "width", "v_th", "gamma"])
-@pytest.mark.parametrize("value", [0, -1])
-def test_settings_below_their_range_are_refused(name: str, value: int) -> None:
+@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])
+def test_settings_out_of_their_range_are_refused(name: str, value: float) -> None:
     settings = {"num_classes": 10, "in_channels": 3, "image_size": (8, 8)} | {name: value}
-    with pytest.raises(ValueError, match=f"{name} must be above 0, got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be above 0 and finite, got {value}"):
         NetworkConfig("convsnn", **settings)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -401,6 +403,14 @@ def test_export_writes_the_newest_run(runs: Path, tmp_path: Path) -> None:
     assert Counter(type(node).__name__ for node in graph.nodes.values()) == json.loads(summary.read_text())["nodes"]
     source = json.loads(graph.metadata["tetdeploy"])["source"]
     assert source["network"]["model"] == "vggsnn-strided" and len(source["checkpoint_sha256"]) == 64
+
+
+def test_a_full_disk_is_one_line(runs: Path, tmp_path: Path) -> None:
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); import tetdeploy.cli as cli; "
+    export = [sys.executable, "-c", f"{limited}cli.main()", "export", "--format", "nir", "--runs", str(runs)]
+    done = subprocess.run([*export, "-o", str(tmp_path / "m.nir")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"Error: {tmp_path / 'm.nir'}: File too large\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,7 @@ def test_a_smooth_network_trains_and_does_not_export(tmp_path: Path) -> None:
         ("seeds = [0, 1]", "r.toml: seeds is [0, 1]; it must be a text in quotes"),
         ('random-T = "1:2"\nrandom_T = "1:3"', "r.toml: random_T is there twice"),
         ("T = ", "r.toml is not TOML: "),
+        (f"T = {'[' * 5000}", "r.toml is not TOML: "),
         ('loss = "ce"', "r.toml, with what was typed: unknown loss 'ce'; choose one of tet, sdt"),
         ('tit = "2:3,x"', "r.toml, with what was typed: tit is '2:3,x' ('x' in it does not parse)"),
         ('data = "mnist"', "r.toml, with what was typed: unknown data set 'mnist'"),

@@ -248,7 +248,7 @@ def test_what_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
     [("cpu", "KIND_CPU", []), ("cuda", "KIND_GPU", []), ("tensorrt", "KIND_GPU", ["tensorrt"])],
 )
 def test_the_target_says_where_triton_runs_it(target: str, kind: str, accelerators: list[str], tmp_path: Path) -> None:
-    config = read_config(served_for(tmp_path, target))
+    config = read_config(served_with(tmp_path, target=target))
     assert [triton.ModelInstanceGroup.Kind.Name(group.kind) for group in config.instance_group] == [kind]
     on_gpu = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert [accelerator.name for accelerator in on_gpu] == accelerators
@@ -265,13 +265,18 @@ def test_instances_are_the_owners_to_edit(tmp_path: Path) -> None:
 
 def test_a_target_that_triton_has_not_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was made for tensorrt-rtx, which Triton has not; choose --target"):
-        served_for(tmp_path, "tensorrt-rtx")
+        served_with(tmp_path, target="tensorrt-rtx")
 
 
-def served_for(tmp_path: Path, target: str) -> Path:
-    """`digits` from a graph whose metadata name a target."""
+def test_a_line_break_in_a_class_name_moves_no_label(tmp_path: Path) -> None:
+    names = ["a\nb", *"123456789"]
+    assert (served_with(tmp_path, class_names=names) / "labels.txt").read_text() == "a b\n1\n2\n3\n4\n5\n6\n7\n8\n9\n"
+
+
+def served_with(tmp_path: Path, **changed: Any) -> Path:
+    """`digits` from a graph whose metadata say something else."""
     graph = onnx.load(exported("unrolled", T=3))
-    metadata = json.loads(graph.metadata_props[0].value) | {"target": target}
+    metadata = json.loads(graph.metadata_props[0].value) | changed
     graph.metadata_props[0].value = json.dumps(metadata)
     onnx.save(graph, tmp_path / "model.onnx")
     (added,) = add_to_repository(tmp_path / "models", [tmp_path / "model.onnx"], "digits")

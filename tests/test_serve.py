@@ -486,6 +486,7 @@ def test_a_port_in_use_is_said(server: Server, which: str) -> None:
     done = subprocess.run([*command, f"--{other}-port", "0"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr and "Traceback" not in done.stderr
+    assert f"; choose another --{which}-port or --host" in done.stderr
 
 
 def test_a_total_below_one_request_is_refused() -> None:

@@ -117,10 +117,14 @@ def same_weights(one: Classifier, other: Classifier) -> bool:
     ("changes", "message"),
     [
         ({"T": 0}, "T is 0; it must be at least 1"),
+        ({"T": 1025}, "T is 1025; it must be at most 1024"),
+        ({"tit": "1:1,1025:1"}, "T is 1025; it must be at most 1024"),
+        ({"random_T": "1:1025"}, "T is 1025; it must be at most 1024"),
         ({"T": 2.5}, "T is 2.5; it must be a whole number"),
         ({"epochs": True}, "epochs is True; it must be a whole number"),
         ({"lr": 0.0}, r"lr is 0.0; it must be above 0.0"),
         ({"lr": math.nan}, "lr is nan"),
+        ({"lr": math.inf}, "lr is inf; it must be above 0.0 and finite"),
         ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
         ({"lam": 1.5}, "lam is 1.5; it must be at least 0.0 and at most 1.0"),
         ({"phi": math.inf}, "phi is inf; it must be finite"),
@@ -431,11 +435,20 @@ def test_a_training_state_is_no_checkpoint(tmp_path: Path) -> None:
         tetdeploy.load(tmp_path / "last.safetensors")
 
 
-@pytest.mark.parametrize("broken", ["[]", "{"])
-def test_a_broken_config_file_is_named(tmp_path: Path, broken: str) -> None:
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("[]", r"is damaged: it must be an object, got \[\]; mend it by hand"),
+        ('{"training": []}', r"is damaged: training must be an object, got \[\]"),
+        ('{"network": {"width": "x"}}', "is damaged: network.width must be a finite number, got 'x'"),
+        ('{"seeds": 7}', "is damaged: seeds must be a list, got 7"),
+    ],
+)
+def test_a_broken_config_file_is_named(tmp_path: Path, broken: str, reason: str) -> None:
     run(tmp_path)
     (tmp_path / "config.json").write_text(broken)
-    with pytest.raises(ValueError, match=r"config\.json (is not JSON|must hold an object)"):
+    with pytest.raises(ValueError, match=rf"config\.json {reason}"):
         run(tmp_path, resume=True)
 
 

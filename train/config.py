@@ -9,6 +9,7 @@ from functools import cached_property
 from .augment import AUGMENTATIONS, RESIZED_CROP
 from .stages import Stage, TimeRange, parse_random_T, parse_tit
 
+_MAX_T = 1024  # that of an export, too
 OPTIMIZERS = ("adamw", "sgd")
 LOSSES = ("tet", "sdt")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -161,6 +162,8 @@ class TrainConfig:
 
     def _check_together(self) -> None:
         """Settings that are each right and do not go together."""
+        if self.longest_T > _MAX_T:
+            raise ValueError(f"T is {self.longest_T}; it must be at most {_MAX_T}")
         shortest = min(stage.epochs for stage in self.stages)
         if self.warmup_epochs >= shortest and self.warmup_epochs > 0:
             raise ValueError(
@@ -185,5 +188,5 @@ class TrainConfig:
             raise ValueError(f"{name} is {value!r}; it must be {kind}")
         if not (math.isfinite(value) and low <= value <= high) or (value == low and not inclusive):
             bound = f"at least {low}" if inclusive else f"above {low}"
-            limit = f"{bound} and at most {high}" if math.isfinite(high) else bound
-            raise ValueError(f"{name} is {value}; it must be {limit if math.isfinite(low) else 'finite'}")
+            limit = f"at most {high}" if math.isfinite(high) else "finite"
+            raise ValueError(f"{name} is {value}; it must be {f'{bound} and {limit}' if math.isfinite(low) else limit}")

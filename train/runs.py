@@ -24,6 +24,7 @@ from tetdeploy.checkpoint import (
     data_settings,
 )
 from tetdeploy.files import atomic_write, made_folder, write_json
+from tetdeploy.report.form import NUMBER, check_form
 
 from .config import TrainConfig
 from .ranks import current_ranks
@@ -33,6 +34,15 @@ if TYPE_CHECKING:
     from tetdeploy.networks import Classifier
 
 LOCK_NAME = ".lock"
+
+# What is checked nowhere else; `TrainConfig` checks itself.
+_CONFIG = {
+    "network": {"model": str, "ann": bool} | dict.fromkeys(("width", "tau", "v_th", "gamma", "smooth_spike"), NUMBER),
+    "data": {"name": str},
+    "training": {},
+    "how": {"cuda_graphs": bool, "shards_mb": NUMBER},
+    "seeds": [NUMBER],
+}
 
 
 def run_settings(
@@ -169,9 +179,11 @@ def read_run_config(out: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} must hold an object, got {type(settings).__name__}")
-    return settings
+    try:
+        check_form(settings, _CONFIG)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; mend it by hand, or train anew in another --out") from error
+    return dict(settings)
 
 
 def write_run_config(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:

@@ -10,12 +10,14 @@ import click
 from tetdeploy.cli.characters import replace_lacking_characters
 from tetdeploy.extras import MissingExtraError
 
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's of a CPU, and of a GPU
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
 class CleanErrors(click.Command):
-    """A command that reports ValueError, OSError and MissingExtraError as `Error: ...` with exit code 1, and Ctrl-C,
-    where it does not do so itself, with exit code 130: files are written whole or not at all."""
+    """A command that reports ValueError, OSError, MissingExtraError and memory that does not suffice as `Error: ...`
+    with exit code 1, and Ctrl-C, where it does not do so itself, with exit code 130: files are written whole or not at
+    all."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         replace_lacking_characters()
@@ -29,6 +31,13 @@ class CleanErrors(click.Command):
             raise click.ClickException(str(error)) from error
         except OSError as error:
             raise click.ClickException(_describe(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not any(text in str(error) for text in _OUT_OF_MEMORY):
+                raise
+            reason = str(error).partition("\n")[0] or "out of memory"
+            raise click.ClickException(
+                f"the memory does not suffice ({reason}); take fewer images at once, a smaller T or a smaller network"
+            ) from error
         except KeyboardInterrupt:
             click.echo("interrupted; no file is left half written", err=True)
             ctx.exit(INTERRUPTED)

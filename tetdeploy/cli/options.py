@@ -130,9 +130,10 @@ def progress_bar(rate_of: str = "") -> Progress:
         rate_of: what the tasks count, to show how many a second.
     """
     stderr = Console(stderr=True)
+    shown = sys.stderr is not None and sys.stderr.isatty()  # None: closed, as a daemon's may be
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     rate = (_Rate(rate_of),) if rate_of else ()
-    return Progress(*columns, *rate, console=stderr, disable=not sys.stderr.isatty(), transient=True)
+    return Progress(*columns, *rate, console=stderr, disable=not shown, transient=True)
 
 
 def check_plot(path: Path) -> None:

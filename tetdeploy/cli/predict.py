@@ -30,7 +30,7 @@ Examples:
 )
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--T", "T", type=click.IntRange(min=1), help="Steps. [default: the T of the graph, or of the training]")
+@click.option("--T", "T", type=click.IntRange(1, 1024), help="Steps. [default: the T of the graph, or of the training]")
 @click.option("--top", default=3, show_default=True, type=click.IntRange(min=1), help="How many classes to show.")
 @click.option("--resize", is_flag=True, help="Scale and crop images of another size to the model's.")
 @device_option
@@ -100,19 +100,21 @@ def _read_image(path: Path, engine: Engine, resize: bool) -> Any:
     """An image file as the graph takes it, `[C, H, W]`."""
     import numpy as np
 
+    from tetdeploy.data.decoding import open_image
     from tetdeploy.extras import import_extra
 
-    image_module = import_extra("PIL.Image", "cpu")
+    import_extra("PIL.Image", "cpu")
     channels, height, width = engine.input_shape
     if channels not in (1, 3):
         raise ValueError(f"image files have 1 or 3 channels, {engine.path.name} takes {channels}; run it from Python")
     try:
-        with image_module.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB")
+        image = open_image(path.read_bytes()).convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no image at {path}") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for damaged files
+        raise ValueError(
+            f"{path} cannot be read as an image: {error}; give a png, jpeg, webp or bmp of 8 bits a channel"
+        ) from error
     if image.size != (width, height):
         if not resize:
             raise ValueError(

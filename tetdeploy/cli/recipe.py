@@ -22,7 +22,7 @@ def read_recipe(path: Path, command: click.Command) -> dict[str, Any]:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is one too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
         raise ValueError(f"{path} is not TOML: {error}") from error
     allowed = {str(p.name): p for p in command.params if isinstance(p, click.Option) and p.name not in _NOT_IN_FILES}
     options: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from .labelled import Encoding, LabelledSet, Split
 
 S = TypeVar("S", bound=LabelledSet)
 
+_MAX_CLASSES = 100_000  # without names: a label beyond is a mistake, and names up to it would fill the memory
 _LAYOUTS = "uint8 [N, C, H, W] (or [N, H, W] for one channel)"
 
 
@@ -211,7 +212,13 @@ def usable_labels(path: Path | str, labels: NDArray[Any]) -> NDArray[np.int64]:
 def usable_names(path: Path | str, arrays: Mapping[str, NDArray[Any]], labels: NDArray[np.int64]) -> tuple[str, ...]:
     """The `class_names` of a `.npz`, by default "0" to the highest label."""
     if "class_names" not in arrays:
-        return tuple(str(k) for k in range(int(labels.max(initial=0)) + 1))
+        highest = int(labels.max(initial=0))
+        if highest >= _MAX_CLASSES:
+            raise ValueError(
+                f"{path}: the highest label is {highest}, which would make as many classes; "
+                "number the classes from 0, or name them in class_names"
+            )
+        return tuple(str(k) for k in range(highest + 1))
     names = arrays["class_names"]
     if names.dtype.kind != "U" or names.ndim != 1:
         raise ValueError(f"{path}: class_names are {names.dtype} {list(names.shape)}; wanted strings [K], one a class")

@@ -77,8 +77,8 @@ class NetworkConfig:
                 "or package.module:function for your own"
             )
         for name in ("num_classes", "in_channels", "width", "v_th", "gamma"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         if not 0.0 <= self.smooth_spike < float("inf"):
             raise ValueError(f"smooth_spike must be 0 (off) or a k above 0, got {self.smooth_spike}")
         if self.ann and self.smooth_spike:

@@ -127,7 +127,7 @@ def _listening(host: str, port: int) -> socket.socket:
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(f"cannot listen on {host}:{port}: {reason}; choose another --http-port") from error
+        raise OSError(f"cannot listen on {host}:{port}: {reason}; choose another --http-port or --host") from error
     # asyncio does so only for sockets that were made with IPPROTO_TCP; without it an answer waits 40 ms for an ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
@@ -154,6 +154,6 @@ async def _start_grpc(server: grpc.aio.Server, address: Address) -> int:
     try:
         port: int = server.add_insecure_port(f"{host}:{address.grpc_port}")
     except RuntimeError as error:
-        raise OSError(f"cannot listen on {host}:{address.grpc_port}; choose another --grpc-port") from error
+        raise OSError(f"cannot listen on {host}:{address.grpc_port}; choose another --grpc-port or --host") from error
     await server.start()
     return port
