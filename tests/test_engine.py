@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import importlib.metadata
 import json
@@ -400,3 +401,26 @@ def test_refused_streams() -> None:
     chunks = engine("unrolled", T=3, with_state=True, encoding="frames").stream()
     with pytest.raises(ValueError, match="push a chunk of exactly T=3 frames, got 2"):
         chunks.push(frames(1, 2))
+
+
+def test_an_earlier_file_whose_steps_are_joined_in_an_overlay_is_counted(tmp_path: Path) -> None:
+    """Such a file lacks the Concat of a layer's spikes, and has it in `joined_overlay`."""
+    model = onnx.load(exported("unrolled", T=3))
+    join = next(node for node in model.graph.node if node.output[0] == "spikes.lif1")
+    earlier = onnx.ModelProto(graph=onnx.GraphProto(node=[join]))
+    for node in model.graph.node:
+        for k, name in enumerate(node.input):
+            if name == "spikes.lif1":
+                node.input[k] = "joined inside"
+    join.name, join.output[0] = "", "joined inside"
+    entry = model.metadata_props[0]
+    described = json.loads(entry.value) | {"joined_overlay": base64.b64encode(earlier.SerializeToString()).decode()}
+    entry.value = json.dumps(described)
+    onnx.save(model, tmp_path / "earlier.onnx")
+    x = digits().images[:5]
+    expected, counts = engine("unrolled", T=3).count(x, 3)
+    result, found = Engine(tmp_path / "earlier.onnx").count(x, 3)
+    np.testing.assert_array_equal(result.per_step, expected.per_step)
+    assert found.keys() == counts.keys()
+    for name, value in counts.items():
+        np.testing.assert_array_equal(found[name], value)

@@ -377,7 +377,8 @@ class Engine:
         cache: dict[bytes, tuple[Any, list[str]]] = self.__dict__.setdefault("_overlays", {})
         if overlay not in cache:
             own = {output.name for output in self._session.get_outputs()}
-            session = self._bind(self._make_session(overlay))
+            joined = base64.b64decode(self.metadata.get("joined_overlay", ""))  # earlier exports have one
+            session = self._bind(self._make_session(joined + overlay))
             cache[overlay] = session, [o.name for o in session.get_outputs() if o.name not in own]
         return cache[overlay]
 

@@ -112,7 +112,7 @@ def _inspect_onnx(file: Path) -> dict[str, Any]:
 
 def _model(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """All but what only programs read, with the layers' sizes worked out."""
-    hidden = ("format", "counting_overlay", "layers", "neurons")
+    hidden = ("format", "counting_overlay", "joined_overlay", "layers", "neurons")
     states = {state["input"].removeprefix("u."): state for state in metadata["states"]}
     neurons = [
         neuron | {"size": math.prod(neuron["shape"]), "state": states.get(neuron["name"], {}).get("input")}
