@@ -281,29 +281,6 @@ def test_what_may_be_other_numbers_stays(before: list[onnx.NodeProto]) -> None:
     assert mark_convolutions(graph, []) == {} and graph.SerializeToString() == unchanged
 
 
-def test_convolutions_may_share_weights(tiles: bool) -> None:
-    """But for them nothing need be the same: what is around the kernel, biases, units."""
-    weights, biases = weights_of(20, WIDE, 3, 3), weights_of(20, 1, 1, 1).reshape(-1)
-    pool = node("AveragePool", ["s"], "mean", kernel_shape=[2, 2], strides=[1, 1])
-    model = convolution(weights, biases=biases, pads=[1, 1, 1, 1])
-    model.graph.node.extend(
-        [pool, node("Conv", ["s", "w"], "plain", strides=[2, 1]), node("Conv", ["mean", "w", "b"], "of means")]
-    )
-    model.graph.output.extend(helper.make_tensor_value_info(name, FLOAT, None) for name in ("plain", "of means"))
-    made, operators = fused(model)
-    assert operators.count("SpikeConvolution") == 3
-    held = onnx.ModelProto.FromString(made).graph.initializer
-    assert sum(len(t.dims) == 9 for t in held) == 2  # of whole spikes and of quarters
-    x = images(4, WIDE)
-    options = ort.SessionOptions()
-    native.use(ort, options)
-    found = ort.InferenceSession(made, options, providers=["CPUExecutionProvider"]).run(None, {"x": x})
-    expected = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
-    largest = np.abs(weights).max(axis=(1, 2, 3)).reshape(-1, 1, 1)
-    for y, other in zip(found, expected, strict=True):
-        assert y.shape == other.shape and (np.abs(y - other) <= 2e-5 * largest + 1e-6 * np.abs(other)).all()
-
-
 NOT_FINITE = weights_of(20, WIDE, 3, 3)
 NOT_FINITE[0, 0, 0, 0] = np.nan
 

@@ -51,7 +51,7 @@ def mark_convolutions(graph: onnx.GraphProto, loops: Sequence[Loop]) -> dict[str
     Args:
         loops: the neurons that stand where `take_out_loops` left its marks.
 
-    Returns: those taken out, by the name of the weights of what stands in for them.
+    Returns: those taken out, by the weights of what stands in for them.
     """
     wholes, marked = WholeNumbers(graph, loops), dict[str, Marked]()
     spikes = _Bytes(wholes)
@@ -63,9 +63,10 @@ def mark_convolutions(graph: onnx.GraphProto, loops: Sequence[Loop]) -> dict[str
         if taken is None:
             others.append(node)
             continue
-        stand_in = f"{y}.weights"
-        graph.initializer.append(numpy_helper.from_array(np.ones(taken.weights.dims, np.int8), stand_in))
-        marked[stand_in] = taken
+        stand_in = f"{node.input[1]}.{taken.unit}"
+        if stand_in not in marked:
+            graph.initializer.append(numpy_helper.from_array(np.ones(taken.weights.dims, np.int8), stand_in))
+            marked[stand_in] = taken
         nodes += [
             helper.make_node("ConvInteger", [spikes.of(node.input[0]), stand_in], [f"{y}.sums"], **taken.attributes),
             helper.make_node("Cast", [f"{y}.sums"], [y], to=TensorProto.FLOAT),
@@ -213,14 +214,18 @@ class _LastWriter:
         self.constants: list[onnx.TensorProto] = []
         self._marked, self._kinds = marked, kinds
         self._turned: set[str] = set()
-        self._constants: dict[str, list[str]] = {}
+        self._packed: dict[str, list[str]] = {}
 
     def convolve(self, stand_in: onnx.NodeProto, y: str, tiles: bool) -> None:
         x, weights = stand_in.input
         convolution = self._marked[weights]
+        if weights not in self._packed:
+            constants = _constants(convolution, weights)
+            self.constants += constants
+            self._packed[weights] = [tensor.name for tensor in constants]
         made = helper.make_node(
             "SpikeConvolution",
-            [self._last(x), *self._constants_of(convolution)],
+            [self._last(x), *self._packed[weights]],
             [f"{y}.turned"],
             domain=DOMAIN,
             channels=convolution.weights.dims[1],
@@ -242,21 +247,6 @@ class _LastWriter:
             made.attribute.append(helper.make_attribute("channels_last", 1))
         self._put(made, node.output[0])
 
-    def _constants_of(self, convolution: Marked) -> list[str]:
-        """Digits of the weights in tiles, scales and biases, each once, however many convolutions read them."""
-        weights, biases = convolution.weights, convolution.biases
-        packed, added = f"{weights.name}.{convolution.unit}", f"{(biases or weights).name}.added"
-        if packed not in self._constants:
-            digits, scales = digits_of(numpy_helper.to_array(weights))
-            self._add(packed, digits=tiles_of(digits), scales=scales * np.float32(convolution.unit))
-        if added not in self._constants:
-            self._add(added, biases=numpy_helper.to_array(biases) if biases else np.zeros(weights.dims[0], np.float32))
-        return [*self._constants[packed], *self._constants[added]]
-
-    def _add(self, name: str, **arrays: Array) -> None:
-        self._constants[name] = [f"{name}.{what}" for what in arrays]
-        self.constants += [numpy_helper.from_array(array, f"{name}.{what}") for what, array in arrays.items()]
-
     def _last(self, x: str) -> str:
         if x not in self._turned:
             self._turned.add(x)
@@ -272,6 +262,16 @@ class _LastWriter:
 
 def _turned(kind: Kind) -> Kind:
     return replace(kind, shape=tuple(kind.shape[axis] for axis in TO_LAST))
+
+
+def _constants(convolution: Marked, name: str) -> list[onnx.TensorProto]:
+    """Digits of the weights in tiles, scales and biases."""
+    digits, scales = digits_of(numpy_helper.to_array(convolution.weights))
+    biases = np.zeros(len(scales), np.float32)
+    if convolution.biases is not None:
+        biases[:] = numpy_helper.to_array(convolution.biases)
+    arrays = {"digits": tiles_of(digits), "scales": scales * np.float32(convolution.unit), "biases": biases}
+    return [numpy_helper.from_array(array, f"{name}.{what}") for what, array in arrays.items()]
 
 
 def digits_of(weights: Array) -> tuple[Array, Array]:
