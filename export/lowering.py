@@ -207,8 +207,9 @@ def _remove_views(graph: ir.Graph, forms: Forms) -> None:
         if node.op_type != "Reshape" or before is None or before.shape is None or after.shape is None:
             continue
         producer = before.producer()
-        same = len(before.shape) == len(after.shape) and before.shape[1:] == after.shape[1:]
-        if same and 0 not in after.shape[1:]:
+        if not all(isinstance(dim, int) and dim > 0 for dim in after.shape[1:]):
+            continue  # the first axis is known by what is left for it
+        if len(before.shape) == len(after.shape) and before.shape[1:] == after.shape[1:]:
             source = before
         elif _merges(node, before) and producer is not None and producer.op_type in ("Add", "Reshape"):
             source = StepBuilder(graph, node, FLOAT, forms).merge(before)

@@ -1007,3 +1007,36 @@ def test_sums_before_neurons_for_a_cpu(tau: float, precision: str, tmp_path: Pat
         assert sum(metadata["other_ops"]["residual_adds"].values()) == 5 * 256
         bills.append([metadata[name] for name in ("layers", "other_ops", "uncounted")])
     assert bills[0] == bills[1]
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
+def test_layers_read_sums_without_a_reshape(layout: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    unchecked(Sums(0.5), path, ExportConfig(layout, T=3, target="openvino"))  # type: ignore[arg-type]
+    nodes = onnx.load(path).graph.node
+    producer = {name: node for node in nodes for name in node.output}
+    read = [producer[node.input[0]].op_type for node in nodes if node.op_type == "Conv" and node.input[0] in producer]
+    assert "Add" in read
+
+
+class SumOfTurned(nn.Module):
+    """A sum whose first two axes, which become one, are the channels and the steps: the batch is not behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.lif = OverTime(nn.Conv2d(1, 4, 3, padding=1)), LIF(tau=0.5, v_th=0.3)
+        self.readout = OverTime(nn.Flatten(), nn.Linear(256, 10))
+
+    def forward(self, x: torch.Tensor, T: int) -> torch.Tensor:
+        spikes = self.lif(self.conv(x.expand(T, -1, -1, -1, -1))).permute(2, 0, 1, 3, 4)
+        total = (spikes + spikes).flatten(0, 1).relu().unflatten(0, spikes.shape[:2])
+        logits: torch.Tensor = self.readout(total.permute(1, 2, 0, 3, 4))
+        return logits
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_sums_of_turned_spikes(layout: str, tmp_path: Path) -> None:
+    config = ExportConfig(layout, T=3, trained_T=3)  # type: ignore[arg-type]
+    made = export_model(classifier(SumOfTurned()), tmp_path / "m.onnx", config, digits().images[:40], num_check=40)
+    assert made.parity is not None and made.parity.spike_mismatch_rate == 0.0

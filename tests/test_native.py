@@ -311,6 +311,18 @@ def test_what_a_region_alone_reads_belongs_to_it() -> None:
     assert sorted(operators) == ["Elementwise", "MaxPool", "MaxPool", "Mul"]
 
 
+def test_numbers_lose_their_fraction_as_bytes() -> None:
+    nodes = [
+        helper.make_node("Mul", ["x", "k"], ["scaled"]),
+        helper.make_node("Cast", ["scaled"], ["bytes"], to=UINT8),
+        helper.make_node("Cast", ["bytes"], ["whole"], to=FLOAT),
+        helper.make_node("Mul", ["whole", "k"], ["y0"]),
+        helper.make_node("Sub", ["y0", "x"], ["y"]),
+    ]
+    model = graph(nodes, {"x": (FLOAT, ["N", 2, 5, 5])}, {"y": FLOAT}, {"k": np.array(3.3, np.float32)})
+    assert "Elementwise" in assert_same(model, {"x": np.abs(floats(3, 2, 5, 5))})
+
+
 def test_a_graph_with_nothing_to_join_stays() -> None:
     model = graph([helper.make_node("Relu", ["x"], ["y"])], {"x": (FLOAT, ["N", 4])}, {"y": FLOAT})
     assert native.fuse_model(model) is None

@@ -59,7 +59,7 @@ def convolution(
 ) -> onnx.ModelProto:
     """`y [N, O, H', W']`, of what is `s` after the nodes `before`, or of spikes where `x [N, C, H, W]` is above 0.5."""
     constants = {"half": np.array(0.5, np.float32), "two": np.array(2, np.float32), "w": weights}
-    constants |= {"shape": np.array([-1, weights.shape[1], 6, 6])}
+    constants |= {"shape": np.array([-1, weights.shape[1], 6, 6]), "all": np.full(4, True)}
     constants |= {} if biases is None else {"b": biases}
     nodes = [
         *(before or [*spiking("x", "s")]),
@@ -94,10 +94,14 @@ def images(n: int, channels: int, height: int = 6, width: int = 6, *, seed: int 
 
 
 def run(model: bytes, x: Array, threads: int = 2) -> Array:
+    return run_all(model, x, threads)[0]
+
+
+def run_all(model: bytes, x: Array, threads: int = 2) -> list[Array]:
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, threads
     native.use(ort, options)
-    y: Array = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    y: list[Array] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, {"x": x})
     return y
 
 
@@ -211,6 +215,7 @@ def node(op: str, inputs: Sequence[str], output: str = "s", **attributes: Any) -
     return helper.make_node(op, list(inputs), [output], **attributes)
 
 
+MEAN = node("AveragePool", ["a"], "m", kernel_shape=[2, 2], strides=[2, 2])
 STEP = node("HardSigmoid", ["x"], alpha=STEEP, beta=-STEEP)
 AS_SPIKES = {
     "greater": spiking("x", "s"),
@@ -227,7 +232,32 @@ AS_SPIKES = {
         node("Add", ["a", "a"], "b"),
         node("AveragePool", ["b"], kernel_shape=[1, 4], strides=[1, 2]),
     ],
+    "sum-of-means": [*spiking("x", "a"), MEAN, node("Add", ["m", "m"])],
+    "turned-mean": [*spiking("x", "a"), MEAN, node("Transpose", ["m"], perm=[0, 1, 3, 2])],
+    "part-of-means": [
+        *spiking("x", "a"),
+        MEAN,
+        node("Concat", ["m", "m"], "b", axis=1),
+        helper.make_node("Split", ["b"], ["s", "t"], axis=1, num_outputs=2),
+    ],
+    "whole-part-of-mean": [
+        *spiking("x", "a"),
+        node("AveragePool", ["a"], "m", kernel_shape=[1, 2], strides=[1, 2]),
+        node("Cast", ["m"], "b", to=UINT8),
+        node("Cast", ["b"], to=FLOAT),
+    ],
     "reshaped": [*spiking("x", "a"), node("Reshape", ["a", "shape"])],
+    "shape-known-in-the-call": [
+        *spiking("x", "a"),
+        node("Shape", ["x"], "dims"),
+        node("Compress", ["dims", "all"], "same", axis=0),
+        node("Reshape", ["a", "same"]),
+    ],
+    "deep": [
+        *spiking("x", "i0"),
+        *(node("Identity", [f"i{k}"], f"i{k + 1}") for k in range(999)),
+        node("Identity", ["i999"]),
+    ],
     "bytes": [node("Greater", ["x", "half"], "a"), node("Cast", ["a"], "b", to=UINT8), node("Cast", ["b"], to=FLOAT)],
 }
 OTHERWISE = {
@@ -247,6 +277,13 @@ OTHERWISE = {
         node("MaxPool", ["a"], "c", kernel_shape=[1, 2], strides=[1, 1]),
         node("Add", ["b", "c"]),
     ],
+    "signed-bytes": [*spiking("x", "a"), node("Cast", ["a"], "b", to=TensorProto.INT8), node("Cast", ["b"], to=FLOAT)],
+    "places": [
+        *spiking("x", "a"),
+        helper.make_node("MaxPool", ["a"], ["b", "c"], kernel_shape=[2, 2]),
+        node("Cast", ["c"], to=FLOAT),
+    ],
+    "function": [*spiking("x", "a"), node("Identity", ["a"], domain="own")],
     "too-many": [
         *spiking("x", "a0"),
         *(node("Add", [f"a{k}"] * 2, f"a{k + 1}") for k in range(8)),
@@ -304,6 +341,52 @@ def test_weights_that_a_caller_may_change_stay() -> None:
     graph = convolution(weights_of(20, WIDE, 3, 3)).graph
     graph.input.append(helper.make_tensor_value_info("w", FLOAT, [20, WIDE, 3, 3]))
     assert not mark_convolutions(graph, [])
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"pads": [1, 1, 1, 1]}, {"strides": [2, 2]}, {"bias": True}, {}],
+    ids=["pads", "strides", "bias", "same"],
+)
+def test_convolutions_may_have_their_weights_in_common(attributes: dict[str, Any], tiles: bool) -> None:
+    """Which are put in order once, if they have their biases in common, too."""
+    weights, biases = weights_of(20, WIDE, 3, 3), weights_of(20, 1, 1, 1).reshape(-1)
+    model = convolution(weights)
+    other = dict(attributes)
+    model.graph.node.append(node("Conv", ["s", "w", *(["b"] if other.pop("bias", False) else [])], "z", **other))
+    model.graph.initializer.append(numpy_helper.from_array(biases, "b"))
+    model.graph.output.append(helper.make_tensor_value_info("z", FLOAT, None))
+    made, operators = fused(model)
+    assert operators.count("SpikeConvolution") == 2
+    packed = [t for t in onnx.ModelProto.FromString(made).graph.initializer if t.name.endswith(".digits")]
+    assert len(packed) == (2 if "bias" in attributes else 1)
+    x = images(3, WIDE)
+    for y, expected in zip(run_all(made, x), run_all(model.SerializeToString(), x), strict=True):
+        np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_of_constant_spikes_currents_are_right(tiles: bool) -> None:
+    """They are computed before the first call, while something stands in for the weights."""
+    weights = weights_of(20, WIDE, 3, 3)
+    model = convolution(weights, [*spiking("x", "a"), *spiking("c", "s")])
+    model.graph.node.append(node("Conv", ["a", "w"], "z"))
+    model.graph.initializer.append(numpy_helper.from_array(images(3, WIDE), "c"))
+    model.graph.output.append(helper.make_tensor_value_info("z", FLOAT, None))
+    made, _ = fused(model)
+    assert [value.name for value in onnx.ModelProto.FromString(made).graph.input] == ["x"]
+    for y, expected in zip(
+        run_all(made, x := images(3, WIDE, seed=2)), run_all(model.SerializeToString(), x), strict=True
+    ):
+        np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("to", [TensorProto.FLOAT16, UINT8])
+def test_a_cast_behind_is_left_to_the_optimiser(to: int) -> None:
+    """It would join it with that of the integers which stand in."""
+    model = convolution(weights_of(20, WIDE, 3, 3))
+    model.graph.node[-1].output[0] = "before"
+    model.graph.node.append(node("Cast", ["before"], "y", to=to))
+    assert not mark_convolutions(model.graph, [])
 
 
 def test_batchnorm_is_left_to_the_optimiser() -> None:

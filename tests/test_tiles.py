@@ -171,6 +171,21 @@ def test_batches_of_any_size_and_none(tiles: bool) -> None:
         np.testing.assert_array_equal(other.run(None, {"x": x})[0], expected)
 
 
+@BOTH
+def test_weights_in_common_are_put_in_order_once(tiles: bool) -> None:
+    model = convolution((64, 64), zero=0)
+    again = onnx.NodeProto.FromString(model.graph.node[0].SerializeToString())
+    again.input[0], again.output[0] = "y", "z"
+    model.graph.node.append(again)
+    model.graph.output[0].name = "z"
+    fused = onnx.ModelProto.FromString(model.SerializeToString())
+    assert use_tiles(fused.graph, tiles=tiles) == 2
+    names = [tensor.name for tensor in fused.graph.initializer]
+    assert len(names) == len(set(names)) and names.count("w.tiles") == 1
+    x = spikes(2, 9, 9, 64)
+    np.testing.assert_array_equal(*(session(each).run(None, {"x": x})[0] for each in (fused, model)))
+
+
 @pytest.mark.parametrize(
     "model",
     [

@@ -21,7 +21,7 @@ from tetdeploy.native import DOMAIN
 from tetdeploy.native.layout import keep_blocked, keep_last
 from tetdeploy.native.loops import FIRST_MARK, Loop, leading_to, put_nodes, reads, scalar
 from tetdeploy.native.programs import Op, Program
-from tetdeploy.native.wholes import COMPARISONS
+from tetdeploy.native.wholes import COMPARISONS, WholeNumbers
 
 FLOAT, UINT8, INT8, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8, TensorProto.BOOL
 BINARY = {
@@ -95,6 +95,7 @@ class _Graph:
         for node in self.nodes:
             for name in reads(node):
                 self.read_by[name].append(node)
+        self.wholes = WholeNumbers(graph, loops)
         self.inline = [self._is_inline(node) for node in self.nodes]
         self.joins = defaultdict[str, list[int]](list)  # the Concats that a value is part of
         self.region: dict[int, int] = {}
@@ -226,8 +227,10 @@ class _Graph:
             return False  # something is repeated along an axis
         types = {self.kinds[name].type for name in tensors}
         if node.op_type == "Cast":
-            to = _attribute(node, "to", 0)
-            return to in (FLOAT, UINT8) if types <= {BOOL, UINT8} else types == {FLOAT} and to == UINT8
+            to, whole = _attribute(node, "to", 0), self.wholes.of(node.input[0])
+            if types == {FLOAT}:
+                return to == UINT8 and whole is not None and whole.unit == 1  # others would lose their fraction
+            return types <= {BOOL, UINT8} and to in (FLOAT, UINT8)
         if node.op_type == "Concat":
             rank = len(self.kinds[tensors[0]].shape)
             return tensors == list(node.input) and _attribute(node, "axis", 0) in (0, -rank) and types <= {FLOAT, UINT8}

@@ -33,20 +33,19 @@ POOLS = (("MaxPool", ""), ("QLinearAveragePool", "com.microsoft"))
 
 @dataclass(frozen=True)
 class Marked:
-    """A convolution that was taken out: float32 weights `[O, C, kernel height, kernel width]`, biases `[O]`; its input
-    is bytes times `unit`."""
+    """Of convolutions that were taken out: float32 weights `[O, C, kernel height, kernel width]`, biases `[O]`; their
+    input is bytes times `unit`."""
 
     unit: float
     weights: onnx.TensorProto
     biases: onnx.TensorProto | None
-    attributes: dict[str, Any]
 
 
 def mark_convolutions(graph: onnx.GraphProto, loops: Sequence[Loop]) -> dict[str, Marked]:
     """Replace each float32 `Conv` that the tiles can compute by a `ConvInteger`.
 
     It has spikes, or sums of some, for input, at least 16 channels of them, one group, no dilation, and no
-    `BatchNormalization` behind it.
+    `BatchNormalization` or `Cast` behind it, which the optimiser would join with it.
 
     Args:
         loops: the neurons that stand where `take_out_loops` left its marks.
@@ -55,22 +54,21 @@ def mark_convolutions(graph: onnx.GraphProto, loops: Sequence[Loop]) -> dict[str
     """
     wholes, marked = WholeNumbers(graph, loops), dict[str, Marked]()
     spikes = _Bytes(wholes)
-    normalised = {name for node in graph.node if node.op_type == "BatchNormalization" for name in node.input}
+    joined = {name for node in graph.node if node.op_type in ("BatchNormalization", "Cast") for name in node.input}
     nodes, others = list[onnx.NodeProto](), list[onnx.NodeProto]()
     for node in graph.node:
         y = node.output[0]
-        taken = _take(node, wholes) if node.op_type == "Conv" and y not in normalised else None
+        taken = _take(node, wholes) if node.op_type == "Conv" and y not in joined else None
         if taken is None:
             others.append(node)
             continue
-        stand_in = f"{node.input[1]}.{taken.unit}"
-        if stand_in not in marked:
-            graph.initializer.append(numpy_helper.from_array(np.ones(taken.weights.dims, np.int8), stand_in))
+        stand_in = " ".join([*node.input[1:], str(taken.unit)])
+        if stand_in not in marked:  # an input, so that of constant spikes nothing is computed with it
+            graph.input.append(helper.make_tensor_value_info(stand_in, TensorProto.INT8, taken.weights.dims))
             marked[stand_in] = taken
-        nodes += [
-            helper.make_node("ConvInteger", [spikes.of(node.input[0]), stand_in], [f"{y}.sums"], **taken.attributes),
-            helper.make_node("Cast", [f"{y}.sums"], [y], to=TensorProto.FLOAT),
-        ]
+        sums = helper.make_node("ConvInteger", [spikes.of(node.input[0]), stand_in], [f"{y}.sums"])
+        sums.attribute.extend(node.attribute)
+        nodes += [sums, helper.make_node("Cast", sums.output, [y], to=TensorProto.FLOAT)]
     if marked:
         graph.initializer.extend(spikes.numbers)
         others = reading(spikes.as_floats(), others)
@@ -107,6 +105,11 @@ class _Bytes:
         elif v_th is not None:
             self.nodes += _comparison(node, self._number(f"{name}.v_th", v_th), made, TensorProto.UINT8)
         else:
+            whole = self._wholes.of(name)
+            assert whole is not None
+            if whole.unit != 1:
+                units = self._number(f"{name}.units", np.float32(1 / whole.unit))
+                self.nodes.append(helper.make_node("Mul", [name, units], [name := f"{name}.whole"]))
             self.nodes.append(helper.make_node("Cast", [name], [made], to=TensorProto.UINT8))
 
     def _sum_up(self, name: str, pool: onnx.NodeProto) -> None:
@@ -172,7 +175,7 @@ def _take(node: onnx.NodeProto, wholes: WholeNumbers) -> Marked | None:
     whole, numbers = wholes.of(node.input[0]), numpy_helper.to_array(weights)
     if whole is None or whole.most * numbers[0].size > MOST or not np.isfinite(numbers).all():
         return None
-    return Marked(whole.unit, weights, biases[0] if biases else None, attributes)
+    return Marked(whole.unit, weights, biases[0] if biases else None)
 
 
 def put_convolutions(
@@ -196,7 +199,10 @@ def put_convolutions(
             writer.pool(node)
         else:
             writer.nodes.append(node)
-    if computed:
+    if marked:
+        given = [value for value in graph.input if value.name not in marked]
+        del graph.input[:]
+        graph.input.extend(given)
         graph.initializer.extend(writer.constants)
         put_nodes(graph, leading_to(graph.output, writer.nodes))
     return len(computed)
@@ -218,7 +224,7 @@ class _LastWriter:
 
     def convolve(self, stand_in: onnx.NodeProto, y: str, tiles: bool) -> None:
         x, weights = stand_in.input
-        convolution = self._marked[weights]
+        convolution, attributes = self._marked[weights], {a.name: a.ints for a in stand_in.attribute}
         if weights not in self._packed:
             constants = _constants(convolution, weights)
             self.constants += constants
@@ -229,8 +235,8 @@ class _LastWriter:
             [f"{y}.turned"],
             domain=DOMAIN,
             channels=convolution.weights.dims[1],
-            strides=convolution.attributes.get("strides", [1, 1]),
-            pads=convolution.attributes.get("pads", [0, 0, 0, 0]),
+            strides=attributes.get("strides", [1, 1]),
+            pads=attributes.get("pads", [0, 0, 0, 0]),
             zero_point=0,
             tiles=int(tiles),
         )
@@ -251,17 +257,18 @@ class _LastWriter:
         if x not in self._turned:
             self._turned.add(x)
             self.nodes.append(helper.make_node("Transpose", [x], [f"{x}.turned"], perm=TO_LAST))
-            self._kinds[f"{x}.turned"] = _turned(self._kinds[x])
+            self._turn_kind(x, f"{x}.turned")
         return f"{x}.turned"
 
     def _put(self, node: onnx.NodeProto, y: str) -> None:
         self._turned.add(y)
         self.nodes += [node, helper.make_node("Transpose", node.output, [y], perm=TO_FIRST)]
-        self._kinds[node.output[0]] = _turned(self._kinds[y])
+        self._turn_kind(y, node.output[0])
 
-
-def _turned(kind: Kind) -> Kind:
-    return replace(kind, shape=tuple(kind.shape[axis] for axis in TO_LAST))
+    def _turn_kind(self, name: str, turned: str) -> None:
+        kind = self._kinds.get(name)  # of a constant there is none, and not every shape is known
+        if kind is not None and len(kind.shape) == len(TO_LAST):
+            self._kinds[turned] = replace(kind, shape=tuple(kind.shape[axis] for axis in TO_LAST))
 
 
 def _constants(convolution: Marked, name: str) -> list[onnx.TensorProto]:

@@ -26,15 +26,16 @@ def use_tiles(graph: onnx.GraphProto, *, tiles: bool = True) -> int:
     """
     given = {value.name for value in graph.input}  # these may hide a constant
     constants = {t.name: t for t in graph.initializer if t.name not in given}
-    nodes = list(graph.node)
+    nodes, put_in_order = list(graph.node), dict[str, onnx.TensorProto]()  # once, however many have weights in common
     replaced = 0
     for k, node in enumerate(nodes):
         convolution = _convolution(node, constants, tiles)
         if convolution is not None:
             nodes[k], made = convolution
-            graph.initializer.extend(made)
+            put_in_order |= {tensor.name: tensor for tensor in made}
             replaced += 1
     if replaced:
+        graph.initializer.extend(put_in_order.values())
         put_nodes(graph, nodes)
     return replaced
 

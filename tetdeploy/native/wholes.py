@@ -13,7 +13,8 @@ from onnx import TensorProto, helper
 from tetdeploy.native.loops import FIRST_MARK, Loop, scalar
 
 COMPARISONS = ("Less", "Greater", "LessOrEqual", "GreaterOrEqual")
-SAME_VALUES = ("Identity", "MaxPool", "Reshape", "Split", "Transpose")
+HOLD_BYTES = (TensorProto.FLOAT, TensorProto.UINT8)
+SAME_VALUES = ("Identity", "MaxPool", "NhwcMaxPool", "Reshape", "Split", "Transpose")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,12 @@ class WholeNumbers:
         self.constants = {t.name: t for t in graph.initializer if t.name not in given}
         self.producer = {name: node for node in graph.node for name in node.output}
         self._loops = loops
-        self._known = {name: Whole(255) if element == TensorProto.UINT8 else None for name, element in given.items()}
+        self._known = {name: Whole(255) for name, element in given.items() if element == TensorProto.UINT8}
+        for node in graph.node:  # each behind what it reads
+            found = self._find(node) if node.domain in ("", "com.microsoft") else None
+            if found is not None and found.most <= 255:
+                values = node.output if node.op_type == "Split" else node.output[:1]  # a MaxPool may give places, too
+                self._known |= dict.fromkeys(values, found)
 
     def source(self, name: str) -> str:
         """The value that `name` is another name for."""
@@ -46,11 +52,7 @@ class WholeNumbers:
 
     def of(self, name: str) -> Whole | None:
         """What `name` is; None of what may be something else."""
-        if name not in self._known:
-            node = self.producer.get(name)
-            found = self._find(node) if node is not None else None
-            self._known[name] = found if found is not None and found.most <= 255 else None
-        return self._known[name]
+        return self._known.get(name)
 
     def _find(self, node: onnx.NodeProto) -> Whole | None:
         if node.op_type in ("Concat", "Add"):
@@ -67,7 +69,10 @@ class WholeNumbers:
             return Whole(whole.most * count, whole.unit / count) if whole is not None and count is not None else None
         if node.op_type == "Cast":
             comparison = self.producer.get(node.input[0])
-            return Whole(1) if comparison is not None and self._fires(comparison) else self.of(node.input[0])
+            if comparison is not None and self._fires(comparison):
+                return Whole(1)
+            holds = any(a.name == "to" and a.i in HOLD_BYTES for a in node.attribute)
+            return self.of(node.input[0]) if holds else None
         return Whole(1) if threshold(node) is not None else None
 
     def _fires(self, comparison: onnx.NodeProto) -> bool:
