@@ -89,7 +89,7 @@ def _halve_layer(graph_module: fx.GraphModule, layer: PlacedLayer) -> None:
     for new, old in zip(inputs[1:], (weight, bias), strict=False):
         new.meta = dict(old.meta)  # type: ignore[union-attr]
     linear = node.target is aten.linear.default
-    node.args = (*inputs[:2], *([None] if linear else inputs[2:]), *node.args[3:])
+    node.args = (*inputs[:2], None if linear or bias is None else inputs[2], *node.args[3:])
     with graph.inserting_after(node):
         current = graph.call_function(aten.to.dtype, (node, torch.float32))
     node.replace_all_uses_with(current, delete_user_cb=lambda user: user is not current)

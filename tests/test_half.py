@@ -172,3 +172,27 @@ def test_what_float16_cannot_hold_or_has_no_layer_for() -> None:
         halve(Tracer(network, encoding="direct", uint8=True).folded(2))
     with pytest.raises(HalfError, match="no layer of the network lies between neurons"):
         halve(torch.fx.symbolic_trace(nn.Linear(2, 2)))
+
+
+class Unbiased(nn.Module):
+    """A convolution with neither bias nor BN."""
+
+    def __init__(self, padding: int | str) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.encode = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1))
+            self.convolve = OverTime(nn.Conv2d(4, 4, 3, padding=padding, bias=False))
+            self.lif1, self.lif2 = LIF(v_th=0.3), LIF(v_th=0.3)
+            self.readout = OverTime(nn.Flatten(), nn.Linear(256, 10))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        logits: Tensor = self.readout(self.lif2(self.convolve(self.lif1(self.encode(x, T)))))
+        return logits
+
+
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_a_convolution_needs_no_bias(padding: int | str, tmp_path: Path) -> None:
+    exported = export(tmp_path / "m.onnx", network=classifier(Unbiased(padding)))
+    assert exported.parity is not None and exported.parity.spike_mismatch_rate <= 1e-4
+    assert [layer["precision"] for layer in Engine(exported.path).metadata["layers"]] == ["fp32", "fp16", "fp32"]
