@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -436,26 +436,32 @@ def test_who_reads_spikes_besides_gets_them() -> None:
 # --------------------------------------------------------------------------------------------------------- networks
 
 
+@cache
+def graph_of(model: str, size: int, layout: str) -> bytes:
+    """An untrained network whose neurons fire in every layer."""
+    config = NetworkConfig(model=model, num_classes=10, in_channels=1, image_size=(size, size), width=0.25)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build_network(config)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 2.0)
+                nn.init.uniform_(module.bias, 0.0, 0.6)
+    with torch.no_grad():
+        network.train()(torch.from_numpy(images(9, 1, size, size)), 3)
+    whole = Classifier(network.eval(), config=config, mean=(0.0,), std=(1.0,), class_names=tuple("0123456789"))
+    graph = build_graph(whole, ExportConfig(layout=layout, T=3, normalize=False))  # type: ignore[arg-type]
+    made: bytes = ir.to_proto(graph.model).SerializeToString()
+    return made
+
+
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
 @pytest.mark.parametrize(("model", "size"), [("resnet19", 8), ("vggsnn", 16), ("sew-resnet34", 32)])
 def test_networks_answer_as_without_tiles(
     model: str, size: int, layout: str, tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = NetworkConfig(model=model, num_classes=10, in_channels=1, image_size=(size, size), width=0.25)
-    x = images(9, 1, size, size)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = build_network(config)
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):  # so that neurons fire in every layer
-                nn.init.uniform_(module.weight, 0.5, 2.0)
-                nn.init.uniform_(module.bias, 0.0, 0.6)
-    with torch.no_grad():
-        network.train()(torch.from_numpy(x), 3)
-    whole = Classifier(network.eval(), config=config, mean=(0.0,), std=(1.0,), class_names=tuple("0123456789"))
-    graph = build_graph(whole, ExportConfig(layout=layout, T=3, normalize=False))  # type: ignore[arg-type]
-    path = tmp_path / "m.onnx"
-    path.write_bytes(ir.to_proto(graph.model).SerializeToString())
+    path, x = tmp_path / "m.onnx", images(9, 1, size, size)
+    path.write_bytes(graph_of(model, size, layout))
     y = Engine(path, native=True).run(x, 3).per_step
     _, operators = fused(onnx.load(path))
     assert operators.count("SpikeConvolution") > 3
