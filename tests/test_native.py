@@ -323,6 +323,14 @@ def test_numbers_lose_their_fraction_as_bytes() -> None:
     assert "Elementwise" in assert_same(model, {"x": np.abs(floats(3, 2, 5, 5))})
 
 
+def test_what_nobody_reads_is_left_out() -> None:
+    nodes = [helper.make_node("Mul", ["x", "k"], ["a"]), helper.make_node("Sub", ["a", "x"], ["y"])]
+    nodes += [helper.make_node("Relu", ["x"], ["b"]), helper.make_node("Sub", ["b", "x"], ["c"])]
+    nodes.append(helper.make_node("Add", ["c", "b"], ["unread"]))
+    model = graph(nodes, {"x": (FLOAT, ["N", 4])}, {"y": FLOAT}, {"k": np.array(0.5, np.float32)})
+    assert assert_same(model, {"x": floats(3, 4)}) == ["Elementwise"]
+
+
 def test_a_graph_with_nothing_to_join_stays() -> None:
     model = graph([helper.make_node("Relu", ["x"], ["y"])], {"x": (FLOAT, ["N", 4])}, {"y": FLOAT})
     assert native.fuse_model(model) is None

@@ -73,6 +73,9 @@ def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], loops: Sequence[Loop
         UnfusableError: the neurons of a loop cannot be put in again.
     """
     kinds = dict(kinds)
+    put_nodes(
+        model.graph, leading_to(model.graph.output, model.graph.node)
+    )  # a region that nobody reads has no program
     graph = _Graph(model.graph, kinds, loops)
     for keep in (keep_blocked, partial(keep_last, loops=loops)):
         elementwise = {k for k in range(len(graph.nodes)) if k in graph.region or graph.inline[k]}
