@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tetdeploy.native.loops import Loop
     from tetdeploy.native.regions import Kind
 
 DOMAIN = "ai.tetdeploy"
@@ -64,19 +63,12 @@ def fuse_model(model: bytes) -> bytes | None:
         OSError: no temporary file can be written.
         Exception: ONNX Runtime's own.
     """
-    import onnx
-
-    from tetdeploy.native.loops import take_out_loops
     from tetdeploy.native.regions import UnfusableError
 
-    if b"Scan" not in model:
-        return _fuse(model, [])
-    proto = onnx.ModelProto.FromString(model)
-    loops = take_out_loops(proto)
     try:
-        return _fuse(proto.SerializeToString(), loops)
+        return _fuse(model, take_out=b"Scan" in model)
     except UnfusableError:  # neurons between which more than sums depends on T
-        return _fuse(model, [])
+        return _fuse(model, take_out=False)
 
 
 def use(ort: Any, options: Any) -> None:
@@ -85,20 +77,24 @@ def use(ort: Any, options: Any) -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all is done
 
 
-def _fuse(model: bytes, loops: list[Loop]) -> bytes | None:
+def _fuse(model: bytes, *, take_out: bool) -> bytes | None:
     import onnx
     import onnxruntime as ort
 
+    from tetdeploy.native.loops import Loop, take_out_loops
     from tetdeploy.native.regions import fuse
     from tetdeploy.native.spikes import Marked, compared, mark_convolutions, put_convolutions
     from tetdeploy.native.tiles import use_tiles
 
-    tiles, marked = has_tiles(), dict[str, Marked]()
-    if tiles:
+    tiles, loops, marked = has_tiles(), list[Loop](), dict[str, Marked]()
+    if tiles or take_out:
         proto = onnx.ModelProto.FromString(model)
-        marked = mark_convolutions(proto.graph, loops)
-    if marked:
-        model, loops = proto.SerializeToString(), [compared(loop) for loop in loops]
+        loops = take_out_loops(proto) if take_out else []
+        marked = mark_convolutions(proto.graph, loops) if tiles else {}
+        if loops or marked:
+            model = proto.SerializeToString()
+        if marked:
+            loops = [compared(loop) for loop in loops]
     options = _options(ort)
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")

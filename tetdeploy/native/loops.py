@@ -193,6 +193,12 @@ def put_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
             del graph.initializer[k]
 
 
+def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """The initializers by name, but for those that an input may hide."""
+    given = {value.name for value in graph.input}
+    return {tensor.name: tensor for tensor in graph.initializer if tensor.name not in given}
+
+
 def reads(node: onnx.NodeProto) -> list[str]:
     """The values that a node reads, its subgraphs included."""
     inner = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]

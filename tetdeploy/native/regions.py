@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy.native import DOMAIN
 from tetdeploy.native.layout import keep_blocked, keep_last
-from tetdeploy.native.loops import FIRST_MARK, Loop, leading_to, put_nodes, reads, scalar
+from tetdeploy.native.loops import FIRST_MARK, Loop, constants_of, leading_to, put_nodes, reads, scalar
 from tetdeploy.native.programs import Op, Program
 from tetdeploy.native.wholes import COMPARISONS, WholeNumbers
 
@@ -73,9 +73,8 @@ def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], loops: Sequence[Loop
         UnfusableError: the neurons of a loop cannot be put in again.
     """
     kinds = dict(kinds)
-    put_nodes(
-        model.graph, leading_to(model.graph.output, model.graph.node)
-    )  # a region that nobody reads has no program
+    # A region that nobody reads has no program.
+    put_nodes(model.graph, leading_to(model.graph.output, model.graph.node))
     graph = _Graph(model.graph, kinds, loops)
     for keep in (keep_blocked, partial(keep_last, loops=loops)):
         elementwise = {k for k in range(len(graph.nodes)) if k in graph.region or graph.inline[k]}
@@ -90,10 +89,11 @@ class _Graph:
     def __init__(self, graph: onnx.GraphProto, kinds: Mapping[str, Kind], loops: Sequence[Loop]) -> None:
         self.graph, self.kinds, self.nodes = graph, kinds, list(graph.node)
         self.producer = {name: k for k, node in enumerate(self.nodes) for name in node.output}
-        given = {value.name for value in graph.input}  # these may hide a constant
-        constants = [t for t in graph.initializer if t.name not in given]
-        self.numbers = {t.name: value for t in constants if (value := scalar(t)) is not None}
-        self.sizes = {t.name: numpy_helper.to_array(t).tolist() for t in constants if t.data_type == TensorProto.INT64}
+        constants = constants_of(graph)
+        self.numbers = {name: value for name, t in constants.items() if (value := scalar(t)) is not None}
+        self.sizes = {
+            name: numpy_helper.to_array(t).tolist() for name, t in constants.items() if t.data_type == TensorProto.INT64
+        }
         self.read_by = defaultdict[str, list[onnx.NodeProto]](list)
         for node in self.nodes:
             for name in reads(node):
@@ -123,7 +123,9 @@ class _Graph:
                 check_loop(self.loops[k])
         if len(self.loops) != len(loops):
             raise UnfusableError("a loop was lost")
-        self.steps = "steps" if "steps" in given else "x"  # [N, T], or frames [N, T, ...]
+        self.steps = (
+            "steps" if any(value.name == "steps" for value in graph.input) else "x"
+        )  # [N, T], or frames [N, T, ...]
 
     def _levels(self) -> list[int]:
         """How many nodes outside regions are on the longest path that leads to each node, or, if only members on one

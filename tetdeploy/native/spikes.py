@@ -18,11 +18,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tetdeploy.native import DOMAIN
 from tetdeploy.native.layout import TO_FIRST, TO_LAST, reading
 from tetdeploy.native.loops import Loop, leading_to, put_nodes
 from tetdeploy.native.regions import Kind
-from tetdeploy.native.tiles import LEAST_CHANNELS, tiles_of
+from tetdeploy.native.tiles import fits_tiles, in_tiles, tiles_of
 from tetdeploy.native.wholes import WholeNumbers, threshold
 
 Array = np.ndarray[Any, Any]
@@ -164,12 +163,8 @@ def _take(node: onnx.NodeProto, wholes: WholeNumbers) -> Marked | None:
     if (
         weights is None
         or None in biases
-        or len(weights.dims) != 4
         or weights.data_type != TensorProto.FLOAT
-        or weights.dims[1] < LEAST_CHANNELS
-        or attributes.get("group", 1) != 1
-        or set(attributes.get("dilations", [1])) != {1}
-        or attributes.get("auto_pad", b"NOTSET") != b"NOTSET"
+        or not fits_tiles(attributes, weights)
     ):
         return None
     whole, numbers = wholes.of(node.input[0]), numpy_helper.to_array(weights)
@@ -229,17 +224,8 @@ class _LastWriter:
             constants = _constants(convolution, weights)
             self.constants += constants
             self._packed[weights] = [tensor.name for tensor in constants]
-        made = helper.make_node(
-            "SpikeConvolution",
-            [self._last(x), *self._packed[weights]],
-            [f"{y}.turned"],
-            domain=DOMAIN,
-            channels=convolution.weights.dims[1],
-            strides=attributes.get("strides", [1, 1]),
-            pads=attributes.get("pads", [0, 0, 0, 0]),
-            zero_point=0,
-            tiles=int(tiles),
-        )
+        read = [self._last(x), *self._packed[weights]]
+        made = in_tiles("SpikeConvolution", read, f"{y}.turned", convolution.weights, attributes, tiles=tiles)
         self._put(made, y)
 
     def pool(self, node: onnx.NodeProto) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy.native import DOMAIN
-from tetdeploy.native.loops import put_nodes
+from tetdeploy.native.loops import constants_of, put_nodes
 
 Array = np.ndarray[Any, Any]
 LEAST_CHANNELS = 16  # with fewer a tile is so empty that vector registers are as fast
@@ -24,8 +25,7 @@ def use_tiles(graph: onnx.GraphProto, *, tiles: bool = True) -> int:
 
     Returns: how many there are.
     """
-    given = {value.name for value in graph.input}  # these may hide a constant
-    constants = {t.name: t for t in graph.initializer if t.name not in given}
+    constants = constants_of(graph)
     nodes, put_in_order = list(graph.node), dict[str, onnx.TensorProto]()  # once, however many have weights in common
     replaced = 0
     for k, node in enumerate(nodes):
@@ -53,11 +53,7 @@ def _convolution(
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     fits = (
         attributes.get("channels_last") == 1
-        and attributes.get("group", 1) == 1
-        and set(attributes.get("dilations", [1])) == {1}
-        and attributes.get("auto_pad", b"NOTSET") == b"NOTSET"
-        and len(weights.dims) == 4
-        and weights.dims[1] >= LEAST_CHANNELS
+        and fits_tiles(attributes, weights)
         and weights.data_type == TensorProto.INT8
         and x_zero.data_type == y_zero.data_type == TensorProto.UINT8
         and not numpy_helper.to_array(x_zero).any()
@@ -72,18 +68,44 @@ def _convolution(
             np.broadcast_to(channel.astype(np.float32), weights.dims[0]).copy(), f"{node.output[0]}.scales"
         ),
     ]
-    replacement = helper.make_node(
-        "Convolution",
-        [x, *(tensor.name for tensor in made), bias],
-        node.output,
+    read = [x, *(tensor.name for tensor in made), bias]
+    zero_point = int(numpy_helper.to_array(y_zero).item())
+    return in_tiles("Convolution", read, node.output[0], weights, attributes, zero_point, tiles=tiles), made
+
+
+def fits_tiles(attributes: Mapping[str, Any], weights: onnx.TensorProto) -> bool:
+    """Whether `convolution.c` computes a convolution with such attributes and weights `[O, C, ...]`."""
+    return (
+        attributes.get("group", 1) == 1
+        and set(attributes.get("dilations", [1])) == {1}
+        and attributes.get("auto_pad", b"NOTSET") == b"NOTSET"
+        and len(weights.dims) == 4
+        and weights.dims[1] >= LEAST_CHANNELS
+    )
+
+
+def in_tiles(
+    op: str,
+    read: Sequence[str],
+    y: str,
+    weights: onnx.TensorProto,
+    attributes: Mapping[str, Any],
+    zero_point: int = 0,
+    *,
+    tiles: bool,
+) -> onnx.NodeProto:
+    """The node of `convolution.c` for a convolution with such weights and attributes."""
+    return helper.make_node(
+        op,
+        read,
+        [y],
         domain=DOMAIN,
         channels=weights.dims[1],
         strides=attributes.get("strides", [1, 1]),
         pads=attributes.get("pads", [0, 0, 0, 0]),
-        zero_point=int(numpy_helper.to_array(y_zero).item()),
+        zero_point=zero_point,
         tiles=int(tiles),
     )
-    return replacement, made
 
 
 def tiles_of(digits: Array) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from tetdeploy.native.loops import FIRST_MARK, Loop, scalar
+from tetdeploy.native.loops import FIRST_MARK, Loop, constants_of, scalar
 
 COMPARISONS = ("Less", "Greater", "LessOrEqual", "GreaterOrEqual")
 HOLD_BYTES = (TensorProto.FLOAT, TensorProto.UINT8)
@@ -33,8 +33,8 @@ class WholeNumbers:
     """
 
     def __init__(self, graph: onnx.GraphProto, loops: Sequence[Loop]) -> None:
-        given = {value.name: value.type.tensor_type.elem_type for value in graph.input}  # these may hide a constant
-        self.constants = {t.name: t for t in graph.initializer if t.name not in given}
+        given = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+        self.constants = constants_of(graph)
         self.producer = {name: node for node in graph.node for name in node.output}
         self._loops = loops
         self._known = {name: Whole(255) for name, element in given.items() if element == TensorProto.UINT8}
