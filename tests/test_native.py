@@ -340,9 +340,10 @@ def test_a_graph_with_nothing_to_join_stays() -> None:
 
 
 @pytest.fixture
-def no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In tiles, float32 convolutions of spikes have other bits than ONNX Runtime's: test_spikes.py has them."""
+def ort_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float32 convolutions of spikes have other bits than ONNX Runtime's: test_spikes.py has them."""
     monkeypatch.setattr(native, "has_tiles", lambda: False)
+    monkeypatch.setattr(native, "vector_bytes", lambda: 0)
 
 
 def assert_same_answers(path: Path, x: Array, steps: list[int]) -> None:
@@ -369,7 +370,7 @@ def test_every_layout_gives_the_same_bits(
     if precision == "int8":
         path = int8_exported(layout, **{k: v for k, v in options.items() if k != "T"})
     else:
-        request.getfixturevalue("no_tiles")
+        request.getfixturevalue("ort_convolutions")
         path = exported(layout, **options)
     x = digits().images if options.get("encoding") != "frames" else frames(8, 3)
     if not options.get("normalize", True):
@@ -434,7 +435,7 @@ def test_networks_of_ones_own(network: type[Mixed], layout: str, tmp_path: Path)
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
 def test_residual_networks_have_no_other_passes_over_memory(
-    layout: str, target: str, tmp_path: Path, no_tiles: None
+    layout: str, target: str, tmp_path: Path, ort_convolutions: None
 ) -> None:
     """Between convolutions of ResNet-19 stand native operators, and nothing that reorders or copies."""
     with torch.random.fork_rng():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tetdeploy.export import ExportConfig
 from tetdeploy.export.model import build_graph
 from tetdeploy.native import spikes as spikes_module
 from tetdeploy.native.loops import Loop
-from tetdeploy.native.spikes import LARGEST, MOST, digits_of, mark_convolutions
+from tetdeploy.native.spikes import LARGEST, MOST, digits_of, mark_convolutions, whole_weights
 from tetdeploy.native.wholes import Whole, WholeNumbers
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 
@@ -33,25 +33,37 @@ Array = np.ndarray[Any, Any]
 WIDE, STEEP = 40, 2.0**23
 
 
-@pytest.fixture(
-    params=[
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.skipif(
-                native.missing() is not None or not native.has_tiles(),
-                reason="this processor, or its system, has no AMX",
-            ),
-        ),
-    ],
-    ids=["plain", "tiles"],
-)
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Native models have convolutions of spikes, in plain C or in tiles."""
-    monkeypatch.setattr(native, "has_tiles", lambda: True)
-    put = partial(spikes_module.put_convolutions, tiles=request.param)
-    monkeypatch.setattr(spikes_module, "put_convolutions", put)
-    return bool(request.param)
+WAYS: list[Any] = [16, 32, 64, "tiles"]
+
+
+@pytest.fixture(params=WAYS)
+def spiking_op(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The operator of convolutions of spikes: in tiles, or by additions in vector registers of so many bytes."""
+    if request.param not in ways():
+        pytest.skip("this processor, or its system, cannot")
+    return use(request.param, monkeypatch)
+
+
+def ways() -> list[Any]:
+    """Those of this machine."""
+    return [way for way in WAYS if (native.has_tiles() if way == "tiles" else way <= native.vector_bytes())]
+
+
+def use(way: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of additions, any sums of spikes and any channels."""
+    if way == "tiles":
+        return "SpikeConvolution"
+    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    monkeypatch.setattr(native, "vector_bytes", lambda: way)
+    for name, limit in (("MOST_ADDED", 255), ("LEAST_ADDED", 1), ("LEAST_BYTES", 16)):
+        monkeypatch.setattr(spikes_module, name, limit)
+    return "SpikeAdditions"
+
+
+def without_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions stay ONNX Runtime's."""
+    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    monkeypatch.setattr(native, "vector_bytes", lambda: 0)
 
 
 def convolution(
@@ -126,9 +138,10 @@ def exact(s: Array, weights: Array, biases: Array, strides: Sequence[int], pads:
 def test_digits_make_the_weights() -> None:
     weights = weights_of(50, 20, 3, 3)
     weights[3], weights[4], weights[5, :2] = 0.0, 1e-40, 3e38
-    digits, scales = digits_of(weights)
-    high, middle, low = digits.astype(np.float64)
-    made = ((high * 256 + middle) * 256 + low) * scales.reshape(-1, 1, 1, 1)
+    whole, scales = whole_weights(weights)
+    high, middle, low = digits_of(whole).astype(np.int64)
+    np.testing.assert_array_equal((high * 256 + middle) * 256 + low, whole)
+    made = whole * scales.astype(np.float64).reshape(-1, 1, 1, 1)
     largest = np.abs(weights.astype(np.float64)).max(axis=(1, 2, 3), keepdims=True)
     error = np.abs(made - weights)
     assert (error <= np.maximum(0.501 * largest / LARGEST, np.finfo(np.float32).tiny)).all()
@@ -148,37 +161,28 @@ def test_digits_make_the_weights() -> None:
     ids=str,
 )
 def test_sums_are_exact(
-    channels: tuple[int, int], kernel: tuple[int, int], strides: list[int], pads: list[int], threads: int, tiles: bool
+    channels: tuple[int, int],
+    kernel: tuple[int, int],
+    strides: list[int],
+    pads: list[int],
+    threads: int,
+    spiking_op: str,
 ) -> None:
     """But for the last roundings, of the lower digits with the bias and of the sum."""
     inputs, outputs = channels
     weights, biases = weights_of(outputs, inputs, *kernel), weights_of(outputs, 1, 1, 1, seed=2).reshape(-1)
     model, operators = fused(convolution(weights, biases=biases, strides=strides, pads=pads))
-    assert operators.count("SpikeConvolution") == 1 and "Conv" not in operators
-    digits, scales = digits_of(weights)
-    whole = np.tensordot([65536, 256, 1], digits.astype(np.int64), 1)
-    x = images(3, inputs)
-    expected = exact(x > 0.5, whole * scales.astype(np.float64).reshape(-1, 1, 1, 1), biases, strides, pads)
+    assert operators.count(spiking_op) == 1 and "Conv" not in operators
+    whole, scales = whole_weights(weights)
+    x, scale, bias = images(3, inputs), scales.astype(np.float64).reshape(-1, 1, 1), biases.reshape(-1, 1, 1)
+    sums = exact(x > 0.5, whole, np.zeros(outputs), strides, pads)
+    below, expected = sums % 65536 * scale + bias, sums * scale + bias
     y = run(model, x, threads)
-    low = exact(x > 0.5, np.abs(whole % 65536 - 32768) * scales.reshape(-1, 1, 1, 1), np.abs(biases), strides, pads)
-    assert (np.abs(y - expected) <= 2.0**-24 * (np.abs(expected) + low)).all()
+    assert (np.abs(y - expected) <= 2.0**-24 * (np.abs(expected) + 1.001 * np.abs(below))).all()
     assert np.abs(expected).min() > 0
 
 
-def test_plain_c_and_tiles_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not native.has_tiles():
-        pytest.skip("this processor, or its system, has no AMX")
-    model = convolution(weights_of(70, 130, 3, 3), pads=[1, 1, 1, 1])
-    in_tiles, _ = fused(model)
-    monkeypatch.setattr(spikes_module, "put_convolutions", partial(spikes_module.put_convolutions, tiles=False))
-    plain, _ = fused(model)
-    x = images(9, 130)
-    y = run(in_tiles, x)
-    np.testing.assert_array_equal(y, run(plain, x))
-    np.testing.assert_array_equal(y[4:6], run(in_tiles, x[4:6], 1))  # nor do neighbours play a part
-
-
-def test_is_no_less_exact_than_float32(tiles: bool) -> None:
+def test_is_no_less_exact_than_float32(spiking_op: str) -> None:
     """Against the float32 weights in float64, at the size of ResNet-19's last convolutions."""
     rng = np.random.default_rng(0)
     weights = rng.normal(0, (2 / 4608) ** 0.5, (64, 512, 3, 3)).astype(np.float32)
@@ -190,13 +194,13 @@ def test_is_no_less_exact_than_float32(tiles: bool) -> None:
     assert error < usual
 
 
-def test_the_largest_sums_fit(tiles: bool) -> None:
+def test_the_largest_sums_fit(spiking_op: str) -> None:
     """All weights as large as can be, and as many inputs as are taken."""
     channels = MOST // 9
     weights = np.full((16, channels, 3, 3), 0.7, np.float32)
     weights[8:] = -0.7
     made, operators = fused(convolution(weights))
-    assert "SpikeConvolution" in operators
+    assert spiking_op in operators
     y = run(made, np.ones((1, channels, 6, 6), np.float32))
     np.testing.assert_allclose(
         y, exact(np.ones((1, channels, 6, 6)), weights, np.zeros(16), [1, 1], [0] * 4), rtol=1e-7
@@ -292,12 +296,32 @@ OTHERWISE = {
 }
 
 
+DOUBLED = [*spiking("x", "a0"), *(node("Add", [f"a{k}"] * 2, f"a{k + 1}") for k in range(5)), node("Identity", ["a5"])]
+
+
+@pytest.mark.parametrize("before", [[], AS_SPIKES["mean-of-sums"], DOUBLED], ids=["spikes", "mean-of-sums", "doubled"])
+def test_every_way_gives_the_same_bits(before: list[onnx.NodeProto], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever neighbours an image has."""
+    model = convolution(weights_of(70, 130, 3, 3), before, pads=[1, 1, 1, 1])
+    x, found = images(9, 130), list[Array]()
+    for way in ways():
+        with monkeypatch.context() as patch:
+            operator = use(way, patch)
+            made, operators = fused(model)
+        assert operator in operators
+        found.append(run(made, x))
+        np.testing.assert_array_equal(run(made, x[4:6], 1), found[0][4:6])
+        np.testing.assert_array_equal(found[-1], found[0])
+    assert len(found) > 1 or native.vector_bytes() == 16
+    assert np.ptp(found[0]) > 0
+
+
 @pytest.mark.parametrize("before", AS_SPIKES.values(), ids=AS_SPIKES)
-def test_spikes_go_into_tiles(before: list[onnx.NodeProto], tiles: bool) -> None:
+def test_convolutions_of_spikes_are_replaced(before: list[onnx.NodeProto], spiking_op: str) -> None:
     weights = weights_of(20, WIDE, 3, 3)
     model = convolution(weights, before, pads=[1, 1, 1, 1])
     made, operators = fused(model)
-    assert operators.count("SpikeConvolution") == 1 and not {"Conv", "ConvInteger"} & set(operators)
+    assert operators.count(spiking_op) == 1 and not {"Conv", "ConvInteger"} & set(operators)
     x = images(4, WIDE) * 6 - 3
     near = np.float32([0.5, 0.125, 1, -1])
     x[0, 0, :4, 0], x[0, 0, :4, 1], x[0, 0, :4, 2] = near, np.nextafter(near, np.float32(9)), np.nextafter(near, -near)
@@ -315,7 +339,7 @@ def test_spikes_go_into_tiles(before: list[onnx.NodeProto], tiles: bool) -> None
 def test_what_may_be_other_numbers_stays(before: list[onnx.NodeProto]) -> None:
     graph = convolution(weights_of(20, WIDE, 3, 3), before).graph
     unchanged = graph.SerializeToString()
-    assert mark_convolutions(graph, []) == {} and graph.SerializeToString() == unchanged
+    assert mark_convolutions(graph, [], tiles=True) == {} and graph.SerializeToString() == unchanged
 
 
 NOT_FINITE = weights_of(20, WIDE, 3, 3)
@@ -334,13 +358,38 @@ NOT_FINITE[0, 0, 0, 0] = np.nan
     ],
 )
 def test_other_convolutions_stay(weights: Array, attributes: dict[str, Any]) -> None:
-    assert not mark_convolutions(convolution(weights, **attributes).graph, [])
+    assert not mark_convolutions(convolution(weights, **attributes).graph, [], tiles=True)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "before", "bytes_", "added"),
+    [
+        (32, 32, [], 64, True),
+        (32, 32, [], 32, True),
+        (32, 32, AS_SPIKES["sum"], 64, True),
+        (31, 32, [], 64, False),
+        (32, 31, [], 64, False),
+        (32, 32, [], 16, False),
+        (32, 32, [*spiking("x", "a"), node("Add", ["a", "a"], "b"), node("Add", ["a", "b"])], 64, False),
+    ],
+)
+def test_additions_where_they_are_the_faster_way(
+    outputs: int,
+    inputs: int,
+    before: list[onnx.NodeProto],
+    bytes_: int,
+    added: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "vector_bytes", lambda: bytes_)
+    graph = convolution(weights_of(outputs, inputs, 3, 3), before).graph
+    assert bool(mark_convolutions(graph, [], tiles=False)) is added
 
 
 def test_weights_that_a_caller_may_change_stay() -> None:
     graph = convolution(weights_of(20, WIDE, 3, 3)).graph
     graph.input.append(helper.make_tensor_value_info("w", FLOAT, [20, WIDE, 3, 3]))
-    assert not mark_convolutions(graph, [])
+    assert not mark_convolutions(graph, [], tiles=True)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +397,7 @@ def test_weights_that_a_caller_may_change_stay() -> None:
     [{"pads": [1, 1, 1, 1]}, {"strides": [2, 2]}, {"bias": True}, {}],
     ids=["pads", "strides", "bias", "same"],
 )
-def test_convolutions_may_have_their_weights_in_common(attributes: dict[str, Any], tiles: bool) -> None:
+def test_convolutions_may_have_their_weights_in_common(attributes: dict[str, Any], spiking_op: str) -> None:
     """Which are put in order once, if they have their biases in common, too."""
     weights, biases = weights_of(20, WIDE, 3, 3), weights_of(20, 1, 1, 1).reshape(-1)
     model = convolution(weights)
@@ -357,15 +406,15 @@ def test_convolutions_may_have_their_weights_in_common(attributes: dict[str, Any
     model.graph.initializer.append(numpy_helper.from_array(biases, "b"))
     model.graph.output.append(helper.make_tensor_value_info("z", FLOAT, None))
     made, operators = fused(model)
-    assert operators.count("SpikeConvolution") == 2
-    packed = [t for t in onnx.ModelProto.FromString(made).graph.initializer if t.name.endswith(".digits")]
+    assert operators.count(spiking_op) == 2
+    packed = [t for t in onnx.ModelProto.FromString(made).graph.initializer if t.name.endswith(".packed")]
     assert len(packed) == (2 if "bias" in attributes else 1)
     x = images(3, WIDE)
     for y, expected in zip(run_all(made, x), run_all(model.SerializeToString(), x), strict=True):
         np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_of_constant_spikes_currents_are_right(tiles: bool) -> None:
+def test_of_constant_spikes_currents_are_right(spiking_op: str) -> None:
     """They are computed before the first call, while something stands in for the weights."""
     weights = weights_of(20, WIDE, 3, 3)
     model = convolution(weights, [*spiking("x", "a"), *spiking("c", "s")])
@@ -386,7 +435,7 @@ def test_a_cast_behind_is_left_to_the_optimiser(to: int) -> None:
     model = convolution(weights_of(20, WIDE, 3, 3))
     model.graph.node[-1].output[0] = "before"
     model.graph.node.append(node("Cast", ["before"], "y", to=to))
-    assert not mark_convolutions(model.graph, [])
+    assert not mark_convolutions(model.graph, [], tiles=True)
 
 
 def test_batchnorm_is_left_to_the_optimiser() -> None:
@@ -395,7 +444,7 @@ def test_batchnorm_is_left_to_the_optimiser() -> None:
     model.graph.node[-1].output[0] = "before"
     model.graph.node.append(node("BatchNormalization", ["before", *["norm"] * 4], "y"))
     model.graph.initializer.append(numpy_helper.from_array(np.ones(20, np.float32), "norm"))
-    assert not mark_convolutions(model.graph, [])
+    assert not mark_convolutions(model.graph, [], tiles=True)
 
 
 def loop(*nodes: onnx.NodeProto) -> Loop:
@@ -418,7 +467,7 @@ def test_neurons_taken_out_of_their_loop_are_looked_into(neurons: Loop, fires: b
     graph = convolution(weights_of(20, WIDE, 3, 3), spiking("x", "s", "mark")).graph
     graph.initializer.append(numpy_helper.from_array(np.array(2**21, np.float32), "mark"))
     assert (WholeNumbers(graph, [neurons]).of("s") == Whole(1)) is fires
-    assert bool(mark_convolutions(graph, [neurons])) is fires
+    assert bool(mark_convolutions(graph, [neurons], tiles=True)) is fires
 
 
 def test_who_reads_spikes_besides_gets_them() -> None:
@@ -427,7 +476,7 @@ def test_who_reads_spikes_besides_gets_them() -> None:
     model = convolution(weights, pads=[1, 1, 1, 1])
     model.graph.node[-1].output[0] = "current"
     model.graph.node.extend([node("Add", ["current", "s"], "sum"), *spiking("sum", "y")])
-    assert mark_convolutions(model.graph, [])
+    assert mark_convolutions(model.graph, [], tiles=True)
     readers = [each.op_type for each in model.graph.node if "s" in each.input]
     assert readers == ["Cast"]
     assert [each.op_type for each in model.graph.node if each.output[0] == "sum"] == ["Add"]
@@ -455,27 +504,32 @@ def graph_of(model: str, size: int, layout: str) -> bytes:
     return made
 
 
+ONCE = pytest.mark.parametrize("spiking_op", [32, "tiles"], indirect=True)
+
+
+@ONCE
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
 @pytest.mark.parametrize(("model", "size"), [("resnet19", 8), ("vggsnn", 16), ("sew-resnet34", 32)])
 def test_networks_answer_as_without_tiles(
-    model: str, size: int, layout: str, tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, size: int, layout: str, spiking_op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, x = tmp_path / "m.onnx", images(9, 1, size, size)
     path.write_bytes(graph_of(model, size, layout))
     y = Engine(path, native=True).run(x, 3).per_step
     _, operators = fused(onnx.load(path))
-    assert operators.count("SpikeConvolution") > 3
+    assert operators.count(spiking_op) > 3
     assert operators.count("Transpose") <= 4 or layout == "step"  # a state has the usual order
-    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    without_ours(monkeypatch)
     expected = Engine(path, native=True).run(x, 3).per_step
     np.testing.assert_allclose(y, expected, atol=1e-5)
     assert np.ptp(expected[:, -1], axis=0).min() > 0.01
 
 
+@ONCE
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-def test_a_trained_network_has_the_same_logits(layout: str, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trained_network_has_the_same_logits(layout: str, spiking_op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = exported(layout, **({} if layout != "unrolled" else {"T": 3}))
     y = Engine(path, native=True).run(digits().images, 3).per_step
-    assert "SpikeConvolution" in fused(onnx.load(path))[1]
-    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    assert spiking_op in fused(onnx.load(path))[1]
+    without_ours(monkeypatch)
     np.testing.assert_allclose(y, Engine(path, native=True).run(digits().images, 3).per_step, atol=1e-5)

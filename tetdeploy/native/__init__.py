@@ -51,8 +51,17 @@ def missing() -> str | None:
 
 def has_tiles() -> bool:
     """Whether the processor and the system let this process multiply int8 in tiles (AMX)."""
+    return bool(_ask("has_tiles"))
+
+
+def vector_bytes() -> int:
+    """How long the vector registers are that additions of spikes may use: 64 with AVX-512, 32 with AVX2, or 16."""
+    return _ask("vector_bytes")
+
+
+def _ask(what: str) -> int:
     path = library()
-    return path is not None and bool(ctypes.CDLL(str(path)).has_tiles())
+    return int(ctypes.CDLL(str(path))[what]()) if path is not None else 0
 
 
 def fuse_model(model: bytes) -> bytes | None:
@@ -81,27 +90,25 @@ def _fuse(model: bytes, *, take_out: bool) -> bytes | None:
     import onnx
     import onnxruntime as ort
 
-    from tetdeploy.native.loops import Loop, take_out_loops
+    from tetdeploy.native.loops import take_out_loops
     from tetdeploy.native.regions import fuse
-    from tetdeploy.native.spikes import Marked, compared, mark_convolutions, put_convolutions
+    from tetdeploy.native.spikes import compared, mark_convolutions, put_convolutions
     from tetdeploy.native.tiles import use_tiles
 
-    tiles, loops, marked = has_tiles(), list[Loop](), dict[str, Marked]()
-    if tiles or take_out:
-        proto = onnx.ModelProto.FromString(model)
-        loops = take_out_loops(proto) if take_out else []
-        marked = mark_convolutions(proto.graph, loops) if tiles else {}
-        if loops or marked:
-            model = proto.SerializeToString()
-        if marked:
-            loops = [compared(loop) for loop in loops]
+    tiles, proto = has_tiles(), onnx.ModelProto.FromString(model)
+    loops = take_out_loops(proto) if take_out else []
+    marked = mark_convolutions(proto.graph, loops, tiles=tiles)
+    if loops or marked:
+        model = proto.SerializeToString()
+    if marked:
+        loops = [compared(loop) for loop in loops]
     options = _options(ort)
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         optimised = onnx.load(options.optimized_model_filepath)
     kinds = _kinds(ort, onnx, optimised)
-    native_nodes = put_convolutions(optimised.graph, marked, kinds)
+    native_nodes = put_convolutions(optimised.graph, marked, kinds, tiles=tiles)
     native_nodes += fuse(optimised, kinds, loops)
     if tiles:
         native_nodes += use_tiles(optimised.graph)

@@ -24,12 +24,6 @@
 #define MAX_PARTS (1 << 20)
 #define MAX_REGISTERS 64 /* of 4 KB, on the stack of a thread */
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_CPU
-#endif
-#define INLINED static inline __attribute__((always_inline)) /* so that it is compiled for each CPU, too */
 #ifdef __clang__
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -510,7 +504,8 @@ static OrtStatusPtr join(Kernel* kernel) {
   return NULL;
 }
 
-static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info) {
+static OrtStatusPtr fill(Kernel* kernel, const OrtCustomOp* op, const OrtKernelInfo* info) {
+  (void)op;
   const OrtApi* api = kernel->api;
   TRY(read_items(api, info, "program", 5, &kernel->program, &kernel->length));
   TRY(read_items(api, info, "input_ports", 2, &kernel->inputs, &kernel->num_inputs));

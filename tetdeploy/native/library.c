@@ -7,7 +7,6 @@ ORT_EXPORT OrtStatusPtr ORT_API_CALL RegisterCustomOps(OrtSessionOptions* option
   OrtCustomOpDomain* domain; /* lives as long as the process: sessions refer to it */
   TRY(api->CreateCustomOpDomain("ai.tetdeploy", &domain));
   TRY(api->CustomOpDomain_Add(domain, &ELEMENTWISE));
-  TRY(api->CustomOpDomain_Add(domain, &CONVOLUTION));
-  TRY(api->CustomOpDomain_Add(domain, &SPIKE_CONVOLUTION));
+  for (const OrtCustomOp* const* op = CONVOLUTIONS; *op != NULL; ++op) TRY(api->CustomOpDomain_Add(domain, *op));
   return api->AddCustomOpDomain(options, domain);
 }

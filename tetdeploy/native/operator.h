@@ -10,13 +10,23 @@
 
 #define API_VERSION 17 /* ONNX Runtime 1.17 was the first with all that is called here */
 
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define X86 1
+#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define X86 0
+#define FOR_EACH_CPU
+#endif
+#define INLINED static inline __attribute__((always_inline)) /* so that it is compiled for each CPU, too */
+
 #define TRY(expression)                     \
   do {                                      \
     OrtStatusPtr status = (expression);     \
     if (status != NULL) return status;      \
   } while (0)
 
-extern const OrtCustomOp ELEMENTWISE, CONVOLUTION, SPIKE_CONVOLUTION;
+extern const OrtCustomOp ELEMENTWISE;
+extern const OrtCustomOp* const CONVOLUTIONS[]; /* the last is followed by NULL */
 
 static inline OrtStatusPtr failed_in(const OrtApi* api, const char* operator_, const char* why) {
   char message[200];
@@ -28,11 +38,10 @@ static inline OrtStatusPtr failed_in(const OrtApi* api, const char* operator_, c
 #define DEFINE_CREATE                                                                                                   \
   static OrtStatusPtr ORT_API_CALL create(const struct OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,   \
                                           void** made) {                                                                \
-    (void)op;                                                                                                           \
     Kernel* kernel = calloc(1, sizeof *kernel);                                                                         \
-    if (kernel == NULL) return failed(api, "no memory");                                                                \
+    if (kernel == NULL) return failed_in(api, op->GetName(op), "no memory");                                            \
     kernel->api = api;                                                                                                  \
-    OrtStatusPtr status = fill(kernel, info);                                                                           \
+    OrtStatusPtr status = fill(kernel, op, info);                                                                       \
     if (status != NULL) destroy(kernel);                                                                                \
     *made = status == NULL ? kernel : NULL;                                                                             \
     return status;                                                                                                      \

@@ -18,50 +18,56 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tetdeploy import native
 from tetdeploy.native.layout import TO_FIRST, TO_LAST, reading
 from tetdeploy.native.loops import Loop, leading_to, put_nodes
 from tetdeploy.native.regions import Kind
-from tetdeploy.native.tiles import fits_tiles, in_tiles, tiles_of
-from tetdeploy.native.wholes import WholeNumbers, threshold
+from tetdeploy.native.tiles import fits_tiles, native_convolution, tiles_of
+from tetdeploy.native.wholes import Whole, WholeNumbers, threshold
 
 Array = np.ndarray[Any, Any]
 LARGEST = 127 * 65536 + 127 * 256 + 127  # of three digits
 MOST = 2**31 // (128 * 257)  # inputs of 1 that may add up: two digits of each stay within int32
+MOST_ADDITIONS, MOST_ROWS, WIDTH = 255, 128, 64  # as in `additions.c`
+MOST_ADDED, LEAST_ADDED, LEAST_BYTES = 2, 32, 32  # inputs, channels and registers of which additions are the faster way
 POOLS = (("MaxPool", ""), ("QLinearAveragePool", "com.microsoft"))
 
 
 @dataclass(frozen=True)
 class Marked:
-    """Of convolutions that were taken out: float32 weights `[O, C, kernel height, kernel width]`, biases `[O]`; their
-    input is bytes times `unit`."""
+    """Of convolutions taken out: what their input is, float32 weights `[O, C, kernel height, kernel width]` and biases
+    `[O]`."""
 
-    unit: float
+    whole: Whole
     weights: onnx.TensorProto
     biases: onnx.TensorProto | None
 
 
-def mark_convolutions(graph: onnx.GraphProto, loops: Sequence[Loop]) -> dict[str, Marked]:
-    """Replace each float32 `Conv` that the tiles can compute by a `ConvInteger`.
+def mark_convolutions(graph: onnx.GraphProto, loops: Sequence[Loop], *, tiles: bool) -> dict[str, Marked]:
+    """Replace each float32 `Conv` that is to be one of this package by a `ConvInteger`.
 
     It has spikes, or sums of some, for input, at least 16 channels of them, one group, no dilation, and no
     `BatchNormalization` or `Cast` behind it, which the optimiser would join with it.
 
     Args:
         loops: the neurons that stand where `take_out_loops` left its marks.
+        tiles: for tiles; otherwise for additions, which take at least 32 channels and sums of two spikes at most.
 
     Returns: those taken out, by the weights of what stands in for them.
     """
     wholes, marked = WholeNumbers(graph, loops), dict[str, Marked]()
+    if not tiles and native.vector_bytes() < LEAST_BYTES:
+        return marked
     spikes = _Bytes(wholes)
     joined = {name for node in graph.node if node.op_type in ("BatchNormalization", "Cast") for name in node.input}
     nodes, others = list[onnx.NodeProto](), list[onnx.NodeProto]()
     for node in graph.node:
         y = node.output[0]
-        taken = _take(node, wholes) if node.op_type == "Conv" and y not in joined else None
+        taken = _take(node, wholes, tiles) if node.op_type == "Conv" and y not in joined else None
         if taken is None:
             others.append(node)
             continue
-        stand_in = " ".join([*node.input[1:], str(taken.unit)])
+        stand_in = " ".join([*node.input[1:], str(taken.whole)])
         if stand_in not in marked:  # an input, so that of constant spikes nothing is computed with it
             graph.input.append(helper.make_tensor_value_info(stand_in, TensorProto.INT8, taken.weights.dims))
             marked[stand_in] = taken
@@ -157,7 +163,7 @@ def _comparison(step: onnx.NodeProto, v_th: str, y: str, element: int) -> list[o
     ]
 
 
-def _take(node: onnx.NodeProto, wholes: WholeNumbers) -> Marked | None:
+def _take(node: onnx.NodeProto, wholes: WholeNumbers, tiles: bool) -> Marked | None:
     weights, *biases = (wholes.constants.get(name) for name in node.input[1:])
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if (
@@ -170,26 +176,28 @@ def _take(node: onnx.NodeProto, wholes: WholeNumbers) -> Marked | None:
     whole, numbers = wholes.of(node.input[0]), numpy_helper.to_array(weights)
     if whole is None or whole.most * numbers[0].size > MOST or not np.isfinite(numbers).all():
         return None
-    return Marked(whole.unit, weights, biases[0] if biases else None)
+    if not tiles and (whole.most > MOST_ADDED or min(numbers.shape[:2]) < LEAST_ADDED):
+        return None
+    return Marked(whole, weights, biases[0] if biases else None)
 
 
 def put_convolutions(
-    graph: onnx.GraphProto, marked: Mapping[str, Marked], kinds: MutableMapping[str, Kind], *, tiles: bool = True
+    graph: onnx.GraphProto, marked: Mapping[str, Marked], kinds: MutableMapping[str, Kind], *, tiles: bool
 ) -> int:
-    """Put `SpikeConvolution`s, with `Transpose`s round them, where `mark_convolutions` left its marks.
+    """Put convolutions of this package, with `Transpose`s round them, where `mark_convolutions` left its marks.
 
     Args:
         kinds: of the graph's tensors; those of new ones are added.
-        tiles: multiply with AMX; otherwise in plain C, which is slow.
+        tiles: `SpikeConvolution`s, which need AMX; otherwise `SpikeAdditions`.
 
     Returns: how many there are.
     """
-    writer = _LastWriter(marked, kinds)
+    writer = _LastWriter(marked, kinds, tiles)
     computed = {node.output[0]: node for node in graph.node if _stands_in(node, marked)}
     read = {node.input[0] for node in computed.values()}
     for node in graph.node:
         if node.op_type == "Cast" and node.input[0] in computed:
-            writer.convolve(computed[node.input[0]], node.output[0], tiles)
+            writer.convolve(computed[node.input[0]], node.output[0])
         elif node.output[0] in read and (node.op_type, node.domain) in POOLS:
             writer.pool(node)
         else:
@@ -210,23 +218,25 @@ def _stands_in(node: onnx.NodeProto, marked: Mapping[str, Marked]) -> bool:
 class _LastWriter:
     """Writes `nodes` that work with channels last, and `constants` for them."""
 
-    def __init__(self, marked: Mapping[str, Marked], kinds: MutableMapping[str, Kind]) -> None:
+    def __init__(self, marked: Mapping[str, Marked], kinds: MutableMapping[str, Kind], tiles: bool) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
-        self._marked, self._kinds = marked, kinds
+        self._marked, self._kinds, self._tiles = marked, kinds, tiles
         self._turned: set[str] = set()
         self._packed: dict[str, list[str]] = {}
 
-    def convolve(self, stand_in: onnx.NodeProto, y: str, tiles: bool) -> None:
+    def convolve(self, stand_in: onnx.NodeProto, y: str) -> None:
         x, weights = stand_in.input
         convolution, attributes = self._marked[weights], {a.name: a.ints for a in stand_in.attribute}
         if weights not in self._packed:
-            constants = _constants(convolution, weights)
+            constants = _constants(convolution, weights, self._tiles)
             self.constants += constants
             self._packed[weights] = [tensor.name for tensor in constants]
-        read = [self._last(x), *self._packed[weights]]
-        made = in_tiles("SpikeConvolution", read, f"{y}.turned", convolution.weights, attributes, tiles=tiles)
-        self._put(made, y)
+        read, turned = [self._last(x), *self._packed[weights]], f"{y}.turned"
+        op, own = "SpikeConvolution", dict[str, int]()
+        if not self._tiles:
+            op, own = "SpikeAdditions", {"most": convolution.whole.most, "vector_bytes": native.vector_bytes()}
+        self._put(native_convolution(op, read, turned, convolution.weights, attributes, **own), y)
 
     def pool(self, node: onnx.NodeProto) -> None:
         made = onnx.NodeProto.FromString(node.SerializeToString())
@@ -257,30 +267,51 @@ class _LastWriter:
             self._kinds[turned] = replace(kind, shape=tuple(kind.shape[axis] for axis in TO_LAST))
 
 
-def _constants(convolution: Marked, name: str) -> list[onnx.TensorProto]:
-    """Digits of the weights in tiles, scales and biases."""
-    digits, scales = digits_of(numpy_helper.to_array(convolution.weights))
+def _constants(convolution: Marked, name: str, tiles: bool) -> list[onnx.TensorProto]:
+    """Weights as the operator wants them, scales and biases."""
+    whole, scales = whole_weights(numpy_helper.to_array(convolution.weights))
     biases = np.zeros(len(scales), np.float32)
     if convolution.biases is not None:
         biases[:] = numpy_helper.to_array(convolution.biases)
-    arrays = {"digits": tiles_of(digits), "scales": scales * np.float32(convolution.unit), "biases": biases}
+    packed = tiles_of(digits_of(whole)) if tiles else rows_of(whole, convolution.whole.most)
+    arrays = {"packed": packed, "scales": scales * np.float32(convolution.whole.unit), "biases": biases}
     return [numpy_helper.from_array(array, f"{name}.{what}") for what, array in arrays.items()]
 
 
-def digits_of(weights: Array) -> tuple[Array, Array]:
-    """Weights as whole numbers in three digits, the highest first, each from -128 to 127.
+def whole_weights(weights: Array) -> tuple[Array, Array]:
+    """Weights as whole numbers, from -LARGEST to LARGEST.
 
     Args:
         weights: float32 `[O, ...]`, finite.
 
     Returns:
-        int8 `[3, O, ...]`; float32 `[O]`, the scale that (d0 * 256 + d1) * 256 + d2 is to be multiplied with.
+        int32 `[O, ...]`; float32 `[O]`, the scale that they are to be multiplied with.
     """
     largest = np.abs(weights).max(axis=tuple(range(1, weights.ndim)))
     scales = np.maximum(largest / np.float32(LARGEST), np.finfo(np.float32).tiny)
     by_channel = scales.reshape(-1, *[1] * (weights.ndim - 1)).astype(np.float64)
-    whole = np.rint(weights / by_channel).clip(-LARGEST, LARGEST).astype(np.int32)
+    return np.rint(weights / by_channel).clip(-LARGEST, LARGEST).astype(np.int32), scales
+
+
+def digits_of(whole: Array) -> Array:
+    """int8 `[3, ...]`: the digits of `whole`, each from -128 to 127, which is (d0 * 256 + d1) * 256 + d2."""
     low = (whole + 128 & 255) - 128
     middle = ((whole - low >> 8) + 128 & 255) - 128
     high = (whole - low >> 8) - middle >> 8
-    return np.stack([high, middle, low]).astype(np.int8), scales
+    return np.stack([high, middle, low]).astype(np.int8)
+
+
+def rows_of(whole: Array, most: int) -> Array:
+    """Weights in the order in which `additions.c` adds them.
+
+    Args:
+        whole: int32 `[O, C, kernel height, kernel width]`.
+        most: what an input is at most.
+
+    Returns: `[blocks, chunks, kernel height, kernel width, rows, WIDTH]`.
+    """
+    (outputs, inputs), kernel = whole.shape[:2], whole.shape[2:]
+    rows = min(MOST_ADDITIONS // most, MOST_ROWS, inputs)
+    filled = np.pad(whole, [(0, -outputs % WIDTH), (0, -inputs % rows), (0, 0), (0, 0)])
+    apart = filled.reshape(-1, WIDTH, filled.shape[1] // rows, rows, *kernel)
+    return np.ascontiguousarray(apart.transpose(0, 2, 4, 5, 3, 1))

@@ -69,8 +69,8 @@ def _convolution(
         ),
     ]
     read = [x, *(tensor.name for tensor in made), bias]
-    zero_point = int(numpy_helper.to_array(y_zero).item())
-    return in_tiles("Convolution", read, node.output[0], weights, attributes, zero_point, tiles=tiles), made
+    own = {"zero_point": int(numpy_helper.to_array(y_zero).item()), "plain": int(not tiles)}
+    return native_convolution("Convolution", read, node.output[0], weights, attributes, **own), made
 
 
 def fits_tiles(attributes: Mapping[str, Any], weights: onnx.TensorProto) -> bool:
@@ -84,27 +84,20 @@ def fits_tiles(attributes: Mapping[str, Any], weights: onnx.TensorProto) -> bool
     )
 
 
-def in_tiles(
-    op: str,
-    read: Sequence[str],
-    y: str,
-    weights: onnx.TensorProto,
-    attributes: Mapping[str, Any],
-    zero_point: int = 0,
-    *,
-    tiles: bool,
+def native_convolution(
+    op: str, read: Sequence[str], y: str, weights: onnx.TensorProto, attributes: Mapping[str, Any], **others: int
 ) -> onnx.NodeProto:
-    """The node of `convolution.c` for a convolution with such weights and attributes."""
+    """The node of `convolution.c` for a convolution with such weights `[O, C, ...]` and attributes."""
     return helper.make_node(
         op,
         read,
         [y],
         domain=DOMAIN,
         channels=weights.dims[1],
+        kernel_shape=weights.dims[2:],
         strides=attributes.get("strides", [1, 1]),
         pads=attributes.get("pads", [0, 0, 0, 0]),
-        zero_point=zero_point,
-        tiles=int(tiles),
+        **others,
     )
 
 

@@ -1,0 +1,194 @@
+/* Convolutions of spikes by additions, for processors without AMX: where there is no spike, there is nothing to add. With a
+ * fifth of them firing that is a fifth of the work, and an addition that loads a weight takes a vector register as long as a
+ * multiplication does.
+ *
+ *   weights   int32 [blocks, chunks, kernel height, kernel width, rows, WIDTH]: a block has WIDTH output channels, and a
+ *             chunk `rows` input channels; filled with zeros. Whole numbers of 24 bits
+ *   most      what an input is at most; times `rows` no more than MOST_ADDITIONS, so that the sums of a chunk are int32
+ *   vector_bytes   how long the registers are that it uses: 64 or 32, which the processor must have, or 16
+ *
+ * A call first lists, for each pixel and chunk, the rows of weights to be added; there is an empty list for each pixel of the
+ * padding. The rows of a chunk and tap stay in the first-level cache, while a group of outputs adds what it needs of them.
+ */
+#include "convolution.h"
+
+#include <math.h>
+
+#define WIDTH 64                    /* output channels that are summed at once */
+#define ROW (WIDTH * sizeof(int32_t)) /* bytes */
+#define MOST_ADDITIONS 255          /* additions without an overflow */
+#define MOST_ROWS 128               /* fill 32 KB of the cache */
+#define GROUP 32                    /* outputs in a grain */
+
+typedef struct { uint16_t length, rows[]; } List; /* where the rows begin that are to be added, in bytes */
+
+static inline size_t list_bytes(const Kernel* kernel) { return (kernel->rows * kernel->most + 1) * sizeof(uint16_t); }
+
+static size_t lay_out(Call* call) {
+  const Kernel* kernel = call->kernel;
+  for (int axis = 0; axis < 2; ++axis) call->pitch[axis] = call->size[axis] + kernel->pads[axis] + kernel->pads[axis + 2];
+  call->rows = call->images * call->pitch[0];
+  call->grains = kernel->blocks * parts(call->images * call->out_size[0] * call->out_size[1], GROUP);
+  return kernel->chunks * call->rows * call->pitch[1] * list_bytes(kernel);
+}
+
+/* Which of up to 64 channels are not 0, as bits. */
+static uint64_t find_spikes(const uint8_t* x, size_t channels) {
+  uint64_t found = 0;
+  for (size_t c = 0; c < channels; c += 8) {
+    const uint64_t sevens = 0x7f7f7f7f7f7f7f7f;
+    uint64_t word = 0;
+    if (channels - c >= 8) memcpy(&word, x + c, 8); /* the lowest byte first */
+    else memcpy(&word, x + c, channels - c);
+    const uint64_t ones = (((word & sevens) + sevens) | word) >> 7 & 0x0101010101010101;
+    found |= ones * 0x0102040810204080 >> 56 << c;
+  }
+  return found;
+}
+
+static void list_rows(List* list, const uint8_t* x, size_t channels, size_t most) {
+  uint16_t* row = list->rows;
+  for (size_t first = 0; first < channels; first += 64) {
+    for (uint64_t found = find_spikes(x + first, least(channels - first, 64)); found > 0; found &= found - 1) {
+      const size_t c = first + __builtin_ctzll(found);
+      for (size_t left = most == 1 ? 1 : least(x[c], most); left > 0; --left) *row++ = c * ROW;
+    }
+  }
+  list->length = row - list->rows;
+}
+
+static void spread_row(void* argument, size_t row) {
+  const Call* call = argument;
+  const Kernel* kernel = call->kernel;
+  const size_t image = row / call->pitch[0], y = row % call->pitch[0] - kernel->pads[0]; /* wraps above the image */
+  const int there = y < call->size[0] && row % call->pitch[0] % kernel->strides[0] < kernel->size[0];
+  for (size_t chunk = 0; chunk < kernel->chunks; ++chunk) {
+    const size_t first = chunk * kernel->rows, n = least(kernel->in_channels - first, kernel->rows);
+    char* list = (char*)call->spread + (chunk * call->rows + row) * call->pitch[1] * list_bytes(kernel);
+    for (size_t at = 0; at < call->pitch[1]; ++at, list += list_bytes(kernel)) {
+      const size_t x = at - kernel->pads[1]; /* wraps, too */
+      const uint8_t* pixel = call->x + ((image * call->size[0] + y) * call->size[1] + x) * kernel->in_channels + first;
+      const int read = there && x < call->size[1] && at % kernel->strides[1] < kernel->size[1];
+      list_rows((List*)list, pixel, read ? n : 0, kernel->most);
+    }
+  }
+}
+
+/* Sums of a group of outputs: high * 65536 + low. */
+typedef struct { int32_t high[GROUP][WIDTH], low[GROUP][WIDTH]; } __attribute__((aligned(LINE))) Sums;
+
+/* Adds to `n` times 16 channels of each output the rows of its list, in vector registers of `bytes`. */
+#define DEFINE_ADD(cpu, bytes, target)                                                                                   \
+  typedef int32_t Vector##cpu __attribute__((vector_size(bytes)));                                                       \
+  target INLINED void add_16s_##cpu(const char* weights, const char* const* corners, size_t tap, size_t outputs, Sums* sums, size_t n) {  \
+    for (size_t p = 0; p < outputs; ++p) {                                                                               \
+      const List* list = (const List*)(corners[p] + tap); \
+      if (list->length == 0) continue;                                                                                   \
+      Vector##cpu sum[ROW / bytes] = {0};                                                                                \
+      for (size_t i = 0; i < list->length; ++i) {                                                                        \
+        const Vector##cpu* row = (const Vector##cpu*)(weights + list->rows[i]);                                          \
+        for (size_t v = 0; v < n * LINE / bytes; ++v) sum[v] += row[v];                                                  \
+      }                                                                                                                  \
+      Vector##cpu *high = (Vector##cpu*)sums->high[p], *low = (Vector##cpu*)sums->low[p];                                \
+      for (size_t v = 0; v < n * LINE / bytes; ++v) {                                                                    \
+        high[v] += sum[v] >> 16;                                                                                         \
+        low[v] += sum[v] & 0xffff;                                                                                       \
+      }                                                                                                                  \
+    }                                                                                                                    \
+  }                                                                                                                      \
+  target static void add_##cpu(const char* weights, const char* const* corners, size_t tap, size_t outputs, Sums* sums, size_t n) {    \
+    if (n == 4) add_16s_##cpu(weights, corners, tap, outputs, sums, 4);                                                         \
+    else if (n == 3) add_16s_##cpu(weights, corners, tap, outputs, sums, 3);                                                    \
+    else if (n == 2) add_16s_##cpu(weights, corners, tap, outputs, sums, 2);                                                    \
+    else add_16s_##cpu(weights, corners, tap, outputs, sums, 1);                                                                \
+  }
+
+DEFINE_ADD(any, 16, )
+#if X86
+DEFINE_ADD(v3, 32, __attribute__((target("arch=x86-64-v3"))))
+DEFINE_ADD(v4, 64, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))))
+#endif
+
+int vector_bytes(void) {
+#if X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return 64;
+  if (__builtin_cpu_supports("x86-64-v3")) return 32;
+#endif
+  return 16;
+}
+
+static void add(const Kernel* kernel, const char* weights, const char* const* corners, size_t tap, size_t outputs, Sums* sums, size_t n) {
+#if X86
+  if (kernel->vector_bytes == 64) {
+    add_v4(weights, corners, tap, outputs, sums, n);
+    return;
+  }
+  if (kernel->vector_bytes == 32) {
+    add_v3(weights, corners, tap, outputs, sums, n);
+    return;
+  }
+#endif
+  add_any(weights, corners, tap, outputs, sums, n);
+}
+
+FOR_EACH_CPU static void put_together(float* y, const int32_t* high, const int32_t* low, const float* scales,
+                                      const float* biases, size_t n) {
+  for (size_t o = 0; o < n; ++o) {
+    const float below = fmaf((float)(low[o] & 0xffff), scales[o], biases[o]);
+    y[o] = fmaf((float)(high[o] + (low[o] >> 16)), scales[o] * 65536, below);
+  }
+}
+
+/* A block of channels of a group of outputs. */
+static void multiply(void* argument, size_t grain) {
+  const Call* call = argument;
+  const Kernel* kernel = call->kernel;
+  const size_t all = call->images * call->out_size[0] * call->out_size[1], groups = parts(all, GROUP);
+  const size_t block = grain / groups, first = grain % groups * GROUP, outputs = least(all - first, GROUP);
+  const size_t channel = block * WIDTH, channels = least(kernel->out_channels - channel, WIDTH);
+  const char* weights = (const char*)kernel->weights + block * kernel->chunks * kernel->taps * kernel->rows * ROW;
+  const size_t bytes = list_bytes(kernel), width = call->out_size[1];
+  const char* corners[GROUP]; /* lists of the first tap */
+  for (size_t p = 0, row = first / width, column = first % width; p < outputs; ++p) {
+    const size_t y = row / call->out_size[0] * call->pitch[0] + row % call->out_size[0] * kernel->strides[0];
+    corners[p] = (const char*)call->spread + (y * call->pitch[1] + column * kernel->strides[1]) * bytes;
+    if (++column == width) column = 0, ++row;
+  }
+  Sums sums;
+  memset(sums.high, 0, outputs * ROW);
+  memset(sums.low, 0, outputs * ROW);
+  for (size_t chunk = 0; chunk < kernel->chunks; ++chunk)
+    for (size_t tap = 0; tap < kernel->taps; ++tap, weights += kernel->rows * ROW) {
+      const size_t row = chunk * call->rows + tap / kernel->size[1], column = tap % kernel->size[1];
+      add(kernel, weights, corners, (row * call->pitch[1] + column) * bytes, outputs, &sums, parts(channels, 16));
+    }
+  float* y = (float*)call->y + first * kernel->out_channels + channel;
+  for (size_t p = 0; p < outputs; ++p, y += kernel->out_channels)
+    put_together(y, sums.high[p], sums.low[p], kernel->scales + channel, (const float*)kernel->biases + channel, channels);
+}
+
+static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info, int64_t* shape) {
+  int64_t most;
+  TRY(kernel->api->KernelInfoGetAttribute_int64(info, "most", &most));
+  TRY(kernel->api->KernelInfoGetAttribute_int64(info, "vector_bytes", &kernel->vector_bytes));
+  if (most < 1 || most > MOST_ADDITIONS) return refused(kernel, "the largest input is no byte");
+  if (kernel->vector_bytes > vector_bytes()) return refused(kernel, "this processor has shorter vector registers");
+  kernel->most = most;
+  kernel->rows = least(least(MOST_ADDITIONS / kernel->most, MOST_ROWS), kernel->in_channels);
+  kernel->chunks = parts(kernel->in_channels, kernel->rows);
+  kernel->blocks = parts(kernel->out_channels, WIDTH);
+  const int64_t sizes[] = {kernel->blocks, kernel->chunks, kernel->size[0], kernel->size[1], kernel->rows, WIDTH};
+  memcpy(shape, sizes, sizeof sizes);
+  return NULL;
+}
+
+const Way ADDITIONS = {.name = "SpikeAdditions",
+                       .rank = 6,
+                       .weight = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
+                       .bias = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+                       .output = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+                       .fill = fill,
+                       .lay_out = lay_out,
+                       .spread_row = spread_row,
+                       .multiply = multiply};

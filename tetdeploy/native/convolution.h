@@ -1,0 +1,59 @@
+/* What a convolution is, for the ways of computing one: `tiles.c` and `additions.c`. */
+#pragma once
+
+#include "operator.h"
+
+#define LINE 64 /* bytes of the cache's */
+
+typedef struct Kernel Kernel;
+typedef struct Call Call;
+
+/* A way spreads the input in memory of its own, row by row, and multiplies then, grain by grain; of each, several may be
+ * done at the same time. */
+typedef struct {
+  const char* name; /* of the operator */
+  size_t rank;      /* of the weights in its order */
+  enum ONNXTensorElementDataType weight, bias, output;
+  OrtStatusPtr (*fill)(Kernel* kernel, const OrtKernelInfo* info, int64_t* shape); /* what is its own; `shape` of weights */
+  size_t (*lay_out)(Call* call); /* the same of a call, `rows` and `grains`; gives the bytes of `spread` */
+  void (*spread_row)(void* call, size_t row);
+  void (*multiply)(void* call, size_t grain);
+} Way;
+
+extern const Way INT8_TILES, SPIKE_TILES, ADDITIONS;
+
+struct Kernel {
+  const OrtApi* api;
+  const Way* way;
+  size_t size[2], strides[2], pads[4]; /* vertical, horizontal; pads as in ONNX */
+  size_t in_channels, out_channels, taps;
+  size_t blocks, chunks; /* of output and of input channels */
+  const void* weights;   /* the node's, or where they do not begin with a line `aligned` */
+  void* aligned;
+  float* scales;         /* these and biases are filled with zeros up to whole blocks */
+  void* biases;          /* int32 or float32 */
+  size_t digits;         /* of tiles, */
+  int64_t zero_point;    /* of their uint8 output, and */
+  int64_t plain;         /* if AMX is not to be used */
+  size_t rows, most;     /* of additions: input channels in a chunk, what each is at most, */
+  int64_t vector_bytes;  /* and how long the registers are */
+};
+
+struct Call {
+  const Kernel* kernel;
+  const uint8_t* x;
+  void *y, *spread;
+  size_t images, size[2], out_size[2];
+  size_t rows, grains;
+  size_t pitch[2];  /* rows and columns of an image in `spread`; of tiles: in a plane of it */
+  size_t planes[2]; /* of tiles: remainders of the strides that taps fall on, */
+  size_t positions; /* of the outputs in a plane, padding included, */
+  size_t allocated; /* positions of a plane, with zeros behind the last image, and */
+  int by_channels;  /* whether grains that follow one another have weights in common, not pixels */
+};
+
+static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
+static inline size_t parts(size_t whole, size_t part) { return (whole + part - 1) / part; }
+static inline OrtStatusPtr refused(const Kernel* kernel, const char* why) {
+  return failed_in(kernel->api, kernel->way->name, why);
+}
