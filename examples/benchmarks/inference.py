@@ -8,7 +8,8 @@ about as frequent as in a trained network (the rate is printed). Every side has 
 take turns, each with two calls to warm up and five that count, and the table shows medians. `peak` is the
 largest resident set of a side's process, `opened` how long it took until a model was ready. What convolutions take is
 the sum over their kernels in ONNX Runtime's own profile of that graph, of runs of their own, and so is what all kernels
-take. The sides with "ORT's own" run the same files without the native operator (`Engine(native=False)`).
+take. The sides with "ORT's own" run the same files without the native operator (`Engine(native=False)`); where the
+processor has AMX, another has native operators, but makes no use of it.
 
 SpikingJelly runs the same modules with its neurons in place of ours, torch.compile the same network. OpenVINO reads
 ONNX files exported for it.
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import numpy as np
@@ -49,7 +51,7 @@ from turns import Answer, Worker
 Call = Callable[[Any], Any]
 OTHERS = ("SpikingJelly", "torch.compile", "OpenVINO fp32", "OpenVINO int8")
 BASE = "int8"
-OWN = ", ORT's own"
+OWN, NO_AMX = ", ORT's own", ", no AMX"
 WARM_UP, CALLS = 2, 5  # of a side's turn; ONNX Runtime still takes new memory in the second
 
 
@@ -115,11 +117,15 @@ def openvino(model: Path, threads: int) -> Call:
     return lambda x: request(x)
 
 
-def convolution_share(model: Path, x: Any, threads: int) -> dict[str, float]:
-    """Milliseconds of ONNX Runtime's kernels in one run (of ten, the median), and of its convolutions among them."""
+def convolution_share(model: Path, x: Any, threads: int, *, own: bool = False) -> dict[str, float]:
+    """Milliseconds of all kernels in one run (of ten, the median), and of the convolutions among them.
+
+    Args:
+        own: ONNX Runtime's own operators.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.enable_profiling, options.log_severity_level = threads, True, 3
-    graph = None if native.missing() else native.fuse_model(model.read_bytes())
+    graph = None if own or native.missing() else native.fuse_model(model.read_bytes())
     if graph is not None:
         native.use(ort, options)
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +144,9 @@ def convolution_share(model: Path, x: Any, threads: int) -> dict[str, float]:
         for event in kernels[k * per_run : (k + 1) * per_run]:
             milliseconds = event["dur"] / 1e3
             run["all"] += milliseconds
-            run["convolutions"] += milliseconds * ("Conv" in event["args"]["op_name"])
+            run["convolutions"] += milliseconds * any(
+                word in event["args"]["op_name"] for word in ("Conv", "SpikeAdditions")
+            )
     return {key: statistics.median(run[key] for run in runs[3:]) for key in ("all", "convolutions")}
 
 
@@ -150,7 +158,9 @@ def make(side: str, folder: Path, T: int, threads: int) -> Call:
         return spikingjelly(classifier, T) if side == "SpikingJelly" else compiled(classifier, T)
     if side.startswith("OpenVINO"):
         return openvino(folder / f"{side}.onnx", threads)
-    file = folder / f"{side.removesuffix(OWN)}.onnx"
+    if side.endswith(NO_AMX):  # in this process, the side's own
+        mock.patch.object(native, "has_tiles", return_value=False).start()
+    file = folder / f"{side.removesuffix(OWN).removesuffix(NO_AMX)}.onnx"
     engine = Engine(file, threads=threads, native=False if side.endswith(OWN) else None)
     return lambda x: engine.run(x, engine.T or T)
 
@@ -257,6 +267,7 @@ def main(
         results["export_s"] = export_all(classifier, images, T, folder)
         results["firing_rate"] = firing_rate(Engine(folder / "fp32.onnx", threads=threads), images[:32])
         own = [f"{side}{OWN}" for side in ("fp32", "int8", "int8 dynamic")]
+        own += [f"fp32{NO_AMX}"] if native.has_tiles() else []
         sides = [side for side in dict.fromkeys([*EXPORTS, *own, *OTHERS]) if side not in without]
         results["sides"] = measure(sides, sizes, turns, folder, T, threads)
         results["profile"] = {  # its own cost, some microseconds a kernel, counts at batch 1

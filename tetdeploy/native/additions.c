@@ -2,13 +2,14 @@
  * fifth of them firing that is a fifth of the work, and an addition that loads a weight takes a vector register as long as a
  * multiplication does.
  *
- *   weights   int32 [blocks, chunks, kernel height, kernel width, rows, WIDTH]: a block has WIDTH output channels, and a
- *             chunk `rows` input channels; filled with zeros. Whole numbers of 24 bits
+ *   weights   int32 [blocks, chunks, kernel height, kernel width, 1 + rows, WIDTH]: a block has WIDTH output channels, and a
+ *             chunk `rows` input channels, filled with zeros; first the sum of these. Whole numbers of 24 bits
  *   most      what an input is at most; times `rows` no more than MOST_ADDITIONS, so that the sums of a chunk are int32
  *   vector_bytes   how long the registers are that it uses: 64 or 32, which the processor must have, or 16
  *
- * A call first lists, for each pixel and chunk, the rows of weights to be added; there is an empty list for each pixel of the
- * padding. The rows of a chunk and tap stay in the first-level cache, while a group of outputs adds what it needs of them.
+ * A call first lists, for each pixel and chunk, the rows of weights to be added, or where more than half of the neurons fire
+ * those of the others, to be taken from the sum; there is an empty list for each pixel of the padding. The rows of a chunk and
+ * tap stay in the first-level cache, while a group of outputs adds what it needs of them.
  */
 #include "convolution.h"
 
@@ -20,9 +21,9 @@
 #define MOST_ROWS 128               /* fill 32 KB of the cache */
 #define GROUP 32                    /* outputs in a grain */
 
-typedef struct { uint16_t length, rows[]; } List; /* where the rows begin that are to be added, in bytes */
+typedef struct { uint16_t length, others, rows[]; } List; /* where the rows begin, in bytes; whether of those that do not fire */
 
-static inline size_t list_bytes(const Kernel* kernel) { return (kernel->rows * kernel->most + 1) * sizeof(uint16_t); }
+static inline size_t list_bytes(const Kernel* kernel) { return (kernel->rows * kernel->most + 2) * sizeof(uint16_t); }
 
 static size_t lay_out(Call* call) {
   const Kernel* kernel = call->kernel;
@@ -33,7 +34,7 @@ static size_t lay_out(Call* call) {
 }
 
 /* Which of up to 64 channels are not 0, as bits. */
-static uint64_t find_spikes(const uint8_t* x, size_t channels) {
+INLINED uint64_t find_spikes(const uint8_t* x, size_t channels) {
   uint64_t found = 0;
   for (size_t c = 0; c < channels; c += 8) {
     const uint64_t sevens = 0x7f7f7f7f7f7f7f7f;
@@ -46,12 +47,21 @@ static uint64_t find_spikes(const uint8_t* x, size_t channels) {
   return found;
 }
 
-static void list_rows(List* list, const uint8_t* x, size_t channels, size_t most) {
+FOR_EACH_CPU static void list_rows(List* list, const uint8_t* x, size_t channels, size_t most) {
+  uint64_t found[MOST_ROWS / 64];
+  size_t firing = 0;
+  for (size_t c = 0; c < channels; c += 64) {
+    found[c / 64] = find_spikes(x + c, least(channels - c, 64));
+    firing += __builtin_popcountll(found[c / 64]);
+  }
+  list->others = most == 1 && 2 * firing > channels;
   uint16_t* row = list->rows;
-  for (size_t first = 0; first < channels; first += 64) {
-    for (uint64_t found = find_spikes(x + first, least(channels - first, 64)); found > 0; found &= found - 1) {
-      const size_t c = first + __builtin_ctzll(found);
-      for (size_t left = most == 1 ? 1 : least(x[c], most); left > 0; --left) *row++ = c * ROW;
+  for (size_t c = 0; c < channels; c += 64) {
+    uint64_t left = found[c / 64];
+    if (list->others) left = ~left & ~0ull >> (64 - least(channels - c, 64));
+    for (; left > 0; left &= left - 1) {
+      const size_t channel = c + __builtin_ctzll(left);
+      for (size_t times = most == 1 ? 1 : least(x[channel], most); times > 0; --times) *row++ = (1 + channel) * ROW;
     }
   }
   list->length = row - list->rows;
@@ -83,12 +93,14 @@ typedef struct { int32_t high[GROUP][WIDTH], low[GROUP][WIDTH]; } __attribute__(
   target INLINED void add_16s_##cpu(const char* weights, const char* const* corners, size_t tap, size_t outputs, Sums* sums, size_t n) {  \
     for (size_t p = 0; p < outputs; ++p) {                                                                               \
       const List* list = (const List*)(corners[p] + tap); \
-      if (list->length == 0) continue;                                                                                   \
+      if (list->length + list->others == 0) continue;                                                                                   \
       Vector##cpu sum[ROW / bytes] = {0};                                                                                \
       for (size_t i = 0; i < list->length; ++i) {                                                                        \
         const Vector##cpu* row = (const Vector##cpu*)(weights + list->rows[i]);                                          \
         for (size_t v = 0; v < n * LINE / bytes; ++v) sum[v] += row[v];                                                  \
       }                                                                                                                  \
+      if (list->others)                                                                                                  \
+        for (size_t v = 0; v < n * LINE / bytes; ++v) sum[v] = ((const Vector##cpu*)weights)[v] - sum[v];                \
       Vector##cpu *high = (Vector##cpu*)sums->high[p], *low = (Vector##cpu*)sums->low[p];                                \
       for (size_t v = 0; v < n * LINE / bytes; ++v) {                                                                    \
         high[v] += sum[v] >> 16;                                                                                         \
@@ -147,7 +159,7 @@ static void multiply(void* argument, size_t grain) {
   const size_t all = call->images * call->out_size[0] * call->out_size[1], groups = parts(all, GROUP);
   const size_t block = grain / groups, first = grain % groups * GROUP, outputs = least(all - first, GROUP);
   const size_t channel = block * WIDTH, channels = least(kernel->out_channels - channel, WIDTH);
-  const char* weights = (const char*)kernel->weights + block * kernel->chunks * kernel->taps * kernel->rows * ROW;
+  const char* weights = (const char*)kernel->weights + block * kernel->chunks * kernel->taps * (1 + kernel->rows) * ROW;
   const size_t bytes = list_bytes(kernel), width = call->out_size[1];
   const char* corners[GROUP]; /* lists of the first tap */
   for (size_t p = 0, row = first / width, column = first % width; p < outputs; ++p) {
@@ -159,7 +171,7 @@ static void multiply(void* argument, size_t grain) {
   memset(sums.high, 0, outputs * ROW);
   memset(sums.low, 0, outputs * ROW);
   for (size_t chunk = 0; chunk < kernel->chunks; ++chunk)
-    for (size_t tap = 0; tap < kernel->taps; ++tap, weights += kernel->rows * ROW) {
+    for (size_t tap = 0; tap < kernel->taps; ++tap, weights += (1 + kernel->rows) * ROW) {
       const size_t row = chunk * call->rows + tap / kernel->size[1], column = tap % kernel->size[1];
       add(kernel, weights, corners, (row * call->pitch[1] + column) * bytes, outputs, &sums, parts(channels, 16));
     }
@@ -178,7 +190,7 @@ static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info, int64_t* sha
   kernel->rows = least(least(MOST_ADDITIONS / kernel->most, MOST_ROWS), kernel->in_channels);
   kernel->chunks = parts(kernel->in_channels, kernel->rows);
   kernel->blocks = parts(kernel->out_channels, WIDTH);
-  const int64_t sizes[] = {kernel->blocks, kernel->chunks, kernel->size[0], kernel->size[1], kernel->rows, WIDTH};
+  const int64_t sizes[] = {kernel->blocks, kernel->chunks, kernel->size[0], kernel->size[1], 1 + kernel->rows, WIDTH};
   memcpy(shape, sizes, sizeof sizes);
   return NULL;
 }

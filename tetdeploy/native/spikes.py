@@ -308,10 +308,10 @@ def rows_of(whole: Array, most: int) -> Array:
         whole: int32 `[O, C, kernel height, kernel width]`.
         most: what an input is at most.
 
-    Returns: `[blocks, chunks, kernel height, kernel width, rows, WIDTH]`.
+    Returns: `[blocks, chunks, kernel height, kernel width, 1 + rows, WIDTH]`.
     """
     (outputs, inputs), kernel = whole.shape[:2], whole.shape[2:]
     rows = min(MOST_ADDITIONS // most, MOST_ROWS, inputs)
     filled = np.pad(whole, [(0, -outputs % WIDTH), (0, -inputs % rows), (0, 0), (0, 0)])
-    apart = filled.reshape(-1, WIDTH, filled.shape[1] // rows, rows, *kernel)
-    return np.ascontiguousarray(apart.transpose(0, 2, 4, 5, 3, 1))
+    apart = filled.reshape(-1, WIDTH, filled.shape[1] // rows, rows, *kernel).transpose(0, 2, 4, 5, 3, 1)
+    return np.concatenate([apart.sum(4, dtype=np.int32, keepdims=True), apart], 4)

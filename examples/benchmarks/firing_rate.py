@@ -1,0 +1,86 @@
+"""One float32 convolution of spikes on a CPU by how many neurons fire: ONNX Runtime's own, by additions, and in tiles.
+
+    python examples/benchmarks/firing_rate.py [--channels 256] [--size 16] [--images 32] [--threads 1]
+
+3x3 taps, random spikes, as many output as input channels; medians over ten runs of the convolution's kernel in ONNX
+Runtime's profile. Columns are those of this processor: additions in registers of 64 bytes take AVX-512, of 32 AVX2,
+tiles AMX.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import click
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+from rich.table import Table
+
+from tetdeploy import native
+from tetdeploy.cli.errors import CleanErrors
+
+sys.path.insert(0, str(Path(__file__).parent))
+from inference import convolution_share
+
+RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8, 1.0)
+
+
+def convolution(channels: int) -> onnx.ModelProto:
+    """`per_step [N, C, H, W]`, the currents of spikes where `x [N, C, H, W]` is above 0."""
+    weights = np.random.default_rng(0).normal(size=(channels, channels, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Greater", ["x", "zero"], ["fires"]),
+        helper.make_node("Cast", ["fires"], ["spikes"], to=TensorProto.FLOAT),
+        helper.make_node("Conv", ["spikes", "w"], ["per_step"], pads=[1, 1, 1, 1]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "convolution",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", channels, "H", "W"])],
+        [helper.make_tensor_value_info("per_step", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.zeros((), np.float32), "zero"), numpy_helper.from_array(weights, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def measure(side: str, model: Path, x: np.ndarray, threads: int) -> float:
+    with mock.patch.object(native, "has_tiles", return_value=side == "tiles"):
+        if side.startswith("additions"):
+            with mock.patch.object(native, "vector_bytes", return_value=int(side.split()[1])):
+                return convolution_share(model, x, threads)["convolutions"]
+        return convolution_share(model, x, threads, own=side != "tiles")["convolutions"]
+
+
+@click.command(cls=CleanErrors)
+@click.option("--channels", default=256, show_default=True, type=click.IntRange(32))
+@click.option("--size", default=16, show_default=True, help="Height and width.")
+@click.option("--images", default=32, show_default=True)
+@click.option("--threads", default=1, show_default=True)
+def main(channels: int, size: int, images: int, threads: int) -> None:
+    if (why := native.missing()) is not None:
+        raise click.ClickException(why)
+    sides = ["ONNX Runtime", *(f"additions {bytes_}" for bytes_ in (64, 32) if bytes_ <= native.vector_bytes())]
+    sides += ["tiles"] if native.has_tiles() else []
+    table = Table(
+        title=f"{channels} channels, 3x3, {images} x {size}x{size}, threads: {threads}; ms, and times as fast"
+    )
+    for header in ("firing rate", *sides):
+        table.add_column(header, justify="right")
+    rng = np.random.default_rng(1)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "convolution.onnx"
+        onnx.save(convolution(channels), model)
+        for rate in RATES:
+            x = (rng.random((images, channels, size, size)) < rate).astype(np.float32)
+            took = [measure(side, model, x, threads) for side in sides]
+            table.add_row(f"{rate:g}", f"{took[0]:.1f}", *(f"{ms:.1f}  {took[0] / ms:.1f}x" for ms in took[1:]))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
