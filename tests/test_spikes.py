@@ -23,7 +23,8 @@ from tetdeploy.export import ExportConfig
 from tetdeploy.export.model import build_graph
 from tetdeploy.native import spikes as spikes_module
 from tetdeploy.native.loops import Loop
-from tetdeploy.native.spikes import LARGEST, MOST, digits_of, mark_convolutions, whole_weights
+from tetdeploy.native.packing import LARGEST, digits_of, whole_weights
+from tetdeploy.native.spikes import MOST, mark_convolutions
 from tetdeploy.native.wholes import Whole, WholeNumbers
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 

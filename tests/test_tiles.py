@@ -252,7 +252,7 @@ def test_a_network_has_the_same_logits(layout: str, tiles: bool, monkeypatch: py
     monkeypatch.setattr(native, "has_tiles", lambda: False)
     plain = Engine(path, native=True).run(digits().images, 3).per_step
     monkeypatch.setattr(native, "has_tiles", lambda: True)
-    monkeypatch.setattr("tetdeploy.native.tiles.LEAST_CHANNELS", 1)
+    monkeypatch.setattr("tetdeploy.native.convolution.LEAST_CHANNELS", 1)
     found = list[int]()
 
     def use(graph: onnx.GraphProto) -> int:

@@ -1,27 +1,27 @@
-/* Convolutions of spikes by additions, for processors without AMX: where there is no spike, there is nothing to add. With a
- * fifth of them firing that is a fifth of the work, and an addition that loads a weight takes a vector register as long as a
- * multiplication does.
+/* Convolutions of spikes by additions, for processors without AMX: where there is no spike, there is nothing to add, and a
+ * vector register adds weights that it loads as fast as it multiplies.
  *
- *   weights   int32 [blocks, chunks, kernel height, kernel width, 1 + rows, WIDTH]: a block has WIDTH output channels, and a
- *             chunk `rows` input channels, filled with zeros; first the sum of these. Whole numbers of 24 bits
+ *   weights   int32 [blocks, chunks, kernel height, kernel width, 1 + rows, WIDTH], whole numbers of 24 bits: a block has
+ *             WIDTH output channels, and a chunk `rows` input channels, filled with zeros, and before them their sum
  *   most      what an input is at most; times `rows` no more than MOST_ADDITIONS, so that the sums of a chunk are int32
  *   vector_bytes   how long the registers are that it uses: 64 or 32, which the processor must have, or 16
  *
- * A call first lists, for each pixel and chunk, the rows of weights to be added, or where more than half of the neurons fire
- * those of the others, to be taken from the sum; there is an empty list for each pixel of the padding. The rows of a chunk and
+ * A call first lists, for each pixel and chunk, the rows of weights to be added, or where more than half of the neurons
+ * fire those of the others, to be taken from the sum; each pixel of the padding has an empty list. The rows of a chunk and
  * tap stay in the first-level cache, while a group of outputs adds what it needs of them.
  */
 #include "convolution.h"
 
 #include <math.h>
 
-#define WIDTH 64                    /* output channels that are summed at once */
+#define WIDTH 64                      /* output channels that are summed at once */
 #define ROW (WIDTH * sizeof(int32_t)) /* bytes */
-#define MOST_ADDITIONS 255          /* additions without an overflow */
-#define MOST_ROWS 128               /* fill 32 KB of the cache */
-#define GROUP 32                    /* outputs in a grain */
+#define MOST_ADDITIONS 255            /* without an overflow */
+#define MOST_ROWS 128                 /* fill 32 KB of the cache */
+#define GROUP 32                      /* outputs in a grain */
 
-typedef struct { uint16_t length, others, rows[]; } List; /* where the rows begin, in bytes; whether of those that do not fire */
+/* Where rows begin, in bytes from the first of a chunk and tap; `others` if they are of the channels that do not fire. */
+typedef struct { uint16_t length, others, rows[]; } List;
 
 static inline size_t list_bytes(const Kernel* kernel) { return (kernel->rows * kernel->most + 2) * sizeof(uint16_t); }
 
@@ -84,35 +84,43 @@ static void spread_row(void* argument, size_t row) {
   }
 }
 
-/* Sums of a group of outputs: high * 65536 + low. */
+/* Of a group of outputs: high * 65536 + low. */
 typedef struct { int32_t high[GROUP][WIDTH], low[GROUP][WIDTH]; } __attribute__((aligned(LINE))) Sums;
 
-/* Adds to `n` times 16 channels of each output the rows of its list, in vector registers of `bytes`. */
-#define DEFINE_ADD(cpu, bytes, target)                                                                                   \
-  typedef int32_t Vector##cpu __attribute__((vector_size(bytes)));                                                       \
-  target INLINED void add_16s_##cpu(const char* weights, const char* const* corners, size_t tap, size_t outputs, Sums* sums, size_t n) {  \
-    for (size_t p = 0; p < outputs; ++p) {                                                                               \
-      const List* list = (const List*)(corners[p] + tap); \
-      if (list->length + list->others == 0) continue;                                                                                   \
-      Vector##cpu sum[ROW / bytes] = {0};                                                                                \
-      for (size_t i = 0; i < list->length; ++i) {                                                                        \
-        const Vector##cpu* row = (const Vector##cpu*)(weights + list->rows[i]);                                          \
-        for (size_t v = 0; v < n * LINE / bytes; ++v) sum[v] += row[v];                                                  \
-      }                                                                                                                  \
-      if (list->others)                                                                                                  \
-        for (size_t v = 0; v < n * LINE / bytes; ++v) sum[v] = ((const Vector##cpu*)weights)[v] - sum[v];                \
-      Vector##cpu *high = (Vector##cpu*)sums->high[p], *low = (Vector##cpu*)sums->low[p];                                \
-      for (size_t v = 0; v < n * LINE / bytes; ++v) {                                                                    \
-        high[v] += sum[v] >> 16;                                                                                         \
-        low[v] += sum[v] & 0xffff;                                                                                       \
-      }                                                                                                                  \
-    }                                                                                                                    \
-  }                                                                                                                      \
-  target static void add_##cpu(const char* weights, const char* const* corners, size_t tap, size_t outputs, Sums* sums, size_t n) {    \
-    if (n == 4) add_16s_##cpu(weights, corners, tap, outputs, sums, 4);                                                         \
-    else if (n == 3) add_16s_##cpu(weights, corners, tap, outputs, sums, 3);                                                    \
-    else if (n == 2) add_16s_##cpu(weights, corners, tap, outputs, sums, 2);                                                    \
-    else add_16s_##cpu(weights, corners, tap, outputs, sums, 1);                                                                \
+/* What is added to them: the weights of a chunk and tap, and the lists, `tap` behind those of the first. */
+typedef struct {
+  const char *weights, *first_lists[GROUP];
+  size_t tap, outputs, channels;
+} Addition;
+
+/* For `n` times 16 channels, in vector registers of `bytes`. */
+#define DEFINE_ADD(cpu, bytes, target)                                                                      \
+  typedef int32_t Vector##cpu __attribute__((vector_size(bytes)));                                          \
+  target INLINED void add_16s_##cpu(const Addition* addition, Sums* sums, const size_t n) {                 \
+    const size_t vectors = n * LINE / bytes;                                                                \
+    const Vector##cpu* all = (const Vector##cpu*)addition->weights;                                         \
+    for (size_t p = 0; p < addition->outputs; ++p) {                                                        \
+      const List* list = (const List*)(addition->first_lists[p] + addition->tap);                           \
+      if (list->length + list->others == 0) continue;                                                       \
+      Vector##cpu sum[ROW / bytes] = {0};                                                                   \
+      for (size_t i = 0; i < list->length; ++i) {                                                           \
+        const Vector##cpu* row = (const Vector##cpu*)(addition->weights + list->rows[i]);                   \
+        for (size_t v = 0; v < vectors; ++v) sum[v] += row[v];                                              \
+      }                                                                                                     \
+      if (list->others)                                                                                     \
+        for (size_t v = 0; v < vectors; ++v) sum[v] = all[v] - sum[v];                                      \
+      Vector##cpu *high = (Vector##cpu*)sums->high[p], *low = (Vector##cpu*)sums->low[p];                   \
+      for (size_t v = 0; v < vectors; ++v) {                                                                \
+        high[v] += sum[v] >> 16;                                                                            \
+        low[v] += sum[v] & 0xffff;                                                                          \
+      }                                                                                                     \
+    }                                                                                                       \
+  }                                                                                                         \
+  target static void add_##cpu(const Addition* addition, Sums* sums) {                                      \
+    if (addition->channels > 48) add_16s_##cpu(addition, sums, 4);                                          \
+    else if (addition->channels > 32) add_16s_##cpu(addition, sums, 3);                                     \
+    else if (addition->channels > 16) add_16s_##cpu(addition, sums, 2);                                     \
+    else add_16s_##cpu(addition, sums, 1);                                                                  \
   }
 
 DEFINE_ADD(any, 16, )
@@ -130,18 +138,13 @@ int vector_bytes(void) {
   return 16;
 }
 
-static void add(const Kernel* kernel, const char* weights, const char* const* corners, size_t tap, size_t outputs, Sums* sums, size_t n) {
+static void add(const Kernel* kernel, const Addition* addition, Sums* sums) {
 #if X86
-  if (kernel->vector_bytes == 64) {
-    add_v4(weights, corners, tap, outputs, sums, n);
-    return;
-  }
-  if (kernel->vector_bytes == 32) {
-    add_v3(weights, corners, tap, outputs, sums, n);
-    return;
-  }
+  if (kernel->vector_bytes == 64) add_v4(addition, sums);
+  else if (kernel->vector_bytes == 32) add_v3(addition, sums);
+  else
 #endif
-  add_any(weights, corners, tap, outputs, sums, n);
+    add_any(addition, sums);
 }
 
 FOR_EACH_CPU static void put_together(float* y, const int32_t* high, const int32_t* low, const float* scales,
@@ -156,24 +159,26 @@ FOR_EACH_CPU static void put_together(float* y, const int32_t* high, const int32
 static void multiply(void* argument, size_t grain) {
   const Call* call = argument;
   const Kernel* kernel = call->kernel;
-  const size_t all = call->images * call->out_size[0] * call->out_size[1], groups = parts(all, GROUP);
+  const size_t width = call->out_size[1], all = call->images * call->out_size[0] * width, groups = parts(all, GROUP);
   const size_t block = grain / groups, first = grain % groups * GROUP, outputs = least(all - first, GROUP);
   const size_t channel = block * WIDTH, channels = least(kernel->out_channels - channel, WIDTH);
-  const char* weights = (const char*)kernel->weights + block * kernel->chunks * kernel->taps * (1 + kernel->rows) * ROW;
-  const size_t bytes = list_bytes(kernel), width = call->out_size[1];
-  const char* corners[GROUP]; /* lists of the first tap */
+  const size_t bytes = list_bytes(kernel), panel = (1 + kernel->rows) * ROW;
+  Addition addition = {.outputs = outputs, .channels = channels};
   for (size_t p = 0, row = first / width, column = first % width; p < outputs; ++p) {
     const size_t y = row / call->out_size[0] * call->pitch[0] + row % call->out_size[0] * kernel->strides[0];
-    corners[p] = (const char*)call->spread + (y * call->pitch[1] + column * kernel->strides[1]) * bytes;
+    const size_t list = y * call->pitch[1] + column * kernel->strides[1];
+    addition.first_lists[p] = (const char*)call->spread + list * bytes;
     if (++column == width) column = 0, ++row;
   }
   Sums sums;
   memset(sums.high, 0, outputs * ROW);
   memset(sums.low, 0, outputs * ROW);
+  addition.weights = (const char*)kernel->weights + block * kernel->chunks * kernel->taps * panel;
   for (size_t chunk = 0; chunk < kernel->chunks; ++chunk)
-    for (size_t tap = 0; tap < kernel->taps; ++tap, weights += (1 + kernel->rows) * ROW) {
+    for (size_t tap = 0; tap < kernel->taps; ++tap, addition.weights += panel) {
       const size_t row = chunk * call->rows + tap / kernel->size[1], column = tap % kernel->size[1];
-      add(kernel, weights, corners, (row * call->pitch[1] + column) * bytes, outputs, &sums, parts(channels, 16));
+      addition.tap = (row * call->pitch[1] + column) * bytes;
+      add(kernel, &addition, &sums);
     }
   float* y = (float*)call->y + first * kernel->out_channels + channel;
   for (size_t p = 0; p < outputs; ++p, y += kernel->out_channels)

@@ -3,10 +3,10 @@
  * `ai.tetdeploy::Convolution` stands for a `QLinearConv` of bytes that lie channels last, and gives its bits: sums of
  * int32, plus the bias, times a scale for each channel in float32, limited, rounded to even, plus the zero point.
  *
- * `ai.tetdeploy::SpikeConvolution` and `ai.tetdeploy::SpikeAdditions` stand for a float32 `Conv` of spikes, or sums of some,
- * and give the same bits, the first with AMX, the second without. A weight is a whole number of 24 bits times a scale of
- * its channel, as near as float32 is to the channel's largest. The sums are whole and exact: high * 65536 + low, of which two
- * float32 operations make a current, high * (scale * 65536) + (low * scale + bias).
+ * `ai.tetdeploy::SpikeConvolution`, with AMX, and `ai.tetdeploy::SpikeAdditions`, without, stand for a float32 `Conv` of
+ * spikes, or sums of some, and give the same bits. A weight is a whole number of 24 bits times a scale of its channel, as
+ * near as float32 is to the channel's largest. The sums are whole and exact: high * 65536 + low, of which two float32
+ * operations make a current, high * (scale * 65536) + (low * scale + bias).
  *
  *   input 0   uint8 [N, H, W, C], zero point 0
  *   input 1   weights, constant: int8 in tiles, int32 of additions, in the order that `tiles.c` and `additions.c` say
@@ -105,8 +105,8 @@ static OrtStatusPtr constant(const Kernel* kernel, const OrtKernelInfo* info, si
   return api->GetTensorMutableData((OrtValue*)value, (void**)data);
 }
 
-static OrtStatusPtr read_sizes(const Kernel* kernel, const OrtKernelInfo* info, const char* name, size_t least, size_t* sizes,
-                               size_t count) {
+static OrtStatusPtr read_sizes(const Kernel* kernel, const OrtKernelInfo* info, const char* name, size_t least,
+                               size_t* sizes, size_t count) {
   const OrtApi* api = kernel->api;
   int64_t read[4];
   size_t found = 0;

@@ -1,8 +1,8 @@
 """Puts the exact convolutions of this package (`convolution.c`) in place of ONNX Runtime's float32 ones on spikes.
 
 An input that is spikes, or sums of some, is whole numbers that fit into a byte. So where the graph shows that it is, a
-weight can be a whole number, too, of 24 bits, in three bytes that tiles multiply: all products and sums are exact, and
-what differs from float32 is the weight, by half an ulp of the largest one of its channel at most.
+weight can be a whole number, too, of 24 bits: all products and sums are exact, in tiles (AMX) or by additions, and what
+differs from float32 is the weight, by half an ulp of the largest one of its channel at most.
 
 While ONNX Runtime optimises the graph a `ConvInteger` stands in for each: it knows that one, and lets it be.
 """
@@ -19,16 +19,14 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy import native
+from tetdeploy.native.convolution import can_convolve, native_convolution
 from tetdeploy.native.layout import TO_FIRST, TO_LAST, reading
 from tetdeploy.native.loops import Loop, leading_to, put_nodes
+from tetdeploy.native.packing import digits_of, rows_of, tiles_of, whole_weights
 from tetdeploy.native.regions import Kind
-from tetdeploy.native.tiles import fits_tiles, native_convolution, tiles_of
 from tetdeploy.native.wholes import Whole, WholeNumbers, threshold
 
-Array = np.ndarray[Any, Any]
-LARGEST = 127 * 65536 + 127 * 256 + 127  # of three digits
 MOST = 2**31 // (128 * 257)  # inputs of 1 that may add up: two digits of each stay within int32
-MOST_ADDITIONS, MOST_ROWS, WIDTH = 255, 128, 64  # as in `additions.c`
 MOST_ADDED, LEAST_ADDED, LEAST_BYTES = 2, 32, 32  # inputs, channels and registers of which additions are the faster way
 POOLS = (("MaxPool", ""), ("QLinearAveragePool", "com.microsoft"))
 
@@ -170,7 +168,7 @@ def _take(node: onnx.NodeProto, wholes: WholeNumbers, tiles: bool) -> Marked | N
         weights is None
         or None in biases
         or weights.data_type != TensorProto.FLOAT
-        or not fits_tiles(attributes, weights)
+        or not can_convolve(attributes, weights)
     ):
         return None
     whole, numbers = wholes.of(node.input[0]), numpy_helper.to_array(weights)
@@ -276,42 +274,3 @@ def _constants(convolution: Marked, name: str, tiles: bool) -> list[onnx.TensorP
     packed = tiles_of(digits_of(whole)) if tiles else rows_of(whole, convolution.whole.most)
     arrays = {"packed": packed, "scales": scales * np.float32(convolution.whole.unit), "biases": biases}
     return [numpy_helper.from_array(array, f"{name}.{what}") for what, array in arrays.items()]
-
-
-def whole_weights(weights: Array) -> tuple[Array, Array]:
-    """Weights as whole numbers, from -LARGEST to LARGEST.
-
-    Args:
-        weights: float32 `[O, ...]`, finite.
-
-    Returns:
-        int32 `[O, ...]`; float32 `[O]`, the scale that they are to be multiplied with.
-    """
-    largest = np.abs(weights).max(axis=tuple(range(1, weights.ndim)))
-    scales = np.maximum(largest / np.float32(LARGEST), np.finfo(np.float32).tiny)
-    by_channel = scales.reshape(-1, *[1] * (weights.ndim - 1)).astype(np.float64)
-    return np.rint(weights / by_channel).clip(-LARGEST, LARGEST).astype(np.int32), scales
-
-
-def digits_of(whole: Array) -> Array:
-    """int8 `[3, ...]`: the digits of `whole`, each from -128 to 127, which is (d0 * 256 + d1) * 256 + d2."""
-    low = (whole + 128 & 255) - 128
-    middle = ((whole - low >> 8) + 128 & 255) - 128
-    high = (whole - low >> 8) - middle >> 8
-    return np.stack([high, middle, low]).astype(np.int8)
-
-
-def rows_of(whole: Array, most: int) -> Array:
-    """Weights in the order in which `additions.c` adds them.
-
-    Args:
-        whole: int32 `[O, C, kernel height, kernel width]`.
-        most: what an input is at most.
-
-    Returns: `[blocks, chunks, kernel height, kernel width, 1 + rows, WIDTH]`.
-    """
-    (outputs, inputs), kernel = whole.shape[:2], whole.shape[2:]
-    rows = min(MOST_ADDITIONS // most, MOST_ROWS, inputs)
-    filled = np.pad(whole, [(0, -outputs % WIDTH), (0, -inputs % rows), (0, 0), (0, 0)])
-    apart = filled.reshape(-1, WIDTH, filled.shape[1] // rows, rows, *kernel).transpose(0, 2, 4, 5, 3, 1)
-    return np.concatenate([apart.sum(4, dtype=np.int32, keepdims=True), apart], 4)

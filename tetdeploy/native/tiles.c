@@ -1,6 +1,6 @@
-/* Convolutions in tiles, for processors with AMX: ONNX Runtime's own multiply in vector registers; tiles do sixteen times as
- * much in an instruction. Weights of 24 bits come in three digits of a byte, (d0 * 256 + d1) * 256 + d2, which are summed
- * one after the other.
+/* Convolutions in tiles, for processors with AMX: ONNX Runtime's own multiply in vector registers; tiles do sixteen times
+ * as much in an instruction. Weights of 24 bits come in three digits of a byte, (d0 * 256 + d1) * 256 + d2, which are
+ * summed one after the other.
  *
  *   weights   int8 [blocks, digits, chunks, kernel height, kernel width, 2, CHUNK / 4, 16, 4]: a block has 32 output
  *             channels, two tiles of 16, and a chunk CHUNK input channels, four after four; filled with zeros
@@ -348,7 +348,9 @@ static OrtStatusPtr fill_spikes(Kernel* kernel, const OrtKernelInfo* info, int64
   return (void)info, fill(kernel, DIGITS, shape);
 }
 
-#define TILES_WAY .rank = 9, .weight = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, .lay_out = lay_out, .spread_row = spread_row, .multiply = multiply
+#define TILES_WAY                                                                                      \
+  .rank = 9, .weight = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, .lay_out = lay_out, .spread_row = spread_row, \
+  .multiply = multiply
 const Way INT8_TILES = {.name = "Convolution",
                         .bias = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
                         .output = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,

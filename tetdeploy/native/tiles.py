@@ -1,19 +1,14 @@
-"""Puts int8 convolutions of this package (`convolution.c`) in place of ONNX Runtime's where the processor has AMX."""
+"""Puts int8 convolutions of this package (`tiles.c`) in place of ONNX Runtime's where the processor has AMX."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tetdeploy.native import DOMAIN
+from tetdeploy.native.convolution import can_convolve, native_convolution
 from tetdeploy.native.loops import constants_of, put_nodes
-
-Array = np.ndarray[Any, Any]
-LEAST_CHANNELS = 16  # with fewer a tile is so empty that vector registers are as fast
+from tetdeploy.native.packing import tiles_of
 
 
 def use_tiles(graph: onnx.GraphProto, *, tiles: bool = True) -> int:
@@ -53,7 +48,7 @@ def _convolution(
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     fits = (
         attributes.get("channels_last") == 1
-        and fits_tiles(attributes, weights)
+        and can_convolve(attributes, weights)
         and weights.data_type == TensorProto.INT8
         and x_zero.data_type == y_zero.data_type == TensorProto.UINT8
         and not numpy_helper.to_array(x_zero).any()
@@ -71,45 +66,3 @@ def _convolution(
     read = [x, *(tensor.name for tensor in made), bias]
     own = {"zero_point": int(numpy_helper.to_array(y_zero).item()), "plain": int(not tiles)}
     return native_convolution("Convolution", read, node.output[0], weights, attributes, **own), made
-
-
-def fits_tiles(attributes: Mapping[str, Any], weights: onnx.TensorProto) -> bool:
-    """Whether `convolution.c` computes a convolution with such attributes and weights `[O, C, ...]`."""
-    return (
-        attributes.get("group", 1) == 1
-        and set(attributes.get("dilations", [1])) == {1}
-        and attributes.get("auto_pad", b"NOTSET") == b"NOTSET"
-        and len(weights.dims) == 4
-        and weights.dims[1] >= LEAST_CHANNELS
-    )
-
-
-def native_convolution(
-    op: str, read: Sequence[str], y: str, weights: onnx.TensorProto, attributes: Mapping[str, Any], **others: int
-) -> onnx.NodeProto:
-    """The node of `convolution.c` for a convolution with such weights `[O, C, ...]` and attributes."""
-    return helper.make_node(
-        op,
-        read,
-        [y],
-        domain=DOMAIN,
-        channels=weights.dims[1],
-        kernel_shape=weights.dims[2:],
-        strides=attributes.get("strides", [1, 1]),
-        pads=attributes.get("pads", [0, 0, 0, 0]),
-        **others,
-    )
-
-
-def tiles_of(digits: Array) -> Array:
-    """Weights in the order in which `convolution.c` multiplies them.
-
-    Args:
-        digits: int8 `[digits, O, C, kernel height, kernel width]`.
-
-    Returns: `[blocks, digits, chunks, kernel height, kernel width, 2, 16, 16, 4]`.
-    """
-    (outputs, inputs), kernel = digits.shape[1:3], digits.shape[3:]
-    whole = np.pad(digits, [(0, 0), (0, -outputs % 32), (0, -inputs % 64), (0, 0), (0, 0)])
-    apart = whole.reshape(len(digits), -1, 2, 16, whole.shape[2] // 64, 16, 4, *kernel)
-    return np.ascontiguousarray(apart.transpose(1, 0, 4, 7, 8, 2, 5, 3, 6))

@@ -1,0 +1,64 @@
+"""Weights in the form and order in which C wants them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+LARGEST = 127 * 65536 + 127 * 256 + 127  # of three digits
+MOST_ADDITIONS, MOST_ROWS, WIDTH = 255, 128, 64  # as in `additions.c`
+
+
+def whole_weights(weights: Array) -> tuple[Array, Array]:
+    """Weights as whole numbers, from -LARGEST to LARGEST.
+
+    Args:
+        weights: float32 `[O, ...]`, finite.
+
+    Returns:
+        int32 `[O, ...]`; float32 `[O]`, the scale that they are to be multiplied with.
+    """
+    largest = np.abs(weights).max(axis=tuple(range(1, weights.ndim)))
+    scales = np.maximum(largest / np.float32(LARGEST), np.finfo(np.float32).tiny)
+    by_channel = scales.reshape(-1, *[1] * (weights.ndim - 1)).astype(np.float64)
+    return np.rint(weights / by_channel).clip(-LARGEST, LARGEST).astype(np.int32), scales
+
+
+def digits_of(whole: Array) -> Array:
+    """int8 `[3, ...]`: the digits of `whole`, each from -128 to 127, which is (d0 * 256 + d1) * 256 + d2."""
+    low = (whole + 128 & 255) - 128
+    middle = ((whole - low >> 8) + 128 & 255) - 128
+    high = (whole - low >> 8) - middle >> 8
+    return np.stack([high, middle, low]).astype(np.int8)
+
+
+def tiles_of(digits: Array) -> Array:
+    """Weights in the order in which `tiles.c` multiplies them.
+
+    Args:
+        digits: int8 `[digits, O, C, kernel height, kernel width]`.
+
+    Returns: `[blocks, digits, chunks, kernel height, kernel width, 2, 16, 16, 4]`.
+    """
+    (outputs, inputs), kernel = digits.shape[1:3], digits.shape[3:]
+    whole = np.pad(digits, [(0, 0), (0, -outputs % 32), (0, -inputs % 64), (0, 0), (0, 0)])
+    apart = whole.reshape(len(digits), -1, 2, 16, whole.shape[2] // 64, 16, 4, *kernel)
+    return np.ascontiguousarray(apart.transpose(1, 0, 4, 7, 8, 2, 5, 3, 6))
+
+
+def rows_of(whole: Array, most: int) -> Array:
+    """Weights in the order in which `additions.c` adds them.
+
+    Args:
+        whole: int32 `[O, C, kernel height, kernel width]`.
+        most: what an input is at most.
+
+    Returns: `[blocks, chunks, kernel height, kernel width, 1 + rows, WIDTH]`.
+    """
+    (outputs, inputs), kernel = whole.shape[:2], whole.shape[2:]
+    rows = min(MOST_ADDITIONS // most, MOST_ROWS, inputs)
+    filled = np.pad(whole, [(0, -outputs % WIDTH), (0, -inputs % rows), (0, 0), (0, 0)])
+    apart = filled.reshape(-1, WIDTH, filled.shape[1] // rows, rows, *kernel).transpose(0, 2, 4, 5, 3, 1)
+    return np.concatenate([apart.sum(4, dtype=np.int32, keepdims=True), apart], 4)
