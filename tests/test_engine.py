@@ -50,6 +50,40 @@ def test_T_defaults_to_that_of_the_export(layout: str, options: dict[str, Any], 
     np.testing.assert_allclose(result.logits, result.per_step.mean(1), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("encoding", ["direct", "frames"])
+@pytest.mark.parametrize(("layout", "options"), [("unrolled", {"T": 4}), ("dynamic", {}), ("step", {})], ids=str)
+def test_a_large_batch_runs_in_parts(
+    layout: str, options: dict[str, Any], encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = engine(layout, encoding=encoding, **options)
+    x = images(7) if encoding == "direct" else frames(7, 4)
+    whole, counts = runner.count(x, 3)
+    largest = max(int(np.prod(layer["shape"])) for layer in runner.metadata["neurons"])
+    monkeypatch.setattr(
+        "tetdeploy.engine.IN_CACHE", largest * 12
+    )  # an unrolled graph runs its four steps, another three
+    batches = list[int]()
+    session = runner.overlaid(runner.counting_overlay)[0]
+    monkeypatch.setattr(runner, "overlaid", lambda overlay: (_Spy(session, batches), list(counts)))
+    parts, their_counts = runner.count(x, 3)
+    assert batches == {"unrolled": [3, 2, 2], "dynamic": [4, 3], "step": [7, 7, 7]}[layout]
+    np.testing.assert_allclose(parts.per_step, whole.per_step, atol=1e-6)
+    for name, count in counts.items():
+        np.testing.assert_array_equal(their_counts[name], count)
+
+
+class _Spy:
+    """A session that notes the size of each batch."""
+
+    def __init__(self, session: Any, batches: list[int]) -> None:
+        self.session, self.batches = session, batches
+
+    def run(self, names: list[str], feed: dict[str, Array]) -> list[Array]:
+        self.batches.append(len(feed["x"]))
+        answers: list[Array] = self.session.run(names, feed)
+        return answers
+
+
 @pytest.mark.parametrize(("layout", "options"), [
     ("unrolled", {"T": 4}),
     ("dynamic", {}),
@@ -272,7 +306,11 @@ def test_damaged_weights_give_no_answer(layout: str, options: dict[str, Any], va
             runner.stream(2).push(images(2))
 
 
-def test_an_image_out_of_range_does_not_take_the_answers_of_others() -> None:
+@pytest.mark.parametrize("in_cache", [1, 10**9])
+def test_an_image_out_of_range_does_not_take_the_answers_of_others(
+    in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tetdeploy.engine.IN_CACHE", in_cache)
     runner = engine("unrolled", T=4, normalize=False)
     x = np.zeros((2, 1, 8, 8), np.float32)
     x[1] = 3e38

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 METADATA_KEY = "tetdeploy"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+IN_CACHE = 4_000_000  # spikes of a layer, over images and steps: with more in a call each image takes a CPU longer
 NATIVE_FROM = 20_000  # neurons; in smaller networks what lies between convolutions takes no time to speak of
 RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # each with the extra that brings it
 
@@ -192,20 +193,27 @@ class Engine:
         Raises:
             ValueError: the runtime failed, or no image has finite logits.
         """
+        outputs = self._call(feed, names, session)
+        if "per_step" in outputs:
+            self._check_finite(outputs["per_step"])
+        return outputs
+
+    def _call(self, feed: Mapping[str, Array], names: Sequence[str], session: Any) -> dict[str, Array]:
         try:
-            outputs = dict(zip(names, (session or self._session).run(list(names), feed), strict=True))
+            return dict(zip(names, (session or self._session).run(list(names), feed), strict=True))
         except ValueError:  # of a TensorRT session, which speaks for itself
             raise
         except Exception as error:  # ONNX Runtime's own exception classes are private
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"ONNX Runtime failed on x of shape {list(feed['x'].shape)}: {reason}") from error
+
+    def _check_finite(self, per_step: Array) -> None:
         # None at all: one image's float32 input may be far out of range, and a server batches it with those of others.
-        if "per_step" in outputs and not np.isfinite(outputs["per_step"]).all((1, 2)).any():
+        if not np.isfinite(per_step).all((1, 2)).any():
             raise ValueError(
                 f"{self.path} gives NaN or infinite logits: the file is damaged, or the input far out of range; "
                 "if it does so for every input, export the model again"
             )
-        return outputs
 
     def put(self, x: Array) -> Any:
         """`x` where the model runs, for calls that show it again and again."""
@@ -283,15 +291,27 @@ class Engine:
             stream = Stream(self, len(x), session)
             calls = [stream.call(part, names) for part in _chunks(x, T, self.T or 1, self.encoding)]
         else:
-            feed = {"x": x[:, :T] if self.encoding == "frames" else x}
-            if self.layout == "dynamic" and self.encoding == "direct":
-                feed["steps"] = np.zeros((len(x), T), np.uint8)
-            if self.layout == "unrolled" and self.encoding == "frames":
-                feed["x"] = _pad_time(x[:, :T], self.T or T)
-            calls = [self.call(feed, ["per_step", *names], session)]
-        per_step = np.concatenate([call["per_step"] for call in calls], axis=1)[:, :T]
-        extra = {name: np.concatenate([_time_first(c[name], c["per_step"]) for c in calls])[:T] for name in names}
+            calls = [self._call(self._feed(part, T), ["per_step", *names], session) for part in self._parts(x, T)]
+        joined = 1 if self.with_state else 0  # the axis of [N, T, K]: steps, or images
+        per_step = np.concatenate([call["per_step"] for call in calls], joined)[:, :T]
+        self._check_finite(per_step)
+        extra = {
+            name: np.concatenate([_time_first(call[name], call["per_step"]) for call in calls], 1 - joined)[:T]
+            for name in names
+        }
         return Result(per_step.mean(1), per_step, np.full(len(x), per_step.shape[1])), extra
+
+    def _parts(self, x: Array, T: int) -> list[Array]:
+        """`x` in parts that a CPU's caches hold the layers of; a GPU wants it whole."""
+        largest = max((math.prod(layer["shape"]) for layer in self.metadata["neurons"]), default=1)
+        most = max(1, IN_CACHE // (largest * (self.T or T))) if self.device == "cpu" else len(x)
+        return np.array_split(x, math.ceil(len(x) / most))
+
+    def _feed(self, x: Array, T: int) -> dict[str, Array]:
+        """The inputs of a graph that runs T steps in one call."""
+        if self.encoding == "frames":
+            return {"x": _pad_time(x[:, :T], self.T or T) if self.layout == "unrolled" else x[:, :T]}
+        return {"x": x, "steps": np.zeros((len(x), T), np.uint8)} if self.layout == "dynamic" else {"x": x}
 
     def _run_until_certain(self, x: Array, T: int, exit: Exit) -> Result:
         """Run at most T steps; after each the images that are certain leave the batch."""

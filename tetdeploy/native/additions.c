@@ -144,7 +144,7 @@ static void add(const Kernel* kernel, const Addition* addition, Sums* sums) {
   else if (kernel->vector_bytes == 32) add_v3(addition, sums);
   else
 #endif
-    add_any(addition, sums);
+    add_any(addition, sums), (void)kernel;
 }
 
 FOR_EACH_CPU static void put_together(float* y, const int32_t* high, const int32_t* low, const float* scales,
