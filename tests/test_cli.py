@@ -298,6 +298,11 @@ class TestBadInput:
         refused("train", "--T", T, code=2 if T == "two" else 1)
         assert snapshot(workplace) == before
 
+    def test_quickstart_refuses_a_bad_switch_before_it_trains(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TETDEPLOY_NATIVE", "yes")
+        assert refused("quickstart").startswith("Error: TETDEPLOY_NATIVE is 'yes'; it must be 0,")
+        assert not Path("runs").exists()
+
     def test_picojoules_that_cannot_be(self, workplace: Path) -> None:
         assert "ac_pj must be a positive number of picojoules, got 0" in refused("sweep", "--ac-pj", "0")
         assert "mac_pj must be at least ac_pj=0.9; got 0.5" in refused("sweep", "--mac-pj", "0.5")
