@@ -559,6 +559,22 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
     assert "Error" not in done.output and snapshot(workplace) == before
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+@pytest.mark.parametrize(
+    ("command", "rest"),
+    [
+        (("train", "--epochs", "1", "--out", "new"), "; what was written before is as it was: go on with --resume"),
+        (("train", "--epochs", "1", "--out", "new", "--seeds", "0,1"), ""),
+        (("inspect", MODEL), ""),
+    ],
+)
+def test_standard_output_that_is_full_is_named(command: tuple[str, ...], rest: str, workplace: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = (sys.executable, "-m", "tetdeploy", *command)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"Error: standard output: No space left on device{rest}\n")
+
+
 @pytest.mark.parametrize(
     "error",
     [
