@@ -254,6 +254,11 @@ def test_a_folder_that_cannot_be_made_is_named(saved: Path) -> None:
 def test_newest_run_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no run in .*: train one first \(tetdeploy train\)"):
         newest_run(tmp_path / "runs")
-    (tmp_path / "latest").write_text("gone\n")
-    with pytest.raises(FileNotFoundError, match=r"latest points at .*gone, which is gone; name another"):
-        newest_run(tmp_path)
+    for text, fault in (
+        (b"gone\n", "points at .*gone, which is gone"),
+        (b"\xff\x00", "points at .*which is gone"),
+        (b"\n", "is empty"),
+    ):
+        (tmp_path / "latest").write_bytes(text)
+        with pytest.raises(FileNotFoundError, match=f"latest {fault}; name another run folder"):
+            newest_run(tmp_path)

@@ -561,11 +561,13 @@ def test_latest_is_a_text_file_where_there_are_no_symlinks(tmp_path: Path, monke
     def refuse(*args: Any, **options: Any) -> None:
         raise OSError("symlinks need a privilege")
 
-    (tmp_path / "runs" / "one").mkdir(parents=True)
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    mark_latest(tmp_path / "runs" / "one", tmp_path / "runs")
-    assert (tmp_path / "runs" / "latest").read_text() == "one\n"
-    assert newest_run(tmp_path / "runs") == tmp_path / "runs" / "one"
+    for name in (b"one", b"two\xff"):
+        folder = tmp_path / "runs" / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        mark_latest(folder, tmp_path / "runs")
+        assert (tmp_path / "runs" / "latest").read_bytes() == name + b"\n"
+        assert newest_run(tmp_path / "runs") == folder
 
 
 def test_new_run_folders_count_up_and_go_again_where_nothing_is_written(tmp_path: Path) -> None:
