@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import tetdeploy
 from tetdeploy.checkpoint import load, load_weights, newest_run, read_metadata, save_checkpoint
+from tetdeploy.files import atomic_folder, atomic_write
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 
 
@@ -246,6 +247,20 @@ def test_a_failed_write_leaves_the_earlier_file(saved: Path, monkeypatch: pytest
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
+@pytest.mark.parametrize("write", [atomic_write, atomic_folder])
+def test_folders_that_were_made_go_again_where_nothing_is_written(write: Any, tmp_path: Path) -> None:
+    def fails() -> None:
+        raise ValueError("it is damaged")
+
+    for path in (tmp_path / "a" / "b" / "c", tmp_path / "c"):
+        with pytest.raises(ValueError, match="it is damaged"), write(path):
+            fails()
+    assert list(tmp_path.iterdir()) == []
+    with write(tmp_path / "a" / "b" / "c"), pytest.raises(ValueError, match="it"), write(tmp_path / "a" / "d" / "e"):
+        fails()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a", "a/b", "a/b/c"]
+
+
 def test_a_folder_that_cannot_be_made_is_named(saved: Path) -> None:
     with pytest.raises(OSError, match=r"cannot write .*c\.safetensors: .*choose another output folder"):
         save_checkpoint(saved / "c.safetensors", convsnn(), training={}, provenance={})
@@ -254,6 +269,11 @@ def test_a_folder_that_cannot_be_made_is_named(saved: Path) -> None:
 def test_newest_run_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no run in .*: train one first \(tetdeploy train\)"):
         newest_run(tmp_path / "runs")
-    (tmp_path / "latest").write_text("gone\n")
-    with pytest.raises(FileNotFoundError, match=r"latest points at .*gone, which is gone; name another"):
-        newest_run(tmp_path)
+    for text, fault in (
+        (b"gone\n", "points at .*gone, which is gone"),
+        (b"\xff\x00", "points at .*which is gone"),
+        (b"\n", "is empty"),
+    ):
+        (tmp_path / "latest").write_bytes(text)
+        with pytest.raises(FileNotFoundError, match=f"latest {fault}; name another run folder"):
+            newest_run(tmp_path)

@@ -298,6 +298,11 @@ class TestBadInput:
         refused("train", "--T", T, code=2 if T == "two" else 1)
         assert snapshot(workplace) == before
 
+    def test_quickstart_refuses_a_bad_switch_before_it_trains(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TETDEPLOY_NATIVE", "yes")
+        assert refused("quickstart").startswith("Error: TETDEPLOY_NATIVE is 'yes'; it must be 0,")
+        assert not Path("runs").exists()
+
     def test_picojoules_that_cannot_be(self, workplace: Path) -> None:
         assert "ac_pj must be a positive number of picojoules, got 0" in refused("sweep", "--ac-pj", "0")
         assert "mac_pj must be at least ac_pj=0.9; got 0.5" in refused("sweep", "--mac-pj", "0.5")
@@ -552,6 +557,22 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
     assert done.exit_code == 130 and isinstance(done.exception, SystemExit)
     assert done.output.splitlines()[-1] == "interrupted; no file is left half written"
     assert "Error" not in done.output and snapshot(workplace) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+@pytest.mark.parametrize(
+    ("command", "rest"),
+    [
+        (("train", "--epochs", "1", "--out", "new"), "; what was written before is as it was: go on with --resume"),
+        (("train", "--epochs", "1", "--out", "new", "--seeds", "0,1"), ""),
+        (("inspect", MODEL), ""),
+    ],
+)
+def test_standard_output_that_is_full_is_named(command: tuple[str, ...], rest: str, workplace: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = (sys.executable, "-m", "tetdeploy", *command)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"Error: standard output: No space left on device{rest}\n")
 
 
 @pytest.mark.parametrize(

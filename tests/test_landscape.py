@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -272,6 +273,12 @@ class TestFigure:
             shown.tet_loss[1] = np.inf
         plot_landscape(shown, tmp_path / "plot.png", radius=0.5, title=kind)
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_names_of_any_bytes(self, tmp_path: Path) -> None:
+        name = r"$\frac$ " + os.fsdecode(b"\xff")
+        shown = dataclasses.replace(bowl(), names=("flat", name))
+        plot_landscape(shown, tmp_path / "plot.png", radius=0.5, title=f"1 images of folder:{name}")
+        assert (tmp_path / "plot.png").exists()
 
     def test_nothing_finite_is_refused(self, tmp_path: Path) -> None:
         shown = bowl()

@@ -210,6 +210,28 @@ def test_parts_that_differ_in_length_are_left_alone(pieces: tuple[str, ...]) -> 
     assert_same(model, {"x": floats(2, 3), "z": floats(7, 3)})
 
 
+@pytest.mark.parametrize("length", ["N", "M"])
+def test_parts_that_may_differ_in_length_are_left_alone(length: str) -> None:
+    nodes = [helper.make_node("Mul", [name, "k"], [f"{name}0"]) for name in "ab"]
+    nodes += [helper.make_node("ThresholdedRelu", [f"{name}0"], [f"{name}1"], alpha=0.5) for name in "ab"]
+    nodes.append(helper.make_node("Concat", ["a1", "b1"], ["y"], axis=0))
+    inputs: dict[str, tuple[int, Sequence[int | str]]] = {"a": (FLOAT, ["N", 5]), "b": (FLOAT, [length, 5])}
+    model = graph(nodes, inputs, {"y": FLOAT}, {"k": np.array(2.0, np.float32)})
+    if length == "M":
+        assert native.fuse_model(model) is None
+    else:
+        assert assert_same(model, {"a": floats(3, 5), "b": floats(3, 5, seed=2)}) == ["Elementwise"]
+
+
+def test_parts_of_wholes_that_are_added_are_as_long() -> None:
+    nodes = [helper.make_node("Mul", [name, "k"], [f"{name}0"]) for name in "ab"]
+    nodes += [helper.make_node("Concat", [f"{name}0", f"{name}0"], [f"{name}1"], axis=0) for name in "ab"]
+    nodes.append(helper.make_node("Add", ["a1", "b1"], ["y"]))
+    inputs: dict[str, tuple[int, Sequence[int | str]]] = {"a": (FLOAT, ["N", 5]), "b": (FLOAT, ["M", 5])}
+    model = graph(nodes, inputs, {"y": FLOAT}, {"k": np.array(2.0, np.float32)})
+    assert assert_same(model, {"a": floats(3, 5), "b": floats(3, 5, seed=2)}) == ["Elementwise"]
+
+
 def test_the_sizes_of_an_old_split_count() -> None:
     nodes = [
         helper.make_node("Split", ["x"], ["a", "b"], axis=0, split=[2, 4]),

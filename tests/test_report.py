@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from itertools import pairwise
@@ -483,6 +484,16 @@ class TestCommand:
         done = CliRunner().invoke(main, ["report", "a.sweep.json", "b.sweep.json", "--name", "[red]x[/y]"])
         assert done.exit_code == 0, done.output
         assert "[red]x[/y]" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).texts
+
+    def test_names_of_any_bytes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        name = os.fsdecode(b"a\xff")
+        for folder in (name, "b"):
+            write(run_folder(tmp_path / folder) / f"{name}.sweep.json", result(model=name, data=name))
+        done = CliRunner().invoke(main, ["report", name, "b", "--markdown", "r.md"])
+        assert done.exit_code == 0, done.output
+        assert "a?" in Page(Path("report.html").read_text(encoding="utf-8")).texts
+        assert "| a? |" in Path("r.md").read_text(encoding="utf-8")
 
     @pytest.mark.parametrize("arguments", [[], ["nothing"], ["."], ["note.txt"]])
     def test_refusals_are_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:

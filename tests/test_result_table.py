@@ -24,7 +24,7 @@ def lines(table: ResultTable, width: int, encoding: str = "utf-8") -> list[str]:
 def numbers(*, title: str | None = None) -> ResultTable:
     """Two labels and six columns of numbers, 76 characters wide."""
     table = ResultTable(num_labels=2, title=title)
-    table.add_column("name", overflow="fold")
+    table.add_column("name")
     for header in ("T", *(f"column\n{k}" for k in range(6))):
         table.add_column(header, justify="right", no_wrap=True)
     for row in ROWS[:2]:

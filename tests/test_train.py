@@ -339,9 +339,11 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     classifier, again = toy(), toy(seed=5)
     run(tmp_path, classifier)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    result = run(tmp_path, again, resume=True)
+    (tmp_path / ".lock").mkdir()  # and it writes nothing, as on a disk that is mounted to be read only
+    result = run(tmp_path, again, resume=True, runs=tmp_path / "config.json")
     assert (result.epochs, result.interrupted) == (3, False)
     assert same_weights(again, classifier)
+    (tmp_path / ".lock").rmdir()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -559,11 +561,13 @@ def test_latest_is_a_text_file_where_there_are_no_symlinks(tmp_path: Path, monke
     def refuse(*args: Any, **options: Any) -> None:
         raise OSError("symlinks need a privilege")
 
-    (tmp_path / "runs" / "one").mkdir(parents=True)
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    mark_latest(tmp_path / "runs" / "one", tmp_path / "runs")
-    assert (tmp_path / "runs" / "latest").read_text() == "one\n"
-    assert newest_run(tmp_path / "runs") == tmp_path / "runs" / "one"
+    for name in (b"one", b"two\xff"):
+        folder = tmp_path / "runs" / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        mark_latest(folder, tmp_path / "runs")
+        assert (tmp_path / "runs" / "latest").read_bytes() == name + b"\n"
+        assert newest_run(tmp_path / "runs") == folder
 
 
 def test_new_run_folders_count_up_and_go_again_where_nothing_is_written(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -155,9 +156,10 @@ def test_the_table_marks_the_trained_T_and_the_plot_is_a_picture(tmp_path: Path)
     assert "2*" in text
     assert "…" not in text  # nothing is cut at 80 columns
     picture = tmp_path / "plot.png"
-    plot_sweep(result, picture, 2)
-    with Image.open(picture) as image:
-        assert min(image.size) > 400
+    for model in (result.model, r"$\frac$.onnx", os.fsdecode(b"m\xff.onnx")):  # any name, no formula
+        plot_sweep(dataclasses.replace(result, model=model), picture, 2)
+        with Image.open(picture) as image:
+            assert min(image.size) > 400
 
 
 def test_tables_of_layers_and_of_other_operations() -> None:

@@ -206,12 +206,13 @@ def newest_run(runs: Path) -> Path:
     if latest.is_symlink():
         target = latest.readlink()
     elif latest.is_file():
-        target = Path(latest.read_text(encoding="utf-8").strip())
+        target = Path(os.fsdecode(latest.read_bytes().strip()))
     else:
         raise FileNotFoundError(f"no run in {runs}: train one first (tetdeploy train), or name a run folder")
     run = Path(os.path.normpath(runs / target))
-    if not run.is_dir():
-        raise FileNotFoundError(f"{latest} points at {run}, which is gone; name another run folder")
+    if not target.name or not run.is_dir():
+        fault = f"points at {run}, which is gone" if target.name else "is empty"
+        raise FileNotFoundError(f"{latest} {fault}; name another run folder")
     return run
 
 

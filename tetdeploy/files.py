@@ -26,62 +26,66 @@ MODELS = {".safetensors", ".onnx", ".engine", ".nir"}
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes `path`'s place when the block ends without an error.
 
-    An error leaves an earlier file at `path` as it was and removes the temporary one. Missing parent folders are made.
+    An error leaves an earlier file at `path` as it was and removes the temporary one. Missing parent folders are made;
+    without a file they go again.
 
     Raises:
         OSError: the folder cannot be made or written, or the disk is full; the message names `path`.
     """
     path = Path(path)
-    with _making(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-    temporary = Path(name)
-    try:
-        with _filling(path):
-            yield temporary
-            temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
-            temporary.replace(path)
-    except IsADirectoryError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; choose another name") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with made_folder(path.parent, of=path):
+        with _making(path):
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+            os.close(handle)
+        temporary = Path(name)
+        try:
+            with _filling(path):
+                yield temporary
+                temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+                temporary.replace(path)
+        except IsADirectoryError as error:
+            raise OSError(f"cannot write {path}: {error.strerror}; choose another name") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which must not be there; it takes that name when the block ends without
-    an error, and goes otherwise. Missing parent folders are made.
+    an error, and goes otherwise. Missing parent folders are made; without a folder they go again.
 
     Raises:
         OSError: the folder cannot be made or written, the disk is full, or `path` is there by now; the message names
             `path`.
     """
     path = Path(path)
-    with _making(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        with _filling(path):
-            yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
+    with made_folder(path.parent, of=path):
         with _making(path):
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            with _filling(path):
+                yield temporary
+            temporary.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
+            with _making(path):
+                temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
-def made_folder(path: Path | str, *, new: bool = False) -> Iterator[None]:
+def made_folder(path: Path | str, *, new: bool = False, of: Path | None = None) -> Iterator[None]:
     """Within it there is a folder `path`; it and parents that were missing go again where they end empty.
+
+    Args:
+        of: what is written there, which errors name in place of `path`.
 
     Raises:
         FileExistsError: `path` is there and was to be `new`, or is no folder.
         OSError: it cannot be made; the message names `path`.
     """
     path = Path(path)
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    with _making(path):
+    with _making(of or path):
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=not new)
     try:
         yield

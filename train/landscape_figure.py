@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
+from tetdeploy.report.drawing import drawable
 from tetdeploy.report.result_table import ResultTable
 
 from .landscape import Landscape
@@ -92,14 +93,15 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
             circle = Circle((0, 0), radius, fill=False, linestyle="--", edgecolor="white", linewidth=0.8)
             panel.add_patch(circle)
             shown = name if len(name) <= 32 else f"…{name[-31:]}"  # what tells runs apart is at the end of their paths
-            panel.set_title(f"{'ABCDEFGHIJKLMNOP'[2 * k + column]}   {label}   {shown}", fontsize=10, loc="left")
+            heading = f"{'ABCDEFGHIJKLMNOP'[2 * k + column]}   {label}   {shown}"
+            panel.set_title(drawable(heading), fontsize=10, loc="left", parse_math=False)
             if k == runs - 1:
                 panel.set_xlabel("α, first direction")
             if column == 0:
                 panel.set_ylabel("β, second direction")
     bar = figure.colorbar(shades, ax=axes, ticks=levels, format="%.3g", label="loss (the same colours in all panels)")
     bar.minorticks_off()
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(drawable(title), fontsize=10, parse_math=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix(".") or "png")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from .restart import Restart, check_restart, check_shards, find_restart, restart
 from .runs import check_run, mark_latest, only_trainer, run_settings, write_metrics, write_run_config
 from .schedule import derive_seed
 from .session import Session, check_data, check_together, headline, prepare, provenance
-from .state import Best, TrainState, restore_state, save_state
+from .state import Best, TrainState, is_finished, restore_state, save_state
 from .validation import Loss, as_input, count_correct, measure
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def train(
         raise ValueError(f"shards_mb is {shards_mb}; it is the size of a file in MB and must be above 0")
     if resume and restart_from is not None:
         raise ValueError("resume goes on with the run in out and restart_from begins another; choose one of them")
-    with only_trainer(out, resume=resume):
+    nothing_left = resume and is_finished(out / STATE_NAME, config.epochs)  # and so it may lie where nobody can write
+    with nullcontext() if nothing_left else only_trainer(out, resume=resume):
         settings = run_settings(classifier, train_set, val_set, config)
         _check(classifier, train_set, val_set, config, out, settings, resume=resume, board=board)
         settings["how"] = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
@@ -201,8 +202,8 @@ def _explained(out: Path, config: TrainConfig) -> Iterator[None]:
 
 
 def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Path | None) -> TrainState:
-    """The state of the run to go on with, or of a new one, which is written before anything is computed; it is the
-    newest of `runs` from here on."""
+    """The state of the run to go on with, or of a new one, which is written before anything is computed; unless it is
+    finished, it is the newest of `runs` from here on."""
     if resume:
         network, optimizer = session.classifier.network, session.optimizer
         state = restore_state(session.out / STATE_NAME, network, optimizer, session.scaler, session.device)
@@ -216,7 +217,7 @@ def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Pat
         _save(session, state)
     if session.ranks.writes:
         write_run_config(session.out, session.settings, resume=resume)
-        if runs is not None:
+        if runs is not None and state.epoch < session.config.epochs:
             mark_latest(session.out, runs)
     return state
 

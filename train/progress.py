@@ -7,7 +7,8 @@ from types import TracebackType
 from typing import Any
 
 from rich import progress as rich_progress
-from rich.console import Console
+
+from tetdeploy.standard_output import StandardOutput
 
 from .config import TrainConfig
 
@@ -25,7 +26,7 @@ class Progress:
     """
 
     def __init__(self, config: TrainConfig, *, steps_per_epoch: int, steps_done: int, show: bool | None) -> None:
-        self.console = Console(quiet=show is False, force_terminal=True if show else None)
+        self.console = StandardOutput(quiet=show is False, force_terminal=True if show else None)
         self._config = config
         self._steps_per_epoch = steps_per_epoch
         self._first_step = steps_done

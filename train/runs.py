@@ -234,7 +234,7 @@ def mark_latest(out: Path, runs: Path) -> None:
             link.replace(latest)
     except (OSError, NotImplementedError):
         with atomic_write(latest) as temporary:
-            temporary.write_text(f"{target.as_posix()}\n", encoding="utf-8")
+            temporary.write_bytes(os.fsencode(f"{target.as_posix()}\n"))
 
 
 def write_metrics(out: Path, records: list[dict[str, Any]]) -> None:

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from tetdeploy.checkpoint import CONFIG_NAME, STATE_NAME, SUMMARY_NAME
 from tetdeploy.files import write_json
+from tetdeploy.standard_output import StandardOutput
 
 from .config import TrainConfig
 from .loop import TrainResult, train
@@ -103,7 +102,7 @@ def train_seeds(
     settings |= {"seeds": list(seeds)}
     how: dict[str, Any] = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
     options = how | {"progress": progress, "board": board, "workers": workers}
-    console = Console(quiet=progress is False or not ranks.writes, highlight=False, soft_wrap=True)
+    console = StandardOutput(quiet=progress is False or not ranks.writes, highlight=False, soft_wrap=True)
     results: list[TrainResult] = []
     with only_trainer(out, resume=resume):  # and of each seed, in `train`: it may be resumed by itself
         if ranks.writes:

@@ -94,6 +94,15 @@ def save_state(
     write_tensors(path, tensors, {"format": FORMAT, "resume": position})
 
 
+def is_finished(path: Path, epochs: int) -> bool:
+    """Whether `save_state` wrote this file after so many epochs; False where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return path.is_file() and (read_content(path).get("resume") or {}).get("epoch", 0) >= epochs
+
+
 def restore_state(
     path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device
 ) -> TrainState:

@@ -21,13 +21,15 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from tetdeploy.standard_output import StandardOutput
+
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # As wide as COLUMNS says, or the terminal; rich alone would take the width of stderr for a pipe.
-console = Console(highlight=False, soft_wrap=True, width=get_terminal_size(fallback=(120, 24)).columns)
+console = StandardOutput(highlight=False, soft_wrap=True, width=get_terminal_size(fallback=(120, 24)).columns)
 
 data_dir_option = click.option(
     "--data-dir",

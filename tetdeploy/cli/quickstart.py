@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from tetdeploy import native
 from tetdeploy.cli.export import export
 from tetdeploy.cli.options import console, newest_export, runs_option
 from tetdeploy.cli.sweep import sweep
@@ -27,6 +28,7 @@ def quickstart(ctx: click.Context, seed: int, runs: Path) -> None:
 
     Trains a small convolutional SNN with TET at T=4 on scikit-learn's 1,797 scanned digits; needs no network.
     """
+    native.missing()  # a value of TETDEPLOY_NATIVE that the last step would refuse, before any work
     console.print("[bold]1  tetdeploy train[/bold]")
     ctx.invoke(train, seed=seed, runs=runs)
     console.print("\n[bold]2  tetdeploy export --T 8 --fold-bn[/bold]")

@@ -70,7 +70,7 @@ def report(
     texts = {out: to_html(document)} | ({markdown: to_markdown(document)} if markdown else {})
     for path, text in texts.items():
         with atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="replace")  # names of files may be no UTF-8
     for note in results.notes:
         console.print(note, style="dim", markup=False)
     console.print(f"{len(document.sections)} sections: {', '.join(s.title for s in document.sections)}")

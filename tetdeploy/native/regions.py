@@ -7,9 +7,11 @@ does their work itself.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -417,47 +419,55 @@ class _Writer:
             else:
                 same.append([*tensors, *node.output])
             names += [*tensors, *node.output]
-        found = _solve(seen, same, sums, self.region)
-        lengths = {(name, self.graph.kinds[name].shape[0]) for name in found}
-        if len({length / found[name] for name, length in lengths if isinstance(length, int)}) > 1:
+        lengths = {name: self.graph.kinds[name].shape[0] for name in seen}
+        found = _solve(lengths, same, sums, self.region)
+        if len({length / found[name] for name, length in lengths.items() if isinstance(length, int)}) > 1:
             raise UnfusableError(self.region)  # a step is not as long as the other
         return found
 
 
 def _solve(
-    names: Iterable[str], same: list[list[str]], sums: list[tuple[str, list[str]]], region: int
+    lengths: Mapping[str, int | str | None], same: list[list[str]], sums: list[tuple[str, list[str]]], region: int
 ) -> dict[str, int]:
     """Whole numbers, as small as they can be, with `same` names equal and each total in `sums` that of its pieces.
 
+    Args:
+        lengths: of each name, which the numbers are to be in proportion to; None of one that is not known.
+
     Raises:
-        UnfusableError: there are none.
+        UnfusableError: there are none, or others could be as well.
     """
-    found: dict[str, int] = {}
-    groups, totals = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
-    for k, group in enumerate(same):
+    known, equal = defaultdict[object, list[str]](list), {name: name for name in lengths}
+    for name, length in lengths.items():
+        known[name if length is None else (length,)].append(name)
+
+    def first(name: str) -> str:
+        while equal[name] != name:
+            equal[name] = name = equal[equal[name]]
+        return name
+
+    for group in (*same, *known.values()):
         for name in group:
-            groups[name].append(k)
-    for k, (_, pieces) in enumerate(sums):
-        for name in pieces:
-            totals[name].append(k)
-    whole = {total for total, _ in sums}
-    for start in (*(name for _, pieces in sums for name in pieces if name not in whole), *sorted(names)):
-        news = [(start, found.get(start, 1))]
-        while news:
-            name, number = news.pop()
-            if name in found:
-                continue
-            found[name] = number
-            news += [(other, number) for k in groups[name] for other in same[k]]
-            for k in totals[name]:
-                total, pieces = sums[k]
-                if all(piece in found for piece in pieces):
-                    news.append((total, sum(found[piece] for piece in pieces)))
-    if any(len({found[name] for name in group}) > 1 for group in same) or any(
-        found[total] != sum(found[name] for name in pieces) for total, pieces in sums
-    ):
+            equal[first(name)] = first(group[0])
+    found, zero = {first(next(iter(lengths))): Fraction(1)}, Fraction(0)
+    totals = dict.fromkeys((first(total), *sorted(map(first, pieces))) for total, pieces in sums)
+    while (news := len(found)) < len(set(map(first, lengths))):
+        for total, *pieces in totals:
+            unknown = {name for name in (total, *pieces) if name not in found}
+            for name in unknown if len(unknown) == 1 else ():
+                rest = sum((found.get(piece, zero) for piece in pieces), -found.get(total, zero))
+                times = (total == name) - pieces.count(name)
+                if times and rest / times > 0:
+                    found[name] = rest / times
+        if len(found) == news:
+            raise UnfusableError(region)  # how long one is beside the others is seen in the call
+    if any(found[total] != sum(found[piece] for piece in pieces) for total, *pieces in totals):
         raise UnfusableError(region)
-    return found
+    least = Fraction(
+        math.gcd(*(number.numerator for number in found.values())),
+        math.lcm(*(number.denominator for number in found.values())),
+    )
+    return {name: int(found[first(name)] / least) for name in lengths}
 
 
 def _arithmetic(

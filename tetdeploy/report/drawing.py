@@ -84,7 +84,7 @@ def draw(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_RC | {"svg.hashsalt": caption}), warnings.catch_warnings():
+    with matplotlib.rc_context(_RC | {"svg.hashsalt": drawable(caption)}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has a font for it
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
@@ -134,7 +134,13 @@ def mark(axes: Any, text: str, x: float, y: float) -> None:
 
 def short(name: str, longest: int = _LONGEST_NAME) -> str:
     """A name that fits a plot; what tells names apart is mostly at their ends."""
+    name = drawable(name)
     return name if len(name) <= longest else f"{name[: longest // 3]}…{name[-(longest - longest // 3 - 1) :]}"
+
+
+def drawable(text: str) -> str:
+    """Text that may name a file: what is no UTF-8 there, which matplotlib refuses, becomes `?`."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def energy_unit(largest_pj: float) -> tuple[str, float]:

@@ -186,7 +186,7 @@ def _modules(layers: Sequence[Mapping[str, Any]]) -> Table:
 def _table(*headers: str, numbers: Sequence[str] = (), num_labels: int = 1) -> Table:
     table = ResultTable(num_labels=num_labels)
     for header in headers:
-        table.add_column(header, overflow="fold")
+        table.add_column(header)
     table.add_numbers(*numbers)
     return table
 

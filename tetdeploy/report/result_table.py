@@ -39,7 +39,7 @@ class ResultTable(Table):
             part = copy(self)
             part.title = None if number else self.title
             part.columns = [
-                replace(column, _index=i, min_width=widths[k] if column.no_wrap else None)
+                replace(column, _index=i, min_width=widths[k] if column.no_wrap else None, overflow="fold")
                 for i, (k, column) in enumerate((k, self.columns[k]) for k in chosen)
             ]
             yield from super(ResultTable, part).__rich_console__(console, options)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
+from tetdeploy.report.drawing import drawable
 from tetdeploy.validate import Sweep
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
@@ -41,6 +42,7 @@ def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:
     right.set_ylim(bottom=0)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.grid(axis="y", color="0.9")
-    left.set_title(f"{Path(result.model).name} on {result.num_samples:,} images of {result.data}", fontsize=10)
+    title = f"{Path(result.model).name} on {result.num_samples:,} images of {result.data}"
+    left.set_title(drawable(title), fontsize=10, parse_math=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix(".") or "png")

@@ -49,7 +49,7 @@ def layers_table(details: Mapping[str, Any], T: int, *, conventions: Sequence[st
     """
     table = _table("layer", "input", "rate", "fan-out", "AC\nops", "MAC\nops", *_headers(conventions))
     table.columns[0].justify = table.columns[1].justify = "left"
-    table.columns[0].overflow, table.columns[0].no_wrap = "fold", False
+    table.columns[0].no_wrap = False
     keys = ["ac_ops", "mac_ops", *(BILLS[name] for name in conventions)]
     total = dict.fromkeys(keys, 0.0)
     for layer in details["layers"]:

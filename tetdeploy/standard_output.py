@@ -1,0 +1,17 @@
+"""Where commands and training print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+
+class StandardOutput(Console):
+    """A console whose errors, a full disk for instance, say that it is the one: the system does not."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from error
