@@ -83,6 +83,7 @@ class TestCommands:
             output = run(name, "--help").output
             assert "Examples:" in output, name
             assert f"tetdeploy {name}" in output, name
+            assert "None" not in output, name
 
     def test_train_leaves_a_run(self, workplace: Path) -> None:
         folder = workplace / "runs" / "digits-convsnn"

@@ -166,6 +166,8 @@ def test_what_is_wrong_with_the_folders_is_named(copied: Path) -> None:
     refused("1 images in .*val lie outside a class folder: .*x.JPEG; move them into one")
     shutil.rmtree(root / "val")
     refused("no folder .*imagenet/val; wanted .*<class>/ with png", kind=FileNotFoundError)
+    shutil.rmtree(root)
+    refused("no folder .*imagenet: .* is not downloaded; lay .* or name .*, imagenet:PATH", kind=FileNotFoundError)
     with pytest.raises(ValueError, match="size is 0 pixels; it must be at least 1"):
         ImageFiles("x", "train", root, np.array([b"a"]), np.array([0]), ("a",), (0.5,) * 3, (0.2,) * 3, 0)
     with pytest.raises(ValueError, match=r"files are int64 \[1\]; wanted bytes \[N\]"):

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import signal
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.data import load_data
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.train import evaluate, landscape, sdt_loss, tet_loss
+from tetdeploy.train import evaluate, landscape, landscape_figure, sdt_loss, tet_loss
 from tetdeploy.train.landscape import (
     Landscape,
     LandscapeConfig,
@@ -279,6 +280,23 @@ class TestFigure:
         shown = dataclasses.replace(bowl(), names=("flat", name))
         plot_landscape(shown, tmp_path / "plot.png", radius=0.5, title=f"1 images of folder:{name}")
         assert (tmp_path / "plot.png").exists()
+
+    def test_no_label_covers_another(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        steep = bowl()
+        steep.sdt_loss **= 3  # levels lie close round the minimum
+        thin_out, num_labels = landscape_figure._thin_out, []
+
+        def watched(panel: Any) -> None:
+            before = len(panel.texts)
+            thin_out(panel)
+            boxes = [text.get_bbox_patch().get_window_extent() for text in panel.texts]
+            assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+            num_labels.append((before, len(boxes)))
+
+        monkeypatch.setattr(landscape_figure, "_thin_out", watched)
+        plot_landscape(steep, tmp_path / "plot.png", radius=0.5)
+        assert len(num_labels) == 4
+        assert any(before > after > 0 for before, after in num_labels)
 
     def test_nothing_finite_is_refused(self, tmp_path: Path) -> None:
         shown = bowl()

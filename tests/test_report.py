@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from report_helpers import Page, epoch, result, run_folder, write
 
 from tetdeploy.cli import main
+from tetdeploy.report.drawing import draw, energy_axis, mark
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import Results, read_results
 from tetdeploy.report.sections.pareto import Point, pareto
@@ -53,6 +54,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("whole")
     write(run_folder(folder / "a") / "m.validate.json", result())
     return html(read_results([folder / "a", run_folder(folder / "b", loss="sdt")]))
+
+
+@pytest.mark.parametrize("energies", [(1.0, 1.5, 2.0), (1.0, 40.0, 400.0)], ids=["linear", "logarithmic"])
+def test_a_points_text_lies_within_the_axes(energies: tuple[float, ...]) -> None:
+    outside = []
+
+    def paint(axes: Any) -> None:
+        accuracies = (0.9, 0.95, 0.9)  # the lowest points, of which one is the rightmost
+        axes.plot(energies, accuracies)
+        for T, point in enumerate(zip(energies, accuracies, strict=True), start=1):
+            mark(axes, f"T={T}", *point)
+        energy_axis(axes, energies, "µJ")
+        axes.figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in axes.texts]
+        outside.extend(box for box in boxes if not (axes.bbox.x1 >= box.x1 and axes.bbox.y0 <= box.y0))
+
+    draw(paint, description="", caption="")
+    assert not outside
 
 
 class TestPage:

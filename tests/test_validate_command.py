@@ -92,6 +92,7 @@ class TestReference:
         assert value["kind"] == "validate"
         assert value["data"] == "reference images"
         assert value["num_samples"] == 256
+        assert "   256 reference images   " in output
         assert [row["T"] for row in value["rows"]] == [1, 2, 3]
         for row in value["rows"]:
             assert set(row) >= CONTRACT

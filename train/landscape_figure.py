@@ -102,6 +102,9 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
     bar = figure.colorbar(shades, ax=axes, ticks=levels, format="%.3g", label="loss (the same colours in all panels)")
     bar.minorticks_off()
     figure.suptitle(drawable(title), fontsize=10, parse_math=False)
+    figure.draw_without_rendering()  # so that the labels have their places
+    for panel in axes.flat:
+        _thin_out(panel)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix(".") or "png")
 
@@ -116,12 +119,24 @@ def _panel(panel: Any, landscape: Landscape, loss: NDArray[np.float64], levels: 
     if crossed:
         lines = panel.contour(landscape.alphas, landscape.betas, values, levels=crossed, colors="white", linewidths=0.8)
         lines.set_path_effects([withStroke(linewidth=1.6, foreground="0.25")])  # white alone is lost on bright colours
-        for text in panel.clabel(lines, fmt="%.3g", fontsize=7, colors="black"):
-            text.set_bbox({"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8})
+        labels = panel.clabel(lines, fmt="%.3g", fontsize=7, colors="black", inline=False)  # no gap where a label goes
+        for text in labels:
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
     panel.plot(0, 0, "+", color="white", markersize=9, markeredgewidth=1.6)
     panel.set_aspect("equal")
     panel.locator_params(nbins=5)
     return shades
+
+
+def _thin_out(panel: Any) -> None:
+    """Take away labels that would cover another: where lines lie close some are named, and the colour bar has all."""
+    kept: list[Any] = []
+    for text in list(panel.texts):
+        box = text.get_bbox_patch().get_window_extent()
+        if any(box.overlaps(other) for other in kept):
+            text.remove()
+        else:
+            kept.append(box)
 
 
 def _levels(landscape: Landscape) -> tuple[list[float], Any]:

@@ -50,14 +50,14 @@ Examples:
     "max_request",
     default=64.0,
     show_default=True,
-    type=Megabytes(max=2000),
-    help="Size of a request.",
+    type=Megabytes(min=0, min_open=True, max=2000),
+    help="Largest size of a request.",
 )
 @click.option(
     "--max-total-mb",
     "max_total",
-    type=Megabytes(),
-    help="Size of all requests together that are being read or answered. [default: 4 times --max-request-mb]",
+    type=Megabytes(min=0, min_open=True),
+    help="Largest size of all requests together that are being read or answered. [default: 4 times --max-request-mb]",
 )
 @click.option("--max-T", "max_T", default=64, show_default=True, type=click.IntRange(min=1), help="Steps of a request.")
 @click.option(

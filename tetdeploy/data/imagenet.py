@@ -32,6 +32,11 @@ def load_imagenet(name: str, split: Split, *, data_dir: Path) -> ImageFiles:
         ValueError: the name does not parse; a class folder is empty or lacks its twin, a file's ending is no image's.
     """
     root, size = _parse(name, data_dir)
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"no folder {root}: ImageNet is not downloaded; lay train/<wnid>/ and val/<wnid>/ there, or name another "
+            "folder, imagenet:PATH"
+        )
     part, other = ("train", "val") if split == "train" else ("val", "train")
     classes = class_file_names(root / part)
     pair = (classes, class_folders(root / other))

@@ -119,7 +119,7 @@ def energy_axis(axes: Any, energies_pj: Sequence[float], unit: str) -> None:
 
     axes.set_xlabel(f"energy ({unit} per image)")
     if min(energies_pj) <= 0 or max(energies_pj) <= _LOG_FROM * min(energies_pj):
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.1 * axes.dataLim.x1)
         return
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -128,7 +128,8 @@ def energy_axis(axes: Any, energies_pj: Sequence[float], unit: str) -> None:
 
 
 def mark(axes: Any, text: str, x: float, y: float) -> None:
-    """A small text below and to the right of a point."""
+    """A small text below and to the right of a point, with room for it at the edges of the plot."""
+    axes.margins(0.1)
     axes.annotate(text, (x, y), (4, -11), textcoords="offset points", fontsize=8, color="0.25")
 
 

@@ -117,7 +117,7 @@ def lost(entry: Mapping[str, Any]) -> str:
 
 def turned(early: Mapping[str, Any]) -> str:
     """The paired flips in words."""
-    return f"Against T={early['T']} for every image {early['lost']} answers turned wrong and {early['gained']} right."
+    return f"Against T={early['T']} for every image, answers turned wrong: {early['lost']}, right: {early['gained']}."
 
 
 def rule(exit: Mapping[str, Any]) -> str:

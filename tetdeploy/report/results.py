@@ -12,6 +12,7 @@ from typing import Any
 from tetdeploy.checkpoint import CONFIG_NAME
 from tetdeploy.report.merging import has_accuracy, merged
 from tetdeploy.report.reading import Run, model_stem, read_run, read_summary, result_files
+from tetdeploy.report.tables import images_of
 from tetdeploy.report.timings import is_bench, read_benches
 
 
@@ -39,8 +40,7 @@ class Measurement:
     @property
     def images(self) -> str:
         """`359 images of digits`."""
-        number, data = f"{self.content['num_samples']:,}", self.content["data"]
-        return f"{number} {data}" if data.endswith("images") else f"{number} images of {data}"
+        return images_of(self.content["num_samples"], self.content["data"])
 
     @property
     def trained_T(self) -> int | None:

@@ -107,6 +107,11 @@ def _cells(row: Mapping[str, float], keys: Sequence[str]) -> list[str]:
     return [(count if key.endswith("ops") else energy)(row[key]) for key in keys]
 
 
+def images_of(number: int, data: str) -> str:
+    """`359 images of digits`; `256 reference images`."""
+    return f"{number:,} {data}" if data.endswith("images") else f"{number:,} images of {data}"
+
+
 def count(number: float) -> str:
     """A number of operations in engineering units: `1.66 M`."""
     return _scaled(number, (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)))

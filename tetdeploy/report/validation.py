@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tetdeploy.report.result_table import ResultTable
-from tetdeploy.report.tables import count, energy
+from tetdeploy.report.tables import count, energy, images_of
 
 Show = Callable[[Any], str]
 
@@ -47,7 +47,7 @@ def shown(result: Mapping[str, Any], *, layers: bool) -> Iterator[str | Table]:
         layers: also a table of the layers of neurons.
     """
     rows, agreement, trained_T = result["rows"], result["agreement"], result["trained_T"]
-    yield escape(f"{result['model']}   {result['num_samples']:,} images of {result['data']}   {result['layout']}")
+    yield escape(f"{result['model']}   {images_of(result['num_samples'], result['data'])}   {result['layout']}")
     yield _rows_table(rows, _COST, trained_T)
     if rows[0]["accuracy"] is None:
         yield "[dim]images of the training: their accuracy says nothing; name a test set with --data[/dim]"

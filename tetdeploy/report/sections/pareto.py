@@ -75,7 +75,7 @@ def _draw_points(axes: Any, own: Sequence[Point], front: Sequence[Point], style:
     axes.plot([p.energy_pj / size for p in own], [p.accuracy for p in own], style.marker, **pale)
     best = [p for p in own if p in front]
     x, y = [p.energy_pj / size for p in best], [p.accuracy for p in best]
-    axes.plot(x, y, style.marker, color=style.colour, markersize=7, label=short(own[0].name))
+    axes.plot(x, y, style.marker, color=style.colour, markersize=7, zorder=3, label=short(own[0].name))
     for point in best:
         mark(axes, f"T={point.T}", point.energy_pj / size, point.accuracy)
 
