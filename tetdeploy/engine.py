@@ -121,7 +121,7 @@ class Engine:
         self.class_names: tuple[str, ...] = tuple(self.metadata["class_names"])
 
     def run(self, x: Array, T: int | None = None, *, exit: Exit | None = None) -> Result:
-        """Run images or frames from u = 0.
+        """Run images or frames from u = 0; on a CPU a large batch in parts.
 
         Args:
             x: images `[N, C, H, W]` (direct encoding) or frames `[N, T, C, H, W]`, in the model's input dtype.
