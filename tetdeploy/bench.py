@@ -2,7 +2,8 @@
 
 All settings take turns, so that a slow moment of the machine hits them all alike. A turn is one call that does not
 count, after which the setting's weights lie in the caches and the threads of the setting before have gone to sleep, and
-then a few that do. What a call takes does not depend on what spikes: the graph's convolutions are dense.
+then a few that do. What spikes plays no part, but where convolutions are additions (docs/native.md): more of them take
+longer there.
 """
 
 from __future__ import annotations

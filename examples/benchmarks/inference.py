@@ -3,13 +3,13 @@
     pip install spikingjelly openvino
     python examples/benchmarks/inference.py [--model resnet19] [--batch 1,8] [--threads 2] [--json inference.json]
 
-The weights are not trained: time does not depend on them. BN takes its statistics from the images, so that spikes are
-about as frequent as in a trained network (the rate is printed). Every side has a process of its own (`turns`). They
-take turns, each with two calls to warm up and five that count, and the table shows medians. `peak` is the
-largest resident set of a side's process, `opened` how long it took until a model was ready. What convolutions take is
-the sum over their kernels in ONNX Runtime's own profile of that graph, of runs of their own, and so is what all kernels
-take. The sides with "ORT's own" run the same files without the native operator (`Engine(native=False)`); where the
-processor has AMX, another has native operators, but makes no use of it.
+The weights are not trained, but BN takes its statistics from the images, so that spikes are about as frequent as in a
+trained network (the rate is printed; float32 without AMX takes longer the more there are). Every side has a process of
+its own (`turns`). They take turns, each with two calls to warm up and five that count, and the table shows medians.
+`peak` is the largest resident set of a side's process, `opened` how long it took until a model was ready. What
+convolutions take is the sum over their kernels in ONNX Runtime's own profile of that graph, of runs of their own, and
+so is what all kernels take. The sides with "ORT's own" run the same files without the native operator
+(`Engine(native=False)`); where the processor has AMX, another has native operators, but makes no use of it.
 
 SpikingJelly runs the same modules with its neurons in place of ours, torch.compile the same network. OpenVINO reads
 ONNX files exported for it.

@@ -6,7 +6,7 @@
     python examples/benchmarks/serve_load.py MODEL --faults
 
 MODEL is any export, and needs `[cpu,serve]` only; `--convsnn` makes one of `convsnn` at full width for CIFAR-10 images
-(untrained: time does not depend on weights), of which a call takes some 10 ms, as of a network one would serve.
+(untrained), of which a call takes some 10 ms, as of a network one would serve.
 
 Clients send one image of the model's reference images each, as a binary tensor over HTTP, and the next one as soon as
 the answer is there; every answer is compared with the engine's. They are coroutines of one process that write requests

@@ -65,7 +65,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @click.option(
     "--data",
     help="A data set's name or FILE.npz. [default: the reference images beside the model, or else noise, which takes "
-    "as long: what a call takes does not depend on what spikes]",
+    "as long, but in float32 on a CPU without AMX: there more spikes take longer]",
 )
 @data_dir_option
 @opens_model(threads=False)
@@ -172,7 +172,10 @@ def print_bench(result: dict[str, Any], engine: Engine) -> None:
     if engine.lacks_native:
         notes.append(f"slower than it could be: {engine.lacks_native}")
     if result["data"] == "noise":
-        notes.append("no reference images beside the model: noise takes as long, a call does not depend on what spikes")
+        notes.append(
+            "no reference images beside the model: noise takes as long, but in float32 on a CPU without AMX, where "
+            "more spikes take longer"
+        )
     if engine.layout == "unrolled" and not engine.with_state:
         notes.append(f"an unrolled graph always runs its T={engine.T} steps: a smaller T takes as long")
     if (least := min(row["calls"] for row in result["rows"])) < 100:
