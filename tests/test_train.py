@@ -22,6 +22,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import tetdeploy
 from tetdeploy.checkpoint import load_weights, newest_run, read_metadata
@@ -33,6 +34,7 @@ from tetdeploy.train.device import pick_device
 from tetdeploy.train.optimizer import build_optimizer
 from tetdeploy.train.runs import mark_latest, new_run_folder, only_trainer
 from tetdeploy.train.schedule import derive_seed, learning_rate
+from tetdeploy.train.state import Best
 
 
 class Toy(nn.Module):
@@ -369,6 +371,53 @@ def test_each_loss_setting_changes_the_result(tmp_path: Path, changes: dict[str,
     run(tmp_path / "plain", plain)
     run(tmp_path / "changed", changed, config=settings(**changes))
     assert not same_weights(plain, changed)
+
+
+def test_each_step_has_the_loss_and_the_rate_that_are_logged(tmp_path: Path) -> None:
+    """Eqs. 7 and 13 with smoothed labels in numpy, from the logits of the very batches; the optimizer's own rates."""
+    classifier, batches, rates = toy().eval(), [], []  # as a loaded one is
+
+    def seen(module: nn.Module, arguments: tuple[Tensor, int], logits: Tensor) -> None:
+        if module.training:
+            batches.append((arguments[0].numpy(), logits.detach().double().numpy()))
+
+    classifier.register_forward_hook(seen)
+    config = settings(
+        **{"epochs": 2, "augment": "none", "loss": "sdt", "switch_to_tet": 1},
+        **{"label_smoothing": 0.2, "lam": 0.3, "phi": 0.7, "lr": 0.01, "warmup_epochs": 0.5},
+    )
+    with register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])):
+        run(tmp_path, classifier, config=config)
+
+    label_of = {image.tobytes(): label for image, label in zip(TRAIN.images, TRAIN.labels, strict=True)}
+    targets = [np.eye(3)[[label_of[image.tobytes()] for image in x]] for x, _ in batches]
+
+    def cross_entropy(logits: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return float(-((0.8 * y + 0.2 / 3) * log_p).sum(-1).mean())
+
+    of_epochs = [
+        [cross_entropy(logits.mean(0), y) for (_, logits), y in zip(batches[:STEPS], targets, strict=False)],
+        [
+            0.7 * cross_entropy(logits, y) + 0.3 * float(((logits - 0.7) ** 2).mean())
+            for (_, logits), y in zip(batches[STEPS:], targets[STEPS:], strict=True)
+        ],
+    ]
+    assert [r["train_loss"] for r in metrics(tmp_path)] == pytest.approx([np.mean(of) for of in of_epochs], rel=1e-6)
+    right = [(o.mean(0).argmax(-1) == y.argmax(-1)).mean() for (_, o), y in zip(batches, targets, strict=True)]
+    accuracy = [np.mean(right[:STEPS]), np.mean(right[STEPS:])]
+    assert [r["train_accuracy"] for r in metrics(tmp_path)] == pytest.approx(accuracy)
+    cosine = [0.005 * (1 + math.cos(math.pi * s / 9)) for s in range(9)]  # after 3 of 12 steps
+    assert rates == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, *cosine])
+
+
+def test_which_of_two_epochs_is_better() -> None:
+    first = Best(1, 0.5, 1.0)
+    assert not first.is_beaten_by(Best(2, 0.5, 1.0))  # the earlier of equals
+    assert first.is_beaten_by(Best(2, 0.5, 0.9)) and not first.is_beaten_by(Best(2, 0.5, 1.1))
+    assert first.is_beaten_by(Best(2, 0.6, 9.0)) and not first.is_beaten_by(Best(2, 0.4, 0.1))
+    assert first.is_beaten_by(Best(2, 0.1, 9.0, stage=2)) and not Best(2, 0.1, 9.0, stage=2).is_beaten_by(first)
+    assert Best(1, None, None).is_beaten_by(Best(2, None, None))
 
 
 def test_bf16_autocast_keeps_weights_and_losses_in_float32(tmp_path: Path) -> None:
