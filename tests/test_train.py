@@ -30,6 +30,7 @@ from tetdeploy.data import ImageSet, load_data, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig, TrainResult, evaluate, train, train_seeds
 from tetdeploy.train.augment import AUGMENTATIONS, random_crop, random_flip
+from tetdeploy.train.batches import DeviceImages, Draws
 from tetdeploy.train.device import pick_device
 from tetdeploy.train.optimizer import build_optimizer
 from tetdeploy.train.runs import mark_latest, new_run_folder, only_trainer
@@ -409,6 +410,22 @@ def test_each_step_has_the_loss_and_the_rate_that_are_logged(tmp_path: Path) -> 
     assert [r["train_accuracy"] for r in metrics(tmp_path)] == pytest.approx(accuracy)
     cosine = [0.005 * (1 + math.cos(math.pi * s / 9)) for s in range(9)]  # after 3 of 12 steps
     assert rates == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, *cosine])
+
+
+def test_every_batch_is_chosen_and_augmented_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of training, and those that BN is estimated on."""
+    drawn, seen = DeviceImages.drawn, []
+
+    def recorded(self: DeviceImages, draws: Draws) -> Any:
+        seen.append(draws)
+        return drawn(self, draws)
+
+    monkeypatch.setattr(DeviceImages, "drawn", recorded)
+    run(tmp_path, config=settings(ema=0.5))
+    seeds = [seed for draws in seen for seed in draws.seeds]
+    assert len(set(seeds)) == len(seeds) == 6 * STEPS
+    orders = [tuple(draws.chosen.flatten().tolist()) for draws in seen]
+    assert len(set(orders)) == len(orders) and all(len(set(order)) == 8 * STEPS for order in orders)
 
 
 def test_which_of_two_epochs_is_better() -> None:
