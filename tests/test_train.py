@@ -22,7 +22,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import tetdeploy
 from tetdeploy.checkpoint import load_weights, newest_run, read_metadata
@@ -356,10 +356,14 @@ def test_init_starts_a_new_run_from_given_weights(tmp_path: Path) -> None:
     assert run(tmp_path / "new", classifier).epochs == 3
 
 
-def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])  # the latter with scaled gradients
+def test_clipping_bounds_the_step(tmp_path: Path, precision: str) -> None:
     """Plain SGD at lr 1 without decay moves the weights by the clipped gradient and its Nesterov momentum."""
     start, classifier = toy(), toy()
-    config = settings(epochs=1, batch_size=52, optimizer="sgd", lr=1.0, weight_decay=0.0, warmup_epochs=0, clip=1e-3)
+    config = settings(
+        **{"epochs": 1, "batch_size": 52, "precision": precision, "clip": 1e-3},
+        **{"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.0, "warmup_epochs": 0},
+    )
     run(tmp_path, classifier, config=config)
     moved = [a.detach() - b.detach() for a, b in zip(start.parameters(), classifier.parameters(), strict=True)]
     norm = torch.cat([value.flatten() for value in moved]).norm().item()
@@ -382,6 +386,8 @@ def test_each_step_has_the_loss_and_the_rate_that_are_logged(tmp_path: Path) -> 
         if module.training:
             batches.append((arguments[0].numpy(), logits.detach().double().numpy()))
 
+    turned = torch.tensor([3.0, -0.5])[:, None, None]  # of two steps the last alone has other classes than the mean
+    classifier.network.register_forward_hook(lambda module, arguments, logits: logits * turned)
     classifier.register_forward_hook(seen)
     config = settings(
         **{"epochs": 2, "augment": "none", "loss": "sdt", "switch_to_tet": 1},
@@ -426,6 +432,28 @@ def test_every_batch_is_chosen_and_augmented_anew(tmp_path: Path, monkeypatch: p
     assert len(set(seeds)) == len(seeds) == 6 * STEPS
     orders = [tuple(draws.chosen.flatten().tolist()) for draws in seen]
     assert len(set(orders)) == len(orders) and all(len(set(order)) == 8 * STEPS for order in orders)
+
+
+def test_every_step_draws_anew_for_dropout(tmp_path: Path) -> None:
+    seeds: list[int] = []
+    train(toy(lambda count: seeds.append(torch.initial_seed())), TRAIN, None, settings(), tmp_path, progress=False)
+    assert len(set(seeds)) == len(seeds) == 3 * STEPS
+
+
+def test_the_average_goes_over_all_steps_of_a_run(tmp_path: Path) -> None:
+    """w_avg <- d w_avg + (1 - d) w with d = (1 + s) / (10 + s), which 0.99 never bounds here."""
+    classifier = toy()
+    average, weights = classifier.network.readout.weight.detach().double(), []
+    with register_optimizer_step_post_hook(
+        lambda *_: weights.append(classifier.network.readout.weight.detach().double())
+    ):
+        run(tmp_path, classifier, config=settings(ema=0.99))
+    for s, weight in enumerate(weights):
+        d = (1 + s) / (10 + s)
+        average = d * average + (1 - d) * weight
+    assert len(weights) == 3 * STEPS
+    kept = load_file(tmp_path / "last.safetensors")["average.readout.weight"]
+    torch.testing.assert_close(kept.double(), average, rtol=1e-5, atol=1e-7)
 
 
 def test_which_of_two_epochs_is_better() -> None:
