@@ -44,11 +44,13 @@ def rewrite(engine: Engine, change: Callable[[dict[str, Any]], object]) -> None:
 def test_logits_by_step() -> None:
     per_step = np.array([[[1.0, 0.0], [0.0, 3.0], [1.0, 0.0]], [[0.0, 2.0], [0.0, 2.0], [1.0, 0.0]]])
     expected = np.array([[[1.0, 0.0], [0.5, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 6.0], [0.0, 1.0]]])
-    whole, parts = LogitAgreement(3), LogitAgreement(3)
+    whole, parts, resumed = LogitAgreement(3), LogitAgreement(3), LogitAgreement(3)
     whole.add(per_step, expected)
-    for k in range(2):
-        parts.add(per_step[k : k + 1], expected[k : k + 1])
-    for sums in (whole, parts):
+    parts.add(per_step[1:], expected[1:])  # the largest errors first
+    resumed.restore(parts.arrays())
+    for sums in (parts, resumed):
+        sums.add(per_step[:1], expected[:1])
+    for sums in (whole, parts, resumed):
         # classes after one, two and three steps: (0, 1), (1, 1), (1, 1) against (0, 0), (0, 1), (0, 1)
         assert [sums.top1_agreement(t) for t in (1, 2, 3)] == [0.5, 0.5, 0.5]
         assert [sums.max_abs_logit_error(t) for t in (1, 2, 3)] == [2.0, 4.0, 4.0]
