@@ -87,6 +87,9 @@ def test_a_client_that_left_fills_no_batch() -> None:
     loop, queue = asyncio.new_event_loop(), waiting(Limits(max_batch=2, max_wait=5))
     requests = [Request[str, str](name, 1, 10.0, loop.create_future()) for name in "abcd"]
     requests[0].answer.cancel()
+    gone = Request[str, str]("z", 2, 9.0, loop.create_future())
+    gone.answer.cancel()  # all that its key has: no call is made for it
+    queue.add("T6", [gone])
     queue.add("T4", requests)
     loop.close()
     assert taken(queue, 10.0) == ("T4", "bc")
