@@ -79,9 +79,9 @@ def test_pytorch_and_onnx_runtime_give_the_same_bits(
 def test_scales_are_divided_before_they_multiply() -> None:
     """Sums that come out one apart if they are multiplied by one scale and then divided by the other."""
     weight_scale, scale = np.float32(1.3e-7), np.float32(0.011)
-    sums = np.arange(1, 2**24, dtype=np.int32)
+    sums = np.arange(1, 2**24, dtype=np.float32)
     apart = np.round(sums * (weight_scale / scale)) != np.round(sums * weight_scale / scale)
-    bias = sums[apart & (sums * weight_scale < 250 * scale)][:8]
+    bias = sums[apart & (sums * weight_scale < 250 * scale)][:8].astype(np.int32)
     assert len(bias) == 8
     spikes, weight = np.zeros((1, 1, 2, 2), np.float32), np.ones((8, 1, 1, 1), np.int8)
     given = (spikes, weight, np.full(8, weight_scale), bias)
