@@ -42,17 +42,19 @@ def rewrite(engine: Engine, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_logits_by_step() -> None:
-    per_step = np.array([[[1.0, 0.0], [0.0, 3.0]], [[0.0, 2.0], [0.0, 2.0]]])
-    expected = np.array([[[1.0, 0.0], [0.5, 0.0]], [[2.0, 0.0], [0.0, 3.0]]])
-    whole, parts = LogitAgreement(2), LogitAgreement(2)
+    per_step = np.array([[[1.0, 0.0], [0.0, 3.0], [1.0, 0.0]], [[0.0, 2.0], [0.0, 2.0], [1.0, 0.0]]])
+    expected = np.array([[[1.0, 0.0], [0.5, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 6.0], [0.0, 1.0]]])
+    whole, parts, resumed = LogitAgreement(3), LogitAgreement(3), LogitAgreement(3)
     whole.add(per_step, expected)
-    for k in range(2):
-        parts.add(per_step[k : k + 1], expected[k : k + 1])
-    for sums in (whole, parts):
-        # classes after one and two steps: (0, 1), (1, 1) against (0, 0), (0, 1)
-        assert [sums.top1_agreement(t) for t in (1, 2)] == [0.5, 0.5]
-        assert [sums.max_abs_logit_error(t) for t in (1, 2)] == [2.0, 3.0]
-    assert running_class(per_step).tolist() == [[0, 1], [1, 1]]
+    parts.add(per_step[1:], expected[1:])  # the largest errors first
+    resumed.restore(parts.arrays())
+    for sums in (parts, resumed):
+        sums.add(per_step[:1], expected[:1])
+    for sums in (whole, parts, resumed):
+        # classes after one, two and three steps: (0, 1), (1, 1), (1, 1) against (0, 0), (0, 1), (0, 1)
+        assert [sums.top1_agreement(t) for t in (1, 2, 3)] == [0.5, 0.5, 0.5]
+        assert [sums.max_abs_logit_error(t) for t in (1, 2, 3)] == [2.0, 4.0, 4.0]
+    assert running_class(per_step).tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
 def test_logits_that_are_no_numbers() -> None:
@@ -76,7 +78,12 @@ def test_the_reference_agrees_where_it_was_written(layout: str) -> None:
         assert row["max_abs_logit_error"] < 1e-4  # 0 on some machines; that it counts is tested below
         assert row["spike_count_error"] < 100e-6
         assert row["spike_mismatch_rate"] is None
-    assert result.tally.seen.sum() == 60
+    assert reference.labels is not None
+    np.testing.assert_array_equal(result.tally.seen, np.bincount(reference.labels, minlength=10))
+    right = reference.per_step.mean(1).argmax(-1) == reference.labels
+    np.testing.assert_array_equal(
+        result.tally.correct[:, -1], np.bincount(reference.labels, weights=right, minlength=10)
+    )
 
 
 def test_every_difference_counts_at_its_step(engine: Engine) -> None:
@@ -100,7 +107,7 @@ def test_every_difference_counts_at_its_step(engine: Engine) -> None:
     assert result.neuron(0)["spike_count_error"] == pytest.approx(3 / (sizes[0] * 4 * 60))
     assert result.neuron(2)["spike_count_error"] == pytest.approx(2 / (sizes[2] * 4 * 60))
     shorter = compare_reference(engine, Reference(own.x, per_step, spike_counts, None), 2)
-    assert shorter.row(2) == result.row(2)  # causal
+    assert shorter.T == 2 and shorter.row(2) == result.row(2)  # causal
 
 
 @pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -133,7 +140,13 @@ def test_only_the_reference_s_steps_are_compared() -> None:
     measured = summarise(engine, longer, x, (1, reference.T), num_timed=1)
     value = validation(measured, compared, labelled=True)
     assert value["kind"] == "validate"
-    assert value["rows"][0]["top1_agreement"] == 1.0
+    assert [row["top1_agreement"] for row in value["rows"]] == [1.0, 1.0]
+    compared.count_error[1, 0] += 7
+    neurons = validation(measured, compared, labelled=True)["neurons"]
+    assert [neuron["spike_count_error"] for neuron in neurons] == [
+        compared.neuron(k)["spike_count_error"] for k in range(3)
+    ]
+    assert neurons[1]["spike_count_error"] > neurons[0]["spike_count_error"]
     compared.T = 1  # as if the reference held one step
     value = validation(measured, compared, labelled=False)
     assert value["rows"][1] | {"top1_agreement": None, "max_abs_logit_error": None} == value["rows"][1]

@@ -123,6 +123,16 @@ def test_a_linear_layers_operations() -> None:
     operations = Operations((layer,))
     operations.add({"active.fc": np.array([[2.0, 3.0], [0.0, 5.0]])}, 2, 2)  # [T, N]
     assert operations.counts["fc"].tolist() == [15.0, 15.0]
+    of_tokens = Operations((tokens,))
+    of_tokens.add({"active.fc": np.array([[[1.0, 0.0, 4.0, 3.0]]])}, 1, 1)  # [T, N, positions]
+    assert of_tokens.counts["fc"].tolist() == [24.0] and of_tokens.input_rate(tokens, 1) == 8 / 20
+
+
+def test_sums_are_exact_where_float32_is_not() -> None:
+    layer = Layer("fc", (2**25,), 1)
+    operations = Operations((layer,))
+    operations.add({"active.fc": np.array([[2.0**24, 1.0]], np.float32)}, 2, 1)
+    assert operations.counts["fc"].tolist() == [2.0**24 + 1] and operations.input_rate(layer, 1) == (2**24 + 1) / 2**26
 
 
 def test_layers_survive_json() -> None:
@@ -147,9 +157,18 @@ def test_the_two_bills_by_hand() -> None:
     # Two images: the first layer does 40 a step whatever the image, the others what fired.
     assert (one.mac_ops, one.ac_ops, one.analogue_ac_ops) == (40.0, (5 * 6 + 2 * 4) / 2, 2 * 4 / 2)
     assert (two.mac_ops, two.ac_ops, two.analogue_ac_ops) == (80.0, (5 * 10 + 2 * 11) / 2, 2 * 11 / 2)
+    assert (operations.input_rate(layers[1], 1), operations.input_rate(layers[1], 2)) == (6 / (6 * 2), 10 / (6 * 2 * 2))
     assert (CONSTANTS["fp32"].ac_pj, CONSTANTS["fp32"].mac_pj) == (0.9, 4.6)
     assert two.energy_pj == pytest.approx(36 * 0.9 + 80 * 4.6)
     assert two.energy_exact_pj == pytest.approx(25 * 0.9 + (80 + 11) * 4.6)
+    assert two.energy_once_pj == two.energy_pj  # no layer is computed once
+
+
+def test_each_layer_is_billed_at_its_own_precision() -> None:
+    operations = Operations((Layer("exact", (6,), 5), Layer("rounded", (7,), 2, precision="int8")))
+    operations.add({"active.exact": np.array([[4.0]]), "active.rounded": np.array([[3.0]])}, 1, 1)
+    assert operations.at(1).energy_pj == pytest.approx(4 * 5 * 0.9 + 3 * 2 * 0.1)
+    assert operations.ann()["energy_pj"] == pytest.approx(6 * 5 * 4.6 + 7 * 2 * 0.3)
 
 
 def two_layers(once: bool = True, **options: Any) -> Operations:
@@ -187,6 +206,16 @@ def test_layers_add_up_and_the_twin_multiplies_every_input_once() -> None:
     assert (first["fan_out"], second["weights"], second["dense_ops"]) == (10, 42, 42)
     assert operations.ann() == {"mac_ops": 82, "energy_pj": 246}
     assert operations.at(5).energy_pj == first["rows"][1]["energy_pj"] + second["rows"][1]["energy_pj"]
+
+
+def test_what_is_said_of_a_convolution() -> None:
+    conv = Layer("conv", (2, 4), 3, (3,), (1,), ((1, 1),), (1,))  # a tap falls outside at either end
+    operations = Operations((conv,))
+    operations.add({"active.conv": np.array([[[1.0, 0.0, 2.0, 0.0]]])}, 1, 1)
+    (said,) = operations.by_layer((1,))
+    assert (said["fan_out"], said["weights"], said["dense_ops"]) == (3 * (2 + 3 + 3 + 2) / 4, 2 * 3 * 3, 2 * 3 * 10)
+    assert (said["rows"][0]["ac_ops"], said["rows"][0]["input_rate"]) == (6 * 1 + 9 * 2, 3 / 8)
+    assert operations.ann() == {"mac_ops": 60, "energy_pj": pytest.approx(60 * 4.6)}
 
 
 def test_what_no_bill_includes() -> None:

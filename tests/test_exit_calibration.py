@@ -206,8 +206,12 @@ def test_both_ways_take_turns_after_a_round_to_warm_up(monkeypatch: pytest.Monke
         return run(self, x, T, exit=exit)
 
     monkeypatch.setattr(Engine, "run", recorded)
+    monkeypatch.setattr(
+        "tetdeploy.exit_savings.time.perf_counter", lambda: sum(1 if early else 3 for early, _ in calls)
+    )
     x, labels = digits().images[:10], digits().labels[:10]
-    measure(engine("step"), x, labels, Exit(0.5), 2, batch_size=4)
+    early = measure(engine("step"), x, labels, Exit(0.5), 2, batch_size=4)["early_exit"]
+    assert (early["fixed_seconds"], early["seconds"], early["speedup"]) == (9, 3, 3)  # of three batches
     assert [early for early, _ in calls] == [True, False, True, False, False, True, True, False]
     assert [size for _, size in calls] == [4, 4, 4, 4, 4, 4, 2, 2]
 

@@ -52,6 +52,7 @@ def assert_folds(network: nn.Module, *inputs: Tensor, batchnorms: int) -> fx.Gra
     assert count_batchnorm(program.graph) == batchnorms
     folded = fold_batchnorm(program)
     assert count_batchnorm(folded.graph) == 0
+    assert not any(name.endswith("running_mean") for name in folded.state_dict())  # nor kept beside the graph
     folded.graph.lint()
     torch.testing.assert_close(folded(*inputs), network(*inputs), rtol=1e-10, atol=1e-10)
     return folded
@@ -114,6 +115,20 @@ def test_float32_networks_are_folded_in_float64_and_stay_float32() -> None:
     for got, wanted in zip(folded.parameters(), exact.parameters(), strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, wanted.float(), rtol=1e-7, atol=0)  # one rounding, at the end
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_at_each_call_gradients_are_those_of_the_network(bias: bool) -> None:
+    """Two BN in a row, so that the second folds into what the first one's folding computes."""
+    network = settled(nn.Sequential(nn.Conv2d(2, 4, 3, bias=bias), nn.BatchNorm2d(4, eps=0.3), nn.BatchNorm2d(4)))
+    x = randn(3, 2, 5, 5)
+    folded = fold_batchnorm(traced(network, x), trainable=True)
+    assert count_batchnorm(folded.graph) == 0
+    parameters = dict(network.named_parameters())
+    wanted = torch.autograd.grad(network(x).square().sum(), [*parameters.values()])
+    torch.testing.assert_close(folded(x), network(x), rtol=1e-10, atol=1e-10)
+    got = torch.autograd.grad(folded(x).square().sum(), [folded.get_parameter(name) for name in parameters])
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
 # --- over time ---------------------------------------------------------------------------------------------------
@@ -376,6 +391,11 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     ),
     "channels repeated": (
         Permuted(lambda y: y.unsqueeze(-1).expand(2, 4, 4).flatten(0, 1), nn.BatchNorm1d(4), nn.Linear(2, 4)),
+        (2, 2),
+        r"BN 'bn': between it and 'conv' the channels are rearranged from shape \[2, 4\] to \[8, 4\]",
+    ),
+    "channels repeated, after a copy in their order": (
+        Permuted(lambda y: y.clone().unsqueeze(-1).expand(2, 4, 4).flatten(0, 1), nn.BatchNorm1d(4), nn.Linear(2, 4)),
         (2, 2),
         r"BN 'bn': between it and 'conv' the channels are rearranged from shape \[2, 4\] to \[8, 4\]",
     ),

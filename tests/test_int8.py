@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tetdeploy import Engine, int8_network, quantisation, tracing
-from tetdeploy.calibration import CurrentHistogram
+from tetdeploy.calibration import CurrentHistogram, calibrate
 from tetdeploy.cli import main
 from tetdeploy.export import ExportConfig, Exported, ParityError, export_model
 from tetdeploy.export.graph import OnnxTracer
@@ -74,6 +74,20 @@ def test_pytorch_and_onnx_runtime_give_the_same_bits(
     place = ([stride] * 2, [padding] * 2, [1, 1], groups)
     ours = int8_conv(*map(torch.from_numpy, (spikes, weight, weight_scale, bias)), scale, zero, *place)
     assert np.array_equal(ours.numpy(), _onnx(spikes, weight, weight_scale, bias, scale, zero, place))
+
+
+def test_scales_are_divided_before_they_multiply() -> None:
+    """Sums that come out one apart if they are multiplied by one scale and then divided by the other."""
+    weight_scale, scale = np.float32(1.3e-7), np.float32(0.011)
+    sums = np.arange(1, 2**24, dtype=np.float32)
+    apart = np.round(sums * (weight_scale / scale)) != np.round(sums * weight_scale / scale)
+    bias = sums[apart & (sums * weight_scale < 250 * scale)][:8].astype(np.int32)
+    assert len(bias) == 8
+    spikes, weight = np.zeros((1, 1, 2, 2), np.float32), np.ones((8, 1, 1, 1), np.int8)
+    given = (spikes, weight, np.full(8, weight_scale), bias)
+    place = ([1, 1], [0, 0], [1, 1], 1)
+    ours = int8_conv(*map(torch.from_numpy, given), float(scale), 0, *place)
+    assert np.array_equal(ours.numpy(), _onnx(*given, float(scale), 0, place))
 
 
 def _onnx(spikes: Any, weight: Any, weight_scale: Any, bias: Any, scale: float, zero: int, place: Any) -> Any:
@@ -294,7 +308,8 @@ def test_odd_convolutions_and_a_channel_of_zeros(monkeypatch: pytest.MonkeyPatch
 def test_scales_cover_what_they_are_asked_to() -> None:
     assert CurrentScale.covering(0.0, 2.55) == CurrentScale(pytest.approx(0.01), 0)  # type: ignore[arg-type]
     assert CurrentScale.covering(-1.275, 1.275).zero in (127, 128)
-    assert CurrentScale.covering(1.0, 2.0).zero == 0  # 0 is always one of the values
+    for low, high, zero in ((1.0, 2.55, 0), (-2.55, -1.0, 255)):  # 0 is always one of the values
+        assert CurrentScale.covering(low, high) == CurrentScale(pytest.approx(0.01), zero)  # type: ignore[arg-type]
     histogram = CurrentHistogram()
     torch.manual_seed(0)
     for _ in range(4):
@@ -303,6 +318,52 @@ def test_scales_cover_what_they_are_asked_to() -> None:
     assert narrow.scale * 255 == pytest.approx(2 * 1.96, rel=0.02)  # 95 % of a normal distribution
     assert histogram.highest - histogram.lowest == pytest.approx(wide.scale * 255, rel=0.01)
     assert narrow.scale < histogram.least_squares().scale < wide.scale
+
+
+def test_a_percentile_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bins of width 1 from -3 to 3, which hold 0, 5, 45, 40, 9 and 1 of 100 currents."""
+    monkeypatch.setattr("tetdeploy.calibration._BINS", 6)
+    histogram = CurrentHistogram()
+    histogram.add(torch.tensor([-2.0] + [-1.5] * 4 + [-0.5] * 45 + [0.5] * 40 + [1.5] * 9 + [2.0]))
+    assert histogram.percentile(88) == CurrentScale(float(np.float32(3 / 255)), 85)  # 6 % at either end: -1 to 2
+    assert histogram.percentile(98) == CurrentScale.covering(-2, 2)  # 1 %: no farther than the currents reach
+    histogram.add(torch.tensor([-10.0, 0.5, 10.0]))  # what is out of range counts in the last bins
+    histogram.add(torch.tensor([0.5]))
+    assert histogram.counts is not None and histogram.counts.tolist() == [1, 5, 45, 42, 9, 2]
+    assert (histogram.lowest, histogram.highest) == (-10, 10)
+
+
+@pytest.mark.parametrize("better", ["mse", "percentile"])
+def test_the_method_with_the_more_accurate_mean_logits_is_taken(better: str) -> None:
+    tracer, x, labels = Tracer(convsnn(), encoding="direct", uint8=True), digits().images[:40], digits().labels[:40]
+    images, given = np.arange(40), []
+
+    def answers(scales: Any) -> Any:
+        given.append(scales)
+        right = 35 if better == ("mse", "percentile")[len(given) - 1] else 30
+        logits = np.zeros((40, 2, 10), np.float32)
+        logits[images, 0, np.where(images < right, labels, (labels + 1) % 10)] = 3.0
+        logits[images, 1, (labels + 2) % 10] = 1.0  # the last step alone would be wrong
+        return logits
+
+    found = calibrate(tracer, x, labels, 2, answers)
+    assert (found.method, found.num_images) == (better, 40)
+    assert found.accuracy == {name: 35 / 40 if name == better else 30 / 40 for name in ("mse", "percentile")}
+    assert found.scales == given[better == "percentile"] != given[better == "mse"]
+
+
+@pytest.mark.parametrize("encoding", ["direct", "frames"])
+@pytest.mark.parametrize("nearer", ["mse", "percentile"])
+def test_of_equally_accurate_methods_the_nearer_to_float32_is_taken(nearer: str, encoding: Any) -> None:
+    """Without labels the accuracy is the agreement with the network in float32, of frames after the first T."""
+    tracer, x = Tracer(convsnn(), encoding=encoding, uint8=True), digits().images[:40]
+    x = x if encoding == "direct" else frames(40, 6)
+    with torch.no_grad():
+        given = torch.from_numpy(x) if encoding == "direct" else torch.from_numpy(x[:, :2]).transpose(0, 1)
+        exact = convsnn()(given, 2).transpose(0, 1).numpy()
+    factors = iter((1.1, 1.5) if nearer == "mse" else (1.5, 1.1))
+    found = calibrate(tracer, x, None, 2, lambda scales: next(factors) * exact)
+    assert (found.method, found.accuracy) == (nearer, {"mse": 1.0, "percentile": 1.0})
 
 
 def test_least_squares_errs_less_than_any_percentile() -> None:

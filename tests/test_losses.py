@@ -46,8 +46,20 @@ def test_mse_pulls_every_class_of_every_step_to_phi() -> None:
 @pytest.mark.parametrize("lam", [0.0, 0.05, 1.0])
 def test_total_weighs_tet_and_mse(lam: float) -> None:
     logits, labels = draw()
-    expected = (1 - lam) * tet_loss(logits, labels) + lam * mse_loss(logits, phi=0.7)
-    torch.testing.assert_close(total_loss(logits, labels, lam=lam, phi=0.7), expected)
+    for smoothing in (0.0, 0.1):
+        tet = tet_loss(logits, labels, label_smoothing=smoothing)
+        expected = (1 - lam) * tet + lam * mse_loss(logits, phi=0.7)
+        got = total_loss(logits, labels, lam=lam, phi=0.7, label_smoothing=smoothing)
+        torch.testing.assert_close(got, expected)
+
+
+def test_lam_and_phi_are_by_default_those_of_the_paper_for_cifar() -> None:
+    logits, labels = draw()
+    logarithms = logits - logits.exp().sum(-1, keepdim=True).log()
+    tet = -logarithms[:, range(len(labels)), labels].mean()  # no smoothing
+    mse = ((logits - 1.0) ** 2).mean()  # phi = v_th = 1
+    torch.testing.assert_close(total_loss(logits, labels), 0.95 * tet + 0.05 * mse)
+    torch.testing.assert_close(mse_loss(logits), mse)
 
 
 def test_gradient_of_tet_is_equation_10() -> None:
@@ -94,14 +106,18 @@ def test_lemma_4_1_is_strict_when_steps_disagree_and_tight_when_they_agree() -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_raised_to_float32_first(dtype: torch.dtype) -> None:
     logits, labels = draw(T=6, scale=20.0)
-    half = logits.to(dtype).requires_grad_()
+    half, teacher = logits.to(dtype).requires_grad_(), logits[0].flip(0).to(dtype)
+
+    def all_losses(logits: Tensor, teacher: Tensor) -> list[Tensor]:
+        labelled = [loss(logits, labels) for loss in (sdt_loss, tet_loss, total_loss)]
+        return [*labelled, mse_loss(logits), distillation_loss(logits, teacher)]
+
     with torch.autocast("cpu", dtype=dtype):
-        losses = (sdt_loss(half, labels), tet_loss(half, labels), mse_loss(half), total_loss(half, labels))
-    exact = half.detach().float()
-    expected = (sdt_loss(exact, labels), tet_loss(exact, labels), mse_loss(exact), total_loss(exact, labels))
-    assert [loss.dtype for loss in losses] == [torch.float32] * 4
+        losses = all_losses(half, teacher)
+    expected = all_losses(half.detach().float(), teacher.float())
+    assert [loss.dtype for loss in losses] == [torch.float32] * 5
     assert [loss.item() for loss in losses] == [loss.item() for loss in expected]
-    losses[3].backward()
+    losses[2].backward()
     assert half.grad is not None and half.grad.dtype == dtype and bool(half.grad.isfinite().all())
 
 
@@ -142,6 +158,7 @@ def test_distillation_against_a_naive_loop() -> None:
             total += (p * (p / q).log()).sum().item()
     expected = tau_kd**2 * total / (5 * 7)
     assert distillation_loss(logits, teacher, tau_kd=tau_kd).item() == pytest.approx(expected)
+    assert distillation_loss(logits, teacher).item() == pytest.approx(expected)  # 3 is the temperature by default
     same = logits[:1].expand(5, -1, -1)
     assert distillation_loss(same, logits[0]).item() == pytest.approx(0.0, abs=1e-12)
 

@@ -128,15 +128,24 @@ def test_gradient_worked_out_by_hand() -> None:
 
 
 @by_either_kernel
+def test_gradient_of_a_neuron_at_the_threshold_that_did_not_fire() -> None:
+    """T = 2, h = (1, 0.75), s = (0, 0), gamma = 2. Triangles: 2 / 4 = 0.5 and 1.75 / 4 = 0.4375.
+
+    L = s(2): dL/dh(2) = 0.4375; du(1)/dh(1) = 1 - h(1) 0.5 = 0.5.
+    """
+    current = column(1.0, 0.25).requires_grad_()
+    lif(current, gamma=2.0)[0][1].backward()
+    assert current.grad is not None
+    assert current.grad.tolist() == [0.4375 * 0.5 * 0.5, 0.4375]
+
+
+@by_either_kernel
 def test_if_neurons_do_not_leak() -> None:
     current = torch.full((4, 3), 0.375)
     assert IF()(current)[:, 0].tolist() == [0.0, 0.0, 1.0, 0.0]  # 0.375 | 0.75 | 1.125, fires | 0.375
     assert LIF()(current).sum() == 0.0  # never above 0.75
-    assert isinstance(IF(v_th=2.0, gamma=0.5), LIF) and (IF().tau, IF(v_th=2.0).v_th, IF(gamma=0.5).gamma) == (
-        1,
-        2,
-        0.5,
-    )
+    assert isinstance(IF(), LIF) and (IF().tau, IF().v_th, IF().gamma) == (1, 1, 1)
+    assert (IF(v_th=2.0).v_th, IF(gamma=0.5).gamma) == (2, 0.5)
 
 
 # --- a naive autograd loop ---------------------------------------------------------------------------------------
@@ -228,6 +237,17 @@ def test_equal_to_a_naive_autograd_loop(name: str, case: Case) -> None:
     (naive_spikes, naive_u_last), naive_gradients = run(naive, case)
     assert torch.equal(spikes, naive_spikes)
     assert torch.equal(u_last, naive_u_last)
+    assert_gradients_equal(gradients, naive_gradients)
+
+
+@both_kernels
+def test_the_layer_has_the_gradient_of_its_own_settings(name: str) -> None:
+    """Called as networks call it, without a membrane."""
+    case = Case(5, (3, 4), "contiguous", 0.25, 0.9, 1.5, False, "spikes", 1)
+    with kernel(name):
+        (spikes, _), gradients = run(lambda current, u, **options: (LIF(**options)(current), current[0]), case)
+    (naive_spikes, _), naive_gradients = run(naive, case)
+    assert torch.equal(spikes, naive_spikes) and spikes.any()
     assert_gradients_equal(gradients, naive_gradients)
 
 

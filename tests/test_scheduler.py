@@ -83,6 +83,30 @@ def test_a_batch_runs_when_it_is_full_or_its_oldest_request_has_waited() -> None
     assert taken(full, 15.0) == ("T4", "d")
 
 
+def test_a_client_that_left_fills_no_batch() -> None:
+    loop, queue = asyncio.new_event_loop(), waiting(Limits(max_batch=2, max_wait=5))
+    requests = [Request[str, str](name, 1, 10.0, loop.create_future()) for name in "abcd"]
+    requests[0].answer.cancel()
+    gone = Request[str, str]("z", 2, 9.0, loop.create_future())
+    gone.answer.cancel()  # all that its key has: no call is made for it
+    queue.add("T6", [gone])
+    queue.add("T4", requests)
+    loop.close()
+    assert taken(queue, 10.0) == ("T4", "bc")
+    assert taken(queue, 14.9) is None and queue.due() == 15.0
+    assert taken(queue, 15.0) == ("T4", "d") and len(queue) == 0
+
+
+def test_sizes_fill_a_batch_and_the_key_that_waited_longest_is_due_first() -> None:
+    loop, queue = asyncio.new_event_loop(), waiting(Limits(max_batch=4, max_wait=5), ("T6", "z", 12.0))
+    queue.add("T4", [Request[str, str]("a", 3, 10.0, loop.create_future())])
+    assert queue.due() == 15.0 and taken(queue, 14.9) is None
+    queue.add("T4", [Request[str, str]("b", 1, 11.0, loop.create_future())])
+    loop.close()
+    assert taken(queue, 11.0) == ("T4", "ab")
+    assert queue.due() == 17.0
+
+
 def test_only_requests_of_one_key_share_a_call() -> None:
     queue = waiting(Limits(max_batch=8, max_wait=0), ("T4", "a", 0), ("T6", "b", 0), ("T4", "c", 0))
     assert [taken(queue, 1) for _ in range(3)] == [("T4", "ac"), ("T6", "b"), None]

@@ -24,7 +24,8 @@ from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig, TrainResult, evaluate, sdt_loss, tet_loss, total_loss, train, train_seeds
 from tetdeploy.train.augment import cutout
 from tetdeploy.train.averaging import estimating_bn, update_average
-from tetdeploy.train.objective import draw_lengths, prefix_mean
+from tetdeploy.train.objective import Teacher, draw_lengths, prefix_mean
+from tetdeploy.train.session import BN_BATCHES
 from tetdeploy.train.stages import Stage, TimeRange, parse_random_T, parse_tit
 
 DIGITS = load_data("digits", "train", data_dir=Path())
@@ -87,6 +88,7 @@ def same_files(one: Path, other: Path) -> bool:
 
 def test_tit_notation() -> None:
     assert parse_tit("2:300,6:50:1e-4", lr=0.1) == (Stage(1, 2, 300, 0.1, 0), Stage(2, 6, 50, 1e-4, 300))
+    assert [stage.first_epoch for stage in parse_tit("1:5,2:3,4:2", lr=0.1)] == [0, 5, 8]
     config = TrainConfig(tit="2:300,6:50:1e-4", lr=0.1)
     assert (config.T, config.epochs, config.longest_T) == (6, 350, 6)
     assert [config.stage(epoch).T for epoch in (0, 299, 300, 349)] == [2, 2, 6, 6]
@@ -269,6 +271,7 @@ def test_the_average_by_hand() -> None:
 def test_bn_is_estimated_as_the_mean_over_the_passes() -> None:
     network = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5)).train()
     first, second = torch.randn(50, 2), 3 + torch.randn(50, 2)
+    network(10 + first)  # which no longer counts
     with estimating_bn(network):
         network(first), network(second)
     norm = network[0]
@@ -333,6 +336,15 @@ def test_lengths_follow_from_the_step_and_cover_the_range() -> None:
     assert draw_lengths(settings(tit="1:2,3:2"), 2, 0) == (3,)
 
 
+def test_bn_is_estimated_on_runs_of_the_longest_length_drawn(tmp_path: Path) -> None:
+    classifier, lengths = classifier_of(), []
+    classifier.register_forward_hook(lambda module, arguments, _: lengths.append((module.training, arguments[1])))
+    run(tmp_path, classifier, random_T="1:3:20", T=2, epochs=1)  # of 20 draws one is 3
+    passes = min(BN_BATCHES, STEPS)
+    assert lengths[:STEPS] == [(True, 3)] * STEPS
+    assert lengths[STEPS : STEPS + passes] == [(False, 3)] * passes and set(lengths[STEPS + passes :]) == {(False, 2)}
+
+
 def test_random_T_serves_every_T(tmp_path: Path) -> None:
     """Trained on T=1..4 the digits' accuracy at T=1 is higher than after training at T=4 alone."""
     labels, x = torch.tensor(VAL.labels), torch.tensor(VAL.x)
@@ -361,6 +373,21 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("teacher")
     run(out, classifier_of(ann=True, width=0.5), T=1, epochs=15, lam=0.0)
     return out
+
+
+def test_the_weight_and_the_temperature_of_distillation_are_those_given() -> None:
+    """Against the mean of the teacher's answers to all frames."""
+    answers, logits, frames = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.zeros(4, 3, 1, 2, 2)
+
+    class Answers(nn.Module):
+        def forward(self, x: Tensor, T: int | None) -> Tensor:
+            assert (x.shape, T) == ((3, 4, 1, 2, 2), None)
+            return answers
+
+    loss = Teacher(Answers(), 0.25, 2.0).loss(logits, frames)  # type: ignore[arg-type]
+    p, log_q = (answers.double().mean(0) / 2).softmax(-1), (logits.double() / 2).log_softmax(-1)
+    wanted = 0.25 * 2.0**2 * (p * (p.log() - log_q)).sum(-1).mean()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_the_student_comes_closer_to_its_teacher(tmp_path: Path, teacher: Path) -> None:

@@ -22,6 +22,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import tetdeploy
 from tetdeploy.checkpoint import load_weights, newest_run, read_metadata
@@ -29,10 +30,12 @@ from tetdeploy.data import ImageSet, load_data, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig, TrainResult, evaluate, train, train_seeds
 from tetdeploy.train.augment import AUGMENTATIONS, random_crop, random_flip
+from tetdeploy.train.batches import DeviceImages, Draws
 from tetdeploy.train.device import pick_device
 from tetdeploy.train.optimizer import build_optimizer
 from tetdeploy.train.runs import mark_latest, new_run_folder, only_trainer
 from tetdeploy.train.schedule import derive_seed, learning_rate
+from tetdeploy.train.state import Best
 
 
 class Toy(nn.Module):
@@ -355,10 +358,14 @@ def test_init_starts_a_new_run_from_given_weights(tmp_path: Path) -> None:
     assert run(tmp_path / "new", classifier).epochs == 3
 
 
-def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])  # the latter with scaled gradients
+def test_clipping_bounds_the_step(tmp_path: Path, precision: str) -> None:
     """Plain SGD at lr 1 without decay moves the weights by the clipped gradient and its Nesterov momentum."""
     start, classifier = toy(), toy()
-    config = settings(epochs=1, batch_size=52, optimizer="sgd", lr=1.0, weight_decay=0.0, warmup_epochs=0, clip=1e-3)
+    config = settings(
+        **{"epochs": 1, "batch_size": 52, "precision": precision, "clip": 1e-3},
+        **{"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.0, "warmup_epochs": 0},
+    )
     run(tmp_path, classifier, config=config)
     moved = [a.detach() - b.detach() for a, b in zip(start.parameters(), classifier.parameters(), strict=True)]
     norm = torch.cat([value.flatten() for value in moved]).norm().item()
@@ -371,6 +378,93 @@ def test_each_loss_setting_changes_the_result(tmp_path: Path, changes: dict[str,
     run(tmp_path / "plain", plain)
     run(tmp_path / "changed", changed, config=settings(**changes))
     assert not same_weights(plain, changed)
+
+
+def test_each_step_has_the_loss_and_the_rate_that_are_logged(tmp_path: Path) -> None:
+    """Eqs. 7 and 13 with smoothed labels in numpy, from the logits of the very batches; the optimizer's own rates."""
+    classifier, batches, rates = toy().eval(), [], []  # as a loaded one is
+
+    def seen(module: nn.Module, arguments: tuple[Tensor, int], logits: Tensor) -> None:
+        if module.training:
+            batches.append((arguments[0].numpy(), logits.detach().double().numpy()))
+
+    turned = torch.tensor([3.0, -0.5])[:, None, None]  # of two steps the last alone has other classes than the mean
+    classifier.network.register_forward_hook(lambda module, arguments, logits: logits * turned)
+    classifier.register_forward_hook(seen)
+    config = settings(
+        **{"epochs": 2, "augment": "none", "loss": "sdt", "switch_to_tet": 1},
+        **{"label_smoothing": 0.2, "lam": 0.3, "phi": 0.7, "lr": 0.01, "warmup_epochs": 0.5},
+    )
+    with register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])):
+        run(tmp_path, classifier, config=config)
+
+    label_of = {image.tobytes(): label for image, label in zip(TRAIN.images, TRAIN.labels, strict=True)}
+    targets = [np.eye(3)[[label_of[image.tobytes()] for image in x]] for x, _ in batches]
+
+    def cross_entropy(logits: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return float(-((0.8 * y + 0.2 / 3) * log_p).sum(-1).mean())
+
+    of_epochs = [
+        [cross_entropy(logits.mean(0), y) for (_, logits), y in zip(batches[:STEPS], targets, strict=False)],
+        [
+            0.7 * cross_entropy(logits, y) + 0.3 * float(((logits - 0.7) ** 2).mean())
+            for (_, logits), y in zip(batches[STEPS:], targets[STEPS:], strict=True)
+        ],
+    ]
+    assert [r["train_loss"] for r in metrics(tmp_path)] == pytest.approx([np.mean(of) for of in of_epochs], rel=1e-6)
+    right = [(o.mean(0).argmax(-1) == y.argmax(-1)).mean() for (_, o), y in zip(batches, targets, strict=True)]
+    accuracy = [np.mean(right[:STEPS]), np.mean(right[STEPS:])]
+    assert [r["train_accuracy"] for r in metrics(tmp_path)] == pytest.approx(accuracy)
+    cosine = [0.005 * (1 + math.cos(math.pi * s / 9)) for s in range(9)]  # after 3 of 12 steps
+    assert rates == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, *cosine])
+
+
+def test_every_batch_is_chosen_and_augmented_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of training, and those that BN is estimated on."""
+    drawn, seen = DeviceImages.drawn, []
+
+    def recorded(self: DeviceImages, draws: Draws) -> Any:
+        seen.append(draws)
+        return drawn(self, draws)
+
+    monkeypatch.setattr(DeviceImages, "drawn", recorded)
+    run(tmp_path, config=settings(ema=0.5))
+    seeds = [seed for draws in seen for seed in draws.seeds]
+    assert len(set(seeds)) == len(seeds) == 6 * STEPS
+    orders = [tuple(draws.chosen.flatten().tolist()) for draws in seen]
+    assert len(set(orders)) == len(orders) and all(len(set(order)) == 8 * STEPS for order in orders)
+
+
+def test_every_step_draws_anew_for_dropout(tmp_path: Path) -> None:
+    seeds: list[int] = []
+    train(toy(lambda count: seeds.append(torch.initial_seed())), TRAIN, None, settings(), tmp_path, progress=False)
+    assert len(set(seeds)) == len(seeds) == 3 * STEPS
+
+
+def test_the_average_goes_over_all_steps_of_a_run(tmp_path: Path) -> None:
+    """w_avg <- d w_avg + (1 - d) w with d = (1 + s) / (10 + s), which 0.99 never bounds here."""
+    classifier = toy()
+    average, weights = classifier.network.readout.weight.detach().double(), []
+    with register_optimizer_step_post_hook(
+        lambda *_: weights.append(classifier.network.readout.weight.detach().double())
+    ):
+        run(tmp_path, classifier, config=settings(ema=0.99))
+    for s, weight in enumerate(weights):
+        d = (1 + s) / (10 + s)
+        average = d * average + (1 - d) * weight
+    assert len(weights) == 3 * STEPS
+    kept = load_file(tmp_path / "last.safetensors")["average.readout.weight"]
+    torch.testing.assert_close(kept.double(), average, rtol=1e-5, atol=1e-7)
+
+
+def test_which_of_two_epochs_is_better() -> None:
+    first = Best(1, 0.5, 1.0)
+    assert not first.is_beaten_by(Best(2, 0.5, 1.0))  # the earlier of equals
+    assert first.is_beaten_by(Best(2, 0.5, 0.9)) and not first.is_beaten_by(Best(2, 0.5, 1.1))
+    assert first.is_beaten_by(Best(2, 0.6, 9.0)) and not first.is_beaten_by(Best(2, 0.4, 0.1))
+    assert first.is_beaten_by(Best(2, 0.1, 9.0, stage=2)) and not Best(2, 0.1, 9.0, stage=2).is_beaten_by(first)
+    assert Best(1, None, None).is_beaten_by(Best(2, None, None))
 
 
 def test_bf16_autocast_keeps_weights_and_losses_in_float32(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from tetdeploy import validate
 from tetdeploy.cli.options import console as terminal
 from tetdeploy.cli.sweep import print_details
 from tetdeploy.cli.sweep import sweep as sweep_command
@@ -45,8 +47,8 @@ def test_steps_that_do_not_parse(text: str) -> None:
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
 def test_a_sweep_is_what_single_runs_give(layout: str) -> None:
     engine = Engine(exported(layout))
-    data = digits()
-    x, labels = data.images[:70], data.labels[:70]
+    x = digits().images[:70]
+    labels = engine.run(x, 3).logits.argmax(-1)  # so that accuracy depends on T, and is 1 at last
     seen: list[int] = []
     result = sweep(engine, x, labels, (1, 3), data="digits", batch_size=32, num_timed=1, tick=seen.append)
     assert sum(seen) == result.num_samples == 70
@@ -57,6 +59,7 @@ def test_a_sweep_is_what_single_runs_give(layout: str) -> None:
         neurons = sum(np.prod(n["shape"]) for n in engine.metadata["neurons"])
         assert row.firing_rate == pytest.approx(fired / (neurons * row.T * 70))
         assert row.latency_ms > 0
+    assert result.rows[0].accuracy < result.rows[1].accuracy == 1
     assert result.rows[0].ac_ops < result.rows[1].ac_ops
     assert result.rows[1].mac_ops == pytest.approx(3 * result.rows[0].mac_ops)
 
@@ -103,6 +106,33 @@ def test_what_lies_behind_the_rows() -> None:
         assert entry["accuracy"] == (pytest.approx(expected) if k != 3 else expected)
 
 
+@pytest.mark.parametrize(("layout", "with_state"), [("step", True), ("unrolled", True), ("unrolled", False)])
+def test_latency_is_the_median_after_a_warm_up_in_milliseconds(
+    layout: str, with_state: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that takes 10 ms a step by a clock of ours, and ten times as long in its first rounds and its last."""
+    clock, calls = [0.0], []
+
+    class Slow:
+        def __init__(self) -> None:
+            self.layout, self.with_state = layout, with_state
+
+        def run(self, image: np.ndarray[Any, Any], T: int) -> None:
+            assert image.shape == (1, 2)
+            calls.append((T, image[0, 0]))
+            rounds = [t for t, _ in calls].count(T)
+            clock[0] += T * (0.1 if rounds in (1, 2, 7) else 0.01)
+
+    monkeypatch.setattr(validate.time, "perf_counter", lambda: clock[0])
+    latency = validate.measure_latency(Slow(), np.array([[0.0, 0], [1, 0], [2, 0]]), (1, 4), 5)  # type: ignore[arg-type]
+    if layout == "unrolled" and not with_state:  # all steps are run whatever T is
+        assert latency == {1: pytest.approx(40.0), 4: pytest.approx(40.0)}
+        assert calls == [(4, k) for k in (1, 2, 0, 1, 2, 0, 1)]
+    else:
+        assert latency == {1: pytest.approx(10.0), 4: pytest.approx(40.0)}
+        assert calls == [(T, k) for k in (1, 2, 0, 1, 2, 0, 1) for T in (1, 4)]
+
+
 def test_a_tally_goes_on_where_it_was_kept() -> None:
     engine = Engine(exported("unrolled"))
     x, labels = digits().images[:40], digits().labels[:40]
@@ -111,12 +141,33 @@ def test_a_tally_goes_on_where_it_was_kept() -> None:
         for part in parts:
             result, counts = engine.count(x[part], 3)
             tally.add(result.per_step, counts, labels[part])
-    later = Tally(engine, 3)
+    later, kept = Tally(engine, 3), first.row(3, 1.0)
     later.restore(first.arrays())
     result, counts = engine.count(x[24:], 3)
     later.add(result.per_step, counts, labels[24:])
     assert later.row(3, 1.0) == whole.row(3, 1.0)
     assert later.details((1, 3)) == whole.details((1, 3))
+    assert first.row(3, 1.0) == kept  # its sums are not those that go on
+
+
+def test_chunks_with_state_compute_the_first_layer_again() -> None:
+    engine = Engine(exported("unrolled", T=3, with_state=True))
+    (row,) = sweep(engine, digits().images[:8], digits().labels[:8], (5,), num_timed=1).rows
+    assert row.energy_pj == pytest.approx(0.9 * row.ac_ops + 4.6 * row.mac_ops)
+    assert row.energy_once_pj == pytest.approx(0.9 * row.ac_ops + 4.6 * row.mac_ops * 2 / 5)  # two calls for five steps
+
+
+def test_layers_of_another_precision_than_the_model_have_their_own_price() -> None:
+    engine = Engine(exported("unrolled"))
+    engine.metadata["precision"] = "int8"
+    for layer in engine.metadata["layers"][1:]:
+        layer["precision"] = "int8"
+    result = sweep(engine, digits().images[:8], digits().labels[:8], (2,), num_timed=1)
+    assert result.rows[0].energy_pj == pytest.approx(0.1 * result.rows[0].ac_ops + 4.6 * result.rows[0].mac_ops)
+    adds = result.details["other_ops"]["bias_adds"]
+    assert result.details["other_ops_pj"]["bias_adds"] == pytest.approx(0.9 * adds) and adds > 0
+    engine.metadata["layers"] = []
+    assert sweep(engine, digits().images[:8], digits().labels[:8], (2,), num_timed=1).rows[0].ann_ratio is None
 
 
 def test_a_precision_without_cited_energies_needs_ones_own() -> None:
