@@ -58,9 +58,9 @@ def measure(side: str, model: Path, x: np.ndarray, threads: int) -> float:
 
 @click.command(cls=CleanErrors)
 @click.option("--channels", default=256, show_default=True, type=click.IntRange(32))
-@click.option("--size", default=16, show_default=True, help="Height and width.")
-@click.option("--images", default=32, show_default=True)
-@click.option("--threads", default=1, show_default=True)
+@click.option("--size", default=16, show_default=True, type=click.IntRange(1), help="Height and width.")
+@click.option("--images", default=32, show_default=True, type=click.IntRange(1))
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 def main(channels: int, size: int, images: int, threads: int) -> None:
     if (why := native.missing()) is not None:
         raise click.ClickException(why)
