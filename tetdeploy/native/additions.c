@@ -19,6 +19,7 @@
 #define MOST_ADDITIONS 255            /* without an overflow */
 #define MOST_ROWS 128                 /* fill 32 KB of the cache */
 #define GROUP 32                      /* outputs in a grain */
+#define LOWEST_FIRST (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) /* of the bytes of a word */
 
 /* Where rows begin, in bytes from the first of a chunk and tap; `others` if they are of the channels that do not fire. */
 typedef struct { uint16_t length, others, rows[]; } List;
@@ -39,10 +40,10 @@ INLINED uint64_t find_spikes(const uint8_t* x, size_t channels) {
   for (size_t c = 0; c < channels; c += 8) {
     const uint64_t sevens = 0x7f7f7f7f7f7f7f7f;
     uint64_t word = 0;
-    if (channels - c >= 8) memcpy(&word, x + c, 8); /* the lowest byte first */
+    if (channels - c >= 8) memcpy(&word, x + c, 8);
     else memcpy(&word, x + c, channels - c);
     const uint64_t ones = (((word & sevens) + sevens) | word) >> 7 & 0x0101010101010101;
-    found |= ones * 0x0102040810204080 >> 56 << c;
+    found |= ones * (LOWEST_FIRST ? 0x0102040810204080 : 0x8040201008040201) >> 56 << c;
   }
   return found;
 }
