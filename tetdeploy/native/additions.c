@@ -78,9 +78,10 @@ static void spread_row(void* argument, size_t row) {
     char* list = (char*)call->spread + (chunk * call->rows + row) * call->pitch[1] * list_bytes(kernel);
     for (size_t at = 0; at < call->pitch[1]; ++at, list += list_bytes(kernel)) {
       const size_t x = at - kernel->pads[1]; /* wraps, too */
-      const uint8_t* pixel = call->x + ((image * call->size[0] + y) * call->size[1] + x) * kernel->in_channels + first;
+      const size_t pixel = (image * call->size[0] + y) * call->size[1] + x;
       const int read = there && x < call->size[1] && at % kernel->strides[1] < kernel->size[1];
-      list_rows((List*)list, pixel, read ? n : 0, kernel->most);
+      if (read) list_rows((List*)list, call->x + pixel * kernel->in_channels + first, n, kernel->most);
+      else *(List*)list = (List){0};
     }
   }
 }
