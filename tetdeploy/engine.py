@@ -63,9 +63,9 @@ class Engine:
         threads: threads of one operation; None leaves it to the runtime (all cores).
         runtime: `onnxruntime`, or `openvino` on a CPU.
         native: whether this package's own operators, in C (`tetdeploy.native`), run what stands between convolutions
-            and, on processors with AMX, convolutions: the results of ONNX Runtime's own in less time, but for the last
-            digits of float32 convolutions, which are exact there. None: where that can be and the network is large
-            enough for it to count.
+            and, where the processor has AVX2 or AMX, convolutions: the results of ONNX Runtime's own in less time, but
+            for the last digits of float32 convolutions of spikes, which are exact there. None: where that can be and
+            the network is large enough for it to count.
 
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.

@@ -6,9 +6,9 @@
  *   most      what an input is at most; times `rows` no more than MOST_ADDITIONS, so that the sums of a chunk are int32
  *   vector_bytes   how long the registers are that it uses: 64 or 32, which the processor must have, or 16
  *
- * A call first lists, for each pixel and chunk, the rows of weights to be added, or where more than half of the neurons
- * fire those of the others, to be taken from the sum; each pixel of the padding has an empty list. The rows of a chunk and
- * tap stay in the first-level cache, while a group of outputs adds what it needs of them.
+ * A call first lists, for each pixel and chunk, the rows of weights to be added, or where inputs are 0 or 1 and more than
+ * half of them 1 those of the others, to be taken from the sum; each pixel of the padding has an empty list. The rows of a
+ * chunk and tap stay in the first-level cache, while a group of outputs adds what it needs of them.
  */
 #include "convolution.h"
 
