@@ -64,9 +64,7 @@ def test_a_large_batch_runs_in_parts(
     x = images(7) if encoding == "direct" else frames(7, 4)
     whole, counts = runner.count(x, 3)
     largest = max(int(np.prod(layer["shape"])) for layer in runner.metadata["neurons"])
-    monkeypatch.setattr(
-        "tetdeploy.engine.IN_CACHE", largest * 12
-    )  # an unrolled graph runs its four steps, another three
+    monkeypatch.setattr("tetdeploy.engine.IN_CACHE", largest * 12)  # an unrolled graph runs four steps, another three
     batches = list[int]()
     session = runner.overlaid(runner.counting_overlay)[0]
     monkeypatch.setattr(runner, "overlaid", lambda overlay: (_Spy(session, batches), list(counts)))

@@ -32,8 +32,6 @@ pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.
 FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
 Array = np.ndarray[Any, Any]
 WIDE, STEEP = 40, 2.0**23
-
-
 WAYS: list[Any] = [16, 32, 64, "tiles"]
 
 
