@@ -16,12 +16,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from export_helpers import digits, engine, exported, frames
+import torch
+from export_helpers import digits, engine, exported, frames, unchecked
 from onnx import TensorProto, helper
+from torch import Tensor, nn
 
 from tetdeploy.early_exit import Exit
 from tetdeploy.engine import Engine
+from tetdeploy.export import ExportConfig
 from tetdeploy.extras import MissingExtraError
+from tetdeploy.layers import DirectEncoding, OverTime
+from tetdeploy.neurons import LIF
 
 Array = np.ndarray[Any, Any]
 
@@ -59,9 +64,7 @@ def test_a_large_batch_runs_in_parts(
     x = images(7) if encoding == "direct" else frames(7, 4)
     whole, counts = runner.count(x, 3)
     largest = max(int(np.prod(layer["shape"])) for layer in runner.metadata["neurons"])
-    monkeypatch.setattr(
-        "tetdeploy.engine.IN_CACHE", largest * 12
-    )  # an unrolled graph runs its four steps, another three
+    monkeypatch.setattr("tetdeploy.engine.IN_CACHE", largest * 12)  # an unrolled graph runs four steps, another three
     batches = list[int]()
     session = runner.overlaid(runner.counting_overlay)[0]
     monkeypatch.setattr(runner, "overlaid", lambda overlay: (_Spy(session, batches), list(counts)))
@@ -70,6 +73,31 @@ def test_a_large_batch_runs_in_parts(
     np.testing.assert_allclose(parts.per_step, whole.per_step, atol=1e-6)
     for name, count in counts.items():
         np.testing.assert_array_equal(their_counts[name], count)
+
+
+class Narrow(nn.Module):
+    """Its last convolution reads one pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.encode = DirectEncoding(nn.Conv2d(1, 4, 8))
+            self.lif, self.last = LIF(v_th=0.1), OverTime(nn.Conv2d(4, 10, 1))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        return self.last(self.lif(self.encode(x, T))).flatten(2)
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
+def test_parts_of_one_image_count_as_others(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = unchecked(Narrow(), tmp_path / "m.onnx", ExportConfig(layout=layout, T=3))  # type: ignore[arg-type]
+    _, whole = runner.count(images(3), 3)
+    monkeypatch.setattr("tetdeploy.engine.IN_CACHE", 4 * 3 * 2)
+    _, parts = runner.count(images(3), 3)
+    assert whole["active.last.0"].shape == (3, 3, 1, 1) and whole["fired.lif"].any()
+    for name, count in whole.items():
+        np.testing.assert_array_equal(parts[name], count)
 
 
 class _Spy:

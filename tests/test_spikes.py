@@ -32,8 +32,6 @@ pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.
 FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
 Array = np.ndarray[Any, Any]
 WIDE, STEEP = 40, 2.0**23
-
-
 WAYS: list[Any] = [16, 32, 64, "tiles"]
 
 
@@ -211,6 +209,49 @@ def test_the_largest_sums_fit(spiking_op: str) -> None:
     made, _ = fused(convolution(digit))
     y = run(made, np.ones((1, channels, 6, 6), np.float32))
     np.testing.assert_allclose(y, exact(np.ones((1, channels, 6, 6)), digit, np.zeros(16), [1, 1], [0] * 4), rtol=3e-6)
+
+
+def additions(**change: Any) -> bytes:
+    """A node of `additions.c` alone, `y [N, H', W', 1]` of bytes `x [N, H, W, 1]`."""
+    own = {"channels": 1, "kernel_shape": [1, 1], "strides": [1, 1], "pads": [0] * 4, "most": 1, "vector_bytes": 16}
+    constants = {
+        "w": np.ones((1, 1, 1, 1, 2, 64), np.int32),
+        "scale": np.ones(1, np.float32),
+        "b": np.ones(1, np.float32),
+    }
+    graph = helper.make_graph(
+        [helper.make_node("SpikeAdditions", ["x", *constants], ["y"], domain=native.DOMAIN, **own | change)],
+        "test",
+        [helper.make_tensor_value_info("x", UINT8, ["N", "H", "W", 1])],
+        [helper.make_tensor_value_info("y", FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(native.DOMAIN, 1)]
+    made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"most": 0}, "the largest input is no byte"),
+        ({"most": 256}, "the largest input is no byte"),
+        ({"vector_bytes": 128}, "this processor has shorter vector registers"),
+        ({"channels": 2}, "its weights are not in the right order"),
+        ({"kernel_shape": [1, 1025]}, "the kernel is too large"),
+    ],
+    ids=str,
+)
+def test_a_damaged_node_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(Exception, match=f"ai.tetdeploy::SpikeAdditions: {says}"):
+        run(additions(**change), np.ones((1, 1, 1, 1), np.uint8))
+
+
+def test_an_input_whose_lists_no_address_reaches_is_refused() -> None:
+    """2^29 images of 2^32 zeros, which have lists of 8 bytes: the size would wrap to 0."""
+    model = additions(most=2, strides=[2**16] * 2, pads=[2**16, 2**16, 0, 0])
+    with pytest.raises(Exception, match="the input is too large"):
+        run(model, np.zeros((2**29, 0, 0, 1), np.uint8))
 
 
 # ----------------------------------------------------------------------------------------------- what is spikes

@@ -63,9 +63,9 @@ class Engine:
         threads: threads of one operation; None leaves it to the runtime (all cores).
         runtime: `onnxruntime`, or `openvino` on a CPU.
         native: whether this package's own operators, in C (`tetdeploy.native`), run what stands between convolutions
-            and, on processors with AMX, convolutions: the results of ONNX Runtime's own in less time, but for the last
-            digits of float32 convolutions, which are exact there. None: where that can be and the network is large
-            enough for it to count.
+            and, where the processor has AVX2 or AMX, convolutions: the results of ONNX Runtime's own in less time, but
+            for the last digits of float32 convolutions of spikes, which are exact there. None: where that can be and
+            the network is large enough for it to count.
 
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
@@ -296,7 +296,7 @@ class Engine:
         per_step = np.concatenate([call["per_step"] for call in calls], joined)[:, :T]
         self._check_finite(per_step)
         extra = {
-            name: np.concatenate([_time_first(call[name], call["per_step"]) for call in calls], 1 - joined)[:T]
+            name: _concatenate([_time_first(call[name], call["per_step"]) for call in calls], 1 - joined)[:T]
             for name in names
         }
         return Result(per_step.mean(1), per_step, np.full(len(x), per_step.shape[1])), extra
@@ -518,6 +518,11 @@ def _pad_time(frames: Array, T: int) -> Array:
     """Frames `[N, t, ...]` filled up with zeros to T steps: later frames change no earlier answer."""
     missing = T - frames.shape[1]
     return np.pad(frames, [(0, 0), (0, missing), *[(0, 0)] * (frames.ndim - 2)]) if missing else frames
+
+
+def _concatenate(values: Sequence[Array], axis: int) -> Array:
+    """Arrays `[T, N, ...]`, the largest first; those of one image may lack an axis of length 1 (`_time_first`)."""
+    return np.concatenate([value.reshape(*value.shape[:2], *values[0].shape[2:]) for value in values], axis)
 
 
 def _time_first(value: Array, per_step: Array) -> Array:

@@ -1,10 +1,10 @@
-"""Element-wise arithmetic of a graph in few passes over memory, for ONNX Runtime on a CPU.
+"""Element-wise arithmetic of a graph in few passes over memory and convolutions of spikes, for ONNX Runtime on a CPU.
 
 ONNX Runtime runs one operator after the other, and between two of them a tensor goes through memory. What stands
 between two convolutions of a spiking network (scales of the currents, residual sums, leak, threshold and reset of
-every step) is one operator here, in C, with the same bits, and where the processor has AMX, others are its
-convolutions. Model files do not know of them: they are put in when a model is loaded, into the graph that ONNX
-Runtime has optimised for the machine.
+every step) is one operator here, in C, with the same bits, and others are its convolutions: of spikes where the
+processor has AVX2 or AMX, of int8 where it has AMX. Model files do not know of them: they are put in when a model
+is loaded, into the graph that ONNX Runtime has optimised for the machine.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def _ask(what: str) -> int:
 
 
 def fuse_model(model: bytes) -> bytes | None:
-    """`model` as ONNX Runtime optimises it, with nodes of `library()` for its element-wise regions and, where there is
-    AMX, its convolutions of bytes and of spikes; None of one without.
+    """`model` as ONNX Runtime optimises it, with nodes of `library()` for its element-wise regions and, where
+    the processor has what they need, its convolutions of spikes and of int8; None of one without.
 
     Raises:
         OSError: no temporary file can be written.

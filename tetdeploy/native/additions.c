@@ -6,9 +6,9 @@
  *   most      what an input is at most; times `rows` no more than MOST_ADDITIONS, so that the sums of a chunk are int32
  *   vector_bytes   how long the registers are that it uses: 64 or 32, which the processor must have, or 16
  *
- * A call first lists, for each pixel and chunk, the rows of weights to be added, or where more than half of the neurons
- * fire those of the others, to be taken from the sum; each pixel of the padding has an empty list. The rows of a chunk and
- * tap stay in the first-level cache, while a group of outputs adds what it needs of them.
+ * A call first lists, for each pixel and chunk, the rows of weights to be added, or where inputs are 0 or 1 and more than
+ * half of them 1 those of the others, to be taken from the sum; each pixel of the padding has an empty list. The rows of a
+ * chunk and tap stay in the first-level cache, while a group of outputs adds what it needs of them.
  */
 #include "convolution.h"
 
@@ -19,6 +19,7 @@
 #define MOST_ADDITIONS 255            /* without an overflow */
 #define MOST_ROWS 128                 /* fill 32 KB of the cache */
 #define GROUP 32                      /* outputs in a grain */
+#define LOWEST_FIRST (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) /* of the bytes of a word */
 
 /* Where rows begin, in bytes from the first of a chunk and tap; `others` if they are of the channels that do not fire. */
 typedef struct { uint16_t length, others, rows[]; } List;
@@ -39,10 +40,10 @@ INLINED uint64_t find_spikes(const uint8_t* x, size_t channels) {
   for (size_t c = 0; c < channels; c += 8) {
     const uint64_t sevens = 0x7f7f7f7f7f7f7f7f;
     uint64_t word = 0;
-    if (channels - c >= 8) memcpy(&word, x + c, 8); /* the lowest byte first */
+    if (channels - c >= 8) memcpy(&word, x + c, 8);
     else memcpy(&word, x + c, channels - c);
     const uint64_t ones = (((word & sevens) + sevens) | word) >> 7 & 0x0101010101010101;
-    found |= ones * 0x0102040810204080 >> 56 << c;
+    found |= ones * (LOWEST_FIRST ? 0x0102040810204080 : 0x8040201008040201) >> 56 << c;
   }
   return found;
 }
@@ -77,9 +78,10 @@ static void spread_row(void* argument, size_t row) {
     char* list = (char*)call->spread + (chunk * call->rows + row) * call->pitch[1] * list_bytes(kernel);
     for (size_t at = 0; at < call->pitch[1]; ++at, list += list_bytes(kernel)) {
       const size_t x = at - kernel->pads[1]; /* wraps, too */
-      const uint8_t* pixel = call->x + ((image * call->size[0] + y) * call->size[1] + x) * kernel->in_channels + first;
+      const size_t pixel = (image * call->size[0] + y) * call->size[1] + x;
       const int read = there && x < call->size[1] && at % kernel->strides[1] < kernel->size[1];
-      list_rows((List*)list, pixel, read ? n : 0, kernel->most);
+      if (read) list_rows((List*)list, call->x + pixel * kernel->in_channels + first, n, kernel->most);
+      else *(List*)list = (List){0};
     }
   }
 }

@@ -21,13 +21,15 @@ static OrtStatusPtr place_outputs(Call* call, const int64_t* dims) {
   const Kernel* kernel = call->kernel;
   if ((size_t)dims[3] != kernel->in_channels) return refused(kernel, "the input has other channels than the weights");
   call->images = dims[0];
+  double bytes = 1024.0 * dims[0] * dims[3]; /* of a channel of a pixel less is spread */
   for (int axis = 0; axis < 2; ++axis) {
     const size_t padded = dims[axis + 1] + kernel->pads[axis] + kernel->pads[axis + 2];
     if (padded < kernel->size[axis]) return refused(kernel, "the input is smaller than the kernel");
+    bytes *= padded;
     call->size[axis] = dims[axis + 1];
     call->out_size[axis] = (padded - kernel->size[axis]) / kernel->strides[axis] + 1;
   }
-  return NULL;
+  return bytes > 0x1p60 ? refused(kernel, "the input is too large") : NULL; /* its sizes would wrap */
 }
 
 static OrtStatusPtr run(Call* call, OrtKernelContext* context) {
