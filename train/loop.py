@@ -126,8 +126,11 @@ def train(
         raise ValueError(f"shards_mb is {shards_mb}; it is the size of a file in MB and must be above 0")
     if resume and restart_from is not None:
         raise ValueError("resume goes on with the run in out and restart_from begins another; choose one of them")
-    nothing_left = resume and is_finished(out / STATE_NAME, config.epochs)  # and so it may lie where nobody can write
-    with nullcontext() if nothing_left else only_trainer(out, resume=resume):
+    ranks = current_ranks()
+    with ranks.first():
+        finished = resume and is_finished(out / STATE_NAME, config.epochs)
+    finished = ranks.agreed(finished)
+    with nullcontext() if finished else only_trainer(out, resume=resume):  # it may lie where nobody can write
         settings = run_settings(classifier, train_set, val_set, config)
         _check(classifier, train_set, val_set, config, out, settings, resume=resume, board=board)
         settings["how"] = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
