@@ -222,12 +222,14 @@ def test_a_restarted_run_resumes(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_goes_on_after_its_epoch(tmp_path: Path) -> None:
-    interrupted(tmp_path / "first", 2 * STEPS + 1, config=settings(ema=0.5), shards_mb=None)
+    config = settings(ema=0.5, lr=1e-6)  # nothing is learned: the first epoch stays the best
+    interrupted(tmp_path / "first", 2 * STEPS + 1, config=config, shards_mb=None)
     epoch = read_metadata(tmp_path / "first")["provenance"]["epoch"]
+    assert (epoch, len(records(tmp_path / "first"))) == (1, 2)
     earlier = records(tmp_path / "first")[:epoch]
     for number, path in enumerate((tmp_path / "first", tmp_path / "first" / "checkpoint.safetensors")):
         out = tmp_path / f"second-{number}"
-        run(out, config=settings(ema=0.5), restart_from=path)
+        run(out, config=config, restart_from=path)
         assert [record["epoch"] for record in records(out)] == [1, 2, 3, 4]
         assert records(out)[:epoch] == earlier
 
