@@ -63,16 +63,23 @@ def test_a_large_batch_runs_in_parts(
     runner = engine(layout, encoding=encoding, **options)
     x = images(7) if encoding == "direct" else frames(7, 4)
     whole, counts = runner.count(x, 3)
+    steps = engine("step", encoding=encoding).count(x, 3)[1]
+    assert {name: c.shape for name, c in counts.items()} == {name: c.shape for name, c in steps.items()}
+    assert all(c.shape[:2] == (3, 7) for c in steps.values())
     largest = max(int(np.prod(layer["shape"])) for layer in runner.metadata["neurons"])
     monkeypatch.setattr("tetdeploy.engine.IN_CACHE", largest * 12)  # an unrolled graph runs four steps, another three
-    batches = list[int]()
+    calls = list[tuple[int, int]]()
     session = runner.overlaid(runner.counting_overlay)[0]
-    monkeypatch.setattr(runner, "overlaid", lambda overlay: (_Spy(session, batches), list(counts)))
+    monkeypatch.setattr(runner, "overlaid", lambda overlay: (_Spy(session, calls), list(counts)))
     parts, their_counts = runner.count(x, 3)
-    assert batches == {"unrolled": [3, 2, 2], "dynamic": [4, 3], "step": [7, 7, 7]}[layout]
+    assert calls == {"unrolled": [(3, 4), (2, 4), (2, 4)], "dynamic": [(4, 3), (3, 3)], "step": [(7, 1)] * 3}[layout]
     np.testing.assert_allclose(parts.per_step, whole.per_step, atol=1e-6)
     for name, count in counts.items():
         np.testing.assert_array_equal(their_counts[name], count)
+    calls.clear()
+    monkeypatch.setattr(runner, "device", "cuda")  # a GPU wants it whole
+    runner.count(x, 3)
+    assert calls == {"unrolled": [(7, 4)], "dynamic": [(7, 3)], "step": [(7, 1)] * 3}[layout]
 
 
 class Narrow(nn.Module):
@@ -101,14 +108,14 @@ def test_parts_of_one_image_count_as_others(layout: str, tmp_path: Path, monkeyp
 
 
 class _Spy:
-    """A session that notes the size of each batch."""
+    """A session that notes the images and the steps of each call."""
 
-    def __init__(self, session: Any, batches: list[int]) -> None:
-        self.session, self.batches = session, batches
+    def __init__(self, session: Any, calls: list[tuple[int, int]]) -> None:
+        self.session, self.calls = session, calls
 
     def run(self, names: list[str], feed: dict[str, Array]) -> list[Array]:
-        self.batches.append(len(feed["x"]))
         answers: list[Array] = self.session.run(names, feed)
+        self.calls.append(answers[names.index("per_step")].shape[:2])
         return answers
 
 
@@ -365,6 +372,20 @@ def test_reset_starts_anew() -> None:
         np.testing.assert_array_equal(one.step_logits, other.step_logits)
         assert one.t == other.t
     assert not np.array_equal(first[0].step_logits, first[2].step_logits)
+    np.testing.assert_allclose(first[2].logits, np.mean([step.step_logits for step in first], 0), rtol=0, atol=1e-6)
+
+
+def test_an_image_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Engine(exported("step"), threads=1)
+    encoded, call = list[bool](), runner.call
+
+    def recorded(feed: dict[str, Array], names: list[str], session: Any) -> dict[str, Array]:
+        encoded.append(bool(feed["encode"][0]))
+        return call(feed, names, session)
+
+    monkeypatch.setattr(runner, "call", recorded)
+    runner.run(images(2), 3)
+    assert encoded == [True, False, False]
 
 
 def test_a_new_image_in_a_running_stream_meets_the_membranes_of_the_last() -> None:

@@ -97,6 +97,16 @@ def test_a_calibration_by_hand() -> None:
             calibrate(some, **options)
 
 
+def test_certainties_with_no_number_between_them_are_told_apart() -> None:
+    low = np.nextafter(0.5, 1)
+    high = np.nextafter(low, 1)
+    assert (low + high) / 2 == high
+    some = Answers(np.ones((2, 2), bool), dict.fromkeys(CRITERIA, np.array([[high, 1.0], [low, 1.0]])))
+    frontier = Frontier.of(some, "margin")
+    taken = [outcome(some, Exit(float(threshold), "margin"))[0] for threshold in frontier.threshold]
+    assert taken == frontier.steps.tolist() == [4, 3, 2]
+
+
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.01, 0.05, 0.2]))
 @settings(max_examples=25)
 def test_a_confident_threshold_and_all_above_it_keep_the_interval_within_the_loss(seed: int, loss: float) -> None:
@@ -146,6 +156,23 @@ def test_the_criterion_of_fewer_steps_is_taken() -> None:
         some = Answers(right, sure)
         best = calibrate(some, loss=0.0, confident=False).point
         assert sure[best.exit.criterion] is tells and best.mean_T == 1.5 and best.paired == Paired(2, 0, 0)
+
+
+def test_fewer_steps_come_first_and_then_the_smaller_loss() -> None:
+    right = np.array([[True, True], [False, True]])
+    both, wrong, correct = (np.array([[a, 1.0], [b, 1.0]]) for a, b in ((0.9, 0.8), (0.0, 0.9), (0.9, 0.0)))
+    for confidence, mean_T, paired in ((both, 1.0, Paired(2, 1, 0)), (wrong, 1.5, Paired(2, 0, 0))):
+        some = Answers(right, {"confidence": confidence, "margin": correct})
+        point = calibrate(some, loss=0.5, confident=False).point
+        assert (point.mean_T, point.paired) == (mean_T, paired)
+
+
+def test_a_loss_in_percent_may_be_met_to_the_image() -> None:
+    """Though 0.7 / 100 is below 7 / 1000 in floating point."""
+    right = np.ones((1000, 2), bool)
+    right[:7, 0] = False
+    frontier = Frontier.of(Answers(right, dict.fromkeys(CRITERIA, np.where(right, 0.0, 0.5))), "margin")
+    assert frontier.cheapest(0.7 / 100, confident=False).paired == Paired(1000, 7, 0)
 
 
 def test_paired_interval() -> None:
@@ -252,6 +279,8 @@ def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_pat
     assert (exit.threshold, exit.criterion, calibrated_T) == (content["threshold"], content["criterion"], T)
     assert content["fixed_accuracy"] == 1.0 and 0.95 <= content["accuracy"] < 1 and content["mean_T"] < T
     assert sum(content["num_images_by_steps"]) == content["num_samples"] == 120
+    steps = sum(t * count for t, count in enumerate(content["num_images_by_steps"], start=1))
+    assert steps / 120 == pytest.approx(content["mean_T"])
     assert [entry["allowed_loss"] for entry in content["frontier"]] == [0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05]
     assert "5*" in done.output and f"{content['threshold']:.4f}" in done.output
     assert "one image is" not in done.output  # 5 % of 120 images are 6

@@ -256,6 +256,8 @@ def test_running_statistics_are_moved_as_bn_moves_them(options: dict[str, Any], 
     with by_modules():
         wanted = outcome(module, twice, draw(8, 3, 5, 5).to(device))
     got = outcome(module, twice, draw(8, 3, 5, 5).to(device))
+    assert torch.equal(got["spikes"], wanted["spikes"])
+    close(got["x"], wanted["x"], 2e-5)
     for name in ("bn.running_mean", "bn.running_var", "residual_bn.running_var", "bn.num_batches_tracked"):
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-6, atol=1e-6)
     assert got["bn.num_batches_tracked"] == 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tetdeploy.inspection import inspect
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.shards import INDEX_NAME, newest_shards, read_shards
 from tetdeploy.train import TrainConfig, TrainResult, loop, train
-from tetdeploy.train.restart import find_restart
+from tetdeploy.train.restart import check_restart, find_restart
 
 STEPS = 5
 
@@ -221,12 +222,14 @@ def test_a_restarted_run_resumes(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_goes_on_after_its_epoch(tmp_path: Path) -> None:
-    interrupted(tmp_path / "first", 2 * STEPS + 1, config=settings(ema=0.5), shards_mb=None)
+    config = settings(ema=0.5, lr=1e-6)  # nothing is learned: the first epoch stays the best
+    interrupted(tmp_path / "first", 2 * STEPS + 1, config=config, shards_mb=None)
     epoch = read_metadata(tmp_path / "first")["provenance"]["epoch"]
+    assert (epoch, len(records(tmp_path / "first"))) == (1, 2)
     earlier = records(tmp_path / "first")[:epoch]
     for number, path in enumerate((tmp_path / "first", tmp_path / "first" / "checkpoint.safetensors")):
         out = tmp_path / f"second-{number}"
-        run(out, config=settings(ema=0.5), restart_from=path)
+        run(out, config=config, restart_from=path)
         assert [record["epoch"] for record in records(out)] == [1, 2, 3, 4]
         assert records(out)[:epoch] == earlier
 
@@ -267,6 +270,29 @@ def test_other_settings_are_named_but_the_machine_may_be_another(tmp_path: Path)
         train(classifier(), TRAIN, None, settings(), tmp_path / "second", restart_from=shards, progress=False)
     assert not (tmp_path / "second").exists()
     run(tmp_path / "second", config=settings(precision="bf16", device="auto"), restart_from=shards)
+
+
+def test_a_teacher_may_lie_elsewhere(tmp_path: Path) -> None:
+    interrupted(tmp_path / "first", 3)
+    found = find_restart(tmp_path / "first")
+    here, there = (
+        found.settings | {"training": found.settings["training"] | {"distill": path}} for path in ("here/ann", "ann")
+    )
+    check_restart(replace(found, settings=here), there)
+    there["training"]["distill_tau"] = 5.0
+    with pytest.raises(ValueError, match=r"other settings: training\.distill_tau: 3\.0 -> 5\.0; go on with the old"):
+        check_restart(replace(found, settings=here), there)
+
+
+@pytest.mark.parametrize("changes", [{"int8": {}}, {"training": {"qat": True}}])
+def test_weights_in_8_bits_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    interrupted(tmp_path / "r", STEPS + 2, shards_mb=None)
+    file = tmp_path / "r" / "checkpoint.safetensors"
+    content = read_content(file)
+    training = content["training"] | changes.get("training", {})
+    write_tensors(file, load_file(file), content | changes | {"training": training})
+    with pytest.raises(ValueError, match=r"was fine-tuned in 8 bits \(--qat\); start that again with --init"):
+        find_restart(tmp_path / "r")
 
 
 def test_weights_of_another_network_are_listed(tmp_path: Path) -> None:

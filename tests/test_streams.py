@@ -249,9 +249,12 @@ def test_refused_states(tmp_path: Path) -> None:
             pool.open(StreamState(carried, good.sum_logits, 1, good.model_sha256))
     with pytest.raises(ValueError, match="the state is damaged"):
         pool.open(StreamState(good.carried, good.sum_logits[:3], 1, good.model_sha256))
-    broken = {**good.carried, "u.lif1": good.carried["u.lif1"] + np.float32(np.nan)}
-    with pytest.raises(ValueError, match=r"the state is damaged: u\.lif1 holds NaN"):
-        pool.open(StreamState(broken, good.sum_logits, 1, good.model_sha256))
+    with pytest.raises(ValueError, match="the state is damaged"):
+        pool.open(StreamState(good.carried, good.sum_logits, -1, good.model_sha256))
+    for value in (np.nan, -np.inf):
+        broken = {**good.carried, "u.lif1": good.carried["u.lif1"] + np.float32(value)}
+        with pytest.raises(ValueError, match=r"the state is damaged: u\.lif1 holds NaN"):
+            pool.open(StreamState(broken, good.sum_logits, 1, good.model_sha256))
     assert len(pool) == 1
     data = good.to_bytes()
     unclosed = io.BytesIO()
@@ -303,6 +306,24 @@ def test_a_wrong_frame_is_named_and_nobody_moves_on() -> None:
     with pytest.raises(ValueError, match=r"^there is no stream 99: it was closed, or open"):
         pool.push({ids[0]: good, 99: good})
     assert [pool.state(id).to_bytes() for id in ids] == before
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_chunk_of_another_length_is_named_and_nobody_moves_on(count: int) -> None:
+    pool = StreamPool(engine("unrolled", T=3, with_state=True, encoding="frames"))
+    good, bad = pool.open(), pool.open()
+    match = rf"^stream {bad} takes a frame of shape \[3, 1, 8, 8\], got \[{count}, 1, 8, 8\]"
+    for chunks in ({bad: frames(1, count)[0]}, {good: frames(1, 3)[0], bad: frames(1, count)[0]}):
+        with pytest.raises(ValueError, match=match):
+            pool.push(chunks)
+    assert pool.state(good).t == pool.state(bad).t == 0
+
+
+def test_a_call_holds_no_more_streams_than_the_engine_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = Engine(engine("step").path, threads=1)
+    monkeypatch.setattr(of, "max_batch", 4)  # as of a TensorRT engine
+    assert [StreamPool(of, max_batch=size).max_batch for size in (3, 64)] == [3, 4]
+    assert StreamPool(engine("step"), max_batch=64).max_batch == 64
 
 
 def test_a_call_that_fails_moves_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,7 +303,7 @@ class Engine:
 
     def _parts(self, x: Array, T: int) -> list[Array]:
         """`x` in parts that a CPU's caches hold the layers of; a GPU wants it whole."""
-        largest = max((math.prod(layer["shape"]) for layer in self.metadata["neurons"]), default=1)
+        largest = max(math.prod(layer["shape"]) for layer in self.metadata["neurons"])
         most = max(1, IN_CACHE // (largest * (self.T or T))) if self.device == "cpu" else len(x)
         return np.array_split(x, math.ceil(len(x) / most))
 

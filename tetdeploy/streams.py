@@ -235,6 +235,10 @@ class StreamPool:
 
     def _stack(self, frames: Mapping[int, Array]) -> Array:
         """The frames as one batch `[B, C, H, W]`."""
+        for id, frame in frames.items():
+            if np.shape(frame) != self._frame_shape:
+                wanted, got = list(self._frame_shape), list(np.shape(frame))
+                raise ValueError(f"stream {id} takes a frame of shape {wanted}, got {got}")
         try:
             return self._check(np.stack(list(frames.values()), dtype=self.engine.input_dtype, casting="no"))
         except (TypeError, ValueError):
@@ -248,8 +252,6 @@ class StreamPool:
         return batch
 
     def _check_frame(self, id: int, frame: Array) -> None:
-        if frame.shape != self._frame_shape:
-            raise ValueError(f"stream {id} takes a frame of shape {list(self._frame_shape)}, got {list(frame.shape)}")
         try:
             self._check(frame[None])
         except ValueError as error:
