@@ -294,7 +294,8 @@ class Engine:
             calls = [self._call(self._feed(part, T), ["per_step", *names], session) for part in self._parts(x, T)]
         joined = 1 if self.with_state else 0  # the axis of [N, T, K]: steps, or images
         per_step = np.concatenate([call["per_step"] for call in calls], joined)[:, :T]
-        self._check_finite(per_step)
+        if not self.with_state:  # a stream's calls were checked one by one
+            self._check_finite(per_step)
         extra = {
             name: _concatenate([_time_first(call[name], call["per_step"]) for call in calls], 1 - joined)[:T]
             for name in names
