@@ -127,9 +127,6 @@ static void* zeros(size_t bytes) { /* of whole lines of the cache */
   return made == NULL ? NULL : memset(made, 0, bytes);
 }
 
-static OrtStatusPtr fill(Kernel* kernel, const OrtCustomOp* op, const OrtKernelInfo* info);
-DEFINE_CREATE
-
 typedef struct {
   OrtCustomOp op; /* first, so that one stands for the other */
   const Way* way;
@@ -170,6 +167,8 @@ static OrtStatusPtr fill(Kernel* kernel, const OrtCustomOp* op, const OrtKernelI
   }
   return NULL;
 }
+
+DEFINE_CREATE
 
 static const char* ORT_API_CALL name(const OrtCustomOp* op) { return way_of(op)->name; }
 static size_t ORT_API_CALL inputs(const OrtCustomOp* op) { return (void)op, 4; }

@@ -53,9 +53,9 @@ def mark_convolutions(graph: onnx.GraphProto, loops: Sequence[Loop], *, tiles: b
 
     Returns: those taken out, by the weights of what stands in for them.
     """
-    wholes, marked = WholeNumbers(graph, loops), dict[str, Marked]()
     if not tiles and native.vector_bytes() < LEAST_BYTES:
-        return marked
+        return {}
+    wholes, marked = WholeNumbers(graph, loops), dict[str, Marked]()
     spikes = _Bytes(wholes)
     joined = {name for node in graph.node if node.op_type in ("BatchNormalization", "Cast") for name in node.input}
     nodes, others = list[onnx.NodeProto](), list[onnx.NodeProto]()
@@ -220,6 +220,7 @@ class _LastWriter:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self._marked, self._kinds, self._tiles = marked, kinds, tiles
+        self._vector_bytes = native.vector_bytes()
         self._turned: set[str] = set()
         self._packed: dict[str, list[str]] = {}
 
@@ -233,7 +234,7 @@ class _LastWriter:
         read, turned = [self._last(x), *self._packed[weights]], f"{y}.turned"
         op, own = "SpikeConvolution", dict[str, int]()
         if not self._tiles:
-            op, own = "SpikeAdditions", {"most": convolution.whole.most, "vector_bytes": native.vector_bytes()}
+            op, own = "SpikeAdditions", {"most": convolution.whole.most, "vector_bytes": self._vector_bytes}
         self._put(native_convolution(op, read, turned, convolution.weights, attributes, **own), y)
 
     def pool(self, node: onnx.NodeProto) -> None:
