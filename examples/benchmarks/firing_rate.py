@@ -49,11 +49,12 @@ def convolution(channels: int) -> onnx.ModelProto:
 
 
 def measure(side: str, model: Path, x: np.ndarray, threads: int) -> float:
-    with mock.patch.object(native, "has_tiles", return_value=side == "tiles"):
-        if side.startswith("additions"):
-            with mock.patch.object(native, "vector_bytes", return_value=int(side.split()[1])):
-                return convolution_share(model, x, threads)["convolutions"]
-        return convolution_share(model, x, threads, own=side != "tiles")["convolutions"]
+    kind, _, registers = side.partition(" ")
+    with (
+        mock.patch.object(native, "has_tiles", return_value=side == "tiles"),
+        mock.patch.object(native, "vector_bytes", return_value=int(registers) if kind == "additions" else 0),
+    ):
+        return convolution_share(model, x, threads, own=side == "ONNX Runtime")["convolutions"]
 
 
 @click.command(cls=CleanErrors)
