@@ -48,7 +48,8 @@ struct Call {
   size_t pitch[2];  /* rows and columns of an image in `spread`; of tiles: in a plane of it */
   size_t planes[2]; /* of tiles: remainders of the strides that taps fall on, */
   size_t positions; /* of the outputs in a plane, padding included, */
-  size_t allocated; /* positions of a plane, with zeros behind the last image, and */
+  size_t allocated; /* positions of a plane, with zeros behind the last image, */
+  size_t tiles, row_tiles; /* of outputs; of one row, 0 if rows are not cut apart; and */
   int by_channels;  /* whether grains that follow one another have weights in common, not pixels */
 };
 

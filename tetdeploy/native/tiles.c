@@ -9,8 +9,9 @@
  *
  * A call first spreads the input: 64 channels after 64 channels, the pixels of all images one behind the other with the
  * zeros of the padding between them, and for strides one such plane for each remainder. Sixteen outputs that follow one
- * another are then made of sixteen rows of 64 bytes that do, for every tap of the kernel. Outputs that would lie in the
- * padding are computed with the others and left out.
+ * another are then made of sixteen rows of 64 bytes that do, for every tap of the kernel. Where it takes fewer tiles each
+ * row of outputs is cut into its own; otherwise all are cut in one, outputs that would lie in the padding are computed with
+ * the others, and left out.
  */
 #define _GNU_SOURCE /* syscall, whatever standard of C is asked for */
 #include "convolution.h"
@@ -26,11 +27,10 @@
 
 #define CHUNK 64              /* channels in a row of a tile */
 #define ROWS 16               /* of a tile */
-#define POSITIONS (2 * ROWS)  /* that are summed at once, */
-#define CHANNELS 32           /* for as many channels */
-#define SUMS (POSITIONS * CHANNELS)
+#define CHANNELS 32           /* that are summed at once, of two tiles of outputs */
+#define SUMS (2 * ROWS * CHANNELS)
 #define TILE (ROWS * CHUNK)   /* bytes */
-#define GROUP (8 * POSITIONS) /* in a grain */
+#define GROUP 16              /* tiles in a grain */
 #define DIGITS 3
 
 int has_tiles(void) {
@@ -85,30 +85,52 @@ static void spread_row(void* argument, size_t grain) {
 
 static inline size_t element(const Kernel* kernel) { return kernel->digits == 1 ? 1 : sizeof(float); } /* of an output's */
 
-/* Sums that are to be written: those of `left` positions, of which the first is (y, x) of an image. */
-typedef struct { const int32_t* sums; uint8_t* output; size_t y, x, left; } Pending;
+/* The position of a tile's first output in a plane. */
+static inline size_t position_of(const Call* call, size_t tile) {
+  if (call->row_tiles == 0) return tile * ROWS;
+  const size_t row = tile / call->row_tiles, before = row / call->out_size[0] * call->pitch[0] + row % call->out_size[0];
+  return before * call->pitch[1] + tile % call->row_tiles * ROWS;
+}
 
-static inline Pending sums_from(const Call* call, size_t block, size_t position, const int32_t* sums) {
-  const size_t row = position / call->pitch[1], y = row % call->pitch[0], x = position % call->pitch[1];
-  const size_t rows = row / call->pitch[0] * call->out_size[0] + least(y, call->out_size[0]); /* of outputs before it */
-  const size_t pixels = rows * call->out_size[1] + (y < call->out_size[0] ? least(x, call->out_size[1]) : 0);
+/* Positions of a tile: `left`, of which the first is (y, x) of an image. */
+typedef struct { size_t y, x, left; } Place;
+
+static inline Place place_of(const Call* call, size_t tile) {
+  const size_t position = position_of(call, tile), x = position % call->pitch[1];
+  const size_t left = call->row_tiles ? call->out_size[1] - x : call->positions - position;
+  return (Place){position / call->pitch[1] % call->pitch[0], x, least(left, ROWS)};
+}
+
+/* Sums that are to be written: of two tiles, or of one. */
+typedef struct { const int32_t *sums, *seconds; uint8_t* output; Place now, then; } Pending;
+
+static inline Pending sums_from(const Call* call, size_t block, size_t tile, size_t last, const int32_t* sums) {
+  const Place now = place_of(call, tile), then = tile + 1 < last ? place_of(call, tile + 1) : (Place){.left = 0};
+  const size_t image = position_of(call, tile) / (call->pitch[0] * call->pitch[1]);
+  const size_t rows = image * call->out_size[0] + least(now.y, call->out_size[0]); /* of outputs before it */
+  const size_t pixels = rows * call->out_size[1] + (now.y < call->out_size[0] ? least(now.x, call->out_size[1]) : 0);
   uint8_t* output = (uint8_t*)call->y + (pixels * call->kernel->out_channels + block * CHANNELS) * element(call->kernel);
-  return (Pending){sums, output, y, x, least(call->positions - position, POSITIONS)};
+  return (Pending){sums, sums + ROWS * CHANNELS, output, now, then};
 }
 
 /* Goes on by a position. Where its output is to be written; NULL of padding. */
 static inline uint8_t* next(const Call* call, Pending* pending) {
   uint8_t* output = NULL;
-  if (pending->y < call->out_size[0] && pending->x < call->out_size[1]) {
+  Place* now = &pending->now;
+  if (now->y < call->out_size[0] && now->x < call->out_size[1]) {
     output = pending->output;
     pending->output += call->kernel->out_channels * element(call->kernel);
   }
-  if (++pending->x == call->pitch[1]) {
-    pending->x = 0;
-    if (++pending->y == call->pitch[0]) pending->y = 0;
-  }
-  --pending->left;
   pending->sums += CHANNELS;
+  if (++now->x == call->pitch[1]) {
+    now->x = 0;
+    if (++now->y == call->pitch[0]) now->y = 0;
+  }
+  if (--now->left == 0 && pending->then.left > 0) {
+    pending->sums = pending->seconds;
+    *now = pending->then;
+    pending->then.left = 0;
+  }
   return output;
 }
 
@@ -139,7 +161,7 @@ static void add_products(const Call* call, const size_t* taps, int32_t* sums, co
   for (size_t chunk = 0; chunk < kernel->chunks; ++chunk) {
     const uint8_t* pixels = (const uint8_t*)call->spread + (chunk * call->allocated + position) * CHUNK;
     for (size_t tap = 0; tap < kernel->taps; ++tap, weights += 2 * TILE)
-      for (size_t p = 0; p < POSITIONS; ++p)
+      for (size_t p = 0; p < ROWS; ++p)
         for (size_t c = 0; c < CHUNK; ++c) {
           const int32_t pixel = pixels[taps[tap] + p * CHUNK + c];
           if (pixel == 0) continue;
@@ -151,17 +173,17 @@ static void add_products(const Call* call, const size_t* taps, int32_t* sums, co
   }
 }
 
-/* Channels `block` of a group of outputs, of int8. */
+/* Channels `block` of a group of tiles, of int8. */
 static void multiply_plain(const Call* call, const size_t* taps, size_t block, size_t first, size_t last) {
   const Kernel* kernel = call->kernel;
   const int8_t* weights = (const int8_t*)kernel->weights + block * kernel->chunks * kernel->taps * 2 * TILE;
-  for (size_t position = first; position < last; position += POSITIONS) {
-    int32_t sums[SUMS] = {0}; /* wrap, as those of tiles do */
-    add_products(call, taps, sums, weights, position);
-    Pending pending = sums_from(call, block, position, sums);
+  for (size_t tile = first; tile < last; ++tile) {
+    int32_t sums[ROWS * CHANNELS] = {0}; /* wrap, as those of tiles do */
+    add_products(call, taps, sums, weights, position_of(call, tile));
+    Pending pending = sums_from(call, block, tile, tile + 1, sums);
     const size_t channel = block * CHANNELS, n = least(kernel->out_channels - channel, CHANNELS);
     const int32_t* biases = (const int32_t*)kernel->biases + channel;
-    while (pending.left > 0) {
+    while (pending.now.left > 0) {
       const int32_t* its = pending.sums;
       uint8_t* y = next(call, &pending);
       if (y != NULL) requantise(y, its, biases, kernel->scales + channel, (int32_t)kernel->zero_point, n);
@@ -191,8 +213,9 @@ typedef struct {
   __mmask16 there[2];
 } Channels;
 
+/* Writes the next `most` sums of two tiles. */
 FOR_TILES INLINED void write_some(const Call* call, const Channels* channels, Pending* pending, size_t most, size_t digits) {
-  for (; most > 0 && pending->left > 0; --most) {
+  for (; most > 0 && pending->now.left > 0; --most) {
     const int32_t* sums = pending->sums;
     uint8_t* y = next(call, pending);
     if (y == NULL) continue;
@@ -232,18 +255,20 @@ FOR_TILES INLINED Channels channels_of(const Kernel* kernel, size_t block) {
   return made;
 }
 
-/* The same. While a position's tiles are multiplied, the sums of those before it are written. */
+/* The same. While two tiles of outputs are multiplied, the sums of those before them are written. */
 FOR_TILES INLINED void multiply_digits(const Call* call, const size_t* taps, size_t block, size_t first, size_t last,
                                        size_t digits) {
   const Kernel* kernel = call->kernel;
   _tile_loadconfig(&SHAPES);
   int32_t sums[2][DIGITS * SUMS] __attribute__((aligned(64)));
-  Pending pending = {.left = 0};
+  Pending pending = {.now = {.left = 0}};
   const Channels channels = channels_of(kernel, block);
-  const size_t steps = digits * kernel->chunks * kernel->taps, each = (POSITIONS + steps - 1) / steps;
+  const size_t steps = digits * kernel->chunks * kernel->taps, each = parts(2 * ROWS, steps);
   int turn = 0;
-  for (size_t position = first; position < last; position += POSITIONS, turn = !turn) {
+  for (size_t tile = first; tile < last; tile += 2, turn = !turn) {
     const int8_t* weights = (const int8_t*)kernel->weights + block * steps * 2 * TILE;
+    const size_t position = position_of(call, tile);
+    const size_t second = (position_of(call, least(tile + 1, last - 1)) - position) * CHUNK; /* from the first in bytes */
     for (int32_t* its = sums[turn]; its < sums[turn] + digits * SUMS; its += SUMS) {
       _tile_zero(0);
       _tile_zero(1);
@@ -256,7 +281,7 @@ FOR_TILES INLINED void multiply_digits(const Call* call, const size_t* taps, siz
           _tile_loadd(4, pixels, CHUNK);
           _tile_loadd(6, weights, CHUNK);
           _tile_loadd(7, weights + TILE, CHUNK);
-          _tile_loadd(5, pixels + TILE, CHUNK);
+          _tile_loadd(5, pixels + second, CHUNK);
           _tile_dpbusd(0, 4, 6);
           _tile_dpbusd(1, 4, 7);
           _tile_dpbusd(2, 5, 6);
@@ -269,9 +294,9 @@ FOR_TILES INLINED void multiply_digits(const Call* call, const size_t* taps, siz
       _tile_stored(2, its + SUMS / 2, 4 * CHANNELS);
       _tile_stored(3, its + SUMS / 2 + 16, 4 * CHANNELS);
     }
-    pending = sums_from(call, block, position, sums[turn]);
+    pending = sums_from(call, block, tile, last, sums[turn]);
   }
-  write_some(call, &channels, &pending, POSITIONS, digits);
+  write_some(call, &channels, &pending, 2 * ROWS, digits);
   _tile_release();
 }
 
@@ -284,10 +309,10 @@ FOR_TILES static void multiply_tiles(const Call* call, const size_t* taps, size_
 static void multiply(void* argument, size_t grain) {
   const Call* call = argument;
   const Kernel* kernel = call->kernel;
-  const size_t groups = parts(call->positions, GROUP);
+  const size_t groups = parts(call->tiles, GROUP);
   const size_t block = call->by_channels ? grain / groups : grain % kernel->blocks;
   const size_t first = (call->by_channels ? grain % groups : grain / kernel->blocks) * GROUP;
-  const size_t last = least(first + GROUP, call->positions);
+  const size_t last = least(first + GROUP, call->tiles);
   size_t taps[kernel->taps];
   find_taps(call, taps);
 #if X86
@@ -317,11 +342,14 @@ static size_t lay_out(Call* call) {
     call->pitch[axis] = pitch(call->size[axis], call->out_size[axis], taps, stride, kernel->pads[axis]);
   }
   const size_t image = call->pitch[0] * call->pitch[1];
-  const size_t behind = kernel->size[0] * call->pitch[1] + kernel->size[1] + POSITIONS; /* are read there at most */
+  const size_t behind = kernel->size[0] * call->pitch[1] + kernel->size[1] + ROWS; /* are read there at most */
   call->positions = call->images * image;
   call->allocated = call->positions + parts(behind, image) * image;
   call->rows = call->allocated / call->pitch[1] * call->planes[0];
-  call->grains = parts(call->positions, GROUP) * kernel->blocks;
+  call->tiles = parts(call->positions, ROWS);
+  const size_t row_tiles = parts(call->out_size[1], ROWS), apart = call->images * call->out_size[0] * row_tiles;
+  if (apart <= call->tiles) call->tiles = apart, call->row_tiles = row_tiles;
+  call->grains = parts(call->tiles, GROUP) * kernel->blocks;
   const size_t spread = call->planes[0] * call->planes[1] * kernel->chunks * call->allocated * CHUNK;
   call->by_channels = spread < kernel->blocks * kernel->digits * kernel->chunks * kernel->taps * 2 * TILE;
   return spread;
