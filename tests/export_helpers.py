@@ -110,8 +110,8 @@ _onnx_tracer = cache(model._onnx_tracer)
 
 def _shared_tracer(classifier: Classifier, config: ExportConfig) -> OnnxTracer:
     """One for all that differ in nothing that a tracer is made from."""
-    assert config.precision != "fp16"
-    same = ExportConfig(encoding=config.encoding, normalize=config.normalize, fold_bn=config.fold_bn)
+    half: dict[str, Any] = {"precision": "fp16", "target": "cuda"} if config.precision == "fp16" else {}
+    same = ExportConfig(encoding=config.encoding, normalize=config.normalize, fold_bn=config.fold_bn, **half)
     return _onnx_tracer(classifier, same)
 
 
