@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,8 @@ from torch import nn
 
 from tetdeploy.data import ImageSet, load_data
 from tetdeploy.engine import Engine
-from tetdeploy.export import ExportConfig, export_model
-from tetdeploy.export.model import build_graph
+from tetdeploy.export import ExportConfig, export_model, model
+from tetdeploy.export.graph import OnnxTracer
 from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig
 
 _folder = tempfile.TemporaryDirectory(prefix="tetdeploy-tests-")
@@ -61,27 +64,55 @@ def convsnn() -> Classifier:
 
 def exported(layout: str, **options: Any) -> Path:
     """The path of `convsnn` as an export; `options` are those of `ExportConfig`."""
-    return _exported(layout, tuple(sorted(options.items())))
+    return _exported(ExportConfig(layout=layout, **options))  # type: ignore[arg-type]
 
 
 @cache
-def _exported(layout: str, options: tuple[tuple[str, Any], ...]) -> Path:
-    config = ExportConfig(layout=layout, **dict(options))  # type: ignore[arg-type]
-    name = "-".join([layout, *(f"{k}-{v}" for k, v in options)])
-    direct = config.encoding == "direct"
-    images = digits().images[:60] if direct else frames(60, 9)
-    labels = digits().labels[:60] if direct else None
-    return export_model(convsnn(), Path(_folder.name) / f"{name}.onnx", config, images, labels=labels).path
+def _exported(config: ExportConfig) -> Path:
+    labels = digits().labels[:60] if config.encoding == "direct" else None
+    return _export(config, _inputs(config, 60, 9), labels=labels)
 
 
-@cache
 def int8_exported(layout: str, **options: Any) -> Path:
     """The same in int8 at T=3; no gate has seen it."""
-    config = ExportConfig(layout=layout, T=3, trained_T=3, precision="int8", **options)  # type: ignore[arg-type]
-    images = digits().images[:64] if config.encoding == "direct" else frames(64, 3)
+    return _int8_exported(ExportConfig(layout=layout, T=3, trained_T=3, precision="int8", **options))  # type: ignore[arg-type]
+
+
+@cache
+def _int8_exported(config: ExportConfig) -> Path:
     labels = digits().labels[:64] if config.encoding == "direct" else None
-    path = Path(_folder.name) / f"int8-{'-'.join([layout, *map(str, options.values())])}.onnx"
-    return export_model(convsnn(), path, config, images, num_check=0, calibration=(images, labels)).path
+    images = _inputs(config, 64, 3)
+    return _export(config, images, num_check=0, calibration=(images, labels))
+
+
+def _inputs(config: ExportConfig, count: int, T: int) -> np.ndarray[Any, Any]:
+    return digits().images[:count] if config.encoding == "direct" else frames(count, T)
+
+
+def _export(config: ExportConfig, images: np.ndarray[Any, Any], **options: Any) -> Path:
+    """To a file whose name says what is not the default."""
+    chosen = (f"{f.name}-{getattr(config, f.name)}" for f in fields(config)[1:] if getattr(config, f.name) != f.default)
+    path = Path(_folder.name) / f"{'-'.join([config.layout, *chosen])}.onnx"
+    with shared_traces():
+        return export_model(convsnn(), path, config, images, **options).path
+
+
+@contextmanager
+def shared_traces() -> Iterator[None]:
+    """Within it no trace is taken twice, whatever target and precision are, of networks whose weights stay."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "_onnx_tracer", _shared_tracer)
+        yield
+
+
+_onnx_tracer = cache(model._onnx_tracer)
+
+
+def _shared_tracer(classifier: Classifier, config: ExportConfig) -> OnnxTracer:
+    """One for all that differ in nothing that a tracer is made from."""
+    half: dict[str, Any] = {"precision": "fp16", "target": "cuda"} if config.precision == "fp16" else {}
+    same = ExportConfig(encoding=config.encoding, normalize=config.normalize, fold_bn=config.fold_bn, **half)
+    return _onnx_tracer(classifier, same)
 
 
 @cache
@@ -91,7 +122,7 @@ def engine(layout: str, **options: Any) -> Engine:
 
 def unchecked(network: nn.Module, path: Path, config: ExportConfig) -> Engine:
     """A network's graph, which no gate has seen: for networks whose answers do not matter."""
-    made = build_graph(classifier(network), config)
+    made = model.build_graph(classifier(network), config)
     path.write_bytes(ir.to_proto(made.model).SerializeToString())
     return Engine(path, threads=1)
 

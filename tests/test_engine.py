@@ -222,7 +222,7 @@ def test_refused_values(value: float) -> None:
     ("unrolled", {"T": 4}, images, -2, "T must be at least 1, got -2"),
     ("step", {}, images, 0, "T must be at least 1, got 0"),
     ("unrolled", {"T": 4}, images, 5,
-     r"unrolled-T-4\.onnx is unrolled to T=4 and cannot run T=5; export again with --T 5, or with --layout dynamic"),
+     r"unrolled\.onnx is unrolled to T=4 and cannot run T=5; export again with --T 5, or with --layout dynamic"),
     ("dynamic", {"encoding": "frames"}, lambda n: frames(n, 3), 4, "T=4 steps need as many frames, got 3"),
     ("unrolled", {"T": 4, "encoding": "frames"}, lambda n: frames(n, 9), None, "unrolled to T=4 and cannot run T=9"),
     ("dynamic", {"encoding": "frames"}, lambda n: frames(n, 3)[:, :0], None, "the input is empty"),

@@ -405,19 +405,19 @@ def test_recomputing_blocks_gives_the_same_bits_and_counts_a_batch_once(
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-MODELS = [  # side of the images, fused layers: all that have a BN
-    ("resnet19", 4, 17),
-    ("convsnn", 4, 3),
-    ("vggsnn", 16, 8),
-    ("vggsnn-strided", 8, 8),
-    ("spiking-resnet34", 32, 33),
-    ("sew-resnet34", 32, 36),
+MODELS = [  # side of the images, fused layers: all that have a BN, steps: the interpreter is slow
+    ("resnet19", 4, 17, 2),
+    ("convsnn", 4, 3, 2),
+    ("vggsnn", 16, 8, 2),
+    ("vggsnn-strided", 8, 8, 2),
+    ("spiking-resnet34", 32, 33, 1),
+    ("sew-resnet34", 32, 36, 1),
 ]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("model", "side", "launches"), MODELS)
-def test_a_whole_network_trains_the_same(model: str, side: int, launches: int, device: str) -> None:
+@pytest.mark.parametrize(("model", "side", "launches", "steps"), MODELS)
+def test_a_whole_network_trains_the_same(model: str, side: int, launches: int, steps: int, device: str) -> None:
     """Loss curve and state of some steps, from the same weights."""
 
     def trained() -> tuple[list[float], dict[str, Tensor]]:
@@ -426,7 +426,7 @@ def test_a_whole_network_trains_the_same(model: str, side: int, launches: int, d
         network.to(device=device, memory_format=torch.channels_last)  # fewer programs: the interpreter is slow
         optimizer = torch.optim.SGD(network.parameters(), 0.05)
         losses = []
-        for k in range(2):
+        for k in range(steps):
             loss = network(draw(4, 2, side, side, seed=k).to(device), 2).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -438,7 +438,7 @@ def test_a_whole_network_trains_the_same(model: str, side: int, launches: int, d
         wanted = trained()
     with counted() as calls:
         got = trained()
-    assert calls.count("forward") == 2 * launches
+    assert calls.count("forward") == steps * launches
     assert got[0] == pytest.approx(wanted[0], rel=1e-4)
     assert list(got[1]) == list(wanted[1])
     for name in wanted[1]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from tetdeploy.neurons import IF, LIF
@@ -155,23 +156,21 @@ def test_a_smoke_run_of_the_training_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpu_training", "gpu_inference"])
-def test_without_a_gpu_there_is_one_line(name: str) -> None:
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--device", "cuda:99"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("Error: device cuda:99 is not there") and len(done.stderr.splitlines()) == 1
+def test_without_a_gpu_there_is_one_line(name: str, module: Any) -> None:
+    refused = CliRunner().invoke(module(name).main, ["--device", "cuda:99"])
+    assert refused.exit_code == 1
+    assert refused.output.startswith("Error: device cuda:99 is not there") and len(refused.output.splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", ["half", "inference", "serve_load --convsnn", "gpu_inference --device cpu"])
-def test_without_images_there_is_one_line(command: str, tmp_path: Path) -> None:
+def test_without_images_there_is_one_line(command: str, module: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()  # a folder would be downloaded into, where there is a network
     name, *options = command.split()
     if name == "serve_load":
         pytest.importorskip("prometheus_client", reason="needs tetdeploy[serve]")
-    script = [sys.executable, str(BENCHMARKS / f"{name}.py"), *options, "--data-dir", str(tmp_path / "file")]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and "name a folder with --data-dir" in done.stderr
+    refused = CliRunner().invoke(module(name).main, [*options, "--data-dir", str(tmp_path / "file")])
+    assert refused.exit_code == 2
+    assert len(refused.output.splitlines()) == 1 and "name a folder with --data-dir" in refused.output
 
 
 def test_an_error_is_one_line(tmp_path: Path) -> None:

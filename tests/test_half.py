@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from export_helpers import classifier, convsnn, digits, frames
+from export_helpers import classifier, convsnn, digits, frames, shared_traces
 from torch import Tensor, nn
 
 from tetdeploy.cli import main
@@ -34,12 +36,26 @@ def export(path: Path, layout: str = "unrolled", network: Any = None, **options:
     return export_model(network or convsnn(), path, config, images, labels=labels, num_check=90)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """`convsnn` as an export, made once."""
+
+    @cache
+    def made(layout: str = "unrolled", **options: Any) -> Exported:
+        with shared_traces():
+            return export(tmp_path_factory.mktemp("half") / "m.onnx", layout, **options)
+
+    return made
+
+
 @pytest.mark.parametrize(
     ("layout", "options"),
     [("unrolled", {}), ("dynamic", {}), ("step", {}), ("unrolled", {"with_state": True, "encoding": "frames"})],
 )
-def test_every_layout_computes_what_pytorch_computes(tmp_path: Path, layout: str, options: dict[str, Any]) -> None:
-    exported = export(tmp_path / "m.onnx", layout, **options)
+def test_every_layout_computes_what_pytorch_computes(
+    small: Callable[..., Exported], layout: str, options: dict[str, Any]
+) -> None:
+    exported = small(layout, **options)
     assert exported.parity is not None and exported.parity.spike_mismatch_rate <= 1e-4
     metadata = Engine(exported.path).metadata
     assert (metadata["precision"], metadata["target"]) == ("fp16", "cuda")
@@ -47,8 +63,10 @@ def test_every_layout_computes_what_pytorch_computes(tmp_path: Path, layout: str
 
 
 @pytest.mark.parametrize(("layout", "options"), [("unrolled", {}), ("step", {}), ("unrolled", {"encoding": "frames"})])
-def test_what_is_kept_of_float32_at_every_T(tmp_path: Path, layout: str, options: dict[str, Any]) -> None:
-    exported = export(tmp_path / "m.onnx", layout, **options)
+def test_what_is_kept_of_float32_at_every_T(
+    small: Callable[..., Exported], layout: str, options: dict[str, Any]
+) -> None:
+    exported = small(layout, **options)
     assert exported.int8 is None and exported.fp16 is not None
     kept = exported.fp16["kept"]
     images = frames(60, 5) if options else digits().images[:90]
@@ -99,12 +117,13 @@ def test_the_command_says_what_is_kept(tmp_path: Path) -> None:
 
 def test_without_a_check_nothing_is_said_to_be_kept(tmp_path: Path) -> None:
     config = ExportConfig(T=3, trained_T=3, precision="fp16", target="cuda")
-    exported = export_model(convsnn(), tmp_path / "m.onnx", config, digits().images[:4], num_check=0)
+    with shared_traces():
+        exported = export_model(convsnn(), tmp_path / "m.onnx", config, digits().images[:4], num_check=0)
     assert exported.fp16 == {"kept": None}
 
 
-def test_weights_halve_and_operations_stay_and_cost_less(tmp_path: Path) -> None:
-    exported = export(tmp_path / "m.onnx")
+def test_weights_halve_and_operations_stay_and_cost_less(small: Callable[..., Exported]) -> None:
+    exported = small()
     graph = onnx.load(exported.path).graph
     halves = [weight for weight in graph.initializer if weight.data_type == onnx.TensorProto.FLOAT16]
     assert sorted(len(weight.dims) for weight in halves) == [1, 1, 4, 4]

@@ -20,7 +20,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
-from export_helpers import classifier, convsnn, digits, frames, int8_exported
+from export_helpers import classifier, convsnn, digits, frames, int8_exported, shared_traces
 from export_helpers import exported as fp32_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,6 +43,11 @@ def calibration(count: int = 128) -> tuple[Any, Any]:
 
 
 def export(path: Path, layout: str = "unrolled", network: Any = None, *, T: int = 5, **options: Any) -> Exported:
+    with shared_traces():
+        return export_anew(path, layout, network, T=T, **options)
+
+
+def export_anew(path: Path, layout: str, network: Any = None, *, T: int, **options: Any) -> Exported:
     config = ExportConfig(layout=layout, T=T, trained_T=3, precision="int8", **options)  # type: ignore[arg-type]
     images = digits().images[:90] if config.encoding == "direct" else frames(60, 6)
     labels = digits().labels[:90] if config.encoding == "direct" else None
@@ -152,7 +157,7 @@ def test_one_onnx_trace_serves_both_methods_and_the_graph(
             return _plain(*args, **options)
 
         monkeypatch.setattr(owner, name, counted)
-    export(tmp_path / "m.onnx", layout, T=T)
+    export_anew(tmp_path / "m.onnx", layout, T=T)
     assert calls["export"] == 1
     if (layout, T) == ("unrolled", 3):  # others calibrate and are checked at more than one T
         assert calls["traced_program"] == 1
