@@ -1,7 +1,8 @@
-"""What every test shares: the same random numbers in each run, whatever ran before."""
+"""What every test shares: random numbers and threads do not depend on what ran before."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -14,5 +15,9 @@ TracedOnnxFunction.function_ir = property(cache(TracedOnnxFunction.function_ir.f
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
+def _as_if_alone() -> Iterator[None]:
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:  # two on a core that another process uses take a hundred times as long
+        torch.set_num_threads(threads)
