@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 METADATA_KEY = "tetdeploy"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-IN_CACHE = 4_000_000  # spikes of a layer, over images and steps: with more in a call each image takes a CPU longer
+IN_CACHE = 2**22  # spikes of a layer, over images and steps: with more in a call each image takes a CPU longer
 NATIVE_FROM = 20_000  # neurons; in smaller networks what lies between convolutions takes no time to speak of
 RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # each with the extra that brings it
 
