@@ -21,6 +21,7 @@ from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model, model
 from tetdeploy.export.graph import OnnxTracer
 from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig
+from tetdeploy.tracing import Tracer
 
 _folder = tempfile.TemporaryDirectory(prefix="tetdeploy-tests-")
 
@@ -101,18 +102,12 @@ def _export(config: ExportConfig, images: np.ndarray[Any, Any], **options: Any) 
 def shared_traces() -> Iterator[None]:
     """Within it no trace is taken twice, whatever target and precision are, of networks whose weights stay."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "_onnx_tracer", _shared_tracer)
+        patch.setattr(model, "Tracer", _shared_tracer)
+        patch.setattr(model, "OnnxTracer", _shared_onnx_tracer)
         yield
 
 
-_onnx_tracer = cache(model._onnx_tracer)
-
-
-def _shared_tracer(classifier: Classifier, config: ExportConfig) -> OnnxTracer:
-    """One for all that differ in nothing that a tracer is made from."""
-    half: dict[str, Any] = {"precision": "fp16", "target": "cuda"} if config.precision == "fp16" else {}
-    same = ExportConfig(encoding=config.encoding, normalize=config.normalize, fold_bn=config.fold_bn, **half)
-    return _onnx_tracer(classifier, same)
+_shared_tracer, _shared_onnx_tracer = cache(Tracer), cache(OnnxTracer)
 
 
 @cache

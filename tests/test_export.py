@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -1005,16 +1005,14 @@ class Sums(nn.Module):
         return logits
 
 
-@pytest.fixture(scope="module")
-def sums() -> Callable[[float], Classifier]:
-    return cache(lambda tau: classifier(Sums(tau)))
+@cache
+def sums(tau: float) -> Classifier:
+    return classifier(Sums(tau))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("tau", [0.0, 0.3, 0.5])
-def test_sums_before_neurons_for_a_cpu(
-    tau: float, precision: str, sums: Callable[[float], Classifier], tmp_path: Path
-) -> None:
+def test_sums_before_neurons_for_a_cpu(tau: float, precision: str, tmp_path: Path) -> None:
     """They fire as PyTorch's, and each sum of the network is counted once a step, however often the graph takes it."""
     images, labels = digits().images[:40], digits().labels[:40]
     bills = []

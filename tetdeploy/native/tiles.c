@@ -92,11 +92,11 @@ static inline size_t position_of(const Call* call, size_t tile) {
   return before * call->pitch[1] + tile % call->row_tiles * ROWS;
 }
 
-/* Positions of a tile: `left`, of which the first is (y, x) of an image. */
+/* The `left` positions of a tile from its first on, which is (y, x) of an image. */
 typedef struct { size_t y, x, left; } Place;
 
-static inline Place place_of(const Call* call, size_t tile) {
-  const size_t position = position_of(call, tile), x = position % call->pitch[1];
+static inline Place place_of(const Call* call, size_t position) {
+  const size_t x = position % call->pitch[1];
   const size_t left = call->row_tiles ? call->out_size[1] - x : call->positions - position;
   return (Place){position / call->pitch[1] % call->pitch[0], x, least(left, ROWS)};
 }
@@ -105,8 +105,9 @@ static inline Place place_of(const Call* call, size_t tile) {
 typedef struct { const int32_t *sums, *seconds; uint8_t* output; Place now, then; } Pending;
 
 static inline Pending sums_from(const Call* call, size_t block, size_t tile, size_t last, const int32_t* sums) {
-  const Place now = place_of(call, tile), then = tile + 1 < last ? place_of(call, tile + 1) : (Place){.left = 0};
-  const size_t image = position_of(call, tile) / (call->pitch[0] * call->pitch[1]);
+  const size_t position = position_of(call, tile), image = position / (call->pitch[0] * call->pitch[1]);
+  const Place now = place_of(call, position);
+  const Place then = tile + 1 < last ? place_of(call, position_of(call, tile + 1)) : (Place){.left = 0};
   const size_t rows = image * call->out_size[0] + least(now.y, call->out_size[0]); /* of outputs before it */
   const size_t pixels = rows * call->out_size[1] + (now.y < call->out_size[0] ? least(now.x, call->out_size[1]) : 0);
   uint8_t* output = (uint8_t*)call->y + (pixels * call->kernel->out_channels + block * CHANNELS) * element(call->kernel);
