@@ -76,14 +76,14 @@ def test_the_wishes_take_the_fastest_of_each_kind(module: Any) -> None:
 
 
 class Answering:
-    """In place of a side's process: a millisecond an image, or a failure from the second round on."""
+    """In place of a side's process: a millisecond an image, a failure from the second round on, or no profiler."""
 
     def __init__(self, open_side: Any, side: str, *_: Any) -> None:
-        self.fails, self.failed, self.asked = side == "SJ torch fp32", "", 0
+        self.side, self.failed, self.asked = side, "", 0
 
     def ask(self, request: Any) -> Any:
         self.asked += 1
-        if self.fails and self.asked > 1:
+        if (self.side == "SJ torch fp32" and self.asked > 1) or (self.side == "loop" and request == "profile"):
             self.failed = "why"
         if self.failed:
             return None
@@ -99,9 +99,11 @@ def test_a_call_that_is_cut_leaves_what_it_knows(module: Any, monkeypatch: pytes
     training, inference = module("gpu_training"), module("gpu_inference")
     for benchmark in (training, inference):
         monkeypatch.setattr(benchmark, "Worker", Answering)
-    training.measure(["tetdeploy", "SJ torch fp32"], None, 2, None, lambda found: kept.append(copy.deepcopy(found)))
+    sides = ["tetdeploy", "loop", "SJ torch fp32"]
+    training.measure(sides, None, 2, None, lambda found: kept.append(copy.deepcopy(found)))
     medians, profile = {"median_ms": 4.0, "peak_mb": 7.0}, {"profile_ms": {"BN": 1.0}}
-    assert kept[0] == {"sides": {"tetdeploy": medians, "SJ torch fp32": {"failed": "why"}}}
+    assert kept[0] == {"sides": {"tetdeploy": medians, "loop": medians, "SJ torch fp32": {"failed": "why"}}}
+    assert kept[-1]["sides"]["loop"] == medians | {"not_profiled": "why"}
     assert kept[-1]["sides"]["tetdeploy"] == medians | profile and kept[-1]["floor"] == {"floor_ms": 2.0}
     kept.clear()
     inference.measure(["eager fp32", "SJ torch fp32"], [1, 4], 1, kept.append)

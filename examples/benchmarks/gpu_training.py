@@ -311,7 +311,7 @@ def convolution(
 def measure(
     sides: list[str], case: Case, turns: int, threads: int | None, keep: Callable[[dict[str, Any]], None]
 ) -> None:
-    """ "sides", each with "median_ms", "peak_mb" and "profile_ms", or with "failed"; and "floor".
+    """ "sides", each with "median_ms", "peak_mb" and "profile_ms" (or "not_profiled"), or with "failed"; and "floor".
 
     `keep` gets what is known so far after each round and each side: a call that is cut leaves that.
     """
@@ -331,7 +331,8 @@ def measure(
             keep({"sides": found})
     for side, worker in workers.items():
         profiled = worker.ask("profile")
-        found[side] = {"failed": worker.failed} if worker.failed else found[side] | {"profile_ms": profiled}
+        if "failed" not in found[side]:  # a profiler that may not run there takes no times with it
+            found[side] |= {"not_profiled": worker.failed} if worker.failed else {"profile_ms": profiled}
         worker.end()
         keep({"sides": found})
     last = Worker(open_side, "tetdeploy", case, threads)
@@ -383,14 +384,16 @@ def show(results: dict[str, Any]) -> None:
     for side, found in results["sides"].items():
         if "failed" in found:
             continue
-        shares = found["profile_ms"]
+        shares = found.get("profile_ms")
         speed = 1e3 * case["batch"] / found["median_ms"]
         cells = (f"{found['median_ms']:.2f}", f"{speed:,.0f}", f"{found['peak_mb']:,.0f}")
-        table.add_row(side, *cells, *(f"{shares[kind]:.2f}" for kind in (*KINDS, REST)))
+        table.add_row(side, *cells, *(f"{shares[kind]:.2f}" if shares else "" for kind in (*KINDS, REST)))
     console.print(table)
     for side, found in results["sides"].items():
         if "failed" in found:
             console.print(f"{side} left out: {found['failed']}", markup=False)
+        elif "not_profiled" in found:
+            console.print(f"{side} not profiled: {found['not_profiled']}", markup=False)
     floor = results["floor"]
     if "failed" in floor:
         console.print(f"no floor: {floor['failed']}", markup=False)
