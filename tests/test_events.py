@@ -287,7 +287,7 @@ def test_recordings_that_cannot_be_used_are_counted_and_named(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"^4 of 10 recordings cannot be used: .*; repair or remove them$") as caught:
         load_data(f"events:{root}", "test", data_dir=NOWHERE)
     for part in (
-        r"train/left/0.npz (it is no .npz, or is cut short)",
+        r"train/left/0.npz (it is damaged: it is no .npz, or is cut short)",
         r"train/right/1.npz (it holds t, x but not y, p)",
         r"test/right/0.npz (its times are not sorted",
         r"test/right/1.npz (it holds no event)",
