@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from tetdeploy.extras import MissingExtraError, import_extra
 from tetdeploy.files import opened_npz
+from tetdeploy.names import shorten
 
-from .decoding import in_threads, shorten
+from .decoding import in_threads
 
 FRAME_SIZE = 48  # pixels; sensors with more are brought to it, as in the paper
 
