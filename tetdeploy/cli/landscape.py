@@ -154,7 +154,7 @@ def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, r
         rows = summarise(result, radius)
         content = {"numbers": str(path), "plot": str(plot), "images": images, "radius": radius}
         write_json(json_path, content | {"settings": dict(result.settings), "rows": rows})
-    console.print("   ".join(str(written) for written in (path, plot, json_path) if written is not None))
+    console.print("   ".join(str(written) for written in (path, plot, json_path) if written is not None), markup=False)
     console.print("next: look at the plot; a flatter minimum has fewer lines inside the circle")
 
 
