@@ -23,7 +23,9 @@ from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.data import load_data
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.train import evaluate, landscape, landscape_figure, sdt_loss, tet_loss
+from tetdeploy.report import landscape as landscape_figure
+from tetdeploy.report.landscape import landscape_table, plot_landscape, summarise
+from tetdeploy.train import evaluate, landscape, sdt_loss, tet_loss
 from tetdeploy.train.landscape import (
     Landscape,
     LandscapeConfig,
@@ -32,7 +34,6 @@ from tetdeploy.train.landscape import (
     measure_landscape,
     save_landscape,
 )
-from tetdeploy.train.landscape_figure import landscape_table, plot_landscape, summarise
 from tetdeploy.train.schedule import derive_seed
 
 CONFIG = LandscapeConfig(T=2, points=3, extent=0.5, batch_size=24, device="cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,8 @@ from tetdeploy.files import atomic_write
 from tetdeploy.report.drawing import drawable
 from tetdeploy.report.result_table import ResultTable
 
-from .landscape import Landscape
+if TYPE_CHECKING:
+    from tetdeploy.train.landscape import Landscape
 
 LOSSES = {"sdt_loss": "L_SDT", "tet_loss": "L_TET"}
 _COLOURS = "cividis"  # dark to bright in even steps, and made to look the same to the colour-blind
