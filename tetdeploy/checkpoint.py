@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write, sha256_of
-from tetdeploy.names import shorten
+from tetdeploy.names import section, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -114,11 +114,7 @@ def load_weights(classifier: Classifier, path: Path | str) -> None:
 
     file = weights_file(path)
     read_metadata(file)
-    if is_sharded(file):
-        named = read_shards(file).items()
-        tensors = {name.removeprefix("network."): tensor for name, tensor in named if name.startswith("network.")}
-    else:
-        tensors = read_tensors(file)
+    tensors = section(read_shards(file), "network.") if is_sharded(file) else read_tensors(file)
     check_keys(tensors, classifier.network.state_dict(), file)
     if broken := [name for name, tensor in tensors.items() if tensor.isnan().any()]:  # a mask may be infinite
         raise ValueError(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine, Result
 from tetdeploy.files import read_npz, write_npz
+from tetdeploy.names import section
 from tetdeploy.validate import Tally
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -42,7 +43,7 @@ def join(parts: Mapping[str, Sums]) -> dict[str, NDArray[Any]]:
 
 def split(arrays: Arrays, name: str) -> dict[str, NDArray[Any]]:
     """The arrays of one part."""
-    return {key.removeprefix(f"{name}/"): value for key, value in arrays.items() if key.startswith(f"{name}/")}
+    return section(arrays, f"{name}/")
 
 
 class Pass:
