@@ -186,7 +186,7 @@ class Engine:
         return Stream(self, batch)
 
     def call(self, feed: Mapping[str, Array], names: Sequence[str], session: Any = None) -> dict[str, Array]:
-        """The outputs `names` of one call of the graph, whose inputs are `feed`; nothing is checked.
+        """The outputs `names` of one call of the graph, whose inputs are `feed`, which is not checked.
 
         Args:
             session: of the graph with an overlay (`overlaid`); None is the graph's own.
