@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx import TensorProto, helper
 
 from tetdeploy.energy import Layer
+from tetdeploy.names import numbered
 
 from .graph import is_of_network, module_name
 from .neuron_steps import Neurons, network_node
@@ -56,9 +57,7 @@ class Layers:
             self._count_other(node)
             if node.op_type not in _UNCOUNTED:
                 continue
-            name = module_name(node) or str(node.name)
-            names[name] += 1
-            name = name if names[name] == 1 else f"{name}#{names[name]}"
+            name = numbered(module_name(node) or str(node.name), names)
             layer = self._layer(node, name, encodes)
             if layer is None:
                 self.uncounted.append(name)

@@ -15,6 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from tetdeploy.names import numbered
+
 from .graph import LIF_DOMAIN, module_name
 from .neuron_steps import BYTE, FLOAT, Forms, Neurons, StepBuilder, float_value, inputs_of, producer_of
 
@@ -77,9 +79,7 @@ def misplaced(name: str, shape: Iterable[object]) -> str:
 
 
 def _describe(node: ir.Node, names: Counter[str], x: ir.Value) -> Neurons:
-    name = module_name(node) or "lif"
-    names[name] += 1
-    name = name if names[name] == 1 else f"{name}#{names[name]}"  # one module called at two places
+    name = numbered(module_name(node) or "lif", names)  # one module may be called at two places
     current = node.inputs[0]
     assert current is not None and current.shape is not None
     assert x.shape is not None

@@ -165,7 +165,10 @@ def export_model(
     """
     path = Path(path)
     classifier.eval()
-    _refuse(classifier, len(images), labels, num_check)
+    if num_check < 0:
+        raise ValueError(f"num_check must be 0 or more, got {num_check}")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(images)} images need as many labels, got {len(labels)}")
     x = _as_input(classifier, images[: max(num_check, NUM_REFERENCE)], config)
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)
     num_layers = check_steps(classifier, some, config.encoding, T=max(4, config.T, config.trained_T + 2))
@@ -205,18 +208,6 @@ def export_model(
         int8=None if found is None else found.to_dict() | {"kept": kept},
         fp16={"kept": kept} if config.precision == "fp16" else None,
     )
-
-
-def _refuse(classifier: Classifier, num_images: int, labels: NDArray[np.int64] | None, num_check: int) -> None:
-    if k := classifier.config.smooth_spike:
-        raise ValueError(
-            f"the network was trained with smooth spikes, Sigmoid({k:g} x): it neither fires nor saves operations, and "
-            "is there for Table 2 only; train without --smooth-spike to export"
-        )
-    if num_check < 0:
-        raise ValueError(f"num_check must be 0 or more, got {num_check}")
-    if labels is not None and len(labels) != num_images:
-        raise ValueError(f"{num_images} images need as many labels, got {len(labels)}")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from tetdeploy.data import Encoding
 from tetdeploy.engine import Engine
-from tetdeploy.networks import Classifier
+from tetdeploy.networks import Classifier, NetworkConfig
 from tetdeploy.stream import Stream
 
 from .comparison import Comparison
@@ -147,8 +147,9 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
 
     Raises:
         ValueError: they differ; the network fails or does not return finite `[T, N, K]`; neurons get other than
-            `[T, N, ...]`.
+            `[T, N, ...]`; it is an ANN twin, or one with smooth spikes.
     """
+    _refuse_without_spikes(classifier.config)
     double = copy.deepcopy(classifier).double()
     x = x if x.dtype == torch.uint8 else x.double()
     if encoding == "frames":
@@ -176,6 +177,19 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
                 "one step to the next"
             )
     return len(whole.spikes)
+
+
+def _refuse_without_spikes(config: NetworkConfig) -> None:
+    if config.ann:
+        raise ValueError(
+            "the network is an ANN twin: it has no neurons and no time, and is there to be compared with and learned "
+            "from (train --distill); train without --ann to export"
+        )
+    if k := config.smooth_spike:
+        raise ValueError(
+            f"the network was trained with smooth spikes, Sigmoid({k:g} x): it neither fires nor saves operations, and "
+            "is there for Table 2 only; train without --smooth-spike to export"
+        )
 
 
 def _recorded(

@@ -25,6 +25,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from tetdeploy.names import numbered
+
 _ZERO = "int8.zero"
 
 
@@ -59,9 +61,7 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
             prefix = f"{subgraph.name}/" if subgraph.name.startswith("lif.") else ""
             of += [node.input[0]] if node.op_type == "Cast" and node.input[0].startswith("spikes.") else []
             prefix = f"lif.{of[0].removeprefix('spikes.')}/" if of else prefix
-            name = spikes[0] if spikes else prefix + (node.name or node.op_type)
-            names[name] += 1
-            node.name = name if names[name] == 1 else f"{name}#{names[name]}"
+            node.name = numbered(spikes[0] if spikes else prefix + (node.name or node.op_type), names)
 
 
 def _use_int8(graph: onnx.GraphProto, constants: Mapping[str, NDArray[Any]]) -> None:

@@ -17,10 +17,11 @@ from export_helpers import exported
 from report_helpers import result as sweep_result
 from report_helpers import run_folder, write
 
-from tetdeploy import bench, native
-from tetdeploy.bench import CALLS_PER_TURN, Bench, Setting, cpu_model, random_input
+from tetdeploy import native
+from tetdeploy.bench import CALLS_PER_TURN, Bench, Setting, random_input
 from tetdeploy.cli import main
 from tetdeploy.engine import Engine
+from tetdeploy.machine import cpu_model
 from tetdeploy.report.document import Table
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
@@ -60,7 +61,7 @@ class Clock:
 def clocked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Call, int], float]], Clock]:
     def make(cost: Callable[[Call, int], float]) -> Clock:
         clock = Clock(cost)
-        monkeypatch.setattr(bench, "time", clock)
+        monkeypatch.setattr("tetdeploy.bench.time", clock)
         monkeypatch.setattr(Engine, "run", lambda engine, x, T: clock.run(engine, x, T))
         return clock
 
@@ -191,7 +192,7 @@ def test_an_unrolled_graph_says_that_T_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_more_threads_than_cores_are_warned_of(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "usable_cores", lambda: 1)
+    monkeypatch.setattr("tetdeploy.machine.usable_cores", lambda: 1)
     done = run(model, "--repeats", 1, "--threads", "1,2", "--batch", 1)
     assert done.exit_code == 0 and "2 threads on 1 cores" in done.output
 

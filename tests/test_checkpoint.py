@@ -190,6 +190,7 @@ def test_pickles_and_torch_files_are_never_unpickled(tmp_path: Path) -> None:
         struct.pack("<Q", 2) + b"[]",
         struct.pack("<Q", 16) + b'{"a": {"b": 1}} ',
         struct.pack("<Q", 20) + b'{"__metadata__": 3}  ',
+        struct.pack("<Q", 37) + b'{"a": {"data_offsets": ["0", "12"]}} ' + bytes(12),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:

@@ -105,6 +105,10 @@ def test_parts_of_one_image_count_as_others(layout: str, tmp_path: Path, monkeyp
     assert whole["active.last.0"].shape == (3, 3, 1, 1) and whole["fired.lif"].any()
     for name, count in whole.items():
         np.testing.assert_array_equal(parts[name], count)
+    layouts = ("step", ExportConfig(layout="step")), (layout, ExportConfig(layout=layout, T=1))  # type: ignore[arg-type]
+    for name, config in layouts:
+        _, single = unchecked(Narrow(), tmp_path / f"{name}-1.onnx", config).count(images(1), 1)
+        assert single["active.last.0"].shape == (1, 1, 1, 1) and single["fired.lif"].shape == (1, 1)
 
 
 class _Spy:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.cli import main
 from tetdeploy.data import FrameSet, ImageSet, event_sets, load_data, load_frames, save_npz, split_validation
+from tetdeploy.data.cifar import CIFAR10
 from tetdeploy.data.events import Binning, Recording, frame_size, read_aedat4, read_bin, read_npz, to_frames
 from tetdeploy.data.frames import count_statistics
 from tetdeploy.data.saccades import NUM_STEPS, saccade_events, saccade_frames, saccade_path
@@ -287,7 +288,7 @@ def test_recordings_that_cannot_be_used_are_counted_and_named(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"^4 of 10 recordings cannot be used: .*; repair or remove them$") as caught:
         load_data(f"events:{root}", "test", data_dir=NOWHERE)
     for part in (
-        r"train/left/0.npz (it is no .npz, or is cut short)",
+        r"train/left/0.npz (it is damaged: it is no .npz, or is cut short)",
         r"train/right/1.npz (it holds t, x but not y, p)",
         r"test/right/0.npz (its times are not sorted",
         r"test/right/1.npz (it holds no event)",
@@ -402,14 +403,14 @@ def test_dvs_cifar10_is_found_in_tonics_layout_and_split_by_number(
     monkeypatch.setitem(event_sets.COUNTS, "dvs-cifar10", {"train": 90, "test": 10})
     read: list[str] = []
     monkeypatch.setitem(event_sets.READERS, ".aedat4", lambda path: read.append(path.name) or read_aedat4(path))
-    for name in event_sets._OBJECTS:
+    for name in CIFAR10.class_names:
         (tmp_path / "CIFAR10DVS" / name).mkdir(parents=True)
         for i in range(1, 11):
             shutil.copy(FIXTURES / "dvs128.aedat4", tmp_path / "CIFAR10DVS" / name / f"cifar10_{name}_{i}.aedat4")
     test = load_data("dvs-cifar10", "test", data_dir=tmp_path)
     assert test.x.shape == (10, 10, 2, 48, 48)
     assert sorted(test.labels.tolist()) == list(range(10))
-    assert {f"cifar10_{name}_10.aedat4" for name in event_sets._OBJECTS} == set(read[:10])
+    assert {f"cifar10_{name}_10.aedat4" for name in CIFAR10.class_names} == set(read[:10])
     train = load_data("by-time:dvs-cifar10", "train", data_dir=tmp_path)
     assert train.x.shape == (90, 10, 2, 48, 48) and train.std == pytest.approx(test.std)
     assert np.bincount(train.labels).tolist() == [9] * 10

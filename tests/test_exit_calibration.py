@@ -320,6 +320,10 @@ def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:
     assert content["num_images_by_steps"][0] == 0 and {e["criterion"] for e in content["frontier"]} == {"margin"}
 
 
+def no_work(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError("it ran the model")
+
+
 @pytest.mark.parametrize(("arguments", "changes", "message"), [
     ([], {}, "does not say what data it was trained on; name some with --data"),
     ([], {"source": {"data": {"name": "digits"}}}, "held out no images .* take those it was trained on with --split"),
@@ -330,7 +334,10 @@ def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:
     (["--data", "digits", "--split", "val"], {}, "digits is not what was trained on, so nothing is held out"),
     (["--split", "test"], {"source": {"data": {"name": "digits"}}}, "the test set of digits is for tetdeploy early"),
 ])  # fmt: skip
-def test_what_calibrate_refuses(model: Path, arguments: list[str], changes: dict[str, Any], message: str) -> None:
+def test_what_calibrate_refuses_before_any_work(
+    model: Path, arguments: list[str], changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "run", no_work)
     describe(model, **changes)
     done = run("calibrate", model, "--limit", 20, *arguments)
     assert done.exit_code in (1, 2) and "Traceback" not in done.output
@@ -380,9 +387,6 @@ def test_an_output_that_cannot_be_written_is_named_before_any_work(
     if command == "early-exit":
         assert run("calibrate", model, "--data", held_out, "--T", T).exit_code == 0
     (model.parent / "file").touch()
-
-    def no_work(*arguments: Any, **options: Any) -> Any:
-        raise AssertionError("it ran the model")
 
     monkeypatch.setattr(Engine, "run", no_work)
     monkeypatch.setattr(Engine, "run_with", no_work)

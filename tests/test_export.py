@@ -36,9 +36,10 @@ import tetdeploy
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, ParityError, export_model, model, neuron_steps, reference_path
 from tetdeploy.export.counters import spikes_overlay
+from tetdeploy.export.trained import Trained
 from tetdeploy.folding import FoldingError
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
-from tetdeploy.networks import Classifier
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.neurons import IF, LIF, lif
 
 Options = dict[str, Any]
@@ -881,6 +882,28 @@ def test_refused_labels_and_counts(earlier: Path) -> None:
         export_model(convsnn(), earlier, ExportConfig(), images, labels=labels)
     with pytest.raises(ValueError, match="num_check must be 0 or more, got -1"):
         export_model(convsnn(), earlier, ExportConfig(), images, num_check=-1)
+
+
+@pytest.mark.parametrize(("changes", "match"), [
+    ({"ann": True}, r"is an ANN twin: it has no neurons .* train without --ann to export"),
+    ({"smooth_spike": 20.0}, r"trained with smooth spikes, Sigmoid\(20 x\)"),
+])  # fmt: skip
+def test_networks_without_spikes_are_refused(changes: dict[str, Any], match: str, earlier: Path) -> None:
+    config = NetworkConfig("convsnn", 10, 1, (8, 8), width=0.1, **changes)
+    names = tuple("0123456789")
+    classifier = Classifier(build_network(config), config=config, mean=(0.5,), std=(0.5,), class_names=names)
+    with pytest.raises(ValueError, match=match):
+        export_model(classifier, earlier, ExportConfig(), digits().images[:9])
+
+
+def test_images_of_ones_own_are_not_split(tmp_path: Path) -> None:
+    """They are no training set; one of a class has no part to hold out."""
+    data = tmp_path / "mine.npz"
+    np.savez(data, images=digits().images[:2], labels=np.arange(2))
+    trained = Trained(tmp_path, {"data": {"name": "digits"}, "training": {"val_fraction": 0.1}})
+    (x, labels), _ = trained.images(str(data), tmp_path, "direct", num_check=9, num_calibration=0)
+    np.testing.assert_array_equal(x, digits().images[:2])
+    assert labels.tolist() == [0, 1]
 
 
 def test_frames_may_be_fewer_than_the_training_had(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_a_checkpoint_of_ours_is_written(file: Path, tmp_path: Path) -> None:
         expected = import_checkpoint(file, "vggsnn").network(frames / 255)
         torch.testing.assert_close(classifier(frames), expected)
     metadata = read_metadata(report.path)
-    assert metadata["training"] == {"T": 10}
+    assert (metadata["training"], metadata["data"]["encoding"]) == ({"T": 10}, "frames")
     assert metadata["provenance"]["imported"].keys() == {"file", "arch", "sha256"}
     assert str(tmp_path) not in json.dumps(metadata)
 
@@ -203,7 +203,7 @@ def test_cifar_brings_the_authors_normalisation(data: str | None, file: Path, tm
     import_to_checkpoint(file, "resnet19", tmp_path / "c.safetensors", data=data)
     written = read_metadata(tmp_path / "c.safetensors")["data"]
     assert written["mean"] == [0.4914, 0.4822, 0.4465] and written["std"] == [0.2023, 0.1994, 0.201]
-    assert written["class_names"][0] == "airplane"
+    assert (written["class_names"][0], written["encoding"]) == ("airplane", "direct")
 
 
 def test_other_data_bring_their_own_normalisation(file: Path, tmp_path: Path) -> None:

@@ -64,6 +64,11 @@ def test_a_training_host_needs_no_onnxruntime_for(module: str) -> None:
     assert "onnxruntime" not in loaded_by(f"import {module}")
 
 
+def test_training_knows_nothing_of_reports() -> None:
+    code = "import tetdeploy.train, sys; assert not [name for name in sys.modules if 'tetdeploy.report' in name]"
+    assert "torch" in loaded_by(code)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tritonclient") is None, reason="tritonclient is not installed")
 def test_engines_and_triton_repositories_need_no_torch() -> None:
     loaded = loaded_by("import tetdeploy.export.tensorrt")

@@ -20,6 +20,7 @@ from test_imports import HEAVY, loaded_by
 
 from tetdeploy.checkpoint import save_checkpoint, write_tensors
 from tetdeploy.cli import main
+from tetdeploy.export.sequence_graph import sequence_graph
 from tetdeploy.inspection import inspect
 from tetdeploy.report.inspection import inspection_tables, size
 
@@ -129,6 +130,15 @@ class TestModel:
         assert "…" not in text
         for part in ("step, T=1", "u.lif1", "[batch, 1, 8, 8]", "folded into the convolutions (Eq. 6)"):
             assert part in text, part
+
+    def test_a_step_graph_for_triton(self, tmp_path: Path) -> None:
+        step = onnx.load(exported("step"))
+        graph = sequence_graph(step, json.loads(step.metadata_props[0].value))
+        onnx.save(graph, tmp_path / "model.onnx")
+        found = inspect(tmp_path / "model.onnx")
+        assert (found["kind"], found["layout"]) == ("model", "sequence")
+        assert {"sequence.t", "sequence.shown", "u.lif1"} <= {port["name"] for port in found["inputs"]}
+        assert "sequence, T=1" in shown(found)
 
     def test_loads_nothing_heavy(self, checkpoint: Path) -> None:
         code = "import sys\nfrom tetdeploy.inspection import inspect\nfor path in sys.argv[1:]: inspect(path)"

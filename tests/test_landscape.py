@@ -10,6 +10,7 @@ import os
 import signal
 from itertools import combinations
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.data import load_data
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.train import evaluate, landscape, landscape_figure, sdt_loss, tet_loss
+from tetdeploy.report import landscape as landscape_figure
+from tetdeploy.report.landscape import landscape_table, plot_landscape, summarise
+from tetdeploy.train import evaluate, landscape, sdt_loss, tet_loss
 from tetdeploy.train.landscape import (
     Landscape,
     LandscapeConfig,
@@ -31,7 +34,6 @@ from tetdeploy.train.landscape import (
     measure_landscape,
     save_landscape,
 )
-from tetdeploy.train.landscape_figure import plot_landscape, summarise
 from tetdeploy.train.schedule import derive_seed
 
 CONFIG = LandscapeConfig(T=2, points=3, extent=0.5, batch_size=24, device="cpu")
@@ -280,6 +282,16 @@ class TestFigure:
         shown = dataclasses.replace(bowl(), names=("flat", name))
         plot_landscape(shown, tmp_path / "plot.png", radius=0.5, title=f"1 images of folder:{name}")
         assert (tmp_path / "plot.png").exists()
+
+    def test_as_many_checkpoints_as_there_are(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        loss = np.repeat(bowl(3).sdt_loss[:1], 14, axis=0)
+        names = tuple(f"runs[{k}]" for k in "abcdefghijklmn")
+        many = dataclasses.replace(bowl(3), names=names, sdt_loss=loss, tet_loss=loss, accuracy=loss)
+        titles = list[str]()
+        monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, title, **options: titles.append(title))
+        plot_landscape(many, tmp_path / "plot.png", radius=1.0)
+        assert [title.split()[0] for title in titles] == [*ascii_uppercase, "AA", "AB"]
+        assert [str(name) for name in landscape_table(many, 1.0).columns[0].cells] == list(names)
 
     def test_no_label_covers_another(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         steep = bowl()

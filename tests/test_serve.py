@@ -531,6 +531,21 @@ def test_a_name_that_no_url_reaches_is_refused() -> None:
     assert "'a/b' is no name for a model" in result.output
 
 
+def test_an_address_of_ipv6_is_one_to_ask() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    running = start(f"step={exported('step')}", "--host", "::1")
+    try:
+        assert running.http.startswith("[::1]:") and running.grpc.startswith("[::1]:")
+        assert json.loads(urllib.request.urlopen(f"http://{running.http}/v2/health/ready", timeout=PATIENCE).read())
+        with rpc.InferenceServerClient(running.grpc) as client:
+            assert client.infer("step", asked(rpc, images(1))).as_numpy("logits").shape == (1, 10)
+    finally:
+        assert stop(running) == 0
+
+
 def test_says_what_makes_it_slower_than_it_could_be(monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(*arguments: Any, announce: Callable[[str, str], None], **options: Any) -> None:
         announce("127.0.0.1:1", "127.0.0.1:2")

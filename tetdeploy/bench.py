@@ -8,10 +8,9 @@ longer there.
 
 from __future__ import annotations
 
-import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import PROVIDERS, RUNTIMES, Engine, check_runtime
 from tetdeploy.extras import import_extra
+from tetdeploy.machine import cpu_model, load_average, read_cpuinfo, usable_cores
 from tetdeploy.validate import provenance
 
 CALLS_PER_TURN = 5
@@ -192,31 +192,8 @@ def machine(engine: Engine) -> dict[str, Any]:
     """What the timings are of: processor, cores, system, execution provider and whether native operators run."""
     provider = "OpenVINO" if engine.runtime == "openvino" else PROVIDERS.get(engine.device, engine.device)
     return {
-        "cpu": cpu_model(_cpuinfo()),
+        "cpu": cpu_model(read_cpuinfo()),
         "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "provider": f"{provider}, native operators" if engine.native else provider,
     }
-
-
-def usable_cores() -> int:
-    """Logical cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def load_average() -> float | None:
-    """How many processes ran or waited to, on the average of the last minute."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def cpu_model(cpuinfo: Iterable[str]) -> str:
-    """The processor's name by /proc/cpuinfo, or else by Python."""
-    fields: Mapping[str, str] = {
-        key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in cpuinfo) if colon
-    }
-    return fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine()
-
-
-def _cpuinfo() -> list[str]:
-    file = Path("/proc/cpuinfo")
-    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write, sha256_of
+from tetdeploy.names import section, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -113,15 +114,12 @@ def load_weights(classifier: Classifier, path: Path | str) -> None:
 
     file = weights_file(path)
     read_metadata(file)
-    if is_sharded(file):
-        named = read_shards(file).items()
-        tensors = {name.removeprefix("network."): tensor for name, tensor in named if name.startswith("network.")}
-    else:
-        tensors = read_tensors(file)
+    tensors = section(read_shards(file), "network.") if is_sharded(file) else read_tensors(file)
     check_keys(tensors, classifier.network.state_dict(), file)
     if broken := [name for name, tensor in tensors.items() if tensor.isnan().any()]:  # a mask may be infinite
         raise ValueError(
-            f"{file} holds NaN in {_shortened(broken)}: it is damaged, or its training diverged; copy or train it again"
+            f"{file} holds NaN in {shorten(broken, _KEYS_SHOWN)}: it is damaged, or its training diverged; "
+            "copy or train it again"
         )
     classifier.network.load_state_dict(tensors)
 
@@ -300,14 +298,15 @@ def read_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is truncated: {size} bytes, its header alone has {8 + length}")
     try:
         header: dict[str, Any] = json.loads(raw)
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        whole = 8 + length + max(ends, default=0)
         metadata = header.get("__metadata__") or {}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise ValueError(f"{path} is not a checkpoint: not a safetensors file") from None
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} is not a checkpoint: not a safetensors file")
-    if size < 8 + length + end:
-        raise ValueError(f"{path} is truncated: {size} bytes of {8 + length + end}; copy or train it again")
+    if size < whole:
+        raise ValueError(f"{path} is truncated: {size} bytes of {whole}; copy or train it again")
     return header
 
 
@@ -327,7 +326,7 @@ def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path
             if tensors[name].shape != wanted[name].shape
         ],
     }
-    listed = [f"{kind}: {_shortened(names)}" for kind, names in problems.items() if names]
+    listed = [f"{kind}: {shorten(names, _KEYS_SHOWN)}" for kind, names in problems.items() if names]
     if listed:
         raise ValueError(f"the weights of {path} do not fit the network; " + "; ".join(listed))
 
@@ -379,8 +378,3 @@ def _naming(path: Path | str) -> Iterator[None]:
 def _short_floats(values: Tensor) -> list[float]:
     # By way of str: the shortest decimals that give the same float32 again, 0.4914 and not 0.49140000343322754.
     return [float(str(value)) for value in values.detach().flatten().cpu().numpy()]
-
-
-def _shortened(names: list[str]) -> str:
-    more = len(names) - _KEYS_SHOWN
-    return ", ".join(names[:_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -57,13 +57,18 @@ class Exit:
 
 def certainty(mean_logits: NDArray[Any], criterion: Criterion) -> NDArray[np.float64]:
     """The confidence p1 or the margin p1 - p2 of the softmax of `mean_logits [..., K]`: `[...]`, in 0..1."""
-    logits = mean_logits.astype(np.float64)
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
+    p = softmax(mean_logits)
     found: NDArray[np.float64] = p.max(-1)
     if criterion == "margin" and p.shape[-1] > 1:
         found = found - np.partition(p, -2)[..., -2]
     return found
+
+
+def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Of `[..., K]`, in float64."""
+    p: NDArray[np.float64] = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return p
 
 
 def exit_path(model: Path | str) -> Path:

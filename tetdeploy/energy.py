@@ -77,8 +77,13 @@ class Layer:
 
     @property
     def counter(self) -> str:
-        """The output of the counting graph with this layer's nonzero inputs, `[T, N, *positions, *spatial]`."""
+        """The output of the counting graph with this layer's nonzero inputs, `[T, N, *counter_axes]`."""
         return f"active.{self.name}"
+
+    @property
+    def counter_axes(self) -> tuple[int, ...]:
+        """Positions, if they are several, and the spatial axes."""
+        return (*((self.positions,) if self.positions > 1 else ()), *self.input_shape[1:])
 
     @property
     def num_inputs(self) -> int:
@@ -136,7 +141,7 @@ class Operations:
     chunk: int | None = None
 
     def add(self, active: Mapping[str, NDArray[Any]], num_images: int, T: int) -> None:
-        """Add a batch: `active[layer.counter]` holds nonzero inputs, `[T, N, *positions, *spatial]`."""
+        """Add a batch: `active[layer.counter]` holds nonzero inputs, `[T, N, *counter_axes]`."""
         self.num_images += num_images
         for layer in self.layers:
             if layer.from_input:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy import native
+from tetdeploy.energy import layers_of
 from tetdeploy.extras import import_extra
 from tetdeploy.onnxruntime_gpu import BoundSession, prepare, provider_options
 from tetdeploy.openvino_session import OpenVINOSession
@@ -185,7 +186,7 @@ class Engine:
         return Stream(self, batch)
 
     def call(self, feed: Mapping[str, Array], names: Sequence[str], session: Any = None) -> dict[str, Array]:
-        """The outputs `names` of one call of the graph, whose inputs are `feed`; nothing is checked.
+        """The outputs `names` of one call of the graph, whose inputs are `feed`, which is not checked.
 
         Args:
             session: of the graph with an overlay (`overlaid`); None is the graph's own.
@@ -296,11 +297,21 @@ class Engine:
         per_step = np.concatenate([call["per_step"] for call in calls], joined)[:, :T]
         if not self.with_state:  # a stream's calls were checked one by one
             self._check_finite(per_step)
-        extra = {
-            name: _concatenate([_time_first(call[name], call["per_step"]) for call in calls], 1 - joined)[:T]
-            for name in names
-        }
+        extra = {name: np.concatenate([self._by_step(name, call) for call in calls], 1 - joined)[:T] for name in names}
         return Result(per_step.mean(1), per_step, np.full(len(x), per_step.shape[1])), extra
+
+    def _by_step(self, name: str, outputs: Mapping[str, Array]) -> Array:
+        """An output of an overlay as `[T, N, ...]`; graphs may have merged its first axes."""
+        N, T = outputs["per_step"].shape[:2]
+        return outputs[name].reshape(T, N, *self._overlay_axes[name])
+
+    @cached_property
+    def _overlay_axes(self) -> dict[str, tuple[int, ...]]:
+        """What outputs of overlays have behind step and image."""
+        neurons = self.metadata["neurons"]
+        axes = {layer.counter: layer.counter_axes for layer in layers_of(self.metadata)}
+        axes |= {f"fired.{layer['name']}": () for layer in neurons}
+        return axes | {f"spikes.{layer['name']}": tuple(layer["shape"]) for layer in neurons}
 
     def _parts(self, x: Array, T: int) -> list[Array]:
         """`x` in parts that a CPU's caches hold the layers of; a GPU wants it whole."""
@@ -519,17 +530,3 @@ def _pad_time(frames: Array, T: int) -> Array:
     """Frames `[N, t, ...]` filled up with zeros to T steps: later frames change no earlier answer."""
     missing = T - frames.shape[1]
     return np.pad(frames, [(0, 0), (0, missing), *[(0, 0)] * (frames.ndim - 2)]) if missing else frames
-
-
-def _concatenate(values: Sequence[Array], axis: int) -> Array:
-    """Arrays `[T, N, ...]`, the largest first; those of one image may lack an axis of length 1 (`_time_first`)."""
-    return np.concatenate([value.reshape(*value.shape[:2], *values[0].shape[2:]) for value in values], axis)
-
-
-def _time_first(value: Array, per_step: Array) -> Array:
-    """A counting output as `[T, N, ...]`; graphs may have merged its first two axes."""
-    N, T = per_step.shape[:2]
-    if value.shape[:2] == (T, N):
-        return value
-    tokens = () if len(value) == T * N else (-1,)  # these may be merged with step and image too
-    return value.reshape(T, N, *tokens, *value.shape[1:])

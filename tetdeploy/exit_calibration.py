@@ -245,6 +245,16 @@ class Calibration:
         } | provenance(engine)
 
 
+def check_min_T(min_T: int, T: int) -> None:
+    """Refuse a least number of steps that is none of T.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if not 1 <= min_T <= T:
+        raise ValueError(f"min_T must lie within the T={T} steps, got {min_T}")
+
+
 def calibrate(
     answers: Answers,
     *,
@@ -262,11 +272,9 @@ def calibrate(
     Raises:
         ValueError: `loss` is below 0; `min_T` is not within T.
     """
-    T = answers.right.shape[1]
+    check_min_T(min_T, answers.right.shape[1])
     if not 0 <= loss <= 1:
         raise ValueError(f"the loss of accuracy must lie in 0..1, a fraction, got {loss}")
-    if not 1 <= min_T <= T:
-        raise ValueError(f"min_T must lie within the T={T} steps, got {min_T}")
     frontiers = [Frontier.of(answers, criterion, min_T) for criterion in criteria]
 
     def best(loss: float) -> Point:

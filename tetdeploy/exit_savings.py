@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.bench import load_average, machine
+from tetdeploy.bench import machine
 from tetdeploy.early_exit import Exit
 from tetdeploy.energy import Operations
 from tetdeploy.engine import Engine, Result
 from tetdeploy.exit_calibration import Paired
+from tetdeploy.machine import load_average
 from tetdeploy.validate import Tally, check_labels, provenance
 
 Array = NDArray[Any]

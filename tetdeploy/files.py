@@ -9,12 +9,12 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tokenize import TokenError  # of a damaged header, from NumPy's parser
 from typing import Any, BinaryIO
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,6 +136,12 @@ def write_json(path: Path | str, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def write_npz(path: Path | str, arrays: Mapping[str, Any]) -> None:
+    """Write arrays by name as a `.npz`, atomically."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # to a name np.savez would add a suffix
+        np.savez(file, **arrays)
+
+
 def read_json_lines(path: Path | str, check: Callable[[Any], object]) -> list[Any]:
     """The JSON of each line of a file, but for empty ones.
 
@@ -166,19 +172,23 @@ def read_npz(path: Path | str) -> dict[str, NDArray[Any]]:
         ValueError: it is none, is damaged, or holds Python objects.
         OSError: it cannot be opened.
     """
-    with Path(path).open("rb") as handle:  # np.load leaves a file open that is no zip
-        return parse_npz(handle, str(path))
+    with Path(path).open("rb") as handle, opened_npz(handle, str(path)) as file:
+        return dict(file)
 
 
-def parse_npz(handle: BinaryIO, name: str) -> dict[str, NDArray[Any]]:
-    """All arrays of an open `.npz`, which errors call `name`.
+@contextmanager
+def opened_npz(handle: BinaryIO, name: str) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """Yield the arrays of an open `.npz`, each read as it is asked for; errors call it `name`.
 
     Raises:
         ValueError: it is none, is damaged, or holds Python objects.
     """
     try:
+        if not is_zipfile(handle):
+            raise ValueError("it is no .npz, or is cut short")
+        handle.seek(0)
         with np.load(handle, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
+            yield file
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, BadZipFile, TokenError, zlib.error) as error:
         raise ValueError(f"{name} is damaged: {error}") from error
 

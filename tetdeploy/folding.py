@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tetdeploy.names import numbered
+
 aten = torch.ops.aten
 
 _BATCH_NORM = aten.batch_norm.default
@@ -93,14 +95,8 @@ def module_path(node: fx.Node) -> str:
 
 
 def layer_name(node: fx.Node, names: Counter[str]) -> str:
-    """The network's own name of the layer that a traced node is; from its second call on with a number: `conv#2`.
-
-    Args:
-        names: how often each was there; counted on.
-    """
-    name = module_path(node).removeprefix("classifier.").removeprefix("network.")
-    names[name] += 1
-    return name if names[name] == 1 else f"{name}#{names[name]}"
+    """The network's own name of the layer that a traced node is; `names` are those before it, see `numbered`."""
+    return numbered(module_path(node).removeprefix("classifier.").removeprefix("network."), names)
 
 
 def parameter(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:

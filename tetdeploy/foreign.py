@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from tetdeploy import __version__
 from tetdeploy.checkpoint import CHECKPOINT_NAME, check_keys, save_checkpoint
+from tetdeploy.data import Encoding
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
 from tetdeploy.files import sha256_of
+from tetdeploy.names import shorten
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 
 _BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -48,17 +50,18 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class _Data:
-    """Normalisation and classes of what the authors trained on."""
+    """Normalisation, classes and encoding of what the authors trained on."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...]
+    encoding: Encoding = "direct"
 
 
 _DATA = {
     "cifar10": _Data(CIFAR10.mean, CIFAR10.std, CIFAR10.class_names),
     "cifar100": _Data(CIFAR100.mean, CIFAR100.std, CIFAR100.class_names),
-    "dvs-cifar10": _Data((0.0, 0.0), (1.0, 1.0), CIFAR10.class_names),  # frames are only scaled, to [0, 1]
+    "dvs-cifar10": _Data((0.0, 0.0), (1.0, 1.0), CIFAR10.class_names, "frames"),  # which are only scaled, to [0, 1]
 }
 
 
@@ -136,8 +139,8 @@ def import_to_checkpoint(
         file: see `import_checkpoint`, as for `arch` and `image_size`.
         output: a `.safetensors` file, or a run folder, which must not hold a checkpoint yet.
         data: what it was trained on: "cifar10", "cifar100" and "dvs-cifar10" bring normalisation and class names, any
-            other name needs `mean` and `std`. None takes what the authors trained on: for resnet19 CIFAR-10 or
-            CIFAR-100 by the number of classes, for vggsnn DVS-CIFAR10.
+            other name stands for images and needs `mean` and `std`. None takes what the authors trained on: for
+            resnet19 CIFAR-10 or CIFAR-100 by the number of classes, for vggsnn DVS-CIFAR10.
         mean: per channel, of images / 255; also decides how many channels there are.
         std: per channel, of images / 255.
         class_names: one a class; None takes those of `data`, or else "0", "1", ...
@@ -157,7 +160,10 @@ def import_to_checkpoint(
     data = data or _trained_on(arch, config.num_classes)
     mean, std = _normalization(data, mean, std)
     names = _class_names(data, class_names, config.num_classes, file)
-    classifier = Classifier(imported.network, config=config, mean=mean, std=std, class_names=names, data=data)
+    encoding = _DATA[data].encoding if data in _DATA else "direct"
+    classifier = Classifier(
+        imported.network, config=config, mean=mean, std=std, class_names=names, data=data, encoding=encoding
+    )
     save_checkpoint(path, classifier, training={} if T is None else {"T": T}, provenance=_provenance(Path(file), arch))
     num_parameters = sum(p.numel() for p in imported.network.parameters())
     return Report(path, data, config, num_parameters, imported.num_keys, imported.num_merged)
@@ -232,7 +238,7 @@ def _state_dict(content: Any, path: Path | str) -> dict[str, Tensor]:
     others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(
-            f"{path} is not a state dict: {', '.join(others[:10])} {'is' if len(others) == 1 else 'are'} no tensor; "
+            f"{path} is not a state dict: {shorten(others, 10)} {'is' if len(others) == 1 else 'are'} no tensor; "
             f"a state dict may lie at the top of the file or under {' or '.join(map(repr, _WRAPPERS))}"
         )
     return dict(content)

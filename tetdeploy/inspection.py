@@ -12,9 +12,10 @@ from typing import Any
 
 from tetdeploy.checkpoint import METADATA_KEY, checkpoint_file, read_content, read_header, read_metadata
 from tetdeploy.energy import Layer, layers_of
-from tetdeploy.engine import Engine
+from tetdeploy.engine import parse_metadata
 from tetdeploy.extras import import_extra
 from tetdeploy.files import sha256_of
+from tetdeploy.names import section
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _DTYPES |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
@@ -60,8 +61,8 @@ def _inspect_safetensors(file: Path) -> dict[str, Any]:
         return {"kind": "safetensors", "metadata": metadata} | _modules(tensors)
     content = read_content(file)
     if "resume" in content:
-        network = {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
-        return {"kind": "training state", "resume": content["resume"], "num_tensors": len(tensors)} | _modules(network)
+        network = _modules(section(tensors, "network."))
+        return {"kind": "training state", "resume": content["resume"], "num_tensors": len(tensors)} | network
     return {"kind": "checkpoint"} | read_metadata(file) | _modules(tensors)
 
 
@@ -106,8 +107,7 @@ def _inspect_onnx(file: Path) -> dict[str, Any]:
     if METADATA_KEY not in about.custom_metadata_map:
         keys = sorted(about.custom_metadata_map)
         return {"kind": "onnx", "producer": about.producer_name, "graph": about.graph_name, "metadata": keys} | ports
-    metadata = Engine(file, native=False).metadata
-    return {"kind": "model"} | ports | _model(metadata)
+    return {"kind": "model"} | ports | _model(parse_metadata(about.custom_metadata_map[METADATA_KEY], file))
 
 
 def _model(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine, Result
-from tetdeploy.files import atomic_write, read_npz
+from tetdeploy.files import read_npz, write_npz
+from tetdeploy.names import section
 from tetdeploy.validate import Tally
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -42,7 +43,7 @@ def join(parts: Mapping[str, Sums]) -> dict[str, NDArray[Any]]:
 
 def split(arrays: Arrays, name: str) -> dict[str, NDArray[Any]]:
     """The arrays of one part."""
-    return {key.removeprefix(f"{name}/"): value for key, value in arrays.items() if key.startswith(f"{name}/")}
+    return section(arrays, f"{name}/")
 
 
 class Pass:
@@ -145,9 +146,7 @@ class Partial:
         return arrays
 
     def save(self, arrays: Arrays) -> None:
-        content: dict[str, Any] = {"settings": np.array(json.dumps(self.settings)), **arrays}
-        with atomic_write(self.path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **content)
+        write_npz(self.path, {"settings": json.dumps(self.settings), **arrays})
 
 
 def finish(run: Pass, partial: Partial, tick: Callable[[int], None]) -> None:

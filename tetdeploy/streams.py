@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tetdeploy.engine import Array, Engine
-from tetdeploy.files import atomic_write, parse_npz
+from tetdeploy.files import atomic_write, opened_npz
 from tetdeploy.stream import StepResult
 
 _PREFIX = "carried."  # of the arrays' names in a file
@@ -52,7 +52,8 @@ class StreamState:
         Raises:
             ValueError: the bytes are damaged, or something else.
         """
-        arrays = parse_npz(io.BytesIO(data), name)
+        with opened_npz(io.BytesIO(data), name) as file:
+            arrays = dict(file)
         try:
             total, t, sha256 = (arrays.pop(key) for key in ("sum_logits", "t", "model_sha256"))
             steps = int(t)

@@ -16,6 +16,7 @@ from tetdeploy import __version__
 from tetdeploy.energy import CONVENTIONS, Operations, layers_of, other_ops, other_ops_pj
 from tetdeploy.engine import RUNTIMES, Engine
 from tetdeploy.extras import import_extra
+from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
 
 MAX_T = 1024
@@ -171,14 +172,10 @@ class Tally:
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """The inverse of `arrays`, for the same model and T."""
-        self.seen, self.correct, self.fired = (arrays[name].copy() for name in ("seen", "correct", "fired"))
-        self.operations.counts = _restored(arrays, "ops.")
-        self.operations.active = _restored(arrays, "active.")
+        copies = {name: array.copy() for name, array in arrays.items()}
+        self.seen, self.correct, self.fired = (copies[name] for name in ("seen", "correct", "fired"))
+        self.operations.counts, self.operations.active = section(copies, "ops."), section(copies, "active.")
         self.operations.num_images = int(self.seen.sum())
-
-
-def _restored(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
-    return {name.removeprefix(prefix): arrays[name].copy() for name in arrays if name.startswith(prefix)}
 
 
 def running_class(per_step: NDArray[Any]) -> NDArray[np.int64]:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tetdeploy.data.image_files import as_pixels, centre_crop, read_image, refuse_unreadable
 from tetdeploy.extras import import_extra
+from tetdeploy.machine import usable_cores
 
 from .schedule import derive_seed
 
@@ -48,12 +49,12 @@ class ImageReader:
     training and validation in turn.
 
     Args:
-        workers: processes; 0 reads in this one. None takes as many as this rank has cores, see `usable_cores`.
+        workers: processes; 0 reads in this one. None takes as many as this rank has cores, see `rank_cores`.
         device: where the batches go.
     """
 
     def __init__(self, workers: int | None, device: torch.device) -> None:
-        self._workers = usable_cores() if workers is None else workers
+        self._workers = rank_cores() if workers is None else workers
         self._device = device
         self._requests = _Requests()
         self._loader: DataLoader[Batch | list[str]] | None = None
@@ -146,10 +147,9 @@ class DiskImages:
         return Wanted(self._data.path(index), int(self._data.labels[index]), self._data.size, seed)
 
 
-def usable_cores() -> int:
-    """The cores that this process may use, shared between the ranks that torchrun started on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+def rank_cores() -> int:
+    """The cores at hand, shared between the ranks that torchrun started on this machine."""
+    return max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
 def random_crop_flip(image: Image, size: int, seed: int) -> NDArray[np.uint8]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tetdeploy.files import atomic_write
+from tetdeploy.files import read_npz, write_npz
 
 from .config import PRECISIONS
 from .device import autocast, pick_device, pick_precision
@@ -227,13 +226,13 @@ def load_landscape(path: Path | str) -> Landscape:
     """
     path = Path(path)
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:  # np.load leaks a damaged one
-            arrays = {name: file[name] for name in ("alphas", "betas", *_SURFACES)}
-            settings = json.loads(str(file["settings"]))
-            names, finished = tuple(str(name) for name in file["names"]), int(file["finished"])
+        file = read_npz(path)
+        arrays = {name: file[name] for name in ("alphas", "betas", *_SURFACES)}
+        settings = json.loads(str(file["settings"]))
+        names, finished = tuple(str(name) for name in file["names"]), int(file["finished"])
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a landscape, or damaged ({error}); choose another file, or remove it"
         ) from error
@@ -248,8 +247,7 @@ def save_landscape(path: Path | str, landscape: Landscape) -> None:
     """
     arrays: dict[str, Any] = {name: getattr(landscape, name) for name in ("alphas", "betas", "names", *_SURFACES)}
     arrays |= {"settings": json.dumps(landscape.settings), "finished": landscape.finished}
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+    write_npz(path, arrays)
 
 
 def _measure_run(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tetdeploy.checkpoint import CHECKPOINT_NAME, STATE_NAME, save_checkpoint
 from tetdeploy.extras import import_extra
-from tetdeploy.report.reading import read_metrics
+from tetdeploy.metrics import read_metrics, write_metrics
 
 from .averaging import kept_classifier, trainable, update_average
 from .board import no_board, tensorboard
@@ -33,7 +33,7 @@ from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
 from .progress import Progress
 from .ranks import current_ranks
 from .restart import Restart, check_restart, check_shards, find_restart, restart_origin, restart_state, write_restart
-from .runs import check_run, mark_latest, only_trainer, run_settings, write_metrics, write_run_config
+from .runs import check_run, mark_latest, only_trainer, run_settings, write_run_config
 from .schedule import derive_seed
 from .session import Session, check_data, check_together, headline, prepare, provenance
 from .state import Best, TrainState, is_finished, restore_state, save_state

@@ -47,8 +47,8 @@ def find_scales(classifier: Classifier, train_set: LabelledSet, T: int) -> Calib
         ValueError: there are too few images; Int8Error: no convolution of the network reads spikes alone.
     """
     frames = classifier.encoding == "frames"
-    x = np.ascontiguousarray(train_set.x[-NUM_CALIBRATION:])
-    x = np.ascontiguousarray(x[:, :T]) if frames else x
+    x = train_set.x[-NUM_CALIBRATION:]
+    x = np.ascontiguousarray(x[:, :T] if frames else x)
 
     def answers(scales: Scales) -> NDArray[np.float32]:
         return _per_step(Int8Network(tracer, scales), x, T, frames)

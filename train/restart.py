@@ -28,13 +28,14 @@ from tetdeploy.checkpoint import (
     read_metadata,
     read_tensors,
 )
-from tetdeploy.report.reading import read_metrics
+from tetdeploy.metrics import read_metrics, write_metrics
+from tetdeploy.names import section
 from tetdeploy.shards import check_limit, is_complete, newest_shards, read_shards, write_shards
 
 from .averaging import trainable
-from .runs import completed, differences, read_run_config, write_metrics
+from .runs import completed, differences, read_run_config
 from .session import Session, provenance
-from .state import TrainState, like_weights, section
+from .state import TrainState, like_weights
 
 SHARDS_NAME = "shards"
 

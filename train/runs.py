@@ -1,4 +1,4 @@
-"""A run's folder: what it was started with, its metrics, and which run is the newest."""
+"""A run's folder: what it was started with, who trains in it, and which run is the newest."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from tetdeploy.checkpoint import (
     CHECKPOINT_NAME,
     CONFIG_NAME,
     LATEST_NAME,
-    METRICS_NAME,
     STATE_NAME,
     data_settings,
 )
 from tetdeploy.files import atomic_write, made_folder, write_json
-from tetdeploy.report.form import NUMBER, check_form
+from tetdeploy.form import NUMBER, check_form
 
 from .config import TrainConfig
 from .ranks import current_ranks
@@ -235,12 +234,6 @@ def mark_latest(out: Path, runs: Path) -> None:
     except (OSError, NotImplementedError):
         with atomic_write(latest) as temporary:
             temporary.write_bytes(os.fsencode(f"{target.as_posix()}\n"))
-
-
-def write_metrics(out: Path, records: list[dict[str, Any]]) -> None:
-    """Write metrics.jsonl, one line an epoch. Whole and atomically: an appended line could be cut by a full disk."""
-    with atomic_write(out / METRICS_NAME) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def completed(settings: Mapping[str, Any]) -> dict[str, Any]:

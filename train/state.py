@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdeploy.checkpoint import FORMAT, check_keys, read_content, read_tensors, write_tensors
+from tetdeploy.names import section
 
 from .optimizer import load_optimizer_tensors, optimizer_tensors
 
@@ -130,8 +131,3 @@ def like_weights(average: dict[str, Tensor], network: nn.Module) -> dict[str, Te
     """Averaged weights on the device and in the memory layout of the weights themselves: a file knows neither."""
     weights = dict(network.named_parameters())
     return {name: torch.empty_like(weights[name]).copy_(value) for name, value in average.items()}
-
-
-def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, by the rest of their names."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -35,7 +35,7 @@ from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig
 from tetdeploy.train.batches import Batch, DeviceImages, Draws, Images
 from tetdeploy.train.device import autocast, device_name, pick_device, pick_precision
-from tetdeploy.train.disk_images import DiskImages, ImageReader, usable_cores
+from tetdeploy.train.disk_images import DiskImages, ImageReader, rank_cores
 from tetdeploy.train.losses import total_loss
 from tetdeploy.train.optimizer import build_optimizer
 
@@ -157,7 +157,7 @@ def files_row(data: ImageFiles, step: Step, workers: int, steps: int, batch_size
 
 
 @click.command(cls=CleanErrors)
-@click.option("--workers", default=f"0,{usable_cores()}", show_default=True, help="Numbers of processes to try.")
+@click.option("--workers", default=f"0,{rank_cores()}", show_default=True, help="Numbers of processes to try.")
 @click.option("--model", default="spiking-resnet34", show_default=True, help="The network behind the image files.")
 @click.option("--width", default=0.125, show_default=True, help="Its factor on every channel count.")
 @click.option("--batch-size", default=8, show_default=True, help="Its images a step.")

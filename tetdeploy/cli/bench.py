@@ -14,6 +14,7 @@ from tetdeploy.cli.options import (
     newest_export,
     opens_model,
     parsed_steps,
+    print_notes,
     progress_bar,
 )
 
@@ -96,8 +97,9 @@ def bench(
     MODEL is an .onnx file; the newest export by default. Every combination of batch, threads and T is timed, all taking
     turns. Ctrl-C keeps what was timed. Writes MODEL.bench.json, which tetdeploy report shows. Needs no torch.
     """
-    from tetdeploy.bench import Bench, usable_cores
+    from tetdeploy.bench import Bench
     from tetdeploy.files import check_writable, write_json
+    from tetdeploy.machine import usable_cores
 
     if repeats is not None and seconds is not None:
         raise click.UsageError("--repeats and --seconds exclude each other")
@@ -182,8 +184,7 @@ def print_bench(result: dict[str, Any], engine: Engine) -> None:
         notes.append(f"{least} calls of a setting: for a 99th percentile time 100 and more (--repeats, --seconds)")
     if (on["load"] or 0) >= 1:
         notes.append(f"{on['load']:.1f} processes were running when this began: an idle machine is faster")
-    for note in notes:
-        console.print(f"[dim]{note}[/dim]")
+    print_notes(notes)
 
 
 def _loading(result: dict[str, Any]) -> str:

@@ -106,7 +106,7 @@ def calibrate(
     """
     from tetdeploy.early_exit import CRITERIA, exit_path
     from tetdeploy.engine import Engine
-    from tetdeploy.exit_calibration import answer
+    from tetdeploy.exit_calibration import answer, check_min_T
     from tetdeploy.exit_calibration import calibrate as find
     from tetdeploy.files import check_writable, write_json
     from tetdeploy.report.early_exit import calibration_shown
@@ -119,6 +119,7 @@ def calibrate(
     name, x, labels = held_out(engine, data, data_dir, split, limit)
     T = T or max(default_steps(engine))
     engine.check_T(T, engine.check_input(x[:1]))
+    check_min_T(min_T, T)
     criteria = CRITERIA if criterion == "both" else tuple(c for c in CRITERIA if c == criterion)
     with progress_bar("images") as bar:
         task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))

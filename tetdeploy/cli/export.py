@@ -16,7 +16,7 @@ from tetdeploy.cli.recipe import is_typed
 from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:
-    from tetdeploy.export import Exported
+    from tetdeploy.export import ExportConfig, Exported
     from tetdeploy.export.nir_format import NirExported
     from tetdeploy.export.trained import Trained
 
@@ -165,8 +165,7 @@ def export(
         return None
     for package, extra in (("torch", "train"), ("onnxscript", "train"), ("onnxruntime", "cpu")):
         import_extra(package, extra)
-    from tetdeploy.export import ExportConfig, export_model
-    from tetdeploy.export.model import NUM_REFERENCE
+    from tetdeploy.export import ExportConfig
     from tetdeploy.export.trained import Trained
     from tetdeploy.files import check_writable, write_json
 
@@ -176,22 +175,37 @@ def export(
     config = ExportConfig(T=T or trained.T, trained_T=trained.T, **options)
     path = out or trained.file.parent / config.file_name
     check_writable(path, ".onnx", remedy="choose another with --out")
-    int8 = config.precision == "int8"
+    exported = _export_onnx(ctx, trained, path, config)
+    print_exported(exported, config.layout, config.T)
+    _say_whether_calibrated(exported.path)
+    if json_path is not None:
+        write_json(json_path, exported.to_dict())
+    console.print(f"next: tetdeploy sweep {exported.path}", markup=False)
+    return exported.path
+
+
+def _export_onnx(ctx: click.Context, trained: Trained, path: Path, config: ExportConfig) -> Exported:
+    """Load network and images, and export with a progress bar."""
+    from tetdeploy.export import export_model
+    from tetdeploy.export.model import NUM_REFERENCE
+
+    given = ctx.params
+    num_check, int8 = given["num_check"], config.precision == "int8"
     scales = trained.scales if int8 else None
     if scales is not None and is_typed(ctx, "num_calibration"):
         raise click.UsageError(
             f"{trained.file} was fine-tuned at scales of its own (train --qat): leave out --calibrate"
         )
-    classifier = load_classifier(trained.file, trained.metadata, model)
+    classifier = load_classifier(trained.file, trained.metadata, given["model"])
     (images, labels), calibration = trained.images(
-        data,
-        data_dir,
+        given["data"],
+        given["data_dir"],
         config.encoding,
         num_check=max(num_check, NUM_REFERENCE),
-        num_calibration=num_calibration if int8 and scales is None else 0,
+        num_calibration=given["num_calibration"] if int8 and scales is None else 0,
     )
     with _progress() as tick:
-        exported = export_model(
+        return export_model(
             classifier,
             path,
             config,
@@ -202,12 +216,6 @@ def export(
             calibration=scales or calibration,
             tick=tick,
         )
-    print_exported(exported, config.layout, config.T)
-    _say_whether_calibrated(exported.path)
-    if json_path is not None:
-        write_json(json_path, exported.to_dict())
-    console.print(f"next: tetdeploy sweep {exported.path}", markup=False)
-    return exported.path
 
 
 @contextmanager

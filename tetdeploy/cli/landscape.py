@@ -143,7 +143,7 @@ def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeC
 def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, radius: float, images: str) -> None:
     """Table, plot and JSON."""
     from tetdeploy.files import write_json
-    from tetdeploy.train.landscape_figure import landscape_table, plot_landscape, summarise
+    from tetdeploy.report.landscape import landscape_table, plot_landscape, summarise
 
     count, T = result.settings["num_images"], result.settings["T"]
     console.print(landscape_table(result, radius))
@@ -154,7 +154,7 @@ def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, r
         rows = summarise(result, radius)
         content = {"numbers": str(path), "plot": str(plot), "images": images, "radius": radius}
         write_json(json_path, content | {"settings": dict(result.settings), "rows": rows})
-    console.print("   ".join(str(written) for written in (path, plot, json_path) if written is not None))
+    console.print("   ".join(str(written) for written in (path, plot, json_path) if written is not None), markup=False)
     console.print("next: look at the plot; a flatter minimum has fewer lines inside the circle")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -133,9 +133,16 @@ def progress_bar(rate_of: str = "") -> Progress:
     """
     stderr = Console(stderr=True)
     shown = sys.stderr is not None and sys.stderr.isatty()  # None: closed, as a daemon's may be
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     rate = (_Rate(rate_of),) if rate_of else ()
     return Progress(*columns, *rate, console=stderr, disable=not shown, transient=True)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """What stands below a table."""
+    for note in notes:
+        console.print(note, style="dim", markup=False)
 
 
 def check_plot(path: Path) -> None:

@@ -54,6 +54,7 @@ def predict(
     """
     import numpy as np
 
+    from tetdeploy.early_exit import softmax
     from tetdeploy.engine import open_engine
     from tetdeploy.files import write_json
 
@@ -65,7 +66,7 @@ def predict(
     x = np.stack([_read_image(path, engine, resize) for path in images])
     result = engine.run(x, T)
     steps = np.arange(1, result.per_step.shape[1] + 1)[None, :, None]
-    certainty = _softmax(np.cumsum(result.per_step, axis=1) / steps)
+    certainty = softmax(np.cumsum(result.per_step, axis=1) / steps)
     for path, by_step in zip(images, certainty, strict=True):
         _print(path, by_step, engine.class_names, top)
     if json_path is not None:
@@ -125,10 +126,3 @@ def _read_image(path: Path, engine: Engine, resize: bool) -> Any:
         image = image_ops.fit(image, (width, height))
     pixels = np.asarray(image, np.uint8).reshape(height, width, channels).transpose(2, 0, 1)
     return as_model_input(engine, pixels)
-
-
-def _softmax(logits: Any) -> Any:
-    import numpy as np
-
-    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
-    return exponentials / exponentials.sum(-1, keepdims=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tetdeploy.cli.options import checked_output, console, runs_option
+from tetdeploy.cli.options import checked_output, console, print_notes, runs_option
 from tetdeploy.extras import import_extra
 
 
@@ -71,8 +71,7 @@ def report(
     for path, text in texts.items():
         with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="replace")  # names of files may be no UTF-8
-    for note in results.notes:
-        console.print(note, style="dim", markup=False)
+    print_notes(results.notes)
     console.print(f"{len(document.sections)} sections: {', '.join(s.title for s in document.sections)}")
     console.print("   ".join(map(str, texts)), markup=False)
     console.print(f"next: open {out} in a browser", markup=False)

@@ -114,7 +114,7 @@ def serve(
             console.print(shown, markup=False)
             if engine.lacks_native:
                 console.print(f"{name} is slower than it could be: {engine.lacks_native}", style="yellow", markup=False)
-        console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops")
+        console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops", markup=False)
 
     server.serve(
         engines,

@@ -17,6 +17,7 @@ from tetdeploy.cli.options import (
     newest_export,
     opens_model,
     parsed_steps,
+    print_notes,
     progress_bar,
 )
 
@@ -164,7 +165,7 @@ def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> No
         notes.append(f"an unrolled graph always runs its T={engine.T} steps: the latency is the same at every T")
     if engine.metadata["uncounted"]:
         notes.append(f"operations not counted: {', '.join(engine.metadata['uncounted'])}")
-    _print_notes(notes)
+    print_notes(notes)
 
 
 def print_details(result: Sweep, engine: Engine, conventions: Sequence[str], *, layers: bool, other_ops: bool) -> None:
@@ -180,14 +181,9 @@ def print_details(result: Sweep, engine: Engine, conventions: Sequence[str], *, 
         console.print(f"other operations, per image at T={T}")
         console.print(other_ops_table(result.details, T))
         if "other_ops" not in engine.metadata:
-            _print_notes(
+            print_notes(
                 ["biases and residual sums are not known: an earlier version exported this model; export again"]
             )
-
-
-def _print_notes(notes: Sequence[str]) -> None:
-    for note in notes:
-        console.print(f"[dim]{note}[/dim]")
 
 
 def _bills(result: Sweep, conventions: Sequence[str]) -> str:

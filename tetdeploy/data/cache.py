@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.files import atomic_write, cache_folder
+from tetdeploy.files import cache_folder, opened_npz, write_npz
 
 Arrays = dict[str, NDArray[Any]]
 
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, TypeError)
 _FORMAT = "1"  # raise it when decoding changes, so that older files are made anew
 
 
@@ -38,14 +34,12 @@ def cached(name: str, root: Path, sources: Iterable[Path], make: Callable[[], Ar
     sources = list(sources)
     fingerprint = _fingerprint(root, sources)
     path = cache_folder() / f"{name}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
-    # opened here, because numpy leaves a damaged file open
-    with suppress(*_DAMAGED), path.open("rb") as source, np.load(source, allow_pickle=False) as file:
+    with suppress(OSError, ValueError, KeyError), path.open("rb") as source, opened_npz(source, path.name) as file:
         if str(file["fingerprint"]) == fingerprint:
-            return {key: file[key] for key in file.files if key != "fingerprint"}
+            return {key: file[key] for key in file if key != "fingerprint"}
     arrays = make()
-    contents: dict[str, Any] = {"fingerprint": np.array(fingerprint), **arrays}
-    with suppress(OSError), atomic_write(path) as temporary, temporary.open("wb") as output:
-        np.savez(output, **contents)
+    with suppress(OSError):
+        write_npz(path, {"fingerprint": fingerprint, **arrays})
     return arrays
 
 

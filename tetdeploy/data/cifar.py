@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from tetdeploy.extras import import_extra
+from tetdeploy.names import shorten
 
 from .cache import Arrays, cached
-from .decoding import ImageFile, decode_images, shorten
+from .decoding import ImageFile, decode_images
 from .download import download_torchvision
 from .folder import class_files
 from .images import ImageSet, mixed_order

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.extras import import_extra
+from tetdeploy.machine import usable_cores
+from tetdeploy.names import shorten
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -123,7 +124,7 @@ def in_threads(decode: Callable[[int], None], count: int, text: str | None, *, c
         return stop - start
 
     # 6 threads on 2 cores took 1.4 times as long as 2: for small images they fight for the interpreter lock
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(usable_cores())
     try:
         with _progress(text, count) as advance:
             for done in pool.map(decode_chunk, range(0, count, chunk)):
@@ -172,9 +173,3 @@ def _refuse_unequal(files: Sequence[ImageFile], sizes: Sequence[tuple[int, ...]]
             f"images have {len(counts)} sizes (width x height): {groups}; wanted one. "
             f"Resize or remove these {len(odd)}: {shorten(odd)}"
         )
-
-
-def shorten(names: Sequence[str], limit: int = 5) -> str:
-    """The first `limit` names, and how many more there are."""
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cache import Arrays, cached
+from .cifar import CIFAR10
 from .download import download
 from .events import READERS, Binning, Size, decode_recordings, import_tonic
 from .folder import class_files, in_mixed_order, refuse_different_classes
@@ -23,7 +24,6 @@ COUNTS: dict[str, dict[Split, int]] = {
 }
 
 _DIGITS = tuple("0123456789")
-_OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def load_event_folder(root: Path | str, split: Split, binning: Binning) -> FrameSet:
@@ -97,13 +97,13 @@ def load_dvs_cifar10(split: Split, data_dir: Path, binning: Binning) -> FrameSet
         looked_for = [f"{folder}/<class>/*.aedat4"]
         download("dvs-cifar10", tonic.datasets.CIFAR10DVS, "CIFAR10DVS", data_dir, looked_for=looked_for)
     found: dict[Split, list[Path]] = {"train": [], "test": []}
-    for name in _OBJECTS:
+    for name in CIFAR10.class_names:
         paths = sorted((folder / name).glob("*.aedat4"), key=lambda path: (_number(path), path.name))
         num_train = len(paths) * 9 // 10
         found["train"] += paths[:num_train]
         found["test"] += paths[num_train:]
     width, height, _ = tonic.datasets.CIFAR10DVS.sensor_size
-    return _frame_set("dvs-cifar10", split, folder, found, _OBJECTS, (height, width), binning)
+    return _frame_set("dvs-cifar10", split, folder, found, CIFAR10.class_names, (height, width), binning)
 
 
 def _frame_set(

@@ -5,7 +5,6 @@ tonic reads the cameras' formats; `.npz` needs numpy only.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.extras import MissingExtraError, import_extra
+from tetdeploy.files import opened_npz
+from tetdeploy.names import shorten
 
-from .decoding import in_threads, shorten
+from .decoding import in_threads
 
 FRAME_SIZE = 48  # pixels; sensors with more are brought to it, as in the paper
 
@@ -187,10 +188,8 @@ def decode_recordings(
             or they come from sensors of different sizes.
         MissingExtraError: tonic is needed and not installed.
     """
-    for path in paths:
-        if path.suffix.lower() != ".npz":
-            import_tonic()
-            break
+    if any(path.suffix.lower() != ".npz" for path in paths):
+        import_tonic()
     sensor = sensor or _common_sensor(paths, text)
     frames = np.zeros((len(paths), binning.T, 2, *frame_size(sensor)), np.uint8)
 
@@ -242,17 +241,13 @@ def _read_all(paths: Sequence[Path], use: Callable[[int, Recording], None], text
 
 def read_npz(path: Path) -> Recording:
     """`.npz` with the arrays t, x, y and p, and `sensor_size` (width, height) where the camera is to be checked."""
-    with path.open("rb") as source:
-        if not zipfile.is_zipfile(source):
-            raise ValueError("it is no .npz, or is cut short")
-        source.seek(0)
-        with np.load(source, allow_pickle=False) as file:
-            missing = [name for name in "txyp" if name not in file.files]
-            if missing:
-                raise ValueError(f"it holds {', '.join(file.files) or 'nothing'} but not {', '.join(missing)}")
-            t, x, y, p = (file[name] for name in "txyp")
-            size = file["sensor_size"].tolist() if "sensor_size" in file.files else None
-    return Recording(t, x, y, p, None if size is None else (int(size[1]), int(size[0])))
+    with path.open("rb") as source, opened_npz(source, "it") as file:
+        found = ", ".join(file) or "nothing"
+        arrays = {name: file[name] for name in (*"txyp", "sensor_size") if name in file}
+    if missing := [name for name in "txyp" if name not in arrays]:
+        raise ValueError(f"it holds {found} but not {', '.join(missing)}")
+    size = arrays.pop("sensor_size", None)
+    return Recording(**arrays, sensor=None if size is None else (int(size[1]), int(size[0])))
 
 
 def read_aedat4(path: Path) -> Recording:

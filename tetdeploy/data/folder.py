@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.names import shorten
+
 from .cache import Arrays, cached
-from .decoding import SUFFIXES, ImageFile, decode_images, shorten
+from .decoding import SUFFIXES, ImageFile, decode_images
 from .images import ImageSet, channel_statistics, mixed_order
 from .labelled import Split
 

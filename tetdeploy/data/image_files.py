@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.extras import import_extra
+from tetdeploy.names import shorten
 
-from .decoding import in_threads, open_image, shorten
+from .decoding import in_threads, open_image
 from .labelled import Encoding, LabelledSet, Split
 
 _WORTH_A_BAR = 256  # images read in one go

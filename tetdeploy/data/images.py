@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.files import atomic_write
+from tetdeploy.files import opened_npz, write_npz
 
 from .labelled import Encoding, LabelledSet, Split
 
@@ -144,8 +142,7 @@ def save_npz(data: LabelledSet, path: Path | str) -> None:
     """
     if Path(path).suffix.lower() != ".npz":
         raise ValueError(f"cannot save images as {path}: the name must end in .npz")
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, images=data.x, labels=data.labels, class_names=np.array(data.class_names))
+    write_npz(path, {"images": data.x, "labels": data.labels, "class_names": data.class_names})
 
 
 def image_set(path: Path | str, split: Split, arrays: Mapping[str, NDArray[Any]]) -> ImageSet:
@@ -159,29 +156,15 @@ def image_set(path: Path | str, split: Split, arrays: Mapping[str, NDArray[Any]]
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.exists():
         raise FileNotFoundError(f"no file {path}; give the path of a .npz with the arrays images and labels")
-    with path.open("rb") as source:
-        return _parse_arrays(path, source)
-
-
-def _parse_arrays(path: Path, source: BinaryIO) -> dict[str, NDArray[Any]]:
+    how = "write it with numpy.savez(path, images=..., labels=...)"
     try:
-        if not zipfile.is_zipfile(source):
-            raise ValueError("it has no zip directory at its end")
-        source.seek(0)
-        with np.load(source, allow_pickle=False) as file:
-            missing = sorted({"images", "labels"} - set(file.files))
-            found = ", ".join(file.files) or "nothing"
-            arrays = {name: file[name] for name in ("images", "labels", "class_names") if name in file.files}
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path} is not a .npz, is damaged or holds Python objects ({error}); "
-            "write it with numpy.savez(path, images=..., labels=...)"
-        ) from error
-    if missing:
-        raise ValueError(
-            f"{path} holds {found} but not {' and '.join(missing)}; "
-            "write it with numpy.savez(path, images=..., labels=...)"
-        )
+        with path.open("rb") as source, opened_npz(source, str(path)) as file:
+            found = ", ".join(file) or "nothing"
+            arrays = {name: file[name] for name in ("images", "labels", "class_names") if name in file}
+    except ValueError as error:
+        raise ValueError(f"{error}; {how}") from error
+    if missing := [name for name in ("images", "labels") if name not in arrays]:
+        raise ValueError(f"{path} holds {found} but not {' and '.join(missing)}; {how}")
     return arrays
 
 

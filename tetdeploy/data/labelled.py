@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
@@ -85,7 +86,7 @@ class LabelledSet:
             raise ValueError(f"{name}: labels are {_kind(labels)}; wanted int64 [N]")
         if len(labels) != len(self.x):
             raise ValueError(f"{name}: {len(self.x)} {self._items} but {len(labels)} labels; each needs one")
-        repeated = sorted({c for c in class_names if class_names.count(c) > 1})
+        repeated = sorted(c for c, count in Counter(class_names).items() if count > 1)
         if repeated:
             raise ValueError(f"{name}: class_names has {', '.join(repeated)} more than once; names must differ")
         if labels.min() < 0 or labels.max() >= len(class_names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tetdeploy.names import shorten
 from tetdeploy.report.document import Document
 from tetdeploy.report.results import Results
 from tetdeploy.report.sections import SECTIONS
@@ -19,9 +20,8 @@ def document_of(results: Results, title: str | None = None) -> Document:
         MissingExtraError: matplotlib is not installed.
     """
     names = [source.name for source in results.sources]
-    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
     sections = [section for make in SECTIONS if (section := make(results)) is not None]
-    return Document(title or ", ".join(names[:_FEW]) + more, _subtitle(results), tuple(sections))
+    return Document(title or shorten(names, _FEW), _subtitle(results), tuple(sections))
 
 
 def _subtitle(results: Results) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import partial
-from math import inf
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, METRICS_NAME, SUMMARY_NAME, read_metadata
-from tetdeploy.files import read_json_lines
-from tetdeploy.report.form import EPOCH, RESULT, RUN, SUMMARY, check_form
+from tetdeploy.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, SUMMARY_NAME, read_metadata
+from tetdeploy.form import check_form
+from tetdeploy.metrics import read_metrics
+from tetdeploy.report.forms import RESULT, RUN, SUMMARY
 
 # What a file is follows from its "kind", and in a run folder from its name, MODEL.<kind>.json.
 KINDS = ("early-exit", "sweep", "validate")
@@ -58,17 +57,6 @@ def read_run(folder: Path) -> Run:
     metadata = read_metadata(checkpoint) if checkpoint.is_file() else {}
     parts = (config["network"], config["data"], config["training"])
     return Run(folder, *parts, tuple(read_metrics(folder)), metadata)
-
-
-def read_metrics(run: Path, *, epochs: float = inf) -> list[dict[str, Any]]:
-    """The records of a run's first `epochs` epochs; none where it has no metrics.
-
-    Raises:
-        ValueError: a line is damaged.
-    """
-    file = run / METRICS_NAME
-    records = read_json_lines(file, partial(check_form, form=EPOCH)) if file.is_file() else []
-    return [record for record in records if record["epoch"] <= epochs]
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

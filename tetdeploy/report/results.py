@@ -138,7 +138,7 @@ def read_results(paths: Sequence[Path], names: Sequence[str] = ()) -> Results:
     """Read run folders and result files.
 
     Args:
-        paths: run folders, folders of several seeds, or JSON files of `tetdeploy sweep` and `tetdeploy validate`.
+        paths: run folders, folders of several seeds, or JSON files of sweep, validate, early-exit and bench.
         names: for the sources in the order of the paths; the others are called by their folder or file. The results
             of one model beside each other are one source.
 

@@ -6,11 +6,8 @@ from pathlib import Path
 
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
-from tetdeploy.report.drawing import drawable
+from tetdeploy.report.drawing import Style, drawable
 from tetdeploy.validate import Sweep
-
-# Okabe and Ito's palette, which the colour-blind can tell apart.
-BLUE, ORANGE = "#0072B2", "#D55E00"
 
 
 def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:
@@ -26,19 +23,20 @@ def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     path = Path(path)
+    blue, orange = (Style.of(number).colour for number in range(2))
     steps = [row.T for row in result.rows]
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     left = figure.add_subplot()
     right = left.twinx()
-    left.plot(steps, [100 * row.accuracy for row in result.rows], "o-", color=BLUE)
-    right.plot(steps, [row.energy_pj / 1e6 for row in result.rows], "s--", color=ORANGE)
+    left.plot(steps, [100 * row.accuracy for row in result.rows], "o-", color=blue)
+    right.plot(steps, [row.energy_pj / 1e6 for row in result.rows], "s--", color=orange)
     if trained_T in steps:
         left.axvline(trained_T, color="0.6", linewidth=1, zorder=0)
         left.annotate(f" trained at T={trained_T}", (trained_T, 0.02), xycoords=("data", "axes fraction"))
     left.set_xlabel("time steps T")
-    left.set_ylabel("● accuracy (%)", color=BLUE)
-    right.set_ylabel("■ energy (µJ per image)", color=ORANGE)
+    left.set_ylabel("● accuracy (%)", color=blue)
+    right.set_ylabel("■ energy (µJ per image)", color=orange)
     right.set_ylim(bottom=0)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.grid(axis="y", color="0.9")

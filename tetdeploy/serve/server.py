@@ -40,6 +40,10 @@ class Address:
     http_port: int
     grpc_port: int
 
+    def at(self, port: int) -> str:
+        """`127.0.0.1:8080`, `[::1]:8080`."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+
 
 def serve(
     engines: dict[str, Engine],
@@ -77,13 +81,13 @@ async def _serve(
         repository.update(models[-1])
     plane = TensorDataPlane(model_registry=repository)
     stop, budget = _stop_signal(), Budget(sizes.max_total)
-    with _listening(address.host, address.http_port) as listener:
+    with _listening(address) as listener:
         rpc = grpc_server(plane, metrics, sizes.max_request, budget)
         grpc_port = await _start_grpc(rpc, address)
         server = _http_server(BodyLimit(application(plane, metrics), sizes.max_request, budget))
         http = asyncio.create_task(server.serve([listener]))
         expiry = asyncio.create_task(_expire([model.served for model in models], bounds.sequence_timeout))
-        announce(f"{address.host}:{listener.getsockname()[1]}", f"{address.host}:{grpc_port}")
+        announce(address.at(listener.getsockname()[1]), address.at(grpc_port))
         await stop.wait()
         for model in models:
             model.ready = False
@@ -121,13 +125,13 @@ async def _expire(models: list[ServedModel], timeout: float) -> NoReturn:
             await model.expire()
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def _listening(address: Address) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family)
+        listener = socket.create_server((address.host, address.http_port), family=family)
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot listen on {host}:{port}: {reason}; choose another --http-port or --host") from error
+        where, reason = address.at(address.http_port), error.strerror or error
+        raise OSError(f"cannot listen on {where}: {reason}; choose another --http-port or --host") from error
     # asyncio does so only for sockets that were made with IPPROTO_TCP; without it an answer waits 40 ms for an ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
@@ -150,10 +154,10 @@ def _http_server(app: ASGIApp) -> uvicorn.Server:
 
 async def _start_grpc(server: grpc.aio.Server, address: Address) -> int:
     """Let it listen; gives the port."""
-    host = f"[{address.host}]" if ":" in address.host else address.host
+    where = address.at(address.grpc_port)
     try:
-        port: int = server.add_insecure_port(f"{host}:{address.grpc_port}")
+        port: int = server.add_insecure_port(where)
     except RuntimeError as error:
-        raise OSError(f"cannot listen on {host}:{address.grpc_port}; choose another --grpc-port or --host") from error
+        raise OSError(f"cannot listen on {where}; choose another --grpc-port or --host") from error
     await server.start()
     return port

@@ -25,7 +25,6 @@ def _run_table(name: str, run: Run) -> Table:
         "its SHA-256": sha256_of(file) if file.is_file() else "",
         "written": origin.get("created"),
         "versions": _versions(origin.get("versions")),
-        "imported from": origin.get("source"),
     }
     return _facts(f"{name}: the training.", facts)
 

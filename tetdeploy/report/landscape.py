@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
+from rich.text import Text
 
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
 from tetdeploy.report.drawing import drawable
 from tetdeploy.report.result_table import ResultTable
 
-from .landscape import Landscape
+if TYPE_CHECKING:
+    from tetdeploy.train.landscape import Landscape
 
 LOSSES = {"sdt_loss": "L_SDT", "tet_loss": "L_TET"}
 _COLOURS = "cividis"  # dark to bright in even steps, and made to look the same to the colour-blind
@@ -57,7 +60,7 @@ def landscape_table(landscape: Landscape, radius: float) -> Table:
             for short in ("sdt", "tet")
             for key in (f"{short}_loss", f"{short}_mean_increase", f"{short}_max_increase")
         ]
-        table.add_row(row["name"], f"{row['accuracy']:.2%}", *numbers)
+        table.add_row(Text(row["name"]), f"{row['accuracy']:.2%}", *numbers)
     return table
 
 
@@ -86,6 +89,7 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
     FigureCanvasAgg(figure)
     axes = figure.subplots(runs, len(LOSSES), sharex=True, sharey=True, squeeze=False)
     levels, norm = _levels(landscape)
+    letters = (first + second for first in ("", *ascii_uppercase) for second in ascii_uppercase)
     for k, name in enumerate(landscape.names):
         for column, (loss, label) in enumerate(LOSSES.items()):
             panel = axes[k, column]
@@ -93,7 +97,7 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
             circle = Circle((0, 0), radius, fill=False, linestyle="--", edgecolor="white", linewidth=0.8)
             panel.add_patch(circle)
             shown = name if len(name) <= 32 else f"…{name[-31:]}"  # what tells runs apart is at the end of their paths
-            heading = f"{'ABCDEFGHIJKLMNOP'[2 * k + column]}   {label}   {shown}"
+            heading = f"{next(letters)}   {label}   {shown}"
             panel.set_title(drawable(heading), fontsize=10, loc="left", parse_math=False)
             if k == runs - 1:
                 panel.set_xlabel("α, first direction")

@@ -1,0 +1,57 @@
+"""What JSON must look like, as far as it is read. Whatever else it holds is left alone.
+
+A form is `str`, `bool`, `NUMBER`, `STEP`, a list with the form of every item, or a dict of forms by key, where `"*"` is
+every key and a key with `!` must be there. What need not be there may be null.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+NUMBER, LOOSE_NUMBER, STEP = "a finite number", "a number", "a whole number of at least 1"
+
+
+def check_form(value: Any, form: Any, where: str = "it") -> None:
+    """Compare JSON with a form.
+
+    Raises:
+        ValueError: it does not fit; the message names the place, and what it must be.
+    """
+    if isinstance(form, dict):
+        _check_object(value, form, where)
+    elif isinstance(form, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, got {_shown(value)}")
+        for k, item in enumerate(value):
+            check_form(item, form[0], f"{where}[{k}]")
+    elif not _is(value, form):
+        raise ValueError(f"{where} must be {form if isinstance(form, str) else form.__name__}, got {_shown(value)}")
+
+
+def _check_object(value: Any, forms: dict[str, Any], where: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object, got {_shown(value)}")
+    prefix = "" if where == "it" else f"{where}."
+    for key, form in forms.items():
+        name = key.removesuffix("!")
+        if key.endswith("!") and value.get(name) is None:
+            raise ValueError(f"{prefix}{name} is missing")
+        for found in value if key == "*" else [name]:
+            if value.get(found) is not None:
+                check_form(value[found], form, f"{prefix}{found}")
+
+
+def _is(value: Any, form: Any) -> bool:
+    if form in (str, bool):
+        return isinstance(value, form)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value is None and form != STEP
+    if form == STEP:
+        return isinstance(value, int) and value >= 1
+    return form == LOOSE_NUMBER or math.isfinite(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"

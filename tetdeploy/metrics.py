@@ -1,0 +1,42 @@
+"""metrics.jsonl, in which a training keeps a line for each epoch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import partial
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from tetdeploy.checkpoint import METRICS_NAME
+from tetdeploy.files import atomic_write, read_json_lines
+from tetdeploy.form import LOOSE_NUMBER, STEP, check_form
+
+_EPOCH = {
+    "epoch!": STEP,
+    "loss": str,
+    "lr": LOOSE_NUMBER,  # numbers of a training that went wrong may be NaN
+    "seconds": LOOSE_NUMBER,
+    "train_loss": LOOSE_NUMBER,
+    "train_accuracy": LOOSE_NUMBER,
+    "val_loss": LOOSE_NUMBER,
+    "val_accuracy": LOOSE_NUMBER,
+}
+
+
+def read_metrics(run: Path, *, epochs: float = inf) -> list[dict[str, Any]]:
+    """The records of a run's first `epochs` epochs; none where it has no metrics.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
+    file = run / METRICS_NAME
+    records = read_json_lines(file, partial(check_form, form=_EPOCH)) if file.is_file() else []
+    return [record for record in records if record["epoch"] <= epochs]
+
+
+def write_metrics(run: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write the records, one line an epoch. Whole and atomically: an appended line could be cut by a full disk."""
+    with atomic_write(run / METRICS_NAME) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
