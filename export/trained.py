@@ -81,7 +81,7 @@ class Trained:
         if encoding == "frames" and name.lower().endswith(".npz"):
             x, labels = load_frames(name)
             return (x, labels), _last(x, labels, num_calibration)
-        fraction = float(self.metadata["training"].get("val_fraction", 0.0)) if name == own else 0.0
+        fraction = float(self.metadata["training"].get("val_fraction", 0.0)) if name.lower() == own.lower() else 0.0
         images = load_data(name, "train", data_dir=data_dir, T=self.T)
         train, val = split_validation(images, fraction=fraction) if fraction else (images, None)
         return check_images(train, val, num_check), _last(train.x, train.labels, num_calibration)
