@@ -25,7 +25,7 @@ from tetdeploy.serve.scheduler import (
 from tetdeploy.serve.sequences import LostSequenceError, Sequences, Step, TooManySequencesError, UnknownSequenceError
 
 R = TypeVar("R")
-PATIENCE = 30  # seconds before a test that hangs fails
+PATIENCE = 3  # seconds before a test that hangs fails
 
 
 def run(coroutine: Coroutine[Any, Any, R]) -> R:
@@ -246,6 +246,30 @@ def test_what_runs_between_two_calls_waits_for_the_first() -> None:
         assert await first == [2]
         await scheduler.drain()
         assert not called[0].is_alive()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_client_that_leaves_during_a_call_takes_no_answer_from_the_others(fails: bool) -> None:
+    async def scenario() -> None:
+        worker = Worker(held=True)
+
+        def call(key: Hashable, payloads: list[int]) -> list[int]:
+            answers = worker(key, payloads)
+            if fails:
+                raise OSError("out of memory")
+            return answers
+
+        scheduler = Scheduler(call, Limits(max_batch=2, max_wait=60))
+        gone, stays = (asyncio.create_task(scheduler.submit("T4", [k])) for k in (1, 2))
+        await worker.busy()
+        gone.cancel()
+        await asyncio.sleep(0)
+        worker.free.set()
+        (outcome,) = await asyncio.gather(stays, return_exceptions=True)
+        assert isinstance(outcome, CallFailedError) if fails else outcome == [4]
+        await scheduler.drain()
 
     run(scenario())
 
