@@ -23,6 +23,11 @@ def network() -> nn.Sequential:
     return layers.double()
 
 
+def untracked() -> tdBN:
+    """In inference, too, it takes the statistics of what it gets, which are then those of a share."""
+    return tdBN(3, track_running_stats=False).double()
+
+
 def batch(size: int = 6) -> Tensor:
     """`[T, N, C, H, W]` whose images differ so much that the statistics of half of them are wrong."""
     generator = torch.Generator().manual_seed(2)
@@ -45,11 +50,13 @@ def passes(layers: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def _work(folder: Path) -> None:
     ranks, layers = current_ranks(), network()
     synchronise_bn(layers)
-    norm = tdBN(3)
-    synchronise_bn(norm)
+    norm, bare = tdBN(3), untracked()
+    for each in (norm, bare):
+        synchronise_bn(each)
     copied, share = copy.deepcopy(layers), batch()[:, ranks.share(6)]
     half = passes(norm, share.bfloat16())
-    save(folder, ranks.rank, itself=passes(layers, share), copied=passes(copied, share), half=half)
+    found = {"itself": passes(layers, share), "copied": passes(copied, share), "untracked": passes(bare, share)}
+    save(folder, ranks.rank, half=half, **found)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +80,12 @@ def test_two_ranks_normalise_like_one_process(folder: Path, which: str) -> None:
             assert torch.equal(first, second), name
             got = first
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_without_running_statistics_a_batch_has_those_of_all_ranks(folder: Path) -> None:
+    halves, whole = [load(folder, rank)["untracked"] for rank in (0, 1)], passes(untracked(), batch())
+    for name in ("y", "grad.x"):
+        torch.testing.assert_close(torch.cat([h[name] for h in halves], 1), whole[name], rtol=1e-9, atol=1e-9)
 
 
 def test_in_half_precision_statistics_are_float32(folder: Path) -> None:
