@@ -63,6 +63,9 @@ def _work(folder: Path) -> None:
         train(classifier(), TRAIN, VAL.select(range(1)), SHORT, folder / "few", progress=False)
     with pytest.raises(ValueError, match="cuda:0 is one GPU for 2 processes"):
         train(classifier(), TRAIN, VAL, replace(SHORT, device="cuda:0"), folder / "gpu")
+    failed = pytest.raises(ConnectionError, match="the first process of a machine failed")
+    with pytest.raises(KeyboardInterrupt) if ranks.writes else failed, ranks.first():
+        raise KeyboardInterrupt
     with ranks.first():
         first = (folder / "first").exists()
         (folder / "first").touch()
