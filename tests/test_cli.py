@@ -177,14 +177,19 @@ class TestCommands:
     def test_any_encoding_of_stdout_will_do(self, encoding: str, workplace: Path) -> None:
         name = os.fsdecode(b"d\xe9\xff \xce\xbb.png")  # no UTF-8 on Linux, so not to be printed as it is
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(Path(name))
-        environment = os.environ | {"PYTHONIOENCODING": encoding}
         printed = []
         for arguments in (["sweep", "--limit", "9"], ["inspect", MODEL], ["predict", MODEL, name], ["validate", "-h"]):
-            command = [sys.executable, "-m", "tetdeploy", *arguments]
-            printed.append(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+            result = CliRunner(charset=encoding).invoke(main, arguments)
+            assert result.exit_code == 0, result.output
+            printed.append(result.stdout_bytes)
         assert ("µJ" if encoding != "ascii" else "uJ").encode(encoding) in printed[0]
         assert ("λ=" if encoding == "utf-8" else "lambda=").encode(encoding) in printed[1]
         assert b"?" in printed[2]
+
+    def test_so_will_that_of_a_pipe(self, workplace: Path) -> None:
+        command = [sys.executable, "-m", "tetdeploy", "inspect", MODEL]
+        done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+        assert b"lambda=" in done.stdout
 
     def test_predict_names_classes_and_certainty_at_each_step(self, workplace: Path) -> None:
         Image.fromarray(np.zeros((8, 8), np.uint8)).save("a.png")

@@ -406,9 +406,9 @@ def test_recomputing_blocks_gives_the_same_bits_and_counts_a_batch_once(
 
 
 MODELS = [  # side of the images, fused layers: all that have a BN, steps in the interpreter, which is slow
-    ("resnet19", 4, 17, 2),
+    ("resnet19", 4, 17, 1),
     ("convsnn", 4, 3, 2),
-    ("vggsnn", 16, 8, 2),
+    ("vggsnn", 16, 8, 1),
     ("vggsnn-strided", 8, 8, 2),
     ("spiking-resnet34", 32, 33, 1),
     ("sew-resnet34", 32, 36, 1),

@@ -15,9 +15,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from export_helpers import LAYOUTS, classifier, digits, exported, frames, int8_exported, unchecked
+from export_helpers import LAYOUTS, digits, exported, frames, int8_exported, shared_traces, unchecked
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
+from zoo_helpers import for_export, graph_of
 
 from tetdeploy import native
 from tetdeploy.engine import Engine
@@ -26,7 +27,6 @@ from tetdeploy.native.layout import keep_last
 from tetdeploy.native.loops import Loop, reads
 from tetdeploy.native.programs import MAX_REGISTERS, Op, Program
 from tetdeploy.native.regions import Kind, UnfusableError, check_loop
-from tetdeploy.networks import ResNet19
 from tetdeploy.neurons import LIF
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -454,33 +454,31 @@ def test_networks_of_ones_own(network: type[Mixed], layout: str, tmp_path: Path)
     assert_same_answers(tmp_path / "m.onnx", digits().images, [4])
 
 
+def residual_images() -> Array:
+    return np.random.default_rng(0).integers(256, size=(32, *for_export("resnet19").image_shape), dtype=np.uint8)
+
+
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
 def test_residual_networks_have_no_other_passes_over_memory(
-    layout: str, target: str, tmp_path: Path, ort_convolutions: None
+    layout: Any, target: Any, tmp_path: Path, ort_convolutions: None
 ) -> None:
     """Between convolutions of ResNet-19 stand native operators, and nothing that reorders or copies."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = ResNet19(num_classes=10, in_channels=1, image_size=(8, 8), width=0.25)
-    config = ExportConfig(layout=layout, T=4, target=target)  # type: ignore[arg-type]
-    unchecked(network, tmp_path / "m.onnx", config)
-    assert_same_answers(tmp_path / "m.onnx", digits().images, [4])
-    _, operators = joined((tmp_path / "m.onnx").read_bytes())
+    path = tmp_path / "m.onnx"
+    path.write_bytes(graph_of("resnet19", ExportConfig(layout, T=3, target=target)))
+    assert_same_answers(path, residual_images(), [3])
+    _, operators = joined(path.read_bytes())
     assert not {"Scan", "Split", "Mul", "Add", "HardSigmoid", "ThresholdedRelu"} & set(operators)
     assert operators.count("ReorderInput") <= 2 or layout == "step"  # a state has the usual order
 
 
 @pytest.mark.parametrize(("layout", "most"), [("unrolled", 2), ("dynamic", 3)])
-def test_int8_residual_networks_stay_with_channels_last(layout: str, most: int, tmp_path: Path) -> None:
+def test_int8_residual_networks_stay_with_channels_last(layout: Any, most: int, tmp_path: Path) -> None:
     """What is left turns the first spikes of a dynamic graph, the mean of each channel, and the logits."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = ResNet19(num_classes=10, in_channels=1, image_size=(8, 8), width=0.25)
-    config = ExportConfig(layout=layout, T=3, trained_T=3, precision="int8")  # type: ignore[arg-type]
-    x, labels = digits().images[:32], digits().labels[:32]
-    path = tmp_path / "m.onnx"
-    export_model(classifier(network), path, config, x, num_check=0, calibration=(x, labels))
+    path, x = tmp_path / "m.onnx", residual_images()
+    config = ExportConfig(layout, T=3, trained_T=3, precision="int8")
+    with shared_traces():
+        export_model(for_export("resnet19"), path, config, x, num_check=0, calibration=(x, None))
     assert_same_answers(path, x, [3])
     _, operators = joined(path.read_bytes())
     assert operators.count("Transpose") <= most and not {"Cast", "Split", "Concat"} & set(operators) - {"Concat"}

@@ -63,6 +63,9 @@ def _work(folder: Path) -> None:
         train(classifier(), TRAIN, VAL.select(range(1)), SHORT, folder / "few", progress=False)
     with pytest.raises(ValueError, match="cuda:0 is one GPU for 2 processes"):
         train(classifier(), TRAIN, VAL, replace(SHORT, device="cuda:0"), folder / "gpu")
+    failed = pytest.raises(ConnectionError, match="the first process of a machine failed")
+    with pytest.raises(KeyboardInterrupt) if ranks.writes else failed, ranks.first():
+        raise KeyboardInterrupt
     with ranks.first():
         first = (folder / "first").exists()
         (folder / "first").touch()
@@ -173,6 +176,57 @@ def test_an_environment_that_torchrun_did_not_make(monkeypatch: pytest.MonkeyPat
         process_group(),
     ):
         pass
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is asked of PyTorch by a process that torchrun has started as the second of three on a machine."""
+    names = {"WORLD_SIZE": "3", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("end"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nccl", "wanted"),
+    [
+        (0, True, ["gloo", "end"]),
+        (2, False, ["gloo", "end"]),
+        (2, True, [1, "cpu:gloo,cuda:nccl", "end"]),
+        (1, True, ["cpu:gloo,cuda:nccl", "end"]),  # the run refuses that later, and says why
+    ],
+)
+def test_each_process_takes_the_gpu_of_its_number(
+    gpus: int, nccl: bool, wanted: list[Any], asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    with process_group():
+        pass
+    assert asked == wanted
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ("[transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242", True),
+        ("NCCL communicator was aborted on rank 1.", True),
+        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False),
+    ],
+)
+def test_only_what_a_lost_process_causes_is_said_to_be_that(said: str, lost: bool, asked: list[Any]) -> None:
+    kind, match = (
+        (ConnectionError, "another process of this run has ended") if lost else (RuntimeError, "mat1 and mat2")
+    )
+    with pytest.raises(kind, match=match), process_group():
+        raise RuntimeError(said)
+    assert asked == ["gloo", "end"]
 
 
 def workers(parent: subprocess.Popen[str]) -> list[int]:

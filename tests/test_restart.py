@@ -284,14 +284,25 @@ def test_a_teacher_may_lie_elsewhere(tmp_path: Path) -> None:
         check_restart(replace(found, settings=here), there)
 
 
-@pytest.mark.parametrize("changes", [{"int8": {}}, {"training": {"qat": True}}])
-def test_weights_in_8_bits_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+IN_8_BITS = r"was fine-tuned in 8 bits \(--qat\); start that again with --init"
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"int8": {}}, IN_8_BITS),
+        ({"training": {"qat": True}}, IN_8_BITS),
+        ({"provenance": {}}, "does not say which epoch it is of; use it with --init"),
+        ({"restart": {"epoch": 1}}, "does not say which epoch it is of; use it with --init"),
+    ],
+)
+def test_weights_in_8_bits_or_of_no_epoch_are_refused(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
     interrupted(tmp_path / "r", STEPS + 2, shards_mb=None)
     file = tmp_path / "r" / "checkpoint.safetensors"
     content = read_content(file)
     training = content["training"] | changes.get("training", {})
     write_tensors(file, load_file(file), content | changes | {"training": training})
-    with pytest.raises(ValueError, match=r"was fine-tuned in 8 bits \(--qat\); start that again with --init"):
+    with pytest.raises(ValueError, match=match):
         find_restart(tmp_path / "r")
 
 

@@ -25,7 +25,7 @@ from tetdeploy.serve.scheduler import (
 from tetdeploy.serve.sequences import LostSequenceError, Sequences, Step, TooManySequencesError, UnknownSequenceError
 
 R = TypeVar("R")
-PATIENCE = 30  # seconds before a test that hangs fails
+PATIENCE = 3  # seconds before a test that hangs fails
 
 
 def run(coroutine: Coroutine[Any, Any, R]) -> R:
@@ -176,6 +176,8 @@ def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
         assert scheduler.waiting == 2
         with pytest.raises(QueueFullError, match="2 requests wait already and the queue holds 2"):
             await scheduler.submit("T4", [3])
+        with pytest.raises(QueueFullError):
+            scheduler.check_room(1)
         worker.free.set()
         assert await asyncio.gather(*kept) == [[0], [2], [4]]
         with pytest.raises(ValueError, match="at most 2 steps, as many as the queue holds, got 3") as never:
@@ -187,13 +189,16 @@ def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
     run(scenario())
 
 
-def test_requests_of_clients_that_left_are_dropped() -> None:
+@pytest.mark.parametrize(("order", "calls"), [(None, [[0], [2]]), ("sequence", [[0], [1], [2]])])
+def test_requests_of_clients_that_left_are_dropped_unless_others_follow_them(
+    order: object, calls: list[list[int]]
+) -> None:
     async def scenario() -> list[tuple[Hashable, list[int]]]:
         worker = Worker(held=True)
         scheduler = Scheduler(worker, Limits(max_batch=4, max_wait=0))
         running = asyncio.create_task(scheduler.submit("T4", [0]))
         await worker.busy()
-        gone, stays = (asyncio.create_task(scheduler.submit("T4", [k])) for k in (1, 2))
+        gone, stays = (asyncio.create_task(scheduler.submit("T4", [k], order=order)) for k in (1, 2))
         await asyncio.sleep(0)
         running.cancel()  # in the call already: it runs, and nobody hears the answer
         gone.cancel()
@@ -203,7 +208,7 @@ def test_requests_of_clients_that_left_are_dropped() -> None:
         await scheduler.drain()
         return worker.calls
 
-    assert run(scenario()) == [("T4", [0]), ("T4", [2])]
+    assert run(scenario()) == [("T4", payloads) for payloads in calls]
 
 
 def test_a_failed_call_fails_its_own_requests_only() -> None:
@@ -224,6 +229,49 @@ def test_a_failed_call_fails_its_own_requests_only() -> None:
     assert isinstance(three, CallFailedError) and isinstance(four, CallFailedError)
     assert "out of memory" in str(three)
     assert isinstance(five, LostSequenceError)
+
+
+def test_what_runs_between_two_calls_waits_for_the_first() -> None:
+    async def scenario() -> None:
+        called: list[threading.Thread] = []
+        worker = Worker(held=True)
+        scheduler = Scheduler(worker, Limits(max_wait=0))
+        first = asyncio.create_task(scheduler.submit("T4", [1]))
+        await worker.busy()
+        between = asyncio.create_task(scheduler.on_thread(lambda: called.append(threading.current_thread())))
+        await asyncio.wait([between], timeout=0.05)
+        assert not called
+        worker.free.set()
+        await between
+        assert await first == [2]
+        await scheduler.drain()
+        assert not called[0].is_alive()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_client_that_leaves_during_a_call_takes_no_answer_from_the_others(fails: bool) -> None:
+    async def scenario() -> None:
+        worker = Worker(held=True)
+
+        def call(key: Hashable, payloads: list[int]) -> list[int]:
+            answers = worker(key, payloads)
+            if fails:
+                raise OSError("out of memory")
+            return answers
+
+        scheduler = Scheduler(call, Limits(max_batch=2, max_wait=60))
+        gone, stays = (asyncio.create_task(scheduler.submit("T4", [k])) for k in (1, 2))
+        await worker.busy()
+        gone.cancel()
+        await asyncio.sleep(0)
+        worker.free.set()
+        (outcome,) = await asyncio.gather(stays, return_exceptions=True)
+        assert isinstance(outcome, CallFailedError) if fails else outcome == [4]
+        await scheduler.drain()
+
+    run(scenario())
 
 
 def test_draining_finishes_what_was_taken_and_takes_no_more() -> None:
@@ -258,6 +306,7 @@ def test_draining_does_not_wait_for_a_fuller_batch() -> None:
 
 @pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"queue": 0}, {"max_wait": -1.0}, {"max_wait": math.nan}])
 def test_limits_that_nothing_could_pass_are_refused(wrong: dict[str, Any]) -> None:
+    Limits(max_batch=1, queue=1, max_wait=0.0)
     with pytest.raises(ValueError, match="must be at least 1"):
         Limits(**wrong)
 

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
 from export_helpers import digits, exported
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
+from zoo_helpers import for_export, graph_of
 
 from tetdeploy import native
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig
-from tetdeploy.export.model import build_graph
 from tetdeploy.native import spikes as spikes_module
 from tetdeploy.native.loops import Loop
 from tetdeploy.native.packing import LARGEST, digits_of, whole_weights
 from tetdeploy.native.spikes import MOST, mark_convolutions
 from tetdeploy.native.wholes import Whole, WholeNumbers
-from tetdeploy.networks import Classifier, NetworkConfig, build_network
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
@@ -528,36 +525,17 @@ def test_who_reads_spikes_besides_gets_them() -> None:
 # --------------------------------------------------------------------------------------------------------- networks
 
 
-@cache
-def graph_of(model: str, size: int, layout: str) -> bytes:
-    """An untrained network whose neurons fire in every layer."""
-    config = NetworkConfig(model=model, num_classes=10, in_channels=1, image_size=(size, size), width=0.25)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = build_network(config)
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 2.0)
-                nn.init.uniform_(module.bias, 0.0, 0.6)
-    with torch.no_grad():
-        network.train()(torch.from_numpy(images(9, 1, size, size)), 3)
-    whole = Classifier(network.eval(), config=config, mean=(0.0,), std=(1.0,), class_names=tuple("0123456789"))
-    graph = build_graph(whole, ExportConfig(layout=layout, T=3, normalize=False))  # type: ignore[arg-type]
-    made: bytes = ir.to_proto(graph.model).SerializeToString()
-    return made
-
-
 ONCE = pytest.mark.parametrize("spiking_op", [32, "tiles"], indirect=True)
 
 
 @ONCE
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-@pytest.mark.parametrize(("model", "size"), [("resnet19", 8), ("vggsnn", 16), ("sew-resnet34", 32)])
+@pytest.mark.parametrize("model", ["resnet19", "vggsnn", "sew-resnet34"])
 def test_networks_answer_as_without_tiles(
-    model: str, size: int, layout: str, spiking_op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, layout: Any, spiking_op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, x = tmp_path / "m.onnx", images(9, 1, size, size)
-    path.write_bytes(graph_of(model, size, layout))
+    path, x = tmp_path / "m.onnx", np.uint8(images(9, *for_export(model).image_shape) * 256)
+    path.write_bytes(graph_of(model, ExportConfig(layout, T=3)))
     y = Engine(path, native=True).run(x, 3).per_step
     _, operators = fused(onnx.load(path))
     assert operators.count(spiking_op) > 3

@@ -23,6 +23,11 @@ def network() -> nn.Sequential:
     return layers.double()
 
 
+def untracked() -> tdBN:
+    """In inference, too, it takes the statistics of what it gets, which are then those of a share."""
+    return tdBN(3, track_running_stats=False).double()
+
+
 def batch(size: int = 6) -> Tensor:
     """`[T, N, C, H, W]` whose images differ so much that the statistics of half of them are wrong."""
     generator = torch.Generator().manual_seed(2)
@@ -42,17 +47,28 @@ def passes(layers: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "grad.x": x.grad, "inference": inference.detach(), **gradients, **layers.state_dict()}
 
 
-def _work(folder: Path, copied: bool) -> None:
+def _work(folder: Path) -> None:
     ranks, layers = current_ranks(), network()
     synchronise_bn(layers)
-    layers = copy.deepcopy(layers) if copied else layers
-    save(folder, ranks.rank, **passes(layers, batch()[:, ranks.share(6)]))
+    norm, bare = tdBN(3), untracked()
+    for each in (norm, bare):
+        synchronise_bn(each)
+    copied, share = copy.deepcopy(layers), batch()[:, ranks.share(6)]
+    half = passes(norm, share.bfloat16())
+    found = {"itself": passes(layers, share), "copied": passes(copied, share), "untracked": passes(bare, share)}
+    save(folder, ranks.rank, half=half, **found)
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_two_ranks_normalise_like_one_process(tmp_path: Path, copied: bool) -> None:
-    on_ranks(2, _work, tmp_path, copied)
-    halves, whole = [load(tmp_path, 0), load(tmp_path, 1)], passes(network(), batch())
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("synchronised")
+    on_ranks(2, _work, made)
+    return made
+
+
+@pytest.mark.parametrize("which", ["itself", "copied"])
+def test_two_ranks_normalise_like_one_process(folder: Path, which: str) -> None:
+    halves, whole = [load(folder, rank)[which] for rank in (0, 1)], passes(network(), batch())
     assert list(halves[0]) == list(whole) and "grad.1.0.weight" in whole
     for name, wanted in whole.items():
         first, second = halves[0][name], halves[1][name]
@@ -66,6 +82,26 @@ def test_two_ranks_normalise_like_one_process(tmp_path: Path, copied: bool) -> N
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_without_running_statistics_a_batch_has_those_of_all_ranks(folder: Path) -> None:
+    halves, whole = [load(folder, rank)["untracked"] for rank in (0, 1)], passes(untracked(), batch())
+    for name in ("y", "grad.x"):
+        torch.testing.assert_close(torch.cat([h[name] for h in halves], 1), whole[name], rtol=1e-9, atol=1e-9)
+
+
+def test_in_half_precision_statistics_are_float32(folder: Path) -> None:
+    """Of values as they were rounded before."""
+    halves = [load(folder, rank)["half"] for rank in (0, 1)]
+    whole = passes(tdBN(3).double(), batch().bfloat16().double())
+    for name in ("running_mean", "running_var"):
+        assert halves[0][name].dtype == torch.float32
+        torch.testing.assert_close(halves[0][name].double(), whole[name], rtol=1e-5, atol=1e-6)
+    for name in ("y", "grad.x"):
+        got = torch.cat([half[name] for half in halves], 1)
+        assert got.dtype == torch.bfloat16
+        wanted = whole[name]
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2**-7 * wanted.abs().max().item())
+
+
 def test_the_network_stays_what_it_was_outside_training() -> None:
     plain, layers = network(), network()
     synchronise_bn(layers)
@@ -77,3 +113,5 @@ def test_the_network_stays_what_it_was_outside_training() -> None:
     ]
     assert isinstance(layers[0], tdBN) and list(layers.state_dict()) == list(plain.state_dict())
     assert torch.equal(layers.eval()(batch()), plain.eval()(batch()))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        layers.train()[1][1](batch())

@@ -379,12 +379,13 @@ def test_int8_of_another_target_is_refused(tmp_path: Path) -> None:
     assert not names_in(tmp_path)
 
 
-def test_int8_of_others_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("place", "other"), [(1, np.float32(0.5)), (2, np.uint8(128))], ids=["scale", "zero"])
+def test_int8_of_others_is_refused(place: int, other: np.generic, tmp_path: Path) -> None:
     graph = onnx.load(int8_exported("unrolled", target=TARGET))
     read = {node.input[0] for node in graph.graph.node if node.op_type == "Conv"}
-    scale = next(n.input[1] for n in graph.graph.node if n.op_type == "DequantizeLinear" and n.output[0] in read)
-    tensor = next(tensor for tensor in graph.graph.initializer if tensor.name == scale)
-    tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(0.5, np.float32), scale))
+    spikes = next(n for n in graph.graph.node if n.op_type == "DequantizeLinear" and n.output[0] in read)
+    spikes.input[place] = "other"  # a tensor of its own: others may read the one that it has
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array(other), "other"))
     onnx.save(graph, tmp_path / "m.onnx")
     with pytest.raises(ValueError, match=r"as uint8 with a scale of its own; .*tetdeploy export --precision int8"):
         build_engine(tmp_path / "m.onnx", config=RTX)

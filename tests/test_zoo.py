@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from export_helpers import shared_traces
 from torch import Tensor, nn
+from zoo_helpers import MODELS, SIZES, classifier_of, config_of, for_export, lively
 
 from tetdeploy.checkpoint import load
 from tetdeploy.data import ImageSet
@@ -21,48 +23,6 @@ from tetdeploy.networks import NETWORKS, Classifier, NetworkConfig, ann_twin, bu
 from tetdeploy.networks.sew_resnet34 import SEWBlock
 from tetdeploy.neurons import IF, LIF
 from tetdeploy.train import TrainConfig, train
-
-# (channels, image side) a network is made for, and the smallest side it takes
-SIZES = {
-    "convsnn": (3, 32, 4),
-    "resnet19": (3, 32, 4),
-    "vggsnn": (2, 48, 16),
-    "vggsnn-strided": (2, 48, 8),
-    "spiking-resnet34": (3, 224, 32),
-    "sew-resnet34": (3, 224, 32),
-}
-MODELS = tuple(SIZES)
-
-
-def config_of(model: str, **options: Any) -> NetworkConfig:
-    """A narrow network with 5 classes, for the smallest images it takes unless told otherwise."""
-    channels, _, smallest = SIZES[model]
-    settings = {"num_classes": 5, "in_channels": channels, "image_size": (smallest, smallest), "width": 0.125}
-    return NetworkConfig(model, **(settings | options))
-
-
-def lively(network: nn.Module, *shape: int) -> nn.Module:
-    """The network in eval mode, initialised so that every layer's neurons fire, as they do after training."""
-    torch.manual_seed(0)
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight)
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # an average over all batches
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.2, 0.5)
-    with torch.no_grad():
-        for _ in range(2):
-            network(torch.randn(8, *shape), 3 if any(isinstance(m, LIF) for m in network.modules()) else 1)
-    return network.eval()
-
-
-def classifier_of(model: str, **options: Any) -> Classifier:
-    config = config_of(model, **options)
-    network = lively(build_network(config), config.in_channels, *config.image_size)
-    channels = config.in_channels
-    names = tuple("abcde")
-    return Classifier(network, config=config, mean=(0.5,) * channels, std=(0.25,) * channels, class_names=names)
 
 
 def test_every_network_is_tested() -> None:
@@ -189,11 +149,12 @@ def test_neuron_parameters_reach_every_neuron(model: str) -> None:
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_network_exports_in_every_layout(model: str, layout: Any, tmp_path: Path) -> None:
-    classifier = classifier_of(model)
+    classifier = for_export(model)
     # Few images and steps: in deep networks with random weights a spike that one ulp flips sets off an avalanche.
     images = np.random.default_rng(0).integers(256, size=(8, *classifier.image_shape), dtype=np.uint8)
-    config = ExportConfig(layout, T=2, trained_T=1)
-    exported = export_model(classifier, tmp_path / "m.onnx", config, images, num_check=8)
+    config = ExportConfig(layout, T=3, trained_T=1)
+    with shared_traces():
+        exported = export_model(classifier, tmp_path / "m.onnx", config, images, num_check=8)
     neurons = sum(isinstance(module, LIF) for module in classifier.modules())
     batch_norms = sum(isinstance(module, nn.BatchNorm2d) for module in classifier.modules())
     assert (exported.num_neurons, exported.num_folded, exported.uncounted) == (neurons, batch_norms, ())

@@ -322,7 +322,7 @@ class Engine:
     def _feed(self, x: Array, T: int) -> dict[str, Array]:
         """The inputs of a graph that runs T steps in one call."""
         if self.encoding == "frames":
-            return {"x": _pad_time(x[:, :T], self.T or T) if self.layout == "unrolled" else x[:, :T]}
+            return {"x": _pad_time(x[:, :T], self.T or T)}
         return {"x": x, "steps": np.zeros((len(x), T), np.uint8)} if self.layout == "dynamic" else {"x": x}
 
     def _run_until_certain(self, x: Array, T: int, exit: Exit) -> Result:
@@ -523,7 +523,7 @@ def _chunks(x: Array, T: int, size: int, encoding: str) -> list[Array | None]:
     starts = range(0, T, size)
     if encoding == "direct":
         return [x if start == 0 else None for start in starts]
-    return [_pad_time(x[:, start : min(start + size, T)], size) for start in starts]
+    return [_pad_time(x[:, start : start + size], size) for start in starts]
 
 
 def _pad_time(frames: Array, T: int) -> Array:

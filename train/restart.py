@@ -82,7 +82,7 @@ def find_restart(path: Path | str) -> Restart:
     found = [shards]
     if (checkpoint := path / CHECKPOINT_NAME).is_file():  # of a run that went on without shards
         found.append(checkpoint)
-    return max(map(_read, found), key=lambda restart: (restart.epoch, restart.step))  # shards where both are the same
+    return max(map(_read, found), key=lambda restart: restart.epoch)  # shards where that is the same: steps may follow
 
 
 def _read(path: Path) -> Restart:

@@ -109,8 +109,8 @@ class _GroupNorm(torch.autograd.Function):
         dist.all_reduce(sums)
         slope = scale if weight is None else scale * weight
         grad_x = (g - sums[0].view(shape) - normalised * sums[1].view(shape)) * slope.view(shape)
-        grad_bias, grad_weight = (None, None) if weight is None else own.to(weight.dtype)
-        return grad_x.to(x.dtype), grad_weight, grad_bias, None
+        grad_bias, grad_weight = (None, None) if weight is None else own
+        return grad_x, grad_weight, grad_bias, None  # autograd rounds them to the types of what they are of
 
 
 def _but_channels(x: Tensor) -> list[int]:

@@ -115,18 +115,16 @@ class Waiting(Generic[P, R]):
             )
 
     def add(self, key: Hashable, requests: Sequence[Request[P, R]]) -> None:
-        """Let requests wait, all or none.
+        """Let requests wait, for which `check_room` has found room; all or none.
 
         Raises:
-            QueueFullError: there is no room for them.
-            ValueError: one is larger than a whole batch, or they are more than the queue holds.
+            ValueError: one is larger than a whole batch.
         """
         largest = max(request.size for request in requests)
         if largest > self.limits.max_batch:
             raise ValueError(
                 f"a request may hold at most {self.limits.max_batch} images, got {largest}; send several requests"
             )
-        self.check_room(len(requests))
         lane = self._lanes.setdefault(key, _Lane(deque()))
         lane.requests.extend(requests)
         lane.size += sum(request.size for request in requests)
