@@ -297,6 +297,7 @@ WRONG: list[tuple[str, bytes, int, str]] = [
     ("step", body(parameters={"T": "4"}), 400, "T must be an integer"),
     ("step", body(parameters={"steps": 4}), 400, "unknown parameter 'steps'"),
     ("step", body(parameters={"early_exit": 2}), 400, "a threshold in 0..1"),
+    ("step", body(parameters={"early_exit": 10**400}), 400, "a threshold in 0..1"),
     ("step", body(parameters={"early_exit": True}), 400, "has no threshold: make one with tetdeploy calibrate"),
     ("dynamic", body(parameters={"early_exit": 0.9}), 400, "--layout step"),
     ("dynamic", body(parameters={"sequence_id": 1, "sequence_start": True}), 400, "--layout step"),
