@@ -215,6 +215,29 @@ class TestCommands:
         assert exported.exit_code == 0, exported.output
         assert "is not what this checkpoint was trained with" in refused("export", "--model", "other:net")
 
+    def test_own_networks_are_not_told_of_options_in_silence(self) -> None:
+        message = "is for the built-in networks; mine:net is code of your own and is not told of it"
+        for option in ("--width", "--tau", "--v-th", "--gamma"):
+            assert f"{option} {message}" in refused("train", "--model", "mine:net", option, "0.5", code=2)
+        Path("recipe.toml").write_text("tau = 0.75\n")
+        assert f"--tau {message}" in refused("train", "--config", "recipe.toml", "--model", "mine:net", code=2)
+
+    def test_training_says_when_nothing_of_an_own_network_can_be_exported(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "silent_net.py").write_text(
+            "from torch import nn\n"
+            "class Net(nn.Linear):\n"
+            "    def forward(self, x, T):\n"
+            "        return super().forward(x.flatten(1)).expand(T, -1, -1)\n"
+            "def net(num_classes, in_channels, image_size):\n"
+            "    return Net(64, num_classes)\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        trained = run("train", "--model", "silent_net:net", "--epochs", "1", "--T", "2")
+        assert trained.exit_code == 0, trained.output
+        assert "silent_net:net has no LIF or IF of tetdeploy.neurons" in " ".join(trained.output.split())
+
     def test_resume_goes_on_to_the_weights_of_an_uninterrupted_run(self, tmp_path: Path) -> None:
         options = ["--epochs", "6", "--width", "0.25", "--T", "2"]
         assert run("train", *options, "--out", "whole").exit_code == 0

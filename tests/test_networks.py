@@ -184,6 +184,9 @@ def number(num_classes, in_channels, image_size):
 def too_few(num_classes):
     return nn.Identity()
 
+def lazy(num_classes, in_channels, image_size):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
 value = 3
 """
 
@@ -210,6 +213,7 @@ def test_an_own_network_is_found_in_the_current_folder(own_module: str) -> None:
         ("missing", r"cannot import 'missing' from 'own_\d+': .*; the module must be importable from here"),
         ("number", r"own_\d+:number must return a torch\.nn\.Module, got int"),
         ("too_few", r"own_\d+:too_few must be a function of num_classes, in_channels, image_size: got an unexpected"),
+        ("lazy", r"own_\d+:lazy returns a network whose .1\.weight. gets its size from the first image; .* run the"),
         ("value", r"own_\d+:value must be a function of num_classes, .*: 3 is not a callable object"),
     ],
 )
@@ -221,6 +225,38 @@ def test_own_networks_that_are_none_are_refused(own_module: str, function: str, 
 def test_an_own_module_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match=r"cannot import 'network' from 'no_such\.module': No module named 'no_such'"):
         import_network(NetworkConfig("no_such.module:network", 10, 3, (8, 8)))
+
+
+class Answering(nn.Module):
+    """Gives what it was made with."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor, T: int | None = None) -> Any:
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        (torch.zeros(3, 5, 4), r"\[3, 5, 4\]"),  # would train, and name classes that there are not
+        (torch.zeros(3, 5, 1), r"\[3, 5, 1\]"),
+        (torch.zeros(5, 3, 2), r"\[5, 3, 2\]"),
+        (torch.zeros(5, 2), r"\[5, 2\]"),
+        ((torch.zeros(3, 5, 2), torch.zeros(3, 5, 2)), "a tuple"),
+        ({"class": torch.zeros(3, 5, 2)}, "a dict"),
+    ],
+)
+def test_an_own_network_that_gives_other_than_logits_is_told_so(answer: Any, got: str) -> None:
+    config = NetworkConfig("mine:net", 2, 3, (8, 8))
+    asked = Classifier(Answering(answer), config=config, mean=(0.0,) * 3, std=(1.0,) * 3, class_names=("cat", "dog"))
+    message = rf"mine:net must give logits \[T, N, K\], here \[3, 5, 2\], got {got}; time comes first"
+    with pytest.raises(ValueError, match=message):
+        asked(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), 3)
+    with pytest.raises(ValueError, match=message):
+        asked(torch.zeros(3, 5, 3, 8, 8))
 
 
 def test_own_networks_are_imported_only_on_request() -> None:

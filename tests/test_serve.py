@@ -182,6 +182,16 @@ def test_an_image_is_shown_again_without_being_sent(server: Server) -> None:
     np.testing.assert_allclose(answer.as_numpy("logits"), expected.logits, atol=1e-5)
 
 
+def test_a_sequence_does_not_go_on_where_an_output_is_unknown(server: Server) -> None:
+    x = images(1)
+    with rpc.InferenceServerClient(server.grpc) as client:
+        client.infer("step", asked(rpc, x), sequence_id="once", sequence_start=True)
+        with pytest.raises(rpc.InferenceServerException, match=r"step has no output 'probs'"):
+            client.infer("step", [], sequence_id="once", outputs=[rpc.InferRequestedOutput("probs")])
+        answer = client.infer("step", [], sequence_id="once", sequence_end=True)
+    assert answer.as_numpy("steps").tolist() == [2]
+
+
 def test_many_clients_share_calls_and_none_gets_anothers_answer(server: Server) -> None:
     before = server.metric("tetdeploy_batch_images_count", model="dynamic")
     x = images(48)
@@ -297,6 +307,7 @@ WRONG: list[tuple[str, bytes, int, str]] = [
     ("step", body(parameters={"T": "4"}), 400, "T must be an integer"),
     ("step", body(parameters={"steps": 4}), 400, "unknown parameter 'steps'"),
     ("step", body(parameters={"early_exit": 2}), 400, "a threshold in 0..1"),
+    ("step", body(parameters={"early_exit": 10**400}), 400, "a threshold in 0..1"),
     ("step", body(parameters={"early_exit": True}), 400, "has no threshold: make one with tetdeploy calibrate"),
     ("dynamic", body(parameters={"early_exit": 0.9}), 400, "--layout step"),
     ("dynamic", body(parameters={"sequence_id": 1, "sequence_start": True}), 400, "--layout step"),

@@ -33,6 +33,7 @@ CONVOLUTIONS = (
     aten.conv3d.padding,
 )
 LAYERS = (*CONVOLUTIONS, aten.linear.default)
+_TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 # Operations that may stand between a layer and its BN: they move no value from one channel to another.
 VIEWS = (
     aten.view.default,
@@ -52,7 +53,7 @@ class FoldingError(ValueError):
 
 
 def fold_batchnorm(program: torch.export.ExportedProgram, *, trainable: bool = False) -> fx.GraphModule:
-    """Fold every BN of an exported network into the convolution or linear layer before it (Eq. 6).
+    """Fold every BN of an exported network into the convolution, transposed or not, or linear layer before it (Eq. 6).
 
     The arithmetic of folding is float64. Shared layers are copied where their BNs differ.
 
@@ -123,13 +124,23 @@ def fold(
     mean: Tensor,
     variance: Tensor,
     eps: float,
+    transposed_groups: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 6 in float64: the new weight `[C', ...]` and bias `[C']`, in the dtype of `weight`."""
+    """Eq. 6 in float64: the new weight `[C', ...]` and bias `[C']`, in the dtype of `weight`.
+
+    Args:
+        transposed_groups: of a transposed convolution, whose weight is `[C, C' / groups, ...]`; None of other layers.
+    """
     scale = torch.rsqrt(variance.double() + eps)
     scale = scale if gamma is None else scale * gamma.double()
     new_bias = -mean.double() if bias is None else bias.double() - mean.double()
     new_bias = new_bias * scale if beta is None else new_bias * scale + beta.double()
-    new_weight = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    kernel = [1] * (weight.dim() - 2)
+    if transposed_groups is None:
+        new_weight = weight.double() * scale.view(-1, 1, *kernel)
+    else:
+        of_groups = weight.double().unflatten(0, (transposed_groups, -1))  # [groups, C / groups, C' / groups, ...]
+        new_weight = (of_groups * scale.view(transposed_groups, 1, -1, *kernel)).flatten(0, 1)
     return new_weight.to(weight.dtype), new_bias.to(weight.dtype)
 
 
@@ -147,7 +158,7 @@ def _fold(graph_module: fx.GraphModule, bn: fx.Node, trainable: bool) -> None:
     graph = graph_module.graph
     with graph.inserting_before(layer):
         make = _folded_at_each_call if trainable else _folded_once
-        parameters = make(graph_module, parts, bn)
+        parameters = make(graph_module, parts, [_eps(bn), _transposed_groups(layer)], bn)
         folded = graph.create_node("call_function", layer.target, (layer.args[0], *parameters, *layer.args[3:]))
     folded.meta = dict(layer.meta)
     _replace_on_the_way(bn, layer, folded)
@@ -161,7 +172,7 @@ def _layer_before(bn: fx.Node, name: str) -> fx.Node:
     while node.target in VIEWS:
         kept = kept and _trailing(node, channels) == channels
         node = node.args[0]
-    if node.target not in LAYERS:
+    if node.target not in (*LAYERS, *_TRANSPOSED):
         kind = "the input" if node.op == "placeholder" else str(node.target)
         raise FoldingError(
             f"cannot fold BN {name!r}: what comes before it is {kind} ({module_path(node)}), not a convolution or "
@@ -190,10 +201,10 @@ def _shape(node: fx.Node) -> str:
     return str(list(node.meta["val"].shape))
 
 
-def _folded_once(graph_module: fx.GraphModule, parts: list[Any], bn: fx.Node) -> list[fx.Node]:
-    """New weight and bias as parameters of the module."""
-    given: list[Any] = [*(None if part is None else parameter(graph_module, part) for part in parts), _eps(bn)]
-    values = fold(*given)
+def _folded_once(graph_module: fx.GraphModule, parts: list[Any], rest: list[Any], bn: fx.Node) -> list[fx.Node]:
+    """New weight and bias as parameters of the module: `fold` of tensors and the rest."""
+    tensors: list[Any] = [None if part is None else parameter(graph_module, part) for part in parts]
+    values = fold(*tensors, *rest)
     owner = f"folded_{bn.name}"
     folded = {key: nn.Parameter(value, False) for key, value in zip(("weight", "bias"), values, strict=True)}
     graph_module.add_submodule(owner, nn.ParameterDict(folded))
@@ -203,10 +214,10 @@ def _folded_once(graph_module: fx.GraphModule, parts: list[Any], bn: fx.Node) ->
     return nodes
 
 
-def _folded_at_each_call(graph_module: fx.GraphModule, parts: list[Any], bn: fx.Node) -> list[fx.Node]:
+def _folded_at_each_call(graph_module: fx.GraphModule, parts: list[Any], rest: list[Any], bn: fx.Node) -> list[fx.Node]:
     """New weight and bias as the graph computes them."""
     graph = graph_module.graph
-    pair = graph.call_function(fold, (*parts, _eps(bn)))
+    pair = graph.call_function(fold, (*parts, *rest))
     nodes = [graph.call_function(operator.getitem, (pair, k)) for k in range(2)]
     for node, like in zip(nodes, (parts[0], bn.args[3]), strict=True):
         node.meta["val"] = like.meta["val"]
@@ -215,6 +226,13 @@ def _folded_at_each_call(graph_module: fx.GraphModule, parts: list[Any], bn: fx.
 
 def _eps(bn: fx.Node) -> float:
     return float(bn.args[7])  # type: ignore[arg-type]
+
+
+def _transposed_groups(layer: fx.Node) -> Any:
+    """The groups of a transposed convolution; None of other layers."""
+    if layer.target not in _TRANSPOSED:
+        return None
+    return layer.args[6] if len(layer.args) > 6 else 1  # (input, weight, bias, stride, padding, output_padding, groups
 
 
 def _refuse_computed(argument: Any, bn: fx.Node) -> None:

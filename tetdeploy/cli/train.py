@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _KEPT_BY_QAT = ("T", "batch_size", "label_smoothing", "clip", "lam", "phi", "val_fraction", "augment", "cutout")
 _QAT_DEFAULTS = {"lr": 1e-4, "epochs": 2}
 _NETWORK_OPTIONS = ("model", "width", "tau", "v_th", "gamma", "ann", "smooth_spike")
+_OF_BUILT_IN = ("width", "tau", "v_th", "gamma")
 
 
 @click.command(
@@ -259,6 +260,7 @@ class _Job:
         import torch
 
         from tetdeploy.networks import Classifier, NetworkConfig
+        from tetdeploy.networks.ann import has_neurons
         from tetdeploy.train.recompute import recompute_blocks
 
         data = self.train
@@ -270,6 +272,12 @@ class _Job:
         )
         torch.manual_seed(seed)
         network = network_of(config, config.model if config.is_own else None)
+        if not config.ann and not has_neurons(network):
+            console.print(
+                f"{config.model} has no LIF or IF of tetdeploy.neurons: it trains, but cannot be exported",
+                style="yellow",
+                markup=False,
+            )
         if self.recompute:
             recompute_blocks(network)
         return Classifier(
@@ -288,6 +296,12 @@ def _job(ctx: click.Context, options: dict[str, Any], *, recompute: bool) -> _Jo
 
     name, data_dir = options.pop("data"), options.pop("data_dir")
     network = {option: options.pop(option) for option in _NETWORK_OPTIONS}
+    unused = [option for option in _OF_BUILT_IN if ":" in network["model"] and is_given(ctx, option)]
+    if unused:
+        raise click.UsageError(
+            f"--{unused[0].replace('_', '-')} is for the built-in networks; {network['model']} is code of your own and "
+            "is not told of it: set it there"
+        )
     if network["ann"] and not is_given(ctx, "T"):
         options["T"] = 1
     config = train_config(ctx, options)

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tetdeploy.networks.ann import ann_twin, has_neurons
 from tetdeploy.networks.convsnn import ConvSNN
@@ -121,7 +123,7 @@ def import_network(config: NetworkConfig) -> nn.Module:
 
     Raises:
         ValueError: the module or the function is not there, does not take num_classes, in_channels and image_size, or
-            what it returns is not an `nn.Module`.
+            what it returns is not an `nn.Module`, or has lazy layers that saw no image yet.
     """
     module_name, _, function_name = config.model.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # as `python -m` does; a console script has its own folder instead
@@ -141,6 +143,11 @@ def import_network(config: NetworkConfig) -> nn.Module:
     network = function(**options)
     if not isinstance(network, nn.Module):
         raise ValueError(f"{config.model} must return a torch.nn.Module, got {type(network).__name__}")
+    if lazy := [name for name, parameter in network.named_parameters() if is_lazy(parameter)]:
+        raise ValueError(
+            f"{config.model} returns a network whose {lazy[0]!r} gets its size from the first image; let the function "
+            "run the network once, on zeros of the image's size, before it returns it"
+        )
     return _variant(network, config)
 
 
@@ -204,4 +211,17 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         x = self.normalize(x) if x.dtype == torch.uint8 else x
         logits: Tensor = self.network(x, T) if T is not None else self.network(x)
+        if not torch.compiler.is_compiling():  # a trace may leave T and the batch open
+            self._check_logits(logits, (len(x), x.shape[1]) if x.dim() == 5 else (1 if T is None else T, len(x)))
         return logits
+
+    def _check_logits(self, logits: Any, steps_and_batch: tuple[int, int]) -> None:
+        """Other numbers of classes would train, and name classes that there are not."""
+        wanted = [*steps_and_batch, len(self.class_names)]
+        if isinstance(logits, Tensor) and list(logits.shape) == wanted:
+            return
+        got = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(
+            f"{self.config.model} must give logits [T, N, K], here {wanted}, got {got}; time comes first, "
+            f"K is num_classes, and only one head can be trained and exported"
+        )

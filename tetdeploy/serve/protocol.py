@@ -75,7 +75,8 @@ class OpenInferenceModel(Model):  # type: ignore[misc]
 
     async def predict(self, payload: InferRequest, headers: Any = None, response_headers: Any = None) -> InferResponse:
         started = time.perf_counter()
-        outputs = self._outputs(await self._run(payload), payload)
+        wanted = self._wanted(payload)  # before anything runs: a sequence would go on, and its client not know
+        outputs = self._outputs(await self._run(payload), wanted)
         self.metrics.seconds.labels(self.name).observe(time.perf_counter() - started)
         return InferResponse(
             payload.id or str(uuid.uuid4()),
@@ -112,7 +113,15 @@ class OpenInferenceModel(Model):  # type: ignore[misc]
         data = x.data if x._raw_data is None else x._raw_data  # as_numpy() would trust the shape and copy lists
         return tensor("x", x.datatype, x.shape, data, self.served.engine.input_dtype)
 
-    def _outputs(self, result: Result, request: InferRequest) -> list[InferOutput]:
+    def _wanted(self, request: InferRequest) -> list[str]:
+        """The names of the outputs asked for, by default all."""
+        names = [output["name"] for output in self.get_output_types()]
+        wanted = [output.name for output in request.request_outputs or ()] or names
+        if unknown := [name for name in wanted if name not in names]:
+            raise InvalidInput(f"{self.name} has no output {unknown[0]!r}; there are {', '.join(names)}")
+        return wanted
+
+    def _outputs(self, result: Result, wanted: list[str]) -> list[InferOutput]:
         names = np.array(self.served.engine.class_names, object)
         values = {
             "logits": result.logits,
@@ -120,9 +129,6 @@ class OpenInferenceModel(Model):  # type: ignore[misc]
             "steps": result.steps,
             "class": names[result.logits.argmax(-1)],
         }
-        wanted = [output.name for output in request.request_outputs or ()] or list(values)
-        if unknown := [name for name in wanted if name not in values]:
-            raise InvalidInput(f"{self.name} has no output {unknown[0]!r}; there are {', '.join(values)}")
         return [
             InferOutput(name, list(values[name].shape), DATATYPES[values[name].dtype.name], values[name])
             for name in wanted

@@ -89,7 +89,7 @@ def _threshold(value: Any) -> bool | float:
         return value
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last of an integer that no float holds
         return math.nan
 
 
