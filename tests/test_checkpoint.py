@@ -42,7 +42,7 @@ def classifier_of(network: nn.Module, config: NetworkConfig) -> Classifier:
 
 
 def convsnn(num_classes: int = 3, **options: Any) -> Classifier:
-    config = NetworkConfig("convsnn", num_classes, 1, (8, 8), width=0.125, **options)
+    config = NetworkConfig("convsnn", num_classes, 1, (8, 8), **({"width": 0.125} | options))
     return classifier_of(build_network(config), config)
 
 
@@ -144,6 +144,18 @@ def test_weights_that_do_not_fit_are_listed_and_change_nothing(saved: Path) -> N
     assert all(torch.equal(before[name], value) for name, value in other.network.state_dict().items())
     with pytest.raises(ValueError, match=r"missing: norm\.weight, .*again\.bias; unexpected: .*readout"):
         load(saved, network=OwnNetwork())
+
+
+def test_for_other_classes_the_readout_stays_as_it_is(saved: Path) -> None:
+    other, same, wider = convsnn(num_classes=5), convsnn(), convsnn(num_classes=5, width=0.5)
+    before = {name: value.clone() for name, value in other.network.state_dict().items()}
+    kept = load_weights(other, saved, other_classes=True)
+    assert kept == ["readout.2.weight", "readout.2.bias"]
+    wanted = load(saved).network.state_dict() | {name: before[name] for name in kept}
+    assert all(torch.equal(wanted[name], value) for name, value in other.network.state_dict().items())
+    assert load_weights(same, saved, other_classes=True) == []
+    with pytest.raises(ValueError, match=r"misshapen: encode"):
+        load_weights(wider, saved, other_classes=True)
 
 
 @pytest.mark.parametrize("name", ["missing.safetensors", "no/such/run"])

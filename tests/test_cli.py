@@ -290,6 +290,16 @@ class TestCommands:
         message = refused("train", "--init", "runs/digits-convsnn", "--epochs", "1")
         assert "encode.0.weight [16, 1, 3, 3], wanted [32, 1, 3, 3]" in message
 
+    def test_init_for_other_classes_starts_with_a_new_readout(self, workplace: Path) -> None:
+        images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+        np.savez("three.npz", images=images, labels=np.arange(60) % 3)
+        options = ("--init", RUN, "--data", "three.npz", "--epochs", "1")
+        trained = run("train", *options, "--width", "0.5")
+        assert trained.exit_code == 0, trained.output
+        said = " ".join(trained.output.split())
+        assert f"{RUN} knows 10 classes, three.npz has 3: readout.2.weight, readout.2.bias start anew" in said
+        assert "of 10 classes; three.npz has" in refused("train", "--qat", *options)
+
 
 class TestBadInput:
     @pytest.mark.parametrize(

@@ -98,12 +98,17 @@ def load(path: Path | str, *, network: nn.Module | None = None) -> Classifier:
     return classifier.eval()
 
 
-def load_weights(classifier: Classifier, path: Path | str) -> None:
+def load_weights(classifier: Classifier, path: Path | str, *, other_classes: bool = False) -> list[str]:
     """Copy a checkpoint's weights into the network of `classifier`, in place (`--init`).
 
     Args:
         classifier: keeps its own configuration and normalisation; only its network's state changes.
         path: a checkpoint, a run folder that holds one, or a folder of shards.
+        other_classes: the checkpoint may be of another number of classes. What differs in it alone, the readout, is
+            not copied.
+
+    Returns:
+        The names of the weights that were not copied.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -113,15 +118,20 @@ def load_weights(classifier: Classifier, path: Path | str) -> None:
     from tetdeploy.shards import is_sharded, read_shards
 
     file = weights_file(path)
-    read_metadata(file)
+    num_classes = read_metadata(file)["network"].get("num_classes")
     tensors = section(read_shards(file), "network.") if is_sharded(file) else read_tensors(file)
-    check_keys(tensors, classifier.network.state_dict(), file)
+    own = classifier.network.state_dict()
+    sizes = (num_classes, classifier.config.num_classes)
+    kept = _resized(tensors, own, sizes) if other_classes else []
+    tensors |= {name: own[name] for name in kept}
+    check_keys(tensors, own, file)
     if broken := [name for name, tensor in tensors.items() if tensor.isnan().any()]:  # a mask may be infinite
         raise ValueError(
             f"{file} holds NaN in {shorten(broken, _KEYS_SHOWN)}: it is damaged, or its training diverged; "
             "copy or train it again"
         )
     classifier.network.load_state_dict(tensors)
+    return kept
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
@@ -329,6 +339,18 @@ def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path
     listed = [f"{kind}: {shorten(names, _KEYS_SHOWN)}" for kind, names in problems.items() if names]
     if listed:
         raise ValueError(f"the weights of {path} do not fit the network; " + "; ".join(listed))
+
+
+def _resized(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sizes: tuple[Any, int]) -> list[str]:
+    """The names of tensors whose first axis has `sizes[0]` values in a file where `sizes[1]` others are wanted."""
+    return [
+        name
+        for name in wanted
+        if name in tensors
+        and sizes[0] != sizes[1]
+        and (*tensors[name].shape[:1], *wanted[name].shape[:1]) == sizes
+        and tensors[name].shape[1:] == wanted[name].shape[1:]
+    ]
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:

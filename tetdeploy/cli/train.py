@@ -149,7 +149,11 @@ Examples:
     metavar="[RUN]",
     help="Go on with a run, the newest by default, with its settings.",
 )
-@click.option("--init", type=click.Path(path_type=Path), help="Start from the weights of this checkpoint or run.")
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path),
+    help="Start from the weights of this checkpoint or run; for another number of classes the readout starts anew.",
+)
 @click.option(
     "--restart-from",
     type=click.Path(path_type=Path),
@@ -181,7 +185,7 @@ def train(
     RUN/last.safetensors (for --resume), RUN/metrics.jsonl and RUN/config.json. Ctrl-C saves and stops.
     """
     import_extra("torch", "train")
-    from tetdeploy.checkpoint import load_weights, newest_run
+    from tetdeploy.checkpoint import newest_run
     from tetdeploy.train import train as run_training
     from tetdeploy.train import train_seeds
     from tetdeploy.train.ranks import process_group
@@ -222,7 +226,7 @@ def train(
             return
         classifier = job.classifier(job.config.seed)
         if init is not None:
-            load_weights(classifier, init)
+            _start_from(classifier, init)
         how["restart_from"] = restart_from
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **how), job, json_path)
 
@@ -427,6 +431,19 @@ def _take_checkpoint(ctx: click.Context, init: Path | None, options: dict[str, A
     for name, value in {**kept, **_QAT_DEFAULTS, "data": metadata["data"]["name"]}.items():
         if not is_given(ctx, name):
             options[name] = value
+
+
+def _start_from(classifier: Classifier, init: Path) -> None:
+    """Take the weights of `init`, and say which ones its number of classes leaves out."""
+    from tetdeploy.checkpoint import load_weights, read_metadata
+
+    if anew := load_weights(classifier, init, other_classes=True):
+        known, num_classes = read_metadata(init)["network"]["num_classes"], classifier.config.num_classes
+        console.print(
+            f"{init} knows {known} classes, {classifier.data} has {num_classes}: {', '.join(anew)} start anew",
+            style="yellow",
+            markup=False,
+        )
 
 
 def _check_same_inputs(init: Path, job: _Job) -> None:
