@@ -215,10 +215,11 @@ class TestCommands:
         assert exported.exit_code == 0, exported.output
         assert "is not what this checkpoint was trained with" in refused("export", "--model", "other:net")
 
-    def test_own_networks_are_not_told_of_options_in_silence(self) -> None:
+    def test_options_that_a_network_is_not_told_of_are_refused(self) -> None:
         message = "is for the built-in networks; mine:net is code of your own and is not told of it"
         for option in ("--width", "--tau", "--v-th", "--gamma"):
             assert f"{option} {message}" in refused("train", "--model", "mine:net", option, "0.5", code=2)
+        assert "--tau is 1 for sew-resnet34" in refused("train", "--model", "sew-resnet34", "--tau", "0.5", code=2)
         Path("recipe.toml").write_text("tau = 0.75\n")
         assert f"--tau {message}" in refused("train", "--config", "recipe.toml", "--model", "mine:net", code=2)
 

@@ -306,6 +306,8 @@ def _job(ctx: click.Context, options: dict[str, Any], *, recompute: bool) -> _Jo
             f"--{unused[0].replace('_', '-')} is for the built-in networks; {network['model']} is code of your own and "
             "is not told of it: set it there"
         )
+    if network["model"] == "sew-resnet34" and is_given(ctx, "tau") and network["tau"] != 1.0:
+        raise click.UsageError("--tau is 1 for sew-resnet34, whose IF neurons do not leak: leave it out")
     if network["ann"] and not is_given(ctx, "T"):
         options["T"] = 1
     config = train_config(ctx, options)
