@@ -251,7 +251,7 @@ def _observers(trt: Any, tick: Tick | None) -> tuple[Any, Any]:
 
 @contextmanager
 def _interruptible(monitor: Any) -> Iterator[None]:
-    """Ctrl-C stops the build at its next step: an exception raised inside TensorRT's calls to Python would be lost."""
+    """Ctrl-C or SIGTERM stops the build at its next step: an exception in what TensorRT calls would be lost."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -259,11 +259,12 @@ def _interruptible(monitor: Any) -> Iterator[None]:
     def stop(*_: object) -> None:
         monitor.stopped = True
 
-    before = signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _steps(asked: Range | None, metadata: dict[str, Any], path: Path) -> Range | None:

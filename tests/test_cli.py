@@ -655,6 +655,24 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+def test_sigterm_leaves_nothing_half_written(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys, click
+from tetdeploy.cli.errors import CleanErrors
+from tetdeploy.files import atomic_write
+@click.command(cls=CleanErrors)
+def command():
+    with atomic_write(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGTERM)
+        click.pause()
+command([])
+"""
+    file = tmp_path / "new" / "file"
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted; no file is left half written\n")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_newest_export_is_the_last_written(tmp_path: Path) -> None:
     for name, age in (("a", 100), ("b", 0), ("c", 50)):
         model = tmp_path / name / "model-T4.onnx"

@@ -293,19 +293,20 @@ def test_a_full_disk_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch, tmp_
     assert path.read_bytes() == b"an earlier engine"
 
 
-def test_ctrl_c_stops_a_build_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_a_build_and_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     seen = []
 
     def interrupt(phase: str, done: int, total: int) -> None:
         seen.append((phase, done, total))
         if len(seen) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         build_engine(exported("step"), tmp_path / "m.engine", RTX, tick=interrupt)
     assert seen and all(1 <= done <= total for _, done, total in seen)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert not names_in(tmp_path)
 
 

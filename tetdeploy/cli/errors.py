@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -16,13 +20,14 @@ INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 class CleanErrors(click.Command):
     """A command that reports ValueError, OSError, MissingExtraError and memory that does not suffice as `Error: ...`
-    with exit code 1, and Ctrl-C, where it does not do so itself, with exit code 130: files are written whole or not at
-    all."""
+    with exit code 1, and Ctrl-C or SIGTERM, where it does not do so itself, with exit code 130: files are written whole
+    or not at all."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         replace_lacking_characters()
         warnings.formatwarning = _one_line
-        return super().main(*args, **kwargs)
+        with _sigterm_like_ctrl_c():
+            return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -45,6 +50,19 @@ class CleanErrors(click.Command):
 
 class CleanGroup(CleanErrors, click.Group):
     """The same of all commands in a group."""
+
+
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """Schedulers and container engines send it before they kill: what is half written goes, what was done stays."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _one_line(
