@@ -253,9 +253,18 @@ def foreign(path: Path, metadata: str | None = None) -> Path:
 def test_refused_models(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other\.onnx is an ONNX model, but not one that tetdeploy exported"):
         Engine(foreign(tmp_path / "other.onnx"))
-    for metadata in ("{", "[1]", "{}", '"text"'):
-        with pytest.raises(ValueError, match="has damaged metadata; export the model again"):
+    for metadata, wrong in (
+        ("{", "Expecting property name"),
+        ("[1]", "it must be an object"),
+        ("{}", "format is missing"),
+        ('{"format": 1, "layout": "step", "encoding": "direct", "T": "1"}', "T must be a whole number of at least 1"),
+        ('{"format": 1, "layout": "step", "encoding": "direct", "T": 1}', "trained_T is missing"),
+    ):
+        with pytest.raises(ValueError, match=rf"has damaged metadata \({wrong}.*\); export the model again"):
             Engine(foreign(tmp_path / "damaged.onnx", metadata))
+    (tmp_path / "text.onnx").write_bytes(foreign(tmp_path / "m.onnx", "{}" * 9).read_bytes().replace(b"{}{", b"{\xff{"))
+    with pytest.raises(ValueError, match=r"text\.onnx has damaged metadata \('utf-8' codec can't decode"):
+        Engine(tmp_path / "text.onnx")
     with pytest.raises(ValueError, match="has metadata of format 2; this tetdeploy reads format 1"):
         Engine(foreign(tmp_path / "newer.onnx", json.dumps({"format": 2})))
     with pytest.raises(ValueError, match=r"is a folder, not an \.onnx file"):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tetdeploy import native
 from tetdeploy.energy import layers_of
 from tetdeploy.extras import import_extra
+from tetdeploy.form import NUMBER, STEP, check_form
 from tetdeploy.onnxruntime_gpu import BoundSession, prepare, provider_options
 from tetdeploy.openvino_session import OpenVINOSession
 from tetdeploy.stream import Stream
@@ -32,6 +33,21 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 METADATA_KEY = "tetdeploy"
+_TENSOR = {"input!": str, "output!": str, "shape!": [STEP]}
+_METADATA = {
+    "layout!": str,
+    "encoding!": str,
+    "T": STEP,
+    "trained_T!": STEP,
+    "input!": {"shape!": [STEP], "dtype!": str},
+    "class_names!": [str],
+    "neurons!": [{"name!": str, "shape!": [STEP]}],
+    "states!": [_TENSOR],
+    "encoded!": [_TENSOR],
+    "layers!": [{"name!": str, "input_shape!": [STEP]}],
+    "counting_overlay!": str,
+    "source!": {},
+}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 IN_CACHE = 2**22  # spikes of a layer, over images and steps: with more in a call each image takes a CPU longer
 NATIVE_FROM = 20_000  # neurons; in smaller networks what lies between convolutions takes no time to speak of
@@ -101,7 +117,7 @@ class Engine:
         self._threads = threads
         self._bytes = read_model(self.path)
         self._session = self._make_session(b"")
-        self._take(parse_metadata(self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), self.path))
+        self._take(parse_metadata(session_metadata(self._session, self.path).get(METADATA_KEY), self.path))
         fused = self._go_native(native)
         self.native = fused is not None
         self._session = self._bind(fused or self._session)
@@ -461,6 +477,19 @@ def read_model(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def session_metadata(session: Any, path: Path) -> dict[str, str]:
+    """All metadata of the model `path` in a session.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        texts: dict[str, str] = session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} has damaged metadata ({error}); export the model again") from error
+    return texts
+
+
 def parse_metadata(text: str | None, path: Path) -> dict[str, Any]:
     """The metadata of a model from their text in the file `path`.
 
@@ -471,9 +500,11 @@ def parse_metadata(text: str | None, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is an ONNX model, but not one that tetdeploy exported: its metadata are missing")
     try:
         value: dict[str, Any] = json.loads(text)
-        value["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} has damaged metadata; export the model again") from error
+        check_form(value, {"format!": NUMBER})
+        if value["format"] == 1:
+            check_form(value, _METADATA)
+    except ValueError as error:
+        raise ValueError(f"{path} has damaged metadata ({error}); export the model again") from error
     if value["format"] != 1:
         raise ValueError(f"{path} has metadata of format {value['format']}; this tetdeploy reads format 1")
     return value

@@ -12,7 +12,7 @@ from typing import Any
 
 from tetdeploy.checkpoint import METADATA_KEY, checkpoint_file, read_content, read_header, read_metadata
 from tetdeploy.energy import Layer, layers_of
-from tetdeploy.engine import parse_metadata
+from tetdeploy.engine import parse_metadata, session_metadata
 from tetdeploy.extras import import_extra
 from tetdeploy.files import sha256_of
 from tetdeploy.names import section
@@ -103,11 +103,12 @@ def _inspect_onnx(file: Path) -> dict[str, Any]:
         "inputs": [_port(port) for port in session.get_inputs()],
         "outputs": [_port(port) for port in session.get_outputs()],
     }
-    about = session.get_modelmeta()
-    if METADATA_KEY not in about.custom_metadata_map:
-        keys = sorted(about.custom_metadata_map)
-        return {"kind": "onnx", "producer": about.producer_name, "graph": about.graph_name, "metadata": keys} | ports
-    return {"kind": "model"} | ports | _model(parse_metadata(about.custom_metadata_map[METADATA_KEY], file))
+    texts = session_metadata(session, file)
+    if METADATA_KEY not in texts:
+        about = session.get_modelmeta()
+        names = {"producer": about.producer_name, "graph": about.graph_name, "metadata": sorted(texts)}
+        return {"kind": "onnx"} | names | ports
+    return {"kind": "model"} | ports | _model(parse_metadata(texts[METADATA_KEY], file))
 
 
 def _model(metadata: Mapping[str, Any]) -> dict[str, Any]:
