@@ -70,7 +70,7 @@ def test_a_large_batch_runs_in_parts(
     monkeypatch.setattr("tetdeploy.engine.IN_CACHE", largest * 12)  # an unrolled graph runs four steps, another three
     calls = list[tuple[int, int]]()
     session = runner.overlaid(runner.counting_overlay)[0]
-    monkeypatch.setattr(runner, "overlaid", lambda overlay: (_Spy(session, calls), list(counts)))
+    monkeypatch.setattr(runner, "overlaid", lambda overlay, *, native: (_Spy(session, calls), list(counts)))
     parts, their_counts = runner.count(x, 3)
     assert calls == {"unrolled": [(3, 4), (2, 4), (2, 4)], "dynamic": [(4, 3), (3, 3)], "step": [(7, 1)] * 3}[layout]
     np.testing.assert_allclose(parts.per_step, whole.per_step, atol=1e-6)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -368,6 +369,14 @@ def ort_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "vector_bytes", lambda: 0)
 
 
+def assert_same_counts(path: Path, x: Array, T: int) -> None:
+    plain, fast = (Engine(path, threads=2, native=native).count(x, T) for native in (False, True))
+    np.testing.assert_array_equal(plain[0].per_step, fast[0].per_step)
+    assert plain[1].keys() == fast[1].keys()
+    for name, counts in plain[1].items():
+        np.testing.assert_array_equal(counts, fast[1][name])
+
+
 def assert_same_answers(path: Path, x: Array, steps: list[int]) -> None:
     plain, fast = Engine(path, threads=2, native=False), Engine(path, threads=2, native=True)
     assert fast.native and not plain.native
@@ -398,6 +407,7 @@ def test_every_layout_gives_the_same_bits(
     if not options.get("normalize", True):
         x = (x / 16).astype(np.float32)
     assert_same_answers(path, x, [1, 3])
+    assert_same_counts(path, x[:5], 3)
 
 
 class Mixed(nn.Module):
@@ -654,13 +664,29 @@ def test_what_goes_wrong_leaves_the_engine_as_it_would_be_without(monkeypatch: p
         Engine(exported("step"), native=True)
 
 
-def test_counting_and_overlays_see_the_plain_graph() -> None:
-    plain, fast = Engine(exported("dynamic"), native=False), Engine(exported("dynamic"), native=True)
-    for one, other in zip(
-        plain.count(digits().images[:4], 3)[1].items(), fast.count(digits().images[:4], 3)[1].items(), strict=True
-    ):
-        assert one[0] == other[0]
-        np.testing.assert_array_equal(one[1], other[1])
+def test_counting_is_native_and_other_overlays_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, fuse = [], native.fuse_model
+
+    def fuse_model(model: bytes) -> bytes | None:
+        made.append(fuse(model))
+        return made[-1]
+
+    monkeypatch.setattr("tetdeploy.native.fuse_model", fuse_model)
+    engine, x = Engine(exported("dynamic"), native=True), digits().images[:4]
+    engine.run_with(engine.counting_overlay, x, 3)
+    assert len(made) == 1
+    engine.count(x, 3)
+    engine.count(x, 3)
+    assert len(made) == 2 and None not in made
+
+
+def test_counting_that_goes_wrong_natively_is_left_to_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, x = Engine(exported("dynamic"), native=True), digits().images[:4]
+    monkeypatch.setattr("tetdeploy.native.fuse_model", Mock(side_effect=OSError("no space left")))
+    with pytest.warns(RuntimeWarning, match=r"dynamic.*runs on ONNX Runtime's own operators alone: no space left"):
+        counts = engine.count(x, 3)[1]
+    for name, value in Engine(exported("dynamic"), native=False).count(x, 3)[1].items():
+        np.testing.assert_array_equal(value, counts[name])
 
 
 # -------------------------------------------------------------------------------------------------------- programs

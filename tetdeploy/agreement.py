@@ -202,7 +202,7 @@ def compare_reference(
     for start in range(0, len(reference.x), batch_size):
         part = slice(start, start + batch_size)
         run, counts = engine.count(reference.x[part], T)
-        if engine.native:  # which counts without its native operators
+        if engine.native:  # whose operators are joined otherwise where they count
             run = engine.run(reference.x[part], T)
         result.logits.add(run.per_step, reference.per_step[part, :T])
         fired = np.stack([counts[f"fired.{name}"] for name in result.tally.neurons], axis=-1)  # [T, N, layers]

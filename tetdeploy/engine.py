@@ -156,17 +156,23 @@ class Engine:
             return self._run_until_certain(x, T, exit)
         return self._collect(self._session, x, T, [])[0]
 
-    def run_with(self, overlay: bytes, x: Array, T: int | None = None) -> tuple[Result, dict[str, Array]]:
-        """`run` on the graph that `overlay` makes of this one; also gives its outputs, `[T, N, ...]` by name."""
+    def run_with(
+        self, overlay: bytes, x: Array, T: int | None = None, *, native: bool = False
+    ) -> tuple[Result, dict[str, Array]]:
+        """`run` on the graph that `overlay` makes of this one; also gives its outputs, `[T, N, ...]` by name.
+
+        Args:
+            native: with native operators, if there are such for it; by default ONNX Runtime's own.
+        """
         x = self.check_input(x)
         T = self.check_T(T, x)
-        session, names = self.overlaid(overlay)
+        session, names = self.overlaid(overlay, native=native)
         return self._collect(session, x, T, names)
 
     def count(self, x: Array, T: int | None = None) -> tuple[Result, dict[str, Array]]:
         """`run` on the counting graph. Also gives, by name: `active.<layer>`, nonzero inputs summed over channels,
         `[T, N, *spatial]`; `fired.<neurons>`, spikes per step and image, `[T, N]`."""
-        return self.run_with(self.counting_overlay, x, T)
+        return self.run_with(self.counting_overlay, x, T, native=self.native)
 
     @property
     def gains_from_native(self) -> bool:
@@ -405,14 +411,22 @@ class Engine:
             if wanted:
                 raise ValueError(reason)
             return None
+        return self._native_session(b"", wanted=bool(wanted))
+
+    def _native_session(self, overlay: bytes, *, wanted: bool) -> Any:
+        """A session with native operators; None where they have nothing to do, or fail without being `wanted`.
+
+        Raises:
+            ValueError: they fail, and are `wanted`.
+        """
         try:
-            model = native.fuse_model(self._bytes)
+            model = native.fuse_model(self._bytes + overlay)
             return None if model is None else self._make_session(b"", fused=model)
         except Exception as error:  # whatever it is, ONNX Runtime's own operators remain
             if wanted:
                 raise ValueError(f"{self.path} cannot run natively: {error}") from error
             warnings.warn(
-                f"{self.path} runs on ONNX Runtime's own operators alone: {error}", RuntimeWarning, stacklevel=3
+                f"{self.path} runs on ONNX Runtime's own operators alone: {error}", RuntimeWarning, stacklevel=4
             )
             return None
 
@@ -420,15 +434,16 @@ class Engine:
         """On a GPU, the session whose state outputs stay there."""
         return session if self.device == "cpu" else BoundSession(session, "cuda", self.state_outputs)
 
-    def overlaid(self, overlay: bytes) -> tuple[Any, list[str]]:
-        """The session of this model with an overlay, made once, and the outputs that it adds."""
-        cache: dict[bytes, tuple[Any, list[str]]] = self.__dict__.setdefault("_overlays", {})
-        if overlay not in cache:
+    def overlaid(self, overlay: bytes, *, native: bool = False) -> tuple[Any, list[str]]:
+        """The session of this model with an overlay, made once, and the outputs that it adds. See `run_with`."""
+        cache: dict[tuple[bytes, bool], tuple[Any, list[str]]] = self.__dict__.setdefault("_overlays", {})
+        if (overlay, native) not in cache:
             own = {output.name for output in self._session.get_outputs()}
-            joined = base64.b64decode(self.metadata.get("joined_overlay", ""))  # earlier exports have one
-            session = self._bind(self._make_session(joined + overlay))
-            cache[overlay] = session, [o.name for o in session.get_outputs() if o.name not in own]
-        return cache[overlay]
+            whole = base64.b64decode(self.metadata.get("joined_overlay", "")) + overlay  # earlier exports have one
+            fused = self._native_session(whole, wanted=False) if native else None
+            session = self._bind(fused or self._make_session(whole))
+            cache[overlay, native] = session, [o.name for o in session.get_outputs() if o.name not in own]
+        return cache[overlay, native]
 
 
 def open_engine(

@@ -66,7 +66,9 @@ class TensorRTEngine(Engine):
             self._check_range("T", T, "steps")
         return T
 
-    def run_with(self, overlay: bytes, x: Array, T: int | None = None) -> tuple[Result, dict[str, Array]]:
+    def run_with(
+        self, overlay: bytes, x: Array, T: int | None = None, *, native: bool = False
+    ) -> tuple[Result, dict[str, Array]]:
         raise ValueError(
             f"{self.path.name} is a TensorRT engine, which cannot count spikes or operations; they are those of "
             f"{self.manifest['graph']}, which can"
