@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from tetdeploy import __version__
 from tetdeploy.engine import read_model
 from tetdeploy.files import atomic_write, write_json
 from tetdeploy.nvidia import BUILDING, choose_package, gpu_runtime, import_tensorrt, target_architectures
+from tetdeploy.signals import handled
 from tetdeploy.tensorrt_engine import manifest_path
 
 from .reading import parse_graph
@@ -252,19 +252,12 @@ def _observers(trt: Any, tick: Tick | None) -> tuple[Any, Any]:
 @contextmanager
 def _interruptible(monitor: Any) -> Iterator[None]:
     """Ctrl-C or SIGTERM stops the build at its next step: an exception in what TensorRT calls would be lost."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def stop(*_: object) -> None:
         monitor.stopped = True
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(stop, signal.SIGINT, signal.SIGTERM):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _steps(asked: Range | None, metadata: dict[str, Any], path: Path) -> Range | None:

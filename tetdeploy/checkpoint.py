@@ -122,7 +122,7 @@ def load_weights(classifier: Classifier, path: Path | str, *, other_classes: boo
     tensors = section(read_shards(file), "network.") if is_sharded(file) else read_tensors(file)
     own = classifier.network.state_dict()
     sizes = (num_classes, classifier.config.num_classes)
-    kept = _resized(tensors, own, sizes) if other_classes else []
+    kept = _resized(tensors, own, sizes) if other_classes and sizes[0] != sizes[1] else []
     tensors |= {name: own[name] for name in kept}
     check_keys(tensors, own, file)
     if broken := [name for name, tensor in tensors.items() if tensor.isnan().any()]:  # a mask may be infinite
@@ -347,7 +347,6 @@ def _resized(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sizes:
         name
         for name in wanted
         if name in tensors
-        and sizes[0] != sizes[1]
         and (*tensors[name].shape[:1], *wanted[name].shape[:1]) == sizes
         and tensors[name].shape[1:] == wanted[name].shape[1:]
     ]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import signal
-import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import click
 
 from tetdeploy.cli.characters import replace_lacking_characters
 from tetdeploy.extras import MissingExtraError
+from tetdeploy.signals import handled
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's of a CPU, and of a GPU
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
@@ -55,14 +55,9 @@ class CleanGroup(CleanErrors, click.Group):
 @contextmanager
 def _sigterm_like_ctrl_c() -> Iterator[None]:
     """Schedulers and container engines send it before they kill: what is half written goes, what was done stays."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    others = signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    with nullcontext() if others else handled(signal.default_int_handler, signal.SIGTERM):
         yield
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _one_line(
