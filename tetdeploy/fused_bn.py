@@ -124,8 +124,7 @@ class _BNLIF(torch.autograd.Function):
         T: int,
         repeated: bool,
     ) -> Tensor:
-        from tetdeploy import triton_bn_lif as kernels
-
+        kernels = _kernels(y)
         y = _dense(y)
         residual = None if residual is None else _like(residual, y)
         norm = _statistics(y, norms[0])
@@ -141,9 +140,8 @@ class _BNLIF(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_spikes: Tensor) -> tuple[Tensor | None, ...]:
-        from tetdeploy import triton_bn_lif as kernels
-
         y, residual, norm, residual_norm = ctx.saved_tensors
+        kernels = _kernels(y)
         g, sums = kernels.backward(y, norm, residual, residual_norm, _steps_like(grad_spikes, y), *ctx.lif)
         identity = residual is not None and residual_norm is None
         free = not (identity and ctx.needs_input_grad[1])  # g is not the gradient of a residual as well
@@ -159,19 +157,17 @@ class _BNLIF(torch.autograd.Function):
 
 def _statistics(y: Tensor, bn: nn.BatchNorm2d) -> Tensor:
     """Of the batch; the running ones are moved as `nn.BatchNorm2d` moves them."""
-    from tetdeploy import triton_bn_lif as kernels
-
     assert bn.running_mean is not None and bn.running_var is not None and bn.num_batches_tracked is not None
     bn.num_batches_tracked.add_(1)
     momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
     vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    norm: Tensor = kernels.statistics(y, *vectors, momentum=momentum, eps=bn.eps)
+    norm: Tensor = _kernels(y).statistics(y, *vectors, momentum=momentum, eps=bn.eps)
     return norm
 
 
 def _bn_to_fuse(kind: type[nn.Sequential], layer: nn.Module, lif: nn.Module, x: Tensor) -> nn.BatchNorm2d | None:
     """The BN at the end of a layer, if it may be taken out of it."""
-    if not (layer.training and type(lif) in (LIF, IF) and type(layer) is kind and neurons._triton(x)):
+    if not (layer.training and type(lif) in (LIF, IF) and type(layer) is kind and _kernels(x)):
         return None
     bn = [*layer][-1]
     if type(bn) not in (tdBN, nn.BatchNorm2d) or torch.compiler.is_compiling():
@@ -187,15 +183,25 @@ def _kernels_serve(
     residual_bn: nn.BatchNorm2d | None,
     T: int,
 ) -> bool:
-    if not neurons._triton(y) or type(lif) not in (LIF, IF) or torch.compiler.is_compiling() or y.dim() != 4:
+    kernels = _kernels(y)
+    if kernels is None or type(lif) not in (LIF, IF) or torch.compiler.is_compiling() or y.dim() != 4:
         return False
-    from tetdeploy.triton_bn_lif import MAX_POSITIONS
-    from tetdeploy.triton_lif import STEPS
-
     same = residual is None or (residual.dtype == y.dtype and residual.shape == y.shape)
-    positions = y.numel() // max(y.shape[1], 1)
     norms = [bn] if residual_bn is None else [bn, residual_bn]
-    return same and T <= STEPS and 1 < positions < MAX_POSITIONS and all(map(_is_plain, norms))
+    return same and kernels.serves(y, T) and y.numel() > y.shape[1] and all(map(_is_plain, norms))
+
+
+def _kernels(x: Tensor) -> Any:
+    """The module of kernels for a tensor's device and dtype, if there is one."""
+    if neurons._triton(x):
+        from tetdeploy import triton_bn_lif
+
+        return triton_bn_lif
+    if neurons._numba(x):
+        from tetdeploy import numba_bn_lif
+
+        return numba_bn_lif
+    return None
 
 
 def _is_plain(bn: nn.BatchNorm2d) -> bool:

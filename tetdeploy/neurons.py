@@ -27,7 +27,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -48,14 +47,8 @@ def _lif(current: Tensor, u: Tensor | None, tau: float, v_th: float, gamma: floa
     order = _memory_order(current)
     current_, spikes_, u_last_ = _flat(current, order), _flat(spikes, order), _flat_step(u_last, order)
     u_ = None if u is None else _flat_step(u, order)
-    if kernels := _triton(current):
+    if kernels := _triton(current) or _numba(current):
         kernels.forward(current_, u_, spikes_, u_last_, tau, v_th)
-        return spikes, u_last
-    if kernels := _numba(current):
-        _start(u_last_, u_)
-        number = _number(current)
-        with kernels.threads(torch.get_num_threads()):
-            kernels.forward(_rows(current_), u_last_.numpy(), spikes_.numpy(), number(tau), number(v_th))
         return spikes, u_last
     for part in _parts(u_last_):
         membrane = _start(u_last_[part], u_, part)
@@ -84,17 +77,8 @@ def _lif_backward(
     u_ = None if u is None else _flat_step(u, order)
     grad_spikes_ = None if grad_spikes is None else _flat(grad_spikes, order)
     grad_u_last_ = None if grad_u_last is None else _flat_step(grad_u_last, order)
-    if kernels := _triton(current):
+    if kernels := _triton(current) or _numba(current):
         kernels.backward(current_, u_, grad_spikes_, grad_u_last_, grad_current_, grad_u_, tau, v_th, gamma)
-        return grad_current, grad_u
-    if kernels := _numba(current):
-        _start(grad_u_, grad_u_last_)
-        start = _start(torch.empty_like(grad_u_), u_)
-        incoming = current_[:0] if grad_spikes_ is None else grad_spikes_
-        number = _number(current)
-        arrays = (_rows(current_), start.numpy(), _contiguous(incoming), grad_u_.numpy(), grad_current_.numpy())
-        with kernels.threads(torch.get_num_threads()):
-            kernels.backward(*arrays, number(tau), number(v_th), number(gamma))
         return grad_current, grad_u
     for part in _parts(grad_u_):
         h = _membranes(current_[:, part], u_, part, tau, v_th)
@@ -157,30 +141,18 @@ def _triton_kernels() -> Any:
 
 
 def _numba(current: Tensor) -> Any:
-    """The compiled kernels, where they serve: float32 and float64 on a CPU, with numba installed."""
-    if current.device.type != "cpu" or current.dtype not in (torch.float32, torch.float64):
-        return None
+    return cpu_kernels(current.dtype) if current.device.type == "cpu" else None
+
+
+def cpu_kernels(dtype: torch.dtype) -> Any:
+    """The compiled kernels, where they serve: all types but float16, with numba installed."""
     try:
         from tetdeploy import numba_lif
     except ModuleNotFoundError as error:
         if error.name != "numba":
             raise
         return None  # the same results by torch operations, slower
-    return numba_lif
-
-
-def _number(like: Tensor) -> Any:
-    return np.float64 if like.dtype == torch.float64 else np.float32
-
-
-def _rows(current: Tensor) -> Any:
-    """`[T, M]`, or `[1, M]` where all steps are the same (direct encoding's repeated current)."""
-    repeats = current.stride(0) == 0
-    return _contiguous(current[:1] if repeats else current)
-
-
-def _contiguous(sequence: Tensor) -> Any:
-    return sequence.contiguous().numpy()
+    return numba_lif if dtype in numba_lif.DTYPES else None
 
 
 def _parts(neurons: Tensor) -> Iterator[slice]:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tetdeploy.triton_lif import NOT_FUSED, fire, integrate, jit, step_backward, values
+from tetdeploy.triton_lif import NOT_FUSED, STEPS, fire, integrate, jit, step_backward, values
 
 MAX_POSITIONS = 2**30  # of all steps: positions are counted in 32 bits, offsets in 64
 _PROGRAMS, _MAX_SLABS = 1024, 512  # of a kernel that sums; of one channel's positions
@@ -286,6 +286,11 @@ def _norm_backward(
     mean_gx = values(sum_gx, c, c < C)[None, :] / positions
     gradient = values(g, i, inside) - mean_g - _normalised(values(y, i, inside), own) * mean_gx
     tl.store(grad_y + i, (own[1] * own[2] * gradient).to(grad_y.dtype.element_ty), mask=inside)
+
+
+def serves(y: Tensor, T: int) -> bool:
+    """Whether the kernels take what a convolution wrote, `[N, C, H, W]`, and so many steps."""
+    return T <= STEPS and y.numel() // max(y.shape[1], 1) < MAX_POSITIONS
 
 
 def statistics(

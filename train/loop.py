@@ -27,7 +27,7 @@ from tetdeploy.metrics import read_metrics, write_metrics
 from .averaging import kept_classifier, trainable, update_average
 from .board import no_board, tensorboard
 from .config import TrainConfig
-from .device import autocast, tuned_convolutions
+from .device import autocast, reused_memory, tuned_convolutions
 from .interrupt import deferred_interrupt
 from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
 from .progress import Progress
@@ -244,6 +244,7 @@ def _run(session: Session, state: TrainState, show: bool | None, board: bool) ->
     with (
         torch.random.fork_rng(devices=cuda),
         tuned_convolutions(),
+        nullcontext() if cuda else reused_memory(),
         deferred_interrupt() as interrupt,
         closing(session.reader),
         curves as draw,

@@ -20,7 +20,7 @@ from tetdeploy.data import ImageFiles
 from .augment import RESIZED_CROP
 from .batches import Batch, DeviceImages, Draws, Images
 from .config import TrainConfig
-from .device import device_name, pick_device, pick_precision, place
+from .device import device_name, pick_device, pick_precision, place, wants_channels_last
 from .disk_images import DiskImages, ImageReader
 from .graphs import StepGraphs, check_graphs
 from .objective import Teacher, load_teacher
@@ -192,8 +192,10 @@ def prepare(
     if cuda_graphs:
         check_graphs(config, device, precision, ranks)
     teacher = load_teacher(config, classifier)
+    plain_bn = config.qat or ranks.size > 1
     for placed in (classifier,) if teacher is None else (teacher.classifier, classifier):
-        place(placed, device, channels_last=not placed.config.is_own)
+        last = wants_channels_last(placed.config, device, precision, plain_bn=plain_bn)
+        place(placed, device, channels_last=last)
     calibration: Calibration | None = None
     trained: Any = classifier
     if config.qat and resume:
