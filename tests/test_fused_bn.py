@@ -1,4 +1,4 @@
-"""BN, residual and neurons as one function against the modules: on a GPU, or in Triton's interpreter."""
+"""BN, residual and neurons as one function against the modules: on a CPU, on a GPU, and in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from triton_helpers import device, run_interpreted
+from triton_helpers import INTERPRETED, gpu_device, run_interpreted
 
 from tetdeploy import fused_bn, neurons
 from tetdeploy.fused_bn import bn_lif, fire, fire_encoded
@@ -25,9 +26,29 @@ from tetdeploy.networks.blocks import ResidualBlock, conv_bn
 from tetdeploy.neurons import IF, LIF
 from tetdeploy.train.recompute import recompute_blocks
 
-__all__ = ["device"]
-
 FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device whose tensors go through the kernels: numba's on a CPU, Triton's on a GPU or interpreted."""
+    if request.param == "gpu":
+        return gpu_device(monkeypatch)
+    pytest.importorskip("numba")
+    return "cpu"
+
+
+def kernels_of(device: str) -> Any:
+    return pytest.importorskip(f"tetdeploy.{'numba' if by_numba(device) else 'triton'}_bn_lif")
+
+
+def by_numba(device: str) -> bool:
+    return device == "cpu" and not INTERPRETED
+
+
+def served(device: str, memory_format: torch.memory_format) -> bool:
+    """On a CPU channels-last alone is fused."""
+    return not by_numba(device) or memory_format == torch.channels_last
 
 
 @contextmanager
@@ -42,9 +63,9 @@ def by_modules() -> Iterator[None]:
 @contextmanager
 def counted() -> Iterator[list[str]]:
     """What the fused function launches."""
-    kernels, calls = pytest.importorskip("tetdeploy.triton_bn_lif"), []
+    calls: list[str] = []
 
-    def recorded(name: str) -> Any:
+    def recorded(kernels: Any, name: str) -> Any:
         function = getattr(kernels, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
@@ -54,8 +75,11 @@ def counted() -> Iterator[list[str]]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("statistics", "forward", "backward", "norm_backward"):
-            patch.setattr(kernels, name, recorded(name))
+        for kernels in ("numba_bn_lif", "triton_bn_lif"):
+            with suppress(ModuleNotFoundError):
+                module = import_module(f"tetdeploy.{kernels}")
+                for name in ("statistics", "forward", "backward", "norm_backward"):
+                    patch.setattr(module, name, recorded(module, name))
         yield calls
 
 
@@ -117,7 +141,6 @@ def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 # ------------------------------------------------------------------------------------------- the comparisons
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(("channels", "stride"), [(6, 1), (9, 1), (6, 2)])
 def test_a_residual_block(channels: int, stride: int, memory_format: torch.memory_format, device: str) -> None:
@@ -127,14 +150,14 @@ def test_a_residual_block(channels: int, stride: int, memory_format: torch.memor
             nn.init.constant_(bn.bias, 0.3 if name.startswith("layer") else -0.1)
     block.to(device=device, memory_format=memory_format)
     x = in_format((draw(3, 2, 6, 5, 7).to(device) > 0.3).float(), memory_format)
-    compare(block, lambda block, x: block(x), x, launches=2)
+    fused = served(device, memory_format)
+    compare(block, lambda block, x: block(x), x, launches=2 * fused)
     with counted() as calls:
         spikes = block(x)
-    assert calls.count("statistics") == (2 if channels == 6 and stride == 1 else 3)
+    assert calls.count("statistics") == fused * (2 if channels == 6 and stride == 1 else 3)
     assert spikes.flatten(0, 1).is_contiguous(memory_format=memory_format)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("T", [1, 2, 5, 16])
 def test_direct_encoding_sums_the_gradient_over_its_steps(
@@ -144,13 +167,13 @@ def test_direct_encoding_sums_the_gradient_over_its_steps(
     nn.init.constant_(stem[0][1].bias, 0.3)
     stem.to(memory_format=memory_format)
     x = draw(3, 2, 6, 7).to(device).contiguous(memory_format=memory_format)
-    compare(stem, lambda stem, x: fire_encoded(stem[1], stem[0], x, T), x, launches=1)
+    compare(stem, lambda stem, x: fire_encoded(stem[1], stem[0], x, T), x, launches=served(device, memory_format))
 
 
-@pytest.mark.gpu
 def test_frames_through_direct_encoding(device: str) -> None:
     stem = nn.ModuleList([DirectEncoding(*conv_bn(2, 5, 3)), LIF()]).to(device)
     nn.init.constant_(stem[0][1].bias, 0.5)
+    stem.to(memory_format=torch.channels_last)
     x = draw(4, 3, 2, 6, 7).to(device)
     compare(stem, lambda stem, x: fire_encoded(stem[1], stem[0], x), x, launches=1)
 
@@ -171,7 +194,6 @@ class Behind(nn.Module):
         return bn_lif(y, self.bn, self.lif, T=self.T, residual=residual, residual_bn=other)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("residual", ["none", "identity", "bn"])
 @pytest.mark.parametrize(
     ("T", "shape", "memory_format"),
@@ -191,24 +213,28 @@ def test_more_tiles_and_slabs_than_one(
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tetdeploy import triton_bn_lif
-
-    monkeypatch.setattr(triton_bn_lif, "_tile", lambda layout, size: tile_of(layout))
-    monkeypatch.setattr(triton_bn_lif, "_PROGRAMS", 6)
+    kernels = kernels_of(device)
+    if by_numba(device):
+        monkeypatch.setattr(kernels, "_BLOCK", 2 * shape[1])
+        monkeypatch.setattr(kernels, "_SLABS", 3)
+    else:
+        monkeypatch.setattr(kernels, "_tile", lambda layout, size: tile_of(layout))
+        monkeypatch.setattr(kernels, "_PROGRAMS", 6)
     y = draw(*shape).to(device).contiguous(memory_format=memory_format)
-    compare(Behind(shape[1], T, residual).to(device), lambda module, y: module(y), y, launches=1)
+    fused = served(device, memory_format) or y.is_contiguous(memory_format=torch.channels_last)
+    compare(Behind(shape[1], T, residual).to(device), lambda module, y: module(y), y, launches=fused)
 
 
 FULL = (1024, 128, 32, 32)  # stage 1 of ResNet-19 at batch 256 and T = 4
 
 
-@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_at_full_size_the_last_image_is_computed_as_well(memory_format: torch.memory_format, device: str) -> None:
     """Elementwise in PyTorch from the same statistics and sums, which at this size no order of adding gives again."""
-    from tetdeploy import triton_bn_lif as kernels
-
+    if not served(device, memory_format):
+        pytest.skip("channels-last alone is fused on a CPU")
+    kernels = kernels_of(device)
     y = torch.empty(FULL, device=device, memory_format=memory_format).normal_()
     grad_spikes = torch.randn_like(y).unflatten(0, (4, -1))
     bn, spikes = norm_of(FULL[1]).to(device), torch.empty_like(y).unflatten(0, (4, -1))
@@ -244,7 +270,6 @@ def tile_of(layout: tuple[int, int]) -> dict[str, int]:
     )
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("options", [{"momentum": None}, {"momentum": 0.3, "eps": 0.1}, {"momentum": 0.0}])
 def test_running_statistics_are_moved_as_bn_moves_them(options: dict[str, Any], device: str) -> None:
     def twice(module: nn.Module, y: Tensor) -> Tensor:
@@ -254,8 +279,8 @@ def test_running_statistics_are_moved_as_bn_moves_them(options: dict[str, Any], 
 
     module = Behind(3, 4, "bn", **options).to(device)
     with by_modules():
-        wanted = outcome(module, twice, draw(8, 3, 5, 5).to(device))
-    got = outcome(module, twice, draw(8, 3, 5, 5).to(device))
+        wanted = outcome(module, twice, draw(8, 3, 5, 5).to(device, memory_format=torch.channels_last))
+    got = outcome(module, twice, draw(8, 3, 5, 5).to(device, memory_format=torch.channels_last))
     assert torch.equal(got["spikes"], wanted["spikes"])
     close(got["x"], wanted["x"], 2e-5)
     for name in ("bn.running_mean", "bn.running_var", "residual_bn.running_var", "bn.num_batches_tracked"):
@@ -265,30 +290,30 @@ def test_running_statistics_are_moved_as_bn_moves_them(options: dict[str, Any], 
     assert torch.equal(got["bn.running_var"], before) == (options["momentum"] == 0.0)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_statistics_do_not_cancel_far_from_zero(memory_format: torch.memory_format, device: str) -> None:
-    from tetdeploy import triton_bn_lif
-
+    if not served(device, memory_format):
+        pytest.skip("channels-last alone is fused on a CPU")
     y = 0.1 * draw(32, 3, 9, 9) + torch.tensor([1000.0, -3000.0, 0.0])[:, None, None]
     y[0, :, 0, 0] += 50.0  # the first value is no guide either
     exact = y.double()
     y = y.to(device).contiguous(memory_format=memory_format)
     bn = tdBN(3).to(device)
     vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    norm = triton_bn_lif.statistics(y, *vectors, momentum=1.0, eps=1e-9).double().cpu()
+    norm = kernels_of(device).statistics(y, *vectors, momentum=1.0, eps=1e-9).double().cpu()
     var, mean = torch.var_mean(exact, (0, 2, 3), correction=0)
     torch.testing.assert_close(norm[0], mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(norm[1], (var + 1e-9).rsqrt(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("residual", ["none", "identity", "bn"])
 def test_half_precision_is_float32_between_reading_and_writing(residual: str, dtype: torch.dtype, device: str) -> None:
     """Spikes are those of the modules in float32 on the same values; gradients are rounded once or twice."""
+    if by_numba(device) and dtype == torch.float16:
+        pytest.skip("float16 has no kernels on a CPU")
     module = Behind(3, 4, residual).to(device)
-    y = draw(8, 3, 5, 5).to(device=device, dtype=dtype)
+    y = draw(8, 3, 5, 5).to(device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     other = {"none": None, "identity": (y > 0).to(dtype), "bn": draw(8, 3, 5, 5, seed=7).to(y)}[residual]
     residual_bn = module.residual_bn if residual == "bn" else None
 
@@ -307,7 +332,6 @@ def test_half_precision_is_float32_between_reading_and_writing(residual: str, dt
         close(g, w, 2 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.gpu
 @settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     T=st.integers(1, 6),
@@ -333,18 +357,21 @@ def with_residual(module: nn.Module, y: Tensor, *, residual: Tensor) -> Tensor:
     return bn_lif(y, module.bn, module.lif, T=4, residual=residual)
 
 
-@pytest.mark.gpu
 def test_a_residual_in_another_memory_format_or_with_gaps(device: str) -> None:
-    for residual in (draw(8, 3, 5, 5).contiguous(memory_format=torch.channels_last), draw(8, 3, 5, 5, 2)[..., 0]):
-        y, module = draw(8, 3, 5, 5, seed=9).to(device), Behind(3, 4, "none").to(device)
-
+    y = draw(8, 3, 5, 5, seed=9).to(device)
+    last = y.contiguous(memory_format=torch.channels_last)
+    gaps = draw(8, 3, 5, 5, 2)[..., 0]
+    for y, residual in ((last, draw(8, 3, 5, 5)), (last, gaps), *([] if by_numba(device) else [(y, last), (y, gaps)])):
+        module = Behind(3, 4, "none").to(device)
         run = partial(with_residual, residual=residual.to(device))
         compare(module, run, y, launches=1)
 
 
-@pytest.mark.gpu
 def test_an_expanded_gradient_and_a_gradient_of_no_one(device: str) -> None:
-    module, y = Behind(3, 4, "none").to(device), draw(8, 3, 5, 5).to(device).requires_grad_()
+    module, y = (
+        Behind(3, 4, "none").to(device),
+        draw(8, 3, 5, 5).to(device, memory_format=torch.channels_last).requires_grad_(),
+    )
     (got,) = torch.autograd.grad(module(y).sum(), y)
     with by_modules():
         (wanted,) = torch.autograd.grad(module(y).sum(), y)
@@ -353,18 +380,16 @@ def test_an_expanded_gradient_and_a_gradient_of_no_one(device: str) -> None:
         assert not module(y).requires_grad
 
 
-@pytest.mark.gpu
 def test_two_runs_have_the_same_bits(device: str) -> None:
-    module, y = Behind(3, 4, "bn").to(device), draw(32, 3, 9, 9).to(device)
+    module, y = Behind(3, 4, "bn").to(device), draw(32, 3, 9, 9).to(device, memory_format=torch.channels_last)
     first, second = (outcome(module, lambda module, y: module(y), y) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.gpu
 def test_parameters_do_not_share_their_gradients(device: str) -> None:
     """Both BN of a block have the same gradient of the bias; in place on one must not change the other."""
     module = Behind(3, 4, "bn").to(device)
-    module(draw(8, 3, 5, 5).to(device)).sum().backward()
+    module(draw(8, 3, 5, 5).to(device, memory_format=torch.channels_last)).sum().backward()
     grads = [p.grad for p in module.parameters()]
     assert all(g is not None for g in grads)
     before = [g.clone() for g in grads if g is not None]
@@ -373,10 +398,10 @@ def test_parameters_do_not_share_their_gradients(device: str) -> None:
     assert all(torch.equal(g, b) for g, b in zip(grads[2:], before[2:], strict=True) if g is not None)
 
 
-@pytest.mark.gpu
 def test_kept_for_backward_are_the_convolutions_output_and_the_residual(device: str) -> None:
-    block = ResidualBlock(6, 6, stride=1, tau=0.5, v_th=1.0, gamma=1.0).to(device)
-    x, kept = (draw(4, 3, 6, 5, 7).to(device) > 0.3).float(), {}
+    block = ResidualBlock(6, 6, stride=1, tau=0.5, v_th=1.0, gamma=1.0)
+    block.to(device=device, memory_format=torch.channels_last)
+    x, kept = in_format((draw(4, 3, 6, 5, 7).to(device) > 0.3).float(), torch.channels_last), {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
     ):
@@ -386,7 +411,6 @@ def test_kept_for_backward_are_the_convolutions_output_and_the_residual(device: 
     assert sum(t.numel() for t in kept.values() if t.numel() not in (x.numel(), 6 * 6 * 9)) <= 2 * 4 * 6
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(("model", "side", "launches"), [("vggsnn-strided", 8, 7), ("resnet19", 4, 16)])
 def test_recomputing_blocks_gives_the_same_bits_and_counts_a_batch_once(
     model: str, side: int, launches: int, device: str
@@ -415,7 +439,6 @@ MODELS = [  # side of the images, fused layers: all that have a BN, steps in the
 ]
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(("model", "side", "launches", "steps"), MODELS)
 def test_a_whole_network_trains_the_same(model: str, side: int, launches: int, steps: int, device: str) -> None:
     """Loss curve and state of some steps, from the same weights."""
@@ -449,10 +472,10 @@ def test_a_whole_network_trains_the_same(model: str, side: int, launches: int, s
 # -------------------------------------------------------------------------------- where the modules are called
 
 
-@pytest.mark.gpu
 def test_the_modules_are_called_wherever_the_kernels_do_not_serve(device: str) -> None:
     x = (draw(4, 3, 6, 5, 7).to(device) > 0.3).float()
-    block = ResidualBlock(6, 6, stride=1, tau=0.5, v_th=1.0, gamma=1.0).to(device)
+    block = ResidualBlock(6, 6, stride=1, tau=0.5, v_th=1.0, gamma=1.0)
+    block.to(device=device, memory_format=torch.channels_last)
 
     def launches(change: Callable[[ResidualBlock], Any], x: Tensor = x) -> int:
         changed = copy.deepcopy(block)
@@ -466,7 +489,7 @@ def test_the_modules_are_called_wherever_the_kernels_do_not_serve(device: str) -
     assert launches(lambda block: block.double(), x.double()) == 0
     assert launches(ann_twin) == 0
     assert launches(lambda block: smooth_twin(block, k=10.0)) == 0
-    assert launches(lambda block: None, x[:1].expand(17, *x.shape[1:])) == 0
+    assert launches(lambda block: None, x[:1].expand(17, *x.shape[1:])) == (2 if by_numba(device) else 0)
     assert launches(lambda block: setattr(block, "lif1", nn.Identity())) == 1
     assert launches(lambda block: setattr(block.layer2[1], "__class__", type("Other", (tdBN,), {}))) == 1
     assert launches(lambda block: block.layer1[1].eval() and None) == 1
@@ -479,23 +502,22 @@ def test_the_modules_are_called_wherever_the_kernels_do_not_serve(device: str) -
     assert launches(hooked) == 0
 
 
-@pytest.mark.gpu
 def test_a_batch_of_one_value_a_channel_is_refused_as_by_bn(device: str) -> None:
     layer, lif = OverTime(*conv_bn(2, 3, 1)).to(device), LIF()
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         fire(lif, layer, torch.ones(1, 1, 2, 1, 1, device=device))
 
 
-def test_on_a_cpu_the_modules_are_called() -> None:
+def test_without_numba_or_channels_last_the_modules_are_called_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     block = ResidualBlock(3, 3, stride=1, tau=0.5, v_th=1.0, gamma=1.0)
-    x, seen = (draw(2, 2, 3, 4, 4) > 0).float(), []
-    block.layer2[1].register_forward_hook(lambda *_: seen.append("bn"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_bn, "_BNLIF", None)
-        spikes = block(x)
-    assert seen == ["bn"]
+    last = copy.deepcopy(block).to(memory_format=torch.channels_last)
+    x = (draw(2, 2, 3, 4, 4) > 0).float()
     wanted = copy.deepcopy(block)
-    assert torch.equal(spikes, wanted.lif2(wanted.layer2(wanted.lif1(wanted.layer1(x))) + x))
+    wanted = wanted.lif2(wanted.layer2(wanted.lif1(wanted.layer1(x))) + x)
+    monkeypatch.setattr(fused_bn, "_BNLIF", None)
+    assert torch.equal(block(x), wanted)
+    monkeypatch.setattr(neurons, "cpu_kernels", lambda dtype: None)
+    assert torch.equal(last(x), wanted)
 
 
 # ---------------------------------------------------------------------------------------------- without a GPU

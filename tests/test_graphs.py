@@ -252,7 +252,7 @@ class Layouts(TorchDispatchMode):
 @gpu
 def test_activations_are_channels_last() -> None:
     network = classifier()
-    place(network, torch.device("cuda"))
+    place(network, torch.device("cuda"), channels_last=True)
     with torch.autocast("cuda", torch.bfloat16), Layouts() as layouts:
         network(torch.from_numpy(TRAIN.x[:16]).cuda(), 2)
     inputs, outputs = zip(*layouts.seen, strict=True)

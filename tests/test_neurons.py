@@ -332,6 +332,7 @@ def test_gradcheck_where_no_membrane_is_near_the_threshold() -> None:
 # --- dtypes ------------------------------------------------------------------------------------------------------
 
 
+@by_either_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_currents_have_float32_membranes(dtype: torch.dtype) -> None:
     """The membrane is that of a float32 loop; a membrane in the currents' own precision would flip spikes."""

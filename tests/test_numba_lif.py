@@ -1,4 +1,4 @@
-"""The compiled kernels leave torch's number of threads as it was."""
+"""The compiled kernels leave torch's number of threads as it was, and know bfloat16 as torch does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 SCRIPT = """
 import torch
@@ -23,3 +24,32 @@ def test_the_first_call_does_not_raise_torchs_number_of_threads() -> None:
     command = [sys.executable, "-W", "error", "-c", SCRIPT]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "1"
+
+
+def test_bfloat16_is_read_and_written_as_torch_does() -> None:
+    kernels, numba = pytest.importorskip("tetdeploy.numba_lif"), pytest.importorskip("numba")
+    store, value = kernels.store, kernels.value
+
+    @numba.njit
+    def written(numbers, into):  # type: ignore[no-untyped-def]
+        for i in range(len(numbers)):
+            into[i] = store(numbers[i], into)
+
+    @numba.njit
+    def read(numbers, into):  # type: ignore[no-untyped-def]
+        for i in range(len(numbers)):
+            into[i] = value(numbers[i])
+
+    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
+    ties = torch.arange(0, 2**16, 7) * 2**16 + 2**15
+    numbers = torch.cat([bits, ties, ties + 1, ties - 1]).to(torch.int32).view(torch.float32)
+    got = torch.empty(len(numbers), dtype=torch.bfloat16)
+    written(kernels.memory(numbers), kernels.memory(got))
+    wanted = numbers.bfloat16()
+    known = ~wanted.isnan()
+    assert torch.equal(got[known].view(torch.int16), wanted[known].view(torch.int16))
+    assert got[~known].isnan().all() and 100 < (~known).sum() < len(numbers) / 10
+
+    back = torch.empty(len(numbers))
+    read(kernels.memory(wanted), kernels.memory(back))
+    assert torch.equal(back[known], wanted[known].float()) and back[~known].isnan().all()

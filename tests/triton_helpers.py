@@ -27,6 +27,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
     """The device whose tensors go through the kernels."""
+    return gpu_device(monkeypatch)
+
+
+def gpu_device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A GPU, or the CPU for the interpreter; skips where neither is."""
     if INTERPRETED:
         monkeypatch.setattr(neurons, "_triton", interpreted_kernels)
         return "cpu"

@@ -358,4 +358,3 @@ def _lanes(norm: Tensor, length: int) -> Array:
 
 def _tiled(vectors: Tensor, length: int) -> Array:
     return memory(vectors.repeat(1, length // vectors.shape[1]))
-

@@ -110,7 +110,7 @@ class Step:
         if side == "loop" or side.endswith("NCHW"):
             network.to(self.device)
         else:
-            place(network, self.device)
+            place(network, self.device, channels_last=True)
         self.network, self.reset = network.train(), resetting(side)
         config = TrainConfig(optimizer="sgd", lr=0.01, weight_decay=5e-4)
         self.optimizer = build_optimizer(network, config)

@@ -10,6 +10,8 @@ from tetdeploy.fused_bn import fire, fire_sum
 from tetdeploy.layers import OverTime, tdBN
 from tetdeploy.neurons import LIF
 
+RATE = 0.23  # of neurons behind tdBN at the start of training, root of the mean square over an image
+
 
 def conv_bn(
     in_channels: int, channels: int, kernel: int, *, stride: int = 1, bias: bool = False, v_th: float = 1.0
@@ -17,6 +19,18 @@ def conv_bn(
     """A convolution, padded by half its kernel, and the tdBN behind it: `[N, C, H, W]` -> `[N, channels, H/s, W/s]`."""
     conv = nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2, bias=bias)
     return conv, tdBN(channels, v_th=v_th)
+
+
+def firing_linear(in_features: int, features: int, *, v_th: float = 1.0) -> nn.Linear:
+    """A linear layer in front of neurons, without a BN between: its weights start so that the neurons fire.
+
+    Their currents start with a standard deviation of v_th, as tdBN gives it, where the input is firing rates of `RATE`.
+    By PyTorch's own initialisation they would start at a ninth of that: then no neuron fires, the surrogate gradient
+    (Eq. 5) is close to its zero as well, and hardly any gradient reaches what lies in front.
+    """
+    linear = nn.Linear(in_features, features)
+    nn.init.normal_(linear.weight, std=v_th / (RATE * in_features**0.5))
+    return linear
 
 
 def scaled(channels: Sequence[int], width: float) -> list[int]:

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from tetdeploy.fused_bn import fire_encoded
 from tetdeploy.layers import DirectEncoding, OverTime
-from tetdeploy.networks.blocks import ResidualBlock, check_image_size, conv_bn, residual_stages, scaled
+from tetdeploy.networks.blocks import (
+    ResidualBlock,
+    check_image_size,
+    conv_bn,
+    firing_linear,
+    residual_stages,
+    scaled,
+)
 from tetdeploy.neurons import LIF
 
 
@@ -37,7 +44,7 @@ class ResNet19(nn.Module):
         self.encode = DirectEncoding(*conv_bn(in_channels, stem, 3, v_th=v_th))
         self.lif1 = LIF(**neuron)
         self.blocks = residual_stages(ResidualBlock, stem, stages, (3, 3, 2), **neuron)
-        self.fc1 = OverTime(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(stages[-1], hidden))
+        self.fc1 = OverTime(nn.AdaptiveAvgPool2d(1), nn.Flatten(), firing_linear(stages[-1], hidden, v_th=v_th))
         self.lif2 = LIF(**neuron)
         self.fc2 = OverTime(nn.Linear(hidden, num_classes))
 
