@@ -358,10 +358,14 @@ def with_residual(module: nn.Module, y: Tensor, *, residual: Tensor) -> Tensor:
 
 
 def test_a_residual_in_another_memory_format_or_with_gaps(device: str) -> None:
-    y = draw(8, 3, 5, 5, seed=9).to(device)
-    last = y.contiguous(memory_format=torch.channels_last)
+    plain = draw(8, 3, 5, 5, seed=9).to(device)
+    last = plain.contiguous(memory_format=torch.channels_last)
     gaps = draw(8, 3, 5, 5, 2)[..., 0]
-    for y, residual in ((last, draw(8, 3, 5, 5)), (last, gaps), *([] if by_numba(device) else [(y, last), (y, gaps)])):
+    for y, residual in (
+        (last, draw(8, 3, 5, 5)),
+        (last, gaps),
+        *([] if by_numba(device) else [(plain, last), (plain, gaps)]),
+    ):
         module = Behind(3, 4, "none").to(device)
         run = partial(with_residual, residual=residual.to(device))
         compare(module, run, y, launches=1)

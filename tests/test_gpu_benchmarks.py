@@ -55,7 +55,7 @@ def test_the_wishes_take_the_fastest_of_each_kind(module: Any) -> None:
     def side(ms: float, mb: float = 100) -> dict[str, Any]:
         return {"median_ms": ms, "peak_mb": mb}
 
-    ratios = module("gpu_training").ratios
+    ratios = module("training_step").ratios
     sides = {
         "loop": side(30, 200),
         "NCHW": side(5),
@@ -96,7 +96,7 @@ class Answering:
 
 def test_a_call_that_is_cut_leaves_what_it_knows(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[dict[str, Any]] = []
-    training, inference = module("gpu_training"), module("gpu_inference")
+    training, inference = module("training_step"), module("gpu_inference")
     for benchmark in (training, inference):
         monkeypatch.setattr(benchmark, "Worker", Answering)
     sides = ["tetdeploy", "loop", "SJ torch fp32"]
@@ -115,7 +115,7 @@ def test_a_call_that_is_cut_leaves_what_it_knows(module: Any, monkeypatch: pytes
 def test_spikingjellys_neurons_have_our_parameters(module: Any) -> None:
     pytest.importorskip("spikingjelly", reason="SpikingJelly is not installed")
     ours = nn.Sequential(LIF(tau=0.75, v_th=0.8, gamma=1.3), IF(v_th=1.5))
-    variant, resetting = module("gpu_training").variant, module("gpu_training").resetting
+    variant, resetting = module("training_step").variant, module("training_step").resetting
     theirs = variant("SJ torch NCHW", copy.deepcopy(ours), torch.device("cpu"))
     resetting("SJ torch NCHW")(theirs)
     assert not any(isinstance(layer, LIF) for layer in theirs)
@@ -132,7 +132,7 @@ def test_an_operators_time_goes_to_the_innermost_kind_round_it(module: Any) -> N
     def event(*names: str) -> Any:
         return functools.reduce(lambda parent, name: SimpleNamespace(name=name, cpu_parent=parent), names, None)
 
-    kind_of = module("gpu_training").kind_of
+    kind_of = module("training_step").kind_of
     assert kind_of(event("autograd::engine::evaluate_function: ConvolutionBackward0", "aten::sum")) == "convolutions"
     assert kind_of(event("tetdeploy::lif", "aten::mul_")).startswith("neurons")
     assert kind_of(event("aten::conv2d", "aten::clone")) == "copies, casts"
@@ -143,21 +143,21 @@ def test_an_operators_time_goes_to_the_innermost_kind_round_it(module: Any) -> N
 def test_a_smoke_run_of_the_training_step(tmp_path: Path) -> None:
     tiny = ["--device", "cpu", "--width", "0.0625", "--size", "8", "--batch", "2", "--turns", "1", "--steps", "1"]
     sides = ["--side", "loop", "--side", "tetdeploy", "--side", "tetdeploy graphs", "--threads", "1"]
-    script, result = str(BENCHMARKS / "gpu_training.py"), tmp_path / "step.json"
+    script, result = str(BENCHMARKS / "training_step.py"), tmp_path / "step.json"
     command = [sys.executable, script, *tiny, *sides, "--json", str(result)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (
         "tetdeploy graphs left out: ValueError: no CUDA graph of this training step: the run is on cpu" in done.stdout
     )
-    assert "a smoke run" in done.stdout
+    assert "plain loop / ours: " in done.stdout and "wanted" not in done.stdout  # that is of a card
     found = json.loads(result.read_text())
     assert found["sides"]["tetdeploy"]["profile_ms"]["convolutions"] > 0
     # 20 convolutions forward and backward at T x N = 8, the first without a gradient for its images
-    assert 0 < found["floor"]["tflop"] < 1e-3 and found["reached"] == []
+    assert 0 < found["floor"]["tflop"] < 1e-3
 
 
-@pytest.mark.parametrize("name", ["gpu_training", "gpu_inference"])
+@pytest.mark.parametrize("name", ["training_step", "gpu_inference"])
 def test_without_a_gpu_there_is_one_line(name: str, module: Any) -> None:
     refused = CliRunner().invoke(module(name).main, ["--device", "cuda:99"])
     assert refused.exit_code == 1

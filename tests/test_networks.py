@@ -308,3 +308,15 @@ def test_a_classifier_knows_its_images_and_keeps_normalisation_out_of_the_weight
 def test_data_that_do_not_fit_the_network_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         classifier(**options)
+
+
+@pytest.mark.parametrize("v_th", [0.5, 1.0])
+def test_the_hidden_neurons_of_resnet19_fire_from_the_start(v_th: float) -> None:
+    """Their currents have a standard deviation of v_th, to what the rates in front of them vary with T and width."""
+    torch.manual_seed(0)
+    network = ResNet19(num_classes=10, in_channels=3, image_size=(SIDE, SIDE), width=0.25, v_th=v_th).train()
+    with torch.no_grad():
+        current = network.fc1(network.blocks(network.lif1(network.encode(torch.randn(16, 3, SIDE, SIDE), 4))))
+        spikes = network.lif2(current)
+    assert 0.7 * v_th < current.std() < 1.4 * v_th
+    assert 0.05 < spikes.mean() < 0.3

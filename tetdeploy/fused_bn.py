@@ -4,11 +4,12 @@ What is computed is always
 
     lif(layer(x))        or        lif(layer(x) + shortcut(x'))
 
-with layers that end in a BN. In training on a GPU the BN are taken out of their layers, and all behind the
-convolutions is one pass over memory each way (`triton_bn_lif`): normalising, adding and integrating apart move several
-times as much, and that is most of the time beside the convolutions. Anywhere else, and wherever the kernels do not
-serve, the modules are called as they are: in inference, in torch.export and torch.compile, with BN over the ranks of a
-group, with other neurons or other BN, with hooks on the modules, in float64, at more than 16 steps.
+with layers that end in a BN. In training the BN are taken out of their layers, and all behind the convolutions is one
+pass over memory each way, by Triton on a GPU (`triton_bn_lif`) and by numba on a CPU (`numba_bn_lif`): normalising,
+adding and integrating apart move several times as much, and that is most of the time beside the convolutions. Wherever
+the kernels do not serve, the modules are called as they are: in inference, in torch.export and torch.compile, with BN
+over the ranks of a group, with other neurons or other BN, with hooks on the modules, in float64; on a GPU at more than
+16 steps; on a CPU in float16 and where a convolution's output does not lie channels-last.
 """
 
 from __future__ import annotations

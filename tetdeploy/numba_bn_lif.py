@@ -27,8 +27,13 @@ from tetdeploy.numba_lif import Array, compiled, memory, store, threads, value
 _BLOCK = 1024  # numbers; with T = 8 a block's membranes take 32 kB
 _SLABS = 64  # at most, as many as sums are added up from: a number of its own for each thread that comes
 
-_inline: Any = njit(inline="always")
-_serial: Any = njit(nogil=True, cache=True)
+
+def _inline(function: Any) -> Any:
+    return njit(function, inline="always")
+
+
+def _serial(function: Any) -> Any:
+    return compiled(function, parallel=False)
 
 
 @_inline
@@ -277,7 +282,7 @@ def forward(
 ) -> None:
     """Spikes `[T, N, C, H, W]` of y `[T N, C, H, W]`, or of `[N, C, H, W]` at each step; residual like the spikes."""
     T, length = len(spikes), _length(y.shape[1])
-    sequences = (_steps(y, spikes), _lanes(norm, length), *_other(residual, residual_norm, length, T))
+    sequences = _sequences(y, norm, residual, residual_norm, spikes)
     with threads():
         _forward(*sequences, _step(spikes.flatten(0, 1)).reshape(T, -1), length, np.float32(tau), np.float32(v_th))
 
@@ -302,7 +307,7 @@ def backward(
     slab, slabs = _slabs(incoming.shape[1], length)
     sums = np.empty((slabs, 3, length), np.float32)
     grad_current = torch.empty_like(y)
-    sequences = (_steps(y, grad_spikes), _lanes(norm, length), *_other(residual, residual_norm, length, T))
+    sequences = _sequences(y, norm, residual, residual_norm, grad_spikes)
     parameters = (np.float32(tau), np.float32(v_th), np.float32(gamma))
     with threads():
         _backward(*sequences, incoming, _steps(grad_current, grad_spikes), sums, length, slab, *parameters)
@@ -345,10 +350,14 @@ def _steps(y: Tensor, sequence: Tensor) -> Array:
     return _step(y).reshape(1 if y.numel() < sequence.numel() else len(sequence), -1)
 
 
-def _other(residual: Tensor | None, norm: Tensor | None, length: int, T: int) -> tuple[Array, Array]:
-    """The residual `[T, M]` and its norm, without rows where there is none."""
-    none = np.empty((0, 0), np.float32)
-    return none if residual is None else _step(residual).reshape(T, -1), none if norm is None else _lanes(norm, length)
+def _sequences(
+    y: Tensor, norm: Tensor, residual: Tensor | None, residual_norm: Tensor | None, like: Tensor
+) -> tuple[Array, Array, Array, Array]:
+    """What the kernels compute the current of: without rows, but with the same types, where there is no such thing."""
+    length = _length(y.shape[1])
+    y_, lanes = _steps(y, like), _lanes(norm, length)
+    residual_ = y_[:0] if residual is None else _steps(residual, like)
+    return y_, lanes, residual_, lanes[:0] if residual_norm is None else _lanes(residual_norm, length)
 
 
 def _lanes(norm: Tensor, length: int) -> Array:

@@ -18,8 +18,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba import extending, njit, prange, types
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -44,12 +43,17 @@ def threads() -> Iterator[None]:
         yield
 
 
-def compiled(function: Any) -> Any:
+def compiled(function: Any, **options: Any) -> Any:
     """Compiled at the first call, and kept on disk for the next process where a folder for that can be written."""
+    options = {"parallel": True, "nogil": True} | options
     try:
-        return njit(function, parallel=True, nogil=True, cache=True)
+        return njit(function, cache=True, **options)
     except RuntimeError:  # "no locator available": neither the package's folder nor the user's cache is writable
-        return njit(function, parallel=True, nogil=True)
+        return njit(function, **options)
+
+
+def _intrinsic(function: Any) -> Any:
+    return extending.intrinsic(function)
 
 
 def memory(tensor: Tensor) -> Array:
@@ -59,7 +63,7 @@ def memory(tensor: Tensor) -> Array:
     return array
 
 
-@intrinsic
+@_intrinsic
 def value(_: Any, stored: Any) -> Any:
     """What is stored: bfloat16's bits as float32, anything else as it is."""
     if stored != types.uint16:
@@ -72,7 +76,7 @@ def value(_: Any, stored: Any) -> Any:
     return types.float32(stored), widened
 
 
-@intrinsic
+@_intrinsic
 def store(_: Any, number: Any, into: Any) -> Any:
     """`number` as the array `into` keeps it: float32 as bfloat16's bits, the nearest or of two the even one."""
     if into.dtype != types.uint16:

@@ -43,8 +43,8 @@ from tetdeploy.files import write_json
 from tetdeploy.train.device import device_name, pick_device
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_training import resetting, variant
 from inference import untrained
+from training_step import resetting, variant
 from turns import Answer, Worker
 
 Call = Callable[[Any], Any]  # uint8 images [N, C, H, W] to logits [N, K]

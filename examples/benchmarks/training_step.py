@@ -1,152 +1,462 @@
-"""A whole training step of a small VGG on 28x28 images at T = 4: ours against SpikingJelly, and where the time goes.
+"""A training step of ResNet-19: ours against the plain loop, SpikingJelly 2.0 and the ANN twin, and the floor.
 
     pip install spikingjelly
-    python examples/benchmarks/training_step.py [--threads 2] [--json step.json]
+    python examples/benchmarks/training_step.py --json step.json                         one card, bf16, T=4, batch 256
+    python examples/benchmarks/training_step.py --device cpu --batch 16 --steps 2        on a CPU
 
-The same architecture, weights' shapes, loss, optimiser and surrogate on both sides (SpikingJelly's torch backend,
-multi-step mode, `LIFNode(tau=2.0, decay_input=False, v_reset=0., detach_reset=False, PiecewiseQuadratic(alpha=1.))`).
-The sides take turns in one process; the table shows medians and their ratio.
+Every side trains the same layers (the ANN twin with ReLU for neurons, on T times the images) on fixed random images,
+with TET's loss and SGD, each in a process of its own on the same device: SpikingJelly chooses its kernels at import
+(`SJ_LIF_CUDA_IMPLEMENTATION`), and a side that fails says why and takes nothing with it. The sides take turns; times
+are medians, on a card of CUDA events round a step. Memory is what PyTorch had allocated at most once cuDNN had tried
+its algorithms; of graphs, whose memory stays theirs between replays, what it had reserved, which is more; on a CPU what
+the process had at most.
+
+    loop             LIF as a loop of PyTorch operations over T, contiguous (memory.py)
+    NCHW             our neurons with BN fused into them, contiguous
+    unfused          our neurons, BN by PyTorch, channels-last (on a CPU contiguous, which is faster there)
+    tetdeploy        what `tetdeploy train` does: channels-last weights; on a CPU, memory that is freed is kept
+    tetdeploy graphs the same, forward and backward as a CUDA graph (`--cuda-graphs`)
+    SJ ...           LIFNode(tau=2.0, decay_input=False, v_reset=0., detach_reset=False, PiecewiseQuadratic(alpha=1.))
+    ANN              the layout of `tetdeploy train --ann`, BN and ReLU by PyTorch, not fused
+    ANN graphs       the same, as a CUDA graph
+
+The floor is the time of the convolutions by themselves on this device (each shape forward and backward, channels-last),
+plus, on a card, what BN, residual sum and neurons must read and write at 3 TB/s if they are fused: of each
+convolution's output, in 16 bits, forward the statistics (1 pass) and the spikes (2: read, write), backward the sums (3:
+currents, spikes' gradients, membranes' gradients written) and the currents' gradients (3); a residual that is added is
+read twice.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
-from peers import reset, spikingjelly, spikingjelly_neuron
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import json_option
 from tetdeploy.files import write_json
-from tetdeploy.layers import DirectEncoding, OverTime, tdBN
+from tetdeploy.networks import ann_twin, build_network
+from tetdeploy.networks.blocks import ResidualBlock
 from tetdeploy.neurons import LIF
-from tetdeploy.train.losses import total_loss
+from tetdeploy.train import TrainConfig, total_loss
+from tetdeploy.train.device import autocast, device_name, pick_device, pick_precision, place, reused_memory
+from tetdeploy.train.graphs import StepGraphs, check_graphs
+from tetdeploy.train.optimizer import build_optimizer
+from tetdeploy.train.ranks import Ranks
 
-T, BATCH = 4, 64
-CHANNELS = (1, 32, "pool", 64, 64, "pool", 128)
+sys.path.insert(0, str(Path(__file__).parent))
+from memory import loop_twin, peak_bytes
+from peers import reset, with_spikingjelly
+from turns import Answer, Worker
+
+SIDES = ("loop", "NCHW", "unfused", "tetdeploy", "tetdeploy graphs")
+SIDES += tuple(f"SJ {backend} {layout}" for backend in ("torch", "triton", "cuda") for layout in ("NCHW", "NHWC"))
+SIDES += ("ANN", "ANN graphs")
+FLOOR = "floor"
+PASSES, PASSES_OF_A_RESIDUAL, BANDWIDTH = 9, 2, 3e12
+KINDS = {
+    "convolutions": ("conv",),
+    "neurons, and what is fused into them": ("lif", "spike", "_ongpu"),
+    "BN": ("batch_norm", "batchnorm"),
+    "copies, casts": ("copy_", "_to_copy", "contiguous", "clone"),
+    "optimiser": ("optimizer", "_fused_sgd"),
+}
+REST = "rest"
+PROFILED = 3  # steps: reading what the profiler saw takes longer than they do
 
 
-class Ours(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        pool: list[nn.Module] = []
-        before = 1
-        for entry in CHANNELS[1:]:
-            if isinstance(entry, str):
-                pool = [nn.AvgPool2d(2)]
-                continue
-            block = [*pool, nn.Conv2d(before, entry, 3, padding=1, bias=False), tdBN(entry)]
-            layers += [DirectEncoding(*block) if before == 1 else OverTime(*block), LIF()]
-            before, pool = entry, []
-        self.encode, self.body = layers[0], nn.Sequential(*layers[1:])
-        self.readout = OverTime(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
+@dataclass(frozen=True)
+class Case:
+    """What is measured, the same for every side."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.readout(self.body(self.encode(x, T)))
-        return logits
+    model: str
+    width: float
+    size: int
+    T: int
+    batch: int
+    device: str
+    precision: str
+    steps: int
 
+    def network(self) -> nn.Module:
+        from tetdeploy.networks import NetworkConfig
 
-def spikingjelly_network() -> nn.Module:
-    theirs = spikingjelly()
-    layer = theirs.layer
-    layers: list[nn.Module] = []
-    before = 1
-    for entry in CHANNELS[1:]:
-        if isinstance(entry, str):
-            layers.append(layer.AvgPool2d(2))
-            continue
-        layers += [layer.Conv2d(before, entry, 3, padding=1, bias=False), layer.BatchNorm2d(entry)]
-        layers.append(spikingjelly_neuron(LIF()))
-        before = entry
-    layers += [layer.AdaptiveAvgPool2d(1), layer.Flatten(), layer.Linear(before, 10)]
-    network = nn.Sequential(*layers)
-    theirs.functional.set_step_mode(network, "m")
-
-    class Theirs(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, x: Tensor) -> Tensor:
-            reset(self.network)
-            logits: Tensor = self.network(x.unsqueeze(0).repeat(T, 1, 1, 1, 1))
-            return logits
-
-    return Theirs()
+        torch.manual_seed(0)
+        return build_network(NetworkConfig(self.model, 10, 3, (self.size, self.size), width=self.width))
 
 
 class Step:
-    """One training step of a network on fixed random images."""
+    """One training step of a side on fixed random images."""
 
-    def __init__(self, network: nn.Module) -> None:
-        torch.manual_seed(0)
-        self.network = network.train()
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-        self.images, self.labels = torch.randn(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
+    def __init__(self, side: str, case: Case) -> None:
+        self.side, self.device = side, pick_device(case.device)
+        self.precision = pick_precision(case.precision, self.device)
+        self.T, batch = (1, case.batch * case.T) if side.startswith("ANN") else (case.T, case.batch)
+        network = variant(side, case.network(), self.device)
+        contiguous = side == "loop" or side.endswith("NCHW")
+        if self.device.type != "cuda":
+            contiguous = contiguous or side.startswith(("unfused", "ANN"))
+        place(network, self.device, channels_last=not contiguous)
+        self.network, self.reset = network.train(), resetting(side)
+        config = TrainConfig(optimizer="sgd", lr=0.01, weight_decay=5e-4)
+        self.optimizer = build_optimizer(network, config)
+        self.graphs = None
+        if side.endswith("graphs"):
+            check_graphs(config, self.device, self.precision, Ranks())
+            self.graphs = StepGraphs(network)
+        self.x = torch.randn(batch, 3, case.size, case.size, device=self.device)
+        self.y = torch.randint(10, (batch,), device=self.device)
 
-    def __call__(self) -> float:
-        start = time.perf_counter()
-        loss = total_loss(self.network(self.images), self.labels, lam=0.05, phi=1.0)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+    def __call__(self) -> None:
+        if self.graphs is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.compute(self.x, self.y)
+        else:
+            self.graphs("step", self.compute, self.x, self.y)
         self.optimizer.step()
-        return time.perf_counter() - start
+
+    def compute(self, x: Tensor, y: Tensor) -> Tensor:
+        self.reset(self.network)
+        with autocast(self.device, self.precision):
+            logits = self.network(x, self.T)
+        loss = total_loss(logits, y)
+        loss.backward()
+        return loss.detach()
 
 
-def where_it_goes(step: Step) -> dict[str, float]:
-    """Shares of the operators' own time in one step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step()
-    groups = {"convolution": 0.0, "normalisation": 0.0, "neurons": 0.0, "rest": 0.0}
-    for event in profile.key_averages():
-        name = event.key
-        group = next(
-            (g for g, words in _GROUPS.items() if any(word in name for word in words)),
-            "rest",
+def variant(side: str, network: nn.Module, device: torch.device) -> nn.Module:
+    """A side's network.
+
+    Raises:
+        ValueError: the side needs a GPU.
+    """
+    if side == "loop":
+        return loop_twin(network)
+    if side.startswith("ANN"):
+        return ann_twin(network)
+    if side == "unfused":
+        for module in network.modules():
+            if isinstance(module, LIF):
+                module.register_forward_hook(lambda *_: None)  # neurons with hooks run by themselves
+    if not side.startswith("SJ"):
+        return network
+    if device.type != "cuda" and "torch" not in side:
+        raise ValueError(f"{side} needs a GPU")
+    return with_spikingjelly(network)
+
+
+def resetting(side: str) -> Callable[[nn.Module], None]:
+    return reset if side.startswith("SJ") else lambda network: None
+
+
+# --- a side's process
+
+
+def open_side(side: str, case: Case, threads: int | None) -> Answer:
+    """What answers "turn", "profile" and "floor"."""
+    if side.startswith("SJ"):
+        os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = side.split()[1]
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True  # as in training
+    step = Step(side, case)
+    return lambda request: {"turn": turn, "profile": profile, FLOOR: floor}[request](step, case)
+
+
+def turn(step: Step, case: Case) -> dict[str, Any]:
+    """Milliseconds of each step, after two that do not count, and MB at the peak."""
+    memory = reused_memory() if step.side == "tetdeploy" and step.device.type == "cpu" else nullcontext()
+    with memory:
+        return measured(step, case)
+
+
+def measured(step: Step, case: Case) -> dict[str, Any]:
+    step()
+    step()
+    if step.device.type == "cuda":
+        torch.cuda.synchronize(step.device)
+        torch.cuda.empty_cache()  # of what cuDNN tried
+        torch.cuda.reset_peak_memory_stats(step.device)
+    taken = timed(step, case.steps, step.device)
+    peak = peak_bytes(step.device) if step.graphs is None else torch.cuda.max_memory_reserved(step.device)
+    if step.device.type == "cuda":
+        torch.cuda.empty_cache()  # for the other processes
+    return {"ms": taken, "peak_mb": peak / 1e6}
+
+
+def timed(call: Callable[[], Any], count: int, device: torch.device) -> list[float]:
+    if device.type != "cuda":
+        ends = [time.perf_counter()]
+        for _ in range(count):
+            call()
+            ends.append(time.perf_counter())
+        return [1e3 * (b - a) for a, b in pairwise(ends)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize(device)
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
+
+
+def profile(step: Step, case: Case) -> dict[str, float]:
+    """Milliseconds of a step by kind of operator: of kernels on a GPU, of operators' own time on a CPU."""
+    on_gpu = step.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
+    step()
+    steps = min(case.steps, PROFILED)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(steps):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize(step.device)
+    found: Counter[str] = Counter()
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            own = sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
+            found[kind_of(event)] += own / 1e3 / steps
+        elif not event.is_user_annotation:
+            found["kernels"] += event.device_time_total / 1e3 / steps
+    kernels = found.pop("kernels", 0.0)
+    if on_gpu:  # such as those of a graph, which no operator launches
+        found[REST] += max(kernels - found.total(), 0.0)
+    return {kind: found[kind] for kind in (*KINDS, REST)}
+
+
+def kind_of(event: Any) -> str:
+    """The kind of the innermost operator round an event that has one."""
+    while event is not None:
+        name = event.name.lower()
+        for kind, words in KINDS.items():
+            if any(word in name for word in words):
+                return kind
+        event = event.cpu_parent
+    return REST
+
+
+# --- the floor
+
+
+class Convolutions(TorchDispatchMode):
+    """Sees the shapes of all convolutions: input, weight, stride, padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[Any, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            x, weight, _, stride, padding = args[:5]
+            self.seen[tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def floor(step: Step, case: Case) -> dict[str, float]:
+    """Milliseconds that convolutions take by themselves, what they compute, and the bytes of all the rest."""
+    residuals: list[int] = []
+    for module in step.network.modules():
+        if isinstance(module, ResidualBlock):
+            module.register_forward_hook(lambda block, x, y: residuals.append(y.numel()))
+    with torch.no_grad(), autocast(step.device, step.precision), Convolutions() as convolutions:
+        step.network(step.x, step.T)
+    milliseconds = operations = elements = 0.0
+    for (shape, weight, stride, padding), count in convolutions.seen.items():
+        ms, macs, outputs = convolution(shape, weight, stride, padding, step)
+        milliseconds += count * ms
+        operations += count * 2 * macs * (2 if shape[1] == 3 else 3)  # images need no gradient
+        elements += count * outputs * (case.T if shape[0] == case.batch else 1)  # the encoded image is read T times
+    moved = 2 * (PASSES * elements + PASSES_OF_A_RESIDUAL * sum(residuals))
+    return {
+        "convolutions_ms": milliseconds,
+        "tflop": operations / 1e12,
+        "tflop_per_s": operations / 1e9 / milliseconds,
+        "gb": moved / 1e9,
+        "memory_ms": 1e3 * moved / BANDWIDTH,
+        "floor_ms": milliseconds + 1e3 * moved / BANDWIDTH,
+    }
+
+
+def convolution(
+    shape: tuple[int, ...], weight: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], step: Step
+) -> tuple[float, float, int]:
+    """Milliseconds of one convolution forward and backward, its multiply-accumulates forward, its outputs."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(step.precision, torch.float32)
+    options: dict[str, Any] = {"device": step.device, "dtype": dtype}
+    x, w = (torch.randn(s, **options).to(memory_format=torch.channels_last) for s in (shape, weight))
+    x.requires_grad_(shape[1] != 3)
+    w.requires_grad_()
+    gradient = torch.randn_like(functional.conv2d(x, w, stride=stride, padding=padding))
+
+    def both_ways() -> None:
+        x.grad = w.grad = None
+        functional.conv2d(x, w, stride=stride, padding=padding).backward(gradient)
+
+    timed(both_ways, 3, step.device)
+    taken = statistics.median(timed(both_ways, 10, step.device))
+    return taken, gradient.numel() * w[0].numel(), gradient.numel()
+
+
+# --- the processes' turns, and the result
+
+
+def measure(
+    sides: list[str], case: Case, turns: int, threads: int | None, keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """ "sides", each with "median_ms", "peak_mb" and "profile_ms" (or "not_profiled"), or with "failed"; and "floor".
+
+    `keep` gets what is known so far after each round and each side: a call that is cut leaves that.
+    """
+    workers = {side: Worker(open_side, side, case, threads) for side in sides}
+    taken: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    found: dict[str, Any] = {}
+    for number in range(turns + 1):
+        for side, worker in workers.items():
+            answer = worker.ask("turn")
+            if number > 0 and answer is not None:  # the first turn warms up
+                taken[side].append(answer)
+        found = {
+            side: {"failed": worker.failed} if worker.failed else medians(taken[side])
+            for side, worker in workers.items()
+        }
+        if number > 0:
+            keep({"sides": found})
+    for side, worker in workers.items():
+        profiled = worker.ask("profile")
+        if "failed" not in found[side]:  # a profiler that may not run there takes no times with it
+            found[side] |= {"not_profiled": worker.failed} if worker.failed else {"profile_ms": profiled}
+        worker.end()
+        keep({"sides": found})
+    last = Worker(open_side, "tetdeploy", case, threads)
+    answer = last.ask(FLOOR) or {"failed": last.failed}
+    last.end()
+    keep({"sides": found, "floor": answer})
+
+
+def medians(answers: list[dict[str, Any]]) -> dict[str, float]:
+    """Of a side's turns; nothing before the first."""
+    if not answers:
+        return {}
+    steps = [ms for answer in answers for ms in answer["ms"]]
+    return {"median_ms": statistics.median(steps), "peak_mb": max(answer["peak_mb"] for answer in answers)}
+
+
+def ratios(found: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
+    """What is to be reached: its name, the number, the wish, whether it holds. Without a side there is no number."""
+
+    def fastest(*names: str) -> dict[str, Any] | None:
+        sides = [side for name, side in found.items() if name.startswith(names) and "failed" not in side]
+        return min(sides, key=lambda side: float(side["median_ms"]), default=None)
+
+    ours, loop, theirs, ann = fastest("tetdeploy"), fastest("loop"), fastest("SJ"), fastest("ANN")
+    rows: list[tuple[str, float, str, bool]] = []
+    for name, one, other, key, wanted, at_least in (
+        ("plain loop / ours", loop, ours, "median_ms", 1.5, True),
+        ("SpikingJelly's best / ours", theirs, ours, "median_ms", 1.3, True),
+        ("ours / ANN twin, whose BN and ReLU are not fused", ours, ann, "median_ms", 1.15, False),
+        ("memory, ours / plain loop", ours, loop, "peak_mb", 0.6, False),
+    ):
+        if one is not None and other is not None:
+            value = one[key] / other[key]
+            sign = "at least" if at_least else "at most"
+            rows.append((name, value, f"{sign} {wanted}", value >= wanted if at_least else value <= wanted))
+    return rows
+
+
+def show(results: dict[str, Any]) -> None:
+    console = Console(width=150, highlight=False)
+    case, on_card = results["case"], results["card"] != "cpu"
+    console.print(
+        f"{case['model']} x {case['width']:g}, {case['size']}x{case['size']}, T={case['T']}, batch {case['batch']}, "
+        f"{results['precision']} on {results['card']}, PyTorch {torch.__version__}"
+    )
+    table = Table()
+    for header in ("", "ms a step", "images/s", "peak MB", *KINDS, REST):
+        table.add_column(header, justify="right" if header else "left")
+    for side, found in results["sides"].items():
+        if "failed" in found:
+            continue
+        shares = found.get("profile_ms")
+        speed = 1e3 * case["batch"] / found["median_ms"]
+        cells = (f"{found['median_ms']:.2f}", f"{speed:,.0f}", f"{found['peak_mb']:,.0f}")
+        table.add_row(side, *cells, *(f"{shares[kind]:.2f}" if shares else "" for kind in (*KINDS, REST)))
+    console.print(table)
+    for side, found in results["sides"].items():
+        if "failed" in found:
+            console.print(f"{side} left out: {found['failed']}", markup=False)
+        elif "not_profiled" in found:
+            console.print(f"{side} not profiled: {found['not_profiled']}", markup=False)
+    floor = results["floor"]
+    if "failed" in floor:
+        console.print(f"no floor: {floor['failed']}", markup=False)
+    else:
+        convolutions = (
+            f"{floor['convolutions_ms']:.2f} ms ({floor['tflop']:.3g} TFLOP at {floor['tflop_per_s']:.3g} TFLOP/s)"
         )
-        groups[group] += event.self_cpu_time_total
-    total = sum(groups.values())
-    return {group: share / total for group, share in groups.items()}
-
-
-_GROUPS = {"convolution": ("convolution", "conv2d", "mkldnn"), "normalisation": ("batch_norm",), "neurons": ("lif",)}
+        moved = f", {floor['gb']:.3g} GB at 3 TB/s {floor['memory_ms']:.2f} ms: floor {floor['floor_ms']:.2f} ms"
+        console.print(f"convolutions {convolutions}{moved if on_card else ''}")
+    for name, value, wish, holds in results["reached"]:
+        wanted = f", wanted {wish}: {'reached' if holds else 'NOT reached'}" if on_card else ""
+        console.print(f"{name}: {value:.2f}{wanted}")
 
 
 @click.command(cls=CleanErrors)
-@click.option("--threads", default=torch.get_num_threads(), show_default=True)
-@click.option("--repeats", default=20, show_default=True)
+@click.option("--model", default="resnet19", show_default=True)
+@click.option("--width", default=1.0, show_default=True)
+@click.option("--size", default=32, show_default=True, help="Side of the images.")
+@click.option("--T", "T", default=4, show_default=True)
+@click.option("--batch", default=256, show_default=True)
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--precision", default="bf16", show_default=True)
+@click.option("--turns", default=5, show_default=True, help="Of each side.")
+@click.option("--steps", default=10, show_default=True, help="In a turn.")
+@click.option("--side", "sides", multiple=True, type=click.Choice(SIDES), help="These alone. [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="On a CPU.")
 @json_option
-def main(threads: int, repeats: int, json_path: Path | None) -> None:
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    sides = {"tetdeploy": Step(Ours()), "SpikingJelly": Step(spikingjelly_network())}
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for repeat in range(-3, repeats):  # three rounds to warm up
-        for side, step in sides.items():
-            seconds = step()
-            if repeat >= 0:
-                times[side].append(seconds)
-    medians = {side: statistics.median(values) for side, values in times.items()}
-    ratio = medians["SpikingJelly"] / medians["tetdeploy"]
-    shares = where_it_goes(sides["tetdeploy"])
-    table = Table(
-        title=f"training step, small VGG, 28x28, T={T}, batch {BATCH}, {threads} threads, median of {repeats}"
-    )
-    for column in (*medians, "speed-up", *(f"{group} (ours)" for group in shares)):
-        table.add_column(column, justify="right")
-    table.add_row(
-        *(f"{m * 1e3:.1f} ms" for m in medians.values()), f"{ratio:.2f}x", *(f"{s:.0%}" for s in shares.values())
-    )
-    Console(width=150).print(table)
-    if json_path is not None:
-        write_json(json_path, {"threads": threads, "seconds": medians, "speed_up": ratio, "shares": shares})
+def main(
+    model: str,
+    width: float,
+    size: int,
+    T: int,
+    batch: int,
+    device: str,
+    precision: str,
+    turns: int,
+    steps: int,
+    sides: tuple[str, ...],
+    threads: int | None,
+    json_path: Path | None,
+) -> None:
+    found = pick_device(device)
+    chosen = pick_precision(precision, found)
+    case = Case(model, width, size, T, batch, device, chosen, steps)
+    results = {"case": vars(case), "card": device_name(found), "precision": chosen, "torch": torch.__version__}
+
+    def keep(measured: dict[str, Any]) -> None:
+        results.update(measured)
+        results["reached"] = ratios(results["sides"])
+        if json_path is not None:
+            write_json(json_path, results)
+
+    measure(list(sides or SIDES), case, turns, threads, keep)
+    show(results)
 
 
 if __name__ == "__main__":
