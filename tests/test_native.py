@@ -499,7 +499,8 @@ def channels_last(
 ) -> tuple[list[str], bytes, bytes]:
     """The operators after `keep_last` of nodes that make `y` of `x [N, H, W, 3]`, and the graphs before and after."""
     declared: dict[str, tuple[int, Sequence[int | str]]] = {"x": (element, ["N", *image, 3])}
-    constants = {"k": np.array(0.5, np.float32), "image": np.array([2, 3])}
+    constants = {"k": np.array(0.5, np.float32), "image": np.array([2, 3]), "channels": np.array([1])}
+    constants |= {"all": np.array([-1, 1, 2]), "rows": np.array([2])}
     last_of = {name for node in nodes for name in node.output} - {name for node in nodes for name in node.input}
     before = graph(nodes, declared, dict.fromkeys(sorted(last_of), FLOAT), constants)
     model = onnx.ModelProto.FromString(before)
@@ -508,7 +509,7 @@ def channels_last(
     for node in nodes:
         kind = UINT8 if node.op_type == "Transpose" and element == UINT8 else FLOAT
         kinds |= dict.fromkeys(node.output, first[kind])
-    elementwise = {k for k, node in enumerate(nodes) if node.op_type not in ("Transpose", "ReduceMean")}
+    elementwise = {k for k, node in enumerate(nodes) if node.op_type not in ("Transpose", "ReduceMean", "ReduceSum")}
     kept = keep_last(model.graph, kinds, elementwise, {"k"})
     after = model.SerializeToString()
     assert kept or after == before
@@ -529,9 +530,28 @@ def test_a_mean_over_an_image_of_bytes_needs_no_transpose() -> None:
     np.testing.assert_array_equal(run(before, {"x": x})[0], run(after, {"x": x})[0])
 
 
+def summed(axes: str, *, keepdims: int = 0) -> onnx.NodeProto:
+    return helper.make_node("ReduceSum", ["b", axes], ["y"], keepdims=keepdims)
+
+
+@pytest.mark.parametrize("axes", ["channels", "image", "all"])
+def test_sums_that_count_need_no_transpose(axes: str) -> None:
+    operators, before, after = channels_last([TURN, CAST, summed(axes)])
+    assert operators == ["Cast", "ReduceSum"]
+    x = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3)).astype(np.uint8)
+    counted = run(before, {"x": x})[0]
+    np.testing.assert_array_equal(counted, run(after, {"x": x})[0])
+    assert counted.sum() == x.sum()
+
+
 @pytest.mark.parametrize(
     ("nodes", "options"),
     [
+        pytest.param([TURN, CAST, summed("rows")], {}, id="channels-and-columns-are-left"),
+        pytest.param([TURN, CAST, summed("all", keepdims=1)], {}, id="axes-of-a-sum-stay"),
+        pytest.param([TURN, CAST, summed("k")], {}, id="axes-unknown"),
+        pytest.param([TURN, HALF, summed("all")], {"element": FLOAT}, id="sum-of-floats"),
+        pytest.param([TURN, CAST, summed("all")], {"image": (200, 200)}, id="sum-too-large"),
         pytest.param([TURN, HALF, MEAN], {"element": FLOAT}, id="floats"),  # the order of a sum has its bits
         pytest.param([TURN, CAST, MEAN], {"image": (300, 300)}, id="large"),
         pytest.param([TURN, CAST, helper.make_node("ReduceMean", ["b", "k"], ["y"])], {}, id="other-axes"),

@@ -350,7 +350,7 @@ def test_random_T_serves_every_T(tmp_path: Path) -> None:
     labels, x = torch.tensor(VAL.labels), torch.tensor(VAL.x)
     losses = []
     for name, random_T in (("fixed", ""), ("random", "1:4")):
-        run(tmp_path / name, epochs=8, T=4, random_T=random_T, loss="sdt")
+        run(tmp_path / name, epochs=16, T=4, random_T=random_T, loss="sdt")
         found = evaluate(tetdeploy.load(tmp_path / name), x, labels, T=1, loss=sdt_loss)
         assert found is not None
         losses.append(found[0])

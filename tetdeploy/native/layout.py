@@ -7,6 +7,7 @@ Element-wise ones do not mind the order of elements.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -91,8 +92,8 @@ def keep_last(
     loops: Sequence[Loop] = (),
 ) -> bool:
     """Let the nodes `elementwise` work with channels last where what they read can come so and where that saves
-    `Transpose`s: before integer convolutions and before the mean over an image. Arguments and result as of
-    `keep_blocked`.
+    `Transpose`s: before integer convolutions, before the mean over an image, and before sums that count spikes.
+    Arguments and result as of `keep_blocked`.
 
     Args:
         loops: the neurons that stand where `take_out_loops` left its marks.
@@ -100,8 +101,9 @@ def keep_last(
     last: dict[str, str] = {}  # by the name of the tensor in usual order
     instead: dict[str, str] = {}
     computed: dict[str, str] = {}  # of `last` what is computed here
-    means: dict[str, str] = {}  # with channels last, and the name of their axes
+    means = set[str]()  # with channels last
     axes = {t.name: numpy_helper.to_array(t).tolist() for t in graph.initializer if t.data_type == TensorProto.INT64}
+    new_axes: dict[str, list[int]] = {}
     wholes = WholeNumbers(graph, loops)
     given = {output.name for output in graph.output}
     nodes = list[onnx.NodeProto]()
@@ -111,6 +113,20 @@ def keep_last(
             instead[node.output[0]] = last[node.input[0]]
             continue
         nodes.append(node)
+        if node.op_type in ("ReduceMean", "ReduceSum") and node.input[0] in last:
+            reduced = sorted(axis % 4 for axis in axes.get(node.input[-1], []))
+            keeps = _attribute(node, "keepdims", 1)
+            if reduced and _is_exact(kinds[node.input[0]], reduced, wholes.of(node.input[0])):
+                axes_name = f"{node.output[0]}.axes.last"
+                new_axes[axes_name] = [TO_LAST.index(axis) for axis in reduced]
+                read = [last[node.input[0]], axes_name]
+                if node.op_type == "ReduceMean" and keeps and reduced == [2, 3]:
+                    mean = helper.make_node("ReduceMean", read, [f"{node.output[0]}.last"])
+                    means.update(mean.output)
+                    nodes[-1:] = [mean, helper.make_node("Transpose", mean.output, node.output, perm=TO_FIRST)]
+                elif node.op_type == "ReduceSum" and not keeps and _stay_in_order(reduced):
+                    nodes[-1] = helper.make_node("ReduceSum", read, node.output, keepdims=0)
+            continue
         if node.output[0] not in kinds or len(kinds[node.output[0]].shape) != 4:
             continue
         if _turns(node, TO_FIRST):
@@ -121,17 +137,6 @@ def keep_last(
         elif k in elementwise and tensors and all(name in last for name in tensors):
             nodes.append(_twin(node, last, kinds))
             computed |= {name: last[name] for name in node.output}
-        elif (
-            node.op_type == "ReduceMean"
-            and node.input[0] in last
-            and sorted(axis % 4 for axis in axes.get(node.input[-1], [])) == [2, 3]
-            and all(a.i for a in node.attribute if a.name == "keepdims")
-            and _is_exact(kinds[node.input[0]], wholes.of(node.input[0]))
-        ):
-            mean_name, axes_name = f"{node.output[0]}.last", f"{node.output[0]}.axes"
-            means[mean_name] = axes_name
-            mean = helper.make_node("ReduceMean", [last[node.input[0]], axes_name], [mean_name])
-            nodes[-1:] = [mean, helper.make_node("Transpose", mean.output, node.output, perm=TO_FIRST)]
     nodes = leading_to(graph.output, reading(instead, nodes))
     made = {name for node in nodes for name in node.output}
     before, after = (
@@ -139,7 +144,10 @@ def keep_last(
     )
     if after >= before or any(name in made and twin in made for name, twin in computed.items()):
         return False
-    graph.initializer.extend(numpy_helper.from_array(np.array([1, 2]), axes) for axes in means.values())
+    read_now = {name for node in nodes for name in node.input}
+    graph.initializer.extend(
+        numpy_helper.from_array(np.array(numbers_), name) for name, numbers_ in new_axes.items() if name in read_now
+    )
     put_nodes(graph, nodes)
     return True
 
@@ -163,7 +171,19 @@ def _twin(
     return twin
 
 
-def _is_exact(kind: Kind, whole: Whole | None) -> bool:
-    """Whether the order of a sum of such numbers over an image plays no part in float32."""
-    size = [dim for dim in kind.shape[2:] if isinstance(dim, int)]
-    return whole is not None and len(size) == 2 and whole.most * size[0] * size[1] < EXACT
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((a.i for a in node.attribute if a.name == name), default)
+
+
+def _stay_in_order(reduced: Sequence[int]) -> bool:
+    """Whether the axes that a sum leaves follow each other with channels last as they do else."""
+    left = [TO_LAST.index(axis) for axis in range(4) if axis not in reduced]
+    return left == sorted(left)
+
+
+def _is_exact(kind: Kind, axes: Sequence[int], whole: Whole | None) -> bool:
+    """Whether the order of a sum of such numbers over these axes plays no part in float32."""
+    sizes = [kind.shape[axis] for axis in axes]
+    if whole is None or not all(isinstance(size, int) for size in sizes):
+        return False
+    return whole.most * math.prod(sizes) < EXACT  # type: ignore[arg-type]
