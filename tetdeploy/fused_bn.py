@@ -14,7 +14,7 @@ over the ranks of a group, with other neurons or other BN, with hooks on the mod
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,12 +32,12 @@ def fire(lif: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
     if bn is None:
         spikes: Tensor = lif(layer(x))
         return spikes
-    return bn_lif(_before_bn(layer, x.flatten(0, 1)), bn, lif, T=len(x))
+    return _run(layer, lambda x: bn_lif(_before_bn(layer, x.flatten(0, 1)), bn, lif, T=len(x)), x)
 
 
 def fire_sum(lif: nn.Module, layer: nn.Module, x: Tensor, shortcut: nn.Module, skipped: Tensor) -> Tensor:
     """`lif(layer(x) + shortcut(skipped))`: see `fire`; `shortcut` is another such layer, or `nn.Identity`."""
-    bn = _bn_to_fuse(OverTime, layer, lif, x)
+    bn = None if hasattr(layer, "recompute") or hasattr(shortcut, "recompute") else _bn_to_fuse(OverTime, layer, lif, x)
     identity = type(shortcut) is nn.Identity and not _has_hooks(shortcut)
     residual_bn = None if identity else _bn_to_fuse(OverTime, shortcut, lif, x)
     if bn is None or (residual_bn is None and not identity):
@@ -53,7 +53,7 @@ def fire_encoded(lif: nn.Module, encode: nn.Module, x: Tensor, T: int | None = N
     """`lif(encode(x, T))` for `DirectEncoding`; the current of an image is computed once and serves all T steps."""
     bn = _bn_to_fuse(DirectEncoding, encode, lif, x)
     if bn is not None and x.dim() == 5 and T in (None, len(x)):
-        return bn_lif(_before_bn(encode, x.flatten(0, 1)), bn, lif, T=len(x))
+        return _run(encode, lambda x: bn_lif(_before_bn(encode, x.flatten(0, 1)), bn, lif, T=len(x)), x)
     if bn is not None and x.dim() == 4 and isinstance(T, int) and T >= 1:
         return bn_lif(_before_bn(encode, x), bn, lif, T=T, repeated=True)
     spikes: Tensor = lif(encode(x, T))  # which refuses what is neither
@@ -166,11 +166,18 @@ def _statistics(y: Tensor, bn: nn.BatchNorm2d) -> Tensor:
     return norm
 
 
+def _run(layer: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`run(x)`, in the way of a layer that has one: `train.recompute` keeps less of it for backward."""
+    recompute: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = getattr(layer, "recompute", None)
+    return run(x) if recompute is None else recompute(run, x)
+
+
 def _bn_to_fuse(kind: type[nn.Sequential], layer: nn.Module, lif: nn.Module, x: Tensor) -> nn.BatchNorm2d | None:
     """The BN at the end of a layer, if it may be taken out of it."""
-    if not (layer.training and type(lif) in (LIF, IF) and type(layer) is kind and _kernels(x)):
+    is_kind = type(layer) is kind or (isinstance(layer, kind) and hasattr(layer, "recompute"))
+    if not (layer.training and type(lif) in (LIF, IF) and is_kind and _kernels(x)):
         return None
-    bn = [*layer][-1]
+    bn = [*layer.children()][-1]
     if type(bn) not in (tdBN, nn.BatchNorm2d) or torch.compiler.is_compiling():
         return None
     return None if any(map(_has_hooks, (lif, layer, bn))) else bn

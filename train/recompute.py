@@ -5,7 +5,8 @@ blocks recompute keeps only what goes into each block, and computes a block once
 forward pass in all, for the memory of one block. (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.)
 
 A block is whatever lies between two neuron layers of an `nn.Sequential`: a residual block, or conv-BN-LIF. A network
-that names its layers one by one has no such chain: then each convolution with its BN is a block, which saves less.
+that names its layers one by one has no such chain: then each convolution with its BN is a block, and with the neurons
+behind it where these are fused with the BN.
 
 torch's checkpoint runs BN twice and would let it count every batch twice
 (https://github.com/pytorch/pytorch/issues/96136); here the second pass leaves the running statistics alone.
@@ -13,8 +14,9 @@ torch's checkpoint runs BN twice and would let it count every batch twice
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,20 +33,26 @@ _NEURONS = (LIF, nn.ReLU)  # an ANN twin has ReLU where the network has neurons
 class _RecomputedSequential(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         for block in _blocks(self):
-            x = _checkpointed(block, x)
+            x = _checkpointed(partial(fire_each, block), block, x)
         return x
 
 
 class _RecomputedOverTime(OverTime):
+    def recompute(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`run(x)`, which is this layer, alone or with what `fused_bn` does together with it."""
+        return _checkpointed(run, [self], x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return _over_time([*self], x)
+        return self.recompute(super().forward, x)
 
 
 class _RecomputedEncoding(DirectEncoding):
+    def recompute(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Of images one step serves all T: there is little to save."""
+        return _checkpointed(run, [self], x) if x.dim() == 5 else run(x)
+
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
-        if x.dim() != 5 or T not in (None, x.shape[0]):
-            return super().forward(x, T)  # direct encoding computes one step for all T: there is little to save
-        return _over_time([*self], x)
+        return self.recompute(partial(super().forward, T=T), x)
 
 
 _RECOMPUTED: dict[type[nn.Module], type[nn.Module]] = {
@@ -103,12 +111,8 @@ def _blocks(layers: nn.Sequential) -> Iterator[list[nn.Module]]:
         yield block
 
 
-def _checkpointed(block: list[nn.Module], x: Tensor) -> Tensor:
-    """Apply the layers; in training keep only `x` for backward."""
-
-    def run(x: Tensor) -> Tensor:
-        return fire_each(block, x)
-
+def _checkpointed(run: Callable[[Tensor], Tensor], block: list[nn.Module], x: Tensor) -> Tensor:
+    """Apply a block's layers, which is what `run` does; in training keep only `x` for backward."""
     if not torch.is_grad_enabled() or not any(layer.training for layer in block):
         return run(x)  # inference and export
     norms = [module for layer in block for module in layer.modules() if isinstance(module, _BatchNorm)]
@@ -117,12 +121,6 @@ def _checkpointed(block: list[nn.Module], x: Tensor) -> Tensor:
         return nullcontext(), _statistics_kept(norms)
 
     y: Tensor = checkpoint(run, x, use_reentrant=False, context_fn=contexts)
-    return y
-
-
-def _over_time(layers: list[nn.Module], x: Tensor) -> Tensor:
-    """The same for layers that know no time: `[T, N, ...]` is one batch of T x N to them."""
-    y: Tensor = _checkpointed(layers, x.flatten(0, 1)).unflatten(0, x.shape[:2])
     return y
 
 
