@@ -178,7 +178,7 @@ def _bn_to_fuse(kind: type[nn.Sequential], layer: nn.Module, lif: nn.Module, x: 
     if not (layer.training and type(lif) in (LIF, IF) and is_kind and _kernels(x)):
         return None
     bn = [*layer.children()][-1]
-    if type(bn) not in (tdBN, nn.BatchNorm2d) or torch.compiler.is_compiling():
+    if not isinstance(bn, nn.BatchNorm2d) or type(bn) not in (tdBN, nn.BatchNorm2d) or torch.compiler.is_compiling():
         return None
     return None if any(map(_has_hooks, (lif, layer, bn))) else bn
 
