@@ -579,7 +579,6 @@ class TestBadInput:
         (("report",), "report.writers.to_html"),
         (("landscape",), "train.landscape.measure_landscape"),
         (("train", "--out", "new"), "data.load_data"),
-        pytest.param(("serve", MODEL), "engine.open_engine", marks=needs("kserve")),
         (("build", MODEL), "export.tensorrt.build_engine"),
     ],
 )
@@ -597,6 +596,27 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
     assert done.exit_code == 130 and isinstance(done.exception, SystemExit)
     assert done.output.splitlines()[-1] == "interrupted; no file is left half written"
     assert "Error" not in done.output and snapshot(workplace) == before
+
+
+INTERRUPTED = """
+import tetdeploy.engine
+from tetdeploy.cli import main
+
+def interrupted(*arguments, **options):
+    raise KeyboardInterrupt
+
+tetdeploy.engine.open_engine = interrupted
+main()
+"""
+
+
+@needs("kserve")
+def test_ctrl_c_while_serve_opens_a_model_is_one_line(workplace: Path) -> None:
+    """In a process of its own: KServe and tritonclient.grpc register the same protobuf names."""
+    command = [sys.executable, "-c", INTERRUPTED, "serve", MODEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; no file is left half written\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
