@@ -613,10 +613,11 @@ main()
 @needs("kserve")
 def test_ctrl_c_while_serve_opens_a_model_is_one_line(workplace: Path) -> None:
     """In a process of its own: KServe and tritonclient.grpc register the same protobuf names."""
+    before = snapshot(workplace)
     command = [sys.executable, "-c", INTERRUPTED, "serve", MODEL]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == "interrupted; no file is left half written\n"
+    assert done.stderr == "interrupted; no file is left half written\n" and snapshot(workplace) == before
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import platform
-import resource
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tetdeploy.networks import NetworkConfig
-from tetdeploy.train.device import place, reused_memory, wants_channels_last
+from tetdeploy.data import ImageSet
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.train import TrainConfig, train
+from tetdeploy.train.device import place, wants_channels_last
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NETWORK = NetworkConfig("resnet19", 10, 3, (32, 32))
 
 
 def test_on_a_gpu_every_network_but_ones_own_is_channels_last() -> None:
-    assert all(wants_channels_last(n, GPU, "fp16", plain_bn=True) for n in (NETWORK, replace(NETWORK, ann=True)))
+    assert all(wants_channels_last(n, GPU, "fp16", fusable=False) for n in (NETWORK, replace(NETWORK, ann=True)))
     own = replace(NETWORK, model="somebody.networks:make")
-    assert not any(wants_channels_last(own, device, "bf16", plain_bn=False) for device in (CPU, GPU))
+    assert not any(wants_channels_last(own, device, "bf16", fusable=True) for device in (CPU, GPU))
 
 
 def test_on_a_cpu_where_bn_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
 
-    def wanted(network: NetworkConfig = NETWORK, precision: str = "fp32", plain_bn: bool = False) -> bool:
-        return wants_channels_last(network, CPU, precision, plain_bn=plain_bn)
+    def wanted(network: NetworkConfig = NETWORK, precision: str = "fp32", fusable: bool = True) -> bool:
+        return wants_channels_last(network, CPU, precision, fusable=fusable)
 
     assert wanted() and wanted(precision="bf16")
-    assert not wanted(precision="fp16") and not wanted(plain_bn=True)
+    assert not wanted(precision="fp16") and not wanted(fusable=False)
     assert not wanted(replace(NETWORK, ann=True)) and not wanted(replace(NETWORK, smooth_spike=10.0))
     monkeypatch.setattr("tetdeploy.train.device.cpu_kernels", lambda dtype: None)
     assert not wanted()
@@ -46,18 +52,75 @@ def test_only_convolutions_change_their_layout(channels_last: bool) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-def new_pages() -> int:
-    """Pages that come anew for ten tensors of 64 MB, each freed before the next."""
+IMAGES = ImageSet(
+    name="blobs",
+    split="train",
+    images=np.random.default_rng(0).integers(0, 256, (24, 1, 8, 8)).astype(np.uint8),
+    labels=np.arange(24) % 3,
+    class_names=("a", "b", "c"),
+    mean=(0.5,),
+    std=(0.25,),
+)
+
+
+def fused_in_a_run(out: Path, precision: str = "fp32", **network: Any) -> int:
+    """How often a step of `train` runs the fused kernels."""
+    kernels = pytest.importorskip("tetdeploy.numba_bn_lif")
+    config = NetworkConfig("convsnn", 3, 1, (8, 8), width=0.1, **network)
+    about = {"mean": IMAGES.mean, "std": IMAGES.std, "class_names": IMAGES.class_names, "data": IMAGES.name}
+    classifier = Classifier(build_network(config), config=config, **about)
+    settings = TrainConfig(T=1 if config.ann else 2, epochs=1, batch_size=24, device="cpu", precision=precision)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = []
+        forward = kernels.forward
+        patch.setattr(kernels, "forward", lambda *arguments: (calls.append(1), forward(*arguments)))
+        train(classifier, IMAGES, None, settings, out, progress=False)
+    return len(calls)
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [({}, 3), ({"precision": "bf16"}, 3), ({"precision": "fp16"}, 0), ({"ann": True}, 0), ({"smooth_spike": 10.0}, 0)],
+)
+def test_a_run_on_a_cpu_fuses_every_layer(options: dict[str, Any], layers: int, tmp_path: Path) -> None:
+    """The first, of one channel, too."""
+    assert fused_in_a_run(tmp_path, **options) == layers
+
+
+PAGES = """
+import resource
+from contextlib import nullcontext
+import torch
+from tetdeploy.train.device import reused_memory
+
+def new_pages(megabytes):
+    "What comes anew for blocks that are freed before the next: after a first one, of ten."
+    torch.ones(megabytes << 18)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        torch.ones(1 << 24)
+        torch.ones(megabytes << 18)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def kept(gigabytes):
+    "Megabytes of address space that stay after so much was taken and freed; nothing is written."
+    def size():
+        return int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) / 1024
+    before = size()
+    blocks = [torch.empty(256 << 18) for _ in range(4 * gigabytes)]
+    del blocks
+    return size() - before
+
+with reused_memory():
+    print(new_pages(8), new_pages(64), kept(3))
+print(new_pages(1), new_pages(8), new_pages(64), kept(3))
+"""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps its memory as it likes")
 def test_freed_memory_is_taken_again_within_and_given_back_after() -> None:
-    assert new_pages() > 100
-    with reused_memory():
-        new_pages()
-        assert new_pages() < 50
-    assert new_pages() > 100
+    """In a process of its own, of which nobody has changed the allocator."""
+    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
+    within, after = (list(map(float, line.split())) for line in done.stdout.splitlines())
+    assert max(within[:2]) < 50 and within[2] > 3_000
+    assert max(after[:2]) < 50  # as of a process that never was within
+    assert after[2] > 100 and after[3] < 500

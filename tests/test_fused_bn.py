@@ -6,7 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_helpers import INTERPRETED, gpu_device, run_interpreted
 
 from tetdeploy import fused_bn, neurons
@@ -343,14 +344,57 @@ def test_half_precision_is_float32_between_reading_and_writing(residual: str, dt
     residual=st.sampled_from(["none", "identity", "bn"]),
 )
 def test_any_shape(T: int, N: int, C: int, H: int, W: int, last: bool, residual: str, device: str) -> None:
-    y = draw(T * N, C, H, W).to(device).contiguous(memory_format=FORMATS[last])
+    y = draw(T * N, C, H, W).to(device).contiguous(memory_format=FORMATS[last or by_numba(device)])
     module = Behind(C, T, residual).to(device)
     with by_modules():
         wanted = outcome(module, lambda module, y: module(y), y)
-    got = outcome(module, lambda module, y: module(y), y)
+    with counted() as calls:
+        got = outcome(module, lambda module, y: module(y), y)
+    assert calls.count("forward") == calls.count("backward") == 1
     assert torch.equal(got["spikes"], wanted["spikes"])
     for name in wanted:
         close(got[name], wanted[name], 1e-4)  # of a handful of values the variance may be small
+
+
+@pytest.mark.parametrize("residual", ["none", "identity", "bn"])
+def test_more_channels_than_a_block_and_more_steps_than_a_gpu_takes(residual: str) -> None:
+    pytest.importorskip("numba")
+    for T, C in ((2, 1500), (20, 7)):
+        y = draw(2 * T, C, 2, 3).contiguous(memory_format=torch.channels_last)
+        compare(Behind(C, T, residual), lambda module, y: module(y), y, launches=1)
+
+
+def test_no_number_of_threads_changes_a_bit() -> None:
+    pytest.importorskip("numba")
+    module, y = Behind(5, 4, "bn"), draw(32, 5, 40, 40).contiguous(memory_format=torch.channels_last)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(outcome(module, lambda module, y: module(y), y))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in other)
+
+
+@pytest.mark.parametrize("with_bn", [False, True])
+def test_a_repeated_current_with_a_residual_goes_through_the_modules(with_bn: bool, device: str) -> None:
+    y, residual = (draw(3, 4, 2, 5, seed=s).to(device, memory_format=torch.channels_last) for s in (1, 2))
+    module = Behind(4, 3, "bn").to(device)
+    other = module.residual_bn if with_bn else None
+    spikes = []
+    for context in (by_modules, nullcontext):
+        bn, residual_bn = copy.deepcopy((module.bn, other))
+        with context():
+            spikes.append(bn_lif(y, bn, module.lif, T=3, residual=residual, residual_bn=residual_bn, repeated=True))
+    assert torch.equal(*spikes) and 0 < spikes[0].mean() < 1
+
+
+def test_tensors_without_memory_go_through_the_modules() -> None:
+    block = ResidualBlock(3, 3, stride=1, tau=0.5, v_th=1.0, gamma=1.0).to(memory_format=torch.channels_last)
+    with FakeTensorMode(allow_non_fake_inputs=True), counted() as calls:
+        assert block(torch.empty(2, 2, 3, 4, 4)).shape == (2, 2, 3, 4, 4)
+    assert not calls
 
 
 def with_residual(module: nn.Module, y: Tensor, *, residual: Tensor) -> Tensor:

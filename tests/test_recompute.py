@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tetdeploy.fused_bn import FiringSequential
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import NetworkConfig, build_network
 from tetdeploy.neurons import LIF
@@ -169,3 +170,18 @@ def test_a_network_without_blocks_is_refused() -> None:
         recompute_blocks(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="has nothing to recompute"):
         recompute_blocks(DirectEncoding(nn.Conv2d(1, 1, 1)))
+
+
+@pytest.mark.parametrize("firing", [False, True])
+def test_channels_last_layers_in_a_row_are_fused_as_they_are_without(firing: bool) -> None:
+    """A plain chain by modules, one that fires by the fused kernels: with the same bits."""
+    torch.manual_seed(0)
+    layers = [OverTime(nn.Conv2d(4, 6, 3), tdBN(6)), LIF(), OverTime(nn.Conv2d(6, 5, 3), tdBN(5)), LIF()]
+    network = (FiringSequential if firing else nn.Sequential)(*layers).to(memory_format=torch.channels_last)
+    x = torch.randn(3, 2, 4, 9, 9)
+    results = []
+    for one in (network, recomputed(network)):
+        one(x).square().sum().backward()
+        results.append([p.grad for p in one.parameters()] + [*one.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert any(a.abs().sum() > 0 for a in results[0])

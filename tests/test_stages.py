@@ -346,7 +346,8 @@ def test_bn_is_estimated_on_runs_of_the_longest_length_drawn(tmp_path: Path) -> 
 
 
 def test_random_T_serves_every_T(tmp_path: Path) -> None:
-    """Trained on T=1..4 the digits' accuracy at T=1 is higher than after training at T=4 alone."""
+    """Trained on T=1..4 the digits' loss at T=1 is lower than after training at T=4 alone: with seeds 0 to 2 by 0.02
+    to 0.06. (After 8 epochs it is higher or lower by chance.)"""
     labels, x = torch.tensor(VAL.labels), torch.tensor(VAL.x)
     losses = []
     for name, random_T in (("fixed", ""), ("random", "1:4")):

@@ -14,7 +14,7 @@ over the ranks of a group, with other neurons or other BN, with hooks on the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tetdeploy import neurons
-from tetdeploy.layers import DirectEncoding, OverTime, tdBN
+from tetdeploy.layers import DirectEncoding, Layer, OverTime, tdBN
 from tetdeploy.neurons import IF, LIF
 
 
@@ -32,12 +32,14 @@ def fire(lif: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
     if bn is None:
         spikes: Tensor = lif(layer(x))
         return spikes
-    return _run(layer, lambda x: bn_lif(_before_bn(layer, x.flatten(0, 1)), bn, lif, T=len(x)), x)
+    assert isinstance(layer, Layer)
+    return layer.within(lambda x: bn_lif(_before_bn(layer, x.flatten(0, 1)), bn, lif, T=len(x)), x)
 
 
 def fire_sum(lif: nn.Module, layer: nn.Module, x: Tensor, shortcut: nn.Module, skipped: Tensor) -> Tensor:
     """`lif(layer(x) + shortcut(skipped))`: see `fire`; `shortcut` is another such layer, or `nn.Identity`."""
-    bn = None if hasattr(layer, "recompute") or hasattr(shortcut, "recompute") else _bn_to_fuse(OverTime, layer, lif, x)
+    each_recomputes = any(isinstance(part, Layer) and part.recomputes for part in (layer, shortcut))
+    bn = None if each_recomputes else _bn_to_fuse(OverTime, layer, lif, x)  # they are blocks of their own
     identity = type(shortcut) is nn.Identity and not _has_hooks(shortcut)
     residual_bn = None if identity else _bn_to_fuse(OverTime, shortcut, lif, x)
     if bn is None or (residual_bn is None and not identity):
@@ -53,7 +55,8 @@ def fire_encoded(lif: nn.Module, encode: nn.Module, x: Tensor, T: int | None = N
     """`lif(encode(x, T))` for `DirectEncoding`; the current of an image is computed once and serves all T steps."""
     bn = _bn_to_fuse(DirectEncoding, encode, lif, x)
     if bn is not None and x.dim() == 5 and T in (None, len(x)):
-        return _run(encode, lambda x: bn_lif(_before_bn(encode, x.flatten(0, 1)), bn, lif, T=len(x)), x)
+        assert isinstance(encode, Layer)
+        return encode.within(lambda x: bn_lif(_before_bn(encode, x.flatten(0, 1)), bn, lif, T=len(x)), x)
     if bn is not None and x.dim() == 4 and isinstance(T, int) and T >= 1:
         return bn_lif(_before_bn(encode, x), bn, lif, T=T, repeated=True)
     spikes: Tensor = lif(encode(x, T))  # which refuses what is neither
@@ -99,7 +102,7 @@ def bn_lif(
         Spikes `[T, N, C, H, W]` in the dtype and the memory format of y.
     """
     spikes: Tensor
-    if _kernels_serve(y, bn, lif, residual, residual_bn, T):
+    if _kernels_serve(y, bn, lif, residual, residual_bn, T, repeated):
         other = (None, None) if residual_bn is None else (residual_bn.weight, residual_bn.bias)
         spikes = _BNLIF.apply(y, residual, bn.weight, bn.bias, *other, (bn, residual_bn), lif, T, repeated)  # type: ignore[no-untyped-call]
         return spikes
@@ -166,19 +169,14 @@ def _statistics(y: Tensor, bn: nn.BatchNorm2d) -> Tensor:
     return norm
 
 
-def _run(layer: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`run(x)`, in the way of a layer that has one: `train.recompute` keeps less of it for backward."""
-    recompute: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = getattr(layer, "recompute", None)
-    return run(x) if recompute is None else recompute(run, x)
-
-
-def _bn_to_fuse(kind: type[nn.Sequential], layer: nn.Module, lif: nn.Module, x: Tensor) -> nn.BatchNorm2d | None:
+def _bn_to_fuse(kind: type[Layer], layer: nn.Module, lif: nn.Module, x: Tensor) -> nn.BatchNorm2d | None:
     """The BN at the end of a layer, if it may be taken out of it."""
-    is_kind = type(layer) is kind or (isinstance(layer, kind) and hasattr(layer, "recompute"))
-    if not (layer.training and type(lif) in (LIF, IF) and is_kind and _kernels(x)):
+    if not isinstance(layer, kind) or not (type(layer) is kind or layer.recomputes):
         return None
-    bn = [*layer.children()][-1]
-    if not isinstance(bn, nn.BatchNorm2d) or type(bn) not in (tdBN, nn.BatchNorm2d) or torch.compiler.is_compiling():
+    if not (layer.training and type(lif) in (LIF, IF) and _kernels(x)):
+        return None
+    bn = [None, *layer][-1]
+    if type(bn) not in (tdBN, nn.BatchNorm2d) or torch.compiler.is_compiling():
         return None
     return None if any(map(_has_hooks, (lif, layer, bn))) else bn
 
@@ -190,13 +188,14 @@ def _kernels_serve(
     residual: Tensor | None,
     residual_bn: nn.BatchNorm2d | None,
     T: int,
+    repeated: bool,
 ) -> bool:
     kernels = _kernels(y)
     if kernels is None or type(lif) not in (LIF, IF) or torch.compiler.is_compiling() or y.dim() != 4:
         return False
-    same = residual is None or (residual.dtype == y.dtype and residual.shape == y.shape)
+    same = residual is None or (residual.dtype == y.dtype and residual.shape == y.shape and not repeated)
     norms = [bn] if residual_bn is None else [bn, residual_bn]
-    return same and kernels.serves(y, T) and y.numel() > y.shape[1] and all(map(_is_plain, norms))
+    return same and kernels.serves(y, T) and y.numel() > y.shape[1] and all(map(_may_be_fused, norms))
 
 
 def _kernels(x: Tensor) -> Any:
@@ -205,14 +204,14 @@ def _kernels(x: Tensor) -> Any:
         from tetdeploy import triton_bn_lif
 
         return triton_bn_lif
-    if neurons._numba(x):
+    if neurons._numba(x) and type(x) in (Tensor, nn.Parameter):  # others may have no memory
         from tetdeploy import numba_bn_lif
 
         return numba_bn_lif
     return None
 
 
-def _is_plain(bn: nn.BatchNorm2d) -> bool:
+def _may_be_fused(bn: nn.BatchNorm2d) -> bool:
     """In training, with affine parameters and running statistics in float32."""
     tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
     return bn.training and bn.track_running_stats and all(t is not None and t.dtype == torch.float32 for t in tensors)

@@ -6,12 +6,24 @@ them; only neurons (and tdBN's statistics) look across time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 
-class OverTime(nn.Sequential):
+class Layer(nn.Sequential):
+    """Torch layers in a row, which `fused_bn` may compute together with the neurons behind them."""
+
+    recomputes = False
+
+    def within(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`run(x)`, which computes these layers and more. `train.recompute`, whose layers say so by `recomputes`, keeps
+        less of it for backward."""
+        return run(x)
+
+
+class OverTime(Layer):
     """Torch layers applied to every step: `[T, N, ...]` -> `[T, N, ...]`, as one batch of T x N.
 
     A convolution in it runs once on the merged batch, not T times.
@@ -41,7 +53,7 @@ class tdBN(nn.BatchNorm2d):
         return super().forward(x)
 
 
-class DirectEncoding(nn.Sequential):
+class DirectEncoding(Layer):
     """The layers before the first neurons: images `[N, C, H, W]` or frames `[T, N, C, H, W]` to currents `[T, N, ...]`.
 
     Direct encoding shows the same image at each of the T steps, so its current is computed once and repeated (a view).

@@ -16,7 +16,8 @@ backward is its own input: the membranes are integrated again there, bit for bit
 Below stand the equations in torch operations, the reference, which runs anywhere. In their place run, with the same
 bits, numba on a CPU (`numba_lif`) and Triton on a GPU (`triton_lif`), each in one pass over memory. On a GPU neurons
 are taken in the order in which they lie in memory, and the spikes lie in that order: channels-last stays channels-last.
-On a CPU spikes are contiguous: there a convolution's format may be chance, and networks call `view` on spikes.
+On a CPU spikes are contiguous: there a convolution's format may be chance, and networks call `view` on spikes. (Behind
+a BN that is fused with the neurons, see `fused_bn`, they lie as what the convolution wrote.)
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from .ranks import current_ranks
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def pick_device(name: str) -> torch.device:
@@ -76,19 +76,20 @@ def place(network: nn.Module, device: torch.device, *, channels_last: bool) -> N
         return
     for parameter in network.parameters():
         if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            # `contiguous` would leave the strides of a single channel, of which a convolution makes nothing
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
-def wants_channels_last(config: NetworkConfig, device: torch.device, precision: str, *, plain_bn: bool) -> bool:
-    """Whether a network trains faster channels-last: on a GPU any of ours; on a CPU where BN is fused with neurons,
-    since PyTorch's own BN takes five times as long in that layout there.
+def wants_channels_last(config: NetworkConfig, device: torch.device, precision: str, *, fusable: bool) -> bool:
+    """Whether a network runs faster channels-last: on a GPU any of ours; on a CPU where it is trained with BN and
+    neurons fused, since PyTorch's own BN takes five times as long in that layout there.
 
     Args:
-        plain_bn: BN is not that of one process and of float weights.
+        fusable: it is trained, in one process, with BN of float weights.
     """
     if config.is_own or device.type == "cuda":
         return not config.is_own
-    fused = not (config.ann or config.smooth_spike or plain_bn)
+    fused = fusable and not (config.ann or config.smooth_spike)
     return fused and cpu_kernels(DTYPES[precision] or torch.float32) is not None
 
 
@@ -117,13 +118,14 @@ def reused_memory() -> Iterator[None]:
     if mallopt is None or trim is None:
         yield
         return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     try:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
         yield
-    finally:
-        mallopt(_M_MMAP_MAX, 65_536)  # as it was
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)  # what it comes to by itself after the first large block
+    finally:  # to where the library's own adjustment ends, which the first call has switched off for good
+        mallopt(_M_MMAP_MAX, 65_536)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
         trim(0)
 
 

@@ -33,31 +33,41 @@ _NEURONS = (LIF, nn.ReLU)  # an ANN twin has ReLU where the network has neurons
 class _RecomputedSequential(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         for block in _blocks(self):
+            x = _checkpointed(nn.Sequential(*block), block, x)
+        return x
+
+
+class _RecomputedFiring(FiringSequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in _blocks(self):
             x = _checkpointed(partial(fire_each, block), block, x)
         return x
 
 
 class _RecomputedOverTime(OverTime):
-    def recompute(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`run(x)`, which is this layer, alone or with what `fused_bn` does together with it."""
+    recomputes = True
+
+    def within(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return _checkpointed(run, [self], x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.recompute(super().forward, x)
+        return self.within(super().forward, x)
 
 
 class _RecomputedEncoding(DirectEncoding):
-    def recompute(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    recomputes = True
+
+    def within(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Of images one step serves all T: there is little to save."""
         return _checkpointed(run, [self], x) if x.dim() == 5 else run(x)
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
-        return self.recompute(partial(super().forward, T=T), x)
+        return self.within(partial(super().forward, T=T), x)
 
 
 _RECOMPUTED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Sequential: _RecomputedSequential,
-    FiringSequential: _RecomputedSequential,
+    FiringSequential: _RecomputedFiring,
     OverTime: _RecomputedOverTime,
     DirectEncoding: _RecomputedEncoding,
 }
@@ -66,8 +76,9 @@ _RECOMPUTED: dict[type[nn.Module], type[nn.Module]] = {
 def recompute_blocks(network: nn.Module) -> list[str]:
     """Make a network's blocks recompute their insides in backward, in place.
 
-    Loss, gradients and BN's running statistics are those of the plain network (bit for bit on a CPU); the state dict
-    and inference stay as they are.
+    Loss, gradients and BN's running statistics are those of the plain network, on a CPU bit for bit (where a residual
+    sum of two layers outside of any `nn.Sequential` is fused in the plain one, to rounding); the state dict and
+    inference stay as they are.
 
     Args:
         network: built of `nn.Sequential`, `OverTime` and `DirectEncoding`; other modules are entered and left alone.

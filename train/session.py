@@ -192,9 +192,9 @@ def prepare(
     if cuda_graphs:
         check_graphs(config, device, precision, ranks)
     teacher = load_teacher(config, classifier)
-    plain_bn = config.qat or ranks.size > 1
+    fusable = not config.qat and ranks.size == 1
     for placed in (classifier,) if teacher is None else (teacher.classifier, classifier):
-        last = wants_channels_last(placed.config, device, precision, plain_bn=plain_bn)
+        last = wants_channels_last(placed.config, device, precision, fusable=fusable and placed is classifier)
         place(placed, device, channels_last=last)
     calibration: Calibration | None = None
     trained: Any = classifier

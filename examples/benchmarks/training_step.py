@@ -2,7 +2,7 @@
 
     pip install spikingjelly
     python examples/benchmarks/training_step.py --json step.json                         one card, bf16, T=4, batch 256
-    python examples/benchmarks/training_step.py --device cpu --batch 16 --steps 2        on a CPU
+    python examples/benchmarks/training_step.py --device cpu --batch 16 --steps 2        on a CPU, fp32
 
 Every side trains the same layers (the ANN twin with ReLU for neurons, on T times the images) on fixed random images,
 with TET's loss and SGD, each in a process of its own on the same device: SpikingJelly chooses its kernels at import
@@ -106,7 +106,7 @@ class Step:
     """One training step of a side on fixed random images."""
 
     def __init__(self, side: str, case: Case) -> None:
-        self.side, self.device = side, pick_device(case.device)
+        self.device = pick_device(case.device)
         self.precision = pick_precision(case.precision, self.device)
         self.T, batch = (1, case.batch * case.T) if side.startswith("ANN") else (case.T, case.batch)
         network = variant(side, case.network(), self.device)
@@ -177,17 +177,17 @@ def open_side(side: str, case: Case, threads: int | None) -> Answer:
         torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True  # as in training
     step = Step(side, case)
-    return lambda request: {"turn": turn, "profile": profile, FLOOR: floor}[request](step, case)
+    as_in_training = reused_memory if side == "tetdeploy" and step.device.type == "cpu" else nullcontext
+
+    def answer(request: str) -> dict[str, Any]:
+        with as_in_training():
+            return {"turn": turn, "profile": profile, FLOOR: floor}[request](step, case)
+
+    return answer
 
 
 def turn(step: Step, case: Case) -> dict[str, Any]:
     """Milliseconds of each step, after two that do not count, and MB at the peak."""
-    memory = reused_memory() if step.side == "tetdeploy" and step.device.type == "cpu" else nullcontext()
-    with memory:
-        return measured(step, case)
-
-
-def measured(step: Step, case: Case) -> dict[str, Any]:
     step()
     step()
     if step.device.type == "cuda":
@@ -284,14 +284,16 @@ def floor(step: Step, case: Case) -> dict[str, float]:
         operations += count * 2 * macs * (2 if shape[1] == 3 else 3)  # images need no gradient
         elements += count * outputs * (case.T if shape[0] == case.batch else 1)  # the encoded image is read T times
     moved = 2 * (PASSES * elements + PASSES_OF_A_RESIDUAL * sum(residuals))
-    return {
+    found = {
         "convolutions_ms": milliseconds,
         "tflop": operations / 1e12,
         "tflop_per_s": operations / 1e9 / milliseconds,
         "gb": moved / 1e9,
-        "memory_ms": 1e3 * moved / BANDWIDTH,
-        "floor_ms": milliseconds + 1e3 * moved / BANDWIDTH,
     }
+    if step.device.type == "cuda":
+        found["memory_ms"] = 1e3 * moved / BANDWIDTH
+        found["floor_ms"] = milliseconds + found["memory_ms"]
+    return found
 
 
 def convolution(
@@ -410,9 +412,12 @@ def show(results: dict[str, Any]) -> None:
         convolutions = (
             f"{floor['convolutions_ms']:.2f} ms ({floor['tflop']:.3g} TFLOP at {floor['tflop_per_s']:.3g} TFLOP/s)"
         )
-        moved = f", {floor['gb']:.3g} GB at 3 TB/s {floor['memory_ms']:.2f} ms: floor {floor['floor_ms']:.2f} ms"
-        console.print(f"convolutions {convolutions}{moved if on_card else ''}")
-    for name, value, wish, holds in results["reached"]:
+        if on_card:
+            convolutions += (
+                f", {floor['gb']:.3g} GB at 3 TB/s {floor['memory_ms']:.2f} ms: floor {floor['floor_ms']:.2f} ms"
+            )
+        console.print(f"convolutions {convolutions}")
+    for name, value, wish, holds in ratios(results["sides"]):
         wanted = f", wanted {wish}: {'reached' if holds else 'NOT reached'}" if on_card else ""
         console.print(f"{name}: {value:.2f}{wanted}")
 
@@ -424,7 +429,7 @@ def show(results: dict[str, Any]) -> None:
 @click.option("--T", "T", default=4, show_default=True)
 @click.option("--batch", default=256, show_default=True)
 @click.option("--device", default="cuda", show_default=True)
-@click.option("--precision", default="bf16", show_default=True)
+@click.option("--precision", default="auto", show_default=True, help="As of `tetdeploy train`: bf16, on a CPU fp32.")
 @click.option("--turns", default=5, show_default=True, help="Of each side.")
 @click.option("--steps", default=10, show_default=True, help="In a turn.")
 @click.option("--side", "sides", multiple=True, type=click.Choice(SIDES), help="These alone. [default: all]")
@@ -451,7 +456,7 @@ def main(
 
     def keep(measured: dict[str, Any]) -> None:
         results.update(measured)
-        results["reached"] = ratios(results["sides"])
+        results["reached"] = ratios(results["sides"]) if found.type == "cuda" else []
         if json_path is not None:
             write_json(json_path, results)
 

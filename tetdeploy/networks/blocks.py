@@ -10,7 +10,7 @@ from tetdeploy.fused_bn import fire, fire_sum
 from tetdeploy.layers import OverTime, tdBN
 from tetdeploy.neurons import LIF
 
-RATE = 0.23  # of neurons behind tdBN at the start of training, root of the mean square over an image
+RATE_RMS = 0.23  # over channels, of the firing rates that an image has behind tdBN at the start of training
 
 
 def conv_bn(
@@ -24,12 +24,12 @@ def conv_bn(
 def firing_linear(in_features: int, features: int, *, v_th: float = 1.0) -> nn.Linear:
     """A linear layer in front of neurons, without a BN between: its weights start so that the neurons fire.
 
-    Their currents start with a standard deviation of v_th, as tdBN gives it, where the input is firing rates of `RATE`.
-    By PyTorch's own initialisation they would start at a ninth of that: then no neuron fires, the surrogate gradient
-    (Eq. 5) is close to its zero as well, and hardly any gradient reaches what lies in front.
+    Their currents start with a standard deviation of v_th, as tdBN gives it, where the input is firing rates of
+    `RATE_RMS`. By PyTorch's own initialisation it would be 0.13: then no neuron fires, the surrogate gradient (Eq. 5)
+    is close to its zero as well, and hardly any gradient reaches what lies in front.
     """
     linear = nn.Linear(in_features, features)
-    nn.init.normal_(linear.weight, std=v_th / (RATE * in_features**0.5))
+    nn.init.normal_(linear.weight, std=v_th / (RATE_RMS * in_features**0.5))
     return linear
 
 
