@@ -101,7 +101,7 @@ def keep_last(
     last: dict[str, str] = {}  # by the name of the tensor in usual order
     instead: dict[str, str] = {}
     computed: dict[str, str] = {}  # of `last` what is computed here
-    means = set[str]()  # with channels last
+    means = set[str]()  # of which a `Transpose` costs nothing
     axes = {t.name: numpy_helper.to_array(t).tolist() for t in graph.initializer if t.data_type == TensorProto.INT64}
     new_axes: dict[str, list[int]] = {}
     wholes = WholeNumbers(graph, loops)
@@ -115,17 +115,12 @@ def keep_last(
         nodes.append(node)
         if node.op_type in ("ReduceMean", "ReduceSum") and node.input[0] in last:
             reduced = sorted(axis % 4 for axis in axes.get(node.input[-1], []))
-            keeps = _attribute(node, "keepdims", 1)
             if reduced and _is_exact(kinds[node.input[0]], reduced, wholes.of(node.input[0])):
-                axes_name = f"{node.output[0]}.axes.last"
-                new_axes[axes_name] = [TO_LAST.index(axis) for axis in reduced]
-                read = [last[node.input[0]], axes_name]
-                if node.op_type == "ReduceMean" and keeps and reduced == [2, 3]:
-                    mean = helper.make_node("ReduceMean", read, [f"{node.output[0]}.last"])
-                    means.update(mean.output)
-                    nodes[-1:] = [mean, helper.make_node("Transpose", mean.output, node.output, perm=TO_FIRST)]
-                elif node.op_type == "ReduceSum" and not keeps and _stay_in_order(reduced):
-                    nodes[-1] = helper.make_node("ReduceSum", read, node.output, keepdims=0)
+                nodes[-1:] = made_of_it = _reduced(node, last[node.input[0]], reduced)
+                if made_of_it != [node]:
+                    new_axes[_axes_name(node)] = [TO_LAST.index(axis) for axis in reduced]
+                if node.op_type == "ReduceMean":
+                    means.update(made_of_it[0].output)
             continue
         if node.output[0] not in kinds or len(kinds[node.output[0]].shape) != 4:
             continue
@@ -144,10 +139,7 @@ def keep_last(
     )
     if after >= before or any(name in made and twin in made for name, twin in computed.items()):
         return False
-    read_now = {name for node in nodes for name in node.input}
-    graph.initializer.extend(
-        numpy_helper.from_array(np.array(numbers_), name) for name, numbers_ in new_axes.items() if name in read_now
-    )
+    graph.initializer.extend(numpy_helper.from_array(np.array(moved), name) for name, moved in new_axes.items())
     put_nodes(graph, nodes)
     return True
 
@@ -171,14 +163,25 @@ def _twin(
     return twin
 
 
+def _reduced(node: onnx.NodeProto, last: str, axes: Sequence[int]) -> list[onnx.NodeProto]:
+    """A mean over an image, or a sum that leaves its axes in their order, of what lies with channels last as `last`;
+    the node itself if it is neither."""
+    read, keeps = [last, _axes_name(node)], _attribute(node, "keepdims", 1)
+    if node.op_type == "ReduceMean" and keeps and axes == [2, 3]:
+        mean = helper.make_node("ReduceMean", read, [f"{node.output[0]}.last"])
+        return [mean, helper.make_node("Transpose", mean.output, node.output, perm=TO_FIRST)]
+    left = [TO_LAST.index(axis) for axis in range(4) if axis not in axes]
+    if node.op_type == "ReduceSum" and not keeps and left == sorted(left):
+        return [helper.make_node("ReduceSum", read, node.output, keepdims=0)]
+    return [node]
+
+
+def _axes_name(node: onnx.NodeProto) -> str:
+    return f"{node.output[0]}.axes.last"
+
+
 def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
     return next((a.i for a in node.attribute if a.name == name), default)
-
-
-def _stay_in_order(reduced: Sequence[int]) -> bool:
-    """Whether the axes that a sum leaves follow each other with channels last as they do else."""
-    left = [TO_LAST.index(axis) for axis in range(4) if axis not in reduced]
-    return left == sorted(left)
 
 
 def _is_exact(kind: Kind, axes: Sequence[int], whole: Whole | None) -> bool:
