@@ -32,8 +32,7 @@ def fire(lif: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
     if bn is None:
         spikes: Tensor = lif(layer(x))
         return spikes
-    assert isinstance(layer, Layer)
-    return layer.within(lambda x: bn_lif(_before_bn(layer, x.flatten(0, 1)), bn, lif, T=len(x)), x)
+    return _fire_fused(lif, layer, bn, x)
 
 
 def fire_sum(lif: nn.Module, layer: nn.Module, x: Tensor, shortcut: nn.Module, skipped: Tensor) -> Tensor:
@@ -55,8 +54,7 @@ def fire_encoded(lif: nn.Module, encode: nn.Module, x: Tensor, T: int | None = N
     """`lif(encode(x, T))` for `DirectEncoding`; the current of an image is computed once and serves all T steps."""
     bn = _bn_to_fuse(DirectEncoding, encode, lif, x)
     if bn is not None and x.dim() == 5 and T in (None, len(x)):
-        assert isinstance(encode, Layer)
-        return encode.within(lambda x: bn_lif(_before_bn(encode, x.flatten(0, 1)), bn, lif, T=len(x)), x)
+        return _fire_fused(lif, encode, bn, x)
     if bn is not None and x.dim() == 4 and isinstance(T, int) and T >= 1:
         return bn_lif(_before_bn(encode, x), bn, lif, T=T, repeated=True)
     spikes: Tensor = lif(encode(x, T))  # which refuses what is neither
@@ -167,6 +165,12 @@ def _statistics(y: Tensor, bn: nn.BatchNorm2d) -> Tensor:
     vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
     norm: Tensor = _kernels(y).statistics(y, *vectors, momentum=momentum, eps=bn.eps)
     return norm
+
+
+def _fire_fused(lif: nn.Module, layer: nn.Module, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """`lif(layer(x))` of `[T, N, ...]`, where `_bn_to_fuse` found that BN at the layer's end."""
+    assert isinstance(layer, Layer)
+    return layer.within(lambda x: bn_lif(_before_bn(layer, x.flatten(0, 1)), bn, lif, T=len(x)), x)
 
 
 def _bn_to_fuse(kind: type[Layer], layer: nn.Module, lif: nn.Module, x: Tensor) -> nn.BatchNorm2d | None:

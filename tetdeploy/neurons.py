@@ -147,13 +147,19 @@ def _numba(current: Tensor) -> Any:
 
 def cpu_kernels(dtype: torch.dtype) -> Any:
     """The compiled kernels, where they serve: all types but float16, with numba installed."""
+    kernels = _numba_kernels()
+    return kernels if kernels is not None and dtype in kernels.DTYPES else None
+
+
+@cache
+def _numba_kernels() -> Any:
     try:
         from tetdeploy import numba_lif
     except ModuleNotFoundError as error:
         if error.name != "numba":
             raise
         return None  # the same results by torch operations, slower
-    return numba_lif if dtype in numba_lif.DTYPES else None
+    return numba_lif
 
 
 def _parts(neurons: Tensor) -> Iterator[slice]:

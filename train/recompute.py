@@ -32,16 +32,12 @@ _NEURONS = (LIF, nn.ReLU)  # an ANN twin has ReLU where the network has neurons
 
 class _RecomputedSequential(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        for block in _blocks(self):
-            x = _checkpointed(nn.Sequential(*block), block, x)
-        return x
+        return _in_blocks(self, _each, x)
 
 
 class _RecomputedFiring(FiringSequential):
     def forward(self, x: Tensor) -> Tensor:
-        for block in _blocks(self):
-            x = _checkpointed(partial(fire_each, block), block, x)
-        return x
+        return _in_blocks(self, fire_each, x)
 
 
 class _RecomputedOverTime(OverTime):
@@ -120,6 +116,18 @@ def _blocks(layers: nn.Sequential) -> Iterator[list[nn.Module]]:
             block = []
     if block:
         yield block
+
+
+def _in_blocks(layers: nn.Sequential, run: Callable[[list[nn.Module], Tensor], Tensor], x: Tensor) -> Tensor:
+    for block in _blocks(layers):
+        x = _checkpointed(partial(run, block), block, x)
+    return x
+
+
+def _each(layers: list[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 def _checkpointed(run: Callable[[Tensor], Tensor], block: list[nn.Module], x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tetdeploy.native.loops import Loop, leading_to, put_nodes
+from tetdeploy.native.loops import Loop, attribute, leading_to, put_nodes
 from tetdeploy.native.wholes import Whole, WholeNumbers
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def reading(instead: Mapping[str, str], nodes: Iterable[onnx.NodeProto]) -> list
 
 def _same_shape(kinds: MutableMapping[str, Kind], reorder: onnx.NodeProto) -> bool:
     """Whether no channel was added to fill a block, and channels are the second axis."""
-    last = any(a.i for a in reorder.attribute if a.name == "channels_last")
+    last = attribute(reorder, "channels_last", 0)
     read, written = reorder.input[0], reorder.output[0]
     return not last and read in kinds and written in kinds and kinds[read].shape[1:] == kinds[written].shape[1:]
 
@@ -166,7 +166,7 @@ def _twin(
 def _reduced(node: onnx.NodeProto, last: str, axes: Sequence[int]) -> list[onnx.NodeProto]:
     """A mean over an image, or a sum that leaves its axes in their order, of what lies with channels last as `last`;
     the node itself if it is neither."""
-    read, keeps = [last, _axes_name(node)], _attribute(node, "keepdims", 1)
+    read, keeps = [last, _axes_name(node)], attribute(node, "keepdims", 1)
     if node.op_type == "ReduceMean" and keeps and axes == [2, 3]:
         mean = helper.make_node("ReduceMean", read, [f"{node.output[0]}.last"])
         return [mean, helper.make_node("Transpose", mean.output, node.output, perm=TO_FIRST)]
@@ -178,10 +178,6 @@ def _reduced(node: onnx.NodeProto, last: str, axes: Sequence[int]) -> list[onnx.
 
 def _axes_name(node: onnx.NodeProto) -> str:
     return f"{node.output[0]}.axes.last"
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
-    return next((a.i for a in node.attribute if a.name == name), default)
 
 
 def _is_exact(kind: Kind, axes: Sequence[int], whole: Whole | None) -> bool:

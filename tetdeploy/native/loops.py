@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -191,6 +192,10 @@ def put_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
     for k in reversed(range(len(graph.initializer))):
         if graph.initializer[k].name not in read:
             del graph.initializer[k]
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
 def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:

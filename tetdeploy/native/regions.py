@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy.native import DOMAIN
 from tetdeploy.native.layout import keep_blocked, keep_last
-from tetdeploy.native.loops import FIRST_MARK, Loop, constants_of, leading_to, put_nodes, reads, scalar
+from tetdeploy.native.loops import FIRST_MARK, Loop, attribute, constants_of, leading_to, put_nodes, reads, scalar
 from tetdeploy.native.programs import Op, Program
 from tetdeploy.native.wholes import COMPARISONS, WholeNumbers
 
@@ -205,10 +204,10 @@ class _Graph:
         if node.domain or not all(self._has_axes(name) for name in (node.input[0], *node.output)):
             return False
         if node.op_type == "Split":
-            sizes = self.sizes.get(node.input[1]) if len(node.input) > 1 else _attribute(node, "split", [1])
+            sizes = self.sizes.get(node.input[1]) if len(node.input) > 1 else attribute(node, "split", [1])
             length = self.kinds[node.input[0]].shape[0]
             even = not isinstance(length, int) or length % len(node.output) == 0
-            return _attribute(node, "axis", 0) == 0 and sizes is not None and len(set(sizes)) == 1 and even
+            return attribute(node, "axis", 0) == 0 and sizes is not None and len(set(sizes)) == 1 and even
         if node.op_type == "Cast":  # of spikes to be summed: bytes take a fourth of the memory
             types = (self.kinds[node.input[0]].type, self.kinds[node.output[0]].type)
             return types == (UINT8, FLOAT) and self._is_summed(node)
@@ -234,13 +233,13 @@ class _Graph:
             return False  # something is repeated along an axis
         types = {self.kinds[name].type for name in tensors}
         if node.op_type == "Cast":
-            to, whole = _attribute(node, "to", 0), self.wholes.of(node.input[0])
+            to, whole = attribute(node, "to", 0), self.wholes.of(node.input[0])
             if types == {FLOAT}:
                 return to == UINT8 and whole is not None and whole.unit == 1  # others would lose their fraction
             return types <= {BOOL, UINT8} and to in (FLOAT, UINT8)
         if node.op_type == "Concat":
             rank = len(self.kinds[tensors[0]].shape)
-            return tensors == list(node.input) and _attribute(node, "axis", 0) in (0, -rank) and types <= {FLOAT, UINT8}
+            return tensors == list(node.input) and attribute(node, "axis", 0) in (0, -rank) and types <= {FLOAT, UINT8}
         return types == {FLOAT} and node.op_type in (*BINARY, *UNARY)
 
     def _has_axes(self, name: str) -> bool:
@@ -483,9 +482,9 @@ def _arithmetic(
         return program.add(op, operand(left), operand(right))
     value = operand(node.input[0])
     if node.op_type == "ThresholdedRelu":
-        return program.add(Op.THRESHOLDED_RELU, value, k=program.immediate(_attribute(node, "alpha", 1.0)))
+        return program.add(Op.THRESHOLDED_RELU, value, k=program.immediate(attribute(node, "alpha", 1.0)))
     if node.op_type == "HardSigmoid":
-        slope = program.immediate(_attribute(node, "alpha", 0.2), _attribute(node, "beta", 0.5))
+        slope = program.immediate(attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5))
         return program.add(Op.HARD_SIGMOID, value, k=slope)
     assert node.op_type == "Cast"  # of 0 and 1, or of bytes
     return value
@@ -505,7 +504,3 @@ def check_loop(loop: Loop) -> None:
         made[node.output[0]] = node.op_type
     if not made.keys() >= {loop.next_u, loop.spikes}:
         raise UnfusableError("neurons that give something else")
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
