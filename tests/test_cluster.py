@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -95,6 +96,15 @@ def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path
     assert (options["host"], options["http_port"], options["threads"]) == ("0.0.0.0", 8080, 2)
     assert container["ports"][0]["containerPort"] == container["readinessProbe"]["httpGet"]["port"] == 8080
     assert container["readinessProbe"]["httpGet"]["path"] == "/v2/health/ready"
+
+
+@pytest.mark.parametrize("folder", ["_r19 (2)_", "R19.2-", "r19__2"])
+def test_a_service_is_called_as_the_folder_of_its_model(folder: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir()
+    model = shutil.copy(exported("step"), tmp_path / folder)
+    call("export", model, "--format", "kserve", "--storage-uri", URI)
+    service = yaml.safe_load((tmp_path / folder / "kserve.yaml").read_text())
+    assert service["metadata"]["name"] == "r19-2"
 
 
 # In a process of its own: KServe and tritonclient.grpc register the same protobuf names.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -61,7 +62,9 @@ def _checked_name(ctx: click.Context, source: Path) -> str:
         return name
     from tetdeploy.export.kserve import check_service_name, check_storage_uri
 
-    name = name.lower().replace("_", "-").replace(".", "-")
+    name = re.sub("[_.]", "-", name.lower())
+    if ctx.params["name"] is None:
+        name = re.sub("[^a-z0-9]+", "-", name).strip("-")
     check_service_name(name)
     check_storage_uri(ctx.params["storage_uri"])
     return name
