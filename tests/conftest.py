@@ -1,17 +1,24 @@
-"""What every test shares: random numbers and threads do not depend on what ran before."""
+"""What every test shares: random numbers and threads do not depend on what ran before, nor on the machine's proxy."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 
 import pytest
 import torch
+from hypothesis import settings
 from onnxscript.values import TracedOnnxFunction
 
 # torch.onnx asks for it of 500 functions at every export, and each answer parses a function's source: a fourth of the
 # export of a small network.
 TracedOnnxFunction.function_ir = property(cache(TracedOnnxFunction.function_ir.fget))
+
+settings.register_profile("the same examples each time", derandomize=True, deadline=None, database=None)
+settings.load_profile("the same examples each time")
+
+os.environ["no_proxy"] = "127.0.0.1,localhost,::1"  # servers of the tests are asked directly
 
 
 @pytest.fixture(autouse=True)

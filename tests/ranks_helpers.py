@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import multiprocessing
+from torch.distributed import TCPStore
 
 from tetdeploy.train.ranks import process_group
 
@@ -20,10 +20,8 @@ _SECONDS = 300
 def on_ranks(size: int, work: Callable[..., None], *arguments: Any) -> None:
     """Call `work(*arguments)` in `size` processes of one group; what one raises is raised here, and so is that they do
     not end: where ranks disagree about what to exchange, they wait for each other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = multiprocessing.spawn(_one, (size, port, work, arguments), nprocs=size, join=False)  # type: ignore[no-untyped-call]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # holds its port until they have ended
+    processes = multiprocessing.spawn(_one, (size, store.port, work, arguments), nprocs=size, join=False)  # type: ignore[no-untyped-call]
     end = time.monotonic() + _SECONDS
     while not processes.join(timeout=1.0):
         if time.monotonic() > end:
@@ -35,6 +33,7 @@ def on_ranks(size: int, work: Callable[..., None], *arguments: Any) -> None:
 def _one(rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is there already, as under torchrun
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with process_group():

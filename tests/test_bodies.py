@@ -156,7 +156,7 @@ def test_a_slow_body_gives_its_bytes_back(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_refused_body_that_keeps_coming_gets_its_refusal_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.5)
 
     async def test(limit: BodyLimit, app: App) -> None:
         large, over = Client(limit), Client(limit)

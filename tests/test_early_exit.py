@@ -86,7 +86,7 @@ def test_images_leave_when_they_are_certain(encoding: str, criterion: Criterion)
     assert result.logits.dtype == result.per_step.dtype == np.float32
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     threshold=st.floats(0, 1),
     criterion=st.sampled_from(CRITERIA),

@@ -79,7 +79,7 @@ def test_axis_fan_out_by_hand() -> None:
     assert axis_fan_out(5, 3, 1, (0, 0), 2).tolist() == [1, 0, 1, 0, 1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.integers(1, 2), st.integers(1, 2), st.integers(1, 2), st.integers(1, 2), st.integers(0, 2**32 - 1))
 def test_a_convolutions_operations_are_those_of_a_loop(
     data: st.DataObject, dims: int, groups: int, in_per_group: int, out_per_group: int, seed: int
@@ -102,7 +102,6 @@ def test_a_convolutions_operations_are_those_of_a_loop(
     assert layer.dense_ops() == dense
 
 
-@settings(deadline=None)
 @given(st.integers(1, 2), st.integers(1, 2), st.data())
 def test_the_output_size_is_torchs(groups: int, dims: int, data: st.DataObject) -> None:
     """With ones for inputs and weights, torch's own sum of outputs is the number of operations."""
@@ -539,7 +538,6 @@ class Branches(nn.Module):
 
 @settings(
     max_examples=3,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # an export each: shrinking would take minutes
 )

@@ -105,7 +105,7 @@ def test_frames_by_time_have_the_same_length() -> None:
     assert at_once.sum((1, 2, 3)).tolist() == [6, 0, 0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     T=st.integers(1, 12),
     by=st.sampled_from(["count", "time"]),

@@ -334,13 +334,13 @@ def test_half_precision_is_float32_between_reading_and_writing(residual: str, dt
         close(g, w, 2 * torch.finfo(dtype).eps)
 
 
-@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     T=st.integers(1, 6),
     N=st.integers(1, 3),
     C=st.integers(1, 5),
     H=st.integers(1, 4),
-    W=st.integers(2, 4),
+    W=st.integers(3, 4),  # of two values a channel all gradients cancel
     last=st.booleans(),
     residual=st.sampled_from(["none", "identity", "bn"]),
 )

@@ -58,7 +58,7 @@ def export_anew(path: Path, layout: str, network: Any = None, *, T: int, **optio
 # --- the operator ------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 999),
     channels=st.sampled_from([(3, 8, 1), (8, 8, 8), (8, 4, 2)]),
@@ -442,7 +442,7 @@ def test_processors_without_vnni_compute_the_same(processor: str, tmp_path: Path
     path = int8_exported("unrolled")
     result = tmp_path / "result.json"
     command = ["qemu-x86_64", "-cpu", processor, sys.executable, "-m", "tetdeploy", "validate", str(path)]
-    subprocess.run([*command, "--json", str(result)], check=True, capture_output=True, timeout=300)
+    subprocess.run([*command, "--json", str(result)], check=True, capture_output=True, timeout=1200)
     row = json.loads(result.read_text())["rows"][-1]
     assert row["T"] == 3 and row["top1_agreement"] == 1.0 and row["spike_count_error"] == 0.0
     assert row["max_abs_logit_error"] < 1e-5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -80,7 +80,6 @@ def test_gradient_of_sdt_is_equation_8() -> None:
     torch.testing.assert_close(logits.grad, (error / (T * N)).expand(T, N, K), rtol=1e-12, atol=1e-15)
 
 
-@settings(deadline=None)
 @given(
     T=st.integers(1, 6),
     N=st.integers(1, 4),

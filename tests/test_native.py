@@ -629,7 +629,7 @@ for native in (False, True):
 """
     path, x = int8_exported("unrolled"), str(tmp_path / "x.npy")
     command = ["qemu-x86_64", "-cpu", processor, sys.executable, "-c", code, str(path), x]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=1200)
     np.testing.assert_array_equal(np.load(f"{x}.True.npy"), np.load(f"{x}.False.npy"))
 
 

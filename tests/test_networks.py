@@ -77,7 +77,7 @@ def test_neurons_have_the_configured_parameters(model: str) -> None:
     assert neurons == {(config.tau, 0.75, 2.0)}
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(T=st.integers(1, 6), k=st.integers(1, 6), N=st.integers(0, 3), seed=st.integers(0, 2**31))
 def test_the_first_k_steps_of_a_run_are_a_run_of_k_steps(T: int, k: int, N: int, seed: int) -> None:
     k = min(k, T)

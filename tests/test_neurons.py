@@ -229,7 +229,7 @@ def assert_gradients_equal(got: tuple[Tensor | None, ...], wanted: tuple[Tensor 
 
 
 @both_kernels
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(case=cases)
 def test_equal_to_a_naive_autograd_loop(name: str, case: Case) -> None:
     with kernel(name):
@@ -261,7 +261,7 @@ def test_the_property_is_not_empty() -> None:
     assert gradient[-1][fired].count_nonzero() > 0
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(cut=st.lists(st.integers(1, 8), max_size=3, unique=True).map(sorted), seed=st.integers(0, 2**31))
 def test_a_sequence_in_pieces_with_state_is_the_whole(cut: list[int], seed: int) -> None:
     case = Case(9, (3, 5), "contiguous", 0.7, 1.0, 2.0, True, "both", seed)

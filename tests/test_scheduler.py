@@ -25,7 +25,7 @@ from tetdeploy.serve.scheduler import (
 from tetdeploy.serve.sequences import LostSequenceError, Sequences, Step, TooManySequencesError, UnknownSequenceError
 
 R = TypeVar("R")
-PATIENCE = 3  # seconds before a test that hangs fails
+PATIENCE = 30  # seconds before a test that hangs fails
 
 
 def run(coroutine: Coroutine[Any, Any, R]) -> R:
@@ -346,7 +346,7 @@ def admit(
 actions = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans()), max_size=40)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(actions=actions, max_batch=st.integers(1, 4), pause=st.lists(st.booleans(), min_size=40, max_size=40))
 def test_sequences_never_see_one_anothers_state(
     actions: list[tuple[int, int, bool, bool]], max_batch: int, pause: list[bool]

@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sizes=st.lists(st.integers(0, 300), min_size=1, max_size=12), limit=st.integers(1700, 5000))
 def test_tensors_come_back_and_no_file_is_larger(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], limit: int

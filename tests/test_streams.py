@@ -60,7 +60,7 @@ operations = st.one_of(
 
 
 @kinds
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(script=st.lists(operations, min_size=4, max_size=24), max_batch=st.integers(1, 5))
 def test_each_stream_is_as_if_alone(
     layout: str, options: dict[str, Any], script: list[tuple[Any, ...]], max_batch: int

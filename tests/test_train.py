@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
@@ -173,7 +172,6 @@ def test_derived_seeds_differ_by_seed_purpose_and_index() -> None:
 # --- augmentation
 
 
-@hypothesis_settings(deadline=None)
 @given(N=st.integers(1, 6), C=st.integers(1, 3), H=st.integers(1, 7), W=st.integers(1, 7), padding=st.integers(0, 3))
 def test_random_crop_shifts_each_image_and_fills_with_zeros(N: int, C: int, H: int, W: int, padding: int) -> None:
     images = torch.randint(1, 256, (N, C, H, W), dtype=torch.uint8, generator=Generator().manual_seed(N))

@@ -102,7 +102,7 @@ def test_gradients_that_are_missing_are_zero(T: int, at: str, with_u: bool, devi
 
 
 @pytest.mark.gpu
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     T=st.integers(1, 20),
     shape=st.lists(st.integers(0, 5), max_size=4).map(tuple),

@@ -150,7 +150,8 @@ def test_neuron_parameters_reach_every_neuron(model: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_network_exports_in_every_layout(model: str, layout: Any, tmp_path: Path) -> None:
     classifier = for_export(model)
-    # Few images and steps: in deep networks with random weights a spike that one ulp flips sets off an avalanche.
+    # Few images and steps: in deep networks with random weights a spike that one ulp flips sets off an avalanche, which
+    # the export lets pass where PyTorch's own rounding does the same.
     images = np.random.default_rng(0).integers(256, size=(8, *classifier.image_shape), dtype=np.uint8)
     config = ExportConfig(layout, T=3, trained_T=1)
     with shared_traces():
@@ -158,7 +159,7 @@ def test_every_network_exports_in_every_layout(model: str, layout: Any, tmp_path
     neurons = sum(isinstance(module, LIF) for module in classifier.modules())
     batch_norms = sum(isinstance(module, nn.BatchNorm2d) for module in classifier.modules())
     assert (exported.num_neurons, exported.num_folded, exported.uncounted) == (neurons, batch_norms, ())
-    assert exported.parity is not None and exported.parity.spike_mismatch_rate <= 1e-4
+    assert exported.parity is not None and exported.parity.local_mismatch_rate <= 1e-4
 
 
 def test_frames_of_two_polarities_export(tmp_path: Path) -> None:
