@@ -71,7 +71,8 @@ def test_no_threshold_takes_fewer_steps_for_the_loss(some: Answers, min_T: int, 
     assert every == set(zip(frontier.steps.tolist(), frontier.lost.tolist(), frontier.gained.tolist(), strict=True))
     point = frontier.cheapest(loss, confident=False)
     assert point.paired.loss <= loss + 1e-9
-    assert point.mean_T * N == pytest.approx(min(taken for taken, lost, gained in every if lost - gained <= loss * N + 1e-9))
+    fitting = [taken for taken, lost, gained in every if lost - gained <= loss * N + 1e-9]
+    assert point.mean_T * N == pytest.approx(min(fitting))
     assert point.accuracy == pytest.approx(some.right[:, -1].mean() - point.paired.loss)
 
 

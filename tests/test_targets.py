@@ -19,7 +19,8 @@ DOCS = Path(__file__).parents[1] / "docs" / "precision.md"
 
 def table() -> dict[tuple[str, str], str]:
     """The cells of the table by target and precision."""
-    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in DOCS.read_text(encoding="utf-8").splitlines()]
+    lines = DOCS.read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
     header = next(row for row in rows if row[0] == "target")
     named = [row for row in rows if row[0] in TARGETS]
     return {(row[0], header[k]): row[k] for row in named for k in range(2, len(header))}
