@@ -321,6 +321,8 @@ def main(what: str, scale: str | None, out: Path | None, data_dir: Path) -> None
     """Train, measure and write one of the paper's tables or figures."""
     out = out or Path("results") / (f"{what}-{scale}" if scale else what)
     scale = scale or "full"
+    if not any(scale in entry.scales for entry in TABLES[what]):
+        raise click.UsageError(f"{what} has no --{scale} run; choose {' or '.join(TABLES[what][0].scales)}")
     programs = {"figure2": landscape, "figure3": switch, "figure4": scalability, "modern": modern_table}
     program = programs.get(what)
     if program is None:

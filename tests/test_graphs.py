@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tetdeploy.cli import main
 from tetdeploy.data import ImageSet
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.train import TrainConfig, loop, train
+from tetdeploy.train import How, TrainConfig, loop, train
 from tetdeploy.train.config import PRECISIONS
 from tetdeploy.train.device import place, tuned_convolutions
 from tetdeploy.train.graphs import WARM_UP, Compute, Recorded, StepGraphs, check_graphs
@@ -86,7 +86,7 @@ def test_the_command_refuses_graphs_on_a_cpu(tmp_path: Path, monkeypatch: pytest
     result = CliRunner().invoke(main, ["train", "--cuda-graphs", "--device", "cpu"])
     assert result.exit_code == 1 and "Error: no CUDA graph of this training step: the run is on cpu" in result.output
     result = CliRunner().invoke(main, ["train", "--cuda-graphs", "--recompute"])
-    assert result.exit_code == 2 and "--recompute does not go with --cuda-graphs" in result.output
+    assert result.exit_code == 1 and "--recompute does not go with --cuda-graphs" in result.output
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def test_a_run_with_graphs_is_the_run_without(
     monkeypatch.setattr("tetdeploy.train.session.StepGraphs", make)
     plain, replayed, config = classifier(), classifier(), settings(device="cpu", **changes)
     train(plain, TRAIN, VAL, config, tmp_path / "plain", progress=False)
-    train(replayed, TRAIN, VAL, config, tmp_path / "graphs", progress=False, cuda_graphs=True)
+    train(replayed, TRAIN, VAL, config, tmp_path / "graphs", progress=False, how=How(cuda_graphs=True))
     assert len(made[0]._graphs) == graphs
     for name, value in plain.state_dict().items():
         assert torch.equal(value, replayed.state_dict()[name]), name
@@ -217,12 +217,13 @@ def test_the_layout_of_somebody_elses_network_stays(
     assert seen == [last]
 
 
-def test_cudnn_chooses_within_a_run_only() -> None:
-    before = torch.backends.cudnn.benchmark
+def test_cudnn_chooses_within_a_run_only_and_multiplies_float32_as_such() -> None:
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32
     with tuned_convolutions():
-        assert torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = not before
-    assert torch.backends.cudnn.benchmark == before
+        assert cudnn.benchmark and not cudnn.allow_tf32
+        cudnn.benchmark, cudnn.allow_tf32 = (not value for value in before)
+    assert (cudnn.benchmark, cudnn.allow_tf32) == before
 
 
 # --- on a GPU
@@ -314,7 +315,7 @@ def test_losses_with_graphs_are_those_without(tmp_path: Path, precision: str, ch
     """Kernels add up in an order of their own from run to run, a spike flips now and then: the first epoch agrees."""
     config = settings(device="cuda", precision=precision, **changes)
     for name in ("plain", "graphs"):
-        train(classifier(), TRAIN, VAL, config, tmp_path / name, progress=False, cuda_graphs=name == "graphs")
+        train(classifier(), TRAIN, VAL, config, tmp_path / name, progress=False, how=How(cuda_graphs=name == "graphs"))
     plain, graphs = records(tmp_path / "plain"), records(tmp_path / "graphs")
     assert graphs[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=0.02)
     assert graphs[-1]["train_loss"] == pytest.approx(plain[-1]["train_loss"], rel=0.1)
@@ -392,7 +393,7 @@ def test_a_cut_run_goes_on_there_and_elsewhere(tmp_path: Path, optimizer: str) -
             signal.raise_signal(signal.SIGINT)
 
     cut.network.register_forward_hook(stop)
-    assert train(cut, TRAIN, VAL, config, tmp_path / "cut", progress=False, shards_mb=1).interrupted
+    assert train(cut, TRAIN, VAL, config, tmp_path / "cut", progress=False, how=How(shards_mb=1)).interrupted
     shards = shutil.copytree(tmp_path / "cut" / "shards", tmp_path / "shards")
     assert train(classifier(), TRAIN, VAL, config, tmp_path / "cut", progress=False, resume=True).epochs == whole.epochs
     train(classifier(), TRAIN, VAL, config, tmp_path / "second", progress=False, restart_from=shards)

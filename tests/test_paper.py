@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
-from tetdeploy.cli.train import train, train_config
+from tetdeploy.cli.train import default_by_network, train, train_config
 from tetdeploy.train import TrainConfig
 
 FILE = Path(__file__).parent.parent / "examples" / "paper.py"
@@ -55,6 +55,7 @@ def test_every_entry_makes_a_configuration(paper: ModuleType, scale: str) -> Non
                 *entry.chosen(scale),
             ]
             with train.make_context("train", arguments) as ctx:
+                default_by_network(ctx, ctx.params)
                 config = train_config(ctx, {name: value for name, value in ctx.params.items() if name in names})
             assert scale == "full" or config.epochs <= 12
 
@@ -67,6 +68,12 @@ def test_what_is_left_out_says_why(paper: ModuleType, tmp_path: Path) -> None:
     assert imagenet.left_out("full", tmp_path) == ""
     assert imagenet.left_out("smoke", tmp_path) == "only full runs have it"
     assert events.left_out("smoke", tmp_path) == "" and events.left_out("small", tmp_path) != ""
+
+
+def test_a_scale_that_no_entry_has_is_refused_before_any_training(paper: ModuleType, tmp_path: Path) -> None:
+    result = CliRunner().invoke(paper.main, ["modern", "--small", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "modern has no --small run; choose full or smoke" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_mean_and_standard_deviation(paper: ModuleType) -> None:

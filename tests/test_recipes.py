@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from tetdeploy.cli import main
 from tetdeploy.cli.recipe import read_recipe
-from tetdeploy.cli.train import train, train_config
+from tetdeploy.cli.train import default_by_network, train, train_config
 from tetdeploy.data import DATA_NAMES
 from tetdeploy.networks import NETWORKS, NetworkConfig
 from tetdeploy.train import TrainConfig
@@ -43,6 +43,7 @@ def configurations(*arguments: str) -> tuple[TrainConfig, dict[str, Any]]:
     """What `tetdeploy train` makes of these arguments, without training."""
     with train.make_context("train", list(arguments)) as ctx:
         names = {field.name for field in fields(TrainConfig)}
+        default_by_network(ctx, ctx.params)
         config = train_config(ctx, {name: value for name, value in ctx.params.items() if name in names})
         return config, ctx.params
 
@@ -140,10 +141,19 @@ def test_seeds_from_a_recipe_end_in_a_summary_that_names_it(tmp_path: Path) -> N
     assert "training.lr: 0.002 -> 0.1" in refused("--resume", "runs/three", "--lr", "0.1")
 
 
+def test_the_network_decides_the_defaults_of_its_loss() -> None:
+    """phi is v_th (Eq. 12), and an ANN has no membranes to hold at it."""
+    assert configurations("--v-th", "0.5")[0].phi == 0.5
+    assert configurations("--v-th", "0.5", "--phi", "2")[0].phi == 2.0
+    assert configurations("--ann")[0].lam == 0.0
+    assert configurations("--ann", "--lam", "0.1")[0].lam == 0.1
+
+
 def test_ann_then_distillation(tmp_path: Path) -> None:
     small = ("--width", "0.25", "--epochs", "2", "--batch-size", "256")
     output = run("--ann", *small, "--out", "ann").output
-    assert settings("ann")["training"]["T"] == 1 and "next: tetdeploy train --distill ann" in output
+    assert settings("ann")["training"]["T"] == 1 and settings("ann")["training"]["lam"] == 0
+    assert "next: tetdeploy train --distill ann" in output
     output = run("--distill", "ann", "--T", "2", *small, "--out", "taught").output
     assert "distilled from ann" in output
     assert "an ANN has no time" in refused("--ann", "--T", "2")
@@ -153,6 +163,8 @@ def test_recompute_trains_the_same_and_is_no_setting_of_the_run(tmp_path: Path) 
     run(*QUICK, "--out", "plain")
     run(*QUICK, "--out", "again", "--recompute")
     run("--resume", "again")
+    assert settings("again")["how"]["recompute"]  # what fits in memory with it alone would not go on without
+    run("--resume", "again", "--no-recompute")
     lines = [Path(folder, "metrics.jsonl").read_text().splitlines() for folder in ("plain", "again")]
     losses = [[json.loads(line)["train_loss"] for line in part] for part in lines]
     assert losses[0] == losses[1]

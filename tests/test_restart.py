@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tetdeploy.data import ImageSet
 from tetdeploy.inspection import inspect
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.shards import INDEX_NAME, newest_shards, read_shards
-from tetdeploy.train import TrainConfig, TrainResult, loop, train
+from tetdeploy.train import How, TrainConfig, TrainResult, loop, train
 from tetdeploy.train.restart import check_restart, find_restart
 
 STEPS = 5
@@ -53,8 +53,8 @@ def settings(**changes: Any) -> TrainConfig:
 
 
 def run(out: Path, of: Classifier | None = None, **options: Any) -> TrainResult:
-    how = {"config": settings(), "progress": False, "shards_mb": 0.01} | options
-    return train(of or classifier(), TRAIN, VAL, how.pop("config"), out, **how)
+    given = {"config": settings(), "progress": False, "how": How(shards_mb=0.01)} | options
+    return train(of or classifier(), TRAIN, VAL, given.pop("config"), out, **given)
 
 
 def interrupted(out: Path, steps: int, **options: Any) -> None:
@@ -141,7 +141,7 @@ def test_of_several_shards_the_latest_are_read_but_a_checkpoint_comes_first(tmp_
 
 def test_without_the_option_there_are_no_shards_and_with_it_the_run_is_the_same(tmp_path: Path) -> None:
     one, other = classifier(), classifier()
-    run(tmp_path / "plain", one, shards_mb=None)
+    run(tmp_path / "plain", one, how=How())
     run(tmp_path / "shards", other)
     assert not (tmp_path / "plain" / "shards").exists()
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
@@ -223,7 +223,7 @@ def test_a_restarted_run_resumes(tmp_path: Path) -> None:
 
 def test_a_checkpoint_goes_on_after_its_epoch(tmp_path: Path) -> None:
     config = settings(ema=0.5, lr=1e-6)  # nothing is learned: the first epoch stays the best
-    interrupted(tmp_path / "first", 2 * STEPS + 1, config=config, shards_mb=None)
+    interrupted(tmp_path / "first", 2 * STEPS + 1, config=config, how=How())
     epoch = read_metadata(tmp_path / "first")["provenance"]["epoch"]
     assert (epoch, len(records(tmp_path / "first"))) == (1, 2)
     earlier = records(tmp_path / "first")[:epoch]
@@ -297,7 +297,7 @@ IN_8_BITS = r"was fine-tuned in 8 bits \(--qat\); start that again with --init"
     ],
 )
 def test_weights_in_8_bits_or_of_no_epoch_are_refused(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
-    interrupted(tmp_path / "r", STEPS + 2, shards_mb=None)
+    interrupted(tmp_path / "r", STEPS + 2, how=How())
     file = tmp_path / "r" / "checkpoint.safetensors"
     content = read_content(file)
     training = content["training"] | changes.get("training", {})
@@ -345,12 +345,12 @@ def test_what_is_no_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds the state of a training run"):
         run(tmp_path / "r", restart_from=tmp_path / "first" / "last.safetensors")
     with pytest.raises(ValueError, match=r"shards_mb is 0\.0; .* must be above 0"):
-        run(tmp_path / "r", shards_mb=0.0)
+        How(shards_mb=0.0)
     with pytest.raises(ValueError, match=r"alone takes .* MB; shards of at most 0\.003 MB are too small"):
-        run(tmp_path / "r", shards_mb=0.003)
+        run(tmp_path / "r", how=How(shards_mb=0.003))
     assert not list((tmp_path / "r").glob("*"))
     with pytest.raises(ValueError, match="are too small"):
-        run(tmp_path / "second", restart_from=tmp_path / "first", shards_mb=0.003)
+        run(tmp_path / "second", restart_from=tmp_path / "first", how=How(shards_mb=0.003))
     assert not list((tmp_path / "second").glob("*"))
 
 
@@ -428,9 +428,9 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, float | None]]:
     given: list[tuple[bool, float | None]] = []
     whole = loop.train
 
-    def watched(*arguments: Any, cuda_graphs: bool, shards_mb: float | None, **options: Any) -> TrainResult:
-        given.append((cuda_graphs, shards_mb))
-        return whole(*arguments, cuda_graphs=cuda_graphs, shards_mb=shards_mb, **options)
+    def watched(*arguments: Any, how: How, **options: Any) -> TrainResult:
+        given.append((how.cuda_graphs, how.shards_mb))
+        return whole(*arguments, how=how, **options)
 
     monkeypatch.setattr("tetdeploy.train.train", watched)
     monkeypatch.setattr("tetdeploy.train.seeds.train", watched)
@@ -451,7 +451,7 @@ def test_a_resumed_run_goes_on_with_its_shards_and_graphs(
     for options in ((), ("--shards-mb", 2, "--no-cuda-graphs"), (), ("--shards-mb", 0), (), ("--shards-mb", 4)):
         command("--resume", "r", *options)
     assert given == [(True, 1.0), (True, 1.0), (False, 2.0), (False, 2.0), (False, None), (False, None), (False, 4.0)]
-    assert json.loads(Path("r/config.json").read_text())["how"] == {"cuda_graphs": False, "shards_mb": 4.0}
+    assert json.loads(Path("r/config.json").read_text())["how"] == asdict(How(shards_mb=4.0))
     command(*SMALL, "--out", "s", "--seeds", "0,1", "--shards-mb", 3)
     command("--resume", "s")
     assert given[7:] == [(False, 3.0)] * 4

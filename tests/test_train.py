@@ -575,10 +575,29 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_remedy(tmp_path: Path) ->
             nn.init.constant_(classifier.network.conv.bias, math.nan)
 
     classifier = toy(poison)
-    with pytest.raises(ValueError, match=r"loss is nan at step 8 \(epoch 2, lr 0\.0015\); lower --lr"):
+    with pytest.raises(ValueError, match=r"loss is nan at step 8 \(epoch 2, lr 0\.0015\); lower --lr or switch on"):
         run(tmp_path, classifier)
     assert len(metrics(tmp_path)) == 1
     assert all(value.isfinite().all() for value in load_file(tmp_path / "last.safetensors").values())
+
+
+def test_what_memory_or_bn_lacks_is_said_with_what_the_run_may_still_change(tmp_path: Path) -> None:
+    def full(count: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def lonely(count: int) -> None:
+        nn.functional.batch_norm(torch.zeros(1, 3, 1, 1), None, None, training=True)
+
+    bf16 = settings(precision="bf16")
+    broken = toy(lambda count: nn.init.constant_(broken.network.conv.bias, math.nan))
+    with pytest.raises(
+        ValueError, match=r"at batch_size 8, T=2, precision bf16; go on with --recompute, or train anew"
+    ):
+        run(tmp_path / "a", toy(full), config=bf16)
+    with pytest.raises(ValueError, match=r"no statistics for BN: Expected more than 1 value .*; raise --batch-size"):
+        run(tmp_path / "b", toy(lonely))
+    with pytest.raises(ValueError, match=r"lower --lr, use --precision fp32 or switch on"):
+        run(tmp_path / "c", broken, config=bf16)
 
 
 def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How a run trains: one frozen dataclass, saved in the run's config.json and in its checkpoints."""
+"""What a run trains with, saved in its config.json: what decides its weights, and how they are computed."""
 
 from __future__ import annotations
 
@@ -42,6 +42,31 @@ _CHOICES = {
     "augment": (*AUGMENTATIONS, RESIZED_CROP),
     "precision": PRECISIONS,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """How a run is computed and carried, of no effect on its results; what goes on with a run goes on so by default.
+
+    Attributes:
+        cuda_graphs: replay the training step as CUDA graphs, see `graphs`.
+        recompute: compute blocks once more in the backward pass, for less memory, see `recompute`.
+        shards_mb: after every epoch, also write to `out/shards` the weights alone, in files of at most so many MB (of
+            10^6 bytes), see `restart`; None does not.
+
+    Raises:
+        ValueError: the size is not above 0, or a graph would record blocks that recompute.
+    """
+
+    cuda_graphs: bool = False
+    recompute: bool = False
+    shards_mb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.shards_mb is not None and not 0 < self.shards_mb < math.inf:
+            raise ValueError(f"shards_mb is {self.shards_mb}; it is the size of a file in MB and must be above 0")
+        if self.recompute and self.cuda_graphs:
+            raise ValueError("--recompute does not go with --cuda-graphs, which record a pass; choose one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

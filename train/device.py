@@ -95,16 +95,18 @@ def wants_channels_last(config: NetworkConfig, device: torch.device, precision: 
 
 @contextmanager
 def tuned_convolutions() -> Iterator[None]:
-    """Within it cuDNN times its algorithms once for each shape and keeps the fastest; nothing changes on a CPU.
+    """Within it cuDNN times its algorithms once for each shape and keeps the fastest, and float32 is float32 to it: in
+    TF32, PyTorch's default, factors have 10 bits of mantissa, which changes spikes. Nothing changes on a CPU.
 
-    Not with `torch.use_deterministic_algorithms`: two runs may find another algorithm the fastest.
+    Nothing is timed with `torch.use_deterministic_algorithms`: two runs may find another algorithm the fastest.
     """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32 = not torch.are_deterministic_algorithms_enabled(), False
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 @contextmanager

@@ -99,9 +99,10 @@ class StepGraphs:
         with torch.cuda.stream(stream):  # not that of the process, whose gradients' order a recording may not touch
             for _ in range(WARM_UP):
                 compute(x, labels)
+            gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
+            torch._foreach_zero_(gradients)
         torch.cuda.current_stream().wait_stream(stream)
         graph, self._pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
-        gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
         outside = torch.cuda.current_stream()
         try:
             # Of this thread alone: another may be pinning memory for the next batches.

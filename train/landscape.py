@@ -29,7 +29,7 @@ from torch.func import functional_call
 from tetdeploy.files import read_npz, write_npz
 
 from .config import PRECISIONS
-from .device import autocast, pick_device, pick_precision
+from .device import autocast, pick_device, pick_precision, tuned_convolutions
 from .losses import sdt_loss, tet_loss
 from .runs import differences
 from .schedule import derive_seed
@@ -187,7 +187,7 @@ def measure_landscape(
     batches = _batches(images, labels, config, device)
     for run, classifier in enumerate(classifiers.values()):
         classifier.to(device).eval()
-        with torch.inference_mode(), autocast(device, precision):
+        with torch.inference_mode(), tuned_convolutions(), autocast(device, precision):
             for _ in _measure_run(landscape, run, classifier, batches, config, stop):
                 tick()
                 if landscape.finished % config.points == 0:

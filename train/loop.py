@@ -26,7 +26,7 @@ from tetdeploy.metrics import read_metrics, write_metrics
 
 from .averaging import kept_classifier, trainable, update_average
 from .board import no_board, tensorboard
-from .config import TrainConfig
+from .config import How, TrainConfig
 from .device import autocast, reused_memory, tuned_convolutions
 from .interrupt import deferred_interrupt
 from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
@@ -80,8 +80,7 @@ def train(
     progress: bool | None = None,
     board: bool = False,
     workers: int | None = None,
-    cuda_graphs: bool = False,
-    shards_mb: float | None = None,
+    how: How | None = None,
     restart_from: Path | str | None = None,
     before_writing: Callable[[], object] | None = None,
 ) -> TrainResult:
@@ -103,9 +102,7 @@ def train(
         board: write TensorBoard curves to `out/tensorboard` as well.
         workers: processes that read images which stay on disk, by default as many as there are cores; 0 reads in this
             process. With them a script needs `if __name__ == "__main__":`, as always with multiprocessing.
-        cuda_graphs: replay the training step as CUDA graphs, see `graphs`.
-        shards_mb: after every epoch, also write to `out/shards` the weights alone, in files of at most so many MB (of
-            10^6 bytes), see `restart`.
+        how: with CUDA graphs, with less memory, with shards; a run may go on otherwise than it began.
         restart_from: go on in `out`, which holds no run, from such weights, or from a checkpoint; the settings must be
             those of its run, but for device and precision.
         before_writing: called once everything is checked and on the device, before the first file is written.
@@ -121,9 +118,7 @@ def train(
         MissingExtraError: the package tensorboard is wanted and not installed.
         OSError: something cannot be written; earlier files are as they were.
     """
-    start, out = time.perf_counter(), Path(out)
-    if shards_mb is not None and not 0 < shards_mb < float("inf"):
-        raise ValueError(f"shards_mb is {shards_mb}; it is the size of a file in MB and must be above 0")
+    start, out, how = time.perf_counter(), Path(out), how or How()
     if resume and restart_from is not None:
         raise ValueError("resume goes on with the run in out and restart_from begins another; choose one of them")
     ranks = current_ranks()
@@ -132,13 +127,13 @@ def train(
     finished = ranks.agreed(finished)
     with nullcontext() if finished else only_trainer(out, resume=resume):  # it may lie where nobody can write
         settings = run_settings(classifier, train_set, val_set, config)
-        _check(classifier, train_set, val_set, config, out, settings, resume=resume, board=board)
-        settings["how"] = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
+        _check(classifier, train_set, val_set, config, out, settings, how=how, resume=resume, board=board)
+        settings["how"] = asdict(how)
         restart = None if restart_from is None else find_restart(restart_from)
         if restart is not None:
             check_restart(restart, settings)
             settings["restarted"] = restart_origin(restart)
-        with _explained(out, config):
+        with _explained(out, config, how):
             session = prepare(
                 classifier,
                 train_set,
@@ -148,8 +143,7 @@ def train(
                 settings=settings,
                 resume=resume,
                 workers=workers,
-                cuda_graphs=cuda_graphs,
-                shard_bytes=None if shards_mb is None else int(shards_mb * 1e6),
+                how=how,
             )
             if session.shard_bytes is not None:
                 check_shards(session, session.shard_bytes)
@@ -169,6 +163,7 @@ def _check(
     out: Path,
     settings: Mapping[str, Any],
     *,
+    how: How,
     resume: bool,
     board: bool,
 ) -> None:
@@ -179,6 +174,8 @@ def _check(
             if data is not None:
                 check_data(data, classifier, config.longest_T)
         check_together(classifier, train_set, config)
+        if how.recompute and config.qat:
+            raise ValueError("--recompute does not go with --qat, which trains one traced graph; choose one of them")
         ranks.check_batch(min(config.batch_size, len(train_set)))
         if board:
             import_extra("tensorboard", "tensorboard")
@@ -187,8 +184,8 @@ def _check(
 
 
 @contextmanager
-def _explained(out: Path, config: TrainConfig) -> Iterator[None]:
-    """Within it, a disk that is full and memory that does not suffice are errors that say what to do."""
+def _explained(out: Path, config: TrainConfig, how: How) -> Iterator[None]:
+    """Within it, a full disk, too little memory and batches too small for BN are errors that say what to do."""
     try:
         yield
     except OSError as error:
@@ -198,10 +195,15 @@ def _explained(out: Path, config: TrainConfig) -> Iterator[None]:
             f"{error.filename or out}: {error.strerror}; what was written before is as it was: go on with --resume"
         ) from error
     except torch.OutOfMemoryError as error:
+        less = "" if how.recompute or config.qat else "go on with --recompute, or "
         raise ValueError(
             f"out of GPU memory at batch_size {config.batch_size}, T={config.longest_T}, precision {config.precision}; "
-            "lower --batch-size or --T"
+            f"{less}train anew with a lower --batch-size or --T"
         ) from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # PyTorch's
+            raise
+        raise ValueError(f"no statistics for BN: {error}; raise --batch-size, or --T, or take larger images") from error
 
 
 def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Path | None) -> TrainState:
@@ -409,7 +411,8 @@ def _check_finite(session: Session, state: TrainState, val_loss: float | None) -
     where, value = ("loss", state.losses[bad[0]].item()) if bad else ("validation loss after the epoch", val_loss)
     raise ValueError(
         f"the {where} is {value} at step {step} (epoch {state.epoch + 1}, lr {session.rate(step):.3g}); "
-        "lower --lr, switch on --clip 1 or use --precision fp32. The files of the finished epochs are as they were"
+        f"lower --lr{'' if session.precision == 'fp32' else ', use --precision fp32'} or switch on --clip 1. The files "
+        "of the finished epochs are as they were"
     )
 
 

@@ -2,7 +2,7 @@
 
 `--resume` needs the whole state of a run. What is carried here is that state without the optimizer's moments: the last
 weights with BN's statistics as training left them (not those of the best epoch), their moving average if there is one,
-where in which epoch they are from, the settings, how the run ran (shards, CUDA graphs), and the metrics so far. The
+where in which epoch they are from, the settings, how the run ran (`config.How`), and the metrics so far. The
 restarted run goes on at that step of the schedule, with the images that step would have had, and with fresh moments.
 
 It chooses its best epoch among its own: the best weights of the earlier part are not carried.
@@ -52,7 +52,7 @@ class Restart:
         settings: of the run they are from, as `runs.run_settings` gives them, and "provenance".
         epoch: finished epochs, and so the index of the epoch to go on with.
         step: its finished steps; 0 for a checkpoint, which is of an epoch's end.
-        how: what else that run ran with ("cuda_graphs", "shards_mb"), of no effect on results; empty if not known.
+        how: how that run ran, as `config.How` says it; empty if not known.
     """
 
     path: Path

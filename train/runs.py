@@ -39,7 +39,7 @@ _CONFIG = {
     "network": {"model": str, "ann": bool} | dict.fromkeys(("width", "tau", "v_th", "gamma", "smooth_spike"), NUMBER),
     "data": {"name": str},
     "training": {},
-    "how": {"cuda_graphs": bool, "shards_mb": NUMBER},
+    "how": {"cuda_graphs": bool, "recompute": bool, "shards_mb": NUMBER},
     "seeds": [NUMBER],
 }
 

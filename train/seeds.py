@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from tetdeploy.checkpoint import CONFIG_NAME, STATE_NAME, SUMMARY_NAME
 from tetdeploy.files import write_json
 from tetdeploy.standard_output import StandardOutput
 
-from .config import TrainConfig
+from .config import How, TrainConfig
 from .loop import TrainResult, train
 from .ranks import current_ranks
 from .runs import (
@@ -74,8 +74,7 @@ def train_seeds(
     progress: bool | None = None,
     board: bool = False,
     workers: int | None = None,
-    cuda_graphs: bool = False,
-    shards_mb: float | None = None,
+    how: How | None = None,
 ) -> SeedsResult:
     """Train under each seed into `out/seed-<seed>`, and write `out/summary.json` after each.
 
@@ -83,8 +82,7 @@ def train_seeds(
 
     Args:
         make_classifier: makes the freshly initialised classifier of a seed.
-        train_set, val_set, config, progress, board, workers, cuda_graphs, shards_mb: see `train`; the seed of `config`
-            plays no part.
+        train_set, val_set, config, progress, board, workers, how: see `train`; the seed of `config` plays no part.
         seeds: distinct, each at least 0.
         out: folder of the runs.
         recipe: what the summary calls the recipe, the file it came from for instance.
@@ -95,13 +93,12 @@ def train_seeds(
         ValueError: no seed, or one twice; and what `train` raises, for the first seed before anything is written.
         OSError: see `train`.
     """
-    out, ranks = Path(out), current_ranks()
+    out, ranks, how = Path(out), current_ranks(), how or How()
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
     settings = run_settings(make_classifier(seeds[0]), train_set, val_set, replace(config, seed=seeds[0]))
     settings |= {"seeds": list(seeds)}
-    how: dict[str, Any] = {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb}
-    options = how | {"progress": progress, "board": board, "workers": workers}
+    options: dict[str, Any] = {"how": how, "progress": progress, "board": board, "workers": workers}
     console = StandardOutput(quiet=progress is False or not ranks.writes, highlight=False, soft_wrap=True)
     results: list[TrainResult] = []
     with only_trainer(out, resume=resume):  # and of each seed, in `train`: it may be resumed by itself
@@ -110,7 +107,7 @@ def train_seeds(
 
         def begin() -> None:
             if ranks.writes:
-                write_run_config(out, settings | {"recipe": recipe, "how": how}, resume=resume)
+                write_run_config(out, settings | {"recipe": recipe, "how": asdict(how)}, resume=resume)
                 if runs is not None:
                     mark_latest(out, runs)
 

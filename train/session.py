@@ -19,7 +19,7 @@ from tetdeploy.data import ImageFiles
 
 from .augment import RESIZED_CROP
 from .batches import Batch, DeviceImages, Draws, Images
-from .config import TrainConfig
+from .config import How, TrainConfig
 from .device import device_name, pick_device, pick_precision, place, wants_channels_last
 from .disk_images import DiskImages, ImageReader
 from .graphs import StepGraphs, check_graphs
@@ -27,6 +27,7 @@ from .objective import Teacher, load_teacher
 from .optimizer import build_optimizer
 from .qat import check_qat, find_scales, int8_network, read_scales
 from .ranks import Ranks, current_ranks
+from .recompute import recompute_blocks
 from .schedule import derive_seed, learning_rate
 from .synchronised import over_ranks
 
@@ -59,11 +60,16 @@ class Session:
     calibration: Calibration | None  # the scales that `qat` trains at
     graphs: StepGraphs | None  # that replay forward and backward
     settings: dict[str, Any]  # as in config.json
-    shard_bytes: int | None  # of a file at most, in which weights alone are written too
+    how: How
 
     @property
     def batch_size(self) -> int:
         return min(self.config.batch_size, len(self.train))
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """Of a file at most, in which weights alone are written too."""
+        return None if self.how.shards_mb is None else int(self.how.shards_mb * 1e6)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -176,21 +182,20 @@ def prepare(
     settings: dict[str, Any],
     resume: bool,
     workers: int | None,
-    cuda_graphs: bool,
-    shard_bytes: int | None,
+    how: How,
 ) -> Session:
     """Move everything to the device and build what trains it.
 
     Args:
         settings: what config.json says of the run, but for the scales of `qat`.
         resume: go on with the run in `out`, and so at its scales.
-        cuda_graphs: record forward and backward.
-        shard_bytes: see `Session`.
     """
     device, ranks = pick_device(config.device), current_ranks()
     precision = "fp32" if config.qat else pick_precision(config.precision, device)
-    if cuda_graphs:
+    if how.cuda_graphs:
         check_graphs(config, device, precision, ranks)
+    if how.recompute:
+        recompute_blocks(classifier.network)
     teacher = load_teacher(config, classifier)
     fusable = not config.qat and ranks.size == 1
     for placed in (classifier,) if teacher is None else (teacher.classifier, classifier):
@@ -228,9 +233,9 @@ def prepare(
         reader=reader,
         model=over_ranks(trained) if ranks.size > 1 else trained,
         calibration=calibration,
-        graphs=StepGraphs(classifier) if cuda_graphs else None,
+        graphs=StepGraphs(classifier) if how.cuda_graphs else None,
         settings=settings,
-        shard_bytes=shard_bytes,
+        how=how,
     )
 
 

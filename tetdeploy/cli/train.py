@@ -18,7 +18,7 @@ from tetdeploy.extras import import_extra
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier, NetworkConfig
-    from tetdeploy.train import SeedsResult, TrainConfig, TrainResult
+    from tetdeploy.train import How, SeedsResult, TrainConfig, TrainResult
     from tetdeploy.train.ranks import Ranks
 
 # What fine-tuning in 8 bits takes over from the checkpoint, and what it has of its own; what is given comes first.
@@ -26,6 +26,7 @@ _KEPT_BY_QAT = ("T", "batch_size", "label_smoothing", "clip", "lam", "phi", "val
 _QAT_DEFAULTS = {"lr": 1e-4, "epochs": 2}
 _NETWORK_OPTIONS = ("model", "width", "tau", "v_th", "gamma", "ann", "smooth_spike")
 _OF_BUILT_IN = ("width", "tau", "v_th", "gamma")
+_HOW = ("cuda_graphs", "recompute", "shards_mb")  # of no effect on the result
 
 
 @click.command(
@@ -95,8 +96,8 @@ Examples:
     metavar="EPOCHS",
     help="With --loss sdt: go on with tet after so many epochs (Figure 3); 0 is never.",
 )
-@click.option("--lam", default=0.05, show_default=True, help="Weight of the MSE term (Eq. 13).")
-@click.option("--phi", default=1.0, show_default=True, help="Target of the MSE term (Eq. 12).")
+@click.option("--lam", default=0.05, show_default=True, help="Weight of the MSE term (Eq. 13); 0 with --ann.")
+@click.option("--phi", type=float, help="Target of the MSE term (Eq. 12). [default: that of --v-th]")
 @click.option("--seed", default=0, show_default=True, help="Decides every random number.")
 @click.option("--seeds", default="", metavar="0,1,2", help="A run for each seed, OUT/seed-0 ..., and OUT/summary.json.")
 @click.option(
@@ -121,7 +122,11 @@ Examples:
 @click.option(
     "--workers", type=click.IntRange(min=0), help="Processes that read ImageNet; 0 reads in this one. [default: cores]"
 )
-@click.option("--recompute", is_flag=True, help="Less memory, more time: compute blocks again in the backward pass.")
+@click.option(
+    "--recompute/--no-recompute",
+    default=False,
+    help="Less memory, more time: compute blocks again in the backward pass.",
+)
 @click.option(
     "--qat",
     is_flag=True,
@@ -167,9 +172,6 @@ def train(
     config: Path | None,
     seeds: str,
     workers: int | None,
-    recompute: bool,
-    cuda_graphs: bool,
-    shards_mb: float,
     tensorboard: bool,
     out: Path | None,
     runs: Path,
@@ -192,24 +194,23 @@ def train(
     from tetdeploy.train.runs import read_run_config
 
     _check_beginnings(ctx, resume=resume is not None, init=init is not None, restart=restart_from is not None)
+    options = {name: value for name, value in options.items() if name not in _HOW}
+    default_by_network(ctx, options)
+    before: Mapping[str, Any] = {}
     with ExitStack() as made, process_group() as ranks, _one_voice(ranks):
         with ranks.first(), _naming(config):
             if resume is not None:
                 out = Path(resume) if resume else out or newest_run(runs)
                 settings = read_run_config(out)
                 seeds = _take_settings(ctx, settings, options) or seeds
-                cuda_graphs, shards_mb = _take_how(ctx, settings.get("how", {}))
+                before = settings.get("how", {})
             elif restart_from is not None:
-                cuda_graphs, shards_mb = _take_how(ctx, _take_carried(ctx, restart_from, options))
+                before = _take_carried(ctx, restart_from, options)
             elif options["qat"]:
                 _take_checkpoint(ctx, init, options)
-            if recompute and (options["qat"] or cuda_graphs):
-                other = (
-                    "--qat, which trains one traced graph" if options["qat"] else "--cuda-graphs, which record a pass"
-                )
-                raise click.UsageError(f"--recompute does not go with {other}")
+            how = _how(ctx, before)
             several = _parse_seeds(ctx, seeds, init)
-            job = _job(ctx, options, recompute=recompute)
+            job = _job(ctx, options)
             if options["qat"] and init is not None:
                 _check_same_inputs(init, job)
         if out is None and ranks.writes:
@@ -217,18 +218,18 @@ def train(
         out = ranks.agreed(out)
         assert out is not None
         json_path = json_path if ranks.writes else None
-        how: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
-        how |= {"cuda_graphs": cuda_graphs, "shards_mb": shards_mb or None}
+        also: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
+        also["how"] = how
         if several:
             recipe = None if config is None else str(config)
-            many = train_seeds(job.classifier, job.train, job.val, job.config, several, out, recipe=recipe, **how)
+            many = train_seeds(job.classifier, job.train, job.val, job.config, several, out, recipe=recipe, **also)
             _report_seeds(ctx, many, job, json_path)
             return
         classifier = job.classifier(job.config.seed)
         if init is not None:
             _start_from(classifier, init)
-        how["restart_from"] = restart_from
-        _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **how), job, json_path)
+        also["restart_from"] = restart_from
+        _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **also), job, json_path)
 
 
 @contextmanager
@@ -257,7 +258,6 @@ class _Job:
     network: dict[str, Any]
     train: LabelledSet
     val: LabelledSet | None
-    recompute: bool  # no part of the configuration: the result is the same, and a run may go on with or without it
 
     def classifier(self, seed: int) -> Classifier:
         """A freshly initialised classifier for the data set; `seed` decides its weights."""
@@ -265,7 +265,6 @@ class _Job:
 
         from tetdeploy.networks import Classifier, NetworkConfig
         from tetdeploy.networks.ann import has_neurons
-        from tetdeploy.train.recompute import recompute_blocks
 
         data = self.train
         config: NetworkConfig = NetworkConfig(
@@ -282,8 +281,6 @@ class _Job:
                 style="yellow",
                 markup=False,
             )
-        if self.recompute:
-            recompute_blocks(network)
         return Classifier(
             network,
             config=config,
@@ -295,7 +292,15 @@ class _Job:
         )
 
 
-def _job(ctx: click.Context, options: dict[str, Any], *, recompute: bool) -> _Job:
+def default_by_network(ctx: click.Context, options: dict[str, Any]) -> None:
+    """Other defaults for what the network decides: an ANN has one step and no membranes whose mean is held at phi."""
+    if options["ann"]:
+        options |= {name: value for name, value in {"T": 1, "lam": 0.0}.items() if not is_given(ctx, name)}
+    if options["phi"] is None:
+        options["phi"] = options["v_th"]
+
+
+def _job(ctx: click.Context, options: dict[str, Any]) -> _Job:
     from tetdeploy.data import load_data, split_validation
 
     name, data_dir = options.pop("data"), options.pop("data_dir")
@@ -308,12 +313,10 @@ def _job(ctx: click.Context, options: dict[str, Any], *, recompute: bool) -> _Jo
         )
     if network["model"] == "sew-resnet34" and is_given(ctx, "tau") and network["tau"] != 1.0:
         raise click.UsageError("--tau is 1 for sew-resnet34, whose IF neurons do not leak: leave it out")
-    if network["ann"] and not is_given(ctx, "T"):
-        options["T"] = 1
     config = train_config(ctx, options)
     data = load_data(name, "train", data_dir=data_dir, T=config.longest_T)
     train, val = split_validation(data, fraction=config.val_fraction) if config.val_fraction else (data, None)
-    return _Job(config, network, train, val, recompute)
+    return _Job(config, network, train, val)
 
 
 def train_config(ctx: click.Context, options: dict[str, Any]) -> TrainConfig:
@@ -376,7 +379,7 @@ def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) ->
     """Give options that were neither typed nor in a recipe the settings of the run that the weights are from.
 
     Returns:
-        How that run ran, see `_take_how`.
+        How that run ran, see `_how`.
 
     Raises:
         ValueError: there are none, or their network is the user's own and not named.
@@ -401,12 +404,12 @@ def _take_settings(ctx: click.Context, settings: Mapping[str, Any], options: dic
     return "" if is_given(ctx, "seeds") else ",".join(map(str, settings.get("seeds", ())))
 
 
-def _take_how(ctx: click.Context, how: Mapping[str, Any]) -> tuple[bool, float]:
-    """CUDA graphs and the shards' size of a run, where they were neither typed nor in a recipe: no settings, as they
-    change nothing in the result, but a run that goes on goes on with them."""
-    names = ("cuda_graphs", "shards_mb")
-    graphs, shards = (ctx.params[name] if is_given(ctx, name) else how.get(name, ctx.params[name]) for name in names)
-    return graphs, shards or 0.0
+def _how(ctx: click.Context, before: Mapping[str, Any]) -> How:
+    """What was typed or is in a recipe, else as the run ran that is gone on with."""
+    from tetdeploy.train import How
+
+    values = {name: ctx.params[name] if is_given(ctx, name) else before.get(name, ctx.params[name]) for name in _HOW}
+    return How(**values | {"shards_mb": values["shards_mb"] or None})
 
 
 def _take_checkpoint(ctx: click.Context, init: Path | None, options: dict[str, Any]) -> None:
