@@ -223,6 +223,19 @@ def test_digits_are_lossless_and_split_in_two() -> None:
     assert abs(shares - 0.2).max() < 0.005
 
 
+def test_digits_are_the_same_where_their_file_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = load_data("digits", "test", data_dir=NO_DATA)
+    monkeypatch.setattr(digits, "find_spec", lambda name: None)
+    other = load_data("digits", "test", data_dir=NO_DATA)
+    assert found.images.tobytes() == other.images.tobytes() and found.labels.tobytes() == other.labels.tobytes()
+
+
+def test_digits_do_not_wait_for_scikit_learn() -> None:
+    code = "import sys; from tetdeploy.data import load_data; load_data('digits', 'test', data_dir='.')"
+    done = subprocess.run([sys.executable, "-c", f"{code}; print('sklearn' in sys.modules)"], capture_output=True)
+    assert done.stdout.decode().strip() == "False", done.stderr.decode()
+
+
 def test_digits_split_is_the_same_for_ever() -> None:
     test = load_data("digits", "test", data_dir=NO_DATA)
     assert hashlib.sha256(test.images.tobytes()).hexdigest()[:16] == "2f5eb12f1dfec8a2"
