@@ -38,7 +38,7 @@ def test_on_a_cpu_where_bn_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wanted() and wanted(precision="bf16")
     assert not wanted(precision="fp16") and not wanted(fusable=False)
     assert not wanted(replace(NETWORK, ann=True)) and not wanted(replace(NETWORK, smooth_spike=10.0))
-    monkeypatch.setattr("tetdeploy.train.device.cpu_kernels", lambda dtype: None)
+    monkeypatch.setattr("tetdeploy.kernels.for_cpu", lambda dtype: None)
     assert not wanted()
 
 
@@ -65,7 +65,7 @@ IMAGES = ImageSet(
 
 def fused_in_a_run(out: Path, precision: str = "fp32", **network: Any) -> int:
     """How often a step of `train` runs the fused kernels."""
-    kernels = pytest.importorskip("tetdeploy.numba_bn_lif")
+    kernels = pytest.importorskip("tetdeploy.kernels.numba_bn_lif")
     config = NetworkConfig("convsnn", 3, 1, (8, 8), width=0.1, **network)
     about = {"mean": IMAGES.mean, "std": IMAGES.std, "class_names": IMAGES.class_names, "data": IMAGES.name}
     classifier = Classifier(build_network(config), config=config, **about)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_helpers import INTERPRETED, gpu_device, run_interpreted
 
-from tetdeploy import fused_bn, neurons
+from tetdeploy import fused_bn, kernels
 from tetdeploy.fused_bn import bn_lif, fire, fire_encoded
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import NetworkConfig, ann_twin, build_network, smooth_twin
@@ -40,7 +40,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def kernels_of(device: str) -> Any:
-    return pytest.importorskip(f"tetdeploy.{'numba' if by_numba(device) else 'triton'}_bn_lif")
+    return pytest.importorskip(f"tetdeploy.kernels.{'numba' if by_numba(device) else 'triton'}_bn_lif")
 
 
 def by_numba(device: str) -> bool:
@@ -56,8 +56,8 @@ def served(device: str, memory_format: torch.memory_format) -> bool:
 def by_modules() -> Iterator[None]:
     """Within it every module is called as it is, and neurons run by PyTorch's operations."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neurons, "_triton", lambda x: None)
-        patch.setattr(neurons, "_numba", lambda x: None)
+        patch.setattr(kernels, "by_triton", lambda x: None)
+        patch.setattr(kernels, "by_numba", lambda x: None)
         yield
 
 
@@ -66,8 +66,8 @@ def counted() -> Iterator[list[str]]:
     """What the fused function launches."""
     calls: list[str] = []
 
-    def recorded(kernels: Any, name: str) -> Any:
-        function = getattr(kernels, name)
+    def recorded(module: Any, name: str) -> Any:
+        function = getattr(module, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
             calls.append(name)
@@ -76,9 +76,9 @@ def counted() -> Iterator[list[str]]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for kernels in ("numba_bn_lif", "triton_bn_lif"):
+        for compiled in ("numba_bn_lif", "triton_bn_lif"):
             with suppress(ModuleNotFoundError):
-                module = import_module(f"tetdeploy.{kernels}")
+                module = import_module(f"tetdeploy.kernels.{compiled}")
                 for name in ("statistics", "forward", "backward", "norm_backward"):
                     patch.setattr(module, name, recorded(module, name))
         yield calls
@@ -565,7 +565,7 @@ def test_without_numba_or_channels_last_the_modules_are_called_on_a_cpu(monkeypa
     wanted = wanted.lif2(wanted.layer2(wanted.lif1(wanted.layer1(x))) + x)
     monkeypatch.setattr(fused_bn, "_BNLIF", None)
     assert torch.equal(block(x), wanted)
-    monkeypatch.setattr(neurons, "cpu_kernels", lambda dtype: None)
+    monkeypatch.setattr(kernels, "for_cpu", lambda dtype: None)
     assert torch.equal(last(x), wanted)
 
 
@@ -582,7 +582,7 @@ def test_cuda_takes_every_grid_at_full_size(
 ) -> None:
     """Its first axis ends at 2^31 - 1, the others at 65,535."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from tetdeploy import triton_bn_lif as kernels
+    from tetdeploy.kernels import triton_bn_lif as kernels
 
     grids: dict[str, tuple[int, ...]] = {}
 
@@ -613,7 +613,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from tetdeploy import triton_bn_lif as kernels
+from tetdeploy.kernels import triton_bn_lif as kernels
 
 FLOATS = ("partial", "weight", "bias", "running_mean", "running_var", "norm", "residual_norm", "sum_g", "sum_gx")
 

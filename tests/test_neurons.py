@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tetdeploy import neurons
+from tetdeploy import kernels, neurons
 from tetdeploy.neurons import IF, LIF, lif
 
 # torch.export copies its own tree specifications in a way that it deprecates itself
@@ -54,9 +54,9 @@ def kernel(name: str) -> Iterator[None]:
     """The compiled kernels, or the torch operations that stand in where they do not serve."""
     with pytest.MonkeyPatch.context() as patch:
         if name == "operations":
-            patch.setattr(neurons, "_numba", lambda current: None)
+            patch.setattr(kernels, "by_numba", lambda x: None)
         else:
-            assert neurons._numba(torch.zeros(1)) is not None
+            assert kernels.by_numba(torch.zeros(1)) is not None
         yield
 
 

@@ -27,7 +27,7 @@ def test_the_first_call_does_not_raise_torchs_number_of_threads() -> None:
 
 
 def test_bfloat16_is_read_and_written_as_torch_does() -> None:
-    kernels, numba = pytest.importorskip("tetdeploy.numba_kernels"), pytest.importorskip("numba")
+    kernels, numba = pytest.importorskip("tetdeploy.kernels.numba_kernels"), pytest.importorskip("numba")
     store, value = kernels.store, kernels.value
 
     @numba.njit

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton_helpers import device, kernel_calls, run_interpreted
 
-from tetdeploy import neurons
+from tetdeploy import kernels
 from tetdeploy.neurons import IF, LIF, lif
 
 __all__ = ["device"]
@@ -36,12 +36,12 @@ def currents(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: st
     return x.detach().requires_grad_()
 
 
-def outcome(current: Tensor, u: Tensor | None, at: str, *, kernels: bool, **options: float) -> list[Tensor]:
+def outcome(current: Tensor, u: Tensor | None, at: str, *, by_kernels: bool, **options: float) -> list[Tensor]:
     """Spikes, the last membrane, the gradients of current and u; by the kernels, or by PyTorch's own operations."""
     with pytest.MonkeyPatch.context() as patch:
-        if not kernels:
-            patch.setattr(neurons, "_triton", lambda current: None)
-            patch.setattr(neurons, "_numba", lambda current: None)
+        if not by_kernels:
+            patch.setattr(kernels, "by_triton", lambda x: None)
+            patch.setattr(kernels, "by_numba", lambda x: None)
         spikes, u_last = lif(current, u, **options)
         g = torch.Generator().manual_seed(2)
         arriving = [torch.randn(output.shape, generator=g).to(output) for output in (spikes, u_last)]
@@ -54,9 +54,9 @@ def outcome(current: Tensor, u: Tensor | None, at: str, *, kernels: bool, **opti
 def compare(current: Tensor, u: Tensor | None = None, at: str = "both", **options: float) -> Tensor:
     """The same bits forward, gradients to the precision of their dtype; gives the spikes."""
     with kernel_calls() as calls:
-        got = outcome(current, u, at, kernels=True, **options)
+        got = outcome(current, u, at, by_kernels=True, **options)
     assert [name for name, _ in calls] == ["forward", "backward"]
-    wanted = outcome(current, u, at, kernels=False, **options)
+    wanted = outcome(current, u, at, by_kernels=False, **options)
     assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
     for g, w in zip(got[2:], wanted[2:], strict=True):
         assert g.dtype == w.dtype
@@ -153,8 +153,8 @@ def test_values_that_are_not_numbers_pass_as_in_pytorch(device: str) -> None:
     current = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0]] * 3, device=device).requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         got = [lif(current)[0], *torch.autograd.grad(lif(current)[0].sum(), current)]
-        patch.setattr(neurons, "_triton", lambda current: None)
-        patch.setattr(neurons, "_numba", lambda current: None)
+        patch.setattr(kernels, "by_triton", lambda x: None)
+        patch.setattr(kernels, "by_numba", lambda x: None)
         wanted = [lif(current)[0], *torch.autograd.grad(lif(current)[0].sum(), current)]
     for g, w in zip(got, wanted, strict=True):
         torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
@@ -231,7 +231,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from tetdeploy import triton_lif
+from tetdeploy.kernels import triton_lif
 
 STATE = ("u", "u_last", "grad_u_last", "grad_u")
 for kernel in (triton_lif._forward, triton_lif._backward):
@@ -264,10 +264,10 @@ def test_the_kernels_compile_for_an_h100_without_fused_multiply_adds() -> None:
 WITHOUT_TRITON = """
 import sys, warnings
 sys.modules["triton"] = None
-from tetdeploy import neurons
+from tetdeploy import kernels
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    assert neurons._triton_kernels() is None and neurons._triton_kernels() is None
+    assert kernels.triton_kernels() is None and kernels.triton_kernels() is None
 (warning,) = caught
 print(warning.message)
 """
@@ -289,4 +289,4 @@ def test_cpu_tensors_do_not_load_the_kernels() -> None:
     code = "import sys, torch, tetdeploy.neurons as n; n.LIF()(torch.ones(2, 3)); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
-    assert "tetdeploy.neurons" in loaded and "tetdeploy.triton_lif" not in loaded
+    assert "tetdeploy.neurons" in loaded and "tetdeploy.kernels.triton_lif" not in loaded

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tetdeploy import neurons
+from tetdeploy import kernels, neurons
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -33,7 +33,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
 def gpu_device(monkeypatch: pytest.MonkeyPatch) -> str:
     """A GPU, or the CPU for the interpreter; skips where neither is."""
     if INTERPRETED:
-        monkeypatch.setattr(neurons, "_triton", interpreted_kernels)
+        monkeypatch.setattr(kernels, "by_triton", interpreted_kernels)
         return "cpu"
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU here; Triton's interpreter runs the same comparisons")
@@ -46,17 +46,17 @@ def gpu_device(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def interpreted_kernels(current: Tensor) -> Any:
-    """In place of `neurons._triton`: the kernels for CPU tensors as well."""
-    return neurons._triton_kernels() if neurons.membrane_dtype(current.dtype) == torch.float32 else None
+    """In place of `kernels.by_triton`: the kernels for CPU tensors as well."""
+    return kernels.triton_kernels() if neurons.membrane_dtype(current.dtype) == torch.float32 else None
 
 
 @contextmanager
 def kernel_calls() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
     """Names and arguments of the kernels that run within it."""
-    kernels, calls = neurons._triton_kernels(), []
+    compiled, calls = kernels.triton_kernels(), []
 
     def recorded(name: str) -> Any:
-        function = getattr(kernels, name)
+        function = getattr(compiled, name)
 
         def call(*arguments: Any) -> None:
             calls.append((name, arguments))
@@ -66,7 +66,7 @@ def kernel_calls() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("forward", "backward"):
-            patch.setattr(kernels, name, recorded(name))
+            patch.setattr(compiled, name, recorded(name))
         yield calls
 
 

@@ -5,7 +5,7 @@ What is computed is always
     lif(layer(x))        or        lif(layer(x) + shortcut(x'))
 
 with layers that end in a BN. In training the BN are taken out of their layers, and all behind the convolutions is one
-pass over memory each way, by Triton on a GPU (`triton_bn_lif`) and by numba on a CPU (`numba_bn_lif`): normalising,
+pass over memory each way, by Triton on a GPU and by numba on a CPU (`tetdeploy.kernels`): normalising,
 adding and integrating apart move several times as much, and that is most of the time beside the convolutions. Wherever
 the kernels do not serve, the modules are called as they are: in inference, in torch.export and torch.compile, with BN
 over the ranks of a group, with other neurons or other BN, with hooks on the modules, in float64; on a GPU at more than
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tetdeploy import neurons
+from tetdeploy import kernels
+from tetdeploy.kernels import BNLIFKernels
 from tetdeploy.layers import DirectEncoding, Layer, OverTime, tdBN
 from tetdeploy.neurons import IF, LIF
 
@@ -126,15 +127,16 @@ class _BNLIF(torch.autograd.Function):
         T: int,
         repeated: bool,
     ) -> Tensor:
-        kernels = _kernels(y)
+        compiled = kernels.for_bn_lif(y)
+        assert compiled is not None
         y = _dense(y)
         residual = None if residual is None else _like(residual, y)
-        norm = _statistics(y, norms[0])
-        residual_norm = None if norms[1] is None or residual is None else _statistics(residual, norms[1])
+        norm = _statistics(compiled, y, norms[0])
+        residual_norm = None if norms[1] is None or residual is None else _statistics(compiled, residual, norms[1])
         shape = (T, *y.shape) if repeated else (T, len(y) // T, *y.shape[1:])
         step = y.numel() if repeated else y.numel() // T
         spikes = torch.empty_strided(shape, (step, *y.stride()), dtype=y.dtype, device=y.device)
-        kernels.forward(y, norm, residual, residual_norm, spikes, lif.tau, lif.v_th)
+        compiled.forward(y, norm, residual, residual_norm, spikes, lif.tau, lif.v_th)
         ctx.save_for_backward(y, residual, norm, residual_norm)
         ctx.lif = (lif.tau, lif.v_th, lif.gamma)
         return spikes
@@ -143,28 +145,28 @@ class _BNLIF(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_spikes: Tensor) -> tuple[Tensor | None, ...]:
         y, residual, norm, residual_norm = ctx.saved_tensors
-        kernels = _kernels(y)
-        g, sums = kernels.backward(y, norm, residual, residual_norm, _steps_like(grad_spikes, y), *ctx.lif)
+        compiled = kernels.for_bn_lif(y)
+        assert compiled is not None
+        g, sums = compiled.backward(y, norm, residual, residual_norm, _steps_like(grad_spikes, y), *ctx.lif)
         identity = residual is not None and residual_norm is None
         free = not (identity and ctx.needs_input_grad[1])  # g is not the gradient of a residual as well
         if residual_norm is None:
             grad_y = g if free else torch.empty_like(g)
-            kernels.norm_backward(g, y, norm, sums[0], sums[1], into=grad_y)
+            compiled.norm_backward(g, y, norm, sums[0], sums[1], into=grad_y)
             return grad_y, g if identity else None, sums[1], sums[0], *[None] * 6
         grad_y = torch.empty_like(g)
-        kernels.norm_backward(g, y, norm, sums[0], sums[1], into=grad_y)
-        kernels.norm_backward(g, residual, residual_norm, sums[0], sums[2], into=g)
+        compiled.norm_backward(g, y, norm, sums[0], sums[1], into=grad_y)
+        compiled.norm_backward(g, residual, residual_norm, sums[0], sums[2], into=g)
         return grad_y, g, sums[1], sums[0], sums[2], sums[0].clone(), *[None] * 4
 
 
-def _statistics(y: Tensor, bn: nn.BatchNorm2d) -> Tensor:
+def _statistics(compiled: BNLIFKernels, y: Tensor, bn: nn.BatchNorm2d) -> Tensor:
     """Of the batch; the running ones are moved as `nn.BatchNorm2d` moves them."""
     assert bn.running_mean is not None and bn.running_var is not None and bn.num_batches_tracked is not None
     bn.num_batches_tracked.add_(1)
     momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
     vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    norm: Tensor = _kernels(y).statistics(y, *vectors, momentum=momentum, eps=bn.eps)
-    return norm
+    return compiled.statistics(y, *vectors, momentum=momentum, eps=bn.eps)
 
 
 def _fire_fused(lif: nn.Module, layer: nn.Module, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ def _bn_to_fuse(kind: type[Layer], layer: nn.Module, lif: nn.Module, x: Tensor) 
     """The BN at the end of a layer, if it may be taken out of it."""
     if not isinstance(layer, kind) or not (type(layer) is kind or layer.recomputes):
         return None
-    if not (layer.training and type(lif) in (LIF, IF) and _kernels(x)):
+    if not (layer.training and type(lif) in (LIF, IF) and kernels.for_bn_lif(x)):
         return None
     bn = [None, *layer][-1]
     if type(bn) not in (tdBN, nn.BatchNorm2d) or torch.compiler.is_compiling():
@@ -194,25 +196,12 @@ def _kernels_serve(
     T: int,
     repeated: bool,
 ) -> bool:
-    kernels = _kernels(y)
-    if kernels is None or type(lif) not in (LIF, IF) or torch.compiler.is_compiling() or y.dim() != 4:
+    compiled = kernels.for_bn_lif(y)
+    if compiled is None or type(lif) not in (LIF, IF) or torch.compiler.is_compiling() or y.dim() != 4:
         return False
     same = residual is None or (residual.dtype == y.dtype and residual.shape == y.shape and not repeated)
     norms = [bn] if residual_bn is None else [bn, residual_bn]
-    return same and kernels.serves(y, T) and y.numel() > y.shape[1] and all(map(_may_be_fused, norms))
-
-
-def _kernels(x: Tensor) -> Any:
-    """The module of kernels for a tensor's device and dtype, if there is one."""
-    if neurons._triton(x):
-        from tetdeploy import triton_bn_lif
-
-        return triton_bn_lif
-    if neurons._numba(x) and type(x) in (Tensor, nn.Parameter):  # others may have no memory
-        from tetdeploy import numba_bn_lif
-
-        return numba_bn_lif
-    return None
+    return same and compiled.serves(y, T) and y.numel() > y.shape[1] and all(map(_may_be_fused, norms))
 
 
 def _may_be_fused(bn: nn.BatchNorm2d) -> bool:

@@ -14,23 +14,23 @@ The whole sequence is one operator, `torch.ops.tetdeploy.lif`. It shows up as on
 backward is its own input: the membranes are integrated again there, bit for bit as in forward.
 
 Below stand the equations in torch operations, the reference, which runs anywhere. In their place run, with the same
-bits, numba on a CPU (`numba_lif`) and Triton on a GPU (`triton_lif`), each in one pass over memory. On a GPU neurons
-are taken in the order in which they lie in memory, and the spikes lie in that order: channels-last stays channels-last.
-On a CPU spikes are contiguous: there a convolution's format may be chance, and networks call `view` on spikes. (Behind
-a BN that is fused with the neurons, see `fused_bn`, they lie as what the convolution wrote.)
+bits, numba on a CPU and Triton on a GPU, each in one pass over memory (`tetdeploy.kernels`). On a GPU neurons are taken
+in the order in which they lie in memory, and the spikes lie in that order: channels-last stays channels-last. On a CPU
+spikes are contiguous: there a convolution's format may be chance, and networks call `view` on spikes. (Behind a BN that
+is fused with the neurons, see `fused_bn`, they lie as what the convolution wrote.)
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+from tetdeploy import kernels
 
 # Neurons are independent, so that on a CPU a slice of them is taken through all T steps while it lies in the cache:
 # one pass over memory instead of one for each operation and step.
@@ -48,8 +48,8 @@ def _lif(current: Tensor, u: Tensor | None, tau: float, v_th: float, gamma: floa
     order = _memory_order(current)
     current_, spikes_, u_last_ = _flat(current, order), _flat(spikes, order), _flat_step(u_last, order)
     u_ = None if u is None else _flat_step(u, order)
-    if kernels := _triton(current) or _numba(current):
-        kernels.forward(current_, u_, spikes_, u_last_, tau, v_th)
+    if compiled := kernels.for_lif(current):
+        compiled.forward(current_, u_, spikes_, u_last_, tau, v_th)
         return spikes, u_last
     for part in _parts(u_last_):
         membrane = _start(u_last_[part], u_, part)
@@ -78,8 +78,8 @@ def _lif_backward(
     u_ = None if u is None else _flat_step(u, order)
     grad_spikes_ = None if grad_spikes is None else _flat(grad_spikes, order)
     grad_u_last_ = None if grad_u_last is None else _flat_step(grad_u_last, order)
-    if kernels := _triton(current) or _numba(current):
-        kernels.backward(current_, u_, grad_spikes_, grad_u_last_, grad_current_, grad_u_, tau, v_th, gamma)
+    if compiled := kernels.for_lif(current):
+        compiled.backward(current_, u_, grad_spikes_, grad_u_last_, grad_current_, grad_u_, tau, v_th, gamma)
         return grad_current, grad_u
     for part in _parts(grad_u_):
         h = _membranes(current_[:, part], u_, part, tau, v_th)
@@ -118,50 +118,6 @@ def _start(into: Tensor, given: Tensor | None, part: slice = slice(None)) -> Ten
     return into.zero_() if given is None else into.copy_(given[part])
 
 
-def _triton(current: Tensor) -> Any:
-    """The Triton kernels, where they serve: float32 and half precision on a GPU, with Triton installed."""
-    if not current.is_cuda or membrane_dtype(current.dtype) != torch.float32:
-        return None
-    return _triton_kernels()
-
-
-@cache
-def _triton_kernels() -> Any:
-    try:
-        from tetdeploy import triton_lif
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "triton":
-            raise
-        warnings.warn(
-            "Triton is not installed: LIF neurons run on the GPU by plain PyTorch operations, with the same results "
-            "but slower and with more memory; pip install triton (on Windows: triton-windows)",
-            stacklevel=2,
-        )
-        return None
-    return triton_lif
-
-
-def _numba(current: Tensor) -> Any:
-    return cpu_kernels(current.dtype) if current.device.type == "cpu" else None
-
-
-def cpu_kernels(dtype: torch.dtype) -> Any:
-    """The compiled kernels, where they serve: all types but float16, with numba installed."""
-    kernels = _numba_kernels()
-    return kernels if kernels is not None and dtype in kernels.DTYPES else None
-
-
-@cache
-def _numba_kernels() -> Any:
-    try:
-        from tetdeploy import numba_lif
-    except ModuleNotFoundError as error:
-        if error.name != "numba":
-            raise
-        return None  # the same results by torch operations, slower
-    return numba_lif
-
-
 def _parts(neurons: Tensor) -> Iterator[slice]:
     step = _CHUNK if neurons.device.type == "cpu" else max(neurons.numel(), 1)
     return (slice(i, i + step) for i in range(0, neurons.numel(), step))
@@ -170,7 +126,7 @@ def _parts(neurons: Tensor) -> Iterator[slice]:
 def _memory_order(current: Tensor) -> list[int]:
     """The axes of one step, from the outermost in memory to the innermost; as they are where a step has gaps."""
     shape, strides = current.shape[1:], current.stride()[1:]
-    if not current.is_cuda and _triton(current) is None:
+    if not current.is_cuda and kernels.by_triton(current) is None:
         return list(range(len(shape)))
     order = sorted(range(len(shape)), key=lambda axis: strides[axis], reverse=True)
     side_by_side = 1
@@ -268,7 +224,9 @@ class _OnGpu(torch.autograd.Function):
         order = _memory_order(current)
         spikes, u_last = _empty_sequence(current), _empty_step(current) if wants_u else None
         steps = [None if step is None else _flat_step(step, order) for step in (u, u_last)]
-        _triton(current).forward(_flat(current, order), steps[0], _flat(spikes, order), steps[1], tau, v_th)
+        compiled = kernels.by_triton(current)
+        assert compiled is not None
+        compiled.forward(_flat(current, order), steps[0], _flat(spikes, order), steps[1], tau, v_th)
         return spikes, u_last
 
     @staticmethod
@@ -280,7 +238,9 @@ class _OnGpu(torch.autograd.Function):
         grad_current, grad_u = _empty_sequence(current), _empty_step(current) if ctx.needs_input_grad[1] else None
         at_spikes = None if grads[0] is None else _flat(grads[0], order)
         steps = [None if step is None else _flat_step(step, order) for step in (u, grads[1], grad_u)]
-        _triton(current).backward(
+        compiled = kernels.by_triton(current)
+        assert compiled is not None
+        compiled.backward(
             *(_flat(current, order), steps[0], at_spikes, steps[1], _flat(grad_current, order), steps[2]),
             *(ctx.tau, ctx.v_th, ctx.gamma),
         )
@@ -333,7 +293,7 @@ def _checked_lif(
         u = u.to(membrane_dtype(current.dtype))
     if not torch.compiler.is_compiling():
         _refuse_forward_mode(current, u)
-        if _needs_gradient(current, u) and _triton(current):
+        if _needs_gradient(current, u) and kernels.by_triton(current):
             gpu: tuple[Tensor, Tensor | None] = _OnGpu.apply(current, u, tau, v_th, gamma, wants_u)  # type: ignore[no-untyped-call]
             return gpu
     spikes, u_last = torch.ops.tetdeploy.lif(current, u, tau, v_th, gamma)

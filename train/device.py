@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from tetdeploy import kernels
 from tetdeploy.networks import NetworkConfig
-from tetdeploy.neurons import cpu_kernels
 
 from .ranks import current_ranks
 
@@ -90,7 +90,7 @@ def wants_channels_last(config: NetworkConfig, device: torch.device, precision: 
     if config.is_own or device.type == "cuda":
         return not config.is_own
     fused = fusable and not (config.ann or config.smooth_spike)
-    return fused and cpu_kernels(DTYPES[precision] or torch.float32) is not None
+    return fused and kernels.for_cpu(DTYPES[precision] or torch.float32) is not None
 
 
 @contextmanager

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetdeploy import numba_kernels as kernels
-from tetdeploy.numba_kernels import Array, memory, threads
+from tetdeploy.kernels import numba_kernels as kernels
+from tetdeploy.kernels.numba_kernels import Array, memory, threads
 
 _BLOCK = 1024  # numbers; of T = 8 steps a block's membranes take 32 kB, and stay in the innermost cache
 _SLABS = 64  # of a sum at most, which are as many threads as can share it

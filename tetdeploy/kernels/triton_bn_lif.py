@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tetdeploy.triton_lif import NOT_FUSED, STEPS, fire, integrate, jit, step_backward, values
+from tetdeploy.kernels.triton_lif import NOT_FUSED, STEPS, fire, integrate, jit, step_backward, values
 
 MAX_POSITIONS = 2**30  # of all steps: positions are counted in 32 bits, offsets in 64
 _PROGRAMS, _MAX_SLABS = 1024, 512  # of a kernel that sums; of one channel's positions

@@ -9,17 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tetdeploy import numba_kernels as kernels
-from tetdeploy.numba_kernels import Array, memory, threads
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+from tetdeploy.kernels import numba_kernels as kernels
+from tetdeploy.kernels.numba_kernels import Array, memory, threads
 
 
-def forward(current: Tensor, u: Tensor | None, spikes: Tensor, u_last: Tensor, tau: float, v_th: float) -> None:
+def forward(current: Tensor, u: Tensor | None, spikes: Tensor, u_last: Tensor | None, tau: float, v_th: float) -> None:
     """Eqs. 1-3. `current [T, M]` (its steps may be one and the same); writes `spikes [T, M]` and `u_last [M]`.
 
     `u [M]` is where it starts, zero when None.
     """
+    u_last = _membranes(current) if u_last is None else u_last
     u_last.zero_() if u is None else u_last.copy_(u)
     number = memory(u_last).dtype.type
     with threads():
@@ -32,12 +31,13 @@ def backward(
     grad_spikes: Tensor | None,
     grad_u_last: Tensor | None,
     grad_current: Tensor,
-    grad_u: Tensor,
+    grad_u: Tensor | None,
     tau: float,
     v_th: float,
     gamma: float,
 ) -> None:
     """Writes `grad_current [T, M]` and `grad_u [M]`; what comes in as None is zero."""
+    grad_u = _membranes(current) if grad_u is None else grad_u
     grad_u.zero_() if grad_u_last is None else grad_u.copy_(grad_u_last)
     start = torch.zeros_like(grad_u) if u is None else u.to(grad_u.dtype)
     incoming = current[:0] if grad_spikes is None else grad_spikes
@@ -50,3 +50,8 @@ def backward(
 def _rows(current: Tensor) -> Array:
     """`[T, M]`, or `[1, M]` where all steps are the same (direct encoding's repeated current)."""
     return memory((current[:1] if current.stride(0) == 0 else current).contiguous())
+
+
+def _membranes(current: Tensor) -> Tensor:
+    dtype = torch.float32 if current.dtype == torch.bfloat16 else current.dtype
+    return torch.empty(current.shape[1], dtype=dtype)

@@ -1,0 +1,149 @@
+"""The compiled kernels of neurons, and which of them serve a tensor: Triton's on a GPU, numba's on a CPU.
+
+|     | LIF          | BN, the residual sum and LIF |                                                |
+| --- | ------------ | ---------------------------- | ---------------------------------------------- |
+| GPU | `triton_lif` | `triton_bn_lif`              |                                                |
+| CPU | `numba_lif`  | `numba_bn_lif`               | the functions they compile are `numba_kernels` |
+
+`tetdeploy.neurons` has the equations in torch operations, whose results these have, and `tetdeploy.fused_bn` the layers
+that are fused.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class LIFKernels(Protocol):
+    """The LIF sequence `[T, M]`, the neurons in the order in which they lie in memory. What comes in as None is zero,
+    what goes out as None is not wanted."""
+
+    def forward(
+        self, current: Tensor, u: Tensor | None, spikes: Tensor, u_last: Tensor | None, tau: float, v_th: float
+    ) -> None: ...
+
+    def backward(
+        self,
+        current: Tensor,
+        u: Tensor | None,
+        grad_spikes: Tensor | None,
+        grad_u_last: Tensor | None,
+        grad_current: Tensor,
+        grad_u: Tensor | None,
+        tau: float,
+        v_th: float,
+        gamma: float,
+    ) -> None: ...
+
+
+class BNLIFKernels(Protocol):
+    """BN of `[N, C, H, W]`, a residual, and the LIF sequence of both."""
+
+    def serves(self, y: Tensor, T: int) -> bool: ...
+
+    def statistics(
+        self,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        *,
+        momentum: float,
+        eps: float,
+    ) -> Tensor: ...
+
+    def forward(
+        self,
+        y: Tensor,
+        norm: Tensor,
+        residual: Tensor | None,
+        residual_norm: Tensor | None,
+        spikes: Tensor,
+        tau: float,
+        v_th: float,
+    ) -> None: ...
+
+    def backward(
+        self,
+        y: Tensor,
+        norm: Tensor,
+        residual: Tensor | None,
+        residual_norm: Tensor | None,
+        grad_spikes: Tensor,
+        tau: float,
+        v_th: float,
+        gamma: float,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def norm_backward(
+        self, g: Tensor, y: Tensor, norm: Tensor, sum_g: Tensor, sum_gx: Tensor, *, into: Tensor
+    ) -> None: ...
+
+
+def for_lif(x: Tensor) -> LIFKernels | None:
+    """What runs the LIF sequence of currents like `x`; None: torch operations do."""
+    return by_triton(x) or by_numba(x)
+
+
+def for_bn_lif(x: Tensor) -> BNLIFKernels | None:
+    """What runs BN, residual sum and LIF of tensors like `x`; None: the modules do."""
+    if by_triton(x):
+        from tetdeploy.kernels import triton_bn_lif
+
+        return triton_bn_lif
+    if by_numba(x) and type(x) in (Tensor, nn.Parameter):  # others may have no memory
+        from tetdeploy.kernels import numba_bn_lif
+
+        return numba_bn_lif
+    return None
+
+
+def by_triton(x: Tensor) -> LIFKernels | None:
+    """Triton's, where they serve: float32 and half precision on a GPU, with Triton installed."""
+    if not x.is_cuda or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return triton_kernels()
+
+
+def by_numba(x: Tensor) -> LIFKernels | None:
+    """numba's, where they serve: see `for_cpu`."""
+    return for_cpu(x.dtype) if x.device.type == "cpu" else None
+
+
+def for_cpu(dtype: torch.dtype) -> LIFKernels | None:
+    """numba's, where they serve: all types but float16, with numba installed."""
+    return _numba_kernels() if dtype in (torch.float32, torch.float64, torch.bfloat16) else None
+
+
+@cache
+def triton_kernels() -> LIFKernels | None:
+    """None without Triton, which is said once."""
+    try:
+        from tetdeploy.kernels import triton_lif
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        warnings.warn(
+            "Triton is not installed: LIF neurons run on the GPU by plain PyTorch operations, with the same results "
+            "but slower and with more memory; pip install triton (on Windows: triton-windows)",
+            stacklevel=2,
+        )
+        return None
+    return triton_lif
+
+
+@cache
+def _numba_kernels() -> LIFKernels | None:
+    try:
+        from tetdeploy.kernels import numba_lif
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+        return None  # the same results by torch operations, slower
+    return numba_lif
