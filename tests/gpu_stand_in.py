@@ -75,6 +75,11 @@ class Cuda:
         del self.memory[address]
         return (0,)
 
+    def cudaMemsetAsync(self, address: int, value: int, size: int, stream: Stream) -> tuple[int]:
+        assert len(self.memory[address]) == size
+        ctypes.memset(address, value, size)
+        return (0,)
+
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: str, stream: Stream) -> tuple[int]:
         assert len(self.memory[to if kind == "up" else source]) == size
         ctypes.memmove(to, source, size)

@@ -15,10 +15,11 @@ import numpy as np
 import onnxruntime
 import pytest
 from export_helpers import digits, engine, exported, frames, layouts
+from onnxruntime import OrtValue
 
 from tetdeploy.early_exit import Exit
 from tetdeploy.engine import Engine
-from tetdeploy.onnxruntime_gpu import BoundSession, DeviceArray, provider_options
+from tetdeploy.onnxruntime_gpu import BoundSession, DeviceArray, DeviceZeros, provider_options
 from tetdeploy.streams import StreamPool
 
 Array = np.ndarray[Any, Any]
@@ -115,6 +116,47 @@ def test_state_and_image_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) ->
     assert fed[0]["x"] is fed[2]["x"]
     for state in (*runner.metadata["states"], *runner.metadata["encoded"]):
         assert fed[1][state["input"]] is given[0][state["output"]]
+
+
+def test_zeros_go_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a second run only the image and the flag `encode` come from the host."""
+    runner, images = make("step", {}), digits().images
+    put, run = OrtValue.ortvalue_from_numpy, runner._session.run
+    sent: list[int] = []
+
+    def counted(array: Array, *where: Any) -> Any:
+        sent.append(array.nbytes)
+        return put(array, *where)
+
+    def watched(names: list[str], feed: dict[str, Any]) -> list[Any]:
+        sent.extend(value.nbytes for value in feed.values() if not isinstance(value, DeviceArray))
+        outputs: list[Any] = run(names, feed)
+        return outputs
+
+    monkeypatch.setattr(OrtValue, "ortvalue_from_numpy", counted)
+    monkeypatch.setattr(runner._session, "run", watched)
+    runner.run(images[:4], 2)
+    largest = max(np.prod(state["shape"]) for state in runner.metadata["states"])
+    assert sum(sent) >= 4 * 4 * largest
+    for count in (4, 3, 4):
+        sent.clear()
+        got = runner.run(images[:count], 2).per_step
+        assert sent == [images[:count].nbytes, 1, 1]
+        np.testing.assert_array_equal(got, engine("step").run(images[:count], 2).per_step)
+
+
+def test_zeros_share_the_memory_of_the_longest_and_stay_zero() -> None:
+    runner, images = make("step", {}), digits().images
+    streams = [runner.stream(batch) for batch in (2, 7, 7, 3)]
+    for stream in streams:
+        for _ in range(2):  # at first, and after a reset
+            assert all(u.shape[0] == stream.batch and not u.any() for u in stream.state.values())
+            wanted = engine("step").run(images[: stream.batch], 1).per_step[:, 0]
+            np.testing.assert_array_equal(stream.push(images[: stream.batch]).step_logits, wanted)
+            stream.reset()
+    zeros = [u for stream in streams for u in (*stream._u.values(), *stream._kept.values())]
+    assert all(isinstance(u, DeviceZeros) for u in zeros)
+    assert len({u.value.data_ptr() for u in zeros}) == 1
 
 
 def test_the_callers_buffer_may_be_filled_anew() -> None:

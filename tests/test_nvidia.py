@@ -126,6 +126,7 @@ def test_the_real_bindings_take_what_the_runner_gives_them() -> None:
         cuda.cudaMallocAsync(16, stream),
         cuda.cudaMemcpyAsync(4096, 8192, 16, cuda.cudaMemcpyKind.cudaMemcpyHostToDevice, stream),
         cuda.cudaMemcpyAsync(4096, 8192, 16, cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost, stream),
+        cuda.cudaMemsetAsync(4096, 0, 16, stream),
         cuda.cudaFreeAsync(4096, stream),
         cuda.cudaDeviceGetAttribute(cuda.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor, 0),
         cuda.cudaDeviceGetAttribute(cuda.cudaDeviceAttr.cudaDevAttrComputeCapabilityMinor, 0),

@@ -77,15 +77,14 @@ def test_a_stream_keeps_its_state_on_the_gpu(options: dict[str, Any], cuda: Cuda
     wanted, got = onnx.stream(2), trt.stream(2)
     x = inputs(onnx, 2, 6)
     steps = [x[:, t] for t in range(6)] if options else [x, None, None, x, None, None]
-    for t, shown in enumerate(steps):
+    for shown in steps:
         before = dict(cuda.copied)
         a, b = wanted.push(shown), got.push(shown)
         np.testing.assert_array_equal(b.step_logits, a.step_logits)
         np.testing.assert_array_equal(b.logits, a.logits)
         moved = {way: cuda.copied[way] - before[way] for way in before}
         assert moved["down"] == b.step_logits.nbytes
-        if t:  # the first step's zeros come from the host
-            assert moved["up"] == 2 * 64 * (shown is not None) + (not options)  # an image, and whether to encode it
+        assert moved["up"] == 2 * 64 * (shown is not None) + (not options)  # an image, and whether to encode it
     for name, u in wanted.state.items():
         np.testing.assert_array_equal(got.state[name], u)
 

@@ -242,6 +242,10 @@ class Engine:
         """`x` where the model runs, for calls that show it again and again."""
         return self._session.put(x) if isinstance(self._session, BoundSession) else x
 
+    def zeros(self, shape: Sequence[int]) -> Any:
+        """float32 zeros where the model runs, not to be written: on a GPU none come from the host."""
+        return self._session.zeros(shape) if isinstance(self._session, BoundSession) else np.zeros(shape, np.float32)
+
     def check_streams(self) -> None:
         """Refuse a model that cannot stream.
 

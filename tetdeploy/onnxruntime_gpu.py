@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -73,6 +75,21 @@ class DeviceArray:
         return array if dtype is None else array.astype(dtype)
 
 
+class DeviceZeros(DeviceArray):
+    """float32 zeros of some shape, at the beginning of a longer array of them, whose memory nothing writes."""
+
+    def __init__(self, value: Any, shape: tuple[int, ...]) -> None:
+        super().__init__(value)
+        self._shape = shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.zeros(self._shape, np.float32 if dtype is None else dtype)
+
+
 class BoundSession:
     """An ONNX Runtime session with I/O binding, called as `Engine` and `Stream` call a plain one. Threads may share it.
 
@@ -84,6 +101,8 @@ class BoundSession:
 
     def __init__(self, session: Any, device: str, kept: Iterable[str]) -> None:
         self._session, self._device, self._kept = session, device, frozenset(kept)
+        self._zeros: DeviceArray | None = None
+        self._lock = threading.Lock()
         self.get_outputs = session.get_outputs
 
     def put(self, array: Array) -> DeviceArray:
@@ -91,6 +110,14 @@ class BoundSession:
         from onnxruntime import OrtValue
 
         return DeviceArray(OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0))
+
+    def zeros(self, shape: Sequence[int]) -> DeviceZeros:
+        """float32 zeros on the device: all that were ever asked for share the memory of the longest."""
+        size = math.prod(shape)
+        with self._lock:
+            if self._zeros is None or self._zeros.shape[0] < size:
+                self._zeros = self.put(np.zeros(size, np.float32))
+            return DeviceZeros(self._zeros.value, tuple(shape))
 
     def run(self, names: Sequence[str], feed: Mapping[str, Array | DeviceArray]) -> list[Array | DeviceArray]:
         """The outputs `names` of one call, on the device what is kept there."""
@@ -100,7 +127,9 @@ class BoundSession:
         for name, array in from_host.items():
             binding.bind_cpu_input(name, array)
         for name, value in feed.items():
-            if isinstance(value, DeviceArray):
+            if isinstance(value, DeviceZeros):
+                binding.bind_input(name, self._device, 0, np.float32, value.shape, value.value.data_ptr())
+            elif isinstance(value, DeviceArray):
                 binding.bind_ortvalue_input(name, value.value)
         for name in names:
             binding.bind_output(name, self._device if name in self._kept else "cpu")
