@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import pytest
 from export_helpers import digits, engine, exported, frames, layouts
 from onnxruntime import OrtValue
 
-from tetdeploy.early_exit import Exit
+from tetdeploy.early_exit import Exit, certainty
 from tetdeploy.engine import Engine
 from tetdeploy.onnxruntime_gpu import BoundSession, DeviceArray, DeviceZeros, provider_options
+from tetdeploy.stream import Stream
 from tetdeploy.streams import StreamPool
 
 Array = np.ndarray[Any, Any]
@@ -181,6 +183,43 @@ def test_pools_and_early_exit_work_on_a_bound_session() -> None:
     steps = [pool.push({id: image if t == 0 else None for id, image in zip(ids, x, strict=True)}) for t in range(3)]
     stepwise = np.array([[step[id].step_logits for step in steps] for id in ids])
     np.testing.assert_array_equal(stepwise, plain.run(x, 3).per_step)
+
+
+@pytest.mark.parametrize("encoding", ["direct", "frames"])
+@pytest.mark.parametrize("min_T", [1, 2])
+def test_on_a_device_certain_images_stay_until_they_are_half(
+    encoding: str, min_T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers are those of the CPU, where each leaves at once, and the batch has few sizes."""
+    options = {"encoding": encoding}
+    plain, other = engine("step", **options), make("step", options)
+    other.device = "cuda"  # as far as `Engine` knows
+    x, T = inputs(plain, 40, 8), 8
+    sizes: list[int] = []
+    call = Stream.call
+
+    def recorded(stream: Stream, shown: Array | None, names: list[str]) -> dict[str, Array]:
+        sizes.append(stream.batch)
+        return call(stream, shown, names)
+
+    monkeypatch.setattr(Stream, "call", recorded)
+    confidence = certainty(np.cumsum(plain.run(x, T).per_step, 1) / np.arange(1, T + 1)[:, None], "confidence")
+    lazy = 0
+    for quantile in (0.0, 0.2, 0.5, 0.7, 0.8, 0.9, 1.0):
+        exit = Exit(float(np.quantile(confidence, quantile)), min_T=min_T)
+        sizes.clear()
+        wanted, on_cpu = plain.run(x, T, exit=exit), len(set(sizes))
+        sizes.clear()
+        got = other.run(x, T, exit=exit)
+        np.testing.assert_array_equal(got.steps, wanted.steps)
+        np.testing.assert_array_equal(got.per_step, wanted.per_step)
+        np.testing.assert_array_equal(got.logits, wanted.logits)
+        moved = [(before, after) for before, after in pairwise(sizes) if before != after]
+        assert all(2 * after <= before for before, after in moved)
+        left = [int((wanted.steps >= t).sum()) for t in range(1, len(sizes) + 1)]
+        assert all(still <= size < 2 * still for still, size in zip(left, sizes, strict=True))
+        lazy += on_cpu > len(moved) + 1
+    assert lazy  # on the CPU there were more sizes
 
 
 def test_threads_share_a_bound_engine() -> None:

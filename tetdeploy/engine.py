@@ -352,21 +352,29 @@ class Engine:
         return {"x": x, "steps": np.zeros((len(x), T), np.uint8)} if self.layout == "dynamic" else {"x": x}
 
     def _run_until_certain(self, x: Array, T: int, exit: Exit) -> Result:
-        """Run at most T steps; after each the images that are certain leave the batch."""
+        """Run at most T steps; after each the images that are certain leave the batch.
+
+        On a GPU they stay, unheeded, until they are half of it: their state would have to come to the host and go back,
+        and each new batch size takes ONNX Runtime time to prepare for.
+        """
         self.check_early_exit()
-        stream, running = Stream(self, len(x)), np.arange(len(x))
+        stream, batch, running = Stream(self, len(x)), np.arange(len(x)), np.full(len(x), True)
         per_step = np.full((len(x), T, len(self.class_names)), np.nan, np.float32)
         total, steps = np.zeros((len(x), len(self.class_names)), np.float32), np.full(len(x), T)
         for t, part in enumerate(_chunks(x, T, 1, self.encoding), start=1):
-            logits = stream.call(None if part is None else part[running], [])["per_step"][:, 0]
-            per_step[running, t - 1] = logits
-            total[running] += logits
-            if exit.min_T <= t < T and (certain := exit.certain(total[running] / np.float32(t))).any():
-                steps[running[certain]] = t
-                running = running[~certain]
-                if not len(running):
+            logits = stream.call(None if part is None else part[batch], [])["per_step"][:, 0]
+            heeded = batch[running[batch]]
+            per_step[heeded, t - 1] = logits[running[batch]]
+            total[heeded] += per_step[heeded, t - 1]
+            if exit.min_T <= t < T and (certain := exit.certain(total[heeded] / np.float32(t))).any():
+                steps[heeded[certain]] = t
+                running[heeded[certain]] = False
+                left = running.sum()
+                if not left:
                     break
-                stream.keep(~certain)
+                if self.device == "cpu" or left <= len(batch) / 2:
+                    stream.keep(running[batch])
+                    batch = batch[running[batch]]
         return Result(total / steps[:, None].astype(np.float32), per_step, steps)
 
     def _make_session(self, overlay: bytes, fused: bytes | None = None) -> Any:
