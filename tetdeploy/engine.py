@@ -87,8 +87,8 @@ class Engine:
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
         path, device, runtime, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph, else None), encoding
-        (`direct` or `frames`), input_shape `(C, H, W)`, input_dtype, class_names, max_batch (most images in a call,
-        None is any), native (whether it does).
+        (`direct` or `frames`), input_shape `(C, H, W)`, input_dtype, class_names, min_batch and max_batch (least and
+        most images in a call, None is any), native (whether it does).
 
     Raises:
         ValueError: the file is no ONNX model, or none of ours; the device is unknown or its provider not available; the
@@ -97,6 +97,7 @@ class Engine:
         MissingExtraError: the runtime is not installed.
     """
 
+    min_batch: int = 1
     max_batch: int | None = None
     native: bool = False
 
@@ -262,12 +263,25 @@ class Engine:
         """Refuse a graph whose images cannot stop one by one.
 
         Raises:
-            ValueError: its layout is not step.
+            ValueError: its layout is not step; it does not take every smaller batch.
         """
         if self.layout != "step":
             raise ValueError(
                 f"{self.path.name} is {self.layout} and runs its steps in one call, so that no image can stop early; "
                 "export with --layout step"
+            )
+        self.check_small_batches("early exit goes on with those images that are not certain yet")
+
+    def check_small_batches(self, purpose: str) -> None:
+        """Refuse a TensorRT engine that was built for no fewer than so many images. `purpose` is what has fewer.
+
+        Raises:
+            ValueError: it is so.
+        """
+        if self.min_batch > 1:
+            raise ValueError(
+                f"{self.path.name} was built for {self.min_batch} to {self.max_batch} images in a call, and {purpose}, "
+                f"which may be one; build again with --batch 1:{self.min_batch}:{self.max_batch}"
             )
 
     def check_T(self, T: int | None, x: Array) -> int:

@@ -46,7 +46,7 @@ class TensorRTEngine(Engine):
         if hashlib.sha256(self._bytes).hexdigest() != self.manifest["engine_sha256"]:
             raise ValueError(f"{self.path} is not the engine that {manifest_path(self.path).name} describes; {_AGAIN}")
         self._take(self.manifest["metadata"])
-        self.max_batch = self.manifest["batch"][2]
+        self.min_batch, _, self.max_batch = self.manifest["batch"]
         # Before any object of TensorRT is made: without a driver that ends the process.
         cuda = gpu_runtime(f"running {self.path.name}")
         trt = import_tensorrt(self.manifest["package"])
