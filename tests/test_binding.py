@@ -245,6 +245,8 @@ def test_a_bound_call_that_fails_gives_one_line() -> None:
 
 def gpu_build(monkeypatch: pytest.MonkeyPatch, started: list[str]) -> list[Any]:
     """An onnxruntime with the GPU providers, of which `started` start; gives what sessions are asked for."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
     asked: list[Any] = []
     session = onnxruntime.InferenceSession
     built_with = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -265,12 +267,15 @@ def test_cuda_computes_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = gpu_build(monkeypatch, ["CUDAExecutionProvider"])
     runner = Engine(model, device="cuda")
     assert isinstance(runner._session, BoundSession)
-    assert asked == [({"CUDAExecutionProvider": {"use_tf32": "0"}}, 0)]
+    assert asked == [({"CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}, 0)]
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "1"
+    Engine(model, device="cuda")
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "1"
 
 
 def test_tensorrt_caches_by_model_and_leaves_the_rest_to_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     models = [exported("step"), exported("step", normalize=False)]
     asked = gpu_build(monkeypatch, ["TensorrtExecutionProvider", "CUDAExecutionProvider"])
     for model in models:
@@ -314,7 +319,6 @@ def test_a_provider_whose_libraries_fail_is_refused(
     device: str, started: list[str], match: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     model = exported("step")
     gpu_build(monkeypatch, started)
     with pytest.raises(ValueError, match=match):

@@ -561,13 +561,13 @@ def _providers(device: str) -> list[str]:
             "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'tetdeploy[cpu]' or 'tetdeploy[gpu]'"
         )
     ort = import_extra("onnxruntime", "cpu" if device == "cpu" else "gpu")
-    if device != "cpu":
-        prepare(device)
     if PROVIDERS[device] not in ort.get_available_providers():
         raise ValueError(
             f"device {device!r} needs ONNX Runtime's {PROVIDERS[device]}, which this installation lacks: "
             "pip uninstall -y onnxruntime, then pip install 'tetdeploy[gpu]'"
         )
+    if device != "cpu":
+        prepare()
     if device == "tensorrt":
         return [PROVIDERS["tensorrt"], PROVIDERS["cuda"]]  # what TensorRT cannot do
     return [PROVIDERS[device]]

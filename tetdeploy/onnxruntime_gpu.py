@@ -16,31 +16,41 @@ from tetdeploy.files import cache_folder
 Array = NDArray[Any]
 
 
-def prepare(device: str) -> None:
-    """Find the CUDA libraries that pip installed, and for TensorRT forbid TF32.
+def prepare() -> None:
+    """Forbid TF32, and find the CUDA libraries that pip installed.
 
-    TF32 rounds float32 currents to 10 bits of mantissa and so changes spikes. The CUDA provider has an option against
-    it, TensorRT's only this variable of the environment; one that is set already stays.
+    TF32 rounds float32 currents to 10 bits of mantissa and so changes spikes. TensorRT's provider has no option against
+    it, and CUDA's, `use_tf32=0`, is given up without a word where cuDNN finds no other kernel for a convolution. This
+    variable of the environment is for NVIDIA's libraries themselves; one that is set already stays.
     """
     import onnxruntime
 
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     onnxruntime.preload_dlls()
-    if device == "tensorrt":
-        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 
 def provider_options(provider: str, model_sha256: str) -> dict[str, str]:
-    """Options of an ONNX Runtime provider for one model.
+    """Options of an ONNX Runtime provider for one model. What they do is from ONNX Runtime's documentation, source and
+    issues; on a GPU none was tried here.
 
-    TensorRT builds an engine at the first call of a new batch size, and afterwards finds it in the user's cache. ONNX
-    Runtime names these files by the graph's nodes and not by its weights, so each model has a folder of its own:
-    https://github.com/microsoft/onnxruntime/issues/6455
+    CUDA: cuDNN chooses a convolution's kernel whenever the batch size changes, which here it does a lot. The default,
+    EXHAUSTIVE, is its dearer estimate and with cuDNN 8 a race of all kernels; where others measured both, HEURISTIC was
+    as fast afterwards and took a fraction of the time at a new size (https://github.com/PaddlePaddle/PaddleX/pull/5057;
+    what the names stand for: https://github.com/microsoft/onnxruntime/issues/22705).
+
+    TensorRT: the provider builds an engine when a batch size or T lies outside the range of those it has seen, for that
+    range and the new one, and afterwards finds it in the user's cache. ONNX Runtime names these files by the graph's
+    nodes and not by its weights, so each model has a folder of its own:
+    https://github.com/microsoft/onnxruntime/issues/6455. A range of our own (`trt_profile_min_shapes` and its kin) is
+    not given: a call beyond it fails instead of building an engine; and it must name every tensor with a free axis at
+    which a part for TensorRT begins, or the model does not load. Which these are beside the graph's inputs only a GPU
+    shows: where TensorRT leaves an operator to CUDA, the `If` of a step graph perhaps, they lie inside the graph.
 
     Raises:
         OSError: the cache cannot be written.
     """
     if provider == "CUDAExecutionProvider":
-        return {"use_tf32": "0"}
+        return {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     if provider != "TensorrtExecutionProvider":
         return {}
     timings = cache_folder() / "tensorrt"
