@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from export_helpers import digits, engine, exported, frames, layouts
+from gpu_stand_in import gpu_build
 from onnxruntime import OrtValue
 
 from tetdeploy.early_exit import Exit, certainty
@@ -241,25 +242,6 @@ def test_a_bound_call_that_fails_gives_one_line() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ providers
-
-
-def gpu_build(monkeypatch: pytest.MonkeyPatch, started: list[str]) -> list[Any]:
-    """An onnxruntime with the GPU providers, of which `started` start; gives what sessions are asked for."""
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
-    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
-    asked: list[Any] = []
-    session = onnxruntime.InferenceSession
-    built_with = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: built_with)
-
-    def on_cpu(model: bytes, options: Any, *, providers: list[Any], enable_fallback: int) -> Any:
-        asked.append((dict(providers), enable_fallback))
-        made = session(model, options, providers=["CPUExecutionProvider"])
-        monkeypatch.setattr(made, "get_providers", lambda: [*started, "CPUExecutionProvider"])
-        return made
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", on_cpu)
-    return asked
 
 
 def test_cuda_computes_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
