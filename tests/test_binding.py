@@ -349,11 +349,29 @@ def test_on_a_gpu_it_agrees_with_the_cpu(layout: str, options: dict[str, Any], d
 def test_on_a_gpu_a_stream_is_a_run_and_its_state_stays_there(device: str) -> None:
     gpu, x = Engine(exported("step"), device=device), digits().images[:4]
     stream = gpu.stream(4)
+    for zeros in (*stream._u.values(), *stream._kept.values()):
+        assert isinstance(zeros, DeviceZeros) and zeros.value.device_name().lower() == "cuda"
     steps = [stream.push(x if t == 0 else None).step_logits for t in range(5)]
     np.testing.assert_array_equal(np.stack(steps, 1), gpu.run(x, 5).per_step)
     for kept in (*stream._u.values(), *stream._kept.values(), stream._image):
         assert isinstance(kept, DeviceArray) and kept.value.device_name().lower() == "cuda"
     assert all(u.any() for u in stream.state.values())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_images_leave_when_they_are_certain(device: str) -> None:
+    gpu, x = Engine(exported("step"), device=device), digits().images[:60]
+    whole = gpu.run(x, 5)
+    confidence = certainty(np.cumsum(whole.per_step, 1) / np.arange(1, 6)[:, None], "confidence")
+    exit = Exit(float(np.median(confidence)))
+    early = gpu.run(x, 5, exit=exit)
+    certain = confidence[:, :-1] > exit.threshold
+    wanted = np.where(certain.any(1), certain.argmax(1) + 1, 5)
+    assert len(set(wanted.tolist())) > 1
+    # Another batch size may have other kernels, which round otherwise.
+    assert (early.steps == wanted).mean() >= 0.95
+    np.testing.assert_array_equal(np.isnan(early.per_step[..., 0]), np.arange(1, 6) > early.steps[:, None])
+    assert np.nanmedian(np.abs(early.per_step - whole.per_step)) < 1e-5
 
 
 @pytest.mark.gpu
