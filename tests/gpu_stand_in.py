@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import pytest
 
 VERSION = "1.2.3"
 
@@ -47,6 +48,9 @@ class Cuda:
     def cudaDeviceGetAttribute(self, name: str, device: int) -> tuple[int, int]:
         return 0, {"major": 8, "minor": 6}[name]
 
+    def cudaGetDeviceProperties(self, device: int) -> tuple[int, Any]:
+        return 0, SimpleNamespace(name=b"NVIDIA Stand-in 8.6")
+
     def cudaSetDevice(self, device: int) -> tuple[int]:
         return (0,)
 
@@ -73,6 +77,11 @@ class Cuda:
 
     def cudaFreeAsync(self, address: int, stream: Stream) -> tuple[int]:
         del self.memory[address]
+        return (0,)
+
+    def cudaMemsetAsync(self, address: int, value: int, size: int, stream: Stream) -> tuple[int]:
+        assert len(self.memory[address]) == size
+        ctypes.memset(address, value, size)
         return (0,)
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: str, stream: Stream) -> tuple[int]:
@@ -164,3 +173,22 @@ class _Context:
             assert len(buffer) == value.nbytes
             ctypes.memmove(buffer, value.ctypes.data, value.nbytes)
         return True
+
+
+def gpu_build(monkeypatch: pytest.MonkeyPatch, started: list[str]) -> list[Any]:
+    """An onnxruntime with the GPU providers, of which `started` start; gives what sessions are asked for."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    asked: list[Any] = []
+    session = ort.InferenceSession
+    built_with = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: built_with)
+
+    def on_cpu(model: bytes, options: Any, *, providers: list[Any], enable_fallback: int) -> Any:
+        asked.append((dict(providers), enable_fallback))
+        made = session(model, options, providers=["CPUExecutionProvider"])
+        monkeypatch.setattr(made, "get_providers", lambda: [*started, "CPUExecutionProvider"])
+        return made
+
+    monkeypatch.setattr(ort, "InferenceSession", on_cpu)
+    return asked

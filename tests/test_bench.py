@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from export_helpers import exported
+from gpu_stand_in import gpu_build
 from report_helpers import result as sweep_result
 from report_helpers import run_folder, write
 
@@ -184,6 +185,37 @@ def test_images_of_a_data_set(model: Path, tmp_path: Path) -> None:
     done = run(model, "--repeats", 1, "--threads", 1, "--data", "digits", "--json", tmp_path / "a.json")
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "a.json").read_text())["data"] == "digits"
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", None])
+def test_on_a_gpu_its_name_is_kept_and_threads_are_one_setting(
+    name: str | None, model: Path, clocked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_build(monkeypatch, ["CUDAExecutionProvider"])
+    monkeypatch.setattr("tetdeploy.bench.gpu_name", lambda: name)
+    monkeypatch.setattr("tetdeploy.machine.usable_cores", lambda: 8)
+    monkeypatch.setenv("COLUMNS", "200")
+    clocked(lambda call, k: 1e-3)
+    done = run(model, "--device", "cuda", "--repeats", 1)
+    assert done.exit_code == 0, done.output
+    timings = model.with_suffix(".bench.json")
+    content = json.loads(timings.read_text())
+    assert content["machine"]["gpu"] == name and {row["threads"] for row in content["rows"]} == {1}
+    system = content["machine"]["system"]
+    assert f" cores{f', {name}' if name else ''}, {system}, CUDAExecutionProvider\n" in done.output
+    sweep = write(model.with_suffix(".sweep.json"), sweep_result(kind="sweep"))
+    sections = document_of(read_results([sweep, timings])).sections
+    [table] = [b for s in sections if s.title == "Latency and throughput" for b in s.blocks if isinstance(b, Table)]
+    assert table.caption.endswith(f" cores{f', {name}' if name else ''}, CUDAExecutionProvider.")
+
+
+def test_on_a_cpu_no_gpu_is_asked_for(model: Path, clocked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetdeploy.bench.gpu_name", lambda: pytest.fail("asked"))
+    monkeypatch.setattr("tetdeploy.machine.usable_cores", lambda: 2)
+    clocked(lambda call, k: 1e-3)
+    assert run(model, "--repeats", 1).exit_code == 0
+    content = json.loads(model.with_suffix(".bench.json").read_text())
+    assert content["machine"]["gpu"] is None and {row["threads"] for row in content["rows"]} == {1, 2}
 
 
 def test_an_unrolled_graph_says_that_T_changes_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import numpy as np
 import onnxruntime
 import pytest
 from export_helpers import digits, engine, exported, frames, layouts
+from gpu_stand_in import gpu_build
+from onnxruntime import OrtValue
 
-from tetdeploy.early_exit import Exit
+from tetdeploy.early_exit import Exit, certainty
 from tetdeploy.engine import Engine
-from tetdeploy.onnxruntime_gpu import BoundSession, DeviceArray, provider_options
+from tetdeploy.onnxruntime_gpu import BoundSession, DeviceArray, DeviceZeros, provider_options
+from tetdeploy.stream import Stream
 from tetdeploy.streams import StreamPool
 
 Array = np.ndarray[Any, Any]
@@ -117,6 +121,47 @@ def test_state_and_image_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) ->
         assert fed[1][state["input"]] is given[0][state["output"]]
 
 
+def test_zeros_go_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a second run only the image and the flag `encode` come from the host."""
+    runner, images = make("step", {}), digits().images
+    put, run = OrtValue.ortvalue_from_numpy, runner._session.run
+    sent: list[int] = []
+
+    def counted(array: Array, *where: Any) -> Any:
+        sent.append(array.nbytes)
+        return put(array, *where)
+
+    def watched(names: list[str], feed: dict[str, Any]) -> list[Any]:
+        sent.extend(value.nbytes for value in feed.values() if not isinstance(value, DeviceArray))
+        outputs: list[Any] = run(names, feed)
+        return outputs
+
+    monkeypatch.setattr(OrtValue, "ortvalue_from_numpy", counted)
+    monkeypatch.setattr(runner._session, "run", watched)
+    runner.run(images[:4], 2)
+    largest = max(np.prod(state["shape"]) for state in runner.metadata["states"])
+    assert sum(sent) >= 4 * 4 * largest
+    for count in (4, 3, 4):
+        sent.clear()
+        got = runner.run(images[:count], 2).per_step
+        assert sent == [images[:count].nbytes, 1, 1]
+        np.testing.assert_array_equal(got, engine("step").run(images[:count], 2).per_step)
+
+
+def test_zeros_share_the_memory_of_the_longest_and_stay_zero() -> None:
+    runner, images = make("step", {}), digits().images
+    streams = [runner.stream(batch) for batch in (2, 7, 7, 3)]
+    for stream in streams:
+        for _ in range(2):  # at first, and after a reset
+            assert all(u.shape[0] == stream.batch and not u.any() for u in stream.state.values())
+            wanted = engine("step").run(images[: stream.batch], 1).per_step[:, 0]
+            np.testing.assert_array_equal(stream.push(images[: stream.batch]).step_logits, wanted)
+            stream.reset()
+    zeros = [u for stream in streams for u in (*stream._u.values(), *stream._kept.values())]
+    assert all(isinstance(u, DeviceZeros) for u in zeros)
+    assert len({u.value.data_ptr() for u in zeros}) == 1
+
+
 def test_the_callers_buffer_may_be_filled_anew() -> None:
     buffer = digits().images[:1].copy()
     whole = engine("step").run(buffer, 3).per_step
@@ -141,6 +186,43 @@ def test_pools_and_early_exit_work_on_a_bound_session() -> None:
     np.testing.assert_array_equal(stepwise, plain.run(x, 3).per_step)
 
 
+@pytest.mark.parametrize("encoding", ["direct", "frames"])
+@pytest.mark.parametrize("min_T", [1, 2])
+def test_on_a_device_certain_images_stay_until_they_are_half(
+    encoding: str, min_T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers are those of the CPU, where each leaves at once, and the batch has few sizes."""
+    options = {"encoding": encoding}
+    plain, other = engine("step", **options), make("step", options)
+    other.device = "cuda"  # as far as `Engine` knows
+    x, T = inputs(plain, 40, 8), 8
+    sizes: list[int] = []
+    call = Stream.call
+
+    def recorded(stream: Stream, shown: Array | None, names: list[str]) -> dict[str, Array]:
+        sizes.append(stream.batch)
+        return call(stream, shown, names)
+
+    monkeypatch.setattr(Stream, "call", recorded)
+    confidence = certainty(np.cumsum(plain.run(x, T).per_step, 1) / np.arange(1, T + 1)[:, None], "confidence")
+    lazy = 0
+    for quantile in (0.0, 0.2, 0.5, 0.7, 0.8, 0.9, 1.0):
+        exit = Exit(float(np.quantile(confidence, quantile)), min_T=min_T)
+        sizes.clear()
+        wanted, on_cpu = plain.run(x, T, exit=exit), len(set(sizes))
+        sizes.clear()
+        got = other.run(x, T, exit=exit)
+        np.testing.assert_array_equal(got.steps, wanted.steps)
+        np.testing.assert_array_equal(got.per_step, wanted.per_step)
+        np.testing.assert_array_equal(got.logits, wanted.logits)
+        moved = [(before, after) for before, after in pairwise(sizes) if before != after]
+        assert all(2 * after <= before for before, after in moved)
+        left = [int((wanted.steps >= t).sum()) for t in range(1, len(sizes) + 1)]
+        assert all(still <= size < 2 * still for still, size in zip(left, sizes, strict=True))
+        lazy += on_cpu > len(moved) + 1
+    assert lazy  # on the CPU there were more sizes
+
+
 def test_threads_share_a_bound_engine() -> None:
     runner, images = make("step", {}), digits().images
     wanted = [engine("step").run(images[k : k + 4], 3).per_step for k in range(0, 32, 4)]
@@ -162,34 +244,20 @@ def test_a_bound_call_that_fails_gives_one_line() -> None:
 # ------------------------------------------------------------------------------------------------ providers
 
 
-def gpu_build(monkeypatch: pytest.MonkeyPatch, started: list[str]) -> list[Any]:
-    """An onnxruntime with the GPU providers, of which `started` start; gives what sessions are asked for."""
-    asked: list[Any] = []
-    session = onnxruntime.InferenceSession
-    built_with = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: built_with)
-
-    def on_cpu(model: bytes, options: Any, *, providers: list[Any], enable_fallback: int) -> Any:
-        asked.append((dict(providers), enable_fallback))
-        made = session(model, options, providers=["CPUExecutionProvider"])
-        monkeypatch.setattr(made, "get_providers", lambda: [*started, "CPUExecutionProvider"])
-        return made
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", on_cpu)
-    return asked
-
-
 def test_cuda_computes_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     model = exported("step")
     asked = gpu_build(monkeypatch, ["CUDAExecutionProvider"])
     runner = Engine(model, device="cuda")
     assert isinstance(runner._session, BoundSession)
-    assert asked == [({"CUDAExecutionProvider": {"use_tf32": "0"}}, 0)]
+    assert asked == [({"CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}, 0)]
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "1"
+    Engine(model, device="cuda")
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "1"
 
 
 def test_tensorrt_caches_by_model_and_leaves_the_rest_to_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     models = [exported("step"), exported("step", normalize=False)]
     asked = gpu_build(monkeypatch, ["TensorrtExecutionProvider", "CUDAExecutionProvider"])
     for model in models:
@@ -233,7 +301,6 @@ def test_a_provider_whose_libraries_fail_is_refused(
     device: str, started: list[str], match: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     model = exported("step")
     gpu_build(monkeypatch, started)
     with pytest.raises(ValueError, match=match):
@@ -282,11 +349,29 @@ def test_on_a_gpu_it_agrees_with_the_cpu(layout: str, options: dict[str, Any], d
 def test_on_a_gpu_a_stream_is_a_run_and_its_state_stays_there(device: str) -> None:
     gpu, x = Engine(exported("step"), device=device), digits().images[:4]
     stream = gpu.stream(4)
+    for zeros in (*stream._u.values(), *stream._kept.values()):
+        assert isinstance(zeros, DeviceZeros) and zeros.value.device_name().lower() == "cuda"
     steps = [stream.push(x if t == 0 else None).step_logits for t in range(5)]
     np.testing.assert_array_equal(np.stack(steps, 1), gpu.run(x, 5).per_step)
     for kept in (*stream._u.values(), *stream._kept.values(), stream._image):
         assert isinstance(kept, DeviceArray) and kept.value.device_name().lower() == "cuda"
     assert all(u.any() for u in stream.state.values())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_images_leave_when_they_are_certain(device: str) -> None:
+    gpu, x = Engine(exported("step"), device=device), digits().images[:60]
+    whole = gpu.run(x, 5)
+    confidence = certainty(np.cumsum(whole.per_step, 1) / np.arange(1, 6)[:, None], "confidence")
+    exit = Exit(float(np.median(confidence)))
+    early = gpu.run(x, 5, exit=exit)
+    certain = confidence[:, :-1] > exit.threshold
+    wanted = np.where(certain.any(1), certain.argmax(1) + 1, 5)
+    assert len(set(wanted.tolist())) > 1
+    # Another batch size may have other kernels, which round otherwise.
+    assert (early.steps == wanted).mean() >= 0.95
+    np.testing.assert_array_equal(np.isnan(early.per_step[..., 0]), np.arange(1, 6) > early.steps[:, None])
+    assert np.nanmedian(np.abs(early.per_step - whole.per_step)) < 1e-5
 
 
 @pytest.mark.gpu

@@ -111,6 +111,28 @@ def test_a_call_that_is_cut_leaves_what_it_knows(module: Any, monkeypatch: pytes
     assert kept[-1]["eager fp32"]["median_ms"] == {1: 1.0, 4: 4.0}
 
 
+def test_pytorch_computes_fp32_without_tf32_and_the_table_says_so(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inference = module("gpu_inference")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    np.save(tmp_path / "images.npy", np.zeros((2, 3), np.uint8))
+    torch.save(Repeating(), tmp_path / "classifier.pt")
+    inference.open_side("eager fp32", tmp_path, 2, "cpu", 2, 1)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    found = {"median_ms": {1: 2.0}, "agrees": 1.0}
+    inference.show({"model": "m", "width": 1, "T": 2, "card": "a card", "sides": {"eager fp32": found}}, [1])
+    assert "fp32 without TF32 on every side" in capsys.readouterr().out
+
+
+class Repeating(nn.Module):
+    """In place of a classifier: its images at each step."""
+
+    def forward(self, x: torch.Tensor, T: int) -> torch.Tensor:
+        return x.float().expand(T, *x.shape)
+
+
 @pytest.mark.peer
 def test_spikingjellys_neurons_have_our_parameters(module: Any) -> None:
     pytest.importorskip("spikingjelly", reason="SpikingJelly is not installed")

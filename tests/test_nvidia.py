@@ -12,7 +12,7 @@ from gpu_stand_in import Cuda
 
 from tetdeploy import nvidia
 from tetdeploy.extras import MissingExtraError
-from tetdeploy.nvidia import NoGpuError, choose_package, gpu_architecture, gpu_runtime, import_tensorrt
+from tetdeploy.nvidia import NoGpuError, choose_package, gpu_architecture, gpu_name, gpu_runtime, import_tensorrt
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_gpu_is_found(install: Any) -> None:
     cuda = Cuda()
     install(cuda=cuda)
     assert gpu_runtime("this") is cuda
-    assert gpu_architecture(cuda) == "8.6"
+    assert gpu_architecture(cuda) == "8.6" and gpu_name() == "NVIDIA Stand-in 8.6"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,14 @@ def test_no_gpu_says_why(cuda: Cuda, message: str, install: Any) -> None:
     install(cuda=cuda)
     with pytest.raises(NoGpuError, match=message):
         gpu_runtime("this")
+    assert gpu_name() is None
+
+
+def test_without_bindings_a_gpu_has_no_name(install: Any) -> None:
+    install()
+    assert gpu_name() is None
+    install(cuda=ImportError("libcuda.so.1: cannot open shared object file"))
+    assert gpu_name() is None
 
 
 def test_the_real_bindings_say_that_there_is_no_driver() -> None:
@@ -121,11 +129,13 @@ def test_the_real_bindings_take_what_the_runner_gives_them() -> None:
         cuda.cudaStreamDestroy(stream),
         cuda.cudaStreamSynchronize(stream),
         cuda.cudaSetDevice(0),
+        cuda.cudaGetDeviceProperties(0),
         cuda.cudaDeviceGetDefaultMemPool(0),
         cuda.cudaMemPoolSetAttribute(pool, threshold, driver.cuuint64_t(2**64 - 1)),
         cuda.cudaMallocAsync(16, stream),
         cuda.cudaMemcpyAsync(4096, 8192, 16, cuda.cudaMemcpyKind.cudaMemcpyHostToDevice, stream),
         cuda.cudaMemcpyAsync(4096, 8192, 16, cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost, stream),
+        cuda.cudaMemsetAsync(4096, 0, 16, stream),
         cuda.cudaFreeAsync(4096, stream),
         cuda.cudaDeviceGetAttribute(cuda.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor, 0),
         cuda.cudaDeviceGetAttribute(cuda.cudaDeviceAttr.cudaDevAttrComputeCapabilityMinor, 0),

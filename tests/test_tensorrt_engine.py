@@ -17,9 +17,10 @@ from gpu_stand_in import VERSION, Cuda, TensorRT
 
 from tetdeploy import tensorrt_engine
 from tetdeploy.cli import main
-from tetdeploy.early_exit import Exit, load_exit
+from tetdeploy.early_exit import Exit, certainty, load_exit
 from tetdeploy.engine import Engine, open_engine
 from tetdeploy.nvidia import NoGpuError, choose_package, gpu_architecture, gpu_runtime
+from tetdeploy.streams import StreamPool
 from tetdeploy.tensorrt_engine import TensorRTEngine, manifest_path
 
 
@@ -77,15 +78,14 @@ def test_a_stream_keeps_its_state_on_the_gpu(options: dict[str, Any], cuda: Cuda
     wanted, got = onnx.stream(2), trt.stream(2)
     x = inputs(onnx, 2, 6)
     steps = [x[:, t] for t in range(6)] if options else [x, None, None, x, None, None]
-    for t, shown in enumerate(steps):
+    for shown in steps:
         before = dict(cuda.copied)
         a, b = wanted.push(shown), got.push(shown)
         np.testing.assert_array_equal(b.step_logits, a.step_logits)
         np.testing.assert_array_equal(b.logits, a.logits)
         moved = {way: cuda.copied[way] - before[way] for way in before}
         assert moved["down"] == b.step_logits.nbytes
-        if t:  # the first step's zeros come from the host
-            assert moved["up"] == 2 * 64 * (shown is not None) + (not options)  # an image, and whether to encode it
+        assert moved["up"] == 2 * 64 * (shown is not None) + (not options)  # an image, and whether to encode it
     for name, u in wanted.state.items():
         np.testing.assert_array_equal(got.state[name], u)
 
@@ -147,6 +147,47 @@ def test_what_it_was_not_built_for_is_refused(cuda: Cuda, tmp_path: Path) -> Non
         trt.stream()
     with pytest.raises(ValueError, match="takes uint8"):
         trt.run(images[:1].astype(np.float32))
+
+
+def test_what_has_smaller_batches_is_refused_at_once(cuda: Cuda, tmp_path: Path) -> None:
+    trt = TensorRTEngine(write_engine(tmp_path / "m.engine", "step", {}, batch=[4, 4, 8]))
+    images = digits().images[:4]
+    again = r"which may be one; build again with --batch 1:4:8$"
+    with pytest.raises(ValueError, match=rf"^m\.engine was built for 4 to 8 images in .* and early exit .*{again}"):
+        trt.run(images, 3, exit=Exit(0.5))
+    with pytest.raises(ValueError, match=rf"and a pool calls it with those streams that push, {again}"):
+        StreamPool(trt)
+    stream = trt.stream(4)
+    steps = [stream.push(images if t == 0 else None).step_logits for t in range(3)]
+    np.testing.assert_array_equal(np.stack(steps, 1), trt.run(images, 3).per_step)
+
+
+def test_early_exit_moves_state_when_half_of_the_batch_is_certain(cuda: Cuda, tmp_path: Path) -> None:
+    onnx, trt = engine("step"), TensorRTEngine(write_engine(tmp_path / "m.engine", "step", {}))
+    images = digits().images[:8]
+    exit = Exit(float(np.median(certainty(onnx.run(images, 2).logits, "confidence"))), min_T=2)
+    wanted, before = onnx.run(images, 6, exit=exit), cuda.copied["down"]
+    got = trt.run(images, 6, exit=exit)
+    np.testing.assert_array_equal(got.steps, wanted.steps)
+    np.testing.assert_array_equal(got.per_step, wanted.per_step)
+    np.testing.assert_array_equal(got.logits, wanted.logits)
+    carried = trt.metadata["states"] + trt.metadata["encoded"]
+    state = 4 * sum(int(np.prod(s["shape"])) for s in carried) + images[0].nbytes
+    batch, down, moves = 8, 0, 0
+    for t in range(1, wanted.steps.max() + 1):
+        down += batch * 4 * 10  # logits
+        left = int((wanted.steps > t).sum())
+        if 0 < left <= batch / 2:
+            batch, down, moves = left, down + batch * state, moves + 1
+    assert moves and cuda.copied["down"] - before == down
+
+
+def test_a_pool_computes_what_onnx_runtime_computes(cuda: Cuda, tmp_path: Path) -> None:
+    pool = StreamPool(TensorRTEngine(write_engine(tmp_path / "m.engine", "step", {})))
+    images = digits().images[:8]
+    ids = [pool.open() for _ in images]
+    answers = pool.push(dict(zip(ids, images, strict=True)))
+    np.testing.assert_array_equal([answers[id].logits for id in ids], engine("step").run(images, 1).logits)
 
 
 def test_a_failing_gpu_is_an_error(cuda: Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tetdeploy.engine import PROVIDERS, RUNTIMES, Engine, check_runtime
 from tetdeploy.extras import import_extra
 from tetdeploy.machine import cpu_model, load_average, read_cpuinfo, usable_cores
+from tetdeploy.nvidia import gpu_name
 from tetdeploy.validate import provenance
 
 CALLS_PER_TURN = 5
@@ -189,11 +190,15 @@ def random_input(engine: Engine, T: int) -> NDArray[Any]:
 
 
 def machine(engine: Engine) -> dict[str, Any]:
-    """What the timings are of: processor, cores, system, execution provider and whether native operators run."""
+    """What the timings are of: processor, cores, GPU, system, execution provider and whether native operators run.
+
+    `gpu` is null on a CPU, and where nothing says which it is.
+    """
     provider = "OpenVINO" if engine.runtime == "openvino" else PROVIDERS.get(engine.device, engine.device)
     return {
         "cpu": cpu_model(read_cpuinfo()),
         "cores": usable_cores(),
+        "gpu": None if engine.device == "cpu" else gpu_name(),
         "system": f"{platform.system()} {platform.machine()}",
         "provider": f"{provider}, native operators" if engine.native else provider,
     }

@@ -87,8 +87,8 @@ class Engine:
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
         path, device, runtime, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph, else None), encoding
-        (`direct` or `frames`), input_shape `(C, H, W)`, input_dtype, class_names, max_batch (most images in a call,
-        None is any), native (whether it does).
+        (`direct` or `frames`), input_shape `(C, H, W)`, input_dtype, class_names, min_batch and max_batch (least and
+        most images in a call, None is any), native (whether it does).
 
     Raises:
         ValueError: the file is no ONNX model, or none of ours; the device is unknown or its provider not available; the
@@ -97,6 +97,7 @@ class Engine:
         MissingExtraError: the runtime is not installed.
     """
 
+    min_batch: int = 1
     max_batch: int | None = None
     native: bool = False
 
@@ -242,6 +243,10 @@ class Engine:
         """`x` where the model runs, for calls that show it again and again."""
         return self._session.put(x) if isinstance(self._session, BoundSession) else x
 
+    def zeros(self, shape: Sequence[int]) -> Any:
+        """float32 zeros where the model runs, not to be written: on a GPU none come from the host."""
+        return self._session.zeros(shape) if isinstance(self._session, BoundSession) else np.zeros(shape, np.float32)
+
     def check_streams(self) -> None:
         """Refuse a model that cannot stream.
 
@@ -258,12 +263,25 @@ class Engine:
         """Refuse a graph whose images cannot stop one by one.
 
         Raises:
-            ValueError: its layout is not step.
+            ValueError: its layout is not step; it does not take every smaller batch.
         """
         if self.layout != "step":
             raise ValueError(
                 f"{self.path.name} is {self.layout} and runs its steps in one call, so that no image can stop early; "
                 "export with --layout step"
+            )
+        self.check_small_batches("early exit goes on with those images that are not certain yet")
+
+    def check_small_batches(self, purpose: str) -> None:
+        """Refuse a TensorRT engine that was built for no fewer than so many images. `purpose` is what has fewer.
+
+        Raises:
+            ValueError: it is so.
+        """
+        if self.min_batch > 1:
+            raise ValueError(
+                f"{self.path.name} was built for {self.min_batch} to {self.max_batch} images in a call, and {purpose}, "
+                f"which may be one; build again with --batch 1:{self.min_batch}:{self.max_batch}"
             )
 
     def check_T(self, T: int | None, x: Array) -> int:
@@ -348,21 +366,29 @@ class Engine:
         return {"x": x, "steps": np.zeros((len(x), T), np.uint8)} if self.layout == "dynamic" else {"x": x}
 
     def _run_until_certain(self, x: Array, T: int, exit: Exit) -> Result:
-        """Run at most T steps; after each the images that are certain leave the batch."""
+        """Run at most T steps; after each the images that are certain leave the batch.
+
+        On a GPU they stay, unheeded, until they are half of it: their state would have to come to the host and go back,
+        and each new batch size takes ONNX Runtime time to prepare for.
+        """
         self.check_early_exit()
-        stream, running = Stream(self, len(x)), np.arange(len(x))
+        stream, batch, running = Stream(self, len(x)), np.arange(len(x)), np.full(len(x), True)
         per_step = np.full((len(x), T, len(self.class_names)), np.nan, np.float32)
         total, steps = np.zeros((len(x), len(self.class_names)), np.float32), np.full(len(x), T)
         for t, part in enumerate(_chunks(x, T, 1, self.encoding), start=1):
-            logits = stream.call(None if part is None else part[running], [])["per_step"][:, 0]
-            per_step[running, t - 1] = logits
-            total[running] += logits
-            if exit.min_T <= t < T and (certain := exit.certain(total[running] / np.float32(t))).any():
-                steps[running[certain]] = t
-                running = running[~certain]
-                if not len(running):
+            logits = stream.call(None if part is None else part[batch], [])["per_step"][:, 0]
+            heeded = batch[running[batch]]
+            per_step[heeded, t - 1] = logits[running[batch]]
+            total[heeded] += per_step[heeded, t - 1]
+            if exit.min_T <= t < T and (certain := exit.certain(total[heeded] / np.float32(t))).any():
+                steps[heeded[certain]] = t
+                running[heeded[certain]] = False
+                left = running.sum()
+                if not left:
                     break
-                stream.keep(~certain)
+                if self.device == "cpu" or left <= len(batch) / 2:
+                    stream.keep(running[batch])
+                    batch = batch[running[batch]]
         return Result(total / steps[:, None].astype(np.float32), per_step, steps)
 
     def _make_session(self, overlay: bytes, fused: bytes | None = None) -> Any:
@@ -535,13 +561,13 @@ def _providers(device: str) -> list[str]:
             "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'tetdeploy[cpu]' or 'tetdeploy[gpu]'"
         )
     ort = import_extra("onnxruntime", "cpu" if device == "cpu" else "gpu")
-    if device != "cpu":
-        prepare(device)
     if PROVIDERS[device] not in ort.get_available_providers():
         raise ValueError(
             f"device {device!r} needs ONNX Runtime's {PROVIDERS[device]}, which this installation lacks: "
             "pip uninstall -y onnxruntime, then pip install 'tetdeploy[gpu]'"
         )
+    if device != "cpu":
+        prepare()
     if device == "tensorrt":
         return [PROVIDERS["tensorrt"], PROVIDERS["cuda"]]  # what TensorRT cannot do
     return [PROVIDERS[device]]

@@ -95,6 +95,16 @@ def gpu_architecture(cuda: Any) -> str:
     return f"{major}.{minor}"
 
 
+def gpu_name() -> str | None:
+    """What NVIDIA calls the first GPU; None where there is none, or no cuda-bindings to ask."""
+    try:
+        cuda = gpu_runtime("naming it")
+        name: bytes = checked(cuda, cuda.cudaGetDeviceProperties(0)).name
+    except (ImportError, ValueError):
+        return None
+    return name.decode()
+
+
 def target_architectures(trt: Any, package: str, asked: tuple[str, ...] | None) -> list[str]:
     """The compute capabilities to build for.
 

@@ -53,7 +53,7 @@ class Stream:
 
     @property
     def state(self) -> dict[str, Array]:
-        return {name: np.asarray(u) for name, u in self._u.items()}  # a TensorRT engine keeps them on the GPU
+        return {name: np.asarray(u) for name, u in self._u.items()}  # they may lie on a GPU
 
     @state.setter
     def state(self, state: Mapping[str, Array]) -> None:
@@ -122,5 +122,5 @@ class Stream:
     def _one_frame(self) -> bool:
         return self.engine.layout == "step" and self.engine.encoding == "frames"
 
-    def _zeros(self, states: list[tuple[str, str, tuple[int, ...]]]) -> dict[str, Array]:
-        return {name: np.zeros((self.batch, *shape), np.float32) for name, _, shape in states}
+    def _zeros(self, states: list[tuple[str, str, tuple[int, ...]]]) -> dict[str, Any]:
+        return {name: self.engine.zeros((self.batch, *shape)) for name, _, shape in states}

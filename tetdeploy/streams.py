@@ -90,11 +90,12 @@ class StreamPool:
             have been built for fewer.
 
     Raises:
-        ValueError: the graph gives no state out; `max_batch` is below 1.
+        ValueError: the graph gives no state out; `max_batch` is below 1; the engine does not take every smaller batch.
     """
 
     def __init__(self, engine: Engine, *, max_batch: int = 64) -> None:
         engine.check_streams()
+        engine.check_small_batches("a pool calls it with those streams that push")
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
         self.engine = engine

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class TensorRTEngine(Engine):
         if hashlib.sha256(self._bytes).hexdigest() != self.manifest["engine_sha256"]:
             raise ValueError(f"{self.path} is not the engine that {manifest_path(self.path).name} describes; {_AGAIN}")
         self._take(self.manifest["metadata"])
-        self.max_batch = self.manifest["batch"][2]
+        self.min_batch, _, self.max_batch = self.manifest["batch"]
         # Before any object of TensorRT is made: without a driver that ends the process.
         cuda = gpu_runtime(f"running {self.path.name}")
         trt = import_tensorrt(self.manifest["package"])
@@ -54,6 +55,9 @@ class TensorRTEngine(Engine):
 
     def put(self, x: Array) -> Any:
         return self._session.put(x)
+
+    def zeros(self, shape: Sequence[int]) -> Any:
+        return self._session.zeros(shape)
 
     def check_input(self, x: Array) -> Array:
         x = super().check_input(x)
@@ -159,6 +163,12 @@ class Gpu:
         self._copy(copy.address, array.ctypes.data, array.nbytes, self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
         return copy
 
+    def zeros(self, shape: Iterable[int]) -> GpuArray:
+        """float32 zeros, which the GPU writes by itself."""
+        made = self.empty(shape, np.dtype(np.float32))
+        checked(self.cuda, self.cuda.cudaMemsetAsync(made.address, 0, made.nbytes, self.stream))
+        return made
+
     def get(self, array: GpuArray) -> NDArray[Any]:
         """An array of the host, complete when this returns."""
         copy = np.empty(array.shape, array.dtype)
@@ -176,8 +186,8 @@ class GpuArray:
     def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.gpu, self.shape, self.dtype = gpu, shape, dtype
         self.source: Array | None = None  # of a copy that may still be under way
-        size = int(np.prod(shape)) * dtype.itemsize
-        self.address: int = checked(gpu.cuda, gpu.cuda.cudaMallocAsync(size, gpu.stream))
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        self.address: int = checked(gpu.cuda, gpu.cuda.cudaMallocAsync(self.nbytes, gpu.stream))
         weakref.finalize(self, gpu.cuda.cudaFreeAsync, self.address, gpu.stream)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -233,6 +243,12 @@ class Session:
         with self._lock:
             checked(self._gpu.cuda, self._gpu.cuda.cudaSetDevice(0))
             return self._gpu.put(np.ascontiguousarray(array))
+
+    def zeros(self, shape: Sequence[int]) -> GpuArray:
+        """float32 zeros on the GPU."""
+        with self._lock:
+            checked(self._gpu.cuda, self._gpu.cuda.cudaSetDevice(0))
+            return self._gpu.zeros(shape)
 
     def _on_gpu(self, name: str, value: Array | GpuArray) -> GpuArray:
         if isinstance(value, GpuArray):

@@ -8,7 +8,8 @@
 A call takes uint8 images from the host and gives logits to the host; in between everything stays on the card, a step
 graph's membranes too. Every side has a process of its own; they take turns, and what is not to be had here is listed
 with the reason. `agrees` is the share of images with the class of PyTorch in float32. The weights are not trained (BN
-has the statistics of the images): time does not depend on them, but where logits lie close, agreement does.
+has the statistics of the images): time does not depend on them, but where logits lie close, agreement does. fp32 is
+float32 on every side: PyTorch's convolutions, which take TF32 unless told otherwise, may not, as ours never may.
 
     eager, compiled     PyTorch's; compiled with CUDA graphs (mode="reduce-overhead")
     SJ ...              the same layers with SpikingJelly's neurons, each of its implementations
@@ -91,6 +92,7 @@ def in_pytorch(runtime: str, precision: str, folder: Path, T: int, device: str) 
     if runtime.startswith("SJ"):
         os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = runtime.split()[1]
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # of matrix products it is the default
     classifier = torch.load(folder / "classifier.pt", weights_only=False).to(on)
     if precision == "fp16":
         classifier.half()
@@ -183,7 +185,7 @@ def show(results: dict[str, Any], sizes: list[int]) -> None:
     console = Console(width=120, highlight=False)
     console.print(
         f"{results['model']} x {results['width']:g}, T={results['T']}, on {results['card']}; median ms of a call "
-        f"(images/s at batch {sizes[-1]})"
+        f"(images/s at batch {sizes[-1]}); fp32 without TF32 on every side"
     )
     table = Table()
     for header in ("", *(f"batch {size}" for size in sizes), "images/s", "agrees"):

@@ -42,7 +42,7 @@ Examples:
   tetdeploy bench                                               the newest export
   tetdeploy bench model-dynamic.onnx --T 1,2,4 --batch 1,16 --threads 1,2,4
   tetdeploy bench MODEL --repeats 1000 --json here.bench.json   as many calls as a 99th percentile wants
-  tetdeploy bench MODEL --device cuda --batch 1,64 --threads 1
+  tetdeploy bench MODEL --device cuda --batch 1,64
   tetdeploy bench MODEL --runtime openvino --json openvino.bench.json
 
 \b
@@ -50,7 +50,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 """
 )
 @click.option("--batch", "batches", default="1,8", show_default=True, callback=_numbers, help="Images a call.")
-@click.option("--threads", callback=_numbers, help="Threads of an operation. [default: 1 and all cores]")
+@click.option("--threads", callback=_numbers, help="Threads of an operation. [default: 1 and all cores; on a GPU 1]")
 @click.option(
     "--T",
     "steps",
@@ -104,7 +104,7 @@ def bench(
     if repeats is not None and seconds is not None:
         raise click.UsageError("--repeats and --seconds exclude each other")
     cores = usable_cores()
-    threads = threads or tuple(sorted({1, cores}))
+    threads = threads or (tuple(sorted({1, cores})) if device == "cpu" else (1,))
     if max(threads) > cores:
         console.print(f"{max(threads)} threads on {cores} cores: they will wait for each other", style="yellow")
     timing = Bench(
@@ -162,13 +162,13 @@ def _run(timing: Bench, x: Any, repeats: int | None, seconds: float | None) -> N
 
 
 def print_bench(result: dict[str, Any], engine: Engine) -> None:
-    from tetdeploy.report.tables import bench_table
+    from tetdeploy.report.tables import bench_table, hardware
 
     on = result["machine"]
     console.print(
         f"{result['model']}   {result['size_bytes'] / 1e6:.1f} MB   {engine.layout}   {result['data']}", markup=False
     )
-    console.print(f"{on['cpu']}, {on['cores']} cores, {on['system']}, {on['provider']}", markup=False)
+    console.print(f"{hardware(on)}, {on['system']}, {on['provider']}", markup=False)
     console.print(bench_table(result))
     notes = ["times of one call; loading: " + _loading(result)]
     if engine.lacks_native:

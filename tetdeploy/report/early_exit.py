@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tetdeploy.exit_calibration import images_to_prove, provable_loss
 from tetdeploy.report.result_table import ResultTable
-from tetdeploy.report.tables import BILLS, energy
+from tetdeploy.report.tables import BILLS, energy, hardware
 
 Cells = tuple[str, str, str, str]  # what, T steps for each image, early exit, the difference
 
@@ -92,7 +92,7 @@ def savings_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
     yield table
     yield f"steps  {by_steps([entry['num_images'] for entry in early['by_steps']])}"
     on = result["machine"]
-    yield f"[dim]{on['cpu']}, {on['cores']} cores, {on['provider']}, batches of {early['batch_size']}[/dim]"
+    yield f"[dim]{hardware(on)}, {on['provider']}, batches of {early['batch_size']}[/dim]"
     yield f"[dim]{turned(early)}[/dim]"
     if (early["load"] or 0) >= 1:
         yield f"[dim]{early['load']:.1f} processes were running when this began: an idle machine is faster[/dim]"

@@ -93,6 +93,12 @@ def bench_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (*settings, *times, f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}", str(row["calls"]))
 
 
+def hardware(machine: Mapping[str, Any]) -> str:
+    """The processor and its cores, and the GPU if a result has one; older ones do not say."""
+    gpu = machine.get("gpu")
+    return f"{machine['cpu']}, {machine['cores']} cores" + (f", {gpu}" if gpu else "")
+
+
 def _table(*headers: str, num_labels: int = 1) -> Table:
     table = ResultTable(num_labels=num_labels)
     table.add_numbers(*headers)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tetdeploy.report.document import Note, Section, Table
 from tetdeploy.report.results import Results
-from tetdeploy.report.tables import BENCH_COLUMNS, NUM_BENCH_LABELS, bench_cells
+from tetdeploy.report.tables import BENCH_COLUMNS, NUM_BENCH_LABELS, bench_cells, hardware
 
 _NOTE = (
     "Times of one call, in which a batch of images runs all T steps: the median, and what 95 and 99 of 100 calls stay "
@@ -25,6 +25,6 @@ def bench(results: Results) -> Section | None:
 
 def _table(name: str, content: Mapping[str, Any]) -> Table:
     machine = content["machine"]
-    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['provider']}"
+    where = f"{hardware(machine)}, {machine['provider']}"
     rows = tuple(bench_cells(row) for row in content["rows"])
     return Table(f"{name}: {content['model']} on {where}.", BENCH_COLUMNS, rows, num_labels=NUM_BENCH_LABELS)
