@@ -16,7 +16,7 @@ from onnxscript import values
 
 from tetdeploy.data import Encoding
 from tetdeploy.folding import count_batchnorm
-from tetdeploy.quantisation import Scales, quantise
+from tetdeploy.int8.quantisation import Scales, quantise
 from tetdeploy.tracing import Tracer, example_input, first_line, quiet
 
 from .half import halve

@@ -1,4 +1,4 @@
-"""The convolution in 8-bit integers of `tetdeploy.quantisation`, in ONNX.
+"""The convolution in 8-bit integers of `tetdeploy.int8.quantisation`, in ONNX.
 
 Standard QuantizeLinear and DequantizeLinear nodes round a Conv: the form that ONNX Runtime, OpenVINO and TensorRT all
 fuse into one integer convolution.
@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import opset20
 
-from tetdeploy.quantisation import CurrentScale
+from tetdeploy.int8.quantisation import CurrentScale
 
 from .neuron_steps import producer_of
 

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from tetdeploy import __version__
 from tetdeploy.agreement import reference_path
-from tetdeploy.calibration import Calibration, calibrate
 from tetdeploy.data import Encoding
 from tetdeploy.engine import METADATA_KEY, Engine
 from tetdeploy.files import atomic_write
-from tetdeploy.int8_network import Int8Network
+from tetdeploy.int8.calibration import Calibration, calibrate
+from tetdeploy.int8.network import Int8Network
+from tetdeploy.int8.quantisation import Scales
 from tetdeploy.networks import Classifier
-from tetdeploy.quantisation import Scales
 from tetdeploy.tracing import Tracer
 
 from .counters import Layers, counting_overlay
@@ -59,8 +59,8 @@ class ExportConfig:
         encoding: `direct` for images shown at every step, `frames` for an input that changes.
         normalize: input normalisation is part of the graph, which then takes uint8.
         fold_bn: fold BN (Eq. 6).
-        precision: `int8` computes the convolutions that read spikes in 8 bits, see `tetdeploy.quantisation`; `fp16` the
-            layers between neurons in float16, see `export.half`.
+        precision: `int8` computes the convolutions that read spikes in 8 bits, see `tetdeploy.int8.quantisation`;
+            `fp16` the layers between neurons in float16, see `export.half`.
         target: where the graph is to run; says which precisions there are, see `export.targets`.
     """
 

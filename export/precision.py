@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine
-from tetdeploy.validate import running_class
+from tetdeploy.sweep import running_class
 
 from .targets import Precision
 

@@ -28,7 +28,7 @@ from tetdeploy import __version__
 from tetdeploy.engine import parse_metadata, read_model
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_folder
-from tetdeploy.tensorrt_engine import read_manifest
+from tetdeploy.runtimes.tensorrt_engine import read_manifest
 
 from .reading import parse_graph
 from .sequence_graph import sequence_graph

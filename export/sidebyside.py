@@ -20,7 +20,7 @@ from torch import Tensor
 from tetdeploy.engine import Engine, Result
 from tetdeploy.networks import Classifier
 from tetdeploy.resumable import join, split
-from tetdeploy.validate import running_class
+from tetdeploy.sweep import running_class
 
 from .comparison import Comparison
 from .counters import spikes_overlay

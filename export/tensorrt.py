@@ -21,9 +21,9 @@ import onnx
 from tetdeploy import __version__
 from tetdeploy.engine import read_model
 from tetdeploy.files import atomic_write, write_json
-from tetdeploy.nvidia import BUILDING, choose_package, gpu_runtime, import_tensorrt, target_architectures
+from tetdeploy.runtimes.nvidia import BUILDING, choose_package, gpu_runtime, import_tensorrt, target_architectures
+from tetdeploy.runtimes.tensorrt_engine import manifest_path
 from tetdeploy.signals import handled
-from tetdeploy.tensorrt_engine import manifest_path
 
 from .reading import parse_graph
 from .tensorrt_graph import layers_of, prepare

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.calibration import Calibration
 from tetdeploy.checkpoint import newest_run, read_metadata, weights_file, weights_sha256
 from tetdeploy.data import Encoding, LabelledSet, load_data, load_frames, split_validation
+from tetdeploy.int8.calibration import Calibration
 
 Labelled = tuple[NDArray[Any], NDArray[np.int64]]  # images [N, C, H, W] or frames [N, T, C, H, W], and labels [N]
 

@@ -21,7 +21,7 @@ from tetdeploy.agreement import (
     validation,
 )
 from tetdeploy.engine import Engine
-from tetdeploy.validate import running_class, summarise
+from tetdeploy.sweep import running_class, summarise
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from onnxruntime import OrtValue
 
 from tetdeploy.early_exit import Exit, certainty
 from tetdeploy.engine import Engine
-from tetdeploy.onnxruntime_gpu import BoundSession, DeviceArray, DeviceZeros, provider_options
+from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, DeviceArray, DeviceZeros, provider_options
 from tetdeploy.stream import Stream
 from tetdeploy.streams import StreamPool
 

@@ -25,8 +25,8 @@ from tetdeploy.export.parity import ParityError
 from tetdeploy.export.precision import kept_answers
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
+from tetdeploy.sweep import sweep
 from tetdeploy.tracing import Tracer
-from tetdeploy.validate import sweep
 
 
 def export(path: Path, layout: str = "unrolled", network: Any = None, **options: Any) -> Exported:

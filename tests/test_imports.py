@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +22,13 @@ MODULES = [
         "tetdeploy",
         "tetdeploy.bench",
         "tetdeploy.early_exit",
-        "tetdeploy.exit_calibration",
-        "tetdeploy.exit_savings",
+        "tetdeploy.early_exit.calibration",
+        "tetdeploy.early_exit.savings",
         "tetdeploy.engine",
-        "tetdeploy.openvino_session",
+        "tetdeploy.runtimes.openvino_session",
         "tetdeploy.energy",
         "tetdeploy.data",
-        "tetdeploy.validate",
+        "tetdeploy.sweep",
         "tetdeploy.agreement",
         "tetdeploy.resumable",
         "tetdeploy.cli",
@@ -75,7 +77,7 @@ def test_engines_and_triton_repositories_need_no_torch() -> None:
     assert "onnx" in loaded and not loaded & {"torch", "onnxscript", "onnx_ir", "onnxruntime"}
     loaded = loaded_by("import tetdeploy.export.repository")
     assert "onnx" in loaded and not loaded & {"torch", "onnxscript", "onnx_ir", "onnxruntime"}
-    loaded = loaded_by("import tetdeploy.tensorrt_engine")
+    loaded = loaded_by("import tetdeploy.runtimes.tensorrt_engine")
     assert not loaded & {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 
 
@@ -106,3 +108,28 @@ def test_names_of_the_package_are_found_lazily() -> None:
     assert loaded_by(code).isdisjoint({"torch", "safetensors"})
     with pytest.raises(AttributeError, match="module 'tetdeploy' has no attribute 'Motor'"):
         _ = tetdeploy.Motor
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("folder", "unknown"),
+    [
+        ("tetdeploy", "train|export|report|cli"),
+        ("train", "export|report|cli"),
+        ("export", "train|report|cli"),
+        ("tetdeploy/report", "cli"),
+    ],
+)
+def test_imports_go_one_way(folder: str, unknown: str) -> None:
+    """As docs/architecture.md says; what a function imports when it is called counts as well."""
+    found = []
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        if folder == "tetdeploy" and file.relative_to(ROOT).parts[1] in ("cli", "report", "__main__.py"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [f"{node.module}.{name.name}" for name in node.names] if isinstance(node, ast.ImportFrom) else []
+            names += [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            found += [f"{file.name}: {name}" for name in names if re.match(rf"tetdeploy\.({unknown})\b", name)]
+    assert not found

@@ -26,16 +26,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tetdeploy import Engine, int8_network, quantisation, tracing
-from tetdeploy.calibration import CurrentHistogram, calibrate
+from tetdeploy import Engine, tracing
 from tetdeploy.cli import main
 from tetdeploy.export import ExportConfig, Exported, ParityError, export_model
 from tetdeploy.export.graph import OnnxTracer
+from tetdeploy.int8 import network as int8_network
+from tetdeploy.int8 import quantisation
+from tetdeploy.int8.calibration import CurrentHistogram, calibrate
+from tetdeploy.int8.quantisation import CurrentScale, Int8Error, int8_conv, quantise, spiking_convolutions
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
-from tetdeploy.quantisation import CurrentScale, Int8Error, int8_conv, quantise, spiking_convolutions
+from tetdeploy.sweep import sweep
 from tetdeploy.tracing import Tracer
-from tetdeploy.validate import sweep
 
 
 def calibration(count: int = 128) -> tuple[Any, Any]:
@@ -327,7 +329,7 @@ def test_scales_cover_what_they_are_asked_to() -> None:
 
 def test_a_percentile_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bins of width 1 from -3 to 3, which hold 0, 5, 45, 40, 9 and 1 of 100 currents."""
-    monkeypatch.setattr("tetdeploy.calibration._BINS", 6)
+    monkeypatch.setattr("tetdeploy.int8.calibration._BINS", 6)
     histogram = CurrentHistogram()
     histogram.add(torch.tensor([-2.0] + [-1.5] * 4 + [-0.5] * 45 + [0.5] * 40 + [1.5] * 9 + [2.0]))
     assert histogram.percentile(88) == CurrentScale(float(np.float32(3 / 255)), 85)  # 6 % at either end: -1 to 2

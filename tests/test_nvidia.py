@@ -10,9 +10,16 @@ from typing import Any
 import pytest
 from gpu_stand_in import Cuda
 
-from tetdeploy import nvidia
 from tetdeploy.extras import MissingExtraError
-from tetdeploy.nvidia import NoGpuError, choose_package, gpu_architecture, gpu_name, gpu_runtime, import_tensorrt
+from tetdeploy.runtimes import nvidia
+from tetdeploy.runtimes.nvidia import (
+    NoGpuError,
+    choose_package,
+    gpu_architecture,
+    gpu_name,
+    gpu_runtime,
+    import_tensorrt,
+)
 
 
 @pytest.fixture

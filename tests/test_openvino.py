@@ -18,12 +18,12 @@ from click.testing import CliRunner
 from export_helpers import convsnn, digits, exported, frames, int8_exported, layouts
 from PIL import Image
 
-from tetdeploy import openvino_session
 from tetdeploy.cli import main
 from tetdeploy.engine import Engine, open_engine
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.export.counters import spikes_overlay
 from tetdeploy.extras import MissingExtraError
+from tetdeploy.runtimes import openvino_session
 
 pytest.importorskip("openvino", reason="openvino is not installed (extra openvino)")
 

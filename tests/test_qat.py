@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn import functional
 
 from tetdeploy import Engine
-from tetdeploy.calibration import Calibration
 from tetdeploy.checkpoint import load, read_metadata
 from tetdeploy.cli import main
 from tetdeploy.data import load_data, split_validation
-from tetdeploy.int8_network import Int8Network
-from tetdeploy.quantisation import CurrentScale, fake_quantised_conv
+from tetdeploy.int8.calibration import Calibration
+from tetdeploy.int8.network import Int8Network
+from tetdeploy.int8.quantisation import CurrentScale, fake_quantised_conv
 from tetdeploy.tracing import Tracer
 from tetdeploy.train import TrainConfig, TrainResult, train
 

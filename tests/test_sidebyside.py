@@ -19,7 +19,7 @@ from tetdeploy.export.sidebyside import SideBySide, torch_latency
 from tetdeploy.networks import Classifier
 from tetdeploy.neurons import lif
 from tetdeploy.resumable import Partial, Pass, finish
-from tetdeploy.validate import summarise, sweep
+from tetdeploy.sweep import summarise, sweep
 
 T = 4
 

@@ -22,12 +22,12 @@ from click.testing import CliRunner
 from export_helpers import digits, engine, exported, frames, int8_exported, layouts
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from tetdeploy import nvidia
 from tetdeploy.cli import main
 from tetdeploy.export import tensorrt
 from tetdeploy.export.tensorrt import BuildConfig, Built, build_engine
 from tetdeploy.export.tensorrt_graph import prepare
-from tetdeploy.nvidia import NoGpuError, target_architectures
+from tetdeploy.runtimes import nvidia
+from tetdeploy.runtimes.nvidia import NoGpuError, target_architectures
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra rtx)")
 

@@ -15,13 +15,13 @@ from click.testing import CliRunner
 from export_helpers import digits, engine, exported, frames, layouts
 from gpu_stand_in import VERSION, Cuda, TensorRT
 
-from tetdeploy import tensorrt_engine
 from tetdeploy.cli import main
 from tetdeploy.early_exit import Exit, certainty, load_exit
 from tetdeploy.engine import Engine, open_engine
-from tetdeploy.nvidia import NoGpuError, choose_package, gpu_architecture, gpu_runtime
+from tetdeploy.runtimes import tensorrt_engine
+from tetdeploy.runtimes.nvidia import NoGpuError, choose_package, gpu_architecture, gpu_runtime
+from tetdeploy.runtimes.tensorrt_engine import TensorRTEngine, manifest_path
 from tetdeploy.streams import StreamPool
-from tetdeploy.tensorrt_engine import TensorRTEngine, manifest_path
 
 
 def write_engine(path: Path, layout: str, options: dict[str, Any], **other: Any) -> Path:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine
 from tetdeploy.files import read_npz
-from tetdeploy.validate import Sweep, Tally, running_class
+from tetdeploy.sweep import Sweep, Tally, running_class
 
 _NEEDED = ("x", "per_step", "spike_counts", "neurons")
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from tetdeploy.engine import PROVIDERS, RUNTIMES, Engine, check_runtime
 from tetdeploy.extras import import_extra
 from tetdeploy.machine import cpu_model, load_average, read_cpuinfo, usable_cores
-from tetdeploy.nvidia import gpu_name
-from tetdeploy.validate import provenance
+from tetdeploy.runtimes.nvidia import gpu_name
+from tetdeploy.sweep import provenance
 
 CALLS_PER_TURN = 5
 

@@ -55,7 +55,7 @@ def save_checkpoint(
         classifier: network, its configuration and the input normalisation.
         training: how it was trained, JSON-able.
         provenance: versions, time, epoch, accuracy, seed; JSON-able.
-        int8: the scales that the network was fine-tuned at, `calibration.Calibration.to_dict()`, if it was.
+        int8: the scales that the network was fine-tuned at, `int8.calibration.Calibration.to_dict()`, if it was.
 
     Raises:
         OSError: the file cannot be written.

@@ -24,8 +24,8 @@ from tetdeploy import native
 from tetdeploy.energy import layers_of
 from tetdeploy.extras import import_extra
 from tetdeploy.form import NUMBER, STEP, check_form
-from tetdeploy.onnxruntime_gpu import BoundSession, prepare, provider_options
-from tetdeploy.openvino_session import OpenVINOSession
+from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, prepare, provider_options
+from tetdeploy.runtimes.openvino_session import OpenVINOSession
 from tetdeploy.stream import Stream
 
 if TYPE_CHECKING:
@@ -485,7 +485,7 @@ def open_engine(
     check_runtime(runtime, device)
     if device != "tensorrt":
         raise ValueError(f"{model} runs on an NVIDIA GPU only, got device {device!r}; choose device tensorrt")
-    from tetdeploy.tensorrt_engine import TensorRTEngine
+    from tetdeploy.runtimes.tensorrt_engine import TensorRTEngine
 
     return TensorRTEngine(model)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tetdeploy.engine import Engine, Result
 from tetdeploy.files import read_npz, write_npz
 from tetdeploy.names import section
-from tetdeploy.validate import Tally
+from tetdeploy.sweep import Tally
 
 Arrays = Mapping[str, NDArray[Any]]
 _SAVE_EVERY = 20.0  # seconds

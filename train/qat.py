@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tetdeploy.calibration import Calibration, calibrate
 from tetdeploy.checkpoint import CONFIG_NAME
-from tetdeploy.int8_network import Int8Network
-from tetdeploy.quantisation import Scales
+from tetdeploy.int8.calibration import Calibration, calibrate
+from tetdeploy.int8.network import Int8Network
+from tetdeploy.int8.quantisation import Scales
 from tetdeploy.tracing import Tracer
 
 from .runs import read_run_config

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import tetdeploy
-from tetdeploy.calibration import Calibration
 from tetdeploy.data import ImageFiles
+from tetdeploy.int8.calibration import Calibration
 
 from .augment import RESIZED_CROP
 from .batches import Batch, DeviceImages, Draws, Images

@@ -105,9 +105,9 @@ def calibrate(
     beside the model, into MODEL.exit.json. Needs no torch.
     """
     from tetdeploy.early_exit import CRITERIA, exit_path
+    from tetdeploy.early_exit.calibration import answer, check_min_T
+    from tetdeploy.early_exit.calibration import calibrate as find
     from tetdeploy.engine import Engine
-    from tetdeploy.exit_calibration import answer, check_min_T
-    from tetdeploy.exit_calibration import calibrate as find
     from tetdeploy.files import check_writable, write_json
     from tetdeploy.report.early_exit import calibration_shown
 

@@ -64,8 +64,8 @@ def early_exit(
     are timed. Writes MODEL.early-exit.json, which tetdeploy report shows. Needs no torch.
     """
     from tetdeploy.early_exit import load_calibration, load_exit
+    from tetdeploy.early_exit.savings import measure
     from tetdeploy.engine import Engine
-    from tetdeploy.exit_savings import measure
     from tetdeploy.files import check_writable, write_json
     from tetdeploy.report.early_exit import savings_shown
 

@@ -62,7 +62,7 @@ def parsed_steps(ctx: click.Context, param: click.Parameter, steps: str | None) 
     """The callback of a --T that takes several: `6`, `1:6` or `1,2,4`."""
     if steps is None:
         return None
-    from tetdeploy.validate import parse_steps
+    from tetdeploy.sweep import parse_steps
 
     try:
         return parse_steps(steps)

@@ -24,7 +24,7 @@ from tetdeploy.cli.options import (
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
     from tetdeploy.picojoules import EnergyConstants
-    from tetdeploy.validate import Sweep
+    from tetdeploy.sweep import Sweep
 
 
 @click.command(
@@ -133,7 +133,7 @@ def run_sweep(
     constants: EnergyConstants | None,
 ) -> Sweep:
     """Load the data and sweep, with a progress bar."""
-    from tetdeploy.validate import sweep as measure
+    from tetdeploy.sweep import sweep as measure
 
     name, x, labels = load_inputs(engine, data, data_dir, limit)
     engine.check_T(max(steps), engine.check_input(x[:1]))

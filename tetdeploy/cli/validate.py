@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tetdeploy.agreement import Compared, Reference
     from tetdeploy.engine import Engine
     from tetdeploy.resumable import Partial, Pass
-    from tetdeploy.validate import Sweep, Tally
+    from tetdeploy.sweep import Sweep, Tally
 
 
 @click.command(
@@ -238,7 +238,7 @@ class _Job:
         return gates
 
     def _check(self, x: Any, labels: Any, steps: tuple[int, ...]) -> None:
-        from tetdeploy.validate import check_labels
+        from tetdeploy.sweep import check_labels
 
         check_labels(self.engine, x, labels)
         self.engine.check_T(max(steps), self.engine.check_input(x[:1]))
@@ -268,7 +268,7 @@ class _Job:
             finish(run, partial, lambda done: bar.advance(both if run.done <= run.num_beside else alone, done))
 
     def _sweep(self, tally: Tally, x: Any, steps: tuple[int, ...], name: str) -> Sweep:
-        from tetdeploy.validate import summarise
+        from tetdeploy.sweep import summarise
 
         return summarise(self.engine, tally, x, steps, data=name)
 

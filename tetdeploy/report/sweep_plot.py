@@ -7,7 +7,7 @@ from pathlib import Path
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
 from tetdeploy.report.drawing import Style, drawable
-from tetdeploy.validate import Sweep
+from tetdeploy.sweep import Sweep
 
 
 def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from tetdeploy.energy import OTHER_OPS
 from tetdeploy.report.result_table import ResultTable
-from tetdeploy.validate import Sweep
+from tetdeploy.sweep import Sweep
 
 BILLS = {"paper": "energy_pj", "exact": "energy_exact_pj", "once": "energy_once_pj"}
 _HEADERS = {"paper": "energy", "exact": "exact\nenergy", "once": "once\nenergy"}

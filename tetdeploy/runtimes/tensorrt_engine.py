@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.extras import import_extra
-from tetdeploy.nvidia import MODULES, checked, gpu_architecture, gpu_runtime, import_tensorrt
+from tetdeploy.runtimes.nvidia import MODULES, checked, gpu_architecture, gpu_runtime, import_tensorrt
 
 
 class TensorRTEngine(Engine):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from tetdeploy.quantisation import Scales, quantise
+from tetdeploy.int8.quantisation import Scales, quantise
 from tetdeploy.traced_network import TracedNetwork
 from tetdeploy.tracing import Tracer
 

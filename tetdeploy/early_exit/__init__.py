@@ -120,7 +120,7 @@ def _graph(model: Path) -> tuple[Path, str]:
     """The graph that a model is or was built from, and its SHA-256."""
     if model.suffix != ".engine":
         return model, sha256_of(model)
-    from tetdeploy.tensorrt_engine import read_manifest
+    from tetdeploy.runtimes.tensorrt_engine import read_manifest
 
     manifest = read_manifest(model)
     return model.with_name(manifest["graph"]), str(manifest.get("graph_sha256", ""))

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from tetdeploy.bench import machine
 from tetdeploy.early_exit import Exit
+from tetdeploy.early_exit.calibration import Paired
 from tetdeploy.energy import Operations
 from tetdeploy.engine import Engine, Result
-from tetdeploy.exit_calibration import Paired
 from tetdeploy.machine import load_average
-from tetdeploy.validate import Tally, check_labels, provenance
+from tetdeploy.sweep import Tally, check_labels, provenance
 
 Array = NDArray[Any]
 

@@ -22,10 +22,10 @@ from report_helpers import write
 from tetdeploy.cli import main
 from tetdeploy.data import save_npz, split_validation
 from tetdeploy.early_exit import CRITERIA, Exit, exit_path, load_calibration
+from tetdeploy.early_exit.calibration import Answers, Frontier, Paired, answer, calibrate
+from tetdeploy.early_exit.savings import measure
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
-from tetdeploy.exit_calibration import Answers, Frontier, Paired, answer, calibrate
-from tetdeploy.exit_savings import measure
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
 
@@ -235,7 +235,7 @@ def test_both_ways_take_turns_after_a_round_to_warm_up(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Engine, "run", recorded)
     monkeypatch.setattr(
-        "tetdeploy.exit_savings.time.perf_counter", lambda: sum(1 if early else 3 for early, _ in calls)
+        "tetdeploy.early_exit.savings.time.perf_counter", lambda: sum(1 if early else 3 for early, _ in calls)
     )
     x, labels = digits().images[:10], digits().labels[:10]
     early = measure(engine("step"), x, labels, Exit(0.5), 2, batch_size=4)["early_exit"]

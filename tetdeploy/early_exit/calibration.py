@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.early_exit import CRITERIA, Criterion, Exit, certainty
 from tetdeploy.engine import Engine
-from tetdeploy.validate import check_labels, provenance
+from tetdeploy.sweep import check_labels, provenance
 
 SHOWN_LOSSES = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01)
 

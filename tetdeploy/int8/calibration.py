@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from tetdeploy.quantisation import CurrentScale, Int8Error, Scales, spiking_convolutions
+from tetdeploy.int8.quantisation import CurrentScale, Int8Error, Scales, spiking_convolutions
 from tetdeploy.tracing import Tracer
 
 MIN_IMAGES = 32

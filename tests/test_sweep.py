@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from tetdeploy import validate
+from tetdeploy import sweep as sweeping
 from tetdeploy.cli.options import console as terminal
 from tetdeploy.cli.sweep import print_details
 from tetdeploy.cli.sweep import sweep as sweep_command
@@ -28,7 +28,7 @@ from tetdeploy.engine import Engine
 from tetdeploy.picojoules import CONSTANTS, EnergyConstants
 from tetdeploy.report import count, energy, layers_table, other_ops_table, plot_sweep, sweep_table
 from tetdeploy.report.tables import BILLS
-from tetdeploy.validate import Tally, parse_steps, sweep
+from tetdeploy.sweep import Tally, parse_steps, sweep
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_latency_is_the_median_after_a_warm_up_in_milliseconds(
             rounds = [t for t, _ in calls].count(T)
             clock[0] += T * (0.1 if rounds in (1, 2, 7) else 0.01)
 
-    monkeypatch.setattr(validate.time, "perf_counter", lambda: clock[0])
-    latency = validate.measure_latency(Slow(), np.array([[0.0, 0], [1, 0], [2, 0]]), (1, 4), 5)  # type: ignore[arg-type]
+    monkeypatch.setattr(sweeping.time, "perf_counter", lambda: clock[0])
+    latency = sweeping.measure_latency(Slow(), np.array([[0.0, 0], [1, 0], [2, 0]]), (1, 4), 5)  # type: ignore[arg-type]
     if layout == "unrolled" and not with_state:  # all steps are run whatever T is
         assert latency == {1: pytest.approx(40.0), 4: pytest.approx(40.0)}
         assert calls == [(4, k) for k in (1, 2, 0, 1, 2, 0, 1)]
