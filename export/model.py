@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from tetdeploy import __version__
 from tetdeploy.agreement import reference_path
 from tetdeploy.data import Encoding
-from tetdeploy.engine import METADATA_KEY, Engine
+from tetdeploy.engine import Engine
 from tetdeploy.files import atomic_write
 from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Scales
+from tetdeploy.model_file import METADATA_KEY
 from tetdeploy.networks import Classifier
 from tetdeploy.tracing import Tracer
 

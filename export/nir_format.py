@@ -34,10 +34,10 @@ from torch import fx
 
 from tetdeploy import __version__
 from tetdeploy.data import Encoding
-from tetdeploy.engine import METADATA_KEY
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
 from tetdeploy.folding import VIEWS, count_batchnorm, fold_batchnorm, module_path, parameter
+from tetdeploy.model_file import METADATA_KEY
 from tetdeploy.networks import Classifier
 from tetdeploy.tracing import first_line, quiet
 

@@ -25,9 +25,9 @@ from typing import Any
 from google.protobuf import text_format
 
 from tetdeploy import __version__
-from tetdeploy.engine import parse_metadata, read_model
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_folder
+from tetdeploy.model_file import parse_metadata, read_model
 from tetdeploy.runtimes.tensorrt_engine import read_manifest
 
 from .reading import parse_graph

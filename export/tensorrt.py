@@ -19,8 +19,8 @@ from typing import Any
 import onnx
 
 from tetdeploy import __version__
-from tetdeploy.engine import read_model
 from tetdeploy.files import atomic_write, write_json
+from tetdeploy.model_file import read_model
 from tetdeploy.runtimes.nvidia import BUILDING, choose_package, gpu_runtime, import_tensorrt, target_architectures
 from tetdeploy.runtimes.tensorrt_engine import manifest_path
 from tetdeploy.signals import handled

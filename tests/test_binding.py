@@ -256,6 +256,17 @@ def test_cuda_computes_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["NVIDIA_TF32_OVERRIDE"] == "1"
 
 
+def test_cuda_may_use_tensor_cores_for_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = exported("step", precision="fp16", target="cuda")
+    asked = gpu_build(monkeypatch, ["CUDAExecutionProvider"])
+    runner = Engine(model, device="cuda")
+    assert isinstance(runner._session, BoundSession)
+    assert asked[-1] == ({"CUDAExecutionProvider": {"cudnn_conv_algo_search": "HEURISTIC"}}, 0)
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    runner.overlaid(runner.counting_overlay)
+    assert len(asked) == 3 and "use_tf32" not in asked[-1][0]["CUDAExecutionProvider"]
+
+
 def test_tensorrt_caches_by_model_and_leaves_the_rest_to_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     models = [exported("step"), exported("step", normalize=False)]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from tetdeploy import native
 from tetdeploy.energy import layers_of
 from tetdeploy.extras import import_extra
-from tetdeploy.form import NUMBER, STEP, check_form
+from tetdeploy.model_file import METADATA_KEY, parse_metadata, read_model, session_metadata
 from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, prepare, provider_options
 from tetdeploy.runtimes.openvino_session import OpenVINOSession
 from tetdeploy.stream import Stream
@@ -32,22 +31,6 @@ if TYPE_CHECKING:
     from tetdeploy.early_exit import Exit
 
 Array = NDArray[Any]
-METADATA_KEY = "tetdeploy"
-_TENSOR = {"input!": str, "output!": str, "shape!": [STEP]}
-_METADATA = {
-    "layout!": str,
-    "encoding!": str,
-    "T": STEP,
-    "trained_T!": STEP,
-    "input!": {"shape!": [STEP], "dtype!": str},
-    "class_names!": [str],
-    "neurons!": [{"name!": str, "shape!": [STEP]}],
-    "states!": [_TENSOR],
-    "encoded!": [_TENSOR],
-    "layers!": [{"name!": str, "input_shape!": [STEP]}],
-    "counting_overlay!": str,
-    "source!": {},
-}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 IN_CACHE = 2**22  # spikes of a layer, over images and steps: with more in a call each image takes a CPU longer
 NATIVE_FROM = 20_000  # neurons; in smaller networks what lies between convolutions takes no time to speak of
@@ -117,8 +100,11 @@ class Engine:
             raise ValueError(f"threads must be at least 1, got {threads}")
         self._threads = threads
         self._bytes = read_model(self.path)
+        self.metadata: dict[str, Any] = {}
         self._session = self._make_session(b"")
         self._take(parse_metadata(session_metadata(self._session, self.path).get(METADATA_KEY), self.path))
+        if device == "cuda" and self.metadata.get("precision") == "fp16":
+            self._session = self._make_session(b"")  # anew: a GPU wants other options, and only now this is known
         fused = self._go_native(native)
         self.native = fused is not None
         self._session = self._bind(fused or self._session)
@@ -401,7 +387,8 @@ class Engine:
             options.intra_op_num_threads = self._threads
         if fused is not None:
             native.use(ort, options)
-        providers = [(name, provider_options(name, self.sha256)) for name in self._providers]
+        precision = self.metadata.get("precision", "fp32")
+        providers = [(name, provider_options(name, self.sha256, precision)) for name in self._providers]
         try:  # with its fallback a call that fails on the GPU would be made on the CPU, and all later ones
             session = ort.InferenceSession(
                 fused or self._bytes + overlay, options, providers=providers, enable_fallback=0
@@ -500,55 +487,6 @@ def check_runtime(runtime: str, device: str) -> None:
         raise ValueError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
     if runtime == "openvino" and device != "cpu":
         raise ValueError(f"runtime openvino runs on the CPU only, got device {device!r}; choose runtime onnxruntime")
-
-
-def read_model(path: Path) -> bytes:
-    """The bytes of an exported model.
-
-    Raises:
-        ValueError: it is a folder, or a TensorRT engine.
-        OSError: it is not there or cannot be read.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not an .onnx file")
-    if not path.exists():
-        raise FileNotFoundError(f"no model at {path}; write one with: tetdeploy export")
-    if path.suffix == ".engine":
-        raise ValueError(f"{path} is a TensorRT engine; here the .onnx file it was built from is needed")
-    return path.read_bytes()
-
-
-def session_metadata(session: Any, path: Path) -> dict[str, str]:
-    """All metadata of the model `path` in a session.
-
-    Raises:
-        ValueError: they are damaged.
-    """
-    try:
-        texts: dict[str, str] = session.get_modelmeta().custom_metadata_map
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} has damaged metadata ({error}); export the model again") from error
-    return texts
-
-
-def parse_metadata(text: str | None, path: Path) -> dict[str, Any]:
-    """The metadata of a model from their text in the file `path`.
-
-    Raises:
-        ValueError: there are none, they are damaged, or of a format that this version does not know.
-    """
-    if text is None:
-        raise ValueError(f"{path} is an ONNX model, but not one that tetdeploy exported: its metadata are missing")
-    try:
-        value: dict[str, Any] = json.loads(text)
-        check_form(value, {"format!": NUMBER})
-        if value["format"] == 1:
-            check_form(value, _METADATA)
-    except ValueError as error:
-        raise ValueError(f"{path} has damaged metadata ({error}); export the model again") from error
-    if value["format"] != 1:
-        raise ValueError(f"{path} has metadata of format {value['format']}; this tetdeploy reads format 1")
-    return value
 
 
 def _providers(device: str) -> list[str]:

@@ -12,9 +12,9 @@ from typing import Any
 
 from tetdeploy.checkpoint import METADATA_KEY, checkpoint_file, read_content, read_header, read_metadata
 from tetdeploy.energy import Layer, layers_of
-from tetdeploy.engine import parse_metadata, session_metadata
 from tetdeploy.extras import import_extra
 from tetdeploy.files import sha256_of
+from tetdeploy.model_file import parse_metadata, session_metadata
 from tetdeploy.names import section
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}

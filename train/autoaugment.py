@@ -22,6 +22,8 @@ from torch.nn import functional
 
 from tetdeploy.extras import import_extra
 
+from .device import without_waiting
+
 _LEVELS = 10  # of a magnitude: 0 to 9
 _LARGEST = {  # magnitude, at the highest level
     **{"Rotate": 30.0, "ShearY": 0.3, "TranslateX": 150 / 331, "TranslateY": 150 / 331, "Solarize": 255.0},
@@ -118,10 +120,8 @@ def autoaugment(images: Tensor, generator: Generator) -> Tensor:
     operations = policies().operations
     drawn = draw_operations(len(images), generator)
     rows = drawn.argsort(dim=1, stable=True)  # of the images, those with the same operation side by side
-    if images.device.type == "cuda":
-        rows = rows.pin_memory()
     images = images.clone()
-    for order, one in zip(rows.to(images.device, non_blocking=True), drawn, strict=True):
+    for order, one in zip(without_waiting(rows, images.device), drawn, strict=True):
         counts = one.bincount(minlength=len(operations) + 1).tolist()
         for operation, which in zip(operations, order.split(counts), strict=False):  # the last did not draw any
             if len(which):

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from .augment import AUGMENTATIONS, cutout, same_at_every_step
+from .device import without_waiting
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -65,7 +66,7 @@ class DeviceImages:
     def drawn(self, draws: Draws) -> Iterator[Batch]:
         augment = AUGMENTATIONS[self._augment]
         # to the device at once: a copy for each step would wait for the steps before it
-        for chosen, seed in zip(_without_waiting(draws.chosen, self._x.device), draws.seeds, strict=True):
+        for chosen, seed in zip(without_waiting(draws.chosen, self._x.device), draws.seeds, strict=True):
             self._generator.manual_seed(seed)
             x = same_at_every_step(augment, self._x[chosen], self._generator)
             if self._cutout:
@@ -77,8 +78,3 @@ class DeviceImages:
 
     def _blanked(self, x: Tensor, generator: Generator) -> Tensor:
         return cutout(x, generator, size=self._cutout, fill=self._blank)
-
-
-def _without_waiting(indices: Tensor, device: torch.device) -> Tensor:
-    """On the device; a GPU copies from pinned memory while this process goes on."""
-    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)

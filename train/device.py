@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tetdeploy import kernels
 from tetdeploy.networks import NetworkConfig
@@ -78,6 +78,11 @@ def place(network: nn.Module, device: torch.device, *, channels_last: bool) -> N
         if parameter.dim() == 4:
             # `contiguous` would leave the strides of a single channel, of which a convolution makes nothing
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
+
+
+def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of this process on the device; a GPU copies from pinned memory while this process goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def wants_channels_last(config: NetworkConfig, device: torch.device, precision: str, *, fusable: bool) -> bool:

@@ -93,10 +93,10 @@ def _write_repository(ctx: click.Context, models: list[Path], name: str) -> None
 
 
 def _write_service(ctx: click.Context, model: Path, name: str) -> None:
-    from tetdeploy.engine import read_model
     from tetdeploy.export.kserve import inference_service, write_inference_service
     from tetdeploy.export.reading import parse_graph
     from tetdeploy.files import write_json
+    from tetdeploy.model_file import read_model
 
     if model.suffix != ".onnx":
         raise ValueError(f"{model} is a TensorRT engine; the container that KServe runs takes the .onnx file")

@@ -29,14 +29,15 @@ def prepare() -> None:
     onnxruntime.preload_dlls()
 
 
-def provider_options(provider: str, model_sha256: str) -> dict[str, str]:
+def provider_options(provider: str, model_sha256: str, precision: str = "fp32") -> dict[str, str]:
     """Options of an ONNX Runtime provider for one model. What they do is from ONNX Runtime's documentation, source and
     issues; on a GPU none was tried here.
 
     CUDA: cuDNN chooses a convolution's kernel whenever the batch size changes, which here it does a lot. The default,
     EXHAUSTIVE, is its dearer estimate and with cuDNN 8 a race of all kernels; where others measured both, HEURISTIC was
     as fast afterwards and took a fraction of the time at a new size (https://github.com/PaddlePaddle/PaddleX/pull/5057;
-    what the names stand for: https://github.com/microsoft/onnxruntime/issues/22705).
+    what the names stand for: https://github.com/microsoft/onnxruntime/issues/22705). `use_tf32=0` leaves out what
+    needs tensor cores, float16 as well: what an fp16 graph keeps in float32 is left to `prepare`.
 
     TensorRT: the provider builds an engine when a batch size or T lies outside the range of those it has seen, for that
     range and the new one, and afterwards finds it in the user's cache. ONNX Runtime names these files by the graph's
@@ -50,7 +51,8 @@ def provider_options(provider: str, model_sha256: str) -> dict[str, str]:
         OSError: the cache cannot be written.
     """
     if provider == "CUDAExecutionProvider":
-        return {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+        exact = {} if precision == "fp16" else {"use_tf32": "0"}
+        return exact | {"cudnn_conv_algo_search": "HEURISTIC"}
     if provider != "TensorrtExecutionProvider":
         return {}
     timings = cache_folder() / "tensorrt"
