@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tetdeploy.networks import NETWORKS, Classifier, NetworkConfig, build_network, import_network
+from tetdeploy.networks.blocks import conv_bn
 from tetdeploy.networks.resnet19 import ResNet19
 from tetdeploy.neurons import LIF
 
@@ -137,6 +138,25 @@ def test_width_scales_every_layer() -> None:
     assert (outputs[0], max(outputs)) == (16, 128)
     narrowest = build_network(NetworkConfig("convsnn", 3, 1, (8, 8), width=1e-9))
     assert {m.out_channels for m in narrowest.modules() if isinstance(m, nn.Conv2d)} == {1}
+
+
+@pytest.mark.parametrize(("in_channels", "stride_in_training"), [(8, 1), (15, 1), (16, 2)])
+def test_few_channels_are_subsampled_before_a_1x1_convolution_in_training(
+    in_channels: int, stride_in_training: int
+) -> None:
+    """oneDNN's backward of it writes where it must not; its gradients are those of the plain convolution."""
+    conv, _ = conv_bn(in_channels, 5, 1, stride=2)
+    x = torch.randn(2, in_channels, 7, 6).requires_grad_()
+    arriving = torch.randn(2, 5, 4, 3)
+    y, wanted = conv(x), nn.functional.conv2d(x, conv.weight, stride=2)
+    assert y.grad_fn._saved_stride == (stride_in_training,) * 2
+    assert conv.eval()(x).grad_fn._saved_stride == (2, 2)
+    for got, expected in zip(
+        (y, *torch.autograd.grad(y, (x, conv.weight), arriving)),
+        (wanted, *torch.autograd.grad(wanted, (x, conv.weight), arriving)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
 
 
 def test_resnet19_halves_the_image_twice() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tetdeploy.fused_bn import fire, fire_sum
 from tetdeploy.layers import OverTime, tdBN
@@ -17,8 +18,23 @@ def conv_bn(
     in_channels: int, channels: int, kernel: int, *, stride: int = 1, bias: bool = False, v_th: float = 1.0
 ) -> tuple[nn.Conv2d, tdBN]:
     """A convolution, padded by half its kernel, and the tdBN behind it: `[N, C, H, W]` -> `[N, channels, H/s, W/s]`."""
-    conv = nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2, bias=bias)
+    kind = _SubsampledConv if kernel == 1 and stride > 1 and in_channels < 16 else nn.Conv2d
+    conv = kind(in_channels, channels, kernel, stride=stride, padding=kernel // 2, bias=bias)
     return conv, tdBN(channels, v_th=v_th)
+
+
+class _SubsampledConv(nn.Conv2d):
+    """A 1x1 convolution with a stride, which in training on a CPU takes the pixels first that it reads.
+
+    oneDNN's backward pass of the whole writes beyond its workspace where fewer channels come in than a vector has
+    numbers and activations lie channels-last: https://github.com/uxlfoundation/oneDNN/issues/6035
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        rows, columns = self.stride
+        return functional.conv2d(x[..., ::rows, ::columns], self.weight, self.bias)
 
 
 def firing_linear(in_features: int, features: int, *, v_th: float = 1.0) -> nn.Linear:
