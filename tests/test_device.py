@@ -38,7 +38,7 @@ def test_on_a_cpu_where_bn_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wanted() and wanted(precision="bf16")
     assert not wanted(precision="fp16") and not wanted(fusable=False)
     assert not wanted(replace(NETWORK, ann=True)) and not wanted(replace(NETWORK, smooth_spike=10.0))
-    monkeypatch.setattr("tetdeploy.kernels.for_cpu", lambda dtype: None)
+    monkeypatch.setattr("tetdeploy.kernels.numba_for", lambda dtype: None)
     assert not wanted()
 
 

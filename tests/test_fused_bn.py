@@ -565,7 +565,7 @@ def test_without_numba_or_channels_last_the_modules_are_called_on_a_cpu(monkeypa
     wanted = wanted.lif2(wanted.layer2(wanted.lif1(wanted.layer1(x))) + x)
     monkeypatch.setattr(fused_bn, "_BNLIF", None)
     assert torch.equal(block(x), wanted)
-    monkeypatch.setattr(kernels, "for_cpu", lambda dtype: None)
+    monkeypatch.setattr(kernels, "numba_for", lambda dtype: None)
     assert torch.equal(last(x), wanted)
 
 

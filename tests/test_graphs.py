@@ -218,12 +218,17 @@ def test_the_layout_of_somebody_elses_network_stays(
 
 
 def test_cudnn_chooses_within_a_run_only_and_multiplies_float32_as_such() -> None:
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.allow_tf32
-    with tuned_convolutions():
-        assert cudnn.benchmark and not cudnn.allow_tf32
-        cudnn.benchmark, cudnn.allow_tf32 = (not value for value in before)
-    assert (cudnn.benchmark, cudnn.allow_tf32) == before
+    cudnn: Any = torch.backends.cudnn
+    benchmark, conv = cudnn.benchmark, cudnn.conv.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):  # by the newer setting, beside which PyTorch refuses to read the older one
+            cudnn.conv.fp32_precision = precision
+            with tuned_convolutions():
+                assert cudnn.benchmark and cudnn.conv.fp32_precision == "ieee" and not cudnn.allow_tf32
+                cudnn.benchmark = not benchmark
+            assert (cudnn.benchmark, cudnn.conv.fp32_precision) == (benchmark, precision)
+    finally:
+        cudnn.conv.fp32_precision = conv
 
 
 # --- on a GPU

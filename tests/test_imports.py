@@ -17,27 +17,15 @@ import tetdeploy
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxscript", "onnx_ir", "sklearn", "matplotlib", "safetensors", "scipy")
 MODULES = [
-    name
-    for name in (
-        "tetdeploy",
-        "tetdeploy.bench",
-        "tetdeploy.early_exit",
-        "tetdeploy.early_exit.calibration",
-        "tetdeploy.early_exit.savings",
-        "tetdeploy.engine",
-        "tetdeploy.runtimes.openvino_session",
-        "tetdeploy.energy",
-        "tetdeploy.data",
-        "tetdeploy.sweep",
-        "tetdeploy.agreement",
-        "tetdeploy.resumable",
-        "tetdeploy.cli",
-        "tetdeploy.report",
-        "tetdeploy.inspection",
-        "tetdeploy.serve",
-        "tetdeploy.streams",
-    )
-    if importlib.util.find_spec(name) is not None
+    "tetdeploy",
+    *(
+        f"tetdeploy.{name}"
+        for name in (
+            *("agreement", "bench", "cli", "data", "energy", "engine", "inspection", "model_file", "native", "report"),
+            *("early_exit.calibration", "early_exit.savings", "resumable", "serve", "stream", "streams", "sweep"),
+            *("runtimes.nvidia", "runtimes.onnxruntime_gpu", "runtimes.openvino_session"),
+        )
+    ),
 ]
 
 

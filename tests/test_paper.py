@@ -56,7 +56,9 @@ def test_every_entry_makes_a_configuration(paper: ModuleType, scale: str) -> Non
             ]
             with train.make_context("train", arguments) as ctx:
                 default_by_network(ctx, ctx.params)
-                config = train_config(ctx, {name: value for name, value in ctx.params.items() if name in names})
+                config = train_config(
+                    ctx, {name: value for name, value in ctx.params.items() if name in names}, v_th=ctx.params["v_th"]
+                )
             assert scale == "full" or config.epochs <= 12
 
 

@@ -423,13 +423,13 @@ def test_a_network_of_ones_own_is_not_imported_because_a_file_says_so(half: Path
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, float | None]]:
-    """Whether each run of the test has graphs, and the MB of its shards; graphs are allowed on a CPU."""
-    given: list[tuple[bool, float | None]] = []
+def given(monkeypatch: pytest.MonkeyPatch) -> list[How]:
+    """How each run of the test is computed; graphs are allowed on a CPU."""
+    given: list[How] = []
     whole = loop.train
 
     def watched(*arguments: Any, how: How, **options: Any) -> TrainResult:
-        given.append((how.cuda_graphs, how.shards_mb))
+        given.append(how)
         return whole(*arguments, how=how, **options)
 
     monkeypatch.setattr("tetdeploy.train.train", watched)
@@ -443,18 +443,30 @@ SMALL = ("--width", 0.25, "--T", 1, "--batch-size", 512, "--epochs", 2)
 
 
 def test_a_resumed_run_goes_on_with_its_shards_and_graphs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[tuple[bool, float | None]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[How]
 ) -> None:
     """What is typed comes first, and is remembered; neither is a setting that must be the same."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "_run", lambda *_: True)  # never finished: of a run that is, nothing is written
     command(*SMALL, "--out", "r", "--shards-mb", 1, "--cuda-graphs")
-    for options in ((), ("--shards-mb", 2, "--no-cuda-graphs"), (), ("--shards-mb", 0), (), ("--shards-mb", 4)):
+    for options in (
+        *((), ("--shards-mb", 2, "--no-cuda-graphs"), (), ("--shards-mb", 0), ()),
+        *(("--shards-mb", 4, "--recompute"), (), ("--no-recompute",)),
+    ):
         command("--resume", "r", *options)
-    assert given == [(True, 1.0), (True, 1.0), (False, 2.0), (False, 2.0), (False, None), (False, None), (False, 4.0)]
+    assert given == [
+        *(How(cuda_graphs=True, shards_mb=1.0), How(cuda_graphs=True, shards_mb=1.0), How(shards_mb=2.0)),
+        *(How(shards_mb=2.0), How(), How()),
+        *(How(shards_mb=4.0, recompute=True), How(shards_mb=4.0, recompute=True), How(shards_mb=4.0)),
+    ]
     assert json.loads(Path("r/config.json").read_text())["how"] == asdict(How(shards_mb=4.0))
+    assert "pass --no-recompute or --no-cuda-graphs" in command(
+        *SMALL, "--out", "q", "--recompute", "--cuda-graphs", code=1
+    )
+    given.clear()
     command(*SMALL, "--out", "s", "--seeds", "0,1", "--shards-mb", 3)
     command("--resume", "s")
-    assert given[7:] == [(False, 3.0)] * 4
+    assert given == [How(shards_mb=3.0)] * 4
 
 
 def test_shards_that_are_switched_off_are_written_no_more(half: Path) -> None:
@@ -464,7 +476,7 @@ def test_shards_that_are_switched_off_are_written_no_more(half: Path) -> None:
 
 
 def test_a_restarted_run_goes_on_with_the_shards_and_graphs_of_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[tuple[bool, float | None]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[How]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "check_restart", lambda *_: None)  # the run is finished: nothing would be left to train
@@ -474,4 +486,4 @@ def test_a_restarted_run_goes_on_with_the_shards_and_graphs_of_the_first(
     command("--restart-from", "r/shards", "--out", "typed", "--shards-mb", 2, "--no-cuda-graphs")
     shutil.copy("r/checkpoint.safetensors", "alone.safetensors")
     command("--restart-from", "alone.safetensors", "--out", "alone")
-    assert given == [(True, 1.0), (True, 1.0), (True, 1.0), (False, 2.0), (False, None)]
+    assert given == [*[How(cuda_graphs=True, shards_mb=1.0)] * 3, How(shards_mb=2.0), How()]

@@ -543,7 +543,9 @@ def test_networks_answer_as_without_tiles(
     without_ours(monkeypatch)
     expected = Engine(path, native=True).run(x, 3).per_step
     same = np.isclose(y, expected, rtol=0, atol=1e-5).all(axis=(1, 2))
-    assert same.sum() >= 8  # of 9: where ONNX Runtime's sums end an ulp across the threshold an image goes its own way
+    assert (
+        same.sum() >= 8 and np.isfinite(y).all()
+    )  # of 9: where ONNX Runtime's sums end an ulp across the threshold an image goes its own way
     assert np.ptp(expected[:, -1], axis=0).min() > 0.01
 
 

@@ -130,7 +130,8 @@ class Engine:
         Args:
             x: images `[N, C, H, W]` (direct encoding) or frames `[N, T, C, H, W]`, in the model's input dtype.
             T: number of steps. By default all steps of the frames, or the T of the export.
-            exit: when an image stops before T. It leaves the batch, which then costs less. The step layout only.
+            exit: when an image stops before T. It leaves the batch, on a GPU with half of it, which then costs less.
+                The step layout only.
 
         Raises:
             ValueError: x has another shape or dtype than the model's, or holds NaN; T is below 1, or beyond what an
@@ -387,7 +388,7 @@ class Engine:
             options.intra_op_num_threads = self._threads
         if fused is not None:
             native.use(ort, options)
-        precision = self.metadata.get("precision", "fp32")
+        precision = self.metadata.get("precision", "fp32") if self.device == "cuda" else "fp32"
         providers = [(name, provider_options(name, self.sha256, precision)) for name in self._providers]
         try:  # with its fallback a call that fails on the GPU would be made on the CPU, and all later ones
             session = ort.InferenceSession(

@@ -66,7 +66,10 @@ class How:
         if self.shards_mb is not None and not 0 < self.shards_mb < math.inf:
             raise ValueError(f"shards_mb is {self.shards_mb}; it is the size of a file in MB and must be above 0")
         if self.recompute and self.cuda_graphs:
-            raise ValueError("--recompute does not go with --cuda-graphs, which record a pass; choose one of them")
+            raise ValueError(
+                "--recompute does not go with --cuda-graphs, which record a pass; pass --no-recompute or "
+                "--no-cuda-graphs"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

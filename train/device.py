@@ -6,6 +6,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ def wants_channels_last(config: NetworkConfig, device: torch.device, precision: 
     if config.is_own or device.type == "cuda":
         return not config.is_own
     fused = fusable and not (config.ann or config.smooth_spike)
-    return fused and kernels.for_cpu(DTYPES[precision] or torch.float32) is not None
+    return fused and kernels.numba_for(DTYPES[precision] or torch.float32) is not None
 
 
 @contextmanager
@@ -105,13 +106,16 @@ def tuned_convolutions() -> Iterator[None]:
 
     Nothing is timed with `torch.use_deterministic_algorithms`: two runs may find another algorithm the fastest.
     """
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.allow_tf32
-    cudnn.benchmark, cudnn.allow_tf32 = not torch.are_deterministic_algorithms_enabled(), False
+    cudnn: Any = torch.backends.cudnn
+    benchmark, conv, rnn = cudnn.benchmark, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    cudnn.allow_tf32 = False  # where it disagrees with the newer ones, whoever reads it gets an error
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
     try:
         yield
     finally:
-        cudnn.benchmark, cudnn.allow_tf32 = before
+        cudnn.benchmark, cudnn.allow_tf32 = benchmark, conv == "tf32"
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = conv, rnn
 
 
 @contextmanager

@@ -195,7 +195,8 @@ def _explained(out: Path, config: TrainConfig, how: How) -> Iterator[None]:
             f"{error.filename or out}: {error.strerror}; what was written before is as it was: go on with --resume"
         ) from error
     except torch.OutOfMemoryError as error:
-        less = "" if how.recompute or config.qat else "go on with --recompute, or "
+        graphs = " --no-cuda-graphs" if how.cuda_graphs else ""
+        less = "" if how.recompute or config.qat else f"go on with --recompute{graphs}, or "
         raise ValueError(
             f"out of GPU memory at batch_size {config.batch_size}, T={config.longest_T}, precision {config.precision}; "
             f"{less}train anew with a lower --batch-size or --T"
@@ -220,9 +221,9 @@ def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Pat
         state = TrainState.start(session.steps_per_epoch, session.device, average)
     if not resume:
         _save(session, state)
-    if session.ranks.writes:
+    if session.ranks.writes and state.epoch < session.config.epochs:  # of one that is finished nothing is written
         write_run_config(session.out, session.settings, resume=resume)
-        if runs is not None and state.epoch < session.config.epochs:
+        if runs is not None:
             mark_latest(session.out, runs)
     return state
 

@@ -20,7 +20,7 @@ from tetdeploy.int8.calibration import Calibration
 from .augment import RESIZED_CROP
 from .batches import Batch, DeviceImages, Draws, Images
 from .config import How, TrainConfig
-from .device import device_name, pick_device, pick_precision, place, wants_channels_last
+from .device import device_name, pick_device, pick_precision, place, tuned_convolutions, wants_channels_last
 from .disk_images import DiskImages, ImageReader
 from .graphs import StepGraphs, check_graphs
 from .objective import Teacher, load_teacher
@@ -206,7 +206,7 @@ def prepare(
     if config.qat and resume:
         calibration = read_scales(out)
     elif config.qat:
-        calibration = ranks.agreed(replace(find_scales(classifier, train_set, config.T), fine_tuned=True))
+        calibration = ranks.agreed(_scales(classifier, train_set, config.T))
     if calibration is not None:
         trained = int8_network(classifier, calibration.scales)
         settings = settings | {"int8": calibration.to_dict()}
@@ -237,6 +237,11 @@ def prepare(
         settings=settings,
         how=how,
     )
+
+
+def _scales(classifier: Classifier, train_set: LabelledSet, T: int) -> Calibration:
+    with tuned_convolutions():
+        return replace(find_scales(classifier, train_set, T), fine_tuned=True)
 
 
 def _share(data: LabelledSet, ranks: Ranks) -> LabelledSet:

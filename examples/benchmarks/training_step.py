@@ -175,7 +175,7 @@ def open_side(side: str, case: Case, threads: int | None) -> Answer:
         os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = side.split()[1]
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = True  # as in training
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False  # as in training
     step = Step(side, case)
     as_in_training = reused_memory if side == "tetdeploy" and step.device.type == "cpu" else nullcontext
 

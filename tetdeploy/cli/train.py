@@ -296,8 +296,6 @@ def default_by_network(ctx: click.Context, options: dict[str, Any]) -> None:
     """Other defaults for what the network decides: an ANN has one step and no membranes whose mean is held at phi."""
     if options["ann"]:
         options |= {name: value for name, value in {"T": 1, "lam": 0.0}.items() if not is_given(ctx, name)}
-    if options["phi"] is None:
-        options["phi"] = options["v_th"]
 
 
 def _job(ctx: click.Context, options: dict[str, Any]) -> _Job:
@@ -313,21 +311,21 @@ def _job(ctx: click.Context, options: dict[str, Any]) -> _Job:
         )
     if network["model"] == "sew-resnet34" and is_given(ctx, "tau") and network["tau"] != 1.0:
         raise click.UsageError("--tau is 1 for sew-resnet34, whose IF neurons do not leak: leave it out")
-    config = train_config(ctx, options)
+    config = train_config(ctx, options, v_th=network["v_th"])
     data = load_data(name, "train", data_dir=data_dir, T=config.longest_T)
     train, val = split_validation(data, fraction=config.val_fraction) if config.val_fraction else (data, None)
     return _Job(config, network, train, val)
 
 
-def train_config(ctx: click.Context, options: dict[str, Any]) -> TrainConfig:
-    """The configuration of these options.
+def train_config(ctx: click.Context, options: dict[str, Any], *, v_th: float) -> TrainConfig:
+    """The configuration of these options; phi is v_th where nothing says otherwise.
 
     Raises:
         ValueError: a value is out of its range, or --T or --epochs was given beside a --tit that says otherwise.
     """
     from tetdeploy.train import TrainConfig
 
-    config = TrainConfig(**options)
+    config = TrainConfig(**options | {"phi": v_th if options["phi"] is None else options["phi"]})
     for name in ("T", "epochs"):
         # A recipe's T gives way to a --tit that is typed.
         stands = ctx.get_parameter_source(name) == ctx.get_parameter_source("tit") or is_typed(ctx, name)

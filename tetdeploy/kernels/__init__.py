@@ -112,12 +112,12 @@ def by_triton(x: Tensor) -> LIFKernels | None:
 
 
 def by_numba(x: Tensor) -> LIFKernels | None:
-    """numba's, where they serve: see `for_cpu`."""
-    return for_cpu(x.dtype) if x.device.type == "cpu" else None
+    """numba's, where they serve: see `numba_for`."""
+    return numba_for(x.dtype) if x.device.type == "cpu" else None
 
 
-def for_cpu(dtype: torch.dtype) -> LIFKernels | None:
-    """numba's, where they serve: all types but float16, with numba installed."""
+def numba_for(dtype: torch.dtype) -> LIFKernels | None:
+    """numba's, where they serve: float32, float64 and bfloat16, with numba installed."""
     return _numba_kernels() if dtype in (torch.float32, torch.float64, torch.bfloat16) else None
 
 
