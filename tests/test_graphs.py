@@ -219,7 +219,7 @@ def test_the_layout_of_somebody_elses_network_stays(
 
 def test_cudnn_chooses_within_a_run_only_and_multiplies_float32_as_such() -> None:
     cudnn: Any = torch.backends.cudnn
-    benchmark, conv = cudnn.benchmark, cudnn.conv.fp32_precision
+    benchmark, allowed = cudnn.benchmark, cudnn.allow_tf32
     try:
         for precision in ("tf32", "ieee"):  # by the newer setting, beside which PyTorch refuses to read the older one
             cudnn.conv.fp32_precision = precision
@@ -228,7 +228,7 @@ def test_cudnn_chooses_within_a_run_only_and_multiplies_float32_as_such() -> Non
                 cudnn.benchmark = not benchmark
             assert (cudnn.benchmark, cudnn.conv.fp32_precision) == (benchmark, precision)
     finally:
-        cudnn.conv.fp32_precision = conv
+        cudnn.allow_tf32 = allowed  # sets the newer ones as well
 
 
 # --- on a GPU
