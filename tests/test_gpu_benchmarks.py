@@ -180,6 +180,18 @@ def test_a_smoke_run_of_the_training_step(tmp_path: Path) -> None:
     assert "floor_ms" not in found["floor"]
 
 
+@pytest.mark.slow
+def test_a_smoke_run_of_the_loader(tmp_path: Path) -> None:
+    tiny = ["--workers", "0", "--steps", "1", "--batch-size", "2", "--threads", "1", "--device", "cpu"]
+    result = tmp_path / "loader.json"
+    command = [sys.executable, str(BENCHMARKS / "loader.py"), *tiny, "--data-dir", str(tmp_path), "--json", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(result.read_text())["rows"]
+    assert [row["network"] for row in rows] == ["convsnn x1", "spiking-resnet34 x0.125"]
+    assert all(row["loader_images_per_s"] > row["step_images_per_s"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize("name", ["training_step", "gpu_inference"])
 def test_without_a_gpu_there_is_one_line(name: str, module: Any) -> None:
     refused = CliRunner().invoke(module(name).main, ["--device", "cuda:99"])

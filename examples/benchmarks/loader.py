@@ -34,7 +34,16 @@ from tetdeploy.files import write_json
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig
 from tetdeploy.train.batches import Batch, DeviceImages, Draws, Images
-from tetdeploy.train.device import autocast, device_name, pick_device, pick_precision
+from tetdeploy.train.device import (
+    autocast,
+    device_name,
+    pick_device,
+    pick_precision,
+    place,
+    reused_memory,
+    tuned_convolutions,
+    wants_channels_last,
+)
 from tetdeploy.train.disk_images import DiskImages, ImageReader, rank_cores
 from tetdeploy.train.losses import total_loss
 from tetdeploy.train.optimizer import build_optimizer
@@ -64,9 +73,11 @@ class Step:
         names, mean, std = data.class_names, data.mean, data.std
         self.name = f"{model} x{width:g}"
         self.classifier = Classifier(build_network(config), config=config, mean=mean, std=std, class_names=names)
-        self.classifier.to(device).train()
-        self.optimizer = build_optimizer(self.classifier.network, TrainConfig(lr=1e-3))
         self.device, self.precision = device, pick_precision("auto", device)
+        last = wants_channels_last(config, device, self.precision, fusable=True)
+        place(self.classifier, device, channels_last=last)
+        self.classifier.train()
+        self.optimizer = build_optimizer(self.classifier.network, TrainConfig(lr=1e-3))
 
     def __call__(self, batch: Batch) -> None:
         x, labels = batch
@@ -181,8 +192,8 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     device = pick_device(device_option)
-    rows = [device_row(device, steps)]
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as made, tuned_convolutions(), reused_memory():  # as a run has them
+        rows = [device_row(device, steps)]
         data = files_in(data_dir, Path(made))
         step = Step(model, width, data, device)
         rows += [files_row(data, step, int(number), steps, batch_size) for number in workers.split(",")]
