@@ -191,6 +191,9 @@ def test_only_the_current_is_kept_and_no_membrane_is_written_that_no_one_asked_f
     assert [x.data_ptr() for x in kept] == [current.data_ptr()]
     (_, forward), (_, backward) = calls
     assert forward[3] is None and backward[5] is None  # u_last, grad_u
+    with torch.no_grad(), kernel_calls() as calls:
+        LIF()(current)
+    assert calls[0][1][3] is None
 
 
 @pytest.mark.gpu
