@@ -66,7 +66,7 @@ class Comparison:
     """
 
     def __init__(self, classifier: Classifier, engine: Engine, T: int) -> None:
-        self.classifier, self.encoding, self.T = classifier, engine.encoding, T
+        self.classifier, self.T = classifier, T
         sizes = [int(np.prod(n["shape"])) for n in engine.metadata["neurons"]]
         self.logits = LogitAgreement(T)
         self.whole, self.local = SpikeDifference(sizes, T), SpikeDifference(sizes, T)
@@ -86,7 +86,7 @@ class Comparison:
         Returns:
             PyTorch's logits `[N, T, K]` and the neuron-steps that differ by image, `[N]`.
         """
-        expected, differing = compare_torch(self.classifier, x, self.T, self.encoding, spikes, state, watch=watch)
+        expected, differing = compare_torch(self.classifier, x, self.T, spikes, state, watch=watch)
         self.logits.add(per_step, expected)
         self.whole.add(differing)
         return expected, differing.sum((0, 1))
@@ -101,9 +101,7 @@ class Comparison:
         watch: Watch | None = None,
     ) -> None:
         """The same where each layer of PyTorch reads the engine's spikes."""
-        expected, differing = compare_torch(
-            self.classifier, x, self.T, self.encoding, spikes, state, replacing=True, watch=watch
-        )
+        expected, differing = compare_torch(self.classifier, x, self.T, spikes, state, replacing=True, watch=watch)
         self.count_local(per_step, expected, differing)
 
     def count_local(self, per_step: NDArray[Any], expected: NDArray[Any], differing: NDArray[np.int64]) -> None:

@@ -366,7 +366,7 @@ def _kept(
 ) -> dict[str, Any]:
     """What the graph keeps of the float32 network's answers on the checked images."""
     T = _steps(config, x)
-    full = torch_logits(classifier, x, T, config.encoding)
+    full = torch_logits(classifier, x, T)
     return kept_answers(full, per_step_logits(Engine(file), x, T), config.precision, labels)
 
 
@@ -430,7 +430,7 @@ def _write_reference(
     T = _steps(config, x)
     per_step, counts = [], []
     for start in range(0, len(x), 32):
-        logits, spikes = run_torch(classifier, x[start : start + 32], T, config.encoding)
+        logits, spikes = run_torch(classifier, x[start : start + 32], T)
         per_step.append(logits)
         counts.append(np.stack([s.reshape(T, s.shape[1], -1).sum(-1).T for s in spikes], axis=-1).astype(np.int64))
     arrays: dict[str, Any] = {

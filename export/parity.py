@@ -24,13 +24,13 @@ from torch.utils.module_tracker import ModuleTracker
 
 from tetdeploy.data import Encoding
 from tetdeploy.engine import Engine
-from tetdeploy.networks import Classifier, NetworkConfig
+from tetdeploy.networks import Classifier, NetworkConfig, run_network
 from tetdeploy.stream import Stream
 
 from .comparison import Comparison
 from .counters import spikes_overlay
 from .lowering import misplaced
-from .recorder import NeuronRecorder, compare_torch, forward, run_torch
+from .recorder import NeuronRecorder, compare_torch, run_torch
 
 MAX_MISMATCH = 100e-6
 MIN_AGREEMENT = 0.999
@@ -154,12 +154,12 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
     x = x if x.dtype == torch.uint8 else x.double()
     if encoding == "frames":
         x = x[:, [t % x.shape[1] for t in range(T)]]
-    whole, logits = _recorded(double, x, T, encoding)
+    whole, logits = _recorded(double, x, T)
     if not logits.isfinite().all():
         raise ValueError("the network gives NaN or infinite logits: its weights are damaged, or its training diverged")
     state: list[Tensor] | None = None
     for t in range(T):
-        single, step = _recorded(double, x[:, t : t + 1] if encoding == "frames" else x, 1, encoding, state)
+        single, step = _recorded(double, x[:, t : t + 1] if encoding == "frames" else x, 1, state)
         state = single.state
         if len(single.spikes) != len(whole.spikes):
             raise ValueError(
@@ -193,13 +193,13 @@ def _refuse_without_spikes(config: NetworkConfig) -> None:
 
 
 def _recorded(
-    classifier: Classifier, x: Tensor, T: int, encoding: str, state: Sequence[Tensor] | None = None
+    classifier: Classifier, x: Tensor, T: int, state: Sequence[Tensor] | None = None
 ) -> tuple[_NamedNeurons, Tensor]:
     """One run in float64, with its neurons' spikes and membranes; a network's own errors become ValueErrors."""
     recorder = _NamedNeurons(state)
     try:
         with _InFloat64(), recorder.modules, recorder:  # type: ignore[no-untyped-call]
-            logits = forward(classifier, x, T, encoding)
+            logits = run_network(classifier, x, T)
     except Exception as error:  # whatever the user's network may raise
         raise ValueError(f"the network fails at T={T} on input {list(x.shape)}: {error}") from error
     return recorder, logits
@@ -248,7 +248,7 @@ def compare(
     worst_images = np.argsort(-images, kind="stable")[:_NUM_ROUNDING]
     state = None if first_state is None else [u[worst_images] for u in first_state]
     there = float(images[worst_images].mean() / (sums.whole.sizes.sum() * T))
-    return replace(parity, amplified=(there, _rounding(classifier, x[worst_images], T, engine.encoding, state)))
+    return replace(parity, amplified=(there, _rounding(classifier, x[worst_images], T, state)))
 
 
 def _parity(sums: Comparison, T: int) -> Parity:
@@ -266,23 +266,21 @@ def _parity(sums: Comparison, T: int) -> Parity:
     )
 
 
-def _rounding(
-    classifier: Classifier, x: NDArray[Any], T: int, encoding: str, state: Sequence[NDArray[Any]] | None
-) -> float:
+def _rounding(classifier: Classifier, x: NDArray[Any], T: int, state: Sequence[NDArray[Any]] | None) -> float:
     """How much PyTorch differs from itself where it rounds otherwise: in float64, and with weights one ulp away."""
-    expected = run_torch(classifier, x, T, encoding, state)[1]
+    expected = run_torch(classifier, x, T, state)[1]
     differing = []
     if isinstance(classifier, Classifier):  # an int8 network has no form in float64
         with _InFloat64():  # type: ignore[no-untyped-call]
             double = copy.deepcopy(classifier).double()
-            differing.append(compare_torch(double, x, T, encoding, expected, state)[1])
+            differing.append(compare_torch(double, x, T, expected, state)[1])
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         moved = copy.deepcopy(classifier)
         for parameter in moved.parameters():
             ulps = torch.rand(parameter.shape, generator=generator).to(parameter) * 2 - 1
             parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps * ulps)
-        differing.append(compare_torch(moved, x, T, encoding, expected, state)[1])
+        differing.append(compare_torch(moved, x, T, expected, state)[1])
     size = sum(layer.size for layer in expected)
     return max(float(d.sum()) / size for d in differing)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tetdeploy.networks import Classifier
+from tetdeploy.networks import Classifier, run_network
 
 _BATCH = 32
 
@@ -87,7 +87,7 @@ class SpikeComparison(NeuronRecorder):
 
 @torch.no_grad()
 def run_torch(
-    classifier: Classifier, x: NDArray[Any], T: int, encoding: str, state: Sequence[NDArray[Any]] | None = None
+    classifier: Classifier, x: NDArray[Any], T: int, state: Sequence[NDArray[Any]] | None = None
 ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
     """Per-step logits `[N, T, K]` and every layer's spikes `[T, N, ...]`, as PyTorch computes them.
 
@@ -95,14 +95,14 @@ def run_torch(
         state: membranes to start from, by layer.
     """
     with NeuronRecorder(_on(classifier, state)) as recorder:
-        logits = _logits(classifier, x, T, encoding)
+        logits = _logits(classifier, x, T)
     return logits, [spikes.cpu().numpy() for spikes in recorder.spikes]
 
 
 @torch.no_grad()
-def torch_logits(classifier: Classifier, x: NDArray[Any], T: int, encoding: str) -> NDArray[Any]:
+def torch_logits(classifier: Classifier, x: NDArray[Any], T: int) -> NDArray[Any]:
     """Per-step logits `[N, T, K]`, as PyTorch computes them, a batch at a time."""
-    return np.concatenate([_logits(classifier, x[k : k + _BATCH], T, encoding) for k in range(0, len(x), _BATCH)])
+    return np.concatenate([_logits(classifier, x[k : k + _BATCH], T) for k in range(0, len(x), _BATCH)])
 
 
 @torch.no_grad()
@@ -110,7 +110,6 @@ def compare_torch(
     classifier: Classifier,
     x: NDArray[Any],
     T: int,
-    encoding: str,
     others: Sequence[NDArray[Any]],
     state: Sequence[NDArray[Any]] | None = None,
     *,
@@ -122,20 +121,14 @@ def compare_torch(
     Args: see `SpikeComparison`.
     """
     with SpikeComparison(others, _on(classifier, state), replacing=replacing, watch=watch) as comparison:
-        logits = _logits(classifier, x, T, encoding)
+        logits = _logits(classifier, x, T)
     return logits, np.stack(comparison.differing)
 
 
-def forward(classifier: Classifier, x: Tensor, T: int, encoding: str) -> Tensor:
-    """Logits `[T, N, K]` of images `[N, C, H, W]`, or frames `[N, T, C, H, W]` of which the first T are used."""
-    logits: Tensor = classifier(x[:, :T].transpose(0, 1)) if encoding == "frames" else classifier(x, T)
-    return logits
-
-
-def _logits(classifier: Classifier, x: NDArray[Any], T: int, encoding: str) -> NDArray[Any]:
+def _logits(classifier: Classifier, x: NDArray[Any], T: int) -> NDArray[Any]:
     inputs = torch.from_numpy(x).to(classifier.mean.device)
     inputs = inputs if x.dtype == np.uint8 else inputs.to(classifier.mean.dtype)
-    return forward(classifier, inputs, T, encoding).transpose(0, 1).cpu().numpy()
+    return run_network(classifier, inputs, T).transpose(0, 1).cpu().numpy()
 
 
 def _on(classifier: Classifier, state: Sequence[NDArray[Any]] | None) -> list[Tensor] | None:

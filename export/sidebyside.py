@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tetdeploy.engine import Engine, Result
-from tetdeploy.networks import Classifier
+from tetdeploy.networks import Classifier, run_network
 from tetdeploy.resumable import join, split
 from tetdeploy.sweep import running_class
 
 from .comparison import Comparison
 from .counters import spikes_overlay
 from .margins import Margins, margins
-from .recorder import forward
 
 _SPIKE_BYTES = 4e8  # what the engine's spikes of one batch may take
 _NUM_EVERY = 32  # images whose every neuron-step goes into the margins
@@ -166,7 +165,7 @@ def torch_latency(classifier: Classifier, engine: Engine, x: NDArray[Any], steps
         image = torch.from_numpy(x[repeat % len(x)][None])
         for t in steps:
             start = time.perf_counter()
-            forward(classifier, image, t, engine.encoding)
+            run_network(classifier, image, t)
             if repeat >= 0:
                 seconds[t].append(time.perf_counter() - start)
     return {t: float(np.median(values)) * 1e3 for t, values in seconds.items()}

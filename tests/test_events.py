@@ -694,6 +694,25 @@ def test_what_does_not_fit_frames_is_refused(trained: Path) -> None:
         assert "Traceback" not in result.output
 
 
+def test_a_network_that_takes_frames_alone_is_trained(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from tetdeploy.networks import Classifier, NetworkConfig
+    from tetdeploy.neurons import LIF
+    from tetdeploy.train import TrainConfig, train
+
+    class FramesAlone(torch.nn.Sequential):  # type: ignore[misc, name-defined]
+        def forward(self, frames: Any) -> Any:
+            return super().forward(frames.flatten(2))
+
+    torch.manual_seed(0)
+    data, network = frame_set(), FramesAlone(torch.nn.Linear(128, 16), LIF(), torch.nn.Linear(16, 3))
+    config = NetworkConfig("made:network", num_classes=3, in_channels=2, image_size=(8, 8))
+    arguments = {"mean": data.mean, "std": data.std, "class_names": data.class_names}
+    classifier = Classifier(network, config=config, encoding="frames", **arguments)
+    how = TrainConfig(T=2, epochs=2, batch_size=4, lr=1e-2, ema=0.5, random_T="1:3")
+    assert train(classifier, data, data, how, tmp_path / "run").epochs == 2
+
+
 def test_images_do_not_go_on_with_a_network_for_frames() -> None:
     torch = pytest.importorskip("torch")
     from tetdeploy.networks import Classifier, NetworkConfig, build_network

@@ -233,7 +233,7 @@ def far_from_ours(network: Classifier, x: Tensor, T: int, others: list[np.ndarra
         first = different & (different.cumsum(0) == 1)
         distances.extend(margins(current, spikes, tau, v_th)[first].tolist())
 
-    compare_torch(network, x.numpy(), T, "direct", others, replacing=True, watch=watch)
+    compare_torch(network, x.numpy(), T, others, replacing=True, watch=watch)
     return len(distances), max(distances, default=0.0)
 
 

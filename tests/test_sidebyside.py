@@ -49,7 +49,7 @@ def test_rates_are_those_of_a_plain_loop(layout: str) -> None:
     model, classifier = engine(layout), moved(1.3, channel=True)
     beside = compared(classifier, model)
     x, labels = digits().x[:40], digits().labels[:40]
-    logits, expected = run_torch(classifier, x, T, "direct")
+    logits, expected = run_torch(classifier, x, T)
     result, outputs = model.run_with(spikes_overlay(beside.names), x, T)
     spikes = [outputs[f"spikes.{name}"] for name in beside.names]
     for t in range(1, T + 1):

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tetdeploy.networks import run_network
+
 from .device import autocast
 from .objective import draw_lengths
 from .schedule import derive_seed
 from .session import BN_BATCHES, Session
 from .state import TrainState
-from .validation import as_input
 
 if TYPE_CHECKING:
     from tetdeploy.networks import Classifier
@@ -42,7 +43,7 @@ def kept_classifier(session: Session, state: TrainState) -> Classifier:
         for index, (x, _) in enumerate(session.bn_batches(state.epoch)):
             number = state.epoch * BN_BATCHES + index
             T = max(draw_lengths(config, state.epoch, derive_seed(config.seed, "bn T", number)))
-            kept(as_input(x, T), T)
+            run_network(kept, x, T)
     return kept
 
 

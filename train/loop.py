@@ -23,6 +23,7 @@ from torch import Tensor
 from tetdeploy.checkpoint import CHECKPOINT_NAME, STATE_NAME, save_checkpoint
 from tetdeploy.extras import import_extra
 from tetdeploy.metrics import read_metrics, write_metrics
+from tetdeploy.networks import run_network
 
 from .averaging import kept_classifier, trainable, update_average
 from .board import no_board, tensorboard
@@ -37,7 +38,7 @@ from .runs import check_run, mark_latest, only_trainer, run_settings, write_run_
 from .schedule import derive_seed
 from .session import Session, check_data, check_together, headline, prepare, provenance
 from .state import Best, TrainState, is_finished, restore_state, save_state
-from .validation import Loss, as_input, count_correct, measure
+from .validation import Loss, count_correct, measure
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -343,7 +344,7 @@ def _train_step(session: Session, state: TrainState, x: Tensor, labels: Tensor) 
 def _gradients(session: Session, loss_of: Loss, lengths: tuple[int, ...], x: Tensor, labels: Tensor) -> Tensor:
     """Forward and backward: adds to the parameters' gradients. Returns the loss and how many images are right, [2]."""
     with autocast(session.device, session.precision):
-        logits = session.model(as_input(x, max(lengths)), max(lengths))
+        logits = run_network(session.model, x, max(lengths))
         taught = 0.0 if session.teacher is None else session.teacher.loss(logits, x)
     loss = prefix_mean(loss_of, logits, labels, lengths) + taught
     session.scaler.scale(loss).backward()

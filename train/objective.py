@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from tetdeploy.checkpoint import load
+from tetdeploy.networks import run_network
 
 from .config import TrainConfig
 from .losses import distillation_loss, sdt_loss, tet_loss, total_loss
 from .schedule import derive_seed
-from .validation import Loss, as_input
+from .validation import Loss
 
 if TYPE_CHECKING:
     from tetdeploy.networks import Classifier
@@ -81,8 +82,8 @@ class Teacher:
     def loss(self, logits: Tensor, x: Tensor) -> Tensor:
         """alpha times the distillation loss of logits [T, N, K] for a batch [N, C, H, W] or [N, T, C, H, W]."""
         with torch.no_grad():
-            frames = x.dim() == 5
-            targets = self.classifier(as_input(x, len(logits)), None if frames else 1).mean(0)
+            steps = len(logits) if x.dim() == 5 else 1  # a still image is the same at every step
+            targets = run_network(self.classifier, x, steps).mean(0)
         return self.alpha * distillation_loss(logits, targets, tau_kd=self.tau_kd)
 
 

@@ -17,6 +17,7 @@ from tetdeploy.checkpoint import CONFIG_NAME
 from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Scales
+from tetdeploy.networks import run_network
 from tetdeploy.tracing import Tracer
 
 from .runs import read_run_config
@@ -51,7 +52,7 @@ def find_scales(classifier: Classifier, train_set: LabelledSet, T: int) -> Calib
     x = np.ascontiguousarray(x[:, :T] if frames else x)
 
     def answers(scales: Scales) -> NDArray[np.float32]:
-        return _per_step(Int8Network(tracer, scales), x, T, frames)
+        return _per_step(Int8Network(tracer, scales), x, T)
 
     classifier.eval()
     labels = train_set.labels[-NUM_CALIBRATION:]
@@ -82,9 +83,9 @@ def read_scales(out: Path) -> Calibration:
 
 
 @torch.no_grad()
-def _per_step(network: Int8Network, x: NDArray[Any], T: int, frames: bool) -> NDArray[np.float32]:
+def _per_step(network: Int8Network, x: NDArray[Any], T: int) -> NDArray[np.float32]:
     """Per-step logits `[N, T, K]` of `x` `[N, ...]`."""
     parts = torch.from_numpy(x).to(network.mean.device).split(_BATCH)
-    logits = [network(part.transpose(0, 1) if frames else part, T).transpose(0, 1) for part in parts]
+    logits = [run_network(network, part, T).transpose(0, 1) for part in parts]
     found: NDArray[np.float32] = torch.cat(logits).cpu().numpy()
     return found

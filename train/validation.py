@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tetdeploy.networks import run_network
+
 from .device import autocast
 from .losses import total_loss
 from .ranks import Ranks
@@ -16,11 +18,6 @@ if TYPE_CHECKING:
     from tetdeploy.networks import Classifier
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def as_input(x: Tensor, T: int) -> Tensor:
-    """A batch as networks take it: images [N, C, H, W] as they are; of frames [N, T', ...] the first T, [T, N, ...]."""
-    return x if x.dim() == 4 else x[:, :T].transpose(0, 1)
 
 
 def evaluate(
@@ -80,7 +77,7 @@ def measure(
             for x, y in batches:
                 if stop():
                     return None
-                logits = classifier(as_input(x, T), T)
+                logits = run_network(classifier, x, T)
                 sums = [loss(logits, y) * len(y) for loss in losses.values()]
                 totals += torch.stack([*sums, count_correct(logits, y).float(), totals.new_full((), len(y))])
             totals = ranks.sum(totals) if ranks else totals

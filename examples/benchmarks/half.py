@@ -64,10 +64,10 @@ def measure(classifier: Any, x: Any, T: int, places: tuple[Place, ...], membrane
     whole, local, sizes, same = 0, 0, 0, 0
     for start in range(0, len(x), BATCH):
         part = x[start : start + BATCH]
-        logits, expected = run_torch(classifier, part, T, "direct")
+        logits, expected = run_torch(classifier, part, T)
         with HalfMembranes() if membranes else nullcontext():  # type: ignore[no-untyped-call]
-            got, differing = compare_torch(half, part, T, "direct", expected)  # type: ignore[arg-type]
-            alone = compare_torch(half, part, T, "direct", expected, replacing=True)[1]  # type: ignore[arg-type]
+            got, differing = compare_torch(half, part, T, expected)  # type: ignore[arg-type]
+            alone = compare_torch(half, part, T, expected, replacing=True)[1]  # type: ignore[arg-type]
         whole, local = whole + differing.sum((1, 2)), local + alone.sum((1, 2))
         sizes = sizes + np.array([spikes.size for spikes in expected])
         same += int((got.mean(1).argmax(1) == logits.mean(1).argmax(1)).sum())

@@ -36,6 +36,7 @@ __all__ = [
     "ann_twin",
     "build_network",
     "import_network",
+    "run_network",
     "smooth_twin",
 ]
 
@@ -149,6 +150,16 @@ def import_network(config: NetworkConfig) -> nn.Module:
             "run the network once, on zeros of the image's size, before it returns it"
         )
     return _variant(network, config)
+
+
+def run_network(network: Callable[..., Tensor], x: Tensor, T: int) -> Tensor:
+    """Per-step logits `[T, N, K]` of a batch as it is kept, batch first.
+
+    Args:
+        network: called like a `Classifier`, which it is, or something in its place.
+        x: images `[N, C, H, W]`, each shown at T steps; or frames `[N, T', C, H, W]`, of which the first T are.
+    """
+    return network(x[:, :T].transpose(0, 1)) if x.dim() == 5 else network(x, T)
 
 
 def _variant(network: nn.Module, config: NetworkConfig) -> nn.Module:
