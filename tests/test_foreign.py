@@ -206,15 +206,6 @@ def test_cifar_brings_the_authors_normalisation(data: str | None, file: Path, tm
     assert (written["class_names"][0], written["encoding"]) == ("airplane", "direct")
 
 
-def test_other_data_bring_their_own_normalisation(file: Path, tmp_path: Path) -> None:
-    torch.save(flat_state("resnet19"), file)
-    options: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "image_size": (64, 48)}
-    import_to_checkpoint(file, "resnet19", tmp_path / "c.safetensors", data="mine", **options)
-    written = read_metadata(tmp_path / "c.safetensors")["data"]
-    assert (written["name"], written["mean"], written["class_names"][9]) == ("mine", [0.5, 0.5, 0.5], "9")
-    assert written["image_shape"] == [3, 64, 48]
-
-
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -319,12 +310,9 @@ def test_what_is_no_state_dict_is_refused(content: Any, message: str, file: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": "cifar100"}, r"theirs\.pth tells 10 classes apart, but cifar100 has 100 class names"),
-        ({"data": "mine"}, "normalisation of 'mine' is not known; choose one of cifar10, cifar100, dvs-cifar10, or"),
-        ({"data": "mine", "mean": (0.5,) * 3}, "normalisation of 'mine' is not known"),
-        ({"data": "mine", "mean": (0.5,) * 3, "std": (1.0,)}, "mean and std must have 3 values each, got 3 and 1"),
+        ({"data": "cifar100"}, r"theirs\.pth tells 10 classes apart, but cifar100 has 100; choose"),
+        ({"data": "mine"}, "normalisation of 'mine' is not known; choose one of cifar10, cifar100, dvs-cifar10; for"),
         ({"data": "dvs-cifar10"}, r"misshapen: conv1\.weight \[64, 3, 3, 3\], wanted \[64, 2, 3, 3\]"),
-        ({"class_names": ("a", "b")}, "10 classes apart, but cifar10 has 2 class names"),
         ({"T": 0}, "T must be at least 1, got 0"),
     ],
 )

@@ -11,7 +11,7 @@ import io
 import platform
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,6 +63,7 @@ _DATA = {
     "cifar100": _Data(CIFAR100.mean, CIFAR100.std, CIFAR100.class_names),
     "dvs-cifar10": _Data((0.0, 0.0), (1.0, 1.0), CIFAR10.class_names, "frames"),  # which are only scaled, to [0, 1]
 }
+_OTHER_DATA = "; for other data put what import_checkpoint gives into a Classifier, in Python, and save_checkpoint that"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Imported:
 
 
 @dataclass(frozen=True)
-class Report:
+class ImportedCheckpoint:
     """What `import_to_checkpoint` wrote and where; `data` is what was chosen if it was left open."""
 
     path: Path
@@ -122,51 +123,49 @@ def import_checkpoint(
 
 
 def import_to_checkpoint(
-    file: Path | str,
-    arch: str,
-    output: Path | str,
-    *,
-    data: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    class_names: Sequence[str] | None = None,
-    image_size: tuple[int, int] | None = None,
-    T: int | None = None,
-) -> Report:
+    file: Path | str, arch: str, output: Path | str, *, data: str | None = None, T: int | None = None
+) -> ImportedCheckpoint:
     """Import a checkpoint of the TET authors and write it as one of ours.
 
     Args:
-        file: see `import_checkpoint`, as for `arch` and `image_size`.
+        file, arch: see `import_checkpoint`.
         output: a `.safetensors` file, or a run folder, which must not hold a checkpoint yet.
-        data: what it was trained on: "cifar10", "cifar100" and "dvs-cifar10" bring normalisation and class names, any
-            other name stands for images and needs `mean` and `std`. None takes what the authors trained on: for
-            resnet19 CIFAR-10 or CIFAR-100 by the number of classes, for vggsnn DVS-CIFAR10.
-        mean: per channel, of images / 255; also decides how many channels there are.
-        std: per channel, of images / 255.
-        class_names: one a class; None takes those of `data`, or else "0", "1", ...
+        data: what it was trained on, which brings normalisation and class names: "cifar10", "cifar100" or
+            "dvs-cifar10". None takes what the authors trained on: for resnet19 CIFAR-10 or CIFAR-100 by the number of
+            classes, for vggsnn DVS-CIFAR10.
         T: steps it was trained with, which become the default of an export, if known.
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: as `import_checkpoint`; data with no known normalisation; the file has another number of classes
-            than the data; the run folder already holds a checkpoint.
+        ValueError: as `import_checkpoint`; other data; the file has another number of classes than the data; the run
+            folder already holds a checkpoint.
     """
     path = output_file(Path(output))
     if T is not None and T < 1:
         raise ValueError(f"T must be at least 1, got {T}")
-    channels = len(mean) if mean is not None else len(_DATA[data].mean) if data in _DATA else None
-    imported = import_checkpoint(file, arch, in_channels=channels, image_size=image_size)
+    if data is not None and data not in _DATA:
+        raise ValueError(f"the normalisation of {data!r} is not known; choose one of {', '.join(_DATA)}{_OTHER_DATA}")
+    imported = import_checkpoint(file, arch, in_channels=len(_DATA[data].mean) if data else None)
     config = imported.config
     data = data or _trained_on(arch, config.num_classes)
-    mean, std = _normalization(data, mean, std)
-    names = _class_names(data, class_names, config.num_classes, file)
-    encoding = _DATA[data].encoding if data in _DATA else "direct"
+    known = _DATA[data]
+    if len(known.class_names) != config.num_classes:
+        raise ValueError(
+            f"{file} tells {config.num_classes} classes apart, but {data} has {len(known.class_names)}; "
+            "choose the data it was trained on"
+        )
     classifier = Classifier(
-        imported.network, config=config, mean=mean, std=std, class_names=names, data=data, encoding=encoding
+        imported.network,
+        config=config,
+        mean=known.mean,
+        std=known.std,
+        class_names=known.class_names,
+        data=data,
+        encoding=known.encoding,
     )
     save_checkpoint(path, classifier, training={} if T is None else {"T": T}, provenance=_provenance(Path(file), arch))
     num_parameters = sum(p.numel() for p in imported.network.parameters())
-    return Report(path, data, config, num_parameters, imported.num_keys, imported.num_merged)
+    return ImportedCheckpoint(path, data, config, num_parameters, imported.num_keys, imported.num_merged)
 
 
 def their_names(arch: str) -> dict[str, tuple[str, ...]]:
@@ -300,33 +299,9 @@ def _trained_on(arch: str, num_classes: int) -> str:
     names = [name for name in ("cifar10", "cifar100") if len(_DATA[name].class_names) == num_classes]
     if not names:
         raise ValueError(
-            f"a resnet19 of {num_classes} classes was trained neither on cifar10 nor on cifar100; "
-            "name the data and give the mean and std of every channel (of images / 255)"
+            f"a resnet19 of {num_classes} classes was trained neither on cifar10 nor on cifar100{_OTHER_DATA}"
         )
     return names[0]
-
-
-def _normalization(
-    data: str, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if data in _DATA:
-        mean, std = mean or _DATA[data].mean, std or _DATA[data].std
-    if not mean or not std:
-        raise ValueError(
-            f"the normalisation of {data!r} is not known; choose one of {', '.join(_DATA)}, "
-            "or give the mean and std of every channel (of images / 255)"
-        )
-    return tuple(mean), tuple(std)
-
-
-def _class_names(data: str, given: Sequence[str] | None, num_classes: int, file: Path | str) -> tuple[str, ...]:
-    names = given or (_DATA[data].class_names if data in _DATA else [str(k) for k in range(num_classes)])
-    if len(names) != num_classes:
-        raise ValueError(
-            f"{file} tells {num_classes} classes apart, but {data} has {len(names)} class names; "
-            "choose the data it was trained on, or give the class names"
-        )
-    return tuple(names)
 
 
 def _provenance(file: Path, arch: str) -> dict[str, Any]:

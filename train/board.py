@@ -35,9 +35,3 @@ def tensorboard(out: Path, *, epochs_done: int) -> Iterator[Board]:
         yield write
     finally:
         writer.close()
-
-
-@contextmanager
-def no_board() -> Iterator[Board]:
-    """Write nothing."""
-    yield lambda record: None

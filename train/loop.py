@@ -26,7 +26,7 @@ from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import run_network
 
 from .averaging import kept_classifier, trainable, update_average
-from .board import no_board, tensorboard
+from .board import tensorboard
 from .config import How, TrainConfig
 from .device import autocast, reused_memory, tuned_convolutions
 from .interrupt import deferred_interrupt
@@ -242,7 +242,7 @@ def _run(session: Session, state: TrainState, show: bool | None, board: bool) ->
     records = read_metrics(session.out, epochs=state.epoch)
     done = state.epoch * steps + state.step
     writes = session.ranks.writes
-    curves = tensorboard(session.out, epochs_done=state.epoch) if board and writes else no_board()
+    curves = tensorboard(session.out, epochs_done=state.epoch) if board and writes else nullcontext(lambda record: None)
     bar = Progress(config, steps_per_epoch=steps, steps_done=done, show=show if writes else False)
     cuda = [session.device] if session.device.type == "cuda" else []
     with (
