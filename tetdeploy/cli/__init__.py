@@ -28,8 +28,8 @@ __all__ = ["main"]
 @click.group(
     cls=CleanGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C. A file is written whole or not at all. Tables are as "
-    "wide as the terminal, or as the variable COLUMNS says: what does not fit goes on below.",
+    epilog="Exit codes: 0, 1 an error, 2 wrong usage, 3 a failed gate of validate, 130 Ctrl-C. A file is written whole "
+    "or not at all. Tables are as wide as the terminal, or as the variable COLUMNS says; the rest goes on below.",
 )
 @click.version_option(__version__, prog_name="tetdeploy")
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
 
     \b
     tetdeploy quickstart                 all of it on small real images, in about a minute
-    tetdeploy train                      train (the digits, if nothing else is said)
+    tetdeploy train                      train a network (by default on the digits)
     tetdeploy export --T 6 --fold-bn     write the newest run as ONNX
     tetdeploy sweep                      accuracy, energy and latency at each T
     tetdeploy bench                      latency and throughput by batch, threads and T

@@ -22,8 +22,8 @@ Examples:
 def inspect(file: Path, json_path: Path | None) -> None:
     """What a checkpoint or an exported model is: how it was made, inputs and outputs, layers, neurons, state.
 
-    FILE is a run folder, a .safetensors file or an .onnx file; of files of others it says what can be said. Needs no
-    torch.
+    FILE is a run folder, a .safetensors or an .onnx file, also one that another tool wrote, as far as it can be read.
+    Needs no torch.
     """
     from tetdeploy.files import write_json
     from tetdeploy.inspection import inspect as describe

@@ -38,7 +38,7 @@ data_dir_option = click.option(
     envvar="TETDEPLOY_DATA",
     show_default=True,
     show_envvar=True,
-    help="Where downloaded data sets lie, or are put.",
+    help="Folder of the data sets, and of downloads.",
 )
 runs_option = click.option(
     "--runs",
@@ -79,7 +79,7 @@ json_option = click.option(
 )
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all cores by default.")
 device_option = click.option(
-    "--device", default="cpu", show_default=True, help="cpu, cuda or tensorrt; never another than the one named."
+    "--device", default="cpu", show_default=True, help="cpu, cuda or tensorrt; no other is used in its place."
 )
 runtime_option = click.option(
     "--runtime",

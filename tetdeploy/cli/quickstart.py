@@ -26,7 +26,7 @@ Examples:
 def quickstart(ctx: click.Context, seed: int, runs: Path) -> None:
     """The whole path on small real images: train, fold, export, check, run at T = 1..8.
 
-    Trains a small convolutional SNN with TET at T=4 on scikit-learn's 1,797 scanned digits; needs no network.
+    Trains a small convolutional SNN with TET at T=4 on scikit-learn's 1,797 scanned digits; works offline.
     """
     native.missing()  # a value of TETDEPLOY_NATIVE that the last step would refuse, before any work
     console.print("[bold]1  tetdeploy train[/bold]")
