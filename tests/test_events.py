@@ -694,6 +694,50 @@ def test_what_does_not_fit_frames_is_refused(trained: Path) -> None:
         assert "Traceback" not in result.output
 
 
+def test_a_teacher_without_time_sees_recordings_whole(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from tetdeploy.networks import Classifier, NetworkConfig, build_network
+    from tetdeploy.train import TrainConfig, distillation_loss, train
+    from tetdeploy.train.objective import Teacher
+
+    cut = {T: load_data("saccades:digits", "test", data_dir=NOWHERE, T=T).select(range(20)) for T in (1, 4)}
+    config = NetworkConfig("convsnn", num_classes=10, in_channels=2, image_size=cut[1].image_shape[1:], ann=True)
+    arguments = {"mean": cut[1].mean, "std": cut[1].std, "class_names": cut[1].class_names}
+    torch.manual_seed(0)
+    classifier = Classifier(build_network(config), config=config, encoding="frames", **arguments).eval()
+    logits = torch.randn(4, 20, 10)
+    expected = distillation_loss(logits, classifier(torch.from_numpy(cut[1].x).transpose(0, 1))[0].detach(), tau_kd=2.0)
+    assert Teacher(classifier, 0.5, 2.0).loss(logits, torch.from_numpy(cut[4].x)) == 0.5 * expected
+
+    save_npz(cut[4], tmp_path / "cut.npz")
+    data = load_data(str(tmp_path / "cut.npz"), "train", data_dir=NOWHERE)
+    with pytest.raises(ValueError, match=r"a teacher without time learns from whole recordings: for distill choose"):
+        train(classifier, data, None, TrainConfig(T=1, distill="ann"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"T": 2, "random_T": "1:3"}, "into 3 frames for training and into T=2 afterwards; train with T=3$"),
+        ({"T": 2, "tit": "3:1,2:1"}, "into 3 frames for training and into T=2 afterwards; .*T=3 in the last stage"),
+    ],
+)
+def test_recordings_are_cut_into_as_many_frames_after_the_training(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    from tetdeploy.networks import Classifier, NetworkConfig, build_network
+    from tetdeploy.train import TrainConfig, train
+
+    config = NetworkConfig("convsnn", num_classes=3, in_channels=2, image_size=(8, 8), width=0.1)
+    data = frame_set()
+    arguments = {"mean": data.mean, "std": data.std, "class_names": data.class_names}
+    torch.manual_seed(0)
+    classifier = Classifier(build_network(config), config=config, encoding="frames", **arguments)
+    with pytest.raises(ValueError, match=message):
+        train(classifier, data, None, TrainConfig(epochs=2, **changes), tmp_path / "run")
+
+
 def test_a_network_that_takes_frames_alone_is_trained(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from tetdeploy.networks import Classifier, NetworkConfig
@@ -709,7 +753,7 @@ def test_a_network_that_takes_frames_alone_is_trained(tmp_path: Path) -> None:
     config = NetworkConfig("made:network", num_classes=3, in_channels=2, image_size=(8, 8))
     arguments = {"mean": data.mean, "std": data.std, "class_names": data.class_names}
     classifier = Classifier(network, config=config, encoding="frames", **arguments)
-    how = TrainConfig(T=2, epochs=2, batch_size=4, lr=1e-2, ema=0.5, random_T="1:3")
+    how = TrainConfig(T=3, epochs=2, batch_size=4, lr=1e-2, ema=0.5, random_T="1:3")
     assert train(classifier, data, data, how, tmp_path / "run").epochs == 2
 
 

@@ -72,7 +72,8 @@ def prefix_mean(loss: Loss, logits: Tensor, labels: Tensor, lengths: tuple[int, 
 class Teacher:
     """An ANN twin to learn from, with the weight and the temperature of its loss (`losses.distillation_loss`).
 
-    It teaches every step that is run: with random T those of the longest run.
+    It teaches every step that is run: with random T those of the longest run. Having no time, it sees an image once,
+    and of a recording all events in one frame, as it was trained (at T=1).
     """
 
     classifier: Classifier
@@ -82,8 +83,9 @@ class Teacher:
     def loss(self, logits: Tensor, x: Tensor) -> Tensor:
         """alpha times the distillation loss of logits [T, N, K] for a batch [N, C, H, W] or [N, T, C, H, W]."""
         with torch.no_grad():
-            steps = len(logits) if x.dim() == 5 else 1  # a still image is the same at every step
-            targets = run_network(self.classifier, x, steps).mean(0)
+            if x.dim() == 5:
+                x = x.sum(1, keepdim=True).clamp_(max=255).to(x.dtype)
+            targets = run_network(self.classifier, x, 1)[0]
         return self.alpha * distillation_loss(logits, targets, tau_kd=self.tau_kd)
 
 

@@ -146,7 +146,8 @@ def check_together(classifier: Classifier, data: LabelledSet, config: TrainConfi
 
     Raises:
         ValueError: an ANN with another T than 1, `qat` of a network without spikes, AutoAugment of other than gray and
-            colour images, or an augmentation of images in memory for those on disk, or the other way round.
+            colour images, an augmentation of images in memory for those on disk, or the other way round, or recordings
+            that what comes after the training would cut into other frames.
     """
     on_disk = isinstance(data, ImageFiles)
     if on_disk and (config.augment not in ("none", RESIZED_CROP) or config.cutout):
@@ -164,11 +165,27 @@ def check_together(classifier: Classifier, data: LabelledSet, config: TrainConfi
         raise ValueError(f"an ANN has no time: train it with T=1 (--ann --T 1), got T={config.longest_T}")
     if config.qat:
         check_qat(classifier)
+    if data.encoding == "frames":
+        _check_frames(data, config)
     channels = classifier.image_shape[0]
     if config.augment == "autoaugment" and (channels not in (1, 3) or classifier.encoding == "frames"):
         raise ValueError(
             f"autoaugment wants images of 1 or 3 channels, got {classifier.encoding} input of {channels}; "
             "choose another augment"
+        )
+
+
+def _check_frames(data: LabelledSet, config: TrainConfig) -> None:
+    cut = not data.name.lower().endswith(".npz")  # whose frames are as they are
+    if cut and config.longest_T != config.T:
+        raise ValueError(
+            f"recordings would be cut into {config.longest_T} frames for training and into T={config.T} afterwards; "
+            f"train with T={config.longest_T}{' in the last stage' if config.tit else ''}"
+        )
+    if config.distill and not cut:
+        raise ValueError(
+            f"{data.name} holds frames, and a teacher without time learns from whole recordings: for distill choose an "
+            "event set"
         )
 
 
