@@ -28,7 +28,8 @@ from tetdeploy.engine import Engine
 from tetdeploy.picojoules import CONSTANTS, EnergyConstants
 from tetdeploy.report import count, energy, layers_table, other_ops_table, plot_sweep, sweep_table
 from tetdeploy.report.tables import BILLS
-from tetdeploy.sweep import Tally, parse_steps, sweep
+from tetdeploy.steps import parse_steps
+from tetdeploy.sweep import Tally, sweep
 
 
 @pytest.mark.parametrize(

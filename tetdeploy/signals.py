@@ -1,4 +1,4 @@
-"""Handlers of signals for as long as a block runs."""
+"""Handlers of signals for as long as a block runs; Ctrl-C between two batches, never inside one."""
 
 from __future__ import annotations
 
@@ -21,3 +21,19 @@ def handled(handler: Callable[[int, FrameType | None], object], *numbers: signal
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Set an event at the first Ctrl-C instead of raising KeyboardInterrupt in the middle of an update.
+
+    The second one raises. SIGTERM, which a cluster's scheduler and `torchrun` send before they kill, sets it too.
+    """
+    interrupt = threading.Event()
+
+    def record(number: int, frame: FrameType | None) -> None:
+        interrupt.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with handled(record, signal.SIGINT, signal.SIGTERM):
+        yield interrupt

@@ -19,8 +19,6 @@ from tetdeploy.extras import import_extra
 from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
 
-MAX_T = 1024
-
 
 @dataclass(frozen=True)
 class Row:
@@ -65,24 +63,6 @@ class Sweep:
         value = asdict(self)
         rows, origin, details = (value.pop(name) for name in ("rows", "origin", "details"))
         return {"kind": "sweep", **value, **origin, "rows": rows, **details}
-
-
-def parse_steps(text: str) -> tuple[int, ...]:
-    """Numbers of steps as they are typed: `6`, `1:6` (both ends), `1,2,4`, or a mix.
-
-    Raises:
-        ValueError: it does not parse, or a T is outside 1..1024.
-    """
-    try:
-        ends = [
-            (int(first), int(last if colon else first))
-            for first, colon, last in (p.partition(":") for p in text.split(","))
-        ]
-    except ValueError:
-        raise ValueError(f"T must be like 6, 1:6 or 1,2,4; got {text!r}") from None
-    if any(not 1 <= first <= last <= MAX_T for first, last in ends):
-        raise ValueError(f"T must lie in 1..{MAX_T}, from low to high; got {text!r}")
-    return tuple(sorted({t for first, last in ends for t in range(first, last + 1)}))
 
 
 class Tally:

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from tetdeploy.steps import MAX_T
+
 from .augment import AUGMENTATIONS, RESIZED_CROP
 from .stages import Stage, TimeRange, parse_random_T, parse_tit
 
-_MAX_T = 1024  # that of an export, too
 OPTIMIZERS = ("adamw", "sgd")
 LOSSES = ("tet", "sdt")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -190,8 +191,8 @@ class TrainConfig:
 
     def _check_together(self) -> None:
         """Settings that are each right and do not go together."""
-        if self.longest_T > _MAX_T:
-            raise ValueError(f"T is {self.longest_T}; it must be at most {_MAX_T}")
+        if self.longest_T > MAX_T:
+            raise ValueError(f"T is {self.longest_T}; it must be at most {MAX_T}")
         shortest = min(stage.epochs for stage in self.stages)
         if self.warmup_epochs >= shortest and self.warmup_epochs > 0:
             raise ValueError(

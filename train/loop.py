@@ -24,12 +24,12 @@ from tetdeploy.checkpoint import CHECKPOINT_NAME, STATE_NAME, save_checkpoint
 from tetdeploy.extras import import_extra
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import run_network
+from tetdeploy.signals import deferred_interrupt
 
 from .averaging import kept_classifier, trainable, update_average
 from .board import tensorboard
 from .config import How, TrainConfig
 from .device import autocast, reused_memory, tuned_convolutions
-from .interrupt import deferred_interrupt
 from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
 from .progress import Progress
 from .ranks import current_ranks

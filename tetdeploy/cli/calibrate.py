@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.options import (
+    STEPS,
     as_model_input,
     console,
     data_dir_option,
@@ -51,9 +52,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     "set train]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
-@click.option(
-    "--T", "T", type=click.IntRange(1, 1024), help="The most steps. [default: 8; with frames that of the training]"
-)
+@click.option("--T", "T", type=STEPS, help="The most steps. [default: 8; with frames that of the training]")
 @click.option(
     "--loss",
     type=click.FloatRange(0, 100),

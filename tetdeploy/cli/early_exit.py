@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from tetdeploy.cli.options import (
+    STEPS,
     console,
     data_dir_option,
     newest_export,
@@ -27,7 +28,7 @@ Examples:
 Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 """
 )
-@click.option("--T", "T", type=click.IntRange(1, 1024), help="The most steps. [default: that of the calibration]")
+@click.option("--T", "T", type=STEPS, help="The most steps. [default: that of the calibration]")
 @click.option(
     "--data",
     help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",

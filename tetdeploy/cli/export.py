@@ -11,7 +11,7 @@ import click
 from rich.progress import TaskID
 
 from tetdeploy.cli.cluster import FORMATS, export_for_cluster
-from tetdeploy.cli.options import console, data_dir_option, json_option, network_of, progress_bar, runs_option
+from tetdeploy.cli.options import STEPS, console, data_dir_option, json_option, network_of, progress_bar, runs_option
 from tetdeploy.cli.recipe import is_typed
 from tetdeploy.extras import import_extra
 
@@ -58,7 +58,7 @@ Examples:
     help="onnx, for tetdeploy's engine; nir, for other frameworks and neuromorphic chips; triton-repository or kserve, "
     "for many machines.",
 )
-@click.option("--T", "T", type=click.IntRange(1, 1024), help="Steps of an unrolled graph. [default: the training's]")
+@click.option("--T", "T", type=STEPS, help="Steps of an unrolled graph. [default: the training's]")
 @click.option(
     "--layout",
     default="unrolled",

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tetdeploy.cli.options import console, json_option
+from tetdeploy.cli.options import STEPS, console, json_option
 from tetdeploy.extras import import_extra
 
 
@@ -25,7 +25,7 @@ Examples:
     "--out", "-o", required=True, type=click.Path(path_type=Path), help="A .safetensors file or a run folder."
 )
 @click.option("--data", help="What it was trained on: cifar10, cifar100, dvs-cifar10. [default: by the classes]")
-@click.option("--T", "T", type=click.IntRange(1, 1024), help="Steps it was trained with, if known.")
+@click.option("--T", "T", type=STEPS, help="Steps it was trained with, if known.")
 @json_option
 def import_(file: Path, arch: str, out: Path, json_path: Path | None, **options: Any) -> None:
     """Import a checkpoint of the TET authors' code, the state dict of their ResNet-19 or VGGSNN.

@@ -9,6 +9,7 @@ import click
 
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.options import (
+    STEPS,
     check_plot,
     console,
     data_dir_option,
@@ -34,7 +35,7 @@ Examples:
 """
 )
 @click.argument("checkpoints", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
-@click.option("--T", "T", type=click.IntRange(1, 1024), help="Time steps. [default: the training's]")
+@click.option("--T", "T", type=STEPS, help="Time steps. [default: the training's]")
 @click.option("--points", default=21, show_default=True, help="Grid points along each direction, an odd number.")
 @click.option("--extent", default=1.0, show_default=True, help="The grid runs from -extent to extent, in filter norms.")
 @click.option("--seed", default=0, show_default=True, help="Of the two random directions.")
@@ -117,7 +118,7 @@ def landscape(
 
 def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeConfig, path: Path) -> Landscape:
     """Measure with a progress bar, until done or interrupted."""
-    from tetdeploy.train.interrupt import deferred_interrupt
+    from tetdeploy.signals import deferred_interrupt
     from tetdeploy.train.landscape import measure_landscape
 
     with deferred_interrupt() as interrupt, progress_bar() as bar:

@@ -22,11 +22,14 @@ from rich.progress import (
 from rich.text import Text
 
 from tetdeploy.standard_output import StandardOutput
+from tetdeploy.steps import MAX_T, parse_steps
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+STEPS = click.IntRange(1, MAX_T)  # the type of a --T that takes one number
 
 # As wide as COLUMNS says, or the terminal; rich alone would take the width of stderr for a pipe.
 console = StandardOutput(highlight=False, soft_wrap=True, width=get_terminal_size(fallback=(120, 24)).columns)
@@ -62,8 +65,6 @@ def parsed_steps(ctx: click.Context, param: click.Parameter, steps: str | None) 
     """The callback of a --T that takes several: `6`, `1:6` or `1,2,4`."""
     if steps is None:
         return None
-    from tetdeploy.sweep import parse_steps
-
     try:
         return parse_steps(steps)
     except ValueError as error:

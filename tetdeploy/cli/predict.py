@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.options import (
+    STEPS,
     as_model_input,
     console,
     device_option,
@@ -30,7 +31,7 @@ Examples:
 )
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--T", "T", type=click.IntRange(1, 1024), help="Steps. [default: the T of the graph, or of the training]")
+@click.option("--T", "T", type=STEPS, help="Steps. [default: the T of the graph, or of the training]")
 @click.option("--top", default=3, show_default=True, type=click.IntRange(min=1), help="How many classes to show.")
 @click.option("--resize", is_flag=True, help="Scale and crop images of another size to the model's.")
 @device_option

@@ -1,0 +1,23 @@
+"""Numbers of time steps as they are typed."""
+
+from __future__ import annotations
+
+MAX_T = 1024  # of a training, an export, a run
+
+
+def parse_steps(text: str) -> tuple[int, ...]:
+    """Numbers of steps as they are typed: `6`, `1:6` (both ends), `1,2,4`, or a mix.
+
+    Raises:
+        ValueError: it does not parse, or a T is outside 1..1024.
+    """
+    try:
+        ends = [
+            (int(first), int(last if colon else first))
+            for first, colon, last in (p.partition(":") for p in text.split(","))
+        ]
+    except ValueError:
+        raise ValueError(f"T must be like 6, 1:6 or 1,2,4; got {text!r}") from None
+    if any(not 1 <= first <= last <= MAX_T for first, last in ends):
+        raise ValueError(f"T must lie in 1..{MAX_T}, from low to high; got {text!r}")
+    return tuple(sorted({t for first, last in ends for t in range(first, last + 1)}))
