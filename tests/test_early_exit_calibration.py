@@ -314,6 +314,8 @@ def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:
     assert done.exit_code == 0 and not json.loads(exit_path(model).read_text())["confident"]
     assert "one image is 0.7 points here" in done.output
     assert "calibrate on" not in run("calibrate", model, "--T", 3, "--loss", 0, "--point-estimate").output
+    done = run("calibrate", model, "--T", 3, "--split", "val")  # another word for validation
+    assert done.exit_code == 0 and json.loads(exit_path(model).read_text())["data"] == "digits (held out)"
     done = run("calibrate", model, "--split", "train", "--limit", 30, "--criterion", "margin", "--min-T", 2)
     assert done.exit_code == 0, done.output
     content = json.loads(exit_path(model).read_text())

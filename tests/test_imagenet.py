@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 
 import tetdeploy
 from tetdeploy.cli import main
-from tetdeploy.cli.options import as_model_input
+from tetdeploy.cli.inputs import as_model_input
 from tetdeploy.data import ImageFiles, image_files, load_data, split_validation
 from tetdeploy.data.image_files import centre_crop
 from tetdeploy.export.trained import check_images

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.errors import INTERRUPTED
+from tetdeploy.cli.inputs import load_inputs
 from tetdeploy.cli.options import (
     console,
     data_dir_option,
@@ -137,7 +138,6 @@ def _inputs(timing: Bench, data: str | None, data_dir: Path) -> tuple[str, Any]:
     """What the images are called, and as many as the largest batch if there are."""
     from tetdeploy.agreement import load_reference, reference_path
     from tetdeploy.bench import random_input
-    from tetdeploy.cli.sweep import load_inputs
 
     largest, T = max(s.batch for s in timing.settings), max(s.T for s in timing.settings)
     if data is not None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetdeploy.cli.inputs import default_steps, held_out
 from tetdeploy.cli.options import (
+    PARTS,
     STEPS,
-    as_model_input,
     console,
     data_dir_option,
     json_option,
@@ -18,11 +17,6 @@ from tetdeploy.cli.options import (
     opens_model,
     progress_bar,
 )
-from tetdeploy.cli.sweep import default_steps, load_inputs, refuse_classes
-
-if TYPE_CHECKING:
-    from tetdeploy.data import Split
-    from tetdeploy.engine import Engine
 
 
 @click.command(
@@ -46,10 +40,10 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @data_dir_option
 @click.option(
     "--split",
-    type=click.Choice(("val", "train", "test")),
-    help="Of the training's data: val, the images held out for validation, or train, those trained on, whose answers "
-    "are surer than those of new images. Of another set: train or test, the whole of it. [default: val; of another "
-    "set train]",
+    type=PARTS,
+    help="Of the training's data: validation, the images held out, or train, those trained on, whose answers are surer "
+    "than those of new images. Of another set: train or test, the whole of it. [default: validation; of another set "
+    "train]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @click.option("--T", "T", type=STEPS, help="The most steps. [default: 8; with frames that of the training]")
@@ -131,50 +125,3 @@ def calibrate(
         console.print(part)
     console.print("   ".join(map(str, written)), markup=False)
     console.print(f"next: tetdeploy early-exit {engine.path}", markup=False)
-
-
-def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None, limit: int | None) -> Any:
-    """Name, images or frames as the graph takes them, and labels to calibrate on.
-
-    Raises:
-        ValueError: the training held no images out, or the data are of other classes.
-        click.UsageError: no data are named, or the split is not one of theirs.
-    """
-    from tetdeploy.data import load_data, split_validation
-
-    source = engine.metadata["source"]
-    own = str(source.get("data", {}).get("name", ""))
-    name = data or own
-    if not name:
-        raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
-    trained_on = _place(name) == _place(own)
-    if name.lower().endswith(".npz") and not trained_on:
-        return load_inputs(engine, name, data_dir, limit)
-    split = split or ("val" if trained_on else "train")
-    if split == "test" and trained_on:
-        raise click.UsageError(f"the test set of {name} is for tetdeploy early-exit; take --split val, or another set")
-    if split == "val" and not trained_on:
-        raise click.UsageError(f"{name} is not what was trained on, so nothing is held out; take --split train or test")
-    fraction = float(source.get("training", {}).get("val_fraction", 0.0)) if trained_on else 0.0
-    if split == "val" and not fraction:
-        raise ValueError(
-            f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "
-            "calibrate on; name others with --data, or take those it was trained on with --split train"
-        )
-    part: Split = "test" if split == "test" else "train"
-    images = load_data(name, part, data_dir=data_dir, T=int(engine.metadata["trained_T"]))
-    if not name.lower().endswith(".npz") and images.class_names != engine.class_names:
-        refuse_classes(engine, name, images.class_names)
-    if fraction:
-        images = split_validation(images, fraction=fraction)[0 if split == "train" else 1]
-    chosen = images.select(slice(limit))
-    x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)
-    what = {"val": "held out", "train": "trained on"}[split] if trained_on else f"{split} split, not trained on"
-    return f"{name} ({what})", x, chosen.labels
-
-
-def _place(name: str) -> tuple[str, Path]:
-    """What a data set's name stands for, whatever its images' size, the frames that recordings are cut into, and the
-    way a path is written."""
-    kind, _, path = re.sub(r"^by-time:|@\d+$", "", name).rpartition(":")
-    return kind, Path(path).expanduser().resolve()

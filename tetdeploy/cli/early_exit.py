@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from tetdeploy.cli.inputs import load_inputs
 from tetdeploy.cli.options import (
     STEPS,
     console,
@@ -14,7 +15,6 @@ from tetdeploy.cli.options import (
     opens_model,
     progress_bar,
 )
-from tetdeploy.cli.sweep import load_inputs
 
 
 @click.command(

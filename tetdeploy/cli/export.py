@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,8 @@ import click
 from rich.progress import TaskID
 
 from tetdeploy.cli.cluster import FORMATS, export_for_cluster
-from tetdeploy.cli.options import STEPS, console, data_dir_option, json_option, network_of, progress_bar, runs_option
+from tetdeploy.cli.inputs import load_classifier
+from tetdeploy.cli.options import STEPS, console, data_dir_option, json_option, progress_bar, runs_option
 from tetdeploy.cli.recipe import is_typed
 from tetdeploy.extras import import_extra
 
@@ -362,11 +363,3 @@ def _say_which(trained: Trained) -> None:
             f"{trained.file}: the weights after {epoch} epochs and {step} steps, not the best epoch's{besides}",
             markup=False,
         )
-
-
-def load_classifier(file: Path, metadata: Mapping[str, Any], own: str | None) -> Any:
-    """The classifier of a checkpoint; `own` is --model, for a network of the user's own."""
-    from tetdeploy.checkpoint import load
-    from tetdeploy.networks import NetworkConfig
-
-    return load(file, network=network_of(NetworkConfig(**metadata["network"]), own))

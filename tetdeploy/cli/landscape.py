@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.errors import INTERRUPTED
+from tetdeploy.cli.inputs import load_classifier, load_part
 from tetdeploy.cli.options import (
+    PARTS,
     STEPS,
     check_plot,
     console,
     data_dir_option,
     json_option,
-    network_of,
     progress_bar,
     runs_option,
 )
@@ -43,7 +44,7 @@ Examples:
     "--split",
     default="train",
     show_default=True,
-    type=click.Choice(["train", "validation", "test"]),
+    type=PARTS,
     help="Images to measure on; train and validation are the run's own parts.",
 )
 @click.option("--limit", default=1000, show_default=True, type=click.IntRange(min=1), help="At most so many of them.")
@@ -161,16 +162,13 @@ def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, r
 
 def _images(source: str, split: str, limit: int, data_dir: Path, metadata: dict[str, Any]) -> Any:
     """The images to measure on, a fair sample of at most `limit`."""
-    from tetdeploy.data import load_data, split_validation
     from tetdeploy.data.images import mixed_order
 
     T = int(metadata["training"].get("T", 4))
-    images = load_data(source, "test" if split == "test" else "train", data_dir=data_dir, T=T)
     fraction = float(metadata["training"].get("val_fraction", 0.0))
     if split == "validation" and not fraction:
         raise ValueError("--split validation: the run held out no images (its val_fraction is 0); take train or test")
-    if split != "test" and fraction:
-        images = split_validation(images, fraction=fraction)[0 if split == "train" else 1]
+    images = load_part(source, split, data_dir=data_dir, T=T, fraction=fraction)
     return images.select(mixed_order(len(images))[:limit])
 
 
@@ -178,16 +176,12 @@ def _classifiers(
     paths: tuple[Path, ...], files: list[Path], metadata: list[dict[str, Any]], model: str | None
 ) -> dict[str, Classifier]:
     """The checkpoints' classifiers by a name for the table and the plot."""
-    from tetdeploy.checkpoint import load
-    from tetdeploy.networks import NetworkConfig
-
     names = [path.name if path.is_dir() else path.parent.name + "/" + path.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"a checkpoint is named twice: {', '.join(names)}")
-    networks = [network_of(NetworkConfig(**m["network"]), model) for m in metadata]
-    return {name: load(file, network=network) for name, file, network in zip(names, files, networks, strict=True)}
+    return {name: load_classifier(file, m, model) for name, file, m in zip(names, files, metadata, strict=True)}
 
 
 def _default_out(files: list[Path]) -> Path:

@@ -25,11 +25,21 @@ from tetdeploy.standard_output import StandardOutput
 from tetdeploy.steps import MAX_T, parse_steps
 
 if TYPE_CHECKING:
-    from tetdeploy.engine import Engine
+    pass
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 STEPS = click.IntRange(1, MAX_T)  # the type of a --T that takes one number
+
+
+class _Parts(click.Choice):  # type: ignore[type-arg]  # of click 8.1 it takes none
+    """Of a data set as a run has it; `val` is `validation`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert("validation" if value == "val" else value, param, ctx)
+
+
+PARTS = _Parts(("train", "validation", "test"))  # the type of a --split
 
 # As wide as COLUMNS says, or the terminal; rich alone would take the width of stderr for a pipe.
 console = StandardOutput(highlight=False, soft_wrap=True, width=get_terminal_size(fallback=(120, 24)).columns)
@@ -159,42 +169,3 @@ def check_plot(path: Path) -> None:
         raise ValueError(
             f"{path} is no plot's name: it must end in one of .{', .'.join(formats)}; choose another --plot"
         )
-
-
-def network_of(config: Any, own: str | None) -> Any:
-    """A network for a configuration; the user's own is imported only if `own`, from --model, names that very function.
-
-    Raises:
-        ValueError: the checkpoint needs --model, or was made with another one.
-    """
-    from tetdeploy.networks import build_network, import_network
-
-    if own is not None and own != config.model:
-        raise ValueError(f"--model {own} is not what this checkpoint was trained with: {config.model}")
-    return import_network(config) if own is not None and config.is_own else build_network(config)
-
-
-def as_model_input(engine: Engine, pixels: Any, **statistics: Any) -> Any:
-    """uint8 pixels `[..., C, H, W]` as the graph takes them: as they are, or normalised where it does not do so itself.
-
-    Args:
-        statistics: mean and std for a model that does not say with which ones it was trained.
-
-    Raises:
-        ValueError: it does not say, and none are given.
-    """
-    import numpy as np
-
-    from tetdeploy.data.image_files import FileImages
-
-    if engine.input_dtype == np.uint8:
-        return pixels
-    known = statistics | engine.metadata["source"].get("data", {})
-    if "mean" not in known:
-        raise ValueError(f"{engine.path.name} takes normalised float32 input and does not say how; run it from Python")
-    mean, std = (np.array(known[key], np.float32)[:, None, None] for key in ("mean", "std"))
-
-    def normalised(pixels: Any) -> Any:
-        return (pixels.astype(np.float32) / np.float32(255) - mean) / std
-
-    return pixels.converted(normalised) if isinstance(pixels, FileImages) else normalised(pixels)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetdeploy.cli.inputs import as_model_input
 from tetdeploy.cli.options import (
     STEPS,
-    as_model_input,
     console,
     device_option,
     json_option,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from tetdeploy.cli.inputs import default_steps, load_inputs
 from tetdeploy.cli.options import (
-    as_model_input,
     check_plot,
     console,
     data_dir_option,
@@ -115,13 +115,6 @@ def sweep(
     save_sweep(result, engine, json_path, plot)
 
 
-def default_steps(engine: Engine) -> tuple[int, ...]:
-    """Every T that an unrolled graph holds; where T is free 1..8, or with frames up to the T of the training."""
-    free = int(engine.metadata["trained_T"]) if engine.encoding == "frames" else 8
-    last = engine.T if engine.layout == "unrolled" and engine.T else free
-    return tuple(range(1, last + 1))
-
-
 def run_sweep(
     engine: Engine,
     steps: tuple[int, ...],
@@ -136,7 +129,6 @@ def run_sweep(
     from tetdeploy.sweep import sweep as measure
 
     name, x, labels = load_inputs(engine, data, data_dir, limit)
-    engine.check_T(max(steps), engine.check_input(x[:1]))
     with progress_bar() as bar:
         task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
         return measure(
@@ -231,33 +223,3 @@ def save_sweep(result: Sweep, engine: Engine, json_path: Path | None, plot: Path
     console.print("   ".join(written), markup=False)
     if engine.encoding == "direct":
         console.print(f"next: tetdeploy predict {engine.path} IMAGE...", markup=False)
-
-
-def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | None) -> tuple[str, Any, Any]:
-    """Name, images or frames as the graph takes them, and labels of a data set; by default the test set of the data
-    that the model was trained on."""
-    from tetdeploy.data import load_data, load_frames
-
-    name = data or str(engine.metadata["source"].get("data", {}).get("name", ""))
-    if not name:
-        raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
-    is_file = name.lower().endswith(".npz")
-    if engine.encoding == "frames" and is_file:
-        x, labels = load_frames(name)
-        return name, x[:limit], labels[:limit]
-    test = load_data(name, "test", data_dir=data_dir, T=int(engine.metadata["trained_T"]))
-    if not is_file and test.class_names != engine.class_names:
-        refuse_classes(engine, name, test.class_names)
-    test = test if limit is None else test.select(slice(limit))  # images on disk are decoded later, batch by batch
-    return name, as_model_input(engine, test.x, mean=test.mean, std=test.std), test.labels
-
-
-def refuse_classes(engine: Engine, name: str, names: tuple[str, ...]) -> None:
-    """A label means another class to the data than to the model. (A .npz need not name its classes.)"""
-    own, others = (
-        f"{len(n)} classes ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for n in (engine.class_names, names)
-    )
-    raise ValueError(
-        f"the labels of {name} do not match the model's: it has {others}, {engine.path.name} knows {own}; "
-        "is this the data it was trained on?"
-    )

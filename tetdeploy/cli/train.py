@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.errors import INTERRUPTED
-from tetdeploy.cli.options import console, data_dir_option, json_option, network_of, runs_option
+from tetdeploy.cli.inputs import network_of
+from tetdeploy.cli.options import console, data_dir_option, json_option, runs_option
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.extras import import_extra
 
@@ -299,7 +300,7 @@ def default_by_network(ctx: click.Context, options: dict[str, Any]) -> None:
 
 
 def _job(ctx: click.Context, options: dict[str, Any]) -> _Job:
-    from tetdeploy.data import load_data, split_validation
+    from tetdeploy.data import load_parts
 
     name, data_dir = options.pop("data"), options.pop("data_dir")
     network = {option: options.pop(option) for option in _NETWORK_OPTIONS}
@@ -312,8 +313,7 @@ def _job(ctx: click.Context, options: dict[str, Any]) -> _Job:
     if network["model"] == "sew-resnet34" and is_given(ctx, "tau") and network["tau"] != 1.0:
         raise click.UsageError("--tau is 1 for sew-resnet34, whose IF neurons do not leak: leave it out")
     config = train_config(ctx, options, v_th=network["v_th"])
-    data = load_data(name, "train", data_dir=data_dir, T=config.longest_T)
-    train, val = split_validation(data, fraction=config.val_fraction) if config.val_fraction else (data, None)
+    train, val = load_parts(name, data_dir=data_dir, T=config.longest_T, fraction=config.val_fraction)
     return _Job(config, network, train, val)
 
 

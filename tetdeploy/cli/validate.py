@@ -10,6 +10,7 @@ import click
 
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.gates import FAILED, Gate, check_gates, describe, parse_gates, place_gates
+from tetdeploy.cli.inputs import default_steps, load_classifier, load_inputs
 from tetdeploy.cli.options import (
     console,
     data_dir_option,
@@ -18,7 +19,6 @@ from tetdeploy.cli.options import (
     parsed_steps,
     progress_bar,
 )
-from tetdeploy.cli.sweep import default_steps, load_inputs
 
 if TYPE_CHECKING:
     from tetdeploy.agreement import Compared, Reference
@@ -292,7 +292,6 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
     torch = import_extra("torch", "train")
     import_extra("onnxscript", "train")
     from tetdeploy.checkpoint import read_metadata, weights_file, weights_sha256
-    from tetdeploy.cli.export import load_classifier
 
     file = weights_file(path)
     metadata, digest = read_metadata(file), weights_sha256(file)

@@ -29,6 +29,7 @@ __all__ = [
     "Split",
     "load_data",
     "load_frames",
+    "load_parts",
     "save_npz",
     "split_validation",
 ]
@@ -88,6 +89,21 @@ def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10) -> Labell
     if plain != name:
         raise ValueError(f"{name!r}: only events are cut into frames; give an event set, or leave out {_BY_TIME}")
     return _load_images(name, split, data_dir)
+
+
+def load_parts(name: str, *, data_dir: Path, T: int = 10, fraction: float) -> tuple[LabelledSet, LabelledSet | None]:
+    """The training images of a set in two parts: those that a run trains on, and those it holds out for validation.
+
+    What comes after the training asks here too, with the run's own `val_fraction`: a threshold or a check on images
+    that were trained on looks better than it is.
+
+    Args:
+        fraction: share held out, see `split_validation`; 0 for none.
+
+    Raises: as `load_data` and `split_validation`.
+    """
+    data = load_data(name, "train", data_dir=data_dir, T=T)
+    return split_validation(data, fraction=fraction) if fraction else (data, None)
 
 
 def _load_images(name: str, split: Split, data_dir: Path) -> LabelledSet:

@@ -28,7 +28,7 @@ def load_digits(split: Split) -> ImageSet:
     """
     levels, labels = _source()
     images = np.rint(levels * 255 / 16).astype(np.uint8)[:, None]
-    train, test = stratified(labels, fraction=0.2, seed=0)
+    train, test = stratified(labels, fraction=0.2)
     chosen = train if split == "train" else test
     return ImageSet("digits", split, images[chosen], labels[chosen], tuple("0123456789"), MEAN, STD)
 

@@ -75,7 +75,7 @@ def channel_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tu
     return tuple(mean), tuple(std)
 
 
-def stratified(labels: NDArray[np.int64], *, fraction: float, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def stratified(labels: NDArray[np.int64], *, fraction: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Split 0..N-1 so that each class gives `fraction` of its members, rounded, to the second part.
 
     A class of two or more members keeps at least one on each side; a class of one stays in the first part.
@@ -83,13 +83,12 @@ def stratified(labels: NDArray[np.int64], *, fraction: float, seed: int) -> tupl
     Args:
         labels: int64 [N].
         fraction: share of the second part, between 0 and 1, both excluded.
-        seed: the same seed gives the same split on every machine.
 
     Returns:
-        Indices of the first and of the second part, each ascending.
+        Indices of the first and of the second part, each ascending; on every machine the same.
     """
     # numpy promises that RandomState's stream never changes; default_rng's may with numpy's version
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(0)
     second = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
@@ -103,7 +102,7 @@ def mixed_order(count: int) -> NDArray[np.intp]:
     return np.random.RandomState(0).permutation(count)
 
 
-def split_validation(data: S, *, fraction: float, seed: int = 0) -> tuple[S, S]:
+def split_validation(data: S, *, fraction: float) -> tuple[S, S]:
     """Split a set into a part to train on and a part to validate on, class by class.
 
     Each class gives `fraction` of its images (or recordings), rounded, to validation; a class of two or more keeps at
@@ -113,19 +112,16 @@ def split_validation(data: S, *, fraction: float, seed: int = 0) -> tuple[S, S]:
     Args:
         data: the set to split.
         fraction: share of the validation part, between 0 and 1, both excluded.
-        seed: the same seed gives the same split on every machine; 0 or more.
 
     Returns:
-        The training part and the validation part.
+        The training part and the validation part; on every machine the same.
 
     Raises:
-        ValueError: `fraction` or `seed` is out of range, or no class has the two images a split needs.
+        ValueError: `fraction` is out of range, or no class has the two images a split needs.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"validation fraction is {fraction}; wanted a number between 0 and 1, such as 0.1")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}; wanted 0 to {2**32 - 1}")
-    train, validation = stratified(data.labels, fraction=fraction, seed=seed)
+    train, validation = stratified(data.labels, fraction=fraction)
     if not len(validation):
         raise ValueError(f"{data.name} {data.split}: no class has two images, so none can go to validation; add images")
     return data.select(train), data.select(validation)

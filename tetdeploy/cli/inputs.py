@@ -1,0 +1,159 @@
+"""What commands read: a model's images and steps, and the network of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from tetdeploy.data import LabelledSet
+    from tetdeploy.engine import Engine
+
+
+def default_steps(engine: Engine) -> tuple[int, ...]:
+    """Every T that an unrolled graph holds; where T is free 1..8, or with frames up to the T of the training."""
+    free = int(engine.metadata["trained_T"]) if engine.encoding == "frames" else 8
+    last = engine.T if engine.layout == "unrolled" and engine.T else free
+    return tuple(range(1, last + 1))
+
+
+def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | None) -> tuple[str, Any, Any]:
+    """Name, images or frames as the graph takes them, and labels of a data set; by default the test set of the data
+    that the model was trained on."""
+    from tetdeploy.data import load_data, load_frames
+
+    name = data or str(engine.metadata["source"].get("data", {}).get("name", ""))
+    if not name:
+        raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
+    is_file = name.lower().endswith(".npz")
+    if engine.encoding == "frames" and is_file:
+        x, labels = load_frames(name)
+        return name, x[:limit], labels[:limit]
+    test = load_data(name, "test", data_dir=data_dir, T=int(engine.metadata["trained_T"]))
+    if not is_file and test.class_names != engine.class_names:
+        refuse_classes(engine, name, test.class_names)
+    test = test if limit is None else test.select(slice(limit))  # images on disk are decoded later, batch by batch
+    return name, as_model_input(engine, test.x, mean=test.mean, std=test.std), test.labels
+
+
+def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None, limit: int | None) -> Any:
+    """Name, images or frames as the graph takes them, and labels to calibrate on.
+
+    Raises:
+        ValueError: the training held no images out, or the data are of other classes.
+        click.UsageError: no data are named, or the split is not one of theirs.
+    """
+    source = engine.metadata["source"]
+    own = str(source.get("data", {}).get("name", ""))
+    name = data or own
+    if not name:
+        raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
+    trained_on = _place(name) == _place(own)
+    if name.lower().endswith(".npz") and not trained_on:
+        return load_inputs(engine, name, data_dir, limit)
+    split = split or ("validation" if trained_on else "train")
+    if split == "test" and trained_on:
+        raise click.UsageError(
+            f"the test set of {name} is for tetdeploy early-exit; take --split validation, or another set"
+        )
+    if split == "validation" and not trained_on:
+        raise click.UsageError(f"{name} is not what was trained on, so nothing is held out; take --split train or test")
+    fraction = float(source.get("training", {}).get("val_fraction", 0.0)) if trained_on else 0.0
+    if split == "validation" and not fraction:
+        raise ValueError(
+            f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "
+            "calibrate on; name others with --data, or take those it was trained on with --split train"
+        )
+    images = load_part(name, split, data_dir=data_dir, T=int(engine.metadata["trained_T"]), fraction=fraction)
+    if not name.lower().endswith(".npz") and images.class_names != engine.class_names:
+        refuse_classes(engine, name, images.class_names)
+    chosen = images.select(slice(limit))
+    x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)
+    what = {"validation": "held out", "train": "trained on"}[split] if trained_on else f"{split} split, not trained on"
+    return f"{name} ({what})", x, chosen.labels
+
+
+def load_part(name: str, part: str, *, data_dir: Path, T: int, fraction: float) -> LabelledSet:
+    """A part of a data set as the run has it that held out this fraction, which is above 0 for `validation`.
+
+    Args:
+        part: test, or of the training images train, those trained on, or validation, those held out.
+    """
+    from tetdeploy.data import load_data, load_parts
+
+    if part == "test":
+        return load_data(name, "test", data_dir=data_dir, T=T)
+    train, val = load_parts(name, data_dir=data_dir, T=T, fraction=fraction)
+    if part == "train":
+        return train
+    assert val is not None
+    return val
+
+
+def _place(name: str) -> tuple[str, Path]:
+    """What a data set's name stands for, whatever its images' size, the frames that recordings are cut into, and the
+    way a path is written."""
+    kind, _, path = re.sub(r"^by-time:|@\d+$", "", name).rpartition(":")
+    return kind, Path(path).expanduser().resolve()
+
+
+def refuse_classes(engine: Engine, name: str, names: tuple[str, ...]) -> None:
+    """A label means another class to the data than to the model. (A .npz need not name its classes.)"""
+    own, others = (
+        f"{len(n)} classes ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for n in (engine.class_names, names)
+    )
+    raise ValueError(
+        f"the labels of {name} do not match the model's: it has {others}, {engine.path.name} knows {own}; "
+        "is this the data it was trained on?"
+    )
+
+
+def as_model_input(engine: Engine, pixels: Any, **statistics: Any) -> Any:
+    """uint8 pixels `[..., C, H, W]` as the graph takes them: as they are, or normalised where it does not do so itself.
+
+    Args:
+        statistics: mean and std for a model that does not say with which ones it was trained.
+
+    Raises:
+        ValueError: it does not say, and none are given.
+    """
+    import numpy as np
+
+    from tetdeploy.data.image_files import FileImages
+
+    if engine.input_dtype == np.uint8:
+        return pixels
+    known = statistics | engine.metadata["source"].get("data", {})
+    if "mean" not in known:
+        raise ValueError(f"{engine.path.name} takes normalised float32 input and does not say how; run it from Python")
+    mean, std = (np.array(known[key], np.float32)[:, None, None] for key in ("mean", "std"))
+
+    def normalised(pixels: Any) -> Any:
+        return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+    return pixels.converted(normalised) if isinstance(pixels, FileImages) else normalised(pixels)
+
+
+def network_of(config: Any, own: str | None) -> Any:
+    """A network for a configuration; the user's own is imported only if `own`, from --model, names that very function.
+
+    Raises:
+        ValueError: the checkpoint needs --model, or was made with another one.
+    """
+    from tetdeploy.networks import build_network, import_network
+
+    if own is not None and own != config.model:
+        raise ValueError(f"--model {own} is not what this checkpoint was trained with: {config.model}")
+    return import_network(config) if own is not None and config.is_own else build_network(config)
+
+
+def load_classifier(file: Path, metadata: Mapping[str, Any], own: str | None) -> Any:
+    """The classifier of a checkpoint; `own` is --model, for a network of the user's own."""
+    from tetdeploy.checkpoint import load
+    from tetdeploy.networks import NetworkConfig
+
+    return load(file, network=network_of(NetworkConfig(**metadata["network"]), own))
