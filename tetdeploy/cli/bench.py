@@ -10,13 +10,15 @@ import click
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import load_inputs
 from tetdeploy.cli.options import (
+    ChosenModel,
     console,
     data_dir_option,
-    newest_export,
     opens_model,
+    output_path,
     parsed_steps,
     print_notes,
     progress_bar,
+    result_option,
 )
 
 if TYPE_CHECKING:
@@ -71,16 +73,11 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 )
 @data_dir_option
 @opens_model(threads=False)
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Where the result goes. [default: MODEL.bench.json]",
-)
+@result_option(".bench.json")
 @click.pass_context
 def bench(
     ctx: click.Context,
-    model: Path | None,
+    chosen: ChosenModel,
     batches: tuple[int, ...],
     threads: tuple[int, ...] | None,
     steps: tuple[int, ...] | None,
@@ -88,9 +85,6 @@ def bench(
     seconds: float | None,
     data: str | None,
     data_dir: Path,
-    device: str,
-    runtime: str,
-    runs: Path,
     json_path: Path | None,
 ) -> None:
     """Latency and throughput of an exported model on this machine.
@@ -99,25 +93,24 @@ def bench(
     turns. Ctrl-C keeps what was timed. Writes MODEL.bench.json, which tetdeploy report shows. Needs no torch.
     """
     from tetdeploy.bench import Bench
-    from tetdeploy.files import check_writable, write_json
+    from tetdeploy.files import write_json
     from tetdeploy.machine import usable_cores
 
     if repeats is not None and seconds is not None:
         raise click.UsageError("--repeats and --seconds exclude each other")
     cores = usable_cores()
-    threads = threads or (tuple(sorted({1, cores})) if device == "cpu" else (1,))
+    threads = threads or (tuple(sorted({1, cores})) if chosen.device == "cpu" else (1,))
     if max(threads) > cores:
         console.print(f"{max(threads)} threads on {cores} cores: they will wait for each other", style="yellow")
     timing = Bench(
-        model or newest_export(runs),
+        chosen.path,
         batches=batches,
         threads=threads,
         steps=steps or (),
-        device=device,
-        runtime=runtime,
+        device=chosen.device,
+        runtime=chosen.runtime,
     )
-    json_path = json_path or timing.engine.path.with_suffix(".bench.json")
-    check_writable(json_path, remedy="choose another with --json")
+    json_path = output_path(json_path, "--json", timing.engine, ".bench.json")
     name, x = _inputs(timing, data, data_dir)
     interrupted = False
     try:

@@ -10,12 +10,12 @@ from tetdeploy.cli.inputs import default_steps, held_out
 from tetdeploy.cli.options import (
     PARTS,
     STEPS,
+    ChosenModel,
     console,
     data_dir_option,
+    image_bar,
     json_option,
-    newest_export,
     opens_model,
-    progress_bar,
 )
 
 
@@ -74,7 +74,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @opens_model()
 @json_option
 def calibrate(
-    model: Path | None,
+    chosen: ChosenModel,
     data: str | None,
     data_dir: Path,
     split: str | None,
@@ -85,10 +85,6 @@ def calibrate(
     confident: bool,
     min_T: int,
     batch_size: int,
-    device: str,
-    runtime: str,
-    threads: int | None,
-    runs: Path,
     json_path: Path | None,
 ) -> None:
     """When is an answer certain enough to stop? The threshold of early exit, from held-out images.
@@ -100,11 +96,10 @@ def calibrate(
     from tetdeploy.early_exit import CRITERIA, exit_path
     from tetdeploy.early_exit.calibration import answer, check_min_T
     from tetdeploy.early_exit.calibration import calibrate as find
-    from tetdeploy.engine import Engine
     from tetdeploy.files import check_writable, write_json
     from tetdeploy.report.early_exit import calibration_shown
 
-    engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
+    engine = chosen.engine()
     engine.check_early_exit()
     rule = exit_path(engine.path)
     check_writable(rule, remedy="copy the model to another folder")
@@ -114,9 +109,8 @@ def calibrate(
     engine.check_T(T, engine.check_input(x[:1]))
     check_min_T(min_T, T)
     criteria = CRITERIA if criterion == "both" else tuple(c for c in CRITERIA if c == criterion)
-    with progress_bar("images") as bar:
-        task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
-        answers = answer(engine, x, labels, T, batch_size=batch_size, tick=lambda done: bar.advance(task, done))
+    with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
+        answers = answer(engine, x, labels, T, batch_size=batch_size, tick=tick)
     found = find(answers, loss=loss / 100, criteria=criteria, min_T=min_T, confident=confident)
     result = found.to_dict(engine, name)
     for path in written:

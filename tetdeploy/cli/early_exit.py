@@ -9,11 +9,13 @@ import click
 from tetdeploy.cli.inputs import load_inputs
 from tetdeploy.cli.options import (
     STEPS,
+    ChosenModel,
     console,
     data_dir_option,
-    newest_export,
+    image_bar,
     opens_model,
-    progress_bar,
+    output_path,
+    result_option,
 )
 
 
@@ -39,23 +41,14 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     "--batch-size", default=64, show_default=True, type=click.IntRange(min=1), help="Images that start together."
 )
 @opens_model()
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Where the result goes. [default: MODEL.early-exit.json]",
-)
+@result_option(".early-exit.json")
 def early_exit(
-    model: Path | None,
+    chosen: ChosenModel,
     T: int | None,
     data: str | None,
     data_dir: Path,
     limit: int | None,
     batch_size: int,
-    device: str,
-    runtime: str,
-    threads: int | None,
-    runs: Path,
     json_path: Path | None,
 ) -> None:
     """What early exit keeps and saves, on a test set: accuracy, steps, energy, time.
@@ -66,23 +59,18 @@ def early_exit(
     """
     from tetdeploy.early_exit import load_calibration, load_exit
     from tetdeploy.early_exit.savings import measure
-    from tetdeploy.engine import Engine
-    from tetdeploy.files import check_writable, write_json
+    from tetdeploy.files import write_json
     from tetdeploy.report.early_exit import savings_shown
 
-    engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
+    engine = chosen.engine()
     engine.check_early_exit()
     T = T or load_calibration(engine.path)[1]
     exit = load_exit(engine.path, T)
-    json_path = json_path or engine.path.with_suffix(".early-exit.json")
-    check_writable(json_path, remedy="choose another with --json")
+    json_path = output_path(json_path, "--json", engine, ".early-exit.json")
     name, x, labels = load_inputs(engine, data, data_dir, limit)
     engine.check_T(T, engine.check_input(x[:1]))
-    with progress_bar("images") as bar:
-        task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
-        result = measure(
-            engine, x, labels, exit, T, data=name, batch_size=batch_size, tick=lambda done: bar.advance(task, done)
-        )
+    with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
+        result = measure(engine, x, labels, exit, T, data=name, batch_size=batch_size, tick=tick)
     write_json(json_path, result)
     for part in savings_shown(result):
         console.print(part)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,7 +28,7 @@ from tetdeploy.standard_output import StandardOutput
 from tetdeploy.steps import MAX_T, parse_steps
 
 if TYPE_CHECKING:
-    pass
+    from tetdeploy.engine import Engine
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -88,6 +91,28 @@ json_option = click.option(
     callback=checked_output,
     help="Also write the result here.",
 )
+
+
+def result_option(ending: str) -> Callable[[F], F]:
+    """The --json of a command that always writes its result, by default beside the model, see `output_path`."""
+    return click.option(
+        "--json",
+        "json_path",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help=f"Where the result goes. [default: MODEL{ending}]",
+    )
+
+
+def output_path(given: Path | None, option: str, engine: Engine, ending: str) -> Path:
+    """Where an output goes: beside the model, unless the option says otherwise. One that cannot be written is refused
+    before the work whose result goes there."""
+    from tetdeploy.files import check_writable
+
+    path = given or engine.path.with_suffix(ending)
+    check_writable(path, remedy=f"choose another with {option}")
+    return path
+
+
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all cores by default.")
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="cpu, cuda or tensorrt; no other is used in its place."
@@ -100,15 +125,47 @@ runtime_option = click.option(
 )
 
 
-def opens_model(*, threads: bool = True) -> Callable[[F], F]:
+@dataclass(frozen=True)
+class ChosenModel:
+    """MODEL and how it is to be opened, as `opens_model` gives them to a command."""
+
+    given: Path | None
+    runs: Path
+    device: str
+    runtime: str
+    threads: int | None
+
+    @property
+    def path(self) -> Path:
+        """The newest export where none is named.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        return self.given or newest_export(self.runs)
+
+    def engine(self) -> Engine:
+        """Opens it, which may fail: first comes what is wrong with the options."""
+        from tetdeploy.engine import Engine
+
+        return Engine(self.path, device=self.device, threads=self.threads, runtime=self.runtime)
+
+
+def opens_model(*, threads: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """MODEL and how it is opened: --device, --runtime, --threads (unless the command has its own) and --runs, among
-    which the newest export is MODEL's default."""
+    which the newest export is MODEL's default. The command gets them as one `ChosenModel`, `chosen`."""
     options = [device_option, runtime_option, *([threads_option] if threads else []), runs_option]
 
-    def decorate(command: F) -> F:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def with_model(*arguments: Any, model: Path | None, runs: Path, device: str, runtime: str, **given: Any) -> Any:
+            own = given.pop("threads") if threads else None
+            return command(*arguments, chosen=ChosenModel(model, runs, device, runtime, own), **given)
+
+        decorated: Callable[..., Any] = with_model
         for option in reversed(options):
-            command = option(command)
-        return click.argument("model", required=False, type=click.Path(path_type=Path))(command)
+            decorated = option(decorated)
+        return click.argument("model", required=False, type=click.Path(path_type=Path))(decorated)
 
     return decorate
 
@@ -148,6 +205,14 @@ def progress_bar(rate_of: str = "") -> Progress:
     columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     rate = (_Rate(rate_of),) if rate_of else ()
     return Progress(*columns, *rate, console=stderr, disable=not shown, transient=True)
+
+
+@contextmanager
+def image_bar(what: str, num_images: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar of images; what it gives takes the number of those newly done."""
+    with progress_bar("images") as bar:
+        task = bar.add_task(what, total=num_images)
+        yield lambda done: bar.advance(task, done)
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -10,15 +10,16 @@ import click
 
 from tetdeploy.cli.inputs import default_steps, load_inputs
 from tetdeploy.cli.options import (
+    ChosenModel,
     check_plot,
     console,
     data_dir_option,
-    json_option,
-    newest_export,
+    image_bar,
     opens_model,
+    output_path,
     parsed_steps,
     print_notes,
-    progress_bar,
+    result_option,
 )
 
 if TYPE_CHECKING:
@@ -65,12 +66,12 @@ Examples:
 @click.option("--ac-pj", type=float, help="Picojoules of an accumulate. [default: 0.9 for fp32; 45 nm]")
 @click.option("--mac-pj", type=float, help="Picojoules of a multiply-accumulate. [default: 4.6 for fp32; 45 nm]")
 @opens_model()
-@json_option
+@result_option(".sweep.json")
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Where the plot goes. [default: MODEL.sweep.png]"
 )
 def sweep(
-    model: Path | None,
+    chosen: ChosenModel,
     steps: tuple[int, ...] | None,
     data: str | None,
     data_dir: Path,
@@ -81,10 +82,6 @@ def sweep(
     other_ops: bool,
     ac_pj: float | None,
     mac_pj: float | None,
-    device: str,
-    runtime: str,
-    threads: int | None,
-    runs: Path,
     json_path: Path | None,
     plot: Path | None,
 ) -> None:
@@ -93,16 +90,14 @@ def sweep(
     MODEL is an .onnx file; the newest export by default. Accuracy and operations at every T come from one run over the
     test set. Needs no torch.
     """
-    from tetdeploy.engine import Engine
     from tetdeploy.extras import import_extra
-    from tetdeploy.files import check_writable
     from tetdeploy.picojoules import energy_constants
 
     if plot is not None:
         import_extra("matplotlib", "report")  # before any work
-    engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
-    for path, option in zip(sweep_paths(engine, json_path, plot), ("--json", "--plot"), strict=True):
-        check_writable(path, remedy=f"choose another with {option}")
+    engine = chosen.engine()
+    json_path = output_path(json_path, "--json", engine, ".sweep.json")
+    picture = output_path(plot, "--plot", engine, ".sweep.png")
     if plot is not None:
         check_plot(plot)
     wanted = steps or default_steps(engine)
@@ -112,7 +107,7 @@ def sweep(
     result = run_sweep(engine, wanted, data, data_dir, limit=limit, batch_size=batch_size, constants=constants)
     print_sweep(result, engine, conventions)
     print_details(result, engine, conventions, layers=show_layers, other_ops=other_ops)
-    save_sweep(result, engine, json_path, plot)
+    save_sweep(result, engine, json_path, picture)
 
 
 def run_sweep(
@@ -129,18 +124,8 @@ def run_sweep(
     from tetdeploy.sweep import sweep as measure
 
     name, x, labels = load_inputs(engine, data, data_dir, limit)
-    with progress_bar() as bar:
-        task = bar.add_task(f"{engine.path.name} on {name}", total=len(x))
-        return measure(
-            engine,
-            x,
-            labels,
-            steps,
-            data=name,
-            batch_size=batch_size,
-            constants=constants,
-            tick=lambda done: bar.advance(task, done),
-        )
+    with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
+        return measure(engine, x, labels, steps, data=name, batch_size=batch_size, constants=constants, tick=tick)
 
 
 def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> None:
@@ -201,18 +186,12 @@ def _prices(result: Sweep) -> str:
     )
 
 
-def sweep_paths(engine: Engine, json_path: Path | None, plot: Path | None) -> tuple[Path, Path]:
-    """Where JSON and PNG go: beside the model unless told otherwise."""
-    return json_path or engine.path.with_suffix(".sweep.json"), plot or engine.path.with_suffix(".sweep.png")
-
-
-def save_sweep(result: Sweep, engine: Engine, json_path: Path | None, plot: Path | None) -> None:
-    """Write JSON and PNG, beside the model unless told otherwise."""
+def save_sweep(result: Sweep, engine: Engine, json_path: Path, picture: Path) -> None:
+    """Write JSON, and where matplotlib is there PNG."""
     from tetdeploy.extras import MissingExtraError
     from tetdeploy.files import write_json
     from tetdeploy.report import plot_sweep
 
-    json_path, picture = sweep_paths(engine, json_path, plot)
     write_json(json_path, result.to_dict())
     written = [str(json_path)]
     try:

@@ -12,12 +12,15 @@ from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.gates import FAILED, Gate, check_gates, describe, parse_gates, place_gates
 from tetdeploy.cli.inputs import default_steps, load_classifier, load_inputs
 from tetdeploy.cli.options import (
+    ChosenModel,
     console,
     data_dir_option,
-    newest_export,
+    image_bar,
     opens_model,
+    output_path,
     parsed_steps,
     progress_bar,
+    result_option,
 )
 
 if TYPE_CHECKING:
@@ -75,16 +78,11 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
 @click.option("--restart", is_flag=True, help="Begin anew where an earlier run was interrupted.")
 @opens_model()
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Where the result goes. [default: MODEL.validate.json]",
-)
+@result_option(".validate.json")
 @click.pass_context
 def validate(
     ctx: click.Context,
-    model: Path | None,
+    chosen: ChosenModel,
     steps: tuple[int, ...] | None,
     data: str | None,
     data_dir: Path,
@@ -96,10 +94,6 @@ def validate(
     layers: bool | None,
     batch_size: int,
     restart: bool,
-    device: str,
-    runtime: str,
-    threads: int | None,
-    runs: Path,
     json_path: Path | None,
 ) -> None:
     """Does an exported model compute what PyTorch computes, here?
@@ -108,15 +102,12 @@ def validate(
     compared with PyTorch's answers; with --data the accuracy at each T as well. Neither needs torch. --against runs
     PyTorch side by side. Ctrl-C keeps what is done; the same command goes on. Writes MODEL.validate.json.
     """
-    from tetdeploy.engine import Engine
-    from tetdeploy.files import check_writable, write_json
-    from tetdeploy.report.validation import shown
+    from tetdeploy.files import write_json
 
     if against is None and (num_torch is not None or network is not None):
         raise click.UsageError("--num-torch and --model go with --against CHECKPOINT")
-    engine = Engine(model or newest_export(runs), device=device, threads=threads, runtime=runtime)
-    json_path = json_path or engine.path.with_suffix(".validate.json")
-    check_writable(json_path, remedy="choose another with --json")
+    engine = chosen.engine()
+    json_path = output_path(json_path, "--json", engine, ".validate.json")
     partial_path = json_path.with_suffix(".partial.npz")
     long = against is not None or data is not None
     if restart and long:
@@ -124,7 +115,7 @@ def validate(
     job = _Job(engine, steps, gates, batch_size)
     try:
         if against is not None:
-            beside, digest = _beside(engine, against, network, threads)
+            beside, digest = _beside(engine, against, network, chosen.threads)
             inputs = load_inputs(engine, data, data_dir, limit)
             result = job.side_by_side(*inputs, beside, digest, 2000 if num_torch is None else num_torch, partial_path)
         elif data is not None:
@@ -138,15 +129,22 @@ def validate(
     write_json(json_path, result)
     if long:
         partial_path.unlink(missing_ok=True)
-    for part in shown(result, layers=against is not None if layers is None else layers):
+    failed = [gate for gate in result["gates"] if not gate["passed"]]
+    _tell(result, failed, json_path, layers=against is not None if layers is None else layers)
+    if failed:
+        ctx.exit(FAILED)
+
+
+def _tell(result: dict[str, Any], failed: list[dict[str, Any]], json_path: Path, *, layers: bool) -> None:
+    """What was found, and where it lies."""
+    from tetdeploy.report.validation import shown
+
+    for part in shown(result, layers=layers):
         console.print(part)
     console.print(str(json_path), markup=False)
-    failed = [gate for gate in result["gates"] if not gate["passed"]]
     for gate in failed:
         console.print(f"[red]failed:[/red] {describe(gate)}")
     console.print(f"next: tetdeploy report {json_path}", markup=False)
-    if failed:
-        ctx.exit(FAILED)
 
 
 class _Job:
@@ -246,11 +244,8 @@ class _Job:
     def _compare(self, reference: Reference, T: int) -> Any:
         from tetdeploy.agreement import compare_reference
 
-        with progress_bar("images") as bar:
-            task = bar.add_task("reference images", total=len(reference.x))
-            return compare_reference(
-                self.engine, reference, T, batch_size=self.batch_size, tick=lambda done: bar.advance(task, done)
-            )
+        with image_bar("reference images", len(reference.x)) as tick:
+            return compare_reference(self.engine, reference, T, batch_size=self.batch_size, tick=tick)
 
     def _finish(self, run: Pass, partial: Partial) -> None:
         """Run a pass to its end, with a bar for the images that PyTorch sees too and one for the others."""
