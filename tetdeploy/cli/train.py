@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetdeploy.cli.beginnings import (
+    HOW_OPTIONS,
+    NETWORK_OPTIONS,
+    begin,
+    check_beginnings,
+    check_same_inputs,
+    start_from,
+)
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import network_of
 from tetdeploy.cli.options import console, data_dir_option, json_option, runs_option
@@ -19,15 +27,11 @@ from tetdeploy.extras import import_extra
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier, NetworkConfig
-    from tetdeploy.train import How, SeedsResult, TrainConfig, TrainResult
+    from tetdeploy.train import SeedsResult, TrainConfig, TrainResult
     from tetdeploy.train.ranks import Ranks
 
-# What fine-tuning in 8 bits takes over from the checkpoint, and what it has of its own; what is given comes first.
-_KEPT_BY_QAT = ("T", "batch_size", "label_smoothing", "clip", "lam", "phi", "val_fraction", "augment", "cutout")
-_QAT_DEFAULTS = {"lr": 1e-4, "epochs": 2}
-_NETWORK_OPTIONS = ("model", "width", "tau", "v_th", "gamma", "ann", "smooth_spike")
+
 _OF_BUILT_IN = ("width", "tau", "v_th", "gamma")
-_HOW = ("cuda_graphs", "recompute", "shards_mb")  # of no effect on the result
 
 
 @click.command(
@@ -188,39 +192,28 @@ def train(
     RUN/last.safetensors (for --resume), RUN/metrics.jsonl and RUN/config.json. Ctrl-C saves and stops.
     """
     import_extra("torch", "train")
-    from tetdeploy.checkpoint import newest_run
     from tetdeploy.train import train as run_training
     from tetdeploy.train import train_seeds
     from tetdeploy.train.ranks import process_group
-    from tetdeploy.train.runs import read_run_config
 
-    _check_beginnings(ctx, resume=resume is not None, init=init is not None, restart=restart_from is not None)
-    options = {name: value for name, value in options.items() if name not in _HOW}
+    check_beginnings(ctx)
+    options = {name: value for name, value in options.items() if name not in HOW_OPTIONS}
     default_by_network(ctx, options)
-    before: Mapping[str, Any] = {}
     with ExitStack() as made, process_group() as ranks, _one_voice(ranks):
         with ranks.first(), _naming(config):
-            if resume is not None:
-                out = Path(resume) if resume else out or newest_run(runs)
-                settings = read_run_config(out)
-                seeds = _take_settings(ctx, settings, options) or seeds
-                before = settings.get("how", {})
-            elif restart_from is not None:
-                before = _take_carried(ctx, restart_from, options)
-            elif options["qat"]:
-                _take_checkpoint(ctx, init, options)
-            how = _how(ctx, before)
-            several = _parse_seeds(ctx, seeds, init)
+            begun = begin(ctx, options, out=out, seeds=seeds)
+            several = _parse_seeds(ctx, begun.seeds, init)
             job = _job(ctx, options)
             if options["qat"] and init is not None:
-                _check_same_inputs(init, job)
+                check_same_inputs(init, job.train)
+        out = begun.out
         if out is None and ranks.writes:
             out = made.enter_context(_new_folder(runs, config, job))
         out = ranks.agreed(out)
         assert out is not None
         json_path = json_path if ranks.writes else None
         also: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
-        also["how"] = how
+        also["how"] = begun.how
         if several:
             recipe = None if config is None else str(config)
             many = train_seeds(job.classifier, job.train, job.val, job.config, several, out, recipe=recipe, **also)
@@ -228,7 +221,7 @@ def train(
             return
         classifier = job.classifier(job.config.seed)
         if init is not None:
-            _start_from(classifier, init)
+            start_from(classifier, init)
         also["restart_from"] = restart_from
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **also), job, json_path)
 
@@ -303,7 +296,7 @@ def _job(ctx: click.Context, options: dict[str, Any]) -> _Job:
     from tetdeploy.data import load_parts
 
     name, data_dir = options.pop("data"), options.pop("data_dir")
-    network = {option: options.pop(option) for option in _NETWORK_OPTIONS}
+    network = {option: options.pop(option) for option in NETWORK_OPTIONS}
     unused = [option for option in _OF_BUILT_IN if ":" in network["model"] and is_given(ctx, option)]
     if unused:
         raise click.UsageError(
@@ -361,104 +354,6 @@ def _parse_seeds(ctx: click.Context, text: str, init: Path | None) -> tuple[int,
     if init is not None:
         raise click.UsageError("--init gives the same weights to every seed; choose --init or --seeds")
     return seeds
-
-
-def _check_beginnings(ctx: click.Context, *, resume: bool, init: bool, restart: bool) -> None:
-    """Refuse options that begin a run in different ways."""
-    if init and resume:
-        raise click.UsageError("--init starts a new run and --resume goes on with one: choose one of them")
-    if restart and (resume or init or ctx.params["seeds"] or ctx.params["qat"]):
-        raise click.UsageError(
-            "--restart-from goes on with one run from its weights: not together with --resume, --init, --seeds or --qat"
-        )
-
-
-def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Give options that were neither typed nor in a recipe the settings of the run that the weights are from.
-
-    Returns:
-        How that run ran, see `_how`.
-
-    Raises:
-        ValueError: there are none, or their network is the user's own and not named.
-    """
-    from tetdeploy.train.restart import find_restart
-
-    restart = find_restart(weights)
-    settings = restart.settings
-    if ":" in str(settings["network"].get("model")) and not is_given(ctx, "model"):
-        raise ValueError(f"{weights} holds a network of your own: pass --model {settings['network']['model']}")
-    here = {name: value for name, value in settings["training"].items() if name != "device"}
-    _take_settings(ctx, settings | {"training": here}, options)
-    return restart.how
-
-
-def _take_settings(ctx: click.Context, settings: Mapping[str, Any], options: dict[str, Any]) -> str:
-    """Give options that were neither typed nor in a recipe the settings of a run; its seeds, if it has several."""
-    data = {"data": settings.get("data", {}).get("name", options["data"])}
-    for name, value in {**settings.get("network", {}), **settings.get("training", {}), **data}.items():
-        if name in options and not is_given(ctx, name):
-            options[name] = value
-    return "" if is_given(ctx, "seeds") else ",".join(map(str, settings.get("seeds", ())))
-
-
-def _how(ctx: click.Context, before: Mapping[str, Any]) -> How:
-    """What was typed or is in a recipe, else as the run ran that is gone on with."""
-    from tetdeploy.train import How
-
-    values = {name: ctx.params[name] if is_given(ctx, name) else before.get(name, ctx.params[name]) for name in _HOW}
-    return How(**values | {"shards_mb": values["shards_mb"] or None})
-
-
-def _take_checkpoint(ctx: click.Context, init: Path | None, options: dict[str, Any]) -> None:
-    """Give options that were neither typed nor in a recipe what the checkpoint to fine-tune says, or qat's defaults.
-
-    Raises:
-        ValueError: an option of the network was given that disagrees, or the network is the user's own and not named.
-    """
-    from tetdeploy.checkpoint import read_metadata
-
-    if init is None:
-        raise click.UsageError("--qat fine-tunes a trained network: name its run or checkpoint with --init")
-    metadata = read_metadata(init)
-    network, training = metadata["network"], metadata["training"]
-    if ":" in str(network["model"]) and not is_given(ctx, "model"):
-        raise ValueError(f"{init} holds a network of your own: pass --model {network['model']}")
-    for name in _NETWORK_OPTIONS:
-        value = network.get(name, options[name])
-        if is_given(ctx, name) and options[name] != value:
-            raise ValueError(f"{init} has {name} {value}, not {options[name]}: leave it out")
-        options[name] = value
-    kept = {name: training[name] for name in _KEPT_BY_QAT if name in training}
-    kept["loss"] = "tet" if training.get("switch_to_tet") else training.get("loss", options["loss"])
-    for name, value in {**kept, **_QAT_DEFAULTS, "data": metadata["data"]["name"]}.items():
-        if not is_given(ctx, name):
-            options[name] = value
-
-
-def _start_from(classifier: Classifier, init: Path) -> None:
-    """Take the weights of `init`, and say which ones its number of classes leaves out."""
-    from tetdeploy.checkpoint import load_weights, read_metadata
-
-    if anew := load_weights(classifier, init, other_classes=True):
-        known, num_classes = read_metadata(init)["network"]["num_classes"], classifier.config.num_classes
-        console.print(
-            f"{init} knows {known} classes, {classifier.data} has {num_classes}: {', '.join(anew)} start anew",
-            style="yellow",
-            markup=False,
-        )
-
-
-def _check_same_inputs(init: Path, job: _Job) -> None:
-    """Refuse data of another kind than the checkpoint's network takes."""
-    from tetdeploy.checkpoint import read_metadata
-
-    data = read_metadata(init)["data"]
-    theirs = data.get("encoding", "direct"), list(data["image_shape"]), len(data["class_names"])
-    ours = job.train.encoding, list(job.train.image_shape), len(job.train.class_names)
-    if theirs != ours:
-        wanted, got = (f"{encoding} input {shape} of {count} classes" for encoding, shape, count in (theirs, ours))
-        raise ValueError(f"{init} takes {wanted}; {job.train.name} has {got}: choose the --data it was trained on")
 
 
 def _new_folder(runs: Path, recipe: Path | None, job: _Job) -> AbstractContextManager[Path]:

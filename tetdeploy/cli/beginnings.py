@@ -1,0 +1,167 @@
+"""Where a run of `tetdeploy train` begins, and what it takes over: from a run, its weights alone, or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tetdeploy.cli.options import console
+from tetdeploy.cli.recipe import is_given
+
+if TYPE_CHECKING:
+    from tetdeploy.data import LabelledSet
+    from tetdeploy.networks import Classifier
+    from tetdeploy.train import How
+
+NETWORK_OPTIONS = ("model", "width", "tau", "v_th", "gamma", "ann", "smooth_spike")
+HOW_OPTIONS = ("cuda_graphs", "recompute", "shards_mb")  # of no effect on the result
+
+# What fine-tuning in 8 bits takes over from the checkpoint, and what it has of its own; what is given comes first.
+_KEPT_BY_QAT = ("T", "batch_size", "label_smoothing", "clip", "lam", "phi", "val_fraction", "augment", "cutout")
+_QAT_DEFAULTS = {"lr": 1e-4, "epochs": 2}
+
+
+def check_beginnings(ctx: click.Context) -> None:
+    """Refuse options that begin a run in different ways."""
+    resume, init, restart = (ctx.params[name] is not None for name in ("resume", "init", "restart_from"))
+    if init and resume:
+        raise click.UsageError("--init starts a new run and --resume goes on with one: choose one of them")
+    if restart and (resume or init or ctx.params["seeds"] or ctx.params["qat"]):
+        raise click.UsageError(
+            "--restart-from goes on with one run from its weights: not together with --resume, --init, --seeds or --qat"
+        )
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What decides a run beside its options.
+
+    Attributes:
+        out: the folder; None for a new one.
+        seeds: as --seeds is typed.
+        how: see `_how`.
+    """
+
+    out: Path | None
+    seeds: str
+    how: How
+
+
+def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seeds: str) -> Beginning:
+    """Give options that were neither typed nor in a recipe what the run or the checkpoint has that is begun from.
+
+    Args:
+        out, seeds: those given; a run that is resumed has its own.
+
+    Raises:
+        ValueError: see `_take_carried` and `_take_checkpoint`.
+    """
+    from tetdeploy.checkpoint import newest_run
+    from tetdeploy.train.runs import read_run_config
+
+    resume, restart_from = ctx.params["resume"], ctx.params["restart_from"]
+    before: Mapping[str, Any] = {}
+    if resume is not None:
+        out = Path(resume) if resume else out or newest_run(ctx.params["runs"])
+        settings = read_run_config(out)
+        seeds = _take_settings(ctx, settings, options) or seeds
+        before = settings.get("how", {})
+    elif restart_from is not None:
+        before = _take_carried(ctx, restart_from, options)
+    elif options["qat"]:
+        _take_checkpoint(ctx, ctx.params["init"], options)
+    return Beginning(out, seeds, _how(ctx, before))
+
+
+def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Give options that were neither typed nor in a recipe the settings of the run that the weights are from.
+
+    Returns:
+        How that run ran, see `_how`.
+
+    Raises:
+        ValueError: there are none, or their network is the user's own and not named.
+    """
+    from tetdeploy.train.restart import find_restart
+
+    restart = find_restart(weights)
+    settings = restart.settings
+    if ":" in str(settings["network"].get("model")) and not is_given(ctx, "model"):
+        raise ValueError(f"{weights} holds a network of your own: pass --model {settings['network']['model']}")
+    here = {name: value for name, value in settings["training"].items() if name != "device"}
+    _take_settings(ctx, settings | {"training": here}, options)
+    return restart.how
+
+
+def _take_settings(ctx: click.Context, settings: Mapping[str, Any], options: dict[str, Any]) -> str:
+    """Give options that were neither typed nor in a recipe the settings of a run; its seeds, if it has several."""
+    data = {"data": settings.get("data", {}).get("name", options["data"])}
+    for name, value in {**settings.get("network", {}), **settings.get("training", {}), **data}.items():
+        if name in options and not is_given(ctx, name):
+            options[name] = value
+    return "" if is_given(ctx, "seeds") else ",".join(map(str, settings.get("seeds", ())))
+
+
+def _how(ctx: click.Context, before: Mapping[str, Any]) -> How:
+    """What was typed or is in a recipe, else as the run ran that is gone on with."""
+    from tetdeploy.train import How
+
+    values = {
+        name: ctx.params[name] if is_given(ctx, name) else before.get(name, ctx.params[name]) for name in HOW_OPTIONS
+    }
+    return How(**values | {"shards_mb": values["shards_mb"] or None})
+
+
+def _take_checkpoint(ctx: click.Context, init: Path | None, options: dict[str, Any]) -> None:
+    """Give options that were neither typed nor in a recipe what the checkpoint to fine-tune says, or qat's defaults.
+
+    Raises:
+        ValueError: an option of the network was given that disagrees, or the network is the user's own and not named.
+    """
+    from tetdeploy.checkpoint import read_metadata
+
+    if init is None:
+        raise click.UsageError("--qat fine-tunes a trained network: name its run or checkpoint with --init")
+    metadata = read_metadata(init)
+    network, training = metadata["network"], metadata["training"]
+    if ":" in str(network["model"]) and not is_given(ctx, "model"):
+        raise ValueError(f"{init} holds a network of your own: pass --model {network['model']}")
+    for name in NETWORK_OPTIONS:
+        value = network.get(name, options[name])
+        if is_given(ctx, name) and options[name] != value:
+            raise ValueError(f"{init} has {name} {value}, not {options[name]}: leave it out")
+        options[name] = value
+    kept = {name: training[name] for name in _KEPT_BY_QAT if name in training}
+    kept["loss"] = "tet" if training.get("switch_to_tet") else training.get("loss", options["loss"])
+    for name, value in {**kept, **_QAT_DEFAULTS, "data": metadata["data"]["name"]}.items():
+        if not is_given(ctx, name):
+            options[name] = value
+
+
+def start_from(classifier: Classifier, init: Path) -> None:
+    """Take the weights of `init`, and say which ones its number of classes leaves out."""
+    from tetdeploy.checkpoint import load_weights, read_metadata
+
+    if anew := load_weights(classifier, init, other_classes=True):
+        known, num_classes = read_metadata(init)["network"]["num_classes"], classifier.config.num_classes
+        console.print(
+            f"{init} knows {known} classes, {classifier.data} has {num_classes}: {', '.join(anew)} start anew",
+            style="yellow",
+            markup=False,
+        )
+
+
+def check_same_inputs(init: Path, data: LabelledSet) -> None:
+    """Refuse data of another kind than the checkpoint's network takes."""
+    from tetdeploy.checkpoint import read_metadata
+
+    kept = read_metadata(init)["data"]
+    theirs = kept.get("encoding", "direct"), list(kept["image_shape"]), len(kept["class_names"])
+    ours = data.encoding, list(data.image_shape), len(data.class_names)
+    if theirs != ours:
+        wanted, got = (f"{encoding} input {shape} of {count} classes" for encoding, shape, count in (theirs, ours))
+        raise ValueError(f"{init} takes {wanted}; {data.name} has {got}: choose the --data it was trained on")
