@@ -23,7 +23,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from tetdeploy.cli import main
-from tetdeploy.cli.options import newest_export, progress_bar
+from tetdeploy.cli.options import newest_export
+from tetdeploy.cli.terminal import progress_bar
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tetdeploy import sweep as sweeping
-from tetdeploy.cli.options import console as terminal
 from tetdeploy.cli.sweep import print_details
 from tetdeploy.cli.sweep import sweep as sweep_command
+from tetdeploy.cli.terminal import console as terminal
 from tetdeploy.energy import CONVENTIONS, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.picojoules import CONSTANTS, EnergyConstants

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.options import console
 from tetdeploy.cli.recipe import is_given
+from tetdeploy.cli.terminal import console
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet

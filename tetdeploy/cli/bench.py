@@ -9,17 +9,8 @@ import click
 
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import load_inputs
-from tetdeploy.cli.options import (
-    ChosenModel,
-    console,
-    data_dir_option,
-    opens_model,
-    output_path,
-    parsed_steps,
-    print_notes,
-    progress_bar,
-    result_option,
-)
+from tetdeploy.cli.options import ChosenModel, data_dir_option, opens_model, output_path, parsed_steps, result_option
+from tetdeploy.cli.terminal import console, print_notes, progress_bar
 
 if TYPE_CHECKING:
     from tetdeploy.bench import Bench

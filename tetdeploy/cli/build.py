@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.options import console, json_option, newest_export, progress_bar, runs_option
+from tetdeploy.cli.options import json_option, newest_export, runs_option
+from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:

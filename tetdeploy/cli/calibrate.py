@@ -7,16 +7,8 @@ from pathlib import Path
 import click
 
 from tetdeploy.cli.inputs import default_steps, held_out
-from tetdeploy.cli.options import (
-    PARTS,
-    STEPS,
-    ChosenModel,
-    console,
-    data_dir_option,
-    image_bar,
-    json_option,
-    opens_model,
-)
+from tetdeploy.cli.options import PARTS, STEPS, ChosenModel, data_dir_option, json_option, opens_model
+from tetdeploy.cli.terminal import console, image_bar
 
 
 @click.command(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tetdeploy.cli.options import console
+from tetdeploy.cli.terminal import console
 from tetdeploy.extras import import_extra
 
 FORMATS = ("triton-repository", "kserve")

@@ -7,16 +7,8 @@ from pathlib import Path
 import click
 
 from tetdeploy.cli.inputs import load_inputs
-from tetdeploy.cli.options import (
-    STEPS,
-    ChosenModel,
-    console,
-    data_dir_option,
-    image_bar,
-    opens_model,
-    output_path,
-    result_option,
-)
+from tetdeploy.cli.options import STEPS, ChosenModel, data_dir_option, opens_model, output_path, result_option
+from tetdeploy.cli.terminal import console, image_bar
 
 
 @click.command(

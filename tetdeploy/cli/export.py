@@ -12,8 +12,9 @@ from rich.progress import TaskID
 
 from tetdeploy.cli.cluster import FORMATS, export_for_cluster
 from tetdeploy.cli.inputs import load_classifier
-from tetdeploy.cli.options import STEPS, console, data_dir_option, json_option, progress_bar, runs_option
+from tetdeploy.cli.options import STEPS, data_dir_option, json_option, runs_option
 from tetdeploy.cli.recipe import is_typed
+from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:

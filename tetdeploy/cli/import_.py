@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from tetdeploy.cli.options import STEPS, console, json_option
+from tetdeploy.cli.options import STEPS, json_option
+from tetdeploy.cli.terminal import console
 from tetdeploy.extras import import_extra
 
 

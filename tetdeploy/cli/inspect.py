@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from tetdeploy.cli.options import console, json_option
+from tetdeploy.cli.options import json_option
+from tetdeploy.cli.terminal import console
 
 
 @click.command(

@@ -9,16 +9,8 @@ import click
 
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import load_classifier, load_part
-from tetdeploy.cli.options import (
-    PARTS,
-    STEPS,
-    check_plot,
-    console,
-    data_dir_option,
-    json_option,
-    progress_bar,
-    runs_option,
-)
+from tetdeploy.cli.options import PARTS, STEPS, check_plot, data_dir_option, json_option, runs_option
+from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:

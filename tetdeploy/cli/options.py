@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
-from tetdeploy.standard_output import StandardOutput
 from tetdeploy.steps import MAX_T, parse_steps
 
 if TYPE_CHECKING:
@@ -43,9 +28,6 @@ class _Parts(click.Choice):  # type: ignore[type-arg]  # of click 8.1 it takes n
 
 
 PARTS = _Parts(("train", "validation", "test"))  # the type of a --split
-
-# As wide as COLUMNS says, or the terminal; rich alone would take the width of stderr for a pipe.
-console = StandardOutput(highlight=False, soft_wrap=True, width=get_terminal_size(fallback=(120, 24)).columns)
 
 data_dir_option = click.option(
     "--data-dir",
@@ -180,45 +162,6 @@ def newest_export(runs: Path) -> Path:
     if not models:
         raise FileNotFoundError(f"no exported model in {runs}/; write one with: tetdeploy export, or name the file")
     return max(models, key=lambda path: path.stat().st_mtime)
-
-
-class _Rate(ProgressColumn):
-    """`9.3 images/s`."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__()
-        self.what = what
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.3g} {self.what}/s" if task.speed else "")
-
-
-def progress_bar(rate_of: str = "") -> Progress:
-    """A progress bar on stderr; silent where that is no terminal.
-
-    Args:
-        rate_of: what the tasks count, to show how many a second.
-    """
-    stderr = Console(stderr=True)
-    shown = sys.stderr is not None and sys.stderr.isatty()  # None: closed, as a daemon's may be
-    name = TextColumn("{task.description}", markup=False)
-    columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    rate = (_Rate(rate_of),) if rate_of else ()
-    return Progress(*columns, *rate, console=stderr, disable=not shown, transient=True)
-
-
-@contextmanager
-def image_bar(what: str, num_images: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar of images; what it gives takes the number of those newly done."""
-    with progress_bar("images") as bar:
-        task = bar.add_task(what, total=num_images)
-        yield lambda done: bar.advance(task, done)
-
-
-def print_notes(notes: Iterable[str]) -> None:
-    """What stands below a table."""
-    for note in notes:
-        console.print(note, style="dim", markup=False)
 
 
 def check_plot(path: Path) -> None:

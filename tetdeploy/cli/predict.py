@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.inputs import as_model_input
-from tetdeploy.cli.options import (
-    STEPS,
-    console,
-    device_option,
-    json_option,
-    runtime_option,
-    threads_option,
-)
+from tetdeploy.cli.options import STEPS, device_option, json_option, runtime_option, threads_option
+from tetdeploy.cli.terminal import console
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from tetdeploy.cli.options import checked_output, console, print_notes, runs_option
+from tetdeploy.cli.options import checked_output, runs_option
+from tetdeploy.cli.terminal import console, print_notes
 from tetdeploy.extras import import_extra
 
 

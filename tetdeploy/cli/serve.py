@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from tetdeploy.cli.options import console, device_option, runtime_option, threads_option
+from tetdeploy.cli.options import device_option, runtime_option, threads_option
+from tetdeploy.cli.terminal import console
 
 
 class Megabytes(click.FloatRange):

@@ -12,15 +12,13 @@ from tetdeploy.cli.inputs import default_steps, load_inputs
 from tetdeploy.cli.options import (
     ChosenModel,
     check_plot,
-    console,
     data_dir_option,
-    image_bar,
     opens_model,
     output_path,
     parsed_steps,
-    print_notes,
     result_option,
 )
+from tetdeploy.cli.terminal import console, image_bar, print_notes
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine

@@ -20,8 +20,9 @@ from tetdeploy.cli.beginnings import (
 )
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import network_of
-from tetdeploy.cli.options import console, data_dir_option, json_option, runs_option
+from tetdeploy.cli.options import data_dir_option, json_option, runs_option
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
+from tetdeploy.cli.terminal import console
 from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:

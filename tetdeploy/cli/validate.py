@@ -11,17 +11,8 @@ import click
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.gates import FAILED, Gate, check_gates, describe, parse_gates, place_gates
 from tetdeploy.cli.inputs import default_steps, load_classifier, load_inputs
-from tetdeploy.cli.options import (
-    ChosenModel,
-    console,
-    data_dir_option,
-    image_bar,
-    opens_model,
-    output_path,
-    parsed_steps,
-    progress_bar,
-    result_option,
-)
+from tetdeploy.cli.options import ChosenModel, data_dir_option, opens_model, output_path, parsed_steps, result_option
+from tetdeploy.cli.terminal import console, image_bar, progress_bar
 
 if TYPE_CHECKING:
     from tetdeploy.agreement import Compared, Reference
