@@ -180,6 +180,12 @@ def test_split_validation_refuses_what_it_cannot_split() -> None:
         split_validation(single, fraction=0.5)
 
 
+def test_a_smaller_share_is_held_out_of_a_larger_one() -> None:
+    data = image_set(images=np.arange(150, dtype=np.uint8).reshape(150, 1, 1, 1), labels=np.repeat([0, 1, 2], 50))
+    small, large = (set(split_validation(data, fraction=share)[1].images.ravel()) for share in (0.1, 0.3))
+    assert small < large  # landscape takes images that several runs held out
+
+
 def test_the_parts_of_a_run_are_its_split_or_all(tmp_path: Path) -> None:
     save_npz(image_set(), tmp_path / "d.npz")
     data = load_data(str(tmp_path / "d.npz"), "train", data_dir=tmp_path)

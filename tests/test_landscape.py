@@ -354,6 +354,17 @@ class TestCommand:
             digests.add(load_landscape(f"{split}.npz").settings["images"])
         assert len(digests) == 3  # val is validation
 
+    def test_all_runs_trained_on_the_images_or_none_did(self, runs: Path) -> None:
+        path = runs / "more" / "checkpoint.safetensors"
+        save_checkpoint(path, classifier_of(), training={"T": 2, "val_fraction": 0.3}, provenance={})
+        for split, alone in (("validation", "sdt"), ("train", "more")):
+            digests = set()
+            for k, paths in enumerate(([f"runs/{alone}"], ["runs/more", "runs/sdt"], ["runs/sdt", "runs/more"])):
+                result = run(*paths, "--split", split, "--radius", "1", "--out", f"{split}{k}.npz")
+                assert result.exit_code == 0, result.output
+                digests.add(load_landscape(f"{split}{k}.npz").settings["images"])
+            assert len(digests) == 1
+
     def test_ctrl_c_keeps_what_is_measured(self, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         count, counted = 0, landscape.count_correct
 
@@ -399,4 +410,4 @@ class TestCommand:
             in result.output
         )
         result = run("runs/long", "--split", "validation")
-        assert "Error: --split validation: the run held out no images" in result.output
+        assert "Error: --split validation: a run held out no images" in result.output

@@ -37,7 +37,8 @@ Examples:
     default="train",
     show_default=True,
     type=PARTS,
-    help="Images to measure on; train and validation are the run's own parts.",
+    help="Images to measure on; train and validation are the run's own parts, of several runs those that all trained "
+    "on, or all held out.",
 )
 @click.option("--limit", default=1000, show_default=True, type=click.IntRange(min=1), help="At most so many of them.")
 @click.option("--radius", type=float, help="Of the sharpness measure. [default: half the extent]")
@@ -91,7 +92,7 @@ def landscape(
     if not radius >= step * (1 - 1e-9):
         raise ValueError(f"--radius {radius:g} is shorter than a step of the grid, {step:g}; give more --points")
     source = data or _common("data", files, [m["data"]["name"] for m in metadata])
-    images = _images(source, split, limit, data_dir, metadata[0])
+    images = _images(source, split, limit, data_dir, metadata)
     classifiers = _classifiers(checkpoints, files, metadata, model)
     path = out or _default_out(files)
     plot = plot or path.with_suffix(".png")
@@ -152,14 +153,16 @@ def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, r
     console.print("next: look at the plot; a flatter minimum has fewer lines inside the circle")
 
 
-def _images(source: str, split: str, limit: int, data_dir: Path, metadata: dict[str, Any]) -> Any:
+def _images(source: str, split: str, limit: int, data_dir: Path, metadata: list[dict[str, Any]]) -> Any:
     """The images to measure on, a fair sample of at most `limit`."""
     from tetdeploy.data.images import mixed_order
 
-    T = int(metadata["training"].get("T", 4))
-    fraction = float(metadata["training"].get("val_fraction", 0.0))
+    T = int(metadata[0]["training"].get("T", 4))
+    # What the smaller share holds out is part of what the larger one does: all runs trained on the images, or none did.
+    fractions = [float(m["training"].get("val_fraction", 0.0)) for m in metadata]
+    fraction = min(fractions) if split == "validation" else max(fractions)
     if split == "validation" and not fraction:
-        raise ValueError("--split validation: the run held out no images (its val_fraction is 0); take train or test")
+        raise ValueError("--split validation: a run held out no images (its val_fraction is 0); take train or test")
     images = load_part(source, split, data_dir=data_dir, T=T, fraction=fraction)
     return images.select(mixed_order(len(images))[:limit])
 
