@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.checkpoint import newest_run, read_metadata, weights_file, weights_sha256
-from tetdeploy.data import Encoding, LabelledSet, load_frames, load_parts
+from tetdeploy.data import Encoding, LabelledSet, load_frames, load_parts, same_data
 from tetdeploy.int8.calibration import Calibration
 
 Labelled = tuple[NDArray[Any], NDArray[np.int64]]  # images [N, C, H, W] or frames [N, T, C, H, W], and labels [N]
@@ -81,7 +81,7 @@ class Trained:
         if encoding == "frames" and name.lower().endswith(".npz"):
             x, labels = load_frames(name)
             return (x, labels), _last(x, labels, num_calibration)
-        fraction = float(self.metadata["training"].get("val_fraction", 0.0)) if name.lower() == own.lower() else 0.0
+        fraction = float(self.metadata["training"].get("val_fraction", 0.0)) if same_data(name, own) else 0.0
         train, val = load_parts(name, data_dir=data_dir, T=self.T, fraction=fraction)
         return check_images(train, val, num_check), _last(train.x, train.labels, num_calibration)
 

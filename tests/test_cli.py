@@ -292,6 +292,18 @@ class TestCommands:
         message = refused("train", "--init", "runs/digits-convsnn", "--epochs", "1")
         assert "encode.0.weight [16, 1, 3, 3], wanted [32, 1, 3, 3]" in message
 
+    def test_init_keeps_the_neurons_that_the_weights_were_trained_with(self, workplace: Path) -> None:
+        short = ("--width", "0.25", "--epochs", "1", "--warmup-epochs", "0")
+        assert run("train", *short, "--v-th", "0.5", "--tau", "0.75", "--out", "runs/first").exit_code == 0
+        result = run("train", *short, "--init", "runs/first", "--tau", "0.25", "--out", "runs/second")
+        assert result.exit_code == 0, result.output
+        settings = json.loads(Path("runs/second/config.json").read_text())
+        assert (settings["network"]["tau"], settings["network"]["v_th"], settings["training"]["phi"]) == (
+            0.25,
+            0.5,
+            0.5,
+        )
+
     def test_init_for_other_classes_starts_with_a_new_readout(self, workplace: Path) -> None:
         images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
         np.savez("three.npz", images=images, labels=np.arange(60) % 3)

@@ -33,6 +33,7 @@ from tetdeploy.data import (
     digits,
     load_data,
     load_parts,
+    same_data,
     save_npz,
     split_validation,
 )
@@ -875,3 +876,20 @@ def test_real_cifar10_train_split(real_data: Path) -> None:
     train, validation = split_validation(data, fraction=0.1)
     assert np.bincount(train.labels).tolist() == [4500] * 10
     assert np.bincount(validation.labels).tolist() == [500] * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "same"),
+    [
+        ("cifar10", "cifar10", True),
+        ("cifar10", "cifar100", False),
+        ("a/../d.npz", "d.npz", True),
+        ("imagenet@64", "imagenet", True),
+        ("imagenet:x", "imagenet", False),
+        ("by-time:events:x/y", "events:x/./y", True),
+        ("events:x", "folder:x", False),
+    ],
+)
+def test_the_same_data_under_other_names(name: str, other: str, same: bool) -> None:
+    assert same_data(name, other) is same
+    assert same_data(str(Path("d.npz").absolute()), "d.npz")

@@ -74,6 +74,8 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
         before = _take_carried(ctx, restart_from, options)
     elif options["qat"]:
         _take_checkpoint(ctx, ctx.params["init"], options)
+    elif ctx.params["init"] is not None:
+        _take_neurons(ctx, ctx.params["init"], options)
     return Beginning(out, seeds, _how(ctx, before))
 
 
@@ -140,6 +142,16 @@ def _take_checkpoint(ctx: click.Context, init: Path | None, options: dict[str, A
     for name, value in {**kept, **_QAT_DEFAULTS, "data": metadata["data"]["name"]}.items():
         if not is_given(ctx, name):
             options[name] = value
+
+
+def _take_neurons(ctx: click.Context, init: Path, options: dict[str, Any]) -> None:
+    """Give tau, v_th and gamma, where they were neither typed nor in a recipe, the values that the weights go with."""
+    from tetdeploy.checkpoint import read_metadata
+
+    network = read_metadata(init)["network"]
+    for name in ("tau", "v_th", "gamma"):
+        if not is_given(ctx, name):
+            options[name] = network.get(name, options[name])
 
 
 def start_from(classifier: Classifier, init: Path) -> None:

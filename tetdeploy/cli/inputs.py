@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,12 +46,14 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
         ValueError: the training held no images out, or the data are of other classes.
         click.UsageError: no data are named, or the split is not one of theirs.
     """
+    from tetdeploy.data import same_data
+
     source = engine.metadata["source"]
     own = str(source.get("data", {}).get("name", ""))
     name = data or own
     if not name:
         raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
-    trained_on = _place(name) == _place(own)
+    trained_on = same_data(name, own)
     if name.lower().endswith(".npz") and not trained_on:
         return load_inputs(engine, name, data_dir, limit)
     split = split or ("validation" if trained_on else "train")
@@ -92,13 +93,6 @@ def load_part(name: str, part: str, *, data_dir: Path, T: int, fraction: float) 
         return train
     assert val is not None
     return val
-
-
-def _place(name: str) -> tuple[str, Path]:
-    """What a data set's name stands for, whatever its images' size, the frames that recordings are cut into, and the
-    way a path is written."""
-    kind, _, path = re.sub(r"^by-time:|@\d+$", "", name).rpartition(":")
-    return kind, Path(path).expanduser().resolve()
 
 
 def refuse_classes(engine: Engine, name: str, names: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "load_data",
     "load_frames",
     "load_parts",
+    "same_data",
     "save_npz",
     "split_validation",
 ]
@@ -104,6 +106,17 @@ def load_parts(name: str, *, data_dir: Path, T: int = 10, fraction: float) -> tu
     """
     data = load_data(name, "train", data_dir=data_dir, T=T)
     return split_validation(data, fraction=fraction) if fraction else (data, None)
+
+
+def same_data(name: str, other: str) -> bool:
+    """Whether two names stand for one data set, whatever its images' size, the frames that recordings are cut into, and
+    the way a path is written."""
+    return _place(name) == _place(other)
+
+
+def _place(name: str) -> tuple[str, Path]:
+    kind, _, path = re.sub(rf"^{_BY_TIME}|@\d+$", "", name).rpartition(":")
+    return kind, Path(path).expanduser().resolve()
 
 
 def _load_images(name: str, split: Split, data_dir: Path) -> LabelledSet:
