@@ -298,11 +298,8 @@ class TestCommands:
         result = run("train", *short, "--init", "runs/first", "--tau", "0.25", "--out", "runs/second")
         assert result.exit_code == 0, result.output
         settings = json.loads(Path("runs/second/config.json").read_text())
-        assert (settings["network"]["tau"], settings["network"]["v_th"], settings["training"]["phi"]) == (
-            0.25,
-            0.5,
-            0.5,
-        )
+        network, phi = settings["network"], settings["training"]["phi"]
+        assert (network["tau"], network["v_th"], phi) == (0.25, 0.5, 0.5)
 
     def test_init_for_other_classes_starts_with_a_new_readout(self, workplace: Path) -> None:
         images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
