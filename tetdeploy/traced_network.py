@@ -36,10 +36,6 @@ class TracedNetwork(nn.Module):
     def mean(self) -> Tensor:
         return self.classifier.mean
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.classifier.class_names
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy with weights of its own, traced anew."""
         made = copy.copy(self)
