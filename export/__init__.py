@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tetdeploy.agreement import reference_path
 
-    from .model import LAYOUTS, ExportConfig, Exported, export_model
+    from .config import LAYOUTS, ExportConfig
+    from .model import Exported, export_model
     from .parity import Parity, ParityError
     from .sidebyside import SideBySide
 
@@ -29,5 +30,6 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'tetdeploy.export' has no attribute {name!r}")
     homes = {"reference_path": "tetdeploy.agreement", "SideBySide": "tetdeploy.export.sidebyside"}
+    homes |= dict.fromkeys(("LAYOUTS", "ExportConfig"), "tetdeploy.export.config")
     homes |= dict.fromkeys(("Parity", "ParityError"), "tetdeploy.export.parity")
     return getattr(import_module(homes.get(name, "tetdeploy.export.model")), name)

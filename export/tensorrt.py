@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,11 +25,11 @@ from tetdeploy.runtimes.nvidia import BUILDING, choose_package, gpu_runtime, imp
 from tetdeploy.runtimes.tensorrt_engine import manifest_path
 from tetdeploy.signals import handled
 
+from .progress import Tick
 from .reading import parse_graph
 from .tensorrt_graph import layers_of, prepare
 
 Range = tuple[int, int, int]
-Tick = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,8 @@ def engine(layout: str, **options: Any) -> Engine:
 
 def unchecked(network: nn.Module, path: Path, config: ExportConfig) -> Engine:
     """A network's graph, which no gate has seen: for networks whose answers do not matter."""
-    made = model.build_graph(classifier(network), config)
-    path.write_bytes(ir.to_proto(made.model).SerializeToString())
+    graph, *_ = model.build_graph(classifier(network), config)
+    path.write_bytes(ir.to_proto(graph.model).SerializeToString())
     return Engine(path, threads=1)
 
 

@@ -585,7 +585,7 @@ class TestBadInput:
         (("predict", MODEL, "a.png"), "engine.Engine.run"),
         (("inspect", RUN, "--json", "new"), "files.write_json"),
         (("export", "--layout", "step"), "export.model.check_steps"),
-        (("export", "--layout", "step"), "export.model._write_reference"),
+        (("export", "--layout", "step"), "export.model.write_reference"),
         (("report",), "report.writers.to_html"),
         (("landscape",), "train.landscape.measure_landscape"),
         (("train", "--out", "new"), "data.load_data"),

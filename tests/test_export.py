@@ -34,7 +34,16 @@ from torch import Tensor, nn
 
 import tetdeploy
 from tetdeploy.engine import Engine
-from tetdeploy.export import ExportConfig, Exported, ParityError, export_model, model, neuron_steps, reference_path
+from tetdeploy.export import (
+    ExportConfig,
+    Exported,
+    ParityError,
+    description,
+    export_model,
+    model,
+    neuron_steps,
+    reference_path,
+)
 from tetdeploy.export.counters import spikes_overlay
 from tetdeploy.export.trained import Trained
 from tetdeploy.folding import FoldingError
@@ -348,7 +357,7 @@ def test_versions_are_known_with_the_gpu_build_of_onnxruntime(monkeypatch: pytes
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert model.versions()["onnxruntime"] == onnxruntime.__version__
+    assert description.versions()["onnxruntime"] == onnxruntime.__version__
 
 
 @pytest.mark.parametrize("name", ["unrolled", "dynamic", "frames unrolled", "frames step"])
@@ -433,15 +442,15 @@ def test_a_graph_with_another_threshold_is_not_written(earlier: Path, monkeypatc
 
 def test_a_graph_with_other_weights_is_not_written(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = classifier(Small())
-    build = model._build
+    build = model.build_graph
 
-    def build_then_change(*args: Any) -> model.Graph:
-        graph = build(*args)
+    def build_then_change(*args: Any, **options: Any) -> Any:
+        built = build(*args, **options)
         with torch.no_grad():
             net.network.readout.weight.neg_()  # spikes stay the same
-        return graph
+        return built
 
-    monkeypatch.setattr(model, "_build", build_then_change)
+    monkeypatch.setattr(model, "build_graph", build_then_change)
     with pytest.raises(ParityError, match=r" 0 of a million neuron-steps differ .* top-1 agreement"):
         export_model(net, earlier, ExportConfig(T=4), digits().images[:60])
 

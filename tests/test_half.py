@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from tetdeploy.cli import main
 from tetdeploy.engine import Engine
-from tetdeploy.export import ExportConfig, export_model, half
+from tetdeploy.export import ExportConfig, Exported, export_model, half
 from tetdeploy.export.half import HalfError, HalfNetwork, halve, placed_layers
-from tetdeploy.export.model import Exported
+from tetdeploy.export.kept_answers import kept_answers
 from tetdeploy.export.parity import ParityError
-from tetdeploy.export.precision import kept_answers
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
 from tetdeploy.sweep import sweep

@@ -67,7 +67,8 @@ def deep(seed: int) -> Classifier:
 
 
 def exported(classifier: Classifier, path: Path) -> Engine:
-    path.write_bytes(ir.to_proto(build_graph(classifier, ExportConfig(T=4)).model).SerializeToString())
+    graph, *_ = build_graph(classifier, ExportConfig(T=4))
+    path.write_bytes(ir.to_proto(graph.model).SerializeToString())
     return Engine(path)
 
 

@@ -11,8 +11,7 @@ from click.testing import CliRunner
 
 from tetdeploy.cli import main
 from tetdeploy.export import ExportConfig
-from tetdeploy.export.model import LAYOUTS
-from tetdeploy.export.targets import PRECISIONS, REFUSED, TARGETS
+from tetdeploy.export.config import LAYOUTS, PRECISIONS, REFUSED, TARGETS
 
 DOCS = Path(__file__).parents[1] / "docs" / "precision.md"
 

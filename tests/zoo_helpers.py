@@ -71,5 +71,6 @@ def for_export(model: str) -> Classifier:
 def graph_of(model: str, config: ExportConfig) -> bytes:
     """The graph of `for_export(model)`, which no gate has seen."""
     with shared_traces():
-        made: bytes = ir.to_proto(build_graph(for_export(model), config).model).SerializeToString()
+        graph, *_ = build_graph(for_export(model), config)
+    made: bytes = ir.to_proto(graph.model).SerializeToString()
     return made

@@ -190,7 +190,7 @@ def export(
 def _export_onnx(ctx: click.Context, trained: Trained, path: Path, config: ExportConfig) -> Exported:
     """Load network and images, and export with a progress bar."""
     from tetdeploy.export import export_model
-    from tetdeploy.export.model import NUM_REFERENCE
+    from tetdeploy.export.reference import NUM_REFERENCE
 
     given = ctx.params
     num_check, int8 = given["num_check"], config.precision == "int8"

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine
+from tetdeploy.networks import Classifier
 from tetdeploy.sweep import running_class
 
-from .targets import Precision
+from .config import ExportConfig, Precision
+from .recorder import torch_logits
 
 _BATCH = 32
+
+
+def measure_kept(
+    classifier: Classifier, file: Path, config: ExportConfig, x: NDArray[Any], labels: NDArray[np.int64] | None
+) -> dict[str, Any]:
+    """Run the float32 network and the graph in `file` on `x`; see `kept_answers`."""
+    T = config.steps_on(x)
+    full = torch_logits(classifier, x, T)
+    return kept_answers(full, per_step_logits(Engine(file), x, T), config.precision, labels)
 
 
 def kept_answers(

@@ -1,0 +1,131 @@
+"""What a graph says of itself: all that serving needs, and nothing of the machine that wrote it.
+
+docs/exported-model.md lists the fields.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from tetdeploy import __version__
+from tetdeploy.model_file import METADATA_KEY
+from tetdeploy.networks import Classifier
+
+from .config import ExportConfig
+from .counters import Layers, counting_overlay
+from .encoder import Encoder
+from .neuron_steps import Neurons
+from .reading import parse_graph
+
+
+def describe(
+    model: ir.Model,
+    classifier: Classifier,
+    config: ExportConfig,
+    neurons: list[Neurons],
+    encoders: list[Encoder],
+    layers: Layers,
+    source: Mapping[str, Any] | None,
+) -> None:
+    """Put all that serving needs into the metadata of `model`, in the place of what torch's exporter left there.
+
+    Args:
+        neurons, encoders, layers: of the lowered graph.
+        source: what the model was made from.
+    """
+    _strip(model)
+    description = _description(classifier, config, neurons, encoders, layers, source)
+    model.metadata_props[METADATA_KEY] = json.dumps(description)
+    model.producer_name, model.producer_version, model.doc_string = "tetdeploy", __version__, None
+
+
+def _strip(model: ir.Model) -> None:
+    """torch's exporter leaves stack traces with paths of this machine in every node."""
+    model.metadata_props.clear()
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+
+
+def _description(
+    classifier: Classifier,
+    config: ExportConfig,
+    neurons: list[Neurons],
+    encoders: list[Encoder],
+    layers: Layers,
+    source: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    normalization = None
+    if config.normalize:
+        mean, std = classifier.mean.flatten().tolist(), classifier.std.flatten().tolist()
+        normalization = {"scale": 255.0, "mean": mean, "std": std}
+    return {
+        "format": 1,
+        "layout": config.layout,
+        "T": config.steps,
+        "trained_T": config.trained_T,
+        "encoding": config.encoding,
+        "input": {"shape": classifier.image_shape, "dtype": "uint8" if config.normalize else "float32"},
+        "normalization": normalization,
+        "class_names": classifier.class_names,
+        "fires": "u > v_th",
+        "reset": "hard, to 0",
+        "neurons": [{"name": n.name, "tau": n.tau, "v_th": n.v_th, "shape": n.shape} for n in neurons],
+        "states": [
+            {"input": f"u.{n.name}", "output": f"u_next.{n.name}", "shape": n.shape}
+            for n in neurons
+            if config.has_state
+        ],
+        "encoded": [
+            {"input": f"encoded.{e.name}", "output": f"encoded_next.{e.name}", "shape": e.shape} for e in encoders
+        ],
+        "layers": [layer.to_dict() for layer in layers.layers],
+        "uncounted": layers.uncounted,
+        "other_ops": layers.other_ops,
+        "counting_overlay": base64.b64encode(counting_overlay(layers, neurons)).decode(),
+        "fold_bn": config.fold_bn,
+        "precision": config.precision,
+        "target": config.target,
+        "source": dict(source or {}),
+        "versions": versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that write an export."""
+    modules = {name: importlib.import_module(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")}
+    return {"tetdeploy": __version__, "python": platform.python_version()} | {
+        name: str(module.__version__) for name, module in modules.items()
+    }
+
+
+def serialised(model: ir.Model, path: Path) -> bytes:
+    """A described model as it goes to `path`. If the one that is there differs in its date alone, it is that one, date
+    and all: calibrations and engines know a model by its SHA-256."""
+    proto = ir.to_proto(model)
+    new: bytes = proto.SerializeToString()
+    try:
+        there = path.read_bytes()
+        created = parse_graph(there, path)[1]["created"]
+    except (OSError, ValueError, KeyError):
+        return new
+    (entry,) = proto.metadata_props
+    entry.value = json.dumps(json.loads(entry.value) | {"created": created})
+    return there if proto.SerializeToString() == there else new

@@ -1,0 +1,21 @@
+"""What a long call tells of its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Tick = Callable[[str, int, int], None]  # called with (what, done, all)
+
+
+def ticker(tick: Tick | None, what: str, total: int) -> Callable[[int], None] | None:
+    """What adds up the counts it is called with, one after another, and says so to `tick`."""
+    if tick is None:
+        return None
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        tick(what, done, total)
+
+    return advance
