@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -192,6 +193,16 @@ def test_a_sequence_does_not_go_on_where_an_output_is_unknown(server: Server) ->
     assert answer.as_numpy("steps").tolist() == [2]
 
 
+@pytest.mark.parametrize(("kind", "address"), [(http, "http"), (rpc, "grpc")], ids=["http", "grpc"])
+def test_an_output_is_asked_for_once(server: Server, kind: Any, address: str) -> None:
+    twice = [kind.InferRequestedOutput("per_step")] * 2
+    with (
+        kind.InferenceServerClient(getattr(server, address)) as client,
+        pytest.raises(kind.InferenceServerException, match="an output of step is asked for twice"),
+    ):
+        client.infer("step", asked(kind, images(1)), outputs=twice)
+
+
 def test_many_clients_share_calls_and_none_gets_anothers_answer(server: Server) -> None:
     before = server.metric("tetdeploy_batch_images_count", model="dynamic")
     x = images(48)
@@ -296,11 +307,15 @@ WRONG: list[tuple[str, bytes, int, str]] = [
     ("step", body(datatype="FP32"), 400, "takes x as UINT8, got 'FP32'"),
     ("step", body(shape=[1, 1, 8, 9]), 400, "has 72 values, got 64"),
     ("step", body(shape=[1, -1, 8, 8]), 400, "no size may be negative"),
+    ("step", body(shape=[1, 2**31, 8, 8]), 400, "or more than 2147483647"),
+    ("step", body(shape=[10**18] * 1000), 400, "x has a shape of 1000 axes; there may be 8"),
     ("step", body(shape=[2, 1, 8, 4]), 400, r"takes input of shape [N, 1, 8, 8], got [2, 1, 8, 4]"),
     ("step", body(data=[[1, 2], [3]]), 400, "nested unevenly"),
     ("step", body(data=[0.5] * 64), 400, "must be numbers of uint8"),
     ("step", body(data=[256] * 64), 400, "must lie in 0..255"),
-    ("step", body(data=["1"] * 64), 400, "must be numbers of uint8"),
+    ("step", body(data=["1"] * 64), 400, "must be numbers of uint8, got str"),
+    ("step", body(data=[[1] * 32, [True] * 32]), 400, "must be numbers of uint8, got bool, int"),
+    ("step", body(data=[[1], 2]), 400, "nested unevenly"),
     ("float", body(datatype="FP32", data=[float("nan")] * 64), 400, "NaN or infinite"),
     ("step", body(parameters={"T": 0}), 400, "T must be at least 1"),
     ("step", body(parameters={"T": 65}), 400, "T must lie in 1..64"),
@@ -312,6 +327,7 @@ WRONG: list[tuple[str, bytes, int, str]] = [
     ("dynamic", body(parameters={"early_exit": 0.9}), 400, "--layout step"),
     ("dynamic", body(parameters={"sequence_id": 1, "sequence_start": True}), 400, "--layout step"),
     ("step", body(parameters={"sequence_id": 77}), 404, "sequence 77 is not open"),
+    ("step", body(parameters={"sequence_id": "a" * 257, "sequence_start": True}), 400, "a string of at most 256"),
     ("step", body(parameters={"sequence_start": True}), 400, "need a sequence_id"),
     ("step", body(shape=[9, 1, 8, 8], data=images(9).tolist()), 400, "at most 8 images"),
     ("nobody", body(), 404, "nobody does not exist"),
@@ -597,3 +613,21 @@ def test_raw_tensors_are_not_copied() -> None:
     raw = bytes(range(64))
     made = tensor("x", "UINT8", [1, 1, 8, 8], memoryview(raw), np.dtype(np.uint8))
     assert np.shares_memory(made, np.frombuffer(raw, np.uint8))
+
+
+def test_a_long_string_among_numbers_takes_no_memory() -> None:
+    data = ["a" * 5_000, *[""] * 4_999]
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="must be numbers of uint8, got str"):
+            tensor("x", "UINT8", [5_000], data, np.dtype(np.uint8))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000  # numpy's own would be 100 MB
+
+
+def test_nested_numbers_are_read_in_any_nesting() -> None:
+    x = np.arange(64, dtype=np.uint8).reshape(2, 4, 8)
+    for data in (x.tolist(), x.ravel().tolist(), x.reshape(8, 8).tolist()):
+        np.testing.assert_array_equal(tensor("x", "UINT8", [2, 4, 8], data, x.dtype), x)

@@ -119,6 +119,8 @@ class OpenInferenceModel(Model):  # type: ignore[misc]
         wanted = [output.name for output in request.request_outputs or ()] or names
         if unknown := [name for name in wanted if name not in names]:
             raise InvalidInput(f"{self.name} has no output {unknown[0]!r}; there are {', '.join(names)}")
+        if len(set(wanted)) < len(wanted):  # an answer is to be no larger than a request allows for
+            raise InvalidInput(f"an output of {self.name} is asked for twice; name each once")
         return wanted
 
     def _outputs(self, result: Result, wanted: list[str]) -> list[InferOutput]:

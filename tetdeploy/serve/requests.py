@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 from tetdeploy.engine import Array
 
 DATATYPES = {"uint8": "UINT8", "float32": "FP32", "int64": "INT64", "object": "BYTES"}  # by numpy's names
+MAX_ID = 256  # characters of a sequence's id: the server keeps it for as long as the sequence is open
+MAX_AXES, MAX_SIZE = 8, 2**31 - 1  # of a shape: its sizes are multiplied before anything else bounds them
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Parameters:
 _WANTED = {
     "T": "an integer",
     "early_exit": "true, false, or a threshold in 0..1",
-    "sequence_id": "an integer or a string",
+    "sequence_id": f"an integer or a string of at most {MAX_ID} characters",
     "sequence_start": "true or false",
     "sequence_end": "true or false",
 }
@@ -77,7 +80,7 @@ def _fits(name: str, value: Any) -> bool:
     if name == "T":
         return type(value) is int
     if name == "sequence_id":
-        return type(value) in (int, str)
+        return type(value) is int or (type(value) is str and len(value) <= MAX_ID)
     if name == "early_exit":
         return isinstance(value, bool) or 0 <= _threshold(value) <= 1
     return isinstance(value, bool)
@@ -103,8 +106,10 @@ def tensor(
     """
     if datatype != DATATYPES[wanted.name]:
         raise ValueError(f"the model takes {name} as {DATATYPES[wanted.name]}, got {datatype!r}")
-    if not all(size >= 0 for size in shape):
-        raise ValueError(f"{name} has the shape {shape}; no size may be negative")
+    if len(shape) > MAX_AXES:
+        raise ValueError(f"{name} has a shape of {len(shape)} axes; there may be {MAX_AXES}")
+    if not all(0 <= size <= MAX_SIZE for size in shape):
+        raise ValueError(f"{name} has the shape {shape}; no size may be negative, or more than {MAX_SIZE}")
     values = _numbers(name, data, wanted) if isinstance(data, list) else _raw(name, data, wanted)
     if values.size != math.prod(shape):
         raise ValueError(f"{name} of shape {shape} has {math.prod(shape)} values, got {values.size}")
@@ -118,6 +123,12 @@ def _raw(name: str, data: bytes | memoryview, wanted: np.dtype[Any]) -> Array:
 
 
 def _numbers(name: str, data: list[Any], wanted: np.dtype[Any]) -> Array:
+    kinds = _kinds(data)
+    if list in kinds:
+        raise ValueError(f"the data of {name} are nested unevenly")
+    if not kinds <= {int, float}:  # numpy would make each of them as long as the longest string
+        got = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"the data of {name} must be numbers of {wanted}, got {got}")
     try:
         values = np.array(data)
     except ValueError as error:
@@ -130,3 +141,10 @@ def _numbers(name: str, data: list[Any], wanted: np.dtype[Any]) -> Array:
         raise ValueError(f"the data of {name} must lie in 0..{np.iinfo(wanted).max}")
     with np.errstate(over="ignore"):  # the engine refuses infinity with a better message
         return values.astype(wanted).ravel()
+
+
+def _kinds(data: list[Any]) -> set[type]:
+    """The types of what lists hold, in any nesting; `list` is among them where it is uneven."""
+    while (kinds := set(map(type, data))) == {list}:
+        data = list(chain.from_iterable(data))
+    return kinds
