@@ -211,7 +211,7 @@ def test_refused_input(make: Callable[[Array], Any], match: str) -> None:
         engine("dynamic").run(make(images(2)))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -1.1e6])
 def test_refused_values(value: float) -> None:
     x = np.zeros((2, 1, 8, 8), np.float32)
     x[1, 0, 3, 3] = value
@@ -359,6 +359,7 @@ def test_an_image_out_of_range_does_not_take_the_answers_of_others(
     in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tetdeploy.engine.IN_CACHE", in_cache)
+    monkeypatch.setattr("tetdeploy.engine.LARGEST", 3.1e38)  # one that a network of great weights cannot take
     runner = engine("unrolled", T=4, normalize=False)
     x = np.zeros((2, 1, 8, 8), np.float32)
     x[1] = 3e38

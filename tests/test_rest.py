@@ -24,6 +24,8 @@ def call(plane, method, path, body=b"", when_answered=lambda: None):
     "Status, headers and JSON of the answer; a body that is received once."
     coming, sent = [{"type": "http.request", "body": body}], []
     async def receive():
+        if not coming:
+            await asyncio.Event().wait()
         return coming.pop()
     async def send(message):
         when_answered()
@@ -78,3 +80,57 @@ print(json.dumps([status, answer, held[0] - alone]))
     )
     assert (status, answer) == (400, {"error": "the same"})
     assert held == 1  # `call` itself
+
+
+LEAVES = """
+import tetdeploy.serve.rest
+from tetdeploy.serve.bodies import BodyLimit, Budget
+
+class Plane:
+    def running(self, name, version):
+        return SimpleNamespace(predict=self.predict)
+
+    def decode_inference_request(self, given, headers, name):
+        return given
+
+    async def predict(self, request):
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+began, ended, sent, budget = asyncio.Event(), [], [], Budget(100)
+
+async def scenario(cancel):
+    app = BodyLimit(application(Plane(), Metrics(registry)), 100, budget)
+    coming = asyncio.Queue()
+    coming.put_nowait({"type": "http.request", "body": b"{}"})
+    async def send(message):
+        sent.append(message)
+    scope = {"type": "http", "method": "POST", "path": "/v2/models/m/infer", "headers": [], "query_string": b""}
+    call = asyncio.create_task(app(scope, coming.get, send))
+    await began.wait()
+    if cancel:
+        call.cancel()
+    else:
+        coming.put_nowait({"type": "http.disconnect"})
+    await asyncio.wait([call], timeout=30)
+    return "cancelled" if call.cancelled() else sent[0]["status"]
+
+registry = CollectorRegistry()
+"""
+
+
+def test_a_client_that_leaves_is_not_worked_for() -> None:
+    (status, ended, held, refused), log = run(
+        LEAVES
+        + """
+status = asyncio.run(scenario(cancel=False))
+refused = registry.get_sample_value("tetdeploy_refused_total", {"model": "unknown", "status": "499"})
+print(json.dumps([status, ended, budget.held, refused]))
+"""
+    )
+    assert (status, ended, held, refused) == (499, ["cancelled"], 0, 1)
+    assert "Traceback" not in log

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Coroutine, Hashable, Mapping
 from typing import Any, TypeVar
@@ -189,6 +190,34 @@ def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
     run(scenario())
 
 
+def test_requests_of_clients_that_left_take_no_room_in_the_queue() -> None:
+    async def scenario() -> list[tuple[Hashable, list[int]]]:
+        worker = Worker(held=True)
+        scheduler = Scheduler(worker, Limits(max_batch=2, max_wait=0, queue=3))
+        first = asyncio.create_task(scheduler.submit("T4", [0]))
+        await worker.busy()
+        gone = [asyncio.create_task(scheduler.submit("T4", [k])) for k in (1, 2, 3)]
+        await asyncio.sleep(0)
+        waits = weakref.ref(scheduler._waiting._lanes["T4"].requests[0])
+        for task in gone:
+            task.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        await asyncio.sleep(0)
+        assert scheduler.waiting == 0
+        del gone, task
+        assert waits() is None  # which held a body
+        stay = [asyncio.create_task(scheduler.submit("T4", [k])) for k in (4, 5, 6)]
+        await asyncio.sleep(0)
+        stay.pop(1).cancel()
+        await asyncio.sleep(0)
+        worker.free.set()
+        assert await asyncio.gather(first, *stay) == [[0], [8], [12]]
+        await scheduler.drain()
+        return worker.calls
+
+    assert run(scenario()) == [("T4", [0]), ("T4", [4, 6])]
+
+
 @pytest.mark.parametrize(("order", "calls"), [(None, [[0], [2]]), ("sequence", [[0], [1], [2]])])
 def test_requests_of_clients_that_left_are_dropped_unless_others_follow_them(
     order: object, calls: list[list[int]]
@@ -371,7 +400,7 @@ def test_sequences_never_see_one_anothers_state(
             said[id] = before + frames
             expected.append([tuple(before + frames[: k + 1]) for k in range(count)])
             steps = admit(sequences, id, *frames, start=start, end=end)
-            tasks.append(asyncio.create_task(scheduler.submit("steps", steps, order=steps[0].sequence)))
+            tasks.append(asyncio.create_task(scheduler.submit("steps", steps, order=steps[0].sequence.order)))
             if end:
                 del said[id]
             if rest:
@@ -426,6 +455,22 @@ def test_open_sequences_are_bounded() -> None:
     admit(sequences, 2, 0, start=True)  # begins anew
     admit(sequences, 2, 0, end=True)
     admit(sequences, 3, 0, start=True)
+
+
+def test_a_sequence_begun_anew_outlives_the_failure_of_what_it_replaces() -> None:
+    pool = Pool()
+    sequences = Sequences(pool, timeout=60, limit=1)
+    sequences.run(admit(sequences, 1, 0, start=True))
+    (failing,) = admit(sequences, 1, -1)
+    (anew,) = admit(sequences, 1, 5, start=True)
+    assert anew.sequence.order is failing.sequence.order  # so that no call holds both
+    with pytest.raises(OSError, match="out of memory"):
+        sequences.run([failing])
+    sequences.forget(1, failing.sequence)
+    assert sequences.run([anew]) == [(5,)]
+    assert len(sequences) == len(pool.pushed) == 1
+    assert sequences.run(admit(sequences, 1, 6, end=True)) == [(5, 6)]
+    assert not pool.pushed
 
 
 def test_a_failed_step_ends_the_sequences_of_its_call() -> None:

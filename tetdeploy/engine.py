@@ -34,6 +34,7 @@ Array = NDArray[Any]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 IN_CACHE = 2**22  # spikes of a layer, over images and steps: with more in a call each image takes a CPU longer
 NATIVE_FROM = 20_000  # neurons; in smaller networks what lies between convolutions takes no time to speak of
+LARGEST = 1_000_000  # input, in absolute value: far beyond any pixel, and far from where sums leave float32
 RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # each with the extra that brings it
 
 
@@ -134,9 +135,9 @@ class Engine:
                 The step layout only.
 
         Raises:
-            ValueError: x has another shape or dtype than the model's, or holds NaN; T is below 1, or beyond what an
-                unrolled graph or the frames hold; early exit in another layout than step; no image has finite
-                logits.
+            ValueError: x has another shape or dtype than the model's, or holds NaN or values beyond LARGEST; T is
+                below 1, or beyond what an unrolled graph or the frames hold; early exit in another layout than step; no
+                image has finite logits.
         """
         x = self.check_input(x)
         T = self.check_T(T, x)
@@ -309,8 +310,11 @@ class Engine:
             )
         if x.dtype != self.input_dtype:
             raise ValueError(_wrong_dtype(self.path.name, x.dtype, self.input_dtype))
-        if x.dtype.kind == "f" and not np.isfinite(x).all():
-            raise ValueError("the input holds NaN or infinite values; the answer would be meaningless")
+        if x.dtype.kind == "f" and not -LARGEST <= x.min() <= x.max() <= LARGEST:  # nor NaN, which compares false
+            raise ValueError(
+                f"the input holds NaN or infinite values, or some beyond +-{LARGEST:,}, where a membrane may overflow; "
+                "the answer would be meaningless"
+            )
         return np.ascontiguousarray(x)
 
     def _collect(self, session: Any, x: Array, T: int, names: list[str]) -> tuple[Result, dict[str, Array]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,8 @@ class ServedModel:
         bounds: Bounds,
         on_call: Callable[[NDArray[np.int64]], None] = lambda steps: None,
     ) -> None:
+        if engine.max_batch is not None:  # a TensorRT engine refuses a call of more than it was built for
+            limits = replace(limits, max_batch=min(limits.max_batch, engine.max_batch))
         self.name, self.engine, self.bounds, self._on_call = name, engine, bounds, on_call
         self.scheduler: Scheduler[Any, Any] = Scheduler(self._run, limits)
         self.sequences: Sequences[Array, StepResult] | None = None
@@ -115,13 +117,16 @@ class ServedModel:
             )
         frames = self._frames(x, T, start)
         self.scheduler.check_room(len(frames))  # before the sequence takes note of them
-        steps = self.sequences.admit(id, frames, start=start, end=end, now=asyncio.get_running_loop().time())
+        time = asyncio.get_running_loop().time
+        steps = self.sequences.admit(id, frames, start=start, end=end, now=time())
         sequence = steps[0].sequence
         try:
-            answers: list[StepResult] = await self.scheduler.submit(STEPS, steps, order=sequence)
+            answers: list[StepResult] = await self.scheduler.submit(STEPS, steps, order=sequence.order)
         except RuntimeError:  # CallFailedError, LostSequenceError
             self.sequences.forget(id, sequence)
             raise
+        finally:
+            sequence.used = time()  # idle from here on, however long the answer took
         per_step = np.stack([answer.step_logits for answer in answers])
         return Result(answers[-1].logits[None], per_step[None], np.array([answers[-1].t]))
 

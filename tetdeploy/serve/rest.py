@@ -5,6 +5,10 @@ These endpoints are ours: KServe's, through FastAPI and pydantic, take longer th
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -18,6 +22,9 @@ from starlette.routing import Route
 from tetdeploy.serve.errors import status_of
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.protocol import JSON_LENGTH, TensorDataPlane, refuse_loading
+
+A = TypeVar("A")
+CLIENT_LEFT = 499  # nginx's
 
 
 def application(plane: TensorDataPlane, metrics: Metrics) -> Starlette:
@@ -67,8 +74,11 @@ class _Endpoints:
         name, version = _model(request)
         model = self._plane.running(name, version)
         # BodyLimit gives the body as one message, of which request.body() would make a copy. Nothing here keeps it.
-        answer = await model.predict(
-            self._plane.decode_inference_request((await request.receive())["body"], request.headers, name)
+        answer = await _unless_left(
+            request,
+            model.predict(
+                self._plane.decode_inference_request((await request.receive())["body"], request.headers, name)
+            ),
         )
         content, json_length = answer.to_rest()
         if json_length is None:
@@ -85,6 +95,29 @@ class _Endpoints:
             self._metrics.refuse(model, status)
         error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold the body
         return JSONResponse({"error": message}, status, getattr(error, "headers", None))  # of a 405: Allow
+
+
+async def _unless_left(request: Request, answer: Coroutine[Any, Any, A]) -> A:
+    """An answer, worked at for as long as its client listens.
+
+    Raises:
+        HTTPException: the client has left: 499, which only metrics see.
+    """
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(left())
+    leaving.add_done_callback(lambda _: work.cancel())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not leaving.done():  # it is the server that cancels
+            raise
+        raise HTTPException(CLIENT_LEFT, "the client has left") from None
+    finally:
+        leaving.cancel()
 
 
 async def _live(request: Request) -> Response:

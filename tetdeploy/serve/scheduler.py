@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 P = TypeVar("P")
@@ -130,6 +131,17 @@ class Waiting(Generic[P, R]):
         lane.size += sum(request.size for request in requests)
         self._count += len(requests)
 
+    def drop(self, key: Hashable, request: Request[P, R]) -> None:
+        """Let a request go whose client has left; nothing if a call has taken it already."""
+        lane = self._lanes.get(key)
+        if lane is None or request not in lane.requests:
+            return
+        lane.requests.remove(request)
+        lane.size -= request.size
+        self._count -= 1
+        if not lane.requests:
+            del self._lanes[key]
+
     def due(self) -> float:
         """When the next call may start; infinity if nothing waits."""
         return min((lane.due(self.limits) for lane in self._lanes.values()), default=math.inf)
@@ -192,9 +204,17 @@ class Scheduler(Generic[P, R]):
         loop = asyncio.get_running_loop()
         requests = [Request[P, R](p, size, loop.time(), loop.create_future(), order) for p in payloads]
         self._waiting.add(key, requests)
+        for request in requests:
+            request.answer.add_done_callback(partial(self._left, key, request))
         self._start()
-        answers = asyncio.gather(*(request.answer for request in requests))
-        return await (answers if order is None else asyncio.shield(answers))
+        answers = [request.answer for request in requests]
+        # Without a name: in a cycle with the traceback of its error it would keep this frame, and the payloads.
+        return await (asyncio.gather(*answers) if order is None else asyncio.shield(asyncio.gather(*answers)))
+
+    def _left(self, key: Hashable, request: Request[P, R], answer: asyncio.Future[R]) -> None:
+        """A request has its answer, or its client has left and it takes no room in the queue any more."""
+        if answer.cancelled():
+            self._waiting.drop(key, request)
 
     async def on_thread(self, function: Callable[[], object]) -> None:
         """Run something between two calls."""

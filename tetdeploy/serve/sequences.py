@@ -7,7 +7,7 @@ engine's thread, many sequences in one call. Knows no engine and no transport: t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 F = TypeVar("F")
@@ -41,12 +41,14 @@ class Sequence:
     """One sequence.
 
     Attributes:
-        used: when its last request came.
+        used: when its last request came or was answered.
+        order: its steps run one after the other, and after those of the sequence that it begins anew, if there is one.
         admitted, done: steps admitted, and steps that ran. Only the engine's thread writes `done` and `stream`.
         stream: its id in the pool while it has a state there.
     """
 
     used: float
+    order: object = field(default_factory=object)
     admitted: int = 0
     done: int = 0
     stream: int | None = None
@@ -54,12 +56,14 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Step(Generic[F]):
-    """One step of a sequence. A frame of None shows the last image again."""
+    """One step of a sequence. A frame of None shows the last image again. The first step of a sequence that takes the
+    place of another, `before`, ends that."""
 
     sequence: Sequence
     frame: F | None
     start: bool = False
     end: bool = False
+    before: Sequence | None = None
 
 
 class Sequences(Generic[F, A]):
@@ -78,29 +82,35 @@ class Sequences(Generic[F, A]):
         return len(self._open)
 
     def admit(self, id: int | str, frames: list[F | None], *, start: bool, end: bool, now: float) -> list[Step[F]]:
-        """The steps of a request: `frames` to push, in order. `start` on an open sequence begins it anew.
+        """The steps of a request: `frames` to push, in order. `start` on an open sequence puts a new one in its place,
+        which a failure of the earlier one's steps that still wait does not touch.
 
         Raises:
             UnknownSequenceError: it is not open and this is not its start.
             TooManySequencesError: there is no room for one more.
         """
-        sequence = self._open.get(id) or self._begin(id, start, now)
+        before = self._open.get(id)
+        sequence = self._begin(id, before, start, now) if start or before is None else before
         if end:
             del self._open[id]
         sequence.used = now
         sequence.admitted += len(frames)
         last = len(frames) - 1
-        return [Step(sequence, frame, start and k == 0, end and k == last) for k, frame in enumerate(frames)]
+        return [
+            Step(sequence, frame, start and k == 0, end and k == last, before if start and k == 0 else None)
+            for k, frame in enumerate(frames)
+        ]
 
-    def _begin(self, id: int | str, start: bool, now: float) -> Sequence:
+    def _begin(self, id: int | str, before: Sequence | None, start: bool, now: float) -> Sequence:
         if not start:
             raise UnknownSequenceError(
                 f"sequence {id!r} is not open: it never started, has ended, or was idle for more than "
                 f"{self.timeout:g} s; begin one with sequence_start"
             )
-        if len(self._open) >= self.limit:
+        if before is None and len(self._open) >= self.limit:
             raise TooManySequencesError(f"{self.limit} sequences are open, and no more may be; end one first")
-        return self._open.setdefault(id, Sequence(now))
+        self._open[id] = Sequence(now) if before is None else Sequence(now, before.order)
+        return self._open[id]
 
     def forget(self, id: int | str, sequence: Sequence) -> None:
         """End a sequence of which a step failed."""
@@ -116,12 +126,13 @@ class Sequences(Generic[F, A]):
 
     def run(self, steps: list[Step[F]]) -> list[A | LostSequenceError]:
         """Run one step of each of several sequences, in one call of the pool."""
-        for step in steps:
-            if step.start:
-                self.close([step.sequence])
-                step.sequence.stream = self.pool.open()
-        frames = {step.sequence.stream: step.frame for step in steps if step.sequence.stream is not None}
         try:
+            for step in steps:
+                if step.before is not None:
+                    self.close([step.before])
+                if step.start:
+                    step.sequence.stream = self.pool.open()
+            frames = {step.sequence.stream: step.frame for step in steps if step.sequence.stream is not None}
             answers = self.pool.push(frames) if frames else {}
         except Exception:
             self.close(step.sequence for step in steps)

@@ -1,0 +1,81 @@
+"""A served model without a transport: what its engine bounds, and how long its sequences live."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+from export_helpers import digits, exported
+
+from tetdeploy.engine import Array, Engine
+from tetdeploy.serve.models import Bounds, ServedModel
+from tetdeploy.serve.scheduler import Limits
+
+PATIENCE = 60
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, PATIENCE))
+
+
+class UpToFour(Engine):
+    """Takes up to 4 images in a call, as a TensorRT engine that was built for these."""
+
+    max_batch = 4
+
+    def check_input(self, x: Array) -> Array:
+        x = super().check_input(x)
+        if len(x) > 4:
+            raise ValueError(f"built for 1 to 4 images, got {len(x)}")
+        return x
+
+
+def test_requests_that_come_together_are_no_more_than_the_engine_takes() -> None:
+    async def scenario() -> None:
+        calls: list[int] = []
+        engine = UpToFour(exported("step"), threads=1)
+        model = ServedModel(
+            "m", engine, Limits(64, 0.01), Bounds(64, 60, 9), on_call=lambda steps: calls.append(len(steps))
+        )
+        x = digits().images[:6]
+        answers = await asyncio.gather(*(model.infer(x[k : k + 2]) for k in (0, 2, 4)))
+        assert calls == [4, 2]
+        got = np.concatenate([answer.logits for answer in answers])
+        np.testing.assert_allclose(got, np.concatenate([engine.run(x[:4]).logits, engine.run(x[4:]).logits]), atol=1e-5)
+        with pytest.raises(ValueError, match="1 to 4 images, got 5"):
+            await model.infer(x[:5])
+        await model.scheduler.drain()
+
+    run(scenario())
+
+
+class Held(Engine):
+    """Answers once it is let go."""
+
+    let_go = threading.Event()
+
+    def call(self, *arguments: Any, **options: Any) -> dict[str, Array]:
+        assert self.let_go.wait(PATIENCE)
+        return super().call(*arguments, **options)
+
+
+def test_a_sequence_is_idle_from_its_answer_on() -> None:
+    async def scenario() -> None:
+        engine = Held(exported("step"), threads=1)
+        model = ServedModel("m", engine, Limits(), Bounds(64, 0.3, 9))
+        push = asyncio.create_task(model.push("s", digits().images[:1], start=True))
+        await asyncio.sleep(0.4)  # longer than a sequence may idle
+        engine.let_go.set()
+        await push
+        await model.expire()
+        assert model.sequences is not None and len(model.sequences) == 1
+        await asyncio.sleep(0.4)
+        await model.expire()
+        assert len(model.sequences) == 0
+        await model.scheduler.drain()
+
+    run(scenario())
