@@ -134,3 +134,17 @@ print(json.dumps([status, ended, budget.held, refused]))
     )
     assert (status, ended, held, refused) == (499, ["cancelled"], 0, 1)
     assert "Traceback" not in log
+
+
+def test_the_energy_of_a_step_is_found_on_the_servers_threads() -> None:
+    options, _ = run(
+        """
+from tetdeploy.serve import server
+said = []
+server.Engine = lambda path, **options: said.append(options)
+server.step_energy_pj = lambda engine: 1.0
+server._step_energy_pj(SimpleNamespace(device="cpu", path="m.onnx", runtime="onnxruntime"), 3)
+print(json.dumps(said))
+"""
+    )
+    assert options == [{"runtime": "onnxruntime", "threads": 3, "native": False}]

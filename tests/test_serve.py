@@ -66,7 +66,10 @@ class Server:
 
 def start(*arguments: str) -> Server:
     command = [sys.executable, "-m", "tetdeploy", "serve", "--http-port", "0", "--grpc-port", "0", "--threads", "1"]
-    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True)
+    return started(subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True))
+
+
+def started(process: subprocess.Popen[str]) -> Server:
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("ready: "):
@@ -425,6 +428,32 @@ def test_full_queues_refuse_and_sigterm_finishes_what_was_taken() -> None:
         thread.join(PATIENCE)
     assert code == 0
     np.testing.assert_allclose([answers[k] for k in range(3)], expected, atol=1e-5)
+
+
+SHORT_GRACE = """
+import sys
+import tetdeploy.serve.server
+from tetdeploy.cli import main
+tetdeploy.serve.server.GRACE_SECONDS = 1
+main(sys.argv[1:])
+"""
+
+
+def test_what_the_grace_does_not_suffice_for_is_told_so() -> None:
+    options = ["--http-port", "0", "--grpc-port", "0", "--threads", "1"]
+    command = [sys.executable, "-c", SHORT_GRACE, "serve", f"step={exported('step')}", *options]
+    running = started(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    host, port = running.http.split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as half:
+        half.sendall(b"POST /v2/models/step/infer HTTP/1.1\r\nHost: m\r\nContent-Length: 9\r\n\r\n{")
+        running.post("models/step/infer", body())  # by now the half of a body has come
+        running.process.send_signal(signal.SIGTERM)
+        with half.makefile() as told:
+            answer = told.read()
+    _, log = running.process.communicate(timeout=PATIENCE)
+    assert answer.startswith("HTTP/1.1 503") and "could not finish this in time" in answer
+    assert running.process.returncode == 1
+    assert "stopped, but 1 of the requests taken could not be answered in time" in log and "Traceback" not in log
 
 
 def test_half_bodies_leave_memory_for_no_more_than_the_budget() -> None:

@@ -117,14 +117,17 @@ def serve(
                 console.print(f"{name} is slower than it could be: {engine.lacks_native}", style="yellow", markup=False)
         console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops", markup=False)
 
-    server.serve(
+    cut_off = server.serve(
         engines,
         server.Address(host, http_port, grpc_port),
         Limits(max_batch, max_wait_ms / 1000, queue),
         Bounds(max_T, sequence_timeout, max_sequences),
         sizes=sizes,
+        threads=threads,
         announce=announce,
     )
+    if cut_off:
+        raise click.ClickException(f"stopped, but {cut_off} of the requests taken could not be answered in time")
     console.print("stopped; all requests taken were answered")
 
 

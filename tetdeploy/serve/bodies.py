@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BODY_SECONDS = 30.0  # that a body may take to arrive
+CUT_OFF = "the server is shutting down and could not finish this in time; ask another one, or later"
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,20 @@ class BodyLimit:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         with self.budget.share() as share:
-            answer = _giving_back(share, send)
+            answer = _Answer(share, send)
             try:
-                replay = await self._read(scope, receive, share)
-            except _BodyRefusedError as refused:
-                return await JSONResponse({"error": str(refused)}, refused.status)(scope, receive, answer)
-            if replay is not None:
-                await self.app(scope, replay, answer)
+                await self._call(scope, receive, answer, share)
+            except asyncio.CancelledError:  # the time to finish is over: uvicorn would say 500, and log a traceback
+                if not answer.began:
+                    await JSONResponse({"error": CUT_OFF}, 503)(scope, receive, answer)
+
+    async def _call(self, scope: Scope, receive: Receive, answer: _Answer, share: Share) -> None:
+        try:
+            replay = await self._read(scope, receive, share)
+        except _BodyRefusedError as refused:
+            return await JSONResponse({"error": str(refused)}, refused.status)(scope, receive, answer)
+        if replay is not None:
+            await self.app(scope, replay, answer)
         return None
 
     async def _read(self, scope: Scope, receive: Receive, share: Share) -> Receive | None:
@@ -162,13 +170,15 @@ def _replay(body: bytearray, receive: Receive) -> Receive:
     return replay
 
 
-def _giving_back(share: Share, send: Send) -> Send:
+class _Answer:
     """Sends an answer, and gives the share back when it begins: the body is done with, and a client may take as long
     as it likes to read."""
 
-    async def answer(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            share.give_back()
-        await send(message)
+    def __init__(self, share: Share, send: Send) -> None:
+        self._share, self._send, self.began = share, send, False
 
-    return answer
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.began = True
+            self._share.give_back()
+        await self._send(message)

@@ -15,10 +15,10 @@ from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.protocol import TensorDataPlane, refuse_loading
 
 
-def grpc_server(plane: TensorDataPlane, metrics: Metrics, max_request_bytes: int, budget: Budget) -> grpc.aio.Server:
+def grpc_server(plane: TensorDataPlane, calls: Calls, max_request_bytes: int) -> grpc.aio.Server:
     """The server, which listens nowhere yet."""
     server = grpc.aio.server(
-        interceptors=[_Calls(metrics, budget)],
+        interceptors=[calls],
         options=[
             ("grpc.max_receive_message_length", max_request_bytes),
             ("grpc.max_send_message_length", -1),
@@ -56,13 +56,17 @@ class _FixedModels:
     unload = load
 
 
-class _Calls(AsyncExceptionToStatusInterceptor):
+class Calls(AsyncExceptionToStatusInterceptor):
     """What all calls have in common: the budget that inference shares with HTTP, and errors as statuses. A message
-    counts once it is here: gRPC says nothing of those on their way. Probes are small, and never refused for it."""
+    counts once it is here: gRPC says nothing of those on their way. Probes are small, and never refused for it.
+
+    Attributes:
+        running: how many are being answered.
+    """
 
     def __init__(self, metrics: Metrics, budget: Budget) -> None:
         super().__init__()
-        self._metrics, self._budget = metrics, budget
+        self._metrics, self._budget, self.running = metrics, budget, 0
 
     async def intercept(self, method: Any, request_or_iterator: Any, context: Any, method_name: str) -> Any:
         async def within_budget(request: Any, context: Any) -> Any:
@@ -71,7 +75,11 @@ class _Calls(AsyncExceptionToStatusInterceptor):
                     share.add(request.ByteSize())
                 return await method(request, context)
 
-        return await super().intercept(within_budget, request_or_iterator, context, method_name)
+        self.running += 1
+        try:
+            return await super().intercept(within_budget, request_or_iterator, context, method_name)
+        finally:
+            self.running -= 1
 
     async def handle_exception(
         self, ex: Exception, request_or_iterator: Any, context: Any, method_name: str

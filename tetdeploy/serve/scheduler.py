@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
+GRACE_SECONDS = 30.0  # that requests may take to finish once a server is told to stop
+
 P = TypeVar("P")
 R = TypeVar("R")
 

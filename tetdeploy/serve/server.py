@@ -26,10 +26,8 @@ from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.models import Bounds, ServedModel, step_energy_pj
 from tetdeploy.serve.protocol import OpenInferenceModel, TensorDataPlane
 from tetdeploy.serve.rest import application
-from tetdeploy.serve.rpc import grpc_server
-from tetdeploy.serve.scheduler import Limits
-
-GRACE_SECONDS = 30.0  # that requests may take to finish once the server is told to stop
+from tetdeploy.serve.rpc import Calls, grpc_server
+from tetdeploy.serve.scheduler import GRACE_SECONDS, Limits
 
 
 @dataclass(frozen=True)
@@ -52,17 +50,22 @@ def serve(
     bounds: Bounds,
     *,
     sizes: Sizes,
+    threads: int | None,
     announce: Callable[[str, str], None],
-) -> None:
+) -> int:
     """Serve models, by name, until SIGINT or SIGTERM; then finish what was taken.
 
     Args:
+        threads: what the engines were made with, for the engine that counts operations.
         announce: told the HTTP and the gRPC address once both are open.
+
+    Returns:
+        The requests that were cut off: GRACE_SECONDS did not suffice for them.
 
     Raises:
         OSError: an address cannot be listened to.
     """
-    asyncio.run(_serve(engines, address, limits, bounds, sizes, announce))
+    return asyncio.run(_serve(engines, address, limits, bounds, sizes, threads, announce))
 
 
 async def _serve(
@@ -71,18 +74,20 @@ async def _serve(
     limits: Limits,
     bounds: Bounds,
     sizes: Sizes,
+    threads: int | None,
     announce: Callable[[str, str], None],
-) -> None:
+) -> int:
     metrics, models, repository = Metrics(), [], ModelRepository()
     for name, engine in engines.items():
-        served = ServedModel(name, engine, limits, bounds, metrics.on_call(name, _step_energy_pj(engine)))
+        served = ServedModel(name, engine, limits, bounds, metrics.on_call(name, _step_energy_pj(engine, threads)))
         metrics.watch(served)
         models.append(OpenInferenceModel(served, metrics))
         repository.update(models[-1])
     plane = TensorDataPlane(model_registry=repository)
     stop, budget = _stop_signal(), Budget(sizes.max_total)
     with _listening(address) as listener:
-        rpc = grpc_server(plane, metrics, sizes.max_request, budget)
+        calls = Calls(metrics, budget)
+        rpc = grpc_server(plane, calls, sizes.max_request)
         grpc_port = await _start_grpc(rpc, address)
         server = _http_server(BodyLimit(application(plane, metrics), sizes.max_request, budget))
         http = asyncio.create_task(server.serve([listener]))
@@ -93,16 +98,34 @@ async def _serve(
             model.ready = False
             model.served.scheduler.hurry()
         server.should_exit = True
-        await asyncio.gather(http, rpc.stop(GRACE_SECONDS))
+        cut_off = sum(await asyncio.gather(_stop_http(server, http), _stop_grpc(rpc, calls)))
         expiry.cancel()
         await asyncio.gather(*(model.served.scheduler.drain() for model in models))
+        return cut_off
 
 
-def _step_energy_pj(engine: Engine) -> float | None:
+async def _stop_http(server: uvicorn.Server, http: asyncio.Task[None]) -> int:
+    """How many requests were cut off when the grace was over; by then they have been told so."""
+    await http
+    cut_off = set(server.server_state.tasks)
+    if cut_off:
+        await asyncio.wait(cut_off, timeout=1)
+    return len(cut_off)
+
+
+async def _stop_grpc(server: grpc.aio.Server, calls: Calls) -> int:
+    stopping = asyncio.ensure_future(server.stop(GRACE_SECONDS + 1))  # a shorter one later counts
+    await asyncio.wait([stopping], timeout=GRACE_SECONDS)
+    cut_off = calls.running
+    await asyncio.gather(server.stop(None), stopping)
+    return cut_off
+
+
+def _step_energy_pj(engine: Engine, threads: int | None) -> float | None:
     """By an engine of its own, since the counting graph is not needed again."""
     if engine.device != "cpu":
         return None
-    return step_energy_pj(Engine(engine.path, runtime=engine.runtime, native=False))
+    return step_energy_pj(Engine(engine.path, runtime=engine.runtime, threads=threads, native=False))
 
 
 def _stop_signal() -> asyncio.Event:
