@@ -9,10 +9,14 @@ from typing import Any
 import yaml
 
 from tetdeploy.files import atomic_write
+from tetdeploy.serve.scheduler import GRACE_SECONDS
 
 MODELS = "/mnt/models"  # where KServe's storage initializer puts what lies at the storage URI
 HTTP_PORT = 8080
 CPUS, MEMORY = "2", "2Gi"
+PERIOD = 5  # seconds between two probes
+STARTS = 60  # probes that a start may take: five minutes, for large models on few cores
+LEAVES = 5  # seconds in which the pod is taken out of the service, before it is told to stop and accepts no more
 
 
 def check_service_name(name: str) -> None:
@@ -53,8 +57,8 @@ def inference_service(name: str, *, model_file: str, storage_uri: str, image: st
     check_service_name(name)
     check_storage_uri(storage_uri)
 
-    def probe(path: str) -> dict[str, Any]:
-        return {"httpGet": {"path": path, "port": HTTP_PORT}, "periodSeconds": 5, "timeoutSeconds": 5}
+    def probe(path: str, **more: int) -> dict[str, Any]:
+        return {"httpGet": {"path": path, "port": HTTP_PORT}, "periodSeconds": PERIOD, "timeoutSeconds": 5, **more}
 
     resources = {"cpu": CPUS, "memory": MEMORY}
     options = ["--host", "0.0.0.0", "--http-port", str(HTTP_PORT), "--threads", CPUS]
@@ -66,13 +70,17 @@ def inference_service(name: str, *, model_file: str, storage_uri: str, image: st
         "ports": [{"name": "http1", "containerPort": HTTP_PORT, "protocol": "TCP"}],
         "resources": {"requests": dict(resources), "limits": dict(resources)},
         "readinessProbe": probe("/v2/health/ready"),
+        "startupProbe": probe("/v2/health/live", failureThreshold=STARTS),  # the others wait for it
         "livenessProbe": probe("/v2/health/live"),
+        "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(LEAVES)]}}},
     }
+    # Kubernetes counts from before the sleep, and kills: what the server needs, and half as much for a slow machine.
+    stops = round(1.5 * (LEAVES + GRACE_SECONDS))
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
         "metadata": {"name": name},
-        "spec": {"predictor": {"minReplicas": 1, "containers": [container]}},
+        "spec": {"predictor": {"minReplicas": 1, "terminationGracePeriodSeconds": stops, "containers": [container]}},
     }
 
 

@@ -21,6 +21,7 @@ import yaml
 from tetdeploy.cli import main
 from tetdeploy.cli.serve import serve
 from tetdeploy.export.kserve import inference_service
+from tetdeploy.serve.scheduler import GRACE_SECONDS
 
 URI = "s3://models/digits"
 ROOT = Path(__file__).parent.parent
@@ -72,7 +73,7 @@ def test_paths_with_brackets_are_shown_whole(run: Path, tmp_path: Path) -> None:
     output = call("export", model, "--format", "triton-repository", "--name", "m", "-o", folder / "triton")
     assert f"{folder / 'triton' / 'm'}/1   onnx" in output and f"--model-repository {folder / 'triton'}   " in output
     output = call("export", model, "--format", "kserve", "--storage-uri", URI, "--name", "m", "-o", folder / "m.yaml")
-    assert f"{folder / 'm.yaml'}   m" in output and f"copy {model} to" in output
+    assert f"{folder / 'm.yaml'}   m" in output and f"copy {model}, {folder}/m.reference.npz to" in output
     output = call("predict", model, image, "--json", result)
     assert "[bold].png" in output and f"{result}\n" in output
     output = call("validate", model, "--json", result)
@@ -80,9 +81,13 @@ def test_paths_with_brackets_are_shown_whole(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path) -> None:
-    file, model = tmp_path / "digits.yaml", exported("step")
-    output = call("export", model, "--format", "kserve", "--name", "Digits_T4", "--storage-uri", URI, "-o", file)
-    assert f"next: copy {model} to {URI}, then kubectl apply -f {file}" in output
+    file, model = tmp_path / "digits.yaml", Path(shutil.copy(exported("step"), tmp_path))
+    arguments = "export", model, "--format", "kserve", "--name", "Digits_T4", "--storage-uri", URI, "-o", file
+    assert f"next: copy {model} to {URI}, then kubectl apply -f {file}" in call(*arguments)
+    beside = [tmp_path / f"{model.stem}{ending}" for ending in (".reference.npz", ".exit.json")]
+    for path in beside:
+        path.touch()
+    assert f"next: copy {model}, {beside[0]}, {beside[1]} to {URI}, then" in call(*arguments)
     service = yaml.safe_load(file.read_text())
     assert (service["apiVersion"], service["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
     assert service["metadata"]["name"] == "digits-t4"
@@ -96,6 +101,10 @@ def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path
     assert (options["host"], options["http_port"], options["threads"]) == ("0.0.0.0", 8080, 2)
     assert container["ports"][0]["containerPort"] == container["readinessProbe"]["httpGet"]["port"] == 8080
     assert container["readinessProbe"]["httpGet"]["path"] == "/v2/health/ready"
+    starts, (_, sleep) = container["startupProbe"], container["lifecycle"]["preStop"]["exec"]["command"]
+    assert starts["httpGet"] == container["livenessProbe"]["httpGet"]
+    assert starts["periodSeconds"] * starts["failureThreshold"] >= 300  # a liveness probe would end the pod after 15 s
+    assert service["spec"]["predictor"]["terminationGracePeriodSeconds"] > int(sleep) + GRACE_SECONDS
 
 
 @pytest.mark.parametrize("folder", ["_r19 (2)_", "R19.2-", "r19__2"])
@@ -207,7 +216,11 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
 
 def test_the_image_is_made_of_what_is_there() -> None:
     lines = (ROOT / "examples" / "serving" / "Dockerfile").read_text().splitlines()
-    copied = [name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]]
+    stages = [k for k, line in enumerate(lines) if line.startswith("FROM")]
+    build, image = lines[: stages[1]], lines[stages[1] :]
+    assert build[stages[0]] == "FROM python:3.12 AS build"  # which has a C compiler, as slim has not
+    assert image[0] == "FROM python:3.12-slim" and "COPY --from=build /wheel /wheel" in image
+    copied = [name for line in build if line.startswith("COPY") for name in line.split()[1:-1]]
     assert copied and all((ROOT / name).exists() for name in copied)
     entry = [json.loads(line.partition(" ")[2]) for line in lines if line.startswith(("ENTRYPOINT", "CMD"))]
     assert [words[0] for words in entry] == ["tetdeploy", "serve"]

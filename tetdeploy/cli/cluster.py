@@ -93,6 +93,8 @@ def _write_repository(ctx: click.Context, models: list[Path], name: str) -> None
 
 
 def _write_service(ctx: click.Context, model: Path, name: str) -> None:
+    from tetdeploy.agreement import reference_path
+    from tetdeploy.early_exit import exit_path
     from tetdeploy.export.kserve import inference_service, write_inference_service
     from tetdeploy.export.reading import parse_graph
     from tetdeploy.files import write_json
@@ -109,6 +111,9 @@ def _write_service(ctx: click.Context, model: Path, name: str) -> None:
     console.print(f"{path}   {service['metadata']['name']}   {image}", markup=False)
     if ctx.params["json_path"] is not None:
         write_json(ctx.params["json_path"], {"path": str(path), "service": service})
+    # Beside it: what the estimated energy and early_exit: true need.
+    copied = [model, *filter(Path.exists, (reference_path(model), exit_path(model)))]
     console.print(
-        f"next: copy {model} to {storage_uri}, then kubectl apply -f {path}   (docs/cluster.md)", markup=False
+        f"next: copy {', '.join(map(str, copied))} to {storage_uri}, then kubectl apply -f {path}   (docs/cluster.md)",
+        markup=False,
     )
