@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import threading
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from export_helpers import digits, exported
 
+from tetdeploy.early_exit import exit_path
 from tetdeploy.engine import Array, Engine
+from tetdeploy.files import sha256_of
 from tetdeploy.serve.models import Bounds, ServedModel
 from tetdeploy.serve.scheduler import Limits
 
@@ -76,6 +81,32 @@ def test_a_sequence_is_idle_from_its_answer_on() -> None:
         await asyncio.sleep(0.4)
         await model.expire()
         assert len(model.sequences) == 0
+        await model.scheduler.drain()
+
+    run(scenario())
+
+
+def write_rule(model: Path, threshold: float, T: int) -> None:
+    rule = {"threshold": threshold, "criterion": "confidence", "min_T": 1, "T": T, "model_sha256": sha256_of(model)}
+    exit_path(model).write_text(json.dumps(rule))
+
+
+def test_the_threshold_is_that_of_the_model_in_memory(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        path = tmp_path / "m.onnx"
+        shutil.copy(exported("step"), path)
+        write_rule(path, 0.0, T=4)
+        model = ServedModel("m", Engine(path, threads=1), Limits(), Bounds(64, 60, 9))
+        shutil.copy(exported("step", normalize=False), path)
+        write_rule(path, 1.0, T=2)
+        x = digits().images[:2]
+        assert (await model.infer(x, T=6, early_exit=True)).steps.tolist() == [1, 1]
+        with pytest.raises(ValueError, match="was found for T=4 and says nothing of T=3"):
+            await model.infer(x, T=3, early_exit=True)
+        late = ServedModel("m", model.engine, Limits(), Bounds(64, 60, 9))  # in memory is still the first
+        with pytest.raises(ValueError, match=r"had no threshold when the server started: .* of another model"):
+            await late.infer(x, early_exit=True)
+        await late.scheduler.drain()
         await model.scheduler.drain()
 
     run(scenario())

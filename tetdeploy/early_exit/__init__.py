@@ -89,17 +89,32 @@ def load_exit(model: Path | str, T: int | None = None) -> Exit:
         ValueError: the rule's file is damaged, is that of another model, or was found for more steps than T.
     """
     found, calibrated_T = load_calibration(model)
-    if T is not None and calibrated_T > T:
+    if T is not None:
+        check_calibrated(model, calibrated_T, T)
+    return found
+
+
+def check_calibrated(model: Path | str, calibrated_T: int, T: int) -> None:
+    """Refuse to run fewer steps than the rule of a model was found for.
+
+    Raises:
+        ValueError: T is below `calibrated_T`.
+    """
+    if calibrated_T > T:
         raise ValueError(
             f"the threshold of {model} was found for T={calibrated_T} and says nothing of T={T}; "
             f"run: tetdeploy calibrate {_graph(Path(model))[0]} --T {T}"
         )
-    return found
 
 
-def load_calibration(model: Path | str) -> tuple[Exit, int]:
-    """The rule of a model, and the T that it was found for. Raises: as `load_exit`."""
-    graph, sha256 = _graph(Path(model))
+def load_calibration(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, int]:
+    """The rule of a model, and the T that it was found for. Raises: as `load_exit`.
+
+    Args:
+        sha256: of the `.onnx` file as it was loaded; None reads it.
+    """
+    graph, said = _graph(Path(model))
+    sha256 = sha256 or (sha256_of(graph) if said is None else said)
     path, again = exit_path(graph), f"run: tetdeploy calibrate {graph}"
     if not path.is_file():
         raise FileNotFoundError(f"no early-exit threshold at {path}; {again}")
@@ -116,10 +131,10 @@ def load_calibration(model: Path | str) -> tuple[Exit, int]:
     return found, T
 
 
-def _graph(model: Path) -> tuple[Path, str]:
-    """The graph that a model is or was built from, and its SHA-256."""
+def _graph(model: Path) -> tuple[Path, str | None]:
+    """The graph that a model is or was built from, and the SHA-256 of the latter."""
     if model.suffix != ".engine":
-        return model, sha256_of(model)
+        return model, None
     from tetdeploy.runtimes.tensorrt_engine import read_manifest
 
     manifest = read_manifest(model)

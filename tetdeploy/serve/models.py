@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.agreement import load_reference
-from tetdeploy.early_exit import Exit, load_exit
+from tetdeploy.early_exit import Exit, check_calibrated, load_calibration
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.serve.scheduler import Limits, Scheduler
@@ -69,7 +69,7 @@ class ServedModel:
         if engine.layout == "step":
             pool = StreamPool(engine, max_batch=limits.max_batch)
             self.sequences = Sequences(pool, timeout=bounds.sequence_timeout, limit=bounds.max_sequences)
-        self._calibrated: dict[int, Exit] = {}
+        self._rule = _calibrated(engine) if engine.layout == "step" else ""
 
     async def infer(self, x: Array, *, T: int | None = None, early_exit: bool | float = False) -> Result:
         """Run images or frames from u = 0, together with other requests of the same T, shape and early exit.
@@ -182,14 +182,22 @@ class ServedModel:
             )
         if wanted is not True:
             return Exit(wanted)
-        if T not in self._calibrated:
-            try:
-                self._calibrated[T] = load_exit(self.engine.path, T)
-            except FileNotFoundError:
-                raise ValueError(
-                    f"{self.name} has no threshold: make one with tetdeploy calibrate, or send early_exit=0.9, say"
-                ) from None
-        return self._calibrated[T]
+        if isinstance(self._rule, str):
+            raise ValueError(
+                f"{self.name} had no threshold when the server started: {self._rule}; or send early_exit=0.9, say"
+            )
+        rule, calibrated_T = self._rule
+        check_calibrated(self.engine.path, calibrated_T, T)
+        return rule
+
+
+def _calibrated(engine: Engine) -> tuple[Exit, int] | str:
+    """The rule of `tetdeploy calibrate` for a model and the T that it was found for, or why there is none. Read once:
+    the file may be overwritten with another model, whose rule is none for this one."""
+    try:
+        return load_calibration(engine.path, sha256=None if engine.path.suffix == ".engine" else engine.sha256)
+    except (ValueError, OSError) as error:
+        return str(error)
 
 
 def _part(result: Result, rows: slice) -> Result:
