@@ -365,6 +365,49 @@ def test_binary_requests_that_do_not_fit_their_header(server: Server) -> None:
     assert post(64, bytes(64), length="9" * 5000)[0] == 400
 
 
+def test_a_refusal_repeats_no_more_of_a_request_than_a_header_holds(server: Server) -> None:
+    with rpc.InferenceServerClient(server.grpc) as client, pytest.raises(rpc.InferenceServerException) as refused:
+        client.infer("step", asked(rpc, images(1)), parameters={"\N{ALEMBIC}" * 20_000: 1})
+    assert "INVALID_ARGUMENT" in str(refused.value.status()) and "unknown parameter" in refused.value.message()
+    status, answer = server.post("models/step/infer", body(parameters={"T": "A" * 20_000}))
+    assert status == 400 and len(answer["error"]) == 600
+
+
+def test_binary_outputs_of_a_request_are_also_those_that_it_names(server: Server) -> None:
+    sent = json.loads(body(parameters={"binary_data_output": True}))
+    sent["outputs"] = [{"name": "logits"}, {"name": "steps", "parameters": {"binary_data": False}}]
+    request = urllib.request.Request(f"http://{server.http}/v2/models/step/infer", json.dumps(sent).encode())
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        length, got = int(answer.headers["Inference-Header-Content-Length"]), answer.read()
+    logits, steps = json.loads(got[:length])["outputs"]
+    assert "data" not in logits and steps["data"] == [engine("step").metadata["trained_T"]]
+    expected = engine("step").run(images(1)).logits
+    np.testing.assert_allclose(np.frombuffer(got[length:], np.float32).reshape(1, 10), expected, atol=1e-5)
+
+
+def test_calls_whose_deadline_passes_are_counted() -> None:
+    running = start(f"step={exported('step')}", "--max-wait-ms", "60000")
+    try:
+        with (
+            rpc.InferenceServerClient(running.grpc) as client,
+            pytest.raises(rpc.InferenceServerException, match="Deadline Exceeded"),
+        ):
+            client.infer("step", asked(rpc, images(1)), client_timeout=2)
+        left = {"model": "step", "status": "499"}
+        wait_until(lambda: running.metric("tetdeploy_refused_total", **left) == 1)
+        assert running.metric("tetdeploy_queue_requests", model="step") == 0
+        host, port = running.http.split(":")
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as web:
+            head = f"POST /v2/models/step/infer HTTP/1.1\r\nHost: m\r\nContent-Length: {len(body())}\r\n\r\n"
+            web.sendall(head.encode() + body())
+            wait_until(lambda: running.metric("tetdeploy_queue_requests", model="step") == 1)
+        wait_until(lambda: running.metric("tetdeploy_refused_total", **left) == 2)
+        assert running.metric("tetdeploy_queue_requests", model="step") == 0
+        assert running.metric("tetdeploy_request_seconds_count", model="step") == 0
+    finally:
+        assert stop(running) == 0
+
+
 def test_refusals_over_grpc_have_their_codes(server: Server) -> None:
     def code(model: str, x: Any, **keywords: Any) -> str:
         with rpc.InferenceServerClient(server.grpc) as client, pytest.raises(rpc.InferenceServerException) as refused:

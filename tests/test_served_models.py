@@ -18,7 +18,8 @@ from tetdeploy.early_exit import exit_path
 from tetdeploy.engine import Array, Engine
 from tetdeploy.files import sha256_of
 from tetdeploy.serve.models import Bounds, ServedModel
-from tetdeploy.serve.scheduler import Limits
+from tetdeploy.serve.scheduler import CallFailedError, Limits
+from tetdeploy.serve.sequences import UnknownSequenceError
 
 PATIENCE = 60
 
@@ -54,6 +55,35 @@ def test_requests_that_come_together_are_no_more_than_the_engine_takes() -> None
         with pytest.raises(ValueError, match="1 to 4 images, got 5"):
             await model.infer(x[:5])
         await model.scheduler.drain()
+
+    run(scenario())
+
+
+class FailsOnce(Engine):
+    """Runs out of memory in its first call."""
+
+    failed = False
+
+    def call(self, *arguments: Any, **options: Any) -> dict[str, Array]:
+        if not self.failed:
+            self.failed = True
+            raise ValueError("out of memory")
+        return super().call(*arguments, **options)
+
+
+def test_steps_of_a_lost_sequence_were_not_taken() -> None:
+    async def scenario() -> None:
+        taken: list[int] = []
+        engine = FailsOnce(exported("step"), threads=1)
+        model = ServedModel("m", engine, Limits(), Bounds(64, 60, 9), on_call=lambda steps: taken.append(len(steps)))
+        x = digits().images[:1]
+        with pytest.raises(CallFailedError, match="out of memory"):
+            await asyncio.gather(model.push("s", x, start=True, T=3))
+        with pytest.raises(UnknownSequenceError):
+            await model.push("s", x)
+        await model.push("s", x, start=True)
+        await model.scheduler.drain()
+        assert sum(taken) == 1
 
     run(scenario())
 

@@ -19,6 +19,7 @@ from tetdeploy.files import atomic_write, opened_npz
 from tetdeploy.stream import StepResult
 
 _PREFIX = "carried."  # of the arrays' names in a file
+_MOST_STEPS = 2**62  # of a state, so that int64 counts those that come
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,8 @@ class StreamPool:
             )
         wanted = self._carried.layout | {"sum_logits": self._sums.layout["logits"]}
         given = {**state.carried, "sum_logits": state.sum_logits}
-        if {name: (value.shape, value.dtype) for name, value in given.items()} != wanted or state.t < 0:
+        kinds = {name: (value.shape, value.dtype) for name, value in given.items()}
+        if kinds != wanted or not 0 <= state.t <= _MOST_STEPS:
             raise ValueError(f"the state is damaged: it does not hold what a stream of {self.engine.path.name} carries")
         if broken := [name for name, value in given.items() if not np.isfinite(value).all()]:
             raise ValueError(f"the state is damaged: {broken[0]} holds NaN or infinite values")

@@ -13,6 +13,8 @@ from tetdeploy.serve.scheduler import CallFailedError, QueueFullError, StoppingE
 from tetdeploy.serve.sequences import LostSequenceError, TooManySequencesError, UnknownSequenceError
 
 logger = logging.getLogger(__name__)
+CLIENT_LEFT = 499  # nginx's status for a request whose client did not wait; only metrics see it
+LONGEST = 600  # characters of a message: it may repeat the request, and gRPC sends it as a header of 8 KB at most
 
 # The first class that fits. Anything else is our bug, and says nothing to clients.
 STATUS: dict[type[Exception], tuple[int, grpc.StatusCode]] = {
@@ -35,6 +37,10 @@ def status_of(error: Exception) -> tuple[int, grpc.StatusCode, str]:
         if isinstance(error, kind):
             if http == 500:
                 logger.error("%s", error, exc_info=error.__cause__)
-            return http, rpc, str(error)
+            return http, rpc, _shortened(str(error))
     logger.error("a bug of the server", exc_info=error)
     return 500, grpc.StatusCode.INTERNAL, "internal error"
+
+
+def _shortened(message: str) -> str:
+    return message if len(message) <= LONGEST else f"{message[: LONGEST - 3]}..."

@@ -21,14 +21,14 @@ class Metrics:
         self._names: set[str] = set()  # a client must not make up labels
         self.seconds = Histogram(
             "tetdeploy_request_seconds",
-            "From a request's arrival to its answer",
+            "From a whole request, still to be parsed, to its answer, still to be sent",
             ["model"],
             buckets=SECONDS,
             registry=registry,
         )
         self.batch = Histogram(
             "tetdeploy_batch_images",
-            "Images in a call of the engine",
+            "Images that ran together",
             ["model"],
             buckets=COUNTS,
             registry=registry,

@@ -144,7 +144,8 @@ class ServedModel:
         if key == STEPS:
             assert self.sequences is not None
             answers = self.sequences.run(payloads)
-            self._on_call(np.ones(len(answers), np.int64))
+            if taken := sum(isinstance(answer, StepResult) for answer in answers):  # those of lost sequences were not
+                self._on_call(np.ones(taken, np.int64))
             return answers
         assert isinstance(key, tuple)
         T, _, exit = key

@@ -7,7 +7,6 @@ error; `TensorDataPlane` reads them in its place. A model has one version, 1.
 from __future__ import annotations
 
 import struct
-import time
 import uuid
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -22,7 +21,6 @@ from pydantic import ValidationError
 
 from tetdeploy import __version__
 from tetdeploy.engine import Array, Result
-from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.models import ServedModel
 from tetdeploy.serve.requests import DATATYPES, Parameters, tensor
 from tetdeploy.serve.scheduler import StoppingError
@@ -54,9 +52,9 @@ def refuse_loading() -> NoReturn:
 class OpenInferenceModel(Model):  # type: ignore[misc]
     """A served model as KServe sees it: one input `x`, outputs `logits`, `per_step`, `steps` and `class`."""
 
-    def __init__(self, served: ServedModel, metrics: Metrics) -> None:
+    def __init__(self, served: ServedModel) -> None:
         super().__init__(served.name)
-        self.served, self.metrics = served, metrics
+        self.served = served
         self.ready = True
 
     def get_input_types(self) -> list[dict[str, Any]]:
@@ -74,10 +72,8 @@ class OpenInferenceModel(Model):  # type: ignore[misc]
         ]
 
     async def predict(self, payload: InferRequest, headers: Any = None, response_headers: Any = None) -> InferResponse:
-        started = time.perf_counter()
         wanted = self._wanted(payload)  # before anything runs: a sequence would go on, and its client not know
         outputs = self._outputs(await self._run(payload), wanted)
-        self.metrics.seconds.labels(self.name).observe(time.perf_counter() - started)
         return InferResponse(
             payload.id or str(uuid.uuid4()),
             self.name,
@@ -222,6 +218,8 @@ class TensorDataPlane(DataPlane):  # type: ignore[misc]
         except ValidationError as error:
             raise InvalidInput(malformed(error.errors())) from error
         decoded = InferRequest.from_inference_request(request, model_name)
+        for output in decoded.request_outputs or () if decoded.use_binary_outputs else ():  # unless they say otherwise
+            output.parameters = {"binary_data": True} | (output.parameters or {})
         _attach(decoded.inputs, memoryview(body)[length:])
         return decoded
 

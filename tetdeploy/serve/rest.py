@@ -6,6 +6,7 @@ These endpoints are ours: KServe's, through FastAPI and pydantic, take longer th
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -19,12 +20,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tetdeploy.serve.errors import status_of
+from tetdeploy.serve.errors import CLIENT_LEFT, status_of
 from tetdeploy.serve.metrics import Metrics
-from tetdeploy.serve.protocol import JSON_LENGTH, TensorDataPlane, refuse_loading
+from tetdeploy.serve.protocol import JSON_LENGTH, OpenInferenceModel, TensorDataPlane, refuse_loading
 
 A = TypeVar("A")
-CLIENT_LEFT = 499  # nginx's
 
 
 def application(plane: TensorDataPlane, metrics: Metrics) -> Starlette:
@@ -73,6 +73,12 @@ class _Endpoints:
     async def infer(self, request: Request) -> Response:
         name, version = _model(request)
         model = self._plane.running(name, version)
+        started = time.perf_counter()
+        response = await self._infer(request, name, model)
+        self._metrics.seconds.labels(name).observe(time.perf_counter() - started)
+        return response
+
+    async def _infer(self, request: Request, name: str, model: OpenInferenceModel) -> Response:
         # BodyLimit gives the body as one message, of which request.body() would make a copy. Nothing here keeps it.
         answer = await _unless_left(
             request,

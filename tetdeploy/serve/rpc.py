@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any, NoReturn
 
 import grpc
@@ -10,7 +12,7 @@ from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServi
 from kserve.protocol.grpc.servicer import InferenceServicer
 
 from tetdeploy.serve.bodies import Budget
-from tetdeploy.serve.errors import status_of
+from tetdeploy.serve.errors import CLIENT_LEFT, status_of
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.protocol import TensorDataPlane, refuse_loading
 
@@ -69,15 +71,25 @@ class Calls(AsyncExceptionToStatusInterceptor):
         self._metrics, self._budget, self.running = metrics, budget, 0
 
     async def intercept(self, method: Any, request_or_iterator: Any, context: Any, method_name: str) -> Any:
+        is_inference = method_name.endswith("/ModelInfer")
+
         async def within_budget(request: Any, context: Any) -> Any:
             with self._budget.share() as share:
-                if method_name.endswith("/ModelInfer"):
-                    share.add(request.ByteSize())
-                return await method(request, context)
+                if not is_inference:
+                    return await method(request, context)
+                share.add(request.ByteSize())
+                started = time.perf_counter()
+                answer = await method(request, context)
+                self._metrics.seconds.labels(request.model_name).observe(time.perf_counter() - started)
+                return answer
 
         self.running += 1
         try:
             return await super().intercept(within_budget, request_or_iterator, context, method_name)
+        except asyncio.CancelledError:  # its client has left, or its deadline passed
+            if is_inference:
+                self._metrics.refuse(request_or_iterator.model_name, CLIENT_LEFT)
+            raise
         finally:
             self.running -= 1
 

@@ -81,7 +81,7 @@ async def _serve(
     for name, engine in engines.items():
         served = ServedModel(name, engine, limits, bounds, metrics.on_call(name, _step_energy_pj(engine, threads)))
         metrics.watch(served)
-        models.append(OpenInferenceModel(served, metrics))
+        models.append(OpenInferenceModel(served))
         repository.update(models[-1])
     plane = TensorDataPlane(model_registry=repository)
     stop, budget = _stop_signal(), Budget(sizes.max_total)
