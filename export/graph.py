@@ -17,7 +17,8 @@ from onnxscript import values
 from tetdeploy.data import Encoding
 from tetdeploy.folding import count_batchnorm
 from tetdeploy.int8.quantisation import Scales, quantise
-from tetdeploy.tracing import Tracer, example_input, first_line, quiet
+from tetdeploy.names import first_line
+from tetdeploy.tracing import Tracer, example_input, quiet
 
 from .half import halve
 from .int8 import set_scales, translate_int8_conv

@@ -38,8 +38,9 @@ from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
 from tetdeploy.folding import VIEWS, count_batchnorm, fold_batchnorm, module_path, parameter
 from tetdeploy.model_file import METADATA_KEY
+from tetdeploy.names import first_line
 from tetdeploy.networks import Classifier
-from tetdeploy.tracing import first_line, quiet
+from tetdeploy.tracing import quiet
 
 from .parity import check_steps
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -25,6 +26,7 @@ from tetdeploy.early_exit import Exit
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig
 from tetdeploy.extras import MissingExtraError
+from tetdeploy.inspection import inspect
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
 
@@ -324,15 +326,21 @@ def test_a_missing_onnxruntime_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
         Engine(exported("dynamic"))
 
 
-def test_a_call_that_fails_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OutOfMemory:
-        def run(self, names: list[str], feed: dict[str, Array]) -> None:
-            raise RuntimeError("bad allocation\nand a page of detail")
-
-    runner = Engine(exported("dynamic"))
-    monkeypatch.setattr(runner, "_session", OutOfMemory())
-    with pytest.raises(ValueError, match=r"ONNX Runtime failed on x of shape \[2, 1, 8, 8\]: bad allocation$"):
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(RuntimeError("\nbad allocation\nand a page of detail"), "bad allocation"), (MemoryError(), "MemoryError")],
+    ids=["a page", "nothing"],
+)
+def test_what_fails_gives_one_line(error: Exception, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = exported("dynamic")
+    runner = Engine(path)
+    monkeypatch.setattr(runner, "_session", Mock(run=Mock(side_effect=error)))
+    with pytest.raises(ValueError, match=rf"ONNX Runtime failed on x of shape \[2, 1, 8, 8\]: {line}$"):
         runner.run(images(2))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Mock(side_effect=error))
+    for read in (Engine, inspect):
+        with pytest.raises(ValueError, match=rf"cannot be loaded: not an ONNX model, or a damaged one \({line}\)$"):
+            read(path)
 
 
 @pytest.mark.parametrize(("layout", "options"), [("unrolled", {"T": 4}), ("dynamic", {}), ("step", {})])

@@ -116,6 +116,10 @@ def test_what_openvino_cannot_read(tmp_path: Path) -> None:
         in_openvino(tmp_path / "m.onnx")
 
 
+def test_an_error_of_openvinos_without_text_has_a_name() -> None:
+    assert openvino_session._reason(RuntimeError()) == "RuntimeError"
+
+
 def test_runtime_and_device_must_fit() -> None:
     path = exported("unrolled", T=3)
     with pytest.raises(ValueError, match="unknown runtime 'tvm'; choose one of onnxruntime, openvino"):

@@ -23,6 +23,7 @@ from tetdeploy import native
 from tetdeploy.energy import layers_of
 from tetdeploy.extras import import_extra
 from tetdeploy.model_file import METADATA_KEY, parse_metadata, read_model, session_metadata
+from tetdeploy.names import first_line
 from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, prepare, provider_options
 from tetdeploy.runtimes.openvino_session import OpenVINOSession
 from tetdeploy.stream import Stream
@@ -216,8 +217,8 @@ class Engine:
         except ValueError:  # of a TensorRT session, which speaks for itself
             raise
         except Exception as error:  # ONNX Runtime's own exception classes are private
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"ONNX Runtime failed on x of shape {list(feed['x'].shape)}: {reason}") from error
+            shape = list(feed["x"].shape)
+            raise ValueError(f"ONNX Runtime failed on x of shape {shape}: {first_line(error)}") from error
 
     def _check_finite(self, per_step: Array) -> None:
         # None at all: one image's float32 input may be far out of range, and a server batches it with those of others.
@@ -399,11 +400,10 @@ class Engine:
                 fused or self._bytes + overlay, options, providers=providers, enable_fallback=0
             )
         except Exception as error:  # ONNX Runtime's own exception classes are private
-            reason = str(error).strip().splitlines()[0]
             fault = "not an ONNX model, or a damaged one"
             if self.device != "cpu":
                 fault += f"; or {self.device} cannot be used: check driver and libraries, or choose device='cpu'"
-            raise ValueError(f"{self.path} cannot be loaded: {fault} ({reason})") from error
+            raise ValueError(f"{self.path} cannot be loaded: {fault} ({first_line(error)})") from error
         started = session.get_providers()
         if missing := [name for name in self._providers if name not in started]:
             raise ValueError(

@@ -15,7 +15,7 @@ from tetdeploy.energy import Layer, layers_of
 from tetdeploy.extras import import_extra
 from tetdeploy.files import sha256_of
 from tetdeploy.model_file import parse_metadata, session_metadata
-from tetdeploy.names import section
+from tetdeploy.names import first_line, section
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _DTYPES |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
@@ -157,8 +157,8 @@ def _session(file: Path) -> Any:
     try:
         return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exception classes are private
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{file} cannot be loaded: not an ONNX model, or a damaged one ({reason})") from error
+        fault = f"not an ONNX model, or a damaged one ({first_line(error)})"
+        raise ValueError(f"{file} cannot be loaded: {fault}") from error
 
 
 def _port(port: Any) -> dict[str, Any]:

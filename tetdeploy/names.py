@@ -1,4 +1,4 @@
-"""Names of many things: the first ones in a message, layers that are called more than once, things below one name."""
+"""Names and messages: many names in one line, a layer that is called again, what has one prefix, what an error says."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def numbered(name: str, seen: Counter[str]) -> str:
 def section(named: Mapping[str, V], prefix: str) -> dict[str, V]:
     """What has a name that begins with `prefix`, by the rest of it."""
     return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line; of one without text, as MemoryError often is, its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from tetdeploy.data import Encoding
 from tetdeploy.folding import FoldingError, fold_batchnorm
+from tetdeploy.names import first_line
 from tetdeploy.networks import Classifier
 
 
@@ -119,10 +120,6 @@ def _why_untraceable(error: Exception, T: int | None) -> str:
             f"use --layout unrolled. The reason: {detail}"
         )
     return f"torch.export cannot trace the network: {detail}"
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tetdeploy.names import first_line
+
 from .config import TrainConfig
 from .ranks import Ranks
 
@@ -118,9 +120,8 @@ class StepGraphs:
             cause = error.__context__ or error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             raise ValueError(
-                f"the training step cannot be recorded as a CUDA graph ({reason}); pass --no-cuda-graphs"
+                f"the training step cannot be recorded as a CUDA graph ({first_line(cause)}); pass --no-cuda-graphs"
             ) from cause
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)

@@ -82,5 +82,5 @@ def _core() -> Any:
 
 def _reason(error: RuntimeError) -> str:
     """The line of OpenVINO's report that says what is wrong, and not where in its sources."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [type(error).__name__, *(line.strip() for line in str(error).splitlines() if line.strip())]
     return next((line.removeprefix("-- ") for line in lines if line.startswith("-- ")), lines[-1])
