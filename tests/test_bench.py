@@ -53,7 +53,7 @@ class Clock:
         return self.now
 
     def run(self, engine: Engine, x: np.ndarray[Any, Any], T: int) -> None:
-        call = (engine._threads or 0, len(x), T)
+        call = (engine._sessions._threads or 0, len(x), T)
         self.now += self.cost(call, self.calls.count(call))
         self.calls.append(call)
 
@@ -141,7 +141,7 @@ def test_noise_is_what_the_graph_takes() -> None:
 
 @pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 def test_says_whether_the_native_operator_runs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tetdeploy.engine.NATIVE_FROM", 1)
+    monkeypatch.setattr("tetdeploy.runtimes.sessions.NATIVE_FROM", 1)
     monkeypatch.setenv("COLUMNS", "200")
     fast = run(model, "--threads", "1", "--repeats", "1").output
     assert "CPUExecutionProvider, native operators" in fast and "slower than" not in fast

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnxruntime
@@ -21,22 +22,25 @@ from onnxruntime import OrtValue
 
 from tetdeploy.early_exit import Exit, certainty
 from tetdeploy.engine import Engine
+from tetdeploy.model_file import state_outputs
 from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, DeviceArray, DeviceZeros, provider_options
+from tetdeploy.runtimes.sessions import Sessions
 from tetdeploy.stream import Stream
 from tetdeploy.streams import StreamPool
 
 Array = np.ndarray[Any, Any]
 
 
-class BoundEngine(Engine):
-    """Binds its state as on a GPU, to the CPU's memory."""
+class BoundSessions(Sessions):
+    """Binds state as on a GPU, to the CPU's memory."""
 
-    def _bind(self, session: Any) -> BoundSession:
-        return BoundSession(session, "cpu", self.state_outputs)
+    def bind(self, session: Any) -> BoundSession:
+        return BoundSession(session, "cpu", state_outputs(self._metadata))
 
 
 def make(layout: str, options: dict[str, Any]) -> Engine:
-    return BoundEngine(exported(layout, **options), threads=1)
+    with patch("tetdeploy.engine.Sessions", BoundSessions):
+        return Engine(exported(layout, **options), threads=1)
 
 
 def inputs(of: Engine, count: int, T: int) -> Array:

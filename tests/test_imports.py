@@ -23,7 +23,7 @@ MODULES = [
         for name in (
             *("agreement", "bench", "cli", "data", "energy", "engine", "inspection", "model_file", "native", "report"),
             *("early_exit.calibration", "early_exit.savings", "resumable", "serve", "stream", "streams", "sweep"),
-            *("runtimes.nvidia", "runtimes.onnxruntime_gpu", "runtimes.openvino_session"),
+            *("runtimes.nvidia", "runtimes.onnxruntime_gpu", "runtimes.openvino_session", "runtimes.sessions"),
         )
     ),
 ]

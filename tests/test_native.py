@@ -642,7 +642,7 @@ def test_small_networks_take_the_time_for_it_only_when_asked() -> None:
 
 
 def test_large_networks_have_it_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tetdeploy.engine.NATIVE_FROM", 1)
+    monkeypatch.setattr("tetdeploy.runtimes.sessions.NATIVE_FROM", 1)
     assert Engine(exported("step")).native
     monkeypatch.setattr("tetdeploy.native.missing", lambda: "not compiled")
     assert not Engine(exported("step")).native
@@ -671,7 +671,7 @@ def test_refused_where_onnxruntime_does_not_run_on_a_cpu() -> None:
 
 
 def test_what_goes_wrong_leaves_the_engine_as_it_would_be_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tetdeploy.engine.NATIVE_FROM", 1)
+    monkeypatch.setattr("tetdeploy.runtimes.sessions.NATIVE_FROM", 1)
 
     def fail(model: bytes) -> bytes:
         raise OSError("no space left")

@@ -656,7 +656,7 @@ def test_says_what_makes_it_slower_than_it_could_be(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TETDEPLOY_NATIVE", "0")
     small = CliRunner().invoke(main, ["serve", f"small={exported('step')}"]).output
     assert "ready: " in small and "slower" not in small
-    monkeypatch.setattr("tetdeploy.engine.NATIVE_FROM", 1)
+    monkeypatch.setattr("tetdeploy.runtimes.sessions.NATIVE_FROM", 1)
     large = CliRunner().invoke(main, ["serve", f"large={exported('step')}"]).output
     assert "large is slower than it could be: the native operator is switched off by TETDEPLOY_NATIVE=0" in large
 

@@ -160,7 +160,7 @@ def test_chunks_with_state_compute_the_first_layer_again() -> None:
 
 def test_layers_of_another_precision_than_the_model_have_their_own_price() -> None:
     engine = Engine(exported("unrolled"))
-    engine.metadata["precision"] = "int8"
+    engine.precision = "int8"
     for layer in engine.metadata["layers"][1:]:
         layer["precision"] = "int8"
     result = sweep(engine, digits().images[:8], digits().labels[:8], (2,), num_timed=1)
@@ -173,7 +173,7 @@ def test_layers_of_another_precision_than_the_model_have_their_own_price() -> No
 
 def test_a_precision_without_cited_energies_needs_ones_own() -> None:
     engine = Engine(exported("unrolled"))
-    engine.metadata["precision"] = "fp4"
+    engine.precision = "fp4"
     x, labels = digits().images[:4], digits().labels[:4]
     with pytest.raises(ValueError, match="no cited energies for precision 'fp4'"):
         sweep(engine, x, labels, (1,), num_timed=1)

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.engine import PROVIDERS, RUNTIMES, Engine, check_runtime
+from tetdeploy.engine import Engine
 from tetdeploy.extras import import_extra
 from tetdeploy.machine import cpu_model, load_average, read_cpuinfo, usable_cores
 from tetdeploy.runtimes.nvidia import gpu_name
+from tetdeploy.runtimes.sessions import PROVIDERS, RUNTIMES, check_runtime
 from tetdeploy.sweep import provenance
 
 CALLS_PER_TURN = 5
@@ -98,7 +99,7 @@ class Bench:
         own = self.engine.T if self.engine.layout == "unrolled" else None
         self.settings = [
             Setting(batch, count, T)
-            for T in steps or (own or int(self.engine.metadata["trained_T"]),)
+            for T in steps or (own or self.engine.trained_T,)
             for count in threads
             for batch in batches
         ]

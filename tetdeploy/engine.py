@@ -6,13 +6,10 @@ An engine keeps nothing between calls, so that threads may share one; LIF state 
 from __future__ import annotations
 
 import base64
-import hashlib
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,22 +18,16 @@ from numpy.typing import NDArray
 
 from tetdeploy import native
 from tetdeploy.energy import layers_of
-from tetdeploy.extras import import_extra
-from tetdeploy.model_file import METADATA_KEY, parse_metadata, read_model, session_metadata
 from tetdeploy.names import first_line
-from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, prepare, provider_options
-from tetdeploy.runtimes.openvino_session import OpenVINOSession
+from tetdeploy.runtimes.sessions import Sessions, check_runtime, gains_from_native
 from tetdeploy.stream import Stream
 
 if TYPE_CHECKING:
     from tetdeploy.early_exit import Exit
 
 Array = NDArray[Any]
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 IN_CACHE = 2**22  # spikes of a layer, over images and steps: with more in a call each image takes a CPU longer
-NATIVE_FROM = 20_000  # neurons; in smaller networks what lies between convolutions takes no time to speak of
 LARGEST = 1_000_000  # input, in absolute value: far beyond any pixel, and far from where sums leave float32
-RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # each with the extra that brings it
 
 
 @dataclass(frozen=True)
@@ -71,9 +62,10 @@ class Engine:
 
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
-        path, device, runtime, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph, else None), encoding
-        (`direct` or `frames`), input_shape `(C, H, W)`, input_dtype, class_names, min_batch and max_batch (least and
-        most images in a call, None is any), native (whether it does).
+        path, sha256 (of the file), device, runtime, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph,
+        else None), trained_T (of the training), precision (`fp32`, `fp16` or `int8`), encoding (`direct` or `frames`),
+        input_shape `(C, H, W)`, input_dtype, class_names, min_batch and max_batch (least and most images in a call,
+        None is any), native (whether it does).
 
     Raises:
         ValueError: the file is no ONNX model, or none of ours; the device is unknown or its provider not available; the
@@ -96,20 +88,14 @@ class Engine:
         native: bool | None = None,
     ) -> None:
         self.path, self.device, self.runtime = Path(model), device, runtime
-        check_runtime(runtime, device)
-        self._providers = _providers(device) if runtime == "onnxruntime" else []
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
-        self._threads = threads
-        self._bytes = read_model(self.path)
-        self.metadata: dict[str, Any] = {}
-        self._session = self._make_session(b"")
-        self._take(parse_metadata(session_metadata(self._session, self.path).get(METADATA_KEY), self.path))
-        if device == "cuda" and self.metadata.get("precision") == "fp16":
-            self._session = self._make_session(b"")  # anew: a GPU wants other options, and only now this is known
-        fused = self._go_native(native)
+        self._sessions = Sessions(self.path, device=device, runtime=runtime, threads=threads)
+        self._overlaid: dict[tuple[bytes, bool], tuple[Any, list[str]]] = {}
+        self.sha256 = self._sessions.sha256
+        self._session, metadata = self._sessions.first()
+        self._take(metadata)
+        fused = self._sessions.first_native(native)
         self.native = fused is not None
-        self._session = self._bind(fused or self._session)
+        self._session = fused or self._session
 
     def _take(self, metadata: dict[str, Any]) -> None:
         """The attributes that the metadata say."""
@@ -121,6 +107,8 @@ class Engine:
         self.layout: str = self.metadata["layout"]
         self.encoding: str = self.metadata["encoding"]
         self.T: int | None = self.metadata["T"]
+        self.trained_T: int = self.metadata["trained_T"]
+        self.precision: str = self.metadata["precision"]
         self.with_state: bool = bool(self.metadata["states"])
         self.input_shape: tuple[int, ...] = tuple(self.metadata["input"]["shape"])
         self.input_dtype = np.dtype(self.metadata["input"]["dtype"])
@@ -165,25 +153,9 @@ class Engine:
         return self.run_with(self.counting_overlay, x, T, native=self.native)
 
     @property
-    def gains_from_native(self) -> bool:
-        """Whether the native operator saves time: on a CPU under ONNX Runtime, in a network that is not small."""
-        neurons = sum(math.prod(layer["shape"]) for layer in self.metadata["neurons"])
-        return (self.device, self.runtime) == ("cpu", "onnxruntime") and neurons >= NATIVE_FROM
-
-    @property
     def lacks_native(self) -> str | None:
         """Why the native operator cannot run where it would save time, and what to do; None if it can, or would not."""
-        return native.missing() if self.gains_from_native else None
-
-    @cached_property
-    def sha256(self) -> str:
-        """Of the model file."""
-        return hashlib.sha256(self._bytes).hexdigest()
-
-    @cached_property
-    def state_outputs(self) -> tuple[str, ...]:
-        """What one call gives for the next: membranes, and the encoded currents of a step graph for images."""
-        return tuple(state["output"] for state in (*self.metadata["states"], *self.metadata["encoded"]))
+        return native.missing() if gains_from_native(self.metadata, self.device, self.runtime) else None
 
     @cached_property
     def counting_overlay(self) -> bytes:
@@ -230,11 +202,11 @@ class Engine:
 
     def put(self, x: Array) -> Any:
         """`x` where the model runs, for calls that show it again and again."""
-        return self._session.put(x) if isinstance(self._session, BoundSession) else x
+        return self._session.put(x) if hasattr(self._session, "put") else x
 
     def zeros(self, shape: Sequence[int]) -> Any:
         """float32 zeros where the model runs, not to be written: on a GPU none come from the host."""
-        return self._session.zeros(shape) if isinstance(self._session, BoundSession) else np.zeros(shape, np.float32)
+        return self._session.zeros(shape) if hasattr(self._session, "zeros") else np.zeros(shape, np.float32)
 
     def check_streams(self) -> None:
         """Refuse a model that cannot stream.
@@ -280,7 +252,7 @@ class Engine:
             ValueError: see `run`.
         """
         if T is None:
-            own = self.T if self.layout == "unrolled" else int(self.metadata["trained_T"])
+            own = self.T if self.layout == "unrolled" else self.trained_T
             T = x.shape[1] if self.encoding == "frames" else own
         assert T is not None
         if T < 1:
@@ -383,85 +355,15 @@ class Engine:
                     batch = batch[running[batch]]
         return Result(total / steps[:, None].astype(np.float32), per_step, steps)
 
-    def _make_session(self, overlay: bytes, fused: bytes | None = None) -> Any:
-        if self.runtime == "openvino":
-            return OpenVINOSession(self._bytes + overlay, self._threads, self.path.name)
-        ort = import_extra("onnxruntime", "cpu")
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
-        if fused is not None:
-            native.use(ort, options)
-        precision = self.metadata.get("precision", "fp32") if self.device == "cuda" else "fp32"
-        providers = [(name, provider_options(name, self.sha256, precision)) for name in self._providers]
-        try:  # with its fallback a call that fails on the GPU would be made on the CPU, and all later ones
-            session = ort.InferenceSession(
-                fused or self._bytes + overlay, options, providers=providers, enable_fallback=0
-            )
-        except Exception as error:  # ONNX Runtime's own exception classes are private
-            fault = "not an ONNX model, or a damaged one"
-            if self.device != "cpu":
-                fault += f"; or {self.device} cannot be used: check driver and libraries, or choose device='cpu'"
-            raise ValueError(f"{self.path} cannot be loaded: {fault} ({first_line(error)})") from error
-        started = session.get_providers()
-        if missing := [name for name in self._providers if name not in started]:
-            raise ValueError(
-                f"ONNX Runtime could not start {missing[0]} and would have used {started[0]}; check the driver and the "
-                f"{'TensorRT 10' if missing[0].startswith('Tensorrt') else 'CUDA'} libraries, or choose device='cpu'"
-            )
-        return session
-
-    def _go_native(self, wanted: bool | None) -> Any:
-        """The session that calls the native operator; None if it is not wanted, or has nothing to do.
-
-        Raises:
-            ValueError: it is, and cannot be had; or TETDEPLOY_NATIVE, unless `wanted` is False, is neither 0 nor 1.
-        """
-        if wanted and (self.device, self.runtime) != ("cpu", "onnxruntime"):
-            raise ValueError(f"native is for ONNX Runtime on a CPU, not {self.runtime} on {self.device}")
-        if wanted is False:
-            return None
-        reason = native.missing()
-        if not (wanted or self.gains_from_native):
-            return None
-        if reason is not None:
-            if wanted:
-                raise ValueError(reason)
-            return None
-        return self._native_session(b"", wanted=bool(wanted))
-
-    def _native_session(self, overlay: bytes, *, wanted: bool) -> Any:
-        """A session with native operators; None where they have nothing to do, or fail without being `wanted`.
-
-        Raises:
-            ValueError: they fail, and are `wanted`.
-        """
-        try:
-            model = native.fuse_model(self._bytes + overlay)
-            return None if model is None else self._make_session(b"", fused=model)
-        except Exception as error:  # whatever it is, ONNX Runtime's own operators remain
-            if wanted:
-                raise ValueError(f"{self.path} cannot run natively: {error}") from error
-            warnings.warn(
-                f"{self.path} runs on ONNX Runtime's own operators alone: {error}", RuntimeWarning, stacklevel=4
-            )
-            return None
-
-    def _bind(self, session: Any) -> Any:
-        """On a GPU, the session whose state outputs stay there."""
-        return session if self.device == "cpu" else BoundSession(session, "cuda", self.state_outputs)
-
     def overlaid(self, overlay: bytes, *, native: bool = False) -> tuple[Any, list[str]]:
         """The session of this model with an overlay, made once, and the outputs that it adds. See `run_with`."""
-        cache: dict[tuple[bytes, bool], tuple[Any, list[str]]] = self.__dict__.setdefault("_overlays", {})
-        if (overlay, native) not in cache:
+        if (overlay, native) not in self._overlaid:
             own = {output.name for output in self._session.get_outputs()}
             whole = base64.b64decode(self.metadata.get("joined_overlay", "")) + overlay  # earlier exports have one
-            fused = self._native_session(whole, wanted=False) if native else None
-            session = self._bind(fused or self._make_session(whole))
-            cache[overlay, native] = session, [o.name for o in session.get_outputs() if o.name not in own]
-        return cache[overlay, native]
+            session = self._sessions.overlaid(whole, native=native)
+            added = [output.name for output in session.get_outputs() if output.name not in own]
+            self._overlaid[overlay, native] = session, added
+        return self._overlaid[overlay, native]
 
 
 def open_engine(
@@ -480,48 +382,6 @@ def open_engine(
     from tetdeploy.runtimes.tensorrt_engine import TensorRTEngine
 
     return TensorRTEngine(model)
-
-
-def check_runtime(runtime: str, device: str) -> None:
-    """Refuse a runtime that there is not, or not on this device.
-
-    Raises:
-        ValueError: it is so.
-    """
-    if runtime not in RUNTIMES:
-        raise ValueError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
-    if runtime == "openvino" and device != "cpu":
-        raise ValueError(f"runtime openvino runs on the CPU only, got device {device!r}; choose runtime onnxruntime")
-
-
-def _providers(device: str) -> list[str]:
-    if device not in PROVIDERS:
-        raise ValueError(f"unknown device {device!r}; choose one of {', '.join(PROVIDERS)}")
-    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
-    if len(both) == 2:
-        raise ValueError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; keep one: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'tetdeploy[cpu]' or 'tetdeploy[gpu]'"
-        )
-    ort = import_extra("onnxruntime", "cpu" if device == "cpu" else "gpu")
-    if PROVIDERS[device] not in ort.get_available_providers():
-        raise ValueError(
-            f"device {device!r} needs ONNX Runtime's {PROVIDERS[device]}, which this installation lacks: "
-            "pip uninstall -y onnxruntime, then pip install 'tetdeploy[gpu]'"
-        )
-    if device != "cpu":
-        prepare()
-    if device == "tensorrt":
-        return [PROVIDERS["tensorrt"], PROVIDERS["cuda"]]  # what TensorRT cannot do
-    return [PROVIDERS[device]]
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _wrong_dtype(name: str, got: np.dtype[Any], wanted: np.dtype[Any]) -> str:

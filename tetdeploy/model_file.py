@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,8 @@ def parse_metadata(text: str | None, path: Path) -> dict[str, Any]:
     if value["format"] != 1:
         raise ValueError(f"{path} has metadata of format {value['format']}; this tetdeploy reads format 1")
     return value
+
+
+def state_outputs(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """What one call gives for the next: membranes, and the encoded currents of a step graph for images."""
+    return tuple(state["output"] for state in (*metadata["states"], *metadata["encoded"]))

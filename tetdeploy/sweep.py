@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from tetdeploy import __version__
 from tetdeploy.energy import CONVENTIONS, Operations, layers_of, other_ops, other_ops_pj
-from tetdeploy.engine import RUNTIMES, Engine
+from tetdeploy.engine import Engine
 from tetdeploy.extras import import_extra
 from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
+from tetdeploy.runtimes.sessions import RUNTIMES
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Tally:
         num_classes = len(engine.class_names)
         self.T, self.class_names, self.metadata = T, engine.class_names, engine.metadata
         self.neurons = {n["name"]: int(np.prod(n["shape"])) for n in engine.metadata["neurons"]}
-        self.constants = constants or energy_constants(engine.metadata.get("precision", "fp32"))
+        self.constants = constants or energy_constants(engine.precision)
         chunk = engine.T if engine.with_state and engine.layout == "unrolled" else None
         self.operations = Operations(layers_of(engine.metadata), constants=constants, chunk=chunk)
         self.seen = np.zeros(num_classes, np.int64)
@@ -170,7 +171,7 @@ def provenance(engine: Engine) -> dict[str, Any]:
     versions = {"tetdeploy": __version__, "python": platform.python_version(), "numpy": np.__version__}
     return {
         "model_sha256": engine.sha256,
-        "trained_T": int(engine.metadata["trained_T"]),
+        "trained_T": engine.trained_T,
         "layout": engine.layout,
         "num_classes": len(engine.class_names),
         "versions": versions | {engine.runtime: str(runtime.__version__)},

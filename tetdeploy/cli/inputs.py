@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def default_steps(engine: Engine) -> tuple[int, ...]:
     """Every T that an unrolled graph holds; where T is free 1..8, or with frames up to the T of the training."""
-    free = int(engine.metadata["trained_T"]) if engine.encoding == "frames" else 8
+    free = engine.trained_T if engine.encoding == "frames" else 8
     last = engine.T if engine.layout == "unrolled" and engine.T else free
     return tuple(range(1, last + 1))
 
@@ -32,7 +32,7 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
     if engine.encoding == "frames" and is_file:
         x, labels = load_frames(name)
         return name, x[:limit], labels[:limit]
-    test = load_data(name, "test", data_dir=data_dir, T=int(engine.metadata["trained_T"]))
+    test = load_data(name, "test", data_dir=data_dir, T=engine.trained_T)
     if not is_file and test.class_names != engine.class_names:
         refuse_classes(engine, name, test.class_names)
     test = test if limit is None else test.select(slice(limit))  # images on disk are decoded later, batch by batch
@@ -69,7 +69,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
             f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "
             "calibrate on; name others with --data, or take those it was trained on with --split train"
         )
-    images = load_part(name, split, data_dir=data_dir, T=int(engine.metadata["trained_T"]), fraction=fraction)
+    images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction)
     if not name.lower().endswith(".npz") and images.class_names != engine.class_names:
         refuse_classes(engine, name, images.class_names)
     chosen = images.select(slice(limit))

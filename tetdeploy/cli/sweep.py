@@ -100,8 +100,7 @@ def sweep(
         check_plot(plot)
     wanted = steps or default_steps(engine)
     own = ac_pj is not None or mac_pj is not None
-    precision = engine.metadata.get("precision", "fp32")
-    constants = energy_constants(precision, ac_pj=ac_pj, mac_pj=mac_pj) if own else None
+    constants = energy_constants(engine.precision, ac_pj=ac_pj, mac_pj=mac_pj) if own else None
     result = run_sweep(engine, wanted, data, data_dir, limit=limit, batch_size=batch_size, constants=constants)
     print_sweep(result, engine, conventions)
     print_details(result, engine, conventions, layers=show_layers, other_ops=other_ops)
@@ -129,7 +128,7 @@ def run_sweep(
 def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> None:
     from tetdeploy.report import energy, sweep_table
 
-    trained_T = int(engine.metadata["trained_T"])
+    trained_T = engine.trained_T
     console.print(f"{result.model}   {result.num_samples:,} images of {result.data}   {engine.layout}", markup=False)
     console.print(sweep_table(result, trained_T, conventions=conventions))
     notes = [
@@ -147,7 +146,7 @@ def print_details(result: Sweep, engine: Engine, conventions: Sequence[str], *, 
     """What the options ask for below the table, at the T of the training or else the largest."""
     from tetdeploy.report import layers_table, other_ops_table
 
-    steps, trained_T = [row.T for row in result.rows], int(engine.metadata["trained_T"])
+    steps, trained_T = [row.T for row in result.rows], engine.trained_T
     T = trained_T if trained_T in steps else max(steps)
     if layers:
         console.print(f"layers, per image at T={T}")
@@ -193,7 +192,7 @@ def save_sweep(result: Sweep, engine: Engine, json_path: Path, picture: Path) ->
     write_json(json_path, result.to_dict())
     written = [str(json_path)]
     try:
-        plot_sweep(result, picture, int(engine.metadata["trained_T"]))
+        plot_sweep(result, picture, engine.trained_T)
         written.append(str(picture))
     except MissingExtraError as error:
         console.print(f"no plot: {error}", style="dim", markup=False)

@@ -145,7 +145,7 @@ class _Job:
         self, engine: Engine, wanted: tuple[int, ...] | None, gates: tuple[Gate, ...], batch_size: int
     ) -> None:
         self.engine, self.wanted, self.gates, self.batch_size = engine, wanted, gates, batch_size
-        self.trained_T = int(engine.metadata["trained_T"])
+        self.trained_T = engine.trained_T
 
     def reference_only(self) -> dict[str, Any]:
         """The kept images alone: no test accuracy."""

@@ -1,1 +1,1 @@
-"""What runs a model beside ONNX Runtime on a CPU, and what is known of the GPU. `tetdeploy.engine` chooses."""
+"""What runs a model, and what is known of the GPU. `sessions` chooses, `tetdeploy.engine.open_engine` for TensorRT."""

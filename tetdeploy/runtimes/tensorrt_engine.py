@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.extras import import_extra
+from tetdeploy.model_file import state_outputs
 from tetdeploy.runtimes.nvidia import MODULES, checked, gpu_architecture, gpu_runtime, import_tensorrt
 
 
@@ -42,8 +43,9 @@ class TensorRTEngine(Engine):
     def __init__(self, path: str | Path) -> None:
         self.path, self.device, self.runtime = Path(path), "tensorrt", "tensorrt"
         self.manifest = read_manifest(self.path)
-        self._bytes = self.path.read_bytes()
-        if hashlib.sha256(self._bytes).hexdigest() != self.manifest["engine_sha256"]:
+        plan = self.path.read_bytes()
+        self.sha256 = hashlib.sha256(plan).hexdigest()
+        if self.sha256 != self.manifest["engine_sha256"]:
             raise ValueError(f"{self.path} is not the engine that {manifest_path(self.path).name} describes; {_AGAIN}")
         self._take(self.manifest["metadata"])
         self.min_batch, _, self.max_batch = self.manifest["batch"]
@@ -51,13 +53,7 @@ class TensorRTEngine(Engine):
         cuda = gpu_runtime(f"running {self.path.name}")
         trt = import_tensorrt(self.manifest["package"])
         check_target(self.manifest, self.path.name, trt.__version__, gpu_architecture(cuda))
-        self._session = Session(trt, Gpu(cuda), self._bytes, self.state_outputs, self.path.name)
-
-    def put(self, x: Array) -> Any:
-        return self._session.put(x)
-
-    def zeros(self, shape: Sequence[int]) -> Any:
-        return self._session.zeros(shape)
+        self._session = Session(trt, Gpu(cuda), plan, state_outputs(self.metadata), self.path.name)
 
     def check_input(self, x: Array) -> Array:
         x = super().check_input(x)

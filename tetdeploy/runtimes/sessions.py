@@ -1,0 +1,174 @@
+"""Opens a model file by the runtime and on the device that were asked for, and never on another instead.
+
+What is opened is a session, whose `run` the engine calls; on a device with a memory of its own also `put` and `zeros`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Mapping
+from importlib import metadata as distributions
+from pathlib import Path
+from typing import Any
+
+from tetdeploy import native
+from tetdeploy.extras import import_extra
+from tetdeploy.model_file import METADATA_KEY, parse_metadata, read_model, session_metadata, state_outputs
+from tetdeploy.names import first_line
+from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, prepare, provider_options
+from tetdeploy.runtimes.openvino_session import OpenVINOSession
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # each with the extra that brings it
+NATIVE_FROM = 20_000  # neurons; in smaller networks what lies between convolutions takes no time to speak of
+
+
+class Sessions:
+    """The sessions of one model file: of its graph, and of what overlays make of that. Args and errors: see `Engine`.
+
+    Attributes:
+        sha256: of the file.
+    """
+
+    def __init__(self, path: Path, *, device: str, runtime: str, threads: int | None) -> None:
+        check_runtime(runtime, device)
+        self._providers = _providers(device) if runtime == "onnxruntime" else []
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        self._path, self._device, self._runtime, self._threads = path, device, runtime, threads
+        self._model = read_model(path)
+        self.sha256 = hashlib.sha256(self._model).hexdigest()
+        self._metadata: dict[str, Any] = {}
+        self._precision = "fp32"
+
+    def first(self) -> tuple[Any, dict[str, Any]]:
+        """The session of the graph itself, and the metadata in the file; by these all later sessions are opened."""
+        session = self._start(self._model)
+        self._metadata = parse_metadata(session_metadata(session, self._path).get(METADATA_KEY), self._path)
+        if self._device == "cuda" and self._metadata["precision"] == "fp16":
+            self._precision = "fp16"
+            session = self._start(self._model)  # anew: a GPU wants other options, and only now this is known
+        return self.bind(session), self._metadata
+
+    def first_native(self, wanted: bool | None) -> Any:
+        """The session of the graph itself with native operators; None if they are not wanted, or have nothing to do.
+
+        Raises:
+            ValueError: they are, and cannot be had; or TETDEPLOY_NATIVE, unless `wanted` is False, is neither 0 nor 1.
+        """
+        if wanted and (self._device, self._runtime) != ("cpu", "onnxruntime"):
+            raise ValueError(f"native is for ONNX Runtime on a CPU, not {self._runtime} on {self._device}")
+        if wanted is False:
+            return None
+        reason = native.missing()
+        if not (wanted or gains_from_native(self._metadata, self._device, self._runtime)):
+            return None
+        if reason is not None:
+            if wanted:
+                raise ValueError(reason)
+            return None
+        return self._start_native(self._model, wanted=bool(wanted))
+
+    def overlaid(self, overlay: bytes, *, native: bool) -> Any:
+        """A session of what `overlay` makes of the graph, if `native` with native operators where there are such."""
+        model = self._model + overlay
+        fused = self._start_native(model, wanted=False) if native else None
+        return self.bind(fused or self._start(model))
+
+    def bind(self, session: Any) -> Any:
+        """On a GPU, the session whose state outputs stay there."""
+        return session if self._device == "cpu" else BoundSession(session, "cuda", state_outputs(self._metadata))
+
+    def _start(self, model: bytes, *, fused: bool = False) -> Any:
+        if self._runtime == "openvino":
+            return OpenVINOSession(model, self._threads, self._path.name)
+        ort = import_extra("onnxruntime", "cpu")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        if fused:
+            native.use(ort, options)
+        providers = [(name, provider_options(name, self.sha256, self._precision)) for name in self._providers]
+        try:  # with its fallback a call that fails on the GPU would be made on the CPU, and all later ones
+            session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+        except Exception as error:  # ONNX Runtime's own exception classes are private
+            fault = "not an ONNX model, or a damaged one"
+            if self._device != "cpu":
+                fault += f"; or {self._device} cannot be used: check driver and libraries, or choose device='cpu'"
+            raise ValueError(f"{self._path} cannot be loaded: {fault} ({first_line(error)})") from error
+        started = session.get_providers()
+        if missing := [name for name in self._providers if name not in started]:
+            raise ValueError(
+                f"ONNX Runtime could not start {missing[0]} and would have used {started[0]}; check the driver and the "
+                f"{'TensorRT 10' if missing[0].startswith('Tensorrt') else 'CUDA'} libraries, or choose device='cpu'"
+            )
+        return session
+
+    def _start_native(self, model: bytes, *, wanted: bool) -> Any:
+        """A session with native operators; None where they have nothing to do, or fail without being `wanted`.
+
+        Raises:
+            ValueError: they fail, and are `wanted`.
+        """
+        try:
+            fused = native.fuse_model(model)
+            return None if fused is None else self._start(fused, fused=True)
+        except Exception as error:  # whatever it is, ONNX Runtime's own operators remain
+            if wanted:
+                raise ValueError(f"{self._path} cannot run natively: {error}") from error
+            warnings.warn(
+                f"{self._path} runs on ONNX Runtime's own operators alone: {error}", RuntimeWarning, stacklevel=4
+            )
+            return None
+
+
+def gains_from_native(metadata: Mapping[str, Any], device: str, runtime: str) -> bool:
+    """Whether native operators save time: on a CPU under ONNX Runtime, in a network that is not small."""
+    neurons = sum(math.prod(layer["shape"]) for layer in metadata["neurons"])
+    return (device, runtime) == ("cpu", "onnxruntime") and neurons >= NATIVE_FROM
+
+
+def check_runtime(runtime: str, device: str) -> None:
+    """Refuse a runtime that there is not, or not on this device.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
+    if runtime == "openvino" and device != "cpu":
+        raise ValueError(f"runtime openvino runs on the CPU only, got device {device!r}; choose runtime onnxruntime")
+
+
+def _providers(device: str) -> list[str]:
+    """ONNX Runtime's execution providers for a device, if it can be asked for them."""
+    if device not in PROVIDERS:
+        raise ValueError(f"unknown device {device!r}; choose one of {', '.join(PROVIDERS)}")
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    if len(both) == 2:
+        raise ValueError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; keep one: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'tetdeploy[cpu]' or 'tetdeploy[gpu]'"
+        )
+    ort = import_extra("onnxruntime", "cpu" if device == "cpu" else "gpu")
+    if PROVIDERS[device] not in ort.get_available_providers():
+        raise ValueError(
+            f"device {device!r} needs ONNX Runtime's {PROVIDERS[device]}, which this installation lacks: "
+            "pip uninstall -y onnxruntime, then pip install 'tetdeploy[gpu]'"
+        )
+    if device != "cpu":
+        prepare()
+    if device == "tensorrt":
+        return [PROVIDERS["tensorrt"], PROVIDERS["cuda"]]  # what TensorRT cannot do
+    return [PROVIDERS[device]]
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        distributions.version(distribution)
+    except distributions.PackageNotFoundError:
+        return False
+    return True
