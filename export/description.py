@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from tetdeploy import __version__
-from tetdeploy.model_file import METADATA_KEY
+from tetdeploy.model_file import FORMAT, METADATA_KEY
 from tetdeploy.networks import Classifier
 
 from .config import ExportConfig
@@ -76,7 +76,7 @@ def _description(
         mean, std = classifier.mean.flatten().tolist(), classifier.std.flatten().tolist()
         normalization = {"scale": 255.0, "mean": mean, "std": std}
     return {
-        "format": 1,
+        "format": FORMAT,
         "layout": config.layout,
         "T": config.steps,
         "trained_T": config.trained_T,

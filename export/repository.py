@@ -203,8 +203,7 @@ def _read_graph(path: Path) -> _Source:
         tuple(_Tensor(v.name, _ONNX_TYPES[v.type.tensor_type.elem_type], _dims(v.type.tensor_type)) for v in values)
         for values in (graph.graph.input, graph.graph.output)
     )
-    target = metadata.get("target", "cpu")
-    return _Source(data, "model.onnx", "onnxruntime_onnx", target, MAX_BATCH, metadata, inputs, outputs)
+    return _Source(data, "model.onnx", "onnxruntime_onnx", metadata["target"], MAX_BATCH, metadata, inputs, outputs)
 
 
 def _dims(tensor: Any) -> tuple[int, ...]:

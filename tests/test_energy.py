@@ -231,17 +231,6 @@ def test_what_no_bill_includes() -> None:
         "batch_norm_macs": 50,
         "neuron_ops": 12 * (2 * 9 + 3) + 10 * (9 + 3),
     }
-    del metadata["other_ops"]  # as in models exported before it was written
-    assert other_ops(metadata) == {"neuron_ops": 100}
-    assert set(other_ops_pj(metadata, CONSTANTS["fp32"])) == {"neuron_ops"}
-
-
-def test_models_exported_before_once_was_written() -> None:
-    layers = [Layer("first", (4,), 10, from_input=True).to_dict(), Layer("second", (7,), 6).to_dict()]
-    for layer in layers:
-        del layer["once"]
-    assert [layer.once for layer in layers_of({"encoding": "direct", "layers": layers})] == [True, False]
-    assert [layer.once for layer in layers_of({"encoding": "frames", "layers": layers})] == [False, False]
 
 
 # ------------------------------------------------------------------------------------------------ the constants

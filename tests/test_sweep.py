@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from tetdeploy import sweep as sweeping
-from tetdeploy.cli.sweep import print_details
 from tetdeploy.cli.sweep import sweep as sweep_command
 from tetdeploy.cli.terminal import console as terminal
 from tetdeploy.energy import CONVENTIONS, layers_of
@@ -243,19 +242,6 @@ def printed(table: Table) -> list[str]:
     text = console.file.getvalue()
     assert "…" not in text
     return [line.rstrip() for line in text.splitlines()]
-
-
-def test_a_model_of_an_earlier_version_sweeps_and_says_what_is_not_known() -> None:
-    engine = Engine(exported("unrolled"))
-    del engine.metadata["other_ops"]
-    for layer in engine.metadata["layers"]:
-        del layer["once"]
-    result = sweep(engine, digits().images[:4], digits().labels[:4], (2,), num_timed=1)
-    assert set(result.details["other_ops"]) == {"neuron_ops"}
-    assert [layer["once"] for layer in result.details["layers"]] == [True, False, False, False]
-    with terminal.capture() as capture:
-        print_details(result, engine, ("paper",), layers=False, other_ops=True)
-    assert "biases and residual sums are not known: an earlier version exported this model" in capture.get()
 
 
 def test_every_convention_can_be_asked_for() -> None:

@@ -115,12 +115,8 @@ def axis_fan_out(size: int, kernel: int, stride: int, pads: tuple[int, int], dil
 
 
 def layers_of(metadata: Mapping[str, Any]) -> tuple[Layer, ...]:
-    """The layers of an exported model.
-
-    Earlier exports do not say which layers are computed once; with direct encoding the first ones are.
-    """
-    direct = metadata["encoding"] == "direct"
-    return tuple(Layer.from_dict({"once": direct and layer["from_input"]} | layer) for layer in metadata["layers"])
+    """The layers of an exported model."""
+    return tuple(Layer.from_dict(layer) for layer in metadata["layers"])
 
 
 @dataclass
@@ -245,8 +241,8 @@ class OperationCount:
 
 
 def other_ops(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """Operations of `OTHER_OPS` for one image in one step. Of earlier exports only the neurons' are known."""
-    counted = {kind: sum(by_name.values()) for kind, by_name in metadata.get("other_ops", {}).items()}
+    """Operations of `OTHER_OPS` for one image in one step."""
+    counted = {kind: sum(by_name.values()) for kind, by_name in metadata["other_ops"].items()}
     return counted | {"neuron_ops": sum(sum(_of_neurons(layer)) for layer in metadata["neurons"])}
 
 

@@ -359,8 +359,7 @@ class Engine:
         """The session of this model with an overlay, made once, and the outputs that it adds. See `run_with`."""
         if (overlay, native) not in self._overlaid:
             own = {output.name for output in self._session.get_outputs()}
-            whole = base64.b64decode(self.metadata.get("joined_overlay", "")) + overlay  # earlier exports have one
-            session = self._sessions.overlaid(whole, native=native)
+            session = self._sessions.overlaid(overlay, native=native)
             added = [output.name for output in session.get_outputs() if output.name not in own]
             self._overlaid[overlay, native] = session, added
         return self._overlaid[overlay, native]

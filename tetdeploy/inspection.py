@@ -113,7 +113,7 @@ def _inspect_onnx(file: Path) -> dict[str, Any]:
 
 def _model(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """All but what only programs read, with the layers' sizes worked out."""
-    hidden = ("format", "counting_overlay", "joined_overlay", "layers", "neurons")
+    hidden = ("format", "counting_overlay", "layers", "neurons")
     states = {state["input"].removeprefix("u."): state for state in metadata["states"]}
     neurons = [
         neuron | {"size": math.prod(neuron["shape"]), "state": states.get(neuron["name"], {}).get("input")}
@@ -121,9 +121,7 @@ def _model(metadata: Mapping[str, Any]) -> dict[str, Any]:
     ]
     layers = [_layer(layer) for layer in layers_of(metadata)]
     shown = {key: value for key, value in metadata.items() if key not in hidden}
-    precision = metadata.get("precision", "fp32")
     return shown | {
-        "precision": precision,
         "num_weights": sum(layer["weights"] for layer in layers),
         "num_neurons": sum(neuron["size"] for neuron in neurons),
         "layers": layers,

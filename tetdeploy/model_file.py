@@ -10,6 +10,7 @@ from typing import Any
 from tetdeploy.form import NUMBER, STEP, check_form
 
 METADATA_KEY = "tetdeploy"
+FORMAT = 2  # of the metadata; 1 was written before the first release
 _TENSOR = {"input!": str, "output!": str, "shape!": [STEP]}
 _METADATA = {
     "layout!": str,
@@ -18,10 +19,14 @@ _METADATA = {
     "trained_T!": STEP,
     "input!": {"shape!": [STEP], "dtype!": str},
     "class_names!": [str],
+    "precision!": str,
+    "target!": str,
     "neurons!": [{"name!": str, "shape!": [STEP]}],
     "states!": [_TENSOR],
     "encoded!": [_TENSOR],
-    "layers!": [{"name!": str, "input_shape!": [STEP]}],
+    "layers!": [{"name!": str, "input_shape!": [STEP], "once!": bool, "precision!": str}],
+    "uncounted!": [str],
+    "other_ops!": {"*": {"*": NUMBER}},
     "counting_overlay!": str,
     "source!": {},
 }
@@ -52,7 +57,7 @@ def session_metadata(session: Any, path: Path) -> dict[str, str]:
     try:
         texts: dict[str, str] = session.get_modelmeta().custom_metadata_map
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} has damaged metadata ({error}); export the model again") from error
+        raise _damaged(path, error) from error
     return texts
 
 
@@ -60,22 +65,40 @@ def parse_metadata(text: str | None, path: Path) -> dict[str, Any]:
     """The metadata of a model from their text in the file `path`.
 
     Raises:
-        ValueError: there are none, they are damaged, or of a format that this version does not know.
+        ValueError: there are none; see also `check_metadata`.
     """
     if text is None:
         raise ValueError(f"{path} is an ONNX model, but not one that tetdeploy exported: its metadata are missing")
     try:
-        value: dict[str, Any] = json.loads(text)
+        value = json.loads(text)
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    return check_metadata(value, path)
+
+
+def check_metadata(value: Any, path: Path) -> dict[str, Any]:
+    """The metadata of a model, `value`, if they are such; the file `path` has them.
+
+    Raises:
+        ValueError: they are damaged, or of a format that this version does not know.
+    """
+    try:
         check_form(value, {"format!": NUMBER})
-        if value["format"] == 1:
+        if value["format"] == FORMAT:
             check_form(value, _METADATA)
     except ValueError as error:
-        raise ValueError(f"{path} has damaged metadata ({error}); export the model again") from error
-    if value["format"] != 1:
-        raise ValueError(f"{path} has metadata of format {value['format']}; this tetdeploy reads format 1")
-    return value
+        raise _damaged(path, error) from error
+    if value["format"] != FORMAT:
+        remedy = "export the model again" if value["format"] < FORMAT else "update tetdeploy"
+        raise ValueError(f"{path} has metadata of format {value['format']}; this tetdeploy reads {FORMAT}: {remedy}")
+    known: dict[str, Any] = value
+    return known
 
 
 def state_outputs(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """What one call gives for the next: membranes, and the encoded currents of a step graph for images."""
     return tuple(state["output"] for state in (*metadata["states"], *metadata["encoded"]))
+
+
+def _damaged(path: Path, error: ValueError) -> ValueError:
+    return ValueError(f"{path} has damaged metadata ({error}); export the model again")

@@ -154,10 +154,6 @@ def print_details(result: Sweep, engine: Engine, conventions: Sequence[str], *, 
     if other_ops:
         console.print(f"other operations, per image at T={T}")
         console.print(other_ops_table(result.details, T))
-        if "other_ops" not in engine.metadata:
-            print_notes(
-                ["biases and residual sums are not known: an earlier version exported this model; export again"]
-            )
 
 
 def _bills(result: Sweep, conventions: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.extras import import_extra
-from tetdeploy.model_file import state_outputs
+from tetdeploy.model_file import check_metadata, state_outputs
 from tetdeploy.runtimes.nvidia import MODULES, checked, gpu_architecture, gpu_runtime, import_tensorrt
 
 
@@ -96,7 +96,7 @@ def read_manifest(engine: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the engine or the manifest is not there.
-        ValueError: the manifest is damaged, or of a format that this version does not know.
+        ValueError: the manifest is damaged; it or the metadata in it are of a format that this version does not know.
     """
     path = manifest_path(engine)
     for file in (engine, path):
@@ -111,6 +111,7 @@ def read_manifest(engine: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is a manifest of format {known}; this tetdeploy reads format 1")
     if _NEEDED - manifest.keys() or manifest["package"] not in MODULES:
         raise ValueError(f"{path} is damaged; {_AGAIN}")
+    check_metadata(manifest["metadata"], path)
     return manifest
 
 
