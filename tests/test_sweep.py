@@ -21,7 +21,6 @@ from rich.table import Table
 
 from tetdeploy import sweep as sweeping
 from tetdeploy.cli.sweep import sweep as sweep_command
-from tetdeploy.cli.terminal import console as terminal
 from tetdeploy.energy import CONVENTIONS, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.picojoules import CONSTANTS, EnergyConstants
