@@ -282,6 +282,10 @@ def test_a_folder_that_cannot_be_made_is_named(saved: Path) -> None:
 def test_newest_run_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no run in .*: train one first \(tetdeploy train\)"):
         newest_run(tmp_path / "runs")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"latest is missing; name a run folder, such as .*one$"):
+        newest_run(tmp_path)
     for text, fault in (
         (b"gone\n", "points at .*gone, which is gone"),
         (b"\xff\x00", "points at .*which is gone"),

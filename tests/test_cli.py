@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import json
@@ -14,6 +15,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -24,7 +26,7 @@ from PIL import Image
 
 from tetdeploy.cli import main
 from tetdeploy.cli.options import newest_export
-from tetdeploy.cli.terminal import progress_bar
+from tetdeploy.cli.terminal import console, progress_bar
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +87,22 @@ class TestCommands:
             assert "Examples:" in output, name
             assert f"tetdeploy {name}" in output, name
             assert "None" not in output, name
+
+    @pytest.mark.parametrize(
+        "command",
+        [("sweep", MODEL, "--limit", "4"), ("inspect", MODEL), ("predict", MODEL, "a.png"), ("validate", MODEL)],
+    )
+    def test_a_reader_that_leaves_takes_no_result_along(
+        self, command: tuple[str, ...], workplace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save("a.png")
+
+        def left(*_: Any, **__: Any) -> None:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        monkeypatch.setattr(console, "print", left)
+        assert run(*command, "--json", "found.json").exit_code == 1
+        assert json.loads(Path("found.json").read_text())
 
     def test_train_leaves_a_run(self, workplace: Path) -> None:
         folder = workplace / "runs" / "digits-convsnn"

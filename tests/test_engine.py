@@ -251,6 +251,17 @@ def foreign(path: Path, metadata: str | None = None) -> Path:
     return path
 
 
+def test_counters_of_layers_that_the_metadata_do_not_name(tmp_path: Path) -> None:
+    model = engine("dynamic").path.read_bytes()
+    at = model.rindex(b'"readout.2", "input_shape"') + 1
+    (tmp_path / "m.onnx").write_bytes(model[:at] + b"s" + model[at + 1 :])
+    damaged = Engine(tmp_path / "m.onnx")
+    with pytest.raises(
+        ValueError, match=r"damaged metadata: it names no layer of active\.readout\.2; export the model"
+    ):
+        damaged.overlaid(damaged.counting_overlay)
+
+
 def test_refused_models(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other\.onnx is an ONNX model, but not one that tetdeploy exported"):
         Engine(foreign(tmp_path / "other.onnx"))

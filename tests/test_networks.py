@@ -185,6 +185,11 @@ def test_settings_out_of_their_range_are_refused(name: str, value: float) -> Non
         NetworkConfig("convsnn", **settings)
 
 
+def test_a_width_beyond_any_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"width must be at most 100, got 1e\+18; 1 is the network as published"):
+        NetworkConfig("convsnn", 10, 3, (8, 8), width=1e18)
+
+
 def test_a_leak_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tau must be in \[0, 1\]"):
         build_network(NetworkConfig("convsnn", 10, 3, (8, 8), tau=2.0))

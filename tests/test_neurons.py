@@ -524,8 +524,9 @@ def test_a_forward_mode_derivative_is_refused() -> None:
         ({"tau": math.nan}, r"tau must be in \[0, 1\].* got nan"),
         ({"v_th": 0.0}, r"v_th must be above 0 and finite; got 0\.0"),
         ({"v_th": math.inf}, "v_th must be above 0 and finite; got inf"),
-        ({"gamma": 0.0}, r"gamma must be above 0 and finite; got 0\.0"),
-        ({"gamma": math.nan}, "gamma must be above 0 and finite; got nan"),
+        ({"gamma": 0.0}, r"gamma must be from 1e-18 to 1e18; .* got 0\.0"),
+        ({"gamma": 1e-23}, "gamma must be from 1e-18 to 1e18; .* got 1e-23"),  # whose square float32 takes for 0
+        ({"gamma": math.nan}, "gamma must be from 1e-18 to 1e18; .* got nan"),
     ],
 )
 def test_parameters_out_of_range_are_refused(options: dict[str, float], message: str) -> None:

@@ -216,6 +216,8 @@ def newest_run(runs: Path) -> Path:
     elif latest.is_file():
         target = Path(os.fsdecode(latest.read_bytes().strip()))
     else:
+        if run := next(runs.glob(f"*/{CONFIG_NAME}"), None):
+            raise FileNotFoundError(f"{latest} is missing; name a run folder, such as {run.parent}")
         raise FileNotFoundError(f"no run in {runs}: train one first (tetdeploy train), or name a run folder")
     run = Path(os.path.normpath(runs / target))
     if not target.name or not run.is_dir():

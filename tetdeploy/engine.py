@@ -361,6 +361,11 @@ class Engine:
             own = {output.name for output in self._session.get_outputs()}
             session = self._sessions.overlaid(overlay, native=native)
             added = [output.name for output in session.get_outputs() if output.name not in own]
+            if unknown := [name for name in added if name not in self._overlay_axes]:
+                names = ", ".join(unknown)
+                raise ValueError(
+                    f"{self.path} has damaged metadata: it names no layer of {names}; export the model again"
+                )
             self._overlaid[overlay, native] = session, added
         return self._overlaid[overlay, native]
 

@@ -260,7 +260,7 @@ def lif(
         u: membrane potential to start from, `[...]`, in units of `current`; zero when None.
         tau: leak factor per step, in [0, 1]. (SpikingJelly's time constant is 1 / (1 - tau), with decay_input=False.)
         v_th: firing threshold, above 0. A neuron fires when h > v_th, strictly.
-        gamma: half-width of the surrogate triangle round v_th, above 0.
+        gamma: half-width of the surrogate triangle round v_th, from 1e-18 to 1e18: float32 must hold its square.
 
     Returns:
         The spikes, 0 or 1, `[T, ...]` in the dtype of `current`, and the last membrane potential (after the reset),
@@ -332,7 +332,7 @@ class IF(LIF):
 def _check_parameters(tau: float, v_th: float, gamma: float) -> None:
     _require(0.0 <= tau <= 1.0, "tau", tau, "in [0, 1]; it is the leak factor per step, not a time constant")
     _require(0.0 < v_th < float("inf"), "v_th", v_th, "above 0 and finite")
-    _require(0.0 < gamma < float("inf"), "gamma", gamma, "above 0 and finite")
+    _require(1e-18 <= gamma <= 1e18, "gamma", gamma, "from 1e-18 to 1e18; in float32 nothing is left of other squares")
 
 
 def _refuse_forward_mode(*tensors: Tensor | None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tetdeploy.steps import MAX_T
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -72,9 +74,10 @@ def parse_random_T(text: str) -> TimeRange:
         found = TimeRange(*(int(number) for number in text.split(":")))
     except (ValueError, TypeError):
         found = None
-    if found is None or not 1 <= found.low < found.high or found.draws < 1:
+    if found is None or not 1 <= found.low < found.high or not 1 <= found.draws <= MAX_T:
         raise ValueError(
-            f"random_T is {text!r}; it must be LOW:HIGH with 1 <= LOW < HIGH, such as 1:6, or LOW:HIGH:DRAWS"
+            f"random_T is {text!r}; it must be LOW:HIGH with 1 <= LOW < HIGH, such as 1:6, or LOW:HIGH:DRAWS with "
+            f"DRAWS from 1 to {MAX_T}"
         )
     return found
 

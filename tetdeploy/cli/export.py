@@ -179,10 +179,10 @@ def export(
     path = out or trained.file.parent / config.file_name
     check_writable(path, ".onnx", remedy="choose another with --out")
     exported = _export_onnx(ctx, trained, path, config)
-    print_exported(exported, config.layout, config.T)
-    _say_whether_calibrated(exported.path)
     if json_path is not None:
         write_json(json_path, exported.to_dict())
+    print_exported(exported, config.layout, config.T)
+    _say_whether_calibrated(exported.path)
     console.print(f"next: tetdeploy sweep {exported.path}", markup=False)
     return exported.path
 
@@ -276,9 +276,9 @@ def _export_nir(
         encoding=encoding or trained.encoding,
         source=trained.source,
     )
-    print_nir(exported)
     if json_path is not None:
         write_json(json_path, exported.to_dict())
+    print_nir(exported)
 
 
 def print_nir(exported: NirExported) -> None:

@@ -31,8 +31,9 @@ def inspect(file: Path, json_path: Path | None) -> None:
     from tetdeploy.report.inspection import inspection_tables
 
     found = describe(file)
+    if json_path is not None:
+        write_json(json_path, found)
     for table in inspection_tables(found):
         console.print(table)
     if json_path is not None:
-        write_json(json_path, found)
         console.print(str(json_path), markup=False)

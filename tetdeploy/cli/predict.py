@@ -62,8 +62,6 @@ def predict(
     result = engine.run(x, T)
     steps = np.arange(1, result.per_step.shape[1] + 1)[None, :, None]
     certainty = softmax(np.cumsum(result.per_step, axis=1) / steps)
-    for path, by_step in zip(images, certainty, strict=True):
-        _print(path, by_step, engine.class_names, top)
     if json_path is not None:
         write_json(
             json_path,
@@ -74,6 +72,9 @@ def predict(
                 "images": [{"file": str(p), "certainty": c.tolist()} for p, c in zip(images, certainty, strict=True)],
             },
         )
+    for path, by_step in zip(images, certainty, strict=True):
+        _print(path, by_step, engine.class_names, top)
+    if json_path is not None:
         console.print(str(json_path), markup=False)
 
 

@@ -102,9 +102,12 @@ def sweep(
     own = ac_pj is not None or mac_pj is not None
     constants = energy_constants(engine.precision, ac_pj=ac_pj, mac_pj=mac_pj) if own else None
     result = run_sweep(engine, wanted, data, data_dir, limit=limit, batch_size=batch_size, constants=constants)
+    written = save_sweep(result, engine, json_path, picture)  # before a line is printed: `| head` may end that
     print_sweep(result, engine, conventions)
     print_details(result, engine, conventions, layers=show_layers, other_ops=other_ops)
-    save_sweep(result, engine, json_path, picture)
+    console.print("   ".join(map(str, written)), markup=False)
+    if engine.encoding == "direct":
+        console.print(f"next: tetdeploy predict {engine.path} IMAGE...", markup=False)
 
 
 def run_sweep(
@@ -179,19 +182,16 @@ def _prices(result: Sweep) -> str:
     )
 
 
-def save_sweep(result: Sweep, engine: Engine, json_path: Path, picture: Path) -> None:
-    """Write JSON, and where matplotlib is there PNG."""
+def save_sweep(result: Sweep, engine: Engine, json_path: Path, picture: Path) -> list[Path]:
+    """Write JSON, and where matplotlib is there PNG; returns what was written."""
     from tetdeploy.extras import MissingExtraError
     from tetdeploy.files import write_json
     from tetdeploy.report import plot_sweep
 
     write_json(json_path, result.to_dict())
-    written = [str(json_path)]
     try:
         plot_sweep(result, picture, engine.trained_T)
-        written.append(str(picture))
     except MissingExtraError as error:
         console.print(f"no plot: {error}", style="dim", markup=False)
-    console.print("   ".join(written), markup=False)
-    if engine.encoding == "direct":
-        console.print(f"next: tetdeploy predict {engine.path} IMAGE...", markup=False)
+        return [json_path]
+    return [json_path, picture]

@@ -50,6 +50,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+_MAX_WIDTH = 100  # far beyond any memory; numbers of channels beyond 64 bits end in PyTorch
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
     """All that decides a network's parameters' shapes and its neurons.
@@ -82,6 +85,8 @@ class NetworkConfig:
         for name in ("num_classes", "in_channels", "width", "v_th", "gamma"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if self.width > _MAX_WIDTH:
+            raise ValueError(f"width must be at most {_MAX_WIDTH}, got {self.width}; 1 is the network as published")
         if not 0.0 <= self.smooth_spike < float("inf"):
             raise ValueError(f"smooth_spike must be 0 (off) or a k above 0, got {self.smooth_spike}")
         if self.ann and self.smooth_spike:
