@@ -212,7 +212,7 @@ def test_refused_input(make: Callable[[Array], Any], match: str) -> None:
         engine("dynamic").run(make(images(2)))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -1.1e6])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -1.1e30])
 def test_refused_values(value: float) -> None:
     x = np.zeros((2, 1, 8, 8), np.float32)
     x[1, 0, 3, 3] = value

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 IN_CACHE = 2**22  # spikes of a layer, over images and steps: with more in a call each image takes a CPU longer
-LARGEST = 1_000_000  # input, in absolute value: far beyond any pixel, and far from where sums leave float32
+LARGEST = 1e30  # input, in absolute value: of a hundred million times as much float32 still has the sum
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ class Engine:
             raise ValueError(_wrong_dtype(self.path.name, x.dtype, self.input_dtype))
         if x.dtype.kind == "f" and not -LARGEST <= x.min() <= x.max() <= LARGEST:  # nor NaN, which compares false
             raise ValueError(
-                f"the input holds NaN or infinite values, or some beyond +-{LARGEST:,}, where a membrane may overflow; "
+                f"the input holds NaN or infinite values, or some beyond +-{LARGEST:g}, where a membrane may overflow; "
                 "the answer would be meaningless"
             )
         return np.ascontiguousarray(x)

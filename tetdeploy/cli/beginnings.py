@@ -30,6 +30,8 @@ def check_beginnings(ctx: click.Context) -> None:
     resume, init, restart = (ctx.params[name] is not None for name in ("resume", "init", "restart_from"))
     if init and resume:
         raise click.UsageError("--init starts a new run and --resume goes on with one: choose one of them")
+    if init and ctx.params["seeds"]:
+        raise click.UsageError("--init gives the same weights to every seed; choose --init or --seeds")
     if restart and (resume or init or ctx.params["seeds"] or ctx.params["qat"]):
         raise click.UsageError(
             "--restart-from goes on with one run from its weights: not together with --resume, --init, --seeds or --qat"

@@ -203,7 +203,7 @@ def train(
     with ExitStack() as made, process_group() as ranks, _one_voice(ranks):
         with ranks.first(), _naming(config):
             begun = begin(ctx, options, out=out, seeds=seeds)
-            several = _parse_seeds(ctx, begun.seeds, init)
+            several = _parse_seeds(ctx, begun.seeds)
             job = _job(ctx, options)
             if options["qat"] and init is not None:
                 check_same_inputs(init, job.train)
@@ -340,7 +340,7 @@ def _naming(recipe: Path | None) -> Iterator[None]:
         raise ValueError(f"{recipe}, with what was typed: {error}") from error
 
 
-def _parse_seeds(ctx: click.Context, text: str, init: Path | None) -> tuple[int, ...]:
+def _parse_seeds(ctx: click.Context, text: str) -> tuple[int, ...]:
     """The seeds of `--seeds`; none without it."""
     if not text:
         return ()
@@ -352,8 +352,6 @@ def _parse_seeds(ctx: click.Context, text: str, init: Path | None) -> tuple[int,
         raise ValueError(f"seeds is {text!r}; it must be whole numbers from 0, separated by commas, such as 0,1,2")
     if is_typed(ctx, "seed"):
         raise click.UsageError("--seed and --seeds both decide the random numbers: choose one of them")
-    if init is not None:
-        raise click.UsageError("--init gives the same weights to every seed; choose --init or --seeds")
     return seeds
 
 
