@@ -11,6 +11,8 @@ import torch
 from hypothesis import settings
 from onnxscript.values import TracedOnnxFunction
 
+pytest_plugins = ["ci_skips"]
+
 # torch.onnx asks for it of 500 functions at every export, and each answer parses a function's source: a fourth of the
 # export of a small network.
 TracedOnnxFunction.function_ir = property(cache(TracedOnnxFunction.function_ir.fget))
