@@ -482,16 +482,18 @@ def test_residual_networks_have_no_other_passes_over_memory(
     assert operators.count("ReorderInput") <= 2 or layout == "step"  # a state has the usual order
 
 
-@pytest.mark.parametrize(("layout", "most"), [("unrolled", 2), ("dynamic", 3)])
-def test_int8_residual_networks_stay_with_channels_last(layout: Any, most: int, tmp_path: Path) -> None:
-    """What is left turns the first spikes of a dynamic graph, the mean of each channel, and the logits."""
+@pytest.mark.parametrize(("layout", "most", "shapes"), [("unrolled", 2, 0), ("dynamic", 3, 1)])
+def test_int8_residual_networks_stay_with_channels_last(layout: Any, most: int, shapes: int, tmp_path: Path) -> None:
+    """What is left turns the first spikes of a dynamic graph, the mean of each channel, and the logits, and puts
+    together the shape that a dynamic graph's logits take."""
     path, x = tmp_path / "m.onnx", residual_images()
     config = ExportConfig(layout, T=3, trained_T=3, precision="int8")
     with shared_traces():
         export_model(for_export("resnet19"), path, config, x, num_check=0, calibration=(x, None))
     assert_same_answers(path, x, [3])
     _, operators = joined(path.read_bytes())
-    assert operators.count("Transpose") <= most and not {"Cast", "Split", "Concat"} & set(operators) - {"Concat"}
+    assert operators.count("Transpose") <= most and not {"Cast", "Split"} & set(operators)
+    assert operators.count("Concat") == shapes
 
 
 def channels_last(
