@@ -6,12 +6,16 @@ import ast
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from export_helpers import digits, exported
+from PIL import Image
 
 import tetdeploy
 
@@ -27,6 +31,10 @@ MODULES = [
         )
     ),
 ]
+
+
+ABSENT = ("torch", "torchvision", "onnxscript", "onnx_ir", "sklearn", "safetensors", "matplotlib")  # from such a host
+ROOT = Path(__file__).parent.parent
 
 
 def loaded_by(code: str, *arguments: str) -> set[str]:
@@ -47,11 +55,8 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     loaded = loaded_by(f"import {module}")
     assert "tetdeploy" in loaded
     assert loaded.isdisjoint(HEAVY)
-
-
-@pytest.mark.parametrize("module", ["tetdeploy", "tetdeploy.energy", "tetdeploy.data"])
-def test_a_training_host_needs_no_onnxruntime_for(module: str) -> None:
-    assert "onnxruntime" not in loaded_by(f"import {module}")
+    if module in ("tetdeploy", "tetdeploy.energy", "tetdeploy.data"):  # which a training host imports
+        assert "onnxruntime" not in loaded
 
 
 def test_training_knows_nothing_of_reports() -> None:
@@ -91,14 +96,54 @@ assert stream.push(x).t == 1 and stream.push().t == 2
     assert loaded.isdisjoint(HEAVY)
 
 
+def on_a_serving_host(code: str, *arguments: str, folder: Path) -> None:
+    """Run `code` in a process in which nothing of ABSENT can be imported."""
+    code = f"import sys; sys.modules |= dict.fromkeys({ABSENT})\n{code}"
+    command = [sys.executable, "-W", "error", "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+IMPORT_ALL = "import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)"
+
+
+def modules_below(*folders: str) -> list[str]:
+    files = [file for folder in folders for file in sorted((ROOT / "tetdeploy" / folder).rglob("*.py"))]
+    return [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+
+
+def test_a_serving_host_runs_every_command_for_models(tmp_path: Path) -> None:
+    data = digits()
+    Image.fromarray(data.images[0, 0]).save(tmp_path / "a.png")
+    names = np.array(data.class_names)
+    np.savez(tmp_path / "d.npz", images=data.images[:60], labels=data.labels[:60], class_names=names)
+    model, *modules = str(exported("step")), *modules_below("runtimes", "native", "report", "early_exit")
+    assert len(modules) > 20
+    shutil.copy(model, tmp_path / "m.onnx")
+    code = """
+from tetdeploy.cli import main
+for arguments in (
+    "inspect m.onnx", "predict m.onnx a.png", "sweep m.onnx --T 1:3 --data d.npz --json s.json",
+    "calibrate m.onnx --data d.npz --T 2 --point-estimate", "early-exit m.onnx --data d.npz",
+    "bench m.onnx --batch 1 --repeats 1",
+):
+    assert main(arguments.split(), standalone_mode=False) in (None, 0), arguments
+"""
+    on_a_serving_host(IMPORT_ALL + code, *modules, folder=tmp_path)
+    assert [row["T"] for row in json.loads((tmp_path / "s.json").read_text())["rows"]] == [1, 2, 3]
+    assert (tmp_path / "m.exit.json").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("kserve") is None, reason="needs the extra serve")
+def test_the_server_needs_no_torch(tmp_path: Path) -> None:
+    on_a_serving_host(IMPORT_ALL, *modules_below("serve"), folder=tmp_path)
+
+
 def test_names_of_the_package_are_found_lazily() -> None:
     code = "import tetdeploy; assert tetdeploy.Engine.__name__ == 'Engine'; assert tetdeploy.__version__"
     assert loaded_by(code).isdisjoint({"torch", "safetensors"})
     with pytest.raises(AttributeError, match="module 'tetdeploy' has no attribute 'Motor'"):
         _ = tetdeploy.Motor
-
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -116,8 +161,25 @@ def test_imports_go_one_way(folder: str, unknown: str) -> None:
     for file in sorted((ROOT / folder).rglob("*.py")):
         if folder == "tetdeploy" and file.relative_to(ROOT).parts[1] in ("cli", "report", "__main__.py"):
             continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [f"{node.module}.{name.name}" for name in node.names] if isinstance(node, ast.ImportFrom) else []
-            names += [name.name for name in node.names] if isinstance(node, ast.Import) else []
-            found += [f"{file.name}: {name}" for name in names if re.match(rf"tetdeploy\.({unknown})\b", name)]
+        package = file.relative_to(ROOT).parent.parts
+        package = package if package[0] == "tetdeploy" else ("tetdeploy", *package)  # train and export install below it
+        names = imported_by(file.read_text(encoding="utf-8"), package)
+        found += [f"{file.name}: {name}" for name in names if re.match(rf"tetdeploy\.({unknown})\b", name)]
     assert not found
+
+
+def imported_by(source: str, package: Sequence[str]) -> Iterator[str]:
+    """Names of all that a file of `package` imports, relative imports by their whole name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*above, *filter(None, [node.module])])
+            yield from (f"{module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def test_relative_imports_have_whole_names() -> None:
+    source = "from ..report import page\nfrom . import graph\nfrom .graph import node\nfrom .. import cli\nimport a.b"
+    names = ["tetdeploy.report.page", "tetdeploy.export.graph", "tetdeploy.export.graph.node", "tetdeploy.cli", "a.b"]
+    assert list(imported_by(source, ("tetdeploy", "export"))) == names
