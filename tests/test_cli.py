@@ -24,9 +24,11 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.options import newest_export
 from tetdeploy.cli.terminal import console, progress_bar
+from tetdeploy.networks import Classifier, NetworkConfig
 
 
 @pytest.fixture(autouse=True)
@@ -220,19 +222,13 @@ class TestCommands:
         assert certainty.shape == (3, 10)
         np.testing.assert_allclose(certainty.sum(-1), 1, rtol=1e-5)
 
-    def test_own_network_trains_and_exports_only_when_named(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        shutil.copy(Path(__file__).parent.parent / "examples" / "own_network.py", tmp_path / "own_network.py")
-        monkeypatch.syspath_prepend(str(tmp_path))
-        own = ("--model", "own_network:my_network")
-        trained = run("train", *own, "--epochs", "1", "--T", "2")
-        assert trained.exit_code == 0, trained.output
-        assert "--model own_network:my_network" in trained.output.splitlines()[-1]
-        assert "is not imported because a file says so" in refused("export", "--check", "20")
-        exported = run("export", *own, "--check", "20")
-        assert exported.exit_code == 0, exported.output
-        assert "is not what this checkpoint was trained with" in refused("export", "--model", "other:net")
+    def test_own_networks_are_exported_only_when_named(self) -> None:
+        config = NetworkConfig("own:net", num_classes=3, in_channels=1, image_size=(8, 8))
+        own = Classifier(torch.nn.Flatten(), config=config, mean=(0.0,), std=(1.0,), class_names=("a", "b", "c"))
+        Path("runs/own").mkdir(parents=True)
+        save_checkpoint("runs/own/checkpoint.safetensors", own, training={}, provenance={})
+        assert "is not imported because a file says so" in refused("export", "runs/own", "--check", "20")
+        assert "is not what this checkpoint was trained with" in refused("export", "runs/own", "--model", "other:net")
 
     def test_options_that_a_network_is_not_told_of_are_refused(self) -> None:
         message = "is for the built-in networks; mine:net is code of your own and is not told of it"
@@ -259,13 +255,13 @@ class TestCommands:
         assert "silent_net:net has no LIF or IF of tetdeploy.neurons" in " ".join(trained.output.split())
 
     def test_resume_goes_on_to_the_weights_of_an_uninterrupted_run(self, tmp_path: Path) -> None:
-        options = ["--epochs", "6", "--width", "0.25", "--T", "2"]
+        options = ["--epochs", "3", "--width", "0.25", "--T", "2"]
         assert run("train", *options, "--out", "whole").exit_code == 0
         command = [sys.executable, "-m", "tetdeploy", "train", *options, "--out", "cut"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                if line.startswith("epoch 2/"):
+                if line.startswith("epoch 1/"):
                     process.send_signal(signal.SIGINT)
                     break
             rest = process.stdout.read()

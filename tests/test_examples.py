@@ -40,6 +40,8 @@ def test_own_network_goes_the_whole_path_by_the_commands_in_its_text(tmp_path: P
             [script, *command[1:], *short], capture_output=True, text=True, check=False, env=ONE_THREAD, cwd=tmp_path
         )
         assert result.returncode == 0, result.stdout + result.stderr
+        if command[1] == "train":
+            assert "--model own_network:my_network" in result.stdout.splitlines()[-1]
         if command[1] == "export":
             assert "folded 4 BN | 4 neuron layers" in result.stdout
     sweep = json.loads((tmp_path / "runs" / "own" / "model-T6.sweep.json").read_text(encoding="utf-8"))

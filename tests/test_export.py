@@ -839,12 +839,11 @@ class MergedBetweenNeurons(Patches):
         return tokens.flatten(0, 2).relu().reshape(tokens.shape)
 
 
-@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-@pytest.mark.parametrize(("network", "shape"), [
-    (AllMerged, r"\[32, 8\]"),
-    (MergedWithTheBatch, r"\[1, 32, 8\]"),
-    (BatchFirst, r"\[2, 1, 16, 8\]"),
-    (TwoTokensFirst, r"\[\w, 2, batch, 8\]"),
+@pytest.mark.parametrize(("network", "shape", "layout"), [
+    (AllMerged, r"\[32, 8\]", "unrolled"),
+    (MergedWithTheBatch, r"\[1, 32, 8\]", "dynamic"),
+    (BatchFirst, r"\[2, 1, 16, 8\]", "step"),
+    *((TwoTokensFirst, r"\[\w, 2, batch, 8\]", layout) for layout in ("unrolled", "dynamic", "step")),
 ])  # fmt: skip
 def test_neurons_without_an_axis_for_the_batch_are_named(
     network: type[nn.Module], shape: str, layout: str, earlier: Path
@@ -1049,8 +1048,7 @@ def sums(tau: float) -> Classifier:
     return classifier(Sums(tau))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("tau", [0.0, 0.3, 0.5])
+@pytest.mark.parametrize(("tau", "precision"), [(0.0, "fp32"), (0.3, "fp32"), (0.5, "fp32"), (0.5, "int8")])
 def test_sums_before_neurons_for_a_cpu(tau: float, precision: str, tmp_path: Path) -> None:
     """They fire as PyTorch's, and each sum of the network is counted once a step, however often the graph takes it."""
     images, labels = digits().images[:40], digits().labels[:40]
