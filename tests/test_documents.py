@@ -1,0 +1,58 @@
+"""The commands that README and docs show, in blocks and in the text: each parses, with the options that it names."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tetdeploy.cli import main
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^( *)```\w*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> Iterator[str]:
+    """What stands behind each `tetdeploy`: in a block up to a comment, another command or three blanks, elsewhere
+    between backticks."""
+    for _, block in BLOCK.findall(text):
+        for line in re.sub(r"\\\n *", "", block).splitlines():
+            parts = re.split(r" #| {3,}|&&|;|\|", line.strip().removeprefix("$ "))
+            yield from (part.strip()[10:] for part in parts if part.strip().startswith("tetdeploy "))
+    for inline in re.findall(r"`tetdeploy (.*?)`", BLOCK.sub("", text), re.DOTALL):
+        if "..." not in inline:
+            words = inline.split()
+            yield " ".join(words if words[1:] else [*words, "--help"])  # a name alone speaks of the command
+
+
+def shown() -> list[tuple[str, str]]:
+    texts = {document.name: document.read_text(encoding="utf-8") for document in DOCUMENTS}
+    return [(name, command) for name, text in texts.items() for command in dict.fromkeys(commands(text))]
+
+
+def test_what_counts_as_a_command() -> None:
+    text = """
+```
+$ tetdeploy train --T 4 # four
+pip install x && tetdeploy sweep   all
+tetdeploy export \\
+  --T 6
+T=4 tetdeploy
+```
+`tetdeploy bench
+MODEL`, `tetdeploy train ...`, `tetdeploy.train`"""
+    assert list(commands(text)) == ["train --T 4", "sweep", "export --T 6", "bench MODEL"]
+    assert {name for name, _ in shown()} >= {"README.md", "training.md", "tensorrt.md"}
+
+
+@pytest.mark.parametrize(("document", "command"), shown())
+def test_a_command_that_is_shown_parses(document: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # a recipe is read
+    name, *arguments = shlex.split(command)
+    wanted = main.commands[name]
+    if "--help" not in arguments:
+        wanted.make_context(name, arguments).close()
