@@ -473,6 +473,13 @@ class TestBadInput:
             ("sklearn", ("sweep",), "digits"),
             ("matplotlib", ("sweep", "--plot", "p.png"), "report"),
             ("matplotlib", ("report",), "report"),
+            ("PIL", ("predict", MODEL, "a.png"), "cpu"),
+            ("safetensors", ("train",), "train"),
+            ("filelock", ("train",), "train"),
+            *((package, ("serve", MODEL), "serve") for package in ("kserve", "uvicorn", "grpc")),
+            ("yaml", ("export", "--format", "kserve", "--storage-uri", "s3://m"), "cluster"),
+            ("tritonclient", ("export", "--format", "triton-repository"), "cluster"),
+            ("tensorrt_rtx", ("build", MODEL, "--package", "tensorrt-rtx"), "rtx"),
         ],
     )
     def test_a_missing_extra_names_the_line_that_installs_it(
