@@ -43,7 +43,8 @@ def check_storage_uri(uri: str) -> None:
 
 
 def inference_service(name: str, *, model_file: str, storage_uri: str, image: str) -> dict[str, Any]:
-    """The InferenceService (v1beta1) that serves one model over the Open Inference Protocol v2.
+    """The InferenceService (v1beta1) that serves one model over the Open Inference Protocol v2, as a Deployment, as
+    Knative takes no pod that sleeps before it stops.
 
     Args:
         name: of the service, and of the model in its requests.
@@ -79,7 +80,7 @@ def inference_service(name: str, *, model_file: str, storage_uri: str, image: st
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
-        "metadata": {"name": name},
+        "metadata": {"name": name, "annotations": {"serving.kserve.io/deploymentMode": "RawDeployment"}},
         "spec": {"predictor": {"minReplicas": 1, "terminationGracePeriodSeconds": stops, "containers": [container]}},
     }
 

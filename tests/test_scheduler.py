@@ -443,6 +443,8 @@ def test_idle_sequences_expire_and_busy_ones_do_not() -> None:
     with pytest.raises(UnknownSequenceError):
         admit(sequences, 1, 1, now=161)
     sequences.run(waits)
+    waits[0].sequence.unanswered = 1  # the answer is on its way
+    assert sequences.expire(500) == []
     assert sequences.run(admit(sequences, 2, 1, now=161)) == [(0, 1)]
 
 
@@ -483,7 +485,23 @@ def test_a_failed_step_ends_the_sequences_of_its_call() -> None:
         sequences.run([failing[1]])
     seen, lost = sequences.run([bystander[1], failing[2]])
     assert seen == (0, 1) and isinstance(lost, LostSequenceError)
-    sequences.forget(2, failing[0].sequence)
     with pytest.raises(UnknownSequenceError):
-        admit(sequences, 2, 3)
-    assert len(pool.pushed) == 1
+        admit(sequences, 2, 3)  # whether or not its client was there to be told
+    assert len(pool.pushed) == len(sequences) == 1
+
+
+def test_what_a_failed_call_was_to_replace_is_closed() -> None:
+    class Full(Pool):
+        def open(self) -> int:
+            if self.made == 2:
+                raise MemoryError
+            return super().open()
+
+    pool = Full()
+    sequences = Sequences(pool, timeout=60, limit=10)
+    sequences.run([admit(sequences, id, 0, start=True)[0] for id in (1, 2)])
+    with pytest.raises(MemoryError):
+        sequences.run([admit(sequences, id, 0, start=True)[0] for id in (1, 2)])
+    assert not pool.pushed
+    sequences.expire(0)
+    assert len(sequences) == 0

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton_helpers import device, kernel_calls, run_interpreted
 
 from tetdeploy import kernels
+from tetdeploy.export.recorder import NeuronRecorder
 from tetdeploy.neurons import IF, LIF, lif
 
 __all__ = ["device"]
@@ -194,6 +195,16 @@ def test_only_the_current_is_kept_and_no_membrane_is_written_that_no_one_asked_f
     with torch.no_grad(), kernel_calls() as calls:
         LIF()(current)
     assert calls[0][1][3] is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_a_recorder_sees_the_neurons(grad_mode: bool, device: str) -> None:
+    """That of the export's check; on a GPU it would miss what does not go through the operator."""
+    current = currents((4, 6), "contiguous", torch.float32, device)
+    with torch.set_grad_enabled(grad_mode), NeuronRecorder() as recorder:  # type: ignore[no-untyped-call]
+        spikes = LIF()(current)
+    assert [torch.equal(found, spikes) for found in recorder.spikes] == [True]
 
 
 @pytest.mark.gpu

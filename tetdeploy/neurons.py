@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from tetdeploy import kernels
 
@@ -210,7 +211,7 @@ _lif_backward.register_autograd(_refuse)
 
 
 class _OnGpu(torch.autograd.Function):
-    """The operator on a GPU, where no trace is to hold it.
+    """The operator on a GPU, where no trace is to hold it and no recorder watches for it.
 
     A registered operator costs several microseconds a call more, and must write the last membranes, which are hardly
     ever wanted: in bfloat16 a fifth of forward's traffic at T = 4.
@@ -293,7 +294,7 @@ def _checked_lif(
         u = u.to(membrane_dtype(current.dtype))
     if not torch.compiler.is_compiling():
         _refuse_forward_mode(current, u)
-        if kernels.by_triton(current):
+        if kernels.by_triton(current) and not is_in_torch_dispatch_mode():
             gpu: tuple[Tensor, Tensor | None] = _OnGpu.apply(current, u, tau, v_th, gamma, wants_u)  # type: ignore[no-untyped-call]
             return gpu
     spikes, u_last = torch.ops.tetdeploy.lif(current, u, tau, v_th, gamma)

@@ -54,13 +54,14 @@ class Beginning:
 
 
 def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seeds: str) -> Beginning:
-    """Give options that were neither typed nor in a recipe what the run or the checkpoint has that is begun from.
+    """Give options that were neither typed nor in a recipe what the run or the checkpoint has that is begun from; of
+    --init alone that is the neurons.
 
     Args:
         out, seeds: those given; a run that is resumed has its own.
 
     Raises:
-        ValueError: see `_take_carried` and `_take_checkpoint`.
+        ValueError: see `_take_carried` and `_take_checkpoint`; what is begun from cannot be read.
     """
     from tetdeploy.checkpoint import newest_run
     from tetdeploy.train.runs import read_run_config
@@ -152,8 +153,9 @@ def _take_neurons(ctx: click.Context, init: Path, options: dict[str, Any]) -> No
 
     network = read_metadata(init)["network"]
     for name in ("tau", "v_th", "gamma"):
-        if not is_given(ctx, name):
-            options[name] = network.get(name, options[name])
+        if not is_given(ctx, name) and network.get(name, options[name]) != options[name]:
+            options[name] = network[name]
+            console.print(f"{name} {network[name]:g}, as in {init}", style="yellow", markup=False)
 
 
 def start_from(classifier: Classifier, init: Path) -> None:

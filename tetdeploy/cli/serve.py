@@ -66,7 +66,7 @@ Examples:
     default=60.0,
     show_default=True,
     type=click.FloatRange(min=0, min_open=True),
-    help="Seconds without a request after which a sequence ends.",
+    help="Seconds after its last answer in which a sequence ends.",
 )
 @click.option(
     "--max-sequences", default=4096, show_default=True, type=click.IntRange(min=1), help="Sequences open at once."

@@ -6,6 +6,7 @@ One thread runs the engine, which uses as many cores as it was given: two calls 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,8 @@ from tetdeploy.serve.sequences import LostSequenceError, Sequence, Sequences
 from tetdeploy.stream import StepResult
 from tetdeploy.streams import StreamPool
 
+logger = logging.getLogger(__name__)
+
 _NUM_MEASURED = 32  # reference images that a step's energy is estimated from
 STEPS = "steps"  # the scheduler's key of all sequences; other keys are tuples
 
@@ -32,7 +35,7 @@ class Bounds:
 
     Attributes:
         max_T: most steps of one request.
-        sequence_timeout: seconds without a request after which a sequence ends.
+        sequence_timeout: seconds after its last answer in which a sequence ends.
         max_sequences: sequences that may be open at once.
     """
 
@@ -69,7 +72,7 @@ class ServedModel:
         if engine.layout == "step":
             pool = StreamPool(engine, max_batch=limits.max_batch)
             self.sequences = Sequences(pool, timeout=bounds.sequence_timeout, limit=bounds.max_sequences)
-        self._rule = _calibrated(engine) if engine.layout == "step" else ""
+        self._rule = _calibrated(engine) if engine.layout == "step" else None
 
     async def infer(self, x: Array, *, T: int | None = None, early_exit: bool | float = False) -> Result:
         """Run images or frames from u = 0, together with other requests of the same T, shape and early exit.
@@ -120,12 +123,14 @@ class ServedModel:
         time = asyncio.get_running_loop().time
         steps = self.sequences.admit(id, frames, start=start, end=end, now=time())
         sequence = steps[0].sequence
+        sequence.unanswered += 1
         try:
             answers: list[StepResult] = await self.scheduler.submit(STEPS, steps, order=sequence.order)
         except RuntimeError:  # CallFailedError, LostSequenceError
             self.sequences.forget(id, sequence)
             raise
         finally:
+            sequence.unanswered -= 1
             sequence.used = time()  # idle from here on, however long the answer took
         per_step = np.stack([answer.step_logits for answer in answers])
         return Result(answers[-1].logits[None], per_step[None], np.array([answers[-1].t]))
@@ -183,22 +188,26 @@ class ServedModel:
             )
         if wanted is not True:
             return Exit(wanted)
-        if isinstance(self._rule, str):
+        if self._rule is None:
             raise ValueError(
-                f"{self.name} had no threshold when the server started: {self._rule}; or send early_exit=0.9, say"
+                f"{self.name} had no threshold when the server started: it takes tetdeploy calibrate, and a new start; "
+                "or send early_exit=0.9, say"
             )
         rule, calibrated_T = self._rule
         check_calibrated(self.engine.path, calibrated_T, T)
         return rule
 
 
-def _calibrated(engine: Engine) -> tuple[Exit, int] | str:
-    """The rule of `tetdeploy calibrate` for a model and the T that it was found for, or why there is none. Read once:
-    the file may be overwritten with another model, whose rule is none for this one."""
+def _calibrated(engine: Engine) -> tuple[Exit, int] | None:
+    """The rule of `tetdeploy calibrate` for a model and the T that it was found for, if there is one. Read once: the
+    file may be overwritten with another model, whose rule is none for this one."""
     try:
         return load_calibration(engine.path, sha256=None if engine.path.suffix == ".engine" else engine.sha256)
+    except FileNotFoundError:
+        return None
     except (ValueError, OSError) as error:
-        return str(error)
+        logger.warning("%s has no threshold for early_exit: %s", engine.path, error)
+        return None
 
 
 def _part(result: Result, rows: slice) -> Result:

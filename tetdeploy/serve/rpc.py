@@ -63,12 +63,14 @@ class Calls(AsyncExceptionToStatusInterceptor):
     counts once it is here: gRPC says nothing of those on their way. Probes are small, and never refused for it.
 
     Attributes:
-        running: how many are being answered.
+        running: inferences that are being answered.
+        stopping: what is cancelled from now on is cut off by the server.
     """
 
     def __init__(self, metrics: Metrics, budget: Budget) -> None:
         super().__init__()
-        self._metrics, self._budget, self.running = metrics, budget, 0
+        self._metrics, self._budget = metrics, budget
+        self.running, self.stopping = 0, False
 
     async def intercept(self, method: Any, request_or_iterator: Any, context: Any, method_name: str) -> Any:
         is_inference = method_name.endswith("/ModelInfer")
@@ -83,15 +85,15 @@ class Calls(AsyncExceptionToStatusInterceptor):
                 self._metrics.seconds.labels(request.model_name).observe(time.perf_counter() - started)
                 return answer
 
-        self.running += 1
+        self.running += is_inference
         try:
             return await super().intercept(within_budget, request_or_iterator, context, method_name)
         except asyncio.CancelledError:  # its client has left, or its deadline passed
-            if is_inference:
+            if is_inference and not self.stopping:
                 self._metrics.refuse(request_or_iterator.model_name, CLIENT_LEFT)
             raise
         finally:
-            self.running -= 1
+            self.running -= is_inference
 
     async def handle_exception(
         self, ex: Exception, request_or_iterator: Any, context: Any, method_name: str

@@ -43,15 +43,19 @@ class Sequence:
     Attributes:
         used: when its last request came or was answered.
         order: its steps run one after the other, and after those of the sequence that it begins anew, if there is one.
-        admitted, done: steps admitted, and steps that ran. Only the engine's thread writes `done` and `stream`.
+        unanswered: its requests that wait for their answer.
+        admitted, done: steps admitted, and steps that ran. Only the engine's thread writes `done`, `stream` and `lost`.
         stream: its id in the pool while it has a state there.
+        lost: a step failed, and the state is gone.
     """
 
     used: float
     order: object = field(default_factory=object)
+    unanswered: int = 0
     admitted: int = 0
     done: int = 0
     stream: int | None = None
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Sequences(Generic[F, A]):
     """The open sequences of one model.
 
     Args:
-        timeout: seconds without a request after which a sequence ends.
+        timeout: seconds after its last answer in which a sequence ends.
         limit: how many may be open.
     """
 
@@ -90,6 +94,9 @@ class Sequences(Generic[F, A]):
             TooManySequencesError: there is no room for one more.
         """
         before = self._open.get(id)
+        if before is not None and before.lost:  # and its client may have left before it was told
+            del self._open[id]
+            before = None
         sequence = self._begin(id, before, start, now) if start or before is None else before
         if end:
             del self._open[id]
@@ -104,12 +111,12 @@ class Sequences(Generic[F, A]):
     def _begin(self, id: int | str, before: Sequence | None, start: bool, now: float) -> Sequence:
         if not start:
             raise UnknownSequenceError(
-                f"sequence {id!r} is not open: it never started, has ended, or was idle for more than "
-                f"{self.timeout:g} s; begin one with sequence_start"
+                f"sequence {id!r} is not open: it never started, has ended, failed, or was idle for more "
+                f"than {self.timeout:g} s; begin one with sequence_start"
             )
         if before is None and len(self._open) >= self.limit:
             raise TooManySequencesError(f"{self.limit} sequences are open, and no more may be; end one first")
-        self._open[id] = Sequence(now) if before is None else Sequence(now, before.order)
+        self._open[id] = Sequence(now) if before is None else Sequence(now, order=before.order)
         return self._open[id]
 
     def forget(self, id: int | str, sequence: Sequence) -> None:
@@ -119,22 +126,28 @@ class Sequences(Generic[F, A]):
 
     def expire(self, now: float) -> list[Sequence]:
         """End the sequences that were idle for too long; `close` them on the engine's thread."""
-        idle = {id: s for id, s in self._open.items() if s.done == s.admitted and s.used + self.timeout <= now}
+        idle = {id: s for id, s in self._open.items() if s.lost or self._is_idle(s, now)}
         for id in idle:
             del self._open[id]
         return list(idle.values())
 
+    def _is_idle(self, sequence: Sequence, now: float) -> bool:
+        """Not while steps run, whether or not their client is still there, nor while their answer is on its way."""
+        runs = sequence.unanswered > 0 or sequence.done < sequence.admitted
+        return not runs and sequence.used + self.timeout <= now
+
     def run(self, steps: list[Step[F]]) -> list[A | LostSequenceError]:
         """Run one step of each of several sequences, in one call of the pool."""
         try:
+            self.close(step.before for step in steps if step.before is not None)
             for step in steps:
-                if step.before is not None:
-                    self.close([step.before])
                 if step.start:
                     step.sequence.stream = self.pool.open()
             frames = {step.sequence.stream: step.frame for step in steps if step.sequence.stream is not None}
             answers = self.pool.push(frames) if frames else {}
         except Exception:
+            for step in steps:
+                step.sequence.lost = True
             self.close(step.sequence for step in steps)
             raise
         finally:

@@ -116,7 +116,7 @@ async def _stop_http(server: uvicorn.Server, http: asyncio.Task[None]) -> int:
 async def _stop_grpc(server: grpc.aio.Server, calls: Calls) -> int:
     stopping = asyncio.ensure_future(server.stop(GRACE_SECONDS + 1))  # a shorter one later counts
     await asyncio.wait([stopping], timeout=GRACE_SECONDS)
-    cut_off = calls.running
+    cut_off, calls.stopping = calls.running, True
     await asyncio.gather(server.stop(None), stopping)
     return cut_off
 
