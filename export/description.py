@@ -43,39 +43,11 @@ def describe(
         source: what the model was made from.
     """
     _strip(model)
-    description = _description(classifier, config, neurons, encoders, layers, source)
-    model.metadata_props[METADATA_KEY] = json.dumps(description)
-    model.producer_name, model.producer_version, model.doc_string = "tetdeploy", __version__, None
-
-
-def _strip(model: ir.Model) -> None:
-    """torch's exporter leaves stack traces with paths of this machine in every node."""
-    model.metadata_props.clear()
-    for graph in model.graphs():
-        graph.metadata_props.clear()
-        graph.doc_string = None
-        for node in graph.all_nodes():
-            node.metadata_props.clear()
-            node.doc_string = None
-            for value in node.outputs:
-                value.metadata_props.clear()
-        for value in (*graph.inputs, *graph.initializers.values()):
-            value.metadata_props.clear()
-
-
-def _description(
-    classifier: Classifier,
-    config: ExportConfig,
-    neurons: list[Neurons],
-    encoders: list[Encoder],
-    layers: Layers,
-    source: Mapping[str, Any] | None,
-) -> dict[str, Any]:
     normalization = None
     if config.normalize:
         mean, std = classifier.mean.flatten().tolist(), classifier.std.flatten().tolist()
         normalization = {"scale": 255.0, "mean": mean, "std": std}
-    return {
+    description = {
         "format": FORMAT,
         "layout": config.layout,
         "T": config.steps,
@@ -106,6 +78,23 @@ def _description(
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    model.metadata_props[METADATA_KEY] = json.dumps(description)
+    model.producer_name, model.producer_version, model.doc_string = "tetdeploy", __version__, None
+
+
+def _strip(model: ir.Model) -> None:
+    """torch's exporter leaves stack traces with paths of this machine in every node."""
+    model.metadata_props.clear()
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.metadata_props.clear()
 
 
 def versions() -> dict[str, str]:

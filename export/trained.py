@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tetdeploy.checkpoint import newest_run, read_metadata, weights_file, weights_sha256
 from tetdeploy.data import Encoding, LabelledSet, load_frames, load_parts, same_data
 from tetdeploy.int8.calibration import Calibration
+from tetdeploy.names import is_npz
 
 Labelled = tuple[NDArray[Any], NDArray[np.int64]]  # images [N, C, H, W] or frames [N, T, C, H, W], and labels [N]
 
@@ -78,7 +79,7 @@ class Trained:
         """
         own = str(self.metadata["data"]["name"])
         name = data or own
-        if encoding == "frames" and name.lower().endswith(".npz"):
+        if encoding == "frames" and is_npz(name):
             x, labels = load_frames(name)
             return (x, labels), _last(x, labels, num_calibration)
         fraction = float(self.metadata["training"].get("val_fraction", 0.0)) if same_data(name, own) else 0.0

@@ -1,4 +1,4 @@
-"""Names and messages: many names in one line, a layer that is called again, what has one prefix, what an error says."""
+"""Names and messages: many in one line, a layer that is called again, data that are a file, what an error says."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def numbered(name: str, seen: Counter[str]) -> str:
     """A name, from its second time on with a number: `conv#2`. `seen` is how often each was there; counted on."""
     seen[name] += 1
     return name if seen[name] == 1 else f"{name}#{seen[name]}"
+
+
+def is_npz(data: str) -> bool:
+    """Whether a data set's name is a `.npz` file: one set of images or frames, which is as it is."""
+    return data.lower().endswith(".npz")
 
 
 def section(named: Mapping[str, V], prefix: str) -> dict[str, V]:

@@ -16,6 +16,7 @@ from torch import nn
 import tetdeploy
 from tetdeploy.data import ImageFiles
 from tetdeploy.int8.calibration import Calibration
+from tetdeploy.names import is_npz
 
 from .augment import RESIZED_CROP
 from .batches import Batch, DeviceImages, Draws, Images
@@ -176,7 +177,7 @@ def check_together(classifier: Classifier, data: LabelledSet, config: TrainConfi
 
 
 def _check_frames(data: LabelledSet, config: TrainConfig) -> None:
-    cut = not data.name.lower().endswith(".npz")  # whose frames are as they are
+    cut = not is_npz(data.name)  # whose frames are as they are
     if cut and config.longest_T != config.T:
         raise ValueError(
             f"recordings would be cut into {config.longest_T} frames for training and into T={config.T} afterwards; "

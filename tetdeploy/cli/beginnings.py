@@ -95,11 +95,16 @@ def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) ->
 
     restart = find_restart(weights)
     settings = restart.settings
-    if ":" in str(settings["network"].get("model")) and not is_given(ctx, "model"):
-        raise ValueError(f"{weights} holds a network of your own: pass --model {settings['network']['model']}")
+    _check_named(ctx, weights, settings["network"])
     here = {name: value for name, value in settings["training"].items() if name != "device"}
     _take_settings(ctx, settings | {"training": here}, options)
     return restart.how
+
+
+def _check_named(ctx: click.Context, weights: Path, network: Mapping[str, Any]) -> None:
+    """Refuse the user's own network where --model does not name it: no code is imported because a file says so."""
+    if ":" in str(network.get("model")) and not is_given(ctx, "model"):
+        raise ValueError(f"{weights} holds a network of your own: pass --model {network['model']}")
 
 
 def _take_settings(ctx: click.Context, settings: Mapping[str, Any], options: dict[str, Any]) -> str:
@@ -133,8 +138,7 @@ def _take_checkpoint(ctx: click.Context, init: Path | None, options: dict[str, A
         raise click.UsageError("--qat fine-tunes a trained network: name its run or checkpoint with --init")
     metadata = read_metadata(init)
     network, training = metadata["network"], metadata["training"]
-    if ":" in str(network["model"]) and not is_given(ctx, "model"):
-        raise ValueError(f"{init} holds a network of your own: pass --model {network['model']}")
+    _check_named(ctx, init, network)
     for name in NETWORK_OPTIONS:
         value = network.get(name, options[name])
         if is_given(ctx, name) and options[name] != value:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetdeploy.names import is_npz
+
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
     from tetdeploy.engine import Engine
@@ -28,7 +30,7 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
     name = data or str(engine.metadata["source"].get("data", {}).get("name", ""))
     if not name:
         raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
-    is_file = name.lower().endswith(".npz")
+    is_file = is_npz(name)
     if engine.encoding == "frames" and is_file:
         x, labels = load_frames(name)
         return name, x[:limit], labels[:limit]
@@ -54,7 +56,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
     if not name:
         raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
     trained_on = same_data(name, own)
-    if name.lower().endswith(".npz") and not trained_on:
+    if is_npz(name) and not trained_on:
         return load_inputs(engine, name, data_dir, limit)
     split = split or ("validation" if trained_on else "train")
     if split == "test" and trained_on:
@@ -70,7 +72,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
             "calibrate on; name others with --data, or take those it was trained on with --split train"
         )
     images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction)
-    if not name.lower().endswith(".npz") and images.class_names != engine.class_names:
+    if not is_npz(name) and images.class_names != engine.class_names:
         refuse_classes(engine, name, images.class_names)
     chosen = images.select(slice(limit))
     x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)

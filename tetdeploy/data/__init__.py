@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from tetdeploy.names import is_npz
+
 from .cifar import load_cifar10, load_cifar100
 from .digits import load_digits
 from .event_sets import load_dvs_cifar10, load_event_folder, load_n_mnist
@@ -126,7 +128,7 @@ def _load_images(name: str, split: Split, data_dir: Path) -> LabelledSet:
         return load_imagenet(name, split, data_dir=data_dir)
     if name.startswith("folder:"):
         return load_folder(name.removeprefix("folder:"), split)
-    if name.lower().endswith(".npz"):
+    if is_npz(name):
         return load_npz(Path(name).expanduser(), split)
     hint = f" (for the folder of that name: folder:{name})" if Path(name).is_dir() else ""
     raise ValueError(

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.names import is_npz
+
 from .images import image_set, read_arrays, usable_labels, usable_names
 from .labelled import Encoding, LabelledSet, Split
 
@@ -75,7 +77,7 @@ def load_frames(path: Path | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
         OSError: there is no such file, or it cannot be opened.
         ValueError: it is no `.npz`, is damaged, lacks an array, or an array has a wrong dtype or shape.
     """
-    if not str(path).lower().endswith(".npz"):
+    if not is_npz(str(path)):
         raise ValueError(f"frames come from a .npz with images [N, T, C, H, W] and labels [N]; got {str(path)!r}")
     return _checked(path, read_arrays(Path(path)))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.checkpoint import CONFIG_NAME
+from tetdeploy.names import is_npz
 from tetdeploy.report.merging import has_accuracy, merged
 from tetdeploy.report.reading import Run, model_stem, read_run, read_summary, result_files
 from tetdeploy.report.tables import images_of
@@ -228,7 +229,7 @@ def _refuse_different(what: str, data: Mapping[str, str]) -> None:
 
 def _data_name(data: str) -> str:
     """Files of data may lie elsewhere on another machine: only their own name counts."""
-    return Path(data).name if data.lower().endswith(".npz") else data
+    return Path(data).name if is_npz(data) else data
 
 
 def _shape(run: Run) -> dict[str, Any]:
