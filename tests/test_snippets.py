@@ -1,0 +1,137 @@
+"""The Python that README and docs show, and the README's `curl`: each block runs where a reader would run it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from client_helpers import triton_client
+
+import tetdeploy
+from tetdeploy.cli import main
+from tetdeploy.data import load_data
+
+ROOT = Path(__file__).parents[1]
+
+
+def block(document: str, containing: str, language: str = "python") -> str:
+    """The one block of a document that has these words."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.M | re.S)
+    (found,) = [text for text in blocks if containing in text]
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader stands after the README's tour: a run, and its models of T=6 and of one step, calibrated."""
+    folder = tmp_path_factory.mktemp("place")
+    commands = (
+        ("train", "--epochs", "4", "--width", "0.5"),
+        ("export", "--T", "6", "--fold-bn", "--check", "64"),
+        ("export", "--layout", "step", "--check", "64"),
+        ("calibrate", "--T", "8", "--point-estimate"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in commands:
+            result = CliRunner().invoke(main, list(command))
+            assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def images() -> Any:
+    return load_data("digits", "test", data_dir=Path("data")).x[:16]
+
+
+def run(code: str, **names: Any) -> dict[str, Any]:
+    exec(compile(code, "document", "exec"), names)
+    return names
+
+
+def test_readme_from_python(place: Path, images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    code = block("README.md", "tetdeploy.Engine(").replace("net(torch", "out = net(torch")
+    found = run(code, images=images, image=images[:1])
+    assert found["result"].logits.shape == (16, 10)
+    assert found["result"].per_step.shape == (16, 4, 10)
+    assert found["answer"].t == 8
+    per_step = found["out"].detach().numpy()
+    assert per_step.shape == (6, 16, 10)
+    np.testing.assert_allclose(per_step[:4].transpose(1, 0, 2).mean(1), found["result"].logits, atol=1e-2)
+
+
+def test_early_exit(place: Path, images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place / "runs" / "latest")
+    result = run(block("docs/early-exit.md", "load_exit"), images=images)["result"]
+    assert result.logits.shape == (16, 10)
+    assert result.steps.min() < 8  # digits are easy
+
+
+def test_streams(place: Path, images: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "model-step.onnx").symlink_to(place / "runs" / "latest" / "model-step.onnx")
+    monkeypatch.chdir(tmp_path)
+    found = run(block("docs/streams.md", "stream.reset()"), tetdeploy=tetdeploy, frame=images[:1])
+    assert found["answer"].logits.shape == (1, 10)
+    names = {"engine": tetdeploy.Engine("model-step.onnx"), "frame": images[0], "other_frame": images[1]}
+    found = run(block("docs/streams.md", "StreamPool(engine)"), **names)
+    assert found["answers"][found["a"]].logits.shape == (10,)
+    assert found["pool"].state(found["c"]).t == 1  # it goes on where b stood
+
+
+@pytest.fixture
+def address(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where `tetdeploy serve` answers as the README starts it, but at a free port."""
+    if importlib.util.find_spec("kserve") is None:
+        pytest.skip("needs the extra serve")
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    monkeypatch.chdir(place)
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        port, grpc_port = (str(free.getsockname()[1]) for free in (one, other))
+    command = re.search(r"^tetdeploy (serve .*?) +#", block("README.md", "load_digits", ""), re.M)
+    assert command is not None
+    started = [*command[1].split(), "--http-port", port, "--grpc-port", grpc_port]
+    server = subprocess.Popen([sys.executable, "-m", "tetdeploy", *started])
+    try:
+        for _ in range(600):
+            time.sleep(0.1)
+            assert server.poll() is None
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready")
+                break
+            except urllib.error.URLError:
+                continue
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(30)
+
+
+def test_a_served_model_is_asked_as_in_the_readme(address: str, place: Path, images: Any) -> None:
+    shell = block("README.md", "load_digits", "").partition("\n\n")[2]
+    assert shell.startswith("x=$(python")
+    shell = shell.replace("127.0.0.1:8080", address).replace("$(python", f"$({sys.executable}")
+    told = subprocess.run(["bash", "-euc", shell], capture_output=True, text=True, check=True).stdout
+    outputs = {output["name"]: output for output in json.loads(told)["outputs"]}
+    assert outputs["class"]["data"] == ["0"]  # scikit-learn's first digit
+    code = block("README.md", "tritonclient.http").replace("127.0.0.1:8080", address)
+    triton_client("http")
+    answer = run(code, images=images)["answer"]
+    assert answer.as_numpy("class").shape == (16,)
+    assert answer.as_numpy("steps").max() <= 6
