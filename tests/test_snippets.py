@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[1]
 
 def block(document: str, containing: str, language: str = "python") -> str:
     """The one block of a document that has these words."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.M | re.S)
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks: list[str] = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     (found,) = [text for text in blocks if containing in text]
     return found
 
