@@ -11,6 +11,7 @@ Never run yet on a GPU: see docs/gpu.md.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +105,7 @@ class StepGraphs:
             gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
             torch._foreach_zero_(gradients)
         torch.cuda.current_stream().wait_stream(stream)
+        gc.collect()  # what the warm-up left in cycles of frames belongs to its stream
         graph, self._pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
         outside = torch.cuda.current_stream()
         try:

@@ -111,14 +111,15 @@ def measure(
 
     from tetdeploy.networks import NetworkConfig, build_network
     from tetdeploy.train import total_loss
-    from tetdeploy.train.device import autocast, device_name, pick_device
+    from tetdeploy.train.device import autocast, device_name, pick_device, place
     from tetdeploy.train.recompute import recompute_blocks
 
     torch.manual_seed(0)
     on = pick_device(device)
     config = NetworkConfig(model, num_classes=10, in_channels=3, image_size=(image_size, image_size), width=width)
     network = build_network(config)
-    network = (loop_twin(network) if neurons == "loop" else network).to(on).train()
+    network = (loop_twin(network) if neurons == "loop" else network).train()
+    place(network, on, channels_last=on.type == "cuda" and neurons == "ours")  # as training has it there
     if recompute:
         recompute_blocks(network)
     x = torch.randn(batch_size, 3, image_size, image_size, device=on)
