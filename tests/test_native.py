@@ -783,8 +783,8 @@ def test_more_steps_than_registers_leave_the_region_to_onnxruntime() -> None:
         np.testing.assert_array_equal(run(model, feed)[0], run(made, feed, joined=True)[0])
 
 
-def elementwise(**changes: Any) -> bytes:
-    """A program that adds 1, damaged by `changes`."""
+def elementwise(given: int = FLOAT, outputs: Sequence[str] = ("y",), **changes: Any) -> bytes:
+    """A program that adds 1, damaged by `changes`, in a graph that says that it gives `given`."""
     attributes: dict[str, Any] = {
         "program": [Op.LOAD, 0, 0, 0, 0, Op.ADD_K, 0, 0, 0, 0, Op.STORE, 0, 0, 0, 0],
         "immediates": [1.0],
@@ -792,8 +792,8 @@ def elementwise(**changes: Any) -> bytes:
         "output_ports": [FLOAT, 1],
         "states": -1,
     } | changes
-    node = helper.make_node("Elementwise", ["x"], ["y"], domain="ai.tetdeploy", **attributes)
-    return graph([node], {"x": (FLOAT, ["N", 3])}, {"y": FLOAT})
+    node = helper.make_node("Elementwise", ["x"], outputs, domain="ai.tetdeploy", **attributes)
+    return graph([node], {"x": (FLOAT, ["N", 3])}, {"y": given})
 
 
 def test_the_program_that_is_damaged_below_runs() -> None:
@@ -859,13 +859,31 @@ def test_steps_that_do_not_fit_are_refused() -> None:
         run(running_sum(), feed | {"steps": np.zeros((3, 3), np.uint8)}, joined=True)
     with pytest.raises(Exception, match="there is no step"):
         run(running_sum(), feed | {"steps": np.zeros((3, 0), np.uint8)}, joined=True)
+    with pytest.raises(Exception, match="too many steps"):
+        run(running_sum(), feed | {"steps": np.empty((0, 2**62), np.uint8)}, joined=True)
     with pytest.raises(Exception, match="too many states"):
         run(running_sum(states=MAX_REGISTERS + 1), feed, joined=True)
+
+
+def test_a_part_before_the_first_is_refused_where_a_program_runs_for_each_step() -> None:
+    program = [Op.DEQUANTIZE, 1, 0, -1, 0, Op.SUB, 2, 0, 1, 0, Op.LESS_K, 1, 2, 0, 0, Op.STORE, 0, 1, 0, 0]
+    node = helper.make_node(
+        "Elementwise", ["x", "steps"], ["y"], domain="ai.tetdeploy", states=1, program=program,
+        immediates=[0.0, 1.0], input_ports=[UINT8, 0], output_ports=[UINT8, 0],
+    )  # fmt: skip
+    model = graph([node], {"x": (UINT8, ["TN", 8]), "steps": (UINT8, ["N", "T"])}, {"y": UINT8})
+    with pytest.raises(Exception, match="damaged"):
+        run(model, {"x": np.zeros((4, 8), np.uint8), "steps": np.zeros((2, 2), np.uint8)}, joined=True)
 
 
 def test_tensors_that_do_not_fit_are_refused_in_the_call() -> None:
     with pytest.raises(Exception, match="cut into its steps"):
         run(elementwise(input_ports=[FLOAT, 3]), {"x": floats(2, 3)}, joined=True)
+    for given in (UINT8, TensorProto.STRING):
+        with pytest.raises(Exception, match="another type"):
+            run(elementwise(given), {"x": floats(400, 3)}, joined=True)
+    with pytest.raises(Exception, match="no name"):
+        run(elementwise(outputs=["y", ""], output_ports=[FLOAT, 1, FLOAT, 1]), {"x": floats(2, 3)}, joined=True)
     node = helper.make_node(
         "Elementwise", ["x", "z"], ["y"], domain="ai.tetdeploy", states=-1, immediates=[0.0],
         program=[Op.LOAD, 0, 0, 0, 0, Op.LOAD, 1, 1, 0, 0, Op.ADD, 0, 0, 1, 0, Op.STORE, 0, 0, 0, 0],

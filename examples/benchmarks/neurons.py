@@ -7,8 +7,8 @@ Forward and backward of one layer over T steps. Each side has a process of its o
 that a slow moment of the machine hits each; the table shows medians and the loop's over ours. "kept" is what autograd
 holds between forward and backward. On a GPU time is that of the kernels, which wait in the queue until all are there,
 so that no side pays for Python, in float32 and bfloat16, contiguous and channels-last, and every implementation of
-SpikingJelly's neurons takes part (`SJ_LIF_CUDA_IMPLEMENTATION`, which it reads when it is imported), with our equations;
-one that does not run says why. *Never run on a GPU by the authors yet.*
+SpikingJelly's neurons takes part (`SJ_LIF_CUDA_IMPLEMENTATION`, which it reads when it is imported), with our
+equations; one that does not run says why. *Never run on a GPU by the authors yet.*
 """
 
 from __future__ import annotations

@@ -252,9 +252,9 @@ static OrtStatusPtr failed(const OrtApi* api, const char* why) { return failed_i
 
 static int64_t parts_of(Port port, size_t steps) { return port.parts > 0 ? port.parts : port.parts == 0 ? (int64_t)steps : 1; }
 
-/* The dimensions of an input, which must be as declared; how many elements each of its parts has. */
-static OrtStatusPtr measure(const Kernel* kernel, const OrtValue* value, Port port, size_t steps, int64_t* dims,
-                            size_t* rank, size_t* elements) {
+/* The dimensions of a tensor, which must be as declared; how many elements it has. */
+static OrtStatusPtr describe(const Kernel* kernel, const OrtValue* value, Port port, int64_t* dims, size_t* rank,
+                             size_t* elements) {
   const OrtApi* api = kernel->api;
   OrtTensorTypeAndShapeInfo* info;
   TRY(api->GetTensorTypeAndShape(value, &info));
@@ -264,10 +264,17 @@ static OrtStatusPtr measure(const Kernel* kernel, const OrtValue* value, Port po
   if (status == NULL && *rank > 0 && *rank <= 8) status = api->GetDimensions(info, dims, *rank);
   if (status == NULL) status = api->GetTensorShapeElementCount(info, elements);
   api->ReleaseTensorTypeAndShapeInfo(info);
-  if (status != NULL) return status;
-  if (type != (enum ONNXTensorElementDataType)port.type) return failed(api, "an input is of another type");
-  if (*rank < 1 || *rank > 8) return failed(api, "an input has no axis, or more than 8");
-  if (dims[0] % parts_of(port, steps) != 0) return failed(api, "an input cannot be cut into its steps");
+  if (status == NULL && type != (enum ONNXTensorElementDataType)port.type)
+    return failed(api, "a tensor is of another type");
+  return status;
+}
+
+/* The dimensions of an input; how many elements each of its parts has. */
+static OrtStatusPtr measure(const Kernel* kernel, const OrtValue* value, Port port, size_t steps, int64_t* dims,
+                            size_t* rank, size_t* elements) {
+  TRY(describe(kernel, value, port, dims, rank, elements));
+  if (*rank < 1 || *rank > 8) return failed(kernel->api, "an input has no axis, or more than 8");
+  if (dims[0] % parts_of(port, steps) != 0) return failed(kernel->api, "an input cannot be cut into its steps");
   *elements /= parts_of(port, steps);
   return NULL;
 }
@@ -285,6 +292,7 @@ static OrtStatusPtr count_steps(const Kernel* kernel, OrtKernelContext* context,
   if (status == NULL && rank >= 2 && rank <= 8) status = api->GetDimensions(info, dims, rank);
   api->ReleaseTensorTypeAndShapeInfo(info);
   if (status == NULL && dims[1] < 1) return failed(api, "there is no step");
+  if (status == NULL && dims[1] > MAX_PARTS) return failed(api, "there are too many steps");
   *steps = dims[1];
   return status;
 }
@@ -295,11 +303,10 @@ static OrtStatusPtr ORT_API_CALL compute(void* self, OrtKernelContext* context) 
   const void* inputs[kernel->num_inputs];
   void* outputs[kernel->num_outputs];
   int64_t dims[8] = {0}, ignored[8];
-  size_t rank = 0, elements = 0, steps = 1;
+  size_t rank = 0, elements = 0, steps = 1, its_rank, its_elements;
   if (kernel->states >= 0) TRY(count_steps(kernel, context, &steps));
   for (size_t k = 0; k < kernel->num_inputs; ++k) {
     const OrtValue* value;
-    size_t its_rank, its_elements;
     TRY(api->KernelContext_GetInput(context, k, &value));
     TRY(measure(kernel, value, kernel->inputs[k], steps, k ? ignored : dims, k ? &its_rank : &rank, &its_elements));
     if (k == 0) elements = its_elements;
@@ -311,6 +318,8 @@ static OrtStatusPtr ORT_API_CALL compute(void* self, OrtKernelContext* context) 
     OrtValue* value;
     dims[0] = step * parts_of(kernel->outputs[k], steps);
     TRY(api->KernelContext_GetOutput(context, k, dims, rank, &value));
+    if (value == NULL) return failed(api, "an output has no name");
+    TRY(describe(kernel, value, kernel->outputs[k], ignored, &its_rank, &its_elements));
     TRY(api->GetTensorMutableData(value, &outputs[k]));
   }
   Call call = {kernel, inputs, outputs, elements, steps};
@@ -366,7 +375,8 @@ static OrtStatusPtr check(Kernel* kernel) {
     int fine = within(in.op, OPERATIONS) && in.k >= 0 && (size_t)in.k <= kernel->num_immediates;
     int64_t used[] = {in.d, in.a, in.b}; /* registers */
     if (fine && in.op <= DEQUANTIZE) {
-      fine = within(in.a, kernel->num_inputs) && (kernel->states >= 0 || within(in.b, kernel->inputs[in.a].parts));
+      fine = within(in.a, kernel->num_inputs) &&
+             (kernel->states >= 0 ? in.b >= 0 : within(in.b, kernel->inputs[in.a].parts));
       used[1] = used[2] = 0;
     } else if (fine && in.op == STORE) {
       fine = within(in.d, kernel->num_outputs) && (kernel->states >= 0 || within(in.b, kernel->outputs[in.d].parts));
