@@ -12,15 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from tetdeploy import __version__
 from tetdeploy.files import atomic_write, write_json
 from tetdeploy.model_file import read_model
+from tetdeploy.provenance import written
 from tetdeploy.runtimes.nvidia import BUILDING, choose_package, gpu_runtime, import_tensorrt, target_architectures
 from tetdeploy.runtimes.tensorrt_engine import manifest_path
 from tetdeploy.signals import handled
@@ -120,8 +119,7 @@ def build_engine(
             "tensors": build.tensors,
             "layers": layers_of(build.report, graph),
             "build_seconds": round(time.perf_counter() - started, 3),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {"tetdeploy": __version__, "onnx": onnx.__version__},
+            **written(onnx=onnx.__version__),
             "metadata": metadata,
         }
         engine_file.write_bytes(plan)

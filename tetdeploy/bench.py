@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from tetdeploy.engine import Engine
 from tetdeploy.extras import import_extra
 from tetdeploy.machine import cpu_model, load_average, read_cpuinfo, usable_cores
+from tetdeploy.provenance import engine_provenance
 from tetdeploy.runtimes.nvidia import gpu_name
 from tetdeploy.runtimes.sessions import PROVIDERS, RUNTIMES, check_runtime
-from tetdeploy.sweep import provenance
 
 CALLS_PER_TURN = 5
 
@@ -172,7 +172,7 @@ class Bench:
             "load_ms": [{"threads": count, "load_ms": taken} for count, taken in self.load_ms.items()],
             "machine": machine(self.engine) | {"load": self._load},
             "rows": [asdict(row) for row in self.rows],
-        } | provenance(self.engine)
+        } | engine_provenance(self.engine)
 
 
 def _row(setting: Setting, seconds: Sequence[float]) -> Row:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy import __version__
 from tetdeploy.energy import CONVENTIONS, Operations, layers_of, other_ops, other_ops_pj
 from tetdeploy.engine import Engine
-from tetdeploy.extras import import_extra
 from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
-from tetdeploy.runtimes.sessions import RUNTIMES
+from tetdeploy.provenance import engine_provenance
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Sweep:
     """The rows, and what they were measured on.
 
     Attributes:
-        origin: `provenance` of the model and of the measurement.
+        origin: `engine_provenance` of the model and of the measurement.
         details: `Tally.details`: layers, neurons, the ANN twin, other operations, constants, classes.
     """
 
@@ -165,22 +161,6 @@ def running_class(per_step: NDArray[Any]) -> NDArray[np.int64]:
     return classes
 
 
-def provenance(engine: Engine) -> dict[str, Any]:
-    """What a result must say of the model and of the measurement besides its numbers, as JSON."""
-    runtime = import_extra(engine.runtime, RUNTIMES[engine.runtime])
-    versions = {"tetdeploy": __version__, "python": platform.python_version(), "numpy": np.__version__}
-    return {
-        "model_sha256": engine.sha256,
-        "trained_T": engine.trained_T,
-        "layout": engine.layout,
-        "num_classes": len(engine.class_names),
-        "versions": versions | {engine.runtime: str(runtime.__version__)},
-        "device": engine.device,
-        "runtime": engine.runtime,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def sweep(
     engine: Engine,
     x: NDArray[Any],
@@ -232,7 +212,7 @@ def summarise(
     """The sweep that the sums over all of `x` make, with latencies measured now. Args: see `sweep`."""
     latency = measure_latency(engine, x, steps, num_timed)
     rows = tuple(tally.row(t, latency[t]) for t in steps)
-    return Sweep(str(engine.path), data, len(x), rows, provenance(engine), tally.details(steps))
+    return Sweep(str(engine.path), data, len(x), rows, engine_provenance(engine), tally.details(steps))
 
 
 def measure_latency(engine: Engine, x: NDArray[Any], steps: Sequence[int], num_timed: int) -> dict[int, float]:

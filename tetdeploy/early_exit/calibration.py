@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from tetdeploy.early_exit import CRITERIA, Criterion, Exit, certainty
 from tetdeploy.engine import Engine
-from tetdeploy.sweep import check_labels, provenance
+from tetdeploy.provenance import engine_provenance
+from tetdeploy.sweep import check_labels
 
 SHOWN_LOSSES = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01)
 
@@ -242,7 +243,7 @@ class Calibration:
             "accuracy_by_T": self.accuracy_by_T,
             "num_images_by_steps": np.bincount(steps, minlength=self.T + 1)[1:].tolist(),
             "frontier": [{"allowed_loss": loss} | point.to_dict() for loss, point in self.shown.items()],
-        } | provenance(engine)
+        } | engine_provenance(engine)
 
 
 def check_min_T(min_T: int, T: int) -> None:

@@ -20,7 +20,8 @@ from tetdeploy.early_exit.calibration import Paired
 from tetdeploy.energy import Operations
 from tetdeploy.engine import Engine, Result
 from tetdeploy.machine import load_average
-from tetdeploy.sweep import Tally, check_labels, provenance
+from tetdeploy.provenance import engine_provenance
+from tetdeploy.sweep import Tally, check_labels
 
 Array = NDArray[Any]
 
@@ -86,7 +87,7 @@ class Savings:
             "machine": machine(self.engine),
             "ann": self.tally.operations.ann(),
             "constants": asdict(self.tally.constants),
-        } | provenance(self.engine)
+        } | engine_provenance(self.engine)
 
     def _early(self) -> dict[str, Any]:
         """The rule, what it keeps and what it saves."""
