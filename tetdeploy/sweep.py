@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.batches import parts
 from tetdeploy.energy import CONVENTIONS, Operations, layers_of, other_ops, other_ops_pj
 from tetdeploy.engine import Engine
 from tetdeploy.names import section
@@ -197,12 +198,9 @@ def sweep(
     T = max(steps)
     engine.check_T(T, engine.check_input(x[:1]))
     tally = Tally(engine, T, constants)
-    for start in range(0, len(x), batch_size):
-        batch = x[start : start + batch_size]
-        result, counts = engine.count(batch, T)
-        tally.add(result.per_step, counts, labels[start : start + batch_size])
-        if tick:
-            tick(len(batch))
+    for part in parts(len(x), batch_size, tick):
+        result, counts = engine.count(x[part], T)
+        tally.add(result.per_step, counts, labels[part])
     return summarise(engine, tally, x, steps, data=data, num_timed=num_timed)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.batches import parts
 from tetdeploy.early_exit import CRITERIA, Criterion, Exit, certainty
 from tetdeploy.engine import Engine
 from tetdeploy.provenance import engine_provenance
@@ -88,9 +89,9 @@ class Answers:
         return Answers(mean.argmax(-1) == labels[:, None], {c: certainty(mean, c) for c in CRITERIA})
 
     @staticmethod
-    def joined(parts: Sequence[Answers]) -> Answers:
-        right = np.concatenate([part.right for part in parts])
-        return Answers(right, {c: np.concatenate([part.certainty[c] for part in parts]) for c in CRITERIA})
+    def joined(batches: Sequence[Answers]) -> Answers:
+        right = np.concatenate([batch.right for batch in batches])
+        return Answers(right, {c: np.concatenate([batch.certainty[c] for batch in batches]) for c in CRITERIA})
 
     def steps(self, exit: Exit) -> NDArray[np.int64]:
         """How many steps each image takes, `[N]`."""
@@ -193,13 +194,9 @@ def answer(
         ValueError: labels do not fit the images or the model's classes; see also `Engine.run`.
     """
     check_labels(engine, x, labels)
-    parts = []
-    for start in range(0, len(x), batch_size):
-        part = slice(start, start + batch_size)
-        parts.append(Answers.of(engine.run(x[part], T).per_step, labels[part]))
-        if tick:
-            tick(len(labels[part]))
-    return Answers.joined(parts)
+    return Answers.joined(
+        [Answers.of(engine.run(x[part], T).per_step, labels[part]) for part in parts(len(x), batch_size, tick)]
+    )
 
 
 @dataclass(frozen=True)

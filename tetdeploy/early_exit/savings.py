@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.batches import parts
 from tetdeploy.bench import machine
 from tetdeploy.early_exit import Exit
 from tetdeploy.early_exit.calibration import Paired
@@ -152,9 +153,6 @@ def measure(
     """
     check_labels(engine, x, labels)
     savings = Savings(engine, exit, T)
-    for start in range(0, len(x), batch_size):
-        part = slice(start, start + batch_size)
+    for part in parts(len(x), batch_size, tick):
         savings.add(x[part], labels[part])
-        if tick:
-            tick(len(labels[part]))
     return savings.to_dict(data, batch_size)
