@@ -130,7 +130,7 @@ def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeC
             config,
             path,
             begun=begun,
-            tick=lambda: bar.advance(task),
+            point_done=lambda: bar.advance(task),
             stop=interrupt.is_set,
         )
 
