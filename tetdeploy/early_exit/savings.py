@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tetdeploy.batches import parts
 from tetdeploy.bench import machine
 from tetdeploy.early_exit import Exit
-from tetdeploy.early_exit.calibration import Paired
+from tetdeploy.early_exit.threshold import Paired
 from tetdeploy.energy import Operations
 from tetdeploy.engine import Engine, Result
 from tetdeploy.machine import load_average

@@ -102,7 +102,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Point:
+class ThresholdResult:
     """A threshold and what it does."""
 
     exit: Exit
@@ -156,7 +156,7 @@ class Frontier:
         threshold[0] = 1.0
         return Frontier(criterion, min_T, N, int(right[:, -1].sum()), threshold, *sums)
 
-    def cheapest(self, loss: float, *, confident: bool = True) -> Point:
+    def cheapest(self, loss: float, *, confident: bool = True) -> ThresholdResult:
         """The threshold of the least mean T that loses at most `loss`, a fraction of the images.
 
         Args:
@@ -173,10 +173,10 @@ class Frontier:
         paired = Paired(self.num_images, int(self.lost[k]), int(self.gained[k]))
         accuracy = (self.right_after_T - paired.lost + paired.gained) / self.num_images
         exit = Exit(float(self.threshold[k]), self.criterion, self.min_T)
-        return Point(exit, float(self.steps[k] / self.num_images), accuracy, paired)
+        return ThresholdResult(exit, float(self.steps[k] / self.num_images), accuracy, paired)
 
 
-def answer(
+def run_answers(
     engine: Engine,
     x: NDArray[Any],
     labels: NDArray[np.int64],
@@ -200,7 +200,7 @@ def answer(
 
 
 @dataclass(frozen=True)
-class Calibration:
+class FoundThreshold:
     """The rule found for a loss of accuracy, and those for others.
 
     Attributes:
@@ -210,8 +210,8 @@ class Calibration:
 
     answers: Answers
     loss: float
-    point: Point
-    shown: Mapping[float, Point]
+    point: ThresholdResult
+    shown: Mapping[float, ThresholdResult]
     confident: bool = True
 
     @property
@@ -253,14 +253,14 @@ def check_min_T(min_T: int, T: int) -> None:
         raise ValueError(f"min_T must lie within the T={T} steps, got {min_T}")
 
 
-def calibrate(
+def find_threshold(
     answers: Answers,
     *,
     loss: float = 0.001,
     criteria: Sequence[Criterion] = CRITERIA,
     min_T: int = 1,
     confident: bool = True,
-) -> Calibration:
+) -> FoundThreshold:
     """The rule of the least mean T that loses at most `loss`, a fraction, of the accuracy after T steps.
 
     Args:
@@ -275,11 +275,11 @@ def calibrate(
         raise ValueError(f"the loss of accuracy must lie in 0..1, a fraction, got {loss}")
     frontiers = [Frontier.of(answers, criterion, min_T) for criterion in criteria]
 
-    def best(loss: float) -> Point:
+    def best(loss: float) -> ThresholdResult:
         return min(
             (f.cheapest(loss, confident=confident) for f in frontiers),
             key=lambda point: (point.mean_T, point.paired.loss),
         )
 
     shown = {allowed: best(allowed) for allowed in sorted({*SHOWN_LOSSES, loss})}
-    return Calibration(answers, loss, shown[loss], shown, confident)
+    return FoundThreshold(answers, loss, shown[loss], shown, confident)
