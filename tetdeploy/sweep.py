@@ -214,19 +214,31 @@ def summarise(
 
 
 def measure_latency(engine: Engine, x: NDArray[Any], steps: Sequence[int], num_timed: int) -> dict[int, float]:
-    """Median milliseconds for one image by T. The T take turns, so that a slow moment of the machine hits them all."""
+    """Median milliseconds for one image by T, after two rounds to warm up."""
     fixed = engine.layout == "unrolled" and not engine.with_state
-    timed_steps = [max(steps)] if fixed else list(steps)
-    seconds: dict[int, list[float]] = {t: [] for t in timed_steps}
-    for repeat in range(-2, num_timed):  # two rounds to warm up
+    medians = median_ms(engine.run, x, [max(steps)] if fixed else steps, repeats=num_timed, warm_up=2)
+    return {t: medians[max(steps)] if fixed else medians[t] for t in steps}
+
+
+def median_ms(
+    run: Callable[[NDArray[Any], int], Any], x: NDArray[Any], steps: Sequence[int], *, repeats: int, warm_up: int
+) -> dict[int, float]:
+    """Median milliseconds of `run(image, T)` by T. The T take turns, so that a slow moment of the machine hits them
+    all.
+
+    Args:
+        x: images, of which each round takes the next, `[1, ...]`.
+        repeats, warm_up: rounds that count, and those before them that do not.
+    """
+    seconds: dict[int, list[float]] = {t: [] for t in steps}
+    for repeat in range(-warm_up, repeats):
         image = x[repeat % len(x)][None]
-        for t in timed_steps:
+        for t in steps:
             start = time.perf_counter()
-            engine.run(image, t)
+            run(image, t)
             if repeat >= 0:
                 seconds[t].append(time.perf_counter() - start)
-    medians = {t: float(np.median(values)) * 1e3 for t, values in seconds.items()}
-    return {t: medians[max(steps)] if fixed else medians[t] for t in steps}
+    return {t: float(np.median(values)) * 1e3 for t, values in seconds.items()}
 
 
 def check_labels(engine: Engine, x: NDArray[Any], labels: NDArray[np.int64]) -> None:
