@@ -8,9 +8,7 @@ from __future__ import annotations
 import base64
 import importlib
 import json
-import platform
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import onnx_ir as ir
 from tetdeploy import __version__
 from tetdeploy.model_file import FORMAT, METADATA_KEY
 from tetdeploy.networks import Classifier
+from tetdeploy.provenance import written
 
 from .config import ExportConfig
 from .counters import Layers, counting_overlay
@@ -75,9 +74,7 @@ def describe(
         "precision": config.precision,
         "target": config.target,
         "source": dict(source or {}),
-        "versions": versions(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    } | written(**versions())
     model.metadata_props[METADATA_KEY] = json.dumps(description)
     model.producer_name, model.producer_version, model.doc_string = "tetdeploy", __version__, None
 
@@ -98,11 +95,9 @@ def _strip(model: ir.Model) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions that write an export."""
+    """Of the packages that write an export."""
     modules = {name: importlib.import_module(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")}
-    return {"tetdeploy": __version__, "python": platform.python_version()} | {
-        name: str(module.__version__) for name, module in modules.items()
-    }
+    return {name: str(module.__version__) for name, module in modules.items()}
 
 
 def serialised(model: ir.Model, path: Path) -> bytes:

@@ -16,11 +16,11 @@ from tetdeploy.networks import Classifier
 
 from .config import ExportConfig
 from .parity import Parity, compare
-from .progress import Tick, ticker
+from .progress import Progress, ticker
 
 
 def check_graph(
-    classifier: Classifier, file: Path, config: ExportConfig, x: NDArray[Any], tick: Tick | None
+    classifier: Classifier, file: Path, config: ExportConfig, x: NDArray[Any], progress: Progress | None
 ) -> tuple[Parity, Parity | None]:
     """Compare at the graph's own T, or two steps beyond the training's; from random membranes too, where it has state.
 
@@ -35,7 +35,7 @@ def check_graph(
     engine = Engine(file, native=False)  # spikes are read by an overlay, from the plain graph
     T = config.steps_on(x, beyond=2)
     what = f"the {config.layout} graph"
-    parity = compare(classifier, engine, x, T, tick=ticker(tick, "checking against PyTorch", len(x)))
+    parity = compare(classifier, engine, x, T, tick=ticker(progress, "checking against PyTorch", len(x)))
     parity.check(what)
     if config.layout == "dynamic":
         for other in {1, min(T, config.trained_T)} - {T}:
@@ -44,7 +44,7 @@ def check_graph(
         return parity, None
     steps, some = engine.T or 1, x[:200]
     from_state = compare(
-        classifier, engine, some, steps, from_random_state=True, tick=ticker(tick, "from a state", len(some))
+        classifier, engine, some, steps, from_random_state=True, tick=ticker(progress, "from a state", len(some))
     )
     # One step from random membranes may leave two classes near a tie, so that here spikes decide, not classes.
     replace(from_state, top1_agreement=1.0).check(f"{what} from a non-zero state")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.batches import parts
 from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier
 from tetdeploy.sweep import running_class
@@ -53,4 +54,4 @@ def kept_answers(
 
 def per_step_logits(engine: Engine, x: NDArray[Any], T: int) -> NDArray[np.float32]:
     """Per-step logits `[N, T, K]`, a batch at a time."""
-    return np.concatenate([engine.run(x[k : k + _BATCH], T).per_step for k in range(0, len(x), _BATCH)])
+    return np.concatenate([engine.run(x[part], T).per_step for part in parts(len(x), _BATCH)])

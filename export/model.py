@@ -34,7 +34,7 @@ from .kept_answers import measure_kept, per_step_logits
 from .lowering import lower
 from .neuron_steps import Neurons
 from .parity import Parity, check_steps
-from .progress import Tick, ticker
+from .progress import Progress, ticker
 from .reference import NUM_REFERENCE, write_reference
 
 CalibrationImages = tuple[NDArray[Any], NDArray[np.int64] | None]  # and their labels
@@ -70,7 +70,7 @@ def export_model(
     source: Mapping[str, Any] | None = None,
     num_check: int = 1000,
     calibration: CalibrationImages | Calibration | None = None,
-    tick: Tick | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Write a classifier as ONNX, with 256 reference images beside it, after checking it against PyTorch.
 
@@ -84,7 +84,7 @@ def export_model(
         num_check: images compared with PyTorch; 0 leaves the check out.
         calibration: images and labels of the training set that an int8 graph takes its scales from, other ones than
             `images` where there are enough; or the scales themselves, of a network that was fine-tuned at them.
-        tick: called with (what, done, all) during calibration and check.
+        progress: called with (what, done, all) during calibration and check.
 
     Raises:
         ValueError: the network cannot be exported so, and why (FoldingError, ParityError among them). Nothing is
@@ -96,7 +96,7 @@ def export_model(
     x = _checked_input(classifier, config, images, labels, num_check)
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)
     num_layers = check_steps(classifier, some, config.encoding, T=max(4, config.T, config.trained_T + 2))
-    graph, expected, scales = build_graph(classifier, config, calibration=calibration, source=source, tick=tick)
+    graph, expected, scales = build_graph(classifier, config, calibration=calibration, source=source, progress=progress)
     if len(graph.neurons) != num_layers:
         raise ValueError(
             f"the network runs {num_layers} neuron layers, but only {len(graph.neurons)} of them reach its logits; "
@@ -108,7 +108,7 @@ def export_model(
         onnx.checker.check_model(str(temporary), full_check=True)
         size = temporary.stat().st_size
         if num_check:
-            parity, from_state = check_graph(expected, temporary, config, x[:num_check], tick)
+            parity, from_state = check_graph(expected, temporary, config, x[:num_check], progress)
         write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.neurons, source or {})
         if num_check and config.precision != "fp32":
             kept = measure_kept(classifier, temporary, config, x[:num_check], labels)
@@ -179,7 +179,7 @@ def build_graph(
     *,
     calibration: CalibrationImages | Calibration | None = None,
     source: Mapping[str, Any] | None = None,
-    tick: Tick | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Graph, Any, Calibration | None]:
     """Trace, fold, lower and describe, without writing anything.
 
@@ -191,7 +191,7 @@ def build_graph(
     tracer = Tracer(classifier, encoding=config.encoding, uint8=config.normalize)
     onnx_tracer = OnnxTracer(tracer, fold_bn=config.fold_bn, half=config.precision == "fp16")
     if config.precision == "int8":
-        graph, found = _build_int8(onnx_tracer, config, calibration, source, tick)
+        graph, found = _build_int8(onnx_tracer, config, calibration, source, progress)
         return graph, Int8Network(tracer, found.scales), found
     graph = _build(onnx_tracer, config, source)
     expected = HalfNetwork(tracer) if config.precision == "fp16" else classifier
@@ -203,7 +203,7 @@ def _build_int8(
     config: ExportConfig,
     calibration: CalibrationImages | Calibration | None,
     source: Mapping[str, Any] | None,
-    tick: Tick | None,
+    progress: Progress | None,
 ) -> tuple[Graph, Calibration]:
     """The graph, at scales that are given or are found on images."""
     if isinstance(calibration, Calibration):
@@ -220,7 +220,7 @@ def _build_int8(
         trials.append((scales, graph))
         return per_step_logits(_in_memory(graph), x, trial.steps_on(x))[:, :T]
 
-    found = calibrate(onnx_tracer.tracer, x, calibration[1], T, answers, ticker(tick, "calibrating", len(x)))
+    found = calibrate(onnx_tracer.tracer, x, calibration[1], T, answers, ticker(progress, "calibrating", len(x)))
     if trial.steps != config.steps:
         return _build(onnx_tracer, config, source, found.scales), found
     return next(graph for scales, graph in trials if scales == found.scales), found

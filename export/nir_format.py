@@ -23,7 +23,6 @@ import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from tetdeploy import __version__
 from tetdeploy.data import Encoding
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
@@ -40,6 +38,7 @@ from tetdeploy.folding import VIEWS, count_batchnorm, fold_batchnorm, module_pat
 from tetdeploy.model_file import METADATA_KEY
 from tetdeploy.names import first_line
 from tetdeploy.networks import Classifier
+from tetdeploy.provenance import written
 from tetdeploy.tracing import quiet
 
 from .parity import check_steps
@@ -91,14 +90,14 @@ def export_nir(
     path = Path(path)
     graph, num_folded = nir_graph(classifier.eval(), encoding=encoding)
     graph.metadata = {METADATA_KEY: json.dumps(_describe(classifier, trained_T, encoding, source))}
-    written = io.BytesIO()  # HDF5 ends the process where it cannot close a file, as on a full disk
-    nir.write(written, graph)
-    nir.read(written)  # every shape is checked once more, from what was written
+    content = io.BytesIO()  # HDF5 ends the process where it cannot close a file, as on a full disk
+    nir.write(content, graph)
+    nir.read(content)  # every shape is checked once more, from what was written
     with atomic_write(path) as temporary:
-        temporary.write_bytes(written.getbuffer())
+        temporary.write_bytes(content.getbuffer())
     kinds = [type(node).__name__ for node in graph.nodes.values()]
     return NirExported(
-        path, {kind: kinds.count(kind) for kind in kinds}, len(graph.edges), num_folded, written.getbuffer().nbytes
+        path, {kind: kinds.count(kind) for kind in kinds}, len(graph.edges), num_folded, content.getbuffer().nbytes
     )
 
 
@@ -157,9 +156,7 @@ def _describe(
         "class_names": classifier.class_names,
         "logits": "the mean of the output over the steps",
         "source": dict(source or {}),
-        "versions": {"tetdeploy": __version__, "nir": import_extra("nir", "nir").version, "torch": torch.__version__},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    } | written(nir=import_extra("nir", "nir").version, torch=torch.__version__)
 
 
 Sources = tuple[str, ...]  # the NIR nodes whose outputs a traced value is the sum of

@@ -11,7 +11,7 @@ agree with PyTorch in float64. So a second rate tells the export's own error fro
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
+from tetdeploy.batches import parts
 from tetdeploy.data import Encoding
 from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier, NetworkConfig, run_network
@@ -228,7 +229,8 @@ def compare(
     sums = Comparison(classifier, engine, T)
     by_image: list[NDArray[np.int64]] = []
     first_state = None
-    for start, batch in _batches(x):
+    for part in parts(len(x), _BATCH, tick):
+        batch = x[part]
         state = None
         if from_random_state:
             state = [generator.random((len(batch), *shape), np.float32) * v_th for _, v_th, shape in neurons]
@@ -236,10 +238,8 @@ def compare(
         per_step, by_name = _run_engine(engine, overlay, batch, T, names, state)
         spikes = [by_name[f"spikes.{name}"] for name in names]
         by_image.append(sums.add(batch, per_step, spikes, state)[1])
-        if start < _NUM_LOCAL:
+        if part.start < _NUM_LOCAL:
             sums.add_local(batch, per_step, spikes, state)
-        if tick:
-            tick(len(batch))
     parity = _parity(sums, T)
     if not parity.differs:
         return parity
@@ -300,7 +300,3 @@ def _run_engine(
     stream.state = {f"u.{name}": u for name, u in zip(names, state, strict=True)}
     outputs = stream.call(x[:, :T] if engine.encoding == "frames" else x, [f"spikes.{name}" for name in names])
     return outputs["per_step"], outputs
-
-
-def _batches(x: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
-    return ((start, x[start : start + _BATCH]) for start in range(0, len(x), _BATCH))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-Tick = Callable[[str, int, int], None]  # called with (what, done, all)
+Progress = Callable[[str, int, int], None]  # called with (what, done, all)
 
 
-def ticker(tick: Tick | None, what: str, total: int) -> Callable[[int], None] | None:
-    """What adds up the counts it is called with, one after another, and says so to `tick`."""
-    if tick is None:
+def ticker(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
+    """What adds up the counts it is called with, one after another, and says so to `progress`."""
+    if progress is None:
         return None
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        tick(what, done, total)
+        progress(what, done, total)
 
     return advance

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tetdeploy.batches import parts
 from tetdeploy.networks import Classifier, run_network
 
 _BATCH = 32
@@ -102,7 +103,7 @@ def run_torch(
 @torch.no_grad()
 def torch_logits(classifier: Classifier, x: NDArray[Any], T: int) -> NDArray[Any]:
     """Per-step logits `[N, T, K]`, as PyTorch computes them, a batch at a time."""
-    return np.concatenate([_logits(classifier, x[k : k + _BATCH], T) for k in range(0, len(x), _BATCH)])
+    return np.concatenate([_logits(classifier, x[part], T) for part in parts(len(x), _BATCH)])
 
 
 @torch.no_grad()

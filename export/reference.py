@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.batches import parts
 from tetdeploy.networks import Classifier
 
 from .config import ExportConfig
@@ -38,8 +39,8 @@ def write_reference(
     """
     T = config.steps_on(x)
     per_step, counts = [], []
-    for start in range(0, len(x), 32):
-        logits, spikes = run_torch(classifier, x[start : start + 32], T)
+    for part in parts(len(x), 32):
+        logits, spikes = run_torch(classifier, x[part], T)
         per_step.append(logits)
         counts.append(np.stack([s.reshape(T, s.shape[1], -1).sum(-1).T for s in spikes], axis=-1).astype(np.int64))
     arrays: dict[str, Any] = {

@@ -8,7 +8,6 @@ images stands beside them for comparison.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from tetdeploy.engine import Engine, Result
 from tetdeploy.networks import Classifier, run_network
 from tetdeploy.resumable import join, split
-from tetdeploy.sweep import running_class
+from tetdeploy.sweep import median_ms, running_class
 
 from .comparison import Comparison
 from .counters import spikes_overlay
@@ -158,14 +157,8 @@ def _of_differing(current: Tensor, spikes: Tensor, different: Tensor, tau: float
 
 
 @torch.no_grad()
-def torch_latency(classifier: Classifier, engine: Engine, x: NDArray[Any], steps: tuple[int, ...]) -> dict[int, float]:
+def torch_latency(classifier: Classifier, x: NDArray[Any], steps: tuple[int, ...]) -> dict[int, float]:
     """Median milliseconds of PyTorch for one image, by T; the T take turns, ten times after one to warm up."""
-    seconds: dict[int, list[float]] = {t: [] for t in steps}
-    for repeat in range(-1, 10):
-        image = torch.from_numpy(x[repeat % len(x)][None])
-        for t in steps:
-            start = time.perf_counter()
-            run_network(classifier, image, t)
-            if repeat >= 0:
-                seconds[t].append(time.perf_counter() - start)
-    return {t: float(np.median(values)) * 1e3 for t, values in seconds.items()}
+    return median_ms(
+        lambda image, t: run_network(classifier, torch.from_numpy(image), t), x, steps, repeats=10, warm_up=1
+    )

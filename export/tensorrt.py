@@ -12,20 +12,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from tetdeploy import __version__
 from tetdeploy.files import atomic_write, write_json
 from tetdeploy.model_file import read_model
+from tetdeploy.provenance import written
 from tetdeploy.runtimes.nvidia import BUILDING, choose_package, gpu_runtime, import_tensorrt, target_architectures
 from tetdeploy.runtimes.tensorrt_engine import manifest_path
 from tetdeploy.signals import handled
 
-from .progress import Tick
+from .progress import Progress
 from .reading import parse_graph
 from .tensorrt_graph import layers_of, prepare
 
@@ -70,14 +69,18 @@ class Built:
 
 
 def build_engine(
-    model: Path | str, path: Path | str | None = None, config: BuildConfig | None = None, *, tick: Tick | None = None
+    model: Path | str,
+    path: Path | str | None = None,
+    config: BuildConfig | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Built:
     """Build a TensorRT engine from an exported graph, with a manifest, `<path>.json`, beside it.
 
     Args:
         model: the `.onnx` file.
         path: the engine; `<model without .onnx>.engine` by default.
-        tick: called with (phase, done, all) during the build.
+        progress: called with (phase, done, all) during the build.
 
     Raises:
         ValueError: the graph is none of ours, the configuration does not fit it, the package or the GPU, or TensorRT
@@ -102,7 +105,7 @@ def build_engine(
     _check_cache(config.timing_cache, package)
     with atomic_write(manifest_path(path)) as manifest_file, atomic_write(path) as engine_file:
         started = time.perf_counter()
-        build = _Build(trt, prepare(graph), tick)
+        build = _Build(trt, prepare(graph), progress)
         build.configure(config, T, architectures if package == "tensorrt-rtx" else ())
         plan = build.run(f"{package} {trt.__version__} cannot build {model.name}")
         manifest = {
@@ -120,8 +123,7 @@ def build_engine(
             "tensors": build.tensors,
             "layers": layers_of(build.report, graph),
             "build_seconds": round(time.perf_counter() - started, 3),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {"tetdeploy": __version__, "onnx": onnx.__version__},
+            **written(onnx=onnx.__version__),
             "metadata": metadata,
         }
         engine_file.write_bytes(plan)
@@ -135,9 +137,9 @@ class _Build:
     """One build. The parser owns the weights and the network the parser's objects: both live until the engine is
     there, and the parser goes first."""
 
-    def __init__(self, trt: Any, graph: onnx.ModelProto, tick: Tick | None) -> None:
+    def __init__(self, trt: Any, graph: onnx.ModelProto, progress: Progress | None) -> None:
         self._trt = trt
-        self._log, self._monitor = _observers(trt, tick)
+        self._log, self._monitor = _observers(trt, progress)
         self._builder = trt.Builder(self._log)
         self._network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         self._parser = trt.OnnxParser(self._network, self._log)
@@ -213,7 +215,7 @@ def _reason(error: Any) -> str:
     return f"{error.node_operator()} {error.node_name()}: {' '.join(error.desc().splitlines()[:2])}"
 
 
-def _observers(trt: Any, tick: Tick | None) -> tuple[Any, Any]:
+def _observers(trt: Any, progress: Progress | None) -> tuple[Any, Any]:
     """What listens to a build: a log that keeps errors and the account of the kernels, a monitor that can stop it."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
@@ -239,8 +241,8 @@ def _observers(trt: Any, tick: Tick | None) -> tuple[Any, Any]:
                 self._steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if tick is not None and phase_name in self._steps:
-                tick(phase_name, step + 1, self._steps[phase_name])
+            if progress is not None and phase_name in self._steps:
+                progress(phase_name, step + 1, self._steps[phase_name])
             return not self.stopped
 
         def phase_finish(self, phase_name: str) -> None:

@@ -14,6 +14,7 @@ from tetdeploy.checkpoint import newest_run, read_metadata, weights_file, weight
 from tetdeploy.data import Encoding, LabelledSet, load_frames, load_parts, same_data
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import is_npz
+from tetdeploy.steps import trained_T
 
 Labelled = tuple[NDArray[Any], NDArray[np.int64]]  # images [N, C, H, W] or frames [N, T, C, H, W], and labels [N]
 
@@ -39,7 +40,7 @@ class Trained:
     @property
     def T(self) -> int:
         """Steps of the training; 4 where that is not known, as of an imported checkpoint."""
-        return int(self.metadata["training"].get("T", 4))
+        return trained_T(self.metadata)
 
     @property
     def encoding(self) -> Encoding:

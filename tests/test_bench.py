@@ -101,7 +101,7 @@ def test_repeats_are_exact(model: Path, clocked: Any) -> None:
     clocked(lambda call, k: 1e-3)
     timing = Bench(model, batches=[1, 8], threads=[1])
     ticks: list[float] = []
-    timing.run(random_input(timing.engine, 4), repeats=7, tick=ticks.append)
+    timing.run(random_input(timing.engine, 4), repeats=7, share_done=ticks.append)
     assert [row.calls for row in timing.rows] == [7, 7]
     assert ticks == sorted(ticks) and ticks[-1] == 1.0
 

@@ -389,7 +389,7 @@ def test_the_reference_holds_256_images(tmp_path: Path) -> None:
     ticks: list[tuple[str, int, int]] = []
     images = digits().images[:300]
     made = export_convsnn(
-        tmp_path / "m.onnx", ExportConfig(T=2), images, num_check=270, tick=lambda *a: ticks.append(a)
+        tmp_path / "m.onnx", ExportConfig(T=2), images, num_check=270, progress=lambda *a: ticks.append(a)
     )
     with np.load(tmp_path / "m.reference.npz") as reference:
         np.testing.assert_array_equal(reference["x"], images[:256])

@@ -26,7 +26,7 @@ MODULES = [
         f"tetdeploy.{name}"
         for name in (
             *("agreement", "bench", "cli", "data", "energy", "engine", "inspection", "model_file", "native", "report"),
-            *("early_exit.calibration", "early_exit.savings", "resumable", "serve", "stream", "streams", "sweep"),
+            *("early_exit.savings", "early_exit.threshold", "resumable", "serve", "stream", "streams", "sweep"),
             *("runtimes.nvidia", "runtimes.onnxruntime_gpu", "runtimes.openvino_session", "runtimes.sessions"),
         )
     ),

@@ -160,7 +160,7 @@ class TestInterruptions:
         for last in (4, 12, 99):  # in the first checkpoint, in the second, never
             path = tmp_path / "parts.npz"
             part = measure_landscape(
-                classifiers, *digits(), CONFIG, path, tick=tick, stop=lambda last=last: measured >= last
+                classifiers, *digits(), CONFIG, path, point_done=tick, stop=lambda last=last: measured >= last
             )
             assert part.finished == measured == min(last, 18)
             assert np.isfinite(part.sdt_loss).sum() == part.finished
@@ -177,7 +177,7 @@ class TestInterruptions:
             CONFIG,
             tmp_path / "l.npz",
             begun=lambda *numbers: told.append(numbers),
-            tick=lambda: ticks.append(1),
+            point_done=lambda: ticks.append(1),
         )
         assert told == [(9, 9)] and not ticks
 
@@ -190,7 +190,9 @@ class TestInterruptions:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            measure_landscape({"a": classifier_of()}, *digits(), CONFIG, tmp_path / "l.npz", tick=kill_at_the_fifth)
+            measure_landscape(
+                {"a": classifier_of()}, *digits(), CONFIG, tmp_path / "l.npz", point_done=kill_at_the_fifth
+            )
         assert load_landscape(tmp_path / "l.npz").finished == 3
 
 

@@ -197,6 +197,11 @@ class TestSections:
         found = page(write(tmp_path / "a.json", content)).texts
         assert {"3 ppm", "1 ppm", "4.0e-07", "5.0e-01"} <= set(found)
 
+    def test_many_parts_per_million_are_written_out_as_in_the_terminal(self, tmp_path: Path) -> None:
+        content = result()
+        content["neurons"][1]["spike_mismatch_rate"] = 0.0123
+        assert "12,300 ppm" in page(write(tmp_path / "a.json", content)).texts
+
     def test_gates(self, tmp_path: Path) -> None:
         gates = [
             {"key": "accuracy", "wanted": 0.95, "T": 2, "got": 0.92, "passed": False},

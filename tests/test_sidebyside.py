@@ -113,7 +113,7 @@ def test_frames() -> None:
     assert np.array_equal(result.per_step, model.run(x, T).per_step)
     assert not any(name.startswith("spikes.") for name in counts)
     assert beside.row(T)["spike_mismatch_rate"] < 100e-6
-    assert set(torch_latency(convsnn(), model, x, (1, 4))) == {1, 4}
+    assert set(torch_latency(convsnn(), x, (1, 4))) == {1, 4}
 
 
 @pytest.mark.parametrize(("tau", "v_th"), [(0.5, 1.0), (1.0, 0.7), (0.0, 2.0)])

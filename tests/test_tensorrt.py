@@ -304,7 +304,7 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(number: signal.Signals, tmp_pat
 
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        build_engine(exported("step"), tmp_path / "m.engine", RTX, tick=interrupt)
+        build_engine(exported("step"), tmp_path / "m.engine", RTX, progress=interrupt)
     assert seen and all(1 <= done <= total for _, done, total in seen)
     assert signal.getsignal(number) is before
     assert not names_in(tmp_path)

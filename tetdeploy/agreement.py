@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.batches import parts
 from tetdeploy.engine import Engine
 from tetdeploy.files import read_npz
 from tetdeploy.sweep import Sweep, Tally, running_class
@@ -199,8 +200,7 @@ def compare_reference(
     T = min(T, reference.T)
     result = ReferenceComparison(engine, T)
     labels = np.zeros(len(reference.x), np.int64) if reference.labels is None else reference.labels
-    for start in range(0, len(reference.x), batch_size):
-        part = slice(start, start + batch_size)
+    for part in parts(len(reference.x), batch_size, tick):
         run, counts = engine.count(reference.x[part], T)
         if engine.native:  # whose operators are joined otherwise where they count
             run = engine.run(reference.x[part], T)
@@ -209,8 +209,6 @@ def compare_reference(
         wrong = np.abs(np.rint(fired).astype(np.int64).swapaxes(0, 1) - reference.spike_counts[part, :T])
         result.count_error += wrong.sum(0).T
         result.tally.add(run.per_step, counts, labels[part])
-        if tick:
-            tick(len(run.logits))
     return result
 
 

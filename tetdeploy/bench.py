@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from tetdeploy.engine import Engine
 from tetdeploy.extras import import_extra
 from tetdeploy.machine import cpu_model, load_average, read_cpuinfo, usable_cores
+from tetdeploy.provenance import engine_provenance
 from tetdeploy.runtimes.nvidia import gpu_name
 from tetdeploy.runtimes.sessions import PROVIDERS, RUNTIMES, check_runtime
-from tetdeploy.sweep import provenance
 
 CALLS_PER_TURN = 5
 
@@ -111,7 +111,7 @@ class Bench:
         *,
         repeats: int | None = None,
         seconds: float = 10.0,
-        tick: Callable[[float], None] | None = None,
+        share_done: Callable[[float], None] | None = None,
     ) -> None:
         """Time every setting on the first images of `x`, which come round again where a batch needs more.
 
@@ -119,7 +119,7 @@ class Bench:
             x: images `[N, C, H, W]`, or frames `[N, T, C, H, W]`, as the graph takes them.
             repeats: timed calls of each setting, whatever that takes.
             seconds: without `repeats`, how long all of it goes on; every setting has a turn in any case.
-            tick: called with the fraction that is done.
+            share_done: called with the fraction that is done.
 
         Raises:
             ValueError: see `Engine.run`; repeats or seconds are not above 0.
@@ -129,7 +129,7 @@ class Bench:
         inputs = {s.batch: x[np.arange(s.batch) % len(x)] for s in self.settings}
         for setting in self.settings:  # refuse what cannot run before anything is timed
             self.engine.check_T(setting.T, self.engine.check_input(inputs[setting.batch]))
-        for setting, count in self._turns(repeats, seconds, tick):
+        for setting, count in self._turns(repeats, seconds, share_done):
             engine, batch = self.engines[setting.threads], inputs[setting.batch]
             engine.run(batch, setting.T)
             for _ in range(count):
@@ -138,7 +138,7 @@ class Bench:
                 self._seconds[setting].append(time.perf_counter() - start)
 
     def _turns(
-        self, repeats: int | None, seconds: float, tick: Callable[[float], None] | None
+        self, repeats: int | None, seconds: float, share_done: Callable[[float], None] | None
     ) -> Iterator[tuple[Setting, int]]:
         """Whose turn it is, and for how many timed calls."""
         order = np.random.default_rng(0)  # each round in another order: no setting always follows the same one
@@ -152,9 +152,9 @@ class Bench:
                 if repeats is None and done and passed >= 1:
                     return
                 yield self.settings[turn], count
-                if tick:
+                if share_done:
                     share = (done + count * (k + 1) / len(self.settings)) / repeats if repeats else passed
-                    tick(min(share, 1.0))
+                    share_done(min(share, 1.0))
             done += count
 
     @property
@@ -172,7 +172,7 @@ class Bench:
             "load_ms": [{"threads": count, "load_ms": taken} for count, taken in self.load_ms.items()],
             "machine": machine(self.engine) | {"load": self._load},
             "rows": [asdict(row) for row in self.rows],
-        } | provenance(self.engine)
+        } | engine_provenance(self.engine)
 
 
 def _row(setting: Setting, seconds: Sequence[float]) -> Row:

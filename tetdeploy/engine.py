@@ -186,7 +186,7 @@ class Engine:
     def _call(self, feed: Mapping[str, Array], names: Sequence[str], session: Any) -> dict[str, Array]:
         try:
             return dict(zip(names, (session or self._session).run(list(names), feed), strict=True))
-        except ValueError:  # of a TensorRT session, which speaks for itself
+        except ValueError:  # of a session of TensorRT or OpenVINO, which speaks for itself
             raise
         except Exception as error:  # ONNX Runtime's own exception classes are private
             shape = list(feed["x"].shape)

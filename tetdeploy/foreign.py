@@ -8,25 +8,23 @@ tau 0.5 and threshold 1, in ResNet-19 and in both VGGSNN. Only the names and the
 from __future__ import annotations
 
 import io
-import platform
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tetdeploy import __version__
 from tetdeploy.checkpoint import CHECKPOINT_NAME, check_keys, save_checkpoint
 from tetdeploy.data import Encoding
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
 from tetdeploy.files import sha256_of
 from tetdeploy.names import shorten
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.provenance import written
 
 _BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _WRAPPERS = ("state_dict", "net")
@@ -305,12 +303,5 @@ def _trained_on(arch: str, num_classes: int) -> str:
 
 
 def _provenance(file: Path, arch: str) -> dict[str, Any]:
-    return {
-        "versions": {
-            "tetdeploy": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "imported": {"file": file.name, "arch": arch, "sha256": sha256_of(file)},
-    }
+    imported = {"file": file.name, "arch": arch, "sha256": sha256_of(file)}
+    return written(torch=torch.__version__) | {"imported": imported}

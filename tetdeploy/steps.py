@@ -1,6 +1,9 @@
-"""Numbers of time steps as they are typed."""
+"""Numbers of time steps: as they are typed, and that of a training."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 MAX_T = 1024  # of a training, an export, a run
 
@@ -21,3 +24,8 @@ def parse_steps(text: str) -> tuple[int, ...]:
     if any(not 1 <= first <= last <= MAX_T for first, last in ends):
         raise ValueError(f"T must lie in 1..{MAX_T}, from low to high; got {text!r}")
     return tuple(sorted({t for first, last in ends for t in range(first, last + 1)}))
+
+
+def trained_T(metadata: Mapping[str, Any]) -> int:
+    """Steps of the training that a checkpoint's metadata tell of; 4 where they do not, as of an imported one."""
+    return int(metadata["training"].get("T", 4))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy import __version__
+from tetdeploy.batches import parts
 from tetdeploy.energy import CONVENTIONS, Operations, layers_of, other_ops, other_ops_pj
 from tetdeploy.engine import Engine
-from tetdeploy.extras import import_extra
 from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
-from tetdeploy.runtimes.sessions import RUNTIMES
+from tetdeploy.provenance import engine_provenance
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Sweep:
     """The rows, and what they were measured on.
 
     Attributes:
-        origin: `provenance` of the model and of the measurement.
+        origin: `engine_provenance` of the model and of the measurement.
         details: `Tally.details`: layers, neurons, the ANN twin, other operations, constants, classes.
     """
 
@@ -165,22 +162,6 @@ def running_class(per_step: NDArray[Any]) -> NDArray[np.int64]:
     return classes
 
 
-def provenance(engine: Engine) -> dict[str, Any]:
-    """What a result must say of the model and of the measurement besides its numbers, as JSON."""
-    runtime = import_extra(engine.runtime, RUNTIMES[engine.runtime])
-    versions = {"tetdeploy": __version__, "python": platform.python_version(), "numpy": np.__version__}
-    return {
-        "model_sha256": engine.sha256,
-        "trained_T": engine.trained_T,
-        "layout": engine.layout,
-        "num_classes": len(engine.class_names),
-        "versions": versions | {engine.runtime: str(runtime.__version__)},
-        "device": engine.device,
-        "runtime": engine.runtime,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def sweep(
     engine: Engine,
     x: NDArray[Any],
@@ -217,12 +198,9 @@ def sweep(
     T = max(steps)
     engine.check_T(T, engine.check_input(x[:1]))
     tally = Tally(engine, T, constants)
-    for start in range(0, len(x), batch_size):
-        batch = x[start : start + batch_size]
-        result, counts = engine.count(batch, T)
-        tally.add(result.per_step, counts, labels[start : start + batch_size])
-        if tick:
-            tick(len(batch))
+    for part in parts(len(x), batch_size, tick):
+        result, counts = engine.count(x[part], T)
+        tally.add(result.per_step, counts, labels[part])
     return summarise(engine, tally, x, steps, data=data, num_timed=num_timed)
 
 
@@ -232,23 +210,35 @@ def summarise(
     """The sweep that the sums over all of `x` make, with latencies measured now. Args: see `sweep`."""
     latency = measure_latency(engine, x, steps, num_timed)
     rows = tuple(tally.row(t, latency[t]) for t in steps)
-    return Sweep(str(engine.path), data, len(x), rows, provenance(engine), tally.details(steps))
+    return Sweep(str(engine.path), data, len(x), rows, engine_provenance(engine), tally.details(steps))
 
 
 def measure_latency(engine: Engine, x: NDArray[Any], steps: Sequence[int], num_timed: int) -> dict[int, float]:
-    """Median milliseconds for one image by T. The T take turns, so that a slow moment of the machine hits them all."""
+    """Median milliseconds for one image by T, after two rounds to warm up."""
     fixed = engine.layout == "unrolled" and not engine.with_state
-    timed_steps = [max(steps)] if fixed else list(steps)
-    seconds: dict[int, list[float]] = {t: [] for t in timed_steps}
-    for repeat in range(-2, num_timed):  # two rounds to warm up
+    medians = median_ms(engine.run, x, [max(steps)] if fixed else steps, repeats=num_timed, warm_up=2)
+    return {t: medians[max(steps)] if fixed else medians[t] for t in steps}
+
+
+def median_ms(
+    run: Callable[[NDArray[Any], int], Any], x: NDArray[Any], steps: Sequence[int], *, repeats: int, warm_up: int
+) -> dict[int, float]:
+    """Median milliseconds of `run(image, T)` by T. The T take turns, so that a slow moment of the machine hits them
+    all.
+
+    Args:
+        x: images, of which each round takes the next, `[1, ...]`.
+        repeats, warm_up: rounds that count, and those before them that do not.
+    """
+    seconds: dict[int, list[float]] = {t: [] for t in steps}
+    for repeat in range(-warm_up, repeats):
         image = x[repeat % len(x)][None]
-        for t in timed_steps:
+        for t in steps:
             start = time.perf_counter()
-            engine.run(image, t)
+            run(image, t)
             if repeat >= 0:
                 seconds[t].append(time.perf_counter() - start)
-    medians = {t: float(np.median(values)) * 1e3 for t, values in seconds.items()}
-    return {t: medians[max(steps)] if fixed else medians[t] for t in steps}
+    return {t: float(np.median(values)) * 1e3 for t, values in seconds.items()}
 
 
 def check_labels(engine: Engine, x: NDArray[Any], labels: NDArray[np.int64]) -> None:

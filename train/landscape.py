@@ -151,7 +151,7 @@ def measure_landscape(
     path: Path | str,
     *,
     begun: Callable[[int, int], None] = lambda finished, total: None,
-    tick: Callable[[], None] = lambda: None,
+    point_done: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Landscape:
     """Measure both losses and the accuracy round one or more checkpoints; goes on with what `path` holds already.
@@ -166,7 +166,7 @@ def measure_landscape(
         config: how to measure.
         path: the `.npz` to write.
         begun: told, once, how many points are measured already, and how many there are.
-        tick: called after each point.
+        point_done: called after each point.
         stop: asked before each batch; True ends the measurement.
 
     Returns:
@@ -189,7 +189,7 @@ def measure_landscape(
         classifier.to(device).eval()
         with torch.inference_mode(), tuned_convolutions(), autocast(device, precision):
             for _ in _measure_run(landscape, run, classifier, batches, config, stop):
-                tick()
+                point_done()
                 if landscape.finished % config.points == 0:
                     save_landscape(path, landscape)
     save_landscape(path, landscape)

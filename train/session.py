@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-import tetdeploy
 from tetdeploy.data import ImageFiles
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import is_npz
+from tetdeploy.provenance import written
 
 from .augment import RESIZED_CROP
 from .batches import Batch, DeviceImages, Draws, Images
@@ -294,14 +292,7 @@ def headline(session: Session) -> str:
 
 def provenance(session: Session, epoch: int, val_accuracy: float | None) -> dict[str, Any]:
     """What weights say about where they come from; `epoch` is the number of finished ones."""
-    return {
-        "versions": {
-            "tetdeploy": tetdeploy.__version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    return written(torch=torch.__version__, numpy=np.__version__) | {
         "device": device_name(session.device),
         "precision": session.precision,
         "epoch": epoch,

@@ -141,7 +141,7 @@ def _run(timing: Bench, x: Any, repeats: int | None, seconds: float | None) -> N
             x,
             repeats=repeats,
             seconds=seconds or 10.0,
-            tick=lambda share: bar.update(task, completed=round(100 * share)),
+            share_done=lambda share: bar.update(task, completed=round(100 * share)),
         )
 
 

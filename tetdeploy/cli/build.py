@@ -107,7 +107,7 @@ def build(
             model or newest_export(runs),
             out,
             BuildConfig(**options),
-            tick=lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total),
+            progress=lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total),
         )
     print_built(built, verbose=verbose)
     if json_path is not None:

@@ -86,8 +86,7 @@ def calibrate(
     beside the model, into MODEL.exit.json. Needs no torch.
     """
     from tetdeploy.early_exit import CRITERIA, exit_path
-    from tetdeploy.early_exit.calibration import answer, check_min_T
-    from tetdeploy.early_exit.calibration import calibrate as find
+    from tetdeploy.early_exit.threshold import check_min_T, find_threshold, run_answers
     from tetdeploy.files import check_writable, write_json
     from tetdeploy.report.early_exit import calibration_shown
 
@@ -102,8 +101,8 @@ def calibrate(
     check_min_T(min_T, T)
     criteria = CRITERIA if criterion == "both" else tuple(c for c in CRITERIA if c == criterion)
     with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
-        answers = answer(engine, x, labels, T, batch_size=batch_size, tick=tick)
-    found = find(answers, loss=loss / 100, criteria=criteria, min_T=min_T, confident=confident)
+        answers = run_answers(engine, x, labels, T, batch_size=batch_size, tick=tick)
+    found = find_threshold(answers, loss=loss / 100, criteria=criteria, min_T=min_T, confident=confident)
     result = found.to_dict(engine, name)
     for path in written:
         write_json(path, result)

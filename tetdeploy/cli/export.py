@@ -207,7 +207,7 @@ def _export_onnx(ctx: click.Context, trained: Trained, path: Path, config: Expor
         num_check=max(num_check, NUM_REFERENCE),
         num_calibration=given["num_calibration"] if int8 and scales is None else 0,
     )
-    with _progress() as tick:
+    with _progress() as progress:
         return export_model(
             classifier,
             path,
@@ -217,22 +217,22 @@ def _export_onnx(ctx: click.Context, trained: Trained, path: Path, config: Expor
             source=trained.source,
             num_check=num_check,
             calibration=scales or calibration,
-            tick=tick,
+            progress=progress,
         )
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each thing that goes on, from its first tick on: what, done, all."""
+    """A bar for each thing that goes on, from its first call on: what, done, all."""
     with progress_bar() as bar:
         tasks: dict[str, TaskID] = {}
 
-        def tick(what: str, done: int, total: int) -> None:
+        def progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done)
 
-        yield tick
+        yield progress
 
 
 def _typed_onnx_options(ctx: click.Context) -> list[str]:

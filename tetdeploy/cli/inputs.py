@@ -27,9 +27,7 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
     that the model was trained on."""
     from tetdeploy.data import load_data, load_frames
 
-    name = data or str(engine.metadata["source"].get("data", {}).get("name", ""))
-    if not name:
-        raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
+    name = _data_name(engine, data)
     is_file = is_npz(name)
     if engine.encoding == "frames" and is_file:
         x, labels = load_frames(name)
@@ -50,12 +48,8 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
     """
     from tetdeploy.data import same_data
 
-    source = engine.metadata["source"]
-    own = str(source.get("data", {}).get("name", ""))
-    name = data or own
-    if not name:
-        raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
-    trained_on = same_data(name, own)
+    name = _data_name(engine, data)
+    trained_on = same_data(name, _own_data(engine))
     if is_npz(name) and not trained_on:
         return load_inputs(engine, name, data_dir, limit)
     split = split or ("validation" if trained_on else "train")
@@ -65,7 +59,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
         )
     if split == "validation" and not trained_on:
         raise click.UsageError(f"{name} is not what was trained on, so nothing is held out; take --split train or test")
-    fraction = float(source.get("training", {}).get("val_fraction", 0.0)) if trained_on else 0.0
+    fraction = float(engine.metadata["source"].get("training", {}).get("val_fraction", 0.0)) if trained_on else 0.0
     if split == "validation" and not fraction:
         raise ValueError(
             f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "
@@ -78,6 +72,19 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
     x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)
     what = {"validation": "held out", "train": "trained on"}[split] if trained_on else f"{split} split, not trained on"
     return f"{name} ({what})", x, chosen.labels
+
+
+def _data_name(engine: Engine, data: str | None) -> str:
+    """What --data names, or else what the model was trained on."""
+    name = data or _own_data(engine)
+    if not name:
+        raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
+    return name
+
+
+def _own_data(engine: Engine) -> str:
+    """What the model was trained on; empty where it does not say."""
+    return str(engine.metadata["source"].get("data", {}).get("name", ""))
 
 
 def load_part(name: str, part: str, *, data_dir: Path, T: int, fraction: float) -> LabelledSet:

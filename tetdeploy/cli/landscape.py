@@ -12,6 +12,7 @@ from tetdeploy.cli.inputs import load_classifier, load_part
 from tetdeploy.cli.options import PARTS, STEPS, check_plot, data_dir_option, json_option, runs_option
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
+from tetdeploy.steps import trained_T
 
 if TYPE_CHECKING:
     from tetdeploy.networks import Classifier
@@ -86,7 +87,7 @@ def landscape(
     checkpoints = checkpoints or (newest_run(runs),)
     files = [weights_file(path) for path in checkpoints]
     metadata = [read_metadata(file) for file in files]
-    config = LandscapeConfig(T=T or _common("T", files, [m["training"].get("T", 4) for m in metadata]), **options)
+    config = LandscapeConfig(T=T or _common("T", files, [trained_T(m) for m in metadata]), **options)
     step = config.extent / (config.points // 2)
     radius = max(config.extent / 2, step) if radius is None else radius
     if not radius >= step * (1 - 1e-9):
@@ -130,7 +131,7 @@ def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeC
             config,
             path,
             begun=begun,
-            tick=lambda: bar.advance(task),
+            point_done=lambda: bar.advance(task),
             stop=interrupt.is_set,
         )
 
@@ -157,7 +158,7 @@ def _images(source: str, split: str, limit: int, data_dir: Path, metadata: list[
     """The images to measure on, a fair sample of at most `limit`."""
     from tetdeploy.data.images import mixed_order
 
-    T = int(metadata[0]["training"].get("T", 4))
+    T = trained_T(metadata[0])
     # What the smaller share holds out is part of what the larger one does: all runs trained on the images, or none did.
     fractions = [float(m["training"].get("val_fraction", 0.0)) for m in metadata]
     fraction = min(fractions) if split == "validation" else max(fractions)

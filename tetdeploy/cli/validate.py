@@ -206,7 +206,7 @@ class _Job:
         self._finish(run, _partial(partial_path, run, name, checkpoint=digest))
         result = self._json(self._sweep(run.tally, x, steps, name), beside, gates)
         result["agreement"]["checkpoint_sha256"] = digest
-        latency = torch_latency(classifier, engine, x, steps)
+        latency = torch_latency(classifier, x, steps)
         result["rows"] = [row | {"torch_latency_ms": latency[row["T"]]} for row in result["rows"]]
         return result
 

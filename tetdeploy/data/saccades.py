@@ -12,6 +12,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.batches import parts
+
 from .events import Binning
 from .frames import NUM_MEASURED, FrameSet, count_statistics
 from .images import ImageSet
@@ -51,8 +53,7 @@ def saccade_set(images: ImageSet, train: ImageSet, name: str, binning: Binning) 
 def saccade_frames(images: NDArray[np.uint8], binning: Binning) -> NDArray[np.uint8]:
     """Frames uint8 [N, T, 2, H, W] of images uint8 [N, C, H, W]: OFF and ON events of each pixel, clipped at 255."""
     frames = np.zeros((len(images), binning.T, 2, *images.shape[2:]), np.uint8)
-    for start in range(0, len(images), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for part in parts(len(images), _CHUNK):
         counts = saccade_events(images[part])
         totals = np.zeros(frames[part].shape, np.uint16)
         for step, bins in enumerate(_bins(counts, binning)):

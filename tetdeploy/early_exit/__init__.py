@@ -88,7 +88,7 @@ def load_exit(model: Path | str, T: int | None = None) -> Exit:
         FileNotFoundError: the model is not there, or there is no rule beside it.
         ValueError: the rule's file is damaged, is that of another model, or was found for more steps than T.
     """
-    found, calibrated_T = load_calibration(model)
+    found, calibrated_T = load_rule(model)
     if T is not None:
         check_calibrated(model, calibrated_T, T)
     return found
@@ -107,7 +107,7 @@ def check_calibrated(model: Path | str, calibrated_T: int, T: int) -> None:
         )
 
 
-def load_calibration(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, int]:
+def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, int]:
     """The rule of a model, and the T that it was found for. Raises: as `load_exit`.
 
     Args:

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.batches import parts
 from tetdeploy.bench import machine
 from tetdeploy.early_exit import Exit
-from tetdeploy.early_exit.calibration import Paired
+from tetdeploy.early_exit.threshold import Paired
 from tetdeploy.energy import Operations
 from tetdeploy.engine import Engine, Result
 from tetdeploy.machine import load_average
-from tetdeploy.sweep import Tally, check_labels, provenance
+from tetdeploy.provenance import engine_provenance
+from tetdeploy.sweep import Tally, check_labels
 
 Array = NDArray[Any]
 
@@ -86,7 +88,7 @@ class Savings:
             "machine": machine(self.engine),
             "ann": self.tally.operations.ann(),
             "constants": asdict(self.tally.constants),
-        } | provenance(self.engine)
+        } | engine_provenance(self.engine)
 
     def _early(self) -> dict[str, Any]:
         """The rule, what it keeps and what it saves."""
@@ -151,9 +153,6 @@ def measure(
     """
     check_labels(engine, x, labels)
     savings = Savings(engine, exit, T)
-    for start in range(0, len(x), batch_size):
-        part = slice(start, start + batch_size)
+    for part in parts(len(x), batch_size, tick):
         savings.add(x[part], labels[part])
-        if tick:
-            tick(len(labels[part]))
     return savings.to_dict(data, batch_size)

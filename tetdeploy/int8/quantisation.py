@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from tetdeploy.folding import CONVOLUTIONS, is_parameter, layer_name, parameter
+from tetdeploy.folding import CONVOLUTIONS, VIEWS, is_parameter, layer_name, parameter
 
 aten = torch.ops.aten
 _EXACT = 2**24  # whole numbers up to here are exact in float32
@@ -290,10 +290,8 @@ def _numbers(value: Any, dims: int, default: int) -> list[int]:
 
 
 _HAND_ON = {
-    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.expand.default, aten.permute.default, aten.transpose.int, aten.contiguous.default,
-    aten.clone.default, aten.slice.Tensor, aten.select.int, aten.max_pool1d.default, aten.max_pool2d.default,
-    aten.dropout.default,  # of a network in inference
+    *VIEWS, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.max_pool1d.default,
+    aten.max_pool2d.default, aten.dropout.default,  # of a network in inference
 }  # fmt: skip
 
 

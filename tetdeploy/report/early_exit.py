@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from tetdeploy.early_exit.calibration import images_to_prove, provable_loss
+from tetdeploy.early_exit.threshold import images_to_prove, provable_loss
 from tetdeploy.report.result_table import ResultTable
 from tetdeploy.report.tables import BILLS, energy, hardware
 

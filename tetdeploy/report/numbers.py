@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tetdeploy.report.document import NONE
-from tetdeploy.report.tables import count, energy
+from tetdeploy.report.tables import count, energy, ppm
 
 
 def text(value: float | None, form: Callable[[float], str]) -> str:
@@ -38,7 +38,7 @@ def times(value: float | None) -> str:
 
 
 def parts_per_million(value: float | None) -> str:
-    return text(value, lambda v: f"{v * 1e6:.3g} ppm")
+    return text(value, ppm)
 
 
 def short_float(value: float | None) -> str:

@@ -128,6 +128,11 @@ def energy(picojoules: float) -> str:
     return _scaled(picojoules, (("mJ", 1e9), ("µJ", 1e6), ("nJ", 1e3), ("pJ", 1.0)))
 
 
+def ppm(rate: float) -> str:
+    """A rate in parts per million: `0.15 ppm`."""
+    return f"{rate * 1e6:,.0f} ppm" if rate >= 99.5e-6 else f"{rate * 1e6:.3g} ppm"
+
+
 def _scaled(number: float, units: tuple[tuple[str, float], ...]) -> str:
     for unit, size in units:
         if number >= size:

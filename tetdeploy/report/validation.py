@@ -9,15 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from tetdeploy.report.result_table import ResultTable
-from tetdeploy.report.tables import count, energy, images_of
+from tetdeploy.report.tables import count, energy, images_of, ppm
 
 Show = Callable[[Any], str]
-
-
-def ppm(rate: float) -> str:
-    """A rate in parts per million: `0.15 ppm`."""
-    return f"{rate * 1e6:,.0f} ppm" if rate >= 99.5e-6 else f"{rate * 1e6:.3g} ppm"
-
 
 _COST: dict[str, tuple[str, Show]] = {
     "accuracy": ("accuracy", "{:.2%}".format),

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.agreement import load_reference
-from tetdeploy.early_exit import Exit, check_calibrated, load_calibration
+from tetdeploy.early_exit import Exit, check_calibrated, load_rule
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.serve.scheduler import Limits, Scheduler
@@ -202,7 +202,7 @@ def _calibrated(engine: Engine) -> tuple[Exit, int] | None:
     """The rule of `tetdeploy calibrate` for a model and the T that it was found for, if there is one. Read once: the
     file may be overwritten with another model, whose rule is none for this one."""
     try:
-        return load_calibration(engine.path, sha256=None if engine.path.suffix == ".engine" else engine.sha256)
+        return load_rule(engine.path, sha256=None if engine.path.suffix == ".engine" else engine.sha256)
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:

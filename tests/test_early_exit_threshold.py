@@ -21,9 +21,9 @@ from report_helpers import write
 
 from tetdeploy.cli import main
 from tetdeploy.data import save_npz, split_validation
-from tetdeploy.early_exit import CRITERIA, Exit, exit_path, load_calibration
-from tetdeploy.early_exit.calibration import Answers, Frontier, Paired, answer, calibrate
+from tetdeploy.early_exit import CRITERIA, Exit, exit_path, load_rule
 from tetdeploy.early_exit.savings import measure
+from tetdeploy.early_exit.threshold import Answers, Frontier, Paired, find_threshold, run_answers
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.report.page import document_of
@@ -87,15 +87,15 @@ def test_a_calibration_by_hand() -> None:
     assert frontier.steps.tolist() == [9, 7, 6, 5, 3]
     assert frontier.lost.tolist() == [0, 0, 0, 1, 1] and frontier.gained.tolist() == [0, 0, 0, 0, 1]
     assert frontier.cheapest(0.0, confident=False).mean_T == 1.0  # at last one answer turned wrong and another right
-    found = calibrate(some, loss=0.0, criteria=["margin"], confident=False)
+    found = find_threshold(some, loss=0.0, criteria=["margin"], confident=False)
     assert found.point.exit == Exit(0.125, "margin") and found.accuracy_by_T == [2 / 3, 2 / 3, 2 / 3]
-    assert calibrate(some, min_T=3).point.mean_T == 3
+    assert find_threshold(some, min_T=3).point.mean_T == 3
     for options, message in (
         ({"loss": -0.1}, "loss of accuracy must lie in 0..1, a fraction, got -0.1"),
         ({"min_T": 4}, "min_T must lie within the T=3 steps, got 4"),
     ):
         with pytest.raises(ValueError, match=message):
-            calibrate(some, **options)
+            find_threshold(some, **options)
 
 
 def test_certainties_with_no_number_between_them_are_told_apart() -> None:
@@ -155,7 +155,7 @@ def test_the_criterion_of_fewer_steps_is_taken() -> None:
     tells, does_not = np.array([[0.9, 1.0], [0.3, 1.0]]), np.array([[0.3, 1.0], [0.9, 1.0]])
     for sure in ({"confidence": tells, "margin": does_not}, {"confidence": does_not, "margin": tells}):
         some = Answers(right, sure)
-        best = calibrate(some, loss=0.0, confident=False).point
+        best = find_threshold(some, loss=0.0, confident=False).point
         assert sure[best.exit.criterion] is tells and best.mean_T == 1.5 and best.paired == Paired(2, 0, 0)
 
 
@@ -164,7 +164,7 @@ def test_fewer_steps_come_first_and_then_the_smaller_loss() -> None:
     both, wrong, correct = (np.array([[a, 1.0], [b, 1.0]]) for a, b in ((0.9, 0.8), (0.0, 0.9), (0.9, 0.0)))
     for confidence, mean_T, paired in ((both, 1.0, Paired(2, 1, 0)), (wrong, 1.5, Paired(2, 0, 0))):
         some = Answers(right, {"confidence": confidence, "margin": correct})
-        point = calibrate(some, loss=0.5, confident=False).point
+        point = find_threshold(some, loss=0.5, confident=False).point
         assert (point.mean_T, point.paired) == (mean_T, paired)
 
 
@@ -188,9 +188,9 @@ def test_paired_interval() -> None:
 def test_the_engine_does_what_the_calibration_says(criterion: Any) -> None:
     x, labels = own_labels(0, 90)
     ticks: list[int] = []
-    some = answer(engine("step"), x, labels, T, batch_size=40, tick=ticks.append)
+    some = run_answers(engine("step"), x, labels, T, batch_size=40, tick=ticks.append)
     assert ticks == [40, 40, 10] and some.right.shape == (90, T) and some.right[:, -1].all()
-    found = calibrate(some, loss=0.05, criteria=[criterion]).point
+    found = find_threshold(some, loss=0.05, criteria=[criterion]).point
     assert 1 < found.mean_T < T and found.paired.gained == 0 and 0 < found.paired.lost <= 4
     result = engine("step").run(x, T, exit=found.exit)
     np.testing.assert_array_equal(result.steps, some.steps(found.exit))
@@ -203,7 +203,7 @@ def test_the_engine_does_what_the_calibration_says(criterion: Any) -> None:
 
 def test_savings_are_those_of_the_steps_that_each_image_took() -> None:
     runner, (x, labels) = engine("step"), own_labels(100, 50)
-    exit = calibrate(answer(runner, x, labels, T), loss=0.1).point.exit
+    exit = find_threshold(run_answers(runner, x, labels, T), loss=0.1).point.exit
     result = measure(runner, x, labels, exit, T, data="some digits", batch_size=32)
     early, alone = result["early_exit"], runner.run(x, T, exit=exit)
     assert (result["data"], result["num_samples"], early["batch_size"]) == ("some digits", 50, 32)
@@ -276,7 +276,7 @@ def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_pat
     assert done.exit_code == 0, done.output
     content = json.loads(exit_path(model).read_text())
     assert content == json.loads((tmp_path / "copy.json").read_text())
-    exit, calibrated_T = load_calibration(model)
+    exit, calibrated_T = load_rule(model)
     assert (exit.threshold, exit.criterion, calibrated_T) == (content["threshold"], content["criterion"], T)
     assert content["fixed_accuracy"] == 1.0 and 0.95 <= content["accuracy"] < 1 and content["mean_T"] < T
     assert sum(content["num_images_by_steps"]) == content["num_samples"] == 120

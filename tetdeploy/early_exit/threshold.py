@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.batches import parts
 from tetdeploy.early_exit import CRITERIA, Criterion, Exit, certainty
 from tetdeploy.engine import Engine
-from tetdeploy.sweep import check_labels, provenance
+from tetdeploy.provenance import engine_provenance
+from tetdeploy.sweep import check_labels
 
 SHOWN_LOSSES = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01)
 
@@ -87,9 +89,9 @@ class Answers:
         return Answers(mean.argmax(-1) == labels[:, None], {c: certainty(mean, c) for c in CRITERIA})
 
     @staticmethod
-    def joined(parts: Sequence[Answers]) -> Answers:
-        right = np.concatenate([part.right for part in parts])
-        return Answers(right, {c: np.concatenate([part.certainty[c] for part in parts]) for c in CRITERIA})
+    def joined(batches: Sequence[Answers]) -> Answers:
+        right = np.concatenate([batch.right for batch in batches])
+        return Answers(right, {c: np.concatenate([batch.certainty[c] for batch in batches]) for c in CRITERIA})
 
     def steps(self, exit: Exit) -> NDArray[np.int64]:
         """How many steps each image takes, `[N]`."""
@@ -100,7 +102,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Point:
+class ThresholdResult:
     """A threshold and what it does."""
 
     exit: Exit
@@ -154,7 +156,7 @@ class Frontier:
         threshold[0] = 1.0
         return Frontier(criterion, min_T, N, int(right[:, -1].sum()), threshold, *sums)
 
-    def cheapest(self, loss: float, *, confident: bool = True) -> Point:
+    def cheapest(self, loss: float, *, confident: bool = True) -> ThresholdResult:
         """The threshold of the least mean T that loses at most `loss`, a fraction of the images.
 
         Args:
@@ -171,10 +173,10 @@ class Frontier:
         paired = Paired(self.num_images, int(self.lost[k]), int(self.gained[k]))
         accuracy = (self.right_after_T - paired.lost + paired.gained) / self.num_images
         exit = Exit(float(self.threshold[k]), self.criterion, self.min_T)
-        return Point(exit, float(self.steps[k] / self.num_images), accuracy, paired)
+        return ThresholdResult(exit, float(self.steps[k] / self.num_images), accuracy, paired)
 
 
-def answer(
+def run_answers(
     engine: Engine,
     x: NDArray[Any],
     labels: NDArray[np.int64],
@@ -192,17 +194,13 @@ def answer(
         ValueError: labels do not fit the images or the model's classes; see also `Engine.run`.
     """
     check_labels(engine, x, labels)
-    parts = []
-    for start in range(0, len(x), batch_size):
-        part = slice(start, start + batch_size)
-        parts.append(Answers.of(engine.run(x[part], T).per_step, labels[part]))
-        if tick:
-            tick(len(labels[part]))
-    return Answers.joined(parts)
+    return Answers.joined(
+        [Answers.of(engine.run(x[part], T).per_step, labels[part]) for part in parts(len(x), batch_size, tick)]
+    )
 
 
 @dataclass(frozen=True)
-class Calibration:
+class FoundThreshold:
     """The rule found for a loss of accuracy, and those for others.
 
     Attributes:
@@ -212,8 +210,8 @@ class Calibration:
 
     answers: Answers
     loss: float
-    point: Point
-    shown: Mapping[float, Point]
+    point: ThresholdResult
+    shown: Mapping[float, ThresholdResult]
     confident: bool = True
 
     @property
@@ -242,7 +240,7 @@ class Calibration:
             "accuracy_by_T": self.accuracy_by_T,
             "num_images_by_steps": np.bincount(steps, minlength=self.T + 1)[1:].tolist(),
             "frontier": [{"allowed_loss": loss} | point.to_dict() for loss, point in self.shown.items()],
-        } | provenance(engine)
+        } | engine_provenance(engine)
 
 
 def check_min_T(min_T: int, T: int) -> None:
@@ -255,14 +253,14 @@ def check_min_T(min_T: int, T: int) -> None:
         raise ValueError(f"min_T must lie within the T={T} steps, got {min_T}")
 
 
-def calibrate(
+def find_threshold(
     answers: Answers,
     *,
     loss: float = 0.001,
     criteria: Sequence[Criterion] = CRITERIA,
     min_T: int = 1,
     confident: bool = True,
-) -> Calibration:
+) -> FoundThreshold:
     """The rule of the least mean T that loses at most `loss`, a fraction, of the accuracy after T steps.
 
     Args:
@@ -277,11 +275,11 @@ def calibrate(
         raise ValueError(f"the loss of accuracy must lie in 0..1, a fraction, got {loss}")
     frontiers = [Frontier.of(answers, criterion, min_T) for criterion in criteria]
 
-    def best(loss: float) -> Point:
+    def best(loss: float) -> ThresholdResult:
         return min(
             (f.cheapest(loss, confident=confident) for f in frontiers),
             key=lambda point: (point.mean_T, point.paired.loss),
         )
 
     shown = {allowed: best(allowed) for allowed in sorted({*SHOWN_LOSSES, loss})}
-    return Calibration(answers, loss, shown[loss], shown, confident)
+    return FoundThreshold(answers, loss, shown[loss], shown, confident)

@@ -1,0 +1,25 @@
+"""Images a batch at a time: every image once, and a tick after each part."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tetdeploy.batches import parts
+
+
+@given(st.integers(0, 50), st.integers(1, 60))
+def test_parts_cover_everything_once_and_in_order(count: int, size: int) -> None:
+    everything, done = list(range(count)), list[int]()
+    found = [everything[part] for part in parts(count, size, done.append)]
+    assert [k for part in found for k in part] == everything
+    assert all(len(part) == size for part in found[:-1])
+    assert done == [len(part) for part in found]
+
+
+def test_a_part_is_ticked_off_when_it_is_done() -> None:
+    done: list[int] = []
+    running = parts(5, 3, done.append)
+    assert (next(running), done) == (slice(0, 3), [])
+    assert (next(running), done) == (slice(3, 5), [3])
+    assert (list(running), done) == ([], [3, 2])
