@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tetdeploy
-from tetdeploy.checkpoint import load, load_weights, newest_run, read_metadata, save_checkpoint
+from tetdeploy.checkpoint import load, load_weights, read_metadata, save_checkpoint
 from tetdeploy.files import atomic_folder, atomic_write
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.run_folder import newest_run
 
 
 class OwnNetwork(nn.Module):

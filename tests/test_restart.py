@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tetdeploy
-from tetdeploy.checkpoint import read_content, read_metadata, weights_file, write_tensors
+from tetdeploy.checkpoint import read_metadata
 from tetdeploy.cli import main
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.data import ImageSet
 from tetdeploy.inspection import inspect
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.run_folder import weights_file
 from tetdeploy.shards import INDEX_NAME, newest_shards, read_shards
+from tetdeploy.tensor_file import read_content, write_tensors
 from tetdeploy.train import How, TrainConfig, TrainResult, loop, train
 from tetdeploy.train.restart import check_restart, find_restart
 

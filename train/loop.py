@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetdeploy.checkpoint import CHECKPOINT_NAME, STATE_NAME, save_checkpoint
+from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.extras import import_extra
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import run_network
+from tetdeploy.run_folder import CHECKPOINT_NAME, STATE_NAME
 from tetdeploy.signals import deferred_interrupt
 
 from .averaging import kept_classifier, trainable, update_average

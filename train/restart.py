@@ -18,19 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tetdeploy.checkpoint import (
-    CHECKPOINT_NAME,
-    CONFIG_NAME,
-    FORMAT,
-    METRICS_NAME,
-    check_keys,
-    checkpoint_file,
-    read_metadata,
-    read_tensors,
-)
+from tetdeploy.checkpoint import check_keys, read_metadata
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.names import section
+from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, METRICS_NAME, checkpoint_file
 from tetdeploy.shards import check_limit, is_complete, newest_shards, read_shards, write_shards
+from tetdeploy.tensor_file import FORMAT, read_tensors
 
 from .averaging import trainable
 from .runs import completed, differences, read_run_config

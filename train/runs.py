@@ -15,15 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from tetdeploy.checkpoint import (
-    CHECKPOINT_NAME,
-    CONFIG_NAME,
-    LATEST_NAME,
-    STATE_NAME,
-    data_settings,
-)
+from tetdeploy.checkpoint import data_settings
 from tetdeploy.files import atomic_write, made_folder, write_json
 from tetdeploy.form import NUMBER, check_form
+from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, LATEST_NAME, STATE_NAME
 
 from .config import TrainConfig
 from .ranks import current_ranks

@@ -63,7 +63,7 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     Raises:
         ValueError: see `_take_carried` and `_take_checkpoint`; what is begun from cannot be read.
     """
-    from tetdeploy.checkpoint import newest_run
+    from tetdeploy.run_folder import newest_run
     from tetdeploy.train.runs import read_run_config
 
     resume, restart_from = ctx.params["resume"], ctx.params["restart_from"]
