@@ -45,7 +45,7 @@ class Trained:
     @property
     def encoding(self) -> Encoding:
         """Of the training's data."""
-        encoding: Encoding = self.metadata["data"].get("encoding", "direct")
+        encoding: Encoding = self.metadata["data"]["encoding"]
         return encoding
 
     @property

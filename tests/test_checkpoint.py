@@ -239,6 +239,13 @@ def test_damaged_metadata_are_refused(saved: Path) -> None:
         load(saved)
 
 
+@pytest.mark.parametrize("name", ["encoding", "image_shape"])
+def test_metadata_that_lack_a_setting_of_the_data_are_refused(saved: Path, name: str) -> None:
+    rewrite(saved, lambda content: content["data"].pop(name))
+    with pytest.raises(ValueError, match=rf"metadata lacks data\.{name}; the file was changed after it was written"):
+        read_metadata(saved)
+
+
 def test_newer_and_unreadable_formats_are_refused(saved: Path) -> None:
     rewrite(saved, lambda content: content.update(format=2))
     with pytest.raises(ValueError, match="has format 2, this tetdeploy reads format 1; update tetdeploy"):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tetdeploy.networks import Classifier
 
 _SECTIONS = ("network", "data", "training", "provenance")
+_DATA = ("name", "encoding", "mean", "std", "class_names", "image_shape")
 _KEYS_SHOWN = 20
 
 
@@ -137,6 +138,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
             f"use {file.with_name(CHECKPOINT_NAME)}"
         )
     missing = [name for name in _SECTIONS if not isinstance(content.get(name), dict)]
+    missing = missing or [f"data.{name}" for name in _DATA if name not in content["data"]]
     if missing:
         raise ValueError(f"{file}: its metadata lacks {', '.join(missing)}; the file was changed after it was written")
     return content
@@ -198,7 +200,7 @@ def _classifier_arguments(metadata: Mapping[str, Any], file: Path) -> tuple[Any,
             "std": tuple(float(value) for value in data["std"]),
             "class_names": tuple(str(name) for name in data["class_names"]),
             "data": str(data["name"]),
-            "encoding": str(data.get("encoding", "direct")),
+            "encoding": str(data["encoding"]),
         }
     except (TypeError, KeyError, IndexError) as error:
         raise ValueError(f"{file}: its metadata do not describe a network this tetdeploy knows: {error}") from error
