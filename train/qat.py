@@ -66,8 +66,7 @@ def int8_network(classifier: Classifier, scales: Scales) -> Int8Network:
 
 
 def _tracer(classifier: Classifier) -> Tracer:
-    encoding: Any = classifier.encoding
-    return Tracer(classifier, encoding=encoding, uint8=True)
+    return Tracer(classifier, encoding=classifier.encoding, uint8=True)
 
 
 def read_scales(out: Path) -> Calibration:

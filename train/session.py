@@ -35,6 +35,7 @@ from .synchronised import over_ranks
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier
+    from tetdeploy.traced_network import Runnable
 
 # Passes that estimate BN anew for weights that BN never saw in training.
 BN_BATCHES = 10
@@ -98,7 +99,7 @@ class Session:
             warmup_steps=round(self.config.warmup_epochs * steps),
         )
 
-    def as_deployed(self, kept: Classifier) -> Any:
+    def as_deployed(self, kept: Classifier) -> Runnable:
         """What is validated of a classifier to keep: with `qat` the network in 8 bits."""
         return kept if self.calibration is None else int8_network(kept, self.calibration.scales)
 
@@ -217,7 +218,7 @@ def prepare(task: Task, *, settings: dict[str, Any], resume: bool, workers: int 
         recompute_blocks(classifier.network)
     teacher = load_teacher(config, classifier)
     _place_all(classifier, teacher, device, precision, fusable=not config.qat and ranks.size == 1)
-    trained: Any = classifier
+    trained: Runnable = classifier
     calibration = _find_calibration(task, resume=resume) if config.qat else None
     if calibration is not None:
         trained = int8_network(classifier, calibration.scales)
