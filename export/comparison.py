@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.agreement import LogitAgreement
 from tetdeploy.engine import Engine
-from tetdeploy.networks import Classifier
+from tetdeploy.traced_network import Runnable
 
 from .recorder import Watch, compare_torch
 
@@ -65,7 +65,7 @@ class Comparison:
             fraction of the largest logit.
     """
 
-    def __init__(self, classifier: Classifier, engine: Engine, T: int) -> None:
+    def __init__(self, classifier: Runnable, engine: Engine, T: int) -> None:
         self.classifier, self.T = classifier, T
         sizes = [int(np.prod(n["shape"])) for n in engine.metadata["neurons"]]
         self.logits = LogitAgreement(T)

@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine
-from tetdeploy.networks import Classifier
+from tetdeploy.traced_network import Runnable
 
 from .config import ExportConfig
 from .parity import Parity, compare
@@ -20,7 +20,7 @@ from .progress import Progress, ticker
 
 
 def check_graph(
-    classifier: Classifier, file: Path, config: ExportConfig, x: NDArray[Any], progress: Progress | None
+    classifier: Runnable, file: Path, config: ExportConfig, x: NDArray[Any], progress: Progress | None
 ) -> tuple[Parity, Parity | None]:
     """Compare at the graph's own T, or two steps beyond the training's; from random membranes too, where it has state.
 

@@ -21,6 +21,7 @@ from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Scales
 from tetdeploy.networks import Classifier
+from tetdeploy.traced_network import Runnable
 from tetdeploy.tracing import Tracer
 
 from .config import ExportConfig
@@ -180,7 +181,7 @@ def build_graph(
     calibration: CalibrationImages | Calibration | None = None,
     source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-) -> tuple[Graph, Any, Calibration | None]:
+) -> tuple[Graph, Runnable, Calibration | None]:
     """Trace, fold, lower and describe, without writing anything.
 
     Args: see `export_model`.

@@ -27,6 +27,7 @@ from tetdeploy.data import Encoding
 from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier, NetworkConfig, run_network
 from tetdeploy.stream import Stream
+from tetdeploy.traced_network import Runnable
 
 from .comparison import Comparison
 from .counters import spikes_overlay
@@ -207,7 +208,7 @@ def _recorded(
 
 
 def compare(
-    classifier: Classifier,
+    classifier: Runnable,
     engine: Engine,
     x: NDArray[Any],
     T: int,
@@ -266,7 +267,7 @@ def _parity(sums: Comparison, T: int) -> Parity:
     )
 
 
-def _rounding(classifier: Classifier, x: NDArray[Any], T: int, state: Sequence[NDArray[Any]] | None) -> float:
+def _rounding(classifier: Runnable, x: NDArray[Any], T: int, state: Sequence[NDArray[Any]] | None) -> float:
     """How much PyTorch differs from itself where it rounds otherwise: in float64, and with weights one ulp away."""
     expected = run_torch(classifier, x, T, state)[1]
     differing = []

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetdeploy.batches import parts
 from tetdeploy.networks import Classifier, run_network
+from tetdeploy.traced_network import Runnable
 
 _BATCH = 32
 
@@ -88,7 +89,7 @@ class SpikeComparison(NeuronRecorder):
 
 @torch.no_grad()
 def run_torch(
-    classifier: Classifier, x: NDArray[Any], T: int, state: Sequence[NDArray[Any]] | None = None
+    classifier: Runnable, x: NDArray[Any], T: int, state: Sequence[NDArray[Any]] | None = None
 ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
     """Per-step logits `[N, T, K]` and every layer's spikes `[T, N, ...]`, as PyTorch computes them.
 
@@ -108,7 +109,7 @@ def torch_logits(classifier: Classifier, x: NDArray[Any], T: int) -> NDArray[Any
 
 @torch.no_grad()
 def compare_torch(
-    classifier: Classifier,
+    classifier: Runnable,
     x: NDArray[Any],
     T: int,
     others: Sequence[NDArray[Any]],
@@ -126,13 +127,13 @@ def compare_torch(
     return logits, np.stack(comparison.differing)
 
 
-def _logits(classifier: Classifier, x: NDArray[Any], T: int) -> NDArray[Any]:
+def _logits(classifier: Runnable, x: NDArray[Any], T: int) -> NDArray[Any]:
     inputs = torch.from_numpy(x).to(classifier.mean.device)
     inputs = inputs if x.dtype == np.uint8 else inputs.to(classifier.mean.dtype)
     return run_network(classifier, inputs, T).transpose(0, 1).cpu().numpy()
 
 
-def _on(classifier: Classifier, state: Sequence[NDArray[Any]] | None) -> list[Tensor] | None:
+def _on(classifier: Runnable, state: Sequence[NDArray[Any]] | None) -> list[Tensor] | None:
     """Membranes as the classifier's tensors."""
     device, dtype = classifier.mean.device, classifier.mean.dtype
     return None if state is None else [torch.from_numpy(u).to(device, dtype) for u in state]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.batches import parts
-from tetdeploy.networks import Classifier
+from tetdeploy.traced_network import Runnable
 
 from .config import ExportConfig
 from .neuron_steps import Neurons
@@ -21,7 +21,7 @@ NUM_REFERENCE = 256
 
 def write_reference(
     file: Path,
-    classifier: Classifier,
+    classifier: Runnable,
     x: NDArray[Any],
     labels: NDArray[np.int64] | None,
     config: ExportConfig,

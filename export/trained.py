@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.checkpoint import newest_run, read_metadata, weights_file, weights_sha256
+from tetdeploy.checkpoint import read_metadata
 from tetdeploy.data import Encoding, LabelledSet, load_frames, load_parts, same_data
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import is_npz
+from tetdeploy.run_folder import newest_run, weights_file, weights_sha256
 from tetdeploy.steps import trained_T
 
 Labelled = tuple[NDArray[Any], NDArray[np.int64]]  # images [N, C, H, W] or frames [N, T, C, H, W], and labels [N]
@@ -45,7 +46,7 @@ class Trained:
     @property
     def encoding(self) -> Encoding:
         """Of the training's data."""
-        encoding: Encoding = self.metadata["data"].get("encoding", "direct")
+        encoding: Encoding = self.metadata["data"]["encoding"]
         return encoding
 
     @property

@@ -297,6 +297,12 @@ def test_a_report_refuses_timings_alone_and_damaged_ones(tmp_path: Path) -> None
         ValueError, match=r"a\.bench\.json does not have the form of a bench.*run tetdeploy bench again"
     ):
         read_results([sweep, bad])
+    times = dict.fromkeys(("median_ms", "p95_ms", "p99_ms", "images_per_s"), 1.0)
+    row = times | dict.fromkeys(("T", "threads", "batch", "calls"), 1)
+    machine = {"cpu": "x", "cores": 1, "provider": "CPUExecutionProvider"}
+    write(bad, {"kind": "bench", "model": "m", "machine": machine, "rows": [row]})
+    with pytest.raises(ValueError, match=r"form of a bench: KeyError\('gpu'\); run tetdeploy bench again"):
+        read_results([sweep, bad])
     write(bad, {"kind": "sweep"})
     with pytest.raises(ValueError, match="its kind is not bench"):
         read_results([sweep, bad])

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tetdeploy
-from tetdeploy.checkpoint import load, load_weights, newest_run, read_metadata, save_checkpoint
+from tetdeploy.checkpoint import load, load_weights, read_metadata, save_checkpoint
 from tetdeploy.files import atomic_folder, atomic_write
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.run_folder import newest_run
 
 
 class OwnNetwork(nn.Module):
@@ -236,6 +237,13 @@ def test_damaged_metadata_are_refused(saved: Path) -> None:
     rewrite(saved, lambda content: content.pop("data"))
     with pytest.raises(ValueError, match="metadata lacks data"):
         load(saved)
+
+
+@pytest.mark.parametrize("name", ["encoding", "image_shape"])
+def test_metadata_that_lack_a_setting_of_the_data_are_refused(saved: Path, name: str) -> None:
+    rewrite(saved, lambda content: content["data"].pop(name))
+    with pytest.raises(ValueError, match=rf"metadata lacks data\.{name}; the file was changed after it was written"):
+        read_metadata(saved)
 
 
 def test_newer_and_unreadable_formats_are_refused(saved: Path) -> None:

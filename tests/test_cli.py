@@ -279,6 +279,13 @@ class TestCommands:
         ]
         assert [row["train_loss"] for row in metrics[0]] == [row["train_loss"] for row in metrics[1]]
 
+    def test_resume_refuses_a_config_that_lacks_a_setting(self, workplace: Path) -> None:
+        settings = json.loads(Path(RUN, "config.json").read_text())
+        del settings["network"]["tau"], settings["training"]["clip"]
+        Path(RUN, "config.json").write_text(json.dumps(settings))
+        message = "was started with other settings: network.tau: (none) -> 0.5; training.clip: (none) -> 0.0; resume"
+        assert message in " ".join(refused("train", "--resume", RUN).split())
+
     @pytest.mark.parametrize("seeds", [(), ("--seeds", "0,1")], ids=["one", "seeds"])
     def test_a_folder_with_brackets_is_no_markup(self, seeds: tuple[str, ...], tmp_path: Path) -> None:
         result = run("train", "--epochs", "1", "--width", "0.25", *seeds, "--out", "runs/[red]a[/x]")

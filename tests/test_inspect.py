@@ -18,11 +18,12 @@ from onnx import TensorProto, helper
 from rich.console import Console
 from test_imports import HEAVY, loaded_by
 
-from tetdeploy.checkpoint import save_checkpoint, write_tensors
+from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.export.sequence_graph import sequence_graph
 from tetdeploy.inspection import inspect
 from tetdeploy.report.inspection import inspection_tables, size
+from tetdeploy.tensor_file import write_tensors
 
 TRAINING = {"T": 3, "epochs": 2, "tit": "", "loss": "tet", "lam": 0.05, "optimizer": "adamw", "lr": 0.002, "seed": 7}
 PROVENANCE = {"versions": {"torch": "2.13"}, "created": "2026-01-02T03:04:05", "epoch": 2, "val_accuracy": 0.9321}

@@ -117,7 +117,9 @@ class TestPage:
 
     def test_names_are_text_and_never_markup(self, tmp_path: Path) -> None:
         evil = "<script>alert(1)</script>"
-        content = result(model=evil, device=evil, versions={evil: evil}, constants={"source": evil})
+        content = result(
+            model=evil, device=evil, versions={evil: evil}, constants={"ac_pj": 1, "mac_pj": 2, "source": evil}
+        )
         content["by_class"][0]["name"] = content["layers"][0]["name"] = content["neurons"][0]["name"] = evil
         content["layout"] = '"><img src=x onerror=alert(1)>'
         text = html(read_results([write(tmp_path / "a.validate.json", content)], [f'{evil} " $x$ & 火']))
@@ -182,13 +184,18 @@ class TestSections:
         assert "0-10 %: 10, 10-20 %: 10" in text
 
     def test_constants_of_each_precision_are_named(self, tmp_path: Path) -> None:
+        def note_of(files: list[Path]) -> str:
+            return document_of(read_results(files)).sections[1].blocks[-1].text  # type: ignore[union-attr]
+
         int8 = {"ac_pj": 0.03, "mac_pj": 0.23, "source": "8-bit integers"}
         files = [write(tmp_path / "a.json", result()), write(tmp_path / "b.json", result(constants=int8))]
-        note = document_of(read_results(files)).sections[1].blocks[-1].text  # type: ignore[union-attr]
+        note = note_of(files)
         assert (
             "a: 0.9 pJ an addition (AC), 4.6 pJ a multiply-accumulate (MAC): Horowitz, ISSCC 2014; b: 0.03 pJ" in note
         )
         assert "estimated from counted operations, not measured" in note
+        files = [files[1], write(tmp_path / "c.json", result(constants=None))]
+        assert "; c: No constants are given. As in" in note_of(files)
 
     def test_margins_of_a_comparison_with_the_checkpoint(self, tmp_path: Path) -> None:
         content = result()

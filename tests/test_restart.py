@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tetdeploy
-from tetdeploy.checkpoint import read_content, read_metadata, weights_file, write_tensors
+from tetdeploy.checkpoint import read_metadata
 from tetdeploy.cli import main
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.data import ImageSet
 from tetdeploy.inspection import inspect
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.run_folder import weights_file
 from tetdeploy.shards import INDEX_NAME, newest_shards, read_shards
+from tetdeploy.tensor_file import read_content, write_tensors
 from tetdeploy.train import How, TrainConfig, TrainResult, loop, train
 from tetdeploy.train.restart import check_restart, find_restart
 
@@ -266,6 +268,10 @@ def test_other_settings_are_named_but_the_machine_may_be_another(tmp_path: Path)
         run(tmp_path / "second", config=settings(lr=0.1), restart_from=shards)
     with pytest.raises(ValueError, match=r"network\.tau: 0\.5 -> 0\.25"):
         run(tmp_path / "second", classifier(tau=0.25), restart_from=shards)
+    found = find_restart(shards)
+    lacking = {name: value for name, value in found.settings["training"].items() if name != "ema"}
+    with pytest.raises(ValueError, match=r"training\.ema: \(none\) -> 0\.0; go on with the old"):
+        check_restart(replace(found, settings=found.settings | {"training": lacking}), found.settings)
     with pytest.raises(ValueError, match=r"data\.val_images: 24 -> 0"):
         train(classifier(), TRAIN, None, settings(), tmp_path / "second", restart_from=shards, progress=False)
     assert not (tmp_path / "second").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -187,16 +188,21 @@ def test_resuming_with_another_tit_shows_both(whole_tit: Path) -> None:
         run(whole_tit, resume=True, tit="1:2,3:2")
 
 
-def test_a_run_of_an_earlier_version_resumes(tmp_path: Path) -> None:
-    run(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for name in ("tit", "ema", "random_T"):
-        del config["training"][name]
-    del config["network"]["smooth_spike"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert not run(tmp_path, resume=True).interrupted
-    with pytest.raises(ValueError, match=r"training\.ema: 0\.0 -> 0\.9"):
-        run(tmp_path, resume=True, ema=0.9)
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [("data", "encoding", "direct"), ("network", "smooth_spike", "0.0"), ("training", "ema", "0.0")],
+)
+def test_a_config_that_lacks_a_setting_is_refused(
+    section: str, name: str, value: str, whole_tit: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole_tit, tmp_path / "r")
+    config = json.loads((whole_tit / "config.json").read_text())
+    del config[section][name]
+    (tmp_path / "r" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=rf"r was started with other settings: {section}\.{name}: \(none\) -> {value};"
+    ):
+        run(tmp_path / "r", resume=True, **TIT)
 
 
 # --- from SDT to TET

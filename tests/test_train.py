@@ -24,9 +24,10 @@ from torch import Generator, Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import tetdeploy
-from tetdeploy.checkpoint import load_weights, newest_run, read_metadata
+from tetdeploy.checkpoint import load_weights, read_metadata
 from tetdeploy.data import ImageSet, load_data, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.run_folder import newest_run
 from tetdeploy.train import TrainConfig, TrainResult, evaluate, train, train_seeds
 from tetdeploy.train.augment import AUGMENTATIONS, random_crop, random_flip
 from tetdeploy.train.batches import DeviceImages, Draws

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tetdeploy.checkpoint import CHECKPOINT_NAME, check_keys, save_checkpoint
+from tetdeploy.checkpoint import check_keys, save_checkpoint
 from tetdeploy.data import Encoding
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
 from tetdeploy.files import sha256_of
 from tetdeploy.names import shorten
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.provenance import written
+from tetdeploy.run_folder import CHECKPOINT_NAME
 
 _BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _WRAPPERS = ("state_dict", "net")

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.checkpoint import METADATA_KEY, checkpoint_file, read_content, read_header, read_metadata
+from tetdeploy.checkpoint import read_metadata
 from tetdeploy.energy import Layer, layers_of
 from tetdeploy.extras import import_extra
 from tetdeploy.files import sha256_of
-from tetdeploy.model_file import parse_metadata, session_metadata
+from tetdeploy.model_file import METADATA_KEY, parse_metadata, session_metadata
 from tetdeploy.names import first_line, section
+from tetdeploy.run_folder import checkpoint_file
+from tetdeploy.tensor_file import read_content, read_header
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _DTYPES |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}

@@ -9,9 +9,9 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.checkpoint import METRICS_NAME
 from tetdeploy.files import atomic_write, read_json_lines
 from tetdeploy.form import LOOSE_NUMBER, STEP, check_form
+from tetdeploy.run_folder import METRICS_NAME
 
 _EPOCH = {
     "epoch!": STEP,

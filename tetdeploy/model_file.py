@@ -9,7 +9,7 @@ from typing import Any
 
 from tetdeploy.form import NUMBER, STEP, check_form
 
-METADATA_KEY = "tetdeploy"
+METADATA_KEY = "tetdeploy"  # of a checkpoint as well
 FORMAT = 2  # of the metadata; 1 was written before the first release
 _TENSOR = {"input!": str, "output!": str, "shape!": [STEP]}
 _METADATA = {

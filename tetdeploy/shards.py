@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdeploy.checkpoint import METADATA_KEY, read_content, read_tensors, write_tensors
 from tetdeploy.files import atomic_folder, sha256_of, write_json
+from tetdeploy.model_file import METADATA_KEY
+from tetdeploy.tensor_file import read_content, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tetdeploy.networks import Classifier
 from tetdeploy.tracing import Tracer
 
 
@@ -54,3 +55,6 @@ class TracedNetwork(nn.Module):
                 self._by_T[steps] = self.trace(steps)
         logits: Tensor = self._by_T[steps](x.transpose(0, 1) if frames else x)[1]
         return logits.transpose(0, 1)
+
+
+Runnable = Classifier | TracedNetwork  # both are called alike and have a `mean`

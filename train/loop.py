@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetdeploy.checkpoint import CHECKPOINT_NAME, STATE_NAME, save_checkpoint
+from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.extras import import_extra
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import run_network
+from tetdeploy.run_folder import CHECKPOINT_NAME, STATE_NAME
 from tetdeploy.signals import deferred_interrupt
 
 from .averaging import kept_classifier, trainable, update_average
@@ -36,7 +37,7 @@ from .ranks import current_ranks
 from .restart import Restart, check_restart, check_shards, find_restart, restart_origin, restart_state, write_restart
 from .runs import check_run, mark_latest, only_trainer, run_settings, write_run_config
 from .schedule import derive_seed
-from .session import Session, check_data, check_together, headline, prepare, provenance
+from .session import Session, Task, check_data, check_together, headline, prepare, provenance
 from .state import Best, TrainState, is_finished, restore_state, save_state
 from .validation import Loss, count_correct, measure
 
@@ -120,6 +121,7 @@ def train(
         OSError: something cannot be written; earlier files are as they were.
     """
     start, out, how = time.perf_counter(), Path(out), how or How()
+    task = Task(classifier, train_set, val_set, config, out)
     if resume and restart_from is not None:
         raise ValueError("resume goes on with the run in out and restart_from begins another; choose one of them")
     ranks = current_ranks()
@@ -128,24 +130,19 @@ def train(
     finished = ranks.agreed(finished)
     with nullcontext() if finished else only_trainer(out, resume=resume):  # it may lie where nobody can write
         settings = run_settings(classifier, train_set, val_set, config)
-        _check(classifier, train_set, val_set, config, out, settings, how=how, resume=resume, board=board)
+        with ranks.first():
+            _check(task, how)
+            if board:
+                import_extra("tensorboard", "tensorboard")
+            if ranks.writes:
+                check_run(out, settings, resume=resume)
         settings["how"] = asdict(how)
         restart = None if restart_from is None else find_restart(restart_from)
         if restart is not None:
             check_restart(restart, settings)
             settings["restarted"] = restart_origin(restart)
         with _explained(out, config, how):
-            session = prepare(
-                classifier,
-                train_set,
-                val_set,
-                config,
-                out,
-                settings=settings,
-                resume=resume,
-                workers=workers,
-                how=how,
-            )
+            session = prepare(task, settings=settings, resume=resume, workers=workers, how=how)
             if session.shard_bytes is not None:
                 check_shards(session, session.shard_bytes)
             if before_writing is not None:
@@ -156,32 +153,16 @@ def train(
     return TrainResult(out, state.epoch, state.best, not finished, time.perf_counter() - start)
 
 
-def _check(
-    classifier: Classifier,
-    train_set: LabelledSet,
-    val_set: LabelledSet | None,
-    config: TrainConfig,
-    out: Path,
-    settings: Mapping[str, Any],
-    *,
-    how: How,
-    resume: bool,
-    board: bool,
-) -> None:
+def _check(task: Task, how: How) -> None:
     """Refuse what does not fit together, as far as no device is needed to know it."""
-    ranks = current_ranks()
-    with ranks.first():
-        for data in (train_set, val_set):
-            if data is not None:
-                check_data(data, classifier, config.longest_T)
-        check_together(classifier, train_set, config)
-        if how.recompute and config.qat:
-            raise ValueError("--recompute does not go with --qat, which trains one traced graph; choose one of them")
-        ranks.check_batch(min(config.batch_size, len(train_set)))
-        if board:
-            import_extra("tensorboard", "tensorboard")
-        if ranks.writes:
-            check_run(out, settings, resume=resume)
+    config = task.config
+    for data in (task.train_set, task.val_set):
+        if data is not None:
+            check_data(data, task.classifier, config.longest_T)
+    check_together(task.classifier, task.train_set, config)
+    if how.recompute and config.qat:
+        raise ValueError("--recompute does not go with --qat, which trains one traced graph; choose one of them")
+    current_ranks().check_batch(min(config.batch_size, len(task.train_set)))
 
 
 @contextmanager

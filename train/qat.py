@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tetdeploy.checkpoint import CONFIG_NAME
 from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Scales
 from tetdeploy.networks import run_network
+from tetdeploy.run_folder import CONFIG_NAME
 from tetdeploy.tracing import Tracer
 
 from .runs import read_run_config
@@ -66,8 +66,7 @@ def int8_network(classifier: Classifier, scales: Scales) -> Int8Network:
 
 
 def _tracer(classifier: Classifier) -> Tracer:
-    encoding: Any = classifier.encoding
-    return Tracer(classifier, encoding=encoding, uint8=True)
+    return Tracer(classifier, encoding=classifier.encoding, uint8=True)
 
 
 def read_scales(out: Path) -> Calibration:

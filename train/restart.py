@@ -18,22 +18,15 @@ from typing import Any
 
 from torch import Tensor
 
-from tetdeploy.checkpoint import (
-    CHECKPOINT_NAME,
-    CONFIG_NAME,
-    FORMAT,
-    METRICS_NAME,
-    check_keys,
-    checkpoint_file,
-    read_metadata,
-    read_tensors,
-)
+from tetdeploy.checkpoint import check_keys, read_metadata
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.names import section
+from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, METRICS_NAME, checkpoint_file
 from tetdeploy.shards import check_limit, is_complete, newest_shards, read_shards, write_shards
+from tetdeploy.tensor_file import FORMAT, read_tensors
 
 from .averaging import trainable
-from .runs import completed, differences, read_run_config
+from .runs import differences, read_run_config
 from .session import Session, provenance
 from .state import TrainState, like_weights
 
@@ -108,7 +101,7 @@ def check_restart(restart: Restart, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: each difference is named.
     """
-    old, new = (_compared(of) for of in (completed(restart.settings), settings))
+    old, new = (_compared(of) for of in (restart.settings, settings))
     new["data"] = {name: value for name, value in new["data"].items() if name in old["data"]}  # fewer in a checkpoint
     if different := differences(old, new):
         raise ValueError(

@@ -9,21 +9,16 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from tetdeploy.checkpoint import (
-    CHECKPOINT_NAME,
-    CONFIG_NAME,
-    LATEST_NAME,
-    STATE_NAME,
-    data_settings,
-)
+from tetdeploy.checkpoint import data_settings
 from tetdeploy.files import atomic_write, made_folder, write_json
 from tetdeploy.form import NUMBER, check_form
+from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, LATEST_NAME, STATE_NAME
 
 from .config import TrainConfig
 from .ranks import current_ranks
@@ -153,7 +148,7 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
         FileNotFoundError: `out` holds no run.
         ValueError: it was started with other settings; each difference is named.
     """
-    started = completed(read_run_config(out))
+    started = read_run_config(out)
     for name in ("recipe", "int8", "restarted", "how"):  # where the run came from, what was measured: no settings
         started.pop(name, None)
     different = differences(started, settings)
@@ -234,22 +229,6 @@ def mark_latest(out: Path, runs: Path) -> None:
     except (OSError, NotImplementedError):
         with atomic_write(latest) as temporary:
             temporary.write_bytes(os.fsencode(f"{target.as_posix()}\n"))
-
-
-def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run that an earlier version started: what it did not know yet has its default, which is off."""
-    from tetdeploy.networks import NetworkConfig
-
-    return {
-        **settings,
-        "data": {"encoding": "direct"} | settings.get("data", {}),
-        "network": _defaults(NetworkConfig) | settings.get("network", {}),
-        "training": _defaults(TrainConfig) | settings.get("training", {}),
-    }
-
-
-def _defaults(config: Any) -> dict[str, Any]:
-    return {field.name: field.default for field in fields(config) if field.default is not MISSING}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tetdeploy.checkpoint import CONFIG_NAME, STATE_NAME, SUMMARY_NAME
 from tetdeploy.files import write_json
+from tetdeploy.run_folder import CONFIG_NAME, STATE_NAME, SUMMARY_NAME
 from tetdeploy.standard_output import StandardOutput
 
 from .config import How, TrainConfig

@@ -33,9 +33,21 @@ from .synchronised import over_ranks
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier
+    from tetdeploy.traced_network import Runnable
 
 # Passes that estimate BN anew for weights that BN never saw in training.
 BN_BATCHES = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run is asked for: what to train, on what, how, and where to keep it."""
+
+    classifier: Classifier
+    train_set: LabelledSet
+    val_set: LabelledSet | None
+    config: TrainConfig
+    out: Path
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ class Session:
             warmup_steps=round(self.config.warmup_epochs * steps),
         )
 
-    def as_deployed(self, kept: Classifier) -> Any:
+    def as_deployed(self, kept: Classifier) -> Runnable:
         """What is validated of a classifier to keep: with `qat` the network in 8 bits."""
         return kept if self.calibration is None else int8_network(kept, self.calibration.scales)
 
@@ -188,24 +200,14 @@ def _check_frames(data: LabelledSet, config: TrainConfig) -> None:
         )
 
 
-def prepare(
-    classifier: Classifier,
-    train_set: LabelledSet,
-    val_set: LabelledSet | None,
-    config: TrainConfig,
-    out: Path,
-    *,
-    settings: dict[str, Any],
-    resume: bool,
-    workers: int | None,
-    how: How,
-) -> Session:
+def prepare(task: Task, *, settings: dict[str, Any], resume: bool, workers: int | None, how: How) -> Session:
     """Move everything to the device and build what trains it.
 
     Args:
         settings: what config.json says of the run, but for the scales of `qat`.
-        resume: go on with the run in `out`, and so at its scales.
+        resume: go on with the run in `task.out`, and so at its scales.
     """
+    classifier, config, val_set = task.classifier, task.config, task.val_set
     device, ranks = pick_device(config.device), current_ranks()
     precision = "fp32" if config.qat else pick_precision(config.precision, device)
     if how.cuda_graphs:
@@ -213,37 +215,24 @@ def prepare(
     if how.recompute:
         recompute_blocks(classifier.network)
     teacher = load_teacher(config, classifier)
-    fusable = not config.qat and ranks.size == 1
-    for placed in (classifier,) if teacher is None else (teacher.classifier, classifier):
-        last = wants_channels_last(placed.config, device, precision, fusable=fusable and placed is classifier)
-        place(placed, device, channels_last=last)
-    calibration: Calibration | None = None
-    trained: Any = classifier
-    if config.qat and resume:
-        calibration = read_scales(out)
-    elif config.qat:
-        calibration = ranks.agreed(_scales(classifier, train_set, config.T))
+    _place_all(classifier, teacher, device, precision, fusable=not config.qat and ranks.size == 1)
+    trained: Runnable = classifier
+    calibration = _find_calibration(task, resume=resume) if config.qat else None
     if calibration is not None:
         trained = int8_network(classifier, calibration.scales)
         settings = settings | {"int8": calibration.to_dict()}
     reader = ImageReader(workers, device)
-
-    def images(data: LabelledSet) -> Images:
-        if isinstance(data, ImageFiles):
-            return DiskImages(data, reader, augment=config.augment == RESIZED_CROP)
-        return DeviceImages(data, classifier, config)
-
     return Session(
         classifier=classifier,
         config=config,
-        train=images(train_set),
-        val=None if val_set is None else images(_share(val_set, ranks)),
+        train=_images(task.train_set, reader, task),
+        val=None if val_set is None else _images(_share(val_set, ranks), reader, task),
         device=device,
         precision=precision,
         teacher=teacher,
         optimizer=build_optimizer(classifier.network, config),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        out=out,
+        out=task.out,
         ranks=ranks,
         held_out=0 if val_set is None else len(val_set),
         reader=reader,
@@ -255,9 +244,28 @@ def prepare(
     )
 
 
-def _scales(classifier: Classifier, train_set: LabelledSet, T: int) -> Calibration:
+def _place_all(
+    classifier: Classifier, teacher: Teacher | None, device: torch.device, precision: str, *, fusable: bool
+) -> None:
+    """Move the classifier and its teacher to the device; `fusable` is of the classifier, see `wants_channels_last`."""
+    for placed in (classifier,) if teacher is None else (teacher.classifier, classifier):
+        last = wants_channels_last(placed.config, device, precision, fusable=fusable and placed is classifier)
+        place(placed, device, channels_last=last)
+
+
+def _find_calibration(task: Task, *, resume: bool) -> Calibration:
+    """The scales that the run was begun with, or those that a new one is to train at."""
+    if resume:
+        return read_scales(task.out)
     with tuned_convolutions():
-        return replace(find_scales(classifier, train_set, T), fine_tuned=True)
+        found = find_scales(task.classifier, task.train_set, task.config.T)
+    return current_ranks().agreed(replace(found, fine_tuned=True))
+
+
+def _images(data: LabelledSet, reader: ImageReader, task: Task) -> Images:
+    if isinstance(data, ImageFiles):
+        return DiskImages(data, reader, augment=task.config.augment == RESIZED_CROP)
+    return DeviceImages(data, task.classifier, task.config)
 
 
 def _share(data: LabelledSet, ranks: Ranks) -> LabelledSet:

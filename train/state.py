@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tetdeploy.checkpoint import FORMAT, check_keys, read_content, read_tensors, write_tensors
+from tetdeploy.checkpoint import check_keys
 from tetdeploy.names import section
+from tetdeploy.tensor_file import FORMAT, read_content, read_tensors, write_tensors
 
 from .optimizer import load_optimizer_tensors, optimizer_tensors
 

@@ -16,6 +16,7 @@ from .ranks import Ranks
 
 if TYPE_CHECKING:
     from tetdeploy.networks import Classifier
+    from tetdeploy.traced_network import Runnable
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -45,7 +46,7 @@ def evaluate(
 
 
 def measure(
-    classifier: Classifier,
+    classifier: Runnable,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     T: int,

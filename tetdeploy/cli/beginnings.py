@@ -63,7 +63,7 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     Raises:
         ValueError: see `_take_carried` and `_take_checkpoint`; what is begun from cannot be read.
     """
-    from tetdeploy.checkpoint import newest_run
+    from tetdeploy.run_folder import newest_run
     from tetdeploy.train.runs import read_run_config
 
     resume, restart_from = ctx.params["resume"], ctx.params["restart_from"]
@@ -180,7 +180,7 @@ def check_same_inputs(init: Path, data: LabelledSet) -> None:
     from tetdeploy.checkpoint import read_metadata
 
     kept = read_metadata(init)["data"]
-    theirs = kept.get("encoding", "direct"), list(kept["image_shape"]), len(kept["class_names"])
+    theirs = kept["encoding"], list(kept["image_shape"]), len(kept["class_names"])
     ours = data.encoding, list(data.image_shape), len(data.class_names)
     if theirs != ours:
         wanted, got = (f"{encoding} input {shape} of {count} classes" for encoding, shape, count in (theirs, ours))

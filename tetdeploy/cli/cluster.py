@@ -47,7 +47,7 @@ def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
 
 def _checkpoint(ctx: click.Context) -> Path:
     import_extra("torch", "train")
-    from tetdeploy.checkpoint import newest_run, weights_file
+    from tetdeploy.run_folder import newest_run, weights_file
 
     return weights_file(ctx.params["run"] or newest_run(ctx.params["runs"]))
 

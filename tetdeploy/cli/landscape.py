@@ -80,8 +80,9 @@ def landscape(
     Sharpness is the mean rise of a loss over the grid points at most RADIUS away from the trained weights.
     """
     import_extra("torch", "train")
-    from tetdeploy.checkpoint import newest_run, read_metadata, weights_file
+    from tetdeploy.checkpoint import read_metadata
     from tetdeploy.files import check_writable
+    from tetdeploy.run_folder import newest_run, weights_file
     from tetdeploy.train.landscape import LandscapeConfig
 
     checkpoints = checkpoints or (newest_run(runs),)

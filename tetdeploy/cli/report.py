@@ -55,11 +55,11 @@ def report(
     """
     for package in ("matplotlib", "jinja2"):
         import_extra(package, "report")
-    from tetdeploy.checkpoint import newest_run
     from tetdeploy.files import atomic_write, check_writable
     from tetdeploy.report.page import document_of
     from tetdeploy.report.results import read_results
     from tetdeploy.report.writers import to_html, to_markdown
+    from tetdeploy.run_folder import newest_run
 
     paths = paths or (newest_run(runs),)
     out = out or (paths[0] / "report.html" if len(paths) == 1 and paths[0].is_dir() else Path("report.html"))

@@ -277,7 +277,8 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
 
     torch = import_extra("torch", "train")
     import_extra("onnxscript", "train")
-    from tetdeploy.checkpoint import read_metadata, weights_file, weights_sha256
+    from tetdeploy.checkpoint import read_metadata
+    from tetdeploy.run_folder import weights_file, weights_sha256
 
     file = weights_file(path)
     metadata, digest = read_metadata(file), weights_sha256(file)

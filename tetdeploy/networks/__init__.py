@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tetdeploy.data import Encoding
 from tetdeploy.networks.ann import ann_twin, has_neurons
 from tetdeploy.networks.convsnn import ConvSNN
 from tetdeploy.networks.resnet19 import ResNet19
@@ -194,7 +195,7 @@ class Classifier(nn.Module):
         std: tuple[float, ...],
         class_names: tuple[str, ...],
         data: str = "",
-        encoding: str = "direct",
+        encoding: Encoding = "direct",
     ) -> None:
         super().__init__()
         if not len(mean) == len(std) == config.in_channels:
@@ -211,7 +212,7 @@ class Classifier(nn.Module):
         self.config = config
         self.class_names = tuple(class_names)
         self.data = data
-        self.encoding = encoding
+        self.encoding: Encoding = encoding
         shape = (config.in_channels, 1, 1)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(shape), persistent=False)

@@ -55,7 +55,7 @@ RESULT = {
     "device": str,
     "created": str,
     "versions": {"*": str},
-    "layers": [{"name!": str, "rows!": [_ROW], "fan_out": NUMBER, "weights": NUMBER, "parameters": NUMBER}],
+    "layers": [{"name!": str, "rows!": [_ROW], "fan_out": NUMBER, "weights": NUMBER}],
     "neurons": [
         {
             "name!": str,
@@ -70,7 +70,7 @@ RESULT = {
     "ann": {"energy_pj": NUMBER},
     "other_ops": {"*": NUMBER},
     "other_ops_pj": {"*": NUMBER},
-    "constants": {"ac_pj": NUMBER, "mac_pj": NUMBER, "source": str},
+    "constants": {"ac_pj!": NUMBER, "mac_pj!": NUMBER, "source!": str},
     "by_class": [{"name!": str, "num_samples!": NUMBER, "accuracy!": [NUMBER]}],
     "early_exit": _EARLY_EXIT,
     "agreement": {"with": str, "num_images": NUMBER, "data": str},

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, SUMMARY_NAME, read_metadata
+from tetdeploy.checkpoint import read_metadata
 from tetdeploy.form import check_form
 from tetdeploy.metrics import read_metrics
 from tetdeploy.report.forms import RESULT, RUN, SUMMARY
+from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, SUMMARY_NAME
 
 # What a file is follows from its "kind", and in a run folder from its name, MODEL.<kind>.json.
 KINDS = ("early-exit", "sweep", "validate")

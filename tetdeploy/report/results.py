@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.checkpoint import CONFIG_NAME
 from tetdeploy.names import is_npz
 from tetdeploy.report.merging import has_accuracy, merged
 from tetdeploy.report.reading import Run, model_stem, read_run, read_summary, result_files
 from tetdeploy.report.tables import images_of
 from tetdeploy.report.timings import is_bench, read_benches
+from tetdeploy.run_folder import CONFIG_NAME
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,8 @@ def bench_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def hardware(machine: Mapping[str, Any]) -> str:
-    """The processor and its cores, and the GPU if a result has one; older ones do not say."""
-    gpu = machine.get("gpu")
+    """The processor and its cores, and the GPU if there is one."""
+    gpu = machine["gpu"]
     return f"{machine['cpu']}, {machine['cores']} cores" + (f", {gpu}" if gpu else "")
 
 

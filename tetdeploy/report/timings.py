@@ -46,7 +46,7 @@ def _read(file: Path) -> dict[str, Any]:
             raise ValueError("its kind is not bench, or it has no rows")
         for row in content["rows"]:
             bench_cells(row)
-        _ = str(content["model"]), [content["machine"][key] for key in ("cpu", "cores", "provider")]
+        _ = str(content["model"]), [content["machine"][key] for key in ("cpu", "cores", "gpu", "provider")]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} does not have the form of a bench: {error!r}; run tetdeploy bench again") from error
     return content

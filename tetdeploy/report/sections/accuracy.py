@@ -142,6 +142,7 @@ def _bills(results: Results) -> str:
 
 
 def _constants(given: dict[str, Any]) -> str:
-    add, multiply = given.get("ac_pj", 0.9), given.get("mac_pj", 4.6)
-    source = given.get("source", "32-bit float operations in 45 nm CMOS (Horowitz, ISSCC 2014)")
-    return f"{add:g} pJ an addition (AC), {multiply:g} pJ a multiply-accumulate (MAC): {source}"
+    if not given:
+        return "No constants are given"
+    add, multiply = given["ac_pj"], given["mac_pj"]
+    return f"{add:g} pJ an addition (AC), {multiply:g} pJ a multiply-accumulate (MAC): {given['source']}"

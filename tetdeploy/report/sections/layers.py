@@ -101,7 +101,7 @@ def _layers_table(m: Measurement) -> Table:
         (
             layer["name"],
             _input_kind(layer),
-            text(layer.get("weights", layer.get("parameters")), lambda v: f"{v:,.0f}"),
+            text(layer.get("weights"), lambda v: f"{v:,.0f}"),
             text(layer.get("fan_out"), lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}"),
             text(row.get("input_rate"), lambda v: f"{v:.1%}"),
             operations(row.get("ac_ops")),

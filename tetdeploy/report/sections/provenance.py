@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tetdeploy.checkpoint import CHECKPOINT_NAME
 from tetdeploy.files import sha256_of
 from tetdeploy.report.document import Section, Table
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Measurement, Results
+from tetdeploy.run_folder import CHECKPOINT_NAME
 
 
 def provenance(results: Results) -> Section:

@@ -1,0 +1,77 @@
+"""The names in a run's folder, which run is the newest, and which weights a path names. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tetdeploy.files import sha256_of
+from tetdeploy.shards import INDEX_NAME, newest_shards
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+STATE_NAME = "last.safetensors"
+CONFIG_NAME = "config.json"
+METRICS_NAME = "metrics.jsonl"
+SUMMARY_NAME = "summary.json"  # of several seeds
+LATEST_NAME = "latest"
+
+
+def newest_run(runs: Path) -> Path:
+    """The run folder that `runs/latest` points at: a symlink, or a text file where symlinks are not to be had.
+
+    Raises:
+        FileNotFoundError: nothing was trained there, or the newest run is gone.
+    """
+    latest = runs / LATEST_NAME
+    if latest.is_symlink():
+        target = latest.readlink()
+    elif latest.is_file():
+        target = Path(os.fsdecode(latest.read_bytes().strip()))
+    else:
+        if run := next(runs.glob(f"*/{CONFIG_NAME}"), None):
+            raise FileNotFoundError(f"{latest} is missing; name a run folder, such as {run.parent}")
+        raise FileNotFoundError(f"no run in {runs}: train one first (tetdeploy train), or name a run folder")
+    run = Path(os.path.normpath(runs / target))
+    if not target.name or not run.is_dir():
+        fault = f"points at {run}, which is gone" if target.name else "is empty"
+        raise FileNotFoundError(f"{latest} {fault}; name another run folder")
+    return run
+
+
+def weights_file(path: Path | str) -> Path:
+    """A folder of shards, `path` itself or the latest in it (RUN/shards), or the `checkpoint_file` that `path` names.
+
+    Raises:
+        FileNotFoundError: see `checkpoint_file`.
+    """
+    held = (Path(path) / CHECKPOINT_NAME).exists()  # shards beside a checkpoint would be a choice
+    return (None if held else newest_shards(path)) or checkpoint_file(path)
+
+
+def checkpoint_file(path: Path | str) -> Path:
+    """The checkpoint that `path` names: a file itself, or the best weights of a run folder.
+
+    Raises:
+        FileNotFoundError: there is no such path, or the folder has no checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        file = path / CHECKPOINT_NAME
+        if not file.exists():
+            remedy = "it is not a run folder"
+            if (path / STATE_NAME).exists():
+                remedy = "its first epoch is not finished: go on with --resume"
+            elif (shards := newest_shards(path)) is not None:
+                remedy = (
+                    f"it holds shards: name one of their files, such as {min(shards.glob('model-*'), default=shards)}"
+                )
+            raise FileNotFoundError(f"{path} holds no {CHECKPOINT_NAME}; {remedy}")
+        return file
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a checkpoint (.safetensors) or a run folder")
+    return path
+
+
+def weights_sha256(file: Path) -> str:
+    """Of a checkpoint, or of the index of a folder of shards, which has the checksum of each."""
+    return sha256_of(file / INDEX_NAME if file.is_dir() else file)

@@ -1,0 +1,132 @@
+"""One safetensors file: named tensors, and JSON content under one key of its metadata.
+
+Reading the content needs neither torch nor safetensors.
+Pickles, and so torch's own files, are recognised by their first bytes and never unpickled: a pickle runs code.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tetdeploy.extras import import_extra
+from tetdeploy.files import atomic_write
+from tetdeploy.model_file import METADATA_KEY
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1  # of the content
+
+_HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors format
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+    """Write named tensors and JSON content as one safetensors file, atomically.
+
+    Raises:
+        OSError: the file cannot be written; an earlier one is as it was.
+    """
+    safetensors = import_extra("safetensors.torch", "train")
+    # Each tensor its own copy: safetensors refuses tensors that share memory, as those of a module used twice do.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic_write(path) as temporary, _naming(path):
+        safetensors.save_file(copies, temporary, metadata={METADATA_KEY: json.dumps(content)})
+
+
+def read_tensors(path: Path | str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file whose header `read_content` accepts, on the CPU."""
+    read_content(path)
+    safetensors = import_extra("safetensors.torch", "train")
+    from safetensors import SafetensorError
+
+    try:
+        tensors: dict[str, Tensor] = safetensors.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return tensors
+
+
+def read_content(path: Path | str) -> dict[str, Any]:
+    """The JSON that `write_tensors` put into a file's metadata, of a checkpoint or of a training state.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a pickle, truncated, not safetensors, not ours, or of a newer format.
+    """
+    path = Path(path)
+    header = read_header(path)
+    text = (header.get("__metadata__") or {}).get(METADATA_KEY)
+    if text is None:
+        raise ValueError(f"{path} is a safetensors file but not a tetdeploy checkpoint: no {METADATA_KEY!r} metadata")
+    try:
+        content: dict[str, Any] = json.loads(text)
+        version = content["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its {METADATA_KEY!r} metadata cannot be read; the file was changed") from error
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version}, this tetdeploy reads format {FORMAT}; update tetdeploy")
+    return content
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, ours or not: shape, dtype and place of every tensor by name, and metadata.
+
+    It is 8 bytes of its length, then JSON; checked against the file's size.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a pickle, truncated, or not safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            _refuse_pickle(path, start)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            raw = file.read(length) if 0 < length <= min(size - 8, _HEADER_LIMIT) else b""
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder; a checkpoint is a .safetensors file") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist") from error
+    if 8 + length > size and length <= _HEADER_LIMIT:
+        raise ValueError(f"{path} is truncated: {size} bytes, its header alone has {8 + length}")
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        whole = 8 + length + max(ends, default=0)
+        metadata = header.get("__metadata__") or {}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise ValueError(f"{path} is not a checkpoint: not a safetensors file") from None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} is not a checkpoint: not a safetensors file")
+    if size < whole:
+        raise ValueError(f"{path} is truncated: {size} bytes of {whole}; copy or train it again")
+    return header
+
+
+def _refuse_pickle(path: Path, start: bytes) -> None:
+    is_zip = start.startswith(b"PK\x03\x04")
+    # Protocol 2 and later open with this byte and their number. No safetensors header is that short.
+    is_pickle = len(start) >= 2 and start[0] == 0x80 and start[1] in range(2, 6) and start[2:] != bytes(6)
+    if is_zip or is_pickle:
+        kind = "a zip archive, as torch.save writes" if is_zip else "a pickle"
+        raise ValueError(
+            f"{path} is {kind}, not a checkpoint of tetdeploy; it is not opened, because unpickling can run code. "
+            "Checkpoints are .safetensors files"
+        )
+
+
+@contextmanager
+def _naming(path: Path | str) -> Iterator[None]:
+    """Turn what safetensors raises on a failed write into an OSError that names the file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}; an earlier file there is as it was") from error
