@@ -24,10 +24,11 @@ from zoo_helpers import for_export, graph_of
 from tetdeploy import native
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model
+from tetdeploy.native.graphs import Kind, reads
 from tetdeploy.native.layout import keep_last
-from tetdeploy.native.loops import Loop, reads
 from tetdeploy.native.programs import MAX_REGISTERS, Op, Program
-from tetdeploy.native.regions import Kind, UnfusableError, check_loop
+from tetdeploy.native.regions import UnfusableError, check_neuron_step
+from tetdeploy.native.scans import NeuronStep
 from tetdeploy.neurons import LIF
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -601,7 +602,7 @@ def test_spikes_that_are_summed_later_go_there_as_bytes() -> None:
 ])  # fmt: skip
 def test_neurons_that_no_program_knows_are_refused(nodes: list[onnx.NodeProto]) -> None:
     with pytest.raises(UnfusableError, match="neurons"):
-        check_loop(Loop(tuple(nodes), {}, u="u", x="x", next_u="x", spikes="y"))
+        check_neuron_step(NeuronStep(tuple(nodes), {}, u="u", x="x", next_u="x", spikes="y"))
 
 
 def test_sessions_may_be_shared_by_threads() -> None:

@@ -20,8 +20,8 @@ from tetdeploy import native
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig
 from tetdeploy.native import spikes as spikes_module
-from tetdeploy.native.loops import Loop
 from tetdeploy.native.packing import LARGEST, digits_of, whole_weights
+from tetdeploy.native.scans import NeuronStep
 from tetdeploy.native.spikes import MOST, mark_convolutions
 from tetdeploy.native.wholes import Whole, WholeNumbers
 
@@ -487,22 +487,22 @@ def test_batchnorm_is_left_to_the_optimiser() -> None:
     assert not mark_convolutions(model.graph, [], tiles=True)
 
 
-def loop(*nodes: onnx.NodeProto) -> Loop:
-    return Loop(nodes, {"k": np.float32(1)}, "u", "x", "x", "s")
+def neuron_step(*nodes: onnx.NodeProto) -> NeuronStep:
+    return NeuronStep(nodes, {"k": np.float32(1)}, "u", "x", "x", "s")
 
 
 @pytest.mark.parametrize(
     ("neurons", "fires"),
     [
-        (loop(STEP), True),
-        (loop(*spiking("x", "s", "k")), True),
-        (loop(node("HardSigmoid", ["x"])), False),
-        (loop(node("Mul", ["x", "k"])), False),
-        (loop(node("Mul", ["x", "k"], "a"), node("Cast", ["a"], to=FLOAT)), False),
-        (loop(), False),
+        (neuron_step(STEP), True),
+        (neuron_step(*spiking("x", "s", "k")), True),
+        (neuron_step(node("HardSigmoid", ["x"])), False),
+        (neuron_step(node("Mul", ["x", "k"])), False),
+        (neuron_step(node("Mul", ["x", "k"], "a"), node("Cast", ["a"], to=FLOAT)), False),
+        (neuron_step(), False),
     ],
 )
-def test_neurons_taken_out_of_their_loop_are_looked_into(neurons: Loop, fires: bool) -> None:
+def test_neurons_taken_out_of_their_loop_are_looked_into(neurons: NeuronStep, fires: bool) -> None:
     """What stands in their place is a comparison, whatever they are."""
     graph = convolution(weights_of(20, WIDE, 3, 3), spiking("x", "s", "mark")).graph
     graph.initializer.append(numpy_helper.from_array(np.array(2**21, np.float32), "mark"))

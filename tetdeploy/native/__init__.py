@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tetdeploy.native.regions import Kind
+    from tetdeploy.native.graphs import Kind
 
 DOMAIN = "ai.tetdeploy"
 _ELEMENT_TYPES = {"float": 1, "uint8": 2, "int8": 3, "bool": 9}  # in ONNX's numbering
@@ -90,18 +90,18 @@ def _fuse(model: bytes, *, take_out: bool) -> bytes | None:
     import onnx
     import onnxruntime as ort
 
-    from tetdeploy.native.loops import take_out_loops
     from tetdeploy.native.regions import fuse
+    from tetdeploy.native.scans import take_out_scans
     from tetdeploy.native.spikes import compared, mark_convolutions, put_convolutions
     from tetdeploy.native.tiles import use_tiles
 
     tiles, proto = has_tiles(), onnx.ModelProto.FromString(model)
-    loops = take_out_loops(proto) if take_out else []
-    marked = mark_convolutions(proto.graph, loops, tiles=tiles)
-    if loops or marked:
+    neuron_steps = take_out_scans(proto) if take_out else []
+    marked = mark_convolutions(proto.graph, neuron_steps, tiles=tiles)
+    if neuron_steps or marked:
         model = proto.SerializeToString()
     if marked:
-        loops = [compared(loop) for loop in loops]
+        neuron_steps = [compared(neurons) for neurons in neuron_steps]
     options = _options(ort)
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
@@ -109,7 +109,7 @@ def _fuse(model: bytes, *, take_out: bool) -> bytes | None:
         optimised = onnx.load(options.optimized_model_filepath)
     kinds = _kinds(ort, onnx, optimised)
     native_nodes = put_convolutions(optimised.graph, marked, kinds, tiles=tiles)
-    native_nodes += fuse(optimised, kinds, loops)
+    native_nodes += fuse(optimised, kinds, neuron_steps)
     if tiles:
         native_nodes += use_tiles(optimised.graph)
     if not native_nodes:
@@ -121,8 +121,7 @@ def _fuse(model: bytes, *, take_out: bool) -> bytes | None:
 
 def _kinds(ort: Any, onnx: Any, model: Any) -> dict[str, Kind]:
     """Type and shape of every tensor, as ONNX Runtime infers them."""
-    from tetdeploy.native.loops import without_weights
-    from tetdeploy.native.regions import Kind
+    from tetdeploy.native.graphs import Kind, without_weights
 
     light = without_weights(model, 2**14)
     there = {value.name for value in (*light.graph.initializer, *light.graph.input)}

@@ -8,19 +8,17 @@ Element-wise ones do not mind the order of elements.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Container, MutableMapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tetdeploy.native.loops import Loop, attribute, leading_to, put_nodes
+from tetdeploy.native.graphs import Kind, attribute, copied, leading_to, put_nodes, reading
+from tetdeploy.native.scans import NeuronStep
 from tetdeploy.native.wholes import Whole, WholeNumbers
-
-if TYPE_CHECKING:
-    from tetdeploy.native.regions import Kind
 
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # where the channels go
 EXACT = 2**24  # whole numbers up to this have no rounding in float32
@@ -50,11 +48,11 @@ def keep_blocked(
             instead[node.output[0]] = blocked[node.input[0]]
         elif k in elementwise and tensors and all(name in blocked for name in tensors):
             moved = True
-            copied = onnx.NodeProto.FromString(node.SerializeToString())
-            copied.input[:] = [blocked.get(name, name) for name in node.input]
-            copied.output[:] = [f"{name}.blocked" for name in node.output]
-            nodes.append(copied)
-            for plain, name in zip(node.output, copied.output, strict=True):
+            twin = copied(node)
+            twin.input[:] = [blocked.get(name, name) for name in node.input]
+            twin.output[:] = [f"{name}.blocked" for name in node.output]
+            nodes.append(twin)
+            for plain, name in zip(node.output, twin.output, strict=True):
                 blocked[plain], kinds[name] = name, kinds[plain]
                 channels = kinds[plain].shape[1]
                 nodes.append(helper.make_node("ReorderOutput", [name], [plain], domain=DOMAIN, channels=channels))
@@ -69,14 +67,6 @@ def keep_blocked(
     return True
 
 
-def reading(instead: Mapping[str, str], nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Copies of the nodes that read other tensors instead."""
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    for node in copies:
-        node.input[:] = [instead.get(name, name) for name in node.input]
-    return copies
-
-
 def _same_shape(kinds: MutableMapping[str, Kind], reorder: onnx.NodeProto) -> bool:
     """Whether no channel was added to fill a block, and channels are the second axis."""
     last = attribute(reorder, "channels_last", 0)
@@ -89,14 +79,14 @@ def keep_last(
     kinds: MutableMapping[str, Kind],
     elementwise: Container[int],
     numbers: Container[str],
-    loops: Sequence[Loop] = (),
+    neuron_steps: Sequence[NeuronStep] = (),
 ) -> bool:
     """Let the nodes `elementwise` work with channels last where what they read can come so and where that saves
     `Transpose`s: before integer convolutions, before the mean over an image, and before sums that count spikes.
     Arguments and result as of `keep_blocked`.
 
     Args:
-        loops: the neurons that stand where `take_out_loops` left its marks.
+        neuron_steps: what `take_out_scans` took out.
     """
     last: dict[str, str] = {}  # by the name of the tensor in usual order
     instead: dict[str, str] = {}
@@ -104,7 +94,7 @@ def keep_last(
     means = set[str]()  # of which a `Transpose` costs nothing
     axes = {t.name: numpy_helper.to_array(t).tolist() for t in graph.initializer if t.data_type == TensorProto.INT64}
     new_axes: dict[str, list[int]] = {}
-    wholes = WholeNumbers(graph, loops)
+    wholes = WholeNumbers(graph, neuron_steps)
     given = {output.name for output in graph.output}
     nodes = list[onnx.NodeProto]()
     for k, node in enumerate(graph.node):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
@@ -19,9 +18,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy.native import DOMAIN
+from tetdeploy.native.graphs import Kind, attribute, constants_of, leading_to, put_nodes, reads, scalar, steps_input
 from tetdeploy.native.layout import keep_blocked, keep_last
-from tetdeploy.native.loops import FIRST_MARK, Loop, attribute, constants_of, leading_to, put_nodes, reads, scalar
 from tetdeploy.native.programs import Op, Program
+from tetdeploy.native.scans import NeuronStep, marked
 from tetdeploy.native.wholes import COMPARISONS, WholeNumbers
 
 FLOAT, UINT8, INT8, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8, TensorProto.BOOL
@@ -49,24 +49,16 @@ NUMBER_LEFT = {
 }
 
 
-@dataclass(frozen=True)
-class Kind:
-    """Element type (in ONNX's numbering) and shape of a tensor; a dimension that is not fixed is None or has a name."""
-
-    type: int
-    shape: tuple[int | str | None, ...]
-
-
 class UnfusableError(Exception):
     """No program can be written for a region, its argument."""
 
 
-def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], loops: Sequence[Loop] = ()) -> int:
+def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], neuron_steps: Sequence[NeuronStep] = ()) -> int:
     """Put nodes `Elementwise` in place of the element-wise regions of `model`.
 
     Args:
         kinds: of the graph's tensors.
-        loops: the neurons that stand where `take_out_loops` left its marks.
+        neuron_steps: what `take_out_scans` took out.
 
     Returns: how many there are.
 
@@ -76,18 +68,18 @@ def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], loops: Sequence[Loop
     kinds = dict(kinds)
     # A region that nobody reads has no program.
     put_nodes(model.graph, leading_to(model.graph.output, model.graph.node))
-    graph = _Graph(model.graph, kinds, loops)
-    for keep in (keep_blocked, partial(keep_last, loops=loops)):
+    graph = _Graph(model.graph, kinds, neuron_steps)
+    for keep in (keep_blocked, partial(keep_last, neuron_steps=neuron_steps)):
         elementwise = {k for k in range(len(graph.nodes)) if k in graph.region or graph.inline[k]}
         if keep(model.graph, kinds, elementwise, graph.numbers.keys() | graph.sizes.keys()):
-            graph = _Graph(model.graph, kinds, loops)
+            graph = _Graph(model.graph, kinds, neuron_steps)
     return graph.fuse()
 
 
 class _Graph:
     """A graph whose nodes are known by their place in it."""
 
-    def __init__(self, graph: onnx.GraphProto, kinds: Mapping[str, Kind], loops: Sequence[Loop]) -> None:
+    def __init__(self, graph: onnx.GraphProto, kinds: Mapping[str, Kind], neuron_steps: Sequence[NeuronStep]) -> None:
         self.graph, self.kinds, self.nodes = graph, kinds, list(graph.node)
         self.producer = {name: k for k, node in enumerate(self.nodes) for name in node.output}
         constants = constants_of(graph)
@@ -99,7 +91,7 @@ class _Graph:
         for node in self.nodes:
             for name in reads(node):
                 self.read_by[name].append(node)
-        self.wholes = WholeNumbers(graph, loops)
+        self.wholes = WholeNumbers(graph, neuron_steps)
         self.inline = [self._is_inline(node) for node in self.nodes]
         self.joins = defaultdict[str, list[int]](list)  # the Concats that a value is part of
         self.region: dict[int, int] = {}
@@ -116,17 +108,16 @@ class _Graph:
             for name in node.input if node.op_type == "Concat" else ():
                 self.joins[name].append(k)
         self.region = {k: self._first(k) for k in self.region}
-        self.loops = {}
-        for k, node in enumerate(self.nodes if loops else ()):
+        self.neurons = {}
+        for k, node in enumerate(self.nodes if neuron_steps else ()):
             mark = self.numbers.get(node.input[1]) if node.op_type == "Greater" else None
-            if mark is not None and FIRST_MARK <= float(mark) < FIRST_MARK + len(loops):
-                self.loops[k] = loops[int(mark) - FIRST_MARK]
-                check_loop(self.loops[k])
-        if len(self.loops) != len(loops):
+            neurons = marked(mark, neuron_steps)
+            if neurons is not None:
+                self.neurons[k] = neurons
+                check_neuron_step(neurons)
+        if len(self.neurons) != len(neuron_steps):
             raise UnfusableError("a loop was lost")
-        self.steps = (
-            "steps" if any(value.name == "steps" for value in graph.input) else "x"
-        )  # [N, T], or frames [N, T, ...]
+        self.steps = steps_input(graph)
 
     def _levels(self) -> list[int]:
         """How many nodes outside regions are on the longest path that leads to each node, or, if only members on one
@@ -169,11 +160,11 @@ class _Graph:
                 outside = self._read_outside(writers)
                 made = [writer.node(outside) for writer in writers]
             except UnfusableError as error:
-                if any(self.region.get(k) == error.args[0] for k in self.loops):
+                if any(self.region.get(k) == error.args[0] for k in self.neurons):
                     raise
                 self.region = {k: first for k, first in self.region.items() if first != error.args[0]}
                 continue
-            if not self.loops.keys() <= self.region.keys():
+            if not self.neurons.keys() <= self.region.keys():
                 raise UnfusableError("a loop stands alone")
             kept = [node for k, node in enumerate(self.nodes) if k not in self.region]
             put_nodes(self.graph, leading_to(self.graph.output, [*kept, *made]))
@@ -272,6 +263,7 @@ class _Writer:
     """Writes the program of one region.
 
     Attributes:
+        merged: whether it has neurons of a `Scan`, and so works on tensors `[T * N, ...]`.
         reads: the tensors that it reads.
         parts: in how many steps each tensor comes that it makes or that leads to one that it reads.
     """
@@ -279,9 +271,9 @@ class _Writer:
     def __init__(self, graph: _Graph, region: int, members: list[int]) -> None:
         self.graph, self.region = graph, region
         self.nodes = [graph.nodes[k] for k in members]
-        self.loops = [graph.loops[k] for k in members if k in graph.loops]
+        self.merged = any(k in graph.neurons for k in members)
         self.parts = self._count_parts()
-        if self.loops and set(self.parts.values()) != {1}:
+        if self.merged and set(self.parts.values()) != {1}:
             raise UnfusableError(region)  # steps of both kinds
         self.reads: list[str] = []
         self._program = Program()
@@ -305,20 +297,20 @@ class _Writer:
             raise UnfusableError(self.region) from error
         return helper.make_node(
             "Elementwise",
-            [*self.reads, *([self.graph.steps] if self.loops else [])],
+            [*self.reads, *([self.graph.steps] if self.merged else [])],
             outputs,
             domain=DOMAIN,
             program=program,
             immediates=[*self._program.immediates, 0.0],
             input_ports=[number for name in self.reads for number in self._port(name)],
             output_ports=[number for name in outputs for number in self._port(name)],
-            states=len(self._program.kept) if self.loops else -1,
+            states=len(self._program.kept) if self.merged else -1,
         )
 
     def _port(self, name: str) -> tuple[int, int]:
         """Type and parts, as `elementwise.c` numbers them."""
         parts = self.parts.get(name, 1)
-        return self.graph.kinds[name].type, parts if not self.loops else -1 if name in self._repeated else 0
+        return self.graph.kinds[name].type, parts if not self.merged else -1 if name in self._repeated else 0
 
     def _value(self, name: str, part: int) -> int:
         key = (name, part)
@@ -341,18 +333,18 @@ class _Writer:
                 if part < self.parts[piece]:
                     return self._value(piece, part)
                 part -= self.parts[piece]
-        if (loop := self.graph.loops.get(self.graph.producer[name])) is not None:
-            return self._fire(loop, self._value(node.input[0], part))
+        if (neurons := self.graph.neurons.get(self.graph.producer[name])) is not None:
+            return self._fire(neurons, self._value(node.input[0], part))
         return _arithmetic(self._program, node, lambda operand: self._value(operand, part), self.graph.numbers)
 
-    def _fire(self, loop: Loop, current: int) -> int:
-        """The spikes of a loop's neurons in one step."""
+    def _fire(self, neurons: NeuronStep, current: int) -> int:
+        """The spikes of neurons in one step."""
         state = self._program.state()
-        values = {loop.u: state, loop.x: current}
-        for node in loop.nodes:
-            values[node.output[0]] = _arithmetic(self._program, node, values.__getitem__, loop.numbers)
-        self._program.kept[state] = values[loop.next_u]
-        return values[loop.spikes]
+        values = {neurons.u: state, neurons.x: current}
+        for node in neurons.nodes:
+            values[node.output[0]] = _arithmetic(self._program, node, values.__getitem__, neurons.numbers)
+        self._program.kept[state] = values[neurons.next_u]
+        return values[neurons.spikes]
 
     def _dequantise(self, node: onnx.NodeProto, part: int) -> int:
         scale, zero = (float(self.graph.numbers[name]) if name else 0.0 for name in (*node.input, "")[1:3])
@@ -376,7 +368,7 @@ class _Writer:
             return None
         node = self.graph.inline_producer(name)
         if node is None:
-            repeated = self.graph.repeated(name) if self.loops else None
+            repeated = self.graph.repeated(name) if self.merged else None
             if repeated is not None:
                 self._repeated.add(repeated)
                 return repeated, part
@@ -490,17 +482,17 @@ def _arithmetic(
     return value
 
 
-def check_loop(loop: Loop) -> None:
+def check_neuron_step(neurons: NeuronStep) -> None:
     """Refuse neurons of which `_arithmetic` does not know an operator.
 
     Raises:
         UnfusableError: there is one.
     """
-    made = {loop.u: "", loop.x: "", **dict.fromkeys(loop.numbers, "")}  # by which operator
-    for node in loop.nodes:
+    made = {neurons.u: "", neurons.x: "", **dict.fromkeys(neurons.numbers, "")}  # by which operator
+    for node in neurons.nodes:
         casts_spikes = node.op_type == "Cast" and made.get(node.input[0]) in COMPARISONS
         if not (casts_spikes or node.op_type in (*BINARY, *UNARY)) or not made.keys() >= set(node.input):
             raise UnfusableError(f"neurons with {node.op_type}")
         made[node.output[0]] = node.op_type
-    if not made.keys() >= {loop.next_u, loop.spikes}:
+    if not made.keys() >= {neurons.next_u, neurons.spikes}:
         raise UnfusableError("neurons that give something else")

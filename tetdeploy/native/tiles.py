@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from tetdeploy.native.convolution import can_convolve, native_convolution
-from tetdeploy.native.loops import constants_of, put_nodes
+from tetdeploy.native.graphs import attributes_of, constants_of, put_nodes
 from tetdeploy.native.packing import tiles_of
 
 
@@ -45,7 +45,7 @@ def _convolution(
         return None
     x, *others, bias = node.input
     x_scale, x_zero, weights, w_scale, w_zero, y_scale, y_zero = (constants[name] for name in others)
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes = attributes_of(node)
     fits = (
         attributes.get("channels_last") == 1
         and can_convolve(attributes, weights)
