@@ -27,7 +27,7 @@ from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.native.graphs import Kind, reads
 from tetdeploy.native.layout import keep_last
 from tetdeploy.native.programs import MAX_REGISTERS, Op, Program
-from tetdeploy.native.regions import UnfusableError, check_neuron_step
+from tetdeploy.native.region_programs import UnfusableError, check_neuron_step
 from tetdeploy.native.scans import NeuronStep
 from tetdeploy.neurons import LIF
 

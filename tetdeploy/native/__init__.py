@@ -72,7 +72,7 @@ def fuse_model(model: bytes) -> bytes | None:
         OSError: no temporary file can be written.
         Exception: ONNX Runtime's own.
     """
-    from tetdeploy.native.regions import UnfusableError
+    from tetdeploy.native.region_programs import UnfusableError
 
     try:
         return _fuse(model, take_out=b"Scan" in model)

@@ -66,7 +66,7 @@ def reading(instead: Mapping[str, str], nodes: Iterable[onnx.NodeProto]) -> list
 
 
 def copied(node: onnx.NodeProto) -> onnx.NodeProto:
-    return onnx.NodeProto.FromString(node.SerializeToString())
+    return onnx.NodeProto.FromString(node.SerializeToString())  # type: ignore[no-any-return]
 
 
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
