@@ -20,6 +20,7 @@ from tetdeploy import native
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig
 from tetdeploy.native import spikes as spikes_module
+from tetdeploy.native.fusing import fuse_model
 from tetdeploy.native.packing import LARGEST, digits_of, whole_weights
 from tetdeploy.native.scans import NeuronStep
 from tetdeploy.native.spikes import MOST, mark_convolutions
@@ -114,7 +115,7 @@ def run_all(model: bytes, x: Array, threads: int = 2) -> list[Array]:
 
 
 def fused(model: onnx.ModelProto) -> tuple[bytes, list[str]]:
-    made = native.fuse_model(model.SerializeToString())
+    made = fuse_model(model.SerializeToString())
     assert made is not None
     return made, [node.op_type for node in onnx.ModelProto.FromString(made).graph.node]
 

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy import native
 from tetdeploy.engine import Engine
+from tetdeploy.native.fusing import fuse_model
 from tetdeploy.native.tiles import use_tiles
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -261,13 +262,13 @@ def test_a_network_has_the_same_logits(layout: str, tiles: bool, monkeypatch: py
         found.append(use_tiles(graph, tiles=tiles))
         return found[-1]
 
-    monkeypatch.setattr("tetdeploy.native.tiles.use_tiles", use)
+    monkeypatch.setattr("tetdeploy.native.fusing.use_tiles", use)
     np.testing.assert_array_equal(Engine(path, native=True).run(digits().images, 3).per_step, plain)
     assert found[0] > 0
 
 
 @needs_amx
 def test_float32_networks_have_no_tiles() -> None:
-    made = native.fuse_model(exported("unrolled", T=3).read_bytes())
+    made = fuse_model(exported("unrolled", T=3).read_bytes())
     assert made is not None
     assert "Convolution" not in {node.op_type for node in onnx.ModelProto.FromString(made).graph.node}
