@@ -366,7 +366,7 @@ def test_a_graph_with_nothing_to_join_stays() -> None:
 
 @pytest.fixture
 def ort_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The float32 convolutions of spikes have other bits than ONNX Runtime's: test_spikes.py has them."""
+    """The float32 convolutions of spikes have other bits than ONNX Runtime's: test_spike_convolutions.py has them."""
     monkeypatch.setattr(native, "has_tiles", lambda: False)
     monkeypatch.setattr(native, "vector_bytes", lambda: 0)
 

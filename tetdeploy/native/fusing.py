@@ -12,11 +12,11 @@ from onnx import TensorProto, helper
 
 from tetdeploy import native
 from tetdeploy.native.graphs import Kind, without_weights
+from tetdeploy.native.int8_convolutions import put_int8_convolutions
 from tetdeploy.native.region_programs import UnfusableError
 from tetdeploy.native.regions import fuse
 from tetdeploy.native.scans import take_out_scans
-from tetdeploy.native.spikes import compared, mark_convolutions, put_convolutions
-from tetdeploy.native.tiles import use_tiles
+from tetdeploy.native.spike_convolutions import compared, mark_spike_convolutions, put_spike_convolutions
 
 _ELEMENT_TYPES = {
     "float": TensorProto.FLOAT,
@@ -43,7 +43,7 @@ def fuse_model(model: bytes) -> bytes | None:
 def _fuse(model: bytes, *, take_out: bool) -> bytes | None:
     tiles, proto = native.has_tiles(), onnx.ModelProto.FromString(model)
     neuron_steps = take_out_scans(proto) if take_out else []
-    marked = mark_convolutions(proto.graph, neuron_steps, tiles=tiles)
+    marked = mark_spike_convolutions(proto.graph, neuron_steps, tiles=tiles)
     if neuron_steps or marked:
         model = proto.SerializeToString()
     if marked:
@@ -54,10 +54,10 @@ def _fuse(model: bytes, *, take_out: bool) -> bytes | None:
         ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         optimised = onnx.load(options.optimized_model_filepath)
     kinds = _kinds(optimised)
-    native_nodes = put_convolutions(optimised.graph, marked, kinds, tiles=tiles)
+    native_nodes = put_spike_convolutions(optimised.graph, marked, kinds, tiles=tiles)
     native_nodes += fuse(optimised, kinds, neuron_steps)
     if tiles:
-        native_nodes += use_tiles(optimised.graph)
+        native_nodes += put_int8_convolutions(optimised.graph)
     if not native_nodes:
         return None
     optimised.opset_import.append(helper.make_opsetid(native.DOMAIN, 1))

@@ -41,7 +41,9 @@ class Marked:
     biases: onnx.TensorProto | None
 
 
-def mark_convolutions(graph: onnx.GraphProto, neuron_steps: Sequence[NeuronStep], *, tiles: bool) -> dict[str, Marked]:
+def mark_spike_convolutions(
+    graph: onnx.GraphProto, neuron_steps: Sequence[NeuronStep], *, tiles: bool
+) -> dict[str, Marked]:
     """Replace each float32 `Conv` that is to be one of this package by a `ConvInteger`.
 
     It has spikes, or sums of some, for input, at least 16 channels of them, one group, no dilation, and no
@@ -179,10 +181,10 @@ def _take(node: onnx.NodeProto, wholes: WholeNumbers, tiles: bool) -> Marked | N
     return Marked(whole, weights, biases[0] if biases else None)
 
 
-def put_convolutions(
+def put_spike_convolutions(
     graph: onnx.GraphProto, marked: Mapping[str, Marked], kinds: MutableMapping[str, Kind], *, tiles: bool
 ) -> int:
-    """Put convolutions of this package, with `Transpose`s round them, where `mark_convolutions` left its marks.
+    """Put convolutions of this package, with `Transpose`s round them, where `mark_spike_convolutions` left its marks.
 
     Args:
         kinds: of the graph's tensors; those of new ones are added.

@@ -11,7 +11,7 @@ from tetdeploy.native.graphs import attributes_of, constants_of, put_nodes
 from tetdeploy.native.packing import tiles_of
 
 
-def use_tiles(graph: onnx.GraphProto, *, tiles: bool = True) -> int:
+def put_int8_convolutions(graph: onnx.GraphProto, *, tiles: bool = True) -> int:
     """Replace each `QLinearConv` of ONNX Runtime's that works on bytes with channels last, has one group, no dilation,
     an input and weights around zero, and at least 16 input channels.
 
@@ -65,4 +65,4 @@ def _convolution(
     ]
     read = [x, *(tensor.name for tensor in made), bias]
     own = {"zero_point": int(numpy_helper.to_array(y_zero).item()), "plain": int(not tiles)}
-    return native_convolution("Convolution", read, node.output[0], weights, attributes, **own), made
+    return native_convolution("Int8Convolution", read, node.output[0], weights, attributes, **own), made
