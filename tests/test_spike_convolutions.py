@@ -24,7 +24,7 @@ from tetdeploy.native.fusing import fuse_model
 from tetdeploy.native.packing import LARGEST, digits_of, whole_weights
 from tetdeploy.native.scans import NeuronStep
 from tetdeploy.native.spike_convolutions import MOST, mark_spike_convolutions
-from tetdeploy.native.wholes import Whole, WholeNumbers
+from tetdeploy.native.whole_numbers import Whole, WholeNumbers
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy.native.graphs import Kind, attribute, copied, leading_to, put_nodes, reading
 from tetdeploy.native.scans import NeuronStep
-from tetdeploy.native.wholes import Whole, WholeNumbers
+from tetdeploy.native.whole_numbers import Whole, WholeNumbers
 
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # where the channels go
 EXACT = 2**24  # whole numbers up to this have no rounding in float32

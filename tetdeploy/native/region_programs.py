@@ -16,7 +16,7 @@ from tetdeploy.native import DOMAIN
 from tetdeploy.native.graphs import Kind, attribute
 from tetdeploy.native.programs import Op, Program
 from tetdeploy.native.scans import NeuronStep
-from tetdeploy.native.wholes import COMPARISONS
+from tetdeploy.native.whole_numbers import COMPARISONS
 
 BINARY = {
     "Add": Op.ADD,

@@ -18,7 +18,7 @@ from tetdeploy.native.graphs import Kind, attribute, constants_of, leading_to, p
 from tetdeploy.native.layout import keep_blocked, keep_last
 from tetdeploy.native.region_programs import BINARY, UNARY, RegionWriter, UnfusableError, check_neuron_step
 from tetdeploy.native.scans import NeuronStep, marked
-from tetdeploy.native.wholes import WholeNumbers
+from tetdeploy.native.whole_numbers import WholeNumbers
 
 FLOAT, UINT8, INT8, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8, TensorProto.BOOL
 

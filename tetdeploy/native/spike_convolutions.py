@@ -24,7 +24,7 @@ from tetdeploy.native.graphs import Kind, attributes_of, copied, leading_to, put
 from tetdeploy.native.layout import TO_FIRST, TO_LAST
 from tetdeploy.native.packing import digits_of, rows_of, tiles_of, whole_weights
 from tetdeploy.native.scans import NeuronStep
-from tetdeploy.native.wholes import Whole, WholeNumbers, threshold
+from tetdeploy.native.whole_numbers import Whole, WholeNumbers, threshold
 
 MOST = 2**31 // (128 * 257)  # inputs of 1 that may add up: two digits of each stay within int32
 MOST_ADDED, LEAST_ADDED, LEAST_BYTES = 2, 32, 32  # inputs, channels and registers of which additions are the faster way
