@@ -24,10 +24,12 @@ from zoo_helpers import for_export, graph_of
 from tetdeploy import native
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model
+from tetdeploy.native.fusing import fuse_model
+from tetdeploy.native.graphs import Kind, reads
 from tetdeploy.native.layout import keep_last
-from tetdeploy.native.loops import Loop, reads
 from tetdeploy.native.programs import MAX_REGISTERS, Op, Program
-from tetdeploy.native.regions import Kind, UnfusableError, check_loop
+from tetdeploy.native.region_programs import UnfusableError, check_neuron_step
+from tetdeploy.native.scans import NeuronStep
 from tetdeploy.neurons import LIF
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -72,7 +74,7 @@ def run(model: bytes, feed: dict[str, Array], threads: int = 2, *, joined: bool 
 
 def joined(model: bytes) -> tuple[bytes, list[str]]:
     """The model with native operators, and the operators that it has then."""
-    made = native.fuse_model(model)
+    made = fuse_model(model)
     assert made is not None
     return made, [node.op_type for node in onnx.ModelProto.FromString(made).graph.node]
 
@@ -219,7 +221,7 @@ def test_parts_that_may_differ_in_length_are_left_alone(length: str) -> None:
     inputs: dict[str, tuple[int, Sequence[int | str]]] = {"a": (FLOAT, ["N", 5]), "b": (FLOAT, [length, 5])}
     model = graph(nodes, inputs, {"y": FLOAT}, {"k": np.array(2.0, np.float32)})
     if length == "M":
-        assert native.fuse_model(model) is None
+        assert fuse_model(model) is None
     else:
         assert assert_same(model, {"a": floats(3, 5), "b": floats(3, 5, seed=2)}) == ["Elementwise"]
 
@@ -250,7 +252,7 @@ def test_a_number_that_a_caller_may_change_is_none() -> None:
     nodes = [helper.make_node("Mul", ["x", "k"], ["a"]), helper.make_node("Sub", ["a", "x"], ["y"])]
     inputs: dict[str, tuple[int, Sequence[int | str]]] = {"x": (FLOAT, ["N", 4]), "k": (FLOAT, [1])}
     model = graph(nodes, inputs, {"y": FLOAT}, {"k": np.array([0.5], np.float32)})
-    assert native.fuse_model(model) is None  # k is a tensor that is repeated
+    assert fuse_model(model) is None  # k is a tensor that is repeated
 
 
 def test_an_output_that_is_a_constant_stays_one() -> None:
@@ -356,7 +358,7 @@ def test_what_nobody_reads_is_left_out() -> None:
 
 def test_a_graph_with_nothing_to_join_stays() -> None:
     model = graph([helper.make_node("Relu", ["x"], ["y"])], {"x": (FLOAT, ["N", 4])}, {"y": FLOAT})
-    assert native.fuse_model(model) is None
+    assert fuse_model(model) is None
 
 
 # --------------------------------------------------------------------------------------------------------- networks
@@ -364,7 +366,7 @@ def test_a_graph_with_nothing_to_join_stays() -> None:
 
 @pytest.fixture
 def ort_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The float32 convolutions of spikes have other bits than ONNX Runtime's: test_spikes.py has them."""
+    """The float32 convolutions of spikes have other bits than ONNX Runtime's: test_spike_convolutions.py has them."""
     monkeypatch.setattr(native, "has_tiles", lambda: False)
     monkeypatch.setattr(native, "vector_bytes", lambda: 0)
 
@@ -601,7 +603,7 @@ def test_spikes_that_are_summed_later_go_there_as_bytes() -> None:
 ])  # fmt: skip
 def test_neurons_that_no_program_knows_are_refused(nodes: list[onnx.NodeProto]) -> None:
     with pytest.raises(UnfusableError, match="neurons"):
-        check_loop(Loop(tuple(nodes), {}, u="u", x="x", next_u="x", spikes="y"))
+        check_neuron_step(NeuronStep(tuple(nodes), {}, u="u", x="x", next_u="x", spikes="y"))
 
 
 def test_sessions_may_be_shared_by_threads() -> None:
@@ -678,7 +680,7 @@ def test_what_goes_wrong_leaves_the_engine_as_it_would_be_without(monkeypatch: p
     def fail(model: bytes) -> bytes:
         raise OSError("no space left")
 
-    monkeypatch.setattr("tetdeploy.native.fuse_model", fail)
+    monkeypatch.setattr("tetdeploy.native.fusing.fuse_model", fail)
     with pytest.warns(RuntimeWarning, match=r"step.*runs on ONNX Runtime's own operators alone: no space left"):
         engine = Engine(exported("step"))
     assert not engine.native and engine.run(digits().images[:2], 2).logits.shape == (2, 10)
@@ -687,13 +689,13 @@ def test_what_goes_wrong_leaves_the_engine_as_it_would_be_without(monkeypatch: p
 
 
 def test_counting_is_native_and_other_overlays_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, fuse = [], native.fuse_model
+    made = list[bytes | None]()
 
-    def fuse_model(model: bytes) -> bytes | None:
-        made.append(fuse(model))
+    def fuse(model: bytes) -> bytes | None:
+        made.append(fuse_model(model))
         return made[-1]
 
-    monkeypatch.setattr("tetdeploy.native.fuse_model", fuse_model)
+    monkeypatch.setattr("tetdeploy.native.fusing.fuse_model", fuse)
     engine, x = Engine(exported("dynamic"), native=True), digits().images[:4]
     engine.run_with(engine.counting_overlay, x, 3)
     assert len(made) == 1
@@ -704,7 +706,7 @@ def test_counting_is_native_and_other_overlays_are_not(monkeypatch: pytest.Monke
 
 def test_counting_that_goes_wrong_natively_is_left_to_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, x = Engine(exported("dynamic"), native=True), digits().images[:4]
-    monkeypatch.setattr("tetdeploy.native.fuse_model", Mock(side_effect=OSError("no space left")))
+    monkeypatch.setattr("tetdeploy.native.fusing.fuse_model", Mock(side_effect=OSError("no space left")))
     with pytest.warns(RuntimeWarning, match=r"dynamic.*runs on ONNX Runtime's own operators alone: no space left"):
         counts = engine.count(x, 3)[1]
     for name, value in Engine(exported("dynamic"), native=False).count(x, 3)[1].items():
@@ -763,7 +765,7 @@ def test_a_long_chain_is_one_node() -> None:
     names = ["x", *(f"a{k}" for k in range(1, 1500)), "y"]
     adds = [helper.make_node("Add", [one, "x"], [other]) for one, other in itertools.pairwise(names)]
     model = graph(adds, {"x": (FLOAT, ["N", 4])}, {"y": FLOAT})
-    made = native.fuse_model(model)
+    made = fuse_model(model)
     assert made is not None and len(onnx.ModelProto.FromString(made).graph.node) == 1
     feed = {"x": floats(2, 4)}
     np.testing.assert_array_equal(run(model, feed)[0], run(made, feed, joined=True)[0])
@@ -777,7 +779,7 @@ def test_more_steps_than_registers_leave_the_region_to_onnxruntime() -> None:
     nodes += [helper.make_node("Add", [f"x{t}", f"x{T - 1 - t}"], [f"a{t}"]) for t in range(T)]
     nodes.append(helper.make_node("Concat", [f"a{t}" for t in range(T)], ["y"], axis=0))
     model = graph(nodes, {"x": (FLOAT, ["TN", 4])}, {"y": FLOAT})
-    made = native.fuse_model(model)
+    made = fuse_model(model)
     feed = {"x": floats(2 * T, 4)}
     if made is not None:
         np.testing.assert_array_equal(run(model, feed)[0], run(made, feed, joined=True)[0])

@@ -42,6 +42,7 @@ from tetdeploy.cli.options import data_dir_option, json_option
 from tetdeploy.data import LabelledSet, load_data
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.files import write_json
+from tetdeploy.native.fusing import fuse_model
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -125,7 +126,7 @@ def convolution_share(model: Path, x: Any, threads: int, *, own: bool = False) -
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.enable_profiling, options.log_severity_level = threads, True, 3
-    graph = None if own or native.missing() else native.fuse_model(model.read_bytes())
+    graph = None if own or native.missing() else fuse_model(model.read_bytes())
     if graph is not None:
         native.use(ort, options)
     with tempfile.TemporaryDirectory() as folder:

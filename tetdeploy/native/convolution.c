@@ -1,6 +1,6 @@
 /* Convolutions of bytes as operators of ONNX Runtime: what their ways of computing have in common.
  *
- * `ai.tetdeploy::Convolution` stands for a `QLinearConv` of bytes that lie channels last, and gives its bits: sums of
+ * `ai.tetdeploy::Int8Convolution` stands for a `QLinearConv` of bytes that lie channels last, and gives its bits: sums of
  * int32, plus the bias, times a scale for each channel in float32, limited, rounded to even, plus the zero point.
  *
  * `ai.tetdeploy::SpikeConvolution`, with AMX, and `ai.tetdeploy::SpikeAdditions`, without, stand for a float32 `Conv` of

@@ -8,19 +8,17 @@ Element-wise ones do not mind the order of elements.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Container, MutableMapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tetdeploy.native.loops import Loop, attribute, leading_to, put_nodes
-from tetdeploy.native.wholes import Whole, WholeNumbers
-
-if TYPE_CHECKING:
-    from tetdeploy.native.regions import Kind
+from tetdeploy.native.graphs import Kind, attribute, copied, leading_to, put_nodes, reading
+from tetdeploy.native.scans import NeuronStep
+from tetdeploy.native.whole_numbers import Whole, WholeNumbers
 
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # where the channels go
 EXACT = 2**24  # whole numbers up to this have no rounding in float32
@@ -50,11 +48,11 @@ def keep_blocked(
             instead[node.output[0]] = blocked[node.input[0]]
         elif k in elementwise and tensors and all(name in blocked for name in tensors):
             moved = True
-            copied = onnx.NodeProto.FromString(node.SerializeToString())
-            copied.input[:] = [blocked.get(name, name) for name in node.input]
-            copied.output[:] = [f"{name}.blocked" for name in node.output]
-            nodes.append(copied)
-            for plain, name in zip(node.output, copied.output, strict=True):
+            twin = copied(node)
+            twin.input[:] = [blocked.get(name, name) for name in node.input]
+            twin.output[:] = [f"{name}.blocked" for name in node.output]
+            nodes.append(twin)
+            for plain, name in zip(node.output, twin.output, strict=True):
                 blocked[plain], kinds[name] = name, kinds[plain]
                 channels = kinds[plain].shape[1]
                 nodes.append(helper.make_node("ReorderOutput", [name], [plain], domain=DOMAIN, channels=channels))
@@ -69,14 +67,6 @@ def keep_blocked(
     return True
 
 
-def reading(instead: Mapping[str, str], nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Copies of the nodes that read other tensors instead."""
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    for node in copies:
-        node.input[:] = [instead.get(name, name) for name in node.input]
-    return copies
-
-
 def _same_shape(kinds: MutableMapping[str, Kind], reorder: onnx.NodeProto) -> bool:
     """Whether no channel was added to fill a block, and channels are the second axis."""
     last = attribute(reorder, "channels_last", 0)
@@ -89,78 +79,108 @@ def keep_last(
     kinds: MutableMapping[str, Kind],
     elementwise: Container[int],
     numbers: Container[str],
-    loops: Sequence[Loop] = (),
+    neuron_steps: Sequence[NeuronStep] = (),
 ) -> bool:
     """Let the nodes `elementwise` work with channels last where what they read can come so and where that saves
     `Transpose`s: before integer convolutions, before the mean over an image, and before sums that count spikes.
     Arguments and result as of `keep_blocked`.
 
     Args:
-        loops: the neurons that stand where `take_out_loops` left its marks.
+        neuron_steps: what `take_out_scans` took out.
     """
-    last: dict[str, str] = {}  # by the name of the tensor in usual order
-    instead: dict[str, str] = {}
-    computed: dict[str, str] = {}  # of `last` what is computed here
-    means = set[str]()  # of which a `Transpose` costs nothing
-    axes = {t.name: numpy_helper.to_array(t).tolist() for t in graph.initializer if t.data_type == TensorProto.INT64}
-    new_axes: dict[str, list[int]] = {}
-    wholes = WholeNumbers(graph, loops)
-    given = {output.name for output in graph.output}
-    nodes = list[onnx.NodeProto]()
+    writer = _ToLast(graph, kinds, elementwise, numbers, neuron_steps)
     for k, node in enumerate(graph.node):
-        tensors = [name for name in node.input if name not in numbers]
-        if _turns(node, TO_LAST) and node.input[0] in last and node.output[0] not in given:
-            instead[node.output[0]] = last[node.input[0]]
-            continue
-        nodes.append(node)
-        if node.op_type in ("ReduceMean", "ReduceSum") and node.input[0] in last:
-            reduced = sorted(axis % 4 for axis in axes.get(node.input[-1], []))
-            if reduced and _is_exact(kinds[node.input[0]], reduced, wholes.of(node.input[0])):
-                nodes[-1:] = made_of_it = _reduced(node, last[node.input[0]], reduced)
-                if made_of_it != [node]:
-                    new_axes[_axes_name(node)] = [TO_LAST.index(axis) for axis in reduced]
-                if node.op_type == "ReduceMean":
-                    means.update(made_of_it[0].output)
-            continue
-        if node.output[0] not in kinds or len(kinds[node.output[0]].shape) != 4:
-            continue
-        if _turns(node, TO_FIRST):
-            last[node.output[0]] = node.input[0]
-        elif node.domain == DOMAIN and node.op_type == "ReorderOutput" and _same_shape(kinds, node):
-            channels = kinds[node.output[0]].shape[1]
-            nodes.append(_twin(node, last, kinds, channels=channels, channels_last=1))
-        elif k in elementwise and tensors and all(name in last for name in tensors):
-            nodes.append(_twin(node, last, kinds))
-            computed |= {name: last[name] for name in node.output}
-    nodes = leading_to(graph.output, reading(instead, nodes))
-    made = {name for node in nodes for name in node.output}
-    before, after = (
-        sum(node.op_type == "Transpose" and node.input[0] not in means for node in each) for each in (graph.node, nodes)
-    )
-    if after >= before or any(name in made and twin in made for name, twin in computed.items()):
+        writer.take(k, node)
+    nodes = leading_to(graph.output, reading(writer.instead, writer.nodes))
+    if not writer.saves(nodes):
         return False
-    graph.initializer.extend(numpy_helper.from_array(np.array(moved), name) for name, moved in new_axes.items())
+    axes = writer.new_axes.items()
+    graph.initializer.extend(numpy_helper.from_array(np.array(moved), name) for name, moved in axes)
     put_nodes(graph, nodes)
     return True
 
 
+class _ToLast:
+    """A graph is written anew, with what can come with channels last beside what it was.
+
+    Attributes:
+        instead: what the nodes are to read in place of others.
+        new_axes: constants that they name: axes, which are others with channels last.
+    """
+
+    def __init__(
+        self,
+        graph: onnx.GraphProto,
+        kinds: MutableMapping[str, Kind],
+        elementwise: Container[int],
+        numbers: Container[str],
+        neuron_steps: Sequence[NeuronStep],
+    ) -> None:
+        self.graph, self.kinds, self.elementwise, self.numbers = graph, kinds, elementwise, numbers
+        self.wholes = WholeNumbers(graph, neuron_steps)
+        self.given = {output.name for output in graph.output}
+        int64s = (t for t in graph.initializer if t.data_type == TensorProto.INT64)
+        self.axes = {t.name: numpy_helper.to_array(t).tolist() for t in int64s}
+        self.nodes: list[onnx.NodeProto] = []
+        self.instead: dict[str, str] = {}
+        self.new_axes: dict[str, list[int]] = {}
+        self.last: dict[str, str] = {}  # by the name of the tensor in usual order
+        self.computed: dict[str, str] = {}  # of `last` what is computed here
+        self.means = set[str]()  # of which a `Transpose` costs nothing
+
+    def take(self, k: int, node: onnx.NodeProto) -> None:
+        tensors = [name for name in node.input if name not in self.numbers]
+        if _turns(node, TO_LAST) and node.input[0] in self.last and node.output[0] not in self.given:
+            self.instead[node.output[0]] = self.last[node.input[0]]
+            return
+        self.nodes.append(node)
+        if node.op_type in ("ReduceMean", "ReduceSum") and node.input[0] in self.last:
+            self._reduce(node)
+        elif node.output[0] not in self.kinds or len(self.kinds[node.output[0]].shape) != 4:
+            return
+        elif _turns(node, TO_FIRST):
+            self.last[node.output[0]] = node.input[0]
+        elif node.domain == DOMAIN and node.op_type == "ReorderOutput" and _same_shape(self.kinds, node):
+            self._turn(node, channels=self.kinds[node.output[0]].shape[1], channels_last=1)
+        elif k in self.elementwise and tensors and all(name in self.last for name in tensors):
+            self._turn(node)
+            self.computed |= {name: self.last[name] for name in node.output}
+
+    def saves(self, nodes: Sequence[onnx.NodeProto]) -> bool:
+        """Whether `nodes` have fewer `Transpose`s than the graph, and compute nothing in both layouts."""
+        made = {name for node in nodes for name in node.output}
+        before, after = (
+            sum(node.op_type == "Transpose" and node.input[0] not in self.means for node in each)
+            for each in (self.graph.node, nodes)
+        )
+        return after < before and not any(name in made and twin in made for name, twin in self.computed.items())
+
+    def _reduce(self, node: onnx.NodeProto) -> None:
+        """Write a mean or a sum, which was written as it is, as one of what has its channels last, if it can be."""
+        read = node.input[0]
+        reduced = sorted(axis % 4 for axis in self.axes.get(node.input[-1], []))
+        if reduced and _is_exact(self.kinds[read], reduced, self.wholes.of(read)):
+            self.nodes[-1:] = made_of_it = _reduced(node, self.last[read], reduced)
+            if made_of_it != [node]:
+                self.new_axes[_axes_name(node)] = [TO_LAST.index(axis) for axis in reduced]
+            if node.op_type == "ReduceMean":
+                self.means.update(made_of_it[0].output)
+
+    def _turn(self, node: onnx.NodeProto, **attributes: Any) -> None:
+        """Write the node on tensors with channels last, too."""
+        outputs = [f"{name}.last" for name in node.output]
+        read = [self.last.get(name, name) for name in node.input]
+        twin = helper.make_node(node.op_type, read, outputs, domain=node.domain, **attributes)
+        twin.attribute.extend(a for a in node.attribute if a.name not in attributes)
+        self.nodes.append(twin)
+        for name, output in zip(node.output, outputs, strict=True):
+            self.last[name] = output
+            kind = self.kinds[name]
+            self.kinds[output] = replace(kind, shape=tuple(kind.shape[axis] for axis in TO_LAST))
+
+
 def _turns(node: onnx.NodeProto, perm: tuple[int, ...]) -> bool:
     return node.op_type == "Transpose" and any(a.name == "perm" and tuple(a.ints) == perm for a in node.attribute)
-
-
-def _twin(
-    node: onnx.NodeProto, last: MutableMapping[str, str], kinds: MutableMapping[str, Kind], **attributes: Any
-) -> onnx.NodeProto:
-    """The node on tensors with channels last."""
-    outputs = [f"{name}.last" for name in node.output]
-    twin = helper.make_node(
-        node.op_type, [last.get(name, name) for name in node.input], outputs, domain=node.domain, **attributes
-    )
-    twin.attribute.extend(a for a in node.attribute if a.name not in attributes)
-    for name, output in zip(node.output, outputs, strict=True):
-        last[name] = output
-        kinds[output] = replace(kinds[name], shape=tuple(kinds[name].shape[axis] for axis in TO_LAST))
-    return twin
 
 
 def _reduced(node: onnx.NodeProto, last: str, axes: Sequence[int]) -> list[onnx.NodeProto]:

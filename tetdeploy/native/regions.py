@@ -7,66 +7,28 @@ does their work itself.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
 from functools import partial
 
-import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tetdeploy.native import DOMAIN
+from tetdeploy.native.graphs import Kind, attribute, constants_of, leading_to, put_nodes, reads, scalar, steps_input
 from tetdeploy.native.layout import keep_blocked, keep_last
-from tetdeploy.native.loops import FIRST_MARK, Loop, attribute, constants_of, leading_to, put_nodes, reads, scalar
-from tetdeploy.native.programs import Op, Program
-from tetdeploy.native.wholes import COMPARISONS, WholeNumbers
+from tetdeploy.native.region_programs import BINARY, UNARY, RegionWriter, UnfusableError, check_neuron_step
+from tetdeploy.native.scans import NeuronStep, marked
+from tetdeploy.native.whole_numbers import WholeNumbers
 
 FLOAT, UINT8, INT8, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8, TensorProto.BOOL
-BINARY = {
-    "Add": Op.ADD,
-    "Sub": Op.SUB,
-    "Mul": Op.MUL,
-    "Div": Op.DIV,
-    "Less": Op.LESS,
-    "Greater": Op.GREATER,
-    "LessOrEqual": Op.LESS_EQUAL,
-    "GreaterOrEqual": Op.GREATER_EQUAL,
-}
-UNARY = ("ThresholdedRelu", "HardSigmoid")
-NUMBER_RIGHT = {op: Op[f"{op.name}_K"] for op in BINARY.values()}
-NUMBER_LEFT = {
-    Op.ADD: Op.ADD_K,
-    Op.SUB: Op.K_SUB,
-    Op.MUL: Op.MUL_K,
-    Op.DIV: Op.K_DIV,
-    Op.LESS: Op.GREATER_K,
-    Op.GREATER: Op.LESS_K,
-    Op.LESS_EQUAL: Op.GREATER_EQUAL_K,
-    Op.GREATER_EQUAL: Op.LESS_EQUAL_K,
-}
 
 
-@dataclass(frozen=True)
-class Kind:
-    """Element type (in ONNX's numbering) and shape of a tensor; a dimension that is not fixed is None or has a name."""
-
-    type: int
-    shape: tuple[int | str | None, ...]
-
-
-class UnfusableError(Exception):
-    """No program can be written for a region, its argument."""
-
-
-def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], loops: Sequence[Loop] = ()) -> int:
+def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], neuron_steps: Sequence[NeuronStep] = ()) -> int:
     """Put nodes `Elementwise` in place of the element-wise regions of `model`.
 
     Args:
         kinds: of the graph's tensors.
-        loops: the neurons that stand where `take_out_loops` left its marks.
+        neuron_steps: what `take_out_scans` took out.
 
     Returns: how many there are.
 
@@ -76,18 +38,18 @@ def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], loops: Sequence[Loop
     kinds = dict(kinds)
     # A region that nobody reads has no program.
     put_nodes(model.graph, leading_to(model.graph.output, model.graph.node))
-    graph = _Graph(model.graph, kinds, loops)
-    for keep in (keep_blocked, partial(keep_last, loops=loops)):
+    graph = _Graph(model.graph, kinds, neuron_steps)
+    for keep in (keep_blocked, partial(keep_last, neuron_steps=neuron_steps)):
         elementwise = {k for k in range(len(graph.nodes)) if k in graph.region or graph.inline[k]}
         if keep(model.graph, kinds, elementwise, graph.numbers.keys() | graph.sizes.keys()):
-            graph = _Graph(model.graph, kinds, loops)
+            graph = _Graph(model.graph, kinds, neuron_steps)
     return graph.fuse()
 
 
 class _Graph:
     """A graph whose nodes are known by their place in it."""
 
-    def __init__(self, graph: onnx.GraphProto, kinds: Mapping[str, Kind], loops: Sequence[Loop]) -> None:
+    def __init__(self, graph: onnx.GraphProto, kinds: Mapping[str, Kind], neuron_steps: Sequence[NeuronStep]) -> None:
         self.graph, self.kinds, self.nodes = graph, kinds, list(graph.node)
         self.producer = {name: k for k, node in enumerate(self.nodes) for name in node.output}
         constants = constants_of(graph)
@@ -99,10 +61,16 @@ class _Graph:
         for node in self.nodes:
             for name in reads(node):
                 self.read_by[name].append(node)
-        self.wholes = WholeNumbers(graph, loops)
+        self.wholes = WholeNumbers(graph, neuron_steps)
         self.inline = [self._is_inline(node) for node in self.nodes]
         self.joins = defaultdict[str, list[int]](list)  # the Concats that a value is part of
         self.region: dict[int, int] = {}
+        self._connect()
+        self.neurons = self._find_neurons(neuron_steps)
+        self.steps = steps_input(graph)
+
+    def _connect(self) -> None:
+        """Join the regions of members that read of one another, or what the others read, on one level."""
         level, readers = self._levels(), defaultdict[str, list[int]](list)
         for k in self.region:
             node = self.nodes[k]
@@ -116,17 +84,23 @@ class _Graph:
             for name in node.input if node.op_type == "Concat" else ():
                 self.joins[name].append(k)
         self.region = {k: self._first(k) for k in self.region}
-        self.loops = {}
-        for k, node in enumerate(self.nodes if loops else ()):
+
+    def _find_neurons(self, neuron_steps: Sequence[NeuronStep]) -> dict[int, NeuronStep]:
+        """The nodes that stand for neurons which `take_out_scans` took out.
+
+        Raises:
+            UnfusableError: some are not there any more, or no program can be written for them.
+        """
+        found = {}
+        for k, node in enumerate(self.nodes if neuron_steps else ()):
             mark = self.numbers.get(node.input[1]) if node.op_type == "Greater" else None
-            if mark is not None and FIRST_MARK <= float(mark) < FIRST_MARK + len(loops):
-                self.loops[k] = loops[int(mark) - FIRST_MARK]
-                check_loop(self.loops[k])
-        if len(self.loops) != len(loops):
+            neurons = marked(mark, neuron_steps)
+            if neurons is not None:
+                found[k] = neurons
+                check_neuron_step(neurons)
+        if len(found) != len(neuron_steps):
             raise UnfusableError("a loop was lost")
-        self.steps = (
-            "steps" if any(value.name == "steps" for value in graph.input) else "x"
-        )  # [N, T], or frames [N, T, ...]
+        return found
 
     def _levels(self) -> list[int]:
         """How many nodes outside regions are on the longest path that leads to each node, or, if only members on one
@@ -165,15 +139,15 @@ class _Graph:
                 members[first].append(k)
             self.region = {k: first for k, first in self.region.items() if len(members[first]) > 1}
             try:
-                writers = [_Writer(self, first, of) for first, of in members.items() if len(of) > 1]
+                writers = [RegionWriter(self, first, of) for first, of in members.items() if len(of) > 1]
                 outside = self._read_outside(writers)
                 made = [writer.node(outside) for writer in writers]
             except UnfusableError as error:
-                if any(self.region.get(k) == error.args[0] for k in self.loops):
+                if any(self.region.get(k) == error.args[0] for k in self.neurons):
                     raise
                 self.region = {k: first for k, first in self.region.items() if first != error.args[0]}
                 continue
-            if not self.loops.keys() <= self.region.keys():
+            if not self.neurons.keys() <= self.region.keys():
                 raise UnfusableError("a loop stands alone")
             kept = [node for k, node in enumerate(self.nodes) if k not in self.region]
             put_nodes(self.graph, leading_to(self.graph.output, [*kept, *made]))
@@ -251,7 +225,7 @@ class _Graph:
         shape = self.kinds[name].shape
         return (shape[0] == 1, *shape[1:])
 
-    def _read_outside(self, writers: list[_Writer]) -> set[str]:
+    def _read_outside(self, writers: list[RegionWriter]) -> set[str]:
         """What regions read of one another, and all others of them."""
         needed = [output.name for output in self.graph.output]
         needed += [name for writer in writers for name in writer.reads]
@@ -266,241 +240,3 @@ class _Graph:
                 producer = self.inline_producer(name)
                 needed += producer.input if producer is not None else []
         return found
-
-
-class _Writer:
-    """Writes the program of one region.
-
-    Attributes:
-        reads: the tensors that it reads.
-        parts: in how many steps each tensor comes that it makes or that leads to one that it reads.
-    """
-
-    def __init__(self, graph: _Graph, region: int, members: list[int]) -> None:
-        self.graph, self.region = graph, region
-        self.nodes = [graph.nodes[k] for k in members]
-        self.loops = [graph.loops[k] for k in members if k in graph.loops]
-        self.parts = self._count_parts()
-        if self.loops and set(self.parts.values()) != {1}:
-            raise UnfusableError(region)  # steps of both kinds
-        self.reads: list[str] = []
-        self._program = Program()
-        self._repeated: set[str] = set()
-        self._values: dict[tuple[str, int], int] = {}
-        for name in (name for node in self.nodes for name in node.output):  # each behind what it is computed from
-            for part in range(self.parts[name]):
-                self._value(name, part)
-
-    def node(self, outside: set[str]) -> onnx.NodeProto:
-        """The node whose outputs are those of the region that are read outside it."""
-        outputs = [name for node in self.nodes for name in node.output if name in outside]
-        self._program.stores = [
-            (self._values[name, part], number, part)
-            for number, name in enumerate(outputs)
-            for part in range(self.parts[name])
-        ]
-        try:
-            program = self._program.encode()
-        except ValueError as error:
-            raise UnfusableError(self.region) from error
-        return helper.make_node(
-            "Elementwise",
-            [*self.reads, *([self.graph.steps] if self.loops else [])],
-            outputs,
-            domain=DOMAIN,
-            program=program,
-            immediates=[*self._program.immediates, 0.0],
-            input_ports=[number for name in self.reads for number in self._port(name)],
-            output_ports=[number for name in outputs for number in self._port(name)],
-            states=len(self._program.kept) if self.loops else -1,
-        )
-
-    def _port(self, name: str) -> tuple[int, int]:
-        """Type and parts, as `elementwise.c` numbers them."""
-        parts = self.parts.get(name, 1)
-        return self.graph.kinds[name].type, parts if not self.loops else -1 if name in self._repeated else 0
-
-    def _value(self, name: str, part: int) -> int:
-        key = (name, part)
-        if key not in self._values:
-            self._values[key] = self._write(name, part)
-        return self._values[key]
-
-    def _write(self, name: str, part: int) -> int:
-        """The value of one step of a tensor, loaded or computed."""
-        place = self._place(name, part)
-        if place is not None:
-            return self._program.add(Op.LOAD, *place)
-        node = self.graph.nodes[self.graph.producer[name]]
-        if node.op_type == "DequantizeLinear":
-            return self._dequantise(node, part)
-        if node.op_type == "Split":
-            return self._value(node.input[0], list(node.output).index(name) * self.parts[name] + part)
-        if node.op_type == "Concat":
-            for piece in node.input:
-                if part < self.parts[piece]:
-                    return self._value(piece, part)
-                part -= self.parts[piece]
-        if (loop := self.graph.loops.get(self.graph.producer[name])) is not None:
-            return self._fire(loop, self._value(node.input[0], part))
-        return _arithmetic(self._program, node, lambda operand: self._value(operand, part), self.graph.numbers)
-
-    def _fire(self, loop: Loop, current: int) -> int:
-        """The spikes of a loop's neurons in one step."""
-        state = self._program.state()
-        values = {loop.u: state, loop.x: current}
-        for node in loop.nodes:
-            values[node.output[0]] = _arithmetic(self._program, node, values.__getitem__, loop.numbers)
-        self._program.kept[state] = values[loop.next_u]
-        return values[loop.spikes]
-
-    def _dequantise(self, node: onnx.NodeProto, part: int) -> int:
-        scale, zero = (float(self.graph.numbers[name]) if name else 0.0 for name in (*node.input, "")[1:3])
-        place = self._place(node.input[0], part)
-        if place is not None:
-            return self._program.add(Op.DEQUANTIZE, *place, self._program.immediate(zero, scale))
-        centred = self._program.add(Op.SUB_K, self._value(node.input[0], part), k=self._program.immediate(zero))
-        return self._program.add(Op.MUL_K, centred, k=self._program.immediate(scale))
-
-    def _place(self, name: str, part: int) -> tuple[int, int] | None:
-        """The input, and its part, that hold one step of a tensor; None of what is computed here."""
-        tensor = self._tensor(name, part)
-        if tensor is None:
-            return None
-        if tensor[0] not in self.reads:
-            self.reads.append(tensor[0])
-        return self.reads.index(tensor[0]), tensor[1]
-
-    def _tensor(self, name: str, part: int) -> tuple[str, int] | None:
-        if self.graph.region_of(name) == self.region:
-            return None
-        node = self.graph.inline_producer(name)
-        if node is None:
-            repeated = self.graph.repeated(name) if self.loops else None
-            if repeated is not None:
-                self._repeated.add(repeated)
-                return repeated, part
-            join = self._join(name)
-            if join is None:
-                return name, part
-            before = list(join.input).index(name)
-            return join.output[0], sum(self.parts[other] for other in join.input[:before]) + part
-        if node.op_type == "Split":
-            return self._tensor(node.input[0], list(node.output).index(name) * self.parts[name] + part)
-        return None
-
-    def _join(self, name: str) -> onnx.NodeProto | None:
-        """The Concat through which another region gives a value anyway."""
-        region = self.graph.region_of(name)
-        joins = (k for k in self.graph.joins[name] if region is not None and self.graph.region.get(k) == region)
-        return next((self.graph.nodes[k] for k in joins), None)
-
-    def _count_parts(self) -> dict[str, int]:
-        """In how many steps the tensors come that the region makes, reads, or that stand between."""
-        same, sums = list[list[str]](), list[tuple[str, list[str]]]()
-        names, seen = [name for node in self.nodes for name in (*node.input, *node.output)], set[str]()
-        while names:
-            name = names.pop()
-            if name in seen or name in self.graph.numbers:
-                continue
-            seen.add(name)
-            own = self.graph.region_of(name) == self.region
-            node = self.graph.nodes[self.graph.producer[name]] if own else self.graph.inline_producer(name)
-            node = node or self._join(name)
-            if node is None:
-                continue
-            tensors = [n for n in node.input if n not in self.graph.numbers and n not in self.graph.sizes]
-            if node.op_type == "Split":
-                sums.append((tensors[0], list(node.output)))
-                same.append(list(node.output))
-            elif node.op_type == "Concat":
-                sums.append((node.output[0], tensors))
-            else:
-                same.append([*tensors, *node.output])
-            names += [*tensors, *node.output]
-        lengths = {name: self.graph.kinds[name].shape[0] for name in seen}
-        found = _solve(lengths, same, sums, self.region)
-        if len({length / found[name] for name, length in lengths.items() if isinstance(length, int)}) > 1:
-            raise UnfusableError(self.region)  # a step is not as long as the other
-        return found
-
-
-def _solve(
-    lengths: Mapping[str, int | str | None], same: list[list[str]], sums: list[tuple[str, list[str]]], region: int
-) -> dict[str, int]:
-    """Whole numbers, as small as they can be, with `same` names equal and each total in `sums` that of its pieces.
-
-    Args:
-        lengths: of each name, which the numbers are to be in proportion to; None of one that is not known.
-
-    Raises:
-        UnfusableError: there are none, or others could be as well.
-    """
-    known, equal = defaultdict[object, list[str]](list), {name: name for name in lengths}
-    for name, length in lengths.items():
-        known[name if length is None else (length,)].append(name)
-
-    def first(name: str) -> str:
-        while equal[name] != name:
-            equal[name] = name = equal[equal[name]]
-        return name
-
-    for group in (*same, *known.values()):
-        for name in group:
-            equal[first(name)] = first(group[0])
-    found, zero = {first(next(iter(lengths))): Fraction(1)}, Fraction(0)
-    totals = dict.fromkeys((first(total), *sorted(map(first, pieces))) for total, pieces in sums)
-    while (news := len(found)) < len(set(map(first, lengths))):
-        for total, *pieces in totals:
-            unknown = {name for name in (total, *pieces) if name not in found}
-            for name in unknown if len(unknown) == 1 else ():
-                rest = sum((found.get(piece, zero) for piece in pieces), -found.get(total, zero))
-                times = (total == name) - pieces.count(name)
-                if times and rest / times > 0:
-                    found[name] = rest / times
-        if len(found) == news:
-            raise UnfusableError(region)  # how long one is beside the others is seen in the call
-    if any(found[total] != sum(found[piece] for piece in pieces) for total, *pieces in totals):
-        raise UnfusableError(region)
-    least = Fraction(
-        math.gcd(*(number.numerator for number in found.values())),
-        math.lcm(*(number.denominator for number in found.values())),
-    )
-    return {name: int(found[first(name)] / least) for name in lengths}
-
-
-def _arithmetic(
-    program: Program, node: onnx.NodeProto, operand: Callable[[str], int], numbers: Mapping[str, np.generic]
-) -> int:
-    """The value of a node on values that its operands have."""
-    if node.op_type in BINARY:
-        op, (left, right) = BINARY[node.op_type], node.input
-        if left in numbers:
-            return program.add(NUMBER_LEFT[op], operand(right), k=program.immediate(float(numbers[left])))
-        if right in numbers:
-            return program.add(NUMBER_RIGHT[op], operand(left), k=program.immediate(float(numbers[right])))
-        return program.add(op, operand(left), operand(right))
-    value = operand(node.input[0])
-    if node.op_type == "ThresholdedRelu":
-        return program.add(Op.THRESHOLDED_RELU, value, k=program.immediate(attribute(node, "alpha", 1.0)))
-    if node.op_type == "HardSigmoid":
-        slope = program.immediate(attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5))
-        return program.add(Op.HARD_SIGMOID, value, k=slope)
-    assert node.op_type == "Cast"  # of 0 and 1, or of bytes
-    return value
-
-
-def check_loop(loop: Loop) -> None:
-    """Refuse neurons of which `_arithmetic` does not know an operator.
-
-    Raises:
-        UnfusableError: there is one.
-    """
-    made = {loop.u: "", loop.x: "", **dict.fromkeys(loop.numbers, "")}  # by which operator
-    for node in loop.nodes:
-        casts_spikes = node.op_type == "Cast" and made.get(node.input[0]) in COMPARISONS
-        if not (casts_spikes or node.op_type in (*BINARY, *UNARY)) or not made.keys() >= set(node.input):
-            raise UnfusableError(f"neurons with {node.op_type}")
-        made[node.output[0]] = node.op_type
-    if not made.keys() >= {loop.next_u, loop.spikes}:
-        raise UnfusableError("neurons that give something else")

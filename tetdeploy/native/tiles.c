@@ -380,7 +380,7 @@ static OrtStatusPtr fill_spikes(Kernel* kernel, const OrtKernelInfo* info, int64
 #define TILES_WAY                                                                                      \
   .rank = 9, .weight = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, .lay_out = lay_out, .spread_row = spread_row, \
   .multiply = multiply
-const Way INT8_TILES = {.name = "Convolution",
+const Way INT8_TILES = {.name = "Int8Convolution",
                         .bias = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
                         .output = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
                         .fill = fill_int8,

@@ -114,7 +114,9 @@ class Sessions:
             ValueError: they fail, and are `wanted`.
         """
         try:
-            fused = native.fuse_model(model)
+            from tetdeploy.native.fusing import fuse_model  # with the package onnx, which only this needs
+
+            fused = fuse_model(model)
             return None if fused is None else self._start(fused, fused=True)
         except Exception as error:  # whatever it is, ONNX Runtime's own operators remain
             if wanted:

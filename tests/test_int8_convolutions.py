@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy import native
 from tetdeploy.engine import Engine
-from tetdeploy.native.tiles import use_tiles
+from tetdeploy.native.fusing import fuse_model
+from tetdeploy.native.int8_convolutions import put_int8_convolutions
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 needs_amx = pytest.mark.skipif(
@@ -70,8 +71,8 @@ def session(model: onnx.ModelProto, threads: int = 2) -> ort.InferenceSession:
 
 def replaced(model: onnx.ModelProto, *, tiles: bool) -> onnx.ModelProto:
     copy = onnx.ModelProto.FromString(model.SerializeToString())
-    assert use_tiles(copy.graph, tiles=tiles) == 1
-    assert [node.op_type for node in copy.graph.node] == ["Convolution"]
+    assert put_int8_convolutions(copy.graph, tiles=tiles) == 1
+    assert [node.op_type for node in copy.graph.node] == ["Int8Convolution"]
     return copy
 
 
@@ -181,7 +182,7 @@ def test_weights_in_common_are_put_in_order_once(tiles: bool) -> None:
     model.graph.node.append(again)
     model.graph.output[0].name = "z"
     fused = onnx.ModelProto.FromString(model.SerializeToString())
-    assert use_tiles(fused.graph, tiles=tiles) == 2
+    assert put_int8_convolutions(fused.graph, tiles=tiles) == 2
     names = [tensor.name for tensor in fused.graph.initializer]
     assert len(names) == len(set(names)) and names.count("w.tiles") == 1
     x = spikes(2, 9, 9, 64)
@@ -204,7 +205,7 @@ def test_weights_in_common_are_put_in_order_once(tiles: bool) -> None:
 )
 def test_others_stay(model: onnx.ModelProto) -> None:
     before = model.SerializeToString()
-    assert use_tiles(model.graph) == 0
+    assert put_int8_convolutions(model.graph) == 0
     assert model.SerializeToString() == before
 
 
@@ -222,7 +223,7 @@ def test_a_damaged_node_is_refused(change: dict[str, Any], says: str) -> None:
     node = model.graph.node[0]
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute} | change
     node.CopyFrom(helper.make_node(node.op_type, node.input, node.output, domain=node.domain, **attributes))
-    with pytest.raises(Exception, match=f"ai.tetdeploy::Convolution: {says}"):
+    with pytest.raises(Exception, match=f"ai.tetdeploy::Int8Convolution: {says}"):
         session(model)
 
 
@@ -258,16 +259,16 @@ def test_a_network_has_the_same_logits(layout: str, tiles: bool, monkeypatch: py
     found = list[int]()
 
     def use(graph: onnx.GraphProto) -> int:
-        found.append(use_tiles(graph, tiles=tiles))
+        found.append(put_int8_convolutions(graph, tiles=tiles))
         return found[-1]
 
-    monkeypatch.setattr("tetdeploy.native.tiles.use_tiles", use)
+    monkeypatch.setattr("tetdeploy.native.fusing.put_int8_convolutions", use)
     np.testing.assert_array_equal(Engine(path, native=True).run(digits().images, 3).per_step, plain)
     assert found[0] > 0
 
 
 @needs_amx
 def test_float32_networks_have_no_tiles() -> None:
-    made = native.fuse_model(exported("unrolled", T=3).read_bytes())
+    made = fuse_model(exported("unrolled", T=3).read_bytes())
     assert made is not None
-    assert "Convolution" not in {node.op_type for node in onnx.ModelProto.FromString(made).graph.node}
+    assert "Int8Convolution" not in {node.op_type for node in onnx.ModelProto.FromString(made).graph.node}

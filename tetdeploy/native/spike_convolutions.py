@@ -20,11 +20,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy import native
 from tetdeploy.native.convolution import can_convolve, native_convolution
-from tetdeploy.native.layout import TO_FIRST, TO_LAST, reading
-from tetdeploy.native.loops import Loop, leading_to, put_nodes
+from tetdeploy.native.graphs import Kind, attributes_of, copied, leading_to, put_nodes, reading
+from tetdeploy.native.layout import TO_FIRST, TO_LAST
 from tetdeploy.native.packing import digits_of, rows_of, tiles_of, whole_weights
-from tetdeploy.native.regions import Kind
-from tetdeploy.native.wholes import Whole, WholeNumbers, threshold
+from tetdeploy.native.scans import NeuronStep
+from tetdeploy.native.whole_numbers import Whole, WholeNumbers, threshold
 
 MOST = 2**31 // (128 * 257)  # inputs of 1 that may add up: two digits of each stay within int32
 MOST_ADDED, LEAST_ADDED, LEAST_BYTES = 2, 32, 32  # inputs, channels and registers of which additions are the faster way
@@ -41,21 +41,23 @@ class Marked:
     biases: onnx.TensorProto | None
 
 
-def mark_convolutions(graph: onnx.GraphProto, loops: Sequence[Loop], *, tiles: bool) -> dict[str, Marked]:
+def mark_spike_convolutions(
+    graph: onnx.GraphProto, neuron_steps: Sequence[NeuronStep], *, tiles: bool
+) -> dict[str, Marked]:
     """Replace each float32 `Conv` that is to be one of this package by a `ConvInteger`.
 
     It has spikes, or sums of some, for input, at least 16 channels of them, one group, no dilation, and no
     `BatchNormalization` or `Cast` behind it, which the optimiser would join with it.
 
     Args:
-        loops: the neurons that stand where `take_out_loops` left its marks.
+        neuron_steps: what `take_out_scans` took out.
         tiles: for tiles; otherwise for additions, which take at least 32 channels and sums of two spikes at most.
 
     Returns: those taken out, by the weights of what stands in for them.
     """
     if not tiles and native.vector_bytes() < LEAST_BYTES:
         return {}
-    wholes, marked = WholeNumbers(graph, loops), dict[str, Marked]()
+    wholes, marked = WholeNumbers(graph, neuron_steps), dict[str, Marked]()
     spikes = _Bytes(wholes)
     joined = {name for node in graph.node if node.op_type in ("BatchNormalization", "Cast") for name in node.input}
     nodes, others = list[onnx.NodeProto](), list[onnx.NodeProto]()
@@ -100,9 +102,9 @@ class _Bytes:
         made, v_th = self._made[name], threshold(node)
         if node.op_type in ("Concat", "MaxPool", "Reshape"):
             read = [self.of(part) for part in (node.input if node.op_type == "Concat" else node.input[:1])]
-            copied = helper.make_node(node.op_type, [*read, *node.input[len(read) :]], [made])
-            copied.attribute.extend(node.attribute)
-            self.nodes.append(copied)
+            twin = helper.make_node(node.op_type, [*read, *node.input[len(read) :]], [made])
+            twin.attribute.extend(node.attribute)
+            self.nodes.append(twin)
         elif node.op_type == "AveragePool":
             self._sum_up(name, node)
         elif v_th is not None:
@@ -138,10 +140,10 @@ class _Bytes:
         return floats
 
 
-def compared(loop: Loop) -> Loop:
+def compared(neurons: NeuronStep) -> NeuronStep:
     """The neurons with a comparison, which is less work, where they have a `HardSigmoid` that gives 0 or 1."""
-    nodes, numbers = list[onnx.NodeProto](), dict(loop.numbers)
-    for node in loop.nodes:
+    nodes, numbers = list[onnx.NodeProto](), dict(neurons.numbers)
+    for node in neurons.nodes:
         v_th = threshold(node)
         if v_th is None:
             nodes.append(node)
@@ -149,7 +151,7 @@ def compared(loop: Loop) -> Loop:
         y = node.output[0]
         numbers[f"{y}.v_th"] = v_th
         nodes += _comparison(node, f"{y}.v_th", y, TensorProto.FLOAT)
-    return replace(loop, nodes=tuple(nodes), numbers=numbers)
+    return replace(neurons, nodes=tuple(nodes), numbers=numbers)
 
 
 def _comparison(step: onnx.NodeProto, v_th: str, y: str, element: int) -> list[onnx.NodeProto]:
@@ -163,7 +165,7 @@ def _comparison(step: onnx.NodeProto, v_th: str, y: str, element: int) -> list[o
 
 def _take(node: onnx.NodeProto, wholes: WholeNumbers, tiles: bool) -> Marked | None:
     weights, *biases = (wholes.constants.get(name) for name in node.input[1:])
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes = attributes_of(node)
     if (
         weights is None
         or None in biases
@@ -179,10 +181,10 @@ def _take(node: onnx.NodeProto, wholes: WholeNumbers, tiles: bool) -> Marked | N
     return Marked(whole, weights, biases[0] if biases else None)
 
 
-def put_convolutions(
+def put_spike_convolutions(
     graph: onnx.GraphProto, marked: Mapping[str, Marked], kinds: MutableMapping[str, Kind], *, tiles: bool
 ) -> int:
-    """Put convolutions of this package, with `Transpose`s round them, where `mark_convolutions` left its marks.
+    """Put convolutions of this package, with `Transpose`s round them, where `mark_spike_convolutions` left its marks.
 
     Args:
         kinds: of the graph's tensors; those of new ones are added.
@@ -238,7 +240,7 @@ class _LastWriter:
         self._put(native_convolution(op, read, turned, convolution.weights, attributes, **own), y)
 
     def pool(self, node: onnx.NodeProto) -> None:
-        made = onnx.NodeProto.FromString(node.SerializeToString())
+        made = copied(node)
         made.input[0], made.output[0] = self._last(node.input[0]), f"{node.output[0]}.turned"
         del made.attribute[:]
         made.attribute.extend(a for a in node.attribute if a.name not in ("storage_order", "channels_last"))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
-from tetdeploy.native.loops import FIRST_MARK, Loop, constants_of, scalar
+from tetdeploy.native.graphs import attributes_of, constants_of, scalar
+from tetdeploy.native.scans import NeuronStep, marked
 
 COMPARISONS = ("Less", "Greater", "LessOrEqual", "GreaterOrEqual")
 HOLD_BYTES = (TensorProto.FLOAT, TensorProto.UINT8)
@@ -29,14 +30,14 @@ class WholeNumbers:
     """Knows which values of a graph are whole numbers, times a unit.
 
     Args:
-        loops: the neurons that stand where `take_out_loops` left its marks.
+        neuron_steps: what `take_out_scans` took out.
     """
 
-    def __init__(self, graph: onnx.GraphProto, loops: Sequence[Loop]) -> None:
+    def __init__(self, graph: onnx.GraphProto, neuron_steps: Sequence[NeuronStep]) -> None:
         given = {value.name: value.type.tensor_type.elem_type for value in graph.input}
         self.constants = constants_of(graph)
         self.producer = {name: node for node in graph.node for name in node.output}
-        self._loops = loops
+        self._neuron_steps = neuron_steps
         self._known = {name: Whole(255) for name, element in given.items() if element == TensorProto.UINT8}
         for node in graph.node:  # each behind what it reads
             found = self._find(node) if node.domain in ("", "com.microsoft") else None
@@ -80,11 +81,11 @@ class WholeNumbers:
         if comparison.op_type not in COMPARISONS:
             return False
         mark = scalar(self.constants[comparison.input[1]]) if comparison.input[1] in self.constants else None
-        if mark is None or not FIRST_MARK <= float(mark) < FIRST_MARK + len(self._loops):
+        neurons = marked(mark, self._neuron_steps)
+        if neurons is None:
             return True
-        loop = self._loops[int(mark) - FIRST_MARK]
-        made = {name: node for node in loop.nodes for name in node.output}
-        spikes = made.get(loop.spikes)
+        made = {name: node for node in neurons.nodes for name in node.output}
+        spikes = made.get(neurons.spikes)
         if spikes is None or spikes.op_type != "Cast":
             return spikes is not None and threshold(spikes) is not None
         compared = made.get(spikes.input[0])
@@ -93,7 +94,7 @@ class WholeNumbers:
 
 def _averaged(pool: onnx.NodeProto) -> int | None:
     """Of how many values each is the mean, if that is exact: of a power of two, none of them padding."""
-    attributes = {a.name: helper.get_attribute_value(a) for a in pool.attribute}
+    attributes = attributes_of(pool)
     count = math.prod(attributes["kernel_shape"])
     plain = (
         not any(attributes.get("pads", [0]))

@@ -19,11 +19,12 @@ from zoo_helpers import for_export, graph_of
 from tetdeploy import native
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig
-from tetdeploy.native import spikes as spikes_module
-from tetdeploy.native.loops import Loop
+from tetdeploy.native import spike_convolutions
+from tetdeploy.native.fusing import fuse_model
 from tetdeploy.native.packing import LARGEST, digits_of, whole_weights
-from tetdeploy.native.spikes import MOST, mark_convolutions
-from tetdeploy.native.wholes import Whole, WholeNumbers
+from tetdeploy.native.scans import NeuronStep
+from tetdeploy.native.spike_convolutions import MOST, mark_spike_convolutions
+from tetdeploy.native.whole_numbers import Whole, WholeNumbers
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
@@ -52,7 +53,7 @@ def use(way: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(native, "has_tiles", lambda: False)
     monkeypatch.setattr(native, "vector_bytes", lambda: way)
     for name, limit in (("MOST_ADDED", 255), ("LEAST_ADDED", 1), ("LEAST_BYTES", 16)):
-        monkeypatch.setattr(spikes_module, name, limit)
+        monkeypatch.setattr(spike_convolutions, name, limit)
     return "SpikeAdditions"
 
 
@@ -114,7 +115,7 @@ def run_all(model: bytes, x: Array, threads: int = 2) -> list[Array]:
 
 
 def fused(model: onnx.ModelProto) -> tuple[bytes, list[str]]:
-    made = native.fuse_model(model.SerializeToString())
+    made = fuse_model(model.SerializeToString())
     assert made is not None
     return made, [node.op_type for node in onnx.ModelProto.FromString(made).graph.node]
 
@@ -379,7 +380,7 @@ def test_convolutions_of_spikes_are_replaced(before: list[onnx.NodeProto], spiki
 def test_what_may_be_other_numbers_stays(before: list[onnx.NodeProto]) -> None:
     graph = convolution(weights_of(20, WIDE, 3, 3), before).graph
     unchanged = graph.SerializeToString()
-    assert mark_convolutions(graph, [], tiles=True) == {} and graph.SerializeToString() == unchanged
+    assert mark_spike_convolutions(graph, [], tiles=True) == {} and graph.SerializeToString() == unchanged
 
 
 NOT_FINITE = weights_of(20, WIDE, 3, 3)
@@ -398,7 +399,7 @@ NOT_FINITE[0, 0, 0, 0] = np.nan
     ],
 )
 def test_other_convolutions_stay(weights: Array, attributes: dict[str, Any]) -> None:
-    assert not mark_convolutions(convolution(weights, **attributes).graph, [], tiles=True)
+    assert not mark_spike_convolutions(convolution(weights, **attributes).graph, [], tiles=True)
 
 
 @pytest.mark.parametrize(
@@ -423,13 +424,13 @@ def test_additions_where_they_are_the_faster_way(
 ) -> None:
     monkeypatch.setattr(native, "vector_bytes", lambda: bytes_)
     graph = convolution(weights_of(outputs, inputs, 3, 3), before).graph
-    assert bool(mark_convolutions(graph, [], tiles=False)) is added
+    assert bool(mark_spike_convolutions(graph, [], tiles=False)) is added
 
 
 def test_weights_that_a_caller_may_change_stay() -> None:
     graph = convolution(weights_of(20, WIDE, 3, 3)).graph
     graph.input.append(helper.make_tensor_value_info("w", FLOAT, [20, WIDE, 3, 3]))
-    assert not mark_convolutions(graph, [], tiles=True)
+    assert not mark_spike_convolutions(graph, [], tiles=True)
 
 
 @pytest.mark.parametrize(
@@ -475,7 +476,7 @@ def test_a_cast_behind_is_left_to_the_optimiser(to: int) -> None:
     model = convolution(weights_of(20, WIDE, 3, 3))
     model.graph.node[-1].output[0] = "before"
     model.graph.node.append(node("Cast", ["before"], "y", to=to))
-    assert not mark_convolutions(model.graph, [], tiles=True)
+    assert not mark_spike_convolutions(model.graph, [], tiles=True)
 
 
 def test_batchnorm_is_left_to_the_optimiser() -> None:
@@ -484,30 +485,30 @@ def test_batchnorm_is_left_to_the_optimiser() -> None:
     model.graph.node[-1].output[0] = "before"
     model.graph.node.append(node("BatchNormalization", ["before", *["norm"] * 4], "y"))
     model.graph.initializer.append(numpy_helper.from_array(np.ones(20, np.float32), "norm"))
-    assert not mark_convolutions(model.graph, [], tiles=True)
+    assert not mark_spike_convolutions(model.graph, [], tiles=True)
 
 
-def loop(*nodes: onnx.NodeProto) -> Loop:
-    return Loop(nodes, {"k": np.float32(1)}, "u", "x", "x", "s")
+def neuron_step(*nodes: onnx.NodeProto) -> NeuronStep:
+    return NeuronStep(nodes, {"k": np.float32(1)}, "u", "x", "x", "s")
 
 
 @pytest.mark.parametrize(
     ("neurons", "fires"),
     [
-        (loop(STEP), True),
-        (loop(*spiking("x", "s", "k")), True),
-        (loop(node("HardSigmoid", ["x"])), False),
-        (loop(node("Mul", ["x", "k"])), False),
-        (loop(node("Mul", ["x", "k"], "a"), node("Cast", ["a"], to=FLOAT)), False),
-        (loop(), False),
+        (neuron_step(STEP), True),
+        (neuron_step(*spiking("x", "s", "k")), True),
+        (neuron_step(node("HardSigmoid", ["x"])), False),
+        (neuron_step(node("Mul", ["x", "k"])), False),
+        (neuron_step(node("Mul", ["x", "k"], "a"), node("Cast", ["a"], to=FLOAT)), False),
+        (neuron_step(), False),
     ],
 )
-def test_neurons_taken_out_of_their_loop_are_looked_into(neurons: Loop, fires: bool) -> None:
+def test_neurons_taken_out_of_their_loop_are_looked_into(neurons: NeuronStep, fires: bool) -> None:
     """What stands in their place is a comparison, whatever they are."""
     graph = convolution(weights_of(20, WIDE, 3, 3), spiking("x", "s", "mark")).graph
     graph.initializer.append(numpy_helper.from_array(np.array(2**21, np.float32), "mark"))
     assert (WholeNumbers(graph, [neurons]).of("s") == Whole(1)) is fires
-    assert bool(mark_convolutions(graph, [neurons], tiles=True)) is fires
+    assert bool(mark_spike_convolutions(graph, [neurons], tiles=True)) is fires
 
 
 def test_who_reads_spikes_besides_gets_them() -> None:
@@ -516,7 +517,7 @@ def test_who_reads_spikes_besides_gets_them() -> None:
     model = convolution(weights, pads=[1, 1, 1, 1])
     model.graph.node[-1].output[0] = "current"
     model.graph.node.extend([node("Add", ["current", "s"], "sum"), *spiking("sum", "y")])
-    assert mark_convolutions(model.graph, [], tiles=True)
+    assert mark_spike_convolutions(model.graph, [], tiles=True)
     readers = [each.op_type for each in model.graph.node if "s" in each.input]
     assert readers == ["Cast"]
     assert [each.op_type for each in model.graph.node if each.output[0] == "sum"] == ["Add"]

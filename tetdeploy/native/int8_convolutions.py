@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from tetdeploy.native.convolution import can_convolve, native_convolution
-from tetdeploy.native.loops import constants_of, put_nodes
+from tetdeploy.native.graphs import attributes_of, constants_of, put_nodes
 from tetdeploy.native.packing import tiles_of
 
 
-def use_tiles(graph: onnx.GraphProto, *, tiles: bool = True) -> int:
+def put_int8_convolutions(graph: onnx.GraphProto, *, tiles: bool = True) -> int:
     """Replace each `QLinearConv` of ONNX Runtime's that works on bytes with channels last, has one group, no dilation,
     an input and weights around zero, and at least 16 input channels.
 
@@ -45,7 +45,7 @@ def _convolution(
         return None
     x, *others, bias = node.input
     x_scale, x_zero, weights, w_scale, w_zero, y_scale, y_zero = (constants[name] for name in others)
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes = attributes_of(node)
     fits = (
         attributes.get("channels_last") == 1
         and can_convolve(attributes, weights)
@@ -65,4 +65,4 @@ def _convolution(
     ]
     read = [x, *(tensor.name for tensor in made), bias]
     own = {"zero_point": int(numpy_helper.to_array(y_zero).item()), "plain": int(not tiles)}
-    return native_convolution("Convolution", read, node.output[0], weights, attributes, **own), made
+    return native_convolution("Int8Convolution", read, node.output[0], weights, attributes, **own), made

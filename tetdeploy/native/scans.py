@@ -7,21 +7,21 @@ runs the neurons in their place.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper, shape_inference
 
-FIRST_MARK = 2**21  # no threshold is as high, and float32 tells it from the numbers that follow
+from tetdeploy.native.graphs import leading_to, put_nodes, reads, scalar, steps_input, without_weights
+
+_FIRST_MARK = 2**21  # no threshold is as high, and float32 tells it from the numbers that follow
 
 
 @dataclass(frozen=True)
-class Loop:
-    """The neurons of a layer: `nodes` make of the membrane `u` and the current `x` the membrane `next_u` and the
+class NeuronStep:
+    """One step of a layer's neurons: `nodes` make of the membrane `u` and the current `x` the membrane `next_u` and the
     `spikes`, with the `numbers` that they name."""
 
     nodes: tuple[onnx.NodeProto, ...]
@@ -32,8 +32,8 @@ class Loop:
     spikes: str
 
 
-def take_out_loops(model: onnx.ModelProto) -> list[Loop]:
-    """Replace each `Scan` of `model` by a comparison with `FIRST_MARK` plus its place in what is returned.
+def take_out_scans(model: onnx.ModelProto) -> list[NeuronStep]:
+    """Replace each `Scan` of `model` by a comparison with a number of its own, of which `marked` tells the neurons.
 
     One that begins with a membrane of the caller's, gives one back, or runs over other steps than the model's, stays.
     """
@@ -41,7 +41,14 @@ def take_out_loops(model: onnx.ModelProto) -> list[Loop]:
     for node in model.graph.node:
         writer.take(node)
     put_nodes(model.graph, leading_to(model.graph.output, writer.nodes))
-    return writer.loops
+    return writer.neuron_steps
+
+
+def marked(number: np.generic | None, neuron_steps: Sequence[NeuronStep]) -> NeuronStep | None:
+    """The neurons for which a comparison with `number` stands, if it does."""
+    if number is None or not _FIRST_MARK <= float(number) < _FIRST_MARK + len(neuron_steps):
+        return None
+    return neuron_steps[int(number) - _FIRST_MARK]
 
 
 class _Merged:
@@ -51,26 +58,25 @@ class _Merged:
         inferred = shape_inference.infer_shapes(without_weights(model, 64)).graph
         values = (*inferred.value_info, *inferred.input, *inferred.output)
         self.kinds = {value.name: value.type.tensor_type for value in values}
-        given = next((value.name for value in model.graph.input if value.name == "steps"), "x")
-        self.time = (*reversed(self._dims(given)[:2]),)  # T and N
+        self.time = (*reversed(self._dims(steps_input(model.graph))[:2]),)  # T and N
         self.producer = {name: node for node in model.graph.node for name in node.output}
         self.read = {name for node in model.graph.node for name in reads(node)} | {v.name for v in model.graph.output}
         self.graph = model.graph
         self.nodes: list[onnx.NodeProto] = []
-        self.loops: list[Loop] = []
+        self.neuron_steps: list[NeuronStep] = []
         self.merged: dict[str, str] = {}
 
     def take(self, node: onnx.NodeProto) -> None:
-        loop = _loop(node) if node.op_type == "Scan" else None
-        zeros = self.producer.get(node.input[0]) if loop is not None else None
+        neurons = _neuron_step(node) if node.op_type == "Scan" else None
+        zeros = self.producer.get(node.input[0]) if neurons is not None else None
         if (
-            loop is not None
+            neurons is not None
             and zeros is not None
             and _is_zeros(zeros)
             and node.output[0] not in self.read
             and self._dims(node.input[1])[:2] == self.time
         ):
-            self._compare(node, loop)
+            self._compare(node, neurons)
         elif (
             node.op_type == "Reshape" and node.input[0] in self.merged and self._is_view(node.output[0], node.input[0])
         ):
@@ -80,10 +86,10 @@ class _Merged:
             if node.op_type in ("Add", "Cast") and any(name in self.merged for name in node.input):
                 self._merge(node.output[0])
 
-    def _compare(self, scan: onnx.NodeProto, loop: Loop) -> None:
+    def _compare(self, scan: onnx.NodeProto, neurons: NeuronStep) -> None:
         current, spikes = scan.input[1], scan.output[1]
         fires, mark = f"{spikes}.fires", f"{spikes}.mark"
-        number = np.array(FIRST_MARK + len(self.loops), np.float32)
+        number = np.array(_FIRST_MARK + len(self.neuron_steps), np.float32)
         self.graph.initializer.append(numpy_helper.from_array(number, mark))
         self.merged[spikes] = f"{spikes}.merged"
         self.nodes += [
@@ -92,7 +98,7 @@ class _Merged:
             helper.make_node("Shape", [self._source(current)], [f"{spikes}.shape"]),  # for who reads [T, N, ...]
             helper.make_node("Reshape", [self.merged[spikes], f"{spikes}.shape"], [spikes], allowzero=1),
         ]
-        self.loops.append(loop)
+        self.neuron_steps.append(neurons)
 
     def _source(self, name: str) -> str:
         """What a value `[T, N, ...]` is computed from, of the same shape."""
@@ -132,7 +138,7 @@ class _Merged:
         return () if kind is None else tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
 
 
-def _loop(scan: onnx.NodeProto) -> Loop | None:
+def _neuron_step(scan: onnx.NodeProto) -> NeuronStep | None:
     """The body of a `Scan` over one current, from the first step to the last, with one membrane."""
     attributes = {a.name: a for a in scan.attribute}
     if set(attributes) != {"body", "num_scan_inputs"} or attributes["num_scan_inputs"].i != 1 or len(scan.input) != 2:
@@ -149,69 +155,9 @@ def _loop(scan: onnx.NodeProto) -> Loop | None:
             constants[-1].name = node.output[0]
     numbers = {t.name: number for t in constants if (number := scalar(t)) is not None}
     nodes = tuple(node for node in body.node if node.op_type != "Constant")
-    return Loop(nodes, numbers, *(value.name for value in (*body.input, *body.output)))
+    return NeuronStep(nodes, numbers, *(value.name for value in (*body.input, *body.output)))
 
 
 def _is_zeros(node: onnx.NodeProto) -> bool:
     values = [numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"]
     return node.op_type == "ConstantOfShape" and not any(value.any() for value in values)
-
-
-def without_weights(model: onnx.ModelProto, largest: int) -> onnx.ModelProto:
-    """A copy with constants of `largest` elements at most, to infer shapes from."""
-    light, graph = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import), model.graph
-    light.graph.name = graph.name
-    for field in ("node", "input", "output", "value_info"):
-        getattr(light.graph, field).extend(getattr(graph, field))
-    light.graph.initializer.extend(t for t in graph.initializer if math.prod(t.dims) <= largest)
-    return light
-
-
-def leading_to(outputs: Iterable[onnx.ValueInfoProto], nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Those of `nodes` that lead to `outputs`, each behind what it reads."""
-    made = {name: k for k, node in enumerate(nodes) for name in node.output}
-    order, seen = list[int](), set[int]()
-    stack = [(made[output.name], False) for output in reversed(list(outputs)) if output.name in made]
-    while stack:
-        k, done = stack.pop()
-        if done:
-            order.append(k)
-        elif k not in seen:
-            seen.add(k)
-            stack.append((k, True))
-            stack += [(made[name], False) for name in reads(nodes[k]) if name in made]
-    return [nodes[k] for k in order]
-
-
-def put_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Let `graph` have these nodes, and of its constants those that they read or that are outputs."""
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # they may belong to the graph
-    del graph.node[:]
-    graph.node.extend(copies)
-    read = {name for node in copies for name in reads(node)} | {output.name for output in graph.output}
-    for k in reversed(range(len(graph.initializer))):
-        if graph.initializer[k].name not in read:
-            del graph.initializer[k]
-
-
-def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
-
-
-def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """The initializers by name, but for those that an input may hide."""
-    given = {value.name for value in graph.input}
-    return {tensor.name: tensor for tensor in graph.initializer if tensor.name not in given}
-
-
-def reads(node: onnx.NodeProto) -> list[str]:
-    """The values that a node reads, its subgraphs included."""
-    inner = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return [*filter(None, node.input), *(name for graph in inner for within in graph.node for name in reads(within))]
-
-
-def scalar(tensor: onnx.TensorProto) -> np.generic | None:
-    """The number of a tensor that holds one, and has one axis at most."""
-    if len(tensor.dims) > 1 or any(dim != 1 for dim in tensor.dims):
-        return None
-    return numpy_helper.to_array(tensor).reshape(-1)[0]  # type: ignore[no-any-return]

@@ -1,0 +1,101 @@
+"""What the passes have in common: what a graph's tensors are, and copies of its nodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Element type (in ONNX's numbering) and shape of a tensor; a dimension that is not fixed is None or has a name."""
+
+    type: int
+    shape: tuple[int | str | None, ...]
+
+
+def without_weights(model: onnx.ModelProto, largest: int) -> onnx.ModelProto:
+    """A copy with constants of `largest` elements at most, to infer shapes from."""
+    light, graph = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import), model.graph
+    light.graph.name = graph.name
+    for field in ("node", "input", "output", "value_info"):
+        getattr(light.graph, field).extend(getattr(graph, field))
+    light.graph.initializer.extend(t for t in graph.initializer if math.prod(t.dims) <= largest)
+    return light
+
+
+def leading_to(outputs: Iterable[onnx.ValueInfoProto], nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Those of `nodes` that lead to `outputs`, each behind what it reads."""
+    made = {name: k for k, node in enumerate(nodes) for name in node.output}
+    order, seen = list[int](), set[int]()
+    stack = [(made[output.name], False) for output in reversed(list(outputs)) if output.name in made]
+    while stack:
+        k, done = stack.pop()
+        if done:
+            order.append(k)
+        elif k not in seen:
+            seen.add(k)
+            stack.append((k, True))
+            stack += [(made[name], False) for name in reads(nodes[k]) if name in made]
+    return [nodes[k] for k in order]
+
+
+def put_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Let `graph` have these nodes, and of its constants those that they read or that are outputs."""
+    copies = [copied(node) for node in nodes]  # they may belong to the graph
+    del graph.node[:]
+    graph.node.extend(copies)
+    read = {name for node in copies for name in reads(node)} | {output.name for output in graph.output}
+    for k in reversed(range(len(graph.initializer))):
+        if graph.initializer[k].name not in read:
+            del graph.initializer[k]
+
+
+def reading(instead: Mapping[str, str], nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Copies of the nodes that read other tensors instead."""
+    copies = [copied(node) for node in nodes]
+    for node in copies:
+        node.input[:] = [instead.get(name, name) for name in node.input]
+    return copies
+
+
+def copied(node: onnx.NodeProto) -> onnx.NodeProto:
+    return onnx.NodeProto.FromString(node.SerializeToString())  # type: ignore[no-any-return]
+
+
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """The initializers by name, but for those that an input may hide."""
+    given = {value.name for value in graph.input}
+    return {tensor.name: tensor for tensor in graph.initializer if tensor.name not in given}
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """The values that a node reads, its subgraphs included."""
+    inner = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return [*filter(None, node.input), *(name for graph in inner for within in graph.node for name in reads(within))]
+
+
+def scalar(tensor: onnx.TensorProto) -> np.generic | None:
+    """The number of a tensor that holds one, and has one axis at most."""
+    if len(tensor.dims) > 1 or any(dim != 1 for dim in tensor.dims):
+        return None
+    return numpy_helper.to_array(tensor).reshape(-1)[0]  # type: ignore[no-any-return]
+
+
+def steps_input(graph: onnx.GraphProto) -> str:
+    """The input that has the steps: `steps [N, T]`, or frames `x [N, T, ...]`."""
+    return "steps" if any(value.name == "steps" for value in graph.input) else "x"
