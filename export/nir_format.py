@@ -90,15 +90,14 @@ def export_nir(
     path = Path(path)
     graph, num_folded = nir_graph(classifier.eval(), encoding=encoding)
     graph.metadata = {METADATA_KEY: json.dumps(_describe(classifier, trained_T, encoding, source))}
-    content = io.BytesIO()  # HDF5 ends the process where it cannot close a file, as on a full disk
-    nir.write(content, graph)
-    nir.read(content)  # every shape is checked once more, from what was written
+    file = io.BytesIO()  # HDF5 ends the process where it cannot close a file, as on a full disk
+    nir.write(file, graph)
+    nir.read(file)  # every shape is checked once more, from what was written
+    content = file.getvalue()
     with atomic_write(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+        temporary.write_bytes(content)
     kinds = [type(node).__name__ for node in graph.nodes.values()]
-    return NirExported(
-        path, {kind: kinds.count(kind) for kind in kinds}, len(graph.edges), num_folded, content.getbuffer().nbytes
-    )
+    return NirExported(path, {kind: kinds.count(kind) for kind in kinds}, len(graph.edges), num_folded, len(content))
 
 
 def nir_graph(classifier: Classifier, *, encoding: Encoding = "direct") -> tuple[Any, int]:

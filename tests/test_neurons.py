@@ -478,6 +478,7 @@ def test_exported_it_is_one_node_and_equals_eager(with_u: bool) -> None:
         assert all(map(torch.equal, program.module()(*arguments), network(*arguments)))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by the checker itself
 def test_torchs_own_checks_of_the_operator() -> None:
     """Schema, fake tensors and autograd registration, by torch.library's own checker."""
     for current in (torch.randn(3, 4), torch.randn(4, 3).T, torch.randn(1, 4).expand(3, 4)):
@@ -503,7 +504,7 @@ def test_a_second_derivative_by_u_is_refused() -> None:
         torch.autograd.grad(gradient.sum(), u)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_a_forward_mode_derivative_is_refused() -> None:
     def of_current(current: Tensor) -> Tensor:
         return lif(current)[0]
