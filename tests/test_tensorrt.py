@@ -116,6 +116,13 @@ def test_the_report_tells_of_every_neuron_layer(layout: str, options: dict[str, 
         assert len(fused) < 9  # steps of a neuron layer share kernels
 
 
+@pytest.mark.parametrize("target", [TARGET, "cpu"])
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_a_graph_that_is_not_folded_builds(layout: str, target: str, tmp_path: Path) -> None:
+    model = exported(layout, target=target, fold_bn=False)
+    assert build_engine(model, tmp_path / "m.engine", RTX).manifest["metadata"]["fold_bn"] is False
+
+
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
 def test_float16_comes_from_the_graph(layout: str, tmp_path: Path) -> None:
     options = {"T": 3} if layout == "unrolled" else {}
