@@ -219,23 +219,30 @@ def test_architectures_are_those_asked_for(tmp_path: Path) -> None:
     config = BuildConfig("tensorrt-rtx", gpu_architectures=("12.0", "8.9"))
     built = build_engine(exported("step"), tmp_path / "a.engine", config)
     assert built.manifest["gpu_architectures"] == ["8.9", "12.0"]
-    turing = BuildConfig("tensorrt-rtx", gpu_architectures=("7.5",))
-    with pytest.raises(ValueError, match=r"^tensorrt-rtx .* cannot build unrolled-T-3\.onnx: .*Turing.*FP32 GEMM"):
-        build_engine(exported("unrolled", T=3), tmp_path / "b.engine", turing)
-    half = in_float16(exported("unrolled", T=3), tmp_path / "half.onnx")
-    assert build_engine(half, config=turing).manifest["gpu_architectures"] == ["7.5"]
-    assert names_in(tmp_path) == ["a.engine", "a.engine.json", "half.engine", "half.engine.json", "half.onnx"]
+    assert names_in(tmp_path) == ["a.engine", "a.engine.json"]
 
 
-@pytest.mark.parametrize("name", ["9.0", "10.0"])
-def test_data_centre_cards_are_for_the_other_package(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"cannot build for GPU architecture '{name}'.* The package tensorrt can"):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_turing_is_refused_for_the_readout(precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = exported("unrolled", T=3, target=TARGET, precision=precision)
+    turing = BuildConfig(TARGET, gpu_architectures=("7.5",))
+    with pytest.raises(ValueError, match=r"'7\.5', where it has no float32 matrix products, and a readout is one; it"):
+        build_engine(model, tmp_path / "m.engine", turing)
+    monkeypatch.setattr(tensorrt, "target_architectures", lambda *_: ["7.5"])
+    with pytest.raises(ValueError, match=r"^tensorrt-rtx .* cannot build .*: .*Turing.*FP32 GEMM"):  # still so
+        build_engine(model, tmp_path / "m.engine", turing)
+    assert not names_in(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["7.5", "9.0", "10.0"])
+def test_these_cards_are_for_the_other_package(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"cannot build .* '{name}'.* The package tensorrt can.*--extra-index-url"):
         target_architectures(trt, "tensorrt-rtx", ("8.9", name))
 
 
 @pytest.mark.parametrize("name", ["6.1", "", "ada"])
 def test_other_cards_are_for_none(name: str) -> None:
-    with pytest.raises(ValueError, match=r"it can for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1\.$"):
+    with pytest.raises(ValueError, match=r"it can for 8\.0, 8\.6, 8\.9, 12\.0, 12\.1\.$"):
         target_architectures(trt, "tensorrt-rtx", (name,))
 
 
