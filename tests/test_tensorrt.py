@@ -20,7 +20,6 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 from export_helpers import digits, engine, exported, frames, int8_exported, layouts
-from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from tetdeploy.cli import main
 from tetdeploy.export import tensorrt
@@ -53,11 +52,6 @@ def feed(model: Path, count: int = 4) -> dict[str, np.ndarray[Any, Any]]:
     if "steps" in values:
         values["steps"] = np.zeros((count, 3), np.uint8)
     return values
-
-
-def in_float16(model: Path, path: Path) -> Path:
-    onnx.save(convert_float_to_float16(onnx.load(model), keep_io_types=True), path)
-    return path
 
 
 def names_in(folder: Path) -> list[str]:
@@ -123,14 +117,12 @@ def test_a_graph_that_is_not_folded_builds(layout: str, target: str, tmp_path: P
     assert build_engine(model, tmp_path / "m.engine", RTX).manifest["metadata"]["fold_bn"] is False
 
 
-@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-def test_float16_comes_from_the_graph(layout: str, tmp_path: Path) -> None:
-    options = {"T": 3} if layout == "unrolled" else {}
-    built = build_engine(in_float16(exported(layout, **options), tmp_path / "m.onnx"), config=RTX)
-    assert built.path == tmp_path / "m.engine"
-    convolutions = reads(built, "Conv")
-    assert "Half" in convolutions
-    assert set(convolutions) <= {"Half", "UInt8", "Int64"}  # the pixels and sizes, beside the currents
+@layouts
+def test_float16_comes_from_the_graph(layout: str, options: dict[str, Any]) -> None:
+    built = built_once(layout, precision="fp16", **options)
+    first = ["Float"] * (layout != "step" or "encoding" in options)  # else in an `If`, of which the log says no more
+    assert reads(built, "Conv") == [*first, "Half", "Half"]
+    assert set(reads(built, "Gemm", "MatMul")) <= {"Float", "Int64"}
 
 
 INT8: list[tuple[str, dict[str, Any]]] = [
