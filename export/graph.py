@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import values
+from onnxscript.optimizer import fold_constants
 
 from tetdeploy.data import Encoding
 from tetdeploy.folding import count_batchnorm
@@ -58,9 +59,11 @@ class OnnxTracer:
         traced, rounded = self._programs[key]
         program = torch.onnx.ONNXProgram(traced.model.clone(), traced.exported_program)
         set_scales(program.model, [(int8 or {})[name] for name in rounded])
-        if self._fold_bn:  # the optimiser would fold BN as well
-            with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet():
+            if self._fold_bn:
                 program.optimize()
+            else:  # TensorRT wants constants; the optimiser would fold BN as well
+                fold_constants(program.model)
         program.model.ir_version = IR_VERSION
         _name_boundary(program.model, T, self.tracer.encoding)
         num_folded = count_batchnorm(self.tracer.program(T, step=step).graph) if self._fold_bn else 0

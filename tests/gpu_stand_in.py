@@ -31,8 +31,11 @@ class Cuda:
         cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
     )
 
-    def __init__(self, *, driver: int = 13000, count: int = 1, error: int = 0) -> None:
+    def __init__(
+        self, *, driver: int = 13000, count: int = 1, error: int = 0, architecture: tuple[int, int] = (8, 6)
+    ) -> None:
         self.driver, self.count, self.error = driver, count, error
+        self.architecture = dict(zip(("major", "minor"), architecture, strict=True))
         self.memory: dict[int, Any] = {}
         self.copied = {"up": 0, "down": 0}
 
@@ -46,7 +49,7 @@ class Cuda:
         return 0, f"error {error}".encode()
 
     def cudaDeviceGetAttribute(self, name: str, device: int) -> tuple[int, int]:
-        return 0, {"major": 8, "minor": 6}[name]
+        return 0, self.architecture[name]
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[int, Any]:
         return 0, SimpleNamespace(name=b"NVIDIA Stand-in 8.6")
@@ -96,6 +99,7 @@ class TensorRT:
 
     __version__ = VERSION
     TensorIOMode = enum.Enum("TensorIOMode", "INPUT OUTPUT")
+    ComputeCapability = enum.Enum("ComputeCapability", "NONE CURRENT SM75 SM80 SM86 SM89 SM120 SM121")
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda

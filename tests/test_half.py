@@ -107,11 +107,12 @@ def test_the_command_says_what_is_kept(tmp_path: Path) -> None:
         result = CliRunner().invoke(main, [*arguments, "--runs", str(tmp_path)])
         assert result.exit_code == 0, result.output
     kept = json.loads(written.read_text())["fp16"]["kept"]
-    agreement, *accuracies = (kept[name][-1] for name in ("agreement", "accuracy_fp16", "accuracy_fp32"))
-    half, full = (f"{accuracy:.2%}" for accuracy in accuracies)
     assert kept["num_images"] == 64 and len(kept["agreement"]) == 2
-    wanted = f"fp16 on the 64 checked images at T=2: agrees with fp32 {agreement:.2%} accuracy {half} (fp32 {full})"
-    assert wanted in " ".join(result.output.split())
+    assert "fp16 on the 64 checked images\n" in result.output
+    shown = [line.split() for line in result.output.splitlines()]
+    for k, T in enumerate(kept["T"]):
+        found = (kept[name][k] for name in ("agreement", "accuracy_fp16", "accuracy_fp32"))
+        assert [str(T), *(f"{share:.2%}" for share in found)] in shown
 
 
 def test_without_a_check_nothing_is_said_to_be_kept(tmp_path: Path) -> None:

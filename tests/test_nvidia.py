@@ -21,6 +21,8 @@ from tetdeploy.runtimes.nvidia import (
     import_tensorrt,
 )
 
+INSTALL = r"pip install 'tetdeploy\[tensorrt\]' --extra-index-url https://pypi\.nvidia\.com"
+
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -66,7 +68,7 @@ def test_a_package_asked_for_is_taken_or_refused(install: Any) -> None:
 
 def test_without_either_both_lines_are_told(install: Any) -> None:
     install()
-    with pytest.raises(MissingExtraError, match=r"\[rtx\]' for GeForce .* 'tetdeploy\[tensorrt\]' for any card"):
+    with pytest.raises(MissingExtraError, match=rf"\[rtx\]' for GeForce .* {INSTALL} for any card"):
         choose_package()
 
 

@@ -20,7 +20,6 @@ import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 from export_helpers import digits, engine, exported, frames, int8_exported, layouts
-from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from tetdeploy.cli import main
 from tetdeploy.export import tensorrt
@@ -53,11 +52,6 @@ def feed(model: Path, count: int = 4) -> dict[str, np.ndarray[Any, Any]]:
     if "steps" in values:
         values["steps"] = np.zeros((count, 3), np.uint8)
     return values
-
-
-def in_float16(model: Path, path: Path) -> Path:
-    onnx.save(convert_float_to_float16(onnx.load(model), keep_io_types=True), path)
-    return path
 
 
 def names_in(folder: Path) -> list[str]:
@@ -116,14 +110,19 @@ def test_the_report_tells_of_every_neuron_layer(layout: str, options: dict[str, 
         assert len(fused) < 9  # steps of a neuron layer share kernels
 
 
+@pytest.mark.parametrize("target", [TARGET, "cpu"])
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-def test_float16_comes_from_the_graph(layout: str, tmp_path: Path) -> None:
-    options = {"T": 3} if layout == "unrolled" else {}
-    built = build_engine(in_float16(exported(layout, **options), tmp_path / "m.onnx"), config=RTX)
-    assert built.path == tmp_path / "m.engine"
-    convolutions = reads(built, "Conv")
-    assert "Half" in convolutions
-    assert set(convolutions) <= {"Half", "UInt8", "Int64"}  # the pixels and sizes, beside the currents
+def test_a_graph_that_is_not_folded_builds(layout: str, target: str, tmp_path: Path) -> None:
+    model = exported(layout, target=target, fold_bn=False)
+    assert build_engine(model, tmp_path / "m.engine", RTX).manifest["metadata"]["fold_bn"] is False
+
+
+@layouts
+def test_float16_comes_from_the_graph(layout: str, options: dict[str, Any]) -> None:
+    built = built_once(layout, precision="fp16", **options)
+    first = ["Float"] * (layout != "step" or "encoding" in options)  # else in an `If`, of which the log says no more
+    assert reads(built, "Conv") == [*first, "Half", "Half"]
+    assert set(reads(built, "Gemm", "MatMul")) <= {"Float", "Int64"}
 
 
 INT8: list[tuple[str, dict[str, Any]]] = [
@@ -212,23 +211,30 @@ def test_architectures_are_those_asked_for(tmp_path: Path) -> None:
     config = BuildConfig("tensorrt-rtx", gpu_architectures=("12.0", "8.9"))
     built = build_engine(exported("step"), tmp_path / "a.engine", config)
     assert built.manifest["gpu_architectures"] == ["8.9", "12.0"]
-    turing = BuildConfig("tensorrt-rtx", gpu_architectures=("7.5",))
-    with pytest.raises(ValueError, match=r"^tensorrt-rtx .* cannot build unrolled-T-3\.onnx: .*Turing.*FP32 GEMM"):
-        build_engine(exported("unrolled", T=3), tmp_path / "b.engine", turing)
-    half = in_float16(exported("unrolled", T=3), tmp_path / "half.onnx")
-    assert build_engine(half, config=turing).manifest["gpu_architectures"] == ["7.5"]
-    assert names_in(tmp_path) == ["a.engine", "a.engine.json", "half.engine", "half.engine.json", "half.onnx"]
+    assert names_in(tmp_path) == ["a.engine", "a.engine.json"]
 
 
-@pytest.mark.parametrize("name", ["9.0", "10.0"])
-def test_data_centre_cards_are_for_the_other_package(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"cannot build for GPU architecture '{name}'.* The package tensorrt can"):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_turing_is_refused_for_the_readout(precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = exported("unrolled", T=3, target=TARGET, precision=precision)
+    turing = BuildConfig(TARGET, gpu_architectures=("7.5",))
+    with pytest.raises(ValueError, match=r"'7\.5', where it has no float32 matrix products, and a readout is one; it"):
+        build_engine(model, tmp_path / "m.engine", turing)
+    monkeypatch.setattr(tensorrt, "target_architectures", lambda *_: ["7.5"])
+    with pytest.raises(ValueError, match=r"^tensorrt-rtx .* cannot build .*: .*Turing.*FP32 GEMM"):  # still so
+        build_engine(model, tmp_path / "m.engine", turing)
+    assert not names_in(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["7.5", "9.0", "10.0"])
+def test_these_cards_are_for_the_other_package(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"cannot build .* '{name}'.* The package tensorrt can.*--extra-index-url"):
         target_architectures(trt, "tensorrt-rtx", ("8.9", name))
 
 
 @pytest.mark.parametrize("name", ["6.1", "", "ada"])
 def test_other_cards_are_for_none(name: str) -> None:
-    with pytest.raises(ValueError, match=r"it can for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0, 12\.1\.$"):
+    with pytest.raises(ValueError, match=r"it can for 8\.0, 8\.6, 8\.9, 12\.0, 12\.1\.$"):
         target_architectures(trt, "tensorrt-rtx", (name,))
 
 

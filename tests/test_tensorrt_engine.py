@@ -220,6 +220,31 @@ def test_an_engine_for_something_else_is_refused(
         TensorRTEngine(write_engine(tmp_path / "m.engine", "unrolled", {"T": 3}, **other))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "package", "remedy"),
+    [
+        ((9, 0), "tensorrt-rtx", r"TensorRT-RTX cannot build for GPU architecture '9\.0'; .*--package tensorrt$"),
+        ((10, 3), "tensorrt-rtx", r"TensorRT-RTX cannot build for GPU architecture '10\.3'; .*--package tensorrt$"),
+        ((7, 5), "tensorrt-rtx", r"TensorRT-RTX cannot build .* '7\.5', where it has no .*--package tensorrt$"),
+        ((7, 0), "tensorrt-rtx", r"it can for 8\.0, 8\.6, 8\.9, 12\.0, 12\.1\.$"),
+        ((12, 0), "tensorrt-rtx", r"build it again: tetdeploy build MODEL\.onnx --gpu-arch 12\.0$"),
+        ((9, 0), "tensorrt", r"build it again: tetdeploy build MODEL\.onnx --gpu-arch 9\.0$"),
+    ],
+)
+def test_another_gpu_is_told_what_builds_for_it(
+    architecture: tuple[int, int],
+    package: str,
+    remedy: str,
+    cuda: Cuda,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = Cuda(architecture=architecture)
+    monkeypatch.setattr(tensorrt_engine, "gpu_runtime", lambda purpose: other)
+    with pytest.raises(ValueError, match=rf"^m\.engine was built for GPU architecture 8\.6, 8\.9, and this .*{remedy}"):
+        TensorRTEngine(write_engine(tmp_path / "m.engine", "unrolled", {"T": 3}, package=package))
+
+
 def test_an_engine_needs_its_manifest(tmp_path: Path) -> None:
     path = write_engine(tmp_path / "m.engine", "unrolled", {"T": 3})
     for text in ("{", "[]", '{"format": 1}'):
@@ -274,7 +299,7 @@ def gpu_package() -> str:
         architecture = gpu_architecture(gpu_runtime("this test"))
     except NoGpuError as error:
         pytest.skip(str(error))
-    if architecture in ("9.0", "10.0", "10.3"):
+    if architecture in ("7.5", "9.0", "10.0", "10.3"):
         pytest.importorskip("tensorrt", reason=f"GPU architecture {architecture} needs the package tensorrt")
         return "tensorrt"
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra rtx)")

@@ -347,12 +347,20 @@ def _print_calibration(int8: dict[str, Any]) -> None:
 
 
 def _print_kept(kept: dict[str, Any], precision: str) -> None:
-    T, agreement = kept["T"][-1], kept["agreement"][-1]
-    accuracy = ""
-    if "accuracy_fp32" in kept:
-        accuracy = f"   accuracy {kept[f'accuracy_{precision}'][-1]:.2%} (fp32 {kept['accuracy_fp32'][-1]:.2%})"
-    images = f"{kept['num_images']:,} checked images"
-    console.print(f"{precision} on the {images} at T={T}: agrees with fp32 {agreement:.2%}{accuracy}")
+    from tetdeploy.report.result_table import ResultTable
+
+    headers = {
+        "agreement": "agrees\nwith fp32",
+        f"accuracy_{precision}": "accuracy",
+        "accuracy_fp32": "accuracy\nof fp32",
+    }
+    shown = [name for name in headers if name in kept]  # without labels no accuracies
+    table = ResultTable()
+    table.add_numbers("T", *(headers[name] for name in shown))
+    for k, T in enumerate(kept["T"]):
+        table.add_row(str(T), *(f"{kept[name][k]:.2%}" for name in shown))
+    console.print(f"{precision} on the {kept['num_images']:,} checked images")
+    console.print(table)
 
 
 def _say_which(trained: Trained) -> None:

@@ -1,8 +1,8 @@
 """NVIDIA's libraries: which TensorRT is installed, and which GPU is there. Needs numpy only until it is asked.
 
 Two packages have one API. `tensorrt` builds an engine for the GPU it builds on, any from Turing (7.5) on, those of data
-centres included. `tensorrt-rtx` builds on any machine, without GPU or driver, for GeForce, RTX and workstation cards,
-and compiles the rest where the engine runs.
+centres included. `tensorrt-rtx` builds on any machine, without GPU or driver, for GeForce, RTX and workstation cards
+from Ampere (8.0) on, and compiles the rest where the engine runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from tetdeploy.extras import MissingExtraError, import_extra
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+_INSTALL_TENSORRT = "pip install 'tetdeploy[tensorrt]' --extra-index-url https://pypi.nvidia.com"
+_TURING = "7.5"
 BUILDING = "building with TensorRT (not with TensorRT-RTX)"
 
 
@@ -38,7 +40,7 @@ def choose_package(asked: str = "auto") -> str:
     if not installed:
         raise MissingExtraError(
             "TensorRT is not installed: pip install 'tetdeploy[rtx]' for GeForce and RTX cards, built "
-            "on any machine, or pip install 'tetdeploy[tensorrt]' for any card, built on the card itself"
+            f"on any machine, or {_INSTALL_TENSORRT} for any card, built on the card itself"
         )
     if len(installed) == 2:
         try:
@@ -120,19 +122,34 @@ def target_architectures(trt: Any, package: str, asked: tuple[str, ...] | None) 
                 "that GPU is, or with --package tensorrt-rtx, which needs none to build"
             )
         return [present]
+    if asked is None:
+        return _rtx_architectures(trt)
+    for name in asked:
+        if reason := why_not_rtx(trt, name):
+            raise ValueError(reason)
+    return sorted(set(asked), key=_version)
+
+
+def why_not_rtx(trt: Any, architecture: str) -> str | None:
+    """Why TensorRT-RTX cannot build our graphs for a GPU architecture, and what can; None where it can."""
+    known = _rtx_architectures(trt)
+    if architecture in known:
+        return None
+    is_turing = architecture == _TURING
+    reason = ", where it has no float32 matrix products, and a readout is one" if is_turing else ""
+    why = f"TensorRT-RTX cannot build for GPU architecture {architecture!r}{reason}; it can for {', '.join(known)}."
+    if re.fullmatch(r"\d+\.\d", architecture) is None or _version(architecture) < _version(_TURING):
+        return why
+    return (
+        f"{why} The package tensorrt can, on a machine with that GPU: {_INSTALL_TENSORRT}, then tetdeploy build "
+        "MODEL.onnx --package tensorrt"
+    )
+
+
+def _rtx_architectures(trt: Any) -> list[str]:
     names = [name.removeprefix("SM") for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
     known = sorted((f"{name[:-1]}.{name[-1]}" for name in names), key=_version)
-    if asked is None:
-        return [name for name in known if name != "7.5"]  # not beside others; and without float32 matrix products
-    for name in asked:
-        if name not in known:
-            other = "The package tensorrt can, on a machine with that GPU: pip install 'tetdeploy[tensorrt]'"
-            is_newer = re.fullmatch(r"\d+\.\d", name) is not None and _version(name) > (7, 5)
-            raise ValueError(
-                f"TensorRT-RTX cannot build for GPU architecture {name!r}; it can for {', '.join(known)}."
-                + (f" {other}" if is_newer else "")
-            )
-    return sorted(set(asked), key=_version)
+    return [name for name in known if name != _TURING]
 
 
 def checked(cuda: Any, result: tuple[Any, ...]) -> Any:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.extras import import_extra
 from tetdeploy.model_file import check_metadata, state_outputs
-from tetdeploy.runtimes.nvidia import MODULES, checked, gpu_architecture, gpu_runtime, import_tensorrt
+from tetdeploy.runtimes.nvidia import MODULES, checked, gpu_architecture, gpu_runtime, import_tensorrt, why_not_rtx
 
 
 class TensorRTEngine(Engine):
@@ -52,7 +52,7 @@ class TensorRTEngine(Engine):
         # Before any object of TensorRT is made: without a driver that ends the process.
         cuda = gpu_runtime(f"running {self.path.name}")
         trt = import_tensorrt(self.manifest["package"])
-        check_target(self.manifest, self.path.name, trt.__version__, gpu_architecture(cuda))
+        check_target(self.manifest, self.path.name, trt, gpu_architecture(cuda))
         self._session = Session(trt, Gpu(cuda), plan, state_outputs(self.metadata), self.path.name)
 
     def check_input(self, x: Array) -> Array:
@@ -115,22 +115,23 @@ def read_manifest(engine: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_target(manifest: Mapping[str, Any], name: str, version: str, architecture: str) -> None:
+def check_target(manifest: Mapping[str, Any], name: str, trt: Any, architecture: str) -> None:
     """Refuse an engine that this TensorRT or this GPU cannot run.
 
     Raises:
         ValueError: it was built by another version, or for other GPU architectures.
     """
-    package, built = manifest["package"], manifest["version"]
+    package, built, version = manifest["package"], manifest["version"], trt.__version__
     if built != version:
         raise ValueError(
             f"{name} was built by {package} {built}, and {version} is installed; {_AGAIN}, or "
             f"pip install {package}=={built}"
         )
     if architecture not in manifest["gpu_architectures"]:
+        reason = why_not_rtx(trt, architecture) if package == "tensorrt-rtx" else None
         raise ValueError(
             f"{name} was built for GPU architecture {', '.join(manifest['gpu_architectures'])}, and this GPU is "
-            f"{architecture}; {_AGAIN} --gpu-arch {architecture}"
+            f"{architecture}; {reason or f'{_AGAIN} --gpu-arch {architecture}'}"
         )
 
 
