@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Generator, Tensor
-from torchvision.transforms import AutoAugment, AutoAugmentPolicy, v2
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode, v2
 
 from tetdeploy.train.augment import AUGMENTATIONS
 from tetdeploy.train.autoaugment import Operation, apply, autoaugment, draw_operations, policies
@@ -31,7 +31,9 @@ def torchvisions(operation: Operation, image: Tensor) -> Tensor:
     of_level = magnitudes(10, *image.shape[1:])
     by = 0.0 if of_level is None else float(of_level[abs(operation.level)])
     by *= -1 if signed and operation.level < 0 else 1
-    applied: Tensor = transform._apply_image_or_video_transform(image, operation.name, by, "nearest", {Tensor: None})
+    applied: Tensor = transform._apply_image_or_video_transform(
+        image, operation.name, by, InterpolationMode.NEAREST, {Tensor: None}
+    )
     return applied
 
 
