@@ -20,9 +20,9 @@ from onnx import TensorProto, helper
 from tetdeploy.energy import Layer
 from tetdeploy.names import numbered
 
+from .binary_values import BinaryValues
 from .graph import is_of_network, module_name
 from .neuron_steps import Neurons, network_node
-from .whole_numbers import WholeNumbers
 
 _UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm", "Conv"}
 
@@ -49,7 +49,7 @@ class Layers:
         spikes = [layer.spikes for layer in neurons]
         self._timed.update(spikes)
         self._counted: set[ir.Node] = set()
-        self._whole = WholeNumbers(spikes)
+        self._binary = BinaryValues(spikes)
         self._after_neurons = set(spikes)
         names: Counter[str] = Counter()
         for node, encodes in _nodes(graph):
@@ -73,7 +73,7 @@ class Layers:
             self._timed.update(node.outputs)
         if any(value in self._after_neurons for value in node.inputs):
             self._after_neurons.update(node.outputs)
-        self._whole.propagate(node)
+        self._binary.propagate(node)
 
     def _holds_steps(self, value: ir.Value) -> bool:
         if value.shape is None or len(value.shape) < 2:
@@ -109,7 +109,7 @@ class Layers:
         once = from_input and (encodes or (value not in self._timed and self._T != 1))
         flags: dict[str, Any] = {
             "from_input": from_input,
-            "binary": self._whole.is_binary(value),
+            "binary": self._binary.is_binary(value),
             "positions": positions,
             "once": once,
             "precision": _precision(weight),
