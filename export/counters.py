@@ -21,8 +21,8 @@ from tetdeploy.energy import Layer
 from tetdeploy.names import numbered
 
 from .binary_values import BinaryValues
-from .graph import is_of_network, module_name
 from .neuron_steps import Neurons, network_node
+from .onnx_tracer import is_of_network, module_name
 
 _UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm", "Conv"}
 

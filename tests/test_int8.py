@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tetdeploy import Engine, tracing
 from tetdeploy.cli import main
 from tetdeploy.export import ExportConfig, Exported, ParityError, export_model
-from tetdeploy.export.graph import OnnxTracer
+from tetdeploy.export.onnx_tracer import OnnxTracer
 from tetdeploy.int8 import network as int8_network
 from tetdeploy.int8 import quantisation
 from tetdeploy.int8.calibration import CurrentHistogram, calibrate
