@@ -293,6 +293,7 @@ _HAND_ON = {
     aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
     aten.squeeze.dim, aten.expand.default, aten.permute.default, aten.transpose.int, aten.contiguous.default,
     aten.clone.default, aten.slice.Tensor, aten.select.int, aten.max_pool1d.default, aten.max_pool2d.default,
+    aten.max_pool3d.default,
     aten.dropout.default,  # of a network in inference
 }  # fmt: skip
 
