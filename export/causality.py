@@ -78,6 +78,9 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         for name, spikes in zip(single.names, single.spikes, strict=True):
             if spikes.shape[:2] != (1, len(x)):
                 raise ValueError(f"for one step of {len(x)} images {misplaced(name, spikes.shape)}")
+        for name, spikes in zip(whole.names, whole.spikes, strict=True):
+            if spikes.shape[:2] != (T, len(x)):
+                raise ValueError(f"for T={T} and {len(x)} images {misplaced(name, spikes.shape)}")
         same = all(torch.equal(a[0], b[t]) for a, b in zip(single.spikes, whole.spikes, strict=True))
         if not same or not torch.allclose(step[0], logits[t], rtol=1e-9, atol=1e-9):
             raise ValueError(

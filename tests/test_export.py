@@ -701,6 +701,12 @@ class OneStepAtATime(Small):
         return torch.cat(logits)
 
 
+class FiresOnce(Small):
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(self.encode(x).unsqueeze(0)).expand(T, -1, -1, -1, -1)
+        return self.readout(self.lif(self.layer2(spikes.flatten(2)) * 2))
+
+
 class StartsElsewhere(Small):
     def between(self, spikes: Tensor) -> Tensor:
         return lif(spikes, torch.full_like(spikes[0], 0.2), v_th=0.6)[0]
@@ -752,6 +758,7 @@ class BehindPooling(Small):
     (DependsOnT, ValueError, "mixes time outside its neurons"),
     (LateEcho, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
     (OneStepAtATime, ValueError, r"runs its neurons 12 times for T=6 and 2 times for .* in one call"),
+    (FiresOnce, ValueError, r"for T=6 and 2 images neurons 'lif' get currents \[1, 2, 4, 8, 8\], but axis 0 must be"),
     (StartsElsewhere, ValueError, r"neurons 'lif#2' start from a membrane u .* leave u out"),
     (Unused, ValueError, r"runs 3 neuron layers, but only 2 .* take out those"),
     (NoNeurons, ValueError, "no LIF or IF neurons of tetdeploy"),
