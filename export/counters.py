@@ -20,9 +20,10 @@ from onnx import TensorProto, helper
 from tetdeploy.energy import Layer
 from tetdeploy.names import numbered
 
-from .graph import is_of_network, module_name
+from .binary_values import BinaryValues
 from .neuron_steps import Neurons, network_node
-from .whole_numbers import WholeNumbers
+from .onnx_tracer import is_of_network, module_name
+from .step_order import BATCH, StepOrder, sizes
 
 _UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm", "Conv"}
 
@@ -30,6 +31,8 @@ _UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm",
 class Layers:
     """The layers of a lowered graph: `layers` by name with the value each one reads, `uncounted` by name, and what else
     is added or multiplied, `other_ops`: by kind (see `tetdeploy.energy.OTHER_OPS`) and module, per image and step.
+    `batch_first` names layers that read `[N, T, ...]` or `[N * T, ...]`, for which `T_or_input` is the graph's T,
+    or where it is open the input `[N, T, ...]`.
 
     Args:
         T: steps of the graph, None where they are dynamic.
@@ -38,6 +41,9 @@ class Layers:
 
     def __init__(self, graph: ir.Graph, neurons: Iterable[Neurons], T: int | None, *, frames: bool) -> None:
         self._T = T
+        self._image_rank = len(graph.inputs[0].shape or ()) if graph.inputs else 0
+        self.T_or_input: int | str = T or ("x" if frames else "steps")
+        self.batch_first: set[str] = set()
         self.read: dict[str, ir.Value] = {}
         self.layers: list[Layer] = []
         self.uncounted: list[str] = []
@@ -49,8 +55,9 @@ class Layers:
         spikes = [layer.spikes for layer in neurons]
         self._timed.update(spikes)
         self._counted: set[ir.Node] = set()
-        self._whole = WholeNumbers(spikes)
+        self._binary = BinaryValues(spikes)
         self._after_neurons = set(spikes)
+        self._order = StepOrder(spikes, T)
         names: Counter[str] = Counter()
         for node, encodes in _nodes(graph):
             self._propagate(node)
@@ -69,11 +76,16 @@ class Layers:
 
     def _propagate(self, node: ir.Node) -> None:
         """What is a whole number, holds T steps, or lies behind neurons, follows from a node's inputs."""
-        if self._holds_steps(node.outputs[0]) or any(value in self._timed for value in node.inputs):
+        if (
+            self._holds_steps(node.outputs[0])
+            or self._repeats_image(node)
+            or any(value in self._timed for value in node.inputs)
+        ):
             self._timed.update(node.outputs)
         if any(value in self._after_neurons for value in node.inputs):
             self._after_neurons.update(node.outputs)
-        self._whole.propagate(node)
+        self._binary.propagate(node)
+        self._order.propagate(node)
 
     def _holds_steps(self, value: ir.Value) -> bool:
         if value.shape is None or len(value.shape) < 2:
@@ -82,6 +94,21 @@ class Layers:
             return value.shape[0] == self._T
         symbols = [dim.free_symbols() for dim in value.shape if not isinstance(dim, int)]
         return any("T" in of_one or len(of_one) > 1 for of_one in symbols)  # the batch is the only other symbol
+
+    def _repeats_image(self, node: ir.Node) -> bool:
+        """Whether a node of an unrolled graph repeats what it reads of the batch for T steps: to `[T * N, ...]`, or to
+        `[N, T, ...]`, which is not to be mistaken for channels that are repeated."""
+        if node.op_type not in ("Expand", "Tile", "Concat") or self._T in (None, 1) or node.inputs[0] is None:
+            return False
+        if node.op_type == "Concat" and len(set(node.inputs)) > 1:
+            return False
+        before, after = sizes(node.inputs[0]), sizes(node.outputs[0])
+        if not before or not after or len(before) != len(after) or before[0] % BATCH:
+            return False
+        longer = [axis for axis, size in enumerate(before) if after[axis] != size]
+        if longer != [0] and not (longer == [1] and len(after) > self._image_rank):
+            return False
+        return after[longer[0]] == before[longer[0]] * self._T
 
     def _count_other(self, node: ir.Node) -> None:
         node = network_node(node)
@@ -104,12 +131,15 @@ class Layers:
             return None
         from_input = value not in self._after_neurons
         positions = self._repeats(value, 1 if node.op_type == "Conv" else -1)
-        if positions is None:
+        left = 1 if from_input else self._order.left_of_steps(value)
+        if positions is None or left not in (1, BATCH):
             return None
+        if left == BATCH:
+            self.batch_first.add(name)
         once = from_input and (encodes or (value not in self._timed and self._T != 1))
         flags: dict[str, Any] = {
             "from_input": from_input,
-            "binary": self._whole.is_binary(value),
+            "binary": self._binary.is_binary(value),
             "positions": positions,
             "once": once,
             "precision": _precision(weight),
@@ -222,7 +252,8 @@ def counting_overlay(layers: Layers, neurons: Iterable[Neurons]) -> bytes:
     graph = onnx.GraphProto()
     for layer in layers.layers:
         if not layer.from_input:
-            _count_inputs(graph, layer, str(layers.read[layer.name].name))
+            T_or_input = layers.T_or_input if layer.name in layers.batch_first else None
+            _count_inputs(graph, layer, str(layers.read[layer.name].name), T_or_input)
     for layer_ in neurons:
         _count_spikes(graph, layer_)
     return bytes(onnx.ModelProto(graph=graph).SerializeToString())
@@ -235,13 +266,34 @@ def spikes_overlay(neurons: Iterable[str]) -> bytes:
     return bytes(onnx.ModelProto(graph=graph).SerializeToString())
 
 
-def _count_inputs(graph: onnx.GraphProto, layer: Layer, value: str) -> None:
+def _count_inputs(graph: onnx.GraphProto, layer: Layer, value: str, batch_first: int | str | None) -> None:
+    """`batch_first`: T or the input `[N, T, ...]`, for a layer that reads `[N, T, ...]` or `[N * T, ...]`."""
     name = layer.counter
     if not layer.binary:
         graph.node.append(helper.make_node("Abs", [value], [f"{name}.abs"]))
         graph.node.append(helper.make_node("Sign", [f"{name}.abs"], [f"{name}.nonzero"]))
         value = f"{name}.nonzero"
-    _sum(graph, value, [1 if layer.kernel else -1], name, TensorProto.FLOAT)
+    summed = name if batch_first is None else f"{name}.batch_first"
+    _sum(graph, value, [1 if layer.kernel else -1], summed)
+    if batch_first is not None:
+        _put_steps_first(graph, summed, layer, batch_first)
+    graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+
+
+def _put_steps_first(graph: onnx.GraphProto, counts: str, layer: Layer, T: int | str) -> None:
+    """`counts [N, T, *counter_axes]`, whose axes may be merged, become the layer's counter."""
+    known = [-1, T] if isinstance(T, int) else [-1]
+    parts = {"first": known, "rest": list(layer.counter_axes)}
+    for part, numbers in parts.items():
+        graph.initializer.append(helper.make_tensor(f"{counts}.{part}", TensorProto.INT64, [len(numbers)], numbers))
+    shape = [f"{counts}.{part}" for part in parts]
+    if isinstance(T, str):
+        graph.node.append(helper.make_node("Shape", [T], [f"{counts}.T"], start=1, end=2))
+        shape.insert(1, f"{counts}.T")
+    perm = [1, 0, *range(2, 2 + len(layer.counter_axes))]
+    graph.node.append(helper.make_node("Concat", shape, [f"{counts}.shape"], axis=0))
+    graph.node.append(helper.make_node("Reshape", [counts, f"{counts}.shape"], [f"{counts}.split"]))
+    graph.node.append(helper.make_node("Transpose", [f"{counts}.split"], [layer.counter], perm=perm))
 
 
 def _count_spikes(graph: onnx.GraphProto, layer: Neurons) -> None:
@@ -252,13 +304,13 @@ def _count_spikes(graph: onnx.GraphProto, layer: Neurons) -> None:
         graph.node.append(helper.make_node("Cast", [value], [f"{name}.spikes"], to=kind))
         value = f"{name}.spikes"
     assert layer.spikes.shape is not None
-    _sum(graph, value, list(range(len(layer.spikes.shape) - len(layer.shape), len(layer.spikes.shape))), name, kind)
+    _sum(graph, value, list(range(len(layer.spikes.shape) - len(layer.shape), len(layer.spikes.shape))), name)
+    graph.output.append(helper.make_tensor_value_info(name, kind, None))
 
 
-def _sum(graph: onnx.GraphProto, value: str, axes: list[int], output: str, kind: int) -> None:
+def _sum(graph: onnx.GraphProto, value: str, axes: list[int], output: str) -> None:
     graph.initializer.append(helper.make_tensor(f"{output}.axes", TensorProto.INT64, [len(axes)], axes))
     graph.node.append(helper.make_node("ReduceSum", [value, f"{output}.axes"], [output], keepdims=0))
-    graph.output.append(helper.make_tensor_value_info(output, kind, None))
 
 
 def _nodes(graph: ir.Graph) -> Iterable[tuple[ir.Node, bool]]:

@@ -43,6 +43,7 @@ def split_encoder(model: ir.Model) -> list[Encoder]:
         value.name, value.shape = f"encoded_next.{encoder.name}", ir.Shape([batch, *encoder.shape])
     graph.inputs.extend([encode, *given])
     graph.outputs.extend(chosen)
+    graph.sort()  # what reads the encoder first may stand before what it was computed from last
     return encoders
 
 

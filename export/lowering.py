@@ -17,8 +17,8 @@ from onnx_ir.passes import common
 
 from tetdeploy.names import numbered
 
-from .graph import LIF_DOMAIN, module_name
 from .neuron_steps import BYTE, FLOAT, Forms, Neurons, StepBuilder, float_value, inputs_of, producer_of
+from .onnx_tracer import LIF_DOMAIN, module_name
 
 _HAND_ON = ("Unsqueeze", "Reshape", "Squeeze", "Flatten", "Transpose", "Identity", "MaxPool", "Slice")
 

@@ -24,17 +24,18 @@ from tetdeploy.networks import Classifier
 from tetdeploy.traced_network import Runnable
 from tetdeploy.tracing import Tracer
 
+from .causality import check_steps
 from .config import ExportConfig
 from .counters import Layers
 from .description import describe, serialised
 from .encoder import split_encoder
 from .gate import check_graph
-from .graph import OnnxTracer
 from .half import HalfNetwork
 from .kept_answers import measure_kept, per_step_logits
 from .lowering import lower
 from .neuron_steps import Neurons
-from .parity import Parity, check_steps
+from .onnx_tracer import OnnxTracer
+from .parity import Parity
 from .progress import Progress, ticker
 from .reference import NUM_REFERENCE, write_reference
 
@@ -165,7 +166,7 @@ def _as_input(classifier: Classifier, config: ExportConfig, images: NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Graph:
+class LoweredGraph:
     """A lowered graph with its metadata; `uncounted` names layers whose operations cannot be counted."""
 
     model: ir.Model
@@ -181,7 +182,7 @@ def build_graph(
     calibration: CalibrationImages | Calibration | None = None,
     source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-) -> tuple[Graph, Runnable, Calibration | None]:
+) -> tuple[LoweredGraph, Runnable, Calibration | None]:
     """Trace, fold, lower and describe, without writing anything.
 
     Args: see `export_model`.
@@ -205,7 +206,7 @@ def _build_int8(
     calibration: CalibrationImages | Calibration | None,
     source: Mapping[str, Any] | None,
     progress: Progress | None,
-) -> tuple[Graph, Calibration]:
+) -> tuple[LoweredGraph, Calibration]:
     """The graph, at scales that are given or are found on images."""
     if isinstance(calibration, Calibration):
         return _build(onnx_tracer, config, source, calibration.scales), calibration
@@ -214,7 +215,7 @@ def _build_int8(
     x = _as_input(onnx_tracer.tracer.classifier, config, calibration[0])
     T = replace(config, T=config.trained_T).steps_on(x)
     trial = replace(config, T=max(config.T, T))  # scales are tried out on no fewer steps than the training had
-    trials: list[tuple[Scales, Graph]] = []
+    trials: list[tuple[Scales, LoweredGraph]] = []
 
     def answers(scales: Scales) -> NDArray[np.float32]:
         graph = _build(onnx_tracer, trial, source, scales)
@@ -232,7 +233,7 @@ def _build(
     config: ExportConfig,
     source: Mapping[str, Any] | None,
     int8: Scales | None = None,
-) -> Graph:
+) -> LoweredGraph:
     model, num_folded = onnx_tracer.graph(config.steps, step=config.layout == "step", int8=int8)
     neurons = lower(
         model,
@@ -246,10 +247,10 @@ def _build(
     encoders = split_encoder(model) if config.layout == "step" and config.encoding == "direct" else []
     layers = Layers(model.graph, neurons, config.steps, frames=config.encoding == "frames")
     describe(model, onnx_tracer.tracer.classifier, config, neurons, encoders, layers, source)
-    return Graph(model, neurons, layers.uncounted, num_folded)
+    return LoweredGraph(model, neurons, layers.uncounted, num_folded)
 
 
-def _in_memory(graph: Graph) -> Engine:
+def _in_memory(graph: LoweredGraph) -> Engine:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         file.write_bytes(ir.to_proto(graph.model).SerializeToString())

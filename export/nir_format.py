@@ -41,7 +41,7 @@ from tetdeploy.networks import Classifier
 from tetdeploy.provenance import written
 from tetdeploy.tracing import quiet
 
-from .parity import check_steps
+from .causality import check_steps
 
 aten = torch.ops.aten
 DT = 1e-4  # seconds a step: what snnTorch and SpikingJelly assume of a NIR graph, which does not say

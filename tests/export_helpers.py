@@ -19,7 +19,7 @@ from torch import nn
 from tetdeploy.data import ImageSet, load_data
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model, model
-from tetdeploy.export.graph import OnnxTracer
+from tetdeploy.export.onnx_tracer import OnnxTracer
 from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig
 from tetdeploy.tracing import Tracer
 

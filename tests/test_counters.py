@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,69 @@ def test_a_first_layer_that_runs_at_every_step_says_so(layout: str, once: bool, 
     config = ExportConfig(layout=layout, T=3)  # type: ignore[arg-type]
     first, _ = layers_of(unchecked(EncodesEveryStep(), tmp_path / "m.onnx", config).metadata)
     assert (first.name, first.from_input, first.once) == ("encode.0", True, once)
+
+
+REPEATED: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "to_steps_first": lambda x, T: x.repeat(T, 1, 1, 1),
+    "to_batch_first": lambda x, T: x.unsqueeze(1).repeat(1, T, 1, 1, 1).flatten(0, 1),  # as the authors do
+    "by_a_view": lambda x, T: x.unsqueeze(1).expand(-1, T, -1, -1, -1).flatten(0, 1),
+    "by_concat": lambda x, T: torch.cat([x] * T),
+}
+
+
+class RepeatsTheImage(nn.Module):
+    """The image is repeated within the batch, before the first layer."""
+
+    def __init__(self, repeated: str) -> None:
+        super().__init__()
+        self.encode, self.readout, self.lif = nn.Conv2d(1, 2, 3), nn.Linear(72, 10), LIF(v_th=0.3)
+        self.repeated = repeated
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        currents = self.encode(REPEATED[self.repeated](x, T))
+        if self.repeated in ("to_batch_first", "by_a_view"):
+            currents = currents.unflatten(0, (x.shape[0], T)).transpose(0, 1)
+        else:
+            currents = currents.unflatten(0, (T, x.shape[0]))
+        return self.readout(self.lif(currents).flatten(2))
+
+
+@pytest.mark.parametrize(("options", "repeated"), [
+    *itertools.product(({"T": 3}, {"T": 3, "with_state": True}, {"layout": "step"}), REPEATED),
+    *itertools.product([{"layout": "dynamic"}], [name for name in REPEATED if name != "by_concat"]),
+])  # fmt: skip
+def test_an_image_repeated_within_the_batch_counts_once_a_step(
+    options: dict[str, Any], repeated: str, tmp_path: Path
+) -> None:
+    metadata = unchecked(RepeatsTheImage(repeated), tmp_path / "m.onnx", ExportConfig(**options)).metadata
+    first, _ = layers_of(metadata)
+    assert (first.name, first.positions, first.once) == ("encode", 1, options.get("layout") == "step")
+    assert metadata["other_ops"]["bias_adds"] == {"encode": 72, "readout": 10}
+    assert metadata["uncounted"] == []
+
+
+class AsManyAsSteps(nn.Module):
+    """Three channels of one, and three parts of the image side by side in the batch: no repetition over three steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.colours, self.parts = nn.Conv2d(3, 2, 3), nn.Conv2d(1, 2, 3)
+        self.readout, self.lif = nn.Linear(108, 10), LIF(v_th=0.3)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        parts = self.parts(torch.cat([x[..., k : k + 3] for k in (0, 2, 4)])).unflatten(0, (3, -1)).transpose(0, 1)
+        current = torch.cat([self.colours(x.repeat(1, 3, 1, 1)).flatten(1), parts.flatten(1)], 1)
+        return self.readout(self.lif(current.expand(T, *current.shape)))
+
+
+def test_copies_that_are_no_steps_are_all_counted(tmp_path: Path) -> None:
+    metadata = unchecked(AsManyAsSteps(), tmp_path / "m.onnx", ExportConfig(T=3)).metadata
+    found = {layer.name: (layer.input_shape, layer.positions, layer.once) for layer in layers_of(metadata)}
+    assert found == {
+        "colours": ((3, 8, 8), 1, True),
+        "parts": ((1, 8, 3), 3, True),
+        "readout": ((108,), 1, False),
+    }
 
 
 # ------------------------------------------------------------------------------------------- what else is added

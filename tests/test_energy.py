@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from export_helpers import classifier, convsnn, digits, engine, frames, unchecked
@@ -31,6 +32,7 @@ from tetdeploy.energy import (
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.export.counters import spikes_overlay
+from tetdeploy.export.model import build_graph
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier
 from tetdeploy.neurons import LIF
@@ -286,8 +288,12 @@ class Analogue(nn.Module):
         return self.readout(torch.cat([c.flatten(2), self.masked(d).flatten(2)], dim=2))
 
 
-def torch_operations(net: Classifier, x: Array, T: int) -> dict[str, Array]:
-    """Operations `[T]` by layer, from each layer's input and torch's own convolution with ones for weights."""
+def torch_operations(net: Classifier, x: Array, T: int, batch_first: Sequence[str] = ()) -> dict[str, Array]:
+    """Operations `[T]` by layer, from each layer's input and torch's own convolution with ones for weights.
+
+    Args:
+        batch_first: layers that read `[N * T, ...]` or `[N, T, ...]`.
+    """
     found: dict[str, Array] = {}
 
     def count(name: str) -> Any:
@@ -300,7 +306,8 @@ def torch_operations(net: Classifier, x: Array, T: int) -> dict[str, Array]:
                 assert isinstance(module, nn.Conv2d)
                 ones, geometry = torch.ones_like(module.weight), (module.stride, module.padding, module.dilation)
                 ops = nn.functional.conv2d(active, ones, None, *geometry, module.groups)
-            found[name] = ops.double().reshape(T, -1).sum(1).numpy()
+            by_step = ops.reshape(len(x), T, -1).transpose(0, 1) if name in batch_first else ops
+            found[name] = by_step.double().reshape(T, -1).sum(1).numpy()
 
         return hook
 
@@ -398,6 +405,76 @@ def test_counting_changes_no_answer_and_counts_spikes(layout: str, options: dict
         np.testing.assert_array_equal(counts[f"fired.{name}"], fired.flatten(2).sum(-1).numpy())
     layers = ("layer2.0", "layer3.1", "readout.2")
     assert set(counts) == {f"active.{name}" for name in layers} | {f"fired.lif{k}" for k in (1, 2, 3)}
+
+
+class BatchFirst(nn.Module):
+    """Layers run on `[N, T, ...]`, or on `[N * T, ...]` as in the authors' code; neurons on `[T, N, ...]`."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(13)
+            first = nn.Conv2d(1, 4, 3, padding=1)
+            self.encode = OverTime(first) if encoding == "frames" else DirectEncoding(first)
+            self.summed, self.strided = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2)
+            self.tokens, self.hidden, self.readout = nn.Linear(9, 4), nn.Linear(24, 12), nn.Linear(12, 10)
+        self.lif = LIF(v_th=0.2)
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        swapped = self.lif(self.encode(x) if T is None else self.encode(x, T)).transpose(0, 1)
+        steps, merged = swapped.shape[:2], swapped.flatten(0, 1)
+        merged = self.strided(merged + self.summed(merged).relu())
+        spikes = self.lif(merged.unflatten(0, steps).transpose(0, 1))
+        spikes = self.lif(self.tokens(spikes.flatten(3).transpose(0, 1)).transpose(0, 1))
+        hidden = self.hidden(spikes.flatten(2).transpose(0, 1).flatten(0, 1))
+        logits: Tensor = self.readout(self.lif(hidden.unflatten(0, steps).transpose(0, 1)))
+        return logits
+
+
+@pytest.mark.parametrize(("layout", "options"), COUNTED)
+def test_layers_that_run_batch_first_count_each_step(layout: str, options: dict[str, Any], tmp_path: Path) -> None:
+    encoding = options.get("encoding", "direct")
+    x = frames(31, 4) if encoding == "frames" else digits().images[:31]
+    data, config = digits(), convsnn().config
+    net = Classifier(
+        BatchFirst(encoding), config=config, mean=data.mean, std=data.std, class_names=data.class_names
+    ).eval()
+    graph, *_ = build_graph(net, ExportConfig(layout=layout, **options))  # type: ignore[arg-type]
+    path = tmp_path / "m.onnx"
+    path.write_bytes(ir.to_proto(graph.model).SerializeToString())
+    assert graph.uncounted == []
+    expected = torch_operations(net, x, 4, batch_first=("summed", "strided", "tokens", "hidden"))
+    assert set(expected) == {"summed", "strided", "tokens", "hidden", "readout"}
+    for native in (False, True):
+        operations = counted(Engine(path, threads=1, native=native), x, 4)
+        for name, ops in expected.items():
+            assert len({*ops}) > 1  # the steps can be told apart
+            np.testing.assert_array_equal(operations.counts[name], ops, err_msg=name)
+
+
+class TokensFirst(nn.Module):
+    """A layer on `[tokens * T * N, ...]`, and one for which the order is undone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mlp, self.head = nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(5, 10)
+        self.lif = LIF(v_th=0.3)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.embed(x.squeeze(1))
+        spikes = self.lif(current.unsqueeze(0).expand(T, *current.shape)).permute(2, 0, 1, 3)
+        mixed = self.mlp(spikes.flatten(0, 2)).unflatten(0, spikes.shape[:3])
+        return self.head(mixed.relu().permute(1, 2, 0, 3)).mean(2)
+
+
+@pytest.mark.parametrize(("layout", "uncounted"), [("unrolled", ["mlp"]), ("dynamic", ["mlp"]), ("step", [])])
+def test_a_layer_with_more_than_the_batch_before_its_steps_is_named(
+    layout: str, uncounted: list[str], tmp_path: Path
+) -> None:
+    config = ExportConfig(layout=layout, T=4)  # type: ignore[arg-type]
+    metadata = unchecked(TokensFirst(), tmp_path / "m.onnx", config).metadata
+    assert metadata["uncounted"] == uncounted
+    assert {layer["name"] for layer in metadata["layers"]} == {"embed", "mlp", "head"} - set(uncounted)
 
 
 class Rows(nn.Module):

@@ -596,6 +596,30 @@ def test_currents_in_other_shapes(network: type[nn.Module], layout: str, tmp_pat
     assert len(runner.metadata["encoded"]) == (layout == "step")
 
 
+class TakesTheImageTwice(Small):
+    """The image reaches the second neurons as well as the first, and the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.skip, self.head = nn.Linear(64, 32), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(self.current(x, T)).flatten(2)
+        logits: Tensor = self.readout(self.lif(self.layer2(spikes) + self.skip(x.flatten(1)).expand(T, -1, -1)))
+        return logits + self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_an_image_that_is_read_behind_neurons(layout: str, tmp_path: Path) -> None:
+    net, x = classifier(TakesTheImageTwice()), digits().images[:40]
+    made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout=layout), x)  # type: ignore[arg-type]
+    runner = Engine(made.path, threads=1)
+    np.testing.assert_allclose(runner.run(x, 4).per_step, pytorch(x, 4, net)[0], rtol=0, atol=2e-5)
+    assert len(runner.metadata["encoded"]) == (3 if layout == "step" else 0)
+
+
 class Bare(nn.Module):
     """Pixels are currents."""
 
@@ -677,6 +701,12 @@ class OneStepAtATime(Small):
         return torch.cat(logits)
 
 
+class FiresOnce(Small):
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(self.encode(x).unsqueeze(0)).expand(T, -1, -1, -1, -1)
+        return self.readout(self.lif(self.layer2(spikes.flatten(2)) * 2))
+
+
 class StartsElsewhere(Small):
     def between(self, spikes: Tensor) -> Tensor:
         return lif(spikes, torch.full_like(spikes[0], 0.2), v_th=0.6)[0]
@@ -728,6 +758,7 @@ class BehindPooling(Small):
     (DependsOnT, ValueError, "mixes time outside its neurons"),
     (LateEcho, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
     (OneStepAtATime, ValueError, r"runs its neurons 12 times for T=6 and 2 times for .* in one call"),
+    (FiresOnce, ValueError, r"for T=6 and 2 images neurons 'lif' get currents \[1, 2, 4, 8, 8\], but axis 0 must be"),
     (StartsElsewhere, ValueError, r"neurons 'lif#2' start from a membrane u .* leave u out"),
     (Unused, ValueError, r"runs 3 neuron layers, but only 2 .* take out those"),
     (NoNeurons, ValueError, "no LIF or IF neurons of tetdeploy"),

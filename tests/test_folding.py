@@ -334,6 +334,12 @@ def test_a_network_without_bn_is_left_as_it_is() -> None:
     assert count(folded.graph, *CONVOLUTIONS) == 1
 
 
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.3), nn.Dropout2d(0.3)], ids=["values", "channels"])
+def test_dropout_between_a_layer_and_its_bn_is_none_in_inference(dropout: nn.Module) -> None:
+    network = settled(nn.Sequential(nn.Conv2d(2, 4, 3), dropout, nn.BatchNorm2d(4)))
+    assert_folds(network, randn(2, 2, 6, 6), batchnorms=1)
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -367,6 +373,11 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
         named(conv=nn.Conv2d(2, 4, 3), act=nn.ReLU(), late=nn.BatchNorm2d(4)),
         (2, 2, 4, 4),
         r"BN 'late': what comes before it is aten\.relu\.default \(act\), not a convolution or linear layer; move",
+    ),
+    "after dropout that is always on": (
+        Permuted(lambda y: nn.functional.dropout(y, 0.3, training=True), nn.BatchNorm2d(4)),
+        (2, 2, 4, 4),
+        r"BN 'bn': what comes before it is aten\.dropout\.default",
     ),
     "after neurons": (
         named(conv=OverTime(nn.Conv2d(2, 4, 3)), lif=LIF(), late=tdBN(4)),

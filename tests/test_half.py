@@ -140,7 +140,7 @@ def test_weights_halve_and_operations_stay_and_cost_less(small: Callable[..., Ex
 
 def test_the_gate_sees_a_network_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(half, "placed_layers", lambda module: [])
-    monkeypatch.setattr("tetdeploy.export.graph.halve", lambda module: halve(module, placed_layers(module)[1:3]))
+    monkeypatch.setattr("tetdeploy.export.onnx_tracer.halve", lambda module: halve(module, placed_layers(module)[1:3]))
     with pytest.raises(ParityError, match="does not compute what PyTorch computes"):
         export(tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())

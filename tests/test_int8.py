@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tetdeploy import Engine, tracing
 from tetdeploy.cli import main
 from tetdeploy.export import ExportConfig, Exported, ParityError, export_model
-from tetdeploy.export.graph import OnnxTracer
+from tetdeploy.export.onnx_tracer import OnnxTracer
 from tetdeploy.int8 import network as int8_network
 from tetdeploy.int8 import quantisation
 from tetdeploy.int8.calibration import CurrentHistogram, calibrate
@@ -393,6 +393,27 @@ def test_convolutions_of_spikes_are_found_by_name() -> None:
     torch.manual_seed(3)
     module = Tracer(classifier(Residual()), encoding="direct", uint8=True).folded(2)
     assert list(spiking_convolutions(module)) == ["a.0", "b.0"]  # not the first, which reads the image
+
+
+class Volumes(nn.Module):
+    """The image as a volume of one layer, pooled in 3-d."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif = DirectEncoding(nn.Unflatten(1, (1, 1)), nn.Conv3d(1, 8, (1, 3, 3))), LIF(v_th=0.3)
+        self.pooled = OverTime(nn.MaxPool3d((1, 2, 2)), nn.Conv3d(8, 4, (1, 3, 3)))
+        self.readout = OverTime(nn.Flatten(), nn.Linear(4, 10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        logits: Tensor = self.readout(self.pooled(self.lif(self.encode(x, T))))
+        return logits
+
+
+def test_a_convolution_behind_3d_pooling_of_spikes_is_quantised(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    exported = export(tmp_path / "m.onnx", network=classifier(Volumes()))
+    assert exported.int8 is not None and list(exported.int8["scales"]) == ["pooled.1"]
+    assert exported.parity is not None and exported.parity.local_mismatch_rate <= 1e-4
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------

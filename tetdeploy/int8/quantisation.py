@@ -291,7 +291,7 @@ def _numbers(value: Any, dims: int, default: int) -> list[int]:
 
 _HAND_ON = {
     *VIEWS, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.max_pool1d.default,
-    aten.max_pool2d.default, aten.dropout.default,  # of a network in inference
+    aten.max_pool2d.default, aten.max_pool3d.default, aten.dropout.default,  # of a network in inference
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Tracing: a network becomes an ONNX graph in which every neuron layer is still one node, `tetdeploy::LIF`.
+"""A traced network as an ONNX graph in which every neuron layer is still one node, `tetdeploy::LIF`.
 
 What T is decides how the trace is taken: a number for the unrolled layout, one for the step layout, a dimension of the
 input for the dynamic layout. What a LIF node becomes is `lowering`'s business.

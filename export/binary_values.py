@@ -1,4 +1,4 @@
-"""Which values of a graph are whole numbers, and how large they can get: spikes are 0 or 1, sums of spikes 0, 1, 2...
+"""Which values of a graph can only be 0 or 1: those that are whole numbers, as spikes and their sums are, of 1 at most.
 
 A layer whose input can only be 0 or 1 adds; any other multiplies. What follows from a node's inputs is kept here; a
 value that nothing is known of counts as not binary, so that the exact energy never comes out too small.
@@ -28,8 +28,8 @@ _OF_ALL: dict[str, Callable[[Iterable[float]], float]] = {
 }
 
 
-class WholeNumbers:
-    """The largest value that each value of a graph can have, for those that are whole numbers from 0.
+class BinaryValues:
+    """Which values of a graph are binary, by the largest that each can be of those that are whole numbers from 0.
 
     Args:
         spikes: values that are 0 or 1.
@@ -40,10 +40,10 @@ class WholeNumbers:
 
     def is_binary(self, value: ir.Value | None) -> bool:
         """Whether a value can only be 0 or 1."""
-        largest = self.largest(value)
+        largest = self._largest_of(value)
         return largest is not None and largest <= 1
 
-    def largest(self, value: ir.Value | None) -> float | None:
+    def _largest_of(self, value: ir.Value | None) -> float | None:
         """The largest value possible; None where the values may be negative or fractions."""
         if value is None:
             return None
@@ -64,9 +64,9 @@ class WholeNumbers:
         if node.outputs[0].dtype == ir.DataType.BOOL:
             return 1.0
         if kind in ("QuantizeLinear", "DequantizeLinear"):
-            return self.largest(inputs[0]) if _keeps_values(node) else None
-        if kind in _VIEWS or pads_with_zeros(node):
-            return self.largest(inputs[0])
+            return self._largest_of(inputs[0]) if _keeps_values(node) else None
+        if kind in _VIEWS or _pads_with_zeros(node):
+            return self._largest_of(inputs[0])
         if kind == "Where":
             return self._of_all(max, inputs[1:3])
         if kind in _OF_ALL:
@@ -78,7 +78,7 @@ class WholeNumbers:
         return None
 
     def _of_all(self, combine: Callable[[Iterable[float]], float], values: Iterable[ir.Value | None]) -> float | None:
-        largest = [self.largest(value) for value in values]
+        largest = [self._largest_of(value) for value in values]
         known = [number for number in largest if number is not None]
         return combine(known) if len(known) == len(largest) else None
 
@@ -86,9 +86,9 @@ class WholeNumbers:
         self, value: ir.Value | None, low: ir.Value | None = None, high: ir.Value | None = None
     ) -> float | None:
         """Whole numbers, cut off from 0 to a whole number: a sum of spikes becomes their OR."""
-        if low is not None and self.largest(low) != 0:
+        if low is not None and self._largest_of(low) != 0:
             return None
-        return self.largest(value) if high is None else self._of_all(min, (value, high))
+        return self._largest_of(value) if high is None else self._of_all(min, (value, high))
 
     def _complement(self, one: ir.Value | None, spikes: ir.Value | None) -> float | None:
         """1 - s: with a product it makes AND NOT of spikes."""
@@ -114,7 +114,7 @@ def _is_one(value: ir.Value | None) -> bool:
     return tensor is not None and bool((tensor.numpy() == 1).all())
 
 
-def pads_with_zeros(node: ir.Node) -> bool:
+def _pads_with_zeros(node: ir.Node) -> bool:
     if node.op_type != "Pad" or node.attributes.get_string("mode", "constant") != "constant":
         return False
     if len(node.inputs) < 3 or node.inputs[2] is None:
