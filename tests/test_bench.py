@@ -287,6 +287,16 @@ def test_the_report_has_a_table_for_each_model(model: Path) -> None:
         assert all(row[3].endswith(" ms") and row[-1] == "2" for row in table.rows)
 
 
+def test_the_next_step_is_the_report_of_the_run(model: Path) -> None:
+    """Where there is one: of timings alone no report can be made."""
+    alone = run(model, "--repeats", 1, "--threads", 1, "--batch", 1)
+    assert alone.output.endswith(f"{model.with_suffix('.bench.json')}\n")
+    folder = run_folder(model.parent)
+    done = run(model, "--repeats", 1, "--threads", 1, "--batch", 1)
+    assert done.output.endswith(f"{model.with_suffix('.bench.json')}\nnext: tetdeploy report {folder}\n")
+    assert any(section.title == "Latency and throughput" for section in document_of(read_results([folder])).sections)
+
+
 def test_a_report_refuses_timings_alone_and_damaged_ones(tmp_path: Path) -> None:
     rows = [{"batch": 1}]
     bad = write(tmp_path / "a.bench.json", {"kind": "bench", "model": "m", "machine": {}, "rows": rows})

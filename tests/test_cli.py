@@ -113,6 +113,22 @@ class TestCommands:
         assert (workplace / "runs" / "latest").resolve() == folder.resolve()
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
 
+    @pytest.mark.parametrize(
+        ("target", "command"),
+        [
+            ("cpu", "sweep {}"),
+            ("cuda", "sweep {} --device cuda"),
+            ("openvino", "sweep {} --runtime openvino"),
+            ("tensorrt", "build {} --package tensorrt"),
+            ("tensorrt-rtx", "build {} --package tensorrt-rtx"),
+        ],
+    )
+    def test_an_export_goes_on_with_what_runs_its_target(self, target: str, command: str, workplace: Path) -> None:
+        result = run("export", "--target", target, "--check", "0", "--out", "m.onnx")
+        assert result.output.endswith(f"next: tetdeploy {command.format('m.onnx')}\n")
+        name, *arguments = command.format("m.onnx").split()
+        main.commands[name].make_context(name, arguments).close()  # it parses
+
     def test_an_export_says_when_a_calibration_does_not_fit_it(self, workplace: Path) -> None:
         model, export = f"{RUN}/model-step.onnx", ("export", "--layout", "step", "--check", "20")
         for command in (export, ("calibrate", model, "--T", "2"), export, ("export", *export[1:], "--no-fold-bn")):

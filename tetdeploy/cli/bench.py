@@ -84,6 +84,7 @@ def bench(
     turns. Ctrl-C keeps what was timed. Writes MODEL.bench.json, which tetdeploy report shows. Needs no torch.
     """
     from tetdeploy.bench import Bench
+    from tetdeploy.checkpoint import CONFIG_NAME
     from tetdeploy.files import write_json
     from tetdeploy.machine import usable_cores
 
@@ -116,6 +117,8 @@ def bench(
     if interrupted:
         console.print("interrupted; what was timed until then is kept" if timing.rows else "interrupted")
         ctx.exit(INTERRUPTED)
+    if (json_path.parent / CONFIG_NAME).is_file():  # of timings alone there is no report
+        console.print(f"next: tetdeploy report {json_path.parent}", markup=False)
 
 
 def _inputs(timing: Bench, data: str | None, data_dir: Path) -> tuple[str, Any]:

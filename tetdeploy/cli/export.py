@@ -183,7 +183,7 @@ def export(
         write_json(json_path, exported.to_dict())
     print_exported(exported, config.layout, config.T)
     _say_whether_calibrated(exported.path)
-    console.print(f"next: tetdeploy sweep {exported.path}", markup=False)
+    console.print(f"next: tetdeploy {_next(exported.path, config.target)}", markup=False)
     return exported.path
 
 
@@ -316,6 +316,13 @@ def print_exported(exported: Exported, layout: str, T: int) -> None:
     if exported.uncounted:
         console.print(f"operations of these layers will not be counted: {', '.join(exported.uncounted)}", markup=False)
     console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB", markup=False)
+
+
+def _next(path: Path, target: str) -> str:
+    """The command that goes on with a model for this target."""
+    if target in ("tensorrt", "tensorrt-rtx"):
+        return f"build {path} --package {target}"
+    return f"sweep {path}" + {"cuda": " --device cuda", "openvino": " --runtime openvino"}.get(target, "")
 
 
 def _say_whether_calibrated(path: Path) -> None:
