@@ -84,9 +84,9 @@ def bench(
     turns. Ctrl-C keeps what was timed. Writes MODEL.bench.json, which tetdeploy report shows. Needs no torch.
     """
     from tetdeploy.bench import Bench
-    from tetdeploy.checkpoint import CONFIG_NAME
     from tetdeploy.files import write_json
     from tetdeploy.machine import usable_cores
+    from tetdeploy.run_folder import CONFIG_NAME
 
     if repeats is not None and seconds is not None:
         raise click.UsageError("--repeats and --seconds exclude each other")
