@@ -1,7 +1,7 @@
 """One call of a network on a GPU: ONNX Runtime's CUDA provider and TensorRT against PyTorch and SpikingJelly.
 
     pip uninstall -y onnxruntime                                                      it and onnxruntime-gpu clash
-    pip install 'tetdeploy[gpu]' spikingjelly                                         and 'tetdeploy[tensorrt]'
+    pip install 'tetdeploy[gpu]' spikingjelly                                         and TensorRT, see docs/tensorrt.md
     python examples/benchmarks/gpu_inference.py --json inference.json                 ResNet-19, T=4, one card
     python examples/benchmarks/gpu_inference.py --graphs graphs --export-only         before, where there is no card
     python examples/benchmarks/gpu_inference.py --device cpu --width 0.125 --batch 1,4       a smoke run
