@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-EXPECTED = (  # besides all that the markers `gpu` and `peer` are for
+EXPECTED = (  # besides all that the marker `gpu` is for
     r"TETDEPLOY_DATA (names no|does not name a) folder",
     r"this machine has (no IPv6|an NVIDIA driver)$",
     r"this processor, or its system, (cannot|has no AMX)$",
@@ -36,7 +36,7 @@ _unexpected: list[str] = []
 def expected(reason: str, markers: Mapping[str, Any]) -> bool:
     """Whether CI may skip for `reason` a test with these markers."""
     known = EXPECTED if shutil.which("cc") else (*EXPECTED, WITHOUT_COMPILER)
-    return not markers.keys().isdisjoint(("gpu", "peer")) or any(re.match(one, reason) for one in known)
+    return "gpu" in markers or any(re.match(one, reason) for one in known)
 
 
 def _judge(report: pytest.CollectReport | pytest.TestReport, markers: Mapping[str, Any]) -> None:

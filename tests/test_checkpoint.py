@@ -159,6 +159,17 @@ def test_for_other_classes_the_readout_stays_as_it_is(saved: Path) -> None:
         load_weights(wider, saved, other_classes=True)
 
 
+def test_a_readout_of_other_inputs_does_not_stay_as_it_is(tmp_path: Path) -> None:
+    def without_norm(features: int, classes: int) -> Classifier:
+        network = OwnNetwork(features, classes)
+        network.norm = nn.Identity()
+        return classifier_of(network, NetworkConfig("mine.nets:small", classes, 1, (4, 4)))
+
+    save_checkpoint(tmp_path / "own.safetensors", without_norm(16, 3), training={}, provenance={})
+    with pytest.raises(ValueError, match=r"misshapen: readout\.weight \[3, 16\], wanted \[5, 8\]"):
+        load_weights(without_norm(8, 5), tmp_path / "own.safetensors", other_classes=True)
+
+
 @pytest.mark.parametrize("name", ["missing.safetensors", "no/such/run"])
 def test_a_wrong_path_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(FileNotFoundError, match=f"{name} does not exist; give a checkpoint"):

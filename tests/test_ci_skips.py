@@ -18,6 +18,11 @@ import pytest
 def test_native(): pass
 def test_passes(): pass
 """,
+    "test_peer.py": """
+import pytest
+@pytest.mark.peer
+def test_compares(): pytest.skip("needs no_such_framework")
+""",
     "test_machine.py": """
 import pytest
 @pytest.mark.gpu
@@ -43,6 +48,7 @@ def status(folder: Path, *files: str, ci: str = "1") -> tuple[int, str]:
     [
         ("test_module.py", "test_module.py: could not import 'no_such_package'"),
         ("test_one.py", "test_one.py::test_native: the native operator is switched off by TETDEPLOY_NATIVE=0"),
+        ("test_peer.py", "test_peer.py::test_compares: needs no_such_framework"),
     ],
 )
 def test_a_skip_of_what_ci_installs_fails_it(file: str, named: str, tmp_path: Path) -> None:

@@ -23,7 +23,15 @@ from tetdeploy.cli import main
 from tetdeploy.data import save_npz, split_validation
 from tetdeploy.early_exit import CRITERIA, Exit, exit_path, load_rule
 from tetdeploy.early_exit.savings import measure
-from tetdeploy.early_exit.threshold import Answers, Frontier, Paired, find_threshold, run_answers
+from tetdeploy.early_exit.threshold import (
+    Answers,
+    Frontier,
+    Paired,
+    find_threshold,
+    images_to_prove,
+    provable_loss,
+    run_answers,
+)
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.report.page import document_of
@@ -182,6 +190,12 @@ def test_paired_interval() -> None:
     assert paired.loss == pytest.approx(0.04082, abs=1e-5)
     assert paired.loss_95 == pytest.approx(1.96 * np.sqrt((0.08 + 0.04 - 0.04**2) / 100))
     assert Paired(98, 0, 0).loss_95 == pytest.approx(1.96 * np.sqrt(0.02 / 100))  # no flips prove little
+
+
+@pytest.mark.parametrize("loss", [0.05, 0.002, 1e-4])
+def test_so_many_images_prove_a_loss_and_one_fewer_do_not(loss: float) -> None:
+    count = images_to_prove(loss)
+    assert provable_loss(count) <= loss < provable_loss(count - 1)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

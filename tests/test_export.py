@@ -40,6 +40,7 @@ from tetdeploy.export import (
     ParityError,
     description,
     export_model,
+    gate,
     model,
     neuron_steps,
     reference_path,
@@ -414,6 +415,20 @@ def test_parity_is_reported_and_covers_a_state(tmp_path: Path) -> None:
     assert len(made.parity.top1_agreement_by_step) == 5
     assert made.parity.max_abs_logit_error < 1e-4  # 0 where PyTorch and ONNX Runtime add in the same order
     assert made.from_state.num_images == 60 and made.from_state.spike_mismatch_rate <= 1e-4
+
+
+def test_a_graph_of_any_T_is_compared_at_one_step_at_the_trainings_and_beyond(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare, steps = gate.compare, []
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        steps.append(arguments[3])
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr(gate, "compare", recorded)
+    export_model(classifier(Small()), tmp_path / "m.onnx", ExportConfig("dynamic", trained_T=4), digits().images[:60])
+    assert sorted(steps) == [1, 4, 6]
 
 
 # ------------------------------------------------------------------------------------------------ the parity gate

@@ -265,6 +265,26 @@ def test_the_gate_sees_a_scale_that_is_two_percent_off(tmp_path: Path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+class Leaky(nn.Module):
+    """One convolution of spikes, whose neurons keep a 64th from step to step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1 = DirectEncoding(nn.Conv2d(1, 2, 3, padding=1)), LIF(v_th=0.3)
+        self.conv, self.lif2 = OverTime(nn.Conv2d(2, 2, 3, stride=2)), LIF(tau=1 / 64, v_th=0.3)
+        self.readout = OverTime(nn.Flatten(), nn.Linear(18, 10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        logits: Tensor = self.readout(self.lif2(self.conv(self.lif1(self.encode(x, T)))))
+        return logits
+
+
+def test_so_many_steps_that_their_scales_would_overflow(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    made = export(tmp_path / "m.onnx", network=classifier(Leaky()), T=23)  # 64^22 is no float32
+    assert made.parity is not None and made.parity.spike_mismatch_rate <= 1e-4
+
+
 class Odd(Residual):
     """Convolutions of spikes whose padding has a name, that follow a dropout, or whose weights are computed."""
 

@@ -9,14 +9,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from torch import nn
+from export_helpers import classifier as calibrated
+from export_helpers import convsnn, digits
+from torch import Tensor, nn
 
 from tetdeploy.data import load_data
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, Parity, ParityError
 from tetdeploy.export.model import build_graph
-from tetdeploy.export.parity import compare
+from tetdeploy.export.parity import _rounding, compare
 from tetdeploy.networks import Classifier, NetworkConfig, ResNet19, build_network
+from tetdeploy.neurons import LIF
 
 GOOD = Parity(1000, 4, 1.0, (1.0,) * 4, 0.0, 0.0, 1e-6, 1e-7)
 
@@ -101,3 +104,24 @@ def test_rounding_is_measured_only_where_the_gate_would_fail(tmp_path: Path) -> 
     assert np.isfinite(parity.max_abs_logit_error)
     with pytest.raises(ParityError):
         parity.check("it")
+
+
+class AtTheThreshold(nn.Module):
+    """Every membrane of the first step is v_th: a weight one ulp larger fires, float64 rounds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1000,), 0.5))
+        self.lif, self.readout = LIF(v_th=0.5), nn.Linear(1000, 10)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        ones = torch.ones_like(x[None, :, 0, 0, :1]).expand(T, -1, -1)
+        logits: Tensor = self.readout(self.lif(ones * self.scale))
+        return logits
+
+
+def test_rounding_is_the_most_that_pytorch_differs_from_itself() -> None:
+    x = digits().images[:20]
+    assert _rounding(convsnn(), x, 4, None) < 1e-4
+    # Of numbers in -1..1 that many are above 0.5, and so make 1 + eps of 1 + eps u.
+    assert _rounding(calibrated(AtTheThreshold()), x, 1, None) == pytest.approx(0.25, abs=0.05)

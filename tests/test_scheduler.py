@@ -58,11 +58,11 @@ class Worker:
 
 
 def waiting(limits: Limits, *requests: tuple[Hashable, str, float], order: bool = False) -> Waiting[str, str]:
-    """Requests `(key, payload, arrived)` of one image each; with `order`, those of equal payload follow one another."""
+    """Requests `(key, payload, arrived)` of one image each; with `order`, those of one letter follow one another."""
     loop = asyncio.new_event_loop()
     made: Waiting[str, str] = Waiting(limits)
     for key, payload, arrived in requests:
-        made.add(key, [Request(payload, 1, arrived, loop.create_future(), payload if order else None)])
+        made.add(key, [Request(payload, 1, arrived, loop.create_future(), payload[0] if order else None)])
     loop.close()
     return made
 
@@ -121,6 +121,12 @@ def test_a_rare_key_does_not_starve_behind_a_busy_one() -> None:
 def test_requests_that_follow_one_another_never_share_a_call() -> None:
     queue = waiting(Limits(max_batch=8, max_wait=0), *(("steps", name, 0) for name in "aabacb"), order=True)
     assert [taken(queue, 1) for _ in range(4)] == [("steps", "abc"), ("steps", "ab"), ("steps", "a"), None]
+
+
+def test_what_must_wait_for_another_call_stays_before_what_came_later() -> None:
+    steps = (("steps", name, 0) for name in ("a1", "a2", "b1", "a3"))
+    queue = waiting(Limits(max_batch=2, max_wait=0), *steps, order=True)
+    assert [taken(queue, 1) for _ in range(3)] == [("steps", "a1b1"), ("steps", "a2"), ("steps", "a3")]
 
 
 def test_a_large_request_is_neither_split_nor_overtaken() -> None:

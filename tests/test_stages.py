@@ -21,6 +21,7 @@ import tetdeploy
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.data import ImageSet, load_data, split_validation
 from tetdeploy.extras import MissingExtraError
+from tetdeploy.names import section
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import How, TrainConfig, TrainResult, evaluate, sdt_loss, tet_loss, total_loss, train, train_seeds
 from tetdeploy.train.augment import cutout
@@ -300,17 +301,17 @@ def test_the_checkpoint_has_the_averaged_weights_and_their_bn(tmp_path: Path) ->
 
 def test_averaging_helps_a_noisy_run(tmp_path: Path) -> None:
     """At a constant high rate the weights jump about; their average is better, on real digits."""
-    noisy = {"lr": 0.05, "epochs": 6, "tit": "2:1000:0.05"}  # the cosine of 1,000 epochs is flat in its first six
-    plain, averaged = (
-        _first_epochs(tmp_path / name, 6, noisy | {"ema": ema}) for name, ema in (("a", 0.0), ("b", 0.98))
-    )
-    assert [r["train_loss"] for r in plain] == [r["train_loss"] for r in averaged]
-    assert sum(r["val_tet_loss"] for r in averaged[2:]) < sum(r["val_tet_loss"] for r in plain[2:])
-
-
-def _first_epochs(out: Path, count: int, changes: dict[str, Any]) -> list[dict[str, Any]]:
-    assert run(out, interrupted_at(count * STEPS + 1, classifier_of()), **changes).interrupted
-    return metrics(out)
+    noisy = {"tit": "2:1000:0.05", "ema": 0.98}  # the cosine of 1,000 epochs is flat in its first six
+    assert run(tmp_path, interrupted_at(6 * STEPS, classifier_of()), **noisy).interrupted
+    state = load_file(tmp_path / "last.safetensors")
+    plain, averaged = classifier_of(), classifier_of()
+    plain.network.load_state_dict(section(state, "network."))
+    averaged.network.load_state_dict(section(state, "network.") | section(state, "average."))
+    with estimating_bn(averaged):
+        averaged(torch.tensor(TRAIN.x), 2)
+    x, labels = torch.tensor(VAL.x), torch.tensor(VAL.labels)
+    losses = [evaluate(each, x, labels, T=2, loss=tet_loss)[0] for each in (averaged, plain)]
+    assert losses[0] < losses[1]
 
 
 # --- random T
@@ -346,6 +347,14 @@ def test_bn_is_estimated_on_runs_of_the_longest_length_drawn(tmp_path: Path) -> 
     passes = min(BN_BATCHES, STEPS)
     assert lengths[:STEPS] == [(True, 3)] * STEPS
     assert lengths[STEPS : STEPS + passes] == [(False, 3)] * passes and set(lengths[STEPS + passes :]) == {(False, 2)}
+
+
+def test_each_epoch_draws_lengths_of_its_own_for_bn(tmp_path: Path) -> None:
+    classifier, lengths = classifier_of(), []
+    classifier.register_forward_hook(lambda module, arguments, _: lengths.append(arguments[1]))
+    run(tmp_path, classifier, random_T="1:6", epochs=2)
+    bn = slice(STEPS, STEPS + min(BN_BATCHES, STEPS))  # of each epoch's passes
+    assert lengths[bn] != lengths[len(lengths) // 2 :][bn]
 
 
 @pytest.mark.parametrize("changes", [{"ema": 0.9, "random_T": "1:3"}, {"augment": "autoaugment", "cutout": 3}])
@@ -454,11 +463,18 @@ def of_seed(seed: int) -> Classifier:
     return classifier_of(seed=seed)
 
 
-def test_seeds_make_a_run_each_and_a_summary(tmp_path: Path) -> None:
-    result = seeds(tmp_path / "many", of_seed, runs=tmp_path)
-    run(tmp_path / "three", classifier_of(seed=3), epochs=3, seed=3)
-    assert same_files(tmp_path / "many" / "seed-3", tmp_path / "three")
-    summary = json.loads((tmp_path / "many" / "summary.json").read_text())
+@pytest.fixture(scope="module")
+def whole_seeds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder of runs, where `many` is the one of two seeds; and its result."""
+    runs = tmp_path_factory.mktemp("runs")
+    return runs, seeds(runs / "many", of_seed, runs=runs)
+
+
+def test_seeds_make_a_run_each_and_a_summary(tmp_path: Path, whole_seeds: tuple[Path, Any]) -> None:
+    runs, result = whole_seeds
+    run(tmp_path, classifier_of(seed=3), epochs=3, seed=3)
+    assert same_files(runs / "many" / "seed-3", tmp_path)
+    summary = json.loads((runs / "many" / "summary.json").read_text())
     accuracies = [r["val_accuracy"] for r in summary["runs"]]
     assert [(r["seed"], r["run"]) for r in summary["runs"]] == [(0, "seed-0"), (3, "seed-3")]
     a, b = accuracies
@@ -466,22 +482,24 @@ def test_seeds_make_a_run_each_and_a_summary(tmp_path: Path) -> None:
     assert summary["std_val_accuracy"] == result.std == pytest.approx(abs(a - b) / math.sqrt(2))
     assert (summary["recipe"], summary["num_finished"]) == ("my.toml", 2)
     assert summary["settings"]["training"]["epochs"] == 3 and "seed" not in summary["settings"]["training"]
-    best = tmp_path / "many" / ("seed-0" if a >= b else "seed-3")
-    assert (tmp_path / "latest").resolve() == best.resolve() == result.best.out.resolve()
+    best = runs / "many" / ("seed-0" if a >= b else "seed-3")
+    assert (runs / "latest").resolve() == best.resolve() == result.best.out.resolve()
 
 
-def test_interrupted_seeds_go_on(tmp_path: Path) -> None:
-    def make(seed: int) -> Classifier:
-        return interrupted_at(STEPS + 1, of_seed(seed)) if seed == 3 else of_seed(seed)
+def test_interrupted_seeds_go_on(tmp_path: Path, whole_seeds: tuple[Path, Any]) -> None:
+    """The first in the midst of its run with the second not begun, then the second with the first finished."""
 
-    first = seeds(tmp_path / "parts", make, seeds=(0, 3, 4))
-    assert first.interrupted and len(first.runs) == 2 and first.std is None
-    finished = (tmp_path / "parts" / "seed-0" / "last.safetensors").stat().st_mtime_ns
-    result = seeds(tmp_path / "parts", of_seed, seeds=(0, 3, 4), resume=True, recipe=None)
-    seeds(tmp_path / "whole", of_seed, seeds=(0, 3, 4))
-    assert not result.interrupted
-    assert (tmp_path / "parts" / "seed-0" / "last.safetensors").stat().st_mtime_ns == finished
-    read = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("parts", "whole")]
+    def interrupted_in(interrupted: int) -> Callable[[int], Classifier]:
+        return lambda seed: interrupted_at(STEPS + 1, of_seed(seed)) if seed == interrupted else of_seed(seed)
+
+    first = seeds(tmp_path, interrupted_in(0))
+    assert first.interrupted and len(first.runs) == 1
+    second = seeds(tmp_path, interrupted_in(3), resume=True, recipe=None)
+    assert second.interrupted and len(second.runs) == 2 and second.std is None
+    finished = (tmp_path / "seed-0" / "last.safetensors").stat().st_mtime_ns
+    assert not seeds(tmp_path, of_seed, resume=True, recipe=None).interrupted
+    assert (tmp_path / "seed-0" / "last.safetensors").stat().st_mtime_ns == finished
+    read = [json.loads((folder / "summary.json").read_text()) for folder in (tmp_path, whole_seeds[0] / "many")]
     assert read[0] == read[1]
 
 
