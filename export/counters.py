@@ -106,7 +106,7 @@ class Layers:
         if not before or not after or len(before) != len(after) or before[0] % BATCH:
             return False
         longer = [axis for axis, size in enumerate(before) if after[axis] != size]
-        if longer != [0] and not (longer == [1] and len(after) > self._image_rank):
+        if longer != [0] and not (longer == [1] and len(after) != self._image_rank):
             return False
         return after[longer[0]] == before[longer[0]] * self._T
 

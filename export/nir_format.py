@@ -34,7 +34,7 @@ from torch import fx
 from tetdeploy.data import Encoding
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
-from tetdeploy.folding import VIEWS, count_batchnorm, fold_batchnorm, module_path, parameter
+from tetdeploy.folding import DROPOUT, VIEWS, count_batchnorm, fold_batchnorm, module_path, parameter
 from tetdeploy.model_file import METADATA_KEY
 from tetdeploy.names import first_line
 from tetdeploy.networks import Classifier
@@ -184,9 +184,9 @@ class _Writer:
             aten.adaptive_avg_pool2d.default: self._adaptive_avg_pool,
             aten.max_pool2d.default: self._max_pool,
             aten.add.Tensor: self._add,
-            aten.dropout.default: self._dropout,
             torch.ops.tetdeploy.lif.default: self._lif,
-        } | dict.fromkeys(VIEWS, self._view)
+        }
+        translations |= dict.fromkeys(DROPOUT, self._dropout) | dict.fromkeys(VIEWS, self._view)
         for node in self.module.graph.nodes:
             if node.op == "placeholder" and not self.nodes:
                 self.nodes["input"] = self.nir.Input({"input": np.array(_shape(node))})

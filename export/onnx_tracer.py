@@ -7,6 +7,7 @@ input for the dynamic layout. What a LIF node becomes is `lowering`'s business.
 from __future__ import annotations
 
 import ast
+import re
 from typing import Any
 
 import onnx
@@ -127,13 +128,19 @@ def _name_boundary(model: ir.Model, T: int | None, encoding: Encoding) -> None:
     for value, name in zip(graph.outputs, ("logits", "per_step"), strict=True):
         value.name = name
     x = graph.inputs[0]
-    names = {x.shape[0]: "batch"}  # type: ignore[index]
+    names = {str(x.shape[0]): "batch"}  # type: ignore[index]
     if T is None:
-        names[(x if encoding == "frames" else graph.inputs[1]).shape[1]] = "T"  # type: ignore[index]
+        names[str((x if encoding == "frames" else graph.inputs[1]).shape[1])] = "T"  # type: ignore[index]
+    symbol = re.compile(rf"\b({'|'.join(names)})\b")  # by itself, or in the length of merged axes
     inner = (value for node in graph for value in node.outputs)
     for value in (*graph.inputs, *inner):
         if value.shape is not None:
-            value.shape = ir.Shape([names.get(dim, dim) for dim in value.shape])
+            value.shape = ir.Shape(
+                [
+                    dim if isinstance(dim, int) or dim.value is None else symbol.sub(lambda m: names[m[0]], dim.value)
+                    for dim in value.shape
+                ]
+            )
 
 
 def _lif_schema() -> onnx.defs.OpSchema:

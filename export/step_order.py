@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import onnx_ir as ir
 
 BATCH, _OPEN_T = 2**31 - 1, 2**61 - 1  # primes that stand for the batch and a T left open: no other axis is so long
+_SIZES = {"T": _OPEN_T, "batch": BATCH}
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
@@ -77,8 +78,4 @@ def sizes(value: ir.Value) -> list[int] | None:
 
 
 def _size(dim: ir.SymbolicDim) -> object:
-    """Where T and the batch are merged, either symbol may stand for either."""
-    symbols = sorted(dim.free_symbols())
-    if len(symbols) == 1:
-        return dim.evaluate({symbols[0]: _OPEN_T if symbols == ["T"] else BATCH})
-    return dim.evaluate(dict(zip(symbols, (BATCH, _OPEN_T), strict=False)))
+    return dim.evaluate({name: size for name, size in _SIZES.items() if name in dim.free_symbols()})

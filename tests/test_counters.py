@@ -160,6 +160,8 @@ REPEATED: dict[str, Callable[[Tensor, int], Tensor]] = {
     "to_batch_first": lambda x, T: x.unsqueeze(1).repeat(1, T, 1, 1, 1).flatten(0, 1),  # as the authors do
     "by_a_view": lambda x, T: x.unsqueeze(1).expand(-1, T, -1, -1, -1).flatten(0, 1),
     "by_concat": lambda x, T: torch.cat([x] * T),
+    "flat": lambda x, T: x.flatten(1).unsqueeze(1).repeat(1, T, 1),
+    "flat_by_a_view": lambda x, T: x.flatten(1).unsqueeze(1).expand(-1, T, -1),
 }
 
 
@@ -168,12 +170,15 @@ class RepeatsTheImage(nn.Module):
 
     def __init__(self, repeated: str) -> None:
         super().__init__()
-        self.encode, self.readout, self.lif = nn.Conv2d(1, 2, 3), nn.Linear(72, 10), LIF(v_th=0.3)
+        self.encode = nn.Linear(64, 72) if "flat" in repeated else nn.Conv2d(1, 2, 3)
+        self.readout, self.lif = nn.Linear(72, 10), LIF(v_th=0.3)
         self.repeated = repeated
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         currents = self.encode(REPEATED[self.repeated](x, T))
-        if self.repeated in ("to_batch_first", "by_a_view"):
+        if "flat" in self.repeated:
+            currents = currents.transpose(0, 1)
+        elif self.repeated in ("to_batch_first", "by_a_view"):
             currents = currents.unflatten(0, (x.shape[0], T)).transpose(0, 1)
         else:
             currents = currents.unflatten(0, (T, x.shape[0]))

@@ -477,6 +477,36 @@ def test_a_layer_with_more_than_the_batch_before_its_steps_is_named(
     assert {layer["name"] for layer in metadata["layers"]} == {"embed", "mlp", "head"} - set(uncounted)
 
 
+class TokensBehindSteps(nn.Module):
+    """A layer on `[N, T * tokens, C]`, and one for which the order is undone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(14)
+            self.embed, self.mlp, self.head = nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(5, 10)
+        self.lif = LIF(v_th=0.2)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.embed(x.squeeze(1))
+        spikes = self.lif(current.unsqueeze(0).expand(T, *current.shape)).permute(0, 2, 1, 3)
+        mixed = self.mlp(spikes.flatten(0, 1).transpose(0, 1)).transpose(0, 1).unflatten(0, (-1, 8))
+        return self.head(mixed.permute(0, 2, 1, 3).relu()).mean(2)
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_a_layer_that_has_steps_and_tokens_in_one_axis_counts_each_step(layout: str, tmp_path: Path) -> None:
+    net, x = classifier(TokensBehindSteps()), digits().images[:9]
+    graph, *_ = build_graph(net, ExportConfig(layout=layout, T=4))  # type: ignore[arg-type]
+    path = tmp_path / "m.onnx"
+    path.write_bytes(ir.to_proto(graph.model).SerializeToString())
+    assert graph.uncounted == []
+    operations = counted(Engine(path, threads=1), x, 4)
+    expected = torch_operations(net, x, 4, batch_first=("mlp",))
+    for name in ("mlp", "head"):
+        np.testing.assert_array_equal(operations.counts[name], expected[name], err_msg=name)
+
+
 class Rows(nn.Module):
     """The rows of the image as tokens, merged with the batch or not."""
 

@@ -292,7 +292,7 @@ class Odd(Residual):
         super().__init__()
         self.same = OverTime(nn.Conv2d(8, 6, 3, padding="same", dilation=2))
         self.uneven = OverTime(nn.Conv2d(8, 6, 2, padding="same"))
-        self.dropped = OverTime(nn.Dropout(), nn.Conv2d(8, 6, 1))
+        self.dropped = OverTime(nn.Dropout(), nn.Dropout2d(), nn.Conv2d(8, 6, 1))
         self.computed = OverTime(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 6, 1)))
         self.readout = OverTime(nn.Flatten(), nn.Linear(6 * 64, 10))
 
@@ -312,14 +312,14 @@ def test_odd_convolutions_and_a_channel_of_zeros(monkeypatch: pytest.MonkeyPatch
         network.network.same[0].weight[2] = 0.0
         network.network.same[0].bias[2] = 0.7
     module = Tracer(network, encoding="direct", uint8=True).folded(2)
-    assert list(spiking_convolutions(module)) == ["same.0", "dropped.1"]
+    assert list(spiking_convolutions(module)) == ["same.0", "dropped.2"]
     x = torch.from_numpy(digits().images[:20])
     before, scale = module(x)[0].detach(), CurrentScale.covering(-3, 3)
     monkeypatch.setattr(quantisation, "_EXACT", 127 * 72)
     with pytest.raises(Int8Error, match=r"same\.0 sums 72 weights, too many.*use --precision fp32"):
         quantise(module, {"same.0": scale})
     monkeypatch.undo()
-    quantise(module, {"same.0": scale, "dropped.1": scale})
+    quantise(module, {"same.0": scale, "dropped.2": scale})
     after = module(x)[0]
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, before, rtol=0.0, atol=0.05 * float(before.abs().max()))

@@ -69,7 +69,7 @@ class Everything(nn.Module):
         super().__init__()
         self.encode = DirectEncoding(nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False), tdBN(4))
         self.lif1 = LIF(tau=0.25, v_th=0.8)
-        self.change = OverTime(change or nn.Sequential(nn.Dropout(), nn.MaxPool2d(3, stride=1, padding=1)))
+        self.change = OverTime(change or nn.Sequential(nn.Dropout(), nn.MaxPool2d(3, 1, padding=1), nn.Dropout2d()))
         self.layer2 = OverTime(nn.Conv2d(4, 4, 3, padding="same", dilation=2), tdBN(4))
         self.if2 = IF(v_th=1.5)
         self.pool = OverTime(nn.AvgPool2d(2, padding=1, stride=1), nn.AdaptiveAvgPool2d(3), nn.Flatten())

@@ -62,6 +62,9 @@ def test_a_package_asked_for_is_taken_or_refused(install: Any) -> None:
     assert choose_package("tensorrt-rtx") == "tensorrt-rtx"
     with pytest.raises(MissingExtraError, match=r"pip install 'tetdeploy\[rtx\]'"):
         import_tensorrt("tensorrt-rtx")
+    install(tensorrt_rtx=object())
+    with pytest.raises(MissingExtraError, match=rf"TensorRT is not installed: {INSTALL}$"):
+        import_tensorrt("tensorrt")
     with pytest.raises(ValueError, match="unknown package 'trt'; choose one of auto, tensorrt, tensorrt-rtx"):
         choose_package("trt")
 
@@ -80,7 +83,7 @@ def test_libraries_that_pypi_does_not_hold(install: Any) -> None:
 
 def test_an_old_tensorrt_is_refused(install: Any) -> None:
     install(tensorrt=SimpleNamespace(__version__="10.13.3"))
-    with pytest.raises(ValueError, match=r"TensorRT 10\.13\.3 is too old; 11 or later"):
+    with pytest.raises(ValueError, match=r"TensorRT 10\.13\.3 is too old; 11 or later .*-U tensorrt --extra-index-url"):
         import_tensorrt("tensorrt")
     install(tensorrt=SimpleNamespace(__version__="11.4.0"), tensorrt_rtx=SimpleNamespace(__version__="1.7.1"))
     assert import_tensorrt("tensorrt").__version__ == "11.4.0"

@@ -204,14 +204,26 @@ def test_a_failing_gpu_is_an_error(cuda: Cuda, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"version": "0.9"}, r"m\.engine was built by tensorrt-rtx 0\.9, and 1\.2\.3 is installed; build it again"),
+        ({"version": "0.9"}, r"m\.engine was built by tensorrt-rtx 0\.9, and 1\.2\.3 is installed; .*==0\.9$"),
+        (
+            {"version": "0.9", "package": "tensorrt"},
+            r"built by tensorrt 0\.9, .*pip install tensorrt==0\.9 --extra-index-url https://pypi\.nvidia\.com$",
+        ),
         ({"gpu_architectures": ["8.9"]}, r"built for GPU architecture 8\.9, and this GPU is 8\.6; .*--gpu-arch 8\.6"),
         ({"engine_sha256": "0"}, r"is not the engine that m\.engine\.json describes; build it again"),
         ({"format": 2}, r"m\.engine\.json is a manifest of format 2"),
         ({"metadata": {"format": 1}}, r"m\.engine\.json has metadata of format 1; .*: export the model again"),
         ({"package": "other"}, r"m\.engine\.json is damaged; build it again"),
     ],
-    ids=["version", "architecture", "another engine", "format", "format of the model", "package"],
+    ids=[
+        "version",
+        "version of NVIDIA's",
+        "architecture",
+        "another engine",
+        "format",
+        "format of the model",
+        "package",
+    ],
 )
 def test_an_engine_for_something_else_is_refused(
     other: dict[str, Any], message: str, cuda: Cuda, tmp_path: Path

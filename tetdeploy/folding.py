@@ -46,7 +46,7 @@ VIEWS = (
     aten.contiguous.default,
     aten.clone.default,
 )
-_DROPOUT = (aten.dropout.default, aten.feature_dropout.default)  # (input, p, train)
+DROPOUT = (aten.dropout.default, aten.feature_dropout.default)  # (input, p, train)
 
 
 class FoldingError(ValueError):
@@ -170,7 +170,7 @@ def _layer_before(bn: fx.Node, name: str) -> fx.Node:
     before: Any = bn.args[0]
     channels, node = tuple(before.meta["val"].shape[1:]), before
     kept = True
-    while node.target in VIEWS or (node.target in _DROPOUT and not node.args[2]):  # dropout in inference is none
+    while node.target in VIEWS or (node.target in DROPOUT and not node.args[2]):  # dropout in inference is none
         kept = kept and _trailing(node, channels) == channels
         node = node.args[0]
     if node.target not in (*LAYERS, *_TRANSPOSED):

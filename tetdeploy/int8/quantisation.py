@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from tetdeploy.folding import CONVOLUTIONS, VIEWS, is_parameter, layer_name, parameter
+from tetdeploy.folding import CONVOLUTIONS, DROPOUT, VIEWS, is_parameter, layer_name, parameter
 
 aten = torch.ops.aten
 _EXACT = 2**24  # whole numbers up to here are exact in float32
@@ -290,8 +290,8 @@ def _numbers(value: Any, dims: int, default: int) -> list[int]:
 
 
 _HAND_ON = {
-    *VIEWS, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.max_pool1d.default,
-    aten.max_pool2d.default, aten.max_pool3d.default, aten.dropout.default,  # of a network in inference
+    *VIEWS, *DROPOUT, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int,
+    aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
 }  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from tetdeploy.extras import MissingExtraError, import_extra
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
-_INSTALL_TENSORRT = "pip install 'tetdeploy[tensorrt]' --extra-index-url https://pypi.nvidia.com"
+NVIDIA_INDEX = "--extra-index-url https://pypi.nvidia.com"
+_INSTALL_TENSORRT = f"pip install 'tetdeploy[tensorrt]' {NVIDIA_INDEX}"
 _TURING = "7.5"
 BUILDING = "building with TensorRT (not with TensorRT-RTX)"
 
@@ -60,15 +61,19 @@ def import_tensorrt(package: str) -> Any:
     """
     try:
         module = import_extra(MODULES[package], _EXTRAS[package])
-    except MissingExtraError:
-        raise
+    except MissingExtraError as error:
+        if package != "tensorrt":
+            raise
+        raise MissingExtraError(f"TensorRT is not installed: {_INSTALL_TENSORRT}") from error
     except ImportError as error:
         raise MissingExtraError(
             f"the package {package!r} is installed, but its libraries cannot be loaded ({error}); install it from "
-            f"NVIDIA's index: pip install {package} --extra-index-url https://pypi.nvidia.com"
+            f"NVIDIA's index: pip install {package} {NVIDIA_INDEX}"
         ) from error
     if package == "tensorrt" and int(module.__version__.partition(".")[0]) < 11:
-        raise ValueError(f"TensorRT {module.__version__} is too old; 11 or later is needed: pip install -U tensorrt")
+        raise ValueError(
+            f"TensorRT {module.__version__} is too old; 11 or later is needed: pip install -U tensorrt {NVIDIA_INDEX}"
+        )
     return module
 
 

@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.extras import import_extra
 from tetdeploy.model_file import check_metadata, state_outputs
-from tetdeploy.runtimes.nvidia import MODULES, checked, gpu_architecture, gpu_runtime, import_tensorrt, why_not_rtx
+from tetdeploy.runtimes.nvidia import (
+    MODULES,
+    NVIDIA_INDEX,
+    checked,
+    gpu_architecture,
+    gpu_runtime,
+    import_tensorrt,
+    why_not_rtx,
+)
 
 
 class TensorRTEngine(Engine):
@@ -123,9 +131,10 @@ def check_target(manifest: Mapping[str, Any], name: str, trt: Any, architecture:
     """
     package, built, version = manifest["package"], manifest["version"], trt.__version__
     if built != version:
+        index = f" {NVIDIA_INDEX}" if package == "tensorrt" else ""
         raise ValueError(
             f"{name} was built by {package} {built}, and {version} is installed; {_AGAIN}, or "
-            f"pip install {package}=={built}"
+            f"pip install {package}=={built}{index}"
         )
     if architecture not in manifest["gpu_architectures"]:
         reason = why_not_rtx(trt, architecture) if package == "tensorrt-rtx" else None
