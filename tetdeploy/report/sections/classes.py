@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tetdeploy.report.document import Block, Note, Row, Section, Table
+from tetdeploy.report.entry_plot import plot_by_entry
 from tetdeploy.report.numbers import percent
 from tetdeploy.report.results import Measurement, Results
-from tetdeploy.report.sections.layers import by_entry
 
 _FEW = 24  # as many classes are drawn and listed whole; of more, the best and the worst are
 _ENDS = 8
@@ -18,10 +18,8 @@ def accuracy_by_class(results: Results) -> Section | None:
         return None
     if max(len(m.content["by_class"]) for m in measured) > _FEW:
         return Section("Accuracy by class", tuple(block for m in measured for block in _compact(m)))
-    plot = by_entry(
-        results, measured, "by_class", "accuracy", "accuracy (%)", 0.01,
-        "Accuracy of each class at the T of the training.",
-    )  # fmt: skip
+    caption = "Accuracy of each class at the T of the training."
+    plot = plot_by_entry(results, measured, "by_class", "accuracy", label="accuracy (%)", size=0.01, caption=caption)
     return Section("Accuracy by class", (Row((plot, _table(measured))),))
 
 

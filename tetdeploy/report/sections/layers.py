@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from tetdeploy.report.document import NONE, Plot, Row, Section, Table
-from tetdeploy.report.drawing import Style, draw, energy_unit, short
+from tetdeploy.report.drawing import energy_unit
+from tetdeploy.report.entry_plot import plot_by_entry
 from tetdeploy.report.numbers import joules, operations, rate, text
 from tetdeploy.report.results import Measurement, Results
-
-_SMALLEST, _ROW, _DOT = 1.6, 0.2, 0.1  # inches: the plot, an entry of one model, and of each of several
 
 
 def layers(results: Results) -> Section | None:
@@ -26,47 +25,15 @@ def layers(results: Results) -> Section | None:
 
 def _firing_plot(results: Results, measured: Sequence[Measurement]) -> Plot:
     caption = "Firing rate of each layer of neurons, from the input (top) to the output, at the T of the training."
-    return by_entry(results, measured, "neurons", "firing_rate", "spikes per neuron and step", 1.0, caption)
+    label = "spikes per neuron and step"
+    return plot_by_entry(results, measured, "neurons", "firing_rate", label=label, caption=caption)
 
 
 def _energy_plot(results: Results, measured: Sequence[Measurement]) -> Plot:
     unit, size = energy_unit(max(e for m in measured for e in m.by_entry("layers", "energy_pj").values()))
     caption = "Energy of each convolution and linear layer, from the input (top) on, at the T of the training."
-    return by_entry(results, measured, "layers", "energy_pj", f"energy ({unit} per image)", size, caption)
-
-
-def by_entry(
-    results: Results, measured: Sequence[Measurement], part: str, key: str, label: str, size: float, caption: str
-) -> Plot:
-    """One number of each layer, neuron layer or class: bars of one model, a dot for each of several."""
-    values = {m.name: m.by_entry(part, key) for m in measured}
-    names = list(dict.fromkeys(name for found in values.values() for name in found))
-    places = {name: k for k, name in enumerate(names)}
-
-    def paint(axes: Any) -> None:
-        for k, (series, found) in enumerate(values.items()):
-            style = Style.of(results.style_of[series])
-            at, shown = [places[name] for name in found], [value / size for value in found.values()]
-            if len(values) == 1:
-                axes.barh(at, shown, color=style.colour, height=0.7)
-            else:
-                beside = (k - (len(values) - 1) / 2) * 0.6 / len(values)
-                axes.plot(shown, [y + beside for y in at], style.marker, color=style.colour, label=short(series))
-        axes.set_yticks(range(len(names)), [short(name, 24) for name in names], fontsize=8)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.grid(visible=len(values) > 1, axis="y")
-        axes.set_xlim(0, 1.05 * max(v for found in values.values() for v in found.values()) / size or 1.0)
-        axes.locator_params(axis="x", nbins=6)
-        axes.set_xlabel(label)
-
-    at = ", ".join(dict.fromkeys(f"T={m.T}" for m in measured))
-    highest = [f"{m.name}: most in {max(v, key=lambda n: v[n])}" for m in measured if (v := values[m.name])]
-    return draw(
-        paint,
-        description=f"{label} by name, {len(names)} of them. {'; '.join(highest)}",
-        caption=caption.removesuffix(".") + f" ({at}).",
-        height=max(_SMALLEST, 0.7 + max(_ROW, _DOT * len(measured)) * len(names)),
-    )
+    label = f"energy ({unit} per image)"
+    return plot_by_entry(results, measured, "layers", "energy_pj", label=label, size=size, caption=caption)
 
 
 def _neurons_table(m: Measurement) -> Table:
