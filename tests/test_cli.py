@@ -695,6 +695,7 @@ def test_ctrl_c_while_serve_opens_a_model_is_one_line(workplace: Path) -> None:
         (("train", "--epochs", "1", "--out", "new"), "; what was written before is as it was: go on with --resume"),
         (("train", "--epochs", "1", "--out", "new", "--seeds", "0,1"), ""),
         (("inspect", MODEL), ""),
+        (("--help",), ""),
     ],
 )
 def test_standard_output_that_is_full_is_named(command: tuple[str, ...], rest: str, workplace: Path) -> None:

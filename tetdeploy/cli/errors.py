@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,17 @@ class CleanErrors(click.Command):
         warnings.formatwarning = _one_line
         with _sigterm_like_ctrl_c():
             return super().main(*args, **kwargs)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except OSError as error:  # `--help` and `--version` print here
+            if error.errno == errno.EPIPE:  # of a reader that left, which click ends in silence
+                raise
+            names_all = error.errno is None or error.filename is not None
+            raise click.ClickException(
+                _describe(error) if names_all else f"standard output: {error.strerror}"
+            ) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
