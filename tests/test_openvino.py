@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from export_helpers import convsnn, digits, exported, frames, int8_exported, layouts
 from PIL import Image
+from serve_helpers import start, stop
 
 from tetdeploy.cli import main
 from tetdeploy.engine import Engine, open_engine
@@ -187,17 +187,13 @@ def test_a_server_runs_models_under_it_and_stops() -> None:
     if find_spec("kserve") is None:  # not imported: it and tritonclient.grpc share names, one process has one of them
         pytest.skip("needs the extra serve")
     given = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": digits().images[:1].tolist()}
-    command = [sys.executable, "-m", "tetdeploy", "serve", f"m={exported('step')}", "--runtime", "openvino"]
-    command += ["--http-port", "0", "--grpc-port", "0", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        try:
-            url = next(line for line in server.stdout if line.startswith("ready: ")).split()[1]
-            body = json.dumps({"inputs": [given], "outputs": [{"name": "logits"}], "parameters": {"T": 3}}).encode()
-            with urllib.request.urlopen(f"{url}/v2/models/m/infer", body, timeout=60) as answer:
-                (logits,) = json.loads(answer.read())["outputs"]
-        finally:
-            server.terminate()
-        assert server.wait(60) == 0
+    body = {"inputs": [given], "outputs": [{"name": "logits"}], "parameters": {"T": 3}}
+    server = start(f"m={exported('step')}", "--runtime", "openvino")
+    try:
+        status, answer = server.post("models/m/infer", json.dumps(body).encode())
+    finally:
+        code = stop(server)
+    assert (status, code) == (200, 0)
+    (logits,) = answer["outputs"]
     expected = Engine(exported("step"), threads=1).run(digits().images[:1], 3).logits
     np.testing.assert_allclose(logits["data"], expected[0], atol=1e-4)

@@ -6,13 +6,8 @@ import importlib.util
 import json
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from client_helpers import triton_client
+from serve_helpers import start, stop
 
 import tetdeploy
 from tetdeploy.cli import main
@@ -103,25 +99,13 @@ def address(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
     monkeypatch.chdir(place)
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        port, grpc_port = (str(free.getsockname()[1]) for free in (one, other))
-    command = re.search(r"^tetdeploy (serve .*?) +#", block("README.md", "load_digits", ""), re.M)
+    command = re.search(r"^tetdeploy serve (.*?) +#", block("README.md", "load_digits", ""), re.MULTILINE)
     assert command is not None
-    started = [*command[1].split(), "--http-port", port, "--grpc-port", grpc_port]
-    server = subprocess.Popen([sys.executable, "-m", "tetdeploy", *started])
+    server = start(*command[1].split())
     try:
-        for _ in range(600):
-            time.sleep(0.1)
-            assert server.poll() is None
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready")
-                break
-            except urllib.error.URLError:
-                continue
-        yield f"127.0.0.1:{port}"
+        yield server.http
     finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(30)
+        stop(server)
 
 
 def test_a_served_model_is_asked_as_in_the_readme(address: str, place: Path, images: Any) -> None:
