@@ -36,10 +36,7 @@ class CleanErrors(click.Command):
         except OSError as error:  # `--help` and `--version` print here
             if error.errno == errno.EPIPE:  # of a reader that left, which click ends in silence
                 raise
-            names_all = error.errno is None or error.filename is not None
-            raise click.ClickException(
-                _describe(error) if names_all else f"standard output: {error.strerror}"
-            ) from error
+            raise click.ClickException(_describe(error, "standard output")) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -79,8 +76,7 @@ def _one_line(
     return f"Warning: {message}\n"
 
 
-def _describe(error: OSError) -> str:
-    """An OSError of ours says it all; the system's own names the file and the reason."""
-    if error.errno is None or error.filename is None:
-        return str(error)
-    return f"{error.filename}: {error.strerror}"
+def _describe(error: OSError, unnamed: str | None = None) -> str:
+    """An OSError of ours says it all; the system's own names the file, or it is `unnamed`, and the reason."""
+    name = unnamed if error.filename is None else error.filename
+    return str(error) if error.errno is None or name is None else f"{name}: {error.strerror}"
