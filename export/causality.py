@@ -75,12 +75,10 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
                 f"the network runs its neurons {len(whole.spikes)} times for T={T} and {len(single.spikes)} times for "
                 "one step; give each layer of neurons its whole sequence [T, ...] in one call"
             )
-        for name, spikes in zip(single.names, single.spikes, strict=True):
-            if spikes.shape[:2] != (1, len(x)):
-                raise ValueError(f"for one step of {len(x)} images {misplaced(name, spikes.shape)}")
-        for name, spikes in zip(whole.names, whole.spikes, strict=True):
-            if spikes.shape[:2] != (T, len(x)):
-                raise ValueError(f"for T={T} and {len(x)} images {misplaced(name, spikes.shape)}")
+        for run, steps, length in ((single, 1, "one step of"), (whole, T, f"T={T} and")):
+            for name, spikes in zip(run.names, run.spikes, strict=True):
+                if spikes.shape[:2] != (steps, len(x)):
+                    raise ValueError(f"for {length} {len(x)} images {misplaced(name, spikes.shape)}")
         same = all(torch.equal(a[0], b[t]) for a, b in zip(single.spikes, whole.spikes, strict=True))
         if not same or not torch.allclose(step[0], logits[t], rtol=1e-9, atol=1e-9):
             raise ValueError(
