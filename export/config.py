@@ -19,6 +19,7 @@ Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino"]
 LAYOUTS: tuple[Layout, ...] = ("unrolled", "dynamic", "step")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 TARGETS: tuple[Target, ...] = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino")
+GPU_TARGETS: tuple[Target, ...] = ("cuda", "tensorrt", "tensorrt-rtx")
 REFUSED: dict[tuple[Target, Precision], str] = {
     ("cpu", "fp16"): "ONNX Runtime computes float16 in float32 on x86",
     ("cuda", "int8"): "ONNX Runtime's CUDA provider has no 8-bit convolutions and computes them in float32",

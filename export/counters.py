@@ -37,9 +37,18 @@ class Layers:
     Args:
         T: steps of the graph, None where they are dynamic.
         frames: the input changes from step to step.
+        encoder: nodes of a step graph that depend on the image alone.
     """
 
-    def __init__(self, graph: ir.Graph, neurons: Iterable[Neurons], T: int | None, *, frames: bool) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        neurons: Iterable[Neurons],
+        T: int | None,
+        *,
+        frames: bool,
+        encoder: Iterable[ir.Node] = (),
+    ) -> None:
         self._T = T
         self._image_rank = len(graph.inputs[0].shape or ()) if graph.inputs else 0
         self.T_or_input: int | str = T or ("x" if frames else "steps")
@@ -59,13 +68,14 @@ class Layers:
         self._after_neurons = set(spikes)
         self._order = StepOrder(spikes, T)
         names: Counter[str] = Counter()
-        for node, encodes in _nodes(graph):
+        encodes = set(encoder)
+        for node in graph:
             self._propagate(node)
             self._count_other(node)
             if node.op_type not in _UNCOUNTED:
                 continue
             name = numbered(module_name(node) or str(node.name), names)
-            layer = self._layer(node, name, encodes)
+            layer = self._layer(node, name, node in encodes)
             if layer is None:
                 self.uncounted.append(name)
                 continue
@@ -311,12 +321,3 @@ def _count_spikes(graph: onnx.GraphProto, layer: Neurons) -> None:
 def _sum(graph: onnx.GraphProto, value: str, axes: list[int], output: str) -> None:
     graph.initializer.append(helper.make_tensor(f"{output}.axes", TensorProto.INT64, [len(axes)], axes))
     graph.node.append(helper.make_node("ReduceSum", [value, f"{output}.axes"], [output], keepdims=0))
-
-
-def _nodes(graph: ir.Graph) -> Iterable[tuple[ir.Node, bool]]:
-    """The graph's nodes, and whether each is of a branch of an `If` (the step layout's encoder), which comes first."""
-    for node in graph:
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH and node.op_type == "If":
-                yield from ((inner, True) for inner in attribute.as_graph())
-        yield node, False

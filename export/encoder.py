@@ -1,4 +1,4 @@
-"""The encoder of a step graph: what depends on the image alone is computed once, not at every step."""
+"""The encoder of a step graph: what depends on the image alone need not be computed at every step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from .neuron_steps import float_value
 
+_LAYERS = ("Conv", "Gemm", "MatMul")
 _VIEWS = ("Unsqueeze", "Expand", "Reshape", "Squeeze", "Flatten", "Transpose", "Identity")
 
 
@@ -20,36 +21,10 @@ class Encoder:
     shape: tuple[int, ...]
 
 
-def split_encoder(model: ir.Model) -> list[Encoder]:
-    """Put what depends on the image alone behind an `If`, so that a constant image is encoded once, not at every step.
-
-    The graph gains an input `encode [1]` (bool) and, for every current so computed, an input `encoded.<k> [N, ...]` and
-    an output `encoded_next.<k> [N, ...]`: the current of this image where `encode` holds, else what came in.
-
-    Returns:
-        The encoded currents; none where nothing depends on the image alone with the batch as first axis.
-    """
-    graph = model.graph
+def find_encoder(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes of a step graph that compute from the image's values and nothing else, without those at their end that
+    only view, or whose result does not have the batch as its first axis."""
     batch = graph.inputs[0].shape[0]  # type: ignore[index]
-    inside = _image_only(graph, batch)
-    results = [value for node in inside for value in node.outputs if _leaves(value, inside)]
-    if not results:
-        return []
-    encode = ir.Value(name="encode", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
-    encoders = [Encoder(f"{k}", _fixed(value)) for k, value in enumerate(results)]
-    given = [float_value(f"encoded.{e.name}", (batch, *e.shape)) for e in encoders]
-    chosen = _insert_if(graph, inside, results, encode, given)
-    for value, encoder in zip(chosen, encoders, strict=True):
-        value.name, value.shape = f"encoded_next.{encoder.name}", ir.Shape([batch, *encoder.shape])
-    graph.inputs.extend([encode, *given])
-    graph.outputs.extend(chosen)
-    graph.sort()  # what reads the encoder first may stand before what it was computed from last
-    return encoders
-
-
-def _image_only(graph: ir.Graph, batch: Any) -> list[ir.Node]:
-    """Nodes that compute from the image's values and nothing else, without those at their end that only view, or whose
-    result does not have the batch as its first axis."""
     image, others = graph.inputs[0], set(graph.inputs[1:])
     from_image, from_others = {image}, set(others)
     nodes = []
@@ -63,6 +38,38 @@ def _image_only(graph: ir.Graph, batch: Any) -> list[ir.Node]:
     while dropped := [node for node in nodes if _is_loose_end(node, nodes, batch)]:
         nodes = [node for node in nodes if node not in dropped]
     return nodes
+
+
+def is_one_layer(nodes: list[ir.Node]) -> bool:
+    """Whether an encoder has one layer at most. A GPU computes that in about the time in which it would hand the
+    current on from the step before, and a graph without an `If` can be recorded as a CUDA graph."""
+    return sum(node.op_type in _LAYERS for node in nodes) <= 1
+
+
+def split_encoder(model: ir.Model, inside: list[ir.Node]) -> list[Encoder]:
+    """Put the encoder, the nodes `inside`, behind an `If`: a constant image is encoded once, not at every step.
+
+    The graph gains an input `encode [1]` (bool) and, for every current so computed, an input `encoded.<k> [N, ...]` and
+    an output `encoded_next.<k> [N, ...]`: the current of this image where `encode` holds, else what came in.
+
+    Returns:
+        The encoded currents; none where nothing depends on the image alone with the batch as first axis.
+    """
+    graph = model.graph
+    batch = graph.inputs[0].shape[0]  # type: ignore[index]
+    results = [value for node in inside for value in node.outputs if _leaves(value, inside)]
+    if not results:
+        return []
+    encode = ir.Value(name="encode", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
+    encoders = [Encoder(f"{k}", _fixed(value)) for k, value in enumerate(results)]
+    given = [float_value(f"encoded.{e.name}", (batch, *e.shape)) for e in encoders]
+    chosen = _insert_if(graph, inside, results, encode, given)
+    for value, encoder in zip(chosen, encoders, strict=True):
+        value.name, value.shape = f"encoded_next.{encoder.name}", ir.Shape([batch, *encoder.shape])
+    graph.inputs.extend([encode, *given])
+    graph.outputs.extend(chosen)
+    graph.sort()  # what reads the encoder first may stand before what it was computed from last
+    return encoders
 
 
 def _is_loose_end(node: ir.Node, nodes: list[ir.Node], batch: Any) -> bool:

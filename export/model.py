@@ -25,10 +25,10 @@ from tetdeploy.traced_network import Runnable
 from tetdeploy.tracing import Tracer
 
 from .causality import check_steps
-from .config import ExportConfig
+from .config import GPU_TARGETS, ExportConfig
 from .counters import Layers
 from .description import describe, serialised
-from .encoder import split_encoder
+from .encoder import find_encoder, is_one_layer, split_encoder
 from .gate import check_graph
 from .half import HalfNetwork
 from .kept_answers import measure_kept, per_step_logits
@@ -244,8 +244,9 @@ def _build(
     )
     if not neurons:
         raise ValueError("the network has no LIF or IF neurons of tetdeploy, so there is nothing that spikes to export")
-    encoders = split_encoder(model) if config.layout == "step" and config.encoding == "direct" else []
-    layers = Layers(model.graph, neurons, config.steps, frames=config.encoding == "frames")
+    encoder = find_encoder(model.graph) if config.layout == "step" and config.encoding == "direct" else []
+    layers = Layers(model.graph, neurons, config.steps, frames=config.encoding == "frames", encoder=encoder)
+    encoders = [] if config.target in GPU_TARGETS and is_one_layer(encoder) else split_encoder(model, encoder)
     describe(model, onnx_tracer.tracer.classifier, config, neurons, encoders, layers, source)
     return LoweredGraph(model, neurons, layers.uncounted, num_folded)
 

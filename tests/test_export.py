@@ -45,6 +45,7 @@ from tetdeploy.export import (
     neuron_steps,
     reference_path,
 )
+from tetdeploy.export.config import GPU_TARGETS
 from tetdeploy.export.counters import spikes_overlay
 from tetdeploy.export.trained import Trained
 from tetdeploy.folding import FoldingError
@@ -243,6 +244,23 @@ def test_a_step_graph_does_not_encode_the_same_image_again() -> None:
     for got, wanted in zip(call(other, False, first[2]), first, strict=True):
         np.testing.assert_array_equal(got, wanted)
     assert not np.array_equal(call(other, True, first[2])[1], first[1])
+
+
+@pytest.mark.parametrize("target", GPU_TARGETS)
+def test_a_step_graph_for_a_gpu_has_no_control_flow(target: str) -> None:
+    """It encodes the image at every step, which is billed once as elsewhere."""
+    graph, plain, made = onnx.load(exported("step", target=target)).graph, engine("step"), engine("step", target=target)
+    assert not {"If", "Scan", "Loop", "Shape"} & {node.op_type for node in every_node(graph)}
+    assert made.metadata["encoded"] == [] and "encode" not in {value.name for value in graph.input}
+    for key in ("layers", "other_ops", "uncounted"):
+        assert made.metadata[key] == plain.metadata[key]
+    x = digits().images[:20]
+    (result, counts), (wanted, wanted_counts) = (of.count(x, 4) for of in (made, plain))
+    np.testing.assert_allclose(result.per_step, wanted.per_step, rtol=0, atol=2e-5)
+    assert counts.keys() == wanted_counts.keys()
+    stream = made.stream(20)
+    steps = [stream.push(x if t == 0 else None).step_logits for t in range(4)]
+    np.testing.assert_array_equal(np.stack(steps, 1), result.per_step)
 
 
 def test_an_unrolled_graph_encodes_the_image_once() -> None:
@@ -626,10 +644,12 @@ class TakesTheImageTwice(Small):
         return logits + self.head(x.flatten(1))
 
 
+@pytest.mark.parametrize("target", ["cpu", "cuda"])  # on a GPU, too, it is more than one layer
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-def test_an_image_that_is_read_behind_neurons(layout: str, tmp_path: Path) -> None:
+def test_an_image_that_is_read_behind_neurons(layout: str, target: str, tmp_path: Path) -> None:
     net, x = classifier(TakesTheImageTwice()), digits().images[:40]
-    made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout=layout), x)  # type: ignore[arg-type]
+    config = ExportConfig(layout=layout, target=target)  # type: ignore[arg-type]
+    made = export_model(net, tmp_path / "m.onnx", config, x)
     runner = Engine(made.path, threads=1)
     np.testing.assert_allclose(runner.run(x, 4).per_step, pytorch(x, 4, net)[0], rtol=0, atol=2e-5)
     assert len(runner.metadata["encoded"]) == (3 if layout == "step" else 0)

@@ -63,7 +63,7 @@ class Bench:
     Args:
         model: the `.onnx` file.
         batches, threads, steps: every combination is timed. No steps: the T of the graph, or else of the training.
-        device, runtime: see `Engine`.
+        device, runtime, cuda_graphs: see `Engine`.
 
     Attributes:
         engines: one for each number of threads, all alive at once.
@@ -82,6 +82,7 @@ class Bench:
         steps: Sequence[int] = (),
         device: str = "cpu",
         runtime: str = "onnxruntime",
+        cuda_graphs: bool = False,
     ) -> None:
         for name, numbers in (("batch", batches), ("threads", threads), ("T", steps)):
             if any(number < 1 for number in numbers):
@@ -93,7 +94,7 @@ class Bench:
         import_extra(runtime, RUNTIMES[runtime])  # the first engine's loading is not to pay for it
         for count in threads:
             start = time.perf_counter()
-            self.engines[count] = Engine(model, device=device, threads=count, runtime=runtime)
+            self.engines[count] = Engine(model, device=device, threads=count, runtime=runtime, cuda_graphs=cuda_graphs)
             self.load_ms[count] = (time.perf_counter() - start) * 1e3
         self.engine = self.engines[threads[0]]
         own = self.engine.T if self.engine.layout == "unrolled" else None
@@ -191,7 +192,8 @@ def random_input(engine: Engine, T: int) -> NDArray[Any]:
 
 
 def machine(engine: Engine) -> dict[str, Any]:
-    """What the timings are of: processor, cores, GPU, system, execution provider and whether native operators run.
+    """What the timings are of: processor, cores, GPU, system, execution provider, and whether native operators or CUDA
+    graphs run.
 
     `gpu` is null on a CPU, and where nothing says which it is.
     """
@@ -201,5 +203,5 @@ def machine(engine: Engine) -> dict[str, Any]:
         "cores": usable_cores(),
         "gpu": None if engine.device == "cpu" else gpu_name(),
         "system": f"{platform.system()} {platform.machine()}",
-        "provider": f"{provider}, native operators" if engine.native else provider,
+        "provider": provider + ", native operators" * engine.native + ", CUDA graphs" * engine.cuda_graphs,
     }

@@ -59,17 +59,19 @@ class Engine:
             and, where the processor has AVX2 or AMX, convolutions: the results of ONNX Runtime's own in less time, but
             for the last digits of float32 convolutions of spikes, which are exact there. None: where that can be and
             the network is large enough for it to count.
+        cuda_graphs: on device `cuda`, record the kernels of a call once for each batch size and launch them as one, so
+            that small batches do not wait for the CPU. Not for dynamic graphs. Counting goes without.
 
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
         path, sha256 (of the file), device, runtime, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph,
         else None), trained_T (of the training), precision (`fp32`, `fp16` or `int8`), encoding (`direct` or `frames`),
         input_shape `(C, H, W)`, input_dtype, class_names, min_batch and max_batch (least and most images in a call,
-        None is any), native (whether it does).
+        None is any), native and cuda_graphs (whether it does).
 
     Raises:
         ValueError: the file is no ONNX model, or none of ours; the device is unknown or its provider not available; the
-            runtime is unknown, or cannot run on the device; native is True where that cannot be.
+            runtime is unknown, or cannot run on the device; native or cuda_graphs is True where that cannot be.
         OSError: the file cannot be read.
         MissingExtraError: the runtime is not installed.
     """
@@ -77,6 +79,7 @@ class Engine:
     min_batch: int = 1
     max_batch: int | None = None
     native: bool = False
+    cuda_graphs: bool = False
 
     def __init__(
         self,
@@ -86,9 +89,10 @@ class Engine:
         threads: int | None = None,
         runtime: str = "onnxruntime",
         native: bool | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
-        self.path, self.device, self.runtime = Path(model), device, runtime
-        self._sessions = Sessions(self.path, device=device, runtime=runtime, threads=threads)
+        self.path, self.device, self.runtime, self.cuda_graphs = Path(model), device, runtime, cuda_graphs
+        self._sessions = Sessions(self.path, device=device, runtime=runtime, threads=threads, cuda_graphs=cuda_graphs)
         self._overlaid: dict[tuple[bytes, bool], tuple[Any, list[str]]] = {}
         self.sha256 = self._sessions.sha256
         self._session, metadata = self._sessions.first()

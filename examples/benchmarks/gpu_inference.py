@@ -15,6 +15,7 @@ float32 on every side: PyTorch's convolutions, which take TF32 unless told other
     eager, compiled     PyTorch's; compiled with CUDA graphs (mode="reduce-overhead")
     SJ ...              the same layers with SpikingJelly's neurons, each of its implementations
     CUDA ...            `Engine(device="cuda")` for each layout; on --device cpu ONNX Runtime's CPU provider
+    CUDA graphs ...     the same with `cuda_graphs=True`, for the layouts that can
     TensorRT in ORT ... `Engine(device="tensorrt")`, ONNX Runtime's TensorRT provider
     TensorRT ...        `tetdeploy build`'s engine
 """
@@ -39,7 +40,7 @@ from rich.table import Table
 
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import data_dir_option, json_option
-from tetdeploy.engine import open_engine
+from tetdeploy.engine import Engine, open_engine
 from tetdeploy.export import LAYOUTS, ExportConfig, export_model
 from tetdeploy.files import write_json
 from tetdeploy.train.device import device_name, pick_device
@@ -59,7 +60,9 @@ SIDES = (
         for name in ("eager", "compiled", "SJ torch", "SJ triton", "SJ cuda")
         for precision in HALF
     ),
-    *(f"{runtime} {graph}" for runtime in ("CUDA", "TensorRT in ORT", "TensorRT") for graph in GRAPHS),
+    *(f"CUDA {graph}" for graph in GRAPHS),
+    *(f"CUDA graphs {graph}" for graph in GRAPHS if not graph.startswith("dynamic")),
+    *(f"{runtime} {graph}" for runtime in ("TensorRT in ORT", "TensorRT") for graph in GRAPHS),
 )
 
 
@@ -67,7 +70,7 @@ def open_side(side: str, folder: Path, T: int, device: str, largest: int, calls:
     """What answers a number of images with {"ms": of each call, "classes"}."""
     images = np.load(folder / "images.npy")
     runtime, *what = side.rsplit(" ", 2 if side.startswith(("CUDA", "TensorRT")) else 1)
-    if runtime in ("CUDA", "TensorRT in ORT", "TensorRT"):
+    if side.startswith(("CUDA", "TensorRT")):
         call = engine(runtime, *what, folder, T, device, largest)
     else:
         call = in_pytorch(runtime, what[0], folder, T, device)
@@ -125,13 +128,17 @@ def engine(runtime: str, layout: str, precision: str, folder: Path, T: int, devi
 
         steps = (T, T, T) if layout == "dynamic" else None
         model = build_engine(model, config=BuildConfig(batch=(1, largest, largest), T=steps)).path
-    opened = open_engine(model, device="cpu" if device == "cpu" else "cuda" if runtime == "CUDA" else "tensorrt")
+    opened: Engine
+    if runtime == "CUDA graphs":
+        opened = Engine(model, device="cuda", cuda_graphs=True)
+    else:
+        opened = open_engine(model, device="cpu" if device == "cpu" else "cuda" if runtime == "CUDA" else "tensorrt")
     return lambda x: opened.run(x, T).logits
 
 
 def exported(runtime: str, layout: str, precision: str, folder: Path, T: int, device: str) -> Path:
     """A side's graph, exported unless it lies in the folder already."""
-    target = "cpu" if device == "cpu" else "cuda" if runtime == "CUDA" else "tensorrt"
+    target = "cpu" if device == "cpu" else "cuda" if runtime.startswith("CUDA") else "tensorrt"
     config = ExportConfig(layout=layout, precision=precision, target=target, T=T, trained_T=T)  # type: ignore[arg-type]
     model = folder / config.file_name
     if not model.exists():

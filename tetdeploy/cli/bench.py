@@ -36,7 +36,7 @@ Examples:
   tetdeploy bench                                               the newest export
   tetdeploy bench model-dynamic.onnx --T 1,2,4 --batch 1,16 --threads 1,2,4
   tetdeploy bench MODEL --repeats 1000 --json here.bench.json   as many calls as a 99th percentile wants
-  tetdeploy bench MODEL --device cuda --batch 1,64
+  tetdeploy bench MODEL --device cuda --batch 1,64 --cuda-graphs
   tetdeploy bench MODEL --runtime openvino --json openvino.bench.json
 
 \b
@@ -62,6 +62,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     help="A data set's name or FILE.npz. [default: the reference images beside the model, or else noise, which takes "
     "as long, but in float32 on a CPU without AMX: there more spikes take longer]",
 )
+@click.option("--cuda-graphs", is_flag=True, help="With --device cuda: record each call's kernels, launch them as one.")
 @data_dir_option
 @opens_model(threads=False)
 @result_option(".bench.json")
@@ -75,6 +76,7 @@ def bench(
     repeats: int | None,
     seconds: float | None,
     data: str | None,
+    cuda_graphs: bool,
     data_dir: Path,
     json_path: Path | None,
 ) -> None:
@@ -101,6 +103,7 @@ def bench(
         steps=steps or (),
         device=chosen.device,
         runtime=chosen.runtime,
+        cuda_graphs=cuda_graphs,
     )
     json_path = output_path(json_path, "--json", timing.engine, ".bench.json")
     name, x = _inputs(timing, data, data_dir)

@@ -119,16 +119,14 @@ class BoundSession:
 
     def put(self, array: Array) -> DeviceArray:
         """A contiguous array on the device, to be fed to many calls."""
-        from onnxruntime import OrtValue
-
-        return DeviceArray(OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0))
+        return self._on_device(np.ascontiguousarray(array))
 
     def zeros(self, shape: Sequence[int]) -> DeviceZeros:
         """float32 zeros on the device: all that were ever asked for share the memory of the longest."""
         size = math.prod(shape)
         with self._lock:
             if self._zeros is None or self._zeros.shape[0] < size:
-                self._zeros = self.put(np.zeros(size, np.float32))
+                self._zeros = self._on_device(np.zeros(size, np.float32))
             return DeviceZeros(self._zeros.value, tuple(shape))
 
     def run(self, names: Sequence[str], feed: Mapping[str, Array | DeviceArray]) -> list[Array | DeviceArray]:
@@ -150,3 +148,8 @@ class BoundSession:
         binding.synchronize_outputs()
         values = zip(names, binding.get_outputs(), strict=True)
         return [DeviceArray(value) if name in self._kept else value.numpy() for name, value in values]
+
+    def _on_device(self, array: Array) -> DeviceArray:
+        from onnxruntime import OrtValue
+
+        return DeviceArray(OrtValue.ortvalue_from_numpy(array, self._device, 0))

@@ -17,6 +17,8 @@ from tetdeploy import native
 from tetdeploy.extras import import_extra
 from tetdeploy.model_file import METADATA_KEY, parse_metadata, read_model, session_metadata, state_outputs
 from tetdeploy.names import first_line
+from tetdeploy.runtimes.cuda_graphs import PROVIDER_OPTIONS as GRAPH_OPTIONS
+from tetdeploy.runtimes.cuda_graphs import GraphSession, why_not
 from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, prepare, provider_options
 from tetdeploy.runtimes.openvino_session import OpenVINOSession
 
@@ -32,8 +34,12 @@ class Sessions:
         sha256: of the file.
     """
 
-    def __init__(self, path: Path, *, device: str, runtime: str, threads: int | None) -> None:
+    def __init__(
+        self, path: Path, *, device: str, runtime: str, threads: int | None, cuda_graphs: bool = False
+    ) -> None:
         check_runtime(runtime, device)
+        if cuda_graphs and (device, runtime) != ("cuda", "onnxruntime"):
+            raise ValueError(f"cuda_graphs is for ONNX Runtime on device cuda, not {runtime} on {device}")
         self._providers = _providers(device) if runtime == "onnxruntime" else []
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
@@ -42,14 +48,20 @@ class Sessions:
         self.sha256 = hashlib.sha256(self._model).hexdigest()
         self._metadata: dict[str, Any] = {}
         self._precision = "fp32"
+        self._cuda_graphs = cuda_graphs
 
     def first(self) -> tuple[Any, dict[str, Any]]:
         """The session of the graph itself, and the metadata in the file; by these all later sessions are opened."""
         session = self._start(self._model)
         self._metadata = parse_metadata(session_metadata(session, self._path).get(METADATA_KEY), self._path)
-        if self._device == "cuda" and self._metadata["precision"] == "fp16":
-            self._precision = "fp16"
-            session = self._start(self._model)  # anew: a GPU wants other options, and only now this is known
+        if self._cuda_graphs and (reason := why_not(self._metadata)):
+            raise ValueError(f"{self._path.name} cannot run with CUDA graphs: {reason}")
+        if self._cuda_graphs or (self._device == "cuda" and self._metadata["precision"] == "fp16"):
+            self._precision = self._metadata["precision"]
+            session = self._start(self._model, graphs=self._cuda_graphs)  # anew: what it takes is only known now
+        if self._cuda_graphs:
+            states = {state["input"]: state["output"] for state in self._metadata["states"]}
+            return GraphSession(session, "cuda", states), self._metadata
         return self.bind(session), self._metadata
 
     def first_native(self, wanted: bool | None) -> Any:
@@ -81,7 +93,7 @@ class Sessions:
         """On a GPU, the session whose state outputs stay there."""
         return session if self._device == "cpu" else BoundSession(session, "cuda", state_outputs(self._metadata))
 
-    def _start(self, model: bytes, *, fused: bool = False) -> Any:
+    def _start(self, model: bytes, *, fused: bool = False, graphs: bool = False) -> Any:
         if self._runtime == "openvino":
             return OpenVINOSession(model, self._threads, self._path.name)
         ort = import_extra("onnxruntime", "cpu")
@@ -92,6 +104,8 @@ class Sessions:
         if fused:
             native.use(ort, options)
         providers = [(name, provider_options(name, self.sha256, self._precision)) for name in self._providers]
+        if graphs:
+            providers = [(name, given | GRAPH_OPTIONS) for name, given in providers]
         try:  # with its fallback a call that fails on the GPU would be made on the CPU, and all later ones
             session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's own exception classes are private
