@@ -19,6 +19,7 @@ from tetdeploy.cli import main
 from tetdeploy.early_exit import Exit
 from tetdeploy.engine import Engine
 from tetdeploy.model_file import state_outputs
+from tetdeploy.runtimes import cuda_graphs
 from tetdeploy.runtimes.cuda_graphs import GraphSession
 from tetdeploy.runtimes.onnxruntime_gpu import BoundSession
 from tetdeploy.runtimes.sessions import Sessions
@@ -55,23 +56,28 @@ class Recorder:
 
     Attributes:
         bound: by the recording's number its binding, whose arrays are never others.
+        unrecorded: bindings of calls that were not to be recorded.
         threads: that made calls.
     """
 
     def __init__(self, session: Any) -> None:
         self.session = session
         self.bound: dict[str, Any] = {}
+        self.unrecorded: list[Any] = []
         self.threads: set[int] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.session, name)
 
-    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+    def run_with_iobinding(self, binding: Any, options: Any) -> Any:
         self.threads.add(threading.get_ident())
         number = options.get_run_config_entry("gpu_graph_id")
+        if number == "-1":
+            self.unrecorded.append(binding)
+            return self.session.run_with_iobinding(binding, options)
         where = [(value.data_ptr(), value.shape()) for value in binding.get_outputs()]
         assert self.bound.setdefault(number, (binding, where)) == (binding, where)
-        self.session.run_with_iobinding(binding, options)
+        return self.session.run_with_iobinding(binding, options)
 
 
 def make(layout: str, options: dict[str, Any]) -> tuple[Engine, Recorder]:
@@ -145,6 +151,15 @@ def test_arrays_are_used_again_when_a_stream_has_ended() -> None:
         del stream
         gc.collect()
     assert recorded == set(recorder.bound) and len(recorded) == 2 * 3
+
+
+def test_beyond_so_many_arrays_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MOST_SLOTS", 2)
+    plain, (other, recorder) = engine("step", **STEP), make("step", STEP)
+    x = digits().images[:4]
+    for count in (4, 3, 2, 1, 4, 3, 2, 2):
+        np.testing.assert_array_equal(other.run(x[:count], 3).per_step, plain.run(x[:count], 3).per_step)
+    assert set(recorder.bound) == {str(number) for number in range(1, 7)} and len(recorder.unrecorded) == 4 * 3
 
 
 def test_a_call_that_failed_may_be_made_again() -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from tetdeploy.runtimes.onnxruntime_gpu import Array, BoundSession, DeviceArray, DeviceZeros
 
 PROVIDER_OPTIONS = {"enable_cuda_graph": "1"}
+MOST_SLOTS = 16  # that are recorded and stay; ONNX Runtime forgets no recording
 _DTYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 
 
@@ -41,8 +42,8 @@ def why_not(metadata: Mapping[str, Any]) -> str | None:
 class GraphSession(BoundSession):
     """An ONNX Runtime session that records its calls as CUDA graphs, called as `Engine` and `Stream` call a plain one.
 
-    Threads take turns: all calls are made by one of the session's own. A batch size is recorded when it first comes up;
-    its arrays stay, as many as runs and streams used at the same time.
+    Threads take turns: all calls are made by one of the session's own. A batch size is recorded when it first comes up,
+    or comes up twice at the same time, and its arrays stay; with MOST_SLOTS of these, others run without a recording.
 
     Args:
         session: the `InferenceSession`, made with PROVIDER_OPTIONS, of a graph that `why_not` has nothing against.
@@ -55,7 +56,7 @@ class GraphSession(BoundSession):
         self._states = dict(states)
         values = [*session.get_inputs(), *session.get_outputs()]
         self._tensors = {v.name: (v.shape, _DTYPES[v.type]) for v in values if v.name in ("x", "per_step", *states)}
-        self._slots: dict[int, list[_Slot]] = {}
+        self._slots: list[_Slot] = []
         self._ids = itertools.count(1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cuda-graphs")
 
@@ -100,12 +101,12 @@ class GraphSession(BoundSession):
 
     def _lease(self, batch: int) -> _Lease:
         """Arrays that no run or stream is using."""
-        slots = self._slots.setdefault(batch, [])
-        slot = next((slot for slot in slots if slot.lease() is None), None)
+        slot = next((slot for slot in self._slots if slot.batch == batch and slot.lease() is None), None)
         if slot is None:
             u = tuple({name: self._empty(name, batch) for name in self._states} for _ in range(2))
-            slot = _Slot(self._empty("x", batch), self._empty("per_step", batch), u)
-            slots.append(slot)
+            slot = _Slot(batch, self._empty("x", batch), self._empty("per_step", batch), u)
+            if len(self._slots) < MOST_SLOTS:
+                self._slots.append(slot)
         lease = _Lease(slot)
         slot.lease = weakref.ref(lease)
         return lease
@@ -117,7 +118,7 @@ class GraphSession(BoundSession):
         return OrtValue.ortvalue_from_shape_and_type([batch, *shape[1:]], dtype, self._device, 0)
 
     def _call(self, slot: _Slot, source: int | None, target: int, feed: Mapping[str, Any]) -> Callable[[], None]:
-        """A call, which ONNX Runtime records when it is made for the first time."""
+        """A call, which ONNX Runtime records when it is made for the first time, if its slot stays."""
         from onnxruntime import RunOptions
 
         binding, options = self._session.io_binding(), RunOptions()
@@ -131,7 +132,7 @@ class GraphSession(BoundSession):
             else:
                 binding.bind_ortvalue_input(name, slot.u[source][name])
             binding.bind_ortvalue_output(output, slot.u[target][name])
-        options.add_run_config_entry("gpu_graph_id", str(next(self._ids)))
+        options.add_run_config_entry("gpu_graph_id", str(next(self._ids)) if slot in self._slots else "-1")
         return lambda: self._session.run_with_iobinding(binding, options)
 
 
@@ -153,6 +154,7 @@ class _Slot:
     """The arrays of one run or stream, and the calls among them by the set of membranes that is read.
 
     Attributes:
+        batch: images in a call.
         x, logits, u: input, per-step logits, and two sets of membranes by their inputs' names.
         zeros: what calls from u = 0 read; kept alive for them.
         shown: what x holds.
@@ -160,6 +162,7 @@ class _Slot:
         lease: who uses the slot, if anyone.
     """
 
+    batch: int
     x: Any
     logits: Any
     u: tuple[dict[str, Any], ...]
