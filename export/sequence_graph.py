@@ -9,7 +9,8 @@ state starts at zero. So the graph has, beside the membranes::
 
 `logits` is the mean since the sequence began, summed / t, as a `Stream` of the engine has it. What a step graph is told
 by `encode`, this one finds out: the image's first layer is computed when a sequence of the batch begins (t = 0) or
-shows another image (x != shown), and otherwise taken from `encoded.<k>`.
+shows another image (x != shown), and otherwise taken from `encoded.<k>`. A graph for a GPU has neither `encode` nor
+`shown`.
 """
 
 from __future__ import annotations

@@ -3,8 +3,11 @@ those of plain sessions and no recorded call could have met an address of anothe
 
 from __future__ import annotations
 
+import copy
 import gc
+import os
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import patch
@@ -112,7 +115,17 @@ def test_runs_are_the_same(layout: str, options: dict[str, Any]) -> None:
 
 
 @streaming
-def test_interleaved_streams_are_the_same(layout: str, options: dict[str, Any]) -> None:
+def test_interleaved_streams_are_the_same(
+    layout: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    update = cuda_graphs._update
+
+    def watched(value: Any, array: Any, name: str) -> None:
+        sent.append(name)
+        update(value, array, name)
+
+    monkeypatch.setattr(cuda_graphs, "_update", watched)
     plain, (other, recorder) = engine(layout, **options), make(layout, options)
     x = inputs(plain, 8, 15)
     starts = (0, 2, 5)
@@ -130,6 +143,7 @@ def test_interleaved_streams_are_the_same(layout: str, options: dict[str, Any]) 
                 assert u.any()
                 np.testing.assert_array_equal(got[k].state[name], u)
     assert len(recorder.bound) == 3 * len(starts)
+    assert sent.count("x") == len(starts) * (5 if plain.encoding == "frames" else 2)  # not what is shown again
     saved = wanted[0].state
     for stream in (wanted[1], got[1]):
         stream.reset()
@@ -195,6 +209,52 @@ def test_pools_early_exit_and_threads() -> None:
         together = list(threads.map(lambda k: other.run(x[k : k + 4], 3).per_step, range(0, 40, 4)))
     np.testing.assert_array_equal(together, alone)
     assert len(recorder.threads) == 1
+
+
+def test_a_membrane_that_was_overwritten_is_not_read() -> None:
+    other, _ = make("step", STEP)
+    stream = other.stream(2)
+    stream.push(digits().images[:2])
+    copied = copy.copy(stream)
+    stream.push()
+    stream.push()  # writes where the copy would read
+    with pytest.raises(ValueError, match=r"^a membrane that the call after the next has overwritten"):
+        copied.push()
+
+
+def test_an_engine_that_is_dropped_goes_at_once() -> None:
+    """Not when Python next looks for cycles: on a card other engines want its memory."""
+    other, _ = make("step", STEP)
+    other.run(digits().images[:2], 3)
+    session = weakref.ref(other._session)
+    gc.disable()
+    try:
+        del other
+        assert session() is None
+    finally:
+        gc.enable()
+
+
+def test_a_forked_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    other, _ = make("step", STEP)
+    other.run(digits().images[:2], 3)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(ValueError, match=r"an engine on a GPU does not go on in a forked process"):
+        other.run(digits().images[:2], 3)
+
+
+def test_a_push_of_new_and_old_images_is_one_call() -> None:
+    plain, (other, _) = engine("step"), make("step", STEP)
+    images, pools = digits().images, [StreamPool(of) for of in (plain, other)]
+    answers = []
+    for pool in pools:
+        one, two = pool.open(), pool.open()
+        pool.push({one: images[0]})
+        with patch.object(pool.engine, "call", wraps=pool.engine.call) as calls:
+            given = pool.push({one: None, two: images[1]})
+        answers.append([given[one].step_logits, given[two].step_logits])
+        assert calls.call_count == (2 if pool.engine is plain else 1)
+    np.testing.assert_allclose(answers[1], answers[0], rtol=0, atol=2e-5)
 
 
 def test_counting_goes_without() -> None:
@@ -268,7 +328,7 @@ def test_bench_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-@layouts
+@pytest.mark.parametrize(("layout", "options"), [*LAYOUTS, ("step", STEP | {"precision": "fp16"})], ids=str)
 def test_on_a_gpu_the_answers_are_those_without_graphs(layout: str, options: dict[str, Any]) -> None:
     try:
         plain = Engine(exported(layout, **options), device="cuda")

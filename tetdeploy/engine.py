@@ -60,7 +60,8 @@ class Engine:
             for the last digits of float32 convolutions of spikes, which are exact there. None: where that can be and
             the network is large enough for it to count.
         cuda_graphs: on device `cuda`, record the kernels of a call once for each batch size and launch them as one, so
-            that small batches do not wait for the CPU. Not for dynamic graphs. Counting goes without.
+            that small batches do not wait for the CPU. Not for dynamic graphs. Counting goes without. While a batch
+            size comes up for the first time nothing else of the process may use the GPU.
 
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
@@ -178,6 +179,10 @@ class Engine:
 
         Args:
             session: of the graph with an overlay (`overlaid`); None is the graph's own.
+
+        Returns:
+            By name. On a GPU state outputs lie there, to be fed to the next call; with `cuda_graphs` only until the
+            call after that.
 
         Raises:
             ValueError: the runtime failed, or no image has finite logits.

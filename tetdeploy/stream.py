@@ -70,7 +70,8 @@ class Stream:
 
         Args:
             x: a frame, or the image of a directly encoded model, `[N, C, H, W]`; a chunk `[N, T, C, H, W]` for an
-                unrolled graph that takes frames. None shows the last image again, which costs no encoding.
+                unrolled graph that takes frames. None shows the last image again, which costs no encoding unless the
+                graph is one for a GPU, where encoding costs nothing to speak of.
 
         Raises:
             ValueError: another shape, dtype or batch than the stream's; None before any image, or with frames.

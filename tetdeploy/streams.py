@@ -179,7 +179,7 @@ class StreamPool:
 
         Args:
             frames: by stream: its frame or image `[C, H, W]`; None shows a directly encoded stream its last image
-                again, which costs no encoding. A chunk `[T, C, H, W]` for an unrolled graph that takes frames.
+                again, see `Stream.push`. A chunk `[T, C, H, W]` for an unrolled graph that takes frames.
 
         Returns:
             By stream what `Stream.push` gives, without the batch axis: `logits [K]`, `step_logits [K]`, `t`.
@@ -195,6 +195,9 @@ class StreamPool:
                 self._find(id)
             for id in repeated:
                 self._check_repeats(id)
+            if not self._encodes and repeated:  # what is shown again is computed again, so that all share a call
+                shown |= {id: self._carried["x"][self._row[id]] for id in repeated}
+                repeated = []
             parts = _parts(list(shown), self.max_batch)
             batches = [self._stack({id: shown[id] for id in ids}) for ids in parts]
             pushes: list[tuple[list[int], Array | None]] = list(zip(parts, batches, strict=True))

@@ -6,12 +6,13 @@ other. At most three calls are recorded for a slot: from u = 0, from the first s
 
 What ONNX Runtime asks for is from its documentation, source and issues, and was never run on a GPU: no control flow in
 the graph, no layer on the CPU (https://github.com/microsoft/onnxruntime/pull/16491), always the same thread, since what
-is recorded belongs to the one that ran it, and nothing else on the device while it records.
+is recorded belongs to the one that ran it, and nothing else of the process on the device while it records.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,7 @@ class GraphSession(BoundSession):
         self._slots: list[_Slot] = []
         self._ids = itertools.count(1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cuda-graphs")
+        self._process = os.getpid()
 
     def put(self, array: Array) -> _Shown:  # type: ignore[override]
         """An array to be fed to many calls; the first one of a run or stream takes it to the device."""
@@ -68,6 +70,8 @@ class GraphSession(BoundSession):
         return self._thread.submit(super().zeros, shape).result()
 
     def run(self, names: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
+        if os.getpid() != self._process:  # where the thread is not, and CUDA would fail
+            raise ValueError("an engine on a GPU does not go on in a forked process; open another one there")
         return self._thread.submit(self._run, names, feed).result()
 
     def _run(self, names: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
@@ -133,7 +137,8 @@ class GraphSession(BoundSession):
                 binding.bind_ortvalue_input(name, slot.u[source][name])
             binding.bind_ortvalue_output(output, slot.u[target][name])
         options.add_run_config_entry("gpu_graph_id", str(next(self._ids)) if slot in self._slots else "-1")
-        return lambda: self._session.run_with_iobinding(binding, options)
+        session = self._session  # not self, which has the slot: an engine that is dropped is to go at once
+        return lambda: session.run_with_iobinding(binding, options)
 
 
 class _Shown:
@@ -175,6 +180,7 @@ class _Slot:
     def show(self, x: Array | _Shown) -> None:
         if isinstance(x, _Shown) and x is self.shown:
             return
+        self.shown = None  # should the copy fail
         _update(self.x, x, "x")
         self.shown = x if isinstance(x, _Shown) else None
 
@@ -208,7 +214,8 @@ class _Held(DeviceArray):
 
     def copied(self, dtype: Any = None) -> Array:
         """The membrane on the host, for the thread that makes the calls."""
-        assert self.belongs_with(self), "a later call of this stream has overwritten the membrane"
+        if not self.belongs_with(self):
+            raise ValueError("a membrane that the call after the next has overwritten; copy it with np.asarray before")
         return super().__array__(dtype).copy()  # on a CPU it is the membrane itself
 
 
