@@ -220,6 +220,7 @@ def test_the_switch_changes_the_loss_and_both_are_logged_throughout(tmp_path: Pa
     assert all(r["val_sdt_loss"] <= r["val_tet_loss"] for r in with_switch)  # Lemma 4.1
     assert [r["val_loss"] for r in without] == [r["val_sdt_loss"] for r in without]
     assert result.best is not None and result.best.epoch == 4
+    assert result.best.val_loss == with_switch[3]["val_tet_loss"]  # which every epoch has
     found = evaluate(tetdeploy.load(switched), torch.tensor(VAL.x), torch.tensor(VAL.labels), T=3, loss=_eq_13)
     assert found == pytest.approx((with_switch[3]["val_loss"], with_switch[3]["val_accuracy"]))
 

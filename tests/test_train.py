@@ -336,6 +336,23 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert config.precision != "fp16" or scaler["scale"] < 2**16  # which it began with
 
 
+def test_a_run_that_goes_on_in_another_precision_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`precision auto` chooses by the device: a card without bf16 scales gradients, of which the run has no state."""
+    config = settings(precision="auto")
+    run(tmp_path, toy(interrupt_at(STEPS + 3)), config=config)
+    monkeypatch.setattr("tetdeploy.train.session.pick_precision", lambda name, device: "fp16")
+    run(tmp_path, toy(), config=config, resume=True, progress=None)
+    assert (
+        "computed in fp32 until now, which `precision auto` does not choose on this device" in capsys.readouterr().out
+    )
+    state = read_content(tmp_path / "last.safetensors")["resume"]
+    assert state["precision"] == "fp16" and state["scaler"]["scale"] > 0
+    run(tmp_path, toy(), config=config, resume=True, progress=None)
+    assert "until now" not in capsys.readouterr().out
+
+
 def test_a_killed_run_repeats_its_epoch_without_double_lines(tmp_path: Path) -> None:
     run(tmp_path / "whole")
     classifier = toy()

@@ -9,6 +9,7 @@ from functools import cached_property
 from tetdeploy.steps import MAX_T
 
 from .augment import AUGMENTATIONS, RESIZED_CROP
+from .device import check_device
 from .stages import Stage, TimeRange, parse_random_T, parse_tit
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -150,8 +151,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
-        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdecimal():
-            raise ValueError(f"unknown device {self.device!r}; choose auto, cpu, cuda or cuda:<number>")
+        check_device(self.device)
         for name in _TEXTS:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a text in quotes")

@@ -21,12 +21,23 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
+def check_device(name: str) -> None:
+    """Refuse a device that no machine has.
+
+    Raises:
+        ValueError: it is none of auto, cpu, cuda and cuda:<number>.
+    """
+    if name not in ("auto", "cpu", "cuda") and not name.removeprefix("cuda:").isdecimal():
+        raise ValueError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:<number>")
+
+
 def pick_device(name: str) -> torch.device:
     """The device of `TrainConfig.device`; "auto" is the current GPU if there is one.
 
     Raises:
-        ValueError: a GPU is asked for that is not there.
+        ValueError: the name is of none, or of a GPU that is not there.
     """
+    check_device(name)
     ranks = current_ranks()
     if ranks.size > 1 and name.startswith("cuda:"):
         raise ValueError(f"device {name} is one GPU for {ranks.size} processes; use --device cuda: each takes its own")

@@ -236,6 +236,9 @@ def _run(session: Session, state: TrainState, show: bool | None, board: bool) ->
         bar,
     ):
         bar.say(headline(session))
+        if state.precision not in ("", session.precision):
+            bar.say(f"computed in {state.precision} until now, which `precision auto` does not choose on this device")
+        state.precision = session.precision
         while state.epoch < config.epochs:
             trained = _train_steps(session, state, bar, interrupt)
             finished = _finish_epoch(session, state, interrupt) if trained else None
@@ -358,7 +361,8 @@ def _keep(session: Session, state: TrainState, kept: Classifier, records: list[d
     writes = session.ranks.writes
     if writes:
         write_metrics(session.out, records)
-    this = Best(record["epoch"], record["val_accuracy"], record["val_loss"], record["stage"])
+    val_loss = record["val_tet_loss" if session.config.switch_to_tet else "val_loss"]
+    this = Best(record["epoch"], record["val_accuracy"], val_loss, record["stage"])
     if state.best is None or state.best.is_beaten_by(this):
         state.best = this
         if writes:

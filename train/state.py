@@ -17,7 +17,8 @@ from .optimizer import load_optimizer_tensors, optimizer_tensors
 
 @dataclass(frozen=True)
 class Best:
-    """The epoch whose weights are in the checkpoint. Without a validation set, the last one and None.
+    """The epoch whose weights are in the checkpoint. Without a validation set, the last one and None. `val_loss` is one
+    that all epochs have: that of the training, or where that changes (`switch_to_tet`) L_TET.
 
     Of several stages of time inheritance training only the last counts, as soon as it has an epoch: accuracies at
     different T do not compare, and the T of the last is the one that was trained for.
@@ -49,6 +50,7 @@ class TrainState:
         average: moving average of the parameters, by name; empty without `ema`.
         seconds: spent on the running epoch's steps.
         best: the best epoch so far.
+        precision: in which the last step was computed, "" before the first.
     """
 
     epoch: int
@@ -58,6 +60,7 @@ class TrainState:
     average: dict[str, Tensor]
     seconds: float = 0.0
     best: Best | None = None
+    precision: str = ""
 
     @classmethod
     def start(cls, steps_per_epoch: int, device: torch.device, average: dict[str, Tensor]) -> TrainState:
@@ -91,6 +94,7 @@ def save_state(
         "step": state.step,
         "seconds": state.seconds,
         "best": None if state.best is None else asdict(state.best),
+        "precision": state.precision,
         "scaler": scaler.state_dict(),
     }
     write_tensors(path, tensors, {"format": FORMAT, "resume": position})
@@ -121,11 +125,13 @@ def restore_state(
     check_keys(weights, network.state_dict(), path)
     network.load_state_dict(weights)
     load_optimizer_tensors(optimizer, network, section(tensors, "optimizer."))
-    scaler.load_state_dict(position["scaler"])
+    if position["scaler"]:  # of another precision there is none
+        scaler.load_state_dict(position["scaler"])
     best = None if position["best"] is None else Best(**position["best"])
     losses, correct = tensors["epoch.losses"].to(device), tensors["epoch.correct"].to(device)
     average = like_weights(section(tensors, "average."), network)
-    return TrainState(position["epoch"], position["step"], losses, correct, average, position["seconds"], best)
+    epoch, step, seconds, precision = (position[key] for key in ("epoch", "step", "seconds", "precision"))
+    return TrainState(epoch, step, losses, correct, average, seconds, best, precision)
 
 
 def like_weights(average: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

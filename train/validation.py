@@ -87,6 +87,33 @@ def measure(
     return dict(zip((*losses, "accuracy"), (totals[:-1] / totals[-1]).tolist(), strict=True))
 
 
+def accuracy_by_step(
+    classifier: Runnable,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    T: int,
+    precision: str = "fp32",
+) -> list[float]:
+    """Accuracy after 1..T steps in eval mode, `[T]`, from one pass: neurons are causal, and the mean of the logits so
+    far decides. The classifier's mode is put back afterwards.
+
+    Args: see `measure`.
+    """
+    was_training = classifier.training
+    classifier.eval()
+    device = classifier.mean.device
+    correct, count = torch.zeros(T, dtype=torch.int64, device=device), 0
+    try:
+        with torch.inference_mode(), autocast(device, precision):
+            for x, y in batches:
+                so_far = run_network(classifier, x, T).float().cumsum(0)  # the mean has the same largest
+                correct += (so_far.argmax(-1) == y).sum(1)
+                count += len(y)
+    finally:
+        classifier.train(was_training)
+    return (correct.double() / count).tolist()
+
+
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """How many images' largest mean logit is the label's, a scalar; the mean over time in float32."""
     return (logits.float().mean(0).argmax(-1) == labels).sum()

@@ -58,6 +58,9 @@ class VGGSNN(nn.Module):
         self.layers = FiringSequential(*layers)
         rows, columns = (_halved(size, times=4, up=strided) for size in image_size)
         self.readout = OverTime(nn.Flatten(), nn.Linear(channels[-1] * rows * columns, num_classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # as the authors' start; BN hides the scale, but not from Adam's steps
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         logits: Tensor = self.readout(self.layers(fire_encoded(self.lif1, self.encode, x, T)))
