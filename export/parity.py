@@ -97,7 +97,8 @@ class Parity:
             f"{what} does not compute what PyTorch computes: {self.spike_mismatch_rate * 1e6:,.0f} of a million "
             f"neuron-steps differ (at most {MAX_MISMATCH * 1e6:.0f}), {self.local_mismatch_rate * 1e6:,.0f} in the "
             f"worst layer by itself, top-1 agreement {self.top1_agreement:.2%} (at least {MIN_AGREEMENT:.1%}) on "
-            f"{self.num_images} images at T={self.T}, largest logit error {self.max_abs_logit_error:.1e}"
+            f"{self.num_images} images at T={self.T}, largest logit error {self.max_abs_logit_error:.1e}, layer by "
+            f"layer {self.local_logit_error:.1e} of the largest logit (at most {MAX_LOGIT_ERROR:.0e})"
             + ("" if self.amplified is None else f"; PyTorch rounded otherwise: {self.amplified[1] * 1e6:,.0f}")
             + "; nothing was written"
         )

@@ -770,6 +770,11 @@ def test_newest_export_is_the_last_written(tmp_path: Path) -> None:
         model.write_bytes(b"")
         os.utime(model, (time.time() - age, time.time() - age))
     assert newest_export(tmp_path).parent.name == "b"
+    seeded = tmp_path / "s" / "seed-0" / "model-T4.onnx"
+    seeded.parent.mkdir(parents=True)
+    seeded.write_bytes(b"")
+    (tmp_path / "latest").symlink_to("s")
+    assert newest_export(tmp_path) == seeded
 
 
 def test_a_warning_is_one_line() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import shutil
 import threading
@@ -133,6 +134,11 @@ def test_the_threshold_is_that_of_the_model_in_memory(tmp_path: Path, caplog: py
         assert (await model.infer(x, T=6, early_exit=True)).steps.tolist() == [1, 1]
         with pytest.raises(ValueError, match="was found for T=4 and says nothing of T=3"):
             await model.infer(x, T=3, early_exit=True)
+        assert (await model.infer(x, early_exit=True)).steps.tolist() == [1, 1]
+        assert model._rule is not None
+        model._rule = dataclasses.replace(model._rule[0], threshold=1.0), 9
+        assert (await model.infer(x, early_exit=True)).per_step.shape[1] == 9  # the calibration's T, not the training's
+        assert (await model.infer(x)).per_step.shape[1] == model.engine.trained_T == 4
         late = ServedModel("m", model.engine, Limits(), Bounds(64, 60, 9))  # in memory is still the first
         assert "of another model" in caplog.text
         with pytest.raises(ValueError, match="m had no threshold when the server started: it takes tetdeploy"):

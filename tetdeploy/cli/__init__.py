@@ -10,6 +10,7 @@ from tetdeploy.cli.build import build
 from tetdeploy.cli.calibrate import calibrate
 from tetdeploy.cli.early_exit import early_exit
 from tetdeploy.cli.errors import CleanGroup
+from tetdeploy.cli.evaluate import evaluate
 from tetdeploy.cli.export import export
 from tetdeploy.cli.import_ import import_
 from tetdeploy.cli.inspect import inspect
@@ -49,6 +50,7 @@ def main() -> None:
     tetdeploy build MODEL                a TensorRT engine of it, for NVIDIA GPUs
     tetdeploy inspect FILE               what a checkpoint or a model is, layer by layer
     tetdeploy predict MODEL IMAGE...     classify image files
+    tetdeploy evaluate RUN...            accuracy of trained weights at each T, in PyTorch; ANN twins too
     tetdeploy landscape RUN...           both losses round trained weights
     tetdeploy import FILE --arch ...     a checkpoint of the TET authors
     """
@@ -68,6 +70,7 @@ for command in (
     build,
     inspect,
     predict,
+    evaluate,
     landscape,
     import_,
 ):

@@ -29,6 +29,7 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
 
     name = _data_name(engine, data)
     is_file = is_npz(name)
+    note_own_file(name, _own_data(engine))
     if engine.encoding == "frames" and is_file:
         x, labels = load_frames(name)
         return name, x[:limit], labels[:limit]
@@ -37,6 +38,19 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
         refuse_classes(engine, name, test.class_names)
     test = test if limit is None else test.select(slice(limit))  # images on disk are decoded later, batch by batch
     return name, as_model_input(engine, test.x, mean=test.mean, std=test.std), test.labels
+
+
+def note_own_file(name: str, own: str) -> None:
+    """Say so if `name`, whose test set is meant, is the very file that was trained on, which has none."""
+    from tetdeploy.cli.terminal import console
+    from tetdeploy.data import same_data
+
+    if is_npz(name) and same_data(name, own):
+        console.print(
+            f"{name} is one set with no test part: these images were trained on; give others with --data TEST.npz",
+            style="yellow",
+            markup=False,
+        )
 
 
 def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None, limit: int | None) -> Any:

@@ -153,12 +153,13 @@ def opens_model(*, threads: bool = True) -> Callable[[Callable[..., Any]], Calla
 
 
 def newest_export(runs: Path) -> Path:
-    """The newest exported model of any run.
+    """The newest exported model of any run in the folder, of a run of one of several seeds too.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    models = [path for path in runs.glob("*/*.onnx") if not path.parent.is_symlink()]
+    models = [path for found in ("*/*.onnx", "*/seed-*/*.onnx") for path in runs.glob(found)]
+    models = [path for path in models if not any(folder.is_symlink() for folder in (path.parent, path.parent.parent))]
     if not models:
         raise FileNotFoundError(f"no exported model in {runs}/; write one with: tetdeploy export, or name the file")
     return max(models, key=lambda path: path.stat().st_mtime)

@@ -78,7 +78,8 @@ class ServedModel:
         """Run images or frames from u = 0, together with other requests of the same T, shape and early exit.
 
         Args:
-            x, T: as `Engine.run` takes them.
+            x, T: as `Engine.run` takes them; images by the threshold of `tetdeploy calibrate` run its T by default, if
+                that is more.
             early_exit: stop each image when its answer is certain: by the threshold of `tetdeploy calibrate` (True), or
                 at this confidence.
 
@@ -87,6 +88,8 @@ class ServedModel:
             QueueFullError, StoppingError, CallFailedError: as `Scheduler.submit`.
         """
         x = self.engine.check_input(x)
+        if T is None and early_exit is True and self._rule is not None and self.engine.encoding == "direct":
+            T = max(self._rule[1], self.engine.trained_T)
         T = self._check_T(self.engine.check_T(T, x))
         key = (T, x.shape[1:], self._exit(early_exit, T))
         [answer] = await self.scheduler.submit(key, [x], size=len(x))

@@ -1,0 +1,125 @@
+"""`tetdeploy evaluate`: accuracy at every T from one pass, of networks with and without an export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from export_helpers import convsnn, digits, engine
+
+import tetdeploy
+from tetdeploy.checkpoint import save_checkpoint
+from tetdeploy.cli import main
+from tetdeploy.data import save_npz
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.train import evaluate
+from tetdeploy.train.validation import accuracy_by_step
+
+TRAINING = {"T": 4, "val_fraction": 0.1}
+
+
+def ann(**options: Any) -> Classifier:
+    torch.manual_seed(0)
+    data = digits()
+    config = NetworkConfig("convsnn", 10, 1, (8, 8), width=0.125, **options)
+    names = data.class_names
+    return Classifier(
+        build_network(config), config=config, mean=data.mean, std=data.std, class_names=names, data="digits"
+    )
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """runs/snn, runs/ann and runs/smooth, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    snn = convsnn()
+    config = NetworkConfig("convsnn", 10, 1, (8, 8), width=0.25)
+    snn = Classifier(snn.network, config=config, mean=snn.mean.flatten().tolist(), std=snn.std.flatten().tolist(),
+                     class_names=snn.class_names, data="digits")  # fmt: skip
+    made = {"snn": (snn, TRAINING), "ann": (ann(ann=True), {"T": 1}), "smooth": (ann(smooth_spike=10.0), {"T": 2})}
+    for name, (classifier, training) in made.items():
+        save_checkpoint(Path("runs") / name / "checkpoint.safetensors", classifier, training=training, provenance={})
+    return tmp_path / "runs"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["evaluate", *map(str, arguments)])
+
+
+def test_every_T_is_a_run_of_that_T() -> None:
+    x, y = torch.tensor(digits().images[:90]), torch.tensor(digits().labels[:90])
+    batches = list(zip(x.split(40), y.split(40), strict=True))
+    classifier = convsnn()
+    classifier.train()
+    found = accuracy_by_step(classifier, batches, T=5)
+    assert classifier.training
+    classifier.eval()
+    assert found == pytest.approx([evaluate(classifier, x, y, T=T)[1] for T in range(1, 6)], abs=1e-7)
+    assert len(set(found)) > 1
+
+
+def test_a_run_and_what_has_no_export(runs: Path) -> None:
+    result = run("runs/snn", "runs/ann", "runs/smooth", "--json", "e.json", "--T", "1:3,6")
+    assert result.exit_code == 0, result.output
+    assert "359 images of digits, test   fp32 on cpu" in result.output
+    content = json.loads(Path("e.json").read_text())
+    snn, twin, smooth = content["runs"]
+    assert (snn["trained_T"], snn["num_images"], snn["ann"], twin["ann"]) == (4, 359, False, True)
+    exported = engine("dynamic").run(digits().images, 6).per_step
+    wanted = [float((exported[:, :T].mean(1).argmax(-1) == digits().labels).mean()) for T in (1, 2, 3, 6)]
+    assert [entry["accuracy"] for entry in snn["accuracy"]] == pytest.approx(wanted, abs=1.5 / 359)
+    assert [entry["T"] for entry in snn["accuracy"]] == [1, 2, 3, 6]
+    assert [entry["T"] for entry in twin["accuracy"]] == [1]
+    network, x = tetdeploy.load("runs/ann"), torch.tensor(digits().images)
+    with torch.no_grad():
+        right = (network(x, 1).mean(0).argmax(-1).numpy() == digits().labels).mean()
+    assert twin["accuracy"][0]["accuracy"] == pytest.approx(right)
+    assert len(smooth["accuracy"]) == 4
+    assert "runs/ann (ANN)" in result.output and "an ANN has no time" in result.output
+    assert content["versions"]["torch"] == torch.__version__
+
+
+def test_parts_limits_and_the_default(runs: Path) -> None:
+    (runs / "latest").symlink_to("snn")
+    result = run("--split", "validation", "--limit", "20", "--json", "e.json")
+    assert result.exit_code == 0, result.output
+    assert "20 images of digits, validation" in result.output and "an ANN" not in result.output
+    (only,) = json.loads(Path("e.json").read_text())["runs"]
+    assert [entry["T"] for entry in only["accuracy"]] == list(range(1, 9))
+
+
+def test_the_file_that_was_trained_on_is_named(runs: Path) -> None:
+    save_npz(digits(), "own.npz")
+    assert "own.npz is one set with no test part" not in run("runs/snn", "--data", "own.npz", "--T", "1").output
+    classifier = ann()
+    classifier.data = "own.npz"
+    save_checkpoint(runs / "own" / "checkpoint.safetensors", classifier, training=TRAINING, provenance={})
+    result = run("runs/own", "--T", "1")
+    assert result.exit_code == 0 and "own.npz is one set with no test part" in result.output
+    assert "with no test part" not in run("runs/own", "--T", "1", "--split", "validation").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["runs/none"], 1, "Error: runs/none does not exist"),
+        (["runs/snn", "--data", "fashion-mnist", "--data-dir", "nowhere"], 1, "Error: "),
+        (["runs/snn", "--device", "tpu"], 1, "Error: unknown device 'tpu'; choose auto, cpu, cuda"),
+        (["runs/snn", "--device", "cuda:x"], 1, "Error: unknown device 'cuda:x'; choose auto"),
+        (["runs/snn", "--precision", "int8"], 2, "Invalid value for '--precision'"),
+        (["runs/snn", "--T", "0"], 2, "T must lie in 1..1024"),
+        (["runs/ann", "--split", "val"], 1, "Error: --split validation: the run held out no images"),
+        (["runs/snn", "--data", "other.npz"], 1, "Error: other.npz has images of shape (1, 6, 6); the network wants"),
+    ],
+)
+def test_refusals(runs: Path, arguments: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez("other.npz", images=np.zeros((3, 6, 6), np.uint8), labels=np.array([0, 1, 2]))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    result = run(*arguments, "--json", "e.json")
+    assert result.exit_code == code and message in result.output, result.output
+    assert not Path("e.json").exists()

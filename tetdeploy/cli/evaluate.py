@@ -1,0 +1,179 @@
+"""`tetdeploy evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file
+from tetdeploy.cli.options import PARTS, data_dir_option, json_option, parsed_steps, runs_option
+from tetdeploy.cli.terminal import console, image_bar, print_notes
+from tetdeploy.extras import import_extra
+from tetdeploy.steps import trained_T
+
+if TYPE_CHECKING:
+    import torch
+
+    from tetdeploy.networks import Classifier
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  tetdeploy evaluate                                    the newest run on its test set, at T=1..8
+  tetdeploy evaluate runs/tet runs/ann --T 1:6          a network and its ANN twin
+  tetdeploy evaluate runs/s/seed-* --json seeds.json
+  tetdeploy evaluate runs/r19 --device cuda --precision bf16 --batch-size 1024
+"""
+)
+@click.argument("checkpoints", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
+@click.option(
+    "--T",
+    "steps",
+    callback=parsed_steps,
+    help="Steps: 6, 1:6 or 1,2,4. [default: 1:8; of recordings 1 to the training's]",
+)
+@click.option(
+    "--split",
+    default="test",
+    show_default=True,
+    type=PARTS,
+    help="Images to measure on; train and validation are the run's own parts.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first images.")
+@click.option("--data", help="Another data set. [default: each training's]")
+@data_dir_option
+@click.option("--model", help="package.module:function, if the network is your own.")
+@click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=1))
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(("fp32", "bf16", "fp16", "auto")))
+@runs_option
+@json_option
+def evaluate(
+    checkpoints: tuple[Path, ...],
+    steps: tuple[int, ...] | None,
+    split: str,
+    limit: int | None,
+    data: str | None,
+    data_dir: Path,
+    model: str | None,
+    batch_size: int,
+    device: str,
+    precision: str,
+    runs: Path,
+    json_path: Path | None,
+) -> None:
+    """Accuracy of trained weights at each T, in PyTorch.
+
+    RUN is a run folder, a .safetensors or a folder of shards; the newest run by default. For what has no export, ANN
+    twins and smooth spikes, and before an export; what is deployed is measured by tetdeploy sweep, with its energy.
+    """
+    torch = import_extra("torch", "train")
+    from tetdeploy.checkpoint import read_metadata
+    from tetdeploy.files import write_json
+    from tetdeploy.provenance import written
+    from tetdeploy.run_folder import newest_run, weights_file
+    from tetdeploy.train.device import device_name, pick_device, pick_precision
+
+    checkpoints = checkpoints or (newest_run(runs),)
+    on = pick_device(device)
+    chosen = pick_precision(precision, on)
+    rows = []
+    for path in checkpoints:
+        file = weights_file(path)
+        metadata = read_metadata(file)
+        classifier = load_classifier(file, metadata, model)
+        images = _images(data or metadata["data"]["name"], split, limit, data_dir, metadata, classifier)
+        wanted = _steps(steps, classifier, trained_T(metadata))
+        accuracy = _measure(str(path), classifier, images, max(wanted), batch_size, on, chosen)
+        rows.append(
+            {
+                "run": str(path),
+                "ann": classifier.config.ann,
+                "trained_T": trained_T(metadata),
+                "data": images.name,
+                "num_images": len(images),
+                "accuracy": [{"T": T, "accuracy": accuracy[T - 1]} for T in wanted],
+            }
+        )
+    result = {"kind": "evaluate", "split": split, "device": device_name(on), "precision": chosen, "runs": rows}
+    if json_path is not None:
+        write_json(json_path, result | written(torch=torch.__version__))
+    _print(result, rows)
+    if json_path is not None:
+        console.print(str(json_path), markup=False)
+
+
+def _images(
+    name: str, split: str, limit: int | None, data_dir: Path, metadata: Mapping[str, Any], classifier: Classifier
+) -> Any:
+    """The images to measure on, if the classifier can take them."""
+    from tetdeploy.names import is_npz
+    from tetdeploy.train.session import check_data
+
+    fraction = float(metadata["training"].get("val_fraction", 0.0))
+    if split == "validation" and not fraction:
+        raise ValueError("--split validation: the run held out no images (its val_fraction is 0); take train or test")
+    if split == "test":
+        note_own_file(name, metadata["data"]["name"])
+    images = load_part(name, split, data_dir=data_dir, T=trained_T(metadata), fraction=fraction)
+    if not is_npz(name) and tuple(images.class_names) != classifier.class_names:
+        raise ValueError(f"the labels of {name} are not the network's classes; is this the data it was trained on?")
+    check_data(images, classifier, 1)
+    return images if limit is None else images.select(slice(limit))
+
+
+def _steps(steps: tuple[int, ...] | None, classifier: Classifier, trained: int) -> tuple[int, ...]:
+    """The numbers of steps to measure at; an ANN has one."""
+    if classifier.config.ann:
+        return (1,)
+    return steps or tuple(range(1, 1 + (trained if classifier.encoding == "frames" else 8)))
+
+
+def _measure(
+    name: str, classifier: Classifier, images: Any, T: int, batch_size: int, device: torch.device, precision: str
+) -> list[float]:
+    from tetdeploy.train.device import place, tuned_convolutions, wants_channels_last
+    from tetdeploy.train.session import check_data
+    from tetdeploy.train.validation import accuracy_by_step
+
+    check_data(images, classifier, T)
+    channels_last = wants_channels_last(classifier.config, device, precision, fusable=False)
+    place(classifier, device, channels_last=channels_last)
+    with image_bar(f"{name} on {images.name}", len(images)) as tick, tuned_convolutions():
+        batches = _batches(images, batch_size, device, tick)
+        return accuracy_by_step(classifier, batches, T=T, precision=precision)
+
+
+def _batches(images: Any, size: int, device: torch.device, tick: Any) -> Iterator[tuple[Any, Any]]:
+    import numpy as np
+    import torch
+
+    from tetdeploy.batches import parts
+
+    for part in parts(len(images), size, tick):
+        x, y = np.ascontiguousarray(images.x[part]), images.labels[part]
+        yield torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+
+
+def _print(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    from tetdeploy.report.result_table import ResultTable
+
+    steps = sorted({entry["T"] for row in rows if not row["ann"] for entry in row["accuracy"]}) or [1]
+    sets = ", ".join(dict.fromkeys(f"{row['num_images']:,} images of {row['data']}" for row in rows))
+    console.print(f"{sets}, {result['split']}   {result['precision']} on {result['device']}", markup=False)
+    table = ResultTable()
+    table.add_column("")
+    table.add_numbers(*(f"T={T}" for T in steps))
+    for row in rows:
+        found = {entry["T"]: entry["accuracy"] for entry in row["accuracy"]}
+        if row["ann"]:
+            table.add_row(f"{row['run']} (ANN)", f"{found[1]:.2%}")
+            continue
+        cells = (f"{found[T]:.2%}{'*' * (row['trained_T'] == T)}" if T in found else "" for T in steps)
+        table.add_row(row["run"], *cells)
+    console.print(table)
+    print_notes(["* the T of the training" + "; an ANN has no time" * any(row["ann"] for row in rows)])
