@@ -185,8 +185,6 @@ def compare_reference(
 ) -> ReferenceComparison:
     """Run the reference images on this machine and compare.
 
-    Spikes are counted on ONNX Runtime's own operators; the logits are those of the native ones, if the engine has them.
-
     The spike count of a layer in one step of one image differs by at most the number of its neurons that differ:
     `spike_count_error`, the differences over all neuron-steps, is a lower bound of the spike mismatch rate.
 
