@@ -177,7 +177,7 @@ def swept(run: Path, data_dir: Path, steps: str) -> list[dict[str, Any]]:
     return rows
 
 
-def test_accuracy(run: Path, data_dir: Path, steps: str) -> float:
+def final_accuracy(run: Path, data_dir: Path, steps: str) -> float:
     """On the test set, at the T of the training; in PyTorch where there is no export."""
     network, T = json.loads((run / "config.json").read_text())["network"], trained_T(run)
     if not network["ann"] and not network["smooth_spike"]:
@@ -226,7 +226,7 @@ def accuracy_table(name: str, out: Path, data_dir: Path, scale: str) -> None:
         steps = [
             f"1:{trained_T(run)}" if "dvs" in entry.recipe else "1:8" for run in runs
         ]  # of frames there are no more
-        test = [test_accuracy(run, data_dir, wanted) for run, wanted in zip(runs, steps, strict=True)]
+        test = [final_accuracy(run, data_dir, wanted) for run, wanted in zip(runs, steps, strict=True)]
         numbers.append({"name": entry.name, "recipe": entry.recipe, "held_out": held_out, "test": test})
         rows.append([entry.name, mean_std(held_out), mean_std(test), str(len(runs))])
     write_json(out / f"{name}.json", {"scale": scale, "rows": numbers})

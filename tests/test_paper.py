@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -70,6 +72,27 @@ def test_what_is_left_out_says_why(paper: ModuleType, tmp_path: Path) -> None:
     assert imagenet.left_out("full", tmp_path) == ""
     assert imagenet.left_out("smoke", tmp_path) == "only full runs have it"
     assert events.left_out("smoke", tmp_path) == "" and events.left_out("small", tmp_path) != ""
+
+
+@pytest.mark.parametrize(("network", "exported"), [({"ann": True}, False), ({"smooth_spike": 10.0}, False), ({}, True)])
+def test_what_has_no_export_is_measured_in_pytorch(
+    paper: ModuleType, network: dict[str, Any], exported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"network": {"ann": False, "smooth_spike": 0.0} | network, "training": {"T": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(made))
+    commands = []
+
+    def tetdeploy(*arguments: Any) -> None:
+        commands.append(arguments[0])
+        rows = [{"T": T, "accuracy": T / 4} for T in ((1, 2, 3) if arguments[0] == "sweep" else (2,))]
+        if "--json" in arguments:
+            found = {"sweep": {"rows": rows}, "evaluate": {"runs": [{"accuracy": rows}]}}[arguments[0]]
+            arguments[-1].write_text(json.dumps(found))
+
+    monkeypatch.setattr(paper, "tetdeploy", tetdeploy)
+    for _ in range(2):  # the second time there is nothing to do
+        assert paper.final_accuracy(tmp_path, Path("data"), "1:3") == 0.5
+    assert commands == (["export", "sweep"] if exported else ["evaluate"])
 
 
 def test_a_scale_that_no_entry_has_is_refused_before_any_training(paper: ModuleType, tmp_path: Path) -> None:
