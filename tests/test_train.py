@@ -30,7 +30,7 @@ from tetdeploy.data import ImageSet, load_data, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import newest_run
 from tetdeploy.tensor_file import read_content
-from tetdeploy.train import TrainConfig, TrainResult, evaluate, train, train_seeds
+from tetdeploy.train import TrainConfig, TrainResult, evaluate, loop, train, train_seeds
 from tetdeploy.train.augment import AUGMENTATIONS, cutout, random_crop, random_flip
 from tetdeploy.train.batches import DeviceImages, Draws
 from tetdeploy.train.device import pick_device
@@ -362,6 +362,31 @@ def test_a_killed_run_repeats_its_epoch_without_double_lines(tmp_path: Path) -> 
     (tmp_path / "parts" / "metrics.jsonl").write_text((tmp_path / "whole" / "metrics.jsonl").read_text())
     run(tmp_path / "parts", classifier, resume=True)
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+def test_a_kill_between_checkpoint_and_state_leaves_no_other_epoch_as_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the epoch that is run again ends worse, as rounding on a GPU may have it."""
+    always = {"val_accuracy": 0.5, "val_sdt_loss": 1.0, "val_tet_loss": 1.0}
+    losses = iter([2.0, 1.0, 3.0, 4.0])
+    monkeypatch.setattr(loop, "_validate", lambda *arguments: always | {"val_loss": next(losses)})
+    saved: list[int] = []
+
+    def save(session: Any, state: Any) -> None:
+        saved.append(state.epoch)
+        if saved == [0, 1, 2]:
+            _kill()
+        save_state(session, state)
+
+    save_state = loop._save
+    monkeypatch.setattr(loop, "_save", save)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path)
+    assert read_metadata(tmp_path)["provenance"]["epoch"] == 2
+    result = run(tmp_path, resume=True)
+    assert result.best is not None and result.best.epoch == 2
+    assert read_metadata(tmp_path)["provenance"]["epoch"] == 2
 
 
 def _kill() -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetdeploy.checkpoint import save_checkpoint
+from tetdeploy.checkpoint import read_metadata, save_checkpoint
 from tetdeploy.extras import import_extra
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import run_network
@@ -195,6 +195,8 @@ def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Pat
     if resume:
         network, optimizer = session.classifier.network, session.optimizer
         state = restore_state(session.out / STATE_NAME, network, optimizer, session.scaler, session.device)
+        if state.best is not None and _kept_epoch(session.out) not in (None, state.best.epoch):
+            state.best = None  # killed between checkpoint and state: the best is the epoch that is now run again
     elif restart is not None:
         state = restart_state(restart, session)
     else:
@@ -208,6 +210,12 @@ def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Pat
         if runs is not None:
             mark_latest(session.out, runs)
     return state
+
+
+def _kept_epoch(out: Path) -> int | None:
+    """The epoch whose weights are in a run's checkpoint; None if it is not there any more."""
+    path = out / CHECKPOINT_NAME
+    return int(read_metadata(path)["provenance"]["epoch"]) if path.is_file() else None
 
 
 def _save(session: Session, state: TrainState) -> None:
@@ -355,7 +363,8 @@ def _validate(session: Session, state: TrainState, kept: Classifier, interrupt: 
 def _keep(session: Session, state: TrainState, kept: Classifier, records: list[dict[str, Any]]) -> None:
     """Write an epoch down: metrics, the checkpoint if it is the best so far, and last what --resume starts from.
 
-    In this order: a kill in between leaves an older state, which runs the epoch again and writes the same.
+    In this order: a kill in between leaves an older state, which runs the epoch again and writes the same; on a GPU,
+    where it may end otherwise by rounding, what it then keeps is still this epoch.
     """
     record = records[-1]
     writes = session.ranks.writes
