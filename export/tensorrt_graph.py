@@ -128,11 +128,22 @@ def _float_biases(graph: onnx.GraphProto, constants: Mapping[str, NDArray[Any]])
 
 
 def _constants(graph: onnx.GraphProto) -> dict[str, NDArray[Any]]:
-    values = {tensor.name: numpy_helper.to_array(tensor) for inner in _graphs(graph) for tensor in inner.initializer}
+    values = {tensor.name: _array(tensor) for inner in _graphs(graph) for tensor in inner.initializer}
     for node in _all_nodes(graph):
         if node.op_type == "Constant" and node.attribute[0].name == "value":
-            values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+            values[node.output[0]] = _array(node.attribute[0].t)
     return values
+
+
+def _array(tensor: onnx.TensorProto) -> NDArray[Any]:
+    """A tensor of the graph, which no export has elsewhere.
+
+    Raises:
+        ValueError: it lies in another file.
+    """
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        raise ValueError(f"the graph keeps {tensor.name} in another file, as no export of tetdeploy does; export again")
+    return numpy_helper.to_array(tensor)
 
 
 def layers_of(report: str, graph: onnx.ModelProto) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import tetdeploy
 from tetdeploy.checkpoint import load, load_weights, read_metadata, save_checkpoint
-from tetdeploy.files import atomic_folder, atomic_write
+from tetdeploy.files import atomic_folder, atomic_write, check_writable, write_json
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import newest_run
 
@@ -214,6 +215,7 @@ def test_pickles_and_torch_files_are_never_unpickled(tmp_path: Path) -> None:
         struct.pack("<Q", 2) + b"[]",
         struct.pack("<Q", 16) + b'{"a": {"b": 1}} ',
         struct.pack("<Q", 20) + b'{"__metadata__": 3}  ',
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
         struct.pack("<Q", 37) + b'{"a": {"data_offsets": ["0", "12"]}} ' + bytes(12),
     ],
 )
@@ -277,6 +279,21 @@ def test_a_failed_write_leaves_the_earlier_file(saved: Path, monkeypatch: pytest
         save_checkpoint(saved, convsnn(), training={}, provenance={})
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_pipe_is_not_replaced_and_a_link_is_followed(tmp_path: Path) -> None:
+    """As root even `--json /dev/null` would have taken the device's place."""
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "deeper" / "target"
+    os.mkfifo(pipe)
+    for attempt in (lambda: check_writable(pipe, remedy="choose another with --json"), lambda: write_json(pipe, {})):
+        with pytest.raises(OSError, match=r"cannot write .*pipe: it is a device or a pipe; choose another"):
+            attempt()
+    assert pipe.is_fifo()
+    link.symlink_to("deeper/target")
+    for content in ({"a": 1}, {"a": 2}):
+        write_json(link, content)
+        assert link.is_symlink() and json.loads(target.read_text()) == content
+    assert {path.name for path in tmp_path.rglob("*")} == {"pipe", "link", "deeper", "target"}
 
 
 @pytest.mark.parametrize("write", [atomic_write, atomic_folder])

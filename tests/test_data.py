@@ -9,6 +9,7 @@ import http.server
 import io
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import tarfile
@@ -600,7 +601,8 @@ def test_fashion_mnist_refuses_damaged_files(tmp_path: Path, compress: bool) -> 
     write_fashion(tmp_path, compress=compress)
     path = tmp_path / f"t10k-images-idx3-ubyte{'.gz' if compress else ''}"
     whole = path.read_bytes()
-    for content in (whole[:-100], whole[:6], b"", idx_bytes(noise(12))):
+    negative = bytes((0, 0, 8, 3)) + struct.pack(">iii", -1, -1, 4) + b"abcd"
+    for content in (whole[:-100], whole[:6], b"", idx_bytes(noise(12)), negative):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.* remove it to download the set again"):
             load_data("fashion-mnist", "test", data_dir=tmp_path)
@@ -886,6 +888,8 @@ def test_real_cifar10_train_split(real_data: Path) -> None:
         ("a/../d.npz", "d.npz", True),
         ("imagenet@64", "imagenet", True),
         ("imagenet:x", "imagenet", False),
+        ("imagenet:x@64", "imagenet:x", True),
+        ("folder:photos@2", "folder:photos@3", False),
         ("by-time:events:x/y", "events:x/./y", True),
         ("events:x", "folder:x", False),
     ],

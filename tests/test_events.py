@@ -500,6 +500,15 @@ def test_an_even_image_has_no_events_and_colours_are_seen_as_grey() -> None:
         saccade_events(noise_images(1, 2, 8, 8))
 
 
+def test_saccade_frames_of_an_image_whose_events_end_early() -> None:
+    image = np.full((1, 1, 8, 8), 79, np.uint8)
+    image[0, 0, 0, 1] = 192
+    events = saccade_events(image).sum((1, 2, 3, 4), dtype=int)
+    assert events[-1] == 0 < events.sum()
+    for T in (2, 4, 30):
+        assert saccade_frames(image, Binning(T)).sum() == events.sum()
+
+
 @pytest.mark.parametrize("by", ["count", "time"])
 def test_saccade_frames_hold_all_events(by: Any) -> None:
     images = noise_images(70, 1, 8, 8)  # more than one chunk

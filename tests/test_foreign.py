@@ -298,6 +298,7 @@ def test_missing_files_and_folders_are_named(file: Path, tmp_path: Path) -> None
         (torch.zeros(3), "holds Tensor, not a state dict"),
         ({}, "holds dict, not a state dict"),
         ({"epoch": 3, "conv1.weight": torch.zeros(3)}, "not a state dict: epoch is no tensor"),
+        ({0: torch.zeros(3)}, "not a state dict: its key 0 is no name"),
         ({"weights": {}, "epoch": 3}, "weights, epoch are no tensor; .* under 'state_dict' or 'net'"),
     ],
 )

@@ -116,6 +116,11 @@ def test_the_evaluation_crop_is_torchvisions(size: tuple[int, int]) -> None:
     np.testing.assert_array_equal(centre_crop(image, 224), np.asarray(wanted).transpose(2, 0, 1))
 
 
+def test_a_line_of_pixels_is_refused_before_it_is_scaled() -> None:
+    with pytest.raises(ValueError, match=r"^of 1 x 65000 pixels it is too long and narrow to be cropped$"):
+        centre_crop(Image.new("RGB", (1, 65_000)), 224)
+
+
 def test_grey_and_cmyk_become_rgb(copied: Path) -> None:
     data = files_of(copied)
     for index, mode in enumerate(("L", "CMYK")):

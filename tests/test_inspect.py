@@ -193,6 +193,27 @@ class TestRefusals:
             inspect(tmp_path)
 
 
+def damaged(path: Path, content: dict[str, Any], tensors: str = "") -> Path:
+    header = '{"__metadata__": ' + json.dumps({"tetdeploy": json.dumps({"format": 1} | content)}) + tensors + "}"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    return path
+
+
+def test_damaged_metadata_are_one_line(tmp_path: Path) -> None:
+    data = {"name": "x", "encoding": "direct", "mean": [0], "std": [1], "class_names": ["a"], "image_shape": [1, 8, 8]}
+    parts: dict[str, Any] = {"data": data, "training": {}, "provenance": {}}
+    file = tmp_path / "m.safetensors"
+    for content, tensors, message in (
+        (parts | {"network": {"tau": 1.0}}, "", "its metadata lacks network.model"),
+        ({"resume": {"epoch": 1}}, "", "is damaged: where the run stands, step is missing"),
+        ({}, ', "w": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 0]}', "does not describe its tensors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inspect(damaged(file, content, tensors))
+    found = inspect(damaged(file, parts | {"network": {"model": "convsnn", "tau": None, "v_th": 1.0}}))
+    assert list(inspection_tables(found))
+
+
 def test_command(tmp_path: Path, checkpoint: Path) -> None:
     done = CliRunner().invoke(main, ["inspect", str(checkpoint), "--json", str(tmp_path / "i.json")])
     assert done.exit_code == 0, done.output

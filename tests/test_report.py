@@ -18,9 +18,11 @@ from report_helpers import Page, epoch, result, run_folder, write
 
 from tetdeploy.cli import main
 from tetdeploy.report.drawing import draw, energy_axis, mark
+from tetdeploy.report.numbers import milliseconds
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import Results, read_results
 from tetdeploy.report.sections.pareto import Point, pareto
+from tetdeploy.report.tables import count, energy
 from tetdeploy.report.writers import to_html, to_markdown
 
 
@@ -284,6 +286,28 @@ class TestReading:
         assert measurement.content["kind"] == "validate"
         assert measurement.content["extra"] == "kept"
         assert measurement.name == "a"
+
+    def test_steps_that_a_validation_did_not_measure_are_the_sweeps(self, tmp_path: Path) -> None:
+        run, validation = run_folder(tmp_path / "a"), result(by_class=None)
+        validation["rows"] = [row | {"accuracy": 0.5} for row in validation["rows"] if row["T"] == 2]
+        for key in ("layers", "neurons"):
+            for entry in validation[key]:
+                entry["rows"] = [row for row in entry["rows"] if row["T"] == 2]
+        write(run / "m.validate.json", validation)
+        write(run / "m.sweep.json", result(kind="sweep"))
+        (m,) = read_results([run]).measurements
+        whole = result()
+        assert [row["accuracy"] for row in m.rows] == [whole["rows"][0]["accuracy"], 0.5, whole["rows"][2]["accuracy"]]
+        for key in ("layers", "neurons", "by_class"):
+            assert [entry["name"] for entry in m.content[key]] == [entry["name"] for entry in whole[key]]
+            assert all([row["T"] for row in entry["rows"]] == [1, 2, 3] for entry in m.content[key])
+
+    def test_numbers_just_below_a_unit(self) -> None:
+        assert [count(n) for n in (0, 0.5, 999.4, 999.7, 12_345, 999_400, 999_700, 1.234e12)] == [
+            *("0", "0.5", "999", "1 k", "12.3 k", "999 k", "1 M", "1,234 G"),
+        ]
+        assert [energy(e) for e in (999.6, 999.6e9)] == ["1 nJ", "1,000 mJ"]
+        assert [milliseconds(t) for t in (0.1234, 99.96, 1234.0, None)] == ["0.123 ms", "100 ms", "1,234 ms", "–"]
 
     @pytest.mark.parametrize(("key", "value"), [("model_sha256", "cd"), ("num_samples", 3), ("data", "other")])
     def test_of_another_model_or_data_it_is_left_out_and_said(self, tmp_path: Path, key: str, value: Any) -> None:

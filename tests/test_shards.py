@@ -104,6 +104,9 @@ def test_what_is_wrong_with_a_folder_is_named(folder: Path, tmp_path: Path) -> N
         '{"metadata": {"total_size": 3}}',
         '{"metadata": {"sha256": {}}, "weight_map": {}}',
         '{"metadata": {"sha256": {"../x": "0"}}, "weight_map": {}}',
+        '{"metadata": {"sha256": ["x"]}, "weight_map": {}}',
+        '{"metadata": {"sha256": {"x": 0}}, "weight_map": {}}',
+        "[" * 100_000,
     ],
 )
 def test_an_index_that_is_not_ours_is_refused(folder: Path, index: str) -> None:

@@ -329,6 +329,11 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="not an ONNX model, or a damaged one"):
         build_engine(tmp_path / "m.onnx", config=RTX)
+    graph = onnx.load(exported("unrolled", T=3))
+    graph.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+    (tmp_path / "m.onnx").write_bytes(graph.SerializeToString())
+    with pytest.raises(ValueError, match=r"^the graph keeps .* in another file, as no export of tetdeploy does"):
+        build_engine(tmp_path / "m.onnx", config=RTX)
     graph = onnx.load(exported("step"))
     del graph.metadata_props[:]
     onnx.save(graph, tmp_path / "other.onnx")

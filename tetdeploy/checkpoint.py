@@ -139,6 +139,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         )
     missing = [name for name in _SECTIONS if not isinstance(content.get(name), dict)]
     missing = missing or [f"data.{name}" for name in _DATA if name not in content["data"]]
+    missing = missing or ["network.model"] * ("model" not in content["network"])
     if missing:
         raise ValueError(f"{file}: its metadata lacks {', '.join(missing)}; the file was changed after it was written")
     return content

@@ -19,6 +19,8 @@ from zipfile import BadZipFile, is_zipfile
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.form import parse_json
+
 MODELS = {".safetensors", ".onnx", ".engine", ".nir"}
 
 
@@ -27,12 +29,13 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes `path`'s place when the block ends without an error.
 
     An error leaves an earlier file at `path` as it was and removes the temporary one. Missing parent folders are made;
-    without a file they go again.
+    without a file they go again. Of a symlink the file is written that it points at.
 
     Raises:
-        OSError: the folder cannot be made or written, or the disk is full; the message names `path`.
+        OSError: the folder cannot be made or written, or the disk is full, or `path` is a device or the like; the
+            message names `path`.
     """
-    path = Path(path)
+    path = _regular(path)
     with made_folder(path.parent, of=path):
         with _making(path):
             handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -105,7 +108,7 @@ def check_writable(path: Path | str, suffix: str = "", *, remedy: str) -> None:
     Raises:
         OSError: it could not, or would write over something else; the message names `path`.
     """
-    path = Path(path)
+    path = _regular(path, remedy)
     if path.is_dir():
         raise OSError(f"cannot write {path}: {os.strerror(errno.EISDIR)}; {remedy}")
     if path.is_file() and (path.suffix != suffix if suffix else path.suffix in MODELS):
@@ -115,6 +118,18 @@ def check_writable(path: Path | str, suffix: str = "", *, remedy: str) -> None:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
         os.close(handle)
         Path(name).unlink()
+
+
+def _regular(path: Path | str, remedy: str = "choose another name") -> Path:
+    """Where a file of this name is to be put.
+
+    Raises:
+        OSError: what is there is neither a file nor a folder: a device or a pipe, whose place a file is not to take.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(f"cannot write {path}: it is a device or a pipe; {remedy}")
+    return path.resolve() if path.is_symlink() else path
 
 
 def cache_folder() -> Path:
@@ -157,9 +172,9 @@ def read_json_lines(path: Path | str, check: Callable[[Any], object]) -> list[An
         if not line.strip():
             continue
         try:
-            contents.append(json.loads(line))
+            contents.append(parse_json(line))
             check(contents[-1])
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
             raise ValueError(f"{path} is damaged in line {number}: {reason}; remove that line to do without") from error
     return contents

@@ -233,6 +233,8 @@ def _state_dict(content: Any, path: Path | str) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path} holds {type(content).__name__}, not a state dict; save model.state_dict()")
+    if nameless := [key for key in content if not isinstance(key, str)]:
+        raise ValueError(f"{path} is not a state dict: its key {nameless[0]!r} is no name")
     others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(

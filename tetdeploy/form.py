@@ -6,10 +6,23 @@ every key and a key with `!` must be there. What need not be there may be null.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 NUMBER, LOOSE_NUMBER, STEP = "a finite number", "a number", "a whole number of at least 1"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON of a file holds.
+
+    Raises:
+        ValueError: it is none, or nested so deeply that Python gives up.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def check_form(value: Any, form: Any, where: str = "it") -> None:
@@ -49,7 +62,10 @@ def _is(value: Any, form: Any) -> bool:
         return value is None and form != STEP
     if form == STEP:
         return isinstance(value, int) and value >= 1
-    return form == LOOSE_NUMBER or math.isfinite(value)
+    try:
+        return math.isfinite(value) or form == LOOSE_NUMBER
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _shown(value: Any) -> str:

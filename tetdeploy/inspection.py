@@ -14,6 +14,7 @@ from tetdeploy.checkpoint import read_metadata
 from tetdeploy.energy import Layer, layers_of
 from tetdeploy.extras import import_extra
 from tetdeploy.files import sha256_of
+from tetdeploy.form import NUMBER, check_form
 from tetdeploy.model_file import METADATA_KEY, parse_metadata, session_metadata
 from tetdeploy.names import first_line, section
 from tetdeploy.run_folder import checkpoint_file
@@ -52,18 +53,25 @@ def inspect(path: Path | str) -> dict[str, Any]:
     return {"kind": found.pop("kind")} | same | found
 
 
+_RESUME = {"epoch!": NUMBER, "step!": NUMBER, "best": {"epoch!": NUMBER, "val_accuracy": NUMBER}}
+
+
 def _inspect_safetensors(file: Path) -> dict[str, Any]:
     header = read_header(file)
     metadata = header.pop("__metadata__", None) or {}
     try:
         tensors = {name: (_dtype(entry["dtype"]), [int(d) for d in entry["shape"]]) for name, entry in header.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{file} is damaged: its header does not describe its tensors ({error!r})") from error
     if METADATA_KEY not in metadata:
         return {"kind": "safetensors", "metadata": metadata} | _modules(tensors)
     content = read_content(file)
     if "resume" in content:
         network = _modules(section(tensors, "network."))
+        try:
+            check_form(content["resume"], _RESUME)
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: where the run stands, {error}") from error
         return {"kind": "training state", "resume": content["resume"], "num_tensors": len(tensors)} | network
     return {"kind": "checkpoint"} | read_metadata(file) | _modules(tensors)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.form import NUMBER, STEP, check_form
+from tetdeploy.form import NUMBER, STEP, check_form, parse_json
 
 METADATA_KEY = "tetdeploy"  # of a checkpoint as well
 FORMAT = 2  # of the metadata; 1 was written before the first release
@@ -70,7 +69,7 @@ def parse_metadata(text: str | None, path: Path) -> dict[str, Any]:
     if text is None:
         raise ValueError(f"{path} is an ONNX model, but not one that tetdeploy exported: its metadata are missing")
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise _damaged(path, error) from error
     return check_metadata(value, path)

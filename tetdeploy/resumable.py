@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine, Result
 from tetdeploy.files import read_npz, write_npz
+from tetdeploy.form import parse_json
 from tetdeploy.names import section
 from tetdeploy.sweep import Tally
 
@@ -132,7 +133,7 @@ class Partial:
             return None
         try:
             arrays = read_npz(self.path)
-            settings = json.loads(str(arrays.pop("settings")))
+            settings = parse_json(str(arrays.pop("settings")))
         except (ValueError, KeyError) as error:
             raise ValueError(f"{self.path} holds no unfinished run ({error}); pass --restart to begin anew") from error
         if settings != self.settings:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdeploy.files import atomic_folder, sha256_of, write_json
+from tetdeploy.form import parse_json
 from tetdeploy.model_file import METADATA_KEY
 from tetdeploy.tensor_file import read_content, read_tensors, write_tensors
 
@@ -150,9 +151,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{folder} holds no shards: it has no {INDEX_NAME}")
     try:
-        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        index: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
         sums, weight_map = index["metadata"]["sha256"], index["weight_map"]
         usable = len(sums) > 0 and all(Path(name).name == name for name in sums) and isinstance(weight_map, dict)
+        usable = usable and isinstance(sums, dict) and all(isinstance(value, str) for value in sums.values())
     except (ValueError, KeyError, TypeError, AttributeError):
         usable = False
     if not usable:

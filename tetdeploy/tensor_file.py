@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
+from tetdeploy.form import parse_json
 from tetdeploy.model_file import METADATA_KEY
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def read_content(path: Path | str) -> dict[str, Any]:
     if text is None:
         raise ValueError(f"{path} is a safetensors file but not a tetdeploy checkpoint: no {METADATA_KEY!r} metadata")
     try:
-        content: dict[str, Any] = json.loads(text)
+        content: dict[str, Any] = parse_json(text)
         version = content["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: its {METADATA_KEY!r} metadata cannot be read; the file was changed") from error
@@ -96,7 +97,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if 8 + length > size and length <= _HEADER_LIMIT:
         raise ValueError(f"{path} is truncated: {size} bytes, its header alone has {8 + length}")
     try:
-        header: dict[str, Any] = json.loads(raw)
+        header: dict[str, Any] = parse_json(raw)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         whole = 8 + length + max(ends, default=0)
         metadata = header.get("__metadata__") or {}

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tetdeploy.files import read_npz, write_npz
+from tetdeploy.form import parse_json
 
 from .config import PRECISIONS
 from .device import autocast, pick_device, pick_precision, tuned_convolutions
@@ -228,7 +229,7 @@ def load_landscape(path: Path | str) -> Landscape:
     try:
         file = read_npz(path)
         arrays = {name: file[name] for name in ("alphas", "betas", *_SURFACES)}
-        settings = json.loads(str(file["settings"]))
+        settings = parse_json(str(file["settings"]))
         names, finished = tuple(str(name) for name in file["names"]), int(file["finished"])
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from tetdeploy.checkpoint import data_settings
 from tetdeploy.files import atomic_write, made_folder, write_json
-from tetdeploy.form import NUMBER, check_form
+from tetdeploy.form import NUMBER, check_form, parse_json
 from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, LATEST_NAME, STATE_NAME
 
 from .config import TrainConfig
@@ -170,7 +170,7 @@ def read_run_config(out: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{out} is not a run folder: it has no {CONFIG_NAME}")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     try:

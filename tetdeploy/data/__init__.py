@@ -117,7 +117,8 @@ def same_data(name: str, other: str) -> bool:
 
 
 def _place(name: str) -> tuple[str, Path]:
-    kind, _, path = re.sub(rf"^{_BY_TIME}|@\d+$", "", name).rpartition(":")
+    plain = name.removeprefix(_BY_TIME)
+    kind, _, path = (re.sub(r"@\d+$", "", plain) if plain.startswith("imagenet") else plain).rpartition(":")
     return kind, Path(path).expanduser().resolve()
 
 

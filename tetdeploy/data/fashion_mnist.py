@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def read_idx(path: Path, *, ndim: int) -> NDArray[np.uint8]:
         raise ValueError(f"{path} is damaged ({error}); remove it to download the set again") from error
     start = 4 + 4 * ndim
     shape = np.frombuffer(data[4:start].ljust(4 * ndim, b"\0"), ">i4").tolist()
-    if data[:4] != bytes((0, 0, 8, ndim)) or len(data) != start + np.prod(shape):
+    if data[:4] != bytes((0, 0, 8, ndim)) or min(shape) < 0 or len(data) != start + math.prod(shape):
         raise ValueError(
             f"{path} is no idx file of {ndim} dimensions or is cut short ({len(data)} bytes); "
             "remove it to download the set again"

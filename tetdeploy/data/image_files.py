@@ -19,6 +19,7 @@ from .decoding import in_threads, open_image
 from .labelled import Encoding, LabelledSet, Split
 
 _WORTH_A_BAR = 256  # images read in one go
+_MOST_PIXELS = 2**26  # of an image that is scaled before it is cropped
 _CHUNK = 8  # images a thread takes at a time; each is tens of milliseconds
 
 
@@ -178,10 +179,15 @@ def centre_crop(image: Any, size: int) -> NDArray[np.uint8]:
 
     Returns:
         uint8 [3, size, size].
+
+    Raises:
+        ValueError: the image is so long and narrow that the other side would get beyond all measure.
     """
     bilinear = import_extra("PIL.Image", "cpu").Resampling.BILINEAR
     shorter, short = min(image.size), round(size * 256 / 224)
     width, height = (short * side // shorter for side in image.size)
+    if width * height > _MOST_PIXELS:
+        raise ValueError(f"of {image.size[0]} x {image.size[1]} pixels it is too long and narrow to be cropped")
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.resize((width, height), bilinear).crop((left, top, left + size, top + size))
     return as_pixels(image)

@@ -130,4 +130,5 @@ def _bins(counts: NDArray[np.uint8], binning: Binning) -> NDArray[np.int64]:
     by_step = counts.sum((2, 3, 4), dtype=np.int64)
     before = np.cumsum(by_step, axis=0) - by_step
     bins: NDArray[np.int64] = before * binning.T // np.maximum(by_step.sum(0), 1)
+    bins[bins == binning.T] = binning.T - 1  # of steps after the last event, which hold none
     return bins

@@ -11,7 +11,6 @@ and after T steps in any case. A threshold of 1 stops no image early.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.files import sha256_of
+from tetdeploy.form import parse_json
 
 Criterion = Literal["confidence", "margin"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
@@ -119,7 +119,7 @@ def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, in
     if not path.is_file():
         raise FileNotFoundError(f"no early-exit threshold at {path}; {again}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         found = Exit(float(content["threshold"]), content["criterion"], int(content["min_T"]))
         written_for, T = str(content["model_sha256"]), int(content["T"])
         if T < 1:

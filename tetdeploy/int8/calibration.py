@@ -43,6 +43,8 @@ class Calibration:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
         """What `to_dict` gave; KeyError or TypeError for anything else."""
+        if not isinstance(values["scales"], Mapping):
+            raise TypeError(f"scales are {type(values['scales']).__name__}")
         scales = {name: CurrentScale(**scale) for name, scale in values["scales"].items()}
         return cls(**{**values, "scales": scales})
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tetdeploy.early_exit.threshold import images_to_prove, provable_loss
 from tetdeploy.report.result_table import ResultTable
-from tetdeploy.report.tables import BILLS, energy, hardware
+from tetdeploy.report.tables import BILLS, energy, hardware, short
 
 Cells = tuple[str, str, str, str]  # what, T steps for each image, early exit, the difference
 
@@ -107,7 +107,7 @@ def compared(early: Mapping[str, Any]) -> Iterator[Cells]:
         fixed, cost = early["fixed_cost"][key], early["cost"][key]
         yield labels[name], energy(fixed), energy(cost), _times(fixed, cost)
     fixed, seconds = early["fixed_seconds"], early["seconds"]
-    yield "time of the run", f"{fixed:.3g} s", f"{seconds:.3g} s", f"{early['speedup']:.2f} × faster"
+    yield "time of the run", f"{short(fixed)} s", f"{short(seconds)} s", f"{early['speedup']:.2f} × faster"
 
 
 def lost(entry: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tetdeploy.report.numbers import percent
 from tetdeploy.report.result_table import ResultTable
-from tetdeploy.report.tables import count
+from tetdeploy.report.tables import count, short
 
 _KINDS = {
     "checkpoint": "a checkpoint of tetdeploy: trained weights, with how they were trained",
@@ -99,8 +99,9 @@ def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if network:
         kind = ", ANN twin" if network.get("ann") else ""
-        neurons = ", ".join(f"{name} {network[name]:g}" for name in ("tau", "v_th", "gamma") if name in network)
-        facts["network"] = f"{network['model']}{kind}, width {network.get('width', 1):g}; {neurons}"
+        known = [name for name in ("tau", "v_th", "gamma") if network.get(name) is not None]
+        neurons = ", ".join(f"{name} {network[name]:g}" for name in known)
+        facts["network"] = f"{network['model']}{kind}, width {network.get('width') or 1:g}; {neurons}"
     if data:
         facts["data"] = f"{data.get('name')}, images {_shape(data.get('image_shape') or [])}"
         if "class_names" in data:
@@ -161,7 +162,7 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Table:
             "×".join(map(str, layer["strides"])) or "–",
             f"{layer['outputs']:,}",
             f"{layer['weights']:,}" + (" int8" if layer["precision"] == "int8" else ""),
-            f"{fan_out:,.0f}" if fan_out >= 100 else f"{fan_out:.3g}",
+            short(fan_out),
             count(layer["dense_ops"]),
         )
     return table

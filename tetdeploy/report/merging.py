@@ -16,14 +16,15 @@ AGREEMENT = (
     "max_abs_logit_error",
     "margin",
 )
+_ENTRIES = ("layers", "neurons", "by_class")  # each with rows by T
 
 
 def merged(files: Sequence[Path]) -> tuple[dict[str, Any], list[Path], list[str]]:
     """What was measured of one model.
 
-    A result with accuracies leads, of two such the one of the later kind in `KINDS`. It takes what it lacks from the
-    others if they measured the same images, and the agreement with PyTorch whatever images that is of: an export's
-    reference images have no part in the accuracy.
+    A result with accuracies leads, of two such the one of the later kind in `KINDS`. It takes what it lacks, steps
+    among it, from the others if they measured the same images, and the agreement with PyTorch whatever images that is
+    of: an export's reference images have no part in the accuracy.
 
     Returns:
         The content, the files it is of, and notes on those that were left out.
@@ -66,10 +67,29 @@ def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
 
 
 def _filled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """`first`, and what it lacks from `second`, row by row."""
-    others = {row["T"]: row for row in second["rows"]}
-    rows = [_joined(row, others.get(row["T"], {})) for row in first["rows"]]
-    return _joined(first, second) | {"rows": rows}
+    """`first`, and what it lacks from `second`: steps, layers, classes, and what a row of either lacks."""
+    parts = {key: _by_name(first[key], second[key]) for key in _ENTRIES if first.get(key) and second.get(key)}
+    lacking = {key: second[key] for key in _ENTRIES if not first.get(key) and second.get(key)}
+    return _joined(first, second) | parts | lacking | {"rows": _by_T(first["rows"], second["rows"])}
+
+
+def _by_name(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Entries with rows of their own, those of both as one."""
+    others = {entry["name"]: entry for entry in second}
+    joined = [
+        _joined(entry, other) | {"rows": _by_T(entry["rows"], other.get("rows", []))}
+        for entry in first
+        for other in [others.pop(entry["name"], {})]
+    ]
+    return [*joined, *map(dict, others.values())]
+
+
+def _by_T(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of both in the order of T; where both have one, what the first lacks is the second's."""
+    rows = {row["T"]: dict(row) for row in second}
+    for row in first:
+        rows[row["T"]] = _joined(row, rows.get(row["T"], {}))
+    return [rows[T] for T in sorted(rows)]
 
 
 def _with_agreement(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

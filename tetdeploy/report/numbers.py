@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tetdeploy.report.document import NONE
-from tetdeploy.report.tables import count, energy, ppm
+from tetdeploy.report.tables import count, energy, ppm, short
 
 
 def text(value: float | None, form: Callable[[float], str]) -> str:
@@ -30,11 +30,11 @@ def joules(picojoules: float | None) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    return text(value, lambda v: f"{v:.3g} ms")
+    return text(value, lambda v: f"{short(v)} ms")
 
 
 def times(value: float | None) -> str:
-    return text(value, lambda v: f"{v:.3g} ×")
+    return text(value, lambda v: f"{short(v)} ×")
 
 
 def parts_per_million(value: float | None) -> str:
@@ -42,4 +42,4 @@ def parts_per_million(value: float | None) -> str:
 
 
 def short_float(value: float | None) -> str:
-    return text(value, lambda v: f"{v:.3g}")
+    return text(value, short)

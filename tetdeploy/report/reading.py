@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tetdeploy.checkpoint import read_metadata
-from tetdeploy.form import check_form
+from tetdeploy.form import check_form, parse_json
 from tetdeploy.metrics import read_metrics
 from tetdeploy.report.forms import RESULT, RUN, SUMMARY
 from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, SUMMARY_NAME
@@ -118,8 +117,8 @@ def json_object(file: Path) -> dict[str, Any]:
         ValueError: it holds no JSON, or no object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not a result: it holds a {type(content).__name__}, not an object")

@@ -35,7 +35,7 @@ def sweep_table(
             count(row.ac_ops),
             count(row.mac_ops),
             *map(energy, bills),
-            f"{result.details['ann']['energy_pj'] / bills[0]:.3g}" if bills[0] else "-",
+            short(result.details["ann"]["energy_pj"] / bills[0]) if bills[0] else "-",
             f"{row.latency_ms:.2f} ms",
         )
     return table
@@ -87,10 +87,9 @@ def bench_table(result: Mapping[str, Any]) -> Table:
 
 def bench_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of a bench under `BENCH_COLUMNS`."""
-    times = (f"{row[key]:.3g} ms" for key in ("median_ms", "p95_ms", "p99_ms"))
-    rate = row["images_per_s"]
+    times = (f"{short(row[key])} ms" for key in ("median_ms", "p95_ms", "p99_ms"))
     settings = (str(row[key]) for key in ("T", "threads", "batch"))
-    return (*settings, *times, f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}", str(row["calls"]))
+    return (*settings, *times, short(row["images_per_s"]), str(row["calls"]))
 
 
 def hardware(machine: Mapping[str, Any]) -> str:
@@ -130,11 +129,15 @@ def energy(picojoules: float) -> str:
 
 def ppm(rate: float) -> str:
     """A rate in parts per million: `0.15 ppm`."""
-    return f"{rate * 1e6:,.0f} ppm" if rate >= 99.5e-6 else f"{rate * 1e6:.3g} ppm"
+    return f"{short(rate * 1e6)} ppm"
+
+
+def short(number: float) -> str:
+    """Three digits, or all of a larger whole number: `0.15`, `12.3`, `1,230`."""
+    return f"{number:,.0f}" if number >= 99.5 else f"{number:.3g}"
 
 
 def _scaled(number: float, units: tuple[tuple[str, float], ...]) -> str:
-    for unit, size in units:
-        if number >= size:
-            return f"{number / size:.3g} {unit}".rstrip()
-    return f"{number:.3g} {units[-1][0]}".rstrip()
+    # what would be 1,000 by its three digits is 1 of the next unit
+    unit, size = next((u for u in units if number >= 0.9995 * u[1]), units[-1])
+    return f"{short(number / size)} {unit}".rstrip()

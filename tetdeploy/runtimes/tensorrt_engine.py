@@ -6,7 +6,6 @@ The membranes stay in GPU memory from one step to the next: what one call of the
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import threading
 import weakref
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.extras import import_extra
+from tetdeploy.form import parse_json
 from tetdeploy.model_file import check_metadata, state_outputs
 from tetdeploy.runtimes.nvidia import (
     MODULES,
@@ -111,7 +111,7 @@ def read_manifest(engine: Path) -> dict[str, Any]:
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}; {_AGAIN}")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        manifest: dict[str, Any] = parse_json(path.read_bytes())
         known = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged; {_AGAIN}") from error

@@ -8,7 +8,7 @@ from typing import Any
 from tetdeploy.report.document import NONE, Plot, Row, Section, Table
 from tetdeploy.report.drawing import energy_unit
 from tetdeploy.report.entry_plot import plot_by_entry
-from tetdeploy.report.numbers import joules, operations, rate, text
+from tetdeploy.report.numbers import joules, operations, rate, short_float, text
 from tetdeploy.report.results import Measurement, Results
 
 
@@ -69,7 +69,7 @@ def _layers_table(m: Measurement) -> Table:
             layer["name"],
             _input_kind(layer),
             text(layer.get("weights"), lambda v: f"{v:,.0f}"),
-            text(layer.get("fan_out"), lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}"),
+            short_float(layer.get("fan_out")),
             text(row.get("input_rate"), lambda v: f"{v:.1%}"),
             operations(row.get("ac_ops")),
             operations(row.get("mac_ops")),

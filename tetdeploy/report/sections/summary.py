@@ -5,6 +5,7 @@ from __future__ import annotations
 from tetdeploy.report.document import NONE, Card, Cards, Note, Section
 from tetdeploy.report.numbers import joules, milliseconds, percent, rate
 from tetdeploy.report.results import Measurement, Results, Source
+from tetdeploy.report.tables import short
 
 
 def at_a_glance(results: Results) -> Section:
@@ -41,7 +42,7 @@ def _against(ratio: float | None, m: Measurement, energy_pj: float | None) -> st
         ratio = m.ann_pj / energy_pj
     if not ratio:
         return NONE
-    return f"{ratio:.3g} times less energy" if ratio >= 1 else f"{1 / ratio:.3g} times more energy"
+    return f"{short(ratio)} times less energy" if ratio >= 1 else f"{short(1 / ratio)} times more energy"
 
 
 def _trained(source: Source, results: Results) -> Card:
