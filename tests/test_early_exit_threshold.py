@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -31,6 +32,7 @@ from tetdeploy.early_exit.threshold import (
     images_to_prove,
     provable_loss,
     run_answers,
+    shows_less,
 )
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
@@ -118,7 +120,7 @@ def test_certainties_with_no_number_between_them_are_told_apart() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.01, 0.05, 0.2]))
 @settings(max_examples=25)
-def test_a_confident_threshold_and_all_above_it_keep_the_interval_within_the_loss(seed: int, loss: float) -> None:
+def test_a_confident_threshold_and_all_above_it_are_shown_to_lose_less(seed: int, loss: float) -> None:
     generator = np.random.default_rng(seed)
     certain = generator.random((300, 4))
     some = Answers(generator.random((300, 4)) < 0.6 + 0.4 * certain, {"confidence": certain, "margin": certain**2})
@@ -126,10 +128,10 @@ def test_a_confident_threshold_and_all_above_it_keep_the_interval_within_the_los
     point = frontier.cheapest(loss)
     paired = [Paired(300, int(a), int(b)) for a, b in zip(frontier.lost, frontier.gained, strict=True)]
     above = [k for k in range(1, len(paired)) if frontier.threshold[k] >= point.exit.threshold]
-    assert all(paired[k].loss + paired[k].loss_95 <= loss for k in above)
+    assert all(shows_less(300, paired[k].lost, paired[k].gained, loss) for k in above)
     if len(above) + 1 < len(paired):
         after = paired[len(above) + 1]
-        assert after.loss + after.loss_95 > loss
+        assert not shows_less(300, after.lost, after.gained, loss)
     assert point.mean_T >= frontier.cheapest(loss, confident=False).mean_T
 
 
@@ -195,7 +197,38 @@ def test_paired_interval() -> None:
 @pytest.mark.parametrize("loss", [0.05, 0.002, 1e-4])
 def test_so_many_images_prove_a_loss_and_one_fewer_do_not(loss: float) -> None:
     count = images_to_prove(loss)
-    assert provable_loss(count) <= loss < provable_loss(count - 1)
+    assert provable_loss(count) < loss <= provable_loss(count - 1)
+    assert shows_less(count, 0, 0, loss) and not shows_less(count - 1, 0, 0, loss)
+    assert not shows_less(count, 1, 0, loss)
+
+
+def test_the_score_test_is_tangos() -> None:
+    """By its definition: with exactly the allowed loss, the rate of gains is the likeliest one, and the difference lies
+    more than 1.96 standard deviations below."""
+    for N, lost, gained, loss in itertools.product((300, 5000), (0, 3, 20), (0, 2, 25), (0.002, 0.02, 0.1)):
+        rates = np.linspace(1e-9, 0.499 - loss / 2, 400_001)
+        both = 2 * rates + loss
+        likelihood = lost * np.log(rates + loss) + gained * np.log(rates) + (N - lost - gained) * np.log1p(-both)
+        rate = rates[np.argmax(likelihood)]
+        score = (lost - gained - N * loss) / np.sqrt(N * (2 * rate + loss * (1 - loss)))
+        if abs(score + 1.96) > 0.01:
+            assert shows_less(N, lost, gained, loss) == (score < -1.96), (N, lost, gained, loss)
+
+
+@pytest.mark.parametrize("gains", [0.0, 0.3, 2.0, 12.0, 40.0])
+def test_what_loses_as_much_as_is_allowed_is_rarely_shown_to_lose_less(gains: float) -> None:
+    """The level: by Poisson's law, at all numbers of images at which it could be worst."""
+
+    def law(mean: float, count: int) -> Array:
+        terms = np.cumsum(np.log(np.maximum(np.arange(count), 1)))
+        return np.exp(np.arange(count) * np.log(max(mean, 1e-300)) - mean - terms)
+
+    for expected in np.arange(3.5, 40, 0.5):
+        loss = 0.001
+        N, count = round(expected / loss), int(expected + gains + 9 * np.sqrt(expected + gains) + 10)
+        lost, gained = np.arange(count)[:, None], np.arange(count)[None, :]
+        shown = shows_less(N, lost, gained, loss)
+        assert (law(expected + gains, count)[:, None] * law(gains, count))[shown].sum() < 0.0257
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -204,7 +237,7 @@ def test_the_engine_does_what_the_calibration_says(criterion: Any) -> None:
     ticks: list[int] = []
     some = run_answers(engine("step"), x, labels, T, batch_size=40, tick=ticks.append)
     assert ticks == [40, 40, 10] and some.right.shape == (90, T) and some.right[:, -1].all()
-    found = find_threshold(some, loss=0.05, criteria=[criterion]).point
+    found = find_threshold(some, loss=0.1, criteria=[criterion]).point
     assert 1 < found.mean_T < T and found.paired.gained == 0 and 0 < found.paired.lost <= 4
     result = engine("step").run(x, T, exit=found.exit)
     np.testing.assert_array_equal(result.steps, some.steps(found.exit))
@@ -217,7 +250,7 @@ def test_the_engine_does_what_the_calibration_says(criterion: Any) -> None:
 
 def test_savings_are_those_of_the_steps_that_each_image_took() -> None:
     runner, (x, labels) = engine("step"), own_labels(100, 50)
-    exit = find_threshold(run_answers(runner, x, labels, T), loss=0.1).point.exit
+    exit = find_threshold(run_answers(runner, x, labels, T), loss=0.2).point.exit
     result = measure(runner, x, labels, exit, T, data="some digits", batch_size=32)
     early, alone = result["early_exit"], runner.run(x, T, exit=exit)
     assert (result["data"], result["num_samples"], early["batch_size"]) == ("some digits", 50, 32)
@@ -321,8 +354,8 @@ def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:
     content = json.loads(exit_path(model).read_text())
     assert (content["data"], content["num_samples"], content["T"]) == ("digits (held out)", 143, 3)
     assert content["confident"] and (content["threshold"], content["mean_T"]) == (1, 3)
-    assert "143 images show no loss below 1.9 points with 95 % confidence" in done.output
-    assert "calibrate on 2,770 or more" in done.output
+    assert "143 images show no loss below 2.6 points with 95 % confidence" in done.output
+    assert "calibrate on 3,838 or more" in done.output
     assert "calibrate on" not in run("calibrate", model, "--T", 3, "--loss", 0).output  # no number would do
     done = run("calibrate", model, "--T", 3, "--point-estimate")
     assert done.exit_code == 0 and not json.loads(exit_path(model).read_text())["confident"]

@@ -328,6 +328,27 @@ def test_draining_finishes_what_was_taken_and_takes_no_more() -> None:
     run(scenario())
 
 
+def test_draining_may_let_go_what_nobody_waits_for() -> None:
+    """Steps of a sequence run although their client has left, but not when the server is about to end."""
+
+    async def scenario() -> list[tuple[Hashable, list[int]]]:
+        worker = Worker(held=True)
+        scheduler = Scheduler(worker, Limits(max_batch=1, max_wait=0))
+        steps = asyncio.create_task(scheduler.submit("steps", list(range(60)), order="sequence"))
+        await worker.busy()
+        steps.cancel()
+        await asyncio.sleep(0)
+        assert scheduler.waiting == 59
+        drain = asyncio.create_task(scheduler.drain(finish=False))
+        await asyncio.sleep(0)
+        worker.free.set()
+        await drain
+        assert scheduler.waiting == 0
+        return worker.calls
+
+    assert run(scenario()) == [("steps", [0])]
+
+
 def test_draining_does_not_wait_for_a_fuller_batch() -> None:
     async def scenario() -> None:
         scheduler = Scheduler(Worker(), Limits(max_batch=8, max_wait=3600))

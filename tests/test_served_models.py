@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 import shutil
 import threading
 from collections.abc import Coroutine
@@ -21,6 +22,7 @@ from tetdeploy.files import sha256_of
 from tetdeploy.serve.models import Bounds, ServedModel
 from tetdeploy.serve.scheduler import CallFailedError, Limits
 from tetdeploy.serve.sequences import UnknownSequenceError
+from tetdeploy.streams import StreamPool
 
 PATIENCE = 60
 
@@ -99,6 +101,17 @@ class Held(Engine):
         return super().call(*arguments, **options)
 
 
+def test_the_state_of_all_sequences_is_bounded() -> None:
+    engine = Engine(exported("step"), threads=1)
+    one = StreamPool(engine).stream_nbytes
+    assert one == sum(4 * math.prod(s["shape"]) for s in (*engine.metadata["states"], *engine.metadata["encoded"])) + (
+        64 + 8 * len(engine.class_names) + 8  # the image, the sum of the logits, t
+    )
+    for most, size, limit in ((9, 3 * one, 3), (2, 3 * one, 2), (9, 1, 1)):
+        model = ServedModel("m", engine, Limits(), Bounds(64, 60, most, size))
+        assert model.sequences is not None and model.sequences.limit == limit
+
+
 def test_a_sequence_is_idle_from_its_answer_on() -> None:
     async def scenario() -> None:
         engine = Held(exported("step"), threads=1)
@@ -137,7 +150,9 @@ def test_the_threshold_is_that_of_the_model_in_memory(tmp_path: Path, caplog: py
         assert (await model.infer(x, early_exit=True)).steps.tolist() == [1, 1]
         assert model._rule is not None
         model._rule = dataclasses.replace(model._rule[0], threshold=1.0), 9
-        assert (await model.infer(x, early_exit=True)).per_step.shape[1] == 9  # the calibration's T, not the training's
+        for T in (9, 2):  # the calibration's T, not the training's
+            model._rule = model._rule[0], T
+            assert (await model.infer(x, early_exit=True)).per_step.shape[1] == T
         assert (await model.infer(x)).per_step.shape[1] == model.engine.trained_T == 4
         late = ServedModel("m", model.engine, Limits(), Bounds(64, 60, 9))  # in memory is still the first
         assert "of another model" in caplog.text

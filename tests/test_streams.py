@@ -164,7 +164,7 @@ def test_a_stream_costs_its_state_and_nothing_else(options: dict[str, Any]) -> N
     of = engine("step", **options)
     pool = StreamPool(of)
     carried = sum(4 * int(np.prod(s["shape"])) for s in (*of.metadata["states"], *of.metadata["encoded"]))
-    one = carried + (0 if options else 64) + 4 * 10 + 8  # the image; the logits' sum; t
+    one = carried + (0 if options else 64) + 8 * 10 + 8  # the image; the logits' sum; t
     ids = [pool.open() for _ in range(256)]
     assert pool.nbytes == 256 * one
     for start in range(0, 256, 64):

@@ -49,7 +49,8 @@ class Stream:
         self._u = self._zeros(self._states)
         self._image: Any = None  # as `Engine.put` gave it
         self._kept = self._zeros(self._encoded)
-        self._sum = np.zeros((self.batch, len(self.engine.class_names)), np.float32)
+        # In float64: in float32 a sum of 2^24 and more takes no logits of 1 any more.
+        self._sum = np.zeros((self.batch, len(self.engine.class_names)), np.float64)
 
     @property
     def state(self) -> dict[str, Array]:

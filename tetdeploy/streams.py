@@ -6,6 +6,7 @@ A stream is nothing but its state, a row in a few arrays: one that waits costs t
 from __future__ import annotations
 
 import io
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class StreamState:
     Attributes:
         carried: by the graph's input, without a batch axis: membranes `u.<neurons>`; for a directly encoded model the
             last image `x` and its encoded currents `encoded.<k>`.
-        sum_logits: of all steps since the last reset, `[K]` float32.
+        sum_logits: of all steps since the last reset, `[K]` float64.
         t: their number.
         model_sha256: of the model file.
     """
@@ -112,7 +113,7 @@ class StreamPool:
             layout["x"] = (self._frame_shape, engine.input_dtype)
         self._carried = _Rows(layout)
         self._sums = _Rows(
-            {"logits": ((len(engine.class_names),), np.dtype(np.float32)), "t": ((), np.dtype(np.int64))}
+            {"logits": ((len(engine.class_names),), np.dtype(np.float64)), "t": ((), np.dtype(np.int64))}
         )
         self._ids: list[int] = []  # of the stream in each row
         self._row: dict[int, int] = {}
@@ -126,6 +127,11 @@ class StreamPool:
     def nbytes(self) -> int:
         """Memory of all state: doubled as streams open, halved as they close; at most four times what they need."""
         return self._carried.nbytes + self._sums.nbytes
+
+    @property
+    def stream_nbytes(self) -> int:
+        """Memory of the state of one stream."""
+        return self._carried.row_nbytes + self._sums.row_nbytes
 
     def open(self, state: StreamState | None = None) -> int:
         """Start a stream, at u = 0 or where `state` was taken. Gives its id; ids are not used again.
@@ -228,7 +234,7 @@ class StreamPool:
         self._sums["t"][rows] += per_step.shape[1]
         self._sums["logits"][rows] += per_step.sum(1)
         t = self._sums["t"][rows]
-        logits = self._sums["logits"][rows] / t[:, None].astype(np.float32)
+        logits = (self._sums["logits"][rows] / t[:, None]).astype(np.float32)
         return dict(zip(ids, map(StepResult, logits, per_step[:, -1], t.tolist()), strict=True))
 
     def _rows_of(self, ids: Sequence[int]) -> Array:
@@ -304,6 +310,10 @@ class _Rows:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self._arrays.values())
+
+    @property
+    def row_nbytes(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.layout.values())
 
     def append(self) -> int:
         """One row more, of zeros; gives its number."""

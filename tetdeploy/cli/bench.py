@@ -9,7 +9,15 @@ import click
 
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import load_inputs
-from tetdeploy.cli.options import ChosenModel, data_dir_option, opens_model, output_path, parsed_steps, result_option
+from tetdeploy.cli.options import (
+    ChosenModel,
+    FiniteRange,
+    data_dir_option,
+    opens_model,
+    output_path,
+    parsed_steps,
+    result_option,
+)
 from tetdeploy.cli.terminal import console, print_notes, progress_bar
 
 if TYPE_CHECKING:
@@ -54,7 +62,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @click.option("--repeats", type=click.IntRange(min=1), help="Timed calls of each setting. [default: by --seconds]")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="How long all settings together take turns. [default: 10]",
 )
 @click.option(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tetdeploy.cli.inputs import default_steps, held_out
-from tetdeploy.cli.options import PARTS, STEPS, ChosenModel, data_dir_option, json_option, opens_model
+from tetdeploy.cli.options import PARTS, STEPS, ChosenModel, FiniteRange, data_dir_option, json_option, opens_model
 from tetdeploy.cli.terminal import console, image_bar
 
 
@@ -41,7 +41,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @click.option("--T", "T", type=STEPS, help="The most steps. [default: 8; with frames that of the training]")
 @click.option(
     "--loss",
-    type=click.FloatRange(0, 100),
+    type=FiniteRange(0, 100),
     default=0.1,
     show_default=True,
     help="Points of accuracy (per cent of the images) that may be lost against T steps for every image.",

@@ -8,16 +8,16 @@ from typing import Any
 
 import click
 
-from tetdeploy.cli.options import device_option, runtime_option, threads_option
+from tetdeploy.cli.options import FiniteRange, device_option, runtime_option, threads_option
 from tetdeploy.cli.terminal import console
 
 
-class Megabytes(click.FloatRange):
-    """Megabytes on the command line, whole bytes in the program: a finite number of them, and one at least."""
+class Megabytes(FiniteRange):
+    """Megabytes on the command line, whole bytes in the program: one at least."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         size = super().convert(value, param, ctx) * 1e6
-        if not (math.isfinite(size) and size >= 1):
+        if not 1 <= size < math.inf:
             self.fail(f"{value} MB is no size; give a number from 0.000001, which is one byte.", param, ctx)
         return round(size)
 
@@ -40,7 +40,7 @@ Examples:
     "--max-wait-ms",
     default=2.0,
     show_default=True,
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     help="How long a request waits for others to share its call.",
 )
 @click.option(
@@ -65,11 +65,23 @@ Examples:
     "--sequence-timeout",
     default=60.0,
     show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Seconds after its last answer in which a sequence ends.",
 )
 @click.option(
-    "--max-sequences", default=4096, show_default=True, type=click.IntRange(min=1), help="Sequences open at once."
+    "--max-sequences",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Sequences of a model that are open at once.",
+)
+@click.option(
+    "--max-state-mb",
+    "max_state",
+    type=Megabytes(min=0, min_open=True),
+    default=500.0,
+    show_default=True,
+    help="Size of their LIF state; where that allows fewer, fewer may be open.",
 )
 @device_option
 @runtime_option
@@ -87,6 +99,7 @@ def serve(
     max_T: int,
     sequence_timeout: float,
     max_sequences: int,
+    max_state: int,
     device: str,
     runtime: str,
     threads: int | None,
@@ -121,7 +134,7 @@ def serve(
         engines,
         server.Address(host, http_port, grpc_port),
         Limits(max_batch, max_wait_ms / 1000, queue),
-        Bounds(max_T, sequence_timeout, max_sequences),
+        Bounds(max_T, sequence_timeout, max_sequences, max_state),
         sizes=sizes,
         threads=threads,
         announce=announce,

@@ -20,7 +20,7 @@ from tetdeploy.cli.beginnings import (
 )
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import network_of
-from tetdeploy.cli.options import data_dir_option, json_option, runs_option
+from tetdeploy.cli.options import FiniteRange, data_dir_option, json_option, runs_option
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.cli.terminal import console
 from tetdeploy.extras import import_extra
@@ -145,7 +145,7 @@ Examples:
 )
 @click.option(
     "--shards-mb",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=0.0,
     show_default=True,
     help="Also write the last weights to RUN/shards, in files of at most so many MB, for --restart-from; 0 is off.",

@@ -40,7 +40,7 @@ def _few_images(result: Mapping[str, Any]) -> Iterator[str]:
                 f"one image is {100 / N:.2g} points here, more than may be lost: on other images the loss may well be "
                 "larger; calibrate on more"
             )
-    elif provable_loss(N) > allowed:
+    elif provable_loss(N) >= allowed:
         enough = f"calibrate on {images_to_prove(allowed):,} or more, " if allowed else ""
         yield (
             f"no image stops early: {N:,} images show no loss below {100 * provable_loss(N):.2g} points with 95 % "

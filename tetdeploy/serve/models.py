@@ -37,11 +37,13 @@ class Bounds:
         max_T: most steps of one request.
         sequence_timeout: seconds after its last answer in which a sequence ends.
         max_sequences: sequences that may be open at once.
+        max_state: bytes of their state, by which there may be fewer; one may always be open.
     """
 
     max_T: int
     sequence_timeout: float
     max_sequences: int
+    max_state: int = 500_000_000
 
 
 class ServedModel:
@@ -71,15 +73,15 @@ class ServedModel:
         self.sequences: Sequences[Array, StepResult] | None = None
         if engine.layout == "step":
             pool = StreamPool(engine, max_batch=limits.max_batch)
-            self.sequences = Sequences(pool, timeout=bounds.sequence_timeout, limit=bounds.max_sequences)
+            limit = max(1, min(bounds.max_sequences, bounds.max_state // pool.stream_nbytes))
+            self.sequences = Sequences(pool, timeout=bounds.sequence_timeout, limit=limit)
         self._rule = _calibrated(engine) if engine.layout == "step" else None
 
     async def infer(self, x: Array, *, T: int | None = None, early_exit: bool | float = False) -> Result:
         """Run images or frames from u = 0, together with other requests of the same T, shape and early exit.
 
         Args:
-            x, T: as `Engine.run` takes them; images by the threshold of `tetdeploy calibrate` run its T by default, if
-                that is more.
+            x, T: as `Engine.run` takes them; images by the threshold of `tetdeploy calibrate` run its T by default.
             early_exit: stop each image when its answer is certain: by the threshold of `tetdeploy calibrate` (True), or
                 at this confidence.
 
@@ -89,7 +91,7 @@ class ServedModel:
         """
         x = self.engine.check_input(x)
         if T is None and early_exit is True and self._rule is not None and self.engine.encoding == "direct":
-            T = max(self._rule[1], self.engine.trained_T)
+            T = self._rule[1]
         T = self._check_T(self.engine.check_T(T, x))
         key = (T, x.shape[1:], self._exit(early_exit, T))
         [answer] = await self.scheduler.submit(key, [x], size=len(x))

@@ -9,15 +9,15 @@ from __future__ import annotations
 import struct
 import uuid
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 from google.protobuf.unknown_fields import UnknownFieldSet
 from kserve import InferInput, InferOutput, InferRequest, InferResponse, Model
 from kserve.errors import InvalidInput
 from kserve.protocol.dataplane import DataPlane
-from kserve.protocol.rest.v2_datamodels import InferenceRequest, RequestInput
-from pydantic import ValidationError
+from kserve.protocol.rest.v2_datamodels import InferenceRequest, RequestInput, RequestOutput
+from pydantic import Field, ValidationError
 
 from tetdeploy import __version__
 from tetdeploy.engine import Array, Result
@@ -27,6 +27,7 @@ from tetdeploy.serve.scheduler import StoppingError
 
 JSON_LENGTH = "inference-header-content-length"
 VERSION = "1"
+_FIXED64 = 1  # as which a double travels
 DOUBLE_PARAM = 4  # Triton's field number; KServe's InferParameter lacks it, so that it arrives as an unknown field
 
 
@@ -149,17 +150,27 @@ def _grpc_parameter(name: str, parameter: Any) -> Any:
     if (choice := parameter.WhichOneof("parameter_choice")) is not None:
         return getattr(parameter, choice)
     for field in UnknownFieldSet(parameter):
-        if field.field_number == DOUBLE_PARAM:
+        if (field.field_number, field.wire_type) == (DOUBLE_PARAM, _FIXED64):
             return struct.unpack("<d", struct.pack("<Q", field.data))[0]
     raise ValueError(f"parameter {name} has no value of a type that is known here")
 
 
+# Of what a request got wrong the first is enough: pydantic would otherwise describe each of a million bad entries, and
+# the server stand still. Of a dict it does so in any case; parameters are checked where they are read.
 class _BinaryInput(RequestInput):  # type: ignore[misc]
+    shape: Annotated[list[int], Field(fail_fast=True)]
+    parameters: dict[str, Any] | None = None
     data: list[Any] = []  # noqa: RUF012  pydantic copies it
 
 
+class _Output(RequestOutput):  # type: ignore[misc]
+    parameters: dict[str, Any] | None = None
+
+
 class _BinaryRequest(InferenceRequest):  # type: ignore[misc]
-    inputs: list[_BinaryInput]
+    parameters: dict[str, Any] | None = None
+    inputs: Annotated[list[_BinaryInput], Field(fail_fast=True)]
+    outputs: Annotated[list[_Output], Field(fail_fast=True)] | None = None
 
 
 class TensorDataPlane(DataPlane):  # type: ignore[misc]

@@ -144,6 +144,12 @@ class Waiting(Generic[P, R]):
         if not lane.requests:
             del self._lanes[key]
 
+    def cancel(self) -> None:
+        """Let everything go."""
+        for lane in self._lanes.values():
+            for request in lane.requests:
+                request.answer.cancel()
+
     def due(self) -> float:
         """When the next call may start; infinity if nothing waits."""
         return min((lane.due(self.limits) for lane in self._lanes.values()), default=math.inf)
@@ -227,9 +233,11 @@ class Scheduler(Generic[P, R]):
         self._hurry = True
         self._start()
 
-    async def drain(self) -> None:
-        """Take no more, finish what waits, end the thread."""
+    async def drain(self, *, finish: bool = True) -> None:
+        """Take no more, finish what waits, or else only the call that runs, and end the thread."""
         self._stopping = True
+        if not finish:
+            self._waiting.cancel()
         self.hurry()
         while self._call is not None:
             await asyncio.wait([self._call])

@@ -100,7 +100,8 @@ async def _serve(
         server.should_exit = True
         cut_off = sum(await asyncio.gather(_stop_http(server, http), _stop_grpc(rpc, calls)))
         expiry.cancel()
-        await asyncio.gather(*(model.served.scheduler.drain() for model in models))
+        # What still waits has nobody to answer: requests that were cut off, steps whose client has left.
+        await asyncio.gather(*(model.served.scheduler.drain(finish=False) for model in models))
         return cut_off
 
 
@@ -170,7 +171,13 @@ class _Uvicorn(uvicorn.Server):
 
 def _http_server(app: ASGIApp) -> uvicorn.Server:
     config = uvicorn.Config(
-        app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=int(GRACE_SECONDS)
+        app,
+        http="h11",  # the other one takes the body of a request with `Upgrade: h2c` for a request of its own
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(GRACE_SECONDS),
     )
     return _Uvicorn(config)
 
