@@ -170,8 +170,8 @@ def newest_export(runs: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    models = [path for found in ("*/*.onnx", "*/seed-*/*.onnx") for path in runs.glob(found)]
-    models = [path for path in models if not any(folder.is_symlink() for folder in (path.parent, path.parent.parent))]
+    folders = [folder for folder in runs.glob("*") if not folder.is_symlink()]  # latest is one of the others
+    models = [path for folder in folders for found in ("*.onnx", "seed-*/*.onnx") for path in folder.glob(found)]
     if not models:
         raise FileNotFoundError(f"no exported model in {runs}/; write one with: tetdeploy export, or name the file")
     return max(models, key=lambda path: path.stat().st_mtime)
