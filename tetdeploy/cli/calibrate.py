@@ -57,9 +57,9 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @click.option(
     "--confident/--point-estimate",
     default=True,
-    help="What must stay within --loss: the upper end of the loss's 95 % interval, at the threshold and all above, so "
-    "that it nearly always holds on other images too, which takes thousands of images; or the loss found on these "
-    "images alone, which other images exceed half of the time. [default: confident]",
+    help="A test must show that less than --loss is lost, at the threshold and all above, so that it nearly always "
+    "holds on other images too, which takes thousands of images; or the loss found on these images alone must stay "
+    "within it, which other images exceed half of the time. [default: confident]",
 )
 @click.option("--min-T", "min_T", type=click.IntRange(min=1), default=1, show_default=True, help="The fewest steps.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))

@@ -21,11 +21,10 @@ def calibration_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
     yield _frontier_table(result)
     fixed = "  ".join(f"{accuracy:.2%}" for accuracy in result["accuracy_by_T"])
     yield f"[dim]every image the same T, 1 to {result['T']}: {fixed}[/dim]"
+    promise = "a test shows that less is lost than may be" if result["confident"] else "it is within what may be lost"
     yield (
         f"[dim]* goes beside the model; lost: points of accuracy against T={result['T']} for every image, with the "
-        "95 % interval that the answers turned wrong and right on the same images give; "
-        f"{'its upper end' if result['confident'] else 'the loss itself, wherever the interval ends,'} is within what "
-        "it may lose[/dim]"
+        f"95 % interval that the answers turned wrong and right on the same images give; {promise}[/dim]"
     )
     yield from _few_images(result)
     yield f"steps  {by_steps(result['num_images_by_steps'])}"
