@@ -241,6 +241,8 @@ def test_a_forked_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(ValueError, match=r"an engine on a GPU does not go on in a forked process"):
         other.run(digits().images[:2], 3)
+    with pytest.raises(ValueError, match=r"does not go on in a forked process"):
+        other.stream()
 
 
 def test_a_push_of_new_and_old_images_is_one_call() -> None:

@@ -67,12 +67,17 @@ class GraphSession(BoundSession):
         return _Shown(np.ascontiguousarray(array))
 
     def zeros(self, shape: Sequence[int]) -> DeviceZeros:
-        return self._thread.submit(super().zeros, shape).result()
+        made: DeviceZeros = self._on_thread(super().zeros, shape)
+        return made
 
     def run(self, names: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
+        outputs: list[Any] = self._on_thread(self._run, names, feed)
+        return outputs
+
+    def _on_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         if os.getpid() != self._process:  # where the thread is not, and CUDA would fail
             raise ValueError("an engine on a GPU does not go on in a forked process; open another one there")
-        return self._thread.submit(self._run, names, feed).result()
+        return self._thread.submit(function, *arguments).result()
 
     def _run(self, names: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
         lease, source = self._place(feed)
