@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ Examples:
 @click.option("--data", help="Another data set. [default: each training's]")
 @data_dir_option
 @click.option("--model", help="package.module:function, if the network is your own.")
-@click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-size", type=click.IntRange(min=1), help="[default: 64 on a CPU, 512 on a GPU]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(("fp32", "bf16", "fp16", "auto")))
 @runs_option
@@ -60,7 +61,7 @@ def evaluate(
     data: str | None,
     data_dir: Path,
     model: str | None,
-    batch_size: int,
+    batch_size: int | None,
     device: str,
     precision: str,
     runs: Path,
@@ -132,17 +133,19 @@ def _steps(steps: tuple[int, ...] | None, classifier: Classifier, trained: int) 
 
 
 def _measure(
-    name: str, classifier: Classifier, images: Any, T: int, batch_size: int, device: torch.device, precision: str
+    name: str, classifier: Classifier, images: Any, T: int, batch_size: int | None, device: torch.device, precision: str
 ) -> list[float]:
-    from tetdeploy.train.device import place, tuned_convolutions, wants_channels_last
+    from tetdeploy.train.device import place, reused_memory, tuned_convolutions, wants_channels_last
     from tetdeploy.train.session import check_data
     from tetdeploy.train.validation import accuracy_by_step
 
     check_data(images, classifier, T)
     channels_last = wants_channels_last(classifier.config, device, precision, fusable=False)
     place(classifier, device, channels_last=channels_last)
-    with image_bar(f"{name} on {images.name}", len(images)) as tick, tuned_convolutions():
-        batches = _batches(images, batch_size, device, tick)
+    size = batch_size or (64 if device.type == "cpu" else 512)
+    memory = reused_memory() if device.type == "cpu" else nullcontext()
+    with image_bar(f"{name} on {images.name}", len(images)) as tick, tuned_convolutions(), memory:
+        batches = _batches(images, size, device, tick)
         return accuracy_by_step(classifier, batches, T=T, precision=precision)
 
 
