@@ -21,6 +21,7 @@ from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model, model
 from tetdeploy.export.onnx_tracer import OnnxTracer
 from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig
+from tetdeploy.streams import StreamPool
 from tetdeploy.tracing import Tracer
 
 _folder = tempfile.TemporaryDirectory(prefix="tetdeploy-tests-")
@@ -113,6 +114,14 @@ _shared_tracer, _shared_onnx_tracer = cache(Tracer), cache(OnnxTracer)
 @cache
 def engine(layout: str, **options: Any) -> Engine:
     return Engine(exported(layout, **options), threads=1)
+
+
+def pooled(of: Engine, x: np.ndarray[Any, Any], T: int) -> np.ndarray[Any, Any]:
+    """The logits of each step `[N, T, K]` of images that a pool is shown together."""
+    pool = StreamPool(of)
+    ids = [pool.open() for _ in x]
+    steps = [pool.push({id: image if t == 0 else None for id, image in zip(ids, x, strict=True)}) for t in range(T)]
+    return np.array([[step[id].step_logits for step in steps] for id in ids])
 
 
 def unchecked(network: nn.Module, path: Path, config: ExportConfig) -> Engine:

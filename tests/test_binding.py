@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import onnxruntime
 import pytest
-from export_helpers import digits, engine, exported, frames, layouts
+from export_helpers import digits, engine, exported, frames, layouts, pooled
 from gpu_stand_in import gpu_build
 from onnxruntime import OrtValue
 
@@ -26,7 +26,6 @@ from tetdeploy.model_file import state_outputs
 from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, DeviceArray, DeviceZeros, provider_options
 from tetdeploy.runtimes.sessions import Sessions
 from tetdeploy.stream import Stream
-from tetdeploy.streams import StreamPool
 
 Array = np.ndarray[Any, Any]
 
@@ -183,11 +182,7 @@ def test_pools_and_early_exit_work_on_a_bound_session() -> None:
     assert len(set(wanted.steps.tolist())) > 1
     np.testing.assert_array_equal(got.steps, wanted.steps)
     np.testing.assert_array_equal(got.per_step, wanted.per_step)
-    pool = StreamPool(other)
-    ids = [pool.open() for _ in x]
-    steps = [pool.push({id: image if t == 0 else None for id, image in zip(ids, x, strict=True)}) for t in range(3)]
-    stepwise = np.array([[step[id].step_logits for step in steps] for id in ids])
-    np.testing.assert_array_equal(stepwise, plain.run(x, 3).per_step)
+    np.testing.assert_array_equal(pooled(other, x, 3), plain.run(x, 3).per_step)
 
 
 @pytest.mark.parametrize("encoding", ["direct", "frames"])

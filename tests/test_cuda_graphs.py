@@ -15,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from export_helpers import digits, engine, exported, frames
+from export_helpers import digits, engine, exported, frames, pooled
 from gpu_stand_in import gpu_build
 
 from tetdeploy.cli import main
@@ -199,11 +199,7 @@ def test_pools_early_exit_and_threads() -> None:
     assert len(set(wanted.steps.tolist())) > 1
     np.testing.assert_array_equal(got.steps, wanted.steps)
     np.testing.assert_array_equal(got.per_step, wanted.per_step)
-    pool = StreamPool(other)
-    ids = [pool.open() for _ in x]
-    steps = [pool.push({id: image if t == 0 else None for id, image in zip(ids, x, strict=True)}) for t in range(3)]
-    stepwise = np.array([[step[id].step_logits for step in steps] for id in ids])
-    np.testing.assert_array_equal(stepwise, plain.run(x, 3).per_step)
+    np.testing.assert_array_equal(pooled(other, x, 3), plain.run(x, 3).per_step)
     alone = [plain.run(x[k : k + 4], 3).per_step for k in range(0, 40, 4)]
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(lambda k: other.run(x[k : k + 4], 3).per_step, range(0, 40, 4)))
