@@ -116,6 +116,14 @@ def engine(layout: str, **options: Any) -> Engine:
     return Engine(exported(layout, **options), threads=1)
 
 
+def inputs(of: Engine, count: int, T: int) -> np.ndarray[Any, Any]:
+    """Images, or frames of T steps, as an export takes them; the caller's own."""
+    if of.encoding == "frames":
+        return frames(count, T)
+    images = digits().images[:count]
+    return images.copy() if of.input_dtype == np.uint8 else (images.astype(np.float32) / 255 - 0.3) / 0.4
+
+
 def pooled(of: Engine, x: np.ndarray[Any, Any], T: int) -> np.ndarray[Any, Any]:
     """The logits of each step `[N, T, K]` of images that a pool is shown together."""
     pool = StreamPool(of)

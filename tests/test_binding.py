@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import onnxruntime
 import pytest
-from export_helpers import digits, engine, exported, frames, layouts, pooled
+from export_helpers import digits, engine, exported, frames, inputs, layouts, pooled
 from gpu_stand_in import gpu_build
 from onnxruntime import OrtValue
 
@@ -40,13 +40,6 @@ class BoundSessions(Sessions):
 def make(layout: str, options: dict[str, Any]) -> Engine:
     with patch("tetdeploy.engine.Sessions", BoundSessions):
         return Engine(exported(layout, **options), threads=1)
-
-
-def inputs(of: Engine, count: int, T: int) -> Array:
-    if of.encoding == "frames":
-        return frames(count, T)
-    images = digits().images[:count]
-    return images if of.input_dtype == np.uint8 else (images.astype(np.float32) / 255 - 0.3) / 0.4
 
 
 # ------------------------------------------------------------------------------------------------ bound to the CPU

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from export_helpers import digits, engine, exported, frames, pooled
+from export_helpers import digits, engine, exported, inputs, pooled
 from gpu_stand_in import gpu_build
 
 from tetdeploy.cli import main
@@ -88,13 +88,6 @@ def make(layout: str, options: dict[str, Any]) -> tuple[Engine, Recorder]:
         made = Engine(exported(layout, **options), threads=1, native=False)
     recorder = made._session._session = Recorder(made._session._session)
     return made, recorder
-
-
-def inputs(of: Engine, count: int, T: int) -> Array:
-    if of.encoding == "frames":
-        return frames(count, T)
-    images = digits().images[:count]
-    return images.copy() if of.input_dtype == np.uint8 else (images.astype(np.float32) / 255 - 0.3) / 0.4
 
 
 # ------------------------------------------------------------------------------------------------ on the CPU

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,21 +70,15 @@ def measure(
     Returns:
         The mean of each loss and "accuracy" (the mean logits decide), or None if given up.
     """
-    was_training = classifier.training
-    classifier.eval()
-    device = classifier.mean.device
-    totals = torch.zeros(len(losses) + 2, device=device)
-    try:
-        with torch.inference_mode(), autocast(device, precision):
-            for x, y in batches:
-                if stop():
-                    return None
-                logits = run_network(classifier, x, T)
-                sums = [loss(logits, y) * len(y) for loss in losses.values()]
-                totals += torch.stack([*sums, count_correct(logits, y).float(), totals.new_full((), len(y))])
-            totals = ranks.sum(totals) if ranks else totals
-    finally:
-        classifier.train(was_training)
+    with _evaluation(classifier, precision) as device:
+        totals = torch.zeros(len(losses) + 2, device=device)
+        for x, y in batches:
+            if stop():
+                return None
+            logits = run_network(classifier, x, T)
+            sums = [loss(logits, y) * len(y) for loss in losses.values()]
+            totals += torch.stack([*sums, count_correct(logits, y).float(), totals.new_full((), len(y))])
+        totals = ranks.sum(totals) if ranks else totals
     return dict(zip((*losses, "accuracy"), (totals[:-1] / totals[-1]).tolist(), strict=True))
 
 
@@ -99,19 +94,25 @@ def accuracy_by_step(
 
     Args: see `measure`.
     """
-    was_training = classifier.training
+    with _evaluation(classifier, precision) as device:
+        correct, count = torch.zeros(T, dtype=torch.int64, device=device), 0
+        for x, y in batches:
+            so_far = run_network(classifier, x, T).float().cumsum(0)  # the mean has the same largest
+            correct += (so_far.argmax(-1) == y).sum(1)
+            count += len(y)
+    return (correct.double() / count).tolist()
+
+
+@contextmanager
+def _evaluation(classifier: Runnable, precision: str) -> Iterator[torch.device]:
+    """Within it the classifier is in eval mode, and nothing is kept for gradients; gives its device."""
+    was_training, device = classifier.training, classifier.mean.device
     classifier.eval()
-    device = classifier.mean.device
-    correct, count = torch.zeros(T, dtype=torch.int64, device=device), 0
     try:
         with torch.inference_mode(), autocast(device, precision):
-            for x, y in batches:
-                so_far = run_network(classifier, x, T).float().cumsum(0)  # the mean has the same largest
-                correct += (so_far.argmax(-1) == y).sum(1)
-                count += len(y)
+            yield device
     finally:
         classifier.train(was_training)
-    return (correct.double() / count).tolist()
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:

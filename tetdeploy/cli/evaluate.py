@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file
+from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file, refuse_classes
 from tetdeploy.cli.options import PARTS, data_dir_option, json_option, parsed_steps, runs_option
 from tetdeploy.cli.terminal import console, image_bar, print_notes
 from tetdeploy.extras import import_extra
@@ -103,7 +103,7 @@ def evaluate(
     result = {"kind": "evaluate", "split": split, "device": device_name(on), "precision": chosen, "runs": rows}
     if json_path is not None:
         write_json(json_path, result | written(torch=torch.__version__))
-    _print(result, rows)
+    _print(result)
     if json_path is not None:
         console.print(str(json_path), markup=False)
 
@@ -121,7 +121,7 @@ def _images(
         note_own_file(name, metadata["data"]["name"])
     images = load_part(name, split, data_dir=data_dir, T=trained_T(metadata), fraction=fraction)
     if not is_npz(name) and tuple(images.class_names) != classifier.class_names:
-        raise ValueError(f"the labels of {name} are not the network's classes; is this the data it was trained on?")
+        refuse_classes("the network", classifier.class_names, name, tuple(images.class_names))
     return images if limit is None else images.select(slice(limit))
 
 
@@ -160,9 +160,10 @@ def _batches(images: Any, size: int, device: torch.device, tick: Any) -> Iterato
         yield torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
 
 
-def _print(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+def _print(result: Mapping[str, Any]) -> None:
     from tetdeploy.report.result_table import ResultTable
 
+    rows = result["runs"]
     steps = sorted({entry["T"] for row in rows if not row["ann"] for entry in row["accuracy"]}) or [1]
     sets = ", ".join(dict.fromkeys(f"{row['num_images']:,} images of {row['data']}" for row in rows))
     console.print(f"{sets}, {result['split']}   {result['precision']} on {result['device']}", markup=False)

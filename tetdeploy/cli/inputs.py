@@ -35,7 +35,7 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
         return name, x[:limit], labels[:limit]
     test = load_data(name, "test", data_dir=data_dir, T=engine.trained_T)
     if not is_file and test.class_names != engine.class_names:
-        refuse_classes(engine, name, test.class_names)
+        refuse_classes(engine.path.name, engine.class_names, name, test.class_names)
     test = test if limit is None else test.select(slice(limit))  # images on disk are decoded later, batch by batch
     return name, as_model_input(engine, test.x, mean=test.mean, std=test.std), test.labels
 
@@ -81,7 +81,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
         )
     images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction)
     if not is_npz(name) and images.class_names != engine.class_names:
-        refuse_classes(engine, name, images.class_names)
+        refuse_classes(engine.path.name, engine.class_names, name, images.class_names)
     chosen = images.select(slice(limit))
     x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)
     what = {"validation": "held out", "train": "trained on"}[split] if trained_on else f"{split} split, not trained on"
@@ -118,13 +118,11 @@ def load_part(name: str, part: str, *, data_dir: Path, T: int, fraction: float) 
     return val
 
 
-def refuse_classes(engine: Engine, name: str, names: tuple[str, ...]) -> None:
+def refuse_classes(model: str, own_names: tuple[str, ...], name: str, names: tuple[str, ...]) -> None:
     """A label means another class to the data than to the model. (A .npz need not name its classes.)"""
-    own, others = (
-        f"{len(n)} classes ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for n in (engine.class_names, names)
-    )
+    own, others = (f"{len(n)} classes ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for n in (own_names, names))
     raise ValueError(
-        f"the labels of {name} do not match the model's: it has {others}, {engine.path.name} knows {own}; "
+        f"the labels of {name} do not match the model's: it has {others}, {model} knows {own}; "
         "is this the data it was trained on?"
     )
 

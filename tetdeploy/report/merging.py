@@ -68,9 +68,9 @@ def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
 
 def _filled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """`first`, and what it lacks from `second`: steps, layers, classes, and what a row of either lacks."""
-    parts = {key: _by_name(first[key], second[key]) for key in _ENTRIES if first.get(key) and second.get(key)}
-    lacking = {key: second[key] for key in _ENTRIES if not first.get(key) and second.get(key)}
-    return _joined(first, second) | parts | lacking | {"rows": _by_T(first["rows"], second["rows"])}
+    entries = {key: (first.get(key) or [], second.get(key) or []) for key in _ENTRIES}
+    parts = {key: _by_name(*both) for key, both in entries.items() if any(both)}
+    return _joined(first, second) | parts | {"rows": _by_T(first["rows"], second["rows"])}
 
 
 def _by_name(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
