@@ -35,6 +35,7 @@ from tetdeploy.train.augment import AUGMENTATIONS, cutout, random_crop, random_f
 from tetdeploy.train.batches import DeviceImages, Draws
 from tetdeploy.train.device import pick_device
 from tetdeploy.train.optimizer import build_optimizer
+from tetdeploy.train.progress import Progress
 from tetdeploy.train.runs import mark_latest, new_run_folder, only_trainer
 from tetdeploy.train.schedule import derive_seed, learning_rate
 from tetdeploy.train.state import Best
@@ -743,6 +744,20 @@ def test_progress_bar_and_silence(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "━" in shown and "epoch 3/3" in shown and "eta 00:00" in shown
     run(tmp_path / "silent", progress=False)
     assert capsys.readouterr().out == ""
+
+
+def test_the_remaining_time_goes_by_the_recent_epochs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("tetdeploy.train.progress.time.perf_counter", lambda: now)
+    with Progress(settings(T=2, epochs=20), steps_per_epoch=10, steps_done=0, show=None) as bar:
+        for epoch in range(1, 11):
+            now += 100 if epoch == 1 else 1  # the first also compiles
+            bar.epoch({"epoch": epoch, "train_loss": 1, "train_accuracy": 1, "images_per_s": 1, "val_accuracy": None})
+    ends = [line[-5:] for line in capsys.readouterr().out.splitlines()]
+    assert ends[0] == "31:40"  # 19 epochs of 100 s
+    assert ends[6:] == ["00:13", "00:12", "00:11", "00:10"]
 
 
 # --- run folders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,7 @@ from tetdeploy.standard_output import StandardOutput
 from .config import TrainConfig
 
 INTERVAL = 0.5  # seconds between two looks at the losses: each makes a GPU wait
+RECENT = 5  # epochs whose pace gives the remaining time: the first ones also compile and warm up
 
 
 class Progress:
@@ -29,8 +31,8 @@ class Progress:
         self.console = StandardOutput(quiet=show is False, force_terminal=True if show else None)
         self._config = config
         self._steps_per_epoch = steps_per_epoch
-        self._first_step = steps_done
-        self._start = self._last = time.perf_counter()
+        self._last = time.perf_counter()
+        self._recent = deque([(self._last, self._work(steps_done))], maxlen=RECENT + 1)  # when what was done
         self._val = ""
         self._bar: rich_progress.Progress | None = None
         if self.console.is_terminal and not self.console.quiet:
@@ -84,6 +86,7 @@ class Progress:
         if self._bar is None:
             text = self._status(loss, accuracy, speed, record["epoch"] * self._steps_per_epoch)
             self.say(f"{self._head(record['epoch'])}  {text}")
+        self._recent.append((time.perf_counter(), self._work(record["epoch"] * self._steps_per_epoch)))
 
     def _head(self, epoch: int) -> str:
         T = self._config.random_T or self._config.stage(epoch - 1).T
@@ -96,10 +99,10 @@ class Progress:
         return sum(stage.T * count for stage, count in zip(stages, done, strict=True))
 
     def _status(self, loss: float, accuracy: float, images_per_s: float, steps_done: int) -> str:
-        """The numbers; `steps_done` of the whole run gives the remaining time at this session's pace."""
-        elapsed = time.perf_counter() - self._start
-        first, now, end = map(self._work, (self._first_step, steps_done, self._config.epochs * self._steps_per_epoch))
-        eta = elapsed / max(1, now - first) * (end - now)
+        """The numbers; `steps_done` of the whole run gives the remaining time at the recent epochs' pace."""
+        since, before = self._recent[0]
+        now, end = self._work(steps_done), self._work(self._config.epochs * self._steps_per_epoch)
+        eta = (time.perf_counter() - since) / max(1, now - before) * (end - now)
         return f"loss {loss:.3f}  train {100 * accuracy:.1f} %{self._val}  {images_per_s:,.0f} img/s  eta {_clock(eta)}"
 
 
