@@ -14,6 +14,7 @@ from tetdeploy.serve.scheduler import GRACE_SECONDS
 MODELS = "/mnt/models"  # where KServe's storage initializer puts what lies at the storage URI
 HTTP_PORT = 8080
 CPUS, MEMORY = "2", "2Gi"
+STATE_MB = "250"  # of sequences: their arrays take up to twice that, beside 0.5 GB for JSON and 0.3 GB for bodies
 PERIOD = 5  # seconds between two probes
 STARTS = 60  # probes that a start may take: five minutes, for large models on few cores
 LEAVES = 5  # seconds in which the pod is taken out of the service, before it is told to stop and accepts no more
@@ -62,12 +63,15 @@ def inference_service(name: str, *, model_file: str, storage_uri: str, image: st
         return {"httpGet": {"path": path, "port": HTTP_PORT}, "periodSeconds": PERIOD, "timeoutSeconds": 5, **more}
 
     resources = {"cpu": CPUS, "memory": MEMORY}
-    options = ["--host", "0.0.0.0", "--http-port", str(HTTP_PORT), "--threads", CPUS]
+    options = ["--host", "0.0.0.0", "--http-port", str(HTTP_PORT), "--threads", CPUS, "--max-state-mb", STATE_MB]
     container = {
         "name": "kserve-container",  # by which KServe knows the one that answers
         "image": image,
         "args": ["serve", f"{name}={MODELS}/{model_file}", *options],
-        "env": [{"name": "STORAGE_URI", "value": storage_uri}],
+        "env": [
+            {"name": "STORAGE_URI", "value": storage_uri},
+            {"name": "PROTOCOL", "value": "v2"},  # or an InferenceGraph would ask it by version 1
+        ],
         "ports": [{"name": "http1", "containerPort": HTTP_PORT, "protocol": "TCP"}],
         "resources": {"requests": dict(resources), "limits": dict(resources)},
         "readinessProbe": probe("/v2/health/ready"),

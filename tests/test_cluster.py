@@ -93,7 +93,7 @@ def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path
     assert service["metadata"]["name"] == "digits-t4"
     (container,) = service["spec"]["predictor"]["containers"]
     assert (container["name"], container["image"]) == ("kserve-container", "tetdeploy:latest")
-    assert container["env"] == [{"name": "STORAGE_URI", "value": URI}]
+    assert container["env"] == [{"name": "STORAGE_URI", "value": URI}, {"name": "PROTOCOL", "value": "v2"}]
     command, *arguments = container["args"]
     assert command == "serve"
     options = serve.make_context("serve", list(arguments)).params  # refuses an option that the command does not have

@@ -52,7 +52,8 @@ def server() -> Iterator[Server]:
         "dynamic": exported("dynamic"),
         "float": exported("step", normalize=False),
     }
-    running = start(*(f"{name}={path}" for name, path in models.items()), "--max-request-mb", "1", "--max-batch", "8")
+    sizes = "--max-request-mb", "1", "--max-json-mb", "0.8"
+    running = start(*(f"{name}={path}" for name, path in models.items()), *sizes, "--max-batch", "8")
     yield running
     assert stop(running) == 0
 
@@ -153,6 +154,16 @@ def test_an_output_is_asked_for_once(server: Server, kind: Any, address: str) ->
         pytest.raises(kind.InferenceServerException, match="an output of step is asked for twice"),
     ):
         client.infer("step", asked(kind, images(1)), outputs=twice)
+
+
+@pytest.mark.parametrize(("kind", "address"), [(http, "http"), (rpc, "grpc")], ids=["http", "grpc"])
+def test_an_output_is_its_tensor_and_not_its_largest_classes(server: Server, kind: Any, address: str) -> None:
+    """The extension `classification` would have been answered with logits."""
+    with (
+        kind.InferenceServerClient(getattr(server, address)) as client,
+        pytest.raises(kind.InferenceServerException, match="unknown parameter 'classification' of the output logits"),
+    ):
+        client.infer("step", asked(kind, images(1)), outputs=[kind.InferRequestedOutput("logits", class_count=2)])
 
 
 def test_many_clients_share_calls_and_none_gets_anothers_answer(server: Server) -> None:
@@ -289,6 +300,8 @@ WRONG: list[tuple[str, bytes, int, str]] = [
     ("step", body(parameters={str(k): [] for k in range(60_000)}), 400, "unknown parameter '0'"),
     ("nobody", body(), 404, "nobody does not exist"),
     ("step", b" " * 1_000_001, 413, "at most 1,000,000 bytes"),
+    ("step", b" " * 800_001, 413, "at most 800,000 bytes of numbers one by one"),
+    ("step", body(parameters={"binary_data_output": "yes"}), 400, "binary_data_output must be true or false"),
 ]
 
 
@@ -401,18 +414,55 @@ def test_refusals_over_grpc_have_their_codes(server: Server) -> None:
     assert code("step", np.zeros((16_000, 1, 8, 8), np.uint8)) == "RESOURCE_EXHAUSTED"
 
 
-@pytest.mark.parametrize("sent", [b"\x22\x03abc", b"\x20\x05", b"\x25\x00\x00\x00\x00"])  # text, an integer, a float
-def test_a_parameter_of_no_known_type_is_refused(server: Server, sent: bytes) -> None:
-    """The field of Triton's double holds something else: no error of the server's own, and no nonsense number."""
-    pb = importlib.import_module("tritonclient.grpc.service_pb2")
+def grpc_request() -> Any:
+    """An empty one in Triton's terms, which knows more types of parameters than KServe's."""
+    return importlib.import_module("tritonclient.grpc.service_pb2").ModelInferRequest(model_name="step")
+
+
+def grpc_answer(server: Server, request: Any) -> Any:
     stubs = importlib.import_module("tritonclient.grpc.service_pb2_grpc")
-    grpc = importlib.import_module("grpc")
-    request = pb.ModelInferRequest(model_name="step")
+    with importlib.import_module("grpc").insecure_channel(server.grpc) as channel:
+        return stubs.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=PATIENCE)
+
+
+def grpc_refusal(server: Server, request: Any) -> tuple[str, str]:
+    with pytest.raises(importlib.import_module("grpc").RpcError) as refused:
+        grpc_answer(server, request)
+    return refused.value.code().name, refused.value.details()
+
+
+# Text, an integer and a float in the field of Triton's double; text in that of its unsigned integer.
+@pytest.mark.parametrize("sent", [b"\x22\x03abc", b"\x20\x05", b"\x25\x00\x00\x00\x00", b"\x2a\x03abc"])
+def test_a_parameter_of_no_known_type_is_refused(server: Server, sent: bytes) -> None:
+    """No error of the server's own, and no nonsense number."""
+    request = grpc_request()
     request.parameters["T"].ParseFromString(sent)
-    with grpc.insecure_channel(server.grpc) as channel, pytest.raises(grpc.RpcError) as refused:
-        stubs.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=PATIENCE)
-    assert refused.value.code().name == "INVALID_ARGUMENT"
-    assert "parameter T has no value of a type that is known here" in refused.value.details()
+    code, message = grpc_refusal(server, request)
+    assert code == "INVALID_ARGUMENT" and "parameter T has no value of a type that is known here" in message
+
+
+def test_unsigned_parameters(server: Server) -> None:
+    """KServe's message lacks them; ids from 2^63 on fit nothing else."""
+    request = grpc_request()
+    request.inputs.add(name="x", datatype="UINT8", shape=[1, 1, 8, 8])
+    request.raw_input_contents.append(bytes(64))
+    request.parameters["sequence_id"].uint64_param = 2**64 - 1
+    request.parameters["sequence_start"].bool_param = request.parameters["sequence_end"].bool_param = True
+    request.parameters["T"].uint64_param = 3
+    assert grpc_answer(server, request).outputs[0].shape == [1, 10]
+    request.parameters["priority"].uint64_param = 1
+    code, message = grpc_refusal(server, request)
+    assert code == "INVALID_ARGUMENT" and "unknown parameter 'priority'" in message
+
+
+def test_numbers_one_by_one_are_bounded_over_grpc(server: Server) -> None:
+    request = grpc_request()
+    x = request.inputs.add(name="x", datatype="UINT8", shape=[1, 1, 8, 8])
+    x.contents.uint_contents.extend([7] * 64)
+    assert grpc_answer(server, request).outputs[0].shape == [1, 10]
+    x.contents.uint_contents.extend([7] * 800_000)
+    code, message = grpc_refusal(server, request)
+    assert code == "RESOURCE_EXHAUSTED" and "at most 800,000 bytes of numbers one by one" in message
 
 
 def test_a_sequence_ends_once(client: Any) -> None:

@@ -55,6 +55,14 @@ Examples:
     help="Largest size of a request.",
 )
 @click.option(
+    "--max-json-mb",
+    "max_json",
+    default=8.0,
+    show_default=True,
+    type=Megabytes(min=0, min_open=True, max=2000),
+    help="Largest size of its JSON; images may be raw bytes, which take no more memory than they are.",
+)
+@click.option(
     "--max-total-mb",
     "max_total",
     type=Megabytes(min=0, min_open=True),
@@ -95,6 +103,7 @@ def serve(
     max_wait_ms: float,
     queue: int,
     max_request: int,
+    max_json: int,
     max_total: int | None,
     max_T: int,
     sequence_timeout: float,
@@ -119,7 +128,7 @@ def serve(
     from tetdeploy.serve.models import Bounds
     from tetdeploy.serve.scheduler import Limits
 
-    sizes = Sizes(max_request, max_total or 4 * max_request)
+    sizes = Sizes(max_request, max_json, max_total or 4 * max_request)
     engines = {name: open_engine(path, device=device, threads=threads, runtime=runtime) for name, path in paths.items()}
 
     def announce(http: str, rpc: str) -> None:

@@ -18,9 +18,11 @@ CUT_OFF = "the server is shutting down and could not finish this in time; ask an
 
 @dataclass(frozen=True)
 class Sizes:
-    """The bytes that a request may hold, and all that are being read or answered together."""
+    """Bytes: of a request, of its part that is read number by number (JSON, or `contents` over gRPC), which takes up to
+    some sixty times as many while it is read, and of all requests that are being read or answered together."""
 
     max_request: int
+    max_json: int
     max_total: int
 
     def __post_init__(self) -> None:
@@ -29,6 +31,10 @@ class Sizes:
                 f"all requests together must be allowed what one is, {self.max_request:,} bytes, got "
                 f"{self.max_total:,}; raise --max-total-mb or lower --max-request-mb"
             )
+
+
+class TooLargeError(ValueError):
+    """More of a request would have to be read number by number than may be."""
 
 
 class OverBudgetError(ValueError):

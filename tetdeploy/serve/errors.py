@@ -7,7 +7,7 @@ import logging
 import grpc
 from kserve.errors import InvalidInput, ModelNotFound
 
-from tetdeploy.serve.bodies import OverBudgetError
+from tetdeploy.serve.bodies import OverBudgetError, TooLargeError
 from tetdeploy.serve.protocol import UnknownVersionError
 from tetdeploy.serve.scheduler import CallFailedError, QueueFullError, StoppingError
 from tetdeploy.serve.sequences import LostSequenceError, TooManySequencesError, UnknownSequenceError
@@ -18,6 +18,7 @@ LONGEST = 600  # characters of a message: it may repeat the request, and gRPC se
 
 # The first class that fits. Anything else is our bug, and says nothing to clients.
 STATUS: dict[type[Exception], tuple[int, grpc.StatusCode]] = {
+    TooLargeError: (413, grpc.StatusCode.RESOURCE_EXHAUSTED),
     OverBudgetError: (503, grpc.StatusCode.RESOURCE_EXHAUSTED),
     QueueFullError: (503, grpc.StatusCode.RESOURCE_EXHAUSTED),
     TooManySequencesError: (503, grpc.StatusCode.RESOURCE_EXHAUSTED),

@@ -13,22 +13,25 @@ from typing import Annotated, Any, NoReturn
 
 import numpy as np
 from google.protobuf.unknown_fields import UnknownFieldSet
-from kserve import InferInput, InferOutput, InferRequest, InferResponse, Model
+from kserve import InferInput, InferOutput, InferRequest, InferResponse, Model, ModelRepository
 from kserve.errors import InvalidInput
 from kserve.protocol.dataplane import DataPlane
+from kserve.protocol.infer_type import RequestedOutput
 from kserve.protocol.rest.v2_datamodels import InferenceRequest, RequestInput, RequestOutput
 from pydantic import Field, ValidationError
 
 from tetdeploy import __version__
 from tetdeploy.engine import Array, Result
+from tetdeploy.serve.bodies import TooLargeError
 from tetdeploy.serve.models import ServedModel
 from tetdeploy.serve.requests import DATATYPES, Parameters, tensor
 from tetdeploy.serve.scheduler import StoppingError
 
 JSON_LENGTH = "inference-header-content-length"
+BINARY_OUTPUTS = "binary_data_output"
 VERSION = "1"
-_FIXED64 = 1  # as which a double travels
-DOUBLE_PARAM = 4  # Triton's field number; KServe's InferParameter lacks it, so that it arrives as an unknown field
+_VARINT, _FIXED64 = 0, 1  # as which an integer and a double travel
+DOUBLE_PARAM, UINT64_PARAM = 4, 5  # Triton's field numbers; KServe's InferParameter lacks them: they arrive as unknown
 
 
 class UnknownVersionError(ValueError):
@@ -113,7 +116,10 @@ class OpenInferenceModel(Model):  # type: ignore[misc]
     def _wanted(self, request: InferRequest) -> list[str]:
         """The names of the outputs asked for, by default all."""
         names = [output["name"] for output in self.get_output_types()]
-        wanted = [output.name for output in request.request_outputs or ()] or names
+        asked = request.request_outputs or ()
+        for output in asked:
+            _check_output(output)
+        wanted = [output.name for output in asked] or names
         if unknown := [name for name in wanted if name not in names]:
             raise InvalidInput(f"{self.name} has no output {unknown[0]!r}; there are {', '.join(names)}")
         if len(set(wanted)) < len(wanted):  # an answer is to be no larger than a request allows for
@@ -138,12 +144,26 @@ def _described(name: str, dtype: np.dtype[Any], *shape: int) -> dict[str, Any]:
     return {"name": name, "datatype": DATATYPES[dtype.name], "shape": list(shape)}
 
 
+def _check_output(output: RequestedOutput) -> None:
+    """Refuse what would make of an output something else than its tensor, such as `classification`."""
+    for name, value in (output.parameters or {}).items():
+        if name != "binary_data":
+            raise InvalidInput(f"unknown parameter {name!r} of the output {output.name}; there is binary_data")
+        _check_flag(name, value)
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InvalidInput(f"parameter {name} must be true or false, got {value!r}")
+
+
 def _parameters(request: InferRequest) -> dict[str, Any]:
     """The parameters of a request but for the one that is KServe's."""
     given: Mapping[str, Any] = request.parameters or {}
     if request.from_grpc:
         given = {name: _grpc_parameter(name, parameter) for name, parameter in given.items()}
-    return {name: value for name, value in given.items() if name != "binary_data_output"}
+    _check_flag(BINARY_OUTPUTS, given.get(BINARY_OUTPUTS, False))
+    return {name: value for name, value in given.items() if name != BINARY_OUTPUTS}
 
 
 def _grpc_parameter(name: str, parameter: Any) -> Any:
@@ -152,6 +172,8 @@ def _grpc_parameter(name: str, parameter: Any) -> Any:
     for field in UnknownFieldSet(parameter):
         if (field.field_number, field.wire_type) == (DOUBLE_PARAM, _FIXED64):
             return struct.unpack("<d", struct.pack("<Q", field.data))[0]
+        if (field.field_number, field.wire_type) == (UINT64_PARAM, _VARINT):
+            return field.data
     raise ValueError(f"parameter {name} has no value of a type that is known here")
 
 
@@ -174,13 +196,35 @@ class _BinaryRequest(InferenceRequest):  # type: ignore[misc]
 
 
 class TensorDataPlane(DataPlane):  # type: ignore[misc]
-    """KServe's data plane, with requests read by us."""
+    """KServe's data plane, with requests read by us.
+
+    Args:
+        models: what is served.
+        max_json: bytes of a request that may be read number by number.
+    """
+
+    def __init__(self, models: ModelRepository, max_json: int) -> None:
+        super().__init__(model_registry=models)
+        self._max_json = max_json
+
+    def check_listed(self, size: int) -> None:
+        """Refuse a request of which so many bytes would have to be read number by number.
+
+        Raises:
+            TooLargeError: they are more than `max_json`.
+        """
+        if size > self._max_json:
+            raise TooLargeError(
+                f"a request may hold at most {self._max_json:,} bytes of numbers one by one (JSON, or contents over "
+                f"gRPC), got {size:,}: send raw bytes, as clients do by default, or fewer images; --max-json-mb sets "
+                "the server's limit"
+            )
 
     def metadata(self) -> dict[str, Any]:
         return {
             "name": "tetdeploy",
             "version": __version__,
-            "extensions": ["binary_tensor_data", "sequence", "parameters"],
+            "extensions": ["binary_tensor_data", "sequence", "sequence(string_id)", "parameters"],
         }
 
     async def ready(self) -> bool:
@@ -222,8 +266,10 @@ class TensorDataPlane(DataPlane):  # type: ignore[misc]
 
         Raises:
             InvalidInput: it is neither.
+            TooLargeError: the JSON is.
         """
         length = _json_length(headers.get(JSON_LENGTH), len(body))
+        self.check_listed(length)
         try:
             request = _BinaryRequest.model_validate_json(body if length == len(body) else body[:length])
         except ValidationError as error:

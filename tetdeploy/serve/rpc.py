@@ -46,6 +46,8 @@ class _Servicer(InferenceServicer):  # type: ignore[misc]
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         self._data_plane.running(request.model_name, request.model_version)
+        if any(given.HasField("contents") for given in request.inputs):
+            self._data_plane.check_listed(request.ByteSize())
         return await super().ModelInfer(request, context)
 
 

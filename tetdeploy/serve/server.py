@@ -83,7 +83,7 @@ async def _serve(
         metrics.watch(served)
         models.append(OpenInferenceModel(served))
         repository.update(models[-1])
-    plane = TensorDataPlane(model_registry=repository)
+    plane = TensorDataPlane(repository, sizes.max_json)
     stop, budget = _stop_signal(), Budget(sizes.max_total)
     with _listening(address) as listener:
         calls = Calls(metrics, budget)
