@@ -11,6 +11,8 @@ import torch
 from hypothesis import settings
 from onnxscript.values import TracedOnnxFunction
 
+import tetdeploy  # noqa: F401  before a test imports ONNX Runtime, which then sends nothing
+
 pytest_plugins = ["ci_skips"]
 
 # torch.onnx asks for it of 500 functions at every export, and each answer parses a function's source: a fourth of the
