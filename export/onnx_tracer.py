@@ -20,7 +20,7 @@ from tetdeploy.data import Encoding
 from tetdeploy.folding import count_batchnorm
 from tetdeploy.int8.quantisation import Scales, quantise
 from tetdeploy.names import first_line
-from tetdeploy.tracing import Tracer, example_input, quiet
+from tetdeploy.tracing import Tracer, quiet
 
 from .half import halve
 from .int8 import set_scales, translate_int8_conv
@@ -75,7 +75,7 @@ class OnnxTracer:
         tracer, rounded = self.tracer, []
         program = tracer.program(T, step=step)
         if self._fold_bn:
-            inputs, shapes = example_input(tracer.classifier, T, tracer.encoding, step, tracer.uint8)
+            inputs, shapes = tracer.example(T, step)
             folded = tracer.folded(T, step=step)
             with torch.no_grad(), quiet():
                 rounded = quantise(folded, int8)

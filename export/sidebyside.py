@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tetdeploy.engine import Engine, Result
+from tetdeploy.names import section
 from tetdeploy.networks import Classifier, run_network
-from tetdeploy.resumable import join, split
+from tetdeploy.resumable import join
 from tetdeploy.sweep import median_ms, running_class
 
 from .comparison import Comparison
@@ -144,7 +145,7 @@ class SideBySide:
         self.correct, self.fired = arrays["correct"].copy(), arrays["fired"].copy()
         self.sums.local_error = float(arrays["local_error"])
         for name, part in self._parts().items():
-            part.restore(split(arrays, name))
+            part.restore(section(arrays, f"{name}/"))
 
 
 def _of_differing(current: Tensor, spikes: Tensor, different: Tensor, tau: float, v_th: float) -> tuple[Tensor, Tensor]:

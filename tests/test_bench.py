@@ -79,10 +79,10 @@ def test_numbers_are_those_of_the_clock(model: Path, clocked: Any) -> None:
     timing = Bench(model, batches=[4], threads=[1], steps=[3])
     timing.run(random_input(timing.engine, 3), repeats=100)
     (row,) = timing.rows
-    assert (row.batch, row.threads, row.T, row.calls) == (4, 1, 3, 100)
-    assert row.median_ms == pytest.approx(50.5) and row.p95_ms == pytest.approx(95.05)
-    assert row.p99_ms == pytest.approx(99.01)
-    assert row.images_per_s == pytest.approx(4 * 100 / 5.05)
+    assert (row["batch"], row["threads"], row["T"], row["calls"]) == (4, 1, 3, 100)
+    assert row["median_ms"] == pytest.approx(50.5) and row["p95_ms"] == pytest.approx(95.05)
+    assert row["p99_ms"] == pytest.approx(99.01)
+    assert row["images_per_s"] == pytest.approx(4 * 100 / 5.05)
 
 
 def test_settings_take_turns_in_changing_order(model: Path, clocked: Any) -> None:
@@ -102,7 +102,7 @@ def test_repeats_are_exact(model: Path, clocked: Any) -> None:
     timing = Bench(model, batches=[1, 8], threads=[1])
     ticks: list[float] = []
     timing.run(random_input(timing.engine, 4), repeats=7, share_done=ticks.append)
-    assert [row.calls for row in timing.rows] == [7, 7]
+    assert [row["calls"] for row in timing.rows] == [7, 7]
     assert ticks == sorted(ticks) and ticks[-1] == 1.0
 
 
@@ -110,7 +110,7 @@ def test_seconds_end_it_but_every_setting_has_a_turn(model: Path, clocked: Any) 
     clock = clocked(lambda call, k: 0.1)
     timing = Bench(model, batches=[1, 8], threads=[1])
     timing.run(random_input(timing.engine, 4), seconds=0.01)
-    assert [row.calls for row in timing.rows] == [CALLS_PER_TURN] * 2
+    assert [row["calls"] for row in timing.rows] == [CALLS_PER_TURN] * 2
     clock.now = 0.0
     timing.run(random_input(timing.engine, 4), seconds=6.0)
     assert 6.0 <= clock.now <= 6.0 + 0.1 * (CALLS_PER_TURN + 1) + 1e-9
@@ -120,8 +120,8 @@ def test_real_calls(model: Path) -> None:
     timing = Bench(model, batches=[1, 32], threads=[1], steps=[8])
     timing.run(random_input(timing.engine, 8), repeats=10)
     one, many = timing.rows
-    assert 0 < one.median_ms <= one.p95_ms <= one.p99_ms
-    assert one.median_ms < many.median_ms  # 32 images take longer than one
+    assert 0 < one["median_ms"] <= one["p95_ms"] <= one["p99_ms"]
+    assert one["median_ms"] < many["median_ms"]  # 32 images take longer than one
     assert set(timing.load_ms) == {1} and timing.load_ms[1] > 0
 
 

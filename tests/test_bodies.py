@@ -16,7 +16,7 @@ pytest.importorskip("starlette", reason="needs the extra serve")
 from starlette.types import Message, Receive, Scope, Send
 
 from tetdeploy.serve import bodies
-from tetdeploy.serve.bodies import BodyLimit, Budget, OverBudgetError
+from tetdeploy.serve.bodies import BodyLimit, Budget, OverBudgetError, Share
 
 
 class Client:
@@ -159,7 +159,7 @@ def test_a_refused_body_that_keeps_coming_gets_its_refusal_when_the_time_is_up(m
     async def test(limit: BodyLimit, app: App) -> None:
         large, over = Client(limit), Client(limit)
         await large.send(bytes(101), more=True)
-        others = limit.budget.share()
+        others = Share(limit.budget)
         others.add(200)
         await over.send(bytes(60), more=True)
         status, error = await large.answer()
@@ -287,7 +287,7 @@ def test_a_call_that_is_cancelled_while_its_answer_is_read_says_nothing_more() -
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 60)), max_size=40))
 def test_a_budget_is_the_sum_of_its_shares(added: list[tuple[int, int]]) -> None:
     budget, sizes = Budget(100), [0] * 5
-    shares = [budget.share() for _ in sizes]
+    shares = [Share(budget) for _ in sizes]
     for who, size in added:
         if sum(sizes) + size <= 100:
             shares[who].add(size)

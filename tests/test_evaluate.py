@@ -113,7 +113,7 @@ def test_the_file_that_was_trained_on_is_named(runs: Path) -> None:
         (["runs/snn", "--device", "cuda:x"], 1, "Error: unknown device 'cuda:x'; choose auto"),
         (["runs/snn", "--precision", "int8"], 2, "Invalid value for '--precision'"),
         (["runs/snn", "--T", "0"], 2, "T must lie in 1..1024"),
-        (["runs/ann", "--split", "val"], 1, "Error: --split validation: the run held out no images"),
+        (["runs/ann", "--split", "val"], 1, "Error: --split validation: a run held out no images"),
         (["runs/snn", "--data", "other.npz"], 1, "Error: other.npz has images of shape (1, 6, 6); the network wants"),
     ],
 )

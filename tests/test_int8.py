@@ -151,7 +151,7 @@ def test_one_onnx_trace_serves_both_methods_and_the_graph(
     layout: str, T: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: Counter[str] = Counter()
-    for owner, name in ((torch.onnx, "export"), (tracing, "traced_program")):
+    for owner, name in ((torch.onnx, "export"), (tracing.Tracer, "_trace")):
         plain = getattr(owner, name)
 
         def counted(*args: Any, _plain: Any = plain, _name: str = name, **options: Any) -> Any:
@@ -162,7 +162,7 @@ def test_one_onnx_trace_serves_both_methods_and_the_graph(
     export_anew(tmp_path / "m.onnx", layout, T=T)
     assert calls["export"] == 1
     if (layout, T) == ("unrolled", 3):  # others calibrate and are checked at more than one T
-        assert calls["traced_program"] == 1
+        assert calls["_trace"] == 1
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])

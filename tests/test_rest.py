@@ -139,11 +139,12 @@ print(json.dumps([status, ended, budget.held, refused]))
 def test_the_energy_of_a_step_is_found_on_the_servers_threads() -> None:
     options, _ = run(
         """
-from tetdeploy.serve import server
+from tetdeploy.serve import models
 said = []
-server.Engine = lambda path, **options: said.append(options)
-server.step_energy_pj = lambda engine: 1.0
-server._step_energy_pj(SimpleNamespace(device="cpu", path="m.onnx", runtime="onnxruntime"), 3)
+models.Engine = lambda path, **options: said.append(options)
+def nothing(engine): raise ValueError
+models.load_reference = nothing
+models.step_energy_pj(SimpleNamespace(device="cpu", path="m.onnx", runtime="onnxruntime"), 3)
 print(json.dumps(said))
 """
     )

@@ -691,7 +691,7 @@ def test_an_address_of_ipv6_is_one_to_ask() -> None:
 
 
 def test_says_what_makes_it_slower_than_it_could_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    def serve(*arguments: Any, announce: Callable[[str, str], None], **options: Any) -> None:
+    async def serve(*arguments: Any, announce: Callable[[str, str], None], **options: Any) -> None:
         announce("127.0.0.1:1", "127.0.0.1:2")
 
     monkeypatch.setitem(

@@ -37,26 +37,6 @@ class Setting:
     T: int
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one setting took.
-
-    Attributes:
-        median_ms, p95_ms, p99_ms: of one call of `Engine.run`, in milliseconds.
-        images_per_s: images over time, of all calls.
-        calls: how many were timed.
-    """
-
-    batch: int
-    threads: int
-    T: int
-    median_ms: float
-    p95_ms: float
-    p99_ms: float
-    images_per_s: float
-    calls: int
-
-
 class Bench:
     """Times one model; `run` may be interrupted, `rows` has what was timed until then.
 
@@ -159,9 +139,9 @@ class Bench:
             done += count
 
     @property
-    def rows(self) -> tuple[Row, ...]:
-        """Of the settings that had a call."""
-        return tuple(_row(setting, taken) for setting, taken in self._seconds.items() if taken)
+    def rows(self) -> list[dict[str, Any]]:
+        """Of the settings that had a call, as JSON: see `_row`."""
+        return [_row(setting, taken) for setting, taken in self._seconds.items() if taken]
 
     def to_dict(self, data: str) -> dict[str, Any]:
         """The result as JSON. `data`: what the images were."""
@@ -172,14 +152,16 @@ class Bench:
             "size_bytes": self.engine.path.stat().st_size,
             "load_ms": [{"threads": count, "load_ms": taken} for count, taken in self.load_ms.items()],
             "machine": machine(self.engine) | {"load": self._load},
-            "rows": [asdict(row) for row in self.rows],
+            "rows": self.rows,
         } | engine_provenance(self.engine)
 
 
-def _row(setting: Setting, seconds: Sequence[float]) -> Row:
-    median, p95, p99 = (float(ms) for ms in np.percentile(np.array(seconds) * 1e3, (50, 95, 99)))
-    return Row(**asdict(setting), median_ms=median, p95_ms=p95, p99_ms=p99,
-               images_per_s=setting.batch * len(seconds) / sum(seconds), calls=len(seconds))  # fmt: skip
+def _row(setting: Setting, seconds: Sequence[float]) -> dict[str, Any]:
+    """A setting, milliseconds of one call of `Engine.run`, images over time of all calls, how many were timed."""
+    percentiles = np.percentile(np.array(seconds) * 1e3, (50, 95, 99)).tolist()
+    times = dict(zip(("median_ms", "p95_ms", "p99_ms"), percentiles, strict=True))
+    rate = setting.batch * len(seconds) / sum(seconds)
+    return asdict(setting) | times | {"images_per_s": rate, "calls": len(seconds)}
 
 
 def random_input(engine: Engine, T: int) -> NDArray[Any]:

@@ -183,7 +183,7 @@ class Operations:
         return {"mac_ops": mac_ops, "energy_pj": energy_pj}
 
     def _layer_dict(self, layer: Layer, steps: Sequence[int]) -> dict[str, Any]:
-        rows = [self.of(layer, T).to_dict(T) | {"input_rate": self.input_rate(layer, T)} for T in steps]
+        rows = [{"T": T} | self.of(layer, T).to_dict() | {"input_rate": self.input_rate(layer, T)} for T in steps]
         return {
             "name": layer.name,
             "from_input": layer.from_input,
@@ -234,10 +234,10 @@ class OperationCount:
     def __add__(self, other: OperationCount) -> OperationCount:
         return OperationCount(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
 
-    def to_dict(self, T: int) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float]:
         """The two counts and the three bills, as JSON."""
         names = ("ac_ops", "mac_ops", "energy_pj", "energy_exact_pj", "energy_once_pj")
-        return {"T": T} | {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names}
 
 
 def other_ops(metadata: Mapping[str, Any]) -> dict[str, int]:

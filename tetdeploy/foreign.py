@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from tetdeploy.checkpoint import check_keys, save_checkpoint
-from tetdeploy.data import Encoding
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
 from tetdeploy.files import sha256_of
 from tetdeploy.names import shorten
@@ -47,21 +46,11 @@ ARCHITECTURES = {
 }
 
 
-@dataclass(frozen=True)
-class _Data:
-    """Normalisation, classes and encoding of what the authors trained on."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    class_names: tuple[str, ...]
-    encoding: Encoding = "direct"
-
-
-_DATA = {
-    "cifar10": _Data(CIFAR10.mean, CIFAR10.std, CIFAR10.class_names),
-    "cifar100": _Data(CIFAR100.mean, CIFAR100.std, CIFAR100.class_names),
-    "dvs-cifar10": _Data((0.0, 0.0), (1.0, 1.0), CIFAR10.class_names, "frames"),  # which are only scaled, to [0, 1]
+# What the authors trained on, as a `Classifier` takes it; frames are only scaled, to [0, 1].
+_DATA: dict[str, dict[str, Any]] = {
+    c.name: {"mean": c.mean, "std": c.std, "class_names": c.class_names} for c in (CIFAR10, CIFAR100)
 }
+_DATA["dvs-cifar10"] = _DATA["cifar10"] | {"mean": (0.0, 0.0), "std": (1.0, 1.0), "encoding": "frames"}
 _OTHER_DATA = "; for other data put what import_checkpoint gives into a Classifier, in Python, and save_checkpoint that"
 
 
@@ -144,24 +133,16 @@ def import_to_checkpoint(
         raise ValueError(f"T must be at least 1, got {T}")
     if data is not None and data not in _DATA:
         raise ValueError(f"the normalisation of {data!r} is not known; choose one of {', '.join(_DATA)}{_OTHER_DATA}")
-    imported = import_checkpoint(file, arch, in_channels=len(_DATA[data].mean) if data else None)
+    imported = import_checkpoint(file, arch, in_channels=len(_DATA[data]["mean"]) if data else None)
     config = imported.config
     data = data or _trained_on(arch, config.num_classes)
     known = _DATA[data]
-    if len(known.class_names) != config.num_classes:
+    if len(known["class_names"]) != config.num_classes:
         raise ValueError(
-            f"{file} tells {config.num_classes} classes apart, but {data} has {len(known.class_names)}; "
+            f"{file} tells {config.num_classes} classes apart, but {data} has {len(known['class_names'])}; "
             "choose the data it was trained on"
         )
-    classifier = Classifier(
-        imported.network,
-        config=config,
-        mean=known.mean,
-        std=known.std,
-        class_names=known.class_names,
-        data=data,
-        encoding=known.encoding,
-    )
+    classifier = Classifier(imported.network, config=config, data=data, **known)
     save_checkpoint(path, classifier, training={} if T is None else {"T": T}, provenance=_provenance(Path(file), arch))
     num_parameters = sum(p.numel() for p in imported.network.parameters())
     return ImportedCheckpoint(path, data, config, num_parameters, imported.num_keys, imported.num_merged)
@@ -297,7 +278,7 @@ def _trained_on(arch: str, num_classes: int) -> str:
     """The data that the authors trained an architecture on."""
     if arch != "resnet19":
         return "dvs-cifar10"
-    names = [name for name in ("cifar10", "cifar100") if len(_DATA[name].class_names) == num_classes]
+    names = [name for name in ("cifar10", "cifar100") if len(_DATA[name]["class_names"]) == num_classes]
     if not names:
         raise ValueError(
             f"a resnet19 of {num_classes} classes was trained neither on cifar10 nor on cifar100{_OTHER_DATA}"

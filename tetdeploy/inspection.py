@@ -60,7 +60,10 @@ def _inspect_safetensors(file: Path) -> dict[str, Any]:
     header = read_header(file)
     metadata = header.pop("__metadata__", None) or {}
     try:
-        tensors = {name: (_dtype(entry["dtype"]), [int(d) for d in entry["shape"]]) for name, entry in header.items()}
+        tensors = {
+            name: (_DTYPES.get(entry["dtype"], str(entry["dtype"])), [int(d) for d in entry["shape"]])
+            for name, entry in header.items()
+        }
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{file} is damaged: its header does not describe its tensors ({error!r})") from error
     if METADATA_KEY not in metadata:
@@ -173,10 +176,6 @@ def _port(port: Any) -> dict[str, Any]:
     """An input or output; `batch` and other free dimensions are names."""
     dtype = str(port.type).removeprefix("tensor(").removesuffix(")")
     return {"name": port.name, "shape": list(port.shape), "dtype": {"float": "float32"}.get(dtype, dtype)}
-
-
-def _dtype(name: str) -> str:
-    return _DTYPES.get(name, str(name))
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

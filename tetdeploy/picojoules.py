@@ -7,7 +7,7 @@ the TET paper follows. They are of the arithmetic alone: memory, which costs mor
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,7 @@ def energy_constants(
     if not own:
         return CONSTANTS[precision]
     source = "given: " + ", ".join(f"{name} {value:g}" for name, value in own.items())
-    if ac_pj is not None and mac_pj is not None:
-        return EnergyConstants(ac_pj, mac_pj, source)
+    if len(own) == 2:
+        return EnergyConstants(**own, source=source)
     known = CONSTANTS[precision]
-    return EnergyConstants(
-        known.ac_pj if ac_pj is None else ac_pj,
-        known.mac_pj if mac_pj is None else mac_pj,
-        f"{source}; the other: {known.source}",
-    )
+    return replace(known, **own, source=f"{source}; the other: {known.source}")

@@ -42,11 +42,6 @@ def join(parts: Mapping[str, Sums]) -> dict[str, NDArray[Any]]:
     return {f"{name}/{key}": value for name, part in parts.items() for key, value in part.arrays().items()}
 
 
-def split(arrays: Arrays, name: str) -> dict[str, NDArray[Any]]:
-    """The arrays of one part."""
-    return section(arrays, f"{name}/")
-
-
 class Pass:
     """One pass of a data set through the counting graph.
 
@@ -107,7 +102,7 @@ class Pass:
         """
         try:
             for name, part in self._parts().items():
-                part.restore(split(arrays, name))
+                part.restore(section(arrays, f"{name}/"))
             self.done = int(arrays["done"])
         except KeyError as error:
             raise ValueError(f"the unfinished run lacks {error}; pass --restart to begin anew") from error

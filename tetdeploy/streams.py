@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tetdeploy.batches import parts
 from tetdeploy.engine import Array, Engine
 from tetdeploy.files import atomic_write, opened_npz
 from tetdeploy.stream import StepResult
@@ -204,10 +205,11 @@ class StreamPool:
             if not self._encodes and repeated:  # what is shown again is computed again, so that all share a call
                 shown |= {id: self._carried["x"][self._row[id]] for id in repeated}
                 repeated = []
-            parts = _parts(list(shown), self.max_batch)
-            batches = [self._stack({id: shown[id] for id in ids}) for ids in parts]
-            pushes: list[tuple[list[int], Array | None]] = list(zip(parts, batches, strict=True))
-            pushes += [(ids, None) for ids in _parts(repeated, self.max_batch)]
+            groups = [[*shown][part] for part in parts(len(shown), self.max_batch)]
+            pushes: list[tuple[list[int], Array | None]] = [
+                (ids, self._stack({id: shown[id] for id in ids})) for ids in groups
+            ]
+            pushes += [(repeated[part], None) for part in parts(len(repeated), self.max_batch)]
             calls = [(ids, x, self._call(ids, x)) for ids, x in pushes]
             results: dict[int, StepResult] = {}
             for ids, x, outputs in calls:
@@ -340,7 +342,3 @@ class _Rows:
             self._arrays[name] = np.zeros((capacity, *array.shape[1:]), array.dtype)
             self._arrays[name][: self.count] = array[: self.count]
         self._capacity = capacity
-
-
-def _parts(ids: list[int], size: int) -> list[list[int]]:
-    return [ids[start : start + size] for start in range(0, len(ids), size)]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +32,15 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], content: Mapp
         OSError: the file cannot be written; an earlier one is as it was.
     """
     safetensors = import_extra("safetensors.torch", "train")
+    from safetensors import SafetensorError
+
     # Each tensor its own copy: safetensors refuses tensors that share memory, as those of a module used twice do.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with atomic_write(path) as temporary, _naming(path):
-        safetensors.save_file(copies, temporary, metadata={METADATA_KEY: json.dumps(content)})
+    with atomic_write(path) as temporary:
+        try:
+            safetensors.save_file(copies, temporary, metadata={METADATA_KEY: json.dumps(content)})
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"cannot write {path}: {error}; an earlier file there is as it was") from error
 
 
 def read_tensors(path: Path | str) -> dict[str, Tensor]:
@@ -120,14 +124,3 @@ def _refuse_pickle(path: Path, start: bytes) -> None:
             f"{path} is {kind}, not a checkpoint of tetdeploy; it is not opened, because unpickling can run code. "
             "Checkpoints are .safetensors files"
         )
-
-
-@contextmanager
-def _naming(path: Path | str) -> Iterator[None]:
-    """Turn what safetensors raises on a failed write into an OSError that names the file."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}; an earlier file there is as it was") from error

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 from typing import Any
 
@@ -59,7 +60,7 @@ class Tracer:
         """
         if (T, step) not in self._programs:
             with torch.no_grad(), quiet():
-                self._programs[T, step] = traced_program(self.classifier, T, self.encoding, step, self.uint8)
+                self._programs[T, step] = self._trace(T, step)
         return self._programs[T, step]
 
     def folded(self, T: int | None, *, step: bool = False, trainable: bool = False) -> fx.GraphModule:
@@ -73,43 +74,30 @@ class Tracer:
             ValueError: the network cannot be traced; FoldingError from folding.
         """
         with torch.no_grad(), quiet():
-            return without_bn(self.program(T, step=step), trainable=trainable)
+            try:
+                return fold_batchnorm(self.program(T, step=step), trainable=trainable)
+            except FoldingError as error:  # modules are called as the network does, without our boundary round it
+                raise FoldingError(str(error).replace("classifier.network.", "")) from error
 
+    def example(self, T: int | None, step: bool) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """Example inputs (a batch of 2) and which of their dimensions are dynamic."""
+        batch, time = torch.export.Dim("batch"), torch.export.Dim("T")
+        zeros = partial(torch.zeros, dtype=torch.uint8 if self.uint8 else torch.float32)
+        device, shape, steps = self.classifier.mean.device, self.classifier.image_shape, T or 3
+        if self.encoding == "frames" and not step:
+            return (zeros((2, steps, *shape), device=device),), ({0: batch, 1: time} if T is None else {0: batch},)
+        x = zeros((2, *shape), device=device)
+        if T is not None:
+            return (x,), ({0: batch},)
+        return (x, torch.zeros((2, steps), dtype=torch.uint8, device=device)), ({0: batch}, {0: batch, 1: time})
 
-def traced_program(
-    classifier: Classifier, T: int | None, encoding: Encoding, step: bool, uint8: bool
-) -> torch.export.ExportedProgram:
-    boundary = _Boundary(classifier, T=T, encoding=encoding, step=step).eval()
-    inputs, shapes = example_input(classifier, T, encoding, step, uint8)
-    try:
-        return torch.export.export(boundary, inputs, dynamic_shapes=shapes)
-    except Exception as error:  # torch.export raises many kinds for what a network's code may do
-        raise ValueError(_why_untraceable(error, T)) from error
-
-
-def without_bn(program: torch.export.ExportedProgram, *, trainable: bool) -> fx.GraphModule:
-    """The program without BN; refusals name modules as the network does, without our boundary round it."""
-    try:
-        return fold_batchnorm(program, trainable=trainable)
-    except FoldingError as error:
-        raise FoldingError(str(error).replace("classifier.network.", "")) from error
-
-
-def example_input(
-    classifier: Classifier, T: int | None, encoding: Encoding, step: bool, uint8: bool
-) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """Example inputs (a batch of 2) and which of their dimensions are dynamic."""
-    batch, time = torch.export.Dim("batch"), torch.export.Dim("T")
-    dtype = torch.uint8 if uint8 else torch.float32
-    device = classifier.mean.device
-    steps = T or 3
-    if encoding == "frames" and not step:
-        x = torch.zeros((2, steps, *classifier.image_shape), dtype=dtype, device=device)
-        return (x,), ({0: batch, 1: time} if T is None else {0: batch},)
-    x = torch.zeros((2, *classifier.image_shape), dtype=dtype, device=device)
-    if T is not None:
-        return (x,), ({0: batch},)
-    return (x, torch.zeros((2, steps), dtype=torch.uint8, device=device)), ({0: batch}, {0: batch, 1: time})
+    def _trace(self, T: int | None, step: bool) -> torch.export.ExportedProgram:
+        boundary = _Boundary(self.classifier, T=T, encoding=self.encoding, step=step).eval()
+        inputs, shapes = self.example(T, step)
+        try:
+            return torch.export.export(boundary, inputs, dynamic_shapes=shapes)
+        except Exception as error:  # torch.export raises many kinds for what a network's code may do
+            raise ValueError(_why_untraceable(error, T)) from error
 
 
 def _why_untraceable(error: Exception, T: int | None) -> str:

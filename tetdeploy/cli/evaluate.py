@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file, refuse_classes
+from tetdeploy.cli.inputs import check_classes, load_classifier, load_part, note_own_file
 from tetdeploy.cli.options import PARTS, data_dir_option, json_option, parsed_steps, runs_option
 from tetdeploy.cli.terminal import console, image_bar, print_notes
 from tetdeploy.extras import import_extra
@@ -112,16 +112,11 @@ def _images(
     name: str, split: str, limit: int | None, data_dir: Path, metadata: Mapping[str, Any], classifier: Classifier
 ) -> Any:
     """The images to measure on, if the classifier can take them."""
-    from tetdeploy.names import is_npz
-
     fraction = float(metadata["training"].get("val_fraction", 0.0))
-    if split == "validation" and not fraction:
-        raise ValueError("--split validation: the run held out no images (its val_fraction is 0); take train or test")
     if split == "test":
         note_own_file(name, metadata["data"]["name"])
     images = load_part(name, split, data_dir=data_dir, T=trained_T(metadata), fraction=fraction)
-    if not is_npz(name) and tuple(images.class_names) != classifier.class_names:
-        refuse_classes("the network", classifier.class_names, name, tuple(images.class_names))
+    check_classes("the network", classifier.class_names, images)
     return images if limit is None else images.select(slice(limit))
 
 

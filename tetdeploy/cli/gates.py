@@ -11,7 +11,11 @@ import click
 
 FAILED = 3  # exit code of a gate that failed; 1 and 2 are errors
 
-_FIELDS = {"accuracy": "accuracy", "agreement": "top1_agreement", "energy": "energy_pj"}
+_FIELDS = {  # of a result's rows
+    "accuracy": "accuracy",
+    "agreement": "top1_agreement",
+    "energy": "energy_pj",
+}
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,6 @@ class Gate:
     key: str
     wanted: float
     T: int | None = None
-
-    @property
-    def field(self) -> str:
-        """Of a result's rows."""
-        return _FIELDS[self.key]
 
     def passes(self, got: float) -> bool:
         return got <= self.wanted if self.key == "energy" else got >= self.wanted
@@ -80,7 +79,7 @@ def place_gates(gates: Sequence[Gate], steps: Collection[int], trained_T: int) -
 def check_gates(gates: Sequence[Gate], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What each gate, with a T, got from the rows of a result, as JSON: key, T, wanted, got, passed."""
     by_T = {row["T"]: row for row in rows}
-    found = [(gate, by_T[gate.T][gate.field]) for gate in gates]
+    found = [(gate, by_T[gate.T][_FIELDS[gate.key]]) for gate in gates]
     return [asdict(gate) | {"got": got, "passed": got is not None and gate.passes(got)} for gate, got in found]
 
 

@@ -28,14 +28,12 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
     from tetdeploy.data import load_data, load_frames
 
     name = _data_name(engine, data)
-    is_file = is_npz(name)
     note_own_file(name, _own_data(engine))
-    if engine.encoding == "frames" and is_file:
+    if engine.encoding == "frames" and is_npz(name):
         x, labels = load_frames(name)
         return name, x[:limit], labels[:limit]
     test = load_data(name, "test", data_dir=data_dir, T=engine.trained_T)
-    if not is_file and test.class_names != engine.class_names:
-        refuse_classes(engine.path.name, engine.class_names, name, test.class_names)
+    check_classes(engine.path.name, engine.class_names, test)
     test = test if limit is None else test.select(slice(limit))  # images on disk are decoded later, batch by batch
     return name, as_model_input(engine, test.x, mean=test.mean, std=test.std), test.labels
 
@@ -80,8 +78,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
             "calibrate on; name others with --data, or take those it was trained on with --split train"
         )
     images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction)
-    if not is_npz(name) and images.class_names != engine.class_names:
-        refuse_classes(engine.path.name, engine.class_names, name, images.class_names)
+    check_classes(engine.path.name, engine.class_names, images)
     chosen = images.select(slice(limit))
     x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)
     what = {"validation": "held out", "train": "trained on"}[split] if trained_on else f"{split} split, not trained on"
@@ -112,17 +109,19 @@ def load_part(name: str, part: str, *, data_dir: Path, T: int, fraction: float) 
     if part == "test":
         return load_data(name, "test", data_dir=data_dir, T=T)
     train, val = load_parts(name, data_dir=data_dir, T=T, fraction=fraction)
-    if part == "train":
-        return train
-    assert val is not None
-    return val
+    if part == "validation" and val is None:
+        raise ValueError("--split validation: a run held out no images (its val_fraction is 0); take train or test")
+    return train if part == "train" or val is None else val
 
 
-def refuse_classes(model: str, own_names: tuple[str, ...], name: str, names: tuple[str, ...]) -> None:
-    """A label means another class to the data than to the model. (A .npz need not name its classes.)"""
+def check_classes(model: str, own_names: tuple[str, ...], data: LabelledSet) -> None:
+    """Refuse data to which a label means another class than to the model. (A .npz need not name its classes.)"""
+    names = data.class_names
+    if is_npz(data.name) or names == own_names:
+        return
     own, others = (f"{len(n)} classes ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for n in (own_names, names))
     raise ValueError(
-        f"the labels of {name} do not match the model's: it has {others}, {model} knows {own}; "
+        f"the labels of {data.name} do not match the model's: it has {others}, {model} knows {own}; "
         "is this the data it was trained on?"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def serve(
                 console.print(f"{name} is slower than it could be: {engine.lacks_native}", style="yellow", markup=False)
         console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops", markup=False)
 
-    cut_off = server.serve(
+    serving = server.serve(
         engines,
         server.Address(host, http_port, grpc_port),
         Limits(max_batch, max_wait_ms / 1000, queue),
@@ -148,6 +149,7 @@ def serve(
         threads=threads,
         announce=announce,
     )
+    cut_off = asyncio.run(serving)
     if cut_off:
         raise click.ClickException(f"stopped, but {cut_off} of the requests taken could not be answered in time")
     console.print("stopped; all requests taken were answered")

@@ -34,12 +34,6 @@ class ImageFile:
     read: Callable[[], bytes]
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    pixels: NDArray[np.uint8]  # [H, W] when it is grey, else [H, W, 3]
-    grey: bool
-
-
 def decode_images(files: Sequence[ImageFile], *, text: str) -> NDArray[np.uint8]:
     """Decode png, jpeg, webp and bmp files of one size, in threads.
 
@@ -63,14 +57,14 @@ def decode_images(files: Sequence[ImageFile], *, text: str) -> NDArray[np.uint8]
 
     def decode(index: int) -> None:
         try:
-            decoded = _decode(files[index])
+            pixels = _decode(files[index])
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for damaged files
             errors[index] = str(error)
             return
-        sizes[index] = decoded.pixels.shape[:2]
+        sizes[index] = pixels.shape[:2]
         if sizes[index] == (height, width):
-            images[index] = decoded.pixels if decoded.grey else decoded.pixels.transpose(2, 0, 1)
-            colour[index] = not decoded.grey
+            colour[index] = pixels.ndim == 3
+            images[index] = pixels.transpose(2, 0, 1) if colour[index] else pixels
 
     in_threads(decode, len(files), text)
     _refuse_unreadable(files, errors)
@@ -82,18 +76,18 @@ def _first_size(files: Iterable[ImageFile]) -> tuple[int, int]:
     """Height and width of the first file that can be read; 1 x 1 when none can, for the error to come later."""
     for file in files:
         try:
-            height, width = _decode(file).pixels.shape[:2]
+            height, width = _decode(file).shape[:2]
         except Exception:  # reported with all the others
             continue
         return height, width
     return 1, 1
 
 
-def _decode(file: ImageFile) -> _Decoded:
+def _decode(file: ImageFile) -> NDArray[np.uint8]:
+    """`[H, W]` of a grey image, else `[H, W, 3]`."""
     image = open_image(file.read())
-    if image.mode in _GREY_MODES:
-        return _Decoded(np.asarray(image if image.mode == "L" else image.convert("L")), grey=True)
-    return _Decoded(np.asarray(image if image.mode == "RGB" else image.convert("RGB")), grey=False)
+    mode = "L" if image.mode in _GREY_MODES else "RGB"
+    return np.asarray(image if image.mode == mode else image.convert(mode))
 
 
 def open_image(data: bytes) -> Any:

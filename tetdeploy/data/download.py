@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import shutil
 import socket
 import sys
@@ -58,23 +59,17 @@ def download(
             with _bounded_and_quiet():
                 make(temporary)
             data_dir.mkdir(parents=True, exist_ok=True)
-            _move(Path(temporary) / folder, data_dir / folder)
+            made, target = Path(temporary) / folder, data_dir / folder
+            if target.exists():  # an earlier, incomplete one
+                shutil.copytree(made, target, dirs_exist_ok=True, copy_function=os.replace)
+            else:
+                made.replace(target)
     except (MissingExtraError, OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"{name} was not found in {data_dir} and could not be downloaded ({reason}). "
             f"Looked for: {'; '.join(looked_for)}. Put one of these there, or name another folder with --data-dir"
         ) from None
-
-
-def _move(source: Path, target: Path) -> None:
-    if not target.exists():
-        source.replace(target)
-        return
-    for path in source.rglob("*"):  # an earlier, incomplete one is there
-        if path.is_file():
-            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target / path.relative_to(source))
 
 
 @contextlib.contextmanager

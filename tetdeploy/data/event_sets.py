@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.extras import import_extra
+
 from .cache import Arrays, cached
 from .cifar import CIFAR10
 from .download import download
-from .events import READERS, Binning, Size, decode_recordings, import_tonic
+from .events import READERS, Binning, Size, decode_recordings
 from .folder import class_files, in_mixed_order, refuse_different_classes
 from .frames import NUM_MEASURED, FrameSet, count_statistics
 from .images import mixed_order
@@ -67,7 +69,7 @@ def load_n_mnist(split: Split, data_dir: Path, binning: Binning) -> FrameSet:
         ValueError: files are missing or cannot be used.
         MissingExtraError: tonic is not installed.
     """
-    tonic = import_tonic()
+    tonic = import_extra("tonic", "events")
     folder = data_dir / "NMNIST"
     found: dict[Split, list[Path]] = {}
     parts: dict[Split, Path] = {"train": folder / "Train", "test": folder / "Test"}
@@ -91,7 +93,7 @@ def load_dvs_cifar10(split: Split, data_dir: Path, binning: Binning) -> FrameSet
         ValueError: files are missing or cannot be used.
         MissingExtraError: tonic is not installed.
     """
-    tonic = import_tonic()
+    tonic = import_extra("tonic", "events")
     folder = data_dir / "CIFAR10DVS"
     if not any(folder.glob("*/*.aedat4")):
         looked_for = [f"{folder}/<class>/*.aedat4"]

@@ -189,7 +189,7 @@ def decode_recordings(
         MissingExtraError: tonic is needed and not installed.
     """
     if any(path.suffix.lower() != ".npz" for path in paths):
-        import_tonic()
+        import_extra("tonic", "events")
     sensor = sensor or _common_sensor(paths, text)
     frames = np.zeros((len(paths), binning.T, 2, *frame_size(sensor)), np.uint8)
 
@@ -257,7 +257,7 @@ def read_aedat4(path: Path) -> Recording:
     if not cameras:
         raise ValueError("it has no stream of events")
     try:
-        events = import_tonic().io.read_aedat4(str(path))  # the first of these streams
+        events = import_extra("tonic", "events").io.read_aedat4(str(path))  # the first of these streams
     except ValueError as error:
         if "concatenate" not in str(error):
             raise
@@ -268,7 +268,7 @@ def read_aedat4(path: Path) -> Recording:
 
 def read_bin(path: Path) -> Recording:
     """N-MNIST's `.bin`: five bytes an event, of a sensor of 34x34 pixels."""
-    tonic = import_tonic()
+    tonic = import_extra("tonic", "events")
     if path.stat().st_size % 5:
         raise ValueError(f"it has {path.stat().st_size} bytes, which are no events of 5 bytes each: it is cut short")
     width, height, _ = tonic.datasets.NMNIST.sensor_size
@@ -277,12 +277,3 @@ def read_bin(path: Path) -> Recording:
 
 
 READERS: dict[str, Callable[[Path], Recording]] = {".npz": read_npz, ".aedat4": read_aedat4, ".bin": read_bin}
-
-
-def import_tonic() -> Any:
-    """The package tonic.
-
-    Raises:
-        MissingExtraError: it is not installed; names the line that installs it.
-    """
-    return import_extra("tonic", "events")

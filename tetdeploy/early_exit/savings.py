@@ -96,7 +96,7 @@ class Savings:
         steps = np.concatenate(self._steps)
         paired = Paired(len(steps), int((fixed & ~early).sum()), int((~fixed & early).sum()))
         by_steps = [self._of(t, early[steps == t]) for t in range(1, self.T + 1)]
-        fixed_cost = self.tally.operations.at(self.T).to_dict(self.T)
+        fixed_cost = self.tally.operations.at(self.T).to_dict()
         return {
             **asdict(self.exit),
             "T": self.T,
@@ -105,8 +105,8 @@ class Savings:
             **paired.to_dict(),
             "mean_T": float(steps.mean()),
             "by_steps": by_steps,
-            "cost": {key: _mean(by_steps, key) for key in fixed_cost if key != "T"},
-            "fixed_cost": {key: value for key, value in fixed_cost.items() if key != "T"},
+            "cost": {key: _mean(by_steps, key) for key in fixed_cost},
+            "fixed_cost": fixed_cost,
             "seconds": self.seconds["early"],
             "fixed_seconds": self.seconds["fixed"],
             "speedup": self.seconds["fixed"] / self.seconds["early"],
@@ -114,8 +114,8 @@ class Savings:
 
     def _of(self, t: int, right: NDArray[np.bool_]) -> dict[str, Any]:
         """The images that took t steps; operations and energies are per image."""
-        count = self._operations[t].at(t).to_dict(t) if len(right) else {"T": t}
-        return {"num_images": len(right), "accuracy": float(right.mean()) if len(right) else None} | count
+        found = {"T": t, "num_images": len(right), "accuracy": float(right.mean()) if len(right) else None}
+        return found | (self._operations[t].at(t).to_dict() if len(right) else {})
 
 
 def _mean(by_steps: list[dict[str, Any]], key: str) -> float:

@@ -81,13 +81,11 @@ def draw(
         MissingExtraError: matplotlib is not installed.
     """
     matplotlib = import_extra("matplotlib", "report")
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_RC | {"svg.hashsalt": drawable(caption)}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has a font for it
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         paint(axes)
         handles, labels = axes.get_legend_handles_labels()

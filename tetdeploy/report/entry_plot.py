@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tetdeploy.report.document import Plot
-from tetdeploy.report.drawing import Style, draw, short
+from tetdeploy.report.drawing import draw, short
 from tetdeploy.report.results import Measurement, Results
 
 _SMALLEST, _ROW, _DOT = 1.6, 0.2, 0.1  # inches: the plot, an entry of one model, and of each of several
@@ -35,7 +35,7 @@ def plot_by_entry(
 
     def paint(axes: Any) -> None:
         for k, (series, found) in enumerate(values.items()):
-            style = Style.of(results.style_of[series])
+            style = results.style_of[series]
             at, shown = [places[name] for name in found], [value / size for value in found.values()]
             if len(values) == 1:
                 axes.barh(at, shown, color=style.colour, height=0.7)

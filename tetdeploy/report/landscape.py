@@ -79,14 +79,12 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
         OSError: the file cannot be written.
     """
     import_extra("matplotlib", "report")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle
 
     path = Path(path)
     runs = len(landscape.names)
     figure = Figure(figsize=(8.4, 0.9 + 3.15 * runs), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(runs, len(LOSSES), sharex=True, sharey=True, squeeze=False)
     levels, norm = _levels(landscape)
     letters = (first + second for first in ("", *ascii_uppercase) for second in ascii_uppercase)

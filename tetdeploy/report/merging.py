@@ -100,7 +100,8 @@ def _with_agreement(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
     if first.get("neurons"):
         parts["neurons"] = [entry | neurons.get(entry["name"], {}) for entry in first["neurons"]]
     compared = {"num_images": second["num_samples"], "data": second["data"]} | (second.get("agreement") or {})
-    return {**first, **parts, "agreement": compared, "gates": [*first.get("gates", []), *second.get("gates", [])]}
+    gates = [*(first.get("gates") or ()), *(second.get("gates") or ())]
+    return {**first, **parts, "agreement": compared, "gates": gates}
 
 
 def _agreement(entry: Mapping[str, Any]) -> dict[str, Any]:

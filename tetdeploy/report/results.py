@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.names import is_npz
+from tetdeploy.report.drawing import Style
 from tetdeploy.report.merging import has_accuracy, merged
 from tetdeploy.report.reading import Run, model_stem, read_run, read_summary, result_files
 from tetdeploy.report.tables import images_of
@@ -123,11 +124,11 @@ class Results:
         return [source for source in self.sources if not source.measurements]
 
     @cached_property
-    def style_of(self) -> dict[str, int]:
-        """A number for every series, which decides its colour and marker; a source has that of its first series."""
+    def style_of(self) -> dict[str, Style]:
+        """How every series is drawn; a source as its first series."""
         names = [name for source in self.sources for name in source.series]
-        numbers = {name: k for k, name in enumerate(names)}
-        return {source.name: numbers[source.series[0]] for source in self.sources} | numbers
+        styles = {name: Style.of(k) for k, name in enumerate(names)}
+        return {source.name: styles[source.series[0]] for source in self.sources} | styles
 
     def twin_energy(self, run: Run) -> float | None:
         """The energy of an ANN run, in pJ an image, if a spiking network of its very shape was measured."""

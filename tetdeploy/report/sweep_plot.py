@@ -18,7 +18,6 @@ def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:
         OSError: the file cannot be written.
     """
     import_extra("matplotlib", "report")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -26,7 +25,6 @@ def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:
     blue, orange = (Style.of(number).colour for number in range(2))
     steps = [row.T for row in result.rows]
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
     left = figure.add_subplot()
     right = left.twinx()
     left.plot(steps, [100 * row.accuracy for row in result.rows], "o-", color=blue)

@@ -42,10 +42,11 @@ def _with_own_ids(document: Document) -> Document:
     def own(block: Block) -> Block:
         if not isinstance(block, Row):
             return block
-        return Row(tuple(own_plot(item) if isinstance(item, Plot) else item for item in block.items))
-
-    def own_plot(plot: Plot) -> Plot:
-        return replace(plot, svg=_prefixed(plot.svg, f"p{next(numbers)}-"))
+        items = (
+            replace(item, svg=_prefixed(item.svg, f"p{next(numbers)}-")) if isinstance(item, Plot) else item
+            for item in block.items
+        )
+        return Row(tuple(items))
 
     return replace(document, sections=tuple(Section(s.title, tuple(map(own, s.blocks))) for s in document.sections))
 

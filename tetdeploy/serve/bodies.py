@@ -9,6 +9,7 @@ import asyncio
 from dataclasses import dataclass
 from types import TracebackType
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,13 +52,9 @@ class Budget:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.held = max_bytes, 0
 
-    def share(self) -> Share:
-        """What one request holds, given back when the block ends."""
-        return Share(self)
-
 
 class Share:
-    """Bytes of a budget that one request holds."""
+    """Bytes of a budget that one request holds, given back when the block ends."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget, self._size = budget, 0
@@ -99,7 +96,7 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        with self.budget.share() as share:
+        with Share(self.budget) as share:
             answer = _Answer(share, send)
             try:
                 await self._call(scope, receive, answer, share)
@@ -110,8 +107,8 @@ class BodyLimit:
     async def _call(self, scope: Scope, receive: Receive, answer: _Answer, share: Share) -> None:
         try:
             replay = await self._read(scope, receive, share)
-        except _BodyRefusedError as refused:
-            return await JSONResponse({"error": str(refused)}, refused.status)(scope, receive, answer)
+        except HTTPException as refused:
+            return await JSONResponse({"error": refused.detail}, refused.status_code)(scope, receive, answer)
         if replay is not None:
             await self.app(scope, replay, answer)
         return None
@@ -121,9 +118,9 @@ class BodyLimit:
         as it comes: a client that is still sending when the connection closes would not see the answer."""
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         if headers.get(b"content-encoding", "identity").lower() != "identity":
-            raise _BodyRefusedError(415, "compressed bodies are not read here; send them as they are")
+            raise HTTPException(415, "compressed bodies are not read here; send them as they are")
         body, size, more = bytearray(), 0, True  # a list of small parts would hold more than their bytes
-        refused: _BodyRefusedError | None = None
+        refused: HTTPException | None = None
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while more:
@@ -139,30 +136,24 @@ class BodyLimit:
                         body.clear()
                         share.give_back()
         except TimeoutError:
-            refused = refused or _BodyRefusedError(408, f"the body took more than {BODY_SECONDS:g} s to arrive")
+            refused = refused or HTTPException(408, f"the body took more than {BODY_SECONDS:g} s to arrive")
         if size > self.max_bytes:
             wanted = f"a request may hold at most {self.max_bytes:,} bytes, got {size:,}"
-            refused = _BodyRefusedError(413, f"{wanted}; --max-request-mb sets the server's limit")
+            refused = HTTPException(413, f"{wanted}; --max-request-mb sets the server's limit")
         if refused is not None:
             body.clear()  # the error's traceback holds this frame while it is answered
             raise refused
         return _replay(body, receive)
 
-    def _refusal(self, size: int, added: int, share: Share) -> _BodyRefusedError | None:
+    def _refusal(self, size: int, added: int, share: Share) -> HTTPException | None:
         """Why a body of which `size` bytes came, the last `added` just now, is not kept."""
         if size > self.max_bytes:
-            return _BodyRefusedError(413, "")  # its message needs the whole size
+            return HTTPException(413, "")  # its message needs the whole size
         try:
             share.add(added)
         except OverBudgetError as error:
-            return _BodyRefusedError(503, str(error))
+            return HTTPException(503, str(error))
         return None
-
-
-class _BodyRefusedError(ValueError):
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 def _replay(body: bytearray, receive: Receive) -> Receive:

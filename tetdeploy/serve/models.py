@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from tetdeploy.early_exit import Exit, check_calibrated, load_rule
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.serve.scheduler import Limits, Scheduler
-from tetdeploy.serve.sequences import LostSequenceError, Sequence, Sequences
+from tetdeploy.serve.sequences import LostSequenceError, Sequences
 from tetdeploy.stream import StepResult
 from tetdeploy.streams import StreamPool
 
@@ -143,11 +144,7 @@ class ServedModel:
     async def expire(self) -> None:
         """End the sequences that were idle for too long."""
         if self.sequences is not None and (idle := self.sequences.expire(asyncio.get_running_loop().time())):
-            await self.scheduler.on_thread(lambda: self._close(idle))
-
-    def _close(self, sequences: list[Sequence]) -> None:
-        assert self.sequences is not None
-        self.sequences.close(sequences)
+            await self.scheduler.on_thread(partial(self.sequences.close, idle))
 
     def _run(self, key: Hashable, payloads: list[Any]) -> list[Result] | list[StepResult | LostSequenceError]:
         """One call of the engine."""
@@ -186,11 +183,7 @@ class ServedModel:
     def _exit(self, wanted: bool | float, T: int) -> Exit | None:
         if wanted is False:
             return None
-        if self.engine.layout != "step":
-            raise ValueError(
-                f"{self.name} has layout {self.engine.layout} and cannot stop early; "
-                "early_exit needs a model of tetdeploy export --layout step"
-            )
+        self.engine.check_early_exit()
         if wanted is not True:
             return Exit(wanted)
         if self._rule is None:
@@ -219,13 +212,17 @@ def _part(result: Result, rows: slice) -> Result:
     return Result(result.logits[rows], result.per_step[rows], result.steps[rows])
 
 
-def step_energy_pj(engine: Engine) -> float | None:
+def step_energy_pj(engine: Engine, threads: int | None) -> float | None:
     """An estimate of what one step costs: the mean over the first reference images beside the model, run for the T of
-    the training, by the convention `paper`. None where there are none, or the engine counts no spikes."""
+    the training, by the convention `paper`. None where there are none, or on a GPU. By an engine of its own, since the
+    counting graph is not needed again."""
+    if engine.device != "cpu":
+        return None
+    counting = Engine(engine.path, runtime=engine.runtime, threads=threads, native=False)
     try:
         reference = load_reference(engine)
         x = reference.x[:_NUM_MEASURED]
-        _, counts = engine.count(x, reference.T)
+        _, counts = counting.count(x, reference.T)
     except (ValueError, FileNotFoundError):
         return None
     operations = Operations(layers_of(engine.metadata))

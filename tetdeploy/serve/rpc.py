@@ -11,7 +11,7 @@ from grpc_interceptor import AsyncExceptionToStatusInterceptor
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 from kserve.protocol.grpc.servicer import InferenceServicer
 
-from tetdeploy.serve.bodies import Budget
+from tetdeploy.serve.bodies import Budget, Share
 from tetdeploy.serve.errors import CLIENT_LEFT, status_of
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.protocol import TensorDataPlane, refuse_loading
@@ -78,7 +78,7 @@ class Calls(AsyncExceptionToStatusInterceptor):
         is_inference = method_name.endswith("/ModelInfer")
 
         async def within_budget(request: Any, context: Any) -> Any:
-            with self._budget.share() as share:
+            with Share(self._budget) as share:
                 if not is_inference:
                     return await method(request, context)
                 share.add(request.ByteSize())

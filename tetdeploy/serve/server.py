@@ -43,7 +43,7 @@ class Address:
         return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
 
-def serve(
+async def serve(
     engines: dict[str, Engine],
     address: Address,
     limits: Limits,
@@ -65,21 +65,9 @@ def serve(
     Raises:
         OSError: an address cannot be listened to.
     """
-    return asyncio.run(_serve(engines, address, limits, bounds, sizes, threads, announce))
-
-
-async def _serve(
-    engines: dict[str, Engine],
-    address: Address,
-    limits: Limits,
-    bounds: Bounds,
-    sizes: Sizes,
-    threads: int | None,
-    announce: Callable[[str, str], None],
-) -> int:
     metrics, models, repository = Metrics(), [], ModelRepository()
     for name, engine in engines.items():
-        served = ServedModel(name, engine, limits, bounds, metrics.on_call(name, _step_energy_pj(engine, threads)))
+        served = ServedModel(name, engine, limits, bounds, metrics.on_call(name, step_energy_pj(engine, threads)))
         metrics.watch(served)
         models.append(OpenInferenceModel(served))
         repository.update(models[-1])
@@ -120,13 +108,6 @@ async def _stop_grpc(server: grpc.aio.Server, calls: Calls) -> int:
     cut_off, calls.stopping = calls.running, True
     await asyncio.gather(server.stop(None), stopping)
     return cut_off
-
-
-def _step_energy_pj(engine: Engine, threads: int | None) -> float | None:
-    """By an engine of its own, since the counting graph is not needed again."""
-    if engine.device != "cpu":
-        return None
-    return step_energy_pj(Engine(engine.path, runtime=engine.runtime, threads=threads, native=False))
 
 
 def _stop_signal() -> asyncio.Event:

@@ -28,7 +28,7 @@ def _by_steps(results: Results) -> Plot | None:
 
     def paint(axes: Any) -> None:
         for m in measured:
-            style = Style.of(results.style_of[m.name])
+            style = results.style_of[m.name]
             points = m.points("T", "accuracy")
             axes.plot([T for T, *_ in points], [y for *_, y in points], label=short(m.name), **style.options)
             for T, _, y in points:
@@ -60,9 +60,9 @@ def _by_energy(results: Results) -> Plot | None:
         for energy_pj, names in twins.items():
             _draw_twin(axes, energy_pj / size, f" of {', '.join(names[:2])}" if len(twins) > 1 else "")
         for m in measured:
-            _draw_model(axes, m, Style.of(results.style_of[m.name]), size)
+            _draw_model(axes, m, results.style_of[m.name], size)
         for name, energy_pj, validation in trained_twins:
-            star = {"color": Style.of(results.style_of[name]).colour, "markersize": 11}
+            star = {"color": results.style_of[name].colour, "markersize": 11}
             axes.plot(energy_pj / size, validation, "*", label=f"{short(name)} (ANN, validation)", **star)
         energy_axis(axes, energies, unit)
         axes.set_ylabel("accuracy (%)")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tetdeploy.report.document import Note, Plot, Row, Section, Table
-from tetdeploy.report.drawing import Style, draw, energy_unit, short, whole_numbers
+from tetdeploy.report.drawing import draw, energy_unit, short, whole_numbers
 from tetdeploy.report.numbers import joules, milliseconds, operations, percent, rate, times
 from tetdeploy.report.results import Measurement, Results
 
@@ -47,7 +47,7 @@ def _plot(results: Results, key: str, caption: str, label: str, size: float) -> 
         highest = 0.0
         for m in measured:
             values = [value / size for *_, value in m.points("T", key)]
-            style = Style.of(results.style_of[m.name])
+            style = results.style_of[m.name]
             axes.plot([T for T, *_ in m.points("T", key)], values, label=short(m.name), **style.options)
             highest = max(highest, *values)
         axes.set_xlabel("time steps T")

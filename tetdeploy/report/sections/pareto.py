@@ -34,7 +34,7 @@ def pareto_front(results: Results) -> Section | None:
         line = {"where": "post", "color": "0.6", "linewidth": 1.2, "label": "Pareto front"}
         axes.step([p.energy_pj / size for p in front], [p.accuracy for p in front], **line)
         for name in dict.fromkeys(point.name for point in points):
-            _draw_points(axes, [p for p in points if p.name == name], front, Style.of(results.style_of[name]), size)
+            _draw_points(axes, [p for p in points if p.name == name], front, results.style_of[name], size)
         energy_axis(axes, [p.energy_pj for p in points], unit)
         axes.set_ylabel("accuracy (%)")
         percent_axis(axes.yaxis)

@@ -41,7 +41,7 @@ def _curves(results: Results, sources: Sequence[Source], key: str, label: str, c
 
     def paint(axes: Any) -> None:
         for source in sources:
-            style = Style.of(results.style_of[source.name])
+            style = results.style_of[source.name]
             _draw_changes(axes, source, style)
             training, validation = (_Course(source, f"{part}_{key}") for part in ("train", "val"))
             alone = len(sources) == 1
@@ -68,7 +68,7 @@ def _rates(results: Results, sources: Sequence[Source]) -> Plot:
 
     def paint(axes: Any) -> None:
         for source in sources:
-            style = Style.of(results.style_of[source.name])
+            style = results.style_of[source.name]
             rates = _Course(source, "lr")
             axes.plot(*rates.mean, label=short(source.name), markevery=rates.every, **style.options)
         axes.set_xlabel("epoch")
