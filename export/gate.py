@@ -9,20 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine
-from tetdeploy.traced_network import Runnable
+from tetdeploy.traced_network import Runnable, TracedNetwork
 
 from .config import ExportConfig
-from .parity import Parity, compare
+from .parity import Parity, ParityError, compare, compare_folded
 from .progress import Progress, ticker
+
+_NUM_FOLDED = 20
 
 
 def check_graph(
     classifier: Runnable, file: Path, config: ExportConfig, x: NDArray[Any], progress: Progress | None
 ) -> tuple[Parity, Parity | None]:
     """Compare at the graph's own T, or two steps beyond the training's; from random membranes too, where it has state.
+    A graph that hands on the state of T steps is called twice: the second call reads what the first one gave.
 
     Args:
         classifier: what computes the graph's answers in PyTorch.
@@ -30,10 +34,17 @@ def check_graph(
         x: input as the graph takes it.
 
     Raises:
-        ParityError: it differs.
+        ParityError: it differs; or what computes its answers, a network in int8 or fp16, is made of a folded one in
+            float32 that does not compute what the classifier does, layer by layer.
     """
     engine = Engine(file, native=False)  # spikes are read by an overlay, from the plain graph
     T = config.steps_on(x, beyond=2)
+    if isinstance(classifier, TracedNetwork):
+        _check_folding(classifier, engine, x[:_NUM_FOLDED], T)
+    if config.with_state:
+        T *= 2
+        if config.encoding == "frames" and x.shape[1] < T:
+            x = np.concatenate([x, x], axis=1)  # the same frames again
     what = f"the {config.layout} graph"
     parity = compare(classifier, engine, x, T, tick=ticker(progress, "checking against PyTorch", len(x)))
     parity.check(what)
@@ -49,3 +60,13 @@ def check_graph(
     # One step from random membranes may leave two classes near a tie, so that here spikes decide, not classes.
     replace(from_state, top1_agreement=1.0).check(f"{what} from a non-zero state")
     return parity, from_state
+
+
+def _check_folding(reduced: TracedNetwork, engine: Engine, x: NDArray[Any], T: int) -> None:
+    folded = compare_folded(reduced, engine, x, T)
+    if not folded.is_local:
+        raise ParityError(
+            f"with BN folded, a layer does not compute what it did: in the worst one {folded.local_mismatch_rate * 1e6:,.0f} "
+            f"of a million neuron-steps differ, and logits by {folded.local_logit_error:.1e} of the largest, on "
+            f"{folded.num_images} images at T={T}; nothing was written"
+        )

@@ -143,7 +143,7 @@ class HalfNetwork(TracedNetwork):
         self._places, self._round_currents = places, round_currents
 
     def trace(self, T: int) -> Callable[[Tensor], Any]:
-        module = self._tracer.folded(T)
+        module = self.tracer.folded(T)
         halve(module, [layer for layer in placed_layers(module) if layer.place in self._places])
         return _RoundingInterpreter(module, self._round_currents).run
 

@@ -19,7 +19,7 @@ from tetdeploy.batches import parts
 from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier
 from tetdeploy.stream import Stream
-from tetdeploy.traced_network import Runnable
+from tetdeploy.traced_network import Runnable, TracedNetwork
 
 from .causality import InFloat64
 from .comparison import Comparison
@@ -147,6 +147,17 @@ def compare(
     state = None if first_state is None else [u[worst_images] for u in first_state]
     there = float(images[worst_images].mean() / (sums.whole.sizes.sum() * T))
     return replace(parity, amplified=(there, _rounding(classifier, x[worst_images], T, state)))
+
+
+def compare_folded(reduced: TracedNetwork, engine: Engine, x: NDArray[Any], T: int) -> Parity:
+    """The folded network in float32, of which int8 and fp16 are made, beside the classifier, which stands for the
+    engine: both in PyTorch."""
+    sums = Comparison(TracedNetwork(reduced.tracer), engine, T)
+    for part in parts(len(x), _BATCH):
+        per_step, spikes = run_torch(reduced.classifier, x[part], T)
+        sums.add(x[part], per_step, spikes)
+        sums.add_local(x[part], per_step, spikes)
+    return _parity(sums, T)
 
 
 def _parity(sums: Comparison, T: int) -> Parity:

@@ -33,6 +33,7 @@ from export_helpers import (
 from torch import Tensor, nn
 
 import tetdeploy
+from tetdeploy import folding
 from tetdeploy.engine import Engine
 from tetdeploy.export import (
     ExportConfig,
@@ -473,6 +474,19 @@ def test_a_graph_with_another_threshold_is_not_written(earlier: Path, monkeypatc
         export_convsnn(earlier, ExportConfig(T=4), digits().images[:60])
 
 
+@pytest.mark.parametrize(("precision", "target"), [("int8", "cpu"), ("fp16", "cuda")])
+def test_a_reduced_graph_of_wrongly_folded_bn_is_not_written(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, target: Any
+) -> None:
+    """What computes such a graph's answers in PyTorch is folded as well, and agrees with it."""
+    net, x = copy.deepcopy(convsnn()), digits().images  # a copy has no trace yet
+    monkeypatch.setattr(folding, "_eps", lambda bn: 3.0)
+    with pytest.raises(
+        ParityError, match=r"with BN folded, a layer does not compute what it did: .* nothing was written"
+    ):
+        export_model(net, earlier, ExportConfig(precision=precision, target=target), x[:60], calibration=(x[:32], None))
+
+
 def test_a_graph_with_other_weights_is_not_written(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = classifier(Small())
     build = model.build_graph
@@ -498,8 +512,25 @@ def test_an_unrolled_graph_that_ignores_its_state_is_not_written(
         return step(self, current, None if given else u, *args, **options)
 
     monkeypatch.setattr(neuron_steps.StepBuilder, "step", first_step_from_zero)
-    with pytest.raises(ParityError, match="from a non-zero state does not compute"):
+    with pytest.raises(ParityError, match=r"unrolled graph does not compute .* at T=10"):
         export_model(classifier(Small()), earlier, ExportConfig(T=5, with_state=True), digits().images[:60])
+
+
+@pytest.mark.parametrize("encoding", ["direct", "frames"])
+def test_an_unrolled_graph_that_gives_out_another_state_is_not_written(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch, encoding: Any
+) -> None:
+    step, steps = neuron_steps.StepBuilder.step, itertools.count()
+
+    def last_membrane_halved(self: Any, *args: Any, reset: bool) -> Any:
+        fired, u = step(self, *args, reset=reset)
+        return fired, self("Mul", u, self.number(0.5)) if next(steps) % 5 == 4 else u
+
+    monkeypatch.setattr(neuron_steps.StepBuilder, "step", last_membrane_halved)
+    config = ExportConfig(T=5, with_state=True, encoding=encoding)
+    x = digits().images[:60] if encoding == "direct" else frames(60, 5)
+    with pytest.raises(ParityError, match=r"unrolled graph does not compute .* at T=10"):
+        export_convsnn(earlier, config, x)
 
 
 # ------------------------------------------------------------------------------------------------ networks of one's own

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -16,7 +15,8 @@ from tetdeploy.tracing import Tracer
 
 
 class TracedNetwork(nn.Module):
-    """Called like a `Classifier`: images `[N, C, H, W]` and T, or frames `[T, N, C, H, W]`, to logits `[T, N, K]`.
+    """The network with BN folded (Eq. 6). Called like a `Classifier`: images `[N, C, H, W]` and T, or frames
+    `[T, N, C, H, W]`, to logits `[T, N, K]`.
 
     Args:
         tracer: of the classifier, which is traced at each T it is called with, and put into inference mode by that.
@@ -26,12 +26,12 @@ class TracedNetwork(nn.Module):
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.classifier, self.encoding = tracer.classifier, tracer.encoding
-        self._tracer = tracer
+        self.tracer = tracer
         self._by_T: dict[int, Callable[[Tensor], Any]] = {}
 
-    @abstractmethod
     def trace(self, T: int) -> Callable[[Tensor], Any]:
         """What maps `x [N, ...]` to the mean and the per-step logits `[N, T, K]`."""
+        return self.tracer.folded(T)
 
     @property
     def mean(self) -> Tensor:
@@ -42,7 +42,7 @@ class TracedNetwork(nn.Module):
         made = copy.copy(self)
         classifier = copy.deepcopy(self.classifier, memo)
         made._modules = {"classifier": classifier}
-        made._tracer = Tracer(classifier, encoding=self.encoding, uint8=self._tracer.uint8)
+        made.tracer = Tracer(classifier, encoding=self.encoding, uint8=self.tracer.uint8)
         made._by_T = {}
         return made
 

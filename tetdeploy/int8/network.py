@@ -23,6 +23,6 @@ class Int8Network(TracedNetwork):
         self._scales = scales
 
     def trace(self, T: int) -> fx.GraphModule:
-        module = self._tracer.folded(T, trainable=True)
+        module = self.tracer.folded(T, trainable=True)
         quantise(module, self._scales, trainable=True)
         return module
