@@ -65,8 +65,9 @@ def check_graph(
 def _check_folding(reduced: TracedNetwork, engine: Engine, x: NDArray[Any], T: int) -> None:
     folded = compare_folded(reduced, engine, x, T)
     if not folded.is_local:
+        ppm = folded.local_mismatch_rate * 1e6
         raise ParityError(
-            f"with BN folded, a layer does not compute what it did: in the worst one {folded.local_mismatch_rate * 1e6:,.0f} "
-            f"of a million neuron-steps differ, and logits by {folded.local_logit_error:.1e} of the largest, on "
+            f"with BN folded, a layer does not compute what it did: in the worst one {ppm:,.0f} of a million "
+            f"neuron-steps differ, and logits by {folded.local_logit_error:.1e} of the largest, on "
             f"{folded.num_images} images at T={T}; nothing was written"
         )
