@@ -86,24 +86,29 @@ class Layers:
 
     def _propagate(self, node: ir.Node) -> None:
         """What is a whole number, holds T steps, or lies behind neurons, follows from a node's inputs."""
-        if (
-            self._holds_steps(node.outputs[0])
-            or self._repeats_image(node)
-            or any(value in self._timed for value in node.inputs)
-        ):
+        if self._begins_steps(node) or self._repeats_image(node) or any(value in self._timed for value in node.inputs):
             self._timed.update(node.outputs)
         if any(value in self._after_neurons for value in node.inputs):
             self._after_neurons.update(node.outputs)
         self._binary.propagate(node)
         self._order.propagate(node)
 
-    def _holds_steps(self, value: ir.Value) -> bool:
+    def _begins_steps(self, node: ir.Node) -> bool:
+        """Whether what a node puts out has T steps as its first axis, or, where T is open, anywhere. An axis may be as
+        long by chance, as that of T tokens: no layer adds an axis, and steps make T values of one."""
+        value = node.outputs[0]
         if value.shape is None or len(value.shape) < 2:
             return False
-        if self._T is not None:
-            return value.shape[0] == self._T
-        symbols = [dim.free_symbols() for dim in value.shape if not isinstance(dim, int)]
-        return any("T" in of_one or len(of_one) > 1 for of_one in symbols)  # the batch is the only other symbol
+        if self._T is None:
+            symbols = [dim.free_symbols() for dim in value.shape if not isinstance(dim, int)]
+            return any("T" in of_one or len(of_one) > 1 for of_one in symbols)  # the batch is the only other symbol
+        if value.shape[0] != self._T or node.op_type in _UNCOUNTED:
+            return False
+        read = [sizes(given) for given in node.inputs if given is not None and not _is_constant(given)]
+        after = sizes(value)
+        if after is None or None in read:
+            return True
+        return math.prod(after) >= self._T * max((math.prod(axes) for axes in read if axes is not None), default=0)
 
     def _repeats_image(self, node: ir.Node) -> bool:
         """Whether a node of an unrolled graph repeats what it reads of the batch for T steps: to `[T * N, ...]`, or to
@@ -120,13 +125,14 @@ class Layers:
             return False
         return after[longer[0]] == before[longer[0]] * self._T
 
-    def _count_other(self, node: ir.Node) -> None:
-        node = network_node(node)
+    def _count_other(self, lowered: ir.Node) -> None:
+        node = network_node(lowered)
         kind = _other_kind(node)
         if kind is None or node in self._counted:
             return
         self._counted.add(node)
-        name, ops = module_name(node) or str(node.name), self._repeats(node.outputs[0], None)
+        timed = lowered.outputs[0] in self._timed
+        name, ops = module_name(node) or str(node.name), self._repeats(node.outputs[0], None, timed=timed)
         if ops is None:
             self.uncounted.append(f"{name} ({kind})")
         else:
@@ -140,7 +146,7 @@ class Layers:
         if shape is None:
             return None
         from_input = value not in self._after_neurons
-        positions = self._repeats(value, 1 if node.op_type == "Conv" else -1)
+        positions = self._repeats(value, 1 if node.op_type == "Conv" else -1, timed=value in self._timed)
         left = 1 if from_input else self._order.left_of_steps(value)
         if positions is None or left not in (1, BATCH):
             return None
@@ -162,9 +168,9 @@ class Layers:
             return Layer(name, (features,), outputs, **flags)
         return _convolution(node, name, tuple(int(d) for d in value.shape[1:]), shape, flags)  # type: ignore[arg-type]
 
-    def _repeats(self, value: ir.Value, channel_axis: int | None) -> int | None:
+    def _repeats(self, value: ir.Value, channel_axis: int | None, *, timed: bool) -> int | None:
         """The product of a value's axes up to `channel_axis`, for one image in one step: how often a layer is applied
-        (to every token, say), or how many values there are; None if that is unknown."""
+        (to every token, say), or how many values there are; None if that is unknown. `timed`: it holds all T steps."""
         if value.shape is None:
             return None
         count = 1
@@ -173,7 +179,6 @@ class Layers:
             if not isinstance(one, int):
                 return None
             count *= one
-        timed = value in self._timed or self._holds_steps(value)
         repeats, rest = divmod(count, (self._T or 1) if timed else 1)
         return repeats if rest == 0 else None
 

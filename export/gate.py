@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from tetdeploy.engine import Engine
 from tetdeploy.traced_network import Runnable, TracedNetwork
 
+from .audit import audit
 from .config import ExportConfig
 from .parity import Parity, ParityError, compare, compare_folded
 from .progress import Progress, ticker
 
-_NUM_FOLDED = 20
+_NUM_FOLDED, _NUM_COUNTED = 20, 4
 
 
 def check_graph(
@@ -34,6 +35,7 @@ def check_graph(
         x: input as the graph takes it.
 
     Raises:
+        CountError: it counts other operations than PyTorch's layers do.
         ParityError: it differs; or what computes its answers, a network in int8 or fp16, is made of a folded one in
             float32 that does not compute what the classifier does, layer by layer.
     """
@@ -48,6 +50,8 @@ def check_graph(
     what = f"the {config.layout} graph"
     parity = compare(classifier, engine, x, T, tick=ticker(progress, "checking against PyTorch", len(x)))
     parity.check(what)
+    own = classifier.classifier if isinstance(classifier, TracedNetwork) else classifier
+    audit(own, engine, x[:_NUM_COUNTED], T)
     if config.layout == "dynamic":
         for other in {1, min(T, config.trained_T)} - {T}:
             compare(classifier, engine, x[:64], other).check(f"{what} at T={other}")

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from export_helpers import classifier, digits, engine, unchecked
+from export_helpers import classifier, convsnn, digits, engine, unchecked
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from tetdeploy.energy import layers_of, other_ops
-from tetdeploy.export import ExportConfig
+from tetdeploy.energy import Layer, layers_of, other_ops
+from tetdeploy.export import ExportConfig, counters, export_model
+from tetdeploy.export.audit import CountError
+from tetdeploy.export.config import Layout
 from tetdeploy.export.counters import Layers, counting_overlay
 from tetdeploy.export.neuron_steps import Neurons
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
-from tetdeploy.networks import ResNet19
+from tetdeploy.networks import Classifier, ResNet19
 from tetdeploy.networks.sew_resnet34 import SEWBlock
 from tetdeploy.neurons import IF, LIF
 
@@ -221,6 +226,77 @@ def test_copies_that_are_no_steps_are_all_counted(tmp_path: Path) -> None:
         "parts": ((1, 8, 3), 3, True),
         "readout": ((108,), 1, False),
     }
+
+
+class Tokens(nn.Module):
+    """As many tokens as steps, which a linear layer reads as `[tokens, N, features]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.readout, self.lif = nn.Linear(16, 16), nn.Linear(64, 10), LIF(v_th=0.3)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.embed(x.reshape(-1, 4, 16).transpose(0, 1)).transpose(0, 1)
+        return self.readout(self.lif(current.expand(T, *current.shape)).flatten(2))
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_as_many_tokens_as_steps_are_no_steps(layout: Layout, tmp_path: Path) -> None:
+    metadata = unchecked(Tokens(), tmp_path / "m.onnx", ExportConfig(T=4, layout=layout)).metadata
+    assert [(layer.name, layer.positions) for layer in layers_of(metadata)] == [("embed", 4), ("readout", 1)]
+    assert metadata["other_ops"]["bias_adds"] == {"embed": 64, "readout": 10}
+
+
+# ------------------------------------------------------------------------------------------- beside PyTorch's layers
+
+
+class Means(nn.Module):
+    """A readout of means of spikes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif = DirectEncoding(nn.Conv2d(1, 4, 3)), LIF(v_th=0.3)
+        self.readout = OverTime(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 10))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        logits: Tensor = self.readout(self.lif(self.encode(x, T)))
+        return logits
+
+
+def refused(folder: Path, match: str, net: Classifier | None = None) -> None:
+    with pytest.raises(CountError, match=match):
+        export_model(net or convsnn(), folder / "m.onnx", ExportConfig(), digits().images[:20], num_check=20)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_graph_that_says_another_size_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convolution = counters._convolution
+    monkeypatch.setattr(counters, "_convolution", lambda *args: replace(convolution(*args), outputs=1))  # type: ignore[type-var]
+    refused(
+        tmp_path, r"layer '.*', operations in a step if every input counts: the graph counts .*, PyTorch .*; energies"
+    )
+
+
+def test_a_graph_that_counts_twice_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count_inputs = counters._count_inputs
+
+    def twice(graph: onnx.GraphProto, layer: Layer, value: str, T: int | str | None) -> None:
+        graph.node.append(helper.make_node("Add", [value, value], [f"{layer.name}.twice"]))
+        count_inputs(graph, replace(layer, binary=True), f"{layer.name}.twice", T)
+
+    monkeypatch.setattr(counters, "_count_inputs", twice)
+    refused(tmp_path, r"operations in 4 steps of inputs that are not 0: the graph counts .*, PyTorch")
+
+
+def test_a_graph_that_takes_means_for_spikes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = counters.Layers._layer
+    monkeypatch.setattr(counters.Layers, "_layer", lambda *args: replace(layer(*args), binary=True))  # type: ignore[type-var]
+    monkeypatch.setattr(counters, "_count_inputs", partial(_count_any_inputs, counters._count_inputs))
+    refused(tmp_path, r"layer 'readout.2', which is said to read spikes alone, reads other", classifier(Means()))
+
+
+def _count_any_inputs(count_inputs: Any, graph: onnx.GraphProto, layer: Layer, *args: Any) -> None:
+    count_inputs(graph, replace(layer, binary=False), *args)
 
 
 # ------------------------------------------------------------------------------------------- what else is added
