@@ -32,6 +32,7 @@ from tetdeploy.data import (
     cifar,
     decoding,
     digits,
+    holds_out_others,
     load_data,
     load_parts,
     same_data,
@@ -186,6 +187,41 @@ def test_a_smaller_share_is_held_out_of_a_larger_one() -> None:
     data = image_set(images=np.arange(150, dtype=np.uint8).reshape(150, 1, 1, 1), labels=np.repeat([0, 1, 2], 50))
     small, large = (set(split_validation(data, fraction=share)[1].images.ravel()) for share in (0.1, 0.3))
     assert small < large  # landscape takes images that several runs held out
+
+
+def test_a_fingerprint_tells_order_labels_and_pixels() -> None:
+    data = image_set()
+    brighter, renamed = data.images.copy(), data.labels.copy()
+    brighter[5, 0, 3, 3] ^= 1
+    renamed[5] = 1
+    sets = (
+        data,
+        data.select(slice(5)),
+        data.select([1, 0, 2, 3, 4, 5]),
+        image_set(images=brighter),
+        image_set(labels=renamed),
+        image_set(images=data.images.reshape(6, 1, 2, 8)),
+    )
+    assert len({one.fingerprint for one in sets}) == len(sets)
+    assert data.select(slice(6)).fingerprint == data.fingerprint
+    counted = image_set(images=np.arange(96, dtype=np.uint8).reshape(6, 1, 4, 4))
+    assert counted.fingerprint == "4460b62a69b5f0ff"  # on every machine
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "others"),
+    [
+        ("d.npz", {"name": "d.npz", "fingerprint": "0"}, True),
+        ("d.npz", {"name": "d.npz", "fingerprint": image_set().fingerprint}, False),
+        ("a/../d.npz", {"name": "d.npz", "fingerprint": "0"}, True),
+        ("d.npz", {"name": "e.npz", "fingerprint": "0"}, False),
+        ("d.npz", {"name": "d.npz"}, False),  # of before
+        ("d.npz", {}, False),
+        ("by-time:n-mnist", {"name": "n-mnist", "fingerprint": "0"}, False),  # the same recordings, perhaps
+    ],
+)
+def test_other_images_than_those_held_out_are_known(name: str, known: dict[str, str], others: bool) -> None:
+    assert holds_out_others(name, image_set(), known) == others
 
 
 def test_the_parts_of_a_run_are_its_split_or_all(tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ def _images(
         raise ValueError("--split validation: the run held out no images (its val_fraction is 0); take train or test")
     if split == "test":
         note_own_file(name, metadata["data"]["name"])
-    images = load_part(name, split, data_dir=data_dir, T=trained_T(metadata), fraction=fraction)
+    T, known = trained_T(metadata), metadata["data"]
+    images = load_part(name, split, data_dir=data_dir, T=T, fraction=fraction, known=known)
     if not is_npz(name) and tuple(images.class_names) != classifier.class_names:
         refuse_classes("the network", classifier.class_names, name, tuple(images.class_names))
     return images if limit is None else images.select(slice(limit))

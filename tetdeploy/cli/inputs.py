@@ -57,7 +57,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
     """Name, images or frames as the graph takes them, and labels to calibrate on.
 
     Raises:
-        ValueError: the training held no images out, or the data are of other classes.
+        ValueError: the training held no images out, or others than would be here; the data are of other classes.
         click.UsageError: no data are named, or the split is not one of theirs.
     """
     from tetdeploy.data import same_data
@@ -79,7 +79,8 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
             f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "
             "calibrate on; name others with --data, or take those it was trained on with --split train"
         )
-    images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction)
+    known = engine.metadata["source"].get("data", {})
+    images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction, known=known)
     if not is_npz(name) and images.class_names != engine.class_names:
         refuse_classes(engine.path.name, engine.class_names, name, images.class_names)
     chosen = images.select(slice(limit))
@@ -101,13 +102,19 @@ def _own_data(engine: Engine) -> str:
     return str(engine.metadata["source"].get("data", {}).get("name", ""))
 
 
-def load_part(name: str, part: str, *, data_dir: Path, T: int, fraction: float) -> LabelledSet:
+def load_part(
+    name: str, part: str, *, data_dir: Path, T: int, fraction: float, known: Mapping[str, Any]
+) -> LabelledSet:
     """A part of a data set as the run has it that held out this fraction, which is above 0 for `validation`.
 
     Args:
         part: test, or of the training images train, those trained on, or validation, those held out.
+        known: the run's settings of its data.
+
+    Raises:
+        ValueError: the run held out other images than these; and what `load_data` raises.
     """
-    from tetdeploy.data import load_data, load_parts
+    from tetdeploy.data import holds_out_others, load_data, load_parts
 
     if part == "test":
         return load_data(name, "test", data_dir=data_dir, T=T)
@@ -115,6 +122,12 @@ def load_part(name: str, part: str, *, data_dir: Path, T: int, fraction: float) 
     if part == "train":
         return train
     assert val is not None
+    if holds_out_others(name, val, known):
+        raise ValueError(
+            f"{name}: the training held out other images, and was trained on some of these: they are others or in "
+            "another order (CIFAR's in zips is not that of torchvision's files); name the folder it was trained from, "
+            "--data-dir, or choose another --split or --data"
+        )
     return val
 
 
