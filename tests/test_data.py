@@ -725,6 +725,16 @@ def test_cifar_tree_and_zips_give_the_same(tmp_path: Path) -> None:
     assert len(set(zips.labels[:10])) > 3  # mixed over the classes
 
 
+@pytest.mark.usefixtures("small_cifar")
+def test_cifar_refuses_a_zip_under_two_names(tmp_path: Path) -> None:
+    half = dict(list(cifar_files("train").items())[::2])
+    for part in range(2):
+        write_zip(tmp_path / f"cifar10-train-{part}.zip", half)
+    twice = r"train-1.zip holds cifar10/train/airplane/airplane_0.webp, which is in .*train-0.zip already; remove one"
+    with pytest.raises(ValueError, match=twice):
+        load_data("cifar10", "train", data_dir=tmp_path)
+
+
 @pytest.mark.usefixtures("small_cifar", "no_network")
 def test_cifar_single_zip_is_found(tmp_path: Path) -> None:
     write_zip(tmp_path / "cifar10-test.zip", cifar_files())
