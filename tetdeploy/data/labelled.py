@@ -57,7 +57,7 @@ class LabelledSet:
             digest.update(b"\0".join(entries.tolist()))  # numpy pads them to the longest of the whole set
         else:
             digest.update(str(entries.shape).encode())
-            digest.update(np.ascontiguousarray(entries))
+            digest.update(np.ascontiguousarray(entries).data)
         return digest.hexdigest()
 
     def __len__(self) -> int:
