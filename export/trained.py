@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.checkpoint import read_metadata
-from tetdeploy.data import Encoding, LabelledSet, load_frames, load_parts, same_data
+from tetdeploy.data import Encoding, LabelledSet, holds_out_others, load_frames, load_parts, same_data
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import is_npz
 from tetdeploy.run_folder import newest_run, weights_file, weights_sha256
@@ -86,6 +87,13 @@ class Trained:
             return (x, labels), _last(x, labels, num_calibration)
         fraction = float(self.metadata["training"].get("val_fraction", 0.0)) if same_data(name, own) else 0.0
         train, val = load_parts(name, data_dir=data_dir, T=self.T, fraction=fraction)
+        if val is not None and holds_out_others(name, val, self.metadata["data"]):
+            warnings.warn(
+                f"{name}: the training held out other images than are found here, so that the check is on some it was "
+                "trained on; name the folder it was trained from, --data-dir",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return check_images(train, val, num_check), _last(train.x, train.labels, num_calibration)
 
 

@@ -32,6 +32,8 @@ from tetdeploy.data import (
     cifar,
     decoding,
     digits,
+    fashion_mnist,
+    holds_out_others,
     load_data,
     load_parts,
     same_data,
@@ -188,6 +190,41 @@ def test_a_smaller_share_is_held_out_of_a_larger_one() -> None:
     assert small < large  # landscape takes images that several runs held out
 
 
+def test_a_fingerprint_tells_order_labels_and_pixels() -> None:
+    data = image_set()
+    brighter, renamed = data.images.copy(), data.labels.copy()
+    brighter[5, 0, 3, 3] ^= 1
+    renamed[5] = 1
+    sets = (
+        data,
+        data.select(slice(5)),
+        data.select([1, 0, 2, 3, 4, 5]),
+        image_set(images=brighter),
+        image_set(labels=renamed),
+        image_set(images=data.images.reshape(6, 1, 2, 8)),
+    )
+    assert len({one.fingerprint for one in sets}) == len(sets)
+    assert data.select(slice(6)).fingerprint == data.fingerprint
+    counted = image_set(images=np.arange(96, dtype=np.uint8).reshape(6, 1, 4, 4))
+    assert counted.fingerprint == "4460b62a69b5f0ff"  # on every machine
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "others"),
+    [
+        ("d.npz", {"name": "d.npz", "fingerprint": "0"}, True),
+        ("d.npz", {"name": "d.npz", "fingerprint": image_set().fingerprint}, False),
+        ("a/../d.npz", {"name": "d.npz", "fingerprint": "0"}, True),
+        ("d.npz", {"name": "e.npz", "fingerprint": "0"}, False),
+        ("d.npz", {"name": "d.npz"}, False),  # of before
+        ("d.npz", {}, False),
+        ("by-time:n-mnist", {"name": "n-mnist", "fingerprint": "0"}, False),  # the same recordings, perhaps
+    ],
+)
+def test_other_images_than_those_held_out_are_known(name: str, known: dict[str, str], others: bool) -> None:
+    assert holds_out_others(name, image_set(), known) == others
+
+
 def test_the_parts_of_a_run_are_its_split_or_all(tmp_path: Path) -> None:
     save_npz(image_set(), tmp_path / "d.npz")
     data = load_data(str(tmp_path / "d.npz"), "train", data_dir=tmp_path)
@@ -299,7 +336,14 @@ def test_npz_gives_grey_images_a_channel_and_classes_numbers(tmp_path: Path) -> 
         ({"images": np.zeros((2, 1, 4, 4), np.float32)}, r"images are float32 .* multiply by 255 and cast to uint8"),
         ({"images": np.zeros((2, 1, 4, 4), np.int64)}, r"images are int64 .* cast to uint8"),
         ({"images": noise(2, 4)}, r"images are uint8 \[2, 4\]; wanted uint8 \[N, C, H, W\] \(or \[N, H, W\]"),
-        ({"images": noise(2, 8, 8, 3)}, r"with the channels last; .* images.transpose\(0, 3, 1, 2\)"),
+        *(
+            ({"images": noise(2, 8, 8, c)}, r"with the channels last; .* images.transpose\(0, 3, 1, 2\)")
+            for c in range(1, 5)
+        ),
+        (
+            {"images": noise(2, 3, 8, 9, 2)},
+            r"with the channels last; wanted frames.* images.transpose\(0, 1, 4, 2, 3\)",
+        ),
         ({"images": noise(0, 1, 4, 4), "labels": np.zeros(0, int)}, "holds no pixel"),
         ({"labels": np.zeros(2)}, r"labels are float64 \[2\]; wanted integers \[N\]"),
         ({"labels": np.zeros((2, 1), int)}, r"labels are int64 \[2, 1\]; wanted integers"),
@@ -318,6 +362,13 @@ def test_npz_refuses_wrong_arrays(tmp_path: Path, arrays: dict[str, Any], messag
     np.savez(tmp_path / "x.npz", **((good if default is None else {}) | arrays))
     with pytest.raises(ValueError, match=message):
         load_data(str(tmp_path / "x.npz"), "train", data_dir=NO_DATA)
+
+
+@pytest.mark.parametrize("shape", [(2, 34, 34), (2, 4, 4), (1, 3, 3), (4, 8, 8), (3, 9, 2), (16, 4, 4), (64, 1, 1)])
+def test_npz_takes_channels_first_whatever_their_number(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    for steps in ((), (3,)):
+        np.savez(tmp_path / "x.npz", images=noise(2, *steps, *shape), labels=[0, 1])
+        assert load_data(str(tmp_path / "x.npz"), "train", data_dir=NO_DATA).x.shape == (2, *steps, *shape)
 
 
 def test_npz_refuses_files_that_are_not_one(tmp_path: Path) -> None:
@@ -578,6 +629,12 @@ def write_fashion(folder: Path, *, compress: bool, prefix: str = "t10k") -> tupl
     return images, labels
 
 
+@pytest.fixture
+def small_fashion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion_mnist, "COUNTS", {"train": 12, "test": 12})
+
+
+@pytest.mark.usefixtures("small_fashion")
 @pytest.mark.parametrize("folder", [".", "fashion-mnist", "FashionMNIST/raw"])
 @pytest.mark.parametrize("compress", [True, False])
 def test_fashion_mnist_is_found_in_each_layout(tmp_path: Path, folder: str, compress: bool) -> None:
@@ -616,6 +673,15 @@ def test_fashion_mnist_refuses_mnist(tmp_path: Path) -> None:
         load_data("fashion-mnist", "test", data_dir=tmp_path)
 
 
+@pytest.mark.parametrize(("shape", "found"), [((12, 28, 28), "12 images of 28x28"), ((10_000, 2, 3), "of 3x2")])
+def test_fashion_mnist_refuses_other_numbers_and_sizes(tmp_path: Path, shape: tuple[int, ...], found: str) -> None:
+    write_fashion(tmp_path, compress=False)
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(noise(*shape)))
+    with pytest.raises(ValueError, match=rf"{found}, but fashion-mnist has 10,000 of 28x28 in test; .* folder:PATH"):
+        load_data("fashion-mnist", "test", data_dir=tmp_path)
+
+
+@pytest.mark.usefixtures("small_fashion")
 def test_fashion_mnist_is_downloaded(
     server: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -687,6 +753,16 @@ def test_cifar_tree_and_zips_give_the_same(tmp_path: Path) -> None:
         assert sorted(map(tuple, data.images[:, :2, 0, 0])) == [(k, i) for k in range(10) for i in range(4)]
     np.testing.assert_array_equal(tree.images, zips.images)
     assert len(set(zips.labels[:10])) > 3  # mixed over the classes
+
+
+@pytest.mark.usefixtures("small_cifar")
+def test_cifar_refuses_a_zip_under_two_names(tmp_path: Path) -> None:
+    half = dict(list(cifar_files("train").items())[::2])
+    for part in range(2):
+        write_zip(tmp_path / f"cifar10-train-{part}.zip", half)
+    twice = r"train-1.zip holds cifar10/train/airplane/airplane_0.webp, which is in .*train-0.zip already; remove one"
+    with pytest.raises(ValueError, match=twice):
+        load_data("cifar10", "train", data_dir=tmp_path)
 
 
 @pytest.mark.usefixtures("small_cifar", "no_network")

@@ -474,6 +474,13 @@ def test_the_same_set_by_another_name_is_known(model: Path, tmp_path: Path, monk
     content = json.loads(exit_path(model).read_text())
     held_out = split_validation(images, fraction=0.1)[1]
     assert (content["data"], content["num_samples"]) == ("d.npz (held out)", len(held_out))
+    exit_path(model).unlink()
+    source = {"data": {"name": "d.npz", "fingerprint": held_out.fingerprint}, "training": {"val_fraction": 0.1}}
+    describe(model, source=source)
+    save_npz(images.select(slice(None, None, -1)), tmp_path / "d.npz")
+    done = run("calibrate", model, "--T", 1)
+    assert done.exit_code == 1 and "d.npz: the training held out other images" in done.output
+    assert not exit_path(model).exists()
 
 
 @pytest.mark.parametrize("command", ["calibrate", "early-exit"])

@@ -15,7 +15,9 @@ from export_helpers import convsnn, digits, engine
 import tetdeploy
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
-from tetdeploy.data import save_npz
+from tetdeploy.cli.beginnings import note_trained_on
+from tetdeploy.data import load_data, save_npz, split_validation
+from tetdeploy.export.trained import Trained
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import evaluate
 from tetdeploy.train.validation import accuracy_by_step
@@ -102,6 +104,44 @@ def test_the_file_that_was_trained_on_is_named(runs: Path) -> None:
     result = run("runs/own", "--T", "1")
     assert result.exit_code == 0 and "own.npz is one set with no test part" in result.output
     assert "with no test part" not in run("runs/own", "--T", "1", "--split", "validation").output
+
+
+@pytest.fixture
+def reordered(runs: Path) -> Path:
+    """A run on own.npz, whose images are in another order now."""
+    data, classifier = digits(), ann()
+    classifier.data = "own.npz"
+    print_of = split_validation(data, fraction=0.1)[1].fingerprint
+    folder = runs / "own"
+    save_checkpoint(
+        folder / "checkpoint.safetensors", classifier, training=TRAINING, provenance={}, fingerprint=print_of
+    )
+    save_npz(data, "own.npz")
+    assert run("runs/own", "--T", "1", "--split", "validation").exit_code == 0
+    save_npz(data.select(slice(None, None, -1)), "own.npz")
+    return folder
+
+
+def test_images_that_were_trained_on_are_not_taken_for_those_held_out(reordered: Path) -> None:
+    for command in ("evaluate", "landscape"):
+        done = CliRunner().invoke(main, [command, "runs/own", "--T", "1", "--split", "validation"])
+        assert done.exit_code == 1, done.output
+        assert "Error: own.npz: the training held out other images, and was trained on some of these" in done.output
+    assert run("runs/own", "--T", "1", "--split", "train").exit_code == 0
+
+
+def test_an_export_and_a_new_run_say_that_they_check_on_what_was_trained_on(
+    reordered: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = Trained.find(reordered, Path("runs"))
+    with pytest.warns(RuntimeWarning, match="own.npz: the training held out other images than are found here"):
+        (x, _), _ = trained.images(None, Path("nowhere"), "direct", num_check=9, num_calibration=0)
+    assert len(x) == 9
+    val_set = split_validation(load_data("own.npz", "train", data_dir=Path("nowhere")), fraction=0.1)[1]
+    note_trained_on(reordered, val_set, 0.1)
+    assert "own held out other images and was trained on some of these" in capsys.readouterr().out
+    note_trained_on(reordered, val_set, 0.2)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

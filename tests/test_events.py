@@ -277,6 +277,17 @@ def test_event_folder_of_all_formats(tmp_path: Path) -> None:
         load_data(f"events:{tmp_path}", "train", data_dir=NOWHERE, T=2)
 
 
+def test_a_sensor_that_nothing_says_is_named_where_it_is_scaled(tmp_path: Path) -> None:
+    said = r"no recording of dvs says .*: the 12[0-9]x[0-9]+ pixels .* are scaled to 48x40, .* write sensor_size"
+    root = event_folder(tmp_path / "dvs", (40, 128))
+    with pytest.warns(RuntimeWarning, match=said):
+        assert load_data(f"events:{root}", "train", data_dir=NOWHERE, T=2).image_shape == (2, 40, 48)
+    one = next(root.rglob("*.npz"))
+    with np.load(one) as arrays:
+        np.savez(one, **arrays, sensor_size=[128, 40])
+    load_data(f"events:{root}", "train", data_dir=NOWHERE, T=2)  # a warning would be an error
+
+
 def test_recordings_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> None:
     root = event_folder(tmp_path / "set", sensor_size=[30, 20])
     (root / "train/left/0.npz").write_bytes(b"PK no zip")

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,6 +128,20 @@ def test_grey_and_cmyk_become_rgb(copied: Path) -> None:
         path = data.path(index)
         Image.open(path).convert(mode).save(path, "JPEG")
     assert data.x[:2].shape == (2, 3, 16, 16)
+
+
+def test_a_fingerprint_is_of_the_files_names(copied: Path) -> None:
+    def held_out() -> ImageFiles:
+        return split_validation(files_of(copied), fraction=0.25)[1]
+
+    before = held_out()
+    first = Path(before.path(0))
+    first.write_bytes(b"")  # nothing is read
+    assert held_out().fingerprint == before.fingerprint != before.select(slice(1, None)).fingerprint
+    longer = replace(before, files=before.files.astype("S99"))
+    assert longer.fingerprint == before.fingerprint
+    first.rename(first.with_name("another.JPEG"))
+    assert held_out().fingerprint != before.fingerprint
 
 
 def test_selecting_and_splitting_read_no_image(copied: Path) -> None:

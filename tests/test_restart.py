@@ -28,6 +28,7 @@ from tetdeploy.shards import INDEX_NAME, newest_shards, read_shards
 from tetdeploy.tensor_file import read_content, write_tensors
 from tetdeploy.train import How, TrainConfig, TrainResult, loop, train
 from tetdeploy.train.restart import check_restart, find_restart
+from tetdeploy.train.runs import run_settings
 
 STEPS = 5
 
@@ -276,6 +277,21 @@ def test_other_settings_are_named_but_the_machine_may_be_another(tmp_path: Path)
         train(classifier(), TRAIN, None, settings(), tmp_path / "second", restart_from=shards, progress=False)
     assert not (tmp_path / "second").exists()
     run(tmp_path / "second", config=settings(precision="bf16", device="auto"), restart_from=shards)
+
+
+@pytest.mark.parametrize("how", [How(), How(shards_mb=0.01)])
+def test_images_in_another_order_are_refused(tmp_path: Path, how: How) -> None:
+    interrupted(tmp_path / "first", STEPS + 2, how=how)
+    found = find_restart(tmp_path / "first")
+    others = run_settings(classifier(), TRAIN, images_of(24, 3), settings())
+    with pytest.raises(ValueError, match=r"the images are others or in another order .* --data-dir; go on with the"):
+        check_restart(found, others)
+    shorter = run_settings(classifier(), TRAIN, images_of(20, 3), settings(val_fraction=0.2))
+    with pytest.raises(ValueError, match=r"val_fraction: 0.1 -> 0.2; go on with the"):  # which explains the rest
+        check_restart(found, shorter)
+    check_restart(found, run_settings(classifier(), TRAIN, VAL, settings()))
+    found.settings["data"].pop("fingerprint")  # as of a run of before
+    check_restart(found, others)
 
 
 def test_a_teacher_may_lie_elsewhere(tmp_path: Path) -> None:

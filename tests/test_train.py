@@ -595,6 +595,19 @@ def test_resume_with_other_settings_shows_the_difference(copied: Path) -> None:
         train(toy(), TRAIN, None, settings(), copied, resume=True, progress=False)
 
 
+def test_resume_with_the_images_in_another_order_is_refused(copied: Path) -> None:
+    config = copied / "config.json"
+    assert read_metadata(copied)["data"]["fingerprint"] == json.loads(config.read_text())["data"]["fingerprint"]
+    others = images_of(31, seed=3)
+    reason = r"other settings: the images are others or in another order .* name the folder it was started with, --data"
+    with pytest.raises(ValueError, match=reason):
+        train(toy(), TRAIN, others, settings(), copied, resume=True, progress=False)
+    written = json.loads(config.read_text())
+    del written["data"]["fingerprint"]  # as of a run of before
+    config.write_text(json.dumps(written))
+    train(toy(), TRAIN, others, settings(), copied, resume=True, progress=False)
+
+
 def test_resume_from_a_damaged_state_is_refused(copied: Path) -> None:
     state = copied / "last.safetensors"
     state.write_bytes(state.read_bytes()[:-10])

@@ -35,6 +35,7 @@ def save_checkpoint(
     training: Mapping[str, Any],
     provenance: Mapping[str, Any],
     int8: Mapping[str, Any] | None = None,
+    fingerprint: str | None = None,
 ) -> None:
     """Write the classifier as one safetensors file, atomically: an error leaves an earlier file as it was.
 
@@ -44,17 +45,20 @@ def save_checkpoint(
         training: how it was trained, JSON-able.
         provenance: versions, time, epoch, accuracy, seed; JSON-able.
         int8: the scales that the network was fine-tuned at, `int8.calibration.Calibration.to_dict()`, if it was.
+        fingerprint: of the images that were held out, or without any of those trained on; see `LabelledSet`.
 
     Raises:
         OSError: the file cannot be written.
     """
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "network": asdict(classifier.config),
         "data": data_settings(classifier),
         "training": dict(training),
         "provenance": dict(provenance),
     }
+    if fingerprint is not None:
+        content["data"]["fingerprint"] = fingerprint
     if int8 is not None:
         content["int8"] = dict(int8)
     write_tensors(path, classifier.network.state_dict(), content)

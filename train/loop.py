@@ -378,6 +378,7 @@ def _keep(session: Session, state: TrainState, kept: Classifier, records: list[d
             about = {
                 "training": asdict(session.config),
                 "provenance": provenance(session, this.epoch, this.val_accuracy),
+                "fingerprint": session.settings["data"]["fingerprint"],
             }
             int8 = None if session.calibration is None else session.calibration.to_dict()
             save_checkpoint(session.out / CHECKPOINT_NAME, kept, **about, int8=int8)

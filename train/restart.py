@@ -26,7 +26,7 @@ from tetdeploy.shards import check_limit, is_complete, newest_shards, read_shard
 from tetdeploy.tensor_file import FORMAT, read_tensors
 
 from .averaging import trainable
-from .runs import differences, read_run_config
+from .runs import read_run_config, run_differences
 from .session import Session, provenance
 from .state import TrainState, like_weights
 
@@ -103,7 +103,7 @@ def check_restart(restart: Restart, settings: Mapping[str, Any]) -> None:
     """
     old, new = (_compared(of) for of in (restart.settings, settings))
     new["data"] = {name: value for name, value in new["data"].items() if name in old["data"]}  # fewer in a checkpoint
-    if different := differences(old, new):
+    if different := run_differences(old, new):
         raise ValueError(
             f"{restart.path} is of a run with other settings: {'; '.join(different)}; "
             "go on with the old ones, or start a new run from these weights with --init"

@@ -38,12 +38,21 @@ _CONFIG = {
     "seeds": [NUMBER],
 }
 
+_OTHER_IMAGES = (
+    "the images are others or in another order (CIFAR's in zips is not that of torchvision's files), and some it was "
+    "trained on might be held out now: name the folder it was started with, --data-dir"
+)
+
 
 def run_settings(
     classifier: Classifier, train_set: LabelledSet, val_set: LabelledSet | None, config: TrainConfig
 ) -> dict[str, Any]:
     """What goes into config.json: {"network", "data", "training"}; a resumed run must have the same."""
-    images = {"train_images": len(train_set), "val_images": 0 if val_set is None else len(val_set)}
+    images = {
+        "train_images": len(train_set),
+        "val_images": 0 if val_set is None else len(val_set),
+        "fingerprint": (train_set if val_set is None else val_set).fingerprint,
+    }
     settings = {
         "network": asdict(classifier.config),
         "data": data_settings(classifier) | images,
@@ -151,8 +160,7 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
     started = read_run_config(out)
     for name in ("recipe", "int8", "restarted", "how"):  # where the run came from, what was measured: no settings
         started.pop(name, None)
-    different = differences(started, settings)
-    if different:
+    if different := run_differences(started, settings):
         raise ValueError(
             f"{out} was started with other settings: {'; '.join(different)}; "
             "resume with the old ones, or start a new run in another --out"
@@ -229,6 +237,18 @@ def mark_latest(out: Path, runs: Path) -> None:
     except (OSError, NotImplementedError):
         with atomic_write(latest) as temporary:
             temporary.write_bytes(os.fsencode(f"{target.as_posix()}\n"))
+
+
+def run_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`differences` of a run's settings, and the images themselves where all else of the data is the same.
+
+    Runs of earlier versions have no fingerprint of them, which is no difference.
+    """
+    data = [dict(settings.get("data", {})) for settings in (old, new)]
+    before, now = (images.pop("fingerprint", None) for images in data)
+    found = differences({**old, "data": data[0]}, {**new, "data": data[1]})
+    explained = any(name.startswith(("data.", "training.val_fraction:")) for name in found)
+    return found if explained or None in (before, now) or before == now else [*found, _OTHER_IMAGES]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

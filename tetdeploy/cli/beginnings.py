@@ -175,6 +175,21 @@ def start_from(classifier: Classifier, init: Path) -> None:
         )
 
 
+def note_trained_on(init: Path, data: LabelledSet, val_fraction: float) -> None:
+    """Say so if `data`, to validate on, are not what the run of `init` held out by the same share of the same set."""
+    from tetdeploy.checkpoint import read_metadata
+    from tetdeploy.data import holds_out_others
+
+    metadata = read_metadata(init)
+    if metadata["training"].get("val_fraction") == val_fraction and holds_out_others(data.name, data, metadata["data"]):
+        console.print(
+            f"{data.name}: {init} held out other images and was trained on some of these, so the validation accuracy "
+            "will look better than it is; name the folder it was trained from, --data-dir",
+            style="yellow",
+            markup=False,
+        )
+
+
 def check_same_inputs(init: Path, data: LabelledSet) -> None:
     """Refuse data of another kind than the checkpoint's network takes."""
     from tetdeploy.checkpoint import read_metadata

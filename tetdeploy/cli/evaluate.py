@@ -115,7 +115,8 @@ def _images(
     fraction = float(metadata["training"].get("val_fraction", 0.0))
     if split == "test":
         note_own_file(name, metadata["data"]["name"])
-    images = load_part(name, split, data_dir=data_dir, T=trained_T(metadata), fraction=fraction)
+    T, known = trained_T(metadata), metadata["data"]
+    images = load_part(name, split, data_dir=data_dir, T=T, fraction=fraction, known=known)
     check_classes("the network", classifier.class_names, images)
     return images if limit is None else images.select(slice(limit))
 

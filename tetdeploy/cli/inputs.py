@@ -55,7 +55,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
     """Name, images or frames as the graph takes them, and labels to calibrate on.
 
     Raises:
-        ValueError: the training held no images out, or the data are of other classes.
+        ValueError: the training held no images out, or others than would be here; the data are of other classes.
         click.UsageError: no data are named, or the split is not one of theirs.
     """
     from tetdeploy.data import same_data
@@ -77,7 +77,8 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
             f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "
             "calibrate on; name others with --data, or take those it was trained on with --split train"
         )
-    images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction)
+    known = engine.metadata["source"].get("data", {})
+    images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction, known=known)
     check_classes(engine.path.name, engine.class_names, images)
     chosen = images.select(slice(limit))
     x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)
@@ -98,20 +99,34 @@ def _own_data(engine: Engine) -> str:
     return str(engine.metadata["source"].get("data", {}).get("name", ""))
 
 
-def load_part(name: str, part: str, *, data_dir: Path, T: int, fraction: float) -> LabelledSet:
+def load_part(
+    name: str, part: str, *, data_dir: Path, T: int, fraction: float, known: Mapping[str, Any]
+) -> LabelledSet:
     """A part of a data set as the run has it that held out this fraction, which is above 0 for `validation`.
 
     Args:
         part: test, or of the training images train, those trained on, or validation, those held out.
+        known: the run's settings of its data.
+
+    Raises:
+        ValueError: the run held out other images than these; and what `load_data` raises.
     """
-    from tetdeploy.data import load_data, load_parts
+    from tetdeploy.data import holds_out_others, load_data, load_parts
 
     if part == "test":
         return load_data(name, "test", data_dir=data_dir, T=T)
     train, val = load_parts(name, data_dir=data_dir, T=T, fraction=fraction)
-    if part == "validation" and val is None:
+    if part == "train":
+        return train
+    if val is None:
         raise ValueError("--split validation: a run held out no images (its val_fraction is 0); take train or test")
-    return train if part == "train" or val is None else val
+    if holds_out_others(name, val, known):
+        raise ValueError(
+            f"{name}: the training held out other images, and was trained on some of these: they are others or in "
+            "another order (CIFAR's in zips is not that of torchvision's files); name the folder it was trained from, "
+            "--data-dir, or choose another --split or --data"
+        )
+    return val
 
 
 def check_classes(model: str, own_names: tuple[str, ...], data: LabelledSet) -> None:

@@ -159,11 +159,17 @@ def _images(source: str, split: str, limit: int, data_dir: Path, metadata: list[
     """The images to measure on, a fair sample of at most `limit`."""
     from tetdeploy.data.images import mixed_order
 
-    T = trained_T(metadata[0])
-    # What the smaller share holds out is part of what the larger one does: all runs trained on the images, or none did.
+    def part(T: int, fraction: float, known: Any) -> Any:
+        return load_part(source, split, data_dir=data_dir, T=T, fraction=fraction, known=known)
+
     fractions = [float(m["training"].get("val_fraction", 0.0)) for m in metadata]
-    fraction = min(fractions) if split == "validation" else max(fractions)
-    images = load_part(source, split, data_dir=data_dir, T=T, fraction=fraction)
+    if split != "validation":
+        images = part(trained_T(metadata[0]), max(fractions), metadata[0]["data"])
+    else:
+        runs = zip(map(trained_T, metadata), fractions, (m["data"] for m in metadata), strict=True)
+        distinct = {(T, fraction, known.get("fingerprint")): known for T, fraction, known in runs}
+        # What the smaller share holds out is part of what the larger one does: no run trained on the images.
+        images = min((part(T, fraction, known) for (T, fraction, _), known in distinct.items()), key=len)
     return images.select(mixed_order(len(images))[:limit])
 
 

@@ -16,6 +16,7 @@ from tetdeploy.cli.beginnings import (
     begin,
     check_beginnings,
     check_same_inputs,
+    note_trained_on,
     start_from,
 )
 from tetdeploy.cli.errors import INTERRUPTED
@@ -223,6 +224,8 @@ def train(
         classifier = job.classifier(job.config.seed)
         if init is not None:
             start_from(classifier, init)
+            if job.val is not None:
+                note_trained_on(init, job.val, job.config.val_fraction)
         also["restart_from"] = restart_from
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **also), job, json_path)
 

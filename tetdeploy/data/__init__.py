@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tetdeploy.names import is_npz
 
@@ -30,6 +31,7 @@ __all__ = [
     "ImageSet",
     "LabelledSet",
     "Split",
+    "holds_out_others",
     "load_data",
     "load_frames",
     "load_parts",
@@ -108,6 +110,22 @@ def load_parts(name: str, *, data_dir: Path, T: int = 10, fraction: float) -> tu
     """
     data = load_data(name, "train", data_dir=data_dir, T=T)
     return split_validation(data, fraction=fraction) if fraction else (data, None)
+
+
+def holds_out_others(name: str, val: LabelledSet, known: Mapping[str, Any]) -> bool:
+    """Whether a run held out other images than `val`, and so may have trained on some of these.
+
+    Which images are held out follows from their order: CIFAR has another one in torchvision's files than in zips, and a
+    folder where a file was renamed.
+
+    Args:
+        name: the data set that `val` is the validation part of, by the run's own fraction.
+        known: the run's settings of the data. False where they do not tell: of another data set, of recordings that
+            are cut by another rule, or without a fingerprint, as in files of earlier versions.
+    """
+    wanted, own = known.get("fingerprint"), str(known.get("name", ""))
+    comparable = same_data(name, own) and name.startswith(_BY_TIME) == own.startswith(_BY_TIME)
+    return wanted is not None and comparable and val.fingerprint != wanted
 
 
 def same_data(name: str, other: str) -> bool:

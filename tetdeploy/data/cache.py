@@ -15,7 +15,7 @@ from tetdeploy.files import cache_folder, opened_npz, write_npz
 
 Arrays = dict[str, NDArray[Any]]
 
-_FORMAT = "1"  # raise it when decoding changes, so that older files are made anew
+_FORMAT = "2"  # raise it when decoding changes, so that older files are made anew
 
 
 def cached(name: str, root: Path, sources: Iterable[Path], make: Callable[[], Arrays]) -> Arrays:

@@ -142,6 +142,7 @@ def _from_tree(cifar: _Cifar, split: Split, tree: Path) -> Arrays:
 
 def _from_zips(cifar: _Cifar, split: Split, zips: list[Path]) -> Arrays:
     files: dict[str, list[ImageFile]] = {}
+    found: dict[tuple[str, ...], Path] = {}
     with contextlib.ExitStack() as stack:
         for path in zips:
             try:
@@ -151,6 +152,12 @@ def _from_zips(cifar: _Cifar, split: Split, zips: list[Path]) -> Arrays:
             for info in archive.infolist():
                 parts = PurePosixPath(info.filename).parts
                 if parts[:2] == (cifar.name, split) and len(parts) == 4:
+                    if parts in found:
+                        raise ValueError(
+                            f"{path} holds {info.filename}, which is in {found[parts]} already; remove one of them, "
+                            "or the set would have images twice"
+                        )
+                    found[parts] = path
                     read = functools.partial(archive.read, info)
                     files.setdefault(parts[2], []).append(ImageFile(f"{path}/{info.filename}", read))
         return _decode(cifar, split, files, ", ".join(map(str, zips)))

@@ -32,7 +32,8 @@ def load_event_folder(root: Path | str, split: Split, binning: Binning) -> Frame
     """Read PATH/train/<class>/* and PATH/test/<class>/*: `.npz` (t, x, y, p), `.aedat4` and N-MNIST's `.bin`.
 
     Classes are the folders' names, sorted. All recordings must come from sensors of one size: a `.npz` says it in
-    `sensor_size` (width, height); if no file says it, it is the smallest sensor that holds every event. The order is
+    `sensor_size` (width, height); if no file says it, it is the smallest sensor that holds every event; if that is
+    scaled, a warning says so when the recordings are first read. The order is
     fixed and mixed over the classes. Names that begin with a dot are ignored.
 
     Returns:

@@ -5,6 +5,7 @@ tonic reads the cameras' formats; `.npz` needs numpy only.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,7 @@ def decode_recordings(
         paths: one or more files that end in a key of `READERS`.
         binning: how each is cut.
         sensor: height and width of the camera. None: what the files say; where none of them does, the smallest sensor
-            that holds every event of all of them.
+            that holds every event of all of them, with a warning if that is scaled.
         text: what the progress bar says.
 
     Returns:
@@ -216,7 +217,17 @@ def _common_sensor(paths: Sequence[Path], text: str) -> Size:
         raise ValueError(f"the recordings come from sensors of {len(sizes)} sizes: {shorten(examples)}; wanted one")
     if sizes:
         return sizes[0]
-    return max(height for height, _ in reached.values()), max(width for _, width in reached.values())
+    sensor = max(height for height, _ in reached.values()), max(width for _, width in reached.values())
+    if (grid := frame_size(sensor)) != sensor:
+        shown, cells = (f"{width}x{height}" for height, width in (sensor, grid))
+        warnings.warn(
+            f"no recording of {text} says the size of its sensor: the {shown} pixels (width x height) that events "
+            f"reach are scaled to {cells}, and another folder of the same camera may be scaled otherwise; write "
+            "sensor_size (width, height) into one recording, or into all",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return sensor
 
 
 def _read_all(paths: Sequence[Path], use: Callable[[int, Recording], None], text: str) -> None:

@@ -20,6 +20,8 @@ CLASS_NAMES = (
 MEAN = (0.2860,)
 STD = (0.3530,)
 
+COUNTS: dict[Split, int] = {"train": 60_000, "test": 10_000}
+
 _PREFIX = {"train": "train", "test": "t10k"}
 # MNIST's files have the same names; these are its first labels
 _MNIST_LABELS = {"train": [5, 0, 4, 1, 9, 2, 1, 3], "test": [7, 2, 1, 0, 4, 1, 4, 9]}
@@ -34,7 +36,7 @@ def load_fashion_mnist(split: Split, *, data_dir: Path) -> ImageSet:
 
     Raises:
         OSError: nothing was found and the download failed.
-        ValueError: a file is damaged, or is MNIST's.
+        ValueError: a file is damaged, is MNIST's, or holds images of another number or size.
         MissingExtraError: a download is needed and torchvision is not installed.
     """
     folders = [data_dir / "FashionMNIST" / "raw", data_dir / "fashion-mnist", data_dir]
@@ -50,6 +52,12 @@ def load_fashion_mnist(split: Split, *, data_dir: Path) -> ImageSet:
     if labels[:8].tolist() == _MNIST_LABELS[split]:
         raise ValueError(
             f"{files[1]} holds the labels of MNIST, not of Fashion-MNIST; name another folder with --data-dir"
+        )
+    if images.shape != (COUNTS[split], 28, 28):
+        count, height, width = images.shape
+        raise ValueError(
+            f"{files[0]}: {count:,} images of {width}x{height}, but fashion-mnist has {COUNTS[split]:,} of 28x28 in "
+            f"{split}; name another folder with --data-dir, or for a set of your own use folder:PATH or a .npz"
         )
     return ImageSet("fashion-mnist", split, images[:, None], labels.astype(np.int64), CLASS_NAMES, MEAN, STD)
 

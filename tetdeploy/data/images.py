@@ -172,11 +172,17 @@ def _usable_images(path: Path | str, images: NDArray[Any]) -> NDArray[np.uint8]:
         raise ValueError(f"{got}; wanted {_LAYOUTS}: scale to 0..255 and cast to uint8")
     if images.ndim not in (3, 4):
         raise ValueError(f"{got}; wanted {_LAYOUTS}")
-    if images.ndim == 4 and images.shape[3] in (1, 3) and min(images.shape[1:3]) > 4:
+    if images.ndim == 4 and channels_last(images.shape):
         raise ValueError(f"{got}, with the channels last; wanted {_LAYOUTS}: use images.transpose(0, 3, 1, 2)")
     if 0 in images.shape:
         raise ValueError(f"{got}, which holds no pixel; wanted {_LAYOUTS} with one image or more")
     return np.ascontiguousarray(images if images.ndim == 4 else images[:, None])
+
+
+def channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether the last three axes are H, W, C rather than C, H, W: 1 to 4 at the end, as few as channels are, and more
+    of both others, where images of that width would be narrow and have more than 4 channels."""
+    return 1 <= shape[-1] <= 4 < min(shape[-3:-1])
 
 
 def usable_labels(path: Path | str, labels: NDArray[Any]) -> NDArray[np.int64]:
