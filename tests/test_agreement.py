@@ -137,7 +137,7 @@ def test_only_the_reference_s_steps_are_compared() -> None:
     x = reference.x[:5]
     longer = compare_reference(engine, reference, reference.T).tally
     longer.T = reference.T
-    measured = summarise(engine, longer, x, (1, reference.T), num_timed=1)
+    measured = summarise(engine, longer, x, None, (1, reference.T), num_timed=1)
     value = validation(measured, compared, labelled=True)
     assert value["kind"] == "validate"
     assert [row["top1_agreement"] for row in value["rows"]] == [1.0, 1.0]

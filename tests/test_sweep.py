@@ -24,6 +24,7 @@ from tetdeploy.cli.sweep import sweep as sweep_command
 from tetdeploy.energy import CONVENTIONS, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.picojoules import CONSTANTS, EnergyConstants
+from tetdeploy.provenance import images_sha256
 from tetdeploy.report import count, energy, layers_table, other_ops_table, plot_sweep, sweep_table
 from tetdeploy.report.tables import BILLS
 from tetdeploy.steps import parse_steps
@@ -41,6 +42,19 @@ def test_steps_as_typed(text: str, steps: tuple[int, ...]) -> None:
 def test_steps_that_do_not_parse(text: str) -> None:
     with pytest.raises(ValueError, match="T must"):
         parse_steps(text)
+
+
+def test_images_are_known_by_pixels_and_labels() -> None:
+    x, labels = digits().images[:40], digits().labels[:40]
+    known = images_sha256(x, labels)
+    assert known == images_sha256(np.asfortranarray(x), labels.astype(np.int32))
+    other = x.copy()
+    other[17, 0, 3, 3] ^= 1
+    others = ((other, labels), (x, labels[::-1]), (x[:39], labels[:39]), (x.reshape(40, 64), labels), (x, None))
+    assert len({known, *(images_sha256(*pair) for pair in others)}) == 6
+    engine = Engine(exported("dynamic"), threads=1)
+    written = sweep(engine, x, labels, (1,), num_timed=1).to_dict()
+    assert (written["images_sha256"], written["checkpoint_sha256"]) == (known, None)
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])

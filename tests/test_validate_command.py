@@ -252,6 +252,13 @@ class TestAgainst:
         assert "pip install 'tetdeploy[train]'" in done.stderr
 
 
+def test_a_model_of_an_earlier_checkpoint_is_told() -> None:
+    said = "model-T3.onnx was exported from another checkpoint than run has now"
+    assert said not in run(MODEL).output
+    shutil.copy(f"{OTHER}/checkpoint.safetensors", f"{RUN}/checkpoint.safetensors")
+    assert said in " ".join(run(MODEL).output.split())
+
+
 class TestGoingOn:
     OPTIONS = (MODEL, "--against", RUN, "--num-torch", "64", "--batch-size", "16", "--limit", "100")
     PARTIAL = Path("run/model-T3.validate.partial.npz")
@@ -296,6 +303,15 @@ class TestGoingOn:
         assert self.PARTIAL.exists()
         assert "going on" not in run(*self.OPTIONS, "--restart").output
         assert not self.PARTIAL.exists()
+
+    def test_changed_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        images, labels = digits().images[:64].copy(), digits().labels[:64]
+        np.savez("own.npz", images=images, labels=labels)
+        monkeypatch.setattr(self, "OPTIONS", (MODEL, "--data", "own.npz", "--batch-size", "16"), raising=False)
+        self.interrupt(monkeypatch, 3)
+        images[7] = 255 - images[7]  # neither the first nor the last
+        np.savez("own.npz", images=images, labels=labels)
+        assert "images_sha256: " in refused(*self.OPTIONS)
 
     def test_before_anything_was_done(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(

@@ -15,7 +15,7 @@ from tetdeploy.energy import CONVENTIONS, Operations, layers_of, other_ops, othe
 from tetdeploy.engine import Engine
 from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
-from tetdeploy.provenance import engine_provenance
+from tetdeploy.provenance import engine_provenance, images_sha256
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Sweep:
     """The rows, and what they were measured on.
 
     Attributes:
-        origin: `engine_provenance` of the model and of the measurement.
+        origin: `engine_provenance` of the model and of the measurement, and `images_sha256`.
         details: `Tally.details`: layers, neurons, the ANN twin, other operations, constants, classes.
     """
 
@@ -201,16 +201,24 @@ def sweep(
     for part in parts(len(x), batch_size, tick):
         result, counts = engine.count(x[part], T)
         tally.add(result.per_step, counts, labels[part])
-    return summarise(engine, tally, x, steps, data=data, num_timed=num_timed)
+    return summarise(engine, tally, x, labels, steps, data=data, num_timed=num_timed)
 
 
 def summarise(
-    engine: Engine, tally: Tally, x: NDArray[Any], steps: Sequence[int], *, data: str = "", num_timed: int = 30
+    engine: Engine,
+    tally: Tally,
+    x: NDArray[Any],
+    labels: NDArray[np.int64] | None,
+    steps: Sequence[int],
+    *,
+    data: str = "",
+    num_timed: int = 30,
 ) -> Sweep:
     """The sweep that the sums over all of `x` make, with latencies measured now. Args: see `sweep`."""
     latency = measure_latency(engine, x, steps, num_timed)
     rows = tuple(tally.row(t, latency[t]) for t in steps)
-    return Sweep(str(engine.path), data, len(x), rows, engine_provenance(engine), tally.details(steps))
+    origin = engine_provenance(engine) | {"images_sha256": images_sha256(x, labels)}
+    return Sweep(str(engine.path), data, len(x), rows, origin, tally.details(steps))
 
 
 def measure_latency(engine: Engine, x: NDArray[Any], steps: Sequence[int], num_timed: int) -> dict[int, float]:
