@@ -21,6 +21,7 @@ from rich.table import Table
 
 from tetdeploy import sweep as sweeping
 from tetdeploy.cli.sweep import sweep as sweep_command
+from tetdeploy.early_exit.threshold import run_answers
 from tetdeploy.energy import CONVENTIONS, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.picojoules import CONSTANTS, EnergyConstants
@@ -28,7 +29,7 @@ from tetdeploy.provenance import images_sha256
 from tetdeploy.report import count, energy, layers_table, other_ops_table, plot_sweep, sweep_table
 from tetdeploy.report.tables import BILLS
 from tetdeploy.steps import parse_steps
-from tetdeploy.sweep import Tally, sweep
+from tetdeploy.sweep import Tally, check_logits, sweep
 
 
 @pytest.mark.parametrize(
@@ -202,6 +203,22 @@ def test_labels_that_do_not_fit() -> None:
         sweep(engine, x, np.array([0, 1, 2, 10]), (1,))
     with pytest.raises(ValueError, match="batch_size and num_timed must be at least 1"):
         sweep(engine, x, np.zeros(4, np.int64), (1,), num_timed=0)
+
+
+def test_images_without_an_answer_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetdeploy.engine.LARGEST", 3.1e38)  # one that a network of great weights cannot take
+    engine = Engine(exported("unrolled", T=4, normalize=False), threads=1)
+    x, labels = np.zeros((6, 1, 8, 8), np.float32), np.zeros(6, np.int64)
+    x[[1, 3]] = 3e38
+    said = "2 of 6 images run together have NaN or infinite logits, the first at step 2: no answer"
+    with pytest.raises(ValueError, match=said):
+        sweep(engine, x, labels, (1, 2), num_timed=1)
+    with pytest.raises(ValueError, match=said):
+        run_answers(engine, x, labels, 2)
+    per_step = np.zeros((5, 3, 10))
+    per_step[4, 1, 7], per_step[2, 2, 0] = np.inf, np.nan
+    with pytest.raises(ValueError, match=r"2 of 5 images .* the first at step 2"):
+        check_logits(per_step)
 
 
 def test_engineering_units() -> None:

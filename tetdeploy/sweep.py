@@ -90,7 +90,12 @@ class Tally:
         self.fired = np.zeros((len(self.neurons), T))
 
     def add(self, per_step: NDArray[Any], counts: Mapping[str, NDArray[Any]], labels: NDArray[np.int64]) -> None:
-        """Add a batch that ran T steps on the counting graph."""
+        """Add a batch that ran T steps on the counting graph.
+
+        Raises:
+            ValueError: see `check_logits`.
+        """
+        check_logits(per_step)
         right = running_class(per_step) == labels[:, None]
         np.add.at(self.correct, labels, right)
         np.add.at(self.seen, labels, 1)
@@ -162,6 +167,26 @@ def running_class(per_step: NDArray[Any]) -> NDArray[np.int64]:
     return classes
 
 
+def check_logits(per_step: NDArray[Any]) -> None:
+    """Refuse to count answers that are none. A run of the engine lets one pass as long as other images of the call have
+    answers, which may be those of a server's other clients.
+
+    Args:
+        per_step: `[N, T, K]`.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
+    """
+    broken = ~np.isfinite(per_step).all(-1)
+    if broken.any():
+        images, first = broken.any(1).sum(), broken.any(0).argmax() + 1
+        raise ValueError(
+            f"{images} of {len(broken)} images run together have NaN or infinite logits, the first at step {first}: no "
+            "answer that could be right or wrong; the input is far out of range, or the file damaged, then export the "
+            "model again"
+        )
+
+
 def sweep(
     engine: Engine,
     x: NDArray[Any],
@@ -190,7 +215,7 @@ def sweep(
 
     Raises:
         ValueError: labels do not fit the images or the model's classes, or there are no energies for the model's
-            precision; see also `Engine.run`.
+            precision; see also `check_logits` and `Engine.run`.
     """
     check_labels(engine, x, labels)
     if num_timed < 1 or batch_size < 1:
