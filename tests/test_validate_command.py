@@ -19,7 +19,9 @@ from export_helpers import digits, frames
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.gates import Gate, check_gates, describe, parse_gate, place_gates
+from tetdeploy.files import sha256_of
 from tetdeploy.networks import Classifier, NetworkConfig, build_network, import_network
+from tetdeploy.provenance import images_sha256
 from tetdeploy.resumable import Pass
 
 CONTRACT = {"T", "accuracy", "firing_rate", "ac_ops", "mac_ops", "energy_pj", "energy_exact_pj", "latency_ms"}
@@ -103,6 +105,9 @@ class TestReference:
             assert row["accuracy"] is None
             assert row["energy_pj"] > 0
         assert value["agreement"] == {"with": "reference", "num_images": 256, "T": 3}
+        with np.load("run/model-T3.reference.npz") as kept:
+            assert value["images_sha256"] == images_sha256(kept["x"], kept["labels"])
+        assert value["checkpoint_sha256"] == sha256_of(Path("run/checkpoint.safetensors"))
         assert value["gates"] == []
         assert "spike_count_error" in value["neurons"][0]
         assert "their accuracy says nothing" in output
