@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from tetdeploy import __version__
+from tetdeploy.int8.quantisation import Scales, scales_sha256
 from tetdeploy.model_file import FORMAT, METADATA_KEY
 from tetdeploy.networks import Classifier
 from tetdeploy.provenance import written
@@ -34,12 +35,17 @@ def describe(
     encoders: list[Encoder],
     layers: Layers,
     source: Mapping[str, Any] | None,
-) -> None:
+    scales: Scales | None = None,
+) -> dict[str, Any]:
     """Put all that serving needs into the metadata of `model`, in the place of what torch's exporter left there.
 
     Args:
         neurons, encoders, layers: of the lowered graph.
         source: what the model was made from.
+        scales: of an int8 graph.
+
+    Returns:
+        What was put there.
     """
     _strip(model)
     normalization = None
@@ -72,11 +78,13 @@ def describe(
         "counting_overlay": base64.b64encode(counting_overlay(layers, neurons)).decode(),
         "fold_bn": config.fold_bn,
         "precision": config.precision,
+        "scales_sha256": None if scales is None else scales_sha256(scales),
         "target": config.target,
         "source": dict(source or {}),
     } | written(**versions())
     model.metadata_props[METADATA_KEY] = json.dumps(description)
     model.producer_name, model.producer_version, model.doc_string = "tetdeploy", __version__, None
+    return description
 
 
 def _strip(model: ir.Model) -> None:

@@ -111,7 +111,7 @@ def export_model(
         size = temporary.stat().st_size
         if num_check:
             parity, from_state = check_graph(expected, temporary, config, x[:num_check], progress)
-        write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.neurons, source or {})
+        write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.description)
         if num_check and config.precision != "fp32":
             kept = measure_kept(classifier, temporary, config, x[:num_check], labels)
     reduced = (scales.to_dict() if scales else {}) | {"kept": kept}
@@ -170,6 +170,7 @@ class LoweredGraph:
     """A lowered graph with its metadata; `uncounted` names layers whose operations cannot be counted."""
 
     model: ir.Model
+    description: dict[str, Any]
     neurons: list[Neurons]
     uncounted: list[str]
     num_folded: int
@@ -247,8 +248,9 @@ def _build(
     encoder = find_encoder(model.graph) if config.layout == "step" and config.encoding == "direct" else []
     layers = Layers(model.graph, neurons, config.steps, frames=config.encoding == "frames", encoder=encoder)
     encoders = [] if config.target in GPU_TARGETS and is_one_layer(encoder) else split_encoder(model, encoder)
-    describe(model, onnx_tracer.tracer.classifier, config, neurons, encoders, layers, source)
-    return LoweredGraph(model, neurons, layers.uncounted, num_folded)
+    classifier = onnx_tracer.tracer.classifier
+    description = describe(model, classifier, config, neurons, encoders, layers, source, int8)
+    return LoweredGraph(model, description, neurons, layers.uncounted, num_folded)
 
 
 def _in_memory(graph: LoweredGraph) -> Engine:

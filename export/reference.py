@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.agreement import computed_by
 from tetdeploy.batches import parts
 from tetdeploy.traced_network import Runnable
 
 from .config import ExportConfig
-from .neuron_steps import Neurons
 from .recorder import run_torch
 
 NUM_REFERENCE = 256
@@ -25,8 +25,7 @@ def write_reference(
     x: NDArray[Any],
     labels: NDArray[np.int64] | None,
     config: ExportConfig,
-    neurons: list[Neurons],
-    source: Mapping[str, Any],
+    description: Mapping[str, Any],
 ) -> None:
     """Write what PyTorch computes for `x`, so that another machine can prove it computes the same.
 
@@ -34,8 +33,7 @@ def write_reference(
         classifier: what computes the graph's answers in PyTorch.
         x: input as the graph takes it.
         labels: of at least these images.
-        neurons: of the graph.
-        source: of the metadata.
+        description: the metadata of the graph.
     """
     T = config.steps_on(x)
     per_step, counts = [], []
@@ -47,9 +45,8 @@ def write_reference(
         "x": x,
         "per_step": np.concatenate(per_step),
         "spike_counts": np.concatenate(counts),
-        "neurons": np.array([layer.name for layer in neurons]),
-        "checkpoint_sha256": np.array(source.get("checkpoint_sha256", "")),
-    }
+        "neurons": np.array([layer["name"] for layer in description["neurons"]]),
+    } | {key: np.array(value) for key, value in computed_by(description).items()}
     if labels is not None:
         arrays["labels"] = labels[: len(x)]
     with file.open("wb") as handle:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from export_helpers import exported
+from export_helpers import exported, int8_exported
 
 from tetdeploy import native
 from tetdeploy.agreement import (
     LogitAgreement,
     Reference,
     compare_reference,
+    computed_by,
     load_reference,
     reference_path,
     validation,
@@ -27,10 +28,13 @@ from tetdeploy.sweep import running_class, summarise
 @pytest.fixture
 def engine(tmp_path: Path) -> Engine:
     """A model of its own folder, unrolled to T=4, with its reference to do harm to."""
-    source = exported("unrolled")
-    for path in (source, reference_path(source)):
-        shutil.copy(path, tmp_path / path.name)
-    return Engine(tmp_path / source.name, threads=1)
+    return copied(exported("unrolled"), tmp_path)
+
+
+def copied(model: Path, folder: Path) -> Engine:
+    for path in (model, reference_path(model)):
+        shutil.copy(path, folder / path.name)
+    return Engine(folder / model.name, threads=1)
 
 
 def rewrite(engine: Engine, change: Callable[[dict[str, Any]], object]) -> None:
@@ -137,7 +141,7 @@ def test_only_the_reference_s_steps_are_compared() -> None:
     x = reference.x[:5]
     longer = compare_reference(engine, reference, reference.T).tally
     longer.T = reference.T
-    measured = summarise(engine, longer, x, (1, reference.T), num_timed=1)
+    measured = summarise(engine, longer, x, None, (1, reference.T), num_timed=1)
     value = validation(measured, compared, labelled=True)
     assert value["kind"] == "validate"
     assert [row["top1_agreement"] for row in value["rows"]] == [1.0, 1.0]
@@ -220,6 +224,20 @@ def test_a_reference_whose_arrays_do_not_fit_each_other(
         load_reference(engine)
 
 
-def test_an_older_reference_names_no_checkpoint(engine: Engine) -> None:
-    rewrite(engine, lambda arrays: arrays.pop("checkpoint_sha256"))
-    assert load_reference(engine).T == 4
+def test_the_reference_of_another_precision_or_other_scales(tmp_path: Path) -> None:
+    engine = copied(int8_exported("unrolled"), tmp_path)
+    assert load_reference(engine).T == 3
+    rewrite(engine, lambda arrays: arrays.update(scales_sha256=np.array("ab" * 32)))
+    with pytest.raises(ValueError, match="it was written with another model"):
+        load_reference(engine)
+    shutil.copy(reference_path(exported("unrolled")), reference_path(engine.path))
+    with pytest.raises(ValueError, match="it was written with another model"):
+        load_reference(engine)
+
+
+def test_an_older_reference_does_not_say_whose_answers_it_holds(tmp_path: Path) -> None:
+    engine = copied(int8_exported("unrolled"), tmp_path)
+    rewrite(engine, lambda arrays: [arrays.pop(key) for key in computed_by(engine.metadata)])
+    assert load_reference(engine).T == 3
+    del engine.metadata["scales_sha256"]  # nor did the export
+    assert computed_by(engine.metadata) == {"precision": "int8", "checkpoint_sha256": ""}

@@ -36,6 +36,7 @@ from tetdeploy.early_exit.threshold import (
 )
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
+from tetdeploy.provenance import images_sha256
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
 
@@ -511,7 +512,8 @@ def test_ctrl_c_leaves_nothing_behind(
 def test_a_sweep_of_the_same_images_is_joined(tmp_path: Path) -> None:
     x, labels = own_labels(0, 40)
     measured = measure(engine("step"), x, labels, Exit(0.3), 3, data="digits")
-    of = {"data": "digits", "num_samples": 40, "model_sha256": measured["model_sha256"]}
+    of = {key: measured[key] for key in ("data", "num_samples", "model_sha256", "constants")}
+    assert measured["images_sha256"] == images_sha256(x, labels)
     files = [
         write(tmp_path / "m.early-exit.json", measured),
         write(tmp_path / "m.sweep.json", sweep_result(kind="sweep", **of)),

@@ -373,6 +373,30 @@ def test_damaged_weights_give_no_answer(layout: str, options: dict[str, Any], va
             runner.stream(2).push(images(2))
 
 
+@pytest.mark.parametrize(
+    ("layout", "change", "fault"),
+    [
+        ("unrolled", {"T": 8}, r"per_step should be \[N, 8, 10\], the graph gives \[N, 4, 10\]"),
+        (
+            "unrolled",
+            {"layout": "dynamic", "T": None},
+            r"per_step should be \[N, T, 10\], the graph gives \[N, 4, 10\]",
+        ),
+        ("dynamic", {"class_names": ["cat", "dog"]}, r"logits should be \[N, 2\], the graph gives \[N, 10\]"),
+        ("dynamic", {"states": [{"input": "u.a", "output": "u_next.a", "shape": [3]}]}, r"u_next\.a .* gives none"),
+    ],
+)
+def test_a_graph_that_is_not_what_its_metadata_say(
+    layout: str, change: dict[str, Any], fault: str, tmp_path: Path
+) -> None:
+    proto = onnx.load(exported(layout, **{"T": 4} if layout == "unrolled" else {}))
+    (entry,) = proto.metadata_props
+    entry.value = json.dumps(json.loads(entry.value) | change)
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=f"{fault}; the file was changed, export"):
+        Engine(tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize("in_cache", [1, 10**9])
 def test_an_image_out_of_range_does_not_take_the_answers_of_others(
     in_cache: int, monkeypatch: pytest.MonkeyPatch

@@ -70,6 +70,15 @@ def same_answers(path: Path) -> None:
         assert value.sum() == pytest.approx(expected[name].sum(), rel=1e-3)
 
 
+def test_a_graph_that_is_not_what_its_metadata_say(tmp_path: Path) -> None:
+    proto = onnx.load(exported("unrolled", T=3))
+    (entry,) = proto.metadata_props
+    entry.value = json.dumps(json.loads(entry.value) | {"T": 8})
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=r"per_step should be \[N, 8, 10\], the graph gives \[N, 3, 10\]"):
+        in_openvino(tmp_path / "m.onnx")
+
+
 def test_a_stream_keeps_its_state_and_encodes_an_image_once() -> None:
     path, images = exported("step"), digits().images
     ours, theirs = (Engine(path, threads=1, runtime=name).stream(2) for name in ("openvino", "onnxruntime"))

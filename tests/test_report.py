@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from report_helpers import Page, epoch, result, run_folder, write
 
 from tetdeploy.cli import main
+from tetdeploy.files import sha256_of
 from tetdeploy.report.drawing import draw, energy_axis, mark
 from tetdeploy.report.numbers import milliseconds
 from tetdeploy.report.page import document_of
@@ -309,15 +310,84 @@ class TestReading:
         assert [energy(e) for e in (999.6, 999.6e9)] == ["1 nJ", "1,000 mJ"]
         assert [milliseconds(t) for t in (0.1234, 99.96, 1234.0, None)] == ["0.123 ms", "100 ms", "1,234 ms", "–"]
 
-    @pytest.mark.parametrize(("key", "value"), [("model_sha256", "cd"), ("num_samples", 3), ("data", "other")])
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("model_sha256", "cd"),
+            ("num_samples", 3),
+            ("data", "other"),
+            ("images_sha256", "cd"),
+            ("constants", {"ac_pj": 0.03, "mac_pj": 0.23, "source": "given"}),
+            ("device", "cuda"),
+            ("runtime", "openvino"),
+        ],
+    )
     def test_of_another_model_or_data_it_is_left_out_and_said(self, tmp_path: Path, key: str, value: Any) -> None:
         run = run_folder(tmp_path / "a")
-        write(run / "m.validate.json", result())
-        write(run / "m.sweep.json", result(kind="sweep", **{key: value}))
+        own: dict[str, Any] = {"images_sha256": "ab", "runtime": "onnxruntime"}
+        write(run / "m.validate.json", result(**own))
+        write(run / "m.sweep.json", result(kind="sweep", **own | {key: value}))
         results = read_results([run])
-        assert results.measurements[0].content[key] == result()[key]
+        assert results.measurements[0].content[key] == result(**own)[key]
         assert f"m.sweep.json is left out: it and m.validate.json differ in {key}." in results.notes[0]
         assert results.notes[0] in Page(html(results)).text
+
+    def test_what_an_older_file_does_not_say_is_no_difference(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a")
+        write(run / "m.validate.json", result(images_sha256="ab", runtime="openvino", device="cuda"))
+        write(run / "m.sweep.json", result(kind="sweep", device=None, constants=None))
+        assert read_results([run]).notes == ()
+
+    def test_a_result_without_latencies_may_be_of_another_device(self, tmp_path: Path) -> None:
+        untimed = result(kind="early-exit", device="cuda")
+        for row in untimed["rows"]:
+            del row["latency_ms"]
+        run = run_folder(tmp_path / "a")
+        write(run / "m.early-exit.json", untimed)
+        write(run / "m.sweep.json", result(kind="sweep"))
+        assert read_results([run]).notes == ()
+
+    def test_agreement_of_another_device_is_left_out(self, tmp_path: Path) -> None:
+        sweep = result(kind="sweep")
+        for row in sweep["rows"]:
+            for key in ("top1_agreement", "spike_mismatch_rate", "max_abs_logit_error"):
+                del row[key]
+        kept = result(data="reference images", device="cuda")
+        for row in kept["rows"]:
+            row["accuracy"] = None
+        run = run_folder(tmp_path / "a")
+        write(run / "m.sweep.json", sweep)
+        write(run / "m.validate.json", kept)
+        (note,) = read_results([run]).notes
+        assert "m.validate.json is left out: it and m.sweep.json differ in data, device." in note
+
+    def test_a_result_of_another_model_than_lies_beside_it_is_told(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a")
+        model = run / "model-T3.onnx"
+        model.write_bytes(b"a new export")
+        file = write(run / "model-T3.sweep.json", result(kind="sweep"))
+        for path in (run, file):
+            (note,) = read_results([path]).notes
+            assert f"{file} is of another model (abababababab) than {model} is now" in note
+            assert note.endswith(f"measure again: tetdeploy sweep {model} --data digits")
+        write(file, result(kind="sweep", model_sha256=sha256_of(model)))
+        assert read_results([run]).notes == ()
+
+    def test_a_result_of_another_checkpoint_than_the_runs_is_told(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a")
+        checkpoint = run / "checkpoint.safetensors"
+        checkpoint.write_bytes(b"of a later epoch")
+        kept = result(data="reference images", checkpoint_sha256="cd" * 32)
+        for row in kept["rows"]:
+            row["accuracy"] = None
+        file = write(run / "model-T3.validate.json", kept)
+        (note,) = read_results([file]).notes
+        assert f"{file} is of another checkpoint (cdcdcdcdcdcd) than that of {run}" in note
+        assert note.endswith(f"tetdeploy export {run}, then measure again: tetdeploy validate {run / 'model-T3.onnx'}")
+        assert note in page(file).text
+        for same in (sha256_of(checkpoint), None):
+            write(file, kept | {"checkpoint_sha256": same})
+            assert read_results([file]).notes == ()
 
     def test_several_models_of_a_run_have_names_of_their_own(self, tmp_path: Path) -> None:
         run = run_folder(tmp_path / "a")
@@ -526,6 +596,8 @@ class TestCommand:
         at_trained = next(row for row in sweep["rows"] if row["T"] == 2)
         assert f"{at_trained['accuracy']:.2%}" in found.texts
         assert sweep["model_sha256"] in found.texts
+        assert sweep["checkpoint_sha256"] == sha256_of(tmp_path / "runs/tet/checkpoint.safetensors")
+        assert "is of another" not in found.text
         titles = [s.split(",")[0] for s in ("What was trained, on what and how", "Training", *ALL[:5], *ALL[6:])]
         assert all(any(text.startswith(title) for text in found.texts) for title in titles)
         assert (tmp_path / "r.md").read_text(encoding="utf-8").startswith("# Two epochs\n")

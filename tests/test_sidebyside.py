@@ -157,7 +157,7 @@ def test_a_pass_beside_pytorch_counts_what_a_sweep_does() -> None:
         sizes.append(run.advance())
     assert sizes == [32, 13, 25]
     assert beside.num_images == 45
-    here = summarise(model, run.tally, x, (1, T), num_timed=1)
+    here = summarise(model, run.tally, x, None, (1, T), num_timed=1)
     there = sweep(model, x, labels, (1, T), num_timed=1)
     assert here.details == there.details
     assert [(r.accuracy, r.energy_pj) for r in here.rows] == [(r.accuracy, r.energy_pj) for r in there.rows]

@@ -21,13 +21,15 @@ from rich.table import Table
 
 from tetdeploy import sweep as sweeping
 from tetdeploy.cli.sweep import sweep as sweep_command
+from tetdeploy.early_exit.threshold import run_answers
 from tetdeploy.energy import CONVENTIONS, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.picojoules import CONSTANTS, EnergyConstants
+from tetdeploy.provenance import images_sha256
 from tetdeploy.report import count, energy, layers_table, other_ops_table, plot_sweep, sweep_table
 from tetdeploy.report.tables import BILLS
 from tetdeploy.steps import parse_steps
-from tetdeploy.sweep import Tally, sweep
+from tetdeploy.sweep import Tally, check_logits, sweep
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,19 @@ def test_steps_as_typed(text: str, steps: tuple[int, ...]) -> None:
 def test_steps_that_do_not_parse(text: str) -> None:
     with pytest.raises(ValueError, match="T must"):
         parse_steps(text)
+
+
+def test_images_are_known_by_pixels_and_labels() -> None:
+    x, labels = digits().images[:40], digits().labels[:40]
+    known = images_sha256(x, labels)
+    assert known == images_sha256(np.asfortranarray(x), labels.astype(np.int32))
+    other = x.copy()
+    other[17, 0, 3, 3] ^= 1
+    others = ((other, labels), (x, labels[::-1]), (x[:39], labels[:39]), (x.reshape(40, 64), labels), (x, None))
+    assert len({known, *(images_sha256(*pair) for pair in others)}) == 6
+    engine = Engine(exported("dynamic"), threads=1)
+    written = sweep(engine, x, labels, (1,), num_timed=1).to_dict()
+    assert (written["images_sha256"], written["checkpoint_sha256"]) == (known, None)
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
@@ -188,6 +203,22 @@ def test_labels_that_do_not_fit() -> None:
         sweep(engine, x, np.array([0, 1, 2, 10]), (1,))
     with pytest.raises(ValueError, match="batch_size and num_timed must be at least 1"):
         sweep(engine, x, np.zeros(4, np.int64), (1,), num_timed=0)
+
+
+def test_images_without_an_answer_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetdeploy.engine.LARGEST", 3.1e38)  # one that a network of great weights cannot take
+    engine = Engine(exported("unrolled", T=4, normalize=False), threads=1)
+    x, labels = np.zeros((6, 1, 8, 8), np.float32), np.zeros(6, np.int64)
+    x[[1, 3]] = 3e38
+    said = "2 of 6 images run together have NaN or infinite logits, the first at step 2: no answer"
+    with pytest.raises(ValueError, match=said):
+        sweep(engine, x, labels, (1, 2), num_timed=1)
+    with pytest.raises(ValueError, match=said):
+        run_answers(engine, x, labels, 2)
+    per_step = np.zeros((5, 3, 10))
+    per_step[4, 1, 7], per_step[2, 2, 0] = np.inf, np.nan
+    with pytest.raises(ValueError, match=r"2 of 5 images .* the first at step 2"):
+        check_logits(per_step)
 
 
 def test_engineering_units() -> None:

@@ -19,7 +19,9 @@ from export_helpers import digits, frames
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.gates import Gate, check_gates, describe, parse_gate, place_gates
+from tetdeploy.files import sha256_of
 from tetdeploy.networks import Classifier, NetworkConfig, build_network, import_network
+from tetdeploy.provenance import images_sha256
 from tetdeploy.resumable import Pass
 
 CONTRACT = {"T", "accuracy", "firing_rate", "ac_ops", "mac_ops", "energy_pj", "energy_exact_pj", "latency_ms"}
@@ -103,6 +105,9 @@ class TestReference:
             assert row["accuracy"] is None
             assert row["energy_pj"] > 0
         assert value["agreement"] == {"with": "reference", "num_images": 256, "T": 3}
+        with np.load("run/model-T3.reference.npz") as kept:
+            assert value["images_sha256"] == images_sha256(kept["x"], kept["labels"])
+        assert value["checkpoint_sha256"] == sha256_of(Path("run/checkpoint.safetensors"))
         assert value["gates"] == []
         assert "spike_count_error" in value["neurons"][0]
         assert "their accuracy says nothing" in output
@@ -252,6 +257,13 @@ class TestAgainst:
         assert "pip install 'tetdeploy[train]'" in done.stderr
 
 
+def test_a_model_of_an_earlier_checkpoint_is_told() -> None:
+    said = "model-T3.onnx was exported from another checkpoint than run has now"
+    assert said not in run(MODEL).output
+    shutil.copy(f"{OTHER}/checkpoint.safetensors", f"{RUN}/checkpoint.safetensors")
+    assert said in " ".join(run(MODEL).output.split())
+
+
 class TestGoingOn:
     OPTIONS = (MODEL, "--against", RUN, "--num-torch", "64", "--batch-size", "16", "--limit", "100")
     PARTIAL = Path("run/model-T3.validate.partial.npz")
@@ -296,6 +308,15 @@ class TestGoingOn:
         assert self.PARTIAL.exists()
         assert "going on" not in run(*self.OPTIONS, "--restart").output
         assert not self.PARTIAL.exists()
+
+    def test_changed_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        images, labels = digits().images[:64].copy(), digits().labels[:64]
+        np.savez("own.npz", images=images, labels=labels)
+        monkeypatch.setattr(self, "OPTIONS", (MODEL, "--data", "own.npz", "--batch-size", "16"), raising=False)
+        self.interrupt(monkeypatch, 3)
+        images[7] = 255 - images[7]  # neither the first nor the last
+        np.savez("own.npz", images=images, labels=labels)
+        assert "images_sha256: " in refused(*self.OPTIONS)
 
     def test_before_anything_was_done(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(

@@ -114,13 +114,20 @@ def load_reference(engine: Engine) -> Reference:
     return Reference(arrays["x"], arrays["per_step"], arrays["spike_counts"], arrays.get("labels"))
 
 
+def computed_by(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Whose answers the reference of a model holds: the weights, how their layers compute, and in 8 bits at which
+    scales. (That BN is folded, layout and T change none.) What the metadata of an earlier export lack is left out."""
+    found = {key: metadata.get(key) for key in ("precision", "scales_sha256")}
+    found["checkpoint_sha256"] = metadata["source"].get("checkpoint_sha256", "")
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def _belongs(engine: Engine, arrays: Mapping[str, NDArray[Any]]) -> bool:
     names = [n["name"] for n in engine.metadata["neurons"]]
-    wanted = engine.metadata["source"].get("checkpoint_sha256", "")
     return (
         arrays["neurons"].tolist() == names
         and arrays["per_step"].shape[2:] == (len(engine.class_names),)
-        and str(arrays.get("checkpoint_sha256", wanted)) == wanted
+        and all(str(arrays.get(key, value)) == value for key, value in computed_by(engine.metadata).items())
     )
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tetdeploy import native
 from tetdeploy.energy import layers_of
+from tetdeploy.model_file import check_outputs
 from tetdeploy.names import first_line
 from tetdeploy.runtimes.sessions import Sessions, check_runtime, gains_from_native
 from tetdeploy.stream import Stream
@@ -71,8 +72,9 @@ class Engine:
         None is any), native and cuda_graphs (whether it does).
 
     Raises:
-        ValueError: the file is no ONNX model, or none of ours; the device is unknown or its provider not available; the
-            runtime is unknown, or cannot run on the device; native or cuda_graphs is True where that cannot be.
+        ValueError: the file is no ONNX model, none of ours, or not what its metadata say; the device is unknown or its
+            provider not available; the runtime is unknown, or cannot run on the device; native or cuda_graphs is True
+            where that cannot be.
         OSError: the file cannot be read.
         MissingExtraError: the runtime is not installed.
     """
@@ -98,6 +100,7 @@ class Engine:
         self.sha256 = self._sessions.sha256
         self._session, metadata = self._sessions.first()
         self._take(metadata)
+        check_outputs(self._session.get_outputs(), metadata, self.path)
         fused = self._sessions.first_native(native)
         self.native = fused is not None
         self._session = fused or self._session

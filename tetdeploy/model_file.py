@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,33 @@ def check_metadata(value: Any, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has metadata of format {value['format']}; this tetdeploy reads {FORMAT}: {remedy}")
     known: dict[str, Any] = value
     return known
+
+
+def check_outputs(outputs: Iterable[Any], metadata: Mapping[str, Any], path: Path) -> None:
+    """Refuse a graph whose outputs are not those that its metadata say.
+
+    Args:
+        outputs: of its session, each with `name` and `shape`, in which a free axis is no number.
+
+    Raises:
+        ValueError: it is so.
+    """
+    classes = len(metadata["class_names"])
+    wanted = {"logits": [classes], "per_step": [metadata["T"], classes]}
+    wanted |= {state["output"]: state["shape"] for state in (*metadata["states"], *metadata["encoded"])}
+    shapes = {output.name: list(output.shape[1:]) for output in outputs}
+    for name, sizes in wanted.items():
+        found = shapes.get(name, [])
+        if len(found) != len(sizes) or any(isinstance(f, int) and f != s for f, s in zip(found, sizes, strict=True)):
+            given = _shape(found) if name in shapes else "none"
+            raise ValueError(
+                f"{path} is not what its metadata say: {name} should be {_shape(sizes)}, the graph gives {given}; "
+                "the file was changed, export the model again"
+            )
+
+
+def _shape(sizes: Sequence[Any]) -> str:
+    return f"[{', '.join(map(str, ('N', *('T' if size is None else size for size in sizes))))}]"
 
 
 def state_outputs(metadata: Mapping[str, Any]) -> tuple[str, ...]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import platform
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tetdeploy import __version__
+from tetdeploy.batches import parts
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
@@ -28,9 +31,22 @@ def engine_provenance(engine: Engine) -> dict[str, Any]:
     runtime = importlib.import_module(engine.runtime)
     return {
         "model_sha256": engine.sha256,
+        "checkpoint_sha256": engine.metadata["source"].get("checkpoint_sha256"),
         "trained_T": engine.trained_T,
         "layout": engine.layout,
         "num_classes": len(engine.class_names),
         "device": engine.device,
         "runtime": engine.runtime,
     } | written(**{"numpy": np.__version__, engine.runtime: str(runtime.__version__)})
+
+
+def images_sha256(x: NDArray[Any], labels: NDArray[np.int64] | None) -> str:
+    """What tells the images of a measurement from others of that name and number: a hash of the labels, if there are
+    any, and of `x [N, ...]`; of image files on disk, which are too many to read for this, of their names and sizes."""
+    digest = hashlib.sha256(f"{x.dtype} {x.shape}".encode())
+    if labels is not None:
+        digest.update(labels.astype(np.int64).tobytes())
+    batches = x.listing() if hasattr(x, "listing") else (x[part].tobytes() for part in parts(len(x), 1024))
+    for batch in batches:
+        digest.update(batch)
+    return digest.hexdigest()

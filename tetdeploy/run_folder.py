@@ -72,6 +72,16 @@ def checkpoint_file(path: Path | str) -> Path:
     return path
 
 
+def other_checkpoint(folder: Path, checkpoint_sha256: str | None) -> str | None:
+    """The SHA-256 of the best weights in a run folder if they are others than what was made of the run says of itself;
+    None if they are the same, or either is not known."""
+    file = folder / CHECKPOINT_NAME
+    if not checkpoint_sha256 or not file.is_file():
+        return None
+    found = sha256_of(file)
+    return None if found == checkpoint_sha256 else found
+
+
 def weights_sha256(file: Path) -> str:
     """Of a checkpoint, or of the index of a folder of shards, which has the checksum of each."""
     return sha256_of(file / INDEX_NAME if file.is_dir() else file)

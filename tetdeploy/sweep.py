@@ -15,7 +15,7 @@ from tetdeploy.energy import CONVENTIONS, Operations, layers_of, other_ops, othe
 from tetdeploy.engine import Engine
 from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
-from tetdeploy.provenance import engine_provenance
+from tetdeploy.provenance import engine_provenance, images_sha256
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Sweep:
     """The rows, and what they were measured on.
 
     Attributes:
-        origin: `engine_provenance` of the model and of the measurement.
+        origin: `engine_provenance` of the model and of the measurement, and `images_sha256`.
         details: `Tally.details`: layers, neurons, the ANN twin, other operations, constants, classes.
     """
 
@@ -90,7 +90,12 @@ class Tally:
         self.fired = np.zeros((len(self.neurons), T))
 
     def add(self, per_step: NDArray[Any], counts: Mapping[str, NDArray[Any]], labels: NDArray[np.int64]) -> None:
-        """Add a batch that ran T steps on the counting graph."""
+        """Add a batch that ran T steps on the counting graph.
+
+        Raises:
+            ValueError: see `check_logits`.
+        """
+        check_logits(per_step)
         right = running_class(per_step) == labels[:, None]
         np.add.at(self.correct, labels, right)
         np.add.at(self.seen, labels, 1)
@@ -162,6 +167,26 @@ def running_class(per_step: NDArray[Any]) -> NDArray[np.int64]:
     return classes
 
 
+def check_logits(per_step: NDArray[Any]) -> None:
+    """Refuse to count answers that are none. A run of the engine lets one pass as long as other images of the call have
+    answers, which may be those of a server's other clients.
+
+    Args:
+        per_step: `[N, T, K]`.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
+    """
+    broken = ~np.isfinite(per_step).all(-1)
+    if broken.any():
+        images, first = broken.any(1).sum(), broken.any(0).argmax() + 1
+        raise ValueError(
+            f"{images} of {len(broken)} images run together have NaN or infinite logits, the first at step {first}: no "
+            "answer that could be right or wrong; the input is far out of range, or the file damaged, then export the "
+            "model again"
+        )
+
+
 def sweep(
     engine: Engine,
     x: NDArray[Any],
@@ -190,7 +215,7 @@ def sweep(
 
     Raises:
         ValueError: labels do not fit the images or the model's classes, or there are no energies for the model's
-            precision; see also `Engine.run`.
+            precision; see also `check_logits` and `Engine.run`.
     """
     check_labels(engine, x, labels)
     if num_timed < 1 or batch_size < 1:
@@ -201,16 +226,24 @@ def sweep(
     for part in parts(len(x), batch_size, tick):
         result, counts = engine.count(x[part], T)
         tally.add(result.per_step, counts, labels[part])
-    return summarise(engine, tally, x, steps, data=data, num_timed=num_timed)
+    return summarise(engine, tally, x, labels, steps, data=data, num_timed=num_timed)
 
 
 def summarise(
-    engine: Engine, tally: Tally, x: NDArray[Any], steps: Sequence[int], *, data: str = "", num_timed: int = 30
+    engine: Engine,
+    tally: Tally,
+    x: NDArray[Any],
+    labels: NDArray[np.int64] | None,
+    steps: Sequence[int],
+    *,
+    data: str = "",
+    num_timed: int = 30,
 ) -> Sweep:
     """The sweep that the sums over all of `x` make, with latencies measured now. Args: see `sweep`."""
     latency = measure_latency(engine, x, steps, num_timed)
     rows = tuple(tally.row(t, latency[t]) for t in steps)
-    return Sweep(str(engine.path), data, len(x), rows, engine_provenance(engine), tally.details(steps))
+    origin = engine_provenance(engine) | {"images_sha256": images_sha256(x, labels)}
+    return Sweep(str(engine.path), data, len(x), rows, origin, tally.details(steps))
 
 
 def measure_latency(engine: Engine, x: NDArray[Any], steps: Sequence[int], num_timed: int) -> dict[int, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tetdeploy.cli.inputs import load_inputs
+from tetdeploy.cli.inputs import load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import STEPS, ChosenModel, data_dir_option, opens_model, output_path, result_option
 from tetdeploy.cli.terminal import console, image_bar
 
@@ -55,6 +55,7 @@ def early_exit(
     from tetdeploy.report.early_exit import savings_shown
 
     engine = chosen.engine()
+    note_other_checkpoint(engine)
     engine.check_early_exit()
     T = T or load_rule(engine.path)[1]
     exit = load_exit(engine.path, T)

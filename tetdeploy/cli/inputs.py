@@ -51,6 +51,21 @@ def note_own_file(name: str, own: str) -> None:
         )
 
 
+def note_other_checkpoint(engine: Engine) -> None:
+    """Say so if the run that the model lies in has other weights by now than those it was exported from."""
+    from tetdeploy.cli.terminal import console
+    from tetdeploy.run_folder import other_checkpoint
+
+    folder = engine.path.parent
+    if other_checkpoint(folder, engine.metadata["source"].get("checkpoint_sha256")):
+        console.print(
+            f"{engine.path.name} was exported from another checkpoint than {folder} has now; for that one run "
+            f"tetdeploy export {folder}",
+            style="yellow",
+            markup=False,
+        )
+
+
 def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None, limit: int | None) -> Any:
     """Name, images or frames as the graph takes them, and labels to calibrate on.
 

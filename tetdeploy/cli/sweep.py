@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tetdeploy.cli.inputs import default_steps, load_inputs
+from tetdeploy.cli.inputs import default_steps, load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import (
     ChosenModel,
     check_plot,
@@ -94,6 +94,7 @@ def sweep(
     if plot is not None:
         import_extra("matplotlib", "report")  # before any work
     engine = chosen.engine()
+    note_other_checkpoint(engine)
     json_path = output_path(json_path, "--json", engine, ".sweep.json")
     picture = output_path(plot, "--plot", engine, ".sweep.png")
     if plot is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import click
 
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.gates import FAILED, Gate, check_gates, describe, parse_gates, place_gates
-from tetdeploy.cli.inputs import default_steps, load_classifier, load_inputs
+from tetdeploy.cli.inputs import default_steps, load_classifier, load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import ChosenModel, data_dir_option, opens_model, output_path, parsed_steps, result_option
 from tetdeploy.cli.terminal import console, image_bar, progress_bar
 
@@ -98,6 +97,7 @@ def validate(
     if against is None and (num_torch is not None or network is not None):
         raise click.UsageError("--num-torch and --model go with --against CHECKPOINT")
     engine = chosen.engine()
+    note_other_checkpoint(engine)
     json_path = output_path(json_path, "--json", engine, ".validate.json")
     partial_path = json_path.with_suffix(".partial.npz")
     long = against is not None or data is not None
@@ -160,7 +160,7 @@ class _Job:
             )
         gates = self._placed(steps, compared=steps, accuracy=False)
         compared = self._compare(reference, max(steps))
-        measured = self._sweep(compared.tally, reference.x, steps, "reference images")
+        measured = self._sweep(compared.tally, reference.x, reference.labels, steps, "reference images")
         return self._json(measured, compared, gates, labelled=False)
 
     def with_data(self, name: str, x: Any, labels: Any, partial_path: Path) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class _Job:
         run = Pass(engine, x, labels, max(steps), batch_size=self.batch_size)
         self._finish(run, _partial(partial_path, run, name))
         compared = None if reference is None else self._compare(reference, max(steps))
-        return self._json(self._sweep(run.tally, x, steps, name), compared, gates)
+        return self._json(self._sweep(run.tally, x, labels, steps, name), compared, gates)
 
     def side_by_side(
         self, name: str, x: Any, labels: Any, classifier: Any, digest: str, num_torch: int, partial_path: Path
@@ -204,7 +204,7 @@ class _Job:
             num_beside=num_torch or len(x),
         )
         self._finish(run, _partial(partial_path, run, name, checkpoint=digest))
-        result = self._json(self._sweep(run.tally, x, steps, name), beside, gates)
+        result = self._json(self._sweep(run.tally, x, labels, steps, name), beside, gates)
         result["agreement"]["checkpoint_sha256"] = digest
         latency = torch_latency(classifier, x, steps)
         result["rows"] = [row | {"torch_latency_ms": latency[row["T"]]} for row in result["rows"]]
@@ -253,10 +253,10 @@ class _Job:
             bar.update(alone, completed=max(run.done - run.num_beside, 0))
             finish(run, partial, lambda done: bar.advance(both if run.done <= run.num_beside else alone, done))
 
-    def _sweep(self, tally: Tally, x: Any, steps: tuple[int, ...], name: str) -> Sweep:
+    def _sweep(self, tally: Tally, x: Any, labels: Any, steps: tuple[int, ...], name: str) -> Sweep:
         from tetdeploy.sweep import summarise
 
-        return summarise(self.engine, tally, x, steps, data=name)
+        return summarise(self.engine, tally, x, labels, steps, data=name)
 
     def _json(
         self, measured: Sweep, compared: Compared | None, gates: list[Gate], *, labelled: bool = True
@@ -296,14 +296,12 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
 
 def _partial(path: Path, run: Pass, name: str, **settings: str) -> Partial:
     """The file of an unfinished run, with all that decides its result."""
-    import numpy as np
-
     from tetdeploy import __version__
+    from tetdeploy.provenance import images_sha256
     from tetdeploy.resumable import Partial
 
     engine = run.engine
     decisive = {"model": engine.sha256, "device": engine.device, "data": name, "images": len(run.x), "T": run.T}
     decisive |= {"runtime": engine.runtime, "tetdeploy": __version__}
-    ends = (np.asarray(part) for part in (run.labels, run.x[:1], run.x[-1:]))
-    digest = hashlib.sha256(b"".join(array.tobytes() for array in ends)).hexdigest()
-    return Partial(path, decisive | {"labels and ends": digest, "torch images": run.num_beside} | settings)
+    decisive |= {"images_sha256": images_sha256(run.x, run.labels), "torch images": run.num_beside}
+    return Partial(path, decisive | settings)

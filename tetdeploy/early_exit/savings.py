@@ -21,7 +21,7 @@ from tetdeploy.early_exit.threshold import Paired
 from tetdeploy.energy import Operations
 from tetdeploy.engine import Engine, Result
 from tetdeploy.machine import load_average
-from tetdeploy.provenance import engine_provenance
+from tetdeploy.provenance import engine_provenance, images_sha256
 from tetdeploy.sweep import Tally, check_labels
 
 Array = NDArray[Any]
@@ -155,4 +155,4 @@ def measure(
     savings = Savings(engine, exit, T)
     for part in parts(len(x), batch_size, tick):
         savings.add(x[part], labels[part])
-    return savings.to_dict(data, batch_size)
+    return savings.to_dict(data, batch_size) | {"images_sha256": images_sha256(x, labels)}

@@ -17,6 +17,8 @@ The first layer, which reads the image, and the linear layers stay in floating p
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,6 +52,12 @@ class CurrentScale:
 
 
 Scales = Mapping[str, CurrentScale]  # by the name of the convolution, see `spiking_convolutions`
+
+
+def scales_sha256(scales: Scales) -> str:
+    """What tells scales from others."""
+    listed = sorted((name, current.scale, current.zero) for name, current in scales.items())
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 @torch.library.custom_op("tetdeploy::int8_conv", mutates_args=())

@@ -16,6 +16,7 @@ AGREEMENT = (
     "max_abs_logit_error",
     "margin",
 )
+_LATENCY = ("device", "runtime")  # what latencies belong to
 _ENTRIES = ("layers", "neurons", "by_class")  # each with rows by T
 
 
@@ -37,7 +38,7 @@ def merged(files: Sequence[Path]) -> tuple[dict[str, Any], list[Path], list[str]
         differing = _apart(content, other)
         if not differing:
             content = _filled(content, other)
-        elif "model_sha256" not in differing and not agrees(content) and agrees(other):
+        elif not {"model_sha256", *_LATENCY} & {*differing} and not agrees(content) and agrees(other):
             content = _with_agreement(content, other)
         else:
             notes.append(f"{file} is left out: it and {first.name} differ in {', '.join(differing)}.")
@@ -61,9 +62,15 @@ def _rank(content: Mapping[str, Any]) -> tuple[bool, int]:
 
 
 def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """What tells two results of one file name apart: another model, or other images."""
-    keys = ("data", "num_samples", "model_sha256")
+    """What tells two results of one file name apart: another model, other images or prices, or another device for the
+    latencies of both. What only one of them says is no difference."""
+    keys = ["data", "num_samples", "images_sha256", "model_sha256", "constants"]
+    keys += _LATENCY if _timed(first) and _timed(second) else ()
     return [key for key in keys if first.get(key) and second.get(key) and first[key] != second[key]]
+
+
+def _timed(content: Mapping[str, Any]) -> bool:
+    return any(row.get("latency_ms") is not None for row in content["rows"])
 
 
 def _filled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tetdeploy.names import is_npz
 from tetdeploy.report.drawing import Style
 from tetdeploy.report.merging import has_accuracy, merged
 from tetdeploy.report.reading import Run, model_stem, read_run, read_summary, result_files
+from tetdeploy.report.staleness import stale
 from tetdeploy.report.tables import images_of
 from tetdeploy.report.timings import is_bench, read_benches
 from tetdeploy.run_folder import CONFIG_NAME
@@ -202,6 +203,8 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
 def _measurement(name: str, files: Sequence[Path], run: Run | None, notes: list[str]) -> Measurement:
     content, used, left_out = merged(files)
     notes += left_out
+    if note := stale(content, used):
+        notes.append(note)
     return Measurement(name, content, tuple(used), run)
 
 

@@ -64,8 +64,11 @@ class OpenVINOSession:
         return [np.asarray(outputs[name]) for name in names]
 
     def get_outputs(self) -> list[SimpleNamespace]:
-        """The outputs, each with its `name`."""
-        return [SimpleNamespace(name=output.any_name) for output in self._compiled.outputs]
+        """The outputs, each with its `name` and its `shape`, in which None is any size."""
+        return [
+            SimpleNamespace(name=o.any_name, shape=[d.get_length() if d.is_static else None for d in o.partial_shape])
+            for o in self._compiled.outputs
+        ]
 
     def get_modelmeta(self) -> SimpleNamespace:
         """What the ONNX file says of itself, as `custom_metadata_map`."""
