@@ -31,7 +31,6 @@ from tetdeploy.data import ImageFiles, image_files, load_data, split_validation
 from tetdeploy.data.image_files import centre_crop
 from tetdeploy.export.trained import check_images
 from tetdeploy.networks import Classifier, NetworkConfig
-from tetdeploy.provenance import images_sha256
 from tetdeploy.train import TrainConfig, TrainResult, train
 from tetdeploy.train.batches import Batch, Draws
 from tetdeploy.train.disk_images import DiskImages, ImageReader, random_crop_flip
@@ -156,18 +155,6 @@ def test_selecting_and_splitting_read_no_image(copied: Path) -> None:
         ValueError, match=r"9 of the images .* cannot be read: .*0 bytes that are no png, .* and 4 more"
     ):
         val_part.x[:]
-
-
-def test_files_are_known_by_names_sizes_and_labels(copied: Path) -> None:
-    def known(size: str = "16") -> str:
-        data = files_of(copied, "test", name=f"imagenet@{size}")
-        return images_sha256(data.x, data.labels)
-
-    first = known()
-    assert first == known() != known("32")
-    file = next((copied / "imagenet/val").glob("*/*.JPEG"))
-    file.write_bytes(file.read_bytes() + b"more")
-    assert known() != first
 
 
 def test_an_export_is_checked_on_no_more_images_than_it_is_asked_for(copied: Path) -> None:

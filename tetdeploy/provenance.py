@@ -41,8 +41,8 @@ def engine_provenance(engine: Engine) -> dict[str, Any]:
 
 
 def images_sha256(x: NDArray[Any], labels: NDArray[np.int64] | None) -> str:
-    """What tells the images of a measurement from others of that name and number: a hash of the labels, if there are
-    any, and of `x [N, ...]`; of image files on disk, which are too many to read for this, of their names and sizes."""
+    """What tells images or frames, in their order, from others of that name and number: a hash of the labels, if there
+    are any, and of `x [N, ...]`; of image files on disk, which are too many to read for this, of their names."""
     digest = hashlib.sha256(f"{x.dtype} {x.shape}".encode())
     if labels is not None:
         digest.update(labels.astype(np.int64).tobytes())

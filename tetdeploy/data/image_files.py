@@ -111,9 +111,9 @@ class FileImages:
         return FileImages(self._data, convert)
 
     def listing(self) -> Iterator[bytes]:
-        """Names and sizes of the files, in their order: what tells them from others without reading them."""
-        for index, name in enumerate(self._data.files):
-            yield b"%s %d\n" % (name, os.path.getsize(self._data.path(index)))  # noqa: PTH202  # as in `path`
+        """Names of the files, in their order: what tells them from others without reading them."""
+        for name in self._data.files:
+            yield bytes(name) + b"\0"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.asarray(self[:], dtype)
