@@ -19,11 +19,10 @@ from report_helpers import Page, epoch, result, run_folder, write
 from tetdeploy.cli import main
 from tetdeploy.files import sha256_of
 from tetdeploy.report.drawing import draw, energy_axis, mark
-from tetdeploy.report.numbers import milliseconds
+from tetdeploy.report.numbers import count, energy, milliseconds
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import Results, read_results
 from tetdeploy.report.sections.pareto import Point, pareto
-from tetdeploy.report.tables import count, energy
 from tetdeploy.report.writers import to_html, to_markdown
 
 

@@ -12,8 +12,10 @@ def parts(count: int, size: int, tick: Callable[[int], None] | None = None) -> I
         tick: called with the number of images of each part when that is done.
 
     Raises:
-        ValueError: `size` is 0.
+        ValueError: `size` is 0 or less.
     """
+    if size < 1:
+        raise ValueError(f"a batch must have at least 1 image, got {size}")
     for start in range(0, count, size):
         stop = min(start + size, count)
         yield slice(start, stop)

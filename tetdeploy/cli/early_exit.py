@@ -49,7 +49,7 @@ def early_exit(
     newest export by default. Every batch runs with T steps for each image and with early exit, taking turns, and both
     are timed. Writes MODEL.early-exit.json, which tetdeploy report shows. Needs no torch.
     """
-    from tetdeploy.early_exit import load_exit, load_rule
+    from tetdeploy.early_exit import check_calibrated, load_rule
     from tetdeploy.early_exit.savings import measure
     from tetdeploy.files import write_json
     from tetdeploy.report.early_exit import savings_shown
@@ -57,8 +57,9 @@ def early_exit(
     engine = chosen.engine()
     note_other_checkpoint(engine)
     engine.check_early_exit()
-    T = T or load_rule(engine.path)[1]
-    exit = load_exit(engine.path, T)
+    exit, calibrated_T = load_rule(engine.path)
+    T = T or calibrated_T
+    check_calibrated(engine.path, calibrated_T, T)
     json_path = output_path(json_path, "--json", engine, ".early-exit.json")
     name, x, labels = load_inputs(engine, data, data_dir, limit)
     engine.check_T(T, engine.check_input(x[:1]))

@@ -108,7 +108,7 @@ def check_calibrated(model: Path | str, calibrated_T: int, T: int) -> None:
 
 
 def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, int]:
-    """The rule of a model, and the T that it was found for. Raises: as `load_exit`.
+    """The rule of a model, and the T that it was found for. Raises: as `load_exit` without T.
 
     Args:
         sha256: of the `.onnx` file as it was loaded; None reads it.

@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from tetdeploy.early_exit.threshold import images_to_prove, provable_loss
+from tetdeploy.report.numbers import energy, short
 from tetdeploy.report.result_table import ResultTable
-from tetdeploy.report.tables import BILLS, energy, hardware, short
+from tetdeploy.report.tables import BILLS, hardware
 
 Cells = tuple[str, str, str, str]  # what, T steps for each image, early exit, the difference
 

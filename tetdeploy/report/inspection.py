@@ -8,9 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from tetdeploy.report.numbers import percent
+from tetdeploy.report.numbers import count, percent, short
 from tetdeploy.report.result_table import ResultTable
-from tetdeploy.report.tables import count, short
 
 _KINDS = {
     "checkpoint": "a checkpoint of tetdeploy: trained weights, with how they were trained",

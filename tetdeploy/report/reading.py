@@ -95,8 +95,8 @@ def read_result(file: Path) -> dict[str, Any]:
         ValueError: it is not JSON, of a kind that is not known, or not in the form of that kind.
     """
     content = json_object(file)
-    is_old_sweep = "kind" not in content and {"model", "data", "num_samples", "rows"} <= content.keys()
-    kind = "sweep" if is_old_sweep else content.get("kind")
+    is_plain_sweep = "kind" not in content and {"model", "data", "num_samples", "rows"} <= content.keys()
+    kind = "sweep" if is_plain_sweep else content.get("kind")
     if kind not in KINDS:
         what = f"its kind is {kind!r}" if kind else 'it has no "kind"'
         *kinds, last = KINDS

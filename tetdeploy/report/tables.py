@@ -1,4 +1,4 @@
-"""Results as people read them in a terminal: tables, and numbers in engineering units."""
+"""Results as people read them in a terminal: tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from tetdeploy.energy import OTHER_OPS
+from tetdeploy.report.numbers import count, energy, short
 from tetdeploy.report.result_table import ResultTable
 from tetdeploy.sweep import Sweep
 
@@ -115,29 +116,3 @@ def _cells(row: Mapping[str, float], keys: Sequence[str]) -> list[str]:
 def images_of(number: int, data: str) -> str:
     """`359 images of digits`; `256 reference images`."""
     return f"{number:,} {data}" if data.endswith("images") else f"{number:,} images of {data}"
-
-
-def count(number: float) -> str:
-    """A number of operations in engineering units: `1.66 M`."""
-    return _scaled(number, (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)))
-
-
-def energy(picojoules: float) -> str:
-    """An energy in engineering units: `1.92 µJ`."""
-    return _scaled(picojoules, (("mJ", 1e9), ("µJ", 1e6), ("nJ", 1e3), ("pJ", 1.0)))
-
-
-def ppm(rate: float) -> str:
-    """A rate in parts per million: `0.15 ppm`."""
-    return f"{short(rate * 1e6)} ppm"
-
-
-def short(number: float) -> str:
-    """Three digits, or all of a larger whole number: `0.15`, `12.3`, `1,230`."""
-    return f"{number:,.0f}" if number >= 99.5 else f"{number:.3g}"
-
-
-def _scaled(number: float, units: tuple[tuple[str, float], ...]) -> str:
-    # what would be 1,000 by its three digits is 1 of the next unit
-    unit, size = next((u for u in units if number >= 0.9995 * u[1]), units[-1])
-    return f"{short(number / size)} {unit}".rstrip()

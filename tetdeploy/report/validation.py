@@ -8,8 +8,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from tetdeploy.report.numbers import count, energy, ppm
 from tetdeploy.report.result_table import ResultTable
-from tetdeploy.report.tables import count, energy, images_of, ppm
+from tetdeploy.report.tables import images_of
 
 Show = Callable[[Any], str]
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from tetdeploy.report.document import NONE, Card, Cards, Note, Section
-from tetdeploy.report.numbers import joules, milliseconds, percent, rate
+from tetdeploy.report.numbers import joules, milliseconds, percent, rate, short
 from tetdeploy.report.results import Measurement, Results, Source
-from tetdeploy.report.tables import short
 
 
 def at_a_glance(results: Results) -> Section:
