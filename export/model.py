@@ -29,12 +29,13 @@ from .config import GPU_TARGETS, ExportConfig
 from .counters import Layers
 from .description import describe, serialised
 from .encoder import find_encoder, is_one_layer, split_encoder
-from .gate import check_graph
+from .gate import check_graph, gate_runtimes
 from .half import HalfNetwork
 from .kept_answers import measure_kept, per_step_logits
 from .lowering import lower
 from .neuron_steps import Neurons
 from .onnx_tracer import OnnxTracer
+from .openvino import write_for_openvino
 from .parity import Parity
 from .progress import Progress, ticker
 from .reference import NUM_REFERENCE, write_reference
@@ -44,9 +45,9 @@ CalibrationImages = tuple[NDArray[Any], NDArray[np.int64] | None]  # and their l
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote. `parity` is None without a check; `from_state` compares from random membranes; `int8` says
-    how the scales of an int8 graph were found and what accuracy it keeps (`kept`, None without a check), `fp16` what a
-    graph in float16 keeps."""
+    """What an export wrote. `parity` is ONNX Runtime's, None without a check; `from_state` compares from random
+    membranes; `checked_under` names all runtimes that were compared with PyTorch; `int8` says how the scales of an int8
+    graph were found and what accuracy it keeps (`kept`, None without a check), `fp16` what a graph in float16 keeps."""
 
     path: Path
     num_folded: int
@@ -54,6 +55,7 @@ class Exported:
     size_bytes: int
     parity: Parity | None
     from_state: Parity | None
+    checked_under: tuple[str, ...]
     uncounted: tuple[str, ...]
     int8: dict[str, Any] | None = None
     fp16: dict[str, Any] | None = None
@@ -122,6 +124,7 @@ def export_model(
         size,
         parity,
         from_state,
+        gate_runtimes(config) if num_check else (),
         tuple(graph.uncounted),
         int8=reduced if config.precision == "int8" else None,
         fp16=reduced if config.precision == "fp16" else None,
@@ -248,6 +251,8 @@ def _build(
     layers = Layers(model.graph, neurons, config.steps, frames=config.encoding == "frames", encoder=encoder)
     encoders = [] if config.target in GPU_TARGETS and is_one_layer(encoder) else split_encoder(model, encoder)
     describe(model, onnx_tracer.tracer.classifier, config, neurons, encoders, layers, source)
+    if config.target == "openvino":
+        write_for_openvino(model, int8=int8 is not None)
     return LoweredGraph(model, neurons, layers.uncounted, num_folded)
 
 
