@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tetdeploy.files import atomic_write
 from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Scales
+from tetdeploy.names import first_line
 from tetdeploy.networks import Classifier
 from tetdeploy.traced_network import Runnable
 from tetdeploy.tracing import Tracer
@@ -37,6 +39,7 @@ from .neuron_steps import Neurons
 from .onnx_tracer import OnnxTracer
 from .openvino import write_for_openvino
 from .parity import Parity
+from .pooling import close_windows, refuse_divisors
 from .progress import Progress, ticker
 from .reference import NUM_REFERENCE, write_reference
 
@@ -109,13 +112,14 @@ def export_model(
     parity = from_state = kept = None
     with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference:
         temporary.write_bytes(serialised(graph.model, path))
-        onnx.checker.check_model(str(temporary), full_check=True)
-        size = temporary.stat().st_size
-        if num_check:
-            parity, from_state = check_graph(expected, temporary, config, x[:num_check], progress)
-        write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.neurons, source or {})
-        if num_check and config.precision != "fp32":
-            kept = measure_kept(classifier, temporary, config, x[:num_check], labels)
+        with _errors_about(temporary, "the graph that was to be written"):
+            _check_form(temporary)
+            size = temporary.stat().st_size
+            if num_check:
+                parity, from_state = check_graph(expected, temporary, config, x[:num_check], progress)
+            write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.neurons, source or {})
+            if num_check and config.precision != "fp32":
+                kept = measure_kept(classifier, temporary, config, x[:num_check], labels)
     reduced = (scales.to_dict() if scales else {}) | {"kept": kept}
     return Exported(
         path,
@@ -129,6 +133,28 @@ def export_model(
         int8=reduced if config.precision == "int8" else None,
         fp16=reduced if config.precision == "fp16" else None,
     )
+
+
+def _check_form(file: Path) -> None:
+    """Raises: ValueError: a node of a graph is not as ONNX describes it."""
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ValueError(
+            f"torch.onnx wrote a layer of the network otherwise than ONNX describes it: {first_line(error)}; nothing "
+            "was written: compute that layer by other operations"
+        ) from error
+
+
+@contextmanager
+def _errors_about(file: Path, name: str) -> Iterator[None]:
+    """Errors speak of `name` in place of a file that is gone by then."""
+    try:
+        yield
+    except ValueError as error:
+        if file.name not in str(error):
+            raise
+        raise ValueError(str(error).replace(str(file), name).replace(file.name, name)) from error
 
 
 def _checked_input(
@@ -237,7 +263,10 @@ def _build(
     source: Mapping[str, Any] | None,
     int8: Scales | None = None,
 ) -> LoweredGraph:
-    model, num_folded = onnx_tracer.graph(config.steps, step=config.layout == "step", int8=int8)
+    step = config.layout == "step"
+    refuse_divisors(onnx_tracer.tracer.program(config.steps, step=step).graph)
+    model, num_folded = onnx_tracer.graph(config.steps, step=step, int8=int8)
+    close_windows(model)
     neurons = lower(
         model,
         T=config.steps,
@@ -260,4 +289,5 @@ def _in_memory(graph: LoweredGraph) -> Engine:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         file.write_bytes(ir.to_proto(graph.model).SerializeToString())
-        return Engine(file)
+        with _errors_about(file, "the graph that was to be written"):
+            return Engine(file)

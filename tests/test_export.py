@@ -733,6 +733,38 @@ def test_layers_that_are_not_counted_are_named(tmp_path: Path) -> None:
     assert [layer["name"] for layer in runner.metadata["layers"]] == ["encode", "layer2", "readout"]
 
 
+class ShortWindows(Small):
+    """Pools whose last window would begin in the padding, or past the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pools = [nn.MaxPool2d(2, 2, 1, ceil_mode=True), nn.AvgPool2d(1, 2, ceil_mode=True)]
+        pools += [nn.AvgPool2d(2, 2, 1, ceil_mode=True, count_include_pad=counted) for counted in (False, True)]
+        pools += [nn.AvgPool2d((3, 1), (2, 2), (1, 0), ceil_mode=True, count_include_pad=False)]
+        self.pools = nn.ModuleList(OverTime(pool) for pool in pools)
+
+    def between(self, spikes: Tensor) -> Tensor:
+        odd = spikes[:, :, :, :7, :7]
+        small = sum(pool(odd) for pool in self.pools)
+        return torch.cat([small, small, small, small], 2)
+
+
+def test_windows_of_ceil_mode_are_pytorchs(tmp_path: Path) -> None:
+    made = export_model(classifier(ShortWindows()), tmp_path / "m.onnx", ExportConfig(T=3), digits().images[:40])
+    pools = [n for n in onnx.load(made.path).graph.node if n.op_type.endswith("Pool")]
+    assert len(pools) == 5
+
+
+def test_errors_do_not_name_files_that_are_gone(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "serialised", lambda *given: b"no graph")
+    with shared_traces():
+        with pytest.raises(ValueError, match=r"^torch\.onnx wrote a layer .*: (?!.*\.tmp)"):
+            export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:40])
+        monkeypatch.setattr(model, "_check_form", lambda file: None)
+        with pytest.raises(ValueError, match=r"^the graph that was to be written cannot be loaded"):
+            export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:40])
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -818,7 +850,22 @@ class BehindPooling(Small):
         return self.norm(spikes)
 
 
+def pooled_by(pool: nn.Module) -> type[nn.Module]:
+    class Pooled(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = OverTime(pool, nn.Upsample((8, 8)))
+
+        def between(self, spikes: Tensor) -> Tensor:
+            return self.pool(spikes)
+
+    return Pooled
+
+
 @pytest.mark.parametrize(("network", "error", "match"), [
+    (pooled_by(nn.AvgPool2d(2, divisor_override=2)), ValueError, r"'pool\.0' averages with divisor_override=2"),
+    (pooled_by(nn.AvgPool2d((2, 3), 3, (1, 0), ceil_mode=True)), ValueError, r"'pool\.0' .* its ceil_mode or c"),
+    (pooled_by(nn.AdaptiveMaxPool2d(3)), ValueError, r"cannot export 'pool\.0': .*adaptive_max_pool2d.*x\.amax"),
     (MeanOverTime, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs"),
     (RunningSum, ValueError, "mixes time outside its neurons: its answer at step 2 of T=6 differs"),
     (DependsOnT, ValueError, "mixes time outside its neurons"),
