@@ -53,6 +53,7 @@ from tetdeploy.folding import FoldingError
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.neurons import IF, LIF, lif
+from tetdeploy.tracing import Tracer
 
 Options = dict[str, Any]
 
@@ -913,6 +914,36 @@ def test_dynamic_names_the_way_out_for_a_network_that_counts_its_steps(earlier: 
     net = classifier(CountsSteps())
     with pytest.raises(ValueError, match=r"cannot be traced with the number of steps left open.* --layout unrolled"):
         export_model(net, earlier, ExportConfig("dynamic"), digits().images[:40])
+
+
+class OfFrames(Small):
+    def __init__(self, encode: nn.Module) -> None:
+        super().__init__()
+        self.encode, self.layer2 = encode, nn.Linear(64, 32)
+
+    def current(self, x: Tensor, T: int) -> Tensor:
+        return self.encode(x)
+
+    def forward(self, x: Tensor, T: int = 0) -> Tensor:
+        return super().forward(x, T)
+
+
+class MergesFrames(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1).unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize("T", [4, None])
+def test_frames_may_go_to_neurons_as_they_are(T: int | None) -> None:
+    net = untested(OfFrames(DirectEncoding(nn.Identity())))
+    assert Tracer(net, encoding="frames", uint8=True).program(T)
+
+
+@pytest.mark.parametrize("T", [4, None])
+def test_what_cannot_be_traced_at_any_T_is_told_torchs_reason(T: int | None) -> None:
+    net = untested(OfFrames(MergesFrames()))
+    with pytest.raises(ValueError, match=r"^torch\.export cannot trace the network: Not all values of batch"):
+        Tracer(net, encoding="frames", uint8=True).program(T)
 
 
 def test_a_network_that_mixes_frames_is_refused_even_with_one_frame_each(earlier: Path) -> None:
