@@ -40,7 +40,7 @@ def close_windows(model: ir.Model) -> None:
         ValueError: so much padding would count in an average.
     """
     for node in model.graph:
-        if node.op_type in ("MaxPool", "AveragePool") and node.attributes.get_int("ceil_mode", 0):
+        if node.op_type in ("MaxPool", "AveragePool") and node.attributes.get_int("ceil_mode"):
             _close(node)
 
 
@@ -54,7 +54,7 @@ def _close(pool: ir.Node) -> None:
     if (windows == -((size + begin + end - reach) // -stride) + 1).all():
         return
     needed = np.maximum((windows - 1) * stride + reach - size - begin, 0)
-    if pool.attributes.get_int("count_include_pad", 0) and (needed > end).any():
+    if pool.attributes.get_int("count_include_pad") and (needed > end).any():
         if begin.any() or end.any():
             raise ValueError(
                 f"{module_name(pool)!r} averages in windows of ceil_mode of which ONNX has no count: set its ceil_mode "

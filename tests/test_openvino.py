@@ -173,6 +173,19 @@ def test_what_openvino_cannot_read(tmp_path: Path) -> None:
         in_openvino(tmp_path / "m.onnx")
 
 
+def test_what_openvino_has_not_is_no_fault_of_the_target(tmp_path: Path) -> None:
+    model = onnx.load(exported("unrolled", T=3))
+    data, pads = model.graph.node[0].output[0], onnx.helper.make_tensor("p", onnx.TensorProto.INT64, [8], [1] * 8)
+    model.graph.initializer.append(pads)
+    model.graph.node.append(onnx.helper.make_node("Pad", [data, "p"], ["padded"], mode="wrap"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("padded", onnx.TensorProto.FLOAT, None))
+    entry = model.metadata_props[0]
+    entry.value = entry.value.replace('"target": "cpu"', '"target": "openvino"')
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=r"that OpenVINO has not, .* \(Unsupported padding mode: \[wrap\]\)"):
+        in_openvino(tmp_path / "m.onnx")
+
+
 def test_an_error_of_openvinos_without_text_has_a_name() -> None:
     assert openvino_session._reason(RuntimeError()) == "RuntimeError"
 
