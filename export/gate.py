@@ -1,11 +1,12 @@
 """The gate: on which runs a graph must compute what PyTorch computes before it is kept.
 
-`parity` has the comparison, and how much may differ.
+`parity` has the comparison, and how much may differ. ONNX Runtime runs every graph; one for OpenVINO that runs too.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ from .progress import Progress, ticker
 _NUM_FOLDED, _NUM_COUNTED = 20, 4
 
 
+def gate_runtimes(config: ExportConfig) -> tuple[str, ...]:
+    """The runtimes, of those that are installed, that must compute what PyTorch computes."""
+    return ("onnxruntime", *["openvino"] * (config.target == "openvino" and find_spec("openvino") is not None))
+
+
 def check_graph(
     classifier: Runnable, file: Path, config: ExportConfig, x: NDArray[Any], progress: Progress | None
 ) -> tuple[Parity, Parity | None]:
@@ -34,24 +40,40 @@ def check_graph(
         file: the graph.
         x: input as the graph takes it.
 
+    Returns:
+        How far ONNX Runtime is from PyTorch.
+
     Raises:
-        CountError: it counts other operations than PyTorch's layers do.
-        ParityError: it differs; or what computes its answers, a network in int8 or fp16, is made of a folded one in
-            float32 that does not compute what the classifier does, layer by layer.
+        CountError: the graph counts other operations than PyTorch's layers do.
+        ParityError: a runtime differs; or what computes its answers, a network in int8 or fp16, is made of a folded one
+            in float32 that does not compute what the classifier does, layer by layer.
+        ValueError: OpenVINO cannot load the graph.
     """
-    engine = Engine(file, native=False)  # spikes are read by an overlay, from the plain graph
+    engine, *others = (Engine(file, native=False, runtime=name) for name in gate_runtimes(config))
     T = config.steps_on(x, beyond=2)
     if isinstance(classifier, TracedNetwork):
         _check_folding(classifier, engine, x[:_NUM_FOLDED], T)
+    found = _check_engine(classifier, engine, config, x, progress)
+    own = classifier.classifier if isinstance(classifier, TracedNetwork) else classifier
+    audit(own, engine, x[:_NUM_COUNTED], T)
+    for other in others:
+        _check_engine(classifier, other, config, x, progress)
+    return found
+
+
+def _check_engine(
+    classifier: Runnable, engine: Engine, config: ExportConfig, x: NDArray[Any], progress: Progress | None
+) -> tuple[Parity, Parity | None]:
+    """Args: `engine` is without native operators: spikes are read by an overlay, from the plain graph."""
+    T = config.steps_on(x, beyond=2)
     if config.with_state:
         T *= 2
         if config.encoding == "frames" and x.shape[1] < T:
             x = np.concatenate([x, x], axis=1)  # the same frames again
-    what = f"the {config.layout} graph"
-    parity = compare(classifier, engine, x, T, tick=ticker(progress, "checking against PyTorch", len(x)))
+    under = "" if engine.runtime == "onnxruntime" else f" under {engine.runtime}"
+    what = f"the {config.layout} graph{under}"
+    parity = compare(classifier, engine, x, T, tick=ticker(progress, f"checking against PyTorch{under}", len(x)))
     parity.check(what)
-    own = classifier.classifier if isinstance(classifier, TracedNetwork) else classifier
-    audit(own, engine, x[:_NUM_COUNTED], T)
     if config.layout == "dynamic":
         for other in {1, min(T, config.trained_T)} - {T}:
             compare(classifier, engine, x[:64], other).check(f"{what} at T={other}")
@@ -59,7 +81,12 @@ def check_graph(
         return parity, None
     steps, some = engine.T or 1, x[:200]
     from_state = compare(
-        classifier, engine, some, steps, from_random_state=True, tick=ticker(progress, "from a state", len(some))
+        classifier,
+        engine,
+        some,
+        steps,
+        from_random_state=True,
+        tick=ticker(progress, f"from a state{under}", len(some)),
     )
     # One step from random membranes may leave two classes near a tie, so that here spikes decide, not classes.
     replace(from_state, top1_agreement=1.0).check(f"{what} from a non-zero state")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tetdeploy.files import atomic_write
 from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Scales
+from tetdeploy.names import first_line
 from tetdeploy.networks import Classifier
 from tetdeploy.traced_network import Runnable
 from tetdeploy.tracing import Tracer
@@ -29,13 +31,15 @@ from .config import GPU_TARGETS, ExportConfig
 from .counters import Layers
 from .description import describe, serialised
 from .encoder import find_encoder, is_one_layer, split_encoder
-from .gate import check_graph
+from .gate import check_graph, gate_runtimes
 from .half import HalfNetwork
 from .kept_answers import measure_kept, per_step_logits
 from .lowering import lower
 from .neuron_steps import Neurons
 from .onnx_tracer import OnnxTracer
+from .openvino import write_for_openvino
 from .parity import Parity
+from .pooling import close_windows, refuse_divisors
 from .progress import Progress, ticker
 from .reference import NUM_REFERENCE, write_reference
 
@@ -44,9 +48,9 @@ CalibrationImages = tuple[NDArray[Any], NDArray[np.int64] | None]  # and their l
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote. `parity` is None without a check; `from_state` compares from random membranes; `int8` says
-    how the scales of an int8 graph were found and what accuracy it keeps (`kept`, None without a check), `fp16` what a
-    graph in float16 keeps."""
+    """What an export wrote. `parity` is ONNX Runtime's, None without a check; `from_state` compares from random
+    membranes; `checked_under` names all runtimes that were compared with PyTorch; `int8` says how the scales of an int8
+    graph were found and what accuracy it keeps (`kept`, None without a check), `fp16` what a graph in float16 keeps."""
 
     path: Path
     num_folded: int
@@ -54,6 +58,7 @@ class Exported:
     size_bytes: int
     parity: Parity | None
     from_state: Parity | None
+    checked_under: tuple[str, ...]
     uncounted: tuple[str, ...]
     int8: dict[str, Any] | None = None
     fp16: dict[str, Any] | None = None
@@ -107,13 +112,14 @@ def export_model(
     parity = from_state = kept = None
     with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference:
         temporary.write_bytes(serialised(graph.model, path))
-        onnx.checker.check_model(str(temporary), full_check=True)
-        size = temporary.stat().st_size
-        if num_check:
-            parity, from_state = check_graph(expected, temporary, config, x[:num_check], progress)
-        write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.description)
-        if num_check and config.precision != "fp32":
-            kept = measure_kept(classifier, temporary, config, x[:num_check], labels)
+        with _errors_about(temporary, "the graph that was to be written"):
+            _check_form(temporary)
+            size = temporary.stat().st_size
+            if num_check:
+                parity, from_state = check_graph(expected, temporary, config, x[:num_check], progress)
+            write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.description)
+            if num_check and config.precision != "fp32":
+                kept = measure_kept(classifier, temporary, config, x[:num_check], labels)
     reduced = (scales.to_dict() if scales else {}) | {"kept": kept}
     return Exported(
         path,
@@ -122,10 +128,33 @@ def export_model(
         size,
         parity,
         from_state,
+        gate_runtimes(config) if num_check else (),
         tuple(graph.uncounted),
         int8=reduced if config.precision == "int8" else None,
         fp16=reduced if config.precision == "fp16" else None,
     )
+
+
+def _check_form(file: Path) -> None:
+    """Raises: ValueError: a node of a graph is not as ONNX describes it."""
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ValueError(
+            f"torch.onnx wrote a layer of the network otherwise than ONNX describes it: {first_line(error)}; nothing "
+            "was written: compute that layer by other operations"
+        ) from error
+
+
+@contextmanager
+def _errors_about(file: Path, name: str) -> Iterator[None]:
+    """Errors speak of `name` in place of a file that is gone by then."""
+    try:
+        yield
+    except ValueError as error:
+        if file.name not in str(error):
+            raise
+        raise ValueError(str(error).replace(str(file), name).replace(file.name, name)) from error
 
 
 def _checked_input(
@@ -235,7 +264,10 @@ def _build(
     source: Mapping[str, Any] | None,
     int8: Scales | None = None,
 ) -> LoweredGraph:
-    model, num_folded = onnx_tracer.graph(config.steps, step=config.layout == "step", int8=int8)
+    step = config.layout == "step"
+    refuse_divisors(onnx_tracer.tracer.program(config.steps, step=step).graph)
+    model, num_folded = onnx_tracer.graph(config.steps, step=step, int8=int8)
+    close_windows(model)
     neurons = lower(
         model,
         T=config.steps,
@@ -250,6 +282,8 @@ def _build(
     encoders = [] if config.target in GPU_TARGETS and is_one_layer(encoder) else split_encoder(model, encoder)
     classifier = onnx_tracer.tracer.classifier
     description = describe(model, classifier, config, neurons, encoders, layers, source, int8)
+    if config.target == "openvino":
+        write_for_openvino(model, int8=int8 is not None)
     return LoweredGraph(model, description, neurons, layers.uncounted, num_folded)
 
 
@@ -257,4 +291,5 @@ def _in_memory(graph: LoweredGraph) -> Engine:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         file.write_bytes(ir.to_proto(graph.model).SerializeToString())
-        return Engine(file)
+        with _errors_about(file, "the graph that was to be written"):
+            return Engine(file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from typing import Any
 
 import onnx
@@ -15,9 +16,10 @@ import onnx_ir as ir
 import torch
 from onnxscript import values
 from onnxscript.optimizer import fold_constants
+from torch import fx
 
 from tetdeploy.data import Encoding
-from tetdeploy.folding import count_batchnorm
+from tetdeploy.folding import count_batchnorm, layer_name
 from tetdeploy.int8.quantisation import Scales, quantise
 from tetdeploy.names import first_line
 from tetdeploy.tracing import Tracer, quiet
@@ -100,12 +102,23 @@ def _to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
                 verbose=False,
             )
     except Exception as error:  # of the exporter's own kinds, some of them private
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ValueError(f"torch.onnx cannot export an operation of the network: {first_line(cause)}") from error
+        raise ValueError(_why_not_onnx(error, program.graph)) from error
     assert exported is not None
     return exported
+
+
+def _why_not_onnx(error: BaseException, graph: fx.Graph) -> str:
+    """Which layer torch.onnx cannot translate, and its reason."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    found = re.search(r"translating node %(\w+)", "\n".join(map(str, causes)))
+    named = [layer_name(node, Counter()) for node in graph.nodes if found and node.name == found[1]]
+    layer = repr(named[0]) if named and named[0] != "network" else "an operation of the network"
+    way_out = ""
+    if found and "adaptive_max_pool" in found[1]:
+        way_out = "; for one value a channel write x.amax((2, 3)), or choose sizes that divide those of its input"
+    return f"torch.onnx cannot export {layer}: {first_line(causes[-1])}{way_out}"
 
 
 def is_of_network(node: ir.Node) -> bool:

@@ -53,6 +53,7 @@ from tetdeploy.folding import FoldingError
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.neurons import IF, LIF, lif
+from tetdeploy.tracing import Tracer
 
 Options = dict[str, Any]
 
@@ -733,6 +734,38 @@ def test_layers_that_are_not_counted_are_named(tmp_path: Path) -> None:
     assert [layer["name"] for layer in runner.metadata["layers"]] == ["encode", "layer2", "readout"]
 
 
+class ShortWindows(Small):
+    """Pools whose last window would begin in the padding, or past the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pools = [nn.MaxPool2d(2, 2, 1, ceil_mode=True), nn.AvgPool2d(1, 2, ceil_mode=True)]
+        pools += [nn.AvgPool2d(2, 2, 1, ceil_mode=True, count_include_pad=counted) for counted in (False, True)]
+        pools += [nn.AvgPool2d((3, 1), (2, 2), (1, 0), ceil_mode=True, count_include_pad=False)]
+        self.pools = nn.ModuleList(OverTime(pool) for pool in pools)
+
+    def between(self, spikes: Tensor) -> Tensor:
+        odd = spikes[:, :, :, :7, :7]
+        small = sum(pool(odd) for pool in self.pools)
+        return torch.cat([small, small, small, small], 2)
+
+
+def test_windows_of_ceil_mode_are_pytorchs(tmp_path: Path) -> None:
+    made = export_model(classifier(ShortWindows()), tmp_path / "m.onnx", ExportConfig(T=3), digits().images[:40])
+    pools = [n for n in onnx.load(made.path).graph.node if n.op_type.endswith("Pool")]
+    assert len(pools) == 5
+
+
+def test_errors_do_not_name_files_that_are_gone(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "serialised", lambda *given: b"no graph")
+    with shared_traces():
+        with pytest.raises(ValueError, match=r"^torch\.onnx wrote a layer .*: (?!.*\.tmp)"):
+            export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:40])
+        monkeypatch.setattr(model, "_check_form", lambda file: None)
+        with pytest.raises(ValueError, match=r"^the graph that was to be written cannot be loaded"):
+            export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:40])
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -818,7 +851,22 @@ class BehindPooling(Small):
         return self.norm(spikes)
 
 
+def pooled_by(pool: nn.Module) -> type[nn.Module]:
+    class Pooled(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = OverTime(pool, nn.Upsample((8, 8)))
+
+        def between(self, spikes: Tensor) -> Tensor:
+            return self.pool(spikes)
+
+    return Pooled
+
+
 @pytest.mark.parametrize(("network", "error", "match"), [
+    (pooled_by(nn.AvgPool2d(2, divisor_override=2)), ValueError, r"'pool\.0' averages with divisor_override=2"),
+    (pooled_by(nn.AvgPool2d((2, 3), 3, (1, 0), ceil_mode=True)), ValueError, r"'pool\.0' .* its ceil_mode or c"),
+    (pooled_by(nn.AdaptiveMaxPool2d(3)), ValueError, r"cannot export 'pool\.0': .*adaptive_max_pool2d.*x\.amax"),
     (MeanOverTime, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs"),
     (RunningSum, ValueError, "mixes time outside its neurons: its answer at step 2 of T=6 differs"),
     (DependsOnT, ValueError, "mixes time outside its neurons"),
@@ -866,6 +914,36 @@ def test_dynamic_names_the_way_out_for_a_network_that_counts_its_steps(earlier: 
     net = classifier(CountsSteps())
     with pytest.raises(ValueError, match=r"cannot be traced with the number of steps left open.* --layout unrolled"):
         export_model(net, earlier, ExportConfig("dynamic"), digits().images[:40])
+
+
+class OfFrames(Small):
+    def __init__(self, encode: nn.Module) -> None:
+        super().__init__()
+        self.encode, self.layer2 = encode, nn.Linear(64, 32)
+
+    def current(self, x: Tensor, T: int) -> Tensor:
+        return self.encode(x)
+
+    def forward(self, x: Tensor, T: int = 0) -> Tensor:
+        return super().forward(x, T)
+
+
+class MergesFrames(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1).unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize("T", [4, None])
+def test_frames_may_go_to_neurons_as_they_are(T: int | None) -> None:
+    net = untested(OfFrames(DirectEncoding(nn.Identity())))
+    assert Tracer(net, encoding="frames", uint8=True).program(T)
+
+
+@pytest.mark.parametrize("T", [4, None])
+def test_what_cannot_be_traced_at_any_T_is_told_torchs_reason(T: int | None) -> None:
+    net = untested(OfFrames(MergesFrames()))
+    with pytest.raises(ValueError, match=r"^torch\.export cannot trace the network: Not all values of batch"):
+        Tracer(net, encoding="frames", uint8=True).program(T)
 
 
 def test_a_network_that_mixes_frames_is_refused_even_with_one_frame_each(earlier: Path) -> None:

@@ -436,6 +436,32 @@ def test_a_convolution_behind_3d_pooling_of_spikes_is_quantised(tmp_path: Path) 
     assert exported.parity is not None and exported.parity.local_mismatch_rate <= 1e-4
 
 
+class Padded(nn.Module):
+    """Convolutions of spikes that are padded or repeated, and one of spikes beside halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1))
+        self.lif1, self.lif2, self.lif3, self.lif4 = (LIF(v_th=0.3) for _ in range(4))
+        self.a = OverTime(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"))
+        self.b = OverTime(nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3, stride=2))
+        self.c = OverTime(nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(4, 4, 3))
+        self.d = OverTime(nn.ConstantPad2d(1, 0.5), nn.Conv2d(4, 4, 3))
+        self.readout = OverTime(nn.Flatten(), nn.LazyLinear(10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.lif2(self.a(self.lif1(self.encode(x, T))))
+        logits: Tensor = self.readout(self.d(self.lif4(self.c(self.lif3(self.b(spikes))))))
+        return logits
+
+
+def test_padded_and_repeated_spikes_are_spikes(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    exported = export(tmp_path / "m.onnx", network=classifier(Padded()))
+    assert exported.int8 is not None and list(exported.int8["scales"]) == ["a.0", "b.1", "c.1"]
+    assert exported.parity is not None and exported.parity.spike_mismatch_rate <= 1e-4
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 

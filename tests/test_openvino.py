@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,23 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
-from export_helpers import convsnn, digits, exported, frames, int8_exported, layouts
+from export_helpers import classifier, convsnn, digits, exported, frames, int8_exported, layouts, shared_traces
 from PIL import Image
 from serve_helpers import start, stop
+from torch import Tensor, nn
 
 from tetdeploy.cli import main
+from tetdeploy.cli.export import print_exported
 from tetdeploy.engine import Engine, open_engine
-from tetdeploy.export import ExportConfig, export_model
+from tetdeploy.export import ExportConfig, Exported, Parity, ParityError, export_model, gate, openvino
+from tetdeploy.export.config import Layout, Precision
 from tetdeploy.export.counters import spikes_overlay
 from tetdeploy.extras import MissingExtraError
+from tetdeploy.layers import DirectEncoding, OverTime, tdBN
+from tetdeploy.networks import Classifier
+from tetdeploy.neurons import LIF
 from tetdeploy.runtimes import openvino_session
 
 pytest.importorskip("openvino", reason="openvino is not installed (extra openvino)")
@@ -52,7 +60,7 @@ def test_int8_as_well(layout: str, options: dict[str, Any]) -> None:
     same_answers(int8_exported(layout, **options))
 
 
-def same_answers(path: Path) -> None:
+def same_answers(path: Path, num_layers: int = 3) -> None:
     """Logits, spikes and counts."""
     other, engine = Engine(path, threads=1), in_openvino(path)
     assert (engine.runtime, other.runtime, engine.metadata) == ("openvino", "onnxruntime", other.metadata)
@@ -60,7 +68,7 @@ def same_answers(path: Path) -> None:
     np.testing.assert_allclose(engine.run(x, 3).per_step, other.run(x, 3).per_step, rtol=1e-5, atol=1e-5)
     overlay = spikes_overlay([neurons["name"] for neurons in engine.metadata["neurons"]])
     spikes, expected = (each.run_with(overlay, x, 3)[1] for each in (engine, other))
-    assert spikes.keys() == expected.keys() and len(spikes) == 3
+    assert spikes.keys() == expected.keys() and len(spikes) == num_layers
     for name, value in spikes.items():
         assert 0 < value.mean() < 1
         assert np.mean(value != expected[name]) <= 1e-4
@@ -77,6 +85,55 @@ def test_a_graph_that_is_not_what_its_metadata_say(tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "m.onnx")
     with pytest.raises(ValueError, match=r"per_step should be \[N, 8, 10\], the graph gives \[N, 3, 10\]"):
         in_openvino(tmp_path / "m.onnx")
+
+
+class Awkward(nn.Module):
+    """What OpenVINO would compute wrongly, were it not written otherwise: an average of currents in 8 bits, and 1x1
+    convolutions with stride and padding, in 8 bits, behind a convolution, and of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = DirectEncoding(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 1, stride=2, padding=1))
+        self.lif1, self.averaged = LIF(), OverTime(nn.Conv2d(8, 8, 3, padding=1), tdBN(8), nn.AvgPool2d(2, 1))
+        self.lif2, self.shortcut = LIF(v_th=0.5), OverTime(nn.Conv2d(8, 8, 1, (2, 1), padding=1, dilation=2), tdBN(8))
+        self.lif3 = LIF(v_th=0.5)
+        self.twice = OverTime(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, stride=2, padding=1), tdBN(8))
+        self.lif4, self.readout = LIF(v_th=0.5), OverTime(nn.Flatten(), nn.Linear(8 * 3 * 4, 10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.lif2(self.averaged(self.lif1(self.encode(x, T))))
+        logits: Tensor = self.readout(self.lif4(self.twice(self.lif3(self.shortcut(spikes)))))
+        return logits
+
+
+@cache
+def awkward() -> Classifier:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return classifier(Awkward())
+
+
+def export_awkward(path: Path, layout: Layout, precision: Precision) -> Exported:
+    config = ExportConfig(layout=layout, T=3, trained_T=3, precision=precision, target="openvino")
+    images = digits().images[:40]
+    with shared_traces():
+        return export_model(awkward(), path, config, images, num_check=40, calibration=(images, None))
+
+
+@pytest.mark.parametrize(("layout", "precision"), [("unrolled", "int8"), ("step", "fp32")])
+def test_what_openvino_computes_wrongly_is_written_otherwise(
+    layout: Layout, precision: Precision, tmp_path: Path
+) -> None:
+    exported = export_awkward(tmp_path / "m.onnx", layout, precision)
+    assert exported.checked_under == ("onnxruntime", "openvino")
+    same_answers(exported.path, 4)
+
+
+def test_a_graph_that_openvino_computes_wrongly_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino, "_keep_in_place", lambda graph, pool: None)
+    with pytest.raises(ParityError, match="the unrolled graph under openvino does not compute what PyTorch computes"):
+        export_awkward(tmp_path / "m.onnx", "unrolled", "int8")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stream_keeps_its_state_and_encodes_an_image_once() -> None:
@@ -125,6 +182,19 @@ def test_what_openvino_cannot_read(tmp_path: Path) -> None:
         in_openvino(tmp_path / "m.onnx")
 
 
+def test_what_openvino_has_not_is_no_fault_of_the_target(tmp_path: Path) -> None:
+    model = onnx.load(exported("unrolled", T=3))
+    data, pads = model.graph.node[0].output[0], onnx.helper.make_tensor("p", onnx.TensorProto.INT64, [8], [1] * 8)
+    model.graph.initializer.append(pads)
+    model.graph.node.append(onnx.helper.make_node("Pad", [data, "p"], ["padded"], mode="wrap"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("padded", onnx.TensorProto.FLOAT, None))
+    entry = model.metadata_props[0]
+    entry.value = entry.value.replace('"target": "cpu"', '"target": "openvino"')
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=r"that OpenVINO has not, .* \(Unsupported padding mode: \[wrap\]\)"):
+        in_openvino(tmp_path / "m.onnx")
+
+
 def test_an_error_of_openvinos_without_text_has_a_name() -> None:
     assert openvino_session._reason(RuntimeError()) == "RuntimeError"
 
@@ -143,6 +213,16 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(openvino_session, "_core", openvino_session._core.__wrapped__)  # as if it were the first
     with pytest.raises(MissingExtraError, match=r"pip install 'tetdeploy\[openvino\]'"):
         in_openvino(path)
+
+
+def test_without_openvino_the_export_says_that_it_was_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ExportConfig(T=3, target="openvino")
+    monkeypatch.setattr(gate, "find_spec", lambda name: None)
+    parity = Parity(50, 3, 1.0, (1.0,) * 3, 0.0, 0.0, 0.0, 0.0)
+    print_exported(Exported(Path("m.onnx"), 1, 2, 3, parity, None, gate.gate_runtimes(config), ()), config)
+    assert "OpenVINO itself was not run, as it is not installed here" in " ".join(capsys.readouterr().out.split())
 
 
 # --- commands ----------------------------------------------------------------------------------------------------

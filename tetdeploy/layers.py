@@ -68,8 +68,9 @@ class DirectEncoding(Layer):
         if x.dim() == 5:
             if T is not None and x.shape[0] != T:
                 raise ValueError(f"frames [T, N, C, H, W] hold T={x.shape[0]} steps, but T={T} was asked for")
-            frames = super().forward(x.flatten(0, 1))  # type: ignore[no-untyped-call]
-            return _split_time(frames, x)
+            merged = x.flatten(0, 1)
+            frames = super().forward(merged)  # type: ignore[no-untyped-call]
+            return x if frames is merged else _split_time(frames, x)  # torch.export cannot trace a split of the input
         if x.dim() != 4:
             raise ValueError(f"input must be images [N, C, H, W] or frames [T, N, C, H, W], got shape {list(x.shape)}")
         if T is None:

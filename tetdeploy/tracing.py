@@ -97,17 +97,22 @@ class Tracer:
         try:
             return torch.export.export(boundary, inputs, dynamic_shapes=shapes)
         except Exception as error:  # torch.export raises many kinds for what a network's code may do
-            raise ValueError(_why_untraceable(error, T)) from error
+            if T is not None:
+                raise ValueError(f"torch.export cannot trace the network: {_reason(error)}") from error
+            self.program(3)  # if it cannot be traced with so many either, it says why
+            raise ValueError(
+                "the network cannot be traced with the number of steps left open, which the dynamic layout needs; "
+                f"use --layout unrolled. The reason: {_reason(error)}"
+            ) from error
 
 
-def _why_untraceable(error: Exception, T: int | None) -> str:
-    detail = first_line(error)
-    if T is None:
-        return (
-            "the network cannot be traced with the number of steps left open, which the dynamic layout needs; "
-            f"use --layout unrolled. The reason: {detail}"
-        )
-    return f"torch.export cannot trace the network: {detail}"
+def _reason(error: Exception) -> str:
+    """The first line of torch's message, or the second where the first one only announces it."""
+    first = first_line(error)
+    if not first.endswith(":") and "For more information" not in first:
+        return first
+    others = (line.strip() for line in str(error).split(first, 1)[1].splitlines())
+    return next((line.removeprefix("- ") for line in others if line), first)
 
 
 @contextmanager

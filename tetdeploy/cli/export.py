@@ -181,7 +181,7 @@ def export(
     exported = _export_onnx(ctx, trained, path, config)
     if json_path is not None:
         write_json(json_path, exported.to_dict())
-    print_exported(exported, config.layout, config.T)
+    print_exported(exported, config)
     _say_whether_calibrated(exported.path)
     console.print(f"next: tetdeploy {_next(exported.path, config.target)}", markup=False)
     return exported.path
@@ -288,10 +288,11 @@ def print_nir(exported: NirExported) -> None:
     console.print("it takes normalised images, and a step is 0.1 ms: docs/nir.md", style="dim")
 
 
-def print_exported(exported: Exported, layout: str, T: int) -> None:
+def print_exported(exported: Exported, config: ExportConfig) -> None:
     """What was done and how far the result is from PyTorch."""
-    steps = f" T={T}" if layout == "unrolled" else ""
-    console.print(f"folded {exported.num_folded} BN | {exported.num_neurons} neuron layers | lowered {layout}{steps}")
+    steps = f" T={config.T}" if config.layout == "unrolled" else ""
+    lowered = f"lowered {config.layout}{steps}"
+    console.print(f"folded {exported.num_folded} BN | {exported.num_neurons} neuron layers | {lowered}")
     for what, parity in (("from u = 0", exported.parity), ("from random u", exported.from_state)):
         if parity is not None:
             console.print(
@@ -313,6 +314,13 @@ def print_exported(exported: Exported, layout: str, T: int) -> None:
         _print_kept(kept, "fp16")
     if exported.parity is None:
         console.print("not checked against PyTorch (--check 0)")
+    elif config.target == "openvino":
+        console.print(
+            "checked under OpenVINO too, within the same limits"
+            if "openvino" in exported.checked_under
+            else "OpenVINO itself was not run, as it is not installed here: pip install 'tetdeploy[openvino]'",
+            markup=False,
+        )
     if exported.uncounted:
         console.print(f"operations of these layers will not be counted: {', '.join(exported.uncounted)}", markup=False)
     console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB", markup=False)

@@ -152,7 +152,8 @@ def record_currents(
     nodes = {node: name for name, node in spiking_convolutions(graph_module).items()}
     if not nodes:
         raise Int8Error(
-            "no convolution of the network reads spikes alone, so none can run in int8; use --precision fp32"
+            "no convolution of the network reads spikes alone, with weights of its own and padding alike on both "
+            "sides, so none can run in int8; use --precision fp32"
         )
     recorder = _Recorder(graph_module, nodes)
     logits = []

@@ -211,7 +211,7 @@ def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = 
 def spiking_convolutions(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
     """The convolutions that read spikes and nothing else, by the name of their module.
 
-    Not among them: those whose weights the network computes (parametrizations), or whose padding differs by side.
+    Not among them: those whose weights the network computes (parametrizations), or whose own padding differs by side.
     """
     found: dict[str, fx.Node] = {}
     names: Counter[str] = Counter()
@@ -300,12 +300,21 @@ def _numbers(value: Any, dims: int, default: int) -> list[int]:
 _HAND_ON = {
     *VIEWS, *DROPOUT, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int,
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
+    aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec,
 }  # fmt: skip
+
+
+def _hands_on(node: fx.Node) -> bool:
+    """Whether an operation only copies values, leaves some out, or puts zeros beside them."""
+    if node.target is aten.pad.default:
+        mode, value = (*node.args[2:4], None, None)[:2]  # without them "constant" and 0
+        return mode not in (None, "constant") or not value
+    return node.target in _HAND_ON
 
 
 def _is_spikes(node: Any) -> bool:
     """Whether a value is spikes, seen through what only hands values on."""
-    while isinstance(node, fx.Node) and node.target in _HAND_ON:
+    while isinstance(node, fx.Node) and _hands_on(node):
         node = node.args[0]
     if not isinstance(node, fx.Node):
         return False

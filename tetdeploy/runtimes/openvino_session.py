@@ -42,10 +42,13 @@ class OpenVINOSession:
             read = core.read_model(model)
             self._compiled = core.compile_model(read, "CPU", options)
         except RuntimeError as error:
-            raise ValueError(
-                f"OpenVINO cannot load {name}: not an ONNX model, a damaged one, or one that was exported for another "
-                f"runtime, then export again with --target openvino ({_reason(error)})"
-            ) from error
+            fault = (
+                "it has an operation that OpenVINO has not, or is damaged; export for ONNX Runtime with --target cpu"
+                if b'"target": "openvino"' in model  # metadata can be asked only of what could be read
+                else "not an ONNX model, a damaged one, or one that was exported for another runtime, then export "
+                "again with --target openvino"
+            )
+            raise ValueError(f"OpenVINO cannot load {name}: {fault} ({_reason(error)})") from error
         self._metadata = dict(read.get_rt_info("framework").value) if read.has_rt_info("framework") else {}
 
     def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> list[Array]:
@@ -86,4 +89,5 @@ def _core() -> Any:
 def _reason(error: RuntimeError) -> str:
     """The line of OpenVINO's report that says what is wrong, and not where in its sources."""
     lines = [type(error).__name__, *(line.strip() for line in str(error).splitlines() if line.strip())]
-    return next((line.removeprefix("-- ") for line in lines if line.startswith("-- ")), lines[-1])
+    found = [line for line in lines if line.startswith("Unsupported")] or [line for line in lines if line[:3] == "-- "]
+    return (found or lines[-1:])[0].removeprefix("-- ")
