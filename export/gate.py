@@ -21,7 +21,7 @@ from .config import ExportConfig
 from .parity import Parity, ParityError, compare, compare_folded
 from .progress import Progress, ticker
 
-_NUM_FOLDED, _NUM_COUNTED = 20, 4
+_NUM_FOLDED, _NUM_COUNTED = 8, 4
 
 
 def gate_runtimes(config: ExportConfig) -> tuple[str, ...]:

@@ -39,8 +39,7 @@ def gpu_device(monkeypatch: pytest.MonkeyPatch) -> str:
         pytest.skip("no NVIDIA GPU here; Triton's interpreter runs the same comparisons")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some versions of PyTorch warn of these names once; the new ones came with 2.9
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)  # 10 bits of a product would be compared
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # 10 bits of a product would be compared
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     return "cuda"
 

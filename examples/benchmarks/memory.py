@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from tetdeploy.files import write_json
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -42,10 +44,12 @@ def main() -> None:
         return
     console = Console(highlight=False, soft_wrap=True)
     cases = list(product(options.T, NEURONS, (False, True)))
-    rows = [
-        in_own_process(case_of(options, T=T, neurons=neurons, recompute=recompute))
-        for T, neurons, recompute in track(cases, "measuring", console=Console(stderr=True), transient=True)
-    ]
+    rows: list[dict[str, Any]] = []
+    for T, neurons, recompute in track(cases, "measuring", console=Console(stderr=True), transient=True):
+        rows.append(in_own_process(case_of(options, T=T, neurons=neurons, recompute=recompute)))
+        if options.json is not None:  # a run that is cut leaves what it has measured
+            settings = {name: value for name, value in vars(options).items() if name not in ("json", "measure")}
+            write_json(options.json, {"settings": settings, "rows": rows})
     console.print(
         f"{options.model} width {options.width:g}, batch {options.batch_size} of {options.image_size}x"
         f"{options.image_size}, {rows[0]['device']}: MB at the peak of forward and backward, seconds a pass"
@@ -54,8 +58,6 @@ def main() -> None:
     for line in growth(options.T, rows):
         console.print(line)
     if options.json is not None:
-        settings = {name: value for name, value in vars(options).items() if name not in ("json", "measure")}
-        options.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n", encoding="utf-8")
         console.print(str(options.json))
 
 

@@ -207,6 +207,7 @@ def main(device: str, threads: int, repeats: int, json_path: Path | None) -> Non
     for column in ("layer", "[T, N, ...]", *sides, "speed-up", "kept, loop", "kept, ours"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     rows: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {"device": where, "threads": threads, "repeats": repeats, "rows": rows}
     for case in cases(device):
         found = measure(case, sides, device, threads, workers, repeats)
         took = {side: values["seconds"] for side, values in found.items()}
@@ -220,18 +221,17 @@ def main(device: str, threads: int, repeats: int, json_path: Path | None) -> Non
             f"{ratio:.2f}x",
             *(f"{kept[side] / 2**20:.1f} MiB" for side in ("loop", "ours")),
         )
+        summary["geometric_mean"] = statistics.geometric_mean([row["speed_up"] for row in rows])
+        if json_path is not None:  # a run that is cut leaves what it has measured
+            write_json(json_path, summary)
     for worker in workers.values():
         worker.end()
     Console(width=130 if device == "cpu" else 200).print(table)
-    summary: dict[str, Any] = {"device": where, "threads": threads, "repeats": repeats, "rows": rows}
-    summary["geometric_mean"] = statistics.geometric_mean([row["speed_up"] for row in rows])
     print(f"geometric mean of the speed-ups: {summary['geometric_mean']:.2f}x over the loop")
     for side in sides:
         if side not in ("loop", "ours") and (both := [row["seconds"] for row in rows if side in row["seconds"]]):
             ratio = statistics.geometric_mean([took[side] / took["ours"] for took in both])
             print(f"                                  {ratio:.2f}x over {side}, in {len(both)} of {len(rows)} rows")
-    if json_path is not None:
-        write_json(json_path, summary)
 
 
 if __name__ == "__main__":
