@@ -263,6 +263,33 @@ class Means(nn.Module):
         return logits
 
 
+class Unusual(nn.Module):
+    """Layers whose calls and inputs are not what modules say: one under two names, one that two BN
+    follow, one called by keyword, zeros round the input of one without padding, currents that one side has at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1)), LIF(v_th=0.3)
+        self.first = self.again = nn.Conv2d(4, 4, 3, padding=1)
+        self.forked, self.left, self.right = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.padded = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3, padding="valid"))
+        self.gate, self.gated, self.readout = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(256, 10)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(self.encode(x, T))
+        merged = spikes.flatten(0, 1)
+        forked = self.forked(merged)
+        current = self.left(forked) + self.right(forked).relu() + self.first(input=merged) + self.padded(merged)
+        spikes = self.lif(current.view_as(spikes))
+        gates = torch.sigmoid(300 * self.gate(spikes))  # ONNX Runtime's is 0 where PyTorch's is 1e-8
+        spikes = self.lif(self.again(spikes.flatten(0, 1)).view_as(spikes) + self.gated(gates))
+        return self.readout(spikes.flatten(2))
+
+
+def test_what_a_graph_counts_otherwise_with_reason_is_written(tmp_path: Path) -> None:
+    export_model(classifier(Unusual()), tmp_path / "m.onnx", ExportConfig(), digits().images[:20], num_check=20)
+
+
 def refused(folder: Path, match: str, net: Classifier | None = None) -> None:
     with pytest.raises(CountError, match=match):
         export_model(net or convsnn(), folder / "m.onnx", ExportConfig(), digits().images[:20], num_check=20)

@@ -743,17 +743,21 @@ class ShortWindows(Small):
         pools += [nn.AvgPool2d(2, 2, 1, ceil_mode=True, count_include_pad=counted) for counted in (False, True)]
         pools += [nn.AvgPool2d((3, 1), (2, 2), (1, 0), ceil_mode=True, count_include_pad=False)]
         self.pools = nn.ModuleList(OverTime(pool) for pool in pools)
+        self.frame_by_frame = nn.MaxPool3d((1, 2, 2), padding=(0, 1, 1), ceil_mode=True)
 
     def between(self, spikes: Tensor) -> Tensor:
         odd = spikes[:, :, :, :7, :7]
         small = sum(pool(odd) for pool in self.pools)
+        small = small + self.frame_by_frame(odd.permute(1, 2, 0, 3, 4)).permute(2, 0, 1, 3, 4)
         return torch.cat([small, small, small, small], 2)
 
 
-def test_windows_of_ceil_mode_are_pytorchs(tmp_path: Path) -> None:
-    made = export_model(classifier(ShortWindows()), tmp_path / "m.onnx", ExportConfig(T=3), digits().images[:40])
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
+def test_windows_of_ceil_mode_are_pytorchs(layout: Any, tmp_path: Path) -> None:
+    config = ExportConfig(layout=layout, T=3)
+    made = export_model(classifier(ShortWindows()), tmp_path / "m.onnx", config, digits().images[:40])
     pools = [n for n in onnx.load(made.path).graph.node if n.op_type.endswith("Pool")]
-    assert len(pools) == 5
+    assert len(pools) == 6
 
 
 def test_errors_do_not_name_files_that_are_gone(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:

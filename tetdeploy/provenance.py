@@ -43,10 +43,10 @@ def engine_provenance(engine: Engine) -> dict[str, Any]:
 def images_sha256(x: NDArray[Any], labels: NDArray[np.int64] | None) -> str:
     """What tells images or frames, in their order, from others of that name and number: a hash of the labels, if there
     are any, and of `x [N, ...]`; of image files on disk, which are too many to read for this, of their names."""
-    digest = hashlib.sha256(f"{x.dtype} {x.shape}".encode())
+    listing = getattr(x, "listing", None)
+    digest = hashlib.sha256(f"{x.dtype} {x.shape}".encode() if listing is None else b"")
     if labels is not None:
         digest.update(labels.astype(np.int64).tobytes())
-    batches = x.listing() if hasattr(x, "listing") else (x[part].tobytes() for part in parts(len(x), 1024))
-    for batch in batches:
+    for batch in (x[part].tobytes() for part in parts(len(x), 1024)) if listing is None else listing():
         digest.update(batch)
     return digest.hexdigest()

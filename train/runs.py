@@ -240,15 +240,14 @@ def mark_latest(out: Path, runs: Path) -> None:
 
 
 def run_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`differences` of a run's settings, and the images themselves where all else of the data is the same.
+    """`differences` of a run's settings, or, where there are none, of the images themselves.
 
     Runs of earlier versions have no fingerprint of them, which is no difference.
     """
     data = [dict(settings.get("data", {})) for settings in (old, new)]
     before, now = (images.pop("fingerprint", None) for images in data)
     found = differences({**old, "data": data[0]}, {**new, "data": data[1]})
-    explained = any(name.startswith(("data.", "training.val_fraction:")) for name in found)
-    return found if explained or None in (before, now) or before == now else [*found, _OTHER_IMAGES]
+    return found if found or None in (before, now) or before == now else [_OTHER_IMAGES]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

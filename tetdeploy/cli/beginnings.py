@@ -181,7 +181,10 @@ def note_trained_on(init: Path, data: LabelledSet, val_fraction: float) -> None:
     from tetdeploy.data import holds_out_others
 
     metadata = read_metadata(init)
-    if metadata["training"].get("val_fraction") == val_fraction and holds_out_others(data.name, data, metadata["data"]):
+    training = metadata["training"]
+    if data.encoding == "frames" and data.x.shape[1] != training.get("T"):  # the same recordings cut otherwise
+        return
+    if training.get("val_fraction") == val_fraction and holds_out_others(data.name, data, metadata["data"]):
         console.print(
             f"{data.name}: {init} held out other images and was trained on some of these, so the validation accuracy "
             "will look better than it is; name the folder it was trained from, --data-dir",

@@ -111,7 +111,10 @@ def _checked(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> tuple[NDAr
     if frames.ndim != 5 or frames.dtype not in (np.uint8, np.float32) or 0 in frames.shape:
         raise ValueError(f"{got}; wanted {wanted}")
     if channels_last(frames.shape):
-        raise ValueError(f"{got}, with the channels last; wanted {wanted}: use images.transpose(0, 1, 4, 2, 3)")
+        raise ValueError(
+            f"{got}, with the channels last; wanted {wanted}: use images.transpose(0, 1, 4, 2, 3), or "
+            "if they really are so narrow, swap H and W"
+        )
     labels = usable_labels(path, arrays["labels"])
     if len(labels) != len(frames):
         raise ValueError(f"{path}: {len(frames)} sequences and {len(labels)} labels; every sequence needs one")

@@ -173,7 +173,10 @@ def _usable_images(path: Path | str, images: NDArray[Any]) -> NDArray[np.uint8]:
     if images.ndim not in (3, 4):
         raise ValueError(f"{got}; wanted {_LAYOUTS}")
     if images.ndim == 4 and channels_last(images.shape):
-        raise ValueError(f"{got}, with the channels last; wanted {_LAYOUTS}: use images.transpose(0, 3, 1, 2)")
+        raise ValueError(
+            f"{got}, with the channels last; wanted {_LAYOUTS}: use images.transpose(0, 3, 1, 2), or "
+            "if they really are so narrow, swap H and W"
+        )
     if 0 in images.shape:
         raise ValueError(f"{got}, which holds no pixel; wanted {_LAYOUTS} with one image or more")
     return np.ascontiguousarray(images if images.ndim == 4 else images[:, None])
