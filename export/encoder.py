@@ -23,7 +23,8 @@ class Encoder:
 
 def find_encoder(graph: ir.Graph) -> list[ir.Node]:
     """The nodes of a step graph that compute from the image's values and nothing else, without those at their end that
-    only view, or whose result does not have the batch as its first axis."""
+    only view, or whose result does not have the batch as its first axis; with the shapes that they compute from each
+    other. None where others read these shapes as well."""
     batch = graph.inputs[0].shape[0]  # type: ignore[index]
     image, others = graph.inputs[0], set(graph.inputs[1:])
     from_image, from_others = {image}, set(others)
@@ -37,7 +38,10 @@ def find_encoder(graph: ir.Graph) -> list[ir.Node]:
             nodes.append(node)
     while dropped := [node for node in nodes if _is_loose_end(node, nodes, batch)]:
         nodes = [node for node in nodes if node not in dropped]
-    return nodes
+    shapes = _between(graph, nodes)
+    if any(_leaves(value, [*nodes, *shapes]) for node in shapes for value in node.outputs):
+        return []
+    return [node for node in graph if node in nodes or node in shapes]
 
 
 def is_one_layer(nodes: list[ir.Node]) -> bool:
@@ -70,6 +74,18 @@ def split_encoder(model: ir.Model, inside: list[ir.Node]) -> list[Encoder]:
     graph.outputs.extend(chosen)
     graph.sort()  # what reads the encoder first may stand before what it was computed from last
     return encoders
+
+
+def _between(graph: ir.Graph, nodes: list[ir.Node]) -> list[ir.Node]:
+    """The other nodes that read from some of `nodes` and that some of `nodes` read from, over any number of nodes."""
+    behind, before = set(nodes), set(nodes)
+    for node in graph:
+        if any(value is not None and value.producer() in behind for value in node.inputs):
+            behind.add(node)
+    for node in reversed(graph):
+        if any(use.node in before for value in node.outputs for use in value.uses()):
+            before.add(node)
+    return [node for node in graph if node in behind and node in before and node not in nodes]
 
 
 def _is_loose_end(node: ir.Node, nodes: list[ir.Node], batch: Any) -> bool:

@@ -650,8 +650,16 @@ class AsksForFloat32(Small):
         return super().current(x.float().to(torch.float32), T)
 
 
+class Resized(Small):
+    """The size of a convolution's result, which the graph reads from it, decides what follows."""
+
+    def current(self, x: Tensor, T: int) -> Tensor:
+        smaller = nn.functional.max_pool2d(self.encode(x), 2)
+        return nn.functional.interpolate(smaller, (8, 8)).expand(T, -1, -1, -1, -1)
+
+
 @pytest.mark.parametrize("layout", ["unrolled", "step"])
-@pytest.mark.parametrize("network", [AddedTimeAxis, BroadcastCurrent, AsksForFloat32])
+@pytest.mark.parametrize("network", [AddedTimeAxis, BroadcastCurrent, AsksForFloat32, Resized])
 def test_currents_in_other_shapes(network: type[nn.Module], layout: str, tmp_path: Path) -> None:
     net = classifier(network())
     x = digits().images[:40]
