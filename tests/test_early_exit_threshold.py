@@ -17,8 +17,8 @@ from export_helpers import digits, engine, exported
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from report_helpers import EARLY_EXIT, write
 from report_helpers import result as sweep_result
-from report_helpers import write
 
 from tetdeploy.cli import main
 from tetdeploy.data import save_npz, split_validation
@@ -359,11 +359,7 @@ def test_what_calibrate_and_early_exit_print() -> None:
 
 
 def test_what_is_saved_is_told_as_all_steps_over_those_taken() -> None:
-    cost = {"ac_ops": 1e6, "mac_ops": 1e5, "energy_pj": 2e6, "energy_exact_pj": 2.2e6, "energy_once_pj": 1e6}
-    fixed = cost | {"energy_pj": 4e6, "energy_exact_pj": 6.6e6, "energy_once_pj": 4e6}
-    paired = {"accuracy": 0.9, "fixed_accuracy": 0.92, "loss": 0.02, "loss_95": 0.031}
-    times = {"seconds": 2.0, "fixed_seconds": 5.0, "speedup": 2.5}
-    assert list(compared(paired | times | {"T": 3, "mean_T": 1.5, "cost": cost, "fixed_cost": fixed})) == [
+    assert list(compared(EARLY_EXIT)) == [
         ("accuracy", "92.00%", "90.00%", "2.00 ± 3.10 points lost"),
         ("mean T", "3.00", "1.50", "2.00 × less"),
         ("energy", "4 µJ", "2 µJ", "2.00 × less"),

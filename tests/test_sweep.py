@@ -31,7 +31,7 @@ from tetdeploy.provenance import images_sha256
 from tetdeploy.report import count, energy, layers_table, other_ops_table, plot_sweep, sweep_table
 from tetdeploy.report.tables import BILLS
 from tetdeploy.steps import parse_steps
-from tetdeploy.sweep import Tally, check_logits, sweep
+from tetdeploy.sweep import Row, Sweep, Tally, check_logits, sweep
 
 
 @pytest.mark.parametrize(
@@ -285,6 +285,36 @@ def test_tables_of_layers_and_of_other_operations() -> None:
     assert f"{count(2 * result.details['other_ops']['bias_adds'])}" in others
     assert f"{energy(2 * result.details['other_ops_pj']['neuron_ops'])}" in others
     assert "once" in printed(sweep_table(result, conventions=("once",)))[1]
+
+
+def two_steps() -> Sweep:
+    rows = [Row(T, 0.9 + T / 100, 0.1, 2e6 * T, 3e5 * T, 4e6 * T, 5e6 * T, 0.5 * T, 1e6, 2.0 / T) for T in (1, 2)]
+    return Sweep("m.onnx", "digits", 9, tuple(rows), {}, {"ann": {"energy_pj": 8e6}})
+
+
+def cells(table: Table) -> list[tuple[Any, ...]]:
+    return list(zip(*(column.cells for column in table.columns), strict=True))
+
+
+def test_each_number_of_a_sweep_is_in_its_column() -> None:
+    assert cells(sweep_table(two_steps(), 2)) == [
+        ("1 ", "91.00%", "0.100", "2 M", "300 k", "4 µJ", "5 µJ", "2", "0.50 ms"),
+        ("2*", "92.00%", "0.100", "4 M", "600 k", "8 µJ", "10 µJ", "1", "1.00 ms"),
+    ]
+
+
+def test_each_number_of_a_layer_is_in_its_column() -> None:
+    row = {"T": 1, "ac_ops": 2e6, "mac_ops": 0.0, "energy_pj": 1e6, "energy_exact_pj": 3e6, "input_rate": 0.25}
+    layer = {"name": "conv", "from_input": False, "binary": True, "fan_out": 9.0, "rows": [row]}
+    first, *_ = cells(layers_table({"layers": [layer]}, 1))
+    assert first == ("conv", "spikes", "0.250", "9", "2 M", "0", "1 µJ", "3 µJ")
+
+
+def test_a_plot_is_of_per_cent_and_microjoules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, *args, **options: drawn.append((x, y)))
+    plot_sweep(two_steps(), tmp_path / "plot.png", 2)
+    assert drawn == [([1, 2], pytest.approx([91, 92])), ([1, 2], pytest.approx([4, 8]))]
 
 
 def printed(table: Table) -> list[str]:
