@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
+from matplotlib.figure import Figure
+
+from tetdeploy.report.document import Plot
+
+PLOTTERS = (*(f"sections.{name}" for name in ("accuracy", "cost", "early_exit", "pareto", "training")), "entry_plot")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
@@ -91,11 +100,48 @@ def run_folder(folder: Path, *, metrics: list[dict[str, Any]] | None = None, **t
     return folder
 
 
+EARLY_EXIT: dict[str, Any] = {
+    "criterion": "confidence",
+    "threshold": 0.93,
+    "min_T": 1,
+    "T": 3,
+    "accuracy": 0.9,
+    "fixed_accuracy": 0.92,
+    "lost": 7,
+    "gained": 3,
+    "loss": 0.02,
+    "loss_95": 0.031,
+    "mean_T": 1.5,
+    "batch_size": 64,
+    "load": 0.1,
+    "seconds": 2.0,
+    "fixed_seconds": 5.0,
+    "speedup": 2.5,
+    "by_steps": [{"T": T, "num_images": n, "accuracy": 0.9} for T, n in ((1, 120), (2, 60), (3, 20))],
+    "cost": {"ac_ops": 1e6, "mac_ops": 1e5, "energy_pj": 2e6, "energy_exact_pj": 2.2e6, "energy_once_pj": 1e6},
+    "fixed_cost": {"ac_ops": 1e6, "mac_ops": 1e5, "energy_pj": 4e6, "energy_exact_pj": 6.6e6, "energy_once_pj": 4e6},
+}
+
+
 def epoch(number: int, **changes: Any) -> dict[str, Any]:
     """A line of metrics.jsonl."""
     record = {"epoch": number, "stage": 1, "T": 2, "loss": "tet", "lr": 0.002 / number, "seconds": 1.5}
     record |= {"train_loss": 1.0 / number, "train_accuracy": 0.8, "val_loss": 1.1 / number, "val_accuracy": 0.85}
     return record | changes
+
+
+def without_rendering(patch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """From now on plots are painted and not rendered; their axes, by the module that draws them."""
+    painted: dict[str, list[Any]] = {name: [] for name in PLOTTERS}
+
+    def paint_only(name: str, paint: Callable[[Any], None], *, description: str, caption: str, **_: Any) -> Plot:
+        painted[name].append(Figure().add_subplot())
+        paint(painted[name][-1])
+        return Plot("", description, caption)
+
+    for name in PLOTTERS:
+        patch.setattr(import_module(f"tetdeploy.report.{name}"), "draw", partial(paint_only, name))
+    return painted
 
 
 class Page(HTMLParser):

@@ -26,6 +26,7 @@ from tetdeploy.machine import cpu_model
 from tetdeploy.report.document import Table
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
+from tetdeploy.report.tables import bench_cells
 
 Call = tuple[int, int, int]  # threads, batch, T
 
@@ -173,6 +174,12 @@ def test_json_and_table(model: Path) -> None:
     assert all(row.keys() == keys and row["calls"] == 6 for row in content["rows"])
     for text in ("median", "p99", "images/s", content["machine"]["cpu"], "6 calls of a setting", ".bench.json"):
         assert text in done.output
+
+
+def test_a_row_has_its_percentiles_in_order() -> None:
+    row = {"T": 4, "threads": 2, "batch": 8, "median_ms": 1.0, "p95_ms": 2.0, "p99_ms": 3.0, "calls": 9}
+    expected = ("4", "2", "8", "1 ms", "2 ms", "3 ms", "8,000", "9")
+    assert bench_cells(row | {"images_per_s": 8000.0}) == expected
 
 
 def test_without_reference_images_noise_is_shown(model: Path, tmp_path: Path) -> None:

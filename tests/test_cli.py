@@ -28,6 +28,8 @@ from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.options import newest_export
 from tetdeploy.cli.terminal import console, progress_bar
+from tetdeploy.data import load_data
+from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier, NetworkConfig
 
 
@@ -237,6 +239,30 @@ class TestCommands:
         certainty = np.array(json.loads(Path("p.json").read_text())["images"][0]["certainty"])
         assert certainty.shape == (3, 10)
         np.testing.assert_allclose(certainty.sum(-1), 1, rtol=1e-5)
+
+    def test_predict_shows_the_classes_most_certain_at_last_by_the_mean_logits(self, workplace: Path) -> None:
+        x, names = load_data("digits", "test", data_dir=Path()).x[:16], [f"{k}.png" for k in range(16)]
+        for image, name in zip(x, names, strict=True):
+            Image.fromarray(image[0]).save(name)
+        output = run("predict", MODEL, *names, "--top", "2", "--json", "p.json").output
+        engine = Engine(MODEL)
+        mean = np.cumsum(engine.run(x).per_step.astype(np.float64), axis=1) / np.arange(1, 4)[:, None]
+        expected = np.exp(mean) / np.exp(mean).sum(-1, keepdims=True)
+        written = [image["certainty"] for image in json.loads(Path("p.json").read_text())["images"]]
+        np.testing.assert_allclose(written, expected, atol=1e-5)
+        shown = [line.split()[0] for line in output.splitlines() if re.match(r" +\d+ +\d", line)]
+        first, last = (np.argsort(-expected[:, t], axis=-1)[:, :2] for t in (0, -1))
+        assert shown == [engine.class_names[k] for k in last.ravel()]
+        assert (first != last).any()
+
+    def test_predict_cuts_what_is_too_wide_and_squeezes_nothing(self, workplace: Path) -> None:
+        wide = np.full((8, 24), 200, np.uint8)
+        wide[:, 8:16] = load_data("digits", "test", data_dir=Path()).x[0, 0]
+        Image.fromarray(wide).save("wide.png")
+        Image.fromarray(wide[:, 8:16]).save("middle.png")
+        run("predict", MODEL, "wide.png", "middle.png", "--resize", "--json", "p.json")
+        one, other = (image["certainty"] for image in json.loads(Path("p.json").read_text())["images"])
+        np.testing.assert_allclose(one, other, atol=1e-6)
 
     def test_own_networks_are_exported_only_when_named(self) -> None:
         config = NetworkConfig("own:net", num_classes=3, in_channels=1, image_size=(8, 8))

@@ -315,6 +315,20 @@ def test_a_graph_that_counts_twice_is_not_written(tmp_path: Path, monkeypatch: p
     refused(tmp_path, r"operations in 4 steps of inputs that are not 0: the graph counts .*, PyTorch")
 
 
+def test_a_graph_that_counts_too_many_currents_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count_inputs = counters._count_inputs
+
+    def one_percent_more(graph: onnx.GraphProto, layer: Layer, value: str, T: int | str | None) -> None:
+        count_inputs(graph, layer, value, T)
+        if layer.name == "readout.2":  # which reads means
+            graph.node[-1].output[0] = "right"
+            graph.initializer.append(helper.make_tensor("factor", TensorProto.FLOAT, [], [1.01]))
+            graph.node.append(helper.make_node("Mul", ["right", "factor"], [layer.counter]))
+
+    monkeypatch.setattr(counters, "_count_inputs", one_percent_more)
+    refused(tmp_path, r"'readout.2', operations in 4 steps of inputs that are not 0: the graph", classifier(Means()))
+
+
 def test_a_graph_that_takes_means_for_spikes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = counters.Layers._layer
     monkeypatch.setattr(counters.Layers, "_layer", lambda *args: replace(layer(*args), binary=True))  # type: ignore[type-var]

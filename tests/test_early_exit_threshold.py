@@ -17,8 +17,8 @@ from export_helpers import digits, engine, exported
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from report_helpers import EARLY_EXIT, write
 from report_helpers import result as sweep_result
-from report_helpers import write
 
 from tetdeploy.cli import main
 from tetdeploy.data import save_npz, split_validation
@@ -37,6 +37,7 @@ from tetdeploy.early_exit.threshold import (
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.provenance import images_sha256
+from tetdeploy.report.early_exit import _frontier_table, by_steps, compared
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
 
@@ -346,6 +347,26 @@ def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_pat
     assert done.exit_code == 0 and "Early exit" in done.output, done.output
     text = (tmp_path / "r.md").read_text()
     assert f"{exit.criterion} \\> {exit.threshold:.4f}" in text and f"{content['mean_T']:.2f}" in text
+
+
+def test_what_calibrate_and_early_exit_print() -> None:
+    assert by_steps([120, 60, 20]) == "1: 60.0%   2: 30.0%   3: 10.0%"
+    rule = {"allowed_loss": 0.001, "criterion": "margin", "threshold": 0.5, "accuracy": 0.9, "mean_T": 1.5}
+    paired = {"loss": 0.02, "loss_95": 0.031, "lost": 7, "gained": 3}
+    table = _frontier_table({"frontier": [rule | paired], "allowed_loss": 0.001, "T": 3})
+    (cells,) = zip(*(column.cells for column in table.columns), strict=True)
+    assert cells == ("0.1*", "margin", "0.5000", "90.00%", "2.00 ± 3.10", "7 / 3", "1.50", "50%")
+
+
+def test_what_is_saved_is_told_as_all_steps_over_those_taken() -> None:
+    assert list(compared(EARLY_EXIT)) == [
+        ("accuracy", "92.00%", "90.00%", "2.00 ± 3.10 points lost"),
+        ("mean T", "3.00", "1.50", "2.00 × less"),
+        ("energy", "4 µJ", "2 µJ", "2.00 × less"),
+        ("energy, exact", "6.6 µJ", "2.2 µJ", "3.00 × less"),
+        ("energy, first layer once", "4 µJ", "1 µJ", "4.00 × less"),
+        ("time of the run", "5 s", "2 s", "2.50 × faster"),
+    ]
 
 
 def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:

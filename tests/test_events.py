@@ -391,17 +391,17 @@ def test_npz_recordings_need_numpy_only(tmp_path: Path) -> None:
 def test_n_mnist_is_found_in_tonics_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tonic")
     monkeypatch.setitem(event_sets.COUNTS, "n-mnist", {"train": 20, "test": 10})
-    for part, count in (("Train", 2), ("Test", 1)):
+    for part, count, num in (("Train", 2, 60), ("Test", 1, 600)):
         for digit in range(10):
             for i in range(count):
-                events = random_recording(digit, 60, (34, 34))
+                events = random_recording(digit, num, (34, 34))
                 write_bin(tmp_path / "NMNIST" / part / str(digit) / f"{i:05}.bin", events)
     train = load_data("n-mnist", "train", data_dir=tmp_path, T=3)
     test = load_data("n-mnist", "test", data_dir=tmp_path, T=3)
     assert train.x.shape == (20, 3, 2, 34, 34) and test.x.shape == (10, 3, 2, 34, 34)
-    assert (train.std, train.class_names) == (test.std, tuple("0123456789"))
+    assert (train.std, train.class_names) == (test.std, tuple("0123456789"))  # as network inputs: of the training set
     for frames, label in zip(test.x, test.labels, strict=True):
-        np.testing.assert_array_equal(frames, to_frames(random_recording(label, 60, (34, 34)), Binning(3), (34, 34)))
+        np.testing.assert_array_equal(frames, to_frames(random_recording(label, 600, (34, 34)), Binning(3), (34, 34)))
     (tmp_path / "NMNIST/Test/3/00000.bin").unlink()
     with pytest.raises(ValueError, match=r"NMNIST: 9 recordings, but n-mnist has 10 in test; remove the folder"):
         load_data("n-mnist", "test", data_dir=tmp_path)
@@ -626,6 +626,12 @@ def test_a_channel_without_events_does_not_divide_by_zero() -> None:
     assert count_statistics(frames) == ((0.0, 0.0), (1 / 255, pytest.approx(0.2)))
 
 
+def test_the_first_thousand_recordings_are_measured() -> None:
+    frames = np.zeros((1001, 1, 2, 1, 1), np.uint8)
+    frames[1000] = 255
+    assert count_statistics(frames)[1] == (1 / 255, 1 / 255)
+
+
 # ---------------------------------------------------------------- augmentation
 
 
@@ -733,6 +739,21 @@ def test_a_teacher_without_time_sees_recordings_whole(tmp_path: Path) -> None:
     data = load_data(str(tmp_path / "cut.npz"), "train", data_dir=NOWHERE)
     with pytest.raises(ValueError, match=r"a teacher without time learns from whole recordings: for distill choose"):
         train(classifier, data, None, TrainConfig(T=1, distill="ann"), tmp_path / "run")
+
+
+def test_a_teacher_without_time_sees_255_events_a_pixel_at_most() -> None:
+    torch = pytest.importorskip("torch")
+    from tetdeploy.networks import Classifier, NetworkConfig, build_network
+    from tetdeploy.train import distillation_loss
+    from tetdeploy.train.objective import Teacher
+
+    config = NetworkConfig("convsnn", num_classes=3, in_channels=2, image_size=(8, 8), width=0.1, ann=True)
+    torch.manual_seed(0)
+    arguments = {"mean": (0.0, 0.0), "std": (1.0, 1.0), "class_names": tuple("abc")}
+    classifier = Classifier(build_network(config), config=config, encoding="frames", **arguments).eval()
+    logits, x = torch.randn(4, 3, 3), torch.full((3, 4, 2, 8, 8), 100, dtype=torch.uint8)
+    targets = classifier(torch.full((1, 3, 2, 8, 8), 255, dtype=torch.uint8))[0].detach()
+    assert Teacher(classifier, 1.0, 2.0).loss(logits, x) == distillation_loss(logits, targets, tau_kd=2.0)
 
 
 @pytest.mark.parametrize(

@@ -226,4 +226,5 @@ def test_command(tmp_path: Path, checkpoint: Path) -> None:
 
 
 def test_sizes() -> None:
-    assert [size(n) for n in (12, 1_234, 5_678_000)] == ["12 bytes", "1.23 kB", "5.68 MB"]
+    sizes = {12: "12 bytes", 999: "999 bytes", 1000: "1 kB", 1_234: "1.23 kB", 249_400: "249 kB", 5_678_000: "5.68 MB"}
+    assert {n: size(n) for n in sizes} == sizes

@@ -32,7 +32,7 @@ from tetdeploy.export import ExportConfig, Exported, ParityError, export_model
 from tetdeploy.export.onnx_tracer import OnnxTracer
 from tetdeploy.int8 import network as int8_network
 from tetdeploy.int8 import quantisation
-from tetdeploy.int8.calibration import CurrentHistogram, calibrate
+from tetdeploy.int8.calibration import METHODS, CurrentHistogram, _squared_error, calibrate
 from tetdeploy.int8.quantisation import CurrentScale, Int8Error, int8_conv, quantise, spiking_convolutions
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
@@ -343,7 +343,8 @@ def test_scales_cover_what_they_are_asked_to() -> None:
         histogram.add(torch.randn(50_000))
     wide, narrow = histogram.percentile(100), histogram.percentile(95)
     assert narrow.scale * 255 == pytest.approx(2 * 1.96, rel=0.02)  # 95 % of a normal distribution
-    assert histogram.highest - histogram.lowest == pytest.approx(wide.scale * 255, rel=0.01)
+    assert wide == CurrentScale.covering(histogram.lowest, histogram.highest)
+    assert METHODS["percentile"](histogram) == histogram.percentile(99.99) != histogram.percentile(99.9)
     assert narrow.scale < histogram.least_squares().scale < wide.scale
 
 
@@ -391,6 +392,11 @@ def test_of_equally_accurate_methods_the_nearer_to_float32_is_taken(nearer: str,
     factors = iter((1.1, 1.5) if nearer == "mse" else (1.5, 1.1))
     found = calibrate(tracer, x, None, 2, lambda scales: next(factors) * exact)
     assert (found.method, found.accuracy) == (nearer, {"mse": 1.0, "percentile": 1.0})
+
+
+def test_an_error_is_that_of_the_256_values_of_a_scale() -> None:
+    values = np.array([-12.0, -10.0, 0.4, 245.0, 247.0])  # of a scale from -10 to 245
+    assert _squared_error(CurrentScale(1.0, 10), values, np.array([1.0, 1, 1, 1, 3])) == pytest.approx(4 + 0.16 + 3 * 4)
 
 
 def test_least_squares_errs_less_than_any_percentile() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from tetdeploy.checkpoint import save_checkpoint
@@ -278,6 +279,21 @@ class TestFigure:
             shown.tet_loss[1] = np.inf
         plot_landscape(shown, tmp_path / "plot.png", radius=0.5, title=kind)
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_alpha_goes_right_and_both_losses_share_their_levels(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shown, meshes, pcolormesh = bowl(), list[Any](), Axes.pcolormesh
+        shown.sdt_loss[0, 4, 0] = 3.0  # at alpha = 1, beta = -1
+
+        def watched(*given: Any, **options: Any) -> Any:
+            meshes.append(pcolormesh(*given, **options))
+            return meshes[-1]
+
+        monkeypatch.setattr(Axes, "pcolormesh", watched)
+        plot_landscape(shown, tmp_path / "plot.png", radius=0.5)
+        assert meshes[0].get_array()[0, 4] == 3.0  # [beta, alpha]
+        assert (meshes[0].norm.vmin, meshes[0].norm.vmax) == (pytest.approx(0.1), pytest.approx(9.1))
 
     def test_names_of_any_bytes(self, tmp_path: Path) -> None:
         name = r"$\frac$ " + os.fsdecode(b"\xff")

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 from export_helpers import digits, exported
 
+from tetdeploy.agreement import load_reference
 from tetdeploy.early_exit import exit_path
 from tetdeploy.engine import Array, Engine
 from tetdeploy.files import sha256_of
-from tetdeploy.serve.models import Bounds, ServedModel
+from tetdeploy.serve.models import Bounds, ServedModel, step_energy_pj
 from tetdeploy.serve.scheduler import CallFailedError, Limits
 from tetdeploy.serve.sequences import UnknownSequenceError
 from tetdeploy.streams import StreamPool
+from tetdeploy.sweep import sweep
 
 PATIENCE = 60
 
@@ -89,6 +91,21 @@ def test_steps_of_a_lost_sequence_were_not_taken() -> None:
         assert sum(taken) == 1
 
     run(scenario())
+
+
+def test_a_steps_energy_is_its_share_of_a_sweeps() -> None:
+    engine = Engine(exported("step"), threads=1)
+    reference = load_reference(engine)
+    (row,) = sweep(engine, reference.x[:32], reference.labels[:32], (reference.T,), num_timed=1).rows
+    assert step_energy_pj(engine, 1) == pytest.approx(row.energy_pj / reference.T, rel=1e-6)
+
+
+def test_the_energy_counted_is_that_of_all_images_steps_in_joules() -> None:
+    registry = pytest.importorskip("prometheus_client").CollectorRegistry()
+    metrics = pytest.importorskip("tetdeploy.serve.metrics").Metrics(registry)
+    metrics.on_call("m", 2e6)(np.array([3, 5]))
+    found = registry.get_sample_value("tetdeploy_estimated_energy_joules_total", {"model": "m"})
+    assert found == pytest.approx((3 + 5) * 2e-6)
 
 
 class Held(Engine):

@@ -9,6 +9,7 @@ import json
 import os
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tetdeploy import sweep as sweeping
+from tetdeploy.cli.sweep import _prices
 from tetdeploy.cli.sweep import sweep as sweep_command
 from tetdeploy.early_exit.threshold import run_answers
 from tetdeploy.energy import CONVENTIONS, layers_of
@@ -29,7 +31,7 @@ from tetdeploy.provenance import images_sha256
 from tetdeploy.report import count, energy, layers_table, other_ops_table, plot_sweep, sweep_table
 from tetdeploy.report.tables import BILLS
 from tetdeploy.steps import parse_steps
-from tetdeploy.sweep import Tally, check_logits, sweep
+from tetdeploy.sweep import Row, Sweep, Tally, check_logits, sweep
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_what_lies_behind_the_rows() -> None:
 def test_latency_is_the_median_after_a_warm_up_in_milliseconds(
     layout: str, with_state: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine that takes 10 ms a step by a clock of ours, and ten times as long in its first rounds and its last."""
+    """An engine that takes 10 ms a step by a clock of ours, and ten times as long in two first rounds and two last."""
     clock, calls = [0.0], []
 
     class Slow:
@@ -135,7 +137,7 @@ def test_latency_is_the_median_after_a_warm_up_in_milliseconds(
             assert image.shape == (1, 2)
             calls.append((T, image[0, 0]))
             rounds = [t for t, _ in calls].count(T)
-            clock[0] += T * (0.1 if rounds in (1, 2, 7) else 0.01)
+            clock[0] += T * (0.1 if rounds in (1, 2, 6, 7) else 0.01)
 
     monkeypatch.setattr(sweeping.time, "perf_counter", lambda: clock[0])
     latency = sweeping.measure_latency(Slow(), np.array([[0.0, 0], [1, 0], [2, 0]]), (1, 4), 5)  # type: ignore[arg-type]
@@ -171,6 +173,15 @@ def test_chunks_with_state_compute_the_first_layer_again() -> None:
     assert row.energy_once_pj == pytest.approx(0.9 * row.ac_ops + 4.6 * row.mac_ops * 2 / 5)  # two calls for five steps
 
 
+def test_the_anns_energy_is_compared_by_the_convention_of_the_paper() -> None:
+    engine = Engine(exported("unrolled"))
+    engine.metadata["layers"][1]["binary"] = False  # then the exact energy is another
+    result = sweep(engine, digits().images[:8], digits().labels[:8], (2,), num_timed=1)
+    (row,) = result.rows
+    assert row.energy_exact_pj > row.energy_pj
+    assert row.ann_ratio == pytest.approx(result.details["ann"]["energy_pj"] / row.energy_pj)
+
+
 def test_layers_of_another_precision_than_the_model_have_their_own_price() -> None:
     engine = Engine(exported("unrolled"))
     engine.precision = "int8"
@@ -182,6 +193,18 @@ def test_layers_of_another_precision_than_the_model_have_their_own_price() -> No
     assert result.details["other_ops_pj"]["bias_adds"] == pytest.approx(0.9 * adds) and adds > 0
     engine.metadata["layers"] = []
     assert sweep(engine, digits().images[:8], digits().labels[:8], (2,), num_timed=1).rows[0].ann_ratio is None
+
+
+def test_prices_are_those_of_each_precision_unless_given() -> None:
+    layers = [{"precision": "fp32"}, {"precision": "int8"}]
+    shown = {
+        "Horowitz": "4.6 pJ a multiply-accumulate and 0.9 pJ an addition in fp32, "
+        "0.3 pJ a multiply-accumulate and 0.1 pJ an addition in int8",
+        "given: ac_pj 0.5, mac_pj 2": "2 pJ a multiply-accumulate and 0.5 pJ an addition",
+    }
+    for source, prices in shown.items():
+        details = {"constants": {"ac_pj": 0.5, "mac_pj": 2.0, "source": source}, "layers": layers}
+        assert _prices(SimpleNamespace(details=details)) == prices  # type: ignore[arg-type]
 
 
 def test_a_precision_without_cited_energies_needs_ones_own() -> None:
@@ -262,6 +285,36 @@ def test_tables_of_layers_and_of_other_operations() -> None:
     assert f"{count(2 * result.details['other_ops']['bias_adds'])}" in others
     assert f"{energy(2 * result.details['other_ops_pj']['neuron_ops'])}" in others
     assert "once" in printed(sweep_table(result, conventions=("once",)))[1]
+
+
+def two_steps() -> Sweep:
+    rows = [Row(T, 0.9 + T / 100, 0.1, 2e6 * T, 3e5 * T, 4e6 * T, 5e6 * T, 0.5 * T, 1e6, 2.0 / T) for T in (1, 2)]
+    return Sweep("m.onnx", "digits", 9, tuple(rows), {}, {"ann": {"energy_pj": 8e6}})
+
+
+def cells(table: Table) -> list[tuple[Any, ...]]:
+    return list(zip(*(column.cells for column in table.columns), strict=True))
+
+
+def test_each_number_of_a_sweep_is_in_its_column() -> None:
+    assert cells(sweep_table(two_steps(), 2)) == [
+        ("1 ", "91.00%", "0.100", "2 M", "300 k", "4 µJ", "5 µJ", "2", "0.50 ms"),
+        ("2*", "92.00%", "0.100", "4 M", "600 k", "8 µJ", "10 µJ", "1", "1.00 ms"),
+    ]
+
+
+def test_each_number_of_a_layer_is_in_its_column() -> None:
+    row = {"T": 1, "ac_ops": 2e6, "mac_ops": 0.0, "energy_pj": 1e6, "energy_exact_pj": 3e6, "input_rate": 0.25}
+    layer = {"name": "conv", "from_input": False, "binary": True, "fan_out": 9.0, "rows": [row]}
+    first, *_ = cells(layers_table({"layers": [layer]}, 1))
+    assert first == ("conv", "spikes", "0.250", "9", "2 M", "0", "1 µJ", "3 µJ")
+
+
+def test_a_plot_is_of_per_cent_and_microjoules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, *args, **options: drawn.append((x, y)))
+    plot_sweep(two_steps(), tmp_path / "plot.png", 2)
+    assert drawn == [([1, 2], pytest.approx([91, 92])), ([1, 2], pytest.approx([4, 8]))]
 
 
 def printed(table: Table) -> list[str]:

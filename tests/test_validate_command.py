@@ -193,6 +193,12 @@ class TestData:
 
 
 class TestAgainst:
+    def test_each_T_has_the_latency_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        latency = "tetdeploy.export.sidebyside.torch_latency"
+        monkeypatch.setattr(latency, lambda classifier, x, steps: {T: 10.0 * T for T in steps})
+        run(MODEL, "--against", RUN, "--T", "1:3", "--num-torch", "20", "--limit", "20")
+        assert [row["torch_latency_ms"] for row in written()["rows"]] == [10, 20, 30]
+
     def test_spike_by_spike(self) -> None:
         output = run(MODEL, "--against", RUN, "--T", "1:3", "--num-torch", "100", "--limit", "150").output
         value = written()

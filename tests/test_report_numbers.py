@@ -1,0 +1,140 @@
+"""The report's tables: every number is that of its row, in the unit that is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_helpers import epoch, result, run_folder, without_rendering, write
+
+from tetdeploy.report.document import Block, Cards, Note, Row, Table
+from tetdeploy.report.drawing import energy_unit
+from tetdeploy.report.page import document_of
+from tetdeploy.report.reading import Run
+from tetdeploy.report.results import Results, read_results
+from tetdeploy.report.sections.training import _kept
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_rendering(monkeypatch)
+
+
+def shown(folder: Path, **changes: Any) -> Results:
+    """A validation named a."""
+    return read_results([write(folder / "a.json", result(**changes))])
+
+
+def blocks(results: Results, title: str) -> tuple[Block, ...]:
+    return next(section.blocks for section in document_of(results).sections if section.title == title)
+
+
+def tables(results: Results, title: str) -> list[Table]:
+    """Those beside a plot too."""
+    rows = (block.items if isinstance(block, Row) else (block,) for block in blocks(results, title))
+    return [item for row in rows for item in row if isinstance(item, Table)]
+
+
+@pytest.mark.parametrize(
+    ("picojoules", "unit"),
+    [(2e9, ("mJ", 1e9)), (2e8, ("µJ", 1e6)), (2e6, ("µJ", 1e6)), (5e3, ("nJ", 1e3)), (5.0, ("pJ", 1.0))],
+)
+def test_an_axis_has_the_largest_unit_below_its_values(picojoules: float, unit: tuple[str, float]) -> None:
+    assert energy_unit(picojoules) == unit
+
+
+def test_the_front_is_priced_in_times_the_cheapest(tmp_path: Path) -> None:
+    rows = result()["rows"]
+    rows[2]["accuracy"] = 0.5
+    (table,) = tables(shown(tmp_path, rows=rows), "Pareto front")
+    assert table.rows == (("a", "1", "91.00%", "1.36 µJ", "1 ×"), ("a", "2", "92.00%", "2.72 µJ", "2 ×"))
+
+
+def test_costs_stand_in_their_columns(tmp_path: Path) -> None:
+    rows = result()["rows"]
+    rows[1]["torch_latency_ms"] = 7.0
+    (table,) = tables(shown(tmp_path, rows=rows), "Cost by time steps")
+    energies = ("2.72 µJ", "2.8 µJ", "2 µJ", "2.5 ×")
+    assert table.rows[1] == ("2 *", "92.00%", "0.100", "2 M", "200 k", *energies, "1 ms", "7 ms")
+
+
+def test_layers_have_rates_shares_and_exact_energies_of_their_own(tmp_path: Path) -> None:
+    content = result()
+    content["layers"][1]["rows"][1] |= {"energy_exact_pj": 5e6, "input_rate": 0.25}
+    content["neurons"][0]["rows"][0]["firing_rate"] = 0.7
+    neurons, layers = tables(shown(tmp_path, **content), "Firing rate and energy by layer")
+    assert neurons.rows[0] == ("lif1", "2,048", "0.700", "0.100", "0.100")
+    assert layers.rows[1] == ("conv2", "spikes", "1,152", "288", "25.0%", "1 M", "0", "1.92 µJ", "5 µJ", "70.6%")
+
+
+def test_of_many_classes_the_worst_the_best_and_the_median_are_named(tmp_path: Path) -> None:
+    classes = [{"name": f"c{k:03}", "num_samples": 10, "accuracy": [k / 100] * 3} for k in range(1, 101)]
+    table, note = blocks(shown(tmp_path, by_class=classes), "Accuracy by class")
+    assert isinstance(table, Table) and table.rows[0] == ("c001", "1.00%", "c100", "100.00%")
+    assert isinstance(note, Note) and "90-100 %: 11. Median 51.00%" in note.text
+
+
+@pytest.mark.parametrize("ratio", [True, False], ids=["measured", "of_an_older_file"])
+def test_more_energy_than_the_ann_is_said_as_more(tmp_path: Path, ratio: bool) -> None:
+    rows = [row | {"ann_ratio": 1.36e6 / row["energy_pj"] if ratio else None} for row in result()["rows"]]
+    cards, *_ = blocks(shown(tmp_path, rows=rows, ann={"energy_pj": 1.36e6}), "At a glance")
+    assert isinstance(cards, Cards) and "2 times more energy" in dict(cards.cards[0].facts).values()
+
+
+def test_differences_by_itself_and_margins_are_those_of_their_name(tmp_path: Path) -> None:
+    content = result()
+    content["rows"][1]["local_mismatch_rate"] = 1e-6
+    margin = {"local": {"count": 1, "median": 3e-7, "max": 4e-7}, "every": {"count": 9, "median": 0.5, "max": 2.0}}
+    content["neurons"][1] |= {"spike_mismatch_rate": 3e-6, "local_mismatch_rate": 1e-6, "margin": margin}
+    steps, layers = tables(shown(tmp_path, **content), "Agreement with PyTorch")
+    assert steps.rows[1] == ("2", "99.50%", "2 ppm", "1 ppm", "1.0e-05")
+    assert layers.rows == (("lif2", "3 ppm", "1 ppm", "4.0e-07", "5.0e-01"),)
+
+
+def test_the_epoch_that_was_kept_has_its_own_numbers_and_the_run_all_its_time() -> None:
+    best = epoch(1, seconds=1800.0, train_accuracy=0.9, val_accuracy=0.95)
+    metrics = (best, epoch(2, seconds=5400.0))
+    run = Run(Path("a"), {}, {}, {"epochs": 2}, metrics, {"provenance": {"epoch": 1}})
+    assert _kept("a", run) == ("a", "2 of 2", "1", "95.00%", "1.1", "90.00%", "2.0 h")
+
+
+def test_a_stage_has_its_T_and_its_epochs(tmp_path: Path) -> None:
+    (table,) = tables(read_results([run_folder(tmp_path / "a", tit="2:30,6:5")]), "What was trained, on what and how")
+    assert ("time inheritance training", "T=2 for 30 epochs, then T=6 for 5 epochs") in table.rows
+
+
+def test_a_validation_comes_before_a_sweep(tmp_path: Path) -> None:
+    run, sweep = run_folder(tmp_path / "a"), result(kind="sweep")
+    sweep["rows"][1]["accuracy"] = 0.1
+    write(run / "m.validate.json", result())
+    write(run / "m.sweep.json", sweep)
+    (measurement,) = read_results([run]).measurements
+    assert measurement.rows[1]["accuracy"] == 0.92
+
+
+def test_gates_of_all_files_are_kept(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "a")
+    gate = {"key": "accuracy", "wanted": 0.95, "T": 2, "got": 0.92, "passed": False}
+    kept = result(data="reference images", gates=[gate | {"key": "agreement"}])
+    for row in kept["rows"]:
+        row["accuracy"] = None
+    sweep = result(kind="sweep", gates=[gate])
+    for row in sweep["rows"]:
+        for key in ("top1_agreement", "spike_mismatch_rate", "max_abs_logit_error"):
+            del row[key]
+    write(run / "m.validate.json", kept)
+    write(run / "m.sweep.json", sweep)
+    (measurement,) = read_results([run]).measurements
+    assert [gate["key"] for gate in measurement.content["gates"]] == ["accuracy", "agreement"]
+
+
+def test_the_twin_of_another_image_size_is_none(tmp_path: Path) -> None:
+    snn, other = run_folder(tmp_path / "snn"), run_folder(tmp_path / "other", ann=True)
+    write(snn / "m.sweep.json", result(kind="sweep"))
+    config = json.loads((other / "config.json").read_text())
+    config["network"]["image_size"] = [32, 32]
+    write(other / "config.json", config)
+    results = read_results([snn, other])
+    assert results.sources[1].run is not None and results.twin_energy(results.sources[1].run) is None

@@ -1,0 +1,87 @@
+"""The report's plots: what is drawn are the numbers of the results, in the unit of the axis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_helpers import EARLY_EXIT, epoch, result, run_folder, without_rendering, write
+
+from tetdeploy.report.page import document_of
+from tetdeploy.report.results import read_results
+
+ENERGIES = [1.36, 2.72, 4.08]  # µJ at T = 1, 2, 3
+ACCURACIES = [0.91, 0.92, 0.93]
+
+
+@pytest.fixture
+def painted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    return without_rendering(monkeypatch)
+
+
+def report(path: Path, **changes: Any) -> None:
+    document_of(read_results([write(path / "a.json", result(**changes))]))
+
+
+def lines(axes: Any) -> list[tuple[Any, Any]]:
+    """x and y of every line, to be compared with approx."""
+    return [(pytest.approx(list(line.get_xdata())), pytest.approx(list(line.get_ydata()))) for line in axes.lines]
+
+
+def test_accuracy_by_steps_and_by_energy(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    report(tmp_path)
+    steps, energy = painted["sections.accuracy"]
+    assert lines(steps) == [([1, 2, 3], ACCURACIES), ([2], [0.92])]  # a ring round the T of the training
+    twin, own = lines(energy)
+    assert twin[0] == [6.8, 6.8]
+    assert own == (ENERGIES, ACCURACIES)
+
+
+def test_the_front_is_drawn_over_all_points(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    rows = result()["rows"]
+    rows[2]["accuracy"] = 0.5
+    report(tmp_path, rows=rows)
+    (axes,) = painted["sections.pareto"]
+    front, own, best = lines(axes)
+    assert own == (ENERGIES, [0.91, 0.92, 0.5])
+    for line in (front, best):
+        assert line == (ENERGIES[:2], ACCURACIES[:2])
+
+
+def test_costs_by_steps(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    report(tmp_path)
+    energy, latency = painted["sections.cost"]
+    assert lines(energy) == [([1, 2, 3], ENERGIES)]
+    assert lines(latency) == [([1, 2, 3], [0.5, 1.0, 1.5])]
+
+
+def test_bars_of_layers_are_microjoules_and_those_of_classes_per_cent(
+    tmp_path: Path, painted: dict[str, list[Any]]
+) -> None:
+    report(tmp_path)
+    _, energy, classes = ([bar.get_width() for bar in axes.patches] for axes in painted["entry_plot"])
+    assert energy == pytest.approx([0.8, 1.92])
+    assert classes == pytest.approx([92, 72])
+
+
+def test_curves_are_the_mean_of_the_seeds_and_the_band_their_range(
+    tmp_path: Path, painted: dict[str, list[Any]]
+) -> None:
+    for seed, loss in ((0, 1.0), (1, 3.0)):
+        run_folder(tmp_path / f"seed-{seed}", seed=seed, metrics=[epoch(1, val_loss=loss, train_loss=loss / 2)])
+    write(tmp_path / "config.json", {"seeds": [0, 1]})
+    write(tmp_path / "summary.json", {"runs": [], "mean_val_accuracy": 0.85, "std_val_accuracy": 0.1})
+    document_of(read_results([tmp_path]))
+    loss_axes, *_ = painted["sections.training"]
+    assert [(line.get_linestyle(), line.get_ydata()[0]) for line in loss_axes.lines] == [("--", 1.0), ("-", 2.0)]
+    (band,) = loss_axes.collections[0].get_paths()
+    assert (band.get_extents().ymin, band.get_extents().ymax) == (1.0, 3.0)
+
+
+def test_early_exit_by_steps_and_by_energy(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    machine = {"cpu": "c", "cores": 1, "gpu": None, "provider": "p"}
+    report(tmp_path, kind="early-exit", early_exit=EARLY_EXIT, machine=machine)
+    steps, accuracy = painted["sections.early_exit"]
+    assert [bar.get_height() for bar in steps.patches] == pytest.approx([0.6, 0.3, 0.1])
+    assert lines(accuracy)[-1] == ([2.0], [0.9])  # the star, in µJ
