@@ -112,7 +112,7 @@ def export_model(
     parity = from_state = kept = None
     with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference:
         temporary.write_bytes(serialised(graph.model, path))
-        with _errors_about(temporary, "the graph that was to be written"):
+        with _without_naming(temporary):
             _check_form(temporary)
             size = temporary.stat().st_size
             if num_check:
@@ -147,8 +147,9 @@ def _check_form(file: Path) -> None:
 
 
 @contextmanager
-def _errors_about(file: Path, name: str) -> Iterator[None]:
-    """Errors speak of `name` in place of a file that is gone by then."""
+def _without_naming(file: Path) -> Iterator[None]:
+    """Errors speak of the graph in place of a file that is gone by then."""
+    name = "the graph that was to be written"
     try:
         yield
     except ValueError as error:
@@ -291,5 +292,5 @@ def _in_memory(graph: LoweredGraph) -> Engine:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         file.write_bytes(ir.to_proto(graph.model).SerializeToString())
-        with _errors_about(file, "the graph that was to be written"):
+        with _without_naming(file):
             return Engine(file)

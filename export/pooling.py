@@ -50,15 +50,13 @@ def _close(pool: ir.Node) -> None:
     stride, dilation = (np.array(pool.attributes.get_ints(name, [1] * axes)) for name in ("strides", "dilations"))
     begin, end = np.array(pool.attributes.get_ints("pads", [0] * 2 * axes)).reshape(2, axes)
     reach = dilation * (kernel - 1) + 1
-    sizes = [value.shape[-axes:] for value in (pool.inputs[0], pool.outputs[0])]  # type: ignore[union-attr,index]
-    is_open = np.array([any(not isinstance(size, int) for size in axis) for axis in zip(*sizes, strict=True)])
-    if (stride[is_open] > 1).any():  # over steps whose number is open
-        return
-    one_window = reach - begin - end
-    size, windows = (
-        np.array([one if free else known for free, one, known in zip(is_open, ones, shape, strict=True)], np.int64)
-        for ones, shape in zip((one_window, np.ones(axes)), sizes, strict=True)
-    )
+    size, windows = reach - begin - end, np.ones(axes, np.int64)  # one window, where the number of steps is open
+    shapes = (value.shape[-axes:] for value in (pool.inputs[0], pool.outputs[0]))  # type: ignore[union-attr,index]
+    for axis, (before, after) in enumerate(zip(*shapes, strict=True)):
+        if isinstance(before, int) and isinstance(after, int):
+            size[axis], windows[axis] = before, after
+        elif stride[axis] > 1:
+            return
     if (windows == -((size + begin + end - reach) // -stride) + 1).all():
         return
     needed = np.maximum((windows - 1) * stride + reach - size - begin, 0)

@@ -117,14 +117,14 @@ def _own_data(engine: Engine) -> str:
 def load_part(
     name: str, part: str, *, data_dir: Path, T: int, fraction: float, known: Mapping[str, Any]
 ) -> LabelledSet:
-    """A part of a data set as the run has it that held out this fraction, which is above 0 for `validation`.
+    """A part of a data set as the run has it that held out this fraction.
 
     Args:
         part: test, or of the training images train, those trained on, or validation, those held out.
         known: the run's settings of its data.
 
     Raises:
-        ValueError: the run held out other images than these; and what `load_data` raises.
+        ValueError: the run held out no images, or others than these; and what `load_data` raises.
     """
     from tetdeploy.data import holds_out_others, load_data, load_parts
 
