@@ -14,14 +14,34 @@ from onnx import TensorProto, helper, numpy_helper
 from tetdeploy import native
 from tetdeploy.engine import Engine
 from tetdeploy.native.fusing import fuse_model
-from tetdeploy.native.int8_convolutions import put_int8_convolutions
+from tetdeploy.native.int8_convolutions import Way, best_way, put_int8_convolutions
+from tetdeploy.native.whole_numbers import Whole, WholeNumbers
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
-needs_amx = pytest.mark.skipif(
-    native.missing() is not None or not native.has_tiles(), reason="this processor, or its system, has no AMX"
-)
-BOTH = pytest.mark.parametrize("tiles", [False, pytest.param(True, marks=needs_amx)], ids=["plain", "tiles"])
 Array = np.ndarray[Any, Any]
+OPERATORS: dict[Way, str] = {"plain": "Int8Convolution", "tiles": "Int8Convolution", "additions": "Int8Additions"}
+
+
+class Few(WholeNumbers):
+    """Inputs are sums of three spikes at most."""
+
+    def of(self, name: str) -> Whole:
+        return Whole(3)
+
+
+@pytest.fixture(params=["plain", "tiles", 16, 32, 64])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
+    """How convolutions are computed: by additions in vector registers of so many bytes, of any inputs and channels."""
+    if request.param == "tiles" and not native.has_tiles():
+        pytest.skip("this processor, or its system, has no AMX")
+    if isinstance(request.param, str):
+        return request.param  # type: ignore[return-value]
+    if request.param > native.vector_bytes():
+        pytest.skip("this processor has shorter vector registers")
+    monkeypatch.setattr(native, "vector_bytes", lambda: request.param)
+    for name, limit in (("MOST_ADDED", 255), ("LEAST_ADDED", 1)):
+        monkeypatch.setattr(f"tetdeploy.native.convolution.{name}", limit)
+    return "additions"
 
 
 def convolution(
@@ -69,10 +89,10 @@ def session(model: onnx.ModelProto, threads: int = 2) -> ort.InferenceSession:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def replaced(model: onnx.ModelProto, *, tiles: bool) -> onnx.ModelProto:
+def replaced(model: onnx.ModelProto, way: Way) -> onnx.ModelProto:
     copy = onnx.ModelProto.FromString(model.SerializeToString())
-    assert put_int8_convolutions(copy.graph, tiles=tiles) == 1
-    assert [node.op_type for node in copy.graph.node] == ["Int8Convolution"]
+    assert put_int8_convolutions(copy.graph, Few(copy.graph, []), way) == 1
+    assert [node.op_type for node in copy.graph.node] == [OPERATORS[way]]
     return copy
 
 
@@ -81,7 +101,6 @@ def spikes(*shape: int, most: int = 3) -> Array:
     return np.random.default_rng(1).integers(0, most + 1, shape).astype(np.uint8)
 
 
-@BOTH
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     ("shape", "channels", "kernel", "strides", "pads"),
@@ -112,18 +131,17 @@ def test_has_the_bits_of_onnx_runtime(
     strides: list[int],
     pads: list[int],
     threads: int,
-    tiles: bool,
+    way: Way,
 ) -> None:
     model = convolution(channels, kernel, strides=strides, pads=pads)
     x = spikes(*shape, channels[0])
     expected = session(model).run(None, {"x": x})[0]
     assert len(np.unique(expected)) > min(10, expected.size // 2)
-    np.testing.assert_array_equal(session(replaced(model, tiles=tiles), threads).run(None, {"x": x})[0], expected)
+    np.testing.assert_array_equal(session(replaced(model, way), threads).run(None, {"x": x})[0], expected)
 
 
-@BOTH
 @pytest.mark.parametrize("seed", range(4))
-def test_has_the_bits_of_onnx_runtime_in_any_geometry(seed: int, tiles: bool) -> None:
+def test_has_the_bits_of_onnx_runtime_in_any_geometry(seed: int, way: Way) -> None:
     rng = np.random.default_rng(seed)
     for _ in range(12):
         kernel, strides = tuple(rng.integers(1, 6, 2)), rng.integers(1, 5, 2)
@@ -133,19 +151,17 @@ def test_has_the_bits_of_onnx_runtime_in_any_geometry(seed: int, tiles: bool) ->
         model = convolution(channels, kernel, strides=strides.tolist(), pads=[int(p) for p in pads])
         x = spikes(int(rng.integers(1, 6)), *size, channels[0])
         expected = session(model).run(None, {"x": x})[0]
-        np.testing.assert_array_equal(session(replaced(model, tiles=tiles)).run(None, {"x": x})[0], expected)
+        np.testing.assert_array_equal(session(replaced(model, way)).run(None, {"x": x})[0], expected)
 
 
-@BOTH
 @pytest.mark.parametrize(("zero", "scale"), [(0, 0.2), (255, 0.2), (128, 1e-12), (128, 1e12), (7, 50)])
-def test_limits_and_rounding(zero: int, scale: float, tiles: bool) -> None:
+def test_limits_and_rounding(zero: int, scale: float, way: Way) -> None:
     model, x = convolution(zero=zero, scale=scale), spikes(2, 5, 5, 64)
     expected = session(model).run(None, {"x": x})[0]
-    np.testing.assert_array_equal(session(replaced(model, tiles=tiles)).run(None, {"x": x})[0], expected)
+    np.testing.assert_array_equal(session(replaced(model, way)).run(None, {"x": x})[0], expected)
 
 
-@BOTH
-def test_a_half_is_rounded_to_even(tiles: bool) -> None:
+def test_a_half_is_rounded_to_even(way: Way) -> None:
     weights = np.zeros((32, 64, 1, 1), np.int8)
     weights[:, 0, 0, 0] = 1
     numbers = {"w": weights, "w_scale": np.full(32, 0.5, np.float32), "y_scale": np.float32(1)}
@@ -153,40 +169,51 @@ def test_a_half_is_rounded_to_even(tiles: bool) -> None:
         (64, 32), (1, 1), pads=[0] * 4, zero=0, change=numbers | {"bias": np.arange(32, dtype=np.int32)}
     )
     x = spikes(1, 4, 4, 64)
-    y = session(replaced(model, tiles=tiles)).run(None, {"x": x})[0]
+    y = session(replaced(model, way)).run(None, {"x": x})[0]
     np.testing.assert_array_equal(y, np.rint((x[..., :1] + np.arange(32)) * 0.5))
 
 
-@BOTH
-def test_one_scale_for_all_channels(tiles: bool) -> None:
+@pytest.mark.parametrize("weight", [-128, 127])
+@pytest.mark.parametrize("x", [1, 3, [1, 0, 0], [3, 0, 1, 2]], ids=str)
+def test_the_largest_sums(weight: int, x: int | list[int], way: Way) -> None:
+    """Of more inputs than fit into the sums of fewer bits that additions begin with."""
+    numbers = {"w": np.full((33, 300, 3, 3), weight, np.int8), "bias": np.zeros(33, np.int32), "y_scale": np.float32(1)}
+    numbers["w_scale"] = np.full(33, 2.0**-13, np.float32)
+    model = convolution((300, 33), pads=[0] * 4, zero=128, change=numbers)
+    inputs = np.resize(np.array(x, np.uint8), (2, 7, 5, 300))
+    windows = np.lib.stride_tricks.sliding_window_view(inputs.astype(np.int64), (3, 3), (1, 2))
+    expected = (np.rint(windows.sum((3, 4, 5)) * weight * 2.0**-13) + 128).clip(0, 255)
+    y = session(replaced(model, way)).run(None, {"x": inputs})[0]
+    np.testing.assert_array_equal(y, np.broadcast_to(expected[..., None], y.shape))
+
+
+def test_one_scale_for_all_channels(way: Way) -> None:
     model, x = convolution(change={"w_scale": np.float32(0.003)}), spikes(2, 5, 5, 64)
     expected = session(model).run(None, {"x": x})[0]
-    np.testing.assert_array_equal(session(replaced(model, tiles=tiles)).run(None, {"x": x})[0], expected)
+    np.testing.assert_array_equal(session(replaced(model, way)).run(None, {"x": x})[0], expected)
 
 
-@BOTH
-def test_batches_of_any_size_and_none(tiles: bool) -> None:
+def test_batches_of_any_size_and_none(way: Way) -> None:
     """One session sees them in turn: nothing of a call stays."""
-    plain, other = session(convolution()), session(replaced(convolution(), tiles=tiles))
+    plain, other = session(convolution()), session(replaced(convolution(), way))
     for n, h, w in ((3, 9, 9), (1, 4, 17), (0, 5, 5), (8, 12, 3)):
         x = spikes(n, h, w, 64)
         expected = plain.run(None, {"x": x})[0]
         np.testing.assert_array_equal(other.run(None, {"x": x})[0], expected)
 
 
-@BOTH
-def test_weights_in_common_are_put_in_order_once(tiles: bool) -> None:
+def test_weights_in_common_are_put_in_order_once(way: Way) -> None:
     model = convolution((64, 64), zero=0)
     again = onnx.NodeProto.FromString(model.graph.node[0].SerializeToString())
-    again.input[0], again.output[0] = "y", "z"
+    again.output[0] = "z"
     model.graph.node.append(again)
-    model.graph.output[0].name = "z"
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.UINT8, None))
     fused = onnx.ModelProto.FromString(model.SerializeToString())
-    assert put_int8_convolutions(fused.graph, tiles=tiles) == 2
+    assert put_int8_convolutions(fused.graph, Few(fused.graph, []), way) == 2
     names = [tensor.name for tensor in fused.graph.initializer]
-    assert len(names) == len(set(names)) and names.count("w.tiles") == 1
+    assert len(names) == len(set(names)) == 4 and "w" not in names
     x = spikes(2, 9, 9, 64)
-    np.testing.assert_array_equal(*(session(each).run(None, {"x": x})[0] for each in (fused, model)))
+    np.testing.assert_array_equal(*(session(each).run(None, {"x": x})[1] for each in (fused, model)))
 
 
 @pytest.mark.parametrize(
@@ -205,8 +232,47 @@ def test_weights_in_common_are_put_in_order_once(tiles: bool) -> None:
 )
 def test_others_stay(model: onnx.ModelProto) -> None:
     before = model.SerializeToString()
-    assert put_int8_convolutions(model.graph) == 0
+    assert put_int8_convolutions(model.graph, Few(model.graph, []), "tiles") == 0
     assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "most", "added"),
+    [
+        (32, 32, 1, True),
+        (32, 32, 2, True),
+        (31, 32, 1, False),
+        (32, 31, 1, False),
+        (32, 32, 3, False),
+        (32, 32, 0, False),
+    ],
+)
+def test_additions_where_they_are_the_faster_way(outputs: int, inputs: int, most: int, added: bool) -> None:
+    graph = convolution((inputs, outputs)).graph
+
+    class Inputs(WholeNumbers):
+        def of(self, name: str) -> Whole | None:
+            return Whole(most) if name == "x" and most else None
+
+    assert put_int8_convolutions(graph, Inputs(graph, []), "additions") == added
+
+
+@pytest.mark.parametrize(
+    ("tiles", "vector_bytes", "vnni", "way"),
+    [
+        (True, 64, True, "tiles"),
+        (False, 64, True, None),
+        (False, 64, False, "additions"),
+        (False, 32, False, "additions"),
+        (False, 16, False, None),
+    ],
+)
+def test_the_way_of_a_processor(
+    tiles: bool, vector_bytes: int, vnni: bool, way: Way | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, found in (("has_tiles", tiles), ("vector_bytes", vector_bytes), ("has_vnni", vnni)):
+        monkeypatch.setattr(native, name, lambda found=found: found)
+    assert best_way() == way
 
 
 @pytest.mark.parametrize(
@@ -218,12 +284,16 @@ def test_others_stay(model: onnx.ModelProto) -> None:
         ({"zero_point": 256}, "the zero point is no byte"),
     ],
 )
-def test_a_damaged_node_is_refused(change: dict[str, Any], says: str) -> None:
-    model = replaced(convolution(), tiles=False)
+@pytest.mark.parametrize("way", ["plain", "additions"])
+def test_a_damaged_node_is_refused(
+    change: dict[str, Any], says: str, way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tetdeploy.native.convolution.MOST_ADDED", 255)
+    model = replaced(convolution(), way)
     node = model.graph.node[0]
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute} | change
     node.CopyFrom(helper.make_node(node.op_type, node.input, node.output, domain=node.domain, **attributes))
-    with pytest.raises(Exception, match=f"ai.tetdeploy::Int8Convolution: {says}"):
+    with pytest.raises(Exception, match=f"ai.tetdeploy::{OPERATORS[way]}: {says}"):
         session(model)
 
 
@@ -233,42 +303,42 @@ def test_a_damaged_node_is_refused(change: dict[str, Any], says: str) -> None:
 )
 def test_a_wrong_input_is_refused(shape: tuple[int, ...], says: str) -> None:
     with pytest.raises(Exception, match=says):
-        session(replaced(convolution(), tiles=False)).run(None, {"x": spikes(*shape)})
+        session(replaced(convolution(), "plain")).run(None, {"x": spikes(*shape)})
 
 
 def test_an_input_smaller_than_the_kernel_is_refused() -> None:
-    model = replaced(convolution(kernel=(5, 5), pads=[0, 0, 0, 0]), tiles=False)
+    model = replaced(convolution(kernel=(5, 5), pads=[0, 0, 0, 0]), "plain")
     with pytest.raises(Exception, match="the input is smaller than the kernel"):
         session(model).run(None, {"x": spikes(1, 4, 9, 64)})
 
 
 @pytest.mark.skipif(native.missing() is None and native.has_tiles(), reason="this processor has AMX")
 def test_tiles_are_refused_without_amx() -> None:
-    with pytest.raises(Exception, match="this processor has no AMX"):
-        session(replaced(convolution(), tiles=True))
+    with pytest.raises(Exception, match="this processor, or its system, has no AMX"):
+        session(replaced(convolution(), "tiles"))
 
 
-@BOTH
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-def test_a_network_has_the_same_logits(layout: str, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = int8_exported(layout)
-    monkeypatch.setattr(native, "has_tiles", lambda: False)
-    plain = Engine(path, native=True).run(digits().images, 3).per_step
-    monkeypatch.setattr(native, "has_tiles", lambda: True)
+def test_a_network_has_the_same_logits(layout: str, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, found = int8_exported(layout), list[list[str]]()
     monkeypatch.setattr("tetdeploy.native.convolution.LEAST_CHANNELS", 1)
-    found = list[int]()
 
-    def use(graph: onnx.GraphProto) -> int:
-        found.append(put_int8_convolutions(graph, tiles=tiles))
-        return found[-1]
+    def fuse_with(chosen: Way | None) -> Array:
+        def fuse(model: bytes) -> bytes | None:
+            made = fuse_model(model)
+            found.append([node.op_type for node in onnx.ModelProto.FromString(made or b"").graph.node])
+            return made
 
-    monkeypatch.setattr("tetdeploy.native.fusing.put_int8_convolutions", use)
-    np.testing.assert_array_equal(Engine(path, native=True).run(digits().images, 3).per_step, plain)
-    assert found[0] > 0
+        monkeypatch.setattr("tetdeploy.native.fusing.best_way", lambda: chosen)
+        monkeypatch.setattr("tetdeploy.native.fusing.fuse_model", fuse)
+        return Engine(path, native=True).run(digits().images, 3).per_step
+
+    np.testing.assert_array_equal(fuse_with(way), fuse_with(None))
+    ours, plain = found
+    assert ours.count(OPERATORS[way]) == plain.count("QLinearConv") > 0 == ours.count("QLinearConv")
 
 
-@needs_amx
-def test_float32_networks_have_no_tiles() -> None:
+def test_float32_networks_have_none() -> None:
     made = fuse_model(exported("unrolled", T=3).read_bytes())
     assert made is not None
-    assert "Int8Convolution" not in {node.op_type for node in onnx.ModelProto.FromString(made).graph.node}
+    assert not {*OPERATORS.values()} & {node.op_type for node in onnx.ModelProto.FromString(made).graph.node}

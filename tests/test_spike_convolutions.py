@@ -19,7 +19,6 @@ from zoo_helpers import for_export, graph_of
 from tetdeploy import native
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig
-from tetdeploy.native import spike_convolutions
 from tetdeploy.native.fusing import fuse_model
 from tetdeploy.native.packing import LARGEST, digits_of, whole_weights
 from tetdeploy.native.scans import NeuronStep
@@ -53,7 +52,7 @@ def use(way: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(native, "has_tiles", lambda: False)
     monkeypatch.setattr(native, "vector_bytes", lambda: way)
     for name, limit in (("MOST_ADDED", 255), ("LEAST_ADDED", 1), ("LEAST_BYTES", 16)):
-        monkeypatch.setattr(spike_convolutions, name, limit)
+        monkeypatch.setattr(f"tetdeploy.native.convolution.{name}", limit)
     return "SpikeAdditions"
 
 

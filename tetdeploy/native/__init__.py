@@ -54,6 +54,11 @@ def vector_bytes() -> int:
     return _ask("vector_bytes")
 
 
+def has_vnni() -> bool:
+    """Whether the processor has instructions that multiply int8 in vector registers."""
+    return bool(_ask("has_vnni"))
+
+
 def _ask(what: str) -> int:
     path = library()
     return int(ctypes.CDLL(str(path))[what]()) if path is not None else 0

@@ -1,9 +1,11 @@
 /* Convolutions of spikes by additions, for processors without AMX: where there is no spike, there is nothing to add, and a
  * vector register adds weights that it loads as fast as it multiplies.
  *
- *   weights   int32 [blocks, chunks, kernel height, kernel width, 1 + rows, WIDTH], whole numbers of 24 bits: a block has
- *             WIDTH output channels, and a chunk `rows` input channels, filled with zeros, and before them their sum
- *   most      what an input is at most; times `rows` no more than MOST_ADDITIONS, so that the sums of a chunk are int32
+ *   weights   [blocks, chunks, kernel height, kernel width, 1 + rows, width]: a block has `width` output channels, ROW
+ *             bytes, and a chunk `rows` input channels, filled with zeros, and before them their sum; of float32 as int32,
+ *             whole numbers of 24 bits, of int8 as int16
+ *   most      what an input is at most; times `rows` no more than MOST_ADDITIONS, so that the sums of a chunk do not wrap
+ *   zero_point     of the uint8 output of int8
  *   vector_bytes   how long the registers are that it uses: 64 or 32, which the processor must have, or 16
  *
  * A call first lists, for each pixel and chunk, the rows of weights to be added, or where inputs are 0 or 1 and more than
@@ -12,13 +14,10 @@
  */
 #include "convolution.h"
 
-#include <math.h>
-
-#define WIDTH 64                      /* output channels that are summed at once */
-#define ROW (WIDTH * sizeof(int32_t)) /* bytes */
-#define MOST_ADDITIONS 255            /* without an overflow */
-#define MOST_ROWS 128                 /* fill 32 KB of the cache */
-#define GROUP 32                      /* outputs in a grain */
+#define ROW 256            /* bytes of the weights that are added at once: of 64 output channels, in int8 of 128 */
+#define MOST_ADDITIONS 255 /* without an overflow: 2^23 times as many fit into int32, -128 into int16 */
+#define MOST_ROWS 128      /* fill 32 KB of the cache */
+#define GROUP 64           /* outputs in a grain */
 #define LOWEST_FIRST (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) /* of the bytes of a word */
 
 /* Where rows begin, in bytes from the first of a chunk and tap; `others` if they are of the channels that do not fire. */
@@ -87,48 +86,75 @@ static void spread_row(void* argument, size_t row) {
 }
 
 /* Of a group of outputs: high * 65536 + low. */
-typedef struct { int32_t high[GROUP][WIDTH], low[GROUP][WIDTH]; } __attribute__((aligned(LINE))) Sums;
+typedef struct { int32_t high[GROUP][ROW / 4], low[GROUP][ROW / 4]; } __attribute__((aligned(LINE))) Sums;
+
+/* The same of int8: `all` and those that are yet to be added to it, which are no more than MOST_ADDITIONS weights. */
+typedef struct {
+  int32_t all[GROUP][ROW / 2];
+  int16_t some[GROUP][ROW / 2];
+  size_t added[GROUP];
+} __attribute__((aligned(LINE))) Int8Sums;
+
+FOR_EACH_CPU static void widen(Int8Sums* sums, size_t p) {
+  for (size_t o = 0; o < ROW / 2; ++o) sums->all[p][o] += sums->some[p][o];
+  memset(sums->some[p], 0, ROW);
+  sums->added[p] = 0;
+}
 
 /* What is added to them: the weights of a chunk and tap, and the lists, `tap` behind those of the first. */
 typedef struct {
   const char *weights, *first_lists[GROUP];
-  size_t tap, outputs, channels;
+  size_t tap, outputs, lines, rows; /* lines of the cache that a row of weights takes */
 } Addition;
 
-/* For `n` times 16 channels, in vector registers of `bytes`. */
-#define DEFINE_ADD(cpu, bytes, target)                                                                      \
-  typedef int32_t Vector##cpu __attribute__((vector_size(bytes)));                                          \
-  target INLINED void add_16s_##cpu(const Addition* addition, Sums* sums, const size_t n) {                 \
+/* For `n` lines, in vector registers of `bytes`. */
+#define DEFINE_ADD(name, element, bytes, target, Its, ADD)                                                  \
+  typedef element Vector##name __attribute__((vector_size(bytes)));                                         \
+  target INLINED void add_lines_##name(const Addition* addition, Its* sums, const size_t n) {               \
     const size_t vectors = n * LINE / bytes;                                                                \
-    const Vector##cpu* all = (const Vector##cpu*)addition->weights;                                         \
+    const Vector##name* all = (const Vector##name*)addition->weights;                                       \
     for (size_t p = 0; p < addition->outputs; ++p) {                                                        \
       const List* list = (const List*)(addition->first_lists[p] + addition->tap);                           \
       if (list->length + list->others == 0) continue;                                                       \
-      Vector##cpu sum[ROW / bytes] = {0};                                                                   \
+      Vector##name sum[ROW / bytes] = {0};                                                                  \
       for (size_t i = 0; i < list->length; ++i) {                                                           \
-        const Vector##cpu* row = (const Vector##cpu*)(addition->weights + list->rows[i]);                   \
+        const Vector##name* row = (const Vector##name*)(addition->weights + list->rows[i]);                 \
         for (size_t v = 0; v < vectors; ++v) sum[v] += row[v];                                              \
       }                                                                                                     \
       if (list->others)                                                                                     \
         for (size_t v = 0; v < vectors; ++v) sum[v] = all[v] - sum[v];                                      \
-      Vector##cpu *high = (Vector##cpu*)sums->high[p], *low = (Vector##cpu*)sums->low[p];                   \
-      for (size_t v = 0; v < vectors; ++v) {                                                                \
-        high[v] += sum[v] >> 16;                                                                            \
-        low[v] += sum[v] & 0xffff;                                                                          \
-      }                                                                                                     \
+      ADD(Vector##name)                                                                                     \
     }                                                                                                       \
   }                                                                                                         \
-  target static void add_##cpu(const Addition* addition, Sums* sums) {                                      \
-    if (addition->channels > 48) add_16s_##cpu(addition, sums, 4);                                          \
-    else if (addition->channels > 32) add_16s_##cpu(addition, sums, 3);                                     \
-    else if (addition->channels > 16) add_16s_##cpu(addition, sums, 2);                                     \
-    else add_16s_##cpu(addition, sums, 1);                                                                  \
+  target static void add_##name(const Addition* addition, void* sums) {                                     \
+    if (addition->lines > 3) add_lines_##name(addition, sums, 4);                                           \
+    else if (addition->lines > 2) add_lines_##name(addition, sums, 3);                                      \
+    else if (addition->lines > 1) add_lines_##name(addition, sums, 2);                                      \
+    else add_lines_##name(addition, sums, 1);                                                               \
   }
 
-DEFINE_ADD(any, 16, )
+#define ADD_FLOAT(Vector)                                             \
+  Vector *high = (Vector*)sums->high[p], *low = (Vector*)sums->low[p]; \
+  for (size_t v = 0; v < vectors; ++v) {                              \
+    high[v] += sum[v] >> 16;                                          \
+    low[v] += sum[v] & 0xffff;                                        \
+  }
+
+#define ADD_INT8(Vector)                                                                    \
+  const size_t added = list->others ? addition->rows - list->length : list->length;         \
+  if (sums->added[p] + added > MOST_ADDITIONS) widen(sums, p);                              \
+  sums->added[p] += added;                                                                  \
+  Vector* some = (Vector*)sums->some[p];                                                    \
+  for (size_t v = 0; v < vectors; ++v) some[v] += sum[v];
+
+#define DEFINE_BOTH(cpu, bytes, target)                                \
+  DEFINE_ADD(float_##cpu, int32_t, bytes, target, Sums, ADD_FLOAT)     \
+  DEFINE_ADD(int8_##cpu, int16_t, bytes, target, Int8Sums, ADD_INT8)
+
+DEFINE_BOTH(any, 16, )
 #if X86
-DEFINE_ADD(v3, 32, __attribute__((target("arch=x86-64-v3"))))
-DEFINE_ADD(v4, 64, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))))
+DEFINE_BOTH(v3, 32, __attribute__((target("arch=x86-64-v3"))))
+DEFINE_BOTH(v4, 64, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))))
 #endif
 
 int vector_bytes(void) {
@@ -140,13 +166,53 @@ int vector_bytes(void) {
   return 16;
 }
 
-static void add(const Kernel* kernel, const Addition* addition, Sums* sums) {
+int has_vnni(void) {
 #if X86
-  if (kernel->vector_bytes == 64) add_v4(addition, sums);
-  else if (kernel->vector_bytes == 32) add_v3(addition, sums);
-  else
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512vnni") || __builtin_cpu_supports("avxvnni");
+#else
+  return 0;
 #endif
-    add_any(addition, sums), (void)kernel;
+}
+
+typedef void Add(const Addition* addition, void* sums);
+
+#if X86
+#define ADD_OF(kernel, name) ((kernel)->vector_bytes == 64   ? add_##name##_v4 \
+                              : (kernel)->vector_bytes == 32 ? add_##name##_v3 \
+                                                             : add_##name##_any)
+#else
+#define ADD_OF(kernel, name) add_##name##_any
+#endif
+
+/* A block of channels, of which there are `channels`, of a group of `outputs`. */
+typedef struct { size_t block, channel, channels, first, outputs; } Part;
+
+static Part part_of(const Call* call, size_t grain) {
+  const Kernel* kernel = call->kernel;
+  const size_t all = call->images * call->out_size[0] * call->out_size[1], groups = parts(all, GROUP);
+  const size_t block = grain / groups, first = grain % groups * GROUP, channel = block * kernel->width;
+  return (Part){block, channel, least(kernel->out_channels - channel, kernel->width), first, least(all - first, GROUP)};
+}
+
+static void add_up(const Call* call, const Part* part, Add* add, void* sums) {
+  const Kernel* kernel = call->kernel;
+  const size_t bytes = list_bytes(kernel), panel = (1 + kernel->rows) * ROW, width = call->out_size[1];
+  const size_t lines = parts(part->channels * (ROW / kernel->width), LINE);
+  Addition addition = {.outputs = part->outputs, .lines = lines, .rows = kernel->rows};
+  for (size_t p = 0, row = part->first / width, column = part->first % width; p < part->outputs; ++p) {
+    const size_t y = row / call->out_size[0] * call->pitch[0] + row % call->out_size[0] * kernel->strides[0];
+    const size_t list = y * call->pitch[1] + column * kernel->strides[1];
+    addition.first_lists[p] = (const char*)call->spread + list * bytes;
+    if (++column == width) column = 0, ++row;
+  }
+  addition.weights = (const char*)kernel->weights + part->block * kernel->chunks * kernel->taps * panel;
+  for (size_t chunk = 0; chunk < kernel->chunks; ++chunk)
+    for (size_t tap = 0; tap < kernel->taps; ++tap, addition.weights += panel) {
+      const size_t row = chunk * call->rows + tap / kernel->size[1], column = tap % kernel->size[1];
+      addition.tap = (row * call->pitch[1] + column) * bytes;
+      add(&addition, sums);
+    }
 }
 
 FOR_EACH_CPU static void put_together(float* y, const int32_t* high, const int32_t* low, const float* scales,
@@ -157,37 +223,44 @@ FOR_EACH_CPU static void put_together(float* y, const int32_t* high, const int32
   }
 }
 
-/* A block of channels of a group of outputs. */
 static void multiply(void* argument, size_t grain) {
   const Call* call = argument;
   const Kernel* kernel = call->kernel;
-  const size_t width = call->out_size[1], all = call->images * call->out_size[0] * width, groups = parts(all, GROUP);
-  const size_t block = grain / groups, first = grain % groups * GROUP, outputs = least(all - first, GROUP);
-  const size_t channel = block * WIDTH, channels = least(kernel->out_channels - channel, WIDTH);
-  const size_t bytes = list_bytes(kernel), panel = (1 + kernel->rows) * ROW;
-  Addition addition = {.outputs = outputs, .channels = channels};
-  for (size_t p = 0, row = first / width, column = first % width; p < outputs; ++p) {
-    const size_t y = row / call->out_size[0] * call->pitch[0] + row % call->out_size[0] * kernel->strides[0];
-    const size_t list = y * call->pitch[1] + column * kernel->strides[1];
-    addition.first_lists[p] = (const char*)call->spread + list * bytes;
-    if (++column == width) column = 0, ++row;
-  }
+  const Part part = part_of(call, grain);
   Sums sums;
-  memset(sums.high, 0, outputs * ROW);
-  memset(sums.low, 0, outputs * ROW);
-  addition.weights = (const char*)kernel->weights + block * kernel->chunks * kernel->taps * panel;
-  for (size_t chunk = 0; chunk < kernel->chunks; ++chunk)
-    for (size_t tap = 0; tap < kernel->taps; ++tap, addition.weights += panel) {
-      const size_t row = chunk * call->rows + tap / kernel->size[1], column = tap % kernel->size[1];
-      addition.tap = (row * call->pitch[1] + column) * bytes;
-      add(kernel, &addition, &sums);
-    }
-  float* y = (float*)call->y + first * kernel->out_channels + channel;
-  for (size_t p = 0; p < outputs; ++p, y += kernel->out_channels)
-    put_together(y, sums.high[p], sums.low[p], kernel->scales + channel, (const float*)kernel->biases + channel, channels);
+  memset(sums.high, 0, part.outputs * sizeof *sums.high);
+  memset(sums.low, 0, part.outputs * sizeof *sums.low);
+  add_up(call, &part, ADD_OF(kernel, float), &sums);
+  const float *scales = kernel->scales + part.channel, *biases = (const float*)kernel->biases + part.channel;
+  float* y = (float*)call->y + part.first * kernel->out_channels + part.channel;
+  for (size_t p = 0; p < part.outputs; ++p, y += kernel->out_channels)
+    put_together(y, sums.high[p], sums.low[p], scales, biases, part.channels);
 }
 
-static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info, int64_t* shape) {
+FOR_EACH_CPU static void requantise_row(uint8_t* y, const int32_t* sums, const int32_t* biases, const float* scales,
+                                        int32_t zero, size_t n) {
+  requantise(y, sums, biases, scales, zero, n);
+}
+
+static void multiply_int8(void* argument, size_t grain) {
+  const Call* call = argument;
+  const Kernel* kernel = call->kernel;
+  const Part part = part_of(call, grain);
+  Int8Sums sums;
+  memset(sums.all, 0, part.outputs * sizeof *sums.all);
+  memset(sums.some, 0, part.outputs * sizeof *sums.some);
+  memset(sums.added, 0, sizeof sums.added);
+  add_up(call, &part, ADD_OF(kernel, int8), &sums);
+  const float* scales = kernel->scales + part.channel;
+  const int32_t* biases = (const int32_t*)kernel->biases + part.channel;
+  uint8_t* y = (uint8_t*)call->y + part.first * kernel->out_channels + part.channel;
+  for (size_t p = 0; p < part.outputs; ++p, y += kernel->out_channels) {
+    widen(&sums, p);
+    requantise_row(y, sums.all[p], biases, scales, (int32_t)kernel->zero_point, part.channels);
+  }
+}
+
+static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info, size_t element, int64_t* shape) {
   int64_t most;
   TRY(kernel->api->KernelInfoGetAttribute_int64(info, "most", &most));
   TRY(kernel->api->KernelInfoGetAttribute_int64(info, "vector_bytes", &kernel->vector_bytes));
@@ -196,18 +269,38 @@ static OrtStatusPtr fill(Kernel* kernel, const OrtKernelInfo* info, int64_t* sha
   kernel->most = most;
   kernel->rows = least(least(MOST_ADDITIONS / kernel->most, MOST_ROWS), kernel->in_channels);
   kernel->chunks = parts(kernel->in_channels, kernel->rows);
-  kernel->blocks = parts(kernel->out_channels, WIDTH);
-  const int64_t sizes[] = {kernel->blocks, kernel->chunks, kernel->size[0], kernel->size[1], 1 + kernel->rows, WIDTH};
+  kernel->width = ROW / element;
+  kernel->blocks = parts(kernel->out_channels, kernel->width);
+  const int64_t sizes[] = {kernel->blocks,  kernel->chunks,   kernel->size[0],
+                           kernel->size[1], 1 + kernel->rows, kernel->width};
   memcpy(shape, sizes, sizeof sizes);
   return NULL;
 }
 
-const Way ADDITIONS = {.name = "SpikeAdditions",
+static OrtStatusPtr fill_float(Kernel* kernel, const OrtKernelInfo* info, int64_t* shape) {
+  return fill(kernel, info, sizeof(int32_t), shape);
+}
+
+static OrtStatusPtr fill_int8(Kernel* kernel, const OrtKernelInfo* info, int64_t* shape) {
+  TRY(read_zero_point(kernel, info));
+  return fill(kernel, info, sizeof(int16_t), shape);
+}
+
+const Way SPIKE_ADDITIONS = {.name = "SpikeAdditions",
                        .rank = 6,
                        .weight = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
                        .bias = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
                        .output = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
-                       .fill = fill,
+                       .fill = fill_float,
                        .lay_out = lay_out,
                        .spread_row = spread_row,
                        .multiply = multiply};
+const Way INT8_ADDITIONS = {.name = "Int8Additions",
+                            .rank = 6,
+                            .weight = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16,
+                            .bias = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
+                            .output = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
+                            .fill = fill_int8,
+                            .lay_out = lay_out,
+                            .spread_row = spread_row,
+                            .multiply = multiply_int8};

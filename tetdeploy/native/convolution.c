@@ -1,7 +1,8 @@
 /* Convolutions of bytes as operators of ONNX Runtime: what their ways of computing have in common.
  *
- * `ai.tetdeploy::Int8Convolution` stands for a `QLinearConv` of bytes that lie channels last, and gives its bits: sums of
- * int32, plus the bias, times a scale for each channel in float32, limited, rounded to even, plus the zero point.
+ * `ai.tetdeploy::Int8Convolution`, with AMX, and `ai.tetdeploy::Int8Additions`, without, stand for a `QLinearConv` of bytes
+ * that lie channels last, and give its bits: sums of int32, plus the bias, times a scale for each channel in float32,
+ * limited, rounded to even, plus the zero point.
  *
  * `ai.tetdeploy::SpikeConvolution`, with AMX, and `ai.tetdeploy::SpikeAdditions`, without, stand for a float32 `Conv` of
  * spikes, or sums of some, and give the same bits. A weight is a whole number of 24 bits times a scale of its channel, as
@@ -9,7 +10,7 @@
  * operations make a current, high * (scale * 65536) + (low * scale + bias).
  *
  *   input 0   uint8 [N, H, W, C], zero point 0
- *   input 1   weights, constant: int8 in tiles, int32 of additions, in the order that `tiles.c` and `additions.c` say
+ *   input 1   weights, constant: int8 in tiles, int16 or int32 of additions, in the order that `tiles.c` and `additions.c` say
  *   input 2   float32 [O], constant: scale of the input times that of the weights over that of the output; of the weights
  *   input 3   int32 [O], constant: bias; float32
  *   output    uint8 [N, H', W', O]; float32
@@ -152,10 +153,12 @@ static OrtStatusPtr fill(Kernel* kernel, const OrtCustomOp* op, const OrtKernelI
   kernel->taps = kernel->size[0] * kernel->size[1];
   if (kernel->taps > 1 << 10) return refused(kernel, "the kernel is too large");
   TRY(way->fill(kernel, info, packed));
-  size_t bytes = way->weight == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 ? sizeof(int32_t) : 1;
+  size_t bytes = way->weight == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32   ? sizeof(int32_t)
+                 : way->weight == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16 ? sizeof(int16_t)
+                                                                      : 1;
   for (size_t axis = 0; axis < way->rank; bytes *= packed[axis++])
     if (shape[axis] != packed[axis]) return refused(kernel, "its weights are not in the right order");
-  const size_t whole = parts(kernel->out_channels, LINE) * LINE * sizeof(float); /* a block is no larger */
+  const size_t whole = parts(kernel->out_channels, 2 * LINE) * 2 * LINE * sizeof(float); /* a block is no larger */
   kernel->scales = zeros(whole);
   kernel->biases = zeros(whole);
   if (!kernel->scales || !kernel->biases) return refused(kernel, "no memory");
@@ -192,5 +195,6 @@ static OrtCustomOpInputOutputCharacteristic ORT_API_CALL required(const OrtCusto
     .CreateKernelV2 = create, .KernelComputeV2 = compute, .GetStartVersion = first_version,                           \
     .GetEndVersion = first_version,                                                                                   \
   }
-static const Operator OPERATORS[] = {{OPERATOR, &INT8_TILES}, {OPERATOR, &SPIKE_TILES}, {OPERATOR, &ADDITIONS}};
-const OrtCustomOp* const CONVOLUTIONS[] = {&OPERATORS[0].op, &OPERATORS[1].op, &OPERATORS[2].op, NULL};
+static const Operator OPERATORS[] = {
+    {OPERATOR, &INT8_TILES}, {OPERATOR, &INT8_ADDITIONS}, {OPERATOR, &SPIKE_TILES}, {OPERATOR, &SPIKE_ADDITIONS}};
+const OrtCustomOp* const CONVOLUTIONS[] = {&OPERATORS[0].op, &OPERATORS[1].op, &OPERATORS[2].op, &OPERATORS[3].op, NULL};

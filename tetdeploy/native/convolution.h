@@ -3,6 +3,8 @@
 
 #include "operator.h"
 
+#include <math.h>
+
 #define LINE 64 /* bytes of the cache's */
 
 typedef struct Kernel Kernel;
@@ -20,7 +22,7 @@ typedef struct {
   void (*multiply)(void* call, size_t grain);
 } Way;
 
-extern const Way INT8_TILES, SPIKE_TILES, ADDITIONS;
+extern const Way INT8_TILES, INT8_ADDITIONS, SPIKE_TILES, SPIKE_ADDITIONS;
 
 struct Kernel {
   const OrtApi* api;
@@ -32,10 +34,11 @@ struct Kernel {
   void* aligned;
   float* scales;         /* these and biases are filled with zeros up to whole blocks */
   void* biases;          /* int32 or float32 */
-  size_t digits;         /* of tiles, */
-  int64_t zero_point;    /* of their uint8 output, and */
+  int64_t zero_point;    /* of uint8 outputs */
+  size_t digits;         /* of tiles, and */
   int64_t plain;         /* if AMX is not to be used */
   size_t rows, most;     /* of additions: input channels in a chunk, what each is at most, */
+  size_t width;          /* output channels in a block */
   int64_t vector_bytes;  /* and how long the registers are */
 };
 
@@ -57,4 +60,21 @@ static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t parts(size_t whole, size_t part) { return (whole + part - 1) / part; }
 static inline OrtStatusPtr refused(const Kernel* kernel, const char* why) {
   return failed_in(kernel->api, kernel->way->name, why);
+}
+
+/* What becomes of int32 sums: uint8. */
+INLINED void requantise(uint8_t* y, const int32_t* sums, const int32_t* biases, const float* scales, int32_t zero,
+                        size_t n) {
+  const float low = (float)-zero, high = (float)(255 - zero);
+  for (size_t i = 0; i < n; ++i) {
+    float scaled = (float)(int32_t)((uint32_t)sums[i] + (uint32_t)biases[i]) * scales[i];
+    scaled = scaled > low ? scaled : low;
+    scaled = scaled < high ? scaled : high;
+    y[i] = (uint8_t)((int32_t)rintf(scaled) + zero);
+  }
+}
+
+static inline OrtStatusPtr read_zero_point(Kernel* kernel, const OrtKernelInfo* info) {
+  TRY(kernel->api->KernelInfoGetAttribute_int64(info, "zero_point", &kernel->zero_point));
+  return kernel->zero_point < 0 || kernel->zero_point > 255 ? refused(kernel, "the zero point is no byte") : NULL;
 }

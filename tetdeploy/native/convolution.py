@@ -8,9 +8,10 @@ from typing import Any
 import onnx
 from onnx import helper
 
-from tetdeploy.native import DOMAIN
+from tetdeploy import native
 
 LEAST_CHANNELS = 16  # with fewer a tile is so empty that vector registers are as fast
+MOST_ADDED, LEAST_ADDED, LEAST_BYTES = 2, 32, 32  # inputs, channels and registers of which additions are the faster way
 
 
 def can_convolve(attributes: Mapping[str, Any], weights: onnx.TensorProto) -> bool:
@@ -24,6 +25,16 @@ def can_convolve(attributes: Mapping[str, Any], weights: onnx.TensorProto) -> bo
     )
 
 
+def has_additions() -> bool:
+    """Whether the processor adds weights faster than ONNX Runtime multiplies them in float32."""
+    return native.vector_bytes() >= LEAST_BYTES
+
+
+def can_add(most: int, weights: onnx.TensorProto) -> bool:
+    """Whether there, of inputs that are `most` at most, additions of weights `[O, C, ...]` are the faster way."""
+    return most <= MOST_ADDED and min(weights.dims[:2]) >= LEAST_ADDED
+
+
 def native_convolution(
     op: str, read: Sequence[str], y: str, weights: onnx.TensorProto, attributes: Mapping[str, Any], **others: Any
 ) -> onnx.NodeProto:
@@ -32,7 +43,7 @@ def native_convolution(
         op,
         read,
         [y],
-        domain=DOMAIN,
+        domain=native.DOMAIN,
         channels=weights.dims[1],
         kernel_shape=weights.dims[2:],
         strides=attributes.get("strides", [1, 1]),

@@ -12,11 +12,12 @@ from onnx import TensorProto, helper
 
 from tetdeploy import native
 from tetdeploy.native.graphs import Kind, without_weights
-from tetdeploy.native.int8_convolutions import put_int8_convolutions
+from tetdeploy.native.int8_convolutions import best_way, put_int8_convolutions
 from tetdeploy.native.region_programs import UnfusableError
 from tetdeploy.native.regions import fuse
 from tetdeploy.native.scans import take_out_scans
 from tetdeploy.native.spike_convolutions import compared, mark_spike_convolutions, put_spike_convolutions
+from tetdeploy.native.whole_numbers import WholeNumbers
 
 _ELEMENT_TYPES = {
     "float": TensorProto.FLOAT,
@@ -55,9 +56,9 @@ def _fuse(model: bytes, *, take_out: bool) -> bytes | None:
         optimised = onnx.load(options.optimized_model_filepath)
     kinds = _kinds(optimised)
     native_nodes = put_spike_convolutions(optimised.graph, marked, kinds, tiles=tiles)
+    if (way := best_way()) is not None:
+        native_nodes += put_int8_convolutions(optimised.graph, WholeNumbers(optimised.graph, neuron_steps), way)
     native_nodes += fuse(optimised, kinds, neuron_steps)
-    if tiles:
-        native_nodes += put_int8_convolutions(optimised.graph)
     if not native_nodes:
         return None
     optimised.opset_import.append(helper.make_opsetid(native.DOMAIN, 1))

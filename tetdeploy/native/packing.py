@@ -8,7 +8,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 LARGEST = 127 * 65536 + 127 * 256 + 127  # of three digits
-MOST_ADDITIONS, MOST_ROWS, WIDTH = 255, 128, 64  # as in `additions.c`
+ROW, MOST_ADDITIONS, MOST_ROWS = 256, 255, 128  # as in `additions.c`
 
 
 def whole_weights(weights: Array) -> tuple[Array, Array]:
@@ -52,13 +52,14 @@ def rows_of(whole: Array, most: int) -> Array:
     """Weights in the order in which `additions.c` adds them.
 
     Args:
-        whole: int32 `[O, C, kernel height, kernel width]`.
+        whole: int32 `[O, C, kernel height, kernel width]`, of 24 bits, or int16, of 8.
         most: what an input is at most.
 
-    Returns: `[blocks, chunks, kernel height, kernel width, 1 + rows, WIDTH]`.
+    Returns: `[blocks, chunks, kernel height, kernel width, 1 + rows, width]`.
     """
     (outputs, inputs), kernel = whole.shape[:2], whole.shape[2:]
+    width = ROW // whole.itemsize
     rows = min(MOST_ADDITIONS // most, MOST_ROWS, inputs)
-    filled = np.pad(whole, [(0, -outputs % WIDTH), (0, -inputs % rows), (0, 0), (0, 0)])
-    apart = filled.reshape(-1, WIDTH, filled.shape[1] // rows, rows, *kernel).transpose(0, 2, 4, 5, 3, 1)
-    return np.concatenate([apart.sum(4, dtype=np.int32, keepdims=True), apart], 4)
+    filled = np.pad(whole, [(0, -outputs % width), (0, -inputs % rows), (0, 0), (0, 0)])
+    apart = filled.reshape(-1, width, filled.shape[1] // rows, rows, *kernel).transpose(0, 2, 4, 5, 3, 1)
+    return np.concatenate([apart.sum(4, dtype=whole.dtype, keepdims=True), apart], 4)

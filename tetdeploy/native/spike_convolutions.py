@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy import native
-from tetdeploy.native.convolution import can_convolve, native_convolution
+from tetdeploy.native.convolution import can_add, can_convolve, has_additions, native_convolution
 from tetdeploy.native.graphs import Kind, attributes_of, copied, leading_to, put_nodes, reading
 from tetdeploy.native.layout import TO_FIRST, TO_LAST
 from tetdeploy.native.packing import digits_of, rows_of, tiles_of, whole_weights
@@ -27,7 +27,6 @@ from tetdeploy.native.scans import NeuronStep
 from tetdeploy.native.whole_numbers import Whole, WholeNumbers, threshold
 
 MOST = 2**31 // (128 * 257)  # inputs of 1 that may add up: two digits of each stay within int32
-MOST_ADDED, LEAST_ADDED, LEAST_BYTES = 2, 32, 32  # inputs, channels and registers of which additions are the faster way
 POOLS = (("MaxPool", ""), ("QLinearAveragePool", "com.microsoft"))
 
 
@@ -55,7 +54,7 @@ def mark_spike_convolutions(
 
     Returns: those taken out, by the weights of what stands in for them.
     """
-    if not tiles and native.vector_bytes() < LEAST_BYTES:
+    if not tiles and not has_additions():
         return {}
     wholes, marked = WholeNumbers(graph, neuron_steps), dict[str, Marked]()
     spikes = _Bytes(wholes)
@@ -176,7 +175,7 @@ def _take(node: onnx.NodeProto, wholes: WholeNumbers, tiles: bool) -> Marked | N
     whole, numbers = wholes.of(node.input[0]), numpy_helper.to_array(weights)
     if whole is None or whole.most * numbers[0].size > MOST or not np.isfinite(numbers).all():
         return None
-    if not tiles and (whole.most > MOST_ADDED or min(numbers.shape[:2]) < LEAST_ADDED):
+    if not tiles and not can_add(whole.most, weights):
         return None
     return Marked(whole, weights, biases[0] if biases else None)
 

@@ -16,8 +16,6 @@
 #define _GNU_SOURCE /* syscall, whatever standard of C is asked for */
 #include "convolution.h"
 
-#include <math.h>
-
 #if X86
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -133,17 +131,6 @@ static inline uint8_t* next(const Call* call, Pending* pending) {
     pending->then.left = 0;
   }
   return output;
-}
-
-static inline void requantise(uint8_t* y, const int32_t* sums, const int32_t* biases, const float* scales, int32_t zero,
-                              size_t n) {
-  const float low = (float)-zero, high = (float)(255 - zero);
-  for (size_t i = 0; i < n; ++i) {
-    float scaled = (float)(int32_t)((uint32_t)sums[i] + (uint32_t)biases[i]) * scales[i];
-    scaled = scaled > low ? scaled : low;
-    scaled = scaled < high ? scaled : high;
-    y[i] = (uint8_t)((int32_t)rintf(scaled) + zero);
-  }
 }
 
 /* Where the first position of each tap is, in bytes from that of a chunk's plane. */
@@ -367,9 +354,8 @@ static OrtStatusPtr fill(Kernel* kernel, size_t digits, int64_t* shape) {
 }
 
 static OrtStatusPtr fill_int8(Kernel* kernel, const OrtKernelInfo* info, int64_t* shape) {
-  TRY(kernel->api->KernelInfoGetAttribute_int64(info, "zero_point", &kernel->zero_point));
+  TRY(read_zero_point(kernel, info));
   TRY(kernel->api->KernelInfoGetAttribute_int64(info, "plain", &kernel->plain));
-  if (kernel->zero_point < 0 || kernel->zero_point > 255) return refused(kernel, "the zero point is no byte");
   return fill(kernel, 1, shape);
 }
 
