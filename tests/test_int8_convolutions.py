@@ -324,8 +324,8 @@ def test_a_network_has_the_same_logits(layout: str, way: Way, monkeypatch: pytes
     monkeypatch.setattr("tetdeploy.native.convolution.LEAST_CHANNELS", 1)
 
     def fuse_with(chosen: Way | None) -> Array:
-        def fuse(model: bytes) -> bytes | None:
-            made = fuse_model(model)
+        def fuse(model: bytes, *states: Any) -> bytes | None:
+            made = fuse_model(model, *states)
             found.append([node.op_type for node in onnx.ModelProto.FromString(made or b"").graph.node])
             return made
 

@@ -22,15 +22,18 @@ from torch import Tensor, nn
 from zoo_helpers import for_export, graph_of
 
 from tetdeploy import native
+from tetdeploy.early_exit import Exit
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model
+from tetdeploy.native.convolution import has_additions
 from tetdeploy.native.fusing import fuse_model
 from tetdeploy.native.graphs import Kind, reads
-from tetdeploy.native.layout import keep_last
+from tetdeploy.native.layout import keep_last, turn_bytes
 from tetdeploy.native.programs import MAX_REGISTERS, Op, Program
 from tetdeploy.native.region_programs import UnfusableError, check_neuron_step
 from tetdeploy.native.scans import NeuronStep
 from tetdeploy.neurons import LIF
+from tetdeploy.streams import StreamPool
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 FLOAT, UINT8, INT8, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8, TensorProto.BOOL
@@ -72,9 +75,9 @@ def run(model: bytes, feed: dict[str, Array], threads: int = 2, *, joined: bool 
     return result
 
 
-def joined(model: bytes) -> tuple[bytes, list[str]]:
+def joined(model: bytes, states: Sequence[tuple[str, str]] = ()) -> tuple[bytes, list[str]]:
     """The model with native operators, and the operators that it has then."""
-    made = fuse_model(model)
+    made = fuse_model(model, states)
     assert made is not None
     return made, [node.op_type for node in onnx.ModelProto.FromString(made).graph.node]
 
@@ -484,18 +487,95 @@ def test_residual_networks_have_no_other_passes_over_memory(
     assert operators.count("ReorderInput") <= 2 or layout == "step"  # a state has the usual order
 
 
-@pytest.mark.parametrize(("layout", "most", "shapes"), [("unrolled", 2, 0), ("dynamic", 3, 1)])
+@pytest.mark.parametrize(("layout", "most", "shapes"), [("unrolled", 2, 0), ("dynamic", 3, 1), ("step", 3, 0)])
 def test_int8_residual_networks_stay_with_channels_last(layout: Any, most: int, shapes: int, tmp_path: Path) -> None:
-    """What is left turns the first spikes of a dynamic graph, the mean of each channel, and the logits, and puts
-    together the shape that a dynamic graph's logits take."""
+    """What is left turns the first spikes of a dynamic or step graph, the mean of each channel, and the logits, and
+    puts together the shape that a dynamic graph's logits take."""
     path, x = tmp_path / "m.onnx", residual_images()
     config = ExportConfig(layout, T=3, trained_T=3, precision="int8")
     with shared_traces():
         export_model(for_export("resnet19"), path, config, x, num_check=0, calibration=(x, None))
     assert_same_answers(path, x, [3])
-    _, operators = joined(path.read_bytes())
-    assert operators.count("Transpose") <= most and not {"Cast", "Split"} & set(operators)
+    _, operators = joined(path.read_bytes(), states_of(path))
+    others = {"Cast", "Split", "DequantizeLinear", "QuantizeLinear"}
+    assert operators.count("Transpose") <= most and not others & set(operators)
     assert operators.count("Concat") == shapes
+
+
+def states_of(path: Path) -> list[tuple[str, str]]:
+    return [(state["input"], state["output"]) for state in Engine(path, native=False).metadata["states"]]
+
+
+@pytest.mark.skipif(native.missing() is not None or not has_additions(), reason="this processor has no AVX2")
+def test_states_with_channels_last_have_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever states go: from step to step, in a pool, out of one engine and into the other."""
+    path, x = tmp_path / "m.onnx", residual_images()
+    path.write_bytes(graph_of("resnet19", ExportConfig("step", T=3)))
+    engine = Engine(path, native=True)
+    monkeypatch.setattr("tetdeploy.native.fusing.fuse_model", lambda model, states: fuse_model(model))
+    usual = Engine(path, native=True)
+    assert usual.states_last == frozenset() and len(engine.states_last) > len(engine.metadata["states"]) / 2
+    _, operators = joined(path.read_bytes(), states_of(path))
+    assert operators.count("Transpose") < joined(path.read_bytes())[1].count("Transpose") / 2
+
+    exit = Exit(0.6)
+    one, other = (each.run(x, 3, exit=exit) for each in (engine, usual))
+    np.testing.assert_array_equal(one.per_step, other.per_step)
+    assert len(np.unique(one.steps)) > 1
+    for mine, theirs in ((engine, usual), (usual, engine)):
+        first, second = mine.stream(3), theirs.stream(3)
+        first.push(x[:3])
+        second.push(x[3:6])
+        second.state = first.state
+        assert all(
+            u.shape == (3, *s["shape"]) for u, s in zip(second.state.values(), engine.metadata["states"], strict=True)
+        )
+        np.testing.assert_array_equal(first.push(x[:3]).step_logits, second.push(x[:3]).step_logits)
+        for name, u in first.state.items():
+            np.testing.assert_array_equal(u, second.state[name])
+    pools = [StreamPool(each, max_batch=4) for each in (engine, usual)]
+    for pool in pools:
+        ids = [pool.open() for _ in range(20)]  # more than there are rows at first
+        pool.push(dict(zip(ids, x, strict=False)))
+        pool.close(ids[2])
+        ids.append(pool.open(pools[0].state(ids[4])))
+    pushed = [pool.push(dict.fromkeys((5, 20, 21, 1))) for pool in pools]
+    for id, result in pushed[0].items():
+        np.testing.assert_array_equal(result.logits, pushed[1][id].logits)
+    np.testing.assert_array_equal(pushed[0][21].logits, pushed[0][5].logits)
+
+
+def quantised_again(scale: str, zero: str, **constants: Array) -> list[str]:
+    """The operators that `turn_bytes` leaves of bytes that become numbers, are turned and become bytes."""
+    nodes = [
+        helper.make_node("DequantizeLinear", ["x", "s", "z"], ["a"]),
+        helper.make_node("Transpose", ["a"], ["b"], perm=[0, 3, 1, 2]),
+        helper.make_node("QuantizeLinear", ["b", scale, zero], ["y"]),
+    ]
+    constants = {"s": np.array(0.3, np.float32), "z": np.array(7, np.uint8)} | constants
+    model = graph(nodes, {"x": (UINT8, ["N", 4, 5, 4])}, {"y": UINT8}, constants)
+    made = onnx.ModelProto.FromString(model)
+    turn_bytes(made.graph)
+    x = np.arange(160, dtype=np.uint8).reshape(2, 4, 5, 4)
+    np.testing.assert_array_equal(run(model, {"x": x})[0], run(made.SerializeToString(), {"x": x})[0])
+    return [node.op_type for node in made.graph.node]
+
+
+def test_bytes_are_turned_as_bytes() -> None:
+    assert quantised_again("s", "z") == ["Transpose"]
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero", "constants"),
+    [
+        ("t", "z", {"t": np.array(0.4, np.float32)}),
+        ("s", "w", {"w": np.array(9, np.uint8)}),
+        ("s", "z", {"s": np.array([0.3, 0.1, 0.2, 0.4], np.float32), "z": np.zeros(4, np.uint8)}),  # of another axis
+    ],
+    ids=["scale", "zero-point", "scales-of-channels"],
+)
+def test_bytes_that_change_are_not(scale: str, zero: str, constants: dict[str, Array]) -> None:
+    assert quantised_again(scale, zero, **constants) == ["DequantizeLinear", "Transpose", "QuantizeLinear"]
 
 
 def channels_last(
@@ -677,7 +757,7 @@ def test_refused_where_onnxruntime_does_not_run_on_a_cpu() -> None:
 def test_what_goes_wrong_leaves_the_engine_as_it_would_be_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tetdeploy.runtimes.sessions.NATIVE_FROM", 1)
 
-    def fail(model: bytes) -> bytes:
+    def fail(*_: object) -> bytes:
         raise OSError("no space left")
 
     monkeypatch.setattr("tetdeploy.native.fusing.fuse_model", fail)
@@ -691,8 +771,8 @@ def test_what_goes_wrong_leaves_the_engine_as_it_would_be_without(monkeypatch: p
 def test_counting_is_native_and_other_overlays_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     made = list[bytes | None]()
 
-    def fuse(model: bytes) -> bytes | None:
-        made.append(fuse_model(model))
+    def fuse(model: bytes, *states: Any) -> bytes | None:
+        made.append(fuse_model(model, *states))
         return made[-1]
 
     monkeypatch.setattr("tetdeploy.native.fusing.fuse_model", fuse)

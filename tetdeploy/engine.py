@@ -20,6 +20,7 @@ from tetdeploy import native
 from tetdeploy.energy import layers_of
 from tetdeploy.model_file import check_outputs
 from tetdeploy.names import first_line
+from tetdeploy.runtimes.native_session import zeros_last
 from tetdeploy.runtimes.sessions import Sessions, check_runtime, gains_from_native
 from tetdeploy.stream import Stream
 
@@ -69,7 +70,8 @@ class Engine:
         path, sha256 (of the file), device, runtime, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph,
         else None), trained_T (of the training), precision (`fp32`, `fp16` or `int8`), encoding (`direct` or `frames`),
         input_shape `(C, H, W)`, input_dtype, class_names, min_batch and max_batch (least and most images in a call,
-        None is any), native and cuda_graphs (whether it does).
+        None is any), native and cuda_graphs (whether it does), states_last (state inputs `[N, C, H, W]` that it need
+            not copy if their channels lie last in memory).
 
     Raises:
         ValueError: the file is no ONNX model, none of ours, or not what its metadata say; the device is unknown or its
@@ -83,6 +85,7 @@ class Engine:
     max_batch: int | None = None
     native: bool = False
     cuda_graphs: bool = False
+    states_last: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -103,6 +106,7 @@ class Engine:
         check_outputs(self._session.get_outputs(), metadata, self.path)
         fused = self._sessions.first_native(native)
         self.native = fused is not None
+        self.states_last = fused.states_last if fused is not None else frozenset()
         self._session = fused or self._session
 
     def _take(self, metadata: dict[str, Any]) -> None:
@@ -216,8 +220,10 @@ class Engine:
         """`x` where the model runs, for calls that show it again and again."""
         return self._session.put(x) if hasattr(self._session, "put") else x
 
-    def zeros(self, shape: Sequence[int]) -> Any:
-        """float32 zeros where the model runs, not to be written: on a GPU none come from the host."""
+    def zeros(self, state: str, shape: Sequence[int]) -> Any:
+        """float32 zeros for an input where the model runs, not to be written: on a GPU none come from the host."""
+        if state in self.states_last:
+            return zeros_last(shape)
         return self._session.zeros(shape) if hasattr(self._session, "zeros") else np.zeros(shape, np.float32)
 
     def check_streams(self) -> None:

@@ -125,4 +125,4 @@ class Stream:
         return self.engine.layout == "step" and self.engine.encoding == "frames"
 
     def _zeros(self, states: list[tuple[str, str, tuple[int, ...]]]) -> dict[str, Any]:
-        return {name: self.engine.zeros((self.batch, *shape)) for name, _, shape in states}
+        return {name: self.engine.zeros(name, (self.batch, *shape)) for name, _, shape in states}

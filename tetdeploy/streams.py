@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from tetdeploy.batches import parts
 from tetdeploy.engine import Array, Engine
 from tetdeploy.files import atomic_write, opened_npz
+from tetdeploy.runtimes.native_session import zeros_last
 from tetdeploy.stream import StepResult
 
 _PREFIX = "carried."  # of the arrays' names in a file
@@ -112,7 +113,7 @@ class StreamPool:
         layout = {s["input"]: (tuple(s["shape"]), np.dtype(np.float32)) for s in (*states, *encoded)}
         if self._direct:
             layout["x"] = (self._frame_shape, engine.input_dtype)
-        self._carried = _Rows(layout)
+        self._carried = _Rows(layout, engine.states_last)
         self._sums = _Rows(
             {"logits": ((len(engine.class_names),), np.dtype(np.float64)), "t": ((), np.dtype(np.int64))}
         )
@@ -293,14 +294,16 @@ class StreamPool:
 
 
 class _Rows:
-    """Arrays by name with a row for each stream, the first `count` of which are in use."""
+    """Arrays by name with a row for each stream, the first `count` of which are in use; those `last` have channels last
+    in memory."""
 
     _LEAST = 8
 
-    def __init__(self, layout: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
+    def __init__(self, layout: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], last: Container[str] = ()) -> None:
         self.layout = dict(layout)
         self.count = 0
-        self._arrays = {name: np.zeros((self._LEAST, *shape), dtype) for name, (shape, dtype) in layout.items()}
+        self._last = last
+        self._arrays = {name: self._zeros(name, self._LEAST) for name in layout}
         self._capacity = self._LEAST
 
     def __getitem__(self, name: str) -> Array:
@@ -339,6 +342,10 @@ class _Rows:
 
     def _resize(self, capacity: int) -> None:
         for name, array in self._arrays.items():
-            self._arrays[name] = np.zeros((capacity, *array.shape[1:]), array.dtype)
+            self._arrays[name] = self._zeros(name, capacity)
             self._arrays[name][: self.count] = array[: self.count]
         self._capacity = capacity
+
+    def _zeros(self, name: str, capacity: int) -> Array:
+        shape, dtype = self.layout[name]
+        return zeros_last((capacity, *shape)) if name in self._last else np.zeros((capacity, *shape), dtype)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 DOMAIN = "ai.tetdeploy"
+TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # where the channels go
 
 
 def library() -> Path | None:
@@ -42,6 +43,11 @@ def missing() -> str | None:
     if importlib.util.find_spec("onnx") is None:
         return "the native operator needs the package onnx: pip install onnx"
     return None
+
+
+def last_name(name: str) -> str:
+    """What a tensor is called whose channels were the second axis, and are the last."""
+    return f"{name}.last"
 
 
 def has_tiles() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper
 from tetdeploy import native
 from tetdeploy.native.graphs import Kind, without_weights
 from tetdeploy.native.int8_convolutions import best_way, put_int8_convolutions
+from tetdeploy.native.layout import turn_bytes
 from tetdeploy.native.region_programs import UnfusableError
 from tetdeploy.native.regions import fuse
 from tetdeploy.native.scans import take_out_scans
@@ -27,21 +29,24 @@ _ELEMENT_TYPES = {
 }
 
 
-def fuse_model(model: bytes) -> bytes | None:
+def fuse_model(model: bytes, states: Sequence[tuple[str, str]] = ()) -> bytes | None:
     """`model` as ONNX Runtime optimises it, with nodes of `native.library()` for its element-wise regions and, where
     the processor has what they need, its convolutions of spikes and of int8; None of one without.
+
+    Args:
+        states: its inputs and outputs that may get channels last and other names (`layout.last_name`), in pairs.
 
     Raises:
         OSError: no temporary file can be written.
         Exception: ONNX Runtime's own.
     """
     try:
-        return _fuse(model, take_out=b"Scan" in model)
+        return _fuse(model, states, take_out=b"Scan" in model)
     except UnfusableError:  # neurons between which more than sums depends on T
-        return _fuse(model, take_out=False)
+        return _fuse(model, states, take_out=False)
 
 
-def _fuse(model: bytes, *, take_out: bool) -> bytes | None:
+def _fuse(model: bytes, states: Sequence[tuple[str, str]], *, take_out: bool) -> bytes | None:
     tiles, proto = native.has_tiles(), onnx.ModelProto.FromString(model)
     neuron_steps = take_out_scans(proto) if take_out else []
     marked = mark_spike_convolutions(proto.graph, neuron_steps, tiles=tiles)
@@ -58,7 +63,8 @@ def _fuse(model: bytes, *, take_out: bool) -> bytes | None:
     native_nodes = put_spike_convolutions(optimised.graph, marked, kinds, tiles=tiles)
     if (way := best_way()) is not None:
         native_nodes += put_int8_convolutions(optimised.graph, WholeNumbers(optimised.graph, neuron_steps), way)
-    native_nodes += fuse(optimised, kinds, neuron_steps)
+    turn_bytes(optimised.graph)
+    native_nodes += fuse(optimised, kinds, neuron_steps, states)
     if not native_nodes:
         return None
     optimised.opset_import.append(helper.make_opsetid(native.DOMAIN, 1))

@@ -8,7 +8,7 @@ Element-wise ones do not mind the order of elements.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, MutableMapping, Sequence
+from collections.abc import Container, Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +16,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tetdeploy.native.graphs import Kind, attribute, copied, leading_to, put_nodes, reading
+from tetdeploy.native import TO_FIRST, TO_LAST, last_name
+from tetdeploy.native.graphs import Kind, attribute, constants_of, copied, leading_to, put_nodes, reading, scalar
 from tetdeploy.native.scans import NeuronStep
 from tetdeploy.native.whole_numbers import Whole, WholeNumbers
 
-TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # where the channels go
 EXACT = 2**24  # whole numbers up to this have no rounding in float32
 DOMAIN = "com.microsoft.nchwc"
 
@@ -80,6 +80,7 @@ def keep_last(
     elementwise: Container[int],
     numbers: Container[str],
     neuron_steps: Sequence[NeuronStep] = (),
+    states: Iterable[tuple[str, str]] = (),
 ) -> bool:
     """Let the nodes `elementwise` work with channels last where what they read can come so and where that saves
     `Transpose`s: before integer convolutions, before the mean over an image, and before sums that count spikes.
@@ -87,17 +88,49 @@ def keep_last(
 
     Args:
         neuron_steps: what `take_out_scans` took out.
+        states: inputs and the outputs that become them in the next call. Of those that gain by it both get channels
+            last, and names that `last_name` gives.
     """
-    writer = _ToLast(graph, kinds, elementwise, numbers, neuron_steps)
-    for k, node in enumerate(graph.node):
-        writer.take(k, node)
-    nodes = leading_to(graph.output, reading(writer.instead, writer.nodes))
+    turned = [pair for pair in states if all(len(kinds[name].shape) == 4 for name in pair)]
+    while True:
+        writer = _ToLast(graph, kinds, elementwise, numbers, neuron_steps, turned)
+        for k, node in enumerate(graph.node):
+            writer.take(k, node)
+        outputs = writer.outputs()
+        nodes = leading_to(outputs, reading(writer.instead, writer.nodes))
+        stuck = {name for node in nodes if node.op_type == "Transpose" for name in (*node.input, *node.output)}
+        staying = [(read, made) for read, made in turned if not {read, last_name(made)} & stuck]
+        if len(staying) == len(turned):
+            break
+        turned = staying
     if not writer.saves(nodes):
         return False
     axes = writer.new_axes.items()
     graph.initializer.extend(numpy_helper.from_array(np.array(moved), name) for name, moved in axes)
+    inputs = [writer.value(last_name(v.name)) if v.name in dict(turned) else v for v in graph.input]
+    for values, new in ((graph.input, inputs), (graph.output, outputs)):
+        copies = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in new]
+        del values[:]
+        values.extend(copies)
     put_nodes(graph, nodes)
     return True
+
+
+def turn_bytes(graph: onnx.GraphProto) -> None:
+    """Transpose bytes where numbers are transposed that come from bytes, and are quantised to the same again, as ONNX
+    Runtime leaves them behind its integer convolutions."""
+    producer = {name: node for node in graph.node for name in node.output}
+    nodes, constants = list(graph.node), constants_of(graph)
+    numbers = {name for name, t in constants.items() if scalar(t) is not None}
+    for k, node in enumerate(nodes):
+        if node.op_type != "QuantizeLinear" or len(node.input) != 3 or not numbers.issuperset(node.input[1:]):
+            continue
+        turn = producer.get(node.input[0])
+        before = producer.get(turn.input[0]) if turn is not None and turn.op_type == "Transpose" else None
+        if turn and before and before.op_type == "DequantizeLinear" and before.input[1:] == node.input[1:]:
+            nodes[k] = copied(turn)
+            nodes[k].input[0], nodes[k].output[0] = before.input[0], node.output[0]
+    put_nodes(graph, leading_to(graph.output, nodes))
 
 
 class _ToLast:
@@ -115,6 +148,7 @@ class _ToLast:
         elementwise: Container[int],
         numbers: Container[str],
         neuron_steps: Sequence[NeuronStep],
+        states: Sequence[tuple[str, str]],
     ) -> None:
         self.graph, self.kinds, self.elementwise, self.numbers = graph, kinds, elementwise, numbers
         self.wholes = WholeNumbers(graph, neuron_steps)
@@ -127,6 +161,10 @@ class _ToLast:
         self.last: dict[str, str] = {}  # by the name of the tensor in usual order
         self.computed: dict[str, str] = {}  # of `last` what is computed here
         self.means = set[str]()  # of which a `Transpose` costs nothing
+        self._states = states
+        for name, _ in states:
+            self._name_last(name)
+            self.nodes.append(helper.make_node("Transpose", [self.last[name]], [name], perm=TO_FIRST))
 
     def take(self, k: int, node: onnx.NodeProto) -> None:
         tensors = [name for name in node.input if name not in self.numbers]
@@ -145,6 +183,18 @@ class _ToLast:
         elif k in self.elementwise and tensors and all(name in self.last for name in tensors):
             self._turn(node)
             self.computed |= {name: self.last[name] for name in node.output}
+
+    def outputs(self) -> list[onnx.ValueInfoProto]:
+        """The graph's, when all nodes have been taken."""
+        turned = {made for _, made in self._states}
+        for made in turned:
+            if made not in self.computed:
+                self._name_last(made)
+                self.nodes.append(helper.make_node("Transpose", [made], [self.last[made]], perm=TO_LAST))
+        return [self.value(self.last[v.name]) if v.name in turned else v for v in self.graph.output]
+
+    def value(self, name: str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, self.kinds[name].type, self.kinds[name].shape)
 
     def saves(self, nodes: Sequence[onnx.NodeProto]) -> bool:
         """Whether `nodes` have fewer `Transpose`s than the graph, and compute nothing in both layouts."""
@@ -168,15 +218,17 @@ class _ToLast:
 
     def _turn(self, node: onnx.NodeProto, **attributes: Any) -> None:
         """Write the node on tensors with channels last, too."""
-        outputs = [f"{name}.last" for name in node.output]
         read = [self.last.get(name, name) for name in node.input]
+        for name in node.output:
+            self._name_last(name)
+        outputs = [self.last[name] for name in node.output]
         twin = helper.make_node(node.op_type, read, outputs, domain=node.domain, **attributes)
         twin.attribute.extend(a for a in node.attribute if a.name not in attributes)
         self.nodes.append(twin)
-        for name, output in zip(node.output, outputs, strict=True):
-            self.last[name] = output
-            kind = self.kinds[name]
-            self.kinds[output] = replace(kind, shape=tuple(kind.shape[axis] for axis in TO_LAST))
+
+    def _name_last(self, name: str) -> None:
+        kind, self.last[name] = self.kinds[name], last_name(name)
+        self.kinds[self.last[name]] = replace(kind, shape=tuple(kind.shape[axis] for axis in TO_LAST))
 
 
 def _turns(node: onnx.NodeProto, perm: tuple[int, ...]) -> bool:

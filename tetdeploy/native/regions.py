@@ -23,12 +23,18 @@ from tetdeploy.native.whole_numbers import WholeNumbers
 FLOAT, UINT8, INT8, BOOL = TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8, TensorProto.BOOL
 
 
-def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], neuron_steps: Sequence[NeuronStep] = ()) -> int:
+def fuse(
+    model: onnx.ModelProto,
+    kinds: Mapping[str, Kind],
+    neuron_steps: Sequence[NeuronStep] = (),
+    states: Sequence[tuple[str, str]] = (),
+) -> int:
     """Put nodes `Elementwise` in place of the element-wise regions of `model`.
 
     Args:
         kinds: of the graph's tensors.
         neuron_steps: what `take_out_scans` took out.
+        states: see `keep_last`.
 
     Returns: how many there are.
 
@@ -39,7 +45,7 @@ def fuse(model: onnx.ModelProto, kinds: Mapping[str, Kind], neuron_steps: Sequen
     # A region that nobody reads has no program.
     put_nodes(model.graph, leading_to(model.graph.output, model.graph.node))
     graph = _Graph(model.graph, kinds, neuron_steps)
-    for keep in (keep_blocked, partial(keep_last, neuron_steps=neuron_steps)):
+    for keep in (keep_blocked, partial(keep_last, neuron_steps=neuron_steps, states=states)):
         elementwise = {k for k in range(len(graph.nodes)) if k in graph.region or graph.inline[k]}
         if keep(model.graph, kinds, elementwise, graph.numbers.keys() | graph.sizes.keys()):
             graph = _Graph(model.graph, kinds, neuron_steps)

@@ -19,9 +19,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tetdeploy import native
+from tetdeploy.native import TO_FIRST, TO_LAST
 from tetdeploy.native.convolution import can_add, can_convolve, has_additions, native_convolution
 from tetdeploy.native.graphs import Kind, attributes_of, copied, leading_to, put_nodes, reading
-from tetdeploy.native.layout import TO_FIRST, TO_LAST
 from tetdeploy.native.packing import digits_of, rows_of, tiles_of, whole_weights
 from tetdeploy.native.scans import NeuronStep
 from tetdeploy.native.whole_numbers import Whole, WholeNumbers, threshold

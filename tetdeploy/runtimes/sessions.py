@@ -19,6 +19,7 @@ from tetdeploy.model_file import METADATA_KEY, parse_metadata, read_model, sessi
 from tetdeploy.names import first_line
 from tetdeploy.runtimes.cuda_graphs import PROVIDER_OPTIONS as GRAPH_OPTIONS
 from tetdeploy.runtimes.cuda_graphs import GraphSession, why_not
+from tetdeploy.runtimes.native_session import NativeSession
 from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, prepare, provider_options
 from tetdeploy.runtimes.openvino_session import OpenVINOSession
 
@@ -64,7 +65,7 @@ class Sessions:
             return GraphSession(session, "cuda", states), self._metadata
         return self.bind(session), self._metadata
 
-    def first_native(self, wanted: bool | None) -> Any:
+    def first_native(self, wanted: bool | None) -> NativeSession | None:
         """The session of the graph itself with native operators; None if they are not wanted, or have nothing to do.
 
         Raises:
@@ -121,7 +122,7 @@ class Sessions:
             )
         return session
 
-    def _start_native(self, model: bytes, *, wanted: bool) -> Any:
+    def _start_native(self, model: bytes, *, wanted: bool) -> NativeSession | None:
         """A session with native operators; None where they have nothing to do, or fail without being `wanted`.
 
         Raises:
@@ -130,8 +131,9 @@ class Sessions:
         try:
             from tetdeploy.native.fusing import fuse_model  # with the package onnx, which only this needs
 
-            fused = fuse_model(model)
-            return None if fused is None else self._start(fused, fused=True)
+            states = [(state["input"], state["output"]) for state in self._metadata["states"]]
+            fused = fuse_model(model, states)
+            return None if fused is None else NativeSession(self._start(fused, fused=True), states)
         except Exception as error:  # whatever it is, ONNX Runtime's own operators remain
             if wanted:
                 raise ValueError(f"{self._path} cannot run natively: {error}") from error
