@@ -192,6 +192,13 @@ def test_what_a_layer_reads_rounds_no_more_than_in_onnx_runtime(tmp_path: Path) 
     assert parity.spike_mismatch_rate < 5e-6  # where float32 rounds otherwise
 
 
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_a_layer_that_reads_float16_counts_in_float32(layout: str, tmp_path: Path) -> None:
+    engine = Engine(export(tmp_path / "m.onnx", layout, network=between()).path, threads=1)
+    counts = engine.count(digits().images[:40], 3)[1]["active.middle.3"]
+    assert np.unique(counts).tolist() == [16.0]  # no current of the layer before is 0
+
+
 def _eps(network: Between) -> None:
     network.bn1.eps = 1e-3
 
