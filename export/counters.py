@@ -268,7 +268,8 @@ def counting_overlay(layers: Layers, neurons: Iterable[Neurons]) -> bytes:
     for layer in layers.layers:
         if not layer.from_input:
             T_or_input = layers.T_or_input if layer.name in layers.batch_first else None
-            _count_inputs(graph, layer, str(layers.read[layer.name].name), T_or_input)
+            value = _in_float32(graph, layer, layers.read[layer.name])
+            _count_inputs(graph, layer, value, T_or_input)
     for layer_ in neurons:
         _count_spikes(graph, layer_)
     return bytes(onnx.ModelProto(graph=graph).SerializeToString())
@@ -279,6 +280,14 @@ def spikes_overlay(neurons: Iterable[str]) -> bytes:
     graph = onnx.GraphProto()
     graph.output.extend(helper.make_empty_tensor_value_info(f"spikes.{name}") for name in neurons)
     return bytes(onnx.ModelProto(graph=graph).SerializeToString())
+
+
+def _in_float32(graph: onnx.GraphProto, layer: Layer, read: ir.Value) -> str:
+    """The name of what a layer reads, cast if a layer in float16 puts it out: counts would not fit into 11 bits."""
+    if read.dtype != ir.DataType.FLOAT16:
+        return str(read.name)
+    graph.node.append(helper.make_node("Cast", [str(read.name)], [f"{layer.counter}.float32"], to=TensorProto.FLOAT))
+    return f"{layer.counter}.float32"
 
 
 def _count_inputs(graph: onnx.GraphProto, layer: Layer, value: str, batch_first: int | str | None) -> None:

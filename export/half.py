@@ -8,8 +8,9 @@ Spikes, and small sums of them, lose nothing, so that weights, biases and curren
 bits. Membranes, thresholds and residual sums stay in float32, and so do the first layer, which reads the image, and the
 readout; docs/precision.md has the measurements behind that.
 
-A processor without float16 arithmetic computes such a layer in float32. ONNX Runtime's CPU provider then leaves out the
-last rounding, and a graph is checked against a `HalfNetwork` that does so too.
+A processor without float16 arithmetic computes such a layer in float32. ONNX Runtime's CPU provider then casts float32
+to float16 and back, and leaves out each such pair: currents stay float32, and so does what a layer reads, be it the
+average of 9 spikes or the current of a layer before it. A graph is checked against a `HalfNetwork` that does so too.
 """
 
 from __future__ import annotations
@@ -135,28 +136,50 @@ class HalfNetwork(TracedNetwork):
 
     Args: see `TracedNetwork`, and
         places: of the layers in float16.
-        round_currents: what the layers put out is rounded too, as a GPU does and ONNX Runtime on a CPU does not.
+        round_activations: what the layers read and put out is rounded too, as a GPU does and ONNX Runtime on a CPU
+            does not.
+
+    Raises:
+        HalfError: when it is called, if what a layer reads or puts out is too large for float16.
     """
 
-    def __init__(self, tracer: Tracer, *, places: tuple[Place, ...] = ("inner",), round_currents: bool = False) -> None:
+    def __init__(
+        self, tracer: Tracer, *, places: tuple[Place, ...] = ("inner",), round_activations: bool = False
+    ) -> None:
         super().__init__(tracer)
-        self._places, self._round_currents = places, round_currents
+        self._places, self._round_activations = places, round_activations
 
     def trace(self, T: int) -> Callable[[Tensor], Any]:
         module = self.tracer.folded(T)
         halve(module, [layer for layer in placed_layers(module) if layer.place in self._places])
-        return _RoundingInterpreter(module, self._round_currents).run
+        return _RoundingInterpreter(module, self._round_activations).run
 
 
 class _RoundingInterpreter(fx.Interpreter):
     """Runs a network whose float16 layers compute in float32."""
 
-    def __init__(self, graph_module: fx.GraphModule, round_currents: bool) -> None:
+    def __init__(self, graph_module: fx.GraphModule, round_activations: bool) -> None:
         super().__init__(graph_module)
-        self._dtype = torch.float16 if round_currents else torch.float32
+        self._dtype = torch.float16 if round_activations else torch.float32
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in LAYERS and args[0].dtype == torch.float16:
-            floats = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
-            return target(*floats, **kwargs).to(self._dtype)
-        return super().call_function(target, args, kwargs)
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is aten.to.dtype and n.args[1] == torch.float16:
+            read = self.fetch_args_kwargs_from_env(n)[0][0]
+            return _in_reach(read.to(self._dtype), n)
+        if n.target in LAYERS:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if args[1].dtype == torch.float16:
+                floats = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
+                return _in_reach(n.target(*floats, **kwargs).to(self._dtype), n)
+        return super().run_node(n)
+
+
+def _in_reach(value: Tensor, node: fx.Node) -> Tensor:
+    """A value that a GPU keeps in float16, however it is kept here."""
+    largest = float(value.abs().max())
+    if largest > _LARGEST:
+        raise HalfError(
+            f"{layer_name(node, Counter())} reads or puts out {largest:.3g} and float16 ends at {_LARGEST:g}; "
+            "use --precision fp32"
+        )
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
@@ -21,8 +23,10 @@ from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, Exported, export_model, half
 from tetdeploy.export.half import HalfError, HalfNetwork, halve, placed_layers
 from tetdeploy.export.kept_answers import kept_answers
-from tetdeploy.export.parity import ParityError
+from tetdeploy.export.model import build_graph
+from tetdeploy.export.parity import MAX_MISMATCH, Parity, ParityError, compare
 from tetdeploy.layers import DirectEncoding, OverTime
+from tetdeploy.networks import Classifier
 from tetdeploy.neurons import LIF
 from tetdeploy.sweep import sweep
 from tetdeploy.tracing import Tracer
@@ -146,11 +150,92 @@ def test_the_gate_sees_a_network_in_float32(tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.iterdir())
 
 
+class Between(nn.Module):
+    """Between neurons an average of 9 spikes and two layers: their inputs would round in float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1 = DirectEncoding(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16)), LIF()
+        self.average = nn.AvgPool2d(3, 1, 1)
+        self.conv1, self.bn1 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.middle = OverTime(self.average, self.conv1, self.bn1, self.conv2, self.bn2)
+        self.lif2, self.readout = LIF(), OverTime(nn.Flatten(), nn.Linear(1024, 10))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        logits: Tensor = self.readout(self.lif2(self.middle(self.lif1(self.encode(x, T)))))
+        return logits
+
+
+@cache
+def between() -> Classifier:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return classifier(Between())
+
+
+@cache
+def between_in_half() -> HalfNetwork:
+    return HalfNetwork(Tracer(between(), encoding="direct", uint8=True))
+
+
+def beside_pytorch(written: Classifier, file: Path) -> Parity:
+    """What the gate sees of `between` where the graph is that of another network."""
+    config = ExportConfig(T=3, trained_T=3, precision="fp16", target="cuda")
+    file.write_bytes(ir.to_proto(build_graph(written, config)[0].model).SerializeToString())
+    return compare(between_in_half(), Engine(file, native=False, threads=1), digits().images[:150], 3)
+
+
+def test_what_a_layer_reads_rounds_no_more_than_in_onnx_runtime(tmp_path: Path) -> None:
+    parity = beside_pytorch(between(), tmp_path / "m.onnx")
+    parity.check("it")
+    assert parity.spike_mismatch_rate < 5e-6  # where float32 rounds otherwise
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_a_layer_that_reads_float16_counts_in_float32(layout: str, tmp_path: Path) -> None:
+    engine = Engine(export(tmp_path / "m.onnx", layout, network=between()).path, threads=1)
+    counts = engine.count(digits().images[:40], 3)[1]["active.middle.3"]
+    assert np.unique(counts).tolist() == [16.0]  # no current of the layer before is 0
+
+
+def _eps(network: Between) -> None:
+    network.bn1.eps = 1e-3
+
+
+def _threshold(network: Between) -> None:
+    network.lif2.v_th *= 1.01
+
+
+def _tau(network: Between) -> None:
+    network.lif2.tau *= 1.02
+
+
+def _bias(network: Between) -> None:
+    network.conv2.bias = None
+
+
+def _divisor(network: Between) -> None:
+    network.average.count_include_pad = False
+
+
+@pytest.mark.parametrize("fault", [_eps, _threshold, _tau, _bias, _divisor])
+def test_the_gate_sees_a_fault_behind_an_average_and_two_layers(
+    fault: Callable[[Between], None], tmp_path: Path
+) -> None:
+    broken = copy.deepcopy(between())
+    fault(broken.network)  # type: ignore[arg-type]
+    parity = beside_pytorch(broken, tmp_path / "m.onnx")
+    assert parity.local_mismatch_rate > MAX_MISMATCH
+    with pytest.raises(ParityError):
+        parity.check("it")
+
+
 def test_rounding_the_currents_is_one_rounding_more() -> None:
     x = torch.from_numpy(digits().images[:40])
     plain = convsnn()(x, 3)
     tracer = Tracer(convsnn(), encoding="direct", uint8=True)
-    made = [HalfNetwork(tracer, round_currents=rounds) for rounds in (False, True)]
+    made = [HalfNetwork(tracer, round_activations=rounds) for rounds in (False, True)]
     kept, rounded = (network(x, 3) for network in made)
     assert not torch.equal(kept, plain) and not torch.equal(kept, rounded)
     assert np.mean((rounded.mean(0).argmax(-1) == plain.mean(0).argmax(-1)).numpy()) > 0.9
@@ -191,6 +276,15 @@ def test_what_float16_cannot_hold_or_has_no_layer_for() -> None:
         halve(Tracer(network, encoding="direct", uint8=True).folded(2))
     with pytest.raises(HalfError, match="no layer of the network lies between neurons"):
         halve(torch.fx.symbolic_trace(nn.Linear(2, 2)))
+
+
+def test_what_float16_cannot_hold_of_a_network_s_currents_is_seen_on_images(tmp_path: Path) -> None:
+    network = copy.deepcopy(between())
+    with torch.no_grad():
+        for layer in (network.network.middle[1], network.network.middle[3]):  # type: ignore[index]
+            layer.weight.mul_(300)
+    with pytest.raises(HalfError, match=r"middle\.3 reads or puts out .* float16 ends at 65504; use --precision fp32"):
+        export(tmp_path / "m.onnx", network=network)
 
 
 class Unbiased(nn.Module):

@@ -60,7 +60,7 @@ class HalfMembranes(TorchDispatchMode):
 
 def measure(classifier: Any, x: Any, T: int, places: tuple[Place, ...], membranes: bool) -> tuple[float, float, float]:
     """Parts in a million that differ, over all layers and in the worst one by itself; images that keep their class."""
-    half = HalfNetwork(Tracer(classifier, encoding="direct", uint8=True), places=places, round_currents=True)
+    half = HalfNetwork(Tracer(classifier, encoding="direct", uint8=True), places=places, round_activations=True)
     whole, local, sizes, same = 0, 0, 0, 0
     for start in range(0, len(x), BATCH):
         part = x[start : start + BATCH]
