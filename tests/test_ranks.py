@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from ranks_helpers import load, on_ranks, save
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from tetdeploy.data import load_data, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
@@ -29,6 +31,7 @@ TRAIN, VAL = (
 )
 SHORT = TrainConfig(T=2, epochs=1, batch_size=50)
 _SECONDS = 180  # far more than it takes; a hang is to fail
+OWN = TrainConfig(tit="1:1,2:1", batch_size=50)
 CONFIG = TrainConfig(T=3, epochs=2, batch_size=32, augment="shift", ema=0.9, random_T="1:3", clip=1.0)
 
 
@@ -40,6 +43,25 @@ def classifier(seed: int = 0) -> Classifier:
     return Classifier(build_network(config), config=config, **data).double()
 
 
+class Own(nn.Module):
+    """A network with a layer that no pass needs, and a gain that a single step does not need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.unused = classifier().network, nn.Linear(2, 2)
+        self.gain = nn.Parameter(torch.ones(10))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        logits: Tensor = self.network(x, T)
+        return logits if T == 1 else logits * self.gain
+
+
+def own() -> Classifier:
+    made = classifier()
+    made.network, made.config = Own(), replace(made.config, model="tests:own")
+    return made.double()
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -48,6 +70,7 @@ def _work(folder: Path) -> None:
     """What the tests below look at, in one group of two processes: starting one takes seconds."""
     ranks = current_ranks()
     result = train(classifier(), TRAIN, VAL, CONFIG, folder / "two", runs=folder)
+    train(own(), TRAIN, VAL, OWN, folder / "own")
     seeds = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", progress=False)
     again = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", resume=True, progress=False)
     refused = pytest.raises(ValueError, match=r"33 images has no 2 equal shares.*multiple of 2")
@@ -93,6 +116,18 @@ def test_two_ranks_train_like_one_process(folder: Path, tmp_path: Path) -> None:
     for one, two in zip(metrics(tmp_path), metrics(folder / "two"), strict=True):
         for name in ("train_loss", "train_accuracy", "val_loss", "val_sdt_loss", "val_accuracy", "lr"):
             assert two[name] == pytest.approx(one[name], rel=1e-6), name  # the sums of losses are float32
+
+
+def test_two_ranks_leave_parameters_out_like_one_process(folder: Path, tmp_path: Path) -> None:
+    """Those that a step does not use: they get no gradient, and so no decay either."""
+    train(own(), TRAIN, VAL, OWN, tmp_path, progress=False)
+    one, two = (load_file(run / "last.safetensors") for run in (tmp_path, folder / "own"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-7, msg=name)
+    start = own().network
+    assert torch.equal(two["network.unused.weight"], start.unused.weight)
+    assert not torch.equal(two["network.gain"], start.gain)
 
 
 def test_one_rank_writes_and_all_know_the_same(folder: Path) -> None:
