@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def said_once(match: str, error: type[BaseException] = ValueError) -> AbstractContextManager[Any]:
+    """What is wrong for all is raised by the first process alone."""
+    if current_ranks().writes:
+        return pytest.raises(error, match=match)
+    return pytest.raises(ConnectionError, match="the first process of a machine failed")
+
+
 def _work(folder: Path) -> None:
     """What the tests below look at, in one group of two processes: starting one takes seconds."""
     ranks = current_ranks()
@@ -73,21 +81,21 @@ def _work(folder: Path) -> None:
     train(own(), TRAIN, VAL, OWN, folder / "own")
     seeds = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", progress=False)
     again = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", resume=True, progress=False)
-    refused = pytest.raises(ValueError, match=r"33 images has no 2 equal shares.*multiple of 2")
-    with refused if ranks.writes else pytest.raises(ConnectionError, match="the first process of a machine failed"):
+    with said_once(r"33 images has no 2 equal shares.*multiple of 2"):
         train(classifier(), TRAIN, VAL, replace(SHORT, batch_size=33), folder / "odd")
-    held = pytest.raises(ValueError, match="held is being trained by process")
-    with (
-        only_trainer(folder / "held", resume=False),
-        held if ranks.writes else pytest.raises(ConnectionError, match="the first process of a machine failed"),
-    ):
+    with only_trainer(folder / "held", resume=False), said_once("held is being trained by process"):
         train(classifier(), TRAIN, VAL, CONFIG, folder / "held")
+    with said_once("is of a run with other settings: training"):
+        train(classifier(), TRAIN, VAL, SHORT, folder / "other", restart_from=folder / "two")
+    with said_once("nothing does not exist", FileNotFoundError):
+        train(classifier(), TRAIN, VAL, SHORT, folder / "other", restart_from=folder / "nothing")
+    with said_once("seeds already holds a run"):
+        train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", progress=False)
     with pytest.raises(ValueError, match="1 validation images are too few for 2 processes"):
         train(classifier(), TRAIN, VAL.select(range(1)), SHORT, folder / "few", progress=False)
     with pytest.raises(ValueError, match="cuda:0 is one GPU for 2 processes"):
         train(classifier(), TRAIN, VAL, replace(SHORT, device="cuda:0"), folder / "gpu")
-    failed = pytest.raises(ConnectionError, match="the first process of a machine failed")
-    with pytest.raises(KeyboardInterrupt) if ranks.writes else failed, ranks.first():
+    with said_once("^$", KeyboardInterrupt), ranks.first():
         raise KeyboardInterrupt
     with ranks.first():
         first = (folder / "first").exists()

@@ -129,17 +129,18 @@ def train(
         finished = resume and is_finished(out / STATE_NAME, config.epochs)
     finished = ranks.agreed(finished)
     with nullcontext() if finished else only_trainer(out, resume=resume):  # it may lie where nobody can write
-        settings = run_settings(classifier, train_set, val_set, config)
+        settings, restart = run_settings(classifier, train_set, val_set, config), None
         with ranks.first():
             _check(task, how)
             if board:
                 import_extra("tensorboard", "tensorboard")
             if ranks.writes:
                 check_run(out, settings, resume=resume)
+            if restart_from is not None:
+                restart = find_restart(restart_from)
+                check_restart(restart, settings)
         settings["how"] = asdict(how)
-        restart = None if restart_from is None else find_restart(restart_from)
         if restart is not None:
-            check_restart(restart, settings)
             settings["restarted"] = restart_origin(restart)
         with _explained(out, config, how):
             session = prepare(task, settings=settings, resume=resume, workers=workers, how=how)
