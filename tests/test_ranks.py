@@ -57,9 +57,16 @@ class Own(nn.Module):
         return logits if T == 1 else logits * self.gain
 
 
-def own() -> Classifier:
+def own(seeds: list[int]) -> Classifier:
+    """Notes the seed of whatever is drawn in each of its training passes, such as dropout."""
+
+    def note(module: nn.Module, *_: Any) -> None:
+        if module.training:
+            seeds.append(torch.initial_seed())
+
     made = classifier()
     made.network, made.config = Own(), replace(made.config, model="tests:own")
+    made.register_forward_pre_hook(note)
     return made.double()
 
 
@@ -78,10 +85,11 @@ def _work(folder: Path) -> None:
     """What the tests below look at, in one group of two processes: starting one takes seconds."""
     ranks = current_ranks()
     result = train(classifier(), TRAIN, VAL, CONFIG, folder / "two", runs=folder)
-    train(own(), TRAIN, VAL, OWN, folder / "own")
+    drawn: list[int] = []
+    train(own(drawn), TRAIN, VAL, OWN, folder / "own")
     seeds = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", progress=False)
     again = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", resume=True, progress=False)
-    with said_once(r"33 images has no 2 equal shares.*multiple of 2"):
+    with said_once(r"33 images has no 2 equal shares.*multiple of 2, of at most 200"):
         train(classifier(), TRAIN, VAL, replace(SHORT, batch_size=33), folder / "odd")
     with only_trainer(folder / "held", resume=False), said_once("held is being trained by process"):
         train(classifier(), TRAIN, VAL, CONFIG, folder / "held")
@@ -108,6 +116,7 @@ def _work(folder: Path) -> None:
         any=[ranks.any(ranks.rank == 1), ranks.any(False)],
         agreed=ranks.agreed(f"from {ranks.rank}"),
         after_another=first,
+        seeds=drawn,
     )
 
 
@@ -128,24 +137,35 @@ def test_two_ranks_train_like_one_process(folder: Path, tmp_path: Path) -> None:
 
 def test_two_ranks_leave_parameters_out_like_one_process(folder: Path, tmp_path: Path) -> None:
     """Those that a step does not use: they get no gradient, and so no decay either."""
-    train(own(), TRAIN, VAL, OWN, tmp_path, progress=False)
+    drawn: list[int] = []
+    train(own(drawn), TRAIN, VAL, OWN, tmp_path, progress=False)
     one, two = (load_file(run / "last.safetensors") for run in (tmp_path, folder / "own"))
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-7, msg=name)
-    start = own().network
+    start = Own().double()
     assert torch.equal(two["network.unused.weight"], start.unused.weight)
     assert not torch.equal(two["network.gain"], start.gain)
+    seeds = [load(folder, rank)["seeds"] for rank in (0, 1)]
+    assert seeds[0] == drawn and len(drawn) == 2 * 4
+    assert len({*seeds[0], *seeds[1]}) == len(seeds[0] + seeds[1])  # no two shares have the same dropout
 
 
 def test_one_rank_writes_and_all_know_the_same(folder: Path) -> None:
     one, two = load(folder, 0), load(folder, 1)
     assert (one.pop("after_another"), two.pop("after_another")) == (False, True)
+    assert one.pop("seeds") != two.pop("seeds")
     assert one == two and one["any"] == [True, False] and one["agreed"] == "from 0"
     files = ["checkpoint.safetensors", "config.json", "last.safetensors", "metrics.jsonl"]
     assert sorted(path.name for path in (folder / "two").iterdir()) == files
     assert json.loads((folder / "seeds" / "summary.json").read_text())["num_finished"] == 2
     assert not (folder / "odd").exists()
+
+
+def test_a_set_of_fewer_images_than_a_batch_is_named() -> None:
+    Ranks(size=2).check_batch(128, 102)
+    with pytest.raises(ValueError, match="a batch of 101 images has no 2 equal shares.* a multiple of 2, of at most 101"):
+        Ranks(size=2).check_batch(128, 101)
 
 
 Start = Callable[..., subprocess.Popen[str]]

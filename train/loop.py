@@ -163,7 +163,7 @@ def _check(task: Task, how: How) -> None:
     check_together(task.classifier, task.train_set, config)
     if how.recompute and config.qat:
         raise ValueError("--recompute does not go with --qat, which trains one traced graph; choose one of them")
-    current_ranks().check_batch(min(config.batch_size, len(task.train_set)))
+    current_ranks().check_batch(config.batch_size, len(task.train_set))
 
 
 @contextmanager
