@@ -164,7 +164,7 @@ def test_one_rank_writes_and_all_know_the_same(folder: Path) -> None:
 
 def test_a_set_of_fewer_images_than_a_batch_is_named() -> None:
     Ranks(size=2).check_batch(128, 102)
-    with pytest.raises(ValueError, match="a batch of 101 images has no 2 equal shares.* a multiple of 2, of at most 101"):
+    with pytest.raises(ValueError, match=r"101 images has no 2 equal shares.* a multiple of 2, of at most 101"):
         Ranks(size=2).check_batch(128, 101)
 
 
