@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from ranks_helpers import load, on_ranks, save
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from tetdeploy.data import load_data, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
@@ -29,6 +32,7 @@ TRAIN, VAL = (
 )
 SHORT = TrainConfig(T=2, epochs=1, batch_size=50)
 _SECONDS = 180  # far more than it takes; a hang is to fail
+OWN = TrainConfig(tit="1:1,2:1", batch_size=50)
 CONFIG = TrainConfig(T=3, epochs=2, batch_size=32, augment="shift", ema=0.9, random_T="1:3", clip=1.0)
 
 
@@ -40,31 +44,66 @@ def classifier(seed: int = 0) -> Classifier:
     return Classifier(build_network(config), config=config, **data).double()
 
 
+class Own(nn.Module):
+    """A network with a layer that no pass needs, and a gain that a single step does not need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.unused = classifier().network, nn.Linear(2, 2)
+        self.gain = nn.Parameter(torch.ones(10))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        logits: Tensor = self.network(x, T)
+        return logits if T == 1 else logits * self.gain
+
+
+def own(seeds: list[int]) -> Classifier:
+    """Notes the seed of whatever is drawn in each of its training passes, such as dropout."""
+
+    def note(module: nn.Module, *_: Any) -> None:
+        if module.training:
+            seeds.append(torch.initial_seed())
+
+    made = classifier()
+    made.network, made.config = Own(), replace(made.config, model="tests:own")
+    made.register_forward_pre_hook(note)
+    return made.double()
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def said_once(match: str, error: type[BaseException] = ValueError) -> AbstractContextManager[Any]:
+    """What is wrong for all is raised by the first process alone."""
+    if current_ranks().writes:
+        return pytest.raises(error, match=match)
+    return pytest.raises(ConnectionError, match="the first process of a machine failed")
 
 
 def _work(folder: Path) -> None:
     """What the tests below look at, in one group of two processes: starting one takes seconds."""
     ranks = current_ranks()
     result = train(classifier(), TRAIN, VAL, CONFIG, folder / "two", runs=folder)
+    drawn: list[int] = []
+    train(own(drawn), TRAIN, VAL, OWN, folder / "own")
     seeds = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", progress=False)
     again = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", resume=True, progress=False)
-    refused = pytest.raises(ValueError, match=r"33 images has no 2 equal shares.*multiple of 2")
-    with refused if ranks.writes else pytest.raises(ConnectionError, match="the first process of a machine failed"):
+    with said_once(r"33 images has no 2 equal shares.*multiple of 2, of at most 200"):
         train(classifier(), TRAIN, VAL, replace(SHORT, batch_size=33), folder / "odd")
-    held = pytest.raises(ValueError, match="held is being trained by process")
-    with (
-        only_trainer(folder / "held", resume=False),
-        held if ranks.writes else pytest.raises(ConnectionError, match="the first process of a machine failed"),
-    ):
+    with only_trainer(folder / "held", resume=False), said_once("held is being trained by process"):
         train(classifier(), TRAIN, VAL, CONFIG, folder / "held")
+    with said_once("is of a run with other settings: training"):
+        train(classifier(), TRAIN, VAL, SHORT, folder / "other", restart_from=folder / "two")
+    with said_once("nothing does not exist", FileNotFoundError):
+        train(classifier(), TRAIN, VAL, SHORT, folder / "other", restart_from=folder / "nothing")
+    with said_once("seeds already holds a run"):
+        train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", progress=False)
     with pytest.raises(ValueError, match="1 validation images are too few for 2 processes"):
         train(classifier(), TRAIN, VAL.select(range(1)), SHORT, folder / "few", progress=False)
     with pytest.raises(ValueError, match="cuda:0 is one GPU for 2 processes"):
         train(classifier(), TRAIN, VAL, replace(SHORT, device="cuda:0"), folder / "gpu")
-    failed = pytest.raises(ConnectionError, match="the first process of a machine failed")
-    with pytest.raises(KeyboardInterrupt) if ranks.writes else failed, ranks.first():
+    with said_once("^$", KeyboardInterrupt), ranks.first():
         raise KeyboardInterrupt
     with ranks.first():
         first = (folder / "first").exists()
@@ -77,6 +116,7 @@ def _work(folder: Path) -> None:
         any=[ranks.any(ranks.rank == 1), ranks.any(False)],
         agreed=ranks.agreed(f"from {ranks.rank}"),
         after_another=first,
+        seeds=drawn,
     )
 
 
@@ -95,14 +135,37 @@ def test_two_ranks_train_like_one_process(folder: Path, tmp_path: Path) -> None:
             assert two[name] == pytest.approx(one[name], rel=1e-6), name  # the sums of losses are float32
 
 
+def test_two_ranks_leave_parameters_out_like_one_process(folder: Path, tmp_path: Path) -> None:
+    """Those that a step does not use: they get no gradient, and so no decay either."""
+    drawn: list[int] = []
+    train(own(drawn), TRAIN, VAL, OWN, tmp_path, progress=False)
+    one, two = (load_file(run / "last.safetensors") for run in (tmp_path, folder / "own"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-7, msg=name)
+    start = Own().double()
+    assert torch.equal(two["network.unused.weight"], start.unused.weight)
+    assert not torch.equal(two["network.gain"], start.gain)
+    seeds = [load(folder, rank)["seeds"] for rank in (0, 1)]
+    assert seeds[0] == drawn and len(drawn) == 2 * 4
+    assert len({*seeds[0], *seeds[1]}) == len(seeds[0] + seeds[1])  # no two shares have the same dropout
+
+
 def test_one_rank_writes_and_all_know_the_same(folder: Path) -> None:
     one, two = load(folder, 0), load(folder, 1)
     assert (one.pop("after_another"), two.pop("after_another")) == (False, True)
+    assert one.pop("seeds") != two.pop("seeds")
     assert one == two and one["any"] == [True, False] and one["agreed"] == "from 0"
     files = ["checkpoint.safetensors", "config.json", "last.safetensors", "metrics.jsonl"]
     assert sorted(path.name for path in (folder / "two").iterdir()) == files
     assert json.loads((folder / "seeds" / "summary.json").read_text())["num_finished"] == 2
     assert not (folder / "odd").exists()
+
+
+def test_a_set_of_fewer_images_than_a_batch_is_named() -> None:
+    Ranks(size=2).check_batch(128, 102)
+    with pytest.raises(ValueError, match=r"101 images has no 2 equal shares.* a multiple of 2, of at most 101"):
+        Ranks(size=2).check_batch(128, 101)
 
 
 Start = Callable[..., subprocess.Popen[str]]

@@ -20,11 +20,11 @@ def sigmoid(x: float) -> float:
 
 
 def test_two_steps_by_hand() -> None:
-    neurons = SmoothLIF(k=4.0, tau=0.5, v_th=1.0)
+    neurons = SmoothLIF(k=4.0, tau=0.25, v_th=0.75)
     values, u = neurons.with_state(torch.tensor([[1.25], [0.5]], dtype=torch.float64))
-    a1 = sigmoid(4 * 0.25)
-    h2 = 0.5 * 1.25 * (1 - a1) + 0.5
-    a2 = sigmoid(4 * (h2 - 1))
+    a1 = sigmoid(4 * 0.5)
+    h2 = 0.25 * 1.25 * (1 - a1) + 0.5
+    a2 = sigmoid(4 * (h2 - 0.75))
     assert values.flatten().tolist() == pytest.approx([a1, a2])
     assert u.item() == pytest.approx(h2 * (1 - a2))
 
@@ -37,7 +37,7 @@ def test_gradients_are_those_of_the_function_itself() -> None:
 
 def test_a_steep_sigmoid_is_the_heaviside_function() -> None:
     current = torch.randn(4, 100, dtype=torch.float64)
-    assert torch.allclose(SmoothLIF(k=1e6)(current), LIF()(current))
+    assert torch.allclose(SmoothLIF(k=1e6, v_th=0.6)(current), LIF(v_th=0.6)(current))
 
 
 def test_half_precision_currents_keep_their_dtype_and_a_float32_membrane() -> None:

@@ -23,10 +23,21 @@ from tetdeploy.data import ImageSet, load_data, split_validation
 from tetdeploy.extras import MissingExtraError
 from tetdeploy.names import section
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.train import How, TrainConfig, TrainResult, evaluate, sdt_loss, tet_loss, total_loss, train, train_seeds
+from tetdeploy.train import (
+    How,
+    TrainConfig,
+    TrainResult,
+    distillation_loss,
+    evaluate,
+    sdt_loss,
+    tet_loss,
+    total_loss,
+    train,
+    train_seeds,
+)
 from tetdeploy.train.augment import cutout
 from tetdeploy.train.averaging import estimating_bn, update_average
-from tetdeploy.train.objective import Teacher, draw_lengths, prefix_mean
+from tetdeploy.train.objective import Teacher, draw_lengths, load_teacher, prefix_mean
 from tetdeploy.train.session import BN_BATCHES
 from tetdeploy.train.stages import Stage, TimeRange, parse_random_T, parse_tit
 
@@ -182,6 +193,11 @@ def whole_tit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     run(out, **TIT)
     return out
+
+
+def test_a_checkpoint_at_the_end_of_a_stage_says_the_T_of_that_stage(tmp_path: Path) -> None:
+    assert run(tmp_path, interrupted_at(STEPS + 1, classifier_of()), tit="2:1,3:1").interrupted
+    assert read_metadata(tmp_path)["provenance"]["T"] == 2
 
 
 def test_resuming_with_another_tit_shows_both(whole_tit: Path) -> None:
@@ -396,6 +412,40 @@ def test_the_weight_and_the_temperature_of_distillation_are_those_given() -> Non
     assert torch.equal(seen[0][0], images) and seen[0][1] == 1
     sums = torch.tensor([107, 255, 255, 255], dtype=torch.uint8).view(1, 4, 1, 1, 1).expand(1, 4, 1, 2, 2)
     assert torch.equal(seen[1][0], sums) and seen[1][0].dtype == torch.uint8
+
+
+def test_a_step_adds_the_loss_of_a_resting_teacher_to_the_mean_over_lengths(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers: list[Teacher] = []
+    modes: list[bool] = []
+    batches: list[tuple[Tensor, Tensor]] = []
+
+    def watched(config: TrainConfig, student: Classifier) -> Teacher:
+        made = load_teacher(config, student)
+        assert made is not None
+        made.classifier.register_forward_hook(lambda of, *_: modes.extend(module.training for module in of.modules()))
+        teachers.append(made)
+        return made
+
+    monkeypatch.setattr("tetdeploy.train.session.load_teacher", watched)
+    config = settings(epochs=1, random_T="1:3", distill=str(teacher), distill_alpha=0.25, distill_tau=2.0)
+    student, images = classifier_of(), TRAIN.select(slice(64))
+    student.register_forward_hook(lambda module, seen, logits: batches.append((seen[0], logits.detach())))
+    train(student, images, None, config, tmp_path, progress=False)
+
+    x, logits = batches[0]
+    label_of = {image.tobytes(): label for image, label in zip(images.x, images.labels, strict=True)}
+    labels = torch.tensor([label_of[image.numpy().tobytes()] for image in x])
+    loaded, lengths = tetdeploy.load(teacher), draw_lengths(config, 0, 0)
+    with torch.no_grad():
+        taught = 0.25 * distillation_loss(logits, loaded(x, 1)[0], tau_kd=2.0)
+    wanted = prefix_mean(total_loss, logits, labels, lengths) + taught
+    assert metrics(tmp_path)[0]["train_loss"] == pytest.approx(wanted.item(), rel=1e-5) and len(lengths) > 1
+    (used,) = teachers
+    assert (used.alpha, used.tau_kd) == (0.25, 2.0) and modes and not any(modes)
+    after = used.classifier.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in loaded.state_dict().items())
 
 
 def test_the_student_comes_closer_to_its_teacher(tmp_path: Path, teacher: Path) -> None:

@@ -390,6 +390,23 @@ def test_a_kill_between_checkpoint_and_state_leaves_no_other_epoch_as_the_best(
     assert read_metadata(tmp_path)["provenance"]["epoch"] == 2
 
 
+def test_a_checkpoint_that_is_gone_leaves_no_best_epoch_without_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always = {"val_accuracy": 0.5, "val_sdt_loss": 1.0, "val_tet_loss": 1.0}
+    losses = iter([1.0, 3.0, 2.0])  # the first is the best
+    monkeypatch.setattr(loop, "_validate", lambda *arguments: always | {"val_loss": next(losses)})
+    run(tmp_path, toy(interrupt_at(STEPS + 2)))
+    (tmp_path / "checkpoint.safetensors").unlink()
+    gone = r"checkpoint\.safetensors is gone, and so is epoch 1, the best: the best of those that follow is kept"
+    with pytest.warns(RuntimeWarning, match=gone):
+        result = run(tmp_path, resume=True)
+    assert result.best is not None and result.best.epoch == 3
+    assert read_metadata(tmp_path)["provenance"]["epoch"] == 3
+    result.checkpoint.unlink()
+    assert run(tmp_path, resume=True).best == result.best  # nothing follows, and that is how the run ended
+
+
 def _kill() -> None:
     raise RuntimeError("killed")
 
@@ -554,8 +571,8 @@ def test_bf16_autocast_keeps_weights_and_losses_in_float32(tmp_path: Path) -> No
     seen: list[torch.dtype] = []
     classifier = toy()
     classifier.network.readout.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    run(tmp_path, classifier, config=settings(precision="bf16"))
-    assert set(seen) == {torch.bfloat16}
+    run(tmp_path, classifier, config=settings(precision="bf16", ema=0.9))
+    assert seen == [torch.bfloat16] * 3 * (STEPS + STEPS + 1)  # to train, to estimate BN, to validate
     assert {p.dtype for p in classifier.parameters()} == {torch.float32}
     assert read_metadata(tmp_path)["provenance"]["precision"] == "bf16"
 

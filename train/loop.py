@@ -8,6 +8,7 @@ bit for bit the same weights on a CPU.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -129,17 +130,18 @@ def train(
         finished = resume and is_finished(out / STATE_NAME, config.epochs)
     finished = ranks.agreed(finished)
     with nullcontext() if finished else only_trainer(out, resume=resume):  # it may lie where nobody can write
-        settings = run_settings(classifier, train_set, val_set, config)
+        settings, restart = run_settings(classifier, train_set, val_set, config), None
         with ranks.first():
             _check(task, how)
             if board:
                 import_extra("tensorboard", "tensorboard")
             if ranks.writes:
                 check_run(out, settings, resume=resume)
+            if restart_from is not None:
+                restart = find_restart(restart_from)
+                check_restart(restart, settings)
         settings["how"] = asdict(how)
-        restart = None if restart_from is None else find_restart(restart_from)
         if restart is not None:
-            check_restart(restart, settings)
             settings["restarted"] = restart_origin(restart)
         with _explained(out, config, how):
             session = prepare(task, settings=settings, resume=resume, workers=workers, how=how)
@@ -162,7 +164,7 @@ def _check(task: Task, how: How) -> None:
     check_together(task.classifier, task.train_set, config)
     if how.recompute and config.qat:
         raise ValueError("--recompute does not go with --qat, which trains one traced graph; choose one of them")
-    current_ranks().check_batch(min(config.batch_size, len(task.train_set)))
+    current_ranks().check_batch(config.batch_size, len(task.train_set))
 
 
 @contextmanager
@@ -195,8 +197,8 @@ def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Pat
     if resume:
         network, optimizer = session.classifier.network, session.optimizer
         state = restore_state(session.out / STATE_NAME, network, optimizer, session.scaler, session.device)
-        if state.best is not None and _kept_epoch(session.out) not in (None, state.best.epoch):
-            state.best = None  # killed between checkpoint and state: the best is the epoch that is now run again
+        if state.epoch < session.config.epochs:
+            state.best = _kept_best(session, state.best)
     elif restart is not None:
         state = restart_state(restart, session)
     else:
@@ -212,10 +214,18 @@ def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Pat
     return state
 
 
-def _kept_epoch(out: Path) -> int | None:
-    """The epoch whose weights are in a run's checkpoint; None if it is not there any more."""
-    path = out / CHECKPOINT_NAME
-    return int(read_metadata(path)["provenance"]["epoch"]) if path.is_file() else None
+def _kept_best(session: Session, best: Best | None) -> Best | None:
+    """The best epoch of an unfinished run, or None if the checkpoint does not hold it: the next one takes its place."""
+    file = session.out / CHECKPOINT_NAME
+    if best is None:
+        return None
+    if not file.is_file():
+        if session.ranks.writes:
+            text = f"{file} is gone, and so is epoch {best.epoch}, the best: the best of those that follow is kept"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return None
+    # killed between checkpoint and state, it holds the epoch that is now run again
+    return best if read_metadata(file)["provenance"].get("epoch") == best.epoch else None
 
 
 def _save(session: Session, state: TrainState) -> None:

@@ -48,16 +48,17 @@ class Ranks:
         size = batch_size // self.size
         return slice(self.rank * size, (self.rank + 1) * size)
 
-    def check_batch(self, batch_size: int) -> None:
-        """Refuse a global batch that has no equal shares.
+    def check_batch(self, batch_size: int, num_images: int) -> None:
+        """Refuse a global batch, of all images if there are no more, that has no equal shares.
 
         Raises:
             ValueError: it does not divide.
         """
-        if batch_size % self.size:
+        images = min(batch_size, num_images)
+        if images % self.size:
             raise ValueError(
-                f"a batch of {batch_size} images has no {self.size} equal shares, one for each process; "
-                f"choose a --batch-size that is a multiple of {self.size}"
+                f"a batch of {images} images has no {self.size} equal shares, one for each process; "
+                f"choose a --batch-size that is a multiple of {self.size}, of at most {num_images}"
             )
 
     def sum(self, values: Tensor) -> Tensor:

@@ -102,8 +102,9 @@ def train_seeds(
     console = StandardOutput(quiet=progress is False or not ranks.writes, highlight=False, soft_wrap=True)
     results: list[TrainResult] = []
     with only_trainer(out, resume=resume):  # and of each seed, in `train`: it may be resumed by itself
-        if ranks.writes:
-            recipe = _check(out, settings, recipe, resume=resume)
+        with ranks.first():
+            if ranks.writes:
+                recipe = _check(out, settings, recipe, resume=resume)
 
         def begin() -> None:
             if ranks.writes:

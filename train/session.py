@@ -236,7 +236,7 @@ def prepare(task: Task, *, settings: dict[str, Any], resume: bool, workers: int 
         ranks=ranks,
         held_out=0 if val_set is None else len(val_set),
         reader=reader,
-        model=over_ranks(trained) if ranks.size > 1 else trained,
+        model=over_ranks(trained, find_unused=classifier.config.is_own) if ranks.size > 1 else trained,
         calibration=calibration,
         graphs=StepGraphs(classifier) if how.cuda_graphs else None,
         settings=settings,

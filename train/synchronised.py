@@ -27,15 +27,24 @@ from torch.nn.parallel import DistributedDataParallel
 from tetdeploy.layers import tdBN
 
 
-def over_ranks(classifier: nn.Module) -> nn.Module:
+def over_ranks(classifier: nn.Module, *, find_unused: bool) -> nn.Module:
     """What a training step calls in place of the classifier: its gradients are means over all ranks.
 
     The classifier's BN are synchronised, in place; buffers need no other exchange.
+
+    Args:
+        find_unused: a step may leave parameters out, and so leaves them as they are. Each step then looks for them, and
+            PyTorch warns, once a process, if the first leaves out none.
     """
     synchronise_bn(classifier)
     options = signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"  # before torch 2.13
-    return DistributedDataParallel(classifier, gradient_as_bucket_view=True, **{buffers: False})  # type: ignore[arg-type]
+    return DistributedDataParallel(
+        classifier,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused,
+        **{buffers: False},  # type: ignore[arg-type]
+    )
 
 
 def synchronise_bn(network: nn.Module) -> None:
