@@ -121,7 +121,10 @@ def _insert_if(
     graph.insert_after(nodes[-1], conditional)
     for output, result in zip(conditional.outputs, results, strict=True):
         output.type, output.shape = result.type, result.shape
-        result.replace_all_uses_with(output)
+        assert not result.is_graph_output()  # neurons reach all of these
+        for use in list(result.uses()):
+            if use.node not in nodes:  # within the encoder a result may be read on
+                use.node.replace_input_with(use.idx, output)
     graph.remove(nodes)
     then = ir.Graph([], results, nodes=nodes, opset_imports=graph.opset_imports, name="encode")
     conditional.attributes["then_branch"] = ir.AttrGraph("then_branch", then)

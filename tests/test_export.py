@@ -695,6 +695,32 @@ def test_an_image_that_is_read_behind_neurons(layout: str, target: str, tmp_path
     assert len(runner.metadata["encoded"]) == (3 if layout == "step" else 0)
 
 
+class ShortcutOfTheCurrent(nn.Module):
+    """The image's current drives neurons, and a shortcut round them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.encode = DirectEncoding(nn.Conv2d(1, 8, 3, padding=1))
+            self.layer, self.shortcut = (OverTime(nn.Conv2d(8, 16, k, padding=k // 2, stride=2)) for k in (3, 1))
+            self.readout = OverTime(nn.Flatten(), nn.Linear(256, 10))
+        self.lif1, self.lif2 = LIF(v_th=0.3), LIF(v_th=0.3)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.encode(x, T)
+        return self.readout(self.lif2(self.layer(self.lif1(current)) + self.shortcut(current)))
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_a_current_that_neurons_and_layers_of_the_image_read(layout: str, tmp_path: Path) -> None:
+    net, x = classifier(ShortcutOfTheCurrent()), digits().images[:40]
+    made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout=layout), x)  # type: ignore[arg-type]
+    runner = Engine(made.path, threads=1)
+    np.testing.assert_allclose(runner.run(x, 4).per_step, pytorch(x, 4, net)[0], rtol=0, atol=2e-5)
+    assert len(runner.metadata["encoded"]) == (2 if layout == "step" else 0)
+
+
 class Bare(nn.Module):
     """Pixels are currents."""
 
