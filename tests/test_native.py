@@ -25,6 +25,7 @@ from tetdeploy import native
 from tetdeploy.early_exit import Exit
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model
+from tetdeploy.export.counters import spikes_overlay
 from tetdeploy.native.convolution import has_additions
 from tetdeploy.native.fusing import fuse_model
 from tetdeploy.native.graphs import Kind, reads
@@ -782,6 +783,17 @@ def test_counting_is_native_and_other_overlays_are_not(monkeypatch: pytest.Monke
     engine.count(x, 3)
     engine.count(x, 3)
     assert len(made) == 2 and None not in made
+
+
+@pytest.mark.parametrize("export", [exported, int8_exported])
+def test_spikes_are_read_natively(export: Any) -> None:
+    engine, x, overlay = Engine(export("dynamic"), native=False), digits().images[:4], spikes_overlay(["lif1", "lif3"])
+    expected, wanted = engine.run_with(overlay, x, 3)
+    result, spikes = engine.run_with(overlay, x, 3, native=True)  # it would warn of what it cannot do
+    np.testing.assert_allclose(result.per_step, expected.per_step, rtol=0, atol=1e-5)
+    assert wanted.keys() == spikes.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(spikes[name], value)
 
 
 def test_counting_that_goes_wrong_natively_is_left_to_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:

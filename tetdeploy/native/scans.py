@@ -57,7 +57,8 @@ class _Merged:
     def __init__(self, model: onnx.ModelProto) -> None:
         inferred = shape_inference.infer_shapes(without_weights(model, 64)).graph
         values = (*inferred.value_info, *inferred.input, *inferred.output)
-        self.kinds = {value.name: value.type.tensor_type for value in values}
+        kinds = ((value.name, value.type.tensor_type) for value in values)
+        self.kinds = {name: kind for name, kind in kinds if kind.elem_type}  # outputs of an overlay may say no type
         self.time = (*reversed(self._dims(steps_input(model.graph))[:2]),)  # T and N
         self.producer = {name: node for node in model.graph.node for name in node.output}
         self.read = {name for node in model.graph.node for name in reads(node)} | {v.name for v in model.graph.output}
