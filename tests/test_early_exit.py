@@ -57,6 +57,7 @@ def test_one_class_is_certain_of_itself() -> None:
         ({"threshold": float("nan")}, "threshold must lie in 0..1, got nan"),
         ({"threshold": 0.5, "criterion": "entropy"}, "unknown criterion 'entropy'; choose confidence or margin"),
         ({"threshold": 0.5, "min_T": 0}, "min_T must be at least 1, got 0"),
+        ({"threshold": 0.5, "min_T": 1.5}, "min_T must be a whole number, got 1.5"),
     ],
 )
 def test_what_an_exit_refuses(options: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -238,6 +239,20 @@ def test_refused_T(
 ) -> None:
     with pytest.raises(ValueError, match=match):
         engine(layout, **options).run(make(2), T)
+
+
+@pytest.mark.parametrize("T", [2.0, "3", True, np.array([2, 3])])
+@pytest.mark.parametrize(("layout", "options"), [
+    ("unrolled", {"T": 4}),
+    ("unrolled", {"T": 3, "with_state": True}),
+    ("dynamic", {}),
+    ("step", {}),
+])  # fmt: skip
+def test_T_is_a_whole_number(layout: str, options: dict[str, Any], T: Any) -> None:
+    runner = engine(layout, **options)
+    with pytest.raises(ValueError, match=f"T must be a whole number, got {re.escape(repr(T))}"):
+        runner.run(images(2), T)
+    np.testing.assert_array_equal(runner.run(images(2), np.uint8(2)).per_step, runner.run(images(2), 2).per_step)  # type: ignore[arg-type]
 
 
 def foreign(path: Path, metadata: str | None = None) -> Path:
@@ -533,6 +548,9 @@ def test_refused_streams() -> None:
             engine(layout, **options).stream()
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         engine("step").stream(batch=0)
+    for batch in (2.0, True, None):
+        with pytest.raises(ValueError, match=f"batch must be a whole number, got {batch}"):
+            engine("step").stream(batch=batch)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="repeats the last image of a directly encoded stream; there is none"):
         engine("step").stream().push(None)
     frame_stream = engine("step", encoding="frames").stream()

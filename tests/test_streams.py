@@ -376,3 +376,5 @@ def test_closed_streams_and_models_without_state_are_refused() -> None:
             StreamPool(engine(layout, **options))
     with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
         StreamPool(engine("step"), max_batch=0)
+    with pytest.raises(ValueError, match=r"max_batch must be a whole number, got 2\.0"):
+        StreamPool(engine("step"), max_batch=2.0)  # type: ignore[arg-type]

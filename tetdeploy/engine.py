@@ -22,6 +22,7 @@ from tetdeploy.model_file import check_outputs
 from tetdeploy.names import first_line
 from tetdeploy.runtimes.native_session import zeros_last
 from tetdeploy.runtimes.sessions import Sessions, check_runtime, gains_from_native
+from tetdeploy.steps import check_count
 from tetdeploy.stream import Stream
 
 if TYPE_CHECKING:
@@ -136,9 +137,9 @@ class Engine:
                 The step layout only.
 
         Raises:
-            ValueError: x has another shape or dtype than the model's, or holds NaN or values beyond LARGEST; T is
-                below 1, or beyond what an unrolled graph or the frames hold; early exit in another layout than step; no
-                image has finite logits.
+            ValueError: x has another shape or dtype than the model's, or holds NaN or values beyond LARGEST; T is no
+                whole number, below 1, or beyond what an unrolled graph or the frames hold; early exit in another layout
+                than step; no image has finite logits.
         """
         x = self.check_input(x)
         T = self.check_T(T, x)
@@ -177,7 +178,8 @@ class Engine:
         """A session that keeps the LIF state of `batch` streams from one `push` to the next.
 
         Raises:
-            ValueError: the graph gives no state out: only the step layout and `--with-state` do.
+            ValueError: the graph gives no state out: only the step layout and `--with-state` do; `batch` is no whole
+                number, or below 1.
         """
         return Stream(self, batch)
 
@@ -272,9 +274,7 @@ class Engine:
         if T is None:
             own = self.T if self.layout == "unrolled" else self.trained_T
             T = x.shape[1] if self.encoding == "frames" else own
-        assert T is not None
-        if T < 1:
-            raise ValueError(f"T must be at least 1, got {T}")
+        T = check_count("T", T)
         if self.encoding == "frames" and x.shape[1] < T:
             raise ValueError(f"T={T} steps need as many frames, got {x.shape[1]}")
         if self.T is not None and not self.with_state and self.T < T:

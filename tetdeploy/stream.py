@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tetdeploy.steps import check_count
+
 if TYPE_CHECKING:
     from tetdeploy.engine import Array, Engine
 
@@ -35,9 +37,7 @@ class Stream:
 
     def __init__(self, engine: Engine, batch: int, session: Any = None) -> None:
         engine.check_streams()
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
-        self.engine, self.batch = engine, batch
+        self.engine, self.batch = engine, check_count("batch", batch)
         self._session = session
         self._states = [(s["input"], s["output"], tuple(s["shape"])) for s in engine.metadata["states"]]
         self._encoded = [(s["input"], s["output"], tuple(s["shape"])) for s in engine.metadata["encoded"]]

@@ -19,6 +19,7 @@ from tetdeploy.batches import parts
 from tetdeploy.engine import Array, Engine
 from tetdeploy.files import atomic_write, opened_npz
 from tetdeploy.runtimes.native_session import zeros_last
+from tetdeploy.steps import check_count
 from tetdeploy.stream import StepResult
 
 _PREFIX = "carried."  # of the arrays' names in a file
@@ -94,14 +95,14 @@ class StreamPool:
             have been built for fewer.
 
     Raises:
-        ValueError: the graph gives no state out; `max_batch` is below 1; the engine does not take every smaller batch.
+        ValueError: the graph gives no state out; `max_batch` is no whole number, or below 1; the engine does not take
+            every smaller batch.
     """
 
     def __init__(self, engine: Engine, *, max_batch: int = 64) -> None:
         engine.check_streams()
         engine.check_small_batches("a pool calls it with those streams that push")
-        if max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        max_batch = check_count("max_batch", max_batch)
         self.engine = engine
         self.max_batch = min(max_batch, engine.max_batch or max_batch)
         states, encoded = engine.metadata["states"], engine.metadata["encoded"]

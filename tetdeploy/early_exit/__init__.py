@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.files import sha256_of
 from tetdeploy.form import parse_json
+from tetdeploy.steps import check_count
 
 Criterion = Literal["confidence", "margin"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
@@ -35,7 +36,7 @@ class Exit:
         min_T: the fewest steps that an image takes.
 
     Raises:
-        ValueError: the criterion is unknown, or a number out of range.
+        ValueError: the criterion is unknown, a number out of range, or min_T not whole.
     """
 
     threshold: float
@@ -47,8 +48,7 @@ class Exit:
             raise ValueError(f"unknown criterion {self.criterion!r}; choose {' or '.join(CRITERIA)}")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must lie in 0..1, got {self.threshold}; 1 stops no image early")
-        if self.min_T < 1:
-            raise ValueError(f"min_T must be at least 1, got {self.min_T}")
+        check_count("min_T", self.min_T)
 
     def certain(self, mean_logits: NDArray[Any]) -> NDArray[np.bool_]:
         """Which images may stop, `[N]`, by the mean logits of their steps so far, `[N, K]`."""
