@@ -507,6 +507,18 @@ def test_refused_states() -> None:
         stream.state = good | {"u.lif2": good["u.lif2"][:1]}
     with pytest.raises(ValueError, match=r"u\.lif3 must be float32 .*, got float64"):
         stream.state = good | {"u.lif3": good["u.lif3"].astype(float)}
+    for value in (np.nan, -np.inf):
+        with pytest.raises(ValueError, match=r"the state is damaged: u\.lif2 holds NaN or infinite values"):
+            stream.state = good | {"u.lif2": good["u.lif2"] + np.float32(value)}
+    for state, got in ((None, "NoneType"), (5, "int"), ([*good], "list")):
+        with pytest.raises(ValueError, match=rf"the state must hold u\.lif1, u\.lif2, u\.lif3 by name; got {got}"):
+            stream.state = state  # type: ignore[assignment]
+    for u in (None, 5, good["u.lif1"].tolist()):
+        with pytest.raises(ValueError, match=r"u\.lif1 must be float32 \[2, 8, 8, 8\], got (object|int64|float64) "):
+            stream.state = good | {"u.lif1": u}  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="; got 1, 2"):
+        stream.state = {1: good["u.lif1"], 2: good["u.lif2"]}  # type: ignore[dict-item]
+    assert all(not u.any() for u in stream.state.values())
 
 
 def test_the_callers_buffer_may_be_filled_anew() -> None:

@@ -26,13 +26,23 @@ class StepResult:
     t: int
 
 
+def check_finite(state: Mapping[str, Array]) -> None:
+    """Refuse a state after which answers would be wrong, and look as others do.
+
+    Raises:
+        ValueError: some of it is NaN or infinite.
+    """
+    if broken := [name for name, value in state.items() if not np.isfinite(value).all()]:
+        raise ValueError(f"the state is damaged: {broken[0]} holds NaN or infinite values")
+
+
 class Stream:
     """Frames in, answers out, with the LIF state kept in between. Made by `Engine.stream`.
 
     Attributes:
         t: steps since the last reset.
         state: every membrane by its input's name, `u.<neurons> [N, ...]` float32; may be saved and put back. Another
-            set of names, shape or dtype raises ValueError.
+            set of names, shape or dtype, and NaN or infinite values, raise ValueError.
     """
 
     def __init__(self, engine: Engine, batch: int, session: Any = None) -> None:
@@ -59,12 +69,16 @@ class Stream:
     @state.setter
     def state(self, state: Mapping[str, Array]) -> None:
         wanted = {name: (self.batch, *shape) for name, _, shape in self._states}
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the state must hold {', '.join(wanted)} by name; got {type(state).__name__}")
         if set(state) != set(wanted):
-            raise ValueError(f"the state must hold {', '.join(wanted)}; got {', '.join(state) or 'nothing'}")
-        for name, u in state.items():
+            raise ValueError(f"the state must hold {', '.join(wanted)}; got {', '.join(map(str, state)) or 'nothing'}")
+        copies = {name: np.array(u, order="C") for name, u in state.items()}
+        for name, u in copies.items():
             if u.shape != wanted[name] or u.dtype != np.float32:
                 raise ValueError(f"{name} must be float32 {list(wanted[name])}, got {u.dtype} {list(u.shape)}")
-        self._u = {name: u.copy() for name, u in state.items()}
+        check_finite(copies)
+        self._u = copies
 
     def push(self, x: Array | None = None) -> StepResult:
         """Run the next step, or the next T steps of an unrolled graph.

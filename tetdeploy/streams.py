@@ -20,7 +20,7 @@ from tetdeploy.engine import Array, Engine
 from tetdeploy.files import atomic_write, opened_npz
 from tetdeploy.runtimes.native_session import zeros_last
 from tetdeploy.steps import check_count
-from tetdeploy.stream import StepResult
+from tetdeploy.stream import StepResult, check_finite
 
 _PREFIX = "carried."  # of the arrays' names in a file
 _MOST_STEPS = 2**62  # of a state, so that int64 counts those that come
@@ -290,8 +290,7 @@ class StreamPool:
         kinds = {name: (value.shape, value.dtype) for name, value in given.items()}
         if kinds != wanted or not 0 <= state.t <= _MOST_STEPS:
             raise ValueError(f"the state is damaged: it does not hold what a stream of {self.engine.path.name} carries")
-        if broken := [name for name, value in given.items() if not np.isfinite(value).all()]:
-            raise ValueError(f"the state is damaged: {broken[0]} holds NaN or infinite values")
+        check_finite(given)
 
 
 class _Rows:
