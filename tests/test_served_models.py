@@ -20,7 +20,7 @@ from tetdeploy.agreement import load_reference
 from tetdeploy.early_exit import exit_path
 from tetdeploy.engine import Array, Engine
 from tetdeploy.files import sha256_of
-from tetdeploy.serve.models import Bounds, ServedModel, step_energy_pj
+from tetdeploy.serve.models import _NUM_MEASURED, Bounds, ServedModel, step_energy_pj
 from tetdeploy.serve.scheduler import CallFailedError, Limits
 from tetdeploy.serve.sequences import UnknownSequenceError
 from tetdeploy.streams import StreamPool
@@ -93,11 +93,15 @@ def test_steps_of_a_lost_sequence_were_not_taken() -> None:
     run(scenario())
 
 
-def test_a_steps_energy_is_its_share_of_a_sweeps() -> None:
-    engine = Engine(exported("step"), threads=1)
+@pytest.mark.parametrize(("layout", "options", "T"), [("step", {}, 4), ("unrolled", {"T": 3}, 3)])
+def test_a_steps_energy_is_its_share_of_a_sweeps(layout: str, options: dict[str, Any], T: int) -> None:
+    """As docs/serving.md has it: of the first 32 images, at the T of the training, or an unrolled graph's own."""
+    engine = Engine(exported(layout, **options), threads=1)
     reference = load_reference(engine)
-    (row,) = sweep(engine, reference.x[:32], reference.labels[:32], (reference.T,), num_timed=1).rows
-    assert step_energy_pj(engine, 1) == pytest.approx(row.energy_pj / reference.T, rel=1e-6)
+    (row,) = sweep(engine, reference.x[:32], reference.labels[:32], (T,), num_timed=1).rows
+    assert step_energy_pj(engine, 1) == pytest.approx(row.energy_pj / T, rel=1e-6)
+    document = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert f"over the first {_NUM_MEASURED} reference images beside the model" in document
 
 
 def test_the_energy_counted_is_that_of_all_images_steps_in_joules() -> None:

@@ -214,8 +214,8 @@ def _part(result: Result, rows: slice) -> Result:
 
 def step_energy_pj(engine: Engine, threads: int | None) -> float | None:
     """An estimate of what one step costs: the mean over the first reference images beside the model, run for the T of
-    the training, by the convention `paper`. None where there are none, or on a GPU. By an engine of its own, since the
-    counting graph is not needed again."""
+    the training (of an unrolled graph, its own), by the convention `paper`. None where there are none, or on a GPU. By
+    an engine of its own, since the counting graph is not needed again."""
     if engine.device != "cpu":
         return None
     counting = Engine(engine.path, runtime=engine.runtime, threads=threads, native=False)
