@@ -39,8 +39,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
     if request.param > native.vector_bytes():
         pytest.skip("this processor has shorter vector registers")
     monkeypatch.setattr(native, "vector_bytes", lambda: request.param)
-    for name, limit in (("MOST_ADDED", 255), ("LEAST_ADDED", 1)):
-        monkeypatch.setattr(f"tetdeploy.native.convolution.{name}", limit)
+    for name, limit in (("convolution.MOST_ADDED", 255), ("convolution.LEAST_ADDED", 1)):
+        monkeypatch.setattr(f"tetdeploy.native.{name}", limit)
+    monkeypatch.setattr("tetdeploy.native.int8_convolutions.LEAST_WEIGHTS", 1)
     return "additions"
 
 
@@ -239,12 +240,14 @@ def test_others_stay(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("outputs", "inputs", "most", "added"),
     [
-        (32, 32, 1, True),
-        (32, 32, 2, True),
-        (31, 32, 1, False),
-        (32, 31, 1, False),
-        (32, 32, 3, False),
-        (32, 32, 0, False),
+        (64, 32, 1, True),
+        (32, 64, 2, True),
+        (48, 48, 1, True),
+        (32, 32, 1, False),
+        (31, 96, 1, False),
+        (96, 31, 1, False),
+        (64, 64, 3, False),
+        (64, 64, 0, False),
     ],
 )
 def test_additions_where_they_are_the_faster_way(outputs: int, inputs: int, most: int, added: bool) -> None:

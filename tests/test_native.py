@@ -546,6 +546,34 @@ def test_states_with_channels_last_have_the_same_bits(tmp_path: Path, monkeypatc
     np.testing.assert_array_equal(pushed[0][21].logits, pushed[0][5].logits)
 
 
+class Nested(Mixed):
+    """Neurons that have others within, named as what has its channels last might be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.between = nn.Conv2d(6, 6, 3, padding=1)
+            self.lif1.last = LIF(v_th=0.3)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.encode(x)
+        spikes = self.lif1(current.unsqueeze(0).expand(T, *current.shape))
+        spikes = self.lif1.last(self.between(spikes.flatten(0, 1)).unflatten(0, (T, -1)))
+        spikes = self.lif2(self.between(spikes.flatten(0, 1)).unflatten(0, (T, -1)))
+        logits: Tensor = self.readout(spikes.flatten(2))
+        return logits
+
+
+def test_neurons_of_any_name_keep_their_own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LEAST_CHANNELS", "LEAST_ADDED"):
+        monkeypatch.setattr(f"tetdeploy.native.convolution.{name}", 1)
+    unchecked(Nested(), tmp_path / "m.onnx", ExportConfig("step", T=4))
+    assert {"u.lif1", "u.lif1.last"} < {name for name, _ in states_of(tmp_path / "m.onnx")}
+    plain, fast = (Engine(tmp_path / "m.onnx", native=native).run(digits().images, 3) for native in (False, True))
+    np.testing.assert_allclose(plain.logits, fast.logits, rtol=1e-4, atol=1e-5)
+
+
 def quantised_again(scale: str, zero: str, **constants: Array) -> list[str]:
     """The operators that `turn_bytes` leaves of bytes that become numbers, are turned and become bytes."""
     nodes = [

@@ -2,9 +2,9 @@
 
 ONNX Runtime runs one operator after the other, and between two of them a tensor goes through memory. What stands
 between two convolutions of a spiking network (scales of the currents, residual sums, leak, threshold and reset of
-every step) is one operator here, in C, with the same bits, and others are its convolutions: of spikes where the
-processor has AVX2 or AMX, of int8 where it has AMX. Model files do not know of them: they are put in when a model
-is loaded, into the graph that ONNX Runtime has optimised for the machine.
+every step) is one operator here, in C, with the same bits, and others are its convolutions of spikes where the
+processor has AVX2 or AMX, in int8 where it has AMX, or AVX2 without VNNI. Model files do not know of them: they are put
+in when a model is loaded, into the graph that ONNX Runtime has optimised for the machine.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def missing() -> str | None:
 
 
 def last_name(name: str) -> str:
-    """What a tensor is called whose channels were the second axis, and are the last."""
-    return f"{name}.last"
+    """What a tensor is called whose channels were the second axis, and are the last; no layer's has a colon."""
+    return f"{name}:last"
 
 
 def has_tiles() -> bool:

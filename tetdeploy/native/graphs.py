@@ -31,8 +31,17 @@ def without_weights(model: onnx.ModelProto, largest: int) -> onnx.ModelProto:
 
 
 def leading_to(outputs: Iterable[onnx.ValueInfoProto], nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Those of `nodes` that lead to `outputs`, each behind what it reads."""
-    made = {name: k for k, node in enumerate(nodes) for name in node.output}
+    """Those of `nodes` that lead to `outputs`, each behind what it reads.
+
+    Raises:
+        ValueError: two of them make one value.
+    """
+    made = dict[str, int]()
+    for k, node in enumerate(nodes):
+        for name in filter(None, node.output):
+            if name in made:
+                raise ValueError(f"two nodes make {name}")
+            made[name] = k
     order, seen = list[int](), set[int]()
     stack = [(made[output.name], False) for output in reversed(list(outputs)) if output.name in made]
     while stack:

@@ -3,6 +3,7 @@ and of spikes by additions (`additions.c`) where it has AVX2, but no instruction
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from tetdeploy.native.whole_numbers import WholeNumbers
 
 Way = Literal["tiles", "plain", "additions"]
 MOST = 2**31 // 128  # inputs of 1 that may add up within int32
+LEAST_WEIGHTS = 2048  # of a tap, of which additions are the faster way
 
 
 def best_way() -> Way | None:
@@ -33,7 +35,7 @@ def put_int8_convolutions(graph: onnx.GraphProto, wholes: WholeNumbers, way: Way
     Args:
         wholes: of `graph`.
         way: in tiles, or in plain C, which is slow; or additions, of which inputs must be spikes or sums of few, and
-            channels at least 32.
+            weights enough.
 
     Returns: how many there are.
     """
@@ -77,6 +79,8 @@ def _convolution(
     if way == "additions":
         whole = wholes.of(x)
         if whole is None or whole.most * digits[0].size > MOST or not can_add(whole.most, weights):
+            return None
+        if math.prod(weights.dims[:2]) < LEAST_WEIGHTS:
             return None
         op, packed, order = "Int8Additions", rows_of(digits.astype(np.int16), whole.most), f"rows{whole.most}"
         own |= {"most": whole.most, "vector_bytes": native.vector_bytes()}

@@ -240,7 +240,7 @@ def _reduced(node: onnx.NodeProto, last: str, axes: Sequence[int]) -> list[onnx.
     the node itself if it is neither."""
     read, keeps = [last, _axes_name(node)], attribute(node, "keepdims", 1)
     if node.op_type == "ReduceMean" and keeps and axes == [2, 3]:
-        mean = helper.make_node("ReduceMean", read, [f"{node.output[0]}.last"])
+        mean = helper.make_node("ReduceMean", read, [last_name(node.output[0])])
         return [mean, helper.make_node("Transpose", mean.output, node.output, perm=TO_FIRST)]
     left = [TO_LAST.index(axis) for axis in range(4) if axis not in axes]
     if node.op_type == "ReduceSum" and not keeps and left == sorted(left):
@@ -249,7 +249,7 @@ def _reduced(node: onnx.NodeProto, last: str, axes: Sequence[int]) -> list[onnx.
 
 
 def _axes_name(node: onnx.NodeProto) -> str:
-    return f"{node.output[0]}.axes.last"
+    return last_name(f"{node.output[0]}.axes")
 
 
 def _is_exact(kind: Kind, axes: Sequence[int], whole: Whole | None) -> bool:
