@@ -15,7 +15,7 @@
 #include "convolution.h"
 
 #define ROW 256            /* bytes of the weights that are added at once: of 64 output channels, in int8 of 128 */
-#define MOST_ADDITIONS 255 /* without an overflow: 2^23 times as many fit into int32, -128 into int16 */
+#define MOST_ADDITIONS 255 /* without an overflow: of 24 bits into int32, of 8 into int16 */
 #define MOST_ROWS 128      /* fill 32 KB of the cache */
 #define GROUP 64           /* outputs in a grain */
 #define LOWEST_FIRST (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) /* of the bytes of a word */
@@ -101,10 +101,11 @@ FOR_EACH_CPU static void widen(Int8Sums* sums, size_t p) {
   sums->added[p] = 0;
 }
 
-/* What is added to them: the weights of a chunk and tap, and the lists, `tap` behind those of the first. */
+/* What is added to them: the weights of a chunk of `rows` and a tap, of which a row takes so many lines of the cache, as
+ * the lists say, `tap` behind those of the first. */
 typedef struct {
   const char *weights, *first_lists[GROUP];
-  size_t tap, outputs, lines, rows; /* lines of the cache that a row of weights takes */
+  size_t tap, outputs, lines, rows;
 } Addition;
 
 /* For `n` lines, in vector registers of `bytes`. */
@@ -223,7 +224,7 @@ FOR_EACH_CPU static void put_together(float* y, const int32_t* high, const int32
   }
 }
 
-static void multiply(void* argument, size_t grain) {
+static void multiply_float(void* argument, size_t grain) {
   const Call* call = argument;
   const Kernel* kernel = call->kernel;
   const Part part = part_of(call, grain);
@@ -286,21 +287,18 @@ static OrtStatusPtr fill_int8(Kernel* kernel, const OrtKernelInfo* info, int64_t
   return fill(kernel, info, sizeof(int16_t), shape);
 }
 
+#define ADDITIONS_WAY .rank = 6, .lay_out = lay_out, .spread_row = spread_row
 const Way SPIKE_ADDITIONS = {.name = "SpikeAdditions",
-                       .rank = 6,
-                       .weight = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
-                       .bias = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
-                       .output = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
-                       .fill = fill_float,
-                       .lay_out = lay_out,
-                       .spread_row = spread_row,
-                       .multiply = multiply};
+                             .weight = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
+                             .bias = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+                             .output = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+                             .fill = fill_float,
+                             .multiply = multiply_float,
+                             ADDITIONS_WAY};
 const Way INT8_ADDITIONS = {.name = "Int8Additions",
-                            .rank = 6,
                             .weight = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16,
                             .bias = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
                             .output = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
                             .fill = fill_int8,
-                            .lay_out = lay_out,
-                            .spread_row = spread_row,
-                            .multiply = multiply_int8};
+                            .multiply = multiply_int8,
+                            ADDITIONS_WAY};

@@ -34,7 +34,7 @@ def fuse_model(model: bytes, states: Sequence[tuple[str, str]] = ()) -> bytes | 
     the processor has what they need, its convolutions of spikes and of int8; None of one without.
 
     Args:
-        states: its inputs and outputs that may get channels last and other names (`layout.last_name`), in pairs.
+        states: its inputs and outputs that may get channels last and other names (`native.last_name`), in pairs.
 
     Raises:
         OSError: no temporary file can be written.

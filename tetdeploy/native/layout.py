@@ -96,7 +96,7 @@ def keep_last(
         writer = _ToLast(graph, kinds, elementwise, numbers, neuron_steps, turned)
         for k, node in enumerate(graph.node):
             writer.take(k, node)
-        outputs = writer.outputs()
+        outputs = writer.finish()
         nodes = leading_to(outputs, reading(writer.instead, writer.nodes))
         stuck = {name for node in nodes if node.op_type == "Transpose" for name in (*node.input, *node.output)}
         staying = [(read, made) for read, made in turned if not {read, last_name(made)} & stuck]
@@ -184,9 +184,9 @@ class _ToLast:
             self._turn(node)
             self.computed |= {name: self.last[name] for name in node.output}
 
-    def outputs(self) -> list[onnx.ValueInfoProto]:
-        """The graph's, when all nodes have been taken."""
-        turned = {made for _, made in self._states}
+    def finish(self) -> list[onnx.ValueInfoProto]:
+        """What the graph gives, when all nodes have been taken."""
+        turned = [made for _, made in self._states]
         for made in turned:
             if made not in self.computed:
                 self._name_last(made)
