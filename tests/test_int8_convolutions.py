@@ -37,7 +37,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
     if isinstance(request.param, str):
         return request.param  # type: ignore[return-value]
     if request.param > native.vector_bytes():
-        pytest.skip("this processor has shorter vector registers")
+        pytest.skip("this processor, or its system, cannot")
     monkeypatch.setattr(native, "vector_bytes", lambda: request.param)
     for name, limit in (("convolution.MOST_ADDED", 255), ("convolution.LEAST_ADDED", 1)):
         monkeypatch.setattr(f"tetdeploy.native.{name}", limit)

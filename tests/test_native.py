@@ -507,7 +507,7 @@ def states_of(path: Path) -> list[tuple[str, str]]:
     return [(state["input"], state["output"]) for state in Engine(path, native=False).metadata["states"]]
 
 
-@pytest.mark.skipif(native.missing() is not None or not has_additions(), reason="this processor has no AVX2")
+@pytest.mark.skipif(native.missing() is not None or not has_additions(), reason="this processor, or its system, cannot")
 def test_states_with_channels_last_have_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever states go: from step to step, in a pool, out of one engine and into the other."""
     path, x = tmp_path / "m.onnx", residual_images()
