@@ -72,7 +72,7 @@ class Engine:
         else None), trained_T (of the training), precision (`fp32`, `fp16` or `int8`), encoding (`direct` or `frames`),
         input_shape `(C, H, W)`, input_dtype, class_names, min_batch and max_batch (least and most images in a call,
         None is any), native and cuda_graphs (whether it does), states_last (state inputs `[N, C, H, W]` that it need
-            not copy if their channels lie last in memory).
+        not copy if their channels lie last in memory).
 
     Raises:
         ValueError: the file is no ONNX model, none of ours, or not what its metadata say; the device is unknown or its
