@@ -324,7 +324,7 @@ def save(figure: Any, path: Path, scale: str) -> None:
 @click.command()
 @click.argument("what", type=click.Choice(list(TABLES)))
 @click.option("--smoke", "scale", flag_value="smoke", help="Digits and a small network: minutes on two cores.")
-@click.option("--small", "scale", flag_value="small", help="Fashion-MNIST and a small network: an hour or more.")
+@click.option("--small", "scale", flag_value="small", help="Fashion-MNIST and a small network: an hour or two.")
 @click.option("--out", type=click.Path(path_type=Path), help="Results and runs. [default: results/WHAT[-SCALE]]")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
 def main(what: str, scale: str | None, out: Path | None, data_dir: Path) -> None:

@@ -84,6 +84,8 @@ def test_a_run_and_what_has_no_export(runs: Path) -> None:
     assert len(smooth["accuracy"]) == 4
     assert "runs/ann (ANN)" in result.output and "an ANN has no time" in result.output
     assert content["versions"]["torch"] == torch.__version__
+    assert result.output.endswith("next: tetdeploy export runs/snn\n")
+    assert "next" not in run("runs/ann", "runs/smooth", "--T", "1", "--limit", "9").output
 
 
 def test_parts_limits_and_the_default(runs: Path) -> None:

@@ -82,13 +82,15 @@ def evaluate(
     checkpoints = checkpoints or (newest_run(runs),)
     on = pick_device(device)
     chosen = pick_precision(precision, on)
-    rows = []
+    rows, exportable = [], list[Path]()
     for path in checkpoints:
         file = weights_file(path)
         metadata = read_metadata(file)
         classifier = load_classifier(file, metadata, model)
         images = _images(data or metadata["data"]["name"], split, limit, data_dir, metadata, classifier)
         wanted = _steps(steps, classifier, trained_T(metadata))
+        if not classifier.config.ann and not classifier.config.smooth_spike:
+            exportable.append(path)
         accuracy = _measure(str(path), classifier, images, max(wanted), batch_size, on, chosen)
         rows.append(
             {
@@ -106,6 +108,9 @@ def evaluate(
     _print(result)
     if json_path is not None:
         console.print(str(json_path), markup=False)
+    if exportable:
+        own = f" --model {model}" if model else ""
+        console.print(f"next: tetdeploy export {exportable[0]}{own}", markup=False)
 
 
 def _images(
