@@ -6,17 +6,20 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 from onnx import helper
 
 from tetdeploy.native import DOMAIN
-from tetdeploy.native.graphs import Kind, attribute
+from tetdeploy.native.graphs import attribute
 from tetdeploy.native.programs import Op, Program
 from tetdeploy.native.scans import NeuronStep
 from tetdeploy.native.whole_numbers import COMPARISONS
+
+if TYPE_CHECKING:
+    from tetdeploy.native.regions import Regions
 
 BINARY = {
     "Add": Op.ADD,
@@ -44,40 +47,6 @@ NUMBER_LEFT = {
 
 class UnfusableError(Exception):
     """No program can be written for a region, its argument."""
-
-
-class Regions(Protocol):
-    """What a program is written from: a graph whose nodes are known by their place in it, and its regions.
-
-    Attributes:
-        kinds: of the tensors.
-        producer: the node that makes a tensor.
-        numbers: constants of one number.
-        sizes: constants of whole numbers, such as lengths.
-        steps: the input that has the steps.
-        region: that each node belongs to, by the place of its first; none of those outside.
-        joins: the `Concat`s that a tensor is part of.
-        neurons: that the nodes stand for which `take_out_scans` left.
-    """
-
-    nodes: list[onnx.NodeProto]
-    kinds: Mapping[str, Kind]
-    producer: dict[str, int]
-    numbers: dict[str, np.generic]
-    sizes: dict[str, Any]
-    steps: str
-    region: dict[int, int]
-    joins: defaultdict[str, list[int]]
-    neurons: dict[int, NeuronStep]
-
-    def region_of(self, name: str) -> int | None:
-        """The region that makes a value."""
-
-    def inline_producer(self, name: str) -> onnx.NodeProto | None:
-        """The node outside all regions that makes a value, if those that read it do its work."""
-
-    def repeated(self, name: str) -> str | None:
-        """The tensor `[N, ...]` that `name [T * N, ...]` repeats for each step, if it does."""
 
 
 class RegionWriter:

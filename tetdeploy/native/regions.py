@@ -44,16 +44,27 @@ def fuse(
     kinds = dict(kinds)
     # A region that nobody reads has no program.
     put_nodes(model.graph, leading_to(model.graph.output, model.graph.node))
-    graph = _Graph(model.graph, kinds, neuron_steps)
+    graph = Regions(model.graph, kinds, neuron_steps)
     for keep in (keep_blocked, partial(keep_last, neuron_steps=neuron_steps, states=states)):
         elementwise = {k for k in range(len(graph.nodes)) if k in graph.region or graph.inline[k]}
         if keep(model.graph, kinds, elementwise, graph.numbers.keys() | graph.sizes.keys()):
-            graph = _Graph(model.graph, kinds, neuron_steps)
+            graph = Regions(model.graph, kinds, neuron_steps)
     return graph.fuse()
 
 
-class _Graph:
-    """A graph whose nodes are known by their place in it."""
+class Regions:
+    """A graph whose nodes are known by their place in it, and its regions.
+
+    Attributes:
+        kinds: of the tensors.
+        producer: the node that makes a tensor.
+        numbers: constants of one number.
+        sizes: constants of whole numbers, such as lengths.
+        steps: the input that has the steps.
+        region: that each node belongs to, by the place of its first; none of those outside.
+        joins: the `Concat`s that a tensor is part of.
+        neurons: that the nodes stand for which `take_out_scans` left.
+    """
 
     def __init__(self, graph: onnx.GraphProto, kinds: Mapping[str, Kind], neuron_steps: Sequence[NeuronStep]) -> None:
         self.graph, self.kinds, self.nodes = graph, kinds, list(graph.node)
@@ -69,7 +80,7 @@ class _Graph:
                 self.read_by[name].append(node)
         self.wholes = WholeNumbers(graph, neuron_steps)
         self.inline = [self._is_inline(node) for node in self.nodes]
-        self.joins = defaultdict[str, list[int]](list)  # the Concats that a value is part of
+        self.joins = defaultdict[str, list[int]](list)
         self.region: dict[int, int] = {}
         self._connect()
         self.neurons = self._find_neurons(neuron_steps)
@@ -167,6 +178,7 @@ class _Graph:
         return self.region.get(self.producer.get(name, -1))
 
     def inline_producer(self, name: str) -> onnx.NodeProto | None:
+        """The node outside all regions that makes a value, if those that read it do its work."""
         k = self.producer.get(name)
         return self.nodes[k] if k is not None and self.inline[k] else None
 
