@@ -34,18 +34,9 @@ from torch import Tensor, nn
 
 import tetdeploy
 from tetdeploy import folding
+from tetdeploy.agreement import reference_path
 from tetdeploy.engine import Engine
-from tetdeploy.export import (
-    ExportConfig,
-    Exported,
-    ParityError,
-    description,
-    export_model,
-    gate,
-    model,
-    neuron_steps,
-    reference_path,
-)
+from tetdeploy.export import ExportConfig, Exported, ParityError, description, export_model, gate, model, neuron_steps
 from tetdeploy.export.config import GPU_TARGETS
 from tetdeploy.export.counters import spikes_overlay
 from tetdeploy.export.trained import Trained
