@@ -137,7 +137,7 @@ def compare(
         spikes = [by_name[f"spikes.{name}"] for name in names]
         by_image.append(sums.add(batch, per_step, spikes, state)[1])
         if part.start < _NUM_LOCAL:
-            sums.add_local(batch, per_step, spikes, state)
+            sums.add(batch, per_step, spikes, state, replacing=True)
     parity = _parity(sums, T)
     if not parity.differs:
         return parity
@@ -156,7 +156,7 @@ def compare_folded(reduced: TracedNetwork, engine: Engine, x: NDArray[Any], T: i
     for part in parts(len(x), _BATCH):
         per_step, spikes = run_torch(reduced.classifier, x[part], T)
         sums.add(x[part], per_step, spikes)
-        sums.add_local(x[part], per_step, spikes)
+        sums.add(x[part], per_step, spikes, replacing=True)
     return _parity(sums, T)
 
 
