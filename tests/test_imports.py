@@ -26,8 +26,9 @@ MODULES = [
     *(
         f"tetdeploy.{name}"
         for name in (
-            *("agreement", "bench", "cli", "data", "energy", "engine", "inspection", "model_file", "native", "report"),
+            *("agreement", "bench", "cli", "data", "energy", "engine", "inspection", "model_file", "native"),
             *("early_exit.savings", "early_exit.threshold", "resumable", "serve", "stream", "streams", "sweep"),
+            *("report.sweep_plot", "report.tables"),
             *("runtimes.nvidia", "runtimes.onnxruntime_gpu", "runtimes.openvino_session", "runtimes.sessions"),
         )
     ),

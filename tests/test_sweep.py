@@ -28,8 +28,9 @@ from tetdeploy.energy import CONVENTIONS, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.picojoules import CONSTANTS, EnergyConstants
 from tetdeploy.provenance import images_sha256
-from tetdeploy.report import count, energy, layers_table, other_ops_table, plot_sweep, sweep_table
-from tetdeploy.report.tables import BILLS
+from tetdeploy.report.numbers import count, energy
+from tetdeploy.report.sweep_plot import plot_sweep
+from tetdeploy.report.tables import BILLS, layers_table, other_ops_table, sweep_table
 from tetdeploy.steps import parse_steps
 from tetdeploy.sweep import Row, Sweep, Tally, check_logits, sweep
 

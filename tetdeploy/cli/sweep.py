@@ -130,7 +130,8 @@ def run_sweep(
 
 
 def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> None:
-    from tetdeploy.report import energy, sweep_table
+    from tetdeploy.report.numbers import energy
+    from tetdeploy.report.tables import sweep_table
 
     trained_T = engine.trained_T
     console.print(f"{result.model}   {result.num_samples:,} images of {result.data}   {engine.layout}", markup=False)
@@ -148,7 +149,7 @@ def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> No
 
 def print_details(result: Sweep, engine: Engine, conventions: Sequence[str], *, layers: bool, other_ops: bool) -> None:
     """What the options ask for below the table, at the T of the training or else the largest."""
-    from tetdeploy.report import layers_table, other_ops_table
+    from tetdeploy.report.tables import layers_table, other_ops_table
 
     steps, trained_T = [row.T for row in result.rows], engine.trained_T
     T = trained_T if trained_T in steps else max(steps)
@@ -187,7 +188,7 @@ def save_sweep(result: Sweep, engine: Engine, json_path: Path, picture: Path) ->
     """Write JSON, and where matplotlib is there PNG; returns what was written."""
     from tetdeploy.extras import MissingExtraError
     from tetdeploy.files import write_json
-    from tetdeploy.report import plot_sweep
+    from tetdeploy.report.sweep_plot import plot_sweep
 
     write_json(json_path, result.to_dict())
     try:
