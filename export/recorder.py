@@ -68,10 +68,10 @@ class SpikeComparison(NeuronRecorder):
     def __init__(
         self,
         others: Sequence[NDArray[Any]],
-        state: Sequence[Tensor] | None = None,
+        state: Sequence[Tensor] | None,
         *,
-        replacing: bool = False,
-        watch: Watch | None = None,
+        replacing: bool,
+        watch: Watch | None,
     ) -> None:
         super().__init__(state)
         self.others, self.replacing, self.watch = others, replacing, watch

@@ -61,7 +61,7 @@ class Pass:
         labels: NDArray[np.int64],
         T: int,
         *,
-        batch_size: int = 32,
+        batch_size: int,
         beside: Beside | None = None,
         num_beside: int = 0,
     ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -54,8 +54,8 @@ class Sweep:
     data: str
     num_samples: int
     rows: tuple[Row, ...]
-    origin: dict[str, Any] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any]
+    details: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         value = asdict(self)

@@ -58,14 +58,15 @@ class TrainState:
     losses: Tensor
     correct: Tensor
     average: dict[str, Tensor]
-    seconds: float = 0.0
-    best: Best | None = None
-    precision: str = ""
+    seconds: float
+    best: Best | None
+    precision: str
 
     @classmethod
     def start(cls, steps_per_epoch: int, device: torch.device, average: dict[str, Tensor]) -> TrainState:
         losses = torch.zeros(steps_per_epoch, device=device)
-        return cls(0, 0, losses, torch.zeros(steps_per_epoch, dtype=torch.int64, device=device), average)
+        correct = torch.zeros(steps_per_epoch, dtype=torch.int64, device=device)
+        return cls(0, 0, losses, correct, average, seconds=0.0, best=None, precision="")
 
     def weights(self, network: nn.Module) -> dict[str, Tensor]:
         """All tensors of the run but the optimizer's: the network's, their averages, the running epoch's numbers."""

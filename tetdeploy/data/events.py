@@ -34,7 +34,7 @@ class Binning:
         by: "count" gives each frame the same number of events (to one), "time" the same time.
     """
 
-    T: int = 10
+    T: int
     by: Literal["count", "time"] = "count"
 
     def __post_init__(self) -> None:

@@ -226,7 +226,7 @@ class FoundThreshold:
     loss: float
     point: ThresholdResult
     shown: Mapping[float, ThresholdResult]
-    confident: bool = True
+    confident: bool
 
     @property
     def T(self) -> int:

@@ -139,7 +139,7 @@ METHODS: dict[str, Callable[[CurrentHistogram], CurrentScale]] = {
 
 @torch.no_grad()
 def record_currents(
-    graph_module: fx.GraphModule, batches: Iterable[Tensor], tick: Callable[[int], None] | None = None
+    graph_module: fx.GraphModule, batches: Iterable[Tensor], tick: Callable[[int], None] | None
 ) -> tuple[dict[str, CurrentHistogram], Tensor]:
     """Run a folded network on batches of calibration images and gather what its spiking convolutions put out.
 

@@ -37,7 +37,7 @@ class _SubsampledConv(nn.Conv2d):
         return functional.conv2d(x[..., ::rows, ::columns], self.weight, self.bias)
 
 
-def firing_linear(in_features: int, features: int, *, v_th: float = 1.0) -> nn.Linear:
+def firing_linear(in_features: int, features: int, *, v_th: float) -> nn.Linear:
     """A linear layer in front of neurons, without a BN between: its weights start so that the neurons fire.
 
     Their currents start with a standard deviation of v_th, as tdBN gives it, where the input is firing rates of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Measurement:
     name: str
     content: dict[str, Any]
     files: tuple[Path, ...]
-    run: Run | None = None
+    run: Run | None
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -108,8 +108,8 @@ class Results:
     """All of a report; `notes` say what a reader must know before comparing, `benches` are timings by name."""
 
     sources: tuple[Source, ...]
-    notes: tuple[str, ...] = ()
-    benches: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...]
+    benches: Mapping[str, dict[str, Any]]
 
     @property
     def measurements(self) -> list[Measurement]:

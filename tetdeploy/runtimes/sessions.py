@@ -35,9 +35,7 @@ class Sessions:
         sha256: of the file.
     """
 
-    def __init__(
-        self, path: Path, *, device: str, runtime: str, threads: int | None, cuda_graphs: bool = False
-    ) -> None:
+    def __init__(self, path: Path, *, device: str, runtime: str, threads: int | None, cuda_graphs: bool) -> None:
         check_runtime(runtime, device)
         if cuda_graphs and (device, runtime) != ("cuda", "onnxruntime"):
             raise ValueError(f"cuda_graphs is for ONNX Runtime on device cuda, not {runtime} on {device}")
