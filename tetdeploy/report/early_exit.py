@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tetdeploy.early_exit.threshold import images_to_prove, provable_loss
-from tetdeploy.report.numbers import energy, short
+from tetdeploy.report.numbers import energy, three_digits
 from tetdeploy.report.result_table import ResultTable
 from tetdeploy.report.tables import BILLS, hardware
 
@@ -106,8 +106,8 @@ def compared(early: Mapping[str, Any]) -> Iterator[Cells]:
     for name, key in BILLS.items():
         fixed, cost = early["fixed_cost"][key], early["cost"][key]
         yield labels[name], energy(fixed), energy(cost), _times(fixed, cost)
-    fixed, seconds = early["fixed_seconds"], early["seconds"]
-    yield "time of the run", f"{short(fixed)} s", f"{short(seconds)} s", f"{early['speedup']:.2f} × faster"
+    fixed, seconds = (f"{three_digits(early[key])} s" for key in ("fixed_seconds", "seconds"))
+    yield "time of the run", fixed, seconds, f"{early['speedup']:.2f} × faster"
 
 
 def lost(entry: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from tetdeploy.report.numbers import count, percent, short
+from tetdeploy.report.numbers import count, percent, three_digits
 from tetdeploy.report.result_table import ResultTable
 
 _KINDS = {
@@ -161,7 +161,7 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Table:
             "×".join(map(str, layer["strides"])) or "–",
             f"{layer['outputs']:,}",
             f"{layer['weights']:,}" + (" int8" if layer["precision"] == "int8" else ""),
-            short(fan_out),
+            three_digits(fan_out),
             count(layer["dense_ops"]),
         )
     return table

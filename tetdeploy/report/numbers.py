@@ -20,51 +20,45 @@ def rate(value: float | None) -> str:
     return text(value, lambda v: f"{v:.3f}")
 
 
-def operations(value: float | None) -> str:
-    return text(value, count)
-
-
-def joules(picojoules: float | None) -> str:
-    return text(picojoules, energy)
+def scientific(value: float | None) -> str:
+    """A small number: `1.2e-06`."""
+    return text(value, lambda v: f"{v:.1e}")
 
 
 def milliseconds(value: float | None) -> str:
-    return text(value, lambda v: f"{short(v)} ms")
+    return text(value, lambda v: f"{three_digits(v)} ms")
+
+
+def latency(milliseconds: float | None) -> str:
+    """To two decimals, for a column of them."""
+    return text(milliseconds, lambda v: f"{v:.2f} ms")
 
 
 def times(value: float | None) -> str:
-    return text(value, lambda v: f"{short(v)} ×")
+    return text(value, lambda v: f"{three_digits(v)} ×")
 
 
-def parts_per_million(value: float | None) -> str:
-    return text(value, ppm)
-
-
-def short_float(value: float | None) -> str:
-    return text(value, short)
-
-
-def count(number: float) -> str:
+def count(number: float | None) -> str:
     """A number of operations in engineering units: `1.66 M`."""
-    return _scaled(number, (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)))
+    return text(number, lambda v: _scaled(v, (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))))
 
 
-def energy(picojoules: float) -> str:
+def energy(picojoules: float | None) -> str:
     """An energy in engineering units: `1.92 µJ`."""
-    return _scaled(picojoules, (("mJ", 1e9), ("µJ", 1e6), ("nJ", 1e3), ("pJ", 1.0)))
+    return text(picojoules, lambda v: _scaled(v, (("mJ", 1e9), ("µJ", 1e6), ("nJ", 1e3), ("pJ", 1.0))))
 
 
-def ppm(rate: float) -> str:
+def ppm(rate: float | None) -> str:
     """A rate in parts per million: `0.15 ppm`."""
-    return f"{short(rate * 1e6)} ppm"
+    return text(rate, lambda v: f"{three_digits(v * 1e6)} ppm")
 
 
-def short(number: float) -> str:
+def three_digits(number: float | None) -> str:
     """Three digits, or all of a larger whole number: `0.15`, `12.3`, `1,230`."""
-    return f"{number:,.0f}" if number >= 99.5 else f"{number:.3g}"
+    return text(number, lambda v: f"{v:,.0f}" if v >= 99.5 else f"{v:.3g}")
 
 
 def _scaled(number: float, units: tuple[tuple[str, float], ...]) -> str:
     # what would be 1,000 by its three digits is 1 of the next unit
     unit, size = next((u for u in units if number >= 0.9995 * u[1]), units[-1])
-    return f"{short(number / size)} {unit}".rstrip()
+    return f"{three_digits(number / size)} {unit}".rstrip()

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from tetdeploy.energy import OTHER_OPS
-from tetdeploy.report.numbers import count, energy, short
+from tetdeploy.report.numbers import count, energy, three_digits
 from tetdeploy.report.result_table import ResultTable
 from tetdeploy.sweep import Sweep
 
@@ -36,7 +36,7 @@ def sweep_table(
             count(row.ac_ops),
             count(row.mac_ops),
             *map(energy, bills),
-            short(result.details["ann"]["energy_pj"] / bills[0]) if bills[0] else "-",
+            three_digits(result.details["ann"]["energy_pj"] / bills[0]) if bills[0] else "-",
             f"{row.latency_ms:.2f} ms",
         )
     return table
@@ -88,9 +88,9 @@ def bench_table(result: Mapping[str, Any]) -> Table:
 
 def bench_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of a bench under `BENCH_COLUMNS`."""
-    times = (f"{short(row[key])} ms" for key in ("median_ms", "p95_ms", "p99_ms"))
+    times = (f"{three_digits(row[key])} ms" for key in ("median_ms", "p95_ms", "p99_ms"))
     settings = (str(row[key]) for key in ("T", "threads", "batch"))
-    return (*settings, *times, short(row["images_per_s"]), str(row["calls"]))
+    return (*settings, *times, three_digits(row["images_per_s"]), str(row["calls"]))
 
 
 def hardware(machine: Mapping[str, Any]) -> str:

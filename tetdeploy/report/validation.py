@@ -8,29 +8,29 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from tetdeploy.report.numbers import count, energy, ppm
+from tetdeploy.report.numbers import count, energy, latency, percent, ppm, rate, scientific, text
 from tetdeploy.report.result_table import ResultTable
 from tetdeploy.report.tables import images_of
 
-Show = Callable[[Any], str]
+Show = Callable[[float | None], str]
 
 _COST: dict[str, tuple[str, Show]] = {
-    "accuracy": ("accuracy", "{:.2%}".format),
-    "firing_rate": ("firing\nrate", "{:.3f}".format),
+    "accuracy": ("accuracy", percent),
+    "firing_rate": ("firing\nrate", rate),
     "ac_ops": ("AC\nops", count),
     "mac_ops": ("MAC\nops", count),
     "energy_pj": ("energy", energy),
-    "latency_ms": ("latency", "{:.2f} ms".format),
-    "torch_latency_ms": ("PyTorch's\nlatency", "{:.2f} ms".format),
+    "latency_ms": ("latency", latency),
+    "torch_latency_ms": ("PyTorch's\nlatency", latency),
 }
 _AGREEMENT: dict[str, tuple[str, Show]] = {
-    "engine_accuracy": ("accuracy", "{:.2%}".format),
-    "torch_accuracy": ("PyTorch's", "{:.2%}".format),
-    "top1_agreement": ("top-1\nagreement", "{:.2%}".format),
+    "engine_accuracy": ("accuracy", percent),
+    "torch_accuracy": ("PyTorch's", percent),
+    "top1_agreement": ("top-1\nagreement", percent),
     "spike_mismatch_rate": ("spike\nmismatch", ppm),
     "local_mismatch_rate": ("each layer\nby itself", ppm),
     "spike_count_error": ("spike count\nerror", ppm),
-    "max_abs_logit_error": ("largest\nlogit error", "{:.1e}".format),
+    "max_abs_logit_error": ("largest\nlogit error", scientific),
 }
 _MARGINS = {"differing": "margin where\nthey differ", "local": "by itself,\nat first", "every": "every-\nwhere"}
 
@@ -79,7 +79,7 @@ def _reading(agreement: Mapping[str, Any]) -> str:
 def _neurons_table(neurons: Sequence[Mapping[str, Any]]) -> Table:
     """Layers of neurons: firing rate at the largest T, and how far they are from PyTorch's over all steps."""
     columns: dict[str, tuple[str, Show]] = {
-        "torch_firing_rate": ("PyTorch's", "{:.3f}".format),
+        "torch_firing_rate": ("PyTorch's", rate),
         "spike_mismatch_rate": ("spike\nmismatch", ppm),
         "local_mismatch_rate": ("by\nitself", ppm),
         "spike_count_error": ("spike count\nerror", ppm),
@@ -88,9 +88,9 @@ def _neurons_table(neurons: Sequence[Mapping[str, Any]]) -> Table:
     margins = _MARGINS if any("margin" in layer for layer in neurons) else {}
     table = _table("", "firing\nrate", *(columns[key][0] for key in shown), *margins.values())
     for layer in neurons:
-        cells = [f"{layer['rows'][-1]['firing_rate']:.3f}", *(_cell(columns, layer, key) for key in shown)]
+        cells = [rate(layer["rows"][-1]["firing_rate"]), *(columns[key][1](layer.get(key)) for key in shown)]
         medians = [layer["margin"][name]["median"] for name in margins]
-        table.add_row(layer["name"], *cells, *("–" if median is None else f"{median:.0e}" for median in medians))
+        table.add_row(layer["name"], *cells, *(text(median, "{:.0e}".format) for median in medians))
     return table
 
 
@@ -100,17 +100,12 @@ def _rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[s
     table = _table("T", *(columns[key][0] for key in shown))
     for row in rows:
         mark = "*" if row["T"] == trained_T else " "
-        table.add_row(f"{row['T']}{mark}", *(_cell(columns, row, key) for key in shown))
+        table.add_row(f"{row['T']}{mark}", *(columns[key][1](row.get(key)) for key in shown))
     return table
 
 
 def _with_values(columns: Mapping[str, tuple[str, Show]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in columns if any(row.get(key) is not None for row in rows)]
-
-
-def _cell(columns: Mapping[str, tuple[str, Show]], row: Mapping[str, Any], key: str) -> str:
-    value = row.get(key)
-    return "–" if value is None else columns[key][1](value)
 
 
 def _table(first: str, *headers: str) -> Table:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tetdeploy.report.document import Note, Plot, Row, Section
 from tetdeploy.report.drawing import Style, draw, energy_axis, energy_unit, mark, percent_axis, short, whole_numbers
-from tetdeploy.report.numbers import joules, percent
+from tetdeploy.report.numbers import energy, percent
 from tetdeploy.report.results import Measurement, Results
 
 _SHORT = 18
@@ -69,7 +69,7 @@ def _by_energy(results: Results) -> Plot | None:
         percent_axis(axes.yaxis)
 
     points = [
-        f"{m.name} at T={m.T}: {percent(m.headline.get('accuracy'))} for {joules(m.headline.get('energy_pj'))}"
+        f"{m.name} at T={m.T}: {percent(m.headline.get('accuracy'))} for {energy(m.headline.get('energy_pj'))}"
         for m in measured
     ]
     caption = _energy_caption(has_twin=bool(twins), has_trained_twin=bool(trained_twins))

@@ -7,21 +7,16 @@ from typing import Any
 
 from tetdeploy.report.document import NONE, Note, Section, Table
 from tetdeploy.report.merging import AGREEMENT, agrees
-from tetdeploy.report.numbers import joules, parts_per_million, percent, text
+from tetdeploy.report.numbers import energy, percent, ppm, scientific
 from tetdeploy.report.results import Measurement, Results
-
-
-def _small(value: float | None) -> str:
-    return text(value, lambda v: f"{v:.1e}")
-
 
 _COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("same class", "top1_agreement", percent),
     ("PyTorch's accuracy", "torch_accuracy", percent),
-    ("spikes that differ", "spike_mismatch_rate", parts_per_million),
-    ("by itself", "local_mismatch_rate", parts_per_million),
-    ("spike counts differ", "spike_count_error", parts_per_million),
-    ("logit error, largest", "max_abs_logit_error", _small),
+    ("spikes that differ", "spike_mismatch_rate", ppm),
+    ("by itself", "local_mismatch_rate", ppm),
+    ("spike counts differ", "spike_count_error", ppm),
+    ("logit error, largest", "max_abs_logit_error", scientific),
 )
 _NOTE = (
     "Same class: images for which both give the same answer. Spikes that differ: of all neurons and steps, in parts "
@@ -46,7 +41,7 @@ def gates(results: Results) -> Section | None:
 
 
 def _gate(name: str, gate: Mapping[str, Any]) -> tuple[str, ...]:
-    form, bound = (joules, "at most") if gate["key"] == "energy" else (percent, "at least")
+    form, bound = (energy, "at most") if gate["key"] == "energy" else (percent, "at least")
     held = "yes" if gate["passed"] else "NO"
     return name, str(gate["key"]), str(gate["T"]), f"{bound} {form(gate['wanted'])}", form(gate.get("got")), held
 
@@ -75,8 +70,8 @@ def _by_layer(m: Measurement) -> Table | None:
     rows = tuple(
         (
             entry["name"],
-            parts_per_million(entry["spike_mismatch_rate"]),
-            parts_per_million(entry.get("local_mismatch_rate")),
+            ppm(entry["spike_mismatch_rate"]),
+            ppm(entry.get("local_mismatch_rate")),
             _margin(entry, "local", "max"),
             _margin(entry, "every", "median"),
         )
@@ -90,4 +85,4 @@ def _by_layer(m: Measurement) -> Table | None:
 def _margin(entry: Mapping[str, Any], which: str, statistic: str) -> str:
     margin = entry.get("margin")
     found = margin.get(which) if isinstance(margin, dict) else None
-    return _small(found.get(statistic)) if isinstance(found, dict) else NONE
+    return scientific(found.get(statistic)) if isinstance(found, dict) else NONE

@@ -7,17 +7,17 @@ from typing import Any
 
 from tetdeploy.report.document import Note, Plot, Row, Section, Table
 from tetdeploy.report.drawing import draw, energy_unit, short, whole_numbers
-from tetdeploy.report.numbers import joules, milliseconds, operations, percent, rate, times
+from tetdeploy.report.numbers import count, energy, milliseconds, percent, rate, times
 from tetdeploy.report.results import Measurement, Results
 
 _COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("accuracy", "accuracy", percent),
     ("firing rate", "firing_rate", rate),
-    ("AC ops", "ac_ops", operations),
-    ("MAC ops", "mac_ops", operations),
-    ("energy", "energy_pj", joules),
-    ("energy, exact", "energy_exact_pj", joules),
-    ("energy, first layer once", "energy_once_pj", joules),
+    ("AC ops", "ac_ops", count),
+    ("MAC ops", "mac_ops", count),
+    ("energy", "energy_pj", energy),
+    ("energy, exact", "energy_exact_pj", energy),
+    ("energy, first layer once", "energy_once_pj", energy),
     ("ANN twin / energy", "ann_ratio", times),
     ("latency", "latency_ms", milliseconds),
     ("PyTorch's", "torch_latency_ms", milliseconds),
@@ -106,7 +106,7 @@ def _left_out(m: Measurement) -> str:
     """What the totals do not hold."""
     counts, energies = (m.content.get(key) or {} for key in ("other_ops", "other_ops_pj"))
     listed = [
-        f"{name.replace('_', ' ')} {operations(number)}" + (f" ({joules(energies[name])})" if name in energies else "")
+        f"{name.replace('_', ' ')} {count(number)}" + (f" ({energy(energies[name])})" if name in energies else "")
         for name, number in counts.items()
         if isinstance(number, int | float) and number
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from tetdeploy.report.document import NONE, Plot, Row, Section, Table
 from tetdeploy.report.drawing import energy_unit
 from tetdeploy.report.entry_plot import plot_by_entry
-from tetdeploy.report.numbers import joules, operations, rate, short_float, text
+from tetdeploy.report.numbers import count, energy, rate, text, three_digits
 from tetdeploy.report.results import Measurement, Results
 
 
@@ -69,12 +69,12 @@ def _layers_table(m: Measurement) -> Table:
             layer["name"],
             _input_kind(layer),
             text(layer.get("weights"), lambda v: f"{v:,.0f}"),
-            short_float(layer.get("fan_out")),
+            three_digits(layer.get("fan_out")),
             text(row.get("input_rate"), lambda v: f"{v:.1%}"),
-            operations(row.get("ac_ops")),
-            operations(row.get("mac_ops")),
-            joules(row.get("energy_pj")),
-            joules(row.get("energy_exact_pj")),
+            count(row.get("ac_ops")),
+            count(row.get("mac_ops")),
+            energy(row.get("energy_pj")),
+            energy(row.get("energy_exact_pj")),
             text(row.get("energy_pj"), lambda v: f"{v / total:.1%}" if total else NONE),
         )
         for layer, row in found

@@ -8,7 +8,7 @@ from typing import Any
 
 from tetdeploy.report.document import NONE, Row, Section, Table
 from tetdeploy.report.drawing import Style, draw, energy_axis, energy_unit, mark, percent_axis, short
-from tetdeploy.report.numbers import joules, percent, times
+from tetdeploy.report.numbers import energy, percent, times
 from tetdeploy.report.results import Results
 
 
@@ -87,7 +87,7 @@ def _table(front: Sequence[Point]) -> Table:
             p.name,
             str(p.T),
             percent(p.accuracy),
-            joules(p.energy_pj),
+            energy(p.energy_pj),
             times(p.energy_pj / cheapest) if cheapest else NONE,
         )
         for p in front

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tetdeploy.report.document import NONE, Card, Cards, Note, Section
-from tetdeploy.report.numbers import joules, milliseconds, percent, rate, short
+from tetdeploy.report.numbers import energy, milliseconds, percent, rate, three_digits
 from tetdeploy.report.results import Measurement, Results, Source
 
 
@@ -24,7 +24,7 @@ def _measured(m: Measurement) -> Card:
     facts = [
         (f"accuracy at {where}", percent(row.get("accuracy"))),
         ("measured on", m.images),
-        ("energy per image", joules(row.get("energy_pj"))),
+        ("energy per image", energy(row.get("energy_pj"))),
         ("against its ANN twin", _against(row.get("ann_ratio"), m, row.get("energy_pj"))),
         ("spikes per neuron and step", rate(row.get("firing_rate"))),
         ("latency of one image", milliseconds(row.get("latency_ms"))),
@@ -41,7 +41,7 @@ def _against(ratio: float | None, m: Measurement, energy_pj: float | None) -> st
         ratio = m.ann_pj / energy_pj
     if not ratio:
         return NONE
-    return f"{short(ratio)} times less energy" if ratio >= 1 else f"{short(1 / ratio)} times more energy"
+    return f"{three_digits(ratio)} times less energy" if ratio >= 1 else f"{three_digits(1 / ratio)} times more energy"
 
 
 def _trained(source: Source, results: Results) -> Card:
@@ -57,7 +57,7 @@ def _trained(source: Source, results: Results) -> Card:
     elif run.best is not None and run.best.get("val_accuracy") is not None:
         facts.append((f"validation accuracy at T={run.best.get('T')}", percent(run.best["val_accuracy"])))
     if (energy_pj := results.twin_energy(run)) is not None:
-        facts.append(("energy per image", joules(energy_pj)))
+        facts.append(("energy per image", energy(energy_pj)))
     kind = "ANN: no T, not exported" if run.network.get("ann") else "trained, not exported or not measured"
     facts += [("measured on", images), ("kind", kind)]
     return Card(source.name, tuple((label, value) for label, value in facts if value != NONE))

@@ -9,7 +9,7 @@ from typing import Any
 
 from tetdeploy.report.document import NONE, Note, Plot, Row, Section, Table
 from tetdeploy.report.drawing import Style, draw, percent_axis, short, whole_numbers
-from tetdeploy.report.numbers import percent, short_float
+from tetdeploy.report.numbers import percent, three_digits
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Results, Source
 
@@ -137,7 +137,7 @@ def _kept(name: str, run: Run) -> tuple[str, ...]:
         f"{len(run.metrics)} of {run.training.get('epochs', '?')}",
         str(best.get("epoch", NONE)),
         percent(best.get("val_accuracy")),
-        short_float(best.get("val_loss")),
+        three_digits(best.get("val_loss")),
         percent(best.get("train_accuracy")),
         _duration(seconds) if seconds else NONE,
     )
