@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
 from tetdeploy.energy import OTHER_OPS
-from tetdeploy.report.numbers import count, energy, three_digits
+from tetdeploy.report.numbers import count, energy, latency, percent, rate, three_digits
 from tetdeploy.report.result_table import ResultTable
 from tetdeploy.sweep import Sweep
 
+Columns = Mapping[str, tuple[str, Callable[[float | None], str]]]  # by key of a row: the header, how it is written
+
 BILLS = {"paper": "energy_pj", "exact": "energy_exact_pj", "once": "energy_once_pj"}
-_HEADERS = {"paper": "energy", "exact": "exact\nenergy", "once": "once\nenergy"}
+COSTS: Columns = {
+    "accuracy": ("accuracy", percent),
+    "firing_rate": ("firing\nrate", rate),
+    "ac_ops": ("AC\nops", count),
+    "mac_ops": ("MAC\nops", count),
+    "energy_pj": ("energy", energy),
+    "energy_exact_pj": ("exact\nenergy", energy),
+    "energy_once_pj": ("once\nenergy", energy),
+    "ann_ratio": ("ANN /\nSNN", three_digits),
+    "latency_ms": ("latency", latency),
+    "torch_latency_ms": ("PyTorch's\nlatency", latency),
+}
 
 
 def sweep_table(
@@ -24,22 +38,31 @@ def sweep_table(
     Args:
         conventions: of `tetdeploy.energy.CONVENTIONS`, a column each; the ANN twin is compared with the first.
     """
-    table = _table(
-        "T", "accuracy", "firing\nrate", "AC\nops", "MAC\nops", *_headers(conventions), "ANN /\nSNN", "latency"
-    )
-    for row in result.rows:
-        bills = [getattr(row, BILLS[name]) for name in conventions]
-        table.add_row(
-            f"{row.T}{'*' if trained_T == row.T else ' '}",
-            f"{row.accuracy:.2%}",
-            f"{row.firing_rate:.3f}",
-            count(row.ac_ops),
-            count(row.mac_ops),
-            *map(energy, bills),
-            three_digits(result.details["ann"]["energy_pj"] / bills[0]) if bills[0] else "-",
-            f"{row.latency_ms:.2f} ms",
-        )
+    ann, bills = result.details["ann"]["energy_pj"], [BILLS[name] for name in conventions]
+    rows = [asdict(row) for row in result.rows]
+    for row in rows:
+        row["ann_ratio"] = ann / row[bills[0]] if row[bills[0]] else None
+    keys = ("accuracy", "firing_rate", "ac_ops", "mac_ops", *bills, "ann_ratio", "latency_ms")
+    return rows_table(rows, {key: COSTS[key] for key in keys}, trained_T)
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]], columns: Columns, trained_T: int | None) -> Table:
+    """What was measured of some columns at each T; the T of the training is marked."""
+    columns = with_values(columns, rows)
+    table = numbers_table("T", *(header for header, _ in columns.values()))
+    for row in rows:
+        table.add_row(f"{row['T']}{'*' if row['T'] == trained_T else ' '}", *written(row, columns))
     return table
+
+
+def with_values(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> Columns:
+    """The columns of which some row has a value."""
+    return {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
+
+
+def written(row: Mapping[str, Any], columns: Columns) -> list[str]:
+    """The cells of a row."""
+    return [form(row.get(key)) for key, (_, form) in columns.items()]
 
 
 def layers_table(details: Mapping[str, Any], T: int, *, conventions: Sequence[str] = ("paper", "exact")) -> Table:
@@ -48,24 +71,24 @@ def layers_table(details: Mapping[str, Any], T: int, *, conventions: Sequence[st
     Args:
         details: `Sweep.details`, or the JSON of a result, with T among its rows.
     """
-    table = _table("layer", "input", "rate", "fan-out", "AC\nops", "MAC\nops", *_headers(conventions))
+    columns = {key: COSTS[key] for key in ("ac_ops", "mac_ops", *(BILLS[name] for name in conventions))}
+    table = numbers_table("layer", "input", "rate", "fan-out", *(header for header, _ in columns.values()))
     table.columns[0].justify = table.columns[1].justify = "left"
     table.columns[0].no_wrap = False
-    keys = ["ac_ops", "mac_ops", *(BILLS[name] for name in conventions)]
-    total = dict.fromkeys(keys, 0.0)
+    total = dict.fromkeys(columns, 0.0)
     for layer in details["layers"]:
         row = next(row for row in layer["rows"] if row["T"] == T)
-        total = {key: total[key] + row[key] for key in keys}
+        total = {key: total[key] + row[key] for key in columns}
         kind = "image" if layer["from_input"] else "spikes" if layer["binary"] else "analogue"
-        table.add_row(layer["name"], kind, f"{row['input_rate']:.3f}", f"{layer['fan_out']:.4g}", *_cells(row, keys))
+        table.add_row(layer["name"], kind, rate(row["input_rate"]), f"{layer['fan_out']:.4g}", *written(row, columns))
     table.add_section()
-    table.add_row("all layers", "", "", "", *_cells(total, keys))
+    table.add_row("all layers", "", "", "", *written(total, columns))
     return table
 
 
 def other_ops_table(details: Mapping[str, Any], T: int) -> Table:
     """What no energy above includes, per image in T steps."""
-    table = _table("not in the energy", "ops", "energy", "what is counted")
+    table = numbers_table("not in the energy", "ops", "energy", "what is counted")
     table.columns[0].justify = table.columns[3].justify = "left"
     table.columns[3].no_wrap = False
     for kind, ops in details["other_ops"].items():
@@ -80,7 +103,7 @@ NUM_BENCH_LABELS = 3
 
 def bench_table(result: Mapping[str, Any]) -> Table:
     """Latency and throughput: the JSON of a bench."""
-    table = _table(*BENCH_COLUMNS, num_labels=NUM_BENCH_LABELS)
+    table = numbers_table(*BENCH_COLUMNS, num_labels=NUM_BENCH_LABELS)
     for row in result["rows"]:
         table.add_row(*bench_cells(row))
     return table
@@ -99,18 +122,11 @@ def hardware(machine: Mapping[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores" + (f", {gpu}" if gpu else "")
 
 
-def _table(*headers: str, num_labels: int = 1) -> Table:
+def numbers_table(*headers: str, num_labels: int = 1) -> Table:
+    """A table of numbers, without rows."""
     table = ResultTable(num_labels=num_labels)
     table.add_numbers(*headers)
     return table
-
-
-def _headers(conventions: Sequence[str]) -> list[str]:
-    return [_HEADERS[name] for name in conventions]
-
-
-def _cells(row: Mapping[str, float], keys: Sequence[str]) -> list[str]:
-    return [(count if key.endswith("ops") else energy)(row[key]) for key in keys]
 
 
 def images_of(number: int, data: str) -> str:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from tetdeploy.report.numbers import count, energy, latency, percent, ppm, rate, scientific, text
-from tetdeploy.report.result_table import ResultTable
-from tetdeploy.report.tables import images_of
+from tetdeploy.report.numbers import percent, ppm, rate, scientific, text
+from tetdeploy.report.tables import COSTS, Columns, images_of, numbers_table, rows_table, with_values, written
 
-Show = Callable[[float | None], str]
-
-_COST: dict[str, tuple[str, Show]] = {
-    "accuracy": ("accuracy", percent),
-    "firing_rate": ("firing\nrate", rate),
-    "ac_ops": ("AC\nops", count),
-    "mac_ops": ("MAC\nops", count),
-    "energy_pj": ("energy", energy),
-    "latency_ms": ("latency", latency),
-    "torch_latency_ms": ("PyTorch's\nlatency", latency),
-}
-_AGREEMENT: dict[str, tuple[str, Show]] = {
+_COSTS = ("accuracy", "firing_rate", "ac_ops", "mac_ops", "energy_pj", "latency_ms", "torch_latency_ms")
+_AGREEMENT: Columns = {
     "engine_accuracy": ("accuracy", percent),
     "torch_accuracy": ("PyTorch's", percent),
     "top1_agreement": ("top-1\nagreement", percent),
@@ -43,12 +32,12 @@ def shown(result: Mapping[str, Any], *, layers: bool) -> Iterator[str | Table]:
     """
     rows, agreement, trained_T = result["rows"], result["agreement"], result["trained_T"]
     yield escape(f"{result['model']}   {images_of(result['num_samples'], result['data'])}   {result['layout']}")
-    yield _rows_table(rows, _COST, trained_T)
+    yield rows_table(rows, {key: COSTS[key] for key in _COSTS}, trained_T)
     if rows[0]["accuracy"] is None:
         yield "[dim]images of the training: their accuracy says nothing; name a test set with --data[/dim]"
     if agreement is not None:
         yield _heading(agreement)
-        yield _rows_table(rows, _AGREEMENT, trained_T)
+        yield rows_table(rows, _AGREEMENT, trained_T)
         yield f"[dim]* the T of the training; {_reading(agreement)}[/dim]"
     if layers:
         yield f"layers of neurons, T={rows[-1]['T']}"
@@ -78,38 +67,18 @@ def _reading(agreement: Mapping[str, Any]) -> str:
 
 def _neurons_table(neurons: Sequence[Mapping[str, Any]]) -> Table:
     """Layers of neurons: firing rate at the largest T, and how far they are from PyTorch's over all steps."""
-    columns: dict[str, tuple[str, Show]] = {
+    columns: Columns = {
         "torch_firing_rate": ("PyTorch's", rate),
         "spike_mismatch_rate": ("spike\nmismatch", ppm),
         "local_mismatch_rate": ("by\nitself", ppm),
         "spike_count_error": ("spike count\nerror", ppm),
     }
-    shown = _with_values(columns, neurons)
+    columns = with_values(columns, neurons)
     margins = _MARGINS if any("margin" in layer for layer in neurons) else {}
-    table = _table("", "firing\nrate", *(columns[key][0] for key in shown), *margins.values())
+    table = numbers_table("", "firing\nrate", *(header for header, _ in columns.values()), *margins.values())
+    table.columns[0].justify = "left"
     for layer in neurons:
-        cells = [rate(layer["rows"][-1]["firing_rate"]), *(columns[key][1](layer.get(key)) for key in shown)]
+        cells = [rate(layer["rows"][-1]["firing_rate"]), *written(layer, columns)]
         medians = [layer["margin"][name]["median"] for name in margins]
         table.add_row(layer["name"], *cells, *(text(median, "{:.0e}".format) for median in medians))
-    return table
-
-
-def _rows_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, Show]], trained_T: int) -> Table:
-    """What was measured of some columns at each T; the T of the training is marked."""
-    shown = _with_values(columns, rows)
-    table = _table("T", *(columns[key][0] for key in shown))
-    for row in rows:
-        mark = "*" if row["T"] == trained_T else " "
-        table.add_row(f"{row['T']}{mark}", *(columns[key][1](row.get(key)) for key in shown))
-    return table
-
-
-def _with_values(columns: Mapping[str, tuple[str, Show]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [key for key in columns if any(row.get(key) is not None for row in rows)]
-
-
-def _table(first: str, *headers: str) -> Table:
-    table = ResultTable()
-    table.add_column(first, justify="right" if first else "left", no_wrap=True)
-    table.add_numbers(*headers)
     return table
