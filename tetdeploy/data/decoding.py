@@ -59,7 +59,7 @@ def decode_images(files: Sequence[ImageFile], *, text: str) -> NDArray[np.uint8]
         try:
             pixels = _decode(files[index])
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for damaged files
-            errors[index] = str(error)
+            errors[index] = f"{files[index].name} ({error})"
             return
         sizes[index] = pixels.shape[:2]
         if sizes[index] == (height, width):
@@ -67,7 +67,7 @@ def decode_images(files: Sequence[ImageFile], *, text: str) -> NDArray[np.uint8]
             images[index] = pixels.transpose(2, 0, 1) if colour[index] else pixels
 
     in_threads(decode, len(files), text)
-    _refuse_unreadable(files, errors)
+    refuse_failed([errors[index] for index in sorted(errors)], f"{len(files)} images cannot be read")
     _refuse_unequal(files, sizes)
     return images if colour.any() else np.ascontiguousarray(images[:, :1])
 
@@ -149,12 +149,14 @@ def _progress(text: str | None, total: int) -> Iterator[Callable[[int], None]]:
         progress.stop()
 
 
-def _refuse_unreadable(files: Sequence[ImageFile], errors: dict[int, str]) -> None:
+def refuse_failed(errors: Sequence[str], what: str) -> None:
+    """Raise ValueError, with their number and the first ones, if there are errors, each of which names its file.
+
+    Args:
+        what: failed, such as "12 images cannot be read".
+    """
     if errors:
-        named = [f"{files[index].name} ({errors[index]})" for index in sorted(errors)]
-        raise ValueError(
-            f"{len(errors)} of {len(files)} images cannot be read: {shorten(named)}; repair or remove them"
-        )
+        raise ValueError(f"{len(errors)} of {what}: {shorten(errors)}; repair or remove them")
 
 
 def _refuse_unequal(files: Sequence[ImageFile], sizes: Sequence[tuple[int, ...]]) -> None:

@@ -18,7 +18,7 @@ from tetdeploy.extras import MissingExtraError, import_extra
 from tetdeploy.files import opened_npz
 from tetdeploy.names import shorten
 
-from .decoding import in_threads
+from .decoding import in_threads, refuse_failed
 
 FRAME_SIZE = 48  # pixels; sensors with more are brought to it, as in the paper
 
@@ -240,14 +240,10 @@ def _read_all(paths: Sequence[Path], use: Callable[[int, Recording], None], text
         except MissingExtraError:
             raise
         except Exception as error:  # tonic and its readers raise whatever they like for damaged files
-            errors[index] = " ".join(str(error).split()) or type(error).__name__
+            errors[index] = f"{paths[index]} ({' '.join(str(error).split()) or type(error).__name__})"
 
     in_threads(read, len(paths), text)
-    if errors:
-        named = [f"{paths[index]} ({errors[index]})" for index in sorted(errors)]
-        raise ValueError(
-            f"{len(errors)} of {len(paths)} recordings cannot be used: {shorten(named)}; repair or remove them"
-        )
+    refuse_failed([errors[index] for index in sorted(errors)], f"{len(paths)} recordings cannot be used")
 
 
 def read_npz(path: Path) -> Recording:

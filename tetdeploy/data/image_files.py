@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.extras import import_extra
-from tetdeploy.names import shorten
 
-from .decoding import in_threads, open_image
+from .decoding import in_threads, open_image, refuse_failed
 from .labelled import Encoding, LabelledSet, Split
 
 _WORTH_A_BAR = 256  # images read in one go
@@ -205,7 +204,4 @@ def as_pixels(image: Any) -> NDArray[np.uint8]:
 
 def refuse_unreadable(errors: Sequence[str]) -> None:
     """Raise ValueError, with their number and the first ones, if there are errors of `read_image`."""
-    if errors:
-        raise ValueError(
-            f"{len(errors)} of the images read at once cannot be read: {shorten(errors)}; repair or remove them"
-        )
+    refuse_failed(errors, "the images read at once cannot be read")
