@@ -140,9 +140,9 @@ def test_an_export_and_a_new_run_say_that_they_check_on_what_was_trained_on(
         (x, _), _ = trained.images(None, Path("nowhere"), "direct", num_check=9, num_calibration=0)
     assert len(x) == 9
     val_set = split_validation(load_data("own.npz", "train", data_dir=Path("nowhere")), fraction=0.1)[1]
-    note_trained_on(reordered, val_set, 0.1)
+    note_trained_on(reordered, trained.metadata, val_set, 0.1)
     assert "own held out other images and was trained on some of these" in capsys.readouterr().out
-    note_trained_on(reordered, val_set, 0.2)
+    note_trained_on(reordered, trained.metadata, val_set, 0.2)
     assert capsys.readouterr().out == ""
 
 

@@ -46,11 +46,13 @@ class Beginning:
         out: the folder; None for a new one.
         seeds: as --seeds is typed.
         how: see `_how`.
+        metadata: what the checkpoint of --init says; nothing without one.
     """
 
     out: Path | None
     seeds: str
     how: How
+    metadata: Mapping[str, Any]
 
 
 def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seeds: str) -> Beginning:
@@ -63,10 +65,12 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     Raises:
         ValueError: see `_take_carried` and `_take_checkpoint`; what is begun from cannot be read.
     """
+    from tetdeploy.checkpoint import read_metadata
     from tetdeploy.run_folder import newest_run
     from tetdeploy.train.runs import read_run_config
 
-    resume, restart_from = ctx.params["resume"], ctx.params["restart_from"]
+    resume, restart_from, init = (ctx.params[name] for name in ("resume", "restart_from", "init"))
+    metadata = {} if init is None else read_metadata(init)
     before: Mapping[str, Any] = {}
     if resume is not None:
         out = Path(resume) if resume else out or newest_run(ctx.params["runs"])
@@ -76,10 +80,10 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     elif restart_from is not None:
         before = _take_carried(ctx, restart_from, options)
     elif options["qat"]:
-        _take_checkpoint(ctx, ctx.params["init"], options)
-    elif ctx.params["init"] is not None:
-        _take_neurons(ctx, ctx.params["init"], options)
-    return Beginning(out, seeds, _how(ctx, before))
+        _take_checkpoint(ctx, init, metadata, options)
+    elif init is not None:
+        _take_neurons(ctx, init, metadata["network"], options)
+    return Beginning(out, seeds, _how(ctx, before), metadata)
 
 
 def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -126,17 +130,16 @@ def _how(ctx: click.Context, before: Mapping[str, Any]) -> How:
     return How(**values | {"shards_mb": values["shards_mb"] or None})
 
 
-def _take_checkpoint(ctx: click.Context, init: Path | None, options: dict[str, Any]) -> None:
+def _take_checkpoint(
+    ctx: click.Context, init: Path | None, metadata: Mapping[str, Any], options: dict[str, Any]
+) -> None:
     """Give options that were neither typed nor in a recipe what the checkpoint to fine-tune says, or qat's defaults.
 
     Raises:
         ValueError: an option of the network was given that disagrees, or the network is the user's own and not named.
     """
-    from tetdeploy.checkpoint import read_metadata
-
     if init is None:
         raise click.UsageError("--qat fine-tunes a trained network: name its run or checkpoint with --init")
-    metadata = read_metadata(init)
     network, training = metadata["network"], metadata["training"]
     _check_named(ctx, init, network)
     for name in NETWORK_OPTIONS:
@@ -151,23 +154,20 @@ def _take_checkpoint(ctx: click.Context, init: Path | None, options: dict[str, A
             options[name] = value
 
 
-def _take_neurons(ctx: click.Context, init: Path, options: dict[str, Any]) -> None:
+def _take_neurons(ctx: click.Context, init: Path, network: Mapping[str, Any], options: dict[str, Any]) -> None:
     """Give tau, v_th and gamma, where they were neither typed nor in a recipe, the values that the weights go with."""
-    from tetdeploy.checkpoint import read_metadata
-
-    network = read_metadata(init)["network"]
     for name in ("tau", "v_th", "gamma"):
         if not is_given(ctx, name) and network.get(name, options[name]) != options[name]:
             options[name] = network[name]
             console.print(f"{name} {network[name]:g}, as in {init}", style="yellow", markup=False)
 
 
-def start_from(classifier: Classifier, init: Path) -> None:
+def start_from(classifier: Classifier, init: Path, metadata: Mapping[str, Any]) -> None:
     """Take the weights of `init`, and say which ones its number of classes leaves out."""
-    from tetdeploy.checkpoint import load_weights, read_metadata
+    from tetdeploy.checkpoint import load_weights
 
     if anew := load_weights(classifier, init, other_classes=True):
-        known, num_classes = read_metadata(init)["network"]["num_classes"], classifier.config.num_classes
+        known, num_classes = metadata["network"]["num_classes"], classifier.config.num_classes
         console.print(
             f"{init} knows {known} classes, {classifier.data} has {num_classes}: {', '.join(anew)} start anew",
             style="yellow",
@@ -175,12 +175,10 @@ def start_from(classifier: Classifier, init: Path) -> None:
         )
 
 
-def note_trained_on(init: Path, data: LabelledSet, val_fraction: float) -> None:
+def note_trained_on(init: Path, metadata: Mapping[str, Any], data: LabelledSet, val_fraction: float) -> None:
     """Say so if `data`, to validate on, are not what the run of `init` held out by the same share of the same set."""
-    from tetdeploy.checkpoint import read_metadata
     from tetdeploy.data import holds_out_others
 
-    metadata = read_metadata(init)
     training = metadata["training"]
     if data.encoding == "frames" and data.x.shape[1] != training.get("T"):  # the same recordings cut otherwise
         return
@@ -193,11 +191,9 @@ def note_trained_on(init: Path, data: LabelledSet, val_fraction: float) -> None:
         )
 
 
-def check_same_inputs(init: Path, data: LabelledSet) -> None:
+def check_same_inputs(init: Path, metadata: Mapping[str, Any], data: LabelledSet) -> None:
     """Refuse data of another kind than the checkpoint's network takes."""
-    from tetdeploy.checkpoint import read_metadata
-
-    kept = read_metadata(init)["data"]
+    kept = metadata["data"]
     theirs = kept["encoding"], list(kept["image_shape"]), len(kept["class_names"])
     ours = data.encoding, list(data.image_shape), len(data.class_names)
     if theirs != ours:

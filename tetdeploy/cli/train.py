@@ -207,7 +207,7 @@ def train(
             several = _parse_seeds(ctx, begun.seeds)
             job = _job(ctx, options)
             if options["qat"] and init is not None:
-                check_same_inputs(init, job.train)
+                check_same_inputs(init, begun.metadata, job.train)
         out = begun.out
         if out is None and ranks.writes:
             out = made.enter_context(_new_folder(runs, config, job))
@@ -223,9 +223,9 @@ def train(
             return
         classifier = job.classifier(job.config.seed)
         if init is not None:
-            start_from(classifier, init)
+            start_from(classifier, init, begun.metadata)
             if job.val is not None:
-                note_trained_on(init, job.val, job.config.val_fraction)
+                note_trained_on(init, begun.metadata, job.val, job.config.val_fraction)
         also["restart_from"] = restart_from
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **also), job, json_path)
 
