@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from tetdeploy.energy import OTHER_OPS
 from tetdeploy.report.numbers import count, energy, latency, percent, rate, three_digits
 from tetdeploy.report.result_table import ResultTable
-from tetdeploy.sweep import Sweep
+
+if TYPE_CHECKING:
+    from tetdeploy.sweep import Sweep
 
 Columns = Mapping[str, tuple[str, Callable[[float | None], str]]]  # by key of a row: the header, how it is written
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tetdeploy.report.document import NONE, Note, Section, Table
 from tetdeploy.report.merging import AGREEMENT, agrees
 from tetdeploy.report.numbers import energy, percent, ppm, scientific
 from tetdeploy.report.results import Measurement, Results
+from tetdeploy.report.tables import Columns, written
 
-_COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
-    ("same class", "top1_agreement", percent),
-    ("PyTorch's accuracy", "torch_accuracy", percent),
-    ("spikes that differ", "spike_mismatch_rate", ppm),
-    ("by itself", "local_mismatch_rate", ppm),
-    ("spike counts differ", "spike_count_error", ppm),
-    ("logit error, largest", "max_abs_logit_error", scientific),
-)
+_COLUMNS: Columns = {
+    "top1_agreement": ("same class", percent),
+    "torch_accuracy": ("PyTorch's accuracy", percent),
+    "spike_mismatch_rate": ("spikes that differ", ppm),
+    "local_mismatch_rate": ("by itself", ppm),
+    "spike_count_error": ("spike counts differ", ppm),
+    "max_abs_logit_error": ("logit error, largest", scientific),
+}
 _NOTE = (
     "Same class: images for which both give the same answer. Spikes that differ: of all neurons and steps, in parts "
     "per million; a membrane potential u that lies within rounding of the threshold v_th may fall on either side. By "
@@ -57,9 +58,9 @@ def _images(m: Measurement) -> str:
 
 def _by_steps(m: Measurement) -> Table:
     found = [row for row in m.rows if any(row.get(key) is not None for key in AGREEMENT)]
-    rows = tuple((f"{row['T']}", *(form(row.get(key)) for _, key, form in _COLUMNS)) for row in found)
+    rows = tuple((f"{row['T']}", *written(row, _COLUMNS)) for row in found)
     caption = f"{m.name}: the exported model against PyTorch on {_images(m)}."
-    return Table(caption, ("T", *(header for header, *_ in _COLUMNS)), rows).without_empty_columns()
+    return Table(caption, ("T", *(header for header, _ in _COLUMNS.values())), rows).without_empty_columns()
 
 
 def _by_layer(m: Measurement) -> Table | None:

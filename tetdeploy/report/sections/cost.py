@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tetdeploy.report.document import Note, Plot, Row, Section, Table
 from tetdeploy.report.drawing import draw, energy_unit, short, whole_numbers
 from tetdeploy.report.numbers import count, energy, milliseconds, percent, rate, times
 from tetdeploy.report.results import Measurement, Results
+from tetdeploy.report.tables import Columns, written
 
-_COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
-    ("accuracy", "accuracy", percent),
-    ("firing rate", "firing_rate", rate),
-    ("AC ops", "ac_ops", count),
-    ("MAC ops", "mac_ops", count),
-    ("energy", "energy_pj", energy),
-    ("energy, exact", "energy_exact_pj", energy),
-    ("energy, first layer once", "energy_once_pj", energy),
-    ("ANN twin / energy", "ann_ratio", times),
-    ("latency", "latency_ms", milliseconds),
-    ("PyTorch's", "torch_latency_ms", milliseconds),
-)
+_COLUMNS: Columns = {
+    "accuracy": ("accuracy", percent),
+    "firing_rate": ("firing rate", rate),
+    "ac_ops": ("AC ops", count),
+    "mac_ops": ("MAC ops", count),
+    "energy_pj": ("energy", energy),
+    "energy_exact_pj": ("energy, exact", energy),
+    "energy_once_pj": ("energy, first layer once", energy),
+    "ann_ratio": ("ANN twin / energy", times),
+    "latency_ms": ("latency", milliseconds),
+    "torch_latency_ms": ("PyTorch's", milliseconds),
+}
 
 
 def cost(results: Results) -> Section | None:
@@ -91,14 +92,11 @@ def _notes(measured: Sequence[Measurement]) -> list[Note]:
 
 
 def _table(m: Measurement) -> Table:
-    rows = tuple(
-        (f"{row['T']}{' *' if row['T'] == m.trained_T else ''}", *(form(row.get(key)) for _, key, form in _COLUMNS))
-        for row in m.rows
-    )
+    rows = tuple((f"{row['T']}{' *' if row['T'] == m.trained_T else ''}", *written(row, _COLUMNS)) for row in m.rows)
     marked = frozenset(k for k, row in enumerate(m.rows) if row["T"] == m.trained_T)
     star = "; * is the T of the training" if marked else ""
     caption = f"{m.name}: {m.images}{star}."
-    headers = ("T", *(header for header, *_ in _COLUMNS))
+    headers = ("T", *(header for header, _ in _COLUMNS.values()))
     return Table(caption, headers, rows, marked=marked).without_empty_columns()
 
 
