@@ -9,9 +9,13 @@ import sys
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
+import pytest
+
 PATIENCE = 60
+needs_serve = pytest.mark.skipif(find_spec("uvicorn") is None, reason="needs the extra serve")
 
 
 @dataclass

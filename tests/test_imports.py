@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from export_helpers import digits, exported
 from PIL import Image
+from serve_helpers import needs_serve
 
 import tetdeploy
 
@@ -146,7 +147,7 @@ for arguments in (
     assert (tmp_path / "m.exit.json").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("kserve") is None, reason="needs the extra serve")
+@needs_serve
 def test_the_server_needs_no_torch(tmp_path: Path) -> None:
     on_a_serving_host(IMPORT_ALL, *modules_below("serve"), folder=tmp_path)
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from click.testing import CliRunner
 from export_helpers import classifier, convsnn, digits, exported, frames, int8_exported, layouts, shared_traces
 from PIL import Image
-from serve_helpers import start, stop
+from serve_helpers import needs_serve, start, stop
 from torch import Tensor, nn
 
 from tetdeploy.cli import main
@@ -272,9 +271,8 @@ except KeyboardInterrupt:
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
+@needs_serve
 def test_a_server_runs_models_under_it_and_stops() -> None:
-    if find_spec("kserve") is None:  # not imported: it and tritonclient.grpc share names, one process has one of them
-        pytest.skip("needs the extra serve")
     given = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": digits().images[:1].tolist()}
     body = {"inputs": [given], "outputs": [{"name": "logits"}], "parameters": {"T": 3}}
     server = start(f"m={exported('step')}", "--runtime", "openvino")

@@ -1,151 +1,139 @@
-"""The HTTP endpoints, called without a server and, as kserve allows, in a process without tritonclient."""
+"""The HTTP endpoints, called without a server."""
 
 from __future__ import annotations
 
-import importlib.util
+import asyncio
 import json
-import subprocess
 import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-if importlib.util.find_spec("kserve") is None:
-    pytest.skip("needs the extra serve", allow_module_level=True)
-
-CALL = """
-import asyncio, json
-from types import SimpleNamespace
+pytest.importorskip("uvicorn", reason="needs the extra serve")
 from prometheus_client import CollectorRegistry
+
+from tetdeploy.serve import models
+from tetdeploy.serve.bodies import BodyLimit, Budget, Sizes
 from tetdeploy.serve.metrics import Metrics
+from tetdeploy.serve.requests import InferRequest, InvalidRequestError
 from tetdeploy.serve.rest import application
 
-def call(plane, method, path, body=b"", when_answered=lambda: None):
-    "Status, headers and JSON of the answer; a body that is received once."
+SIZES = Sizes(10_000, 10_000, 10_000)
+INFER = "/v2/models/m/infer"
+
+
+def scope(method: str, path: str, **headers: str) -> dict[str, Any]:
+    sent = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return {"type": "http", "method": method, "path": path, "headers": sent, "query_string": b""}
+
+
+def call(
+    models: Any,
+    method: str,
+    path: str,
+    body: bytes | bytearray = b"",
+    when_answered: Callable[[], None] = lambda: None,
+    **headers: str,
+) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and JSON of the answer to a body that is received once."""
     coming, sent = [{"type": "http.request", "body": body}], []
-    async def receive():
+
+    async def receive() -> Any:
         if not coming:
             await asyncio.Event().wait()
         return coming.pop()
-    async def send(message):
+
+    async def send(message: Any) -> None:
         when_answered()
         sent.append(message)
-    scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b""}
-    asyncio.run(application(plane, Metrics(CollectorRegistry()))(scope, receive, send))
+
+    app = application(models, Metrics(CollectorRegistry()), SIZES)
+    asyncio.run(app(scope(method, path, **headers), receive, send))
     start, answer = sent
-    headers = {name.decode(): value.decode() for name, value in start["headers"]}
-    return start["status"], headers, json.loads(answer["body"])
-"""
+    told = {name.decode(): value.decode() for name, value in start["headers"]}
+    return start["status"], told, json.loads(answer["body"])
 
 
-def run(script: str) -> tuple[Any, str]:
-    """The JSON that a script prints last, and what it logs."""
-    done = subprocess.run([sys.executable, "-c", CALL + script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+def served(predict: Callable[[InferRequest], Any]) -> Any:
+    """Models of which each answers so."""
+    return SimpleNamespace(running=lambda name, version: SimpleNamespace(name=name, predict=predict))
 
 
 def test_another_method_is_refused_with_those_that_are_allowed() -> None:
-    (status, headers, answer), _ = run('print(json.dumps(call(None, "POST", "/v2/models/m")))')
+    status, headers, answer = call(None, "POST", "/v2/models/m")
     assert (status, answer) == (405, {"error": "Method Not Allowed"})
     assert set(headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
-def test_a_bug_is_logged_once_and_clients_are_told_nothing_of_it() -> None:
-    (status, _, answer), log = run('print(json.dumps(call(None, "POST", "/v2/models/m/infer", b"{}")))')
+def test_a_bug_is_logged_once_and_clients_are_told_nothing_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    status, _, answer = call(None, "POST", INFER, b"{}")
     assert (status, answer) == (500, {"error": "internal error"})
-    assert log.count("Traceback") == 1 and "'NoneType' object has no attribute 'running'" in log
+    assert caplog.text.count("Traceback") == 1 and "'NoneType' object has no attribute 'running'" in caplog.text
 
 
 def test_a_body_is_not_copied_and_a_refusal_does_not_keep_it() -> None:
-    (status, answer, held), _ = run(
-        """
-import sys
-from kserve.errors import InvalidInput
+    given = {"name": "x", "shape": [100], "datatype": "UINT8", "parameters": {"binary_data_size": 100}}
+    head = json.dumps({"inputs": [given]}).encode()
+    body, held = bytearray(head + bytes(100)), []
 
-class Plane:
-    def running(self, name, version):
-        async def predict(request):
-            raise InvalidInput("the same" if request is body else "a copy")
-        return SimpleNamespace(predict=predict)
+    async def predict(request: InferRequest) -> None:
+        [x] = request.inputs
+        raise InvalidRequestError("the same" if isinstance(x.data, memoryview) and x.data.obj is body else "a copy")
 
-    def decode_inference_request(self, given, headers, name):
-        return given
+    alone = sys.getrefcount(body)
 
-body, held = bytearray(100), []
-alone = sys.getrefcount(body)
-status, _, answer = call(Plane(), "POST", "/v2/models/m/infer", body, lambda: held.append(sys.getrefcount(body)))
-print(json.dumps([status, answer, held[0] - alone]))
-"""
-    )
+    def count() -> None:
+        held.append(sys.getrefcount(body))
+
+    length = str(len(head))
+    status, _, answer = call(served(predict), "POST", INFER, body, count, inference_header_content_length=length)
     assert (status, answer) == (400, {"error": "the same"})
-    assert held == 1  # `call` itself
+    assert held[0] - alone == 1  # `call` itself
 
 
-LEAVES = """
-import tetdeploy.serve.rest
-from tetdeploy.serve.bodies import BodyLimit, Budget
+def test_a_client_that_leaves_is_not_worked_for(caplog: pytest.LogCaptureFixture) -> None:
+    registry, budget = CollectorRegistry(), Budget(100)
+    ended: list[str] = []
+    sent: list[Any] = []
 
-class Plane:
-    def running(self, name, version):
-        return SimpleNamespace(predict=self.predict)
+    async def scenario() -> None:
+        began = asyncio.Event()
 
-    def decode_inference_request(self, given, headers, name):
-        return given
+        async def predict(request: InferRequest) -> None:
+            began.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                ended.append("cancelled")
+                raise
 
-    async def predict(self, request):
-        began.set()
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            ended.append("cancelled")
-            raise
+        async def send(message: Any) -> None:
+            sent.append(message)
 
-began, ended, sent, budget = asyncio.Event(), [], [], Budget(100)
-
-async def scenario(cancel):
-    app = BodyLimit(application(Plane(), Metrics(registry)), 100, budget)
-    coming = asyncio.Queue()
-    coming.put_nowait({"type": "http.request", "body": b"{}"})
-    async def send(message):
-        sent.append(message)
-    scope = {"type": "http", "method": "POST", "path": "/v2/models/m/infer", "headers": [], "query_string": b""}
-    call = asyncio.create_task(app(scope, coming.get, send))
-    await began.wait()
-    if cancel:
-        call.cancel()
-    else:
+        app = BodyLimit(application(served(predict), Metrics(registry), SIZES), 100, budget)
+        coming: asyncio.Queue[Any] = asyncio.Queue()
+        coming.put_nowait({"type": "http.request", "body": b'{"inputs": []}'})
+        answering = asyncio.create_task(app(scope("POST", INFER), coming.get, send))
+        await began.wait()
         coming.put_nowait({"type": "http.disconnect"})
-    await asyncio.wait([call], timeout=30)
-    return "cancelled" if call.cancelled() else sent[0]["status"]
+        await asyncio.wait_for(answering, 30)
 
-registry = CollectorRegistry()
-"""
-
-
-def test_a_client_that_leaves_is_not_worked_for() -> None:
-    (status, ended, held, refused), log = run(
-        LEAVES
-        + """
-status = asyncio.run(scenario(cancel=False))
-refused = registry.get_sample_value("tetdeploy_refused_total", {"model": "unknown", "status": "499"})
-print(json.dumps([status, ended, budget.held, refused]))
-"""
-    )
-    assert (status, ended, held, refused) == (499, ["cancelled"], 0, 1)
-    assert "Traceback" not in log
+    asyncio.run(scenario())
+    assert (sent[0]["status"], ended, budget.held) == (499, ["cancelled"], 0)
+    assert registry.get_sample_value("tetdeploy_refused_total", {"model": "unknown", "status": "499"}) == 1
+    assert "Traceback" not in caplog.text
 
 
-def test_the_energy_of_a_step_is_found_on_the_servers_threads() -> None:
-    options, _ = run(
-        """
-from tetdeploy.serve import models
-said = []
-models.Engine = lambda path, **options: said.append(options)
-def nothing(engine): raise ValueError
-models.load_reference = nothing
-models.step_energy_pj(SimpleNamespace(device="cpu", path="m.onnx", runtime="onnxruntime"), 3)
-print(json.dumps(said))
-"""
-    )
-    assert options == [{"runtime": "onnxruntime", "threads": 3, "native": False}]
+def test_the_energy_of_a_step_is_found_on_the_servers_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+
+    def nothing(engine: Any) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(models, "Engine", lambda path, **options: said.append(options))
+    monkeypatch.setattr(models, "load_reference", nothing)
+    engine: Any = SimpleNamespace(device="cpu", path="m.onnx", runtime="onnxruntime")
+    models.step_energy_pj(engine, 3)
+    assert said == [{"runtime": "onnxruntime", "threads": 3, "native": False}]

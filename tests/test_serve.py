@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 import socket
@@ -30,9 +29,7 @@ from tetdeploy.cli import main
 from tetdeploy.cli.serve import Megabytes
 from tetdeploy.serve.requests import Parameters, tensor
 
-# Not imported here: KServe and tritonclient define the same protobuf messages, so a process can hold only one of them.
-if importlib.util.find_spec("kserve") is None:
-    pytest.skip("needs the extra serve", allow_module_level=True)
+pytest.importorskip("uvicorn", reason="needs the extra serve")
 http = triton_client("http")
 rpc = triton_client("grpc")
 
@@ -415,19 +412,17 @@ def test_refusals_over_grpc_have_their_codes(server: Server) -> None:
 
 
 def grpc_request() -> Any:
-    """An empty one in Triton's terms, which knows more types of parameters than KServe's."""
-    return importlib.import_module("tritonclient.grpc.service_pb2").ModelInferRequest(model_name="step")
+    return rpc.service_pb2.ModelInferRequest(model_name="step")
 
 
-def grpc_answer(server: Server, request: Any) -> Any:
-    stubs = importlib.import_module("tritonclient.grpc.service_pb2_grpc")
-    with importlib.import_module("grpc").insecure_channel(server.grpc) as channel:
-        return stubs.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=PATIENCE)
+def grpc_answer(server: Server, request: Any, call: str = "ModelInfer") -> Any:
+    with rpc.grpc.insecure_channel(server.grpc) as channel:
+        return getattr(rpc.service_pb2_grpc.GRPCInferenceServiceStub(channel), call)(request, timeout=PATIENCE)
 
 
-def grpc_refusal(server: Server, request: Any) -> tuple[str, str]:
-    with pytest.raises(importlib.import_module("grpc").RpcError) as refused:
-        grpc_answer(server, request)
+def grpc_refusal(server: Server, request: Any, call: str = "ModelInfer") -> tuple[str, str]:
+    with pytest.raises(rpc.grpc.RpcError) as refused:
+        grpc_answer(server, request, call)
     return refused.value.code().name, refused.value.details()
 
 
@@ -442,7 +437,7 @@ def test_a_parameter_of_no_known_type_is_refused(server: Server, sent: bytes) ->
 
 
 def test_unsigned_parameters(server: Server) -> None:
-    """KServe's message lacks them; ids from 2^63 on fit nothing else."""
+    """Ids from 2^63 on fit nothing else."""
     request = grpc_request()
     request.inputs.add(name="x", datatype="UINT8", shape=[1, 1, 8, 8])
     request.raw_input_contents.append(bytes(64))
@@ -453,6 +448,20 @@ def test_unsigned_parameters(server: Server) -> None:
     request.parameters["priority"].uint64_param = 1
     code, message = grpc_refusal(server, request)
     assert code == "INVALID_ARGUMENT" and "unknown parameter 'priority'" in message
+
+
+@pytest.mark.parametrize("call", ["RepositoryModelLoad", "RepositoryModelUnload"])
+def test_models_are_not_loaded_over_grpc(server: Server, call: str) -> None:
+    request = getattr(rpc.service_pb2, f"{call}Request")(model_name="step")
+    code, message = grpc_refusal(server, request, call)
+    assert code == "INVALID_ARGUMENT" and "neither loaded nor unloaded" in message
+
+
+@pytest.mark.parametrize("call", ["ModelConfig", "ModelStatistics", "RepositoryIndex"])
+def test_what_is_not_offered_over_grpc_is_unimplemented(server: Server, call: str) -> None:
+    """Triton's service has more calls than the protocol."""
+    request = getattr(rpc.service_pb2, f"{call}Request")()
+    assert grpc_refusal(server, request, call)[0] == "UNIMPLEMENTED"
 
 
 def test_numbers_one_by_one_are_bounded_over_grpc(server: Server) -> None:

@@ -13,6 +13,7 @@ import click
 import numpy as np
 import pytest
 from export_helpers import digits, engine
+from serve_helpers import needs_serve
 
 pytest.importorskip("prometheus_client", reason="needs the extra serve")
 
@@ -58,7 +59,7 @@ def test_a_large_body_without_an_answer(script: ModuleType) -> None:
     assert script._answer_to_1_gb(silent, b"") == "closed without an answer"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("kserve") is None, reason="needs the extra serve")
+@needs_serve
 def test_a_server_that_does_not_start(script: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(click.ClickException, match="the server ended with exit code 1 before it was ready"):
         script.Server(tmp_path / "nothing.onnx", 1)

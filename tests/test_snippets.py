@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -94,8 +93,7 @@ def test_streams(place: Path, images: Any, monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.fixture
 def address(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where `tetdeploy serve` answers as the README starts it, but at a free port."""
-    if importlib.util.find_spec("kserve") is None:
-        pytest.skip("needs the extra serve")
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
     monkeypatch.chdir(place)

@@ -4,10 +4,12 @@
 - `sequences`: requests that continue one another, each with its own LIF state.
 - `models`: an engine with its thread, its queue and its sequences.
 - `requests`: what a request of the protocol may say, and what is wrong with it.
+- `protocol`: models in the protocol's terms.
 - `bodies`: how large requests may be, each and all together.
 - `metrics`: what Prometheus reads.
-- `protocol`: requests and models in KServe's terms.
-- `errors`, `rest`, `rpc`: what an error is to a client; the endpoints over HTTP; those over gRPC.
+- `errors`: what an error is to a client.
+- `rest`, `rest_messages`: the endpoints over HTTP; requests and answers there.
+- `rpc`, `rpc_messages`: the same over gRPC.
 - `server`: all of it, from start to a graceful stop.
 
 `bodies` and those after it need the extra `serve`.

@@ -33,6 +33,19 @@ class Sizes:
                 f"{self.max_total:,}; raise --max-total-mb or lower --max-request-mb"
             )
 
+    def check_listed(self, size: int) -> None:
+        """Refuse a request of which so many bytes would have to be read number by number.
+
+        Raises:
+            TooLargeError: they are more than `max_json`.
+        """
+        if size > self.max_json:
+            raise TooLargeError(
+                f"a request may hold at most {self.max_json:,} bytes of numbers one by one (JSON, or contents over "
+                f"gRPC), got {size:,}: send raw bytes, as clients do by default, or fewer images; --max-json-mb sets "
+                "the server's limit"
+            )
+
 
 class TooLargeError(ValueError):
     """More of a request would have to be read number by number than may be."""

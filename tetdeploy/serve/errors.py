@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 import grpc
-from kserve.errors import InvalidInput, ModelNotFound
 
 from tetdeploy.serve.bodies import OverBudgetError, TooLargeError
-from tetdeploy.serve.protocol import UnknownVersionError
+from tetdeploy.serve.protocol import UnknownModelError, UnknownVersionError
+from tetdeploy.serve.requests import InvalidRequestError
 from tetdeploy.serve.scheduler import CallFailedError, QueueFullError, StoppingError
 from tetdeploy.serve.sequences import LostSequenceError, TooManySequencesError, UnknownSequenceError
 
@@ -25,10 +25,10 @@ STATUS: dict[type[Exception], tuple[int, grpc.StatusCode]] = {
     StoppingError: (503, grpc.StatusCode.UNAVAILABLE),
     UnknownSequenceError: (404, grpc.StatusCode.NOT_FOUND),
     UnknownVersionError: (404, grpc.StatusCode.NOT_FOUND),
-    ModelNotFound: (404, grpc.StatusCode.NOT_FOUND),
+    UnknownModelError: (404, grpc.StatusCode.NOT_FOUND),
     LostSequenceError: (500, grpc.StatusCode.ABORTED),
     CallFailedError: (500, grpc.StatusCode.INTERNAL),
-    InvalidInput: (400, grpc.StatusCode.INVALID_ARGUMENT),
+    InvalidRequestError: (400, grpc.StatusCode.INVALID_ARGUMENT),
 }
 
 

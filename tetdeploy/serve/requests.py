@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -15,6 +16,43 @@ from tetdeploy.engine import Array
 DATATYPES = {"uint8": "UINT8", "float32": "FP32", "int64": "INT64", "object": "BYTES"}  # by numpy's names
 MAX_ID = 256  # characters of a sequence's id: the server keeps it for as long as the sequence is open
 MAX_AXES, MAX_SIZE = 8, 2**31 - 1  # of a shape: its sizes are multiplied before anything else bounds them
+
+
+class InvalidRequestError(ValueError):
+    """A request that is none, or that no model here could answer."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input as it came: raw bytes, or numbers in any nesting."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: bytes | memoryview | list[Any]
+
+
+@dataclass(frozen=True)
+class WantedOutput:
+    """An output that a request names."""
+
+    name: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """A request as it came, over HTTP or gRPC.
+
+    Attributes:
+        id: the client's, or a new one.
+        outputs: those that it names; none for all.
+    """
+
+    id: str
+    inputs: list[Input]
+    outputs: list[WantedOutput]
+    parameters: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -87,7 +125,7 @@ def _fits(name: str, value: Any) -> bool:
 
 
 def _threshold(value: Any) -> bool | float:
-    """A threshold may come as a string: the parameters of KServe's gRPC have no floating-point numbers."""
+    """A threshold may come as a string: the parameters of KServe's gRPC clients have no floating-point numbers."""
     if isinstance(value, bool):
         return value
     try:
@@ -114,6 +152,14 @@ def tensor(
     if values.size != math.prod(shape):
         raise ValueError(f"{name} of shape {shape} has {math.prod(shape)} values, got {values.size}")
     return values.reshape(shape)
+
+
+def raw_bytes(values: Array) -> bytes:
+    """The bytes of a tensor, by rows; of strings each after its length, 4 bytes, little-endian."""
+    if values.dtype != object:
+        return values.tobytes()
+    encoded = [value.encode() for value in values.flat]
+    return b"".join(struct.pack("<I", len(value)) + value for value in encoded)
 
 
 def _raw(name: str, data: bytes | memoryview, wanted: np.dtype[Any]) -> Array:

@@ -1,7 +1,4 @@
-"""The Open Inference Protocol v2 over HTTP.
-
-These endpoints are ours: KServe's, through FastAPI and pydantic, take longer than a small network.
-"""
+"""The Open Inference Protocol v2 over HTTP."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,19 +16,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from tetdeploy.serve.bodies import Sizes
 from tetdeploy.serve.errors import CLIENT_LEFT, status_of
 from tetdeploy.serve.metrics import Metrics
-from tetdeploy.serve.protocol import JSON_LENGTH, OpenInferenceModel, TensorDataPlane, refuse_loading
+from tetdeploy.serve.protocol import SERVER, Models, OpenInferenceModel, refuse_loading
+from tetdeploy.serve.rest_messages import read_request, write_response
 
 A = TypeVar("A")
 
 
-def application(plane: TensorDataPlane, metrics: Metrics) -> Starlette:
+def application(models: Models, metrics: Metrics, sizes: Sizes) -> Starlette:
     """The endpoints, as an ASGI application."""
-    ends = _Endpoints(plane, metrics)
+    ends = _Endpoints(models, metrics, sizes)
     versions = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
     routes = [
-        Route("/v2", ends.about),
+        Route("/v2", _about),
         Route("/v2/health/live", _live),
         Route("/v2/health/ready", ends.ready),
         Route("/v2/models", ends.models),
@@ -50,47 +48,35 @@ def application(plane: TensorDataPlane, metrics: Metrics) -> Starlette:
 class _Endpoints:
     """What is answered from the models and counted."""
 
-    def __init__(self, plane: TensorDataPlane, metrics: Metrics) -> None:
-        self._plane, self._metrics = plane, metrics
-
-    async def about(self, request: Request) -> Response:
-        return JSONResponse(self._plane.metadata())
+    def __init__(self, models: Models, metrics: Metrics, sizes: Sizes) -> None:
+        self._models, self._metrics, self._sizes = models, metrics, sizes
 
     async def ready(self, request: Request) -> Response:
-        is_ready = await self._plane.ready()
+        is_ready = self._models.ready
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"models": list(self._plane.model_registry.get_models())})
+        return JSONResponse({"models": self._models.names})
 
     async def model_metadata(self, request: Request) -> Response:
-        return JSONResponse(await self._plane.model_metadata(*_model(request)))
+        return JSONResponse(self._models.find(*_model(request)).metadata())
 
     async def model_ready(self, request: Request) -> Response:
-        is_ready = await self._plane.model_ready(*_model(request))
-        return JSONResponse({"name": _model(request)[0], "ready": is_ready}, 200 if is_ready else 503)
+        model = self._models.find(*_model(request))
+        return JSONResponse({"name": model.name, "ready": model.ready}, 200 if model.ready else 503)
 
     async def infer(self, request: Request) -> Response:
         name, version = _model(request)
-        model = self._plane.running(name, version)
+        model = self._models.running(name, version)
         started = time.perf_counter()
-        response = await self._infer(request, name, model)
+        response = await self._infer(request, model)
         self._metrics.seconds.labels(name).observe(time.perf_counter() - started)
         return response
 
-    async def _infer(self, request: Request, name: str, model: OpenInferenceModel) -> Response:
+    async def _infer(self, request: Request, model: OpenInferenceModel) -> Response:
         # BodyLimit gives the body as one message, of which request.body() would make a copy. Nothing here keeps it.
-        answer = await _unless_left(
-            request,
-            model.predict(
-                self._plane.decode_inference_request((await request.receive())["body"], request.headers, name)
-            ),
-        )
-        content, json_length = answer.to_rest()
-        if json_length is None:
-            return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
-        headers = {JSON_LENGTH: str(json_length)}
-        return Response(content, media_type="application/octet-stream", headers=headers)
+        given = read_request((await request.receive())["body"], request.headers, self._sizes)
+        return write_response(model.name, given, await _unless_left(request, model.predict(given)))
 
     async def failed(self, request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):  # no such page, or another method
@@ -124,6 +110,10 @@ async def _unless_left(request: Request, answer: Coroutine[Any, Any, A]) -> A:
         raise HTTPException(CLIENT_LEFT, "the client has left") from None
     finally:
         leaving.cancel()
+
+
+async def _about(request: Request) -> Response:
+    return JSONResponse(SERVER)
 
 
 async def _live(request: Request) -> Response:

@@ -1,107 +1,108 @@
-"""The Open Inference Protocol v2 over gRPC: KServe's servicer with our models behind it."""
+"""The Open Inference Protocol v2 over gRPC."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
-from grpc_interceptor import AsyncExceptionToStatusInterceptor
-from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
-from kserve.protocol.grpc.servicer import InferenceServicer
+from tritonclient.grpc import service_pb2 as pb
 
-from tetdeploy.serve.bodies import Budget, Share
+from tetdeploy.serve.bodies import Budget, Share, Sizes
 from tetdeploy.serve.errors import CLIENT_LEFT, status_of
 from tetdeploy.serve.metrics import Metrics
-from tetdeploy.serve.protocol import TensorDataPlane, refuse_loading
+from tetdeploy.serve.protocol import SERVER, Models, refuse_loading
+from tetdeploy.serve.rpc_messages import read_request, write_response
 
 
-def grpc_server(plane: TensorDataPlane, calls: Calls, max_request_bytes: int) -> grpc.aio.Server:
-    """The server, which listens nowhere yet."""
+def grpc_server(models: Models, inferences: Inferences, sizes: Sizes) -> grpc.aio.Server:
+    """The server, which listens nowhere yet. Calls that it does not know are UNIMPLEMENTED."""
     server = grpc.aio.server(
-        interceptors=[calls],
         options=[
-            ("grpc.max_receive_message_length", max_request_bytes),
+            ("grpc.max_receive_message_length", sizes.max_request),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),  # or a second server would share the port in silence
-        ],
+        ]
     )
-    add_GRPCInferenceServiceServicer_to_server(_Servicer(plane, _FixedModels()), server)
+    calls = {name: _answering(answer) for name, answer in _probes(models).items()} | {"ModelInfer": inferences.answer}
+    handlers = {
+        name: grpc.unary_unary_rpc_method_handler(
+            call, getattr(pb, f"{name}Request").FromString, getattr(pb, f"{name}Response").SerializeToString
+        )
+        for name, call in calls.items()
+    }
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)])
     return server
 
 
-class _Servicer(InferenceServicer):  # type: ignore[misc]
-    """KServe's, which ignores versions and does not tell of them."""
+def _probes(models: Models) -> dict[str, Callable[[Any], Any]]:
+    """All but inference. It is small, and never refused for want of room."""
 
-    async def ModelMetadata(self, request: Any, context: Any) -> Any:
-        described = await self._data_plane.model_metadata(request.name, request.version)
-        answer = await super().ModelMetadata(request, context)
-        answer.versions.extend(described["versions"])
-        return answer
-
-    async def ModelReady(self, request: Any, context: Any) -> Any:
-        await self._data_plane.model_ready(request.name, request.version)
-        return await super().ModelReady(request, context)
-
-    async def ModelInfer(self, request: Any, context: Any) -> Any:
-        self._data_plane.running(request.model_name, request.model_version)
-        if any(given.HasField("contents") for given in request.inputs):
-            self._data_plane.check_listed(request.ByteSize())
-        return await super().ModelInfer(request, context)
-
-
-class _FixedModels:
-    """KServe's repository extension, refused."""
-
-    async def load(self, model_name: str) -> NoReturn:
+    def load(request: Any) -> NoReturn:
         refuse_loading()
 
-    unload = load
+    return {
+        "ServerLive": lambda request: pb.ServerLiveResponse(live=True),
+        "ServerReady": lambda request: pb.ServerReadyResponse(ready=models.ready),
+        "ServerMetadata": lambda request: pb.ServerMetadataResponse(**SERVER),
+        "ModelReady": lambda request: pb.ModelReadyResponse(ready=models.find(request.name, request.version).ready),
+        "ModelMetadata": lambda request: pb.ModelMetadataResponse(
+            **models.find(request.name, request.version).metadata()
+        ),
+        "RepositoryModelLoad": load,
+        "RepositoryModelUnload": load,
+    }
 
 
-class Calls(AsyncExceptionToStatusInterceptor):
-    """What all calls have in common: the budget that inference shares with HTTP, and errors as statuses. A message
-    counts once it is here: gRPC says nothing of those on their way. Probes are small, and never refused for it.
+def _answering(answer: Callable[[Any], Any]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def call(request: Any, context: Any) -> Any:
+        try:
+            return answer(request)
+        except Exception as error:
+            _, code, message = status_of(error)
+            await context.abort(code, message)
+
+    return call
+
+
+class Inferences:
+    """Inference, within the budget that it shares with HTTP. A message counts once it is here: gRPC says nothing of
+    those on their way.
 
     Attributes:
-        running: inferences that are being answered.
+        running: how many are being answered.
         stopping: what is cancelled from now on is cut off by the server.
     """
 
-    def __init__(self, metrics: Metrics, budget: Budget) -> None:
-        super().__init__()
-        self._metrics, self._budget = metrics, budget
+    def __init__(self, models: Models, metrics: Metrics, sizes: Sizes, budget: Budget) -> None:
+        self._models, self._metrics, self._sizes, self._budget = models, metrics, sizes, budget
         self.running, self.stopping = 0, False
 
-    async def intercept(self, method: Any, request_or_iterator: Any, context: Any, method_name: str) -> Any:
-        is_inference = method_name.endswith("/ModelInfer")
-
-        async def within_budget(request: Any, context: Any) -> Any:
-            with Share(self._budget) as share:
-                if not is_inference:
-                    return await method(request, context)
-                share.add(request.ByteSize())
-                started = time.perf_counter()
-                answer = await method(request, context)
-                self._metrics.seconds.labels(request.model_name).observe(time.perf_counter() - started)
-                return answer
-
-        self.running += is_inference
+    async def answer(self, message: Any, context: Any) -> Any:
+        self.running += 1
         try:
-            return await super().intercept(within_budget, request_or_iterator, context, method_name)
+            with Share(self._budget) as share:
+                share.add(message.ByteSize())
+                started = time.perf_counter()
+                response = await self._infer(message)
+                self._metrics.seconds.labels(message.model_name).observe(time.perf_counter() - started)
+                return response
         except asyncio.CancelledError:  # its client has left, or its deadline passed
-            if is_inference and not self.stopping:
-                self._metrics.refuse(request_or_iterator.model_name, CLIENT_LEFT)
+            if not self.stopping:
+                self._metrics.refuse(message.model_name, CLIENT_LEFT)
             raise
+        except Exception as error:
+            http, code, text = status_of(error)
+            self._metrics.refuse(message.model_name, http)
+            await context.abort(code, text)
         finally:
-            self.running -= is_inference
+            self.running -= 1
 
-    async def handle_exception(
-        self, ex: Exception, request_or_iterator: Any, context: Any, method_name: str
-    ) -> NoReturn:
-        http, rpc, message = status_of(ex)
-        if method_name.endswith("/ModelInfer"):
-            self._metrics.refuse(request_or_iterator.model_name, http)
-        await context.abort(rpc, message)
-        raise AssertionError("abort raises")
+    async def _infer(self, message: Any) -> Any:
+        model = self._models.running(message.model_name, message.model_version)
+        if any(given.HasField("contents") for given in message.inputs):
+            self._sizes.check_listed(message.ByteSize())
+        request = read_request(message)
+        return write_response(model.name, request, await model.predict(request))

@@ -1,8 +1,4 @@
-"""The inference server: HTTP on uvicorn and gRPC on grpc.aio, from start to a graceful stop.
-
-`kserve.ModelServer` itself is not used: it binds to all interfaces, lets clients unload models, and logs a traceback
-for every bad request.
-"""
+"""The inference server: HTTP on uvicorn and gRPC on grpc.aio, from start to a graceful stop."""
 
 from __future__ import annotations
 
@@ -17,16 +13,15 @@ from typing import NoReturn
 
 import grpc
 import uvicorn
-from kserve import ModelRepository
 from starlette.types import ASGIApp
 
 from tetdeploy.engine import Engine
 from tetdeploy.serve.bodies import BodyLimit, Budget, Sizes
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.models import Bounds, ServedModel, step_energy_pj
-from tetdeploy.serve.protocol import OpenInferenceModel, TensorDataPlane
+from tetdeploy.serve.protocol import Models, OpenInferenceModel
 from tetdeploy.serve.rest import application
-from tetdeploy.serve.rpc import Calls, grpc_server
+from tetdeploy.serve.rpc import Inferences, grpc_server
 from tetdeploy.serve.scheduler import GRACE_SECONDS, Limits
 
 
@@ -65,19 +60,18 @@ async def serve(
     Raises:
         OSError: an address cannot be listened to.
     """
-    metrics, models, repository = Metrics(), [], ModelRepository()
+    metrics, models = Metrics(), []
     for name, engine in engines.items():
         served = ServedModel(name, engine, limits, bounds, metrics.on_call(name, step_energy_pj(engine, threads)))
         metrics.watch(served)
         models.append(OpenInferenceModel(served))
-        repository.update(models[-1])
-    plane = TensorDataPlane(repository, sizes.max_json)
+    named = Models(models)
     stop, budget = _stop_signal(), Budget(sizes.max_total)
     with _listening(address) as listener:
-        calls = Calls(metrics, budget)
-        rpc = grpc_server(plane, calls, sizes.max_request)
+        inferences = Inferences(named, metrics, sizes, budget)
+        rpc = grpc_server(named, inferences, sizes)
         grpc_port = await _start_grpc(rpc, address)
-        server = _http_server(BodyLimit(application(plane, metrics), sizes.max_request, budget))
+        server = _http_server(BodyLimit(application(named, metrics, sizes), sizes.max_request, budget))
         http = asyncio.create_task(server.serve([listener]))
         expiry = asyncio.create_task(_expire([model.served for model in models], bounds.sequence_timeout))
         announce(address.at(listener.getsockname()[1]), address.at(grpc_port))
@@ -86,7 +80,7 @@ async def serve(
             model.ready = False
             model.served.scheduler.hurry()
         server.should_exit = True
-        cut_off = sum(await asyncio.gather(_stop_http(server, http), _stop_grpc(rpc, calls)))
+        cut_off = sum(await asyncio.gather(_stop_http(server, http), _stop_grpc(rpc, inferences)))
         expiry.cancel()
         # What still waits has nobody to answer: requests that were cut off, steps whose client has left.
         await asyncio.gather(*(model.served.scheduler.drain(finish=False) for model in models))
@@ -102,10 +96,10 @@ async def _stop_http(server: uvicorn.Server, http: asyncio.Task[None]) -> int:
     return len(cut_off)
 
 
-async def _stop_grpc(server: grpc.aio.Server, calls: Calls) -> int:
+async def _stop_grpc(server: grpc.aio.Server, inferences: Inferences) -> int:
     stopping = asyncio.ensure_future(server.stop(GRACE_SECONDS + 1))  # a shorter one later counts
     await asyncio.wait([stopping], timeout=GRACE_SECONDS)
-    cut_off, calls.stopping = calls.running, True
+    cut_off, inferences.stopping = inferences.running, True
     await asyncio.gather(server.stop(None), stopping)
     return cut_off
 

@@ -1,0 +1,75 @@
+"""Requests and answers of the Open Inference Protocol v2 over gRPC. The messages are Triton's: those of the protocol,
+and more types of parameters."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from tritonclient.grpc import service_pb2 as pb
+
+from tetdeploy.engine import Array
+from tetdeploy.serve.protocol import VERSION
+from tetdeploy.serve.requests import DATATYPES, InferRequest, Input, InvalidRequestError, WantedOutput, raw_bytes
+
+_CONTENTS = {"UINT8": "uint_contents", "FP32": "fp32_contents"}  # where numbers of a datatype are, one by one
+
+
+def read_request(message: Any) -> InferRequest:
+    """A `ModelInferRequest`.
+
+    Raises:
+        InvalidRequestError: it contradicts itself.
+    """
+    raw = list(message.raw_input_contents)
+    if raw:
+        _check_raw(message, len(raw))
+    return InferRequest(
+        message.id or str(uuid.uuid4()),
+        [
+            Input(given.name, given.datatype, list(given.shape), raw[k] if raw else _numbers(given))
+            for k, given in enumerate(message.inputs)
+        ],
+        [WantedOutput(output.name, _parameters(output.parameters)) for output in message.outputs],
+        _parameters(message.parameters),
+    )
+
+
+def _check_raw(message: Any, count: int) -> None:
+    if len(message.inputs) != count:
+        raise InvalidRequestError(
+            f"the number of inputs ({len(message.inputs)}) does not match the expected number of raw input contents "
+            f"({count}) for model '{message.model_name}'."
+        )
+    for given in message.inputs:
+        if given.HasField("contents"):
+            raise InvalidRequestError(
+                f"contents field must not be specified when using raw_input_contents for input '{given.name}' for "
+                f"model '{message.model_name}'"
+            )
+
+
+def _numbers(given: Any) -> list[Any]:
+    field = _CONTENTS.get(given.datatype)
+    return [] if field is None else list(getattr(given.contents, field))
+
+
+def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    values = {}
+    for name, parameter in given.items():
+        if (choice := parameter.WhichOneof("parameter_choice")) is None:
+            raise InvalidRequestError(f"parameter {name} has no value of a type that is known here")
+        values[name] = getattr(parameter, choice)
+    return values
+
+
+def write_response(model: str, request: InferRequest, outputs: Mapping[str, Array]) -> Any:
+    """The `ModelInferResponse` to a request."""
+    response = pb.ModelInferResponse(model_name=model, model_version=VERSION, id=request.id)
+    for name, values in outputs.items():
+        raw = raw_bytes(values)
+        output = response.outputs.add(name=name, datatype=DATATYPES[values.dtype.name], shape=values.shape)
+        output.parameters["binary_data_size"].int64_param = len(raw)
+        response.raw_output_contents.append(raw)
+    return response
