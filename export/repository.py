@@ -18,14 +18,13 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as triton
 
 from tetdeploy import __version__
-from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_folder
 from tetdeploy.model_file import parse_metadata, read_model
 from tetdeploy.runtimes.tensorrt_engine import read_manifest
@@ -33,19 +32,6 @@ from tetdeploy.runtimes.tensorrt_engine import read_manifest
 from .reading import parse_graph
 from .sequence_graph import sequence_graph
 
-
-def _schema() -> Any:
-    """The protobuf schema of a model's configuration, as tritonclient ships it, and no more of tritonclient.grpc: that
-    registers messages of names that KServe's server registers as well, and a process may have each name once."""
-    package = Path(import_extra("tritonclient", "cluster").__path__[0])
-    spec = spec_from_file_location("triton_model_config", package / "grpc" / "model_config_pb2.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-triton = _schema()
 MAX_BATCH = 64
 MAX_STREAMS = 1024
 IDLE_SECONDS = 60

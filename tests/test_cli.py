@@ -527,7 +527,10 @@ class TestBadInput:
             ("filelock", ("train",), "train"),
             *((package, ("serve", MODEL), "serve") for package in ("pydantic", "tritonclient", "uvicorn", "grpc")),
             ("yaml", ("export", "--format", "kserve", "--storage-uri", "s3://m"), "cluster"),
-            ("tritonclient", ("export", "--format", "triton-repository"), "cluster"),
+            *(
+                (package, ("export", "--format", "triton-repository"), "cluster")
+                for package in ("tritonclient", "grpc")
+            ),
             ("tensorrt_rtx", ("build", MODEL, "--package", "tensorrt-rtx"), "rtx"),
         ],
     )

@@ -23,8 +23,8 @@ def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
         onnx_options: those typed that say how a graph is made.
     """
     run, file_format = ctx.params["run"], ctx.params["file_format"]
-    import_extra("onnx", "cluster")
-    import_extra("yaml" if file_format == "kserve" else "tritonclient", "cluster")
+    for package in ("onnx", "yaml") if file_format == "kserve" else ("onnx", "grpc", "tritonclient"):
+        import_extra(package, "cluster")
     if file_format == "kserve" and not ctx.params["storage_uri"]:
         raise click.UsageError(
             "--format kserve needs --storage-uri, where the cluster finds the model: s3://... pvc://..."
