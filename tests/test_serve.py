@@ -248,7 +248,9 @@ def test_a_model_that_is_unknown_is_so_in_any_version(client: Any, server: Serve
 
 
 def test_pages_that_there_are_not(server: Server) -> None:
+    refused = server.metric("tetdeploy_refused_total", model="step", status="400")
     assert server.post("repository/models/step/unload", b"")[0] == 400
+    assert server.metric("tetdeploy_refused_total", model="step", status="400") == refused  # nothing was asked of it
     assert server.post("models/step", b"") == (405, {"error": "Method Not Allowed"})
     assert server.post("nowhere", b"") == (404, {"error": "Not Found"})
 
@@ -299,6 +301,7 @@ WRONG: list[tuple[str, bytes, int, str]] = [
     ("step", b" " * 1_000_001, 413, "at most 1,000,000 bytes"),
     ("step", b" " * 800_001, 413, "at most 800,000 bytes of numbers one by one"),
     ("step", body(parameters={"binary_data_output": "yes"}), 400, "binary_data_output must be true or false"),
+    ("step", b'{"inputs": [], "outputs": [%s]}' % b",".join([b'{"name": ""}'] * 17), 400, "at most 16 items"),
 ]
 
 
@@ -450,6 +453,14 @@ def test_unsigned_parameters(server: Server) -> None:
     assert code == "INVALID_ARGUMENT" and "unknown parameter 'priority'" in message
 
 
+def test_a_message_names_no_more_outputs_than_there_may_be(server: Server) -> None:
+    request = grpc_request()
+    for _ in range(17):
+        request.outputs.add()
+    code, message = grpc_refusal(server, request)
+    assert code == "INVALID_ARGUMENT" and "may name 16 outputs, got 17" in message
+
+
 @pytest.mark.parametrize("call", ["RepositoryModelLoad", "RepositoryModelUnload"])
 def test_models_are_not_loaded_over_grpc(server: Server, call: str) -> None:
     request = getattr(rpc.service_pb2, f"{call}Request")(model_name="step")
@@ -549,6 +560,24 @@ def test_what_the_grace_does_not_suffice_for_is_told_so() -> None:
     assert answer.startswith("HTTP/1.1 503") and "could not finish this in time" in answer
     assert running.process.returncode == 1
     assert "stopped, but 1 of the requests taken could not be answered in time" in log and "Traceback" not in log
+
+
+def test_an_answer_that_is_not_read_to_its_end_is_cut_off() -> None:
+    options = ["--http-port", "0", "--grpc-port", "0", "--threads", "1", "--max-T", "600"]
+    command = [sys.executable, "-c", SHORT_GRACE, "serve", f"step={exported('step')}", *options]
+    running = started(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    host, port = running.http.split(":")
+    sent = body(shape=[64, 1, 8, 8], data=images(64).ravel().tolist(), parameters={"T": 600})
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect((host, int(port)))
+        slow.sendall(f"POST /v2/models/step/infer HTTP/1.1\r\nHost: m\r\nContent-Length: {len(sent)}\r\n\r\n".encode())
+        slow.sendall(sent)
+        assert slow.recv(15) == b"HTTP/1.1 200 OK"
+        running.process.send_signal(signal.SIGTERM)
+        _, log = running.process.communicate(timeout=PATIENCE)
+    assert running.process.returncode == 1
+    assert "stopped, but 1 of the requests taken could not be answered in time" in log
 
 
 def test_half_bodies_leave_memory_for_no_more_than_the_budget() -> None:

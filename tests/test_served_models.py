@@ -133,6 +133,15 @@ def test_the_state_of_all_sequences_is_bounded() -> None:
         assert model.sequences is not None and model.sequences.limit == limit
 
 
+def test_a_T_that_the_server_would_refuse_is_said_when_it_starts(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(exported("step"), threads=1)
+    ServedModel("m", engine, Limits(), Bounds(engine.trained_T, 60, 9))
+    assert not caplog.messages
+    ServedModel("m", engine, Limits(), Bounds(engine.trained_T - 1, 60, 9))
+    (said,) = caplog.messages
+    assert said.startswith(f"m takes {engine.trained_T} steps unless a request says T")
+
+
 def test_a_sequence_is_idle_from_its_answer_on() -> None:
     async def scenario() -> None:
         engine = Held(exported("step"), threads=1)

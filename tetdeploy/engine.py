@@ -265,6 +265,11 @@ class Engine:
                 f"which may be one; build again with --batch 1:{self.min_batch}:{self.max_batch}"
             )
 
+    @property
+    def own_T(self) -> int:
+        """The steps that `run` takes for images by default: an unrolled graph's own, else those of the training."""
+        return self.T if self.layout == "unrolled" and self.T is not None else self.trained_T
+
     def check_T(self, T: int | None, x: Array) -> int:
         """The number of steps to run.
 
@@ -272,8 +277,7 @@ class Engine:
             ValueError: see `run`.
         """
         if T is None:
-            own = self.T if self.layout == "unrolled" else self.trained_T
-            T = x.shape[1] if self.encoding == "frames" else own
+            T = x.shape[1] if self.encoding == "frames" else self.own_T
         T = check_count("T", T)
         if self.encoding == "frames" and x.shape[1] < T:
             raise ValueError(f"T={T} steps need as many frames, got {x.shape[1]}")

@@ -15,6 +15,7 @@ from tetdeploy.engine import Array
 
 DATATYPES = {"uint8": "UINT8", "float32": "FP32", "int64": "INT64", "object": "BYTES"}  # by numpy's names
 MAX_ID = 256  # characters of a sequence's id: the server keeps it for as long as the sequence is open
+MAX_TENSORS = 16  # inputs and outputs that a request may name: each becomes an object, while nothing else is answered
 MAX_AXES, MAX_SIZE = 8, 2**31 - 1  # of a shape: its sizes are multiplied before anything else bounds them
 
 

@@ -83,7 +83,7 @@ class _Endpoints:
             status, message = error.status_code, error.detail
         else:
             status, _, message = status_of(error)
-        if (model := request.path_params.get("name")) and request.method == "POST":
+        if (model := request.path_params.get("name")) and request.url.path.endswith("/infer"):
             self._metrics.refuse(model, status)
         error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold the body
         return JSONResponse({"error": message}, status, getattr(error, "headers", None))  # of a 405: Allow

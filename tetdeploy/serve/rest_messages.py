@@ -13,7 +13,15 @@ from starlette.responses import Response
 from tetdeploy.engine import Array
 from tetdeploy.serve.bodies import Sizes
 from tetdeploy.serve.protocol import BINARY_OUTPUT, BINARY_OUTPUTS, VERSION
-from tetdeploy.serve.requests import DATATYPES, InferRequest, Input, InvalidRequestError, WantedOutput, raw_bytes
+from tetdeploy.serve.requests import (
+    DATATYPES,
+    MAX_TENSORS,
+    InferRequest,
+    Input,
+    InvalidRequestError,
+    WantedOutput,
+    raw_bytes,
+)
 
 JSON_LENGTH = "inference-header-content-length"
 SIZE = "binary_data_size"  # of a tensor: how many of the bytes that follow the JSON are its
@@ -37,8 +45,8 @@ class _Output(BaseModel):
 class _Request(BaseModel):
     id: str | None = None
     parameters: dict[str, Any] | None = None
-    inputs: Annotated[list[_Input], Field(fail_fast=True)]
-    outputs: Annotated[list[_Output], Field(fail_fast=True)] | None = None
+    inputs: Annotated[list[_Input], Field(fail_fast=True, max_length=MAX_TENSORS)]
+    outputs: Annotated[list[_Output], Field(fail_fast=True, max_length=MAX_TENSORS)] | None = None
 
 
 def read_request(body: bytes | bytearray, headers: Mapping[str, str], sizes: Sizes) -> InferRequest:

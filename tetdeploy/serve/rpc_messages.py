@@ -11,9 +11,28 @@ from tritonclient.grpc import service_pb2 as pb
 
 from tetdeploy.engine import Array
 from tetdeploy.serve.protocol import VERSION
-from tetdeploy.serve.requests import DATATYPES, InferRequest, Input, InvalidRequestError, WantedOutput, raw_bytes
+from tetdeploy.serve.requests import (
+    DATATYPES,
+    MAX_TENSORS,
+    InferRequest,
+    Input,
+    InvalidRequestError,
+    WantedOutput,
+    raw_bytes,
+)
 
 _CONTENTS = {"UINT8": "uint_contents", "FP32": "fp32_contents"}  # where numbers of a datatype are, one by one
+
+
+def check_count(message: Any) -> None:
+    """Refuse more inputs or outputs than a request may name, before each of them is an object.
+
+    Raises:
+        InvalidRequestError: it is so.
+    """
+    for what in ("inputs", "outputs"):
+        if (count := len(getattr(message, what))) > MAX_TENSORS:
+            raise InvalidRequestError(f"a request may name {MAX_TENSORS} {what}, got {count:,}")
 
 
 def read_request(message: Any) -> InferRequest:

@@ -24,6 +24,8 @@ from tetdeploy.serve.rest import application
 from tetdeploy.serve.rpc import Inferences, grpc_server
 from tetdeploy.serve.scheduler import GRACE_SECONDS, Limits
 
+KEEP_ALIVE_SECONDS = 75  # longer than proxies keep a connection idle, or they may ask at the moment it is closed
+
 
 @dataclass(frozen=True)
 class Address:
@@ -90,10 +92,10 @@ async def serve(
 async def _stop_http(server: uvicorn.Server, http: asyncio.Task[None]) -> int:
     """How many requests were cut off when the grace was over; by then they have been told so."""
     await http
-    cut_off = set(server.server_state.tasks)
+    cut_off, unread = set(server.server_state.tasks), len(server.server_state.connections)
     if cut_off:
         await asyncio.wait(cut_off, timeout=1)
-    return len(cut_off)
+    return max(len(cut_off), unread)  # the end of an answer may still wait for its client to read
 
 
 async def _stop_grpc(server: grpc.aio.Server, inferences: Inferences) -> int:
@@ -119,7 +121,7 @@ def _stop_signal() -> asyncio.Event:
 
 async def _expire(models: list[ServedModel], timeout: float) -> NoReturn:
     while True:
-        await asyncio.sleep(min(1.0, timeout / 4))
+        await asyncio.sleep(max(0.01, min(1.0, timeout / 4)))
         for model in models:
             await model.expire()
 
@@ -152,6 +154,7 @@ def _http_server(app: ASGIApp) -> uvicorn.Server:
         lifespan="off",
         log_level="warning",
         access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(GRACE_SECONDS),
     )
     return _Uvicorn(config)
