@@ -77,10 +77,9 @@ class Bench:
             self.engines[count] = Engine(model, device=device, threads=count, runtime=runtime, cuda_graphs=cuda_graphs)
             self.load_ms[count] = (time.perf_counter() - start) * 1e3
         self.engine = self.engines[threads[0]]
-        own = self.engine.T if self.engine.layout == "unrolled" else None
         self.settings = [
             Setting(batch, count, T)
-            for T in steps or (own or self.engine.trained_T,)
+            for T in steps or (self.engine.own_T,)
             for count in threads
             for batch in batches
         ]
