@@ -108,6 +108,8 @@ def check_writable(path: Path | str, suffix: str = "", *, remedy: str) -> None:
     Raises:
         OSError: it could not, or would write over something else; the message names `path`.
     """
+    if str(path) == "-":
+        raise OSError(f"cannot write -: a result goes to a file, not to the terminal; {remedy}")
     path = _regular(path, remedy)
     if path.is_dir():
         raise OSError(f"cannot write {path}: {os.strerror(errno.EISDIR)}; {remedy}")
