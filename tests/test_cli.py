@@ -627,9 +627,24 @@ class TestBadInput:
             monkeypatch.setattr(f"tetdeploy.{name}", self.works)
         assert "is no plot's name: it must end in one of" in refused(*command).replace("\n", " ")
 
-    def test_a_report_and_its_markdown_are_two_files(self, workplace: Path) -> None:
-        said = refused("report", RUN, "-o", "r.html", "--markdown", "r.html", code=2)
-        assert "would be one file, r.html; choose another --markdown" in said.replace("\n", " ")
+    @pytest.mark.parametrize(
+        ("command", "first", "second"),
+        [(("report", RUN), "--out", "--markdown"), (("sweep", MODEL), "--json", "--plot")],
+    )
+    def test_two_outputs_are_two_files(
+        self, command: tuple[str, ...], first: str, second: str, workplace: Path
+    ) -> None:
+        said = refused(*command, first, "r.svg", second, f"{workplace}/r.svg", code=2).replace("\n", "")
+        assert f"{first} and {second} would be one file" in said
+        assert not Path("r.svg").exists()
+
+    @pytest.mark.parametrize(
+        "command", [("sweep", MODEL), ("validate", MODEL), ("evaluate", RUN), ("inspect", MODEL), ("train",)]
+    )
+    def test_no_file_is_called_a_dash(self, command: tuple[str, ...], workplace: Path) -> None:
+        said = refused(*command, "--json", "-").replace("\n", " ")
+        assert "a result goes to a file, not to the terminal; choose another with --json" in said
+        assert not Path("-").exists()
 
     def test_an_output_beside_the_model_names_the_option_for_another(self, workplace: Path) -> None:
         for command, ending, option in (

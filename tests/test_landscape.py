@@ -136,6 +136,7 @@ class TestNumbers:
             for x in (images, frames)
         ]
         np.testing.assert_allclose(shown[0].tet_loss, shown[1].tet_loss, rtol=1e-5)
+        assert [part.settings["frames"] for part in shown] == [None, 4]
         longer = LandscapeConfig(T=5, points=3, device="cpu")
         with pytest.raises(ValueError, match="T is 5, but the frames hold 4 steps"):
             measure_landscape({"a": classifier_of()}, frames, labels, longer, tmp_path / "l.npz")
@@ -182,6 +183,11 @@ class TestInterruptions:
             point_done=lambda: ticks.append(1),
         )
         assert told == [(9, 9)] and not ticks
+
+    def test_names_are_those_of_the_call(self, tmp_path: Path) -> None:
+        measure_landscape({"a": classifier_of()}, *digits(), CONFIG, tmp_path / "l.npz")
+        renamed = measure_landscape({"b": classifier_of()}, *digits(), CONFIG, tmp_path / "l.npz")
+        assert renamed.names == load_landscape(tmp_path / "l.npz").names == ("b",)
 
     def test_a_kill_costs_a_row_at_most(self, tmp_path: Path) -> None:
         ticks = []
@@ -385,6 +391,52 @@ class TestCommand:
                 assert result.exit_code == 0, result.output
                 digests.add(load_landscape(f"{split}{k}.npz").settings["images"])
             assert len(digests) == 1
+
+    @pytest.mark.parametrize("split", ["train", "validation"])
+    def test_recordings_cut_for_another_T_are_refused(self, runs: Path, split: str) -> None:
+        for name, T in (("e2", 2), ("e4", 4)):
+            classifier = classifier_of()
+            classifier.data = "saccades:digits"
+            training = {"T": T, "val_fraction": 0.1}
+            save_checkpoint(runs / name / "checkpoint.safetensors", classifier, training=training, provenance={})
+        result = run("runs/e2", "runs/e4", "--T", "2", "--split", split)
+        assert result.exit_code == 1
+        assert "whatever --T, and these differ (e2: 2, e4: 4); measure each run by itself" in result.output
+
+    def test_frames_of_a_file_are_the_same_for_all_runs(self, runs: Path) -> None:
+        path = runs / "more" / "checkpoint.safetensors"
+        save_checkpoint(path, classifier_of(), training={"T": 3, "val_fraction": 0.1}, provenance={})
+        images, labels = digits()
+        np.savez("frames.npz", images=images[:, None].repeat(3, axis=1), labels=labels)
+        result = run("runs/sdt", "runs/more", "--T", "2", "--data", "frames.npz", "--radius", "1")
+        assert result.exit_code == 0, result.output
+        assert "T=2 of 3 frames" in result.output
+
+    def test_data_of_other_classes_are_refused(self, runs: Path) -> None:
+        classifier = classifier_of()
+        classifier.class_names = tuple("9876543210")
+        save_checkpoint(runs / "other" / "checkpoint.safetensors", classifier, training={"T": 2}, provenance={})
+        result = run("runs/sdt", "runs/other", "--radius", "1")
+        assert result.exit_code == 1
+        assert (
+            "Error: the labels of digits do not match the model's" in result.output and "other knows" in result.output
+        )
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--out", "fig2.png"], "--out and --plot would be one file, fig2.png"),
+            (["--out", "l3.npz", "--json", "runs/../l3.npz"], "--out and --json would be one file"),
+            (["--out", "l.npz", "--plot", "l.pdf", "--json", "l.pdf"], "--plot and --json would be one file, l.pdf"),
+            (["--out", "."], "cannot write .: Is a directory; choose another with --out"),
+            (["--json", "-"], "cannot write -: a result goes to a file, not to the terminal; choose another with"),
+        ],
+    )
+    def test_outputs_that_would_be_lost(self, runs: Path, arguments: list[str], message: str) -> None:
+        result = run("runs/sdt", "--radius", "1", *arguments)
+        assert result.exit_code and isinstance(result.exception, SystemExit)
+        assert message in " ".join(result.output.split())
+        assert {path.name for path in runs.parent.iterdir()} == {"runs"}
 
     def test_ctrl_c_keeps_what_is_measured(self, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         count, counted = 0, landscape.count_correct

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -302,7 +302,7 @@ def _begin(path: Path, names: tuple[str, ...], settings: dict[str, Any], axis: N
                 f"{path} was measured with other settings: {'; '.join(different)}; "
                 "give another --out, or remove it to measure anew"
             )
-        return landscape
+        return replace(landscape, names=names)  # a run may have another name by now
     shape = (len(names), len(axis), len(axis))
     surfaces = {name: np.full(shape, np.nan) for name in _SURFACES}
     return Landscape(names=names, alphas=axis, betas=axis, finished=0, settings=settings, **surfaces)
@@ -326,6 +326,7 @@ def _settings(
         "device": device.type,
         "precision": precision,
         "num_images": len(images),
+        "frames": images.shape[1] if images.ndim == 5 else None,
         "images": _digest([images, labels]),
         "weights": [
             _digest([value.detach().cpu().float().numpy() for value in classifier.state_dict().values()])

@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.errors import INTERRUPTED
-from tetdeploy.cli.inputs import load_classifier, load_part
-from tetdeploy.cli.options import PARTS, STEPS, check_plot, data_dir_option, json_option, runs_option
+from tetdeploy.cli.inputs import check_classes, load_classifier, load_part
+from tetdeploy.cli.options import (
+    PARTS,
+    STEPS,
+    check_distinct,
+    check_plot,
+    data_dir_option,
+    json_option,
+    runs_option,
+)
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
+from tetdeploy.names import is_npz
 from tetdeploy.steps import trained_T
 
 if TYPE_CHECKING:
@@ -81,7 +90,6 @@ def landscape(
     """
     import_extra("torch", "train")
     from tetdeploy.checkpoint import read_metadata
-    from tetdeploy.files import check_writable
     from tetdeploy.run_folder import newest_run, weights_file
     from tetdeploy.train.landscape import LandscapeConfig
 
@@ -93,14 +101,13 @@ def landscape(
     radius = max(config.extent / 2, step) if radius is None else radius
     if not radius >= step * (1 - 1e-9):
         raise ValueError(f"--radius {radius:g} is shorter than a step of the grid, {step:g}; give more --points")
-    source = data or _common("data", files, [m["data"]["name"] for m in metadata])
-    images = _images(source, split, limit, data_dir, metadata)
-    classifiers = _classifiers(checkpoints, files, metadata, model)
     path = out or _default_out(files)
-    plot = plot or path.with_suffix(".png")
-    for output, option in ((path, "--out"), (plot, "--plot")):
-        check_writable(output, remedy=f"choose another with {option}")
-    check_plot(plot)
+    plot = _checked_plot(path, plot, json_path)
+    source = data or _common("data", files, [m["data"]["name"] for m in metadata])
+    images = _images(source, split, limit, data_dir, files, metadata)
+    classifiers = _classifiers(checkpoints, files, metadata, model)
+    for name, classifier in classifiers.items():
+        check_classes(name, classifier.class_names, images)
     result = _measure(classifiers, images, config, path)
     if not result.complete:
         console.print(
@@ -110,6 +117,18 @@ def landscape(
         )
         ctx.exit(INTERRUPTED)
     _report(result, path, plot, json_path, radius, f"{images.name}, {split}")
+
+
+def _checked_plot(path: Path, plot: Path | None, json_path: Path | None) -> Path:
+    """Where the plot goes; outputs that cannot be written, or are one file, are refused before hours of measuring."""
+    from tetdeploy.files import check_writable
+
+    check_writable(path, remedy="choose another with --out")
+    plot = plot or path.with_suffix(".png")
+    check_writable(plot, remedy="choose another with --plot")
+    check_distinct({"--out": path, "--plot": plot, "--json": json_path})
+    check_plot(plot)
+    return plot
 
 
 def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeConfig, path: Path) -> Landscape:
@@ -142,34 +161,50 @@ def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, r
     from tetdeploy.files import write_json
     from tetdeploy.report.landscape import landscape_table, plot_landscape, summarise
 
-    count, T = result.settings["num_images"], result.settings["T"]
+    settings = result.settings
+    count, frames = settings["num_images"], settings.get("frames")
+    steps = f"T={settings['T']}" + (f" of {frames} frames" if frames else "")
     console.print(landscape_table(result, radius))
-    rises = f"rises over the grid points at most {radius:g} away; {count:,} images of {images}; T={T}"
+    rises = f"rises over the grid points at most {radius:g} away; {count:,} images of {images}; {steps}"
     console.print(rises, style="dim", markup=False)
-    plot_landscape(result, plot, radius=radius, title=f"{count:,} images of {images}   T={T}")
+    plot_landscape(result, plot, radius=radius, title=f"{count:,} images of {images}   {steps}")
     if json_path is not None:
         rows = summarise(result, radius)
         content = {"numbers": str(path), "plot": str(plot), "images": images, "radius": radius}
-        write_json(json_path, content | {"settings": dict(result.settings), "rows": rows})
+        write_json(json_path, content | {"settings": dict(settings), "rows": rows})
     console.print("   ".join(str(written) for written in (path, plot, json_path) if written is not None), markup=False)
     console.print("next: look at the plot; a flatter minimum has fewer lines inside the circle")
 
 
-def _images(source: str, split: str, limit: int, data_dir: Path, metadata: list[dict[str, Any]]) -> Any:
-    """The images to measure on, a fair sample of at most `limit`."""
+def _images(
+    source: str, split: str, limit: int, data_dir: Path, files: list[Path], metadata: list[dict[str, Any]]
+) -> Any:
+    """The images to measure on, a fair sample of at most `limit`.
+
+    Raises:
+        ValueError: recordings, which are cut into T frames, and the runs were trained at different T.
+    """
     from tetdeploy.data.images import mixed_order
 
-    def part(T: int, fraction: float, known: Any) -> Any:
-        return load_part(source, split, data_dir=data_dir, T=T, fraction=fraction, known=known)
+    steps = [trained_T(m) for m in metadata]
+
+    def part(fraction: float, known: Any) -> Any:
+        images = load_part(source, split, data_dir=data_dir, T=steps[0], fraction=fraction, known=known)
+        if images.encoding == "frames" and not is_npz(source) and len(set(steps)) > 1:
+            raise ValueError(
+                f"recordings of {source} are cut into as many frames as a run was trained with, whatever --T, and "
+                f"these differ ({_listed(files, steps)}); measure each run by itself"
+            )
+        return images
 
     fractions = [float(m["training"].get("val_fraction", 0.0)) for m in metadata]
     if split != "validation":
-        images = part(trained_T(metadata[0]), max(fractions), metadata[0]["data"])
+        images = part(max(fractions), metadata[0]["data"])
     else:
-        runs = zip(map(trained_T, metadata), fractions, (m["data"] for m in metadata), strict=True)
-        distinct = {(T, fraction, known.get("fingerprint")): known for T, fraction, known in runs}
+        runs = zip(fractions, (m["data"] for m in metadata), strict=True)
+        distinct = {(fraction, known.get("fingerprint")): known for fraction, known in runs}
         # What the smaller share holds out is part of what the larger one does: no run trained on the images.
-        images = min((part(T, fraction, known) for (T, fraction, _), known in distinct.items()), key=len)
+        images = min((part(fraction, known) for (fraction, _), known in distinct.items()), key=len)
     return images.select(mixed_order(len(images))[:limit])
 
 
@@ -193,6 +228,10 @@ def _default_out(files: list[Path]) -> Path:
 def _common(what: str, files: list[Path], values: list[Any]) -> Any:
     """The one value that all checkpoints have."""
     if len(set(values)) > 1:
-        listed = ", ".join(f"{file.parent.name}: {value}" for file, value in zip(files, values, strict=True))
+        listed = _listed(files, values)
         raise ValueError(f"the checkpoints were trained with different {what} ({listed}); say which with --{what}")
     return values[0]
+
+
+def _listed(files: list[Path], values: list[Any]) -> str:
+    return ", ".join(f"{file.parent.name}: {value}" for file, value in zip(files, values, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -105,6 +105,18 @@ def output_path(given: Path | None, option: str, engine: Engine, ending: str) ->
     path = given or engine.path.with_suffix(ending)
     check_writable(path, remedy=f"choose another with {option}")
     return path
+
+
+def check_distinct(outputs: Mapping[str, Path | None]) -> None:
+    """Refuse outputs, by their options, of which one would take another's place.
+
+    Raises:
+        click.UsageError: two are one file.
+    """
+    taken: dict[Path, str] = {}
+    for option, path in outputs.items():
+        if path is not None and (other := taken.setdefault(path.resolve(), option)) != option:
+            raise click.UsageError(f"{other} and {option} would be one file, {path}; choose another with one of them")
 
 
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all cores by default.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tetdeploy.cli.options import checked_output, runs_option
+from tetdeploy.cli.options import check_distinct, checked_output, runs_option
 from tetdeploy.cli.terminal import console, print_notes
 from tetdeploy.extras import import_extra
 
@@ -64,8 +64,7 @@ def report(
     paths = paths or (newest_run(runs),)
     out = out or (paths[0] / "report.html" if len(paths) == 1 and paths[0].is_dir() else Path("report.html"))
     check_writable(out, remedy="choose another with --out")
-    if markdown is not None and markdown.absolute() == out.absolute():
-        raise click.UsageError(f"the page and the Markdown would be one file, {out}; choose another --markdown")
+    check_distinct({"--out": out, "--markdown": markdown})
     results = read_results(paths, names)
     document = document_of(results, title)
     texts = {out: to_html(document)} | ({markdown: to_markdown(document)} if markdown else {})

@@ -11,6 +11,7 @@ import click
 from tetdeploy.cli.inputs import default_steps, load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import (
     ChosenModel,
+    check_distinct,
     check_plot,
     data_dir_option,
     opens_model,
@@ -97,6 +98,7 @@ def sweep(
     note_other_checkpoint(engine)
     json_path = output_path(json_path, "--json", engine, ".sweep.json")
     picture = output_path(plot, "--plot", engine, ".sweep.png")
+    check_distinct({"--json": json_path, "--plot": picture})
     if plot is not None:
         check_plot(plot)
     wanted = steps or default_steps(engine)
