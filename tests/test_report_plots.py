@@ -38,6 +38,14 @@ def test_accuracy_by_steps_and_by_energy(tmp_path: Path, painted: dict[str, list
     assert own == (ENERGIES, ACCURACIES)
 
 
+def test_no_accuracy_axis_goes_beyond_100_per_cent(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    rows = [row | {"accuracy": 0.985} for row in result()["rows"]]
+    report(tmp_path, rows=rows)
+    axes = [*painted["sections.accuracy"], *painted["sections.pareto"]]
+    assert [one.get_ylim()[1] for one in axes] == [1.0] * 3
+    assert not any(line.get_clip_on() for one in axes for line in one.lines)  # points at 100 % are drawn whole
+
+
 def test_the_front_is_drawn_over_all_points(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
     rows = result()["rows"]
     rows[2]["accuracy"] = 0.5

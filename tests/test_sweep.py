@@ -16,6 +16,7 @@ import click
 import numpy as np
 import pytest
 from export_helpers import digits, exported
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -316,6 +317,21 @@ def test_a_plot_is_of_per_cent_and_microjoules(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, x, y, *args, **options: drawn.append((x, y)))
     plot_sweep(two_steps(), tmp_path / "plot.png", 2)
     assert drawn == [([1, 2], pytest.approx([91, 92])), ([1, 2], pytest.approx([4, 8]))]
+
+
+@pytest.mark.parametrize("trained_T", [1, 2, 3])
+def test_all_of_a_plot_lies_within_its_axes(trained_T: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = list[Figure]()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    rows = tuple(dataclasses.replace(two_steps().rows[0], T=T, accuracy=1.01 - 0.01 * T) for T in (1, 2, 3))
+    plot_sweep(dataclasses.replace(two_steps(), rows=rows), tmp_path / "plot.png", trained_T)
+    figures[0].draw_without_rendering()
+    left = figures[0].axes[0]
+    (text,) = left.texts
+    box = text.get_window_extent()
+    assert left.bbox.x0 <= box.x0 and box.x1 <= left.bbox.x1
+    assert box.y1 < left.transData.transform((1, 98))[1]
+    assert left.get_ylim()[1] == 100
 
 
 def printed(table: Table) -> list[str]:

@@ -99,10 +99,18 @@ def draw(
 
 
 def percent_axis(axis: Any) -> None:
-    """Fractions as per cent; the unit stands in the label of the axis."""
+    """Fractions as per cent, where all is drawn; the unit stands in the label of the axis."""
     from matplotlib.ticker import PercentFormatter
 
     axis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    end_at(axis.axes, 1.0)
+
+
+def end_at(axes: Any, most: float) -> None:
+    """The y axis goes no further than to `most`, where all is drawn; points there are drawn whole."""
+    axes.set_ylim(top=min(most, axes.get_ylim()[1]))
+    for line in axes.lines:
+        line.set_clip_on(False)
 
 
 def whole_numbers(axis: Any) -> None:

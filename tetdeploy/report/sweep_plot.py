@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
-from tetdeploy.report.drawing import Style, drawable
+from tetdeploy.report.drawing import Style, drawable, end_at
 from tetdeploy.sweep import Sweep
 
 
@@ -31,11 +31,14 @@ def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:
     right.plot(steps, [row.energy_pj / 1e6 for row in result.rows], "s--", color=orange)
     if trained_T in steps:
         left.axvline(trained_T, color="0.6", linewidth=1, zorder=0)
-        left.annotate(f" trained at T={trained_T}", (trained_T, 0.02), xycoords=("data", "axes fraction"))
+        side = "right" if 2 * trained_T > steps[0] + steps[-1] else "left"
+        left.annotate(f" trained at T={trained_T} ", (trained_T, 0.02), xycoords=("data", "axes fraction"), ha=side)
     left.set_xlabel("time steps T")
     left.set_ylabel("● accuracy (%)", color=blue)
     right.set_ylabel("■ energy (µJ per image)", color=orange)
     right.set_ylim(bottom=0)
+    left.margins(y=0.12)  # so that the lowest point lies above the text
+    end_at(left, 100)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.grid(axis="y", color="0.9")
     title = f"{Path(result.model).name} on {result.num_samples:,} images of {result.data}"
