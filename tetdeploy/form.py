@@ -1,7 +1,7 @@
 """What JSON must look like, as far as it is read. Whatever else it holds is left alone.
 
-A form is `str`, `bool`, `NUMBER`, `STEP`, a list with the form of every item, or a dict of forms by key, where `"*"` is
-every key and a key with `!` must be there. What need not be there may be null.
+A form is `str`, `bool`, `NUMBER`, `AMOUNT`, `FRACTION`, `STEP`, a list with the form of every item, or a dict of forms
+by key, where `"*"` is every key and a key with `!` must be there. What need not be there may be null.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 NUMBER, LOOSE_NUMBER, STEP = "a finite number", "a number", "a whole number of at least 1"
+AMOUNT, FRACTION = "a finite number of at least 0", "a number from 0 to 1"
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -62,8 +63,10 @@ def _is(value: Any, form: Any) -> bool:
         return value is None and form != STEP
     if form == STEP:
         return isinstance(value, int) and value >= 1
+    if form == FRACTION:
+        return 0 <= value <= 1
     try:
-        return math.isfinite(value) or form == LOOSE_NUMBER
+        return form == LOOSE_NUMBER or (math.isfinite(value) and (value >= 0 or form != AMOUNT))
     except OverflowError:  # an integer that no float holds
         return False
 
