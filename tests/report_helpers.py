@@ -59,6 +59,7 @@ def result(**changes: Any) -> dict[str, Any]:
                 "binary": name != "conv1",
                 "fan_out": 288.0,
                 "weights": 1152,
+                "precision": "fp32",
                 "rows": [
                     {"T": T, "ac_ops": 1e6, "mac_ops": 0.0, "energy_pj": energy * T, "energy_exact_pj": energy * T}
                     for T in steps

@@ -18,6 +18,7 @@ from report_helpers import Page, epoch, result, run_folder, write
 
 from tetdeploy.cli import main
 from tetdeploy.files import sha256_of
+from tetdeploy.report.document import Table
 from tetdeploy.report.drawing import draw, energy_axis, mark
 from tetdeploy.report.numbers import count, energy, milliseconds
 from tetdeploy.report.page import document_of
@@ -254,6 +255,24 @@ class TestTraining:
         assert "the band goes from the lowest to the highest" in text
         assert "0, 1" in text.splitlines()  # the seeds
 
+    def test_of_several_seeds_an_interrupted_one_is_not_in_the_mean(self, tmp_path: Path) -> None:
+        for seed in (0, 1, 2):
+            run_folder(tmp_path / "a" / f"seed-{seed}", seed=seed)
+        runs = [
+            {"seed": seed, "interrupted": seed == 2, "best_epoch": 2, "val_accuracy": 0.8 + seed / 10}
+            for seed in range(3)
+        ]
+        summary = {"runs": runs, "mean_val_accuracy": 0.85, "std_val_accuracy": 0.0707, "num_finished": 2}
+        write(tmp_path / "a" / "summary.json", summary)
+        write(tmp_path / "a" / "config.json", {"seeds": [0, 1, 2]})
+        document = document_of(read_results([tmp_path / "a"]))
+        assert "validation accuracy, 2 of 3 seeds" in Page(to_html(document)).texts
+        (table,) = next(s for s in document.sections if s.title == "Seeds").blocks
+        assert isinstance(table, Table)
+        assert [row[0] for row in table.rows[:3]] == ["0", "1", "2, unfinished, not in the mean"]
+        assert "mean and deviation of 2 of 3 seeds" in table.caption
+        assert "| **mean ± standard deviation** |  | **85.00% ± 7.07%** |" in to_markdown(document)
+
     def test_no_validation_images(self, tmp_path: Path) -> None:
         nothing = {"val_loss": None, "val_accuracy": None}
         run = run_folder(tmp_path / "a", metrics=[epoch(1, **nothing), epoch(2, train_loss=float("nan"), **nothing)])
@@ -264,7 +283,12 @@ class TestTraining:
         write(snn / "m.sweep.json", result(kind="sweep"))
         results = read_results([snn, ann])
         assert results.twin_energy(results.sources[1].run) == 6.8e6  # type: ignore[arg-type]
-        assert "6.8 µJ" in Page(html(results)).texts
+        assert "6.8 µJ in float32" in Page(html(results)).texts
+        int8 = result(kind="sweep", ann={"mac_ops": 1e6, "energy_pj": 3e5})
+        int8["layers"][1]["precision"] = "int8"
+        write(snn / "m.sweep.json", int8)
+        results = read_results([snn, ann])
+        assert results.twin_energy(results.sources[1].run) == 4.6e6  # type: ignore[arg-type]
         other = run_folder(tmp_path / "other", ann=True)
         config = json.loads((other / "config.json").read_text())
         config["network"]["width"] = 2.0
@@ -443,6 +467,58 @@ class TestReading:
     def test_a_data_file_counts_by_its_name(self, tmp_path: Path) -> None:
         files = [write(tmp_path / f"{n}.json", result(data=f"{n}/test.npz")) for n in ("x", "y")]
         assert len(read_results(files).measurements) == 2
+
+    @pytest.mark.parametrize(
+        ("changes", "same"),
+        [
+            ({}, False),
+            ({"trained_T": 4}, False),
+            ({"encoding": "frames"}, True),  # a hash says nothing of images in another form
+            ({"input_dtype": "float32"}, True),
+            ({"images_sha256": "ab" * 32}, True),
+            ({"images_sha256": None}, True),
+            ({"images_sha256": "ab" * 32, "data": "other/digits.npz"}, True),
+        ],
+    )
+    def test_images_are_the_same_by_their_hash(self, tmp_path: Path, changes: dict[str, Any], same: bool) -> None:
+        own = {"data": "x/digits.npz"} if "data" in changes else {}
+        own |= {"images_sha256": "ab" * 32, "encoding": "direct", "input_dtype": "uint8"}
+        others = own | {"images_sha256": "cd" * 32} | changes
+        files = [write(tmp_path / "a.json", result(**own)), write(tmp_path / "b.json", result(**others))]
+        notes = read_results(files).notes
+        assert (notes == ()) is same
+        if not same:
+            assert "a: 200 images of digits with the SHA-256 abababababab, b: 200 images of digits with" in notes[0]
+            assert {"ab" * 32, "cd" * 32} <= set(page(*files).texts)
+
+    def test_frames_of_another_T_are_not_told_apart_by_their_hash(self, tmp_path: Path) -> None:
+        own = {"images_sha256": "ab" * 32, "encoding": "frames", "input_dtype": "uint8"}
+        others = own | {"images_sha256": "cd" * 32}
+        files = [write(tmp_path / "a.json", result(**own)), write(tmp_path / "b.json", result(**others, trained_T=4))]
+        assert read_results(files).notes == ()
+        write(files[1], result(**others))
+        assert "different images" in read_results(files).notes[0]
+
+    def test_data_that_are_called_images(self, tmp_path: Path) -> None:
+        (m,) = read_results([write(tmp_path / "a.json", result(data="folder:images"))]).measurements
+        assert m.images == "200 images of folder:images"
+
+    def test_classes_have_the_images_of_each_model(self, tmp_path: Path) -> None:
+        files = [write(tmp_path / f"{name}.json", result()) for name in "ab"]
+        assert self.classes(files) == [("class", "images", "a, T=2", "b, T=2"), ("cat", "120", "92.00%", "92.00%")]
+        by_class = result()["by_class"]
+        by_class[0]["num_samples"] = 12
+        write(files[1], result(by_class=by_class[:1]))
+        header, cat, dog = self.classes(files, 3)
+        assert header == ("class", "images, a", "images, b", "a, T=2", "b, T=2")
+        assert cat == ("cat", "120", "12", "92.00%", "92.00%")
+        assert dog == ("dog", "80", "–", "72.00%", "–")
+
+    def classes(self, files: list[Path], number: int = 2) -> list[tuple[str, ...]]:
+        section = next(s for s in document_of(read_results(files)).sections if s.title == "Accuracy by class")
+        (row,) = section.blocks
+        (table,) = (item for item in row.items if isinstance(item, Table))  # type: ignore[union-attr]
+        return [table.headers, *table.rows][:number]
 
 
 points = st.lists(

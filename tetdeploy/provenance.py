@@ -34,6 +34,8 @@ def engine_provenance(engine: Engine) -> dict[str, Any]:
         "checkpoint_sha256": engine.metadata["source"].get("checkpoint_sha256"),
         "trained_T": engine.trained_T,
         "layout": engine.layout,
+        "encoding": engine.encoding,
+        "input_dtype": str(engine.input_dtype),
         "num_classes": len(engine.class_names),
         "device": engine.device,
         "runtime": engine.runtime,

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from tetdeploy.names import is_npz
+from tetdeploy.picojoules import CONSTANTS
 from tetdeploy.report.drawing import Style
 from tetdeploy.report.merging import has_accuracy, merged
 from tetdeploy.report.reading import Run, model_stem, read_run, read_summary, result_files
@@ -66,6 +68,26 @@ class Measurement:
         found = (self.content.get("ann") or {}).get("energy_pj")
         return None if found is None else float(found)
 
+    @property
+    def float32_ann_pj(self) -> float | None:
+        """As `ann_pj`, of the twin in float32, as which an ANN is trained: at this result's prices if its layers are
+        in float32 as well, or else at the usual ones."""
+        if {layer.get("precision") for layer in self.content.get("layers") or []} == {"fp32"}:
+            return self.ann_pj
+        mac_ops = (self.content.get("ann") or {}).get("mac_ops")
+        return None if mac_ops is None else float(mac_ops) * CONSTANTS["fp32"].mac_pj
+
+    def same_images(self, other: Measurement) -> bool:
+        """Whether both were measured on the same images, by their hashes, if both have accuracies and had the images
+        in one form, or else by number and name."""
+        own, others = self.content, other.content
+        alike = ["encoding", "input_dtype"]
+        alike += [] if own.get("encoding") == "direct" else ["trained_T"]  # by which recordings are cut into frames
+        hashes = [c.get("images_sha256") for c in (own, others) if has_accuracy(c)]
+        if len(hashes) == 2 and all(hashes) and all(own.get(key) == others.get(key) for key in alike):
+            return hashes[0] == hashes[1]
+        return self.images == other.images
+
     def points(self, x: str, y: str) -> list[tuple[int, float, float]]:
         """T and two numbers of each row where both were measured."""
         pairs = [(row["T"], row.get(x), row.get(y)) for row in self.rows]
@@ -91,6 +113,13 @@ class Source:
     runs: dict[str, Run]
     measurements: tuple[Measurement, ...]
     summary: dict[str, Any]
+
+    @property
+    def finished_seeds(self) -> str:
+        """Over how many the summary's mean is: `3 seeds`, or `2 of 3 seeds` where one was interrupted."""
+        begun = len(self.runs)
+        finished = int(self.summary.get("num_finished", begun))
+        return f"{begun} seeds" if finished == begun else f"{finished} of {begun} seeds"
 
     @property
     def series(self) -> list[str]:
@@ -132,8 +161,8 @@ class Results:
         return {source.name: styles[source.series[0]] for source in self.sources} | styles
 
     def twin_energy(self, run: Run) -> float | None:
-        """The energy of an ANN run, in pJ an image, if a spiking network of its very shape was measured."""
-        found = (m.ann_pj for m in self.measurements if m.run is not None and _shape(m.run) == _shape(run))
+        """The energy of an ANN run, in pJ an image in float32, if a spiking network of its very shape was measured."""
+        found = (m.float32_ann_pj for m in self.measurements if m.run is not None and _shape(m.run) == _shape(run))
         return next((energy for energy in found if energy is not None), None) if run.network.get("ann") else None
 
 
@@ -214,11 +243,17 @@ def _holds_anything(source: Source) -> bool:
 
 def _cautions(sources: Sequence[Source]) -> Iterator[str]:
     """What sets results apart without making them incomparable."""
-    images = {m.name: m.images for source in sources for m in source.measurements}
-    if len(set(images.values())) > 1:
-        listed = ", ".join(f"{name}: {count}" for name, count in images.items())
+    measured = [m for source in sources for m in source.measurements]
+    apart = [(a, b) for a, b in combinations(measured, 2) if not a.same_images(b)]
+    if apart:
+        hashes = [m.content.get("images_sha256") for m in measured]
+        alike = any(a.images == b.images for a, b in apart)  # in number and name, so that only hashes tell them apart
+        listed = ", ".join(
+            f"{m.name}: {m.images}" + (f" with the SHA-256 {sha256[:12]}" if alike and sha256 else "")
+            for m, sha256 in zip(measured, hashes, strict=True)
+        )
         yield f"The models were measured on different images ({listed}): compare them with care."
-    devices = {m.content.get("device", "cpu") for source in sources for m in source.measurements}
+    devices = {m.content.get("device", "cpu") for m in measured}
     if len(devices) > 1:
         yield f"The models ran on different devices ({', '.join(sorted(devices))}): latencies do not compare."
 

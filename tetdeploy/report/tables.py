@@ -133,4 +133,4 @@ def numbers_table(*headers: str, num_labels: int = 1) -> Table:
 
 def images_of(number: int, data: str) -> str:
     """`359 images of digits`; `256 reference images`."""
-    return f"{number:,} {data}" if data.endswith("images") else f"{number:,} images of {data}"
+    return f"{number:,} {data}" if data == "reference images" else f"{number:,} images of {data}"

@@ -61,7 +61,7 @@ def _markdown(block: Block) -> str:
         headers = [header or " " for header in block.headers]
         rules = [":--" if k < block.num_labels else "--:" for k in range(len(headers))]
         rows = [
-            tuple(f"**{cell}**" for cell in cells) if k in block.marked else cells
+            tuple(cell and f"**{cell}**" for cell in cells) if k in block.marked else cells
             for k, cells in enumerate(tuple(map(_cell, row)) for row in block.rows)
         ]
         return _plain(block.caption) + "\n\n" + _lines([tuple(map(_cell, headers)), tuple(rules), *rows])

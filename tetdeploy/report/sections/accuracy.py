@@ -53,7 +53,8 @@ def _by_energy(results: Results) -> Plot | None:
         if m.ann_pj:
             twins.setdefault(m.ann_pj, []).append(short(m.name, _SHORT))
     trained_twins = _trained_twins(results)
-    energies = [energy_pj for m in measured for _, energy_pj, _ in m.points("energy_pj", "accuracy")] + list(twins)
+    energies = [energy_pj for m in measured for _, energy_pj, _ in m.points("energy_pj", "accuracy")]
+    energies += [*twins, *(energy_pj for _, energy_pj, _ in trained_twins)]
     unit, size = energy_unit(max(energies))
 
     def paint(axes: Any) -> None:
@@ -122,7 +123,7 @@ def _energy_caption(*, has_twin: bool, has_trained_twin: bool) -> str:
     if has_trained_twin:
         caption += (
             " The star is a trained ANN: it is not exported, so its accuracy is that on the validation images of its "
-            "training, not on those of the others."
+            "training, not on those of the others, and its energy is that of float32."
         )
     return caption
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tetdeploy.report.document import Block, Note, Row, Section, Table
+from tetdeploy.report.document import NONE, Block, Note, Row, Section, Table
 from tetdeploy.report.entry_plot import plot_by_entry
 from tetdeploy.report.numbers import percent
 from tetdeploy.report.results import Measurement, Results
@@ -25,9 +25,19 @@ def accuracy_by_class(results: Results) -> Section | None:
 
 def _table(measured: list[Measurement]) -> Table:
     values = [m.by_entry("by_class", "accuracy") for m in measured]
-    images = {c["name"]: c["num_samples"] for m in measured for c in m.content["by_class"]}
-    rows = tuple((name, f"{count:,}", *(percent(v.get(name)) for v in values)) for name, count in images.items())
-    headers = ("class", "images", *(f"{m.name}, T={m.T}" for m in measured))
+    images = {f"images, {m.name}": {c["name"]: c["num_samples"] for c in m.content["by_class"]} for m in measured}
+    any_of = {name: count for counts in images.values() for name, count in counts.items()}
+    if all(counts.items() <= any_of.items() for counts in images.values()):
+        images = {"images": any_of}
+    rows = tuple(
+        (
+            name,
+            *(f"{counts[name]:,}" if name in counts else NONE for counts in images.values()),
+            *(percent(v.get(name)) for v in values),
+        )
+        for name in any_of
+    )
+    headers = ("class", *images, *(f"{m.name}, T={m.T}" for m in measured))
     return Table("Accuracy of each class.", headers, rows)
 
 

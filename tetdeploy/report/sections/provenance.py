@@ -37,6 +37,7 @@ def _measurement_table(m: Measurement) -> Table:
         "its SHA-256": content.get("model_sha256"),
         "layout": content.get("layout"),
         "data": m.images,
+        "their SHA-256": content.get("images_sha256"),
         "device": content.get("device"),
         "measured": content.get("created"),
         "versions": _versions(content.get("versions")),

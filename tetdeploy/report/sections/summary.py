@@ -53,11 +53,11 @@ def _trained(source: Source, results: Results) -> Card:
     if (mean := source.summary.get("mean_val_accuracy")) is not None:
         std = source.summary.get("std_val_accuracy")
         spread = "" if std is None else f" ± {std:.2%}"
-        facts.append((f"validation accuracy, {len(source.runs)} seeds", f"{percent(mean)}{spread}"))
+        facts.append((f"validation accuracy, {source.finished_seeds}", f"{percent(mean)}{spread}"))
     elif run.best is not None and run.best.get("val_accuracy") is not None:
         facts.append((f"validation accuracy at T={run.best.get('T')}", percent(run.best["val_accuracy"])))
     if (energy_pj := results.twin_energy(run)) is not None:
-        facts.append(("energy per image", energy(energy_pj)))
+        facts.append(("energy per image", f"{energy(energy_pj)} in float32"))
     kind = "ANN: no T, not exported" if run.network.get("ann") else "trained, not exported or not measured"
     facts += [("measured on", images), ("kind", kind)]
     return Card(source.name, tuple((label, value) for label, value in facts if value != NONE))

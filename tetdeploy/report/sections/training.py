@@ -151,8 +151,18 @@ def _duration(seconds: float) -> str:
 
 def _seeds_table(source: Source) -> Table:
     runs = source.summary.get("runs") or []
-    rows = [(str(r.get("seed")), str(r.get("best_epoch") or NONE), percent(r.get("val_accuracy"))) for r in runs]
+    rows = [
+        (
+            f"{r.get('seed')}, unfinished, not in the mean" if r.get("interrupted") else str(r.get("seed")),
+            str(r.get("best_epoch") or NONE),
+            percent(r.get("val_accuracy")),
+        )
+        for r in runs
+    ]
     mean, std = source.summary.get("mean_val_accuracy"), source.summary.get("std_val_accuracy")
     rows.append(("mean ± standard deviation", "", f"{percent(mean)} ± {percent(std)}"))
-    caption = f"{source.name}: best validation accuracy of each seed; the deviation is over n - 1."
+    caption = (
+        f"{source.name}: best validation accuracy of each seed; mean and deviation of {source.finished_seeds}, the "
+        "deviation over n - 1."
+    )
     return Table(caption, ("seed", "kept epoch", "validation accuracy"), tuple(rows), marked=frozenset({len(runs)}))
