@@ -270,8 +270,12 @@ class TestTraining:
         (table,) = next(s for s in document.sections if s.title == "Seeds").blocks
         assert isinstance(table, Table)
         assert [row[0] for row in table.rows[:3]] == ["0", "1", "2, unfinished, not in the mean"]
-        assert "mean and deviation of 2 of 3 seeds" in table.caption
+        assert "Mean and deviation are of 2 of 3 seeds" in table.caption
         assert "| **mean ± standard deviation** |  | **85.00% ± 7.07%** |" in to_markdown(document)
+        write(tmp_path / "a" / "summary.json", {"runs": runs[2:], "mean_val_accuracy": None, "num_finished": 0})
+        (table,) = next(s for s in document_of(read_results([tmp_path / "a"])).sections if s.title == "Seeds").blocks
+        assert isinstance(table, Table)
+        assert len(table.rows) == 1 and "Mean" not in table.caption
 
     def test_no_validation_images(self, tmp_path: Path) -> None:
         nothing = {"val_loss": None, "val_accuracy": None}

@@ -117,9 +117,8 @@ class Source:
     @property
     def finished_seeds(self) -> str:
         """Over how many the summary's mean is: `3 seeds`, or `2 of 3 seeds` where one was interrupted."""
-        begun = len(self.runs)
-        finished = int(self.summary.get("num_finished", begun))
-        return f"{begun} seeds" if finished == begun else f"{finished} of {begun} seeds"
+        begun, finished = len(self.runs), self.summary.get("num_finished")
+        return f"{begun} seeds" if finished in (None, begun) else f"{finished} of {begun} seeds"
 
     @property
     def series(self) -> list[str]:
