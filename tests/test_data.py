@@ -741,11 +741,12 @@ def write_tree(root: Path, files: dict[str, bytes]) -> None:
 @pytest.mark.usefixtures("small_cifar")
 def test_cifar_tree_and_zips_give_the_same(tmp_path: Path) -> None:
     files = cifar_files("train")
-    write_tree(tmp_path / "tree", files)
+    hidden = {f"cifar10/train/{name}": b"no image" for name in ("cat/.DS_Store", ".cache/cat")}
+    write_tree(tmp_path / "tree", files | hidden)
     (tmp_path / "zips").mkdir()
     names = list(files)
     for part in range(2):
-        write_zip(tmp_path / "zips" / f"cifar10-train-{part}.zip", {n: files[n] for n in names[part::2]})
+        write_zip(tmp_path / "zips" / f"cifar10-train-{part}.zip", {n: files[n] for n in names[part::2]} | hidden)
     tree, zips = (load_data("cifar10", "train", data_dir=tmp_path / source) for source in ("tree", "zips"))
     for data in (tree, zips):
         assert data.images.shape == (40, 3, 32, 32) and list(data.class_names) == NAMES

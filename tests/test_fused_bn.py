@@ -11,6 +11,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -224,6 +225,26 @@ def test_more_tiles_and_slabs_than_one(
     y = draw(*shape).to(device).contiguous(memory_format=memory_format)
     fused = served(device, memory_format) or y.is_contiguous(memory_format=torch.channels_last)
     compare(Behind(shape[1], T, residual).to(device), lambda module, y: module(y), y, launches=fused)
+
+
+def test_a_current_at_the_threshold_does_not_fire(device: str) -> None:
+    module = Behind(3, 2, "none").to(device)
+    with torch.no_grad():
+        module.bn.weight.zero_()
+        module.bn.bias.fill_(module.lif.v_th)
+    y = draw(4, 3, 4, 4).to(device, memory_format=torch.channels_last)
+    compare(module, lambda module, y: module(y), y, launches=1)
+
+
+def test_slabs_and_lanes_are_merged_in_float64_by_their_counts() -> None:
+    kernels = pytest.importorskip("tetdeploy.kernels.numba_kernels")
+    means = draw(3, 4).numpy()
+    means[1] += 1000
+    y = means.repeat(2, axis=0).ravel()[:-1].astype(np.float64)  # two blocks a slab, and a last lane of one value less
+    mean, squares = kernels.merged(np.stack([means, 0 * means], 1), len(y), 1)
+    np.testing.assert_allclose([mean[0], squares[0]], [y.mean(), len(y) * y.var()], rtol=1e-12)
+    wanted = means.astype(np.float64).reshape(3, 2, 2).sum((0, 1))
+    np.testing.assert_allclose(kernels.folded(means[:, None], 2)[0], wanted, rtol=1e-12)
 
 
 FULL = (1024, 128, 32, 32)  # stage 1 of ResNet-19 at batch 256 and T = 4

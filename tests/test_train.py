@@ -34,7 +34,7 @@ from tetdeploy.train import TrainConfig, TrainResult, evaluate, loop, train, tra
 from tetdeploy.train.augment import AUGMENTATIONS, cutout, random_crop, random_flip
 from tetdeploy.train.batches import DeviceImages, Draws
 from tetdeploy.train.device import pick_device
-from tetdeploy.train.optimizer import build_optimizer
+from tetdeploy.train.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from tetdeploy.train.progress import Progress
 from tetdeploy.train.runs import mark_latest, new_run_folder, only_trainer
 from tetdeploy.train.schedule import derive_seed, learning_rate
@@ -210,6 +210,16 @@ def test_random_crop_uses_every_shift_and_random_flip_half() -> None:
     assert torch.equal(flipped[~mirrored], images[~mirrored])
 
 
+@pytest.mark.parametrize(("name", "pixels", "flips"), [("shift", 1, {1}), ("crop", 4, {1}), ("crop-flip", 4, {1, -1})])
+def test_images_are_shifted_and_flipped_as_documented(name: str, pixels: int, flips: set[int]) -> None:
+    H, W = 11, 11
+    images = torch.arange(1, 1 + H * W, dtype=torch.uint8).view(1, 1, H, W).expand(200, 1, H, W)
+    middle, right = AUGMENTATIONS[name](images, Generator().manual_seed(0))[:, 0, 5, 5:7].int().T
+    assert set((right - middle).tolist()) == flips
+    rows, columns = (middle - 1) // W - 5, (middle - 1) % W - 5
+    assert set(rows.tolist()) == set(columns.tolist()) == set(range(-pixels, pixels + 1))
+
+
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_augmentation_follows_from_the_generator(name: str) -> None:
     images = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8)
@@ -230,6 +240,18 @@ def test_weight_decay_spares_bn_and_biases(name: str) -> None:
     assert found == {key: 0.3 if key in ("conv.weight", "readout.weight") else 0.0 for key in found}
     if name == "sgd":
         assert all(group["nesterov"] and group["momentum"] == 0.9 for group in optimizer.param_groups)
+
+
+def test_loaded_moments_lie_in_memory_as_their_parameter() -> None:
+    network = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(network, settings())
+    network(torch.randn(1, 2, 3, 3)).sum().backward()
+    optimizer.step()
+    tensors = {name: value.contiguous() for name, value in optimizer_tensors(optimizer, network).items()}
+    load_optimizer_tensors(optimizer, network, tensors)
+    moment = optimizer.state[network.weight]["exp_avg"]
+    assert torch.equal(moment, tensors["weight.exp_avg"])
+    assert moment.stride() == network.weight.stride() != tensors["weight.exp_avg"].stride()
 
 
 def test_a_network_without_parameters_is_refused() -> None:

@@ -151,7 +151,8 @@ def _from_zips(cifar: _Cifar, split: Split, zips: list[Path]) -> Arrays:
                 raise ValueError(f"{path} is not a zip or is cut short ({error}); copy it again") from error
             for info in archive.infolist():
                 parts = PurePosixPath(info.filename).parts
-                if parts[:2] == (cifar.name, split) and len(parts) == 4:
+                hidden = any(part.startswith(".") for part in parts)  # left out, as in a tree
+                if parts[:2] == (cifar.name, split) and len(parts) == 4 and not hidden:
                     if parts in found:
                         raise ValueError(
                             f"{path} holds {info.filename}, which is in {found[parts]} already; remove one of them, "
