@@ -243,8 +243,8 @@ def test_an_environment_that_torchrun_did_not_make(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is asked of PyTorch by a process that torchrun has started as the second of three on a machine."""
-    names = {"WORLD_SIZE": "3", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    """What is asked of PyTorch by a process that torchrun has started as the second on the second of two machines."""
+    names = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     calls: list[Any] = []
