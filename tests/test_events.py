@@ -655,6 +655,7 @@ def test_flip_and_roll_are_the_same_at_every_step() -> None:
         found.add(matches[0])
     assert {flip for flip, _, _ in found} == {False, True}
     assert {-5, 5} <= {shift for _, *shifts in found for shift in shifts}
+    assert any(down != right for _, down, right in found)
 
 
 # ---------------------------------------------------------------- the whole chain
