@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tetdeploy.data import load_data, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.train import TrainConfig, train, train_seeds
+from tetdeploy.train import TrainConfig, device, train, train_seeds
 from tetdeploy.train.ranks import Ranks, current_ranks, process_group
 from tetdeploy.train.runs import only_trainer
 
@@ -273,6 +273,13 @@ def test_each_process_takes_the_gpu_of_its_number(
     with process_group():
         pass
     assert asked == wanted
+
+
+def test_cuda_is_there_for_the_processes_of_a_second_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "current_ranks", lambda: Ranks(rank=3, size=4, local_rank=1))
+    for name, value in {"is_available": True, "device_count": 2, "current_device": 1}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert device.pick_device("cuda") == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize(

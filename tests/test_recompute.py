@@ -125,7 +125,7 @@ def test_an_ann_twin_recomputes_block_by_block() -> None:
     for (name, p), q in zip(plain.named_parameters(), frugal.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None
         assert torch.equal(p.grad, q.grad), name
-    assert 0 < kept_bytes(frugal, x, 1) < 0.4 * kept_bytes(plain, x, 1)
+    assert 0.1 < kept_bytes(frugal, x, 1) / kept_bytes(plain, x, 1) < 0.4  # 0.04 as one block
 
 
 def test_a_block_of_which_a_part_is_in_training_recomputes() -> None:

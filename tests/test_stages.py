@@ -366,12 +366,14 @@ def test_bn_is_estimated_on_runs_of_the_longest_length_drawn(tmp_path: Path) -> 
     assert lengths[STEPS : STEPS + passes] == [(False, 3)] * passes and set(lengths[STEPS + passes :]) == {(False, 2)}
 
 
-def test_each_epoch_draws_lengths_of_its_own_for_bn(tmp_path: Path) -> None:
-    classifier, lengths = classifier_of(), []
-    classifier.register_forward_hook(lambda module, arguments, _: lengths.append(arguments[1]))
+def test_each_epoch_draws_images_and_lengths_of_its_own_for_steps_and_for_bn(tmp_path: Path) -> None:
+    classifier, passes = classifier_of(), []
+    classifier.register_forward_hook(lambda module, given, _: passes.append((int(given[0].sum()), given[1])))
     run(tmp_path, classifier, random_T="1:6", epochs=2)
-    bn = slice(STEPS, STEPS + min(BN_BATCHES, STEPS))  # of each epoch's passes
-    assert lengths[bn] != lengths[len(lengths) // 2 :][bn]
+    count, half = min(BN_BATCHES, STEPS), len(passes) // 2
+    for images_or_lengths in zip(*passes, strict=True):
+        drawn = {images_or_lengths[first : first + count] for first in (0, STEPS, half, half + STEPS)}
+        assert len(drawn) == 4
 
 
 @pytest.mark.parametrize("changes", [{"ema": 0.9, "random_T": "1:3"}, {"augment": "autoaugment", "cutout": 3}])
