@@ -8,8 +8,10 @@ from functools import cache
 
 import pytest
 import torch
+import torch._export.utils
 from hypothesis import settings
 from onnxscript.values import TracedOnnxFunction
+from torch.onnx._internal.exporter import _schemas
 
 import tetdeploy  # noqa: F401  before a test imports ONNX Runtime, which then sends nothing
 
@@ -18,6 +20,8 @@ pytest_plugins = ["ci_skips"]
 # torch.onnx asks for it of 500 functions at every export, and each answer parses a function's source: a fourth of the
 # export of a small network.
 TracedOnnxFunction.function_ir = property(cache(TracedOnnxFunction.function_ir.fget))
+_schemas.op_signature_from_function = cache(_schemas.op_signature_from_function)  # a sixth, of 500 functions again
+torch._export.utils._materialize_cpp_cia_ops = cache(torch._export.utils._materialize_cpp_cia_ops)  # 30 times each
 
 settings.register_profile("the same examples each time", derandomize=True, deadline=None, database=None)
 settings.load_profile("the same examples each time")

@@ -78,10 +78,7 @@ class Bench:
             self.load_ms[count] = (time.perf_counter() - start) * 1e3
         self.engine = self.engines[threads[0]]
         self.settings = [
-            Setting(batch, count, T)
-            for T in steps or (self.engine.own_T,)
-            for count in threads
-            for batch in batches
+            Setting(batch, count, T) for T in steps or (self.engine.own_T,) for count in threads for batch in batches
         ]
         self._seconds: dict[Setting, list[float]] = {setting: [] for setting in self.settings}
 
