@@ -14,7 +14,7 @@ from tetdeploy.serve.bodies import Budget, Share, Sizes
 from tetdeploy.serve.errors import CLIENT_LEFT, status_of
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.protocol import SERVER, Models, refuse_loading
-from tetdeploy.serve.rpc_messages import check_count, read_request, write_response
+from tetdeploy.serve.rpc_messages import check_tensors, read_request, write_response
 
 
 def grpc_server(models: Models, inferences: Inferences, sizes: Sizes) -> grpc.aio.Server:
@@ -102,7 +102,7 @@ class Inferences:
 
     async def _infer(self, message: Any) -> Any:
         model = self._models.running(message.model_name, message.model_version)
-        check_count(message)
+        check_tensors(message)
         if any(given.HasField("contents") for given in message.inputs):
             self._sizes.check_listed(message.ByteSize())
         request = read_request(message)

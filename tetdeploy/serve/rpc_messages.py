@@ -24,7 +24,7 @@ from tetdeploy.serve.requests import (
 _CONTENTS = {"UINT8": "uint_contents", "FP32": "fp32_contents"}  # where numbers of a datatype are, one by one
 
 
-def check_count(message: Any) -> None:
+def check_tensors(message: Any) -> None:
     """Refuse more inputs or outputs than a request may name, before each of them is an object.
 
     Raises:
