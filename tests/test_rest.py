@@ -1,4 +1,4 @@
-"""The HTTP endpoints, called without a server."""
+"""The endpoints, called without a server."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 from prometheus_client import CollectorRegistry
+from tritonclient.grpc import service_pb2
 
 from tetdeploy.serve import models
 from tetdeploy.serve.bodies import BodyLimit, Budget, Sizes
 from tetdeploy.serve.metrics import Metrics
+from tetdeploy.serve.protocol import Models
 from tetdeploy.serve.requests import InferRequest, InvalidRequestError
 from tetdeploy.serve.rest import application
+from tetdeploy.serve.rpc import Inferences
 
 SIZES = Sizes(10_000, 10_000, 10_000)
 INFER = "/v2/models/m/infer"
@@ -91,6 +94,39 @@ def test_a_body_is_not_copied_and_a_refusal_does_not_keep_it() -> None:
     status, _, answer = call(served(predict), "POST", INFER, body, count, inference_header_content_length=length)
     assert (status, answer) == (400, {"error": "the same"})
     assert held[0] - alone == 1  # `call` itself
+
+
+def test_a_path_is_an_inferences_whatever_host_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[tuple[str, int]] = []
+    monkeypatch.setattr(Metrics, "refuse", lambda self, model, status: refused.append((model, status)))
+    for path in (INFER, "/v2/models/m/ready", "/v2/repository/models/m/load"):
+        call(None, "POST", path, b"{}", host="[")
+    assert refused == [("m", 500)]
+
+
+def test_a_message_that_is_refused_over_grpc_is_kept_by_no_frame() -> None:
+    """gRPC keeps what `abort` raises until the garbage collector comes by."""
+    held: list[int] = []
+
+    class AbortedError(Exception):
+        pass
+
+    async def abort(code: Any, text: str) -> None:
+        raise AbortedError(text)
+
+    async def scenario() -> AbortedError:
+        inferences = Inferences(Models([]), Metrics(CollectorRegistry()), SIZES, Budget(10_000))
+        message = service_pb2.ModelInferRequest(model_name="m")
+        held.append(sys.getrefcount(message))
+        try:
+            await inferences.answer(message, SimpleNamespace(abort=abort))
+        except AbortedError as error:
+            held.append(sys.getrefcount(message))
+            return error
+        raise AssertionError
+
+    assert "m does not exist" in str(asyncio.run(scenario()))
+    assert held[0] == held[1]
 
 
 def test_a_client_that_leaves_is_not_worked_for(caplog: pytest.LogCaptureFixture) -> None:

@@ -483,6 +483,11 @@ def test_numbers_one_by_one_are_bounded_over_grpc(server: Server) -> None:
     x.contents.uint_contents.extend([7] * 800_000)
     code, message = grpc_refusal(server, request)
     assert code == "RESOURCE_EXHAUSTED" and "at most 800,000 bytes of numbers one by one" in message
+    request = grpc_request()
+    request.inputs.add(name="x", datatype="UINT8", shape=[1] * 800_000)
+    request.raw_input_contents.append(bytes(64))
+    code, message = grpc_refusal(server, request)
+    assert code == "RESOURCE_EXHAUSTED" and "at most 800,000 bytes of numbers one by one" in message
 
 
 def test_a_sequence_ends_once(client: Any) -> None:
@@ -576,6 +581,38 @@ def test_an_answer_that_is_not_read_to_its_end_is_cut_off() -> None:
         assert slow.recv(15) == b"HTTP/1.1 200 OK"
         running.process.send_signal(signal.SIGTERM)
         _, log = running.process.communicate(timeout=PATIENCE)
+    assert running.process.returncode == 1
+    assert "stopped, but 1 of the requests taken could not be answered in time" in log
+
+
+DEAF = """
+import os, signal, sys
+import grpc
+from tritonclient.grpc import service_pb2
+options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65535)]
+channel = grpc.insecure_channel(sys.argv[1], options=options)
+grpc.channel_ready_future(channel).result()
+request = service_pb2.ModelInferRequest(model_name="step", raw_input_contents=[bytes(64 * 64)])
+request.inputs.add(name="x", datatype="UINT8", shape=[64, 1, 8, 8])
+request.parameters["T"].int64_param = 600
+call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+answer = call.future(request.SerializeToString())
+print("sent", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_an_answer_that_is_not_read_over_grpc_is_cut_off() -> None:
+    options = ["--http-port", "0", "--grpc-port", "0", "--threads", "1", "--max-T", "600"]
+    command = [sys.executable, "-c", SHORT_GRACE, "serve", f"step={exported('step')}", *options]
+    running = started(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    with subprocess.Popen([sys.executable, "-c", DEAF, running.grpc], stdout=subprocess.PIPE, text=True) as deaf:
+        try:
+            wait_until(lambda: running.metric("tetdeploy_request_seconds_count", model="step") == 1)
+            running.process.send_signal(signal.SIGTERM)
+            _, log = running.process.communicate(timeout=PATIENCE)
+        finally:
+            deaf.kill()
     assert running.process.returncode == 1
     assert "stopped, but 1 of the requests taken could not be answered in time" in log
 

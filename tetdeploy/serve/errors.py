@@ -43,5 +43,10 @@ def status_of(error: Exception) -> tuple[int, grpc.StatusCode, str]:
     return 500, grpc.StatusCode.INTERNAL, "internal error"
 
 
+def forget_frames(error: Exception) -> None:
+    """Let go of what an error has seen on its way, a request's body above all, for as long as something keeps it."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+
+
 def _shortened(message: str) -> str:
     return message if len(message) <= LONGEST else f"{message[: LONGEST - 3]}..."

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tetdeploy.serve.bodies import Sizes
-from tetdeploy.serve.errors import CLIENT_LEFT, status_of
+from tetdeploy.serve.errors import CLIENT_LEFT, forget_frames, status_of
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.protocol import SERVER, Models, OpenInferenceModel, refuse_loading
 from tetdeploy.serve.rest_messages import read_request, write_response
@@ -83,9 +83,9 @@ class _Endpoints:
             status, message = error.status_code, error.detail
         else:
             status, _, message = status_of(error)
-        if (model := request.path_params.get("name")) and request.url.path.endswith("/infer"):
+        if (model := request.path_params.get("name")) and request.scope["path"].endswith("/infer"):
             self._metrics.refuse(model, status)
-        error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold the body
+        forget_frames(error)
         return JSONResponse({"error": message}, status, getattr(error, "headers", None))  # of a 405: Allow
 
 

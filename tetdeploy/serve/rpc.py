@@ -11,7 +11,7 @@ import grpc
 from tritonclient.grpc import service_pb2 as pb
 
 from tetdeploy.serve.bodies import Budget, Share, Sizes
-from tetdeploy.serve.errors import CLIENT_LEFT, status_of
+from tetdeploy.serve.errors import CLIENT_LEFT, forget_frames, status_of
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.protocol import SERVER, Models, refuse_loading
 from tetdeploy.serve.rpc_messages import check_tensors, read_request, write_response
@@ -62,6 +62,8 @@ def _answering(answer: Callable[[Any], Any]) -> Callable[[Any, Any], Awaitable[A
             return answer(request)
         except Exception as error:
             _, code, message = status_of(error)
+            forget_frames(error)
+            del request  # gRPC keeps what abort raises, and that keeps this frame
             await context.abort(code, message)
 
     return call
@@ -96,6 +98,8 @@ class Inferences:
         except Exception as error:
             http, code, text = status_of(error)
             self._metrics.refuse(message.model_name, http)
+            forget_frames(error)
+            del message  # as above
             await context.abort(code, text)
         finally:
             self.running -= 1
@@ -103,7 +107,6 @@ class Inferences:
     async def _infer(self, message: Any) -> Any:
         model = self._models.running(message.model_name, message.model_version)
         check_tensors(message)
-        if any(given.HasField("contents") for given in message.inputs):
-            self._sizes.check_listed(message.ByteSize())
+        self._sizes.check_listed(message.ByteSize() - sum(map(len, message.raw_input_contents)))
         request = read_request(message)
         return write_response(model.name, request, await model.predict(request))

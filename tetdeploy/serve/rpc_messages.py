@@ -25,7 +25,7 @@ _CONTENTS = {"UINT8": "uint_contents", "FP32": "fp32_contents"}  # where numbers
 
 
 def check_tensors(message: Any) -> None:
-    """Refuse more inputs or outputs than a request may name, before each of them is an object.
+    """Refuse more tensors than a request may name, before each of them is an object, and raw ones that do not fit.
 
     Raises:
         InvalidRequestError: it is so.
@@ -33,17 +33,27 @@ def check_tensors(message: Any) -> None:
     for what in ("inputs", "outputs"):
         if (count := len(getattr(message, what))) > MAX_TENSORS:
             raise InvalidRequestError(f"a request may name {MAX_TENSORS} {what}, got {count:,}")
+    count = len(message.raw_input_contents)
+    if count not in (0, len(message.inputs)):
+        raise InvalidRequestError(
+            f"the number of inputs ({len(message.inputs)}) does not match the expected number of raw input contents "
+            f"({count}) for model '{message.model_name}'."
+        )
+    for given in message.inputs if count else ():
+        if given.HasField("contents"):
+            raise InvalidRequestError(
+                f"contents field must not be specified when using raw_input_contents for input '{given.name}' for "
+                f"model '{message.model_name}'"
+            )
 
 
 def read_request(message: Any) -> InferRequest:
-    """A `ModelInferRequest`.
+    """A `ModelInferRequest` that `check_tensors` let pass.
 
     Raises:
-        InvalidRequestError: it contradicts itself.
+        InvalidRequestError: a parameter has no value.
     """
-    raw = list(message.raw_input_contents)
-    if raw:
-        _check_raw(message, len(raw))
+    raw = message.raw_input_contents
     return InferRequest(
         message.id or str(uuid.uuid4()),
         [
@@ -53,20 +63,6 @@ def read_request(message: Any) -> InferRequest:
         [WantedOutput(output.name, _parameters(output.parameters)) for output in message.outputs],
         _parameters(message.parameters),
     )
-
-
-def _check_raw(message: Any, count: int) -> None:
-    if len(message.inputs) != count:
-        raise InvalidRequestError(
-            f"the number of inputs ({len(message.inputs)}) does not match the expected number of raw input contents "
-            f"({count}) for model '{message.model_name}'."
-        )
-    for given in message.inputs:
-        if given.HasField("contents"):
-            raise InvalidRequestError(
-                f"contents field must not be specified when using raw_input_contents for input '{given.name}' for "
-                f"model '{message.model_name}'"
-            )
 
 
 def _numbers(given: Any) -> list[Any]:

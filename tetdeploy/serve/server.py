@@ -101,7 +101,8 @@ async def _stop_http(server: uvicorn.Server, http: asyncio.Task[None]) -> int:
 async def _stop_grpc(server: grpc.aio.Server, inferences: Inferences) -> int:
     stopping = asyncio.ensure_future(server.stop(GRACE_SECONDS + 1))  # a shorter one later counts
     await asyncio.wait([stopping], timeout=GRACE_SECONDS)
-    cut_off, inferences.stopping = inferences.running, True
+    unread = not stopping.done()  # an answer that is not running any more, and whose client has not read it
+    cut_off, inferences.stopping = max(inferences.running, int(unread)), True
     await asyncio.gather(server.stop(None), stopping)
     return cut_off
 
