@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+from tetdeploy import kernels
 
 SCRIPT = """
 import torch
@@ -26,9 +29,21 @@ def test_the_first_call_does_not_raise_torchs_number_of_threads() -> None:
     assert done.stdout.strip() == "1"
 
 
+def test_a_numba_that_refuses_this_numpy_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.4 or less')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "numba", raising=False)
+    kernels._numba_kernels.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="plain PyTorch operations, slower: numba says Numba needs NumPy"):
+            assert kernels.numba_for(torch.float32) is None
+    finally:
+        kernels._numba_kernels.cache_clear()
+
+
 def test_bfloat16_is_read_and_written_as_torch_does() -> None:
-    kernels, numba = pytest.importorskip("tetdeploy.kernels.numba_kernels"), pytest.importorskip("numba")
-    store, value = kernels.store, kernels.value
+    compiled, numba = pytest.importorskip("tetdeploy.kernels.numba_kernels"), pytest.importorskip("numba")
+    store, value, memory = compiled.store, compiled.value, compiled.memory
 
     @numba.njit
     def written(numbers, into):  # type: ignore[no-untyped-def]
@@ -44,12 +59,12 @@ def test_bfloat16_is_read_and_written_as_torch_does() -> None:
     ties = torch.arange(0, 2**16, 7) * 2**16 + 2**15
     numbers = torch.cat([bits, ties, ties + 1, ties - 1]).to(torch.int32).view(torch.float32)
     got = torch.empty(len(numbers), dtype=torch.bfloat16)
-    written(kernels.memory(numbers), kernels.memory(got))
+    written(memory(numbers), memory(got))
     wanted = numbers.bfloat16()
     known = ~wanted.isnan()
     assert torch.equal(got[known].view(torch.int16), wanted[known].view(torch.int16))
     assert got[~known].isnan().all() and 100 < (~known).sum() < len(numbers) / 10
 
     back = torch.empty(len(numbers))
-    read(kernels.memory(wanted), kernels.memory(back))
+    read(memory(wanted), memory(back))
     assert torch.equal(back[known], wanted[known].float()) and back[~known].isnan().all()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import tetdeploy
@@ -234,7 +236,7 @@ def test_augmentation_follows_from_the_generator(name: str) -> None:
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_weight_decay_spares_bn_and_biases(name: str) -> None:
     network = Toy()
-    optimizer = build_optimizer(network, settings(optimizer=name, weight_decay=0.3))
+    optimizer = build_optimizer(network, settings(optimizer=name, weight_decay=0.3), scaled=False)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     found = {key: decay[id(p)] for key, p in network.named_parameters()}
     assert found == {key: 0.3 if key in ("conv.weight", "readout.weight") else 0.0 for key in found}
@@ -242,9 +244,17 @@ def test_weight_decay_spares_bn_and_biases(name: str) -> None:
         assert all(group["nesterov"] and group["momentum"] == 0.9 for group in optimizer.param_groups)
 
 
+def test_sgd_is_not_fused_where_steps_may_be_left_out() -> None:
+    with FakeTensorMode():
+        network = nn.ParameterList([torch.empty(3, device="cuda")])
+        for name, scaled in product(("sgd", "adamw"), (False, True)):
+            fused = build_optimizer(network, settings(optimizer=name), scaled=scaled).defaults["fused"]
+            assert fused == (name == "adamw" or not scaled)
+
+
 def test_loaded_moments_lie_in_memory_as_their_parameter() -> None:
     network = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(network, settings())
+    optimizer = build_optimizer(network, settings(), scaled=False)
     network(torch.randn(1, 2, 3, 3)).sum().backward()
     optimizer.step()
     tensors = {name: value.contiguous() for name, value in optimizer_tensors(optimizer, network).items()}
@@ -256,7 +266,7 @@ def test_loaded_moments_lie_in_memory_as_their_parameter() -> None:
 
 def test_a_network_without_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="Identity has no parameter that can be trained"):
-        build_optimizer(nn.Identity(), settings())
+        build_optimizer(nn.Identity(), settings(), scaled=False)
 
 
 # --- the loop

@@ -13,14 +13,16 @@ from .config import TrainConfig
 MOMENTUM = 0.9
 
 
-def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(network: nn.Module, config: TrainConfig, *, scaled: bool) -> torch.optim.Optimizer:
     """AdamW, or SGD with Nesterov momentum 0.9. Weight decay acts on convolutions' and linear layers' weights only.
 
-    On a GPU either takes one fused pass over all parameters.
+    On a GPU either takes one fused pass over all parameters, but SGD with scaled gradients: if the first step's are not
+    finite, it leaves that step out, and its momentum then begins with whatever the memory held.
 
     Args:
         network: already on its device.
         config: optimizer, lr and weight_decay are read.
+        scaled: gradients come from a GradScaler, which has steps left out.
     """
     decayed_ids = {id(m.weight) for m in network.modules() if isinstance(m, _ConvNd | nn.Linear)}
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -33,7 +35,7 @@ def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Opti
         raise ValueError(f"the network {type(network).__name__} has no parameter that can be trained")
     fused = parameters[0].is_cuda
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=MOMENTUM, nesterov=True, fused=fused)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=MOMENTUM, nesterov=True, fused=fused and not scaled)
     return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
 
 

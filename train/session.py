@@ -230,7 +230,7 @@ def prepare(task: Task, *, settings: dict[str, Any], resume: bool, workers: int 
         device=device,
         precision=precision,
         teacher=teacher,
-        optimizer=build_optimizer(classifier.network, config),
+        optimizer=build_optimizer(classifier.network, config, scaled=precision == "fp16"),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         out=task.out,
         ranks=ranks,

@@ -104,7 +104,7 @@ def in_pytorch(runtime: str, precision: str, folder: Path, T: int, device: str) 
         classifier.to(memory_format=torch.channels_last)
     network: Any = classifier
     if runtime == "compiled":
-        network = torch.compile(classifier, mode="reduce-overhead" if on.type == "cuda" else None)
+        network = torch.compile(classifier, mode="reduce-overhead" if on.type == "cuda" else None, dynamic=False)
     elif runtime.startswith("SJ"):
         network = variant(runtime, classifier, on)
     reset = resetting(runtime)

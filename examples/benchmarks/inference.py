@@ -106,7 +106,7 @@ def spikingjelly(classifier: Classifier, T: int) -> Call:
 
 
 def compiled(classifier: Classifier, T: int) -> Call:
-    network: nn.Module = torch.compile(classifier)  # type: ignore[assignment]
+    network: nn.Module = torch.compile(classifier, dynamic=False)  # type: ignore[assignment]
     return lambda x: network(torch.from_numpy(x), T)
 
 

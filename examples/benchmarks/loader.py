@@ -77,7 +77,7 @@ class Step:
         last = wants_channels_last(config, device, self.precision, fusable=True)
         place(self.classifier, device, channels_last=last)
         self.classifier.train()
-        self.optimizer = build_optimizer(self.classifier.network, TrainConfig(lr=1e-3))
+        self.optimizer = build_optimizer(self.classifier.network, TrainConfig(lr=1e-3), scaled=False)
 
     def __call__(self, batch: Batch) -> None:
         x, labels = batch

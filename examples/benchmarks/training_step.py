@@ -116,7 +116,7 @@ class Step:
         place(network, self.device, channels_last=not contiguous)
         self.network, self.reset = network.train(), resetting(side)
         config = TrainConfig(optimizer="sgd", lr=0.01, weight_decay=5e-4)
-        self.optimizer = build_optimizer(network, config)
+        self.optimizer = build_optimizer(network, config, scaled=False)
         self.graphs = None
         if side.endswith("graphs"):
             check_graphs(config, self.device, self.precision, Ranks())

@@ -141,9 +141,14 @@ def triton_kernels() -> LIFKernels | None:
 @cache
 def _numba_kernels() -> LIFKernels | None:
     try:
-        from tetdeploy.kernels import numba_lif
+        import numba  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name != "numba":
             raise
         return None  # the same results by torch operations, slower
+    except ImportError as error:  # it refuses versions of NumPy that it does not know
+        warnings.warn(f"neurons run by plain PyTorch operations, slower: numba says {error}", stacklevel=2)
+        return None
+    from tetdeploy.kernels import numba_lif
+
     return numba_lif
