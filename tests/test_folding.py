@@ -105,13 +105,13 @@ def test_bn_without_affine_parameters(kind: str, bias: bool) -> None:
 
 
 def test_equation_6_by_hand() -> None:
-    network = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1, eps=0.0)).double().eval()
+    network = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1, eps=0.5)).double().eval()
     linear, bn = network
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[2.0, -3.0]]))
         for parameter, value in ((linear.bias, 5), (bn.weight, 6), (bn.bias, 7), (bn.running_mean, 1)):
             parameter.fill_(value)
-        bn.running_var.fill_(4.0)
+        bn.running_var.fill_(3.5)
     folded = fold_batchnorm(traced(network, randn(3, 2)))
     values = {name.rpartition(".")[2]: value.tolist() for name, value in folded.named_parameters()}
     assert values == {
