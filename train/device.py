@@ -106,7 +106,7 @@ def wants_channels_last(config: NetworkConfig, device: torch.device, precision: 
     """
     if config.is_own or device.type == "cuda":
         return not config.is_own
-    fused = fusable and not (config.ann or config.smooth_spike)
+    fused = fusable and config.is_spiking
     return fused and kernels.numba_for(DTYPES[precision] or torch.float32) is not None
 
 

@@ -36,7 +36,7 @@ def check_qat(classifier: Classifier) -> None:
     Raises:
         ValueError: an ANN twin, or a network with smooth spikes.
     """
-    if classifier.config.ann or classifier.config.smooth_spike:
+    if not classifier.config.is_spiking:
         kind = "an ANN twin" if classifier.config.ann else "a network with smooth spikes"
         raise ValueError(f"qat fine-tunes convolutions that read spikes, and {kind} has none; leave out --qat")
 

@@ -222,6 +222,7 @@ def prepare(task: Task, *, settings: dict[str, Any], resume: bool, workers: int 
         trained = int8_network(classifier, calibration.scales)
         settings = settings | {"int8": calibration.to_dict()}
     reader = ImageReader(workers, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     return Session(
         classifier=classifier,
         config=config,
@@ -230,8 +231,8 @@ def prepare(task: Task, *, settings: dict[str, Any], resume: bool, workers: int 
         device=device,
         precision=precision,
         teacher=teacher,
-        optimizer=build_optimizer(classifier.network, config, scaled=precision == "fp16"),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        optimizer=build_optimizer(classifier.network, config, scaled=scaler.is_enabled()),
+        scaler=scaler,
         out=task.out,
         ranks=ranks,
         held_out=0 if val_set is None else len(val_set),

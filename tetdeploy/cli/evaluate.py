@@ -89,7 +89,7 @@ def evaluate(
         classifier = load_classifier(file, metadata, model)
         images = _images(data or metadata["data"]["name"], split, limit, data_dir, metadata, classifier)
         wanted = _steps(steps, classifier, trained_T(metadata))
-        if not classifier.config.ann and not classifier.config.smooth_spike:
+        if classifier.config.is_spiking:
             exportable.append(path)
         accuracy = _measure(str(path), classifier, images, max(wanted), batch_size, on, chosen)
         rows.append(

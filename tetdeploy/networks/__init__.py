@@ -97,6 +97,11 @@ class NetworkConfig:
         object.__setattr__(self, "image_size", (int(self.image_size[0]), int(self.image_size[1])))
 
     @property
+    def is_spiking(self) -> bool:
+        """Whether neurons fire 0 or 1, as an export needs it: those of an ANN twin and smooth spikes do not."""
+        return not (self.ann or self.smooth_spike)
+
+    @property
     def is_own(self) -> bool:
         """Whether the network is the user's own code."""
         return self.model not in NETWORKS

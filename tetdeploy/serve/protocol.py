@@ -50,6 +50,7 @@ class OpenInferenceModel:
 
     def __init__(self, served: ServedModel) -> None:
         self.name, self.served, self.ready = served.name, served, True
+        self._output_names = [output["name"] for output in self.metadata()["outputs"]]
 
     def metadata(self) -> dict[str, Any]:
         engine = self.served.engine
@@ -113,7 +114,7 @@ class OpenInferenceModel:
 
     def _wanted(self, request: InferRequest) -> list[str]:
         """The names of the outputs asked for, by default all."""
-        names = [output["name"] for output in self.metadata()["outputs"]]
+        names = self._output_names
         for output in request.outputs:
             _check_output(output.name, output.parameters)
         wanted = [output.name for output in request.outputs] or names
