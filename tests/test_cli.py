@@ -26,11 +26,11 @@ from PIL import Image
 
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
-from tetdeploy.cli.options import newest_export
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.data import load_data
 from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier, NetworkConfig
+from tetdeploy.run_folder import newest_export
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tetdeploy.run_folder import newest_export
 from tetdeploy.steps import MAX_T, parse_steps
 
 if TYPE_CHECKING:
@@ -174,19 +175,6 @@ def opens_model(*, threads: bool = True) -> Callable[[Callable[..., Any]], Calla
         return click.argument("model", required=False, type=click.Path(path_type=Path))(decorated)
 
     return decorate
-
-
-def newest_export(runs: Path) -> Path:
-    """The newest exported model of any run in the folder, of a run of one of several seeds too.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    folders = [folder for folder in runs.glob("*") if not folder.is_symlink()]  # latest is one of the others
-    models = [path for folder in folders for found in ("*.onnx", "seed-*/*.onnx") for path in folder.glob(found)]
-    if not models:
-        raise FileNotFoundError(f"no exported model in {runs}/; write one with: tetdeploy export, or name the file")
-    return max(models, key=lambda path: path.stat().st_mtime)
 
 
 def check_plot(path: Path) -> None:
