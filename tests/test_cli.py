@@ -431,7 +431,9 @@ class TestBadInput:
         assert not Path("runs").exists()
 
     def test_picojoules_that_cannot_be(self, workplace: Path) -> None:
-        assert "ac_pj must be a positive number of picojoules, got 0" in refused("sweep", "--ac-pj", "0")
+        assert "ac_pj must be a positive number of picojoules, at most a joule, got 0" in refused(
+            "sweep", "--ac-pj", "0"
+        )
         assert "mac_pj must be at least ac_pj=0.9; got 0.5" in refused("sweep", "--mac-pj", "0.5")
         assert "'paper', 'exact', 'once'" in refused("sweep", "--energy", "total", code=2)
 
@@ -606,6 +608,8 @@ class TestBadInput:
             ("bench", MODEL, "--json", f"{RUN}/checkpoint.safetensors"),
             ("sweep", MODEL, "--plot", MODEL),
             ("report", RUN, "-o", MODEL),
+            ("report", RUN, "-o", f"{RUN}/config.json"),
+            *((command, MODEL, "--json", f"{RUN}/model-T3.reference.npz") for command in ("validate", "inspect")),
             ("report", RUN, "--markdown", f"{RUN}/last.safetensors"),
         ],
     )

@@ -252,9 +252,10 @@ def test_the_constants_of_a_precision_and_of_ones_own() -> None:
 @pytest.mark.parametrize(("precision", "own", "match"), [
     ("fp4", {}, "no cited energies for precision 'fp4', only for fp32, fp16, int8; give your own with --ac-pj"),
     ("fp4", {"ac_pj": 1.0}, "no cited energies for precision 'fp4'"),
-    ("fp32", {"ac_pj": 0.0}, "ac_pj must be a positive number of picojoules, got 0"),
-    ("fp32", {"mac_pj": -1.0}, "mac_pj must be a positive number of picojoules, got -1"),
-    ("fp32", {"mac_pj": float("nan")}, "mac_pj must be a positive number of picojoules, got nan"),
+    ("fp32", {"ac_pj": 0.0}, "ac_pj must be a positive number of picojoules, at most a joule, got 0"),
+    ("fp32", {"mac_pj": -1.0}, "mac_pj must be a positive number of picojoules, at most a joule, got -1"),
+    ("fp32", {"mac_pj": 1e300}, "mac_pj must be a positive number of picojoules, at most a joule, got 1e"),
+    ("fp32", {"mac_pj": float("nan")}, "mac_pj must be a positive number of picojoules, at most a joule, got nan"),
     ("fp32", {"ac_pj": 5.0}, "contains an accumulate, so mac_pj must be at least ac_pj=5.0; got 4.6"),
 ])  # fmt: skip
 def test_constants_that_cannot_be(precision: str, own: dict[str, float], match: str) -> None:

@@ -63,10 +63,14 @@ runs_option = click.option(
 def checked_output(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
     """The callback of an output file: one that cannot be written is refused before the work whose result goes there."""
     if path is not None:
-        from tetdeploy.files import check_writable
-
-        check_writable(path, remedy=f"choose another with {param.opts[0]}")
+        _check_output(path, param.opts[0])
     return path
+
+
+def _check_output(path: Path, option: str) -> None:
+    from tetdeploy.files import check_writable
+
+    check_writable(path, begins=b"{" if option == "--json" else b"", remedy=f"choose another with {option}")
 
 
 def parsed_steps(ctx: click.Context, param: click.Parameter, steps: str | None) -> tuple[int, ...] | None:
@@ -101,10 +105,8 @@ def result_option(ending: str) -> Callable[[F], F]:
 def output_path(given: Path | None, option: str, engine: Engine, ending: str) -> Path:
     """Where an output goes: beside the model, unless the option says otherwise. One that cannot be written is refused
     before the work whose result goes there."""
-    from tetdeploy.files import check_writable
-
     path = given or engine.path.with_suffix(ending)
-    check_writable(path, remedy=f"choose another with {option}")
+    _check_output(path, option)
     return path
 
 
