@@ -776,7 +776,9 @@ def test_a_full_disk_leaves_the_finished_epochs(tmp_path: Path, monkeypatch: pyt
 
     replace = os.replace
     monkeypatch.setattr("tetdeploy.files.os.replace", full)
-    with pytest.raises(OSError, match=r"No space left on device; what was written before is as it was: .*--resume"):
+    with pytest.raises(
+        OSError, match=r"No space left on device; what .* as it was: go on with --resume --model tests:toy"
+    ):
         run(tmp_path)
     monkeypatch.undo()
     assert len(metrics(tmp_path)) == 1

@@ -143,7 +143,7 @@ def train(
         settings["how"] = asdict(how)
         if restart is not None:
             settings["restarted"] = restart_origin(restart)
-        with _explained(out, config, how):
+        with _explained(task, how):
             session = prepare(task, settings=settings, resume=resume, workers=workers, how=how)
             if session.shard_bytes is not None:
                 check_shards(session, session.shard_bytes)
@@ -168,7 +168,7 @@ def _check(task: Task, how: How) -> None:
 
 
 @contextmanager
-def _explained(out: Path, config: TrainConfig, how: How) -> Iterator[None]:
+def _explained(task: Task, how: How) -> Iterator[None]:
     """Within it, a full disk, too little memory and batches too small for BN are errors that say what to do."""
     try:
         yield
@@ -176,10 +176,13 @@ def _explained(out: Path, config: TrainConfig, how: How) -> Iterator[None]:
         if error.errno is None:  # says what and where already
             raise
         raise OSError(
-            f"{error.filename or out}: {error.strerror}; what was written before is as it was: go on with --resume"
+            f"{error.filename or task.out}: {error.strerror}; what was written before is as it was: "
+            f"go on with --resume{own}"
         ) from error
     except torch.OutOfMemoryError as error:
         graphs = " --no-cuda-graphs" if how.cuda_graphs else ""
+    config, network = task.config, task.classifier.config
+    own = f" --model {network.model}" if network.is_own else ""
         less = "" if how.recompute or config.qat else f"go on with --recompute{graphs}, or "
         raise ValueError(
             f"out of GPU memory at batch_size {config.batch_size}, T={config.longest_T}, precision {config.precision}; "
