@@ -35,7 +35,16 @@ from .device import autocast, reused_memory, tuned_convolutions
 from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
 from .progress import Progress
 from .ranks import current_ranks
-from .restart import Restart, check_restart, check_shards, find_restart, restart_origin, restart_state, write_restart
+from .restart import (
+    Restart,
+    check_restart,
+    check_shards,
+    find_restart,
+    has_shards,
+    restart_origin,
+    restart_state,
+    write_restart,
+)
 from .runs import check_run, mark_latest, only_trainer, run_settings, write_run_config
 from .schedule import derive_seed
 from .session import Session, Task, check_data, check_together, headline, prepare, provenance
@@ -128,6 +137,7 @@ def train(
     ranks = current_ranks()
     with ranks.first():
         finished = resume and is_finished(out / STATE_NAME, config.epochs)
+        finished = finished and (how.shards_mb is None or has_shards(out, config.epochs))
     finished = ranks.agreed(finished)
     with nullcontext() if finished else only_trainer(out, resume=resume):  # it may lie where nobody can write
         settings, restart = run_settings(classifier, train_set, val_set, config), None
@@ -170,6 +180,8 @@ def _check(task: Task, how: How) -> None:
 @contextmanager
 def _explained(task: Task, how: How) -> Iterator[None]:
     """Within it, a full disk, too little memory and batches too small for BN are errors that say what to do."""
+    config, network = task.config, task.classifier.config
+    own = f" --model {network.model}" if network.is_own else ""
     try:
         yield
     except OSError as error:
@@ -181,8 +193,6 @@ def _explained(task: Task, how: How) -> Iterator[None]:
         ) from error
     except torch.OutOfMemoryError as error:
         graphs = " --no-cuda-graphs" if how.cuda_graphs else ""
-    config, network = task.config, task.classifier.config
-    own = f" --model {network.model}" if network.is_own else ""
         less = "" if how.recompute or config.qat else f"go on with --recompute{graphs}, or "
         raise ValueError(
             f"out of GPU memory at batch_size {config.batch_size}, T={config.longest_T}, precision {config.precision}; "
@@ -210,6 +220,8 @@ def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Pat
         state = TrainState.start(session.steps_per_epoch, session.device, average)
     if not resume:
         _save(session, state)
+    else:  # a full disk or a kill may have come between state and shards
+        _save_shards(session, state)
     if session.ranks.writes and state.epoch < session.config.epochs:  # of one that is finished nothing is written
         write_run_config(session.out, session.settings, resume=resume)
         if runs is not None:
@@ -234,8 +246,12 @@ def _kept_best(session: Session, best: Best | None) -> Best | None:
 def _save(session: Session, state: TrainState) -> None:
     if session.ranks.writes:
         save_state(session.out / STATE_NAME, state, session.classifier.network, session.optimizer, session.scaler)
-        if session.shard_bytes is not None:
-            write_restart(session, state, session.shard_bytes)
+    _save_shards(session, state)
+
+
+def _save_shards(session: Session, state: TrainState) -> None:
+    if session.ranks.writes and session.shard_bytes is not None:
+        write_restart(session, state, session.shard_bytes)
 
 
 def _run(session: Session, state: TrainState, show: bool | None, board: bool) -> bool:
