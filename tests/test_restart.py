@@ -318,13 +318,18 @@ def test_images_in_another_order_are_refused(tmp_path: Path, how: How) -> None:
     check_restart(found, others)
 
 
-def test_a_teacher_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_a_teacher_may_lie_elsewhere_but_must_be_the_same(tmp_path: Path) -> None:
     interrupted(tmp_path / "first", 3)
     found = find_restart(tmp_path / "first")
     here, there = (
         found.settings | {"training": found.settings["training"] | {"distill": path}} for path in ("here/ann", "ann")
     )
     check_restart(replace(found, settings=here), there)
+    here["training"]["distill_sha256"], there["training"]["distill_sha256"] = "ab", "cd"
+    with pytest.raises(ValueError, match=r"the teacher has other .*: name that one with --distill; go on with"):
+        check_restart(replace(found, settings=here), there)
+    with pytest.raises(ValueError, match=r"training\.distill: here/ann -> ;"):
+        check_restart(replace(found, settings=here), found.settings)
     there["training"]["distill_tau"] = 5.0
     with pytest.raises(ValueError, match=r"other settings: training\.distill_tau: 3\.0 -> 5\.0; go on with the old"):
         check_restart(replace(found, settings=here), there)

@@ -108,7 +108,7 @@ def train(
         val_set: decides which epoch is best; None keeps the last epoch.
         config: how to train; `qat` starts from a classifier that is trained.
         out: run folder, made if it is not there.
-        resume: go on with the run in `out`, which must have the same settings.
+        resume: go on with the run in `out`, which must have the same settings, but for the place of a teacher.
         runs: folder whose `latest` is to point at this run, if any.
         progress: True for a bar, False for silence, None for a bar on a terminal and a line an epoch elsewhere.
         board: write TensorBoard curves to `out/tensorboard` as well.
@@ -116,7 +116,7 @@ def train(
             process. With them a script needs `if __name__ == "__main__":`, as always with multiprocessing.
         how: with CUDA graphs, with less memory, with shards; a run may go on otherwise than it began.
         restart_from: go on in `out`, which holds no run, from such weights, or from a checkpoint; the settings must be
-            those of its run, but for device and precision.
+            those of its run, but for device, precision and the place of a teacher.
         before_writing: called once everything is checked and on the device, before the first file is written.
 
     Returns:
@@ -140,11 +140,12 @@ def train(
         finished = finished and (how.shards_mb is None or has_shards(out, config.epochs))
     finished = ranks.agreed(finished)
     with nullcontext() if finished else only_trainer(out, resume=resume):  # it may lie where nobody can write
-        settings, restart = run_settings(classifier, train_set, val_set, config), None
+        restart = None
         with ranks.first():
             _check(task, how)
             if board:
                 import_extra("tensorboard", "tensorboard")
+            settings = run_settings(classifier, train_set, val_set, config)
             if ranks.writes:
                 check_run(out, settings, resume=resume)
             if restart_from is not None:
@@ -405,7 +406,7 @@ def _keep(session: Session, state: TrainState, kept: Classifier, records: list[d
         state.best = this
         if writes:
             about = {
-                "training": asdict(session.config),
+                "training": session.settings["training"],
                 "provenance": provenance(session, this.epoch, this.val_accuracy),
                 "fingerprint": session.settings["data"]["fingerprint"],
             }

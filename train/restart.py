@@ -32,8 +32,8 @@ from .state import TrainState, like_weights
 
 SHARDS_NAME = "shards"
 
-# What a machine decides: where files and devices are, and what the device is good at.
-_OF_THE_MACHINE = ("device", "precision", "distill")
+# What a machine decides: where devices are, and what they are good at.
+_OF_THE_MACHINE = ("device", "precision")
 
 
 @dataclass(frozen=True)
