@@ -667,6 +667,32 @@ def test_resume_from_a_damaged_state_is_refused(copied: Path) -> None:
         run(copied, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("epoch.correct", "epoch.corrupt", "is damaged: it lacks 'epoch.correct'"),
+        ("average.norm.weight", "average.norm-weight", r"do not fit the network; missing: norm\.weight; unexpected"),
+        ("optimizer.norm.bias", "optimizer.norm-bias", "is damaged: the optimizer state norm-bias.* belongs to no"),
+        ("norm.bias.step", "norm.bias.stap", r"is damaged: the optimizer state norm\.bias\.stap has the shape \[\]"),
+        ("norm.bias.exp_avg_", "norm.bias.exp_avg-", "is damaged: .* has exp_avg, exp_avg-sq, step, wanted exp_avg, "),
+        (r"\"step\": ", r"\"stap\": ", "is damaged: step is missing"),
+        (r"\"epoch\": 3", r"\"epoch\":-3", "is damaged: epoch must be a whole number of at least 0, got -3"),
+        (r"\"val_loss\": ", r"\"val_lots\": ", "is damaged: .*unexpected keyword argument 'val_lots'"),
+        (r"\"precision\": ", r"\"pretision\": ", "is damaged: precision is missing"),
+    ],
+)
+def test_a_state_with_another_name_in_it_is_damaged(tmp_path: Path, old: str, new: str, reason: str) -> None:
+    """As a bit that fell over on a disk leaves it: the file reads, and no longer says all that is asked of it."""
+    config = settings(ema=0.5)
+    run(tmp_path, config=config)
+    state = tmp_path / "last.safetensors"
+    whole = state.read_bytes()
+    assert old.encode() in whole
+    state.write_bytes(whole.replace(old.encode(), new.encode()))
+    with pytest.raises(ValueError, match=reason):
+        run(tmp_path, config=config, resume=True)
+
+
 def test_a_training_state_is_no_checkpoint(finished: Path) -> None:
     with pytest.raises(ValueError, match=r"holds the state of a training run.*; use .*checkpoint\.safetensors"):
         tetdeploy.load(finished / "last.safetensors")
