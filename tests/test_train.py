@@ -935,8 +935,11 @@ with FileLock(sys.argv[1]):
             run(tmp_path)
         other.kill()
     assert (tmp_path / ".lock").exists()
+    names = ("checkpoint.safetensors", "last.safetensors", "config.json", "metrics.jsonl", "summary.json")
+    for name in (*names, "model.onnx"):  # the last of another command, which may be at work
+        (tmp_path / f".{name}.k1ll3d.tmp").touch()
     run(tmp_path)
-    assert not (tmp_path / ".lock").exists()
+    assert [path.name for path in tmp_path.glob(".*")] == [".model.onnx.k1ll3d.tmp"]
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK])

@@ -22,7 +22,9 @@ from tetdeploy.run_folder import (
     CHECKPOINT_NAME,
     CONFIG_NAME,
     LATEST_NAME,
+    METRICS_NAME,
     STATE_NAME,
+    SUMMARY_NAME,
     weights_file,
     weights_sha256,
 )
@@ -130,12 +132,20 @@ def _locked(out: Path) -> Iterator[None]:
         with suppress(OSError):
             if lock.is_locked:
                 file.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+                _sweep(out)
         yield
     finally:
         with suppress(OSError):
             if lock.is_locked:  # the file goes before the lock, or it might be that of the next to lock it
                 file.unlink()
         lock.release()
+
+
+def _sweep(out: Path) -> None:
+    """Remove what writes of this run that were killed have left: each is as large as what was written."""
+    for name in (CHECKPOINT_NAME, STATE_NAME, CONFIG_NAME, METRICS_NAME, SUMMARY_NAME):
+        for left in out.glob(f".{name}.*.tmp"):
+            left.unlink()
 
 
 def _holder(lock: Path) -> str:
