@@ -353,6 +353,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     config, out, classifier = whole
     result = run(tmp_path, toy(interrupt_at(at)), config=config)
     assert result.interrupted and result.epochs == (at - 1) // (STEPS + 1)
+    assert read_content(tmp_path / "last.safetensors")["resume"]["seconds"] > 0
     resumed = toy(seed=5)
     assert not run(tmp_path, resumed, config=config, resume=True).interrupted
 
