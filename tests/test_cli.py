@@ -296,6 +296,28 @@ class TestCommands:
         assert trained.exit_code == 0, trained.output
         assert "silent_net:net has no LIF or IF of tetdeploy.neurons" in " ".join(trained.output.split())
 
+    def test_an_own_network_is_resumed_only_when_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "cut_net.py").write_text(
+            "import signal\n"
+            "from torch import nn\n"
+            "class Net(nn.Linear):\n"
+            "    def forward(self, x, T):\n"
+            "        signal.raise_signal(signal.SIGINT)\n"
+            "        return super().forward(x.flatten(1)).expand(T, -1, -1)\n"
+            "def net(num_classes, in_channels, image_size):\n"
+            "    return Net(64, num_classes)\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        own = ("--model", "cut_net:net")
+        for options in ((), ("--seeds", "0,1")):
+            again = f"train --resume runs/own{len(options)}"
+            cut = run("train", *own, "--epochs", "2", *options, "--out", again.split()[-1])
+            assert cut.exit_code == 130 and cut.output.endswith(f"go on with: tetdeploy {again} --model cut_net:net\n")
+            del sys.modules["cut_net"]
+            assert "holds a network of your own: pass --model cut_net:net" in refused(*again.split())
+            assert "cut_net" not in sys.modules
+            assert run(*again.split(), *own).exit_code == 130
+
     def test_resume_goes_on_to_the_weights_of_an_uninterrupted_run(self, tmp_path: Path) -> None:
         options = ["--epochs", "3", "--width", "0.25", "--T", "2"]
         assert run("train", *options, "--out", "whole").exit_code == 0

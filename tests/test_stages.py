@@ -21,8 +21,10 @@ import tetdeploy
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.data import ImageSet, load_data, split_validation
 from tetdeploy.extras import MissingExtraError
+from tetdeploy.files import sha256_of, write_json
 from tetdeploy.names import section
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.tensor_file import read_content, write_tensors
 from tetdeploy.train import (
     How,
     TrainConfig,
@@ -38,6 +40,7 @@ from tetdeploy.train import (
 from tetdeploy.train.augment import cutout
 from tetdeploy.train.averaging import estimating_bn, update_average
 from tetdeploy.train.objective import Teacher, draw_lengths, load_teacher, prefix_mean
+from tetdeploy.train.runs import read_run_config
 from tetdeploy.train.session import BN_BATCHES
 from tetdeploy.train.stages import Stage, TimeRange, parse_random_T, parse_tit
 
@@ -474,6 +477,33 @@ def test_teachers_that_do_not_fit(tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(ValueError, match=r"was trained on other data: its class_names is \('0', .*not \('a'"):
         train(student, other, None, settings(distill=str(teacher)), tmp_path / "student")
     assert not (tmp_path / "student").exists()
+
+
+def test_a_teacher_may_move_but_must_be_the_same(tmp_path: Path, teacher: Path) -> None:
+    run(tmp_path / "whole", distill=str(teacher))
+    ann, moved, other = (shutil.copytree(teacher, tmp_path / name) for name in ("ann", "moved", "other"))
+    file = other / "checkpoint.safetensors"
+    write_tensors(file, {name: value + 1 for name, value in load_file(file).items()}, read_content(file))
+    latest, cut = tmp_path / "latest", tmp_path / "cut"
+    latest.symlink_to(ann)
+    assert run(cut, interrupted_at(STEPS + 2, classifier_of()), distill=str(latest)).interrupted
+    written = read_run_config(cut)["training"]
+    assert written["distill"] == str(ann)
+    assert read_metadata(cut)["training"] == written and written["distill_sha256"] == sha256_of(moved / file.name)
+
+    shutil.rmtree(ann)
+    with pytest.raises(FileNotFoundError, match=r"--distill: .*ann does not exist; give a checkpoint"):
+        run(cut, resume=True, distill=str(ann))
+    with pytest.raises(ValueError, match=r"the teacher has other .*: name that one with --distill; resume with"):
+        run(cut, resume=True, distill=str(other))
+    with pytest.raises(ValueError, match=r"training\.distill: .*ann -> ; "):
+        run(cut, resume=True)
+    before = shutil.copytree(cut, tmp_path / "before")
+    del written["distill_sha256"]  # as of a run of before
+    write_json(before / "config.json", read_run_config(before) | {"training": written})
+    assert not run(before, resume=True, distill=str(other)).interrupted
+    assert not run(cut, resume=True, distill=str(moved)).interrupted
+    assert same_files(cut, tmp_path / "whole") and read_run_config(cut)["training"]["distill"] == str(moved)
 
 
 # --- augmentation
