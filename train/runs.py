@@ -77,13 +77,19 @@ def run_settings(
 
 
 def _teacher(distill: str) -> dict[str, str]:
-    """Where the teacher itself lies, as runs/latest will be another, and which weights it has."""
+    """Where the teacher itself lies, as runs/latest will be another, and which weights it has. Models that are exported
+    say so too, so the place is told without that of the working folder."""
     if not distill:
         return {}
+    place, here = Path(distill).resolve(), Path.cwd()
     try:
-        return {"distill": str(Path(distill).resolve()), "distill_sha256": weights_sha256(weights_file(distill))}
+        sha256 = weights_sha256(weights_file(distill))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--distill: {error}") from error
+    return {
+        "distill": str(place.relative_to(here) if place.is_relative_to(here) else place),
+        "distill_sha256": sha256,
+    }
 
 
 @contextmanager
