@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tetdeploy.engine import Engine
 from tetdeploy.stream import Stream
-from tetdeploy.streams import StreamPool, StreamState
+from tetdeploy.streams import StreamPool, StreamState, _Rows
 
 Array = np.ndarray[Any, Any]
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -165,6 +165,7 @@ def test_a_stream_costs_its_state_and_nothing_else(options: dict[str, Any]) -> N
     pool = StreamPool(of)
     carried = sum(4 * int(np.prod(s["shape"])) for s in (*of.metadata["states"], *of.metadata["encoded"]))
     one = carried + (0 if options else 64) + 8 * 10 + 8  # the image; the logits' sum; t
+    assert pool.nbytes == 8 * one
     ids = [pool.open() for _ in range(256)]
     assert pool.nbytes == 256 * one
     for start in range(0, 256, 64):
@@ -179,6 +180,41 @@ def test_a_stream_costs_its_state_and_nothing_else(options: dict[str, Any]) -> N
     assert len(pool) == 6 and pool.nbytes == 16 * one
     for id, state in before.items():
         assert state.to_bytes() == pool.state(id).to_bytes()
+
+
+@pytest.mark.parametrize(("use", "count"), [("open", 8), ("close", 5)])
+def test_no_stream_notices_that_memory_was_short(use: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 rows a ninth stream makes 16, of which the fifth to close makes 8: for each array it may fail."""
+    of, zeros = engine("step"), _Rows._zeros
+    num_arrays = len(StreamPool(of)._carried.layout) + 2
+    for failing in range(num_arrays):
+        pool, left = StreamPool(of), [failing]
+
+        def short(self: _Rows, name: str, capacity: int, left: list[int] = left) -> Array:
+            left[0] -= 1
+            if left[0] == -1:
+                raise MemoryError
+            return zeros(self, name, capacity)
+
+        ids = [pool.open() for _ in range(9 if use == "close" else 8)]
+        for id in ids[count:]:
+            pool.close(id)
+        alone = {(0, id): of.stream() for id in ids[:count]}
+        push([pool], {id: id[1] for id in alone}, alone)
+        with monkeypatch.context() as patch:
+            patch.setattr(_Rows, "_zeros", short)
+            if use == "close":
+                pool.close(ids[0])
+                del alone[0, ids[0]]
+            else:
+                with pytest.raises(MemoryError):
+                    pool.open()
+        assert left[0] < 0 and len(pool) == len(alone)
+        alone |= {(0, pool.open()): of.stream() for _ in range(6)}
+        push([pool], {id: 20 + id[1] for id in alone}, alone)
+        del alone[0, ids[1]]
+        pool.close(ids[1])
+        push([pool], dict.fromkeys(alone, -1), alone)
 
 
 def test_a_new_stream_finds_nothing_of_the_one_before() -> None:

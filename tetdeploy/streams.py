@@ -9,6 +9,7 @@ import io
 import math
 import threading
 from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ class StreamPool:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all state: doubled as streams open, halved as they close; at most four times what they need."""
+        """Memory of all state: doubled as streams open and halved as they close, so below four times what they need, or
+        that of eight streams. Halving takes memory as well; without it, it waits until another stream closes."""
         return self._carried.nbytes + self._sums.nbytes
 
     @property
@@ -146,7 +148,11 @@ class StreamPool:
             self._check_state(state)
         with self._lock:
             row = self._carried.append()
-            self._sums.append()
+            try:
+                self._sums.append()
+            except MemoryError:
+                self._carried.remove(row)
+                raise
             self._next_id += 1
             self._ids.append(self._next_id)
             self._row[self._next_id] = row
@@ -334,17 +340,18 @@ class _Rows:
         for array in self._arrays.values():
             array[row] = array[self.count]
         if self._capacity > self._LEAST and self.count <= self._capacity // 4:
-            self._resize(self._capacity // 2)
+            with suppress(MemoryError):  # the larger arrays do as well
+                self._resize(self._capacity // 2)
 
     def clear(self, row: int) -> None:
         for array in self._arrays.values():
             array[row] = 0
 
     def _resize(self, capacity: int) -> None:
-        for name, array in self._arrays.items():
-            self._arrays[name] = self._zeros(name, capacity)
-            self._arrays[name][: self.count] = array[: self.count]
-        self._capacity = capacity
+        arrays = {name: self._zeros(name, capacity) for name in self._arrays}
+        for name, array in arrays.items():
+            array[: self.count] = self._arrays[name][: self.count]
+        self._arrays, self._capacity = arrays, capacity
 
     def _zeros(self, name: str, capacity: int) -> Array:
         shape, dtype = self.layout[name]
