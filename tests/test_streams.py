@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,40 @@ def test_threads_share_a_pool() -> None:
     assert len(pool) == 24
 
 
+def test_threads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is in a call of the graph, all others wait."""
+    pool = StreamPool(Engine(engine("step").path, threads=1))
+    first, second, third = (pool.open() for _ in range(3))
+    x, state, call = frame(pool.engine, 0), pool.state(first), pool.engine.call
+    entered, go_on = threading.Event(), threading.Event()
+
+    def blocks(feed: dict[str, Array], names: list[str]) -> dict[str, Array]:
+        if not entered.is_set():
+            entered.set()
+            assert go_on.wait(60)
+        return call(feed, names)
+
+    monkeypatch.setattr(pool.engine, "call", blocks)
+    others = [
+        lambda: pool.push({second: x}),
+        lambda: pool.open(state),
+        lambda: pool.close(third),
+        lambda: pool.reset(second),
+        lambda: pool.state(second),
+    ]
+    with ThreadPoolExecutor(6) as threads:
+        pushing = threads.submit(pool.push, {first: x})
+        assert entered.wait(60)
+        waiting = [threads.submit(other) for other in others]
+        done = wait(waiting, timeout=0.3).done
+        go_on.set()
+        assert not done
+        assert pushing.result()[first].t == 1
+        for other in waiting:
+            other.result()
+    assert len(pool) == 3
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 
@@ -280,12 +315,13 @@ def test_refused_states(tmp_path: Path) -> None:
         {**good.carried, "u.lif1": good.carried["u.lif1"][:1]},
         {**good.carried, "u.lif1": good.carried["u.lif1"].astype(float)},
         {**good.carried, "u.lif9": good.carried["u.lif1"]},
+        {**good.carried, "sum_logits": good.sum_logits},
     ):
         with pytest.raises(ValueError, match="the state is damaged: it does not hold what a stream of step"):
             pool.open(StreamState(carried, good.sum_logits, 1, good.model_sha256))
     with pytest.raises(ValueError, match="the state is damaged"):
         pool.open(StreamState(good.carried, good.sum_logits[:3], 1, good.model_sha256))
-    for t in (-1, 2**63):
+    for t in (-1, 2**62 + 1):
         with pytest.raises(ValueError, match="the state is damaged"):
             pool.open(StreamState(good.carried, good.sum_logits, t, good.model_sha256))
     for value in (np.nan, -np.inf):
@@ -293,6 +329,7 @@ def test_refused_states(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"the state is damaged: u\.lif1 holds NaN"):
             pool.open(StreamState(broken, good.sum_logits, 1, good.model_sha256))
     assert len(pool) == 1
+    assert pool.state(pool.open(StreamState(good.carried, good.sum_logits, 2**62, good.model_sha256))).t == 2**62
     data = good.to_bytes()
     unclosed = io.BytesIO()
     with zipfile.ZipFile(unclosed, "w") as file:
@@ -312,7 +349,8 @@ def test_a_state_may_hold_no_python_objects() -> None:
     np.savez(buffer, sum_logits=np.zeros(10, np.float32), t=1, model_sha256=np.array([print], object))
     with pytest.raises(ValueError, match="the state is damaged"):
         StreamState.from_bytes(buffer.getvalue())
-    for arrays in ({"u": np.zeros(3)}, {"sum_logits": np.zeros(10), "t": np.inf, "model_sha256": "00"}):
+    rest = {"sum_logits": np.zeros(10), "model_sha256": "00"}
+    for arrays in ({"u": np.zeros(3)}, {**rest, "t": np.inf}, {**rest, "t": 1, "u.lif1": np.zeros(3)}):
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         with pytest.raises(ValueError, match="the state is no state of a stream"):

@@ -63,6 +63,8 @@ class StreamState:
         try:
             total, t, sha256 = (arrays.pop(key) for key in ("sum_logits", "t", "model_sha256"))
             steps = int(t)
+            if odd := [key for key in arrays if not key.startswith(_PREFIX)]:
+                raise ValueError(f"it has {odd[0]}")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{name} is no state of a stream") from error
         return cls({key.removeprefix(_PREFIX): value for key, value in arrays.items()}, total, steps, str(sha256))
@@ -291,12 +293,12 @@ class StreamPool:
                 f"the state is of another model than {self.engine.path.name} (SHA-256 {state.model_sha256[:12]}..., "
                 f"not {self.engine.sha256[:12]}...); a stream goes on only with the very file it began with"
             )
-        wanted = self._carried.layout | {"sum_logits": self._sums.layout["logits"]}
-        given = {**state.carried, "sum_logits": state.sum_logits}
-        kinds = {name: (value.shape, value.dtype) for name, value in given.items()}
-        if kinds != wanted or not 0 <= state.t <= _MOST_STEPS:
+        carried = {name: (value.shape, value.dtype) for name, value in state.carried.items()}
+        total = state.sum_logits.shape, state.sum_logits.dtype
+        wanted = self._carried.layout, self._sums.layout["logits"]
+        if (carried, total) != wanted or not 0 <= state.t <= _MOST_STEPS:
             raise ValueError(f"the state is damaged: it does not hold what a stream of {self.engine.path.name} carries")
-        check_finite(given)
+        check_finite({**state.carried, "sum_logits": state.sum_logits})
 
 
 class _Rows:
