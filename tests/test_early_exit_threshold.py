@@ -274,6 +274,28 @@ def test_savings_are_those_of_the_steps_that_each_image_took() -> None:
     assert early["speedup"] == pytest.approx(early["fixed_seconds"] / early["seconds"])
 
 
+def test_results_for_numbers_of_numpy_are_json() -> None:
+    runner, (x, labels) = engine("step"), own_labels(0, 4)
+    found = find_threshold(run_answers(runner, x, labels, np.int64(2)), loss=np.float32(0.5), min_T=np.int64(1))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(found.to_dict(runner, "digits")))["allowed_loss"] == 0.5
+    exit = Exit(np.float32(0.5), min_T=np.int64(2))  # type: ignore[arg-type]
+    result = measure(runner, x, labels, exit, np.int64(3), batch_size=np.int64(2))  # type: ignore[arg-type]
+    early = json.loads(json.dumps(result))["early_exit"]
+    assert [early[key] for key in ("threshold", "min_T", "T", "batch_size")] == [0.5, 2, 3, 2]
+
+
+def test_labels_that_do_not_fit_are_refused() -> None:
+    x, labels = own_labels(0, 4)
+    for wrong, message in (
+        (labels[:3], "every image needs a label: 4 images, 3 labels"),
+        (labels + 10, r"labels run from \d+ to \d+, but step\.onnx has 10 classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_answers(engine("step"), x, wrong, 2)
+        with pytest.raises(ValueError, match=message):
+            measure(engine("step"), x, wrong, Exit(0.5), 2)
+
+
 def test_both_ways_take_turns_after_a_round_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[bool, int]] = []
     run = Engine.run

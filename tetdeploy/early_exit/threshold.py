@@ -287,6 +287,7 @@ def find_threshold(
     check_min_T(min_T, answers.right.shape[1])
     if not 0 <= loss <= 1:
         raise ValueError(f"the loss of accuracy must lie in 0..1, a fraction, got {loss}")
+    loss = float(loss)
     frontiers = [Frontier.of(answers, criterion, min_T) for criterion in criteria]
 
     def best(loss: float) -> ThresholdResult:
