@@ -37,7 +37,7 @@ from tetdeploy.early_exit.threshold import (
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.provenance import images_sha256
-from tetdeploy.report.early_exit import _frontier_table, by_steps, compared
+from tetdeploy.report.early_exit import _frontier_table, by_steps, calibration_shown, compared
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
 
@@ -378,6 +378,49 @@ def test_what_calibrate_and_early_exit_print() -> None:
     table = _frontier_table({"frontier": [rule | paired], "allowed_loss": 0.001, "T": 3})
     (cells,) = zip(*(column.cells for column in table.columns), strict=True)
     assert cells == ("0.1*", "margin", "0.5000", "90.00%", "2.00 ± 3.10", "7 / 3", "1.50", "50%")
+
+
+@pytest.mark.parametrize(
+    ("num_images", "turned", "options", "said"),
+    [
+        (3700, "right", {}, None),  # too few to show 0.1 points if no answer changed; here the first to stop gains
+        (
+            3700,
+            "same",
+            {},
+            "3,700 images show no loss below 0.1 points with 95 % confidence; calibrate on 3,838 or more",
+        ),
+        (3700, "same", {"loss": 0.0}, "3,700 images show no loss below 0.1 points with 95 % confidence; allow more"),
+        (5000, "same", {}, None),
+        (
+            5000,
+            "wrong",
+            {},
+            "too many of the surest answers before T=2 are right only at T=2; calibrate on more images",
+        ),
+        (5000, "wrong", {"min_T": 2}, "2 steps are the fewest, and the most"),
+        (
+            500,
+            "wrong",
+            {"confident": False},
+            "at every other threshold more is lost on these images than may be; allow",
+        ),
+        (500, "same", {"confident": False}, None),
+    ],
+)
+def test_calibrate_says_why_no_image_stops_early(
+    num_images: int, turned: str, options: dict[str, Any], said: str | None
+) -> None:
+    sure = np.linspace(0.99, 0.1, num_images)[:, None].repeat(2, axis=1)
+    right = np.ones((num_images, 2), bool)
+    right[0] = turned != "wrong", turned != "right"
+    if not options.get("confident", True) and turned == "wrong":
+        sure[:] = 0.5  # so that all stop at once or none
+    found = find_threshold(Answers(right, dict.fromkeys(CRITERIA, sure)), **options)
+    lines = [part for part in calibration_shown(found.to_dict(engine("step"), "digits")) if isinstance(part, str)]
+    told = [line for line in lines if line.startswith("no image stops early: ")]
+    assert len(told) == (said is not None) == (found.point.mean_T == 2)
+    assert not told or told[0].startswith(f"no image stops early: {said}")
 
 
 def test_what_is_saved_is_told_as_all_steps_over_those_taken() -> None:
