@@ -233,6 +233,22 @@ def test_what_loses_as_much_as_is_allowed_is_rarely_shown_to_lose_less(gains: fl
         assert (law(expected + gains, count)[:, None] * law(gains, count))[shown].sum() < 0.0257
 
 
+@pytest.mark.parametrize(
+    ("num_images", "loss", "gains", "most"),
+    [(20, 0.05, 0.18, 0.031), (23, 0.01, 0.18, 0.031), (300, 0.2, 0.28, 0.026), (26, 0.3, 0.34999, 0.038)],
+)
+def test_few_images_nearly_keep_the_level(num_images: int, loss: float, gains: float, most: float) -> None:
+    """By the trinomial law, where it is worst."""
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, num_images + 1)))])  # of factorials
+    lost, gained = np.mgrid[: num_images + 1, : num_images + 1].reshape(2, -1)
+    lost, gained = (count[lost + gained <= num_images] for count in (lost, gained))
+    same = num_images - lost - gained
+    chance = logs[num_images] - logs[lost] - logs[gained] - logs[same]
+    chance += lost * np.log(gains + loss) + gained * np.log(gains) + same * np.log1p(-2 * gains - loss)
+    shown = shows_less(num_images, lost, gained, loss)
+    assert most - 0.001 < np.exp(chance[shown]).sum() < most
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_engine_does_what_the_calibration_says(criterion: Any) -> None:
     x, labels = own_labels(0, 90)
@@ -364,6 +380,10 @@ def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_pat
     assert result["early_exit"]["mean_T"] == pytest.approx(content["mean_T"])
     assert result["early_exit"]["accuracy"] == pytest.approx(content["accuracy"])
     assert f"{content['mean_T']:.2f}" in done.output and "× faster" in done.output
+    assert "promises nothing" not in done.output
+    done = run("early-exit", model, "--data", held_out, "--T", T + 1, "--json", tmp_path / "longer.json")
+    said = " ".join(done.output.split())
+    assert done.exit_code == 0 and f"was found for T={T} and promises nothing against T={T + 1}; for that run" in said
 
     done = run("report", tmp_path / "m.early-exit.json", "-o", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
     assert done.exit_code == 0 and "Early exit" in done.output, done.output
