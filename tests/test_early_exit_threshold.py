@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
-from export_helpers import digits, engine, exported
+from export_helpers import digits, engine, exported, frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -37,7 +38,8 @@ from tetdeploy.early_exit.threshold import (
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.provenance import images_sha256
-from tetdeploy.report.early_exit import _frontier_table, by_steps, calibration_shown, compared
+from tetdeploy.report.early_exit import _frontier_table, by_steps, calibration_shown, compared, savings_shown
+from tetdeploy.report.early_exit import rule as rule_shown
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
 
@@ -381,9 +383,13 @@ def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_pat
     assert result["early_exit"]["accuracy"] == pytest.approx(content["accuracy"])
     assert f"{content['mean_T']:.2f}" in done.output and "× faster" in done.output
     assert "promises nothing" not in done.output
-    done = run("early-exit", model, "--data", held_out, "--T", T + 1, "--json", tmp_path / "longer.json")
+    options = "--limit", 50, "--batch-size", 16, "--json", tmp_path / "longer.json"
+    done = run("early-exit", model, "--data", held_out, "--T", T + 1, *options)
     said = " ".join(done.output.split())
     assert done.exit_code == 0 and f"was found for T={T} and promises nothing against T={T + 1}; for that run" in said
+    longer = json.loads((tmp_path / "longer.json").read_text())
+    assert (longer["data"], longer["num_samples"]) == (str(held_out), 50)
+    assert [longer["early_exit"][key] for key in ("T", "batch_size")] == [T + 1, 16]
 
     done = run("report", tmp_path / "m.early-exit.json", "-o", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
     assert done.exit_code == 0 and "Early exit" in done.output, done.output
@@ -426,6 +432,8 @@ def test_what_calibrate_and_early_exit_print() -> None:
             "at every other threshold more is lost on these images than may be; allow",
         ),
         (500, "same", {"confident": False}, None),
+        (500, "same", {}, "500 images show no loss below 0.76 points"),
+        (1000, "same", {"confident": False}, None),
     ],
 )
 def test_calibrate_says_why_no_image_stops_early(
@@ -437,10 +445,34 @@ def test_calibrate_says_why_no_image_stops_early(
     if not options.get("confident", True) and turned == "wrong":
         sure[:] = 0.5  # so that all stop at once or none
     found = find_threshold(Answers(right, dict.fromkeys(CRITERIA, sure)), **options)
-    lines = [part for part in calibration_shown(found.to_dict(engine("step"), "digits")) if isinstance(part, str)]
+    lines = strings(calibration_shown(found.to_dict(engine("step"), "digits")))
+    assert lines[0].endswith(f"step.onnx   {num_images:,} images of digits   T=2")
+    assert lines[1].startswith("[dim]every image the same T, 1 to 2: ") and lines[-1].startswith("steps  1: ")
+    promise = "a test shows that less is lost than may be" if found.confident else "it is within what may be lost"
+    assert lines[2].endswith(f"{promise}[/dim]")
+    few = any(line.startswith("one image is 0.2 points here, more than may be lost") for line in lines)
+    assert few == (num_images == 500 and not found.confident)
     told = [line for line in lines if line.startswith("no image stops early: ")]
     assert len(told) == (said is not None) == (found.point.mean_T == 2)
     assert not told or told[0].startswith(f"no image stops early: {said}")
+
+
+def strings(parts: Iterable[Any]) -> list[str]:
+    return [part for part in parts if isinstance(part, str)]
+
+
+@pytest.mark.parametrize(("load", "busy"), [(None, False), (0.9, False), (1.0, True)])
+def test_savings_are_shown_with_their_rule_and_what_they_were_measured_on(load: float | None, busy: bool) -> None:
+    machine = {"cpu": "a CPU", "cores": 2, "gpu": None, "provider": "CPUExecutionProvider"}
+    result = {"model": "[b]/m.onnx", "data": "digits", "num_samples": 1200, "machine": machine}
+    assert strings(savings_shown(result | {"early_exit": EARLY_EXIT | {"min_T": 2, "load": load}})) == [
+        r"\[b]/m.onnx   1,200 images of digits   confidence > 0.9300, from T=2",
+        "steps  1: 60.0%   2: 30.0%   3: 10.0%",
+        "[dim]a CPU, 2 cores, CPUExecutionProvider, batches of 64[/dim]",
+        "[dim]Against T=3 for every image, answers turned wrong: 7, right: 3.[/dim]",
+        *["[dim]1.0 processes were running when this began: an idle machine is faster[/dim]"] * busy,
+    ]
+    assert rule_shown(EARLY_EXIT) == "confidence > 0.9300"
 
 
 def test_what_is_saved_is_told_as_all_steps_over_those_taken() -> None:
@@ -519,6 +551,32 @@ def test_what_early_exit_refuses(model: Path, held_out: Path) -> None:
     assert done.exit_code == 1 and "holds the threshold of another model" in done.output
 
 
+def test_frames_are_calibrated_for_the_steps_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = tmp_path / "m.onnx", tmp_path / "frames.npz"
+    shutil.copy(exported("step", encoding="frames"), model)
+    np.savez(data, images=frames(12, 5), labels=np.arange(12) % 10)
+    done = run("calibrate", model, "--data", data)
+    assert done.exit_code == 0 and load_rule(model)[1] == 4, done.output
+    monkeypatch.setattr(Engine, "run", no_work)
+    for command in ("calibrate", "early-exit"):
+        done = run(command, model, "--data", data, "--T", 6)
+        assert done.exit_code == 1 and "T=6 steps need as many frames, got 5" in done.output
+
+
+def test_early_exit_tells_of_a_model_of_an_earlier_checkpoint(model: Path) -> None:
+    describe(model, source={"checkpoint_sha256": "00"})
+    (model.parent / "checkpoint.safetensors").touch()
+    said = " ".join(run("early-exit", model).output.split())
+    assert "m.onnx was exported from another checkpoint than" in said
+
+
+def test_data_are_looked_for_where_data_dir_says(model: Path, held_out: Path, tmp_path: Path) -> None:
+    assert run("calibrate", model, "--data", held_out, "--T", 1).exit_code == 0
+    for command in ("calibrate", "early-exit"):
+        done = run(command, model, "--data", "cifar10", "--data-dir", tmp_path / "nowhere")
+        assert done.exit_code == 1 and str(tmp_path / "nowhere") in done.output
+
+
 def test_a_path_with_brackets_is_no_markup(tmp_path: Path, held_out: Path) -> None:
     (tmp_path / "[red]").mkdir()
     model = Path(shutil.copy(exported("step"), tmp_path / "[red]" / "m.onnx"))
@@ -526,7 +584,12 @@ def test_a_path_with_brackets_is_no_markup(tmp_path: Path, held_out: Path) -> No
     for arguments in commands:
         done = run(*arguments, "--data", held_out)
         assert done.exit_code == 0, done.output
-        assert "[red]/m.onnx120imagesof" in "".join(done.output.split())
+        said, folder = "".join(done.output.split()), model.parent
+        assert "[red]/m.onnx120imagesof" in said
+        if arguments[0] == "calibrate":
+            assert said.endswith(f"{exit_path(model)}next:tetdeployearly-exit{model}")
+        if arguments[0] == "early-exit":
+            assert said.endswith(f"{folder}/m.early-exit.jsonnext:tetdeployreport{folder}/m.early-exit.json")
 
 
 def test_a_threshold_that_cannot_be_written_is_named(model: Path, held_out: Path) -> None:
@@ -607,8 +670,9 @@ def test_ctrl_c_leaves_nothing_behind(
         return engine_run(self, x, *arguments, **options)
 
     monkeypatch.setattr(Engine, "run", interrupted)
-    done = run(command, model, "--data", held_out)
-    assert done.exit_code == 130 and "interrupted; no file is left half written" in done.output and len(calls) == 2
+    done = run(command, model, "--data", held_out, "--batch-size", 30)
+    assert done.exit_code == 130 and "interrupted; no file is left half written" in done.output
+    assert calls == [30, 30]
     assert sorted(path.name for path in model.parent.iterdir()) == before
 
 
