@@ -60,6 +60,13 @@ def early_exit(
     exit, calibrated_T = load_rule(engine.path)
     T = T or calibrated_T
     check_calibrated(engine.path, calibrated_T, T)
+    if calibrated_T < T:
+        console.print(
+            f"the threshold was found for T={calibrated_T} and promises nothing against T={T}; for that run "
+            f"tetdeploy calibrate {engine.path} --T {T}",
+            style="yellow",
+            markup=False,
+        )
     json_path = output_path(json_path, "--json", engine, ".early-exit.json")
     name, x, labels = load_inputs(engine, data, data_dir, limit)
     engine.check_T(T, engine.check_input(x[:1]))
