@@ -486,6 +486,15 @@ class TestBadInput:
         np.savez("nan.npz", images=np.full((2, 4, 1, 8, 8), np.nan, np.float32), labels=np.zeros(2, np.int64))
         assert "NaN" in refused("sweep", "f.onnx", "--data", "nan.npz")
 
+    def test_frames_from_images_and_the_other_way_round(self, workplace: Path) -> None:
+        np.savez("frames.npz", images=np.zeros((30, 4, 1, 8, 8), np.uint8), labels=np.zeros(30, np.int64))
+        needs = "--encoding frames needs recordings (an event set, or a .npz of frames), and digits has images: "
+        said = " ".join(refused("export", "--encoding", "frames").split())
+        assert f"{needs}name others with --data, or leave out --encoding" in said
+        said = " ".join(refused("export", "--data", "frames.npz").split())
+        assert "--encoding direct needs images, and frames.npz has recordings: name others with --data, or" in said
+        assert said.endswith("take --encoding frames")
+
     def test_checkpoints_that_are_none(self, workplace: Path) -> None:
         file = Path("runs/digits-convsnn/checkpoint.safetensors")
         whole = file.read_bytes()
