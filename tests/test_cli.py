@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from image_helpers import write_deep_png
 from PIL import Image
 
 from tetdeploy.checkpoint import save_checkpoint
@@ -472,8 +473,11 @@ class TestBadInput:
         assert "cannot be read as an image" in refused("predict", MODEL, "b.png")
         refused("predict", MODEL, "a.png", "--T", "1000000000", code=2)
         assert "no image at c.png" in refused("predict", MODEL, "c.png")
-        Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save("deep.png")  # as white as black, cut to 8 bits
-        assert "pixel format I;16 is not 8 bits a channel" in refused("predict", MODEL, "deep.png")
+
+    def test_16_bits_a_channel(self, workplace: Path) -> None:
+        for kind, pixels in (("grey", "I;16"), ("RGB", "RGB;16"), ("RGBA", "RGBA;16")):
+            write_deep_png(Path("deep.png"), kind, width=8, height=8)
+            assert f"pixel format {pixels} is not 8 bits a channel" in refused("predict", MODEL, "deep.png")
 
     def test_an_image_too_large_for_pillow(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Image.fromarray(np.zeros((8, 8), np.uint8)).save("bomb.png")
@@ -505,6 +509,15 @@ class TestBadInput:
         assert run(*arguments).exit_code == 0
         np.savez("nan.npz", images=np.full((2, 4, 1, 8, 8), np.nan, np.float32), labels=np.zeros(2, np.int64))
         assert "NaN" in refused("sweep", "f.onnx", "--data", "nan.npz")
+
+    def test_frames_from_images_and_the_other_way_round(self, workplace: Path) -> None:
+        np.savez("frames.npz", images=np.zeros((30, 4, 1, 8, 8), np.uint8), labels=np.zeros(30, np.int64))
+        needs = "--encoding frames needs recordings (an event set, or a .npz of frames), and digits has images: "
+        said = " ".join(refused("export", "--encoding", "frames").split())
+        assert f"{needs}name others with --data, or leave out --encoding" in said
+        said = " ".join(refused("export", "--data", "frames.npz").split())
+        assert "--encoding direct needs images, and frames.npz has recordings: name others with --data, or" in said
+        assert said.endswith("take --encoding frames")
 
     def test_checkpoints_that_are_none(self, workplace: Path) -> None:
         file = Path("runs/digits-convsnn/checkpoint.safetensors")

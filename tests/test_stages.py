@@ -527,6 +527,19 @@ def test_cutout_blanks_one_square_of_each_image() -> None:
     assert torch.equal(frames, cut.repeat(1, 2, 1, 1))
 
 
+def test_a_cutout_that_could_leave_nothing_is_refused(tmp_path: Path) -> None:
+    def whole(size: int) -> int:
+        """How many of 2,000 images of 5x8 pixels are all blank."""
+        cut = cutout(torch.ones(2000, 1, 5, 8), Generator().manual_seed(0), size=size, fill=torch.zeros(1))
+        return int((cut.sum((1, 2, 3)) == 0).sum())
+
+    assert whole(7) == 0 < whole(8)
+    said = r"cutout 8 would blank whole images of digits, of 8x8 pixels; choose at most 7, or 0 for none"
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path / "run", cutout=8)
+    assert not (tmp_path / "run").exists()
+
+
 def test_autoaugment_of_event_frames_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     config = NetworkConfig("convsnn", 10, 2, (8, 8), width=0.25)
     options: dict[str, Any] = {"mean": (0.0, 0.0), "std": (1.0, 1.0), "class_names": DIGITS.class_names}
