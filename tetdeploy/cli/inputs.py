@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,10 +61,32 @@ def note_other_checkpoint(engine: Engine) -> None:
     if other_checkpoint(folder, engine.metadata["source"].get("checkpoint_sha256")):
         console.print(
             f"{engine.path.name} was exported from another checkpoint than {folder} has now; for that one run "
-            f"tetdeploy export {folder}",
+            f"{_export_again(engine)}",
             style="yellow",
             markup=False,
         )
+
+
+def _export_again(engine: Engine) -> str:
+    """What writes a model anew, of the run in whose folder it lies."""
+    metadata, graph = engine.metadata, engine.path.with_suffix(".onnx")
+    unrolled, network = metadata["layout"] == "unrolled", metadata["source"].get("network", {}).get("model", "")
+    options = {
+        "--T": str(metadata["T"]) if unrolled else "",
+        "--layout": "" if unrolled else metadata["layout"],
+        "--precision": metadata["precision"].replace("fp32", ""),
+        "--target": metadata["target"].replace("cpu", ""),
+        "--model": network if ":" in network else "",
+    }
+    flags = {
+        "--with-state": unrolled and metadata["states"],
+        "--no-normalize": metadata["input"]["dtype"] != "uint8",
+        "--no-fold-bn": not metadata.get("fold_bn", True),
+    }
+    words = [word for option, value in options.items() if value for word in (option, value)]
+    words += [flag for flag, given in flags.items() if given]
+    command = shlex.join(["tetdeploy", "export", str(graph.parent), *words, "--out", str(graph)])
+    return command if graph == engine.path else f"{command}, then {shlex.join(['tetdeploy', 'build', str(graph)])}"
 
 
 def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None, limit: int | None) -> Any:
