@@ -282,6 +282,7 @@ def test_a_model_of_an_earlier_checkpoint_is_told_and_how_to_export_it_anew(opti
     def export(words: str) -> dict[str, Any]:
         done = CliRunner().invoke(main, ["export", *shlex.split(words), "--check", "0"])
         assert done.exit_code == 0, done.output
+        assert f"next: tetdeploy sweep 'a run/{name}'" in done.output
         metadata = Engine(f"a run/{name}").metadata
         keys = ("layout", "T", "precision", "target", "states", "input", "fold_bn")
         return {key: metadata[key] for key in keys}

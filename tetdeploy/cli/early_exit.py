@@ -8,7 +8,7 @@ import click
 
 from tetdeploy.cli.inputs import load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import STEPS, ChosenModel, data_dir_option, opens_model, output_path, result_option
-from tetdeploy.cli.terminal import console, image_bar
+from tetdeploy.cli.terminal import console, image_bar, say_next
 
 
 @click.command(
@@ -76,4 +76,4 @@ def early_exit(
     for part in savings_shown(result):
         console.print(part)
     console.print(str(json_path), markup=False)
-    console.print(f"next: tetdeploy report {json_path}", markup=False)
+    say_next("report", json_path)

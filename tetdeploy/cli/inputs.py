@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,10 +68,12 @@ def note_other_checkpoint(engine: Engine) -> None:
 
 def _export_again(engine: Engine) -> str:
     """What writes a model anew, of the run in whose folder it lies."""
+    from tetdeploy.cli.terminal import command_line
+
     metadata, graph = engine.metadata, engine.path.with_suffix(".onnx")
     unrolled, network = metadata["layout"] == "unrolled", metadata["source"].get("network", {}).get("model", "")
     options = {
-        "--T": str(metadata["T"]) if unrolled else "",
+        "--T": metadata["T"] if unrolled else "",
         "--layout": "" if unrolled else metadata["layout"],
         "--precision": metadata["precision"].replace("fp32", ""),
         "--target": metadata["target"].replace("cpu", ""),
@@ -85,8 +86,8 @@ def _export_again(engine: Engine) -> str:
     }
     words = [word for option, value in options.items() if value for word in (option, value)]
     words += [flag for flag, given in flags.items() if given]
-    command = shlex.join(["tetdeploy", "export", str(graph.parent), *words, "--out", str(graph)])
-    return command if graph == engine.path else f"{command}, then {shlex.join(['tetdeploy', 'build', str(graph)])}"
+    command = command_line("export", graph.parent, *words, "--out", graph)
+    return command if graph == engine.path else f"{command}, then {command_line('build', graph)}"
 
 
 def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None, limit: int | None) -> Any:
