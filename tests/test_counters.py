@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -164,43 +163,42 @@ REPEATED: dict[str, Callable[[Tensor, int], Tensor]] = {
     "to_steps_first": lambda x, T: x.repeat(T, 1, 1, 1),
     "to_batch_first": lambda x, T: x.unsqueeze(1).repeat(1, T, 1, 1, 1).flatten(0, 1),  # as the authors do
     "by_a_view": lambda x, T: x.unsqueeze(1).expand(-1, T, -1, -1, -1).flatten(0, 1),
-    "by_concat": lambda x, T: torch.cat([x] * T),
     "flat": lambda x, T: x.flatten(1).unsqueeze(1).repeat(1, T, 1),
     "flat_by_a_view": lambda x, T: x.flatten(1).unsqueeze(1).expand(-1, T, -1),
+    "by_concat": lambda x, T: torch.cat([x] * T),
 }
 
 
 class RepeatsTheImage(nn.Module):
-    """The image is repeated within the batch, before the first layer."""
+    """The image is repeated within the batch, before each of the first layers."""
 
-    def __init__(self, repeated: str) -> None:
+    def __init__(self, *repeated: str) -> None:
         super().__init__()
-        self.encode = nn.Linear(64, 72) if "flat" in repeated else nn.Conv2d(1, 2, 3)
-        self.readout, self.lif = nn.Linear(72, 10), LIF(v_th=0.3)
-        self.repeated = repeated
+        first = {name: nn.Linear(64, 72) if "flat" in name else nn.Conv2d(1, 2, 3) for name in repeated}
+        self.first, self.readout, self.lif = nn.ModuleDict(first), nn.Linear(72 * len(first), 10), LIF(v_th=0.3)
 
     def forward(self, x: Tensor, T: int) -> Tensor:
-        currents = self.encode(REPEATED[self.repeated](x, T))
-        if "flat" in self.repeated:
-            currents = currents.transpose(0, 1)
-        elif self.repeated in ("to_batch_first", "by_a_view"):
-            currents = currents.unflatten(0, (x.shape[0], T)).transpose(0, 1)
-        else:
-            currents = currents.unflatten(0, (T, x.shape[0]))
-        return self.readout(self.lif(currents).flatten(2))
+        currents = []
+        for name, layer in self.first.items():
+            current = layer(REPEATED[name](x, T))
+            if "flat" in name:
+                current = current.transpose(0, 1)
+            elif name in ("to_batch_first", "by_a_view"):
+                current = current.unflatten(0, (x.shape[0], T)).transpose(0, 1)
+            else:
+                current = current.unflatten(0, (T, x.shape[0]))
+            currents.append(current.flatten(2))
+        return self.readout(self.lif(torch.cat(currents, -1)))
 
 
-@pytest.mark.parametrize(("options", "repeated"), [
-    *itertools.product(({"T": 3}, {"T": 3, "with_state": True}, {"layout": "step"}), REPEATED),
-    *itertools.product([{"layout": "dynamic"}], [name for name in REPEATED if name != "by_concat"]),
-])  # fmt: skip
-def test_an_image_repeated_within_the_batch_counts_once_a_step(
-    options: dict[str, Any], repeated: str, tmp_path: Path
-) -> None:
-    metadata = unchecked(RepeatsTheImage(repeated), tmp_path / "m.onnx", ExportConfig(**options)).metadata
-    first, _ = layers_of(metadata)
-    assert (first.name, first.positions, first.once) == ("encode", 1, options.get("layout") == "step")
-    assert metadata["other_ops"]["bias_adds"] == {"encode": 72, "readout": 10}
+@pytest.mark.parametrize("options", [{"T": 3}, {"T": 3, "with_state": True}, {"layout": "step"}, {"layout": "dynamic"}])
+def test_an_image_repeated_within_the_batch_counts_once_a_step(options: dict[str, Any], tmp_path: Path) -> None:
+    names = [name for name in REPEATED if (name, options) != ("by_concat", {"layout": "dynamic"})]
+    metadata = unchecked(RepeatsTheImage(*names), tmp_path / "m.onnx", ExportConfig(**options)).metadata
+    once = options.get("layout") == "step"
+    found = {layer.name: (layer.positions, layer.once) for layer in layers_of(metadata)}
+    assert found == {f"first.{name}": (1, once) for name in names} | {"readout": (1, False)}
+    assert metadata["other_ops"]["bias_adds"] == {f"first.{name}": 72 for name in names} | {"readout": 10}
     assert metadata["uncounted"] == []
 
 
