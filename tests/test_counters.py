@@ -25,7 +25,8 @@ from tetdeploy.export.config import Layout
 from tetdeploy.export.counters import Layers, counting_overlay
 from tetdeploy.export.neuron_steps import Neurons
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
-from tetdeploy.networks import Classifier, ResNet19
+from tetdeploy.networks import Classifier
+from tetdeploy.networks.blocks import ResidualBlock
 from tetdeploy.networks.sew_resnet34 import SEWBlock
 from tetdeploy.neurons import IF, LIF
 
@@ -359,22 +360,34 @@ def test_biases_are_counted_for_every_output(layout: str) -> None:
     }
 
 
+class Residuals(nn.Module):
+    """Blocks as ResNet-19's on 8x8 pixels: 8 channels twice, and 16 at 4x4; then means of spikes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1, self.lif2 = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1), tdBN(4)), LIF(), LIF()
+        shapes = [(4, 8, 1), (8, 8, 1), (8, 16, 2)]
+        neuron = {"tau": 0.5, "v_th": 1.0, "gamma": 1.0}
+        self.blocks = nn.Sequential(*(ResidualBlock(c, out, stride=stride, **neuron) for c, out, stride in shapes))
+        self.fc1 = OverTime(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 12))
+        self.fc2 = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        return self.fc2(self.lif2(self.fc1(self.blocks(self.lif1(self.encode(x, T))))))
+
+
 @pytest.mark.parametrize("options", [{"layout": "dynamic"}, {"T": 3, "with_state": True}])
 def test_residual_sums_are_counted(options: dict[str, Any], tmp_path: Path) -> None:
-    """ResNet-19 at width 1/16 on 8x8 pixels: 4 channels, then 8 x3 at 8x8, 16 x3 at 4x4, 32 x2 at 2x2."""
-    net = ResNet19(num_classes=10, in_channels=1, image_size=(8, 8), width=1 / 16)
-    metadata = unchecked(net, tmp_path / "m.onnx", ExportConfig(**options)).metadata
-    sums = [8 * 64] * 3 + [16 * 16] * 3 + [32 * 4] * 2
-    assert metadata["other_ops"]["residual_adds"] == {f"blocks.{k}": size for k, size in enumerate(sums)}
+    metadata = unchecked(Residuals(), tmp_path / "m.onnx", ExportConfig(**options)).metadata
+    sums = {"blocks.0": 8 * 64, "blocks.1": 8 * 64, "blocks.2": 16 * 16}
+    assert metadata["other_ops"]["residual_adds"] == sums
     assert metadata["other_ops"]["batch_norm_macs"] == {}
-    biases = metadata["other_ops"]["bias_adds"]
-    assert {name: biases[name] for name in ("encode.0", "blocks.3.layer1.0", "blocks.3.shortcut.0", "fc1.2")} == {
-        "encode.0": 4 * 64,
-        "blocks.3.layer1.0": 16 * 16,
-        "blocks.3.shortcut.0": 16 * 16,
-        "fc1.2": 16,
-    }
-    assert not any(layer.binary for layer in layers_of(metadata) if layer.name == "fc1.2")  # behind average pooling
+    convolutions = {f"{block}.layer{n}.0": size for block, size in sums.items() for n in (1, 2)}
+    shortcuts = {f"{block}.shortcut.0": sums[block] for block in ("blocks.0", "blocks.2")}
+    others = {"encode.0": 4 * 64, "fc1.2": 12, "fc2": 10}
+    assert metadata["other_ops"]["bias_adds"] == convolutions | shortcuts | others
+    binary = {layer.name: layer.binary for layer in layers_of(metadata)}
+    assert [name for name, alone in binary.items() if not alone] == ["encode.0", "fc1.2"]  # the image, and means
 
 
 class Sums(nn.Module):
