@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from export_helpers import LAYOUTS, digits, exported, frames, int8_exported, shared_traces, unchecked
+from export_helpers import LAYOUTS, SideBySide, digits, exported, frames, int8_exported, shared_traces, unchecked
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from zoo_helpers import for_export, graph_of
@@ -466,20 +466,10 @@ class Doubled(Mixed):
         return logits
 
 
-class OnesOwn(nn.Module):
-    """All four side by side; other weights in each, of which the exporter would make one layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(kind(seed) for seed, kind in enumerate((Mixed, OnceForAll, Grey, Doubled)))
-
-    def forward(self, x: Tensor, T: int) -> Tensor:
-        return torch.stack([network(x, T) for network in self.networks]).sum(0)
-
-
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
 def test_networks_of_ones_own(layout: str, tmp_path: Path) -> None:
-    unchecked(OnesOwn(), tmp_path / "m.onnx", ExportConfig(layout=layout, T=4))  # type: ignore[arg-type]
+    network = SideBySide(Mixed, OnceForAll, Grey, Doubled)
+    unchecked(network, tmp_path / "m.onnx", ExportConfig(layout=layout, T=4))  # type: ignore[arg-type]
     assert_same_answers(tmp_path / "m.onnx", digits().images, [4])
 
 
