@@ -27,6 +27,7 @@ from PIL import Image
 
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
+from tetdeploy.cli.export import _next as after_export
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.data import load_data
 from tetdeploy.engine import Engine
@@ -127,8 +128,10 @@ class TestCommands:
         ],
     )
     def test_an_export_goes_on_with_what_runs_its_target(self, target: str, command: str, workplace: Path) -> None:
-        result = run("export", "--target", target, "--check", "0", "--out", "m.onnx")
-        assert result.output.endswith(f"next: tetdeploy {command.format('m.onnx')}\n")
+        assert after_export(Path("m.onnx"), target) == command.format("m.onnx")
+        if target == "tensorrt-rtx":
+            result = run("export", "--target", target, "--check", "0", "--out", "m.onnx")
+            assert result.output.endswith(f"next: tetdeploy {command.format('m.onnx')}\n")
         name, *arguments = command.format("m.onnx").split()
         main.commands[name].make_context(name, arguments).close()  # it parses
 
