@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.checkpoint import read_metadata
+from tetdeploy.checkpoint import read_metadata, trained_on
 from tetdeploy.data import Encoding, LabelledSet, holds_out_others, load_frames, load_parts, same_data
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import is_npz
@@ -79,9 +79,13 @@ class Trained:
             data: a data set's name, or a `.npz`; None is the training's. Never its test set.
             encoding: of the export.
             num_calibration: 0 for none.
+
+        Raises:
+            ValueError: no data are named, here or by the training; and what `load_parts` raises.
+            OSError: see `load_parts`.
         """
         own = str(self.metadata["data"]["name"])
-        name = data or own
+        name = data or trained_on(self.metadata, self.file)
         if encoding == "frames" and is_npz(name):
             x, labels = load_frames(name)
             return (x, labels), _last(x, labels, num_calibration)

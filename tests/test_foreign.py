@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from torch import Tensor
 
 import tetdeploy
 from tetdeploy.checkpoint import read_metadata
+from tetdeploy.cli import main
 from tetdeploy.foreign import ARCHITECTURES, import_checkpoint, import_to_checkpoint, their_names
 
 ENTRIES = {
@@ -193,6 +195,7 @@ def test_a_checkpoint_of_ours_is_written(file: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(classifier(frames), expected)
     metadata = read_metadata(report.path)
     assert (metadata["training"], metadata["data"]["encoding"]) == ({"T": 10}, "frames")
+    assert (metadata["data"]["name"], report.names_data) == ("", False)  # ours are frames of another kind
     assert metadata["provenance"]["imported"].keys() == {"file", "arch", "sha256"}
     assert str(tmp_path) not in json.dumps(metadata)
 
@@ -200,10 +203,44 @@ def test_a_checkpoint_of_ours_is_written(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [None, "cifar10"])
 def test_cifar_brings_the_authors_normalisation(data: str | None, file: Path, tmp_path: Path) -> None:
     torch.save(flat_state("resnet19"), file)
-    import_to_checkpoint(file, "resnet19", tmp_path / "c.safetensors", data=data)
+    assert import_to_checkpoint(file, "resnet19", tmp_path / "c.safetensors", data=data).names_data
     written = read_metadata(tmp_path / "c.safetensors")["data"]
     assert written["mean"] == [0.4914, 0.4822, 0.4465] and written["std"] == [0.2023, 0.1994, 0.201]
-    assert (written["class_names"][0], written["encoding"]) == ("airplane", "direct")
+    assert (written["name"], written["class_names"][0], written["encoding"]) == ("cifar10", "airplane", "direct")
+
+
+@pytest.mark.parametrize(
+    ("arch", "first", "data", "shape"),
+    [
+        ("resnet19", ("conv1.weight", "conv1_s.layer.module.weight"), "dvs-cifar10", (2, 48, 48)),
+        ("vggsnn", ("features.0.fwd.module.0.weight",), "cifar10", (3, 32, 32)),
+    ],
+)
+def test_a_checkpoint_has_the_size_of_its_data(
+    arch: str, first: tuple[str, ...], data: str, shape: tuple[int, int, int], file: Path
+) -> None:
+    state = flat_state(arch)
+    state |= {key: state[key][:, :1].expand(64, shape[0], 3, 3) for key in first}
+    if arch == "vggsnn":
+        torch.save(state, file)  # still with the readout of 48x48
+        with pytest.raises(ValueError, match=r"misshapen: classifier\.module\.weight .*, wanted \[10, 2048\]"):
+            import_to_checkpoint(file, arch, file.with_suffix(".safetensors"), data=data)
+        state["classifier.module.weight"] = state["classifier.module.weight"][:, :2048]
+    torch.save(state, file)
+    report = import_to_checkpoint(file, arch, file.with_suffix(".safetensors"), data=data)
+    assert tetdeploy.load(report.path).image_shape == shape
+
+
+def test_later_commands_ask_for_frames_as_the_authors_made_them(file: Path, tmp_path: Path) -> None:
+    torch.save(flat_state("vggsnn-strided"), file)
+    out = str(tmp_path / "vgg.safetensors")
+    done = CliRunner().invoke(main, ["import", str(file), "--arch", "vggsnn-strided", "-o", out])
+    assert done.exit_code == 0 and "so the checkpoint names no data" in " ".join(done.output.split())
+    assert "--T 6 --fold-bn --data FRAMES.npz" in " ".join(done.output.split())
+    for command in (["export", out], ["evaluate", out], ["landscape", out], ["train", "--qat", "--init", out]):
+        result = CliRunner().invoke(main, command)
+        said = " ".join(result.output.split())
+        assert result.exit_code == 1 and "does not say what data it was trained on; name some with --data" in said
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
