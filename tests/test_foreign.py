@@ -138,8 +138,9 @@ def test_names_are_those_of_the_fixture(arch: str) -> None:
 def test_the_imported_network_computes_what_theirs_computes(arch: str, file: Path) -> None:
     state = random_state(arch)
     torch.save(state, file)
-    size = (16, 16) if arch == "resnet19" else (48, 48)
+    size = (16, 24) if arch == "resnet19" else (48, 48)
     imported = import_checkpoint(file, arch, image_size=size)
+    assert imported.config.image_size == size
     double = {key: value.double() for key, value in state.items()}
     frames = torch.randn(2, 3, imported.config.in_channels, *size, dtype=torch.float64)
     if arch == "resnet19":
@@ -176,7 +177,10 @@ def test_classes_are_read_from_the_last_layer(file: Path) -> None:
         state[key] = state[key][:1].expand(100, *state[key].shape[1:])
     torch.save(state, file)
     assert import_checkpoint(file, "resnet19").config.num_classes == 100
-    assert import_to_checkpoint(file, "resnet19", file.with_suffix(".safetensors")).data == "cifar100"
+    report = import_to_checkpoint(file, "resnet19", file.with_suffix(".safetensors"))
+    written = read_metadata(report.path)["data"]
+    assert (report.data, written["name"], written["class_names"][0]) == ("cifar100", "cifar100", "apple")
+    assert written["mean"] == [0.5071, 0.4867, 0.4408] and written["std"] == [0.2675, 0.2565, 0.2761]
 
 
 # --- as a checkpoint of ours ------------------------------------------------------------------------------------------
@@ -277,7 +281,47 @@ def test_values_that_are_not_finite_are_refused(file: Path) -> None:
     state = flat_state("vggsnn")
     state["features.3.fwd.module.0.bias"] = torch.full((256,), torch.inf)
     torch.save(state, file)
-    with pytest.raises(ValueError, match=r"not finite in features\.3\.fwd\.module\.0\.bias$"):
+    with pytest.raises(ValueError, match=r"not finite in float32 in features\.3\.fwd\.module\.0\.bias$"):
+        import_checkpoint(file, "vggsnn")
+
+
+def test_half_and_double_become_float32(file: Path) -> None:
+    kinds = (torch.float16, torch.bfloat16, torch.float64)
+    state = {
+        key: value if key.endswith("tracked") else value.to(kinds[k % 3])  # names of one tensor have several kinds
+        for k, (key, value) in enumerate(flat_state("resnet19").items())
+    }
+    torch.save(state, file)
+    weights = import_checkpoint(file, "resnet19").network.state_dict()
+    assert all(value.dtype == torch.float32 for key, value in weights.items() if "tracked" not in key)
+
+
+WEIGHT, VARIANCE = "features.0.fwd.module.0.weight", "features.0.fwd.module.1.running_var"
+COUNT = "features.0.fwd.module.1.num_batches_tracked"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # quantised tensors are deprecated
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        (WEIGHT, lambda w: w.to(torch.int8), r"16, 32 or 64 bits: features\.0\.fwd\.module\.0\.weight \(int8\); save"),
+        (WEIGHT, lambda w: w > 0, r"\(bool\)"),
+        (WEIGHT, lambda w: w + 1j, r"\(complex64\)"),
+        (WEIGHT, lambda w: w.to(torch.float8_e4m3fn), r"\(float8_e4m3fn\)"),
+        (WEIGHT, lambda w: torch.quantize_per_tensor(w.clone(), 0.1, 0, torch.qint8), r"\(qint8, no plain tensor\)"),
+        (WEIGHT, lambda w: w.clone().to_sparse(), r"\(float32, no plain tensor\)"),
+        (WEIGHT, lambda w: w.to("meta"), r"\(float32, no plain tensor\)"),
+        (COUNT, lambda n: n.to("meta"), r"num_batches_tracked \(int64, no plain tensor\)"),
+        (COUNT, lambda n: n + 1j, r"num_batches_tracked \(complex64\)"),
+        (WEIGHT, lambda w: w.double() * 1e300, r"not finite in float32 in features\.0\.fwd\.module\.0\.weight$"),
+        (VARIANCE, lambda v: v - 1, r"variances below 0 in features\.0\.fwd\.module\.1\.running_var; BN divides"),
+    ],
+)
+def test_weights_that_are_no_plain_floats_are_refused(key: str, change: Any, message: str, file: Path) -> None:
+    state = flat_state("vggsnn")
+    state[key] = change(state[key])
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=message):
         import_checkpoint(file, "vggsnn")
 
 

@@ -26,7 +26,9 @@ from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.provenance import written
 from tetdeploy.run_folder import CHECKPOINT_NAME
 
-_BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_COUNT = "num_batches_tracked"
+_BN = ("weight", "bias", "running_mean", "running_var", _COUNT)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WRAPPERS = ("state_dict", "net")
 
 
@@ -111,7 +113,8 @@ def import_checkpoint(
     Raises:
         OSError: the file cannot be read.
         ValueError: unknown `arch`; not a file of torch.save, or one that holds code; keys are missing, unexpected or
-            misshapen; names of one tensor disagree; a weight is not finite. All of a kind are listed.
+            misshapen; weights are not floating or not stored as plain tensors; names of one tensor disagree; a weight
+            is not finite in float32, a variance negative. All of a kind are listed.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHITECTURES)}")
@@ -122,6 +125,7 @@ def import_checkpoint(
     names = their_names(arch)
     _check_architecture(tensors, arch, path)
     check_keys(tensors, {theirs: wanted[ours] for ours, all_ in names.items() for theirs in all_}, path)
+    tensors = _as_float32(tensors, path)
     _check_values(tensors, names, path)
     network = build_network(config).eval()
     network.load_state_dict({ours: tensors[theirs[0]] for ours, theirs in names.items()})
@@ -272,19 +276,48 @@ def _check_architecture(tensors: Mapping[str, Tensor], arch: str, path: Path | s
             raise ValueError(f"{path} holds a {other}, not a {arch}; import it with --arch {other}")
 
 
+def _as_float32(tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
+    """The weights in the network's own precision; BN's counts of batches stay as they are.
+
+    Integers and floats of 8 bits are refused, because what they are scaled by is not in a state dict.
+    """
+    others = [
+        f"{key} ({str(tensor.dtype).removeprefix('torch.')}{'' if _is_plain(tensor) else ', no plain tensor'})"
+        for key, tensor in tensors.items()
+        if not _is_plain(tensor) or (tensor.dtype not in _FLOATS and not _is_count(key, tensor))
+    ]
+    if others:
+        raise ValueError(
+            f"{path} has weights that are not dense floating-point tensors of 16, 32 or 64 bits: "
+            f"{shorten(others, 10)}; save them as model.float().state_dict()"
+        )
+    return {key: tensor if key.endswith(_COUNT) else tensor.float() for key, tensor in tensors.items()}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+
+
+def _is_count(key: str, tensor: Tensor) -> bool:
+    return key.endswith(_COUNT) and tensor.dtype in (torch.int64, torch.int32)
+
+
 def _check_values(tensors: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]], path: Path | str) -> None:
-    """Names of one tensor must agree. BN's count of batches is left out: it plays no part in inference."""
+    """Names of one tensor must agree, but for BN's count of batches; weights be finite, and variances 0 or more."""
     differing = [
         f"{other} and {first}"
         for ours, (first, *others) in names.items()
         for other in others
-        if not ours.endswith("num_batches_tracked") and not torch.equal(tensors[first], tensors[other])
+        if not ours.endswith(_COUNT) and not torch.equal(tensors[first], tensors[other])
     ]
     if differing:
         raise ValueError(f"{path} has different values under names of one tensor: {', '.join(differing)}")
     broken = [first for first, *_ in names.values() if not tensors[first].isfinite().all()]
     if broken:
-        raise ValueError(f"{path} has values that are not finite in {', '.join(broken)}")
+        raise ValueError(f"{path} has values that are not finite in float32 in {', '.join(broken)}")
+    negative = [first for first, *_ in names.values() if first.endswith("running_var") and (tensors[first] < 0).any()]
+    if negative:
+        raise ValueError(f"{path} has variances below 0 in {', '.join(negative)}; BN divides by their root")
 
 
 def output_file(output: Path) -> Path:
