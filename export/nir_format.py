@@ -106,6 +106,7 @@ def nir_graph(classifier: Classifier, *, encoding: Encoding = "direct") -> tuple
     num_layers = _check(classifier, encoding)
     with torch.no_grad(), quiet():
         program = _traced(classifier, encoding)
+        _refuse_overwritten(program.graph)
         num_folded, folded = count_batchnorm(program.graph), fold_batchnorm(program)
     writer = _Writer(folded, nir)
     graph = writer.write()
@@ -136,6 +137,33 @@ def _traced(classifier: Classifier, encoding: Encoding) -> torch.export.Exported
         return torch.export.export(classifier.network, inputs, dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises many kinds for what a network's code may do
         raise ValueError(f"torch.export cannot trace the network: {first_line(error)}") from error
+
+
+_SHARED = {*VIEWS, *DROPOUT, aten.add_.Tensor} - {aten.clone.default}  # what may return the memory of its first input
+
+
+def _refuse_overwritten(graph: fx.Graph) -> None:
+    """Refuse `y += x` where the sum takes the place of a value that is read once more, by another name: a NIR graph
+    would hand on the value from before."""
+    order = {node: k for k, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.target is aten.add_.Tensor and any(
+            order[user] > order[node] for value in _same_memory(node) for user in value.users
+        ):
+            raise _no_node(node, "a sum written over a value that is read again later; write y = y + x")
+
+
+def _same_memory(node: fx.Node) -> list[fx.Node]:
+    """The traced values, but for its own, that an in-place operation may overwrite: what it reads first, what that is
+    a view of, and all views of these."""
+    base: Any = node.args[0]
+    while base.target in _SHARED:
+        base = base.args[0]
+    values = [base]
+    for value in values:
+        others = value.users.keys() - {node}
+        values += [user for user in others if user.target in _SHARED and user.args[0] is value]
+    return values
 
 
 def _describe(
@@ -184,6 +212,7 @@ class _Writer:
             aten.adaptive_avg_pool2d.default: self._adaptive_avg_pool,
             aten.max_pool2d.default: self._max_pool,
             aten.add.Tensor: self._add,
+            aten.add_.Tensor: self._add,
             torch.ops.tetdeploy.lif.default: self._lif,
         }
         translations |= dict.fromkeys(DROPOUT, self._dropout) | dict.fromkeys(VIEWS, self._view)
@@ -201,8 +230,14 @@ class _Writer:
                 self.sources[node] = translations[node.target](node)
             elif node.op == "output":
                 (logits,) = node.args[0]
-                self._node("output", self.nir.Output({"output": np.array(_shape(logits))}), self.sources[logits])
+                self._output(_shape(logits), self.sources[logits])
         return self.nir.NIRGraph(self.nodes, self.edges)
+
+    def _output(self, shape: tuple[int, ...], sources: Sources) -> None:
+        """Readers add where edges meet in any node but the output: a sum goes there by way of a layer that keeps it."""
+        if len(sources) > 1:
+            sources = self._node("logits", self.nir.Linear(np.eye(*shape, dtype=np.float32)), sources)
+        self._node("output", self.nir.Output({"output": np.array(shape)}), sources)
 
     def _node(self, name: str, node: Any, sources: Sources) -> Sources:
         base, count = name, 1

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.checkpoint import read_metadata
+from tetdeploy.checkpoint import read_metadata, trained_on
 from tetdeploy.data import Encoding, LabelledSet, holds_out_others, load_frames, load_parts, same_data
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import is_npz
@@ -81,11 +81,12 @@ class Trained:
             num_calibration: 0 for none.
 
         Raises:
-            ValueError: the data are images and the export takes recordings, or the other way round; and what
-                `load_parts` and `load_frames` raise.
+            ValueError: no data are named, here or by the training; they are images and the export takes recordings, or
+                the other way round; and what `load_parts` and `load_frames` raise.
+            OSError: see `load_parts`.
         """
         own = str(self.metadata["data"]["name"])
-        name = data or own
+        name = data or trained_on(self.metadata, self.file)
         if encoding == "frames" and is_npz(name):
             x, labels = load_frames(name)
             return (x, labels), _last(x, labels, num_calibration)

@@ -56,6 +56,9 @@ NOT_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "concat_of_a_sum": lambda a, b: torch.cat([a[..., :4], (a + b)[..., 4:]], -1),
     "clip_at_two": lambda a, b: (a + b + a).clamp(0, 2),
     "clip_of_fractions": lambda a, b: (a * 0.7 + b).clamp(0, 1),
+    "clip_from_half": lambda a, b: a.clamp(HALF, 1.0),
+    "pad_with_half": lambda a, b: nn.functional.pad(a, (1, 0), value=HALF)[..., :-1],
+    "negative": lambda a, b: a * -1,
     "where_half": lambda a, b: torch.where(a > HALF, b, torch.full_like(b, HALF)),
     "one_minus_twice": lambda a, b: 2 - a,
 }

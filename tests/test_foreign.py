@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from torch import Tensor
 
 import tetdeploy
 from tetdeploy.checkpoint import read_metadata
+from tetdeploy.cli import main
 from tetdeploy.foreign import ARCHITECTURES, import_checkpoint, import_to_checkpoint, their_names
 
 ENTRIES = {
@@ -136,8 +138,9 @@ def test_names_are_those_of_the_fixture(arch: str) -> None:
 def test_the_imported_network_computes_what_theirs_computes(arch: str, file: Path) -> None:
     state = random_state(arch)
     torch.save(state, file)
-    size = (16, 16) if arch == "resnet19" else (48, 48)
+    size = (16, 24) if arch == "resnet19" else (48, 48)
     imported = import_checkpoint(file, arch, image_size=size)
+    assert imported.config.image_size == size
     double = {key: value.double() for key, value in state.items()}
     frames = torch.randn(2, 3, imported.config.in_channels, *size, dtype=torch.float64)
     if arch == "resnet19":
@@ -174,7 +177,10 @@ def test_classes_are_read_from_the_last_layer(file: Path) -> None:
         state[key] = state[key][:1].expand(100, *state[key].shape[1:])
     torch.save(state, file)
     assert import_checkpoint(file, "resnet19").config.num_classes == 100
-    assert import_to_checkpoint(file, "resnet19", file.with_suffix(".safetensors")).data == "cifar100"
+    report = import_to_checkpoint(file, "resnet19", file.with_suffix(".safetensors"))
+    written = read_metadata(report.path)["data"]
+    assert (report.data, written["name"], written["class_names"][0]) == ("cifar100", "cifar100", "apple")
+    assert written["mean"] == [0.5071, 0.4867, 0.4408] and written["std"] == [0.2675, 0.2565, 0.2761]
 
 
 # --- as a checkpoint of ours ------------------------------------------------------------------------------------------
@@ -193,6 +199,7 @@ def test_a_checkpoint_of_ours_is_written(file: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(classifier(frames), expected)
     metadata = read_metadata(report.path)
     assert (metadata["training"], metadata["data"]["encoding"]) == ({"T": 10}, "frames")
+    assert (metadata["data"]["name"], report.names_data) == ("", False)  # ours are frames of another kind
     assert metadata["provenance"]["imported"].keys() == {"file", "arch", "sha256"}
     assert str(tmp_path) not in json.dumps(metadata)
 
@@ -200,10 +207,44 @@ def test_a_checkpoint_of_ours_is_written(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [None, "cifar10"])
 def test_cifar_brings_the_authors_normalisation(data: str | None, file: Path, tmp_path: Path) -> None:
     torch.save(flat_state("resnet19"), file)
-    import_to_checkpoint(file, "resnet19", tmp_path / "c.safetensors", data=data)
+    assert import_to_checkpoint(file, "resnet19", tmp_path / "c.safetensors", data=data).names_data
     written = read_metadata(tmp_path / "c.safetensors")["data"]
     assert written["mean"] == [0.4914, 0.4822, 0.4465] and written["std"] == [0.2023, 0.1994, 0.201]
-    assert (written["class_names"][0], written["encoding"]) == ("airplane", "direct")
+    assert (written["name"], written["class_names"][0], written["encoding"]) == ("cifar10", "airplane", "direct")
+
+
+@pytest.mark.parametrize(
+    ("arch", "first", "data", "shape"),
+    [
+        ("resnet19", ("conv1.weight", "conv1_s.layer.module.weight"), "dvs-cifar10", (2, 48, 48)),
+        ("vggsnn", ("features.0.fwd.module.0.weight",), "cifar10", (3, 32, 32)),
+    ],
+)
+def test_a_checkpoint_has_the_size_of_its_data(
+    arch: str, first: tuple[str, ...], data: str, shape: tuple[int, int, int], file: Path
+) -> None:
+    state = flat_state(arch)
+    state |= {key: state[key][:, :1].expand(64, shape[0], 3, 3) for key in first}
+    if arch == "vggsnn":
+        torch.save(state, file)  # still with the readout of 48x48
+        with pytest.raises(ValueError, match=r"misshapen: classifier\.module\.weight .*, wanted \[10, 2048\]"):
+            import_to_checkpoint(file, arch, file.with_suffix(".safetensors"), data=data)
+        state["classifier.module.weight"] = state["classifier.module.weight"][:, :2048]
+    torch.save(state, file)
+    report = import_to_checkpoint(file, arch, file.with_suffix(".safetensors"), data=data)
+    assert tetdeploy.load(report.path).image_shape == shape
+
+
+def test_later_commands_ask_for_frames_as_the_authors_made_them(file: Path, tmp_path: Path) -> None:
+    torch.save(flat_state("vggsnn-strided"), file)
+    out = str(tmp_path / "vgg.safetensors")
+    done = CliRunner().invoke(main, ["import", str(file), "--arch", "vggsnn-strided", "-o", out])
+    assert done.exit_code == 0 and "so the checkpoint names no data" in " ".join(done.output.split())
+    assert "--T 6 --fold-bn --data FRAMES.npz" in " ".join(done.output.split())
+    for command in (["export", out], ["evaluate", out], ["landscape", out], ["train", "--qat", "--init", out]):
+        result = CliRunner().invoke(main, command)
+        said = " ".join(result.output.split())
+        assert result.exit_code == 1 and "does not say what data it was trained on; name some with --data" in said
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -240,7 +281,47 @@ def test_values_that_are_not_finite_are_refused(file: Path) -> None:
     state = flat_state("vggsnn")
     state["features.3.fwd.module.0.bias"] = torch.full((256,), torch.inf)
     torch.save(state, file)
-    with pytest.raises(ValueError, match=r"not finite in features\.3\.fwd\.module\.0\.bias$"):
+    with pytest.raises(ValueError, match=r"not finite in float32 in features\.3\.fwd\.module\.0\.bias$"):
+        import_checkpoint(file, "vggsnn")
+
+
+def test_half_and_double_become_float32(file: Path) -> None:
+    kinds = (torch.float16, torch.bfloat16, torch.float64)
+    state = {
+        key: value if key.endswith("tracked") else value.to(kinds[k % 3])  # names of one tensor have several kinds
+        for k, (key, value) in enumerate(flat_state("resnet19").items())
+    }
+    torch.save(state, file)
+    weights = import_checkpoint(file, "resnet19").network.state_dict()
+    assert all(value.dtype == torch.float32 for key, value in weights.items() if "tracked" not in key)
+
+
+WEIGHT, VARIANCE = "features.0.fwd.module.0.weight", "features.0.fwd.module.1.running_var"
+COUNT = "features.0.fwd.module.1.num_batches_tracked"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # quantised tensors are deprecated
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        (WEIGHT, lambda w: w.to(torch.int8), r"16, 32 or 64 bits: features\.0\.fwd\.module\.0\.weight \(int8\); save"),
+        (WEIGHT, lambda w: w > 0, r"\(bool\)"),
+        (WEIGHT, lambda w: w + 1j, r"\(complex64\)"),
+        (WEIGHT, lambda w: w.to(torch.float8_e4m3fn), r"\(float8_e4m3fn\)"),
+        (WEIGHT, lambda w: torch.quantize_per_tensor(w.clone(), 0.1, 0, torch.qint8), r"\(qint8, no plain tensor\)"),
+        (WEIGHT, lambda w: w.clone().to_sparse(), r"\(float32, no plain tensor\)"),
+        (WEIGHT, lambda w: w.to("meta"), r"\(float32, no plain tensor\)"),
+        (COUNT, lambda n: n.to("meta"), r"num_batches_tracked \(int64, no plain tensor\)"),
+        (COUNT, lambda n: n + 1j, r"num_batches_tracked \(complex64\)"),
+        (WEIGHT, lambda w: w.double() * 1e300, r"not finite in float32 in features\.0\.fwd\.module\.0\.weight$"),
+        (VARIANCE, lambda v: v - 1, r"variances below 0 in features\.0\.fwd\.module\.1\.running_var; BN divides"),
+    ],
+)
+def test_weights_that_are_no_plain_floats_are_refused(key: str, change: Any, message: str, file: Path) -> None:
+    state = flat_state("vggsnn")
+    state[key] = change(state[key])
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=message):
         import_checkpoint(file, "vggsnn")
 
 

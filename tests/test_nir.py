@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,15 @@ def images() -> np.ndarray[Any, Any]:
     return np.kron(digits().images[:192], np.ones((2, 2), np.uint8))
 
 
-def calibrated(network: nn.Module) -> Classifier:
+def oblong() -> np.ndarray[Any, Any]:
+    """The same, 12x20."""
+    return np.pad(images()[:, :, 2:14], ((0, 0), (0, 0), (0, 0), (2, 2)))
+
+
+def calibrated(network: nn.Module, x: np.ndarray[Any, Any] | None = None) -> Classifier:
     """A classifier in inference whose BN have seen data, and whose neurons fire in every layer."""
-    config = NetworkConfig("my.networks:odd", num_classes=10, in_channels=1, image_size=(SIZE, SIZE))
+    x = images() if x is None else x
+    config = NetworkConfig("my.networks:odd", num_classes=10, in_channels=1, image_size=x.shape[2:])
     data = digits()
     made = Classifier(network, config=config, mean=data.mean, std=data.std, class_names=data.class_names)
     for module in made.modules():
@@ -51,7 +58,7 @@ def calibrated(network: nn.Module) -> Classifier:
             module.momentum = None  # the mean over the batches below
     with torch.no_grad():
         for start in (0, 96):
-            made.train()(torch.from_numpy(images()[start : start + 96]), 3)
+            made.train()(torch.from_numpy(x[start : start + 96]), 3)
     return made.eval()
 
 
@@ -75,13 +82,37 @@ class Everything(nn.Module):
         self.if2 = IF(v_th=1.5)
         self.pool = OverTime(nn.AvgPool2d(2, padding=1, stride=1), nn.AdaptiveAvgPool2d(3), nn.Flatten())
         self.hidden = OverTime(nn.Linear(36, 6, bias=False))
-        self.lif3 = LIF()
+        self.lif3 = LIF(v_th=0.1)
         self.readout = OverTime(nn.Linear(6, 10))
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         first = self.lif1(self.encode(x, T))
         second = self.layer2(self.change(first)) + first
         logits: Tensor = self.readout(self.lif3(self.hidden(self.pool(self.if2(second)))))
+        return logits
+
+
+class Oblong(nn.Module):
+    """Nothing in it is square, a convolution has neither bias nor BN, what can be is done in place, and it has two
+    heads, whose answers it adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = DirectEncoding(nn.Conv2d(1, 4, 3, stride=(2, 1), padding=1, bias=False), tdBN(4))
+        self.lif1 = LIF(v_th=0.8)
+        self.pool1 = OverTime(nn.Dropout(inplace=True), nn.MaxPool2d((1, 3)), nn.Dropout2d(inplace=True))
+        self.layer2 = OverTime(nn.Conv2d(4, 4, 3, stride=(2, 1), padding=1, bias=False))
+        self.down = OverTime(nn.AvgPool2d((3, 1), stride=(2, 1), padding=(1, 0)))
+        self.lif2 = LIF(tau=0.25, v_th=0.3)
+        self.pool2 = OverTime(nn.AdaptiveAvgPool2d((3, 2)), nn.Flatten())
+        self.readout, self.second = OverTime(nn.Linear(24, 10)), OverTime(nn.Linear(24, 10, bias=False))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        first = self.pool1(self.lif1(self.encode(x, T)))  # [T, N, 4, 6, 6]
+        second = self.layer2(first)  # [T, N, 4, 3, 6]
+        second += self.down(first)
+        spikes = self.pool2(self.lif2(second))
+        logits: Tensor = self.readout(spikes) + self.second(spikes)
         return logits
 
 
@@ -152,6 +183,69 @@ def test_a_maximum_of_spikes_is_their_mean_and_neurons_that_remember_nothing(
         fires = v > neurons.v_threshold
         np.testing.assert_array_equal(fires, expected)
         v = np.where(fires, neurons.v_reset, v)
+
+
+def in_euler(graph: Any, x: Tensor, T: int) -> Tensor:
+    """Logits `[T, N, K]` of what the file says, in float64: neurons by forward Euler, edges that meet add, but in the
+    output, to which readers take one."""
+    before: dict[str, list[str]] = {name: [a for a, b in graph.edges if b == name] for name in graph.nodes}
+    assert len(before["output"]) == 1
+    order = [*TopologicalSorter(before).static_order()]
+    v: dict[str, Any] = {}
+    steps = []
+    for _ in range(T):
+        values: dict[str, Any] = {"input": x.double()}
+        for name in order[1:]:
+            node, current = graph.nodes[name], sum(values[source] for source in before[name])
+            if isinstance(node, nir.LIF | nir.IF):
+                old = v.get(name, 0.0)
+                leak = (torch.from_numpy(node.v_leak) - old) / torch.from_numpy(node.tau) if hasattr(node, "tau") else 0
+                scale = torch.from_numpy(node.r / getattr(node, "tau", 1.0))
+                h = old + DT * (leak + scale * current)
+                fires = h > torch.from_numpy(node.v_threshold)
+                v[name], values[name] = torch.where(fires, torch.from_numpy(node.v_reset), h), fires.double()
+            else:
+                values[name] = euler_layer(node, current)
+        steps.append(values["output"])
+    return torch.stack(steps)
+
+
+def euler_layer(node: Any, x: Tensor) -> Tensor:
+    """What a node without a membrane makes of `[N, ...]`."""
+    weight, bias = (
+        torch.from_numpy(value).double() if isinstance(value, np.ndarray) else None
+        for value in (getattr(node, name, None) for name in ("weight", "bias"))
+    )
+    if isinstance(node, nir.Conv2d):
+        padding = node.padding if isinstance(node.padding, str) else pair(node.padding)
+        return nn.functional.conv2d(x, weight, bias, pair(node.stride), padding, pair(node.dilation))
+    if isinstance(node, nir.Affine | nir.Linear):
+        return nn.functional.linear(x, weight, bias)
+    if isinstance(node, nir.AvgPool2d):
+        return nn.functional.avg_pool2d(x, pair(node.kernel_size), pair(node.stride), pair(node.padding))
+    if isinstance(node, nir.Flatten):
+        return x.flatten(node.start_dim, node.end_dim)
+    assert isinstance(node, nir.Output)
+    return x
+
+
+def pair(value: Any) -> tuple[int, int]:
+    return int(value[0]), int(value[1])
+
+
+@pytest.mark.parametrize("network", [Everything, Oblong])
+def test_the_file_says_what_the_network_computes(network: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = oblong() if network is Oblong else images()
+    made = calibrated(network(), x)
+    export_nir(made, tmp_path / "m.nir", trained_T=4)
+    pixels = torch.from_numpy(x[:16])
+    with torch.no_grad():
+        expected = made.double()(pixels, 5)
+    assert expected.std(1).mean() > 0.01 and (expected[1:] != expected[0]).any()  # images and steps differ
+    torch.testing.assert_close(
+        in_euler(nir.read(tmp_path / "m.nir"), made.normalize(pixels), 5), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_shapes_are_those_of_one_image(everything: tuple[Classifier, Any]) -> None:
@@ -273,6 +367,18 @@ def test_others_fire_as_we_do(name: str, width: float, neuron: dict[str, float],
 
 
 @pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")  # of the readers
+@pytest.mark.parametrize("reader", READERS)
+def test_others_add_two_heads_and_take_what_is_not_square(reader: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, pixels = calibrated(Oblong(), oblong()), torch.from_numpy(oblong()[:16])
+    export_nir(network, tmp_path / "m.nir", trained_T=4)
+    logits, _ = their_spikes(READERS[reader](tmp_path / "m.nir"), network, pixels, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, network(pixels, 4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")
 def test_that_comparison_sees_a_leak_that_is_one_percent_off(tmp_path: Path) -> None:
     network = built("vggsnn-strided", 0.125)
@@ -303,10 +409,23 @@ class Thrown(nn.Module):
         return result
 
 
+def smooth(x: Tensor) -> Tensor:
+    return nn.functional.avg_pool2d(x, 3, 1, 1)
+
+
+def summed_in_place(x: Tensor) -> Tensor:
+    """What was smoothed is read again by another name when the sum has taken its place."""
+    y = smooth(x)
+    rows = y.flatten(1)
+    y += x
+    return y + rows.view(y.shape)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (nn.MaxPool2d(3, 1, 1, ceil_mode=True), r"'change\.0': max pooling with ceil_mode or dilation"),
+        (nn.MaxPool2d(2, 1, 1, dilation=2), r"'change\.0': max pooling with ceil_mode or dilation"),
         (
             nn.Sequential(nn.Conv2d(4, 4, 1), nn.MaxPool2d(3, 1, 1)),
             r"'change\.0\.1': max pooling of values that are not spikes",
@@ -315,13 +434,20 @@ class Thrown(nn.Module):
         (nn.Conv2d(4, 4, 1, groups=2), "a convolution in 2 groups"),
         (nn.Conv2d(4, 4, (1, 3), padding=(0, 1)), "a kernel of 1x3"),
         (nn.AvgPool2d(3, 1, 1, count_include_pad=False), "padding that is left out of the mean"),
+        (nn.AvgPool2d(1, ceil_mode=True), "average pooling with ceil_mode, a divisor"),
+        (nn.AvgPool2d(1, divisor_override=2), "average pooling with ceil_mode, a divisor"),
         (
             nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Upsample((8, 8))),
             r"adaptive average pooling of \[8, 8\] to \[3, 3\]",
         ),
         (Thrown(lambda x: x + x), "a value added to itself"),
         (Thrown(lambda x: x + 1.0), "a sum with something that is not computed from the input"),
-        (Thrown(lambda x: torch.add(x, x.relu(), alpha=2)), r"'change\.0': aten\.relu"),
+        (Thrown(lambda x: torch.add(x, smooth(x), alpha=2)), "not computed from the input, or scaled"),
+        (Thrown(lambda x: x + nn.functional.avg_pool2d(x, 8)), r"different shapes, \[4, 8, 8\] and \[4, 1, 1\]"),
+        (Thrown(lambda x: x.relu()), r"'change\.0': aten\.relu"),
+        (Thrown(lambda x: x.add_(smooth(x))), r"written over a value that is read again later; write y = y \+ x"),
+        (Thrown(lambda x: smooth(x).add_(x, alpha=2)), "not computed from the input, or scaled"),
+        (Thrown(summed_in_place), r"written over a value that is read again later; write y = y \+ x"),
         (
             Thrown(lambda x: x.reshape(-1, 8, 4, 8).reshape(-1, 4, 8, 8)),
             r"a change of shape from \[4, 8, 8\] to \[8, 4, 8\]",
@@ -386,12 +512,28 @@ def test_a_membrane_that_is_read() -> None:
     class Reading(Everything):
         def forward(self, x: Tensor, T: int | None = None) -> Tensor:
             spikes, u_last = self.lif1.with_state(self.encode(x, T))
-            second = self.layer2(spikes) + u_last
+            second = self.layer2(spikes) + 0 * u_last  # anything but 0 mixes time
             logits: Tensor = self.readout(self.lif3(self.hidden(self.pool(self.if2(second)))))
             return logits
 
-    with pytest.raises(ValueError, match=r"mixes time|a membrane potential that is read"):
+    with pytest.raises(ValueError, match="a membrane potential that is read"):
         nir_graph(calibrated(Reading()))
+
+
+def test_a_membrane_of_the_network_s_own() -> None:
+    class Started(Everything):
+        def __init__(self) -> None:
+            super().__init__()
+            self.u0 = nn.Parameter(torch.zeros(4, 8, 8))
+
+        def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+            current = self.encode(x, T)
+            spikes, _ = self.lif1.with_state(current, self.u0.expand(current.shape[1:]).contiguous())
+            logits: Tensor = self.readout(self.lif3(self.hidden(self.pool(self.if2(self.layer2(spikes))))))
+            return logits
+
+    with pytest.raises(ValueError, match="neurons that start from a membrane of the network's own"):
+        nir_graph(calibrated(Started()))
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -149,6 +149,18 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     return content
 
 
+def trained_on(metadata: Mapping[str, Any], path: Path | str) -> str:
+    """The name of the data that a checkpoint was trained on.
+
+    Raises:
+        ValueError: it does not say, as one imported from elsewhere.
+    """
+    name = str(metadata["data"]["name"])
+    if not name:
+        raise ValueError(f"{path} does not say what data it was trained on; name some with --data")
+    return name
+
+
 def data_settings(classifier: Classifier) -> dict[str, Any]:
     """What a classifier knows of its data, JSON-able: name, encoding, mean, std, class names and image shape."""
     return {

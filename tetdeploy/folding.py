@@ -46,7 +46,9 @@ VIEWS = (
     aten.contiguous.default,
     aten.clone.default,
 )
-DROPOUT = (aten.dropout.default, aten.feature_dropout.default)  # (input, p, train)
+DROPOUT = (  # (input, p, train)
+    aten.dropout.default, aten.feature_dropout.default, aten.dropout_.default, aten.feature_dropout_.default,
+)  # fmt: skip
 
 
 class FoldingError(ValueError):

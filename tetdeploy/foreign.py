@@ -26,7 +26,9 @@ from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.provenance import written
 from tetdeploy.run_folder import CHECKPOINT_NAME
 
-_BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_COUNT = "num_batches_tracked"
+_BN = ("weight", "bias", "running_mean", "running_var", _COUNT)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WRAPPERS = ("state_dict", "net")
 
 
@@ -46,11 +48,25 @@ ARCHITECTURES = {
 }
 
 
-# What the authors trained on, as a `Classifier` takes it; frames are only scaled, to [0, 1].
-_DATA: dict[str, dict[str, Any]] = {
-    c.name: {"mean": c.mean, "std": c.std, "class_names": c.class_names} for c in (CIFAR10, CIFAR100)
+@dataclass(frozen=True)
+class _Data:
+    """What the authors trained on: how large it is, and what a `Classifier` takes of it.
+
+    Their DVS frames are only scaled, to [0, 1], and are none of ours: time surfaces or 0/1 presence, not counts of
+    events. So no checkpoint says that it goes with the frames that we make of the same recordings.
+    """
+
+    image_size: tuple[int, int]
+    settings: dict[str, Any]
+
+
+_DATA = {
+    c.name: _Data((32, 32), {"data": c.name, "mean": c.mean, "std": c.std, "class_names": c.class_names})
+    for c in (CIFAR10, CIFAR100)
 }
-_DATA["dvs-cifar10"] = _DATA["cifar10"] | {"mean": (0.0, 0.0), "std": (1.0, 1.0), "encoding": "frames"}
+_DATA["dvs-cifar10"] = _Data(
+    (48, 48), {"mean": (0.0, 0.0), "std": (1.0, 1.0), "class_names": CIFAR10.class_names, "encoding": "frames"}
+)
 _OTHER_DATA = "; for other data put what import_checkpoint gives into a Classifier, in Python, and save_checkpoint that"
 
 
@@ -66,10 +82,14 @@ class Imported:
 
 @dataclass(frozen=True)
 class ImportedCheckpoint:
-    """What `import_to_checkpoint` wrote and where; `data` is what was chosen if it was left open."""
+    """What `import_to_checkpoint` wrote and where; `data` is what was chosen if it was left open.
+
+    `names_data`: whether the checkpoint says so too, because ours are the images that the authors trained on.
+    """
 
     path: Path
     data: str
+    names_data: bool
     config: NetworkConfig
     num_parameters: int
     num_keys: int
@@ -93,7 +113,8 @@ def import_checkpoint(
     Raises:
         OSError: the file cannot be read.
         ValueError: unknown `arch`; not a file of torch.save, or one that holds code; keys are missing, unexpected or
-            misshapen; names of one tensor disagree; a weight is not finite. All of a kind are listed.
+            misshapen; weights are not floating or not stored as plain tensors; names of one tensor disagree; a weight
+            is not finite in float32, a variance negative. All of a kind are listed.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHITECTURES)}")
@@ -104,6 +125,7 @@ def import_checkpoint(
     names = their_names(arch)
     _check_architecture(tensors, arch, path)
     check_keys(tensors, {theirs: wanted[ours] for ours, all_ in names.items() for theirs in all_}, path)
+    tensors = _as_float32(tensors, path)
     _check_values(tensors, names, path)
     network = build_network(config).eval()
     network.load_state_dict({ours: tensors[theirs[0]] for ours, theirs in names.items()})
@@ -118,34 +140,41 @@ def import_to_checkpoint(
     Args:
         file, arch: see `import_checkpoint`.
         output: a `.safetensors` file, or a run folder, which must not hold a checkpoint yet.
-        data: what it was trained on, which brings normalisation and class names: "cifar10", "cifar100" or
+        data: what it was trained on, which brings normalisation, class names and image size: "cifar10", "cifar100" or
             "dvs-cifar10". None takes what the authors trained on: for resnet19 CIFAR-10 or CIFAR-100 by the number of
-            classes, for vggsnn DVS-CIFAR10.
+            classes, for vggsnn DVS-CIFAR10. For "dvs-cifar10" the checkpoint names no data: see `_Data`.
         T: steps it was trained with, which become the default of an export, if known.
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: as `import_checkpoint`; other data; the file has another number of classes than the data; the run
-            folder already holds a checkpoint.
+        ValueError: as `import_checkpoint`; other data; the file is for another number of classes, of channels or (a
+            VGGSNN) of pixels than the data have; the run folder already holds a checkpoint.
     """
     path = output_file(Path(output))
     if T is not None and T < 1:
         raise ValueError(f"T must be at least 1, got {T}")
     if data is not None and data not in _DATA:
         raise ValueError(f"the normalisation of {data!r} is not known; choose one of {', '.join(_DATA)}{_OTHER_DATA}")
-    imported = import_checkpoint(file, arch, in_channels=len(_DATA[data]["mean"]) if data else None)
+    chosen = _DATA[data] if data else None
+    imported = import_checkpoint(
+        file,
+        arch,
+        in_channels=len(chosen.settings["mean"]) if chosen else None,
+        image_size=chosen.image_size if chosen else None,
+    )
     config = imported.config
     data = data or _trained_on(arch, config.num_classes)
-    known = _DATA[data]
-    if len(known["class_names"]) != config.num_classes:
+    settings = _DATA[data].settings
+    if len(settings["class_names"]) != config.num_classes:
         raise ValueError(
-            f"{file} tells {config.num_classes} classes apart, but {data} has {len(known['class_names'])}; "
+            f"{file} tells {config.num_classes} classes apart, but {data} has {len(settings['class_names'])}; "
             "choose the data it was trained on"
         )
-    classifier = Classifier(imported.network, config=config, data=data, **known)
+    classifier = Classifier(imported.network, config=config, **settings)
     save_checkpoint(path, classifier, training={} if T is None else {"T": T}, provenance=_provenance(Path(file), arch))
     num_parameters = sum(p.numel() for p in imported.network.parameters())
-    return ImportedCheckpoint(path, data, config, num_parameters, imported.num_keys, imported.num_merged)
+    keys = (imported.num_keys, imported.num_merged)
+    return ImportedCheckpoint(path, data, bool(classifier.data), config, num_parameters, *keys)
 
 
 def their_names(arch: str) -> dict[str, tuple[str, ...]]:
@@ -247,19 +276,48 @@ def _check_architecture(tensors: Mapping[str, Tensor], arch: str, path: Path | s
             raise ValueError(f"{path} holds a {other}, not a {arch}; import it with --arch {other}")
 
 
+def _as_float32(tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
+    """The weights in the network's own precision; BN's counts of batches stay as they are.
+
+    Integers and floats of 8 bits are refused, because what they are scaled by is not in a state dict.
+    """
+    others = [
+        f"{key} ({str(tensor.dtype).removeprefix('torch.')}{'' if _is_plain(tensor) else ', no plain tensor'})"
+        for key, tensor in tensors.items()
+        if not _is_plain(tensor) or (tensor.dtype not in _FLOATS and not _is_count(key, tensor))
+    ]
+    if others:
+        raise ValueError(
+            f"{path} has weights that are not dense floating-point tensors of 16, 32 or 64 bits: "
+            f"{shorten(others, 10)}; save them as model.float().state_dict()"
+        )
+    return {key: tensor if key.endswith(_COUNT) else tensor.float() for key, tensor in tensors.items()}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+
+
+def _is_count(key: str, tensor: Tensor) -> bool:
+    return key.endswith(_COUNT) and tensor.dtype in (torch.int64, torch.int32)
+
+
 def _check_values(tensors: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]], path: Path | str) -> None:
-    """Names of one tensor must agree. BN's count of batches is left out: it plays no part in inference."""
+    """Names of one tensor must agree, but for BN's count of batches; weights be finite, and variances 0 or more."""
     differing = [
         f"{other} and {first}"
         for ours, (first, *others) in names.items()
         for other in others
-        if not ours.endswith("num_batches_tracked") and not torch.equal(tensors[first], tensors[other])
+        if not ours.endswith(_COUNT) and not torch.equal(tensors[first], tensors[other])
     ]
     if differing:
         raise ValueError(f"{path} has different values under names of one tensor: {', '.join(differing)}")
     broken = [first for first, *_ in names.values() if not tensors[first].isfinite().all()]
     if broken:
-        raise ValueError(f"{path} has values that are not finite in {', '.join(broken)}")
+        raise ValueError(f"{path} has values that are not finite in float32 in {', '.join(broken)}")
+    negative = [first for first, *_ in names.values() if first.endswith("running_var") and (tensors[first] < 0).any()]
+    if negative:
+        raise ValueError(f"{path} has variances below 0 in {', '.join(negative)}; BN divides by their root")
 
 
 def output_file(output: Path) -> Path:
@@ -278,7 +336,7 @@ def _trained_on(arch: str, num_classes: int) -> str:
     """The data that the authors trained an architecture on."""
     if arch != "resnet19":
         return "dvs-cifar10"
-    names = [name for name in ("cifar10", "cifar100") if len(_DATA[name]["class_names"]) == num_classes]
+    names = [name for name in ("cifar10", "cifar100") if len(_DATA[name].settings["class_names"]) == num_classes]
     if not names:
         raise ValueError(
             f"a resnet19 of {num_classes} classes was trained neither on cifar10 nor on cifar100{_OTHER_DATA}"

@@ -138,8 +138,11 @@ def _take_checkpoint(
     """Give options that were neither typed nor in a recipe what the checkpoint to fine-tune says, or qat's defaults.
 
     Raises:
-        ValueError: an option of the network was given that disagrees, or the network is the user's own and not named.
+        ValueError: an option of the network was given that disagrees, the network is the user's own and not named, or
+            no data are named.
     """
+    from tetdeploy.checkpoint import trained_on
+
     if init is None:
         raise click.UsageError("--qat fine-tunes a trained network: name its run or checkpoint with --init")
     network, training = metadata["network"], metadata["training"]
@@ -151,7 +154,9 @@ def _take_checkpoint(
         options[name] = value
     kept = {name: training[name] for name in _KEPT_BY_QAT if name in training}
     kept["loss"] = "tet" if training.get("switch_to_tet") else training.get("loss", options["loss"])
-    for name, value in {**kept, **_QAT_DEFAULTS, "data": metadata["data"]["name"]}.items():
+    if not is_given(ctx, "data"):
+        kept["data"] = trained_on(metadata, init)
+    for name, value in {**kept, **_QAT_DEFAULTS}.items():
         if not is_given(ctx, name):
             options[name] = value
 

@@ -73,7 +73,7 @@ def evaluate(
     twins and smooth spikes, and before an export; what is deployed is measured by tetdeploy sweep, with its energy.
     """
     torch = import_extra("torch", "train")
-    from tetdeploy.checkpoint import read_metadata
+    from tetdeploy.checkpoint import read_metadata, trained_on
     from tetdeploy.files import write_json
     from tetdeploy.provenance import written
     from tetdeploy.run_folder import newest_run, weights_file
@@ -87,7 +87,7 @@ def evaluate(
         file = weights_file(path)
         metadata = read_metadata(file)
         classifier = load_classifier(file, metadata, model)
-        images = _images(data or metadata["data"]["name"], split, limit, data_dir, metadata, classifier)
+        images = _images(data or trained_on(metadata, file), split, limit, data_dir, metadata, classifier)
         wanted = _steps(steps, classifier, trained_T(metadata))
         if classifier.config.is_spiking:
             exportable.append(path)

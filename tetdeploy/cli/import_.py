@@ -17,7 +17,7 @@ from tetdeploy.extras import import_extra
     epilog="""\b
 Examples:
   tetdeploy import resnet19.pth --arch resnet19 -o runs/theirs
-  tetdeploy import vggsnn.pth --arch vggsnn --data dvs-cifar10 -o vggsnn.safetensors
+  tetdeploy import vggsnn.pth --arch vggsnn -o vggsnn.safetensors   # of their DVS-CIFAR10 frames
 """,
 )
 @click.argument("file", type=click.Path(path_type=Path))
@@ -51,4 +51,11 @@ def import_(file: Path, arch: str, out: Path, json_path: Path | None, **options:
             {"path": str(report.path), "data": report.data, "keys": report.num_keys, "merged": report.num_merged},
         )
     console.print(str(report.path), markup=False)
-    say_next("export", out, "--T", 6, "--fold-bn")
+    if not report.names_data:
+        console.print(
+            f"its frames must be made as the authors made theirs, which those of --data {report.data} are not "
+            "(docs/training.md), so the checkpoint names no data",
+            style="yellow",
+            markup=False,
+        )
+    say_next("export", out, "--T", 6, "--fold-bn", *(() if report.names_data else ("--data", "FRAMES.npz")))

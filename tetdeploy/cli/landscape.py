@@ -89,7 +89,7 @@ def landscape(
     Sharpness is the mean rise of a loss over the grid points at most RADIUS away from the trained weights.
     """
     import_extra("torch", "train")
-    from tetdeploy.checkpoint import read_metadata
+    from tetdeploy.checkpoint import read_metadata, trained_on
     from tetdeploy.run_folder import newest_run, weights_file
     from tetdeploy.train.landscape import LandscapeConfig
 
@@ -103,7 +103,7 @@ def landscape(
         raise ValueError(f"--radius {radius:g} is shorter than a step of the grid, {step:g}; give more --points")
     path = out or _default_out(files)
     plot = _checked_plot(path, plot, json_path)
-    source = data or _common("data", files, [m["data"]["name"] for m in metadata])
+    source = data or _common("data", files, list(map(trained_on, metadata, files)))
     images = _images(source, split, limit, data_dir, files, metadata)
     classifiers = _classifiers(checkpoints, files, metadata, model)
     for name, classifier in classifiers.items():
