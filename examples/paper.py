@@ -6,13 +6,15 @@
     python examples/paper.py figure4 --out results --data-dir ~/data
 
 Trains by the recipes in `examples/recipes`, one after the other; what is finished is not trained again, what was
-interrupted goes on. Test accuracies are those of exported models under ONNX Runtime; of ANN twins and smooth spikes,
-which have no export, those of PyTorch. A smoke run shows that the path works; its numbers say nothing about the paper.
+interrupted (Ctrl-C, SIGTERM) goes on. Test accuracies are those of exported models under ONNX Runtime; of ANN twins and
+smooth spikes, which have no export, those of PyTorch. A smoke run shows that the path works; its numbers say nothing
+about the paper.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,8 +25,12 @@ from typing import Any
 
 import click
 
+from tetdeploy.checkpoint import read_metadata
 from tetdeploy.files import atomic_write, write_json
+from tetdeploy.run_folder import CHECKPOINT_NAME
+from tetdeploy.signals import handled
 
+COMMAND = (sys.executable, "-m", "tetdeploy")
 RECIPES = Path(__file__).parent / "recipes"
 # Okabe and Ito's colours, which the colour-blind can tell apart; those of Figure 4 go by the T of the training.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -65,6 +71,28 @@ class Entry:
         return (*self.options, *SCALES[scale], *{"full": (), "small": self.small, "smoke": self.smoke}[scale])
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where results and runs go, and where the data are."""
+
+    out: Path
+    data_dir: Path
+    what: str
+    scale: str
+
+    @property
+    def runs(self) -> Path:
+        """Of this table alone at this scale: another one trains others by the same names."""
+        return self.out / "runs" / f"{self.what}-{self.scale}"
+
+    def result(self, ending: str) -> Path:
+        return self.out / f"{self.what}{ending}"
+
+    @property
+    def caption(self) -> str:
+        return f"**{self.what}**{CAPTIONS[self.scale]}"
+
+
 def entries(pattern: str, **names: str) -> tuple[Entry, ...]:
     return tuple(Entry(name, pattern.format(key)) for key, name in names.items())
 
@@ -98,7 +126,9 @@ TABLES = {
         for loss in ("sdt", "tet")
         for k in (1, 10, 20)
     ),
-    "figure2": entries("table1-{}", **{"sdt-T4": "SDT", "tet-T4": "TET"}),
+    "figure2": tuple(
+        Entry(loss.upper(), f"table1-{loss}-T4", ("--seeds", "0"), ("--epochs", "6")) for loss in ("sdt", "tet")
+    ),
     "figure3": (
         Entry("SDT, then TET", "figure3", (), *(switched(epochs) for epochs in (12, 6))),
         Entry("SDT", "figure3", ("--switch-to-tet", "0"), *(("--epochs", str(n), "--T", "4") for n in (12, 6))),
@@ -106,6 +136,7 @@ TABLES = {
     "figure4": (
         *entries("figure4a-{}", T2="TET T=2", T3="TET T=3", T4="TET T=4"),
         Entry("TIT T=2 to 6", "figure4a-tit", (), ("--tit", "2:6,6:2"), ("--tit", "2:4,6:1")),
+        Entry("TET T=6", "table1-tet-T6", ("--seeds", "0"), ("--epochs", "8"), ("--epochs", "5")),
         *(Entry(f"SDT T={T}", f"figure4a-T{T}", ("--loss", "sdt")) for T in (2, 3, 4)),
     ),
     "comparison": (
@@ -115,11 +146,13 @@ TABLES = {
                 f"comparison-cifar{n}-T{T}",
                 (),
                 *(inherited(T, *stages) for stages in ((4, 2), (3, 1))),
+                scales=scales,
             )
-            for n in (10, 100)
+            for n, scales in ((10, ("full", "small", "smoke")), (100, ("full",)))  # smaller ones are of other data
             for T in (2, 4, 6)
         ),
-        *(Entry(f"CIFAR-{n} ANN", f"comparison-cifar{n}-ann") for n in (10, 100)),
+        Entry("CIFAR-10 ANN", "comparison-cifar10-ann", small=("--epochs", "4", "--seeds", "0,1")),
+        Entry("CIFAR-100 ANN", "comparison-cifar100-ann", scales=("full",)),
         *(
             Entry(
                 f"DVS-CIFAR10 {loss.upper()} T=10",
@@ -135,56 +168,73 @@ TABLES = {
         ),
     ),
     "modern": (
-        Entry("paper's recipe", "figure4a-T4", (), ("--epochs", "12", "--seeds", "0,1,2"), scales=("full", "smoke")),
+        Entry(
+            "paper's recipe",
+            "figure4a-T4",
+            ("--data", "cifar10", "--seeds", "0,1,2"),
+            ("--epochs", "12"),
+            scales=("full", "smoke"),
+        ),
         modern("SGD"),
         modern("SGD, cutout", ("--cutout", "16"), ("--cutout", "2")),
         modern("SGD, EMA", ("--ema", "0.999"), ("--ema", "0.98")),
         modern("SGD, random T", *[("--random-T", "1:6")] * 2),
-        modern("SGD, distilled", *[("--distill", f"{{out}}/runs/{TEACHER.replace(' ', '-')}")] * 2),
+        modern("SGD, distilled", *[("--distill", f"{{runs}}/{TEACHER.replace(' ', '-')}")] * 2),
     ),
 }
 
 
 def tetdeploy(*arguments: object) -> None:
-    command = [sys.executable, "-m", "tetdeploy", *map(str, arguments)]
-    print("$ tetdeploy", *command[3:], flush=True)
-    if code := subprocess.run(command, check=False).returncode:
-        raise SystemExit(code)
+    """Run a command. Ctrl-C, which a terminal sends to it as well, and SIGTERM, which is handed on, end it as it ends
+    itself, with what it saves; and then this program."""
+    words = list(map(str, arguments))
+    print("$ tetdeploy", *words, flush=True)
+    asked: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        asked.append(number)
+        if number == signal.SIGTERM:
+            process.terminate()
+
+    with subprocess.Popen([*COMMAND, *words]) as process, handled(stop, signal.SIGINT, signal.SIGTERM):
+        code = process.wait()
+    if code or asked:
+        raise SystemExit(code or 130)
 
 
-def trained(entry: Entry, out: Path, data_dir: Path, scale: str) -> list[Path]:
+def trained(entry: Entry, at: Place) -> list[Path]:
     """Train an entry unless that is done; its runs, one for each seed."""
-    folder = out / "runs" / entry.name.replace(" ", "-").replace(",", "").replace("=", "")
+    folder = at.runs / entry.name.replace(" ", "-").replace(",", "").replace("=", "")
     done = folder / "done"
     if not done.exists():
         if (folder / "config.json").exists():
-            tetdeploy("train", "--resume", folder, "--data-dir", data_dir, "--runs", out / "runs")
+            tetdeploy("train", "--resume", folder, "--data-dir", at.data_dir, "--runs", at.runs)
         else:
-            recipe = ("--config", RECIPES / f"{entry.recipe}.toml", "--data-dir", data_dir, "--runs", out / "runs")
-            options = (option.format(out=out) for option in entry.chosen(scale))
+            recipe = ("--config", RECIPES / f"{entry.recipe}.toml", "--data-dir", at.data_dir, "--runs", at.runs)
+            options = (option.format(runs=at.runs) for option in entry.chosen(at.scale))
             tetdeploy("train", *recipe, *options, "--out", folder)
         done.touch()
     return sorted(folder.glob("seed-*")) or [folder]
 
 
-def swept(run: Path, data_dir: Path, steps: str) -> list[dict[str, Any]]:
+def swept(run: Path, at: Place, steps: str) -> list[dict[str, Any]]:
     """Export a run for any T and sweep it over its test set; the rows."""
     model, result = run / "model-dynamic.onnx", run / "sweep.json"
     if not result.exists():
-        tetdeploy("export", run, "--layout", "dynamic", "--fold-bn", "--data-dir", data_dir, "--check", 200)
-        tetdeploy("sweep", model, "--T", steps, "--data-dir", data_dir, "--json", result)
+        tetdeploy("export", run, "--layout", "dynamic", "--fold-bn", "--data-dir", at.data_dir, "--check", 200)
+        tetdeploy("sweep", model, "--T", steps, "--data-dir", at.data_dir, "--json", result)
     rows: list[dict[str, Any]] = json.loads(result.read_text())["rows"]
     return rows
 
 
-def final_accuracy(run: Path, data_dir: Path, steps: str) -> float:
+def final_accuracy(run: Path, at: Place, steps: str) -> float:
     """On the test set, at the T of the training; in PyTorch where there is no export."""
     network, T = json.loads((run / "config.json").read_text())["network"], trained_T(run)
     if not network["ann"] and not network["smooth_spike"]:
-        return float(next(row["accuracy"] for row in swept(run, data_dir, steps) if row["T"] == T))
+        return float(next(row["accuracy"] for row in swept(run, at, steps) if row["T"] == T))
     result = run / "evaluate.json"
     if not result.exists():
-        tetdeploy("evaluate", run, "--T", T, "--data-dir", data_dir, "--json", result)
+        tetdeploy("evaluate", run, "--T", T, "--data-dir", at.data_dir, "--json", result)
     return float(json.loads(result.read_text())["runs"][0]["accuracy"][0]["accuracy"])
 
 
@@ -201,70 +251,67 @@ def trained_T(run: Path) -> int:
     return int(json.loads((run / "config.json").read_text())["training"]["T"])
 
 
-def best_validation(run: Path) -> float:
-    return max(float(row["val_accuracy"]) for row in metrics(run))
+def held_out_accuracy(run: Path) -> float:
+    """On the held-out images, of the weights that were kept, which are those of the last stage's best epoch."""
+    return float(read_metadata(run / CHECKPOINT_NAME)["provenance"]["val_accuracy"])
 
 
-def write_table(out: Path, name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def write_table(at: Place, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Markdown, to a file and to the terminal."""
     lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-    text = f"{title}\n\n" + "\n".join(lines) + "\n"
-    with atomic_write(out / f"{name}.md") as temporary:
+    text = f"{at.caption}\n\n" + "\n".join(lines) + "\n"
+    file = at.result(".md")
+    with atomic_write(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(f"\n{text}\n{out / f'{name}.md'}")
+    print(f"\n{text}\n{file}")
 
 
-def accuracy_table(name: str, out: Path, data_dir: Path, scale: str) -> None:
+def accuracy_table(at: Place) -> None:
     """Mean and standard deviation of the accuracy, held out and on the test set."""
     rows, numbers = [], []
-    for entry in TABLES[name]:
-        if reason := entry.left_out(scale, data_dir):
+    for entry in TABLES[at.what]:
+        if reason := entry.left_out(at.scale, at.data_dir):
             print(f"left out: {entry.name}: {reason}", flush=True)
             continue
-        runs = trained(entry, out, data_dir, scale)
-        held_out = [best_validation(run) for run in runs]
+        runs = trained(entry, at)
+        held_out = [held_out_accuracy(run) for run in runs]
         steps = [
             f"1:{trained_T(run)}" if "dvs" in entry.recipe else "1:8" for run in runs
         ]  # of frames there are no more
-        test = [final_accuracy(run, data_dir, wanted) for run, wanted in zip(runs, steps, strict=True)]
+        test = [final_accuracy(run, at, wanted) for run, wanted in zip(runs, steps, strict=True)]
         numbers.append({"name": entry.name, "recipe": entry.recipe, "held_out": held_out, "test": test})
         rows.append([entry.name, mean_std(held_out), mean_std(test), str(len(runs))])
-    write_json(out / f"{name}.json", {"scale": scale, "rows": numbers})
-    write_table(out, name, caption(name, scale), ["", "held out (%)", "test (%)", "seeds"], rows)
+    write_json(at.result(".json"), {"scale": at.scale, "rows": numbers})
+    write_table(at, ["", "held out (%)", "test (%)", "seeds"], rows)
 
 
-def modern_table(out: Path, data_dir: Path, scale: str) -> None:
+def modern_table(at: Place) -> None:
     """Test accuracy at several T: what each option of the modern recipe does by itself."""
     teacher = Entry(TEACHER, "modern-cifar10-teacher", (), ("--epochs", "12", "--warmup-epochs", "1", "--cutout", "0"))
-    trained(teacher, out, data_dir, scale)
+    trained(teacher, at)
     shown, rows, numbers = (1, 2, 4, 6), [], []
     for entry in TABLES["modern"]:
-        swept_runs = [swept(run, data_dir, "1:8") for run in trained(entry, out, data_dir, scale)]
+        swept_runs = [swept(run, at, "1:8") for run in trained(entry, at)]
         accuracy = {T: [row["accuracy"] for run in swept_runs for row in run if row["T"] == T] for T in shown}
         numbers.append({"name": entry.name, "test": accuracy})
         rows.append([entry.name, *(mean_std(accuracy[T]) for T in shown)])
-    write_json(out / "modern.json", {"scale": scale, "rows": numbers})
-    write_table(out, "modern", caption("modern", scale), ["trained at T=4, test (%)", *(f"T={T}" for T in shown)], rows)
+    write_json(at.result(".json"), {"scale": at.scale, "rows": numbers})
+    write_table(at, ["trained at T=4, test (%)", *(f"T={T}" for T in shown)], rows)
 
 
-def caption(name: str, scale: str) -> str:
-    return f"**{name}**{CAPTIONS[scale]}"
+def landscape(at: Place) -> None:
+    runs = [trained(entry, at)[0] for entry in TABLES["figure2"]]
+    size = {"full": (), "small": ("--points", 15, "--limit", 1000), "smoke": ("--points", 9, "--limit", 300)}[at.scale]
+    files = ("--plot", at.result(".png"), "--json", at.result(".json"))
+    tetdeploy("landscape", *runs, "--data-dir", at.data_dir, *files, *size)
 
 
-def landscape(out: Path, data_dir: Path, scale: str) -> None:
-    runs = [trained(entry, out, data_dir, scale)[0] for entry in TABLES["figure2"]]
-    size = {"full": (), "small": ("--points", 15, "--limit", 1000), "smoke": ("--points", 9, "--limit", 300)}[scale]
-    tetdeploy(
-        "landscape", *runs, "--data-dir", data_dir, "--plot", out / "figure2.png", "--json", out / "figure2.json", *size
-    )
-
-
-def switch(out: Path, data_dir: Path, scale: str) -> None:
+def switch(at: Place) -> None:
     """Both losses and the accuracy on the held-out set by epoch, with and without the switch."""
     figure, axes = subplots(3)
     curves = {}
     for entry in TABLES["figure3"]:
-        rows = metrics(trained(entry, out, data_dir, scale)[0])
+        rows = metrics(trained(entry, at)[0])
         curves[entry.name] = rows
         for axis, key, label in zip(
             axes, ("val_sdt_loss", "val_tet_loss", "val_accuracy"), ("L_SDT", "L_TET", "accuracy"), strict=True
@@ -272,34 +319,34 @@ def switch(out: Path, data_dir: Path, scale: str) -> None:
             axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], label=entry.name)
             axis.set(xlabel="epoch", ylabel=f"{label}, held out")
     axes[0].legend(frameon=False)
-    write_json(out / "figure3.json", {"scale": scale, "curves": curves})
-    save(figure, out / "figure3.png", scale)
+    write_json(at.result(".json"), {"scale": at.scale, "curves": curves})
+    save(figure, at)
 
 
-def scalability(out: Path, data_dir: Path, scale: str) -> None:
+def scalability(at: Place) -> None:
     """Accuracy against T and against energy, with no training at the new T; the T of the training is a large marker."""
     figure, (left, right) = subplots(2)
     curves = {}
     for entry in TABLES["figure4"]:
-        folders = trained(entry, out, data_dir, scale)
-        runs = [swept(run, data_dir, "1:8") for run in folders]
+        folders = trained(entry, at)
+        runs = [swept(run, at, "1:8") for run in folders]
         steps = [row["T"] for row in runs[0]]
         accuracy = [statistics.mean(100 * run[k]["accuracy"] for run in runs) for k in range(len(steps))]
         energy = [statistics.mean(run[k]["energy_pj"] / 1e6 for run in runs) for k in range(len(steps))]
         T = trained_T(folders[0])
         curve = {"T": steps, "accuracy_percent": accuracy, "energy_uj": energy, "seeds": len(runs), "trained_T": T}
         curves[entry.name] = curve
-        color, line = COLORS[T], "--" if "sdt" in entry.options else "-"
+        color, line = COLORS[T], "--" if "sdt" in entry.options else ":" if "tit" in entry.recipe else "-"
         for axis, x in ((left, steps), (right, energy)):
             axis.plot(x, accuracy, "o", linestyle=line, color=color, markersize=4, label=entry.name)
             axis.plot(x[steps.index(T)], accuracy[steps.index(T)], "o", color=color, markersize=9)
     left.set(xlabel="time steps T", ylabel="test accuracy (%)")
     right.set(xlabel="energy (µJ per image)", ylabel="test accuracy (%)")
     left.legend(frameon=False)
-    write_json(out / "figure4.json", {"scale": scale, "curves": curves})
+    write_json(at.result(".json"), {"scale": at.scale, "curves": curves})
     rows = [[name, *(f"{a:.2f}" for a in curve["accuracy_percent"])] for name, curve in curves.items()]
-    write_table(out, "figure4", caption("figure4", scale), ["test (%)", *(f"T={t}" for t in range(1, 9))], rows)
-    save(figure, out / "figure4.png", scale)
+    write_table(at, ["test (%)", *(f"T={t}" for t in range(1, 9))], rows)
+    save(figure, at)
 
 
 def subplots(count: int) -> tuple[Any, Any]:
@@ -314,11 +361,12 @@ def subplots(count: int) -> tuple[Any, Any]:
     return figure, axes
 
 
-def save(figure: Any, path: Path, scale: str) -> None:
-    figure.suptitle(caption(path.stem, scale).replace("**", ""), fontsize=10)
-    with atomic_write(path) as temporary:
+def save(figure: Any, at: Place) -> None:
+    figure.suptitle(at.caption.replace("**", ""), fontsize=10)
+    file = at.result(".png")
+    with atomic_write(file) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-    print(path)
+    print(file)
 
 
 @click.command()
@@ -334,11 +382,7 @@ def main(what: str, scale: str | None, out: Path | None, data_dir: Path) -> None
     if not any(scale in entry.scales for entry in TABLES[what]):
         raise click.UsageError(f"{what} has no --{scale} run; choose {' or '.join(TABLES[what][0].scales)}")
     programs = {"figure2": landscape, "figure3": switch, "figure4": scalability, "modern": modern_table}
-    program = programs.get(what)
-    if program is None:
-        accuracy_table(what, out, data_dir, scale)
-    else:
-        program(out, data_dir, scale)
+    programs.get(what, accuracy_table)(Place(out, data_dir, what, scale))
 
 
 if __name__ == "__main__":

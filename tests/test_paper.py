@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
+import os
+import signal
+import sys
+import threading
+import time
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
@@ -20,8 +27,6 @@ FILE = Path(__file__).parent.parent / "examples" / "paper.py"
 
 @pytest.fixture(scope="module")
 def paper() -> ModuleType:
-    import sys
-
     specification = importlib.util.spec_from_file_location("paper", FILE)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -91,8 +96,219 @@ def test_what_has_no_export_is_measured_in_pytorch(
 
     monkeypatch.setattr(paper, "tetdeploy", tetdeploy)
     for _ in range(2):  # the second time there is nothing to do
-        assert paper.final_accuracy(tmp_path, Path("data"), "1:3") == 0.5
+        assert paper.final_accuracy(tmp_path, paper.Place(tmp_path, Path("data"), "table1", "smoke"), "1:3") == 0.5
     assert commands == (["export", "sweep"] if exported else ["evaluate"])
+
+
+class Stub:
+    """`tetdeploy` without its work: every number says of which training, seed and T it is."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+        self.runs: dict[Path, tuple[int, int]] = {}  # its training, in their order, and its seed
+        self.interrupted = False
+
+    def __call__(self, *arguments: Any) -> None:
+        words = [str(word) for word in arguments]
+        self.commands.append(words)
+        options = dict(itertools.pairwise(words))
+        if words[0] == "train":
+            self.train(words, options)
+        elif words[0] in ("sweep", "evaluate"):
+            training, seed = self.runs[Path(words[1]) if words[0] == "evaluate" else Path(words[1]).parent]
+            steps = range(1, 9) if words[0] == "sweep" else [int(options["--T"])]
+            rows = [
+                {
+                    "T": T,
+                    "accuracy": self.accuracy(training, seed, T),
+                    "energy_pj": 1e6 * (10 * training + T + seed / 2),
+                }
+                for T in steps
+            ]
+            found = {"rows": rows} if words[0] == "sweep" else {"runs": [{"accuracy": rows}]}
+            Path(options["--json"]).write_text(json.dumps(found))
+
+    @staticmethod
+    def accuracy(training: int, seed: int, T: int) -> float:
+        return training / 50 + seed / 100 + T / 1000
+
+    def train(self, words: list[str], options: dict[str, str]) -> None:
+        resumed = "--resume" in options
+        folder = Path(options["--resume" if resumed else "--out"])
+        context = train.make_context("train", words[1:])
+        seeds = [int(seed) for seed in (context.params["seeds"] or "0").split(",")]
+        default_by_network(context, context.params)
+        T = int((context.params["tit"] or f"{context.params['T']}:1").split(",")[-1].split(":")[0])
+        training = len(self.runs) and 1 + max(training for training, _ in self.runs.values())
+        folders = [folder / f"seed-{seed}" for seed in seeds] if len(seeds) > 1 else [folder]
+        network = {"ann": context.params["ann"], "smooth_spike": context.params["smooth_spike"] or 0.0}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        if self.interrupted:
+            raise SystemExit(130)
+        for run, seed in zip(folders, seeds, strict=True):
+            run.mkdir(exist_ok=True)
+            (run / "config.json").write_text(json.dumps({"network": network, "training": {"T": T}}))
+            losses = {"val_sdt_loss": 1.0, "val_tet_loss": 2.0}
+            rows = [{"epoch": k, "val_accuracy": 0.9 - k / 10} | losses for k in (1, 2)]
+            (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            self.runs[run] = training, seed
+
+    def read_metadata(self, checkpoint: Path) -> dict[str, Any]:
+        training, seed = self.runs[checkpoint.parent]
+        return {"provenance": {"val_accuracy": training / 25 + seed / 200}}
+
+    def options_of(self, folder: str) -> list[str]:
+        """With which the run in it was trained."""
+        return next(words for words in self.commands if words[0] == "train" and words[-1].endswith(f"/{folder}"))
+
+
+@pytest.fixture
+def stub(paper: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Stub:
+    made = Stub()
+    monkeypatch.setattr(paper, "tetdeploy", made)
+    monkeypatch.setattr(paper, "read_metadata", made.read_metadata)
+    return made
+
+
+def run(paper: ModuleType, *words: str) -> None:
+    result = CliRunner().invoke(paper.main, [*words, "--data-dir", "data"])
+    assert result.exit_code == 0, (result.output, result.exception)
+
+
+def test_a_table_has_the_kept_weights_accuracies_at_the_T_of_each_training(
+    paper: ModuleType, stub: Stub, tmp_path: Path
+) -> None:
+    run(paper, "table1", "--smoke", "--out", str(tmp_path))
+    rows = json.loads((tmp_path / "table1.json").read_text())["rows"]
+    assert [(row["name"], row["recipe"]) for row in rows] == [
+        (f"{loss.upper()} T={T}", f"table1-{loss}-T{T}") for T in (4, 6) for loss in ("sdt", "tet")
+    ]
+    for training, (row, T) in enumerate(zip(rows, (4, 4, 6, 6), strict=True)):
+        assert row["held_out"] == [training / 25 + seed / 200 for seed in (0, 1)]
+        assert row["test"] == [Stub.accuracy(training, seed, T) for seed in (0, 1)]
+    held_out, test = (paper.mean_std(rows[1][part]) for part in ("held_out", "test"))
+    assert f"| TET T=4 | {held_out} | {test} | 2 |" in (tmp_path / "table1.md").read_text()
+
+
+def test_smooth_spikes_have_the_slope_of_their_row(paper: ModuleType, stub: Stub, tmp_path: Path) -> None:
+    run(paper, "table2", "--smoke", "--out", str(tmp_path))
+    for loss, k in itertools.product(("SDT", "TET"), (1, 10, 20)):
+        options = stub.options_of(f"{loss}-k{k}")
+        assert options[options.index("--smooth-spike") + 1] == str(k)
+        assert f"table2-{loss.lower()}.toml" in " ".join(options)
+    assert not any(words[0] == "export" for words in stub.commands)
+
+
+def test_the_modern_recipe_is_compared_on_one_set_and_as_many_seeds(
+    paper: ModuleType, stub: Stub, tmp_path: Path
+) -> None:
+    def compared(entry: Any, scale: str) -> tuple[Any, ...]:
+        options = ["--config", str(paper.RECIPES / f"{entry.recipe}.toml"), *entry.chosen(scale)]
+        with train.make_context("train", options) as ctx:
+            return tuple(ctx.params[name] for name in ("data", "seeds", "T", "model", "width"))
+
+    for scale in ("full", "smoke"):
+        assert len({compared(entry, scale) for entry in paper.TABLES["modern"]}) == 1
+    run(paper, "modern", "--smoke", "--out", str(tmp_path))
+    rows = json.loads((tmp_path / "modern.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == [entry.name for entry in paper.TABLES["modern"]]
+    for training, row in enumerate(rows, 1):  # behind the teacher
+        assert row["test"] == {str(T): [Stub.accuracy(training, seed, T) for seed in (0, 1, 2)] for T in (1, 2, 4, 6)}
+    options = stub.options_of("SGD-distilled")
+    assert Path(options[options.index("--distill", options.index("--distill") + 1) + 1]) in stub.runs
+
+
+def test_figure_4_is_of_both_losses_with_energy_in_microjoules(paper: ModuleType, stub: Stub, tmp_path: Path) -> None:
+    run(paper, "figure4", "--small", "--out", str(tmp_path))
+    curves = json.loads((tmp_path / "figure4.json").read_text())["curves"]
+    assert {name: curve["trained_T"] for name, curve in curves.items()} == {
+        **{f"{loss} T={T}": T for loss in ("TET", "SDT") for T in (2, 3, 4)},
+        "TET T=6": 6,
+        "TIT T=2 to 6": 6,
+    }
+    for training, curve in enumerate(curves.values()):
+        assert curve["accuracy_percent"] == pytest.approx([100 * Stub.accuracy(training, 0, T) for T in range(1, 9)])
+        assert curve["energy_uj"] == pytest.approx([10 * training + T for T in range(1, 9)])
+    for name in curves:
+        assert ("sdt" in stub.options_of(name.replace(" ", "-").replace("=", ""))) == name.startswith("SDT")
+
+
+def test_figure_3_has_each_loss_on_its_own_axes(
+    paper: ModuleType, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure, axes = Mock(), [Mock() for _ in range(3)]
+    monkeypatch.setattr(paper, "subplots", lambda count: (figure, axes[:count]))
+    run(paper, "figure3", "--smoke", "--out", str(tmp_path))
+    shown = {axis.set.call_args.kwargs["ylabel"]: axis.plot.call_args.args for axis in axes}
+    assert shown == {
+        "L_SDT, held out": ([1, 2], [1.0, 1.0]),
+        "L_TET, held out": ([1, 2], [2.0, 2.0]),
+        "accuracy, held out": ([1, 2], pytest.approx([0.8, 0.7])),
+    }
+
+
+def test_what_is_done_is_not_trained_again_and_what_was_interrupted_goes_on(
+    paper: ModuleType, stub: Stub, tmp_path: Path
+) -> None:
+    stub.interrupted = True
+    command = ["figure2", "--smoke", "--out", str(tmp_path), "--data-dir", "data"]
+    assert CliRunner().invoke(paper.main, command).exit_code == 130
+    stub.interrupted = False
+    run(paper, *command[:-2])
+    folder = str(tmp_path / "runs" / "figure2-smoke" / "SDT")
+    assert [words[:3] for words in stub.commands[:2]] == [
+        ["train", "--config", str(paper.RECIPES / "table1-sdt-T4.toml")],
+        ["train", "--resume", folder],
+    ]
+    assert stub.commands[-1][:3] == ["landscape", folder, folder.replace("SDT", "TET")]
+    before = len(stub.commands)
+    run(paper, *command[:-2])
+    assert [words[0] for words in stub.commands[before:]] == ["landscape"]
+
+
+def test_runs_of_other_tables_and_scales_are_not_taken_for_its_own(
+    paper: ModuleType, stub: Stub, tmp_path: Path
+) -> None:
+    for what in (["figure3", "--smoke"], ["figure2", "--smoke"], ["figure3", "--small"]):
+        before = sum(words[0] == "train" for words in stub.commands)
+        run(paper, *what, "--out", str(tmp_path))
+        assert sum(words[0] == "train" for words in stub.commands) - before == 2
+
+
+# Says that it runs, saves for longer than Python lets a child of subprocess.run after Ctrl-C, and ends as train does.
+CHILD = """
+import os, pathlib, signal, sys, time
+def stop(number, frame):
+    time.sleep(0.6)
+    pathlib.Path("saved").write_text(str(number))
+    sys.exit(130)
+signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path("pid").write_text(str(os.getpid()) + " ")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_training_save(
+    paper: ModuleType, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send() -> None:
+        while not (tmp_path / "pid").is_file() or not (pid := (tmp_path / "pid").read_text()).endswith(" "):
+            time.sleep(0.02)
+        if number == signal.SIGINT:  # which a terminal sends to both
+            os.kill(int(pid), number)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paper, "COMMAND", (sys.executable, "-c", CHILD))
+    sender = threading.Thread(target=send)
+    sender.start()
+    with pytest.raises(SystemExit) as ended:
+        paper.tetdeploy("train")
+    sender.join()
+    assert ended.value.code == 130 and (tmp_path / "saved").read_text() == str(int(number))
 
 
 def test_a_scale_that_no_entry_has_is_refused_before_any_training(paper: ModuleType, tmp_path: Path) -> None:
