@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -355,10 +356,43 @@ def test_a_percentile_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     histogram.add(torch.tensor([-2.0] + [-1.5] * 4 + [-0.5] * 45 + [0.5] * 40 + [1.5] * 9 + [2.0]))
     assert histogram.percentile(88) == CurrentScale(float(np.float32(3 / 255)), 85)  # 6 % at either end: -1 to 2
     assert histogram.percentile(98) == CurrentScale.covering(-2, 2)  # 1 %: no farther than the currents reach
-    histogram.add(torch.tensor([-10.0, 0.5, 10.0]))  # what is out of range counts in the last bins
-    histogram.add(torch.tensor([0.5]))
-    assert histogram.counts is not None and histogram.counts.tolist() == [1, 5, 45, 42, 9, 2]
-    assert (histogram.lowest, histogram.highest) == (-10, 10)
+    histogram.add(torch.tensor([0.5, 2.9]))  # within the bins
+    assert histogram.counts is not None and histogram.counts.tolist() == [0, 5, 45, 41, 9, 2]
+    histogram.add(torch.tensor([-8.0, 0.5]))  # they become twice as wide, downwards, and end at 3 as before
+    assert (histogram.low, histogram.high, histogram.lowest, histogram.highest) == (-9, 3, -8, pytest.approx(2.9))
+    assert histogram.counts.tolist() == [1, 0, 0, 5, 87, 11]
+    histogram.add(torch.tensor([-20.0, 20.0]))  # two times to either side: from -21 to 3, then to 27
+    assert (histogram.low, histogram.high) == (-21, 27) and histogram.counts.tolist() == [1, 1, 103, 0, 0, 1]
+
+
+@pytest.mark.parametrize("first", [0.0, 0.3, 5.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_scales_hardly_depend_on_which_batch_comes_first(first: float, method: str) -> None:
+    """Also where the first one is constant, as that of recordings in which nothing moves, or wide."""
+    torch.manual_seed(0)
+    batches = [torch.full((9_000,), first), *(torch.randn(9_000) * width for width in (0.2, 1, 1, 1.5, 1))]
+    found = []
+    for order in (batches, batches[::-1], batches[2:] + batches[:2]):
+        histogram = CurrentHistogram()
+        for batch in order:
+            histogram.add(batch)
+        assert histogram.counts is not None and int(histogram.counts.sum()) == 54_000
+        assert histogram.high - histogram.low < 4 * (histogram.highest - histogram.lowest)
+        found.append(METHODS[method](histogram))
+    for scale in found:
+        assert scale.scale == pytest.approx(found[0].scale, rel=0.05) and abs(scale.zero - found[0].zero) <= 3
+        assert 5 < 255 * scale.scale < 14  # of currents from -6.2 to 6.8
+
+
+def test_currents_that_no_scale_covers_are_refused(tmp_path: Path) -> None:
+    for weight in (float("nan"), 1e38):
+        network = copy.deepcopy(convsnn())
+        with torch.no_grad():
+            network.network.layer2[0].weight[1] = weight
+        with pytest.raises(
+            Int8Error, match=r"^layer2\.0 puts out currents up to (nan|inf|\d\S*e\+3\d), at most 1e\+30"
+        ):
+            calibrate(Tracer(network, encoding="direct", uint8=True), *calibration(40), 2, lambda scales: 1 / 0)
 
 
 @pytest.mark.parametrize("better", ["mse", "percentile"])
