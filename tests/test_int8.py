@@ -313,7 +313,7 @@ def test_odd_convolutions_and_a_channel_of_zeros(monkeypatch: pytest.MonkeyPatch
         network.network.same[0].weight[2] = 0.0
         network.network.same[0].bias[2] = 0.7
     module = Tracer(network, encoding="direct", uint8=True).folded(2)
-    assert list(spiking_convolutions(module)) == ["same.0", "dropped.2"]
+    assert list(spiking_convolutions(module).values()) == ["same.0", "dropped.2"]
     x = torch.from_numpy(digits().images[:20])
     before, scale = module(x)[0].detach(), CurrentScale.covering(-3, 3)
     monkeypatch.setattr(quantisation, "_EXACT", 127 * 72)
@@ -452,7 +452,110 @@ def test_least_squares_errs_less_than_any_percentile() -> None:
 def test_convolutions_of_spikes_are_found_by_name() -> None:
     torch.manual_seed(3)
     module = Tracer(classifier(Residual()), encoding="direct", uint8=True).folded(2)
-    assert list(spiking_convolutions(module)) == ["a.0", "b.0"]  # not the first, which reads the image
+    assert list(spiking_convolutions(module).values()) == ["a.0", "b.0"]  # not the first, which reads the image
+
+
+# --- a network's own loop over the steps
+
+
+class Loop(nn.Module):
+    """Calls a convolution of spikes once a step; they begin in step 2, when the neurons have charged up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1 = DirectEncoding(nn.Conv2d(1, 8, 3, padding=1)), LIF()
+        self.conv, self.bn, self.lif2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), LIF(v_th=0.3)
+        self.readout = OverTime(nn.Flatten(), nn.Linear(512, 10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.lif1(self.encode(x, T))
+        current = torch.stack([self.bn(self.conv(spikes[t])) for t in range(len(spikes))])
+        logits: Tensor = self.readout(self.lif2(current))
+        return logits
+
+
+@cache
+def loop() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Loop()
+    made = classifier(network)
+    with torch.no_grad():
+        normalised = made.normalize(torch.from_numpy(digits().images))
+        network.lif1.v_th = 1.01 * float(network.encode(normalised, 1).max())
+    return classifier(network)  # BN of what it reads now
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "step"])  # the dynamic one cannot be traced
+def test_a_loop_over_the_steps_has_one_scale_at_every_T(layout: str, tmp_path: Path) -> None:
+    exported = export(tmp_path / "m.onnx", layout, loop(), T=8)  # trained at 3
+    assert exported.int8 is not None and list(exported.int8["scales"]) == ["conv"]
+    assert exported.parity is not None and exported.parity.spike_mismatch_rate <= 1e-4
+    images = digits().images[:90]
+    with torch.no_grad():
+        plain = loop()(torch.from_numpy(images), 8).transpose(0, 1).numpy()
+    quantised = Engine(exported.path, threads=1).run(images, 8).per_step
+    for T in range(1, 9):
+        agreement = (quantised[:, :T].mean(1).argmax(1) == plain[:, :T].mean(1).argmax(1)).mean()
+        assert agreement > 0.9, T
+
+
+def test_training_in_8_bits_at_another_T_has_the_scales_of_all_calls() -> None:
+    """As with `--tit` and `--random-T`: steps that the calibration did not run take no other scale."""
+    tracer = Tracer(loop(), encoding="direct", uint8=True)
+    images, labels = calibration(64)
+    given: list[Any] = []
+    found = calibrate(tracer, images, labels, 2, lambda scales: given.append(scales) or np.zeros((64, 2, 10)))  # type: ignore[arg-type,func-returns-value]
+    assert list(found.scales) == ["conv"]
+    currents = [node for node in tracer.folded(6).graph.nodes if "conv2d" in str(node.target)]
+    assert len(currents) == 7  # the first layer's, and six
+    for trainable in (False, True):
+        module = tracer.folded(6, trainable=trainable)
+        assert quantise(module, found.scales, trainable=trainable) == ["conv"] * 6
+        used = [node.args for node in module.graph.nodes if found.scales["conv"].scale in node.args]
+        assert len(used) == 6 and all(found.scales["conv"].zero in args for args in used)
+
+
+def test_of_older_scales_by_call_the_widest_is_taken() -> None:
+    tracer = Tracer(loop(), encoding="direct", uint8=True)
+    old = {f"conv{call}": CurrentScale(scale, 9) for call, scale in (("", 0.01), ("#2", 0.03), ("#3", 0.02))}
+    for T in (1, 3, 5):
+        assert quantise(tracer.folded(T), old) == ["conv#2"] * T
+    assert quantise(tracer.folded(2), {"readout.1": old["conv"]}) == []
+
+
+class Twice(nn.Module):
+    """Two convolutions in one module's code, and one before two BN, both in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif = DirectEncoding(nn.Conv2d(1, 8, 3, padding=1)), LIF(v_th=0.3)
+        self.a, self.b = (nn.Parameter(torch.randn(8, 8, 3, 3) * width) for width in (0.1, 1.0))
+        self.shared, self.bn1, self.bn2 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.readout = OverTime(nn.Flatten(), nn.Linear(8 * 36, 10))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(self.encode(x, T))
+        steps = []
+        for t in range(T):
+            one, other = (nn.functional.conv2d(spikes[t], weight) for weight in (self.a, self.b))
+            pair = self.bn1(self.shared(spikes[t])) - self.bn2(self.shared(spikes[t]))
+            steps.append(one + other + pair[..., 1:-1, 1:-1])
+        logits: Tensor = self.readout(torch.stack(steps))
+        return logits
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_convolutions_of_other_parameters_have_scales_of_their_own(trainable: bool) -> None:
+    torch.manual_seed(0)
+    module = Tracer(classifier(Twice()), encoding="direct", uint8=True).folded(3, trainable=trainable)
+    names = list(spiking_convolutions(module).values())
+    assert names == ["network", "network#2", "shared", "shared#2"] * 3
+    scales = {name: CurrentScale(k, 9) for k, name in enumerate(dict.fromkeys(names))}
+    assert quantise(module, scales, trainable=trainable) == names
+
+
+# --- what is spikes
 
 
 class Volumes(nn.Module):

@@ -157,12 +157,12 @@ def record_currents(
     """Run a folded network on batches of calibration images and gather what its spiking convolutions put out.
 
     Returns:
-        The currents by convolution, and the network's mean logits `[N, K]`.
+        The currents by convolution, over all its calls, and the network's mean logits `[N, K]`.
 
     Raises:
         Int8Error: it has none, or its currents are not finite.
     """
-    nodes = {node: name for name, node in spiking_convolutions(graph_module).items()}
+    nodes = spiking_convolutions(graph_module)
     if not nodes:
         raise Int8Error(
             "no convolution of the network reads spikes alone, with weights of its own and padding alike on both "

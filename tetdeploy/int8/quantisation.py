@@ -29,7 +29,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from tetdeploy.folding import CONVOLUTIONS, DROPOUT, VIEWS, is_parameter, layer_name, parameter
+from tetdeploy.folding import (
+    CONVOLUTIONS,
+    DROPOUT,
+    VIEWS,
+    is_parameter,
+    layer_name,
+    module_path,
+    parameter,
+    parameter_names,
+)
 
 aten = torch.ops.aten
 _EXACT = 2**24  # whole numbers up to here are exact in float32
@@ -190,37 +199,54 @@ def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = 
         Int8Error: one of them has sums too large for exact arithmetic.
     """
     used = []
-    for name, node in spiking_convolutions(graph_module).items():
-        # A network's own loop over the steps calls one module T times, and a longer one calls it more often.
-        key = name if name in scales else name.partition("#")[0]
-        if current := scales.get(key):
-            used.append(key)
-            _check_sums(name, node)
-            replacement = _fake_quantised if trainable else _quantised_once
-            with graph_module.graph.inserting_before(node):
-                new = replacement(graph_module, node, current)
-            new.meta = dict(node.meta)
-            node.replace_all_uses_with(new)
-            graph_module.graph.erase_node(node)
+    convolutions = spiking_convolutions(graph_module)
+    for node, name in convolutions.items():
+        key = _scale_of(name, scales, set(convolutions.values()))
+        if key is None:
+            continue
+        used.append(key)
+        _check_sums(name, node)
+        replacement = _fake_quantised if trainable else _quantised_once
+        with graph_module.graph.inserting_before(node):
+            new = replacement(graph_module, node, scales[key])
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph_module.graph.erase_node(node)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     return used
 
 
-def spiking_convolutions(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
-    """The convolutions that read spikes and nothing else, by the name of their module.
+def _scale_of(name: str, scales: Scales, names: set[str]) -> str | None:
+    """Which of the scales a convolution has, if any.
+
+    Checkpoints of earlier versions may have a scale for each call of a module: `conv`, `conv#2`. Of these all calls take
+    the widest: that of the first step, when neurons have hardly charged, would clip the others.
+    """
+    calls = [key for key in scales if key == name or (key not in names and key.partition("#")[0] == name)]
+    return max(calls, key=lambda key: scales[key].scale, default=None)
+
+
+def spiking_convolutions(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
+    """The convolutions that read spikes and nothing else, in the order in which they run, with their names.
+
+    That is the name of the module, whichever call it is: a network's own loop over the steps calls it once a step. With
+    other parameters (another BN behind it, or several convolutions in one module's code) it is numbered: `conv#2`.
 
     Not among them: those whose weights the network computes (parametrizations), or whose own padding differs by side.
     """
-    found: dict[str, fx.Node] = {}
-    names: Counter[str] = Counter()
+    found: dict[fx.Node, str] = {}
+    names: dict[tuple[str, ...], str] = {}
+    counted: Counter[str] = Counter()
     for node in graph_module.graph.nodes:
         if node.target not in CONVOLUTIONS:
             continue
-        name = layer_name(node, names)
+        own = (module_path(node), *parameter_names(node))
+        if own not in names:
+            names[own] = layer_name(node, counted)
         if _is_spikes(node.args[0]) and _has_parameters(node) and _padding(node) is not None:
-            found[name] = node
+            found[node] = names[own]
     return found
 
 
