@@ -221,8 +221,8 @@ def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = 
 def _scale_of(name: str, scales: Scales, names: set[str]) -> str | None:
     """Which of the scales a convolution has, if any.
 
-    Checkpoints of earlier versions may have a scale for each call of a module: `conv`, `conv#2`. Of these all calls take
-    the widest: that of the first step, when neurons have hardly charged, would clip the others.
+    Checkpoints of earlier versions may have a scale for each call of a module: `conv`, `conv#2`. Of these all calls
+    take the widest: that of the first step, when neurons have hardly charged, would clip the others.
     """
     calls = [key for key in scales if key == name or (key not in names and key.partition("#")[0] == name)]
     return max(calls, key=lambda key: scales[key].scale, default=None)
