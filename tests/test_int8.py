@@ -33,12 +33,14 @@ from tetdeploy.export import ExportConfig, Exported, ParityError, export_model
 from tetdeploy.export.onnx_tracer import OnnxTracer
 from tetdeploy.int8 import network as int8_network
 from tetdeploy.int8 import quantisation
-from tetdeploy.int8.calibration import METHODS, CurrentHistogram, _squared_error, calibrate
+from tetdeploy.int8.calibration import METHODS, CurrentHistogram, _squared_error, calibrate, record_currents
+from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import CurrentScale, Int8Error, int8_conv, quantise, spiking_convolutions
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
 from tetdeploy.sweep import sweep
 from tetdeploy.tracing import Tracer
+from tetdeploy.train import TrainConfig, train
 
 
 def calibration(count: int = 128) -> tuple[Any, Any]:
@@ -312,12 +314,13 @@ def test_odd_convolutions_and_a_channel_of_zeros(monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         network.network.same[0].weight[2] = 0.0
         network.network.same[0].bias[2] = 0.7
+        network.network.same[0].weight[4] = network.network.same[0].bias[4] = 0.0
     module = Tracer(network, encoding="direct", uint8=True).folded(2)
     assert list(spiking_convolutions(module).values()) == ["same.0", "dropped.2"]
     x = torch.from_numpy(digits().images[:20])
     before, scale = module(x)[0].detach(), CurrentScale.covering(-3, 3)
     monkeypatch.setattr(quantisation, "_EXACT", 127 * 72)
-    with pytest.raises(Int8Error, match=r"same\.0 sums 72 weights, too many.*use --precision fp32"):
+    with pytest.raises(Int8Error, match=r"same\.0 sums 72 weights, too many for exact 8-bit arithmetic$"):
         quantise(module, {"same.0": scale})
     monkeypatch.undo()
     quantise(module, {"same.0": scale, "dropped.2": scale})
@@ -326,6 +329,8 @@ def test_odd_convolutions_and_a_channel_of_zeros(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(after, before, rtol=0.0, atol=0.05 * float(before.abs().max()))
     buffers = dict(module.named_buffers())
     (key,) = (name for name, value in buffers.items() if name.endswith(".weight") and value.shape[2:] == (3, 3))
+    scale_of_none = float(buffers[f"{key}_scale"][4])  # a channel with neither weights nor bias
+    assert scale_of_none > 0 and not buffers[key][4].any() and not buffers[key.removesuffix("weight") + "bias"][4]
     held = buffers[f"{key}_scale"] * buffers[key.removesuffix("weight") + "bias"]
     torch.testing.assert_close(held, network.network.same[0].bias.detach(), rtol=0.0, atol=1e-3)
 
@@ -486,16 +491,31 @@ def loop() -> Any:
     return classifier(network)  # BN of what it reads now
 
 
+def accuracy_of_methods(network: Any, T: int) -> dict[str, float]:
+    """In 8 bits after T steps, on the calibration images, by PyTorch; scales are found at 3 steps."""
+    tracer, (images, labels) = Tracer(network, encoding="direct", uint8=True), calibration()
+    x, found = torch.from_numpy(images), {}
+    for name, scale in METHODS.items():
+        histograms, _ = record_currents(tracer.folded(3), x.split(32), None)
+        scales = {layer: scale(currents) for layer, currents in histograms.items()}
+        with torch.no_grad():
+            answers = Int8Network(tracer, scales)(x, T).mean(0).argmax(-1).numpy()
+        found[name] = float((answers == labels).mean())
+    return found
+
+
 @pytest.mark.parametrize("layout", ["unrolled", "step"])  # the dynamic one cannot be traced
 def test_a_loop_over_the_steps_has_one_scale_at_every_T(layout: str, tmp_path: Path) -> None:
-    exported = export(tmp_path / "m.onnx", layout, loop(), T=8)  # trained at 3
+    exported = export(tmp_path / "m.onnx", layout, loop(), T=5)  # trained at 3
     assert exported.int8 is not None and list(exported.int8["scales"]) == ["conv"]
     assert exported.parity is not None and exported.parity.spike_mismatch_rate <= 1e-4
+    # the methods are judged at the steps of the training
+    assert exported.int8["accuracy"] == accuracy_of_methods(loop(), 3) != accuracy_of_methods(loop(), 5)
     images = digits().images[:90]
     with torch.no_grad():
-        plain = loop()(torch.from_numpy(images), 8).transpose(0, 1).numpy()
-    quantised = Engine(exported.path, threads=1).run(images, 8).per_step
-    for T in range(1, 9):
+        plain = loop()(torch.from_numpy(images), 5).transpose(0, 1).numpy()
+    quantised = Engine(exported.path, threads=1).run(images, 5).per_step
+    for T in range(1, 6):
         agreement = (quantised[:, :T].mean(1).argmax(1) == plain[:, :T].mean(1).argmax(1)).mean()
         assert agreement > 0.9, T
 
@@ -537,9 +557,9 @@ class Twice(nn.Module):
     def forward(self, x: Tensor, T: int) -> Tensor:
         spikes = self.lif(self.encode(x, T))
         steps = []
-        for t in range(T):
-            one, other = (nn.functional.conv2d(spikes[t], weight) for weight in (self.a, self.b))
-            pair = self.bn1(self.shared(spikes[t])) - self.bn2(self.shared(spikes[t]))
+        for step in spikes:
+            one, other = (nn.functional.conv2d(step, weight) for weight in (self.a, self.b))
+            pair = self.bn1(self.shared(step)) - self.bn2(self.shared(step))
             steps.append(one + other + pair[..., 1:-1, 1:-1])
         logits: Tensor = self.readout(torch.stack(steps))
         return logits
@@ -605,6 +625,55 @@ def test_padded_and_repeated_spikes_are_spikes(tmp_path: Path) -> None:
     assert exported.parity is not None and exported.parity.spike_mismatch_rate <= 1e-4
 
 
+MOVES: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda s: torch.stack([*s]),
+    lambda s: torch.cat(s.chunk(2, dim=2)[::-1], 2).flip(-1),
+    lambda s: s.split([1, 2, 1], dim=2)[1].roll((1, -2), (3, 4)),
+    lambda s: s.split(3, dim=2)[0].repeat(1, 1, 2, 1, 1),
+    lambda s: nn.functional.pixel_unshuffle(nn.functional.pixel_shuffle(s, 2).mT, 2),
+    lambda s: nn.functional.channel_shuffle(s.flatten(0, 1), 2).unflatten(0, s.shape[:2]).narrow(2, 1, 2),
+    lambda s: s.movedim(3, 4).swapaxes(2, 3).unsqueeze(3).squeeze((3,)),
+)
+
+
+class Moved(nn.Module):
+    """Convolutions of spikes that were cut up, put together or moved."""
+
+    def __init__(self, *moves: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.encode, self.lif = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1)), LIF(v_th=0.3)
+        self.moves = moves
+        self.branches = nn.ModuleList(OverTime(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(10)) for _ in moves)
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.lif(self.encode(x, T))
+        moved = zip(self.moves, self.branches, strict=True)
+        return torch.stack([branch(move(spikes)) for move, branch in moved]).sum(0)
+
+
+def test_spikes_that_are_moved_are_spikes(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    exported = export(tmp_path / "m.onnx", network=classifier(Moved(*MOVES)), T=3)
+    assert exported.int8 is not None
+    assert list(exported.int8["scales"]) == [f"branches.{k}.0" for k in range(len(MOVES))]
+    assert exported.parity is not None and exported.parity.is_local
+    plain, native = (Engine(exported.path, threads=1, native=native) for native in (False, True))
+    assert all(layer["binary"] for layer in plain.metadata["layers"] if layer["precision"] == "int8")
+    images = digits().images[:20]
+    np.testing.assert_allclose(native.run(images, 3).per_step, plain.run(images, 3).per_step, rtol=0.0, atol=1e-5)
+
+
+def test_what_is_no_longer_spikes_stays_in_float32() -> None:
+    network = Moved(
+        lambda s: s.unbind(0)[0] + s,
+        lambda s: s.mean(2, keepdim=True),
+        lambda s: s.cumsum(0).chunk(2, 2)[0],
+        lambda s: torch.stack([s, s * 0.5]).sum(0),
+        lambda s: torch.stack([s, s * 0.5])[1],
+    )
+    assert not spiking_convolutions(Tracer(classifier(network), encoding="direct", uint8=True).folded(2))
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -643,7 +712,11 @@ def test_a_network_without_convolutions_of_spikes_is_refused(tmp_path: Path) -> 
             logits: Tensor = self.readout(self.lif(self.encode(x, T)))
             return logits
 
-    refused(tmp_path, "no convolution of the network reads spikes alone", INT8, calibration(), classifier(Dense()))
+    why = "no convolution of the network is seen to read spikes alone.* so none can run in int8"
+    refused(tmp_path, f"{why}; use --precision fp32$", INT8, calibration(), classifier(Dense()))
+    config = TrainConfig(T=2, epochs=1, qat=True, device="cpu", batch_size=64)
+    with pytest.raises(Int8Error, match=f"{why}; leave out --qat$"):
+        train(classifier(Dense()), digits(), None, config, tmp_path / "run", progress=False)
 
 
 @pytest.mark.slow

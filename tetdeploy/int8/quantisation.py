@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -183,7 +184,7 @@ def fake_quantised_conv(
 
 
 class Int8Error(ValueError):
-    """A network has nothing that could run in int8, or a layer that cannot."""
+    """A network has nothing that could run in int8, or a layer that cannot. What to do instead the caller knows."""
 
 
 def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = False) -> list[str]:
@@ -283,7 +284,7 @@ def _places(convolution: fx.Node) -> tuple[list[int], list[int], list[int], int]
 def _check_sums(name: str, convolution: fx.Node) -> None:
     count = _arguments(convolution)[1].meta["val"].shape[1:].numel()
     if 127 * count >= _EXACT:
-        raise Int8Error(f"{name} sums {count:,} weights, too many for exact 8-bit arithmetic; use --precision fp32")
+        raise Int8Error(f"{name} sums {count:,} weights, too many for exact 8-bit arithmetic")
 
 
 def _quantised_once(graph_module: fx.GraphModule, node: fx.Node, current: CurrentScale) -> fx.Node:
@@ -323,19 +324,26 @@ def _numbers(value: Any, dims: int, default: int) -> list[int]:
     return numbers * dims if len(numbers) == 1 else numbers
 
 
+_PARTS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _HAND_ON = {
-    *VIEWS, *DROPOUT, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int,
+    *VIEWS, *DROPOUT, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.narrow.default,
+    aten.movedim.int, aten.swapaxes.default, aten.mT.default, aten.squeeze.dims, aten.flip.default,
+    aten.roll.default, aten.repeat.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
+    aten.channel_shuffle.default,
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
     aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec,
 }  # fmt: skip
 
 
 def _hands_on(node: fx.Node) -> bool:
-    """Whether an operation only copies values, leaves some out, or puts zeros beside them."""
+    """Whether an operation only copies values, moves them, leaves some out, or puts zeros beside them."""
     if node.target is aten.pad.default:
         mode, value = (*node.args[2:4], None, None)[:2]  # without them "constant" and 0
         return mode not in (None, "constant") or not value
-    return node.target in _HAND_ON
+    if node.target is operator.getitem:
+        parts: Any = node.args[0]
+        return parts.target in _PARTS
+    return node.target in _HAND_ON or node.target in _PARTS
 
 
 def _is_spikes(node: Any) -> bool:
@@ -344,7 +352,7 @@ def _is_spikes(node: Any) -> bool:
         node = node.args[0]
     if not isinstance(node, fx.Node):
         return False
-    if node.target is aten.cat.default:
+    if node.target in (aten.cat.default, aten.stack.default):
         return all(_is_spikes(part) for part in node.args[0])  # type: ignore[union-attr]
     lif = node.args[0] if node.args else None
     return isinstance(lif, fx.Node) and lif.target is torch.ops.tetdeploy.lif.default and node.args[1:] == (0,)
