@@ -4,8 +4,9 @@
     tetdeploy export runs/own --model own_network:my_network --T 6
     tetdeploy sweep runs/own/model-T6.onnx
 
-`--model` is given to `export` again because no file can have code imported. Everything else is as for the built-in
-networks: BN folds, the sweep counts what fired. `--width`, `--tau`, `--v-th` and `--gamma` alone are yours to decide.
+`--model` is given to `export` again, and to `train --resume`, because no file can have code imported. Everything else
+is as for the built-in networks: BN folds, the sweep counts what fired. `--width`, `--tau`, `--v-th` and `--gamma` alone
+are yours to decide.
 What the network must keep to: images [N, C, H, W] with T, or frames [T, N, C, H, W], become logits [T, N, K], only the
 neurons carry anything from one step to the next, and their currents are [T, N, ...]: tokens or windows have an axis of
 their own there, and are not merged into the batch.

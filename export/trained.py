@@ -79,6 +79,10 @@ class Trained:
             data: a data set's name, or a `.npz`; None is the training's. Never its test set.
             encoding: of the export.
             num_calibration: 0 for none.
+
+        Raises:
+            ValueError: the data are images and the export takes recordings, or the other way round; and what
+                `load_parts` and `load_frames` raise.
         """
         own = str(self.metadata["data"]["name"])
         name = data or own
@@ -87,6 +91,8 @@ class Trained:
             return (x, labels), _last(x, labels, num_calibration)
         fraction = float(self.metadata["training"].get("val_fraction", 0.0)) if same_data(name, own) else 0.0
         train, val = load_parts(name, data_dir=data_dir, T=self.T, fraction=fraction)
+        if train.encoding != encoding:
+            raise ValueError(self._other_encoding(train, encoding))
         if val is not None and holds_out_others(name, val, self.metadata["data"]):
             warnings.warn(
                 f"{name}: the training held out other images than are found here, so that the check is on some it was "
@@ -95,6 +101,14 @@ class Trained:
                 stacklevel=2,
             )
         return check_images(train, val, num_check), _last(train.x, train.labels, num_calibration)
+
+    def _other_encoding(self, data: LabelledSet, encoding: Encoding) -> str:
+        """What to say of data that an export of this encoding cannot be checked on."""
+        wanted, held = "images", "recordings"
+        if encoding == "frames":
+            wanted, held = "recordings (an event set, or a .npz of frames)", "images"
+        other = "leave out --encoding" if data.encoding == self.encoding else f"take --encoding {data.encoding}"
+        return f"--encoding {encoding} needs {wanted}, and {data.name} has {held}: name others with --data, or {other}"
 
 
 def check_images(train: LabelledSet, val: LabelledSet | None, count: int) -> Labelled:

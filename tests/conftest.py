@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -22,6 +23,8 @@ pytest_plugins = ["ci_skips"]
 TracedOnnxFunction.function_ir = property(cache(TracedOnnxFunction.function_ir.fget))
 _schemas.op_signature_from_function = cache(_schemas.op_signature_from_function)  # a sixth, of 500 functions again
 torch._export.utils._materialize_cpp_cia_ops = cache(torch._export.utils._materialize_cpp_cia_ops)  # 30 times each
+
+gc.set_threshold(20_000, 20, 20)  # a twelfth of the suite, most of it over what PyTorch and onnxscript keep for good
 
 settings.register_profile("the same examples each time", derandomize=True, deadline=None, database=None)
 settings.load_profile("the same examples each time")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tetdeploy.data import ImageSet, load_data
 from tetdeploy.engine import Engine
@@ -137,6 +137,21 @@ def unchecked(network: nn.Module, path: Path, config: ExportConfig) -> Engine:
     graph, *_ = model.build_graph(classifier(network), config)
     path.write_bytes(ir.to_proto(graph.model).SerializeToString())
     return Engine(path, threads=1)
+
+
+class SideBySide(nn.Module):
+    """Networks of the same input, whose logits are added: one export instead of one for each.
+
+    Args:
+        kinds: called with a seed each: of layers with the same weights the exporter would make one.
+    """
+
+    def __init__(self, *kinds: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(kind(seed) for seed, kind in enumerate(kinds))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        return torch.stack([network(x, T) for network in self.networks]).sum(0)
 
 
 # Of what a TensorRT engine may hold, for the tests of its builder and of its runner.

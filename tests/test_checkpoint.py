@@ -308,6 +308,9 @@ def test_folders_that_were_made_go_again_where_nothing_is_written(write: Any, tm
     with write(tmp_path / "a" / "b" / "c"), pytest.raises(ValueError, match="it"), write(tmp_path / "a" / "d" / "e"):
         fails()
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a", "a/b", "a/b/c"]
+    plain = tmp_path / "plain"
+    plain.touch() if write is atomic_write else plain.mkdir()
+    assert (tmp_path / "a" / "b" / "c").stat().st_mode == plain.stat().st_mode  # whoever may read that may read this
 
 
 def test_a_folder_that_cannot_be_made_is_named(saved: Path) -> None:

@@ -22,15 +22,17 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from image_helpers import write_deep_png
 from PIL import Image
 
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
-from tetdeploy.cli.options import newest_export
+from tetdeploy.cli.export import _next as after_export
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.data import load_data
 from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier, NetworkConfig
+from tetdeploy.run_folder import newest_export
 
 
 @pytest.fixture(autouse=True)
@@ -126,8 +128,10 @@ class TestCommands:
         ],
     )
     def test_an_export_goes_on_with_what_runs_its_target(self, target: str, command: str, workplace: Path) -> None:
-        result = run("export", "--target", target, "--check", "0", "--out", "m.onnx")
-        assert result.output.endswith(f"next: tetdeploy {command.format('m.onnx')}\n")
+        assert " ".join(after_export(Path("m.onnx"), target)) == command.format("m.onnx")
+        if target == "tensorrt-rtx":
+            result = run("export", "--target", target, "--check", "0", "--out", "m.onnx")
+            assert result.output.endswith(f"next: tetdeploy {command.format('m.onnx')}\n")
         name, *arguments = command.format("m.onnx").split()
         main.commands[name].make_context(name, arguments).close()  # it parses
 
@@ -296,6 +300,28 @@ class TestCommands:
         assert trained.exit_code == 0, trained.output
         assert "silent_net:net has no LIF or IF of tetdeploy.neurons" in " ".join(trained.output.split())
 
+    def test_an_own_network_is_resumed_only_when_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "cut_net.py").write_text(
+            "import signal\n"
+            "from torch import nn\n"
+            "class Net(nn.Linear):\n"
+            "    def forward(self, x, T):\n"
+            "        signal.raise_signal(signal.SIGINT)\n"
+            "        return super().forward(x.flatten(1)).expand(T, -1, -1)\n"
+            "def net(num_classes, in_channels, image_size):\n"
+            "    return Net(64, num_classes)\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        own = ("--model", "cut_net:net")
+        for options in ((), ("--seeds", "0,1")):
+            again = f"train --resume runs/own{len(options)}"
+            cut = run("train", *own, "--epochs", "2", *options, "--out", again.split()[-1])
+            assert cut.exit_code == 130 and cut.output.endswith(f"go on with: tetdeploy {again} --model cut_net:net\n")
+            del sys.modules["cut_net"]
+            assert "holds a network of your own: pass --model cut_net:net" in refused(*again.split())
+            assert "cut_net" not in sys.modules
+            assert run(*again.split(), *own).exit_code == 130
+
     def test_resume_goes_on_to_the_weights_of_an_uninterrupted_run(self, tmp_path: Path) -> None:
         options = ["--epochs", "3", "--width", "0.25", "--T", "2"]
         assert run("train", *options, "--out", "whole").exit_code == 0
@@ -431,7 +457,9 @@ class TestBadInput:
         assert not Path("runs").exists()
 
     def test_picojoules_that_cannot_be(self, workplace: Path) -> None:
-        assert "ac_pj must be a positive number of picojoules, got 0" in refused("sweep", "--ac-pj", "0")
+        assert "ac_pj must be a positive number of picojoules, at most a joule, got 0" in refused(
+            "sweep", "--ac-pj", "0"
+        )
         assert "mac_pj must be at least ac_pj=0.9; got 0.5" in refused("sweep", "--mac-pj", "0.5")
         assert "'paper', 'exact', 'once'" in refused("sweep", "--energy", "total", code=2)
 
@@ -448,8 +476,11 @@ class TestBadInput:
         assert "cannot be read as an image" in refused("predict", MODEL, "b.png")
         refused("predict", MODEL, "a.png", "--T", "1000000000", code=2)
         assert "no image at c.png" in refused("predict", MODEL, "c.png")
-        Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save("deep.png")  # as white as black, cut to 8 bits
-        assert "pixel format I;16 is not 8 bits a channel" in refused("predict", MODEL, "deep.png")
+
+    def test_16_bits_a_channel(self, workplace: Path) -> None:
+        for kind, pixels in (("grey", "I;16"), ("RGB", "RGB;16"), ("RGBA", "RGBA;16")):
+            write_deep_png(Path("deep.png"), kind, width=8, height=8)
+            assert f"pixel format {pixels} is not 8 bits a channel" in refused("predict", MODEL, "deep.png")
 
     def test_an_image_too_large_for_pillow(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Image.fromarray(np.zeros((8, 8), np.uint8)).save("bomb.png")
@@ -481,6 +512,15 @@ class TestBadInput:
         assert run(*arguments).exit_code == 0
         np.savez("nan.npz", images=np.full((2, 4, 1, 8, 8), np.nan, np.float32), labels=np.zeros(2, np.int64))
         assert "NaN" in refused("sweep", "f.onnx", "--data", "nan.npz")
+
+    def test_frames_from_images_and_the_other_way_round(self, workplace: Path) -> None:
+        np.savez("frames.npz", images=np.zeros((30, 4, 1, 8, 8), np.uint8), labels=np.zeros(30, np.int64))
+        needs = "--encoding frames needs recordings (an event set, or a .npz of frames), and digits has images: "
+        said = " ".join(refused("export", "--encoding", "frames").split())
+        assert f"{needs}name others with --data, or leave out --encoding" in said
+        said = " ".join(refused("export", "--data", "frames.npz").split())
+        assert "--encoding direct needs images, and frames.npz has recordings: name others with --data, or" in said
+        assert said.endswith("take --encoding frames")
 
     def test_checkpoints_that_are_none(self, workplace: Path) -> None:
         file = Path("runs/digits-convsnn/checkpoint.safetensors")
@@ -606,6 +646,8 @@ class TestBadInput:
             ("bench", MODEL, "--json", f"{RUN}/checkpoint.safetensors"),
             ("sweep", MODEL, "--plot", MODEL),
             ("report", RUN, "-o", MODEL),
+            ("report", RUN, "-o", f"{RUN}/config.json"),
+            *((command, MODEL, "--json", f"{RUN}/model-T3.reference.npz") for command in ("validate", "inspect")),
             ("report", RUN, "--markdown", f"{RUN}/last.safetensors"),
         ],
     )

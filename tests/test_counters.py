@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,8 @@ from tetdeploy.export.config import Layout
 from tetdeploy.export.counters import Layers, counting_overlay
 from tetdeploy.export.neuron_steps import Neurons
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
-from tetdeploy.networks import Classifier, ResNet19
+from tetdeploy.networks import Classifier
+from tetdeploy.networks.blocks import ResidualBlock
 from tetdeploy.networks.sew_resnet34 import SEWBlock
 from tetdeploy.neurons import IF, LIF
 
@@ -164,43 +164,42 @@ REPEATED: dict[str, Callable[[Tensor, int], Tensor]] = {
     "to_steps_first": lambda x, T: x.repeat(T, 1, 1, 1),
     "to_batch_first": lambda x, T: x.unsqueeze(1).repeat(1, T, 1, 1, 1).flatten(0, 1),  # as the authors do
     "by_a_view": lambda x, T: x.unsqueeze(1).expand(-1, T, -1, -1, -1).flatten(0, 1),
-    "by_concat": lambda x, T: torch.cat([x] * T),
     "flat": lambda x, T: x.flatten(1).unsqueeze(1).repeat(1, T, 1),
     "flat_by_a_view": lambda x, T: x.flatten(1).unsqueeze(1).expand(-1, T, -1),
+    "by_concat": lambda x, T: torch.cat([x] * T),
 }
 
 
 class RepeatsTheImage(nn.Module):
-    """The image is repeated within the batch, before the first layer."""
+    """The image is repeated within the batch, before each of the first layers."""
 
-    def __init__(self, repeated: str) -> None:
+    def __init__(self, *repeated: str) -> None:
         super().__init__()
-        self.encode = nn.Linear(64, 72) if "flat" in repeated else nn.Conv2d(1, 2, 3)
-        self.readout, self.lif = nn.Linear(72, 10), LIF(v_th=0.3)
-        self.repeated = repeated
+        first = {name: nn.Linear(64, 72) if "flat" in name else nn.Conv2d(1, 2, 3) for name in repeated}
+        self.first, self.readout, self.lif = nn.ModuleDict(first), nn.Linear(72 * len(first), 10), LIF(v_th=0.3)
 
     def forward(self, x: Tensor, T: int) -> Tensor:
-        currents = self.encode(REPEATED[self.repeated](x, T))
-        if "flat" in self.repeated:
-            currents = currents.transpose(0, 1)
-        elif self.repeated in ("to_batch_first", "by_a_view"):
-            currents = currents.unflatten(0, (x.shape[0], T)).transpose(0, 1)
-        else:
-            currents = currents.unflatten(0, (T, x.shape[0]))
-        return self.readout(self.lif(currents).flatten(2))
+        currents = []
+        for name, layer in self.first.items():
+            current = layer(REPEATED[name](x, T))
+            if "flat" in name:
+                current = current.transpose(0, 1)
+            elif name in ("to_batch_first", "by_a_view"):
+                current = current.unflatten(0, (x.shape[0], T)).transpose(0, 1)
+            else:
+                current = current.unflatten(0, (T, x.shape[0]))
+            currents.append(current.flatten(2))
+        return self.readout(self.lif(torch.cat(currents, -1)))
 
 
-@pytest.mark.parametrize(("options", "repeated"), [
-    *itertools.product(({"T": 3}, {"T": 3, "with_state": True}, {"layout": "step"}), REPEATED),
-    *itertools.product([{"layout": "dynamic"}], [name for name in REPEATED if name != "by_concat"]),
-])  # fmt: skip
-def test_an_image_repeated_within_the_batch_counts_once_a_step(
-    options: dict[str, Any], repeated: str, tmp_path: Path
-) -> None:
-    metadata = unchecked(RepeatsTheImage(repeated), tmp_path / "m.onnx", ExportConfig(**options)).metadata
-    first, _ = layers_of(metadata)
-    assert (first.name, first.positions, first.once) == ("encode", 1, options.get("layout") == "step")
-    assert metadata["other_ops"]["bias_adds"] == {"encode": 72, "readout": 10}
+@pytest.mark.parametrize("options", [{"T": 3}, {"T": 3, "with_state": True}, {"layout": "step"}, {"layout": "dynamic"}])
+def test_an_image_repeated_within_the_batch_counts_once_a_step(options: dict[str, Any], tmp_path: Path) -> None:
+    names = [name for name in REPEATED if (name, options) != ("by_concat", {"layout": "dynamic"})]
+    metadata = unchecked(RepeatsTheImage(*names), tmp_path / "m.onnx", ExportConfig(**options)).metadata
+    once = options.get("layout") == "step"
+    found = {layer.name: (layer.positions, layer.once) for layer in layers_of(metadata)}
+    assert found == {f"first.{name}": (1, once) for name in names} | {"readout": (1, False)}
+    assert metadata["other_ops"]["bias_adds"] == {f"first.{name}": 72 for name in names} | {"readout": 10}
     assert metadata["uncounted"] == []
 
 
@@ -361,22 +360,34 @@ def test_biases_are_counted_for_every_output(layout: str) -> None:
     }
 
 
+class Residuals(nn.Module):
+    """Blocks as ResNet-19's on 8x8 pixels: 8 channels twice, and 16 at 4x4; then means of spikes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1, self.lif2 = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1), tdBN(4)), LIF(), LIF()
+        shapes = [(4, 8, 1), (8, 8, 1), (8, 16, 2)]
+        neuron = {"tau": 0.5, "v_th": 1.0, "gamma": 1.0}
+        self.blocks = nn.Sequential(*(ResidualBlock(c, out, stride=stride, **neuron) for c, out, stride in shapes))
+        self.fc1 = OverTime(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 12))
+        self.fc2 = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        return self.fc2(self.lif2(self.fc1(self.blocks(self.lif1(self.encode(x, T))))))
+
+
 @pytest.mark.parametrize("options", [{"layout": "dynamic"}, {"T": 3, "with_state": True}])
 def test_residual_sums_are_counted(options: dict[str, Any], tmp_path: Path) -> None:
-    """ResNet-19 at width 1/16 on 8x8 pixels: 4 channels, then 8 x3 at 8x8, 16 x3 at 4x4, 32 x2 at 2x2."""
-    net = ResNet19(num_classes=10, in_channels=1, image_size=(8, 8), width=1 / 16)
-    metadata = unchecked(net, tmp_path / "m.onnx", ExportConfig(**options)).metadata
-    sums = [8 * 64] * 3 + [16 * 16] * 3 + [32 * 4] * 2
-    assert metadata["other_ops"]["residual_adds"] == {f"blocks.{k}": size for k, size in enumerate(sums)}
+    metadata = unchecked(Residuals(), tmp_path / "m.onnx", ExportConfig(**options)).metadata
+    sums = {"blocks.0": 8 * 64, "blocks.1": 8 * 64, "blocks.2": 16 * 16}
+    assert metadata["other_ops"]["residual_adds"] == sums
     assert metadata["other_ops"]["batch_norm_macs"] == {}
-    biases = metadata["other_ops"]["bias_adds"]
-    assert {name: biases[name] for name in ("encode.0", "blocks.3.layer1.0", "blocks.3.shortcut.0", "fc1.2")} == {
-        "encode.0": 4 * 64,
-        "blocks.3.layer1.0": 16 * 16,
-        "blocks.3.shortcut.0": 16 * 16,
-        "fc1.2": 16,
-    }
-    assert not any(layer.binary for layer in layers_of(metadata) if layer.name == "fc1.2")  # behind average pooling
+    convolutions = {f"{block}.layer{n}.0": size for block, size in sums.items() for n in (1, 2)}
+    shortcuts = {f"{block}.shortcut.0": sums[block] for block in ("blocks.0", "blocks.2")}
+    others = {"encode.0": 4 * 64, "fc1.2": 12, "fc2": 10}
+    assert metadata["other_ops"]["bias_adds"] == convolutions | shortcuts | others
+    binary = {layer.name: layer.binary for layer in layers_of(metadata)}
+    assert [name for name, alone in binary.items() if not alone] == ["encode.0", "fc1.2"]  # the image, and means
 
 
 class Sums(nn.Module):

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from image_helpers import DEEP, write_deep_png
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -484,8 +485,12 @@ def add_file(name: str, content: bytes) -> Callable[[Path], None]:
     return change
 
 
-def add_image(name: str, *shape: int, dtype: Any = np.uint8) -> Callable[[Path], Any]:
-    return lambda root: write_image(root / name, noise(*shape).astype(dtype))
+def add_image(name: str, *shape: int) -> Callable[[Path], Any]:
+    return lambda root: write_image(root / name, noise(*shape))
+
+
+def add_deep_image(name: str, kind: str) -> Callable[[Path], Any]:
+    return lambda root: write_deep_png(root / name, kind)
 
 
 def cut(name: str) -> Callable[[Path], Any]:
@@ -499,7 +504,7 @@ def cut(name: str) -> Callable[[Path], Any]:
         (add_file("test/cat/x.png", b""), r"1 of 13 images cannot be read: .*x.png \(0 bytes"),
         (cut("test/ant/0.png"), r"1 of 12 images cannot be read: .*ant/0.png"),
         (lambda root: (root / "train/cat/l.png").symlink_to("gone.png"), r"1 of 13 images cannot be read: .*l.png"),
-        (add_image("train/cat/x.png", 4, 6, dtype=np.uint16), r"pixel format I;16 is not 8 bits a channel"),
+        *((add_deep_image("train/cat/x.png", kind), r"x.png \(pixel format .*;16 is not 8 bits") for kind in DEEP),
         (
             add_image("test/cat/x.png", 5, 8, 3),
             r"2 sizes \(width x height\): 12 of 6x4, 1 of 8x5; .* 1: .*test/cat/x.png",

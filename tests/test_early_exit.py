@@ -65,6 +65,12 @@ def test_what_an_exit_refuses(options: dict[str, Any], message: str) -> None:
         Exit(**options)
 
 
+def test_numbers_of_numpy_are_kept_as_pythons() -> None:
+    exit = Exit(np.float32(0.1), min_T=np.int64(2))  # type: ignore[arg-type]
+    assert exit == Exit(float(np.float32(0.1)), min_T=2)
+    assert (type(exit.threshold), type(exit.min_T)) == (float, int)
+
+
 # --------------------------------------------------------------------------------------------------------- the engine
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
-from export_helpers import digits, engine, exported
+from export_helpers import digits, engine, exported, frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -37,7 +38,8 @@ from tetdeploy.early_exit.threshold import (
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.provenance import images_sha256
-from tetdeploy.report.early_exit import _frontier_table, by_steps, compared
+from tetdeploy.report.early_exit import _frontier_table, by_steps, calibration_shown, compared, savings_shown
+from tetdeploy.report.early_exit import rule as rule_shown
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
 
@@ -233,6 +235,22 @@ def test_what_loses_as_much_as_is_allowed_is_rarely_shown_to_lose_less(gains: fl
         assert (law(expected + gains, count)[:, None] * law(gains, count))[shown].sum() < 0.0257
 
 
+@pytest.mark.parametrize(
+    ("num_images", "loss", "gains", "most"),
+    [(20, 0.05, 0.18, 0.031), (23, 0.01, 0.18, 0.031), (300, 0.2, 0.28, 0.026), (26, 0.3, 0.34999, 0.038)],
+)
+def test_few_images_nearly_keep_the_level(num_images: int, loss: float, gains: float, most: float) -> None:
+    """By the trinomial law, where it is worst."""
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, num_images + 1)))])  # of factorials
+    lost, gained = np.mgrid[: num_images + 1, : num_images + 1].reshape(2, -1)
+    lost, gained = (count[lost + gained <= num_images] for count in (lost, gained))
+    same = num_images - lost - gained
+    chance = logs[num_images] - logs[lost] - logs[gained] - logs[same]
+    chance += lost * np.log(gains + loss) + gained * np.log(gains) + same * np.log1p(-2 * gains - loss)
+    shown = shows_less(num_images, lost, gained, loss)
+    assert most - 0.001 < np.exp(chance[shown]).sum() < most
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_engine_does_what_the_calibration_says(criterion: Any) -> None:
     x, labels = own_labels(0, 90)
@@ -272,6 +290,28 @@ def test_savings_are_those_of_the_steps_that_each_image_took() -> None:
         assert early["fixed_cost"][key] == pytest.approx(result["rows"][-1][key])
         assert early["cost"][key] < early["fixed_cost"][key]
     assert early["speedup"] == pytest.approx(early["fixed_seconds"] / early["seconds"])
+
+
+def test_results_for_numbers_of_numpy_are_json() -> None:
+    runner, (x, labels) = engine("step"), own_labels(0, 4)
+    found = find_threshold(run_answers(runner, x, labels, np.int64(2)), loss=np.float32(0.5), min_T=np.int64(1))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(found.to_dict(runner, "digits")))["allowed_loss"] == 0.5
+    exit = Exit(np.float32(0.5), min_T=np.int64(2))  # type: ignore[arg-type]
+    result = measure(runner, x, labels, exit, np.int64(3), batch_size=np.int64(2))  # type: ignore[arg-type]
+    early = json.loads(json.dumps(result))["early_exit"]
+    assert [early[key] for key in ("threshold", "min_T", "T", "batch_size")] == [0.5, 2, 3, 2]
+
+
+def test_labels_that_do_not_fit_are_refused() -> None:
+    x, labels = own_labels(0, 4)
+    for wrong, message in (
+        (labels[:3], "every image needs a label: 4 images, 3 labels"),
+        (labels + 10, r"labels run from \d+ to \d+, but step\.onnx has 10 classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_answers(engine("step"), x, wrong, 2)
+        with pytest.raises(ValueError, match=message):
+            measure(engine("step"), x, wrong, Exit(0.5), 2)
 
 
 def test_both_ways_take_turns_after_a_round_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +382,14 @@ def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_pat
     assert result["early_exit"]["mean_T"] == pytest.approx(content["mean_T"])
     assert result["early_exit"]["accuracy"] == pytest.approx(content["accuracy"])
     assert f"{content['mean_T']:.2f}" in done.output and "× faster" in done.output
+    assert "promises nothing" not in done.output
+    options = "--limit", 50, "--batch-size", 16, "--json", tmp_path / "longer.json"
+    done = run("early-exit", model, "--data", held_out, "--T", T + 1, *options)
+    said = " ".join(done.output.split())
+    assert done.exit_code == 0 and f"was found for T={T} and promises nothing against T={T + 1}; for that run" in said
+    longer = json.loads((tmp_path / "longer.json").read_text())
+    assert (longer["data"], longer["num_samples"]) == (str(held_out), 50)
+    assert [longer["early_exit"][key] for key in ("T", "batch_size")] == [T + 1, 16]
 
     done = run("report", tmp_path / "m.early-exit.json", "-o", tmp_path / "r.html", "--markdown", tmp_path / "r.md")
     assert done.exit_code == 0 and "Early exit" in done.output, done.output
@@ -356,6 +404,76 @@ def test_what_calibrate_and_early_exit_print() -> None:
     table = _frontier_table({"frontier": [rule | paired], "allowed_loss": 0.001, "T": 3})
     (cells,) = zip(*(column.cells for column in table.columns), strict=True)
     assert cells == ("0.1*", "margin", "0.5000", "90.00%", "2.00 ± 3.10", "7 / 3", "1.50", "50%")
+
+
+@pytest.mark.parametrize(
+    ("num_images", "turned", "options", "said"),
+    [
+        (3700, "right", {}, None),  # too few to show 0.1 points if no answer changed; here the first to stop gains
+        (
+            3700,
+            "same",
+            {},
+            "3,700 images show no loss below 0.1 points with 95 % confidence; calibrate on 3,838 or more",
+        ),
+        (3700, "same", {"loss": 0.0}, "3,700 images show no loss below 0.1 points with 95 % confidence; allow more"),
+        (5000, "same", {}, None),
+        (
+            5000,
+            "wrong",
+            {},
+            "too many of the surest answers before T=2 are right only at T=2; calibrate on more images",
+        ),
+        (5000, "wrong", {"min_T": 2}, "2 steps are the fewest, and the most"),
+        (
+            500,
+            "wrong",
+            {"confident": False},
+            "at every other threshold more is lost on these images than may be; allow",
+        ),
+        (500, "same", {"confident": False}, None),
+        (500, "same", {}, "500 images show no loss below 0.76 points"),
+        (1000, "same", {"confident": False}, None),
+    ],
+)
+def test_calibrate_says_why_no_image_stops_early(
+    num_images: int, turned: str, options: dict[str, Any], said: str | None
+) -> None:
+    sure = np.linspace(0.99, 0.1, num_images)[:, None].repeat(2, axis=1)
+    right = np.ones((num_images, 2), bool)
+    right[0] = turned != "wrong", turned != "right"
+    if not options.get("confident", True) and turned == "wrong":
+        sure[:] = 0.5  # so that all stop at once or none
+    found = find_threshold(Answers(right, dict.fromkeys(CRITERIA, sure)), **options)
+    lines = strings(calibration_shown(found.to_dict(engine("step"), "digits")))
+    assert lines[0].endswith(f"step.onnx   {num_images:,} images of digits   T=2")
+    assert lines[1].startswith("[dim]every image the same T, 1 to 2: ") and lines[-1].startswith("steps  1: ")
+    promise = "a test shows that less is lost than may be" if found.confident else "it is within what may be lost"
+    assert lines[2].endswith(f"{promise}[/dim]")
+    few = [line for line in lines if line.startswith("one image is ")]
+    assert len(few) == (num_images == 500 and not found.confident)
+    assert all(line.startswith("one image is 0.2 points here, more than may be lost") for line in few)
+    told = [line for line in lines if line.startswith("no image stops early: ")]
+    assert len(told) == (said is not None) == (found.point.mean_T == 2)
+    assert not told or told[0].startswith(f"no image stops early: {said}")
+
+
+def strings(parts: Iterable[Any]) -> list[str]:
+    return [part for part in parts if isinstance(part, str)]
+
+
+@pytest.mark.parametrize(("load", "busy"), [(None, False), (0.9, False), (1.0, True)])
+def test_savings_are_shown_with_their_rule_and_what_they_were_measured_on(load: float | None, busy: bool) -> None:
+    machine = {"cpu": "a CPU", "cores": 2, "gpu": None, "provider": "CPUExecutionProvider"}
+    result = {"model": "[b]/m.onnx", "data": "digits", "num_samples": 1200, "machine": machine}
+    assert strings(savings_shown(result | {"early_exit": EARLY_EXIT | {"min_T": 2, "load": load}})) == [
+        r"\[b]/m.onnx   1,200 images of digits   confidence > 0.9300, from T=2",
+        "steps  1: 60.0%   2: 30.0%   3: 10.0%",
+        "[dim]a CPU, 2 cores, CPUExecutionProvider, batches of 64[/dim]",
+        "[dim]Against T=3 for every image, answers turned wrong: 7, right: 3.[/dim]",
+        *["[dim]1.0 processes were running when this began: an idle machine is faster[/dim]"] * busy,
+    ]
+    assert rule_shown(EARLY_EXIT) == "confidence > 0.9300"
 
 
 def test_what_is_saved_is_told_as_all_steps_over_those_taken() -> None:
@@ -434,6 +552,32 @@ def test_what_early_exit_refuses(model: Path, held_out: Path) -> None:
     assert done.exit_code == 1 and "holds the threshold of another model" in done.output
 
 
+def test_frames_are_calibrated_for_the_steps_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = tmp_path / "m.onnx", tmp_path / "frames.npz"
+    shutil.copy(exported("step", encoding="frames"), model)
+    np.savez(data, images=frames(12, 5), labels=np.arange(12) % 10)
+    done = run("calibrate", model, "--data", data)
+    assert done.exit_code == 0 and load_rule(model)[1] == 4, done.output
+    monkeypatch.setattr(Engine, "run", no_work)
+    for command in ("calibrate", "early-exit"):
+        done = run(command, model, "--data", data, "--T", 6)
+        assert done.exit_code == 1 and "T=6 steps need as many frames, got 5" in done.output
+
+
+def test_early_exit_tells_of_a_model_of_an_earlier_checkpoint(model: Path) -> None:
+    describe(model, source={"checkpoint_sha256": "00"})
+    (model.parent / "checkpoint.safetensors").touch()
+    said = " ".join(run("early-exit", model).output.split())
+    assert "m.onnx was exported from another checkpoint than" in said
+
+
+def test_data_are_looked_for_where_data_dir_says(model: Path, held_out: Path, tmp_path: Path) -> None:
+    assert run("calibrate", model, "--data", held_out, "--T", 1).exit_code == 0
+    for command in ("calibrate", "early-exit"):
+        done = run(command, model, "--data", "cifar10", "--data-dir", tmp_path / "nowhere")
+        assert done.exit_code == 1 and str(tmp_path / "nowhere") in done.output
+
+
 def test_a_path_with_brackets_is_no_markup(tmp_path: Path, held_out: Path) -> None:
     (tmp_path / "[red]").mkdir()
     model = Path(shutil.copy(exported("step"), tmp_path / "[red]" / "m.onnx"))
@@ -441,7 +585,12 @@ def test_a_path_with_brackets_is_no_markup(tmp_path: Path, held_out: Path) -> No
     for arguments in commands:
         done = run(*arguments, "--data", held_out)
         assert done.exit_code == 0, done.output
-        assert "[red]/m.onnx120imagesof" in "".join(done.output.split())
+        said, folder = "".join(done.output.split()), model.parent
+        assert "[red]/m.onnx120imagesof" in said
+        if arguments[0] == "calibrate":
+            assert said.endswith(f"{exit_path(model)}next:tetdeployearly-exit{model}")
+        if arguments[0] == "early-exit":
+            assert said.endswith(f"{folder}/m.early-exit.jsonnext:tetdeployreport{folder}/m.early-exit.json")
 
 
 def test_a_threshold_that_cannot_be_written_is_named(model: Path, held_out: Path) -> None:
@@ -522,8 +671,9 @@ def test_ctrl_c_leaves_nothing_behind(
         return engine_run(self, x, *arguments, **options)
 
     monkeypatch.setattr(Engine, "run", interrupted)
-    done = run(command, model, "--data", held_out)
-    assert done.exit_code == 130 and "interrupted; no file is left half written" in done.output and len(calls) == 2
+    done = run(command, model, "--data", held_out, "--batch-size", 30)
+    assert done.exit_code == 130 and "interrupted; no file is left half written" in done.output
+    assert calls == [30, 30]
     assert sorted(path.name for path in model.parent.iterdir()) == before
 
 

@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from export_helpers import classifier, convsnn, digits, engine, frames, unchecked
+from export_helpers import SideBySide, classifier, convsnn, digits, engine, frames, unchecked
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -252,9 +252,10 @@ def test_the_constants_of_a_precision_and_of_ones_own() -> None:
 @pytest.mark.parametrize(("precision", "own", "match"), [
     ("fp4", {}, "no cited energies for precision 'fp4', only for fp32, fp16, int8; give your own with --ac-pj"),
     ("fp4", {"ac_pj": 1.0}, "no cited energies for precision 'fp4'"),
-    ("fp32", {"ac_pj": 0.0}, "ac_pj must be a positive number of picojoules, got 0"),
-    ("fp32", {"mac_pj": -1.0}, "mac_pj must be a positive number of picojoules, got -1"),
-    ("fp32", {"mac_pj": float("nan")}, "mac_pj must be a positive number of picojoules, got nan"),
+    ("fp32", {"ac_pj": 0.0}, "ac_pj must be a positive number of picojoules, at most a joule, got 0"),
+    ("fp32", {"mac_pj": -1.0}, "mac_pj must be a positive number of picojoules, at most a joule, got -1"),
+    ("fp32", {"mac_pj": 1e300}, "mac_pj must be a positive number of picojoules, at most a joule, got 1e"),
+    ("fp32", {"mac_pj": float("nan")}, "mac_pj must be a positive number of picojoules, at most a joule, got nan"),
     ("fp32", {"ac_pj": 5.0}, "contains an accumulate, so mac_pj must be at least ac_pj=5.0; got 4.6"),
 ])  # fmt: skip
 def test_constants_that_cannot_be(precision: str, own: dict[str, float], match: str) -> None:
@@ -510,10 +511,10 @@ def test_a_layer_that_has_steps_and_tokens_in_one_axis_counts_each_step(layout: 
 class Rows(nn.Module):
     """The rows of the image as tokens, merged with the batch or not."""
 
-    def __init__(self, merged: bool) -> None:
+    def __init__(self, seed: int, merged: bool) -> None:
         super().__init__()
         with torch.random.fork_rng():
-            torch.manual_seed(12)
+            torch.manual_seed(seed)
             self.embed, self.mlp, self.readout = nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(40, 10)
         self.lif, self.merged = LIF(v_th=0.3), merged
 
@@ -526,20 +527,21 @@ class Rows(nn.Module):
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-@pytest.mark.parametrize("merged", [False, True])
-def test_a_layer_on_tokens_counts_every_token(layout: str, merged: bool, tmp_path: Path) -> None:
-    net, x, T = classifier(Rows(merged)), digits().images[:40], 8  # as many steps as tokens: not to be mistaken
+def test_a_layer_on_tokens_counts_every_token(layout: str, tmp_path: Path) -> None:
+    both = SideBySide(partial(Rows, merged=False), partial(Rows, merged=True))
+    net, x, T = classifier(both), digits().images[:40], 8  # as many steps as tokens: not to be mistaken
     made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout=layout, T=T), x)  # type: ignore[arg-type]
     assert made.uncounted == ()
-    operations = counted(Engine(made.path, threads=1), x[:11], T)
-    np.testing.assert_array_equal(operations.counts["embed"], np.full(T, 11 * 8 * 8 * 6))
-    spikes: list[Tensor] = []
-    hook = net.network.lif.register_forward_hook(lambda m, i, o: spikes.append(o))  # type: ignore[operator, union-attr]
-    with torch.no_grad():
-        net(torch.from_numpy(x[:11]), T)
-    hook.remove()
-    np.testing.assert_array_equal(operations.counts["mlp"], spikes[0].flatten(1).sum(1).numpy() * 5)
-    np.testing.assert_array_equal(operations.counts["readout"], spikes[1].flatten(1).sum(1).numpy() * 10)
+    counts = counted(Engine(made.path, threads=1), x[:11], T).counts
+    for k, network in enumerate(both.networks):
+        spikes: list[Tensor] = []
+        hook = network.lif.register_forward_hook(lambda m, i, o, spikes=spikes: spikes.append(o))
+        with torch.no_grad():
+            net(torch.from_numpy(x[:11]), T)
+        hook.remove()
+        np.testing.assert_array_equal(counts[f"networks.{k}.embed"], np.full(T, 11 * 8 * 8 * 6))
+        np.testing.assert_array_equal(counts[f"networks.{k}.mlp"], spikes[0].flatten(1).sum(1).numpy() * 5)
+        np.testing.assert_array_equal(counts[f"networks.{k}.readout"], spikes[1].flatten(1).sum(1).numpy() * 10)
 
 
 # ------------------------------------------------------------------------ brute force, through the exported graph

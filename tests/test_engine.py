@@ -318,8 +318,9 @@ def test_refused_devices_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     path = exported("dynamic")
     with pytest.raises(ValueError, match="unknown device 'tpu'; choose one of cpu, cuda, tensorrt"):
         Engine(path, device="tpu")
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        Engine(path, threads=0)
+    for threads in (0, 10_000):
+        with pytest.raises(ValueError, match=rf"threads must be 1 to \d+, got {threads}"):
+            Engine(path, threads=threads)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     for device, provider in (("cuda", "CUDA"), ("tensorrt", "Tensorrt")):
         with pytest.raises(ValueError, match=rf"device '{device}' needs ONNX Runtime's {provider}.*tetdeploy\[gpu\]"):

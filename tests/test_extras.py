@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,13 @@ def test_what_a_module_imports_comes_by_the_extra_if_the_module_is_ours(
     with pytest.raises(MissingExtraError if module == "tetdeploy" else ModuleNotFoundError) as raised:
         import_extra(f"{module}.serve.server", "serve")
     assert isinstance(raised.value, MissingExtraError) == (module == "tetdeploy")
+
+
+def test_ctrl_c_within_an_import_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "interrupted.py").write_text('raise ImportError("initialization failed") from KeyboardInterrupt()')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        import_extra("interrupted", "cpu")
 
 
 def test_a_module_of_ours_that_is_missing_is_no_matter_of_extras() -> None:

@@ -143,8 +143,10 @@ def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 # ------------------------------------------------------------------------------------------- the comparisons
 
 
-@pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize(("channels", "stride"), [(6, 1), (9, 1), (6, 2)])
+@pytest.mark.parametrize(
+    ("channels", "stride", "memory_format"),
+    [*((6, 1, memory_format) for memory_format in FORMATS), (9, 1, torch.channels_last), (6, 2, torch.channels_last)],
+)
 def test_a_residual_block(channels: int, stride: int, memory_format: torch.memory_format, device: str) -> None:
     block = ResidualBlock(6, channels, stride=stride, tau=0.5, v_th=1.0, gamma=1.0)
     for name, bn in block.named_modules():

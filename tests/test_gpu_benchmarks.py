@@ -161,18 +161,27 @@ def test_an_operators_time_goes_to_the_innermost_kind_round_it(module: Any) -> N
     assert kind_of(event("aten::linear")) == "rest"
 
 
-@pytest.mark.slow
-def test_a_smoke_run_of_the_training_step(tmp_path: Path) -> None:
-    tiny = ["--device", "cpu", "--width", "0.0625", "--size", "8", "--batch", "2", "--turns", "1", "--steps", "1"]
-    sides = ["--side", "loop", "--side", "tetdeploy", "--side", "tetdeploy graphs", "--threads", "1"]
-    script, result = str(BENCHMARKS / "training_step.py"), tmp_path / "step.json"
-    command = [sys.executable, script, *tiny, *sides, "--json", str(result)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (
-        "tetdeploy graphs left out: ValueError: no CUDA graph of this training step: the run is on cpu" in done.stdout
+def test_a_side_that_a_cpu_has_not_is_left_out(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    training = module("training_step")
+    case = training.Case("convsnn", 0.1, 8, 2, 2, "cpu", "fp32", 1)
+    with pytest.raises(ValueError, match="no CUDA graph of this training step: the run is on cpu"):
+        training.Step("tetdeploy graphs", case)
+    sides = {"tetdeploy": {"median_ms": 1.0, "peak_mb": 1.0}, "tetdeploy graphs": {"failed": "why"}}
+    training.show(
+        {"case": vars(case), "card": "cpu", "precision": "fp32", "sides": sides, "floor": {"failed": "as well"}}
     )
-    assert "plain loop / ours: " in done.stdout and "wanted" not in done.stdout  # that is of a card
+    shown = capsys.readouterr().out
+    assert "tetdeploy graphs left out: why" in shown and "no floor: as well" in shown
+
+
+@pytest.mark.slow
+def test_a_smoke_run_of_the_training_step(module: Any, tmp_path: Path) -> None:
+    tiny = ["--device", "cpu", "--width", "0.0625", "--size", "8", "--batch", "2", "--turns", "1", "--steps", "1"]
+    sides = ["--side", "loop", "--side", "tetdeploy", "--threads", "1"]
+    result = tmp_path / "step.json"
+    done = CliRunner().invoke(module("training_step").main, [*tiny, *sides, "--json", str(result)])
+    assert done.exit_code == 0, done.output
+    assert "plain loop / ours: " in done.output and "wanted" not in done.output  # that is of a card
     found = json.loads(result.read_text())
     assert found["sides"]["tetdeploy"]["profile_ms"]["convolutions"] > 0
     # 20 convolutions forward and backward at T x N = 8, the first without a gradient for its images
@@ -181,12 +190,15 @@ def test_a_smoke_run_of_the_training_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_smoke_run_of_the_loader(tmp_path: Path) -> None:
+def test_a_smoke_run_of_the_loader(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = module("loader")
+    few_images, few_files = (functools.partial(write, count=8) for write in (loader.cifar_sized, loader.write_jpegs))
+    monkeypatch.setattr(loader, "cifar_sized", lambda count: few_images())
+    monkeypatch.setattr(loader, "write_jpegs", lambda folder, count: few_files(folder))
     tiny = ["--workers", "0", "--steps", "1", "--batch-size", "2", "--threads", "1", "--device", "cpu"]
     result = tmp_path / "loader.json"
-    command = [sys.executable, str(BENCHMARKS / "loader.py"), *tiny, "--data-dir", str(tmp_path), "--json", str(result)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(loader.main, [*tiny, "--data-dir", str(tmp_path), "--json", str(result)])
+    assert done.exit_code == 0, done.output
     rows = json.loads(result.read_text())["rows"]
     assert [row["network"] for row in rows] == ["convsnn x1", "spiking-resnet34 x0.125"]
     assert all(row["loader_images_per_s"] > row["step_images_per_s"] > 0 for row in rows)

@@ -233,7 +233,21 @@ class TestRefusals:
             measure_landscape({"a": classifier_of(1)}, *digits(), CONFIG, file)
         with pytest.raises(ValueError, match=r"num_images: 40 -> 39; images: "):
             measure_landscape({"a": classifier_of()}, *digits(39), CONFIG, file)
+        bf16 = dataclasses.replace(CONFIG, precision="bf16")
+        with pytest.raises(ValueError, match=r"other settings: precision: fp32 -> bf16; give"):
+            measure_landscape({"a": classifier_of()}, *digits(), bf16, file)
+        other = classifier_of()
+        other.config = dataclasses.replace(other.config, tau=0.9)
+        other.mean += 0.1
+        with pytest.raises(
+            ValueError, match=r"networks\.1\.tau: 0\.5 -> 0\.9; networks\.1\.mean: \[0\.3\] -> \[0\.4\]; give"
+        ):
+            measure_landscape({"a": other}, *digits(), CONFIG, file)
         assert file.read_bytes() == content
+        earlier = load_landscape(file)
+        del earlier.settings["networks"]  # type: ignore[attr-defined]
+        save_landscape(file, earlier)
+        assert measure_landscape({"a": other}, *digits(), CONFIG, file).complete
 
     def test_files_that_are_no_landscape(self, tmp_path: Path) -> None:
         (tmp_path / "text.npz").write_text("not an archive")

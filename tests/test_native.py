@@ -13,10 +13,11 @@ from unittest.mock import Mock
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from export_helpers import LAYOUTS, digits, exported, frames, int8_exported, shared_traces, unchecked
+from export_helpers import LAYOUTS, SideBySide, digits, exported, frames, int8_exported, shared_traces, unchecked
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from zoo_helpers import for_export, graph_of
@@ -24,8 +25,10 @@ from zoo_helpers import for_export, graph_of
 from tetdeploy import native
 from tetdeploy.early_exit import Exit
 from tetdeploy.engine import Engine
-from tetdeploy.export import ExportConfig, export_model
+from tetdeploy.export import ExportConfig
 from tetdeploy.export.counters import spikes_overlay
+from tetdeploy.export.model import build_graph
+from tetdeploy.int8.calibration import Calibration
 from tetdeploy.native.convolution import has_additions
 from tetdeploy.native.fusing import fuse_model
 from tetdeploy.native.graphs import Kind, reads
@@ -419,10 +422,10 @@ def test_every_layout_gives_the_same_bits(
 class Mixed(nn.Module):
     """Between two layers of neurons stands what depends on T: each step reads the sum of those before."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 2) -> None:
         super().__init__()
         with torch.random.fork_rng():
-            torch.manual_seed(2)
+            torch.manual_seed(seed)
             self.encode, self.readout = nn.Conv2d(1, 6, 3, padding=1), nn.Linear(384, 10)
         self.lif1, self.lif2 = LIF(v_th=0.4), LIF(v_th=0.7)
 
@@ -463,10 +466,10 @@ class Doubled(Mixed):
         return logits
 
 
-@pytest.mark.parametrize("network", [Mixed, OnceForAll, Grey, Doubled])
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
-def test_networks_of_ones_own(network: type[Mixed], layout: str, tmp_path: Path) -> None:
-    unchecked(network(), tmp_path / "m.onnx", ExportConfig(layout=layout, T=4))  # type: ignore[arg-type]
+def test_networks_of_ones_own(layout: str, tmp_path: Path) -> None:
+    network = SideBySide(Mixed, OnceForAll, Grey, Doubled)
+    unchecked(network, tmp_path / "m.onnx", ExportConfig(layout=layout, T=4))  # type: ignore[arg-type]
     assert_same_answers(tmp_path / "m.onnx", digits().images, [4])
 
 
@@ -488,14 +491,27 @@ def test_residual_networks_have_no_other_passes_over_memory(
     assert operators.count("ReorderInput") <= 2 or layout == "step"  # a state has the usual order
 
 
+@pytest.fixture(scope="module")
+def scales() -> Calibration:
+    """Of the currents of ResNet-19, for all layouts."""
+    config = ExportConfig(T=3, trained_T=3, precision="int8")
+    with shared_traces():
+        *_, found = build_graph(for_export("resnet19"), config, calibration=(residual_images(), None))
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize(("layout", "most", "shapes"), [("unrolled", 2, 0), ("dynamic", 3, 1), ("step", 3, 0)])
-def test_int8_residual_networks_stay_with_channels_last(layout: Any, most: int, shapes: int, tmp_path: Path) -> None:
+def test_int8_residual_networks_stay_with_channels_last(
+    layout: Any, most: int, shapes: int, scales: Calibration, tmp_path: Path
+) -> None:
     """What is left turns the first spikes of a dynamic or step graph, the mean of each channel, and the logits, and
     puts together the shape that a dynamic graph's logits take."""
     path, x = tmp_path / "m.onnx", residual_images()
     config = ExportConfig(layout, T=3, trained_T=3, precision="int8")
     with shared_traces():
-        export_model(for_export("resnet19"), path, config, x, num_check=0, calibration=(x, None))
+        graph, *_ = build_graph(for_export("resnet19"), config, calibration=scales)
+    path.write_bytes(ir.to_proto(graph.model).SerializeToString())
     assert_same_answers(path, x, [3])
     _, operators = joined(path.read_bytes(), states_of(path))
     others = {"Cast", "Split", "DequantizeLinear", "QuantizeLinear"}

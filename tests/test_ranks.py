@@ -9,18 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from ranks_helpers import load, on_ranks, save
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tetdeploy.data import load_data, split_validation
+from tetdeploy.cli import main
+from tetdeploy.data import load_data, save_npz, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig, device, train, train_seeds
 from tetdeploy.train.ranks import Ranks, current_ranks, process_group
@@ -105,6 +107,9 @@ def _work(folder: Path) -> None:
         train(classifier(), TRAIN, VAL, replace(SHORT, device="cuda:0"), folder / "gpu")
     with said_once("^$", KeyboardInterrupt), ranks.first():
         raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tetdeploy.train.ranks.process_group", lambda: nullcontext(ranks))  # the one that is there
+        refused = CliRunner().invoke(main, ["train", "--data", "no-such-set", "--runs", str(folder / "none")])
     with ranks.first():
         first = (folder / "first").exists()
         (folder / "first").touch()
@@ -117,6 +122,7 @@ def _work(folder: Path) -> None:
         agreed=ranks.agreed(f"from {ranks.rank}"),
         after_another=first,
         seeds=drawn,
+        refused=(refused.exit_code, refused.output),
     )
 
 
@@ -155,11 +161,18 @@ def test_one_rank_writes_and_all_know_the_same(folder: Path) -> None:
     one, two = load(folder, 0), load(folder, 1)
     assert (one.pop("after_another"), two.pop("after_another")) == (False, True)
     assert one.pop("seeds") != two.pop("seeds")
+    del one["refused"], two["refused"]
     assert one == two and one["any"] == [True, False] and one["agreed"] == "from 0"
     files = ["checkpoint.safetensors", "config.json", "last.safetensors", "metrics.jsonl"]
     assert sorted(path.name for path in (folder / "two").iterdir()) == files
     assert json.loads((folder / "seeds" / "summary.json").read_text())["num_finished"] == 2
     assert not (folder / "odd").exists()
+
+
+def test_the_command_says_once_what_is_wrong_for_all(folder: Path) -> None:
+    (code, said), other = (load(folder, rank)["refused"] for rank in (0, 1))
+    assert code == 1 and said.count("unknown data set 'no-such-set'") == 1
+    assert other == (1, "")
 
 
 def test_a_set_of_fewer_images_than_a_batch_is_named() -> None:
@@ -199,27 +212,23 @@ def torchrun(tmp_path: Path) -> Iterator[Start]:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path: Path, torchrun: Start) -> None:
     run = tmp_path / "run"
-    begun = torchrun("--epochs", "40", "--width", "0.25", "--T", "2", "--out", str(run))
+    save_npz(TRAIN, tmp_path / "some.npz")  # read without scikit-learn, which takes longer to import than this to train
+    small = ("--data", str(tmp_path / "some.npz"), "--batch-size", "50", "--width", "0.25", "--T", "2")
+    begun = torchrun(*small, "--epochs", "400", "--out", str(run))
     wait_until(lambda: (run / "metrics.jsonl").is_file(), begun)
     os.kill(workers(begun)[1], signal.SIGKILL)
     output = begun.communicate(timeout=_SECONDS)[0]
     assert begun.returncode != 0 and "another process of this run has ended" in output
     finished = len(metrics(run))
-    assert 1 <= finished < 40
+    assert 1 <= finished < 400
 
     resumed = torchrun("--resume", str(run))
     wait_until(lambda: len(metrics(run)) > finished, resumed)
     resumed.send_signal(signal.SIGINT)
     output = resumed.communicate(timeout=_SECONDS)[0]
     assert f"go on with: tetdeploy train --resume {run}" in output
-    assert output.count("epoch 2/40") <= 1  # one process prints
+    assert output.count("epoch 2/400") <= 1  # one process prints
     assert [row["epoch"] for row in metrics(run)] == list(range(1, len(metrics(run)) + 1))
-
-
-def test_what_is_wrong_for_all_is_said_once(torchrun: Start) -> None:
-    refused = torchrun("--data", "no-such-set")
-    output = refused.communicate(timeout=_SECONDS)[0]
-    assert refused.returncode != 0 and output.count("unknown data set 'no-such-set'") == 1
 
 
 def test_one_process_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,8 +156,9 @@ def test_ann_then_distillation(tmp_path: Path) -> None:
     output = run("--ann", *small, "--out", "ann").output
     assert settings("ann")["training"]["T"] == 1 and settings("ann")["training"]["lam"] == 0
     assert "next: tetdeploy train --distill ann" in output
-    output = run("--distill", "ann", "--T", "2", *small, "--out", "taught").output
-    assert "distilled from ann" in output
+    output = run("--distill", "runs/latest", "--T", "2", *small, "--out", "taught").output
+    assert "distilled from runs/latest" in output
+    run("--resume", "taught")  # which is the latest now
     assert "an ANN has no time" in refused("--ann", "--T", "2")
 
 

@@ -24,6 +24,7 @@ from tetdeploy.report.numbers import count, energy, milliseconds
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import Results, read_results
 from tetdeploy.report.sections.pareto import Point, pareto
+from tetdeploy.report.staleness import stale
 from tetdeploy.report.writers import to_html, to_markdown
 
 
@@ -410,11 +411,27 @@ class TestReading:
         file = write(run / "model-T3.validate.json", kept)
         (note,) = read_results([file]).notes
         assert f"{file} is of another checkpoint (cdcdcdcdcdcd) than that of {run}" in note
-        assert note.endswith(f"tetdeploy export {run}, then measure again: tetdeploy validate {run / 'model-T3.onnx'}")
+        model = run / "model-T3.onnx"
+        how = f"export {model} once more, with the options that it had"
+        assert note.endswith(f"; {how}, then measure again: tetdeploy validate {model}")
         assert note in page(file).text
         for same in (sha256_of(checkpoint), None):
             write(file, kept | {"checkpoint_sha256": same})
             assert read_results([file]).notes == ()
+
+    def test_each_of_several_results_of_another_checkpoint_is_measured_anew(self, tmp_path: Path) -> None:
+        run = tmp_path / "a run"
+        write(run / "checkpoint.safetensors", "of a later epoch")
+        other = {"checkpoint_sha256": "cd" * 32, "model": "m.onnx"}
+        swept = write(run / "m.sweep.json", result(kind="sweep", runtime="openvino", **other))
+        exited = write(run / "m.early-exit.json", result(kind="early-exit", **other))
+        note = stale(result(**other), [exited, swept])
+        assert note is not None and note.startswith(f"{exited} and {swept} are of another checkpoint")
+        model = f"'{run}/m.onnx'"
+        assert note.endswith(
+            f"then measure again: tetdeploy calibrate {model}, then tetdeploy early-exit {model} --data digits, "
+            f"then tetdeploy sweep {model} --data digits --runtime openvino"
+        )
 
     def test_several_models_of_a_run_have_names_of_their_own(self, tmp_path: Path) -> None:
         run = run_folder(tmp_path / "a")

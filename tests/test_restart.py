@@ -142,6 +142,30 @@ def test_of_several_shards_the_latest_are_read_but_a_checkpoint_comes_first(tmp_
     assert inspect(max(folder.glob("model-*")))["kind"] == "checkpoint"
 
 
+def test_a_finished_run_writes_the_shards_that_a_full_disk_left_an_epoch_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(session: Any, state: Any, limit: int) -> None:
+        if state.epoch == 4:
+            raise OSError(28, "No space left on device")
+        write(session, state, limit)
+
+    write, trained = loop.write_restart, classifier()
+    monkeypatch.setattr(loop, "write_restart", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        run(tmp_path / "r", trained)
+    monkeypatch.undo()
+    assert newest_shards(tmp_path / "r" / "shards").name == "epoch-00003-step-000000"
+    assert run(tmp_path / "r", classifier(5), resume=True).epochs == 4
+    (folder,) = (tmp_path / "r" / "shards").iterdir()
+    assert same_weights(tetdeploy.load(folder), trained)
+    next(folder.glob("model-00001*")).unlink()
+    run(tmp_path / "r", classifier(5), resume=True, how=How())  # which writes none
+    assert not list(folder.glob("model-00001*"))
+    run(tmp_path / "r", classifier(5), resume=True)
+    assert same_weights(tetdeploy.load(folder), trained)
+
+
 def test_without_the_option_there_are_no_shards_and_with_it_the_run_is_the_same(tmp_path: Path) -> None:
     one, other = classifier(), classifier()
     run(tmp_path / "plain", one, how=How())
@@ -294,13 +318,18 @@ def test_images_in_another_order_are_refused(tmp_path: Path, how: How) -> None:
     check_restart(found, others)
 
 
-def test_a_teacher_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_a_teacher_may_lie_elsewhere_but_must_be_the_same(tmp_path: Path) -> None:
     interrupted(tmp_path / "first", 3)
     found = find_restart(tmp_path / "first")
     here, there = (
         found.settings | {"training": found.settings["training"] | {"distill": path}} for path in ("here/ann", "ann")
     )
     check_restart(replace(found, settings=here), there)
+    here["training"]["distill_sha256"], there["training"]["distill_sha256"] = "ab", "cd"
+    with pytest.raises(ValueError, match=r"the teacher has other .*: name that one with --distill; go on with"):
+        check_restart(replace(found, settings=here), there)
+    with pytest.raises(ValueError, match=r"training\.distill: here/ann -> ;"):
+        check_restart(replace(found, settings=here), found.settings)
     there["training"]["distill_tau"] = 5.0
     with pytest.raises(ValueError, match=r"other settings: training\.distill_tau: 3\.0 -> 5\.0; go on with the old"):
         check_restart(replace(found, settings=here), there)

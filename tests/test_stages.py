@@ -21,8 +21,10 @@ import tetdeploy
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.data import ImageSet, load_data, split_validation
 from tetdeploy.extras import MissingExtraError
+from tetdeploy.files import sha256_of, write_json
 from tetdeploy.names import section
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.tensor_file import read_content, write_tensors
 from tetdeploy.train import (
     How,
     TrainConfig,
@@ -38,6 +40,7 @@ from tetdeploy.train import (
 from tetdeploy.train.augment import cutout
 from tetdeploy.train.averaging import estimating_bn, update_average
 from tetdeploy.train.objective import Teacher, draw_lengths, load_teacher, prefix_mean
+from tetdeploy.train.runs import read_run_config
 from tetdeploy.train.session import BN_BATCHES
 from tetdeploy.train.stages import Stage, TimeRange, parse_random_T, parse_tit
 
@@ -476,6 +479,36 @@ def test_teachers_that_do_not_fit(tmp_path: Path, teacher: Path) -> None:
     assert not (tmp_path / "student").exists()
 
 
+def test_a_teacher_may_move_but_must_be_the_same(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path / "whole", distill=str(teacher))
+    ann, moved, other = (shutil.copytree(teacher, tmp_path / name) for name in ("ann", "moved", "other"))
+    file = other / "checkpoint.safetensors"
+    write_tensors(file, {name: value + 1 for name, value in load_file(file).items()}, read_content(file))
+    latest, cut = tmp_path / "latest", tmp_path / "cut"
+    latest.symlink_to(ann)
+    assert run(cut, interrupted_at(STEPS + 2, classifier_of()), distill=str(latest)).interrupted
+    written = read_run_config(cut)["training"]
+    assert written["distill"] == "ann"
+    assert read_metadata(cut)["training"] == written and written["distill_sha256"] == sha256_of(moved / file.name)
+
+    shutil.rmtree(ann)
+    with pytest.raises(FileNotFoundError, match=r"--distill: .*ann does not exist; give a checkpoint"):
+        run(cut, resume=True, distill=str(ann))
+    with pytest.raises(ValueError, match=r"the teacher has other .*: name that one with --distill; resume with"):
+        run(cut, resume=True, distill=str(other))
+    with pytest.raises(ValueError, match=r"training\.distill: .*ann -> ; "):
+        run(cut, resume=True)
+    before = shutil.copytree(cut, tmp_path / "before")
+    del written["distill_sha256"]  # as of a run of before
+    write_json(before / "config.json", read_run_config(before) | {"training": written})
+    assert not run(before, resume=True, distill=str(other)).interrupted
+    assert not run(cut, resume=True, distill=str(moved)).interrupted
+    assert same_files(cut, tmp_path / "whole") and read_run_config(cut)["training"]["distill"] == "moved"
+
+
 # --- augmentation
 
 
@@ -492,6 +525,19 @@ def test_cutout_blanks_one_square_of_each_image() -> None:
     assert torch.equal(rows * columns, areas)
     frames = cutout(images.repeat(1, 2, 1, 1), Generator().manual_seed(0), size=3, fill=fill)
     assert torch.equal(frames, cut.repeat(1, 2, 1, 1))
+
+
+def test_a_cutout_that_could_leave_nothing_is_refused(tmp_path: Path) -> None:
+    def whole(size: int) -> int:
+        """How many of 2,000 images of 5x8 pixels are all blank."""
+        cut = cutout(torch.ones(2000, 1, 5, 8), Generator().manual_seed(0), size=size, fill=torch.zeros(1))
+        return int((cut.sum((1, 2, 3)) == 0).sum())
+
+    assert whole(7) == 0 < whole(8)
+    said = r"cutout 8 would blank whole images of digits, of 8x8 pixels; choose at most 7, or 0 for none"
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path / "run", cutout=8)
+    assert not (tmp_path / "run").exists()
 
 
 def test_autoaugment_of_event_frames_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from tetdeploy.engine import Engine
 from tetdeploy.stream import Stream
-from tetdeploy.streams import StreamPool, StreamState
+from tetdeploy.streams import StreamPool, StreamState, _Rows
 
 Array = np.ndarray[Any, Any]
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -156,6 +157,40 @@ def test_threads_share_a_pool() -> None:
     assert len(pool) == 24
 
 
+def test_threads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is in a call of the graph, all others wait."""
+    pool = StreamPool(Engine(engine("step").path, threads=1))
+    first, second, third = (pool.open() for _ in range(3))
+    x, state, call = frame(pool.engine, 0), pool.state(first), pool.engine.call
+    entered, go_on = threading.Event(), threading.Event()
+
+    def blocks(feed: dict[str, Array], names: list[str]) -> dict[str, Array]:
+        if not entered.is_set():
+            entered.set()
+            assert go_on.wait(60)
+        return call(feed, names)
+
+    monkeypatch.setattr(pool.engine, "call", blocks)
+    others = [
+        lambda: pool.push({second: x}),
+        lambda: pool.open(state),
+        lambda: pool.close(third),
+        lambda: pool.reset(second),
+        lambda: pool.state(second),
+    ]
+    with ThreadPoolExecutor(6) as threads:
+        pushing = threads.submit(pool.push, {first: x})
+        assert entered.wait(60)
+        waiting = [threads.submit(other) for other in others]
+        done = wait(waiting, timeout=0.3).done
+        go_on.set()
+        assert not done
+        assert pushing.result()[first].t == 1
+        for other in waiting:
+            other.result()
+    assert len(pool) == 3
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 
@@ -165,6 +200,7 @@ def test_a_stream_costs_its_state_and_nothing_else(options: dict[str, Any]) -> N
     pool = StreamPool(of)
     carried = sum(4 * int(np.prod(s["shape"])) for s in (*of.metadata["states"], *of.metadata["encoded"]))
     one = carried + (0 if options else 64) + 8 * 10 + 8  # the image; the logits' sum; t
+    assert pool.nbytes == 8 * one
     ids = [pool.open() for _ in range(256)]
     assert pool.nbytes == 256 * one
     for start in range(0, 256, 64):
@@ -179,6 +215,41 @@ def test_a_stream_costs_its_state_and_nothing_else(options: dict[str, Any]) -> N
     assert len(pool) == 6 and pool.nbytes == 16 * one
     for id, state in before.items():
         assert state.to_bytes() == pool.state(id).to_bytes()
+
+
+@pytest.mark.parametrize(("use", "count"), [("open", 8), ("close", 5)])
+def test_no_stream_notices_that_memory_was_short(use: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 rows a ninth stream makes 16, of which the fifth to close makes 8: for each array it may fail."""
+    of, zeros = engine("step"), _Rows._zeros
+    num_arrays = len(StreamPool(of)._carried.layout) + 2
+    for failing in range(num_arrays):
+        pool, left = StreamPool(of), [failing]
+
+        def short(self: _Rows, name: str, capacity: int, left: list[int] = left) -> Array:
+            left[0] -= 1
+            if left[0] == -1:
+                raise MemoryError
+            return zeros(self, name, capacity)
+
+        ids = [pool.open() for _ in range(9 if use == "close" else 8)]
+        for id in ids[count:]:
+            pool.close(id)
+        alone = {(0, id): of.stream() for id in ids[:count]}
+        push([pool], {id: id[1] for id in alone}, alone)
+        with monkeypatch.context() as patch:
+            patch.setattr(_Rows, "_zeros", short)
+            if use == "close":
+                pool.close(ids[0])
+                del alone[0, ids[0]]
+            else:
+                with pytest.raises(MemoryError):
+                    pool.open()
+        assert left[0] < 0 and len(pool) == len(alone)
+        alone |= {(0, pool.open()): of.stream() for _ in range(6)}
+        push([pool], {id: 20 + id[1] for id in alone}, alone)
+        del alone[0, ids[1]]
+        pool.close(ids[1])
+        push([pool], dict.fromkeys(alone, -1), alone)
 
 
 def test_a_new_stream_finds_nothing_of_the_one_before() -> None:
@@ -244,12 +315,13 @@ def test_refused_states(tmp_path: Path) -> None:
         {**good.carried, "u.lif1": good.carried["u.lif1"][:1]},
         {**good.carried, "u.lif1": good.carried["u.lif1"].astype(float)},
         {**good.carried, "u.lif9": good.carried["u.lif1"]},
+        {**good.carried, "sum_logits": good.sum_logits},
     ):
         with pytest.raises(ValueError, match="the state is damaged: it does not hold what a stream of step"):
             pool.open(StreamState(carried, good.sum_logits, 1, good.model_sha256))
     with pytest.raises(ValueError, match="the state is damaged"):
         pool.open(StreamState(good.carried, good.sum_logits[:3], 1, good.model_sha256))
-    for t in (-1, 2**63):
+    for t in (-1, 2**62 + 1):
         with pytest.raises(ValueError, match="the state is damaged"):
             pool.open(StreamState(good.carried, good.sum_logits, t, good.model_sha256))
     for value in (np.nan, -np.inf):
@@ -257,6 +329,7 @@ def test_refused_states(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"the state is damaged: u\.lif1 holds NaN"):
             pool.open(StreamState(broken, good.sum_logits, 1, good.model_sha256))
     assert len(pool) == 1
+    assert pool.state(pool.open(StreamState(good.carried, good.sum_logits, 2**62, good.model_sha256))).t == 2**62
     data = good.to_bytes()
     unclosed = io.BytesIO()
     with zipfile.ZipFile(unclosed, "w") as file:
@@ -276,7 +349,8 @@ def test_a_state_may_hold_no_python_objects() -> None:
     np.savez(buffer, sum_logits=np.zeros(10, np.float32), t=1, model_sha256=np.array([print], object))
     with pytest.raises(ValueError, match="the state is damaged"):
         StreamState.from_bytes(buffer.getvalue())
-    for arrays in ({"u": np.zeros(3)}, {"sum_logits": np.zeros(10), "t": np.inf, "model_sha256": "00"}):
+    rest = {"sum_logits": np.zeros(10), "model_sha256": "00"}
+    for arrays in ({"u": np.zeros(3)}, {**rest, "t": np.inf}, {**rest, "t": 1, "u.lif1": np.zeros(3)}):
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         with pytest.raises(ValueError, match="the state is no state of a stream"):

@@ -116,7 +116,11 @@ def test_a_graph_that_is_not_folded_builds(layout: str, target: str, tmp_path: P
     assert build_engine(model, tmp_path / "m.engine", RTX).manifest["metadata"]["fold_bn"] is False
 
 
-@layouts
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [("unrolled", {"T": 3}), ("dynamic", {}), ("step", {"encoding": "frames"})],
+    ids=lambda value: str(value),
+)
 def test_float16_comes_from_the_graph(layout: str, options: dict[str, Any]) -> None:
     built = built_once(layout, precision="fp16", **options)
     assert reads(built, "Conv") == ["Float", "Half", "Half"]

@@ -353,6 +353,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     config, out, classifier = whole
     result = run(tmp_path, toy(interrupt_at(at)), config=config)
     assert result.interrupted and result.epochs == (at - 1) // (STEPS + 1)
+    assert read_content(tmp_path / "last.safetensors")["resume"]["seconds"] > 0
     resumed = toy(seed=5)
     assert not run(tmp_path, resumed, config=config, resume=True).interrupted
 
@@ -667,6 +668,32 @@ def test_resume_from_a_damaged_state_is_refused(copied: Path) -> None:
         run(copied, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("epoch.correct", "epoch.corrupt", "is damaged: it lacks 'epoch.correct'"),
+        ("average.norm.weight", "average.norm-weight", r"do not fit the network; missing: norm\.weight; unexpected"),
+        ("optimizer.norm.bias", "optimizer.norm-bias", "is damaged: the optimizer state norm-bias.* belongs to no"),
+        ("norm.bias.step", "norm.bias.stap", r"is damaged: the optimizer state norm\.bias\.stap has the shape \[\]"),
+        ("norm.bias.exp_avg_", "norm.bias.exp_avg-", "is damaged: .* has exp_avg, exp_avg-sq, step, wanted exp_avg, "),
+        (r"\"step\": ", r"\"stap\": ", "is damaged: step is missing"),
+        (r"\"epoch\": 3", r"\"epoch\":-3", "is damaged: epoch must be a whole number of at least 0, got -3"),
+        (r"\"val_loss\": ", r"\"val_lots\": ", "is damaged: .*unexpected keyword argument 'val_lots'"),
+        (r"\"precision\": ", r"\"pretision\": ", "is damaged: precision is missing"),
+    ],
+)
+def test_a_state_with_another_name_in_it_is_damaged(tmp_path: Path, old: str, new: str, reason: str) -> None:
+    """As a bit that fell over on a disk leaves it: the file reads, and no longer says all that is asked of it."""
+    config = settings(ema=0.5)
+    run(tmp_path, config=config)
+    state = tmp_path / "last.safetensors"
+    whole = state.read_bytes()
+    assert old.encode() in whole
+    state.write_bytes(whole.replace(old.encode(), new.encode()))
+    with pytest.raises(ValueError, match=reason):
+        run(tmp_path, config=config, resume=True)
+
+
 def test_a_training_state_is_no_checkpoint(finished: Path) -> None:
     with pytest.raises(ValueError, match=r"holds the state of a training run.*; use .*checkpoint\.safetensors"):
         tetdeploy.load(finished / "last.safetensors")
@@ -768,6 +795,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         run(tmp_path / "file" / "run")
 
 
+def test_a_path_at_which_no_weights_could_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"no weights could be read at a path that is not UTF-8; choose another --out"):
+        run(tmp_path / os.fsdecode(b"run\xff"))
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_full_disk_leaves_the_finished_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(source: Any, target: Any) -> None:
         if Path(target).name == "metrics.jsonl" and Path(target).exists():
@@ -776,7 +809,9 @@ def test_a_full_disk_leaves_the_finished_epochs(tmp_path: Path, monkeypatch: pyt
 
     replace = os.replace
     monkeypatch.setattr("tetdeploy.files.os.replace", full)
-    with pytest.raises(OSError, match=r"No space left on device; what was written before is as it was: .*--resume"):
+    with pytest.raises(
+        OSError, match=r"No space left on device; what .* as it was: go on with --resume --model tests:toy"
+    ):
         run(tmp_path)
     monkeypatch.undo()
     assert len(metrics(tmp_path)) == 1
@@ -901,8 +936,11 @@ with FileLock(sys.argv[1]):
             run(tmp_path)
         other.kill()
     assert (tmp_path / ".lock").exists()
+    names = ("checkpoint.safetensors", "last.safetensors", "config.json", "metrics.jsonl", "summary.json")
+    for name in (*names, "model.onnx"):  # the last of another command, which may be at work
+        (tmp_path / f".{name}.k1ll3d.tmp").touch()
     run(tmp_path)
-    assert not (tmp_path / ".lock").exists()
+    assert [path.name for path in tmp_path.glob(".*")] == [".model.onnx.k1ll3d.tmp"]
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK])

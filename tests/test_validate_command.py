@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from export_helpers import digits, frames
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.gates import Gate, check_gates, describe, parse_gate, place_gates
+from tetdeploy.engine import Engine
 from tetdeploy.files import sha256_of
 from tetdeploy.networks import Classifier, NetworkConfig, build_network, import_network
 from tetdeploy.provenance import images_sha256
@@ -263,11 +266,36 @@ class TestAgainst:
         assert "pip install 'tetdeploy[train]'" in done.stderr
 
 
-def test_a_model_of_an_earlier_checkpoint_is_told() -> None:
-    said = "model-T3.onnx was exported from another checkpoint than run has now"
-    assert said not in run(MODEL).output
-    shutil.copy(f"{OTHER}/checkpoint.safetensors", f"{RUN}/checkpoint.safetensors")
-    assert said in " ".join(run(MODEL).output.split())
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ("--T 3", "model-T3.onnx"),
+        ("--T 2 --precision int8 --calibrate 64 --out 'a run/a model.onnx'", "a model.onnx"),
+        ("--T 3 --with-state --no-normalize --no-fold-bn --target cuda", "model-T3-state-cuda.onnx"),
+        ("--layout step", "model-step.onnx"),
+    ],
+)
+def test_a_model_of_an_earlier_checkpoint_is_told_and_how_to_export_it_anew(options: str, name: str) -> None:
+    def told() -> str:
+        return " ".join(run(f"a run/{name}", "--T", "1").output.split())
+
+    def export(words: str) -> dict[str, Any]:
+        done = CliRunner().invoke(main, ["export", *shlex.split(words), "--check", "0"])
+        assert done.exit_code == 0, done.output
+        assert f"next: tetdeploy sweep 'a run/{name}'" in done.output
+        metadata = Engine(f"a run/{name}").metadata
+        keys = ("layout", "T", "precision", "target", "states", "input", "fold_bn")
+        return {key: metadata[key] for key in keys}
+
+    shutil.copytree(RUN, "a run")
+    before = export(f"'a run' {options}")
+    assert "another checkpoint" not in told()
+    shutil.copy(f"{OTHER}/checkpoint.safetensors", "a run/checkpoint.safetensors")
+    said = rf"{name} was exported from another checkpoint than a run has now; for that one run tetdeploy export"
+    found = re.search(rf"{said} (.* --out '.*\.onnx')", told())
+    assert found is not None
+    assert export(found[1]) == before
+    assert "another checkpoint" not in told()
 
 
 class TestGoingOn:

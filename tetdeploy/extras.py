@@ -25,3 +25,7 @@ def import_extra(module: str, extra: str) -> Any:
         raise MissingExtraError(
             f"this needs the package {package!r}, which is not installed: pip install 'tetdeploy[{extra}]'"
         ) from error
+    except ImportError as error:  # as which pybind11 hands on a Ctrl-C that comes while a module of it starts
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise error.__cause__ from None
+        raise

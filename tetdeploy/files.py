@@ -98,11 +98,12 @@ def made_folder(path: Path | str, *, new: bool = False, of: Path | None = None) 
                 folder.rmdir()
 
 
-def check_writable(path: Path | str, suffix: str = "", *, remedy: str) -> None:
+def check_writable(path: Path | str, suffix: str = "", *, begins: bytes = b"", remedy: str) -> None:
     """Whether `atomic_write` could write here now, before the work whose result goes here. Leaves nothing behind.
 
     Args:
         suffix: of the models that are written. A file that is there must have it; without one, be no model.
+        begins: how what is written begins, and so must a file that is there, unless it is empty.
         remedy: what the error says to do, such as "choose another with --json".
 
     Raises:
@@ -113,13 +114,19 @@ def check_writable(path: Path | str, suffix: str = "", *, remedy: str) -> None:
     path = _regular(path, remedy)
     if path.is_dir():
         raise OSError(f"cannot write {path}: {os.strerror(errno.EISDIR)}; {remedy}")
-    if path.is_file() and (path.suffix != suffix if suffix else path.suffix in MODELS):
+    is_other = path.suffix != suffix if suffix else path.suffix in MODELS
+    if path.is_file() and (is_other or not _begins(path, begins)):
         raise OSError(f"cannot write {path}: it is there, and something else; {remedy}, or remove it")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     with _making(path, remedy):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
         os.close(handle)
         Path(name).unlink()
+
+
+def _begins(file: Path, begins: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(begins)) in (begins, b"")
 
 
 def _regular(path: Path | str, remedy: str = "choose another name") -> Path:

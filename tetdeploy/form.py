@@ -1,7 +1,7 @@
 """What JSON must look like, as far as it is read. Whatever else it holds is left alone.
 
-A form is `str`, `bool`, `NUMBER`, `AMOUNT`, `FRACTION`, `STEP`, a list with the form of every item, or a dict of forms
-by key, where `"*"` is every key and a key with `!` must be there. What need not be there may be null.
+A form is `str`, `bool`, `NUMBER`, `AMOUNT`, `FRACTION`, `COUNT`, `STEP`, a list with the form of every item, or a dict
+of forms by key, where `"*"` is every key and a key with `!` must be there. What need not be there may be null.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import math
 from typing import Any
 
-NUMBER, LOOSE_NUMBER, STEP = "a finite number", "a number", "a whole number of at least 1"
+NUMBER, LOOSE_NUMBER = "a finite number", "a number"
+COUNT, STEP = "a whole number of at least 0", "a whole number of at least 1"
 AMOUNT, FRACTION = "a finite number of at least 0", "a number from 0 to 1"
 
 
@@ -60,9 +61,9 @@ def _is(value: Any, form: Any) -> bool:
     if form in (str, bool):
         return isinstance(value, form)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return value is None and form != STEP
-    if form == STEP:
-        return isinstance(value, int) and value >= 1
+        return value is None and form not in (COUNT, STEP)
+    if form in (COUNT, STEP):
+        return isinstance(value, int) and value >= (form == STEP)
     if form == FRACTION:
         return 0 <= value <= 1
     try:

@@ -6,8 +6,9 @@ the TET paper follows. They are of the arithmetic alone: memory, which costs mor
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+
+_JOULE = 1e12  # in picojoules
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class EnergyConstants:
     """Picojoules of an accumulate and of a multiply-accumulate, and where the figures come from.
 
     Raises:
-        ValueError: a figure is not a positive number, or a multiply-accumulate costs less than its addition.
+        ValueError: a figure is not positive, or more than a joule, or a multiply-accumulate costs less than its
+            addition.
     """
 
     ac_pj: float
@@ -24,8 +26,8 @@ class EnergyConstants:
 
     def __post_init__(self) -> None:
         for name, value in (("ac_pj", self.ac_pj), ("mac_pj", self.mac_pj)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number of picojoules, got {value}")
+            if not 0 < value <= _JOULE:
+                raise ValueError(f"{name} must be a positive number of picojoules, at most a joule, got {value}")
         if self.mac_pj < self.ac_pj:
             raise ValueError(
                 f"a multiply-accumulate contains an accumulate, so mac_pj must be at least ac_pj={self.ac_pj}; "

@@ -1,4 +1,5 @@
-"""The names in a run's folder, which run is the newest, and which weights a path names. Needs no torch."""
+"""The names in a run's folder, which run and which export are the newest, and which weights a path names. Needs no
+torch."""
 
 from __future__ import annotations
 
@@ -36,6 +37,19 @@ def newest_run(runs: Path) -> Path:
         fault = f"points at {run}, which is gone" if target.name else "is empty"
         raise FileNotFoundError(f"{latest} {fault}; name another run folder")
     return run
+
+
+def newest_export(runs: Path) -> Path:
+    """The newest exported model of any run in the folder, of a run of one of several seeds too.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folders = [folder for folder in runs.glob("*") if not folder.is_symlink()]  # latest is one of the others
+    models = [path for folder in folders for found in ("*.onnx", "seed-*/*.onnx") for path in folder.glob(found)]
+    if not models:
+        raise FileNotFoundError(f"no exported model in {runs}/; write one with: tetdeploy export, or name the file")
+    return max(models, key=lambda path: path.stat().st_mtime)
 
 
 def weights_file(path: Path | str) -> Path:

@@ -9,6 +9,7 @@ import io
 import math
 import threading
 from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ class StreamState:
         try:
             total, t, sha256 = (arrays.pop(key) for key in ("sum_logits", "t", "model_sha256"))
             steps = int(t)
+            if odd := [key for key in arrays if not key.startswith(_PREFIX)]:
+                raise ValueError(f"it has {odd[0]}")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{name} is no state of a stream") from error
         return cls({key.removeprefix(_PREFIX): value for key, value in arrays.items()}, total, steps, str(sha256))
@@ -128,7 +131,8 @@ class StreamPool:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all state: doubled as streams open, halved as they close; at most four times what they need."""
+        """Memory of all state: doubled as streams open and halved as they close, so below four times what they need, or
+        that of eight streams. Halving takes memory as well; without it, it waits until another stream closes."""
         return self._carried.nbytes + self._sums.nbytes
 
     @property
@@ -146,7 +150,11 @@ class StreamPool:
             self._check_state(state)
         with self._lock:
             row = self._carried.append()
-            self._sums.append()
+            try:
+                self._sums.append()
+            except MemoryError:
+                self._carried.remove(row)
+                raise
             self._next_id += 1
             self._ids.append(self._next_id)
             self._row[self._next_id] = row
@@ -285,12 +293,12 @@ class StreamPool:
                 f"the state is of another model than {self.engine.path.name} (SHA-256 {state.model_sha256[:12]}..., "
                 f"not {self.engine.sha256[:12]}...); a stream goes on only with the very file it began with"
             )
-        wanted = self._carried.layout | {"sum_logits": self._sums.layout["logits"]}
-        given = {**state.carried, "sum_logits": state.sum_logits}
-        kinds = {name: (value.shape, value.dtype) for name, value in given.items()}
-        if kinds != wanted or not 0 <= state.t <= _MOST_STEPS:
+        carried = {name: (value.shape, value.dtype) for name, value in state.carried.items()}
+        total = state.sum_logits.shape, state.sum_logits.dtype
+        wanted = self._carried.layout, self._sums.layout["logits"]
+        if (carried, total) != wanted or not 0 <= state.t <= _MOST_STEPS:
             raise ValueError(f"the state is damaged: it does not hold what a stream of {self.engine.path.name} carries")
-        check_finite(given)
+        check_finite({**state.carried, "sum_logits": state.sum_logits})
 
 
 class _Rows:
@@ -334,17 +342,18 @@ class _Rows:
         for array in self._arrays.values():
             array[row] = array[self.count]
         if self._capacity > self._LEAST and self.count <= self._capacity // 4:
-            self._resize(self._capacity // 2)
+            with suppress(MemoryError):  # the larger arrays do as well
+                self._resize(self._capacity // 2)
 
     def clear(self, row: int) -> None:
         for array in self._arrays.values():
             array[row] = 0
 
     def _resize(self, capacity: int) -> None:
-        for name, array in self._arrays.items():
-            self._arrays[name] = self._zeros(name, capacity)
-            self._arrays[name][: self.count] = array[: self.count]
-        self._capacity = capacity
+        arrays = {name: self._zeros(name, capacity) for name in self._arrays}
+        for name, array in arrays.items():
+            array[: self.count] = self._arrays[name][: self.count]
+        self._arrays, self._capacity = arrays, capacity
 
     def _zeros(self, name: str, capacity: int) -> Array:
         shape, dtype = self.layout[name]

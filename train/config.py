@@ -102,7 +102,8 @@ class TrainConfig:
         val_fraction: share of the training images held out for validation; 0 holds out none.
         augment: "none", "shift", "crop", "crop-flip", "autoaugment" (after crop and flip) or "flip-roll", see
             `augment.AUGMENTATIONS`; or of ImageNet "resized-crop", see `disk_images.DiskImages`.
-        cutout: side in pixels of the square that `augment.cutout` blanks; 0 is off.
+        cutout: side in pixels of the square that `augment.cutout` blanks, below the longer side of the images; 0 is
+            off.
         ema: decay of the moving average of the weights that is validated and kept, see `averaging.update_average`;
             0 is off.
         random_T: "1:6" draws the number of steps anew at each training step, see `objective.prefix_mean`; "" is off.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tetdeploy.checkpoint import data_settings
 from tetdeploy.files import read_npz, write_npz
 from tetdeploy.form import parse_json
 
@@ -297,7 +298,8 @@ def _begin(path: Path, names: tuple[str, ...], settings: dict[str, Any], axis: N
     """The measurement that `path` holds, or a new one."""
     if path.exists():
         landscape = load_landscape(path)
-        if different := differences(landscape.settings, settings):
+        # one of an earlier version does not say which networks
+        if different := differences({"networks": settings["networks"], **landscape.settings}, settings):
             raise ValueError(
                 f"{path} was measured with other settings: {'; '.join(different)}; "
                 "give another --out, or remove it to measure anew"
@@ -316,8 +318,12 @@ def _settings(
     device: torch.device,
     precision: str,
 ) -> dict[str, Any]:
-    """Everything that decides the numbers, JSON-able."""
-    return {
+    """Everything that decides the numbers, as JSON gives it back."""
+    networks = {}
+    for number, classifier in enumerate(classifiers.values(), 1):
+        data = data_settings(classifier)
+        networks[str(number)] = {**asdict(classifier.config), "mean": data["mean"], "std": data["std"]}
+    settings: dict[str, Any] = {
         "format": FORMAT,
         "T": config.T,
         "points": config.points,
@@ -332,7 +338,10 @@ def _settings(
             _digest([value.detach().cpu().float().numpy() for value in classifier.state_dict().values()])
             for classifier in classifiers.values()
         ],
+        "networks": networks,
     }
+    plain: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    return plain
 
 
 def _digest(arrays: Sequence[NDArray[Any]]) -> str:

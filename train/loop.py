@@ -35,7 +35,16 @@ from .device import autocast, reused_memory, tuned_convolutions
 from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
 from .progress import Progress
 from .ranks import current_ranks
-from .restart import Restart, check_restart, check_shards, find_restart, restart_origin, restart_state, write_restart
+from .restart import (
+    Restart,
+    check_restart,
+    check_shards,
+    find_restart,
+    has_shards,
+    restart_origin,
+    restart_state,
+    write_restart,
+)
 from .runs import check_run, mark_latest, only_trainer, run_settings, write_run_config
 from .schedule import derive_seed
 from .session import Session, Task, check_data, check_together, headline, prepare, provenance
@@ -99,7 +108,7 @@ def train(
         val_set: decides which epoch is best; None keeps the last epoch.
         config: how to train; `qat` starts from a classifier that is trained.
         out: run folder, made if it is not there.
-        resume: go on with the run in `out`, which must have the same settings.
+        resume: go on with the run in `out`, which must have the same settings, but for the place of a teacher.
         runs: folder whose `latest` is to point at this run, if any.
         progress: True for a bar, False for silence, None for a bar on a terminal and a line an epoch elsewhere.
         board: write TensorBoard curves to `out/tensorboard` as well.
@@ -107,7 +116,7 @@ def train(
             process. With them a script needs `if __name__ == "__main__":`, as always with multiprocessing.
         how: with CUDA graphs, with less memory, with shards; a run may go on otherwise than it began.
         restart_from: go on in `out`, which holds no run, from such weights, or from a checkpoint; the settings must be
-            those of its run, but for device and precision.
+            those of its run, but for device, precision and the place of a teacher.
         before_writing: called once everything is checked and on the device, before the first file is written.
 
     Returns:
@@ -128,13 +137,15 @@ def train(
     ranks = current_ranks()
     with ranks.first():
         finished = resume and is_finished(out / STATE_NAME, config.epochs)
+        finished = finished and (how.shards_mb is None or has_shards(out, config.epochs))
     finished = ranks.agreed(finished)
     with nullcontext() if finished else only_trainer(out, resume=resume):  # it may lie where nobody can write
-        settings, restart = run_settings(classifier, train_set, val_set, config), None
+        restart = None
         with ranks.first():
             _check(task, how)
             if board:
                 import_extra("tensorboard", "tensorboard")
+            settings = run_settings(classifier, train_set, val_set, config)
             if ranks.writes:
                 check_run(out, settings, resume=resume)
             if restart_from is not None:
@@ -143,7 +154,7 @@ def train(
         settings["how"] = asdict(how)
         if restart is not None:
             settings["restarted"] = restart_origin(restart)
-        with _explained(out, config, how):
+        with _explained(task, how):
             session = prepare(task, settings=settings, resume=resume, workers=workers, how=how)
             if session.shard_bytes is not None:
                 check_shards(session, session.shard_bytes)
@@ -168,15 +179,18 @@ def _check(task: Task, how: How) -> None:
 
 
 @contextmanager
-def _explained(out: Path, config: TrainConfig, how: How) -> Iterator[None]:
+def _explained(task: Task, how: How) -> Iterator[None]:
     """Within it, a full disk, too little memory and batches too small for BN are errors that say what to do."""
+    config, network = task.config, task.classifier.config
+    own = f" --model {network.model}" if network.is_own else ""
     try:
         yield
     except OSError as error:
         if error.errno is None:  # says what and where already
             raise
         raise OSError(
-            f"{error.filename or out}: {error.strerror}; what was written before is as it was: go on with --resume"
+            f"{error.filename or task.out}: {error.strerror}; what was written before is as it was: "
+            f"go on with --resume{own}"
         ) from error
     except torch.OutOfMemoryError as error:
         graphs = " --no-cuda-graphs" if how.cuda_graphs else ""
@@ -207,6 +221,8 @@ def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Pat
         state = TrainState.start(session.steps_per_epoch, session.device, average)
     if not resume:
         _save(session, state)
+    else:  # a full disk or a kill may have come between state and shards
+        _save_shards(session, state)
     if session.ranks.writes and state.epoch < session.config.epochs:  # of one that is finished nothing is written
         write_run_config(session.out, session.settings, resume=resume)
         if runs is not None:
@@ -231,8 +247,12 @@ def _kept_best(session: Session, best: Best | None) -> Best | None:
 def _save(session: Session, state: TrainState) -> None:
     if session.ranks.writes:
         save_state(session.out / STATE_NAME, state, session.classifier.network, session.optimizer, session.scaler)
-        if session.shard_bytes is not None:
-            write_restart(session, state, session.shard_bytes)
+    _save_shards(session, state)
+
+
+def _save_shards(session: Session, state: TrainState) -> None:
+    if session.ranks.writes and session.shard_bytes is not None:
+        write_restart(session, state, session.shard_bytes)
 
 
 def _run(session: Session, state: TrainState, show: bool | None, board: bool) -> bool:
@@ -386,7 +406,7 @@ def _keep(session: Session, state: TrainState, kept: Classifier, records: list[d
         state.best = this
         if writes:
             about = {
-                "training": asdict(session.config),
+                "training": session.settings["training"],
                 "provenance": provenance(session, this.epoch, this.val_accuracy),
                 "fingerprint": session.settings["data"]["fingerprint"],
             }

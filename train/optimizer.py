@@ -56,17 +56,26 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module,
     """Put back what `optimizer_tensors` gave, on the parameters' devices.
 
     Raises:
-        ValueError: a tensor belongs to no parameter of the network.
+        ValueError: a tensor belongs to no parameter of the network or is no entry of such an optimizer, or one is
+            missing.
     """
-    parameters = dict(network.named_parameters())
     index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    parameters = {name: p for name, p in network.named_parameters() if id(p) in index}
+    wanted = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
     state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         parameter_name, _, entry = name.rpartition(".")
         if parameter_name not in parameters:
             raise ValueError(f"the optimizer state {name} belongs to no parameter of the network")
         parameter = parameters[parameter_name]
-        # A file knows no memory layout; fused updates want that of the parameter (channels last, say).
-        value = torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.shape == parameter.shape else value
+        if value.shape != (() if entry == "step" else parameter.shape):
+            raise ValueError(f"the optimizer state {name} has the shape {list(value.shape)}")
+        if entry != "step":
+            # A file knows no memory layout; fused updates want that of the parameter (channels last, say).
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(index[id(parameter)], {})[entry] = value
+    for entries in state.values():
+        if entries.keys() != wanted:
+            names = [", ".join(sorted(of)) for of in (entries, wanted)]
+            raise ValueError(f"the optimizer state of a parameter has {names[0]}, wanted {names[1]}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -32,8 +32,8 @@ from .state import TrainState, like_weights
 
 SHARDS_NAME = "shards"
 
-# What a machine decides: where files and devices are, and what the device is good at.
-_OF_THE_MACHINE = ("device", "precision", "distill")
+# What a machine decides: where devices are, and what they are good at.
+_OF_THE_MACHINE = ("device", "precision")
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,11 @@ def check_shards(session: Session, limit: int) -> None:
     check_limit(state.weights(session.classifier.network), last, limit=limit)
 
 
+def has_shards(out: Path, epochs: int) -> bool:
+    """Whether the shards of the end of so many epochs are there, and all of them."""
+    return is_complete(_folder(out, epochs, 0))
+
+
 def write_restart(session: Session, state: TrainState, limit: int) -> None:
     """Write `out/shards/epoch-00012-step-000000`, in files of at most `limit` bytes; then remove what lay beside it.
 
@@ -173,8 +178,7 @@ def write_restart(session: Session, state: TrainState, limit: int) -> None:
         ValueError: a tensor is larger than that.
         OSError: it cannot be written.
     """
-    shards, metrics = session.out / SHARDS_NAME, session.out / METRICS_NAME
-    folder = shards / f"epoch-{state.epoch:05d}-step-{state.step:06d}"
+    folder, metrics = _folder(session.out, state.epoch, state.step), session.out / METRICS_NAME
     if is_complete(folder):
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -182,9 +186,13 @@ def write_restart(session: Session, state: TrainState, limit: int) -> None:
     beside = [metrics] if metrics.is_file() else []
     write_shards(folder, state.weights(session.classifier.network), content, limit=limit, beside=beside)
     for pattern in ("epoch-*", ".epoch-*.tmp"):  # the latter of writes that were killed
-        for other in shards.glob(pattern):
+        for other in folder.parent.glob(pattern):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def _folder(out: Path, epoch: int, step: int) -> Path:
+    return out / SHARDS_NAME / f"epoch-{epoch:05d}-step-{step:06d}"
 
 
 def _content(session: Session, epoch: int, step: int) -> dict[str, Any]:

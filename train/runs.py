@@ -18,7 +18,16 @@ from filelock import FileLock, Timeout
 from tetdeploy.checkpoint import data_settings
 from tetdeploy.files import atomic_write, made_folder, write_json
 from tetdeploy.form import NUMBER, check_form, parse_json
-from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, LATEST_NAME, STATE_NAME
+from tetdeploy.run_folder import (
+    CHECKPOINT_NAME,
+    CONFIG_NAME,
+    LATEST_NAME,
+    METRICS_NAME,
+    STATE_NAME,
+    SUMMARY_NAME,
+    weights_file,
+    weights_sha256,
+)
 
 from .config import TrainConfig
 from .ranks import current_ranks
@@ -42,12 +51,17 @@ _OTHER_IMAGES = (
     "the images are others or in another order (CIFAR's in zips is not that of torchvision's files), and some it was "
     "trained on might be held out now: name the folder it was started with, --data-dir"
 )
+_OTHER_TEACHER = "the teacher has other weights than the one it learned from: name that one with --distill"
 
 
 def run_settings(
     classifier: Classifier, train_set: LabelledSet, val_set: LabelledSet | None, config: TrainConfig
 ) -> dict[str, Any]:
-    """What goes into config.json: {"network", "data", "training"}; a resumed run must have the same."""
+    """What goes into config.json: {"network", "data", "training"}; a resumed run must have the same.
+
+    Raises:
+        FileNotFoundError: there is no teacher where `config.distill` says.
+    """
     images = {
         "train_images": len(train_set),
         "val_images": 0 if val_set is None else len(val_set),
@@ -56,10 +70,26 @@ def run_settings(
     settings = {
         "network": asdict(classifier.config),
         "data": data_settings(classifier) | images,
-        "training": asdict(config),
+        "training": asdict(config) | _teacher(config.distill),
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     return plain
+
+
+def _teacher(distill: str) -> dict[str, str]:
+    """Where the teacher itself lies, as runs/latest will be another, and which weights it has. Models that are exported
+    say so too, so the place is told without that of the working folder."""
+    if not distill:
+        return {}
+    place, here = Path(distill).resolve(), Path.cwd()
+    try:
+        sha256 = weights_sha256(weights_file(distill))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--distill: {error}") from error
+    return {
+        "distill": str(place.relative_to(here) if place.is_relative_to(here) else place),
+        "distill_sha256": sha256,
+    }
 
 
 @contextmanager
@@ -72,9 +102,11 @@ def only_trainer(out: Path, *, resume: bool) -> Iterator[None]:
 
     Raises:
         ValueError: another process trains there.
-        OSError: the folder cannot be made, or the file in it not opened.
+        OSError: the folder cannot be made, or the file in it not opened, or its path is not UTF-8.
     """
     ranks = current_ranks()
+    if any("\udc80" <= character <= "\udcff" for character in str(out)):  # bytes that are none, as Python has them
+        raise OSError(f"cannot write {out}: no weights could be read at a path that is not UTF-8; choose another --out")
     with ExitStack() as held:
         with ranks.first():
             if ranks.writes and (out.is_dir() or not resume):
@@ -106,12 +138,20 @@ def _locked(out: Path) -> Iterator[None]:
         with suppress(OSError):
             if lock.is_locked:
                 file.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+                _sweep(out)
         yield
     finally:
         with suppress(OSError):
             if lock.is_locked:  # the file goes before the lock, or it might be that of the next to lock it
                 file.unlink()
         lock.release()
+
+
+def _sweep(out: Path) -> None:
+    """Remove what writes of this run that were killed have left: each is as large as what was written."""
+    for name in (CHECKPOINT_NAME, STATE_NAME, CONFIG_NAME, METRICS_NAME, SUMMARY_NAME):
+        for left in out.glob(f".{name}.*.tmp"):
+            left.unlink()
 
 
 def _holder(lock: Path) -> str:
@@ -189,13 +229,13 @@ def read_run_config(out: Path) -> dict[str, Any]:
 
 
 def write_run_config(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
-    """Write config.json; of a resumed run only "how" it runs may have changed.
+    """Write config.json; of a resumed run only "how" it runs and where its teacher lies may have changed.
 
     Raises:
         OSError: it cannot be written.
     """
     before = read_run_config(out) if resume else None
-    now = dict(settings) if before is None else before | {"how": settings["how"]}
+    now = dict(settings) if before is None else before | {name: settings[name] for name in ("training", "how")}
     if now != before:
         write_json(out / CONFIG_NAME, now)
 
@@ -240,14 +280,18 @@ def mark_latest(out: Path, runs: Path) -> None:
 
 
 def run_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`differences` of a run's settings, or, where there are none, of the images themselves.
+    """`differences` of a run's settings, or, where there are none, of the images and the teacher themselves.
 
-    Runs of earlier versions have no fingerprint of them, which is no difference.
+    The teacher may lie elsewhere. Runs of earlier versions have no fingerprint of either, which is no difference.
     """
-    data = [dict(settings.get("data", {})) for settings in (old, new)]
-    before, now = (images.pop("fingerprint", None) for images in data)
-    found = differences({**old, "data": data[0]}, {**new, "data": data[1]})
-    return found if found or None in (before, now) or before == now else [_OTHER_IMAGES]
+    data, training = ([dict(settings.get(name, {})) for settings in (old, new)] for name in ("data", "training"))
+    if all(part.get("distill") for part in training):
+        training = [part | {"distill": ""} for part in training]
+    images = [part.pop("fingerprint", None) for part in data]
+    teachers = [part.pop("distill_sha256", None) for part in training]
+    found = differences(*({**s, "data": d, "training": t} for s, d, t in zip((old, new), data, training, strict=True)))
+    others = {_OTHER_IMAGES: images, _OTHER_TEACHER: teachers}
+    return found or [text for text, (before, now) in others.items() if None not in (before, now) and before != now]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

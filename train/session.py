@@ -157,8 +157,8 @@ def check_together(classifier: Classifier, data: LabelledSet, config: TrainConfi
 
     Raises:
         ValueError: an ANN with another T than 1, `qat` of a network without spikes, AutoAugment of other than gray and
-            colour images, an augmentation of images in memory for those on disk, or the other way round, or recordings
-            that what comes after the training would cut into other frames.
+            colour images, a cutout of the whole image, an augmentation of images in memory for those on disk, or the
+            other way round, or recordings that what comes after the training would cut into other frames.
     """
     on_disk = isinstance(data, ImageFiles)
     if on_disk and (config.augment not in ("none", RESIZED_CROP) or config.cutout):
@@ -178,7 +178,13 @@ def check_together(classifier: Classifier, data: LabelledSet, config: TrainConfi
         check_qat(classifier)
     if data.encoding == "frames":
         _check_frames(data, config)
-    channels = classifier.image_shape[0]
+    channels, *sides = classifier.image_shape
+    if config.cutout >= max(sides):  # smaller ones leave a strip, wherever they are centred
+        height, width = sides
+        raise ValueError(
+            f"cutout {config.cutout} would blank whole images of {data.name}, of {width}x{height} pixels; choose at "
+            f"most {max(sides) - 1}, or 0 for none"
+        )
     if config.augment == "autoaugment" and (channels not in (1, 3) or classifier.encoding == "frames"):
         raise ValueError(
             f"autoaugment wants images of 1 or 3 channels, got {classifier.encoding} input of {channels}; "

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tetdeploy.checkpoint import check_keys
+from tetdeploy.form import COUNT, LOOSE_NUMBER, NUMBER, STEP, check_form
 from tetdeploy.names import section
 from tetdeploy.tensor_file import FORMAT, read_content, read_tensors, write_tensors
 
 from .optimizer import load_optimizer_tensors, optimizer_tensors
+
+_POSITION = {
+    "epoch!": COUNT,
+    "step!": COUNT,
+    "seconds!": NUMBER,
+    "best": {"epoch!": STEP, "stage!": STEP, "val_accuracy": LOOSE_NUMBER, "val_loss": LOOSE_NUMBER},
+    "precision!": str,
+    "scaler!": {},
+}
 
 
 @dataclass(frozen=True)
@@ -105,9 +116,9 @@ def is_finished(path: Path, epochs: int) -> bool:
     """Whether `save_state` wrote this file after so many epochs; False where there is none.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or no state of a run.
     """
-    return path.is_file() and (read_content(path).get("resume") or {}).get("epoch", 0) >= epochs
+    return path.is_file() and bool(_read_position(path)["epoch"] >= epochs)
 
 
 def restore_state(
@@ -116,23 +127,42 @@ def restore_state(
     """Bring network, optimizer and scaler back to where `save_state` found them, in place; return the rest.
 
     Raises:
-        ValueError: the file is no state of a run, or one of another network.
+        ValueError: the file is damaged, no state of a run, or one of another network.
+    """
+    position, tensors = _read_position(path), read_tensors(path)
+    weights, average = section(tensors, "network."), section(tensors, "average.")
+    check_keys(weights, network.state_dict(), path)
+    if average:
+        check_keys(average, {name: p for name, p in network.named_parameters() if p.requires_grad}, path)
+    network.load_state_dict(weights)
+    try:
+        load_optimizer_tensors(optimizer, network, section(tensors, "optimizer."))
+        if position["scaler"]:  # of another precision there is none
+            scaler.load_state_dict(position["scaler"])
+        best = None if position["best"] is None else Best(**position["best"])
+        losses, correct = tensors["epoch.losses"].to(device), tensors["epoch.correct"].to(device)
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: it lacks {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    epoch, step, seconds, precision = (position[key] for key in ("epoch", "step", "seconds", "precision"))
+    return TrainState(epoch, step, losses, correct, like_weights(average, network), seconds, best, precision)
+
+
+def _read_position(path: Path) -> dict[str, Any]:
+    """Where the run stood, and the optimizer's scaler.
+
+    Raises:
+        ValueError: the file is damaged, or no state of a run.
     """
     position = read_content(path).get("resume")
     if position is None:
         raise ValueError(f"{path} is a checkpoint, not the state of a run; it cannot be resumed, only used with --init")
-    tensors = read_tensors(path)
-    weights = section(tensors, "network.")
-    check_keys(weights, network.state_dict(), path)
-    network.load_state_dict(weights)
-    load_optimizer_tensors(optimizer, network, section(tensors, "optimizer."))
-    if position["scaler"]:  # of another precision there is none
-        scaler.load_state_dict(position["scaler"])
-    best = None if position["best"] is None else Best(**position["best"])
-    losses, correct = tensors["epoch.losses"].to(device), tensors["epoch.correct"].to(device)
-    average = like_weights(section(tensors, "average."), network)
-    epoch, step, seconds, precision = (position[key] for key in ("epoch", "step", "seconds", "precision"))
-    return TrainState(epoch, step, losses, correct, average, seconds, best, precision)
+    try:
+        check_form(position, _POSITION)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return dict(position)
 
 
 def like_weights(average: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

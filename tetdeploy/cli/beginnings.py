@@ -63,7 +63,8 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
         out, seeds: those given; a run that is resumed has its own.
 
     Raises:
-        ValueError: see `_take_carried` and `_take_checkpoint`; what is begun from cannot be read.
+        ValueError: see `_take_carried` and `_take_checkpoint`; what is begun from cannot be read, or holds a network of
+            the user's own that is not named.
     """
     from tetdeploy.checkpoint import read_metadata
     from tetdeploy.run_folder import newest_run
@@ -75,6 +76,7 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     if resume is not None:
         out = Path(resume) if resume else out or newest_run(ctx.params["runs"])
         settings = read_run_config(out)
+        _check_named(ctx, out, settings.get("network", {}))
         seeds = _take_settings(ctx, settings, options) or seeds
         before = settings.get("how", {})
     elif restart_from is not None:
@@ -105,10 +107,10 @@ def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) ->
     return restart.how
 
 
-def _check_named(ctx: click.Context, weights: Path, network: Mapping[str, Any]) -> None:
+def _check_named(ctx: click.Context, begun_from: Path, network: Mapping[str, Any]) -> None:
     """Refuse the user's own network where --model does not name it: no code is imported because a file says so."""
     if ":" in str(network.get("model")) and not is_given(ctx, "model"):
-        raise ValueError(f"{weights} holds a network of your own: pass --model {network['model']}")
+        raise ValueError(f"{begun_from} holds a network of your own: pass --model {network['model']}")
 
 
 def _take_settings(ctx: click.Context, settings: Mapping[str, Any], options: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from tetdeploy.cli.options import (
     parsed_steps,
     result_option,
 )
-from tetdeploy.cli.terminal import console, print_notes, progress_bar
+from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 
 if TYPE_CHECKING:
     from tetdeploy.bench import Bench
@@ -129,7 +129,7 @@ def bench(
         console.print("interrupted; what was timed until then is kept" if timing.rows else "interrupted")
         ctx.exit(INTERRUPTED)
     if (json_path.parent / CONFIG_NAME).is_file():  # of timings alone there is no report
-        console.print(f"next: tetdeploy report {json_path.parent}", markup=False)
+        say_next("report", json_path.parent)
 
 
 def _inputs(timing: Bench, data: str | None, data_dir: Path) -> tuple[str, Any]:

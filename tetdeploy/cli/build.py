@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.options import json_option, newest_export, runs_option
+from tetdeploy.cli.options import json_option, runs_option
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
+from tetdeploy.run_folder import newest_export
 
 if TYPE_CHECKING:
     from tetdeploy.export.tensorrt import Built

@@ -8,7 +8,7 @@ import click
 
 from tetdeploy.cli.inputs import default_steps, held_out
 from tetdeploy.cli.options import PARTS, STEPS, ChosenModel, FiniteRange, data_dir_option, json_option, opens_model
-from tetdeploy.cli.terminal import console, image_bar
+from tetdeploy.cli.terminal import console, image_bar, say_next
 
 
 @click.command(
@@ -109,4 +109,4 @@ def calibrate(
     for part in calibration_shown(result):
         console.print(part)
     console.print("   ".join(map(str, written)), markup=False)
-    console.print(f"next: tetdeploy early-exit {engine.path}", markup=False)
+    say_next("early-exit", engine.path)

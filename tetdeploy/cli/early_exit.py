@@ -8,7 +8,7 @@ import click
 
 from tetdeploy.cli.inputs import load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import STEPS, ChosenModel, data_dir_option, opens_model, output_path, result_option
-from tetdeploy.cli.terminal import console, image_bar
+from tetdeploy.cli.terminal import console, image_bar, say_next
 
 
 @click.command(
@@ -60,6 +60,13 @@ def early_exit(
     exit, calibrated_T = load_rule(engine.path)
     T = T or calibrated_T
     check_calibrated(engine.path, calibrated_T, T)
+    if calibrated_T < T:
+        console.print(
+            f"the threshold was found for T={calibrated_T} and promises nothing against T={T}; for that run "
+            f"tetdeploy calibrate {engine.path} --T {T}",
+            style="yellow",
+            markup=False,
+        )
     json_path = output_path(json_path, "--json", engine, ".early-exit.json")
     name, x, labels = load_inputs(engine, data, data_dir, limit)
     engine.check_T(T, engine.check_input(x[:1]))
@@ -69,4 +76,4 @@ def early_exit(
     for part in savings_shown(result):
         console.print(part)
     console.print(str(json_path), markup=False)
-    console.print(f"next: tetdeploy report {json_path}", markup=False)
+    say_next("report", json_path)

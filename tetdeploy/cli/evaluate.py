@@ -11,7 +11,7 @@ import click
 
 from tetdeploy.cli.inputs import check_classes, load_classifier, load_part, note_own_file
 from tetdeploy.cli.options import PARTS, data_dir_option, json_option, parsed_steps, runs_option
-from tetdeploy.cli.terminal import console, image_bar, print_notes
+from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.steps import trained_T
 
@@ -109,8 +109,7 @@ def evaluate(
     if json_path is not None:
         console.print(str(json_path), markup=False)
     if exportable:
-        own = f" --model {model}" if model else ""
-        console.print(f"next: tetdeploy export {exportable[0]}{own}", markup=False)
+        say_next("export", exportable[0], *(("--model", model) if model else ()))
 
 
 def _images(

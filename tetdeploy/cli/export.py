@@ -14,7 +14,7 @@ from tetdeploy.cli.cluster import FORMATS, export_for_cluster
 from tetdeploy.cli.inputs import load_classifier
 from tetdeploy.cli.options import STEPS, data_dir_option, json_option, runs_option
 from tetdeploy.cli.recipe import is_typed
-from tetdeploy.cli.terminal import console, progress_bar
+from tetdeploy.cli.terminal import console, progress_bar, say_next
 from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def export(
         write_json(json_path, exported.to_dict())
     print_exported(exported, config)
     _say_whether_calibrated(exported.path)
-    console.print(f"next: tetdeploy {_next(exported.path, config.target)}", markup=False)
+    say_next(*_next(exported.path, config.target))
     return exported.path
 
 
@@ -326,11 +326,12 @@ def print_exported(exported: Exported, config: ExportConfig) -> None:
     console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB", markup=False)
 
 
-def _next(path: Path, target: str) -> str:
-    """The command that goes on with a model for this target."""
+def _next(path: Path, target: str) -> tuple[str, ...]:
+    """What goes on with a model for this target."""
     if target in ("tensorrt", "tensorrt-rtx"):
-        return f"build {path} --package {target}"
-    return f"sweep {path}" + {"cuda": " --device cuda", "openvino": " --runtime openvino"}.get(target, "")
+        return ("build", str(path), "--package", target)
+    where = {"cuda": ("--device", "cuda"), "openvino": ("--runtime", "openvino")}
+    return ("sweep", str(path), *where.get(target, ()))
 
 
 def _say_whether_calibrated(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from tetdeploy.cli.options import STEPS, json_option
-from tetdeploy.cli.terminal import console
+from tetdeploy.cli.terminal import console, say_next
 from tetdeploy.extras import import_extra
 
 
@@ -51,4 +51,4 @@ def import_(file: Path, arch: str, out: Path, json_path: Path | None, **options:
             {"path": str(report.path), "data": report.data, "keys": report.num_keys, "merged": report.num_merged},
         )
     console.print(str(report.path), markup=False)
-    console.print(f"next: tetdeploy export {out} --T 6 --fold-bn", markup=False)
+    say_next("export", out, "--T", 6, "--fold-bn")

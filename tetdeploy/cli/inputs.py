@@ -60,10 +60,34 @@ def note_other_checkpoint(engine: Engine) -> None:
     if other_checkpoint(folder, engine.metadata["source"].get("checkpoint_sha256")):
         console.print(
             f"{engine.path.name} was exported from another checkpoint than {folder} has now; for that one run "
-            f"tetdeploy export {folder}",
+            f"{_export_again(engine)}",
             style="yellow",
             markup=False,
         )
+
+
+def _export_again(engine: Engine) -> str:
+    """What writes a model anew, of the run in whose folder it lies."""
+    from tetdeploy.cli.terminal import command_line
+
+    metadata, graph = engine.metadata, engine.path.with_suffix(".onnx")
+    unrolled, network = metadata["layout"] == "unrolled", metadata["source"].get("network", {}).get("model", "")
+    options = {
+        "--T": metadata["T"] if unrolled else "",
+        "--layout": "" if unrolled else metadata["layout"],
+        "--precision": metadata["precision"].replace("fp32", ""),
+        "--target": metadata["target"].replace("cpu", ""),
+        "--model": network if ":" in network else "",
+    }
+    flags = {
+        "--with-state": unrolled and metadata["states"],
+        "--no-normalize": metadata["input"]["dtype"] != "uint8",
+        "--no-fold-bn": not metadata.get("fold_bn", True),
+    }
+    words = [word for option, value in options.items() if value for word in (option, value)]
+    words += [flag for flag, given in flags.items() if given]
+    command = command_line("export", graph.parent, *words, "--out", graph)
+    return command if graph == engine.path else f"{command}, then {command_line('build', graph)}"
 
 
 def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None, limit: int | None) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tetdeploy.run_folder import newest_export
 from tetdeploy.steps import MAX_T, parse_steps
 
 if TYPE_CHECKING:
@@ -62,10 +63,14 @@ runs_option = click.option(
 def checked_output(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
     """The callback of an output file: one that cannot be written is refused before the work whose result goes there."""
     if path is not None:
-        from tetdeploy.files import check_writable
-
-        check_writable(path, remedy=f"choose another with {param.opts[0]}")
+        _check_output(path, param.opts[0])
     return path
+
+
+def _check_output(path: Path, option: str) -> None:
+    from tetdeploy.files import check_writable
+
+    check_writable(path, begins=b"{" if option == "--json" else b"", remedy=f"choose another with {option}")
 
 
 def parsed_steps(ctx: click.Context, param: click.Parameter, steps: str | None) -> tuple[int, ...] | None:
@@ -100,10 +105,8 @@ def result_option(ending: str) -> Callable[[F], F]:
 def output_path(given: Path | None, option: str, engine: Engine, ending: str) -> Path:
     """Where an output goes: beside the model, unless the option says otherwise. One that cannot be written is refused
     before the work whose result goes there."""
-    from tetdeploy.files import check_writable
-
     path = given or engine.path.with_suffix(ending)
-    check_writable(path, remedy=f"choose another with {option}")
+    _check_output(path, option)
     return path
 
 
@@ -174,19 +177,6 @@ def opens_model(*, threads: bool = True) -> Callable[[Callable[..., Any]], Calla
         return click.argument("model", required=False, type=click.Path(path_type=Path))(decorated)
 
     return decorate
-
-
-def newest_export(runs: Path) -> Path:
-    """The newest exported model of any run in the folder, of a run of one of several seeds too.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    folders = [folder for folder in runs.glob("*") if not folder.is_symlink()]  # latest is one of the others
-    models = [path for folder in folders for found in ("*.onnx", "seed-*/*.onnx") for path in folder.glob(found)]
-    if not models:
-        raise FileNotFoundError(f"no exported model in {runs}/; write one with: tetdeploy export, or name the file")
-    return max(models, key=lambda path: path.stat().st_mtime)
 
 
 def check_plot(path: Path) -> None:

@@ -8,10 +8,11 @@ import click
 
 from tetdeploy import native
 from tetdeploy.cli.export import export
-from tetdeploy.cli.options import newest_export, runs_option
+from tetdeploy.cli.options import runs_option
 from tetdeploy.cli.sweep import sweep
 from tetdeploy.cli.terminal import console
 from tetdeploy.cli.train import train
+from tetdeploy.run_folder import newest_export
 
 
 @click.command(

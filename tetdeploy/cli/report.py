@@ -63,7 +63,7 @@ def report(
 
     paths = paths or (newest_run(runs),)
     out = out or (paths[0] / "report.html" if len(paths) == 1 and paths[0].is_dir() else Path("report.html"))
-    check_writable(out, remedy="choose another with --out")
+    check_writable(out, begins=b"<", remedy="choose another with --out")
     check_distinct({"--out": out, "--markdown": markdown})
     results = read_results(paths, names)
     document = document_of(results, title)

@@ -19,7 +19,7 @@ from tetdeploy.cli.options import (
     parsed_steps,
     result_option,
 )
-from tetdeploy.cli.terminal import console, image_bar, print_notes
+from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
@@ -110,7 +110,7 @@ def sweep(
     print_details(result, engine, conventions, layers=show_layers, other_ops=other_ops)
     console.print("   ".join(map(str, written)), markup=False)
     if engine.encoding == "direct":
-        console.print(f"next: tetdeploy predict {engine.path} IMAGE...", markup=False)
+        say_next("predict", engine.path, "IMAGE...")
 
 
 def run_sweep(

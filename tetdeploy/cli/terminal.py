@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,16 @@ from tetdeploy.standard_output import StandardOutput
 
 # As wide as COLUMNS says, or the terminal; rich alone would take the width of stderr for a pipe.
 console = StandardOutput(highlight=False, soft_wrap=True, width=get_terminal_size(fallback=(120, 24)).columns)
+
+
+def say_next(*words: object) -> None:
+    """The command that goes on with a result, quoted for a shell."""
+    console.print(f"next: {command_line(*words)}", markup=False)
+
+
+def command_line(*words: object) -> str:
+    """`tetdeploy` with these words, quoted for a shell."""
+    return shlex.join(["tetdeploy", *map(str, words)])
 
 
 class _Rate(ProgressColumn):

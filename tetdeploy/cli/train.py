@@ -23,7 +23,7 @@ from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import network_of
 from tetdeploy.cli.options import FiniteRange, data_dir_option, json_option, runs_option
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
-from tetdeploy.cli.terminal import console
+from tetdeploy.cli.terminal import command_line, console, say_next
 from tetdeploy.extras import import_extra
 
 if TYPE_CHECKING:
@@ -257,6 +257,11 @@ class _Job:
     train: LabelledSet
     val: LabelledSet | None
 
+    @property
+    def own(self) -> tuple[str, ...]:
+        """What commands that take up the run are told as well: --model, if the network is the user's own."""
+        return ("--model", self.network["model"]) if ":" in self.network["model"] else ()
+
     def classifier(self, seed: int) -> Classifier:
         """A freshly initialised classifier for the data set; `seed` decides its weights."""
         import torch
@@ -370,9 +375,8 @@ def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path 
     from tetdeploy.files import write_json
 
     if result.interrupted:
-        console.print(
-            f"interrupted after {result.epochs} epochs; go on with: tetdeploy train --resume {result.out}", markup=False
-        )
+        again = command_line("train", "--resume", result.out, *job.own)
+        console.print(f"interrupted after {result.epochs} epochs; go on with: {again}", markup=False)
         ctx.exit(INTERRUPTED)
     best = result.best
     if json_path is not None:
@@ -398,7 +402,8 @@ def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path:
                 f"{run.out.name}  best val {run.best.val_accuracy:.2%} at epoch {run.best.epoch}", markup=False
             )
     if result.interrupted:
-        console.print(f"interrupted; go on with: tetdeploy train --resume {result.out}", markup=False)
+        again = command_line("train", "--resume", result.out, *job.own)
+        console.print(f"interrupted; go on with: {again}", markup=False)
         ctx.exit(INTERRUPTED)
     if json_path is not None:
         with atomic_write(json_path) as temporary:
@@ -414,10 +419,9 @@ def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path:
 
 
 def _say_next(run: Path, job: _Job) -> None:
-    own = f" --model {job.network['model']}" if ":" in job.network["model"] else ""
     if job.network["ann"]:
-        console.print(f"next: tetdeploy train --distill {run}{own}", markup=False)
+        say_next("train", "--distill", run, *job.own)
     elif not job.network["smooth_spike"]:
-        steps = " --T 6" if job.train.encoding == "direct" else ""  # recordings were cut into the training's T frames
-        form = "--precision int8" if job.config.qat else "--fold-bn"
-        console.print(f"next: tetdeploy export {run}{steps} {form}{own}", markup=False)
+        steps = ("--T", 6) if job.train.encoding == "direct" else ()  # recordings were cut into the training's T frames
+        form = ("--precision", "int8") if job.config.qat else ("--fold-bn",)
+        say_next("export", run, *steps, *form, *job.own)

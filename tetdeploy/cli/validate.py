@@ -11,7 +11,7 @@ from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.gates import FAILED, Gate, check_gates, describe, parse_gates, place_gates
 from tetdeploy.cli.inputs import default_steps, load_classifier, load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import ChosenModel, data_dir_option, opens_model, output_path, parsed_steps, result_option
-from tetdeploy.cli.terminal import console, image_bar, progress_bar
+from tetdeploy.cli.terminal import console, image_bar, progress_bar, say_next
 
 if TYPE_CHECKING:
     from tetdeploy.agreement import Compared, Reference
@@ -135,7 +135,7 @@ def _tell(result: dict[str, Any], failed: list[dict[str, Any]], json_path: Path,
     console.print(str(json_path), markup=False)
     for gate in failed:
         console.print(f"[red]failed:[/red] {describe(gate)}")
-    console.print(f"next: tetdeploy report {json_path}", markup=False)
+    say_next("report", json_path)
 
 
 class _Job:

@@ -23,6 +23,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _GREY_MODES = ("1", "L", "LA")
 _COLOUR_MODES = ("RGB", "RGBA", "CMYK", "YCbCr")
+_PNG_DEPTH = 24  # where a PNG has its bits a channel: its first chunk is the header
 _CHUNK = 128  # images a task: few enough that the bar moves, many enough that a task's own cost does not count
 
 
@@ -91,7 +92,7 @@ def _decode(file: ImageFile) -> NDArray[np.uint8]:
 
 
 def open_image(data: bytes) -> Any:
-    """The Pillow image of a file's bytes, of a kind that converts to grey or RGB without loss of range.
+    """The Pillow image of a file's bytes, of 8 bits a channel, in grey or colours.
 
     Raises:
         ValueError: it is none; a damaged one raises what Pillow's decoders do, some only where the pixels are used.
@@ -101,10 +102,12 @@ def open_image(data: bytes) -> Any:
         image = pillow.open(io.BytesIO(data), formats=_FORMATS)  # naming the formats is 5 times faster, too
     except pillow.UnidentifiedImageError:
         raise ValueError(f"{len(data)} bytes that are no png, jpeg, webp or bmp") from None
+    deep = image.format == "PNG" and data[_PNG_DEPTH] == 16  # of colours Pillow keeps the upper 8 and calls them RGB
     if image.mode == "P":
         image = image.convert("RGBA")  # straight to RGB, Pillow warns of palettes with transparency
-    if image.mode not in (*_GREY_MODES, *_COLOUR_MODES):
-        raise ValueError(f"pixel format {image.mode} is not 8 bits a channel")  # convert() would clip 16 bits
+    if deep or image.mode not in (*_GREY_MODES, *_COLOUR_MODES):  # convert() would clip 16 bits of grey
+        pixels = f"{image.mode.partition(';')[0]};16" if deep else image.mode
+        raise ValueError(f"pixel format {pixels} is not 8 bits a channel")
     return image
 
 

@@ -28,7 +28,7 @@ CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 
 @dataclass(frozen=True)
 class Exit:
-    """When an image's answer is certain enough to stop.
+    """When an image's answer is certain enough to stop. Its numbers may come from NumPy; they are kept as Python's.
 
     Attributes:
         threshold: 0..1.
@@ -48,7 +48,8 @@ class Exit:
             raise ValueError(f"unknown criterion {self.criterion!r}; choose {' or '.join(CRITERIA)}")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must lie in 0..1, got {self.threshold}; 1 stops no image early")
-        check_count("min_T", self.min_T)
+        object.__setattr__(self, "threshold", float(self.threshold))
+        object.__setattr__(self, "min_T", check_count("min_T", self.min_T))
 
     def certain(self, mean_logits: NDArray[Any]) -> NDArray[np.bool_]:
         """Which images may stop, `[N]`, by the mean logits of their steps so far, `[N, K]`."""
@@ -82,7 +83,8 @@ def load_exit(model: Path | str, T: int | None = None) -> Exit:
     Args:
         model: path of the `.onnx` file, which must be the very one; or of an `.engine` that `tetdeploy build` made of
             it, beside which its rule lies.
-        T: the steps that are to be run at most, if they are known.
+        T: the steps that are to be run at most, if they are known. Against more than those that it was found for, the
+            rule may lose more accuracy than it was allowed.
 
     Raises:
         FileNotFoundError: the model is not there, or there is no rule beside it.

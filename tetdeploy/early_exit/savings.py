@@ -22,6 +22,7 @@ from tetdeploy.energy import Operations
 from tetdeploy.engine import Engine, Result
 from tetdeploy.machine import load_average
 from tetdeploy.provenance import engine_provenance, images_sha256
+from tetdeploy.steps import check_count
 from tetdeploy.sweep import Tally, check_labels
 
 Array = NDArray[Any]
@@ -149,9 +150,11 @@ def measure(
         JSON: `rows`, a fixed T each; `early_exit`, the rule with its accuracy, steps, operations, energy and time.
 
     Raises:
-        ValueError: labels do not fit the images or the model's classes; the layout is not step; see also `Engine.run`.
+        ValueError: labels do not fit the images or the model's classes; the layout is not step; `batch_size` is no
+            whole number, or below 1; see also `Engine.run`.
     """
     check_labels(engine, x, labels)
+    T, batch_size = check_count("T", T), check_count("batch_size", batch_size)
     savings = Savings(engine, exit, T)
     for part in parts(len(x), batch_size, tick):
         savings.add(x[part], labels[part])

@@ -27,25 +27,30 @@ def calibration_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
         f"[dim]* goes beside the model; lost: points of accuracy against T={result['T']} for every image, with the "
         f"95 % interval that the answers turned wrong and right on the same images give; {promise}[/dim]"
     )
-    yield from _few_images(result)
+    if result["mean_T"] == result["T"]:
+        yield f"no image stops early: {_why_none_stops(result)}"
+    N = result["num_samples"]
+    if not result["confident"] and 0 < N * result["allowed_loss"] < 1:
+        yield (
+            f"one image is {100 / N:.2g} points here, more than may be lost: on other images the loss may well be "
+            "larger; calibrate on more"
+        )
     yield f"steps  {by_steps(result['num_images_by_steps'])}"
 
 
-def _few_images(result: Mapping[str, Any]) -> Iterator[str]:
-    """Too few images for the loss that is allowed."""
-    N, allowed = result["num_samples"], result["allowed_loss"]
+def _why_none_stops(result: Mapping[str, Any]) -> str:
+    """The reason, and what else to try."""
+    N, T, allowed = result["num_samples"], result["T"], result["allowed_loss"]
+    if result["min_T"] == T:
+        return f"{T} steps are the fewest, and the most"
     if not result["confident"]:
-        if 0 < N * allowed < 1:
-            yield (
-                f"one image is {100 / N:.2g} points here, more than may be lost: on other images the loss may well be "
-                "larger; calibrate on more"
-            )
-    elif provable_loss(N) >= allowed:
+        return "at every other threshold more is lost on these images than may be; allow more with --loss"
+    more = "allow more with --loss, or go by the loss found on these with --point-estimate"
+    if provable_loss(N) >= allowed:
         enough = f"calibrate on {images_to_prove(allowed):,} or more, " if allowed else ""
-        yield (
-            f"no image stops early: {N:,} images show no loss below {100 * provable_loss(N):.2g} points with 95 % "
-            f"confidence; {enough}allow more with --loss, or go by the loss found on these with --point-estimate"
-        )
+        lowest = f"{N:,} images show no loss below {100 * provable_loss(N):.2g} points with 95 % confidence"
+        return f"{lowest}; {enough}{more}"
+    return f"too many of the surest answers before T={T} are right only at T={T}; calibrate on more images, {more}"
 
 
 def _measured(result: Mapping[str, Any]) -> str:

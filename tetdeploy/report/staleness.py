@@ -9,27 +9,41 @@ from typing import Any
 
 from tetdeploy.files import sha256_of
 from tetdeploy.report.merging import has_accuracy
+from tetdeploy.report.reading import read_result
 from tetdeploy.run_folder import other_checkpoint
 
 
 def stale(content: Mapping[str, Any], files: Sequence[Path]) -> str | None:
     """The note on a result that is of another model or checkpoint than lies beside its files; None if it is not, or
     does not say what it is of."""
-    folder, named = files[0].parent, ", ".join(map(str, files))
+    folder, named = files[0].parent, _listed(files)
     model = folder / Path(content["model"]).name
-    again = f"measure again: {_command(content, model)}"
+    again = f"measure again: {', then '.join(command for file in files for command in _commands(file, model))}"
     measured = content.get("model_sha256")
     if measured and model.is_file() and (found := sha256_of(model)) != measured:
-        return f"{named} is of another model ({measured[:12]}) than {model} is now ({found[:12]}); {again}"
+        return f"{named} of another model ({measured[:12]}) than {model} is now ({found[:12]}); {again}"
     own = content.get("checkpoint_sha256")
     if own and (other := other_checkpoint(folder, own)):
         return (
-            f"{named} is of another checkpoint ({own[:12]}) than that of {folder} ({other[:12]}); "
-            f"tetdeploy export {shlex.quote(str(folder))}, then {again}"
+            f"{named} of another checkpoint ({own[:12]}) than that of {folder} ({other[:12]}); "
+            f"export {model} once more, with the options that it had, then {again}"
         )
     return None
 
 
-def _command(content: Mapping[str, Any], model: Path) -> str:
+def _listed(files: Sequence[Path]) -> str:
+    """`a.json is`, `a.json and b.json are`."""
+    *others, last = map(str, files)
+    return f"{', '.join(others)} and {last} are" if others else f"{last} is"
+
+
+def _commands(file: Path, model: Path) -> list[str]:
+    """What measures as a result says that it was measured; an early exit by a threshold of this model."""
+    content = read_result(file)
+    on = ["--device", content["device"]] if content.get("device", "cpu") != "cpu" else []
+    on += ["--runtime", "openvino"] if content.get("runtime") == "openvino" else []
     data = ["--data", content["data"]] if has_accuracy(content) and content["data"] else []
-    return shlex.join(["tetdeploy", content["kind"], str(model), *data])
+    commands = [["tetdeploy", content["kind"], str(model), *data, *on]]
+    if content["kind"] == "early-exit":
+        commands.insert(0, ["tetdeploy", "calibrate", str(model), *on])
+    return [shlex.join(words) for words in commands]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from importlib import metadata as distributions
@@ -25,6 +26,7 @@ from tetdeploy.runtimes.openvino_session import OpenVINOSession
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # each with the extra that brings it
+MOST_THREADS = max(64, os.cpu_count() or 1)  # ONNX Runtime starts them for minutes, and cannot be interrupted then
 NATIVE_FROM = 20_000  # neurons; in smaller networks what lies between convolutions takes no time to speak of
 
 
@@ -40,8 +42,8 @@ class Sessions:
         if cuda_graphs and (device, runtime) != ("cuda", "onnxruntime"):
             raise ValueError(f"cuda_graphs is for ONNX Runtime on device cuda, not {runtime} on {device}")
         self._providers = _providers(device) if runtime == "onnxruntime" else []
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"threads must be 1 to {MOST_THREADS}, got {threads}")
         self._path, self._device, self._runtime, self._threads = path, device, runtime, threads
         self._model = read_model(path)
         self.sha256 = hashlib.sha256(self._model).hexdigest()
