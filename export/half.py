@@ -2,7 +2,8 @@
 
 Layers between neurons compute in float16::
 
-    I = fp32( fp16( sum fp16(W) s + fp16(b) ) )
+    I = fp32( fp16( sum fp16(W) s + fp16(b) ) )     convolutions
+    I = fp32( fp16( sum fp16(W) s ) ) + b           linear layers: a matrix product and its bias would round twice
 
 Spikes, and small sums of them, lose nothing, so that weights, biases and currents round, each once: float16 keeps 11
 bits. Membranes, thresholds and residual sums stay in float32, and so do the first layer, which reads the image, and the
@@ -29,6 +30,7 @@ from tetdeploy.tracing import Tracer
 
 aten = torch.ops.aten
 _LARGEST = torch.finfo(torch.float16).max
+_ROUNDING = 2.0**-10  # of the sum of absolute values; a weight or bias rounds by half of it
 Place = Literal["first", "inner", "readout"]
 
 
@@ -65,8 +67,11 @@ def placed_layers(graph_module: fx.GraphModule) -> list[PlacedLayer]:
     return layers
 
 
-def halve(graph_module: fx.GraphModule, layers: Iterable[PlacedLayer] | None = None) -> None:
+def halve(graph_module: fx.GraphModule, layers: Iterable[PlacedLayer] | None = None) -> dict[fx.Node, PlacedLayer]:
     """Let layers compute in float16, in place; by default those between neurons. The network must be folded.
+
+    Returns:
+        The layers, by the node that has their current.
 
     Raises:
         HalfError: there are none, or a weight or a current may be too large for float16.
@@ -75,13 +80,13 @@ def halve(graph_module: fx.GraphModule, layers: Iterable[PlacedLayer] | None = N
         layers = [layer for layer in placed_layers(graph_module) if layer.place == "inner"]
         if not layers:
             raise HalfError("no layer of the network lies between neurons, so none can run in float16; use fp32")
-    for layer in layers:
-        _halve_layer(graph_module, layer)
+    currents = {_halve_layer(graph_module, layer): layer for layer in layers}
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
+    return currents
 
 
-def _halve_layer(graph_module: fx.GraphModule, layer: PlacedLayer) -> None:
+def _halve_layer(graph_module: fx.GraphModule, layer: PlacedLayer) -> fx.Node:
     graph, node = graph_module.graph, layer.node
     x, weight, bias = (*node.args, None)[:3]
     with graph.inserting_before(node):
@@ -95,11 +100,13 @@ def _halve_layer(graph_module: fx.GraphModule, layer: PlacedLayer) -> None:
         current = graph.call_function(aten.to.dtype, (node, torch.float32))
     node.replace_all_uses_with(current, delete_user_cb=lambda user: user is not current)
     current.meta, inputs[0].meta = dict(node.meta), dict(node.meta)
-    if linear and bias is not None:  # a matrix product and its bias would round twice
-        with graph.inserting_after(current):
-            total = graph.call_function(aten.add.Tensor, (current, bias))
-        current.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-        total.meta = dict(node.meta)
+    if not linear or bias is None:
+        return current
+    with graph.inserting_after(current):
+        total = graph.call_function(aten.add.Tensor, (current, bias))
+    current.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    total.meta = dict(node.meta)
+    return total
 
 
 def _half_parameters(graph_module: fx.GraphModule, layer: PlacedLayer) -> list[str]:
@@ -151,8 +158,21 @@ class HalfNetwork(TracedNetwork):
 
     def trace(self, T: int) -> Callable[[Tensor], Any]:
         module = self.tracer.folded(T)
-        halve(module, [layer for layer in placed_layers(module) if layer.place in self._places])
+        halve(module, self._layers(module))
         return _RoundingInterpreter(module, self._round_activations).run
+
+    def _layers(self, module: fx.GraphModule) -> list[PlacedLayer]:
+        return [layer for layer in placed_layers(module) if layer.place in self._places]
+
+    @torch.no_grad()
+    def check_layers(self, x: Tensor, T: int) -> None:
+        """Compare each layer in float16 with the folded one in float32, on what it reads when `x [N, ...]` is run.
+
+        Raises:
+            HalfError: one of them differs by more than the rounding of its weights and its bias.
+        """
+        plain, halved = self.tracer.folded(T), self.tracer.folded(T)
+        _LayerComparison(halved, halve(halved, self._layers(halved)), plain).run(x)
 
 
 class _RoundingInterpreter(fx.Interpreter):
@@ -160,6 +180,7 @@ class _RoundingInterpreter(fx.Interpreter):
 
     def __init__(self, graph_module: fx.GraphModule, round_activations: bool) -> None:
         super().__init__(graph_module)
+        self.extra_traceback = False  # a refusal is about the network, not about its trace
         self._dtype = torch.float16 if round_activations else torch.float32
 
     def run_node(self, n: fx.Node) -> Any:
@@ -172,6 +193,44 @@ class _RoundingInterpreter(fx.Interpreter):
                 floats = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
                 return _in_reach(n.target(*floats, **kwargs).to(self._dtype), n)
         return super().run_node(n)
+
+
+class _LayerComparison(_RoundingInterpreter):
+    """Runs a network with float16 layers, and each of these in float32 as well.
+
+    Args:
+        currents: what `halve` returned.
+        plain: the network before that.
+    """
+
+    def __init__(
+        self, graph_module: fx.GraphModule, currents: dict[fx.Node, PlacedLayer], plain: fx.GraphModule
+    ) -> None:
+        super().__init__(graph_module, round_activations=False)
+        self._currents, self._plain = currents, plain
+        self._nodes = {layer.name: layer.node for layer in placed_layers(plain)}
+        self._read: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.target is aten.to.dtype and n.args[1] == torch.float16:
+            self._read[n] = result
+        if n in self._currents:
+            layer = self._currents[n]
+            self._compare(layer.name, self._read.pop(layer.node.args[0]), result)  # type: ignore[arg-type]
+        return result
+
+    def _compare(self, name: str, x: Tensor, current: Tensor) -> None:
+        node: Any = self._nodes[name]
+        given = [x, *(given and parameter(self._plain, given) for given in node.args[1:3])]
+        exact = node.target(*given, *node.args[3:])
+        reach = node.target(*(value if value is None else value.abs() for value in given), *node.args[3:])
+        error, limit = float((current - exact).abs().max()), _ROUNDING * float(reach.max())
+        if not error <= limit:
+            raise HalfError(
+                f"the currents of {name} in float16 differ from those in float32 by {error:.3g}, where rounding makes "
+                f"{limit:.3g} at most; nothing was written: use --precision fp32"
+            )
 
 
 def _in_reach(value: Tensor, node: fx.Node) -> Tensor:

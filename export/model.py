@@ -20,7 +20,7 @@ from tetdeploy.engine import Engine
 from tetdeploy.files import atomic_write
 from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
-from tetdeploy.int8.quantisation import Scales
+from tetdeploy.int8.quantisation import Int8Error, Scales
 from tetdeploy.names import first_line
 from tetdeploy.networks import Classifier
 from tetdeploy.traced_network import Runnable
@@ -224,7 +224,10 @@ def build_graph(
     tracer = Tracer(classifier, encoding=config.encoding, uint8=config.normalize)
     onnx_tracer = OnnxTracer(tracer, fold_bn=config.fold_bn, half=config.precision == "fp16")
     if config.precision == "int8":
-        graph, found = _build_int8(onnx_tracer, config, calibration, source, progress)
+        try:
+            graph, found = _build_int8(onnx_tracer, config, calibration, source, progress)
+        except Int8Error as error:
+            raise Int8Error(f"{error}; use --precision fp32") from error
         return graph, Int8Network(tracer, found.scales), found
     graph = _build(onnx_tracer, config, source)
     expected = HalfNetwork(tracer) if config.precision == "fp16" else classifier

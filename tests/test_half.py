@@ -25,6 +25,7 @@ from tetdeploy.export.half import HalfError, HalfNetwork, halve, placed_layers
 from tetdeploy.export.kept_answers import kept_answers
 from tetdeploy.export.model import build_graph
 from tetdeploy.export.parity import MAX_MISMATCH, Parity, ParityError, compare
+from tetdeploy.export.recorder import compare_torch, run_torch
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.networks import Classifier
 from tetdeploy.neurons import LIF
@@ -301,3 +302,64 @@ def test_a_convolution_needs_no_bias(padding: int | str, tmp_path: Path) -> None
     exported = export(tmp_path / "m.onnx", network=classifier(Unbiased(padding)))
     assert exported.parity is not None and exported.parity.spike_mismatch_rate <= 1e-4
     assert [layer["precision"] for layer in Engine(exported.path).metadata["layers"]] == ["fp32", "fp16", "fp32"]
+
+
+# --- a layer that computes something else
+
+
+@cache
+def biased(kind: str) -> Classifier:
+    """Its biases decide which neurons fire."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        network = Linear() if kind == "linear" else Unbiased(1)
+        layer: Any = network.hidden[1] if isinstance(network, Linear) else network.convolve[0]
+        layer.bias = nn.Parameter(torch.linspace(-0.8, 1.6, len(layer.weight)))
+        return classifier(network)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_with_its_bias_a_layer_fires_as_in_float32(kind: str) -> None:
+    x, half_network = digits().images[:60], HalfNetwork(Tracer(biased(kind), encoding="direct", uint8=True))
+    expected = run_torch(biased(kind), x, 3)[1]
+    differing = compare_torch(half_network, x, 3, expected)[1]
+    assert differing.sum() <= 1e-3 * sum(spikes.size for spikes in expected)
+    half_network.check_layers(torch.from_numpy(x), 3)
+
+
+halve_layer = half._halve_layer
+
+
+def _without_bias(module: torch.fx.GraphModule, layer: half.PlacedLayer) -> torch.fx.Node:
+    layer.node.args = (*layer.node.args[:2], None, *layer.node.args[3:])
+    return halve_layer(module, layer)
+
+
+def _with_other_weights(module: torch.fx.GraphModule, layer: half.PlacedLayer) -> torch.fx.Node:
+    current, (x, weight, *rest) = halve_layer(module, layer), layer.node.args
+    with module.graph.inserting_before(layer.node):
+        layer.node.args = (x, module.graph.call_function(torch.mul, (weight, 1.01)), *rest)
+    return current
+
+
+@pytest.mark.parametrize("fault", [_without_bias, _with_other_weights])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_the_gate_sees_a_layer_that_is_another_in_float16(
+    kind: str, fault: Callable[..., torch.fx.Node], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graph and PyTorch are made by the same code, and are wrong alike."""
+    monkeypatch.setattr(half, "_halve_layer", fault)
+    name = "hidden.1" if kind == "linear" else "convolve.0"
+    with pytest.raises(HalfError, match=rf"the currents of {name} in float16 differ from those in float32 by"):
+        export(tmp_path / "m.onnx", network=biased(kind))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_vanish_in_float16_are_refused(tmp_path: Path) -> None:
+    network = copy.deepcopy(biased("convolution"))
+    with torch.no_grad():
+        for value in (network.network.convolve[0].weight, network.network.convolve[0].bias):  # type: ignore[index,union-attr]
+            value.mul_(1e-8)
+    network.network.lif2.v_th = 1e-9  # type: ignore[union-attr]
+    with pytest.raises(HalfError, match=r"convolve\.0 in float16 differ .* use --precision fp32$"):
+        export(tmp_path / "m.onnx", network=network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -33,12 +34,14 @@ from tetdeploy.export import ExportConfig, Exported, ParityError, export_model
 from tetdeploy.export.onnx_tracer import OnnxTracer
 from tetdeploy.int8 import network as int8_network
 from tetdeploy.int8 import quantisation
-from tetdeploy.int8.calibration import METHODS, CurrentHistogram, _squared_error, calibrate
+from tetdeploy.int8.calibration import METHODS, CurrentHistogram, _squared_error, calibrate, record_currents
+from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import CurrentScale, Int8Error, int8_conv, quantise, spiking_convolutions
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
 from tetdeploy.sweep import sweep
 from tetdeploy.tracing import Tracer
+from tetdeploy.train import TrainConfig, train
 
 
 def calibration(count: int = 128) -> tuple[Any, Any]:
@@ -321,12 +324,13 @@ def test_odd_convolutions_and_a_channel_of_zeros(monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         network.network.same[0].weight[2] = 0.0
         network.network.same[0].bias[2] = 0.7
+        network.network.same[0].weight[4] = network.network.same[0].bias[4] = 0.0
     module = Tracer(network, encoding="direct", uint8=True).folded(2)
-    assert list(spiking_convolutions(module)) == ["same.0", "dropped.2"]
+    assert list(spiking_convolutions(module).values()) == ["same.0", "dropped.2"]
     x = torch.from_numpy(digits().images[:20])
     before, scale = module(x)[0].detach(), CurrentScale.covering(-3, 3)
     monkeypatch.setattr(quantisation, "_EXACT", 127 * 72)
-    with pytest.raises(Int8Error, match=r"same\.0 sums 72 weights, too many.*use --precision fp32"):
+    with pytest.raises(Int8Error, match=r"same\.0 sums 72 weights, too many for exact 8-bit arithmetic$"):
         quantise(module, {"same.0": scale})
     monkeypatch.undo()
     quantise(module, {"same.0": scale, "dropped.2": scale})
@@ -335,6 +339,8 @@ def test_odd_convolutions_and_a_channel_of_zeros(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(after, before, rtol=0.0, atol=0.05 * float(before.abs().max()))
     buffers = dict(module.named_buffers())
     (key,) = (name for name, value in buffers.items() if name.endswith(".weight") and value.shape[2:] == (3, 3))
+    scale_of_none = float(buffers[f"{key}_scale"][4])  # a channel with neither weights nor bias
+    assert scale_of_none > 0 and not buffers[key][4].any() and not buffers[key.removesuffix("weight") + "bias"][4]
     held = buffers[f"{key}_scale"] * buffers[key.removesuffix("weight") + "bias"]
     torch.testing.assert_close(held, network.network.same[0].bias.detach(), rtol=0.0, atol=1e-3)
 
@@ -365,10 +371,43 @@ def test_a_percentile_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     histogram.add(torch.tensor([-2.0] + [-1.5] * 4 + [-0.5] * 45 + [0.5] * 40 + [1.5] * 9 + [2.0]))
     assert histogram.percentile(88) == CurrentScale(float(np.float32(3 / 255)), 85)  # 6 % at either end: -1 to 2
     assert histogram.percentile(98) == CurrentScale.covering(-2, 2)  # 1 %: no farther than the currents reach
-    histogram.add(torch.tensor([-10.0, 0.5, 10.0]))  # what is out of range counts in the last bins
-    histogram.add(torch.tensor([0.5]))
-    assert histogram.counts is not None and histogram.counts.tolist() == [1, 5, 45, 42, 9, 2]
-    assert (histogram.lowest, histogram.highest) == (-10, 10)
+    histogram.add(torch.tensor([0.5, 2.9]))  # within the bins
+    assert histogram.counts is not None and histogram.counts.tolist() == [0, 5, 45, 41, 9, 2]
+    histogram.add(torch.tensor([-8.0, 0.5]))  # they become twice as wide, downwards, and end at 3 as before
+    assert (histogram.low, histogram.high, histogram.lowest, histogram.highest) == (-9, 3, -8, pytest.approx(2.9))
+    assert histogram.counts.tolist() == [1, 0, 0, 5, 87, 11]
+    histogram.add(torch.tensor([-20.0, 20.0]))  # two times to either side: from -21 to 3, then to 27
+    assert (histogram.low, histogram.high) == (-21, 27) and histogram.counts.tolist() == [1, 1, 103, 0, 0, 1]
+
+
+@pytest.mark.parametrize("first", [0.0, 0.3, 5.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_scales_hardly_depend_on_which_batch_comes_first(first: float, method: str) -> None:
+    """Also where the first one is constant, as that of recordings in which nothing moves, or wide."""
+    torch.manual_seed(0)
+    batches = [torch.full((9_000,), first), *(torch.randn(9_000) * width for width in (0.2, 1, 1, 1.5, 1))]
+    found = []
+    for order in (batches, batches[::-1], batches[2:] + batches[:2]):
+        histogram = CurrentHistogram()
+        for batch in order:
+            histogram.add(batch)
+        assert histogram.counts is not None and int(histogram.counts.sum()) == 54_000
+        assert histogram.high - histogram.low < 4 * (histogram.highest - histogram.lowest)
+        found.append(METHODS[method](histogram))
+    for scale in found:
+        assert scale.scale == pytest.approx(found[0].scale, rel=0.05) and abs(scale.zero - found[0].zero) <= 3
+        assert 5 < 255 * scale.scale < 14  # of currents from -6.2 to 6.8
+
+
+def test_currents_that_no_scale_covers_are_refused(tmp_path: Path) -> None:
+    for weight in (float("nan"), 1e38):
+        network = copy.deepcopy(convsnn())
+        with torch.no_grad():
+            network.network.layer2[0].weight[1] = weight
+        with pytest.raises(
+            Int8Error, match=r"^layer2\.0 puts out currents up to (nan|inf|\d\S*e\+3\d), at most 1e\+30"
+        ):
+            calibrate(Tracer(network, encoding="direct", uint8=True), *calibration(40), 2, lambda scales: 1 / 0)
 
 
 @pytest.mark.parametrize("better", ["mse", "percentile"])
@@ -428,7 +467,125 @@ def test_least_squares_errs_less_than_any_percentile() -> None:
 def test_convolutions_of_spikes_are_found_by_name() -> None:
     torch.manual_seed(3)
     module = Tracer(classifier(Residual()), encoding="direct", uint8=True).folded(2)
-    assert list(spiking_convolutions(module)) == ["a.0", "b.0"]  # not the first, which reads the image
+    assert list(spiking_convolutions(module).values()) == ["a.0", "b.0"]  # not the first, which reads the image
+
+
+# --- a network's own loop over the steps
+
+
+class Loop(nn.Module):
+    """Calls a convolution of spikes once a step; they begin in step 2, when the neurons have charged up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1 = DirectEncoding(nn.Conv2d(1, 8, 3, padding=1)), LIF()
+        self.conv, self.bn, self.lif2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), LIF(v_th=0.3)
+        self.readout = OverTime(nn.Flatten(), nn.Linear(512, 10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.lif1(self.encode(x, T))
+        current = torch.stack([self.bn(self.conv(spikes[t])) for t in range(len(spikes))])
+        logits: Tensor = self.readout(self.lif2(current))
+        return logits
+
+
+@cache
+def loop() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Loop()
+    made = classifier(network)
+    with torch.no_grad():
+        normalised = made.normalize(torch.from_numpy(digits().images))
+        network.lif1.v_th = 1.01 * float(network.encode(normalised, 1).max())
+    return classifier(network)  # BN of what it reads now
+
+
+def accuracy_of_methods(network: Any, T: int) -> dict[str, float]:
+    """In 8 bits after T steps, on the calibration images, by PyTorch; scales are found at 3 steps."""
+    tracer, (images, labels) = Tracer(network, encoding="direct", uint8=True), calibration()
+    x, found = torch.from_numpy(images), {}
+    for name, scale in METHODS.items():
+        histograms, _ = record_currents(tracer.folded(3), x.split(32), None)
+        scales = {layer: scale(currents) for layer, currents in histograms.items()}
+        with torch.no_grad():
+            answers = Int8Network(tracer, scales)(x, T).mean(0).argmax(-1).numpy()
+        found[name] = float((answers == labels).mean())
+    return found
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "step"])  # the dynamic one cannot be traced
+def test_a_loop_over_the_steps_has_one_scale_at_every_T(layout: str, tmp_path: Path) -> None:
+    exported = export(tmp_path / "m.onnx", layout, loop(), T=5)  # trained at 3
+    assert exported.int8 is not None and list(exported.int8["scales"]) == ["conv"]
+    assert exported.parity is not None and exported.parity.spike_mismatch_rate <= 1e-4
+    # the methods are judged at the steps of the training
+    assert exported.int8["accuracy"] == accuracy_of_methods(loop(), 3) != accuracy_of_methods(loop(), 5)
+    images = digits().images[:90]
+    with torch.no_grad():
+        plain = loop()(torch.from_numpy(images), 5).transpose(0, 1).numpy()
+    quantised = Engine(exported.path, threads=1).run(images, 5).per_step
+    for T in range(1, 6):
+        agreement = (quantised[:, :T].mean(1).argmax(1) == plain[:, :T].mean(1).argmax(1)).mean()
+        assert agreement > 0.9, T
+
+
+def test_training_in_8_bits_at_another_T_has_the_scales_of_all_calls() -> None:
+    """As with `--tit` and `--random-T`: steps that the calibration did not run take no other scale."""
+    tracer = Tracer(loop(), encoding="direct", uint8=True)
+    images, labels = calibration(64)
+    given: list[Any] = []
+    found = calibrate(tracer, images, labels, 2, lambda scales: given.append(scales) or np.zeros((64, 2, 10)))  # type: ignore[arg-type,func-returns-value]
+    assert list(found.scales) == ["conv"]
+    currents = [node for node in tracer.folded(6).graph.nodes if "conv2d" in str(node.target)]
+    assert len(currents) == 7  # the first layer's, and six
+    for trainable in (False, True):
+        module = tracer.folded(6, trainable=trainable)
+        assert quantise(module, found.scales, trainable=trainable) == ["conv"] * 6
+        used = [node.args for node in module.graph.nodes if found.scales["conv"].scale in node.args]
+        assert len(used) == 6 and all(found.scales["conv"].zero in args for args in used)
+
+
+def test_of_older_scales_by_call_the_widest_is_taken() -> None:
+    tracer = Tracer(loop(), encoding="direct", uint8=True)
+    old = {f"conv{call}": CurrentScale(scale, 9) for call, scale in (("", 0.01), ("#2", 0.03), ("#3", 0.02))}
+    for T in (1, 3, 5):
+        assert quantise(tracer.folded(T), old) == ["conv#2"] * T
+    assert quantise(tracer.folded(2), {"readout.1": old["conv"]}) == []
+
+
+class Twice(nn.Module):
+    """Two convolutions in one module's code, and one before two BN, both in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif = DirectEncoding(nn.Conv2d(1, 8, 3, padding=1)), LIF(v_th=0.3)
+        self.a, self.b = (nn.Parameter(torch.randn(8, 8, 3, 3) * width) for width in (0.1, 1.0))
+        self.shared, self.bn1, self.bn2 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.readout = OverTime(nn.Flatten(), nn.Linear(8 * 36, 10))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(self.encode(x, T))
+        steps = []
+        for step in spikes:
+            one, other = (nn.functional.conv2d(step, weight) for weight in (self.a, self.b))
+            pair = self.bn1(self.shared(step)) - self.bn2(self.shared(step))
+            steps.append(one + other + pair[..., 1:-1, 1:-1])
+        logits: Tensor = self.readout(torch.stack(steps))
+        return logits
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_convolutions_of_other_parameters_have_scales_of_their_own(trainable: bool) -> None:
+    torch.manual_seed(0)
+    module = Tracer(classifier(Twice()), encoding="direct", uint8=True).folded(3, trainable=trainable)
+    names = list(spiking_convolutions(module).values())
+    assert names == ["network", "network#2", "shared", "shared#2"] * 3
+    scales = {name: CurrentScale(k, 9) for k, name in enumerate(dict.fromkeys(names))}
+    assert quantise(module, scales, trainable=trainable) == names
+
+
+# --- what is spikes
 
 
 class Volumes(nn.Module):
@@ -478,6 +635,55 @@ def test_padded_and_repeated_spikes_are_spikes(tmp_path: Path) -> None:
     assert exported.parity is not None and exported.parity.spike_mismatch_rate <= 1e-4
 
 
+MOVES: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda s: torch.stack([*s]),
+    lambda s: torch.cat(s.chunk(2, dim=2)[::-1], 2).flip(-1),
+    lambda s: s.split([1, 2, 1], dim=2)[1].roll((1, -2), (3, 4)),
+    lambda s: s.split(3, dim=2)[0].repeat(1, 1, 2, 1, 1),
+    lambda s: nn.functional.pixel_unshuffle(nn.functional.pixel_shuffle(s, 2).mT, 2),
+    lambda s: nn.functional.channel_shuffle(s.flatten(0, 1), 2).unflatten(0, s.shape[:2]).narrow(2, 1, 2),
+    lambda s: s.movedim(3, 4).swapaxes(2, 3).unsqueeze(3).squeeze((3,)),
+)
+
+
+class Moved(nn.Module):
+    """Convolutions of spikes that were cut up, put together or moved."""
+
+    def __init__(self, *moves: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.encode, self.lif = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1)), LIF(v_th=0.3)
+        self.moves = moves
+        self.branches = nn.ModuleList(OverTime(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(10)) for _ in moves)
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.lif(self.encode(x, T))
+        moved = zip(self.moves, self.branches, strict=True)
+        return torch.stack([branch(move(spikes)) for move, branch in moved]).sum(0)
+
+
+def test_spikes_that_are_moved_are_spikes(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    exported = export(tmp_path / "m.onnx", network=classifier(Moved(*MOVES)), T=3)
+    assert exported.int8 is not None
+    assert list(exported.int8["scales"]) == [f"branches.{k}.0" for k in range(len(MOVES))]
+    assert exported.parity is not None and exported.parity.is_local
+    plain, native = (Engine(exported.path, threads=1, native=native) for native in (False, True))
+    assert all(layer["binary"] for layer in plain.metadata["layers"] if layer["precision"] == "int8")
+    images = digits().images[:20]
+    np.testing.assert_allclose(native.run(images, 3).per_step, plain.run(images, 3).per_step, rtol=0.0, atol=1e-5)
+
+
+def test_what_is_no_longer_spikes_stays_in_float32() -> None:
+    network = Moved(
+        lambda s: s.unbind(0)[0] + s,
+        lambda s: s.mean(2, keepdim=True),
+        lambda s: s.cumsum(0).chunk(2, 2)[0],
+        lambda s: torch.stack([s, s * 0.5]).sum(0),
+        lambda s: torch.stack([s, s * 0.5])[1],
+    )
+    assert not spiking_convolutions(Tracer(classifier(network), encoding="direct", uint8=True).folded(2))
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -516,7 +722,11 @@ def test_a_network_without_convolutions_of_spikes_is_refused(tmp_path: Path) -> 
             logits: Tensor = self.readout(self.lif(self.encode(x, T)))
             return logits
 
-    refused(tmp_path, "no convolution of the network reads spikes alone", INT8, calibration(), classifier(Dense()))
+    why = "no convolution of the network is seen to read spikes alone.* so none can run in int8"
+    refused(tmp_path, f"{why}; use --precision fp32$", INT8, calibration(), classifier(Dense()))
+    config = TrainConfig(T=2, epochs=1, qat=True, device="cpu", batch_size=64)
+    with pytest.raises(Int8Error, match=f"{why}; leave out --qat$"):
+        train(classifier(Dense()), digits(), None, config, tmp_path / "run", progress=False)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from tetdeploy.names import numbered
 aten = torch.ops.aten
 
 _BATCH_NORM = aten.batch_norm.default
+_PARAMETERS = "tetdeploy_parameters"  # in a folded layer's `meta`
 CONVOLUTIONS = (
     aten.conv1d.default,
     aten.conv2d.default,
@@ -103,6 +105,15 @@ def layer_name(node: fx.Node, names: Counter[str]) -> str:
     return numbered(module_path(node).removeprefix("classifier.").removeprefix("network."), names)
 
 
+def parameter_names(layer: fx.Node) -> tuple[str, ...]:
+    """What a layer's weight and bias are read from, and the BN that was folded into them: alike in all calls of one."""
+    return layer.meta.get(_PARAMETERS) or _targets(layer.args[1:3])
+
+
+def _targets(given: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(str(node.target) for node in given if isinstance(node, fx.Node))
+
+
 def parameter(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
     """The parameter or buffer that a `get_attr` node reads, detached."""
     value: Any = graph_module
@@ -163,7 +174,7 @@ def _fold(graph_module: fx.GraphModule, bn: fx.Node, trainable: bool) -> None:
         make = _folded_at_each_call if trainable else _folded_once
         parameters = make(graph_module, parts, [_eps(bn), _transposed_groups(layer)], bn)
         folded = graph.create_node("call_function", layer.target, (layer.args[0], *parameters, *layer.args[3:]))
-    folded.meta = dict(layer.meta)
+    folded.meta = layer.meta | {_PARAMETERS: (*parameter_names(layer), *_targets(bn.args[1:5]))}
     _replace_on_the_way(bn, layer, folded)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
-from tetdeploy.int8.quantisation import Scales
+from tetdeploy.int8.quantisation import Int8Error, Scales
 from tetdeploy.networks import run_network
 from tetdeploy.run_folder import CONFIG_NAME
 from tetdeploy.tracing import Tracer
@@ -45,7 +45,7 @@ def find_scales(classifier: Classifier, train_set: LabelledSet, T: int) -> Calib
     """The scales to train with, from the last training images, on the classifier's device.
 
     Raises:
-        ValueError: there are too few images; Int8Error: no convolution of the network reads spikes alone.
+        ValueError: there are too few images; Int8Error: no convolution of the network can run in int8, or one cannot.
     """
     frames = classifier.encoding == "frames"
     x = train_set.x[-NUM_CALIBRATION:]
@@ -57,7 +57,10 @@ def find_scales(classifier: Classifier, train_set: LabelledSet, T: int) -> Calib
     classifier.eval()
     labels = train_set.labels[-NUM_CALIBRATION:]
     tracer = _tracer(classifier)
-    return calibrate(tracer, x, labels, T, answers)
+    try:
+        return calibrate(tracer, x, labels, T, answers)
+    except Int8Error as error:
+        raise Int8Error(f"{error}; leave out --qat") from error
 
 
 def int8_network(classifier: Classifier, scales: Scales) -> Int8Network:

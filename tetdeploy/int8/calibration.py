@@ -17,6 +17,7 @@ from tetdeploy.tracing import Tracer
 MIN_IMAGES = 32
 _BATCH = 32
 _BINS = 4096
+_LARGEST = 1e30  # of a current; float32 must hold the range of the bins
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def calibrate(
 
 @dataclass
 class CurrentHistogram:
-    """The output currents of a layer over the calibration images; the first batch sets the range of the bins."""
+    """The output currents of a layer over the calibration images, in bins whose range doubles where they leave it."""
 
     counts: Tensor | None = None
     low: float = 0.0
@@ -97,14 +98,26 @@ class CurrentHistogram:
     highest: float = 0.0
 
     def add(self, current: Tensor) -> None:
+        """Add currents of any shape; they must be finite."""
         low, high = (float(v) for v in current.aminmax())
-        if self.counts is None:
-            reach = max(high - low, 1e-6) / 4
-            self.low, self.high = low - reach, high + reach
-            self.counts = torch.zeros(_BINS, dtype=torch.float64)
         self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
-        within = current if self.low <= low and high <= self.high else current.clamp(self.low, self.high)
-        self.counts += torch.histc(within.float(), _BINS, self.low, self.high).double().cpu()
+        if self.counts is None:
+            reach = max(self.highest - self.lowest, 1e-6) / 4
+            self.low, self.high = self.lowest - reach, self.highest + reach
+            self.counts = torch.zeros(_BINS, dtype=torch.float64)
+        self._widen()
+        self.counts += torch.histc(current.float(), _BINS, self.low, self.high).double().cpu()
+
+    def _widen(self) -> None:
+        """Double the range, towards where currents lie outside, until it holds them: two bins become one."""
+        assert self.counts is not None
+        while self.lowest < self.low or self.highest > self.high:
+            width, nothing = self.high - self.low, torch.zeros(_BINS // 2, dtype=torch.float64)
+            pairs = self.counts.view(-1, 2).sum(1)
+            if self.lowest < self.low:
+                self.low, self.counts = self.low - width, torch.cat([nothing, pairs])
+            else:
+                self.high, self.counts = self.high + width, torch.cat([pairs, nothing])
 
     def percentile(self, percent: float) -> CurrentScale:
         """The scale that covers all but (100 - percent) / 2 per cent of the currents at either end."""
@@ -144,16 +157,16 @@ def record_currents(
     """Run a folded network on batches of calibration images and gather what its spiking convolutions put out.
 
     Returns:
-        The currents by convolution, and the network's mean logits `[N, K]`.
+        The currents by convolution, over all its calls, and the network's mean logits `[N, K]`.
 
     Raises:
-        Int8Error: it has none.
+        Int8Error: it has none, or its currents are not finite.
     """
-    nodes = {node: name for name, node in spiking_convolutions(graph_module).items()}
+    nodes = spiking_convolutions(graph_module)
     if not nodes:
         raise Int8Error(
-            "no convolution of the network reads spikes alone, with weights of its own and padding alike on both "
-            "sides, so none can run in int8; use --precision fp32"
+            "no convolution of the network is seen to read spikes alone, with weights of its own and padding alike on "
+            "both sides, so none can run in int8"
         )
     recorder = _Recorder(graph_module, nodes)
     logits = []
@@ -167,11 +180,17 @@ def record_currents(
 class _Recorder(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule, nodes: Mapping[fx.Node, str]) -> None:
         super().__init__(graph_module)
+        self.extra_traceback = False  # a refusal is about the network, not about its trace
         self._nodes = nodes
         self.histograms = {name: CurrentHistogram() for name in nodes.values()}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n in self._nodes:
+            largest = float(result.abs().max())
+            if not largest <= _LARGEST:
+                raise Int8Error(
+                    f"{self._nodes[n]} puts out currents up to {largest:.3g}, at most {_LARGEST:g} can be held"
+                )
             self.histograms[self._nodes[n]].add(result)
         return result

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from tetdeploy.folding import CONVOLUTIONS, DROPOUT, VIEWS, is_parameter, layer_name, parameter
+from tetdeploy.folding import (
+    CONVOLUTIONS,
+    DROPOUT,
+    VIEWS,
+    is_parameter,
+    layer_name,
+    module_path,
+    parameter,
+    parameter_names,
+)
 
 aten = torch.ops.aten
 _EXACT = 2**24  # whole numbers up to here are exact in float32
@@ -174,7 +184,7 @@ def fake_quantised_conv(
 
 
 class Int8Error(ValueError):
-    """A network has nothing that could run in int8, or a layer that cannot."""
+    """A network has nothing that could run in int8, or a layer that cannot. What to do instead the caller knows."""
 
 
 def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = False) -> list[str]:
@@ -190,37 +200,54 @@ def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = 
         Int8Error: one of them has sums too large for exact arithmetic.
     """
     used = []
-    for name, node in spiking_convolutions(graph_module).items():
-        # A network's own loop over the steps calls one module T times, and a longer one calls it more often.
-        key = name if name in scales else name.partition("#")[0]
-        if current := scales.get(key):
-            used.append(key)
-            _check_sums(name, node)
-            replacement = _fake_quantised if trainable else _quantised_once
-            with graph_module.graph.inserting_before(node):
-                new = replacement(graph_module, node, current)
-            new.meta = dict(node.meta)
-            node.replace_all_uses_with(new)
-            graph_module.graph.erase_node(node)
+    convolutions = spiking_convolutions(graph_module)
+    for node, name in convolutions.items():
+        key = _scale_of(name, scales, set(convolutions.values()))
+        if key is None:
+            continue
+        used.append(key)
+        _check_sums(name, node)
+        replacement = _fake_quantised if trainable else _quantised_once
+        with graph_module.graph.inserting_before(node):
+            new = replacement(graph_module, node, scales[key])
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph_module.graph.erase_node(node)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     return used
 
 
-def spiking_convolutions(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
-    """The convolutions that read spikes and nothing else, by the name of their module.
+def _scale_of(name: str, scales: Scales, names: set[str]) -> str | None:
+    """Which of the scales a convolution has, if any.
+
+    Checkpoints of earlier versions may have a scale for each call of a module: `conv`, `conv#2`. Of these all calls
+    take the widest: that of the first step, when neurons have hardly charged, would clip the others.
+    """
+    calls = [key for key in scales if key == name or (key not in names and key.partition("#")[0] == name)]
+    return max(calls, key=lambda key: scales[key].scale, default=None)
+
+
+def spiking_convolutions(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
+    """The convolutions that read spikes and nothing else, in the order in which they run, with their names.
+
+    That is the name of the module, whichever call it is: a network's own loop over the steps calls it once a step. With
+    other parameters (another BN behind it, or several convolutions in one module's code) it is numbered: `conv#2`.
 
     Not among them: those whose weights the network computes (parametrizations), or whose own padding differs by side.
     """
-    found: dict[str, fx.Node] = {}
-    names: Counter[str] = Counter()
+    found: dict[fx.Node, str] = {}
+    names: dict[tuple[str, ...], str] = {}
+    counted: Counter[str] = Counter()
     for node in graph_module.graph.nodes:
         if node.target not in CONVOLUTIONS:
             continue
-        name = layer_name(node, names)
+        own = (module_path(node), *parameter_names(node))
+        if own not in names:
+            names[own] = layer_name(node, counted)
         if _is_spikes(node.args[0]) and _has_parameters(node) and _padding(node) is not None:
-            found[name] = node
+            found[node] = names[own]
     return found
 
 
@@ -257,7 +284,7 @@ def _places(convolution: fx.Node) -> tuple[list[int], list[int], list[int], int]
 def _check_sums(name: str, convolution: fx.Node) -> None:
     count = _arguments(convolution)[1].meta["val"].shape[1:].numel()
     if 127 * count >= _EXACT:
-        raise Int8Error(f"{name} sums {count:,} weights, too many for exact 8-bit arithmetic; use --precision fp32")
+        raise Int8Error(f"{name} sums {count:,} weights, too many for exact 8-bit arithmetic")
 
 
 def _quantised_once(graph_module: fx.GraphModule, node: fx.Node, current: CurrentScale) -> fx.Node:
@@ -297,19 +324,26 @@ def _numbers(value: Any, dims: int, default: int) -> list[int]:
     return numbers * dims if len(numbers) == 1 else numbers
 
 
+_PARTS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _HAND_ON = {
-    *VIEWS, *DROPOUT, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int,
+    *VIEWS, *DROPOUT, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.narrow.default,
+    aten.movedim.int, aten.swapaxes.default, aten.mT.default, aten.squeeze.dims, aten.flip.default,
+    aten.roll.default, aten.repeat.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
+    aten.channel_shuffle.default,
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
     aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec,
 }  # fmt: skip
 
 
 def _hands_on(node: fx.Node) -> bool:
-    """Whether an operation only copies values, leaves some out, or puts zeros beside them."""
+    """Whether an operation only copies values, moves them, leaves some out, or puts zeros beside them."""
     if node.target is aten.pad.default:
         mode, value = (*node.args[2:4], None, None)[:2]  # without them "constant" and 0
         return mode not in (None, "constant") or not value
-    return node.target in _HAND_ON
+    if node.target is operator.getitem:
+        parts: Any = node.args[0]
+        return parts.target in _PARTS
+    return node.target in _HAND_ON or node.target in _PARTS
 
 
 def _is_spikes(node: Any) -> bool:
@@ -318,7 +352,7 @@ def _is_spikes(node: Any) -> bool:
         node = node.args[0]
     if not isinstance(node, fx.Node):
         return False
-    if node.target is aten.cat.default:
+    if node.target in (aten.cat.default, aten.stack.default):
         return all(_is_spikes(part) for part in node.args[0])  # type: ignore[union-attr]
     lif = node.args[0] if node.args else None
     return isinstance(lif, fx.Node) and lif.target is torch.ops.tetdeploy.lif.default and node.args[1:] == (0,)
