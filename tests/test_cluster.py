@@ -68,7 +68,7 @@ def test_paths_with_brackets_are_shown_whole(run: Path, tmp_path: Path) -> None:
     model, image, result = folder / "m.onnx", folder / "[bold].png", folder / "r.json"
     image_module.new("L", (8, 8)).save(image)
     output = call("export", run, "--layout", "dynamic", "--check", 20, "-o", model)
-    assert f"{model}   " in output and f"next: tetdeploy sweep {model}\n" in output
+    assert f"{model}   " in output and f"next: tetdeploy sweep '{model}'\n" in output
     output = call("export", model, "--format", "triton-repository", "--name", "m", "-o", folder / "triton")
     assert f"{folder / 'triton' / 'm'}/1   onnx" in output and f"--model-repository {folder / 'triton'}   " in output
     output = call("export", model, "--format", "kserve", "--storage-uri", URI, "--name", "m", "-o", folder / "m.yaml")
@@ -76,7 +76,7 @@ def test_paths_with_brackets_are_shown_whole(run: Path, tmp_path: Path) -> None:
     output = call("predict", model, image, "--json", result)
     assert "[bold].png" in output and f"{result}\n" in output
     output = call("validate", model, "--json", result)
-    assert f"{result}\nnext: tetdeploy report {result}\n" in output
+    assert f"{result}\nnext: tetdeploy report '{result}'\n" in output
 
 
 def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path) -> None:

@@ -588,9 +588,9 @@ def test_a_path_with_brackets_is_no_markup(tmp_path: Path, held_out: Path) -> No
         said, folder = "".join(done.output.split()), model.parent
         assert "[red]/m.onnx120imagesof" in said
         if arguments[0] == "calibrate":
-            assert said.endswith(f"{exit_path(model)}next:tetdeployearly-exit{model}")
+            assert said.endswith(f"{exit_path(model)}next:tetdeployearly-exit'{model}'")
         if arguments[0] == "early-exit":
-            assert said.endswith(f"{folder}/m.early-exit.jsonnext:tetdeployreport{folder}/m.early-exit.json")
+            assert said.endswith(f"{folder}/m.early-exit.jsonnext:tetdeployreport'{folder}/m.early-exit.json'")
 
 
 def test_a_threshold_that_cannot_be_written_is_named(model: Path, held_out: Path) -> None:

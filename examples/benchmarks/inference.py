@@ -5,11 +5,13 @@
 
 The weights are not trained, but BN takes its statistics from the images, so that spikes are about as frequent as in a
 trained network (the rate is printed; float32 without AMX takes longer the more there are). Every side has a process of
-its own (`turns`). They take turns, each with two calls to warm up and five that count, and the table shows medians.
-`peak` is the largest resident set of a side's process, `opened` how long it took until a model was ready. What
-convolutions take is the sum over their kernels in ONNX Runtime's own profile of that graph, of runs of their own, and
-so is what all kernels take. The sides with "ORT's own" run the same files without the native operator
-(`Engine(native=False)`); where the processor has AMX, another has native operators, but makes no use of it.
+its own (`turns`). They take turns, each with two calls to warm up and five that count, and the table shows medians. `as
+fp32` counts of how many images of the last batch a side's class is that of this engine in float32 (8 bits flip spikes,
+and an untrained network amplifies that). `peak` is the largest resident set of a side's process, `opened` how long it
+took until a model was ready. What convolutions take is the sum over their kernels in ONNX Runtime's own profile of that
+graph, of runs of their own, and so is what all kernels take. The sides with "ORT's own" run the same files without the
+native operator (`Engine(native=False)`); where the processor has AMX, another has native operators, but makes no use of
+it.
 
 SpikingJelly runs the same modules with its neurons in place of ours, torch.compile the same network. OpenVINO reads
 ONNX files exported for it.
@@ -49,9 +51,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from peers import reset, with_spikingjelly
 from turns import Answer, Worker
 
-Call = Callable[[Any], Any]
+Call = Callable[[Any], Any]  # of images, to logits [N, K]
 OTHERS = ("SpikingJelly", "torch.compile", "OpenVINO fp32", "OpenVINO int8")
 BASE = "int8"
+EXACT = "fp32"  # whose classes the others' are compared with
 OWN, NO_AMX = ", ORT's own", ", no AMX"
 WARM_UP, CALLS = 2, 5  # of a side's turn; ONNX Runtime still takes new memory in the second
 
@@ -100,14 +103,14 @@ def spikingjelly(classifier: Classifier, T: int) -> Call:
 
     def call(x: Any) -> Any:
         reset(theirs)
-        return theirs(torch.from_numpy(x), T)
+        return theirs(torch.from_numpy(x), T).mean(0)
 
     return call
 
 
 def compiled(classifier: Classifier, T: int) -> Call:
     network: nn.Module = torch.compile(classifier, dynamic=False)  # type: ignore[assignment]
-    return lambda x: network(torch.from_numpy(x), T)
+    return lambda x: network(torch.from_numpy(x), T).mean(0)
 
 
 def openvino(model: Path, threads: int) -> Call:
@@ -115,7 +118,7 @@ def openvino(model: Path, threads: int) -> Call:
 
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     request = openvino.Core().compile_model(str(model), "CPU", options)
-    return lambda x: request(x)
+    return lambda x: request(x)["logits"]
 
 
 def convolution_share(model: Path, x: Any, threads: int, *, own: bool = False) -> dict[str, float]:
@@ -163,11 +166,11 @@ def make(side: str, folder: Path, T: int, threads: int) -> Call:
         mock.patch.object(native, "has_tiles", return_value=False).start()
     file = folder / f"{side.removesuffix(OWN).removesuffix(NO_AMX)}.onnx"
     engine = Engine(file, threads=threads, native=False if side.endswith(OWN) else None)
-    return lambda x: engine.run(x, engine.T or T)
+    return lambda x: engine.run(x, engine.T or T).logits
 
 
 def open_side(side: str, folder: Path, T: int, threads: int) -> Answer:
-    """What answers a number of images with {"opened_s", "ms": of each call, "peak_mb"}."""
+    """What answers a number of images with {"opened_s", "ms": of each call, "classes", "peak_mb"}."""
     start = time.perf_counter()
     call, images = make(side, folder, T, threads), np.load(folder / "images.npy")
     opened = time.perf_counter() - start
@@ -177,9 +180,10 @@ def open_side(side: str, folder: Path, T: int, threads: int) -> Answer:
         x, taken = np.ascontiguousarray(images[:size]), []
         for _ in range(WARM_UP + CALLS):
             start = time.perf_counter()
-            call(x)
+            logits = call(x)
             taken.append(1e3 * (time.perf_counter() - start))
-        return {"opened_s": opened, "ms": taken[WARM_UP:], "peak_mb": peak_mb()}
+        classes = np.asarray(logits).argmax(1).tolist()
+        return {"opened_s": opened, "ms": taken[WARM_UP:], "classes": classes, "peak_mb": peak_mb()}
 
     return answer
 
@@ -191,7 +195,7 @@ def peak_mb() -> float:
 
 
 def measure(sides: list[str], sizes: list[int], turns: int, folder: Path, T: int, threads: int) -> dict[str, Any]:
-    """By side: seconds to open, median milliseconds by batch, peak MB; and why it failed, if it did."""
+    """By side: seconds to open, median milliseconds by batch, classes of the last one, peak MB; and why it failed."""
     workers = {side: Worker(open_side, side, folder, T, threads) for side in sides}
     found: dict[str, Any] = {side: {"median_ms": {}} for side in sides}
     for size in sizes:
@@ -200,7 +204,7 @@ def measure(sides: list[str], sizes: list[int], turns: int, folder: Path, T: int
             for side, worker in workers.items():
                 answer = worker.ask(size)
                 if answer is not None:
-                    found[side] |= {key: answer[key] for key in ("opened_s", "peak_mb")}
+                    found[side] |= {key: answer[key] for key in ("opened_s", "classes", "peak_mb")}
                     times[side] += answer["ms"] if turn >= 0 else []
         for side in sides:
             found[side]["median_ms"][size] = statistics.median(times[side]) if times[side] else None
@@ -293,18 +297,27 @@ def times_base(ms: float | None, base: float | None) -> str:
     return f"{ms:.1f}" if base is None else f"{ms:.1f}  {ms / base:.2f}x"
 
 
+def same_classes(side: str, found: dict[str, Any], exact: dict[str, Any]) -> str:
+    """Of how many images of the last batch the class is that of float32; at another T it may be another."""
+    if "classes" not in found or "classes" not in exact or "T=" in side:
+        return "-"
+    pairs = list(zip(found["classes"], exact["classes"], strict=True))
+    return f"{sum(a == b for a, b in pairs)}/{len(pairs)}"
+
+
 def show(results: dict[str, Any], sizes: list[int]) -> None:
     console = Console(width=120)
     title = f"{results['model']} x {results['width']:g}, T={results['T']}, {results['threads']} threads"
     console.print(f"{title}, firing rate {results['firing_rate']:.3f}; median ms, and times that of {BASE}")
     table = Table()
-    for header in ("", *(f"batch {size}" for size in sizes), "opened", "exported", "peak"):
+    for header in ("", *(f"batch {size}" for size in sizes), f"as {EXACT}", "opened", "exported", "peak"):
         table.add_column(header, justify="right" if header else "left")
     base = results["sides"][BASE]["median_ms"]
     for side, found in results["sides"].items():
         cells = [times_base(found["median_ms"][size], base[size]) for size in sizes]
         exported = results["export_s"].get(side)
         seconds = "" if exported is None else f"{exported:.1f} s"
+        cells.append(same_classes(side, found, results["sides"][EXACT]))
         opened = f"{found['opened_s']:.2f} s" if "opened_s" in found else "-"
         table.add_row(side, *cells, opened, seconds, f"{found.get('peak_mb', 0):,.0f} MB")
     console.print(table)

@@ -8,7 +8,7 @@ import click
 
 from tetdeploy.cli.inputs import load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import STEPS, ChosenModel, data_dir_option, opens_model, output_path, result_option
-from tetdeploy.cli.terminal import console, image_bar, say_next
+from tetdeploy.cli.terminal import command_line, console, image_bar, say_next
 
 
 @click.command(
@@ -63,7 +63,7 @@ def early_exit(
     if calibrated_T < T:
         console.print(
             f"the threshold was found for T={calibrated_T} and promises nothing against T={T}; for that run "
-            f"tetdeploy calibrate {engine.path} --T {T}",
+            + command_line("calibrate", engine.path, "--T", T),
             style="yellow",
             markup=False,
         )
