@@ -290,7 +290,9 @@ class TestFigure:
         assert json.loads(json.dumps(summarise(odd, 0.5), allow_nan=False))[0]["sdt_mean_increase"] is None
 
     @pytest.mark.parametrize("kind", ["bowl", "decades", "constant", "infinite"])
-    def test_plots_of_all_sorts(self, tmp_path: Path, kind: str) -> None:
+    def test_plots_of_all_sorts(self, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        figures, savefig = list[Any](), Figure.savefig
+        monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
         shown = bowl()
         if kind == "decades":
             shown.sdt_loss **= 6
@@ -300,6 +302,9 @@ class TestFigure:
             shown.tet_loss[1] = np.inf
         plot_landscape(shown, tmp_path / "plot.png", radius=0.5, title=kind)
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        (figure,) = figures
+        axis = figure.axes[0].yaxis
+        assert axis.label.get_window_extent().x0 > figure.bbox.x0  # nothing is cut off at the left
 
     def test_alpha_goes_right_and_both_losses_share_their_levels(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

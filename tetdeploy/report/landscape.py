@@ -84,7 +84,7 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
 
     path = Path(path)
     runs = len(landscape.names)
-    figure = Figure(figsize=(8.4, 0.9 + 3.15 * runs), layout="constrained")
+    figure = Figure(figsize=(8.4, 0.9 + 3.15 * runs), layout="compressed")
     axes = figure.subplots(runs, len(LOSSES), sharex=True, sharey=True, squeeze=False)
     levels, norm = _levels(landscape)
     letters = (first + second for first in ("", *ascii_uppercase) for second in ascii_uppercase)
