@@ -342,7 +342,7 @@ def scalability(at: Place) -> None:
             axis.plot(x[steps.index(T)], accuracy[steps.index(T)], "o", color=color, markersize=9)
     left.set(xlabel="time steps T", ylabel="test accuracy (%)")
     right.set(xlabel="energy (µJ per image)", ylabel="test accuracy (%)")
-    left.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     write_json(at.result(".json"), {"scale": at.scale, "curves": curves})
     rows = [[name, *(f"{a:.2f}" for a in curve["accuracy_percent"])] for name, curve in curves.items()]
     write_table(at, ["test (%)", *(f"T={t}" for t in range(1, 9))], rows)
