@@ -87,7 +87,11 @@ class Answering:
             self.failed = "why"
         if self.failed:
             return None
-        whole = {"turn": {"ms": [3.0, 5.0], "peak_mb": 7.0}, "profile": {"BN": 1.0}, "floor": {"floor_ms": 2.0}}
+        whole = {
+            "turn": {"ms": [3.0, 5.0], "peak_mb": 7.0, "first_gradient": 2.0},
+            "profile": {"BN": 1.0},
+            "floor": {"floor_ms": 2.0},
+        }
         return whole[request] if request in whole else {"ms": [float(request)], "classes": np.arange(request) % 2}
 
     def end(self) -> None:
@@ -101,7 +105,7 @@ def test_a_call_that_is_cut_leaves_what_it_knows(module: Any, monkeypatch: pytes
         monkeypatch.setattr(benchmark, "Worker", Answering)
     sides = ["tetdeploy", "loop", "SJ torch fp32"]
     training.measure(sides, None, 2, None, lambda found: kept.append(copy.deepcopy(found)))
-    medians, profile = {"median_ms": 4.0, "peak_mb": 7.0}, {"profile_ms": {"BN": 1.0}}
+    medians, profile = {"median_ms": 4.0, "peak_mb": 7.0, "first_gradient": 2.0}, {"profile_ms": {"BN": 1.0}}
     assert kept[0] == {"sides": {"tetdeploy": medians, "loop": medians, "SJ torch fp32": {"failed": "why"}}}
     assert kept[-1]["sides"]["loop"] == medians | {"not_profiled": "why"}
     assert kept[-1]["sides"]["tetdeploy"] == medians | profile and kept[-1]["floor"] == {"floor_ms": 2.0}
@@ -166,12 +170,16 @@ def test_a_side_that_a_cpu_has_not_is_left_out(module: Any, capsys: pytest.Captu
     case = training.Case("convsnn", 0.1, 8, 2, 2, "cpu", "fp32", 1)
     with pytest.raises(ValueError, match="no CUDA graph of this training step: the run is on cpu"):
         training.Step("tetdeploy graphs", case)
-    sides = {"tetdeploy": {"median_ms": 1.0, "peak_mb": 1.0}, "tetdeploy graphs": {"failed": "why"}}
+    measured = {"median_ms": 1.0, "peak_mb": 1.0, "first_gradient": 2.0}
+    others = {"loop": measured | {"first_gradient": 2.2}, "NCHW": measured | {"first_gradient": 2.05}}
+    others |= {"ANN": measured | {"first_gradient": 3.0}, "unfused": measured | {"first_gradient": float("nan")}}
+    sides = {"tetdeploy": measured, "tetdeploy graphs": {"failed": "why"}, **others}
     training.show(
         {"case": vars(case), "card": "cpu", "precision": "fp32", "sides": sides, "floor": {"failed": "as well"}}
     )
     shown = capsys.readouterr().out
     assert "tetdeploy graphs left out: why" in shown and "no floor: as well" in shown
+    assert [line.split()[0] for line in shown.splitlines() if "other gradients" in line] == ["loop", "unfused"]
 
 
 @pytest.mark.slow
@@ -184,6 +192,9 @@ def test_a_smoke_run_of_the_training_step(module: Any, tmp_path: Path) -> None:
     assert "plain loop / ours: " in done.output and "wanted" not in done.output  # that is of a card
     found = json.loads(result.read_text())
     assert found["sides"]["tetdeploy"]["profile_ms"]["convolutions"] > 0
+    assert found["sides"]["tetdeploy"]["first_gradient"] == pytest.approx(
+        found["sides"]["loop"]["first_gradient"], rel=1e-4
+    )
     # 20 convolutions forward and backward at T x N = 8, the first without a gradient for its images
     assert 0 < found["floor"]["tflop"] < 1e-3 and found["reached"] == []
     assert "floor_ms" not in found["floor"]

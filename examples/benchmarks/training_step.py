@@ -7,9 +7,10 @@
 Every side trains the same layers (the ANN twin with ReLU for neurons, on T times the images) on fixed random images,
 with TET's loss and SGD, each in a process of its own on the same device: SpikingJelly chooses its kernels at import
 (`SJ_LIF_CUDA_IMPLEMENTATION`), and a side that fails says why and takes nothing with it. The sides take turns; times
-are medians, on a card of CUDA events round a step. Memory is what PyTorch had allocated at most once cuDNN had tried
-its algorithms; of graphs, whose memory stays theirs between replays, what it had reserved, which is more; on a CPU what
-the process had at most.
+are medians, on a card of CUDA events round a step. `gradient` is the norm of the first step's gradients, from the same
+weights: a side with another one than ours is named below the table (not the ANN, which is another network). Memory is
+what PyTorch had allocated at most once cuDNN had tried its algorithms; of graphs, whose memory stays theirs between
+replays, what it had reserved, which is more; on a CPU what the process had at most.
 
     loop             LIF as a loop of PyTorch operations over T, contiguous (memory.py)
     NCHW             our neurons with BN fused into them, contiguous
@@ -79,6 +80,7 @@ KINDS = {
     "optimiser": ("optimizer", "_fused_sgd"),
 }
 REST = "rest"
+SAME_GRADIENT = 0.05  # of its norm: rounding flips spikes, most of all in 16 bits
 PROFILED = 3  # steps: reading what the profiler saw takes longer than they do
 
 
@@ -121,8 +123,10 @@ class Step:
         if side.endswith("graphs"):
             check_graphs(config, self.device, self.precision, Ranks())
             self.graphs = StepGraphs(network)
-        self.x = torch.randn(batch, 3, case.size, case.size, device=self.device)
-        self.y = torch.randint(10, (batch,), device=self.device)
+        torch.manual_seed(1)
+        self.x = torch.randn(batch, 3, case.size, case.size).to(self.device)
+        self.y = torch.randint(10, (batch,)).to(self.device)
+        self.first_gradient: float | None = None
 
     def __call__(self) -> None:
         if self.graphs is None:
@@ -130,6 +134,9 @@ class Step:
             self.compute(self.x, self.y)
         else:
             self.graphs("step", self.compute, self.x, self.y)
+        if self.first_gradient is None:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            self.first_gradient = float(nn.utils.get_total_norm(gradients))
         self.optimizer.step()
 
     def compute(self, x: Tensor, y: Tensor) -> Tensor:
@@ -187,7 +194,7 @@ def open_side(side: str, case: Case, threads: int | None) -> Answer:
 
 
 def turn(step: Step, case: Case) -> dict[str, Any]:
-    """Milliseconds of each step, after two that do not count, and MB at the peak."""
+    """Milliseconds of each step, after two that do not count, MB at the peak; the norm of the very first gradients."""
     step()
     step()
     if step.device.type == "cuda":
@@ -198,7 +205,7 @@ def turn(step: Step, case: Case) -> dict[str, Any]:
     peak = peak_bytes(step.device) if step.graphs is None else torch.cuda.max_memory_reserved(step.device)
     if step.device.type == "cuda":
         torch.cuda.empty_cache()  # for the other processes
-    return {"ms": taken, "peak_mb": peak / 1e6}
+    return {"ms": taken, "peak_mb": peak / 1e6, "first_gradient": step.first_gradient}
 
 
 def timed(call: Callable[[], Any], count: int, device: torch.device) -> list[float]:
@@ -357,7 +364,24 @@ def medians(answers: list[dict[str, Any]]) -> dict[str, float]:
     if not answers:
         return {}
     steps = [ms for answer in answers for ms in answer["ms"]]
-    return {"median_ms": statistics.median(steps), "peak_mb": max(answer["peak_mb"] for answer in answers)}
+    return {
+        "median_ms": statistics.median(steps),
+        "peak_mb": max(answer["peak_mb"] for answer in answers),
+        "first_gradient": answers[0]["first_gradient"],
+    }
+
+
+def other_gradients(found: dict[str, Any]) -> list[str]:
+    """The sides that do not compute what we compute, as their first gradients have another norm; the ANN aside."""
+    norms = {name: side["first_gradient"] for name, side in found.items() if "first_gradient" in side}
+    ours = norms.get("tetdeploy")
+    if ours is None:
+        return []
+    return [
+        name
+        for name, norm in norms.items()
+        if not name.startswith("ANN") and not abs(norm - ours) <= SAME_GRADIENT * ours
+    ]
 
 
 def ratios(found: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
@@ -390,14 +414,19 @@ def show(results: dict[str, Any]) -> None:
         f"{results['precision']} on {results['card']}, PyTorch {torch.__version__}"
     )
     table = Table()
-    for header in ("", "ms a step", "images/s", "peak MB", *KINDS, REST):
+    for header in ("", "ms a step", "images/s", "gradient", "peak MB", *KINDS, REST):
         table.add_column(header, justify="right" if header else "left")
     for side, found in results["sides"].items():
         if "failed" in found:
             continue
         shares = found.get("profile_ms")
         speed = 1e3 * case["batch"] / found["median_ms"]
-        cells = (f"{found['median_ms']:.2f}", f"{speed:,.0f}", f"{found['peak_mb']:,.0f}")
+        cells = (
+            f"{found['median_ms']:.2f}",
+            f"{speed:,.0f}",
+            f"{found['first_gradient']:.3g}",
+            f"{found['peak_mb']:,.0f}",
+        )
         table.add_row(side, *cells, *(f"{shares[kind]:.2f}" if shares else "" for kind in (*KINDS, REST)))
     console.print(table)
     for side, found in results["sides"].items():
@@ -405,6 +434,8 @@ def show(results: dict[str, Any]) -> None:
             console.print(f"{side} left out: {found['failed']}", markup=False)
         elif "not_profiled" in found:
             console.print(f"{side} not profiled: {found['not_profiled']}", markup=False)
+    for side in other_gradients(results["sides"]):
+        console.print(f"{side} has other gradients than ours: it does not compute the same, and its time says nothing")
     floor = results["floor"]
     if "failed" in floor:
         console.print(f"no floor: {floor['failed']}", markup=False)
