@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from tetdeploy.engine import Engine
+from tetdeploy.int8.network import Int8Network
 from tetdeploy.traced_network import Runnable, TracedNetwork
 
 from .audit import audit
@@ -23,7 +24,7 @@ from .half import HalfNetwork
 from .parity import Parity, ParityError, compare, compare_folded
 from .progress import Progress, ticker
 
-_NUM_FOLDED, _NUM_COUNTED = 8, 4
+_NUM_FOLDED, _NUM_COUNTED, _NUM_ROUNDED = 8, 4, 2
 
 
 def gate_runtimes(config: ExportConfig) -> tuple[str, ...]:
@@ -49,15 +50,15 @@ def check_graph(
         CountError: the graph counts other operations than PyTorch's layers do.
         ParityError: a runtime differs; or what computes its answers, a network in int8 or fp16, is made of a folded one
             in float32 that does not compute what the classifier does, layer by layer.
-        HalfError: a layer in float16 differs by more than rounding from that of the folded network.
+        HalfError, Int8Error: a layer differs by more than rounding from that of the folded network.
         ValueError: OpenVINO cannot load the graph.
     """
     engine, *others = (Engine(file, native=False, runtime=name) for name in gate_runtimes(config))
     T = config.steps_on(x, beyond=2)
     if isinstance(classifier, TracedNetwork):
         _check_folding(classifier, engine, x[:_NUM_FOLDED], T)
-    if isinstance(classifier, HalfNetwork):
-        some = torch.from_numpy(x[:_NUM_FOLDED]).to(classifier.mean.device)
+    if isinstance(classifier, HalfNetwork | Int8Network):
+        some = torch.from_numpy(x[:_NUM_ROUNDED]).to(classifier.mean.device)
         classifier.check_layers(some[:, :T] if config.encoding == "frames" else some, T)
     found = _check_engine(classifier, engine, config, x, progress)
     own = classifier.classifier if isinstance(classifier, TracedNetwork) else classifier

@@ -26,7 +26,7 @@ from export_helpers import classifier, convsnn, digits, frames, int8_exported, s
 from export_helpers import exported as fp32_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tetdeploy import Engine, tracing
 from tetdeploy.cli import main
@@ -275,6 +275,39 @@ def test_the_gate_sees_a_scale_that_is_two_percent_off(tmp_path: Path, monkeypat
     monkeypatch.setattr(int8_network, "quantise", off)
     with pytest.raises(ParityError, match="does not compute what PyTorch computes"):
         export(tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+quantised, places = quantisation._quantised, quantisation._places
+
+
+def _without_bias(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    return quantised(weight, None)
+
+
+def _with_one_scale(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """Weights and biases are quantised by channel, and read as if they were not."""
+    values = quantised(weight, bias)
+    scale = values["weight_scale"]
+    return values | {"weight_scale": scale.mean().expand_as(scale).clone()}
+
+
+def _with_more_padding(convolution: fx.Node) -> tuple[list[int], list[int], list[int], int]:
+    stride, _, _, groups = places(convolution)
+    return stride, [2, 2], [2, 2], groups
+
+
+@pytest.mark.parametrize(
+    ("function", "fault"),
+    [("_quantised", _without_bias), ("_quantised", _with_one_scale), ("_places", _with_more_padding)],
+)
+def test_the_gate_sees_a_layer_that_is_another_in_int8(
+    function: str, fault: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graph and PyTorch are made by the same code, and are wrong alike."""
+    monkeypatch.setattr(quantisation, function, fault)
+    with pytest.raises(Int8Error, match=r"the currents of layer2\.0 in int8 differ .* use --precision fp32$"):
+        export_anew(tmp_path / "m.onnx", T=5)
     assert not list(tmp_path.iterdir())
 
 

@@ -199,13 +199,8 @@ def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = 
     Raises:
         Int8Error: one of them has sums too large for exact arithmetic.
     """
-    used = []
-    convolutions = spiking_convolutions(graph_module)
-    for node, name in convolutions.items():
-        key = _scale_of(name, scales, set(convolutions.values()))
-        if key is None:
-            continue
-        used.append(key)
+    chosen = convolutions_with_scales(graph_module, scales)
+    for node, (name, key) in chosen.items():
         _check_sums(name, node)
         replacement = _fake_quantised if trainable else _quantised_once
         with graph_module.graph.inserting_before(node):
@@ -216,7 +211,15 @@ def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = 
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
-    return used
+    return [key for _, key in chosen.values()]
+
+
+def convolutions_with_scales(graph_module: fx.GraphModule, scales: Scales) -> dict[fx.Node, tuple[str, str]]:
+    """The convolutions that compute in 8 bits, in the order in which they run: their name and that of their scale."""
+    convolutions = spiking_convolutions(graph_module)
+    names = set(convolutions.values())
+    found = {node: (name, _scale_of(name, scales, names)) for node, name in convolutions.items()}
+    return {node: (name, key) for node, (name, key) in found.items() if key is not None}
 
 
 def _scale_of(name: str, scales: Scales, names: set[str]) -> str | None:
