@@ -88,7 +88,7 @@ class Trained:
         own = str(self.metadata["data"]["name"])
         name = data or trained_on(self.metadata, self.file)
         if encoding == "frames" and is_npz(name):
-            x, labels = load_frames(name)
+            x, labels, _ = load_frames(name)
             return (x, labels), _last(x, labels, num_calibration)
         fraction = float(self.metadata["training"].get("val_fraction", 0.0)) if same_data(name, own) else 0.0
         train, val = load_parts(name, data_dir=data_dir, T=self.T, fraction=fraction)

@@ -441,6 +441,22 @@ class TestBadInput:
         assert "the labels of folder:pets do not match the model's: it has 2 classes (cat, dog)" in message
         assert "knows 10 classes (0, 1, 2, ...)" in message
 
+    @pytest.mark.parametrize(
+        ("model", "images"),
+        [(MODEL, np.zeros((2, 1, 8, 8), np.uint8)), (FRAMES, frames(2, 5))],
+        ids=["images", "frames"],
+    )
+    def test_a_file_that_names_other_classes(self, model: str, images: Any) -> None:
+        def save(*names: str) -> None:
+            np.savez("named.npz", images=images, labels=np.array([0, 1]), class_names=np.array(names))
+
+        save(*"9876543210")
+        message = refused(model, "--data", "named.npz")
+        assert "the labels of named.npz do not match the model's: it has 10 classes (9, 8, 7, ...)" in message
+        for known in ("01", "0123456789", ("cat", "dog")):  # a model whose classes are numbers may have had no names
+            save(*known)
+            run(model, "--data", "named.npz", "--T", "1")
+
     @pytest.mark.parametrize("T", ["0", "4:1", "1-4", "x", "1:99999", "1,", ""])
     def test_steps_that_do_not_parse(self, T: str) -> None:
         assert "T must" in refused(MODEL, "--T", T, code=2)

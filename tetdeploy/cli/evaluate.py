@@ -121,7 +121,7 @@ def _images(
         note_own_file(name, metadata["data"]["name"])
     T, known = trained_T(metadata), metadata["data"]
     images = load_part(name, split, data_dir=data_dir, T=T, fraction=fraction, known=known)
-    check_classes("the network", classifier.class_names, images)
+    check_classes("the network", classifier.class_names, images.name, images.class_names)
     return images if limit is None else images.select(slice(limit))
 
 

@@ -30,10 +30,11 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
     name = _data_name(engine, data)
     note_own_file(name, _own_data(engine))
     if engine.encoding == "frames" and is_npz(name):
-        x, labels = load_frames(name)
+        x, labels, names = load_frames(name)
+        check_classes(engine.path.name, engine.class_names, name, names)
         return name, x[:limit], labels[:limit]
     test = load_data(name, "test", data_dir=data_dir, T=engine.trained_T)
-    check_classes(engine.path.name, engine.class_names, test)
+    check_classes(engine.path.name, engine.class_names, name, test.class_names)
     test = test if limit is None else test.select(slice(limit))  # images on disk are decoded later, batch by batch
     return name, as_model_input(engine, test.x, mean=test.mean, std=test.std), test.labels
 
@@ -118,7 +119,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
         )
     known = engine.metadata["source"].get("data", {})
     images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction, known=known)
-    check_classes(engine.path.name, engine.class_names, images)
+    check_classes(engine.path.name, engine.class_names, name, images.class_names)
     chosen = images.select(slice(limit))
     x = as_model_input(engine, chosen.x, mean=chosen.mean, std=chosen.std)
     what = {"validation": "held out", "train": "trained on"}[split] if trained_on else f"{split} split, not trained on"
@@ -168,16 +169,28 @@ def load_part(
     return val
 
 
-def check_classes(model: str, own_names: tuple[str, ...], data: LabelledSet) -> None:
-    """Refuse data to which a label means another class than to the model. (A .npz need not name its classes.)"""
-    names = data.class_names
-    if is_npz(data.name) or names == own_names:
+def check_classes(model: str, own_names: tuple[str, ...], data: str, names: tuple[str, ...]) -> None:
+    """Refuse data to which a label means another class than to the model.
+
+    A .npz need not name its classes, which are numbered then, nor have them all.
+    """
+    if names == own_names:
+        return
+    if is_npz(data) and (
+        names == own_names[: len(names)]
+        or _are_numbers(names)
+        or (_are_numbers(own_names) and not set(names) & set(own_names))
+    ):
         return
     own, others = (f"{len(n)} classes ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for n in (own_names, names))
     raise ValueError(
-        f"the labels of {data.name} do not match the model's: it has {others}, {model} knows {own}; "
+        f"the labels of {data} do not match the model's: it has {others}, {model} knows {own}; "
         "is this the data it was trained on?"
     )
+
+
+def _are_numbers(names: tuple[str, ...]) -> bool:
+    return names == tuple(str(k) for k in range(len(names)))
 
 
 def as_model_input(engine: Engine, pixels: Any, **statistics: Any) -> Any:

@@ -107,7 +107,7 @@ def landscape(
     images = _images(source, split, limit, data_dir, files, metadata)
     classifiers = _classifiers(checkpoints, files, metadata, model)
     for name, classifier in classifiers.items():
-        check_classes(name, classifier.class_names, images)
+        check_classes(name, classifier.class_names, images.name, images.class_names)
     result = _measure(classifiers, images, config, path)
     if not result.complete:
         console.print(

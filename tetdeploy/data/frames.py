@@ -67,11 +67,12 @@ def count_statistics(frames: NDArray[np.uint8]) -> tuple[tuple[float, ...], tupl
     return (0.0,) * frames.shape[2], tuple(float(value) or 1 / 255 for value in rms)
 
 
-def load_frames(path: Path | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Read a `.npz` of frames: `images` uint8 or float32 [N, T, C, H, W] and `labels` integers [N].
+def load_frames(path: Path | str) -> tuple[NDArray[Any], NDArray[np.int64], tuple[str, ...]]:
+    """Read a `.npz` of frames: `images` uint8 or float32 [N, T, C, H, W], `labels` integers [N] and, if it has them,
+    `class_names` strings [K].
 
     Returns:
-        The frames and the labels.
+        The frames, the labels and the names, by default "0" to the highest label.
 
     Raises:
         OSError: there is no such file, or it cannot be opened.
@@ -79,7 +80,9 @@ def load_frames(path: Path | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """
     if not is_npz(str(path)):
         raise ValueError(f"frames come from a .npz with images [N, T, C, H, W] and labels [N]; got {str(path)!r}")
-    return _checked(path, read_arrays(Path(path)))
+    arrays = read_arrays(Path(path))
+    frames, labels = _checked(path, arrays)
+    return frames, labels, usable_names(path, arrays, labels)
 
 
 def load_npz(path: Path | str, split: Split) -> LabelledSet:
