@@ -172,6 +172,11 @@ class TestCommands:
             assert picture.size[0] > 500
         assert "the latency is the same at every T" in result.output
 
+    def test_the_plot_of_a_sweep_lies_beside_its_numbers(self, workplace: Path) -> None:
+        result = run("sweep", "--T", "1", "--limit", "4", "--json", "elsewhere/one.json")
+        assert result.exit_code == 0, result.output
+        assert Path("elsewhere/one.png").exists() and not list(Path(RUN).glob("*.sweep.*"))
+
     def test_sweep_shows_where_the_energy_goes(self, workplace: Path) -> None:
         result = run("sweep", "--T", "2:3", "--layers", "--other-ops", "--energy", "once", "--json", "out.json")
         assert result.exit_code == 0, result.output

@@ -169,6 +169,11 @@ def test_other_layouts_refuse(layout: str, options: dict[str, Any]) -> None:
         engine(layout, **options).run(digits().images[:2], 3, exit=Exit(0.9))
 
 
+def test_a_bare_number_is_no_exit() -> None:
+    with pytest.raises(TypeError, match=r"exit must be an Exit, such as Exit\(0\.9\), .*; got 0\.9"):
+        engine("step").run(digits().images[:2], 3, exit=0.9)  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------------------------------------------------- the file
 
 
@@ -198,6 +203,9 @@ def test_what_load_exit_refuses(model: Path) -> None:
         {"T": "many"},
         {"T": float("inf")},
         {"T": 0},
+        {"T": "4"},
+        {"threshold": True},
+        {"model_sha256": None},
     ):
         write_exit(model, **changes)
         with pytest.raises(ValueError, match=r"exit\.json is damaged; run: tetdeploy calibrate"):

@@ -483,6 +483,12 @@ def test_saccades_are_those_of_a_naive_loop() -> None:
         np.testing.assert_array_equal(events, naive_events(image[n, 0]))
 
 
+def test_colours_are_seen_as_bright_as_they_are() -> None:
+    red, green, blue = (image := noise_images(1, 3, 6, 7))[0].astype(int)
+    luma = (299 * red + 587 * green + 114 * blue + 500) // 1000
+    np.testing.assert_array_equal(saccade_events(image)[:, 0], naive_events(luma))
+
+
 def test_the_path_is_a_closed_triangle_round_the_middle() -> None:
     path = saccade_path(32, 16)
     np.testing.assert_array_equal(path[[0, 10, 20, 30]], [(-2, -4), (0, 4), (2, -4), (-2, -4)])

@@ -91,8 +91,8 @@ def test_streams(place: Path, images: Any, monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.fixture
-def address(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where `tetdeploy serve` answers as the README starts it, but at a free port."""
+def server(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`tetdeploy serve` answers as the README starts it, but at a free port."""
     pytest.importorskip("uvicorn", reason="needs the extra serve")
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
@@ -101,20 +101,22 @@ def address(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     assert command is not None
     server = start(*command[1].split())
     try:
-        yield server.http
+        yield server
     finally:
         stop(server)
 
 
-def test_a_served_model_is_asked_as_in_the_readme(address: str, place: Path, images: Any) -> None:
+def test_a_served_model_is_asked_as_in_the_readme(server: Any, images: Any) -> None:
     shell = block("README.md", "load_digits", "").partition("\n\n")[2]
     assert shell.startswith("x=$(python")
-    shell = shell.replace("127.0.0.1:8080", address).replace("$(python", f"$({sys.executable}")
+    shell = shell.replace("127.0.0.1:8080", server.http).replace("$(python", f"$({sys.executable}")
     told = subprocess.run(["bash", "-euc", shell], capture_output=True, text=True, check=True).stdout
     outputs = {output["name"]: output for output in json.loads(told)["outputs"]}
     assert outputs["class"]["data"] == ["0"]  # scikit-learn's first digit
-    code = block("README.md", "tritonclient.http").replace("127.0.0.1:8080", address)
-    triton_client("http")
-    answer = run(code, images=images)["answer"]
-    assert answer.as_numpy("class").shape == (16,)
-    assert answer.as_numpy("steps").max() <= 6
+    code = block("README.md", "tritonclient.grpc")
+    for protocol, there in (("grpc", server.grpc), ("http", server.http)):
+        triton_client(protocol)
+        asking = code.replace("tritonclient.grpc as", f"tritonclient.{protocol} as").replace("127.0.0.1:8081", there)
+        answer = run(asking, images=images)["answer"]
+        assert answer.as_numpy("class").shape == (16,)
+        assert answer.as_numpy("steps").max() <= 6

@@ -249,14 +249,14 @@ def _eq_13(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def test_the_logged_losses_are_those_of_the_checkpoint(tmp_path: Path) -> None:
-    run(tmp_path, epochs=1, lam=0.3)
+    run(tmp_path, epochs=1, lam=0.3, label_smoothing=0.2)
     record, classifier = metrics(tmp_path)[0], tetdeploy.load(tmp_path)
     with torch.no_grad():
         logits = classifier(torch.tensor(VAL.x), 2)
     labels = torch.tensor(VAL.labels)
     assert record["val_sdt_loss"] == pytest.approx(sdt_loss(logits, labels).item())
     assert record["val_tet_loss"] == pytest.approx(tet_loss(logits, labels).item())
-    assert record["val_loss"] == pytest.approx(total_loss(logits, labels, lam=0.3).item())
+    assert record["val_loss"] == pytest.approx(total_loss(logits, labels, lam=0.3, label_smoothing=0.2).item())
 
 
 # --- smooth spikes and ANN

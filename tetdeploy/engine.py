@@ -140,10 +140,15 @@ class Engine:
             ValueError: x has another shape or dtype than the model's, or holds NaN or values beyond LARGEST; T is no
                 whole number, below 1, or beyond what an unrolled graph or the frames hold; early exit in another layout
                 than step; no image has finite logits.
+            TypeError: `exit` is none.
         """
         x = self.check_input(x)
         T = self.check_T(T, x)
         if exit is not None:
+            from tetdeploy.early_exit import Exit
+
+            if not isinstance(exit, Exit):
+                raise TypeError(f"exit must be an Exit, such as Exit(0.9), or what load_exit gives; got {exit!r}")
             return self._run_until_certain(x, T, exit)
         return self._collect(self._session, x, T, [])[0]
 

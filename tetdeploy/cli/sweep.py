@@ -67,7 +67,7 @@ Examples:
 @opens_model()
 @result_option(".sweep.json")
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Where the plot goes. [default: MODEL.sweep.png]"
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Where the plot goes. [default: as --json, .png]"
 )
 def sweep(
     chosen: ChosenModel,
@@ -97,7 +97,7 @@ def sweep(
     engine = chosen.engine()
     note_other_checkpoint(engine)
     json_path = output_path(json_path, "--json", engine, ".sweep.json")
-    picture = output_path(plot, "--plot", engine, ".sweep.png")
+    picture = output_path(plot or json_path.with_suffix(".png"), "--plot", engine, ".png")
     check_distinct({"--json": json_path, "--plot": picture})
     if plot is not None:
         check_plot(plot)

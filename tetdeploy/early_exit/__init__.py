@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.files import sha256_of
-from tetdeploy.form import parse_json
+from tetdeploy.form import FRACTION, STEP, check_form, parse_json
 from tetdeploy.steps import check_count
 
 Criterion = Literal["confidence", "margin"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+_FORM = {"threshold!": FRACTION, "criterion!": str, "min_T!": STEP, "T!": STEP, "model_sha256!": str}
 
 
 @dataclass(frozen=True)
@@ -122,15 +123,13 @@ def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, in
         raise FileNotFoundError(f"no early-exit threshold at {path}; {again}")
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
-        found = Exit(float(content["threshold"]), content["criterion"], int(content["min_T"]))
-        written_for, T = str(content["model_sha256"]), int(content["T"])
-        if T < 1:
-            raise ValueError(f"T must be at least 1, got {T}")
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        check_form(content, _FORM)
+        found = Exit(content["threshold"], content["criterion"], content["min_T"])
+    except ValueError as error:
         raise ValueError(f"{path} is damaged; {again}") from error
-    if written_for != sha256:
+    if content["model_sha256"] != sha256:
         raise ValueError(f"{path} holds the threshold of another model than {model}; {again}")
-    return found, T
+    return found, content["T"]
 
 
 def _graph(model: Path) -> tuple[Path, str | None]:

@@ -58,9 +58,9 @@ def _curves(results: Results, sources: Sequence[Source], key: str, label: str, c
 
     lines = " Solid: validation images; dashed: training images."
     several = any(len(source.runs) > 1 for source in sources)
-    band = " The line is the mean over the seeds, the band goes from the lowest to the highest." if several else ""
+    band = " The line is the mean over the seeds that came so far, the band goes from the lowest to the highest."
     names = ", ".join(source.name for source in sources)
-    return draw(paint, description=f"{label} by epoch of {names}", caption=caption + lines + band)
+    return draw(paint, description=f"{label} by epoch of {names}", caption=caption + lines + band * several)
 
 
 def _rates(results: Results, sources: Sequence[Source]) -> Plot:
