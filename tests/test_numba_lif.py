@@ -29,6 +29,32 @@ def test_the_first_call_does_not_raise_torchs_number_of_threads() -> None:
     assert done.stdout.strip() == "1"
 
 
+FORKED = """
+import multiprocessing, torch
+from tetdeploy import kernels
+from tetdeploy.neurons import lif
+
+x = torch.linspace(0, 2, 300).expand(4, 300).contiguous()
+
+def spikes(k):
+    return lif(x)[0].numpy()
+
+torch.set_num_threads(1)  # OpenMP of torch itself would not survive the fork either
+expected = spikes(0)
+assert kernels.by_numba(x) is not None
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    (found,) = pool.map_async(spikes, [0]).get(60)
+assert (found == expected).all() and kernels.by_numba(x) is not None
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_does_without_numba() -> None:
+    pytest.importorskip("numba")
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_numba_that_refuses_this_numpy_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.4 or less')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -315,6 +315,15 @@ OTHERWISE = {
     "sum-with-numbers": [*spiking("x", "a"), node("Add", ["a", "x"])],
     "mean-of-9": [*spiking("x", "a"), node("AveragePool", ["a"], kernel_shape=[3, 3])],
     "mean-with-padding": [*spiking("x", "a"), node("AveragePool", ["a"], kernel_shape=[2, 2], pads=[1, 1, 0, 0])],
+    "mean-over-the-edge": [
+        *spiking("x", "a"),
+        node("AveragePool", ["a"], kernel_shape=[2, 2], strides=[3, 3], ceil_mode=1),
+    ],
+    "mean-of-every-other": [*spiking("x", "a"), node("AveragePool", ["a"], kernel_shape=[2, 2], dilations=[2, 2])],
+    "mean-with-auto-pad": [
+        *spiking("x", "a"),
+        node("AveragePool", ["a"], kernel_shape=[2, 2], auto_pad="SAME_UPPER"),
+    ],
     "sum-with-means": [
         *spiking("x", "a"),
         node("AveragePool", ["a"], "b", kernel_shape=[1, 2], pads=[0, 0, 0, 0], strides=[1, 1]),
@@ -378,7 +387,7 @@ def test_convolutions_of_spikes_are_replaced(before: list[onnx.NodeProto], spiki
 
 @pytest.mark.parametrize("before", OTHERWISE.values(), ids=OTHERWISE)
 def test_what_may_be_other_numbers_stays(before: list[onnx.NodeProto]) -> None:
-    graph = convolution(weights_of(20, WIDE, 3, 3), before).graph
+    graph = convolution(weights_of(20, WIDE, 1, 1), before).graph  # of whose sums none is too large
     unchanged = graph.SerializeToString()
     assert mark_spike_convolutions(graph, [], tiles=True) == {} and graph.SerializeToString() == unchanged
 
@@ -521,6 +530,19 @@ def test_who_reads_spikes_besides_gets_them() -> None:
     readers = [each.op_type for each in model.graph.node if "s" in each.input]
     assert readers == ["Cast"]
     assert [each.op_type for each in model.graph.node if each.output[0] == "sum"] == ["Add"]
+
+
+def test_who_reads_a_mean_besides_gets_the_mean(spiking_op: str) -> None:
+    model = convolution(weights_of(20, WIDE, 3, 3), AS_SPIKES["mean"], pads=[1, 1, 1, 1])
+    model.graph.node.append(node("Mul", ["s", "half"], "z"))
+    model.graph.output.append(helper.make_tensor_value_info("z", FLOAT, None))
+    made, operators = fused(model)
+    assert operators.count(spiking_op) == 1
+    y, z = run_all(made, x := images(3, WIDE))
+    expected, exactly = run_all(model.SerializeToString(), x)
+    np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(z, exactly)
+    assert 0 < z.max() <= 0.5
 
 
 # --------------------------------------------------------------------------------------------------------- networks

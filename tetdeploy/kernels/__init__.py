@@ -11,12 +11,15 @@ that are fused.
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+_forked = False  # from a process with numba's kernels
 
 
 class LIFKernels(Protocol):
@@ -117,8 +120,11 @@ def by_numba(x: Tensor) -> LIFKernels | None:
 
 
 def numba_for(dtype: torch.dtype) -> LIFKernels | None:
-    """numba's, where they serve: float32, float64 and bfloat16, with numba installed."""
-    return _numba_kernels() if dtype in (torch.float32, torch.float64, torch.bfloat16) else None
+    """numba's, where they serve: float32, float64 and bfloat16, with numba installed, but not in a process that was
+    forked from one with numba's kernels: OpenMP, which they run by, would end it."""
+    if _forked or dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return None
+    return _numba_kernels()
 
 
 @cache
@@ -151,4 +157,11 @@ def _numba_kernels() -> LIFKernels | None:
         return None
     from tetdeploy.kernels import numba_lif
 
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_note_fork)
     return numba_lif
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
