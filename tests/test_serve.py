@@ -490,6 +490,27 @@ def test_numbers_one_by_one_are_bounded_over_grpc(server: Server) -> None:
     assert code == "RESOURCE_EXHAUSTED" and "at most 800,000 bytes of numbers one by one" in message
 
 
+def test_raw_bytes_are_not_numbers_one_by_one(server: Server) -> None:
+    x = np.zeros((14_000, 1, 8, 8), np.uint8)  # 0.9 MB
+    with http.InferenceServerClient(server.http) as web, rpc.InferenceServerClient(server.grpc) as client:
+        for kind, asking in ((http, web), (rpc, client)):
+            with pytest.raises(kind.InferenceServerException, match="at most 8 images"):
+                asking.infer("step", asked(kind, x))
+
+
+def test_a_message_of_many_fields_is_refused_before_it_is_parsed(server: Server) -> None:
+    """Half a million empty inputs in 0.9 MB."""
+    with rpc.grpc.insecure_channel(server.grpc) as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for sent, said in (
+            (b"\x2a\x00" * 450_000, "a message may have 96 fields"),
+            (b"no message", "is no ModelInferRequest"),
+        ):
+            with pytest.raises(rpc.grpc.RpcError) as refused:
+                call(b"\x0a\x04step" + sent, timeout=PATIENCE)
+            assert refused.value.code().name == "INVALID_ARGUMENT" and said in refused.value.details()
+
+
 def test_a_sequence_ends_once(client: Any) -> None:
     client("step", images(1), sequence_id=9, sequence_start=True, sequence_end=True)
     with pytest.raises(Exception, match="sequence 9 is not open"):
