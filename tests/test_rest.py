@@ -22,6 +22,7 @@ from tetdeploy.serve.protocol import Models
 from tetdeploy.serve.requests import InferRequest, InvalidRequestError
 from tetdeploy.serve.rest import application
 from tetdeploy.serve.rpc import Inferences
+from tetdeploy.serve.scheduler import StoppingError
 
 SIZES = Sizes(10_000, 10_000, 10_000)
 INFER = "/v2/models/m/infer"
@@ -68,6 +69,14 @@ def test_another_method_is_refused_with_those_that_are_allowed() -> None:
     status, headers, answer = call(None, "POST", "/v2/models/m")
     assert (status, answer) == (405, {"error": "Method Not Allowed"})
     assert set(headers["allow"].split(", ")) == {"GET", "HEAD"}
+
+
+def test_a_server_that_stops_lets_its_connections_go() -> None:
+    def running(name: str, version: str) -> None:
+        raise StoppingError("the server is shutting down")
+
+    status, headers, _ = call(SimpleNamespace(running=running), "POST", INFER, b"{}")
+    assert (status, headers["connection"]) == (503, "close")
 
 
 def test_a_bug_is_logged_once_and_clients_are_told_nothing_of_it(caplog: pytest.LogCaptureFixture) -> None:

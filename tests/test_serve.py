@@ -562,6 +562,35 @@ def test_full_queues_refuse_and_sigterm_finishes_what_was_taken() -> None:
     np.testing.assert_allclose([answers[k] for k in range(3)], expected, atol=1e-5)
 
 
+def test_clients_are_told_of_the_stop_before_connections_close() -> None:
+    """A client tries another server after a 503 or UNAVAILABLE, and not after a reset or CANCELLED."""
+    running = start(f"step={exported('step')}")
+    outcomes: list[str] = []
+
+    def ask_on(kind: Any, address: str) -> None:
+        with kind.InferenceServerClient(address) as client:
+            while True:
+                try:
+                    client.infer("step", asked(kind, images(1)))
+                except kind.InferenceServerException as error:
+                    return outcomes.append(str(error.status()))
+                except OSError as error:
+                    return outcomes.append(f"{error}")
+
+    clients = [(http, running.http), (rpc, running.grpc)] * 8
+    threads = [threading.Thread(target=ask_on, args=client) for client in clients]
+    try:
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: running.metric("tetdeploy_request_seconds_count", model="step") > 100)
+    finally:
+        code = stop(running)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert code == 0
+    assert sorted(outcomes) == ["503"] * 8 + ["StatusCode.UNAVAILABLE"] * 8
+
+
 SHORT_GRACE = """
 import sys
 import tetdeploy.serve.server

@@ -42,7 +42,7 @@ def parse(data: bytes, sizes: Sizes) -> Any:
         for k, (number, size) in enumerate(_fields(data)):
             if k == MAX_FIELDS:
                 raise InvalidRequestError(
-                    f"a message may have {MAX_FIELDS} fields (inputs, outputs, parameters, raw input contents), got more"
+                    f"a message may have {MAX_FIELDS} fields (inputs, outputs, parameters, raw contents), got more"
                 )
             if number == _RAW:
                 listed -= size
