@@ -14,7 +14,7 @@ from tetdeploy.serve.scheduler import GRACE_SECONDS
 MODELS = "/mnt/models"  # where KServe's storage initializer puts what lies at the storage URI
 HOST, HTTP_PORT = "::", 8080  # IPv6 and IPv4: a cluster may have either
 CPUS, MEMORY = "2", "2Gi"
-STATE_MB = "250"  # of sequences: their arrays take up to twice that, beside 0.5 GB for JSON and 0.3 GB for bodies
+STATE_MB = "250"  # of sequences: their arrays take up to twice that, beside 0.7 GB for JSON and 0.3 GB for bodies
 PERIOD = 5  # seconds between two probes
 STARTS = 60  # probes that a start may take: five minutes, for large models on few cores
 LEAVES = 5  # seconds in which the pod is taken out of the service, before it is told to stop and accepts no more

@@ -163,7 +163,9 @@ def _by_name(models: tuple[str, ...]) -> dict[str, str]:
     """
     paths: dict[str, str] = {}
     for model in models:
-        name, _, path = model.rpartition("=") if not Path(model).exists() else ("", "", model)
+        name, given, path = model.partition("=")
+        if not given or Path(model).exists():
+            name, path = "", model
         name = name or Path(path).stem
         if "/" in name:
             raise ValueError(f"{name!r} is no name for a model, since a URL holds it; choose one without '/'")

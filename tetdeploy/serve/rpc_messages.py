@@ -20,6 +20,7 @@ from tetdeploy.serve.requests import (
     Input,
     InvalidRequestError,
     WantedOutput,
+    numbers,
     raw_bytes,
 )
 
@@ -123,9 +124,9 @@ def read_request(message: Any) -> InferRequest:
     )
 
 
-def _numbers(given: Any) -> list[Any]:
+def _numbers(given: Any) -> Array:
     field = _CONTENTS.get(given.datatype)
-    return [] if field is None else list(getattr(given.contents, field))
+    return numbers(given.name, [] if field is None else list(getattr(given.contents, field)))
 
 
 def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
