@@ -61,7 +61,7 @@ Examples:
     default=8.0,
     show_default=True,
     type=Megabytes(min=0, min_open=True, max=2000),
-    help="Largest size of its JSON; images may be raw bytes, which take no more memory than they are.",
+    help="Largest size of its JSON; images may be raw bytes, which take less memory.",
 )
 @click.option(
     "--max-total-mb",
