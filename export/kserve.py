@@ -12,9 +12,9 @@ from tetdeploy.files import atomic_write
 from tetdeploy.serve.scheduler import GRACE_SECONDS
 
 MODELS = "/mnt/models"  # where KServe's storage initializer puts what lies at the storage URI
-HTTP_PORT = 8080
+HOST, HTTP_PORT = "::", 8080  # IPv6 and IPv4: a cluster may have either
 CPUS, MEMORY = "2", "2Gi"
-STATE_MB = "250"  # of sequences: their arrays take up to twice that, beside 0.5 GB for JSON and 0.3 GB for bodies
+STATE_MB = "250"  # of sequences: their arrays take up to twice that, beside 0.7 GB for JSON and 0.3 GB for bodies
 PERIOD = 5  # seconds between two probes
 STARTS = 60  # probes that a start may take: five minutes, for large models on few cores
 LEAVES = 5  # seconds in which the pod is taken out of the service, before it is told to stop and accepts no more
@@ -63,7 +63,7 @@ def inference_service(name: str, *, model_file: str, storage_uri: str, image: st
         return {"httpGet": {"path": path, "port": HTTP_PORT}, "periodSeconds": PERIOD, "timeoutSeconds": 5, **more}
 
     resources = {"cpu": CPUS, "memory": MEMORY}
-    options = ["--host", "0.0.0.0", "--http-port", str(HTTP_PORT), "--threads", CPUS, "--max-state-mb", STATE_MB]
+    options = ["--host", HOST, "--http-port", str(HTTP_PORT), "--threads", CPUS, "--max-state-mb", STATE_MB]
     container = {
         "name": "kserve-container",  # by which KServe knows the one that answers
         "image": image,

@@ -152,8 +152,11 @@ def _keep_sequences(batching: Any, source: _Source) -> None:
     """Implicit state: what a request writes, the sequence's next one reads, and its first one reads zeros."""
     batching.max_sequence_idle_microseconds = IDLE_SECONDS * 1_000_000
     batching.oldest.max_candidate_sequences = MAX_STREAMS
-    tensors = {tensor.name: tensor for tensor in source.inputs}
-    for state in source.metadata["states"]:
+    tensors, states = {tensor.name: tensor for tensor in source.inputs}, source.metadata["states"]
+    # Triton takes the k-th output by name for the k-th input by name, whatever the configuration says (server#8586).
+    by_input = sorted(states, key=lambda state: str(state["input"]))
+    assert [state["output"] for state in by_input] == sorted(state["output"] for state in states)
+    for state in states:
         tensor = tensors[state["input"]]
         added = batching.state.add(
             input_name=state["input"], output_name=state["output"], data_type=_type(tensor), dims=tensor.shape

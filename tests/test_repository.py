@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ pytest.importorskip("tritonclient")
 from google.protobuf import text_format
 
 from tetdeploy.engine import Engine
+from tetdeploy.export import repository
 from tetdeploy.export.repository import add_to_repository, triton
 from tetdeploy.export.tensorrt import BuildConfig, build_engine
 
@@ -108,6 +109,14 @@ def test_the_configuration_is_that_of_the_graph(layout: str, options: dict[str, 
     assert [group.kind for group in config.instance_group] == [triton.ModelInstanceGroup.KIND_CPU]
     (classes,) = (v.label_filename for v in config.output if v.name == "logits")
     assert (folder / classes).read_text().splitlines() == list(digits().class_names)
+
+
+def test_states_are_in_one_order_by_the_names_of_inputs_and_of_outputs() -> None:
+    source = repository._read(exported("step"))
+    first, second, *rest = source.metadata["states"]
+    states = [first | {"output": second["output"]}, second | {"output": first["output"]}, *rest]
+    with pytest.raises(AssertionError):
+        repository.model_config(replace(source, metadata=source.metadata | {"states": states}), "m-stream")
 
 
 def test_requests_of_any_T_are_answered_as_the_engine_answers(tmp_path: Path) -> None:

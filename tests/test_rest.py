@@ -15,13 +15,14 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 from prometheus_client import CollectorRegistry
 from tritonclient.grpc import service_pb2
 
-from tetdeploy.serve import models
+from tetdeploy.serve import models, rpc, rpc_messages
 from tetdeploy.serve.bodies import BodyLimit, Budget, Sizes
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.protocol import Models
 from tetdeploy.serve.requests import InferRequest, InvalidRequestError
 from tetdeploy.serve.rest import application
 from tetdeploy.serve.rpc import Inferences
+from tetdeploy.serve.scheduler import StoppingError
 
 SIZES = Sizes(10_000, 10_000, 10_000)
 INFER = "/v2/models/m/infer"
@@ -70,6 +71,14 @@ def test_another_method_is_refused_with_those_that_are_allowed() -> None:
     assert set(headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
+def test_a_server_that_stops_lets_its_connections_go() -> None:
+    def running(name: str, version: str) -> None:
+        raise StoppingError("the server is shutting down")
+
+    status, headers, _ = call(SimpleNamespace(running=running), "POST", INFER, b"{}")
+    assert (status, headers["connection"]) == (503, "close")
+
+
 def test_a_bug_is_logged_once_and_clients_are_told_nothing_of_it(caplog: pytest.LogCaptureFixture) -> None:
     status, _, answer = call(None, "POST", INFER, b"{}")
     assert (status, answer) == (500, {"error": "internal error"})
@@ -104,7 +113,7 @@ def test_a_path_is_an_inferences_whatever_host_is_named(monkeypatch: pytest.Monk
     assert refused == [("m", 500)]
 
 
-def test_a_message_that_is_refused_over_grpc_is_kept_by_no_frame() -> None:
+def test_a_message_that_is_refused_over_grpc_is_kept_by_no_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     """gRPC keeps what `abort` raises until the garbage collector comes by."""
     held: list[int] = []
 
@@ -116,17 +125,38 @@ def test_a_message_that_is_refused_over_grpc_is_kept_by_no_frame() -> None:
 
     async def scenario() -> AbortedError:
         inferences = Inferences(Models([]), Metrics(CollectorRegistry()), SIZES, Budget(10_000))
-        message = service_pb2.ModelInferRequest(model_name="m")
-        held.append(sys.getrefcount(message))
+        data = service_pb2.ModelInferRequest(model_name="m", raw_input_contents=[bytes(100)]).SerializeToString()
+        parsed: list[Any] = []
+
+        def parse(*given: Any) -> Any:
+            message = rpc_messages.parse(*given)
+            parsed.append(message)
+            return message
+
+        monkeypatch.setattr(rpc, "parse", parse)
+        held.append(sys.getrefcount(data))
         try:
-            await inferences.answer(message, SimpleNamespace(abort=abort))
+            await inferences.answer(data, SimpleNamespace(abort=abort))
         except AbortedError as error:
-            held.append(sys.getrefcount(message))
+            held.append(sys.getrefcount(data))
+            held.append(sys.getrefcount(parsed[0]))
             return error
         raise AssertionError
 
     assert "m does not exist" in str(asyncio.run(scenario()))
-    assert held[0] == held[1]
+    assert held[0] == held[1] and held[2] == 2  # `parsed`, and the argument
+
+
+def test_a_message_that_there_is_no_room_for_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(rpc, "parse", None)
+
+    async def abort(code: Any, text: str) -> None:
+        said.append(f"{code} {text}")
+
+    inferences = Inferences(Models([]), Metrics(CollectorRegistry()), SIZES, Budget(100))
+    asyncio.run(inferences.answer(bytes(101), SimpleNamespace(abort=abort)))
+    assert "RESOURCE_EXHAUSTED all requests together may hold 100 bytes" in said[0]
 
 
 def test_a_client_that_leaves_is_not_worked_for(caplog: pytest.LogCaptureFixture) -> None:

@@ -26,8 +26,8 @@ from export_helpers import digits, engine, exported, frames
 from serve_helpers import PATIENCE, Server, start, started, stop
 
 from tetdeploy.cli import main
-from tetdeploy.cli.serve import Megabytes
-from tetdeploy.serve.requests import Parameters, tensor
+from tetdeploy.cli.serve import Megabytes, _by_name
+from tetdeploy.serve.requests import InvalidRequestError, Parameters, numbers, tensor
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 http = triton_client("http")
@@ -275,8 +275,8 @@ WRONG: list[tuple[str, bytes, int, str]] = [
     ("step", body(data=[[1, 2], [3]]), 400, "nested unevenly"),
     ("step", body(data=[0.5] * 64), 400, "must be numbers of uint8"),
     ("step", body(data=[256] * 64), 400, "must lie in 0..255"),
-    ("step", body(data=["1"] * 64), 400, "must be numbers of uint8, got str"),
-    ("step", body(data=[[1] * 32, [True] * 32]), 400, "must be numbers of uint8, got bool, int"),
+    ("step", body(data=["1"] * 64), 400, "must be numbers, got str"),
+    ("step", body(data=[[1] * 32, [True] * 32]), 400, "must be numbers, got bool, int"),
     ("step", body(data=[[1], 2]), 400, "nested unevenly"),
     ("float", body(datatype="FP32", data=[float("nan")] * 64), 400, "NaN or infinite"),
     ("float", body(datatype="FP32", data=[3e38] * 64), 400, "some beyond +-1e+30"),
@@ -490,6 +490,27 @@ def test_numbers_one_by_one_are_bounded_over_grpc(server: Server) -> None:
     assert code == "RESOURCE_EXHAUSTED" and "at most 800,000 bytes of numbers one by one" in message
 
 
+def test_raw_bytes_are_not_numbers_one_by_one(server: Server) -> None:
+    x = np.zeros((14_000, 1, 8, 8), np.uint8)  # 0.9 MB
+    with http.InferenceServerClient(server.http) as web, rpc.InferenceServerClient(server.grpc) as client:
+        for kind, asking in ((http, web), (rpc, client)):
+            with pytest.raises(kind.InferenceServerException, match="at most 8 images"):
+                asking.infer("step", asked(kind, x))
+
+
+def test_a_message_of_many_fields_is_refused_before_it_is_parsed(server: Server) -> None:
+    """Half a million empty inputs in 0.9 MB."""
+    with rpc.grpc.insecure_channel(server.grpc) as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for sent, said in (
+            (b"\x2a\x00" * 450_000, "a message may have 96 fields"),
+            (b"no message", "is no ModelInferRequest"),
+        ):
+            with pytest.raises(rpc.grpc.RpcError) as refused:
+                call(b"\x0a\x04step" + sent, timeout=PATIENCE)
+            assert refused.value.code().name == "INVALID_ARGUMENT" and said in refused.value.details()
+
+
 def test_a_sequence_ends_once(client: Any) -> None:
     client("step", images(1), sequence_id=9, sequence_start=True, sequence_end=True)
     with pytest.raises(Exception, match="sequence 9 is not open"):
@@ -539,6 +560,35 @@ def test_full_queues_refuse_and_sigterm_finishes_what_was_taken() -> None:
         thread.join(PATIENCE)
     assert code == 0
     np.testing.assert_allclose([answers[k] for k in range(3)], expected, atol=1e-5)
+
+
+def test_clients_are_told_of_the_stop_before_connections_close() -> None:
+    """A client tries another server after a 503 or UNAVAILABLE, and not after a reset or CANCELLED."""
+    running = start(f"step={exported('step')}")
+    outcomes: list[str] = []
+
+    def ask_on(kind: Any, address: str) -> None:
+        with kind.InferenceServerClient(address) as client:
+            while True:
+                try:
+                    client.infer("step", asked(kind, images(1)))
+                except kind.InferenceServerException as error:
+                    return outcomes.append(str(error.status()))
+                except OSError as error:
+                    return outcomes.append(f"{error}")
+
+    clients = [(http, running.http), (rpc, running.grpc)] * 8
+    threads = [threading.Thread(target=ask_on, args=client) for client in clients]
+    try:
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: running.metric("tetdeploy_request_seconds_count", model="step") > 100)
+    finally:
+        code = stop(running)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert code == 0
+    assert sorted(outcomes) == ["503"] * 8 + ["StatusCode.UNAVAILABLE"] * 8
 
 
 SHORT_GRACE = """
@@ -744,6 +794,21 @@ def test_two_models_of_one_name_are_refused() -> None:
     assert "two models are called step" in result.output
 
 
+def test_a_path_may_hold_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=0.1").mkdir()
+    for path in ("lr=0.1/step.onnx", "a=b.onnx"):
+        Path(path).touch()
+    given = ("digits=lr=0.1/step.onnx", "lr=0.1/step.onnx", "a=b.onnx", "=x.onnx", "y.onnx")
+    assert _by_name(given) == {
+        "digits": "lr=0.1/step.onnx",
+        "step": "lr=0.1/step.onnx",
+        "a=b": "a=b.onnx",
+        "x": "x.onnx",
+        "y": "y.onnx",
+    }
+
+
 def test_a_name_that_no_url_reaches_is_refused() -> None:
     result = CliRunner().invoke(main, ["serve", f"a/b={exported('step')}"])
     assert result.exit_code == 1
@@ -811,8 +876,8 @@ def test_a_long_string_among_numbers_takes_no_memory() -> None:
     data = ["a" * 5_000, *[""] * 4_999]
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match="must be numbers of uint8, got str"):
-            tensor("x", "UINT8", [5_000], data, np.dtype(np.uint8))
+        with pytest.raises(InvalidRequestError, match="must be numbers, got str"):
+            numbers("x", data)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -822,4 +887,4 @@ def test_a_long_string_among_numbers_takes_no_memory() -> None:
 def test_nested_numbers_are_read_in_any_nesting() -> None:
     x = np.arange(64, dtype=np.uint8).reshape(2, 4, 8)
     for data in (x.tolist(), x.ravel().tolist(), x.reshape(8, 8).tolist()):
-        np.testing.assert_array_equal(tensor("x", "UINT8", [2, 4, 8], data, x.dtype), x)
+        np.testing.assert_array_equal(tensor("x", "UINT8", [2, 4, 8], numbers("x", data), x.dtype), x)

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from export_helpers import digits, exported
+from export_helpers import digits, exported, frames
 
-from tetdeploy.agreement import load_reference
+from tetdeploy.agreement import load_reference, reference_path
 from tetdeploy.early_exit import exit_path
 from tetdeploy.engine import Array, Engine
 from tetdeploy.files import sha256_of
@@ -112,6 +112,48 @@ def test_the_energy_counted_is_that_of_all_images_steps_in_joules() -> None:
     assert found == pytest.approx((3 + 5) * 2e-6)
 
 
+def test_without_an_energy_there_is_no_metric_of_it() -> None:
+    registry = pytest.importorskip("prometheus_client").CollectorRegistry()
+    metrics = pytest.importorskip("tetdeploy.serve.metrics").Metrics(registry)
+    metrics.on_call("m", None)(np.array([3, 5]))
+    assert registry.get_sample_value("tetdeploy_image_steps_sum", {"model": "m"}) == 8
+    assert registry.get_sample_value("tetdeploy_estimated_energy_joules_total", {"model": "m"}) is None
+
+
+def test_a_reference_that_cannot_be_used_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine, foreign = (
+        Engine(shutil.copy(exported("step"), tmp_path / "m.onnx"), threads=1),
+        exported("step", encoding="frames"),
+    )
+    caplog.clear()
+    assert step_energy_pj(engine, 1) is None
+    assert not caplog.messages
+    path = reference_path(engine.path)
+    path.mkdir()
+    assert step_energy_pj(engine, 1) is None
+    path.rmdir()
+    path.write_bytes(b"damaged")
+    assert step_energy_pj(engine, 1) is None
+    shutil.copy(reference_path(foreign), path)
+    assert step_energy_pj(engine, 1) is None
+    assert [said.startswith(f"the energy of {engine.path} is not counted: ") for said in caplog.messages] == [True] * 3
+    assert "m.onnx takes input of shape" in caplog.messages[2]
+
+
+def test_requests_of_other_shapes_share_no_call() -> None:
+    async def scenario() -> None:
+        engine = Engine(exported("step", encoding="frames"), threads=1)
+        model = ServedModel("m", engine, Limits(64, 0.05), Bounds(64, 60, 9))
+        x = frames(2, 3)
+        sent = x, x[:, :2]
+        answers = await asyncio.gather(*(model.infer(one, T=2) for one in sent))
+        for one, answer in zip(sent, answers, strict=True):
+            np.testing.assert_allclose(answer.logits, engine.run(one, 2).logits, atol=1e-5)
+        await model.scheduler.drain()
+
+    run(scenario())
+
+
 class Held(Engine):
     """Answers once it is let go."""
 
@@ -175,7 +217,7 @@ def test_the_threshold_is_that_of_the_model_in_memory(tmp_path: Path, caplog: py
         write_rule(path, 1.0, T=2)
         x = digits().images[:2]
         assert (await model.infer(x, T=6, early_exit=True)).steps.tolist() == [1, 1]
-        with pytest.raises(ValueError, match="was found for T=4 and says nothing of T=3"):
+        with pytest.raises(ValueError, match="threshold of m was found for T=4 and says nothing of T=3"):  # no path
             await model.infer(x, T=3, early_exit=True)
         assert (await model.infer(x, early_exit=True)).steps.tolist() == [1, 1]
         assert model._rule is not None

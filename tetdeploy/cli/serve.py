@@ -28,12 +28,12 @@ class Megabytes(FiniteRange):
 Examples:
   tetdeploy serve runs/r19/model-step.onnx                 http://127.0.0.1:8080/v2/models/model-step/infer
   tetdeploy serve digits=a/model-step.onnx clothes=b/model-T4.onnx --threads 1
-  tetdeploy serve model-step.onnx --host 0.0.0.0 --max-batch 32 --max-wait-ms 5
+  tetdeploy serve model-step.onnx --host :: --max-batch 32 --max-wait-ms 5
   curl http://127.0.0.1:8080/metrics
 """
 )
 @click.argument("models", metavar="[NAME=]MODEL...", nargs=-1, required=True)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Interface to listen on; 0.0.0.0 is all of them.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Interface to listen on; :: is all of them.")
 @click.option("--http-port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0 is any free one.")
 @click.option("--grpc-port", default=8081, show_default=True, type=click.IntRange(0, 65535), help="0 is any free one.")
 @click.option("--max-batch", default=64, show_default=True, type=click.IntRange(min=1), help="Images of one call.")
@@ -61,7 +61,7 @@ Examples:
     default=8.0,
     show_default=True,
     type=Megabytes(min=0, min_open=True, max=2000),
-    help="Largest size of its JSON; images may be raw bytes, which take no more memory than they are.",
+    help="Largest size of its JSON; images may be raw bytes, which take less memory.",
 )
 @click.option(
     "--max-total-mb",
@@ -163,7 +163,9 @@ def _by_name(models: tuple[str, ...]) -> dict[str, str]:
     """
     paths: dict[str, str] = {}
     for model in models:
-        name, _, path = model.rpartition("=") if not Path(model).exists() else ("", "", model)
+        name, given, path = model.partition("=")
+        if not given or Path(model).exists():
+            name, path = "", model
         name = name or Path(path).stem
         if "/" in name:
             raise ValueError(f"{name!r} is no name for a model, since a URL holds it; choose one without '/'")

@@ -20,7 +20,7 @@ CUT_OFF = "the server is shutting down and could not finish this in time; ask an
 @dataclass(frozen=True)
 class Sizes:
     """Bytes: of a request, of its part that is read number by number (JSON, or `contents` over gRPC), which takes up to
-    some sixty times as many while it is read, and of all requests that are being read or answered together."""
+    some ninety times as many while it is read, and of all requests that are being read or answered together."""
 
     max_request: int
     max_json: int

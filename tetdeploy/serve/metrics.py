@@ -54,14 +54,15 @@ class Metrics:
         )
 
     def on_call(self, name: str, step_pj: float | None) -> Callable[[NDArray[np.int64]], None]:
-        """What a model is to call after every call of its engine."""
-        batch, steps, energy = self.batch.labels(name), self.steps.labels(name), self.energy.labels(name)
+        """What a model is to call after every call of its engine. Without `step_pj` it has no energy, rather than 0."""
+        batch, steps = self.batch.labels(name), self.steps.labels(name)
+        energy = None if step_pj is None else self.energy.labels(name)
 
         def observe(taken: NDArray[np.int64]) -> None:
             batch.observe(len(taken))
             for count in taken.tolist():
                 steps.observe(count)
-            if step_pj is not None:
+            if step_pj is not None and energy is not None:
                 energy.inc(float(taken.sum()) * step_pj * 1e-12)
 
         return observe

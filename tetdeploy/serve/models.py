@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.agreement import load_reference
-from tetdeploy.early_exit import Exit, check_calibrated, load_rule
+from tetdeploy.early_exit import Exit, load_rule
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.serve.scheduler import Limits, Scheduler
@@ -197,7 +197,11 @@ class ServedModel:
                 "or send early_exit=0.9, say"
             )
         rule, calibrated_T = self._rule
-        check_calibrated(self.engine.path, calibrated_T, T)
+        if calibrated_T > T:
+            raise ValueError(
+                f"the threshold of {self.name} was found for T={calibrated_T} and says nothing of T={T}; send no T, or "
+                "more steps"
+            )
         return rule
 
 
@@ -220,7 +224,7 @@ def _part(result: Result, rows: slice) -> Result:
 def step_energy_pj(engine: Engine, threads: int | None) -> float | None:
     """An estimate of what one step costs: the mean over the first reference images beside the model, run for the T of
     the training (of an unrolled graph, its own), by the convention `paper`. None where there are none, or on a GPU. By
-    an engine of its own, since the counting graph is not needed again."""
+    an engine of its own, since the counting graph is not needed again. A reference that cannot be used is warned of."""
     if engine.device != "cpu":
         return None
     counting = Engine(engine.path, runtime=engine.runtime, threads=threads, native=False)
@@ -228,7 +232,10 @@ def step_energy_pj(engine: Engine, threads: int | None) -> float | None:
         reference = load_reference(engine)
         x = reference.x[:_NUM_MEASURED]
         _, counts = counting.count(x, reference.T)
-    except (ValueError, FileNotFoundError):
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        logger.warning("the energy of %s is not counted: %s", engine.path, error)
         return None
     operations = Operations(layers_of(engine.metadata))
     operations.add(counts, len(x), reference.T)

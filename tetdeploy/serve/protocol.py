@@ -97,6 +97,7 @@ class OpenInferenceModel:
         given = {name: value for name, value in request.parameters.items() if name != BINARY_OUTPUTS}
         parameters = Parameters.parse(given)
         x = self._input(request.inputs)
+        request.inputs.clear()  # numbers that came one by one are larger than x, and are not to wait beside it
         if parameters.sequence_id is not None:
             start, end = parameters.sequence_start, parameters.sequence_end
             return await self.served.push(parameters.sequence_id, x, T=parameters.T, start=start, end=end)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
@@ -23,14 +25,26 @@ class InvalidRequestError(ValueError):
     """A request that is none, or that no model here could answer."""
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection in this block: to look through millions of new lists, all in use, would take most of it."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 @dataclass(frozen=True)
 class Input:
-    """An input as it came: raw bytes, or numbers in any nesting."""
+    """An input as it came: raw bytes, or numbers as `numbers` reads them."""
 
     name: str
     datatype: str
     shape: list[int]
-    data: bytes | memoryview | list[Any]
+    data: bytes | memoryview | Array
 
 
 @dataclass(frozen=True)
@@ -136,9 +150,9 @@ def _threshold(value: Any) -> bool | float:
 
 
 def tensor(
-    name: str, datatype: str, shape: list[int], data: bytes | memoryview | list[Any], wanted: np.dtype[Any]
+    name: str, datatype: str, shape: list[int], data: bytes | memoryview | Array, wanted: np.dtype[Any]
 ) -> Array:
-    """A tensor as it came: raw bytes, or numbers in any nesting.
+    """A tensor of raw bytes, or of `numbers`.
 
     Raises:
         ValueError: it is not what it says, or of another datatype than `wanted`.
@@ -149,7 +163,7 @@ def tensor(
         raise ValueError(f"{name} has a shape of {len(shape)} axes; there may be {MAX_AXES}")
     if not all(0 <= size <= MAX_SIZE for size in shape):
         raise ValueError(f"{name} has the shape {shape}; no size may be negative, or more than {MAX_SIZE}")
-    values = _numbers(name, data, wanted) if isinstance(data, list) else _raw(name, data, wanted)
+    values = _cast(name, data, wanted) if isinstance(data, np.ndarray) else _raw(name, data, wanted)
     if values.size != math.prod(shape):
         raise ValueError(f"{name} of shape {shape} has {math.prod(shape)} values, got {values.size}")
     return values.reshape(shape)
@@ -169,17 +183,25 @@ def _raw(name: str, data: bytes | memoryview, wanted: np.dtype[Any]) -> Array:
     return np.frombuffer(data, wanted)
 
 
-def _numbers(name: str, data: list[Any], wanted: np.dtype[Any]) -> Array:
+def numbers(name: str, data: list[Any]) -> Array:
+    """Numbers in any nesting, as numpy finds them: integers, floats, or what is too large for both.
+
+    Raises:
+        InvalidRequestError: they are none, or nested unevenly.
+    """
     kinds = _kinds(data)
     if list in kinds:
-        raise ValueError(f"the data of {name} are nested unevenly")
+        raise InvalidRequestError(f"the data of {name} are nested unevenly")
     if not kinds <= {int, float}:  # numpy would make each of them as long as the longest string
         got = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise ValueError(f"the data of {name} must be numbers of {wanted}, got {got}")
+        raise InvalidRequestError(f"the data of {name} must be numbers, got {got}")
     try:
-        values = np.array(data)
+        return np.array(data)
     except ValueError as error:
-        raise ValueError(f"the data of {name} are nested unevenly") from error
+        raise InvalidRequestError(f"the data of {name} are nested unevenly") from error
+
+
+def _cast(name: str, values: Array, wanted: np.dtype[Any]) -> Array:
     if values.size == 0:
         return values.astype(wanted)
     if values.dtype.kind not in ("iu" if wanted.kind == "u" else "iuf"):

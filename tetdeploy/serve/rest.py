@@ -21,6 +21,7 @@ from tetdeploy.serve.errors import CLIENT_LEFT, forget_frames, status_of
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.protocol import SERVER, Models, OpenInferenceModel, refuse_loading
 from tetdeploy.serve.rest_messages import read_request, write_response
+from tetdeploy.serve.scheduler import StoppingError
 
 A = TypeVar("A")
 
@@ -85,8 +86,11 @@ class _Endpoints:
             status, _, message = status_of(error)
         if (model := request.path_params.get("name")) and request.scope["path"].endswith("/infer"):
             self._metrics.refuse(model, status)
+        headers = getattr(error, "headers", None)  # of a 405: Allow
+        if isinstance(error, StoppingError):  # a client that went on would find its connection reset
+            headers = {"Connection": "close"}
         forget_frames(error)
-        return JSONResponse({"error": message}, status, getattr(error, "headers", None))  # of a 405: Allow
+        return JSONResponse({"error": message}, status, headers)
 
 
 async def _unless_left(request: Request, answer: Coroutine[Any, Any, A]) -> A:

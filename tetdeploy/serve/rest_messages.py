@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from tetdeploy.engine import Array
 from tetdeploy.serve.bodies import Sizes
+from tetdeploy.serve.errors import forget_frames
 from tetdeploy.serve.protocol import BINARY_OUTPUT, BINARY_OUTPUTS, VERSION
 from tetdeploy.serve.requests import (
     DATATYPES,
@@ -20,7 +21,9 @@ from tetdeploy.serve.requests import (
     Input,
     InvalidRequestError,
     WantedOutput,
+    numbers,
     raw_bytes,
+    uncollected,
 )
 
 JSON_LENGTH = "inference-header-content-length"
@@ -58,6 +61,15 @@ def read_request(body: bytes | bytearray, headers: Mapping[str, str], sizes: Siz
     """
     length = _json_length(headers.get(JSON_LENGTH), len(body))
     sizes.check_listed(length)
+    with uncollected():  # the lists are gone when it ends
+        try:
+            return _read(body, length)
+        except InvalidRequestError as error:
+            forget_frames(error)
+            raise
+
+
+def _read(body: bytes | bytearray, length: int) -> InferRequest:
     try:
         given = _Request.model_validate_json(body if length == len(body) else body[:length])
     except ValidationError as error:
@@ -89,14 +101,15 @@ def _inputs(given: list[_Input], binary: memoryview) -> list[Input]:
     """Inputs with their numbers, or with their part of what follows the JSON."""
     inputs, start = [], 0
     for one in given:
-        data: list[Any] | memoryview = one.data
         if (size := (one.parameters or {}).get(SIZE)) is not None:
             left = len(binary) - start
             if type(size) is not int or not 0 <= size <= left:
                 raise InvalidRequestError(f"input {one.name} has {SIZE} {size}, but {left} bytes follow")
             data = binary[start : start + size]
             start += size
-        inputs.append(Input(one.name, one.datatype.upper(), one.shape, data))
+            inputs.append(Input(one.name, one.datatype.upper(), one.shape, data))
+        else:
+            inputs.append(Input(one.name, one.datatype.upper(), one.shape, numbers(one.name, one.data)))
     if start != len(binary):
         raise InvalidRequestError(f"{len(binary) - start} bytes follow the JSON that belong to no input")
     return inputs

@@ -14,7 +14,7 @@ from tetdeploy.serve.bodies import Budget, Share, Sizes
 from tetdeploy.serve.errors import CLIENT_LEFT, forget_frames, status_of
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.protocol import SERVER, Models, refuse_loading
-from tetdeploy.serve.rpc_messages import check_tensors, read_request, write_response
+from tetdeploy.serve.rpc_messages import check_tensors, parse, read_request, write_response
 
 
 def grpc_server(models: Models, inferences: Inferences, sizes: Sizes) -> grpc.aio.Server:
@@ -26,13 +26,17 @@ def grpc_server(models: Models, inferences: Inferences, sizes: Sizes) -> grpc.ai
             ("grpc.so_reuseport", 0),  # or a second server would share the port in silence
         ]
     )
-    calls = {name: _answering(answer) for name, answer in _probes(models).items()} | {"ModelInfer": inferences.answer}
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
-            call, getattr(pb, f"{name}Request").FromString, getattr(pb, f"{name}Response").SerializeToString
+            _answering(answer),
+            getattr(pb, f"{name}Request").FromString,
+            getattr(pb, f"{name}Response").SerializeToString,
         )
-        for name, call in calls.items()
+        for name, answer in _probes(models).items()
     }
+    handlers["ModelInfer"] = grpc.unary_unary_rpc_method_handler(
+        inferences.answer, response_serializer=pb.ModelInferResponse.SerializeToString
+    )
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)])
     return server
 
@@ -82,24 +86,29 @@ class Inferences:
         self._models, self._metrics, self._sizes, self._budget = models, metrics, sizes, budget
         self.running, self.stopping = 0, False
 
-    async def answer(self, message: Any, context: Any) -> Any:
+    async def answer(self, data: bytes, context: Any) -> Any:
+        """The answer to the bytes of a message."""
         self.running += 1
+        message: Any = None
+        name = ""  # until it is parsed
         try:
             with Share(self._budget) as share:
-                share.add(message.ByteSize())
+                share.add(len(data))
                 started = time.perf_counter()
+                message = parse(data, self._sizes)
+                name = message.model_name
                 response = await self._infer(message)
-                self._metrics.seconds.labels(message.model_name).observe(time.perf_counter() - started)
+                self._metrics.seconds.labels(name).observe(time.perf_counter() - started)
                 return response
         except asyncio.CancelledError:  # its client has left, or its deadline passed
             if not self.stopping:
-                self._metrics.refuse(message.model_name, CLIENT_LEFT)
+                self._metrics.refuse(name, CLIENT_LEFT)
             raise
         except Exception as error:
             http, code, text = status_of(error)
-            self._metrics.refuse(message.model_name, http)
+            self._metrics.refuse(name, http)
             forget_frames(error)
-            del message  # as above
+            del data, message  # as above
             await context.abort(code, text)
         finally:
             self.running -= 1
@@ -107,6 +116,5 @@ class Inferences:
     async def _infer(self, message: Any) -> Any:
         model = self._models.running(message.model_name, message.model_version)
         check_tensors(message)
-        self._sizes.check_listed(message.ByteSize() - sum(map(len, message.raw_input_contents)))
         request = read_request(message)
         return write_response(model.name, request, await model.predict(request))

@@ -4,12 +4,14 @@ and more types of parameters."""
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
 from tetdeploy.engine import Array
+from tetdeploy.serve.bodies import Sizes
 from tetdeploy.serve.protocol import VERSION
 from tetdeploy.serve.requests import (
     DATATYPES,
@@ -18,14 +20,71 @@ from tetdeploy.serve.requests import (
     Input,
     InvalidRequestError,
     WantedOutput,
+    numbers,
     raw_bytes,
 )
 
 _CONTENTS = {"UINT8": "uint_contents", "FP32": "fp32_contents"}  # where numbers of a datatype are, one by one
 
+MAX_FIELDS = 6 * MAX_TENSORS  # of a message: inputs, outputs, raw bytes, and more parameters than there are
+_RAW = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types; the others are groups, which it deprecates
+
+
+def parse(data: bytes, sizes: Sizes) -> Any:
+    """A `ModelInferRequest`. What it would take is known before: a field of two bytes becomes an object of a hundred.
+
+    Raises:
+        InvalidRequestError: it is none, or has more fields than one may have.
+        TooLargeError: all but its raw bytes is.
+    """
+    try:
+        listed = len(data)
+        for k, (number, size) in enumerate(_fields(data)):
+            if k == MAX_FIELDS:
+                raise InvalidRequestError(
+                    f"a message may have {MAX_FIELDS} fields (inputs, outputs, parameters, raw contents), got more"
+                )
+            if number == _RAW:
+                listed -= size
+        sizes.check_listed(listed)
+        return pb.ModelInferRequest.FromString(data)
+    except (IndexError, DecodeError) as error:
+        raise InvalidRequestError("the message is no ModelInferRequest, or was cut off") from error
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int]]:
+    """The number of each field of a message, and its size, without what is inside it. Raises IndexError at its end if
+    it is cut off, or holds something else."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        kind, size = tag & 7, 0
+        if kind == _VARINT:
+            _, at = _varint(data, at)
+        elif kind == _BYTES:
+            size, at = _varint(data, at)
+        else:
+            size = {_FIXED64: 8, _FIXED32: 4}.get(kind, len(data))
+        at += size
+        if at > len(data):
+            raise IndexError
+        yield tag >> 3, size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number at an offset, 7 bits a byte and the lowest first, and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte, at = data[at], at + 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise IndexError
+
 
 def check_tensors(message: Any) -> None:
-    """Refuse more tensors than a request may name, before each of them is an object, and raw ones that do not fit.
+    """Refuse more tensors than a request may name, and raw ones that do not fit.
 
     Raises:
         InvalidRequestError: it is so.
@@ -65,9 +124,9 @@ def read_request(message: Any) -> InferRequest:
     )
 
 
-def _numbers(given: Any) -> list[Any]:
+def _numbers(given: Any) -> Array:
     field = _CONTENTS.get(given.datatype)
-    return [] if field is None else list(getattr(given.contents, field))
+    return numbers(given.name, [] if field is None else list(getattr(given.contents, field)))
 
 
 def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:

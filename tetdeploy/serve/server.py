@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import logging
+import math
 import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NoReturn
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import grpc
 import uvicorn
@@ -24,7 +27,11 @@ from tetdeploy.serve.rest import application
 from tetdeploy.serve.rpc import Inferences, grpc_server
 from tetdeploy.serve.scheduler import GRACE_SECONDS, Limits
 
+logger = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 75  # longer than proxies keep a connection idle, or they may ask at the moment it is closed
+# In which a server that is to stop still says so to who asks. Closing cancels gRPC calls (grpc/grpc#41785) and resets
+# HTTP connections that come at that moment, so clients are to have gone by then.
+LEAVING_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,9 @@ async def serve(
         The requests that were cut off: GRACE_SECONDS did not suffice for them.
 
     Raises:
-        OSError: an address cannot be listened to.
+        OSError: an address cannot be listened to, or `announce` cannot say so.
     """
+    asyncio.get_running_loop().set_exception_handler(_LoopErrors())
     metrics, models = Metrics(), []
     for name, engine in engines.items():
         served = ServedModel(name, engine, limits, bounds, metrics.on_call(name, step_energy_pj(engine, threads)))
@@ -72,20 +80,23 @@ async def serve(
     with _listening(address) as listener:
         inferences = Inferences(named, metrics, sizes, budget)
         rpc = grpc_server(named, inferences, sizes)
-        grpc_port = await _start_grpc(rpc, address)
+        grpc_port = await _start_grpc(rpc, address, listener.getsockname()[0])
         server = _http_server(BodyLimit(application(named, metrics, sizes), sizes.max_request, budget))
         http = asyncio.create_task(server.serve([listener]))
         expiry = asyncio.create_task(_expire([model.served for model in models], bounds.sequence_timeout))
-        announce(address.at(listener.getsockname()[1]), address.at(grpc_port))
-        await stop.wait()
-        for model in models:
-            model.ready = False
-            model.served.scheduler.hurry()
-        server.should_exit = True
-        cut_off = sum(await asyncio.gather(_stop_http(server, http), _stop_grpc(rpc, inferences)))
-        expiry.cancel()
-        # What still waits has nobody to answer: requests that were cut off, steps whose client has left.
-        await asyncio.gather(*(model.served.scheduler.drain(finish=False) for model in models))
+        try:
+            announce(address.at(listener.getsockname()[1]), address.at(grpc_port))
+            await stop.wait()
+        finally:
+            for model in models:
+                model.ready = False
+                model.served.scheduler.hurry()
+            await asyncio.sleep(LEAVING_SECONDS)
+            server.should_exit = True
+            cut_off = sum(await asyncio.gather(_stop_http(server, http), _stop_grpc(rpc, inferences)))
+            expiry.cancel()
+            # What still waits has nobody to answer: requests that were cut off, steps whose client has left.
+            await asyncio.gather(*(model.served.scheduler.drain(finish=False) for model in models))
         return cut_off
 
 
@@ -127,10 +138,32 @@ async def _expire(models: list[ServedModel], timeout: float) -> NoReturn:
             await model.expire()
 
 
+class _LoopErrors:
+    """Says once a second, in a line, that no connection can be accepted; asyncio would, with a traceback each, 2,048
+    times. It tries again after a second."""
+
+    def __init__(self) -> None:
+        self._said = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+            return loop.default_exception_handler(context)
+        if loop.time() - self._said >= 0.9:
+            self._said = loop.time()
+            logger.error("no connection can be accepted: %s; allow more (ulimit -n, LimitNOFILE=)", error.strerror)
+        return None
+
+
 def _listening(address: Address) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    """A socket for HTTP. `::` is every interface, of IPv4 too; of IPv4 alone where the machine has nothing else."""
+    host, every = address.host, address.host == "::"
+    if every and not socket.has_dualstack_ipv6():
+        logger.warning("this machine has no IPv6, so --host :: listens to IPv4 only, as 0.0.0.0 does")
+        host, every = "0.0.0.0", False
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((address.host, address.http_port), family=family)
+        listener = socket.create_server((host, address.http_port), family=family, dualstack_ipv6=every)
     except OSError as error:
         where, reason = address.at(address.http_port), error.strerror or error
         raise OSError(f"cannot listen on {where}: {reason}; choose another --http-port or --host") from error
@@ -161,11 +194,11 @@ def _http_server(app: ASGIApp) -> uvicorn.Server:
     return _Uvicorn(config)
 
 
-async def _start_grpc(server: grpc.aio.Server, address: Address) -> int:
-    """Let it listen; gives the port."""
+async def _start_grpc(server: grpc.aio.Server, address: Address, host: str) -> int:
+    """Let it listen where HTTP does: a name can be of several addresses. Gives the port."""
     where = address.at(address.grpc_port)
     try:
-        port: int = server.add_insecure_port(where)
+        port: int = server.add_insecure_port(replace(address, host=host).at(address.grpc_port))
     except RuntimeError as error:
         raise OSError(f"cannot listen on {where}; choose another --grpc-port or --host") from error
     await server.start()

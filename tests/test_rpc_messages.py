@@ -1,0 +1,73 @@
+"""Messages of gRPC: what they would take is known before they are parsed."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+pytest.importorskip("tritonclient", reason="needs the extra serve")
+pytest.importorskip("starlette", reason="needs the extra serve")
+from google.protobuf.message import DecodeError
+from tritonclient.grpc import service_pb2 as pb
+
+from tetdeploy.serve.bodies import Sizes, TooLargeError
+from tetdeploy.serve.requests import InvalidRequestError
+from tetdeploy.serve.rpc_messages import MAX_FIELDS, parse
+
+SIZES = Sizes(100_000_000, 1_000, 100_000_000)
+
+
+def request(raw: bytes = bytes(300)) -> pb.ModelInferRequest:
+    made = pb.ModelInferRequest(model_name="m", id="1", raw_input_contents=[raw])
+    made.inputs.add(name="x", datatype="UINT8", shape=[1, 1, 8, 8])
+    made.parameters["T"].int64_param = 4
+    return made
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 70_000])
+def test_all_but_raw_bytes_is_bounded(size: int) -> None:
+    made = request(bytes(size))
+    listed = made.ByteSize() - size
+    assert parse(made.SerializeToString(), Sizes(10**6, listed, 10**6)) == made
+    with pytest.raises(TooLargeError, match=f"at most {listed - 1} bytes of numbers one by one .* got {listed}:"):
+        parse(made.SerializeToString(), Sizes(10**6, listed - 1, 10**6))
+
+
+def test_a_message_has_no_more_fields_than_there_may_be() -> None:
+    made = pb.ModelInferRequest()
+    for _ in range(MAX_FIELDS):
+        made.outputs.add()
+    assert parse(made.SerializeToString(), SIZES) == made
+    made.outputs.add()
+    with pytest.raises(InvalidRequestError, match="may have 96 fields"):
+        parse(made.SerializeToString(), SIZES)
+
+
+def test_many_fields_take_no_time() -> None:
+    sent = b"\x2a\x00" * 31_000_000  # empty inputs; parsed they take 3 GB, and 8 s
+    began = time.process_time()
+    with pytest.raises(InvalidRequestError, match="may have 96 fields"):
+        parse(sent, SIZES)
+    assert time.process_time() - began < 0.5
+
+
+@given(st.one_of(st.binary(max_size=40), st.integers(0, 400).map(lambda k: request().SerializeToString()[:k])))
+@example(b"\x08\x01\x11" + bytes(8) + b"\x1d" + bytes(4))  # fields of every size, of other types than they should be
+@example(b"\xa3\x06\xa4\x06")  # a group
+@example(b"\x3a\xff\x7f")  # raw bytes that are more than the message
+@example(b"\x3a" + b"\xff" * 10 + b"\x7f")
+def test_what_is_parsed_is_what_protobuf_takes(sent: bytes) -> None:
+    try:
+        expected = pb.ModelInferRequest.FromString(sent)
+    except DecodeError:
+        expected = None
+    try:
+        got = parse(sent, SIZES)
+    except InvalidRequestError:
+        groups = {byte & 7 for byte in sent} & {3, 4}
+        assert expected is None or groups
+    else:
+        assert got == expected

@@ -1,0 +1,122 @@
+"""Where the server listens, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from export_helpers import exported
+from serve_helpers import PATIENCE, started, stop
+
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+from tetdeploy.serve import server
+from tetdeploy.serve.server import KEEP_ALIVE_SECONDS, Address
+
+
+def reached(family: int, address: str, port: int) -> bool:
+    with socket.socket(family) as client:
+        return client.connect_ex((address, port)) == 0
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize(("host", "v6"), [("::", True), ("0.0.0.0", False), ("localhost", False)])
+def test_what_a_host_stands_for(host: str, v6: bool) -> None:
+    with server._listening(Address(host, 0, 0)) as listener:
+        port = listener.getsockname()[1]
+        assert reached(socket.AF_INET, "127.0.0.1", port)
+        assert reached(socket.AF_INET6, "::1", port) is v6
+
+
+def test_without_ipv6_every_interface_is_all_of_ipv4(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with server._listening(Address("::", 0, 0)) as listener:
+        assert listener.getsockname()[0] == "0.0.0.0"
+    assert "this machine has no IPv6" in caplog.text
+
+
+def test_grpc_listens_where_http_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take `localhost` for IPv6 too."""
+    asked: list[str] = []
+
+    class Rpc:
+        def add_insecure_port(self, where: str) -> int:
+            asked.append(where)
+            return 7
+
+        async def start(self) -> None:
+            pass
+
+    for host in ("127.0.0.1", "::1"):
+        assert asyncio.run(server._start_grpc(Rpc(), Address("localhost", 0, 7), host)) == 7  # type: ignore[arg-type]
+    assert asked == ["127.0.0.1:7", "[::1]:7"]
+
+
+def test_answers_wait_for_no_acknowledgement() -> None:
+    with server._listening(Address("127.0.0.1", 0, 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        answering, _ = listener.accept()
+        with client, answering:
+            assert answering.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_connections_stay_open_for_as_long_as_is_said() -> None:
+    async def app(*given: Any) -> None:
+        pass
+
+    assert server._http_server(app).config.timeout_keep_alive == KEEP_ALIVE_SECONDS
+    document = " ".join((Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8").split())
+    assert f"An HTTP connection that is idle is closed {KEEP_ALIVE_SECONDS} seconds after" in document
+
+
+def test_a_lack_of_files_is_said_once_a_second(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(server._LoopErrors())
+        for _ in range(100):
+            loop.call_exception_handler(
+                {"message": "accept", "exception": OSError(errno.EMFILE, "Too many open files")}
+            )
+        loop.call_exception_handler({"message": "something else", "exception": ValueError("a bug")})
+
+    asyncio.run(scenario())
+    lack, other = caplog.messages
+    assert lack.startswith("no connection can be accepted: Too many open files; allow more (ulimit -n")
+    assert "something else" in other
+
+
+COMMAND = [sys.executable, "-m", "tetdeploy", "serve", "--http-port", "0", "--grpc-port", "0", "--threads", "1"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs ulimit")
+def test_more_connections_than_files_fill_no_log() -> None:
+    """asyncio would write 2,048 tracebacks a second."""
+    command = ["bash", "-c", 'ulimit -n 60; exec "$@"', "bash", *COMMAND, f"m={exported('step')}"]
+    running = started(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    host, port = running.http.split(":")
+    idle = [socket.create_connection((host, int(port)), timeout=PATIENCE) for _ in range(100)]
+    assert running.process.stderr is not None
+    assert "allow more (ulimit -n, LimitNOFILE=)" in running.process.stderr.readline()
+    for connection in idle:
+        connection.close()
+    assert running.post("models/m/infer", b"{}")[0] == 400  # it accepts again
+    assert stop(running) == 0
+    with running.process.stderr as log:
+        assert len(log.read()) < 10_000
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_server_that_cannot_say_where_it_is_ends_in_order() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, str(exported("step"))], stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE
+        )
+    assert (done.returncode, done.stderr.strip()) == (1, "Error: standard output: No space left on device")
