@@ -162,6 +162,40 @@ def test_ann_then_distillation(tmp_path: Path) -> None:
     assert "an ANN has no time" in refused("--ann", "--T", "2")
 
 
+OWN = """
+from torch import nn
+from tetdeploy.layers import DirectEncoding, OverTime
+from tetdeploy.neurons import LIF
+
+class Net(nn.Module):
+    def __init__(self, inputs, classes):
+        super().__init__()
+        self.encode, self.lif = DirectEncoding(nn.Flatten(), nn.Linear(inputs, 32)), LIF(tau=0.25)
+        self.readout = OverTime(nn.Linear(32, classes))
+
+    def forward(self, x, T=None):
+        current = (1 - self.lif.tau) * self.encode(x, T)
+        return self.readout(self.lif.with_state(current)[0])
+
+def net(num_classes, in_channels, image_size):
+    return Net(in_channels * image_size[0] * image_size[1], num_classes)
+
+other = net
+"""
+
+
+def test_a_network_of_ones_own_learns_from_its_twin(tmp_path: Path) -> None:
+    """Whose code may ask its neurons for their settings and their membranes."""
+    Path("taught_net.py").write_text(OWN)
+    small = ("--epochs", "1", "--batch-size", "256")
+    output = run("--ann", *small, "--model", "taught_net:net", "--out", "ann").output
+    assert output.endswith("next: tetdeploy train --distill ann --model taught_net:net\n")
+    distilled = run("--distill", "ann", "--model", "taught_net:net", "--T", "2", *small, "--out", "taught").output
+    assert "distilled from ann" in distilled
+    said = refused("--distill", "ann", "--model", "taught_net:other", *small)
+    assert "the teacher ann is a network of your own, taught_net:net, and the student is taught_net:other" in said
+
+
 def test_recompute_trains_the_same_and_is_no_setting_of_the_run(tmp_path: Path) -> None:
     run(*QUICK, "--out", "plain")
     run(*QUICK, "--out", "again", "--recompute")

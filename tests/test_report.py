@@ -227,6 +227,16 @@ class TestSections:
 
 
 class TestTraining:
+    def test_what_a_network_of_ones_own_decides_is_not_told(self, tmp_path: Path) -> None:
+        folders = [run_folder(tmp_path / name) for name in ("own", "built-in")]
+        for folder, model in zip(folders, ("nets:mine", "convsnn"), strict=True):
+            config = json.loads((folder / "config.json").read_text())
+            config["network"] |= {"model": model, "tau": 0.5, "v_th": 1.0, "gamma": 1.0}
+            write(folder / "config.json", config)
+        both, own = (to_markdown(document_of(read_results(given))) for given in (folders, folders[:1]))
+        assert "| τ, leak factor a step (Eq. 1) | — | 0.5 |" in both and "| threshold v_th (Eq. 2) | — | 1 |" in both
+        assert "nets:mine" in own and not any(sign in own for sign in ("τ, leak", "v_th (Eq. 2)", "γ, half", "width, f"))
+
     def test_settings_and_curves(self, tmp_path: Path) -> None:
         results = read_results([run_folder(tmp_path / "a", loss="sdt"), run_folder(tmp_path / "b", T=6)])
         document = document_of(results)

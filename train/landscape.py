@@ -287,7 +287,7 @@ def _measure_point(
     for x, y in batches:
         if stop():
             return None
-        logits: Tensor = functional_call(classifier, weights, (x, T))
+        logits: Tensor = functional_call(classifier, weights, (x,) if x.dim() == 5 else (x, T))
         means = [sdt_loss(logits, y).double(), tet_loss(logits, y).double()]
         totals += torch.stack([means[0] * len(y), means[1] * len(y), count_correct(logits, y).double()])
     values: list[float] = (totals / sum(len(y) for _, y in batches)).tolist()

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tetdeploy.checkpoint import load
-from tetdeploy.networks import run_network
+from tetdeploy.checkpoint import load, read_metadata
+from tetdeploy.networks import NetworkConfig, import_network, run_network
+from tetdeploy.run_folder import weights_file
 
 from .config import TrainConfig
 from .losses import distillation_loss, sdt_loss, tet_loss, total_loss
@@ -94,11 +95,12 @@ def load_teacher(config: TrainConfig, student: Classifier) -> Teacher | None:
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is no ANN twin, or one for other images or classes.
+        ValueError: it is no ANN twin, one for other images or classes, or one of the user's own code which the student
+            is not.
     """
     if not config.distill:
         return None
-    classifier = load(Path(config.distill))
+    classifier = load(Path(config.distill), network=_own_network(config.distill, student))
     if not classifier.config.ann:
         raise ValueError(f"the teacher {config.distill} is no ANN: train one with --ann and give its run to --distill")
     for name in ("image_shape", "class_names"):
@@ -108,3 +110,17 @@ def load_teacher(config: TrainConfig, student: Classifier) -> Teacher | None:
                 f"the teacher {config.distill} was trained on other data: its {name} is {theirs}, not {ours}"
             )
     return Teacher(classifier.requires_grad_(False), config.distill_alpha, config.distill_tau)
+
+
+def _own_network(teacher: str, student: Classifier) -> nn.Module | None:
+    """A network of the teacher's checkpoint if that is the user's own, who has named its function for the student."""
+    theirs = read_metadata(weights_file(Path(teacher)))["network"]
+    if ":" not in str(theirs["model"]):
+        return None
+    if theirs["model"] != student.config.model:
+        raise ValueError(
+            f"the teacher {teacher} is a network of your own, {theirs['model']}, and the student is "
+            f"{student.config.model}: no file can have code imported, so teach with the student's --model or a "
+            "built-in network"
+        )
+    return import_network(NetworkConfig(**theirs))

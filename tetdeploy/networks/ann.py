@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 
 from tetdeploy.layers import DirectEncoding
@@ -30,6 +31,18 @@ class SingleStep(DirectEncoding):
         return super().forward(x, 1 if x.dim() == 4 else T)
 
 
+class TwinReLU(nn.ReLU):
+    """ReLU in a neuron's place, with what a network's own code may ask of the neuron."""
+
+    def __init__(self, neuron: LIF) -> None:
+        super().__init__()
+        self.tau, self.v_th, self.gamma = neuron.tau, neuron.v_th, neuron.gamma
+
+    def with_state(self, current: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """ReLU of `[1, N, ...]`, and the membranes `[N, ...]` as they were: it has none to charge."""
+        return self(current), torch.zeros_like(current[0]) if u is None else u
+
+
 def ann_twin(network: nn.Module) -> nn.Module:
     """A copy of a spiking network with ReLU in place of every LIF and IF.
 
@@ -49,7 +62,7 @@ def ann_twin(network: nn.Module) -> nn.Module:
     twin = copy.deepcopy(network)
     for path, module in list(twin.named_modules(remove_duplicate=False)):
         if isinstance(module, LIF):
-            twin.set_submodule(path, nn.ReLU())
+            twin.set_submodule(path, TwinReLU(module))
         elif type(module) is DirectEncoding:
             module.__class__ = SingleStep  # the same layers under the same names
     return twin

@@ -98,9 +98,11 @@ def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if network:
         kind = ", ANN twin" if network.get("ann") else ""
-        known = [name for name in ("tau", "v_th", "gamma") if network.get(name) is not None]
-        neurons = ", ".join(f"{name} {network[name]:g}" for name in known)
-        facts["network"] = f"{network['model']}{kind}, width {network.get('width') or 1:g}; {neurons}"
+        facts["network"] = f"{network['model']}{kind}"
+        if ":" not in network["model"]:  # the user's own has settings of its own
+            known = [name for name in ("tau", "v_th", "gamma") if network.get(name) is not None]
+            neurons = ", ".join(f"{name} {network[name]:g}" for name in known)
+            facts["network"] += f", width {network.get('width') or 1:g}; {neurons}"
     if data:
         facts["data"] = f"{data.get('name')}, images {_shape(data.get('image_shape') or [])}"
         if "class_names" in data:

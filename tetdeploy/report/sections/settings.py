@@ -9,13 +9,13 @@ from tetdeploy.report.document import NONE, Section, Table
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Results, Source
 
-_NETWORK = {
+_BUILT_IN = {  # what a network of the user's own decides for itself
     "width": "width, factor on channels",
     "tau": "τ, leak factor a step (Eq. 1)",
     "v_th": "threshold v_th (Eq. 2)",
     "gamma": "γ, half-width of the surrogate (Eq. 5)",
-    "smooth_spike": "smooth spikes, Sigmoid(k x) with k",
 }
+_NETWORK = _BUILT_IN | {"smooth_spike": "smooth spikes, Sigmoid(k x) with k"}
 _TRAINING = {
     "T": "time steps T",
     "tit": "time inheritance training",
@@ -70,7 +70,7 @@ def _config_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
     found = {}
     for part, labels in (("network", _NETWORK), ("training", _TRAINING)):
         for name, label in labels.items():
-            values = [getattr(run, part).get(name) for run in runs]
+            values = [None if name in _BUILT_IN and _is_own(run) else getattr(run, part).get(name) for run in runs]
             if not all(value in _OFF for value in values):
                 found[label] = [_value(name, value) for value in values]
     return found
@@ -83,6 +83,10 @@ def _origin_facts(sources: Sequence[Source], runs: Sequence[Run]) -> dict[str, l
         "device": [str(origin.get("device", NONE)) for origin in origins],
         "precision": [str(origin.get("precision", NONE)) for origin in origins],
     }
+
+
+def _is_own(run: Run) -> bool:
+    return ":" in str(run.network.get("model", ""))
 
 
 def _network(run: Run) -> str:
