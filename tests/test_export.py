@@ -1047,6 +1047,87 @@ def test_a_network_that_mixes_frames_is_refused_even_with_one_frame_each(earlier
         export_model(untested(Mixing()), earlier, ExportConfig(T=1, encoding="frames"), frames(20, 1))
 
 
+class OneByOne(nn.Module):
+    """Each layer wrapped by itself, as SpikingJelly's networks are written."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.encode, self.norm0 = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1)), norm(4)
+            self.conv, self.norm1 = OverTime(nn.Conv2d(4, 8, 3, padding=1)), norm(8)
+            self.linear, self.readout = OverTime(nn.Linear(128, 32)), OverTime(nn.Linear(32, 10))
+        self.pool, self.flatten, self.dropout = (
+            OverTime(nn.MaxPool2d(2)),
+            OverTime(nn.Flatten()),
+            OverTime(nn.Dropout()),
+        )
+        self.lif = LIF(v_th=0.3)
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.lif(self.norm0(self.encode(x, T)))
+        spikes = self.dropout(self.lif(self.pool(self.norm1(self.conv(spikes)))))
+        return self.readout(self.dropout(self.lif(self.linear(self.flatten(spikes)))))
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+@pytest.mark.parametrize(
+    "norm", [lambda channels: OverTime(nn.BatchNorm2d(channels)), tdBN], ids=["BatchNorm2d", "tdBN"]
+)
+def test_layers_may_be_wrapped_one_by_one(norm: Callable[[int], nn.Module], layout: str, tmp_path: Path) -> None:
+    net, x = classifier(OneByOne(norm)), digits().images[:40]
+    made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout=layout), x)  # type: ignore[arg-type]
+    assert made.num_folded == 2 and made.uncounted == ()
+    np.testing.assert_allclose(Engine(made.path).run(x, 4).per_step, pytorch(x, 4, net)[0], rtol=0, atol=2e-5)
+
+
+class WrittenOverCurrent(OneByOne):
+    def __init__(self) -> None:
+        super().__init__(tdBN)
+        self.norm0.register_forward_hook(lambda *given: given[-1].add_(0.1))
+
+
+def test_a_folded_network_that_cannot_be_traced_again_is_told_the_way_out() -> None:
+    tracer = Tracer(untested(WrittenOverCurrent()), encoding="direct", uint8=True)
+    with pytest.raises(
+        ValueError, match=r"^torch\.export cannot trace the network with BN folded: put .* \(--no-fold-bn\)"
+    ):
+        OnnxTracer(tracer, fold_bn=True).graph(4, step=False)
+
+
+class CutInTwo(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return torch.cat([spikes.flatten(0, 1)] * 2).relu().chunk(2)[0].view_as(spikes)
+
+
+class MergedAndSplit(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return nn.functional.dropout(spikes.flatten(0, 1), 0.5, self.training).view_as(spikes)
+
+
+@pytest.mark.parametrize("T", [4, None])
+@pytest.mark.parametrize(("network", "match"), [
+    (CutInTwo, r"it cuts an axis with the batch in it into parts, as chunk\(2\) does; write unflatten.*: Not all"),
+    (MergedAndSplit, "it merges axes with that of the batch and splits them again with no operation .*: Not all"),
+])  # fmt: skip
+def test_why_the_batch_cannot_be_left_open(network: type[nn.Module], match: str, T: int | None) -> None:
+    tracer = Tracer(untested(network()), encoding="direct", uint8=True)
+    with pytest.raises(ValueError, match=rf"^torch\.export cannot trace the network: {match}"):
+        OnnxTracer(tracer, fold_bn=True).graph(T, step=False)
+
+
+@pytest.mark.parametrize(("fold_bn", "T"), [(True, None), (False, 4)])
+def test_errors_of_the_optimiser_are_told(fold_bn: bool, T: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise TypeError("no ndim")
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "optimize", fails)
+    monkeypatch.setattr(onnx_tracer, "fold_constants", fails)
+    way_out = "; use --layout unrolled" if T is None else ""
+    with pytest.raises(ValueError, match=rf"^the network's ONNX graph cannot be optimised: no ndim{way_out}$"):
+        OnnxTracer(Tracer(untested(Small()), encoding="direct", uint8=True), fold_bn=fold_bn).graph(T, step=False)
+
+
 class Patches(nn.Module):
     """Patches of the image as tokens `[T, N, 16, 8]`, which those who inherit may arrange for the second neurons."""
 
