@@ -8,8 +8,9 @@
 is as for the built-in networks: BN folds, the sweep counts what fired. `--width`, `--tau`, `--v-th` and `--gamma` alone
 are yours to decide.
 What the network must keep to: images [N, C, H, W] with T, or frames [T, N, C, H, W], become logits [T, N, K], only the
-neurons carry anything from one step to the next, and their currents are [T, N, ...]: tokens or windows have an axis of
-their own there, and are not merged into the batch.
+neurons carry anything from one step to the next, nothing is computed across the batch (no x / x.max(), no BN without
+running statistics: an image's answer must not depend on what is served with it), and the neurons' currents are
+[T, N, ...]: tokens or windows have an axis of their own there, and are not merged into the batch.
 
 This one has what the built-in networks lack: grouped and depthwise convolutions, two branches that are joined by
 concatenation, a residual sum of spikes, and a neuron with its own leak.

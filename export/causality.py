@@ -1,4 +1,5 @@
-"""Refusing a network in which more than neurons carries something from one step to the next."""
+"""Refusing a network in which more than neurons carries something from one step to the next, or which mixes the images
+of a batch."""
 
 from __future__ import annotations
 
@@ -29,33 +30,46 @@ class InFloat64(TorchDispatchMode):
 
 
 class _NamedNeurons(NeuronRecorder):
-    """Keeps the names of the modules that fire as well; of neurons in a forward of the network itself "lif"."""
+    """Keeps the currents as well, and the names of the modules that fire; of neurons in a forward of the network itself
+    "lif".
 
-    def __init__(self, state: Sequence[Tensor] | None = None) -> None:
+    Args:
+        others: spikes that the next layers read in place of the network's own, in the same order.
+    """
+
+    def __init__(self, state: Sequence[Tensor] | None = None, others: Sequence[Tensor] = ()) -> None:
         super().__init__(state)
+        self.others = others
         self.modules = ModuleTracker()
         self.names: list[str] = []
+        self.currents: list[Tensor] = []
 
     def fired(self, current: Tensor, spikes: Tensor, u_last: Tensor, tau: float, v_th: float) -> Tensor:
         *_, name = max(self.modules.parents, key=len).split(".", 2)  # of Classifier.network.NAME
         self.names.append("lif" if name == "network" else name)
-        return super().fired(current, spikes, u_last, tau, v_th)
+        self.currents.append(current)
+        own = super().fired(current, spikes, u_last, tau, v_th)
+        other = self.others[self.num_layers] if self.num_layers < len(self.others) else own
+        return (other if other.shape == own.shape else own).clone()  # networks may write over what they read
 
 
 @torch.no_grad()
 def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int = 4) -> int:
-    """Refuse a network in which more than neurons carries something from one step to the next.
+    """Refuse a network in which more than neurons carries something from one step to the next, or which mixes the
+    images of a batch.
 
-    In float64, T steps at once are compared with T single steps between which only membranes are handed on.
+    In float64, T steps at once are compared with T single steps between which only membranes are handed on; and two
+    images, of which the second is made paler lest both have the same extremes, with each by itself at the last step.
 
     Args:
-        x: a few images `[N, C, H, W]`, or frames `[N, T, C, H, W]`; where these hold fewer steps they come round again.
+        x: images `[N, C, H, W]`, or frames `[N, T, C, H, W]`, of which the first two are taken, or twice the only one;
+            where frames hold fewer steps they come round again.
 
     Returns:
         The number of neuron layers that run.
 
     Raises:
-        ValueError: they differ; the network fails or does not return finite `[T, N, K]`; neurons get other than
+        ValueError: either pair differs; the network fails or does not return finite `[T, N, K]`; neurons get other than
             `[T, N, ...]`; it is an ANN twin, or one with smooth spikes.
     """
     _refuse_without_spikes(classifier.config)
@@ -63,30 +77,72 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
     x = x if x.dtype == torch.uint8 else x.double()
     if encoding == "frames":
         x = x[:, [t % x.shape[1] for t in range(T)]]
+    x = torch.stack([x[0], _paler(x[:2][-1])])
     whole, logits = _recorded(double, x, T)
     if not logits.isfinite().all():
         raise ValueError("the network gives NaN or infinite logits: its weights are damaged, or its training diverged")
     state: list[Tensor] | None = None
     for t in range(T):
-        single, step = _recorded(double, x[:, t : t + 1] if encoding == "frames" else x, 1, state)
+        before, shown = state, x[:, t : t + 1] if encoding == "frames" else x
+        single, step = _recorded(double, shown, 1, before)
         state = single.state
         if len(single.spikes) != len(whole.spikes):
             raise ValueError(
                 f"the network runs its neurons {len(whole.spikes)} times for T={T} and {len(single.spikes)} times for "
                 "one step; give each layer of neurons its whole sequence [T, ...] in one call"
             )
-        for run, steps, length in ((single, 1, "one step of"), (whole, T, f"T={T} and")):
-            for name, spikes in zip(run.names, run.spikes, strict=True):
-                if spikes.shape[:2] != (steps, len(x)):
-                    raise ValueError(f"for {length} {len(x)} images {misplaced(name, spikes.shape)}")
+        _check_axes(single, 1, "one step of 2 images", 2)
+        _check_axes(whole, T, f"T={T} and 2 images", 2)
         same = all(torch.equal(a[0], b[t]) for a, b in zip(single.spikes, whole.spikes, strict=True))
-        if not same or not torch.allclose(step[0], logits[t], rtol=1e-9, atol=1e-9):
+        pairs = [*zip(single.currents, whole.currents, strict=True), (step, logits)]
+        if not same or not all(_close(a[0], b[t]) for a, b in pairs):
             raise ValueError(
                 f"the network mixes time outside its neurons: its answer at step {t + 1} of T={T} differs from that of "
                 "a single step that starts from the same membranes; only LIF and IF neurons may carry anything from "
                 "one step to the next"
             )
+    _check_alone(double, shown, before, single, step)
     return len(whole.spikes)
+
+
+def _paler(x: Tensor) -> Tensor:
+    """The image with half its contrast: neither its lightest nor its darkest value is left."""
+    return x // 2 + 64 if x.dtype == torch.uint8 else x / 2
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def _check_axes(run: _NamedNeurons, steps: int, what: str, count: int) -> None:
+    for name, spikes in zip(run.names, run.spikes, strict=True):
+        if spikes.shape[:2] != (steps, count):
+            raise ValueError(f"for {what} {misplaced(name, spikes.shape)}")
+
+
+def _check_alone(
+    double: Classifier, x: Tensor, state: Sequence[Tensor] | None, together: _NamedNeurons, logits: Tensor
+) -> None:
+    """Compare each image by itself with what it was in the batch, over one step from the same membranes: the currents
+    of each layer, which reads the spikes of the batch, so that a current at the threshold, which rounding may take to
+    either side, makes no difference."""
+    for n in range(len(x)):
+        of_n = slice(n, n + 1)
+        membranes = None if state is None else [u[of_n] for u in state]
+        alone, own = _recorded(double, x[of_n], 1, membranes, others=[spikes[:, of_n] for spikes in together.spikes])
+        _check_axes(alone, 1, "one step of 1 image", 1)
+        pairs = [
+            (f"the currents of neurons {name!r}", a, b)
+            for name, a, b in zip(alone.names, alone.currents, together.currents, strict=False)  # logits say the rest
+        ]
+        for what, a, b in [*pairs, ("the logits", own, logits)]:
+            if not _close(a, b[:, of_n]):
+                raise ValueError(
+                    f"the network mixes the images of a batch: {what} for an image by itself differ from those for "
+                    "the same image beside another, so that answers would depend on what is served together; compute "
+                    "nothing across the batch, axis 1 of [T, N, ...], as BN without running statistics and x / x.max() "
+                    "do"
+                )
 
 
 def _refuse_without_spikes(config: NetworkConfig) -> None:
@@ -103,10 +159,10 @@ def _refuse_without_spikes(config: NetworkConfig) -> None:
 
 
 def _recorded(
-    classifier: Classifier, x: Tensor, T: int, state: Sequence[Tensor] | None = None
+    classifier: Classifier, x: Tensor, T: int, state: Sequence[Tensor] | None = None, others: Sequence[Tensor] = ()
 ) -> tuple[_NamedNeurons, Tensor]:
     """One run in float64, with its neurons' spikes and membranes; a network's own errors become ValueErrors."""
-    recorder = _NamedNeurons(state)
+    recorder = _NamedNeurons(state, others)
     try:
         with InFloat64(), recorder.modules, recorder:  # type: ignore[no-untyped-call]
             logits = run_network(classifier, x, T)

@@ -82,7 +82,8 @@ def export_model(
     """Write a classifier as ONNX, with 256 reference images beside it, after checking it against PyTorch.
 
     Args:
-        classifier: put into inference mode here. Only its neurons may carry anything from one step to the next.
+        classifier: put into inference mode here. Only its neurons may carry anything from one step to the next, and
+            nothing from one image of a batch to another.
         path: the `.onnx` file; the reference goes to `<path without .onnx>.reference.npz`.
         images: real input, uint8 `[N, C, H, W]` or frames `[N, T, C, H, W]`; float32 that is normalised already where
             `config.normalize` is off and the data have no pixels. The first `num_check` are compared, 256 are kept.

@@ -210,6 +210,7 @@ class _Writer:
             aten.linear.default: self._linear,
             aten.avg_pool2d.default: self._avg_pool,
             aten.adaptive_avg_pool2d.default: self._adaptive_avg_pool,
+            aten.mean.dim: self._mean,
             aten.max_pool2d.default: self._max_pool,
             aten.add.Tensor: self._add,
             aten.add_.Tensor: self._add,
@@ -290,6 +291,19 @@ class _Writer:
             )
         kernel = (size[0] // out[0], size[1] // out[1])
         return self._pool(node, kernel, kernel, (0, 0))
+
+    def _mean(self, node: fx.Node) -> Sources:
+        """Over both of an image's axes it is global pooling; where these are dropped, a Flatten node drops them."""
+        before, ndim = _shape(node.args[0]), len(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
+        axes, keepdim = _options(node.args[1:], None, False)
+        if len(before) != 3 or {axis % ndim for axis in axes or ()} != {ndim - 2, ndim - 1}:
+            raise _no_node(node, f"a mean of {list(before)} over other axes than both of the image")
+        height, width = before[1:]
+        pooled = self._pool(node, (height, width), (height, width), (0, 0))
+        if keepdim:
+            return pooled
+        made = self.nir.Flatten({"input": np.array((before[0], 1, 1))}, -3, -1)
+        return self._node(f"{module_path(node)}.flat", made, pooled)
 
     def _max_pool(self, node: fx.Node) -> Sources:
         kernel, stride, padding, dilation, ceil_mode = _options(node.args[1:], None, (), 0, 1, False)

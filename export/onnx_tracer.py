@@ -22,7 +22,7 @@ from tetdeploy.data import Encoding
 from tetdeploy.folding import count_batchnorm, layer_name
 from tetdeploy.int8.quantisation import Scales, quantise
 from tetdeploy.names import first_line
-from tetdeploy.tracing import Tracer, quiet
+from tetdeploy.tracing import Tracer, quiet, reason
 
 from .half import halve
 from .int8 import set_scales, translate_int8_conv
@@ -62,11 +62,7 @@ class OnnxTracer:
         traced, rounded = self._programs[key]
         program = torch.onnx.ONNXProgram(traced.model.clone(), traced.exported_program)
         set_scales(program.model, [(int8 or {})[name] for name in rounded])
-        with torch.no_grad(), quiet():
-            if self._fold_bn:
-                program.optimize()
-            else:  # TensorRT wants constants; the optimiser would fold BN as well
-                fold_constants(program.model)
+        self._optimise(program, T)
         program.model.ir_version = IR_VERSION
         _name_boundary(program.model, T, self.tracer.encoding)
         num_folded = count_batchnorm(self.tracer.program(T, step=step).graph) if self._fold_bn else 0
@@ -83,8 +79,32 @@ class OnnxTracer:
                 rounded = quantise(folded, int8)
                 if self._half:
                     halve(folded)
-                program = torch.export.export(folded, inputs, dynamic_shapes=shapes)
+                program = _exported_again(folded, inputs, shapes)
         return _to_onnx(program), rounded
+
+    def _optimise(self, program: torch.onnx.ONNXProgram, T: int | None) -> None:
+        try:
+            with torch.no_grad(), quiet():
+                if self._fold_bn:
+                    program.optimize()
+                else:  # TensorRT wants constants; the optimiser would fold BN as well
+                    fold_constants(program.model)
+        except Exception as error:  # the optimiser's own, of what it cannot read in a graph
+            if T is None:
+                self.tracer.program(3)  # if it cannot be traced with so many either, it says why
+            way_out = "; use --layout unrolled" if T is None else ""
+            causes = ": ".join(map(first_line, _causes(error)[-2:]))
+            raise ValueError(f"the network's ONNX graph cannot be optimised: {causes}{way_out}") from error
+
+
+def _exported_again(folded: fx.GraphModule, inputs: Any, shapes: Any) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(folded, inputs, dynamic_shapes=shapes)
+    except Exception as error:  # torch.export raises many kinds
+        raise ValueError(
+            "torch.export cannot trace the network with BN folded: put each BN right behind its convolution or linear "
+            f"layer, in one OverTime, or export without folding (--no-fold-bn). The reason: {reason(error)}"
+        ) from error
 
 
 def _to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
@@ -109,9 +129,7 @@ def _to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
 
 def _why_not_onnx(error: BaseException, graph: fx.Graph) -> str:
     """Which layer torch.onnx cannot translate, and its reason."""
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
+    causes = _causes(error)
     found = re.search(r"translating node %(\w+)", "\n".join(map(str, causes)))
     named = [layer_name(node, Counter()) for node in graph.nodes if found and node.name == found[1]]
     layer = repr(named[0]) if named and named[0] != "network" else "an operation of the network"
@@ -119,6 +137,14 @@ def _why_not_onnx(error: BaseException, graph: fx.Graph) -> str:
     if found and "adaptive_max_pool" in found[1]:
         way_out = "; for one value a channel write x.amax((2, 3)), or choose sizes that divide those of its input"
     return f"torch.onnx cannot export {layer}: {first_line(causes[-1])}{way_out}"
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error, what it was raised from, and so on."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return causes
 
 
 def is_of_network(node: ir.Node) -> bool:

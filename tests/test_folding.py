@@ -304,13 +304,43 @@ def test_the_batch_stays_dynamic() -> None:
         torch.testing.assert_close(folded(x), network(x), rtol=1e-10, atol=1e-10)
 
 
-def test_the_result_can_be_exported_again_with_a_dynamic_batch() -> None:
-    network = settled(OverTime(nn.Conv2d(2, 4, 3), tdBN(4)))
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: OverTime(nn.Conv2d(2, 4, 3), tdBN(4)),
+        lambda: nn.Sequential(OverTime(nn.Conv2d(2, 4, 3)), tdBN(4)),
+        lambda: nn.Sequential(OverTime(nn.Conv2d(2, 4, 3)), OverTime(nn.BatchNorm2d(4)), OverTime(nn.MaxPool2d(2))),
+    ],
+    ids=["together", "tdBN by itself", "each by itself"],
+)
+def test_the_result_can_be_exported_again_with_a_dynamic_batch(network: Any) -> None:
+    network = settled(network())
     batch = torch.export.Dim("batch")
     program = traced(network, randn(3, 2, 2, 6, 6), dynamic=({1: batch},))
     again = traced(fold_batchnorm(program), randn(3, 2, 2, 6, 6), dynamic=({1: batch},)).module()
     x = randn(3, 5, 2, 6, 6)
     torch.testing.assert_close(again(x), network(x), rtol=1e-10, atol=1e-10)
+
+
+class WritesOver(nn.Module):
+    """Values behind a BN that are written over, and read as they were before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.bn = DirectEncoding(nn.Conv2d(2, 4, 3)), tdBN(4)
+        self.conv, self.bn2 = OverTime(nn.Conv2d(4, 4, 1)), OverTime(nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        current = self.bn(self.encode(x, 3))
+        current += 1
+        kept = self.bn2(self.conv(current))
+        changed = kept.clone()
+        changed += current
+        return kept * changed
+
+
+def test_what_is_written_over_is_still_a_value_of_its_own() -> None:
+    assert_folds(settled(WritesOver()), randn(2, 2, 6, 6), batchnorms=2)
 
 
 def test_the_original_is_untouched() -> None:

@@ -81,8 +81,10 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
         (nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2 * 2 * 3, 7)),
         (nn.AdaptiveAvgPool2d(1),),
         (nn.Identity(),),
+        (nn.Flatten(),),
+        (nn.Flatten(-2), nn.Identity(), nn.Flatten(1, 2)),
     ],
-    ids=["convolution", "readout", "pooling", "identity"],
+    ids=["convolution", "readout", "pooling", "identity", "flatten", "flatten in two"],
 )
 def test_over_time_equals_a_loop_over_steps(layers: tuple[nn.Module, ...]) -> None:
     x = shifted(T=5)
@@ -100,6 +102,15 @@ def test_over_time_runs_its_layers_once() -> None:
     sizes = calls_of(convolution)
     assert OverTime(convolution)(shifted(T=5, N=4)).shape == (5, 4, 3, 3, 4)
     assert sizes == [20]
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout(), nn.Dropout2d()], ids=["values", "channels"])
+def test_dropout_over_time_is_none_in_inference(dropout: nn.Module) -> None:
+    x, over_time = shifted(), OverTime(dropout)
+    assert (over_time(x) == 0).any()
+    assert over_time.eval()(x) is x
+    dropout.train()  # as Monte Carlo dropout does
+    assert (over_time(x) == 0).any()
 
 
 def test_a_batch_of_none_passes() -> None:

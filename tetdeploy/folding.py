@@ -48,6 +48,7 @@ VIEWS = (
     aten.contiguous.default,
     aten.clone.default,
 )
+_ORDERED_VIEWS = VIEWS[:-2]  # what copies may be there to be written over
 DROPOUT = (  # (input, p, train)
     aten.dropout.default, aten.feature_dropout.default, aten.dropout_.default, aten.feature_dropout_.default,
 )  # fmt: skip
@@ -260,16 +261,42 @@ def _refuse_computed(argument: Any, bn: fx.Node) -> None:
 
 
 def _replace_on_the_way(bn: fx.Node, layer: fx.Node, folded: fx.Node) -> None:
-    """Let what read `bn` read `folded` through copies of the views that lay between layer and BN."""
+    """Let what read `bn` read `folded` through copies of the views that lay between layer and BN, but where those ended
+    in the shape they began with: time split off and merged again."""
     views: list[fx.Node] = []
     node: Any = bn.args[0]
+    back_in_shape = _shape(node) == _shape(layer)
     while node is not layer:
         views.append(node)
         node = node.args[0]
-    current = folded
-    for view in reversed(views):
+    chain = [folded]
+    for view in [] if back_in_shape else reversed(views):
         with bn.graph.inserting_before(bn):
-            copied = bn.graph.node_copy(view, lambda n, _c=current, _v=view: _c if n is _v.args[0] else n)  # type: ignore[misc]
-        current = copied
-    bn.replace_all_uses_with(current)
+            copied = bn.graph.node_copy(view, lambda n, _v=view: chain[-1] if n is _v.args[0] else n)  # type: ignore[misc]
+        chain.append(copied)
+    bn.replace_all_uses_with(chain[-1])
     bn.graph.erase_node(bn)
+    if len(chain) > 1:
+        _skip_views(chain)
+
+
+def _skip_views(chain: list[fx.Node]) -> None:
+    """Where views of a chain's end lead back to the shape of one in the chain, let their readers read that: with no BN
+    between merging time and splitting it off, torch.export cannot trace the graph once more."""
+    for view in list(chain[-1].users):
+        if view.target not in _ORDERED_VIEWS:
+            continue
+        before = next((node for node in chain if _shape(node) == _shape(view)), None)
+        if before is None:
+            _skip_views([*chain, view])
+        elif not (_is_overwritten(before) or _is_overwritten(view)):
+            view.replace_all_uses_with(before)
+
+
+def _is_overwritten(value: fx.Node) -> bool:
+    """Whether an operation in place has the value, or a view of it, as an input."""
+    return any(
+        (isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable)
+        or (user.target in VIEWS and _is_overwritten(user))
+        for user in value.users
+    )

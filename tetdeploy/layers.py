@@ -6,10 +6,11 @@ them; only neurons (and tdBN's statistics) look across time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 class Layer(nn.Sequential):
@@ -30,6 +31,8 @@ class OverTime(Layer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if all(isinstance(layer, nn.Flatten) or _does_nothing(layer) for layer in self):
+            return _flattened(x, self)  # torch.export cannot trace a merge and a split with no operation between
         y = super().forward(x.flatten(0, 1))  # type: ignore[no-untyped-call]
         return _split_time(y, x)
 
@@ -79,6 +82,19 @@ class DirectEncoding(Layer):
             raise ValueError(f"T must be at least 1, got {T}")
         current: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return current.unsqueeze(0).expand(T, *current.shape)
+
+
+def _flattened(x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
+    """What layers that flatten or do nothing make of `[T, N, ...]`, axis 1 being axis 0 to them."""
+    for layer in layers:
+        if isinstance(layer, nn.Flatten):
+            x = x.flatten(*(axis + (axis >= 0) for axis in (layer.start_dim, layer.end_dim)))
+    return x
+
+
+def _does_nothing(layer: nn.Module) -> bool:
+    """Whether it returns what it gets: dropout in inference."""
+    return isinstance(layer, nn.Identity) or (isinstance(layer, _DropoutNd) and not layer.training)
 
 
 def _split_time(y: Tensor, x: Tensor) -> Tensor:

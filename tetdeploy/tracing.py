@@ -7,6 +7,7 @@ here it is folded (Eq. 6) and run by PyTorch.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -98,21 +99,31 @@ class Tracer:
             return torch.export.export(boundary, inputs, dynamic_shapes=shapes)
         except Exception as error:  # torch.export raises many kinds for what a network's code may do
             if T is not None:
-                raise ValueError(f"torch.export cannot trace the network: {_reason(error)}") from error
+                raise ValueError(f"torch.export cannot trace the network: {reason(error)}") from error
             self.program(3)  # if it cannot be traced with so many either, it says why
             raise ValueError(
                 "the network cannot be traced with the number of steps left open, which the dynamic layout needs; "
-                f"use --layout unrolled. The reason: {_reason(error)}"
+                f"use --layout unrolled. The reason: {reason(error)}"
             ) from error
 
 
-def _reason(error: Exception) -> str:
-    """The first line of torch's message, or the second where the first one only announces it."""
-    first = first_line(error)
-    if not first.endswith(":") and "For more information" not in first:
-        return first
-    others = (line.strip() for line in str(error).split(first, 1)[1].splitlines())
-    return next((line.removeprefix("- ") for line in others if line), first)
+_GUARDS = {  # what stands in a guard, and why torch made it
+    r"\bmin\(": "it merges axes with that of the batch and splits them again with no operation between, as "
+    "flatten(0, 1) and unflatten do round a dropout, which is none in inference; leave them out then, as OverTime does",
+    "//": "it cuts an axis with the batch in it into parts, as chunk(2) does; write unflatten(0, (2, ...)) and take "
+    "the parts by their index",
+}
+
+
+def reason(error: Exception) -> str:
+    """The first line of torch's message, or the second where the first one only announces it; and what led to it, where
+    that is known."""
+    line = first_line(error)
+    if line.endswith(":") or "For more information" in line:
+        others = (other.strip() for other in str(error).split(line, 1)[1].splitlines())
+        line = next((other.removeprefix("- ") for other in others if other), line)
+    known = [why for sign, why in _GUARDS.items() if re.search(f"generated guard .*{sign}", line)]
+    return ": ".join([*known, line])
 
 
 @contextmanager
