@@ -18,7 +18,7 @@ from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier
 
 from .counters import spikes_overlay
-from .recorder import compare_torch, torch_logits
+from .recorder import compare_torch
 
 _ROUNDED = 1e-6  # of the largest input: where a current is so small, it may be 0 on one side alone
 _CONVOLVE = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d, nn.Conv3d: functional.conv3d}
@@ -53,7 +53,8 @@ class _Read:
 
 
 def audit(classifier: Classifier, engine: Engine, x: NDArray[Any], T: int) -> None:
-    """Compare the operations of every convolution and linear layer, of which PyTorch's read the engine's spikes.
+    """Compare the operations of every convolution and linear layer, of which PyTorch's read the engine's spikes, in the
+    first step and in all.
 
     Not compared are layers that are no module of their own, or one that is called several times, or whose calls the
     graph has merged; convolutions that pad with other values than zeros; and, in int8 and fp16, how many currents are
@@ -69,25 +70,34 @@ def audit(classifier: Classifier, engine: Engine, x: NDArray[Any], T: int) -> No
     neurons = [layer["name"] for layer in engine.metadata["neurons"]]
     outputs = engine.run_with(engine.counting_overlay + spikes_overlay(neurons), x, T)[1]
     operations.add(outputs, len(x), T)
-    with _reading(classifier) as once:
-        torch_logits(classifier, x[:, :1] if engine.encoding == "frames" else x, 1)
-    with _reading(classifier) as read:
-        compare_torch(classifier, x, T, [outputs[f"spikes.{name}"] for name in neurons], replacing=True)
+    spikes = [outputs[f"spikes.{name}"] for name in neurons]
+    runs = {steps: _read_in(classifier, engine, x, spikes, steps) for steps in (T, 1)}
     modules = dict(classifier.network.named_modules(remove_duplicate=False))
     places = Counter(modules.get(layer.name.partition("#")[0]) for layer in operations.layers)
     for layer in operations.layers:
         module = modules.get(layer.name)
-        if module not in read or places[module] > 1 or once[module].calls > 1 or read[module].calls > 1:
+        if places[module] > 1 or any(read[module].calls != 1 for read in runs.values()):
             continue
         if _pads(module) == layer.pads:
             dense = float(layer.dense_ops() * len(x))
-            _compare(layer.name, "in a step if every input counts", dense, (once[module].dense,) * 2)
+            _compare(layer.name, "in a step if every input counts", dense, (runs[1][module].dense,) * 2)
         if layer.from_input or not (layer.binary or engine.metadata["precision"] == "fp32"):
             continue
-        active = float(operations.counts[layer.name].sum())
-        _compare(layer.name, f"in {T} steps of inputs that are not 0", active, read[module].active)
-        if layer.binary and not read[module].binary:
-            raise CountError(_message(layer.name, "which is said to read spikes alone, reads other numbers"))
+        for steps, read in runs.items():
+            what = f"in {steps} step{'s' * (steps > 1)} of inputs that are not 0"
+            _compare(layer.name, what, float(operations.counts[layer.name][:steps].sum()), read[module].active)
+            if layer.binary and not read[module].binary:
+                raise CountError(_message(layer.name, "which is said to read spikes alone, reads other numbers"))
+
+
+def _read_in(
+    classifier: Classifier, engine: Engine, x: NDArray[Any], spikes: list[NDArray[Any]], steps: int
+) -> dict[nn.Module | None, _Read]:
+    """What each layer reads in the first steps, of the engine's spikes `[T, N, ...]`."""
+    with _reading(classifier) as read:
+        given = x[:, :steps] if engine.encoding == "frames" else x
+        compare_torch(classifier, given, steps, [layer[:steps] for layer in spikes], replacing=True)
+    return read
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from .neuron_steps import Neurons, network_node
 from .onnx_tracer import is_of_network, module_name
 from .step_order import BATCH, StepOrder, sizes
 
+_REPEAT = ("Expand", "Tile", "Concat", "Add", "Sub", "Mul", "Div")  # the last ones if an axis of theirs is longer
 _UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm", "Conv"}
 
 
@@ -111,17 +112,18 @@ class Layers:
         return math.prod(after) >= self._T * max((math.prod(axes) for axes in read if axes is not None), default=0)
 
     def _repeats_image(self, node: ir.Node) -> bool:
-        """Whether a node of an unrolled graph repeats what it reads of the batch for T steps: to `[T * N, ...]`, or to
-        `[N, T, ...]`, which is not to be mistaken for channels that are repeated."""
-        if node.op_type not in ("Expand", "Tile", "Concat") or self._T in (None, 1) or node.inputs[0] is None:
+        """Whether a node of an unrolled graph repeats what it reads of the batch for T steps: to `[T * N, ...]`, or
+        along another axis, as to `[N, T, ...]` or `[N, C, T, ...]`, which is not to be mistaken for the image's."""
+        if node.op_type not in _REPEAT or self._T in (None, 1):
             return False
         if node.op_type == "Concat" and len(set(node.inputs)) > 1:
             return False
-        before, after = sizes(node.inputs[0]), sizes(node.outputs[0])
+        given = next((value for value in node.inputs if value is not None and not _is_constant(value)), None)
+        before, after = None if given is None else sizes(given), sizes(node.outputs[0])
         if not before or not after or len(before) != len(after) or before[0] % BATCH:
             return False
         longer = [axis for axis, size in enumerate(before) if after[axis] != size]
-        if longer != [0] and not (longer == [1] and len(after) != self._image_rank):
+        if len(longer) != 1 or (longer != [0] and len(after) == self._image_rank):
             return False
         return after[longer[0]] == before[longer[0]] * self._T
 
@@ -166,7 +168,10 @@ class Layers:
             transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
             features, outputs = reversed(shape) if transposed else shape
             return Layer(name, (features,), outputs, **flags)
-        return _convolution(node, name, tuple(int(d) for d in value.shape[1:]), shape, flags)  # type: ignore[arg-type]
+        input_shape = tuple(dim for dim in value.shape[1:] if isinstance(dim, int))
+        if len(input_shape) != len(shape) - 1:
+            return None  # steps that are open lie behind the channels
+        return _convolution(node, name, input_shape, shape, flags)
 
     def _repeats(self, value: ir.Value, channel_axis: int | None, *, timed: bool) -> int | None:
         """The product of a value's axes up to `channel_axis`, for one image in one step: how often a layer is applied

@@ -1,8 +1,9 @@
 """Where the steps lie in values behind neurons: a network may compute on `[T, N, ...]`, on `[N, T, ...]`, or on either
 with the two axes merged.
 
-In the order of memory a value is `[left, T, right]`, whatever its axes are. Neurons fire with nothing left of T. Only a
-Transpose changes what is left of it; a Reshape does not.
+In the order of memory a value is `[left, T, right]`, whatever its axes are. Neurons fire with nothing left of T. A
+Reshape does not change what is left of it, a Transpose does, and others keep it where they keep the axes up to T's.
+Some of the steps may be taken out along the first axis, and put together again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import onnx_ir as ir
 
 BATCH, _OPEN_T = 2**31 - 1, 2**61 - 1  # primes that stand for the batch and a T left open: no other axis is so long
 _SIZES = {"T": _OPEN_T, "batch": BATCH}
+_SOME_STEPS = 0  # in place of what lies left of T
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+_TAKE = ("Gather", "Slice", "Split")
+_MOVE = (*_TAKE, "Concat", "Expand", "Tile", "Transpose")
 
 
 class StepOrder:
@@ -30,15 +34,18 @@ class StepOrder:
         self._left: dict[ir.Value, int | None] = dict.fromkeys(spikes, 1)
 
     def left_of_steps(self, value: ir.Value) -> int | None:
-        """The number of values left of the steps of one that spikes lead to; None if unknown."""
-        return self._left[value]
+        """The number of values left of the steps of one that spikes lead to; 0 if some of the steps are not there, None
+        if it is unknown."""
+        return self._left.get(value)
 
     def propagate(self, node: ir.Node) -> None:
         """What follows for the outputs of a node whose inputs are known already."""
-        timed = [value for value in node.inputs if value in self._left]
-        if not timed:
+        timed = [value for value in node.inputs if value is not None and value in self._left]
+        if not timed or node.op_type == "Shape":
             return
-        orders = {self._follows(node, value) for value in timed if value is not None}
+        orders = {self._follows(node, value) for value in timed}
+        if len(orders) > 1:
+            orders.discard(_SOME_STEPS)  # which all steps read
         left = orders.pop() if len(orders) == 1 else None
         for output in node.outputs:
             self._left.setdefault(output, left)
@@ -47,18 +54,25 @@ class StepOrder:
         left = self._left[value]
         if self._T == 1:
             return 1
-        if left is None or (left == 1 and node.op_type != "Transpose") or node.op_type in _VIEWS:
+        if left is None or node.op_type in _VIEWS:
             return left
         before, after = sizes(value), sizes(node.outputs[0])
-        axis = None if before is None else self._axis(before, left)
-        if before is None or after is None or axis is None:
+        if before is None or after is None:  # as of a part of a layer, in a graph that is not optimised
+            return None if node.op_type in _MOVE else left
+        if left == _SOME_STEPS:
+            joined = node.op_type == "Concat" and node.attributes.get_int("axis", 0) in (0, -len(after))
+            return 1 if joined and after[0] % self._T == 0 else left
+        axis = self._axis(before, left)
+        if axis is None:
             return None
         if node.op_type == "Transpose":
             default = range(len(before) - 1, -1, -1)
             perm = list(node.attributes.get_ints("perm", default))
             within = left // math.prod(before[:axis])
             return within * math.prod(before[k] for k in perm[: perm.index(axis)])
-        return left if after[: axis + 1] == before[: axis + 1] else None
+        if after[: axis + 1] == before[: axis + 1]:
+            return left
+        return _SOME_STEPS if left == 1 and node.op_type in _TAKE else None
 
     def _axis(self, shape: Sequence[int], left: int) -> int | None:
         """The axis that holds all steps, perhaps among others."""

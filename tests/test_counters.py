@@ -24,6 +24,7 @@ from tetdeploy.export.audit import CountError
 from tetdeploy.export.config import Layout
 from tetdeploy.export.counters import Layers, counting_overlay
 from tetdeploy.export.neuron_steps import Neurons
+from tetdeploy.export.step_order import StepOrder
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier
 from tetdeploy.networks.blocks import ResidualBlock
@@ -169,6 +170,7 @@ REPEATED: dict[str, Callable[[Tensor, int], Tensor]] = {
     "by_a_view": lambda x, T: x.unsqueeze(1).expand(-1, T, -1, -1, -1).flatten(0, 1),
     "flat": lambda x, T: x.flatten(1).unsqueeze(1).repeat(1, T, 1),
     "flat_by_a_view": lambda x, T: x.flatten(1).unsqueeze(1).expand(-1, T, -1),
+    "by_weights": lambda x, T: (x.unsqueeze(1) * torch.arange(1, T + 1).view(1, -1, 1, 1, 1)).flatten(0, 1),
     "by_concat": lambda x, T: torch.cat([x] * T),
 }
 
@@ -187,7 +189,7 @@ class RepeatsTheImage(nn.Module):
             current = layer(REPEATED[name](x, T))
             if "flat" in name:
                 current = current.transpose(0, 1)
-            elif name in ("to_batch_first", "by_a_view"):
+            elif name in ("to_batch_first", "by_a_view", "by_weights"):
                 current = current.unflatten(0, (x.shape[0], T)).transpose(0, 1)
             else:
                 current = current.unflatten(0, (T, x.shape[0]))
@@ -204,6 +206,29 @@ def test_an_image_repeated_within_the_batch_counts_once_a_step(options: dict[str
     assert found == {f"first.{name}": (1, once) for name in names} | {"readout": (1, False)}
     assert metadata["other_ops"]["bias_adds"] == {f"first.{name}": 72 for name in names} | {"readout": 10}
     assert metadata["uncounted"] == []
+
+
+class BehindChannels(nn.Module):
+    """Three-dimensional convolutions, of which none goes from one step to another, on `[N, C, T, H, W]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv3d(c, 2, (1, 3, 3), padding=(0, 1, 1)) for c in (1, 2))
+        self.readout, self.lif = nn.Linear(128, 10), LIF(v_th=0.3)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(self.first(x.unsqueeze(2).expand(-1, -1, T, -1, -1)).permute(2, 0, 1, 3, 4))
+        spikes = self.lif(self.second(spikes.permute(1, 2, 0, 3, 4)).permute(2, 0, 1, 3, 4))
+        return self.readout(spikes.flatten(2))
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_layers_whose_steps_lie_behind_the_channels_are_named(layout: Layout, tmp_path: Path) -> None:
+    metadata = unchecked(BehindChannels(), tmp_path / "m.onnx", ExportConfig(T=3, layout=layout)).metadata
+    uncounted = [] if layout == "step" else ["first", "second"]
+    assert metadata["uncounted"] == uncounted
+    assert {layer["name"] for layer in metadata["layers"]} == {"first", "second", "readout"} - {*uncounted}
+    assert metadata["other_ops"]["bias_adds"] == {"first": 128, "second": 128, "readout": 10}
 
 
 class AsManyAsSteps(nn.Module):
@@ -336,6 +361,26 @@ def test_a_graph_that_takes_means_for_spikes_is_not_written(tmp_path: Path, monk
     monkeypatch.setattr(counters.Layers, "_layer", lambda *args: replace(layer(*args), binary=True))  # type: ignore[type-var]
     monkeypatch.setattr(counters, "_count_inputs", partial(_count_any_inputs, counters._count_inputs))
     refused(tmp_path, r"layer 'readout.2', which is said to read spikes alone, reads other", classifier(Means()))
+
+
+class TwoStreams(nn.Module):
+    """A layer that two streams share, side by side before the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif = DirectEncoding(nn.Conv2d(1, 4, 3)), LIF(v_th=0.3)
+        self.shared, self.readout = nn.Linear(6, 6), nn.Linear(144, 10)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(self.encode(x, T))
+        return self.readout(self.lif(self.shared(torch.stack([spikes, 1 - spikes])).sum(0)).flatten(2))
+
+
+def test_a_graph_that_counts_in_other_steps_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum over all steps is right."""
+    monkeypatch.setattr(StepOrder, "left_of_steps", lambda *args: 1)
+    match = r"layer 'shared', operations in 1 step of inputs that are not 0: the graph counts .*, PyTorch"
+    refused(tmp_path, match, classifier(TwoStreams()))
 
 
 def _count_any_inputs(count_inputs: Any, graph: onnx.GraphProto, layer: Layer, *args: Any) -> None:

@@ -6,7 +6,7 @@ import doctest
 import itertools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -476,6 +476,60 @@ def test_a_layer_with_more_than_the_batch_before_its_steps_is_named(
     metadata = unchecked(TokensFirst(), tmp_path / "m.onnx", config).metadata
     assert metadata["uncounted"] == uncounted
     assert {layer["name"] for layer in metadata["layers"]} == {"embed", "mlp", "head"} - set(uncounted)
+
+
+Reading = Callable[[Tensor], Tensor]
+# What a layer reads of spikes `[T, N, ...]`, and what is read of what it gives; by whether its steps can be told apart.
+FOLLOWED: dict[str, tuple[Reading, Reading]] = {
+    "two_in_a_step": (lambda a: torch.stack([a, 1 - a], 1), lambda y: y.sum(1)),
+    "interleaved": (lambda a: a.repeat_interleave(2, 0), lambda y: y.unflatten(0, (-1, 2)).sum(1)),
+    "late": (lambda a: torch.cat([torch.zeros_like(a[:1]), a[:-1]]), lambda y: y),
+    "step_by_step": (lambda a: torch.stack([step.flip(2) for step in a]), lambda y: y),
+}
+NOT_FOLLOWED: dict[str, tuple[Reading, Reading]] = {
+    "two_streams": (lambda a: torch.stack([a, 1 - a]), lambda y: y.sum(0)),
+    "tiled": (lambda a: a.repeat(2, 1, 1, 1, 1), lambda y: y.unflatten(0, (2, -1)).sum(0)),
+    "expanded": (lambda a: a.expand(2, *a.shape), lambda y: y.sum(0)),
+    "one_step": (lambda a: a[0], lambda y: y),
+    "step_by_step_batch_first": (lambda a: torch.stack([step.flip(2) for step in a], 1), lambda y: y.transpose(0, 1)),
+}
+
+
+FIXED_T = ("late", "step_by_step", "step_by_step_batch_first")  # torch.export cannot leave T open in these
+
+
+class Joined(nn.Module):
+    """A linear layer with each way to put spikes together before it."""
+
+    def __init__(self, ways: dict[str, tuple[Reading, Reading]]) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(15)
+            self.first = nn.Conv2d(1, 2, 3, padding=1)
+            self.layers = nn.ModuleDict({name: nn.Linear(8, 4, bias=False) for name in ways})
+            self.readout = nn.Linear(64, 10)
+        self.lif, self.ways = LIF(v_th=0.3), ways
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(self.first(x).expand(T, -1, -1, -1, -1))
+        read = [after(self.layers[name](before(spikes))) for name, (before, after) in self.ways.items()]
+        return self.readout(self.lif(torch.stack(torch.broadcast_tensors(*read)).sum(0)).flatten(2))
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
+def test_steps_are_told_apart_or_their_layer_is_named(layout: str, tmp_path: Path) -> None:
+    """A network is causal, so that its operations in T steps are those of the same network at this T."""
+    ways = FOLLOWED | NOT_FOLLOWED
+    if layout == "dynamic":
+        ways = {name: way for name, way in ways.items() if name not in FIXED_T}
+    net, x = classifier(Joined(ways)), digits().images[:9]
+    runner = unchecked(net.network, tmp_path / "m.onnx", ExportConfig(layout=layout, T=3))  # type: ignore[arg-type]
+    assert set(runner.metadata["uncounted"]) == {f"layers.{name}" for name in ways.keys() & NOT_FOLLOWED}
+    operations = counted(runner, x, 3)
+    for T in (1, 2, 3):
+        expected = torch_operations(net, x, T)
+        for name in (f"layers.{name}" for name in ways.keys() & FOLLOWED):
+            assert operations.counts[name][:T].sum() == expected[name].sum(), (name, T)
 
 
 class TokensBehindSteps(nn.Module):

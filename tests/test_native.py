@@ -31,7 +31,7 @@ from tetdeploy.export.model import build_graph
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.native.convolution import has_additions
 from tetdeploy.native.fusing import fuse_model
-from tetdeploy.native.graphs import Kind, reads
+from tetdeploy.native.graphs import Kind, name_apart, reads
 from tetdeploy.native.layout import keep_last, turn_bytes
 from tetdeploy.native.programs import MAX_REGISTERS, Op, Program
 from tetdeploy.native.region_programs import UnfusableError, check_neuron_step
@@ -192,6 +192,48 @@ def test_values_that_subgraphs_read_are_given_out() -> None:
     model = graph(nodes, inputs, {"y": FLOAT}, {"k": np.array(3, np.float32)})
     for which in (True, False):
         assert assert_same(model, {"x": floats(3, 4), "which": np.array(which)}) == ["Elementwise", "If"]
+
+
+def test_subgraphs_have_names_of_their_own() -> None:
+    """The branch calls a value as the graph calls a later one, and reads by that name again in a branch of its own."""
+    names = ("deep", "then", "else")
+    (deep, then, other) = (helper.make_tensor_value_info(name, FLOAT, None) for name in names)
+    identities = [helper.make_node("Identity", [read], [name]) for read, name in zip("bbx", names, strict=True)]
+    deeper = helper.make_graph(identities[:1], "deeper", [], [deep])
+    keep = helper.make_graph(identities[1:2], "keep", [], [then])
+    inner = [helper.make_node("Mul", ["x", "k"], ["b"]), helper.make_node("If", ["which"], ["made"])]
+    inner[1].attribute.extend(
+        helper.make_attribute(name, of) for name, of in (("then_branch", deeper), ("else_branch", keep))
+    )
+    branch = helper.make_graph(inner, "branch", [], [helper.make_tensor_value_info("made", FLOAT, None)])
+    plain = helper.make_graph(identities[2:], "plain", [], [other])
+    nodes = [
+        helper.make_node("If", ["which"], ["a"], then_branch=branch, else_branch=plain),
+        helper.make_node("Sub", ["a", "x"], ["b"]),
+        helper.make_node("Mul", ["b", "k"], ["y"]),
+    ]
+    made = helper.make_graph(nodes, "g", [], [])
+    assert set(reads(nodes[0])) == {"which", "x", "k"}
+    name_apart(made)
+    outer, (within,) = made.node[0], [a.g for a in made.node[0].attribute if a.name == "then_branch"]
+    assert [node.output[0] for node in (*within.node, *made.node)] == ["b:branch", "made", "a", "b", "y"]
+    assert [set(reads(node)) for node in (outer, *within.node)] == [
+        {"which", "x", "k"},
+        {"x", "k"},
+        {"which", "b:branch"},
+    ]
+
+
+@pytest.mark.parametrize("model", ["convsnn", "resnet19"])
+def test_step_graphs_whose_batch_norms_are_not_folded(
+    model: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue("ort_convolutions")
+    path = tmp_path / "m.onnx"
+    path.write_bytes(graph_of(model, ExportConfig(layout="step", fold_bn=False)))
+    x = np.random.default_rng(0).integers(256, size=(5, *for_export(model).image_shape), dtype=np.uint8)
+    assert_same_answers(path, x, [3])
+    assert_same_counts(path, x, 3)
 
 
 @pytest.mark.parametrize("twice", ["b", "a"])

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from tetdeploy import native
-from tetdeploy.native.graphs import Kind, without_weights
+from tetdeploy.native.graphs import Kind, name_apart, without_weights
 from tetdeploy.native.int8_convolutions import best_way, put_int8_convolutions
 from tetdeploy.native.layout import turn_bytes
 from tetdeploy.native.region_programs import UnfusableError
@@ -59,6 +59,7 @@ def _fuse(model: bytes, states: Sequence[tuple[str, str]], *, take_out: bool) ->
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         optimised = onnx.load(options.optimized_model_filepath)
+    name_apart(optimised.graph)
     kinds = _kinds(optimised)
     native_nodes = put_spike_convolutions(optimised.graph, marked, kinds, tiles=tiles)
     if (way := best_way()) is not None:

@@ -93,9 +93,41 @@ def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 
 
 def reads(node: onnx.NodeProto) -> list[str]:
-    """The values that a node reads, its subgraphs included."""
-    inner = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return [*filter(None, node.input), *(name for graph in inner for within in graph.node for name in reads(within))]
+    """The values that a node reads, and its subgraphs from outside them."""
+    return [*filter(None, node.input), *(name for inner in _subgraphs(node) for name in _from_outside(inner))]
+
+
+def name_apart(graph: onnx.GraphProto, renamed: Mapping[str, str] | None = None, outside: Iterable[str] = ()) -> None:
+    """Rename what a subgraph makes by the name of a value outside it, as ONNX Runtime's optimised graphs may have it.
+
+    Args:
+        graph: or, with the names that values outside had and have now, a subgraph.
+    """
+    made = _made(graph)
+    renamed = {**(renamed or {}), **{name: f"{name}:{graph.name}" for name in made.intersection(outside)}}
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        value.name = renamed.get(value.name, value.name)
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [renamed.get(name, name) for name in names]
+        for inner in _subgraphs(node):
+            name_apart(inner, renamed, {*outside, *made})
+
+
+def _from_outside(graph: onnx.GraphProto) -> list[str]:
+    made = _made(graph)
+    read = (*(name for node in graph.node for name in reads(node)), *(value.name for value in graph.output))
+    return [name for name in read if name not in made]
+
+
+def _made(graph: onnx.GraphProto) -> set[str]:
+    """The names that a graph gives to values."""
+    given = (value.name for value in (*graph.input, *graph.initializer))
+    return {*given, *(name for node in graph.node for name in node.output)}
+
+
+def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
 
 
 def scalar(tensor: onnx.TensorProto) -> np.generic | None:
