@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
@@ -58,6 +59,18 @@ def _built(seed: int) -> Classifier:
         for _ in range(30):
             classifier(torch.tensor(digits()[0]), 2)
     return classifier.eval()
+
+
+class OfFrames(nn.Module):
+    """A network as one of the user's own may be: it takes frames `[T, N, C, H, W]` and no T."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x)
+        return logits
 
 
 @functools.cache
@@ -131,9 +144,11 @@ class TestNumbers:
         images, labels = digits()
         frames = images[:, None].repeat(4, axis=1)
         frames[:, 2:] = 0
+        of_frames = classifier_of()
+        of_frames.network = OfFrames(of_frames.network)
         shown = [
-            measure_landscape({"a": classifier_of()}, x, labels, CONFIG, tmp_path / f"{x.ndim}.npz")
-            for x in (images, frames)
+            measure_landscape({"a": classifier}, x, labels, CONFIG, tmp_path / f"{x.ndim}.npz")
+            for classifier, x in ((classifier_of(), images), (of_frames, frames))
         ]
         np.testing.assert_allclose(shown[0].tet_loss, shown[1].tet_loss, rtol=1e-5)
         assert [part.settings["frames"] for part in shown] == [None, 4]

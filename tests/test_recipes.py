@@ -192,6 +192,8 @@ def test_a_network_of_ones_own_learns_from_its_twin(tmp_path: Path) -> None:
     assert output.endswith("next: tetdeploy train --distill ann --model taught_net:net\n")
     distilled = run("--distill", "ann", "--model", "taught_net:net", "--T", "2", *small, "--out", "taught").output
     assert "distilled from ann" in distilled
+    inspected = CliRunner().invoke(main, ["inspect", "taught"]).output
+    assert "taught_net:net" in inspected and "tau 0.5" not in inspected
     said = refused("--distill", "ann", "--model", "taught_net:other", *small)
     assert "the teacher ann is a network of your own, taught_net:net, and the student is taught_net:other" in said
 
