@@ -25,7 +25,6 @@ from .neuron_steps import Neurons, network_node
 from .onnx_tracer import is_of_network, module_name
 from .step_order import BATCH, StepOrder, sizes
 
-_REPEAT = ("Expand", "Tile", "Concat", "Add", "Sub", "Mul", "Div")  # the last ones if an axis of theirs is longer
 _UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm", "Conv"}
 
 
@@ -114,12 +113,11 @@ class Layers:
     def _repeats_image(self, node: ir.Node) -> bool:
         """Whether a node of an unrolled graph repeats what it reads of the batch for T steps: to `[T * N, ...]`, or
         along another axis, as to `[N, T, ...]` or `[N, C, T, ...]`, which is not to be mistaken for the image's."""
-        if node.op_type not in _REPEAT or self._T in (None, 1):
+        if node.op_type not in ("Expand", "Tile", "Concat") or self._T in (None, 1) or node.inputs[0] is None:
             return False
         if node.op_type == "Concat" and len(set(node.inputs)) > 1:
             return False
-        given = next((value for value in node.inputs if value is not None and not _is_constant(value)), None)
-        before, after = None if given is None else sizes(given), sizes(node.outputs[0])
+        before, after = sizes(node.inputs[0]), sizes(node.outputs[0])
         if not before or not after or len(before) != len(after) or before[0] % BATCH:
             return False
         longer = [axis for axis, size in enumerate(before) if after[axis] != size]

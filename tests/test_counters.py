@@ -170,7 +170,6 @@ REPEATED: dict[str, Callable[[Tensor, int], Tensor]] = {
     "by_a_view": lambda x, T: x.unsqueeze(1).expand(-1, T, -1, -1, -1).flatten(0, 1),
     "flat": lambda x, T: x.flatten(1).unsqueeze(1).repeat(1, T, 1),
     "flat_by_a_view": lambda x, T: x.flatten(1).unsqueeze(1).expand(-1, T, -1),
-    "by_weights": lambda x, T: (x.unsqueeze(1) * torch.arange(1, T + 1).view(1, -1, 1, 1, 1)).flatten(0, 1),
     "by_concat": lambda x, T: torch.cat([x] * T),
 }
 
@@ -189,7 +188,7 @@ class RepeatsTheImage(nn.Module):
             current = layer(REPEATED[name](x, T))
             if "flat" in name:
                 current = current.transpose(0, 1)
-            elif name in ("to_batch_first", "by_a_view", "by_weights"):
+            elif name in ("to_batch_first", "by_a_view"):
                 current = current.unflatten(0, (x.shape[0], T)).transpose(0, 1)
             else:
                 current = current.unflatten(0, (T, x.shape[0]))
