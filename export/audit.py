@@ -71,7 +71,7 @@ def audit(classifier: Classifier, engine: Engine, x: NDArray[Any], T: int) -> No
     outputs = engine.run_with(engine.counting_overlay + spikes_overlay(neurons), x, T)[1]
     operations.add(outputs, len(x), T)
     spikes = [outputs[f"spikes.{name}"] for name in neurons]
-    runs = {steps: _read_in(classifier, engine, x, spikes, steps) for steps in (T, 1)}
+    runs = {steps: _read_in(classifier, engine, x, spikes, steps) for steps in sorted({T, 1}, reverse=True)}
     modules = dict(classifier.network.named_modules(remove_duplicate=False))
     places = Counter(modules.get(layer.name.partition("#")[0]) for layer in operations.layers)
     for layer in operations.layers:

@@ -102,8 +102,10 @@ def _exported_again(folded: fx.GraphModule, inputs: Any, shapes: Any) -> torch.e
         return torch.export.export(folded, inputs, dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises many kinds
         raise ValueError(
-            "torch.export cannot trace the network with BN folded: put each BN right behind its convolution or linear "
-            f"layer, in one OverTime, or export without folding (--no-fold-bn). The reason: {reason(error)}"
+            "torch.export cannot trace the network once more as it is exported: put each BN right behind its "
+            "convolution or linear layer, in one OverTime, or take another --layout, --precision or --no-fold-bn. The "
+            "reason: "
+            f"{reason(error)}"
         ) from error
 
 

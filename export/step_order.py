@@ -70,7 +70,8 @@ class StepOrder:
             perm = list(node.attributes.get_ints("perm", default))
             within = left // math.prod(before[:axis])
             return within * math.prod(before[k] for k in perm[: perm.index(axis)])
-        if after[: axis + 1] == before[: axis + 1]:
+        grown = len(after) > len(before) and node.op_type not in _TAKE  # by an axis in front, be it as long
+        if after[: axis + 1] == before[: axis + 1] and not grown:
             return left
         return _SOME_STEPS if left == 1 and node.op_type in _TAKE else None
 

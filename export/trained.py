@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tetdeploy.checkpoint import read_metadata, trained_on
 from tetdeploy.data import Encoding, LabelledSet, holds_out_others, load_frames, load_parts, same_data
 from tetdeploy.int8.calibration import Calibration
-from tetdeploy.names import is_npz
+from tetdeploy.names import check_classes, is_npz
 from tetdeploy.run_folder import newest_run, weights_file, weights_sha256
 from tetdeploy.steps import trained_T
 
@@ -82,18 +82,20 @@ class Trained:
 
         Raises:
             ValueError: no data are named, here or by the training; they are images and the export takes recordings, or
-                the other way round; and what `load_parts` and `load_frames` raise.
+                the other way round; its classes are other ones; and what `load_parts` and `load_frames` raise.
             OSError: see `load_parts`.
         """
-        own = str(self.metadata["data"]["name"])
+        own, own_names = str(self.metadata["data"]["name"]), tuple(self.metadata["data"]["class_names"])
         name = data or trained_on(self.metadata, self.file)
         if encoding == "frames" and is_npz(name):
-            x, labels, _ = load_frames(name)
+            x, labels, names = load_frames(name)
+            check_classes("the network", own_names, name, names)
             return (x, labels), _last(x, labels, num_calibration)
         fraction = float(self.metadata["training"].get("val_fraction", 0.0)) if same_data(name, own) else 0.0
         train, val = load_parts(name, data_dir=data_dir, T=self.T, fraction=fraction)
         if train.encoding != encoding:
             raise ValueError(self._other_encoding(train, encoding))
+        check_classes("the network", own_names, name, train.class_names)
         if val is not None and holds_out_others(name, val, self.metadata["data"]):
             warnings.warn(
                 f"{name}: the training held out other images than are found here, so that the check is on some it was "

@@ -719,6 +719,13 @@ class TestBadInput:
         folder.mkdir(mode=0o500)
         assert "locked" in refused("export", "--check", "0", "-o", "locked/m.onnx")
 
+    def test_an_export_is_not_checked_on_other_classes(self, workplace: Path) -> None:
+        names = np.array(list("9876543210"))
+        np.savez("named.npz", images=np.zeros((40, 1, 8, 8), np.uint8), labels=np.arange(40) % 10, class_names=names)
+        said = refused("export", RUN, "--data", "named.npz", "-o", "m.onnx").replace("\n", " ")
+        assert "the labels of named.npz do not match the model's: it has 10 classes (9, 8, 7, ...)" in said
+        assert not Path("m.onnx").exists()
+
     def test_a_run_is_not_overwritten(self, workplace: Path) -> None:
         before = snapshot(workplace)
         assert "choose another --out" in refused("train", "--out", "runs/digits-convsnn")

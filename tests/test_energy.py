@@ -490,6 +490,7 @@ NOT_FOLLOWED: dict[str, tuple[Reading, Reading]] = {
     "two_streams": (lambda a: torch.stack([a, 1 - a]), lambda y: y.sum(0)),
     "tiled": (lambda a: a.repeat(2, 1, 1, 1, 1), lambda y: y.unflatten(0, (2, -1)).sum(0)),
     "expanded": (lambda a: a.expand(2, *a.shape), lambda y: y.sum(0)),
+    "as_many_streams_as_steps": (lambda a: a.expand(3, *a.shape), lambda y: y.sum(0)),
     "one_step": (lambda a: a[0], lambda y: y),
     "step_by_step_batch_first": (lambda a: torch.stack([step.flip(2) for step in a], 1), lambda y: y.transpose(0, 1)),
 }

@@ -1090,7 +1090,7 @@ class WrittenOverCurrent(OneByOne):
 def test_a_folded_network_that_cannot_be_traced_again_is_told_the_way_out() -> None:
     tracer = Tracer(untested(WrittenOverCurrent()), encoding="direct", uint8=True)
     with pytest.raises(
-        ValueError, match=r"^torch\.export cannot trace the network with BN folded: put .* \(--no-fold-bn\)"
+        ValueError, match=r"^torch\.export cannot trace the network once more .*: put .* --no-fold-bn\."
     ):
         OnnxTracer(tracer, fold_bn=True).graph(4, step=False)
 
@@ -1257,7 +1257,8 @@ def test_images_of_ones_own_are_not_split(tmp_path: Path) -> None:
     """They are no training set; one of a class has no part to hold out."""
     data = tmp_path / "mine.npz"
     np.savez(data, images=digits().images[:2], labels=np.arange(2))
-    trained = Trained(tmp_path, {"data": {"name": "digits"}, "training": {"val_fraction": 0.1}})
+    known = {"name": "digits", "class_names": list("0123456789")}
+    trained = Trained(tmp_path, {"data": known, "training": {"val_fraction": 0.1}})
     (x, labels), _ = trained.images(str(data), tmp_path, "direct", num_check=9, num_calibration=0)
     np.testing.assert_array_equal(x, digits().images[:2])
     assert labels.tolist() == [0, 1]

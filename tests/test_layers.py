@@ -71,6 +71,18 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
         tdBN(2)(torch.zeros(shape))
 
 
+class Doubling(nn.Identity):
+    """Of the user's own: no identity."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def doubled(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return layer
+
+
 # --- over time ---------------------------------------------------------------------------------------------------
 
 
@@ -83,8 +95,10 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
         (nn.Identity(),),
         (nn.Flatten(),),
         (nn.Flatten(-2), nn.Identity(), nn.Flatten(1, 2)),
+        (Doubling(),),
+        (nn.Identity(), doubled(nn.Flatten())),
     ],
-    ids=["convolution", "readout", "pooling", "identity", "flatten", "flatten in two"],
+    ids=["convolution", "readout", "pooling", "identity", "flatten", "flatten in two", "own", "hooked"],
 )
 def test_over_time_equals_a_loop_over_steps(layers: tuple[nn.Module, ...]) -> None:
     x = shifted(T=5)
@@ -95,6 +109,11 @@ def test_over_time_equals_a_loop_over_steps(layers: tuple[nn.Module, ...]) -> No
             x_t = layer(x_t)
         in_a_loop.append(x_t)
     torch.testing.assert_close(over_time(x), torch.stack(in_a_loop), rtol=1e-12, atol=1e-12)
+
+
+def test_steps_and_images_are_not_flattened() -> None:
+    with pytest.raises(RuntimeError, match="unflatten"):
+        OverTime(nn.Flatten(0))(shifted(T=5))
 
 
 def test_over_time_runs_its_layers_once() -> None:

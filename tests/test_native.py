@@ -201,14 +201,18 @@ def test_subgraphs_have_names_of_their_own() -> None:
     identities = [helper.make_node("Identity", [read], [name]) for read, name in zip("bbx", names, strict=True)]
     deeper = helper.make_graph(identities[:1], "deeper", [], [deep])
     keep = helper.make_graph(identities[1:2], "keep", [], [then])
-    inner = [helper.make_node("Mul", ["x", "k"], ["b"]), helper.make_node("If", ["which"], ["made"])]
-    inner[1].attribute.extend(
+    inner = [
+        helper.make_node("Mul", ["x", "k"], ["b"]),
+        helper.make_node("Clip", ["x", "", "k"], ["top", ""]),
+        helper.make_node("If", ["which"], ["made"]),
+    ]
+    inner[2].attribute.extend(
         helper.make_attribute(name, of) for name, of in (("then_branch", deeper), ("else_branch", keep))
     )
     branch = helper.make_graph(inner, "branch", [], [helper.make_tensor_value_info("made", FLOAT, None)])
     plain = helper.make_graph(identities[2:], "plain", [], [other])
     nodes = [
-        helper.make_node("If", ["which"], ["a"], then_branch=branch, else_branch=plain),
+        helper.make_node("If", ["which"], ["a", ""], then_branch=branch, else_branch=plain),
         helper.make_node("Sub", ["a", "x"], ["b"]),
         helper.make_node("Mul", ["b", "k"], ["y"]),
     ]
@@ -216,9 +220,14 @@ def test_subgraphs_have_names_of_their_own() -> None:
     assert set(reads(nodes[0])) == {"which", "x", "k"}
     name_apart(made)
     outer, (within,) = made.node[0], [a.g for a in made.node[0].attribute if a.name == "then_branch"]
-    assert [node.output[0] for node in (*within.node, *made.node)] == ["b:branch", "made", "a", "b", "y"]
+    assert [node.output[0] for node in (*within.node, *made.node)] == [
+        *("b:branch", "top", "made"),
+        *("a", "b", "y"),
+    ]
+    assert list(within.node[1].input) == ["x", "", "k"]  # what is left out has no name
     assert [set(reads(node)) for node in (outer, *within.node)] == [
         {"which", "x", "k"},
+        {"x", "k"},
         {"x", "k"},
         {"which", "b:branch"},
     ]

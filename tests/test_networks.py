@@ -210,7 +210,7 @@ def too_few(num_classes):
     return nn.Identity()
 
 def normed(num_classes, in_channels, image_size):
-    return nn.Sequential(nn.Flatten(), nn.utils.spectral_norm(nn.Linear(1, num_classes)))
+    return nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(1, num_classes)))
 
 def lazy(num_classes, in_channels, image_size):
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
@@ -241,11 +241,12 @@ def test_an_own_network_is_found_in_the_current_folder(own_module: str) -> None:
         ("missing", r"cannot import 'missing' from 'own_\d+': .*; the module must be importable from here"),
         ("number", r"own_\d+:number must return a torch\.nn\.Module, got int"),
         ("too_few", r"own_\d+:too_few must be a function of num_classes, in_channels, image_size: got an unexpected"),
-        ("normed", r"own_\d+:normed returns a network whose '1' computes a weight before each call"),
+        ("normed", r"own_\d+:normed returns a network whose '1' keeps a weight that it computes of others"),
         ("lazy", r"own_\d+:lazy returns a network whose .1\.weight. gets its size from the first image; .* run the"),
         ("value", r"own_\d+:value must be a function of num_classes, .*: 3 is not a callable object"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 def test_own_networks_that_are_none_are_refused(own_module: str, function: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         import_network(NetworkConfig(f"{own_module}:{function}", 7, 2, (3, 4)))

@@ -34,12 +34,12 @@ import multiprocessing, torch
 from tetdeploy import kernels
 from tetdeploy.neurons import lif
 
-x = torch.linspace(0, 2, 300).expand(4, 300).contiguous()
+x = torch.linspace(0, 2, 500_000).expand(4, 500_000).contiguous()  # more than one thread would take
 
 def spikes(k):
     return lif(x)[0].numpy()
 
-torch.set_num_threads(1)  # OpenMP of torch itself would not survive the fork either
+torch.set_num_threads(2)
 expected = spikes(0)
 assert kernels.by_numba(x) is not None
 with multiprocessing.get_context("fork").Pool(1) as pool:

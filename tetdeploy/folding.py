@@ -287,16 +287,20 @@ def _skip_views(chain: list[fx.Node]) -> None:
         if view.target not in _ORDERED_VIEWS:
             continue
         before = next((node for node in chain if _shape(node) == _shape(view)), None)
-        if before is None:
-            _skip_views([*chain, view])
-        elif not (_is_overwritten(before) or _is_overwritten(view)):
+        if before is not None and not (_is_overwritten(before) or _is_overwritten(view)):
             view.replace_all_uses_with(before)
 
 
 def _is_overwritten(value: fx.Node) -> bool:
-    """Whether an operation in place has the value, or a view of it, as an input."""
-    return any(
-        (isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable)
-        or (user.target in VIEWS and _is_overwritten(user))
-        for user in value.users
-    )
+    """Whether an operation in place has the value, or a view or a part of it, as an input."""
+    return any(_writes(user) or (_shares_memory(user) and _is_overwritten(user)) for user in value.users)
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    if node.target is operator.getitem:  # of what unbind or chunk returns
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
+
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class Layer(nn.Sequential):
@@ -31,7 +32,7 @@ class OverTime(Layer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if all(isinstance(layer, nn.Flatten) or _does_nothing(layer) for layer in self):
+        if all(_only_flattens(layer, x.dim() - 1) or _does_nothing(layer) for layer in self):
             return _flattened(x, self)  # torch.export cannot trace a merge and a split with no operation between
         y = super().forward(x.flatten(0, 1))  # type: ignore[no-untyped-call]
         return _split_time(y, x)
@@ -87,14 +88,23 @@ class DirectEncoding(Layer):
 def _flattened(x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
     """What layers that flatten or do nothing make of `[T, N, ...]`, axis 1 being axis 0 to them."""
     for layer in layers:
-        if isinstance(layer, nn.Flatten):
+        if type(layer) is nn.Flatten:
             x = x.flatten(*(axis + (axis >= 0) for axis in (layer.start_dim, layer.end_dim)))
     return x
 
 
+def _only_flattens(layer: nn.Module, ndim: int) -> bool:
+    """Whether it flattens the axes of single images of a batch with so many axes."""
+    return type(layer) is nn.Flatten and (layer.start_dim > 0 or -ndim < layer.start_dim < 0) and not _has_hooks(layer)
+
+
 def _does_nothing(layer: nn.Module) -> bool:
-    """Whether it returns what it gets: dropout in inference."""
-    return isinstance(layer, nn.Identity) or (isinstance(layer, _DropoutNd) and not layer.training)
+    """Whether it returns what it gets: dropout in inference. A class of the user's own may do more."""
+    return (type(layer) is nn.Identity or (type(layer) in _DROPOUT and not layer.training)) and not _has_hooks(layer)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _split_time(y: Tensor, x: Tensor) -> Tensor:

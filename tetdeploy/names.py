@@ -26,6 +26,11 @@ def is_npz(data: str) -> bool:
     return data.lower().endswith(".npz")
 
 
+def is_own_model(model: str) -> bool:
+    """Whether a network's name is `package.module:function`, code of the user's own."""
+    return ":" in model
+
+
 def section(named: Mapping[str, V], prefix: str) -> dict[str, V]:
     """What has a name that begins with `prefix`, by the rest of it."""
     return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
@@ -34,3 +39,29 @@ def section(named: Mapping[str, V], prefix: str) -> dict[str, V]:
 def first_line(error: BaseException) -> str:
     """What an error says, in a line; of one without text, as MemoryError often is, its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def check_classes(model: str, own_names: tuple[str, ...], data: str, names: tuple[str, ...]) -> None:
+    """Refuse data to which a label means another class than to the model. A .npz need not name its classes, which are
+    numbered then, nor have them all.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if names == own_names:
+        return
+    if is_npz(data) and (
+        names == own_names[: len(names)]
+        or _are_numbers(names)
+        or (_are_numbers(own_names) and not set(names) & set(own_names))
+    ):
+        return
+    own, others = (f"{len(n)} classes ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for n in (own_names, names))
+    raise ValueError(
+        f"the labels of {data} do not match the model's: it has {others}, {model} knows {own}; "
+        "is this the data it was trained on?"
+    )
+
+
+def _are_numbers(names: tuple[str, ...]) -> bool:
+    return names == tuple(str(k) for k in range(len(names)))

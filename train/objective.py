@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdeploy.checkpoint import load, read_metadata
+from tetdeploy.names import is_own_model
 from tetdeploy.networks import NetworkConfig, import_network, run_network
 from tetdeploy.run_folder import weights_file
 
@@ -115,7 +116,7 @@ def load_teacher(config: TrainConfig, student: Classifier) -> Teacher | None:
 def _own_network(teacher: str, student: Classifier) -> nn.Module | None:
     """A network of the teacher's checkpoint if that is the user's own, who has named its function for the student."""
     theirs = read_metadata(weights_file(Path(teacher)))["network"]
-    if ":" not in str(theirs["model"]):
+    if not is_own_model(str(theirs["model"])):
         return None
     if theirs["model"] != student.config.model:
         raise ValueError(

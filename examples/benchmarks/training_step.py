@@ -388,9 +388,11 @@ def ratios(found: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
     """What is to be reached: its name, the number, the wish, whether it holds. Without a side there is no number."""
 
     def fastest(*names: str) -> dict[str, Any] | None:
-        sides = [side for name, side in found.items() if name.startswith(names) and "failed" not in side]
+        counted = [name for name in found if name.startswith(names) and name not in others]
+        sides = [found[name] for name in counted if "failed" not in found[name]]
         return min(sides, key=lambda side: float(side["median_ms"]), default=None)
 
+    others = other_gradients(found)
     ours, loop, theirs, ann = fastest("tetdeploy"), fastest("loop"), fastest("SJ"), fastest("ANN")
     rows: list[tuple[str, float, str, bool]] = []
     for name, one, other, key, wanted, at_least in (
@@ -435,7 +437,7 @@ def show(results: dict[str, Any]) -> None:
         elif "not_profiled" in found:
             console.print(f"{side} not profiled: {found['not_profiled']}", markup=False)
     for side in other_gradients(results["sides"]):
-        console.print(f"{side} has other gradients than ours: it does not compute the same, and its time says nothing")
+        console.print(f"{side} is left out below: other gradients than ours, or none that are finite")
     floor = results["floor"]
     if "failed" in floor:
         console.print(f"no floor: {floor['failed']}", markup=False)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.inputs import check_classes, load_classifier, load_part, note_own_file
+from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file
 from tetdeploy.cli.options import PARTS, data_dir_option, json_option, parsed_steps, runs_option
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
+from tetdeploy.names import check_classes
 from tetdeploy.steps import trained_T
 
 if TYPE_CHECKING:

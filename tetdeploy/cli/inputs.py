@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.names import is_npz
+from tetdeploy.names import check_classes, is_npz
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -167,30 +167,6 @@ def load_part(
             "--data-dir, or choose another --split or --data"
         )
     return val
-
-
-def check_classes(model: str, own_names: tuple[str, ...], data: str, names: tuple[str, ...]) -> None:
-    """Refuse data to which a label means another class than to the model.
-
-    A .npz need not name its classes, which are numbered then, nor have them all.
-    """
-    if names == own_names:
-        return
-    if is_npz(data) and (
-        names == own_names[: len(names)]
-        or _are_numbers(names)
-        or (_are_numbers(own_names) and not set(names) & set(own_names))
-    ):
-        return
-    own, others = (f"{len(n)} classes ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for n in (own_names, names))
-    raise ValueError(
-        f"the labels of {data} do not match the model's: it has {others}, {model} knows {own}; "
-        "is this the data it was trained on?"
-    )
-
-
-def _are_numbers(names: tuple[str, ...]) -> bool:
-    return names == tuple(str(k) for k in range(len(names)))
 
 
 def as_model_input(engine: Engine, pixels: Any, **statistics: Any) -> Any:

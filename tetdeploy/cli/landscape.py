@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.errors import INTERRUPTED
-from tetdeploy.cli.inputs import check_classes, load_classifier, load_part
+from tetdeploy.cli.inputs import load_classifier, load_part
 from tetdeploy.cli.options import (
     PARTS,
     STEPS,
@@ -20,7 +20,7 @@ from tetdeploy.cli.options import (
 )
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
-from tetdeploy.names import is_npz
+from tetdeploy.names import check_classes, is_npz
 from tetdeploy.steps import trained_T
 
 if TYPE_CHECKING:

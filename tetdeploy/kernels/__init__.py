@@ -165,3 +165,4 @@ def _numba_kernels() -> LIFKernels | None:
 def _note_fork() -> None:
     global _forked
     _forked = True
+    torch.set_num_threads(1)  # torch's own use of OpenMP would wait for threads that are not there

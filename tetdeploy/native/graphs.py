@@ -104,7 +104,8 @@ def name_apart(graph: onnx.GraphProto, renamed: Mapping[str, str] | None = None,
         graph: or, with the names that values outside had and have now, a subgraph.
     """
     made = _made(graph)
-    renamed = {**(renamed or {}), **{name: f"{name}:{graph.name}" for name in made.intersection(outside)}}
+    renamed = dict(renamed or {})
+    renamed |= {name: f"{renamed.get(name, name)}:{graph.name}" for name in made.intersection(outside)}
     for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         value.name = renamed.get(value.name, value.name)
     for node in graph.node:
@@ -123,7 +124,7 @@ def _from_outside(graph: onnx.GraphProto) -> list[str]:
 def _made(graph: onnx.GraphProto) -> set[str]:
     """The names that a graph gives to values."""
     given = (value.name for value in (*graph.input, *graph.initializer))
-    return {*given, *(name for node in graph.node for name in node.output)}
+    return {*given, *(name for node in graph.node for name in node.output if name)}
 
 
 def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:

@@ -135,7 +135,7 @@ def import_network(config: NetworkConfig) -> nn.Module:
 
     Raises:
         ValueError: the module or the function is not there, does not take num_classes, in_channels and image_size, or
-            what it returns is not an `nn.Module`, has lazy layers that saw no image yet, or weights that hooks compute.
+            what it returns is not an `nn.Module`, or has lazy layers that saw no image yet or weights that it computed.
     """
     module_name, _, function_name = config.model.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # as `python -m` does; a console script has its own folder instead
@@ -155,11 +155,11 @@ def import_network(config: NetworkConfig) -> nn.Module:
     network = function(**options)
     if not isinstance(network, nn.Module):
         raise ValueError(f"{config.model} must return a torch.nn.Module, got {type(network).__name__}")
-    if fixed := [path for path, module in network.named_modules() if _computes_at_calls(module)]:
+    if fixed := [path for path, module in network.named_modules() if _keeps_computed(module)]:
         raise ValueError(
-            f"{config.model} returns a network whose {fixed[0] or 'module'!r} computes a weight before each call, as "
-            "torch.nn.utils.weight_norm, spectral_norm and prune do, and cannot be copied or exported; use their "
-            "namesakes in torch.nn.utils.parametrizations, or prune.remove"
+            f"{config.model} returns a network whose {fixed[0] or 'module'!r} keeps a weight that it computes of "
+            "others, as torch.nn.utils.weight_norm and prune do, which cannot be copied or exported; use "
+            "torch.nn.utils.parametrizations.weight_norm, or prune.remove"
         )
     if lazy := [name for name, parameter in network.named_parameters() if is_lazy(parameter)]:
         raise ValueError(
@@ -169,9 +169,8 @@ def import_network(config: NetworkConfig) -> nn.Module:
     return _variant(network, config)
 
 
-def _computes_at_calls(module: nn.Module) -> bool:
-    hooks = module._forward_pre_hooks.values()
-    return any(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
+def _keeps_computed(module: nn.Module) -> bool:
+    return any(isinstance(value, Tensor) and value.grad_fn is not None for value in vars(module).values())
 
 
 def run_network(network: Callable[..., Tensor], x: Tensor, T: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from tetdeploy.names import is_own_model
 from tetdeploy.report.numbers import count, percent, three_digits
 from tetdeploy.report.result_table import ResultTable
 
@@ -99,7 +100,7 @@ def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
     if network:
         kind = ", ANN twin" if network.get("ann") else ""
         facts["network"] = f"{network['model']}{kind}"
-        if ":" not in network["model"]:  # the user's own has settings of its own
+        if not is_own_model(network["model"]):  # the user's own has settings of its own
             known = [name for name in ("tau", "v_th", "gamma") if network.get(name) is not None]
             neurons = ", ".join(f"{name} {network[name]:g}" for name in known)
             facts["network"] += f", width {network.get('width') or 1:g}; {neurons}"

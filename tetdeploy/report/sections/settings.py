@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tetdeploy.names import is_own_model
 from tetdeploy.report.document import NONE, Section, Table
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Results, Source
@@ -86,7 +87,7 @@ def _origin_facts(sources: Sequence[Source], runs: Sequence[Run]) -> dict[str, l
 
 
 def _is_own(run: Run) -> bool:
-    return ":" in str(run.network.get("model", ""))
+    return is_own_model(str(run.network.get("model", "")))
 
 
 def _network(run: Run) -> str:
