@@ -104,8 +104,7 @@ def _exported_again(folded: fx.GraphModule, inputs: Any, shapes: Any) -> torch.e
         raise ValueError(
             "torch.export cannot trace the network once more as it is exported: put each BN right behind its "
             "convolution or linear layer, in one OverTime, or take another --layout, --precision or --no-fold-bn. The "
-            "reason: "
-            f"{reason(error)}"
+            f"reason: {reason(error)}"
         ) from error
 
 
