@@ -11,6 +11,7 @@ import click
 
 from tetdeploy.cli.recipe import is_given
 from tetdeploy.cli.terminal import console
+from tetdeploy.names import is_own_model
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -109,7 +110,7 @@ def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) ->
 
 def _check_named(ctx: click.Context, begun_from: Path, network: Mapping[str, Any]) -> None:
     """Refuse the user's own network where --model does not name it: no code is imported because a file says so."""
-    if ":" in str(network.get("model")) and not is_given(ctx, "model"):
+    if is_own_model(str(network.get("model"))) and not is_given(ctx, "model"):
         raise ValueError(f"{begun_from} holds a network of your own: pass --model {network['model']}")
 
 

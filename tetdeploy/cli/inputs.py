@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.names import check_classes, is_npz
+from tetdeploy.names import check_classes, is_npz, is_own_model
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -78,7 +78,7 @@ def _export_again(engine: Engine) -> str:
         "--layout": "" if unrolled else metadata["layout"],
         "--precision": metadata["precision"].replace("fp32", ""),
         "--target": metadata["target"].replace("cpu", ""),
-        "--model": network if ":" in network else "",
+        "--model": network if is_own_model(network) else "",
     }
     flags = {
         "--with-state": unrolled and metadata["states"],

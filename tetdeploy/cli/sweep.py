@@ -90,6 +90,7 @@ def sweep(
     test set. Needs no torch.
     """
     from tetdeploy.extras import import_extra
+    from tetdeploy.files import check_writable
     from tetdeploy.picojoules import energy_constants
 
     if plot is not None:
@@ -97,7 +98,8 @@ def sweep(
     engine = chosen.engine()
     note_other_checkpoint(engine)
     json_path = output_path(json_path, "--json", engine, ".sweep.json")
-    picture = output_path(plot or json_path.with_suffix(".png"), "--plot", engine, ".png")
+    picture = plot or json_path.with_suffix(".png")
+    check_writable(picture, remedy="choose another with --plot")
     check_distinct({"--json": json_path, "--plot": picture})
     if plot is not None:
         check_plot(plot)

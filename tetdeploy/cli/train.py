@@ -25,6 +25,7 @@ from tetdeploy.cli.options import FiniteRange, data_dir_option, json_option, run
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.cli.terminal import command_line, console, say_next
 from tetdeploy.extras import import_extra
+from tetdeploy.names import is_own_model
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -260,7 +261,7 @@ class _Job:
     @property
     def own(self) -> tuple[str, ...]:
         """What commands that take up the run are told as well: --model, if the network is the user's own."""
-        return ("--model", self.network["model"]) if ":" in self.network["model"] else ()
+        return ("--model", self.network["model"]) if is_own_model(self.network["model"]) else ()
 
     def classifier(self, seed: int) -> Classifier:
         """A freshly initialised classifier for the data set; `seed` decides its weights."""
@@ -306,7 +307,7 @@ def _job(ctx: click.Context, options: dict[str, Any]) -> _Job:
 
     name, data_dir = options.pop("data"), options.pop("data_dir")
     network = {option: options.pop(option) for option in NETWORK_OPTIONS}
-    unused = [option for option in _OF_BUILT_IN if ":" in network["model"] and is_given(ctx, option)]
+    unused = [option for option in _OF_BUILT_IN if is_own_model(network["model"]) and is_given(ctx, option)]
     if unused:
         raise click.UsageError(
             f"--{unused[0].replace('_', '-')} is for the built-in networks; {network['model']} is code of your own and "
