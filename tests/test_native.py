@@ -406,6 +406,19 @@ def test_numbers_lose_their_fraction_as_bytes() -> None:
     assert "Elementwise" in assert_same(model, {"x": np.abs(floats(3, 2, 5, 5))})
 
 
+def test_averages_of_spikes_lose_their_fraction_as_bytes() -> None:
+    nodes = [
+        helper.make_node("Greater", ["x", "k"], ["fires"]),
+        helper.make_node("Cast", ["fires"], ["spikes"], to=FLOAT),
+        helper.make_node("AveragePool", ["spikes"], ["average"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Cast", ["average"], ["bytes"], to=UINT8),
+        helper.make_node("Cast", ["bytes"], ["whole"], to=FLOAT),
+        helper.make_node("Mul", ["whole", "k"], ["y"]),
+    ]
+    model = graph(nodes, {"x": (FLOAT, ["N", 2, 4, 4])}, {"y": FLOAT}, {"k": np.array(0.3, np.float32)})
+    assert "Elementwise" in assert_same(model, {"x": floats(3, 2, 4, 4)})
+
+
 def test_what_nobody_reads_is_left_out() -> None:
     nodes = [helper.make_node("Mul", ["x", "k"], ["a"]), helper.make_node("Sub", ["a", "x"], ["y"])]
     nodes += [helper.make_node("Relu", ["x"], ["b"]), helper.make_node("Sub", ["b", "x"], ["c"])]
