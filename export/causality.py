@@ -106,7 +106,7 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
 
 
 def _paler(x: Tensor) -> Tensor:
-    """The image with half its contrast: neither its lightest nor its darkest value is left."""
+    """The image with half its contrast: other extremes than before, but for a darkest value of 0 in floating point."""
     return x // 2 + 64 if x.dtype == torch.uint8 else x / 2
 
 

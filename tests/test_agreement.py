@@ -46,8 +46,19 @@ def rewrite(engine: Engine, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_logits_by_step() -> None:
-    per_step = np.array([[[1.0, 0.0], [0.0, 3.0], [1.0, 0.0]], [[0.0, 2.0], [0.0, 2.0], [1.0, 0.0]]])
-    expected = np.array([[[1.0, 0.0], [0.5, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 6.0], [0.0, 1.0]]])
+    rows = [
+        [[1.0, 0.0], [0.0, 3.0], [1.0, 0.0]],
+        [[0.0, 2.0], [0.0, 2.0], [1.0, 0.0]],
+        [[1.0, 0.0], [0.0, 3.0], [0.0, 1.0]],
+    ]
+    per_step = np.array(rows)
+    expected = np.array(
+        [
+            [[1.0, 0.0], [0.5, 0.0], [0.0, 1.0]],
+            [[2.0, 0.0], [0.0, 6.0], [0.0, 1.0]],
+            [[1.0, 0.0], [1.0, 0.0], [0.0, 3.0]],
+        ]
+    )
     whole, parts, resumed = LogitAgreement(3), LogitAgreement(3), LogitAgreement(3)
     whole.add(per_step, expected)
     parts.add(per_step[1:], expected[1:])  # the largest errors first
@@ -55,10 +66,11 @@ def test_logits_by_step() -> None:
     for sums in (parts, resumed):
         sums.add(per_step[:1], expected[:1])
     for sums in (whole, parts, resumed):
-        # classes after one, two and three steps: (0, 1), (1, 1), (1, 1) against (0, 0), (0, 1), (0, 1)
-        assert [sums.top1_agreement(t) for t in (1, 2, 3)] == [0.5, 0.5, 0.5]
+        # classes after one, two and three steps:
+        # (0, 1, 0), (1, 1, 1), (1, 1, 1) against (0, 0, 0), (0, 1, 0), (0, 1, 1)
+        assert [3 * sums.top1_agreement(t) for t in (1, 2, 3)] == pytest.approx([2, 1, 2])
         assert [sums.max_abs_logit_error(t) for t in (1, 2, 3)] == [2.0, 4.0, 4.0]
-    assert running_class(per_step).tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert running_class(per_step).tolist() == [[0, 1, 1], [1, 1, 1], [0, 1, 1]]
 
 
 def test_logits_that_are_no_numbers() -> None:

@@ -355,6 +355,38 @@ def test_the_gate_sees_a_layer_that_is_another_in_float16(
     assert not list(tmp_path.iterdir())
 
 
+def _without_most_channels(module: torch.fx.GraphModule, layer: half.PlacedLayer) -> torch.fx.Node:
+    current, (x, weight, *rest) = halve_layer(module, layer), layer.node.args
+    first = (torch.arange(4) == 0).view(4, 1, 1, 1).half()
+    module.register_buffer("first_channel", first)
+    with module.graph.inserting_before(layer.node):
+        kept = module.graph.call_function(torch.mul, (weight, module.graph.get_attr("first_channel")))
+        layer.node.args = (x, kept, *rest)
+    return current
+
+
+def uneven(rest: float) -> Classifier:
+    """Its first channel has by far the largest weights, the others `rest` times theirs."""
+    network = copy.deepcopy(biased("convolution"))
+    layer: Any = network.network.convolve[0]  # type: ignore[index,union-attr]
+    with torch.no_grad():
+        layer.weight[0].fill_(1000.0)
+        for value in (layer.weight, layer.bias):
+            value[1:] *= rest
+    return network
+
+
+def test_the_gate_compares_each_channel_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(half, "_halve_layer", _without_most_channels)
+    with pytest.raises(HalfError, match=r"convolve\.0 in float16 differ .* in channel [123], where"):
+        export(tmp_path / "m.onnx", network=uneven(1.0))
+
+
+def test_channels_that_hardly_count_may_round_to_the_smallest_numbers() -> None:
+    half_network = HalfNetwork(Tracer(uneven(1e-6), encoding="direct", uint8=True))
+    half_network.check_layers(torch.from_numpy(digits().images[:2]), 3)
+
+
 def test_weights_that_vanish_in_float16_are_refused(tmp_path: Path) -> None:
     network = copy.deepcopy(biased("convolution"))
     with torch.no_grad():

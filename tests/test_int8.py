@@ -413,6 +413,16 @@ def test_a_percentile_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (histogram.low, histogram.high) == (-21, 27) and histogram.counts.tolist() == [1, 1, 103, 0, 0, 1]
 
 
+def test_small_currents_have_as_many_bins() -> None:
+    torch.manual_seed(0)
+    currents, found = torch.randn(9_000), []
+    for scale in (1.0, 1e-4):
+        histogram = CurrentHistogram()
+        histogram.add(currents * scale)
+        found.append(histogram.percentile(99).scale / scale)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("first", [0.0, 0.3, 5.0])
 @pytest.mark.parametrize("method", METHODS)
 def test_scales_hardly_depend_on_which_batch_comes_first(first: float, method: str) -> None:

@@ -111,9 +111,10 @@ def test_over_time_equals_a_loop_over_steps(layers: tuple[nn.Module, ...]) -> No
     torch.testing.assert_close(over_time(x), torch.stack(in_a_loop), rtol=1e-12, atol=1e-12)
 
 
-def test_steps_and_images_are_not_flattened() -> None:
+@pytest.mark.parametrize("layers", [[nn.Flatten(0)], [nn.Flatten(-4)], [nn.Flatten(), nn.Flatten(-2)]], ids=str)
+def test_steps_and_images_are_not_flattened(layers: list[nn.Module]) -> None:
     with pytest.raises(RuntimeError, match="unflatten"):
-        OverTime(nn.Flatten(0))(shifted(T=5))
+        OverTime(*layers)(shifted(T=5))
 
 
 def test_over_time_runs_its_layers_once() -> None:

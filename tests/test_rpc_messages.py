@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import example, given
@@ -54,8 +55,21 @@ def test_many_fields_take_no_time() -> None:
     assert time.process_time() - began < 0.5
 
 
+def test_raw_bytes_that_are_not_there_allow_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which each would be parsed before the end is seen."""
+    made = pb.ModelInferRequest()
+    made.inputs.add().contents.uint_contents.extend([300] * 1000)
+    parsed = Mock()
+    monkeypatch.setattr("tetdeploy.serve.rpc_messages.pb", Mock(ModelInferRequest=Mock(FromString=parsed)))
+    with pytest.raises(InvalidRequestError, match="cut off"):
+        parse(made.SerializeToString() + b"\x3a\xff\xff\xff\x7f", SIZES)
+    parsed.assert_not_called()
+
+
 @given(st.one_of(st.binary(max_size=40), st.integers(0, 400).map(lambda k: request().SerializeToString()[:k])))
-@example(b"\x08\x01\x11" + bytes(8) + b"\x1d" + bytes(4))  # fields of every size, of other types than they should be
+@example(
+    b"\x08\x01\x11" + b"\xff" * 8 + b"\x1d" + b"\xff" * 4
+)  # fields of every size, of other types than they should be
 @example(b"\xa3\x06\xa4\x06")  # a group
 @example(b"\x3a\xff\x7f")  # raw bytes that are more than the message
 @example(b"\x3a" + b"\xff" * 10 + b"\x7f")

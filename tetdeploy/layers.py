@@ -32,8 +32,8 @@ class OverTime(Layer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if all(_only_flattens(layer, x.dim() - 1) or _does_nothing(layer) for layer in self):
-            return _flattened(x, self)  # torch.export cannot trace a merge and a split with no operation between
+        if (flattened := _flattened(x, self)) is not None:
+            return flattened  # torch.export cannot trace a merge and a split with no operation between
         y = super().forward(x.flatten(0, 1))  # type: ignore[no-untyped-call]
         return _split_time(y, x)
 
@@ -85,17 +85,18 @@ class DirectEncoding(Layer):
         return current.unsqueeze(0).expand(T, *current.shape)
 
 
-def _flattened(x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
-    """What layers that flatten or do nothing make of `[T, N, ...]`, axis 1 being axis 0 to them."""
+def _flattened(x: Tensor, layers: Iterable[nn.Module]) -> Tensor | None:
+    """What layers that only flatten single images or do nothing make of `[T, N, ...]`; None where one does more."""
     for layer in layers:
-        if type(layer) is nn.Flatten:
-            x = x.flatten(*(axis + (axis >= 0) for axis in (layer.start_dim, layer.end_dim)))
+        if _does_nothing(layer):
+            continue
+        if type(layer) is not nn.Flatten or _has_hooks(layer):
+            return None
+        start, end = layer.start_dim, layer.end_dim
+        if start == 0 or start <= 1 - x.dim():
+            return None
+        x = x.flatten(start + (start > 0), end + (end >= 0))
     return x
-
-
-def _only_flattens(layer: nn.Module, ndim: int) -> bool:
-    """Whether it flattens the axes of single images of a batch with so many axes."""
-    return type(layer) is nn.Flatten and (layer.start_dim > 0 or -ndim < layer.start_dim < 0) and not _has_hooks(layer)
 
 
 def _does_nothing(layer: nn.Module) -> bool:
