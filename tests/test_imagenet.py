@@ -248,6 +248,18 @@ def test_unreadable_images_are_named(copied: Path, workers: int) -> None:
         list(DiskImages(data, reader, augment=True).in_order(10))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_too_narrow_to_be_cropped_is_named(copied: Path, workers: int) -> None:
+    data = files_of(copied, name="imagenet@224")
+    path = data.path(7)
+    Image.new("RGB", (1, 65_000)).save(path, "PNG")
+    named = rf"1 of the images .* cannot be read: {path} \(of 1 x 65000 pixels it is too long and narrow to be"
+    with pytest.raises(ValueError, match=named):
+        data.x[7]
+    with closing(ImageReader(workers, CPU)) as reader, pytest.raises(ValueError, match=named):
+        list(DiskImages(data, reader, augment=True).in_order(10))
+
+
 def test_a_worker_that_dies_is_an_error(imagenet: Path) -> None:
     with closing(ImageReader(1, CPU)) as reader:
         batches = DiskImages(files_of(imagenet), reader, augment=False).in_order(1)
