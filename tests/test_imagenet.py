@@ -20,7 +20,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -29,6 +29,7 @@ from tetdeploy.cli import main
 from tetdeploy.cli.inputs import as_model_input
 from tetdeploy.data import ImageFiles, image_files, load_data, split_validation
 from tetdeploy.data.image_files import centre_crop
+from tetdeploy.early_exit import softmax
 from tetdeploy.export.trained import check_images
 from tetdeploy.networks import Classifier, NetworkConfig
 from tetdeploy.train import TrainConfig, TrainResult, train
@@ -248,6 +249,18 @@ def test_unreadable_images_are_named(copied: Path, workers: int) -> None:
         list(DiskImages(data, reader, augment=True).in_order(10))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_too_narrow_to_be_cropped_is_named(copied: Path, workers: int) -> None:
+    data = files_of(copied, name="imagenet@224")
+    path = data.path(7)
+    Image.new("RGB", (1, 65_000)).save(path, "PNG")
+    named = rf"1 of the images .* cannot be read: {path} \(of 1 x 65000 pixels it is too long and narrow to be"
+    with pytest.raises(ValueError, match=named):
+        data.x[7]
+    with closing(ImageReader(workers, CPU)) as reader, pytest.raises(ValueError, match=named):
+        list(DiskImages(data, reader, augment=True).in_order(10))
+
+
 def test_a_worker_that_dies_is_an_error(imagenet: Path) -> None:
     with closing(ImageReader(1, CPU)) as reader:
         batches = DiskImages(files_of(imagenet), reader, augment=False).in_order(1)
@@ -319,14 +332,28 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments))
 
 
-def test_train_export_sweep_and_landscape(imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TETDEPLOY_DATA", str(imagenet))
+@pytest.fixture(scope="module")
+def trained_folder(imagenet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/r and its model-T2.onnx, trained on imagenet@16."""
+    folder = tmp_path_factory.mktemp("trained")
     small = ("--width", "0.25", "--T", "2", "--epochs", "1", "--batch-size", "9", "--warmup-epochs", "0")
     crops = ("--augment", "resized-crop", "--workers", "0", "--val-fraction", "0.25")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("TETDEPLOY_DATA", str(imagenet))
+        for command in (
+            ("train", "--data", "imagenet@16", *crops, *small, "--out", "runs/r"),
+            ("export", "runs/r", "--check", "20"),
+        ):
+            result = run(*command)
+            assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_sweep_validate_and_landscape(imagenet: Path, trained_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained_folder)
+    monkeypatch.setenv("TETDEPLOY_DATA", str(imagenet))
     commands: tuple[tuple[str, ...], ...] = (
-        ("train", "--data", "imagenet@16", *crops, *small, "--out", "runs/r"),
-        ("export", "runs/r", "--check", "20"),
         ("sweep", "runs/r/model-T2.onnx", "--json", "sweep.json", "--batch-size", "5"),
         ("sweep", "runs/r/model-T2.onnx", "--json", "few.json", "--limit", "7", "--T", "1"),
         ("validate", "runs/r/model-T2.onnx", "--data", "imagenet@16", "--json", "validate.json"),
@@ -339,6 +366,46 @@ def test_train_export_sweep_and_landscape(imagenet: Path, tmp_path: Path, monkey
     assert (sweep["num_samples"], few["num_samples"], sweep["data"]) == (12, 7, "imagenet@16")
     test = files_of(imagenet, "test")
     assert sweep["rows"][-1]["accuracy"] == pytest.approx(accuracy(Path("runs/r"), test.x[:], test.labels))
+
+
+@pytest.mark.parametrize("options", [(), ("--resize",)])
+def test_predict_reads_files_as_the_set_does(
+    copied: Path, trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    """Of any size, the model's own among them, grey, with alpha, and to be turned, as EXIF says."""
+    data = files_of(copied, "test")
+    paths = [data.path(i) for i in range(len(data))]
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    photo = Image.open(paths[0])
+    photo.resize((16, 16)).save(paths[0])
+    photo.convert("L").save(paths[1])
+    photo.convert("RGBA").save(paths[2], "PNG")
+    photo.save(paths[3], exif=turned)
+    model, written = str(trained_folder / "runs/r/model-T2.onnx"), tmp_path / "p.json"
+    taken, whole_run = [], tetdeploy.Engine.run
+    monkeypatch.setattr(tetdeploy.Engine, "run", lambda self, x, T=None: taken.append(x) or whole_run(self, x, T))
+    result = run("predict", model, *paths, *options, "--json", str(written))
+    assert result.exit_code == 0, result.output
+    np.testing.assert_array_equal(taken[0], data.x[:])
+    got = [image["certainty"] for image in json.loads(written.read_text())["images"]]
+    per_step = whole_run(tetdeploy.Engine(model), data.x[:]).per_step
+    np.testing.assert_array_equal(got, softmax(np.cumsum(per_step, axis=1) / np.array([[1], [2]])))
+
+
+def test_predict_names_what_it_cannot_crop(trained_folder: Path, tmp_path: Path) -> None:
+    model, path = str(trained_folder / "runs/r/model-T2.onnx"), tmp_path / "a.png"
+
+    def refused() -> str:
+        result = run("predict", model, str(path))
+        assert result.exit_code == 1 and "Traceback" not in result.output, result.output
+        return " ".join(result.output.split())
+
+    assert f"no image at {path}" in refused()
+    Image.new("1", (1, 10**6)).save(path)
+    assert f"cannot read {path} (of 1 x 1000000 pixels it is too long and narrow to be cropped); give" in refused()
+    path.write_bytes(b"?")
+    assert f"cannot read {path} (1 bytes that are no png" in refused()
 
 
 def test_a_model_that_does_not_normalise_gets_it_done_batch_by_batch(imagenet: Path) -> None:

@@ -65,6 +65,13 @@ def test_a_refusal_keeps_no_lists(last: bytes) -> None:
     assert len(gc.get_objects()) - alive < 10_000, refused
 
 
+def test_an_input_in_shared_memory_is_refused_by_name() -> None:
+    shared = b'"parameters": {"shared_memory_region": "r", "shared_memory_byte_size": 64}'
+    sent = b'{"inputs": [{"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", %s}]}' % shared
+    with pytest.raises(InvalidRequestError, match="'shared_memory_region' of the input x; there is no shared memory"):
+        read_request(sent, {}, SIZES)
+
+
 @pytest.mark.parametrize("was", [True, False])
 def test_collection_is_as_it_was_before(was: bool) -> None:
     try:

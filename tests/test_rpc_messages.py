@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from tetdeploy.serve.bodies import Sizes, TooLargeError
 from tetdeploy.serve.requests import InvalidRequestError
-from tetdeploy.serve.rpc_messages import MAX_FIELDS, parse
+from tetdeploy.serve.rpc_messages import MAX_FIELDS, parse, read_request
 
 SIZES = Sizes(100_000_000, 1_000, 100_000_000)
 
@@ -64,6 +64,15 @@ def test_raw_bytes_that_are_not_there_allow_no_numbers(monkeypatch: pytest.Monke
     with pytest.raises(InvalidRequestError, match="cut off"):
         parse(made.SerializeToString() + b"\x3a\xff\xff\xff\x7f", SIZES)
     parsed.assert_not_called()
+
+
+def test_an_input_in_shared_memory_is_refused_by_name() -> None:
+    sent = pb.ModelInferRequest(model_name="m")
+    x = sent.inputs.add(name="x", datatype="UINT8", shape=[1, 1, 8, 8])
+    x.parameters["shared_memory_region"].string_param = "r"
+    x.parameters["shared_memory_byte_size"].int64_param = 64
+    with pytest.raises(InvalidRequestError, match="'shared_memory_region' of the input x; there is no shared memory"):
+        read_request(sent)
 
 
 @given(st.one_of(st.binary(max_size=40), st.integers(0, 400).map(lambda k: request().SerializeToString()[:k])))

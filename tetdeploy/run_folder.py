@@ -13,6 +13,7 @@ CHECKPOINT_NAME = "checkpoint.safetensors"
 STATE_NAME = "last.safetensors"
 CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
+SHARDS_NAME = "shards"
 SUMMARY_NAME = "summary.json"  # of several seeds
 LATEST_NAME = "latest"
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tetdeploy.data.image_files import as_pixels, centre_crop, read_image, refuse_unreadable
+from tetdeploy.data.image_files import as_pixels, read_crop, read_image, refuse_unreadable
 from tetdeploy.extras import import_extra
 from tetdeploy.machine import usable_cores
 
@@ -181,13 +181,16 @@ class _Files(Dataset["Batch | list[str]"]):
         pixels, errors = [], []
         for wanted in batch:
             try:
-                image = read_image(wanted.path)
+                pixels.append(_cropped(wanted))
             except ValueError as error:
                 errors.append(str(error))
-                continue
-            size, seed = wanted.size, wanted.seed
-            pixels.append(centre_crop(image, size) if seed is None else random_crop_flip(image, size, seed))
         return errors or (torch.from_numpy(np.stack(pixels)), torch.tensor([wanted.label for wanted in batch]))
+
+
+def _cropped(wanted: Wanted) -> NDArray[np.uint8]:
+    if wanted.seed is None:
+        return read_crop(wanted.path, wanted.size)
+    return random_crop_flip(read_image(wanted.path), wanted.size, wanted.seed)
 
 
 def _as_it_is(batch: Batch | list[str]) -> Batch | list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tetdeploy.checkpoint import check_keys, read_metadata
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.names import section
-from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, METRICS_NAME, checkpoint_file
+from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, METRICS_NAME, SHARDS_NAME, checkpoint_file
 from tetdeploy.shards import check_limit, is_complete, newest_shards, read_shards, write_shards
 from tetdeploy.tensor_file import FORMAT, read_tensors
 
@@ -29,8 +29,6 @@ from .averaging import trainable
 from .runs import read_run_config, run_differences
 from .session import Session, provenance
 from .state import TrainState, like_weights
-
-SHARDS_NAME = "shards"
 
 # What a machine decides: where devices are, and what they are good at.
 _OF_THE_MACHINE = ("device", "precision")

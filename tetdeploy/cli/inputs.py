@@ -28,7 +28,7 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
     from tetdeploy.data import load_data, load_frames
 
     name = _data_name(engine, data)
-    note_own_file(name, _own_data(engine))
+    note_own_file(name, own_data(engine))
     if engine.encoding == "frames" and is_npz(name):
         x, labels, names = load_frames(name)
         check_classes(engine.path.name, engine.class_names, name, names)
@@ -101,7 +101,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
     from tetdeploy.data import same_data
 
     name = _data_name(engine, data)
-    trained_on = same_data(name, _own_data(engine))
+    trained_on = same_data(name, own_data(engine))
     if is_npz(name) and not trained_on:
         return load_inputs(engine, name, data_dir, limit)
     split = split or ("validation" if trained_on else "train")
@@ -128,13 +128,13 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
 
 def _data_name(engine: Engine, data: str | None) -> str:
     """What --data names, or else what the model was trained on."""
-    name = data or _own_data(engine)
+    name = data or own_data(engine)
     if not name:
         raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
     return name
 
 
-def _own_data(engine: Engine) -> str:
+def own_data(engine: Engine) -> str:
     """What the model was trained on; empty where it does not say."""
     return str(engine.metadata["source"].get("data", {}).get("name", ""))
 

@@ -17,8 +17,8 @@ from .events import Binning
 from .fashion_mnist import load_fashion_mnist
 from .folder import load_folder
 from .frames import FrameSet, load_frames, load_npz
-from .image_files import ImageFiles
-from .imagenet import load_imagenet
+from .image_files import ImageFiles, read_crop
+from .imagenet import is_imagenet, load_imagenet
 from .images import ImageSet, save_npz, split_validation
 from .labelled import Encoding, LabelledSet, Split
 from .saccades import saccade_set
@@ -32,9 +32,11 @@ __all__ = [
     "LabelledSet",
     "Split",
     "holds_out_others",
+    "is_imagenet",
     "load_data",
     "load_frames",
     "load_parts",
+    "read_crop",
     "same_data",
     "save_npz",
     "split_validation",
@@ -143,7 +145,7 @@ def _place(name: str) -> tuple[str, Path]:
 def _load_images(name: str, split: Split, data_dir: Path) -> LabelledSet:
     if name in _IMAGE_SETS:
         return _IMAGE_SETS[name](split, data_dir)
-    if name.partition(":")[0].partition("@")[0] == "imagenet":
+    if is_imagenet(name):
         return load_imagenet(name, split, data_dir=data_dir)
     if name.startswith("folder:"):
         return load_folder(name.removeprefix("folder:"), split)

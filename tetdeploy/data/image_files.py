@@ -146,7 +146,7 @@ class FileImages:
         def read(position: int) -> None:
             path = self._data.path(int(indices[position]))
             try:
-                pixels[position] = centre_crop(read_image(path), self._data.size)
+                pixels[position] = read_crop(path, self._data.size)
             except ValueError as error:
                 errors[position] = str(error)
 
@@ -154,6 +154,19 @@ class FileImages:
         in_threads(read, len(indices), text, chunk=_CHUNK)
         refuse_unreadable([errors[position] for position in sorted(errors)])
         return pixels
+
+
+def read_crop(path: str, size: int) -> NDArray[np.uint8]:
+    """An image file as the evaluation takes it, see `read_image` and `centre_crop`: uint8 [3, size, size].
+
+    Raises:
+        ValueError: it cannot be read, or not be cropped; begins with the path.
+    """
+    image = read_image(path)
+    try:
+        return centre_crop(image, size)
+    except ValueError as error:
+        raise ValueError(f"{path} ({error})") from error
 
 
 def read_image(path: str) -> Any:
@@ -203,5 +216,5 @@ def as_pixels(image: Any) -> NDArray[np.uint8]:
 
 
 def refuse_unreadable(errors: Sequence[str]) -> None:
-    """Raise ValueError, with their number and the first ones, if there are errors of `read_image`."""
+    """Raise ValueError, with their number and the first ones, if there are errors of `read_crop`."""
     refuse_failed(errors, "the images read at once cannot be read")

@@ -57,6 +57,11 @@ def load_imagenet(name: str, split: Split, *, data_dir: Path) -> ImageFiles:
     )
 
 
+def is_imagenet(name: str) -> bool:
+    """Whether a set of this name is one of `load_imagenet`: "imagenet", "imagenet@64", "imagenet:PATH"."""
+    return name.partition(":")[0].partition("@")[0] == "imagenet"
+
+
 def _parse(name: str, data_dir: Path) -> tuple[Path, int]:
     """The folder and the size of the crops."""
     place, at, size = name.rpartition("@")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -16,6 +16,7 @@ import numpy as np
 from tetdeploy.engine import Array
 
 DATATYPES = {"uint8": "UINT8", "float32": "FP32", "int64": "INT64", "object": "BYTES"}  # by numpy's names
+SHARED_MEMORY = "shared_memory_region"  # of an input, where other servers find its bytes
 MAX_ID = 256  # characters of a sequence's id: the server keeps it for as long as the sequence is open
 MAX_TENSORS = 16  # inputs and outputs that a request may name: each becomes an object, while nothing else is answered
 MAX_AXES, MAX_SIZE = 8, 2**31 - 1  # of a shape: its sizes are multiplied before anything else bounds them
@@ -147,6 +148,18 @@ def _threshold(value: Any) -> bool | float:
         return float(value)
     except (TypeError, ValueError, OverflowError):  # the last of an integer that no float holds
         return math.nan
+
+
+def check_input(name: str, parameters: Container[str]) -> None:
+    """Refuse an input that lies in shared memory: without its bytes it would be an empty one.
+
+    Raises:
+        InvalidRequestError: it does.
+    """
+    if SHARED_MEMORY in parameters:
+        raise InvalidRequestError(
+            f"unknown parameter {SHARED_MEMORY!r} of the input {name}; there is no shared memory, send the values"
+        )
 
 
 def tensor(

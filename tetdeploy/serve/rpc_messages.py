@@ -20,6 +20,7 @@ from tetdeploy.serve.requests import (
     Input,
     InvalidRequestError,
     WantedOutput,
+    check_input,
     numbers,
     raw_bytes,
 )
@@ -110,8 +111,10 @@ def read_request(message: Any) -> InferRequest:
     """A `ModelInferRequest` that `check_tensors` let pass.
 
     Raises:
-        InvalidRequestError: a parameter has no value.
+        InvalidRequestError: a parameter has no value, or an input lies in shared memory.
     """
+    for given in message.inputs:
+        check_input(given.name, given.parameters)
     raw = message.raw_input_contents
     return InferRequest(
         message.id or str(uuid.uuid4()),
