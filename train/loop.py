@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tetdeploy.checkpoint import read_metadata, save_checkpoint
 from tetdeploy.extras import import_extra
+from tetdeploy.files import is_utf8
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import run_network
 from tetdeploy.run_folder import CHECKPOINT_NAME, STATE_NAME
@@ -144,6 +145,11 @@ def train(
         with ranks.first():
             _check(task, how)
             if board:
+                if not is_utf8(out):
+                    raise OSError(
+                        f"cannot write {out}: TensorBoard takes no path that is not UTF-8; choose another --out, or "
+                        "leave out --tensorboard"
+                    )
                 import_extra("tensorboard", "tensorboard")
             settings = run_settings(classifier, train_set, val_set, config)
             if ranks.writes:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from tetdeploy.checkpoint import data_settings
-from tetdeploy.files import atomic_write, is_utf8, made_folder, write_json
+from tetdeploy.files import atomic_write, made_folder, write_json
 from tetdeploy.form import NUMBER, check_form, parse_json
 from tetdeploy.run_folder import (
     CHECKPOINT_NAME,
@@ -102,11 +102,9 @@ def only_trainer(out: Path, *, resume: bool) -> Iterator[None]:
 
     Raises:
         ValueError: another process trains there.
-        OSError: the folder cannot be made, or the file in it not opened, or its path is not UTF-8.
+        OSError: the folder cannot be made, or the file in it not opened.
     """
     ranks = current_ranks()
-    if not is_utf8(out):
-        raise OSError(f"cannot write {out}: no weights could be read at a path that is not UTF-8; choose another --out")
     with ExitStack() as held:
         with ranks.first():
             if ranks.writes and (out.is_dir() or not resume):
