@@ -477,6 +477,16 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_resuming_a_finished_run_says_what_is_wrong_with_its_checkpoint(copied: Path) -> None:
+    file = copied / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is truncated: .* bytes of .*; copy or train it again"):
+        run(copied, resume=True)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"checkpoint\.safetensors does not exist"):
+        run(copied, resume=True)
+
+
 def test_init_starts_a_new_run_from_given_weights(tmp_path: Path) -> None:
     run(tmp_path / "old")
     classifier = toy(seed=5)
