@@ -480,7 +480,9 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 def test_resuming_a_finished_run_says_what_is_wrong_with_its_checkpoint(copied: Path) -> None:
     file = copied / "checkpoint.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is truncated: .* bytes of .*; copy or train it again"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.safetensors is truncated: .* bytes of .*; copy or train it again"
+    ):
         run(copied, resume=True)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"checkpoint\.safetensors does not exist"):
