@@ -112,10 +112,10 @@ def export_model(
         )
     parity = from_state = kept = None
     with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference:
-        temporary.write_bytes(serialised(graph.model, path))
+        model = serialised(graph.model, path)
+        temporary.write_bytes(model)
         with _without_naming(temporary):
-            _check_form(temporary)
-            size = temporary.stat().st_size
+            _check_form(model)
             if num_check:
                 parity, from_state = check_graph(expected, temporary, config, x[:num_check], progress)
             write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.description)
@@ -126,7 +126,7 @@ def export_model(
         path,
         graph.num_folded,
         len(graph.neurons),
-        size,
+        len(model),
         parity,
         from_state,
         gate_runtimes(config) if num_check else (),
@@ -136,10 +136,10 @@ def export_model(
     )
 
 
-def _check_form(file: Path) -> None:
+def _check_form(model: bytes) -> None:
     """Raises: ValueError: a node of a graph is not as ONNX describes it."""
     try:
-        onnx.checker.check_model(str(file), full_check=True)
+        onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ValueError(
             f"torch.onnx wrote a layer of the network otherwise than ONNX describes it: {first_line(error)}; nothing "

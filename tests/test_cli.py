@@ -666,6 +666,20 @@ class TestBadInput:
         assert "it is there, and something else; choose another with --" in refused(*command).replace("\n", " ")
         assert snapshot(workplace) == before
 
+    @pytest.mark.parametrize(
+        ("command", "result"), [(("sweep", MODEL, "--json"), "photo.json"), (("landscape", RUN, "-o"), "photo.npz")]
+    )
+    def test_a_picture_without_the_result_is_no_plot_of_it(
+        self, command: tuple[str, ...], result: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("engine.Engine.run_with", "train.landscape.measure_landscape"):
+            monkeypatch.setattr(f"tetdeploy.{name}", self.works)
+        Path("photo.png").write_bytes(b"a cat")
+        said = f"photo.png: it is there without {result}, and so something else; choose another with --plot"
+        assert said in refused(*command, result).replace("\n", " ")
+        Path(result).write_text("{}")
+        assert isinstance(run(*command, result).exception, AssertionError)  # it began to work
+
     @pytest.mark.parametrize("command", [("sweep", MODEL, "--plot", "s.x"), ("landscape", RUN, "--plot", "l")])
     def test_a_plot_without_a_format_is_refused_before_the_work(
         self, command: tuple[str, ...], workplace: Path, monkeypatch: pytest.MonkeyPatch

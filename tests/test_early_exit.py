@@ -54,6 +54,7 @@ def test_one_class_is_certain_of_itself() -> None:
     ("options", "message"),
     [
         ({"threshold": 1.5}, "threshold must lie in 0..1, got 1.5"),
+        ({"threshold": "a"}, "threshold must lie in 0..1, got a"),
         ({"threshold": float("nan")}, "threshold must lie in 0..1, got nan"),
         ({"threshold": 0.5, "criterion": "entropy"}, "unknown criterion 'entropy'; choose confidence or margin"),
         ({"threshold": 0.5, "min_T": 0}, "min_T must be at least 1, got 0"),
@@ -196,6 +197,8 @@ def test_a_threshold_is_loaded(model: Path) -> None:
 def test_what_load_exit_refuses(model: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no early-exit threshold at .*m.exit.json; run: tetdeploy calibrate"):
         load_exit(model)
+    with pytest.raises(ValueError, match=r"is a folder, not an \.onnx file"):
+        load_exit(model.parent)
     for changes in (
         {"threshold": 2},
         {"criterion": "luck"},

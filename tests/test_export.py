@@ -425,10 +425,12 @@ def test_the_reference_holds_256_images(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.reference.npz"]
 
 
-def test_the_check_may_be_left_out(tmp_path: Path) -> None:
-    made = export_convsnn(tmp_path / "m.onnx", ExportConfig(T=2), digits().images[:5], num_check=0)
+def test_the_check_may_be_left_out_and_the_path_be_no_utf8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"n\xe9") / "m.onnx"
+    made = export_convsnn(path, ExportConfig(T=2), digits().images[:5], num_check=0)
     assert made.parity is None and made.from_state is None
-    assert json.loads(json.dumps(made.to_dict()))["path"] == str(tmp_path / "m.onnx")
+    assert made.size_bytes == path.stat().st_size
+    assert json.loads(json.dumps(made.to_dict()))["path"] == str(path)
 
 
 def test_parity_is_reported_and_covers_a_state(tmp_path: Path) -> None:
@@ -798,11 +800,11 @@ def test_windows_of_ceil_mode_are_pytorchs(layout: Any, tmp_path: Path) -> None:
 
 
 def test_errors_do_not_name_files_that_are_gone(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "serialised", lambda *given: b"no graph")
+    monkeypatch.setattr(model, "serialised", lambda *given: b"")  # a model without a graph
     with shared_traces():
         with pytest.raises(ValueError, match=r"^torch\.onnx wrote a layer .*: (?!.*\.tmp)"):
             export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:40])
-        monkeypatch.setattr(model, "_check_form", lambda file: None)
+        monkeypatch.setattr(model, "_check_form", lambda model: None)
         with pytest.raises(ValueError, match=r"^the graph that was to be written cannot be loaded"):
             export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:40])
 

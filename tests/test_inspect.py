@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -212,6 +214,12 @@ def test_damaged_metadata_are_one_line(tmp_path: Path) -> None:
             inspect(damaged(file, content, tensors))
     found = inspect(damaged(file, parts | {"network": {"model": "convsnn", "tau": None, "v_th": 1.0}}))
     assert list(inspection_tables(found))
+
+
+def test_a_path_need_not_be_utf8(tmp_path: Path, checkpoint: Path) -> None:
+    for file in (exported("step"), checkpoint):
+        copy = shutil.copy(file, tmp_path / os.fsdecode(b"n\xe9" + file.suffix.encode()))
+        assert inspect(copy) == inspect(file) | {"path": str(copy)}
 
 
 def test_command(tmp_path: Path, checkpoint: Path) -> None:

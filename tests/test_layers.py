@@ -199,6 +199,11 @@ def test_no_steps_are_refused(T: int) -> None:
         encoder()[0](shifted()[0], T)
 
 
+def test_half_a_step_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"T must be a whole number, got 1\.5"):
+        encoder()[0](shifted()[0], 1.5)
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 6), (1, 2, 3, 2, 5, 6)])
 def test_neither_images_nor_frames_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"input must be images .* or frames .*, got shape \["):

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -287,6 +288,8 @@ def test_an_own_network_that_gives_other_than_logits_is_told_so(answer: Any, got
         asked(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), 3)
     with pytest.raises(ValueError, match=message):
         asked(torch.zeros(3, 5, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"images must be a torch\.Tensor, got ndarray; pass torch\.from_numpy"):
+        asked(np.zeros((5, 3, 8, 8), np.uint8), 3)
 
 
 def test_own_networks_are_imported_only_on_request() -> None:

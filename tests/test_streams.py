@@ -306,6 +306,8 @@ def test_refused_states(tmp_path: Path) -> None:
     pool = StreamPool(engine("step"))
     good = pool.state(pool.open())
     other_pool = StreamPool(engine("step", normalize=False))
+    with pytest.raises(ValueError, match=r"state must be a StreamState, got 3"):
+        pool.open(3)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"of another model than step\.onnx \(SHA-256 \w{12}\.\.\., not \w{12}\.\.\.\)"
     ):

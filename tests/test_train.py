@@ -479,6 +479,18 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_resuming_a_finished_run_says_what_is_wrong_with_its_checkpoint(copied: Path) -> None:
+    file = copied / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.safetensors is truncated: .* bytes of .*; copy or train it again"
+    ):
+        run(copied, resume=True)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"checkpoint\.safetensors does not exist"):
+        run(copied, resume=True)
+
+
 def test_init_starts_a_new_run_from_given_weights(tmp_path: Path) -> None:
     run(tmp_path / "old")
     classifier = toy(seed=5)
@@ -815,10 +827,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         run(tmp_path / "file" / "run")
 
 
-def test_a_path_at_which_no_weights_could_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"no weights could be read at a path that is not UTF-8; choose another --out"):
-        run(tmp_path / os.fsdecode(b"run\xff"))
-    assert not [*tmp_path.iterdir()]
+def test_a_path_need_not_be_utf8(tmp_path: Path, finished: Path) -> None:
+    out = tmp_path / os.fsdecode(b"run\xff")
+    run(out, toy(interrupt_at(9)))
+    assert run(out, resume=True).epochs == 3
+    assert same_weights(*(tetdeploy.load(folder, network=Toy()) for folder in (out, finished)))
+    with pytest.raises(OSError, match=r"TensorBoard takes no path that is not UTF-8; choose another --out"):
+        run(tmp_path / os.fsdecode(b"board\xff"), board=True)
+    assert [*tmp_path.iterdir()] == [out]
 
 
 def test_a_full_disk_leaves_the_finished_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

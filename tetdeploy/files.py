@@ -148,6 +148,11 @@ def cache_folder() -> Path:
     return (configured if configured.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "tetdeploy"  # noqa: PTH111
 
 
+def is_utf8(path: Path | str) -> bool:
+    """Whether a path is UTF-8, as libraries want it that take text; Python itself opens any."""
+    return not any("\udc80" <= character <= "\udcff" for character in str(path))  # bytes that are none
+
+
 def sha256_of(file: Path) -> str:
     """The SHA-256 of a file's content."""
     with file.open("rb") as opened:

@@ -13,7 +13,7 @@ from typing import Any
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.energy import Layer, layers_of
 from tetdeploy.extras import import_extra
-from tetdeploy.files import sha256_of
+from tetdeploy.files import is_utf8, sha256_of
 from tetdeploy.form import NUMBER, check_form
 from tetdeploy.model_file import METADATA_KEY, parse_metadata, session_metadata
 from tetdeploy.names import first_line, section
@@ -166,7 +166,8 @@ def _session(file: Path) -> Any:
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        model = file if is_utf8(file) else file.read_bytes()  # of bytes it finds no data beside the model
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exception classes are private
         fault = f"not an ONNX model, or a damaged one ({first_line(error)})"
         raise ValueError(f"{file} cannot be loaded: {fault}") from error

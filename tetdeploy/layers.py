@@ -67,7 +67,8 @@ class DirectEncoding(Layer):
         """Currents of the first neurons.
 
         Raises:
-            ValueError: images without T, frames with another T than theirs, or neither images nor frames.
+            ValueError: images without T or with half a step, frames with another T than theirs, or neither images nor
+                frames.
         """
         if x.dim() == 5:
             if T is not None and x.shape[0] != T:
@@ -79,6 +80,8 @@ class DirectEncoding(Layer):
             raise ValueError(f"input must be images [N, C, H, W] or frames [T, N, C, H, W], got shape {list(x.shape)}")
         if T is None:
             raise ValueError("images [N, C, H, W] need a number of time steps: net(images, T=4)")
+        if isinstance(T, float):
+            raise ValueError(f"T must be a whole number, got {T}")
         if isinstance(T, int) and T < 1:  # the exporter may leave T open: then it is no int
             raise ValueError(f"T must be at least 1, got {T}")
         current: Tensor = super().forward(x)  # type: ignore[no-untyped-call]

@@ -144,7 +144,7 @@ class StreamPool:
         """Start a stream, at u = 0 or where `state` was taken. Gives its id; ids are not used again.
 
         Raises:
-            ValueError: the state is of another model, or damaged.
+            ValueError: the state is none, of another model, or damaged.
         """
         if state is not None:
             self._check_state(state)
@@ -288,6 +288,8 @@ class StreamPool:
             raise ValueError(f"stream {id} has no image yet to show again; push one")
 
     def _check_state(self, state: StreamState) -> None:
+        if not isinstance(state, StreamState):
+            raise ValueError(f"state must be a StreamState, got {state!r}")
         if state.model_sha256 != self.engine.sha256:
             raise ValueError(
                 f"the state is of another model than {self.engine.path.name} (SHA-256 {state.model_sha256[:12]}..., "

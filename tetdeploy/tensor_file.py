@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetdeploy.extras import import_extra
-from tetdeploy.files import atomic_write
+from tetdeploy.files import atomic_write, is_utf8
 from tetdeploy.form import parse_json
 from tetdeploy.model_file import METADATA_KEY
 
@@ -50,10 +50,11 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
 
     try:
-        tensors: dict[str, Tensor] = safetensors.load_file(path)
+        if not is_utf8(path):  # which safetensors itself cannot open
+            return dict(safetensors.load(Path(path).read_bytes()))
+        return dict(safetensors.load_file(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    return tensors
 
 
 def read_content(path: Path | str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tetdeploy.checkpoint import read_metadata, save_checkpoint
 from tetdeploy.extras import import_extra
+from tetdeploy.files import is_utf8
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import run_network
 from tetdeploy.run_folder import CHECKPOINT_NAME, STATE_NAME
@@ -126,9 +127,9 @@ def train(
         ValueError: data or settings do not fit the classifier, `out` holds a run or one with other settings, another
             process trains there, the device is not there, its memory does not suffice, an image cannot be read, or the
             loss is not finite; there is nothing to restart from, it is damaged, or a tensor is larger than a shard; the
-            step has no graph.
+            step has no graph; the checkpoint of a run that is finished is damaged.
         MissingExtraError: the package tensorboard is wanted and not installed.
-        OSError: something cannot be written; earlier files are as they were.
+        OSError: something cannot be written, earlier files are as they were; or that checkpoint is gone.
     """
     start, out, how = time.perf_counter(), Path(out), how or How()
     task = Task(classifier, train_set, val_set, config, out)
@@ -144,6 +145,11 @@ def train(
         with ranks.first():
             _check(task, how)
             if board:
+                if not is_utf8(out):
+                    raise OSError(
+                        f"cannot write {out}: TensorBoard takes no path that is not UTF-8; choose another --out, or "
+                        "leave out --tensorboard"
+                    )
                 import_extra("tensorboard", "tensorboard")
             settings = run_settings(classifier, train_set, val_set, config)
             if ranks.writes:
@@ -213,6 +219,8 @@ def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Pat
         state = restore_state(session.out / STATE_NAME, network, optimizer, session.scaler, session.device)
         if state.epoch < session.config.epochs:
             state.best = _kept_best(session, state.best)
+        else:
+            read_metadata(session.out / CHECKPOINT_NAME)  # or the result would name one that is damaged or gone
     elif restart is not None:
         state = restart_state(restart, session)
     else:

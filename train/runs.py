@@ -102,11 +102,9 @@ def only_trainer(out: Path, *, resume: bool) -> Iterator[None]:
 
     Raises:
         ValueError: another process trains there.
-        OSError: the folder cannot be made, or the file in it not opened, or its path is not UTF-8.
+        OSError: the folder cannot be made, or the file in it not opened.
     """
     ranks = current_ranks()
-    if any("\udc80" <= character <= "\udcff" for character in str(out)):  # bytes that are none, as Python has them
-        raise OSError(f"cannot write {out}: no weights could be read at a path that is not UTF-8; choose another --out")
     with ExitStack() as held:
         with ranks.first():
             if ranks.writes and (out.is_dir() or not resume):

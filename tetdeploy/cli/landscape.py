@@ -15,6 +15,7 @@ from tetdeploy.cli.options import (
     check_distinct,
     check_plot,
     data_dir_option,
+    default_plot,
     json_option,
     runs_option,
 )
@@ -124,7 +125,7 @@ def _checked_plot(path: Path, plot: Path | None, json_path: Path | None) -> Path
     from tetdeploy.files import check_writable
 
     check_writable(path, remedy="choose another with --out")
-    plot = plot or path.with_suffix(".png")
+    plot = plot or default_plot(path)
     check_writable(plot, remedy="choose another with --plot")
     check_distinct({"--out": path, "--plot": plot, "--json": json_path})
     check_plot(plot)

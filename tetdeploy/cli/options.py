@@ -179,6 +179,21 @@ def opens_model(*, threads: bool = True) -> Callable[[Callable[..., Any]], Calla
     return decorate
 
 
+def default_plot(result: Path) -> Path:
+    """Where the plot of a result goes unless --plot says otherwise: beside it, `.png`.
+
+    Raises:
+        OSError: a file of that name is there without the result, and so is no plot of it.
+    """
+    plot = result.with_suffix(".png")
+    if plot.is_file() and not result.exists():
+        raise OSError(
+            f"cannot write {plot}: it is there without {result.name}, and so something else; "
+            "choose another with --plot, or remove it"
+        )
+    return plot
+
+
 def check_plot(path: Path) -> None:
     """Refuse the name of a plot that matplotlib, which must be there, has no format for.
 

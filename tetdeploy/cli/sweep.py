@@ -14,6 +14,7 @@ from tetdeploy.cli.options import (
     check_distinct,
     check_plot,
     data_dir_option,
+    default_plot,
     opens_model,
     output_path,
     parsed_steps,
@@ -98,7 +99,7 @@ def sweep(
     engine = chosen.engine()
     note_other_checkpoint(engine)
     json_path = output_path(json_path, "--json", engine, ".sweep.json")
-    picture = plot or json_path.with_suffix(".png")
+    picture = plot or default_plot(json_path)
     check_writable(picture, remedy="choose another with --plot")
     check_distinct({"--json": json_path, "--plot": picture})
     if plot is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsFloat, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ class Exit:
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
             raise ValueError(f"unknown criterion {self.criterion!r}; choose {' or '.join(CRITERIA)}")
-        if not 0 <= self.threshold <= 1:
+        if not isinstance(self.threshold, SupportsFloat) or not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must lie in 0..1, got {self.threshold}; 1 stops no image early")
         object.__setattr__(self, "threshold", float(self.threshold))
         object.__setattr__(self, "min_T", check_count("min_T", self.min_T))
@@ -89,7 +89,8 @@ def load_exit(model: Path | str, T: int | None = None) -> Exit:
 
     Raises:
         FileNotFoundError: the model is not there, or there is no rule beside it.
-        ValueError: the rule's file is damaged, is that of another model, or was found for more steps than T.
+        ValueError: the model is a folder; the rule's file is damaged, is that of another model, or was found for more
+            steps than T.
     """
     found, calibrated_T = load_rule(model)
     if T is not None:
@@ -117,6 +118,8 @@ def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, in
         sha256: of the `.onnx` file as it was loaded; None reads it.
     """
     graph, said = _graph(Path(model))
+    if graph.is_dir():
+        raise ValueError(f"{graph} is a folder, not an .onnx file")
     sha256 = sha256 or (sha256_of(graph) if said is None else said)
     path, again = exit_path(graph), f"run: tetdeploy calibrate {graph}"
     if not path.is_file():

@@ -241,6 +241,8 @@ class Classifier(nn.Module):
         return (x.to(self.mean.dtype) / 255.0 - self.mean) / self.std
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"images must be a torch.Tensor, got {type(x).__name__}; pass torch.from_numpy(images)")
         x = self.normalize(x) if x.dtype == torch.uint8 else x
         logits: Tensor = self.network(x, T) if T is not None else self.network(x)
         if not torch.compiler.is_compiling():  # a trace may leave T and the batch open
