@@ -23,7 +23,7 @@ def commands(text: str) -> Iterator[str]:
         for line in re.sub(r"\\\n *", "", block).splitlines():
             parts = re.split(r" #| {3,}|&&|;|\|", line.strip().removeprefix("$ "))
             yield from (part.strip()[10:] for part in parts if part.strip().startswith("tetdeploy "))
-    for inline in re.findall(r"`tetdeploy (.*?)`", BLOCK.sub("", text), re.DOTALL):
+    for inline in re.findall(r"`(?:python3 -m )?tetdeploy (.*?)`", BLOCK.sub("", text), re.DOTALL):
         if "..." not in inline:
             words = inline.split()
             yield " ".join(words if words[1:] else [*words, "--help"])  # a name alone speaks of the command
@@ -44,8 +44,8 @@ tetdeploy export \\
 T=4 tetdeploy
 ```
 `tetdeploy bench
-MODEL`, `tetdeploy train ...`, `tetdeploy.train`"""
-    assert list(commands(text)) == ["train --T 4", "sweep", "export --T 6", "bench MODEL"]
+MODEL`, `tetdeploy train ...`, `tetdeploy.train`, `python3 -m tetdeploy inspect M`"""
+    assert list(commands(text)) == ["train --T 4", "sweep", "export --T 6", "bench MODEL", "inspect M"]
     assert {name for name, _ in shown()} >= {"README.md", "training.md", "tensorrt.md"}
 
 

@@ -10,6 +10,7 @@ import operator
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -51,6 +52,12 @@ def test_a_side_that_cannot_be_opened_or_dies_says_so(module: Any) -> None:
     assert dying.ask(7) is None and dying.failed == "its process ended with 7"
 
 
+def test_a_side_that_hangs_is_killed_and_has_failed(module: Any) -> None:
+    hanging = module("turns").Worker(functools.partial, time.sleep, limit_s=0.5)
+    assert hanging.ask(60) is None and hanging.failed == "no answer within 0.5 s"
+    assert not hanging._process.is_alive() and hanging.ask(0) is None
+
+
 def test_the_wishes_take_the_fastest_of_each_kind(module: Any) -> None:
     def side(ms: float, mb: float = 100) -> dict[str, Any]:
         return {"median_ms": ms, "peak_mb": mb, "first_gradient": 2.0}
@@ -79,7 +86,7 @@ def test_the_wishes_take_the_fastest_of_each_kind(module: Any) -> None:
 class Answering:
     """In place of a side's process: a millisecond an image, a failure from the second round on, or no profiler."""
 
-    def __init__(self, open_side: Any, side: str, *_: Any) -> None:
+    def __init__(self, open_side: Any, side: str, *_: Any, **options: Any) -> None:
         self.side, self.failed, self.asked = side, "", 0
 
     def ask(self, request: Any) -> Any:

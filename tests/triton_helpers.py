@@ -10,9 +10,11 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,3 +79,50 @@ def run_interpreted(file: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^\d+ passed(, \d+ deselected)? in", done.stdout, re.MULTILINE), done.stdout
+
+
+def run_compiled(code: str) -> list[str]:
+    """Lines that a script prints which compiles kernels, in a process of its own, by `ptx_for_h100`."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def ptx_for_h100(kernel: Any, dtype: str, types: Mapping[str, str], constants: Mapping[str, Any]) -> str:
+    """What Triton makes of a kernel without a GPU, checked: no multiply-add is fused, and all is kept in registers.
+
+    Arguments that neither `types` nor `constants` name are pointers to `dtype`. PTX has any number of registers; what
+    ptxas, which assembles it, spills has its place on the stack, where these kernels put nothing else.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tetdeploy.kernels.triton_lif import NOT_FUSED
+
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = {**types, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
+    even = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(signature.values()) if kind[0] in "*i"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=even)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=NOT_FUSED)
+    ptx = str(compiled.asm["ptx"])
+    case = f"{kernel.__name__} of {dtype} with {constants}"
+    assert "fma." not in ptx, f"{case}: a multiply-add was fused"
+    assert stack_bytes(compiled.asm["cubin"]) == 0, f"{case}: registers do not suffice"
+    return ptx
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Of a thread of an assembled kernel, by the cuobjdump that comes with Triton."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (found,) = re.findall(r"REG:\d+ STACK:(\d+)", said)
+    return int(found)

@@ -57,7 +57,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from floor import floor, timed
 from memory import loop_twin, peak_bytes
 from peers import reset, with_spikingjelly
-from turns import Answer, Worker
+from turns import LIMIT_S, Answer, Worker
 
 SIDES = ("loop", "NCHW", "unfused", "tetdeploy", "tetdeploy graphs")
 SIDES += tuple(f"SJ {backend} {layout}" for backend in ("torch", "triton", "cuda") for layout in ("NCHW", "NHWC"))
@@ -238,13 +238,18 @@ def kind_of(event: Any) -> str:
 
 
 def measure(
-    sides: list[str], case: Case, turns: int, threads: int | None, keep: Callable[[dict[str, Any]], None]
+    sides: list[str],
+    case: Case,
+    turns: int,
+    threads: int | None,
+    keep: Callable[[dict[str, Any]], None],
+    limit_s: float = LIMIT_S,
 ) -> None:
     """ "sides", each with "median_ms", "peak_mb" and "profile_ms" (or "not_profiled"), or with "failed"; and "floor".
 
     `keep` gets what is known so far after each round and each side: a call that is cut leaves that.
     """
-    workers = {side: Worker(open_side, side, case, threads) for side in sides}
+    workers = {side: Worker(open_side, side, case, threads, limit_s=limit_s) for side in sides}
     taken: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     found: dict[str, Any] = {}
     for number in range(turns + 1):
@@ -264,7 +269,7 @@ def measure(
             found[side] |= {"not_profiled": worker.failed} if worker.failed else {"profile_ms": profiled}
         worker.end()
         keep({"sides": found})
-    last = Worker(open_side, "tetdeploy", case, threads)
+    last = Worker(open_side, "tetdeploy", case, threads, limit_s=limit_s)
     answer = last.ask(FLOOR) or {"failed": last.failed}
     last.end()
     keep({"sides": found, "floor": answer})
@@ -378,6 +383,14 @@ def show(results: dict[str, Any]) -> None:
 @click.option("--steps", default=10, show_default=True, help="In a turn.")
 @click.option("--side", "sides", multiple=True, type=click.Choice(SIDES), help="These alone. [default: all]")
 @click.option("--threads", type=click.IntRange(min=1), help="On a CPU.")
+@click.option(
+    "--limit",
+    "limit_s",
+    default=LIMIT_S,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds that an answer of a side may take; a side that hangs is left out.",
+)
 @json_option
 def main(
     model: str,
@@ -391,6 +404,7 @@ def main(
     steps: int,
     sides: tuple[str, ...],
     threads: int | None,
+    limit_s: float,
     json_path: Path | None,
 ) -> None:
     found = pick_device(device)
@@ -404,7 +418,7 @@ def main(
         if json_path is not None:
             write_json(json_path, results)
 
-    measure(list(sides or SIDES), case, turns, threads, keep)
+    measure(list(sides or SIDES), case, turns, threads, keep, limit_s)
     show(results)
 
 

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 Answer = Callable[[Any], Any]
+LIMIT_S = 600.0  # of one answer, which may compile or build engines first
 
 
 class Worker:
@@ -24,12 +25,14 @@ class Worker:
     Args:
         open_side: a module's function; called in the process, returns what answers requests.
         arguments: for it.
+        limit_s: how long an answer may take, seconds; then the side has failed and its process is killed.
     """
 
-    def __init__(self, open_side: Callable[..., Answer], *arguments: Any) -> None:
+    def __init__(self, open_side: Callable[..., Answer], *arguments: Any, limit_s: float = LIMIT_S) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, self._theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(self._theirs, open_side, arguments), daemon=True)
+        self._limit_s = limit_s
         self.failed = ""
         atexit.register(self.kill)
 
@@ -43,6 +46,10 @@ class Worker:
         try:
             self._signal(signal.SIGCONT)
             self._connection.send(request)
+            if not self._connection.poll(self._limit_s):
+                self.failed = f"no answer within {self._limit_s:g} s"
+                self.kill()
+                return None
             self.failed, answer = self._connection.recv()
             self._signal(signal.SIGSTOP)
         except (EOFError, OSError):

@@ -363,7 +363,7 @@ def backward(
     The last is undefined without a BN of the residual.
     """
     layout, T = _layout(y), len(grad_spikes)
-    tile = _tile(layout, 1024 if T <= 4 else 512)
+    tile = _tile(layout, _backward_size(T, residual_norm is not None))
     positions, stride, step = _steps(y, grad_spikes)
     C = y.shape[1]
     slab, slabs = _slabs(positions, C, tile)
@@ -404,6 +404,17 @@ def _tile(layout: tuple[int, int], size: int) -> dict[str, Any]:
     C, inner = layout
     channels = min(64, triton.next_power_of_2(C)) if inner == 1 else 1
     return {"POSITIONS": size // channels, "CHANNELS": channels}
+
+
+def _backward_size(T: int, has_residual_norm: bool) -> int:
+    """Positions times channels of a program of `_backward`: as many as its registers suffice for.
+
+    Each thread keeps T membranes of each position and what was loaded ahead. At T > 8 ptxas spilled up to 560 bytes a
+    thread of 512 (4 a thread), and with a residual's BN 160 of 256.
+    """
+    if T <= 8:
+        return 1024 if T <= 4 else 512
+    return 128 if has_residual_norm else 256
 
 
 def _grid_of_tiles(positions: int, C: int, tile: dict[str, Any]) -> tuple[int]:
