@@ -10,6 +10,8 @@ import operator
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -74,6 +76,33 @@ def test_the_wishes_take_the_fastest_of_each_kind(module: Any) -> None:
         ("memory, ours / plain loop", 0.65, "at most 0.6", False),
     ]
     assert ratios({"loop": {"failed": "why"}, "tetdeploy": side(10)}) == []
+    own = {"tetdeploy malloc": side(15, 80)}
+    assert ratios({name: sides[name] for name in ("loop", "tetdeploy")} | own) == [
+        ("plain loop / ours", 2.5, "at least 1.5", True),
+        ("memory, ours / plain loop", 0.45, "at most 0.6", True),
+        ("plain loop / ours, with malloc as it is", 2.0, "at least 1.5", True),
+        ("memory, ours / plain loop, with malloc as it is", 0.4, "at most 0.6", True),
+    ]
+
+
+@pytest.mark.parametrize(("side", "kept"), [("tetdeploy", True), ("tetdeploy malloc", False), ("loop", False)])
+def test_memory_is_kept_for_the_side_that_says_so(
+    side: str, kept: bool, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, within = module("training_step"), []
+
+    @contextmanager
+    def reused_memory() -> Iterator[None]:
+        within.append(True)
+        yield
+        within.pop()
+
+    for name, value in (("benchmark", False), ("allow_tf32", True)):  # which a side sets in its process
+        monkeypatch.setattr(torch.backends.cudnn, name, value)
+    monkeypatch.setattr(training, "Step", lambda side, case: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(training, "reused_memory", reused_memory)
+    monkeypatch.setattr(training, "turn", lambda step, case: bool(within))
+    assert training.open_side(side, None, None)("turn") is kept
 
 
 class Answering:
@@ -166,11 +195,16 @@ def test_an_operators_time_goes_to_the_innermost_kind_round_it(module: Any) -> N
     assert kind_of(event("aten::linear")) == "rest"
 
 
-def test_a_side_that_a_cpu_has_not_is_left_out(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_side_that_the_device_has_not_is_left_out(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     training = module("training_step")
     case = training.Case("convsnn", 0.1, 8, 2, 2, "cpu", "fp32", 1)
     with pytest.raises(ValueError, match="no CUDA graph of this training step: the run is on cpu"):
         training.Step("tetdeploy graphs", case)
+    monkeypatch.setattr(training, "pick_device", lambda name: torch.device("cuda"))
+    with pytest.raises(ValueError, match="tetdeploy malloc is for a CPU"):
+        training.Step("tetdeploy malloc", case)
     measured = {"median_ms": 1.0, "peak_mb": 1.0, "first_gradient": 2.0}
     others = {"loop": measured | {"first_gradient": 2.2}, "NCHW": measured | {"first_gradient": 2.05}}
     others |= {"ANN": measured | {"first_gradient": 3.0}, "unfused": measured | {"first_gradient": float("nan")}}
