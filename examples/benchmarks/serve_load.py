@@ -321,8 +321,8 @@ def main(
                     found = soak(server, x, expected, minutes)
                     console.print(found)
                 else:
-                    found = [measure(server, engine, x, expected, count, seconds) for count in counts]
-                    show(found)
+                    found = {"rows": [measure(server, engine, x, expected, count, seconds) for count in counts]}
+                    show(found["rows"])
     if json_path is not None:
         write_json(json_path, found)
 
