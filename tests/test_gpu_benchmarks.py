@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -255,6 +256,28 @@ def test_without_a_gpu_there_is_one_line(name: str, module: Any) -> None:
     refused = CliRunner().invoke(module(name).main, ["--device", "cuda:99"])
     assert refused.exit_code == 1
     assert refused.output.startswith("Error: device cuda:99 is not there") and len(refused.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("file", sorted(f.stem for f in BENCHMARKS.glob("*.py") if "@click.command" in f.read_text()))
+def test_numbers_that_make_no_sense_are_refused_at_once(file: str, module: Any) -> None:
+    if file == "serve_load":
+        pytest.importorskip("prometheus_client", reason="needs tetdeploy[serve]")
+    main, ranges = module(file).main, (click.IntRange, click.FloatRange, module("counts").Counts)
+    options = [
+        option for option in main.params if isinstance(option.type, (*ranges, type(click.INT), type(click.FLOAT)))
+    ]
+    assert options
+    for option in options:
+        assert isinstance(option.type, ranges), option.name  # or it would be measured with 0
+        refused = CliRunner().invoke(main, [option.opts[0], "-1" if option.name == "workers" else "0"])
+        assert refused.exit_code == 2 and "is not in the range" in refused.output, option.name
+        if isinstance(option.type, module("counts").Counts):
+            assert CliRunner().invoke(main, [option.opts[0], "1,x"]).exit_code == 2
+
+
+def test_a_model_that_no_side_could_build_is_one_line(module: Any) -> None:
+    refused = CliRunner().invoke(module("training_step").main, ["--device", "cpu", "--model", "nope"])
+    assert refused.exit_code == 1 and refused.output.startswith("Error: unknown model 'nope'; choose one of ")
 
 
 @pytest.mark.parametrize("command", ["half", "inference", "serve_load --convsnn", "gpu_inference --device cpu"])

@@ -44,9 +44,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import json_option
+from tetdeploy.cli.options import STEPS, json_option
 from tetdeploy.files import write_json
-from tetdeploy.networks import ann_twin, build_network
+from tetdeploy.networks import NetworkConfig, ann_twin, build_network
 from tetdeploy.neurons import LIF
 from tetdeploy.train import TrainConfig, total_loss
 from tetdeploy.train.device import autocast, device_name, pick_device, pick_precision, place, reused_memory
@@ -55,6 +55,7 @@ from tetdeploy.train.optimizer import build_optimizer
 from tetdeploy.train.ranks import Ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
+from counts import ABOVE_0, COUNT
 from floor import floor, timed
 from memory import loop_twin, peak_bytes
 from peers import reset, with_spikingjelly
@@ -90,11 +91,12 @@ class Case:
     precision: str
     steps: int
 
-    def network(self) -> nn.Module:
-        from tetdeploy.networks import NetworkConfig
+    def config(self) -> NetworkConfig:
+        return NetworkConfig(self.model, 10, 3, (self.size, self.size), width=self.width)
 
+    def network(self) -> nn.Module:
         torch.manual_seed(0)
-        return build_network(NetworkConfig(self.model, 10, 3, (self.size, self.size), width=self.width))
+        return build_network(self.config())
 
 
 class Step:
@@ -375,16 +377,22 @@ def show(results: dict[str, Any]) -> None:
 
 @click.command(cls=CleanErrors)
 @click.option("--model", default="resnet19", show_default=True)
-@click.option("--width", default=1.0, show_default=True)
-@click.option("--size", default=32, show_default=True, help="Side of the images.")
-@click.option("--T", "T", default=4, show_default=True)
-@click.option("--batch", default=256, show_default=True)
+@click.option("--width", default=1.0, type=ABOVE_0, show_default=True)
+@click.option("--size", default=32, type=COUNT, show_default=True, help="Side of the images.")
+@click.option("--T", "T", default=4, type=STEPS, show_default=True)
+@click.option("--batch", default=256, type=COUNT, show_default=True)
 @click.option("--device", default="cuda", show_default=True)
-@click.option("--precision", default="auto", show_default=True, help="As of `tetdeploy train`: bf16, on a CPU fp32.")
-@click.option("--turns", default=5, show_default=True, help="Of each side.")
-@click.option("--steps", default=10, show_default=True, help="In a turn.")
+@click.option(
+    "--precision",
+    default="auto",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    show_default=True,
+    help="As of `tetdeploy train`: bf16, on a CPU fp32.",
+)
+@click.option("--turns", default=5, type=COUNT, show_default=True, help="Of each side.")
+@click.option("--steps", default=10, type=COUNT, show_default=True, help="In a turn.")
 @click.option("--side", "sides", multiple=True, type=click.Choice(SIDES), help="These alone. [default: all]")
-@click.option("--threads", type=click.IntRange(min=1), help="On a CPU.")
+@click.option("--threads", type=COUNT, help="On a CPU.")
 @json_option
 def main(
     model: str,
@@ -403,6 +411,7 @@ def main(
     found = pick_device(device)
     chosen = pick_precision(precision, found)
     case = Case(model, width, size, T, batch, device, chosen, steps)
+    case.config()  # refuses a model that no side could build
     results = {"case": vars(case), "card": device_name(found), "precision": chosen, "torch": torch.__version__}
 
     def keep(measured: dict[str, Any]) -> None:
