@@ -251,6 +251,14 @@ def trained_T(run: Path) -> int:
     return int(json.loads((run / "config.json").read_text())["training"]["T"])
 
 
+def ran(entry: Entry, run: Path) -> str:
+    """The name of a comparison's row with the data and the T of its run, as shorter runs have others than the paper."""
+    settings = json.loads((run / "config.json").read_text())
+    _, *words = entry.name.split()
+    T = [] if settings["network"]["ann"] else [f"T={trained_T(run)}"]
+    return " ".join([settings["data"]["name"], *(word for word in words if not word.startswith("T=")), *T])
+
+
 def held_out_accuracy(run: Path) -> float:
     """On the held-out images, of the weights that were kept, which are those of the last stage's best epoch."""
     return float(read_metadata(run / CHECKPOINT_NAME)["provenance"]["val_accuracy"])
@@ -279,8 +287,9 @@ def accuracy_table(at: Place) -> None:
             f"1:{trained_T(run)}" if "dvs" in entry.recipe else "1:8" for run in runs
         ]  # of frames there are no more
         test = [final_accuracy(run, at, wanted) for run, wanted in zip(runs, steps, strict=True)]
-        numbers.append({"name": entry.name, "recipe": entry.recipe, "held_out": held_out, "test": test})
-        rows.append([entry.name, mean_std(held_out), mean_std(test), str(len(runs))])
+        name = entry.name if at.scale == "full" or at.what != "comparison" else ran(entry, runs[0])
+        numbers.append({"name": name, "recipe": entry.recipe, "held_out": held_out, "test": test})
+        rows.append([name, mean_std(held_out), mean_std(test), str(len(runs))])
     write_json(at.result(".json"), {"scale": at.scale, "rows": numbers})
     write_table(at, ["", "held out (%)", "test (%)", "seeds"], rows)
 

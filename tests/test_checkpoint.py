@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import tetdeploy
 from tetdeploy.checkpoint import load, load_weights, read_metadata, save_checkpoint
 from tetdeploy.files import atomic_folder, atomic_write, check_writable, write_json
+from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import newest_run
 
@@ -294,6 +295,15 @@ def test_a_pipe_is_not_replaced_and_a_link_is_followed(tmp_path: Path) -> None:
         write_json(link, content)
         assert link.is_symlink() and json.loads(target.read_text()) == content
     assert {path.name for path in tmp_path.rglob("*")} == {"pipe", "link", "deeper", "target"}
+
+
+def test_json_has_null_for_what_it_has_no_number_for(tmp_path: Path) -> None:
+    nan, infinity = float("nan"), float("inf")
+    write_json(tmp_path / "a.json", {"a": nan, "b": [1.5, -infinity, ("c", nan)], "d": {"e": infinity, "f": True}})
+    expected = {"a": None, "b": [1.5, None, ["c", None]], "d": {"e": None, "f": True}}
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == expected
+    write_metrics(tmp_path, [{"epoch": 1, "val_loss": 0.5, "val_tet_loss": infinity}, {"epoch": 2, "val_loss": nan}])
+    assert [(r["val_loss"], r.get("val_tet_loss")) for r in read_metrics(tmp_path)] == [(0.5, None), (None, None)]
 
 
 @pytest.mark.parametrize("write", [atomic_write, atomic_folder])

@@ -11,10 +11,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -81,6 +84,33 @@ def test_the_wishes_take_the_fastest_of_each_kind(module: Any) -> None:
         ("memory, ours / plain loop", 0.65, "at most 0.6", False),
     ]
     assert ratios({"loop": {"failed": "why"}, "tetdeploy": side(10)}) == []
+    own = {"tetdeploy malloc": side(15, 80)}
+    assert ratios({name: sides[name] for name in ("loop", "tetdeploy")} | own) == [
+        ("plain loop / ours", 2.5, "at least 1.5", True),
+        ("memory, ours / plain loop", 0.45, "at most 0.6", True),
+        ("plain loop / ours, with malloc as it is", 2.0, "at least 1.5", True),
+        ("memory, ours / plain loop, with malloc as it is", 0.4, "at most 0.6", True),
+    ]
+
+
+@pytest.mark.parametrize(("side", "kept"), [("tetdeploy", True), ("tetdeploy malloc", False), ("loop", False)])
+def test_memory_is_kept_for_the_side_that_says_so(
+    side: str, kept: bool, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, within = module("training_step"), []
+
+    @contextmanager
+    def reused_memory() -> Iterator[None]:
+        within.append(True)
+        yield
+        within.pop()
+
+    for name, value in (("benchmark", False), ("allow_tf32", True)):  # which a side sets in its process
+        monkeypatch.setattr(torch.backends.cudnn, name, value)
+    monkeypatch.setattr(training, "Step", lambda side, case: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(training, "reused_memory", reused_memory)
+    monkeypatch.setattr(training, "turn", lambda step, case: bool(within))
+    assert training.open_side(side, None, None)("turn") is kept
 
 
 class Answering:
@@ -173,11 +203,16 @@ def test_an_operators_time_goes_to_the_innermost_kind_round_it(module: Any) -> N
     assert kind_of(event("aten::linear")) == "rest"
 
 
-def test_a_side_that_a_cpu_has_not_is_left_out(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_side_that_the_device_has_not_is_left_out(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     training = module("training_step")
     case = training.Case("convsnn", 0.1, 8, 2, 2, "cpu", "fp32", 1)
     with pytest.raises(ValueError, match="no CUDA graph of this training step: the run is on cpu"):
         training.Step("tetdeploy graphs", case)
+    monkeypatch.setattr(training, "pick_device", lambda name: torch.device("cuda"))
+    with pytest.raises(ValueError, match="tetdeploy malloc is for a CPU"):
+        training.Step("tetdeploy malloc", case)
     measured = {"median_ms": 1.0, "peak_mb": 1.0, "first_gradient": 2.0}
     others = {"loop": measured | {"first_gradient": 2.2}, "NCHW": measured | {"first_gradient": 2.05}}
     others |= {"ANN": measured | {"first_gradient": 3.0}, "unfused": measured | {"first_gradient": float("nan")}}
@@ -228,6 +263,28 @@ def test_without_a_gpu_there_is_one_line(name: str, module: Any) -> None:
     refused = CliRunner().invoke(module(name).main, ["--device", "cuda:99"])
     assert refused.exit_code == 1
     assert refused.output.startswith("Error: device cuda:99 is not there") and len(refused.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("file", sorted(f.stem for f in BENCHMARKS.glob("*.py") if "@click.command" in f.read_text()))
+def test_numbers_that_make_no_sense_are_refused_at_once(file: str, module: Any) -> None:
+    if file == "serve_load":
+        pytest.importorskip("prometheus_client", reason="needs tetdeploy[serve]")
+    main, ranges = module(file).main, (click.IntRange, click.FloatRange, module("counts").Counts)
+    options = [
+        option for option in main.params if isinstance(option.type, (*ranges, type(click.INT), type(click.FLOAT)))
+    ]
+    assert options
+    for option in options:
+        assert isinstance(option.type, ranges), option.name  # or it would be measured with 0
+        refused = CliRunner().invoke(main, [option.opts[0], "-1" if option.name == "workers" else "0"])
+        assert refused.exit_code == 2 and "is not in the range" in refused.output, option.name
+        if isinstance(option.type, module("counts").Counts):
+            assert CliRunner().invoke(main, [option.opts[0], "1,x"]).exit_code == 2
+
+
+def test_a_model_that_no_side_could_build_is_one_line(module: Any) -> None:
+    refused = CliRunner().invoke(module("training_step").main, ["--device", "cpu", "--model", "nope"])
+    assert refused.exit_code == 1 and refused.output.startswith("Error: unknown model 'nope'; choose one of ")
 
 
 @pytest.mark.parametrize("command", ["half", "inference", "serve_load --convsnn", "gpu_inference --device cpu"])

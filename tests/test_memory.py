@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from tetdeploy.networks import NetworkConfig, build_network
 from tetdeploy.train import total_loss
@@ -60,5 +62,34 @@ def test_a_case_that_fails_is_named() -> None:
         [sys.executable, str(SCRIPT), "--model", "nothing", "--T", "3"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert "T=3, neurons=ours, recompute=False: the process ended with 1" in result.stderr
-    assert "unknown model 'nothing'" in result.stderr
+    assert result.stderr.startswith("Error: T=3, neurons=ours, recompute=False: unknown model 'nothing'; choose one of")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = script()
+    monkeypatch.setattr(memory, "in_own_process", lambda case: pytest.fail("measured"))
+    (tmp_path / "m.json").write_text("else")
+    refused = CliRunner().invoke(memory.main, ["--json", str(tmp_path / "m.json")])
+    assert refused.exit_code == 1
+    assert "m.json: it is there, and something else; choose another with --json" in refused.output
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, MemoryError])
+def test_an_end_is_one_line(interrupt: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = script()
+    monkeypatch.setattr(memory, "in_own_process", Mock(side_effect=interrupt))
+    ended = CliRunner().invoke(memory.main)
+    assert ended.exit_code == (130 if interrupt is KeyboardInterrupt else 1)
+    assert len(ended.output.splitlines()) == 1
+
+
+def test_nothing_is_divided_by_memory_too_little_to_measure() -> None:
+    rows = [
+        {"T": 1, "neurons": neurons, "recompute": recompute, "peak_mb": 0.0, "seconds": 1.0}
+        for neurons in ("ours", "loop")
+        for recompute in (False, True)
+    ]
+    assert script().growth([1], rows) == ["too little memory to compare; take a larger --batch-size"]

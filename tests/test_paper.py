@@ -148,7 +148,8 @@ class Stub:
             raise SystemExit(130)
         for run, seed in zip(folders, seeds, strict=True):
             run.mkdir(exist_ok=True)
-            (run / "config.json").write_text(json.dumps({"network": network, "training": {"T": T}}))
+            settings = {"network": network, "training": {"T": T}, "data": {"name": context.params["data"]}}
+            (run / "config.json").write_text(json.dumps(settings))
             losses = {"val_sdt_loss": 1.0, "val_tet_loss": 2.0}
             rows = [{"epoch": k, "val_accuracy": 0.9 - k / 10} | losses for k in (1, 2)]
             (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -189,6 +190,18 @@ def test_a_table_has_the_kept_weights_accuracies_at_the_T_of_each_training(
         assert row["test"] == [Stub.accuracy(training, seed, T) for seed in (0, 1)]
     held_out, test = (paper.mean_std(rows[1][part]) for part in ("held_out", "test"))
     assert f"| TET T=4 | {held_out} | {test} | 2 |" in (tmp_path / "table1.md").read_text()
+
+
+def test_rows_of_a_short_comparison_name_what_was_run(paper: ModuleType, stub: Stub, tmp_path: Path) -> None:
+    run(paper, "comparison", "--smoke", "--out", str(tmp_path))
+    rows = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    expected = {f"comparison-cifar10-T{T}": f"digits T={T}" for T in (2, 4, 6)} | {
+        "comparison-cifar10-ann": "digits ANN"
+    }
+    for loss in ("sdt", "tet"):
+        expected[f"comparison-dvs-cifar10-{loss}"] = f"saccades:digits {loss.upper()} T=4"
+    assert {row["recipe"]: row["name"] for row in rows} == expected
+    assert "| saccades:digits TET T=4 | " in (tmp_path / "comparison.md").read_text()
 
 
 def test_smooth_spikes_have_the_slope_of_their_row(paper: ModuleType, stub: Stub, tmp_path: Path) -> None:

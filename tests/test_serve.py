@@ -852,7 +852,7 @@ def test_the_load_script_measures_and_gets_right_answers_only(tmp_path: Path) ->
     command = [sys.executable, str(script), str(exported("step")), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "load.json").read_text())
+    rows = json.loads((tmp_path / "load.json").read_text())["rows"]
     assert [row["clients"] for row in rows] == [1, 4]
     assert all(set(row["outcomes"]) == {"right"} and row["images_per_s"] > 0 for row in rows)
     assert 1 <= rows[1]["mean_batch"] <= 4

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import socket
 import struct
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import click
 import numpy as np
 import pytest
-from export_helpers import digits, engine
+from click.testing import CliRunner
+from export_helpers import digits, engine, exported
 from serve_helpers import needs_serve
 
 pytest.importorskip("prometheus_client", reason="needs the extra serve")
@@ -34,6 +37,19 @@ def test_a_row_of_no_call(script: ModuleType) -> None:
     row = script.measure(server, engine("step"), x, np.zeros((2, 10)), 1, 0.05)
     assert (row["mean_batch"], row["images_per_s"], row["share"]) == (0, 0, 0)
     assert "right" not in row["outcomes"]
+
+
+def test_the_result_is_written_where_an_earlier_one_lies(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "Server", lambda model, threads: nullcontext(SimpleNamespace(address="127.0.0.1:1")))
+    monkeypatch.setattr(script, "measure", lambda server, engine, x, expected, clients, seconds: {"clients": clients})
+    monkeypatch.setattr(script, "show", lambda rows: None)
+    for clients in ("1,2", "4"):
+        options = ["--clients", clients, "--json", str(tmp_path / "load.json")]
+        done = CliRunner().invoke(script.main, [str(exported("step")), *options])
+        assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "load.json").read_text()) == {"rows": [{"clients": 4}]}
 
 
 @pytest.mark.parametrize("reset", [True, False])

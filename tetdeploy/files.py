@@ -19,7 +19,7 @@ from zipfile import BadZipFile, is_zipfile
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.form import parse_json
+from tetdeploy.form import json_text, parse_json
 
 MODELS = {".safetensors", ".onnx", ".engine", ".nir"}
 
@@ -160,9 +160,9 @@ def sha256_of(file: Path) -> str:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically; null stands for NaN and infinities."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_npz(path: Path | str, arrays: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What JSON must look like, as far as it is read. Whatever else it holds is left alone.
+"""JSON as it is written, and what it must look like, as far as it is read. Whatever else it holds is left alone.
 
 A form is `str`, `bool`, `NUMBER`, `AMOUNT`, `FRACTION`, `COUNT`, `STEP`, a list with the form of every item, or a dict
 of forms by key, where `"*"` is every key and a key with `!` must be there. What need not be there may be null.
@@ -13,6 +13,19 @@ from typing import Any
 NUMBER, LOOSE_NUMBER = "a finite number", "a number"
 COUNT, STEP = "a whole number of at least 0", "a whole number of at least 1"
 AMOUNT, FRACTION = "a finite number of at least 0", "a number from 0 to 1"
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """`value` as JSON. That has no NaN and no infinities, so null stands for them."""
+    return json.dumps(_with_null(value), indent=indent, allow_nan=False)
+
+
+def _with_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from functools import partial
 from math import inf
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.files import atomic_write, read_json_lines
-from tetdeploy.form import LOOSE_NUMBER, STEP, check_form
+from tetdeploy.form import LOOSE_NUMBER, STEP, check_form, json_text
 from tetdeploy.run_folder import METRICS_NAME
 
 _EPOCH = {
     "epoch!": STEP,
     "loss": str,
-    "lr": LOOSE_NUMBER,  # numbers of a training that went wrong may be NaN
+    "lr": LOOSE_NUMBER,  # null for what is NaN, which earlier versions wrote
     "seconds": LOOSE_NUMBER,
     "train_loss": LOOSE_NUMBER,
     "train_accuracy": LOOSE_NUMBER,
@@ -39,4 +38,4 @@ def read_metrics(run: Path, *, epochs: float = inf) -> list[dict[str, Any]]:
 def write_metrics(run: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write the records, one line an epoch. Whole and atomically: an appended line could be cut by a full disk."""
     with atomic_write(run / METRICS_NAME) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        temporary.write_text("".join(json_text(dict(record)) + "\n" for record in records), encoding="utf-8")

@@ -39,13 +39,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import data_dir_option, json_option
+from tetdeploy.cli.options import STEPS, data_dir_option, json_option
 from tetdeploy.engine import Engine, open_engine
 from tetdeploy.export import LAYOUTS, ExportConfig, export_model
 from tetdeploy.files import write_json
 from tetdeploy.train.device import device_name, pick_device
 
 sys.path.insert(0, str(Path(__file__).parent))
+from counts import ABOVE_0, COUNT, Counts
 from inference import untrained
 from training_step import resetting, variant
 from turns import Answer, Worker
@@ -215,12 +216,12 @@ def show(results: dict[str, Any], sizes: list[int]) -> None:
 
 @click.command(cls=CleanErrors)
 @click.option("--model", default="resnet19", show_default=True)
-@click.option("--width", default=1.0, show_default=True)
-@click.option("--T", "T", default=4, show_default=True)
-@click.option("--batch", default="1,256", show_default=True, help="Latency, throughput.")
+@click.option("--width", default=1.0, type=ABOVE_0, show_default=True)
+@click.option("--T", "T", default=4, type=STEPS, show_default=True)
+@click.option("--batch", default="1,256", type=Counts(), show_default=True, help="Latency, throughput.")
 @click.option("--device", default="cuda", show_default=True)
-@click.option("--turns", default=3, show_default=True, help="Of each side.")
-@click.option("--calls", default=20, show_default=True, help="In a turn.")
+@click.option("--turns", default=3, type=COUNT, show_default=True, help="Of each side.")
+@click.option("--calls", default=20, type=COUNT, show_default=True, help="In a turn.")
 @click.option("--side", "begins", multiple=True, help="Sides that begin so alone. [default: all]")
 @click.option(
     "--graphs",
@@ -235,7 +236,7 @@ def main(
     model: str,
     width: float,
     T: int,
-    batch: str,
+    batch: list[int],
     device: str,
     turns: int,
     calls: int,
@@ -245,7 +246,7 @@ def main(
     data_dir: Path,
     json_path: Path | None,
 ) -> None:
-    sizes = sorted(int(size) for size in batch.split(","))
+    sizes = sorted(batch)
     sides = [side for side in SIDES if side.startswith(begins or "")]
     with tempfile.TemporaryDirectory() as name:
         folder = (graphs or Path(name)) / f"{model}-{width:g}-T{T}"

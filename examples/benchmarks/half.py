@@ -19,6 +19,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from counts import ABOVE_0, COUNT
 from inference import load_images, untrained
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetdeploy import load
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import data_dir_option
+from tetdeploy.cli.options import STEPS, data_dir_option
 from tetdeploy.export.half import HalfNetwork, Place
 from tetdeploy.export.recorder import compare_torch, run_torch
 from tetdeploy.tracing import Tracer
@@ -77,9 +78,9 @@ def measure(classifier: Any, x: Any, T: int, places: tuple[Place, ...], membrane
 @click.command(cls=CleanErrors)
 @click.option("--run", type=click.Path(path_type=Path), help="A run folder. [default: ResNet-19, untrained]")
 @click.option("--data", default="cifar10", show_default=True, help="The run's data; their test set is used.")
-@click.option("--width", default=0.25, show_default=True, help="Of ResNet-19.")
-@click.option("--T", "T", default=4, show_default=True)
-@click.option("--limit", default=256, show_default=True, help="Images.")
+@click.option("--width", default=0.25, type=ABOVE_0, show_default=True, help="Of ResNet-19.")
+@click.option("--T", "T", default=4, type=STEPS, show_default=True)
+@click.option("--limit", default=256, type=COUNT, show_default=True, help="Images.")
 @data_dir_option
 def main(run: Path | None, data: str, width: float, T: int, limit: int, data_dir: Path) -> None:
     if run is None:

@@ -40,7 +40,7 @@ from torch import nn
 
 from tetdeploy import Engine, native
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import data_dir_option, json_option
+from tetdeploy.cli.options import STEPS, data_dir_option, json_option
 from tetdeploy.data import LabelledSet, load_data
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.files import write_json
@@ -48,6 +48,7 @@ from tetdeploy.native.fusing import fuse_model
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 
 sys.path.insert(0, str(Path(__file__).parent))
+from counts import ABOVE_0, COUNT, Counts
 from peers import reset, with_spikingjelly
 from turns import Answer, Worker
 
@@ -242,13 +243,11 @@ EXPORTS: dict[str, dict[str, Any]] = {
 
 @click.command(cls=CleanErrors)
 @click.option("--model", default="resnet19", show_default=True)
-@click.option("--width", default=1.0, show_default=True)
-@click.option("--T", "T", default=4, show_default=True)
-@click.option("--batch", default="1,8", show_default=True)
-@click.option("--threads", default=len(os.sched_getaffinity(0)), show_default=True)
-@click.option(
-    "--turns", default=4, show_default=True, type=click.IntRange(min=1), help=f"Of each side, {CALLS} calls each."
-)
+@click.option("--width", default=1.0, type=ABOVE_0, show_default=True)
+@click.option("--T", "T", default=4, type=STEPS, show_default=True)
+@click.option("--batch", "sizes", default="1,8", type=Counts(), show_default=True)
+@click.option("--threads", default=len(os.sched_getaffinity(0)), type=COUNT, show_default=True)
+@click.option("--turns", default=4, show_default=True, type=COUNT, help=f"Of each side, {CALLS} calls each.")
 @click.option("--without", multiple=True, type=click.Choice(OTHERS), help="Leave one of the others out.")
 @data_dir_option
 @json_option
@@ -256,7 +255,7 @@ def main(
     model: str,
     width: float,
     T: int,
-    batch: str,
+    sizes: list[int],
     threads: int,
     turns: int,
     without: tuple[str, ...],
@@ -265,7 +264,6 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     classifier, images = untrained(model, width, data_dir, T)
-    sizes = [int(size) for size in batch.split(",")]
     results: dict[str, Any] = {"model": model, "width": width, "T": T, "threads": threads}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

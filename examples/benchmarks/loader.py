@@ -23,6 +23,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from counts import ABOVE_0, COUNT, Counts
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -168,19 +169,21 @@ def files_row(data: ImageFiles, step: Step, workers: int, steps: int, batch_size
 
 
 @click.command(cls=CleanErrors)
-@click.option("--workers", default=f"0,{rank_cores()}", show_default=True, help="Numbers of processes to try.")
+@click.option(
+    "--workers", default=f"0,{rank_cores()}", type=Counts(0), show_default=True, help="Numbers of processes to try."
+)
 @click.option("--model", default="spiking-resnet34", show_default=True, help="The network behind the image files.")
-@click.option("--width", default=0.125, show_default=True, help="Its factor on every channel count.")
-@click.option("--batch-size", default=8, show_default=True, help="Its images a step.")
-@click.option("--steps", default=6, show_default=True, help="Steps to time.")
-@click.option("--threads", default=torch.get_num_threads(), show_default=True)
+@click.option("--width", default=0.125, type=ABOVE_0, show_default=True, help="Its factor on every channel count.")
+@click.option("--batch-size", default=8, type=COUNT, show_default=True, help="Its images a step.")
+@click.option("--steps", default=6, type=COUNT, show_default=True, help="Steps to time.")
+@click.option("--threads", default=torch.get_num_threads(), type=COUNT, show_default=True)
 @click.option("--device", "device_option", default="auto", show_default=True)
 @click.option(
     "--data-dir", type=click.Path(path_type=Path), envvar="TETDEPLOY_DATA", help="Where imagenet lies, if any."
 )
 @json_option
 def main(
-    workers: str,
+    workers: list[int],
     model: str,
     width: float,
     batch_size: int,
@@ -196,7 +199,7 @@ def main(
         rows = [device_row(device, steps)]
         data = files_in(data_dir, Path(made))
         step = Step(model, width, data, device)
-        rows += [files_row(data, step, int(number), steps, batch_size) for number in workers.split(",")]
+        rows += [files_row(data, step, number, steps, batch_size) for number in workers]
     where = f"{device_name(device)}, {threads} threads"
     table = Table(title=f"images a second, T={T}, {where}")
     for column in ("data", "network", "workers", "loader alone", "step alone", "both", "loader / step"):

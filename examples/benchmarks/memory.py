@@ -15,7 +15,6 @@ the fastest of `--repeats`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -24,62 +23,23 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from tetdeploy.cli.errors import CleanErrors
+from tetdeploy.cli.options import json_option
 from tetdeploy.files import write_json
+
+sys.path.insert(0, str(Path(__file__).parent))
+from counts import ABOVE_0, COUNT, Counts
 
 if TYPE_CHECKING:
     from torch import nn
 
 NEURONS = ("ours", "loop")
-
-
-def main() -> None:
-    options = parse()
-    if options.measure is not None:
-        print(json.dumps(measure(**json.loads(options.measure))))
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    cases = list(product(options.T, NEURONS, (False, True)))
-    rows: list[dict[str, Any]] = []
-    for T, neurons, recompute in track(cases, "measuring", console=Console(stderr=True), transient=True):
-        rows.append(in_own_process(case_of(options, T=T, neurons=neurons, recompute=recompute)))
-        if options.json is not None:  # a run that is cut leaves what it has measured
-            settings = {name: value for name, value in vars(options).items() if name not in ("json", "measure")}
-            write_json(options.json, {"settings": settings, "rows": rows})
-    console.print(
-        f"{options.model} width {options.width:g}, batch {options.batch_size} of {options.image_size}x"
-        f"{options.image_size}, {rows[0]['device']}: MB at the peak of forward and backward, seconds a pass"
-    )
-    console.print(table(options.T, rows))
-    for line in growth(options.T, rows):
-        console.print(line)
-    if options.json is not None:
-        console.print(str(options.json))
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet19", help="a network of tetdeploy")
-    parser.add_argument("--width", type=float, default=0.25, help="factor on its channels")
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--T", type=lambda text: [int(T) for T in text.split(",")], default=[1, 2, 4, 8])
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # one case, in the process started for it
-    return parser.parse_args()
-
-
-def case_of(options: argparse.Namespace, **case: Any) -> dict[str, Any]:
-    """The arguments of `measure`."""
-    names = ("model", "width", "image_size", "batch_size", "device", "precision", "repeats")
-    return {name: getattr(options, name) for name in names} | case
 
 
 def in_own_process(case: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +48,8 @@ def in_own_process(case: dict[str, Any]) -> dict[str, Any]:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         what = ", ".join(f"{name}={case[name]}" for name in ("T", "neurons", "recompute"))
-        raise SystemExit(f"{what}: the process ended with {result.returncode}\n{result.stderr.strip()[-500:]}")
+        said = result.stderr.strip().splitlines() or [f"its process ended with {result.returncode}"]
+        raise click.ClickException(f"{what}: {said[-1].removeprefix('Error: ')}")
     row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return row
 
@@ -228,6 +189,8 @@ def growth(steps: Sequence[int], rows: Sequence[dict[str, Any]]) -> list[str]:
     """What one more step costs, and the ratios at the largest T."""
     first, last = min(steps), max(steps)
     peak = {(n, r): value(rows, last, n, r, "peak_mb") for n, r in product(NEURONS, (False, True))}
+    if not all(peak.values()):
+        return ["too little memory to compare; take a larger --batch-size"]
     lines = [
         f"at T={last}: ours {peak['ours', False] / peak['loop', False]:.0%} of the loop's memory; "
         f"recompute {peak['ours', True] / peak['ours', False]:.0%} of ours in "
@@ -240,6 +203,42 @@ def growth(steps: Sequence[int], rows: Sequence[dict[str, Any]]) -> list[str]:
             costs.append(f"{n}{' recompute' if r else ''} {cost:,.1f}")
         lines.append(f"MB for one more step of T: {', '.join(costs)}")
     return lines
+
+
+@click.command(cls=CleanErrors)
+@click.option("--model", default="resnet19", show_default=True, help="A network of tetdeploy.")
+@click.option("--width", default=0.25, type=ABOVE_0, show_default=True, help="Factor on its channels.")
+@click.option("--image-size", default=32, type=COUNT, show_default=True)
+@click.option("--batch-size", default=32, type=COUNT, show_default=True)
+@click.option("--T", "T", default="1,2,4,8", type=Counts(), show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16", "fp16"]), show_default=True)
+@click.option("--repeats", default=2, type=COUNT, show_default=True)
+@click.option("--measure", "case", hidden=True)  # one case, in the process started for it
+@json_option
+def main(T: list[int], case: str | None, json_path: Path | None, **options: Any) -> None:
+    """Training memory against T: our neurons and a plain autograd loop, with and without recomputation."""
+    if case is not None:
+        print(json.dumps(measure(**json.loads(case))))
+        return
+    console, errors = Console(highlight=False, soft_wrap=True), Console(stderr=True)
+    cases = list(product(T, NEURONS, (False, True)))
+    rows: list[dict[str, Any]] = []
+    for steps, neurons, recompute in track(
+        cases, "measuring", console=errors, transient=True, disable=not errors.is_terminal
+    ):
+        rows.append(in_own_process(options | {"T": steps, "neurons": neurons, "recompute": recompute}))
+        if json_path is not None:  # a run that is cut leaves what it has measured
+            write_json(json_path, {"settings": options | {"T": T}, "rows": rows})
+    console.print(
+        f"{options['model']} width {options['width']:g}, batch {options['batch_size']} of {options['image_size']}x"
+        f"{options['image_size']}, {rows[0]['device']}: MB at the peak of forward and backward, seconds a pass"
+    )
+    console.print(table(T, rows))
+    for line in growth(T, rows):
+        console.print(line)
+    if json_path is not None:
+        console.print(str(json_path))
 
 
 if __name__ == "__main__":

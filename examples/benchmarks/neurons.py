@@ -34,6 +34,7 @@ from tetdeploy.files import write_json
 from tetdeploy.neurons import LIF
 
 sys.path.insert(0, str(Path(__file__).parent))
+from counts import COUNT
 from peers import reset, spikingjelly_neuron
 from turns import Answer, Worker
 
@@ -194,8 +195,8 @@ def measure(
 
 @click.command(cls=CleanErrors)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", default=torch.get_num_threads(), show_default=True)
-@click.option("--repeats", default=25, show_default=True)
+@click.option("--threads", default=torch.get_num_threads(), type=COUNT, show_default=True)
+@click.option("--repeats", default=25, type=COUNT, show_default=True)
 @json_option
 def main(device: str, threads: int, repeats: int, json_path: Path | None) -> None:
     if device == "cuda" and not torch.cuda.is_available():

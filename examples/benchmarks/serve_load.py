@@ -45,6 +45,9 @@ from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import data_dir_option, json_option
 from tetdeploy.files import write_json
 
+sys.path.insert(0, str(Path(__file__).parent))
+from counts import ABOVE_0, COUNT, Counts
+
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
 console = Console(highlight=False, width=120)
 
@@ -286,17 +289,17 @@ def _end_after(seconds: float, end: Callable[[], None]) -> None:
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--convsnn", "make", is_flag=True, help="Make a model in place of MODEL.")
 @data_dir_option
-@click.option("--clients", default="1,16,64,256", show_default=True)
-@click.option("--seconds", default=10.0, show_default=True, help="Of each number of clients.")
-@click.option("--threads", type=click.IntRange(min=1), help="Cores of the engine; all by default.")
-@click.option("--soak", "minutes", type=float, help="Watch the server's memory for so many minutes instead.")
+@click.option("--clients", default="1,16,64,256", type=Counts(), show_default=True)
+@click.option("--seconds", default=10.0, type=ABOVE_0, show_default=True, help="Of each number of clients.")
+@click.option("--threads", type=COUNT, help="Cores of the engine; all by default.")
+@click.option("--soak", "minutes", type=ABOVE_0, help="Watch the server's memory for so many minutes instead.")
 @click.option("--faults", "with_faults", is_flag=True, help="Misbehave, stop, kill and restart instead.")
 @json_option
 def main(
     model: Path | None,
     make: bool,
     data_dir: Path,
-    clients: str,
+    clients: list[int],
     seconds: float,
     threads: int | None,
     minutes: float | None,
@@ -315,14 +318,13 @@ def main(
             found: Any = faults(model, threads, x, expected)
             console.print(found)
         else:
-            counts = [int(count) for count in clients.split(",")]
             with Server(model, threads) as server:
                 if minutes is not None:
                     found = soak(server, x, expected, minutes)
                     console.print(found)
                 else:
-                    found = [measure(server, engine, x, expected, count, seconds) for count in counts]
-                    show(found)
+                    found = {"rows": [measure(server, engine, x, expected, count, seconds) for count in clients]}
+                    show(found["rows"])
     if json_path is not None:
         write_json(json_path, found)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 import numpy as np
+from counts import ABOVE_0, COUNT, Counts
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -106,18 +107,19 @@ def churned(engine: Engine, count: int, max_batch: int, images: Array, seconds: 
 
 @click.command(cls=CleanErrors, help=__doc__)
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
-@click.option("--streams", default="1,10,100,1000", show_default=True)
-@click.option("--max-batch", default="16,64,256", show_default=True)
-@click.option("--threads", default=1, show_default=True)
-@click.option("--seconds", default=10.0, show_default=True, help="For each line.")
+@click.option("--streams", "counts", default="1,10,100,1000", type=Counts(), show_default=True)
+@click.option("--max-batch", "sizes", default="16,64,256", type=Counts(), show_default=True)
+@click.option("--threads", default=1, type=COUNT, show_default=True)
+@click.option("--seconds", default=10.0, type=ABOVE_0, show_default=True, help="For each line.")
 @json_option
-def main(model: Path, streams: str, max_batch: str, threads: int, seconds: float, json_path: Path | None) -> None:
+def main(
+    model: Path, counts: list[int], sizes: list[int], threads: int, seconds: float, json_path: Path | None
+) -> None:
     engine = Engine(model, threads=threads)
     images = inputs(engine)
     table = Table(title=f"{model.name}, {threads} thread{'s' * (threads > 1)}", title_justify="left")
     for header in ("streams", "max batch", "pushes/s", "state MB", "RSS MB: start", "middle", "end"):
         table.add_column(header, justify="right")
-    counts, sizes = ([int(part) for part in text.split(",")] for text in (streams, max_batch))
     rows = []
     for count in counts:
         rows.append(alone(engine, count, images, seconds))
