@@ -39,14 +39,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import STEPS, data_dir_option, json_option
+from tetdeploy.cli.options import ABOVE_0, COUNT, STEPS, Numbers, data_dir_option, json_option
 from tetdeploy.engine import Engine, open_engine
 from tetdeploy.export import LAYOUTS, ExportConfig, export_model
 from tetdeploy.files import write_json
 from tetdeploy.train.device import device_name, pick_device
 
 sys.path.insert(0, str(Path(__file__).parent))
-from counts import ABOVE_0, COUNT, Counts
 from inference import untrained
 from training_step import resetting, variant
 from turns import Answer, Worker
@@ -161,7 +160,7 @@ def export_all(sides: list[str], folder: Path, T: int, device: str) -> None:
 
 
 def measure(
-    sides: list[str], sizes: list[int], turns: int, keep: Callable[[dict[str, Any]], None], *arguments: Any
+    sides: list[str], sizes: tuple[int, ...], turns: int, keep: Callable[[dict[str, Any]], None], *arguments: Any
 ) -> None:
     """By side {"median_ms": {batch: ms}, "agrees"}, or {"failed": why}. Sides are opened one after the other.
 
@@ -190,7 +189,7 @@ def found(worker: Worker, taken: dict[int, list[float]], classes: dict[str, Any]
     return {"median_ms": {size: statistics.median(ms) for size, ms in taken.items()}} | same
 
 
-def show(results: dict[str, Any], sizes: list[int]) -> None:
+def show(results: dict[str, Any], sizes: tuple[int, ...]) -> None:
     console = Console(width=120, highlight=False)
     console.print(
         f"{results['model']} x {results['width']:g}, T={results['T']}, on {results['card']}; median ms of a call "
@@ -218,7 +217,7 @@ def show(results: dict[str, Any], sizes: list[int]) -> None:
 @click.option("--model", default="resnet19", show_default=True)
 @click.option("--width", default=1.0, type=ABOVE_0, show_default=True)
 @click.option("--T", "T", default=4, type=STEPS, show_default=True)
-@click.option("--batch", default="1,256", type=Counts(), show_default=True, help="Latency, throughput.")
+@click.option("--batch", default="1,256", type=Numbers(), show_default=True, help="Latency, throughput.")
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--turns", default=3, type=COUNT, show_default=True, help="Of each side.")
 @click.option("--calls", default=20, type=COUNT, show_default=True, help="In a turn.")
@@ -236,7 +235,7 @@ def main(
     model: str,
     width: float,
     T: int,
-    batch: list[int],
+    batch: tuple[int, ...],
     device: str,
     turns: int,
     calls: int,
@@ -246,7 +245,7 @@ def main(
     data_dir: Path,
     json_path: Path | None,
 ) -> None:
-    sizes = sorted(batch)
+    sizes = tuple(sorted(batch))
     sides = [side for side in SIDES if side.startswith(begins or "")]
     with tempfile.TemporaryDirectory() as name:
         folder = (graphs or Path(name)) / f"{model}-{width:g}-T{T}"

@@ -19,7 +19,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from counts import ABOVE_0, COUNT
 from inference import load_images, untrained
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetdeploy import load
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import STEPS, data_dir_option
+from tetdeploy.cli.options import ABOVE_0, COUNT, STEPS, data_dir_option
 from tetdeploy.export.half import HalfNetwork, Place
 from tetdeploy.export.recorder import compare_torch, run_torch
 from tetdeploy.tracing import Tracer

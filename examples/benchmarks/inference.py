@@ -40,7 +40,7 @@ from torch import nn
 
 from tetdeploy import Engine, native
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import STEPS, data_dir_option, json_option
+from tetdeploy.cli.options import ABOVE_0, COUNT, STEPS, Numbers, data_dir_option, json_option
 from tetdeploy.data import LabelledSet, load_data
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.files import write_json
@@ -48,7 +48,6 @@ from tetdeploy.native.fusing import fuse_model
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 
 sys.path.insert(0, str(Path(__file__).parent))
-from counts import ABOVE_0, COUNT, Counts
 from peers import reset, with_spikingjelly
 from turns import Answer, Worker
 
@@ -195,7 +194,7 @@ def peak_mb() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
 
-def measure(sides: list[str], sizes: list[int], turns: int, folder: Path, T: int, threads: int) -> dict[str, Any]:
+def measure(sides: list[str], sizes: tuple[int, ...], turns: int, folder: Path, T: int, threads: int) -> dict[str, Any]:
     """By side: seconds to open, median milliseconds by batch, classes of the last one, peak MB; and why it failed."""
     workers = {side: Worker(open_side, side, folder, T, threads) for side in sides}
     found: dict[str, Any] = {side: {"median_ms": {}} for side in sides}
@@ -245,7 +244,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
 @click.option("--model", default="resnet19", show_default=True)
 @click.option("--width", default=1.0, type=ABOVE_0, show_default=True)
 @click.option("--T", "T", default=4, type=STEPS, show_default=True)
-@click.option("--batch", "sizes", default="1,8", type=Counts(), show_default=True)
+@click.option("--batch", "sizes", default="1,8", type=Numbers(), show_default=True)
 @click.option("--threads", default=len(os.sched_getaffinity(0)), type=COUNT, show_default=True)
 @click.option("--turns", default=4, show_default=True, type=COUNT, help=f"Of each side, {CALLS} calls each.")
 @click.option("--without", multiple=True, type=click.Choice(OTHERS), help="Leave one of the others out.")
@@ -255,7 +254,7 @@ def main(
     model: str,
     width: float,
     T: int,
-    sizes: list[int],
+    sizes: tuple[int, ...],
     threads: int,
     turns: int,
     without: tuple[str, ...],
@@ -303,7 +302,7 @@ def same_classes(side: str, found: dict[str, Any], exact: dict[str, Any]) -> str
     return f"{sum(a == b for a, b in pairs)}/{len(pairs)}"
 
 
-def show(results: dict[str, Any], sizes: list[int]) -> None:
+def show(results: dict[str, Any], sizes: tuple[int, ...]) -> None:
     console = Console(width=120)
     title = f"{results['model']} x {results['width']:g}, T={results['T']}, {results['threads']} threads"
     console.print(f"{title}, firing rate {results['firing_rate']:.3f}; median ms, and times that of {BASE}")

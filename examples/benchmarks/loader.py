@@ -23,13 +23,12 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from counts import ABOVE_0, COUNT, Counts
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import json_option
+from tetdeploy.cli.options import ABOVE_0, COUNT, Numbers, json_option
 from tetdeploy.data import ImageFiles, ImageSet, LabelledSet, load_data
 from tetdeploy.files import write_json
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
@@ -170,7 +169,7 @@ def files_row(data: ImageFiles, step: Step, workers: int, steps: int, batch_size
 
 @click.command(cls=CleanErrors)
 @click.option(
-    "--workers", default=f"0,{rank_cores()}", type=Counts(0), show_default=True, help="Numbers of processes to try."
+    "--workers", default=f"0,{rank_cores()}", type=Numbers(0), show_default=True, help="Numbers of processes to try."
 )
 @click.option("--model", default="spiking-resnet34", show_default=True, help="The network behind the image files.")
 @click.option("--width", default=0.125, type=ABOVE_0, show_default=True, help="Its factor on every channel count.")
@@ -183,7 +182,7 @@ def files_row(data: ImageFiles, step: Step, workers: int, steps: int, batch_size
 )
 @json_option
 def main(
-    workers: list[int],
+    workers: tuple[int, ...],
     model: str,
     width: float,
     batch_size: int,

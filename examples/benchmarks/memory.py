@@ -30,11 +30,10 @@ from rich.progress import track
 from rich.table import Table
 
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import json_option
+from tetdeploy.cli.options import ABOVE_0, COUNT, Numbers, json_option
 from tetdeploy.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parent))
-from counts import ABOVE_0, COUNT, Counts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -210,13 +209,13 @@ def growth(steps: Sequence[int], rows: Sequence[dict[str, Any]]) -> list[str]:
 @click.option("--width", default=0.25, type=ABOVE_0, show_default=True, help="Factor on its channels.")
 @click.option("--image-size", default=32, type=COUNT, show_default=True)
 @click.option("--batch-size", default=32, type=COUNT, show_default=True)
-@click.option("--T", "T", default="1,2,4,8", type=Counts(), show_default=True)
+@click.option("--T", "T", default="1,2,4,8", type=Numbers(), show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16", "fp16"]), show_default=True)
 @click.option("--repeats", default=2, type=COUNT, show_default=True)
 @click.option("--measure", "case", hidden=True)  # one case, in the process started for it
 @json_option
-def main(T: list[int], case: str | None, json_path: Path | None, **options: Any) -> None:
+def main(T: tuple[int, ...], case: str | None, json_path: Path | None, **options: Any) -> None:
     """Training memory against T: our neurons and a plain autograd loop, with and without recomputation."""
     if case is not None:
         print(json.dumps(measure(**json.loads(case))))

@@ -29,12 +29,11 @@ from rich.table import Table
 from torch import Tensor
 
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import json_option
+from tetdeploy.cli.options import COUNT, json_option
 from tetdeploy.files import write_json
 from tetdeploy.neurons import LIF
 
 sys.path.insert(0, str(Path(__file__).parent))
-from counts import COUNT
 from peers import reset, spikingjelly_neuron
 from turns import Answer, Worker
 

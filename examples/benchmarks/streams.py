@@ -17,14 +17,13 @@ from typing import Any
 
 import click
 import numpy as np
-from counts import ABOVE_0, COUNT, Counts
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
 
 from tetdeploy import Engine
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import json_option
+from tetdeploy.cli.options import ABOVE_0, COUNT, Numbers, json_option
 from tetdeploy.files import write_json
 from tetdeploy.streams import StreamPool
 
@@ -107,13 +106,13 @@ def churned(engine: Engine, count: int, max_batch: int, images: Array, seconds: 
 
 @click.command(cls=CleanErrors, help=__doc__)
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
-@click.option("--streams", "counts", default="1,10,100,1000", type=Counts(), show_default=True)
-@click.option("--max-batch", "sizes", default="16,64,256", type=Counts(), show_default=True)
+@click.option("--streams", "counts", default="1,10,100,1000", type=Numbers(), show_default=True)
+@click.option("--max-batch", "sizes", default="16,64,256", type=Numbers(), show_default=True)
 @click.option("--threads", default=1, type=COUNT, show_default=True)
 @click.option("--seconds", default=10.0, type=ABOVE_0, show_default=True, help="For each line.")
 @json_option
 def main(
-    model: Path, counts: list[int], sizes: list[int], threads: int, seconds: float, json_path: Path | None
+    model: Path, counts: tuple[int, ...], sizes: tuple[int, ...], threads: int, seconds: float, json_path: Path | None
 ) -> None:
     engine = Engine(model, threads=threads)
     images = inputs(engine)

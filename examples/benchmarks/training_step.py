@@ -44,7 +44,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import STEPS, json_option
+from tetdeploy.cli.options import ABOVE_0, COUNT, STEPS, json_option
 from tetdeploy.files import write_json
 from tetdeploy.networks import NetworkConfig, ann_twin, build_network
 from tetdeploy.neurons import LIF
@@ -55,7 +55,6 @@ from tetdeploy.train.optimizer import build_optimizer
 from tetdeploy.train.ranks import Ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
-from counts import ABOVE_0, COUNT
 from floor import floor, timed
 from memory import loop_twin, peak_bytes
 from peers import reset, with_spikingjelly

@@ -10,8 +10,10 @@ import click
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import load_inputs
 from tetdeploy.cli.options import (
+    ABOVE_0,
+    COUNT,
     ChosenModel,
-    FiniteRange,
+    Numbers,
     data_dir_option,
     opens_model,
     output_path,
@@ -23,19 +25,6 @@ from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 if TYPE_CHECKING:
     from tetdeploy.bench import Bench
     from tetdeploy.engine import Engine
-
-
-def _numbers(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
-    """`1,8` as numbers, each once."""
-    if text is None:
-        return None
-    try:
-        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise click.BadParameter(f"must be like 8 or 1,8,64; got {text!r}") from None
-    if min(numbers) < 1:
-        raise click.BadParameter(f"must be at least 1, got {min(numbers)}")
-    return numbers
 
 
 @click.command(
@@ -51,18 +40,18 @@ Examples:
 Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 """
 )
-@click.option("--batch", "batches", default="1,8", show_default=True, callback=_numbers, help="Images a call.")
-@click.option("--threads", callback=_numbers, help="Threads of an operation. [default: 1 and all cores; on a GPU 1]")
+@click.option("--batch", "batches", default="1,8", show_default=True, type=Numbers(), help="Images a call.")
+@click.option("--threads", type=Numbers(), help="Threads of an operation. [default: 1 and all cores; on a GPU 1]")
 @click.option(
     "--T",
     "steps",
     callback=parsed_steps,
     help="Steps: 6, 1:6 or 1,2,4. [default: the graph's, or else the training's]",
 )
-@click.option("--repeats", type=click.IntRange(min=1), help="Timed calls of each setting. [default: by --seconds]")
+@click.option("--repeats", type=COUNT, help="Timed calls of each setting. [default: by --seconds]")
 @click.option(
     "--seconds",
-    type=FiniteRange(min=0, min_open=True),
+    type=ABOVE_0,
     help="How long all settings together take turns. [default: 10]",
 )
 @click.option(

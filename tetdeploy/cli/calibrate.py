@@ -7,7 +7,16 @@ from pathlib import Path
 import click
 
 from tetdeploy.cli.inputs import default_steps, held_out
-from tetdeploy.cli.options import PARTS, STEPS, ChosenModel, FiniteRange, data_dir_option, json_option, opens_model
+from tetdeploy.cli.options import (
+    COUNT,
+    PARTS,
+    STEPS,
+    ChosenModel,
+    FiniteRange,
+    data_dir_option,
+    json_option,
+    opens_model,
+)
 from tetdeploy.cli.terminal import console, image_bar, say_next
 
 
@@ -37,7 +46,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     "than those of new images. Of another set: train or test, the whole of it. [default: validation; of another set "
     "train]",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
+@click.option("--limit", type=COUNT, help="Only the first so many images.")
 @click.option("--T", "T", type=STEPS, help="The most steps. [default: 8; with frames that of the training]")
 @click.option(
     "--loss",
@@ -61,8 +70,8 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     "holds on other images too, which takes thousands of images; or the loss found on these images alone must stay "
     "within it, which other images exceed half of the time. [default: confident]",
 )
-@click.option("--min-T", "min_T", type=click.IntRange(min=1), default=1, show_default=True, help="The fewest steps.")
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--min-T", "min_T", type=COUNT, default=1, show_default=True, help="The fewest steps.")
+@click.option("--batch-size", default=64, show_default=True, type=COUNT)
 @opens_model()
 @json_option
 def calibrate(

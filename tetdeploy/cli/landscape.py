@@ -10,6 +10,7 @@ import click
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import load_classifier, load_part
 from tetdeploy.cli.options import (
+    COUNT,
     PARTS,
     STEPS,
     check_distinct,
@@ -51,12 +52,12 @@ Examples:
     help="Images to measure on; train and validation are the run's own parts, of several runs those that all trained "
     "on, or all held out.",
 )
-@click.option("--limit", default=1000, show_default=True, type=click.IntRange(min=1), help="At most so many of them.")
+@click.option("--limit", default=1000, show_default=True, type=COUNT, help="At most so many of them.")
 @click.option("--radius", type=float, help="Of the sharpness measure. [default: half the extent]")
 @click.option("--data", help="Another data set. [default: the training's]")
 @data_dir_option
 @click.option("--model", help="package.module:function, if the network is your own.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="[default: 64 on a CPU, 512 on a GPU]")
+@click.option("--batch-size", type=COUNT, help="[default: 64 on a CPU, 512 on a GPU]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option("--precision", default="fp32", show_default=True, help="fp32, bf16, fp16 or auto.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="The numbers. [default: RUN/landscape.npz]")

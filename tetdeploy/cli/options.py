@@ -30,7 +30,29 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in new versions only
+    """Whole numbers with commas between them, such as `1,8`; a tuple of each once."""
+
+    name = "numbers"
+
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if not isinstance(value, str):  # converted already
+            return tuple(value)
+        try:
+            numbers = tuple(dict.fromkeys(int(part) for part in value.split(",")))
+        except ValueError:
+            self.fail(f"must be like 8 or 1,8,64; got {value!r}", param, ctx)
+        if min(numbers) < self.least:
+            self.fail(f"must be at least {self.least}, got {min(numbers)}", param, ctx)
+        return numbers
+
+
 STEPS = click.IntRange(1, MAX_T)  # the type of a --T that takes one number
+COUNT = click.IntRange(min=1)
+ABOVE_0 = FiniteRange(min=0, min_open=True)
 
 
 class _Parts(click.Choice):  # type: ignore[type-arg]  # of click 8.1 it takes none
@@ -122,7 +144,7 @@ def check_distinct(outputs: Mapping[str, Path | None]) -> None:
             raise click.UsageError(f"{other} and {option} would be one file, {path}; choose another with one of them")
 
 
-threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all cores by default.")
+threads_option = click.option("--threads", type=COUNT, help="CPU threads; all cores by default.")
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="cpu, cuda or tensorrt; no other is used in its place."
 )

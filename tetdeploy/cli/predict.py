@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.inputs import as_model_input, own_data
-from tetdeploy.cli.options import STEPS, device_option, json_option, runtime_option, threads_option
+from tetdeploy.cli.options import COUNT, STEPS, device_option, json_option, runtime_option, threads_option
 from tetdeploy.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Examples:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--T", "T", type=STEPS, help="Steps. [default: the T of the graph, or of the training]")
-@click.option("--top", default=3, show_default=True, type=click.IntRange(min=1), help="How many classes to show.")
+@click.option("--top", default=3, show_default=True, type=COUNT, help="How many classes to show.")
 @click.option(
     "--resize",
     is_flag=True,

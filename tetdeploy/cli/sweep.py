@@ -10,6 +10,7 @@ import click
 
 from tetdeploy.cli.inputs import default_steps, load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import (
+    COUNT,
     ChosenModel,
     check_distinct,
     check_plot,
@@ -49,8 +50,8 @@ Examples:
     help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",
 )
 @data_dir_option
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--limit", type=COUNT, help="Only the first so many images.")
+@click.option("--batch-size", default=64, show_default=True, type=COUNT)
 @click.option(
     "--energy",
     "conventions",

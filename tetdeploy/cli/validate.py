@@ -10,7 +10,15 @@ import click
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.gates import FAILED, Gate, check_gates, describe, parse_gates, place_gates
 from tetdeploy.cli.inputs import default_steps, load_classifier, load_inputs, note_other_checkpoint
-from tetdeploy.cli.options import ChosenModel, data_dir_option, opens_model, output_path, parsed_steps, result_option
+from tetdeploy.cli.options import (
+    COUNT,
+    ChosenModel,
+    data_dir_option,
+    opens_model,
+    output_path,
+    parsed_steps,
+    result_option,
+)
 from tetdeploy.cli.terminal import console, image_bar, progress_bar, say_next
 
 if TYPE_CHECKING:
@@ -44,7 +52,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
     "beside the model; with --against the test set of the training's data]",
 )
 @data_dir_option
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images of the data set.")
+@click.option("--limit", type=COUNT, help="Only the first so many images of the data set.")
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
@@ -65,7 +73,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
     "at T [default: the training's]. May be repeated.",
 )
 @click.option("--layers/--no-layers", default=None, help="Also a table of the layers. [default: with --against]")
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-size", default=32, show_default=True, type=COUNT)
 @click.option("--restart", is_flag=True, help="Begin anew where an earlier run was interrupted.")
 @opens_model()
 @result_option(".validate.json")
