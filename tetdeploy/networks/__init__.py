@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tetdeploy.data import Encoding
-from tetdeploy.networks.ann import ann_twin, has_neurons
+from tetdeploy.networks.ann import has_neurons, is_ann_twin
 from tetdeploy.networks.convsnn import ConvSNN
 from tetdeploy.networks.resnet19 import ResNet19
 from tetdeploy.networks.sew_resnet34 import SEWResNet34
-from tetdeploy.networks.smooth_spike import smooth_twin
+from tetdeploy.networks.smooth_spike import steepness
 from tetdeploy.networks.spiking_resnet34 import SpikingResNet34
+from tetdeploy.networks.twins import ann_twin, smooth_twin
 from tetdeploy.networks.vggsnn import VGGSNN
 
 __all__ = [
@@ -190,6 +191,25 @@ def _variant(network: nn.Module, config: NetworkConfig) -> nn.Module:
     return smooth_twin(network, k=config.smooth_spike) if config.smooth_spike else network
 
 
+def _check_kind(network: nn.Module, config: NetworkConfig) -> None:
+    """Refuse a network that is another twin, or none, than the configuration says: by that it is made anew from a
+    checkpoint.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if config.ann and has_neurons(network):
+        raise ValueError("the configuration says ann, but the network has neurons; pass ann_twin(network)")
+    if not config.ann and is_ann_twin(network):
+        raise ValueError("the network is an ANN twin, but the configuration does not say ann; set ann=True")
+    if others := steepness(network) - {config.smooth_spike}:
+        kinds = " and ".join(f"smooth spikes of k={k:g}" if k else "spikes of 0 and 1" for k in sorted(others))
+        raise ValueError(
+            f"the configuration says smooth_spike={config.smooth_spike:g}, but the network's neurons have {kinds}; "
+            "set smooth_spike, or pass smooth_twin(network, k=...)"
+        )
+
+
 class Classifier(nn.Module):
     """A network together with what its data need: input normalisation, class names, image shape.
 
@@ -221,8 +241,7 @@ class Classifier(nn.Module):
             raise ValueError(f"{config.num_classes} classes need as many names, got {len(class_names)}")
         if encoding not in ("direct", "frames"):
             raise ValueError(f"unknown encoding {encoding!r}; choose direct or frames")
-        if config.ann and has_neurons(network):
-            raise ValueError("the configuration says ann, but the network has neurons; pass ann_twin(network)")
+        _check_kind(network, config)
         self.network = network
         self.config = config
         self.class_names = tuple(class_names)
