@@ -292,6 +292,32 @@ def test_what_does_not_spike_has_no_twin() -> None:
         ann_twin(nn.Linear(2, 2))
 
 
+class SlowLIF(LIF):
+    """Settings of its own, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(tau=0.9)
+
+
+class ScaledLIF(LIF):
+    def forward(self, current: Tensor) -> Tensor:
+        return super().forward(current * 1.1)
+
+
+class LearnedLIF(LIF):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+def test_what_neurons_compute_of_their_own_is_not_dropped() -> None:
+    assert [m.tau for m in ann_twin(nn.Sequential(SlowLIF(), IF())) if isinstance(m, nn.ReLU)] == [0.9, 1.0]
+    for make in (ann_twin, lambda network: smooth_twin(network, k=3)):
+        for own in (ScaledLIF, LearnedLIF):
+            with pytest.raises(ValueError, match=f"^{own.__name__} computes or learns something of its own"):
+                make(nn.Sequential(LIF(), own()))
+
+
 class OwnNetwork(nn.Module):
     """A user's own, with one neuron module under two names and one encoder with named layers."""
 

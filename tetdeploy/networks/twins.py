@@ -34,7 +34,8 @@ def ann_twin(network: N) -> N:
         Maps images `[N, C, H, W]` (T is 1 or left out) to logits `[1, N, K]`. Its state dict has the network's keys.
 
     Raises:
-        ValueError: the network has no neurons, so it has no twin.
+        ValueError: the network has no neurons, so it has no twin; or some of a class that computes or learns something
+            of its own.
     """
     twin = _replaced(network, TwinReLU)
     for module in twin.modules():
@@ -52,7 +53,8 @@ def smooth_twin(network: N, *, k: float) -> N:
         k: steepness of the sigmoid, above 0.
 
     Raises:
-        ValueError: the network has no neurons, or k is out of its range.
+        ValueError: the network has no neurons, or some of a class that computes or learns something of its own, or k
+            is out of its range.
     """
     twin = _replaced(network, lambda neuron: SmoothLIF(k=k, tau=neuron.tau, v_th=neuron.v_th))
     return _told(twin, smooth_spike=float(k))
@@ -63,9 +65,24 @@ def _replaced(network: N, replacement: Callable[[LIF], nn.Module]) -> N:
     neurons = [(path, m) for path, m in twin.named_modules(remove_duplicate=False) if isinstance(m, LIF)]
     if not neurons:
         raise ValueError(f"{type(network).__name__} has no LIF or IF neurons to replace; it is no spiking network")
+    if own := [neuron for _, neuron in neurons if _computes_other(neuron)]:
+        raise ValueError(
+            f"{type(own[0]).__name__} computes or learns something of its own, which a twin would leave out; twins are "
+            "made of LIF and IF alone: put what is added into a layer of its own, before or behind them"
+        )
     for path, neuron in neurons:
         twin.set_submodule(path, replacement(neuron))
     return twin
+
+
+def _computes_other(neuron: LIF) -> bool:
+    """Whether it is more than LIF or `SmoothLIF` with the settings that its class may choose."""
+    kind = type(neuron)
+    known = (kind.forward, kind.with_state) in [
+        (LIF.forward, LIF.with_state),
+        (SmoothLIF.forward, SmoothLIF.with_state),
+    ]
+    return not known or any(True for _ in neuron.children()) or bool(neuron.state_dict())
 
 
 def _told(twin: N, **said: bool | float) -> N:
