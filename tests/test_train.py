@@ -93,6 +93,11 @@ TRAIN, VAL = images_of(52, seed=1), images_of(31, seed=2)  # 6 steps of 8, 4 ima
 STEPS = 6
 
 
+def otherwise(data: ImageSet) -> ImageSet:
+    """The same with its classes in another order."""
+    return ImageSet(**(vars(data) | {"class_names": data.class_names[::-1]}))
+
+
 def settings(**changes: Any) -> TrainConfig:
     return TrainConfig(**({"T": 2, "epochs": 3, "batch_size": 8, "augment": "shift", "device": "cpu"} | changes))
 
@@ -786,6 +791,11 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     more = ImageSet(**(vars(TRAIN) | {"labels": TRAIN.labels + 1, "class_names": ("a", "b", "c", "d")}))
     with pytest.raises(ValueError, match="toy has labels from 1 to 3; the network has 3 classes"):
         train(toy(), more, VAL, settings(), tmp_path)
+    for sets in ({"train_set": TRAIN, "val_set": otherwise(VAL)}, {"train_set": otherwise(TRAIN), "val_set": None}):
+        with pytest.raises(
+            ValueError, match=r"labels of toy do not match .* 3 classes \(bright, middle, dark\), the net"
+        ):
+            train(toy(), config=settings(), out=tmp_path, **sets)
     assert not any(tmp_path.iterdir())
 
 

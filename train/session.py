@@ -13,7 +13,7 @@ from torch import nn
 
 from tetdeploy.data import ImageFiles
 from tetdeploy.int8.calibration import Calibration
-from tetdeploy.names import is_npz
+from tetdeploy.names import check_classes, is_npz
 from tetdeploy.provenance import written
 
 from .augment import RESIZED_CROP
@@ -127,7 +127,8 @@ class Session:
 
 
 def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
-    """Refuse inputs and labels the classifier cannot take: kind, shape, dtype, none at all, labels out of range.
+    """Refuse inputs and labels the classifier cannot take: kind, shape, dtype, none at all, labels out of range or of
+    other classes.
 
     Raises:
         ValueError: with what it got and what it wants.
@@ -150,6 +151,7 @@ def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
             f"{data.name} has labels from {low} to {high}; "
             f"the network has {len(classifier.class_names)} classes, counted from 0"
         )
+    check_classes("the network", classifier.class_names, data.name, data.class_names)
 
 
 def check_together(classifier: Classifier, data: LabelledSet, config: TrainConfig) -> None:
