@@ -67,9 +67,13 @@ class Toy(nn.Module):
 
 def toy(on_forward: Callable[[int], None] = lambda count: None, *, seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
+    return wrap(Toy(on_forward))
+
+
+def wrap(network: nn.Module) -> Classifier:
     config = NetworkConfig("tests:toy", 3, 1, (4, 4))
     return Classifier(
-        Toy(on_forward), config=config, mean=(0.5,), std=(0.25,), class_names=("dark", "middle", "bright"), data="toy"
+        network, config=config, mean=(0.5,), std=(0.25,), class_names=("dark", "middle", "bright"), data="toy"
     )
 
 
@@ -980,6 +984,27 @@ def test_several_seeds_hold_the_folder_of_all(tmp_path: Path) -> None:
     ):
         train_seeds(lambda seed: toy(), TRAIN, VAL, settings(), (0, 1), tmp_path, progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["seed-0"]
+
+
+def test_the_seed_decides_the_initial_weights_and_no_seed_goes_on_with_anothers(tmp_path: Path) -> None:
+    def drawn(seed: int) -> Classifier:
+        return wrap(Toy())
+
+    before = torch.get_rng_state()
+    train_seeds(drawn, TRAIN, None, settings(epochs=1), (0, 1), tmp_path / "seeds", progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    train_seeds(drawn, TRAIN, None, settings(epochs=1), (1,), tmp_path / "again", progress=False)
+    zero, one, other = (
+        tetdeploy.load(tmp_path / f, network=Toy()) for f in ("seeds/seed-0", "seeds/seed-1", "again/seed-1")
+    )
+    assert same_weights(one, other) and not same_weights(one, zero)
+
+    kept = drawn(0)
+    factories = {"one object": lambda seed: kept, "one network": lambda seed: wrap(kept.network)}
+    for name, factory in factories.items():
+        with pytest.raises(ValueError, match=r"for seed 0 weights that it had returned before; let it build a new"):
+            train_seeds(factory, TRAIN, VAL, settings(), (0, 1), tmp_path / name, progress=False)
+        assert not (tmp_path / name).exists()
 
 
 # --- real data, real network
