@@ -180,7 +180,12 @@ def run_network(network: Callable[..., Tensor], x: Tensor, T: int) -> Tensor:
     Args:
         network: called like a `Classifier`, which it is, or something in its place.
         x: images `[N, C, H, W]`, each shown at T steps; or frames `[N, T', C, H, W]`, of which the first T are.
+
+    Raises:
+        ValueError: there are fewer frames than T, or T is below 1.
     """
+    if x.dim() == 5 and not 1 <= T <= x.shape[1]:
+        raise ValueError(f"T={T} steps need as many frames, from 1 to the {x.shape[1]} that there are")
     return network(x[:, :T].transpose(0, 1)) if x.dim() == 5 else network(x, T)
 
 
