@@ -1233,10 +1233,24 @@ def test_refused_images(options: Options, make: Any, match: str, earlier: Path) 
         export_model(convsnn(), earlier, ExportConfig(**options), make(digits().images[:9]))
 
 
-def test_refused_labels_and_counts(earlier: Path) -> None:
-    images, labels = digits().images[:9], digits().labels[:8]
-    with pytest.raises(ValueError, match="9 images need as many labels, got 8"):
+@pytest.mark.parametrize(("make", "match"), [
+    (lambda y: y[:8], "every image needs a label: 9 images, 8 labels"),
+    (lambda y: y + 50, r"labels run from \d+ to \d+, but the network has 10 classes"),
+    (lambda y: -y - 1, r"labels run from -\d+ to -\d+, but the network has 10 classes"),
+    (lambda y: y.astype(np.float64), r"labels must be a NumPy array of whole numbers \[N\].*, got float64 \[9\]"),
+    (lambda y: np.eye(10, dtype=np.int64)[y], r"labels must be .* whole numbers \[N\].*, got int64 \[9, 10\]"),
+    (lambda y: y.tolist(), r"labels must be a NumPy array .*, got a list"),
+])  # fmt: skip
+def test_refused_labels(make: Any, match: str, earlier: Path) -> None:
+    images, labels = digits().images[:9], make(digits().labels[:9])
+    with pytest.raises(ValueError, match=match):
         export_model(convsnn(), earlier, ExportConfig(), images, labels=labels)
+
+
+def test_refused_calibration_and_counts(earlier: Path) -> None:
+    images, labels = digits().images[:9], digits().labels[:9] + 50
+    with pytest.raises(ValueError, match=r"labels run from \d+ to \d+, but the network has 10 classes"):
+        export_model(convsnn(), earlier, ExportConfig(precision="int8"), images, calibration=(images, labels))
     with pytest.raises(ValueError, match="num_check must be 0 or more, got -1"):
         export_model(convsnn(), earlier, ExportConfig(), images, num_check=-1)
 

@@ -280,11 +280,22 @@ def check_labels(engine: Engine, x: NDArray[Any], labels: NDArray[np.int64]) -> 
     Raises:
         ValueError: they do not.
     """
-    if len(x) == 0 or len(x) != len(labels):
-        raise ValueError(f"every image needs a label: {len(x)} images, {len(labels)} labels")
-    num_classes = len(engine.class_names)
+    check_class_numbers(labels, len(x), len(engine.class_names), engine.path.name)
+
+
+def check_class_numbers(labels: Any, num_images: int, num_classes: int, model: str) -> None:
+    """Refuse labels that do not give each image the number of a class; `model` is what errors call the model.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.ndim != 1:
+        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else f"a {type(labels).__name__}"
+        raise ValueError(f"labels must be a NumPy array of whole numbers [N], one an image, got {got}")
+    if num_images == 0 or num_images != len(labels):
+        raise ValueError(f"every image needs a label: {num_images} images, {len(labels)} labels")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
-            f"labels run from {labels.min()} to {labels.max()}, but {engine.path.name} has {num_classes} classes; "
+            f"labels run from {labels.min()} to {labels.max()}, but {model} has {num_classes} classes; "
             "is this the data it was trained on?"
         )
