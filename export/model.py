@@ -22,7 +22,7 @@ from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Int8Error, Scales
 from tetdeploy.names import first_line
-from tetdeploy.networks import Classifier
+from tetdeploy.networks import Classifier, check_classifier
 from tetdeploy.sweep import check_class_numbers
 from tetdeploy.traced_network import Runnable
 from tetdeploy.tracing import Tracer
@@ -101,6 +101,7 @@ def export_model(
         OSError: the folder cannot be written.
     """
     path = Path(path)
+    check_classifier(classifier)
     classifier.eval()
     x = _checked_input(classifier, config, images, labels, num_check)
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)
@@ -182,6 +183,8 @@ def _check_labels(classifier: Classifier, images: NDArray[Any], labels: NDArray[
 def _as_input(classifier: Classifier, config: ExportConfig, images: NDArray[Any]) -> NDArray[Any]:
     """The images as the graph takes them."""
     frames = config.encoding == "frames"
+    if not isinstance(images, np.ndarray):
+        raise ValueError(f"images must be a NumPy array, got {type(images).__name__}")
     if 0 in images.shape or images.ndim != 4 + frames:
         raise ValueError(f"images must be [N, {'T, ' * frames}C, H, W] and some, got {list(images.shape)}")
     if images.shape[-3:] != classifier.image_shape:
@@ -192,7 +195,11 @@ def _as_input(classifier: Classifier, config: ExportConfig, images: NDArray[Any]
         raise ValueError(f"with normalisation in the graph the images must be uint8, got {images.dtype}")
     if not config.normalize and images.dtype == np.uint8:
         with torch.no_grad():
-            return classifier.normalize(torch.from_numpy(images).to(classifier.mean.device)).cpu().numpy()
+            return (
+                classifier.normalize(torch.from_numpy(np.ascontiguousarray(images)).to(classifier.mean.device))
+                .cpu()
+                .numpy()
+            )
     if not config.normalize and (images.dtype != np.float32 or not np.isfinite(images).all()):
         raise ValueError(
             "without normalisation in the graph the images must be uint8, or finite float32 that is normalised "

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from image_helpers import DEEP, write_deep_png
 from numpy.typing import NDArray
 from PIL import Image
@@ -121,6 +122,14 @@ def image_set(**changes: Any) -> ImageSet:
 def test_image_set_refuses_parts_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         image_set(**changes)
+
+
+def test_flipped_images_are_laid_out_anew_for_pytorch() -> None:
+    images, labels = noise(6, 1, 4, 4), np.array([0, 0, 0, 1, 1, 2])
+    flipped = image_set(images=images[..., ::-1], labels=labels[::-1])
+    np.testing.assert_array_equal(torch.from_numpy(flipped.images), images[..., ::-1])
+    np.testing.assert_array_equal(torch.from_numpy(flipped.labels), labels[::-1])
+    assert image_set(images=images).images is images
 
 
 @pytest.mark.parametrize("indices", [[4, 0], np.array([4, 0]), slice(1, 3), np.array([1, 0, 0, 0, 1, 0], bool)])

@@ -795,6 +795,18 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     more = ImageSet(**(vars(TRAIN) | {"labels": TRAIN.labels + 1, "class_names": ("a", "b", "c", "d")}))
     with pytest.raises(ValueError, match="toy has labels from 1 to 3; the network has 3 classes"):
         train(toy(), more, VAL, settings(), tmp_path)
+    for sets, message in (
+        ((TRAIN.images, VAL), "train_set .*, got ndarray; load_data"),
+        ((TRAIN, [1]), "val_set .* list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(toy(), *sets, settings(), tmp_path)
+        with pytest.raises(ValueError, match=message):
+            train_seeds(lambda seed: toy(), *sets, settings(), (0,), tmp_path / "seeds")
+    with pytest.raises(ValueError, match=r"classifier must be a Classifier, got Toy; a network becomes one"):
+        train(Toy(), TRAIN, VAL, settings(), tmp_path)
+    with pytest.raises(ValueError, match="classifier must be a Classifier, got Toy"):
+        train_seeds(lambda seed: Toy(), TRAIN, VAL, settings(), (0,), tmp_path / "seeds")
     for sets in ({"train_set": TRAIN, "val_set": otherwise(VAL)}, {"train_set": otherwise(TRAIN), "val_set": None}):
         with pytest.raises(
             ValueError, match=r"labels of toy do not match .* 3 classes \(bright, middle, dark\), the net"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tetdeploy.files import write_json
+from tetdeploy.networks import check_classifier
 from tetdeploy.run_folder import CONFIG_NAME, STATE_NAME, SUMMARY_NAME
 from tetdeploy.standard_output import StandardOutput
 
@@ -28,6 +29,7 @@ from .runs import (
     run_settings,
     write_run_config,
 )
+from .session import check_sets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +106,7 @@ def train_seeds(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
     fresh = _Fresh(make_classifier)
+    check_sets(train_set, val_set)
     settings = run_settings(fresh.classifier(seeds[0]), train_set, val_set, replace(config, seed=seeds[0]))
     settings |= {"seeds": list(seeds)}
     options: dict[str, Any] = {"how": how, "progress": progress, "board": board, "workers": workers}
@@ -149,6 +152,7 @@ class _Fresh:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             made = self._make(seed)
+        check_classifier(made)
         weights = [p for p in made.parameters() if p.requires_grad]
         alive = {id(weight) for weight in (seen() for seen in self._seen) if weight is not None}
         if any(id(weight) in alive for weight in weights):

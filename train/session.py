@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tetdeploy.data import ImageFiles
+from tetdeploy.data import ImageFiles, LabelledSet
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import check_classes, is_npz
 from tetdeploy.provenance import written
@@ -31,7 +31,6 @@ from .schedule import derive_seed, learning_rate
 from .synchronised import over_ranks
 
 if TYPE_CHECKING:
-    from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier
     from tetdeploy.traced_network import Runnable
 
@@ -124,6 +123,20 @@ class Session:
         chosen = torch.randperm(len(self.train), generator=generator)[steps.start * size : steps.stop * size]
         step_seeds = tuple(derive_seed(seed, images, epoch * seeds + step) for step in steps)
         return Draws(chosen.view(len(steps), size), step_seeds, self.ranks.share(size))
+
+
+def check_sets(train_set: LabelledSet, val_set: LabelledSet | None) -> None:
+    """Refuse what is no data set.
+
+    Raises:
+        ValueError: it is so.
+    """
+    for name, data in {"train_set": train_set, "val_set": val_set}.items():
+        if not isinstance(data, LabelledSet) and (data is not None or name == "train_set"):
+            raise ValueError(
+                f"{name} must be a data set, got {type(data).__name__}; load_data gives one, and ImageSet(...) or "
+                "FrameSet(...) makes one of arrays"
+            )
 
 
 def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:

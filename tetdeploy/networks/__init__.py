@@ -25,6 +25,7 @@ from tetdeploy.networks.smooth_spike import steepness
 from tetdeploy.networks.spiking_resnet34 import SpikingResNet34
 from tetdeploy.networks.twins import ann_twin, smooth_twin
 from tetdeploy.networks.vggsnn import VGGSNN
+from tetdeploy.steps import check_count
 
 __all__ = [
     "NETWORKS",
@@ -84,7 +85,9 @@ class NetworkConfig:
                 f"unknown model {self.model!r}; choose one of {', '.join(NETWORKS)}, "
                 "or package.module:function for your own"
             )
-        for name in ("num_classes", "in_channels", "width", "v_th", "gamma"):
+        for name in ("num_classes", "in_channels"):
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
+        for name in ("width", "v_th", "gamma"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         if self.width > _MAX_WIDTH:
@@ -189,6 +192,19 @@ def run_network(network: Callable[..., Tensor], x: Tensor, T: int) -> Tensor:
     return network(x[:, :T].transpose(0, 1)) if x.dim() == 5 else network(x, T)
 
 
+def check_classifier(classifier: Any) -> None:
+    """Refuse what is no `Classifier`.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if not isinstance(classifier, Classifier):
+        raise ValueError(
+            f"classifier must be a Classifier, got {type(classifier).__name__}; a network becomes one by "
+            "Classifier(network, config=..., mean=..., std=..., class_names=...)"
+        )
+
+
 def _variant(network: nn.Module, config: NetworkConfig) -> nn.Module:
     """The network itself, its ANN twin, or its twin with smooth spikes."""
     if config.ann:
@@ -238,6 +254,8 @@ class Classifier(nn.Module):
         encoding: Encoding = "direct",
     ) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"network must be an instance of torch.nn.Module, got {network!r}")
         if not len(mean) == len(std) == config.in_channels:
             raise ValueError(f"mean and std must have {config.in_channels} values each, got {len(mean)} and {len(std)}")
         if min(std) <= 0:
