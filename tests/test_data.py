@@ -9,6 +9,7 @@ import http.server
 import io
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,7 @@ from image_helpers import DEEP, write_deep_png
 from numpy.typing import NDArray
 from PIL import Image
 
+from tetdeploy.cli import main
 from tetdeploy.data import (
     DATA_NAMES,
     ImageSet,
@@ -96,6 +99,16 @@ def image_set(**changes: Any) -> ImageSet:
         "std": (0.2,),
     }
     return ImageSet(**(parts | changes))
+
+
+def test_every_data_set_is_named_where_one_chooses() -> None:
+    names = {*DATA_NAMES, "folder", "events", "saccades", "by-time"}
+    options = {
+        option.name: option.help or "" for option in main.commands["train"].params if isinstance(option, click.Option)
+    }
+    assert set(re.findall(r"[a-z][a-z-]*\d*", options["data"])) >= names
+    described = (load_data.__doc__ or "").partition("split:")[0]
+    assert set(re.findall(r'"([a-z\d-]+):?[A-Z]*"', described)) == names
 
 
 # ---------------------------------------------------------------- ImageSet
