@@ -1014,6 +1014,8 @@ def test_the_seed_decides_the_initial_weights_and_no_seed_goes_on_with_anothers(
 
     kept = drawn(0)
     factories = {"one object": lambda seed: kept, "one network": lambda seed: wrap(kept.network)}
+    with pytest.raises(ValueError, match="seed is 100000000000000000000; it must be at least 0 and at most"):
+        train_seeds(drawn, TRAIN, VAL, settings(), (0, 10**20), tmp_path / "huge", progress=False)
     for name, factory in factories.items():
         with pytest.raises(ValueError, match=r"for seed 0 weights that it had returned before; let it build a new"):
             train_seeds(factory, TRAIN, VAL, settings(), (0, 1), tmp_path / name, progress=False)

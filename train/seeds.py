@@ -105,9 +105,10 @@ def train_seeds(
     out, ranks, how = Path(out), current_ranks(), how or How()
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
+    configs = {seed: replace(config, seed=seed) for seed in seeds}
     fresh = _Fresh(make_classifier)
     check_sets(train_set, val_set)
-    settings = run_settings(fresh.classifier(seeds[0]), train_set, val_set, replace(config, seed=seeds[0]))
+    settings = run_settings(fresh.classifier(seeds[0]), train_set, val_set, configs[seeds[0]])
     settings |= {"seeds": list(seeds)}
     options: dict[str, Any] = {"how": how, "progress": progress, "board": board, "workers": workers}
     console = StandardOutput(quiet=progress is False or not ranks.writes, highlight=False, soft_wrap=True)
@@ -128,8 +129,7 @@ def train_seeds(
             console.print(f"seed {seed}, {number} of {len(seeds)}  ->  {folder}", markup=False)
             begun = ranks.agreed(resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file())
             options |= {"resume": begun, "before_writing": None if results else begin}
-            one = replace(config, seed=seed)
-            results.append(train(fresh.classifier(seed), train_set, val_set, one, folder, **options))
+            results.append(train(fresh.classifier(seed), train_set, val_set, configs[seed], folder, **options))
             result = _summarised(out, results)
             if ranks.writes:
                 write_json(out / SUMMARY_NAME, _summary(result, settings, recipe))
