@@ -12,6 +12,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from tetdeploy.data import Encoding
+from tetdeploy.steps import check_count
 
 Layout = Literal["unrolled", "dynamic", "step"]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -65,8 +66,7 @@ class ExportConfig:
         if self.encoding not in ("direct", "frames"):
             raise ValueError(f"unknown encoding {self.encoding!r}; choose direct or frames")
         for name in ("T", "trained_T"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
         if self.with_state and self.layout != "unrolled":
             raise ValueError(
                 f"with_state goes with the unrolled layout; a {self.layout} graph "

@@ -22,7 +22,8 @@ from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Int8Error, Scales
 from tetdeploy.names import first_line
-from tetdeploy.networks import Classifier
+from tetdeploy.networks import Classifier, check_classifier
+from tetdeploy.sweep import check_class_numbers
 from tetdeploy.traced_network import Runnable
 from tetdeploy.tracing import Tracer
 
@@ -87,7 +88,7 @@ def export_model(
         path: the `.onnx` file; the reference goes to `<path without .onnx>.reference.npz`.
         images: real input, uint8 `[N, C, H, W]` or frames `[N, T, C, H, W]`; float32 that is normalised already where
             `config.normalize` is off and the data have no pixels. The first `num_check` are compared, 256 are kept.
-        labels: of the images, kept with the reference.
+        labels: of the images, whole numbers `[N]`, kept with the reference.
         source: what the model was made from, kept in the metadata.
         num_check: images compared with PyTorch; 0 leaves the check out.
         calibration: images and labels of the training set that an int8 graph takes its scales from, other ones than
@@ -100,6 +101,7 @@ def export_model(
         OSError: the folder cannot be written.
     """
     path = Path(path)
+    check_classifier(classifier)
     classifier.eval()
     x = _checked_input(classifier, config, images, labels, num_check)
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)
@@ -169,14 +171,20 @@ def _checked_input(
     """The images that will be compared or kept, as the graph takes them."""
     if num_check < 0:
         raise ValueError(f"num_check must be 0 or more, got {num_check}")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{len(images)} images need as many labels, got {len(labels)}")
+    _check_labels(classifier, images, labels)
     return _as_input(classifier, config, images[: max(num_check, NUM_REFERENCE)])
+
+
+def _check_labels(classifier: Classifier, images: NDArray[Any], labels: NDArray[np.int64] | None) -> None:
+    if labels is not None:
+        check_class_numbers(labels, len(images), len(classifier.class_names), "the network")
 
 
 def _as_input(classifier: Classifier, config: ExportConfig, images: NDArray[Any]) -> NDArray[Any]:
     """The images as the graph takes them."""
     frames = config.encoding == "frames"
+    if not isinstance(images, np.ndarray):
+        raise ValueError(f"images must be a NumPy array, got {type(images).__name__}")
     if 0 in images.shape or images.ndim != 4 + frames:
         raise ValueError(f"images must be [N, {'T, ' * frames}C, H, W] and some, got {list(images.shape)}")
     if images.shape[-3:] != classifier.image_shape:
@@ -187,7 +195,11 @@ def _as_input(classifier: Classifier, config: ExportConfig, images: NDArray[Any]
         raise ValueError(f"with normalisation in the graph the images must be uint8, got {images.dtype}")
     if not config.normalize and images.dtype == np.uint8:
         with torch.no_grad():
-            return classifier.normalize(torch.from_numpy(images).to(classifier.mean.device)).cpu().numpy()
+            return (
+                classifier.normalize(torch.from_numpy(np.ascontiguousarray(images)).to(classifier.mean.device))
+                .cpu()
+                .numpy()
+            )
     if not config.normalize and (images.dtype != np.float32 or not np.isfinite(images).all()):
         raise ValueError(
             "without normalisation in the graph the images must be uint8, or finite float32 that is normalised "
@@ -247,6 +259,7 @@ def _build_int8(
         return _build(onnx_tracer, config, source, calibration.scales), calibration
     if calibration is None:
         raise ValueError("precision int8 takes its scales from images of the training set; give some as calibration")
+    _check_labels(onnx_tracer.tracer.classifier, *calibration)
     x = _as_input(onnx_tracer.tracer.classifier, config, calibration[0])
     T = replace(config, T=config.trained_T).steps_on(x)
     trial = replace(config, T=max(config.T, T))  # scales are tried out on no fewer steps than the training had

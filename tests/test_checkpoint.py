@@ -115,6 +115,11 @@ def test_own_networks_are_never_imported_because_a_file_says_so(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"not imported because a file says so; pass --model mine\.nets:small"):
         load(path)
     loaded = load(path, network=OwnNetwork())
+    for other in ("mine.nets:small", OwnNetwork):
+        with pytest.raises(
+            ValueError, match=r"network must be an instance of torch\.nn\.Module, got .*(small|OwnNetwork)"
+        ):
+            load(path, network=other)
     images = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
     torch.testing.assert_close(loaded(images, 2), classifier.eval()(images, 2), rtol=0, atol=0)
 

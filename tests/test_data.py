@@ -9,6 +9,7 @@ import http.server
 import io
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -21,12 +22,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
+import torch
 from image_helpers import DEEP, write_deep_png
 from numpy.typing import NDArray
 from PIL import Image
 
+from tetdeploy.cli import main
 from tetdeploy.data import (
     DATA_NAMES,
     ImageSet,
@@ -97,6 +101,16 @@ def image_set(**changes: Any) -> ImageSet:
     return ImageSet(**(parts | changes))
 
 
+def test_every_data_set_is_named_where_one_chooses() -> None:
+    names = {*DATA_NAMES, "folder", "events", "saccades", "by-time"}
+    options = {
+        option.name: option.help or "" for option in main.commands["train"].params if isinstance(option, click.Option)
+    }
+    assert set(re.findall(r"[a-z][a-z-]*\d*", options["data"])) >= names
+    described = (load_data.__doc__ or "").partition("split:")[0]
+    assert set(re.findall(r'"([a-z\d-]+):?[A-Z]*"', described)) == names
+
+
 # ---------------------------------------------------------------- ImageSet
 
 
@@ -121,6 +135,14 @@ def image_set(**changes: Any) -> ImageSet:
 def test_image_set_refuses_parts_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         image_set(**changes)
+
+
+def test_flipped_images_are_laid_out_anew_for_pytorch() -> None:
+    images, labels = noise(6, 1, 4, 4), np.array([0, 0, 0, 1, 1, 2])
+    flipped = image_set(images=images[..., ::-1], labels=labels[::-1])
+    np.testing.assert_array_equal(torch.from_numpy(flipped.images), images[..., ::-1])
+    np.testing.assert_array_equal(torch.from_numpy(flipped.labels), labels[::-1])
+    assert image_set(images=images).images is images
 
 
 @pytest.mark.parametrize("indices", [[4, 0], np.array([4, 0]), slice(1, 3), np.array([1, 0, 0, 0, 1, 0], bool)])

@@ -18,7 +18,7 @@ from tetdeploy.cli import main
 from tetdeploy.cli.beginnings import note_trained_on
 from tetdeploy.data import load_data, save_npz, split_validation
 from tetdeploy.export.trained import Trained
-from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.networks import Classifier, NetworkConfig, build_network, run_network
 from tetdeploy.train import evaluate
 from tetdeploy.train.validation import accuracy_by_step
 
@@ -63,6 +63,18 @@ def test_every_T_is_a_run_of_that_T() -> None:
     classifier.eval()
     assert found == pytest.approx([evaluate(classifier, x, y, T=T)[1] for T in range(1, 6)], abs=1e-7)
     assert len(set(found)) > 1
+
+
+def test_no_other_number_of_frames_is_taken_for_T() -> None:
+    x, y = torch.tensor(digits().images[:2, None]).expand(-1, 3, -1, -1, -1), torch.tensor(digits().labels[:2])
+    wanted = {4: "T=4 steps need as many frames, from 1 to the 3", 0: "T must be at least 1, got 0"}
+    for T, message in wanted.items():
+        with pytest.raises(ValueError, match=message):
+            evaluate(convsnn(), x, y, T=T)
+        with pytest.raises(ValueError, match=message):
+            accuracy_by_step(convsnn(), [(x, y)], T=T)
+    with pytest.raises(ValueError, match="T=-1 steps need as many frames, from 1 to the 3"):
+        run_network(convsnn(), x, -1)
 
 
 def test_a_run_and_what_has_no_export(runs: Path) -> None:

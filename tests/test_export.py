@@ -1211,6 +1211,8 @@ def test_tokens_may_be_merged_elsewhere(layout: str, tmp_path: Path) -> None:
     ({"layout": "rolled"}, "unknown layout 'rolled'; choose one of unrolled, dynamic, step"),
     ({"encoding": "rate"}, "unknown encoding 'rate'; choose direct or frames"),
     ({"T": 0}, "T must be at least 1, got 0"),
+    ({"T": 2.5}, r"T must be a whole number, got 2\.5"),
+    ({"T": True}, "T must be a whole number, got True"),
     ({"trained_T": -1}, "trained_T must be at least 1, got -1"),
     ({"layout": "step", "with_state": True}, "goes with the unrolled layout; a step graph always has its state"),
     ({"layout": "dynamic", "with_state": True}, "goes with the unrolled layout; a dynamic graph runs any T"),
@@ -1222,6 +1224,7 @@ def test_refused_options(options: Options, match: str) -> None:
 
 @pytest.mark.parametrize(("options", "make", "match"), [
     ({}, lambda x: x[:0], r"images must be \[N, C, H, W\] and some, got \[0, 1, 8, 8\]"),
+    ({}, torch.from_numpy, "images must be a NumPy array, got Tensor"),
     ({}, lambda x: x[0], r"images must be \[N, C, H, W\]"),
     ({"encoding": "frames"}, lambda x: x, r"images must be \[N, T, C, H, W\]"),
     ({}, lambda x: x[..., :7], r"the network takes images \(1, 8, 8\), got \(1, 8, 7\)"),
@@ -1235,10 +1238,29 @@ def test_refused_images(options: Options, make: Any, match: str, earlier: Path) 
         export_model(convsnn(), earlier, ExportConfig(**options), make(digits().images[:9]))
 
 
-def test_refused_labels_and_counts(earlier: Path) -> None:
-    images, labels = digits().images[:9], digits().labels[:8]
-    with pytest.raises(ValueError, match="9 images need as many labels, got 8"):
+@pytest.mark.parametrize(("make", "match"), [
+    (lambda y: y[:8], "every image needs a label: 9 images, 8 labels"),
+    (lambda y: y + 50, r"labels run from \d+ to \d+, but the network has 10 classes"),
+    (lambda y: -y - 1, r"labels run from -\d+ to -\d+, but the network has 10 classes"),
+    (lambda y: y.astype(np.float64), r"labels must be a NumPy array of whole numbers \[N\].*, got float64 \[9\]"),
+    (lambda y: np.eye(10, dtype=np.int64)[y], r"labels must be .* whole numbers \[N\].*, got int64 \[9, 10\]"),
+    (lambda y: y.tolist(), r"labels must be a NumPy array .*, got list$"),
+])  # fmt: skip
+def test_refused_labels(make: Any, match: str, earlier: Path) -> None:
+    images, labels = digits().images[:9], make(digits().labels[:9])
+    with pytest.raises(ValueError, match=match):
         export_model(convsnn(), earlier, ExportConfig(), images, labels=labels)
+
+
+def test_a_bare_network_is_refused(earlier: Path) -> None:
+    with pytest.raises(ValueError, match="classifier must be a Classifier, got ConvSNN; a network becomes one"):
+        export_model(convsnn().network, earlier, ExportConfig(), digits().images[:9])
+
+
+def test_refused_calibration_and_counts(earlier: Path) -> None:
+    images, labels = digits().images[:9], digits().labels[:9] + 50
+    with pytest.raises(ValueError, match=r"labels run from \d+ to \d+, but the network has 10 classes"):
+        export_model(convsnn(), earlier, ExportConfig(precision="int8"), images, calibration=(images, labels))
     with pytest.raises(ValueError, match="num_check must be 0 or more, got -1"):
         export_model(convsnn(), earlier, ExportConfig(), images, num_check=-1)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +180,20 @@ def test_an_unknown_model_lists_the_choices(model: str) -> None:
         NetworkConfig(model, 10, 3, (32, 32))
 
 
-@pytest.mark.parametrize("name", ["num_classes", "in_channels", "width", "v_th", "gamma"])
+@pytest.mark.parametrize("name", ["num_classes", "in_channels"])
+def test_numbers_that_are_not_whole_are_refused(name: str) -> None:
+    settings: dict[str, Any] = {"num_classes": 10, "in_channels": 3, "image_size": (8, 8)}
+    for value, message in (
+        (0, "at least 1, got 0"),
+        (10.5, r"a whole number, got 10\.5"),
+        (True, "a whole number, got True"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be {message}"):
+            NetworkConfig("convsnn", **settings | {name: value})
+    assert json.dumps(asdict(NetworkConfig("convsnn", **settings | {name: np.int64(3)})))
+
+
+@pytest.mark.parametrize("name", ["width", "v_th", "gamma"])
 @pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])
 def test_settings_out_of_their_range_are_refused(name: str, value: float) -> None:
     settings = {"num_classes": 10, "in_channels": 3, "image_size": (8, 8)} | {name: value}

@@ -536,6 +536,16 @@ def test_parameters_out_of_range_are_refused(options: dict[str, float], message:
             neuron()
 
 
+@pytest.mark.parametrize("name", ["tau", "v_th", "gamma"])
+def test_parameters_that_could_not_learn_are_refused(name: str) -> None:
+    learned: dict[str, Any] = {name: nn.Parameter(torch.tensor(0.5))}
+    computed: dict[str, Any] = {name: torch.sigmoid(learned[name])}
+    with pytest.raises(ValueError, match=rf"^{name} must be a number, got a Parameter: the gradient does not reach it"):
+        LIF(**learned)
+    with pytest.raises(ValueError, match=rf"^{name} must be a number, got a Tensor: .* pass float\({name}\)"):
+        lif(torch.ones(1, 2), **computed)
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3)])
 def test_currents_without_steps_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"current must be \[T, \.\.\.\] with T of at least 1, got shape \["):

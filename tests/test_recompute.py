@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from tetdeploy.fused_bn import FiringSequential
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
-from tetdeploy.networks import NetworkConfig, build_network
+from tetdeploy.networks import NETWORKS, NetworkConfig, build_network
 from tetdeploy.neurons import LIF
 from tetdeploy.train import total_loss
 from tetdeploy.train.recompute import recompute_blocks
 
-MODELS = ["convsnn", "resnet19", "vggsnn", "vggsnn-strided", "spiking-resnet34", "sew-resnet34"]
 T = 3
 
 
@@ -61,7 +60,7 @@ def kept_bytes(network: nn.Module, x: Tensor, steps: int | None = T) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", NETWORKS)
 def test_training_is_the_same_bit_for_bit(model: str) -> None:
     plain = network_of(model)
     frugal = recomputed(plain)

@@ -217,12 +217,16 @@ class TestSections:
         gates = [
             {"key": "accuracy", "wanted": 0.95, "T": 2, "got": 0.92, "passed": False},
             {"key": "energy", "wanted": 3e6, "T": 2, "got": 2.72e6, "passed": True},
+            {"key": "rest", "at_most": True, "unit": "pJ", "wanted": 5.0, "T": 2, "got": None, "passed": False},
+            {"key": "flips", "at_most": True, "unit": "fraction", "wanted": 0.1, "T": 2, "got": 0.05, "passed": True},
         ]
         results = read_results([write(tmp_path / "a.json", result(gates=gates))])
         section = next(s for s in document_of(results).sections if s.title == "Gates")
         assert section.blocks[0].rows == (  # type: ignore[union-attr]
             ("a", "accuracy", "2", "at least 95.00%", "92.00%", "NO"),
             ("a", "energy", "2", "at most 3 µJ", "2.72 µJ", "yes"),
+            ("a", "rest", "2", "at most 5 pJ", "–", "NO"),
+            ("a", "flips", "2", "at most 10.00%", "5.00%", "yes"),
         )
 
 

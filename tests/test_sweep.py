@@ -15,6 +15,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+import torch
 from export_helpers import digits, exported
 from matplotlib.figure import Figure
 from PIL import Image
@@ -226,8 +227,21 @@ def test_labels_that_do_not_fit() -> None:
         sweep(engine, x, np.zeros(3, np.int64), (1,))
     with pytest.raises(ValueError, match=r"labels run from 0 to 10, but .* has 10 classes"):
         sweep(engine, x, np.array([0, 1, 2, 10]), (1,))
+    labels = np.zeros(4, np.int64)
+    others = (labels.tolist(), torch.tensor(labels), labels.astype(float), labels > 0, labels[:, None])
+    for other, got in zip(others, ("list", "Tensor", r"float64 \[4\]", r"bool \[4\]", r"int64 \[4, 1\]"), strict=True):
+        with pytest.raises(ValueError, match=rf"labels must be a NumPy array of whole numbers \[N\].*, got {got}$"):
+            sweep(engine, x, other, (1,))
     with pytest.raises(ValueError, match="batch_size and num_timed must be at least 1"):
-        sweep(engine, x, np.zeros(4, np.int64), (1,), num_timed=0)
+        sweep(engine, x, labels, (1,), num_timed=0)
+
+
+def test_steps_may_come_one_by_one_but_must_be_some() -> None:
+    engine, x, labels = Engine(exported("unrolled")), digits().images[:4], digits().labels[:4]
+    assert [row.T for row in sweep(engine, x, labels, iter((1, np.int64(2))), num_timed=1).rows] == [1, 2]
+    for steps, message in ([[], "steps holds no T"], [(1, 2.0), "T must be a whole number, got 2.0"]):
+        with pytest.raises(ValueError, match=message):
+            sweep(engine, x, labels, steps)
 
 
 def test_images_without_an_answer_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

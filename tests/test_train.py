@@ -69,9 +69,13 @@ class Toy(nn.Module):
 
 def toy(on_forward: Callable[[int], None] = lambda count: None, *, seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
+    return wrap(Toy(on_forward))
+
+
+def wrap(network: nn.Module) -> Classifier:
     config = NetworkConfig("tests:toy", 3, 1, (4, 4))
     return Classifier(
-        Toy(on_forward), config=config, mean=(0.5,), std=(0.25,), class_names=("dark", "middle", "bright"), data="toy"
+        network, config=config, mean=(0.5,), std=(0.25,), class_names=("dark", "middle", "bright"), data="toy"
     )
 
 
@@ -93,6 +97,11 @@ def images_of(count: int, *, seed: int, split: Any = "train") -> ImageSet:
 
 TRAIN, VAL = images_of(52, seed=1), images_of(31, seed=2)  # 6 steps of 8, 4 images left out
 STEPS = 6
+
+
+def otherwise(data: ImageSet) -> ImageSet:
+    """The same with its classes in another order."""
+    return ImageSet(**(vars(data) | {"class_names": data.class_names[::-1]}))
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -818,6 +827,24 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     more = ImageSet(**(vars(TRAIN) | {"labels": TRAIN.labels + 1, "class_names": ("a", "b", "c", "d")}))
     with pytest.raises(ValueError, match="toy has labels from 1 to 3; the network has 3 classes"):
         train(toy(), more, VAL, settings(), tmp_path)
+    for sets, message in (
+        ((TRAIN.images, VAL), "train_set .*, got ndarray; load_data"),
+        ((TRAIN, [1]), "val_set .* list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(toy(), *sets, settings(), tmp_path)
+        with pytest.raises(ValueError, match=message):
+            train_seeds(lambda seed: toy(), *sets, settings(), (0,), tmp_path / "seeds")
+    with pytest.raises(ValueError, match=r"classifier must be a Classifier, got Toy; a network becomes one"):
+        train(Toy(), TRAIN, VAL, settings(), tmp_path)
+    with pytest.raises(ValueError, match="classifier must be a Classifier, got Toy"):
+        train_seeds(lambda seed: Toy(), TRAIN, VAL, settings(), (0,), tmp_path / "seeds")
+    for sets in ({"train_set": TRAIN, "val_set": otherwise(VAL)}, {"train_set": otherwise(TRAIN), "val_set": None}):
+        with pytest.raises(
+            ValueError,
+            match=r"labels of toy do not match .* \(bright, middle, dark\), .*; label 0 means bright to it, ",
+        ):
+            train(toy(), config=settings(), out=tmp_path, **sets)
     assert not any(tmp_path.iterdir())
 
 
@@ -1006,6 +1033,29 @@ def test_several_seeds_hold_the_folder_of_all(tmp_path: Path) -> None:
     ):
         train_seeds(lambda seed: toy(), TRAIN, VAL, settings(), (0, 1), tmp_path, progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["seed-0"]
+
+
+def test_the_seed_decides_the_initial_weights_and_no_seed_goes_on_with_anothers(tmp_path: Path) -> None:
+    def drawn(seed: int) -> Classifier:
+        return wrap(Toy())
+
+    before = torch.get_rng_state()
+    train_seeds(drawn, TRAIN, None, settings(epochs=1), (0, 1), tmp_path / "seeds", progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    train_seeds(drawn, TRAIN, None, settings(epochs=1), (1,), tmp_path / "again", progress=False)
+    zero, one, other = (
+        tetdeploy.load(tmp_path / f, network=Toy()) for f in ("seeds/seed-0", "seeds/seed-1", "again/seed-1")
+    )
+    assert same_weights(one, other) and not same_weights(one, zero)
+
+    kept = drawn(0)
+    factories = {"one object": lambda seed: kept, "one network": lambda seed: wrap(kept.network)}
+    with pytest.raises(ValueError, match="seed is 100000000000000000000; it must be at least 0 and at most"):
+        train_seeds(drawn, TRAIN, VAL, settings(), (0, 10**20), tmp_path / "huge", progress=False)
+    for name, factory in factories.items():
+        with pytest.raises(ValueError, match=r"for seed 0 weights that it had returned before; let it build a new"):
+            train_seeds(factory, TRAIN, VAL, settings(), (0, 1), tmp_path / name, progress=False)
+        assert not (tmp_path / name).exists()
 
 
 # --- real data, real network

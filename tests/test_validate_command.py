@@ -423,6 +423,11 @@ class TestGates:
         assert found["passed"] is passed
         assert f"{got:g}" in describe(found)
 
+    def test_what_was_not_measured_fails_and_says_so(self) -> None:
+        (found,) = check_gates([Gate("energy", 5.0, 1)], [{"T": 1, "energy_pj": None}])
+        assert (found["at_most"], found["unit"], found["passed"]) == (True, "pJ", False)
+        assert describe(found) == "energy at T=1: not measured, wanted at most 5 pJ"
+
 
 class TestBadInput:
     def test_labels_that_do_not_match(self) -> None:

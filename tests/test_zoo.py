@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,12 +16,20 @@ from export_helpers import shared_traces
 from torch import Tensor, nn
 from zoo_helpers import MODELS, SIZES, classifier_of, config_of, for_export, lively
 
-from tetdeploy.checkpoint import load
+from tetdeploy.checkpoint import load, save_checkpoint
 from tetdeploy.data import ImageSet
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.folding import count_batchnorm, fold_batchnorm
 from tetdeploy.layers import DirectEncoding, OverTime
-from tetdeploy.networks import NETWORKS, Classifier, NetworkConfig, ann_twin, build_network, import_network
+from tetdeploy.networks import (
+    NETWORKS,
+    Classifier,
+    NetworkConfig,
+    ann_twin,
+    build_network,
+    import_network,
+    smooth_twin,
+)
 from tetdeploy.networks.sew_resnet34 import SEWBlock
 from tetdeploy.neurons import IF, LIF
 from tetdeploy.train import TrainConfig, train
@@ -283,6 +292,32 @@ def test_what_does_not_spike_has_no_twin() -> None:
         ann_twin(nn.Linear(2, 2))
 
 
+class SlowLIF(LIF):
+    """Settings of its own, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(tau=0.9)
+
+
+class ScaledLIF(LIF):
+    def forward(self, current: Tensor) -> Tensor:
+        return super().forward(current * 1.1)
+
+
+class LearnedLIF(LIF):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+def test_what_neurons_compute_of_their_own_is_not_dropped() -> None:
+    assert [m.tau for m in ann_twin(nn.Sequential(SlowLIF(), IF())) if isinstance(m, nn.ReLU)] == [0.9, 1.0]
+    for make in (ann_twin, lambda network: smooth_twin(network, k=3)):
+        for own in (ScaledLIF, LearnedLIF):
+            with pytest.raises(ValueError, match=f"^{own.__name__} computes or learns something of its own"):
+                make(nn.Sequential(LIF(), own()))
+
+
 class OwnNetwork(nn.Module):
     """A user's own, with one neuron module under two names and one encoder with named layers."""
 
@@ -312,3 +347,31 @@ def test_a_spiking_network_does_not_pass_for_a_twin() -> None:
     config = NetworkConfig("own_nets:small", 5, 1, (4, 4), ann=True)
     with pytest.raises(ValueError, match=r"says ann, but the network has neurons; pass ann_twin\(network\)"):
         Classifier(OwnNetwork(), config=config, mean=(0.0,), std=(1.0,), class_names=tuple("abcde"))
+
+
+def test_a_twin_does_not_pass_for_a_spiking_network() -> None:
+    spiking = NetworkConfig("own_nets:small", 5, 1, (4, 4))
+    smooth = replace(spiking, smooth_spike=2.0)
+    arguments: dict[str, Any] = {"mean": (0.0,), "std": (1.0,), "class_names": tuple("abcde")}
+    with pytest.raises(ValueError, match="is an ANN twin, but the configuration does not say ann; set ann=True"):
+        Classifier(ann_twin(OwnNetwork()), config=spiking, **arguments)
+    with pytest.raises(ValueError, match=r"says smooth_spike=0, but .* smooth spikes of k=3; set smooth_spike"):
+        Classifier(smooth_twin(OwnNetwork(), k=3), config=spiking, **arguments)
+    with pytest.raises(ValueError, match=r"says smooth_spike=2, but .* smooth spikes of k=3"):
+        Classifier(smooth_twin(OwnNetwork(), k=3), config=smooth, **arguments)
+    with pytest.raises(ValueError, match=r"smooth_spike=2, but .* spikes of 0 and 1; .*pass smooth_twin\(network, k"):
+        Classifier(OwnNetwork(), config=smooth, **arguments)
+
+
+def test_a_classifiers_twin_is_saved_as_what_it_is(tmp_path: Path) -> None:
+    classifier = classifier_of("convsnn", image_size=(4, 4))
+    for twin, T in ((ann_twin(classifier), 1), (smooth_twin(classifier, k=3), 2)):
+        save_checkpoint(tmp_path / "twin.safetensors", twin, training={}, provenance={})
+        loaded = load(tmp_path / "twin.safetensors")
+        x = torch.rand(2, 3, 4, 4)
+        assert torch.equal(loaded(x, T), twin(x, T))
+        with pytest.raises(ValueError, match=r"ANN|smooth spikes"):
+            export_model(loaded, tmp_path / "m.onnx", ExportConfig(), np.zeros((2, 3, 4, 4), np.uint8))
+    again = ann_twin(smooth_twin(classifier, k=3))
+    assert (again.config.ann, again.config.smooth_spike) == (True, 0.0)
+    assert classifier.config.is_spiking

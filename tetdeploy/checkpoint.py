@@ -78,7 +78,8 @@ def load(path: Path | str, *, network: nn.Module | None = None) -> Classifier:
 
     Raises:
         FileNotFoundError: there is no such file, or the run has no checkpoint yet.
-        ValueError: not a checkpoint of ours, truncated, a pickle; the weights do not fit the network, or one is NaN.
+        ValueError: not a checkpoint of ours, truncated, a pickle; the weights do not fit the network, or one is NaN;
+            `network` is no instance of one.
     """
     import_extra("torch", "train")
     from tetdeploy.networks import Classifier, build_network

@@ -56,9 +56,13 @@ def check_classes(model: str, own_names: tuple[str, ...], data: str, names: tupl
         or (_are_numbers(own_names) and not set(names) & set(own_names))
     ):
         return
+    pairs = enumerate(zip(names, own_names, strict=False))
+    first = next(
+        (f"; label {k} means {other} to it, and {own} to {model}" for k, (other, own) in pairs if other != own), ""
+    )
     own, others = (f"{len(n)} classes ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for n in (own_names, names))
     raise ValueError(
-        f"the labels of {data} do not match the model's: it has {others}, {model} knows {own}; "
+        f"the labels of {data} do not match the model's: it has {others}, {model} knows {own}{first}; "
         "is this the data it was trained on?"
     )
 

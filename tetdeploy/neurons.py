@@ -263,13 +263,15 @@ def lif(
         v_th: firing threshold, above 0. A neuron fires when h > v_th, strictly.
         gamma: half-width of the surrogate triangle round v_th, from 1e-18 to 1e18: float32 must hold its square.
 
+    tau, v_th and gamma are numbers, not tensors: no gradient reaches them, and so they cannot be learned.
+
     Returns:
         The spikes, 0 or 1, `[T, ...]` in the dtype of `current`, and the last membrane potential (after the reset),
         `[...]`, in float32 for half-precision currents and in the dtype of `current` otherwise.
 
     Raises:
         ValueError: T is 0, `current` is not floating point, `u` has another shape or device than one step, or a
-            parameter is out of its range.
+            parameter is out of its range or a tensor.
         RuntimeError: a second derivative, or forward-mode differentiation, is asked for.
     """
     _check_parameters(tau, v_th, gamma)
@@ -304,7 +306,7 @@ def _checked_lif(
 class LIF(nn.Module):
     """Leaky integrate-and-fire neurons, u(0) = 0 (Eqs. 1-5). Maps currents `[T, ...]` to spikes `[T, ...]`.
 
-    Args and errors: see `lif`; a parameter out of its range raises ValueError.
+    Args and errors: see `lif`; a parameter that is out of its range or a tensor raises ValueError.
     """
 
     def __init__(self, *, tau: float = 0.5, v_th: float = 1.0, gamma: float = 1.0) -> None:
@@ -331,6 +333,13 @@ class IF(LIF):
 
 
 def _check_parameters(tau: float, v_th: float, gamma: float) -> None:
+    given: dict[str, Any] = {"tau": tau, "v_th": v_th, "gamma": gamma}
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} must be a number, got a {type(value).__name__}: the gradient does not reach it, so it could "
+                f"not be learned; pass float({name})"
+            )
     _require(0.0 <= tau <= 1.0, "tau", tau, "in [0, 1]; it is the leak factor per step, not a time constant")
     _require(0.0 < v_th < float("inf"), "v_th", v_th, "above 0 and finite")
     _require(1e-18 <= gamma <= 1e18, "gamma", gamma, "from 1e-18 to 1e18; in float32 nothing is left of other squares")

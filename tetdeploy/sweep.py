@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from tetdeploy.engine import Engine
 from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
 from tetdeploy.provenance import engine_provenance, images_sha256
+from tetdeploy.steps import check_count
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def sweep(
     engine: Engine,
     x: NDArray[Any],
     labels: NDArray[np.int64],
-    steps: Sequence[int],
+    steps: Iterable[int],
     *,
     data: str = "",
     batch_size: int = 64,
@@ -214,12 +215,15 @@ def sweep(
         tick: called with the number of images done.
 
     Raises:
-        ValueError: labels do not fit the images or the model's classes, or there are no energies for the model's
-            precision; see also `check_logits` and `Engine.run`.
+        ValueError: labels do not fit the images or the model's classes, there is no T, or there are no energies for the
+            model's precision; see also `check_logits` and `Engine.run`.
     """
     check_labels(engine, x, labels)
     if num_timed < 1 or batch_size < 1:
         raise ValueError(f"batch_size and num_timed must be at least 1, got {batch_size} and {num_timed}")
+    steps = [check_count("T", t) for t in steps]
+    if not steps:
+        raise ValueError("steps holds no T; give at least one")
     T = max(steps)
     engine.check_T(T, engine.check_input(x[:1]))
     tally = Tally(engine, T, constants)
@@ -280,11 +284,22 @@ def check_labels(engine: Engine, x: NDArray[Any], labels: NDArray[np.int64]) -> 
     Raises:
         ValueError: they do not.
     """
-    if len(x) == 0 or len(x) != len(labels):
-        raise ValueError(f"every image needs a label: {len(x)} images, {len(labels)} labels")
-    num_classes = len(engine.class_names)
+    check_class_numbers(labels, len(x), len(engine.class_names), engine.path.name)
+
+
+def check_class_numbers(labels: Any, num_images: int, num_classes: int, model: str) -> None:
+    """Refuse labels that do not give each image the number of a class; `model` is what errors call the model.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.ndim != 1:
+        got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else type(labels).__name__
+        raise ValueError(f"labels must be a NumPy array of whole numbers [N], one an image, got {got}")
+    if num_images == 0 or num_images != len(labels):
+        raise ValueError(f"every image needs a label: {num_images} images, {len(labels)} labels")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
-            f"labels run from {labels.min()} to {labels.max()}, but {engine.path.name} has {num_classes} classes; "
+            f"labels run from {labels.min()} to {labels.max()}, but {model} has {num_classes} classes; "
             "is this the data it was trained on?"
         )

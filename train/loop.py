@@ -25,7 +25,7 @@ from tetdeploy.checkpoint import read_metadata, save_checkpoint
 from tetdeploy.extras import import_extra
 from tetdeploy.files import is_utf8
 from tetdeploy.metrics import read_metrics, write_metrics
-from tetdeploy.networks import run_network
+from tetdeploy.networks import check_classifier, run_network
 from tetdeploy.run_folder import CHECKPOINT_NAME, STATE_NAME
 from tetdeploy.signals import deferred_interrupt
 
@@ -48,7 +48,7 @@ from .restart import (
 )
 from .runs import check_run, mark_latest, only_trainer, run_settings, write_run_config
 from .schedule import derive_seed
-from .session import Session, Task, check_data, check_together, headline, prepare, provenance
+from .session import Session, Task, check_data, check_sets, check_together, headline, prepare, provenance
 from .state import Best, TrainState, is_finished, restore_state, save_state
 from .validation import Loss, count_correct, measure
 
@@ -175,6 +175,8 @@ def train(
 def _check(task: Task, how: How) -> None:
     """Refuse what does not fit together, as far as no device is needed to know it."""
     config = task.config
+    check_classifier(task.classifier)
+    check_sets(task.train_set, task.val_set)
     for data in (task.train_set, task.val_set):
         if data is not None:
             check_data(data, task.classifier, config.longest_T)

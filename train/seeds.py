@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tetdeploy.files import write_json
+from tetdeploy.networks import check_classifier
 from tetdeploy.run_folder import CONFIG_NAME, STATE_NAME, SUMMARY_NAME
 from tetdeploy.standard_output import StandardOutput
 
@@ -25,8 +29,11 @@ from .runs import (
     run_settings,
     write_run_config,
 )
+from .session import check_sets
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier
 
@@ -81,7 +88,8 @@ def train_seeds(
     The seed decides the initial weights and every random number of training; the images held out stay the same.
 
     Args:
-        make_classifier: makes the freshly initialised classifier of a seed.
+        make_classifier: makes the freshly initialised classifier of a seed, a new one each time; called after
+            `torch.manual_seed(seed)`.
         train_set, val_set, config, progress, board, workers, how: see `train`; the seed of `config` plays no part.
         seeds: distinct, each at least 0.
         out: folder of the runs.
@@ -90,13 +98,17 @@ def train_seeds(
         runs: folder whose `latest` points at `out` until all are trained, then at the best of the runs.
 
     Raises:
-        ValueError: no seed, or one twice; and what `train` raises, for the first seed before anything is written.
+        ValueError: no seed, or one twice; make_classifier returns the same weights again; and what `train` raises, for
+            the first seed before anything is written.
         OSError: see `train`.
     """
     out, ranks, how = Path(out), current_ranks(), how or How()
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
-    settings = run_settings(make_classifier(seeds[0]), train_set, val_set, replace(config, seed=seeds[0]))
+    configs = {seed: replace(config, seed=seed) for seed in seeds}
+    fresh = _Fresh(make_classifier)
+    check_sets(train_set, val_set)
+    settings = run_settings(fresh.classifier(seeds[0]), train_set, val_set, configs[seeds[0]])
     settings |= {"seeds": list(seeds)}
     options: dict[str, Any] = {"how": how, "progress": progress, "board": board, "workers": workers}
     console = StandardOutput(quiet=progress is False or not ranks.writes, highlight=False, soft_wrap=True)
@@ -117,8 +129,7 @@ def train_seeds(
             console.print(f"seed {seed}, {number} of {len(seeds)}  ->  {folder}", markup=False)
             begun = ranks.agreed(resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file())
             options |= {"resume": begun, "before_writing": None if results else begin}
-            one = replace(config, seed=seed)
-            results.append(train(make_classifier(seed), train_set, val_set, one, folder, **options))
+            results.append(train(fresh.classifier(seed), train_set, val_set, configs[seed], folder, **options))
             result = _summarised(out, results)
             if ranks.writes:
                 write_json(out / SUMMARY_NAME, _summary(result, settings, recipe))
@@ -127,6 +138,30 @@ def train_seeds(
         if runs is not None and result.best is not None and ranks.writes:
             mark_latest(result.best.out, runs)
         return result
+
+
+class _Fresh:
+    """Makes the classifier of each seed, and sees to it that none goes on training the weights of another."""
+
+    def __init__(self, make_classifier: Callable[[int], Classifier]) -> None:
+        self._make = make_classifier
+        self._seen: list[weakref.ref[Tensor]] = []
+
+    def classifier(self, seed: int) -> Classifier:
+        """Raises: ValueError: some of its weights were returned before."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = self._make(seed)
+        check_classifier(made)
+        weights = [p for p in made.parameters() if p.requires_grad]
+        alive = {id(weight) for weight in (seen() for seen in self._seen) if weight is not None}
+        if any(id(weight) in alive for weight in weights):
+            raise ValueError(
+                f"make_classifier returned for seed {seed} weights that it had returned before; let it build a new "
+                "network each time, so that no seed goes on with what another has trained"
+            )
+        self._seen += map(weakref.ref, weights)
+        return made
 
 
 def _check(out: Path, settings: dict[str, Any], recipe: str | None, *, resume: bool) -> str | None:

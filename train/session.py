@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from tetdeploy.data import ImageFiles
+from tetdeploy.data import ImageFiles, LabelledSet
 from tetdeploy.int8.calibration import Calibration
-from tetdeploy.names import is_npz
+from tetdeploy.names import check_classes, is_npz
 from tetdeploy.provenance import written
 
 from .augment import RESIZED_CROP
@@ -31,7 +31,6 @@ from .schedule import derive_seed, learning_rate
 from .synchronised import over_ranks
 
 if TYPE_CHECKING:
-    from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier
     from tetdeploy.traced_network import Runnable
 
@@ -126,8 +125,23 @@ class Session:
         return Draws(chosen.view(len(steps), size), step_seeds, self.ranks.share(size))
 
 
+def check_sets(train_set: LabelledSet, val_set: LabelledSet | None) -> None:
+    """Refuse what is no data set.
+
+    Raises:
+        ValueError: it is so.
+    """
+    for name, data in {"train_set": train_set, "val_set": val_set}.items():
+        if not isinstance(data, LabelledSet) and (data is not None or name == "train_set"):
+            raise ValueError(
+                f"{name} must be a data set, got {type(data).__name__}; load_data gives one, and ImageSet(...) or "
+                "FrameSet(...) makes one of arrays"
+            )
+
+
 def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
-    """Refuse inputs and labels the classifier cannot take: kind, shape, dtype, none at all, labels out of range.
+    """Refuse inputs and labels the classifier cannot take: kind, shape, dtype, none at all, labels out of range or of
+    other classes.
 
     Raises:
         ValueError: with what it got and what it wants.
@@ -150,6 +164,7 @@ def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
             f"{data.name} has labels from {low} to {high}; "
             f"the network has {len(classifier.class_names)} classes, counted from 0"
         )
+    check_classes("the network", classifier.class_names, data.name, data.class_names)
 
 
 def check_together(classifier: Classifier, data: LabelledSet, config: TrainConfig) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tetdeploy.networks import run_network
+from tetdeploy.steps import check_count
 
 from .device import autocast
 from .losses import total_loss
@@ -39,7 +40,11 @@ def evaluate(
         labels: int64 [N].
         batch_size: images at a time.
         loss: of logits [T, N, K] and labels [N], a mean over the batch.
+
+    Raises:
+        ValueError: T is no whole number of at least 1, or there are fewer frames.
     """
+    T = check_count("T", T)
     batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
     found = measure(classifier, batches, T=T, losses={"loss": loss})
     assert found is not None
@@ -93,7 +98,11 @@ def accuracy_by_step(
     far decides. The classifier's mode is put back afterwards.
 
     Args: see `measure`.
+
+    Raises:
+        ValueError: T is no whole number of at least 1, or there are fewer frames.
     """
+    T = check_count("T", T)
     with _evaluation(classifier, precision) as device:
         correct, count = torch.zeros(T, dtype=torch.int64, device=device), 0
         for x, y in batches:

@@ -13,7 +13,6 @@ from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file
 from tetdeploy.cli.options import COUNT, PARTS, data_dir_option, json_option, parsed_steps, runs_option
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
-from tetdeploy.names import check_classes
 from tetdeploy.steps import trained_T
 
 if TYPE_CHECKING:
@@ -122,7 +121,6 @@ def _images(
         note_own_file(name, metadata["data"]["name"])
     T, known = trained_T(metadata), metadata["data"]
     images = load_part(name, split, data_dir=data_dir, T=T, fraction=fraction, known=known)
-    check_classes("the network", classifier.class_names, images.name, images.class_names)
     return images if limit is None else images.select(slice(limit))
 
 

@@ -73,9 +73,17 @@ class LabelledSet:
         """Refuse parts that do not fit each other; `layout` is the shape of x, such as "[N, C, H, W]"."""
         if self.split not in ("train", "test"):
             raise ValueError(f"{self.name}: split is {self.split!r}; choose 'train' or 'test'")
+        self._straighten(self._array)
+        self._straighten("labels")
         self._check_array(layout)
         self._check_labels()
         self._check_statistics()
+
+    def _straighten(self, name: str) -> None:
+        """Lay an array out anew that runs backwards in memory, as flipped ones do: PyTorch takes none."""
+        array = getattr(self, name)
+        if isinstance(array, np.ndarray) and min(array.strides, default=0) < 0:
+            object.__setattr__(self, name, np.ascontiguousarray(array))
 
     def _check_array(self, layout: str) -> None:
         x, ndim = self.x, layout.count(",") + 1

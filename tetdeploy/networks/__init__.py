@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tetdeploy.data import Encoding
-from tetdeploy.networks.ann import ann_twin, has_neurons
+from tetdeploy.networks.ann import has_neurons, is_ann_twin
 from tetdeploy.networks.convsnn import ConvSNN
 from tetdeploy.networks.resnet19 import ResNet19
 from tetdeploy.networks.sew_resnet34 import SEWResNet34
-from tetdeploy.networks.smooth_spike import smooth_twin
+from tetdeploy.networks.smooth_spike import steepness
 from tetdeploy.networks.spiking_resnet34 import SpikingResNet34
+from tetdeploy.networks.twins import ann_twin, smooth_twin
 from tetdeploy.networks.vggsnn import VGGSNN
+from tetdeploy.steps import check_count
 
 __all__ = [
     "NETWORKS",
@@ -83,7 +85,9 @@ class NetworkConfig:
                 f"unknown model {self.model!r}; choose one of {', '.join(NETWORKS)}, "
                 "or package.module:function for your own"
             )
-        for name in ("num_classes", "in_channels", "width", "v_th", "gamma"):
+        for name in ("num_classes", "in_channels"):
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
+        for name in ("width", "v_th", "gamma"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         if self.width > _MAX_WIDTH:
@@ -179,8 +183,26 @@ def run_network(network: Callable[..., Tensor], x: Tensor, T: int) -> Tensor:
     Args:
         network: called like a `Classifier`, which it is, or something in its place.
         x: images `[N, C, H, W]`, each shown at T steps; or frames `[N, T', C, H, W]`, of which the first T are.
+
+    Raises:
+        ValueError: there are fewer frames than T, or T is below 1.
     """
+    if x.dim() == 5 and not 1 <= T <= x.shape[1]:
+        raise ValueError(f"T={T} steps need as many frames, from 1 to the {x.shape[1]} that there are")
     return network(x[:, :T].transpose(0, 1)) if x.dim() == 5 else network(x, T)
+
+
+def check_classifier(classifier: Any) -> None:
+    """Refuse what is no `Classifier`.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if not isinstance(classifier, Classifier):
+        raise ValueError(
+            f"classifier must be a Classifier, got {type(classifier).__name__}; a network becomes one by "
+            "Classifier(network, config=..., mean=..., std=..., class_names=...)"
+        )
 
 
 def _variant(network: nn.Module, config: NetworkConfig) -> nn.Module:
@@ -188,6 +210,25 @@ def _variant(network: nn.Module, config: NetworkConfig) -> nn.Module:
     if config.ann:
         return ann_twin(network)
     return smooth_twin(network, k=config.smooth_spike) if config.smooth_spike else network
+
+
+def _check_kind(network: nn.Module, config: NetworkConfig) -> None:
+    """Refuse a network that is another twin, or none, than the configuration says: by that it is made anew from a
+    checkpoint.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if config.ann and has_neurons(network):
+        raise ValueError("the configuration says ann, but the network has neurons; pass ann_twin(network)")
+    if not config.ann and is_ann_twin(network):
+        raise ValueError("the network is an ANN twin, but the configuration does not say ann; set ann=True")
+    if others := steepness(network) - {config.smooth_spike}:
+        kinds = " and ".join(f"smooth spikes of k={k:g}" if k else "spikes of 0 and 1" for k in sorted(others))
+        raise ValueError(
+            f"the configuration says smooth_spike={config.smooth_spike:g}, but the network's neurons have {kinds}; "
+            "set smooth_spike, or pass smooth_twin(network, k=...)"
+        )
 
 
 class Classifier(nn.Module):
@@ -213,6 +254,8 @@ class Classifier(nn.Module):
         encoding: Encoding = "direct",
     ) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"network must be an instance of torch.nn.Module, got {network!r}")
         if not len(mean) == len(std) == config.in_channels:
             raise ValueError(f"mean and std must have {config.in_channels} values each, got {len(mean)} and {len(std)}")
         if min(std) <= 0:
@@ -221,8 +264,7 @@ class Classifier(nn.Module):
             raise ValueError(f"{config.num_classes} classes need as many names, got {len(class_names)}")
         if encoding not in ("direct", "frames"):
             raise ValueError(f"unknown encoding {encoding!r}; choose direct or frames")
-        if config.ann and has_neurons(network):
-            raise ValueError("the configuration says ann, but the network has neurons; pass ann_twin(network)")
+        _check_kind(network, config)
         self.network = network
         self.config = config
         self.class_names = tuple(class_names)

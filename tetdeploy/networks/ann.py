@@ -1,12 +1,6 @@
-"""The ANN twin of a network: ReLU in place of its neurons, no time; the baseline for accuracy and energy.
-
-It is made of the network itself, so whatever architecture has these neurons has a twin, with the same parameters under
-the same names: a twin's weights load into the network, and the other way round.
-"""
+"""What an ANN twin has in the place of neurons and of time: the baseline for accuracy and energy."""
 
 from __future__ import annotations
-
-import copy
 
 import torch
 from torch import Tensor, nn
@@ -43,29 +37,9 @@ class TwinReLU(nn.ReLU):
         return self(current), torch.zeros_like(current[0]) if u is None else u
 
 
-def ann_twin(network: nn.Module) -> nn.Module:
-    """A copy of a spiking network with ReLU in place of every LIF and IF.
-
-    Everything else stays: weights, BN, pooling, and the sums of residual blocks (SEW's too, so its values may grow).
-
-    Args:
-        network: built of the neurons of `tetdeploy.neurons`; left as it was.
-
-    Returns:
-        Maps images `[N, C, H, W]` (T is 1 or left out) to logits `[1, N, K]`. Its state dict has the network's keys.
-
-    Raises:
-        ValueError: the network has no neurons, so it has no twin.
-    """
-    if not has_neurons(network):
-        raise ValueError(f"{type(network).__name__} has no LIF or IF neurons to replace; it is no spiking network")
-    twin = copy.deepcopy(network)
-    for path, module in list(twin.named_modules(remove_duplicate=False)):
-        if isinstance(module, LIF):
-            twin.set_submodule(path, TwinReLU(module))
-        elif type(module) is DirectEncoding:
-            module.__class__ = SingleStep  # the same layers under the same names
-    return twin
+def is_ann_twin(network: nn.Module) -> bool:
+    """Whether ReLU has taken the place of neurons."""
+    return any(isinstance(module, TwinReLU) for module in network.modules())
 
 
 def has_neurons(network: nn.Module) -> bool:

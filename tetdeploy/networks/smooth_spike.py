@@ -6,8 +6,6 @@ reach there, they reach without a mismatch of loss and gradient.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -56,20 +54,7 @@ class SmoothLIF(LIF):
         return f"k={self.k}, tau={self.tau}, v_th={self.v_th}"
 
 
-def smooth_twin(network: nn.Module, *, k: float) -> nn.Module:
-    """A copy of a spiking network with `SmoothLIF` in place of every LIF and IF; all else stays, state dict included.
-
-    Args:
-        network: built of the neurons of `tetdeploy.neurons`; left as it was.
-        k: steepness of the sigmoid, above 0.
-
-    Raises:
-        ValueError: the network has no neurons, or k is out of its range.
-    """
-    twin = copy.deepcopy(network)
-    neurons = [(path, m) for path, m in twin.named_modules(remove_duplicate=False) if isinstance(m, LIF)]
-    if not neurons:
-        raise ValueError(f"{type(network).__name__} has no LIF or IF neurons to replace; it is no spiking network")
-    for path, module in neurons:
-        twin.set_submodule(path, SmoothLIF(k=k, tau=module.tau, v_th=module.v_th))
-    return twin
+def steepness(network: nn.Module) -> set[float]:
+    """The k of a network's smooth spikes, all that there are, and 0 for neurons that fire 0 or 1."""
+    neurons = [module for module in network.modules() if isinstance(module, LIF)]
+    return {neuron.k if isinstance(neuron, SmoothLIF) else 0.0 for neuron in neurons}

@@ -79,7 +79,9 @@ RESULT = {
     "by_class": [{"name!": str, "num_samples!": AMOUNT, "accuracy!": [FRACTION]}],
     "early_exit": _EARLY_EXIT,
     "agreement": {"with": str, "num_images": AMOUNT, "data": str},
-    "gates": [{"key!": str, "T!": STEP, "wanted!": NUMBER, "got": NUMBER, "passed!": bool}],
+    "gates": [
+        {"key!": str, "T!": STEP, "wanted!": NUMBER, "at_most": bool, "unit": str, "got": NUMBER, "passed!": bool}
+    ],
 }
 RUN = {
     "network!": {"model": str, "ann": bool},
