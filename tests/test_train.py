@@ -447,8 +447,6 @@ def test_a_checkpoint_that_is_gone_leaves_no_best_epoch_without_weights(
         result = run(tmp_path, resume=True)
     assert result.best is not None and result.best.epoch == 3
     assert read_metadata(tmp_path)["provenance"]["epoch"] == 3
-    result.checkpoint.unlink()
-    assert run(tmp_path, resume=True).best == result.best  # nothing follows, and that is how the run ended
 
 
 def _kill() -> None:
