@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
 from tetdeploy.data import Encoding
-from tetdeploy.networks import Classifier, NetworkConfig, run_network
+from tetdeploy.networks import Classifier, run_network
+from tetdeploy.networks.smooth_spike import steepness
 
 from .lowering import misplaced
 from .recorder import NeuronRecorder
@@ -72,7 +73,7 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         ValueError: either pair differs; the network fails or does not return finite `[T, N, K]`; neurons get other than
             `[T, N, ...]`; it is an ANN twin, or one with smooth spikes.
     """
-    _refuse_without_spikes(classifier.config)
+    _refuse_without_spikes(classifier)
     double = copy.deepcopy(classifier).double()
     x = x if x.dtype == torch.uint8 else x.double()
     if encoding == "frames":
@@ -145,13 +146,13 @@ def _check_alone(
                 )
 
 
-def _refuse_without_spikes(config: NetworkConfig) -> None:
-    if config.ann:
+def _refuse_without_spikes(classifier: Classifier) -> None:
+    if classifier.config.ann:
         raise ValueError(
             "the network is an ANN twin: it has no neurons and no time, and is there to be compared with and learned "
             "from (train --distill); train without --ann to export"
         )
-    if k := config.smooth_spike:
+    if k := max(steepness(classifier), default=0.0):
         raise ValueError(
             f"the network was trained with smooth spikes, Sigmoid({k:g} x): it neither fires nor saves operations, and "
             "is there for Table 2 only; train without --smooth-spike to export"

@@ -260,7 +260,7 @@ def _build_int8(
     if calibration is None:
         raise ValueError("precision int8 takes its scales from images of the training set; give some as calibration")
     _check_labels(onnx_tracer.tracer.classifier, *calibration)
-    x = _as_input(onnx_tracer.tracer.classifier, config, calibration[0])
+    x = _as_input(onnx_tracer.tracer.classifier, config, calibration[0][:])  # of images on disk, too
     T = replace(config, T=config.trained_T).steps_on(x)
     trial = replace(config, T=max(config.T, T))  # scales are tried out on no fewer steps than the training had
     trials: list[tuple[Scales, LoweredGraph]] = []

@@ -28,6 +28,7 @@ from PIL import Image
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.export import _next as after_export
+from tetdeploy.cli.predict import _read_image
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.data import load_data
 from tetdeploy.engine import Engine
@@ -248,6 +249,12 @@ class TestCommands:
         certainty = np.array(json.loads(Path("p.json").read_text())["images"][0]["certainty"])
         assert certainty.shape == (3, 10)
         np.testing.assert_allclose(certainty.sum(-1), 1, rtol=1e-5)
+
+    @pytest.mark.parametrize("said", ["mine", None, {"name": "imagenet"}])
+    def test_predict_takes_models_whose_source_says_anything(self, said: Any, workplace: Path) -> None:
+        engine = Mock(metadata={"source": {"data": said}}, input_shape=(1, 8, 8), input_dtype=np.uint8)
+        Image.fromarray(np.full((8, 8), 7, np.uint8)).save("a.png")
+        assert (_read_image(Path("a.png"), engine, False) == 7).all()
 
     def test_predict_shows_the_classes_most_certain_at_last_by_the_mean_logits(self, workplace: Path) -> None:
         x, names = load_data("digits", "test", data_dir=Path()).x[:16], [f"{k}.png" for k in range(16)]
@@ -679,6 +686,9 @@ class TestBadInput:
         assert said in refused(*command, result).replace("\n", " ")
         Path(result).write_text("{}")
         assert isinstance(run(*command, result).exception, AssertionError)  # it began to work
+        Path(f"{RUN}/model-T3.sweep.json").unlink(missing_ok=True)
+        Path(f"{RUN}/model-T3.sweep.png").touch()  # a name that nobody chose
+        assert isinstance(run("sweep", MODEL).exception, AssertionError)
 
     @pytest.mark.parametrize("command", [("sweep", MODEL, "--plot", "s.x"), ("landscape", RUN, "--plot", "l")])
     def test_a_plot_without_a_format_is_refused_before_the_work(

@@ -18,14 +18,16 @@ BLOCK = re.compile(r"^( *)```\w*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 def commands(text: str) -> Iterator[str]:
     """What stands behind each `tetdeploy`: in a block up to a comment, another command or three blanks, elsewhere
-    between backticks."""
+    between backticks, up to a `;`."""
     for _, block in BLOCK.findall(text):
         for line in re.sub(r"\\\n *", "", block).splitlines():
             parts = re.split(r" #| {3,}|&&|;|\|", line.strip().removeprefix("$ "))
             yield from (part.strip()[10:] for part in parts if part.strip().startswith("tetdeploy "))
-    for inline in re.findall(r"`(?:python3 -m )?tetdeploy (.*?)`", BLOCK.sub("", text), re.DOTALL):
+    for inline in re.findall(
+        r"`(?:[^`]*; do )?(?:timeout [^`]*? )?(?:python3 -m )?tetdeploy ([^`;]*)[^`]*`", BLOCK.sub("", text), re.DOTALL
+    ):
         if "..." not in inline:
-            words = inline.split()
+            words = re.sub(r"\$\w+", "", re.sub(r":[NM]\b", ":3", inline)).split()
             yield " ".join(words if words[1:] else [*words, "--help"])  # a name alone speaks of the command
 
 
@@ -44,8 +46,10 @@ tetdeploy export \\
 T=4 tetdeploy
 ```
 `tetdeploy bench
-MODEL`, `tetdeploy train ...`, `tetdeploy.train`, `python3 -m tetdeploy inspect M`"""
-    assert list(commands(text)) == ["train --T 4", "sweep", "export --T 6", "bench MODEL", "inspect M"]
+MODEL`, `tetdeploy train ...`, `tetdeploy.train`, `python3 -m tetdeploy inspect M`,
+`for g in a b; do timeout -k 1 9 tetdeploy train $g --tit 2:N:0.1; cp x y; done`"""
+    wanted = ["train --T 4", "sweep", "export --T 6", "bench MODEL", "inspect M", "train --tit 2:3:0.1"]
+    assert list(commands(text)) == wanted
     assert {name for name, _ in shown()} >= {"README.md", "training.md", "tensorrt.md"}
 
 

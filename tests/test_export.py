@@ -51,6 +51,7 @@ from tetdeploy.export import (
 from tetdeploy.export.causality import check_steps
 from tetdeploy.export.config import GPU_TARGETS
 from tetdeploy.export.counters import spikes_overlay
+from tetdeploy.export.model import _as_input
 from tetdeploy.export.onnx_tracer import OnnxTracer
 from tetdeploy.export.trained import Trained
 from tetdeploy.folding import FoldingError
@@ -754,6 +755,12 @@ def test_neurons_at_the_threshold_do_not_fire(layout: str, tmp_path: Path) -> No
     assert by_pixel[3] == [0, 0, 0, 0, 0, 0]  # h = 0.5, 0.75, 0.875, ... below 1
     assert by_pixel[4] == [0, 0, 0, 0, 0, 0]
     assert by_pixel[5] == [0, 0, 1, 0, 0, 1]  # h = 0.625, 0.9375, 1.09375
+
+
+def test_flipped_images_may_be_normalised_before_the_graph() -> None:
+    flipped = digits().images[:3, :, ::-1]
+    given = [_as_input(convsnn(), ExportConfig(normalize=False), x) for x in (flipped, flipped.copy())]
+    np.testing.assert_array_equal(*given)
 
 
 class Transposed(Small):

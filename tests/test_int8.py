@@ -48,6 +48,19 @@ def calibration(count: int = 128) -> tuple[Any, Any]:
     return digits().images[-count:], digits().labels[-count:]
 
 
+class OnDisk:
+    """Images that are read as they are sliced, as imagenet's."""
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, of: slice) -> Any:
+        return self.images[of]
+
+
 def export(path: Path, layout: str = "unrolled", network: Any = None, *, T: int = 5, **options: Any) -> Exported:
     with shared_traces():
         return export_anew(path, layout, network, T=T, **options)
@@ -57,7 +70,7 @@ def export_anew(path: Path, layout: str = "unrolled", network: Any = None, *, T:
     config = ExportConfig(layout=layout, T=T, trained_T=3, precision="int8", **options)  # type: ignore[arg-type]
     images = digits().images[:90] if config.encoding == "direct" else frames(60, 6)
     labels = digits().labels[:90] if config.encoding == "direct" else None
-    given = calibration() if config.encoding == "direct" else (frames(60, 6), None)
+    given = (OnDisk(*calibration()[:1]), calibration()[1]) if config.encoding == "direct" else (frames(60, 6), None)
     return export_model(network or convsnn(), path, config, images, labels=labels, num_check=90, calibration=given)
 
 

@@ -544,6 +544,7 @@ def test_parameters_that_could_not_learn_are_refused(name: str) -> None:
         LIF(**learned)
     with pytest.raises(ValueError, match=rf"^{name} must be a number, got a Tensor: .* pass float\({name}\)"):
         lif(torch.ones(1, 2), **computed)
+    LIF(**{name: torch.tensor(0.5)})  # a number, too
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3)])

@@ -19,6 +19,7 @@ from zoo_helpers import MODELS, SIZES, classifier_of, config_of, for_export, liv
 from tetdeploy.checkpoint import load, save_checkpoint
 from tetdeploy.data import ImageSet
 from tetdeploy.export import ExportConfig, export_model
+from tetdeploy.export.causality import check_steps
 from tetdeploy.folding import count_batchnorm, fold_batchnorm
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.networks import (
@@ -31,6 +32,7 @@ from tetdeploy.networks import (
     smooth_twin,
 )
 from tetdeploy.networks.sew_resnet34 import SEWBlock
+from tetdeploy.networks.smooth_spike import SmoothLIF
 from tetdeploy.neurons import IF, LIF
 from tetdeploy.train import TrainConfig, train
 
@@ -361,6 +363,29 @@ def test_a_twin_does_not_pass_for_a_spiking_network() -> None:
         Classifier(smooth_twin(OwnNetwork(), k=3), config=smooth, **arguments)
     with pytest.raises(ValueError, match=r"smooth_spike=2, but .* spikes of 0 and 1; .*pass smooth_twin\(network, k"):
         Classifier(OwnNetwork(), config=smooth, **arguments)
+
+
+class Hybrid(nn.Module):
+    """Of a user's own making: a twin's layers before neurons, and more than one kind of these."""
+
+    def __init__(self, *kinds: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kinds)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_networks_of_several_kinds_are_their_makers_affair() -> None:
+    spiking = NetworkConfig("own_nets:hybrid", 5, 1, (4, 4))
+    arguments: dict[str, Any] = {"mean": (0.0,), "std": (1.0,), "class_names": tuple("abcde")}
+    relu = ann_twin(nn.Sequential(LIF()))
+    Classifier(Hybrid(relu, LIF()), config=spiking, **arguments)
+    smooth = Classifier(Hybrid(LIF(), SmoothLIF(k=3)), config=spiking, **arguments)
+    with pytest.raises(ValueError, match="trained with smooth spikes, Sigmoid"):
+        check_steps(smooth, torch.zeros(2, 1, 4, 4), "direct")
 
 
 def test_a_classifiers_twin_is_saved_as_what_it_is(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ class OverTime(Layer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if (flattened := _flattened(x, self)) is not None:
-            return flattened  # torch.export cannot trace a merge and a split with no operation between
+        if _only_flatten(self, x.dim() - 1):
+            return _flattened(x, self)  # torch.export cannot trace a merge and a split with no operation between
         y = super().forward(x.flatten(0, 1))  # type: ignore[no-untyped-call]
         return _split_time(y, x)
 
@@ -88,18 +88,26 @@ class DirectEncoding(Layer):
         return current.unsqueeze(0).expand(T, *current.shape)
 
 
-def _flattened(x: Tensor, layers: Iterable[nn.Module]) -> Tensor | None:
-    """What layers that only flatten single images or do nothing make of `[T, N, ...]`; None where one does more."""
+def _flattened(x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
+    """What layers that flatten or do nothing make of `[T, N, ...]`, axis 1 being axis 0 to them."""
+    for layer in layers:
+        if type(layer) is nn.Flatten:
+            x = x.flatten(*(axis + (axis >= 0) for axis in (layer.start_dim, layer.end_dim)))
+    return x
+
+
+def _only_flatten(layers: Iterable[nn.Module], ndim: int) -> bool:
+    """Whether layers only flatten axes of single images, of a batch with so many axes, or do nothing."""
     for layer in layers:
         if _does_nothing(layer):
             continue
         if type(layer) is not nn.Flatten or _has_hooks(layer):
-            return None
-        start, end = layer.start_dim, layer.end_dim
-        if start == 0 or start <= 1 - x.dim():
-            return None
-        x = x.flatten(start + (start > 0), end + (end >= 0))
-    return x
+            return False
+        start, end = (axis if axis >= 0 else ndim + axis for axis in (layer.start_dim, layer.end_dim))
+        if start <= 0:
+            return False
+        ndim -= end - start
+    return True
 
 
 def _does_nothing(layer: nn.Module) -> bool:

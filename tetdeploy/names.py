@@ -41,16 +41,18 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def check_classes(model: str, own_names: tuple[str, ...], data: str, names: tuple[str, ...]) -> None:
-    """Refuse data to which a label means another class than to the model. A .npz need not name its classes, which are
-    numbered then, nor have them all.
+def check_classes(
+    model: str, own_names: tuple[str, ...], data: str, names: tuple[str, ...], *, known: bool = True
+) -> None:
+    """Refuse data to which a label means another class than to the model. A .npz, or a set that is not `known` but was
+    made in Python, need not name its classes, which are numbered then, nor have them all.
 
     Raises:
         ValueError: it is so.
     """
     if names == own_names:
         return
-    if is_npz(data) and (
+    if (is_npz(data) or not known) and (
         names == own_names[: len(names)]
         or _are_numbers(names)
         or (_are_numbers(own_names) and not set(names) & set(own_names))

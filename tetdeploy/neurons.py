@@ -263,7 +263,7 @@ def lif(
         v_th: firing threshold, above 0. A neuron fires when h > v_th, strictly.
         gamma: half-width of the surrogate triangle round v_th, from 1e-18 to 1e18: float32 must hold its square.
 
-    tau, v_th and gamma are numbers, not tensors: no gradient reaches them, and so they cannot be learned.
+    No gradient reaches tau, v_th and gamma: they are numbers, and cannot be learned.
 
     Returns:
         The spikes, 0 or 1, `[T, ...]` in the dtype of `current`, and the last membrane potential (after the reset),
@@ -271,7 +271,7 @@ def lif(
 
     Raises:
         ValueError: T is 0, `current` is not floating point, `u` has another shape or device than one step, or a
-            parameter is out of its range or a tensor.
+            parameter is out of its range or wants a gradient.
         RuntimeError: a second derivative, or forward-mode differentiation, is asked for.
     """
     _check_parameters(tau, v_th, gamma)
@@ -306,7 +306,7 @@ def _checked_lif(
 class LIF(nn.Module):
     """Leaky integrate-and-fire neurons, u(0) = 0 (Eqs. 1-5). Maps currents `[T, ...]` to spikes `[T, ...]`.
 
-    Args and errors: see `lif`; a parameter that is out of its range or a tensor raises ValueError.
+    Args and errors: see `lif`; a parameter that is out of its range or wants a gradient raises ValueError.
     """
 
     def __init__(self, *, tau: float = 0.5, v_th: float = 1.0, gamma: float = 1.0) -> None:
@@ -335,7 +335,7 @@ class IF(LIF):
 def _check_parameters(tau: float, v_th: float, gamma: float) -> None:
     given: dict[str, Any] = {"tau": tau, "v_th": v_th, "gamma": gamma}
     for name, value in given.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(
                 f"{name} must be a number, got a {type(value).__name__}: the gradient does not reach it, so it could "
                 f"not be learned; pass float({name})"

@@ -129,7 +129,7 @@ def train(
             loss is not finite; there is nothing to restart from, it is damaged, or a tensor is larger than a shard; the
             step has no graph; the checkpoint of a run that is finished is damaged.
         MissingExtraError: the package tensorboard is wanted and not installed.
-        OSError: something cannot be written, earlier files are as they were; or that checkpoint is gone.
+        OSError: something cannot be written; earlier files are as they were.
     """
     start, out, how = time.perf_counter(), Path(out), how or How()
     task = Task(classifier, train_set, val_set, config, out)
@@ -222,7 +222,7 @@ def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Pat
         if state.epoch < session.config.epochs:
             state.best = _kept_best(session, state.best)
         else:
-            read_metadata(session.out / CHECKPOINT_NAME)  # or the result would name one that is damaged or gone
+            _check_checkpoint(session)
     elif restart is not None:
         state = restart_state(restart, session)
     else:
@@ -252,6 +252,17 @@ def _kept_best(session: Session, best: Best | None) -> Best | None:
         return None
     # killed between checkpoint and state, it holds the epoch that is now run again
     return best if read_metadata(file)["provenance"].get("epoch") == best.epoch else None
+
+
+def _check_checkpoint(session: Session) -> None:
+    """Of a finished run, whose result names it: ValueError if it is damaged, a warning if it is gone."""
+    file = session.out / CHECKPOINT_NAME
+    if file.is_file():
+        read_metadata(file)
+    elif session.ranks.writes:
+        warnings.warn(
+            f"{file} is gone: the run is finished, and must be trained anew for it", RuntimeWarning, stacklevel=2
+        )
 
 
 def _save(session: Session, state: TrainState) -> None:

@@ -108,7 +108,8 @@ def train_seeds(
     configs = {seed: replace(config, seed=seed) for seed in seeds}
     fresh = _Fresh(make_classifier)
     check_sets(train_set, val_set)
-    settings = run_settings(fresh.classifier(seeds[0]), train_set, val_set, configs[seeds[0]])
+    made = {seed: fresh.classifier(seed) for seed in seeds[:2]}  # the same one twice is refused before any training
+    settings = run_settings(made[seeds[0]], train_set, val_set, configs[seeds[0]])
     settings |= {"seeds": list(seeds)}
     options: dict[str, Any] = {"how": how, "progress": progress, "board": board, "workers": workers}
     console = StandardOutput(quiet=progress is False or not ranks.writes, highlight=False, soft_wrap=True)
@@ -129,7 +130,8 @@ def train_seeds(
             console.print(f"seed {seed}, {number} of {len(seeds)}  ->  {folder}", markup=False)
             begun = ranks.agreed(resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file())
             options |= {"resume": begun, "before_writing": None if results else begin}
-            results.append(train(fresh.classifier(seed), train_set, val_set, configs[seed], folder, **options))
+            classifier = made.pop(seed, None) or fresh.classifier(seed)
+            results.append(train(classifier, train_set, val_set, configs[seed], folder, **options))
             result = _summarised(out, results)
             if ranks.writes:
                 write_json(out / SUMMARY_NAME, _summary(result, settings, recipe))

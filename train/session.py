@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tetdeploy.data import ImageFiles, LabelledSet
+from tetdeploy.data import ImageFiles, LabelledSet, is_known
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import check_classes, is_npz
 from tetdeploy.provenance import written
@@ -164,7 +164,7 @@ def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
             f"{data.name} has labels from {low} to {high}; "
             f"the network has {len(classifier.class_names)} classes, counted from 0"
         )
-    check_classes("the network", classifier.class_names, data.name, data.class_names)
+    check_classes("the network", classifier.class_names, data.name, data.class_names, known=is_known(data.name))
 
 
 def check_together(classifier: Classifier, data: LabelledSet, config: TrainConfig) -> None:

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import ABOVE_0, COUNT, STEPS, Numbers, data_dir_option, json_option
+from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, STEPS, Numbers, data_dir_option, json_option
 from tetdeploy.engine import Engine, open_engine
 from tetdeploy.export import LAYOUTS, ExportConfig, export_model
 from tetdeploy.files import write_json
@@ -219,8 +219,8 @@ def show(results: dict[str, Any], sizes: tuple[int, ...]) -> None:
 @click.option("--T", "T", default=4, type=STEPS, show_default=True)
 @click.option("--batch", default="1,256", type=Numbers(), show_default=True, help="Latency, throughput.")
 @click.option("--device", default="cuda", show_default=True)
-@click.option("--turns", default=3, type=COUNT, show_default=True, help="Of each side.")
-@click.option("--calls", default=20, type=COUNT, show_default=True, help="In a turn.")
+@click.option("--turns", default=3, type=AT_LEAST_1, show_default=True, help="Of each side.")
+@click.option("--calls", default=20, type=AT_LEAST_1, show_default=True, help="In a turn.")
 @click.option("--side", "begins", multiple=True, help="Sides that begin so alone. [default: all]")
 @click.option(
     "--graphs",

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetdeploy import load
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import ABOVE_0, COUNT, STEPS, data_dir_option
+from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, STEPS, data_dir_option
 from tetdeploy.export.half import HalfNetwork, Place
 from tetdeploy.export.recorder import compare_torch, run_torch
 from tetdeploy.tracing import Tracer
@@ -79,7 +79,7 @@ def measure(classifier: Any, x: Any, T: int, places: tuple[Place, ...], membrane
 @click.option("--data", default="cifar10", show_default=True, help="The run's data; their test set is used.")
 @click.option("--width", default=0.25, type=ABOVE_0, show_default=True, help="Of ResNet-19.")
 @click.option("--T", "T", default=4, type=STEPS, show_default=True)
-@click.option("--limit", default=256, type=COUNT, show_default=True, help="Images.")
+@click.option("--limit", default=256, type=AT_LEAST_1, show_default=True, help="Images.")
 @data_dir_option
 def main(run: Path | None, data: str, width: float, T: int, limit: int, data_dir: Path) -> None:
     if run is None:

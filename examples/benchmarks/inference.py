@@ -40,7 +40,7 @@ from torch import nn
 
 from tetdeploy import Engine, native
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import ABOVE_0, COUNT, STEPS, Numbers, data_dir_option, json_option
+from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, STEPS, Numbers, data_dir_option, json_option
 from tetdeploy.data import LabelledSet, load_data
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.files import write_json
@@ -245,8 +245,8 @@ EXPORTS: dict[str, dict[str, Any]] = {
 @click.option("--width", default=1.0, type=ABOVE_0, show_default=True)
 @click.option("--T", "T", default=4, type=STEPS, show_default=True)
 @click.option("--batch", "sizes", default="1,8", type=Numbers(), show_default=True)
-@click.option("--threads", default=len(os.sched_getaffinity(0)), type=COUNT, show_default=True)
-@click.option("--turns", default=4, show_default=True, type=COUNT, help=f"Of each side, {CALLS} calls each.")
+@click.option("--threads", default=len(os.sched_getaffinity(0)), type=AT_LEAST_1, show_default=True)
+@click.option("--turns", default=4, show_default=True, type=AT_LEAST_1, help=f"Of each side, {CALLS} calls each.")
 @click.option("--without", multiple=True, type=click.Choice(OTHERS), help="Leave one of the others out.")
 @data_dir_option
 @json_option

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import ABOVE_0, COUNT, Numbers, json_option
+from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, Numbers, json_option
 from tetdeploy.data import ImageFiles, ImageSet, LabelledSet, load_data
 from tetdeploy.files import write_json
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
@@ -173,9 +173,9 @@ def files_row(data: ImageFiles, step: Step, workers: int, steps: int, batch_size
 )
 @click.option("--model", default="spiking-resnet34", show_default=True, help="The network behind the image files.")
 @click.option("--width", default=0.125, type=ABOVE_0, show_default=True, help="Its factor on every channel count.")
-@click.option("--batch-size", default=8, type=COUNT, show_default=True, help="Its images a step.")
-@click.option("--steps", default=6, type=COUNT, show_default=True, help="Steps to time.")
-@click.option("--threads", default=torch.get_num_threads(), type=COUNT, show_default=True)
+@click.option("--batch-size", default=8, type=AT_LEAST_1, show_default=True, help="Its images a step.")
+@click.option("--steps", default=6, type=AT_LEAST_1, show_default=True, help="Steps to time.")
+@click.option("--threads", default=torch.get_num_threads(), type=AT_LEAST_1, show_default=True)
 @click.option("--device", "device_option", default="auto", show_default=True)
 @click.option(
     "--data-dir", type=click.Path(path_type=Path), envvar="TETDEPLOY_DATA", help="Where imagenet lies, if any."

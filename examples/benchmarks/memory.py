@@ -30,10 +30,8 @@ from rich.progress import track
 from rich.table import Table
 
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import ABOVE_0, COUNT, Numbers, json_option
+from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, Numbers, json_option
 from tetdeploy.files import write_json
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,8 +45,9 @@ def in_own_process(case: dict[str, Any]) -> dict[str, Any]:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         what = ", ".join(f"{name}={case[name]}" for name in ("T", "neurons", "recompute"))
-        said = result.stderr.strip().splitlines() or [f"its process ended with {result.returncode}"]
-        raise click.ClickException(f"{what}: {said[-1].removeprefix('Error: ')}")
+        said = result.stderr.strip().splitlines() if result.returncode > 0 else []  # what is killed says nothing of it
+        reason = said[-1].removeprefix("Error: ") if said else f"its process ended with {result.returncode}"
+        raise click.ClickException(f"{what}: {reason}")
     row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return row
 
@@ -207,12 +206,12 @@ def growth(steps: Sequence[int], rows: Sequence[dict[str, Any]]) -> list[str]:
 @click.command(cls=CleanErrors)
 @click.option("--model", default="resnet19", show_default=True, help="A network of tetdeploy.")
 @click.option("--width", default=0.25, type=ABOVE_0, show_default=True, help="Factor on its channels.")
-@click.option("--image-size", default=32, type=COUNT, show_default=True)
-@click.option("--batch-size", default=32, type=COUNT, show_default=True)
+@click.option("--image-size", default=32, type=AT_LEAST_1, show_default=True)
+@click.option("--batch-size", default=32, type=AT_LEAST_1, show_default=True)
 @click.option("--T", "T", default="1,2,4,8", type=Numbers(), show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16", "fp16"]), show_default=True)
-@click.option("--repeats", default=2, type=COUNT, show_default=True)
+@click.option("--repeats", default=2, type=AT_LEAST_1, show_default=True)
 @click.option("--measure", "case", hidden=True)  # one case, in the process started for it
 @json_option
 def main(T: tuple[int, ...], case: str | None, json_path: Path | None, **options: Any) -> None:

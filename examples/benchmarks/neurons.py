@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import COUNT, json_option
+from tetdeploy.cli.options import AT_LEAST_1, json_option
 from tetdeploy.files import write_json
 from tetdeploy.neurons import LIF
 
@@ -194,8 +194,8 @@ def measure(
 
 @click.command(cls=CleanErrors)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", default=torch.get_num_threads(), type=COUNT, show_default=True)
-@click.option("--repeats", default=25, type=COUNT, show_default=True)
+@click.option("--threads", default=torch.get_num_threads(), type=AT_LEAST_1, show_default=True)
+@click.option("--repeats", default=25, type=AT_LEAST_1, show_default=True)
 @json_option
 def main(device: str, threads: int, repeats: int, json_path: Path | None) -> None:
     if device == "cuda" and not torch.cuda.is_available():

@@ -42,10 +42,8 @@ from rich.table import Table
 from tetdeploy import Engine
 from tetdeploy.agreement import load_reference
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import ABOVE_0, COUNT, Numbers, data_dir_option, json_option
+from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, Numbers, data_dir_option, json_option
 from tetdeploy.files import write_json
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}
 console = Console(highlight=False, width=120)
@@ -290,7 +288,7 @@ def _end_after(seconds: float, end: Callable[[], None]) -> None:
 @data_dir_option
 @click.option("--clients", default="1,16,64,256", type=Numbers(), show_default=True)
 @click.option("--seconds", default=10.0, type=ABOVE_0, show_default=True, help="Of each number of clients.")
-@click.option("--threads", type=COUNT, help="Cores of the engine; all by default.")
+@click.option("--threads", type=AT_LEAST_1, help="Cores of the engine; all by default.")
 @click.option("--soak", "minutes", type=ABOVE_0, help="Watch the server's memory for so many minutes instead.")
 @click.option("--faults", "with_faults", is_flag=True, help="Misbehave, stop, kill and restart instead.")
 @json_option

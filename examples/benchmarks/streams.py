@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 
 from tetdeploy import Engine
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import ABOVE_0, COUNT, Numbers, json_option
+from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, Numbers, json_option
 from tetdeploy.files import write_json
 from tetdeploy.streams import StreamPool
 
@@ -108,7 +108,7 @@ def churned(engine: Engine, count: int, max_batch: int, images: Array, seconds: 
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.option("--streams", "counts", default="1,10,100,1000", type=Numbers(), show_default=True)
 @click.option("--max-batch", "sizes", default="16,64,256", type=Numbers(), show_default=True)
-@click.option("--threads", default=1, type=COUNT, show_default=True)
+@click.option("--threads", default=1, type=AT_LEAST_1, show_default=True)
 @click.option("--seconds", default=10.0, type=ABOVE_0, show_default=True, help="For each line.")
 @json_option
 def main(

@@ -44,7 +44,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import ABOVE_0, COUNT, STEPS, json_option
+from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, STEPS, json_option
 from tetdeploy.files import write_json
 from tetdeploy.networks import NetworkConfig, ann_twin, build_network
 from tetdeploy.neurons import LIF
@@ -382,9 +382,9 @@ def show(results: dict[str, Any]) -> None:
 @click.command(cls=CleanErrors)
 @click.option("--model", default="resnet19", show_default=True)
 @click.option("--width", default=1.0, type=ABOVE_0, show_default=True)
-@click.option("--size", default=32, type=COUNT, show_default=True, help="Side of the images.")
+@click.option("--size", default=32, type=AT_LEAST_1, show_default=True, help="Side of the images.")
 @click.option("--T", "T", default=4, type=STEPS, show_default=True)
-@click.option("--batch", default=256, type=COUNT, show_default=True)
+@click.option("--batch", default=256, type=AT_LEAST_1, show_default=True)
 @click.option("--device", default="cuda", show_default=True)
 @click.option(
     "--precision",
@@ -393,10 +393,10 @@ def show(results: dict[str, Any]) -> None:
     show_default=True,
     help="As of `tetdeploy train`: bf16, on a CPU fp32.",
 )
-@click.option("--turns", default=5, type=COUNT, show_default=True, help="Of each side.")
-@click.option("--steps", default=10, type=COUNT, show_default=True, help="In a turn.")
+@click.option("--turns", default=5, type=AT_LEAST_1, show_default=True, help="Of each side.")
+@click.option("--steps", default=10, type=AT_LEAST_1, show_default=True, help="In a turn.")
 @click.option("--side", "sides", multiple=True, type=click.Choice(SIDES), help="These alone. [default: all]")
-@click.option("--threads", type=COUNT, help="On a CPU.")
+@click.option("--threads", type=AT_LEAST_1, help="On a CPU.")
 @click.option(
     "--limit",
     "limit_s",

@@ -11,7 +11,7 @@ from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import load_inputs
 from tetdeploy.cli.options import (
     ABOVE_0,
-    COUNT,
+    AT_LEAST_1,
     ChosenModel,
     Numbers,
     data_dir_option,
@@ -48,7 +48,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     callback=parsed_steps,
     help="Steps: 6, 1:6 or 1,2,4. [default: the graph's, or else the training's]",
 )
-@click.option("--repeats", type=COUNT, help="Timed calls of each setting. [default: by --seconds]")
+@click.option("--repeats", type=AT_LEAST_1, help="Timed calls of each setting. [default: by --seconds]")
 @click.option(
     "--seconds",
     type=ABOVE_0,

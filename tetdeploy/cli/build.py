@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.options import COUNT, json_option, runs_option
+from tetdeploy.cli.options import AT_LEAST_1, json_option, runs_option
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
 from tetdeploy.run_folder import newest_export
@@ -75,7 +75,7 @@ Examples:
     metavar="X.Y[,...]",
     help="Compute capabilities. [default: all from 8.0 on that tensorrt-rtx has; the GPU at hand for tensorrt]",
 )
-@click.option("--workspace-mb", type=COUNT, help="Most scratch memory of a kernel. [default: no limit]")
+@click.option("--workspace-mb", type=AT_LEAST_1, help="Most scratch memory of a kernel. [default: no limit]")
 @click.option(
     "--timing-cache",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -8,7 +8,7 @@ import click
 
 from tetdeploy.cli.inputs import default_steps, held_out
 from tetdeploy.cli.options import (
-    COUNT,
+    AT_LEAST_1,
     PARTS,
     STEPS,
     ChosenModel,
@@ -46,7 +46,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     "than those of new images. Of another set: train or test, the whole of it. [default: validation; of another set "
     "train]",
 )
-@click.option("--limit", type=COUNT, help="Only the first so many images.")
+@click.option("--limit", type=AT_LEAST_1, help="Only the first so many images.")
 @click.option("--T", "T", type=STEPS, help="The most steps. [default: 8; with frames that of the training]")
 @click.option(
     "--loss",
@@ -70,8 +70,8 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     "holds on other images too, which takes thousands of images; or the loss found on these images alone must stay "
     "within it, which other images exceed half of the time. [default: confident]",
 )
-@click.option("--min-T", "min_T", type=COUNT, default=1, show_default=True, help="The fewest steps.")
-@click.option("--batch-size", default=64, show_default=True, type=COUNT)
+@click.option("--min-T", "min_T", type=AT_LEAST_1, default=1, show_default=True, help="The fewest steps.")
+@click.option("--batch-size", default=64, show_default=True, type=AT_LEAST_1)
 @opens_model()
 @json_option
 def calibrate(

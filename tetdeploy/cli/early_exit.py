@@ -7,7 +7,15 @@ from pathlib import Path
 import click
 
 from tetdeploy.cli.inputs import load_inputs, note_other_checkpoint
-from tetdeploy.cli.options import COUNT, STEPS, ChosenModel, data_dir_option, opens_model, output_path, result_option
+from tetdeploy.cli.options import (
+    AT_LEAST_1,
+    STEPS,
+    ChosenModel,
+    data_dir_option,
+    opens_model,
+    output_path,
+    result_option,
+)
 from tetdeploy.cli.terminal import command_line, console, image_bar, say_next
 
 
@@ -28,8 +36,8 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",
 )
 @data_dir_option
-@click.option("--limit", type=COUNT, help="Only the first so many images.")
-@click.option("--batch-size", default=64, show_default=True, type=COUNT, help="Images that start together.")
+@click.option("--limit", type=AT_LEAST_1, help="Only the first so many images.")
+@click.option("--batch-size", default=64, show_default=True, type=AT_LEAST_1, help="Images that start together.")
 @opens_model()
 @result_option(".early-exit.json")
 def early_exit(

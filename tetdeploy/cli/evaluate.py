@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file
-from tetdeploy.cli.options import COUNT, PARTS, data_dir_option, json_option, parsed_steps, runs_option
+from tetdeploy.cli.options import AT_LEAST_1, PARTS, data_dir_option, json_option, parsed_steps, runs_option
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.steps import trained_T
@@ -44,11 +44,11 @@ Examples:
     type=PARTS,
     help="Images to measure on; train and validation are the run's own parts.",
 )
-@click.option("--limit", type=COUNT, help="Only the first images.")
+@click.option("--limit", type=AT_LEAST_1, help="Only the first images.")
 @click.option("--data", help="Another data set. [default: each training's]")
 @data_dir_option
 @click.option("--model", help="package.module:function, if the network is your own.")
-@click.option("--batch-size", type=COUNT, help="[default: 64 on a CPU, 512 on a GPU]")
+@click.option("--batch-size", type=AT_LEAST_1, help="[default: 64 on a CPU, 512 on a GPU]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(("fp32", "bf16", "fp16", "auto")))
 @runs_option

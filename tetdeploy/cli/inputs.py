@@ -117,7 +117,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
             f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "
             "calibrate on; name others with --data, or take those it was trained on with --split train"
         )
-    known = engine.metadata["source"].get("data", {})
+    known = _said_of_data(engine)
     images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction, known=known)
     check_classes(engine.path.name, engine.class_names, name, images.class_names)
     chosen = images.select(slice(limit))
@@ -136,7 +136,12 @@ def _data_name(engine: Engine, data: str | None) -> str:
 
 def own_data(engine: Engine) -> str:
     """What the model was trained on; empty where it does not say."""
-    return str(engine.metadata["source"].get("data", {}).get("name", ""))
+    return str(_said_of_data(engine).get("name", ""))
+
+
+def _said_of_data(engine: Engine) -> Mapping[str, Any]:
+    data = engine.metadata["source"].get("data")
+    return data if isinstance(data, Mapping) else {}  # who exports from Python may say anything
 
 
 def load_part(
@@ -184,7 +189,7 @@ def as_model_input(engine: Engine, pixels: Any, **statistics: Any) -> Any:
 
     if engine.input_dtype == np.uint8:
         return pixels
-    known = statistics | engine.metadata["source"].get("data", {})
+    known = statistics | dict(_said_of_data(engine))
     if "mean" not in known:
         raise ValueError(f"{engine.path.name} takes normalised float32 input and does not say how; run it from Python")
     mean, std = (np.array(known[key], np.float32)[:, None, None] for key in ("mean", "std"))

@@ -10,7 +10,7 @@ import click
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import load_classifier, load_part
 from tetdeploy.cli.options import (
-    COUNT,
+    AT_LEAST_1,
     PARTS,
     STEPS,
     check_distinct,
@@ -52,12 +52,12 @@ Examples:
     help="Images to measure on; train and validation are the run's own parts, of several runs those that all trained "
     "on, or all held out.",
 )
-@click.option("--limit", default=1000, show_default=True, type=COUNT, help="At most so many of them.")
+@click.option("--limit", default=1000, show_default=True, type=AT_LEAST_1, help="At most so many of them.")
 @click.option("--radius", type=float, help="Of the sharpness measure. [default: half the extent]")
 @click.option("--data", help="Another data set. [default: the training's]")
 @data_dir_option
 @click.option("--model", help="package.module:function, if the network is your own.")
-@click.option("--batch-size", type=COUNT, help="[default: 64 on a CPU, 512 on a GPU]")
+@click.option("--batch-size", type=AT_LEAST_1, help="[default: 64 on a CPU, 512 on a GPU]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
 @click.option("--precision", default="fp32", show_default=True, help="fp32, bf16, fp16 or auto.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="The numbers. [default: RUN/landscape.npz]")
@@ -104,7 +104,8 @@ def landscape(
     if not radius >= step * (1 - 1e-9):
         raise ValueError(f"--radius {radius:g} is shorter than a step of the grid, {step:g}; give more --points")
     path = out or _default_out(files)
-    plot = _checked_plot(path, plot, json_path)
+    plot = plot or default_plot(path, named=out is not None)
+    _check_outputs(path, plot, json_path)
     source = data or _common("data", files, list(map(trained_on, metadata, files)))
     images = _images(source, split, limit, data_dir, files, metadata)
     classifiers = _classifiers(checkpoints, files, metadata, model)
@@ -121,16 +122,14 @@ def landscape(
     _report(result, path, plot, json_path, radius, f"{images.name}, {split}")
 
 
-def _checked_plot(path: Path, plot: Path | None, json_path: Path | None) -> Path:
-    """Where the plot goes; outputs that cannot be written, or are one file, are refused before hours of measuring."""
+def _check_outputs(path: Path, plot: Path, json_path: Path | None) -> None:
+    """Refuse outputs that cannot be written, or are one file, before hours of measuring."""
     from tetdeploy.files import check_writable
 
     check_writable(path, remedy="choose another with --out")
-    plot = plot or default_plot(path)
     check_writable(plot, remedy="choose another with --plot")
     check_distinct({"--out": path, "--plot": plot, "--json": json_path})
     check_plot(plot)
-    return plot
 
 
 def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeConfig, path: Path) -> Landscape:

@@ -51,7 +51,7 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in new vers
 
 
 STEPS = click.IntRange(1, MAX_T)  # the type of a --T that takes one number
-COUNT = click.IntRange(min=1)
+AT_LEAST_1 = click.IntRange(min=1)
 ABOVE_0 = FiniteRange(min=0, min_open=True)
 
 
@@ -144,7 +144,7 @@ def check_distinct(outputs: Mapping[str, Path | None]) -> None:
             raise click.UsageError(f"{other} and {option} would be one file, {path}; choose another with one of them")
 
 
-threads_option = click.option("--threads", type=COUNT, help="CPU threads; all cores by default.")
+threads_option = click.option("--threads", type=AT_LEAST_1, help="CPU threads; all cores by default.")
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="cpu, cuda or tensorrt; no other is used in its place."
 )
@@ -201,14 +201,16 @@ def opens_model(*, threads: bool = True) -> Callable[[Callable[..., Any]], Calla
     return decorate
 
 
-def default_plot(result: Path) -> Path:
+def default_plot(result: Path, *, named: bool) -> Path:
     """Where the plot of a result goes unless --plot says otherwise: beside it, `.png`.
+
+    Args: `named` says whether the user chose the result's name, after which a picture may be called as well.
 
     Raises:
         OSError: a file of that name is there without the result, and so is no plot of it.
     """
     plot = result.with_suffix(".png")
-    if plot.is_file() and not result.exists():
+    if named and plot.is_file() and not result.exists():
         raise OSError(
             f"cannot write {plot}: it is there without {result.name}, and so something else; "
             "choose another with --plot, or remove it"

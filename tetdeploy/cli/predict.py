@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.inputs import as_model_input, own_data
-from tetdeploy.cli.options import COUNT, STEPS, device_option, json_option, runtime_option, threads_option
+from tetdeploy.cli.options import AT_LEAST_1, STEPS, device_option, json_option, runtime_option, threads_option
 from tetdeploy.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Examples:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--T", "T", type=STEPS, help="Steps. [default: the T of the graph, or of the training]")
-@click.option("--top", default=3, show_default=True, type=COUNT, help="How many classes to show.")
+@click.option("--top", default=3, show_default=True, type=AT_LEAST_1, help="How many classes to show.")
 @click.option(
     "--resize",
     is_flag=True,
@@ -105,7 +105,7 @@ def _read_image(path: Path, engine: Engine, resize: bool) -> Any:
     from tetdeploy.extras import import_extra
 
     import_extra("PIL.Image", "cpu")
-    cropped = is_imagenet(own_data(engine))
+    cropped = is_imagenet(own_data(engine)) and engine.input_shape[0] == 3
     return as_model_input(engine, _cropped(path, engine.input_shape[-1]) if cropped else _whole(path, engine, resize))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tetdeploy.cli.options import ABOVE_0, COUNT, FiniteRange, device_option, runtime_option, threads_option
+from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, FiniteRange, device_option, runtime_option, threads_option
 from tetdeploy.cli.terminal import console
 
 
@@ -36,7 +36,7 @@ Examples:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Interface to listen on; :: is all of them.")
 @click.option("--http-port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0 is any free one.")
 @click.option("--grpc-port", default=8081, show_default=True, type=click.IntRange(0, 65535), help="0 is any free one.")
-@click.option("--max-batch", default=64, show_default=True, type=COUNT, help="Images of one call.")
+@click.option("--max-batch", default=64, show_default=True, type=AT_LEAST_1, help="Images of one call.")
 @click.option(
     "--max-wait-ms",
     default=2.0,
@@ -44,7 +44,7 @@ Examples:
     type=FiniteRange(min=0),
     help="How long a request waits for others to share its call.",
 )
-@click.option("--queue", default=256, show_default=True, type=COUNT, help="Requests that may wait for a model.")
+@click.option("--queue", default=256, show_default=True, type=AT_LEAST_1, help="Requests that may wait for a model.")
 @click.option(
     "--max-request-mb",
     "max_request",
@@ -67,7 +67,7 @@ Examples:
     type=Megabytes(min=0, min_open=True),
     help="Largest size of all requests together that are being read or answered. [default: 4 times --max-request-mb]",
 )
-@click.option("--max-T", "max_T", default=64, show_default=True, type=COUNT, help="Steps of a request.")
+@click.option("--max-T", "max_T", default=64, show_default=True, type=AT_LEAST_1, help="Steps of a request.")
 @click.option(
     "--sequence-timeout",
     default=60.0,
@@ -79,7 +79,7 @@ Examples:
     "--max-sequences",
     default=4096,
     show_default=True,
-    type=COUNT,
+    type=AT_LEAST_1,
     help="Sequences of a model that are open at once.",
 )
 @click.option(

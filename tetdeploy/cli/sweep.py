@@ -10,7 +10,7 @@ import click
 
 from tetdeploy.cli.inputs import default_steps, load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import (
-    COUNT,
+    AT_LEAST_1,
     ChosenModel,
     check_distinct,
     check_plot,
@@ -50,8 +50,8 @@ Examples:
     help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",
 )
 @data_dir_option
-@click.option("--limit", type=COUNT, help="Only the first so many images.")
-@click.option("--batch-size", default=64, show_default=True, type=COUNT)
+@click.option("--limit", type=AT_LEAST_1, help="Only the first so many images.")
+@click.option("--batch-size", default=64, show_default=True, type=AT_LEAST_1)
 @click.option(
     "--energy",
     "conventions",
@@ -99,8 +99,8 @@ def sweep(
         import_extra("matplotlib", "report")  # before any work
     engine = chosen.engine()
     note_other_checkpoint(engine)
-    json_path = output_path(json_path, "--json", engine, ".sweep.json")
-    picture = plot or default_plot(json_path)
+    named, json_path = json_path is not None, output_path(json_path, "--json", engine, ".sweep.json")
+    picture = plot or default_plot(json_path, named=named)
     check_writable(picture, remedy="choose another with --plot")
     check_distinct({"--json": json_path, "--plot": picture})
     if plot is not None:

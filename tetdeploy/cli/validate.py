@@ -11,7 +11,7 @@ from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.gates import FAILED, Gate, check_gates, describe, parse_gates, place_gates
 from tetdeploy.cli.inputs import default_steps, load_classifier, load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import (
-    COUNT,
+    AT_LEAST_1,
     ChosenModel,
     data_dir_option,
     opens_model,
@@ -52,7 +52,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
     "beside the model; with --against the test set of the training's data]",
 )
 @data_dir_option
-@click.option("--limit", type=COUNT, help="Only the first so many images of the data set.")
+@click.option("--limit", type=AT_LEAST_1, help="Only the first so many images of the data set.")
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
@@ -73,7 +73,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl
     "at T [default: the training's]. May be repeated.",
 )
 @click.option("--layers/--no-layers", default=None, help="Also a table of the layers. [default: with --against]")
-@click.option("--batch-size", default=32, show_default=True, type=COUNT)
+@click.option("--batch-size", default=32, show_default=True, type=AT_LEAST_1)
 @click.option("--restart", is_flag=True, help="Begin anew where an earlier run was interrupted.")
 @opens_model()
 @result_option(".validate.json")

@@ -33,6 +33,7 @@ __all__ = [
     "Split",
     "holds_out_others",
     "is_imagenet",
+    "is_known",
     "load_data",
     "load_frames",
     "load_parts",
@@ -97,6 +98,11 @@ def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10) -> Labell
     if plain != name:
         raise ValueError(f"{name!r}: only events are cut into frames; give an event set, or leave out {_BY_TIME}")
     return _load_images(name, split, data_dir)
+
+
+def is_known(name: str) -> bool:
+    """Whether `load_data` takes a set of this name; others were made in Python."""
+    return name in DATA_NAMES or is_imagenet(name) or is_npz(name) or ":" in name
 
 
 def load_parts(name: str, *, data_dir: Path, T: int = 10, fraction: float) -> tuple[LabelledSet, LabelledSet | None]:

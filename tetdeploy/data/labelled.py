@@ -75,6 +75,7 @@ class LabelledSet:
             raise ValueError(f"{self.name}: split is {self.split!r}; choose 'train' or 'test'")
         self._straighten(self._array)
         self._straighten("labels")
+        object.__setattr__(self, "class_names", tuple(map(str, self.class_names)))
         self._check_array(layout)
         self._check_labels()
         self._check_statistics()

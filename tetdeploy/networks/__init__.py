@@ -185,7 +185,7 @@ def run_network(network: Callable[..., Tensor], x: Tensor, T: int) -> Tensor:
         x: images `[N, C, H, W]`, each shown at T steps; or frames `[N, T', C, H, W]`, of which the first T are.
 
     Raises:
-        ValueError: there are fewer frames than T, or T is below 1.
+        ValueError: there are fewer frames than T, or of frames T is below 1.
     """
     if x.dim() == 5 and not 1 <= T <= x.shape[1]:
         raise ValueError(f"T={T} steps need as many frames, from 1 to the {x.shape[1]} that there are")
@@ -221,12 +221,14 @@ def _check_kind(network: nn.Module, config: NetworkConfig) -> None:
     """
     if config.ann and has_neurons(network):
         raise ValueError("the configuration says ann, but the network has neurons; pass ann_twin(network)")
-    if not config.ann and is_ann_twin(network):
+    if not config.ann and is_ann_twin(network) and not has_neurons(network):
         raise ValueError("the network is an ANN twin, but the configuration does not say ann; set ann=True")
-    if others := steepness(network) - {config.smooth_spike}:
-        kinds = " and ".join(f"smooth spikes of k={k:g}" if k else "spikes of 0 and 1" for k in sorted(others))
+    kinds = steepness(network)  # several are of the user's own making, and will be made so again
+    if len(kinds) == 1 and kinds != {config.smooth_spike}:
+        (k,) = kinds
+        has = f"smooth spikes of k={k:g}" if k else "spikes of 0 and 1"
         raise ValueError(
-            f"the configuration says smooth_spike={config.smooth_spike:g}, but the network's neurons have {kinds}; "
+            f"the configuration says smooth_spike={config.smooth_spike:g}, but the network's neurons have {has}; "
             "set smooth_spike, or pass smooth_twin(network, k=...)"
         )
 

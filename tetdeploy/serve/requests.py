@@ -150,7 +150,7 @@ def _threshold(value: Any) -> bool | float:
         return math.nan
 
 
-def check_input(name: str, parameters: Container[str]) -> None:
+def refuse_shared_memory(name: str, parameters: Container[str]) -> None:
     """Refuse an input that lies in shared memory: without its bytes it would be an empty one.
 
     Raises:

@@ -21,9 +21,9 @@ from tetdeploy.serve.requests import (
     Input,
     InvalidRequestError,
     WantedOutput,
-    check_input,
     numbers,
     raw_bytes,
+    refuse_shared_memory,
     uncollected,
 )
 
@@ -102,7 +102,7 @@ def _inputs(given: list[_Input], binary: memoryview) -> list[Input]:
     """Inputs with their numbers, or with their part of what follows the JSON."""
     inputs, start = [], 0
     for one in given:
-        check_input(one.name, one.parameters or {})
+        refuse_shared_memory(one.name, one.parameters or {})
         if (size := (one.parameters or {}).get(SIZE)) is not None:
             left = len(binary) - start
             if type(size) is not int or not 0 <= size <= left:

@@ -20,9 +20,9 @@ from tetdeploy.serve.requests import (
     Input,
     InvalidRequestError,
     WantedOutput,
-    check_input,
     numbers,
     raw_bytes,
+    refuse_shared_memory,
 )
 
 _CONTENTS = {"UINT8": "uint_contents", "FP32": "fp32_contents"}  # where numbers of a datatype are, one by one
@@ -114,7 +114,7 @@ def read_request(message: Any) -> InferRequest:
         InvalidRequestError: a parameter has no value, or an input lies in shared memory.
     """
     for given in message.inputs:
-        check_input(given.name, given.parameters)
+        refuse_shared_memory(given.name, given.parameters)
     raw = message.raw_input_contents
     return InferRequest(
         message.id or str(uuid.uuid4()),
