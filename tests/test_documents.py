@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^( *)```\w*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
+INLINE = re.compile(r"`(?:for [^`]*; do )?(?:timeout (?:-\w \w+ )*\w+ )?(?:python3 -m )?tetdeploy ([^`;]*)[^`]*`")
+
 
 def commands(text: str) -> Iterator[str]:
     """What stands behind each `tetdeploy`: in a block up to a comment, another command or three blanks, elsewhere
@@ -23,9 +25,7 @@ def commands(text: str) -> Iterator[str]:
         for line in re.sub(r"\\\n *", "", block).splitlines():
             parts = re.split(r" #| {3,}|&&|;|\|", line.strip().removeprefix("$ "))
             yield from (part.strip()[10:] for part in parts if part.strip().startswith("tetdeploy "))
-    for inline in re.findall(
-        r"`(?:[^`]*; do )?(?:timeout [^`]*? )?(?:python3 -m )?tetdeploy ([^`;]*)[^`]*`", BLOCK.sub("", text), re.DOTALL
-    ):
+    for inline in INLINE.findall(BLOCK.sub("", text)):
         if "..." not in inline:
             words = re.sub(r"\$\w+", "", re.sub(r":[NM]\b", ":3", inline)).split()
             yield " ".join(words if words[1:] else [*words, "--help"])  # a name alone speaks of the command
