@@ -104,8 +104,7 @@ def landscape(
     if not radius >= step * (1 - 1e-9):
         raise ValueError(f"--radius {radius:g} is shorter than a step of the grid, {step:g}; give more --points")
     path = out or _default_out(files)
-    plot = plot or default_plot(path, named=out is not None)
-    _check_outputs(path, plot, json_path)
+    plot = _checked_plot(path, plot, json_path, named=out is not None)
     source = data or _common("data", files, list(map(trained_on, metadata, files)))
     images = _images(source, split, limit, data_dir, files, metadata)
     classifiers = _classifiers(checkpoints, files, metadata, model)
@@ -122,14 +121,16 @@ def landscape(
     _report(result, path, plot, json_path, radius, f"{images.name}, {split}")
 
 
-def _check_outputs(path: Path, plot: Path, json_path: Path | None) -> None:
-    """Refuse outputs that cannot be written, or are one file, before hours of measuring."""
+def _checked_plot(path: Path, plot: Path | None, json_path: Path | None, *, named: bool) -> Path:
+    """Where the plot goes; outputs that cannot be written, or are one file, are refused before hours of measuring."""
     from tetdeploy.files import check_writable
 
     check_writable(path, remedy="choose another with --out")
+    plot = plot or default_plot(path, named=named)
     check_writable(plot, remedy="choose another with --plot")
     check_distinct({"--out": path, "--plot": plot, "--json": json_path})
     check_plot(plot)
+    return plot
 
 
 def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeConfig, path: Path) -> Landscape:
