@@ -8,6 +8,7 @@ import importlib
 import json
 import operator
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -232,12 +233,33 @@ def test_a_side_that_the_device_has_not_is_left_out(
     assert [line.split()[0] for line in shown.splitlines() if "other gradients" in line] == ["loop", "unfused"]
 
 
-@pytest.mark.slow
-def test_a_smoke_run_of_the_training_step(module: Any, tmp_path: Path) -> None:
+class InThisProcess:
+    """In place of a side's process: opens and asks the side here, as it comes out of the pickle that would be sent."""
+
+    def __init__(self, *given: Any, limit_s: float) -> None:
+        self.sent, self.failed = pickle.dumps(given), ""
+
+    def ask(self, request: Any) -> Any:
+        return self.answer(request)
+
+    @functools.cached_property
+    def answer(self) -> Any:
+        open_side, *arguments = pickle.loads(self.sent)
+        return open_side(*arguments)
+
+    def end(self) -> None:
+        pass
+
+
+def test_a_smoke_run_of_the_training_step(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("benchmark", False), ("allow_tf32", True)):  # which a side sets in its process
+        monkeypatch.setattr(torch.backends.cudnn, name, value)
+    training = module("training_step")
+    monkeypatch.setattr(training, "Worker", InThisProcess)
     tiny = ["--device", "cpu", "--width", "0.0625", "--size", "8", "--batch", "2", "--turns", "1", "--steps", "1"]
     sides = ["--side", "loop", "--side", "tetdeploy", "--threads", "1"]
     result = tmp_path / "step.json"
-    done = CliRunner().invoke(module("training_step").main, [*tiny, *sides, "--json", str(result)])
+    done = CliRunner().invoke(training.main, [*tiny, *sides, "--json", str(result)])
     assert done.exit_code == 0, done.output
     assert "plain loop / ours: " in done.output and "wanted" not in done.output  # that is of a card
     found = json.loads(result.read_text())
