@@ -180,11 +180,15 @@ def between_in_half() -> HalfNetwork:
     return HalfNetwork(Tracer(between(), encoding="direct", uint8=True))
 
 
+def ungated(network: Classifier, file: Path, layout: Any = "unrolled") -> Engine:
+    config = ExportConfig(layout=layout, T=3, trained_T=3, precision="fp16", target="cuda")
+    file.write_bytes(ir.to_proto(build_graph(network, config)[0].model).SerializeToString())
+    return Engine(file, native=False, threads=1)
+
+
 def beside_pytorch(written: Classifier, file: Path) -> Parity:
     """What the gate sees of `between` where the graph is that of another network."""
-    config = ExportConfig(T=3, trained_T=3, precision="fp16", target="cuda")
-    file.write_bytes(ir.to_proto(build_graph(written, config)[0].model).SerializeToString())
-    return compare(between_in_half(), Engine(file, native=False, threads=1), digits().images[:150], 3)
+    return compare(between_in_half(), ungated(written, file), digits().images[:150], 3)
 
 
 def test_what_a_layer_reads_rounds_no_more_than_in_onnx_runtime(tmp_path: Path) -> None:
@@ -195,7 +199,7 @@ def test_what_a_layer_reads_rounds_no_more_than_in_onnx_runtime(tmp_path: Path) 
 
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
 def test_a_layer_that_reads_float16_counts_in_float32(layout: str, tmp_path: Path) -> None:
-    engine = Engine(export(tmp_path / "m.onnx", layout, network=between()).path, threads=1)
+    engine = ungated(between(), tmp_path / "m.onnx", layout)
     counts = engine.count(digits().images[:40], 3)[1]["active.middle.3"]
     assert np.unique(counts).tolist() == [16.0]  # no current of the layer before is 0
 
