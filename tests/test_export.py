@@ -613,15 +613,18 @@ class Tokens(nn.Module):
         return self.readout(spikes).mean(2)
 
 
-@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-@pytest.mark.parametrize(("network", "names", "layers", "num_folded"), [
-    (
-        Odd,
-        ["shared", "lif", "shared#2", "integrate"],
-        ["encode.0", "grouped.0", "strided.1", "pooled.1", "readout"],
-        4,
+@pytest.mark.parametrize(("layout", "network", "names", "layers", "num_folded"), [
+    *(
+        (
+            layout,
+            Odd,
+            ["shared", "lif", "shared#2", "integrate"],
+            ["encode.0", "grouped.0", "strided.1", "pooled.1", "readout"],
+            4,
+        )
+        for layout in ("unrolled", "dynamic", "step")
     ),
-    (Tokens, ["lif1", "lif2", "lif3"], ["embed", "mix", "mlp", "readout"], 1),
+    ("dynamic", Tokens, ["lif1", "lif2", "lif3"], ["embed", "mix", "mlp", "readout"], 1),  # T and batch are open
 ])  # fmt: skip
 def test_unusual_networks(
     layout: str, network: type[nn.Module], names: list[str], layers: list[str], num_folded: int, tmp_path: Path
