@@ -269,7 +269,6 @@ class TestAgainst:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ("--T 3", "model-T3.onnx"),
         ("--T 2 --precision int8 --calibrate 64 --out 'a run/a model.onnx'", "a model.onnx"),
         ("--T 3 --with-state --no-normalize --no-fold-bn --target cuda", "model-T3-state-cuda.onnx"),
         ("--layout step", "model-step.onnx"),
