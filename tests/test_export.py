@@ -801,9 +801,8 @@ class ShortWindows(Small):
         return torch.cat([small, small, small, small], 2)
 
 
-@pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
-def test_windows_of_ceil_mode_are_pytorchs(layout: Any, tmp_path: Path) -> None:
-    config = ExportConfig(layout=layout, T=3)
+def test_windows_of_ceil_mode_are_pytorchs(tmp_path: Path) -> None:
+    config = ExportConfig(layout="dynamic", T=3)  # in it an axis of the three-dimensional pool is open
     made = export_model(classifier(ShortWindows()), tmp_path / "m.onnx", config, digits().images[:40])
     pools = [n for n in onnx.load(made.path).graph.node if n.op_type.endswith("Pool")]
     assert len(pools) == 6
