@@ -194,12 +194,9 @@ def _as_input(classifier: Classifier, config: ExportConfig, images: NDArray[Any]
     if config.normalize and images.dtype != np.uint8:
         raise ValueError(f"with normalisation in the graph the images must be uint8, got {images.dtype}")
     if not config.normalize and images.dtype == np.uint8:
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(classifier.mean.device)
         with torch.no_grad():
-            return (
-                classifier.normalize(torch.from_numpy(np.ascontiguousarray(images)).to(classifier.mean.device))
-                .cpu()
-                .numpy()
-            )
+            return classifier.normalize(pixels).cpu().numpy()
     if not config.normalize and (images.dtype != np.float32 or not np.isfinite(images).all()):
         raise ValueError(
             "without normalisation in the graph the images must be uint8, or finite float32 that is normalised "

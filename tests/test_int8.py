@@ -70,7 +70,8 @@ def export_anew(path: Path, layout: str = "unrolled", network: Any = None, *, T:
     config = ExportConfig(layout=layout, T=T, trained_T=3, precision="int8", **options)  # type: ignore[arg-type]
     images = digits().images[:90] if config.encoding == "direct" else frames(60, 6)
     labels = digits().labels[:90] if config.encoding == "direct" else None
-    given = (OnDisk(*calibration()[:1]), calibration()[1]) if config.encoding == "direct" else (frames(60, 6), None)
+    read, truth = calibration()
+    given = (OnDisk(read), truth) if config.encoding == "direct" else (frames(60, 6), None)
     return export_model(network or convsnn(), path, config, images, labels=labels, num_check=90, calibration=given)
 
 
