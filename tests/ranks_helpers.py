@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import multiprocessing
+from torch import distributed, multiprocessing
 from torch.distributed import TCPStore
 
 from tetdeploy.train.ranks import process_group
@@ -37,7 +38,9 @@ def _one(rank: int, size: int, port: int, work: Callable[..., None], arguments: 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with process_group():
+        group = weakref.ref(distributed.group.WORLD)
         work(*arguments)
+    assert group() is None, "the group outlives its end; its threads may abort the process when Python ends"
 
 
 def save(folder: Path, rank: int, **values: Any) -> None:

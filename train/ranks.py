@@ -7,6 +7,7 @@ has. Rank 0 alone writes and prints.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,6 +131,9 @@ def process_group() -> Iterator[Ranks]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if has_gpu and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
+    # Imported while there is a group (an optimiser does), this module holds it in the defaults of its functions: it
+    # would outlive its end here, and its threads, holding tensors, then abort an interpreter that ends.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
     try:
         yield current_ranks()
