@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy import native
+from tetdeploy.early_exit import Exit
 from tetdeploy.energy import layers_of
 from tetdeploy.model_file import check_outputs
 from tetdeploy.names import first_line
@@ -24,9 +25,6 @@ from tetdeploy.runtimes.native_session import zeros_last
 from tetdeploy.runtimes.sessions import Sessions, check_runtime, gains_from_native
 from tetdeploy.steps import check_count
 from tetdeploy.stream import Stream
-
-if TYPE_CHECKING:
-    from tetdeploy.early_exit import Exit
 
 Array = NDArray[Any]
 IN_CACHE = 2**22  # spikes of a layer, over images and steps: with more in a call each image takes a CPU longer
@@ -145,8 +143,6 @@ class Engine:
         x = self.check_input(x)
         T = self.check_T(T, x)
         if exit is not None:
-            from tetdeploy.early_exit import Exit
-
             if not isinstance(exit, Exit):
                 raise TypeError(f"exit must be an Exit, such as Exit(0.9), or what load_exit gives; got {exit!r}")
             return self._run_until_certain(x, T, exit)
