@@ -118,11 +118,9 @@ class StandIn(StepGraphs):
 @pytest.mark.parametrize(
     ("changes", "graphs"),
     [
-        ({}, 1),
         ({"tit": "1:1,2:2"}, 2),
         ({"loss": "sdt", "switch_to_tet": 1}, 2),
-        ({"random_T": "1:2:2", "ema": 0.0}, 3),  # (1, 1), (1, 2), (2, 2)
-        ({"optimizer": "adamw", "lr": 2e-3}, 1),
+        ({"random_T": "1:2:2", "ema": 0.0, "optimizer": "adamw", "lr": 2e-3}, 3),  # (1, 1), (1, 2), (2, 2)
     ],
 )
 def test_a_run_with_graphs_is_the_run_without(
