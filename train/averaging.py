@@ -5,22 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tetdeploy.networks import run_network
+from tetdeploy.networks import Classifier, run_network
 
 from .device import autocast
 from .objective import draw_lengths
 from .schedule import derive_seed
 from .session import BN_BATCHES, Session
 from .state import TrainState
-
-if TYPE_CHECKING:
-    from tetdeploy.networks import Classifier
 
 
 def kept_classifier(session: Session, state: TrainState) -> Classifier:

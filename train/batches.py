@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
+from tetdeploy.data import LabelledSet
+from tetdeploy.networks import Classifier
+
 from .augment import AUGMENTATIONS, cutout, same_at_every_step
+from .config import TrainConfig
 from .device import without_waiting
-
-if TYPE_CHECKING:
-    from tetdeploy.data import LabelledSet
-    from tetdeploy.networks import Classifier
-
-    from .config import TrainConfig
 
 Batch = tuple[Tensor, Tensor]  # uint8 images [N, C, H, W] or frames [N, T, C, H, W], and labels int64 [N]
 

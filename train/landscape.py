@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from torch.func import functional_call
 from tetdeploy.checkpoint import data_settings
 from tetdeploy.files import read_npz, write_npz
 from tetdeploy.form import parse_json
+from tetdeploy.networks import Classifier
 
 from .config import PRECISIONS
 from .device import autocast, pick_device, pick_precision, tuned_convolutions
@@ -36,9 +37,6 @@ from .losses import sdt_loss, tet_loss
 from .runs import differences
 from .schedule import derive_seed
 from .validation import count_correct
-
-if TYPE_CHECKING:
-    from tetdeploy.networks import Classifier
 
 FORMAT = 1
 _SURFACES = ("sdt_loss", "tet_loss", "accuracy")

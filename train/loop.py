@@ -15,17 +15,18 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tetdeploy.checkpoint import read_metadata, save_checkpoint
+from tetdeploy.data import LabelledSet
 from tetdeploy.extras import import_extra
 from tetdeploy.files import is_utf8
 from tetdeploy.metrics import read_metrics, write_metrics
-from tetdeploy.networks import check_classifier, run_network
+from tetdeploy.networks import Classifier, check_classifier, run_network
 from tetdeploy.run_folder import CHECKPOINT_NAME, STATE_NAME
 from tetdeploy.signals import deferred_interrupt
 
@@ -51,10 +52,6 @@ from .schedule import derive_seed
 from .session import Session, Task, check_data, check_sets, check_together, headline, prepare, provenance
 from .state import Best, TrainState, is_finished, restore_state, save_state
 from .validation import Loss, count_correct, measure
-
-if TYPE_CHECKING:
-    from tetdeploy.data import LabelledSet
-    from tetdeploy.networks import Classifier
 
 
 @dataclass(frozen=True)

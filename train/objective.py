@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from tetdeploy.checkpoint import load, read_metadata
 from tetdeploy.names import is_own_model
-from tetdeploy.networks import NetworkConfig, import_network, run_network
+from tetdeploy.networks import Classifier, NetworkConfig, import_network, run_network
 from tetdeploy.run_folder import weights_file
 
 from .config import TrainConfig
 from .losses import distillation_loss, sdt_loss, tet_loss, total_loss
 from .schedule import derive_seed
 from .validation import Loss
-
-if TYPE_CHECKING:
-    from tetdeploy.networks import Classifier
 
 
 def epoch_loss(config: TrainConfig, epoch: int) -> Loss:

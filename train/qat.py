@@ -7,24 +7,21 @@ stay. Weights and BN's affine parameters train; BN's running statistics are cons
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tetdeploy.data import LabelledSet
 from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Int8Error, Scales
-from tetdeploy.networks import run_network
+from tetdeploy.networks import Classifier, run_network
 from tetdeploy.run_folder import CONFIG_NAME
 from tetdeploy.tracing import Tracer
 
 from .runs import read_run_config
-
-if TYPE_CHECKING:
-    from tetdeploy.data import LabelledSet
-    from tetdeploy.networks import Classifier
 
 NUM_CALIBRATION = 512
 _BATCH = 64

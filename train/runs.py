@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from tetdeploy.checkpoint import data_settings
+from tetdeploy.data import LabelledSet
 from tetdeploy.files import atomic_write, made_folder, write_json
 from tetdeploy.form import NUMBER, check_form, parse_json
+from tetdeploy.networks import Classifier
 from tetdeploy.run_folder import (
     CHECKPOINT_NAME,
     CONFIG_NAME,
@@ -31,10 +33,6 @@ from tetdeploy.run_folder import (
 
 from .config import TrainConfig
 from .ranks import current_ranks
-
-if TYPE_CHECKING:
-    from tetdeploy.data import LabelledSet
-    from tetdeploy.networks import Classifier
 
 LOCK_NAME = ".lock"
 

@@ -8,12 +8,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from tetdeploy.data import LabelledSet
 from tetdeploy.files import write_json
-from tetdeploy.networks import check_classifier
+from tetdeploy.networks import Classifier, check_classifier
 from tetdeploy.run_folder import CONFIG_NAME, STATE_NAME, SUMMARY_NAME
 from tetdeploy.standard_output import StandardOutput
 
@@ -30,12 +32,6 @@ from .runs import (
     write_run_config,
 )
 from .session import check_sets
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tetdeploy.data import LabelledSet
-    from tetdeploy.networks import Classifier
 
 
 @dataclass(frozen=True)

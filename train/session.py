@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from torch import nn
 from tetdeploy.data import ImageFiles, LabelledSet, is_known
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import check_classes, is_npz
+from tetdeploy.networks import Classifier
 from tetdeploy.provenance import written
+from tetdeploy.traced_network import Runnable
 
 from .augment import RESIZED_CROP
 from .batches import Batch, DeviceImages, Draws, Images
@@ -29,10 +31,6 @@ from .ranks import Ranks, current_ranks
 from .recompute import recompute_blocks
 from .schedule import derive_seed, learning_rate
 from .synchronised import over_ranks
-
-if TYPE_CHECKING:
-    from tetdeploy.networks import Classifier
-    from tetdeploy.traced_network import Runnable
 
 # Passes that estimate BN anew for weights that BN never saw in training.
 BN_BATCHES = 10

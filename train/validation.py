@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tetdeploy.networks import run_network
+from tetdeploy.networks import Classifier, run_network
 from tetdeploy.steps import check_count
+from tetdeploy.traced_network import Runnable
 
 from .device import autocast
 from .losses import total_loss
 from .ranks import Ranks
-
-if TYPE_CHECKING:
-    from tetdeploy.networks import Classifier
-    from tetdeploy.traced_network import Runnable
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
