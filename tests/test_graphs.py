@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import signal
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from run_helpers import metrics
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,10 +55,6 @@ def classifier(**options: Any) -> Classifier:
 def settings(**changes: Any) -> TrainConfig:
     plain: dict[str, Any] = {"T": 2, "epochs": 3, "batch_size": 16, "optimizer": "sgd", "lr": 0.05, "ema": 0.9}
     return TrainConfig(**(plain | {"augment": "crop-flip", "cutout": 2, "clip": 1.0} | changes))
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 # --- without a GPU
@@ -320,7 +316,7 @@ def test_losses_with_graphs_are_those_without(tmp_path: Path, precision: str, ch
     config = settings(device="cuda", precision=precision, **changes)
     for name in ("plain", "graphs"):
         train(classifier(), TRAIN, VAL, config, tmp_path / name, progress=False, how=How(cuda_graphs=name == "graphs"))
-    plain, graphs = records(tmp_path / "plain"), records(tmp_path / "graphs")
+    plain, graphs = metrics(tmp_path / "plain"), metrics(tmp_path / "graphs")
     assert graphs[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=0.02 if precision == "fp32" else 0.1)
     assert graphs[-1]["train_loss"] == pytest.approx(plain[-1]["train_loss"], rel=0.1)
     assert [record["T"] for record in graphs] == [record["T"] for record in plain]
@@ -401,5 +397,5 @@ def test_a_cut_run_goes_on_there_and_elsewhere(tmp_path: Path, optimizer: str) -
     shards = shutil.copytree(tmp_path / "cut" / "shards", tmp_path / "shards")
     assert train(classifier(), TRAIN, VAL, config, tmp_path / "cut", progress=False, resume=True).epochs == whole.epochs
     train(classifier(), TRAIN, VAL, config, tmp_path / "second", progress=False, restart_from=shards)
-    losses = [records(tmp_path / name)[-1]["train_loss"] for name in ("whole", "cut", "second")]
+    losses = [metrics(tmp_path / name)[-1]["train_loss"] for name in ("whole", "cut", "second")]
     assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[2] == pytest.approx(losses[0], rel=0.3)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from ranks_helpers import load, on_ranks, save
+from run_helpers import metrics
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -70,10 +71,6 @@ def own(seeds: list[int]) -> Classifier:
     made.network, made.config = Own(), replace(made.config, model="tests:own")
     made.register_forward_pre_hook(note)
     return made.double()
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def said_once(match: str, error: type[BaseException] = ValueError) -> AbstractContextManager[Any]:

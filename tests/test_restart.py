@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from run_helpers import metrics, same_weights
 from safetensors.torch import load_file
 from torch import nn
 
@@ -79,21 +80,11 @@ def carried(out: Path, to: Path) -> Path:
     return to
 
 
-def records(out: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "images_per_s")} for line in lines]
-
-
 def forget_moments(out: Path) -> None:
     """Take the optimizer's moments out of a run's state."""
     state = out / "last.safetensors"
     kept = {name: value for name, value in load_file(state).items() if not name.startswith("optimizer.")}
     write_tensors(state, kept, read_content(state))
-
-
-def same_weights(one: Classifier, other: Classifier) -> bool:
-    wanted = other.state_dict()
-    return all(torch.equal(value, wanted[name]) for name, value in one.state_dict().items())
 
 
 # --- what is written
@@ -215,7 +206,7 @@ def test_it_is_the_resumed_run_with_fresh_moments(tmp_path: Path, at: int, chang
     result = run(tmp_path / "second", restarted, config=config, restart_from=tmp_path / "carried")
     assert (result.epochs, result.interrupted) == (4, False)
     assert same_weights(restarted, resumed)
-    assert records(tmp_path / "second") == records(tmp_path / "first")
+    assert metrics(tmp_path / "second") == metrics(tmp_path / "first")
     origin = json.loads((tmp_path / "second" / "config.json").read_text())["restarted"]
     assert origin["epoch"] * STEPS + origin["step"] == at
 
@@ -245,20 +236,20 @@ def test_a_restarted_run_resumes(tmp_path: Path) -> None:
     run(tmp_path / "whole", whole, restart_from=shards)
     interrupted(tmp_path / "second", 4, restart_from=shards)
     run(tmp_path / "second", resumed, resume=True)
-    assert same_weights(resumed, whole) and records(tmp_path / "second") == records(tmp_path / "whole")
+    assert same_weights(resumed, whole) and metrics(tmp_path / "second") == metrics(tmp_path / "whole")
 
 
 def test_a_checkpoint_goes_on_after_its_epoch(tmp_path: Path) -> None:
     config = settings(ema=0.5, lr=1e-6)  # nothing is learned: the first epoch stays the best
     interrupted(tmp_path / "first", 2 * STEPS + 1, config=config, how=How())
     epoch = read_metadata(tmp_path / "first")["provenance"]["epoch"]
-    assert (epoch, len(records(tmp_path / "first"))) == (1, 2)
-    earlier = records(tmp_path / "first")[:epoch]
+    assert (epoch, len(metrics(tmp_path / "first"))) == (1, 2)
+    earlier = metrics(tmp_path / "first")[:epoch]
     for number, path in enumerate((tmp_path / "first", tmp_path / "first" / "checkpoint.safetensors")):
         out = tmp_path / f"second-{number}"
         run(out, config=config, restart_from=path)
-        assert [record["epoch"] for record in records(out)] == [1, 2, 3, 4]
-        assert records(out)[:epoch] == earlier
+        assert [record["epoch"] for record in metrics(out)] == [1, 2, 3, 4]
+        assert metrics(out)[:epoch] == earlier
 
 
 def test_of_a_run_the_later_of_shards_and_checkpoint_goes_on(tmp_path: Path) -> None:
@@ -278,7 +269,7 @@ def test_metrics_that_did_not_come_along_are_left_out(tmp_path: Path) -> None:
     for file in shards.rglob("metrics.jsonl"):
         file.unlink()
     run(tmp_path / "second", restart_from=shards)
-    assert [record["epoch"] for record in records(tmp_path / "second")] == [3, 4]
+    assert [record["epoch"] for record in metrics(tmp_path / "second")] == [3, 4]
 
 
 # --- what is refused
@@ -436,7 +427,7 @@ def test_the_command_takes_the_settings_of_the_weights(half: Path) -> None:
     command("--restart-from", half, "--out", "second")
     written = json.loads(Path("second/config.json").read_text())
     assert written["training"]["lr"] == 3e-3 and written["network"]["width"] == 0.25
-    assert [record["epoch"] for record in records(Path("second"))] == [1, 2, 3]
+    assert [record["epoch"] for record in metrics(Path("second"))] == [1, 2, 3]
     assert written["restarted"]["epoch"] == 1 and written["restarted"]["step"] == 3
     command("--resume", "second")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_helpers import metrics
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
@@ -71,11 +72,6 @@ def settings(**changes: Any) -> TrainConfig:
 def run(out: Path, classifier: Classifier | None = None, *, resume: bool = False, **changes: Any) -> TrainResult:
     classifier = classifier or classifier_of()
     return train(classifier, TRAIN, VAL, settings(**changes), out, resume=resume, progress=False)
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in r.items() if key not in ("seconds", "images_per_s")} for r in records]
 
 
 def interrupted_at(count: int, classifier: Classifier) -> Classifier:

@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from run_helpers import metrics, same_weights
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -126,19 +127,9 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
 
 
-def metrics(out: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in r.items() if key not in ("seconds", "images_per_s")} for r in records]
-
-
 def interrupt_at(count: int) -> Callable[[int], None]:
     """Ctrl-C in the middle of the forward pass with this number (training and validation batches counted)."""
     return lambda current: signal.raise_signal(signal.SIGINT) if current == count else None
-
-
-def same_weights(one: Classifier, other: Classifier) -> bool:
-    wanted = other.state_dict()
-    return all(torch.equal(value, wanted[name]) for name, value in one.state_dict().items())
 
 
 # --- configuration
