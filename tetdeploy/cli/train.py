@@ -194,7 +194,7 @@ def train(
     Writes RUN/checkpoint.safetensors (the best epoch on held-out training images; the test set is not touched),
     RUN/last.safetensors (for --resume), RUN/metrics.jsonl and RUN/config.json. Ctrl-C saves and stops.
     """
-    import_extra("safetensors", "train")  # which only a checkpoint needs, behind all the data
+    import_extra("safetensors", "train")  # only a checkpoint needs it, after all the data has been read
     import_extra("tetdeploy.train", "train")  # and what that needs
     from tetdeploy.train import train as run_training
     from tetdeploy.train import train_seeds
