@@ -61,10 +61,10 @@ def shows_less(num_images: int, lost: Any, gained: Any, loss: float) -> Any:
 
     The score test of Tango, "Equivalence test and confidence interval for the difference in proportions for the
     paired-sample design", Statistics in Medicine 17, 1998, at a one-sided level of 2.5 %, which it keeps even where few
-    answers flip: of those that lose as much as is allowed, it takes for ones that do not, in the worst case that a search
-    found, 2.9 % with 300 images or more, and 3.2 % with 20 or more, while at most 30 % are gained; 4.3 % where nearly
-    all answers of so few flip. An interval of Wald's kind, adjusted or not, does not keep it: without any flip it would
-    take 6.2 %.
+    answers flip: of those that lose as much as is allowed, it takes for ones that do not, in the worst cases that a
+    search found, 2.9 % with 300 images or more, and 3.2 % with 20 or more, while at most 30 % are gained; 4.3 % where
+    nearly all of so few answers flip. An interval of Wald's kind, adjusted or not, does not keep it: without any flip
+    it would take 6.2 %.
     """
     N, lost, gained = num_images, np.asarray(lost, float), np.asarray(gained, float)
     b = (2 * N - lost + gained) * loss - lost - gained
