@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,13 @@ from tetdeploy.cli import main
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.data import ImageSet
 from tetdeploy.inspection import inspect
+from tetdeploy.metrics import read_metrics
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import weights_file
-from tetdeploy.shards import INDEX_NAME, newest_shards, read_shards
+from tetdeploy.shards import INDEX_NAME, newest_shards, read_shards, read_shards_content, write_shards
 from tetdeploy.tensor_file import read_content, write_tensors
 from tetdeploy.train import How, TrainConfig, TrainResult, loop, train
-from tetdeploy.train.restart import check_restart, find_restart
+from tetdeploy.train.restart import check_restart, find_restart, has_shards
 from tetdeploy.train.runs import run_settings
 
 STEPS = 5
@@ -155,6 +157,10 @@ def test_a_finished_run_writes_the_shards_that_a_full_disk_left_an_epoch_old(
     assert not list(folder.glob("model-00001*"))
     run(tmp_path / "r", classifier(5), resume=True)
     assert same_weights(tetdeploy.load(folder), trained)
+    assert has_shards(tmp_path / "r", 4, 10_000) and not has_shards(tmp_path / "r", 4, 7_000)  # and the run is locked
+    run(tmp_path / "r", classifier(5), resume=True, how=How(shards_mb=0.007))
+    assert max(file.stat().st_size for file in folder.glob("model-*")) <= 7_000
+    assert same_weights(tetdeploy.load(folder), trained)
 
 
 def test_without_the_option_there_are_no_shards_and_with_it_the_run_is_the_same(tmp_path: Path) -> None:
@@ -229,7 +235,16 @@ def test_the_best_epoch_is_one_of_those_after_the_restart(tmp_path: Path) -> Non
     assert read_metadata(tmp_path / "second")["provenance"]["epoch"] == result.best.epoch
 
 
-def test_a_restarted_run_resumes(tmp_path: Path) -> None:
+def test_a_restarted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the time of all of an epoch's steps, wherever they were trained: here each takes a second."""
+    step, now = loop._train_step, [0.0]
+
+    def timed(*arguments: Any) -> None:
+        step(*arguments)
+        now[0] += 1
+
+    monkeypatch.setattr(loop, "_train_step", timed)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     interrupted(tmp_path / "first", 3)
     shards = carried(tmp_path / "first", tmp_path / "carried")
     whole, resumed = classifier(), classifier()
@@ -237,6 +252,8 @@ def test_a_restarted_run_resumes(tmp_path: Path) -> None:
     interrupted(tmp_path / "second", 4, restart_from=shards)
     run(tmp_path / "second", resumed, resume=True)
     assert same_weights(resumed, whole) and metrics(tmp_path / "second") == metrics(tmp_path / "whole")
+    for out in (tmp_path / "second", tmp_path / "whole"):
+        assert [(r["seconds"], r["images_per_s"]) for r in read_metrics(out)] == [(STEPS, 8)] * 4
 
 
 def test_a_checkpoint_goes_on_after_its_epoch(tmp_path: Path) -> None:
@@ -266,8 +283,11 @@ def test_of_a_run_the_later_of_shards_and_checkpoint_goes_on(tmp_path: Path) -> 
 def test_metrics_that_did_not_come_along_are_left_out(tmp_path: Path) -> None:
     interrupted(tmp_path / "first", 2 * STEPS + 1)
     shards = carried(tmp_path / "first", tmp_path / "carried")
-    for file in shards.rglob("metrics.jsonl"):
-        file.unlink()
+    (folder,) = shards.iterdir()
+    tensors, content = read_shards(folder), read_shards_content(folder)
+    del content["restart"]["seconds"]  # as of an earlier version
+    shutil.rmtree(folder)
+    write_shards(folder, tensors, content, limit=10_000)
     run(tmp_path / "second", restart_from=shards)
     assert [record["epoch"] for record in metrics(tmp_path / "second")] == [3, 4]
 

@@ -37,8 +37,8 @@ def newest_shards(path: Path | str) -> Path | None:
     return max(filter(is_sharded, Path(path).glob("epoch-*")), key=lambda folder: folder.name, default=None)
 
 
-def is_complete(folder: Path | str) -> bool:
-    """Whether a folder holds shards, and all that its index names."""
+def is_complete(folder: Path | str, limit: int) -> bool:
+    """Whether a folder holds shards, all that its index names, none larger than `limit` bytes."""
     folder = Path(folder)
     if not is_sharded(folder):
         return False
@@ -46,7 +46,7 @@ def is_complete(folder: Path | str) -> bool:
         names = _read_index(folder)["metadata"]["sha256"]
     except ValueError:
         return False
-    return all((folder / name).is_file() for name in names)
+    return all((folder / name).is_file() and (folder / name).stat().st_size <= limit for name in names)
 
 
 def check_limit(tensors: Mapping[str, Tensor], content: Mapping[str, Any], *, limit: int) -> None:

@@ -73,6 +73,11 @@ class How:
                 "--no-cuda-graphs"
             )
 
+    @property
+    def shard_bytes(self) -> int | None:
+        """`shards_mb` in bytes."""
+        return None if self.shards_mb is None else int(self.shards_mb * 1e6)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

@@ -135,7 +135,7 @@ def train(
     ranks = current_ranks()
     with ranks.first():
         finished = resume and is_finished(out / STATE_NAME, config.epochs)
-        finished = finished and (how.shards_mb is None or has_shards(out, config.epochs))
+        finished = finished and (how.shard_bytes is None or has_shards(out, config.epochs, how.shard_bytes))
     finished = ranks.agreed(finished)
     with nullcontext() if finished else only_trainer(out, resume=resume):  # it may lie where nobody can write
         restart = None
@@ -159,8 +159,8 @@ def train(
             settings["restarted"] = restart_origin(restart)
         with _explained(task, how):
             session = prepare(task, settings=settings, resume=resume, workers=workers, how=how)
-            if session.shard_bytes is not None:
-                check_shards(session, session.shard_bytes)
+            if how.shard_bytes is not None:
+                check_shards(session, how.shard_bytes)
             if before_writing is not None:
                 before_writing()
             state = _begin(session, restart, resume=resume, runs=runs)
@@ -269,8 +269,8 @@ def _save(session: Session, state: TrainState) -> None:
 
 
 def _save_shards(session: Session, state: TrainState) -> None:
-    if session.ranks.writes and session.shard_bytes is not None:
-        write_restart(session, state, session.shard_bytes)
+    if session.ranks.writes and session.how.shard_bytes is not None:
+        write_restart(session, state, session.how.shard_bytes)
 
 
 def _run(session: Session, state: TrainState, show: bool | None, board: bool) -> bool:

@@ -33,6 +33,8 @@ from .state import TrainState, like_weights
 # What a machine decides: where devices are, and what they are good at.
 _OF_THE_MACHINE = ("device", "precision")
 
+_LONGEST = 9_999_999.999  # seconds of an epoch
+
 
 @dataclass(frozen=True)
 class Restart:
@@ -43,6 +45,7 @@ class Restart:
         settings: of the run they are from, as `runs.run_settings` gives them, and "provenance".
         epoch: finished epochs, and so the index of the epoch to go on with.
         step: its finished steps; 0 for a checkpoint, which is of an epoch's end.
+        seconds: spent on these steps; 0 of shards of an earlier version, which do not say it.
         how: how that run ran, as `config.How` says it; empty if not known.
     """
 
@@ -50,6 +53,7 @@ class Restart:
     settings: dict[str, Any]
     epoch: int
     step: int
+    seconds: float
     how: dict[str, Any]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -83,7 +87,8 @@ def _read(path: Path) -> Restart:
     position = content.get("restart") or {"epoch": content["provenance"].get("epoch"), "step": 0}
     if not all(isinstance(position.get(name), int) for name in ("epoch", "step")):
         raise ValueError(f"{path} does not say which epoch it is of; use it with --init")
-    return Restart(path, content, position["epoch"], position["step"], content.get("how") or _how_beside(path))
+    epoch, step, seconds = position["epoch"], position["step"], position.get("seconds", 0.0)
+    return Restart(path, content, epoch, step, seconds, content.get("how") or _how_beside(path))
 
 
 def _how_beside(checkpoint: Path) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def restart_state(restart: Restart, session: Session) -> TrainState:
     if session.config.ema:  # a checkpoint's weights are averages already
         average = like_weights(section(tensors, "average.") or trainable(network), network)
     state = TrainState.start(session.steps_per_epoch, session.device, average)
-    state.epoch, state.step = restart.epoch, restart.step
+    state.epoch, state.step, state.seconds = restart.epoch, restart.step, restart.seconds
     if restart.step:
         state.losses.copy_(tensors["epoch.losses"])
         state.correct.copy_(tensors["epoch.correct"])
@@ -158,29 +163,29 @@ def check_shards(session: Session, limit: int) -> None:
         ValueError: a tensor is larger than that.
     """
     state = TrainState.start(session.steps_per_epoch, session.device, {})  # averages are as large as their weights
-    last = _content(session, session.config.epochs, session.steps_per_epoch)  # with the most digits
+    last = _content(session, session.config.epochs, session.steps_per_epoch, _LONGEST)  # with the most digits
     check_limit(state.weights(session.classifier.network), last, limit=limit)
 
 
-def has_shards(out: Path, epochs: int) -> bool:
-    """Whether the shards of the end of so many epochs are there, and all of them."""
-    return is_complete(_folder(out, epochs, 0))
+def has_shards(out: Path, epochs: int, limit: int) -> bool:
+    """Whether the shards of the end of so many epochs are there, all of them, in files of at most `limit` bytes."""
+    return is_complete(_folder(out, epochs, 0), limit)
 
 
 def write_restart(session: Session, state: TrainState, limit: int) -> None:
     """Write `out/shards/epoch-00012-step-000000`, in files of at most `limit` bytes; then remove what lay beside it.
 
-    Shards of the same step are left as they are: a state that is saved twice is the same.
+    Shards of the same step that are no larger are left as they are: a state that is saved twice is the same.
 
     Raises:
         ValueError: a tensor is larger than that.
         OSError: it cannot be written.
     """
     folder, metrics = _folder(session.out, state.epoch, state.step), session.out / METRICS_NAME
-    if is_complete(folder):
+    if is_complete(folder, limit):
         return
     shutil.rmtree(folder, ignore_errors=True)
-    content = _content(session, state.epoch, state.step)
+    content = _content(session, state.epoch, state.step, state.seconds)
     beside = [metrics] if metrics.is_file() else []
     write_shards(folder, state.weights(session.classifier.network), content, limit=limit, beside=beside)
     for pattern in ("epoch-*", ".epoch-*.tmp"):  # the latter of writes that were killed
@@ -193,10 +198,10 @@ def _folder(out: Path, epoch: int, step: int) -> Path:
     return out / SHARDS_NAME / f"epoch-{epoch:05d}-step-{step:06d}"
 
 
-def _content(session: Session, epoch: int, step: int) -> dict[str, Any]:
+def _content(session: Session, epoch: int, step: int, seconds: float) -> dict[str, Any]:
     return {
         "format": FORMAT,
         **{name: session.settings[name] for name in ("network", "data", "training", "how")},
         "provenance": provenance(session, epoch, None),
-        "restart": {"epoch": epoch, "step": step},
+        "restart": {"epoch": epoch, "step": step, "seconds": round(seconds, 3)},
     }

@@ -75,11 +75,6 @@ class Session:
         return min(self.config.batch_size, len(self.train))
 
     @property
-    def shard_bytes(self) -> int | None:
-        """Of a file at most, in which weights alone are written too."""
-        return None if self.how.shards_mb is None else int(self.how.shards_mb * 1e6)
-
-    @property
     def steps_per_epoch(self) -> int:
         return len(self.train) // self.batch_size  # the odd rest is left out
 
