@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import struct
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +328,32 @@ def test_folders_that_were_made_go_again_where_nothing_is_written(write: Any, tm
     plain = tmp_path / "plain"
     plain.touch() if write is atomic_write else plain.mkdir()
     assert (tmp_path / "a" / "b" / "c").stat().st_mode == plain.stat().st_mode  # whoever may read that may read this
+
+
+@pytest.mark.parametrize("write", [atomic_write, atomic_folder])
+def test_content_is_on_the_disk_before_it_has_its_name(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And lies on the same file system: a rename crosses none."""
+
+    def fill(path: Path) -> None:
+        with write(path) as temporary:
+            assert temporary.parent == tmp_path
+            (temporary if write is atomic_write else temporary / "file").write_bytes(b"content")
+
+    def sync(number: int) -> None:
+        sizes.append(0 if path.exists() else os.fstat(number).st_size)
+        if code:
+            raise OSError(code, os.strerror(code))
+
+    sizes: list[int] = []
+    monkeypatch.setattr("tetdeploy.files.os.fsync", sync)
+    for code in (0, errno.EINVAL, errno.EIO):  # EINVAL of a file system that cannot
+        path = tmp_path / f"written-{code}"
+        with pytest.raises(OSError, match=f"{path}") if code == errno.EIO else nullcontext():
+            fill(path)
+        assert path.exists() == (code != errno.EIO)
+    assert sizes == [len(b"content")] * 3 and len([*tmp_path.iterdir()]) == 2
 
 
 def test_a_folder_that_cannot_be_made_is_named(saved: Path) -> None:

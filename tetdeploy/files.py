@@ -23,13 +23,16 @@ from tetdeploy.form import json_text, parse_json
 
 MODELS = {".safetensors", ".onnx", ".engine", ".nir"}
 
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}  # some file systems
+
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes `path`'s place when the block ends without an error.
 
-    An error leaves an earlier file at `path` as it was and removes the temporary one. Missing parent folders are made;
-    without a file they go again. Of a symlink the file is written that it points at.
+    An error leaves an earlier file at `path` as it was and removes the temporary one; a power cut leaves the earlier or
+    the new one, whole. Missing parent folders are made; without a file they go again. Of a symlink the file is written
+    that it points at.
 
     Raises:
         OSError: the folder cannot be made or written, or the disk is full, or `path` is a device or the like; the
@@ -44,6 +47,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         try:
             with _filling(path):
                 yield temporary
+                _sync(temporary)
                 temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
                 temporary.replace(path)
         except IsADirectoryError as error:
@@ -68,6 +72,9 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         try:
             with _filling(path):
                 yield temporary
+                for file in temporary.rglob("*"):
+                    if file.is_file():
+                        _sync(file)
             temporary.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
             with _making(path):
                 temporary.rename(path)
@@ -239,6 +246,16 @@ def _filling(path: Path) -> Iterator[None]:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _sync(path: Path) -> None:
+    """Have the disk take a file's content, before its name: a power cut in between would leave a file without any."""
+    with path.open("rb+") as file:  # Windows syncs only what may be written
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in _CANNOT_SYNC:
+                raise
 
 
 def _umask() -> int:
