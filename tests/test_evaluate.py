@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from export_helpers import convsnn, digits, engine
+from torch import Tensor, nn
 
 import tetdeploy
 from tetdeploy.checkpoint import save_checkpoint
@@ -20,7 +21,7 @@ from tetdeploy.data import load_data, save_npz, split_validation
 from tetdeploy.export.trained import Trained
 from tetdeploy.networks import Classifier, NetworkConfig, build_network, run_network
 from tetdeploy.train import evaluate
-from tetdeploy.train.validation import accuracy_by_step
+from tetdeploy.train.validation import accuracy_by_step, count_correct
 
 TRAINING = {"T": 4, "val_fraction": 0.1}
 
@@ -63,6 +64,21 @@ def test_every_T_is_a_run_of_that_T() -> None:
     classifier.eval()
     assert found == pytest.approx([evaluate(classifier, x, y, T=T)[1] for T in range(1, 6)], abs=1e-7)
     assert len(set(found)) > 1
+
+
+class Close(nn.Module):
+    """Logits [2, 1, 2] in bfloat16, whose mean in bfloat16 is a tie."""
+
+    mean = torch.zeros(1)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        return torch.tensor([[[1, 1]], [[1, 1.0078125]]], dtype=torch.bfloat16)
+
+
+def test_logits_in_half_precision_are_averaged_in_float32() -> None:
+    x, y = torch.zeros(1, 1, 2, 2), torch.tensor([1])
+    assert count_correct(Close()(x, 2), y) == 1
+    assert accuracy_by_step(Close(), [(x, y)], T=2) == [0, 1]  # type: ignore[arg-type]
 
 
 def test_no_other_number_of_frames_is_taken_for_T() -> None:

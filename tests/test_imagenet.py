@@ -34,7 +34,7 @@ from tetdeploy.export.trained import check_images
 from tetdeploy.networks import Classifier, NetworkConfig
 from tetdeploy.train import TrainConfig, TrainResult, train
 from tetdeploy.train.batches import Batch, Draws
-from tetdeploy.train.disk_images import DiskImages, ImageReader, random_crop_flip
+from tetdeploy.train.disk_images import DiskImages, ImageReader, random_crop_flip, rank_cores
 
 WNIDS = ("n01440764", "n01443537", "n02102040")
 CPU = torch.device("cpu")
@@ -235,8 +235,18 @@ def test_a_random_crop_follows_from_its_seed_alone() -> None:
     assert crops[0].shape == (3, 24, 24) and crops[0].dtype == np.uint8
     np.testing.assert_array_equal(crops[0], crops[2])
     assert (crops[0] != crops[1]).any()
+    ramp = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))).convert("RGB")
+    ramps = [random_crop_flip(ramp, 8, seed)[0, 0].astype(int) for seed in range(8)]
+    assert {bool(row[0] < row[-1]) for row in ramps} == {True, False}  # some are flipped
     flat = Image.new("RGB", (9, 200), (10, 20, 30))  # smaller than the crop, and far from square
     assert (random_crop_flip(flat, 32, 3) == np.array([10, 20, 30])[:, None, None]).all()
+
+
+def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetdeploy.train.disk_images.usable_cores", lambda: 8)
+    for ranks, cores in ((1, 8), (2, 4), (16, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert rank_cores() == cores
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -267,6 +267,7 @@ def test_a_checkpoint_goes_on_after_its_epoch(tmp_path: Path) -> None:
         run(out, config=config, restart_from=path)
         assert [record["epoch"] for record in metrics(out)] == [1, 2, 3, 4]
         assert metrics(out)[:epoch] == earlier
+        assert any(name.startswith("average.") for name in load_file(out / "last.safetensors"))
 
 
 def test_of_a_run_the_later_of_shards_and_checkpoint_goes_on(tmp_path: Path) -> None:

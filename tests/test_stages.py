@@ -351,6 +351,7 @@ def test_lengths_follow_from_the_step_and_cover_the_range() -> None:
     config = settings(random_T="2:5:3")
     drawn = [draw_lengths(config, 0, step) for step in range(100)]
     assert drawn == [draw_lengths(config, 0, step) for step in range(100)]
+    assert drawn != [draw_lengths(settings(random_T="2:5:3", seed=1), 0, step) for step in range(100)]
     assert {T for lengths in drawn for T in lengths} == {2, 3, 4, 5}
     assert {len(lengths) for lengths in drawn} == {3}
     assert draw_lengths(settings(tit="1:2,3:2"), 2, 0) == (3,)
@@ -591,6 +592,8 @@ def test_interrupted_seeds_go_on(tmp_path: Path, whole_seeds: tuple[Path, Any]) 
     assert first.interrupted and len(first.runs) == 1
     second = seeds(tmp_path, interrupted_in(3), resume=True, recipe=None)
     assert second.interrupted and len(second.runs) == 2 and second.std is None
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert ([run["interrupted"] for run in summary["runs"]], summary["num_finished"]) == ([False, True], 1)
     finished = (tmp_path / "seed-0" / "last.safetensors").stat().st_mtime_ns
     assert not seeds(tmp_path, of_seed, resume=True, recipe=None).interrupted
     assert (tmp_path / "seed-0" / "last.safetensors").stat().st_mtime_ns == finished

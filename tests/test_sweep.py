@@ -58,6 +58,9 @@ def test_images_are_known_by_pixels_and_labels() -> None:
     other[17, 0, 3, 3] ^= 1
     others = ((other, labels), (x, labels[::-1]), (x[:39], labels[:39]), (x.reshape(40, 64), labels), (x, None))
     assert len({known, *(images_sha256(*pair) for pair in others)}) == 6
+    many = np.zeros((2, 1025, 1), np.uint8)  # of which 1,024 are read at a time
+    many[1, -1] = 1
+    assert images_sha256(many[0], None) != images_sha256(many[1], None)
     engine = Engine(exported("dynamic"), threads=1)
     written = sweep(engine, x, labels, (1,), num_timed=1).to_dict()
     assert (written["images_sha256"], written["checkpoint_sha256"]) == (known, None)
@@ -225,8 +228,9 @@ def test_labels_that_do_not_fit() -> None:
     x = digits().images[:4]
     with pytest.raises(ValueError, match="every image needs a label: 4 images, 3 labels"):
         sweep(engine, x, np.zeros(3, np.int64), (1,))
-    with pytest.raises(ValueError, match=r"labels run from 0 to 10, but .* has 10 classes"):
-        sweep(engine, x, np.array([0, 1, 2, 10]), (1,))
+    for low, high in ((0, 10), (-1, 2)):
+        with pytest.raises(ValueError, match=rf"labels run from {low} to {high}, but .* has 10 classes"):
+            sweep(engine, x, np.array([low, 1, 2, high]), (1,))
     labels = np.zeros(4, np.int64)
     others = (labels.tolist(), torch.tensor(labels), labels.astype(float), labels > 0, labels[:, None])
     for other, got in zip(others, ("list", "Tensor", r"float64 \[4\]", r"bool \[4\]", r"int64 \[4, 1\]"), strict=True):

@@ -238,6 +238,7 @@ def test_augmentation_follows_from_the_generator(name: str) -> None:
 def test_weight_decay_spares_bn_and_biases(name: str) -> None:
     network = Toy()
     optimizer = build_optimizer(network, settings(optimizer=name, weight_decay=0.3), scaled=False)
+    assert type(optimizer) is {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     found = {key: decay[id(p)] for key, p in network.named_parameters()}
     assert found == {key: 0.3 if key in ("conv.weight", "readout.weight") else 0.0 for key in found}
@@ -369,6 +370,15 @@ def test_a_resumed_run_ends_with_the_same_bits(
     )
     assert scaler == wanted_scaler
     assert config.precision != "fp16" or scaler["scale"] < 2**16  # which it began with
+
+
+def test_a_run_with_frozen_weights_resumes(tmp_path: Path) -> None:
+    """Of which there is no average."""
+    classifier, again = toy(), toy(seed=5)
+    for made in (classifier, again):
+        made.network.conv.requires_grad_(False)
+        run(tmp_path, made, config=settings(epochs=1, ema=0.5), resume=made is again)
+    assert same_weights(again, classifier)
 
 
 def test_a_run_that_goes_on_in_another_precision_says_so(
@@ -551,7 +561,7 @@ def test_each_step_has_the_loss_and_the_rate_that_are_logged(tmp_path: Path) -> 
 
 
 def test_every_batch_is_chosen_and_augmented_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of training, and those that BN is estimated on."""
+    """Those of training, and those that BN is estimated on; under each seed others."""
     drawn, seen = DeviceImages.drawn, []
 
     def recorded(self: DeviceImages, draws: Draws) -> Any:
@@ -563,18 +573,21 @@ def test_every_batch_is_chosen_and_augmented_anew(tmp_path: Path, monkeypatch: p
             yield x, labels
 
     monkeypatch.setattr(DeviceImages, "drawn", recorded)
-    run(tmp_path, config=settings(ema=0.5))
+    for seed in (0, 1):
+        run(tmp_path / str(seed), config=settings(ema=0.5, seed=seed))
     seeds = [seed for draws in seen for seed in draws.seeds]
-    assert len(set(seeds)) == len(seeds) == 6 * STEPS
+    assert len(set(seeds)) == len(seeds) == 12 * STEPS
     orders = [tuple(draws.chosen.flatten().tolist()) for draws in seen]
     assert len(set(orders)) == len(orders) and all(len(set(order)) == 8 * STEPS for order in orders)
 
 
-def test_cutout_of_a_batch_blanks_to_the_mean() -> None:
-    images, draws = DeviceImages(TRAIN, toy(), settings(augment="none", cutout=3)), torch.arange(8)[None]
+def test_cutout_of_an_augmented_batch_blanks_to_the_mean() -> None:
+    images, draws = DeviceImages(TRAIN, toy(), settings(augment="shift", cutout=3)), torch.arange(8)[None]
     ((x, labels),) = images.drawn(Draws(draws, (7,), slice(2, 6)))
     grey = torch.tensor([128], dtype=torch.uint8)  # 127.5, rounded
-    wanted = cutout(torch.tensor(TRAIN.images[:8]), Generator().manual_seed(7), size=3, fill=grey)
+    generator = Generator().manual_seed(7)
+    shifted = AUGMENTATIONS["shift"](torch.tensor(TRAIN.images[:8]), generator)
+    wanted = cutout(shifted, generator, size=3, fill=grey)
     assert torch.equal(x, wanted[2:6]) and labels.tolist() == TRAIN.labels[2:6].tolist()
 
 
