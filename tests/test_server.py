@@ -93,6 +93,38 @@ def test_a_lack_of_files_is_said_once_a_second(caplog: pytest.LogCaptureFixture)
     assert "something else" in other
 
 
+def test_nothing_is_said_of_a_closed_listener_that_was_to_accept_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(socket.socket):
+        def accept(self) -> Any:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    tried: list[str] = []
+
+    class Noted(server._LoopErrors):
+        def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            tried.append(type(context["exception"]).__name__)
+            super().__call__(loop, context)
+
+    async def scenario() -> None:
+        asyncio.get_running_loop().set_exception_handler(Noted())
+        listener = Full()
+        listener.bind(("127.0.0.1", 0))
+        serving = await asyncio.start_server(lambda reader, writer: None, sock=listener, backlog=7)
+        with socket.create_connection(listener.getsockname()):
+            while not tried:
+                await asyncio.sleep(0.001)
+            serving.close()
+            while "ValueError" not in tried:
+                await asyncio.sleep(0.001)
+
+    monkeypatch.setattr(asyncio.constants, "ACCEPT_RETRY_DELAY", 0.05)
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
+    (said,) = caplog.messages
+    assert said.startswith("no connection can be accepted")
+
+
 COMMAND = [sys.executable, "-m", "tetdeploy", "serve", "--http-port", "0", "--grpc-port", "0", "--threads", "1"]
 
 
@@ -102,13 +134,16 @@ def test_more_connections_than_files_fill_no_log() -> None:
     command = ["bash", "-c", 'ulimit -n 60; exec "$@"', "bash", *COMMAND, f"m={exported('step')}"]
     running = started(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     host, port = running.http.split(":")
-    idle = [socket.create_connection((host, int(port)), timeout=PATIENCE) for _ in range(100)]
     assert running.process.stderr is not None
-    assert "allow more (ulimit -n, LimitNOFILE=)" in running.process.stderr.readline()
-    for connection in idle:
-        connection.close()
-    assert running.post("models/m/infer", b"{}")[0] == 400  # it accepts again
-    assert stop(running) == 0
+    try:
+        idle = [socket.create_connection((host, int(port)), timeout=PATIENCE) for _ in range(100)]
+        assert "allow more (ulimit -n, LimitNOFILE=)" in running.process.stderr.readline()
+        for connection in idle:
+            connection.close()
+        assert running.post("models/m/infer", b"{}")[0] == 400  # it accepts again
+        assert stop(running) == 0
+    finally:
+        running.process.kill()
     with running.process.stderr as log:
         assert len(log.read()) < 10_000
 

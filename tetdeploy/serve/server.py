@@ -140,13 +140,15 @@ async def _expire(models: list[ServedModel], timeout: float) -> NoReturn:
 
 class _LoopErrors:
     """Says once a second, in a line, that no connection can be accepted; asyncio would, with a traceback each, 2,048
-    times. It tries again after a second."""
+    times. It tries again after a second, as often, of which nothing is said where the listener has been closed."""
 
     def __init__(self) -> None:
         self._said = -math.inf
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
+        if isinstance(error, ValueError) and "_start_serving" in context["message"]:
+            return None  # 2,048 tracebacks would fill a pipe that nobody reads, and the server would wait for ever
         if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
             return loop.default_exception_handler(context)
         if loop.time() - self._said >= 0.9:
