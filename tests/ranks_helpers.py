@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import weakref
@@ -37,6 +38,7 @@ def _one(rank: int, size: int, port: int, work: Callable[..., None], arguments: 
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is there already, as under torchrun
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    gc.disable()  # or a collection by chance might free what holds the group
     with process_group():
         group = weakref.ref(distributed.group.WORLD)
         work(*arguments)

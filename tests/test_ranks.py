@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig, device, train, train_seeds
 from tetdeploy.train.ranks import Ranks, current_ranks, process_group
 from tetdeploy.train.runs import only_trainer
+from tetdeploy.train.synchronised import over_ranks
 
 DIGITS = load_data("digits", "train", data_dir=Path("data"))
 TRAIN, VAL = (
@@ -303,6 +306,31 @@ def test_only_what_a_lost_process_causes_is_said_to_be_that(said: str, lost: boo
     with pytest.raises(kind, match=match), process_group():
         raise RuntimeError(said)
     assert asked == ["gloo", "end"]
+
+
+def test_an_error_does_not_keep_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The networks of its frames hold it, and those that are in a reference cycle."""
+    groups: list[weakref.ref[Any]] = []
+
+    def network() -> nn.Module:
+        made = over_ranks(nn.Linear(2, 2), find_unused=False)
+        groups.append(weakref.ref(torch.distributed.group.WORLD))
+        return made
+
+    def run() -> None:
+        cycle = [network()]
+        cycle.append(cycle)  # type: ignore[arg-type]
+        raise RuntimeError("Connection closed by peer")
+
+    alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    monkeypatch.setattr(torch.distributed, "init_process_group", partial(torch.distributed.init_process_group, **alone))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConnectionError, match="go on with --resume"), process_group():
+        run()
+    assert [group() for group in groups] == [None]
 
 
 def workers(parent: subprocess.Popen[str]) -> list[int]:

@@ -7,8 +7,12 @@ has. Rank 0 alone writes and prints.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
+import signal
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +21,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from tetdeploy.signals import handled
 
 V = TypeVar("V")
 
@@ -131,8 +137,7 @@ def process_group() -> Iterator[Ranks]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if has_gpu and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    # Imported while there is a group (an optimiser does), this module holds it in the defaults of its functions: it
-    # would outlive its end here, and its threads, holding tensors, then abort an interpreter that ends.
+    # Imported while there is a group (an optimiser does), this module holds it in the defaults of its functions.
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
     try:
@@ -145,7 +150,23 @@ def process_group() -> Iterator[Ranks]:
             "epoch: go on with --resume"
         ) from error
     finally:
-        dist.destroy_process_group()
+        _end_group()
+
+
+def _end_group() -> None:
+    """End it with all that holds it: if it outlived its end, its threads, holding tensors, might abort an interpreter
+    that ends.
+
+    A network whose gradients go over all ranks holds it, and is itself held by the frames of errors: those of the one
+    that ends the run, and those that PyTorch met and keeps, in reference cycles, as it imports modules during a run.
+    """
+    error = sys.exception()
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    with handled(lambda *_: None, signal.SIGINT, signal.SIGTERM):
+        gc.collect()  # meanwhile torchrun asks a process to end that is to say, after this, that another one has
+    dist.destroy_process_group()
 
 
 def _is_lost(error: RuntimeError) -> bool:
