@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +60,53 @@ def test_a_forked_process_does_without_numba() -> None:
     pytest.importorskip("numba")
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_keep_a_kernel_for_two_dtypes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two threads here, each of which has read the index before the other writes it, unless they take turns."""
+    numba = pytest.importorskip("numba")
+    caching = pytest.importorskip("numba.core.caching")
+    from tetdeploy.kernels import numba_kernels
+
+    def twice(x: Any) -> Any:
+        return x + x
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    numbers = np.float32(1.5), np.float64(1.5)
+    kernels = [numba_kernels.compiled(twice, parallel=False) for _ in numbers]
+    for kernel, number in zip(kernels, numbers, strict=True):
+        kernel(number)
+        kernel._cache.flush()  # a folder as it was before either was kept
+    load, both = caching.IndexDataCacheFile._load_index, threading.Barrier(2)
+
+    def loaded(self: Any) -> Any:
+        index = load(self)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+        return index
+
+    def keep(kernel: Any) -> None:
+        ((arguments, made),) = kernel.overloads.items()
+        kernel._cache.save_overload(arguments, made)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor() as pool:
+        patch.setattr(caching.IndexDataCacheFile, "_load_index", loaded)
+        list(pool.map(keep, kernels))
+    kept = numba_kernels.compiled(twice, parallel=False)
+    assert [kept(number) for number in numbers] == [3, 3]
+    assert sum(kept.stats.cache_hits.values()) == 2
+
+
+@pytest.mark.parametrize("error", [PermissionError, NotImplementedError])
+def test_a_kernel_is_kept_where_nothing_can_be_locked(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    from tetdeploy.kernels import numba_kernels
+
+    monkeypatch.setattr(numba_kernels, "FileLock", Mock(side_effect=error))
+    cache = SimpleNamespace(cache_path="folder", load_overload=lambda *sought: sought, save_overload=None)
+    kernel = numba_kernels._kept_in_turn(SimpleNamespace(_cache=cache))
+    assert kernel._cache.load_overload("signature", "context") == ("signature", "context")
+    assert numba_kernels._kept_in_turn(abs) is abs  # what is not compiled has no such cache
 
 
 def test_a_numba_that_refuses_this_numpy_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,17 @@ and takes 8 or 16 numbers at once. A sequence of such a layer is `[T, positions 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import wraps
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from filelock import FileLock  # which torch needs, too
 from llvmlite import ir
 from numba import extending, njit, prange, types
 from numpy.typing import NDArray
@@ -52,9 +55,34 @@ def compiled(function: Any, **options: Any) -> Any:
     """Compiled at the first call, and kept on disk for the next process where a folder for that can be written."""
     options = {"parallel": True, "nogil": True} | options
     try:
-        return njit(function, cache=True, **options)
+        return _kept_in_turn(njit(function, cache=True, **options))
     except RuntimeError:  # "no locator available": neither the package's folder nor the user's cache is writable
         return njit(function, **options)
+
+
+def _kept_in_turn(kernel: Any) -> Any:
+    """Let one process at a time read or keep a compiled kernel.
+
+    numba reads the index of a kernel's files, takes the next free name, and writes index and file, without a lock: of
+    two processes that compile it for two dtypes at once both take one name, and then one dtype has the other's machine
+    code, for good. Where there are no locks, as on some network file systems, it stays so.
+    """
+    cache: Any = getattr(kernel, "_cache", None)  # private; no kernel has it where NUMBA_DISABLE_JIT is set
+    for name in ("load_overload", "save_overload"):
+        if hasattr(cache, name):
+            setattr(cache, name, _in_turn(getattr(cache, name), Path(cache.cache_path) / "tetdeploy.lock"))
+    return kernel
+
+
+def _in_turn(access: Callable[..., Any], file: Path) -> Callable[..., Any]:
+    @wraps(access)
+    def locked(*arguments: Any) -> Any:
+        with ExitStack() as held:
+            with suppress(OSError, NotImplementedError):
+                held.enter_context(FileLock(file, timeout=60, fallback_to_soft=False))
+            return access(*arguments)
+
+    return locked
 
 
 def _intrinsic(function: Any) -> Any:
