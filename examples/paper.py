@@ -190,13 +190,17 @@ def tetdeploy(*arguments: object) -> None:
     words = list(map(str, arguments))
     print("$ tetdeploy", *words, flush=True)
     asked: list[int] = []
+    started: list[subprocess.Popen[bytes]] = []
 
     def stop(number: int, frame: object) -> None:
         asked.append(number)
-        if number == signal.SIGTERM:
-            process.terminate()
+        if number == signal.SIGTERM and started:
+            started[0].terminate()
 
-    with subprocess.Popen([*COMMAND, *words]) as process, handled(stop, signal.SIGINT, signal.SIGTERM):
+    with handled(stop, signal.SIGINT, signal.SIGTERM), subprocess.Popen([*COMMAND, *words]) as process:
+        started.append(process)
+        if asked:  # while it was started, which it may not have been told
+            process.terminate()
         code = process.wait()
     if code or asked:
         raise SystemExit(code or 130)

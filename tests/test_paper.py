@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 from tetdeploy.cli.train import default_by_network, train, train_config
+from tetdeploy.signals import handled
 from tetdeploy.train import TrainConfig
 
 FILE = Path(__file__).parent.parent / "examples" / "paper.py"
@@ -308,7 +310,10 @@ def test_a_signal_lets_the_training_save(
     paper: ModuleType, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def send() -> None:
+        end = time.monotonic() + 60
         while not (tmp_path / "pid").is_file() or not (pid := (tmp_path / "pid").read_text()).endswith(" "):
+            if time.monotonic() > end:
+                return
             time.sleep(0.02)
         if number == signal.SIGINT:  # which a terminal sends to both
             os.kill(int(pid), number)
@@ -322,6 +327,31 @@ def test_a_signal_lets_the_training_save(
         paper.tetdeploy("train")
     sender.join()
     assert ended.value.code == 130 and (tmp_path / "saved").read_text() == str(int(number))
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["before", "after"])
+def test_a_signal_as_the_training_is_started_ends_both(
+    paper: ModuleType, started: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children: list[subprocess.Popen[bytes]] = []
+
+    def start(command: list[str]) -> subprocess.Popen[bytes]:
+        if not started:
+            os.kill(os.getpid(), signal.SIGTERM)
+        children.append(subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"]))
+        if started:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return children[0]
+
+    monkeypatch.setattr(paper, "subprocess", Mock(Popen=start))
+    try:
+        with handled(lambda *_: pytest.fail("not handled"), signal.SIGTERM), pytest.raises(SystemExit):
+            paper.tetdeploy("train")
+        assert children[0].returncode == -signal.SIGTERM
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
 
 
 def test_a_scale_that_no_entry_has_is_refused_before_any_training(paper: ModuleType, tmp_path: Path) -> None:
