@@ -157,9 +157,12 @@ def test_requests_of_other_shapes_share_no_call() -> None:
 class Held(Engine):
     """Answers once it is let go."""
 
-    let_go = threading.Event()
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.called, self.let_go = threading.Event(), threading.Event()
 
     def call(self, *arguments: Any, **options: Any) -> dict[str, Array]:
+        self.called.set()
         assert self.let_go.wait(PATIENCE)
         return super().call(*arguments, **options)
 
@@ -184,17 +187,21 @@ def test_a_T_that_the_server_would_refuse_is_said_when_it_starts(caplog: pytest.
     assert said.startswith(f"m takes {engine.trained_T} steps unless a request says T")
 
 
-def test_a_sequence_is_idle_from_its_answer_on() -> None:
+def test_a_sequence_is_idle_from_its_answer_on(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
+        loop, passed = asyncio.get_running_loop(), 0
+        time = loop.time
+        monkeypatch.setattr(loop, "time", lambda: time() + passed)
         engine = Held(exported("step"), threads=1)
-        model = ServedModel("m", engine, Limits(), Bounds(64, 0.3, 9))
+        model = ServedModel("m", engine, Limits(), Bounds(64, 10, 9))
         push = asyncio.create_task(model.push("s", digits().images[:1], start=True))
-        await asyncio.sleep(0.4)  # longer than a sequence may idle
+        assert await asyncio.to_thread(engine.called.wait, PATIENCE / 2)
+        passed += 11  # longer than a sequence may idle
         engine.let_go.set()
         await push
         await model.expire()
         assert model.sequences is not None and len(model.sequences) == 1
-        await asyncio.sleep(0.4)
+        passed += 11
         await model.expire()
         assert len(model.sequences) == 0
         await model.scheduler.drain()
