@@ -10,6 +10,7 @@ import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import MagicMock
 
 import click
 import numpy as np
@@ -50,6 +51,16 @@ def test_the_result_is_written_where_an_earlier_one_lies(
         done = CliRunner().invoke(script.main, [str(exported("step")), *options])
         assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "load.json").read_text()) == {"rows": [{"clients": 4}]}
+
+
+def test_an_interrupt_before_the_server_is_ready_ends_it(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = MagicMock()
+    process.stdout.__iter__.side_effect = KeyboardInterrupt
+    monkeypatch.setattr(script, "subprocess", MagicMock(Popen=lambda *_, **__: process))
+    with pytest.raises(KeyboardInterrupt):
+        script.Server(Path("m.onnx"), None)
+    process.kill.assert_called_once()
+    process.communicate.assert_called_once()
 
 
 @pytest.mark.parametrize("reset", [True, False])

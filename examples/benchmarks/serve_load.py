@@ -57,7 +57,12 @@ class Server:
         command += [] if threads is None else ["--threads", str(threads)]
         self.process = subprocess.Popen([*command, "--queue", "1024"], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
-        ready = next((line for line in self.process.stdout if line.startswith("ready: ")), None)
+        try:
+            ready = next((line for line in self.process.stdout if line.startswith("ready: ")), None)
+        except BaseException:  # Ctrl-C and SIGTERM, too
+            self.process.kill()
+            self.process.communicate()
+            raise
         if ready is None:
             self.process.communicate()  # closes the pipe
             ended = f"the server ended with exit code {self.process.returncode} before it was ready"
