@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -49,13 +50,19 @@ def start(*arguments: str) -> Server:
     return started(subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True))
 
 
-def started(process: subprocess.Popen[str]) -> Server:
+def started(process: subprocess.Popen[str], patience: float = 2 * PATIENCE) -> Server:
+    """What a process serves once it is ready; it is killed unless that is so in time."""
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("ready: "):
-            words = line.split()
-            return Server(process, words[1].removeprefix("http://"), words[3])
-    raise AssertionError(f"the server ended with {process.wait()}")
+    late = threading.Timer(patience, process.kill)
+    late.start()
+    try:
+        for line in process.stdout:
+            if line.startswith("ready: "):
+                words = line.split()
+                return Server(process, words[1].removeprefix("http://"), words[3])
+        raise AssertionError(f"the server ended with {process.wait()}")
+    finally:
+        late.cancel()
 
 
 def stop(server: Server) -> int:

@@ -128,6 +128,15 @@ def test_nothing_is_said_of_a_closed_listener_that_was_to_accept_again(
 COMMAND = [sys.executable, "-m", "tetdeploy", "serve", "--http-port", "0", "--grpc-port", "0", "--threads", "1"]
 
 
+def test_a_server_that_hangs_as_it_starts_fails_its_test() -> None:
+    hanging = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    with (
+        subprocess.Popen(hanging, stdout=subprocess.PIPE, text=True) as process,
+        pytest.raises(AssertionError, match="the server ended with"),
+    ):
+        started(process, 0.1)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs ulimit")
 def test_more_connections_than_files_fill_no_log() -> None:
     """asyncio would write 2,048 tracebacks a second."""
