@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig
 from tetdeploy.streams import StreamPool
 from tetdeploy.tracing import Tracer
 
-_folder = tempfile.TemporaryDirectory(prefix="tetdeploy-tests-")
+# Made for the first export: what imports this, and is killed before that, leaves none.
+_folder = cache(partial(tempfile.TemporaryDirectory, prefix="tetdeploy-tests-"))
 
 
 @cache
@@ -94,7 +95,7 @@ def _inputs(config: ExportConfig, count: int, T: int) -> np.ndarray[Any, Any]:
 def _export(config: ExportConfig, images: np.ndarray[Any, Any], **options: Any) -> Path:
     """To a file whose name says what is not the default."""
     chosen = (f"{f.name}-{getattr(config, f.name)}" for f in fields(config)[1:] if getattr(config, f.name) != f.default)
-    path = Path(_folder.name) / f"{'-'.join([config.layout, *chosen])}.onnx"
+    path = Path(_folder().name) / f"{'-'.join([config.layout, *chosen])}.onnx"
     with shared_traces():
         return export_model(convsnn(), path, config, images, **options).path
 

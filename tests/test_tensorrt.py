@@ -9,7 +9,7 @@ import signal
 import tempfile
 import warnings
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,7 @@ from tetdeploy.runtimes.nvidia import NoGpuError, target_architectures
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra rtx)")
 
 RTX = BuildConfig(package="tensorrt-rtx")
-_folder = tempfile.TemporaryDirectory(prefix="tetdeploy-tests-")
+_folder = cache(partial(tempfile.TemporaryDirectory, prefix="tetdeploy-tests-"))
 
 
 @cache
@@ -64,7 +64,7 @@ TARGET = "tensorrt-rtx"
 @cache
 def built_once(layout: str, **options: Any) -> Built:
     name = "-".join([layout, *(f"{k}-{v}" for k, v in sorted(options.items()))])
-    return build_engine(exported(layout, target=TARGET, **options), Path(_folder.name) / f"{name}.engine", RTX)
+    return build_engine(exported(layout, target=TARGET, **options), Path(_folder().name) / f"{name}.engine", RTX)
 
 
 def reads(built: Built, *operators: str) -> list[str]:
