@@ -362,6 +362,27 @@ def test_a_graph_that_takes_means_for_spikes_is_not_written(tmp_path: Path, monk
     refused(tmp_path, r"layer 'readout.2', which is said to read spikes alone, reads other", classifier(Means()))
 
 
+def after(order: StepOrder, op: str, given: list[ir.Value], *shape: int | str, **attributes: Any) -> ir.Value:
+    node = ir.node(op, given, attributes)
+    node.outputs[0].shape = ir.Shape(shape)
+    order.propagate(node)
+    return node.outputs[0]
+
+
+def test_where_the_steps_are_lost_and_found() -> None:
+    spikes = ir.Value(shape=ir.Shape((3, "batch", 8)), type=ir.TensorType(ir.DataType.FLOAT))
+    order = StepOrder([spikes], 3)
+    repeated = after(order, "Tile", [spikes], 6, "batch", 8)
+    mixed = after(order, "Add", [spikes, after(order, "Slice", [repeated], 3, "batch", 8)], 3, "batch", 8)
+    assert order.left_of_steps(repeated) is None
+    assert order.left_of_steps(mixed) is None
+    steps = [after(order, "Slice", [spikes], 1, "batch", 8) for _ in range(3)]
+    assert order.left_of_steps(after(order, "Concat", steps[:2], 2, "batch", 8, axis=0)) == 0  # some of them
+    assert order.left_of_steps(after(order, "Concat", steps, 3, "batch", 8, axis=0)) == 1
+    first = after(order, "Expand", steps[:1], 3, "batch", 8)
+    assert order.left_of_steps(after(order, "Concat", [first, first], 3, "batch", 16, axis=2)) == 0
+
+
 class TwoStreams(nn.Module):
     """A layer that two streams share, side by side before the steps."""
 
