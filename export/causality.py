@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.module_tracker import ModuleTracker
 
 from tetdeploy.data import Encoding
@@ -21,13 +22,22 @@ from .recorder import NeuronRecorder
 
 
 class InFloat64(TorchDispatchMode):
-    """Within it, what a network asks for in float32, as `x.float()` does, is float64."""
+    """Within it, what a network asks for in float32, as `x.float()` does, is float64; so is what it makes in the
+    default dtype, as `torch.zeros(x.shape)` does, and what it reads of float32 that it keeps beside its parameters. The
+    default dtype itself stays as it is: all threads share it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+        if func is not torch.ops.aten.lift_fresh.default and any(a.alias_info for a in func._schema.arguments):
+            return func(*args, **kwargs)  # a view, or written over: a copy would be other memory
+        args, kwargs = tree_map(_doubled, (args, kwargs))
+        return tree_map(_doubled, func(*args, **kwargs))
+
+
+def _doubled(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.dtype is torch.float32 else value
 
 
 class _NamedNeurons(NeuronRecorder):

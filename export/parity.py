@@ -180,8 +180,8 @@ def _rounding(classifier: Runnable, x: NDArray[Any], T: int, state: Sequence[NDA
     expected = run_torch(classifier, x, T, state)[1]
     differing = []
     if isinstance(classifier, Classifier):  # an int8 network has no form in float64
+        double = copy.deepcopy(classifier).double()
         with InFloat64():  # type: ignore[no-untyped-call]
-            double = copy.deepcopy(classifier).double()
             differing.append(compare_torch(double, x, T, expected, state)[1])
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):

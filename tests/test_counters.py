@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from tetdeploy.energy import Layer, layers_of, other_ops
 from tetdeploy.export import ExportConfig, counters, export_model
-from tetdeploy.export.audit import CountError
+from tetdeploy.export.audit import CountError, _operations, _Read, audit
 from tetdeploy.export.config import Layout
 from tetdeploy.export.counters import Layers, counting_overlay
 from tetdeploy.export.neuron_steps import Neurons
@@ -291,21 +292,24 @@ class Means(nn.Module):
 
 class Unusual(nn.Module):
     """Layers whose calls and inputs are not what modules say: one under two names, one that two BN
-    follow, one called by keyword, zeros round the input of one without padding, currents that one side has at 0."""
+    follow, one called by keyword, zeros round the input of one without padding, one that pads with what it reads,
+    currents that one side has at 0."""
 
     def __init__(self) -> None:
         super().__init__()
         self.encode, self.lif = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1)), LIF(v_th=0.3)
         self.first = self.again = nn.Conv2d(4, 4, 3, padding=1)
         self.forked, self.left, self.right = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-        self.padded = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3, padding="valid"))
+        self.circular = nn.Conv2d(4, 4, 3, padding="same", padding_mode="circular")
+        self.padded = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3))
         self.gate, self.gated, self.readout = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(256, 10)
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         spikes = self.lif(self.encode(x, T))
         merged = spikes.flatten(0, 1)
         forked = self.forked(merged)
-        current = self.left(forked) + self.right(forked).relu() + self.first(input=merged) + self.padded(merged)
+        current = self.left(forked) + self.right(forked).relu() + self.first(input=merged)
+        current = current + self.padded(merged) + self.circular(merged)
         spikes = self.lif(current.view_as(spikes))
         gates = torch.sigmoid(300 * self.gate(spikes))  # ONNX Runtime's is 0 where PyTorch's is 1e-8
         spikes = self.lif(self.again(spikes.flatten(0, 1)).view_as(spikes) + self.gated(gates))
@@ -314,6 +318,22 @@ class Unusual(nn.Module):
 
 def test_what_a_graph_counts_otherwise_with_reason_is_written(tmp_path: Path) -> None:
     export_model(classifier(Unusual()), tmp_path / "m.onnx", ExportConfig(), digits().images[:20], num_check=20)
+
+
+def test_counts_are_compared_where_each_layer_reads_the_engine_s_spikes() -> None:
+    other = copy.deepcopy(convsnn())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.3)
+    audit(other, engine("unrolled", T=4), digits().x[:4], 4)
+
+
+def test_inputs_that_may_round_to_zero_may_count_or_not() -> None:
+    read = _Read()
+    read.add(nn.Linear(4, 2), torch.tensor([[-1.0, 1e-4, 1e-9, 0.0]]))
+    assert (read.dense, read.active, read.binary) == (4 * 2, (2 * 2, 3 * 2), False)
+    # 9 positions of 6 channels, each of 9 taps on 2 channels.
+    assert _operations(nn.Conv2d(4, 6, 3, groups=2), torch.ones(1, 4, 5, 5)) == 9 * 6 * 9 * 2
 
 
 def refused(folder: Path, match: str, net: Classifier | None = None) -> None:
@@ -360,6 +380,27 @@ def test_a_graph_that_takes_means_for_spikes_is_not_written(tmp_path: Path, monk
     monkeypatch.setattr(counters.Layers, "_layer", lambda *args: replace(layer(*args), binary=True))  # type: ignore[type-var]
     monkeypatch.setattr(counters, "_count_inputs", partial(_count_any_inputs, counters._count_inputs))
     refused(tmp_path, r"layer 'readout.2', which is said to read spikes alone, reads other", classifier(Means()))
+
+
+def after(order: StepOrder, op: str, given: list[ir.Value], *shape: int | str, **attributes: Any) -> ir.Value:
+    node = ir.node(op, given, attributes)
+    node.outputs[0].shape = ir.Shape(shape)
+    order.propagate(node)
+    return node.outputs[0]
+
+
+def test_where_the_steps_are_lost_and_found() -> None:
+    spikes = ir.Value(shape=ir.Shape((3, "batch", 8)), type=ir.TensorType(ir.DataType.FLOAT))
+    order = StepOrder([spikes], 3)
+    repeated = after(order, "Tile", [spikes], 6, "batch", 8)
+    mixed = after(order, "Add", [spikes, after(order, "Slice", [repeated], 3, "batch", 8)], 3, "batch", 8)
+    assert order.left_of_steps(repeated) is None
+    assert order.left_of_steps(mixed) is None
+    steps = [after(order, "Slice", [spikes], 1, "batch", 8) for _ in range(3)]
+    assert order.left_of_steps(after(order, "Concat", steps[:2], 2, "batch", 8, axis=0)) == 0  # some of them
+    assert order.left_of_steps(after(order, "Concat", steps, 3, "batch", 8, axis=0)) == 1
+    first = after(order, "Expand", steps[:1], 3, "batch", 8)
+    assert order.left_of_steps(after(order, "Concat", [first, first], 3, "batch", 16, axis=2)) == 0
 
 
 class TwoStreams(nn.Module):

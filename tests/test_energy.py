@@ -165,6 +165,13 @@ def test_the_two_bills_by_hand() -> None:
     assert two.energy_once_pj == two.energy_pj  # no layer is computed once
 
 
+def test_a_first_layer_reads_every_pixel_at_every_step() -> None:
+    first = Layer("first", (4,), 10, from_input=True, binary=False)
+    operations = Operations((first,))
+    operations.add({}, 3, 2)
+    assert operations.input_rate(first, 1) == operations.input_rate(first, 2) == 1
+
+
 def test_each_layer_is_billed_at_its_own_precision() -> None:
     operations = Operations((Layer("exact", (6,), 5), Layer("rounded", (7,), 2, precision="int8")))
     operations.add({"active.exact": np.array([[4.0]]), "active.rounded": np.array([[3.0]])}, 1, 1)

@@ -990,6 +990,46 @@ def test_rounding_at_the_threshold_is_no_mixing() -> None:
     assert check_steps(untested(AtTheThreshold()), x, "direct", T=5) == 3  # at steps 1, 3 and 5 the membrane is 0
 
 
+def written_in(x: Tensor, y: Tensor) -> Tensor:
+    y[torch.arange(len(x))] = x
+    return y
+
+
+class Kernel:
+    """Weights that are neither parameters nor buffers."""
+
+    weight = torch.full((1, 1, 3, 3), 1 / 9)
+
+    def blur(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight[:], padding=1)
+
+
+class Prepares(Small):
+    def __init__(self, prepare: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.prepare = prepare
+
+    def current(self, x: Tensor, T: int) -> Tensor:
+        return super().current(self.prepare(x), T)
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda x: written_in(x, torch.zeros(x.shape)),
+        lambda x: x @ torch.eye(8),
+        lambda x: nn.functional.conv2d(x, torch.full((1, 1, 3, 3), 1 / 9), padding=1),
+        lambda x: written_in(x, torch.tensor(np.zeros(x.shape).tolist())),
+        lambda x: x @ torch.from_numpy(np.eye(8, dtype=np.float32)),
+        Kernel().blur,
+    ],
+    ids=["zeros", "eye", "full", "tensor", "numpy", "kept"],
+)
+def test_networks_may_make_tensors_of_the_default_dtype(prepare: Callable[[Tensor], Tensor]) -> None:
+    assert check_steps(untested(Prepares(prepare)), torch.from_numpy(digits().images[:2]), "direct") == 2
+    assert torch.get_default_dtype() == torch.float32
+
+
 def untested(network: nn.Module) -> Classifier:
     data = digits()
     return Classifier(
@@ -1043,6 +1083,30 @@ def test_what_cannot_be_traced_at_any_T_is_told_torchs_reason(T: int | None) -> 
     net = untested(OfFrames(AsksForTheBatch()))
     with pytest.raises(ValueError, match=r"^torch\.export cannot trace the network: Not all values of batch"):
         Tracer(net, encoding="frames", uint8=True).program(T)
+
+
+class CentredFrames(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class KeepsFrames(nn.Module):
+    """What it was shown last is kept in float32, and written through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = [torch.zeros(1, 8, 8)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = self.last[0].clone()
+        self.last[0][:] = x[-1, 0]
+        return x + last
+
+
+@pytest.mark.parametrize("encode", [CentredFrames, KeepsFrames])
+def test_frames_that_become_other_currents_beside_others_are_refused(encode: type[nn.Module]) -> None:
+    with pytest.raises(ValueError, match="mixes time outside its neurons"):
+        check_steps(untested(OfFrames(encode())), torch.from_numpy(frames(2, 4)), "frames")
 
 
 def test_a_network_that_mixes_frames_is_refused_even_with_one_frame_each(earlier: Path) -> None:

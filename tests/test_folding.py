@@ -335,10 +335,7 @@ class WritesOver(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         current = self.bn(self.encode(x, 3))
         self.write(current)
-        kept = self.bn2(self.conv(current))
-        changed = kept.clone()
-        changed += current
-        return kept * changed
+        return self.bn2(self.conv(current)) * current
 
 
 @pytest.mark.parametrize(
@@ -354,6 +351,44 @@ class WritesOver(nn.Module):
 def test_what_is_written_over_is_still_a_value_of_its_own(write: Callable[[Tensor], Any]) -> None:
     with torch.no_grad():  # in which parts may be written to
         assert_folds(settled(WritesOver(write)), randn(2, 2, 6, 6), batchnorms=2)
+
+
+class Merged(nn.Module):
+    """Time merged before BN and split off behind it, where the result is written over."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], write: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.between, self.write = between, write
+        self.encode, self.bn = DirectEncoding(nn.Conv2d(2, 4, 3)), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        merged = self.bn(self.between(self.encode(x, 3)).flatten(0, 1))
+        written = self.write(merged)
+        return written * merged.unflatten(0, (3, -1))
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), torch.clone, nn.Dropout()], ids=["nothing", "a copy", "dropout"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda merged: merged.add_(1).unflatten(0, (3, -1)),
+        lambda merged: merged.unflatten(0, (3, -1)).add_(1),
+        lambda merged: merged.clone().add_(1).mul(merged).unflatten(0, (3, -1)),
+    ],
+    ids=["merged", "split off", "a copy of it"],
+)
+def test_what_is_written_through_one_view_is_read_through_another(
+    between: Callable[[Tensor], Tensor], write: Callable[[Tensor], Tensor]
+) -> None:
+    with torch.no_grad():
+        assert_folds(settled(Merged(between, write)), randn(2, 2, 6, 6), batchnorms=1)
+
+
+def test_a_view_of_what_was_split_off_may_merge_time_again() -> None:
+    def merged_again(merged: Tensor) -> Tensor:
+        return merged.unflatten(0, (3, -1)).permute(0, 1, 3, 4, 2).view(6, 16, 4).view(3, 2, 4, 4, 4)
+
+    assert_folds(settled(Merged(nn.Identity(), merged_again)), randn(2, 2, 6, 6), batchnorms=1)
 
 
 def test_the_original_is_untouched() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,9 +18,11 @@ from torch import Tensor, nn
 
 from tetdeploy.data import load_data
 from tetdeploy.engine import Engine
-from tetdeploy.export import ExportConfig, Parity, ParityError
+from tetdeploy.export import ExportConfig, Parity, ParityError, gate
+from tetdeploy.export.comparison import Comparison
+from tetdeploy.export.config import Layout
 from tetdeploy.export.model import build_graph
-from tetdeploy.export.parity import _rounding, compare
+from tetdeploy.export.parity import _parity, _rounding, compare
 from tetdeploy.networks import Classifier, NetworkConfig, ResNet19, build_network
 from tetdeploy.neurons import LIF
 
@@ -30,7 +34,8 @@ GOOD = Parity(1000, 4, 1.0, (1.0,) * 4, 0.0, 0.0, 1e-6, 1e-7)
     [
         GOOD,
         replace(GOOD, spike_mismatch_rate=100e-6, top1_agreement=0.999),
-        replace(GOOD, spike_mismatch_rate=2e-3, top1_agreement=0.99, amplified=(2e-3, 1e-3)),
+        replace(GOOD, local_logit_error=1e-4),
+        replace(GOOD, spike_mismatch_rate=2e-3, top1_agreement=0.99, amplified=(2e-3, 5e-4)),
     ],
 )
 def test_the_gate_lets_through(parity: Parity) -> None:
@@ -43,8 +48,8 @@ def test_the_gate_lets_through(parity: Parity) -> None:
         replace(GOOD, spike_mismatch_rate=101e-6),
         replace(GOOD, top1_agreement=0.998),
         replace(GOOD, local_mismatch_rate=101e-6),
-        replace(GOOD, local_logit_error=1e-3),
-        replace(GOOD, spike_mismatch_rate=2e-3, amplified=(2e-3, 1e-4)),
+        replace(GOOD, local_logit_error=1.1e-4),
+        replace(GOOD, spike_mismatch_rate=2e-3, amplified=(2e-3, 4.9e-4)),
         replace(GOOD, spike_mismatch_rate=2e-3, amplified=(2e-3, 1e-3), local_mismatch_rate=101e-6),
         replace(GOOD, top1_agreement=0.9, amplified=(0.0, 0.0)),
     ],
@@ -52,6 +57,30 @@ def test_the_gate_lets_through(parity: Parity) -> None:
 def test_the_gate_refuses(parity: Parity) -> None:
     with pytest.raises(ParityError, match="nothing was written"):
         parity.check("it")
+
+
+@pytest.mark.parametrize(
+    ("layout", "where"),
+    [("dynamic", "at T=1"), ("dynamic", "at T=4"), ("dynamic", "graph"), ("step", "from a non-zero state")],
+)
+def test_each_comparison_of_the_gate_may_refuse(layout: Layout, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compared(*args: Any, from_random_state: bool = False, **options: Any) -> Parity:
+        *_, T = args
+        is_bad = from_random_state if layout == "step" else where == {1: "at T=1", 4: "at T=4"}.get(T, "graph")
+        return replace(GOOD, T=T, spike_mismatch_rate=1e-3 * is_bad)
+
+    monkeypatch.setattr(gate, "compare", compared)
+    engine: Any = SimpleNamespace(runtime="onnxruntime", with_state=layout == "step", T=None)
+    with pytest.raises(ParityError, match=f"{where} does not compute"):
+        gate._check_engine(convsnn(), engine, ExportConfig(layout, trained_T=4), digits().images[:2], None)
+
+
+def test_the_worst_layer_is_told_and_two_spikes_make_no_rate() -> None:
+    engine: Any = SimpleNamespace(metadata={"neurons": [{"shape": [n]} for n in (10, 5, 5)]})
+    sums = Comparison(convsnn(), engine, 4)
+    sums.logits.add(np.zeros((1, 4, 2)), np.zeros((1, 4, 2)))
+    sums.local.add(np.array([[1, 0, 0, 2], [2, 0, 0, 0], [0, 0, 0, 0]])[:, :, None])
+    assert _parity(sums, 4).local_mismatch_rate == 3 / (10 * 4)
 
 
 @pytest.fixture(scope="module")

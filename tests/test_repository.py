@@ -86,7 +86,9 @@ def served(tmp_path: Path, layout: str, **options: Any) -> Path:
 @pytest.mark.parametrize(("layout", "options"), SERVED, ids=str)
 def test_the_configuration_is_that_of_the_graph(layout: str, options: dict[str, Any], tmp_path: Path) -> None:
     folder = served(tmp_path, layout, **options)
-    config, graph = read_config(folder), onnx.load(folder / "1" / "model.onnx").graph
+    file = folder / "1" / "model.onnx"
+    config, graph = read_config(folder), onnx.load(file).graph
+    assert repository._read(file).metadata["encoded"] == []  # what a step graph encodes once is state as any other
     onnx_type = {"TYPE_FP32": onnx.TensorProto.FLOAT, "TYPE_UINT8": onnx.TensorProto.UINT8}
 
     def of_config(name: str, tensor: Any) -> tuple[str, int, list[int]]:

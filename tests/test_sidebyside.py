@@ -78,6 +78,19 @@ def test_a_wrong_layer_is_found_where_each_reads_the_engine_s_spikes() -> None:
     assert beside.neuron(2)["spike_mismatch_rate"] > 100e-6  # it follows
     assert beside.neuron(2)["margin"]["local"] == {"count": 0, "median": None, "max": None}
     assert beside.sums.local.num_images == 40
+    assert 0 < beside.row(T)["local_mismatch_rate"] < beside.row(T)["spike_mismatch_rate"]
+
+
+def test_a_wrong_readout_is_found_where_no_spike_differs() -> None:
+    wrong, model, x = copy.deepcopy(convsnn()), engine("unrolled"), digits().x[:20]
+    with torch.no_grad():
+        wrong.network.get_parameter("readout.2.weight").mul_(1.5)
+    beside = compared(wrong, model, count=20)
+    logits, got = run_torch(wrong, x, T)[0], model.run(x, T).per_step
+    error = max(np.abs(got - logits)[part].max() / np.abs(logits[part]).max() for part in (slice(15), slice(15, 20)))
+    assert beside.to_dict()["local_logit_error"] == pytest.approx(error, rel=1e-4)
+    assert beside.row(T)["spike_mismatch_rate"] == 0
+    assert beside.sums.local.num_images == 20
 
 
 def test_rounding_flips_only_membranes_at_the_threshold_and_what_follows_lies_anywhere() -> None:
@@ -92,7 +105,7 @@ def test_rounding_flips_only_membranes_at_the_threshold_and_what_follows_lies_an
 
 
 def test_the_export_itself_agrees() -> None:
-    beside = compared(convsnn(), engine("unrolled"))
+    beside = compared(copy.deepcopy(convsnn()).train(), engine("unrolled"))  # it goes to inference
     assert beside.row(T)["spike_mismatch_rate"] < 100e-6
     assert beside.row(T)["top1_agreement"] == 1.0
     assert beside.to_dict()["local_logit_error"] < 1e-4  # 0 on some machines
@@ -138,6 +151,7 @@ def test_the_histogram_s_median_and_maximum() -> None:
         assert found.of(k)["median"] == pytest.approx(np.median(layer), rel=0.03)
         assert found.of(k)["max"] == layer.max()
         assert found.of(k)["count"] == 999
+    assert found.of()["max"] == max(layer.max() for layer in values)
     assert found.of()["median"] == pytest.approx(np.median(np.concatenate(values)), rel=0.03)
     assert found.of(2) == {"count": 0, "median": None, "max": None}
     octaves = found.histogram()
@@ -145,6 +159,14 @@ def test_the_histogram_s_median_and_maximum() -> None:
     assert below_one == sum(int((layer < 1).sum()) for layer in values)
     found.add(2, torch.zeros(3))
     assert found.of(2) == {"count": 3, "median": 0.0, "max": 0.0}
+
+
+def test_the_median_of_one_margin_and_of_most_at_the_threshold() -> None:
+    found = Margins(1)
+    found.add(0, torch.tensor([0.25]))
+    assert found.of(0)["median"] == 0.25  # no more than the largest
+    found.add(0, torch.zeros(2))
+    assert found.of(0) == {"count": 3, "median": 0.0, "max": 0.25}
 
 
 def test_a_pass_beside_pytorch_counts_what_a_sweep_does() -> None:

@@ -283,12 +283,16 @@ def _replace_on_the_way(bn: fx.Node, layer: fx.Node, folded: fx.Node) -> None:
 def _skip_views(chain: list[fx.Node]) -> None:
     """Where views of a chain's end lead back to the shape of one in the chain, let their readers read that: with no BN
     between merging time and splitting it off, torch.export cannot trace the graph once more."""
+    if _is_overwritten(chain[-1]):  # a chain that copies, as clone does, has other memory before that
+        return
     for view in list(chain[-1].users):
         if view.target not in _ORDERED_VIEWS:
             continue
         before = next((node for node in chain if _shape(node) == _shape(view)), None)
-        if before is not None and not (_is_overwritten(before) or _is_overwritten(view)):
+        if before is not None:
             view.replace_all_uses_with(before)
+            for reader in view.graph.find_nodes(op="call_function", target=aten.view.default):
+                reader.target = aten.reshape.default  # which takes what is expanded, too
 
 
 def _is_overwritten(value: fx.Node) -> bool:
