@@ -1226,6 +1226,9 @@ def test_tokens_may_be_merged_elsewhere(layout: str, tmp_path: Path) -> None:
     ({"T": 2.5}, r"T must be a whole number, got 2\.5"),
     ({"T": True}, "T must be a whole number, got True"),
     ({"trained_T": -1}, "trained_T must be at least 1, got -1"),
+    ({"fold_bn": "no"}, "fold_bn must be True or False, got 'no'"),
+    ({"with_state": np.True_}, "with_state must be True or False, got np.True_"),
+    ({"normalize": 0}, "normalize must be True or False, got 0"),
     ({"layout": "step", "with_state": True}, "goes with the unrolled layout; a step graph always has its state"),
     ({"layout": "dynamic", "with_state": True}, "goes with the unrolled layout; a dynamic graph runs any T"),
 ])  # fmt: skip

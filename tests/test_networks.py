@@ -206,6 +206,11 @@ def test_a_width_beyond_any_memory_is_refused() -> None:
         NetworkConfig("convsnn", 10, 3, (8, 8), width=1e18)
 
 
+def test_a_twin_is_wanted_or_not() -> None:
+    with pytest.raises(ValueError, match="ann must be True or False, got 'no'"):
+        NetworkConfig("convsnn", 10, 3, (8, 8), ann="no")  # type: ignore[arg-type]
+
+
 def test_a_leak_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tau must be in \[0, 1\]"):
         build_network(NetworkConfig("convsnn", 10, 3, (8, 8), tau=2.0))

@@ -35,7 +35,7 @@ from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import newest_run
 from tetdeploy.shards import INDEX_NAME
 from tetdeploy.tensor_file import read_content, read_tensors, write_tensors
-from tetdeploy.train import TrainConfig, TrainResult, evaluate, loop, train, train_seeds
+from tetdeploy.train import How, TrainConfig, TrainResult, evaluate, loop, train, train_seeds
 from tetdeploy.train.augment import AUGMENTATIONS, cutout, random_crop, random_flip
 from tetdeploy.train.batches import DeviceImages, Draws
 from tetdeploy.train.device import pick_device
@@ -158,12 +158,19 @@ def interrupt_at(count: int) -> Callable[[int], None]:
         ({"loss": "ce"}, "unknown loss 'ce'; choose one of tet, sdt"),
         ({"augment": "cutout"}, "unknown augment 'cutout'; choose one of none, shift, crop, crop-flip"),
         ({"precision": "int8"}, "unknown precision 'int8'; choose one of auto, fp32, bf16, fp16"),
+        ({"qat": "no"}, "qat must be True or False, got 'no'"),
         ({"device": "tpu"}, "unknown device 'tpu'; choose auto, cpu, cuda"),
     ],
 )
 def test_config_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
+
+
+@pytest.mark.parametrize("name", ["recompute", "cuda_graphs"])
+def test_how_refuses(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'"):
+        How(**{name: "no"})
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tetdeploy.arguments import check_flags
 from tetdeploy.data import Encoding
 from tetdeploy.networks.ann import has_neurons, is_ann_twin
 from tetdeploy.networks.convsnn import ConvSNN
@@ -80,6 +81,7 @@ class NetworkConfig:
     smooth_spike: float = 0.0
 
     def __post_init__(self) -> None:
+        check_flags(self)
         if self.model not in NETWORKS and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.model):
             raise ValueError(
                 f"unknown model {self.model!r}; choose one of {', '.join(NETWORKS)}, "
