@@ -66,6 +66,7 @@ def test_rates_are_those_of_a_plain_loop(layout: str) -> None:
         layer = beside.neuron(k)
         assert layer["spike_mismatch_rate"] == np.mean(a != b)
         assert layer["torch_firing_rate"] == pytest.approx(b.mean())
+        assert layer["engine_firing_rate"] == pytest.approx(a.mean())
         assert layer["margin"]["differing"]["count"] == (a != b).sum()
         assert layer["margin"]["every"]["count"] >= 30 * b[:, 0].size
 
