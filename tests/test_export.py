@@ -1270,6 +1270,8 @@ def test_refused_labels(make: Any, match: str, earlier: Path) -> None:
 def test_a_bare_network_is_refused(earlier: Path) -> None:
     with pytest.raises(ValueError, match="classifier must be a Classifier, got ConvSNN; a network becomes one"):
         export_model(convsnn().network, earlier, ExportConfig(), digits().images[:9])
+    with pytest.raises(ValueError, match="config must be of type ExportConfig, got dict"):
+        export_model(convsnn(), earlier, {}, digits().images[:9])  # type: ignore[arg-type]
 
 
 def test_refused_calibration_and_counts(earlier: Path) -> None:
