@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from tetdeploy.arguments import check_flags
 from tetdeploy.data import Encoding
 from tetdeploy.steps import check_count
 
@@ -56,6 +57,7 @@ class ExportConfig:
     target: Target = "cpu"
 
     def __post_init__(self) -> None:
+        check_flags(self)
         _check_target(self.target, self.precision)
         if self.precision != "fp32" and not self.fold_bn:
             raise ValueError(

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from tetdeploy.agreement import reference_path
+from tetdeploy.arguments import check_type
 from tetdeploy.engine import Engine
 from tetdeploy.files import atomic_write
 from tetdeploy.int8.calibration import Calibration, calibrate
@@ -102,6 +103,7 @@ def export_model(
     """
     path = Path(path)
     check_classifier(classifier)
+    check_type("config", config, ExportConfig)
     classifier.eval()
     x = _checked_input(classifier, config, images, labels, num_check)
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)

@@ -37,7 +37,7 @@ class SideBySide:
         batch_size: as many images as fit with all their spikes.
         sums: the comparison.
         correct: right answers of PyTorch and of the engine on the same images by step, `[2, T]`.
-        fired: PyTorch's spikes, `[layers, T]`.
+        fired: spikes of PyTorch and of the engine, `[2, layers, T]`.
         differing, local, every: margins.
     """
 
@@ -47,7 +47,7 @@ class SideBySide:
         self._overlay = engine.counting_overlay + spikes_overlay(self.names)
         self.sums = Comparison(classifier, engine, T)
         self.correct = np.zeros((2, T), np.int64)
-        self.fired = np.zeros((len(self.names), T), np.int64)
+        self.fired = np.zeros((2, len(self.names), T), np.int64)
         self.differing, self.local, self.every = (Margins(len(self.names)) for _ in range(3))
         self.batch_size = max(1, int(_SPIKE_BYTES // (4 * T * int(self.sums.whole.sizes.sum()))))
 
@@ -63,6 +63,7 @@ class SideBySide:
         expected, differing = self.sums.add(x, result.per_step, spikes, watch=self._watch)
         for side, logits in enumerate((expected, result.per_step)):
             self.correct[side] += (running_class(logits) == labels[:, None]).sum(0)
+        self.fired[1] += [np.count_nonzero(layer.reshape(self.T, -1), axis=1) for layer in spikes]
         self._add_local(x, result.per_step, spikes, expected, differing > 0)
         return result, outputs
 
@@ -84,7 +85,7 @@ class SideBySide:
             self.sums.add(x, per_step, spikes, replacing=True, watch=self._watch_local)
 
     def _watch(self, layer: int, current: Tensor, spikes: Tensor, different: Tensor, tau: float, v_th: float) -> None:
-        self.fired[layer] += spikes.reshape(self.T, -1).sum(1).to(torch.int64).cpu().numpy()
+        self.fired[0, layer] += spikes.reshape(self.T, -1).sum(1).to(torch.int64).cpu().numpy()
         if self.num_images < _NUM_EVERY:
             self.every.add(layer, margins(current, spikes, tau, v_th))
         if different.any():
@@ -117,7 +118,8 @@ class SideBySide:
         return {
             "spike_mismatch_rate": float(self.sums.whole.layer_rates(self.T)[layer]),
             "local_mismatch_rate": float(self.sums.local.layer_rates(self.T)[layer]),
-            "torch_firing_rate": float(self.fired[layer].sum() / neuron_steps),
+            "torch_firing_rate": float(self.fired[0, layer].sum() / neuron_steps),
+            "engine_firing_rate": float(self.fired[1, layer].sum() / neuron_steps),
             "margin": {name: found.of(layer) for name, found in self._margins().items()},
         }
 
@@ -138,11 +140,11 @@ class SideBySide:
         return parts | {f"margin-{name}": found for name, found in self._margins().items()}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        own = {"correct": self.correct, "fired": self.fired, "local_error": np.array(self.sums.local_error)}
+        own = {"correct": self.correct, "both_fired": self.fired, "local_error": np.array(self.sums.local_error)}
         return own | join(self._parts())
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        self.correct, self.fired = arrays["correct"].copy(), arrays["fired"].copy()
+        self.correct, self.fired = arrays["correct"].copy(), arrays["both_fired"].copy()
         self.sums.local_error = float(arrays["local_error"])
         for name, part in self._parts().items():
             part.restore(section(arrays, f"{name}/"))

@@ -713,9 +713,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "command", [("sweep", MODEL), ("validate", MODEL), ("evaluate", RUN), ("inspect", MODEL), ("train",)]
     )
-    def test_no_file_is_called_a_dash(self, command: tuple[str, ...], workplace: Path) -> None:
-        said = refused(*command, "--json", "-").replace("\n", " ")
-        assert "a result goes to a file, not to the terminal; choose another with --json" in said
+    def test_a_result_does_not_go_to_the_terminal(self, command: tuple[str, ...], workplace: Path) -> None:
+        for terminal in ("-", "/dev/stdout"):
+            said = refused(*command, "--json", terminal).replace("\n", " ")
+            why = "a result goes to a file, not to the terminal; choose another with --json"
+            assert f"cannot write {terminal}: {why}" in said
         assert not Path("-").exists()
 
     def test_an_output_beside_the_model_names_the_option_for_another(self, workplace: Path) -> None:

@@ -54,7 +54,7 @@ def test_one_class_is_certain_of_itself() -> None:
     ("options", "message"),
     [
         ({"threshold": 1.5}, "threshold must lie in 0..1, got 1.5"),
-        ({"threshold": "a"}, "threshold must lie in 0..1, got a"),
+        ({"threshold": "0.9"}, "threshold must be a number, got '0.9'"),
         ({"threshold": float("nan")}, "threshold must lie in 0..1, got nan"),
         ({"threshold": 0.5, "criterion": "entropy"}, "unknown criterion 'entropy'; choose confidence or margin"),
         ({"threshold": 0.5, "min_T": 0}, "min_T must be at least 1, got 0"),

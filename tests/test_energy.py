@@ -264,9 +264,10 @@ def test_the_constants_of_a_precision_and_of_ones_own() -> None:
     ("fp32", {"mac_pj": -1.0}, "mac_pj must be a positive number of picojoules, at most a joule, got -1"),
     ("fp32", {"mac_pj": 1e300}, "mac_pj must be a positive number of picojoules, at most a joule, got 1e"),
     ("fp32", {"mac_pj": float("nan")}, "mac_pj must be a positive number of picojoules, at most a joule, got nan"),
+    ("fp32", {"ac_pj": "1", "mac_pj": "2"}, "ac_pj must be a number, got '1'"),
     ("fp32", {"ac_pj": 5.0}, "contains an accumulate, so mac_pj must be at least ac_pj=5.0; got 4.6"),
 ])  # fmt: skip
-def test_constants_that_cannot_be(precision: str, own: dict[str, float], match: str) -> None:
+def test_constants_that_cannot_be(precision: str, own: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         energy_constants(precision, **own)
 

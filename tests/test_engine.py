@@ -321,6 +321,10 @@ def test_refused_devices_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     for threads in (0, 10_000):
         with pytest.raises(ValueError, match=rf"threads must be 1 to \d+, got {threads}"):
             Engine(path, threads=threads)
+    with pytest.raises(ValueError, match="threads must be a whole number, got '2'"):
+        Engine(path, threads="2")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"model must be the path of an \.onnx file, got None"):
+        Engine(None)  # type: ignore[arg-type]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     for device, provider in (("cuda", "CUDA"), ("tensorrt", "Tensorrt")):
         with pytest.raises(ValueError, match=rf"device '{device}' needs ONNX Runtime's {provider}.*tetdeploy\[gpu\]"):

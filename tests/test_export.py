@@ -1290,6 +1290,9 @@ def test_tokens_may_be_merged_elsewhere(layout: str, tmp_path: Path) -> None:
     ({"T": 2.5}, r"T must be a whole number, got 2\.5"),
     ({"T": True}, "T must be a whole number, got True"),
     ({"trained_T": -1}, "trained_T must be at least 1, got -1"),
+    ({"fold_bn": "no"}, "fold_bn must be True or False, got 'no'"),
+    ({"with_state": np.True_}, "with_state must be True or False, got np.True_"),
+    ({"normalize": 0}, "normalize must be True or False, got 0"),
     ({"layout": "step", "with_state": True}, "goes with the unrolled layout; a step graph always has its state"),
     ({"layout": "dynamic", "with_state": True}, "goes with the unrolled layout; a dynamic graph runs any T"),
 ])  # fmt: skip
@@ -1331,6 +1334,8 @@ def test_refused_labels(make: Any, match: str, earlier: Path) -> None:
 def test_a_bare_network_is_refused(earlier: Path) -> None:
     with pytest.raises(ValueError, match="classifier must be a Classifier, got ConvSNN; a network becomes one"):
         export_model(convsnn().network, earlier, ExportConfig(), digits().images[:9])
+    with pytest.raises(ValueError, match="config must be of type ExportConfig, got dict"):
+        export_model(convsnn(), earlier, {}, digits().images[:9])  # type: ignore[arg-type]
 
 
 def test_refused_calibration_and_counts(earlier: Path) -> None:

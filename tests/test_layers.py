@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -199,9 +201,10 @@ def test_no_steps_are_refused(T: int) -> None:
         encoder()[0](shifted()[0], T)
 
 
-def test_half_a_step_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"T must be a whole number, got 1\.5"):
-        encoder()[0](shifted()[0], 1.5)
+@pytest.mark.parametrize("T", [1.5, "2", True])
+def test_half_a_step_is_refused(T: Any) -> None:
+    with pytest.raises(ValueError, match=f"T must be a whole number, got {T!r}"):
+        encoder()[0](shifted()[0], T)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6), (1, 2, 3, 2, 5, 6)])

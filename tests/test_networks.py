@@ -206,6 +206,18 @@ def test_a_width_beyond_any_memory_is_refused() -> None:
         NetworkConfig("convsnn", 10, 3, (8, 8), width=1e18)
 
 
+@pytest.mark.parametrize("name", ["width", "tau", "v_th", "gamma", "smooth_spike"])
+def test_settings_that_are_no_numbers_are_refused(name: str) -> None:
+    settings: dict[str, Any] = {"num_classes": 10, "in_channels": 3, "image_size": (8, 8), name: "1"}
+    with pytest.raises(ValueError, match=f"{name} must be a number, got '1'"):
+        NetworkConfig("convsnn", **settings)
+
+
+def test_a_twin_is_wanted_or_not() -> None:
+    with pytest.raises(ValueError, match="ann must be True or False, got 'no'"):
+        NetworkConfig("convsnn", 10, 3, (8, 8), ann="no")  # type: ignore[arg-type]
+
+
 def test_a_leak_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tau must be in \[0, 1\]"):
         build_network(NetworkConfig("convsnn", 10, 3, (8, 8), tau=2.0))
@@ -303,8 +315,20 @@ def test_an_own_network_that_gives_other_than_logits_is_told_so(answer: Any, got
         asked(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), 3)
     with pytest.raises(ValueError, match=message):
         asked(torch.zeros(3, 5, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"images must be a torch\.Tensor, got ndarray; pass torch\.from_numpy"):
-        asked(np.zeros((5, 3, 8, 8), np.uint8), 3)
+
+
+def test_images_that_are_none_are_refused() -> None:
+    config = NetworkConfig("convsnn", 2, 3, (8, 8), width=0.1)
+    asked = Classifier(build_network(config), config=config, mean=(0.0,) * 3, std=(1.0,) * 3, class_names=("a", "b"))
+    images: Any
+    for images, message in (
+        (np.zeros((5, 3, 8, 8), np.uint8), r"of type Tensor, got ndarray; pass torch\.from_numpy"),
+        (torch.zeros(5, 3, 8, 8, dtype=torch.int64), "uint8, or floating point that is normalised .*, got torch.int64"),
+        (torch.zeros(5, 1, 8, 8, dtype=torch.uint8), r"with C=3, got \[5, 1, 8, 8\]"),  # which would be broadcast
+        (torch.zeros(2, 5, 4, 8, 8), r"with C=3, got \[2, 5, 4, 8, 8\]"),
+    ):
+        with pytest.raises(ValueError, match=f"images must be .*{message}"):
+            asked(images, 2)
 
 
 def test_own_networks_are_imported_only_on_request() -> None:

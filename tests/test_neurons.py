@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -528,9 +529,12 @@ def test_a_forward_mode_derivative_is_refused() -> None:
         ({"gamma": 0.0}, r"gamma must be from 1e-18 to 1e18; .* got 0\.0"),
         ({"gamma": 1e-23}, "gamma must be from 1e-18 to 1e18; .* got 1e-23"),  # whose square float32 takes for 0
         ({"gamma": math.nan}, "gamma must be from 1e-18 to 1e18; .* got nan"),
+        ({"tau": "0.5"}, "tau must be a number, got '0.5'"),
+        ({"v_th": True}, "v_th must be a number, got True"),
+        ({"gamma": None}, "gamma must be a number, got None"),
     ],
 )
-def test_parameters_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
+def test_parameters_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     for neuron in (lambda: LIF(**options), lambda: lif(torch.zeros(2, 3), **options)):
         with pytest.raises(ValueError, match=message):
             neuron()
@@ -556,6 +560,9 @@ def test_currents_without_steps_are_refused(shape: tuple[int, ...]) -> None:
 def test_integer_currents_are_refused() -> None:
     with pytest.raises(ValueError, match=r"current must be floating point, got torch\.uint8; convert it with \.float"):
         LIF()(torch.zeros(2, 3, dtype=torch.uint8))
+    for name, arguments in {"current": (np.zeros((2, 3)),), "u": (torch.zeros(2, 3), np.zeros(3))}.items():
+        with pytest.raises(ValueError, match=rf"{name} must be of type Tensor, got ndarray; pass torch\.from_numpy"):
+            LIF().with_state(*arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (1, 3), (2, 3)])

@@ -66,6 +66,7 @@ def test_rates_are_those_of_a_plain_loop(layout: str) -> None:
         layer = beside.neuron(k)
         assert layer["spike_mismatch_rate"] == np.mean(a != b)
         assert layer["torch_firing_rate"] == pytest.approx(b.mean())
+        assert layer["engine_firing_rate"] == pytest.approx(a.mean())
         assert layer["margin"]["differing"]["count"] == (a != b).sum()
         assert layer["margin"]["every"]["count"] >= 30 * b[:, 0].size
 
@@ -195,7 +196,7 @@ class TestGoingOn:
     def test_an_interrupted_run_ends_as_one_that_was_not(self, at: int, tmp_path: Path) -> None:
         whole, cut = self.make(), self.make()
         partial = Partial(tmp_path / "p.npz", {"T": T})
-        finish(whole, Partial(tmp_path / "unused.npz", {}), lambda done: None)
+        finish(whole, Partial(tmp_path / "whole.npz", {}), lambda done: None)
 
         def interrupt(done: int) -> None:
             if cut.done > at:
@@ -214,7 +215,8 @@ class TestGoingOn:
         assert mine.keys() == other.keys()
         for name, value in mine.items():
             np.testing.assert_array_equal(value, other[name], err_msg=name)
-        assert not (tmp_path / "unused.npz").exists()
+        ended = Partial(tmp_path / "whole.npz", {}).load()
+        assert ended is not None and ended["done"] == 60  # for whoever interrupts what comes after the images
 
     def test_nothing_done_leaves_no_file(self, tmp_path: Path) -> None:
         def interrupt(done: int) -> None:

@@ -35,7 +35,7 @@ from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import newest_run
 from tetdeploy.shards import INDEX_NAME
 from tetdeploy.tensor_file import read_content, read_tensors, write_tensors
-from tetdeploy.train import TrainConfig, TrainResult, evaluate, loop, train, train_seeds
+from tetdeploy.train import How, TrainConfig, TrainResult, evaluate, loop, train, train_seeds
 from tetdeploy.train.augment import AUGMENTATIONS, cutout, random_crop, random_flip
 from tetdeploy.train.batches import DeviceImages, Draws
 from tetdeploy.train.device import pick_device
@@ -158,12 +158,26 @@ def interrupt_at(count: int) -> Callable[[int], None]:
         ({"loss": "ce"}, "unknown loss 'ce'; choose one of tet, sdt"),
         ({"augment": "cutout"}, "unknown augment 'cutout'; choose one of none, shift, crop, crop-flip"),
         ({"precision": "int8"}, "unknown precision 'int8'; choose one of auto, fp32, bf16, fp16"),
+        ({"qat": "no"}, "qat must be True or False, got 'no'"),
         ({"device": "tpu"}, "unknown device 'tpu'; choose auto, cpu, cuda"),
     ],
 )
 def test_config_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recompute": "no"}, "recompute must be True or False, got 'no'"),
+        ({"cuda_graphs": 1}, "cuda_graphs must be True or False, got 1"),
+        ({"shards_mb": "16"}, "shards_mb must be a number, got '16'"),
+    ],
+)
+def test_how_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        How(**options)
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:
@@ -639,6 +653,10 @@ def test_evaluation_does_not_depend_on_the_batches_and_keeps_the_mode() -> None:
     images, labels = torch.tensor(VAL.images), torch.tensor(VAL.labels)
     whole = evaluate(classifier, images, labels, T=2)
     assert whole == pytest.approx(evaluate(classifier, images, labels, T=2, batch_size=7))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        evaluate(classifier, images, labels, T=2, batch_size=0)
+    with pytest.raises(ValueError, match=r"labels must be of type Tensor, got ndarray; pass torch\.from_numpy"):
+        evaluate(classifier, images, labels.numpy(), T=2)  # type: ignore[arg-type]
     assert classifier.training
     logits = classifier.eval()(images, 2).mean(0)
     assert whole is not None and whole[1] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
@@ -840,6 +858,10 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         train(Toy(), TRAIN, VAL, settings(), tmp_path)
     with pytest.raises(ValueError, match="classifier must be a Classifier, got Toy"):
         train_seeds(lambda seed: Toy(), TRAIN, VAL, settings(), (0,), tmp_path / "seeds")
+    with pytest.raises(ValueError, match="config must be of type TrainConfig, got dict"):
+        train(toy(), TRAIN, VAL, {}, tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="how must be of type How, got dict"):
+        train(toy(), TRAIN, VAL, settings(), tmp_path, how={"recompute": True})  # type: ignore[arg-type]
     for sets in ({"train_set": TRAIN, "val_set": otherwise(VAL)}, {"train_set": otherwise(TRAIN), "val_set": None}):
         with pytest.raises(
             ValueError,

@@ -204,7 +204,8 @@ class TestAgainst:
 
     def test_spike_by_spike(self) -> None:
         output = run(MODEL, "--against", RUN, "--T", "1:3", "--num-torch", "100", "--limit", "150").output
-        value = written()
+        value, shown = written(), re.sub(" +", "  ", output)
+        assert "layers of neurons, T=3, on the 100 images that PyTorch saw too\n" in output
         assert value["data"] == "digits"
         assert value["num_samples"] == 150
         assert value["agreement"]["with"] == "checkpoint"
@@ -217,7 +218,8 @@ class TestAgainst:
             assert row["local_mismatch_rate"] < 100e-6
             assert row["torch_latency_ms"] > 0
         for layer in value["neurons"]:
-            assert layer["torch_firing_rate"] == pytest.approx(layer["rows"][-1]["firing_rate"], rel=0.2)
+            assert layer["torch_firing_rate"] == pytest.approx(layer["engine_firing_rate"], rel=1e-3)
+            assert f"{layer['name']}  {layer['engine_firing_rate']:.3f}  {layer['torch_firing_rate']:.3f}" in shown
             assert set(layer["margin"]) == {"differing", "local", "every"}
             assert layer["margin"]["every"]["median"] > 0
         assert "PyTorch's" in output

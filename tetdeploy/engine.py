@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,9 @@ class Engine:
         not copy if their channels lie last in memory).
 
     Raises:
-        ValueError: the file is no ONNX model, none of ours, or not what its metadata say; the device is unknown or its
-            provider not available; the runtime is unknown, or cannot run on the device; native or cuda_graphs is True
-            where that cannot be.
+        ValueError: `model` is no path; the file is no ONNX model, none of ours, or not what its metadata say; the
+            device is unknown or its provider not available; the runtime is unknown, or cannot run on the device;
+            threads is no whole number from 1 on, or too large; native or cuda_graphs is True where that cannot be.
         OSError: the file cannot be read.
         MissingExtraError: the runtime is not installed.
     """
@@ -96,6 +97,8 @@ class Engine:
         native: bool | None = None,
         cuda_graphs: bool = False,
     ) -> None:
+        if not isinstance(model, str | PathLike):
+            raise ValueError(f"model must be the path of an .onnx file, got {model!r}")
         self.path, self.device, self.runtime, self.cuda_graphs = Path(model), device, runtime, cuda_graphs
         self._sessions = Sessions(self.path, device=device, runtime=runtime, threads=threads, cuda_graphs=cuda_graphs)
         self._overlaid: dict[tuple[bytes, bool], tuple[Any, list[str]]] = {}

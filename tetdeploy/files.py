@@ -116,8 +116,8 @@ def check_writable(path: Path | str, suffix: str = "", *, begins: bytes = b"", r
     Raises:
         OSError: it could not, or would write over something else; the message names `path`.
     """
-    if str(path) == "-":
-        raise OSError(f"cannot write -: a result goes to a file, not to the terminal; {remedy}")
+    if str(path) in ("-", "/dev/stdout", "/dev/stderr"):  # the file they are redirected to would lose all that is told
+        raise OSError(f"cannot write {path}: a result goes to a file, not to the terminal; {remedy}")
     path = _regular(path, remedy)
     if path.is_dir():
         raise OSError(f"cannot write {path}: {os.strerror(errno.EISDIR)}; {remedy}")

@@ -67,8 +67,8 @@ class DirectEncoding(Layer):
         """Currents of the first neurons.
 
         Raises:
-            ValueError: images without T or with half a step, frames with another T than theirs, or neither images nor
-                frames.
+            ValueError: images without T or with one that is not whole, frames with another T than theirs, or neither
+                images nor frames.
         """
         if x.dim() == 5:
             if T is not None and x.shape[0] != T:
@@ -80,9 +80,9 @@ class DirectEncoding(Layer):
             raise ValueError(f"input must be images [N, C, H, W] or frames [T, N, C, H, W], got shape {list(x.shape)}")
         if T is None:
             raise ValueError("images [N, C, H, W] need a number of time steps: net(images, T=4)")
-        if isinstance(T, float):
-            raise ValueError(f"T must be a whole number, got {T}")
-        if isinstance(T, int) and T < 1:  # the exporter may leave T open: then it is no int
+        if isinstance(T, bool) or not hasattr(T, "__index__"):  # the exporter may leave T open: then it is no int
+            raise ValueError(f"T must be a whole number, got {T!r}")
+        if isinstance(T, int) and T < 1:
             raise ValueError(f"T must be at least 1, got {T}")
         current: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return current.unsqueeze(0).expand(T, *current.shape)

@@ -32,6 +32,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from tetdeploy import kernels
+from tetdeploy.arguments import check_number, check_type
 
 # Neurons are independent, so that on a CPU a slice of them is taken through all T steps while it lies in the cache:
 # one pass over memory instead of one for each operation and step.
@@ -270,8 +271,8 @@ def lif(
         `[...]`, in float32 for half-precision currents and in the dtype of `current` otherwise.
 
     Raises:
-        ValueError: T is 0, `current` is not floating point, `u` has another shape or device than one step, or a
-            parameter is out of its range or wants a gradient.
+        ValueError: T is 0, `current` is no tensor or not floating point, `u` has another shape or device than one step,
+            or a parameter is no number, out of its range or wants a gradient.
         RuntimeError: a second derivative, or forward-mode differentiation, is asked for.
     """
     _check_parameters(tau, v_th, gamma)
@@ -284,11 +285,13 @@ def _checked_lif(
     current: Tensor, u: Tensor | None, tau: float, v_th: float, gamma: float, *, wants_u: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`lif`; the last membrane may be None where it is not wanted."""
+    check_type("current", current, Tensor, "pass torch.from_numpy(current)")
     if current.dim() == 0 or current.shape[0] == 0:
         raise ValueError(f"current must be [T, ...] with T of at least 1, got shape {list(current.shape)}")
     if not current.is_floating_point():
         raise ValueError(f"current must be floating point, got {current.dtype}; convert it with .float()")
     if u is not None:
+        check_type("u", u, Tensor, "pass torch.from_numpy(u)")
         if u.shape != current.shape[1:]:
             raise ValueError(f"u must have the shape of one step, {list(current.shape[1:])}, got {list(u.shape)}")
         if u.device != current.device:
@@ -340,6 +343,7 @@ def _check_parameters(tau: float, v_th: float, gamma: float) -> None:
                 f"{name} must be a number, got a {type(value).__name__}: the gradient does not reach it, so it could "
                 f"not be learned; pass float({name})"
             )
+        check_number(name, value)
     _require(0.0 <= tau <= 1.0, "tau", tau, "in [0, 1]; it is the leak factor per step, not a time constant")
     _require(0.0 < v_th < float("inf"), "v_th", v_th, "above 0 and finite")
     _require(1e-18 <= gamma <= 1e18, "gamma", gamma, "from 1e-18 to 1e18; in float32 nothing is left of other squares")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tetdeploy.arguments import check_number
+
 _JOULE = 1e12  # in picojoules
 
 
@@ -16,7 +18,7 @@ class EnergyConstants:
     """Picojoules of an accumulate and of a multiply-accumulate, and where the figures come from.
 
     Raises:
-        ValueError: a figure is not positive, or more than a joule, or a multiply-accumulate costs less than its
+        ValueError: a figure is no positive number, or more than a joule, or a multiply-accumulate costs less than its
             addition.
     """
 
@@ -26,6 +28,7 @@ class EnergyConstants:
 
     def __post_init__(self) -> None:
         for name, value in (("ac_pj", self.ac_pj), ("mac_pj", self.mac_pj)):
+            check_number(name, value)
             if not 0 < value <= _JOULE:
                 raise ValueError(f"{name} must be a positive number of picojoules, at most a joule, got {value}")
         if self.mac_pj < self.ac_pj:
@@ -59,7 +62,7 @@ def energy_constants(
     """The constants for a model's arithmetic, `fp32`, `fp16` or `int8`, or one's own instead of one or both.
 
     Raises:
-        ValueError: no cited figures for this precision, and not both are given; a figure is not positive.
+        ValueError: no cited figures for this precision, and not both are given; a figure is no positive number.
     """
     own = {name: value for name, value in (("ac_pj", ac_pj), ("mac_pj", mac_pj)) if value is not None}
     if precision not in CONSTANTS and len(own) < 2:
@@ -69,6 +72,8 @@ def energy_constants(
         )
     if not own:
         return CONSTANTS[precision]
+    for name, value in own.items():
+        check_number(name, value)
     source = "given: " + ", ".join(f"{name} {value:g}" for name, value in own.items())
     if len(own) == 2:
         return EnergyConstants(**own, source=source)

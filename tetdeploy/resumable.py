@@ -146,7 +146,8 @@ class Partial:
 
 
 def finish(run: Pass, partial: Partial, tick: Callable[[int], None]) -> None:
-    """Run all that is left, and keep what is done every 20 seconds and at Ctrl-C, which goes on to the caller.
+    """Run all that is left, and keep what is done every 20 seconds, at the end, for what the caller does then may be
+    interrupted too, and at Ctrl-C, which goes on to the caller.
 
     Args:
         tick: called with the number of images done.
@@ -160,6 +161,7 @@ def finish(run: Pass, partial: Partial, tick: Callable[[int], None]) -> None:
             if time.monotonic() > due:
                 partial.save(kept)
                 due = time.monotonic() + _SAVE_EVERY
+        partial.save(kept)
     except KeyboardInterrupt:
         if kept["done"]:
             partial.save(kept)  # not what the interrupted batch may have left half done

@@ -33,15 +33,24 @@ def check_count(name: str, number: Any) -> int:
     Raises:
         ValueError: it is something else, `2.0` or `True`, or below 1.
     """
-    try:
-        if isinstance(number, bool):
-            raise TypeError
-        count = operator.index(number)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {number!r}") from None
+    count = check_whole(name, number)
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
     return count
+
+
+def check_whole(name: str, number: Any) -> int:
+    """A whole number, of Python or NumPy; `name` is what errors call it.
+
+    Raises:
+        ValueError: it is something else, `2.0` or `True`.
+    """
+    try:
+        if isinstance(number, bool):
+            raise TypeError
+        return operator.index(number)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {number!r}") from None
 
 
 def trained_T(metadata: Mapping[str, Any]) -> int:

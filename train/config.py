@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from tetdeploy.arguments import check_flags, check_number
 from tetdeploy.steps import MAX_T
 
 from .augment import AUGMENTATIONS, RESIZED_CROP
@@ -57,7 +58,8 @@ class How:
             10^6 bytes), see `restart`; None does not.
 
     Raises:
-        ValueError: the size is not above 0, or a graph would record blocks that recompute.
+        ValueError: a flag is neither True nor False, the size is no number above 0, or a graph would record
+            blocks that recompute.
     """
 
     cuda_graphs: bool = False
@@ -65,8 +67,11 @@ class How:
     shards_mb: float | None = None
 
     def __post_init__(self) -> None:
-        if self.shards_mb is not None and not 0 < self.shards_mb < math.inf:
-            raise ValueError(f"shards_mb is {self.shards_mb}; it is the size of a file in MB and must be above 0")
+        check_flags(self)
+        if self.shards_mb is not None:
+            check_number("shards_mb", self.shards_mb)
+            if not 0 < self.shards_mb < math.inf:
+                raise ValueError(f"shards_mb is {self.shards_mb}; it is the size of a file in MB and must be above 0")
         if self.recompute and self.cuda_graphs:
             raise ValueError(
                 "--recompute does not go with --cuda-graphs, which record a pass; pass --no-recompute or "
@@ -151,6 +156,7 @@ class TrainConfig:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
+        check_flags(self)
         for name in _RANGES:
             self._check_number(name)
         for name, choices in _CHOICES.items():

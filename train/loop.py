@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tetdeploy.arguments import check_type
 from tetdeploy.checkpoint import read_metadata, save_checkpoint
 from tetdeploy.data import LabelledSet
 from tetdeploy.extras import import_extra
@@ -129,6 +130,8 @@ def train(
         OSError: something cannot be written; earlier files are as they were.
     """
     start, out, how = time.perf_counter(), Path(out), how or How()
+    check_type("config", config, TrainConfig)
+    check_type("how", how, How)
     task = Task(classifier, train_set, val_set, config, out)
     if resume and restart_from is not None:
         raise ValueError("resume goes on with the run in out and restart_from begins another; choose one of them")

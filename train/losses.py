@@ -24,10 +24,10 @@ def sdt_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) ->
         The mean over the batch, a scalar, in float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: wrong shapes, dtypes or smoothing.
+        ValueError: wrong shapes, dtypes or smoothing; on a CPU also a label that is no class.
     """
     logits = _checked(logits, labels, label_smoothing)
-    return functional.cross_entropy(logits.mean(0), labels, label_smoothing=label_smoothing)
+    return _cross_entropy(logits.mean(0), labels, label_smoothing)
 
 
 def tet_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -44,11 +44,11 @@ def tet_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) ->
         The mean over steps and batch, a scalar, in float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: wrong shapes, dtypes or smoothing.
+        ValueError: wrong shapes, dtypes or smoothing; on a CPU also a label that is no class.
     """
     logits = _checked(logits, labels, label_smoothing)
     every_step = labels.expand(len(logits), -1).flatten()
-    return functional.cross_entropy(logits.flatten(0, 1), every_step, label_smoothing=label_smoothing)
+    return _cross_entropy(logits.flatten(0, 1), every_step, label_smoothing)
 
 
 def mse_loss(logits: Tensor, *, phi: float = 1.0) -> Tensor:
@@ -125,6 +125,15 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, *, tau_kd: float =
     student = functional.log_softmax(logits / tau_kd, dim=-1)
     divergence = functional.kl_div(student, targets, reduction="none", log_target=True).sum(-1)
     return tau_kd**2 * divergence.mean()
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """The mean of `logits [N, K]` against `labels [N]`. Labels are not looked at, for which a GPU would have to be
+    waited for."""
+    try:
+        return functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    except IndexError as error:
+        raise ValueError(f"labels must lie in 0..{logits.shape[-1] - 1}, one of K classes; {error}") from error
 
 
 def _checked(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from tetdeploy.arguments import check_type
 from tetdeploy.networks import Classifier, run_network
 from tetdeploy.steps import check_count
 from tetdeploy.traced_network import Runnable
@@ -38,9 +39,12 @@ def evaluate(
         loss: of logits [T, N, K] and labels [N], a mean over the batch.
 
     Raises:
-        ValueError: T is no whole number of at least 1, or there are fewer frames.
+        ValueError: T or batch_size is no whole number of at least 1, images or labels are no tensor, or there are fewer
+            frames than T.
     """
-    T = check_count("T", T)
+    T, batch_size = check_count("T", T), check_count("batch_size", batch_size)
+    for name, given in (("images", images), ("labels", labels)):
+        check_type(name, given, Tensor, f"pass torch.from_numpy({name})")
     batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
     found = measure(classifier, batches, T=T, losses={"loss": loss})
     assert found is not None

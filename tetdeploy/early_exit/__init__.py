@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, SupportsFloat, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.arguments import check_number
 from tetdeploy.files import sha256_of
 from tetdeploy.form import FRACTION, STEP, check_form, parse_json
 from tetdeploy.steps import check_count
@@ -37,7 +38,7 @@ class Exit:
         min_T: the fewest steps that an image takes.
 
     Raises:
-        ValueError: the criterion is unknown, a number out of range, or min_T not whole.
+        ValueError: the criterion is unknown, the threshold no number, a number out of range, or min_T not whole.
     """
 
     threshold: float
@@ -47,7 +48,8 @@ class Exit:
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
             raise ValueError(f"unknown criterion {self.criterion!r}; choose {' or '.join(CRITERIA)}")
-        if not isinstance(self.threshold, SupportsFloat) or not 0 <= self.threshold <= 1:
+        check_number("threshold", self.threshold)
+        if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must lie in 0..1, got {self.threshold}; 1 stops no image early")
         object.__setattr__(self, "threshold", float(self.threshold))
         object.__setattr__(self, "min_T", check_count("min_T", self.min_T))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tetdeploy.arguments import check_flags, check_number, check_type
 from tetdeploy.data import Encoding
 from tetdeploy.networks.ann import has_neurons, is_ann_twin
 from tetdeploy.networks.convsnn import ConvSNN
@@ -80,6 +81,7 @@ class NetworkConfig:
     smooth_spike: float = 0.0
 
     def __post_init__(self) -> None:
+        check_flags(self)
         if self.model not in NETWORKS and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.model):
             raise ValueError(
                 f"unknown model {self.model!r}; choose one of {', '.join(NETWORKS)}, "
@@ -87,6 +89,8 @@ class NetworkConfig:
             )
         for name in ("num_classes", "in_channels"):
             object.__setattr__(self, name, check_count(name, getattr(self, name)))
+        for name in ("width", "tau", "v_th", "gamma", "smooth_spike"):
+            check_number(name, getattr(self, name))
         for name in ("width", "v_th", "gamma"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
@@ -285,13 +289,23 @@ class Classifier(nn.Module):
         return (x.to(self.mean.dtype) / 255.0 - self.mean) / self.std
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise ValueError(f"images must be a torch.Tensor, got {type(x).__name__}; pass torch.from_numpy(images)")
+        check_type("images", x, Tensor, "pass torch.from_numpy(images)")
+        self._check_images(x)
         x = self.normalize(x) if x.dtype == torch.uint8 else x
         logits: Tensor = self.network(x, T) if T is not None else self.network(x)
         if not torch.compiler.is_compiling():  # a trace may leave T and the batch open
             self._check_logits(logits, (len(x), x.shape[1]) if x.dim() == 5 else (1 if T is None else T, len(x)))
         return logits
+
+    def _check_images(self, x: Tensor) -> None:
+        """Their size is the network's to judge: one that pools over the whole image takes any."""
+        if x.dtype != torch.uint8 and not x.is_floating_point():
+            raise ValueError(f"images must be uint8, or floating point that is normalised already, got {x.dtype}")
+        if x.dim() >= 3 and x.shape[-3] != self.config.in_channels:
+            raise ValueError(
+                f"images must be [N, C, H, W] or frames [T, N, C, H, W] with C={self.config.in_channels}, "
+                f"got {list(x.shape)}"
+            )
 
     def _check_logits(self, logits: Any, steps_and_batch: tuple[int, int]) -> None:
         """Other numbers of classes would train, and name classes that there are not."""

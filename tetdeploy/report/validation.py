@@ -40,7 +40,7 @@ def shown(result: Mapping[str, Any], *, layers: bool) -> Iterator[str | Table]:
         yield rows_table(rows, _AGREEMENT, trained_T)
         yield f"[dim]* the T of the training; {_reading(agreement)}[/dim]"
     if layers:
-        yield f"layers of neurons, T={rows[-1]['T']}"
+        yield f"layers of neurons, T={rows[-1]['T']}{_both(agreement)}"
         yield _neurons_table(result["neurons"])
 
 
@@ -49,6 +49,13 @@ def _heading(agreement: Mapping[str, Any]) -> str:
     if agreement["with"] == "reference":
         return f"compared with what PyTorch made of the {count} of the reference, T up to {agreement['T']}"
     return f"beside PyTorch on {count}, checkpoint {agreement['checkpoint_sha256'][:12]}"
+
+
+def _both(agreement: Mapping[str, Any] | None) -> str:
+    """On which images the layers stand beside PyTorch's."""
+    if agreement is None or agreement["with"] == "reference":
+        return ""
+    return f", on the {agreement['num_images']:,} images that PyTorch saw too"
 
 
 def _reading(agreement: Mapping[str, Any]) -> str:
@@ -66,7 +73,8 @@ def _reading(agreement: Mapping[str, Any]) -> str:
 
 
 def _neurons_table(neurons: Sequence[Mapping[str, Any]]) -> Table:
-    """Layers of neurons: firing rate at the largest T, and how far they are from PyTorch's over all steps."""
+    """Layers of neurons: firing rate at the largest T, of the images that PyTorch saw too if it ran beside, and how far
+    they are from PyTorch's over all steps."""
     columns: Columns = {
         "torch_firing_rate": ("PyTorch's", rate),
         "spike_mismatch_rate": ("spike\nmismatch", ppm),
@@ -78,7 +86,8 @@ def _neurons_table(neurons: Sequence[Mapping[str, Any]]) -> Table:
     table = numbers_table("", "firing\nrate", *(header for header, _ in columns.values()), *margins.values())
     table.columns[0].justify = "left"
     for layer in neurons:
-        cells = [rate(layer["rows"][-1]["firing_rate"]), *written(layer, columns)]
+        fired = layer.get("engine_firing_rate", layer["rows"][-1]["firing_rate"])
+        cells = [rate(fired), *written(layer, columns)]
         medians = [layer["margin"][name]["median"] for name in margins]
         table.add_row(layer["name"], *cells, *(text(median, "{:.0e}".format) for median in medians))
     return table

@@ -23,6 +23,7 @@ from tetdeploy.runtimes.cuda_graphs import GraphSession, why_not
 from tetdeploy.runtimes.native_session import NativeSession
 from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, prepare, provider_options
 from tetdeploy.runtimes.openvino_session import OpenVINOSession
+from tetdeploy.steps import check_whole
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 RUNTIMES = {"onnxruntime": "cpu", "openvino": "openvino"}  # each with the extra that brings it
@@ -42,7 +43,7 @@ class Sessions:
         if cuda_graphs and (device, runtime) != ("cuda", "onnxruntime"):
             raise ValueError(f"cuda_graphs is for ONNX Runtime on device cuda, not {runtime} on {device}")
         self._providers = _providers(device) if runtime == "onnxruntime" else []
-        if threads is not None and not 1 <= threads <= MOST_THREADS:
+        if threads is not None and not 1 <= check_whole("threads", threads) <= MOST_THREADS:
             raise ValueError(f"threads must be 1 to {MOST_THREADS}, got {threads}")
         self._path, self._device, self._runtime, self._threads = path, device, runtime, threads
         self._model = read_model(path)

@@ -1,0 +1,39 @@
+"""What arguments and the fields of configurations must be, for errors that name them. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+
+def check_flags(config: Any) -> None:
+    """Refuse what is neither True nor False in the fields of a dataclass annotated `bool`: a text such as "no" is true.
+    NumPy's own are refused too, for JSON does not hold them.
+
+    Raises:
+        ValueError: it is so.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type in (bool, "bool") and not isinstance(value, bool):
+            raise ValueError(f"{field.name} must be True or False, got {value!r}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is no number: of Python, of NumPy, or a tensor of one. `name` is what errors call it.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def check_type(name: str, value: Any, kind: type, remedy: str = "") -> None:
+    """Refuse what is no `kind`. `name` is what errors call it.
+
+    Raises:
+        ValueError: it is so; the message ends in `remedy`.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}{remedy and '; '}{remedy}")
