@@ -860,6 +860,8 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         train_seeds(lambda seed: Toy(), TRAIN, VAL, settings(), (0,), tmp_path / "seeds")
     with pytest.raises(ValueError, match="config must be of type TrainConfig, got dict"):
         train(toy(), TRAIN, VAL, {}, tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="config must be of type TrainConfig, got dict"):
+        train_seeds(lambda seed: toy(), TRAIN, VAL, {}, (0,), tmp_path / "seeds")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="how must be of type How, got dict"):
         train(toy(), TRAIN, VAL, settings(), tmp_path, how={"recompute": True})  # type: ignore[arg-type]
     for sets in ({"train_set": TRAIN, "val_set": otherwise(VAL)}, {"train_set": otherwise(TRAIN), "val_set": None}):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tetdeploy.arguments import check_type
 from tetdeploy.data import LabelledSet
 from tetdeploy.files import write_json
 from tetdeploy.networks import Classifier, check_classifier
@@ -101,6 +102,7 @@ def train_seeds(
     out, ranks, how = Path(out), current_ranks(), how or How()
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
+    check_type("config", config, TrainConfig)
     configs = {seed: replace(config, seed=seed) for seed in seeds}
     fresh = _Fresh(make_classifier)
     check_sets(train_set, val_set)
