@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,14 +31,28 @@ class InFloat64(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
-        if func is not torch.ops.aten.lift_fresh.default and any(a.alias_info for a in func._schema.arguments):
-            return func(*args, **kwargs)  # a view, or written over: a copy would be other memory
-        args, kwargs = tree_map(_doubled, (args, kwargs))
-        return tree_map(_doubled, func(*args, **kwargs))
+        shared = {a.name: a.alias_info.is_write for a in func._schema.arguments if a.alias_info}
+        if not shared or func is torch.ops.aten.lift_fresh.default:
+            args, kwargs = tree_map(_doubled, (args, kwargs))
+            return tree_map(_doubled, func(*args, **kwargs))
+        # A view, or written over: a copy would be other memory. What is read takes the type of what is written.
+        names = [a.name for a in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        written = [given[name] for name, is_written in shared.items() if is_written and name in given]
+        if written and isinstance(written[0], Tensor) and written[0].dtype in _REAL:
+            as_it = partial(_as_real, dtype=written[0].dtype)
+            given = {name: value if name in shared else tree_map(as_it, value) for name, value in given.items()}
+        return func(*(given[name] for name in names[: len(args)]), **{name: given[name] for name in kwargs})
 
 
-def _doubled(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.dtype is torch.float32 else value
+_REAL = (torch.float32, torch.float64)
+
+
+def _as_real(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype in _REAL else value
+
+
+_doubled = partial(_as_real, dtype=torch.float64)
 
 
 class _NamedNeurons(NeuronRecorder):

@@ -714,7 +714,7 @@ class TestBadInput:
         "command", [("sweep", MODEL), ("validate", MODEL), ("evaluate", RUN), ("inspect", MODEL), ("train",)]
     )
     def test_a_result_does_not_go_to_the_terminal(self, command: tuple[str, ...], workplace: Path) -> None:
-        for terminal in ("-", "/dev/stdout"):
+        for terminal in ("-", "/dev/stdout", "/dev/fd/2"):
             said = refused(*command, "--json", terminal).replace("\n", " ")
             why = "a result goes to a file, not to the terminal; choose another with --json"
             assert f"cannot write {terminal}: {why}" in said

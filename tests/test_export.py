@@ -1003,6 +1003,11 @@ class Kernel:
     def blur(self, x: Tensor) -> Tensor:
         return nn.functional.conv2d(x, self.weight[:], padding=1)
 
+    def frame(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[..., torch.tensor([0, 7])] = self.weight[0, 0, 0, :2]
+        return x
+
 
 class Prepares(Small):
     def __init__(self, prepare: Callable[[Tensor], Tensor]) -> None:
@@ -1022,8 +1027,9 @@ class Prepares(Small):
         lambda x: written_in(x, torch.tensor(np.zeros(x.shape).tolist())),
         lambda x: x @ torch.from_numpy(np.eye(8, dtype=np.float32)),
         Kernel().blur,
+        Kernel().frame,
     ],
-    ids=["zeros", "eye", "full", "tensor", "numpy", "kept"],
+    ids=["zeros", "eye", "full", "tensor", "numpy", "kept", "kept-written"],
 )
 def test_networks_may_make_tensors_of_the_default_dtype(prepare: Callable[[Tensor], Tensor]) -> None:
     assert check_steps(untested(Prepares(prepare)), torch.from_numpy(digits().images[:2]), "direct") == 2

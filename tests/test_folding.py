@@ -391,6 +391,18 @@ def test_a_view_of_what_was_split_off_may_merge_time_again() -> None:
     assert_folds(settled(Merged(nn.Identity(), merged_again)), randn(2, 2, 6, 6), batchnorms=1)
 
 
+def test_what_is_written_through_a_view_is_not_written_into_a_copy() -> None:
+    """Where folding leaves no view it is an error, not a copy that nobody reads."""
+
+    def write(merged: Tensor) -> Tensor:
+        kept = merged.unflatten(0, (3, -1)).transpose(0, 1).sigmoid()  # in the order in memory of what it reads
+        kept.transpose(0, 1).view(6, 4, 16).add_(1)
+        return kept.transpose(0, 1)
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="view size is not compatible"):
+        assert_folds(settled(Merged(nn.Identity(), write)), randn(2, 2, 6, 6), batchnorms=1)
+
+
 def test_the_original_is_untouched() -> None:
     network = settled(Shared(nn.Identity()))  # one use of the convolution keeps its own weights
     x, before = randn(2, 3, 6, 6), copy.deepcopy(network.state_dict())

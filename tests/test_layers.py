@@ -149,6 +149,14 @@ def calls_of(module: nn.Module) -> list[int]:
     return sizes
 
 
+def test_it_is_compiled_for_any_T() -> None:
+    torch._dynamo.reset()
+    layer = DirectEncoding(nn.Conv2d(1, 2, 3))
+    compiled, x = torch.compile(layer, backend="eager", fullgraph=True), torch.rand(2, 1, 4, 4)
+    for T in (1, 2, 3):
+        assert torch.equal(compiled(x, T), layer(x, T))
+
+
 def encoder() -> tuple[DirectEncoding, nn.Conv2d]:
     convolution = nn.Conv2d(2, 3, 3, padding=1, bias=False)
     return DirectEncoding(convolution, tdBN(3)).double(), convolution

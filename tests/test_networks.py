@@ -211,6 +211,7 @@ def test_settings_that_are_no_numbers_are_refused(name: str) -> None:
     settings: dict[str, Any] = {"num_classes": 10, "in_channels": 3, "image_size": (8, 8), name: "1"}
     with pytest.raises(ValueError, match=f"{name} must be a number, got '1'"):
         NetworkConfig("convsnn", **settings)
+    assert json.dumps(asdict(NetworkConfig("convsnn", **settings | {name: np.float32(0.5)})))
 
 
 def test_a_twin_is_wanted_or_not() -> None:

@@ -453,6 +453,14 @@ def test_compiled_for_any_T_and_batch() -> None:
         assert torch.equal(compiled(current), layer(current))
 
 
+def test_compiled_with_other_parameters() -> None:
+    """Which torch.compile then leaves open."""
+    torch._dynamo.reset()
+    compiled, current = torch.compile(lif, backend="eager", fullgraph=True), torch.randn(4, 6)
+    for tau in (0.5, 0.25, 0.75):
+        assert torch.equal(compiled(current, tau=tau)[0], lif(current, tau=tau)[0])
+
+
 class Stateful(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -530,6 +538,9 @@ def test_a_forward_mode_derivative_is_refused() -> None:
         ({"gamma": 1e-23}, "gamma must be from 1e-18 to 1e18; .* got 1e-23"),  # whose square float32 takes for 0
         ({"gamma": math.nan}, "gamma must be from 1e-18 to 1e18; .* got nan"),
         ({"tau": "0.5"}, "tau must be a number, got '0.5'"),
+        ({"tau": torch.tensor([0.5, 0.6])}, r"tau must be a number, got tensor\(\[0.5"),
+        ({"v_th": np.True_}, "v_th must be a number, got (np.)?True"),
+        ({"v_th": np.str_("1")}, "v_th must be a number, got "),
         ({"v_th": True}, "v_th must be a number, got True"),
         ({"gamma": None}, "gamma must be a number, got None"),
     ],

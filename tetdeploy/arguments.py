@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
+
 
 def check_flags(config: Any) -> None:
     """Refuse what is neither True nor False in the fields of a dataclass annotated `bool`: a text such as "no" is true.
@@ -19,14 +21,17 @@ def check_flags(config: Any) -> None:
             raise ValueError(f"{field.name} must be True or False, got {value!r}")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Refuse what is no number: of Python, of NumPy, or a tensor of one. `name` is what errors call it.
+def check_number(name: str, value: Any) -> float:
+    """A number, of Python, of NumPy, or a tensor of one, as one of Python; `name` is what errors call it.
 
     Raises:
-        ValueError: it is so.
+        ValueError: it is something else.
     """
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    if isinstance(value, int | float) and not isinstance(value, bool):  # so is what torch.compile leaves open
+        return value
+    if isinstance(value, bool | np.bool_ | str) or np.ndim(value) or not hasattr(value, "__float__"):
         raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
 
 
 def check_type(name: str, value: Any, kind: type, remedy: str = "") -> None:

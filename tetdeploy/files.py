@@ -116,7 +116,7 @@ def check_writable(path: Path | str, suffix: str = "", *, begins: bytes = b"", r
     Raises:
         OSError: it could not, or would write over something else; the message names `path`.
     """
-    if str(path) in ("-", "/dev/stdout", "/dev/stderr"):  # the file they are redirected to would lose all that is told
+    if str(path) == "-" or _is_output(Path(path)):
         raise OSError(f"cannot write {path}: a result goes to a file, not to the terminal; {remedy}")
     path = _regular(path, remedy)
     if path.is_dir():
@@ -129,6 +129,15 @@ def check_writable(path: Path | str, suffix: str = "", *, begins: bytes = b"", r
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
         os.close(handle)
         Path(name).unlink()
+
+
+def _is_output(path: Path) -> bool:
+    """Whether it is where standard output or error goes; a file would lose all that is told."""
+    for number in (1, 2):
+        with suppress(OSError):  # it is not there, or closed
+            if os.path.samestat(path.stat(), os.fstat(number)):
+                return True
+    return False
 
 
 def _begins(file: Path, begins: bytes) -> bool:

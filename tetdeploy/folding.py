@@ -291,8 +291,10 @@ def _skip_views(chain: list[fx.Node]) -> None:
         before = next((node for node in chain if _shape(node) == _shape(view)), None)
         if before is not None:
             view.replace_all_uses_with(before)
-            for reader in view.graph.find_nodes(op="call_function", target=aten.view.default):
-                reader.target = aten.reshape.default  # which takes what is expanded, too
+            # Views may read what is expanded now, which they refuse; a reshape copies it.
+            for other in view.graph.find_nodes(op="call_function", target=aten.view.default):
+                if not _is_overwritten(other):
+                    other.target = aten.reshape.default
 
 
 def _is_overwritten(value: fx.Node) -> bool:

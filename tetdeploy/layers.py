@@ -80,7 +80,8 @@ class DirectEncoding(Layer):
             raise ValueError(f"input must be images [N, C, H, W] or frames [T, N, C, H, W], got shape {list(x.shape)}")
         if T is None:
             raise ValueError("images [N, C, H, W] need a number of time steps: net(images, T=4)")
-        if isinstance(T, bool) or not hasattr(T, "__index__"):  # the exporter may leave T open: then it is no int
+        # Where the exporter leaves T open it is no int; where torch.compile does, nobody may ask for its attributes.
+        if isinstance(T, bool) or not (isinstance(T, int) or hasattr(T, "__index__")):  # type: ignore[unreachable]
             raise ValueError(f"T must be a whole number, got {T!r}")
         if isinstance(T, int) and T < 1:
             raise ValueError(f"T must be at least 1, got {T}")

@@ -28,7 +28,7 @@ class EnergyConstants:
 
     def __post_init__(self) -> None:
         for name, value in (("ac_pj", self.ac_pj), ("mac_pj", self.mac_pj)):
-            check_number(name, value)
+            object.__setattr__(self, name, check_number(name, value))
             if not 0 < value <= _JOULE:
                 raise ValueError(f"{name} must be a positive number of picojoules, at most a joule, got {value}")
         if self.mac_pj < self.ac_pj:

@@ -69,7 +69,7 @@ class How:
     def __post_init__(self) -> None:
         check_flags(self)
         if self.shards_mb is not None:
-            check_number("shards_mb", self.shards_mb)
+            object.__setattr__(self, "shards_mb", check_number("shards_mb", self.shards_mb))
             if not 0 < self.shards_mb < math.inf:
                 raise ValueError(f"shards_mb is {self.shards_mb}; it is the size of a file in MB and must be above 0")
         if self.recompute and self.cuda_graphs:

@@ -83,7 +83,7 @@ def total_loss(
         A scalar in float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: wrong shapes, dtypes, lam or smoothing.
+        ValueError: wrong shapes, dtypes, lam or smoothing; on a CPU also a label that is no class.
     """
     if not 0.0 <= lam <= 1.0:
         raise ValueError(f"lam is {lam}; it weighs the MSE term (Eq. 13) and must lie in [0, 1]")

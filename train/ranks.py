@@ -140,6 +140,7 @@ def process_group() -> Iterator[Ranks]:
     # Imported while there is a group (an optimiser does), this module holds it in the defaults of its functions.
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+    before = sys.exception()
     try:
         yield current_ranks()
     except RuntimeError as error:
@@ -150,18 +151,21 @@ def process_group() -> Iterator[Ranks]:
             "epoch: go on with --resume"
         ) from error
     finally:
-        _end_group()
+        _end_group(before)
 
 
-def _end_group() -> None:
+def _end_group(before: BaseException | None) -> None:
     """End it with all that holds it: if it outlived its end, its threads, holding tensors, might abort an interpreter
     that ends.
 
     A network whose gradients go over all ranks holds it, and is itself held by the frames of errors: those of the one
     that ends the run, and those that PyTorch met and keeps, in reference cycles, as it imports modules during a run.
+
+    Args:
+        before: the error that its maker was handling already, whose frames are not ours.
     """
     error = sys.exception()
-    while error is not None:
+    while error is not None and error is not before:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
     with handled(lambda *_: None, signal.SIGINT, signal.SIGTERM):

@@ -48,7 +48,7 @@ class Exit:
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
             raise ValueError(f"unknown criterion {self.criterion!r}; choose {' or '.join(CRITERIA)}")
-        check_number("threshold", self.threshold)
+        object.__setattr__(self, "threshold", check_number("threshold", self.threshold))
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must lie in 0..1, got {self.threshold}; 1 stops no image early")
         object.__setattr__(self, "threshold", float(self.threshold))

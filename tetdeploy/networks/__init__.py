@@ -90,7 +90,7 @@ class NetworkConfig:
         for name in ("num_classes", "in_channels"):
             object.__setattr__(self, name, check_count(name, getattr(self, name)))
         for name in ("width", "tau", "v_th", "gamma", "smooth_spike"):
-            check_number(name, getattr(self, name))
+            object.__setattr__(self, name, check_number(name, getattr(self, name)))
         for name in ("width", "v_th", "gamma"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
@@ -301,7 +301,7 @@ class Classifier(nn.Module):
         """Their size is the network's to judge: one that pools over the whole image takes any."""
         if x.dtype != torch.uint8 and not x.is_floating_point():
             raise ValueError(f"images must be uint8, or floating point that is normalised already, got {x.dtype}")
-        if x.dim() >= 3 and x.shape[-3] != self.config.in_channels:
+        if x.dim() in (4, 5) and x.shape[-3] != self.config.in_channels:
             raise ValueError(
                 f"images must be [N, C, H, W] or frames [T, N, C, H, W] with C={self.config.in_channels}, "
                 f"got {list(x.shape)}"

@@ -40,7 +40,7 @@ def shown(result: Mapping[str, Any], *, layers: bool) -> Iterator[str | Table]:
         yield rows_table(rows, _AGREEMENT, trained_T)
         yield f"[dim]* the T of the training; {_reading(agreement)}[/dim]"
     if layers:
-        yield f"layers of neurons, T={rows[-1]['T']}{_both(agreement)}"
+        yield f"layers of neurons, T={rows[-1]['T']}{_seen_by_both(result)}"
         yield _neurons_table(result["neurons"])
 
 
@@ -51,11 +51,11 @@ def _heading(agreement: Mapping[str, Any]) -> str:
     return f"beside PyTorch on {count}, checkpoint {agreement['checkpoint_sha256'][:12]}"
 
 
-def _both(agreement: Mapping[str, Any] | None) -> str:
-    """On which images the layers stand beside PyTorch's."""
-    if agreement is None or agreement["with"] == "reference":
+def _seen_by_both(result: Mapping[str, Any]) -> str:
+    """On which images the layers stand beside PyTorch's; files of earlier versions have the engine's rate on all."""
+    if not any("engine_firing_rate" in layer for layer in result["neurons"]):
         return ""
-    return f", on the {agreement['num_images']:,} images that PyTorch saw too"
+    return f", on the {result['agreement']['num_images']:,} images that PyTorch saw too"
 
 
 def _reading(agreement: Mapping[str, Any]) -> str:
