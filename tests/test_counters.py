@@ -301,7 +301,7 @@ class Unusual(nn.Module):
         self.first = self.again = nn.Conv2d(4, 4, 3, padding=1)
         self.forked, self.left, self.right = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
         self.circular = nn.Conv2d(4, 4, 3, padding="same", padding_mode="circular")
-        self.padded = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3))
+        self.padded = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3, padding="valid"))
         self.gate, self.gated, self.readout = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(256, 10)
 
     def forward(self, x: Tensor, T: int) -> Tensor:

@@ -49,14 +49,19 @@ def test_what_asks_for_the_size_of_the_batch_alone_is_not_encoded() -> None:
 
 def test_views_at_the_end_are_taken_at_every_step() -> None:
     steps = Steps()
-    steps.fire(steps.add("Reshape", steps.add("Gemm", steps.add("Flatten", steps.image))))
+    steps.fire(steps.add("Unsqueeze", steps.add("Reshape", steps.add("Gemm", steps.add("Flatten", steps.image)))))
     assert steps.encoder() == ["Flatten", "Gemm"]
 
 
 @pytest.mark.parametrize(
     ("op", "shape", "dtype"),
-    [("ReduceMax", (1, 8), FLOAT), ("Greater", ("batch", 8), ir.DataType.BOOL), ("Range", ("batch",), FLOAT)],
-    ids=["over the batch", "bool", "no axis but the batch"],
+    [
+        ("ReduceMax", (1, 8), FLOAT),
+        ("Greater", ("batch", 8), ir.DataType.BOOL),
+        ("Range", ("batch",), FLOAT),
+        ("Relu", ("batch", "T"), FLOAT),
+    ],
+    ids=["over the batch", "bool", "no axis but the batch", "an open axis"],
 )
 def test_what_is_no_current_of_each_image_is_not_encoded(op: str, shape: Any, dtype: ir.DataType) -> None:
     steps = Steps()

@@ -210,7 +210,7 @@ def test_no_steps_are_refused(T: int) -> None:
 
 
 @pytest.mark.parametrize("T", [1.5, "2", True])
-def test_half_a_step_is_refused(T: Any) -> None:
+def test_steps_that_are_not_whole_are_refused(T: Any) -> None:
     with pytest.raises(ValueError, match=f"T must be a whole number, got {T!r}"):
         encoder()[0](shifted()[0], T)
 

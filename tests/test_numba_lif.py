@@ -102,10 +102,12 @@ def test_a_kernel_is_kept_where_nothing_can_be_locked(error: type[Exception], mo
     pytest.importorskip("numba")
     from tetdeploy.kernels import numba_kernels
 
-    monkeypatch.setattr(numba_kernels, "FileLock", Mock(side_effect=error))
+    lock = Mock(side_effect=error)
+    monkeypatch.setattr(numba_kernels, "FileLock", lock)
     cache = SimpleNamespace(cache_path="folder", load_overload=lambda *sought: sought, save_overload=None)
     kernel = numba_kernels._kept_in_turn(SimpleNamespace(_cache=cache))
     assert kernel._cache.load_overload("signature", "context") == ("signature", "context")
+    lock.assert_called_once_with(Path("folder", "tetdeploy.lock"), timeout=60, fallback_to_soft=False)
     assert numba_kernels._kept_in_turn(abs) is abs  # what is not compiled has no such cache
 
 

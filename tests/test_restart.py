@@ -281,7 +281,8 @@ def test_of_a_run_the_later_of_shards_and_checkpoint_goes_on(tmp_path: Path) -> 
     assert find_restart(tmp_path / "r" / "shards").epoch == 1
 
 
-def test_metrics_that_did_not_come_along_are_left_out(tmp_path: Path) -> None:
+def test_shards_of_an_earlier_version_and_without_metrics_go_on(tmp_path: Path) -> None:
+    """They do not say how long the epoch took so far; metrics that did not come along are left out."""
     interrupted(tmp_path / "first", 2 * STEPS + 1)
     shards = carried(tmp_path / "first", tmp_path / "carried")
     (folder,) = shards.iterdir()

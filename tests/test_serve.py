@@ -383,7 +383,7 @@ def test_calls_whose_deadline_passes_are_counted() -> None:
         with rpc.InferenceServerClient(running.grpc) as client:
             assert client.is_server_live()  # the deadline is not to pass while it connects
             with pytest.raises(rpc.InferenceServerException, match="Deadline Exceeded"):
-                client.infer("step", asked(rpc, images(1)), client_timeout=2)
+                client.infer("step", asked(rpc, images(1)), client_timeout=0.5)
         left = {"model": "step", "status": "499"}
         wait_until(lambda: running.metric("tetdeploy_refused_total", **left) == 1)
         assert running.metric("tetdeploy_queue_requests", model="step") == 0

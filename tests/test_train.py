@@ -388,11 +388,17 @@ def test_a_resumed_run_ends_with_the_same_bits(
 
 def test_a_run_with_frozen_weights_resumes(tmp_path: Path) -> None:
     """Of which there is no average."""
-    classifier, again = toy(), toy(seed=5)
-    for made in (classifier, again):
+
+    def frozen(*arguments: Any, **options: Any) -> Classifier:
+        made = toy(*arguments, **options)
         made.network.conv.requires_grad_(False)
-        run(tmp_path, made, config=settings(epochs=1, ema=0.5), resume=made is again)
-    assert same_weights(again, classifier)
+        return made
+
+    whole, resumed, config = frozen(), frozen(seed=5), settings(epochs=2, ema=0.5)
+    run(tmp_path / "whole", whole, config=config)
+    run(tmp_path / "cut", frozen(interrupt_at(STEPS + 1)), config=config)
+    run(tmp_path / "cut", resumed, config=config, resume=True)
+    assert same_weights(resumed, whole)
 
 
 def test_a_run_that_goes_on_in_another_precision_says_so(
@@ -595,13 +601,14 @@ def test_every_batch_is_chosen_and_augmented_anew(tmp_path: Path, monkeypatch: p
     assert len(set(orders)) == len(orders) and all(len(set(order)) == 8 * STEPS for order in orders)
 
 
-def test_cutout_of_an_augmented_batch_blanks_to_the_mean() -> None:
-    images, draws = DeviceImages(TRAIN, toy(), settings(augment="shift", cutout=3)), torch.arange(8)[None]
+@pytest.mark.parametrize("augment", ["none", "shift"])
+def test_cutout_comes_after_the_augmentation_and_blanks_to_the_mean(augment: str) -> None:
+    images, draws = DeviceImages(TRAIN, toy(), settings(augment=augment, cutout=3)), torch.arange(8)[None]
     ((x, labels),) = images.drawn(Draws(draws, (7,), slice(2, 6)))
     grey = torch.tensor([128], dtype=torch.uint8)  # 127.5, rounded
     generator = Generator().manual_seed(7)
-    shifted = AUGMENTATIONS["shift"](torch.tensor(TRAIN.images[:8]), generator)
-    wanted = cutout(shifted, generator, size=3, fill=grey)
+    augmented = AUGMENTATIONS[augment](torch.tensor(TRAIN.images[:8]), generator)
+    wanted = cutout(augmented, generator, size=3, fill=grey)
     assert torch.equal(x, wanted[2:6]) and labels.tolist() == TRAIN.labels[2:6].tolist()
 
 
