@@ -224,6 +224,7 @@ def test_the_reference_of_another_model(engine: Engine, change: Callable[[dict[s
         lambda arrays: arrays.update(spike_counts=arrays["spike_counts"].astype(np.float32)),
         lambda arrays: arrays.update(x=arrays["x"][:-1]),
         lambda arrays: arrays.update(labels=np.full(len(arrays["x"]), 10)),
+        lambda arrays: arrays.update(labels=np.full(len(arrays["x"]), -1)),
         lambda arrays: arrays.update(labels=np.zeros(3, np.int64)),
         lambda arrays: arrays.update(labels=np.full(len(arrays["x"]), "seven")),
     ],

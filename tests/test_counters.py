@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tetdeploy.energy import Layer, layers_of, other_ops
 from tetdeploy.export import ExportConfig, counters, export_model
 from tetdeploy.export.audit import CountError, _operations, _Read, audit
+from tetdeploy.export.binary_values import BinaryValues
 from tetdeploy.export.config import Layout
 from tetdeploy.export.counters import Layers, counting_overlay
 from tetdeploy.export.neuron_steps import Neurons
@@ -104,6 +105,39 @@ def test_which_inputs_are_binary(fold_bn: bool, tmp_path: Path) -> None:
     assert seen == {name: name in BINARY for name in HEADS}
     assert {name: said[name] for name in HEADS} == seen
     assert runner.metadata["uncounted"] == []
+
+
+def test_what_operations_make_of_spikes_and_of_their_sums() -> None:
+    def constant(*numbers: float) -> ir.Value:
+        return ir.Value(name=str(numbers), const_value=ir.tensor(np.array(numbers, np.float32)))
+
+    zero, one, half, unknown = constant(0), constant(1), constant(0.5), ir.Value(name="unknown")
+    s = ir.Value(name="s")
+    known, add = BinaryValues([s]), ir.node("Add", [s, s])
+    known.propagate(add)
+    (total,) = add.outputs  # 0, 1 or 2
+    stay = ("Relu", "Abs", "MaxPool", "ReduceMax", "ReduceMin", "Transpose")
+    change = ("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum", "Resize", "CumSum", "Neg", "Softmax")
+    binary: list[tuple[str, list[ir.Value | None]]] = [
+        *((kind, [s]) for kind in (*stay, "Pad")),
+        *[("Max", [s, s]), ("Min", [total, s]), ("Mul", [s, s]), ("Mul", [s, constant(0, 1)]), ("Sub", [one, s])],
+        *[("Clip", [total, zero, one]), ("QuantizeLinear", [s, one, zero])],
+    ]
+    other: list[tuple[str, list[ir.Value | None]]] = [
+        *((kind, [total]) for kind in stay),
+        *((kind, [s]) for kind in change),
+        *[("Max", [s, total]), ("Max", [s, half]), ("Sum", [s, s]), ("Div", [s, total])],
+        *[("Concat", [s, total]), ("Concat", [s, unknown]), ("Where", [None, s, total]), ("Where", [None, total, s])],
+        *[("Mul", [total, s]), ("Mul", [s, constant(0, 2)]), ("Mul", [s, constant(-1)])],
+        *[("Sub", [one, total]), ("Sub", [s, one]), ("Sub", [constant(1, 2), s])],
+        *[("Clip", [total, zero]), ("Clip", [s, half, one]), ("Clip", [unknown, zero, one])],
+        *[("QuantizeLinear", [s, half]), ("QuantizeLinear", [s, one, one]), ("Pad", [s, None, half])],
+    ]
+    for cases, wanted in ((binary, True), (other, False)):
+        for kind, inputs in cases:
+            node = ir.node(kind, inputs)
+            known.propagate(node)
+            assert known.is_binary(node.outputs[0]) == wanted, (kind, inputs)
 
 
 # ------------------------------------------------------------------------------------------- once or at every step

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from test_imports import HEAVY, loaded_by
 
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
+from tetdeploy.energy import Layer
 from tetdeploy.export.sequence_graph import sequence_graph
-from tetdeploy.inspection import inspect
+from tetdeploy.inspection import _layer, _type, inspect
 from tetdeploy.report.inspection import inspection_tables, size
 from tetdeploy.tensor_file import write_tensors
 
@@ -124,6 +126,31 @@ class TestModel:
         convolutions = [m for m in convsnn().modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
         assert [layer["weights"] for layer in found["layers"]] == [m.weight.numel() for m in convolutions]
         assert [layer["input"] for layer in found["layers"]] == ["pixels", "spikes", "spikes", "spikes"]
+        assert found["num_weights"] == sum(m.weight.numel() for m in convolutions)
+        assert found["num_neurons"] == sum(neuron["size"] for neuron in found["neurons"])
+
+    def test_what_is_said_of_a_layer(self) -> None:
+        padded = {"strides": (2, 2), "pads": ((1, 1), (1, 1)), "dilations": (1, 1)}
+        layer = Layer("c", (4, 6, 6), 8, from_input=False, binary=False, kernel=(3, 3), precision="int8", **padded)
+        assert _layer(layer) == {
+            "name": "c",
+            "type": "convolution",
+            "input_shape": [4, 6, 6],
+            "input": "analogue",
+            "outputs": 8,
+            "kernel": [3, 3],
+            "precision": "int8",
+            "strides": [2, 2],
+            "weights": 4 * 8 * 9,
+            "fan_out": pytest.approx(8 * 64 / 36),  # of the 9 outputs at each place, 4, 6 or 9 of a value's
+            "dense_ops": 4 * 8 * 64,
+            "once": False,
+        }
+        of_frames = _layer(replace(layer, from_input=True))
+        assert (of_frames["input"], of_frames["once"]) == ("pixels", False)
+        assert _layer(replace(layer, once=True))["once"] and _layer(replace(layer, binary=True))["input"] == "spikes"
+        kinds = ["linear", "convolution 1d", "convolution", "convolution 3d", "other"]
+        assert [_type(False, {"weight": [1] * axes}) for axes in (2, 3, 4, 5, 6)] == kinds
 
     def test_json_can_be_written_and_tables_fit_100_columns(self) -> None:
         found = inspect(exported("step"))

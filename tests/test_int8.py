@@ -36,7 +36,14 @@ from tetdeploy.int8 import network as int8_network
 from tetdeploy.int8 import quantisation
 from tetdeploy.int8.calibration import METHODS, CurrentHistogram, _squared_error, calibrate, record_currents
 from tetdeploy.int8.network import Int8Network
-from tetdeploy.int8.quantisation import CurrentScale, Int8Error, int8_conv, quantise, spiking_convolutions
+from tetdeploy.int8.quantisation import (
+    CurrentScale,
+    Int8Error,
+    int8_conv,
+    quantise,
+    scales_sha256,
+    spiking_convolutions,
+)
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.neurons import LIF
 from tetdeploy.sweep import sweep
@@ -323,6 +330,11 @@ def test_the_gate_sees_a_layer_that_is_another_in_int8(
     with pytest.raises(Int8Error, match=r"the currents of layer2\.0 in int8 differ .* use --precision fp32$"):
         export_anew(tmp_path / "m.onnx", T=5)
     assert not list(tmp_path.iterdir())
+
+
+def test_scales_are_told_apart_by_name_scale_and_zero() -> None:
+    every = [{"a": CurrentScale(0.1, 5)}, {"b": CurrentScale(0.1, 5)}, {"a": CurrentScale(0.2, 5)}]
+    assert len({scales_sha256(scales) for scales in (*every, {"a": CurrentScale(0.1, 6)}, {})}) == 5
 
 
 class Leaky(nn.Module):

@@ -437,8 +437,8 @@ def summed_in_place(x: Tensor) -> Tensor:
         (nn.AvgPool2d(1, ceil_mode=True), "average pooling with ceil_mode, a divisor"),
         (nn.AvgPool2d(1, divisor_override=2), "average pooling with ceil_mode, a divisor"),
         (
-            nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Upsample((8, 8))),
-            r"adaptive average pooling of \[8, 8\] to \[3, 3\]",
+            nn.Sequential(nn.AdaptiveAvgPool2d((3, 4)), nn.Upsample((8, 8))),
+            r"adaptive average pooling of \[8, 8\] to \[3, 4\]",
         ),
         (Thrown(lambda x: x + x), "a value added to itself"),
         (Thrown(lambda x: x + 1.0), "a sum with something that is not computed from the input"),

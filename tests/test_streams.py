@@ -330,6 +330,8 @@ def test_refused_states(tmp_path: Path) -> None:
         broken = {**good.carried, "u.lif1": good.carried["u.lif1"] + np.float32(value)}
         with pytest.raises(ValueError, match=r"the state is damaged: u\.lif1 holds NaN"):
             pool.open(StreamState(broken, good.sum_logits, 1, good.model_sha256))
+        with pytest.raises(ValueError, match="the state is damaged: sum_logits holds NaN"):
+            pool.open(StreamState(good.carried, good.sum_logits + value, 1, good.model_sha256))
     assert len(pool) == 1
     assert pool.state(pool.open(StreamState(good.carried, good.sum_logits, 2**62, good.model_sha256))).t == 2**62
     data = good.to_bytes()
