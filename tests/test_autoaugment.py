@@ -128,3 +128,10 @@ def test_a_gpu_makes_the_same_of_the_same_draws() -> None:
     generator = Generator("cuda").manual_seed(5)
     first = AUGMENTATIONS["autoaugment"](images.cuda(), generator)
     assert torch.equal(first, AUGMENTATIONS["autoaugment"](images.cuda(), generator.manual_seed(5)))
+
+
+def test_it_comes_behind_crop_and_flip() -> None:
+    images = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
+    one, other = Generator().manual_seed(1), Generator().manual_seed(1)
+    wanted = autoaugment(AUGMENTATIONS["crop-flip"](images, one), one)
+    assert torch.equal(AUGMENTATIONS["autoaugment"](images, other), wanted)

@@ -378,3 +378,11 @@ def test_newest_run_without_a_run(tmp_path: Path) -> None:
         (tmp_path / "latest").write_bytes(text)
         with pytest.raises(FileNotFoundError, match=f"latest {fault}; name another run folder"):
             newest_run(tmp_path)
+
+
+def test_the_normalisation_comes_back_to_the_bit(tmp_path: Path) -> None:
+    config = NetworkConfig("convsnn", 2, 1, (8, 8), width=0.1)
+    own = Classifier(build_network(config), config=config, mean=(1 / 3,), std=(1 / 255,), class_names=("a", "b"))
+    save_checkpoint(tmp_path / "c.safetensors", own, training={}, provenance={})
+    again = load(tmp_path / "c.safetensors")
+    assert torch.equal(again.mean, own.mean) and torch.equal(again.std, own.std)

@@ -39,6 +39,7 @@ from tetdeploy.data import (
     digits,
     fashion_mnist,
     holds_out_others,
+    imagenet,
     load_data,
     load_parts,
     same_data,
@@ -46,6 +47,7 @@ from tetdeploy.data import (
     split_validation,
 )
 from tetdeploy.data.cache import cached
+from tetdeploy.data.cifar import CIFAR10, CIFAR100
 from tetdeploy.data.images import channel_statistics
 
 NO_DATA = Path("nowhere")
@@ -1001,3 +1003,11 @@ def test_real_cifar10_train_split(real_data: Path) -> None:
 def test_the_same_data_under_other_names(name: str, other: str, same: bool) -> None:
     assert same_data(name, other) is same
     assert same_data(str(Path("d.npz").absolute()), "d.npz")
+
+
+def test_normalisation_and_classes_are_those_of_published_weights() -> None:
+    assert (CIFAR10.mean, CIFAR10.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert (CIFAR100.mean, CIFAR100.std) == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+    assert (imagenet.MEAN, imagenet.STD) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    for data, count in ((CIFAR10, 10), (CIFAR100, 100)):  # in alphabetical order, as the files number them
+        assert data.class_names == tuple(sorted(set(data.class_names))) and len(data.class_names) == count

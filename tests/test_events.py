@@ -261,6 +261,12 @@ def test_event_folder_by_time_and_from_the_cache(tmp_path: Path, monkeypatch: py
     np.testing.assert_array_equal(again.x, by_time.x)
 
 
+def test_the_cache_tells_numbers_of_frames_apart(tmp_path: Path) -> None:
+    root = event_folder(tmp_path / "set")
+    held = [load_data(f"events:{root}", "train", data_dir=NOWHERE, T=T).x.shape[1] for T in (2, 3, 2)]
+    assert held == [2, 3, 2]
+
+
 def test_event_folder_of_all_formats(tmp_path: Path) -> None:
     pytest.importorskip("tonic")
     for part in ("train", "test"):
@@ -639,6 +645,21 @@ def test_the_first_thousand_recordings_are_measured() -> None:
 
 
 # ---------------------------------------------------------------- augmentation
+
+
+def test_cutout_is_the_same_at_every_step() -> None:
+    torch = pytest.importorskip("torch")
+    from tetdeploy.networks import Classifier, NetworkConfig, build_network
+    from tetdeploy.train import TrainConfig
+    from tetdeploy.train.batches import DeviceImages, Draws
+
+    data = frame_set(frames=np.full((12, 3, 2, 8, 8), 9, np.uint8))
+    config = NetworkConfig("convsnn", 3, 2, (8, 8), width=0.1)
+    network, stored = build_network(config), {"mean": data.mean, "std": data.std, "class_names": data.class_names}
+    classifier = Classifier(network, config=config, encoding="frames", **stored)
+    images = DeviceImages(data, classifier, TrainConfig(T=3, epochs=1, augment="none", cutout=3))
+    ((x, _),) = images.drawn(Draws(torch.arange(4)[None], (0,), slice(4)))
+    assert (x == 0).any((1, 2, 3, 4)).all() and torch.equal(x, x[:, :1, :1].expand_as(x))
 
 
 def test_flip_and_roll_are_the_same_at_every_step() -> None:

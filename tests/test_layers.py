@@ -193,9 +193,17 @@ def test_frames_are_encoded_each_and_their_T_may_be_left_out() -> None:
     torch.testing.assert_close(encode(frames, 3), in_a_loop, rtol=1e-12, atol=1e-12)
 
 
-def test_frames_with_another_T_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"frames \[T, N, C, H, W\] hold T=3 steps, but T=4 was asked for"):
-        encoder()[0](shifted(T=3), 4)
+@pytest.mark.parametrize("T", [2, 4])
+def test_frames_with_another_T_are_refused(T: int) -> None:
+    with pytest.raises(ValueError, match=rf"frames \[T, N, C, H, W\] hold T=3 steps, but T={T} was asked for"):
+        encoder()[0](shifted(T=3), T)
+
+
+@pytest.mark.parametrize("layer", [nn.Flatten(), nn.Identity(), nn.Dropout().eval()])
+def test_hooks_before_layers_that_only_flatten_are_called(layer: nn.Module) -> None:
+    x = torch.ones(2, 3, 4)
+    layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    assert torch.equal(OverTime(layer)(x), 2 * x)
 
 
 def test_images_without_T_are_refused() -> None:

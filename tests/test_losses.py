@@ -176,5 +176,7 @@ def test_distillation_refuses() -> None:
     logits, _ = draw()
     with pytest.raises(ValueError, match=r"teacher_logits are torch.float32 \[5, 7, 4\]; .* want floating \[7, 4\]"):
         distillation_loss(logits, torch.zeros(5, 7, 4))
+    with pytest.raises(ValueError, match=r"teacher_logits are torch.int64 \[7, 4\]; .* want floating"):
+        distillation_loss(logits, torch.zeros(7, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"tau_kd is 0.0; .*above 0"):
         distillation_loss(logits, torch.zeros(7, 4), tau_kd=0.0)

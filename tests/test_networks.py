@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tetdeploy.layers import tdBN
 from tetdeploy.networks import NETWORKS, Classifier, NetworkConfig, build_network, import_network
 from tetdeploy.networks.blocks import conv_bn
 from tetdeploy.networks.resnet19 import ResNet19
@@ -77,7 +78,9 @@ def test_images_need_not_be_square_and_wrong_ones_are_refused(model: str) -> Non
 @pytest.mark.parametrize("model", NETWORKS)
 def test_neurons_have_the_configured_parameters(model: str) -> None:
     config = NetworkConfig(model, 3, 1, (SIDE, SIDE), width=0.05, tau=0.25, v_th=0.75, gamma=2.0)
-    neurons = {(m.tau, m.v_th, m.gamma) for m in build_network(config).modules() if isinstance(m, LIF)}
+    network = build_network(config)
+    neurons = {(m.tau, m.v_th, m.gamma) for m in network.modules() if isinstance(m, LIF)}
+    assert {w for m in network.modules() if isinstance(m, tdBN) for w in m.weight.tolist()} == {0.75}  # alpha v_th
     assert neurons == {(config.tau, 0.75, 2.0)}
 
 
@@ -393,3 +396,10 @@ def test_the_hidden_neurons_of_resnet19_fire_from_the_start(v_th: float) -> None
         spikes = network.lif2(current)
     assert 0.7 * v_th < current.std() < 1.4 * v_th
     assert 0.05 < spikes.mean() < 0.3
+
+
+def test_vggsnn_starts_as_the_authors() -> None:
+    network = build_network(NetworkConfig("vggsnn", 3, 2, (SIDE, SIDE), width=0.25))
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            assert layer.weight.std().item() == pytest.approx((2 / (9 * layer.out_channels)) ** 0.5, rel=0.15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tetdeploy.int8.calibration import Calibration
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import CurrentScale, fake_quantised_conv
 from tetdeploy.tracing import Tracer
-from tetdeploy.train import TrainConfig, TrainResult, train
+from tetdeploy.train import TrainConfig, TrainResult, qat, train
 
 TRAIN, VAL = split_validation(load_data("digits", "train", data_dir=Path()).select(slice(400)), fraction=0.2)
 SCALES = {"layer2.0": CurrentScale.covering(-3, 3), "layer3.1": CurrentScale.covering(-3, 3)}
@@ -180,3 +181,12 @@ def test_networks_without_spikes_are_refused(option: tuple[str, ...], kind: str,
     )
     refused = run("train", "--qat", "--init", tmp_path / "a", "--out", tmp_path / "b", code=1)
     assert kind in refused and "leave out --qat" in refused
+
+
+def test_scales_are_found_on_the_last_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, seen, network = load_data("digits", "train", data_dir=Path("data")), [], copy.deepcopy(convsnn()).train()
+    monkeypatch.setattr(qat, "calibrate", lambda tracer, x, labels, T, answers: seen.append((x, labels, T)))
+    qat.find_scales(network, data, 3)
+    ((x, labels, T),) = seen
+    assert np.array_equal(x, data.x[-512:]) and np.array_equal(labels, data.labels[-512:])
+    assert T == 3 and not network.training

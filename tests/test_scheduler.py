@@ -546,3 +546,12 @@ def test_what_a_failed_call_was_to_replace_is_closed() -> None:
     assert not pool.pushed
     sequences.expire(0)
     assert len(sequences) == 0
+
+
+def test_a_sequence_of_which_steps_still_wait_does_not_expire() -> None:
+    sequences: Any = Sequences(Pool(), timeout=1, limit=1)
+    steps = sequences.admit("a", [1, 2, 3], start=True, end=False, now=0)
+    for step in steps:
+        assert sequences.expire(9) == []
+        sequences.run([step])
+    assert sequences.expire(9) == [steps[0].sequence]
