@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from tetdeploy.arguments import check_flags
+from tetdeploy.arguments import check_count, check_flags
 from tetdeploy.data import Encoding
-from tetdeploy.steps import check_count
 
 Layout = Literal["unrolled", "dynamic", "step"]
 Precision = Literal["fp32", "fp16", "int8"]

@@ -24,8 +24,12 @@ from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig
 from tetdeploy.streams import StreamPool
 from tetdeploy.tracing import Tracer
 
-# Made for the first export: what imports this, and is killed before that, leaves none.
-_folder = cache(partial(tempfile.TemporaryDirectory, prefix="tetdeploy-tests-"))
+_temporary = cache(partial(tempfile.TemporaryDirectory, prefix="tetdeploy-tests-"))
+
+
+def folder() -> Path:
+    """Of this process's exports, made for the first: what imports this, and is killed before that, leaves none."""
+    return Path(_temporary().name)
 
 
 @cache
@@ -95,7 +99,7 @@ def _inputs(config: ExportConfig, count: int, T: int) -> np.ndarray[Any, Any]:
 def _export(config: ExportConfig, images: np.ndarray[Any, Any], **options: Any) -> Path:
     """To a file whose name says what is not the default."""
     chosen = (f"{f.name}-{getattr(config, f.name)}" for f in fields(config)[1:] if getattr(config, f.name) != f.default)
-    path = Path(_folder().name) / f"{'-'.join([config.layout, *chosen])}.onnx"
+    path = folder() / f"{'-'.join([config.layout, *chosen])}.onnx"
     with shared_traces():
         return export_model(convsnn(), path, config, images, **options).path
 

@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 import signal
-import tempfile
 import warnings
 from collections import Counter
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
-from export_helpers import digits, engine, exported, frames, int8_exported, layouts
+from export_helpers import digits, engine, exported, folder, frames, int8_exported, layouts
 
 from tetdeploy.cli import main
 from tetdeploy.export import tensorrt
@@ -31,7 +30,6 @@ from tetdeploy.runtimes.nvidia import NoGpuError, target_architectures
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra rtx)")
 
 RTX = BuildConfig(package="tensorrt-rtx")
-_folder = cache(partial(tempfile.TemporaryDirectory, prefix="tetdeploy-tests-"))
 
 
 @cache
@@ -64,7 +62,7 @@ TARGET = "tensorrt-rtx"
 @cache
 def built_once(layout: str, **options: Any) -> Built:
     name = "-".join([layout, *(f"{k}-{v}" for k, v in sorted(options.items()))])
-    return build_engine(exported(layout, target=TARGET, **options), Path(_folder().name) / f"{name}.engine", RTX)
+    return build_engine(exported(layout, target=TARGET, **options), folder() / f"{name}.engine", RTX)
 
 
 def reads(built: Built, *operators: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import fields
 from typing import Any
 
@@ -32,6 +33,32 @@ def check_number(name: str, value: Any) -> float:
     if isinstance(value, bool | np.bool_ | str) or np.ndim(value) or not hasattr(value, "__float__"):
         raise ValueError(f"{name} must be a number, got {value!r}")
     return float(value)
+
+
+def check_count(name: str, number: Any) -> int:
+    """A whole number of at least 1, of Python or NumPy; `name` is what errors call it.
+
+    Raises:
+        ValueError: it is something else, `2.0` or `True`, or below 1.
+    """
+    count = check_whole(name, number)
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+    return count
+
+
+def check_whole(name: str, number: Any) -> int:
+    """A whole number, of Python or NumPy; `name` is what errors call it.
+
+    Raises:
+        ValueError: it is something else, `2.0` or `True`.
+    """
+    try:
+        if isinstance(number, bool):
+            raise TypeError
+        return operator.index(number)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {number!r}") from None
 
 
 def check_type(name: str, value: Any, kind: type, remedy: str = "") -> None:

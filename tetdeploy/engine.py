@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy import native
+from tetdeploy.arguments import check_count
 from tetdeploy.early_exit import Exit
 from tetdeploy.energy import layers_of
 from tetdeploy.model_file import check_outputs
 from tetdeploy.names import first_line
 from tetdeploy.runtimes.native_session import zeros_last
 from tetdeploy.runtimes.sessions import Sessions, check_runtime, gains_from_native
-from tetdeploy.steps import check_count
 from tetdeploy.stream import Stream
 
 Array = NDArray[Any]

@@ -72,9 +72,7 @@ def energy_constants(
         )
     if not own:
         return CONSTANTS[precision]
-    for name, value in own.items():
-        check_number(name, value)
-    source = "given: " + ", ".join(f"{name} {value:g}" for name, value in own.items())
+    source = "given: " + ", ".join(f"{name} {check_number(name, value):g}" for name, value in own.items())
     if len(own) == 2:
         return EnergyConstants(**own, source=source)
     known = CONSTANTS[precision]

@@ -1,8 +1,7 @@
-"""Numbers of time steps: as they are typed, as they are given, and that of a training."""
+"""Numbers of time steps: as they are typed, and that of a training."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,32 +24,6 @@ def parse_steps(text: str) -> tuple[int, ...]:
     if any(not 1 <= first <= last <= MAX_T for first, last in ends):
         raise ValueError(f"T must lie in 1..{MAX_T}, from low to high; got {text!r}")
     return tuple(sorted({t for first, last in ends for t in range(first, last + 1)}))
-
-
-def check_count(name: str, number: Any) -> int:
-    """A whole number of at least 1, of Python or NumPy; `name` is what errors call it.
-
-    Raises:
-        ValueError: it is something else, `2.0` or `True`, or below 1.
-    """
-    count = check_whole(name, number)
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
-    return count
-
-
-def check_whole(name: str, number: Any) -> int:
-    """A whole number, of Python or NumPy; `name` is what errors call it.
-
-    Raises:
-        ValueError: it is something else, `2.0` or `True`.
-    """
-    try:
-        if isinstance(number, bool):
-            raise TypeError
-        return operator.index(number)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {number!r}") from None
 
 
 def trained_T(metadata: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tetdeploy.steps import check_count
+from tetdeploy.arguments import check_count
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Array, Engine

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from tetdeploy.arguments import check_count
 from tetdeploy.batches import parts
 from tetdeploy.engine import Array, Engine
 from tetdeploy.files import atomic_write, opened_npz
 from tetdeploy.runtimes.native_session import zeros_last
-from tetdeploy.steps import check_count
 from tetdeploy.stream import StepResult, check_finite
 
 _PREFIX = "carried."  # of the arrays' names in a file

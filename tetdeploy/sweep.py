@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.arguments import check_count
 from tetdeploy.batches import parts
 from tetdeploy.energy import CONVENTIONS, Operations, layers_of, other_ops, other_ops_pj
 from tetdeploy.engine import Engine
 from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
 from tetdeploy.provenance import engine_provenance, images_sha256
-from tetdeploy.steps import check_count
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tetdeploy.arguments import check_type
+from tetdeploy.arguments import check_count, check_type
 from tetdeploy.networks import Classifier, run_network
-from tetdeploy.steps import check_count
 from tetdeploy.traced_network import Runnable
 
 from .device import autocast

@@ -18,10 +18,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.arguments import check_number
+from tetdeploy.arguments import check_count, check_number
 from tetdeploy.files import sha256_of
 from tetdeploy.form import FRACTION, STEP, check_form, parse_json
-from tetdeploy.steps import check_count
 
 Criterion = Literal["confidence", "margin"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
@@ -48,10 +47,10 @@ class Exit:
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
             raise ValueError(f"unknown criterion {self.criterion!r}; choose {' or '.join(CRITERIA)}")
-        object.__setattr__(self, "threshold", check_number("threshold", self.threshold))
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold must lie in 0..1, got {self.threshold}; 1 stops no image early")
-        object.__setattr__(self, "threshold", float(self.threshold))
+        threshold = check_number("threshold", self.threshold)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must lie in 0..1, got {threshold}; 1 stops no image early")
+        object.__setattr__(self, "threshold", float(threshold))
         object.__setattr__(self, "min_T", check_count("min_T", self.min_T))
 
     def certain(self, mean_logits: NDArray[Any]) -> NDArray[np.bool_]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.arguments import check_count
 from tetdeploy.batches import parts
 from tetdeploy.bench import machine
 from tetdeploy.early_exit import Exit
@@ -22,7 +23,6 @@ from tetdeploy.energy import Operations
 from tetdeploy.engine import Engine, Result
 from tetdeploy.machine import load_average
 from tetdeploy.provenance import engine_provenance, images_sha256
-from tetdeploy.steps import check_count
 from tetdeploy.sweep import Tally, check_labels
 
 Array = NDArray[Any]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tetdeploy.arguments import check_flags, check_number, check_type
+from tetdeploy.arguments import check_count, check_flags, check_number, check_type
 from tetdeploy.data import Encoding
 from tetdeploy.networks.ann import has_neurons, is_ann_twin
 from tetdeploy.networks.convsnn import ConvSNN
@@ -26,7 +26,6 @@ from tetdeploy.networks.smooth_spike import steepness
 from tetdeploy.networks.spiking_resnet34 import SpikingResNet34
 from tetdeploy.networks.twins import ann_twin, smooth_twin
 from tetdeploy.networks.vggsnn import VGGSNN
-from tetdeploy.steps import check_count
 
 __all__ = [
     "NETWORKS",
