@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,12 @@ def interrupt_at(count: int) -> Callable[[int], None]:
         ({"T": 1025}, "T is 1025; it must be at most 1024"),
         ({"tit": "1:1,1025:1"}, "T is 1025; it must be at most 1024"),
         ({"random_T": "1:1025"}, "T is 1025; it must be at most 1024"),
-        ({"T": 2.5}, "T is 2.5; it must be a whole number"),
-        ({"epochs": True}, "epochs is True; it must be a whole number"),
+        ({"T": 2.5}, "T must be a whole number, got 2.5"),
+        ({"epochs": True}, "epochs must be a whole number, got True"),
         ({"lr": 0.0}, r"lr is 0.0; it must be above 0.0"),
         ({"lr": math.nan}, "lr is nan"),
         ({"lr": math.inf}, "lr is inf; it must be above 0.0 and finite"),
-        ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
+        ({"lr": "fast"}, "lr must be a number, got 'fast'"),
         ({"lam": 1.5}, "lam is 1.5; it must be at least 0.0 and at most 1.0"),
         ({"phi": math.inf}, "phi is inf; it must be finite"),
         ({"clip": -1.0}, "clip is -1.0; it must be at least 0"),
@@ -165,6 +166,12 @@ def interrupt_at(count: int) -> Callable[[int], None]:
 def test_config_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
+
+
+def test_config_takes_numpys_numbers() -> None:
+    """As a loop over settings gives them; JSON, which a run writes its settings in, does not hold them."""
+    config = TrainConfig(T=np.int64(2), lr=np.float32(0.5))
+    assert (config.T, config.lr) == (2, 0.5) and json.dumps(asdict(config))
 
 
 @pytest.mark.parametrize(

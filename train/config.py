@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from tetdeploy.arguments import check_flags, check_number
+from tetdeploy.arguments import check_flags, check_number, check_whole
 from tetdeploy.steps import MAX_T
 
 from .augment import AUGMENTATIONS, RESIZED_CROP
@@ -222,11 +222,9 @@ class TrainConfig:
             raise ValueError("random_T and tit both decide the time steps of training; choose one of them")
 
     def _check_number(self, name: str) -> None:
-        value = getattr(self, name)
+        value = (check_whole if name in _WHOLE else check_number)(name, getattr(self, name))
+        object.__setattr__(self, name, value)
         low, high, inclusive = _RANGES[name]
-        if isinstance(value, bool) or not isinstance(value, int if name in _WHOLE else (int, float)):
-            kind = "a whole number" if name in _WHOLE else "a number"
-            raise ValueError(f"{name} is {value!r}; it must be {kind}")
         if not (math.isfinite(value) and low <= value <= high) or (value == low and not inclusive):
             bound = f"at least {low}" if inclusive else f"above {low}"
             limit = f"at most {high}" if math.isfinite(high) else "finite"
