@@ -172,6 +172,13 @@ def test_direct_encoding_sums_the_gradient_over_its_steps(
     compare(stem, lambda stem, x: fire_encoded(stem[1], stem[0], x, T), x, launches=served(device, memory_format))
 
 
+@pytest.mark.parametrize(("T", "message"), [(0, "at least 1, got 0"), (True, "a whole number, got True")])
+def test_steps_that_are_no_count_are_refused(T: int, message: str) -> None:
+    network = build_network(NetworkConfig("convsnn", 3, 1, (8, 8), width=0.1)).train()
+    with pytest.raises(ValueError, match=f"T must be {message}"):
+        network(draw(2, 1, 8, 8), T)
+
+
 def test_frames_through_direct_encoding(device: str) -> None:
     stem = nn.ModuleList([DirectEncoding(*conv_bn(2, 5, 3)), LIF()]).to(device)
     nn.init.constant_(stem[0][1].bias, 0.5)
