@@ -80,6 +80,11 @@ class Doubling(nn.Identity):
         return 2 * x
 
 
+class DoublingFlatten(nn.Flatten):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
 def doubled(layer: nn.Module) -> nn.Module:
     layer.register_forward_hook(lambda module, inputs, output: 2 * output)
     return layer
@@ -98,9 +103,10 @@ def doubled(layer: nn.Module) -> nn.Module:
         (nn.Flatten(),),
         (nn.Flatten(-2), nn.Identity(), nn.Flatten(1, 2)),
         (Doubling(),),
+        (DoublingFlatten(),),
         (nn.Identity(), doubled(nn.Flatten())),
     ],
-    ids=["convolution", "readout", "pooling", "identity", "flatten", "flatten in two", "own", "hooked"],
+    ids=["convolution", "readout", "pooling", "identity", "flatten", "flatten in two", "own", "own flatten", "hooked"],
 )
 def test_over_time_equals_a_loop_over_steps(layers: tuple[nn.Module, ...]) -> None:
     x = shifted(T=5)

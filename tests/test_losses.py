@@ -178,5 +178,6 @@ def test_distillation_refuses() -> None:
         distillation_loss(logits, torch.zeros(5, 7, 4))
     with pytest.raises(ValueError, match=r"teacher_logits are torch.int64 \[7, 4\]; .* want floating"):
         distillation_loss(logits, torch.zeros(7, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"tau_kd is 0.0; .*above 0"):
-        distillation_loss(logits, torch.zeros(7, 4), tau_kd=0.0)
+    for tau_kd in (0.0, float("inf")):
+        with pytest.raises(ValueError, match=rf"tau_kd is {tau_kd}; .*above 0 and finite"):
+            distillation_loss(logits, torch.zeros(7, 4), tau_kd=tau_kd)

@@ -267,6 +267,13 @@ def test_weight_decay_spares_bn_and_biases(name: str) -> None:
         assert all(group["nesterov"] and group["momentum"] == 0.9 for group in optimizer.param_groups)
 
 
+def test_every_kind_of_convolution_decays() -> None:
+    network = nn.Sequential(nn.Conv1d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.Conv3d(1, 1, 1))
+    optimizer = build_optimizer(network, settings(weight_decay=0.3), scaled=False)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.3 for p in group["params"]}
+    assert decayed == {id(layer.weight) for layer in network}
+
+
 def test_sgd_is_not_fused_where_steps_may_be_left_out() -> None:
     with FakeTensorMode():
         network = nn.ParameterList([torch.empty(3, device="cuda")])
