@@ -36,6 +36,7 @@ from torch import Tensor, nn
 import tetdeploy
 from tetdeploy import folding
 from tetdeploy.agreement import reference_path
+from tetdeploy.cli.export import print_exported
 from tetdeploy.engine import Engine
 from tetdeploy.export import (
     ExportConfig,
@@ -973,6 +974,48 @@ def test_images_with_the_same_extremes_tell_a_network_that_mixes_them(count: int
     for x in (same, same / 255.0):
         with pytest.raises(ValueError, match="mixes the images of a batch"):
             check_steps(untested(Brightest()), x, "direct")
+
+
+class Silent(Small):
+    """Its middle layer `quiet` never fires: its currents add up to 0.2 at most."""
+
+    def __init__(self, behind: Callable[[Tensor], Tensor] = lambda y: y) -> None:
+        super().__init__()
+        self.quiet, self.behind = LIF(), behind
+
+    def between(self, spikes: Tensor) -> Tensor:
+        return self.behind(self.quiet(spikes * 0.1))
+
+
+@pytest.mark.parametrize(
+    ("behind", "match"),
+    [
+        (lambda y: y * (1 + y.mean(0)), "mixes time outside its neurons: its answer at step 1 of T=4 differs"),
+        (lambda y: y.cumsum(0), "mixes time outside its neurons: its answer at step 4 of T=4 differs"),
+        (lambda y: y.roll(1, 1), "mixes the images of a batch: the currents of neurons 'lif'"),
+    ],
+)
+def test_what_stands_behind_silent_neurons_is_checked(behind: Callable[[Tensor], Tensor], match: str) -> None:
+    x = torch.from_numpy(digits().images[:2])
+    assert check_steps(untested(Silent()), x, "direct") == 3
+    with pytest.raises(ValueError, match=match):
+        check_steps(untested(Silent(behind)), x, "direct")
+
+
+def test_an_export_names_layers_that_no_checked_image_makes_fire(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ExportConfig("step")
+    written = export_model(untested(Silent()), tmp_path / "m.onnx", config, digits().images[:20], num_check=20)
+    assert written.to_dict()["silent"] == ["quiet", "lif#2"]
+    print_exported(written, config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no neuron of quiet, lif#2 fired on the 20 checked images: what stands behind them was compared at 0" in said
+    assert written.parity is not None
+    fires = dataclasses.replace(written.parity, silent=())
+    for others in ({"parity": fires}, {"from_state": fires}, {"parity": None, "from_state": None}):
+        assert dataclasses.replace(written, **others).silent == []
+    assert dataclasses.replace(written, from_state=None).silent == ["quiet", "lif#2"]
 
 
 class AtTheThreshold(Small):

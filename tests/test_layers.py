@@ -67,6 +67,13 @@ def test_options_of_batch_normalisation_pass_through() -> None:
     assert torch.isfinite(bn(shifted().float())).all()
 
 
+@pytest.mark.parametrize("name", ["v_th", "alpha"])
+@pytest.mark.parametrize("value", [-1, 0, float("nan"), float("inf"), "1"])
+def test_a_threshold_that_is_none_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be (above 0 and finite|a number)[;,] got '?{value}"):
+        tdBN(4, **{name: value})
+
+
 @pytest.mark.parametrize("shape", [(2, 3), (2, 2, 2, 2, 2, 2)])
 def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected 4D input"):

@@ -144,8 +144,12 @@ def test_wrong_dtypes_and_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"label_smoothing is 1.5; .*\[0, 1\]"):
         tet_loss(logits, labels, label_smoothing=1.5)
     for loss, smoothing in ((sdt_loss, 0.0), (tet_loss, 0.1)):
-        with pytest.raises(ValueError, match=r"labels must lie in 0\.\.3, one of K classes; Target 9 is out of bounds"):
-            loss(logits, torch.full_like(labels, 9), label_smoothing=smoothing)
+        for label in (9, -1, -100):  # the last is what PyTorch's own leaves out by default
+            match = rf"labels must lie in 0\.\.3, one of K classes; Target {label} is out of bounds"
+            with pytest.raises(ValueError, match=match):
+                loss(logits, torch.full_like(labels, label), label_smoothing=smoothing)
+            with pytest.raises(ValueError, match=match):
+                loss(logits, labels.index_fill(0, torch.tensor(0), label), label_smoothing=smoothing)
     with pytest.raises(ValueError, match=r"lam is -0.1; .*\[0, 1\]"):
         total_loss(logits, labels, lam=-0.1)
 

@@ -883,6 +883,12 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         train(toy(), TRAIN, VAL, {}, tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="config must be of type TrainConfig, got dict"):
         train_seeds(lambda seed: toy(), TRAIN, VAL, {}, (0,), tmp_path / "seeds")  # type: ignore[arg-type]
+    for flag in ("resume", "board", "progress"):
+        no: dict[str, Any] = {flag: "no"}
+        with pytest.raises(ValueError, match=f"{flag} must be True or False(, or None)?, got 'no'"):
+            train(toy(), TRAIN, VAL, settings(), tmp_path, **no)
+        with pytest.raises(ValueError, match=f"{flag} must be True or False(, or None)?, got 'no'"):
+            train_seeds(lambda seed: toy(), TRAIN, VAL, settings(), (0,), tmp_path / "seeds", **no)
     with pytest.raises(ValueError, match="how must be of type How, got dict"):
         train(toy(), TRAIN, VAL, settings(), tmp_path, how={"recompute": True})  # type: ignore[arg-type]
     for sets in ({"train_set": TRAIN, "val_set": otherwise(VAL)}, {"train_set": otherwise(TRAIN), "val_set": None}):
