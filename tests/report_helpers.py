@@ -14,6 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tetdeploy.report.document import Plot
+from tetdeploy.tensor_file import write_tensors
 
 PLOTTERS = (*(f"sections.{name}" for name in ("accuracy", "cost", "early_exit", "pareto", "training")), "entry_plot")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -87,20 +88,34 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def run_folder(folder: Path, *, metrics: list[dict[str, Any]] | None = None, **training: Any) -> Path:
-    """A run of two epochs without a checkpoint."""
-    network = {"model": "convsnn", "num_classes": 2, "in_channels": 1, "image_size": [8, 8], "width": 1.0}
-    config = {
-        "network": network | {"ann": training.pop("ann", False)},
-        "data": {"name": "digits", "image_shape": [1, 8, 8], "train_images": 900, "val_images": 100},
+def run_folder(
+    folder: Path,
+    *,
+    metrics: list[dict[str, Any]] | None = None,
+    kept: int | None = None,
+    network: dict[str, Any] | None = None,
+    data: str = "digits",
+    **training: Any,
+) -> Path:
+    """A run of two epochs, without a checkpoint or with one, which has no tensors, of the epoch `kept`."""
+    shape = {"model": "convsnn", "num_classes": 2, "in_channels": 1, "image_size": [8, 8], "width": 1.0}
+    config: dict[str, Any] = {
+        "network": shape | {"ann": training.pop("ann", False)} | (network or {}),
+        "data": {"name": data, "image_shape": [1, 8, 8], "train_images": 900, "val_images": 100},
         "training": {"T": 2, "epochs": 2, "tit": "", "loss": "tet", "lr": 0.002, "seed": 0} | training,
     }
     write(folder / "config.json", config)
+    if kept is not None:
+        data_of_it = config["data"] | {"encoding": "direct", "mean": [0], "std": [1], "class_names": ["cat", "dog"]}
+        made = {"epoch": kept, "device": "GPU7", "precision": "bf16", "created": "now", "versions": {"torch": "9"}}
+        content = {"format": 1, **config, "data": data_of_it, "provenance": made}
+        write_tensors(folder / "checkpoint.safetensors", {}, content)
     records = [epoch(1), epoch(2)] if metrics is None else metrics
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
+MACHINE = {"cpu": "c", "cores": 1, "gpu": None, "provider": "p"}
 EARLY_EXIT: dict[str, Any] = {
     "criterion": "confidence",
     "threshold": 0.93,

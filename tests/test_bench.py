@@ -315,10 +315,11 @@ def test_the_next_step_is_the_report_of_the_run(model: Path) -> None:
 
 
 def test_a_report_refuses_timings_alone_and_damaged_ones(tmp_path: Path) -> None:
-    rows = [{"batch": 1}]
-    bad = write(tmp_path / "a.bench.json", {"kind": "bench", "model": "m", "machine": {}, "rows": rows})
-    with pytest.raises(ValueError, match="timings alone make no report"):
-        read_results([bad])
+    damaged = {"kind": "bench", "model": "m", "machine": {}, "rows": [{"batch": 1}]}
+    bad, by_its_content = (write(tmp_path / name, damaged) for name in ("a.bench.json", "a.json"))
+    for timings in (bad, by_its_content):
+        with pytest.raises(ValueError, match="timings alone make no report"):
+            read_results([timings])
     sweep = write(tmp_path / "a.sweep.json", sweep_result(kind="sweep"))
     with pytest.raises(
         ValueError, match=r"a\.bench\.json does not have the form of a bench.*run tetdeploy bench again"

@@ -169,6 +169,17 @@ def test_beyond_so_many_arrays_nothing_is_recorded(monkeypatch: pytest.MonkeyPat
     assert set(recorder.bound) == {str(number) for number in range(1, 7)} and len(recorder.unrecorded) == 4 * 3
 
 
+def test_one_membrane_of_zeros_among_others_does_not_reset_them() -> None:
+    plain, (other, _) = engine("step", **STEP), make("step", STEP)
+    feed: dict[str, Any] = {"x": digits().images[:2]}
+    for state in plain.metadata["states"]:
+        feed[state["input"]] = np.full((2, *state["shape"]), 0.9, np.float32)
+    first = plain.metadata["states"][0]["input"]
+    (wanted,) = plain._session.run(["per_step"], feed | {first: np.zeros_like(feed[first])})
+    (got,) = other._session.run(["per_step"], feed | {first: other._session.zeros(feed[first].shape)})
+    np.testing.assert_array_equal(got, wanted)
+
+
 def test_a_call_that_failed_may_be_made_again() -> None:
     """What a call reads it does not write, so that the stream is where it was."""
     other, _ = make("step", STEP)

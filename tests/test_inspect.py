@@ -19,13 +19,14 @@ from click.testing import CliRunner
 from export_helpers import convsnn, exported
 from onnx import TensorProto, helper
 from rich.console import Console
+from rich.table import Table
 from test_imports import HEAVY, loaded_by
 
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.energy import Layer
 from tetdeploy.export.sequence_graph import sequence_graph
-from tetdeploy.inspection import _layer, _type, inspect
+from tetdeploy.inspection import _layer, _module, _type, inspect
 from tetdeploy.report.inspection import inspection_tables, size
 from tetdeploy.tensor_file import write_tensors
 
@@ -48,13 +49,19 @@ def shown(found: dict[str, Any], width: int = 100) -> str:
     return console.file.getvalue()
 
 
-def safetensors(path: Path, shapes: dict[str, list[int]], metadata: dict[str, str] | None = None) -> Path:
-    """A file of zeros, written by hand."""
+def rows(table: Table) -> list[tuple[str, ...]]:
+    return list(zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True))
+
+
+def safetensors(
+    path: Path, shapes: dict[str, list[int]], metadata: dict[str, str] | None = None, dtype: str = "F16"
+) -> Path:
+    """A file of zeros, two bytes each, written by hand."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
     return path
@@ -175,6 +182,86 @@ class TestModel:
         assert loaded_by(code, str(checkpoint), str(exported("unrolled"))).isdisjoint(HEAVY)
 
 
+FILE = {"path": "m", "size_bytes": 1234, "sha256": "own"}
+MODEL: dict[str, Any] = FILE | {"kind": "model", "layout": "dynamic", "T": None, "trained_T": 7, "encoding": "direct"}
+MODEL |= {"normalization": None, "input": {"shape": [1, 8, 8], "dtype": "uint8"}, "class_names": ["a"]}
+MODEL |= {"num_neurons": 5, "fires": "u > v_th", "reset": "to 0", "num_weights": 9, "precision": "int8"}
+MODEL |= {"fold_bn": False, "uncounted": ["pool"], "created": "now", "versions": {"torch": "9"}}
+MODEL |= {
+    "source": {"checkpoint_sha256": "trained", "network": {"model": "vggsnn", "width": 0.5, "tau": 0.25, "v_th": 2.0}},
+    "inputs": [{"name": "x", "shape": ["n", None], "dtype": "uint8"}],
+    "outputs": [{"name": "y", "shape": ["n", 2], "dtype": "float32"}],
+    "layers": [
+        {"name": "c", "input": "pixels", "once": True, "input_shape": [1, 8, 8], "kernel": [3, 5], "strides": [2, 1]}
+        | {"outputs": 1000, "weights": 2000, "precision": "int8", "fan_out": 1.5, "dense_ops": 3e6},
+        {"name": "f", "input": "spikes", "once": False, "input_shape": [4], "kernel": [], "strides": []}
+        | {"outputs": 2, "weights": 8, "precision": "fp32", "fan_out": 2.0, "dense_ops": 8},
+    ],
+    "neurons": [
+        {"name": "lif1", "state": "u.lif1", "tau": 0.25, "v_th": 2.0, "shape": [4, 8], "size": 32},
+        {"name": "lif2", "state": None, "tau": 0.5, "v_th": 1.0, "shape": [2], "size": 2},
+    ],
+}
+STATE: dict[str, Any] = FILE | {"kind": "training state", "parameters": 1, "num_tensors": 2}
+OWN = {"network": {"model": "nets:mine", "tau": 0.5}}
+TIT = {"training": TRAINING | {"loss": "sdt", "tit": "2:3"}}
+BEST = {"epoch": 2, "val_accuracy": 0.5}
+
+
+class TestTables:
+    """Made-up descriptions: every number is where its label says."""
+
+    def test_of_a_model(self) -> None:
+        facts, ports, layers, neurons = map(rows, inspection_tables(MODEL))
+        assert facts == [
+            ("what", "a model that tetdeploy exported"),
+            ("file", "m   1.23 kB"),
+            ("SHA-256", "own"),
+            ("layout", "dynamic, T free; trained at T=7; direct encoding"),
+            ("input", "[1, 8, 8] uint8; normalised no: the input is normalised already"),
+            ("classes", "1: a"),
+            ("neurons", "5; fire at u > v_th; reset to 0"),
+            ("weights", "9 of convolutions and linear layers, int8"),
+            ("BN", "not folded"),
+            ("operations not counted", "pool"),
+            ("exported", "now with torch 9"),
+            ("from checkpoint", "trained"),
+            ("network", "vggsnn, width 0.5; tau 0.25, v_th 2"),
+        ]
+        assert ports == [("input", "x", "[n, ?]", "uint8"), ("output", "y", "[n, 2]", "float32")]
+        assert layers == [
+            ("c", "pixels, once", "[1, 8, 8]", "3×5", "2×1", "1,000", "2,000 int8", "1.5", "3 M"),
+            ("f", "spikes", "[4]", "–", "–", "2", "8", "2", "8"),
+        ]
+        assert neurons == [
+            ("lif1", "u.lif1", "0.25", "2", "[4, 8]", "32"),
+            ("lif2", "none: starts at 0", "0.5", "1", "[2]", "2"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("found", "label", "value"),
+        [
+            (MODEL | {"normalization": {"mean": [0]}}, "input", "[1, 8, 8] uint8; normalised inside the graph"),
+            (MODEL | {"source": OWN}, "network", "nets:mine"),
+            (MODEL | {"source": TIT}, "training", "TIT 2:3, SDT, optimizer adamw, lr 0.002, seed 7"),
+            (MODEL | {"source": {"provenance": BEST | {"epoch": 0}}}, "kept", "epoch 0, validation accuracy 50.00%"),
+            (
+                STATE | {"resume": {"epoch": 9, "step": 5, "best": BEST}},
+                "best epoch",
+                "2, 50.00% of validation images right",
+            ),
+        ],
+    )
+    def test_of_how_it_was_trained(self, found: dict[str, Any], label: str, value: str) -> None:
+        assert dict(rows(next(inspection_tables(found))))[label] == value
+
+    def test_of_modules(self, tmp_path: Path) -> None:
+        found = inspect(safetensors(tmp_path / "m.safetensors", {"m.weight": [2, 3], "m.bias": [2]}, dtype="BF16"))
+        assert rows([*inspection_tables(found)][-1]) == [("m", "linear", "bfloat16", "2×3", "yes", "8")]
+        statistics = {"num_batches_tracked": ("int64", []), "weight": ("float32", [2])}
+        assert (_module("bn", statistics)["dtype"], _module("bn", statistics)["bias"]) == ("float32", False)
+
+
 class TestOthers:
     def test_safetensors(self, tmp_path: Path) -> None:
         shapes = {"a.weight": [2, 3], "a.bias": [2], "[bold]alone[/x]": [5]}
@@ -190,6 +277,16 @@ class TestOthers:
         assert (found["kind"], found["producer"]) == ("onnx", "[bold]them[/x]")
         assert found["inputs"] == [{"name": "x", "shape": ["n", 3], "dtype": "float32"}]
         assert "[bold]them[/x]" in shown(found)
+
+    def test_what_others_keep_in_and_beside_an_onnx_model(self, tmp_path: Path) -> None:
+        model = onnx.load(relu(tmp_path / "a.onnx"))
+        helper.set_model_props(model, {"author": "them"})
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(3, np.float32), "w"))
+        model.graph.node[0].CopyFrom(helper.make_node("Add", ["x", "w"], ["y"]))
+        onnx.save(model, tmp_path / "b.onnx", save_as_external_data=True, location="b.data", size_threshold=0)
+        found = inspect(tmp_path / "b.onnx")
+        assert (found["kind"], found["metadata"]) == ("onnx", ["author"])
+        assert ("metadata", "author") in rows(next(inspection_tables(found)))
 
 
 class TestRefusals:

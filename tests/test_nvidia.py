@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from gpu_stand_in import Cuda
+from gpu_stand_in import Cuda, TensorRT
 
 from tetdeploy.extras import MissingExtraError
 from tetdeploy.runtimes import nvidia
@@ -19,6 +19,7 @@ from tetdeploy.runtimes.nvidia import (
     gpu_name,
     gpu_runtime,
     import_tensorrt,
+    target_architectures,
 )
 
 INSTALL = r"pip install 'tetdeploy\[tensorrt\]' --extra-index-url https://pypi\.nvidia\.com"
@@ -95,6 +96,15 @@ def test_a_gpu_is_found(install: Any) -> None:
     install(cuda=cuda)
     assert gpu_runtime("this") is cuda
     assert gpu_architecture(cuda) == "8.6" and gpu_name() == "NVIDIA Stand-in 8.6"
+
+
+def test_architectures_are_the_one_at_hand_or_those_asked_for_in_order(install: Any) -> None:
+    trt = TensorRT(Cuda())
+    assert target_architectures(trt, "tensorrt-rtx", ("12.0", "8.6", "8.6")) == ["8.6", "12.0"]
+    with pytest.raises(ValueError, match=r"architecture 'sm_90'; it can for 8\.0, .*, 12\.1\.$"):
+        target_architectures(trt, "tensorrt-rtx", ("sm_90",))
+    install(cuda=Cuda())
+    assert target_architectures(trt, "tensorrt", ("8.6",)) == target_architectures(trt, "tensorrt", None) == ["8.6"]
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,14 @@ def test_the_worst_layer_is_told_and_two_spikes_make_no_rate() -> None:
     assert _parity(sums, 4).local_mismatch_rate == 3 / (10 * 4)
 
 
+def test_the_error_of_the_logits_is_the_largest_as_a_fraction_of_the_largest_logit() -> None:
+    engine: Any = SimpleNamespace(metadata={"neurons": [{"shape": [1]}]})
+    sums, none = Comparison(convsnn(), engine, 1), np.zeros((1, 1, 1), np.int64)
+    for logits in ([2.0, 0.0], [3.0, 0.0]):
+        sums.count_local(np.array([[logits]]), np.array([[[4.0, 0.0]]]), none)
+    assert sums.local_error == 0.5
+
+
 @pytest.fixture(scope="module")
 def deep() -> Classifier:
     """A narrow ResNet-19 with statistics of real images and no training: it amplifies every flipped spike."""

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from report_helpers import Page, epoch, result, run_folder, write
+from report_helpers import EARLY_EXIT, Page, epoch, result, run_folder, write
 
 from tetdeploy.cli import main
 from tetdeploy.files import sha256_of
@@ -134,8 +134,8 @@ class TestPage:
 
     def test_markdown_has_the_tables_and_shows_names_as_they_are(self, tmp_path: Path) -> None:
         file = write(tmp_path / "a.validate.json", result())
-        text = to_markdown(document_of(read_results([file], ["a|b <i> *c*"])))
-        assert "| a\\|b \\<i\\> \\*c\\* |" in text
+        text = to_markdown(document_of(read_results([file], ["a|b <i> *c* [d](#e)"])))
+        assert "| a\\|b \\<i\\> \\*c\\* \\[d\\](\\#e) |" in text
         assert "| **2 \\*** | **92.00%** |" in text
         lines = [line for line in text.splitlines() if line.startswith("|")]
         rules = [(before, after) for before, after in pairwise(lines) if "--" in after and set(after) <= set("|:- ")]
@@ -232,11 +232,9 @@ class TestSections:
 
 class TestTraining:
     def test_what_a_network_of_ones_own_decides_is_not_told(self, tmp_path: Path) -> None:
-        folders = [run_folder(tmp_path / name) for name in ("own", "built-in")]
-        for folder, model in zip(folders, ("nets:mine", "convsnn"), strict=True):
-            config = json.loads((folder / "config.json").read_text())
-            config["network"] |= {"model": model, "tau": 0.5, "v_th": 1.0, "gamma": 1.0}
-            write(folder / "config.json", config)
+        neurons = {"tau": 0.5, "v_th": 1.0, "gamma": 1.0}
+        models = {"own": "nets:mine", "built-in": "convsnn"}
+        folders = [run_folder(tmp_path / name, network=neurons | {"model": models[name]}) for name in models]
         both, own = (to_markdown(document_of(read_results(given))) for given in (folders, folders[:1]))
         untold = {"τ, leak": "0.5", "threshold v": "1", "γ, half": "1", "width, factor": "1"}
         for label, value in untold.items():
@@ -307,15 +305,10 @@ class TestTraining:
         assert "6.8 µJ in float32" in Page(html(results)).texts
         int8 = result(kind="sweep", ann={"mac_ops": 1e6, "energy_pj": 3e5})
         int8["layers"][1]["precision"] = "int8"
-        write(snn / "m.sweep.json", int8)
-        results = read_results([snn, ann])
-        assert results.twin_energy(results.sources[1].run) == 4.6e6  # type: ignore[arg-type]
-        other = run_folder(tmp_path / "other", ann=True)
-        config = json.loads((other / "config.json").read_text())
-        config["network"]["width"] = 2.0
-        write(other / "config.json", config)
-        results = read_results([snn, other])
-        assert results.twin_energy(results.sources[1].run) is None  # type: ignore[arg-type]
+        for content in (int8, int8 | {"layers": []}):  # and of a precision that is not known
+            write(snn / "m.sweep.json", content)
+            results = read_results([snn, ann])
+            assert results.twin_energy(results.sources[1].run) == 4.6e6  # type: ignore[arg-type]
 
 
 class TestReading:
@@ -346,6 +339,12 @@ class TestReading:
         for key in ("layers", "neurons", "by_class"):
             assert [entry["name"] for entry in m.content[key]] == [entry["name"] for entry in whole[key]]
             assert all([row["T"] for row in entry["rows"]] == [1, 2, 3] for entry in m.content[key])
+
+    def test_steps_of_two_results_stand_in_their_order(self, tmp_path: Path) -> None:
+        run, rows = run_folder(tmp_path / "a"), result()["rows"]
+        write(run / "m.validate.json", result(rows=rows[:1], by_class=None))
+        write(run / "m.sweep.json", result(kind="sweep", rows=rows[1:], by_class=None))
+        assert [row["T"] for row in read_results([run]).measurements[0].rows] == [1, 2, 3]
 
     def test_numbers_just_below_a_unit(self) -> None:
         assert [count(n) for n in (0, 0.5, 999.4, 999.7, 12_345, 999_400, 999_700, 1.234e12)] == [
@@ -391,19 +390,20 @@ class TestReading:
         write(run / "m.sweep.json", result(kind="sweep"))
         assert read_results([run]).notes == ()
 
-    def test_agreement_of_another_device_is_left_out(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("other", [{"device": "cuda"}, {"model_sha256": "cd" * 32}], ids=str)
+    def test_agreement_of_another_device_or_model_is_left_out(self, tmp_path: Path, other: dict[str, str]) -> None:
         sweep = result(kind="sweep")
         for row in sweep["rows"]:
             for key in ("top1_agreement", "spike_mismatch_rate", "max_abs_logit_error"):
                 del row[key]
-        kept = result(data="reference images", device="cuda")
+        kept = result(data="reference images", **other)
         for row in kept["rows"]:
             row["accuracy"] = None
         run = run_folder(tmp_path / "a")
         write(run / "m.sweep.json", sweep)
         write(run / "m.validate.json", kept)
         (note,) = read_results([run]).notes
-        assert "m.validate.json is left out: it and m.sweep.json differ in data, device." in note
+        assert f"m.validate.json is left out: it and m.sweep.json differ in data, {next(iter(other))}." in note
 
     def test_a_result_of_another_model_than_lies_beside_it_is_told(self, tmp_path: Path) -> None:
         run = run_folder(tmp_path / "a")
@@ -440,12 +440,13 @@ class TestReading:
         write(run / "checkpoint.safetensors", "of a later epoch")
         other = {"checkpoint_sha256": "cd" * 32, "model": "m.onnx"}
         swept = write(run / "m.sweep.json", result(kind="sweep", runtime="openvino", **other))
-        exited = write(run / "m.early-exit.json", result(kind="early-exit", **other))
+        exited = write(run / "m.early-exit.json", result(kind="early-exit", device="tensorrt", **other))
         note = stale(result(**other), [exited, swept])
         assert note is not None and note.startswith(f"{exited} and {swept} are of another checkpoint")
         model = f"'{run}/m.onnx'"
         assert note.endswith(
-            f"then measure again: tetdeploy calibrate {model}, then tetdeploy early-exit {model} --data digits, "
+            f"then measure again: tetdeploy calibrate {model} --device tensorrt, "
+            f"then tetdeploy early-exit {model} --data digits --device tensorrt, "
             f"then tetdeploy sweep {model} --data digits --runtime openvino"
         )
 
@@ -467,13 +468,16 @@ class TestReading:
         files = [write(tmp_path / folder / "m.sweep.json", result()) for folder in ("a", "b")]
         assert [s.name for s in read_results(files).sources] == ["a/m", "b/m"]
         assert [s.name for s in read_results(files, ["SDT"]).sources] == ["SDT", "b/m"]
+        files = [write(tmp_path / folder / "a" / "m.sweep.json", result()) for folder in ("x", "y")]
+        assert [s.name for s in read_results(files).sources] == [*map(str, files)]
 
     def test_agreement_on_reference_images_joins_the_accuracy_of_a_sweep(self, tmp_path: Path) -> None:
         run = run_folder(tmp_path / "a")
         kept = result(data="reference images", num_samples=64, by_class=None, agreement={"with": "reference"})
         for row in kept["rows"]:
             row |= {"accuracy": None, "energy_pj": 1.0, "top1_agreement": 0.75, "spike_count_error": 8e-6}
-        kept["neurons"][0]["spike_mismatch_rate"] = 5e-6
+            row["local_mismatch_rate"] = 7e-6
+        kept["neurons"][0] |= {"spike_mismatch_rate": 5e-6, "margin": {"local": {"max": 0.25}}}
         write(run / "m.validate.json", kept)
         sweep = result(kind="sweep")
         for row in sweep["rows"]:
@@ -486,7 +490,7 @@ class TestReading:
         assert [row["accuracy"] for row in m.rows] == [0.91, 0.92, 0.93]
         assert (m.headline["energy_pj"], m.headline["top1_agreement"]) == (2.72e6, 0.75)
         found = Page(html(results)).texts
-        assert {"75.00%", "8 ppm", "5 ppm"} <= set(found)
+        assert {"75.00%", "8 ppm", "5 ppm", "7 ppm", "2.5e-01"} <= set(found)
         assert "a: the exported model against PyTorch on the 64 images that its export kept." in found
 
     def test_agreement_alone_is_compared_with_any_data(self, tmp_path: Path) -> None:
@@ -500,6 +504,11 @@ class TestReading:
     def test_different_numbers_of_images_are_said(self, tmp_path: Path) -> None:
         files = [write(tmp_path / f"{n}.json", result(num_samples=n)) for n in (100, 200)]
         assert "different images (100: 100 images of digits, 200: 200 images of digits)" in read_results(files).notes[0]
+
+    def test_different_devices_are_said(self, tmp_path: Path) -> None:
+        files = [write(tmp_path / f"{device}.json", result(device=device)) for device in (None, "cuda")]
+        note = "The models ran on different devices (cpu, cuda): latencies do not compare."
+        assert read_results(files).notes == (note,)
 
     def test_a_data_file_counts_by_its_name(self, tmp_path: Path) -> None:
         files = [write(tmp_path / f"{n}.json", result(data=f"{n}/test.npz")) for n in ("x", "y")]
@@ -643,6 +652,7 @@ class TestRefusals:
                 r"rows\[0\].energy_pj must be a finite number of at least 0, got -3",
             ),
             ({"versions": {"a": 1}}, "versions.a must be str, got 1"),
+            ({"early_exit": EARLY_EXIT | {"by_steps": [{"T": 1, "num_images": 0}]}}, "by_steps needs images"),
             ({"gates": [{"key": "energy", "T": 1, "wanted": 1, "passed": "yes"}]}, r"passed must be bool"),
         ],
     )
@@ -670,16 +680,15 @@ class TestRefusals:
         self.refused(run, match="config.json is damaged: network must be an object, got 1")
 
     def test_results_of_different_data(self, tmp_path: Path) -> None:
-        files = [write(tmp_path / f"{data}.json", result(data=data)) for data in ("digits", "cifar10")]
-        self.refused(
-            *files, match="cannot be compared, they were measured on different data: digits on digits, cifar10 on"
-        )
+        files = [write(tmp_path / f"{name}.json", result(data=f"folder:{name}/test")) for name in "ab"]
+        different = "they were measured on different data: a on folder:a/test, b on folder:b/test;"
+        self.refused(*files, match=f"cannot be compared, {different}")
 
-    def test_trainings_on_different_data_with_nothing_measured(self, tmp_path: Path) -> None:
-        one, two = run_folder(tmp_path / "one"), run_folder(tmp_path / "two")
-        config = json.loads((two / "config.json").read_text())
-        config["data"]["name"] = "cifar10"
-        write(two / "config.json", config)
+    @pytest.mark.parametrize("measured", [False, True])
+    def test_trainings_on_different_data_with_one_of_them_not_measured(self, tmp_path: Path, measured: bool) -> None:
+        one, two = run_folder(tmp_path / "one"), run_folder(tmp_path / "two", data="cifar10")
+        if measured:
+            write(one / "m.sweep.json", result())
         self.refused(one, two, match="trained on different data: one on digits, two on cifar10")
 
     def test_names_that_do_not_fit(self, tmp_path: Path) -> None:

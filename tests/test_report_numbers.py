@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from report_helpers import epoch, result, run_folder, without_rendering, write
+from report_helpers import EARLY_EXIT, MACHINE, epoch, result, run_folder, without_rendering, write
 
-from tetdeploy.report.document import Block, Cards, Note, Row, Table
+from tetdeploy.files import sha256_of
+from tetdeploy.report.document import Block, Cards, Note, Plot, Row, Table
 from tetdeploy.report.drawing import energy_unit
 from tetdeploy.report.page import document_of
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Results, read_results
-from tetdeploy.report.sections.training import _kept
+from tetdeploy.report.sections.training import _duration, _kept
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_rendering(monkeypatch)
+def painted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    return without_rendering(monkeypatch)
 
 
 def shown(folder: Path, **changes: Any) -> Results:
@@ -31,10 +31,76 @@ def blocks(results: Results, title: str) -> tuple[Block, ...]:
     return next(section.blocks for section in document_of(results).sections if section.title == title)
 
 
-def tables(results: Results, title: str) -> list[Table]:
-    """Those beside a plot too."""
+def items(results: Results, title: str) -> list[Cards | Table | Plot | Note]:
+    """Those beside each other too."""
     rows = (block.items if isinstance(block, Row) else (block,) for block in blocks(results, title))
-    return [item for row in rows for item in row if isinstance(item, Table)]
+    return [item for row in rows for item in row]
+
+
+def tables(results: Results, title: str) -> list[Table]:
+    return [item for item in items(results, title) if isinstance(item, Table)]
+
+
+def said(results: Results, title: str) -> list[Any]:
+    """Facts of cards, captions, headers and rows of tables, captions and descriptions of plots, notes."""
+    found: list[Any] = []
+    for item in items(results, title):
+        if isinstance(item, Cards):
+            found += [fact for card in item.cards for fact in card.facts]
+        elif isinstance(item, Table):
+            found += [item.caption, item.headers, *item.rows]
+        else:
+            found += [item.text] if isinstance(item, Note) else [item.caption, item.description]
+    return found
+
+
+OTHER_OPS = {"other_ops": {"neuron_ops": 4096}, "other_ops_pj": {"neuron_ops": 2e3}, "uncounted": ["odd"]}
+
+
+@pytest.mark.parametrize(
+    ("title", "changes", "wanted"),
+    [
+        (
+            "Agreement with PyTorch",
+            {"agreement": {"with": "checkpoint", "num_images": 50, "data": "part of digits"}},
+            ["a: the exported model against PyTorch on 50 images of part of digits."],
+        ),
+        (
+            "Cost by time steps",
+            {"trained_T": 3, "device": "cuda", "layout": "step", **OTHER_OPS},
+            [
+                "Median time of one image at a time, on cuda.",
+                "energy (µJ per image) against time steps. a at T=3: 4.08",
+                "a: 200 images of digits; * is the T of the training.",
+                "Not in the totals of a: neuron ops 4.1 k (2 nJ) per image and step; the layers odd.",
+            ],
+        ),
+        (
+            "Early exit",
+            {"kind": "early-exit", "early_exit": EARLY_EXIT, "machine": MACHINE},
+            [
+                "Images by steps taken. a: 60.0% at T=1, 30.0% at T=2, 10.0% at T=3",
+                "Accuracy against energy with early exit. a: 90.00% with 1.50 steps",
+                ("", "T=3", "early exit", ""),
+                ("accuracy", "92.00%", "90.00%", "2.00 ± 3.10 points lost"),
+            ],
+        ),
+    ],
+)
+def test_a_section_says(title: str, changes: dict[str, Any], wanted: list[Any], tmp_path: Path) -> None:
+    found = said(shown(tmp_path, **changes), title)
+    assert [one for one in wanted if one not in found] == [], found
+
+
+def test_without_a_T_of_the_training_the_largest_leads_and_none_is_marked(
+    painted: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    results = shown(tmp_path, trained_T=None)
+    assert said(results, "At a glance")[0] == ("accuracy at T=3", "93.00%")
+    (costs,) = tables(results, "Cost by time steps")
+    neurons, _ = tables(results, "Firing rate and energy by layer")
+    assert not costs.marked and costs.rows[2][0] == "3" and neurons.headers[2:] == ("T=1", "T=2", "T=3")
+    assert len(painted["sections.accuracy"][0].lines) == 1  # no ring
 
 
 @pytest.mark.parametrize(
@@ -62,6 +128,7 @@ def test_costs_stand_in_their_columns(tmp_path: Path) -> None:
 
 def test_layers_have_rates_shares_and_exact_energies_of_their_own(tmp_path: Path) -> None:
     content = result()
+    del content["layers"][1]["binary"]  # as in files of earlier versions
     content["layers"][1]["rows"][1] |= {"energy_exact_pj": 5e6, "input_rate": 0.25}
     content["neurons"][0]["rows"][0]["firing_rate"] = 0.7
     neurons, layers = tables(shown(tmp_path, **content), "Firing rate and energy by layer")
@@ -100,6 +167,62 @@ def test_the_epoch_that_was_kept_has_its_own_numbers_and_the_run_all_its_time() 
     assert _kept("a", run) == ("a", "2 of 2", "1", "95.00%", "1.1", "90.00%", "2.0 h")
 
 
+def test_times_have_the_unit_of_their_size() -> None:
+    assert [*map(_duration, (89, 90, 5399, 5400))] == ["89.0 s", "1.5 min", "90.0 min", "1.5 h"]
+
+
+def test_a_trained_ann_stands_beside_the_others_with_the_epoch_that_was_kept(
+    painted: dict[str, list[Any]], tmp_path: Path
+) -> None:
+    snn = run_folder(tmp_path / "snn")
+    for kind in ("validate", "sweep"):
+        write(snn / f"m.{kind}.json", result(kind=kind))
+    metrics = [epoch(1, T=1, val_accuracy=0.97), epoch(2, val_accuracy=0.5)]
+    ann = run_folder(tmp_path / "ann", ann=True, kept=1, metrics=metrics, seed=3, lr=0.00125, clip=1.0)
+    results = read_results([snn, ann])
+    cards, *_ = blocks(results, "At a glance")
+    assert isinstance(cards, Cards) and cards.cards[1].facts == (
+        ("validation accuracy at T=1", "97.00%"),
+        ("energy per image", "6.8 µJ in float32"),
+        ("measured on", "100 validation images"),
+        ("kind", "ANN: no T, not exported"),
+    )
+    star = painted["sections.accuracy"][1].lines[-1]
+    assert (*star.get_xdata(), *star.get_ydata()) == pytest.approx((6.8, 0.97))
+    assert "The star is a trained ANN" in said(results, "Accuracy by time steps and energy")[2]
+    (settings,) = tables(results, "What was trained, on what and how")
+    wanted = {
+        ("network", "convsnn", "convsnn, ANN twin"),
+        ("channels × height × width", "1 × 8 × 8", "1 × 8 × 8"),
+        ("classes", "2", "2"),
+        ("training images", "900", "900"),
+        ("validation images", "100", "100"),
+        ("learning rate, peak", "0.002", "0.00125"),
+        ("largest norm of the gradient", "–", "1"),
+        ("seed", "0", "3"),
+        ("device", "–", "GPU7"),
+        ("precision", "–", "bf16"),
+    }
+    assert wanted <= {*settings.rows}
+    before, after, measured = tables(results, "Versions and hashes")
+    sha256 = sha256_of(ann / "checkpoint.safetensors")
+    origin = (("checkpoint", "checkpoint.safetensors"), ("its SHA-256", sha256), ("written", "now"))
+    assert (before.rows, after.rows) == ((("checkpoint", "none yet"),), (*origin, ("versions", "torch 9")))
+    assert {("results", "m.validate.json, m.sweep.json"), ("layout", "unrolled"), ("device", "cpu")} <= {*measured.rows}
+
+
+def test_seeds_stand_in_their_order_and_one_that_finished_has_no_deviation(tmp_path: Path) -> None:
+    for seed in (10, 2):
+        run_folder(tmp_path / f"seed-{seed}", seed=seed)
+    runs = [{"seed": 2, "val_accuracy": 0.8}, {"seed": 10, "interrupted": True}]
+    write(tmp_path / "summary.json", {"runs": runs, "mean_val_accuracy": 0.8, "num_finished": 1})
+    results = read_results([tmp_path], ["a"])
+    assert said(results, "At a glance")[0] == ("validation accuracy, 1 of 2 seeds", "80.00%")
+    assert [*results.sources[0].runs] == ["a seed-2", "a seed-10"]
+    (table,) = tables(results, "Seeds")
+    assert table.rows[0] == ("2", "–", "80.00%") and table.marked == {2}
+
+
 def test_a_stage_has_its_T_and_its_epochs(tmp_path: Path) -> None:
     (table,) = tables(read_results([run_folder(tmp_path / "a", tit="2:30,6:5")]), "What was trained, on what and how")
     assert ("time inheritance training", "T=2 for 30 epochs, then T=6 for 5 epochs") in table.rows
@@ -130,11 +253,13 @@ def test_gates_of_all_files_are_kept(tmp_path: Path) -> None:
     assert [gate["key"] for gate in measurement.content["gates"]] == ["accuracy", "agreement"]
 
 
-def test_the_twin_of_another_image_size_is_none(tmp_path: Path) -> None:
-    snn, other = run_folder(tmp_path / "snn"), run_folder(tmp_path / "other", ann=True)
+@pytest.mark.parametrize(
+    "other",
+    [{"image_size": [9, 9]}, {"model": "vggsnn"}, {"num_classes": 3}, {"in_channels": 2}, {"width": 2}, {"ann": False}],
+    ids=str,
+)
+def test_only_an_ann_of_the_very_shape_is_a_twin(other: dict[str, Any], tmp_path: Path) -> None:
+    snn = run_folder(tmp_path / "snn")
     write(snn / "m.sweep.json", result(kind="sweep"))
-    config = json.loads((other / "config.json").read_text())
-    config["network"]["image_size"] = [32, 32]
-    write(other / "config.json", config)
-    results = read_results([snn, other])
+    results = read_results([snn, run_folder(tmp_path / "other", network={"ann": True} | other)])
     assert results.sources[1].run is not None and results.twin_energy(results.sources[1].run) is None

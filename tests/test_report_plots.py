@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_helpers import EARLY_EXIT, epoch, result, run_folder, without_rendering, write
+from report_helpers import EARLY_EXIT, MACHINE, epoch, result, run_folder, without_rendering, write
 
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
@@ -67,10 +67,36 @@ def test_costs_by_steps(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
 def test_bars_of_layers_are_microjoules_and_those_of_classes_per_cent(
     tmp_path: Path, painted: dict[str, list[Any]]
 ) -> None:
-    report(tmp_path)
+    layers = result()["layers"]
+    layers[0]["rows"][1]["energy_pj"] = 2e3
+    report(tmp_path, layers=layers)
     _, energy, classes = ([bar.get_width() for bar in axes.patches] for axes in painted["entry_plot"])
-    assert energy == pytest.approx([0.8, 1.92])
+    assert energy == pytest.approx([0.002, 1.92])
     assert classes == pytest.approx([92, 72])
+
+
+def test_several_models_stand_beside_each_other(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    early = {"kind": "early-exit", "early_exit": EARLY_EXIT, "machine": MACHINE}
+    rows = [row | {"energy_pj": row["energy_pj"] / 4} for row in result()["rows"]]
+    files = [
+        write(tmp_path / "a.json", result(**early)),
+        write(tmp_path / "b.json", result(**early, rows=rows, by_class=result()["by_class"][1:])),
+    ]
+    document_of(read_results(files))
+    assert painted["sections.cost"][0].get_ylim() == (0, pytest.approx(1.08 * ENERGIES[-1]))
+    bars = painted["sections.early_exit"][0].patches
+    assert [bar.get_x() + bar.get_width() / 2 for bar in bars[::3]] == pytest.approx([0.8, 1.2])
+    assert lines(painted["entry_plot"][-1]) == [([92, 72], [-0.15, 0.85]), ([72], [1.15])]
+
+
+def test_curves_are_those_of_their_key_and_change_between_epochs(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    metrics = [epoch(1, loss="sdt"), epoch(2, T=6, val_accuracy=0.9)]
+    document_of(read_results([run_folder(tmp_path / "a", metrics=metrics)]))
+    loss, accuracy, rates = painted["sections.training"]
+    assert lines(loss) == [([1.5, 1.5], [0, 1]), ([1, 2], [1.0, 0.5]), ([1, 2], [1.1, 0.55])]
+    assert lines(accuracy)[1:] == [([1, 2], [0.8, 0.8]), ([1, 2], [0.85, 0.9])]
+    assert lines(rates) == [([1, 2], [0.002, 0.001])]
+    assert [text.get_text() for text in loss.texts] == ["T=6 TET"]
 
 
 def test_curves_are_the_mean_of_the_seeds_and_the_band_their_range(
@@ -88,8 +114,7 @@ def test_curves_are_the_mean_of_the_seeds_and_the_band_their_range(
 
 
 def test_early_exit_by_steps_and_by_energy(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
-    machine = {"cpu": "c", "cores": 1, "gpu": None, "provider": "p"}
-    report(tmp_path, kind="early-exit", early_exit=EARLY_EXIT, machine=machine)
+    report(tmp_path, kind="early-exit", early_exit=EARLY_EXIT, machine=MACHINE)
     steps, accuracy = painted["sections.early_exit"]
     assert [bar.get_height() for bar in steps.patches] == pytest.approx([0.6, 0.3, 0.1])
     assert lines(accuracy)[-1] == ([2.0], [0.9])  # the star, in µJ

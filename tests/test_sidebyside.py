@@ -167,7 +167,10 @@ def test_the_median_of_one_margin_and_of_most_at_the_threshold() -> None:
     found.add(0, torch.tensor([0.25]))
     assert found.of(0)["median"] == 0.25  # no more than the largest
     found.add(0, torch.zeros(2))
+    found.add(0, torch.zeros(0))
     assert found.of(0) == {"count": 3, "median": 0.0, "max": 0.25}
+    found.add(0, torch.tensor([100.0, 200.0, 300.0, 400.0, 500.0, 600.0, 700.0]))  # as of large currents
+    assert found.of(0)["median"] == pytest.approx(200, rel=0.03)
 
 
 def test_a_pass_beside_pytorch_counts_what_a_sweep_does() -> None:
