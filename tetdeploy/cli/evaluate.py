@@ -87,7 +87,7 @@ def evaluate(
         file = weights_file(path)
         metadata = read_metadata(file)
         classifier = load_classifier(file, metadata, model)
-        images = _images(data or trained_on(metadata, file), split, limit, data_dir, metadata, classifier)
+        images = _images(data or trained_on(metadata, file), split, limit, data_dir, metadata)
         wanted = _steps(steps, classifier, trained_T(metadata))
         if classifier.config.is_spiking:
             exportable.append(path)
@@ -112,10 +112,8 @@ def evaluate(
         say_next("export", exportable[0], *(("--model", model) if model else ()))
 
 
-def _images(
-    name: str, split: str, limit: int | None, data_dir: Path, metadata: Mapping[str, Any], classifier: Classifier
-) -> Any:
-    """The images to measure on, if the classifier can take them."""
+def _images(name: str, split: str, limit: int | None, data_dir: Path, metadata: Mapping[str, Any]) -> Any:
+    """The images to measure on."""
     fraction = float(metadata["training"].get("val_fraction", 0.0))
     if split == "test":
         note_own_file(name, metadata["data"]["name"])
