@@ -102,7 +102,7 @@ def bench(
         runtime=chosen.runtime,
         cuda_graphs=cuda_graphs,
     )
-    json_path = output_path(json_path, "--json", timing.engine, ".bench.json")
+    json_path = output_path(json_path, timing.engine, ".bench.json")
     name, x = _inputs(timing, data, data_dir)
     interrupted = False
     try:

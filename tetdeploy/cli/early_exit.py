@@ -73,7 +73,7 @@ def early_exit(
             style="yellow",
             markup=False,
         )
-    json_path = output_path(json_path, "--json", engine, ".early-exit.json")
+    json_path = output_path(json_path, engine, ".early-exit.json")
     name, x, labels = load_inputs(engine, data, data_dir, limit)
     engine.check_T(T, engine.check_input(x[:1]))
     with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:

@@ -124,11 +124,11 @@ def result_option(ending: str) -> Callable[[F], F]:
     )
 
 
-def output_path(given: Path | None, option: str, engine: Engine, ending: str) -> Path:
-    """Where an output goes: beside the model, unless the option says otherwise. One that cannot be written is refused
+def output_path(given: Path | None, engine: Engine, ending: str) -> Path:
+    """Where a result goes: beside the model, unless --json says otherwise. A file that cannot be written is refused
     before the work whose result goes there."""
     path = given or engine.path.with_suffix(ending)
-    _check_output(path, option)
+    _check_output(path, "--json")
     return path
 
 

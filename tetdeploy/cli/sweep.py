@@ -99,7 +99,7 @@ def sweep(
         import_extra("matplotlib", "report")  # before any work
     engine = chosen.engine()
     note_other_checkpoint(engine)
-    named, json_path = json_path is not None, output_path(json_path, "--json", engine, ".sweep.json")
+    named, json_path = json_path is not None, output_path(json_path, engine, ".sweep.json")
     picture = plot or default_plot(json_path, named=named)
     check_writable(picture, remedy="choose another with --plot")
     check_distinct({"--json": json_path, "--plot": picture})

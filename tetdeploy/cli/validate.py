@@ -106,7 +106,7 @@ def validate(
         raise click.UsageError("--num-torch and --model go with --against CHECKPOINT")
     engine = chosen.engine()
     note_other_checkpoint(engine)
-    json_path = output_path(json_path, "--json", engine, ".validate.json")
+    json_path = output_path(json_path, engine, ".validate.json")
     partial_path = json_path.with_suffix(".partial.npz")
     long = against is not None or data is not None
     if restart and long:
