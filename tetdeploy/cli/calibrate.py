@@ -106,7 +106,6 @@ def calibrate(
     written = [rule] if json_path is None else [rule, json_path]
     name, x, labels = held_out(engine, data, data_dir, split, limit)
     T = T or max(default_steps(engine))
-    engine.check_T(T, engine.check_input(x[:1]))
     check_min_T(min_T, T)
     criteria = CRITERIA if criterion == "both" else tuple(c for c in CRITERIA if c == criterion)
     with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:

@@ -75,7 +75,6 @@ def early_exit(
         )
     json_path = output_path(json_path, engine, ".early-exit.json")
     name, x, labels = load_inputs(engine, data, data_dir, limit)
-    engine.check_T(T, engine.check_input(x[:1]))
     with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
         result = measure(engine, x, labels, exit, T, data=name, batch_size=batch_size, tick=tick)
     write_json(json_path, result)

@@ -175,6 +175,7 @@ class _Job:
         """A data set, and the kept images where they are there."""
         from tetdeploy.agreement import load_reference, reference_path
         from tetdeploy.resumable import Pass
+        from tetdeploy.sweep import check_images
 
         engine, steps = self.engine, self.wanted or default_steps(self.engine)
         there = reference_path(engine.path).exists()
@@ -184,7 +185,7 @@ class _Job:
                 f"no {reference_path(engine.path).name}, so nothing is compared with PyTorch", style="dim", markup=False
             )
         gates = self._placed(steps, compared=[t for t in steps if reference is not None and t <= reference.T])
-        self._check(x, labels, steps)
+        check_images(engine, x, labels, max(steps))
         run = Pass(engine, x, labels, max(steps), batch_size=self.batch_size)
         self._finish(run, _partial(partial_path, run, name))
         compared = None if reference is None else self._compare(reference, max(steps))
@@ -197,10 +198,11 @@ class _Job:
         from tetdeploy.export import SideBySide
         from tetdeploy.export.sidebyside import torch_latency
         from tetdeploy.resumable import Pass
+        from tetdeploy.sweep import check_images
 
         engine, steps = self.engine, self.wanted or default_steps(self.engine)
         gates = self._placed(steps, compared=steps)
-        self._check(x, labels, steps)
+        check_images(engine, x, labels, max(steps))
         beside = SideBySide(classifier, engine, max(steps))
         run = Pass(
             engine,
@@ -233,12 +235,6 @@ class _Job:
                     f"--fail-under agreement: the reference holds no T={gate.T}; give another one, agreement=...@T"
                 )
         return gates
-
-    def _check(self, x: Any, labels: Any, steps: tuple[int, ...]) -> None:
-        from tetdeploy.sweep import check_labels
-
-        check_labels(self.engine, x, labels)
-        self.engine.check_T(max(steps), self.engine.check_input(x[:1]))
 
     def _compare(self, reference: Reference, T: int) -> Any:
         from tetdeploy.agreement import compare_reference
