@@ -458,7 +458,7 @@ def assert_same_answers(path: Path, x: Array, steps: list[int]) -> None:
     if plain.with_state:
         one, other = plain.stream(3), fast.stream(3)
         for _ in range(3):
-            chunk = x[:3] if plain.encoding == "direct" else x[:3, : plain.T or 1]
+            chunk = x[:3] if plain.encoding == "direct" else x[:3, : plain.chunk_T]
             chunk = chunk[:, 0] if plain.layout == "step" and plain.encoding == "frames" else chunk
             np.testing.assert_array_equal(one.push(chunk).logits, other.push(chunk).logits)
         assert one.state.keys() == other.state.keys()
