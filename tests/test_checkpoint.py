@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_helpers import Bomb
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -198,11 +199,6 @@ def test_truncated_files_are_refused(saved: Path, kept: int) -> None:
     saved.write_bytes(saved.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors is truncated: \d+ bytes"):
         load(saved)
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (pytest.fail, ("a pickle was executed",))
 
 
 def test_pickles_and_torch_files_are_never_unpickled(tmp_path: Path) -> None:
