@@ -18,6 +18,7 @@ from tetdeploy.cli.options import (
     opens_model,
 )
 from tetdeploy.cli.terminal import console, image_bar, say_next
+from tetdeploy.files import check_writable, write_json
 
 
 @click.command(
@@ -96,7 +97,6 @@ def calibrate(
     """
     from tetdeploy.early_exit import CRITERIA, exit_path
     from tetdeploy.early_exit.threshold import check_min_T, find_threshold, run_answers
-    from tetdeploy.files import check_writable, write_json
     from tetdeploy.report.early_exit import calibration_shown
 
     engine = chosen.engine()

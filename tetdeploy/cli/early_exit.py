@@ -17,6 +17,7 @@ from tetdeploy.cli.options import (
     result_option,
 )
 from tetdeploy.cli.terminal import command_line, console, image_bar, say_next
+from tetdeploy.files import write_json
 
 
 @click.command(
@@ -57,7 +58,6 @@ def early_exit(
     """
     from tetdeploy.early_exit import check_calibrated, load_rule
     from tetdeploy.early_exit.savings import measure
-    from tetdeploy.files import write_json
     from tetdeploy.report.early_exit import savings_shown
 
     engine = chosen.engine()

@@ -13,6 +13,8 @@ from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file
 from tetdeploy.cli.options import AT_LEAST_1, PARTS, data_dir_option, json_option, parsed_steps, runs_option
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
+from tetdeploy.files import write_json
+from tetdeploy.run_folder import newest_run, weights_file
 from tetdeploy.steps import trained_T
 
 if TYPE_CHECKING:
@@ -74,9 +76,7 @@ def evaluate(
     """
     torch = import_extra("torch", "train")
     from tetdeploy.checkpoint import read_metadata, trained_on
-    from tetdeploy.files import write_json
     from tetdeploy.provenance import written
-    from tetdeploy.run_folder import newest_run, weights_file
     from tetdeploy.train.device import device_name, pick_device, pick_precision
 
     checkpoints = checkpoints or (newest_run(runs),)

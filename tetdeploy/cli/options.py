@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tetdeploy.files import check_writable
 from tetdeploy.run_folder import newest_export
 from tetdeploy.steps import MAX_T, parse_steps
 
@@ -90,8 +91,6 @@ def checked_output(ctx: click.Context, param: click.Parameter, path: Path | None
 
 
 def _check_output(path: Path, option: str) -> None:
-    from tetdeploy.files import check_writable
-
     check_writable(path, begins=b"{" if option == "--json" else b"", remedy=f"choose another with {option}")
 
 

@@ -22,6 +22,8 @@ from tetdeploy.cli.options import (
     result_option,
 )
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
+from tetdeploy.extras import MissingExtraError, import_extra
+from tetdeploy.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
@@ -91,8 +93,6 @@ def sweep(
     MODEL is an .onnx file; the newest export by default. Accuracy and operations at every T come from one run over the
     test set. Needs no torch.
     """
-    from tetdeploy.extras import import_extra
-    from tetdeploy.files import check_writable
     from tetdeploy.picojoules import energy_constants
 
     if plot is not None:
@@ -192,8 +192,6 @@ def _prices(result: Sweep) -> str:
 
 def save_sweep(result: Sweep, engine: Engine, json_path: Path, picture: Path) -> list[Path]:
     """Write JSON, and where matplotlib is there PNG; returns what was written."""
-    from tetdeploy.extras import MissingExtraError
-    from tetdeploy.files import write_json
     from tetdeploy.report.sweep_plot import plot_sweep
 
     write_json(json_path, result.to_dict())

@@ -20,6 +20,9 @@ from tetdeploy.cli.options import (
     result_option,
 )
 from tetdeploy.cli.terminal import console, image_bar, progress_bar, say_next
+from tetdeploy.extras import import_extra
+from tetdeploy.files import write_json
+from tetdeploy.run_folder import weights_file, weights_sha256
 
 if TYPE_CHECKING:
     from tetdeploy.agreement import Compared, Reference
@@ -100,8 +103,6 @@ def validate(
     compared with PyTorch's answers; with --data the accuracy at each T as well. Neither needs torch. --against runs
     PyTorch side by side. Ctrl-C keeps what is done; the same command goes on. Writes MODEL.validate.json.
     """
-    from tetdeploy.files import write_json
-
     if against is None and (num_torch is not None or network is not None):
         raise click.UsageError("--num-torch and --model go with --against CHECKPOINT")
     engine = chosen.engine()
@@ -277,12 +278,9 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
     Raises:
         ValueError: it is another one.
     """
-    from tetdeploy.extras import import_extra
-
     torch = import_extra("torch", "train")
     import_extra("onnxscript", "train")
     from tetdeploy.checkpoint import read_metadata
-    from tetdeploy.run_folder import weights_file, weights_sha256
 
     file = weights_file(path)
     metadata, digest = read_metadata(file), weights_sha256(file)
