@@ -86,6 +86,8 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
 
     In float64, T steps at once are compared with T single steps between which only membranes are handed on; and two
     images, of which the second is made paler lest both have the same extremes, with each by itself at the last step.
+    Then the same where layers read random spikes in place of each other's, which reach what stands behind neurons that
+    these images leave silent.
 
     Args:
         x: images `[N, C, H, W]`, or frames `[N, T, C, H, W]`, of which the first two are taken, or twice the only one;
@@ -120,15 +122,39 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         _check_axes(single, 1, "one step of 2 images", 2)
         _check_axes(whole, T, f"T={T} and 2 images", 2)
         same = all(torch.equal(a[0], b[t]) for a, b in zip(single.spikes, whole.spikes, strict=True))
-        pairs = [*zip(single.currents, whole.currents, strict=True), (step, logits)]
-        if not same or not all(_close(a[0], b[t]) for a, b in pairs):
-            raise ValueError(
-                f"the network mixes time outside its neurons: its answer at step {t + 1} of T={T} differs from that of "
-                "a single step that starts from the same membranes; only LIF and IF neurons may carry anything from "
-                "one step to the next"
-            )
-    _check_alone(double, shown, before, single, step)
+        if not same or not _same_step(single, step, whole, logits, t):
+            raise _mixed_time(t, T)
+    _check_alone(double, shown, before, single.spikes, single, step)
+    _check_random(double, x, encoding, whole.spikes, T)
     return len(whole.spikes)
+
+
+def _check_random(double: Classifier, x: Tensor, encoding: Encoding, like: Sequence[Tensor], T: int) -> None:
+    """Compare the first and the last step, and there each image by itself, where layers read random spikes of the
+    shapes `like`, `[T, N, ...]`. Currents do not depend on membranes then."""
+    generator = torch.Generator().manual_seed(0)
+    spikes = [torch.randint(2, layer.shape, generator=generator).to(layer) for layer in like]
+    whole, logits = _recorded(double, x, T, others=spikes)
+    for t in (0, T - 1):
+        shown, read = x[:, t : t + 1] if encoding == "frames" else x, [layer[t : t + 1] for layer in spikes]
+        single, step = _recorded(double, shown, 1, others=read)
+        if not _same_step(single, step, whole, logits, t):
+            raise _mixed_time(t, T)
+    _check_alone(double, shown, None, read, single, step)
+
+
+def _same_step(single: _NamedNeurons, step: Tensor, whole: _NamedNeurons, logits: Tensor, t: int) -> bool:
+    """Whether the currents and logits of a single step are those of step t of a whole run."""
+    pairs = [*zip(single.currents, whole.currents, strict=True), (step, logits)]
+    return all(_close(a[0], b[t]) for a, b in pairs)
+
+
+def _mixed_time(t: int, T: int) -> ValueError:
+    return ValueError(
+        f"the network mixes time outside its neurons: its answer at step {t + 1} of T={T} differs from that of a "
+        "single step that starts from the same membranes; only LIF and IF neurons may carry anything from one step to "
+        "the next"
+    )
 
 
 def _paler(x: Tensor) -> Tensor:
@@ -147,15 +173,20 @@ def _check_axes(run: _NamedNeurons, steps: int, what: str, count: int) -> None:
 
 
 def _check_alone(
-    double: Classifier, x: Tensor, state: Sequence[Tensor] | None, together: _NamedNeurons, logits: Tensor
+    double: Classifier,
+    x: Tensor,
+    state: Sequence[Tensor] | None,
+    spikes: Sequence[Tensor],
+    together: _NamedNeurons,
+    logits: Tensor,
 ) -> None:
     """Compare each image by itself with what it was in the batch, over one step from the same membranes: the currents
-    of each layer, which reads the spikes of the batch, so that a current at the threshold, which rounding may take to
-    either side, makes no difference."""
+    of each layer, which reads the spikes that were read there, so that a current at the threshold, which rounding may
+    take to either side, makes no difference."""
     for n in range(len(x)):
         of_n = slice(n, n + 1)
         membranes = None if state is None else [u[of_n] for u in state]
-        alone, own = _recorded(double, x[of_n], 1, membranes, others=[spikes[:, of_n] for spikes in together.spikes])
+        alone, own = _recorded(double, x[of_n], 1, membranes, others=[layer[:, of_n] for layer in spikes])
         _check_axes(alone, 1, "one step of 1 image", 1)
         pairs = [
             (f"the currents of neurons {name!r}", a, b)

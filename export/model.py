@@ -65,8 +65,14 @@ class Exported:
     int8: dict[str, Any] | None = None
     fp16: dict[str, Any] | None = None
 
+    @property
+    def silent(self) -> list[str]:
+        """Layers of which no neuron fired in the check, neither from u = 0 nor from random membranes."""
+        checks = [check for check in (self.parity, self.from_state) if check is not None]
+        return [name for name in checks[0].silent if all(name in check.silent for check in checks)] if checks else []
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"path": str(self.path)}
+        return asdict(self) | {"path": str(self.path), "silent": self.silent}
 
 
 def export_model(

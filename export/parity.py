@@ -54,6 +54,7 @@ class Parity:
         amplified: measured only where the gate would fail without it, on up to 20 of the images that differ most: how
             many of their neuron-steps differ between engine and PyTorch, and between PyTorch and itself, in float64 and
             with every weight moved by up to one unit in the last place (the largest of four such comparisons).
+        silent: layers of which no neuron fired in the graph: what stands behind them was compared at 0 only.
     """
 
     num_images: int
@@ -65,6 +66,7 @@ class Parity:
     max_abs_logit_error: float
     local_logit_error: float
     amplified: tuple[float, float] | None = None
+    silent: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -127,6 +129,7 @@ def compare(
     sums = Comparison(classifier, engine, T)
     by_image: list[NDArray[np.int64]] = []
     first_state = None
+    fired = np.zeros(len(names), np.bool_)
     for part in parts(len(x), _BATCH, tick):
         batch = x[part]
         state = None
@@ -135,10 +138,12 @@ def compare(
         first_state = first_state or state
         per_step, by_name = _run_engine(engine, overlay, batch, T, names, state)
         spikes = [by_name[f"spikes.{name}"] for name in names]
+        fired |= [layer.any() for layer in spikes]
         by_image.append(sums.add(batch, per_step, spikes, state)[1])
         if part.start < _NUM_LOCAL:
             sums.add(batch, per_step, spikes, state, replacing=True)
-    parity = _parity(sums, T)
+    silent = tuple(name for name, once in zip(names, fired, strict=True) if not once)
+    parity = replace(_parity(sums, T), silent=silent)
     if not parity.differs:
         return parity
     # Membranes are kept for the first batch alone: from random ones, the images are chosen there.

@@ -48,7 +48,6 @@ def _mean(graph: onnx.GraphProto, K: int) -> list[dict[str, Any]]:
     of_step = "sequence.step_logits"
     for node in graph.node:
         node.output[:] = [of_step if name == "logits" else name for name in node.output]
-        node.input[:] = [of_step if name == "logits" else name for name in node.input]
     t, summed = _state(graph, "sequence.t", [1]), _state(graph, "sequence.summed", [K])
     graph.node.extend(
         [

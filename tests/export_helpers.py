@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -143,6 +145,14 @@ def unchecked(network: nn.Module, path: Path, config: ExportConfig) -> Engine:
     graph, *_ = model.build_graph(classifier(network), config)
     path.write_bytes(ir.to_proto(graph.model).SerializeToString())
     return Engine(path, threads=1)
+
+
+def computed(graph: ir.Model, x: np.ndarray[Any, Any]) -> list[Any]:
+    """What ONNX Runtime computes of `x`, once ONNX has checked the graph."""
+    proto = ir.to_proto(graph)
+    onnx.checker.check_model(proto, full_check=True)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, {"x": x}))
 
 
 class SideBySide(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -308,8 +309,8 @@ def test_the_next_step_is_the_report_of_the_run(model: Path) -> None:
     alone = run(model, "--repeats", 1, "--threads", 1, "--batch", 1)
     assert alone.output.endswith(f"{model.with_suffix('.bench.json')}\n")
     folder = run_folder(model.parent)
-    done = run(model, "--repeats", 1, "--threads", 1, "--batch", 1)
-    assert done.output.endswith(f"{model.with_suffix('.bench.json')}\nnext: tetdeploy report {folder}\n")
+    done, quoted = run(model, "--repeats", 1, "--threads", 1, "--batch", 1), shlex.quote(str(folder))
+    assert done.output.endswith(f"{model.with_suffix('.bench.json')}\nnext: tetdeploy report {quoted}\n")
     assert any(section.title == "Latency and throughput" for section in document_of(read_results([folder])).sections)
 
 

@@ -197,8 +197,15 @@ def test_folders_without_checkpoint_say_what_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", [0, 5, 8, 100, -1])
 def test_truncated_files_are_refused(saved: Path, kept: int) -> None:
     saved.write_bytes(saved.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is truncated: \d+ bytes"):
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is truncated: \d+ bytes.*; copy or train it again$"):
         load(saved)
+
+
+def test_what_is_no_path_or_flag_is_refused(saved: Path) -> None:
+    with pytest.raises(ValueError, match="path must be the path of a checkpoint or a run folder, got None"):
+        load(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="other_classes must be True or False, got 'no'"):
+        load_weights(load(saved), saved, other_classes="no")  # type: ignore[arg-type]
 
 
 def test_pickles_and_torch_files_are_never_unpickled(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from tetdeploy.export.binary_values import BinaryValues
 from tetdeploy.export.config import Layout
 from tetdeploy.export.counters import Layers, counting_overlay
 from tetdeploy.export.neuron_steps import Neurons
-from tetdeploy.export.step_order import StepOrder
+from tetdeploy.export.step_order import BATCH, StepOrder
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier
 from tetdeploy.networks.blocks import ResidualBlock
@@ -435,6 +435,27 @@ def test_where_the_steps_are_lost_and_found() -> None:
     assert order.left_of_steps(after(order, "Concat", steps, 3, "batch", 8, axis=0)) == 1
     first = after(order, "Expand", steps[:1], 3, "batch", 8)
     assert order.left_of_steps(after(order, "Concat", [first, first], 3, "batch", 16, axis=2)) == 0
+    assert order.left_of_steps(after(order, "Concat", steps, 3, "batch", 8, axis=-3)) == 1
+    assert order.left_of_steps(after(order, "Add", [spikes, steps[0]], 3, "batch", 8)) == 1
+
+
+def test_where_the_steps_are_kept_and_moved() -> None:
+    spikes, flat = (ir.Value(shape=ir.Shape((3, "batch", *features))) for features in ((8,), ()))
+    order = StepOrder([spikes, flat], 3)
+    unsqueezed = after(order, "Unsqueeze", [spikes], 1, 3, "batch", 8)
+    assert order.left_of_steps(unsqueezed) == 1
+    assert order.left_of_steps(after(order, "Squeeze", [unsqueezed], 3, "batch", 8)) == 1
+    assert order.left_of_steps(after(order, "Reshape", [spikes], "3*batch", 8)) == 1
+    assert order.left_of_steps(after(order, "Flatten", [spikes], "3*batch", 8)) == 1
+    assert order.left_of_steps(after(order, "Transpose", [flat], "batch", 3)) == BATCH  # without perm, in reverse
+
+
+@pytest.mark.parametrize("op", ["Gather", "Slice", "Split", "Concat", "Expand", "Tile", "Transpose", "Relu"])
+def test_what_moves_values_to_an_unknown_shape_loses_the_steps(op: str) -> None:
+    spikes = ir.Value(shape=ir.Shape((3, "batch", 8)))
+    order, node = StepOrder([spikes], 3), ir.node(op, [spikes])
+    order.propagate(node)
+    assert order.left_of_steps(node.outputs[0]) == (1 if op == "Relu" else None)
 
 
 class TwoStreams(nn.Module):

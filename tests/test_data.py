@@ -265,6 +265,20 @@ def test_the_parts_of_a_run_are_its_split_or_all(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- names, imports
 
 
+def test_arguments_that_are_none_are_named(tmp_path: Path) -> None:
+    name: Any
+    for name in (None, 5):
+        with pytest.raises(ValueError, match=r"name must be of type str, got \w+; choose digits, .* a path ending in"):
+            load_data(name, "test", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="data_dir must be the path of a folder, got None"):
+        load_data("digits", "test", data_dir=None)  # type: ignore[arg-type]
+    path: Any = tmp_path / "x.npz"
+    with pytest.raises(ValueError, match=r"data must be of type LabelledSet, got \w+; pass save_npz\(data, path\)"):
+        save_npz(path, image_set())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"path must be the path of a \.npz file, got None"):
+        save_npz(image_set(), None)  # type: ignore[arg-type]
+
+
 def test_unknown_names_list_the_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match="unknown data set 'mnist'; choose digits, fashion-mnist, cifar10, cifar100, imagenet, "

@@ -199,6 +199,8 @@ def test_what_load_exit_refuses(model: Path) -> None:
         load_exit(model)
     with pytest.raises(ValueError, match=r"is a folder, not an \.onnx file"):
         load_exit(model.parent)
+    with pytest.raises(ValueError, match=r"model must be the path of an \.onnx file, got None"):
+        load_exit(None)  # type: ignore[arg-type]
     for changes in (
         {"threshold": 2},
         {"criterion": "luck"},

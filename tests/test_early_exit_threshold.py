@@ -107,6 +107,7 @@ def test_a_calibration_by_hand() -> None:
     for options, message in (
         ({"loss": -0.1}, "loss of accuracy must lie in 0..1, a fraction, got -0.1"),
         ({"min_T": 4}, "min_T must lie within the T=3 steps, got 4"),
+        ({"confident": "no"}, "confident must be True or False, got .no."),
     ):
         with pytest.raises(ValueError, match=message):
             find_threshold(some, **options)

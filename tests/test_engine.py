@@ -314,7 +314,7 @@ def test_a_truncated_model_is_refused(part: float, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_refused_devices_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_devices_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = exported("dynamic")
     with pytest.raises(ValueError, match="unknown device 'tpu'; choose one of cpu, cuda, tensorrt"):
         Engine(path, device="tpu")
@@ -325,6 +325,18 @@ def test_refused_devices_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         Engine(path, threads="2")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"model must be the path of an \.onnx file, got None"):
         Engine(None)  # type: ignore[arg-type]
+    (checkpoint := tmp_path / "checkpoint.safetensors").touch()
+    with pytest.raises(ValueError, match=rf"is a checkpoint, not an \.onnx file; .* tetdeploy export {checkpoint}$"):
+        Engine(checkpoint)
+    flags: list[dict[str, Any]] = [{"native": value} for value in ("no", 1, 2.0)]
+    for given in (*flags, {"cuda_graphs": "no"}):
+        with pytest.raises(
+            ValueError, match=r"(native|cuda_graphs) must be True or False(, or None)?, got ('no'|1|2.0)"
+        ):
+            Engine(path, **given)
+    model = engine("dynamic")
+    with pytest.raises(ValueError, match="native must be True or False, got 'no'"):
+        model.run_with(model.counting_overlay, digits().images[:1], 1, native="no")  # type: ignore[arg-type]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     for device, provider in (("cuda", "CUDA"), ("tensorrt", "Tensorrt")):
         with pytest.raises(ValueError, match=rf"device '{device}' needs ONNX Runtime's {provider}.*tetdeploy\[gpu\]"):

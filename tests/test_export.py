@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import logging
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 import tetdeploy
 from tetdeploy import folding
 from tetdeploy.agreement import reference_path
+from tetdeploy.cli.export import print_exported
 from tetdeploy.engine import Engine
 from tetdeploy.export import (
     ExportConfig,
@@ -58,7 +61,7 @@ from tetdeploy.folding import FoldingError
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.neurons import IF, LIF, lif
-from tetdeploy.tracing import Tracer
+from tetdeploy.tracing import Tracer, quiet, reason
 
 Options = dict[str, Any]
 
@@ -818,6 +821,16 @@ def test_errors_do_not_name_files_that_are_gone(earlier: Path, monkeypatch: pyte
             export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:40])
 
 
+def test_symbols_of_which_one_begins_another_keep_apart() -> None:
+    frames = ir.Value(shape=ir.Shape(("s7", "s77", 8)))
+    merged = ir.node("Flatten", [frames])
+    merged.outputs[0].shape = ir.Shape(("s7*s77", 8))
+    graph = ir.Graph([frames], [merged.outputs[0]] * 2, nodes=[merged], opset_imports={"": 20})
+    onnx_tracer._name_boundary(ir.Model(graph, ir_version=10), None, "frames")
+    assert frames.shape == ir.Shape(("batch", "T", 8))
+    assert merged.outputs[0].shape == ir.Shape(("batch*T", 8))
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -975,6 +988,48 @@ def test_images_with_the_same_extremes_tell_a_network_that_mixes_them(count: int
             check_steps(untested(Brightest()), x, "direct")
 
 
+class Silent(Small):
+    """Its middle layer `quiet` never fires: its currents add up to 0.2 at most."""
+
+    def __init__(self, behind: Callable[[Tensor], Tensor] = lambda y: y) -> None:
+        super().__init__()
+        self.quiet, self.behind = LIF(), behind
+
+    def between(self, spikes: Tensor) -> Tensor:
+        return self.behind(self.quiet(spikes * 0.1))
+
+
+@pytest.mark.parametrize(
+    ("behind", "match"),
+    [
+        (lambda y: y * (1 + y.mean(0)), "mixes time outside its neurons: its answer at step 1 of T=4 differs"),
+        (lambda y: y.cumsum(0), "mixes time outside its neurons: its answer at step 4 of T=4 differs"),
+        (lambda y: y.roll(1, 1), "mixes the images of a batch: the currents of neurons 'lif'"),
+    ],
+)
+def test_what_stands_behind_silent_neurons_is_checked(behind: Callable[[Tensor], Tensor], match: str) -> None:
+    x = torch.from_numpy(digits().images[:2])
+    assert check_steps(untested(Silent()), x, "direct") == 3
+    with pytest.raises(ValueError, match=match):
+        check_steps(untested(Silent(behind)), x, "direct")
+
+
+def test_an_export_names_layers_that_no_checked_image_makes_fire(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ExportConfig("step")
+    written = export_model(untested(Silent()), tmp_path / "m.onnx", config, digits().images[:20], num_check=20)
+    assert written.to_dict()["silent"] == ["quiet", "lif#2"]
+    print_exported(written, config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no neuron of quiet, lif#2 fired on the 20 checked images: what stands behind them was compared at 0" in said
+    assert written.parity is not None
+    fires = dataclasses.replace(written.parity, silent=())
+    for others in ({"parity": fires}, {"from_state": fires}, {"parity": None, "from_state": None}):
+        assert dataclasses.replace(written, **others).silent == []
+    assert dataclasses.replace(written, from_state=None).silent == ["quiet", "lif#2"]
+
+
 class AtTheThreshold(Small):
     """Currents at the threshold, which rounding takes above it for an image by itself; and a residual sum in place."""
 
@@ -1084,6 +1139,18 @@ def test_frames_may_go_to_neurons_as_they_are(T: int | None) -> None:
     assert Tracer(net, encoding="frames", uint8=True).program(T)
 
 
+def test_only_a_guard_of_torchs_is_explained() -> None:
+    assert reason(ValueError("no min(a) here")) == "no min(a) here"
+
+
+def test_torch_logs_as_before_once_it_has_traced(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("torch")
+    with caplog.at_level(17, "torch"):
+        with quiet():
+            assert logger.level == logging.CRITICAL
+        assert logger.level == 17
+
+
 @pytest.mark.parametrize("T", [4, None])
 def test_what_cannot_be_traced_at_any_T_is_told_torchs_reason(T: int | None) -> None:
     net = untested(OfFrames(AsksForTheBatch()))
@@ -1175,8 +1242,9 @@ def test_a_folded_network_that_cannot_be_traced_again_is_told_the_way_out() -> N
     tracer = Tracer(untested(WrittenOverCurrent()), encoding="direct", uint8=True)
     with pytest.raises(
         ValueError, match=r"^torch\.export cannot trace the network once more .*: put .* --no-fold-bn\."
-    ):
+    ) as refused:
         OnnxTracer(tracer, fold_bn=True).graph(4, step=False)
+    assert "\n" not in str(refused.value)
 
 
 class CutInTwo(Small):
@@ -1203,12 +1271,15 @@ def test_why_the_batch_cannot_be_left_open(network: type[nn.Module], match: str,
 @pytest.mark.parametrize(("fold_bn", "T"), [(True, None), (False, 4)])
 def test_errors_of_the_optimiser_are_told(fold_bn: bool, T: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any) -> None:
-        raise TypeError("no ndim")
+        failed = RuntimeError("a pass failed")
+        failed.__cause__ = TypeError("no ndim")
+        raise RuntimeError("not optimised") from failed
 
     monkeypatch.setattr(torch.onnx.ONNXProgram, "optimize", fails)
     monkeypatch.setattr(onnx_tracer, "fold_constants", fails)
     way_out = "; use --layout unrolled" if T is None else ""
-    with pytest.raises(ValueError, match=rf"^the network's ONNX graph cannot be optimised: no ndim{way_out}$"):
+    match = rf"^the network's ONNX graph cannot be optimised: a pass failed: no ndim{way_out}$"
+    with pytest.raises(ValueError, match=match):
         OnnxTracer(Tracer(untested(Small()), encoding="direct", uint8=True), fold_bn=fold_bn).graph(T, step=False)
 
 

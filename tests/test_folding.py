@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tetdeploy.folding import FoldingError, count_batchnorm, fold_batchnorm
+from tetdeploy.int8.quantisation import quantise
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import NetworkConfig, build_network
 from tetdeploy.neurons import LIF
@@ -103,6 +104,13 @@ def test_a_layer_and_its_bn_become_one_layer(kind: str, bias: bool) -> None:
 def test_bn_without_affine_parameters(kind: str, bias: bool) -> None:
     layer, bn, shape = LAYERS[kind]
     assert_folds(settled(nn.Sequential(layer(bias), bn(6, affine=False, eps=0.3))), randn(*shape), batchnorms=1)
+
+
+def test_a_flag_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="trainable must be True or False, got 'no'"):
+        fold_batchnorm(None, trainable="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="trainable must be True or False, got 1"):
+        quantise(None, {}, trainable=1)  # type: ignore[arg-type]
 
 
 def test_equation_6_by_hand() -> None:

@@ -172,6 +172,13 @@ def test_direct_encoding_sums_the_gradient_over_its_steps(
     compare(stem, lambda stem, x: fire_encoded(stem[1], stem[0], x, T), x, launches=served(device, memory_format))
 
 
+@pytest.mark.parametrize(("T", "message"), [(0, "at least 1, got 0"), (True, "a whole number, got True")])
+def test_steps_that_are_no_count_are_refused(T: int, message: str) -> None:
+    network = build_network(NetworkConfig("convsnn", 3, 1, (8, 8), width=0.1)).train()
+    with pytest.raises(ValueError, match=f"T must be {message}"):
+        network(draw(2, 1, 8, 8), T)
+
+
 def test_frames_through_direct_encoding(device: str) -> None:
     stem = nn.ModuleList([DirectEncoding(*conv_bn(2, 5, 3)), LIF()]).to(device)
     nn.init.constant_(stem[0][1].bias, 0.5)
@@ -412,6 +419,16 @@ def test_a_repeated_current_with_a_residual_goes_through_the_modules(with_bn: bo
     assert torch.equal(*spikes) and 0 < spikes[0].mean() < 1
 
 
+def test_a_frozen_bn_of_the_residual_keeps_its_statistics(device: str) -> None:
+    module, y = Behind(3, 4, "bn").to(device), draw(8, 3, 5, 5).to(device, memory_format=torch.channels_last)
+    module.residual_bn.eval()
+    before = copy.deepcopy(module.residual_bn.state_dict())
+    with by_modules():
+        wanted = copy.deepcopy(module)(y)
+    assert torch.equal(module(y), wanted)
+    assert all(torch.equal(value, before[name]) for name, value in module.residual_bn.state_dict().items())
+
+
 def test_tensors_without_memory_go_through_the_modules() -> None:
     block = ResidualBlock(3, 3, stride=1, tau=0.5, v_th=1.0, gamma=1.0).to(memory_format=torch.channels_last)
     with FakeTensorMode(allow_non_fake_inputs=True), counted() as calls:
@@ -573,11 +590,28 @@ def test_the_modules_are_called_wherever_the_kernels_do_not_serve(device: str) -
     assert launches(lambda block: block.layer1[1].eval() and None) == 1
     assert launches(lambda block: setattr(block.layer1[1], "track_running_stats", False)) == 1
 
+    assert launches(lambda block: setattr(block, "shortcut", type("Other", (nn.Identity,), {})())) == 1
+
     def hooked(block: ResidualBlock) -> None:
         block.lif1.register_forward_hook(lambda *_: None)
         block.shortcut.register_forward_hook(lambda *_: None)
 
     assert launches(hooked) == 0
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("path", ["lif1", "layer1", "layer1.1"])
+def test_hooks_of_neurons_layers_and_bn_are_called(path: str, kind: str) -> None:
+    block = ResidualBlock(3, 3, stride=1, tau=0.5, v_th=1.0, gamma=1.0).to(memory_format=torch.channels_last)
+    called: list[str] = []
+    getattr(block.get_submodule(path), f"register_{kind}_hook")(lambda *_: called.append(kind))
+    block((draw(2, 2, 3, 4, 4) > 0).float().requires_grad_()).sum().backward()
+    assert called == [kind]
+
+
+def test_neurons_behind_no_layers() -> None:
+    x = draw(3, 2, 4)
+    assert torch.equal(fire(LIF(), OverTime(), x), LIF()(x))
 
 
 def test_a_batch_of_one_value_a_channel_is_refused_as_by_bn(device: str) -> None:
@@ -636,6 +670,13 @@ def test_cuda_takes_every_grid_at_full_size(
     for grid in grids.values():
         assert grid[0] < 2**31 and all(axis <= 65_535 for axis in grid[1:])
     assert grids["_norm_backward"] == (1024 * 1024 * 128 // 1024,)
+
+
+def test_positions_of_all_steps_are_counted_in_32_bits() -> None:
+    kernels = pytest.importorskip("tetdeploy.kernels.triton_bn_lif", reason="Triton is not installed")
+    y = torch.empty(2**10, 1, 2**10, 2**10, device="meta")
+    assert not kernels.serves(y, 1)
+    assert kernels.serves(y[1:], 16) and not kernels.serves(y[1:], 17)
 
 
 BUILD = """

@@ -67,6 +67,13 @@ def test_options_of_batch_normalisation_pass_through() -> None:
     assert torch.isfinite(bn(shifted().float())).all()
 
 
+@pytest.mark.parametrize("name", ["v_th", "alpha"])
+@pytest.mark.parametrize("value", [-1, 0, float("nan"), float("inf"), "1"])
+def test_a_threshold_that_is_none_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be (above 0 and finite|a number)[;,] got '?{value}"):
+        tdBN(4, **{name: value})
+
+
 @pytest.mark.parametrize("shape", [(2, 3), (2, 2, 2, 2, 2, 2)])
 def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected 4D input"):
@@ -78,6 +85,11 @@ class Doubling(nn.Identity):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * x
+
+
+class DoublingFlatten(nn.Flatten):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
 
 
 def doubled(layer: nn.Module) -> nn.Module:
@@ -98,9 +110,10 @@ def doubled(layer: nn.Module) -> nn.Module:
         (nn.Flatten(),),
         (nn.Flatten(-2), nn.Identity(), nn.Flatten(1, 2)),
         (Doubling(),),
+        (DoublingFlatten(),),
         (nn.Identity(), doubled(nn.Flatten())),
     ],
-    ids=["convolution", "readout", "pooling", "identity", "flatten", "flatten in two", "own", "hooked"],
+    ids=["convolution", "readout", "pooling", "identity", "flatten", "flatten in two", "own", "own flatten", "hooked"],
 )
 def test_over_time_equals_a_loop_over_steps(layers: tuple[nn.Module, ...]) -> None:
     x = shifted(T=5)

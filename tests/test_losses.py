@@ -144,8 +144,12 @@ def test_wrong_dtypes_and_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"label_smoothing is 1.5; .*\[0, 1\]"):
         tet_loss(logits, labels, label_smoothing=1.5)
     for loss, smoothing in ((sdt_loss, 0.0), (tet_loss, 0.1)):
-        with pytest.raises(ValueError, match=r"labels must lie in 0\.\.3, one of K classes; Target 9 is out of bounds"):
-            loss(logits, torch.full_like(labels, 9), label_smoothing=smoothing)
+        for label in (9, -1, -100):  # the last is what PyTorch's own leaves out by default
+            match = rf"labels must lie in 0\.\.3, one of K classes; Target {label} is out of bounds"
+            with pytest.raises(ValueError, match=match):
+                loss(logits, torch.full_like(labels, label), label_smoothing=smoothing)
+            with pytest.raises(ValueError, match=match):
+                loss(logits, labels.index_fill(0, torch.tensor(0), label), label_smoothing=smoothing)
     with pytest.raises(ValueError, match=r"lam is -0.1; .*\[0, 1\]"):
         total_loss(logits, labels, lam=-0.1)
 
@@ -178,5 +182,6 @@ def test_distillation_refuses() -> None:
         distillation_loss(logits, torch.zeros(5, 7, 4))
     with pytest.raises(ValueError, match=r"teacher_logits are torch.int64 \[7, 4\]; .* want floating"):
         distillation_loss(logits, torch.zeros(7, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"tau_kd is 0.0; .*above 0"):
-        distillation_loss(logits, torch.zeros(7, 4), tau_kd=0.0)
+    for tau_kd in (0.0, float("inf")):
+        with pytest.raises(ValueError, match=rf"tau_kd is {tau_kd}; .*above 0 and finite"):
+            distillation_loss(logits, torch.zeros(7, 4), tau_kd=tau_kd)

@@ -19,6 +19,7 @@ from tetdeploy.layers import tdBN
 from tetdeploy.networks import NETWORKS, Classifier, NetworkConfig, build_network, import_network
 from tetdeploy.networks.blocks import conv_bn
 from tetdeploy.networks.resnet19 import ResNet19
+from tetdeploy.networks.vggsnn import VGGSNN
 from tetdeploy.neurons import LIF
 
 SIDE = 32  # the smallest image that every network takes
@@ -333,6 +334,42 @@ def test_images_that_are_none_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=f"images must be .*{message}"):
             asked(images, 2)
+
+
+def test_a_flag_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="strided must be True or False, got 'no'"):
+        VGGSNN(num_classes=2, in_channels=2, image_size=(16, 16), strided="no")  # type: ignore[arg-type]
+
+
+def test_images_of_another_size_are_the_layers_to_judge() -> None:
+    config = NetworkConfig("convsnn", 2, 3, (8, 8), width=0.1)
+    options: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "class_names": ("a", "b")}
+    asked = Classifier(build_network(config), config=config, **options)
+    T: int | None
+    for x, T in ((torch.zeros(1, 3, 16, 12), 2), (torch.zeros(2, 1, 3, 16, 12), None)):
+        with pytest.raises(
+            ValueError, match="was made for images of 8x8 and fails on some of 16x12: mat1 and mat2 shape"
+        ):
+            asked(x, T)
+    any_size = Classifier(Pooled(), config=config, **options)
+    assert any_size(torch.zeros(1, 3, 16, 12), 2).shape == (2, 1, 2)
+    with pytest.raises(RuntimeError, match="own fault"):  # of the size that it was made for: what the network raises
+        Classifier(Faulty(), config=config, **options)(torch.zeros(1, 3, 8, 8), 2)
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lif, self.readout = LIF(), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor, T: int) -> torch.Tensor:
+        logits: torch.Tensor = self.readout(self.lif(x.expand(T, *x.shape)).mean((3, 4)))
+        return logits
+
+
+class Faulty(nn.Module):
+    def forward(self, x: torch.Tensor, T: int) -> torch.Tensor:
+        raise RuntimeError("own fault")
 
 
 def test_own_networks_are_imported_only_on_request() -> None:

@@ -372,12 +372,27 @@ def test_autocast_spikes_are_those_of_a_float32_loop_on_the_bf16_currents() -> N
 
 def test_a_given_membrane_takes_the_membranes_dtype() -> None:
     u = torch.full((2,), 0.25, dtype=torch.float16, requires_grad=True)
-    _, u_last = lif(torch.full((1, 2), 0.5, dtype=torch.bfloat16), u)
+    current = torch.full((1, 2), 0.5, dtype=torch.bfloat16)
+    _, u_last = lif(current, u)
     assert u_last.tolist() == [0.625, 0.625] and u_last.dtype == torch.float32
     u_last.sum().backward()
     assert u.grad is not None
     by_hand = 0.5 * (1 - 0.625 * 0.625)  # tau (1 - h ds/dh), at |h - v_th| = 0.375
     assert (u.grad.dtype, u.grad.tolist()) == (torch.float16, [by_hand, by_hand])
+    finer = torch.full((2,), 0.25 + 2**-12)  # than the currents' own
+    assert lif(current, finer)[1].tolist() == [0.625 + 2**-13] * 2
+
+
+@by_either_kernel
+def test_the_operator_takes_a_membrane_of_another_dtype() -> None:
+    """As it gets one in a network that was traced in float32 and then turned to float64."""
+    current, u = torch.randn(5, 40, dtype=torch.float64).requires_grad_(), torch.rand(40)
+    results = []
+    for start in (u, u.double()):
+        spikes, u_last = torch.ops.tetdeploy.lif(current, start, 0.3, 0.7, 1.5)
+        (gradient,) = torch.autograd.grad(spikes.sum() + u_last.sum(), current)
+        results.append((spikes, u_last, gradient))
+    assert all(map(torch.equal, *results))
 
 
 # --- what is kept for backward -----------------------------------------------------------------------------------

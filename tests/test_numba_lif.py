@@ -111,6 +111,16 @@ def test_a_kernel_is_kept_where_nothing_can_be_locked(error: type[Exception], mo
     assert numba_kernels._kept_in_turn(abs) is abs  # what is not compiled has no such cache
 
 
+@pytest.mark.parametrize("name", ["load_overload", "save_overload"])
+def test_a_kernel_runs_where_the_disk_is_full_or_the_files_are_anothers(name: str, tmp_path: Path) -> None:
+    numba_kernels = pytest.importorskip("tetdeploy.kernels.numba_kernels")
+    access = Mock(side_effect=OSError)
+    cache = SimpleNamespace(**{"cache_path": tmp_path, name: access})
+    numba_kernels._kept_in_turn(SimpleNamespace(_cache=cache))
+    assert getattr(cache, name)("signature", "context") is None  # to numba: there is none, compile it
+    access.assert_called_once_with("signature", "context")
+
+
 def test_a_numba_that_refuses_this_numpy_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.4 or less')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -12,10 +12,21 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
-from export_helpers import classifier, convsnn, digits, exported, frames, int8_exported, layouts, shared_traces
+from export_helpers import (
+    classifier,
+    computed,
+    convsnn,
+    digits,
+    exported,
+    frames,
+    int8_exported,
+    layouts,
+    shared_traces,
+)
 from PIL import Image
 from serve_helpers import needs_serve, start, stop
 from torch import Tensor, nn
@@ -126,6 +137,21 @@ def test_what_openvino_computes_wrongly_is_written_otherwise(
     exported = export_awkward(tmp_path / "m.onnx", layout, precision)
     assert exported.checked_under == ("onnxruntime", "openvino")
     same_answers(exported.path, 4)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dilations"), [((1, 1), [1, 2]), ((1, 3), [1, 1]), ((3, 1), [1, 1]), ((2, 2), [1, 1])]
+)
+def test_a_1x1_convolution_alone_gets_zeros_beside_its_weights(kernel: tuple[int, int], dilations: list[int]) -> None:
+    weights, x = np.arange(1, 1 + 6 * kernel[0] * kernel[1]), np.arange(128, dtype=np.float32).reshape(1, 2, 8, 8)
+    text = f"""<ir_version: 10, opset_import: ["": 20]> g (float[1, 2, 8, 8] x) => (float[1, 3, h, w] y)
+        <float[3, 2, {kernel[0]}, {kernel[1]}] weight = {{{", ".join(map(str, weights))}}}>
+        {{ y = Conv<strides = [2, 2], pads = [1, 1, 1, 1], dilations = {dilations}> (x, weight) }}"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    (before,) = computed(model, x)
+    openvino.write_for_openvino(model, int8=False)
+    np.testing.assert_array_equal(computed(model, x)[0], before)
+    assert ("Concat" in [node.op_type for node in model.graph]) == (kernel == (1, 1))
 
 
 def test_a_graph_that_openvino_computes_wrongly_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from tetdeploy.data import load_data, split_validation
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import CurrentScale, fake_quantised_conv
+from tetdeploy.traced_network import TracedNetwork
 from tetdeploy.tracing import Tracer
 from tetdeploy.train import TrainConfig, TrainResult, qat, train
 
@@ -90,6 +91,19 @@ def test_gradients_reach_every_parameter_and_bn_keeps_its_statistics(encoding: A
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
         parameter.grad = None
     assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
+
+
+def test_a_copy_has_weights_of_its_own() -> None:
+    network = TracedNetwork(Tracer(copy.deepcopy(convsnn()), encoding="direct", uint8=True))
+    x = torch.from_numpy(digits().images[:3])
+    with torch.no_grad():
+        before = network(x, 2)
+        copied = copy.deepcopy(network)
+        for parameter in copied.parameters():
+            parameter.mul_(0.5)
+        assert not torch.equal(copied(x, 2), before)
+        network._by_T.clear()
+        assert torch.equal(network(x, 2), before)
 
 
 # --- runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def test_what_a_half_done_batch_left_is_not_kept(
 ) -> None:
     """At Ctrl-C what was done before is; of any other error what was done when 20 seconds had passed."""
     clock = iter(range(0, 1000, seconds))
-    monkeypatch.setattr("tetdeploy.resumable.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("tetdeploy.resumable.time", SimpleNamespace(monotonic=lambda: next(clock)))
     partial = Partial(tmp_path / "p.npz", {})
     with pytest.raises(error):
         finish(Half(error), partial, lambda count: None)  # type: ignore[arg-type]

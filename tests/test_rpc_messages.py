@@ -47,6 +47,13 @@ def test_a_message_has_no_more_fields_than_there_may_be() -> None:
         parse(made.SerializeToString(), SIZES)
 
 
+@pytest.mark.parametrize(("text", "read"), [("0.9", 0.9), ("1", 1.0), ("often", "often")])
+def test_a_threshold_may_come_as_text(text: str, read: float | str) -> None:
+    made = request()
+    made.parameters["early_exit"].string_param = text
+    assert read_request(made).parameters == {"T": 4, "early_exit": read}
+
+
 def test_many_fields_take_no_time() -> None:
     sent = b"\x2a\x00" * 31_000_000  # empty inputs; parsed they take 3 GB, and 8 s
     began = time.process_time()

@@ -284,6 +284,7 @@ WRONG: list[tuple[str, bytes, int, str]] = [
     ("step", body(parameters={"T": 65}), 400, "T must lie in 1..64"),
     ("step", body(parameters={"T": "4"}), 400, "T must be an integer"),
     ("step", body(parameters={"steps": 4}), 400, "unknown parameter 'steps'"),
+    ("step", body(parameters={"early_exit": "0.9"}), 400, "a threshold in 0..1, got '0.9'"),
     ("step", body(parameters={"early_exit": 2}), 400, "a threshold in 0..1"),
     ("step", body(parameters={"early_exit": 10**400}), 400, "a threshold in 0..1"),
     ("step", body(parameters={"early_exit": True}), 400, "had no threshold when the server started: it takes"),
@@ -860,7 +861,7 @@ def test_the_load_script_measures_and_gets_right_answers_only(tmp_path: Path) ->
 def test_parameters_of_a_sequence() -> None:
     assert Parameters.parse({"sequence_id": 0, "T": 3}) == Parameters(T=3)
     assert Parameters.parse({"sequence_id": "a", "sequence_end": True}).sequence_id == "a"
-    assert Parameters.parse({"early_exit": "0.5"}).early_exit == 0.5
+    assert Parameters.parse({"early_exit": 0.5}).early_exit == 0.5
     with pytest.raises(ValueError, match="early_exit is for whole requests"):
         Parameters.parse({"sequence_id": 1, "early_exit": True})
 

@@ -302,6 +302,15 @@ def test_a_state_is_a_copy() -> None:
     assert pool.state(other).to_bytes() == kept
 
 
+def test_what_is_no_engine_or_names_no_stream_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"engine must be of type Engine, got str; pass Engine\(path\)"):
+        StreamPool("model.onnx")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"frames must be of type Mapping, got list; pass \{id: frame\}, by the id"):
+        StreamPool(engine("step")).push([digits().images[0]])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"path must be the path of a state that save\(\) wrote, got None"):
+        StreamState.load(None)  # type: ignore[arg-type]
+
+
 def test_refused_states(tmp_path: Path) -> None:
     pool = StreamPool(engine("step"))
     good = pool.state(pool.open())

@@ -145,7 +145,7 @@ def test_latency_is_the_median_after_a_warm_up_in_milliseconds(
             rounds = [t for t, _ in calls].count(T)
             clock[0] += T * (0.1 if rounds in (1, 2, 6, 7) else 0.01)
 
-    monkeypatch.setattr(sweeping.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(sweeping, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     latency = sweeping.measure_latency(Slow(), np.array([[0.0, 0], [1, 0], [2, 0]]), (1, 4), 5)  # type: ignore[arg-type]
     if layout == "unrolled" and not with_state:  # all steps are run whatever T is
         assert latency == {1: pytest.approx(40.0), 4: pytest.approx(40.0)}

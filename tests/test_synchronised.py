@@ -18,7 +18,9 @@ from tetdeploy.train.synchronised import synchronise_bn
 def network() -> nn.Sequential:
     torch.manual_seed(1)
     layers = nn.Sequential(
-        tdBN(3, v_th=0.5), OverTime(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None)), tdBN(4, affine=False)
+        tdBN(3, v_th=0.5, eps=0.5),
+        OverTime(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None)),
+        tdBN(4, affine=False),
     )
     return layers.double()
 

@@ -267,6 +267,13 @@ def test_weight_decay_spares_bn_and_biases(name: str) -> None:
         assert all(group["nesterov"] and group["momentum"] == 0.9 for group in optimizer.param_groups)
 
 
+def test_every_kind_of_convolution_decays() -> None:
+    network = nn.Sequential(nn.Conv1d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.Conv3d(1, 1, 1))
+    optimizer = build_optimizer(network, settings(weight_decay=0.3), scaled=False)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.3 for p in group["params"]}
+    assert decayed == {id(layer.weight) for layer in network}
+
+
 def test_sgd_is_not_fused_where_steps_may_be_left_out() -> None:
     with FakeTensorMode():
         network = nn.ParameterList([torch.empty(3, device="cuda")])
@@ -876,6 +883,12 @@ def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         train(toy(), TRAIN, VAL, {}, tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="config must be of type TrainConfig, got dict"):
         train_seeds(lambda seed: toy(), TRAIN, VAL, {}, (0,), tmp_path / "seeds")  # type: ignore[arg-type]
+    for flag in ("resume", "board", "progress"):
+        no: dict[str, Any] = {flag: "no"}
+        with pytest.raises(ValueError, match=f"{flag} must be True or False(, or None)?, got 'no'"):
+            train(toy(), TRAIN, VAL, settings(), tmp_path, **no)
+        with pytest.raises(ValueError, match=f"{flag} must be True or False(, or None)?, got 'no'"):
+            train_seeds(lambda seed: toy(), TRAIN, VAL, settings(), (0,), tmp_path / "seeds", **no)
     with pytest.raises(ValueError, match="how must be of type How, got dict"):
         train(toy(), TRAIN, VAL, settings(), tmp_path, how={"recompute": True})  # type: ignore[arg-type]
     for sets in ({"train_set": TRAIN, "val_set": otherwise(VAL)}, {"train_set": otherwise(TRAIN), "val_set": None}):

@@ -198,6 +198,16 @@ def test_only_the_current_is_kept_and_no_membrane_is_written_that_no_one_asked_f
 
 
 @pytest.mark.gpu
+def test_the_layer_carries_its_membranes_from_launch_to_launch(device: str) -> None:
+    """Though no one asked for the last of them."""
+    current = currents((33, 37), "contiguous", torch.float32, device)
+    wanted, got = lif(current, tau=0.7)[0], LIF(tau=0.7)(current)
+    assert torch.equal(got, wanted)
+    gradients = [torch.autograd.grad(spikes.sum(), current)[0] for spikes in (got, wanted)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("grad_mode", [True, False])
 def test_a_recorder_sees_the_neurons(grad_mode: bool, device: str) -> None:
     """That of the export's check; on a GPU it would miss what does not go through the operator."""

@@ -281,10 +281,19 @@ def test_making_a_twin_leaves_the_network() -> None:
     assert network.fc2[0].weight.any()
 
 
+def test_a_twin_of_neurons_has_their_settings_and_leaves_membranes_as_they_are() -> None:
+    (twin,) = ann_twin(nn.Sequential(LIF(tau=0.3, v_th=0.7, gamma=2.0)))
+    assert (twin.tau, twin.v_th, twin.gamma) == (0.3, 0.7, 2.0)
+    current, u = torch.randn(1, 3), torch.rand(3)
+    activations, u_last = twin.with_state(current, u)
+    assert torch.equal(activations, current.relu()) and u_last is u
+
+
 def test_a_twin_refuses_more_than_one_step() -> None:
     twin = build_network(config_of("convsnn", ann=True))
-    with pytest.raises(ValueError, match=r"an ANN has no time .*use T=1, got T=4"):
-        twin(torch.randn(2, 3, 4, 4), 4)
+    for T in (0, 4):
+        with pytest.raises(ValueError, match=rf"an ANN has no time .*use T=1, got T={T}"):
+            twin(torch.randn(2, 3, 4, 4), T)
     with pytest.raises(ValueError, match=r"hold T=3 steps, but T=4 was asked for"):
         twin(torch.randn(3, 2, 3, 4, 4), 4)
     with pytest.raises(ValueError, match=r"input must be images"):

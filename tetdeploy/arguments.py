@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import operator
 from dataclasses import fields
+from os import PathLike
 from typing import Any
 
 import numpy as np
 
 
 def check_flags(config: Any) -> None:
-    """Refuse what is neither True nor False in the fields of a dataclass annotated `bool`: a text such as "no" is true.
-    NumPy's own are refused too, for JSON does not hold them.
+    """`check_flag` for the fields of a dataclass annotated `bool`.
+
+    Raises:
+        ValueError: see there.
+    """
+    for field in fields(config):
+        if field.type in (bool, "bool"):
+            check_flag(field.name, getattr(config, field.name))
+
+
+def check_flag(name: str, value: Any, *, or_none: bool = False) -> None:
+    """Refuse what is neither True nor False: a text such as "no" is true. NumPy's own are refused too, for JSON does
+    not hold them. `name` is what errors call it.
+
+    Args:
+        or_none: None is let pass.
 
     Raises:
         ValueError: it is so.
     """
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type in (bool, "bool") and not isinstance(value, bool):
-            raise ValueError(f"{field.name} must be True or False, got {value!r}")
+    if not isinstance(value, bool) and not (or_none and value is None):
+        raise ValueError(f"{name} must be True or False{', or None' * or_none}, got {value!r}")
 
 
 def check_number(name: str, value: Any) -> float:
@@ -59,6 +72,16 @@ def check_whole(name: str, number: Any) -> int:
         return operator.index(number)
     except TypeError:
         raise ValueError(f"{name} must be a whole number, got {number!r}") from None
+
+
+def check_path(name: str, value: Any, what: str) -> None:
+    """Refuse what is no path. `name` is what errors call it, `what` says of what.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if not isinstance(value, str | PathLike):
+        raise ValueError(f"{name} must be the path of {what}, got {value!r}")
 
 
 def check_type(name: str, value: Any, kind: type, remedy: str = "") -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tetdeploy.arguments import check_flag
 from tetdeploy.extras import import_extra
 from tetdeploy.names import section, shorten
 from tetdeploy.run_folder import CHECKPOINT_NAME, weights_file
@@ -108,6 +109,7 @@ def load_weights(classifier: Classifier, path: Path | str, *, other_classes: boo
         ValueError: not a checkpoint of ours; keys are missing, unexpected or misshapen (all are named); a weight is
             NaN.
     """
+    check_flag("other_classes", other_classes)
     file = weights_file(path)
     num_classes = read_metadata(file)["network"].get("num_classes")
     tensors = section(read_shards(file), "network.") if is_sharded(file) else read_tensors(file)

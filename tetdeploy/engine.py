@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy import native
-from tetdeploy.arguments import check_count
+from tetdeploy.arguments import check_count, check_flag, check_path
 from tetdeploy.early_exit import Exit
 from tetdeploy.energy import layers_of
 from tetdeploy.model_file import check_outputs
@@ -76,7 +75,8 @@ class Engine:
     Raises:
         ValueError: `model` is no path; the file is no ONNX model, none of ours, or not what its metadata say; the
             device is unknown or its provider not available; the runtime is unknown, or cannot run on the device;
-            threads is no whole number from 1 on, or too large; native or cuda_graphs is True where that cannot be.
+            threads is no whole number from 1 on, or too large; native or cuda_graphs is no flag, or True where that
+            cannot be.
         OSError: the file cannot be read.
         MissingExtraError: the runtime is not installed.
     """
@@ -97,8 +97,9 @@ class Engine:
         native: bool | None = None,
         cuda_graphs: bool = False,
     ) -> None:
-        if not isinstance(model, str | PathLike):
-            raise ValueError(f"model must be the path of an .onnx file, got {model!r}")
+        check_path("model", model, "an .onnx file")
+        check_flag("native", native, or_none=True)
+        check_flag("cuda_graphs", cuda_graphs)
         self.path, self.device, self.runtime, self.cuda_graphs = Path(model), device, runtime, cuda_graphs
         self._sessions = Sessions(self.path, device=device, runtime=runtime, threads=threads, cuda_graphs=cuda_graphs)
         self._overlaid: dict[tuple[bytes, bool], tuple[Any, list[str]]] = {}
@@ -389,6 +390,7 @@ class Engine:
 
     def overlaid(self, overlay: bytes, *, native: bool = False) -> tuple[Any, list[str]]:
         """The session of this model with an overlay, made once, and the outputs that it adds. See `run_with`."""
+        check_flag("native", native)
         if (overlay, native) not in self._overlaid:
             own = {output.name for output in self._session.get_outputs()}
             session = self._sessions.overlaid(overlay, native=native)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tetdeploy.arguments import check_flag
 from tetdeploy.names import numbered
 
 aten = torch.ops.aten
@@ -74,6 +75,7 @@ def fold_batchnorm(program: torch.export.ExportedProgram, *, trainable: bool = F
     Raises:
         FoldingError: a BN is in training mode, or has no convolution or linear layer straight before it.
     """
+    check_flag("trainable", trainable)
     graph_module = program.module() if trainable else copy.deepcopy(program.module())
     assert isinstance(graph_module, fx.GraphModule)
     for node in list(graph_module.graph.nodes):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tetdeploy import kernels
+from tetdeploy.arguments import check_count
 from tetdeploy.kernels import BNLIFKernels
 from tetdeploy.layers import DirectEncoding, Layer, OverTime, has_hooks, tdBN
 from tetdeploy.neurons import IF, LIF
@@ -56,8 +57,8 @@ def fire_encoded(lif: nn.Module, encode: nn.Module, x: Tensor, T: int | None = N
     bn = _bn_to_fuse(DirectEncoding, encode, lif, x)
     if bn is not None and x.dim() == 5 and T in (None, len(x)):
         return _fire_fused(lif, encode, bn, x)
-    if bn is not None and x.dim() == 4 and isinstance(T, int) and T >= 1:
-        return bn_lif(_before_bn(encode, x), bn, lif, T=T, repeated=True)
+    if bn is not None and x.dim() == 4 and T is not None:
+        return bn_lif(_before_bn(encode, x), bn, lif, T=check_count("T", T), repeated=True)
     spikes: Tensor = lif(encode(x, T))  # which refuses what is neither
     return spikes
 

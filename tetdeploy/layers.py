@@ -6,10 +6,13 @@ them; only neurons (and tdBN's statistics) look across time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+
+from tetdeploy.arguments import check_number
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -44,9 +47,15 @@ class tdBN(nn.BatchNorm2d):
     Takes `[T, N, C, H, W]`, or `[T * N, C, H, W]` inside `OverTime`. The affine weight starts at `alpha * v_th`, so
     that currents start with a standard deviation in proportion to the threshold. In inference it folds into the
     convolution before it (Eq. 6).
+
+    Raises:
+        ValueError: `v_th` or `alpha` is no number, or not above 0 and finite.
     """
 
     def __init__(self, num_features: int, *, v_th: float = 1.0, alpha: float = 1.0, **options: Any) -> None:
+        for name, value in (("v_th", v_th), ("alpha", alpha)):
+            if not 0.0 < check_number(name, value) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite; got {value}")
         super().__init__(num_features, **options)
         if self.affine:
             nn.init.constant_(self.weight, alpha * v_th)

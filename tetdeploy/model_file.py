@@ -35,7 +35,7 @@ def read_model(path: Path) -> bytes:
     """The bytes of an exported model.
 
     Raises:
-        ValueError: it is a folder, or a TensorRT engine.
+        ValueError: it is a folder, a TensorRT engine, or a checkpoint.
         OSError: it is not there or cannot be read.
     """
     if path.is_dir():
@@ -44,6 +44,8 @@ def read_model(path: Path) -> bytes:
         raise FileNotFoundError(f"no model at {path}; write one with: tetdeploy export")
     if path.suffix == ".engine":
         raise ValueError(f"{path} is a TensorRT engine; here the .onnx file it was built from is needed")
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} is a checkpoint, not an .onnx file; write one with: tetdeploy export {path}")
     return path.read_bytes()
 
 

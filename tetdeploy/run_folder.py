@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tetdeploy.arguments import check_path
 from tetdeploy.files import sha256_of
 from tetdeploy.shards import INDEX_NAME, newest_shards
 
@@ -58,7 +59,9 @@ def weights_file(path: Path | str) -> Path:
 
     Raises:
         FileNotFoundError: see `checkpoint_file`.
+        ValueError: `path` is none.
     """
+    check_path("path", path, "a checkpoint or a run folder")
     held = (Path(path) / CHECKPOINT_NAME).exists()  # shards beside a checkpoint would be a choice
     return (None if held else newest_shards(path)) or checkpoint_file(path)
 

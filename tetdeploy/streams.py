@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tetdeploy.arguments import check_count
+from tetdeploy.arguments import check_count, check_path, check_type
 from tetdeploy.batches import parts
 from tetdeploy.engine import Array, Engine
 from tetdeploy.files import atomic_write, opened_npz
@@ -86,6 +86,7 @@ class StreamState:
             ValueError: the file is damaged, or something else.
             OSError: it cannot be read.
         """
+        check_path("path", path, "a state that save() wrote")
         return cls.from_bytes(Path(path).read_bytes(), name=str(path))
 
 
@@ -98,11 +99,12 @@ class StreamPool:
             have been built for fewer.
 
     Raises:
-        ValueError: the graph gives no state out; `max_batch` is no whole number, or below 1; the engine does not take
-            every smaller batch.
+        ValueError: `engine` is none; the graph gives no state out; `max_batch` is no whole number, or below 1; the
+            engine does not take every smaller batch.
     """
 
     def __init__(self, engine: Engine, *, max_batch: int = 64) -> None:
+        check_type("engine", engine, Engine, "pass Engine(path)")
         engine.check_streams()
         engine.check_small_batches("a pool calls it with those streams that push")
         max_batch = check_count("max_batch", max_batch)
@@ -202,9 +204,11 @@ class StreamPool:
             By stream what `Stream.push` gives, without the batch axis: `logits [K]`, `step_logits [K]`, `t`.
 
         Raises:
-            ValueError: there is no such stream; a frame has another shape or dtype than the model's, or holds NaN; None
-                before any image, or with frames. The message names the stream, and no stream has moved on.
+            ValueError: `frames` is no mapping; there is no such stream; a frame has another shape or dtype than the
+                model's, or holds NaN; None before any image, or with frames. The message names the stream, and no
+                stream has moved on.
         """
+        check_type("frames", frames, Mapping, "pass {id: frame}, by the id that open() gave")
         with self._lock:
             shown = {id: frame for id, frame in frames.items() if frame is not None}
             repeated = [id for id in frames if id not in shown]

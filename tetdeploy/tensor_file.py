@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the content
 
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors format
+_AGAIN = "copy or train it again"
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
@@ -100,7 +101,7 @@ def read_header(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist") from error
     if 8 + length > size and length <= _HEADER_LIMIT:
-        raise ValueError(f"{path} is truncated: {size} bytes, its header alone has {8 + length}")
+        raise ValueError(f"{path} is truncated: {size} bytes, its header alone has {8 + length}; {_AGAIN}")
     try:
         header: dict[str, Any] = parse_json(raw)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
@@ -111,7 +112,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} is not a checkpoint: not a safetensors file")
     if size < whole:
-        raise ValueError(f"{path} is truncated: {size} bytes of {whole}; copy or train it again")
+        raise ValueError(f"{path} is truncated: {size} bytes of {whole}; {_AGAIN}")
     return header
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tetdeploy.arguments import check_type
+from tetdeploy.arguments import check_flag, check_type
 from tetdeploy.checkpoint import read_metadata, save_checkpoint
 from tetdeploy.data import LabelledSet
 from tetdeploy.extras import import_extra
@@ -132,6 +132,9 @@ def train(
     start, out, how = time.perf_counter(), Path(out), how or How()
     check_type("config", config, TrainConfig)
     check_type("how", how, How)
+    for name, flag in (("resume", resume), ("board", board)):
+        check_flag(name, flag)
+    check_flag("progress", progress, or_none=True)
     task = Task(classifier, train_set, val_set, config, out)
     if resume and restart_from is not None:
         raise ValueError("resume goes on with the run in out and restart_from begins another; choose one of them")

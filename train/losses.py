@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_NO_LABEL = torch.iinfo(torch.int64).min  # for torch to leave out: by default it leaves out -100 without a word
+
 
 def sdt_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Standard direct training, Eq. 7: L_SDT = CE(1/T sum_t O(t), y), the cross-entropy of the mean logits.
@@ -131,7 +133,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Te
     """The mean of `logits [N, K]` against `labels [N]`. Labels are not looked at, for which a GPU would have to be
     waited for."""
     try:
-        return functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        return functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, ignore_index=_NO_LABEL)
     except IndexError as error:
         raise ValueError(f"labels must lie in 0..{logits.shape[-1] - 1}, one of K classes; {error}") from error
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tetdeploy.arguments import check_type
+from tetdeploy.arguments import check_flag, check_type
 from tetdeploy.data import LabelledSet
 from tetdeploy.files import write_json
 from tetdeploy.networks import Classifier, check_classifier
@@ -103,6 +103,9 @@ def train_seeds(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
     check_type("config", config, TrainConfig)
+    for name, flag in (("resume", resume), ("board", board)):
+        check_flag(name, flag)
+    check_flag("progress", progress, or_none=True)
     configs = {seed: replace(config, seed=seed) for seed in seeds}
     fresh = _Fresh(make_classifier)
     check_sets(train_set, val_set)

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich import box
@@ -33,8 +33,7 @@ from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, Numbers, json_option
 from tetdeploy.files import write_json
 
-if TYPE_CHECKING:
-    from torch import nn
+sys.path.insert(0, str(Path(__file__).parent))
 
 NEURONS = ("ours", "loop")
 
@@ -69,6 +68,7 @@ def measure(
     import time
 
     import torch
+    from peers import loop_twin
 
     from tetdeploy.networks import NetworkConfig, build_network
     from tetdeploy.train import total_loss
@@ -122,44 +122,6 @@ def peak_bytes(device: Any) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def loop_twin(network: nn.Module) -> nn.Module:
-    """The network with LIF as a loop of PyTorch operations over the steps, for autograd to go back through."""
-    import torch
-    from torch import Tensor
-
-    from tetdeploy.neurons import LIF
-
-    class Spike(torch.autograd.Function):
-        """Eq. 2, with the triangle of Eq. 5 (gamma = 1) for its derivative."""
-
-        @staticmethod
-        def forward(ctx: Any, above: Tensor) -> Tensor:
-            ctx.save_for_backward(above)
-            spikes: Tensor = (above > 0).to(above.dtype)
-            return spikes
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            (above,) = ctx.saved_tensors
-            surrogate: Tensor = (1 - above.abs()).clamp_min(0)
-            return grads[0] * surrogate
-
-    class LoopLIF(LIF):
-        def forward(self, current: Tensor) -> Tensor:
-            u, spikes = torch.zeros_like(current[0]), []
-            for current_t in current:
-                h = self.tau * u + current_t
-                s: Tensor = Spike.apply(h - self.v_th)
-                u = h * (1 - s)
-                spikes.append(s)
-            return torch.stack(spikes)
-
-    for path, module in list(network.named_modules()):
-        if isinstance(module, LIF):
-            network.set_submodule(path, LoopLIF(tau=module.tau, v_th=module.v_th, gamma=module.gamma))
-    return network
 
 
 def value(rows: Sequence[dict[str, Any]], T: int, neurons: str, recompute: bool, key: str) -> float:

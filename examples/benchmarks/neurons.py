@@ -34,7 +34,7 @@ from tetdeploy.files import write_json
 from tetdeploy.neurons import LIF
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers import reset, spikingjelly_neuron
+from peers import LoopLIF, reset, spikingjelly_neuron
 from turns import Answer, Worker
 
 TURNS = 5
@@ -51,32 +51,6 @@ GPU_SHAPES = {
     "many steps, 16x16": (10, 64, 256, 16, 16),
     "linear layer": (8, 512, 4096),
 }
-
-
-class Spike(torch.autograd.Function):
-    """Theta(h - 1) with the triangle surrogate of width 1."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        ctx.save_for_backward(h)
-        return (h > 1).to(h.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (h,) = ctx.saved_tensors
-        return grads[0] * (1 - (h - 1).abs()).clamp(min=0)
-
-
-def loop(current: Tensor) -> Tensor:
-    """LIF as one writes it first: a Python loop, autograd does the rest."""
-    u = torch.zeros_like(current[0])
-    spikes = []
-    for current_t in current:
-        h = 0.5 * u + current_t
-        s = Spike.apply(h)
-        u = h * (1 - s)
-        spikes.append(s)
-    return torch.stack(spikes)
 
 
 def kept_bytes(run: Callable[[Tensor], Tensor], current: Tensor) -> int:
@@ -154,7 +128,7 @@ def cases(device: str) -> Iterator[Case]:
 def open_side(side: str, device: str, threads: int) -> Answer:
     """What answers a case and a number of calls with {"seconds" of each, "kept_bytes"}."""
     torch.set_num_threads(threads)
-    own = {"loop": loop, "ours": LIF()}
+    own = {"loop": LoopLIF(), "ours": LIF()}
     run = own[side] if side in own else spikingjelly(side.split()[1])
     ready: tuple[Case, Tensor, Tensor] | None = None
 

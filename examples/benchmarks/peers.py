@@ -1,4 +1,4 @@
-"""SpikingJelly's neurons with the equations of ours."""
+"""What our neurons are compared with, with the same equations: a plain autograd loop, and SpikingJelly's."""
 
 from __future__ import annotations
 
@@ -7,9 +7,46 @@ from functools import cache
 from typing import Any
 
 import click
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tetdeploy.neurons import LIF
+
+
+class Spike(torch.autograd.Function):
+    """Theta(h - v_th), Eq. 2, with the triangle of Eq. 5 (gamma = 1) for its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, v_th: float) -> Tensor:
+        ctx.save_for_backward(h)
+        ctx.v_th = v_th
+        return (h > v_th).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (h,) = ctx.saved_tensors
+        return grads[0] * (1 - (h - ctx.v_th).abs()).clamp_min(0), None
+
+
+class LoopLIF(LIF):
+    """LIF as one writes it first: a Python loop, autograd does the rest."""
+
+    def forward(self, current: Tensor) -> Tensor:
+        u, spikes = torch.zeros_like(current[0]), []
+        for current_t in current:
+            h = self.tau * u + current_t
+            s: Tensor = Spike.apply(h, self.v_th)
+            u = h * (1 - s)
+            spikes.append(s)
+        return torch.stack(spikes)
+
+
+def loop_twin(network: nn.Module) -> nn.Module:
+    """The network with `LoopLIF` in place of our neurons."""
+    for path, module in list(network.named_modules()):
+        if isinstance(module, LIF):
+            network.set_submodule(path, LoopLIF(tau=module.tau, v_th=module.v_th, gamma=module.gamma))
+    return network
 
 
 @cache  # `reset` is part of what is timed

@@ -12,7 +12,7 @@ weights: a side with another one than ours is named below the table (not the ANN
 what PyTorch had allocated at most once cuDNN had tried its algorithms; of graphs, whose memory stays theirs between
 replays, what it had reserved, which is more; on a CPU what the process had at most.
 
-    loop             LIF as a loop of PyTorch operations over T, contiguous (memory.py)
+    loop             LIF as a loop of PyTorch operations over T, contiguous (peers.py)
     NCHW             our neurons with BN fused into them, contiguous
     unfused          our neurons, BN by PyTorch, channels-last (on a CPU contiguous, which is faster there)
     tetdeploy        what `tetdeploy train` does: channels-last weights; on a CPU, memory that is freed is kept
@@ -56,8 +56,8 @@ from tetdeploy.train.ranks import Ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from floor import floor, timed
-from memory import loop_twin, peak_bytes
-from peers import reset, with_spikingjelly
+from memory import peak_bytes
+from peers import loop_twin, reset, with_spikingjelly
 from turns import LIMIT_S, Answer, Worker
 
 MALLOC = "tetdeploy malloc"

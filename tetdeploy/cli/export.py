@@ -307,6 +307,8 @@ def print_exported(exported: Exported, config: ExportConfig) -> None:
                     f"  the network amplifies rounding: on the images that differ most {there} differ, and "
                     f"PyTorch rounded otherwise differs from itself in {floor}"
                 )
+    if exported.parity is not None and exported.silent:
+        _print_silent(exported.silent, exported.parity.num_images)
     if exported.int8 is not None:
         _print_int8(exported.int8)
     if exported.fp16 is not None and (kept := exported.fp16["kept"]):
@@ -323,6 +325,16 @@ def print_exported(exported: Exported, config: ExportConfig) -> None:
     if exported.uncounted:
         console.print(f"operations of these layers will not be counted: {', '.join(exported.uncounted)}", markup=False)
     console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB", markup=False)
+
+
+def _print_silent(silent: list[str], num_images: int) -> None:
+    behind = "it" if len(silent) == 1 else "them"
+    console.print(
+        f"no neuron of {', '.join(silent)} fired on the {num_images:,} checked images: what stands behind {behind} was "
+        "compared at 0 only; train longer, or check more images with --check",
+        style="yellow",
+        markup=False,
+    )
 
 
 def _next(path: Path, target: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tetdeploy.arguments import check_path, check_type
 from tetdeploy.names import is_npz
 
 from .cifar import load_cifar10, load_cifar100
@@ -55,6 +56,7 @@ _EVENT_SETS: dict[str, Callable[[Split, Path, Binning], FrameSet]] = {
 }
 
 DATA_NAMES = (*_IMAGE_SETS, "imagenet", *_EVENT_SETS)
+_CHOICES = f"{', '.join(DATA_NAMES)}, imagenet:PATH, folder:PATH, events:PATH, saccades:NAME or a path ending in .npz"
 
 _BY_TIME = "by-time:"
 _EVENTS = "events:"
@@ -86,6 +88,8 @@ def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10) -> Labell
     """
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; choose 'train' or 'test'")
+    check_type("name", name, str, f"choose {_CHOICES}")
+    check_path("data_dir", data_dir, "a folder")
     data_dir = Path(data_dir).expanduser()
     plain = name.removeprefix(_BY_TIME)
     binning = Binning(T, "count" if plain == name else "time")
@@ -158,10 +162,7 @@ def _load_images(name: str, split: Split, data_dir: Path) -> LabelledSet:
     if is_npz(name):
         return load_npz(Path(name).expanduser(), split)
     hint = f" (for the folder of that name: folder:{name})" if Path(name).is_dir() else ""
-    raise ValueError(
-        f"unknown data set {name!r}{hint}; choose {', '.join(DATA_NAMES)}, imagenet:PATH, folder:PATH, "
-        "events:PATH, saccades:NAME or a path ending in .npz"
-    )
+    raise ValueError(f"unknown data set {name!r}{hint}; choose {_CHOICES}")
 
 
 def _load_saccades(name: str, images: str, split: Split, data_dir: Path, binning: Binning) -> FrameSet:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.arguments import check_path, check_type
 from tetdeploy.files import opened_npz, write_npz
 
 from .labelled import Encoding, LabelledSet, Split
@@ -134,8 +135,10 @@ def save_npz(data: LabelledSet, path: Path | str) -> None:
 
     Raises:
         OSError: the file cannot be written; an earlier one is left as it was.
-        ValueError: `path` does not end in `.npz`, so `load_data` would not know what it is.
+        ValueError: `data` is no set; `path` does not end in `.npz`, so `load_data` would not know what it is.
     """
+    check_type("data", data, LabelledSet, "pass save_npz(data, path)")
+    check_path("path", path, "a .npz file")
     if Path(path).suffix.lower() != ".npz":
         raise ValueError(f"cannot save images as {path}: the name must end in .npz")
     write_npz(path, {"images": data.x, "labels": data.labels, "class_names": data.class_names})

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.arguments import check_count, check_number
+from tetdeploy.arguments import check_count, check_number, check_path
 from tetdeploy.files import sha256_of
 from tetdeploy.form import FRACTION, STEP, check_form, parse_json
 from tetdeploy.runtimes.manifest import read_manifest
@@ -91,8 +91,8 @@ def load_exit(model: Path | str, T: int | None = None) -> Exit:
 
     Raises:
         FileNotFoundError: the model is not there, or there is no rule beside it.
-        ValueError: the model is a folder; the rule's file is damaged, is that of another model, or was found for more
-            steps than T.
+        ValueError: `model` is no path, or a folder; the rule's file is damaged, is that of another model, or was found
+            for more steps than T.
     """
     found, calibrated_T = load_rule(model)
     if T is not None:
@@ -119,6 +119,7 @@ def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, in
     Args:
         sha256: of the `.onnx` file as it was loaded; None reads it.
     """
+    check_path("model", model, "an .onnx file")
     graph, said = _graph(Path(model))
     if graph.is_dir():
         raise ValueError(f"{graph} is a folder, not an .onnx file")

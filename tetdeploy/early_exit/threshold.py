@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tetdeploy.arguments import check_flag
 from tetdeploy.batches import parts
 from tetdeploy.early_exit import CRITERIA, Criterion, Exit, certainty
 from tetdeploy.engine import Engine
@@ -179,6 +180,7 @@ class Frontier:
                 Applied Statistics 2025.) False judges by the loss found alone, which other images exceed every other
                 time.
         """
+        check_flag("confident", confident)
         if confident:
             bearable = shows_less(self.num_images, self.lost, self.gained, loss)
             bearable[0] = True  # no image stops early

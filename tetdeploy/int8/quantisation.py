@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from tetdeploy.arguments import check_flag
 from tetdeploy.folding import (
     CONVOLUTIONS,
     DROPOUT,
@@ -199,6 +200,7 @@ def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = 
     Raises:
         Int8Error: one of them has sums too large for exact arithmetic.
     """
+    check_flag("trainable", trainable)
     chosen = convolutions_with_scales(graph_module, scales)
     for node, (name, key) in chosen.items():
         _check_sums(name, node)

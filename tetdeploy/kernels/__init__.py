@@ -24,7 +24,7 @@ _forked = False  # from a process with numba's kernels
 
 class LIFKernels(Protocol):
     """The LIF sequence `[T, M]`, the neurons in the order in which they lie in memory. What comes in as None is zero,
-    what goes out as None is not wanted."""
+    what goes out as None is not wanted (numba's always write it)."""
 
     def forward(
         self, current: Tensor, u: Tensor | None, spikes: Tensor, u_last: Tensor | None, tau: float, v_th: float

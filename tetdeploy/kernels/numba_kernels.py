@@ -61,7 +61,7 @@ def compiled(function: Any, **options: Any) -> Any:
 
 
 def _kept_in_turn(kernel: Any) -> Any:
-    """Let one process at a time read or keep a compiled kernel.
+    """Let one process at a time read or keep a compiled kernel; where the disk lets it do neither, do without.
 
     numba reads the index of a kernel's files, takes the next free name, and writes index and file, without a lock: of
     two processes that compile it for two dtypes at once both take one name, and then one dtype has the other's machine
@@ -80,7 +80,8 @@ def _in_turn(access: Callable[..., Any], file: Path) -> Callable[..., Any]:
         with ExitStack() as held:
             with suppress(OSError, NotImplementedError):
                 held.enter_context(FileLock(file, timeout=60, fallback_to_soft=False))
-            return access(*arguments)
+            with suppress(OSError):  # of a full disk, or of files of another user
+                return access(*arguments)  # a kernel that is there, else None
 
     return locked
 

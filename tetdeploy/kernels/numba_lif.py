@@ -18,7 +18,7 @@ def forward(current: Tensor, u: Tensor | None, spikes: Tensor, u_last: Tensor | 
 
     `u [M]` is where it starts, zero when None.
     """
-    u_last = _membranes(current) if u_last is None else u_last
+    assert u_last is not None
     u_last.zero_() if u is None else u_last.copy_(u)
     number = memory(u_last).dtype.type
     with threads():
@@ -37,7 +37,7 @@ def backward(
     gamma: float,
 ) -> None:
     """Writes `grad_current [T, M]` and `grad_u [M]`; what comes in as None is zero."""
-    grad_u = _membranes(current) if grad_u is None else grad_u
+    assert grad_u is not None
     grad_u.zero_() if grad_u_last is None else grad_u.copy_(grad_u_last)
     start = torch.zeros_like(grad_u) if u is None else u.to(grad_u.dtype)
     incoming = current[:0] if grad_spikes is None else grad_spikes
@@ -50,8 +50,3 @@ def backward(
 def _rows(current: Tensor) -> Array:
     """`[T, M]`, or `[1, M]` where all steps are the same (direct encoding's repeated current)."""
     return memory((current[:1] if current.stride(0) == 0 else current).contiguous())
-
-
-def _membranes(current: Tensor) -> Tensor:
-    dtype = torch.float32 if current.dtype == torch.bfloat16 else current.dtype
-    return torch.empty(current.shape[1], dtype=dtype)

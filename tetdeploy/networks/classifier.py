@@ -105,9 +105,23 @@ class Classifier(nn.Module):
         check_type("images", x, Tensor, "pass torch.from_numpy(images)")
         self._check_images(x)
         x = self.normalize(x) if x.dtype == torch.uint8 else x
-        logits: Tensor = self.network(x, T) if T is not None else self.network(x)
+        logits = self._run(x, T)
         if not torch.compiler.is_compiling():  # a trace may leave T and the batch open
             self._check_logits(logits, (len(x), x.shape[1]) if x.dim() == 5 else (1 if T is None else T, len(x)))
+        return logits
+
+    def _run(self, x: Tensor, T: int | None) -> Tensor:
+        arguments = (x,) if T is None else (x, T)
+        if torch.compiler.is_compiling() or tuple(x.shape[-2:]) == self.config.image_size:
+            logits: Tensor = self.network(*arguments)
+            return logits
+        try:  # layers alone know whether they take images of another size
+            logits = self.network(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            got, own = ("x".join(map(str, size)) for size in (x.shape[-2:], self.config.image_size))
+            raise ValueError(f"the network was made for images of {own} and fails on some of {got}: {error}") from error
         return logits
 
     def _check_images(self, x: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tetdeploy.arguments import check_flag
 from tetdeploy.fused_bn import FiringSequential, fire_encoded
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.networks.blocks import check_image_size, conv_bn, scaled
@@ -39,6 +40,7 @@ class VGGSNN(nn.Module):
         gamma: float = 1.0,
     ) -> None:
         super().__init__()
+        check_flag("strided", strided)
         if strided:
             check_image_size("vggsnn-strided", image_size, minimum=8)
         else:

@@ -101,10 +101,7 @@ class Parameters:
                 raise ValueError(f"unknown parameter {name!r}; there are {', '.join(known)}")
             if not _fits(name, value):
                 raise ValueError(f"parameter {name} must be {_WANTED[name]}, got {value!r}")
-        checked = dict(given)
-        if "early_exit" in checked:
-            checked["early_exit"] = _threshold(checked["early_exit"])
-        return cls(**checked).checked()
+        return cls(**given).checked()
 
     def checked(self) -> Parameters:
         """These, with a sequence_id of 0 or "" as None.
@@ -136,18 +133,8 @@ def _fits(name: str, value: Any) -> bool:
     if name == "sequence_id":
         return type(value) is int or (type(value) is str and len(value) <= MAX_ID)
     if name == "early_exit":
-        return isinstance(value, bool) or 0 <= _threshold(value) <= 1
+        return type(value) in (bool, int, float) and 0 <= value <= 1
     return isinstance(value, bool)
-
-
-def _threshold(value: Any) -> bool | float:
-    """A threshold may come as a string: the parameters of KServe's gRPC clients have no floating-point numbers."""
-    if isinstance(value, bool):
-        return value
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):  # the last of an integer that no float holds
-        return math.nan
 
 
 def refuse_shared_memory(name: str, parameters: Container[str]) -> None:

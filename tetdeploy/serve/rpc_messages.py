@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -123,7 +124,7 @@ def read_request(message: Any) -> InferRequest:
             for k, given in enumerate(message.inputs)
         ],
         [WantedOutput(output.name, _parameters(output.parameters)) for output in message.outputs],
-        _parameters(message.parameters),
+        _with_threshold(_parameters(message.parameters)),
     )
 
 
@@ -139,6 +140,14 @@ def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
             raise InvalidRequestError(f"parameter {name} has no value of a type that is known here")
         values[name] = getattr(parameter, choice)
     return values
+
+
+def _with_threshold(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A threshold may come as a string: the parameters of KServe's gRPC clients have no floating-point numbers."""
+    if isinstance(text := parameters.get("early_exit"), str):
+        with suppress(ValueError):  # another text is refused with the request
+            return parameters | {"early_exit": float(text)}
+    return parameters
 
 
 def write_response(model: str, request: InferRequest, outputs: Mapping[str, Array]) -> Any:
