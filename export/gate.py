@@ -86,7 +86,7 @@ def _check_engine(
             compare(classifier, engine, x[:64], other).check(f"{what} at T={other}")
     if not engine.with_state:
         return parity, None
-    steps, some = engine.T or 1, x[:200]
+    steps, some = engine.chunk_T, x[:200]
     from_state = compare(
         classifier,
         engine,

@@ -27,7 +27,7 @@ from tritonclient.grpc import model_config_pb2 as triton
 from tetdeploy import __version__
 from tetdeploy.files import atomic_folder
 from tetdeploy.model_file import parse_metadata, read_model
-from tetdeploy.runtimes.tensorrt_engine import read_manifest
+from tetdeploy.runtimes.manifest import read_manifest
 
 from .reading import parse_graph
 from .sequence_graph import sequence_graph

@@ -20,8 +20,8 @@ import onnx
 from tetdeploy.files import atomic_write, write_json
 from tetdeploy.model_file import read_model
 from tetdeploy.provenance import written
+from tetdeploy.runtimes.manifest import manifest_path
 from tetdeploy.runtimes.nvidia import BUILDING, choose_package, gpu_runtime, import_tensorrt, target_architectures
-from tetdeploy.runtimes.tensorrt_engine import manifest_path
 from tetdeploy.signals import handled
 
 from .progress import Progress

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tetdeploy import native
 from tetdeploy.data import ImageSet, load_data
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model, model
@@ -181,3 +182,9 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("step", {"normalize": False}),
 ]
 layouts = pytest.mark.parametrize(("layout", "options"), LAYOUTS, ids=lambda value: str(value))
+
+
+def keep_ort_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions of spikes stay ONNX Runtime's; the native ones of float32 have other bits."""
+    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    monkeypatch.setattr(native, "vector_bytes", lambda: 0)

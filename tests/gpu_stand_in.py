@@ -15,6 +15,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from tetdeploy.model_file import state_outputs
+from tetdeploy.runtimes.onnxruntime_gpu import BoundSession
+from tetdeploy.runtimes.sessions import Sessions
+
 VERSION = "1.2.3"
 
 
@@ -196,3 +200,10 @@ def gpu_build(monkeypatch: pytest.MonkeyPatch, started: list[str]) -> list[Any]:
 
     monkeypatch.setattr(ort, "InferenceSession", on_cpu)
     return asked
+
+
+class BoundSessions(Sessions):
+    """Binds state as on a GPU, to the CPU's memory."""
+
+    def bind(self, session: Any) -> BoundSession:
+        return BoundSession(session, "cpu", state_outputs(self._metadata))

@@ -1,4 +1,4 @@
-"""What tests compare of trained runs."""
+"""What tests of trained runs and of checkpoints share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -19,3 +20,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
     wanted = other.state_dict()
     return all(torch.equal(value, wanted[name]) for name, value in one.state_dict().items())
+
+
+class Bomb:
+    """Fails the test that unpickles it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("a pickle was executed",))

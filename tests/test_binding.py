@@ -17,24 +17,15 @@ import numpy as np
 import onnxruntime
 import pytest
 from export_helpers import digits, engine, exported, frames, inputs, layouts, pooled
-from gpu_stand_in import gpu_build
+from gpu_stand_in import BoundSessions, gpu_build
 from onnxruntime import OrtValue
 
 from tetdeploy.early_exit import Exit, certainty
 from tetdeploy.engine import Engine
-from tetdeploy.model_file import state_outputs
 from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, DeviceArray, DeviceZeros, provider_options
-from tetdeploy.runtimes.sessions import Sessions
 from tetdeploy.stream import Stream
 
 Array = np.ndarray[Any, Any]
-
-
-class BoundSessions(Sessions):
-    """Binds state as on a GPU, to the CPU's memory."""
-
-    def bind(self, session: Any) -> BoundSession:
-        return BoundSession(session, "cpu", state_outputs(self._metadata))
 
 
 def make(layout: str, options: dict[str, Any]) -> Engine:

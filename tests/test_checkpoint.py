@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_helpers import Bomb
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -205,11 +206,6 @@ def test_what_is_no_path_or_flag_is_refused(saved: Path) -> None:
         load(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="other_classes must be True or False, got 'no'"):
         load_weights(load(saved), saved, other_classes="no")  # type: ignore[arg-type]
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (pytest.fail, ("a pickle was executed",))
 
 
 def test_pickles_and_torch_files_are_never_unpickled(tmp_path: Path) -> None:

@@ -766,7 +766,7 @@ class TestBadInput:
     [
         (("sweep",), "engine.Engine.run_with"),
         (("predict", MODEL, "a.png"), "engine.Engine.run"),
-        (("inspect", RUN, "--json", "new"), "files.write_json"),
+        (("inspect", RUN, "--json", "new"), "files.json_text"),
         (("export", "--layout", "step"), "export.model.check_steps"),
         (("export", "--layout", "step"), "export.model.write_reference"),
         (("report",), "report.writers.to_html"),

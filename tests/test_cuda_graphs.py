@@ -16,16 +16,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from export_helpers import digits, engine, exported, inputs, pooled
-from gpu_stand_in import gpu_build
+from gpu_stand_in import BoundSessions, gpu_build
 
 from tetdeploy.cli import main
 from tetdeploy.early_exit import Exit
 from tetdeploy.engine import Engine
-from tetdeploy.model_file import state_outputs
 from tetdeploy.runtimes import cuda_graphs
 from tetdeploy.runtimes.cuda_graphs import GraphSession
-from tetdeploy.runtimes.onnxruntime_gpu import BoundSession
-from tetdeploy.runtimes.sessions import Sessions
 from tetdeploy.streams import StreamPool
 
 Array = np.ndarray[Any, Any]
@@ -43,15 +40,12 @@ layouts = pytest.mark.parametrize(("layout", "options"), LAYOUTS, ids=str)
 streaming = pytest.mark.parametrize(("layout", "options"), [*LAYOUTS[:3], *LAYOUTS[5:]], ids=str)
 
 
-class GraphSessions(Sessions):
+class GraphSessions(BoundSessions):
     """Makes calls as on a GPU, to the CPU's memory."""
 
     def first(self) -> tuple[Any, dict[str, Any]]:
         session, metadata = super().first()
         return GraphSession(session._session, "cpu", {s["input"]: s["output"] for s in metadata["states"]}), metadata
-
-    def bind(self, session: Any) -> BoundSession:
-        return BoundSession(session, "cpu", state_outputs(self._metadata))
 
 
 class Recorder:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from run_helpers import Bomb
 from torch import Tensor
 
 import tetdeploy
@@ -334,11 +335,6 @@ def test_another_architecture_is_recognised(file: Path) -> None:
 def test_an_unknown_architecture_is_refused(file: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown architecture 'resnet18'; choose one of resnet19, vggsnn, vggsnn-s"):
         import_checkpoint(file, "resnet18")
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (pytest.fail, ("a pickle was executed",))
 
 
 def test_code_is_never_run(file: Path) -> None:

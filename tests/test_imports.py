@@ -67,6 +67,11 @@ def test_training_knows_nothing_of_reports() -> None:
     assert "torch" in loaded_by(code)
 
 
+def test_the_rules_of_early_exit_need_no_engine() -> None:
+    code = "import tetdeploy.early_exit, sys; assert 'tetdeploy.engine' not in sys.modules"
+    assert loaded_by(code).isdisjoint({*HEAVY, "onnxruntime"})
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tritonclient") is None, reason="tritonclient is not installed")
 def test_engines_and_triton_repositories_need_no_torch() -> None:
     loaded = loaded_by("import tetdeploy.export.tensorrt")

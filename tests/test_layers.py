@@ -219,6 +219,16 @@ def test_hooks_before_layers_that_only_flatten_are_called(layer: nn.Module) -> N
     assert torch.equal(OverTime(layer)(x), 2 * x)
 
 
+@pytest.mark.parametrize("layer", [nn.Flatten(), nn.Identity(), nn.Dropout().eval()])
+@pytest.mark.parametrize("when", ["full_backward", "full_backward_pre"])
+def test_hooks_on_gradients_of_layers_that_only_flatten_are_called(layer: nn.Module, when: str) -> None:
+    called: list[bool] = []
+    hook = getattr(layer, f"register_{when}_hook")(lambda *_: called.append(True))
+    OverTime(layer)(torch.ones(2, 3, 4, requires_grad=True)).sum().backward()
+    hook.remove()
+    assert called == [True]
+
+
 def test_images_without_T_are_refused() -> None:
     with pytest.raises(ValueError, match=r"images \[N, C, H, W\] need a number of time steps: net\(images, T=4\)"):
         encoder()[0](shifted()[0])

@@ -17,7 +17,17 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from export_helpers import LAYOUTS, SideBySide, digits, exported, frames, int8_exported, shared_traces, unchecked
+from export_helpers import (
+    LAYOUTS,
+    SideBySide,
+    digits,
+    exported,
+    frames,
+    int8_exported,
+    keep_ort_convolutions,
+    shared_traces,
+    unchecked,
+)
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from zoo_helpers import for_export, graph_of
@@ -235,9 +245,9 @@ def test_subgraphs_have_names_of_their_own() -> None:
 
 @pytest.mark.parametrize("model", ["convsnn", "resnet19"])
 def test_step_graphs_whose_batch_norms_are_not_folded(
-    model: str, tmp_path: Path, request: pytest.FixtureRequest
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request.getfixturevalue("ort_convolutions")
+    keep_ort_convolutions(monkeypatch)
     path = tmp_path / "m.onnx"
     path.write_bytes(graph_of(model, ExportConfig(layout="step", fold_bn=False)))
     x = np.random.default_rng(0).integers(256, size=(5, *for_export(model).image_shape), dtype=np.uint8)
@@ -435,13 +445,6 @@ def test_a_graph_with_nothing_to_join_stays() -> None:
 # --------------------------------------------------------------------------------------------------------- networks
 
 
-@pytest.fixture
-def ort_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The float32 convolutions of spikes have other bits than ONNX Runtime's: test_spike_convolutions.py has them."""
-    monkeypatch.setattr(native, "has_tiles", lambda: False)
-    monkeypatch.setattr(native, "vector_bytes", lambda: 0)
-
-
 def assert_same_counts(path: Path, x: Array, T: int) -> None:
     plain, fast = (Engine(path, threads=2, native=native).count(x, T) for native in (False, True))
     np.testing.assert_array_equal(plain[0].per_step, fast[0].per_step)
@@ -458,7 +461,7 @@ def assert_same_answers(path: Path, x: Array, steps: list[int]) -> None:
     if plain.with_state:
         one, other = plain.stream(3), fast.stream(3)
         for _ in range(3):
-            chunk = x[:3] if plain.encoding == "direct" else x[:3, : plain.T or 1]
+            chunk = x[:3] if plain.encoding == "direct" else x[:3, : plain.chunk_T]
             chunk = chunk[:, 0] if plain.layout == "step" and plain.encoding == "frames" else chunk
             np.testing.assert_array_equal(one.push(chunk).logits, other.push(chunk).logits)
         assert one.state.keys() == other.state.keys()
@@ -469,12 +472,12 @@ def assert_same_answers(path: Path, x: Array, steps: list[int]) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize(("layout", "options"), LAYOUTS, ids=str)
 def test_every_layout_gives_the_same_bits(
-    layout: str, options: dict[str, Any], precision: str, request: pytest.FixtureRequest
+    layout: str, options: dict[str, Any], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if precision == "int8":
         path = int8_exported(layout, **{k: v for k, v in options.items() if k != "T"})
     else:
-        request.getfixturevalue("ort_convolutions")
+        keep_ort_convolutions(monkeypatch)
         path = exported(layout, **options)
     x = digits().images if options.get("encoding") != "frames" else frames(8, 3)
     if not options.get("normalize", True):
@@ -544,9 +547,10 @@ def residual_images() -> Array:
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
 def test_residual_networks_have_no_other_passes_over_memory(
-    layout: Any, target: Any, tmp_path: Path, ort_convolutions: None
+    layout: Any, target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between convolutions of ResNet-19 stand native operators, and nothing that reorders or copies."""
+    keep_ort_convolutions(monkeypatch)
     path = tmp_path / "m.onnx"
     path.write_bytes(graph_of("resnet19", ExportConfig(layout, T=3, target=target)))
     assert_same_answers(path, residual_images(), [3])

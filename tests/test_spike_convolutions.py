@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from export_helpers import digits, exported
+from export_helpers import digits, exported, keep_ort_convolutions
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from zoo_helpers import for_export, graph_of
@@ -55,12 +55,6 @@ def use(way: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, limit in (("MOST_ADDED", 255), ("LEAST_ADDED", 1), ("LEAST_BYTES", 16)):
         monkeypatch.setattr(f"tetdeploy.native.convolution.{name}", limit)
     return "SpikeAdditions"
-
-
-def without_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions stay ONNX Runtime's."""
-    monkeypatch.setattr(native, "has_tiles", lambda: False)
-    monkeypatch.setattr(native, "vector_bytes", lambda: 0)
 
 
 def convolution(
@@ -565,7 +559,7 @@ def test_networks_answer_as_without_tiles(
     _, operators = fused(onnx.load(path))
     assert operators.count(spiking_op) > 3
     assert operators.count("Transpose") <= 4 or layout == "step"  # a state has the usual order
-    without_ours(monkeypatch)
+    keep_ort_convolutions(monkeypatch)
     expected = Engine(path, native=True).run(x, 3).per_step
     same = np.isclose(y, expected, rtol=0, atol=1e-5).all(axis=(1, 2))
     assert (
@@ -580,5 +574,5 @@ def test_a_trained_network_has_the_same_logits(layout: str, spiking_op: str, mon
     path = exported(layout, **({} if layout != "unrolled" else {"T": 3}))
     y = Engine(path, native=True).run(digits().images, 3).per_step
     assert spiking_op in fused(onnx.load(path))[1]
-    without_ours(monkeypatch)
+    keep_ort_convolutions(monkeypatch)
     np.testing.assert_allclose(y, Engine(path, native=True).run(digits().images, 3).per_step, atol=1e-5)

@@ -274,9 +274,8 @@ class TestAgainst:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ("--T 2 --precision int8 --calibrate 64 --out 'a run/a model.onnx'", "a model.onnx"),
+        ("--layout step --precision int8 --calibrate 64 --out 'a run/a model.onnx'", "a model.onnx"),
         ("--T 3 --with-state --no-normalize --no-fold-bn --target cuda", "model-T3-state-cuda.onnx"),
-        ("--layout step", "model-step.onnx"),
     ],
 )
 def test_a_model_of_an_earlier_checkpoint_is_told_and_how_to_export_it_anew(options: str, name: str) -> None:

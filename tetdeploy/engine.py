@@ -66,11 +66,11 @@ class Engine:
 
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
-        path, sha256 (of the file), device, runtime, layout (`unrolled`, `dynamic` or `step`), T (of an unrolled graph,
-        else None), trained_T (of the training), precision (`fp32`, `fp16` or `int8`), encoding (`direct` or `frames`),
-        input_shape `(C, H, W)`, input_dtype, class_names, min_batch and max_batch (least and most images in a call,
-        None is any), native and cuda_graphs (whether it does), states_last (state inputs `[N, C, H, W]` that it need
-        not copy if their channels lie last in memory).
+        path, sha256 (of the file), device, runtime, layout (`unrolled`, `dynamic` or `step`), T (steps of a call: 1 of
+        a step graph, None of a dynamic one), trained_T (of the training), precision (`fp32`, `fp16` or `int8`),
+        encoding (`direct` or `frames`), input_shape `(C, H, W)`, input_dtype, class_names, min_batch and max_batch
+        (least and most images in a call, None is any), native and cuda_graphs (whether it does), states_last (state
+        inputs `[N, C, H, W]` that it need not copy if their channels lie last in memory).
 
     Raises:
         ValueError: `model` is no path; the file is no ONNX model, none of ours, or not what its metadata say; the
@@ -275,6 +275,12 @@ class Engine:
         """The steps that `run` takes for images by default: an unrolled graph's own, else those of the training."""
         return self.T if self.layout == "unrolled" and self.T is not None else self.trained_T
 
+    @property
+    def chunk_T(self) -> int:
+        """The steps that one call of a graph with state runs: 1 in the step layout, T in the unrolled one."""
+        assert self.T is not None  # dynamic graphs have no state
+        return self.T
+
     def check_T(self, T: int | None, x: Array) -> int:
         """The number of steps to run.
 
@@ -321,7 +327,7 @@ class Engine:
         """Run T steps in as many calls as the layout needs; outputs `names` come back as `[T, N, ...]`."""
         if self.with_state:
             stream = Stream(self, len(x), session)
-            calls = [stream.call(part, names) for part in _chunks(x, T, self.T or 1, self.encoding)]
+            calls = [stream.call(part, names) for part in _chunks(x, T, self.chunk_T, self.encoding)]
         else:
             calls = [self._call(self._feed(part, T), ["per_step", *names], session) for part in self._parts(x, T)]
         joined = 1 if self.with_state else 0  # the axis of [N, T, K]: steps, or images

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from tetdeploy import kernels
 from tetdeploy.arguments import check_count
 from tetdeploy.kernels import BNLIFKernels
-from tetdeploy.layers import DirectEncoding, Layer, OverTime, tdBN
+from tetdeploy.layers import DirectEncoding, Layer, OverTime, has_hooks, tdBN
 from tetdeploy.neurons import IF, LIF
 
 
@@ -41,7 +41,7 @@ def fire_sum(lif: nn.Module, layer: nn.Module, x: Tensor, shortcut: nn.Module, s
     """`lif(layer(x) + shortcut(skipped))`: see `fire`; `shortcut` is another such layer, or `nn.Identity`."""
     each_recomputes = any(isinstance(part, Layer) and part.recomputes for part in (layer, shortcut))
     bn = None if each_recomputes else _bn_to_fuse(OverTime, layer, lif, x)  # they are blocks of their own
-    identity = type(shortcut) is nn.Identity and not _has_hooks(shortcut)
+    identity = type(shortcut) is nn.Identity and not has_hooks(shortcut)
     residual_bn = None if identity else _bn_to_fuse(OverTime, shortcut, lif, x)
     if bn is None or (residual_bn is None and not identity):
         spikes: Tensor = lif(layer(x) + shortcut(skipped))
@@ -185,7 +185,7 @@ def _bn_to_fuse(kind: type[Layer], layer: nn.Module, lif: nn.Module, x: Tensor) 
     bn = [None, *layer][-1]
     if type(bn) not in (tdBN, nn.BatchNorm2d) or torch.compiler.is_compiling():
         return None
-    return None if any(map(_has_hooks, (lif, layer, bn))) else bn
+    return None if any(map(has_hooks, (lif, layer, bn))) else bn
 
 
 def _kernels_serve(
@@ -209,12 +209,6 @@ def _may_be_fused(bn: nn.BatchNorm2d) -> bool:
     """In training, with affine parameters and running statistics in float32."""
     tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
     return bn.training and bn.track_running_stats and all(t is not None and t.dtype == torch.float32 for t in tensors)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _before_bn(layer: nn.Module, x: Tensor) -> Tensor:

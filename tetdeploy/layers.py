@@ -111,7 +111,7 @@ def _only_flatten(layers: Iterable[nn.Module], ndim: int) -> bool:
     for layer in layers:
         if _does_nothing(layer):
             continue
-        if type(layer) is not nn.Flatten or _has_hooks(layer):
+        if type(layer) is not nn.Flatten or has_hooks(layer):
             return False
         start, end = (axis if axis >= 0 else ndim + axis for axis in (layer.start_dim, layer.end_dim))
         if start <= 0:
@@ -122,11 +122,14 @@ def _only_flatten(layers: Iterable[nn.Module], ndim: int) -> bool:
 
 def _does_nothing(layer: nn.Module) -> bool:
     """Whether it returns what it gets: dropout in inference. A class of the user's own may do more."""
-    return (type(layer) is nn.Identity or (type(layer) in _DROPOUT and not layer.training)) and not _has_hooks(layer)
+    return (type(layer) is nn.Identity or (type(layer) in _DROPOUT and not layer.training)) and not has_hooks(layer)
 
 
-def _has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calls of it, or gradients through it, call something else as well."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _split_time(y: Tensor, x: Tensor) -> Tensor:

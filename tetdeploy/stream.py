@@ -96,8 +96,8 @@ class Stream:
         if x is not None:
             frames = self.engine.encoding == "frames"
             x = self.engine.check_input(self._with_time(np.asarray(x)) if self._one_frame() else x)
-            if frames and x.shape[1] != (self.engine.T or 1):
-                raise ValueError(f"push a chunk of exactly T={self.engine.T} frames, got {x.shape[1]}")
+            if frames and x.shape[1] != self.engine.chunk_T:
+                raise ValueError(f"push a chunk of exactly T={self.engine.chunk_T} frames, got {x.shape[1]}")
             x = x.copy()  # push() may show it again, after the caller has filled the buffer anew
         outputs = self.call(x, [])
         per_step = outputs["per_step"]

@@ -114,7 +114,7 @@ class StreamPool:
         self._outputs = {s["input"]: s["output"] for s in (*states, *encoded)}
         self._encodes = bool(encoded)
         self._direct = engine.encoding == "direct"
-        chunk = () if self._direct or engine.layout == "step" else (engine.T or 1,)
+        chunk = () if self._direct or engine.layout == "step" else (engine.chunk_T,)
         self._frame_shape = (*chunk, *engine.input_shape)
         layout = {s["input"]: (tuple(s["shape"]), np.dtype(np.float32)) for s in (*states, *encoded)}
         if self._direct:

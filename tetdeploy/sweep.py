@@ -218,14 +218,13 @@ def sweep(
         ValueError: labels do not fit the images or the model's classes, there is no T, or there are no energies for the
             model's precision; see also `check_logits` and `Engine.run`.
     """
-    check_labels(engine, x, labels)
     if num_timed < 1 or batch_size < 1:
         raise ValueError(f"batch_size and num_timed must be at least 1, got {batch_size} and {num_timed}")
     steps = [check_count("T", t) for t in steps]
     if not steps:
         raise ValueError("steps holds no T; give at least one")
     T = max(steps)
-    engine.check_T(T, engine.check_input(x[:1]))
+    check_images(engine, x, labels, T)
     tally = Tally(engine, T, constants)
     for part in parts(len(x), batch_size, tick):
         result, counts = engine.count(x[part], T)
@@ -278,13 +277,15 @@ def median_ms(
     return {t: float(np.median(values)) * 1e3 for t, values in seconds.items()}
 
 
-def check_labels(engine: Engine, x: NDArray[Any], labels: NDArray[np.int64]) -> None:
-    """Refuse labels that do not fit the images or the model's classes.
+def check_images(engine: Engine, x: NDArray[Any], labels: NDArray[np.int64], T: int) -> None:
+    """Refuse, before a long run, labels that do not fit the images or the model's classes, and images of which it
+    cannot run T steps.
 
     Raises:
-        ValueError: they do not.
+        ValueError: it is so; see also `Engine.run`.
     """
     check_class_numbers(labels, len(x), len(engine.class_names), engine.path.name)
+    engine.check_T(T, engine.check_input(x[:1]))
 
 
 def check_class_numbers(labels: Any, num_images: int, num_classes: int, model: str) -> None:

@@ -12,6 +12,7 @@ import click
 from tetdeploy.cli.recipe import is_given
 from tetdeploy.cli.terminal import console
 from tetdeploy.names import is_own_model
+from tetdeploy.run_folder import newest_run
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -68,7 +69,6 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
             the user's own that is not named.
     """
     from tetdeploy.checkpoint import read_metadata
-    from tetdeploy.run_folder import newest_run
     from tetdeploy.train.runs import read_run_config
 
     resume, restart_from, init = (ctx.params[name] for name in ("resume", "restart_from", "init"))

@@ -21,6 +21,8 @@ from tetdeploy.cli.options import (
     result_option,
 )
 from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
+from tetdeploy.files import write_json
+from tetdeploy.run_folder import CONFIG_NAME
 
 if TYPE_CHECKING:
     from tetdeploy.bench import Bench
@@ -83,9 +85,7 @@ def bench(
     turns. Ctrl-C keeps what was timed. Writes MODEL.bench.json, which tetdeploy report shows. Needs no torch.
     """
     from tetdeploy.bench import Bench
-    from tetdeploy.files import write_json
     from tetdeploy.machine import usable_cores
-    from tetdeploy.run_folder import CONFIG_NAME
 
     if repeats is not None and seconds is not None:
         raise click.UsageError("--repeats and --seconds exclude each other")
@@ -102,7 +102,7 @@ def bench(
         runtime=chosen.runtime,
         cuda_graphs=cuda_graphs,
     )
-    json_path = output_path(json_path, "--json", timing.engine, ".bench.json")
+    json_path = output_path(json_path, timing.engine, ".bench.json")
     name, x = _inputs(timing, data, data_dir)
     interrupted = False
     try:

@@ -11,6 +11,7 @@ import click
 from tetdeploy.cli.options import AT_LEAST_1, json_option, runs_option
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
+from tetdeploy.files import write_json
 from tetdeploy.run_folder import newest_export
 
 if TYPE_CHECKING:
@@ -100,7 +101,6 @@ def build(
     """
     import_extra("onnx", "rtx")
     from tetdeploy.export.tensorrt import BuildConfig, build_engine
-    from tetdeploy.files import write_json
 
     with progress_bar() as bar:
         task = bar.add_task("building", total=None)

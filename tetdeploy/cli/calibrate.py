@@ -18,6 +18,7 @@ from tetdeploy.cli.options import (
     opens_model,
 )
 from tetdeploy.cli.terminal import console, image_bar, say_next
+from tetdeploy.files import check_writable, write_json
 
 
 @click.command(
@@ -96,7 +97,6 @@ def calibrate(
     """
     from tetdeploy.early_exit import CRITERIA, exit_path
     from tetdeploy.early_exit.threshold import check_min_T, find_threshold, run_answers
-    from tetdeploy.files import check_writable, write_json
     from tetdeploy.report.early_exit import calibration_shown
 
     engine = chosen.engine()
@@ -106,7 +106,6 @@ def calibrate(
     written = [rule] if json_path is None else [rule, json_path]
     name, x, labels = held_out(engine, data, data_dir, split, limit)
     T = T or max(default_steps(engine))
-    engine.check_T(T, engine.check_input(x[:1]))
     check_min_T(min_T, T)
     criteria = CRITERIA if criterion == "both" else tuple(c for c in CRITERIA if c == criterion)
     with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:

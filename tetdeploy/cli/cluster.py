@@ -9,6 +9,9 @@ import click
 
 from tetdeploy.cli.terminal import console
 from tetdeploy.extras import import_extra
+from tetdeploy.files import check_writable, write_json
+from tetdeploy.model_file import read_model
+from tetdeploy.run_folder import newest_run, weights_file
 
 FORMATS = ("triton-repository", "kserve")
 DEFAULT_IMAGE = "tetdeploy:latest"
@@ -34,8 +37,6 @@ def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
         raise click.UsageError(f"{', '.join(onnx_options)}: {run} is exported already; give the run to export anew")
     name = _checked_name(ctx, run if is_model else _checkpoint(ctx))
     if out := ctx.params["out"]:  # before the exports that may come first
-        from tetdeploy.files import check_writable
-
         written = out if file_format == "kserve" else out / name / "config.pbtxt"
         check_writable(written, remedy="choose another with --out")
     models = [run] if is_model else _exported(ctx)
@@ -47,8 +48,6 @@ def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
 
 def _checkpoint(ctx: click.Context) -> Path:
     import_extra("torch", "train")
-    from tetdeploy.run_folder import newest_run, weights_file
-
     return weights_file(ctx.params["run"] or newest_run(ctx.params["runs"]))
 
 
@@ -81,7 +80,6 @@ def _exported(ctx: click.Context) -> list[Path]:
 
 def _write_repository(ctx: click.Context, models: list[Path], name: str) -> None:
     from tetdeploy.export.repository import add_to_repository
-    from tetdeploy.files import write_json
 
     repository = ctx.params["out"] or models[0].parent / "triton"
     added = add_to_repository(repository, models, name)
@@ -97,8 +95,6 @@ def _write_service(ctx: click.Context, model: Path, name: str) -> None:
     from tetdeploy.early_exit import exit_path
     from tetdeploy.export.kserve import inference_service, write_inference_service
     from tetdeploy.export.reading import parse_graph
-    from tetdeploy.files import write_json
-    from tetdeploy.model_file import read_model
 
     if model.suffix != ".onnx":
         raise ValueError(f"{model} is a TensorRT engine; the container that KServe runs takes the .onnx file")

@@ -17,6 +17,7 @@ from tetdeploy.cli.options import (
     result_option,
 )
 from tetdeploy.cli.terminal import command_line, console, image_bar, say_next
+from tetdeploy.files import write_json
 
 
 @click.command(
@@ -57,7 +58,6 @@ def early_exit(
     """
     from tetdeploy.early_exit import check_calibrated, load_rule
     from tetdeploy.early_exit.savings import measure
-    from tetdeploy.files import write_json
     from tetdeploy.report.early_exit import savings_shown
 
     engine = chosen.engine()
@@ -73,9 +73,8 @@ def early_exit(
             style="yellow",
             markup=False,
         )
-    json_path = output_path(json_path, "--json", engine, ".early-exit.json")
+    json_path = output_path(json_path, engine, ".early-exit.json")
     name, x, labels = load_inputs(engine, data, data_dir, limit)
-    engine.check_T(T, engine.check_input(x[:1]))
     with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
         result = measure(engine, x, labels, exit, T, data=name, batch_size=batch_size, tick=tick)
     write_json(json_path, result)

@@ -13,6 +13,8 @@ from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file
 from tetdeploy.cli.options import AT_LEAST_1, PARTS, data_dir_option, json_option, parsed_steps, runs_option
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
+from tetdeploy.files import write_json
+from tetdeploy.run_folder import newest_run, weights_file
 from tetdeploy.steps import trained_T
 
 if TYPE_CHECKING:
@@ -74,9 +76,7 @@ def evaluate(
     """
     torch = import_extra("torch", "train")
     from tetdeploy.checkpoint import read_metadata, trained_on
-    from tetdeploy.files import write_json
     from tetdeploy.provenance import written
-    from tetdeploy.run_folder import newest_run, weights_file
     from tetdeploy.train.device import device_name, pick_device, pick_precision
 
     checkpoints = checkpoints or (newest_run(runs),)
@@ -87,7 +87,7 @@ def evaluate(
         file = weights_file(path)
         metadata = read_metadata(file)
         classifier = load_classifier(file, metadata, model)
-        images = _images(data or trained_on(metadata, file), split, limit, data_dir, metadata, classifier)
+        images = _images(data or trained_on(metadata, file), split, limit, data_dir, metadata)
         wanted = _steps(steps, classifier, trained_T(metadata))
         if classifier.config.is_spiking:
             exportable.append(path)
@@ -112,10 +112,8 @@ def evaluate(
         say_next("export", exportable[0], *(("--model", model) if model else ()))
 
 
-def _images(
-    name: str, split: str, limit: int | None, data_dir: Path, metadata: Mapping[str, Any], classifier: Classifier
-) -> Any:
-    """The images to measure on, if the classifier can take them."""
+def _images(name: str, split: str, limit: int | None, data_dir: Path, metadata: Mapping[str, Any]) -> Any:
+    """The images to measure on."""
     fraction = float(metadata["training"].get("val_fraction", 0.0))
     if split == "test":
         note_own_file(name, metadata["data"]["name"])

@@ -16,6 +16,7 @@ from tetdeploy.cli.options import AT_LEAST_1, STEPS, data_dir_option, json_optio
 from tetdeploy.cli.recipe import is_typed
 from tetdeploy.cli.terminal import console, progress_bar, say_next
 from tetdeploy.extras import import_extra
+from tetdeploy.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from tetdeploy.export import ExportConfig, Exported
@@ -170,7 +171,6 @@ def export(
         import_extra(package, extra)
     from tetdeploy.export import ExportConfig
     from tetdeploy.export.trained import Trained
-    from tetdeploy.files import check_writable, write_json
 
     trained = Trained.find(run, runs)
     _say_which(trained)
@@ -263,7 +263,6 @@ def _export_nir(
         import_extra(package, extra)
     from tetdeploy.export.nir_format import export_nir
     from tetdeploy.export.trained import Trained
-    from tetdeploy.files import check_writable, write_json
 
     trained = Trained.find(run, runs)
     _say_which(trained)

@@ -10,6 +10,7 @@ import click
 from tetdeploy.cli.options import STEPS, json_option
 from tetdeploy.cli.terminal import console, say_next
 from tetdeploy.extras import import_extra
+from tetdeploy.files import check_writable, write_json
 
 
 @click.command(
@@ -35,7 +36,6 @@ def import_(file: Path, arch: str, out: Path, json_path: Path | None, **options:
     merged and must agree; unknown, missing and misshapen ones are listed.
     """
     import_extra("torch", "train")
-    from tetdeploy.files import check_writable, write_json
     from tetdeploy.foreign import import_to_checkpoint, output_file
 
     check_writable(output_file(out), ".safetensors", remedy="choose another with --out")

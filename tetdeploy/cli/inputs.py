@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetdeploy.cli.terminal import command_line, console
 from tetdeploy.names import check_classes, is_npz, is_own_model
+from tetdeploy.run_folder import other_checkpoint
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -41,7 +43,6 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
 
 def note_own_file(name: str, own: str) -> None:
     """Say so if `name`, whose test set is meant, is the very file that was trained on, which has none."""
-    from tetdeploy.cli.terminal import console
     from tetdeploy.data import same_data
 
     if is_npz(name) and same_data(name, own):
@@ -54,9 +55,6 @@ def note_own_file(name: str, own: str) -> None:
 
 def note_other_checkpoint(engine: Engine) -> None:
     """Say so if the run that the model lies in has other weights by now than those it was exported from."""
-    from tetdeploy.cli.terminal import console
-    from tetdeploy.run_folder import other_checkpoint
-
     folder = engine.path.parent
     if other_checkpoint(folder, engine.metadata["source"].get("checkpoint_sha256")):
         console.print(
@@ -69,8 +67,6 @@ def note_other_checkpoint(engine: Engine) -> None:
 
 def _export_again(engine: Engine) -> str:
     """What writes a model anew, of the run in whose folder it lies."""
-    from tetdeploy.cli.terminal import command_line
-
     metadata, graph = engine.metadata, engine.path.with_suffix(".onnx")
     unrolled, network = metadata["layout"] == "unrolled", metadata["source"].get("network", {}).get("model", "")
     options = {

@@ -8,6 +8,7 @@ import click
 
 from tetdeploy.cli.options import json_option
 from tetdeploy.cli.terminal import console
+from tetdeploy.files import write_json
 
 
 @click.command(
@@ -26,7 +27,6 @@ def inspect(file: Path, json_path: Path | None) -> None:
     FILE is a run folder, a .safetensors or an .onnx file, also one that another tool wrote, as far as it can be read.
     Needs no torch.
     """
-    from tetdeploy.files import write_json
     from tetdeploy.inspection import inspect as describe
     from tetdeploy.report.inspection import inspection_tables
 

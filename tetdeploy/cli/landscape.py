@@ -22,7 +22,10 @@ from tetdeploy.cli.options import (
 )
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
+from tetdeploy.files import check_writable, write_json
 from tetdeploy.names import check_classes, is_npz
+from tetdeploy.run_folder import newest_run, weights_file
+from tetdeploy.signals import deferred_interrupt
 from tetdeploy.steps import trained_T
 
 if TYPE_CHECKING:
@@ -92,7 +95,6 @@ def landscape(
     """
     import_extra("torch", "train")
     from tetdeploy.checkpoint import read_metadata, trained_on
-    from tetdeploy.run_folder import newest_run, weights_file
     from tetdeploy.train.landscape import LandscapeConfig
 
     checkpoints = checkpoints or (newest_run(runs),)
@@ -123,8 +125,6 @@ def landscape(
 
 def _checked_plot(path: Path, plot: Path | None, json_path: Path | None, *, named: bool) -> Path:
     """Where the plot goes; outputs that cannot be written, or are one file, are refused before hours of measuring."""
-    from tetdeploy.files import check_writable
-
     check_writable(path, remedy="choose another with --out")
     plot = plot or default_plot(path, named=named)
     check_writable(plot, remedy="choose another with --plot")
@@ -135,7 +135,6 @@ def _checked_plot(path: Path, plot: Path | None, json_path: Path | None, *, name
 
 def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeConfig, path: Path) -> Landscape:
     """Measure with a progress bar, until done or interrupted."""
-    from tetdeploy.signals import deferred_interrupt
     from tetdeploy.train.landscape import measure_landscape
 
     with deferred_interrupt() as interrupt, progress_bar() as bar:
@@ -160,7 +159,6 @@ def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeC
 
 def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, radius: float, images: str) -> None:
     """Table, plot and JSON."""
-    from tetdeploy.files import write_json
     from tetdeploy.report.landscape import landscape_table, plot_landscape, summarise
 
     settings = result.settings

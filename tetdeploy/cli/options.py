@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tetdeploy.files import check_writable
 from tetdeploy.run_folder import newest_export
 from tetdeploy.steps import MAX_T, parse_steps
 
@@ -90,8 +91,6 @@ def checked_output(ctx: click.Context, param: click.Parameter, path: Path | None
 
 
 def _check_output(path: Path, option: str) -> None:
-    from tetdeploy.files import check_writable
-
     check_writable(path, begins=b"{" if option == "--json" else b"", remedy=f"choose another with {option}")
 
 
@@ -124,11 +123,11 @@ def result_option(ending: str) -> Callable[[F], F]:
     )
 
 
-def output_path(given: Path | None, option: str, engine: Engine, ending: str) -> Path:
-    """Where an output goes: beside the model, unless the option says otherwise. One that cannot be written is refused
+def output_path(given: Path | None, engine: Engine, ending: str) -> Path:
+    """Where a result goes: beside the model, unless --json says otherwise. A file that cannot be written is refused
     before the work whose result goes there."""
     path = given or engine.path.with_suffix(ending)
-    _check_output(path, option)
+    _check_output(path, "--json")
     return path
 
 

@@ -10,6 +10,8 @@ import click
 from tetdeploy.cli.inputs import as_model_input, own_data
 from tetdeploy.cli.options import AT_LEAST_1, STEPS, device_option, json_option, runtime_option, threads_option
 from tetdeploy.cli.terminal import console
+from tetdeploy.extras import import_extra
+from tetdeploy.files import write_json
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
@@ -57,7 +59,6 @@ def predict(
 
     from tetdeploy.early_exit import softmax
     from tetdeploy.engine import open_engine
-    from tetdeploy.files import write_json
 
     engine = open_engine(model, device=device, threads=threads, runtime=runtime)
     if engine.encoding == "frames":
@@ -102,7 +103,6 @@ def _print(path: Path, certainty: Any, class_names: tuple[str, ...], top: int) -
 def _read_image(path: Path, engine: Engine, resize: bool) -> Any:
     """An image file as the graph takes it, `[C, H, W]`: read as those that its accuracy was measured on."""
     from tetdeploy.data import is_imagenet
-    from tetdeploy.extras import import_extra
 
     import_extra("PIL.Image", "cpu")
     cropped = is_imagenet(own_data(engine)) and engine.input_shape[0] == 3
@@ -126,7 +126,6 @@ def _whole(path: Path, engine: Engine, resize: bool) -> Any:
     import numpy as np
 
     from tetdeploy.data.decoding import open_image
-    from tetdeploy.extras import import_extra
 
     channels, height, width = engine.input_shape
     if channels not in (1, 3):

@@ -9,6 +9,8 @@ import click
 from tetdeploy.cli.options import check_distinct, checked_output, runs_option
 from tetdeploy.cli.terminal import console, print_notes
 from tetdeploy.extras import import_extra
+from tetdeploy.files import atomic_write, check_writable
+from tetdeploy.run_folder import newest_run
 
 
 @click.command(
@@ -55,11 +57,9 @@ def report(
     """
     for package in ("matplotlib", "jinja2"):
         import_extra(package, "report")
-    from tetdeploy.files import atomic_write, check_writable
     from tetdeploy.report.page import document_of
     from tetdeploy.report.results import read_results
     from tetdeploy.report.writers import to_html, to_markdown
-    from tetdeploy.run_folder import newest_run
 
     paths = paths or (newest_run(runs),)
     out = out or (paths[0] / "report.html" if len(paths) == 1 and paths[0].is_dir() else Path("report.html"))

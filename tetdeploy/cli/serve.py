@@ -11,6 +11,7 @@ import click
 
 from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, FiniteRange, device_option, runtime_option, threads_option
 from tetdeploy.cli.terminal import console
+from tetdeploy.extras import import_extra
 
 
 class Megabytes(FiniteRange):
@@ -119,7 +120,6 @@ def serve(
     finishes the requests taken. Needs no torch.
     """
     from tetdeploy.engine import open_engine
-    from tetdeploy.extras import import_extra
 
     paths = _by_name(models)
     server = import_extra("tetdeploy.serve.server", "serve")

@@ -22,6 +22,8 @@ from tetdeploy.cli.options import (
     result_option,
 )
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
+from tetdeploy.extras import MissingExtraError, import_extra
+from tetdeploy.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
@@ -91,15 +93,13 @@ def sweep(
     MODEL is an .onnx file; the newest export by default. Accuracy and operations at every T come from one run over the
     test set. Needs no torch.
     """
-    from tetdeploy.extras import import_extra
-    from tetdeploy.files import check_writable
     from tetdeploy.picojoules import energy_constants
 
     if plot is not None:
         import_extra("matplotlib", "report")  # before any work
     engine = chosen.engine()
     note_other_checkpoint(engine)
-    named, json_path = json_path is not None, output_path(json_path, "--json", engine, ".sweep.json")
+    named, json_path = json_path is not None, output_path(json_path, engine, ".sweep.json")
     picture = plot or default_plot(json_path, named=named)
     check_writable(picture, remedy="choose another with --plot")
     check_distinct({"--json": json_path, "--plot": picture})
@@ -192,8 +192,6 @@ def _prices(result: Sweep) -> str:
 
 def save_sweep(result: Sweep, engine: Engine, json_path: Path, picture: Path) -> list[Path]:
     """Write JSON, and where matplotlib is there PNG; returns what was written."""
-    from tetdeploy.extras import MissingExtraError
-    from tetdeploy.files import write_json
     from tetdeploy.report.sweep_plot import plot_sweep
 
     write_json(json_path, result.to_dict())

@@ -25,6 +25,7 @@ from tetdeploy.cli.options import FiniteRange, data_dir_option, json_option, run
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.cli.terminal import command_line, console, say_next
 from tetdeploy.extras import import_extra
+from tetdeploy.files import atomic_write, write_json
 from tetdeploy.names import is_own_model
 
 if TYPE_CHECKING:
@@ -374,8 +375,6 @@ def _new_folder(runs: Path, recipe: Path | None, job: _Job) -> AbstractContextMa
 
 
 def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path | None) -> None:
-    from tetdeploy.files import write_json
-
     if result.interrupted:
         again = command_line("train", "--resume", result.out, *job.own)
         console.print(f"interrupted after {result.epochs} epochs; go on with: {again}", markup=False)
@@ -396,8 +395,6 @@ def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path 
 
 
 def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path: Path | None) -> None:
-    from tetdeploy.files import atomic_write
-
     for run in result.runs:
         if run.best is not None and run.best.val_accuracy is not None:
             console.print(

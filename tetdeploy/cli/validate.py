@@ -20,6 +20,9 @@ from tetdeploy.cli.options import (
     result_option,
 )
 from tetdeploy.cli.terminal import console, image_bar, progress_bar, say_next
+from tetdeploy.extras import import_extra
+from tetdeploy.files import write_json
+from tetdeploy.run_folder import weights_file, weights_sha256
 
 if TYPE_CHECKING:
     from tetdeploy.agreement import Compared, Reference
@@ -100,13 +103,11 @@ def validate(
     compared with PyTorch's answers; with --data the accuracy at each T as well. Neither needs torch. --against runs
     PyTorch side by side. Ctrl-C keeps what is done; the same command goes on. Writes MODEL.validate.json.
     """
-    from tetdeploy.files import write_json
-
     if against is None and (num_torch is not None or network is not None):
         raise click.UsageError("--num-torch and --model go with --against CHECKPOINT")
     engine = chosen.engine()
     note_other_checkpoint(engine)
-    json_path = output_path(json_path, "--json", engine, ".validate.json")
+    json_path = output_path(json_path, engine, ".validate.json")
     partial_path = json_path.with_suffix(".partial.npz")
     long = against is not None or data is not None
     if restart and long:
@@ -175,6 +176,7 @@ class _Job:
         """A data set, and the kept images where they are there."""
         from tetdeploy.agreement import load_reference, reference_path
         from tetdeploy.resumable import Pass
+        from tetdeploy.sweep import check_images
 
         engine, steps = self.engine, self.wanted or default_steps(self.engine)
         there = reference_path(engine.path).exists()
@@ -184,7 +186,7 @@ class _Job:
                 f"no {reference_path(engine.path).name}, so nothing is compared with PyTorch", style="dim", markup=False
             )
         gates = self._placed(steps, compared=[t for t in steps if reference is not None and t <= reference.T])
-        self._check(x, labels, steps)
+        check_images(engine, x, labels, max(steps))
         run = Pass(engine, x, labels, max(steps), batch_size=self.batch_size)
         self._finish(run, _partial(partial_path, run, name))
         compared = None if reference is None else self._compare(reference, max(steps))
@@ -197,10 +199,11 @@ class _Job:
         from tetdeploy.export import SideBySide
         from tetdeploy.export.sidebyside import torch_latency
         from tetdeploy.resumable import Pass
+        from tetdeploy.sweep import check_images
 
         engine, steps = self.engine, self.wanted or default_steps(self.engine)
         gates = self._placed(steps, compared=steps)
-        self._check(x, labels, steps)
+        check_images(engine, x, labels, max(steps))
         beside = SideBySide(classifier, engine, max(steps))
         run = Pass(
             engine,
@@ -233,12 +236,6 @@ class _Job:
                     f"--fail-under agreement: the reference holds no T={gate.T}; give another one, agreement=...@T"
                 )
         return gates
-
-    def _check(self, x: Any, labels: Any, steps: tuple[int, ...]) -> None:
-        from tetdeploy.sweep import check_labels
-
-        check_labels(self.engine, x, labels)
-        self.engine.check_T(max(steps), self.engine.check_input(x[:1]))
 
     def _compare(self, reference: Reference, T: int) -> Any:
         from tetdeploy.agreement import compare_reference
@@ -281,12 +278,9 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
     Raises:
         ValueError: it is another one.
     """
-    from tetdeploy.extras import import_extra
-
     torch = import_extra("torch", "train")
     import_extra("onnxscript", "train")
     from tetdeploy.checkpoint import read_metadata
-    from tetdeploy.run_folder import weights_file, weights_sha256
 
     file = weights_file(path)
     metadata, digest = read_metadata(file), weights_sha256(file)

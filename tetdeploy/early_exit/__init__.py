@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tetdeploy.arguments import check_count, check_number, check_path
 from tetdeploy.files import sha256_of
 from tetdeploy.form import FRACTION, STEP, check_form, parse_json
+from tetdeploy.runtimes.manifest import read_manifest
 
 Criterion = Literal["confidence", "margin"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
@@ -141,7 +142,5 @@ def _graph(model: Path) -> tuple[Path, str | None]:
     """The graph that a model is or was built from, and the SHA-256 of the latter."""
     if model.suffix != ".engine":
         return model, None
-    from tetdeploy.runtimes.tensorrt_engine import read_manifest
-
     manifest = read_manifest(model)
     return model.with_name(manifest["graph"]), str(manifest.get("graph_sha256", ""))

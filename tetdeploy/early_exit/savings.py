@@ -23,7 +23,7 @@ from tetdeploy.energy import Operations
 from tetdeploy.engine import Engine, Result
 from tetdeploy.machine import load_average
 from tetdeploy.provenance import engine_provenance, images_sha256
-from tetdeploy.sweep import Tally, check_labels
+from tetdeploy.sweep import Tally, check_images
 
 Array = NDArray[Any]
 
@@ -153,7 +153,7 @@ def measure(
         ValueError: labels do not fit the images or the model's classes; the layout is not step; `batch_size` is no
             whole number, or below 1; see also `Engine.run`.
     """
-    check_labels(engine, x, labels)
+    check_images(engine, x, labels, T)
     T, batch_size = check_count("T", T), check_count("batch_size", batch_size)
     savings = Savings(engine, exit, T)
     for part in parts(len(x), batch_size, tick):

@@ -21,7 +21,7 @@ from tetdeploy.batches import parts
 from tetdeploy.early_exit import CRITERIA, Criterion, Exit, certainty
 from tetdeploy.engine import Engine
 from tetdeploy.provenance import engine_provenance
-from tetdeploy.sweep import check_labels, check_logits
+from tetdeploy.sweep import check_images, check_logits
 
 Z = 1.96  # of a one-sided level of 2.5 %
 SHOWN_LOSSES = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01)
@@ -211,7 +211,7 @@ def run_answers(
     Raises:
         ValueError: labels do not fit the images or the model's classes; see also `Engine.run`.
     """
-    check_labels(engine, x, labels)
+    check_images(engine, x, labels, T)
     return Answers.joined(
         [Answers.of(engine.run(x[part], T).per_step, labels[part]) for part in parts(len(x), batch_size, tick)]
     )

@@ -22,7 +22,7 @@ from tetdeploy.native.scans import NeuronStep
 from tetdeploy.native.whole_numbers import Whole, WholeNumbers
 
 EXACT = 2**24  # whole numbers up to this have no rounding in float32
-DOMAIN = "com.microsoft.nchwc"
+NCHWC = "com.microsoft.nchwc"
 
 
 def keep_blocked(
@@ -42,9 +42,9 @@ def keep_blocked(
     moved = False
     for k, node in enumerate(graph.node):
         tensors = [name for name in node.input if name not in numbers]
-        if node.domain == DOMAIN and node.op_type == "ReorderOutput" and _same_shape(kinds, node):
+        if node.domain == NCHWC and node.op_type == "ReorderOutput" and _same_shape(kinds, node):
             blocked[node.output[0]] = node.input[0]
-        elif node.domain == DOMAIN and node.op_type == "ReorderInput" and node.input[0] in blocked:
+        elif node.domain == NCHWC and node.op_type == "ReorderInput" and node.input[0] in blocked:
             instead[node.output[0]] = blocked[node.input[0]]
         elif k in elementwise and tensors and all(name in blocked for name in tensors):
             moved = True
@@ -55,7 +55,7 @@ def keep_blocked(
             for plain, name in zip(node.output, twin.output, strict=True):
                 blocked[plain], kinds[name] = name, kinds[plain]
                 channels = kinds[plain].shape[1]
-                nodes.append(helper.make_node("ReorderOutput", [name], [plain], domain=DOMAIN, channels=channels))
+                nodes.append(helper.make_node("ReorderOutput", [name], [plain], domain=NCHWC, channels=channels))
             continue
         nodes.append(node)
     nodes = leading_to(graph.output, reading(instead, nodes))
@@ -178,7 +178,7 @@ class _ToLast:
             return
         elif _turns(node, TO_FIRST):
             self.last[node.output[0]] = node.input[0]
-        elif node.domain == DOMAIN and node.op_type == "ReorderOutput" and _same_shape(self.kinds, node):
+        elif node.domain == NCHWC and node.op_type == "ReorderOutput" and _same_shape(self.kinds, node):
             self._turn(node, channels=self.kinds[node.output[0]].shape[1], channels_last=1)
         elif k in self.elementwise and tensors and all(name in self.last for name in tensors):
             self._turn(node)

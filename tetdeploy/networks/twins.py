@@ -15,6 +15,7 @@ from torch import nn
 
 from tetdeploy.layers import DirectEncoding
 from tetdeploy.networks.ann import SingleStep, TwinReLU
+from tetdeploy.networks.classifier import Classifier
 from tetdeploy.networks.smooth_spike import SmoothLIF
 from tetdeploy.neurons import LIF
 
@@ -87,8 +88,6 @@ def _computes_other(neuron: LIF) -> bool:
 
 def _told(twin: N, **said: bool | float) -> N:
     """The twin; of a `Classifier` the configuration, which a checkpoint keeps, says what has become of it."""
-    from tetdeploy.networks import Classifier  # which is made of twins, too
-
     if isinstance(twin, Classifier):
         twin.config = replace(twin.config, **said)  # type: ignore[arg-type]
     return twin

@@ -58,7 +58,7 @@ class VGGSNN(nn.Module):
             if halves and not strided:
                 layers.append(OverTime(nn.AvgPool2d(2)))
         self.layers = FiringSequential(*layers)
-        rows, columns = (_halved(size, times=4, up=strided) for size in image_size)
+        rows, columns = (_last_side(size, up=strided) for size in image_size)
         self.readout = OverTime(nn.Flatten(), nn.Linear(channels[-1] * rows * columns, num_classes))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # as the authors' start; BN hides the scale, but not from Adam's steps
@@ -69,8 +69,8 @@ class VGGSNN(nn.Module):
         return logits
 
 
-def _halved(size: int, *, times: int, up: bool) -> int:
-    """A side after `times` halvings: a padded convolution of stride 2 rounds up, pooling rounds down."""
-    for _ in range(times):
+def _last_side(size: int, *, up: bool) -> int:
+    """A side after all four halvings: a padded convolution of stride 2 rounds up, pooling rounds down."""
+    for _ in range(4):
         size = (size + up) // 2
     return size

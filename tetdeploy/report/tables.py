@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from tetdeploy.energy import OTHER_OPS
-from tetdeploy.report.numbers import count, energy, latency, percent, rate, three_digits
+from tetdeploy.report.numbers import count, energy, latency, milliseconds, percent, rate, three_digits
 from tetdeploy.report.result_table import ResultTable
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def bench_table(result: Mapping[str, Any]) -> Table:
 
 def bench_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of a bench under `BENCH_COLUMNS`."""
-    times = (f"{three_digits(row[key])} ms" for key in ("median_ms", "p95_ms", "p99_ms"))
+    times = (milliseconds(row[key]) for key in ("median_ms", "p95_ms", "p99_ms"))
     settings = (str(row[key]) for key in ("T", "threads", "batch"))
     return (*settings, *times, three_digits(row["images_per_s"]), str(row["calls"]))
 

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 
 from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.extras import import_extra
-from tetdeploy.form import parse_json
-from tetdeploy.model_file import check_metadata, state_outputs
+from tetdeploy.model_file import state_outputs
+from tetdeploy.runtimes.manifest import AGAIN, manifest_path, read_manifest
 from tetdeploy.runtimes.nvidia import (
-    MODULES,
     NVIDIA_INDEX,
     checked,
     gpu_architecture,
@@ -54,7 +53,7 @@ class TensorRTEngine(Engine):
         plan = self.path.read_bytes()
         self.sha256 = hashlib.sha256(plan).hexdigest()
         if self.sha256 != self.manifest["engine_sha256"]:
-            raise ValueError(f"{self.path} is not the engine that {manifest_path(self.path).name} describes; {_AGAIN}")
+            raise ValueError(f"{self.path} is not the engine that {manifest_path(self.path).name} describes; {AGAIN}")
         self._take(self.manifest["metadata"])
         self.min_batch, _, self.max_batch = self.manifest["batch"]
         # Before any object of TensorRT is made: without a driver that ends the process.
@@ -90,39 +89,6 @@ class TensorRTEngine(Engine):
             )
 
 
-_AGAIN = "build it again: tetdeploy build MODEL.onnx"
-_NEEDED = {"package", "version", "gpu_architectures", "graph", "engine_sha256", "batch", "T", "metadata"}
-
-
-def manifest_path(engine: Path) -> Path:
-    """`MODEL.engine.json` for `MODEL.engine`."""
-    return engine.with_name(f"{engine.name}.json")
-
-
-def read_manifest(engine: Path) -> dict[str, Any]:
-    """What `tetdeploy build` wrote beside an engine.
-
-    Raises:
-        FileNotFoundError: the engine or the manifest is not there.
-        ValueError: the manifest is damaged; it or the metadata in it are of a format that this version does not know.
-    """
-    path = manifest_path(engine)
-    for file in (engine, path):
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no {file}; {_AGAIN}")
-    try:
-        manifest: dict[str, Any] = parse_json(path.read_bytes())
-        known = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged; {_AGAIN}") from error
-    if known != 1:
-        raise ValueError(f"{path} is a manifest of format {known}; this tetdeploy reads format 1")
-    if _NEEDED - manifest.keys() or manifest["package"] not in MODULES:
-        raise ValueError(f"{path} is damaged; {_AGAIN}")
-    check_metadata(manifest["metadata"], path)
-    return manifest
-
-
 def check_target(manifest: Mapping[str, Any], name: str, trt: Any, architecture: str) -> None:
     """Refuse an engine that this TensorRT or this GPU cannot run.
 
@@ -133,14 +99,14 @@ def check_target(manifest: Mapping[str, Any], name: str, trt: Any, architecture:
     if built != version:
         index = f" {NVIDIA_INDEX}" if package == "tensorrt" else ""
         raise ValueError(
-            f"{name} was built by {package} {built}, and {version} is installed; {_AGAIN}, or "
+            f"{name} was built by {package} {built}, and {version} is installed; {AGAIN}, or "
             f"pip install {package}=={built}{index}"
         )
     if architecture not in manifest["gpu_architectures"]:
         reason = why_not_rtx(trt, architecture) if package == "tensorrt-rtx" else None
         raise ValueError(
             f"{name} was built for GPU architecture {', '.join(manifest['gpu_architectures'])}, and this GPU is "
-            f"{architecture}; {reason or f'{_AGAIN} --gpu-arch {architecture}'}"
+            f"{architecture}; {reason or f'{AGAIN} --gpu-arch {architecture}'}"
         )
 
 
@@ -217,10 +183,10 @@ class Session:
         self._runtime = trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise ValueError(f"TensorRT {trt.__version__} cannot load {name}; {_AGAIN}")
+            raise ValueError(f"TensorRT {trt.__version__} cannot load {name}; {AGAIN}")
         self._context = self._engine.create_execution_context()
         if self._context is None:
-            raise ValueError(f"{name} finds too little GPU memory; {_AGAIN} with a smaller --batch")
+            raise ValueError(f"{name} finds too little GPU memory; {AGAIN} with a smaller --batch")
         names = [self._engine.get_tensor_name(k) for k in range(self._engine.num_io_tensors)]
         self._dtypes = {n: np.dtype(trt.nptype(self._engine.get_tensor_dtype(n))) for n in names}
         self._inputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]

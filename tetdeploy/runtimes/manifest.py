@@ -1,0 +1,42 @@
+"""What `tetdeploy build` wrote beside a TensorRT engine. Needs numpy only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tetdeploy.form import parse_json
+from tetdeploy.model_file import check_metadata
+from tetdeploy.runtimes.nvidia import MODULES
+
+AGAIN = "build it again: tetdeploy build MODEL.onnx"
+_NEEDED = {"package", "version", "gpu_architectures", "graph", "engine_sha256", "batch", "T", "metadata"}
+
+
+def manifest_path(engine: Path) -> Path:
+    """`MODEL.engine.json` for `MODEL.engine`."""
+    return engine.with_name(f"{engine.name}.json")
+
+
+def read_manifest(engine: Path) -> dict[str, Any]:
+    """What `tetdeploy build` wrote beside an engine.
+
+    Raises:
+        FileNotFoundError: the engine or the manifest is not there.
+        ValueError: the manifest is damaged; it or the metadata in it are of a format that this version does not know.
+    """
+    path = manifest_path(engine)
+    for file in (engine, path):
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no {file}; {AGAIN}")
+    try:
+        manifest: dict[str, Any] = parse_json(path.read_bytes())
+        known = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged; {AGAIN}") from error
+    if known != 1:
+        raise ValueError(f"{path} is a manifest of format {known}; this tetdeploy reads format 1")
+    if _NEEDED - manifest.keys() or manifest["package"] not in MODULES:
+        raise ValueError(f"{path} is damaged; {AGAIN}")
+    check_metadata(manifest["metadata"], path)
+    return manifest
