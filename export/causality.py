@@ -130,7 +130,7 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
 
 
 def _check_random(double: Classifier, x: Tensor, encoding: Encoding, like: Sequence[Tensor], T: int) -> None:
-    """Compare the first and the last step, and there each image by itself, where layers read random spikes of the
+    """Compare the first and the last step, and at the last each image by itself, where layers read random spikes of the
     shapes `like`, `[T, N, ...]`. Currents do not depend on membranes then."""
     generator = torch.Generator().manual_seed(0)
     spikes = [torch.randint(2, layer.shape, generator=generator).to(layer) for layer in like]

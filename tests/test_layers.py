@@ -67,11 +67,16 @@ def test_options_of_batch_normalisation_pass_through() -> None:
     assert torch.isfinite(bn(shifted().float())).all()
 
 
-@pytest.mark.parametrize("name", ["v_th", "alpha"])
 @pytest.mark.parametrize("value", [-1, 0, float("nan"), float("inf"), "1"])
-def test_a_threshold_that_is_none_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be (above 0 and finite|a number)[;,] got '?{value}"):
-        tdBN(4, **{name: value})
+def test_a_threshold_or_scale_that_is_none_is_refused(value: Any) -> None:
+    said = f"[;,] got '?{value}"
+    with pytest.raises(ValueError, match=f"v_th must be (above 0 and finite|a number){said}"):
+        tdBN(4, v_th=value)
+    if value == 0:  # as for a residual branch that begins with nothing
+        assert not tdBN(4, alpha=0).weight.any()
+    else:
+        with pytest.raises(ValueError, match=f"alpha must be (at least 0 and finite|a number){said}"):
+            tdBN(4, alpha=value)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 2, 2, 2, 2, 2)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import os
 import subprocess
 import sys
@@ -104,7 +106,7 @@ def test_a_kernel_is_kept_where_nothing_can_be_locked(error: type[Exception], mo
 
     lock = Mock(side_effect=error)
     monkeypatch.setattr(numba_kernels, "FileLock", lock)
-    cache = SimpleNamespace(cache_path="folder", load_overload=lambda *sought: sought, save_overload=None)
+    cache = SimpleNamespace(cache_path="folder", load_overload=lambda *sought: sought, save_overload=abs)
     kernel = numba_kernels._kept_in_turn(SimpleNamespace(_cache=cache))
     assert kernel._cache.load_overload("signature", "context") == ("signature", "context")
     lock.assert_called_once_with(Path("folder", "tetdeploy.lock"), timeout=60, fallback_to_soft=False)
@@ -115,10 +117,36 @@ def test_a_kernel_is_kept_where_nothing_can_be_locked(error: type[Exception], mo
 def test_a_kernel_runs_where_the_disk_is_full_or_the_files_are_anothers(name: str, tmp_path: Path) -> None:
     numba_kernels = pytest.importorskip("tetdeploy.kernels.numba_kernels")
     access = Mock(side_effect=OSError)
-    cache = SimpleNamespace(**{"cache_path": tmp_path, name: access})
+    file = SimpleNamespace(_index_path=tmp_path / "none.nbi")
+    cache = SimpleNamespace(cache_path=tmp_path, load_overload=access, save_overload=access, _cache_file=file)
     numba_kernels._kept_in_turn(SimpleNamespace(_cache=cache))
     assert getattr(cache, name)("signature", "context") is None  # to numba: there is none, compile it
     access.assert_called_once_with("signature", "context")
+
+
+def test_what_could_not_be_kept_leaves_no_older_kernel_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the disk is full once numba has written the index, which names the file of the kernel before."""
+    pytest.importorskip("tetdeploy.kernels.numba_kernels")
+    from numba.core.caching import IndexDataCacheFile
+
+    def answer(number: int) -> int:
+        """Of the kernel in the file, as a new process reads it, after it was changed to that number."""
+        code = f"compiled\ndef f():\n    return {number}\nf = compiled(f, parallel=False)"
+        (tmp_path / "kernel.py").write_text(f"from tetdeploy.kernels.numba_kernels import {code}")
+        spec = importlib.util.spec_from_file_location("kernel", tmp_path / "kernel.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found: int = module.f()
+        return found
+
+    assert answer(1) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexDataCacheFile, "_save_data", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+        assert answer(22) == 22
+    assert answer(22) == 22
 
 
 def test_a_numba_that_refuses_this_numpy_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

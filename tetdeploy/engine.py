@@ -277,8 +277,13 @@ class Engine:
 
     @property
     def chunk_T(self) -> int:
-        """The steps that one call of a graph with state runs: 1 in the step layout, T in the unrolled one."""
-        assert self.T is not None  # dynamic graphs have no state
+        """The steps that one call of a graph with state runs: 1 in the step layout, T in the unrolled one.
+
+        Raises:
+            ValueError: the graph has no state.
+        """
+        self.check_streams()
+        assert self.T is not None  # a dynamic graph has none
         return self.T
 
     def check_T(self, T: int | None, x: Array) -> int:

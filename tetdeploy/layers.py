@@ -49,13 +49,14 @@ class tdBN(nn.BatchNorm2d):
     convolution before it (Eq. 6).
 
     Raises:
-        ValueError: `v_th` or `alpha` is no number, or not above 0 and finite.
+        ValueError: `v_th` is no number above 0 and finite, or `alpha` none from 0 on and finite.
     """
 
     def __init__(self, num_features: int, *, v_th: float = 1.0, alpha: float = 1.0, **options: Any) -> None:
-        for name, value in (("v_th", v_th), ("alpha", alpha)):
-            if not 0.0 < check_number(name, value) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite; got {value}")
+        if not 0.0 < check_number("v_th", v_th) < math.inf:
+            raise ValueError(f"v_th must be above 0 and finite; got {v_th}")
+        if not 0.0 <= check_number("alpha", alpha) < math.inf:
+            raise ValueError(f"alpha must be at least 0 and finite; got {alpha}")
         super().__init__(num_features, **options)
         if self.affine:
             nn.init.constant_(self.weight, alpha * v_th)

@@ -68,9 +68,10 @@ def _kept_in_turn(kernel: Any) -> Any:
     code, for good. Where there are no locks, as on some network file systems, it stays so.
     """
     cache: Any = getattr(kernel, "_cache", None)  # private; no kernel has it where NUMBA_DISABLE_JIT is set
-    for name in ("load_overload", "save_overload"):
-        if hasattr(cache, name):
-            setattr(cache, name, _in_turn(getattr(cache, name), Path(cache.cache_path) / "tetdeploy.lock"))
+    if cache is not None:
+        lock = Path(cache.cache_path) / "tetdeploy.lock"
+        cache.load_overload = _in_turn(cache.load_overload, lock)
+        cache.save_overload = _in_turn(_whole_or_not(cache.save_overload, cache), lock)
     return kernel
 
 
@@ -84,6 +85,22 @@ def _in_turn(access: Callable[..., Any], file: Path) -> Callable[..., Any]:
                 return access(*arguments)  # a kernel that is there, else None
 
     return locked
+
+
+def _whole_or_not(save: Callable[..., Any], cache: Any) -> Callable[..., Any]:
+    """numba writes the index before the machine code that it names, in whose place may lie that of an older kernel:
+    where that could not be written, the index goes."""
+
+    @wraps(save)
+    def saved(*arguments: Any) -> Any:
+        try:
+            return save(*arguments)
+        except BaseException:
+            with suppress(OSError):
+                Path(cache._cache_file._index_path).unlink()
+            raise
+
+    return saved
 
 
 def _intrinsic(function: Any) -> Any:

@@ -111,17 +111,16 @@ class Classifier(nn.Module):
         return logits
 
     def _run(self, x: Tensor, T: int | None) -> Tensor:
-        arguments = (x,) if T is None else (x, T)
-        if torch.compiler.is_compiling() or tuple(x.shape[-2:]) == self.config.image_size:
+        arguments, own = (x,) if T is None else (x, T), self.config.image_size
+        if torch.compiler.is_compiling() or tuple(x.shape[-2:]) == own:
             logits: Tensor = self.network(*arguments)
             return logits
         try:  # layers alone know whether they take images of another size
             logits = self.network(*arguments)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            got, own = ("x".join(map(str, size)) for size in (x.shape[-2:], self.config.image_size))
-            raise ValueError(f"the network was made for images of {own} and fails on some of {got}: {error}") from error
+            made, got = ("x".join(map(str, size)) for size in (own, x.shape[-2:]))
+            error.add_note(f"the network was made for images of {made}, and these are of {got}")
+            raise
         return logits
 
     def _check_images(self, x: Tensor) -> None:
