@@ -56,6 +56,7 @@ from tetdeploy.export.config import GPU_TARGETS
 from tetdeploy.export.counters import spikes_overlay
 from tetdeploy.export.model import _as_input
 from tetdeploy.export.onnx_tracer import OnnxTracer
+from tetdeploy.export.parity import compare
 from tetdeploy.export.trained import Trained
 from tetdeploy.folding import FoldingError
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
@@ -1022,12 +1023,24 @@ def test_an_export_names_layers_that_no_checked_image_makes_fire(
     assert written.to_dict()["silent"] == ["quiet", "lif#2"]
     print_exported(written, config)
     said = " ".join(capsys.readouterr().out.split())
-    assert "no neuron of quiet, lif#2 fired on the 20 checked images: what stands behind them was compared at 0" in said
+    assert "no neuron of quiet, lif#2 fired on the 20 checked images: what reads them was compared at 0 only;" in said
     assert written.parity is not None
     fires = dataclasses.replace(written.parity, silent=())
     for others in ({"parity": fires}, {"from_state": fires}, {"parity": None, "from_state": None}):
         assert dataclasses.replace(written, **others).silent == []
     assert dataclasses.replace(written, from_state=None).silent == ["quiet", "lif#2"]
+
+
+def test_a_layer_that_fires_in_one_batch_alone_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Small()
+    network.encode.bias = None
+    written = unchecked(network, tmp_path / "m.onnx", ExportConfig("step"))
+    monkeypatch.setattr("tetdeploy.export.parity._BATCH", 1)
+    for grey in (0, 1):
+        x = digits().images[:2].copy()
+        x[grey] = 76  # about 0, normalised
+        assert "lif" in compare(untested(network), written, x[[grey]], 1).silent
+        assert "lif" not in compare(untested(network), written, x, 1).silent
 
 
 class AtTheThreshold(Small):

@@ -294,7 +294,9 @@ def test_without_a_gpu_there_is_one_line(name: str, module: Any) -> None:
     assert refused.output.startswith("Error: device cuda:99 is not there") and len(refused.output.splitlines()) == 1
 
 
-@pytest.mark.parametrize("file", sorted(f.stem for f in BENCHMARKS.glob("*.py") if "@click.command" in f.read_text()))
+@pytest.mark.parametrize(
+    "file", sorted(f.stem for f in BENCHMARKS.glob("*.py") if "@click.command" in f.read_text("utf-8"))
+)
 def test_numbers_that_make_no_sense_are_refused_at_once(file: str, module: Any) -> None:
     if file == "serve_load":
         pytest.importorskip("prometheus_client", reason="needs tetdeploy[serve]")

@@ -20,13 +20,14 @@ from export_helpers import convsnn, exported
 from onnx import TensorProto, helper
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 from test_imports import HEAVY, loaded_by
 
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.energy import Layer
 from tetdeploy.export.sequence_graph import sequence_graph
-from tetdeploy.inspection import _layer, _module, _type, inspect
+from tetdeploy.inspection import _layer, _type, inspect
 from tetdeploy.report.inspection import inspection_tables, size
 from tetdeploy.tensor_file import write_tensors
 
@@ -258,8 +259,9 @@ class TestTables:
     def test_of_modules(self, tmp_path: Path) -> None:
         found = inspect(safetensors(tmp_path / "m.safetensors", {"m.weight": [2, 3], "m.bias": [2]}, dtype="BF16"))
         assert rows([*inspection_tables(found)][-1]) == [("m", "linear", "bfloat16", "2×3", "yes", "8")]
-        statistics = {"num_batches_tracked": ("int64", []), "weight": ("float32", [2])}
-        assert (_module("bn", statistics)["dtype"], _module("bn", statistics)["bias"]) == ("float32", False)
+        save_file({"bn.weight": torch.ones(2), "bn.num_batches_tracked": torch.tensor(0)}, tmp_path / "bn.safetensors")
+        (layer,) = inspect(tmp_path / "bn.safetensors")["layers"]
+        assert (layer["dtype"], layer["bias"]) == ("float32", False)
 
 
 class TestOthers:

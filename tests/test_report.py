@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -413,7 +414,7 @@ class TestReading:
         for path in (run, file):
             (note,) = read_results([path]).notes
             assert f"{file} is of another model (abababababab) than {model} is now" in note
-            assert note.endswith(f"measure again: tetdeploy sweep {model} --data digits")
+            assert note.endswith(f"measure again: tetdeploy sweep {shlex.quote(str(model))} --data digits")
         write(file, result(kind="sweep", model_sha256=sha256_of(model)))
         assert read_results([run]).notes == ()
 
@@ -429,7 +430,7 @@ class TestReading:
         assert f"{file} is of another checkpoint (cdcdcdcdcdcd) than that of {run}" in note
         model = run / "model-T3.onnx"
         how = f"export {model} once more, with the options that it had"
-        assert note.endswith(f"; {how}, then measure again: tetdeploy validate {model}")
+        assert note.endswith(f"; {how}, then measure again: tetdeploy validate {shlex.quote(str(model))}")
         assert note in page(file).text
         for same in (sha256_of(checkpoint), None):
             write(file, kept | {"checkpoint_sha256": same})

@@ -54,6 +54,12 @@ def test_a_threshold_may_come_as_text(text: str, read: float | str) -> None:
     assert read_request(made).parameters == {"T": 4, "early_exit": read}
 
 
+def test_the_calibrated_rule_is_asked_for_by_a_flag() -> None:
+    made = request()
+    made.parameters["early_exit"].bool_param = True
+    assert read_request(made).parameters["early_exit"] is True
+
+
 def test_many_fields_take_no_time() -> None:
     sent = b"\x2a\x00" * 31_000_000  # empty inputs; parsed they take 3 GB, and 8 s
     began = time.process_time()

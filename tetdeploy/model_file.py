@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def read_model(path: Path) -> bytes:
     if path.suffix == ".engine":
         raise ValueError(f"{path} is a TensorRT engine; here the .onnx file it was built from is needed")
     if path.suffix == ".safetensors":
-        raise ValueError(f"{path} is a checkpoint, not an .onnx file; write one with: tetdeploy export {path}")
+        raise ValueError(
+            f"{path} is a checkpoint, not an .onnx file; write one with: tetdeploy export {shlex.quote(str(path))}"
+        )
     return path.read_bytes()
 
 

@@ -328,10 +328,9 @@ def print_exported(exported: Exported, config: ExportConfig) -> None:
 
 
 def _print_silent(silent: list[str], num_images: int) -> None:
-    behind = "it" if len(silent) == 1 else "them"
     console.print(
-        f"no neuron of {', '.join(silent)} fired on the {num_images:,} checked images: what stands behind {behind} was "
-        "compared at 0 only; train longer, or check more images with --check",
+        f"no neuron of {', '.join(silent)} fired on the {num_images:,} checked images: what reads them was compared at "
+        "0 only; train longer, or check more images with --check",
         style="yellow",
         markup=False,
     )
