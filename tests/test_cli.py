@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import importlib
 import importlib.util
@@ -28,6 +29,7 @@ from rich.progress import ProgressColumn
 
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
+from tetdeploy.cli.characters import _like
 from tetdeploy.cli.export import _next as after_export
 from tetdeploy.cli.predict import _read_image
 from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
@@ -832,6 +834,11 @@ def test_stderr_that_is_closed_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "stderr", None)
     with progress_bar() as bar:
         assert bar.disable
+
+
+def test_each_of_several_lacking_characters_has_one_like_it() -> None:
+    codecs.register_error("tetdeploy.like", _like)
+    assert "2±µλ漢 ×".encode("ascii", "tetdeploy.like") == b"2+-ulambda? x"
 
 
 def test_names_in_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
