@@ -1,7 +1,8 @@
 """A stand-in for CUDA and TensorRT, in host memory and with ONNX Runtime, for machines without a GPU.
 
 It shows that the runner hands the right memory to the right call: a read of memory that was freed is an error, and
-every byte that crosses between host and "GPU" is counted. It says nothing of CUDA or TensorRT themselves.
+every byte that crosses between host and "GPU" is counted. What is copied to the host is there once the stream was
+waited for. It says nothing of CUDA or TensorRT themselves.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Cuda:
         self.architecture = dict(zip(("major", "minor"), architecture, strict=True))
         self.memory: dict[int, Any] = {}
         self.copied = {"up": 0, "down": 0}
+        self.under_way: list[tuple[int, Any]] = []
+        self.device = 0  # that of the thread, which its owner may have changed
 
     def cudaDriverGetVersion(self) -> tuple[int, int]:
         return 0, self.driver
@@ -59,6 +62,7 @@ class Cuda:
         return 0, SimpleNamespace(name=b"NVIDIA Stand-in 8.6")
 
     def cudaSetDevice(self, device: int) -> tuple[int]:
+        self.device = device
         return (0,)
 
     def cudaDeviceGetDefaultMemPool(self, device: int) -> tuple[int, str]:
@@ -74,9 +78,13 @@ class Cuda:
         return (0,)
 
     def cudaStreamSynchronize(self, stream: Stream) -> tuple[int]:
+        for to, buffer in self.under_way:
+            ctypes.memmove(to, buffer, len(buffer))
+        self.under_way.clear()
         return (0,)
 
     def cudaMallocAsync(self, size: int, stream: Stream) -> tuple[int, int]:
+        assert self.device == 0
         buffer = ctypes.create_string_buffer(size)
         address = ctypes.addressof(buffer)
         self.memory[address] = buffer
@@ -93,7 +101,10 @@ class Cuda:
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: str, stream: Stream) -> tuple[int]:
         assert len(self.memory[to if kind == "up" else source]) == size
-        ctypes.memmove(to, source, size)
+        if kind == "up":
+            ctypes.memmove(to, source, size)
+        else:
+            self.under_way.append((to, self.memory[source]))
         self.copied[kind] += size
         return (0,)
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import onnxruntime
@@ -230,7 +230,10 @@ def test_a_bound_call_that_fails_gives_one_line() -> None:
 def test_cuda_computes_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     model = exported("step")
     asked = gpu_build(monkeypatch, ["CUDAExecutionProvider"])
+    loaded = Mock()
+    monkeypatch.setattr(onnxruntime, "preload_dlls", loaded)
     runner = Engine(model, device="cuda")
+    loaded.assert_called_once_with()  # the CUDA libraries that pip installed
     assert isinstance(runner._session, BoundSession)
     assert asked == [({"CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}, 0)]
     assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"

@@ -25,7 +25,7 @@ from tetdeploy.checkpoint import load, load_weights, read_metadata, save_checkpo
 from tetdeploy.files import atomic_folder, atomic_write, check_writable, write_json
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.run_folder import newest_run
+from tetdeploy.run_folder import newest_run, other_checkpoint, weights_sha256
 
 
 class OwnNetwork(nn.Module):
@@ -227,6 +227,7 @@ def test_pickles_and_torch_files_are_never_unpickled(tmp_path: Path) -> None:
         struct.pack("<Q", 2) + b"[]",
         struct.pack("<Q", 16) + b'{"a": {"b": 1}} ',
         struct.pack("<Q", 20) + b'{"__metadata__": 3}  ',
+        struct.pack("<Q", 28) + b'{"a": {"data_offsets": [0]}}',
         struct.pack("<Q", 100_000) + b"[" * 100_000,
         struct.pack("<Q", 37) + b'{"a": {"data_offsets": ["0", "12"]}} ' + bytes(12),
     ],
@@ -242,6 +243,9 @@ def test_foreign_safetensors_are_refused(tmp_path: Path) -> None:
         save_file({"weight": torch.zeros(3)}, tmp_path / "x.safetensors", metadata=metadata)
         with pytest.raises(ValueError, match="safetensors file but not a tetdeploy checkpoint"):
             load(tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", 22) + b'{"__metadata__": null}')
+    with pytest.raises(ValueError, match="safetensors file but not a tetdeploy checkpoint"):
+        load(tmp_path / "x.safetensors")
 
 
 def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None:
@@ -275,9 +279,10 @@ def test_newer_and_unreadable_formats_are_refused(saved: Path) -> None:
     rewrite(saved, lambda content: content.update(format=2))
     with pytest.raises(ValueError, match="has format 2, this tetdeploy reads format 1; update tetdeploy"):
         load(saved)
-    save_file({"weight": torch.zeros(3)}, saved, metadata={"tetdeploy": "{"})
-    with pytest.raises(ValueError, match="metadata cannot be read"):
-        load(saved)
+    for text in ("{", "{}", "[]"):
+        save_file({"weight": torch.zeros(3)}, saved, metadata={"tetdeploy": text})
+        with pytest.raises(ValueError, match="metadata cannot be read"):
+            load(saved)
 
 
 def test_a_failed_write_leaves_the_earlier_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,6 +372,14 @@ def test_a_folder_that_cannot_be_made_is_named(saved: Path) -> None:
         save_checkpoint(saved / "c.safetensors", convsnn(), training={}, provenance={})
 
 
+def test_a_run_without_weights_has_no_other_weights(saved: Path) -> None:
+    of_these = weights_sha256(saved)
+    assert other_checkpoint(saved.parent, of_these) is other_checkpoint(saved.parent, None) is None
+    assert other_checkpoint(saved.parent, "ab") == of_these
+    saved.unlink()
+    assert other_checkpoint(saved.parent, "ab") is None
+
+
 def test_newest_run_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no run in .*: train one first \(tetdeploy train\)"):
         newest_run(tmp_path / "runs")
@@ -376,6 +389,7 @@ def test_newest_run_without_a_run(tmp_path: Path) -> None:
         newest_run(tmp_path)
     for text, fault in (
         (b"gone\n", "points at .*gone, which is gone"),
+        (b"one/config.json\n", "points at .*config.json, which is gone"),
         (b"\xff\x00", "points at .*which is gone"),
         (b"\n", "is empty"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import importlib
 import importlib.util
@@ -24,12 +25,14 @@ import torch
 from click.testing import CliRunner, Result
 from image_helpers import write_deep_png
 from PIL import Image
+from rich.progress import ProgressColumn
 
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
+from tetdeploy.cli.characters import _like
 from tetdeploy.cli.export import _next as after_export
 from tetdeploy.cli.predict import _read_image
-from tetdeploy.cli.terminal import console, progress_bar
+from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 from tetdeploy.data import load_data
 from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier, NetworkConfig
@@ -831,6 +834,23 @@ def test_stderr_that_is_closed_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "stderr", None)
     with progress_bar() as bar:
         assert bar.disable
+
+
+def test_each_of_several_lacking_characters_has_one_like_it() -> None:
+    codecs.register_error("tetdeploy.like", _like)
+    assert "2±µλ漢 ×".encode("ascii", "tetdeploy.like") == b"2+-ulambda? x"
+
+
+def test_names_in_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    say_next("report", "a b/[x].onnx")
+    print_notes(["of [x].onnx"])
+    assert capsys.readouterr().out == "next: tetdeploy report 'a b/[x].onnx'\nof [x].onnx\n"
+
+
+def test_a_bar_says_how_many_are_done_in_a_second() -> None:
+    column = progress_bar("images").columns[-1]
+    assert isinstance(column, ProgressColumn)
+    assert [str(column.render(Mock(speed=speed))) for speed in (9.3, None)] == ["9.3 images/s", ""]
 
 
 def test_ctrl_c_during_the_imports_is_one_line() -> None:

@@ -366,9 +366,11 @@ def test_both_onnxruntime_packages_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_missing_onnxruntime_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = exported("dynamic")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'tetdeploy\[cpu\]'"):
-        Engine(exported("dynamic"))
+    for device, extra in (("cpu", "cpu"), ("cuda", "gpu")):
+        with pytest.raises(MissingExtraError, match=rf"pip install 'tetdeploy\[{extra}\]'"):
+            Engine(model, device=device)
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,11 @@ class TestRefusals:
             ("a.onnx", b"", "not an ONNX model, or a damaged one"),
             ("a.safetensors", b"hello world", "not a safetensors file"),
             ("a.safetensors", struct.pack("<Q", 999) + b"{}", "is truncated"),
+            (
+                "a.safetensors",  # of which the tensor named first lies last
+                struct.pack("<Q", 62) + b'{"a": {"data_offsets": [4, 8]}, "b": {"data_offsets": [0, 4]}}' + bytes(4),
+                "is truncated",
+            ),
             ("a.pth", b"PK\x03\x04rest", "a zip archive, as torch.save writes"),
             ("a.json", b"{}", "is neither a checkpoint .* nor a model .* tetdeploy report"),
         ],

@@ -28,6 +28,7 @@ from export_helpers import (
     shared_traces,
     unchecked,
 )
+from gpu_stand_in import gpu_build
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from zoo_helpers import for_export, graph_of
@@ -47,6 +48,7 @@ from tetdeploy.native.programs import MAX_REGISTERS, Op, Program
 from tetdeploy.native.region_programs import UnfusableError, check_neuron_step
 from tetdeploy.native.scans import NeuronStep
 from tetdeploy.neurons import LIF
+from tetdeploy.runtimes.sessions import gains_from_native
 from tetdeploy.streams import StreamPool
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -847,6 +849,12 @@ def test_large_networks_have_it_by_themselves(monkeypatch: pytest.MonkeyPatch) -
         Engine(exported("step"), native=True)
 
 
+def test_only_what_runs_on_a_cpu_and_is_large_gains_from_it() -> None:
+    large, small = ({"neurons": [{"shape": [2, 50, 100]}, {"shape": [n]}]} for n in (10_000, 9_999))
+    assert gains_from_native(large, "cpu", "onnxruntime") and not gains_from_native(small, "cpu", "onnxruntime")
+    assert not gains_from_native(large, "cuda", "onnxruntime") and not gains_from_native(large, "cpu", "openvino")
+
+
 def test_the_switch_is_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TETDEPLOY_NATIVE", "maybe")
     for wanted in (None, True):  # whether or not the network is large enough for it
@@ -861,7 +869,10 @@ def test_the_switch_is_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
         Engine(exported("step"), native=True)
 
 
-def test_refused_where_onnxruntime_does_not_run_on_a_cpu() -> None:
+def test_refused_where_onnxruntime_does_not_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_build(monkeypatch, ["CUDAExecutionProvider"])
+    with pytest.raises(ValueError, match="native is for ONNX Runtime on a CPU, not onnxruntime on cuda"):
+        Engine(exported("step"), device="cuda", native=True)
     pytest.importorskip("openvino")
     with pytest.raises(ValueError, match="native is for ONNX Runtime on a CPU, not openvino on cpu"):
         Engine(exported("unrolled", T=3), runtime="openvino", native=True)

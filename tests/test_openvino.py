@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -187,6 +188,18 @@ def test_threads_share_an_engine() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("threads", [1, None])
+def test_it_computes_in_float32_with_as_many_threads_as_asked(
+    threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, core = exported("unrolled", T=3), Mock(wraps=openvino_session._core())
+    monkeypatch.setattr(openvino_session, "_core", lambda: core)
+    Engine(path, threads=threads, runtime="openvino")
+    _, device, options = core.compile_model.call_args.args
+    asked = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    assert (device, options) == ("CPU", {"INFERENCE_PRECISION_HINT": "f32"} | asked)
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +231,15 @@ def test_what_openvino_has_not_is_no_fault_of_the_target(tmp_path: Path) -> None
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(ValueError, match=r"that OpenVINO has not, .* \(Unsupported padding mode: \[wrap\]\)"):
         in_openvino(tmp_path / "m.onnx")
+
+
+def test_a_call_that_fails_gives_one_line() -> None:
+    stream = in_openvino(exported("step")).stream()
+    stream.push(digits().images[:1])
+    stream._u["u.lif1"] = np.zeros((1, 3, 3, 3), np.float32)
+    with pytest.raises(ValueError, match=r"^OpenVINO failed in .* on x of shape \[1, 1, 8, 8\]: .*$") as caught:
+        stream.push()
+    assert "\n" not in str(caught.value)
 
 
 def test_an_error_of_openvinos_without_text_has_a_name() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from export_helpers import classifier as calibrated
 from export_helpers import convsnn, digits
+from export_helpers import engine as exported_engine
 from torch import Tensor, nn
 
 from tetdeploy.data import load_data
@@ -22,7 +23,7 @@ from tetdeploy.export import ExportConfig, Parity, ParityError, gate
 from tetdeploy.export.comparison import Comparison
 from tetdeploy.export.config import Layout
 from tetdeploy.export.model import build_graph
-from tetdeploy.export.parity import _parity, _rounding, compare
+from tetdeploy.export.parity import _parity, _rounding, _run_engine, compare
 from tetdeploy.networks import Classifier, NetworkConfig, ResNet19, build_network
 from tetdeploy.neurons import LIF
 
@@ -153,6 +154,70 @@ def test_rounding_is_measured_only_where_the_gate_would_fail(engine: Engine, cha
     assert np.isfinite(parity.max_abs_logit_error)
     with pytest.raises(ParityError):
         parity.check("it")
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The images and the membranes of which PyTorch's rounding is measured: two of batches of three."""
+    seen: list[Any] = []
+
+    def rounding(classifier: Classifier, x: Any, T: int, state: Any) -> float:
+        seen.append((x, state))
+        return 0.5
+
+    monkeypatch.setattr("tetdeploy.export.parity._rounding", rounding)
+    monkeypatch.setattr("tetdeploy.export.parity._BATCH", 3)
+    monkeypatch.setattr("tetdeploy.export.parity._NUM_ROUNDING", 2)
+    return seen
+
+
+def doubled() -> Classifier:
+    """A copy of `convsnn` that fires more."""
+    made = copy.deepcopy(convsnn())
+    with torch.no_grad():
+        next(p for p in made.parameters() if p.dim() == 4).mul_(2)
+    return made
+
+
+def test_rounding_is_measured_on_the_images_that_differ_most(
+    measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, engine, other = digits().images[:8], exported_engine("unrolled", T=3), doubled()
+    parity = compare(other, engine, x, 3)
+    rates = np.array([compare(other, engine, x[k : k + 1], 3).spike_mismatch_rate for k in range(8)])
+    worst = np.argsort(-rates, kind="stable")[:2]
+    assert worst.max() >= 3  # in a later batch
+    np.testing.assert_array_equal(measured[0][0], x[worst])
+    assert measured[0][1] is None
+    assert parity.amplified == (pytest.approx(rates[worst].mean()), 0.5)
+    monkeypatch.setattr("tetdeploy.export.parity._BATCH", 8)
+    whole = compare(other, engine, x, 3)
+    assert parity.spike_mismatch_rate == whole.spike_mismatch_rate == pytest.approx(rates.mean())
+    assert parity.local_mismatch_rate == whole.local_mismatch_rate > 0
+
+
+def test_rounding_from_random_membranes_is_measured_from_the_same(measured: list[Any]) -> None:
+    x, step = digits().images[:8], exported_engine("step")
+    assert compare(convsnn(), step, x, 1, from_random_state=True).spike_mismatch_rate == 0
+    assert compare(doubled(), step, x, 1, from_random_state=True).amplified is not None
+    ((shown, state),) = measured
+    chosen = [int(np.flatnonzero((x == image).all((1, 2, 3)))[0]) for image in shown]
+    assert len(chosen) == 2 and max(chosen) < 3 and chosen != [0, 1]  # of the first batch
+    generator = np.random.default_rng(0)
+    for u, neuron in zip(state, step.metadata["neurons"], strict=True):
+        made = generator.random((3, *neuron["shape"]), np.float32) * neuron["v_th"]
+        np.testing.assert_array_equal(u, made[chosen])
+
+
+def test_a_layer_that_fired_in_one_batch_is_not_silent(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, batches = _run_engine, iter([1, 0])
+
+    def first_alone(*arguments: Any) -> Any:
+        (per_step, spikes), fires = run(*arguments), next(batches)
+        return per_step, {name: value * fires if name != "spikes.lif3" else 0 * value for name, value in spikes.items()}
+
+    monkeypatch.setattr("tetdeploy.export.parity._run_engine", first_alone)
+    assert compare(convsnn(), exported_engine("unrolled", T=3), digits().images[:6], 3).silent == ("lif3",)
 
 
 class AtTheThreshold(nn.Module):

@@ -7,6 +7,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -76,11 +77,12 @@ def test_it_computes_what_onnx_runtime_computes(
 @pytest.mark.parametrize("options", [{}, {"encoding": "frames"}], ids=["images", "frames"])
 def test_a_stream_keeps_its_state_on_the_gpu(options: dict[str, Any], cuda: Cuda, tmp_path: Path) -> None:
     onnx, trt = engine("step", **options), TensorRTEngine(write_engine(tmp_path / "m.engine", "step", options))
+    cuda.device = 1
     wanted, got = onnx.stream(2), trt.stream(2)
     x = inputs(onnx, 2, 6)
     steps = [x[:, t] for t in range(6)] if options else [x, None, None, x, None, None]
     for shown in steps:
-        before = dict(cuda.copied)
+        before, cuda.device = dict(cuda.copied), 1
         a, b = wanted.push(shown), got.push(shown)
         np.testing.assert_array_equal(b.step_logits, a.step_logits)
         np.testing.assert_array_equal(b.logits, a.logits)
@@ -158,6 +160,8 @@ def test_what_has_smaller_batches_is_refused_at_once(cuda: Cuda, tmp_path: Path)
         trt.run(images, 3, exit=Exit(0.5))
     with pytest.raises(ValueError, match=rf"and a pool calls it with those streams that push, {again}"):
         StreamPool(trt)
+    with pytest.raises(ValueError, match="built for 4 to 8 images, got 3; build again with --batch"):
+        trt.run(images[:3], 3)
     stream = trt.stream(4)
     steps = [stream.push(images if t == 0 else None).step_logits for t in range(3)]
     np.testing.assert_array_equal(np.stack(steps, 1), trt.run(images, 3).per_step)
@@ -202,10 +206,23 @@ def test_a_failing_gpu_is_an_error(cuda: Cuda, tmp_path: Path, monkeypatch: pyte
         trt.run(digits().images[:1])
 
 
+def test_an_engine_that_cannot_be_loaded_or_finds_no_memory_is_refused(
+    cuda: Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_engine(tmp_path / "m.engine", "unrolled", {"T": 3})
+    loaded = SimpleNamespace(create_execution_context=lambda: None)
+    for found, message in ((None, r"TensorRT 1\.2\.3 cannot load m\.engine; build"), (loaded, "too little GPU memory")):
+        runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan, found=found: found)
+        monkeypatch.setattr(TensorRT, "Runtime", lambda self, log, runtime=runtime: runtime)
+        with pytest.raises(ValueError, match=message):
+            TensorRTEngine(path)
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
         ({"version": "0.9"}, r"m\.engine was built by tensorrt-rtx 0\.9, and 1\.2\.3 is installed; .*==0\.9$"),
+        ({"version": "2.0"}, r"built by tensorrt-rtx 2\.0, and 1\.2\.3 is installed"),
         (
             {"version": "0.9", "package": "tensorrt"},
             r"built by tensorrt 0\.9, .*pip install tensorrt==0\.9 --extra-index-url https://pypi\.nvidia\.com$",
@@ -218,6 +235,7 @@ def test_a_failing_gpu_is_an_error(cuda: Cuda, tmp_path: Path, monkeypatch: pyte
     ],
     ids=[
         "version",
+        "later version",
         "version of NVIDIA's",
         "architecture",
         "another engine",
@@ -260,7 +278,7 @@ def test_another_gpu_is_told_what_builds_for_it(
 
 def test_an_engine_needs_its_manifest(tmp_path: Path) -> None:
     path = write_engine(tmp_path / "m.engine", "unrolled", {"T": 3})
-    for text in ("{", "[]", '{"format": 1}'):
+    for text in ("{", "{}", "[]", '{"format": 1}'):
         manifest_path(path).write_text(text)
         with pytest.raises(ValueError, match=r"m\.engine\.json is damaged"):
             TensorRTEngine(path)
