@@ -103,9 +103,7 @@ def train_seeds(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
     check_type("config", config, TrainConfig)
-    for name, flag in (("resume", resume), ("board", board)):
-        check_flag(name, flag)
-    check_flag("progress", progress, or_none=True)
+    check_flag("resume", resume)  # the other flags are left to `train`
     configs = {seed: replace(config, seed=seed) for seed in seeds}
     fresh = _Fresh(make_classifier)
     check_sets(train_set, val_set)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -43,10 +44,7 @@ class LoopLIF(LIF):
 
 def loop_twin(network: nn.Module) -> nn.Module:
     """The network with `LoopLIF` in place of our neurons."""
-    for path, module in list(network.named_modules()):
-        if isinstance(module, LIF):
-            network.set_submodule(path, LoopLIF(tau=module.tau, v_th=module.v_th, gamma=module.gamma))
-    return network
+    return _replaced(network, lambda ours: LoopLIF(tau=ours.tau, v_th=ours.v_th, gamma=ours.gamma))
 
 
 @cache  # `reset` is part of what is timed
@@ -80,9 +78,13 @@ def spikingjelly_neuron(ours: LIF) -> nn.Module:
 
 def with_spikingjelly(network: nn.Module) -> nn.Module:
     """The network with its neurons in place of ours."""
+    return _replaced(network, spikingjelly_neuron)
+
+
+def _replaced(network: nn.Module, neuron: Callable[[LIF], nn.Module]) -> nn.Module:
     for path, module in list(network.named_modules()):
         if isinstance(module, LIF):
-            network.set_submodule(path, spikingjelly_neuron(module))
+            network.set_submodule(path, neuron(module))
     return network
 
 
