@@ -185,6 +185,18 @@ def test_is_no_less_exact_than_float32(spiking_op: str) -> None:
     assert error < usual
 
 
+@pytest.mark.parametrize("largest", [1, 3, 127, 32767])
+def test_weights_on_a_grid_have_float32s_own_sums(largest: int, spiking_op: str) -> None:
+    """Multiples of a power of two: where a membrane ends just at the threshold, it does so here."""
+    rng = np.random.default_rng(largest)
+    steps = 2.0 ** np.arange(-90, 90, 180 // 33)[:33].reshape(-1, 1, 1, 1)
+    weights, biases = rng.integers(-largest, largest + 1, (33, 64, 3, 3)), rng.integers(-largest, largest + 1, 33)
+    model = convolution((weights * steps).astype(np.float32), biases=(biases * steps.ravel()).astype(np.float32))
+    x, (made, operators) = images(2, 64), fused(model)
+    assert spiking_op in operators
+    np.testing.assert_array_equal(run(made, x), exact(x > 0.5, weights * steps, biases * steps.ravel(), [1, 1], [0] * 4))
+
+
 def test_the_largest_sums_fit(spiking_op: str) -> None:
     """All weights as large as can be, and as many inputs as are taken."""
     channels = MOST // 9

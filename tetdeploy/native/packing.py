@@ -14,16 +14,21 @@ ROW, MOST_ADDITIONS, MOST_ROWS = 256, 255, 128  # as in `additions.c`
 def whole_weights(weights: Array) -> tuple[Array, Array]:
     """Weights as whole numbers, from -LARGEST to LARGEST.
 
+    The scale of a channel is a power of two where that loses nothing: of weights such as k / 64 float32 has the exact
+    sum, and a membrane that ends just at the threshold must end there here, too.
+
     Args:
         weights: float32 `[O, ...]`, finite.
 
     Returns:
         int32 `[O, ...]`; float32 `[O]`, the scale that they are to be multiplied with.
     """
-    largest = np.abs(weights).max(axis=tuple(range(1, weights.ndim)))
-    scales = np.maximum(largest / np.float32(LARGEST), np.finfo(np.float32).tiny)
-    by_channel = scales.reshape(-1, *[1] * (weights.ndim - 1)).astype(np.float64)
-    return np.rint(weights / by_channel).clip(-LARGEST, LARGEST).astype(np.int32), scales
+    axes = tuple(range(1, weights.ndim))
+    scales = np.maximum(np.abs(weights).max(axis=axes, keepdims=True) / np.float32(LARGEST), np.finfo(np.float32).tiny)
+    powers = np.ldexp(np.float32(1), np.frexp(scales)[1])
+    on_grid = (np.rint(weights / powers) == weights / powers).all(axis=axes, keepdims=True)
+    scales = np.where(on_grid, powers, scales)
+    return np.rint(weights / scales.astype(np.float64)).clip(-LARGEST, LARGEST).astype(np.int32), scales.reshape(-1)
 
 
 def digits_of(whole: Array) -> Array:
