@@ -110,6 +110,7 @@ def export_model(
     path = Path(path)
     check_classifier(classifier)
     check_type("config", config, ExportConfig)
+    _check_float32(classifier)
     classifier.eval()
     x = _checked_input(classifier, config, images, labels, num_check)
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)
@@ -144,6 +145,15 @@ def export_model(
         int8=reduced if config.precision == "int8" else None,
         fp16=reduced if config.precision == "fp16" else None,
     )
+
+
+def _check_float32(classifier: Classifier) -> None:
+    for name, value in classifier.named_parameters():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise ValueError(
+                f"{name} is {str(value.dtype).removeprefix('torch.')}, and an export starts from float32: call "
+                "classifier.float() (what the graph computes in is the configuration's precision)"
+            )
 
 
 def _check_form(model: bytes) -> None:

@@ -393,23 +393,24 @@ class TestCommands:
         )
         assert result.exit_code == 0, result.output
         assert json.loads(Path("t.json").read_text())["val_accuracy"] > 0.8
-        message = refused("train", "--init", "runs/digits-convsnn", "--epochs", "1")
+        message = refused("train", "--init", "runs/digits-convsnn", "--width", "1", "--epochs", "1")
         assert "encode.0.weight [16, 1, 3, 3], wanted [32, 1, 3, 3]" in message
 
-    def test_init_keeps_the_neurons_that_the_weights_were_trained_with(self, workplace: Path) -> None:
+    def test_init_keeps_the_network_that_the_weights_are_of(self, workplace: Path) -> None:
         short = ("--width", "0.25", "--epochs", "1", "--warmup-epochs", "0")
         assert run("train", *short, "--v-th", "0.5", "--tau", "0.75", "--out", "runs/first").exit_code == 0
-        result = run("train", *short, "--init", "runs/first", "--tau", "0.25", "--out", "runs/second")
+        result = run("train", *short[2:], "--init", "runs/first", "--tau", "0.25", "--out", "runs/second")
         assert result.exit_code == 0, result.output
+        assert "width 0.25, as in runs/first" in result.output
         settings = json.loads(Path("runs/second/config.json").read_text())
         network, phi = settings["network"], settings["training"]["phi"]
-        assert (network["tau"], network["v_th"], phi) == (0.25, 0.5, 0.5)
+        assert (network["width"], network["tau"], network["v_th"], phi) == (0.25, 0.25, 0.5, 0.5)
 
     def test_init_for_other_classes_starts_with_a_new_readout(self, workplace: Path) -> None:
         images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
         np.savez("three.npz", images=images, labels=np.arange(60) % 3)
         options = ("--init", RUN, "--data", "three.npz", "--epochs", "1")
-        trained = run("train", *options, "--width", "0.5")
+        trained = run("train", *options)
         assert trained.exit_code == 0, trained.output
         said = " ".join(trained.output.split())
         assert f"{RUN} knows 10 classes, three.npz has 3: readout.2.weight, readout.2.bias start anew" in said

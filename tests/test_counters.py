@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from tetdeploy.energy import Layer, layers_of, other_ops
+from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, counters, export_model
 from tetdeploy.export.audit import CountError, _operations, _Read, audit
 from tetdeploy.export.binary_values import BinaryValues
@@ -322,6 +323,24 @@ class Means(nn.Module):
     def forward(self, x: Tensor, T: int) -> Tensor:
         logits: Tensor = self.readout(self.lif(self.encode(x, T)))
         return logits
+
+
+class Gated(Means):
+    """One neuron an image, whose spike lets the others through."""
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(self.encode(x, T))
+        gate = self.lif(0.8 * spikes.mean((2, 3, 4)))
+        logits: Tensor = self.readout(spikes * gate[..., None, None, None])
+        return logits
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_one_neuron_an_image_is_counted_by_image_and_step(layout: Layout, tmp_path: Path) -> None:
+    config = ExportConfig(T=3, layout=layout)
+    export_model(classifier(Gated()), tmp_path / "m.onnx", config, digits().images[:20], num_check=20)
+    gate = Engine(tmp_path / "m.onnx").count(digits().x[:20], 3)[1]["fired.lif#2"]
+    assert gate.shape == (3, 20) and 0 < gate.mean() < 1
 
 
 class Unusual(nn.Module):

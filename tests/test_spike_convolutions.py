@@ -194,7 +194,9 @@ def test_weights_on_a_grid_have_float32s_own_sums(largest: int, spiking_op: str)
     model = convolution((weights * steps).astype(np.float32), biases=(biases * steps.ravel()).astype(np.float32))
     x, (made, operators) = images(2, 64), fused(model)
     assert spiking_op in operators
-    np.testing.assert_array_equal(run(made, x), exact(x > 0.5, weights * steps, biases * steps.ravel(), [1, 1], [0] * 4))
+    np.testing.assert_array_equal(
+        run(made, x), exact(x > 0.5, weights * steps, biases * steps.ravel(), [1, 1], [0] * 4)
+    )
 
 
 def test_the_largest_sums_fit(spiking_op: str) -> None:

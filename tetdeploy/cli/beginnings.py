@@ -59,7 +59,7 @@ class Beginning:
 
 def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seeds: str) -> Beginning:
     """Give options that were neither typed nor in a recipe what the run or the checkpoint has that is begun from; of
-    --init alone that is the neurons.
+    --init alone that is the network, its neurons included.
 
     Args:
         out, seeds: those given; a run that is resumed has its own.
@@ -85,7 +85,7 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     elif options["qat"]:
         _take_checkpoint(ctx, init, metadata, options)
     elif init is not None:
-        _take_neurons(ctx, init, metadata["network"], options)
+        _take_network(ctx, init, metadata["network"], options)
     return Beginning(out, seeds, _how(ctx, before), metadata)
 
 
@@ -162,12 +162,17 @@ def _take_checkpoint(
             options[name] = value
 
 
-def _take_neurons(ctx: click.Context, init: Path, network: Mapping[str, Any], options: dict[str, Any]) -> None:
-    """Give tau, v_th and gamma, where they were neither typed nor in a recipe, the values that the weights go with."""
-    for name in ("tau", "v_th", "gamma"):
+def _take_network(ctx: click.Context, init: Path, network: Mapping[str, Any], options: dict[str, Any]) -> None:
+    """Give what decides the weights' shapes and what they go with, where neither typed nor in a recipe, their values.
+
+    Raises:
+        ValueError: the network is the user's own and not named.
+    """
+    _check_named(ctx, init, network)
+    for name in ("model", "width", "tau", "v_th", "gamma"):
         if not is_given(ctx, name) and network.get(name, options[name]) != options[name]:
             options[name] = network[name]
-            console.print(f"{name} {network[name]:g}, as in {init}", style="yellow", markup=False)
+            console.print(f"{name} {network[name]}, as in {init}", style="yellow", markup=False)
 
 
 def start_from(classifier: Classifier, init: Path, metadata: Mapping[str, Any]) -> None:

@@ -166,7 +166,7 @@ Examples:
 @click.option(
     "--init",
     type=click.Path(path_type=Path),
-    help="Start from the weights of this checkpoint or run; for another number of classes the readout starts anew.",
+    help="Start from the weights and network of this checkpoint or run; for other classes the readout starts anew.",
 )
 @click.option(
     "--restart-from",
