@@ -22,7 +22,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tetdeploy.cli import main
-from tetdeploy.data import FrameSet, ImageSet, event_sets, load_data, load_frames, save_npz, split_validation
+from tetdeploy.data import (
+    FrameSet,
+    ImageSet,
+    event_sets,
+    load_data,
+    load_frames,
+    load_parts,
+    save_npz,
+    split_validation,
+)
 from tetdeploy.data.cifar import CIFAR10
 from tetdeploy.data.events import Binning, Recording, frame_size, read_aedat4, read_bin, read_npz, to_frames
 from tetdeploy.data.frames import count_statistics
@@ -267,6 +276,13 @@ def test_the_cache_tells_numbers_of_frames_apart(tmp_path: Path) -> None:
     assert held == [2, 3, 2]
 
 
+def test_the_parts_of_a_run_are_cut_into_its_frames(tmp_path: Path) -> None:
+    root = event_folder(tmp_path / "set")
+    train, val = load_parts(f"events:{root}", data_dir=NOWHERE, T=3, fraction=0.3)
+    assert val is not None
+    assert (train.x.shape[:2], val.x.shape[:2]) == ((4, 3), (2, 3))
+
+
 def test_event_folder_of_all_formats(tmp_path: Path) -> None:
     pytest.importorskip("tonic")
     for part in ("train", "test"):
@@ -405,6 +421,7 @@ def test_n_mnist_is_found_in_tonics_layout(tmp_path: Path, monkeypatch: pytest.M
     train = load_data("n-mnist", "train", data_dir=tmp_path, T=3)
     test = load_data("n-mnist", "test", data_dir=tmp_path, T=3)
     assert train.x.shape == (20, 3, 2, 34, 34) and test.x.shape == (10, 3, 2, 34, 34)
+    assert all((np.diff(part.labels) < 0).any() for part in (train, test))  # mixed
     assert (train.std, train.class_names) == (test.std, tuple("0123456789"))  # as network inputs: of the training set
     for frames, label in zip(test.x, test.labels, strict=True):
         np.testing.assert_array_equal(frames, to_frames(random_recording(label, 600, (34, 34)), Binning(3), (34, 34)))

@@ -242,6 +242,16 @@ def test_a_random_crop_follows_from_its_seed_alone() -> None:
     assert (random_crop_flip(flat, 32, 3) == np.array([10, 20, 30])[:, None, None]).all()
 
 
+def test_random_crops_have_the_area_and_the_aspect_ratio_that_are_documented() -> None:
+    row, column = np.mgrid[:64, :64].astype(np.uint8)
+    image = Image.fromarray(np.stack([row, column, column], axis=-1))
+    crops = np.stack([random_crop_flip(image, 64, seed)[:2] for seed in range(100)]).astype(int)
+    height, width = (crops.max((2, 3)) - crops.min((2, 3)) + 1).T
+    area, ratio = height * width / 64**2, width / height
+    assert 0.07 < area.min() < 0.15 and area.max() > 0.9
+    assert 0.7 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.43  # 3/4 and 4/3, of whole pixels
+
+
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tetdeploy.train.disk_images.usable_cores", lambda: 8)
     for ranks, cores in ((1, 8), (2, 4), (16, 1)):

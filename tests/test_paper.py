@@ -218,13 +218,23 @@ def test_smooth_spikes_have_the_slope_of_their_row(paper: ModuleType, stub: Stub
 def test_the_modern_recipe_is_compared_on_one_set_and_as_many_seeds(
     paper: ModuleType, stub: Stub, tmp_path: Path
 ) -> None:
-    def compared(entry: Any, scale: str) -> tuple[Any, ...]:
+    def chosen(entry: Any, scale: str, *names: str) -> tuple[Any, ...]:
         options = ["--config", str(paper.RECIPES / f"{entry.recipe}.toml"), *entry.chosen(scale)]
         with train.make_context("train", options) as ctx:
-            return tuple(ctx.params[name] for name in ("data", "seeds", "T", "model", "width"))
+            return tuple(ctx.params[name] for name in names)
 
     for scale in ("full", "smoke"):
-        assert len({compared(entry, scale) for entry in paper.TABLES["modern"]}) == 1
+        names = ("data", "seeds", "T", "model", "width")
+        assert len({chosen(entry, scale, *names) for entry in paper.TABLES["modern"]}) == 1
+    _, *modern = paper.TABLES["modern"]
+    names = ("cutout", "ema", "random_T", "distill", "augment")
+    assert {entry.name: chosen(entry, "full", *names) for entry in modern} == {
+        "SGD": (0, 0.0, "", "", "crop-flip"),
+        "SGD, cutout": (16, 0.0, "", "", "crop-flip"),
+        "SGD, EMA": (0, 0.999, "", "", "crop-flip"),
+        "SGD, random T": (0, 0.0, "1:6", "", "crop-flip"),
+        "SGD, distilled": (0, 0.0, "", "{runs}/ANN-twin", "crop-flip"),
+    }
     run(paper, "modern", "--smoke", "--out", str(tmp_path))
     rows = json.loads((tmp_path / "modern.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [entry.name for entry in paper.TABLES["modern"]]
@@ -247,6 +257,10 @@ def test_figure_4_is_of_both_losses_with_energy_in_microjoules(paper: ModuleType
         assert curve["energy_uj"] == pytest.approx([10 * training + T for T in range(1, 9)])
     for name in curves:
         assert ("sdt" in stub.options_of(name.replace(" ", "-").replace("=", ""))) == name.startswith("SDT")
+
+
+def test_figure_3_switches_after_two_thirds_as_the_full_run_does(paper: ModuleType) -> None:
+    assert paper.switched(12) == ("--epochs", "12", "--switch-to-tet", "8", "--T", "4")
 
 
 def test_figure_3_has_each_loss_on_its_own_axes(

@@ -268,6 +268,8 @@ def test_a_checkpoint_goes_on_after_its_epoch(tmp_path: Path) -> None:
         assert [record["epoch"] for record in metrics(out)] == [1, 2, 3, 4]
         assert metrics(out)[:epoch] == earlier
         assert any(name.startswith("average.") for name in load_file(out / "last.safetensors"))
+    interrupted(tmp_path / "third", 1, config=config, restart_from=tmp_path / "first")
+    assert metrics(tmp_path / "third") == earlier
 
 
 def test_of_a_run_the_later_of_shards_and_checkpoint_goes_on(tmp_path: Path) -> None:
@@ -300,10 +302,9 @@ def test_shards_of_an_earlier_version_and_without_metrics_go_on(tmp_path: Path) 
 def test_other_settings_are_named_but_the_machine_may_be_another(tmp_path: Path) -> None:
     interrupted(tmp_path / "first", 3)
     shards = carried(tmp_path / "first", tmp_path / "carried")
-    with pytest.raises(
-        ValueError, match=r"of a run with other settings: training\.lr: 0\.05 -> 0\.1; go on with the old"
-    ):
-        run(tmp_path / "second", config=settings(lr=0.1), restart_from=shards)
+    changed = r"of a run with other settings: training\.lr: 0\.05 -> 0\.1; training\.seed: 0 -> 1; go on with the old"
+    with pytest.raises(ValueError, match=changed):
+        run(tmp_path / "second", config=settings(lr=0.1, seed=1), restart_from=shards)
     with pytest.raises(ValueError, match=r"network\.tau: 0\.5 -> 0\.25"):
         run(tmp_path / "second", classifier(tau=0.25), restart_from=shards)
     found = find_restart(shards)

@@ -195,8 +195,12 @@ def whole_tit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_checkpoint_at_the_end_of_a_stage_says_the_T_of_that_stage(tmp_path: Path) -> None:
-    assert run(tmp_path, interrupted_at(STEPS + 1, classifier_of()), tit="2:1,3:1").interrupted
+    """And was validated at it."""
+    classifier, passes = interrupted_at(STEPS + 1, classifier_of()), []
+    classifier.register_forward_hook(lambda module, given, _: passes.append((module.training, given[1])))
+    assert run(tmp_path, classifier, tit="2:1,3:1").interrupted
     assert read_metadata(tmp_path)["provenance"]["T"] == 2
+    assert set(passes) == {(True, 2), (False, 2), (True, 3)}
 
 
 def test_resuming_with_another_tit_shows_both(whole_tit: Path) -> None:

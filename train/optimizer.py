@@ -14,7 +14,9 @@ MOMENTUM = 0.9
 
 
 def build_optimizer(network: nn.Module, config: TrainConfig, *, scaled: bool) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum 0.9. Weight decay acts on convolutions' and linear layers' weights only.
+    """AdamW with betas 0.9 and 0.999, or SGD with Nesterov momentum 0.9.
+
+    Weight decay acts on convolutions' and linear layers' weights only.
 
     On a GPU either takes one fused pass over all parameters, but SGD with scaled gradients: if the first step's are not
     finite, it leaves that step out, and its momentum then begins with whatever the memory held.
