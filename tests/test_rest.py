@@ -71,6 +71,17 @@ def test_another_method_is_refused_with_those_that_are_allowed() -> None:
     assert set(headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
+def test_a_model_that_stops_is_not_ready_and_neither_is_its_server() -> None:
+    known: list[Any] = [SimpleNamespace(name="a", ready=True), SimpleNamespace(name="b", ready=False)]
+    both = Models(known)
+    assert call(both, "GET", "/v2/health/ready")[::2] == (503, {"ready": False})
+    assert call(both, "GET", "/v2/models/a/ready")[::2] == (200, {"name": "a", "ready": True})
+    assert call(both, "GET", "/v2/models/b/ready")[::2] == (503, {"name": "b", "ready": False})
+    probes = rpc._probes(both)
+    assert not probes["ServerReady"](None).ready
+    assert [probes["ModelReady"](service_pb2.ModelReadyRequest(name=name)).ready for name in "ab"] == [True, False]
+
+
 def test_a_server_that_stops_lets_its_connections_go() -> None:
     def running(name: str, version: str) -> None:
         raise StoppingError("the server is shutting down")
@@ -190,6 +201,30 @@ def test_a_client_that_leaves_is_not_worked_for(caplog: pytest.LogCaptureFixture
     assert (sent[0]["status"], ended, budget.held) == (499, ["cancelled"], 0)
     assert registry.get_sample_value("tetdeploy_refused_total", {"model": "unknown", "status": "499"}) == 1
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(("stopping", "counted"), [(False, 1), (True, None)])
+def test_a_call_over_grpc_that_the_server_cuts_off_is_no_client_that_left(stopping: bool, counted: int | None) -> None:
+    registry = CollectorRegistry()
+
+    async def scenario() -> None:
+        began = asyncio.Event()
+
+        async def predict(request: InferRequest) -> None:
+            began.set()
+            await asyncio.Event().wait()
+
+        inferences = Inferences(served(predict), Metrics(registry), SIZES, Budget(100))
+        message = service_pb2.ModelInferRequest(model_name="m").SerializeToString()
+        answering = asyncio.create_task(inferences.answer(message, None))
+        await asyncio.wait_for(began.wait(), 30)
+        inferences.stopping = stopping
+        answering.cancel()
+        await asyncio.wait([answering])
+        assert answering.cancelled()
+
+    asyncio.run(scenario())
+    assert registry.get_sample_value("tetdeploy_refused_total", {"model": "unknown", "status": "499"}) == counted
 
 
 def test_the_energy_of_a_step_is_found_on_the_servers_threads(monkeypatch: pytest.MonkeyPatch) -> None:

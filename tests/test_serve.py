@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import numpy as np
 import pytest
@@ -66,6 +67,12 @@ def asked(kind: Any, x: np.ndarray[Any, Any], **options: Any) -> list[Any]:
     return [given]
 
 
+def field(answer: Any, name: str) -> Any:
+    """A field of the response that a stock client got."""
+    got = answer.get_response()
+    return got[name] if isinstance(got, dict) else getattr(got, name)
+
+
 @pytest.fixture(params=["http", "http-json", "grpc"])
 def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Any]:
     """`infer(model, x, **options)` by a stock client."""
@@ -83,7 +90,8 @@ def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Any]:
 def test_stock_clients_get_the_engines_answers(client: Any, model: str, layout: str) -> None:
     x = images(5)
     expected = engine(layout).run(x, 3)
-    answer = client(model, x, parameters={"T": 3})
+    answer = client(model, x, request_id="7", parameters={"T": 3})
+    assert field(answer, "id") == "7"
     np.testing.assert_allclose(answer.as_numpy("per_step"), expected.per_step, atol=1e-5)
     np.testing.assert_allclose(answer.as_numpy("logits"), expected.logits, atol=1e-5)
     assert answer.as_numpy("steps").tolist() == [3] * 5
@@ -185,6 +193,8 @@ def test_metadata_and_health(server: Server) -> None:
         assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("step")
         assert client.get_server_metadata()["name"] == "tetdeploy"
         described = client.get_model_metadata("frames")
+    with urllib.request.urlopen(f"http://{server.http}/v2/models", timeout=PATIENCE) as answer:
+        assert json.load(answer) == {"models": ["step", "frames", "dynamic", "float"]}
     assert described["inputs"] == [{"name": "x", "datatype": "UINT8", "shape": [-1, -1, 1, 8, 8]}]
     assert [(o["name"], o["shape"]) for o in described["outputs"]] == [
         ("logits", [-1, 10]),
@@ -206,13 +216,14 @@ def test_metrics(server: Server) -> None:
     assert (requests, steps) == (1, 15)
     assert energy > 0
     assert server.metric("tetdeploy_queue_requests", model="step") == 0
+    with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=PATIENCE) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=")
 
 
 def test_a_model_has_version_1_and_no_other(client: Any, server: Server) -> None:
     answer = client("step", images(1), model_version="1")
     np.testing.assert_allclose(answer.as_numpy("logits"), engine("step").run(images(1)).logits, atol=1e-5)
-    got = answer.get_response()
-    assert (got["model_version"] if isinstance(got, dict) else got.model_version) == "1"
+    assert field(answer, "model_version") == "1"
     with pytest.raises(Exception, match="step has the version 1 only, got '2'"):
         client("step", images(1), model_version="2")
 
@@ -406,12 +417,21 @@ def test_refusals_over_grpc_have_their_codes(server: Server) -> None:
             client.infer(model, asked(rpc, x), **keywords)
         return str(refused.value.status()).removeprefix("StatusCode.")
 
+    def counts() -> list[float]:
+        labels = [("unknown", "404"), ("step", "404"), ("step", "400"), ("float", "400"), ("unknown", "413")]
+        return [server.metric("tetdeploy_refused_total", model=model, status=status) for model, status in labels]
+
+    before = counts()
     assert code("nobody", images(1)) == "NOT_FOUND"
     assert code("step", images(1), sequence_id=78) == "NOT_FOUND"
     assert code("step", images(1)[..., :4]) == "INVALID_ARGUMENT"
     assert code("float", np.full((1, 1, 8, 8), np.nan, np.float32)) == "INVALID_ARGUMENT"
     assert code("step", images(1), parameters={"T": 0}) == "INVALID_ARGUMENT"
-    assert code("step", np.zeros((16_000, 1, 8, 8), np.uint8)) == "RESOURCE_EXHAUSTED"
+    assert code("step", np.zeros((16_000, 1, 8, 8), np.uint8)) == "RESOURCE_EXHAUSTED"  # by gRPC, which counts nothing
+    request = grpc_request()
+    request.inputs.add().contents.uint_contents.extend([7] * 800_000)
+    assert grpc_refusal(server, request)[0] == "RESOURCE_EXHAUSTED"
+    np.testing.assert_array_equal(np.subtract(counts(), before), [1, 1, 2, 1, 1])
 
 
 def grpc_request() -> Any:
@@ -447,7 +467,8 @@ def test_unsigned_parameters(server: Server) -> None:
     request.parameters["sequence_id"].uint64_param = 2**64 - 1
     request.parameters["sequence_start"].bool_param = request.parameters["sequence_end"].bool_param = True
     request.parameters["T"].uint64_param = 3
-    assert grpc_answer(server, request).outputs[0].shape == [1, 10]
+    logits = grpc_answer(server, request).outputs[0]
+    assert logits.shape == [1, 10] and logits.parameters["binary_data_size"].int64_param == 40
     request.parameters["priority"].uint64_param = 1
     code, message = grpc_refusal(server, request)
     assert code == "INVALID_ARGUMENT" and "unknown parameter 'priority'" in message
@@ -843,6 +864,30 @@ def test_says_what_makes_it_slower_than_it_could_be(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("tetdeploy.runtimes.sessions.NATIVE_FROM", 1)
     large = CliRunner().invoke(main, ["serve", f"large={exported('step')}"]).output
     assert "large is slower than it could be: the native operator is switched off by TETDEPLOY_NATIVE=0" in large
+
+
+def test_every_option_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tetdeploy.serve.bodies import Sizes
+    from tetdeploy.serve.models import Bounds
+    from tetdeploy.serve.scheduler import Limits
+    from tetdeploy.serve.server import Address
+
+    opened, serve = Mock(), AsyncMock(return_value=0)
+    monkeypatch.setattr("tetdeploy.engine.open_engine", opened)
+    monkeypatch.setattr("tetdeploy.serve.server.serve", serve)
+    command = (
+        "serve m.onnx --host ::1 --http-port 1 --grpc-port 2 --max-batch 3 --max-wait-ms 4 --queue 5 "
+        "--max-request-mb 6 --max-json-mb 7 --max-total-mb 8 --max-T 9 --sequence-timeout 10 --max-sequences 11 "
+        "--max-state-mb 12 --device cuda --runtime openvino --threads 13"
+    )
+    result = CliRunner().invoke(main, command.split())
+    assert result.exit_code == 0, result.output
+    opened.assert_called_once_with("m.onnx", device="cuda", threads=13, runtime="openvino")
+    engines, *given = serve.call_args.args
+    assert engines == {"m": opened.return_value}
+    assert given == [Address("::1", 1, 2), Limits(3, 0.004, 5), Bounds(9, 10, 11, 12_000_000)]
+    assert serve.call_args.kwargs["sizes"] == Sizes(6_000_000, 7_000_000, 8_000_000)
+    assert serve.call_args.kwargs["threads"] == 13
 
 
 @pytest.mark.slow

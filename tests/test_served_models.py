@@ -116,6 +116,7 @@ def test_without_an_energy_there_is_no_metric_of_it() -> None:
     registry = pytest.importorskip("prometheus_client").CollectorRegistry()
     metrics = pytest.importorskip("tetdeploy.serve.metrics").Metrics(registry)
     metrics.on_call("m", None)(np.array([3, 5]))
+    assert registry.get_sample_value("tetdeploy_batch_images_sum", {"model": "m"}) == 2
     assert registry.get_sample_value("tetdeploy_image_steps_sum", {"model": "m"}) == 8
     assert registry.get_sample_value("tetdeploy_estimated_energy_joules_total", {"model": "m"}) is None
 

@@ -77,6 +77,10 @@ def test_connections_stay_open_for_as_long_as_is_said() -> None:
     assert f"An HTTP connection that is idle is closed {KEEP_ALIVE_SECONDS} seconds after" in document
 
 
+def test_sequences_that_idle_are_looked_for_once_a_second_at_least() -> None:
+    assert [server._expiry_period(timeout) for timeout in (60, 2, 0.001)] == [1, 0.5, 0.01]
+
+
 def test_a_lack_of_files_is_said_once_a_second(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         loop = asyncio.get_running_loop()

@@ -133,9 +133,14 @@ def _stop_signal() -> asyncio.Event:
 
 async def _expire(models: list[ServedModel], timeout: float) -> NoReturn:
     while True:
-        await asyncio.sleep(max(0.01, min(1.0, timeout / 4)))
+        await asyncio.sleep(_expiry_period(timeout))
         for model in models:
             await model.expire()
+
+
+def _expiry_period(timeout: float) -> float:
+    """Seconds between two looks for sequences that were idle for `timeout`."""
+    return max(0.01, min(1.0, timeout / 4))
 
 
 class _LoopErrors:
