@@ -17,19 +17,20 @@ CPUS, MEMORY = "2", "2Gi"
 STATE_MB = "250"  # of sequences: their arrays take up to twice that, beside 0.7 GB for JSON and 0.3 GB for bodies
 PERIOD = 5  # seconds between two probes
 STARTS = 60  # probes that a start may take: five minutes, for large models on few cores
+LONGEST = 63 - len("-predictor")  # of a service's name: KServe adds this, and Kubernetes takes 63 (RFC 1035)
 LEAVES = 5  # seconds in which the pod is taken out of the service, before it is told to stop and accepts no more
 
 
 def check_service_name(name: str) -> None:
-    """Refuse what Kubernetes takes for no name of a service (RFC 1035).
+    """Refuse what Kubernetes takes for no name of a service.
 
     Raises:
         ValueError: it is so.
     """
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name):
+    if len(name) > LONGEST or not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name):
         raise ValueError(
             f"{name!r} is no name for a service of Kubernetes, which is small letters, digits and '-', begins with a "
-            "letter and has at most 63 of them; choose one with --name"
+            f"letter and has at most {LONGEST} of them, as KServe adds -predictor; choose one with --name"
         )
 
 

@@ -266,7 +266,7 @@ def _check_successor(folder: Path, config: Any, source: _Source) -> None:
                 f"{folder} has {what} {old[what]} and the new version {new}, but one config.pbtxt serves all versions; "
                 "choose another --name or folder"
             )
-    if there.max_batch_size > source.max_batch:
+    if source.platform == "tensorrt_plan" and there.max_batch_size > source.max_batch:  # a graph's batch is free
         raise ValueError(
             f"{folder} sends batches of up to {there.max_batch_size} and the engine takes {source.max_batch}; build it "
             f"with --batch 1:8:{there.max_batch_size}, or lower max_batch_size in config.pbtxt"

@@ -73,8 +73,9 @@ def test_logits_by_step() -> None:
     assert running_class(per_step).tolist() == [[0, 1, 1], [1, 1, 1], [0, 1, 1]]
 
 
-def test_logits_that_are_no_numbers() -> None:
-    good, bad = np.zeros((1, 2, 3)), np.full((1, 2, 3), np.nan)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers(value: float) -> None:
+    good, bad = np.zeros((1, 2, 3)), np.full((1, 2, 3), value)
     with pytest.raises(ValueError, match="the engine gives NaN or infinite logits"):
         LogitAgreement(2).add(bad, good)
     with pytest.raises(ValueError, match="PyTorch gives NaN"):

@@ -132,7 +132,7 @@ def unknown_fields(value: Any, kind: str) -> Iterator[str]:
 
 
 def test_every_field_is_one_of_a_pods() -> None:
-    service = inference_service("digits", model_file="m.onnx", storage_uri=URI, image="tetdeploy:1")
+    service = inference_service("a" * 53, model_file="m.onnx", storage_uri=URI, image="tetdeploy:1")
     assert list(service) == ["apiVersion", "kind", "metadata", "spec"] and list(service["spec"]) == ["predictor"]
     assert not list(unknown_fields(service["metadata"], "V1ObjectMeta"))
     pod = {name: value for name, value in service["spec"]["predictor"].items() if name not in KSERVES}
@@ -168,6 +168,7 @@ def test_what_does_not_go_together_is_refused(options: tuple[object, ...], messa
     [
         (("triton-repository", "--name", "a/b"), "'a/b' is no name for a served model"),
         (("kserve", "--storage-uri", URI, "--name", "7"), "'7' is no name for a service of Kubernetes"),
+        (("kserve", "--storage-uri", URI, "--name", "a" * 54), "has at most 53 of them, as KServe adds -predictor"),
         (("kserve", "--storage-uri", "models/digits"), "'models/digits' is no storage URI"),
     ],
 )

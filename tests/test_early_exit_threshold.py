@@ -400,11 +400,11 @@ def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_pat
 
 def test_what_calibrate_and_early_exit_print() -> None:
     assert by_steps([120, 60, 20]) == "1: 60.0%   2: 30.0%   3: 10.0%"
-    rule = {"allowed_loss": 0.001, "criterion": "margin", "threshold": 0.5, "accuracy": 0.9, "mean_T": 1.5}
+    rule = {"allowed_loss": 0.001, "criterion": "margin", "threshold": 0.99997, "accuracy": 0.9, "mean_T": 1.5}
     paired = {"loss": 0.02, "loss_95": 0.031, "lost": 7, "gained": 3}
     table = _frontier_table({"frontier": [rule | paired], "allowed_loss": 0.001, "T": 3})
     (cells,) = zip(*(column.cells for column in table.columns), strict=True)
-    assert cells == ("0.1*", "margin", "0.5000", "90.00%", "2.00 ± 3.10", "7 / 3", "1.50", "50%")
+    assert cells == ("0.1*", "margin", "0.99997", "90.00%", "2.00 ± 3.10", "7 / 3", "1.50", "50%")
 
 
 @pytest.mark.parametrize(
@@ -474,7 +474,8 @@ def test_savings_are_shown_with_their_rule_and_what_they_were_measured_on(load: 
         "[dim]Against T=3 for every image, answers turned wrong: 7, right: 3.[/dim]",
         *["[dim]1.0 processes were running when this began: an idle machine is faster[/dim]"] * busy,
     ]
-    assert rule_shown(EARLY_EXIT) == "confidence > 0.9300"
+    for threshold in ("0.9300", "0.99997", "0.999996", "0.9999999999999999", "1.0000"):
+        assert rule_shown(EARLY_EXIT | {"threshold": float(threshold)}) == f"confidence > {threshold}"
 
 
 def test_what_is_saved_is_told_as_all_steps_over_those_taken() -> None:

@@ -121,6 +121,7 @@ def test_a_linear_layers_operations() -> None:
     assert layer.fan_out() == 3 and layer.dense_ops() == 15
     tokens = Layer("fc", (5,), 3, positions=4)
     assert tokens.dense_ops() == 60
+    assert Layer("fc", (5,), 3, positions=2).counter_axes == (2,)
     operations = Operations((layer,))
     operations.add({"active.fc": np.array([[2.0, 3.0], [0.0, 5.0]])}, 2, 2)  # [T, N]
     assert operations.counts["fc"].tolist() == [15.0, 15.0]

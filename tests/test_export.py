@@ -39,6 +39,7 @@ import tetdeploy
 from tetdeploy import folding
 from tetdeploy.agreement import reference_path
 from tetdeploy.cli.export import print_exported
+from tetdeploy.data import load_parts
 from tetdeploy.engine import Engine
 from tetdeploy.export import (
     ExportConfig,
@@ -1459,6 +1460,20 @@ def test_images_of_ones_own_are_not_split(tmp_path: Path) -> None:
     (x, labels), _ = trained.images(str(data), tmp_path, "direct", num_check=9, num_calibration=0)
     np.testing.assert_array_equal(x, digits().images[:2])
     assert labels.tolist() == [0, 1]
+
+
+def test_images_to_check_and_to_calibrate_on_keep_their_labels(tmp_path: Path) -> None:
+    data, pixels = tmp_path / "mine.npz", np.arange(100, dtype=np.uint8)
+    np.savez(data, images=np.tile(pixels[:, None, None], (1, 8, 8)), labels=pixels % 10)
+    known = {"name": str(data), "class_names": list("0123456789")}
+    trained = Trained(tmp_path, {"data": known, "training": {"val_fraction": 0.2}})
+    checked, others = trained.images(None, tmp_path, "direct", num_check=30, num_calibration=40)
+    train, val = load_parts(str(data), data_dir=tmp_path, fraction=0.2)
+    assert val is not None and others is not None
+    np.testing.assert_array_equal(checked[0], np.concatenate([val.x[:], train.x[:10]]))  # held out first
+    np.testing.assert_array_equal(others[0], train.x[-40:])
+    for x, labels in (checked, others):
+        np.testing.assert_array_equal(x[:, 0, 0, 0] % 10, labels)
 
 
 def test_frames_may_be_fewer_than_the_training_had(tmp_path: Path) -> None:

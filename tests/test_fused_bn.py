@@ -185,6 +185,8 @@ def test_frames_through_direct_encoding(device: str) -> None:
     stem.to(memory_format=torch.channels_last)
     x = draw(4, 3, 2, 6, 7).to(device)
     compare(stem, lambda stem, x: fire_encoded(stem[1], stem[0], x), x, launches=1)
+    with pytest.raises(ValueError, match="hold T=4 steps, but T=3 was asked for"):
+        fire_encoded(stem[1], stem[0], x, T=3)
 
 
 class Behind(nn.Module):
@@ -417,6 +419,34 @@ def test_a_repeated_current_with_a_residual_goes_through_the_modules(with_bn: bo
         with context():
             spikes.append(bn_lif(y, bn, module.lif, T=3, residual=residual, residual_bn=residual_bn, repeated=True))
     assert torch.equal(*spikes) and 0 < spikes[0].mean() < 1
+
+
+def test_a_residual_of_another_shape_or_dtype_goes_through_the_modules(device: str) -> None:
+    y, residual = (draw(12, 4, 5, 5, seed=s).to(device, memory_format=torch.channels_last) for s in (1, 2))
+    module = Behind(4, 3, "none").to(device)
+    for other in (residual[:, :, :1, :1], residual.half(), residual.double()):
+        wanted = module.lif((copy.deepcopy(module.bn)(y) + other).unflatten(0, (3, 4)))
+        got = bn_lif(y, copy.deepcopy(module.bn), module.lif, T=3, residual=other)
+        assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
+def test_the_function_by_itself_calls_the_modules_wherever_the_kernels_do_not_serve(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    y, module = draw(4, 3, 5, 5).to(device, memory_format=torch.channels_last), Behind(3, 2, "none").to(device)
+
+    def launches(y: Tensor = y, bn: tdBN = module.bn, lif: nn.Module = module.lif) -> int:
+        with counted() as calls:
+            bn_lif(y, copy.deepcopy(bn), lif, T=2)
+        return calls.count("forward")
+
+    assert launches() == 1
+    assert launches(lif=type("Own", (LIF,), {})()) == 0
+    assert launches(y.bfloat16(), copy.deepcopy(module.bn).bfloat16()) == 0
+    with pytest.raises(ValueError, match="expected 4D input"):
+        launches(y[..., 0])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert launches() == 0
 
 
 def test_a_frozen_bn_of_the_residual_keeps_its_statistics(device: str) -> None:

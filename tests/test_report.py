@@ -61,8 +61,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     return html(read_results([folder / "a", run_folder(folder / "b", loss="sdt")]))
 
 
-@pytest.mark.parametrize("energies", [(1.0, 1.5, 2.0), (1.0, 40.0, 400.0)], ids=["linear", "logarithmic"])
-def test_a_points_text_lies_within_the_axes(energies: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(("energies", "scale"), [((1.0, 10.0, 20.0), "linear"), ((1.0, 40.0, 400.0), "log")])
+def test_a_points_text_lies_within_the_axes(energies: tuple[float, ...], scale: str) -> None:
     outside = []
 
     def paint(axes: Any) -> None:
@@ -71,6 +71,7 @@ def test_a_points_text_lies_within_the_axes(energies: tuple[float, ...]) -> None
         for T, point in enumerate(zip(energies, accuracies, strict=True), start=1):
             mark(axes, f"T={T}", *point)
         energy_axis(axes, energies, "µJ")
+        assert axes.get_xscale() == scale
         axes.figure.draw_without_rendering()
         boxes = [text.get_window_extent() for text in axes.texts]
         outside.extend(box for box in boxes if not (axes.bbox.x1 >= box.x1 and axes.bbox.y0 <= box.y0))
@@ -347,6 +348,12 @@ class TestReading:
         write(run / "m.sweep.json", result(kind="sweep", rows=rows[1:], by_class=None))
         assert [row["T"] for row in read_results([run]).measurements[0].rows] == [1, 2, 3]
 
+    def test_the_T_of_the_training_is_the_results_before_the_runs(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a", T=3)  # trained anew since
+        for trained_T, T in ((2, 2), (None, 3)):
+            write(run / "m.sweep.json", result(kind="sweep", trained_T=trained_T))
+            assert read_results([run]).measurements[0].T == T
+
     def test_numbers_just_below_a_unit(self) -> None:
         assert [count(n) for n in (0, 0.5, 999.4, 999.7, 12_345, 999_400, 999_700, 1.234e12)] == [
             *("0", "0.5", "999", "1 k", "12.3 k", "999 k", "1 M", "1,234 G"),
@@ -490,6 +497,7 @@ class TestReading:
         assert results.notes == ()
         assert [row["accuracy"] for row in m.rows] == [0.91, 0.92, 0.93]
         assert (m.headline["energy_pj"], m.headline["top1_agreement"]) == (2.72e6, 0.75)
+        assert m.content["agreement"] == {"with": "reference", "num_images": 64, "data": "reference images"}
         found = Page(html(results)).texts
         assert {"75.00%", "8 ppm", "5 ppm", "7 ppm", "2.5e-01"} <= set(found)
         assert "a: the exported model against PyTorch on the 64 images that its export kept." in found
@@ -524,6 +532,7 @@ class TestReading:
             ({"input_dtype": "float32"}, True),
             ({"images_sha256": "ab" * 32}, True),
             ({"images_sha256": None}, True),
+            ({"rows": [{"T": 2, "accuracy": None}], "by_class": None}, True),  # nor without the labels
             ({"images_sha256": "ab" * 32, "data": "other/digits.npz"}, True),
         ],
     )

@@ -171,9 +171,11 @@ def test_an_image_shown_again_is_not_encoded_again(tmp_path: Path) -> None:
     assert (server.sequences[1]["encoded.0"] != 0.25).any()
 
 
-def test_a_new_version_keeps_the_configuration(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", [32, 128])
+def test_a_new_version_keeps_the_configuration(batch: int, tmp_path: Path) -> None:
     folder = served(tmp_path, "unrolled", T=3)
-    edited = (folder / "config.pbtxt").read_text().replace("max_batch_size: 64", "max_batch_size: 32  # ours")
+    edited = (folder / "config.pbtxt").read_text().replace("max_batch_size: 64", f"max_batch_size: {batch}  # ours")
+    assert "# ours" in edited
     (folder / "config.pbtxt").write_text(edited)
     (folder / "10").mkdir()
     (added,) = add_to_repository(folder.parent, [exported("unrolled", T=3)], "digits")

@@ -35,7 +35,7 @@ from tetdeploy.report.numbers import count, energy
 from tetdeploy.report.sweep_plot import plot_sweep
 from tetdeploy.report.tables import BILLS, layers_table, other_ops_table, sweep_table
 from tetdeploy.steps import parse_steps
-from tetdeploy.sweep import Row, Sweep, Tally, check_logits, sweep
+from tetdeploy.sweep import Row, Sweep, Tally, check_images, check_logits, sweep
 
 
 @pytest.mark.parametrize(
@@ -199,6 +199,7 @@ def test_layers_of_another_precision_than_the_model_have_their_own_price() -> No
         layer["precision"] = "int8"
     result = sweep(engine, digits().images[:8], digits().labels[:8], (2,), num_timed=1)
     assert result.rows[0].energy_pj == pytest.approx(0.1 * result.rows[0].ac_ops + 4.6 * result.rows[0].mac_ops)
+    assert result.details["constants"] == dataclasses.asdict(CONSTANTS["int8"])
     adds = result.details["other_ops"]["bias_adds"]
     assert result.details["other_ops_pj"]["bias_adds"] == pytest.approx(0.9 * adds) and adds > 0
     engine.metadata["layers"] = []
@@ -232,6 +233,8 @@ def test_labels_that_do_not_fit() -> None:
     x = digits().images[:4]
     with pytest.raises(ValueError, match="every image needs a label: 4 images, 3 labels"):
         sweep(engine, x, np.zeros(3, np.int64), (1,))
+    with pytest.raises(ValueError, match="every image needs a label: 0 images, 0 labels"):
+        sweep(engine, x[:0], np.zeros(0, np.int64), (1,))
     for low, high in ((0, 10), (-1, 2)):
         with pytest.raises(ValueError, match=rf"labels run from {low} to {high}, but .* has 10 classes"):
             sweep(engine, x, np.array([low, 1, 2, high]), (1,))
@@ -244,9 +247,15 @@ def test_labels_that_do_not_fit() -> None:
         sweep(engine, x, labels, (1,), num_timed=0)
 
 
+def test_more_steps_than_the_graph_has_are_refused_before_the_run() -> None:
+    engine, x, labels = Engine(exported("unrolled")), digits().images[:4], digits().labels[:4]
+    with pytest.raises(ValueError, match="is unrolled to T=4 and cannot run T=5"):
+        check_images(engine, x, labels, 5)
+
+
 def test_steps_may_come_one_by_one_but_must_be_some() -> None:
     engine, x, labels = Engine(exported("unrolled")), digits().images[:4], digits().labels[:4]
-    assert [row.T for row in sweep(engine, x, labels, iter((1, np.int64(2))), num_timed=1).rows] == [1, 2]
+    assert [row.T for row in sweep(engine, x, labels, iter((np.int64(2), 1)), num_timed=1).rows] == [2, 1]
     for steps, message in ([[], "steps holds no T"], [(1, 2.0), "T must be a whole number, got 2.0"]):
         with pytest.raises(ValueError, match=message):
             sweep(engine, x, labels, steps)

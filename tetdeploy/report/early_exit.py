@@ -75,7 +75,7 @@ def _frontier_table(result: Mapping[str, Any]) -> Table:
         table.add_row(
             f"{entry['allowed_loss'] * 100:g}{'*' if entry['allowed_loss'] == result['allowed_loss'] else ' '}",
             entry["criterion"],
-            f"{entry['threshold']:.4f}",
+            _threshold(entry["threshold"]),
             f"{entry['accuracy']:.2%}",
             lost(entry),
             f"{entry['lost']} / {entry['gained']}",
@@ -128,7 +128,13 @@ def turned(early: Mapping[str, Any]) -> str:
 def rule(exit: Mapping[str, Any]) -> str:
     """`confidence > 0.93`."""
     least = f", from T={exit['min_T']}" if exit["min_T"] > 1 else ""
-    return f"{exit['criterion']} > {exit['threshold']:.4f}{least}"
+    return f"{exit['criterion']} > {_threshold(exit['threshold'])}{least}"
+
+
+def _threshold(value: float) -> str:
+    """`0.9300`, with more decimals where four would say 1, which stops no image: `0.99997`."""
+    longer = (f"{value:.{decimals}f}" for decimals in range(4, 18))
+    return next(text for text in longer if float(text) != 1 or value == 1)
 
 
 def by_steps(counts: list[int]) -> str:
