@@ -797,18 +797,23 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
 @pytest.mark.parametrize(
-    ("command", "rest"),
+    ("command", "rest", "unbuffered"),
     [
-        (("train", "--epochs", "1", "--out", "new"), "; what was written before is as it was: go on with --resume"),
-        (("train", "--epochs", "1", "--out", "new", "--seeds", "0,1"), ""),
-        (("inspect", MODEL), ""),
-        (("--help",), ""),
+        (("train", "--epochs", "1", "--out", "new"), "; what was written before is as it was: go on with --resume", ""),
+        (("train", "--epochs", "1", "--out", "new", "--seeds", "0,1"), "", ""),
+        (("inspect", MODEL), "", ""),
+        (("inspect", MODEL), "", "1"),
+        (("--help",), "", ""),
+        (("--help",), "", "1"),
     ],
 )
-def test_standard_output_that_is_full_is_named(command: tuple[str, ...], rest: str, workplace: Path) -> None:
+def test_standard_output_that_is_full_is_named(
+    command: tuple[str, ...], rest: str, unbuffered: str, workplace: Path
+) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("w") as full:
         command = (sys.executable, "-m", "tetdeploy", *command)
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, f"Error: standard output: No space left on device{rest}\n")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -36,6 +38,7 @@ class CleanErrors(click.Command):
         except OSError as error:  # `--help` and `--version` print here
             if error.errno == errno.EPIPE:  # of a reader that left, which click ends in silence
                 raise
+            _drop_unwritten()
             raise click.ClickException(_describe(error, "standard output")) from error
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -44,6 +47,7 @@ class CleanErrors(click.Command):
         except (ValueError, MissingExtraError) as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
+            _drop_unwritten()
             raise click.ClickException(_describe(error)) from error
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and not any(text in str(error) for text in _OUT_OF_MEMORY):
@@ -74,6 +78,15 @@ def _one_line(
 ) -> str:
     """A warning as a command's user needs it, without the line of code that gave it."""
     return f"Warning: {message}\n"
+
+
+def _drop_unwritten() -> None:
+    """What a full standard output did not take, Python would write again as it exits, and end with code 120."""
+    try:
+        if sys.stdout is not None:  # closed, as a daemon's may be
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _describe(error: OSError, unnamed: str | None = None) -> str:
