@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,7 @@ from rich.progress import ProgressColumn
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.characters import _like
+from tetdeploy.cli.errors import CleanErrors, CleanGroup
 from tetdeploy.cli.export import _next as after_export
 from tetdeploy.cli.predict import _read_image
 from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
@@ -850,6 +852,32 @@ def test_names_in_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> 
     say_next("report", "a b/[x].onnx")
     print_notes(["of [x].onnx"])
     assert capsys.readouterr().out == "next: tetdeploy report 'a b/[x].onnx'\nof [x].onnx\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "got"),
+    [
+        ("--out=~/runs/x", "/home/me/runs/x"),
+        ("-o~/x", "/home/me/x"),
+        ("name=~/m.onnx", "name=/home/me/m.onnx"),
+        ("--out=~", "/home/me"),
+        ("--out=a~/x", "a~/x"),
+        ("--out=./~/x", "./~/x"),
+        ("~/x", "~/x"),  # quoted, as shells expand it here
+    ],
+)
+def test_a_home_that_the_shell_leaves_is_found(typed: str, got: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.group(cls=CleanGroup)
+    def group() -> None: ...
+
+    @group.command(cls=CleanErrors)
+    @click.option("--out", "-o", default="")
+    @click.argument("rest", nargs=-1)
+    def command(out: str, rest: tuple[str, ...]) -> None:
+        click.echo(" ".join([out, *rest]).strip())
+
+    monkeypatch.setenv("HOME", "/home/me")
+    assert CliRunner().invoke(group, ["command", typed]).output == f"{got}\n"
 
 
 def test_a_bar_says_how_many_are_done_in_a_second() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import warnings
@@ -40,6 +41,9 @@ class CleanErrors(click.Command):
                 raise
             _drop_unwritten()
             raise click.ClickException(_describe(error, "standard output")) from error
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [_expand_home(argument) for argument in args])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -78,6 +82,14 @@ def _one_line(
 ) -> str:
     """A warning as a command's user needs it, without the line of code that gave it."""
     return f"Warning: {message}\n"
+
+
+def _expand_home(argument: str) -> str:
+    """`--out=~/runs`, `-o~/runs` and `name=~/model.onnx`, whose `~` shells leave: a folder of that name is a trap."""
+    option, tilde, rest = argument.partition("~")
+    if not re.fullmatch(r"-\w|[^/]+=", option):
+        return argument
+    return option + os.path.expanduser(tilde + rest)  # noqa: PTH111  # pathlib refuses a user that is not there
 
 
 def _drop_unwritten() -> None:
