@@ -134,7 +134,7 @@ class TestCommands:
         ],
     )
     def test_an_export_goes_on_with_what_runs_its_target(self, target: str, command: str, workplace: Path) -> None:
-        assert " ".join(after_export(Path("m.onnx"), target)) == command.format("m.onnx")
+        assert " ".join(map(str, after_export(Path("m.onnx"), target))) == command.format("m.onnx")
         if target == "tensorrt-rtx":
             result = run("export", "--target", target, "--check", "0", "--out", "m.onnx")
             assert result.output.endswith(f"next: tetdeploy {command.format('m.onnx')}\n")
@@ -852,6 +852,13 @@ def test_names_in_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> 
     say_next("report", "a b/[x].onnx")
     print_notes(["of [x].onnx"])
     assert capsys.readouterr().out == "next: tetdeploy report 'a b/[x].onnx'\nof [x].onnx\n"
+
+
+def test_paths_that_begin_with_a_dash_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
+    say_next("export", Path("-dash"), "--T", 6, "--distill", Path("a-dash"))
+    say_next(*after_export(Path("-dash/m.onnx"), "cpu"))
+    said = "next: tetdeploy export ./-dash --T 6 --distill a-dash\nnext: tetdeploy sweep ./-dash/m.onnx\n"
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize(

@@ -336,12 +336,12 @@ def _print_silent(silent: list[str], num_images: int) -> None:
     )
 
 
-def _next(path: Path, target: str) -> tuple[str, ...]:
+def _next(path: Path, target: str) -> tuple[Path | str, ...]:
     """What goes on with a model for this target."""
     if target in ("tensorrt", "tensorrt-rtx"):
-        return ("build", str(path), "--package", target)
+        return ("build", path, "--package", target)
     where = {"cuda": ("--device", "cuda"), "openvino": ("--runtime", "openvino")}
-    return ("sweep", str(path), *where.get(target, ()))
+    return ("sweep", path, *where.get(target, ()))
 
 
 def _say_whether_calibrated(path: Path) -> None:
