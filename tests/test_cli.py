@@ -608,6 +608,15 @@ class TestBadInput:
         assert result.exit_code == 0, result.output
         assert "no plot: " in result.output and "pip install 'tetdeploy[report]'" in result.output
 
+    def test_a_sweep_whose_plot_cannot_be_written_says_that_the_result_is(
+        self, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        full = OSError(errno.ENOSPC, "No space left on device", "s.png")
+        monkeypatch.setattr("tetdeploy.report.sweep_plot.plot_sweep", Mock(side_effect=full))
+        said = "Error: s.json is written, but not s.png: No space left on device\n"
+        assert refused("sweep", MODEL, "--limit", "20", "--json", "s.json") == said
+        assert json.loads(Path("s.json").read_text())["num_samples"] == 20
+
     def test_both_onnxruntimes(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(metadata, "version", lambda name: "1.0")
         assert "pip uninstall -y onnxruntime onnxruntime-gpu" in refused("sweep")
