@@ -896,6 +896,14 @@ def test_a_home_that_the_shell_leaves_is_found(typed: str, got: str, monkeypatch
     assert CliRunner().invoke(group, ["command", typed]).output == f"{got}\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="which keeps a folder that is somebody's current one")
+def test_a_current_folder_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert refused("sweep", str(tmp_path / "m.onnx")) == "Error: the current folder is gone; go to another one (cd)\n"
+
+
 def test_a_bar_says_how_many_are_done_in_a_second() -> None:
     column = progress_bar("images").columns[-1]
     assert isinstance(column, ProgressColumn)

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import click
@@ -47,6 +48,7 @@ class CleanErrors(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            _check_current_folder()
             return super().invoke(ctx)
         except (ValueError, MissingExtraError) as error:
             raise click.ClickException(str(error)) from error
@@ -90,6 +92,14 @@ def _expand_home(argument: str) -> str:
     if not re.fullmatch(r"-\w|[^/]+=", option):
         return argument
     return option + os.path.expanduser(tilde + rest)  # noqa: PTH111  # pathlib refuses a user that is not there
+
+
+def _check_current_folder() -> None:
+    """Where it was deleted, libraries fail without a name, or end the process as oneMKL does."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise FileNotFoundError("the current folder is gone; go to another one (cd)") from error
 
 
 def _drop_unwritten() -> None:
