@@ -688,6 +688,15 @@ class TestBadInput:
         assert "it is there, and something else; choose another with --" in refused(*command).replace("\n", " ")
         assert snapshot(workplace) == before
 
+    @pytest.mark.parametrize("name", ["nodir/", "model.json"])
+    @pytest.mark.parametrize("file_format", ["onnx", pytest.param("nir", marks=needs("nir"))])
+    def test_an_export_is_called_as_what_it_is(
+        self, file_format: str, name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tetdeploy.export.export_model", self.works)
+        message = refused("export", "--format", file_format, "-o", name)
+        assert f"{name.rstrip('/')}: its name must end in .{file_format}; choose another with --out" in message
+
     @pytest.mark.parametrize(
         ("command", "result"), [(("sweep", MODEL, "--json"), "photo.json"), (("landscape", RUN, "-o"), "photo.npz")]
     )

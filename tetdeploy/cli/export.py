@@ -122,8 +122,8 @@ Examples:
     "--out",
     "-o",
     type=click.Path(path_type=Path),
-    help="The file, or Triton's folder. [default: in RUN: model-T6.onnx, model-step-int8.onnx and so on, by layout, "
-    "precision and target; model.nir; triton; kserve.yaml]",
+    help="The file (.onnx, .nir), or Triton's folder. [default: in RUN: model-T6.onnx, model-step-int8.onnx and so on, "
+    "by layout, precision and target; model.nir; triton; kserve.yaml]",
 )
 @click.option("--name", help="Of the served model (triton-repository, kserve). [default: the run folder's]")
 @click.option("--storage-uri", help="Where the cluster finds the model (kserve): s3://..., pvc://..., ...")
