@@ -181,6 +181,17 @@ def test_a_missing_reference(engine: Engine) -> None:
         load_reference(engine)
 
 
+def test_of_a_link_to_a_model_the_reference_lies_beside_either(engine: Engine, tmp_path: Path) -> None:
+    link = tmp_path / "elsewhere" / "m.onnx"
+    link.parent.mkdir()
+    link.symlink_to(engine.path)
+    assert len(load_reference(Engine(link, threads=1)).x) == 60
+    assert reference_path(link) == reference_path(engine.path)
+    nearer = link.with_suffix(".reference.npz")
+    nearer.symlink_to(reference_path(engine.path))
+    assert reference_path(link) == nearer
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no zip at all"])
 def test_a_damaged_reference(engine: Engine, content: bytes) -> None:
     reference_path(engine.path).write_bytes(content)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,7 @@ from rich.progress import ProgressColumn
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.characters import _like
+from tetdeploy.cli.errors import CleanErrors, CleanGroup
 from tetdeploy.cli.export import _next as after_export
 from tetdeploy.cli.predict import _read_image
 from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
@@ -132,7 +134,7 @@ class TestCommands:
         ],
     )
     def test_an_export_goes_on_with_what_runs_its_target(self, target: str, command: str, workplace: Path) -> None:
-        assert " ".join(after_export(Path("m.onnx"), target)) == command.format("m.onnx")
+        assert " ".join(map(str, after_export(Path("m.onnx"), target))) == command.format("m.onnx")
         if target == "tensorrt-rtx":
             result = run("export", "--target", target, "--check", "0", "--out", "m.onnx")
             assert result.output.endswith(f"next: tetdeploy {command.format('m.onnx')}\n")
@@ -607,6 +609,15 @@ class TestBadInput:
         assert result.exit_code == 0, result.output
         assert "no plot: " in result.output and "pip install 'tetdeploy[report]'" in result.output
 
+    def test_a_sweep_whose_plot_cannot_be_written_says_that_the_result_is(
+        self, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        full = OSError(errno.ENOSPC, "No space left on device", "s.png")
+        monkeypatch.setattr("tetdeploy.report.sweep_plot.plot_sweep", Mock(side_effect=full))
+        said = "Error: s.json is written, but not s.png: No space left on device\n"
+        assert refused("sweep", MODEL, "--limit", "20", "--json", "s.json") == said
+        assert json.loads(Path("s.json").read_text())["num_samples"] == 20
+
     def test_both_onnxruntimes(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(metadata, "version", lambda name: "1.0")
         assert "pip uninstall -y onnxruntime onnxruntime-gpu" in refused("sweep")
@@ -677,6 +688,15 @@ class TestBadInput:
             monkeypatch.setattr(f"tetdeploy.{name}", self.works)
         assert "it is there, and something else; choose another with --" in refused(*command).replace("\n", " ")
         assert snapshot(workplace) == before
+
+    @pytest.mark.parametrize("name", ["nodir/", "model.json"])
+    @pytest.mark.parametrize("file_format", ["onnx", pytest.param("nir", marks=needs("nir"))])
+    def test_an_export_is_called_as_what_it_is(
+        self, file_format: str, name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tetdeploy.export.export_model", self.works)
+        message = refused("export", "--format", file_format, "-o", name)
+        assert f"{name.rstrip('/')}: its name must end in .{file_format}; choose another with --out" in message
 
     @pytest.mark.parametrize(
         ("command", "result"), [(("sweep", MODEL, "--json"), "photo.json"), (("landscape", RUN, "-o"), "photo.npz")]
@@ -798,18 +818,23 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
 @pytest.mark.parametrize(
-    ("command", "rest"),
+    ("command", "rest", "unbuffered"),
     [
-        (("train", "--epochs", "1", "--out", "new"), "; what was written before is as it was: go on with --resume"),
-        (("train", "--epochs", "1", "--out", "new", "--seeds", "0,1"), ""),
-        (("inspect", MODEL), ""),
-        (("--help",), ""),
+        (("train", "--epochs", "1", "--out", "new"), "; what was written before is as it was: go on with --resume", ""),
+        (("train", "--epochs", "1", "--out", "new", "--seeds", "0,1"), "", ""),
+        (("inspect", MODEL), "", ""),
+        (("inspect", MODEL), "", "1"),
+        (("--help",), "", ""),
+        (("--help",), "", "1"),
     ],
 )
-def test_standard_output_that_is_full_is_named(command: tuple[str, ...], rest: str, workplace: Path) -> None:
+def test_standard_output_that_is_full_is_named(
+    command: tuple[str, ...], rest: str, unbuffered: str, workplace: Path
+) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("w") as full:
         command = (sys.executable, "-m", "tetdeploy", *command)
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, f"Error: standard output: No space left on device{rest}\n")
 
 
@@ -846,6 +871,47 @@ def test_names_in_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> 
     say_next("report", "a b/[x].onnx")
     print_notes(["of [x].onnx"])
     assert capsys.readouterr().out == "next: tetdeploy report 'a b/[x].onnx'\nof [x].onnx\n"
+
+
+def test_paths_that_begin_with_a_dash_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
+    say_next("export", Path("-dash"), "--T", 6, "--distill", Path("a-dash"))
+    say_next(*after_export(Path("-dash/m.onnx"), "cpu"))
+    said = "next: tetdeploy export ./-dash --T 6 --distill a-dash\nnext: tetdeploy sweep ./-dash/m.onnx\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+    ("typed", "got"),
+    [
+        ("--out=~/runs/x", "/home/me/runs/x"),
+        ("-o~/x", "/home/me/x"),
+        ("name=~/m.onnx", "name=/home/me/m.onnx"),
+        ("--out=~", "/home/me"),
+        ("--out=a~/x", "a~/x"),
+        ("--out=./~/x", "./~/x"),
+        ("~/x", "~/x"),  # quoted, as shells expand it here
+    ],
+)
+def test_a_home_that_the_shell_leaves_is_found(typed: str, got: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.group(cls=CleanGroup)
+    def group() -> None: ...
+
+    @group.command(cls=CleanErrors)
+    @click.option("--out", "-o", default="")
+    @click.argument("rest", nargs=-1)
+    def command(out: str, rest: tuple[str, ...]) -> None:
+        click.echo(" ".join([out, *rest]).strip())
+
+    monkeypatch.setenv("HOME", "/home/me")
+    assert CliRunner().invoke(group, ["command", typed]).output == f"{got}\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="which keeps a folder that is somebody's current one")
+def test_a_current_folder_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert refused("sweep", str(tmp_path / "m.onnx")) == "Error: the current folder is gone; go to another one (cd)\n"
 
 
 def test_a_bar_says_how_many_are_done_in_a_second() -> None:

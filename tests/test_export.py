@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -1252,13 +1253,24 @@ class WrittenOverCurrent(OneByOne):
         self.norm0.register_forward_hook(lambda *given: given[-1].add_(0.1))
 
 
-def test_a_folded_network_that_cannot_be_traced_again_is_told_the_way_out() -> None:
-    tracer = Tracer(untested(WrittenOverCurrent()), encoding="direct", uint8=True)
-    with pytest.raises(
-        ValueError, match=r"^torch\.export cannot trace the network once more .*: put .* --no-fold-bn\."
-    ) as refused:
-        OnnxTracer(tracer, fold_bn=True).graph(4, step=False)
-    assert "\n" not in str(refused.value)
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
+def test_a_folded_network_that_cannot_be_traced_again_is_told_the_way_out(layout: str, tmp_path: Path) -> None:
+    match = r"torch\.export cannot trace the network once more .*: put .* --no-fold-bn\."
+    refused_or_right(WrittenOverCurrent(), match, layout, tmp_path / "m.onnx")
+
+
+def refused_or_right(network: nn.Module, match: str, layout: str, path: Path) -> None:
+    """In one line that `match` begins; but newer versions of torch (2.15) trace more networks."""
+    net, x = untested(network), digits().images[:9]
+    try:
+        export_model(net, path, ExportConfig(layout=layout, T=4), x)  # type: ignore[arg-type]
+    except ValueError as error:
+        said = str(error)
+    else:
+        for several in (x[:1], x):
+            np.testing.assert_allclose(Engine(path).run(several, 4).per_step, pytorch(several, 4, net)[0], atol=2e-5)
+        return
+    assert re.match(match, said) and "\n" not in said, said
 
 
 class CutInTwo(Small):
@@ -1271,15 +1283,13 @@ class MergedAndSplit(Small):
         return nn.functional.dropout(spikes.flatten(0, 1), 0.5, self.training).view_as(spikes)
 
 
-@pytest.mark.parametrize("T", [4, None])
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
 @pytest.mark.parametrize(("network", "match"), [
     (CutInTwo, r"it cuts an axis with the batch in it into parts, as chunk\(2\) does; write unflatten.*: Not all"),
     (MergedAndSplit, "it merges axes with that of the batch and splits them again with no operation .*: Not all"),
 ])  # fmt: skip
-def test_why_the_batch_cannot_be_left_open(network: type[nn.Module], match: str, T: int | None) -> None:
-    tracer = Tracer(untested(network()), encoding="direct", uint8=True)
-    with pytest.raises(ValueError, match=rf"^torch\.export cannot trace the network: {match}"):
-        OnnxTracer(tracer, fold_bn=True).graph(T, step=False)
+def test_why_the_batch_cannot_be_left_open(network: type[nn.Module], match: str, layout: str, tmp_path: Path) -> None:
+    refused_or_right(network(), rf"torch\.export cannot trace the network: {match}", layout, tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize(("fold_bn", "T"), [(True, None), (False, 4)])

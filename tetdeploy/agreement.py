@@ -85,8 +85,9 @@ class Reference:
 
 
 def reference_path(model: Path) -> Path:
-    """Where the reference images of an exported model lie."""
-    return model.with_suffix(".reference.npz")
+    """Where the reference images of an exported model lie: beside it, or beside what a link points at."""
+    beside = model.with_suffix(".reference.npz")
+    return beside if beside.exists() or not model.is_symlink() else reference_path(model.resolve())
 
 
 def load_reference(engine: Engine) -> Reference:

@@ -109,7 +109,7 @@ def check_writable(path: Path | str, suffix: str = "", *, begins: bytes = b"", r
     """Whether `atomic_write` could write here now, before the work whose result goes here. Leaves nothing behind.
 
     Args:
-        suffix: of the models that are written. A file that is there must have it; without one, be no model.
+        suffix: of the models that are written, which `path` must have; without one, a file that is there is no model.
         begins: how what is written begins, and so must a file that is there, unless it is empty.
         remedy: what the error says to do, such as "choose another with --json".
 
@@ -124,6 +124,8 @@ def check_writable(path: Path | str, suffix: str = "", *, begins: bytes = b"", r
     is_other = path.suffix != suffix if suffix else path.suffix in MODELS
     if path.is_file() and (is_other or not _begins(path, begins)):
         raise OSError(f"cannot write {path}: it is there, and something else; {remedy}, or remove it")
+    if path.suffix != suffix and suffix:
+        raise OSError(f"cannot write {path}: its name must end in {suffix}; {remedy}")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     with _making(path, remedy):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)

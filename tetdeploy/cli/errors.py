@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import click
@@ -36,14 +40,20 @@ class CleanErrors(click.Command):
         except OSError as error:  # `--help` and `--version` print here
             if error.errno == errno.EPIPE:  # of a reader that left, which click ends in silence
                 raise
+            _drop_unwritten()
             raise click.ClickException(_describe(error, "standard output")) from error
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [_expand_home(argument) for argument in args])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            _check_current_folder()
             return super().invoke(ctx)
         except (ValueError, MissingExtraError) as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
+            _drop_unwritten()
             raise click.ClickException(_describe(error)) from error
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and not any(text in str(error) for text in _OUT_OF_MEMORY):
@@ -74,6 +84,31 @@ def _one_line(
 ) -> str:
     """A warning as a command's user needs it, without the line of code that gave it."""
     return f"Warning: {message}\n"
+
+
+def _expand_home(argument: str) -> str:
+    """`--out=~/runs`, `-o~/runs` and `name=~/model.onnx`, whose `~` shells leave: a folder of that name is a trap."""
+    option, tilde, rest = argument.partition("~")
+    if not re.fullmatch(r"-\w|[^/]+=", option):
+        return argument
+    return option + os.path.expanduser(tilde + rest)  # noqa: PTH111  # pathlib refuses a user that is not there
+
+
+def _check_current_folder() -> None:
+    """Where it was deleted, libraries fail without a name, or end the process as oneMKL does."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise FileNotFoundError("the current folder is gone; go to another one (cd)") from error
+
+
+def _drop_unwritten() -> None:
+    """What a full standard output did not take, Python would write again as it exits, and end with code 120."""
+    try:
+        if sys.stdout is not None:  # closed, as a daemon's may be
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _describe(error: OSError, unnamed: str | None = None) -> str:

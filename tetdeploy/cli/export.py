@@ -122,8 +122,8 @@ Examples:
     "--out",
     "-o",
     type=click.Path(path_type=Path),
-    help="The file, or Triton's folder. [default: in RUN: model-T6.onnx, model-step-int8.onnx and so on, by layout, "
-    "precision and target; model.nir; triton; kserve.yaml]",
+    help="The file (.onnx, .nir), or Triton's folder. [default: in RUN: model-T6.onnx, model-step-int8.onnx and so on, "
+    "by layout, precision and target; model.nir; triton; kserve.yaml]",
 )
 @click.option("--name", help="Of the served model (triton-repository, kserve). [default: the run folder's]")
 @click.option("--storage-uri", help="Where the cluster finds the model (kserve): s3://..., pvc://..., ...")
@@ -336,12 +336,12 @@ def _print_silent(silent: list[str], num_images: int) -> None:
     )
 
 
-def _next(path: Path, target: str) -> tuple[str, ...]:
+def _next(path: Path, target: str) -> tuple[Path | str, ...]:
     """What goes on with a model for this target."""
     if target in ("tensorrt", "tensorrt-rtx"):
-        return ("build", str(path), "--package", target)
+        return ("build", path, "--package", target)
     where = {"cuda": ("--device", "cuda"), "openvino": ("--runtime", "openvino")}
-    return ("sweep", str(path), *where.get(target, ()))
+    return ("sweep", path, *where.get(target, ()))
 
 
 def _say_whether_calibrated(path: Path) -> None:

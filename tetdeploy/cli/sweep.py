@@ -191,7 +191,11 @@ def _prices(result: Sweep) -> str:
 
 
 def save_sweep(result: Sweep, engine: Engine, json_path: Path, picture: Path) -> list[Path]:
-    """Write JSON, and where matplotlib is there PNG; returns what was written."""
+    """Write JSON, and where matplotlib is there PNG; returns what was written.
+
+    Raises:
+        OSError: one cannot be written; the message says whether the JSON, which took the time, is.
+    """
     from tetdeploy.report.sweep_plot import plot_sweep
 
     write_json(json_path, result.to_dict())
@@ -200,4 +204,6 @@ def save_sweep(result: Sweep, engine: Engine, json_path: Path, picture: Path) ->
     except MissingExtraError as error:
         console.print(f"no plot: {error}", style="dim", markup=False)
         return [json_path]
+    except OSError as error:
+        raise OSError(f"{json_path} is written, but not {picture}: {error.strerror or error}") from error
     return [json_path, picture]

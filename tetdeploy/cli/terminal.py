@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from shutil import get_terminal_size
 
 from rich.console import Console
@@ -32,8 +33,12 @@ def say_next(*words: object) -> None:
 
 
 def command_line(*words: object) -> str:
-    """`tetdeploy` with these words, quoted for a shell."""
-    return shlex.join(["tetdeploy", *map(str, words)])
+    """`tetdeploy` with these words, quoted for a shell; paths that begin with a dash are no options."""
+    return shlex.join(["tetdeploy", *(_undashed(word) if isinstance(word, Path) else str(word) for word in words)])
+
+
+def _undashed(path: Path) -> str:
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 class _Rate(ProgressColumn):
