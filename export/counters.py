@@ -337,5 +337,6 @@ def _count_spikes(graph: onnx.GraphProto, layer: Neurons) -> None:
 
 def _sum(graph: onnx.GraphProto, value: str, axes: list[int], output: str) -> None:
     graph.initializer.append(helper.make_tensor(f"{output}.axes", TensorProto.INT64, [len(axes)], axes))
-    noop = {"noop_with_empty_axes": 1}  # one neuron an image has no axes to sum over
-    graph.node.append(helper.make_node("ReduceSum", [value, f"{output}.axes"], [output], keepdims=0, **noop))
+    given = [value, f"{output}.axes"]
+    # One neuron an image has no axes to sum over.
+    graph.node.append(helper.make_node("ReduceSum", given, [output], keepdims=0, noop_with_empty_axes=1))
