@@ -44,7 +44,7 @@ class Parity:
 
     Attributes:
         T: steps compared; by causality this covers every smaller T.
-        top1_agreement: images whose predicted class is the same, a fraction, after all T steps.
+        top1_agreement: images whose predicted class is the same, or tied, a fraction, after all T steps.
         top1_agreement_by_step: the same after 1..T steps.
         spike_mismatch_rate: differing neuron-steps over all neuron-steps.
         local_mismatch_rate: the same where every layer of PyTorch reads the engine's spikes, on up to 100 images; that

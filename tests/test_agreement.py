@@ -73,6 +73,15 @@ def test_logits_by_step() -> None:
     assert running_class(per_step).tolist() == [[0, 1, 1], [1, 1, 1], [0, 1, 1]]
 
 
+def test_of_tied_classes_either_agrees() -> None:
+    engine, torch = np.zeros((1, 2, 3), np.float32), np.zeros((1, 2, 3), np.float32)
+    engine[0] = [[1, np.nextafter(np.float32(1), 2), 0], [0, 0, 0]]
+    torch[0] = [[1, 1 - 2e-7, 0], [2e-5, 0, 0]]  # after the second step they differ
+    sums = LogitAgreement(2)
+    sums.add(engine, torch)
+    assert [sums.top1_agreement(t) for t in (1, 2)] == [1, 0]
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_no_numbers(value: float) -> None:
     good, bad = np.zeros((1, 2, 3)), np.full((1, 2, 3), value)

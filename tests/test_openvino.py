@@ -100,7 +100,8 @@ def test_a_graph_that_is_not_what_its_metadata_say(tmp_path: Path) -> None:
 
 class Awkward(nn.Module):
     """What OpenVINO would compute wrongly, were it not written otherwise: an average of currents in 8 bits, and 1x1
-    convolutions with stride and padding, in 8 bits, behind a convolution, and of the image."""
+    convolutions with stride and padding, in 8 bits, behind a convolution, and of the image. And a padding of nothing,
+    whose output it takes for the spikes before it, by either name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +109,8 @@ class Awkward(nn.Module):
         self.lif1, self.averaged = LIF(), OverTime(nn.Conv2d(8, 8, 3, padding=1), tdBN(8), nn.AvgPool2d(2, 1))
         self.lif2, self.shortcut = LIF(v_th=0.5), OverTime(nn.Conv2d(8, 8, 1, (2, 1), padding=1, dilation=2), tdBN(8))
         self.lif3 = LIF(v_th=0.5)
-        self.twice = OverTime(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, stride=2, padding=1), tdBN(8))
+        twice = (nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, stride=2, padding=1))
+        self.twice = OverTime(nn.ZeroPad2d(0), *twice, tdBN(8))
         self.lif4, self.readout = LIF(v_th=0.5), OverTime(nn.Flatten(), nn.Linear(8 * 3 * 4, 10))
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:

@@ -20,13 +20,14 @@ from tetdeploy.files import read_npz
 from tetdeploy.sweep import Sweep, Tally, running_class
 
 _NEEDED = ("x", "per_step", "spike_counts", "neurons")
+_TIE = 1e-6  # of the largest logit: classes nearer than that are tied, and the last bit of a sum decides between them
 
 
 class LogitAgreement:
     """Per-step logits of the same images from two sides, summed up by step; `arrays` and `restore` as in `Tally`.
 
     Attributes:
-        same: images whose predicted class is the same after each number of steps, `[T]`.
+        same: images whose predicted class is the same after each number of steps, or tied, `[T]`.
         largest: the largest difference of a logit at each step, `[T]`.
     """
 
@@ -45,11 +46,11 @@ class LogitAgreement:
             if not np.isfinite(logits).all():
                 raise ValueError(f"{side} gives NaN or infinite logits; there is nothing to compare")
         self.num_images += len(per_step)
-        self.same += (running_class(per_step) == running_class(expected)).sum(0)
+        self.same += _same_class(per_step, expected).sum(0)
         self.largest = np.maximum(self.largest, np.abs(per_step - expected).max((0, 2)))
 
     def top1_agreement(self, t: int) -> float:
-        """The fraction of images with the same class after `t` steps."""
+        """The fraction of images with the same class after `t` steps, or one that is tied with it: see `_TIE`."""
         return float(self.same[t - 1] / self.num_images)
 
     def max_abs_logit_error(self, t: int) -> float:
@@ -62,6 +63,15 @@ class LogitAgreement:
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         self.num_images = int(arrays["num_images"])
         self.same, self.largest = arrays["same"].copy(), arrays["largest"].copy()
+
+
+def _same_class(per_step: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether what the engine predicts is, after each number of steps, the largest of PyTorch's logits or tied with it,
+    `[N, T]`, both given as `[N, T, K]`."""
+    running, size = np.cumsum(expected, axis=1), np.cumsum(np.abs(expected), axis=1).max(-1)
+    chosen = np.take_along_axis(running, running_class(per_step)[..., None], -1)[..., 0]
+    same: NDArray[np.bool_] = running.max(-1) - chosen <= _TIE * size
+    return same
 
 
 @dataclass(frozen=True)

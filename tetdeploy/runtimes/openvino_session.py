@@ -49,6 +49,8 @@ class OpenVINOSession:
                 "again with --target openvino"
             )
             raise ValueError(f"OpenVINO cannot load {name}: {fault} ({_reason(error)})") from error
+        # One that is made of another, as by a padding of nothing, has both names once it is compiled.
+        self._outputs = [output.any_name for output in read.outputs]
         self._metadata = dict(read.get_rt_info("framework").value) if read.has_rt_info("framework") else {}
 
     def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> list[Array]:
@@ -69,8 +71,8 @@ class OpenVINOSession:
     def get_outputs(self) -> list[SimpleNamespace]:
         """The outputs, each with its `name` and its `shape`, in which None is any size."""
         return [
-            SimpleNamespace(name=o.any_name, shape=[d.get_length() if d.is_static else None for d in o.partial_shape])
-            for o in self._compiled.outputs
+            SimpleNamespace(name=name, shape=[d.get_length() if d.is_static else None for d in o.partial_shape])
+            for name, o in zip(self._outputs, self._compiled.outputs, strict=True)
         ]
 
     def get_modelmeta(self) -> SimpleNamespace:
