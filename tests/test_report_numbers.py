@@ -92,15 +92,22 @@ def test_a_section_says(title: str, changes: dict[str, Any], wanted: list[Any], 
     assert [one for one in wanted if one not in found] == [], found
 
 
-def test_without_a_T_of_the_training_the_largest_leads_and_none_is_marked(
-    painted: dict[str, list[Any]], tmp_path: Path
+@pytest.mark.parametrize("trained_T", [None, 7])
+def test_without_a_row_of_the_training_s_T_the_largest_leads_and_none_is_marked(
+    trained_T: int | None, painted: dict[str, list[Any]], tmp_path: Path
 ) -> None:
-    results = shown(tmp_path, trained_T=None)
+    results = shown(tmp_path, trained_T=trained_T)
     assert said(results, "At a glance")[0] == ("accuracy at T=3", "93.00%")
     (costs,) = tables(results, "Cost by time steps")
     neurons, _ = tables(results, "Firing rate and energy by layer")
     assert not costs.marked and costs.rows[2][0] == "3" and neurons.headers[2:] == ("T=1", "T=2", "T=3")
     assert len(painted["sections.accuracy"][0].lines) == 1  # no ring
+
+
+def test_every_model_has_the_T_of_its_training_in_the_caption(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{name}.json", result(trained_T=T)) for name, T in (("a", 2), ("b", 3))]
+    caption, *_ = said(read_results(files), "Accuracy by time steps and energy")
+    assert caption.endswith(" A ring marks the T of the training (a: T=2, b: T=3).")
 
 
 @pytest.mark.parametrize(
@@ -177,8 +184,8 @@ def test_a_trained_ann_stands_beside_the_others_with_the_epoch_that_was_kept(
     snn = run_folder(tmp_path / "snn")
     for kind in ("validate", "sweep"):
         write(snn / f"m.{kind}.json", result(kind=kind))
-    metrics = [epoch(1, T=1, val_accuracy=0.97), epoch(2, val_accuracy=0.5)]
-    ann = run_folder(tmp_path / "ann", ann=True, kept=1, metrics=metrics, seed=3, lr=0.00125, clip=1.0)
+    metrics = [epoch(1, val_accuracy=0.5), epoch(2, T=1, val_accuracy=0.97), epoch(3, val_accuracy=0.6)]
+    ann = run_folder(tmp_path / "ann", ann=True, kept=2, metrics=metrics, seed=3, lr=0.00125, clip=1.0)
     results = read_results([snn, ann])
     cards, *_ = blocks(results, "At a glance")
     assert isinstance(cards, Cards) and cards.cards[1].facts == (
