@@ -98,6 +98,9 @@ def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path
     options = serve.make_context("serve", list(arguments)).params  # refuses an option that the command does not have
     assert options["models"] == (f"digits-t4=/mnt/models/{model.name}",)
     assert (options["host"], options["http_port"], options["threads"]) == ("::", 8080, 2)
+    assert options["max_state"] == 250e6
+    assert container["resources"] == {kind: {"cpu": "2", "memory": "2Gi"} for kind in ("requests", "limits")}
+    assert all(container[f"{kind}Probe"]["timeoutSeconds"] == 5 for kind in ("readiness", "startup", "liveness"))
     assert container["ports"][0]["containerPort"] == container["readinessProbe"]["httpGet"]["port"] == 8080
     assert container["readinessProbe"]["httpGet"]["path"] == "/v2/health/ready"
     starts, (_, sleep) = container["startupProbe"], container["lifecycle"]["preStop"]["exec"]["command"]

@@ -113,6 +113,11 @@ def test_the_configuration_is_that_of_the_graph(layout: str, options: dict[str, 
     assert (folder / classes).read_text().splitlines() == list(digits().class_names)
 
 
+def test_a_server_keeps_1024_streams_that_are_idle_for_a_minute_at_most() -> None:
+    batching = repository.model_config(repository._read(exported("step")), "m-stream").sequence_batching
+    assert (batching.oldest.max_candidate_sequences, batching.max_sequence_idle_microseconds) == (1024, 60_000_000)
+
+
 def test_states_are_in_one_order_by_the_names_of_inputs_and_of_outputs() -> None:
     source = repository._read(exported("step"))
     first, second, *rest = source.metadata["states"]
@@ -213,6 +218,15 @@ def test_other_classes_are_no_new_version(tmp_path: Path) -> None:
         add_to_repository(folder.parent, [exported("unrolled", T=3)], "digits")
 
 
+def test_other_states_are_no_new_version(tmp_path: Path) -> None:
+    folder = served(tmp_path, "step")
+    config = read_config(folder)
+    config.sequence_batching.state[0].dims[0] += 1
+    (folder / "config.pbtxt").write_text(text_format.MessageToString(config))
+    with pytest.raises(ValueError, match=r"has the states .* and the new version"):
+        add_to_repository(folder.parent, [exported("step")], "digits")
+
+
 @pytest.mark.parametrize("config", [None, "", 'name: "theirs"', "no configuration"])
 def test_a_foreign_folder_is_left_alone(config: str | None, tmp_path: Path) -> None:
     folder = tmp_path / "digits"
@@ -258,13 +272,19 @@ def test_what_triton_cannot_serve_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("target", "kind", "accelerators"),
-    [("cpu", "KIND_CPU", []), ("cuda", "KIND_GPU", []), ("tensorrt", "KIND_GPU", ["tensorrt"])],
+    [
+        ("cpu", "KIND_CPU", ([], [])),
+        ("openvino", "KIND_CPU", (["openvino"], [])),
+        ("cuda", "KIND_GPU", ([], [])),
+        ("tensorrt", "KIND_GPU", ([], ["tensorrt"])),
+    ],
 )
-def test_the_target_says_where_triton_runs_it(target: str, kind: str, accelerators: list[str], tmp_path: Path) -> None:
+def test_the_target_says_where_triton_runs_it(target: str, kind: str, accelerators: Any, tmp_path: Path) -> None:
     config = read_config(served_with(tmp_path, target=target))
     assert [triton.ModelInstanceGroup.Kind.Name(group.kind) for group in config.instance_group] == [kind]
-    on_gpu = config.optimization.execution_accelerators.gpu_execution_accelerator
-    assert [accelerator.name for accelerator in on_gpu] == accelerators
+    found = config.optimization.execution_accelerators
+    on_both = (found.cpu_execution_accelerator, found.gpu_execution_accelerator)
+    assert tuple([accelerator.name for accelerator in these] for these in on_both) == accelerators
 
 
 def test_instances_are_the_owners_to_edit(tmp_path: Path) -> None:
@@ -324,6 +344,7 @@ class TestEngines:
         assert (config.platform, config.max_batch_size) == ("tensorrt_plan", 16)
         assert (list(config.input), list(config.output)) == (list(of_graph.input), list(of_graph.output))
         assert config.instance_group[0].kind == triton.ModelInstanceGroup.KIND_GPU
+        assert not config.HasField("optimization")
         assert (added.path / "1" / "model.plan").read_bytes() == plan.read_bytes()
 
     def test_a_stream_is_built_from_the_graph_in_the_repository(self, built: Any, tmp_path: Path) -> None:
@@ -346,7 +367,7 @@ class TestEngines:
                 {"package": "tensorrt-rtx"},
                 "is an engine of tensorrt-rtx, which Triton has not",
             ),
-            (exported("unrolled", T=3), {"batch": (4, 4, 4)}, "built for 4 images or more, and Triton may send one"),
+            (exported("unrolled", T=3), {"batch": (2, 4, 4)}, "built for 2 images or more, and Triton may send one"),
             (exported("step"), {}, "is a step engine, .*build from the graph there, NAME-stream/1/model.onnx"),
         ):
             with pytest.raises(ValueError, match=message):
