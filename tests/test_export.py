@@ -925,6 +925,11 @@ class Centred(Small):
         return logits - logits.mean(1, keepdim=True)
 
 
+class NearlyAlone(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return spikes + 1e-5 * spikes.mean(1, keepdim=True)
+
+
 class Fails(Small):
     def between(self, spikes: Tensor) -> Tensor:
         return spikes @ torch.ones(3, 3, dtype=spikes.dtype)
@@ -969,6 +974,7 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (Brightest, ValueError, r"mixes the images of a batch: the currents of neurons 'lif' for an .* axis 1 of \[T, N"),
     (BatchStatistics, ValueError, "mixes the images of a batch: the currents of neurons 'lif'"),
     (Rolled, ValueError, "mixes the images of a batch: the currents of neurons 'lif'"),
+    (NearlyAlone, ValueError, "mixes the images of a batch: the currents of neurons 'lif'"),
     (Centred, ValueError, "mixes the images of a batch: the logits for an image by itself differ"),
     (LooksAtTheData, ValueError, "torch.export cannot trace the network: .*data-dependent"),
     (Fails, ValueError, r"the network fails at T=6 on input \[2, 1, 8, 8\]"),

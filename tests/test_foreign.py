@@ -200,6 +200,7 @@ def test_a_checkpoint_of_ours_is_written(file: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(classifier(frames), expected)
     metadata = read_metadata(report.path)
     assert (metadata["training"], metadata["data"]["encoding"]) == ({"T": 10}, "frames")
+    assert (metadata["data"]["mean"], metadata["data"]["std"]) == ([0.0, 0.0], [1.0, 1.0])
     assert (metadata["data"]["name"], report.names_data) == ("", False)  # ours are frames of another kind
     assert metadata["provenance"]["imported"].keys() == {"file", "arch", "sha256"}
     assert str(tmp_path) not in json.dumps(metadata)
@@ -268,6 +269,7 @@ def test_missing_unexpected_and_misshapen_keys_are_listed_at_once(file: Path) ->
 def test_names_of_one_tensor_must_agree(file: Path) -> None:
     state = flat_state("resnet19")
     state["conv1_s.layer.module.weight"] = torch.ones(64, 3, 3, 3)
+    state["conv1_s.bn.bn.num_batches_tracked"] = torch.tensor(99)  # a count may differ
     state["layer3.1.bn2.seqbn.module.running_var"] = torch.ones(512)
     torch.save(state, file)
     message = (

@@ -87,8 +87,8 @@ def test_the_worst_layer_is_told_and_two_spikes_make_no_rate() -> None:
 def test_the_error_of_the_logits_is_the_largest_as_a_fraction_of_the_largest_logit() -> None:
     engine: Any = SimpleNamespace(metadata={"neurons": [{"shape": [1]}]})
     sums, none = Comparison(convsnn(), engine, 1), np.zeros((1, 1, 1), np.int64)
-    for logits in ([2.0, 0.0], [3.0, 0.0]):
-        sums.count_local(np.array([[logits]]), np.array([[[4.0, 0.0]]]), none)
+    for logit, expected in ((2.0, 4.0), (-3.0, -4.0)):
+        sums.count_local(np.array([[[logit, 0.0]]]), np.array([[[expected, 0.0]]]), none)
     assert sums.local_error == 0.5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +81,21 @@ def test_a_wrong_layer_is_found_where_each_reads_the_engine_s_spikes() -> None:
     assert beside.neuron(2)["margin"]["local"] == {"count": 0, "median": None, "max": None}
     assert beside.sums.local.num_images == 40
     assert 0 < beside.row(T)["local_mismatch_rate"] < beside.row(T)["spike_mismatch_rate"]
+
+
+def test_a_single_spike_that_differs_is_found_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = engine("unrolled")
+    beside, run = SideBySide(convsnn(), model, T), model.run_with
+
+    def flipped(*args: Any) -> Any:
+        result, outputs = run(*args)
+        spikes = outputs[f"spikes.{beside.names[-1]}"]
+        spikes[-1, 0].flat[0] = 1 - spikes[-1, 0].flat[0]
+        return result, outputs
+
+    monkeypatch.setattr(model, "run_with", flipped)
+    beside.add(digits().x[:1], digits().labels[:1])
+    assert beside.sums.whole.differing.sum() == beside.sums.local.differing.sum() == 1
 
 
 def test_a_wrong_readout_is_found_where_no_spike_differs() -> None:
