@@ -110,7 +110,6 @@ def export_model(
     path = Path(path)
     check_classifier(classifier)
     check_type("config", config, ExportConfig)
-    _check_float32(classifier)
     classifier.eval()
     x = _checked_input(classifier, config, images, labels, num_check)
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)
@@ -126,7 +125,7 @@ def export_model(
         model = serialised(graph.model, path)
         temporary.write_bytes(model)
         with _without_naming(temporary):
-            _check_form(model)
+            _check_form(model, classifier)
             if num_check:
                 parity, from_state = check_graph(expected, temporary, config, x[:num_check], progress)
             write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.description)
@@ -147,23 +146,17 @@ def export_model(
     )
 
 
-def _check_float32(classifier: Classifier) -> None:
-    for name, value in classifier.named_parameters():
-        if value.is_floating_point() and value.dtype != torch.float32:
-            raise ValueError(
-                f"{name} is {str(value.dtype).removeprefix('torch.')}, and an export starts from float32: call "
-                "classifier.float() (what the graph computes in is the configuration's precision)"
-            )
-
-
-def _check_form(model: bytes) -> None:
+def _check_form(model: bytes, classifier: Classifier) -> None:
     """Raises: ValueError: a node of a graph is not as ONNX describes it."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        others = {str(p.dtype) for p in classifier.parameters() if p.is_floating_point()} - {"torch.float32"}
         raise ValueError(
             f"torch.onnx wrote a layer of the network otherwise than ONNX describes it: {first_line(error)}; nothing "
-            "was written: compute that layer by other operations"
+            "was written: "
+            + (f"it has parameters in {', '.join(others)}, call classifier.float()" if others else "")
+            + ("" if others else "compute that layer by other operations")
         ) from error
 
 

@@ -37,7 +37,7 @@ from tetdeploy.cli.predict import _read_image
 from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 from tetdeploy.data import load_data
 from tetdeploy.engine import Engine
-from tetdeploy.networks import Classifier, NetworkConfig
+from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import newest_export
 
 
@@ -285,13 +285,27 @@ class TestCommands:
         one, other = (image["certainty"] for image in json.loads(Path("p.json").read_text())["images"])
         np.testing.assert_allclose(one, other, atol=1e-6)
 
-    def test_own_networks_are_exported_only_when_named(self) -> None:
+    def test_own_networks_are_imported_only_when_named(self) -> None:
         config = NetworkConfig("own:net", num_classes=3, in_channels=1, image_size=(8, 8))
         own = Classifier(torch.nn.Flatten(), config=config, mean=(0.0,), std=(1.0,), class_names=("a", "b", "c"))
         Path("runs/own").mkdir(parents=True)
         save_checkpoint("runs/own/checkpoint.safetensors", own, training={}, provenance={})
         assert "is not imported because a file says so" in refused("export", "runs/own", "--check", "20")
         assert "is not what this checkpoint was trained with" in refused("export", "runs/own", "--model", "other:net")
+        assert "holds a network of your own: pass --model own:net" in refused("train", "--init", "runs/own")
+
+    def test_init_takes_the_model_and_its_width_but_no_width_for_another(self) -> None:
+        config = NetworkConfig("resnet19", num_classes=10, in_channels=1, image_size=(8, 8), width=0.0625)
+        small = Classifier(
+            build_network(config), config=config, mean=(0.0,), std=(1.0,), class_names=tuple("0123456789")
+        )
+        save_checkpoint("small.safetensors", small, training={}, provenance={})
+        begun = ("train", "--init", "small.safetensors", "--device", "cuda:99")
+        said = refused(*begun)
+        assert "model resnet19, as in small.safetensors\nwidth 0.0625, as in small.safetensors\n" in said
+        assert "cuda:99 is not there" in said
+        said = refused(*begun, "--model", "convsnn")
+        assert "the weights of small.safetensors do not fit" in said and "width" not in said
 
     def test_options_that_a_network_is_not_told_of_are_refused(self) -> None:
         message = "is for the built-in networks; mine:net is code of your own and is not told of it"
@@ -889,6 +903,7 @@ def test_paths_that_begin_with_a_dash_are_no_options(capsys: pytest.CaptureFixtu
         ("--out=~", "/home/me"),
         ("--out=a~/x", "a~/x"),
         ("--out=./~/x", "./~/x"),
+        ("--out=s3://models?of=~/x", "s3://models?of=~/x"),
         ("~/x", "~/x"),  # quoted, as shells expand it here
     ],
 )

@@ -1441,8 +1441,9 @@ def test_refused_labels(make: Any, match: str, earlier: Path) -> None:
 def test_a_bare_network_and_one_in_float64_are_refused(earlier: Path) -> None:
     with pytest.raises(ValueError, match="classifier must be a Classifier, got ConvSNN; a network becomes one"):
         export_model(convsnn().network, earlier, ExportConfig(), digits().images[:9])
-    with pytest.raises(ValueError, match=r"encode\.0\.weight is float64, .*: call classifier\.float\(\)"):
-        export_model(copy.deepcopy(convsnn()).double(), earlier, ExportConfig(), digits().images[:9])
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        with pytest.raises(ValueError, match=rf"it has parameters in {dtype}, call classifier\.float\(\)"):
+            export_model(copy.deepcopy(convsnn()).to(dtype), earlier, ExportConfig(), digits().images[:9])
     with pytest.raises(ValueError, match="config must be of type ExportConfig, got dict"):
         export_model(convsnn(), earlier, {}, digits().images[:9])  # type: ignore[arg-type]
 

@@ -100,8 +100,7 @@ def test_a_graph_that_is_not_what_its_metadata_say(tmp_path: Path) -> None:
 
 class Awkward(nn.Module):
     """What OpenVINO would compute wrongly, were it not written otherwise: an average of currents in 8 bits, and 1x1
-    convolutions with stride and padding, in 8 bits, behind a convolution, and of the image. And a padding of nothing,
-    whose output it takes for the spikes before it, by either name."""
+    convolutions with stride and padding, in 8 bits, behind a convolution, and of the image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,8 +108,7 @@ class Awkward(nn.Module):
         self.lif1, self.averaged = LIF(), OverTime(nn.Conv2d(8, 8, 3, padding=1), tdBN(8), nn.AvgPool2d(2, 1))
         self.lif2, self.shortcut = LIF(v_th=0.5), OverTime(nn.Conv2d(8, 8, 1, (2, 1), padding=1, dilation=2), tdBN(8))
         self.lif3 = LIF(v_th=0.5)
-        twice = (nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, stride=2, padding=1))
-        self.twice = OverTime(nn.ZeroPad2d(0), *twice, tdBN(8))
+        self.twice = OverTime(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, stride=2, padding=1), tdBN(8))
         self.lif4, self.readout = LIF(v_th=0.5), OverTime(nn.Flatten(), nn.Linear(8 * 3 * 4, 10))
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
@@ -155,6 +153,15 @@ def test_a_1x1_convolution_alone_gets_zeros_beside_its_weights(kernel: tuple[int
     openvino.write_for_openvino(model, int8=False)
     np.testing.assert_array_equal(computed(model, x)[0], before)
     assert ("Concat" in [node.op_type for node in model.graph]) == (kernel == (1, 1))
+
+
+def test_outputs_have_the_names_of_the_graph() -> None:
+    """OpenVINO takes out a padding of nothing, and `spikes` is `above` as well."""
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 20]>
+        g (float[n, 1, 4, 4] x) => (float logits, float[n, 1, 4, 4] spikes) <int64[8] none = {0, 0, 0, 0, 0, 0, 0, 0}>
+        { spikes = Relu(x)  above = Pad(spikes, none)  logits = ReduceSum<keepdims = 0>(above) }""")
+    session = openvino_session.OpenVINOSession(model.SerializeToString(), 1, "m")
+    assert [output.name for output in session.get_outputs()] == ["logits", "spikes"]
 
 
 def test_a_graph_that_openvino_computes_wrongly_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

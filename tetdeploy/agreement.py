@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tetdeploy.batches import parts
 from tetdeploy.engine import Engine
 from tetdeploy.files import read_npz
-from tetdeploy.sweep import Sweep, Tally, running_class
+from tetdeploy.sweep import Sweep, Tally
 
 _NEEDED = ("x", "per_step", "spike_counts", "neurons")
 _TIE = 1e-6  # of the largest logit: classes nearer than that are tied, and the last bit of a sum decides between them
@@ -66,11 +66,15 @@ class LogitAgreement:
 
 
 def _same_class(per_step: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether what the engine predicts is, after each number of steps, the largest of PyTorch's logits or tied with it,
-    `[N, T]`, both given as `[N, T, K]`."""
-    running, size = np.cumsum(expected, axis=1), np.cumsum(np.abs(expected), axis=1).max(-1)
-    chosen = np.take_along_axis(running, running_class(per_step)[..., None], -1)[..., 0]
-    same: NDArray[np.bool_] = running.max(-1) - chosen <= _TIE * size
+    """Whether both sides, `[N, T, K]`, predict the same class after each number of steps, `[N, T]`, or classes that are
+    tied on both."""
+    sides = [np.cumsum(logits, axis=1) for logits in (per_step, expected)]
+    classes = [running.argmax(-1)[..., None] for running in sides]
+    tied = []
+    for running in sides:
+        one, other = (np.take_along_axis(running, chosen, -1)[..., 0] for chosen in classes)
+        tied.append(np.abs(one - other) <= _TIE * np.abs(running).max(-1))
+    same: NDArray[np.bool_] = tied[0] & tied[1]
     return same
 
 
@@ -95,9 +99,8 @@ class Reference:
 
 
 def reference_path(model: Path) -> Path:
-    """Where the reference images of an exported model lie: beside it, or beside what a link points at."""
-    beside = model.with_suffix(".reference.npz")
-    return beside if beside.exists() or not model.is_symlink() else reference_path(model.resolve())
+    """Where the reference images of an exported model lie."""
+    return model.with_suffix(".reference.npz")
 
 
 def load_reference(engine: Engine) -> Reference:

@@ -118,14 +118,14 @@ def check_writable(path: Path | str, suffix: str = "", *, begins: bytes = b"", r
     """
     if str(path) == "-" or _is_output(Path(path)):
         raise OSError(f"cannot write {path}: a result goes to a file, not to the terminal; {remedy}")
+    if suffix and Path(path).suffix != suffix:
+        raise OSError(f"cannot write {path}: its name must end in {suffix}; {remedy}")
     path = _regular(path, remedy)
     if path.is_dir():
         raise OSError(f"cannot write {path}: {os.strerror(errno.EISDIR)}; {remedy}")
-    is_other = path.suffix != suffix if suffix else path.suffix in MODELS
+    is_other = not suffix and path.suffix in MODELS
     if path.is_file() and (is_other or not _begins(path, begins)):
         raise OSError(f"cannot write {path}: it is there, and something else; {remedy}, or remove it")
-    if path.suffix != suffix and suffix:
-        raise OSError(f"cannot write {path}: its name must end in {suffix}; {remedy}")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     with _making(path, remedy):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)

@@ -169,7 +169,8 @@ def _take_network(ctx: click.Context, init: Path, network: Mapping[str, Any], op
         ValueError: the network is the user's own and not named.
     """
     _check_named(ctx, init, network)
-    for name in ("model", "width", "tau", "v_th", "gamma"):
+    is_another = is_given(ctx, "model") and options["model"] != network["model"]
+    for name in ("tau", "v_th", "gamma") if is_another else ("model", "width", "tau", "v_th", "gamma"):
         if not is_given(ctx, name) and network.get(name, options[name]) != options[name]:
             options[name] = network[name]
             console.print(f"{name} {network[name]}, as in {init}", style="yellow", markup=False)
