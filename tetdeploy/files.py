@@ -109,7 +109,8 @@ def check_writable(path: Path | str, suffix: str = "", *, begins: bytes = b"", r
     """Whether `atomic_write` could write here now, before the work whose result goes here. Leaves nothing behind.
 
     Args:
-        suffix: of the models that are written, which `path` must have; without one, a file that is there is no model.
+        suffix: of the models that are written, which `path` must have, and a file that it links to; without one, a file
+            that is there is no model.
         begins: how what is written begins, and so must a file that is there, unless it is empty.
         remedy: what the error says to do, such as "choose another with --json".
 
@@ -123,7 +124,7 @@ def check_writable(path: Path | str, suffix: str = "", *, begins: bytes = b"", r
     path = _regular(path, remedy)
     if path.is_dir():
         raise OSError(f"cannot write {path}: {os.strerror(errno.EISDIR)}; {remedy}")
-    is_other = not suffix and path.suffix in MODELS
+    is_other = path.suffix != suffix if suffix else path.suffix in MODELS
     if path.is_file() and (is_other or not _begins(path, begins)):
         raise OSError(f"cannot write {path}: it is there, and something else; {remedy}, or remove it")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
