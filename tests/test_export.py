@@ -819,7 +819,7 @@ def test_errors_do_not_name_files_that_are_gone(earlier: Path, monkeypatch: pyte
     with shared_traces():
         with pytest.raises(ValueError, match=r"^torch\.onnx wrote a layer .*: (?!.*\.tmp)"):
             export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:40])
-        monkeypatch.setattr(model, "_check_form", lambda model: None)
+        monkeypatch.setattr(model, "_check_form", lambda *given: None)
         with pytest.raises(ValueError, match=r"^the graph that was to be written cannot be loaded"):
             export_model(convsnn(), earlier, ExportConfig(T=4), digits().images[:40])
 
