@@ -152,7 +152,7 @@ def _check_form(model: bytes, classifier: Classifier) -> None:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         others = {str(p.dtype) for p in classifier.parameters() if p.is_floating_point()} - {"torch.float32"}
-        floats = f"it has parameters in {', '.join(others)}, call classifier.float()"
+        floats = f"it has parameters in {', '.join(sorted(others))}, call classifier.float()"
         raise ValueError(
             f"torch.onnx wrote a layer of the network otherwise than ONNX describes it: {first_line(error)}; nothing "
             f"was written: {floats if others else 'compute that layer by other operations'}"

@@ -73,16 +73,19 @@ def test_logits_by_step() -> None:
     assert running_class(per_step).tolist() == [[0, 1, 1], [1, 1, 1], [0, 1, 1]]
 
 
-def test_of_tied_classes_either_agrees() -> None:
-    engine, torch = np.zeros((1, 2, 3), np.float32), np.zeros((1, 2, 3), np.float32)
-    engine[0] = [[1, np.nextafter(np.float32(1), 2), 0], [0, 0, 0]]
-    torch[0] = [[1, 1 - 2e-7, 0], [5e-6, 0, 0]]  # after the second step they differ
+@pytest.mark.parametrize("offset", [0, -2])
+@pytest.mark.parametrize("factor", [1, 1e3, 1e-3])
+def test_of_tied_classes_either_agrees(factor: float, offset: float) -> None:
+    """By the largest logit in size, whatever that is."""
+    first = np.array([[offset], [0]])
+    engine = factor * np.add([[[1, 1 + 2e-7, 0], [0, 0, 0]]], first)
+    torch = factor * np.add([[[1, 1 - 2e-7, 0], [5e-6, 0, 0]]], first)  # after the second step they differ
     for sides in ((engine, torch), (torch, engine)):
         sums = LogitAgreement(2)
         sums.add(*sides)
         assert [sums.top1_agreement(t) for t in (1, 2)] == [1, 0]
     sums = LogitAgreement(2)
-    sums.add(np.eye(3, dtype=np.float32)[None, 1:], 0 * torch)  # all classes are tied on one side only
+    sums.add(np.eye(3)[None, 1:], 0 * torch)  # all classes are tied on one side only
     assert sums.top1_agreement(1) == 0
 
 

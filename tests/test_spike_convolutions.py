@@ -185,6 +185,13 @@ def test_is_no_less_exact_than_float32(spiking_op: str) -> None:
     assert error < usual
 
 
+def test_whole_numbers_up_to_the_largest_stay_as_they_are() -> None:
+    weights = np.array([[LARGEST - 1, 1, -3], [LARGEST, -LARGEST, 0]], np.float32)
+    for given in (weights, weights / 64):
+        whole, scales = whole_weights(given)
+        np.testing.assert_array_equal(whole * scales.astype(np.float64)[:, None], given)
+
+
 @pytest.mark.parametrize("largest", [1, 3, 127, 32767])
 def test_weights_on_a_grid_have_float32s_own_sums(largest: int, spiking_op: str) -> None:
     """Multiples of a power of two: where a membrane ends just at the threshold, it does so here."""
