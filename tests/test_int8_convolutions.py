@@ -14,26 +14,41 @@ from onnx import TensorProto, helper, numpy_helper
 from tetdeploy import native
 from tetdeploy.engine import Engine
 from tetdeploy.native.fusing import fuse_model
+from tetdeploy.native.graphs import Kind
 from tetdeploy.native.int8_convolutions import Way, best_way, put_int8_convolutions
+from tetdeploy.native.packing import runs_together
 from tetdeploy.native.whole_numbers import Whole, WholeNumbers
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 Array = np.ndarray[Any, Any]
-OPERATORS: dict[Way, str] = {"plain": "Int8Convolution", "tiles": "Int8Convolution", "additions": "Int8Additions"}
+OPERATORS: dict[Way, str] = {
+    "plain": "Int8Convolution",
+    "tiles": "Int8Convolution",
+    "additions": "Int8Additions",
+    "lookups": "Int8Lookups",
+}
 
 
 class Few(WholeNumbers):
-    """Inputs are sums of three spikes at most."""
+    """Inputs are sums of three spikes at most; spikes, of lookups."""
+
+    most = 3
 
     def of(self, name: str) -> Whole:
-        return Whole(3)
+        return Whole(self.most)
 
 
-@pytest.fixture(params=["plain", "tiles", 16, 32, 64])
+@pytest.fixture(params=["plain", "tiles", "lookups", 16, 32, 64])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
-    """How convolutions are computed: by additions in vector registers of so many bytes, of any inputs and channels."""
+    """How convolutions are computed: by additions in vector registers of so many bytes; of any inputs and channels."""
     if request.param == "tiles" and not native.has_tiles():
         pytest.skip("this processor, or its system, has no AMX")
+    if request.param == "lookups":
+        if not native.has_lookups():
+            pytest.skip("this processor, or its system, cannot")
+        monkeypatch.setattr(Few, "most", 1)
+        for name in ("LEAST_TAPS", "LEAST_OUTPUTS"):
+            monkeypatch.setattr(f"tetdeploy.native.int8_convolutions.{name}", 0)
     if isinstance(request.param, str):
         return request.param  # type: ignore[return-value]
     if request.param > native.vector_bytes():
@@ -92,14 +107,14 @@ def session(model: onnx.ModelProto, threads: int = 2) -> ort.InferenceSession:
 
 def replaced(model: onnx.ModelProto, way: Way) -> onnx.ModelProto:
     copy = onnx.ModelProto.FromString(model.SerializeToString())
-    assert put_int8_convolutions(copy.graph, Few(copy.graph, []), way) == 1
+    assert put_int8_convolutions(copy.graph, Few(copy.graph, []), way, {}) == 1
     assert [node.op_type for node in copy.graph.node] == [OPERATORS[way]]
     return copy
 
 
-def spikes(*shape: int, most: int = 3) -> Array:
+def spikes(*shape: int) -> Array:
     """Sums of spikes. Bytes above 64 would overflow in ONNX Runtime's kernels for processors without VNNI."""
-    return np.random.default_rng(1).integers(0, most + 1, shape).astype(np.uint8)
+    return np.random.default_rng(1).integers(0, Few.most + 1, shape).astype(np.uint8)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -181,7 +196,7 @@ def test_the_largest_sums(weight: int, x: int | list[int], way: Way) -> None:
     numbers = {"w": np.full((33, 300, 3, 3), weight, np.int8), "bias": np.zeros(33, np.int32), "y_scale": np.float32(1)}
     numbers["w_scale"] = np.full(33, 2.0**-13, np.float32)
     model = convolution((300, 33), pads=[0] * 4, zero=128, change=numbers)
-    inputs = np.resize(np.array(x, np.uint8), (2, 7, 5, 300))
+    inputs = np.resize(np.array(x, np.uint8).clip(None, Few.most), (2, 7, 5, 300))
     windows = np.lib.stride_tricks.sliding_window_view(inputs.astype(np.int64), (3, 3), (1, 2))
     expected = (np.rint(windows.sum((3, 4, 5)) * weight * 2.0**-13) + 128).clip(0, 255)
     y = session(replaced(model, way)).run(None, {"x": inputs})[0]
@@ -210,7 +225,7 @@ def test_weights_in_common_are_put_in_order_once(way: Way) -> None:
     model.graph.node.append(again)
     model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.UINT8, None))
     fused = onnx.ModelProto.FromString(model.SerializeToString())
-    assert put_int8_convolutions(fused.graph, Few(fused.graph, []), way) == 2
+    assert put_int8_convolutions(fused.graph, Few(fused.graph, []), way, {}) == 2
     names = [tensor.name for tensor in fused.graph.initializer]
     assert len(names) == len(set(names)) == 4 and "w" not in names
     x = spikes(2, 9, 9, 64)
@@ -233,7 +248,7 @@ def test_weights_in_common_are_put_in_order_once(way: Way) -> None:
 )
 def test_others_stay(model: onnx.ModelProto) -> None:
     before = model.SerializeToString()
-    assert put_int8_convolutions(model.graph, Few(model.graph, []), "tiles") == 0
+    assert put_int8_convolutions(model.graph, Few(model.graph, []), "tiles", {}) == 0
     assert model.SerializeToString() == before
 
 
@@ -252,28 +267,96 @@ def test_others_stay(model: onnx.ModelProto) -> None:
 )
 def test_additions_where_they_are_the_faster_way(outputs: int, inputs: int, most: int, added: bool) -> None:
     graph = convolution((inputs, outputs)).graph
+    assert put_int8_convolutions(graph, Inputs(graph, most), "additions", {}) == added
 
-    class Inputs(WholeNumbers):
-        def of(self, name: str) -> Whole | None:
-            return Whole(most) if name == "x" and most else None
 
-    assert put_int8_convolutions(graph, Inputs(graph, []), "additions") == added
+class Inputs(WholeNumbers):
+    """Of `x` it is known that it is `most` at most, if that is not 0."""
+
+    def __init__(self, graph: onnx.GraphProto, most: int) -> None:
+        super().__init__(graph, [])
+        self._most = most
+
+    def of(self, name: str) -> Whole | None:
+        return Whole(self._most) if name == "x" and self._most else None
 
 
 @pytest.mark.parametrize(
-    ("tiles", "vector_bytes", "vnni", "way"),
+    ("kernel", "size", "images", "most", "looked_up"),
     [
-        (True, 64, True, "tiles"),
-        (False, 64, True, None),
-        (False, 64, False, "additions"),
-        (False, 32, False, "additions"),
-        (False, 16, False, None),
+        ((3, 3), (16, 8), 1, 1, True),
+        ((3, 3), (8, 8), 2, 1, True),
+        ((1, 2), (16, 8), 1, 1, True),
+        ((3, 3), (16, 7), 1, 1, False),
+        ((3, 3), (8, 8), 1, 1, False),
+        ((1, 1), (32, 32), 2, 1, False),
+        ((3, 3), (16, 8), 1, 2, False),
+        ((3, 3), (16, 8), 1, 0, False),
+        ((3, 3), (128, None), 2, 1, False),
+        ((3, 3), None, 2, 1, False),
+    ],
+)
+def test_lookups_where_they_are_the_faster_way(
+    kernel: tuple[int, int], size: tuple[int | None, ...] | None, images: int, most: int, looked_up: bool
+) -> None:
+    graph = convolution(kernel=kernel).graph
+    kinds = {} if size is None else {"y": Kind(TensorProto.UINT8, ("N", *size, 32))}
+    assert put_int8_convolutions(graph, Inputs(graph, most), "lookups", kinds, images) == looked_up
+
+
+@pytest.mark.parametrize(("layout", "images"), [("unrolled", 2), ("dynamic", 2), ("step", 1)])
+def test_a_call_of_several_steps_has_several_images(layout: str, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = list[int]()
+
+    def put(graph: Any, wholes: Any, way: Way, kinds: dict[str, Kind], images: int) -> int:
+        given.append(images)
+        return 0
+
+    monkeypatch.setattr("tetdeploy.native.fusing.best_way", lambda: "lookups")
+    monkeypatch.setattr("tetdeploy.native.fusing.put_int8_convolutions", put)
+    Engine(int8_exported(layout), native=True)
+    assert given == [images]
+
+
+@pytest.mark.parametrize(
+    ("weight", "together", "of_both_signs"),
+    [(127, 1, 2), (86, 1, 3), (-86, 1, 3), (85, 2, 4), (-85, 2, 4), (35, 4, 5), (34, 5, 5), (-34, 5, 5), (0, 5, 5)],
+)
+def test_as_many_runs_add_up_as_stay_within_int16(weight: int, together: int, of_both_signs: int) -> None:
+    """960 inputs are five runs of 192."""
+    digits = np.full((2, 960, 1, 1), weight, np.int8)
+    digits[1] = 1
+    assert runs_together(digits) == together
+    digits[0, ::2] *= -1  # the sum of all would be 0, but not that of any
+    assert runs_together(digits) == of_both_signs
+
+
+@pytest.mark.parametrize("way", ["lookups"], indirect=True)
+@pytest.mark.parametrize("weight", [127, 86, 85, -85, 35, 34, -34])
+def test_sums_of_runs_do_not_wrap(weight: int, way: Way) -> None:
+    numbers = {"w": np.full((16, 960, 1, 1), weight, np.int8), "w_scale": np.full(16, 2.0**-10, np.float32)}
+    numbers |= {"y_scale": np.float32(1), "bias": np.zeros(16, np.int32)}
+    model = replaced(convolution((960, 16), (1, 1), pads=[0] * 4, zero=128, change=numbers), way)
+    y = session(model).run(None, {"x": np.ones((1, 2, 3, 960), np.uint8)})[0]
+    np.testing.assert_array_equal(y, np.full((1, 2, 3, 16), np.rint(960 * weight / 1024) + 128))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "lookups", "vector_bytes", "vnni", "way"),
+    [
+        (True, False, 64, True, "tiles"),
+        (False, True, 64, True, "lookups"),
+        (False, False, 64, True, None),
+        (False, False, 64, False, "additions"),
+        (False, False, 32, False, "additions"),
+        (False, False, 16, False, None),
     ],
 )
 def test_the_way_of_a_processor(
-    tiles: bool, vector_bytes: int, vnni: bool, way: Way | None, monkeypatch: pytest.MonkeyPatch
+    tiles: bool, lookups: bool, vector_bytes: int, vnni: bool, way: Way | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, found in (("has_tiles", tiles), ("vector_bytes", vector_bytes), ("has_vnni", vnni)):
+    known = {"has_tiles": tiles, "has_fast_lookups": lookups, "vector_bytes": vector_bytes, "has_vnni": vnni}
+    for name, found in known.items():
         monkeypatch.setattr(native, name, lambda found=found: found)
     assert best_way() == way
 
@@ -287,11 +370,16 @@ def test_the_way_of_a_processor(
         ({"zero_point": 256}, "the zero point is no byte"),
     ],
 )
-@pytest.mark.parametrize("way", ["plain", "additions"])
-def test_a_damaged_node_is_refused(
-    change: dict[str, Any], says: str, way: Way, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tetdeploy.native.convolution.MOST_ADDED", 255)
+def test_a_damaged_node_is_refused(change: dict[str, Any], says: str, way: Way) -> None:
+    refuses(change, says, way)
+
+
+@pytest.mark.parametrize("way", ["lookups"], indirect=True)
+def test_lookups_of_no_run_are_refused(way: Way) -> None:
+    refuses({"together": 0}, "no run adds up", way)
+
+
+def refuses(change: dict[str, Any], says: str, way: Way) -> None:
     model = replaced(convolution(), way)
     node = model.graph.node[0]
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute} | change

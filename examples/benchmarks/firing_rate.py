@@ -1,10 +1,10 @@
-"""One convolution of spikes on a CPU by how many neurons fire: ONNX Runtime's own, by additions, and in tiles.
+"""One convolution of spikes on a CPU by how many neurons fire: ONNX Runtime's own, by additions, lookups, and in tiles.
 
     python examples/benchmarks/firing_rate.py [--int8] [--channels 256] [--size 16] [--images 32] [--threads 1]
 
 3x3 taps, random spikes, as many output as input channels; medians over ten runs of the convolution's kernel in ONNX
 Runtime's profile. Columns are those of this processor: additions in registers of 64 bytes take AVX-512, of 32 AVX2,
-tiles AMX.
+lookups, which are int8's alone, AVX-512 with VNNI, tiles AMX.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from inference import convolution_share
 RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8, 1.0)
 
 
-def convolution(channels: int, int8: bool) -> onnx.ModelProto:
+def convolution(channels: int, size: int, int8: bool) -> onnx.ModelProto:
     """`per_step [N, C, H, W]`, the currents of spikes where `x [N, C, H, W]` is above 0."""
     weights = np.random.default_rng(0).normal(size=(channels, channels, 3, 3)).astype(np.float32)
     constants: dict[str, np.ndarray] = {"zero": np.zeros((), np.float32)}
@@ -53,7 +53,7 @@ def convolution(channels: int, int8: bool) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "convolution",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", channels, "H", "W"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", channels, size, size])],
         [helper.make_tensor_value_info("per_step", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
@@ -66,6 +66,7 @@ def measure(side: str, model: Path, x: np.ndarray, threads: int) -> float:
         mock.patch.object(native, "has_tiles", return_value=side == "tiles"),
         mock.patch.object(native, "vector_bytes", return_value=int(registers) if kind == "additions" else 0),
         mock.patch.object(native, "has_vnni", return_value=kind != "additions"),
+        mock.patch.object(native, "has_fast_lookups", return_value=side == "lookups"),
     ):
         return convolution_share(model, x, threads, own=side == "ONNX Runtime")["convolutions"]
 
@@ -80,6 +81,7 @@ def main(int8: bool, channels: int, size: int, images: int, threads: int) -> Non
     if (why := native.missing()) is not None:
         raise click.ClickException(why)
     sides = ["ONNX Runtime", *(f"additions {bytes_}" for bytes_ in (64, 32) if bytes_ <= native.vector_bytes())]
+    sides += ["lookups"] if int8 and native.has_lookups() else []
     sides += ["tiles"] if native.has_tiles() else []
     table = Table(
         title=f"{'int8' if int8 else 'float32'}, {channels} channels, 3x3, {images} x {size}x{size}, "
@@ -90,7 +92,7 @@ def main(int8: bool, channels: int, size: int, images: int, threads: int) -> Non
     rng = np.random.default_rng(1)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "convolution.onnx"
-        onnx.save(convolution(channels, int8), model)
+        onnx.save(convolution(channels, size, int8), model)
         for rate in RATES:
             x = (rng.random((images, channels, size, size)) < rate).astype(np.float32)
             took = [measure(side, model, x, threads) for side in sides]

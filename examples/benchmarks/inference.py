@@ -149,7 +149,7 @@ def convolution_share(model: Path, x: Any, threads: int, *, own: bool = False) -
             milliseconds = event["dur"] / 1e3
             run["all"] += milliseconds
             run["convolutions"] += milliseconds * any(
-                word in event["args"]["op_name"] for word in ("Conv", "Additions")
+                word in event["args"]["op_name"] for word in ("Conv", "Additions", "Lookups")
             )
     return {key: statistics.median(run[key] for run in runs[3:]) for key in ("all", "convolutions")}
 

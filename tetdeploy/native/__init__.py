@@ -3,8 +3,8 @@
 ONNX Runtime runs one operator after the other, and between two of them a tensor goes through memory. What stands
 between two convolutions of a spiking network (scales of the currents, residual sums, leak, threshold and reset of
 every step) is one operator here, in C, with the same bits, and others are its convolutions of spikes where the
-processor has AVX2 or AMX, in int8 where it has AMX, or AVX2 without VNNI. Model files do not know of them: they are put
-in when a model is loaded, into the graph that ONNX Runtime has optimised for the machine.
+processor has AVX2 or AMX, in int8 where it has AMX, AMD's AVX-512, or AVX2 without VNNI. Model files do not know of
+them: they are put in when a model is loaded, into the graph that ONNX Runtime has optimised for the machine.
 """
 
 from __future__ import annotations
@@ -63,6 +63,16 @@ def vector_bytes() -> int:
 def has_vnni() -> bool:
     """Whether the processor has instructions that multiply int8 in vector registers."""
     return bool(_ask("has_vnni"))
+
+
+def has_lookups() -> bool:
+    """Whether lookups of sums of spikes can be used: the processor has AVX-512 with VNNI."""
+    return bool(_ask("has_lookups"))
+
+
+def has_fast_lookups() -> bool:
+    """Whether they are faster than multiplications: processors of AMD permute registers in as little time."""
+    return bool(_ask("has_fast_lookups"))
 
 
 def _ask(what: str) -> int:

@@ -1,8 +1,8 @@
 /* Convolutions of bytes as operators of ONNX Runtime: what their ways of computing have in common.
  *
- * `ai.tetdeploy::Int8Convolution`, with AMX, and `ai.tetdeploy::Int8Additions`, without, stand for a `QLinearConv` of bytes
- * that lie channels last, and give its bits: sums of int32, plus the bias, times a scale for each channel in float32,
- * limited, rounded to even, plus the zero point.
+ * `ai.tetdeploy::Int8Convolution`, with AMX, and `ai.tetdeploy::Int8Lookups` and `ai.tetdeploy::Int8Additions`, without, stand
+ * for a `QLinearConv` of bytes that lie channels last, and give its bits: sums of int32, plus the bias, times a scale for
+ * each channel in float32, limited, rounded to even, plus the zero point.
  *
  * `ai.tetdeploy::SpikeConvolution`, with AMX, and `ai.tetdeploy::SpikeAdditions`, without, stand for a float32 `Conv` of
  * spikes, or sums of some, and give the same bits. A weight is a whole number of 24 bits times a scale of its channel, as
@@ -10,7 +10,8 @@
  * operations make a current, high * (scale * 65536) + (low * scale + bias).
  *
  *   input 0   uint8 [N, H, W, C], zero point 0
- *   input 1   weights, constant: int8 in tiles, int16 or int32 of additions, in the order that `tiles.c` and `additions.c` say
+ *   input 1   weights, constant: int8 in tiles and of lookups, int16 or int32 of additions, in the order that `tiles.c`,
+ *             `lookups.c` and `additions.c` say
  *   input 2   float32 [O], constant: scale of the input times that of the weights over that of the output; of the weights
  *   input 3   int32 [O], constant: bias; float32
  *   output    uint8 [N, H', W', O]; float32
@@ -196,5 +197,8 @@ static OrtCustomOpInputOutputCharacteristic ORT_API_CALL required(const OrtCusto
     .GetEndVersion = first_version,                                                                                   \
   }
 static const Operator OPERATORS[] = {
-    {OPERATOR, &INT8_TILES}, {OPERATOR, &INT8_ADDITIONS}, {OPERATOR, &SPIKE_TILES}, {OPERATOR, &SPIKE_ADDITIONS}};
-const OrtCustomOp* const CONVOLUTIONS[] = {&OPERATORS[0].op, &OPERATORS[1].op, &OPERATORS[2].op, &OPERATORS[3].op, NULL};
+    {OPERATOR, &INT8_TILES},  {OPERATOR, &INT8_ADDITIONS},  {OPERATOR, &INT8_LOOKUPS},
+    {OPERATOR, &SPIKE_TILES}, {OPERATOR, &SPIKE_ADDITIONS},
+};
+const OrtCustomOp* const CONVOLUTIONS[] = {&OPERATORS[0].op, &OPERATORS[1].op, &OPERATORS[2].op,
+                                           &OPERATORS[3].op, &OPERATORS[4].op, NULL};

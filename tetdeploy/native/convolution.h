@@ -1,4 +1,4 @@
-/* What a convolution is, for the ways of computing one: `tiles.c` and `additions.c`. */
+/* What a convolution is, for the ways of computing one: `tiles.c`, `additions.c` and `lookups.c`. */
 #pragma once
 
 #include "operator.h"
@@ -22,14 +22,14 @@ typedef struct {
   void (*multiply)(void* call, size_t grain);
 } Way;
 
-extern const Way INT8_TILES, INT8_ADDITIONS, SPIKE_TILES, SPIKE_ADDITIONS;
+extern const Way INT8_TILES, INT8_ADDITIONS, INT8_LOOKUPS, SPIKE_TILES, SPIKE_ADDITIONS;
 
 struct Kernel {
   const OrtApi* api;
   const Way* way;
   size_t size[2], strides[2], pads[4]; /* vertical, horizontal; pads as in ONNX */
   size_t in_channels, out_channels, taps;
-  size_t blocks, chunks; /* of output and of input channels */
+  size_t blocks, chunks; /* of output and of input channels, of lookups groups of these */
   const void* weights;   /* the node's, or where they do not begin with a line `aligned` */
   void* aligned;
   float* scales;         /* these and biases are filled with zeros up to whole blocks */
@@ -40,6 +40,7 @@ struct Kernel {
   size_t rows, most;     /* of additions: input channels in a chunk, what each is at most, */
   size_t width;          /* output channels in a block */
   int64_t vector_bytes;  /* and how long the registers are */
+  int64_t together;      /* of lookups: runs whose sums are int16 */
 };
 
 struct Call {
@@ -48,12 +49,14 @@ struct Call {
   void *y, *spread;
   size_t images, size[2], out_size[2];
   size_t rows, grains;
-  size_t pitch[2];  /* rows and columns of an image in `spread`; of tiles: in a plane of it */
-  size_t planes[2]; /* of tiles: remainders of the strides that taps fall on, */
+  size_t pitch[2];  /* rows and columns of an image in `spread`; of tiles and lookups: in a plane of it */
+  size_t planes[2]; /* of these: remainders of the strides that taps fall on, */
   size_t positions; /* of the outputs in a plane, padding included, */
   size_t allocated; /* positions of a plane, with zeros behind the last image, */
-  size_t tiles, row_tiles; /* of outputs; of one row, 0 if rows are not cut apart; and */
-  int by_channels;  /* whether grains that follow one another have weights in common, not pixels */
+  size_t apart;     /* from one to the next, */
+  size_t lanes, tiles, row_tiles; /* outputs of a tile, tiles, and those of one row, 0 if rows are not cut apart */
+  size_t group;     /* of lookups: tiles in a grain */
+  int by_channels;  /* of tiles: whether grains that follow one another have weights in common, not pixels */
 };
 
 static inline size_t least(size_t a, size_t b) { return a < b ? a : b; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 LARGEST = 127 * 65536 + 127 * 256 + 127  # of three digits
 ROW, MOST_ADDITIONS, MOST_ROWS = 256, 255, 128  # as in `additions.c`
+CHANNELS, CHUNK, OUTPUTS, SOME, MOST_GROUPS = 5, 64, 16, 8, 47  # as in `lookups.c`
 
 
 def whole_weights(weights: Array) -> tuple[Array, Array]:
@@ -68,3 +70,45 @@ def rows_of(whole: Array, most: int) -> Array:
     filled = np.pad(whole, [(0, -outputs % width), (0, -inputs % rows), (0, 0), (0, 0)])
     apart = filled.reshape(-1, width, filled.shape[1] // rows, rows, *kernel).transpose(0, 2, 4, 5, 3, 1)
     return np.concatenate([apart.sum(4, dtype=whole.dtype, keepdims=True), apart], 4)
+
+
+def groups_of(digits: Array) -> Array:
+    """Weights in the order in which `lookups.c` makes tables of them.
+
+    Args:
+        digits: int8 `[O, C, kernel height, kernel width]`.
+
+    Returns: `[blocks, 2, groups, kernel height, kernel width, 8, 5]`.
+    """
+    apart = _in_groups(np.pad(digits, [(0, -len(digits) % OUTPUTS), (0, 0), (0, 0), (0, 0)]))
+    apart = apart.reshape(-1, OUTPUTS // SOME, SOME, *apart.shape[1:]).transpose(0, 1, 3, 5, 6, 2, 4)
+    return np.ascontiguousarray(np.roll(apart, -1, -1))
+
+
+def runs_together(digits: Array) -> int:
+    """How many runs of groups and taps, one after the other, have sums within int16, whichever inputs are 1.
+
+    Args:
+        digits: int8 `[O, C, kernel height, kernel width]`.
+    """
+    apart = _in_groups(digits).transpose(0, 1, 3, 4, 2).astype(np.int64)
+    largest = np.stack([apart.clip(0).sum(-1), -apart.clip(None, 0).sum(-1)]).reshape(2 * len(digits), -1)
+    steps = largest.shape[1]
+    runs = math.ceil(steps / MOST_GROUPS)
+    by_run = np.add.reduceat(largest, [run * steps // runs for run in range(runs)], axis=1)
+    return next(
+        together
+        for together in range(runs, 0, -1)
+        if together == 1 or np.add.reduceat(by_run, range(0, runs, together), axis=1).max() < 2**15
+    )
+
+
+def _in_groups(digits: Array) -> Array:
+    """`[O, groups, 5, kernel height, kernel width]`: of each 64 input channels five, and five, and at last four."""
+    (outputs, inputs), kernel = digits.shape[:2], digits.shape[2:]
+    whole, rest = divmod(inputs, CHUNK)
+    each = math.ceil(CHUNK / CHANNELS)
+    filled = np.pad(digits, [(0, 0), (0, -inputs % CHUNK), (0, 0), (0, 0)]).reshape(outputs, -1, CHUNK, *kernel)
+    filled = np.pad(filled, [(0, 0), (0, 0), (0, each * CHANNELS - CHUNK), (0, 0), (0, 0)])
+    groups = whole * each + math.ceil(rest / CHANNELS)
+    return filled.reshape(outputs, -1, CHANNELS, *kernel)[:, :groups]

@@ -7,17 +7,13 @@
  *   zero_point   of the uint8 output
  *   plain        1 for int8 in plain C, which is slow, also without AMX
  *
- * A call first spreads the input: 64 channels after 64 channels, the pixels of all images one behind the other with the
- * zeros of the padding between them, and for strides one such plane for each remainder. Sixteen outputs that follow one
- * another are then made of sixteen rows of 64 bytes that do, for every tap of the kernel. Where it takes fewer tiles each
- * row of outputs is cut into its own; otherwise all are cut in one, outputs that would lie in the padding are computed with
- * the others, and left out.
+ * A call first spreads the input in planes (`planes.h`), 64 channels after 64 channels. Sixteen outputs that follow one another
+ * are then made of sixteen rows of 64 bytes that do.
  */
 #define _GNU_SOURCE /* syscall, whatever standard of C is asked for */
-#include "convolution.h"
+#include "planes.h"
 
 #if X86
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #define FOR_TILES __attribute__((target("arch=x86-64-v4,prefer-vector-width=512,amx-tile,amx-int8")))
@@ -53,23 +49,19 @@ int has_tiles(void) {
 static void spread_row(void* argument, size_t grain) {
   const Call* call = argument;
   const Kernel* kernel = call->kernel;
-  const size_t plane = grain % call->planes[0], at = grain / call->planes[0];
-  const size_t image = at / call->pitch[0], padded = at % call->pitch[0] * kernel->strides[0] + plane;
-  const size_t row = padded - kernel->pads[0]; /* wraps above the image */
-  const int inside = image < call->images && padded >= kernel->pads[0] && row < call->size[0];
+  const PlaneRow from = plane_row(call, grain);
   for (size_t remainder = 0; remainder < call->planes[1]; ++remainder) {
     for (size_t chunk = 0; chunk < kernel->chunks; ++chunk) {
-      const size_t from = chunk * CHUNK, n = least(kernel->in_channels - from, CHUNK);
-      const size_t before = (plane * call->planes[1] + remainder) * kernel->chunks + chunk;
-      uint8_t* target = (uint8_t*)call->spread + (before * call->allocated + at * call->pitch[1]) * CHUNK;
+      const size_t first = chunk * CHUNK, n = least(kernel->in_channels - first, CHUNK);
+      const size_t before = (from.plane * call->planes[1] + remainder) * kernel->chunks + chunk;
+      uint8_t* target = (uint8_t*)call->spread + (before * call->apart + from.at * call->pitch[1]) * CHUNK;
       for (size_t j = 0; j < call->pitch[1]; ++j, target += CHUNK) {
         const size_t column = j * kernel->strides[1] + remainder - kernel->pads[1]; /* wraps, too */
-        if (!inside || column >= call->size[1]) {
+        if (!from.inside || column >= call->size[1]) {
           memset(target, 0, CHUNK);
           continue;
         }
-        const size_t pixel = (image * call->size[0] + row) * call->size[1] + column;
-        const uint8_t* source = call->x + pixel * kernel->in_channels + from;
+        const uint8_t* source = call->x + (from.pixel + column) * kernel->in_channels + first;
         if (n == CHUNK) {
           memcpy(target, source, CHUNK);
         } else {
@@ -83,32 +75,15 @@ static void spread_row(void* argument, size_t grain) {
 
 static inline size_t element(const Kernel* kernel) { return kernel->digits == 1 ? 1 : sizeof(float); } /* of an output's */
 
-/* The position of a tile's first output in a plane. */
-static inline size_t position_of(const Call* call, size_t tile) {
-  if (call->row_tiles == 0) return tile * ROWS;
-  const size_t row = tile / call->row_tiles, before = row / call->out_size[0] * call->pitch[0] + row % call->out_size[0];
-  return before * call->pitch[1] + tile % call->row_tiles * ROWS;
-}
-
-/* The `left` positions of a tile from its first on, which is (y, x) of an image. */
-typedef struct { size_t y, x, left; } Place;
-
-static inline Place place_of(const Call* call, size_t position) {
-  const size_t x = position % call->pitch[1];
-  const size_t left = call->row_tiles ? call->out_size[1] - x : call->positions - position;
-  return (Place){position / call->pitch[1] % call->pitch[0], x, least(left, ROWS)};
-}
-
 /* Sums that are to be written: of two tiles, or of one. */
 typedef struct { const int32_t *sums, *seconds; uint8_t* output; Place now, then; } Pending;
 
 static inline Pending sums_from(const Call* call, size_t block, size_t tile, size_t last, const int32_t* sums) {
-  const size_t position = position_of(call, tile), image = position / (call->pitch[0] * call->pitch[1]);
+  const size_t position = position_of(call, tile);
   const Place now = place_of(call, position);
   const Place then = tile + 1 < last ? place_of(call, position_of(call, tile + 1)) : (Place){.left = 0};
-  const size_t rows = image * call->out_size[0] + least(now.y, call->out_size[0]); /* of outputs before it */
-  const size_t pixels = rows * call->out_size[1] + (now.y < call->out_size[0] ? least(now.x, call->out_size[1]) : 0);
-  uint8_t* output = (uint8_t*)call->y + (pixels * call->kernel->out_channels + block * CHANNELS) * element(call->kernel);
+  const size_t outputs = outputs_before(call, position, now) * call->kernel->out_channels + block * CHANNELS;
+  uint8_t* output = (uint8_t*)call->y + outputs * element(call->kernel);
   return (Pending){sums, sums + ROWS * CHANNELS, output, now, then};
 }
 
@@ -116,32 +91,18 @@ static inline Pending sums_from(const Call* call, size_t block, size_t tile, siz
 static inline uint8_t* next(const Call* call, Pending* pending) {
   uint8_t* output = NULL;
   Place* now = &pending->now;
-  if (now->y < call->out_size[0] && now->x < call->out_size[1]) {
+  if (is_output(call, *now)) {
     output = pending->output;
     pending->output += call->kernel->out_channels * element(call->kernel);
   }
   pending->sums += CHANNELS;
-  if (++now->x == call->pitch[1]) {
-    now->x = 0;
-    if (++now->y == call->pitch[0]) now->y = 0;
-  }
-  if (--now->left == 0 && pending->then.left > 0) {
+  go_on(call, now);
+  if (now->left == 0 && pending->then.left > 0) {
     pending->sums = pending->seconds;
     *now = pending->then;
     pending->then.left = 0;
   }
   return output;
-}
-
-/* Where the first position of each tap is, in bytes from that of a chunk's plane. */
-static void find_taps(const Call* call, size_t* taps) {
-  const Kernel* kernel = call->kernel;
-  for (size_t y = 0; y < kernel->size[0]; ++y)
-    for (size_t x = 0; x < kernel->size[1]; ++x) {
-      const size_t sy = kernel->strides[0], sx = kernel->strides[1], plane = y % sy * call->planes[1] + x % sx;
-      const size_t at = plane * kernel->chunks * call->allocated + y / sy * call->pitch[1] + x / sx;
-      taps[y * kernel->size[1] + x] = at * CHUNK;
-    }
 }
 
 static void add_products(const Call* call, const size_t* taps, int32_t* sums, const int8_t* weights, size_t position) {
@@ -219,11 +180,9 @@ FOR_TILES INLINED void write_some(const Call* call, const Channels* channels, Pe
         _mm512_mask_storeu_ps((float*)y + 16 * half, channels->there[half], current);
         continue;
       }
-      const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums), channels->biases[half]);
-      __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), channels->scales[half]);
-      scaled = _mm512_min_ps(_mm512_max_ps(scaled, channels->low), channels->high);
-      const __m512i bytes = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), channels->zero);
-      _mm_mask_storeu_epi8(y + 16 * half, channels->there[half], _mm512_cvtepi32_epi8(bytes));
+      const __m128i bytes = requantised(_mm512_load_si512(sums), channels->biases[half], channels->scales[half],
+                                        channels->low, channels->high, channels->zero);
+      _mm_mask_storeu_epi8(y + 16 * half, channels->there[half], bytes);
     }
   }
 }
@@ -303,6 +262,7 @@ static void multiply(void* argument, size_t grain) {
   const size_t last = least(first + GROUP, call->tiles);
   size_t taps[kernel->taps];
   find_taps(call, taps);
+  for (size_t tap = 0; tap < kernel->taps; ++tap) taps[tap] *= CHUNK; /* now in bytes */
 #if X86
   if (!kernel->plain) {
     multiply_tiles(call, taps, block, first, last);
@@ -312,31 +272,9 @@ static void multiply(void* argument, size_t grain) {
   multiply_plain(call, taps, block, first, last);
 }
 
-/* How long an axis of an image is in a plane, so that each output has a place and a tap beyond its end meets the zeros
- * before the next. */
-static size_t pitch(size_t size, size_t out, size_t kernel, size_t stride, size_t before) {
-  const size_t end = (out - 1) * stride + kernel; /* of what taps reach */
-  size_t length = (size + before + stride - 1) / stride;
-  if (length < out) length = out; /* as where padding is as wide as the kernel, and outputs are of nothing else */
-  while (end > length * stride + before) ++length;
-  return length;
-}
-
 static size_t lay_out(Call* call) {
   const Kernel* kernel = call->kernel;
-  for (int axis = 0; axis < 2; ++axis) {
-    const size_t stride = kernel->strides[axis], taps = kernel->size[axis];
-    call->planes[axis] = least(stride, taps);
-    call->pitch[axis] = pitch(call->size[axis], call->out_size[axis], taps, stride, kernel->pads[axis]);
-  }
-  const size_t image = call->pitch[0] * call->pitch[1];
-  const size_t behind = kernel->size[0] * call->pitch[1] + kernel->size[1] + ROWS; /* are read there at most */
-  call->positions = call->images * image;
-  call->allocated = call->positions + parts(behind, image) * image;
-  call->rows = call->allocated / call->pitch[1] * call->planes[0];
-  call->tiles = parts(call->positions, ROWS);
-  const size_t row_tiles = parts(call->out_size[1], ROWS), apart = call->images * call->out_size[0] * row_tiles;
-  if (apart <= call->tiles) call->tiles = apart, call->row_tiles = row_tiles;
+  lay_out_planes(call, ROWS);
   call->grains = parts(call->tiles, GROUP) * kernel->blocks;
   const size_t spread = call->planes[0] * call->planes[1] * kernel->chunks * call->allocated * CHUNK;
   call->by_channels = spread < kernel->blocks * kernel->digits * kernel->chunks * kernel->taps * 2 * TILE;
