@@ -112,16 +112,16 @@ FOR_LOOKUPS INLINED void keep(__m512i sum, Sums* sums, size_t output, Kept* kept
   __m512i b##o = run.begins || tiles < 2 ? a##o : kept[1].of[o];      \
   __m512i c##o = run.begins || tiles < 3 ? a##o : kept[2].of[o];
 #define ADD_IN_PLACE(sum, number) __asm__("vpaddw %1, %0, %0" : "+v"(sum) : "v"(number))
-#define ADD(o)                                                                   \
-  {                                                                              \
-    __m512i table = tables[k][o];                                                \
-    __asm__("" : "+v"(table)); /* read once */                                   \
-    ADD_IN_PLACE(a##o, _mm512_permutexvar_epi16(a, table));                      \
-    if (tiles > 1) ADD_IN_PLACE(b##o, _mm512_permutexvar_epi16(b, table));       \
-    if (tiles > 2) ADD_IN_PLACE(c##o, _mm512_permutexvar_epi16(c, table));       \
+#define ADD(o)                                                             \
+  {                                                                        \
+    __m512i table = tables[k][o];                                          \
+    __asm__("" : "+v"(table)); /* read once */                             \
+    ADD_IN_PLACE(a##o, _mm512_permutexvar_epi16(a, table));                \
+    if (tiles > 1) ADD_IN_PLACE(b##o, _mm512_permutexvar_epi16(b, table)); \
+    if (tiles > 2) ADD_IN_PLACE(c##o, _mm512_permutexvar_epi16(c, table)); \
   }
-#define END(o)                                             \
-  keep(a##o, sums, output, kept, o, run);                  \
+#define END(o)                                                   \
+  keep(a##o, sums, output, kept, o, run);                        \
   if (tiles > 1) keep(b##o, sums + 1, output, kept + 1, o, run); \
   if (tiles > 2) keep(c##o, sums + 2, output, kept + 2, o, run);
 

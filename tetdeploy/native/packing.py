@@ -91,11 +91,12 @@ def runs_together(digits: Array) -> int:
     Args:
         digits: int8 `[O, C, kernel height, kernel width]`.
     """
-    apart = _in_groups(digits).transpose(0, 1, 3, 4, 2).astype(np.int64)
-    largest = np.stack([apart.clip(0).sum(-1), -apart.clip(None, 0).sum(-1)]).reshape(2 * len(digits), -1)
+    apart = _in_groups(digits)
+    positive = apart.clip(0).sum(2, dtype=np.int16)
+    largest = np.stack([positive, positive - apart.sum(2, dtype=np.int16)]).reshape(2 * len(digits), -1)
     steps = largest.shape[1]
     runs = math.ceil(steps / MOST_GROUPS)
-    by_run = np.add.reduceat(largest, [run * steps // runs for run in range(runs)], axis=1)
+    by_run = np.add.reduceat(largest, [run * steps // runs for run in range(runs)], axis=1, dtype=np.int32)
     return next(
         together
         for together in range(runs, 0, -1)
