@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,19 @@ def test_batches_of_any_size_and_none(way: Way) -> None:
         x = spikes(n, h, w, 64)
         expected = plain.run(None, {"x": x})[0]
         np.testing.assert_array_equal(other.run(None, {"x": x})[0], expected)
+
+
+def test_threads_with_small_stacks(way: Way) -> None:
+    x, made = spikes(2, 40, 40, 64), list[Array]()
+    plain, other = session(convolution()), session(replaced(convolution(), way), threads=1)
+    before = threading.stack_size(128 * 1024)
+    try:
+        thread = threading.Thread(target=lambda: made.append(other.run(None, {"x": x})[0]))
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    np.testing.assert_array_equal(made[0], plain.run(None, {"x": x})[0])
 
 
 def test_weights_in_common_are_put_in_order_once(way: Way) -> None:

@@ -139,7 +139,7 @@ FOR_LOOKUPS INLINED void look_up(Sums* sums, Kept* kept, Run run, size_t output,
   FOR_SOME(END)
 }
 
-/* Of 16 outputs at 16 positions, those of 16 positions. */
+/* 16 positions with outputs for lanes, of 16 outputs with positions for lanes. */
 FOR_LOOKUPS INLINED void transpose(__m512i* turned, const Sums* sums, size_t half) {
   __m512i two[16], four[16];
   for (int i = 0; i < 16; i += 2) {
@@ -187,6 +187,13 @@ FOR_LOOKUPS INLINED void write_tile(const Call* call, size_t block, size_t tile,
   }
 }
 
+/* What a grain works on, too much for the stacks of some threads. */
+static _Thread_local struct {
+  Sums sums[MOST_TILES];
+  Kept kept[MOST_TILES];
+  __m512i tables[MOST_GROUPS][SOME];
+} own;
+
 FOR_LOOKUPS static void multiply(void* argument, size_t grain) {
   const Call* call = argument;
   const Kernel* kernel = call->kernel;
@@ -195,9 +202,8 @@ FOR_LOOKUPS static void multiply(void* argument, size_t grain) {
   const size_t all = kernel->chunks * kernel->taps, runs = parts(all, MOST_GROUPS);
   const int8_t(*weights)[SOME][CHANNELS] = kernel->weights;
   weights += block * (OUTPUTS / SOME) * all;
-  Sums sums[MOST_TILES];
-  Kept kept[MOST_TILES];
-  __m512i tables[MOST_GROUPS][SOME];
+  Sums* sums = own.sums;
+  Kept* kept = own.kept;
   const uint16_t* firsts[MOST_TILES];
   size_t taps[kernel->taps], offsets[MOST_GROUPS];
   find_taps(call, taps);
@@ -207,13 +213,13 @@ FOR_LOOKUPS static void multiply(void* argument, size_t grain) {
     for (size_t run = 0; run < runs; ++run) {
       const size_t begin = run * all / runs, n = (run + 1) * all / runs - begin;
       const Run its = {run % kernel->together == 0, (run + 1) % kernel->together == 0 || run + 1 == runs};
-      make_tables(tables, weights + begin, n);
+      make_tables(own.tables, weights + begin, n);
       for (size_t k = 0; k < n; ++k)
         offsets[k] = (begin + k) / kernel->taps * call->apart + taps[(begin + k) % kernel->taps];
       size_t t = 0;
-      for (; t + 3 <= tiles; t += 3) look_up(sums + t, kept + t, its, output, tables, firsts + t, offsets, n, 3);
-      if (tiles - t == 2) look_up(sums + t, kept + t, its, output, tables, firsts + t, offsets, n, 2);
-      if (tiles - t == 1) look_up(sums + t, kept + t, its, output, tables, firsts + t, offsets, n, 1);
+      for (; t + 3 <= tiles; t += 3) look_up(sums + t, kept + t, its, output, own.tables, firsts + t, offsets, n, 3);
+      if (tiles - t == 2) look_up(sums + t, kept + t, its, output, own.tables, firsts + t, offsets, n, 2);
+      if (tiles - t == 1) look_up(sums + t, kept + t, its, output, own.tables, firsts + t, offsets, n, 1);
     }
   for (size_t t = 0; t < tiles; ++t) write_tile(call, block, first + t, sums + t);
 }
