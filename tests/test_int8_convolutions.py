@@ -346,13 +346,42 @@ def test_as_many_runs_add_up_as_stay_within_int16(weight: int, together: int, of
 
 
 @pytest.mark.parametrize("way", ["lookups"], indirect=True)
-@pytest.mark.parametrize("weight", [127, 86, 85, -85, 35, 34, -34])
-def test_sums_of_runs_do_not_wrap(weight: int, way: Way) -> None:
-    numbers = {"w": np.full((16, 960, 1, 1), weight, np.int8), "w_scale": np.full(16, 2.0**-10, np.float32)}
-    numbers |= {"y_scale": np.float32(1), "bias": np.zeros(16, np.int32)}
-    model = replaced(convolution((960, 16), (1, 1), pads=[0] * 4, zero=128, change=numbers), way)
-    y = session(model).run(None, {"x": np.ones((1, 2, 3, 960), np.uint8)})[0]
-    np.testing.assert_array_equal(y, np.full((1, 2, 3, 16), np.rint(960 * weight / 1024) + 128))
+@pytest.mark.parametrize(("inputs", "kernel"), [(695, (1, 1)), (90, (3, 3)), (330, (1, 2))])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_sums_at_the_limit_of_int16(inputs: int, kernel: tuple[int, int], sign: int, beyond: int, way: Way) -> None:
+    """Two runs add up to it, or to 1 more."""
+    taps, channel = kernel[0] * kernel[1], np.arange(inputs)
+    groups = channel // 64 * 13 + channel % 64 // 5
+    steps = (groups[:, None] * taps + np.arange(taps)).reshape(inputs, *kernel)
+    count = (int(groups[-1]) + 1) * taps
+    joined = np.flatnonzero(steps < 2 * count // -(-count // 47))
+    each, more = divmod(2**15 - 1 + beyond, len(joined))
+    digits = np.full((17, inputs, *kernel), sign * 20, np.int8)
+    digits[16].flat[joined] = sign * (each + (np.arange(len(joined)) < more))
+    assert runs_together(digits) == (1 if beyond else 2)
+    change = {"w": digits, "w_scale": np.full(17, 2.0**-9, np.float32), "bias": np.zeros(17, np.int32)}
+    change |= {"y_scale": np.float32(1)}
+    made = session(replaced(convolution((inputs, 17), kernel, pads=[0] * 4, zero=128, change=change), way))
+    for fire in (np.ones_like(digits[16]), steps < 2 * count // -(-count // 47)):
+        x = fire.transpose(1, 2, 0)[None].astype(np.uint8)
+        expected = (np.rint((digits * fire.astype(np.int64)).sum((1, 2, 3)) * 2.0**-9) + 128).clip(0, 255)
+        np.testing.assert_array_equal(made.run(None, {"x": x})[0].reshape(-1), expected)
+
+
+@pytest.mark.parametrize("way", ["lookups"], indirect=True)
+def test_grains_of_the_most_tiles(way: Way) -> None:
+    model, x = convolution((16, 128), (1, 2), pads=[0, 1, 0, 0]), spikes(12, 40, 40, 16)
+    expected = session(model).run(None, {"x": x})[0]
+    np.testing.assert_array_equal(session(replaced(model, way)).run(None, {"x": x})[0], expected)
+
+
+@pytest.mark.parametrize("way", ["additions", "lookups"])
+@pytest.mark.parametrize(("most", "stays"), [(64 * 9 - 1, True), (64 * 9, False)])
+def test_sums_that_may_leave_int32_stay(way: Way, most: int, stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetdeploy.native.int8_convolutions.MOST", most)
+    graph, kinds = convolution((64, 64)).graph, {"y": Kind(TensorProto.UINT8, ("N", 32, 32, 64))}
+    assert put_int8_convolutions(graph, Inputs(graph, 1), way, kinds) == (not stays)
 
 
 @pytest.mark.parametrize(

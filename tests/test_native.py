@@ -1109,3 +1109,17 @@ def test_tensors_that_do_not_fit_are_refused_in_the_call() -> None:
     model = graph([node], {"x": (FLOAT, ["N", 3]), "z": (FLOAT, ["M", 3])}, {"y": FLOAT})
     with pytest.raises(Exception, match="different shapes"):
         run(model, {"x": floats(2, 3), "z": floats(3, 3)}, joined=True)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the native operator was not compiled here: no C compiler")
+@pytest.mark.parametrize("source", ["lookups", "tiles"])
+def test_compiles_for_the_processor_alone(source: str, tmp_path: Path) -> None:
+    """As with CFLAGS=-march=native, which functions for several processors must bear."""
+    file = Path(native.__file__).with_name(f"{source}.c")
+    compiled = subprocess.run(
+        ["cc", "-march=native", "-O1", "-fPIC", "-Wall", "-Werror", "-c", str(file), "-o", str(tmp_path / "made.o")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert compiled.returncode == 0, compiled.stderr

@@ -40,7 +40,7 @@ int has_fast_lookups(void) {
 }
 
 #if X86
-#define FOR_LOOKUPS __attribute__((target("arch=x86-64-v4,avx512vnni,prefer-vector-width=512")))
+#define FOR_LOOKUPS __attribute__((target(V4 ",avx512vnni")))
 
 /* One row of an image, or one of zeros, in the planes of its remainder: of CHUNK positions and channels after others. */
 FOR_LOOKUPS static void spread_row(void* argument, size_t grain) {
@@ -73,29 +73,32 @@ INLINED int32_t four_bytes(const int8_t* from) {
   return read;
 }
 
-/* Of SOME outputs for each of `n` groups and taps. Lane i has the sum of the channels whose bits i has. */
-FOR_LOOKUPS INLINED void make_tables(__m512i (*tables)[SOME], const int8_t (*weights)[SOME][CHANNELS], size_t n) {
+/* Of SOME outputs, for a group and tap or for a tile, and their weights. */
+typedef struct { __m512i of[SOME]; } Some;
+typedef struct { int8_t of[SOME][CHANNELS]; } Weights;
+
+/* For each of `n` groups and taps. Lane i has the sum of the channels whose bits i has. */
+FOR_LOOKUPS INLINED void make_tables(Some* tables, const Weights* weights, size_t n) {
   const __m512i bits = _mm512_set_epi32(0x01010101, 0x01010100, 0x01010001, 0x01010000, 0x01000101, 0x01000100, 0x01000001,
                                         0x01000000, 0x00010101, 0x00010100, 0x00010001, 0x00010000, 0x00000101, 0x00000100,
                                         0x00000001, 0x00000000);
   for (size_t k = 0; k < n; ++k)
     for (size_t o = 0; o < SOME; ++o) { /* the first channel is in every other lane, the upper half of 32 bits */
-      const int8_t* its = weights[k][o];
+      const int8_t* its = weights[k].of[o];
       const __m512i without = _mm512_dpbusd_epi32(_mm512_setzero_si512(), bits, _mm512_set1_epi32(four_bytes(its)));
       const __m512i first = _mm512_srai_epi32(_mm512_set1_epi32(four_bytes(its + 1)), 8); /* of the highest byte */
       const __m512i with = _mm512_add_epi32(_mm512_slli_epi32(without, 16), first);
-      tables[k][o] = _mm512_mask_mov_epi16(with, 0x55555555, without);
+      tables[k].of[o] = _mm512_mask_mov_epi16(with, 0x55555555, without);
     }
 }
 
-/* Of a tile: int32 [output][position], and int16 that is yet to be added to them. */
+/* Of a tile: int32 [output][position]. */
 typedef struct { __m512i of[OUTPUTS][2]; } Sums;
-typedef struct { __m512i of[SOME]; } Kept;
 
 /* What becomes of the sums of a run: it begins with zeros or what was kept, and ends in `Sums` or in what is kept. */
 typedef struct { int begins, ends; } Run;
 
-FOR_LOOKUPS INLINED void keep(__m512i sum, Sums* sums, size_t output, Kept* kept, size_t o, Run run) {
+FOR_LOOKUPS INLINED void keep(__m512i sum, Sums* sums, size_t output, Some* kept, size_t o, Run run) {
   __m512i* its = sums->of[output + o];
   if (!run.ends) {
     kept->of[o] = sum;
@@ -114,7 +117,7 @@ FOR_LOOKUPS INLINED void keep(__m512i sum, Sums* sums, size_t output, Kept* kept
 #define ADD_IN_PLACE(sum, number) __asm__("vpaddw %1, %0, %0" : "+v"(sum) : "v"(number))
 #define ADD(o)                                                             \
   {                                                                        \
-    __m512i table = tables[k][o];                                          \
+    __m512i table = tables[k].of[o];                                       \
     __asm__("" : "+v"(table)); /* read once */                             \
     ADD_IN_PLACE(a##o, _mm512_permutexvar_epi16(a, table));                \
     if (tiles > 1) ADD_IN_PLACE(b##o, _mm512_permutexvar_epi16(b, table)); \
@@ -127,8 +130,8 @@ FOR_LOOKUPS INLINED void keep(__m512i sum, Sums* sums, size_t output, Kept* kept
 
 /* Adds to SOME outputs from `output` on, of up to three tiles, what `n` groups and taps give, which are `offsets` behind the
  * first of each tile. */
-FOR_LOOKUPS INLINED void look_up(Sums* sums, Kept* kept, Run run, size_t output, const __m512i (*tables)[SOME],
-                                 const uint16_t* const* firsts, const size_t* offsets, size_t n, const int tiles) {
+FOR_LOOKUPS INLINED void look_up(Sums* sums, Some* kept, Run run, size_t output, const Some* tables,
+                                 const uint16_t** firsts, const size_t* offsets, size_t n, const int tiles) {
   FOR_SOME(BEGIN)
   for (size_t k = 0; k < n; ++k) {
     const __m512i a = _mm512_loadu_si512(firsts[0] + offsets[k]);
@@ -190,8 +193,8 @@ FOR_LOOKUPS INLINED void write_tile(const Call* call, size_t block, size_t tile,
 /* What a grain works on, too much for the stacks of some threads. */
 static _Thread_local struct {
   Sums sums[MOST_TILES];
-  Kept kept[MOST_TILES];
-  __m512i tables[MOST_GROUPS][SOME];
+  Some kept[MOST_TILES]; /* int16 that is yet to be added to them */
+  Some tables[MOST_GROUPS];
 } own;
 
 FOR_LOOKUPS static void multiply(void* argument, size_t grain) {
@@ -200,10 +203,9 @@ FOR_LOOKUPS static void multiply(void* argument, size_t grain) {
   const size_t block = grain % kernel->blocks, first = grain / kernel->blocks * call->group;
   const size_t tiles = least(call->tiles - first, call->group);
   const size_t all = kernel->chunks * kernel->taps, runs = parts(all, MOST_GROUPS);
-  const int8_t(*weights)[SOME][CHANNELS] = kernel->weights;
-  weights += block * (OUTPUTS / SOME) * all;
+  const Weights* weights = (const Weights*)kernel->weights + block * (OUTPUTS / SOME) * all;
   Sums* sums = own.sums;
-  Kept* kept = own.kept;
+  Some* kept = own.kept;
   const uint16_t* firsts[MOST_TILES];
   size_t taps[kernel->taps], offsets[MOST_GROUPS];
   find_taps(call, taps);

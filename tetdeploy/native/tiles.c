@@ -16,7 +16,7 @@
 #if X86
 #include <sys/syscall.h>
 #include <unistd.h>
-#define FOR_TILES __attribute__((target("arch=x86-64-v4,prefer-vector-width=512,amx-tile,amx-int8")))
+#define FOR_TILES __attribute__((target(V4 ",amx-tile,amx-int8")))
 #endif
 
 #define CHUNK 64              /* channels in a row of a tile */
