@@ -1123,3 +1123,8 @@ def test_compiles_for_the_processor_alone(source: str, tmp_path: Path) -> None:
         check=False,
     )
     assert compiled.returncode == 0, compiled.stderr
+
+
+def test_a_library_of_another_version_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"_operators.* was compiled from another version: install tetdeploy again"):
+        native._ask("of_a_later_version")

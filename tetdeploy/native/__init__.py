@@ -77,7 +77,12 @@ def has_fast_lookups() -> bool:
 
 def _ask(what: str) -> int:
     path = library()
-    return int(ctypes.CDLL(str(path))[what]()) if path is not None else 0
+    if path is None:
+        return 0
+    try:
+        return int(ctypes.CDLL(str(path))[what]())
+    except AttributeError as error:
+        raise RuntimeError(f"{path} was compiled from another version: install tetdeploy again") from error
 
 
 def use(ort: Any, options: Any) -> None:
