@@ -226,7 +226,7 @@ def train(
             return
         classifier = job.classifier(job.config.seed)
         if init is not None:
-            start_from(classifier, init, begun.metadata)
+            start_from(ctx, classifier, init, begun.metadata)
             if job.val is not None:
                 note_trained_on(init, begun.metadata, job.val, job.config.val_fraction)
         also["restart_from"] = restart_from
