@@ -305,7 +305,8 @@ class TestCommands:
         assert "model resnet19, as in small.safetensors\nwidth 0.0625, as in small.safetensors\n" in said
         assert "cuda:99 is not there" in said
         said = refused(*begun, "--model", "convsnn")
-        assert "the weights of small.safetensors do not fit" in said and "width" not in said
+        assert "small.safetensors has model resnet19, not convsnn, which its weights do not fit" in said
+        assert said.endswith("leave out --model\n") and "width" not in said
 
     def test_options_that_a_network_is_not_told_of_are_refused(self) -> None:
         message = "is for the built-in networks; mine:net is code of your own and is not told of it"
@@ -409,8 +410,11 @@ class TestCommands:
         )
         assert result.exit_code == 0, result.output
         assert json.loads(Path("t.json").read_text())["val_accuracy"] > 0.8
-        message = refused("train", "--init", "runs/digits-convsnn", "--width", "1", "--epochs", "1")
-        assert "encode.0.weight [16, 1, 3, 3], wanted [32, 1, 3, 3]" in message
+        message = refused("train", "--init", RUN, "--width", "1", "--epochs", "1")
+        assert message == f"Error: {RUN} has width 0.5, not 1.0, which its weights do not fit: leave out --width\n"
+        message = refused("train", "--init", RUN, "--width", "1", "--model", "resnet19", "--epochs", "1")
+        assert "has model convsnn, not resnet19, and width 0.5, not 1.0, which" in message
+        assert message.endswith("leave out --model and --width\n")
 
     def test_init_keeps_the_network_that_the_weights_are_of(self, workplace: Path) -> None:
         short = ("--width", "0.25", "--epochs", "1", "--warmup-epochs", "0")

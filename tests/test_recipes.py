@@ -71,6 +71,16 @@ def test_every_recipe_is_valid(path: Path) -> None:
     assert text.startswith(("# Table", "# Figure", "# Comparison", "# Beside the paper"))
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_tried_briefly(path: Path) -> None:
+    """As docs/training.md says."""
+    given = read_recipe(path, train)
+    short = ("--tit", "2:1,4:1") if "tit" in given else ("--epochs", "2")
+    switch = ("--switch-to-tet", "1") if "switch_to_tet" in given else ()
+    config, _ = configurations("--config", str(path), *short, "--warmup-epochs", "0", *switch)
+    assert config.epochs == 2
+
+
 def test_there_is_a_recipe_for_each_table_and_figure() -> None:
     names = {path.stem for path in RECIPES}
     assert {f"table1-{loss}-T{T}" for loss in ("sdt", "tet") for T in (4, 6)} <= names
@@ -123,7 +133,8 @@ def test_resume_with_another_recipe_shows_the_difference(tmp_path: Path) -> None
 
 
 def test_tit_from_the_command_line(tmp_path: Path) -> None:
-    run("--tit", "1:2,2:2", "--width", "0.25", "--batch-size", "256", "--out", "r")
+    output = run("--tit", "1:2:0.01,2:2", "--width", "0.25", "--batch-size", "256", "--out", "r").output
+    assert "\nTET lambda 0.05   TIT 1:2:0.01,2:2   batch size 256   adamw lr 0.01, 0.002\n" in output
     records = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
     assert [record["T"] for record in records] == [1, 1, 2, 2]
     assert settings("r")["training"]["T"] == 2
@@ -136,11 +147,19 @@ def test_seeds_from_a_recipe_end_in_a_summary_that_names_it(tmp_path: Path) -> N
     summary = json.loads(Path("runs/three/summary.json").read_text())
     assert summary == json.loads(Path("out.json").read_text())
     assert summary["recipe"] == "three.toml" and summary["num_finished"] == 3
-    assert f"best val {100 * summary['mean_val_accuracy']:.2f} +- {100 * summary['std_val_accuracy']:.2f} %" in output
+    spread = f"{summary['mean_val_accuracy']:.2%} +- {summary['std_val_accuracy']:.2%}"
+    assert f"best val {spread} over 3 seeds" in output and " %" not in output
     before = Path("runs/three/summary.json").read_text()
     run("--resume", "runs/three")
     assert Path("runs/three/summary.json").read_text() == before
     assert "training.lr: 0.002 -> 0.1" in refused("--resume", "runs/three", "--lr", "0.1")
+
+
+def test_what_is_trained_is_said_before_and_after_it() -> None:
+    output = run("--smooth-spike", "10", "--loss", "sdt", "--switch-to-tet", "1", "--seeds", "0", *QUICK).output
+    assert "M parameters, smooth spikes k=10   fp32" in output
+    assert "\nSDT, after 1 epoch TET lambda 0.05   T=2   2 epochs   batch size 256   adamw lr 0.002\n" in output
+    assert "% over 1 seed  ->" in output
 
 
 def test_the_network_decides_the_defaults_of_its_loss() -> None:
@@ -156,6 +175,7 @@ def test_ann_then_distillation(tmp_path: Path) -> None:
     output = run("--ann", *small, "--out", "ann").output
     assert settings("ann")["training"]["T"] == 1 and settings("ann")["training"]["lam"] == 0
     assert "next: tetdeploy train --distill ann" in output
+    assert "ANN twin of convsnn" in output and "\ncross-entropy   T=1   2 epochs   batch size 256 " in output
     output = run("--distill", "runs/latest", "--T", "2", *small, "--out", "taught").output
     assert "distilled from runs/latest" in output
     run("--resume", "taught")  # which is the latest now

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import json
 import re
 import shutil
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from client_helpers import triton_client
 from serve_helpers import start, stop
@@ -72,22 +75,50 @@ def test_readme_from_python(place: Path, images: Any, monkeypatch: pytest.Monkey
     np.testing.assert_allclose(per_step[:4].transpose(1, 0, 2).mean(1), found["result"].logits, atol=1e-2)
 
 
-def test_early_exit(place: Path, images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_exit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place / "runs" / "latest")
-    result = run(block("docs/early-exit.md", "load_exit"), images=images)["result"]
-    assert result.logits.shape == (16, 10)
+    result = run(block("docs/early-exit.md", "load_exit"))["result"]
+    assert result.logits.shape == (359, 10)
     assert result.steps.min() < 8  # digits are easy
 
 
-def test_streams(place: Path, images: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_streams(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "model-step.onnx").symlink_to(place / "runs" / "latest" / "model-step.onnx")
     monkeypatch.chdir(tmp_path)
-    found = run(block("docs/streams.md", "stream.reset()"), tetdeploy=tetdeploy, frame=images[:1])
+    found = run(block("docs/streams.md", "stream.reset()"))
     assert found["answer"].logits.shape == (1, 10)
-    names = {"engine": tetdeploy.Engine("model-step.onnx"), "frame": images[0], "other_frame": images[1]}
-    found = run(block("docs/streams.md", "StreamPool(engine)"), **names)
+    found = run(block("docs/streams.md", "StreamPool(engine)"), **found)
     assert found["answers"][found["a"]].logits.shape == (10,)
     assert found["pool"].state(found["c"]).t == 1  # it goes on where b stood
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")  # snnTorch's
+def test_nir_in_snntorch(place: Path, images: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("snntorch.import_nir")
+    monkeypatch.chdir(tmp_path)
+    run_folder = place / "runs" / "latest"
+    result = CliRunner().invoke(main, ["export", str(run_folder), "--format", "nir", "-o", "model.nir"])
+    assert result.exit_code == 0, result.output
+    code = block("docs/nir.md", "import_from_nir").replace("torch.zeros(8, 1, 8, 8)", "torch.from_numpy(pixels)")
+    answer = run(code, pixels=images)["answer"]
+    with torch.no_grad():
+        ours = tetdeploy.load(run_folder)(torch.from_numpy(images), T=4).mean(0)
+    np.testing.assert_allclose(answer, ours, atol=1e-2)
+
+
+@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: str(path.stem))
+def test_a_page_defines_the_names_that_it_uses(document: Path) -> None:
+    known = set(dir(builtins))
+    for code in re.findall(
+        r"^```python\n(?!>>>)(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    ):
+        nodes = list(ast.walk(ast.parse(code)))
+        imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        known |= {name.asname or name.name for node in imports for name in node.names}
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        known |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        assert not {node.id for node in names} - known
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_random_T_notation() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tit": "2:3,4:1", "warmup_epochs": 1.0}, "warmup_epochs is 1.0 of 1 epochs"),
+        ({"tit": "2:3,4:1", "warmup_epochs": 1.0}, "warmup_epochs is 1.0 of 1 epoch;"),
         ({"tit": 2}, "tit is 2; it must be a text in quotes"),
         ({"switch_to_tet": 3}, "switch_to_tet goes with loss sdt, got loss tet"),
         ({"switch_to_tet": 30, "loss": "sdt"}, "switch_to_tet is 30 of 30 epochs"),

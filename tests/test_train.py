@@ -154,7 +154,7 @@ def interrupt_at(count: int) -> Callable[[int], None]:
         ({"clip": -1.0}, "clip is -1.0; it must be at least 0"),
         ({"seed": -1}, "seed is -1"),
         ({"val_fraction": 1.0}, "val_fraction is 1.0; .* at most 0.9"),
-        ({"warmup_epochs": 3, "epochs": 3}, "warmup_epochs is 3 of 3 epochs"),
+        ({"warmup_epochs": 3, "epochs": 3}, "warmup_epochs is 3 of 3 epochs; .*, or --warmup-epochs 0"),
         ({"optimizer": "adam"}, "unknown optimizer 'adam'; choose one of adamw, sgd"),
         ({"loss": "ce"}, "unknown loss 'ce'; choose one of tet, sdt"),
         ({"augment": "cutout"}, "unknown augment 'cutout'; choose one of none, shift, crop, crop-flip"),
@@ -971,11 +971,10 @@ def test_a_full_disk_leaves_the_finished_epochs(tmp_path: Path, monkeypatch: pyt
 def test_progress_is_one_line_an_epoch_off_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, progress=None)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(
-        "toy  52 train  31 validation   tests:toy 0.000243 M parameters   TET lambda 0.05   fp32"
-    )
-    assert len(lines) == 4
-    assert lines[3].startswith("epoch 3/3  T=2  loss ") and lines[3].endswith("img/s  eta 00:00")
+    assert lines[0].startswith("toy  52 train  31 validation   tests:toy 0.000243 M parameters   fp32")
+    assert lines[1] == "TET lambda 0.05   T=2   3 epochs   batch size 8   adamw lr 0.002"
+    assert len(lines) == 5
+    assert lines[4].startswith("epoch 3/3  T=2  loss ") and lines[4].endswith("img/s  eta 00:00")
 
 
 def test_progress_bar_and_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

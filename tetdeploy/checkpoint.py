@@ -29,6 +29,10 @@ _DATA = ("name", "encoding", "mean", "std", "class_names", "image_shape")
 _KEYS_SHOWN = 20
 
 
+class MisfitError(ValueError):
+    """Weights of other names or shapes than the network's."""
+
+
 def save_checkpoint(
     path: Path | str,
     classifier: Classifier,
@@ -106,8 +110,8 @@ def load_weights(classifier: Classifier, path: Path | str, *, other_classes: boo
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a checkpoint of ours; keys are missing, unexpected or misshapen (all are named); a weight is
-            NaN.
+        ValueError: not a checkpoint of ours; a weight is NaN.
+        MisfitError: keys are missing, unexpected or misshapen (up to 20 of each are named).
     """
     check_flag("other_classes", other_classes)
     file = weights_file(path)
@@ -180,7 +184,7 @@ def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path
     """Compare names and shapes of a file's tensors with those a network wants.
 
     Raises:
-        ValueError: they differ; missing, unexpected and misshapen names are listed.
+        MisfitError: they differ; missing, unexpected and misshapen names are listed.
     """
     shared = [name for name in wanted if name in tensors]
     problems = {
@@ -194,7 +198,7 @@ def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path
     }
     listed = [f"{kind}: {shorten(names, _KEYS_SHOWN)}" for kind, names in problems.items() if names]
     if listed:
-        raise ValueError(f"the weights of {path} do not fit the network; " + "; ".join(listed))
+        raise MisfitError(f"the weights of {path} do not fit the network; " + "; ".join(listed))
 
 
 def _resized(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sizes: tuple[Any, int]) -> list[str]:

@@ -15,6 +15,11 @@ def shorten(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def numbered(name: str, seen: Counter[str]) -> str:
     """A name, from its second time on with a number: `conv#2`. `seen` is how often each was there; counted on."""
     seen[name] += 1

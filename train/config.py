@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tetdeploy.arguments import check_flags, check_number, check_whole
+from tetdeploy.names import counted
 from tetdeploy.steps import MAX_T
 
 from .augment import AUGMENTATIONS, RESIZED_CROP
@@ -208,13 +209,15 @@ class TrainConfig:
         shortest = min(stage.epochs for stage in self.stages)
         if self.warmup_epochs >= shortest and self.warmup_epochs > 0:
             raise ValueError(
-                f"warmup_epochs is {self.warmup_epochs} of {shortest} epochs; the warm-up must be the shorter"
+                f"warmup_epochs is {self.warmup_epochs} of {counted(shortest, 'epoch')}; the warm-up must be "
+                "the shorter; give more epochs, or --warmup-epochs 0"
             )
         if self.switch_to_tet and self.loss != "sdt":
             raise ValueError(f"switch_to_tet goes with loss sdt, got loss {self.loss}: there is nothing to switch from")
         if self.switch_to_tet >= self.epochs:
             raise ValueError(
-                f"switch_to_tet is {self.switch_to_tet} of {self.epochs} epochs; it must come before the last"
+                f"switch_to_tet is {self.switch_to_tet} of {counted(self.epochs, 'epoch')}; "
+                "it must come before the last"
             )
         if self.qat and self.precision not in ("auto", "fp32"):
             raise ValueError(f"qat computes whole numbers in float32; use precision fp32, got {self.precision}")

@@ -80,7 +80,7 @@ class Progress:
     def epoch(self, record: dict[str, Any]) -> None:
         """Show a finished epoch, given its line of metrics.jsonl."""
         if record["val_accuracy"] is not None:
-            self._val = f"  val {100 * record['val_accuracy']:.1f} %"
+            self._val = f"  val {record['val_accuracy']:.1%}"
         loss, accuracy, speed = record["train_loss"], record["train_accuracy"], record["images_per_s"]
         self.step(epoch=record["epoch"], step=self._steps_per_epoch, loss=loss, accuracy=accuracy, images_per_s=speed)
         if self._bar is None:
@@ -103,7 +103,7 @@ class Progress:
         since, before = self._recent[0]
         now, end = self._work(steps_done), self._work(self._config.epochs * self._steps_per_epoch)
         eta = (time.perf_counter() - since) / max(1, now - before) * (end - now)
-        return f"loss {loss:.3f}  train {100 * accuracy:.1f} %{self._val}  {images_per_s:,.0f} img/s  eta {_clock(eta)}"
+        return f"loss {loss:.3f}  train {accuracy:.1%}{self._val}  {images_per_s:,.0f} img/s  eta {_clock(eta)}"
 
 
 def _clock(seconds: float) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 
 from tetdeploy.data import ImageFiles, LabelledSet, is_known
 from tetdeploy.int8.calibration import Calibration
-from tetdeploy.names import check_classes, is_npz
+from tetdeploy.names import check_classes, counted, is_npz
 from tetdeploy.networks import Classifier
 from tetdeploy.provenance import written
 from tetdeploy.traced_network import Runnable
@@ -295,22 +295,35 @@ def _share(data: LabelledSet, ranks: Ranks) -> LabelledSet:
 
 
 def headline(session: Session) -> str:
-    """One line: the data, the network, the loss and the device."""
+    """Two lines: the data, the network and the device; the loss, the time steps and the optimisation."""
     config, classifier = session.config, session.classifier
     millions = sum(p.numel() for p in classifier.network.parameters()) / 1e6
-    tet = f"TET lambda {config.lam:g}"
-    loss = tet if config.loss == "tet" else "SDT"
+    twin = "ANN twin of " if classifier.config.ann else ""
+    smooth = f", smooth spikes k={classifier.config.smooth_spike:g}" if classifier.config.smooth_spike else ""
+    loss = _loss(session, config.loss)
     if config.switch_to_tet:
-        loss += f", after {config.switch_to_tet} epochs {tet}"
+        loss += f", after {counted(config.switch_to_tet, 'epoch')} {_loss(session, 'tet')}"
     if session.teacher is not None:
         loss += f", distilled from {config.distill}"
     in_8_bits = f", {len(session.calibration.scales)} convolutions in int8" if session.calibration else ""
+    steps = f"T={config.random_T or config.T}"
+    time = f"TIT {config.tit}" if config.tit else f"{steps}   {counted(config.epochs, 'epoch')}"
+    rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(stage.lr for stage in config.stages))
     several = f"{session.ranks.size} x " if session.ranks.size > 1 else ""
     return (
         f"{classifier.data}  {len(session.train):,} train  {session.held_out:,} validation   "
-        f"{classifier.config.model} {millions:.3g} M parameters   {loss}   "
-        f"{session.precision}{in_8_bits} on {several}{device_name(session.device)}"
+        f"{twin}{classifier.config.model} {millions:.3g} M parameters{smooth}   "
+        f"{session.precision}{in_8_bits} on {several}{device_name(session.device)}\n"
+        f"{loss}   {time}   batch size {session.batch_size}   {config.optimizer} lr {rates}"
     )
+
+
+def _loss(session: Session, name: str) -> str:
+    """A loss in words. At an ANN's one time step Eqs. 7 and 9 are the same."""
+    lam = session.config.lam
+    if session.classifier.config.ann:
+        return "cross-entropy" + (f", MSE lambda {lam:g}" if name == "tet" and lam else "")
+    return f"TET lambda {lam:g}" if name == "tet" else "SDT"
 
 
 def provenance(session: Session, epoch: int, val_accuracy: float | None) -> dict[str, Any]:

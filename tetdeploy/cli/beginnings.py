@@ -176,11 +176,26 @@ def _take_network(ctx: click.Context, init: Path, network: Mapping[str, Any], op
             console.print(f"{name} {network[name]}, as in {init}", style="yellow", markup=False)
 
 
-def start_from(classifier: Classifier, init: Path, metadata: Mapping[str, Any]) -> None:
-    """Take the weights of `init`, and say which ones its number of classes leaves out."""
-    from tetdeploy.checkpoint import load_weights
+def start_from(ctx: click.Context, classifier: Classifier, init: Path, metadata: Mapping[str, Any]) -> None:
+    """Take the weights of `init`, and say which ones its number of classes leaves out.
 
-    if anew := load_weights(classifier, init, other_classes=True):
+    Raises:
+        ValueError: they do not fit the network; a model or a width that was given and is not theirs is named.
+    """
+    from tetdeploy.checkpoint import MisfitError, load_weights
+
+    try:
+        anew = load_weights(classifier, init, other_classes=True)
+    except MisfitError as error:
+        theirs, given = metadata["network"], {"model": classifier.config.model, "width": classifier.config.width}
+        given = {name: value for name, value in given.items() if is_given(ctx, name)}
+        others = {name: value for name, value in given.items() if theirs.get(name, value) != value}
+        if not others:
+            raise
+        differ = ", and ".join(f"{name} {theirs[name]}, not {value}" for name, value in others.items())
+        options = " and ".join(f"--{name}" for name in others)
+        raise ValueError(f"{init} has {differ}, which its weights do not fit: leave out {options}") from error
+    if anew:
         known, num_classes = metadata["network"]["num_classes"], classifier.config.num_classes
         console.print(
             f"{init} knows {known} classes, {classifier.data} has {num_classes}: {', '.join(anew)} start anew",

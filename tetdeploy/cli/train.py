@@ -26,7 +26,7 @@ from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.cli.terminal import command_line, console, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write, write_json
-from tetdeploy.names import is_own_model
+from tetdeploy.names import counted, is_own_model
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -226,7 +226,7 @@ def train(
             return
         classifier = job.classifier(job.config.seed)
         if init is not None:
-            start_from(classifier, init, begun.metadata)
+            start_from(ctx, classifier, init, begun.metadata)
             if job.val is not None:
                 note_trained_on(init, begun.metadata, job.val, job.config.val_fraction)
         also["restart_from"] = restart_from
@@ -335,7 +335,7 @@ def train_config(ctx: click.Context, options: dict[str, Any], *, v_th: float) ->
         # A recipe's T gives way to a --tit that is typed.
         stands = ctx.get_parameter_source(name) == ctx.get_parameter_source("tit") or is_typed(ctx, name)
         if config.tit and stands and is_given(ctx, name) and options[name] != getattr(config, name):
-            said = {"T": f"ends at T={config.T}", "epochs": f"has {config.epochs} epochs in all"}[name]
+            said = {"T": f"ends at T={config.T}", "epochs": f"has {counted(config.epochs, 'epoch')} in all"}[name]
             raise ValueError(f"tit {config.tit!r} {said}, but {name} is {options[name]}; leave out one of the two")
     return config
 
@@ -377,7 +377,7 @@ def _new_folder(runs: Path, recipe: Path | None, job: _Job) -> AbstractContextMa
 def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path | None) -> None:
     if result.interrupted:
         again = command_line("train", "--resume", result.out, *job.own)
-        console.print(f"interrupted after {result.epochs} epochs; go on with: {again}", markup=False)
+        console.print(f"interrupted after {counted(result.epochs, 'epoch')}; go on with: {again}", markup=False)
         ctx.exit(INTERRUPTED)
     best = result.best
     if json_path is not None:
@@ -408,9 +408,9 @@ def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path:
         with atomic_write(json_path) as temporary:
             temporary.write_bytes(result.summary.read_bytes())
     if result.mean is not None:
-        spread = "" if result.std is None else f" +- {100 * result.std:.2f}"
+        spread = "" if result.std is None else f" +- {result.std:.2%}"
         console.print(
-            f"best val {100 * result.mean:.2f}{spread} % over {len(result.runs)} seeds  ->  {result.summary}",
+            f"best val {result.mean:.2%}{spread} over {counted(len(result.runs), 'seed')}  ->  {result.summary}",
             markup=False,
         )
     if result.best is not None:
