@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -109,6 +109,13 @@ class TestDirections:
         torch.nn.init.zeros_(layer.weight)
         assert filter_normalised(layer, seed=0)["weight"].abs().max() == 0
 
+    def test_they_are_normal(self) -> None:
+        layer = torch.nn.Linear(100, 100)
+        torch.nn.init.ones_(layer.weight)
+        direction = filter_normalised(layer, seed=0)["weight"]
+        assert direction.mean().item() == pytest.approx(0, abs=0.05)
+        assert (direction.abs() > 2).float().mean().item() == pytest.approx(0.0455, abs=0.01)
+
 
 class TestNumbers:
     def test_every_point_is_a_perturbed_copy(self, tmp_path: Path) -> None:
@@ -130,7 +137,7 @@ class TestNumbers:
                     wanted = evaluate(moved, torch.tensor(images), torch.tensor(labels), T=2, loss=loss)
                     assert wanted == pytest.approx((values[0, i, j], measured.accuracy[0, i, j]), rel=1e-4)
         assert np.ptp(measured.sdt_loss) > 1e-3
-        assert (measured.tet_loss >= measured.sdt_loss).all()  # Lemma 4.1
+        assert (measured.tet_loss >= measured.sdt_loss - 1e-5).all()  # Lemma 4.1
 
     def test_the_classifier_stays_as_it_was(self, tmp_path: Path) -> None:
         classifier = classifier_of()
@@ -141,6 +148,23 @@ class TestNumbers:
         for name, value in classifier.state_dict().items():
             assert torch.equal(value, before[name]), name
 
+    def test_nothing_is_kept_for_gradients(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        kept, counted = list[bool](), landscape.count_correct
+
+        def watched(logits: Tensor, y: Tensor) -> Tensor:
+            kept.append(logits.requires_grad)
+            return counted(logits, y)
+
+        monkeypatch.setattr(landscape, "count_correct", watched)
+        measure_landscape({"a": classifier_of()}, *digits(), CONFIG, tmp_path / "l.npz")
+        assert kept and not any(kept)
+
+    def test_all_checkpoints_share_their_directions(self, tmp_path: Path) -> None:
+        same = {name: classifier_of() for name in "ab"}
+        measured = measure_landscape(same, *digits(), CONFIG, tmp_path / "l.npz")
+        for values in (measured.sdt_loss, measured.tet_loss, measured.accuracy):
+            np.testing.assert_array_equal(values[0], values[1])
+
     def test_frames_take_their_first_steps(self, tmp_path: Path) -> None:
         images, labels = digits()
         frames = images[:, None].repeat(4, axis=1)
@@ -148,11 +172,12 @@ class TestNumbers:
         of_frames = classifier_of()
         of_frames.network = OfFrames(of_frames.network)
         shown = [
-            measure_landscape({"a": classifier}, x, labels, CONFIG, tmp_path / f"{x.ndim}.npz")
-            for classifier, x in ((classifier_of(), images), (of_frames, frames))
+            measure_landscape({"a": classifier}, x, labels, CONFIG, tmp_path / f"{x.shape}.npz")
+            for classifier, x in ((classifier_of(), images), (of_frames, frames), (of_frames, frames[:, :2]))
         ]
-        np.testing.assert_allclose(shown[0].tet_loss, shown[1].tet_loss, rtol=1e-5)
-        assert [part.settings["frames"] for part in shown] == [None, 4]
+        for part in shown[1:]:
+            np.testing.assert_allclose(shown[0].tet_loss, part.tet_loss, rtol=1e-5)
+        assert [part.settings["frames"] for part in shown] == [None, 4, 2]
         longer = LandscapeConfig(T=5, points=3, device="cpu")
         with pytest.raises(ValueError, match="T is 5, but the frames hold 4 steps"):
             measure_landscape({"a": classifier_of()}, frames, labels, longer, tmp_path / "l.npz")
@@ -228,6 +253,7 @@ class TestRefusals:
             ({"points": 1}, "points is 1; it must be odd, .* at least 3"),
             ({"extent": 0.0}, "extent is 0.0; it must be above 0"),
             ({"extent": float("nan")}, "extent is nan"),
+            ({"extent": float("inf")}, "extent is inf"),
             ({"seed": -1}, "seed is -1"),
             ({"T": 0}, "must be at least 1, got 0"),
             ({"batch_size": 0}, "must be at least 1, got 4 and 0"),
@@ -249,9 +275,19 @@ class TestRefusals:
             measure_landscape({"a": classifier_of(1)}, *digits(), CONFIG, file)
         with pytest.raises(ValueError, match=r"num_images: 40 -> 39; images: "):
             measure_landscape({"a": classifier_of()}, *digits(39), CONFIG, file)
-        bf16 = dataclasses.replace(CONFIG, precision="bf16")
-        with pytest.raises(ValueError, match=r"other settings: precision: fp32 -> bf16; give"):
-            measure_landscape({"a": classifier_of()}, *digits(), bf16, file)
+        images, labels = digits()
+        with pytest.raises(ValueError, match=r"other settings: images: "):
+            measure_landscape({"a": classifier_of()}, images, labels[::-1], CONFIG, file)
+        for change, message in (
+            ({"precision": "bf16"}, "precision: fp32 -> bf16"),
+            ({"extent": 1.0}, "extent: 0.5 -> 1.0"),
+        ):
+            with pytest.raises(ValueError, match=rf"other settings: {message}; give"):
+                measure_landscape({"a": classifier_of()}, images, labels, dataclasses.replace(CONFIG, **change), file)
+        statistics = classifier_of()
+        next(m for m in statistics.modules() if isinstance(m, nn.BatchNorm2d)).running_var.mul_(2)
+        with pytest.raises(ValueError, match=r"other settings: weights: "):
+            measure_landscape({"a": statistics}, images, labels, CONFIG, file)
         other = classifier_of()
         other.config = dataclasses.replace(other.config, tau=0.9)
         other.mean += 0.1
@@ -281,12 +317,27 @@ class TestRefusals:
         for x, y, message in (
             (images.astype(np.float32), labels, "images are float32"),
             (images, labels[:-1], "40, 1, 8, 8. with 39 labels"),
+            (images[:0], labels[:0], "wanted one or more"),
             (images[:, :, :7], labels, r"shape \(1, 7, 8\); a takes \(1, 8, 8\)"),
             (images, labels + 1, "labels run from 1 to 10; a has 10 classes"),
         ):
             with pytest.raises(ValueError, match=message):
                 measure_landscape({"a": classifier_of()}, x, y, CONFIG, tmp_path / "l.npz")
         assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def meshes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The coloured surfaces of the panels, in figures that are not rendered."""
+    drawn, panel = list[Any](), landscape_figure._panel
+
+    def watched(*given: Any) -> Any:
+        drawn.append(panel(*given))
+        return drawn[-1]
+
+    monkeypatch.setattr(landscape_figure, "_panel", watched)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).touch())
+    return drawn
 
 
 class TestFigure:
@@ -300,13 +351,28 @@ class TestFigure:
         with pytest.raises(ValueError, match=r"radius is 0\.4, but the grid's nearest points are 0\.5 away"):
             summarise(bowl(), radius=0.4)
 
+    @pytest.mark.parametrize(("radius", "near"), [(0.3, 28), (0.6, 112), (0.7, 148)])
+    def test_points_at_the_radius_itself_count(self, radius: float, near: int) -> None:
+        assert bowl(21).increases("sdt_loss", radius).shape == (2, near)
+
+    def test_each_number_is_in_its_column(self) -> None:
+        shown = bowl()
+        shown.accuracy[1] = 0.5
+        rows = zip(*(column.cells for column in landscape_table(shown, 0.5).columns), strict=True)
+        assert [[str(cell) for cell in row] for row in rows] == [
+            ["flat", "100.00%", "0.1000", "0.2500", "0.2500", "1.1000", "0.2500", "0.2500"],
+            ["sharp", "50.00%", "0.1000", "1.0000", "1.0000", "1.1000", "1.0000", "1.0000"],
+        ]
+
     def test_what_is_not_finite_stays_json(self) -> None:
         odd = bowl()
         odd.sdt_loss[0, 2, 1] = np.inf
         assert json.loads(json.dumps(summarise(odd, 0.5), allow_nan=False))[0]["sdt_mean_increase"] is None
 
-    @pytest.mark.parametrize("kind", ["bowl", "decades", "constant", "infinite"])
-    def test_plots_of_all_sorts(self, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("kind", "ending"), [("bowl", "png"), ("decades", "png"), ("constant", "pdf"), ("infinite", "png")]
+    )
+    def test_plots_of_all_sorts(self, tmp_path: Path, kind: str, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
         figures, savefig = list[Any](), Figure.savefig
         monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
         shown = bowl()
@@ -316,23 +382,44 @@ class TestFigure:
             shown.sdt_loss[:] = shown.tet_loss[:] = 0.0
         if kind == "infinite":
             shown.tet_loss[1] = np.inf
-        plot_landscape(shown, tmp_path / "plot.png", radius=0.5, title=kind)
-        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        plot_landscape(shown, tmp_path / f"plot.{ending}", radius=0.5, title=kind)
+        assert (tmp_path / f"plot.{ending}").read_bytes()[1:4].decode().lower() == ending
         (figure,) = figures
         axis = figure.axes[0].yaxis
         assert axis.label.get_window_extent().x0 > figure.bbox.x0  # nothing is cut off at the left
 
-    def test_alpha_goes_right_and_both_losses_share_their_levels(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_a_panel_has_its_loss_its_circle_and_the_end_of_a_long_name(
+        self, tmp_path: Path, meshes: list[Any]
     ) -> None:
-        shown, meshes, pcolormesh = bowl(), list[Any](), Axes.pcolormesh
+        shown = dataclasses.replace(bowl(), names=("flat", f"runs/{'x' * 40}/seed-7"))
+        plot_landscape(shown, tmp_path / "plot.png", radius=0.5, title="1,000 images")
+        assert [mesh.get_array().max() for mesh in meshes] == pytest.approx([2.1, 3.1, 8.1, 9.1])
+        panels = [mesh.axes for mesh in meshes]
+        assert [(panel.patches[0].center, panel.patches[0].radius) for panel in panels] == [((0, 0), 0.5)] * 4
+        titles = [panel.get_title(loc="left").split() for panel in panels]
+        assert [title[:2] for title in titles] == [["A", "L_SDT"], ["B", "L_TET"], ["C", "L_SDT"], ["D", "L_TET"]]
+        assert titles[0][2] == "flat" and titles[2][2].endswith("xxx/seed-7")
+        assert [panel.get_xlabel() for panel in panels] == ["", "", *["α, first direction"] * 2]
+        assert [panel.get_ylabel() for panel in panels] == ["β, second direction", ""] * 2
+        assert panels[0].figure.get_suptitle() == "1,000 images"
+
+    @pytest.mark.parametrize(
+        ("decades", "levels"),
+        [
+            (3.0, [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]),
+            (1.5, [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3]),
+        ],
+    )
+    def test_over_decades_levels_are_round_and_colours_logarithmic(self, decades: float, levels: list[float]) -> None:
+        shown = bowl()
+        for values in (shown.sdt_loss, shown.tet_loss):
+            values.flat = np.geomspace(0.1, 0.1 * 10**decades, values.size)
+        found, norm = landscape_figure._levels(shown)
+        assert found == pytest.approx(levels) and isinstance(norm, LogNorm)
+
+    def test_alpha_goes_right_and_both_losses_share_their_levels(self, tmp_path: Path, meshes: list[Any]) -> None:
+        shown = bowl()
         shown.sdt_loss[0, 4, 0] = 3.0  # at alpha = 1, beta = -1
-
-        def watched(*given: Any, **options: Any) -> Any:
-            meshes.append(pcolormesh(*given, **options))
-            return meshes[-1]
-
-        monkeypatch.setattr(Axes, "pcolormesh", watched)
         plot_landscape(shown, tmp_path / "plot.png", radius=0.5)
         assert meshes[0].get_array()[0, 4] == 3.0  # [beta, alpha]
         assert (meshes[0].norm.vmin, meshes[0].norm.vmax) == (pytest.approx(0.1), pytest.approx(9.1))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tetdeploy.cli import main
 from tetdeploy.data import load_data, save_npz, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.train import TrainConfig, device, train, train_seeds
+from tetdeploy.train import How, TrainConfig, device, train, train_seeds
 from tetdeploy.train.ranks import Ranks, current_ranks, process_group
 from tetdeploy.train.runs import only_trainer
 from tetdeploy.train.synchronised import over_ranks
@@ -51,15 +51,18 @@ def classifier(seed: int = 0) -> Classifier:
 
 
 class Own(nn.Module):
-    """A network with a layer that no pass needs, and a gain that a single step does not need."""
+    """A network with a layer that no pass needs, a gain that a single step does not need, and a last block that, when
+    recomputed, runs its BN a second time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.network, self.unused = classifier().network, nn.Linear(2, 2)
         self.gain = nn.Parameter(torch.ones(10))
+        self.last = nn.Sequential(nn.BatchNorm1d(10), nn.Linear(10, 10))
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         logits: Tensor = self.network(x, T)
+        logits = self.last(logits.flatten(0, 1)).unflatten(0, logits.shape[:2])
         return logits if T == 1 else logits * self.gain
 
 
@@ -88,7 +91,7 @@ def _work(folder: Path) -> None:
     ranks = current_ranks()
     result = train(classifier(), TRAIN, VAL, CONFIG, folder / "two", runs=folder)
     drawn: list[int] = []
-    train(own(drawn), TRAIN, VAL, OWN, folder / "own")
+    train(own(drawn), TRAIN, VAL, OWN, folder / "own", how=How(recompute=True))
     seeds = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", progress=False)
     again = train_seeds(classifier, TRAIN, VAL, SHORT, (3, 4), folder / "seeds", resume=True, progress=False)
     with said_once(r"33 images has no 2 equal shares.*multiple of 2, of at most 200"):
@@ -142,7 +145,7 @@ def test_two_ranks_train_like_one_process(folder: Path, tmp_path: Path) -> None:
 
 
 def test_two_ranks_leave_parameters_out_like_one_process(folder: Path, tmp_path: Path) -> None:
-    """Those that a step does not use: they get no gradient, and so no decay either."""
+    """Those that a step does not use: they get no gradient, and so no decay either. The two recompute their blocks."""
     drawn: list[int] = []
     train(own(drawn), TRAIN, VAL, OWN, tmp_path, progress=False)
     one, two = (load_file(run / "last.safetensors") for run in (tmp_path, folder / "own"))
@@ -238,6 +241,28 @@ def test_one_process_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ranks.any(True) and not ranks.any(False) and ranks.agreed("x") == "x"
 
 
+@pytest.mark.parametrize(("local_rank", "order"), [(0, ["block", "wait"]), (1, ["wait", "block"])])
+def test_the_first_of_a_second_machine_goes_before_its_others(
+    local_rank: int, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(Ranks, "any", lambda ranks, flag: seen.append("wait"))
+    with Ranks(rank=2 + local_rank, size=4, local_rank=local_rank).first():
+        seen.append("block")
+    assert seen == order
+
+
+def test_one_process_of_all_machines_writes() -> None:
+    assert [Ranks(rank, size=4, local_rank=rank % 2).writes for rank in range(4)] == [True, False, False, False]
+
+
+def test_what_is_agreed_goes_over_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda values, **how: sent.append((values, how)))
+    Ranks(size=2).agreed("x")
+    assert sent == [(["x"], {"src": 0, "device": torch.device("cpu")})]
+
+
 def test_an_environment_that_torchrun_did_not_make(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
@@ -284,6 +309,16 @@ def test_each_process_takes_the_gpu_of_its_number(
     assert asked == wanted
 
 
+def test_a_group_that_is_there_is_used_with_the_numbers_of_torchrun(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"is_initialized": True, "get_rank": 3, "get_world_size": 4}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with process_group() as ranks:
+        assert ranks == Ranks(rank=3, size=4, local_rank=1)
+    assert asked == []
+
+
 def test_cuda_is_there_for_the_processes_of_a_second_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "current_ranks", lambda: Ranks(rank=3, size=4, local_rank=1))
     for name, value in {"is_available": True, "device_count": 2, "current_device": 1}.items():
@@ -295,6 +330,9 @@ def test_cuda_is_there_for_the_processes_of_a_second_machine(monkeypatch: pytest
     ("said", "lost"),
     [
         ("[transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242", True),
+        ("Connection reset by peer", True),
+        ("writev: Broken pipe", True),
+        ("connect: Connection refused", True),
         ("NCCL communicator was aborted on rank 1.", True),
         ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False),
     ],

@@ -61,7 +61,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     return html(read_results([folder / "a", run_folder(folder / "b", loss="sdt")]))
 
 
-@pytest.mark.parametrize(("energies", "scale"), [((1.0, 10.0, 20.0), "linear"), ((1.0, 40.0, 400.0), "log")])
+@pytest.mark.parametrize(
+    ("energies", "scale"),
+    [((1.0, 10.0, 20.0), "linear"), ((0.0, 10.0, 20.0), "linear"), ((1.0, 40.0, 400.0), "log")],
+)
 def test_a_points_text_lies_within_the_axes(energies: tuple[float, ...], scale: str) -> None:
     outside = []
 
@@ -72,6 +75,7 @@ def test_a_points_text_lies_within_the_axes(energies: tuple[float, ...], scale: 
             mark(axes, f"T={T}", *point)
         energy_axis(axes, energies, "µJ")
         assert axes.get_xscale() == scale
+        assert scale == "log" or axes.get_xlim() == (0, pytest.approx(22))
         axes.figure.draw_without_rendering()
         boxes = [text.get_window_extent() for text in axes.texts]
         outside.extend(box for box in boxes if not (axes.bbox.x1 >= box.x1 and axes.bbox.y0 <= box.y0))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from report_helpers import EARLY_EXIT, MACHINE, epoch, result, run_folder, without_rendering, write
 
+from tetdeploy.report.drawing import Style, draw, end_at, short
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
 
@@ -29,6 +32,42 @@ def lines(axes: Any) -> list[tuple[Any, Any]]:
     return [(pytest.approx(list(line.get_xdata())), pytest.approx(list(line.get_ydata()))) for line in axes.lines]
 
 
+def test_an_axis_ends_where_the_points_do() -> None:
+    axes = Figure().add_subplot()
+    axes.plot([1, 2], [0.2, 0.4])
+    end_at(axes, 1.0)
+    assert 0.4 < axes.get_ylim()[1] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("x" * 24, "x" * 24), ("a" * 20 + "b" * 20, "aaaaaaaa…bbbbbbbbbbbbbbb"), ("m\udcff", "m?")]
+)
+def test_a_name_is_cut_in_its_middle(name: str, shown: str) -> None:
+    assert short(name, 24) == shown
+
+
+def test_28_models_look_different_and_neighbours_in_all() -> None:
+    styles = [Style.of(number) for number in range(28)]
+    assert len({(style.colour, style.marker, style.line) for style in styles}) == 28
+    for one, other in pairwise(styles):
+        assert one.colour != other.colour and one.marker != other.marker and one.line != other.line
+
+
+@pytest.mark.parametrize(("legend", "height"), [(True, 3.66), (False, 3.0)])
+def test_a_legend_has_room_above_the_plot_or_is_left_out(
+    legend: bool, height: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures, savefig = list[Figure](), Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
+
+    def paint(axes: Any) -> None:
+        for number in range(3):
+            axes.plot([1], [1], label=f"a model of a long name {number}")
+
+    draw(paint, description="", caption="", height=3.0, legend=legend)
+    assert (len(figures[0].legends), figures[0].get_figheight()) == (legend, pytest.approx(height))
+
+
 def test_accuracy_by_steps_and_by_energy(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
     report(tmp_path)
     steps, energy = painted["sections.accuracy"]
@@ -36,6 +75,7 @@ def test_accuracy_by_steps_and_by_energy(tmp_path: Path, painted: dict[str, list
     twin, own = lines(energy)
     assert twin[0] == [6.8, 6.8]
     assert own == (ENERGIES, ACCURACIES)
+    assert {text.get_text() for text in energy.texts} == {"ANN twin", "T=1", "T=2", "T=3"}
 
 
 def test_no_accuracy_axis_goes_beyond_100_per_cent(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
@@ -73,6 +113,7 @@ def test_bars_of_layers_are_microjoules_and_those_of_classes_per_cent(
     _, energy, classes = ([bar.get_width() for bar in axes.patches] for axes in painted["entry_plot"])
     assert energy == pytest.approx([0.002, 1.92])
     assert classes == pytest.approx([92, 72])
+    assert all(bottom > top for bottom, top in (axes.get_ylim() for axes in painted["entry_plot"]))  # the first on top
 
 
 def test_several_models_stand_beside_each_other(tmp_path: Path, painted: dict[str, list[Any]]) -> None:

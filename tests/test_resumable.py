@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from tetdeploy.resumable import Partial, finish
 
 
-class Half:
-    """A pass over two images, the second of which fails half done."""
+class Images:
+    """A pass over images one by one, the last of which may fail half done."""
 
-    def __init__(self, error: type[BaseException]) -> None:
-        self.x, self.done, self.total, self.error = range(2), 0, np.zeros(1), error
+    def __init__(self, number: int, error: type[BaseException] | None = None) -> None:
+        self.x, self.done, self.total, self.error = range(number), 0, np.zeros(1), error
 
     def advance(self) -> int:
         self.total += 1
-        if self.done:
+        if self.error and self.done == len(self.x) - 1:
             raise self.error
         self.done += 1
         return 1
@@ -39,6 +39,30 @@ def test_what_a_half_done_batch_left_is_not_kept(
     monkeypatch.setattr("tetdeploy.resumable.time", SimpleNamespace(monotonic=lambda: next(clock)))
     partial = Partial(tmp_path / "p.npz", {})
     with pytest.raises(error):
-        finish(Half(error), partial, lambda count: None)  # type: ignore[arg-type]
+        finish(Images(2, error), partial, lambda count: None)  # type: ignore[arg-type]
     kept = partial.load()
     assert kept is not None and (kept["done"], kept["total"]) == (1, 1)
+
+
+def test_it_is_kept_every_20_seconds_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, kept = Images(10), list[int]()
+    monkeypatch.setattr("tetdeploy.resumable.time", SimpleNamespace(monotonic=lambda: 7.0 * images.done))
+    monkeypatch.setattr(Partial, "save", lambda partial, arrays: kept.append(int(arrays["done"])))
+    finish(images, Partial(tmp_path / "p.npz", {}), lambda count: None)  # type: ignore[arg-type]
+    assert kept == [3, 6, 9, 10]
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({"T": 6, "data": "digits"}, "T: 4 -> 6"),
+        ({"T": 4, "data": "cifar10"}, "data: digits -> cifar10"),
+        ({"T": 4}, "data: digits -> None"),
+    ],
+)
+def test_other_settings_are_not_gone_on_with(settings: dict[str, Any], change: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.npz"
+    assert Partial(path, settings).load() is None
+    Partial(path, {"T": 4, "data": "digits"}).save({})
+    with pytest.raises(ValueError, match=rf"other settings \({change}\); go on with those, or pass --restart"):
+        Partial(path, settings).load()

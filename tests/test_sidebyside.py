@@ -254,13 +254,6 @@ class TestGoingOn:
         assert kept is not None
         assert kept["done"] == 60
 
-    def test_other_settings_are_not_gone_on_with(self, tmp_path: Path) -> None:
-        path = tmp_path / "p.npz"
-        assert Partial(path, {"T": 4}).load() is None
-        Partial(path, {"T": 4, "data": "digits"}).save(self.make().arrays())
-        with pytest.raises(ValueError, match=r"other settings \(T: 4 -> 6\); go on with those, or pass --restart"):
-            Partial(path, {"T": 6, "data": "digits"}).load()
-
     @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nothing"])
     def test_a_damaged_file(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "p.npz"

@@ -350,6 +350,11 @@ def test_a_plot_is_of_per_cent_and_microjoules(tmp_path: Path, monkeypatch: pyte
     assert drawn == [([1, 2], pytest.approx([91, 92])), ([1, 2], pytest.approx([4, 8]))]
 
 
+def test_a_plot_has_the_format_of_its_ending(tmp_path: Path) -> None:
+    plot_sweep(two_steps(), tmp_path / "plot.pdf", 2)
+    assert (tmp_path / "plot.pdf").read_bytes().startswith(b"%PDF")
+
+
 @pytest.mark.parametrize("trained_T", [1, 2, 3])
 def test_all_of_a_plot_lies_within_its_axes(trained_T: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = list[Figure]()
@@ -357,12 +362,14 @@ def test_all_of_a_plot_lies_within_its_axes(trained_T: int, tmp_path: Path, monk
     rows = tuple(dataclasses.replace(two_steps().rows[0], T=T, accuracy=1.01 - 0.01 * T) for T in (1, 2, 3))
     plot_sweep(dataclasses.replace(two_steps(), rows=rows), tmp_path / "plot.png", trained_T)
     figures[0].draw_without_rendering()
-    left = figures[0].axes[0]
+    left, right = figures[0].axes
     (text,) = left.texts
     box = text.get_window_extent()
+    assert list(left.lines[-1].get_xdata()) == [trained_T] * 2
     assert left.bbox.x0 <= box.x0 and box.x1 <= left.bbox.x1
     assert box.y1 < left.transData.transform((1, 98))[1]
-    assert left.get_ylim()[1] == 100
+    assert left.get_ylim()[1] == 100 and right.get_ylim()[0] == 0
+    assert all(tick == round(tick) for tick in left.get_xticks())
 
 
 def printed(table: Table) -> list[str]:
