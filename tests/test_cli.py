@@ -954,20 +954,26 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-def test_sigterm_leaves_nothing_half_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_termination_leaves_nothing_half_written(name: str, tmp_path: Path) -> None:
     code = """
 import os, signal, sys, click
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.files import atomic_write
 @click.command(cls=CleanErrors)
 def command():
-    with atomic_write(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGTERM)
-        click.pause()
+    try:
+        with atomic_write(sys.argv[1]):
+            os.kill(os.getpid(), number)
+            click.pause()
+    finally:
+        os.kill(os.getpid(), number)  # a shell that a terminal leaves sends SIGHUP, and so does the system
+number = getattr(signal, sys.argv[2])
+signal.signal(number, signal.SIG_DFL)
 command([])
 """
-    file = tmp_path / "new" / "file"
-    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, str(tmp_path / "new" / "file"), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "interrupted; no file is left half written\n")
     assert not [*tmp_path.iterdir()]
 
