@@ -856,6 +856,22 @@ def test_standard_output_that_is_full_is_named(
 
 
 @pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        (("train", "--epochs", "1", "--out", "new"), "train.loop.prepare"),
+        (("export", RUN, "-o", "m.onnx"), "export.causality.run_network"),
+    ],
+)
+def test_a_machine_without_a_temporary_folder_is_told_what_to_do(
+    command: tuple[str, ...], work: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = "No usable temporary directory found in ['/tmp', '/x']"  # Python's, as PyTorch imports what it needs
+    monkeypatch.setattr(f"tetdeploy.{work}", Mock(side_effect=FileNotFoundError(2, lacking)))
+    message = f"Error: cannot write a temporary file: {lacking}; set TMPDIR to a folder with room\n"
+    assert refused(*command) == message
+
+
+@pytest.mark.parametrize(
     "error",
     [
         MemoryError(),

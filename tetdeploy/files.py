@@ -83,6 +83,30 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Within it there is an empty folder among the system's temporary ones.
+
+    Raises:
+        OSError: it, or a file in it, cannot be written; the message says where, and what to do.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    except OSError as error:
+        if error.errno is None or lacks_temporary_folder(error):
+            raise
+        raise OSError(
+            f"cannot write a temporary file in {tempfile.gettempdir()}: {error.strerror}; "
+            "set TMPDIR to a folder with room"
+        ) from error
+
+
+def lacks_temporary_folder(error: OSError) -> bool:
+    """Whether it is Python's, for want of any temporary folder, of which PyTorch also asks where it needs none."""
+    return error.errno == errno.ENOENT and "usable temporary directory" in str(error)
+
+
+@contextmanager
 def made_folder(path: Path | str, *, new: bool = False, of: Path | None = None) -> Iterator[None]:
     """Within it there is a folder `path`; it and parents that were missing go again where they end empty.
 

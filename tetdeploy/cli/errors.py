@@ -18,6 +18,7 @@ import click
 
 from tetdeploy.cli.characters import replace_lacking_characters
 from tetdeploy.extras import MissingExtraError
+from tetdeploy.files import lacks_temporary_folder
 from tetdeploy.signals import handled, terminations
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's of a CPU, and of a GPU
@@ -120,5 +121,7 @@ def _drop_unwritten() -> None:
 
 def _describe(error: OSError, unnamed: str | None = None) -> str:
     """An OSError of ours says it all; the system's own names the file, or it is `unnamed`, and the reason."""
+    if lacks_temporary_folder(error):
+        return f"cannot write a temporary file: {error.strerror}; set TMPDIR to a folder with room"
     name = unnamed if error.filename is None else error.filename
     return str(error) if error.errno is None or name is None else f"{name}: {error.strerror}"
