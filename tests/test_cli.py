@@ -449,6 +449,11 @@ class TestBadInput:
     def test_wrong_path(self, command: tuple[str, ...]) -> None:
         assert "nothing" in refused(*command)
 
+    @pytest.mark.parametrize("seeds", [(), ("--seeds", "0,1")], ids=["one", "seeds"])
+    def test_a_run_that_does_not_exist_is_not_resumed(self, seeds: tuple[str, ...]) -> None:
+        message = "Error: nothing does not exist; name a run folder, or train without --resume\n"
+        assert refused("train", "--resume", "nothing", *seeds) == message
+
     @pytest.mark.parametrize("command", [("export",), ("sweep",), ("train", "--resume")])
     def test_nothing_there_yet(self, command: tuple[str, ...]) -> None:
         assert "tetdeploy " in refused(*command)

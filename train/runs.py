@@ -211,6 +211,8 @@ def read_run_config(out: Path) -> dict[str, Any]:
         ValueError: it is not JSON of that form.
     """
     file = out / CONFIG_NAME
+    if not out.exists():
+        raise FileNotFoundError(f"{out} does not exist; name a run folder, or train without --resume")
     if not file.is_file():
         raise FileNotFoundError(f"{out} is not a run folder: it has no {CONFIG_NAME}")
     try:
