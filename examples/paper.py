@@ -6,9 +6,9 @@
     python examples/paper.py figure4 --out results --data-dir ~/data
 
 Trains by the recipes in `examples/recipes`, one after the other; what is finished is not trained again, what was
-interrupted (Ctrl-C, SIGTERM) goes on. Test accuracies are those of exported models under ONNX Runtime; of ANN twins and
-smooth spikes, which have no export, those of PyTorch. A smoke run shows that the path works; its numbers say nothing
-about the paper.
+interrupted (Ctrl-C, SIGTERM, SIGHUP) goes on. Test accuracies are those of exported models under ONNX Runtime; of ANN
+twins and smooth spikes, which have no export, those of PyTorch. A smoke run shows that the path works; its numbers say
+nothing about the paper.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import click
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.files import atomic_write, write_json
 from tetdeploy.run_folder import CHECKPOINT_NAME
-from tetdeploy.signals import handled
+from tetdeploy.signals import handled, terminations
 
 COMMAND = (sys.executable, "-m", "tetdeploy")
 RECIPES = Path(__file__).parent / "recipes"
@@ -185,8 +185,8 @@ TABLES = {
 
 
 def tetdeploy(*arguments: object) -> None:
-    """Run a command. Ctrl-C, which a terminal sends to it as well, and SIGTERM, which is handed on, end it as it ends
-    itself, with what it saves; and then this program."""
+    """Run a command. Ctrl-C and SIGHUP, which a terminal sends to it as well, and SIGTERM, which is handed on, end it
+    as it ends itself, with what it saves; and then this program."""
     words = list(map(str, arguments))
     print("$ tetdeploy", *words, flush=True)
     asked: list[int] = []
@@ -197,7 +197,7 @@ def tetdeploy(*arguments: object) -> None:
         if number == signal.SIGTERM and started:
             started[0].terminate()
 
-    with handled(stop, signal.SIGINT, signal.SIGTERM), subprocess.Popen([*COMMAND, *words]) as process:
+    with handled(stop, signal.SIGINT, *terminations()), subprocess.Popen([*COMMAND, *words]) as process:
         started.append(process)
         if asked:  # while it was started, which it may not have been told
             process.terminate()

@@ -219,11 +219,14 @@ def _refuse_without_spikes(classifier: Classifier) -> None:
 def _recorded(
     classifier: Classifier, x: Tensor, T: int, state: Sequence[Tensor] | None = None, others: Sequence[Tensor] = ()
 ) -> tuple[_NamedNeurons, Tensor]:
-    """One run in float64, with its neurons' spikes and membranes; a network's own errors become ValueErrors."""
+    """One run in float64, with its neurons' spikes and membranes; a network's own errors become ValueErrors,
+    but for those of the system."""
     recorder = _NamedNeurons(state, others)
     try:
         with InFloat64(), recorder.modules, recorder:  # type: ignore[no-untyped-call]
             logits = run_network(classifier, x, T)
+    except OSError:
+        raise
     except Exception as error:  # whatever the user's network may raise
         raise ValueError(f"the network fails at T={T} on input {list(x.shape)}: {error}") from error
     return recorder, logits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from tetdeploy.agreement import reference_path
 from tetdeploy.arguments import check_type
 from tetdeploy.engine import Engine
-from tetdeploy.files import atomic_write
+from tetdeploy.files import atomic_write, temporary_folder
 from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Int8Error, Scales
@@ -313,8 +312,8 @@ def _build(
 
 
 def _in_memory(graph: LoweredGraph) -> Engine:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.onnx"
+    with temporary_folder() as folder:
+        file = folder / "model.onnx"
         file.write_bytes(ir.to_proto(graph.model).SerializeToString())
         with _without_naming(file):
             return Engine(file)

@@ -22,7 +22,7 @@ from tetdeploy.model_file import read_model
 from tetdeploy.provenance import written
 from tetdeploy.runtimes.manifest import manifest_path
 from tetdeploy.runtimes.nvidia import BUILDING, choose_package, gpu_runtime, import_tensorrt, target_architectures
-from tetdeploy.signals import handled
+from tetdeploy.signals import handled, terminations
 
 from .progress import Progress
 from .reading import parse_graph
@@ -253,12 +253,12 @@ def _observers(trt: Any, progress: Progress | None) -> tuple[Any, Any]:
 
 @contextmanager
 def _interruptible(monitor: Any) -> Iterator[None]:
-    """Ctrl-C or SIGTERM stops the build at its next step: an exception in what TensorRT calls would be lost."""
+    """Ctrl-C, SIGTERM or SIGHUP stops the build at its next step: an exception in what TensorRT calls would be lost."""
 
     def stop(*_: object) -> None:
         monitor.stopped = True
 
-    with handled(stop, signal.SIGINT, signal.SIGTERM):
+    with handled(stop, signal.SIGINT, *terminations()):
         yield
 
 

@@ -44,6 +44,14 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["bench", *map(str, arguments)])
 
 
+def reported(timings: Path) -> Table:
+    """The table of a bench in a report, which is of a sweep, too."""
+    sweep = write(timings.parent / "m.sweep.json", sweep_result(kind="sweep"))
+    sections = document_of(read_results([sweep, timings])).sections
+    [table] = [b for s in sections if s.title == "Latency and throughput" for b in s.blocks if isinstance(b, Table)]
+    return table
+
+
 class Clock:
     """Stands in for `time`; a call of the engine takes what `cost` says, in seconds."""
 
@@ -220,9 +228,7 @@ def test_on_a_gpu_its_name_is_kept_and_threads_are_one_setting(
     assert content["machine"]["gpu"] == name and {row["threads"] for row in content["rows"]} == {1}
     system = content["machine"]["system"]
     assert f" cores{f', {name}' if name else ''}, {system}, CUDAExecutionProvider\n" in done.output
-    sweep = write(model.with_suffix(".sweep.json"), sweep_result(kind="sweep"))
-    sections = document_of(read_results([sweep, timings])).sections
-    [table] = [b for s in sections if s.title == "Latency and throughput" for b in s.blocks if isinstance(b, Table)]
+    table = reported(timings)
     assert table.caption.endswith(f" cores{f', {name}' if name else ''}, CUDAExecutionProvider.")
 
 
@@ -257,6 +263,26 @@ def test_ctrl_c_keeps_what_was_timed(model: Path, clocked: Any) -> None:
     assert done.exit_code == 130 and "what was timed until then is kept" in done.output
     content = json.loads(model.with_suffix(".bench.json").read_text())
     assert content["interrupted"] and all(0 < row["calls"] <= 3 * CALLS_PER_TURN for row in content["rows"])
+    assert reported(model.with_suffix(".bench.json")).caption.endswith("ExecutionProvider, interrupted.")
+
+
+def test_ctrl_c_leaves_an_earlier_result_unless_it_is_named(model: Path, clocked: Any) -> None:
+    def cost(call: Call, k: int) -> float:
+        if k == CALLS_PER_TURN:
+            raise KeyboardInterrupt
+        return 1e-3
+
+    result = model.with_suffix(".bench.json")
+    clocked(lambda call, k: 1e-3)
+    assert run(model, "--repeats", 1, "--threads", 1, "--batch", 1).exit_code == 0
+    before = result.read_bytes()
+    clocked(cost)
+    done = run(model, "--repeats", 1000, "--threads", 1, "--batch", 1)
+    assert done.exit_code == 130 and "that file stays as it was: name another with --json" in done.output
+    assert result.read_bytes() == before
+    clocked(cost)
+    assert run(model, "--repeats", 1000, "--threads", 1, "--batch", 1, "--json", result).exit_code == 130
+    assert json.loads(result.read_text())["interrupted"]
 
 
 def test_ctrl_c_before_the_first_call_writes_nothing(model: Path, clocked: Any) -> None:

@@ -372,6 +372,21 @@ def test_a_folder_that_cannot_be_made_is_named(saved: Path) -> None:
         save_checkpoint(saved / "c.safetensors", convsnn(), training={}, provenance={})
 
 
+@pytest.mark.skipif(not hasattr(os, "pathconf"), reason="does not say how long a name may be")
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX")
+    path = tmp_path / ("a" * longest)
+    check_writable(path, remedy="choose another with --json")
+    write_json(path, {})
+    with atomic_folder(tmp_path / ("b" * longest)):
+        pass
+    assert len([*tmp_path.iterdir()]) == 2
+    too_long = tmp_path / ("a" * (longest + 1))
+    for attempt in (lambda: check_writable(too_long, remedy="choose another folder"), lambda: write_json(too_long, {})):
+        with pytest.raises(OSError, match=r"^cannot write .*: File name too long; choose a shorter name$"):
+            attempt()
+
+
 def test_a_run_without_weights_has_no_other_weights(saved: Path) -> None:
     of_these = weights_sha256(saved)
     assert other_checkpoint(saved.parent, of_these) is other_checkpoint(saved.parent, None) is None

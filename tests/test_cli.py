@@ -453,6 +453,11 @@ class TestBadInput:
     def test_wrong_path(self, command: tuple[str, ...]) -> None:
         assert "nothing" in refused(*command)
 
+    @pytest.mark.parametrize("seeds", [(), ("--seeds", "0,1")], ids=["one", "seeds"])
+    def test_a_run_that_does_not_exist_is_not_resumed(self, seeds: tuple[str, ...]) -> None:
+        message = "Error: nothing does not exist; name a run folder, or train without --resume\n"
+        assert refused("train", "--resume", "nothing", *seeds) == message
+
     @pytest.mark.parametrize("command", [("export",), ("sweep",), ("train", "--resume")])
     def test_nothing_there_yet(self, command: tuple[str, ...]) -> None:
         assert "tetdeploy " in refused(*command)
@@ -860,6 +865,22 @@ def test_standard_output_that_is_full_is_named(
 
 
 @pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        (("train", "--epochs", "1", "--out", "new"), "train.loop.prepare"),
+        (("export", RUN, "-o", "m.onnx"), "export.causality.run_network"),
+    ],
+)
+def test_a_machine_without_a_temporary_folder_is_told_what_to_do(
+    command: tuple[str, ...], work: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = "No usable temporary directory found in ['/tmp', '/x']"  # Python's, as PyTorch imports what it needs
+    monkeypatch.setattr(f"tetdeploy.{work}", Mock(side_effect=FileNotFoundError(2, lacking)))
+    message = f"Error: cannot write a temporary file: {lacking}; set TMPDIR to a folder with room\n"
+    assert refused(*command) == message
+
+
+@pytest.mark.parametrize(
     "error",
     [
         MemoryError(),
@@ -958,20 +979,26 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-def test_sigterm_leaves_nothing_half_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_termination_leaves_nothing_half_written(name: str, tmp_path: Path) -> None:
     code = """
 import os, signal, sys, click
 from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.files import atomic_write
 @click.command(cls=CleanErrors)
 def command():
-    with atomic_write(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGTERM)
-        click.pause()
+    try:
+        with atomic_write(sys.argv[1]):
+            os.kill(os.getpid(), number)
+            click.pause()
+    finally:
+        os.kill(os.getpid(), number)  # a shell that a terminal leaves sends SIGHUP, and so does the system
+number = getattr(signal, sys.argv[2])
+signal.signal(number, signal.SIG_DFL)
 command([])
 """
-    file = tmp_path / "new" / "file"
-    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, str(tmp_path / "new" / "file"), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "interrupted; no file is left half written\n")
     assert not [*tmp_path.iterdir()]
 

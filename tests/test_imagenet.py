@@ -287,7 +287,7 @@ def test_a_worker_that_dies_is_an_error(imagenet: Path) -> None:
         next(batches)
         (worker,) = multiprocessing.active_children()
         assert worker.pid is not None
-        for number in (signal.SIGINT, signal.SIGTERM):  # they go to all processes; a worker does not mind
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # to all processes; a worker does not mind
             os.kill(worker.pid, number)
         next(batches)
         os.kill(worker.pid, signal.SIGKILL)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -773,6 +774,13 @@ def test_what_int8_needs(tmp_path: Path) -> None:
         ExportConfig(precision="int8", fold_bn=False)
     with pytest.raises(ValueError, match="unknown precision 'int4'; choose one of fp32, fp16, int8"):
         ExportConfig(precision="int4")  # type: ignore[arg-type]
+
+
+def test_a_temporary_folder_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=OSError(28, "No space left on device")))
+    full = r"cannot write a temporary file in .+: No space left on device; set TMPDIR to a folder with room"
+    with pytest.raises(OSError, match=full):
+        export_model(convsnn(), tmp_path / "m.onnx", INT8, digits().images[:60], calibration=calibration())
 
 
 def test_calibrate_goes_with_int8() -> None:

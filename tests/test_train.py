@@ -17,6 +17,7 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -1022,6 +1023,28 @@ def test_latest_is_a_text_file_where_there_are_no_symlinks(tmp_path: Path, monke
         mark_latest(folder, tmp_path / "runs")
         assert (tmp_path / "runs" / "latest").read_bytes() == name + b"\n"
         assert newest_run(tmp_path / "runs") == folder
+
+
+def test_a_latest_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    warned = r"runs/latest cannot be written \(.+\): name the run in later commands, or give --runs"
+    with pytest.warns(RuntimeWarning, match=warned):
+        assert run(tmp_path / "elsewhere", runs=tmp_path / "runs").epochs == 3
+
+
+def test_latest_is_never_written_through_a_symlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, full = tmp_path / "runs", OSError(28, "No space left on device")
+    runs.mkdir()
+    (runs / "latest").symlink_to("../other")
+    monkeypatch.setattr(Path, "symlink_to", Mock(side_effect=full))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", Mock(side_effect=full))
+        with pytest.warns(RuntimeWarning, match=r"latest cannot be written \(No space left"):
+            mark_latest(runs / "new", runs)
+    assert (runs / "latest").readlink() == Path("../other")
+    mark_latest(runs / "new", runs)
+    assert (runs / "latest").read_text() == "new\n"
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "latest"]
 
 
 def test_new_run_folders_count_up_and_go_again_where_nothing_is_written(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     path = _regular(path)
     with made_folder(path.parent, of=path):
         with _making(path):
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+            handle, name = tempfile.mkstemp(prefix=_hidden(path), suffix=".tmp", dir=path.parent)
             os.close(handle)
         temporary = Path(name)
         try:
@@ -68,7 +68,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     with made_folder(path.parent, of=path):
         with _making(path):
-            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+            temporary = Path(tempfile.mkdtemp(prefix=_hidden(path), suffix=".tmp", dir=path.parent))
         try:
             with _filling(path):
                 yield temporary
@@ -80,6 +80,30 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
                 temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Within it there is an empty folder among the system's temporary ones.
+
+    Raises:
+        OSError: it, or a file in it, cannot be written; the message says where, and what to do.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    except OSError as error:
+        if error.errno is None or lacks_temporary_folder(error):
+            raise
+        raise OSError(
+            f"cannot write a temporary file in {tempfile.gettempdir()}: {error.strerror}; "
+            "set TMPDIR to a folder with room"
+        ) from error
+
+
+def lacks_temporary_folder(error: OSError) -> bool:
+    """Whether it is Python's, for want of any temporary folder, of which PyTorch also asks where it needs none."""
+    return error.errno == errno.ENOENT and "usable temporary directory" in str(error)
 
 
 @contextmanager
@@ -129,7 +153,7 @@ def check_writable(path: Path | str, suffix: str = "", *, begins: bytes = b"", r
         raise OSError(f"cannot write {path}: it is there, and something else; {remedy}, or remove it")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     with _making(path, remedy):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
+        handle, name = tempfile.mkstemp(prefix=_hidden(path), suffix=".tmp", dir=folder)
         os.close(handle)
         Path(name).unlink()
 
@@ -152,10 +176,13 @@ def _regular(path: Path | str, remedy: str = "choose another name") -> Path:
     """Where a file of this name is to be put.
 
     Raises:
-        OSError: what is there is neither a file nor a folder: a device or a pipe, whose place a file is not to take.
+        OSError: what is there is neither a file nor a folder: a device or a pipe, whose place a file is not to take; or
+            the name is too long.
     """
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    with _making(path, remedy):
+        is_other = path.exists() and not (path.is_file() or path.is_dir())
+    if is_other:
         raise OSError(f"cannot write {path}: it is a device or a pipe; {remedy}")
     return path.resolve() if path.is_symlink() else path
 
@@ -246,7 +273,13 @@ def _making(path: Path, remedy: str = "choose another output folder") -> Iterato
     try:
         yield
     except OSError as error:
+        remedy = "choose a shorter name" if error.errno == errno.ENAMETOOLONG else remedy
         raise type(error)(f"cannot write {path}: {error.strerror}; {remedy}") from error
+
+
+def _hidden(path: Path) -> str:
+    """How names beside `path` begin that are made temporary: no longer, with 12 characters more, than a long one."""
+    return f".{path.name if len(path.name) < 100 else path.name[:-14]}."
 
 
 @contextmanager

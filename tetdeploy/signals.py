@@ -23,11 +23,21 @@ def handled(handler: Callable[[int, FrameType | None], object], *numbers: signal
             signal.signal(number, previous)
 
 
+def terminations() -> tuple[signal.Signals, ...]:
+    """SIGTERM and, treated alike, SIGHUP, which a terminal's end sends: not where it is ignored (`nohup`), is handled
+    otherwise, or is not there (Windows)."""
+    hangup, term = getattr(signal, "SIGHUP", None), signal.getsignal(signal.SIGTERM)
+    if hangup is None or signal.getsignal(hangup) not in {signal.SIG_DFL, term} - {signal.SIG_IGN}:
+        return (signal.SIGTERM,)
+    return (signal.SIGTERM, hangup)
+
+
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
     """Set an event at the first Ctrl-C instead of raising KeyboardInterrupt in the middle of an update.
 
-    The second one raises. SIGTERM, which a cluster's scheduler and `torchrun` send before they kill, sets it too.
+    The second one raises. SIGTERM, which a cluster's scheduler and `torchrun` send before they kill, sets it too, and
+    so does SIGHUP, see `terminations`.
     """
     interrupt = threading.Event()
 
@@ -35,5 +45,5 @@ def deferred_interrupt() -> Iterator[threading.Event]:
         interrupt.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    with handled(record, signal.SIGINT, signal.SIGTERM):
+    with handled(record, signal.SIGINT, *terminations()):
         yield interrupt

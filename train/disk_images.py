@@ -198,8 +198,10 @@ def _as_it_is(batch: Batch | list[str]) -> Batch | list[str]:
 
 
 def _begin_worker(number: int) -> None:
-    # A Ctrl-C, or a cluster's SIGTERM, goes to all processes; the run ends its workers when it has saved itself.
+    # A Ctrl-C, a terminal's SIGHUP or a cluster's SIGTERM goes to all; the run ends its workers when it has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     warnings.filterwarnings("ignore", "(?i)corrupt exif", module="PIL")  # some of ImageNet's; nothing of it is used
     threading.Thread(target=_end_with_the_run, daemon=True).start()

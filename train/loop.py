@@ -25,7 +25,7 @@ from tetdeploy.arguments import check_flag, check_type
 from tetdeploy.checkpoint import read_metadata, save_checkpoint
 from tetdeploy.data import LabelledSet
 from tetdeploy.extras import import_extra
-from tetdeploy.files import is_utf8
+from tetdeploy.files import is_utf8, lacks_temporary_folder
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import Classifier, check_classifier, run_network
 from tetdeploy.run_folder import CHECKPOINT_NAME, STATE_NAME
@@ -197,7 +197,7 @@ def _explained(task: Task, how: How) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # says what and where already
+        if error.errno is None or lacks_temporary_folder(error):  # says what and where already
             raise
         raise OSError(
             f"{error.filename or task.out}: {error.strerror}; what was written before is as it was: "

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from tetdeploy.signals import handled
+from tetdeploy.signals import handled, terminations
 
 V = TypeVar("V")
 
@@ -168,7 +168,7 @@ def _end_group(before: BaseException | None) -> None:
     while error is not None and error is not before:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
-    with handled(lambda *_: None, signal.SIGINT, signal.SIGTERM):
+    with handled(lambda *_: None, signal.SIGINT, *terminations()):
         gc.collect()  # meanwhile torchrun asks a process to end that is to say, after this, that another one has
     dist.destroy_process_group()
 

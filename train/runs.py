@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from tetdeploy.checkpoint import data_settings
 from tetdeploy.data import LabelledSet
-from tetdeploy.files import atomic_write, made_folder, write_json
+from tetdeploy.files import made_folder, write_json
 from tetdeploy.form import NUMBER, check_form, parse_json
 from tetdeploy.networks import Classifier
 from tetdeploy.run_folder import (
@@ -211,6 +211,8 @@ def read_run_config(out: Path) -> dict[str, Any]:
         ValueError: it is not JSON of that form.
     """
     file = out / CONFIG_NAME
+    if not out.exists():
+        raise FileNotFoundError(f"{out} does not exist; name a run folder, or train without --resume")
     if not file.is_file():
         raise FileNotFoundError(f"{out} is not a run folder: it has no {CONFIG_NAME}")
     try:
@@ -258,21 +260,21 @@ def new_run_folder(runs: Path, name: str) -> Iterator[Path]:
 
 def mark_latest(out: Path, runs: Path) -> None:
     """Let `runs/latest` point at `out`: a relative symlink, or a text file with the path where there are no symlinks.
-
-    Raises:
-        OSError: `runs` cannot be written.
-    """
+    Where `runs` cannot be written, a warning says so."""
     target = Path(os.path.relpath(out.absolute(), runs.absolute()))
     latest = runs / LATEST_NAME
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".latest.", dir=runs) as folder:
             link = Path(folder) / LATEST_NAME
-            link.symlink_to(target, target_is_directory=True)
+            try:
+                link.symlink_to(target, target_is_directory=True)
+            except (OSError, NotImplementedError):
+                link.write_bytes(os.fsencode(f"{target.as_posix()}\n"))
             link.replace(latest)
-    except (OSError, NotImplementedError):
-        with atomic_write(latest) as temporary:
-            temporary.write_bytes(os.fsencode(f"{target.as_posix()}\n"))
+    except OSError as error:
+        text = f"{latest} cannot be written ({error.strerror}): name the run in later commands, or give --runs"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def run_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

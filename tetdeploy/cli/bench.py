@@ -82,7 +82,8 @@ def bench(
     """Latency and throughput of an exported model on this machine.
 
     MODEL is an .onnx file; the newest export by default. Every combination of batch, threads and T is timed, all taking
-    turns. Ctrl-C keeps what was timed. Writes MODEL.bench.json, which tetdeploy report shows. Needs no torch.
+    turns. Writes MODEL.bench.json, which tetdeploy report shows; after Ctrl-C what was timed, unless an earlier result
+    is there. Needs no torch.
     """
     from tetdeploy.bench import Bench
     from tetdeploy.machine import usable_cores
@@ -102,20 +103,23 @@ def bench(
         runtime=chosen.runtime,
         cuda_graphs=cuda_graphs,
     )
-    json_path = output_path(json_path, timing.engine, ".bench.json")
+    named, json_path = json_path is not None, output_path(json_path, timing.engine, ".bench.json")
     name, x = _inputs(timing, data, data_dir)
     interrupted = False
     try:
         _run(timing, x, repeats, seconds)
     except KeyboardInterrupt:
         interrupted = True
+    earlier = interrupted and not named and json_path.exists()
     if timing.rows:
         result = timing.to_dict(name) | {"interrupted": interrupted}
-        write_json(json_path, result)
+        if not earlier:
+            write_json(json_path, result)
         print_bench(result, timing.engine)
         console.print(str(json_path), markup=False)
     if interrupted:
-        console.print("interrupted; what was timed until then is kept" if timing.rows else "interrupted")
+        kept = "that file stays as it was: name another with --json" if earlier else "what was timed until then is kept"
+        console.print(f"interrupted; {kept}" if timing.rows else "interrupted")
         ctx.exit(INTERRUPTED)
     if (json_path.parent / CONFIG_NAME).is_file():  # of timings alone there is no report
         say_next("report", json_path.parent)

@@ -11,13 +11,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
 
 from tetdeploy.cli.characters import replace_lacking_characters
 from tetdeploy.extras import MissingExtraError
-from tetdeploy.signals import handled
+from tetdeploy.files import lacks_temporary_folder
+from tetdeploy.signals import handled, terminations
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's of a CPU, and of a GPU
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
@@ -25,13 +27,13 @@ INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 class CleanErrors(click.Command):
     """A command that reports ValueError, OSError, MissingExtraError and memory that does not suffice as `Error: ...`
-    with exit code 1, and Ctrl-C or SIGTERM, where it does not do so itself, with exit code 130: files are written whole
-    or not at all."""
+    with exit code 1, and Ctrl-C, SIGTERM or SIGHUP, where it does not do so itself, with exit code 130: files are
+    written whole or not at all."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         replace_lacking_characters()
         warnings.formatwarning = _one_line
-        with _sigterm_like_ctrl_c():
+        with _terminations_like_ctrl_c():
             return super().main(*args, **kwargs)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
@@ -72,10 +74,16 @@ class CleanGroup(CleanErrors, click.Group):
 
 
 @contextmanager
-def _sigterm_like_ctrl_c() -> Iterator[None]:
-    """Schedulers and container engines send it before they kill: what is half written goes, what was done stays."""
+def _terminations_like_ctrl_c() -> Iterator[None]:
+    """Schedulers and container engines send SIGTERM before they kill, a terminal SIGHUP as it ends: what is half
+    written goes, what was done stays."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # the shell sends SIGHUP, and then the system again
+        raise KeyboardInterrupt
+
     others = signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-    with nullcontext() if others else handled(signal.default_int_handler, signal.SIGTERM):
+    with nullcontext() if others else handled(interrupt, *terminations()):
         yield
 
 
@@ -113,5 +121,7 @@ def _drop_unwritten() -> None:
 
 def _describe(error: OSError, unnamed: str | None = None) -> str:
     """An OSError of ours says it all; the system's own names the file, or it is `unnamed`, and the reason."""
+    if lacks_temporary_folder(error):
+        return f"cannot write a temporary file: {error.strerror}; set TMPDIR to a folder with room"
     name = unnamed if error.filename is None else error.filename
     return str(error) if error.errno is None or name is None else f"{name}: {error.strerror}"

@@ -116,8 +116,8 @@ def serve(
     """Serve exported models over HTTP and gRPC: the Open Inference Protocol v2.
 
     A model is called by its file's name without the ending, or by NAME. Requests that come together share a call of the
-    engine. There is no authentication: beyond this machine, put it behind something that has. Ctrl-C or SIGTERM
-    finishes the requests taken. Needs no torch.
+    engine. There is no authentication: beyond this machine, put it behind something that has. Ctrl-C, SIGTERM
+    or SIGHUP finishes the requests taken. Needs no torch.
     """
     from tetdeploy.engine import open_engine
 

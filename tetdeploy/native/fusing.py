@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -12,6 +10,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from tetdeploy import native
+from tetdeploy.files import temporary_folder
 from tetdeploy.native.graphs import Kind, name_apart, without_weights
 from tetdeploy.native.int8_convolutions import best_way, put_int8_convolutions
 from tetdeploy.native.layout import turn_bytes
@@ -55,8 +54,8 @@ def _fuse(model: bytes, states: Sequence[tuple[str, str]], *, take_out: bool) ->
     if marked:
         neuron_steps = [compared(neurons) for neurons in neuron_steps]
     options = _options()
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+    with temporary_folder() as folder:
+        options.optimized_model_filepath = str(folder / "optimised.onnx")
         ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         optimised = onnx.load(options.optimized_model_filepath)
     name_apart(optimised.graph)

@@ -26,6 +26,7 @@ from tetdeploy.serve.protocol import Models, OpenInferenceModel
 from tetdeploy.serve.rest import application
 from tetdeploy.serve.rpc import Inferences, grpc_server
 from tetdeploy.serve.scheduler import GRACE_SECONDS, Limits
+from tetdeploy.signals import terminations
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 75  # longer than proxies keep a connection idle, or they may ask at the moment it is closed
@@ -57,7 +58,7 @@ async def serve(
     threads: int | None,
     announce: Callable[[str, str], None],
 ) -> int:
-    """Serve models, by name, until SIGINT or SIGTERM; then finish what was taken.
+    """Serve models, by name, until SIGINT, SIGTERM or SIGHUP; then finish what was taken.
 
     Args:
         threads: what the engines were made with, for the engine that counts operations.
@@ -119,14 +120,14 @@ async def _stop_grpc(server: grpc.aio.Server, inferences: Inferences) -> int:
 
 
 def _stop_signal() -> asyncio.Event:
-    """An event that SIGINT and SIGTERM set. A SIGINT after that ends the process at once."""
+    """An event that SIGINT, SIGTERM and SIGHUP set. A SIGINT after that ends the process at once."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def set_stop() -> None:
         stop.set()
         loop.add_signal_handler(signal.SIGINT, os._exit, 128 + signal.SIGINT)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *terminations()):
         loop.add_signal_handler(number, set_stop)
     return stop
 

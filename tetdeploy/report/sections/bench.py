@@ -25,6 +25,6 @@ def bench(results: Results) -> Section | None:
 
 def _table(name: str, content: Mapping[str, Any]) -> Table:
     machine = content["machine"]
-    where = f"{hardware(machine)}, {machine['provider']}"
+    where = f"{hardware(machine)}, {machine['provider']}{', interrupted' if content.get('interrupted') else ''}"
     rows = tuple(bench_cells(row) for row in content["rows"])
     return Table(f"{name}: {content['model']} on {where}.", BENCH_COLUMNS, rows, num_labels=NUM_BENCH_LABELS)
