@@ -185,7 +185,7 @@ TABLES = {
 
 
 def tetdeploy(*arguments: object) -> None:
-    """Run a command. Ctrl-C and SIGHUP, which a terminal sends to it as well, and SIGTERM, which is handed on, end it
+    """Run a command. Ctrl-C, which a terminal sends to it as well, and SIGTERM and SIGHUP, which are handed on, end it
     as it ends itself, with what it saves; and then this program."""
     words = list(map(str, arguments))
     print("$ tetdeploy", *words, flush=True)
@@ -194,7 +194,7 @@ def tetdeploy(*arguments: object) -> None:
 
     def stop(number: int, frame: object) -> None:
         asked.append(number)
-        if number == signal.SIGTERM and started:
+        if number != signal.SIGINT and started:
             started[0].terminate()
 
     with handled(stop, signal.SIGINT, *terminations()), subprocess.Popen([*COMMAND, *words]) as process:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.module_tracker import ModuleTracker
 
 from tetdeploy.data import Encoding
+from tetdeploy.files import lacks_temporary_folder
 from tetdeploy.networks import Classifier, run_network
 from tetdeploy.networks.smooth_spike import steepness
 
@@ -220,13 +221,13 @@ def _recorded(
     classifier: Classifier, x: Tensor, T: int, state: Sequence[Tensor] | None = None, others: Sequence[Tensor] = ()
 ) -> tuple[_NamedNeurons, Tensor]:
     """One run in float64, with its neurons' spikes and membranes; a network's own errors become ValueErrors,
-    but for those of the system."""
+    but for a temporary folder that is lacking."""
     recorder = _NamedNeurons(state, others)
     try:
         with InFloat64(), recorder.modules, recorder:  # type: ignore[no-untyped-call]
             logits = run_network(classifier, x, T)
-    except OSError:
-        raise
     except Exception as error:  # whatever the user's network may raise
+        if isinstance(error, OSError) and lacks_temporary_folder(error):
+            raise
         raise ValueError(f"the network fails at T={T} on input {list(x.shape)}: {error}") from error
     return recorder, logits

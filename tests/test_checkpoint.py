@@ -378,9 +378,10 @@ def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None
     path = tmp_path / ("a" * longest)
     check_writable(path, remedy="choose another with --json")
     write_json(path, {})
+    write_json(tmp_path / ("\u56fe" * (longest // 3)), {})  # three bytes each
     with atomic_folder(tmp_path / ("b" * longest)):
         pass
-    assert len([*tmp_path.iterdir()]) == 2
+    assert len([*tmp_path.iterdir()]) == 3
     too_long = tmp_path / ("a" * (longest + 1))
     for attempt in (lambda: check_writable(too_long, remedy="choose another folder"), lambda: write_json(too_long, {})):
         with pytest.raises(OSError, match=r"^cannot write .*: File name too long; choose a shorter name$"):

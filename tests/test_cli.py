@@ -415,6 +415,9 @@ class TestCommands:
         message = refused("train", "--init", RUN, "--width", "1", "--model", "resnet19", "--epochs", "1")
         assert "has model convsnn, not resnet19, and width 0.5, not 1.0, which" in message
         assert message.endswith("leave out --model and --width\n")
+        Path("recipe.toml").write_text('model = "resnet19"\nepochs = 1\n')
+        message = refused("train", "--config", "recipe.toml", "--init", RUN, "--width", "1")
+        assert message.endswith("leave out model in the recipe and --width\n")
 
     def test_init_keeps_the_network_that_the_weights_are_of(self, workplace: Path) -> None:
         short = ("--width", "0.25", "--epochs", "1", "--warmup-epochs", "0")
@@ -979,8 +982,8 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_termination_leaves_nothing_half_written(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGHUP"), ("SIGHUP", "SIGTERM"), ("SIGHUP", "SIGHUP")])
+def test_a_termination_leaves_nothing_half_written(first: str, second: str, tmp_path: Path) -> None:
     code = """
 import os, signal, sys, click
 from tetdeploy.cli.errors import CleanErrors
@@ -989,15 +992,16 @@ from tetdeploy.files import atomic_write
 def command():
     try:
         with atomic_write(sys.argv[1]):
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), first)
             click.pause()
     finally:
-        os.kill(os.getpid(), number)  # a shell that a terminal leaves sends SIGHUP, and so does the system
-number = getattr(signal, sys.argv[2])
-signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), second)  # a shell that a terminal leaves sends SIGHUP, and so does the system
+first, second = (getattr(signal, name) for name in sys.argv[2:])
+for number in (first, second):
+    signal.signal(number, signal.SIG_DFL)
 command([])
 """
-    command = [sys.executable, "-c", code, str(tmp_path / "new" / "file"), name]
+    command = [sys.executable, "-c", code, str(tmp_path / "new" / "file"), first, second]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "interrupted; no file is left half written\n")
     assert not [*tmp_path.iterdir()]

@@ -222,7 +222,7 @@ def test_batches_of_any_size_and_none(way: Way) -> None:
 def test_threads_with_small_stacks(way: Way) -> None:
     x, made = spikes(2, 40, 40, 64), list[Array]()
     plain, other = session(convolution()), session(replaced(convolution(), way), threads=1)
-    before = threading.stack_size(128 * 1024)
+    before = threading.stack_size(256 * 1024)
     try:
         thread = threading.Thread(target=lambda: made.append(other.run(None, {"x": x})[0]))
         thread.start()

@@ -1027,7 +1027,7 @@ def test_latest_is_a_text_file_where_there_are_no_symlinks(tmp_path: Path, monke
 
 def test_a_latest_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
-    warned = r"runs/latest cannot be written \(.+\): name the run in later commands, or give --runs"
+    warned = r"runs/latest cannot be written \(.+\): name the run in later commands, or train with another --runs"
     with pytest.warns(RuntimeWarning, match=warned):
         assert run(tmp_path / "elsewhere", runs=tmp_path / "runs").epochs == 3
 
@@ -1039,7 +1039,7 @@ def test_latest_is_never_written_through_a_symlink(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Path, "symlink_to", Mock(side_effect=full))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", Mock(side_effect=full))
-        with pytest.warns(RuntimeWarning, match=r"latest cannot be written \(No space left"):
+        with pytest.raises(OSError, match=r"latest cannot be written \(No space left.*remove it, or .*--runs"):
             mark_latest(runs / "new", runs)
     assert (runs / "latest").readlink() == Path("../other")
     mark_latest(runs / "new", runs)

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from tetdeploy.form import json_text, parse_json
 
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
 MODELS = {".safetensors", ".onnx", ".engine", ".nir"}
 
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}  # some file systems
@@ -93,7 +95,7 @@ def temporary_folder() -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
     except OSError as error:
-        if error.errno is None or lacks_temporary_folder(error):
+        if error.errno not in _UNWRITABLE or lacks_temporary_folder(error):
             raise
         raise OSError(
             f"cannot write a temporary file in {tempfile.gettempdir()}: {error.strerror}; "
@@ -279,7 +281,7 @@ def _making(path: Path, remedy: str = "choose another output folder") -> Iterato
 
 def _hidden(path: Path) -> str:
     """How names beside `path` begin that are made temporary: no longer, with 12 characters more, than a long one."""
-    return f".{path.name if len(path.name) < 100 else path.name[:-14]}."
+    return f".{path.name if len(os.fsencode(path.name)) < 100 else path.name[:-14]}."
 
 
 @contextmanager

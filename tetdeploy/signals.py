@@ -27,7 +27,7 @@ def terminations() -> tuple[signal.Signals, ...]:
     """SIGTERM and, treated alike, SIGHUP, which a terminal's end sends: not where it is ignored (`nohup`), is handled
     otherwise, or is not there (Windows)."""
     hangup, term = getattr(signal, "SIGHUP", None), signal.getsignal(signal.SIGTERM)
-    if hangup is None or signal.getsignal(hangup) not in {signal.SIG_DFL, term} - {signal.SIG_IGN}:
+    if hangup is None or signal.getsignal(hangup) not in {signal.SIG_DFL, term} - {signal.SIG_IGN, None}:
         return (signal.SIGTERM,)
     return (signal.SIGTERM, hangup)
 

@@ -260,7 +260,11 @@ def new_run_folder(runs: Path, name: str) -> Iterator[Path]:
 
 def mark_latest(out: Path, runs: Path) -> None:
     """Let `runs/latest` point at `out`: a relative symlink, or a text file with the path where there are no symlinks.
-    Where `runs` cannot be written, a warning says so."""
+    Where that cannot be written, a warning says so of a run that lies elsewhere.
+
+    Raises:
+        OSError: it cannot be written, and the run lies in `runs`, of which later commands take the latest.
+    """
     target = Path(os.path.relpath(out.absolute(), runs.absolute()))
     latest = runs / LATEST_NAME
     try:
@@ -273,7 +277,10 @@ def mark_latest(out: Path, runs: Path) -> None:
                 link.write_bytes(os.fsencode(f"{target.as_posix()}\n"))
             link.replace(latest)
     except OSError as error:
-        text = f"{latest} cannot be written ({error.strerror}): name the run in later commands, or give --runs"
+        text = f"{latest} cannot be written ({error.strerror})"
+        if target.parent == Path():
+            raise OSError(f"{text}: remove it, or train with another --runs") from error
+        text += ": name the run in later commands, or train with another --runs"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.recipe import is_given
+from tetdeploy.cli.recipe import is_given, is_typed
 from tetdeploy.cli.terminal import console
 from tetdeploy.names import is_own_model
 from tetdeploy.run_folder import newest_run
@@ -193,7 +193,7 @@ def start_from(ctx: click.Context, classifier: Classifier, init: Path, metadata:
         if not others:
             raise
         differ = ", and ".join(f"{name} {theirs[name]}, not {value}" for name, value in others.items())
-        options = " and ".join(f"--{name}" for name in others)
+        options = " and ".join(f"--{name}" if is_typed(ctx, name) else f"{name} in the recipe" for name in others)
         raise ValueError(f"{init} has {differ}, which its weights do not fit: leave out {options}") from error
     if anew:
         known, num_classes = metadata["network"]["num_classes"], classifier.config.num_classes

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,6 +23,7 @@ from tetdeploy.files import lacks_temporary_folder
 from tetdeploy.signals import handled, terminations
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's of a CPU, and of a GPU
+SAME_SECONDS = 5
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
@@ -76,11 +78,15 @@ class CleanGroup(CleanErrors, click.Group):
 @contextmanager
 def _terminations_like_ctrl_c() -> Iterator[None]:
     """Schedulers and container engines send SIGTERM before they kill, a terminal SIGHUP as it ends: what is half
-    written goes, what was done stays."""
+    written goes, what was done stays. One soon after another is the same one: a shell sends SIGHUP, and so does the
+    system, or SIGTERM."""
+    last: list[float] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # the shell sends SIGHUP, and then the system again
-        raise KeyboardInterrupt
+        now = time.monotonic()
+        if not last or now - last[-1] > SAME_SECONDS:
+            last.append(now)
+            raise KeyboardInterrupt
 
     others = signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     with nullcontext() if others else handled(interrupt, *terminations()):

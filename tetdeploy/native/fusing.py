@@ -62,7 +62,7 @@ def _fuse(model: bytes, states: Sequence[tuple[str, str]], *, take_out: bool) ->
     kinds = _kinds(optimised)
     native_nodes = put_spike_convolutions(optimised.graph, marked, kinds, tiles=tiles)
     if (way := best_way()) is not None:
-        wholes, images = WholeNumbers(optimised.graph, neuron_steps), 1 if states else 2  # of which one step has states
+        wholes, images = WholeNumbers(optimised.graph, neuron_steps), 1 if states else 2  # a step in a call, or several
         native_nodes += put_int8_convolutions(optimised.graph, wholes, way, kinds, images)
     turn_bytes(optimised.graph)
     native_nodes += fuse(optimised, kinds, neuron_steps, states)

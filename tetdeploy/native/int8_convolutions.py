@@ -21,7 +21,8 @@ from tetdeploy.native.whole_numbers import WholeNumbers
 Way = Literal["tiles", "plain", "additions", "lookups"]
 MOST = 2**31 // 128  # inputs of 1 that may add up within int32
 LEAST_WEIGHTS = 2048  # of a tap, of which additions are the faster way
-LEAST_TAPS, LEAST_OUTPUTS = 2, 128  # of lookups: these in a channel of all images of a call
+LEAST_TAPS = 2  # of lookups, and outputs that a channel has in a call:
+LEAST_OUTPUTS = 128
 
 
 def best_way() -> Way | None:
@@ -44,7 +45,7 @@ def put_int8_convolutions(
         way: in tiles, or in plain C, which is slow; or additions, of which inputs must be spikes or sums of few, and
             weights enough; or lookups, of which inputs must be spikes, and outputs enough.
         kinds: of the graph's tensors.
-        images: in a call, at least; those of several steps are several.
+        images: in a small call; those of several steps are several.
 
     Returns: how many there are.
     """

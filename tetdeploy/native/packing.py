@@ -10,7 +10,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 LARGEST = 127 * 65536 + 127 * 256 + 127  # of three digits
 ROW, MOST_ADDITIONS, MOST_ROWS = 256, 255, 128  # as in `additions.c`
-CHANNELS, CHUNK, OUTPUTS, SOME, MOST_GROUPS = 5, 64, 16, 8, 47  # as in `lookups.c`
+GROUP, CHUNK, OUTPUTS, SOME, MOST_GROUPS = 5, 64, 16, 8, 47  # as in `lookups.c`: GROUP is CHANNELS there
 
 
 def whole_weights(weights: Array) -> tuple[Array, Array]:
@@ -108,8 +108,8 @@ def _in_groups(digits: Array) -> Array:
     """`[O, groups, 5, kernel height, kernel width]`: of each 64 input channels five, and five, and at last four."""
     (outputs, inputs), kernel = digits.shape[:2], digits.shape[2:]
     whole, rest = divmod(inputs, CHUNK)
-    each = math.ceil(CHUNK / CHANNELS)
+    each = math.ceil(CHUNK / GROUP)
     filled = np.pad(digits, [(0, 0), (0, -inputs % CHUNK), (0, 0), (0, 0)]).reshape(outputs, -1, CHUNK, *kernel)
-    filled = np.pad(filled, [(0, 0), (0, 0), (0, each * CHANNELS - CHUNK), (0, 0), (0, 0)])
-    groups = whole * each + math.ceil(rest / CHANNELS)
-    return filled.reshape(outputs, -1, CHANNELS, *kernel)[:, :groups]
+    filled = np.pad(filled, [(0, 0), (0, 0), (0, each * GROUP - CHUNK), (0, 0), (0, 0)])
+    groups = whole * each + math.ceil(rest / GROUP)
+    return filled.reshape(outputs, -1, GROUP, *kernel)[:, :groups]
