@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
+from tetdeploy.names import counted
 from tetdeploy.networks import Classifier
 
 from .counters import spikes_overlay
@@ -84,7 +85,7 @@ def audit(classifier: Classifier, engine: Engine, x: NDArray[Any], T: int) -> No
         if layer.from_input or not (layer.binary or engine.metadata["precision"] == "fp32"):
             continue
         for steps, read in runs.items():
-            what = f"in {steps} step{'s' * (steps > 1)} of inputs that are not 0"
+            what = f"in {counted(steps, 'step')} of inputs that are not 0"
             _compare(layer.name, what, float(operations.counts[layer.name][:steps].sum()), read[module].active)
             if layer.binary and not read[module].binary:
                 raise CountError(_message(layer.name, "which is said to read spikes alone, reads other numbers"))

@@ -355,7 +355,8 @@ def test_sums_at_the_limit_of_int16(inputs: int, kernel: tuple[int, int], sign: 
     groups = channel // 64 * 13 + channel % 64 // 5
     steps = (groups[:, None] * taps + np.arange(taps)).reshape(inputs, *kernel)
     count = (int(groups[-1]) + 1) * taps
-    joined = np.flatnonzero(steps < 2 * count // -(-count // 47))
+    early = steps < 2 * count // -(-count // 47)
+    joined = np.flatnonzero(early)
     each, more = divmod(2**15 - 1 + beyond, len(joined))
     digits = np.full((17, inputs, *kernel), sign * 20, np.int8)
     digits[16].flat[joined] = sign * (each + (np.arange(len(joined)) < more))
@@ -363,7 +364,7 @@ def test_sums_at_the_limit_of_int16(inputs: int, kernel: tuple[int, int], sign: 
     change = {"w": digits, "w_scale": np.full(17, 2.0**-9, np.float32), "bias": np.zeros(17, np.int32)}
     change |= {"y_scale": np.float32(1)}
     made = session(replaced(convolution((inputs, 17), kernel, pads=[0] * 4, zero=128, change=change), way))
-    for fire in (np.ones_like(digits[16]), steps < 2 * count // -(-count // 47)):
+    for fire in (np.ones_like(early), early):
         x = fire.transpose(1, 2, 0)[None].astype(np.uint8)
         expected = (np.rint((digits * fire.astype(np.int64)).sum((1, 2, 3)) * 2.0**-9) + 128).clip(0, 255)
         np.testing.assert_array_equal(made.run(None, {"x": x})[0].reshape(-1), expected)

@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 
 from tetdeploy.form import json_text, parse_json
 
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-
 MODELS = {".safetensors", ".onnx", ".engine", ".nir"}
 
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}  # some file systems
 
 

@@ -187,9 +187,8 @@ def start_from(ctx: click.Context, classifier: Classifier, init: Path, metadata:
     try:
         anew = load_weights(classifier, init, other_classes=True)
     except MisfitError as error:
-        theirs, given = metadata["network"], {"model": classifier.config.model, "width": classifier.config.width}
-        given = {name: value for name, value in given.items() if is_given(ctx, name)}
-        others = {name: value for name, value in given.items() if theirs.get(name, value) != value}
+        theirs, ours = metadata["network"], {"model": classifier.config.model, "width": classifier.config.width}
+        others = {k: value for k, value in ours.items() if is_given(ctx, k) and theirs.get(k, value) != value}
         if not others:
             raise
         differ = ", and ".join(f"{name} {theirs[name]}, not {value}" for name, value in others.items())

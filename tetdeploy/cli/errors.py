@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ from tetdeploy.files import lacks_temporary_folder
 from tetdeploy.signals import handled, terminations
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's of a CPU, and of a GPU
-SAME_SECONDS = 5
+_SAME_SECONDS = 5  # in which a second signal is no other
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
@@ -80,12 +81,13 @@ def _terminations_like_ctrl_c() -> Iterator[None]:
     """Schedulers and container engines send SIGTERM before they kill, a terminal SIGHUP as it ends: what is half
     written goes, what was done stays. One soon after another is the same one: a shell sends SIGHUP, and so does the
     system, or SIGTERM."""
-    last: list[float] = []
+    last = -math.inf
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal last
         now = time.monotonic()
-        if not last or now - last[-1] > SAME_SECONDS:
-            last.append(now)
+        if now - last > _SAME_SECONDS:
+            last = now
             raise KeyboardInterrupt
 
     others = signal.getsignal(signal.SIGTERM) != signal.SIG_DFL

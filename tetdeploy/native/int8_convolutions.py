@@ -92,19 +92,15 @@ def _convolution(
         return None
     digits = numpy_helper.to_array(weights)
     own = {"zero_point": int(numpy_helper.to_array(y_zero).item())}
+    whole = wholes.of(x)
+    most = whole.most if whole is not None and whole.most * digits[0].size <= MOST else MOST
     if way == "additions":
-        whole = wholes.of(x)
-        if whole is None or whole.most * digits[0].size > MOST or not can_add(whole.most, weights):
+        if not can_add(most, weights) or math.prod(weights.dims[:2]) < LEAST_WEIGHTS:
             return None
-        if math.prod(weights.dims[:2]) < LEAST_WEIGHTS:
-            return None
-        op, packed, order = "Int8Additions", rows_of(digits.astype(np.int16), whole.most), f"rows{whole.most}"
-        own |= {"most": whole.most, "vector_bytes": native.vector_bytes()}
+        op, packed, order = "Int8Additions", rows_of(digits.astype(np.int16), most), f"rows{most}"
+        own |= {"most": most, "vector_bytes": native.vector_bytes()}
     elif way == "lookups":
-        whole = wholes.of(x)
-        if whole is None or whole.most > 1 or digits[0].size > MOST:
-            return None
-        if digits[0, 0].size < LEAST_TAPS or outputs < LEAST_OUTPUTS:
+        if most > 1 or digits[0, 0].size < LEAST_TAPS or outputs < LEAST_OUTPUTS:
             return None
         op, packed, order = "Int8Lookups", groups_of(digits), "groups"
         own |= {"together": runs_together(digits)}

@@ -99,11 +99,11 @@ typedef struct { __m512i of[OUTPUTS][2]; } Sums;
 typedef struct { int begins, ends; } Run;
 
 FOR_LOOKUPS INLINED void keep(__m512i sum, Sums* sums, size_t output, Some* kept, size_t o, Run run) {
-  __m512i* its = sums->of[output + o];
   if (!run.ends) {
     kept->of[o] = sum;
     return;
   }
+  __m512i* its = sums->of[output + o];
   its[0] = _mm512_add_epi32(its[0], _mm512_cvtepi16_epi32(_mm512_castsi512_si256(sum)));
   its[1] = _mm512_add_epi32(its[1], _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(sum, 1)));
 }
