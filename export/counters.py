@@ -1,4 +1,4 @@
-"""Which operations a lowered graph does, and the outputs that count them.
+"""The outputs of a lowered graph that count its operations.
 
 A second graph counts, so that the one that serves is not slowed: ONNX Runtime computes a whole graph even if one cheap
 output is asked for. The second is not a second file. Protocol buffers merge when they are concatenated (repeated fields
@@ -9,259 +9,18 @@ bytes of the model followed by the bytes of the overlay are the counting model. 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
 from tetdeploy.energy import Layer
-from tetdeploy.names import numbered
 
-from .binary_values import BinaryValues
-from .neuron_steps import Neurons, network_node
-from .onnx_tracer import is_of_network, module_name
-from .step_order import BATCH, StepOrder, sizes
+from .neuron_steps import Neurons
+from .operations import Layers
 
-_UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm", "Conv"}
-
-
-class Layers:
-    """The layers of a lowered graph: `layers` by name with the value each one reads, `uncounted` by name, and what else
-    is added or multiplied, `other_ops`: by kind (see `tetdeploy.energy.OTHER_OPS`) and module, per image and step.
-    `batch_first` names layers that read `[N, T, ...]` or `[N * T, ...]`, for which `T_or_input` is the graph's T,
-    or where it is open the input `[N, T, ...]`.
-
-    Args:
-        T: steps of the graph, None where they are dynamic.
-        frames: the input changes from step to step.
-        encoder: nodes of a step graph that depend on the image alone.
-    """
-
-    def __init__(
-        self,
-        graph: ir.Graph,
-        neurons: Iterable[Neurons],
-        T: int | None,
-        *,
-        frames: bool,
-        encoder: Iterable[ir.Node] = (),
-    ) -> None:
-        self._T = T
-        self._image_rank = len(graph.inputs[0].shape or ()) if graph.inputs else 0
-        self.T_or_input: int | str = T or ("x" if frames else "steps")
-        self.batch_first: set[str] = set()
-        self.read: dict[str, ir.Value] = {}
-        self.layers: list[Layer] = []
-        self.uncounted: list[str] = []
-        self.other_ops: dict[str, Counter[str]] = {
-            kind: Counter() for kind in ("bias_adds", "residual_adds", "batch_norm_macs")
-        }
-        # What changes from step to step, or holds the steps as an axis; they may be merged into the batch.
-        self._timed = {value for value in graph.inputs if frames and value.name == "x"}
-        spikes = [layer.spikes for layer in neurons]
-        self._timed.update(spikes)
-        self._counted: set[ir.Node] = set()
-        self._binary = BinaryValues(spikes)
-        self._after_neurons = set(spikes)
-        self._order = StepOrder(spikes, T)
-        names: Counter[str] = Counter()
-        encodes = set(encoder)
-        for node in graph:
-            self._propagate(node)
-            self._count_other(node)
-            if node.op_type not in _UNCOUNTED:
-                continue
-            name = numbered(module_name(node) or str(node.name), names)
-            layer = self._layer(node, name, node in encodes)
-            if layer is None:
-                self.uncounted.append(name)
-                continue
-            value = node.inputs[0]
-            assert value is not None
-            self.layers.append(layer)
-            self.read[name] = _before_half(value)
-
-    def _propagate(self, node: ir.Node) -> None:
-        """What is a whole number, holds T steps, or lies behind neurons, follows from a node's inputs."""
-        if self._begins_steps(node) or self._repeats_image(node) or any(value in self._timed for value in node.inputs):
-            self._timed.update(node.outputs)
-        if any(value in self._after_neurons for value in node.inputs):
-            self._after_neurons.update(node.outputs)
-        self._binary.propagate(node)
-        self._order.propagate(node)
-
-    def _begins_steps(self, node: ir.Node) -> bool:
-        """Whether what a node puts out has T steps as its first axis, or, where T is open, anywhere. An axis may be as
-        long by chance, as that of T tokens: no layer adds an axis, and steps make T values of one."""
-        value = node.outputs[0]
-        if value.shape is None or len(value.shape) < 2:
-            return False
-        if self._T is None:
-            symbols = [dim.free_symbols() for dim in value.shape if not isinstance(dim, int)]
-            return any("T" in of_one or len(of_one) > 1 for of_one in symbols)  # the batch is the only other symbol
-        if value.shape[0] != self._T or node.op_type in _UNCOUNTED:
-            return False
-        read = [sizes(given) for given in node.inputs if given is not None and not _is_constant(given)]
-        after = sizes(value)
-        if after is None or None in read:
-            return True
-        return math.prod(after) >= self._T * max((math.prod(axes) for axes in read if axes is not None), default=0)
-
-    def _repeats_image(self, node: ir.Node) -> bool:
-        """Whether a node of an unrolled graph repeats what it reads of the batch for T steps: to `[T * N, ...]`, or
-        along another axis, as to `[N, T, ...]` or `[N, C, T, ...]`, which is not to be mistaken for the image's."""
-        if node.op_type not in ("Expand", "Tile", "Concat") or self._T in (None, 1) or node.inputs[0] is None:
-            return False
-        if node.op_type == "Concat" and len(set(node.inputs)) > 1:
-            return False
-        before, after = sizes(node.inputs[0]), sizes(node.outputs[0])
-        if not before or not after or len(before) != len(after) or before[0] % BATCH:
-            return False
-        longer = [axis for axis, size in enumerate(before) if after[axis] != size]
-        if len(longer) != 1 or (longer != [0] and len(after) == self._image_rank):
-            return False
-        return after[longer[0]] == before[longer[0]] * self._T
-
-    def _count_other(self, lowered: ir.Node) -> None:
-        node = network_node(lowered)
-        kind = _other_kind(node)
-        if kind is None or node in self._counted:
-            return
-        self._counted.add(node)
-        timed = lowered.outputs[0] in self._timed
-        name, ops = module_name(node) or str(node.name), self._repeats(node.outputs[0], None, timed=timed)
-        if ops is None:
-            self.uncounted.append(f"{name} ({kind})")
-        else:
-            self.other_ops[kind][name] += ops
-
-    def _layer(self, node: ir.Node, name: str, encodes: bool) -> Layer | None:
-        value, weight = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
-        if node.op_type not in ("Conv", "MatMul", "Gemm") or value is None or weight is None or value.shape is None:
-            return None
-        shape = _parameter_shape(weight)
-        if shape is None:
-            return None
-        from_input = value not in self._after_neurons
-        positions = self._repeats(value, 1 if node.op_type == "Conv" else -1, timed=value in self._timed)
-        left = 1 if from_input else self._order.left_of_steps(value)
-        if positions is None or left not in (1, BATCH):
-            return None
-        if left == BATCH:
-            self.batch_first.add(name)
-        once = from_input and (encodes or (value not in self._timed and self._T != 1))
-        flags: dict[str, Any] = {
-            "from_input": from_input,
-            "binary": self._binary.is_binary(value),
-            "positions": positions,
-            "once": once,
-            "precision": _precision(weight),
-        }
-        if node.op_type != "Conv":
-            if len(shape) != 2:
-                return None
-            transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
-            features, outputs = reversed(shape) if transposed else shape
-            return Layer(name, (features,), outputs, **flags)
-        input_shape = tuple(dim for dim in value.shape[1:] if isinstance(dim, int))
-        if len(input_shape) != len(shape) - 1:
-            return None  # steps that are open lie behind the channels
-        return _convolution(node, name, input_shape, shape, flags)
-
-    def _repeats(self, value: ir.Value, channel_axis: int | None, *, timed: bool) -> int | None:
-        """The product of a value's axes up to `channel_axis`, for one image in one step: how often a layer is applied
-        (to every token, say), or how many values there are; None if that is unknown. `timed`: it holds all T steps."""
-        if value.shape is None:
-            return None
-        count = 1
-        for dim in value.shape[:channel_axis]:
-            one = dim if isinstance(dim, int) else dim.evaluate(dict.fromkeys(dim.free_symbols(), 1))
-            if not isinstance(one, int):
-                return None
-            count *= one
-        repeats, rest = divmod(count, (self._T or 1) if timed else 1)
-        return repeats if rest == 0 else None
-
-
-def _other_kind(node: ir.Node) -> str | None:
-    """Which of `OTHER_OPS` a node is."""
-    if node.op_type == "BatchNormalization":
-        return "batch_norm_macs"
-    if node.op_type in ("Conv", "ConvTranspose", "Gemm"):
-        return "bias_adds" if len(node.inputs) > 2 and _is_parameter(node.inputs[2]) else None
-    # The neurons' own arithmetic stems from no module of the network.
-    if node.op_type not in ("Add", "Sub") or not is_of_network(node) or node.outputs[0].dtype != ir.DataType.FLOAT:
-        return None
-    if not any(_is_constant(value) for value in node.inputs):
-        return "residual_adds"
-    return "bias_adds" if node.op_type == "Add" and any(_is_parameter(value) for value in node.inputs) else None
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    return value is not None and ir.convenience.get_const_tensor(value) is not None
-
-
-def _is_parameter(value: ir.Value | None) -> bool:
-    """Whether a value is a constant that is not zero: the exporter gives every convolution a bias, if only of zeros."""
-    producer = None if value is None else value.producer()
-    if producer is not None and producer.op_type == "DequantizeLinear":
-        return _is_parameter(producer.inputs[0])
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return tensor is not None and bool(tensor.numpy().any())
-
-
-def _before_half(value: ir.Value) -> ir.Value:
-    """What a layer in float16 reads, from before the cast: counts would not fit into 11 bits."""
-    producer = value.producer()
-    cast = producer is not None and producer.op_type == "Cast" and value.dtype == ir.DataType.FLOAT16
-    return producer.inputs[0] if cast else value  # type: ignore[union-attr, return-value]
-
-
-def _precision(weight: ir.Value) -> str:
-    if _is_quantised(weight):
-        return "int8"
-    return "fp16" if weight.dtype == ir.DataType.FLOAT16 else "fp32"
-
-
-def _is_quantised(weight: ir.Value) -> bool:
-    producer = weight.producer()
-    return producer is not None and producer.op_type == "DequantizeLinear"
-
-
-def _parameter_shape(weight: ir.Value) -> tuple[int, ...] | None:
-    """The shape of a constant, of one in 8 bits, or of a matrix transposed, as linear layers have it in a graph that is
-    not optimised; None for what is computed."""
-    producer = weight.producer()
-    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
-        shape = _parameter_shape(producer.inputs[0])
-        return shape[::-1] if shape is not None and len(shape) == 2 else None
-    if producer is not None and _is_quantised(weight) and producer.inputs[0] is not None:
-        return _parameter_shape(producer.inputs[0])
-    tensor = ir.convenience.get_const_tensor(weight)
-    return None if tensor is None else tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
-
-
-def _convolution(
-    node: ir.Node, name: str, input_shape: tuple[int, ...], weight_shape: tuple[int, ...], flags: dict[str, Any]
-) -> Layer | None:
-    kernel = weight_shape[2:]
-    if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        return None
-    one, none = [1] * len(kernel), [0] * (2 * len(kernel))
-    pads = list(node.attributes.get_ints("pads", none))
-    return Layer(
-        name,
-        input_shape,
-        weight_shape[0] // node.attributes.get_int("group", 1),
-        kernel=kernel,
-        strides=tuple(node.attributes.get_ints("strides", one)),
-        pads=tuple(zip(pads[: len(kernel)], pads[len(kernel) :], strict=True)),
-        dilations=tuple(node.attributes.get_ints("dilations", one)),
-        **flags,
-    )
+_EXACT = 2**24  # float32 holds whole numbers up to here
 
 
 def counting_overlay(layers: Layers, neurons: Iterable[Neurons]) -> bytes:
@@ -271,8 +30,9 @@ def counting_overlay(layers: Layers, neurons: Iterable[Neurons]) -> bytes:
     for layer in layers.layers:
         if not layer.from_input:
             T_or_input = layers.T_or_input if layer.name in layers.batch_first else None
-            value = _in_float32(graph, layer, layers.read[layer.name])
-            _count_inputs(graph, layer, value, T_or_input)
+            names = enumerate(layers.read[layer.name])
+            read = [_in_float32(graph, value, f"{layer.counter}.float32.{k}") for k, value in names]
+            _count_inputs(graph, layer, read, T_or_input)
     for layer_ in neurons:
         _count_spikes(graph, layer_)
     return bytes(onnx.ModelProto(graph=graph).SerializeToString())
@@ -285,26 +45,50 @@ def spikes_overlay(neurons: Iterable[str]) -> bytes:
     return bytes(onnx.ModelProto(graph=graph).SerializeToString())
 
 
-def _in_float32(graph: onnx.GraphProto, layer: Layer, read: ir.Value) -> str:
-    """The name of what a layer reads, cast if a layer in float16 puts it out: counts would not fit into 11 bits."""
+def _in_float32(graph: onnx.GraphProto, read: ir.Value, name: str) -> str:
+    """The name of what a layer reads, cast to `name` if it is in float16: counts would not fit into 11 bits."""
+    producer = read.producer()
+    if read.dtype == ir.DataType.FLOAT16 and producer is not None and producer.op_type == "Cast":
+        assert producer.inputs[0] is not None
+        return str(producer.inputs[0].name)
     if read.dtype != ir.DataType.FLOAT16:
         return str(read.name)
-    graph.node.append(helper.make_node("Cast", [str(read.name)], [f"{layer.counter}.float32"], to=TensorProto.FLOAT))
-    return f"{layer.counter}.float32"
+    graph.node.append(helper.make_node("Cast", [str(read.name)], [name], to=TensorProto.FLOAT))
+    return name
 
 
-def _count_inputs(graph: onnx.GraphProto, layer: Layer, value: str, batch_first: int | str | None) -> None:
+def _count_inputs(graph: onnx.GraphProto, layer: Layer, read: Sequence[str], batch_first: int | str | None) -> None:
     """`batch_first`: T or the input `[N, T, ...]`, for a layer that reads `[N, T, ...]` or `[N * T, ...]`."""
-    name = layer.counter
-    if not layer.binary:
-        graph.node.append(helper.make_node("Abs", [value], [f"{name}.abs"]))
-        graph.node.append(helper.make_node("Sign", [f"{name}.abs"], [f"{name}.nonzero"]))
-        value = f"{name}.nonzero"
+    name, kind = layer.counter, TensorProto.FLOAT
     summed = name if batch_first is None else f"{name}.batch_first"
-    _sum(graph, value, [1 if layer.kernel else -1], summed)
+    if layer.product:
+        kind = TensorProto.FLOAT if math.prod(layer.input_shape) <= _EXACT else TensorProto.DOUBLE
+        _sum_pairs(graph, read, kind, summed)
+    else:
+        value = read[0] if layer.binary else _nonzero(graph, read[0], name)
+        _sum(graph, value, [1 if layer.kernel else -1], summed)
     if batch_first is not None:
         _put_steps_first(graph, summed, layer, batch_first)
-    graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    graph.output.append(helper.make_tensor_value_info(name, kind, None))
+
+
+def _sum_pairs(graph: onnx.GraphProto, factors: Sequence[str], kind: int, output: str) -> None:
+    """The pairs that `[..., M, K] @ [..., K, N]` multiplies and whose numbers are not zero: each one in a column of the
+    first meets all in the row of the second."""
+    ones = []
+    for name, factor, axis in zip((f"{output}.columns", f"{output}.rows"), factors, (-2, -1), strict=True):
+        _sum(graph, _nonzero(graph, factor, name), [axis], f"{name}.sum")
+        graph.node.append(helper.make_node("Cast", [f"{name}.sum"], [name], to=kind))
+        ones.append(name)
+    graph.node.append(helper.make_node("Mul", ones, [f"{output}.pairs"]))
+    _sum(graph, f"{output}.pairs", [-1], output)
+
+
+def _nonzero(graph: onnx.GraphProto, value: str, name: str) -> str:
+    """1 where a value is not zero."""
+    graph.node.append(helper.make_node("Abs", [value], [f"{name}.abs"]))
+    graph.node.append(helper.make_node("Sign", [f"{name}.abs"], [f"{name}.nonzero"]))
+    return f"{name}.nonzero"
 
 
 def _put_steps_first(graph: onnx.GraphProto, counts: str, layer: Layer, T: int | str) -> None:
@@ -325,7 +109,7 @@ def _put_steps_first(graph: onnx.GraphProto, counts: str, layer: Layer, T: int |
 
 def _count_spikes(graph: onnx.GraphProto, layer: Neurons) -> None:
     name, value, kind = f"fired.{layer.name}", str(layer.spikes.name), TensorProto.FLOAT
-    if math.prod(layer.shape) > 2**24:
+    if math.prod(layer.shape) > _EXACT:
         kind = TensorProto.DOUBLE
     if kind == TensorProto.DOUBLE or layer.spikes.dtype != ir.DataType.FLOAT:
         graph.node.append(helper.make_node("Cast", [value], [f"{name}.spikes"], to=kind))

@@ -21,9 +21,10 @@ from tetdeploy.networks import Classifier
 from tetdeploy.provenance import written
 
 from .config import ExportConfig
-from .counters import Layers, counting_overlay
+from .counters import counting_overlay
 from .encoder import Encoder
 from .neuron_steps import Neurons
+from .operations import Layers
 from .reading import parse_graph
 
 

@@ -29,7 +29,6 @@ from tetdeploy.tracing import Tracer
 
 from .causality import check_steps
 from .config import GPU_TARGETS, ExportConfig
-from .counters import Layers
 from .description import describe, serialised
 from .encoder import find_encoder, is_one_layer, split_encoder
 from .gate import check_graph, gate_runtimes
@@ -39,6 +38,7 @@ from .lowering import lower
 from .neuron_steps import Neurons
 from .onnx_tracer import OnnxTracer
 from .openvino import write_for_openvino
+from .operations import Layers
 from .parity import Parity
 from .pooling import close_windows, refuse_divisors
 from .progress import Progress, ticker

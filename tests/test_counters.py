@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from tetdeploy.energy import Layer, layers_of, other_ops
 from tetdeploy.engine import Engine
-from tetdeploy.export import ExportConfig, counters, export_model
+from tetdeploy.export import ExportConfig, counters, export_model, operations
 from tetdeploy.export.audit import CountError, _operations, _Read, audit
 from tetdeploy.export.binary_values import BinaryValues
 from tetdeploy.export.config import Layout
-from tetdeploy.export.counters import Layers, counting_overlay
+from tetdeploy.export.counters import counting_overlay
 from tetdeploy.export.neuron_steps import Neurons
+from tetdeploy.export.operations import Layers
 from tetdeploy.export.step_order import BATCH, StepOrder
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier
@@ -396,8 +397,8 @@ def refused(folder: Path, match: str, net: Classifier | None = None) -> None:
 
 
 def test_a_graph_that_says_another_size_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convolution = counters._convolution
-    monkeypatch.setattr(counters, "_convolution", lambda *args: replace(convolution(*args), outputs=1))  # type: ignore[type-var]
+    convolution = operations._convolution
+    monkeypatch.setattr(operations, "_convolution", lambda *args: replace(convolution(*args), outputs=1))  # type: ignore[type-var]
     refused(
         tmp_path, r"layer '.*', operations in a step if every input counts: the graph counts .*, PyTorch .*; energies"
     )
@@ -406,9 +407,9 @@ def test_a_graph_that_says_another_size_is_not_written(tmp_path: Path, monkeypat
 def test_a_graph_that_counts_twice_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count_inputs = counters._count_inputs
 
-    def twice(graph: onnx.GraphProto, layer: Layer, value: str, T: int | str | None) -> None:
-        graph.node.append(helper.make_node("Add", [value, value], [f"{layer.name}.twice"]))
-        count_inputs(graph, replace(layer, binary=True), f"{layer.name}.twice", T)
+    def twice(graph: onnx.GraphProto, layer: Layer, read: list[str], T: int | str | None) -> None:
+        graph.node.append(helper.make_node("Add", [read[0], read[0]], [f"{layer.name}.twice"]))
+        count_inputs(graph, replace(layer, binary=True), [f"{layer.name}.twice"], T)
 
     monkeypatch.setattr(counters, "_count_inputs", twice)
     refused(tmp_path, r"operations in 4 steps of inputs that are not 0: the graph counts .*, PyTorch")
@@ -417,8 +418,8 @@ def test_a_graph_that_counts_twice_is_not_written(tmp_path: Path, monkeypatch: p
 def test_a_graph_that_counts_too_many_currents_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count_inputs = counters._count_inputs
 
-    def one_percent_more(graph: onnx.GraphProto, layer: Layer, value: str, T: int | str | None) -> None:
-        count_inputs(graph, layer, value, T)
+    def one_percent_more(graph: onnx.GraphProto, layer: Layer, read: list[str], T: int | str | None) -> None:
+        count_inputs(graph, layer, read, T)
         if layer.name == "readout.2":  # which reads means
             graph.node[-1].output[0] = "right"
             graph.initializer.append(helper.make_tensor("factor", TensorProto.FLOAT, [], [1.01]))
@@ -429,8 +430,8 @@ def test_a_graph_that_counts_too_many_currents_is_not_written(tmp_path: Path, mo
 
 
 def test_a_graph_that_takes_means_for_spikes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = counters.Layers._layer
-    monkeypatch.setattr(counters.Layers, "_layer", lambda *args: replace(layer(*args), binary=True))  # type: ignore[type-var]
+    layer = Layers._layer
+    monkeypatch.setattr(Layers, "_layer", lambda *args: replace(layer(*args), binary=True))  # type: ignore[type-var]
     monkeypatch.setattr(counters, "_count_inputs", partial(_count_any_inputs, counters._count_inputs))
     refused(tmp_path, r"layer 'readout.2', which is said to read spikes alone, reads other", classifier(Means()))
 

@@ -1,7 +1,8 @@
 """From spikes to operations to picojoules. Needs no torch.
 
 One operation is one input value that reaches one output value of a convolution or linear layer; at borders and with
-strides a value reaches fewer outputs, and the count is exact. What an operation costs depends on its input:
+strides a value reaches fewer outputs, and the count is exact. Of a product of two activations (attention) it is a pair
+of values that are multiplied. What an operation costs depends on its input:
 
 - **accumulate** (AC): the input is a spike, so its weight is just added. Only spikes that fired count.
 - **multiply-accumulate** (MAC): the input is not binary. In the first layer, which sees the image, every value counts,
@@ -39,17 +40,19 @@ OTHER_OPS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer, as the operation count sees it.
+    """A convolution, a linear layer or a product of activations, as the operation count sees it.
 
     Attributes:
-        input_shape: one image's input, `(C, *spatial)`, or `(features,)` for a linear layer.
+        input_shape: one image's input, `(C, *spatial)`, or `(features,)` for a linear layer. A product of matrices
+            `[M, K] @ [K, N]` reads `(M K N,)` pairs, of which those count whose numbers are both not zero.
         outputs: output channels that one input value reaches at one position (output channels / groups).
         kernel, strides, pads, dilations: of a convolution, per spatial axis; `pads` is (begin, end) per axis.
         from_input: no neurons lie between the network's input and this layer: the paper's first layer.
-        binary: the layer's input is spikes, 0 or 1.
+        binary: the layer's input is spikes, 0 or 1; of a product, that of one factor is.
         positions: how often the layer is applied to one image in one step, as a linear layer is to tokens.
         once: the graph computes the layer once for an image, not at every step: direct encoding's first layer.
         precision: of its arithmetic, `fp32` or `int8`; it decides what an operation costs.
+        product: it multiplies two activations, as attention does, and has no weights.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Layer:
     positions: int = 1
     once: bool = False
     precision: str = "fp32"
+    product: bool = False
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Layer:
@@ -73,7 +77,7 @@ class Layer:
         return Layer(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "product" or value}  # older readers know none
 
     @property
     def counter(self) -> str:
@@ -92,7 +96,7 @@ class Layer:
 
     @property
     def num_weights(self) -> int:
-        return self.input_shape[0] * self.outputs * math.prod(self.kernel)
+        return 0 if self.product else self.input_shape[0] * self.outputs * math.prod(self.kernel)
 
     def fan_out(self) -> NDArray[np.int64]:
         """How many outputs an input value reaches, by its position: `[*spatial]`, a scalar for a linear layer."""

@@ -145,7 +145,7 @@ def _model(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _layer(layer: Layer) -> dict[str, Any]:
     return {
         "name": layer.name,
-        "type": "convolution" if layer.kernel else "linear",
+        "type": "convolution" if layer.kernel else "product" if layer.product else "linear",
         "input_shape": list(layer.input_shape),
         "input": "pixels" if layer.from_input else "spikes" if layer.binary else "analogue",
         "outputs": layer.outputs,
