@@ -77,7 +77,8 @@ class Layer:
         return Layer(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "product" or value}  # older readers know none
+        """As JSON: `product` only where it is true, since older readers do not know it."""
+        return {key: value for key, value in asdict(self).items() if key != "product" or value}
 
     @property
     def counter(self) -> str:
