@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +59,22 @@ def test_grpc_listens_where_http_does(monkeypatch: pytest.MonkeyPatch) -> None:
     for host in ("127.0.0.1", "::1"):
         assert asyncio.run(server._start_grpc(Rpc(), Address("localhost", 0, 7), host)) == 7  # type: ignore[arg-type]
     assert asked == ["127.0.0.1:7", "[::1]:7"]
+
+
+@pytest.mark.parametrize(("patient", "cut_off"), [(True, 0), (False, 2)])
+def test_calls_that_grpc_cancelled_itself_were_not_cut_off(
+    patient: bool, cut_off: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their handlers end a moment after the server has stopped."""
+    monkeypatch.setattr(server, "GRACE_SECONDS", 0.05)
+
+    class Rpc:
+        async def stop(self, grace: float | None) -> None:
+            await asyncio.sleep(0 if patient else 0.1)
+
+    inferences: Any = SimpleNamespace(running=2, stopping=False)
+    assert asyncio.run(server._stop_grpc(Rpc(), inferences)) == cut_off  # type: ignore[arg-type]
+    assert inferences.stopping
 
 
 def test_answers_wait_for_no_acknowledgement() -> None:

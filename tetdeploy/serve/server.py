@@ -111,10 +111,12 @@ async def _stop_http(server: uvicorn.Server, http: asyncio.Task[None]) -> int:
 
 
 async def _stop_grpc(server: grpc.aio.Server, inferences: Inferences) -> int:
+    """How many calls were cut off when the grace was over."""
     stopping = asyncio.ensure_future(server.stop(GRACE_SECONDS + 1))  # a shorter one later counts
     await asyncio.wait([stopping], timeout=GRACE_SECONDS)
-    unread = not stopping.done()  # an answer that is not running any more, and whose client has not read it
-    cut_off, inferences.stopping = max(inferences.running, int(unread)), True
+    # Within the grace there is none, though handlers of calls that gRPC cancelled may still be about to end. After it
+    # there is one at least: an answer that is not running any more, and whose client has not read it.
+    cut_off, inferences.stopping = 0 if stopping.done() else max(inferences.running, 1), True
     await asyncio.gather(server.stop(None), stopping)
     return cut_off
 
