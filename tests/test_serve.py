@@ -837,6 +837,15 @@ def test_a_name_that_no_url_reaches_is_refused() -> None:
     assert "'a/b' is no name for a model" in result.output
 
 
+def test_the_url_that_is_announced_is_one_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def serve(*arguments: Any, announce: Callable[[str, str], None], **options: Any) -> None:
+        announce("127.0.0.1:1", "127.0.0.1:2")
+
+    monkeypatch.setattr("tetdeploy.serve.server.serve", serve)
+    output = CliRunner().invoke(main, ["serve", f"a b?c={exported('step')}"]).output
+    assert "http://127.0.0.1:1/v2/models/a%20b%3Fc/infer" in output
+
+
 def test_an_address_of_ipv6_is_one_to_ask() -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()

@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from export_helpers import exported
 from serve_helpers import PATIENCE, started, stop
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
+from starlette.responses import Response
+from uvicorn.server import ServerState
 
 from tetdeploy.serve import server
 from tetdeploy.serve.server import KEEP_ALIVE_SECONDS, Address
@@ -92,6 +95,26 @@ def test_connections_stay_open_for_as_long_as_is_said() -> None:
     assert server._http_server(app).config.timeout_keep_alive == KEEP_ALIVE_SECONDS
     document = " ".join((Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8").split())
     assert f"An HTTP connection that is idle is closed {KEEP_ALIVE_SECONDS} seconds after" in document
+
+
+@pytest.mark.parametrize("upgrade", ["h2c", "websocket"])
+def test_nothing_is_logged_of_an_upgrade_that_is_not_offered(upgrade: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """uvicorn would advise to install WebSockets."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await Response()(scope, receive, send)
+
+    async def scenario() -> None:
+        config = server._http_server(app).config
+        config.load()
+        protocol: Any = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})  # type: ignore[call-arg]
+        protocol.connection_made(Mock())
+        head = f"GET / HTTP/1.1\r\nHost: m\r\nConnection: Upgrade\r\nUpgrade: {upgrade}\r\n\r\n"
+        protocol.data_received(head.encode())
+        await asyncio.wait(protocol.tasks)
+
+    asyncio.run(scenario())
+    assert capsys.readouterr().err == ""
 
 
 def test_sequences_that_idle_are_looked_for_once_a_second_at_least() -> None:

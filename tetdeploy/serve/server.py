@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import grpc
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tetdeploy.engine import Engine
 from tetdeploy.serve.bodies import BodyLimit, Budget, Sizes
@@ -190,10 +191,17 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
+class _H11(H11Protocol):
+    """Says nothing of upgrades, which are not offered: uvicorn would advise to install libraries for WebSockets."""
+
+    def _should_upgrade(self) -> bool:
+        return False
+
+
 def _http_server(app: ASGIApp) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
-        http="h11",  # the other one takes the body of a request with `Upgrade: h2c` for a request of its own
+        http=_H11,  # the other one takes the body of a request with `Upgrade: h2c` for a request of its own
         ws="none",
         lifespan="off",
         log_level="warning",
