@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import orjson
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, StrictInt, ValidationError
 from starlette.responses import Response
 
 from tetdeploy.engine import Array
@@ -35,7 +35,7 @@ JSON_LENGTH = "inference-header-content-length"
 # the server stand still. Of a dict it does so in any case; parameters are checked where they are read.
 class _Input(BaseModel):
     name: str
-    shape: Annotated[list[int], Field(fail_fast=True)]
+    shape: Annotated[list[StrictInt], Field(fail_fast=True)]
     datatype: str
     parameters: dict[str, Any] | None = None
     data: list[Any] = []
