@@ -204,6 +204,7 @@ def test_any_number_of_threads_gives_the_same_answer(threads: int | None) -> Non
     (lambda x: x[:, None], r"got \[2, 1, 1, 8, 8\]"),
     (lambda x: np.float32(3), r"got \[\]"),
     (lambda x: x[:0], r"the input is empty: \[0, 1, 8, 8\]; .* takes \[N, 1, 8, 8\] with N of at least 1"),
+    (lambda x: np.ma.masked_less(x, 3), r"the input is a masked array, .* give x\.filled\(0\)"),
     (lambda x: x.astype(np.float32), "takes uint8 pixels 0..255 .* got float32; .* --no-normalize"),
     (lambda x: x.astype(np.int64), "takes uint8 pixels 0..255 and normalises them itself, got int64"),
     (lambda x: x.tolist(), "takes uint8 pixels 0..255 and normalises them itself, got int64"),
@@ -227,11 +228,14 @@ def test_refused_values(value: float) -> None:
     ("dynamic", {}, images, 0, "T must be at least 1, got 0"),
     ("unrolled", {"T": 4}, images, -2, "T must be at least 1, got -2"),
     ("step", {}, images, 0, "T must be at least 1, got 0"),
+    ("step", {}, images, 1025, r"T must be at most 1024 for images, got 1025; .* with engine\.stream\(\)"),
+    ("unrolled", {"T": 4}, images, 1025, "T must be at most 1024 for images, got 1025"),
     ("unrolled", {"T": 4}, images, 5,
      r"unrolled\.onnx is unrolled to T=4 and cannot run T=5; export again with --T 5, or with --layout dynamic"),
     ("dynamic", {"encoding": "frames"}, lambda n: frames(n, 3), 4, "T=4 steps need as many frames, got 3"),
     ("unrolled", {"T": 4, "encoding": "frames"}, lambda n: frames(n, 9), None, "unrolled to T=4 and cannot run T=9"),
-    ("dynamic", {"encoding": "frames"}, lambda n: frames(n, 3)[:, :0], None, "the input is empty"),
+    ("dynamic", {"encoding": "frames"}, lambda n: frames(n, 3)[:, :0], None,
+     r"the input is empty: .* takes \[N, T, 1, 8, 8\] with N and T of at least 1"),
     ("dynamic", {"encoding": "frames"}, images, 1, r"takes input of shape \[N, T, 1, 8, 8\], got \[2, 1, 8, 8\]"),
 ])  # fmt: skip
 def test_refused_T(
@@ -537,6 +541,8 @@ def test_refused_states() -> None:
     for u in (None, 5, good["u.lif1"].tolist()):
         with pytest.raises(ValueError, match=r"u\.lif1 must be float32 \[2, 8, 8, 8\], got (object|int64|float64) "):
             stream.state = good | {"u.lif1": u}  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"u\.lif1 is a masked array"):
+        stream.state = good | {"u.lif1": np.ma.masked_less(good["u.lif1"], 0)}
     with pytest.raises(ValueError, match="; got 1, 2"):
         stream.state = {1: good["u.lif1"], 2: good["u.lif2"]}  # type: ignore[dict-item]
     assert all(not u.any() for u in stream.state.values())
@@ -590,6 +596,8 @@ def test_refused_streams() -> None:
     frame_stream.push(frames(1, 1)[:, 0])
     with pytest.raises(ValueError, match="repeats the last image of a directly encoded stream"):
         frame_stream.push(None)
+    with pytest.raises(ValueError, match="the input is a masked array"):
+        frame_stream.push(np.ma.masked_less(frames(1, 1)[:, 0], 3))
     for bad in (frames(1, 1), np.uint8(3)):
         with pytest.raises(ValueError, match=r"push one frame at a time, of shape \[N, 1, 8, 8\]; got"):
             frame_stream.push(bad)

@@ -67,7 +67,7 @@ def served(predict: Callable[[InferRequest], Any]) -> Any:
 
 def test_another_method_is_refused_with_those_that_are_allowed() -> None:
     status, headers, answer = call(None, "POST", "/v2/models/m")
-    assert (status, answer) == (405, {"error": "Method Not Allowed"})
+    assert status == 405 and answer["error"].startswith("Method Not Allowed: POST /v2/models/m; ")
     assert set(headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 

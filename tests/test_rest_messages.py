@@ -72,6 +72,16 @@ def test_an_input_in_shared_memory_is_refused_by_name() -> None:
         read_request(sent, {}, SIZES)
 
 
+@pytest.mark.parametrize(("given", "match"), [
+    (b'"parameters": {"T": 1}', "^unknown parameter 'T' of the input x; there is binary_data_size, and others are"),
+    (b'"data": [1], "parameters": {"binary_data_size": 1}', "^input x has data and binary_data_size; send one of them"),
+])  # fmt: skip
+def test_nothing_that_an_input_says_is_dropped(given: bytes, match: str) -> None:
+    head = b'{"inputs": [{"name": "x", "shape": [1], "datatype": "UINT8", %s}]}' % given
+    with pytest.raises(InvalidRequestError, match=match):
+        read_request(head + b"9", {"inference-header-content-length": str(len(head))}, SIZES)
+
+
 @pytest.mark.parametrize("was", [True, False])
 def test_collection_is_as_it_was_before(was: bool) -> None:
     try:

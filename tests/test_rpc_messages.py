@@ -88,6 +88,15 @@ def test_an_input_in_shared_memory_is_refused_by_name() -> None:
         read_request(sent)
 
 
+def test_an_input_has_no_parameters_but_its_size() -> None:
+    made = request()
+    made.inputs[0].parameters["binary_data_size"].int64_param = 300  # KServe's client sends it over gRPC too
+    assert read_request(made).inputs[0].data == bytes(300)
+    made.inputs[0].parameters["T"].int64_param = 1
+    with pytest.raises(InvalidRequestError, match="unknown parameter 'T' of the input x; there is binary_data_size"):
+        read_request(made)
+
+
 @given(st.one_of(st.binary(max_size=40), st.integers(0, 400).map(lambda k: request().SerializeToString()[:k])))
 @example(
     b"\x08\x01\x11" + b"\xff" * 8 + b"\x1d" + b"\xff" * 4

@@ -262,8 +262,9 @@ def test_pages_that_there_are_not(server: Server) -> None:
     refused = server.metric("tetdeploy_refused_total", model="step", status="400")
     assert server.post("repository/models/step/unload", b"")[0] == 400
     assert server.metric("tetdeploy_refused_total", model="step", status="400") == refused  # nothing was asked of it
-    assert server.post("models/step", b"") == (405, {"error": "Method Not Allowed"})
-    assert server.post("nowhere", b"") == (404, {"error": "Not Found"})
+    assert server.post("models/step", b"")[0] == 405
+    status, answer = server.post("nowhere", b"")
+    assert status == 404 and "Not Found: POST /v2/nowhere; there are the endpoints of the Open Infer" in answer["error"]
 
 
 def body(**changes: Any) -> bytes:
@@ -306,7 +307,8 @@ WRONG: list[tuple[str, bytes, int, str]] = [
     ("step", body(parameters={"sequence_start": True}), 400, "need a sequence_id"),
     ("step", body(shape=[9, 1, 8, 8], data=images(9).tolist()), 400, "at most 8 images"),
     ("step", b'{"inputs": [' + b",".join([b"{}"] * 150_000) + b"]}", 400, "Field required at inputs.0.name"),
-    ("step", body(shape=[""] * 150_000), 400, "unable to parse string as an integer at inputs.0.shape.0"),
+    ("step", body(shape=[""] * 150_000), 400, "should be a valid integer at inputs.0.shape.0"),
+    ("step", body(shape=[True, 1, 8, 8]), 400, "should be a valid integer at inputs.0.shape.0"),
     ("step", b'{"inputs": [], "outputs": [' + b",".join([b"{}"] * 150_000) + b"]}", 400, "at outputs.0.name"),
     ("step", body(parameters={str(k): [] for k in range(60_000)}), 400, "unknown parameter '0'"),
     ("nobody", body(), 404, "nobody does not exist"),
@@ -835,6 +837,15 @@ def test_a_name_that_no_url_reaches_is_refused() -> None:
     result = CliRunner().invoke(main, ["serve", f"a/b={exported('step')}"])
     assert result.exit_code == 1
     assert "'a/b' is no name for a model" in result.output
+
+
+def test_the_url_that_is_announced_is_one_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def serve(*arguments: Any, announce: Callable[[str, str], None], **options: Any) -> None:
+        announce("127.0.0.1:1", "127.0.0.1:2")
+
+    monkeypatch.setattr("tetdeploy.serve.server.serve", serve)
+    output = CliRunner().invoke(main, ["serve", f"a b?c={exported('step')}"]).output
+    assert "http://127.0.0.1:1/v2/models/a%20b%3Fc/infer" in output
 
 
 def test_an_address_of_ipv6_is_one_to_ask() -> None:

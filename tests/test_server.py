@@ -8,13 +8,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from export_helpers import exported
 from serve_helpers import PATIENCE, started, stop
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
+from starlette.responses import Response
+from uvicorn.server import ServerState
 
 from tetdeploy.serve import server
 from tetdeploy.serve.server import KEEP_ALIVE_SECONDS, Address
@@ -60,6 +64,22 @@ def test_grpc_listens_where_http_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["127.0.0.1:7", "[::1]:7"]
 
 
+@pytest.mark.parametrize(("patient", "cut_off"), [(True, 0), (False, 2)])
+def test_calls_that_grpc_cancelled_itself_were_not_cut_off(
+    patient: bool, cut_off: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their handlers end a moment after the server has stopped."""
+    monkeypatch.setattr(server, "GRACE_SECONDS", 0.05)
+
+    class Rpc:
+        async def stop(self, grace: float | None) -> None:
+            await asyncio.sleep(0 if patient else 0.1)
+
+    inferences: Any = SimpleNamespace(running=2, stopping=False)
+    assert asyncio.run(server._stop_grpc(Rpc(), inferences)) == cut_off  # type: ignore[arg-type]
+    assert inferences.stopping
+
+
 def test_answers_wait_for_no_acknowledgement() -> None:
     with server._listening(Address("127.0.0.1", 0, 0)) as listener:
         client = socket.create_connection(listener.getsockname())
@@ -75,6 +95,26 @@ def test_connections_stay_open_for_as_long_as_is_said() -> None:
     assert server._http_server(app).config.timeout_keep_alive == KEEP_ALIVE_SECONDS
     document = " ".join((Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8").split())
     assert f"An HTTP connection that is idle is closed {KEEP_ALIVE_SECONDS} seconds after" in document
+
+
+@pytest.mark.parametrize("upgrade", ["h2c", "websocket"])
+def test_nothing_is_logged_of_an_upgrade_that_is_not_offered(upgrade: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """uvicorn would advise to install WebSockets."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await Response()(scope, receive, send)
+
+    async def scenario() -> None:
+        config = server._http_server(app).config
+        config.load()
+        protocol: Any = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})  # type: ignore[call-arg]
+        protocol.connection_made(Mock())
+        head = f"GET / HTTP/1.1\r\nHost: m\r\nConnection: Upgrade\r\nUpgrade: {upgrade}\r\n\r\n"
+        protocol.data_received(head.encode())
+        await asyncio.wait(protocol.tasks)
+
+    asyncio.run(scenario())
+    assert capsys.readouterr().err == ""
 
 
 def test_sequences_that_idle_are_looked_for_once_a_second_at_least() -> None:

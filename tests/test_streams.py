@@ -341,6 +341,11 @@ def test_refused_states(tmp_path: Path) -> None:
             pool.open(StreamState(broken, good.sum_logits, 1, good.model_sha256))
         with pytest.raises(ValueError, match="the state is damaged: sum_logits holds NaN"):
             pool.open(StreamState(good.carried, good.sum_logits + value, 1, good.model_sha256))
+    for t in ("1", None, 1.5, True):
+        with pytest.raises(ValueError, match=f"the state is damaged: t must be a whole number, got {t!r}"):
+            pool.open(StreamState(good.carried, good.sum_logits, t, good.model_sha256))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the state is damaged: carried must be of type Mapping, got NoneType"):
+        pool.open(StreamState(None, good.sum_logits, 1, good.model_sha256))  # type: ignore[arg-type]
     assert len(pool) == 1
     assert pool.state(pool.open(StreamState(good.carried, good.sum_logits, 2**62, good.model_sha256))).t == 2**62
     data = good.to_bytes()
@@ -363,7 +368,12 @@ def test_a_state_may_hold_no_python_objects() -> None:
     with pytest.raises(ValueError, match="the state is damaged"):
         StreamState.from_bytes(buffer.getvalue())
     rest = {"sum_logits": np.zeros(10), "model_sha256": "00"}
-    for arrays in ({"u": np.zeros(3)}, {**rest, "t": np.inf}, {**rest, "t": 1, "u.lif1": np.zeros(3)}):
+    for arrays in (
+        {"u": np.zeros(3)},
+        {**rest, "t": np.inf},
+        {**rest, "t": 1.7},
+        {**rest, "t": 1, "u.lif1": np.zeros(3)},
+    ):
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         with pytest.raises(ValueError, match="the state is no state of a stream"):
@@ -384,6 +394,8 @@ def test_a_wrong_frame_is_named_and_nobody_moves_on() -> None:
         (good[None], rf"^stream {last} takes a frame of shape \[1, 8, 8\], got \[1, 1, 8, 8\]"),
         (good.astype(np.float32), rf"^stream {last}: step\.onnx takes uint8 pixels .*, got float32"),
         (good > 3, rf"^stream {last}: step\.onnx takes uint8 pixels .*, got bool"),
+        (np.ma.masked_less(good, 3), rf"^stream {last}: the input is a masked array"),
+        ([good.tolist()[0], [[1]]], rf"^stream {last}: its frame is nested unevenly"),
         (good.tolist(), rf"^stream {last}: step\.onnx takes uint8 pixels .*, got int64"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -74,6 +74,16 @@ def check_whole(name: str, number: Any) -> int:
         raise ValueError(f"{name} must be a whole number, got {number!r}") from None
 
 
+def check_unmasked(name: str, value: Any) -> None:
+    """Refuse a masked array, whose mask would be dropped. `name` is what errors call it.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array, whose mask would be lost; give x.filled(0), or another value")
+
+
 def check_path(name: str, value: Any, what: str) -> None:
     """Refuse what is no path. `name` is what errors call it, `what` says of what.
 

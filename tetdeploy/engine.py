@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy import native
-from tetdeploy.arguments import check_count, check_flag, check_path
+from tetdeploy.arguments import check_count, check_flag, check_path, check_unmasked
 from tetdeploy.early_exit import Exit
 from tetdeploy.energy import layers_of
 from tetdeploy.model_file import check_outputs
 from tetdeploy.names import first_line
 from tetdeploy.runtimes.native_session import zeros_last
 from tetdeploy.runtimes.sessions import Sessions, check_runtime, gains_from_native
+from tetdeploy.steps import MAX_T
 from tetdeploy.stream import Stream
 
 Array = NDArray[Any]
@@ -139,9 +140,9 @@ class Engine:
                 The step layout only.
 
         Raises:
-            ValueError: x has another shape or dtype than the model's, or holds NaN or values beyond LARGEST; T is no
-                whole number, below 1, or beyond what an unrolled graph or the frames hold; early exit in another layout
-                than step; no image has finite logits.
+            ValueError: x has another shape or dtype than the model's, is masked, or holds NaN or values beyond LARGEST;
+                T is no whole number, below 1, above MAX_T for images, or beyond what an unrolled graph or the frames
+                hold; early exit in another layout than step; no image has finite logits.
             TypeError: `exit` is none.
         """
         x = self.check_input(x)
@@ -295,6 +296,11 @@ class Engine:
         if T is None:
             T = x.shape[1] if self.encoding == "frames" else self.own_T
         T = check_count("T", T)
+        if self.encoding == "direct" and T > MAX_T:
+            raise ValueError(
+                f"T must be at most {MAX_T} for images, got {T}; show one for longer with engine.stream(), which "
+                "takes a model of layout step and keeps no step"
+            )
         if self.encoding == "frames" and x.shape[1] < T:
             raise ValueError(f"T={T} steps need as many frames, got {x.shape[1]}")
         if self.T is not None and not self.with_state and self.T < T:
@@ -310,6 +316,7 @@ class Engine:
         Raises:
             ValueError: see `run`.
         """
+        check_unmasked("the input", x)
         x = np.asarray(x)
         time = ("T",) if self.encoding == "frames" else ()
         wanted = f"[{', '.join(map(str, ('N', *time, *self.input_shape)))}]"
@@ -317,7 +324,8 @@ class Engine:
             raise ValueError(f"{self.path.name} takes input of shape {wanted}, got {list(x.shape)}")
         if 0 in x.shape:
             raise ValueError(
-                f"the input is empty: {list(x.shape)}; {self.path.name} takes {wanted} with N of at least 1"
+                f"the input is empty: {list(x.shape)}; {self.path.name} takes {wanted} with "
+                f"{' and '.join(('N', *time))} of at least 1"
             )
         if x.dtype != self.input_dtype:
             raise ValueError(_wrong_dtype(self.path.name, x.dtype, self.input_dtype))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tetdeploy.arguments import check_count
+from tetdeploy.arguments import check_count, check_unmasked
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Array, Engine
@@ -73,6 +73,8 @@ class Stream:
             raise ValueError(f"the state must hold {', '.join(wanted)} by name; got {type(state).__name__}")
         if set(state) != set(wanted):
             raise ValueError(f"the state must hold {', '.join(wanted)}; got {', '.join(map(str, state)) or 'nothing'}")
+        for name, u in state.items():
+            check_unmasked(name, u)
         copies = {name: np.array(u, order="C") for name, u in state.items()}
         for name, u in copies.items():
             if u.shape != wanted[name] or u.dtype != np.float32:
@@ -95,7 +97,7 @@ class Stream:
             raise ValueError("push() repeats the last image of a directly encoded stream; there is none: push(image)")
         if x is not None:
             frames = self.engine.encoding == "frames"
-            x = self.engine.check_input(self._with_time(np.asarray(x)) if self._one_frame() else x)
+            x = self.engine.check_input(self._with_time(np.asanyarray(x)) if self._one_frame() else x)
             if frames and x.shape[1] != self.engine.chunk_T:
                 raise ValueError(f"push a chunk of exactly T={self.engine.chunk_T} frames, got {x.shape[1]}")
             x = x.copy()  # push() may show it again, after the caller has filled the buffer anew

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tetdeploy.arguments import check_count, check_path, check_type
+from tetdeploy.arguments import check_count, check_path, check_type, check_whole
 from tetdeploy.batches import parts
 from tetdeploy.engine import Array, Engine
 from tetdeploy.files import atomic_write, opened_npz
@@ -62,10 +62,10 @@ class StreamState:
             arrays = dict(file)
         try:
             total, t, sha256 = (arrays.pop(key) for key in ("sum_logits", "t", "model_sha256"))
-            steps = int(t)
+            steps = check_whole("t", t)
             if odd := [key for key in arrays if not key.startswith(_PREFIX)]:
                 raise ValueError(f"it has {odd[0]}")
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{name} is no state of a stream") from error
         return cls({key.removeprefix(_PREFIX): value for key, value in arrays.items()}, total, steps, str(sha256))
 
@@ -264,14 +264,18 @@ class StreamPool:
     def _stack(self, frames: Mapping[int, Array]) -> Array:
         """The frames as one batch `[B, C, H, W]`."""
         for id, frame in frames.items():
-            if np.shape(frame) != self._frame_shape:
-                wanted, got = list(self._frame_shape), list(np.shape(frame))
+            try:
+                shape = np.shape(frame)
+            except ValueError as error:
+                raise ValueError(f"stream {id}: its frame is nested unevenly") from error
+            if shape != self._frame_shape:
+                wanted, got = list(self._frame_shape), list(shape)
                 raise ValueError(f"stream {id} takes a frame of shape {wanted}, got {got}")
         try:
             return self._check(np.stack(list(frames.values()), dtype=self.engine.input_dtype, casting="no"))
         except (TypeError, ValueError):
             for id, frame in frames.items():
-                self._check_frame(id, np.asarray(frame))
+                self._check_frame(id, np.asanyarray(frame))
             raise
 
     def _check(self, batch: Array) -> Array:
@@ -299,10 +303,12 @@ class StreamPool:
                 f"the state is of another model than {self.engine.path.name} (SHA-256 {state.model_sha256[:12]}..., "
                 f"not {self.engine.sha256[:12]}...); a stream goes on only with the very file it began with"
             )
+        check_type("the state is damaged: carried", state.carried, Mapping)
+        t = check_whole("the state is damaged: t", state.t)
         carried = {name: (value.shape, value.dtype) for name, value in state.carried.items()}
         total = state.sum_logits.shape, state.sum_logits.dtype
         wanted = self._carried.layout, self._sums.layout["logits"]
-        if (carried, total) != wanted or not 0 <= state.t <= _MOST_STEPS:
+        if (carried, total) != wanted or not 0 <= t <= _MOST_STEPS:
             raise ValueError(f"the state is damaged: it does not hold what a stream of {self.engine.path.name} carries")
         check_finite({**state.carried, "sum_logits": state.sum_logits})
 

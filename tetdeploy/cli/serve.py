@@ -6,6 +6,7 @@ import asyncio
 import math
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import click
 
@@ -132,8 +133,8 @@ def serve(
 
     def announce(http: str, rpc: str) -> None:
         for name, engine in engines.items():
-            shown = f"{name}   {engine.path}   layout {engine.layout}   http://{http}/v2/models/{name}/infer"
-            console.print(shown, markup=False)
+            url = f"http://{http}/v2/models/{quote(name, safe='')}/infer"
+            console.print(f"{name}   {engine.path}   layout {engine.layout}   {url}", markup=False)
             if engine.lacks_native:
                 console.print(f"{name} is slower than it could be: {engine.lacks_native}", style="yellow", markup=False)
         console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops", markup=False)

@@ -121,7 +121,8 @@ class BodyLimit:
         try:
             replay = await self._read(scope, receive, share)
         except HTTPException as refused:
-            return await JSONResponse({"error": refused.detail}, refused.status_code)(scope, receive, answer)
+            told = {"error": refused.detail}
+            return await JSONResponse(told, refused.status_code, refused.headers)(scope, receive, answer)
         if replay is not None:
             await self.app(scope, replay, answer)
         return None
@@ -129,8 +130,7 @@ class BodyLimit:
     async def _read(self, scope: Scope, receive: Receive, share: Share) -> Receive | None:
         """The whole body, to be received; None if the client left before its end. A body that is refused is thrown away
         as it comes: a client that is still sending when the connection closes would not see the answer."""
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        if headers.get(b"content-encoding", "identity").lower() != "identity":
+        if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in scope["headers"]):
             raise HTTPException(415, "compressed bodies are not read here; send them as they are")
         body, size, more = bytearray(), 0, True  # a list of small parts would hold more than their bytes
         refused: HTTPException | None = None
@@ -149,7 +149,8 @@ class BodyLimit:
                         body.clear()
                         share.give_back()
         except TimeoutError:
-            refused = refused or HTTPException(408, f"the body took more than {BODY_SECONDS:g} s to arrive")
+            late = f"the body took more than {BODY_SECONDS:g} s to arrive"
+            refused = refused or HTTPException(408, late, {"Connection": "close"})
         if size > self.max_bytes:
             wanted = f"a request may hold at most {self.max_bytes:,} bytes, got {size:,}"
             refused = HTTPException(413, f"{wanted}; --max-request-mb sets the server's limit")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import struct
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -16,6 +16,7 @@ import numpy as np
 from tetdeploy.engine import Array
 
 DATATYPES = {"uint8": "UINT8", "float32": "FP32", "int64": "INT64", "object": "BYTES"}  # by numpy's names
+SIZE = "binary_data_size"  # of a tensor: how many of the bytes that follow the JSON are its
 SHARED_MEMORY = "shared_memory_region"  # of an input, where other servers find its bytes
 MAX_ID = 256  # characters of a sequence's id: the server keeps it for as long as the sequence is open
 MAX_TENSORS = 16  # inputs and outputs that a request may name: each becomes an object, while nothing else is answered
@@ -137,15 +138,20 @@ def _fits(name: str, value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def refuse_shared_memory(name: str, parameters: Container[str]) -> None:
-    """Refuse an input that lies in shared memory: without its bytes it would be an empty one.
+def check_input_parameters(name: str, parameters: Collection[str]) -> None:
+    """Refuse parameters of an input other than its size: all else is the request's, and an input that lies in shared
+    memory would be an empty one.
 
     Raises:
-        InvalidRequestError: it does.
+        InvalidRequestError: it has such.
     """
     if SHARED_MEMORY in parameters:
         raise InvalidRequestError(
             f"unknown parameter {SHARED_MEMORY!r} of the input {name}; there is no shared memory, send the values"
+        )
+    if unknown := [parameter for parameter in parameters if parameter != SIZE]:
+        raise InvalidRequestError(
+            f"unknown parameter {unknown[0]!r} of the input {name}; there is {SIZE}, and others are the request's"
         )
 
 

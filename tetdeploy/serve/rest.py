@@ -24,6 +24,7 @@ from tetdeploy.serve.rest_messages import read_request, write_response
 from tetdeploy.serve.scheduler import StoppingError
 
 A = TypeVar("A")
+_ENDPOINTS = "there are the endpoints of the Open Inference Protocol v2, /v2/models and /metrics"
 
 
 def application(models: Models, metrics: Metrics, sizes: Sizes) -> Starlette:
@@ -81,7 +82,8 @@ class _Endpoints:
 
     async def failed(self, request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):  # no such page, or another method
-            status, message = error.status_code, error.detail
+            asked = f"{request.method} {request.scope['path'][:100]}"
+            status, message = error.status_code, f"{error.detail}: {asked}; {_ENDPOINTS}"
         else:
             status, _, message = status_of(error)
         if (model := request.path_params.get("name")) and request.scope["path"].endswith("/infer"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import orjson
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, StrictInt, ValidationError
 from starlette.responses import Response
 
 from tetdeploy.engine import Array
@@ -17,25 +17,25 @@ from tetdeploy.serve.protocol import BINARY_OUTPUT, BINARY_OUTPUTS, VERSION
 from tetdeploy.serve.requests import (
     DATATYPES,
     MAX_TENSORS,
+    SIZE,
     InferRequest,
     Input,
     InvalidRequestError,
     WantedOutput,
+    check_input_parameters,
     numbers,
     raw_bytes,
-    refuse_shared_memory,
     uncollected,
 )
 
 JSON_LENGTH = "inference-header-content-length"
-SIZE = "binary_data_size"  # of a tensor: how many of the bytes that follow the JSON are its
 
 
 # Of what a request got wrong the first is enough: pydantic would otherwise describe each of a million bad entries, and
 # the server stand still. Of a dict it does so in any case; parameters are checked where they are read.
 class _Input(BaseModel):
     name: str
-    shape: Annotated[list[int], Field(fail_fast=True)]
+    shape: Annotated[list[StrictInt], Field(fail_fast=True)]
     datatype: str
     parameters: dict[str, Any] | None = None
     data: list[Any] = []
@@ -102,8 +102,10 @@ def _inputs(given: list[_Input], binary: memoryview) -> list[Input]:
     """Inputs with their numbers, or with their part of what follows the JSON."""
     inputs, start = [], 0
     for one in given:
-        refuse_shared_memory(one.name, one.parameters or {})
+        check_input_parameters(one.name, one.parameters or {})
         if (size := (one.parameters or {}).get(SIZE)) is not None:
+            if one.data:
+                raise InvalidRequestError(f"input {one.name} has data and {SIZE}; send one of them")
             left = len(binary) - start
             if type(size) is not int or not 0 <= size <= left:
                 raise InvalidRequestError(f"input {one.name} has {SIZE} {size}, but {left} bytes follow")

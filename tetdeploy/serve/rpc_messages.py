@@ -17,13 +17,14 @@ from tetdeploy.serve.protocol import VERSION
 from tetdeploy.serve.requests import (
     DATATYPES,
     MAX_TENSORS,
+    SIZE,
     InferRequest,
     Input,
     InvalidRequestError,
     WantedOutput,
+    check_input_parameters,
     numbers,
     raw_bytes,
-    refuse_shared_memory,
 )
 
 _CONTENTS = {"UINT8": "uint_contents", "FP32": "fp32_contents"}  # where numbers of a datatype are, one by one
@@ -112,10 +113,10 @@ def read_request(message: Any) -> InferRequest:
     """A `ModelInferRequest` that `check_tensors` let pass.
 
     Raises:
-        InvalidRequestError: a parameter has no value, or an input lies in shared memory.
+        InvalidRequestError: a parameter has no value; an input has one other than its size, as in shared memory.
     """
     for given in message.inputs:
-        refuse_shared_memory(given.name, given.parameters)
+        check_input_parameters(given.name, given.parameters)
     raw = message.raw_input_contents
     return InferRequest(
         message.id or str(uuid.uuid4()),
@@ -156,6 +157,6 @@ def write_response(model: str, request: InferRequest, outputs: Mapping[str, Arra
     for name, values in outputs.items():
         raw = raw_bytes(values)
         output = response.outputs.add(name=name, datatype=DATATYPES[values.dtype.name], shape=values.shape)
-        output.parameters["binary_data_size"].int64_param = len(raw)
+        output.parameters[SIZE].int64_param = len(raw)
         response.raw_output_contents.append(raw)
     return response

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import grpc
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tetdeploy.engine import Engine
 from tetdeploy.serve.bodies import BodyLimit, Budget, Sizes
@@ -111,10 +112,12 @@ async def _stop_http(server: uvicorn.Server, http: asyncio.Task[None]) -> int:
 
 
 async def _stop_grpc(server: grpc.aio.Server, inferences: Inferences) -> int:
+    """How many calls were cut off when the grace was over."""
     stopping = asyncio.ensure_future(server.stop(GRACE_SECONDS + 1))  # a shorter one later counts
     await asyncio.wait([stopping], timeout=GRACE_SECONDS)
-    unread = not stopping.done()  # an answer that is not running any more, and whose client has not read it
-    cut_off, inferences.stopping = max(inferences.running, int(unread)), True
+    # Within the grace there is none, though handlers of calls that gRPC cancelled may still be about to end. After it
+    # there is one at least: an answer that is not running any more, and whose client has not read it.
+    cut_off, inferences.stopping = 0 if stopping.done() else max(inferences.running, 1), True
     await asyncio.gather(server.stop(None), stopping)
     return cut_off
 
@@ -188,10 +191,17 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
+class _H11(H11Protocol):
+    """Says nothing of upgrades, which are not offered: uvicorn would advise to install libraries for WebSockets."""
+
+    def _should_upgrade(self) -> bool:
+        return False
+
+
 def _http_server(app: ASGIApp) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
-        http="h11",  # the other one takes the body of a request with `Upgrade: h2c` for a request of its own
+        http=_H11,  # the other one takes the body of a request with `Upgrade: h2c` for a request of its own
         ws="none",
         lifespan="off",
         log_level="warning",
