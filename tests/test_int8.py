@@ -703,6 +703,9 @@ def test_padded_and_repeated_spikes_are_spikes(tmp_path: Path) -> None:
     exported = export(tmp_path / "m.onnx", network=classifier(Padded()))
     assert exported.int8 is not None and list(exported.int8["scales"]) == ["a.0", "b.1", "c.1"]
     assert exported.parity is not None and exported.parity.spike_mismatch_rate <= 1e-4
+    layers = Engine(exported.path).metadata["layers"]
+    binary = {layer["name"] for layer in layers if layer["binary"]}
+    assert binary >= {layer["name"] for layer in layers if layer["precision"] == "int8"} == {"a.0", "b.1", "c.1"}
 
 
 MOVES: tuple[Callable[[Tensor], Tensor], ...] = (
