@@ -65,7 +65,7 @@ class BinaryValues:
             return 1.0
         if kind in ("QuantizeLinear", "DequantizeLinear"):
             return self._largest_of(inputs[0]) if _keeps_values(node) else None
-        if kind in _VIEWS or _pads_with_zeros(node):
+        if kind in _VIEWS or _copies_values(node):
             return self._largest_of(inputs[0])
         if kind == "Where":
             return self._of_all(max, inputs[1:3])
@@ -114,10 +114,13 @@ def _is_one(value: ir.Value | None) -> bool:
     return tensor is not None and bool((tensor.numpy() == 1).all())
 
 
-def _pads_with_zeros(node: ir.Node) -> bool:
-    if node.op_type != "Pad" or node.attributes.get_string("mode", "constant") != "constant":
+def _copies_values(node: ir.Node) -> bool:
+    """Whether a node repeats values that are there, or puts values of them or zeros beside them."""
+    if node.op_type == "Resize":
+        return node.attributes.get_string("mode", "nearest") == "nearest"
+    if node.op_type != "Pad":
         return False
-    if len(node.inputs) < 3 or node.inputs[2] is None:
+    if node.attributes.get_string("mode", "constant") != "constant" or len(node.inputs) < 3 or node.inputs[2] is None:
         return True
     constant = ir.convenience.get_const_tensor(node.inputs[2])
     return constant is not None and not constant.numpy().any()

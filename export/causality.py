@@ -16,6 +16,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from tetdeploy.data import Encoding
 from tetdeploy.files import lacks_temporary_folder
+from tetdeploy.names import shorten
 from tetdeploy.networks import Classifier, run_network
 from tetdeploy.networks.smooth_spike import steepness
 
@@ -98,10 +99,11 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         The number of neuron layers that run.
 
     Raises:
-        ValueError: either pair differs; the network fails or does not return finite `[T, N, K]`; neurons get other than
-            `[T, N, ...]`; it is an ANN twin, or one with smooth spikes.
+        ValueError: a weight is NaN or infinite; either pair differs; the network fails or does not return finite
+            `[T, N, K]`; neurons get other than `[T, N, ...]`; it is an ANN twin, or one with smooth spikes.
     """
     _refuse_without_spikes(classifier)
+    _refuse_broken_weights(classifier)
     double = copy.deepcopy(classifier).double()
     x = x if x.dtype == torch.uint8 else x.double()
     if encoding == "frames":
@@ -109,7 +111,10 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
     x = torch.stack([x[0], _paler(x[:2][-1])])
     whole, logits = _recorded(double, x, T)
     if not logits.isfinite().all():
-        raise ValueError("the network gives NaN or infinite logits: its weights are damaged, or its training diverged")
+        raise ValueError(
+            "the network gives NaN or infinite logits, though its weights are finite: does it divide by 0, or take a "
+            "root or logarithm of numbers below 0?"
+        )
     state: list[Tensor] | None = None
     for t in range(T):
         before, shown = state, x[:, t : t + 1] if encoding == "frames" else x
@@ -202,6 +207,18 @@ def _check_alone(
                     "nothing across the batch, axis 1 of [T, N, ...], as BN without running statistics and x / x.max() "
                     "do"
                 )
+
+
+def _refuse_broken_weights(classifier: Classifier) -> None:
+    broken = [name for name, value in classifier.network.named_parameters() if not value.isfinite().all()]
+    broken += [
+        name for name, value in classifier.network.named_buffers() if value.isnan().any()
+    ]  # a mask may be infinite
+    if broken:
+        raise ValueError(
+            f"NaN or infinite values in {shorten(broken)}: the training diverged, or the file is damaged; take an "
+            "earlier checkpoint, or train again with a lower --lr or --clip 1"
+        )
 
 
 def _refuse_without_spikes(classifier: Classifier) -> None:

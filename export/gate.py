@@ -95,7 +95,7 @@ def _check_engine(
         from_random_state=True,
         tick=ticker(progress, f"from a state{under}", len(some)),
     )
-    # One step from random membranes may leave two classes near a tie, so that here spikes decide, not classes.
+    # Here spikes decide, not classes: see `compare`.
     replace(from_state, top1_agreement=1.0).check(f"{what} from a non-zero state")
     return parity, from_state
 

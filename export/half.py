@@ -128,7 +128,7 @@ def _half_parameters(graph_module: fx.GraphModule, layer: PlacedLayer) -> list[s
         names.append(f"{owner}.{key}")
     if float(reach.max()) > _LARGEST:
         raise HalfError(
-            f"the currents of {layer.name} may reach {float(reach.max()):.3g} and float16 ends at {_LARGEST:g}; "
+            f"the currents of {layer.name} may reach {float(reach.max()):g} and float16 ends at {_LARGEST:g}; "
             "use --precision fp32"
         )
     graph_module.add_submodule(owner, holder)
@@ -232,6 +232,11 @@ class _LayerComparison(_RoundingInterpreter):
         # Weights far below the layer's largest, as of channels that never fire, round by a fixed step.
         limit = (limit + _STEP * (weight[0].numel() * x.abs().max() + 1)).clamp(max=limit.max())
         if not bool((error <= limit).all()):
+            if (weight.half() - weight).abs().sum() > _ROUNDING / 2 * weight.abs().sum():
+                raise HalfError(
+                    f"the weights of {name}, {float(weight.abs().max()):.3g} at most, are too small for float16, whose "
+                    f"smallest numbers are {_STEP:.3g} apart; nothing was written: use --precision fp32"
+                )
             k = int((error - limit).nan_to_num(torch.inf).argmax())
             raise HalfError(
                 f"the currents of {name} in float16 differ from those in float32 by {float(error[k]):.3g} in channel "
@@ -244,7 +249,7 @@ def _in_reach(value: Tensor, node: fx.Node) -> Tensor:
     largest = float(value.abs().max())
     if largest > _LARGEST:
         raise HalfError(
-            f"{layer_name(node, Counter())} reads or puts out {largest:.3g} and float16 ends at {_LARGEST:g}; "
+            f"{layer_name(node, Counter())} reads or puts out {largest:g} and float16 ends at {_LARGEST:g}; "
             "use --precision fp32"
         )
     return value

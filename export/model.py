@@ -51,7 +51,8 @@ CalibrationImages = tuple[NDArray[Any], NDArray[np.int64] | None]  # and their l
 class Exported:
     """What an export wrote. `parity` is ONNX Runtime's, None without a check; `from_state` compares from random
     membranes; `checked_under` names all runtimes that were compared with PyTorch; `int8` says how the scales of an int8
-    graph were found and what accuracy it keeps (`kept`, None without a check), `fp16` what a graph in float16 keeps."""
+    graph were found, what accuracy it keeps (`kept`, None without a check) and which layers behind neurons, but for the
+    readout, stay `in_float32`; `fp16` what a graph in float16 keeps."""
 
     path: Path
     num_folded: int
@@ -130,7 +131,11 @@ def export_model(
             write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.description)
             if num_check and config.precision != "fp32":
                 kept = measure_kept(classifier, temporary, config, x[:num_check], labels)
-    reduced = (scales.to_dict() if scales else {}) | {"kept": kept}
+    reduced: dict[str, Any] = {"kept": kept}
+    if scales:
+        behind = [layer for layer in graph.description["layers"] if not layer["from_input"]]
+        in_float32 = [layer["name"] for layer in behind[:-1] if layer["precision"] == "fp32"]
+        reduced = scales.to_dict() | reduced | {"in_float32": in_float32}
     return Exported(
         path,
         graph.num_folded,

@@ -52,6 +52,7 @@ def test_a_run_becomes_a_repository_and_then_its_next_version(run: Path, tmp_pat
     assert output.endswith(
         f"next: tritonserver --model-repository {tmp_path} (docs/cluster.md)\n".replace(" (", "   (")
     )
+    assert output.count("next: ") == 1
     models = json.loads((tmp_path / "written.json").read_text())["models"]
     assert [(m["name"], m["version"]) for m in models] == [("digits-convsnn", 1), ("digits-convsnn-stream", 1)]
     served = (tmp_path / "digits-convsnn" / "1" / "model.onnx").read_bytes()

@@ -38,12 +38,29 @@ from tetdeploy.neurons import IF, LIF
 # ------------------------------------------------------------------------------------------- binary or not
 
 HALF = 0.5
+
+
+def padded(spikes: Tensor, mode: str) -> Tensor:
+    """What a padding puts to the left and on top, and the rest without its right and lowest values."""
+    return nn.functional.pad(spikes.flatten(0, 1), (1, 0, 1, 0), mode)[..., :-1, :-1].reshape(spikes.shape)
+
+
+def twice_as_large(spikes: Tensor, mode: str) -> Tensor:
+    """The upper left quarter of it."""
+    large = nn.functional.interpolate(spikes.flatten(0, 1), scale_factor=2, mode=mode)
+    return large[..., :8, :8].reshape(spikes.shape)
+
+
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "itself": lambda a, b: a,
     "dropout": lambda a, b: nn.functional.dropout(a, training=False),
     "views": lambda a, b: a.transpose(2, 3).flip(2).reshape(a.shape),
     "max_pool": lambda a, b: nn.functional.max_pool2d(a.flatten(0, 1), 3, 1, 1).unflatten(0, a.shape[:2]),
     "zero_pad": lambda a, b: nn.functional.pad(a, (1, 0))[..., :-1],
+    "reflect": lambda a, b: padded(a, "reflect"),
+    "replicate": lambda a, b: padded(a, "replicate"),
+    "circular": lambda a, b: padded(a, "circular"),
+    "upsample": lambda a, b: twice_as_large(a, "nearest"),
     "concat": lambda a, b: torch.cat([a[..., :4], b[..., 4:]], -1),
     "both": lambda a, b: a * b,
     "first_only": lambda a, b: (1 - a) * b,
@@ -62,6 +79,7 @@ NOT_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "clip_at_two": lambda a, b: (a + b + a).clamp(0, 2),
     "clip_of_fractions": lambda a, b: (a * 0.7 + b).clamp(0, 1),
     "clip_from_half": lambda a, b: a.clamp(HALF, 1.0),
+    "upsample_bilinear": lambda a, b: twice_as_large(a, "bilinear"),
     "pad_with_half": lambda a, b: nn.functional.pad(a, (1, 0), value=HALF)[..., :-1],
     "negative": lambda a, b: a * -1,
     "where_half": lambda a, b: torch.where(a > HALF, b, torch.full_like(b, HALF)),
@@ -119,7 +137,7 @@ def test_what_operations_make_of_spikes_and_of_their_sums() -> None:
     known.propagate(add)
     (total,) = add.outputs  # 0, 1 or 2
     stay = ("Relu", "Abs", "MaxPool", "ReduceMax", "ReduceMin", "Transpose")
-    change = ("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum", "Resize", "CumSum", "Neg", "Softmax")
+    change = ("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum", "CumSum", "Neg", "Softmax")
     binary: list[tuple[str, list[ir.Value | None]]] = [
         *((kind, [s]) for kind in (*stay, "Pad")),
         *[("Max", [s, s]), ("Min", [total, s]), ("Mul", [s, s]), ("Mul", [s, constant(0, 1)]), ("Sub", [one, s])],
@@ -135,11 +153,14 @@ def test_what_operations_make_of_spikes_and_of_their_sums() -> None:
         *[("Clip", [total, zero]), ("Clip", [s, half, one]), ("Clip", [unknown, zero, one])],
         *[("QuantizeLinear", [s, half]), ("QuantizeLinear", [s, one, one]), ("Pad", [s, None, half])],
     ]
-    for cases, wanted in ((binary, True), (other, False)):
-        for kind, inputs in cases:
-            node = ir.node(kind, inputs)
-            known.propagate(node)
-            assert known.is_binary(node.outputs[0]) == wanted, (kind, inputs)
+    modes = {("Pad", mode): True for mode in ("reflect", "edge", "wrap")}
+    modes |= {("Resize", "nearest"): True, ("Resize", "linear"): False, ("Resize", "cubic"): False}
+    cases = [(ir.node(kind, inputs), True) for kind, inputs in binary]
+    cases += [(ir.node(kind, inputs), False) for kind, inputs in other]
+    cases += [(ir.node(kind, [s], {"mode": mode}), wanted) for (kind, mode), wanted in modes.items()]
+    for node, wanted in cases:
+        known.propagate(node)
+        assert known.is_binary(node.outputs[0]) == wanted, node
 
 
 # ------------------------------------------------------------------------------------------- once or at every step

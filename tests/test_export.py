@@ -1124,11 +1124,33 @@ class CountsSteps(Small):
         return torch.stack([self.encode(x) for _ in range(T)])
 
 
-def test_a_network_that_gives_nan_is_refused(earlier: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"precision": "int8"}, {"precision": "fp16", "target": "cuda"}])
+@pytest.mark.parametrize(("name", "value"), [
+    ("readout.2.weight", torch.nan),
+    ("layer2.0.weight", torch.nan),
+    ("layer2.0.weight", -torch.inf),
+    ("layer2.1.running_var", torch.nan),
+])  # fmt: skip
+def test_weights_that_are_not_finite_are_named(name: str, value: float, options: Options, earlier: Path) -> None:
     net = copy.deepcopy(convsnn())
-    net.network.get_parameter("readout.2.weight").data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="the network gives NaN or infinite logits: its weights are damaged"):
-        export_model(net, earlier, ExportConfig(T=4), digits().images[:40])
+    net.network.state_dict()[name].view(-1)[0] = value
+    match = rf"^NaN or infinite values in {name}: the training diverged, .* train again with a lower --lr or --clip 1"
+    with pytest.raises(ValueError, match=match):
+        export_model(net, earlier, ExportConfig(T=4, **options), digits().images[:40])
+
+
+class DividesByZero(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tensor(torch.inf))  # as those of attention are
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        return super().forward(x, T) / (1 / self.mask)
+
+
+def test_a_network_that_gives_nan_is_refused(earlier: Path) -> None:
+    with pytest.raises(ValueError, match="the network gives NaN or infinite logits, though its weights are finite"):
+        export_model(classifier(DividesByZero()), earlier, ExportConfig(T=4), digits().images[:40])
 
 
 def test_dynamic_names_the_way_out_for_a_network_that_counts_its_steps(earlier: Path) -> None:

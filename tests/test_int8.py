@@ -31,6 +31,7 @@ from torch import Tensor, fx, nn
 
 from tetdeploy import Engine, tracing
 from tetdeploy.cli import main
+from tetdeploy.cli.export import print_exported
 from tetdeploy.export import ExportConfig, Exported, ParityError, export_model
 from tetdeploy.export.onnx_tracer import OnnxTracer
 from tetdeploy.int8 import network as int8_network
@@ -282,11 +283,14 @@ class Residual(nn.Module):
         return logits
 
 
-def test_own_network_with_groups_strides_and_a_sum(tmp_path: Path) -> None:
+def test_own_network_with_groups_strides_and_a_sum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(3)
     exported = export(tmp_path / "m.onnx", network=classifier(Residual()))
     assert exported.int8 is not None and list(exported.int8["scales"]) == ["a.0", "b.0"]
+    assert exported.int8["in_float32"] == ["c.0"]
     assert exported.parity is not None and exported.parity.local_mismatch_rate <= 1e-4
+    print_exported(exported, ExportConfig(precision="int8"))
+    assert "int8: 2 convolutions (1 layer between neurons in float32), scales by" in capsys.readouterr().out
 
 
 def test_the_gate_sees_a_scale_that_is_two_percent_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -703,6 +707,9 @@ def test_padded_and_repeated_spikes_are_spikes(tmp_path: Path) -> None:
     exported = export(tmp_path / "m.onnx", network=classifier(Padded()))
     assert exported.int8 is not None and list(exported.int8["scales"]) == ["a.0", "b.1", "c.1"]
     assert exported.parity is not None and exported.parity.spike_mismatch_rate <= 1e-4
+    layers = Engine(exported.path).metadata["layers"]
+    binary = {layer["name"] for layer in layers if layer["binary"]}
+    assert binary >= {layer["name"] for layer in layers if layer["precision"] == "int8"} == {"a.0", "b.1", "c.1"}
 
 
 MOVES: tuple[Callable[[Tensor], Tensor], ...] = (

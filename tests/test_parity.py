@@ -209,6 +209,15 @@ def test_rounding_from_random_membranes_is_measured_from_the_same(measured: list
         np.testing.assert_array_equal(u, made[chosen])
 
 
+def test_classes_near_a_tie_from_random_membranes_are_no_reason_to_measure_rounding(measured: list[Any]) -> None:
+    x, step, other = digits().images[:8], exported_engine("step"), copy.deepcopy(convsnn())
+    with torch.no_grad():
+        other.network.get_parameter("readout.2.weight").neg_()
+    parity = compare(other, step, x, 1, from_random_state=True)
+    assert parity.spike_mismatch_rate == 0 and parity.top1_agreement < 0.999
+    assert parity.amplified is None and measured == []
+
+
 class AtTheThreshold(nn.Module):
     """Every membrane of the first step is v_th: a weight one ulp larger fires, float64 rounds nothing."""
 

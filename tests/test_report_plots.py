@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from report_helpers import EARLY_EXIT, MACHINE, epoch, result, run_folder, without_rendering, write
 
-from tetdeploy.report.drawing import Style, draw, end_at, short
+from tetdeploy.report.drawing import Style, draw, end_at, short, whole_numbers
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
 
@@ -66,6 +66,14 @@ def test_a_legend_has_room_above_the_plot_or_is_left_out(
 
     draw(paint, description="", caption="", height=3.0, legend=legend)
     assert (len(figures[0].legends), figures[0].get_figheight()) == (legend, pytest.approx(height))
+
+
+def test_a_single_T_has_no_ticks_between_whole_numbers() -> None:
+    axes = Figure().add_subplot()
+    axes.plot([4], [0.9])
+    whole_numbers(axes.xaxis)
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [4]
 
 
 def test_accuracy_by_steps_and_by_energy(tmp_path: Path, painted: dict[str, list[Any]]) -> None:

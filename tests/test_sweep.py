@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tetdeploy import sweep as sweeping
-from tetdeploy.cli.sweep import _prices
+from tetdeploy.cli.sweep import _prices, print_sweep
 from tetdeploy.cli.sweep import sweep as sweep_command
 from tetdeploy.early_exit.threshold import run_answers
 from tetdeploy.energy import CONVENTIONS, layers_of
@@ -297,6 +297,17 @@ def test_the_table_marks_the_trained_T_and_the_plot_is_a_picture(tmp_path: Path)
         plot_sweep(dataclasses.replace(result, model=model), picture, 2)
         with Image.open(picture) as image:
             assert min(image.size) > 400
+
+
+@pytest.mark.parametrize("steps", [(1, 2), (3, 4)])
+def test_the_star_of_the_trained_T_is_told_where_a_row_has_it(
+    steps: tuple[int, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, data = Engine(exported("unrolled")), digits()
+    print_sweep(sweep(engine, data.images[:4], data.labels[:4], steps, num_timed=1), engine, ["paper"])
+    said = capsys.readouterr().out
+    assert ("4*" in said) == ("* the T of the training" in said) == (engine.trained_T in steps)
+    assert "energy per image: the first layer multiplies" in said
 
 
 def test_tables_of_layers_and_of_other_operations() -> None:

@@ -365,7 +365,9 @@ class TestGoingOn:
 class TestGates:
     def test_all_pass(self) -> None:
         bounds = ("accuracy=0.01", "agreement=0.999@2", "energy=1e9")
-        run(MODEL, "--data", "digits", *(word for bound in bounds for word in ("--fail-under", bound)))
+        output = run(MODEL, "--data", "digits", *(word for bound in bounds for word in ("--fail-under", bound))).output
+        assert "passed: agreement at T=2: 1, wanted at least 0.999\n" in output
+        assert output.count("passed: ") == 3 and "failed: " not in output
         assert [(g["key"], g["T"], g["passed"]) for g in written()["gates"]] == [
             ("accuracy", 3, True),
             ("agreement", 2, True),
@@ -380,7 +382,7 @@ class TestGates:
         value = written()
         assert f"failed: accuracy at T=3: {value['rows'][2]['accuracy']:.10g}, wanted at least 1\n" in output
         assert f"failed: energy at T=1: {value['rows'][0]['energy_pj']:.10g} pJ, wanted at most 5 pJ\n" in output
-        assert "failed: agreement" not in output
+        assert "passed: agreement at T=3: 1, wanted at least 0.5\n" in output
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -17,6 +17,7 @@ from tetdeploy.cli.recipe import is_typed
 from tetdeploy.cli.terminal import console, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
+from tetdeploy.names import counted
 
 if TYPE_CHECKING:
     from tetdeploy.export import ExportConfig, Exported
@@ -183,7 +184,8 @@ def export(
         write_json(json_path, exported.to_dict())
     print_exported(exported, config)
     _say_whether_calibrated(exported.path)
-    say_next(*_next(exported.path, config.target))
+    if ctx.parent is None or ctx.parent.command is not ctx.command:  # as for a cluster, which says itself what is next
+        say_next(*_next(exported.path, config.target))
     return exported.path
 
 
@@ -356,20 +358,19 @@ def _say_whether_calibrated(path: Path) -> None:
 
 
 def _print_int8(int8: dict[str, Any]) -> None:
+    number = len(int8["in_float32"])
+    others = f" ({counted(number, 'layer')} between neurons in float32)" if number else ""
+    convolutions = f"int8: {len(int8['scales'])} convolutions{others}"
     if int8["fine_tuned"]:
-        console.print(f"int8: {len(int8['scales'])} convolutions, at the scales that the run was fine-tuned at (--qat)")
+        console.print(f"{convolutions}, at the scales that the run was fine-tuned at (--qat)")
     else:
-        _print_calibration(int8)
+        found = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in int8["accuracy"].items())
+        console.print(
+            f"{convolutions}, scales by {int8['method']} on {int8['num_images']:,} training images (accuracy there: "
+            f"{found})"
+        )
     if kept := int8["kept"]:
         _print_kept(kept, "int8")
-
-
-def _print_calibration(int8: dict[str, Any]) -> None:
-    found = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in int8["accuracy"].items())
-    console.print(
-        f"int8: {len(int8['scales'])} convolutions, scales by {int8['method']} on {int8['num_images']:,} training "
-        f"images (accuracy there: {found})"
-    )
 
 
 def _print_kept(kept: dict[str, Any], precision: str) -> None:

@@ -142,8 +142,9 @@ def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> No
     trained_T = engine.trained_T
     console.print(f"{result.model}   {result.num_samples:,} images of {result.data}   {engine.layout}", markup=False)
     console.print(sweep_table(result, trained_T, conventions=conventions))
+    star = "* the T of the training; " if trained_T in [row.T for row in result.rows] else ""
     notes = [
-        f"* the T of the training; energy per image: {_bills(result, conventions)}",
+        f"{star}energy per image: {_bills(result, conventions)}",
         f"ANN: the same layers once, all inputs multiplied, {energy(result.details['ann']['energy_pj'])}",
     ]
     if engine.layout == "unrolled" and not engine.with_state:

@@ -129,21 +129,21 @@ def validate(
     write_json(json_path, result)
     if long:
         partial_path.unlink(missing_ok=True)
-    failed = [gate for gate in result["gates"] if not gate["passed"]]
-    _tell(result, failed, json_path, layers=against is not None if layers is None else layers)
-    if failed:
+    _tell(result, json_path, layers=against is not None if layers is None else layers)
+    if not all(gate["passed"] for gate in result["gates"]):
         ctx.exit(FAILED)
 
 
-def _tell(result: dict[str, Any], failed: list[dict[str, Any]], json_path: Path, *, layers: bool) -> None:
+def _tell(result: dict[str, Any], json_path: Path, *, layers: bool) -> None:
     """What was found, and where it lies."""
     from tetdeploy.report.validation import shown
 
     for part in shown(result, layers=layers):
         console.print(part)
     console.print(str(json_path), markup=False)
-    for gate in failed:
-        console.print(f"[red]failed:[/red] {describe(gate)}")
+    for gate in result["gates"]:
+        verdict = "[green]passed:[/green]" if gate["passed"] else "[red]failed:[/red]"
+        console.print(f"{verdict} {describe(gate)}")
     say_next("report", json_path)
 
 

@@ -116,7 +116,7 @@ def end_at(axes: Any, most: float) -> None:
 def whole_numbers(axis: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def energy_axis(axes: Any, energies_pj: Sequence[float], unit: str) -> None:

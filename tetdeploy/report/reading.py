@@ -116,6 +116,10 @@ def json_object(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it holds no JSON, or no object.
     """
+    if file.suffix in (".onnx", ".engine"):
+        raise ValueError(
+            f"{file} is a model, not a result; give its run folder, or the JSON of tetdeploy sweep, bench or validate"
+        )
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:

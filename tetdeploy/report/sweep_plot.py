@@ -39,7 +39,7 @@ def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:
     right.set_ylim(bottom=0)
     left.margins(y=0.12)  # so that the lowest point lies above the text
     end_at(left, 100)
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left.grid(axis="y", color="0.9")
     title = f"{Path(result.model).name} on {result.num_samples:,} images of {result.data}"
     left.set_title(drawable(title), fontsize=10, parse_math=False)
