@@ -211,9 +211,8 @@ def _check_alone(
 
 def _refuse_broken_weights(classifier: Classifier) -> None:
     broken = [name for name, value in classifier.network.named_parameters() if not value.isfinite().all()]
-    broken += [
-        name for name, value in classifier.network.named_buffers() if value.isnan().any()
-    ]  # a mask may be infinite
+    # A mask may be infinite.
+    broken += [name for name, value in classifier.network.named_buffers() if value.isnan().any()]
     if broken:
         raise ValueError(
             f"NaN or infinite values in {shorten(broken)}: the training diverged, or the file is damaged; take an "
