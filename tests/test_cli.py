@@ -424,7 +424,7 @@ class TestCommands:
         assert run("train", *short, "--v-th", "0.5", "--tau", "0.75", "--out", "runs/first").exit_code == 0
         result = run("train", *short[2:], "--init", "runs/first", "--tau", "0.25", "--out", "runs/second")
         assert result.exit_code == 0, result.output
-        assert "width 0.25, as in runs/first" in result.output
+        assert "width 0.25, as in runs/first" in result.output and "parameters, from runs/first " in result.output
         settings = json.loads(Path("runs/second/config.json").read_text())
         network, phi = settings["network"], settings["training"]["phi"]
         assert (network["width"], network["tau"], network["v_th"], phi) == (0.25, 0.25, 0.5, 0.5)
