@@ -210,7 +210,7 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
     if different := run_differences(started, settings):
         raise ValueError(
             f"{out} was started with other settings: {'; '.join(different)}; "
-            "resume with the old ones, or start a new run in another --out"
+            f"resume with the old ones, or start a new run in another --out, from these weights with --init {out}"
         )
 
 
