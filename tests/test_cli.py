@@ -182,6 +182,8 @@ class TestCommands:
         result = run("sweep", "--T", "1", "--limit", "4", "--json", "elsewhere/one.json")
         assert result.exit_code == 0, result.output
         assert Path("elsewhere/one.png").exists() and not list(Path(RUN).glob("*.sweep.*"))
+        assert result.output.endswith("next: tetdeploy report elsewhere/one.json\n")
+        assert run("sweep", "--T", "1", "--limit", "4").output.endswith(f"next: tetdeploy report {RUN}\n")
 
     def test_sweep_shows_where_the_energy_goes(self, workplace: Path) -> None:
         result = run("sweep", "--T", "2:3", "--layers", "--other-ops", "--energy", "once", "--json", "out.json")
