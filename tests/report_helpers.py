@@ -95,6 +95,7 @@ def run_folder(
     kept: int | None = None,
     network: dict[str, Any] | None = None,
     data: str = "digits",
+    init: dict[str, str] | None = None,
     **training: Any,
 ) -> Path:
     """A run of two epochs, without a checkpoint or with one, which has no tensors, of the epoch `kept`."""
@@ -108,6 +109,7 @@ def run_folder(
     if kept is not None:
         data_of_it = config["data"] | {"encoding": "direct", "mean": [0], "std": [1], "class_names": ["cat", "dog"]}
         made = {"epoch": kept, "device": "GPU7", "precision": "bf16", "created": "now", "versions": {"torch": "9"}}
+        made |= {"init": init} if init else {}
         content = {"format": 1, **config, "data": data_of_it, "provenance": made}
         write_tensors(folder / "checkpoint.safetensors", {}, content)
     records = [epoch(1), epoch(2)] if metrics is None else metrics

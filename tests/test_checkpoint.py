@@ -190,6 +190,11 @@ def test_a_wrong_path_is_named(tmp_path: Path, name: str) -> None:
 def test_folders_without_checkpoint_say_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no checkpoint\.safetensors; it is not a run folder"):
         load(tmp_path)
+    seed = tmp_path / "seed-1" / "config.json"
+    seed.parent.mkdir()
+    seed.touch()
+    with pytest.raises(FileNotFoundError, match=f"the runs of several seeds: name one, such as {seed.parent}"):
+        load(tmp_path)
     (tmp_path / "last.safetensors").touch()
     with pytest.raises(FileNotFoundError, match="first epoch is not finished: go on with --resume"):
         load(tmp_path)

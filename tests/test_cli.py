@@ -182,6 +182,8 @@ class TestCommands:
         result = run("sweep", "--T", "1", "--limit", "4", "--json", "elsewhere/one.json")
         assert result.exit_code == 0, result.output
         assert Path("elsewhere/one.png").exists() and not list(Path(RUN).glob("*.sweep.*"))
+        assert result.output.endswith("next: tetdeploy report elsewhere/one.json\n")
+        assert run("sweep", "--T", "1", "--limit", "4").output.endswith(f"next: tetdeploy report {RUN}\n")
 
     def test_sweep_shows_where_the_energy_goes(self, workplace: Path) -> None:
         result = run("sweep", "--T", "2:3", "--layers", "--other-ops", "--energy", "once", "--json", "out.json")
@@ -424,7 +426,7 @@ class TestCommands:
         assert run("train", *short, "--v-th", "0.5", "--tau", "0.75", "--out", "runs/first").exit_code == 0
         result = run("train", *short[2:], "--init", "runs/first", "--tau", "0.25", "--out", "runs/second")
         assert result.exit_code == 0, result.output
-        assert "width 0.25, as in runs/first" in result.output
+        assert "width 0.25, as in runs/first" in result.output and "parameters, from runs/first " in result.output
         settings = json.loads(Path("runs/second/config.json").read_text())
         network, phi = settings["network"], settings["training"]["phi"]
         assert (network["width"], network["tau"], network["v_th"], phi) == (0.25, 0.25, 0.5, 0.5)

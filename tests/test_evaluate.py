@@ -26,8 +26,8 @@ from tetdeploy.train.validation import accuracy_by_step, count_correct
 TRAINING = {"T": 4, "val_fraction": 0.1}
 
 
-def ann(**options: Any) -> Classifier:
-    torch.manual_seed(0)
+def ann(seed: int = 0, **options: Any) -> Classifier:
+    torch.manual_seed(seed)
     data = digits()
     config = NetworkConfig("convsnn", 10, 1, (8, 8), width=0.125, **options)
     names = data.class_names
@@ -114,6 +114,33 @@ def test_a_run_and_what_has_no_export(runs: Path) -> None:
     assert content["versions"]["torch"] == torch.__version__
     assert result.output.endswith("next: tetdeploy export runs/snn\n")
     assert "next" not in run("runs/ann", "runs/smooth", "--T", "1", "--limit", "9").output
+
+
+def test_mean_and_deviation_over_seeds(runs: Path) -> None:
+    for name, count in (("tet", 3), ("twins", 1)):
+        for seed in range(count):
+            run_of = runs / name / f"seed-{seed}"
+            classifier = ann(seed, ann=name == "twins")
+            save_checkpoint(run_of / "checkpoint.safetensors", classifier, training=TRAINING, provenance={})
+            (run_of / "config.json").write_text("{}")
+        told = [{"seed": seed, "interrupted": seed == 2} for seed in range(count)]
+        (runs / name / "summary.json").write_text(json.dumps({"runs": told}))
+    result = run("runs/tet", "runs/snn", "runs/twins", "--T", "1,2", "--json", "e.json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(Path("e.json").read_text())
+    names = ["tet/seed-0", "tet/seed-1", "tet/seed-2", "snn", "twins/seed-0"]
+    assert [row["run"] for row in content["runs"]] == [f"runs/{name}" for name in names]
+    tet, twins = content["seeds"]
+    assert (tet["run"], tet["num_finished"], twins["num_finished"]) == ("runs/tet", 2, 1)
+    first, second = ([entry["accuracy"] for entry in row["accuracy"]] for row in content["runs"][:2])
+    assert first != second
+    for entry, a, b in zip(tet["accuracy"], first, second, strict=True):
+        assert (entry["mean"], entry["std"]) == pytest.approx(((a + b) / 2, abs(a - b) / 2**0.5))
+    assert [(entry["T"], entry["std"]) for entry in twins["accuracy"]] == [(1, None)]
+    shown = [line.split() for line in result.output.splitlines()]
+    for key, label in (("mean", "mean (n=2)"), ("std", "± standard deviation")):
+        assert ["runs/tet", *label.split(), *(f"{entry[key]:.2%}" for entry in tet["accuracy"])] in shown
+    assert result.output.endswith("next: tetdeploy export runs/tet/seed-0\n")
 
 
 def test_parts_limits_and_the_default(runs: Path) -> None:

@@ -207,6 +207,7 @@ STATE: dict[str, Any] = FILE | {"kind": "training state", "parameters": 1, "num_
 OWN = {"network": {"model": "nets:mine", "tau": 0.5}}
 TIT = {"training": TRAINING | {"loss": "sdt", "tit": "2:3"}}
 BEST = {"epoch": 2, "val_accuracy": 0.5}
+PARENT = {"path": "runs/old", "checkpoint_sha256": "abcd"}
 
 
 class TestTables:
@@ -245,6 +246,7 @@ class TestTables:
             (MODEL | {"normalization": {"mean": [0]}}, "input", "[1, 8, 8] uint8; normalised inside the graph"),
             (MODEL | {"source": OWN}, "network", "nets:mine"),
             (MODEL | {"source": TIT}, "training", "TIT 2:3, SDT, optimizer adamw, lr 0.002, seed 7"),
+            (MODEL | {"source": {"provenance": {"init": PARENT}}}, "began with", "runs/old, checkpoint abcd"),
             (MODEL | {"source": {"provenance": BEST | {"epoch": 0}}}, "kept", "epoch 0, validation accuracy 50.00%"),
             (
                 STATE | {"resume": {"epoch": 9, "step": 5, "best": BEST}},

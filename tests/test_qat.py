@@ -112,6 +112,7 @@ def test_a_copy_has_weights_of_its_own() -> None:
 def test_the_export_computes_what_was_trained(trained: Path, tmp_path: Path) -> None:
     said = run("train", "--qat", "--init", trained, "--lr", "1e-3", "--epochs", "1", "--out", tmp_path / "tuned")
     assert "2 convolutions in int8" in said and "--precision int8" in said
+    assert f"parameters, from {trained} " in said
     metadata, before = read_metadata(tmp_path / "tuned"), read_metadata(trained)
     kept = ("T", "batch_size", "lam", "loss")
     assert metadata["network"] == before["network"]

@@ -259,6 +259,13 @@ class TestTraining:
         marked = {table.rows[k] for k in table.marked}  # type: ignore[union-attr]
         assert marked == {("time steps T", "2", "6"), ("loss", "SDT", "TET")}
 
+    def test_the_weights_that_a_run_began_with_are_named(self, tmp_path: Path) -> None:
+        parent = {"path": "runs/old", "checkpoint_sha256": "ab" * 32}
+        folders = [run_folder(tmp_path / "a", kept=1), run_folder(tmp_path / "b", kept=1, init=parent)]
+        both, first = (to_markdown(document_of(read_results(given))) for given in (folders, folders[:1]))
+        assert "| **began with** | **–** | **runs/old, checkpoint abababababab** |" in both
+        assert "began with" not in first
+
     def test_changes_of_T_and_of_the_loss_are_marked(self, tmp_path: Path) -> None:
         metrics = [epoch(1, loss="sdt"), epoch(2), epoch(3, T=6, stage=2), epoch(4, T=6, stage=3)]
         text = page(run_folder(tmp_path / "a", metrics=metrics)).text

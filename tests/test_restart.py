@@ -23,6 +23,7 @@ from tetdeploy.checkpoint import read_metadata
 from tetdeploy.cli import main
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.data import ImageSet
+from tetdeploy.files import sha256_of
 from tetdeploy.inspection import inspect
 from tetdeploy.metrics import read_metrics
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
@@ -254,6 +255,27 @@ def test_a_restarted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert same_weights(resumed, whole) and metrics(tmp_path / "second") == metrics(tmp_path / "whole")
     for out in (tmp_path / "second", tmp_path / "whole"):
         assert [(r["seconds"], r["images_per_s"]) for r in read_metrics(out)] == [(STEPS, 8)] * 4
+
+
+def test_a_run_names_the_weights_that_it_began_with_also_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(Path("old"))
+    Path("latest").symlink_to("old")
+    interrupted(Path("first"), STEPS + 2, init="latest")
+    shards = shutil.copytree("first/shards", "carried")
+    wanted = {"path": "old", "checkpoint_sha256": sha256_of(Path("old/checkpoint.safetensors"))}
+    shutil.rmtree("old")
+    run(Path("first"), resume=True, progress=None)
+    run(Path("second"), restart_from=shards, progress=None)
+    assert capsys.readouterr().out.count("parameters, from old ") == 2
+    for out in ("first", "second"):
+        assert json.loads(Path(out, "config.json").read_text())["init"] == wanted
+        assert read_metadata(out)["provenance"]["init"] == wanted
+    for other in ({"resume": True}, {"restart_from": shards}):
+        with pytest.raises(ValueError, match="init names what a new run begins with; leave it out"):
+            run(Path("first"), init="first", **other)
 
 
 def test_a_checkpoint_goes_on_after_its_epoch(tmp_path: Path) -> None:

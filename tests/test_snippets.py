@@ -92,6 +92,13 @@ def test_streams(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert found["pool"].state(found["c"]).t == 1  # it goes on where b stood
 
 
+def test_a_step_graph_in_plain_onnx_runtime(place: Path, images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place / "runs" / "latest")
+    code = block("docs/exported-model.md", "InferenceSession").replace("np.zeros((8, 1, 8, 8), np.uint8)", "pixels")
+    wanted = tetdeploy.Engine("model-step.onnx").run(images, T=6).logits
+    np.testing.assert_allclose(run(code, pixels=images)["logits"], wanted, atol=1e-2)
+
+
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")  # snnTorch's
 def test_nir_in_snntorch(place: Path, images: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -710,7 +710,9 @@ def test_resume_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_resume_with_other_settings_shows_the_difference(copied: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"training\.epochs: 3 -> 4; training\.lr: 0\.002 -> 0\.1; resume with the old"
+        ValueError,
+        match=r"training\.epochs: 3 -> 4; training\.lr: 0\.002 -> 0\.1; resume with the old ones, or start a new run "
+        rf"in another --out, from these weights with --init {re.escape(str(copied))}$",
     ):
         run(copied, config=settings(epochs=4, lr=0.1), resume=True)
     with pytest.raises(ValueError, match=r"data\.val_images: 31 -> 0"):

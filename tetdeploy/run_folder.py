@@ -54,6 +54,12 @@ def newest_export(runs: Path) -> Path:
     return max(models, key=lambda path: path.stat().st_mtime)
 
 
+def seed_runs(folder: Path) -> list[Path]:
+    """The run folders in a folder of several seeds, as `tetdeploy train --seeds` writes it; none in any other."""
+    runs = [config.parent for config in folder.glob(f"seed-*/{CONFIG_NAME}")]
+    return sorted(runs, key=lambda run: (len(run.name), run.name))
+
+
 def weights_file(path: Path | str) -> Path:
     """A folder of shards, `path` itself or the latest in it (RUN/shards), or the `checkpoint_file` that `path` names.
 
@@ -79,6 +85,8 @@ def checkpoint_file(path: Path | str) -> Path:
             remedy = "it is not a run folder"
             if (path / STATE_NAME).exists():
                 remedy = "its first epoch is not finished: go on with --resume"
+            elif seeds := seed_runs(path):
+                remedy = f"it holds the runs of several seeds: name one, such as {seeds[0]}"
             elif (shards := newest_shards(path)) is not None:
                 remedy = (
                     f"it holds shards: name one of their files, such as {min(shards.glob('model-*'), default=shards)}"

@@ -48,7 +48,7 @@ from .restart import (
     restart_state,
     write_restart,
 )
-from .runs import check_run, mark_latest, only_trainer, run_settings, write_run_config
+from .runs import check_run, mark_latest, only_trainer, read_run_config, run_settings, weights_origin, write_run_config
 from .schedule import derive_seed
 from .session import Session, Task, check_data, check_sets, check_together, headline, prepare, provenance
 from .state import Best, TrainState, is_finished, restore_state, save_state
@@ -92,6 +92,7 @@ def train(
     board: bool = False,
     workers: int | None = None,
     how: How | None = None,
+    init: Path | str | None = None,
     restart_from: Path | str | None = None,
     before_writing: Callable[[], object] | None = None,
 ) -> TrainResult:
@@ -114,6 +115,8 @@ def train(
         workers: processes that read images which stay on disk, by default as many as there are cores; 0 reads in this
             process. With them a script needs `if __name__ == "__main__":`, as always with multiprocessing.
         how: with CUDA graphs, with less memory, with shards; a run may go on otherwise than it began.
+        init: the checkpoint, run or shards that the weights of `classifier` are from, for the run's files to name; they
+            are not loaded here.
         restart_from: go on in `out`, which holds no run, from such weights, or from a checkpoint; the settings must be
             those of its run, but for device, precision and the place of a teacher.
         before_writing: called once everything is checked and on the device, before the first file is written.
@@ -138,6 +141,8 @@ def train(
     task = Task(classifier, train_set, val_set, config, out)
     if resume and restart_from is not None:
         raise ValueError("resume goes on with the run in out and restart_from begins another; choose one of them")
+    if init is not None and (resume or restart_from is not None):
+        raise ValueError("init names what a new run begins with; leave it out with resume and restart_from")
     ranks = current_ranks()
     with ranks.first():
         finished = resume and is_finished(out / STATE_NAME, config.epochs)
@@ -160,6 +165,8 @@ def train(
             if restart_from is not None:
                 restart = find_restart(restart_from)
                 check_restart(restart, settings)
+            if parent := _parent(out, init, restart, resume=resume):
+                settings["init"] = parent
         settings["how"] = asdict(how)
         if restart is not None:
             settings["restarted"] = restart_origin(restart)
@@ -187,6 +194,14 @@ def _check(task: Task, how: How) -> None:
     if how.recompute and config.qat:
         raise ValueError("--recompute does not go with --qat, which trains one traced graph; choose one of them")
     current_ranks().check_batch(config.batch_size, len(task.train_set))
+
+
+def _parent(out: Path, init: Path | str | None, restart: Restart | None, *, resume: bool) -> Mapping[str, Any] | None:
+    """The weights that the run began with, as `weights_origin` names them; of a run that goes on, as it named them."""
+    if resume or restart is not None:
+        before: Mapping[str, Any] = read_run_config(out) if restart is None else restart.settings["provenance"]
+        return before.get("init")
+    return None if init is None else weights_origin(init)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ _CONFIG = {
     "network": {"model": str, "ann": bool} | dict.fromkeys(("width", "tau", "v_th", "gamma", "smooth_spike"), NUMBER),
     "data": {"name": str},
     "training": {},
+    "init": {"path!": str, "checkpoint_sha256!": str},
     "how": {"cuda_graphs": bool, "recompute": bool, "shards_mb": NUMBER},
     "seeds": [NUMBER],
 }
@@ -79,15 +80,25 @@ def _teacher(distill: str) -> dict[str, str]:
     say so too, so the place is told without that of the working folder."""
     if not distill:
         return {}
-    place, here = Path(distill).resolve(), Path.cwd()
     try:
         sha256 = weights_sha256(weights_file(distill))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--distill: {error}") from error
-    return {
-        "distill": str(place.relative_to(here) if place.is_relative_to(here) else place),
-        "distill_sha256": sha256,
-    }
+    return {"distill": _place(distill), "distill_sha256": sha256}
+
+
+def weights_origin(init: Path | str) -> dict[str, str]:
+    """What a run's files say of the weights that it began with (`--init`): where they lie, and which ones they are.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    return {"path": _place(init), "checkpoint_sha256": weights_sha256(weights_file(init))}
+
+
+def _place(path: Path | str) -> str:
+    place, here = Path(path).resolve(), Path.cwd()
+    return str(place.relative_to(here) if place.is_relative_to(here) else place)
 
 
 @contextmanager
@@ -194,12 +205,12 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
         ValueError: it was started with other settings; each difference is named.
     """
     started = read_run_config(out)
-    for name in ("recipe", "int8", "restarted", "how"):  # where the run came from, what was measured: no settings
+    for name in ("recipe", "int8", "init", "restarted", "how"):  # where it came from, what was measured: no settings
         started.pop(name, None)
     if different := run_differences(started, settings):
         raise ValueError(
             f"{out} was started with other settings: {'; '.join(different)}; "
-            "resume with the old ones, or start a new run in another --out"
+            f"resume with the old ones, or start a new run in another --out, from these weights with --init {out}"
         )
 
 

@@ -180,9 +180,13 @@ def _accuracy(run: TrainResult) -> float:
 
 def _summarised(out: Path, runs: Sequence[TrainResult]) -> SeedsResult:
     finished = [_accuracy(run) for run in runs if not run.interrupted and _accuracy(run) >= 0]
-    mean = statistics.fmean(finished) if finished else None
-    std = statistics.stdev(finished) if len(finished) > 1 else None
-    return SeedsResult(out, tuple(runs), mean, std, runs[-1].interrupted)
+    return SeedsResult(out, tuple(runs), *mean_and_std(finished), runs[-1].interrupted)
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """The mean, None without any value, and the sample standard deviation (over n - 1), None for fewer than two."""
+    mean = statistics.fmean(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
 def _summary(result: SeedsResult, settings: dict[str, Any], recipe: str | None) -> dict[str, Any]:

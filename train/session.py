@@ -300,6 +300,7 @@ def headline(session: Session) -> str:
     millions = sum(p.numel() for p in classifier.network.parameters()) / 1e6
     twin = "ANN twin of " if classifier.config.ann else ""
     smooth = f", smooth spikes k={classifier.config.smooth_spike:g}" if classifier.config.smooth_spike else ""
+    parent = f", from {session.settings['init']['path']}" if "init" in session.settings else ""
     loss = _loss(session, config.loss)
     if config.switch_to_tet:
         loss += f", after {counted(config.switch_to_tet, 'epoch')} {_loss(session, 'tet')}"
@@ -312,7 +313,7 @@ def headline(session: Session) -> str:
     several = f"{session.ranks.size} x " if session.ranks.size > 1 else ""
     return (
         f"{classifier.data}  {len(session.train):,} train  {session.held_out:,} validation   "
-        f"{twin}{classifier.config.model} {millions:.3g} M parameters{smooth}   "
+        f"{twin}{classifier.config.model} {millions:.3g} M parameters{smooth}{parent}   "
         f"{session.precision}{in_8_bits} on {several}{device_name(session.device)}\n"
         f"{loss}   {time}   batch size {session.batch_size}   {config.optimizer} lr {rates}"
     )
@@ -335,4 +336,5 @@ def provenance(session: Session, epoch: int, val_accuracy: float | None) -> dict
         "T": session.config.stage(max(epoch - 1, 0)).T,
         "val_accuracy": val_accuracy,
         "seed": session.config.seed,
+        **{name: value for name, value in session.settings.items() if name == "init"},
     }

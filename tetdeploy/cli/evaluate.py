@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from tetdeploy.cli.options import AT_LEAST_1, PARTS, data_dir_option, json_optio
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
-from tetdeploy.run_folder import newest_run, weights_file
+from tetdeploy.run_folder import newest_run, seed_runs, weights_file
 from tetdeploy.steps import trained_T
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 Examples:
   tetdeploy evaluate                                    the newest run on its test set, at T=1..8
   tetdeploy evaluate runs/tet runs/ann --T 1:6          a network and its ANN twin
-  tetdeploy evaluate runs/s/seed-* --json seeds.json
+  tetdeploy evaluate runs/sdt runs/tet --json seeds.json
+                                                        of folders of several seeds also mean and standard deviation
   tetdeploy evaluate runs/r19 --device cuda --precision bf16 --batch-size 1024
 """
 )
@@ -71,8 +72,9 @@ def evaluate(
 ) -> None:
     """Accuracy of trained weights at each T, in PyTorch.
 
-    RUN is a run folder, a .safetensors or a folder of shards; the newest run by default. For what has no export, ANN
-    twins and smooth spikes, and before an export; what is deployed is measured by tetdeploy sweep, with its energy.
+    RUN is a run folder, one of several seeds, a .safetensors or a folder of shards; the newest run by default. For
+    what has no export, ANN twins and smooth spikes, and before an export; what is deployed is measured by tetdeploy
+    sweep, with its energy.
     """
     torch = import_extra("torch", "train")
     from tetdeploy.checkpoint import read_metadata, trained_on
@@ -82,8 +84,9 @@ def evaluate(
     checkpoints = checkpoints or (newest_run(runs),)
     on = pick_device(device)
     chosen = pick_precision(precision, on)
-    rows, exportable = [], list[Path]()
-    for path in checkpoints:
+    seeds = {folder: found for folder in checkpoints if (found := seed_runs(folder))}
+    rows, exportable = list[dict[str, Any]](), list[Path]()
+    for path in (run for given in checkpoints for run in seeds.get(given, [given])):
         file = weights_file(path)
         metadata = read_metadata(file)
         classifier = load_classifier(file, metadata, model)
@@ -103,6 +106,8 @@ def evaluate(
             }
         )
     result = {"kind": "evaluate", "split": split, "device": device_name(on), "precision": chosen, "runs": rows}
+    if seeds:
+        result["seeds"] = [_over_seeds(folder, rows) for folder in seeds]
     if json_path is not None:
         write_json(json_path, result | written(torch=torch.__version__))
     _print(result)
@@ -120,6 +125,28 @@ def _images(name: str, split: str, limit: int | None, data_dir: Path, metadata: 
     T, known = trained_T(metadata), metadata["data"]
     images = load_part(name, split, data_dir=data_dir, T=T, fraction=fraction, known=known)
     return images if limit is None else images.select(slice(limit))
+
+
+def _over_seeds(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and sample standard deviation at each T, over the seeds that are finished."""
+    from tetdeploy.report.reading import read_summary
+    from tetdeploy.train.seeds import mean_and_std
+
+    begun = read_summary(folder).get("runs") or []
+    finished = [str(folder / f"seed-{run.get('seed')}") for run in begun if not run.get("interrupted")]
+    of_folder = {row["run"]: row for row in rows if Path(row["run"]).parent == folder}
+    averaged = [of_folder[run] for run in finished if run in of_folder]
+    accuracies: dict[int, list[float]] = {}
+    for row in averaged:
+        for entry in row["accuracy"]:
+            accuracies.setdefault(entry["T"], []).append(entry["accuracy"])
+    means = {T: mean_and_std(values) for T, values in accuracies.items()}
+    return {
+        "run": str(folder),
+        "ann": any(row["ann"] for row in of_folder.values()),
+        "num_finished": len(averaged),
+        "accuracy": [{"T": T, "mean": mean, "std": std} for T, (mean, std) in means.items()],
+    }
 
 
 def _steps(steps: tuple[int, ...] | None, classifier: Classifier, trained: int) -> tuple[int, ...]:
@@ -158,6 +185,7 @@ def _batches(images: Any, size: int, device: torch.device, tick: Any) -> Iterato
 
 
 def _print(result: Mapping[str, Any]) -> None:
+    from tetdeploy.report.numbers import percent
     from tetdeploy.report.result_table import ResultTable
 
     rows = result["runs"]
@@ -174,5 +202,13 @@ def _print(result: Mapping[str, Any]) -> None:
             continue
         cells = (f"{found[T]:.2%}{'*' * (row['trained_T'] == T)}" if T in found else "" for T in steps)
         table.add_row(row["run"], *cells)
+    for folder in result.get("seeds", ()):
+        entries = {entry["T"]: entry for entry in folder["accuracy"]}
+        for label, key in ((f"mean (n={folder['num_finished']})", "mean"), ("± standard deviation", "std")):
+            cells = (percent(entries.get(T, {}).get(key)) for T in ([1] if folder["ann"] else steps))
+            table.add_row(f"{folder['run']} {label}", *cells)
     console.print(table)
-    print_notes(["* the T of the training" + "; an ANN has no time" * any(row["ann"] for row in rows)])
+    notes = ["* the T of the training" + "; an ANN has no time" * any(row["ann"] for row in rows)]
+    if "seeds" in result:
+        notes.append("mean and standard deviation (over n - 1) are of the seeds that summary.json says are finished")
+    print_notes(notes)

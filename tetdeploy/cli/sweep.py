@@ -24,6 +24,7 @@ from tetdeploy.cli.options import (
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import MissingExtraError, import_extra
 from tetdeploy.files import check_writable, write_json
+from tetdeploy.run_folder import CONFIG_NAME
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
@@ -113,8 +114,8 @@ def sweep(
     print_sweep(result, engine, conventions)
     print_details(result, engine, conventions, layers=show_layers, other_ops=other_ops)
     console.print("   ".join(map(str, written)), markup=False)
-    if engine.encoding == "direct":
-        say_next("predict", engine.path, "IMAGE...")
+    in_run = json_path.name.endswith(".sweep.json") and (json_path.parent / CONFIG_NAME).is_file()
+    say_next("report", json_path.parent if in_run else json_path)
 
 
 def run_sweep(

@@ -229,7 +229,7 @@ def train(
             start_from(ctx, classifier, init, begun.metadata)
             if job.val is not None:
                 note_trained_on(init, begun.metadata, job.val, job.config.val_fraction)
-        also["restart_from"] = restart_from
+        also |= {"init": init, "restart_from": restart_from}
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **also), job, json_path)
 
 

@@ -110,6 +110,8 @@ def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
             facts["classes"] = _classes(data["class_names"])
     if training:
         facts["training"] = _training(training)
+    if parent := origin.get("init"):
+        facts["began with"] = f"{parent['path']}, checkpoint {parent['checkpoint_sha256']}"
     if origin.get("epoch") is not None:
         facts["kept"] = f"epoch {origin['epoch']}, validation accuracy {percent(origin.get('val_accuracy'))}"
     if origin.get("created"):

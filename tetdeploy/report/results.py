@@ -18,7 +18,7 @@ from tetdeploy.report.reading import Run, model_stem, read_run, read_summary, re
 from tetdeploy.report.staleness import stale
 from tetdeploy.report.tables import images_of
 from tetdeploy.report.timings import is_bench, read_benches
-from tetdeploy.run_folder import CONFIG_NAME
+from tetdeploy.run_folder import seed_runs
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
     if not paths[0].is_dir():
         return Source(name, {}, (_measurement(name, paths, None, notes),), {})
     folder = paths[0]
-    seeds = sorted((f.parent for f in folder.glob(f"seed-*/{CONFIG_NAME}")), key=lambda f: (len(f.name), f.name))
+    seeds = seed_runs(folder)
     runs = {f"{name} {seed.name}": read_run(seed) for seed in seeds} or {name: read_run(folder)}
     found = [
         (label, run, stem, files) for label, run in runs.items() for stem, files in result_files(run.folder).items()

@@ -79,7 +79,9 @@ def _config_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def _origin_facts(sources: Sequence[Source], runs: Sequence[Run]) -> dict[str, list[str]]:
     origins = [run.checkpoint.get("provenance", {}) for run in runs]
+    parents = [origin.get("init") or {} for origin in origins]
     return {
+        "began with": [f"{p['path']}, checkpoint {p['checkpoint_sha256'][:12]}" if p else NONE for p in parents],
         "seed": [", ".join(str(run.training.get("seed", NONE)) for run in source.runs.values()) for source in sources],
         "device": [str(origin.get("device", NONE)) for origin in origins],
         "precision": [str(origin.get("precision", NONE)) for origin in origins],
