@@ -332,6 +332,7 @@ def test_folders_that_were_made_go_again_where_nothing_is_written(write: Any, tm
     def fails() -> None:
         raise ValueError("it is damaged")
 
+    before = os.umask(0o022)
     for path in (tmp_path / "a" / "b" / "c", tmp_path / "c"):
         with pytest.raises(ValueError, match="it is damaged"), write(path):
             fails()
@@ -342,6 +343,7 @@ def test_folders_that_were_made_go_again_where_nothing_is_written(write: Any, tm
     plain = tmp_path / "plain"
     plain.touch() if write is atomic_write else plain.mkdir()
     assert (tmp_path / "a" / "b" / "c").stat().st_mode == plain.stat().st_mode  # whoever may read that may read this
+    assert os.umask(before) == 0o022
 
 
 @pytest.mark.parametrize("write", [atomic_write, atomic_folder])
@@ -375,6 +377,18 @@ def test_content_is_on_the_disk_before_it_has_its_name(
 def test_a_folder_that_cannot_be_made_is_named(saved: Path) -> None:
     with pytest.raises(OSError, match=r"cannot write .*c\.safetensors: .*choose another output folder"):
         save_checkpoint(saved / "c.safetensors", convsnn(), training={}, provenance={})
+    with pytest.raises(OSError, match=r"cannot write .*: Is a directory; choose another name"):
+        write_json(saved.parent, {})
+
+
+def test_an_empty_file_may_be_written_over(tmp_path: Path) -> None:
+    """As a shell's redirection leaves one."""
+    path = tmp_path / "result.json"
+    path.touch()
+    check_writable(path, begins=b"{", remedy="choose another with --json")
+    path.write_text("x")
+    with pytest.raises(OSError, match="it is there, and something else; choose another with --json, or remove it"):
+        check_writable(path, begins=b"{", remedy="choose another with --json")
 
 
 @pytest.mark.skipif(not hasattr(os, "pathconf"), reason="does not say how long a name may be")

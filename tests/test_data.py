@@ -429,7 +429,11 @@ def test_npz_refuses_files_that_are_not_one(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(header, "w") as written:
         for name in archive.namelist():
             written.writestr(name, archive.read(name).replace(b"), }", b",   "))
-    contents = (whole[: len(whole) // 2], whole[:-30], b"", b"hello", bytes(damaged), single.getvalue())
+    deflated = io.BytesIO()
+    np.savez_compressed(deflated, images=image_set().images)
+    stream = bytearray(deflated.getvalue())
+    stream[30 + sum(struct.unpack_from("<2H", stream, 26))] |= 0b110  # the third kind of block, which there is not
+    contents = (whole[: len(whole) // 2], whole[:-30], b"", b"hello", bytes(damaged), bytes(stream), single.getvalue())
     for content in (*contents, header.getvalue()):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.npz is damaged: .*; write it with numpy.savez"):

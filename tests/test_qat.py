@@ -20,12 +20,13 @@ from tetdeploy import Engine
 from tetdeploy.checkpoint import load, read_metadata
 from tetdeploy.cli import main
 from tetdeploy.data import load_data, split_validation
+from tetdeploy.export.trained import Trained
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import CurrentScale, fake_quantised_conv
 from tetdeploy.traced_network import TracedNetwork
 from tetdeploy.tracing import Tracer
-from tetdeploy.train import TrainConfig, TrainResult, qat, train
+from tetdeploy.train import TrainConfig, TrainResult, qat, session, train
 
 TRAIN, VAL = split_validation(load_data("digits", "train", data_dir=Path()).select(slice(400)), fraction=0.2)
 SCALES = {"layer2.0": CurrentScale.covering(-3, 3), "layer3.1": CurrentScale.covering(-3, 3)}
@@ -41,7 +42,9 @@ def tuned(out: Path, init: Path, *, classifier: Any = None, **changes: Any) -> T
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network, trained in float32 by the command."""
     folder = tmp_path_factory.mktemp("qat") / "plain"
-    run("train", "--width", "0.25", "--T", "2", "--epochs", "3", "--batch-size", "32", "--lam", "0.1", "--out", folder)
+    kept = "--T 2 --batch-size 32 --label-smoothing 0.1 --clip 1 --lam 0.1 --phi 0.9 --val-fraction 0.2 --cutout 1"
+    options = f"{kept} --augment shift --loss sdt --switch-to-tet 2".split()
+    run("train", "--width", "0.25", "--epochs", "3", *options, "--out", folder)
     return folder
 
 
@@ -110,13 +113,14 @@ def test_a_copy_has_weights_of_its_own() -> None:
 
 
 def test_the_export_computes_what_was_trained(trained: Path, tmp_path: Path) -> None:
-    said = run("train", "--qat", "--init", trained, "--lr", "1e-3", "--epochs", "1", "--out", tmp_path / "tuned")
+    said = run("train", "--qat", "--init", trained, "--epochs", "1", "--out", tmp_path / "tuned")
     assert "2 convolutions in int8" in said and "--precision int8" in said
     assert f"parameters, from {trained} " in said
     metadata, before = read_metadata(tmp_path / "tuned"), read_metadata(trained)
-    kept = ("T", "batch_size", "lam", "loss")
+    training, kept = metadata["training"], ("T", "batch_size", "label_smoothing", "clip", "lam", "phi", "val_fraction")
     assert metadata["network"] == before["network"]
-    assert [metadata["training"][name] for name in kept] == [before["training"][name] for name in kept]
+    assert all(training[name] == before["training"][name] for name in (*kept, "augment", "cutout"))
+    assert (training["lr"], training["loss"]) == (1e-4, "tet")
     said = run("export", tmp_path / "tuned", "--precision", "int8", "--check", "100", "-o", tmp_path / "int8.onnx")
     assert "2 convolutions, at the scales that the run was fine-tuned at (--qat)" in said
     assert "spike mismatch 0.00 ppm" in said
@@ -126,7 +130,7 @@ def test_the_export_computes_what_was_trained(trained: Path, tmp_path: Path) -> 
     )
 
     engine = Engine(tmp_path / "int8.onnx", threads=1)
-    data, val = split_validation(load_data("digits", "train", data_dir=Path()), fraction=0.1)
+    data, val = split_validation(load_data("digits", "train", data_dir=Path()), fraction=0.2)
     answers = engine.run(val.x, 2).logits.argmax(1)
     assert float((answers == val.labels).mean()) == pytest.approx(metadata["provenance"]["val_accuracy"], abs=1e-6)
     scales = Calibration.from_dict(metadata["int8"])
@@ -137,13 +141,15 @@ def test_the_export_computes_what_was_trained(trained: Path, tmp_path: Path) -> 
     np.testing.assert_allclose(engine.run(data.x[:64], 2).per_step, logits, rtol=0.0, atol=1e-4)
 
 
-def test_weights_train_and_statistics_stay(trained: Path, tmp_path: Path) -> None:
+def test_weights_train_and_statistics_stay(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "pick_precision", lambda *_: "bf16")  # as on a GPU
     result = tuned(tmp_path / "run", trained, ema=0.5, random_T="1:3", loss="sdt", tit="")
     before, after = (load_file(folder / "checkpoint.safetensors") for folder in (trained, result.out))
     assert before.keys() == after.keys()
     for name in before:
         fixed = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         assert torch.equal(before[name], after[name]) == fixed, name
+    assert read_metadata(result.out)["provenance"]["precision"] == "fp32"
 
 
 def test_an_interrupted_run_goes_on_with_the_same_scales_and_weights(trained: Path, tmp_path: Path) -> None:
@@ -181,8 +187,9 @@ def test_what_cannot_be_fine_tuned(trained: Path, tmp_path: Path) -> None:
     refused = run("train", "--qat", "--init", trained, "--data", "saccades:digits", *out, code=1)
     assert "takes direct input [1, 8, 8] of 10 classes" in refused
     assert "--recompute does not go with --qat" in run("train", "--qat", "--init", trained, "--recompute", *out, code=1)
-    with pytest.raises(ValueError, match="whole numbers in float32; use precision fp32, got bf16"):
-        TrainConfig(qat=True, precision="bf16")
+    for precision in ("bf16", "fp16"):
+        with pytest.raises(ValueError, match=f"whole numbers in float32; use precision fp32, got {precision}"):
+            TrainConfig(qat=True, precision=precision)
     few = TrainConfig(T=2, epochs=1, qat=True, device="cpu", batch_size=20)
     with pytest.raises(ValueError, match="at least 32 images of the training set, got 20"):
         train(load(trained), TRAIN.select(slice(20)), VAL, few, tmp_path / "few", progress=False)
@@ -196,6 +203,13 @@ def test_networks_without_spikes_are_refused(option: tuple[str, ...], kind: str,
     )
     refused = run("train", "--qat", "--init", tmp_path / "a", "--out", tmp_path / "b", code=1)
     assert kind in refused and "leave out --qat" in refused
+
+
+def test_scales_that_cannot_be_read(trained: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json lacks the scales of --qat; start the run again with --init"):
+        qat.read_scales(trained)
+    with pytest.raises(ValueError, match="its int8 metadata cannot be read"):
+        _ = Trained(trained, {"int8": {"scales": []}}).scales
 
 
 def test_scales_are_found_on_the_last_training_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,9 @@ def test_a_finished_run_writes_the_shards_that_a_full_disk_left_an_epoch_old(
     assert run(tmp_path / "r", classifier(5), resume=True).epochs == 4
     (folder,) = (tmp_path / "r" / "shards").iterdir()
     assert same_weights(tetdeploy.load(folder), trained)
+    (folder / INDEX_NAME).write_text("{")
+    run(tmp_path / "r", classifier(5), resume=True)
+    assert same_weights(tetdeploy.load(folder), trained)
     next(folder.glob("model-00001*")).unlink()
     run(tmp_path / "r", classifier(5), resume=True, how=How())  # which writes none
     assert not list(folder.glob("model-00001*"))
