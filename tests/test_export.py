@@ -978,7 +978,7 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (Centred, ValueError, "mixes the images of a batch: the logits for an image by itself differ"),
     (LooksAtTheData, ValueError, "torch.export cannot trace the network: .*data-dependent"),
     (Fails, ValueError, r"the network fails at T=6 on input \[2, 1, 8, 8\]"),
-    (BehindPooling, FoldingError, r"cannot fold BN 'norm\.1': what comes before .*\(norm\.0\)"),
+    (BehindPooling, FoldingError, r"cannot fold BN 'norm\.1': .*\(norm\.0\).* without folding \(--no-fold-bn\)$"),
 ])  # fmt: skip
 def test_refused_networks(
     network: type[nn.Module], error: type[Exception], match: str, earlier: Path, capfd: pytest.CaptureFixture[str]
@@ -987,6 +987,12 @@ def test_refused_networks(
     with pytest.raises(error, match=match):
         export_model(net, earlier, ExportConfig(T=4), digits().images[:40])
     assert capfd.readouterr() == ("", "")  # the message alone
+
+
+def test_int8_is_told_that_folding_can_be_left_out_in_float32(tmp_path: Path) -> None:
+    net, x = classifier(BehindPooling()), digits().images[:40]
+    with pytest.raises(FoldingError, match=r"without folding \(--precision fp32 --no-fold-bn\)$"):
+        export_model(net, tmp_path / "m.onnx", ExportConfig(T=2, precision="int8"), x, calibration=(x, None))
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -193,7 +193,7 @@ def _layer_before(bn: fx.Node, name: str) -> fx.Node:
         kind = "the input" if node.op == "placeholder" else str(node.target)
         raise FoldingError(
             f"cannot fold BN {name!r}: what comes before it is {kind} ({module_path(node)}), not a convolution or "
-            "linear layer; move the BN behind one, or export without folding (--no-fold-bn)"
+            "linear layer; move the BN behind one"
         )
     if not kept or _trailing(node, channels) != channels:
         raise FoldingError(
@@ -204,7 +204,7 @@ def _layer_before(bn: fx.Node, name: str) -> fx.Node:
     if len(channels) != node.args[1].meta["val"].dim() - 1:
         raise FoldingError(
             f"cannot fold BN {name!r}: it normalises axis 1 of its input {_shape(before)}, which is not where "
-            f"{module_path(node)!r} has its channels; move them there, or export without folding (--no-fold-bn)"
+            f"{module_path(node)!r} has its channels; move them there"
         )
     layer: fx.Node = node
     return layer
@@ -258,7 +258,7 @@ def _refuse_computed(argument: Any, bn: fx.Node) -> None:
         return
     raise FoldingError(
         f"cannot fold BN {module_path(bn)!r}: {argument} ({module_path(argument)}) is computed in the network, not "
-        "a parameter of it; remove the parametrization first, or export without folding (--no-fold-bn)"
+        "a parameter of it; remove the parametrization first"
     )
 
 
