@@ -23,6 +23,7 @@ import onnxruntime
 import pytest
 import torch
 from export_helpers import (
+    LinearTokens,
     SideBySide,
     classifier,
     convsnn,
@@ -1257,6 +1258,18 @@ def test_layers_may_be_wrapped_one_by_one(norm: Callable[[int], nn.Module], layo
     made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout=layout), x)  # type: ignore[arg-type]
     assert made.num_folded == 2 and made.uncounted == ()
     np.testing.assert_allclose(Engine(made.path).run(x, 4).per_step, pytorch(x, 4, net)[0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"), [("unrolled", "fp32"), ("dynamic", "fp32"), ("step", "fp32"), ("unrolled", "int8")]
+)
+def test_bn_of_tokens_is_folded_into_a_linear_layer(layout: Any, precision: Any, tmp_path: Path) -> None:
+    net, data = classifier(LinearTokens()), digits()
+    config, calibration = ExportConfig(layout, T=3, trained_T=3, precision=precision), (data.images[:64], None)
+    made = export_model(net, tmp_path / "m.onnx", config, data.images[:60], calibration=calibration)
+    assert (made.num_folded, made.silent, made.uncounted) == (3, [], ())
+    if precision == "int8":
+        assert made.int8 is not None and list(made.int8["scales"]) == ["conv.0"]
 
 
 class WrittenOverCurrent(OneByOne):
