@@ -18,6 +18,7 @@ from tetdeploy.agreement import reference_path
 from tetdeploy.arguments import check_type
 from tetdeploy.engine import Engine
 from tetdeploy.files import atomic_write, temporary_folder
+from tetdeploy.folding import FoldingError
 from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Int8Error, Scales
@@ -247,13 +248,16 @@ def build_graph(
     """
     tracer = Tracer(classifier, encoding=config.encoding, uint8=config.normalize)
     onnx_tracer = OnnxTracer(tracer, fold_bn=config.fold_bn, half=config.precision == "fp16")
-    if config.precision == "int8":
-        try:
+    try:
+        if config.precision == "int8":
             graph, found = _build_int8(onnx_tracer, config, calibration, source, progress)
-        except Int8Error as error:
-            raise Int8Error(f"{error}; use --precision fp32") from error
-        return graph, Int8Network(tracer, found.scales), found
-    graph = _build(onnx_tracer, config, source)
+            return graph, Int8Network(tracer, found.scales), found
+        graph = _build(onnx_tracer, config, source)
+    except Int8Error as error:
+        raise Int8Error(f"{error}; use --precision fp32") from error
+    except FoldingError as error:
+        options = "--no-fold-bn" if config.precision == "fp32" else "--precision fp32 --no-fold-bn"
+        raise FoldingError(f"{error}, or export without folding ({options})") from error
     expected = HalfNetwork(tracer) if config.precision == "fp16" else classifier
     return graph, expected, None
 

@@ -23,7 +23,9 @@ from tetdeploy.data import ImageSet, load_data
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model, model
 from tetdeploy.export.onnx_tracer import OnnxTracer
+from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig
+from tetdeploy.neurons import LIF
 from tetdeploy.streams import StreamPool
 from tetdeploy.tracing import Tracer
 
@@ -168,6 +170,26 @@ class SideBySide(nn.Module):
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         return torch.stack([network(x, T) for network in self.networks]).sum(0)
+
+
+class LinearTokens(nn.Module):
+    """As spiking transformers are written: a linear layer of tokens `[T * N, L, C]`, and a BN of what is transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.encode = DirectEncoding(nn.Conv2d(1, 8, 3, 2, 1, bias=False), tdBN(8))
+            self.conv = OverTime(nn.Conv2d(8, 8, 3, padding=1), tdBN(8))
+            self.linear, self.bn, self.head = nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.Linear(16, 10)
+        self.lif0, self.lif1, self.lif2 = LIF(v_th=0.5), LIF(v_th=0.5), LIF(v_th=0.5)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        tokens = self.lif1(self.conv(self.lif0(self.encode(x, T)))).flatten(-2).mT
+        current = self.bn(self.linear(tokens.flatten(0, 1)).transpose(-1, -2)).transpose(-1, -2)
+        spikes = self.lif2(current.reshape(*tokens.shape[:3], -1).contiguous())
+        logits: Tensor = self.head(spikes.mean(2))
+        return logits
 
 
 # Of what a TensorRT engine may hold, for the tests of its builder and of its runner.

@@ -23,6 +23,7 @@ import onnxruntime
 import pytest
 import torch
 from export_helpers import (
+    LinearTokens,
     SideBySide,
     classifier,
     convsnn,
@@ -978,7 +979,7 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (Centred, ValueError, "mixes the images of a batch: the logits for an image by itself differ"),
     (LooksAtTheData, ValueError, "torch.export cannot trace the network: .*data-dependent"),
     (Fails, ValueError, r"the network fails at T=6 on input \[2, 1, 8, 8\]"),
-    (BehindPooling, FoldingError, r"cannot fold BN 'norm\.1': what comes before .*\(norm\.0\)"),
+    (BehindPooling, FoldingError, r"cannot fold BN 'norm\.1': .*\(norm\.0\).* without folding \(--no-fold-bn\)$"),
 ])  # fmt: skip
 def test_refused_networks(
     network: type[nn.Module], error: type[Exception], match: str, earlier: Path, capfd: pytest.CaptureFixture[str]
@@ -987,6 +988,12 @@ def test_refused_networks(
     with pytest.raises(error, match=match):
         export_model(net, earlier, ExportConfig(T=4), digits().images[:40])
     assert capfd.readouterr() == ("", "")  # the message alone
+
+
+def test_int8_is_told_that_folding_can_be_left_out_in_float32(tmp_path: Path) -> None:
+    net, x = classifier(BehindPooling()), digits().images[:40]
+    with pytest.raises(FoldingError, match=r"without folding \(--precision fp32 --no-fold-bn\)$"):
+        export_model(net, tmp_path / "m.onnx", ExportConfig(T=2, precision="int8"), x, calibration=(x, None))
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -1273,6 +1280,18 @@ def test_layers_may_be_wrapped_one_by_one(norm: Callable[[int], nn.Module], layo
     made = export_model(net, tmp_path / "m.onnx", ExportConfig(layout=layout), x)  # type: ignore[arg-type]
     assert made.num_folded == 2 and made.uncounted == ()
     np.testing.assert_allclose(Engine(made.path).run(x, 4).per_step, pytorch(x, 4, net)[0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"), [("unrolled", "fp32"), ("dynamic", "fp32"), ("step", "fp32"), ("unrolled", "int8")]
+)
+def test_bn_of_tokens_is_folded_into_a_linear_layer(layout: Any, precision: Any, tmp_path: Path) -> None:
+    net, data = classifier(LinearTokens()), digits()
+    config, calibration = ExportConfig(layout, T=3, trained_T=3, precision=precision), (data.images[:64], None)
+    made = export_model(net, tmp_path / "m.onnx", config, data.images[:60], calibration=calibration)
+    assert (made.num_folded, made.silent, made.uncounted) == (3, [], ())
+    if precision == "int8":
+        assert made.int8 is not None and list(made.int8["scales"]) == ["conv.0"]
 
 
 class WrittenOverCurrent(OneByOne):

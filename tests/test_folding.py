@@ -196,6 +196,76 @@ def test_time_between_a_layer_and_its_bn(network: Any, shape: tuple[int, ...]) -
     assert count(folded.graph, *CONVOLUTIONS, aten.linear.default) == 1  # the layer is not left beside its fold
 
 
+# --- behind moved axes -------------------------------------------------------------------------------------------
+
+Way = Callable[[nn.Module, nn.Module, Tensor], Tensor]
+
+
+class Tokens(nn.Module):
+    """A linear layer of tokens `[T, N, L, C]` and a BN of its channels; L may be C."""
+
+    def __init__(self, way: Way, *, bias: bool = True, bn: type[nn.Module] = nn.BatchNorm1d) -> None:
+        super().__init__()
+        self.way, self.linear, self.bn = way, nn.Linear(3, 4, bias=bias), bn(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self.linear, self.bn, x)
+
+
+WAYS: dict[str, Way] = {
+    "time merged first": lambda linear, bn, x: bn(linear(x.flatten(0, 1)).mT).mT.reshape(*x.shape[:3], -1).contiguous(),
+    "time merged between": lambda linear, bn, x: bn(linear(x).flatten(0, 1).mT).mT.reshape(*x.shape[:3], -1),
+    "time merged at the BN": lambda linear, bn, x: OverTime(bn)(OverTime(linear)(x).mT).mT,
+    "not moved back": lambda linear, bn, x: OverTime(bn)(OverTime(linear)(x).mT),
+    "transpose": lambda linear, bn, x: bn(linear(x[0]).transpose(-1, -2)).transpose(1, 2),
+    "permute": lambda linear, bn, x: bn(linear(x[0]).permute(0, -1, 1)).permute(0, 2, 1),
+    "movedim": lambda linear, bn, x: bn(linear(x[0]).movedim(-1, 1)).movedim(1, -1),
+    "swapaxes": lambda linear, bn, x: bn(linear(x[0]).swapaxes(1, 2)).swapaxes(1, 2),
+    "in two moves": lambda linear, bn, x: bn(linear(x[0]).permute(2, 0, 1).transpose(0, 1)).mT,
+    "there and back": lambda linear, bn, x: bn(linear(x[0, :, 0]).mT.mT),
+    "tokens merged": lambda linear, bn, x: bn(linear(x).permute(3, 0, 1, 2).flatten(1).unsqueeze(0)),
+    "by heads": lambda linear, bn, x: bn(linear(x[0]).unflatten(-1, (2, 2)).flatten(2).mT),
+    "repeated": lambda linear, bn, x: bn(linear(x[0, 0]).mT.expand(5, -1, -1)),
+}
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+@pytest.mark.parametrize("way", WAYS)
+def test_channels_are_followed_where_axes_are_moved(way: str, tokens: int) -> None:
+    folded = assert_folds(settled(Tokens(WAYS[way], bias=tokens == 4)), randn(3, 2, tokens, 3), batchnorms=1)
+    assert count(folded.graph, aten.linear.default) == 1
+
+
+def test_a_result_read_before_its_channels_are_moved() -> None:
+    def way(linear: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
+        current = linear(x[0])
+        return bn(current.mT) * current.relu()
+
+    folded = assert_folds(settled(Tokens(way)), randn(3, 2, 4, 3), batchnorms=1)
+    assert count(folded.graph, aten.linear.default) == 2
+
+
+def test_channels_of_convolutions_may_be_moved_there_and_back() -> None:
+    network = Permuted(lambda y: y.permute(0, 2, 3, 1).clone().movedim(3, 1), nn.BatchNorm2d(4))
+    assert_folds(settled(network), randn(2, 2, 4, 4), batchnorms=1)
+
+
+def test_channels_last_may_be_viewed() -> None:
+    network = Tokens(lambda linear, bn, x: bn(linear(x).movedim(-1, 1)).movedim(1, -1).view(-1, 4), bn=nn.BatchNorm2d)
+    assert_folds(settled(network), randn(3, 2, 4, 3), batchnorms=1)
+
+
+def test_what_is_written_over_behind_moved_axes_is_what_bn_gave() -> None:
+    def way(linear: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
+        merged = bn(linear(x[0]).mT)
+        merged.reshape(len(merged), -1).add_(1)  # a view of what BN gives, but not of what the moves give
+        merged.mT.flatten(0, 1).add_(2)  # the other way round
+        return merged
+
+    with torch.no_grad():
+        assert_folds(settled(Tokens(way)), randn(3, 2, 4, 3), batchnorms=1)
+
+
 # --- shared layers and branches ----------------------------------------------------------------------------------
 
 
@@ -319,8 +389,9 @@ def test_the_batch_stays_dynamic() -> None:
         lambda: OverTime(nn.Conv2d(2, 4, 3), tdBN(4)),
         lambda: nn.Sequential(OverTime(nn.Conv2d(2, 4, 3)), tdBN(4)),
         lambda: nn.Sequential(OverTime(nn.Conv2d(2, 4, 3)), OverTime(nn.BatchNorm2d(4)), OverTime(nn.MaxPool2d(2))),
+        lambda: Permuted(lambda y: y.movedim(-1, 2), OverTime(nn.BatchNorm2d(4)), OverTime(nn.Linear(6, 4))),
     ],
-    ids=["together", "tdBN by itself", "each by itself"],
+    ids=["together", "tdBN by itself", "each by itself", "moved between"],
 )
 def test_the_result_can_be_exported_again_with_a_dynamic_batch(network: Any) -> None:
     network = settled(network())
@@ -460,6 +531,15 @@ def weight_normed() -> nn.Module:
     return nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 4, 3))
 
 
+class Vector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
 REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "before everything": (
         named(first=nn.BatchNorm2d(2), conv=nn.Conv2d(2, 4, 3)),
@@ -494,27 +574,47 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "channels permuted": (
         Permuted(lambda y: y.permute(0, 3, 1, 2), nn.BatchNorm2d(4)),
         (2, 2, 4, 4),
-        r"BN 'bn': what comes before it is aten\.permute\.default",
+        r"BN 'bn': it normalises axis 1 of its input \[2, 4, 4, 4\], which is not where 'conv' has .*, axis 1 of",
+    ),
+    "channels moved, and tokens in their place": (
+        Permuted(lambda y: y.mT.unflatten(1, (2, 2)).flatten(1, 2).mT, nn.BatchNorm1d(4), nn.Linear(2, 4)),
+        (2, 4, 2),
+        r"BN 'bn': it normalises axis 1 of its input \[2, 4, 4\], which is not where 'conv' .*, axis 2 of \[2, 4, 4\]",
+    ),
+    "channels moved, then merged with images": (
+        Permuted(lambda y: y.transpose(0, 1).flatten(1), nn.BatchNorm1d(12), nn.Linear(2, 4)),
+        (3, 2, 2),
+        r"BN 'bn': it normalises axis 1 of its input \[2, 12\], which is not where 'conv' has .*, axis 2 of",
+    ),
+    "a channel repeated, then moved": (
+        Permuted(lambda y: y.expand(2, 3, 4).mT, nn.BatchNorm1d(4), nn.Linear(2, 1)),
+        (2, 3, 2),
+        r"BN 'bn': it normalises axis 1 of its input \[2, 4, 3\], which is not where 'conv' has .*, axis 2 of",
+    ),
+    "a layer whose weight is a vector": (
+        Permuted(lambda y: y.unsqueeze(0), nn.BatchNorm1d(4), Vector()),
+        (4, 2),
+        r"BN 'bn': it normalises axis 1 of its input \[1, 4\], which is not where 'conv' has its channels",
     ),
     "channels and rows merged": (
         Permuted(lambda y: y.flatten(1, 2), nn.BatchNorm1d(16)),
         (2, 2, 4, 4),
-        r"BN 'bn': between it and 'conv' the channels are rearranged from shape \[2, 4, 4, 4\] to \[2, 16, 4\]",
+        r"BN 'bn': it normalises axis 1 of its input \[2, 16, 4\], which is not where 'conv' has .*, axis 1 of",
     ),
     "channels into the batch": (
         Permuted(lambda y: y.reshape(-1, 2, 4, 4), nn.BatchNorm2d(2)),
         (2, 2, 4, 4),
-        r"BN 'bn': between it and 'conv' the channels are rearranged from shape \[2, 4, 4, 4\] to \[4, 2, 4, 4\]",
+        r"BN 'bn': it normalises axis 1 of its input \[4, 2, 4, 4\], which is not where 'conv' has .*, axis 1 of",
     ),
     "channels repeated": (
         Permuted(lambda y: y.unsqueeze(-1).expand(2, 4, 4).flatten(0, 1), nn.BatchNorm1d(4), nn.Linear(2, 4)),
         (2, 2),
-        r"BN 'bn': between it and 'conv' the channels are rearranged from shape \[2, 4\] to \[8, 4\]",
+        r"BN 'bn': it normalises axis 1 of its input \[8, 4\], which is not where 'conv' has .*, axis 1 of",
     ),
     "channels repeated, after a copy in their order": (
         Permuted(lambda y: y.clone().unsqueeze(-1).expand(2, 4, 4).flatten(0, 1), nn.BatchNorm1d(4), nn.Linear(2, 4)),
         (2, 2),
-        r"BN 'bn': between it and 'conv' the channels are rearranged from shape \[2, 4\] to \[8, 4\]",
+        r"BN 'bn': it normalises axis 1 of its input \[8, 4\], which is not where 'conv' has .*, axis 1 of",
     ),
     "one channel only": (
         Permuted(lambda y: y.flatten(1), nn.BatchNorm1d(4), nn.Conv2d(2, 1, 1)),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from export_helpers import convsnn, digits, frames
+from export_helpers import LinearTokens, classifier, convsnn, digits, frames
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
@@ -94,6 +94,16 @@ def test_gradients_reach_every_parameter_and_bn_keeps_its_statistics(encoding: A
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
         parameter.grad = None
     assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
+
+
+def test_bn_of_tokens_trains_with_the_linear_layer_before_it() -> None:
+    tokens = classifier(LinearTokens())
+    scales = qat.find_scales(tokens, TRAIN, 2).scales
+    assert list(scales) == ["conv.0"]
+    network = qat.int8_network(tokens, scales).train()
+    network(torch.from_numpy(digits().images[:8]), 2).square().sum().backward()
+    for parameter in (tokens.network.linear.weight, tokens.network.bn.weight, tokens.network.bn.bias):
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0
 
 
 def test_a_copy_has_weights_of_its_own() -> None:

@@ -12,6 +12,7 @@ called and however often one is used. A convolution that feeds two different BNs
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections import Counter
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._prims_common import suggest_memory_format
 
 from tetdeploy.arguments import check_flag
 from tetdeploy.names import numbered
@@ -37,7 +39,7 @@ CONVOLUTIONS = (
 )
 LAYERS = (*CONVOLUTIONS, aten.linear.default)
 _TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-# Operations that may stand between a layer and its BN: they move no value from one channel to another.
+# Operations that may stand between a layer and its BN: these keep the order of the values, or repeat all of them.
 VIEWS = (
     aten.view.default,
     aten.reshape.default,
@@ -50,6 +52,13 @@ VIEWS = (
     aten.clone.default,
 )
 _ORDERED_VIEWS = VIEWS[:-2]  # what copies may be there to be written over
+MOVES = (  # these change the order of the axes
+    aten.transpose.int,
+    aten.permute.default,
+    aten.movedim.int,
+    aten.swapaxes.default,
+    aten.mT.default,
+)
 DROPOUT = (  # (input, p, train)
     aten.dropout.default, aten.feature_dropout.default, aten.dropout_.default, aten.feature_dropout_.default,
 )  # fmt: skip
@@ -73,7 +82,8 @@ def fold_batchnorm(program: torch.export.ExportedProgram, *, trainable: bool = F
         A module that maps the same input to the same output with no BN in it. `program` is left as it was.
 
     Raises:
-        FoldingError: a BN is in training mode, or has no convolution or linear layer straight before it.
+        FoldingError: a BN is in training mode, has no convolution or linear layer straight before it (views and moved
+            axes aside), or normalises another axis than the channels of that layer.
     """
     check_flag("trainable", trainable)
     graph_module = program.module() if trainable else copy.deepcopy(program.module())
@@ -184,34 +194,45 @@ def _fold(graph_module: fx.GraphModule, bn: fx.Node, trainable: bool) -> None:
 def _layer_before(bn: fx.Node, name: str) -> fx.Node:
     """The convolution or linear layer whose channels `bn` normalises."""
     before: Any = bn.args[0]
-    channels, node = tuple(before.meta["val"].shape[1:]), before
-    kept = True
-    while node.target in VIEWS or (node.target in DROPOUT and not node.args[2]):  # dropout in inference is none
-        kept = kept and _trailing(node, channels) == channels
+    node, channels = before, _axes(before)[1]
+    while node.target in (*VIEWS, *MOVES) or (node.target in DROPOUT and not node.args[2]):  # no dropout in inference
+        channels = _channels_before(node, channels)
         node = node.args[0]
     if node.target not in (*LAYERS, *_TRANSPOSED):
         kind = "the input" if node.op == "placeholder" else str(node.target)
         raise FoldingError(
             f"cannot fold BN {name!r}: what comes before it is {kind} ({module_path(node)}), not a convolution or "
-            "linear layer; move the BN behind one, or export without folding (--no-fold-bn)"
+            "linear layer; move the BN behind one"
         )
-    if not kept or _trailing(node, channels) != channels:
-        raise FoldingError(
-            f"cannot fold BN {name!r}: between it and {module_path(node)!r} the channels are rearranged from shape "
-            f"{_shape(node)} to {_shape(before)}"
-        )
-    # Without the batch: channels and space after a convolution, channels alone after a linear layer.
-    if len(channels) != node.args[1].meta["val"].dim() - 1:
+    axis = node.meta["val"].dim() + 1 - node.args[1].meta["val"].dim()  # before those of a kernel
+    if _axes(node)[axis : axis + 1] != [channels]:  # a linear layer whose weight is a vector has none
         raise FoldingError(
             f"cannot fold BN {name!r}: it normalises axis 1 of its input {_shape(before)}, which is not where "
-            f"{module_path(node)!r} has its channels; move them there, or export without folding (--no-fold-bn)"
+            f"{module_path(node)!r} has its channels, axis {axis} of {_shape(node)}; move them there"
         )
     layer: fx.Node = node
     return layer
 
 
-def _trailing(node: fx.Node, like: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(node.meta["val"].shape[-len(like) :])
+def _axes(node: fx.Node) -> list[tuple[str, str]]:
+    """Of each axis the size, and the number of values from one place on it to the next. A view that keeps the order of
+    the values keeps an axis where it keeps both. As text, so that an open size is equal to itself alone."""
+    shape = node.meta["val"].shape
+    return [(str(size), str(math.prod(shape[k + 1 :]))) for k, size in enumerate(shape)]
+
+
+def _channels_before(node: Any, channels: Any) -> Any:
+    """The channels, as in `_axes`, in what `node` reads, given those in its result; None where they are no axis."""
+    if node.target not in (*MOVES, aten.expand.default):
+        return channels
+    before, after = _axes(node.args[0]), _axes(node)
+    if channels not in after:
+        return None
+    axis = after.index(channels)
+    if node.target in MOVES:
+        axes = torch.empty(*range(len(before)), device="meta")  # the size of each is its number
+        return before[node.target(axes, *node.args[1:]).shape[axis]]
+    return channels if before[axis - len(after) :] == after[axis:] else None
 
 
 def _shape(node: fx.Node) -> str:
@@ -258,27 +279,33 @@ def _refuse_computed(argument: Any, bn: fx.Node) -> None:
         return
     raise FoldingError(
         f"cannot fold BN {module_path(bn)!r}: {argument} ({module_path(argument)}) is computed in the network, not "
-        "a parameter of it; remove the parametrization first, or export without folding (--no-fold-bn)"
+        "a parameter of it; remove the parametrization first"
     )
 
 
 def _replace_on_the_way(bn: fx.Node, layer: fx.Node, folded: fx.Node) -> None:
-    """Let what read `bn` read `folded` through copies of the views that lay between layer and BN, but where those ended
-    in the shape they began with: time split off and merged again."""
+    """Let what read `bn` read `folded` through copies of the views and moves that lay between layer and BN, but where
+    views alone ended in the shape they began with: time split off and merged again."""
     views: list[fx.Node] = []
-    node: Any = bn.args[0]
-    back_in_shape = _shape(node) == _shape(layer)
+    before: Any = bn.args[0]
+    node = before
     while node is not layer:
         views.append(node)
         node = node.args[0]
+    moved = any(view.target in MOVES for view in views)
+    back_in_shape = not moved and _shape(before) == _shape(layer)
     chain = [folded]
     for view in [] if back_in_shape else reversed(views):
         with bn.graph.inserting_before(bn):
             copied = bn.graph.node_copy(view, lambda n, _v=view: chain[-1] if n is _v.args[0] else n)  # type: ignore[misc]
         chain.append(copied)
+    if moved:  # BN gave memory in this order, and what reads it may view and write it so
+        with bn.graph.inserting_before(bn):
+            order: Any = {"memory_format": suggest_memory_format(before.meta["val"])}
+            chain.append(bn.graph.call_function(aten.clone.default, (chain[-1],), order))
     bn.replace_all_uses_with(chain[-1])
     bn.graph.erase_node(bn)
-    if len(chain) > 1:
+    if len(chain) > 1 and not moved:
         _skip_views(chain)
 
 

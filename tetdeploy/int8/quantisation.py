@@ -34,6 +34,7 @@ from tetdeploy.arguments import check_flag
 from tetdeploy.folding import (
     CONVOLUTIONS,
     DROPOUT,
+    MOVES,
     VIEWS,
     is_parameter,
     layer_name,
@@ -331,9 +332,8 @@ def _numbers(value: Any, dims: int, default: int) -> list[int]:
 
 _PARTS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _HAND_ON = {
-    *VIEWS, *DROPOUT, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.narrow.default,
-    aten.movedim.int, aten.swapaxes.default, aten.mT.default, aten.squeeze.dims, aten.flip.default,
-    aten.roll.default, aten.repeat.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
+    *VIEWS, *MOVES, *DROPOUT, aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.squeeze.dims,
+    aten.flip.default, aten.roll.default, aten.repeat.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
     aten.channel_shuffle.default,
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
     aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec,
