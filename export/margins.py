@@ -20,13 +20,21 @@ def margins(current: Tensor, spikes: Tensor, tau: float, v_th: float) -> Tensor:
     Args:
         current, spikes: what went into the neurons and came out, `[T, ...]`.
     """
-    margin = torch.empty_like(spikes)
-    u = torch.zeros_like(spikes[0])
-    for t in range(len(spikes)):
-        h = tau * u + current[t]
-        margin[t] = (h - v_th).abs_() / v_th
-        u = h - h * spikes[t]  # Eq. 3
-    return margin
+    return (membranes(current, spikes, tau) - v_th).abs_() / v_th
+
+
+def membranes(current: Tensor, spikes: Tensor, tau: float, u: Tensor | None = None) -> Tensor:
+    """h before the reset (Eq. 1) of every neuron-step, `[T, ...]`, from `u`, by default 0.
+
+    Args:
+        current, spikes: what went into the neurons, and the spikes that reset them, `[T, ...]`.
+    """
+    h = torch.empty_like(current)
+    u = torch.zeros_like(current[0]) if u is None else u
+    for t in range(len(current)):
+        h[t] = tau * u + current[t]
+        u = h[t] - h[t] * spikes[t]  # Eq. 3
+    return h
 
 
 class Margins:

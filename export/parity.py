@@ -7,13 +7,15 @@ therefore a rate, the neuron-steps that differ over all neuron-steps, with the t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tetdeploy.batches import parts
 from tetdeploy.engine import Engine
@@ -24,6 +26,7 @@ from tetdeploy.traced_network import Runnable, TracedNetwork
 from .causality import InFloat64
 from .comparison import Comparison
 from .counters import spikes_overlay
+from .margins import membranes
 from .recorder import compare_torch, run_torch
 
 MAX_MISMATCH = 100e-6
@@ -54,6 +57,10 @@ class Parity:
         amplified: measured only where the gate would fail without it, on up to 20 of the images that differ most: how
             many of their neuron-steps differ between engine and PyTorch, and between PyTorch and itself, in float64 and
             with every weight moved by up to one unit in the last place (the largest of four such comparisons).
+        at_threshold: measured only where `amplified` does not show that all is rounding, on the same images: every
+            neuron that fires on one side alone, both reading and reset by the engine's spikes, is nearer to its
+            threshold than PyTorch, rounding otherwise, moves membranes of its layer, times AMPLIFICATION. So rounding
+            began all differences, though few neurons are so near.
         silent: layers of which no neuron fired in the graph: what stands behind them was compared at 0 only.
     """
 
@@ -66,6 +73,7 @@ class Parity:
     max_abs_logit_error: float
     local_logit_error: float
     amplified: tuple[float, float] | None = None
+    at_threshold: bool = False
     silent: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,8 +86,10 @@ class Parity:
 
     @property
     def is_rounding(self) -> bool:
-        """PyTorch differs from itself by as much: the network amplifies rounding, and the export is right."""
-        return self.amplified is not None and 0 < self.amplified[0] <= AMPLIFICATION * self.amplified[1]
+        """PyTorch differs from itself by as much, or all differences begin within its rounding of the threshold: the
+        network amplifies rounding, and the export is right."""
+        as_itself = self.amplified is not None and 0 < self.amplified[0] <= AMPLIFICATION * self.amplified[1]
+        return as_itself or self.at_threshold
 
     @property
     def is_local(self) -> bool:
@@ -88,7 +98,7 @@ class Parity:
 
     def check(self, what: str) -> None:
         """The gate: at most 100 in a million neuron-steps differ locally; and over the whole network as well, with
-        99.9 % of the classes the same, unless the network amplifies PyTorch's own rounding as much.
+        99.9 % of the classes the same, unless the network amplifies rounding.
 
         Raises:
             ParityError: it does not hold.
@@ -152,7 +162,10 @@ def compare(
     worst_images = np.argsort(-images, kind="stable")[:_NUM_ROUNDING]
     state = None if first_state is None else [u[worst_images] for u in first_state]
     there = float(images[worst_images].mean() / (sums.whole.sizes.sum() * T))
-    return replace(parity, amplified=(there, _rounding(classifier, x[worst_images], T, state)))
+    parity = replace(parity, amplified=(there, _rounding(classifier, x[worst_images], T, state)))
+    if parity.is_rounding:
+        return parity
+    return replace(parity, at_threshold=_is_at_threshold(classifier, engine, x[worst_images], T, state))
 
 
 def compare_folded(reduced: TracedNetwork, engine: Engine, x: NDArray[Any], T: int) -> Parity:
@@ -185,19 +198,72 @@ def _rounding(classifier: Runnable, x: NDArray[Any], T: int, state: Sequence[NDA
     """How much PyTorch differs from itself where it rounds otherwise: in float64, and with weights one ulp away."""
     expected = run_torch(classifier, x, T, state)[1]
     differing = []
+    for other, context in _rounding_otherwise(classifier):
+        with context:
+            differing.append(compare_torch(other, x, T, expected, state)[1])
+    size = sum(layer.size for layer in expected)
+    return max(float(d.sum()) / size for d in differing)
+
+
+def _is_at_threshold(
+    classifier: Runnable, engine: Engine, x: NDArray[Any], T: int, state: Sequence[NDArray[Any]] | None
+) -> bool:
+    """Whether neurons fire on one side alone, both reading and reset by the engine's spikes, and each is nearer to its
+    threshold than membranes of its layer move where PyTorch rounds otherwise, times AMPLIFICATION."""
+    names = [neuron["name"] for neuron in engine.metadata["neurons"]]
+    differ = np.zeros(len(names), np.bool_)
+    farthest, moved = np.zeros(len(names)), np.zeros(len(names))
+    for k in range(len(x)):
+        image, u = x[k : k + 1], None if state is None else [layer[k : k + 1] for layer in state]
+        by_name = _run_engine(engine, spikes_overlay(names), image, T, names, u)[1]
+        spikes = [by_name[f"spikes.{name}"] for name in names]
+        own = _layers_alone(classifier, image, T, spikes, u)
+        for layer, (_, distances) in enumerate(own):
+            differ[layer] |= distances.numel() > 0
+            farthest[layer] = max([farthest[layer], *distances.tolist()])
+        if not any(distances.numel() for _, distances in own):
+            continue
+        for other, context in _rounding_otherwise(classifier):
+            with context:
+                others = _layers_alone(other, image, T, spikes, u)
+            for layer, ((h, _), (other_h, _)) in enumerate(zip(own, others, strict=True)):
+                moved[layer] = max(moved[layer], float((other_h - h).abs().max()))
+    return bool(differ.any() and (farthest < AMPLIFICATION * moved)[differ].all())
+
+
+def _layers_alone(
+    classifier: Runnable,
+    x: NDArray[Any],
+    T: int,
+    spikes: Sequence[NDArray[Any]],
+    state: Sequence[NDArray[Any]] | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer, reading given spikes and reset by its own of these, the membranes before the reset, `[T, N, ...]`,
+    and how far from the threshold those are that would not fire as given."""
+    found = []
+
+    def note(layer: int, current: Tensor, own: Tensor, different: Tensor, tau: float, v_th: float) -> None:
+        start = None if state is None else torch.from_numpy(state[layer]).to(current)
+        given = torch.where(different, 1 - own, own)
+        h = membranes(current, given, tau, start)
+        found.append((h, (h - v_th).abs()[(h > v_th) != given.bool()]))
+
+    compare_torch(classifier, x, T, spikes, state, replacing=True, watch=note)
+    return found
+
+
+def _rounding_otherwise(classifier: Runnable) -> Iterator[tuple[Runnable, AbstractContextManager[Any]]]:
+    """The network in float64, and with every weight moved by up to one unit in the last place, three times; and in
+    which context each runs."""
     if isinstance(classifier, Classifier):  # an int8 network has no form in float64
-        double = copy.deepcopy(classifier).double()
-        with InFloat64():  # type: ignore[no-untyped-call]
-            differing.append(compare_torch(double, x, T, expected, state)[1])
+        yield copy.deepcopy(classifier).double(), InFloat64()  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         moved = copy.deepcopy(classifier)
         for parameter in moved.parameters():
             ulps = torch.rand(parameter.shape, generator=generator).to(parameter) * 2 - 1
             parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps * ulps)
-        differing.append(compare_torch(moved, x, T, expected, state)[1])
-    size = sum(layer.size for layer in expected)
-    return max(float(d.sum()) / size for d in differing)
+        yield moved, nullcontext()
 
 
 def _run_engine(

@@ -27,10 +27,18 @@ def test_own_training_loop_learns_the_digits() -> None:
 
 
 @pytest.mark.slow
-def test_own_network_goes_the_whole_path_by_the_commands_in_its_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "folded", "steps"),
+    [("own_network:my_network", "folded 4 BN | 4 neuron layers", 6),
+     ("spikformer:spikformer_2_64", "folded 17 BN | 19 neuron layers", 8)],
+)  # fmt: skip
+def test_own_networks_go_the_whole_path_by_the_commands_in_their_text(
+    model: str, folded: str, steps: int, tmp_path: Path
+) -> None:
     """The console script in the folder of the module, as the text says; only the training is cut short."""
-    shutil.copy(EXAMPLES / "own_network.py", tmp_path)
-    text = (tmp_path / "own_network.py").read_text(encoding="utf-8")
+    module = f"{model.partition(':')[0]}.py"
+    shutil.copy(EXAMPLES / module, tmp_path)
+    text = (tmp_path / module).read_text(encoding="utf-8")
     commands = [shlex.split(line) for line in re.findall(r"^    (tetdeploy .*)$", text, re.MULTILINE)]
     assert [command[1] for command in commands] == ["train", "export", "sweep"]
     for command in commands:
@@ -41,9 +49,10 @@ def test_own_network_goes_the_whole_path_by_the_commands_in_its_text(tmp_path: P
         )
         assert result.returncode == 0, result.stdout + result.stderr
         if command[1] == "train":
-            assert "--model own_network:my_network" in result.stdout.splitlines()[-1]
+            assert f"--model {model}" in result.stdout.splitlines()[-1]
         if command[1] == "export":
-            assert "folded 4 BN | 4 neuron layers" in result.stdout
-    sweep = json.loads((tmp_path / "runs" / "own" / "model-T6.sweep.json").read_text(encoding="utf-8"))
-    assert [row["T"] for row in sweep["rows"]] == [1, 2, 3, 4, 5, 6]
+            assert folded in result.stdout and "will not be counted" not in result.stdout
+    (written,) = {file.resolve() for file in tmp_path.glob("runs/*/*.sweep.json")}  # runs/latest has it, too
+    sweep = json.loads(written.read_text(encoding="utf-8"))
+    assert [row["T"] for row in sweep["rows"]] == [*range(1, steps + 1)]
     assert sweep["rows"][3]["accuracy"] > 0.5

@@ -23,7 +23,7 @@ from tetdeploy.export import ExportConfig, Parity, ParityError, gate
 from tetdeploy.export.comparison import Comparison
 from tetdeploy.export.config import Layout
 from tetdeploy.export.model import build_graph
-from tetdeploy.export.parity import _parity, _rounding, compare
+from tetdeploy.export.parity import _is_at_threshold, _parity, _rounding, compare
 from tetdeploy.networks import Classifier, NetworkConfig, ResNet19, build_network
 from tetdeploy.neurons import LIF
 
@@ -37,6 +37,7 @@ GOOD = Parity(1000, 4, 1.0, (1.0,) * 4, 0.0, 0.0, 1e-6, 1e-7)
         replace(GOOD, spike_mismatch_rate=100e-6, top1_agreement=0.999),
         replace(GOOD, local_logit_error=1e-4),
         replace(GOOD, spike_mismatch_rate=2e-3, top1_agreement=0.99, amplified=(2e-3, 5e-4)),
+        replace(GOOD, spike_mismatch_rate=2e-3, top1_agreement=0.99, amplified=(2e-3, 0.0), at_threshold=True),
     ],
 )
 def test_the_gate_lets_through(parity: Parity) -> None:
@@ -53,6 +54,8 @@ def test_the_gate_lets_through(parity: Parity) -> None:
         replace(GOOD, spike_mismatch_rate=2e-3, amplified=(2e-3, 4.9e-4)),
         replace(GOOD, spike_mismatch_rate=2e-3, amplified=(2e-3, 1e-3), local_mismatch_rate=101e-6),
         replace(GOOD, top1_agreement=0.9, amplified=(0.0, 0.0)),
+        replace(GOOD, spike_mismatch_rate=2e-3, at_threshold=True, local_mismatch_rate=101e-6),
+        replace(GOOD, spike_mismatch_rate=2e-3, at_threshold=True, local_logit_error=1.1e-4),
     ],
 )
 def test_the_gate_refuses(parity: Parity) -> None:
@@ -237,3 +240,58 @@ def test_rounding_is_the_most_that_pytorch_differs_from_itself() -> None:
     assert _rounding(convsnn(), x, 4, None) < 1e-4
     # Of numbers in -1..1 that many are above 0.5, and so make 1 + eps of 1 + eps u.
     assert _rounding(calibrated(AtTheThreshold()), x, 1, None) == pytest.approx(0.25, abs=0.05)
+
+
+class Constant(nn.Module):
+    """Four neurons, whose currents are the same at every step; the first is at the threshold, v_th = 0.5."""
+
+    def __init__(self, exact: bool = False) -> None:
+        super().__init__()
+        current = torch.tensor([0.5, 0.25, 0.125, 0.75])
+        self.current: Tensor
+        if exact:
+            self.register_buffer("current", current)  # nothing moves it
+        else:
+            self.current = nn.Parameter(current)
+        self.lif, self.readout = LIF(v_th=0.5), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        return self.readout(self.lif(self.current.expand(T, len(x), -1)))
+
+
+OWN = [[0, 0, 0, 1], [1, 0, 0, 1]]  # what PyTorch fires, by step
+
+
+@pytest.mark.parametrize(
+    ("fired", "options", "state", "expected"),
+    [
+        (OWN, {}, None, False),
+        ([[1, 0, 0, 1], [0, 0, 0, 1]], {}, None, True),  # reset a step earlier, the first does not fire at the second
+        ([[1, 0, 0, 1], [1, 0, 0, 1]], {}, None, True),  # at which its membrane is at the threshold again
+        ([[1, 0, 0, 1], [0, 0, 0, 1]], {"exact": True}, None, False),
+        ([[0, 1, 0, 1], [1, 0, 0, 1]], {}, None, False),
+        ([[1, 1, 0, 1], [0, 0, 0, 1]], {}, None, False),
+        ([[0, 1, 0, 1], [1, 0, 0, 1]], {}, [0.0, 0.5, 0.0, 0.0], True),
+    ],
+)
+def test_what_rounding_began(
+    fired: Any, options: Any, state: Any, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, spikes = calibrated(Constant(**options)), np.array(fired, np.float32)[:, None]
+    engine: Any = SimpleNamespace(metadata={"neurons": [{"name": "lif"}]})
+    monkeypatch.setattr("tetdeploy.export.parity._run_engine", lambda *args: (None, {"spikes.lif": spikes}))
+    u = None if state is None else [np.array([state, state], np.float32)]
+    assert _is_at_threshold(net, engine, digits().images[:2], 2, u) is expected
+
+
+def test_where_few_neurons_are_near_the_threshold_it_is_asked_whether_these_began_it(
+    measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("tetdeploy.export.parity._is_at_threshold", lambda *args: asked.append(args) or True)
+    x, engine = digits().images[:8], exported_engine("unrolled", T=3)
+    assert not compare(doubled(), engine, x, 3).at_threshold and asked == []  # PyTorch differs from itself as much
+    monkeypatch.setattr("tetdeploy.export.parity._rounding", lambda *args: 0.0)
+    parity = compare(doubled(), engine, x, 3)
+    assert parity.at_threshold and parity.is_rounding
+    np.testing.assert_array_equal(asked[0][2], measured[0][0])

@@ -305,9 +305,11 @@ def print_exported(exported: Exported, config: ExportConfig) -> None:
             )
             if parity.amplified is not None:
                 there, floor = (f"{rate * 1e6:,.0f} ppm" for rate in parity.amplified)
+                itself = f"PyTorch rounded otherwise differs from itself in {floor}"
+                begun = "all began within rounding of a threshold"
                 console.print(
                     f"  the network amplifies rounding: on the images that differ most {there} differ, and "
-                    f"PyTorch rounded otherwise differs from itself in {floor}"
+                    f"{begun if parity.at_threshold else itself}"
                 )
     if exported.parity is not None and exported.silent:
         _print_silent(exported.silent, exported.parity.num_images)
