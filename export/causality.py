@@ -210,9 +210,12 @@ def _check_alone(
 
 
 def _refuse_broken_weights(classifier: Classifier) -> None:
-    broken = [name for name, value in classifier.network.named_parameters() if not value.isfinite().all()]
-    # A mask may be infinite.
-    broken += [name for name, value in classifier.network.named_buffers() if value.isnan().any()]
+    # A mask may be infinite: a buffer, or a parameter that is not trained. BN's statistics may not.
+    network = classifier.network
+    finite = {name for name, value in network.named_parameters() if value.requires_grad}
+    finite |= {name for name, _ in network.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    held = dict(network.named_parameters()) | dict(network.named_buffers())
+    broken = [name for name, value in held.items() if value.isnan().any() or (name in finite and value.isinf().any())]
     if broken:
         raise ValueError(
             f"NaN or infinite values in {shorten(broken)}: the training diverged, or the file is damaged; take an "

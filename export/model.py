@@ -134,7 +134,7 @@ def export_model(
                 kept = measure_kept(classifier, temporary, config, x[:num_check], labels)
     reduced: dict[str, Any] = {"kept": kept}
     if scales:
-        behind = [layer for layer in graph.description["layers"] if not layer["from_input"]]
+        behind = [layer for layer in graph.description["layers"] if not (layer["from_input"] or "product" in layer)]
         in_float32 = [layer["name"] for layer in behind[:-1] if layer["precision"] == "fp32"]
         reduced = scales.to_dict() | reduced | {"in_float32": in_float32}
     return Exported(

@@ -280,6 +280,12 @@ def test_metadata_that_lack_a_setting_of_the_data_are_refused(saved: Path, name:
         read_metadata(saved)
 
 
+def test_damaged_words_on_what_a_run_began_with_are_refused(saved: Path) -> None:
+    rewrite(saved, lambda content: content["provenance"].update(init={"path": "runs/a"}))
+    with pytest.raises(ValueError, match=r"of its metadata, init.checkpoint_sha256 is missing; the file was changed"):
+        read_metadata(saved)
+
+
 def test_newer_and_unreadable_formats_are_refused(saved: Path) -> None:
     rewrite(saved, lambda content: content.update(format=2))
     with pytest.raises(ValueError, match="has format 2, this tetdeploy reads format 1; update tetdeploy"):

@@ -143,6 +143,44 @@ def test_mean_and_deviation_over_seeds(runs: Path) -> None:
     assert result.output.endswith("next: tetdeploy export runs/tet/seed-0\n")
 
 
+def begun_seeds(folder: Path, num_finished: int) -> None:
+    """A folder of three seeds, whose training was cut in the first epoch of the one behind those that are finished."""
+    for seed in range(num_finished + 1):
+        run_of = folder / f"seed-{seed}"
+        run_of.mkdir(parents=True)
+        (run_of / "config.json").write_text("{}")
+        if seed < num_finished:
+            save_checkpoint(run_of / "checkpoint.safetensors", ann(seed), training=TRAINING, provenance={})
+
+
+def test_a_seed_without_an_epoch_is_left_out(runs: Path) -> None:
+    begun_seeds(runs / "cut", 2)
+    told = [{"seed": seed, "interrupted": seed == 2} for seed in range(3)]
+    (runs / "cut" / "summary.json").write_text(json.dumps({"runs": told}))
+    result = run("runs/cut", "--T", "1", "--limit", "9", "--json", "e.json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(Path("e.json").read_text())
+    assert [row["run"] for row in content["runs"]] == ["runs/cut/seed-0", "runs/cut/seed-1"]
+    assert content["seeds"][0]["num_finished"] == 2
+
+
+def test_seeds_of_which_none_is_known_to_be_finished_have_no_mean(runs: Path) -> None:
+    begun_seeds(runs / "first", 1)
+    result = run("runs/first", "--T", "1", "--limit", "9")
+    assert result.exit_code == 0 and "seed-0" in result.output
+    assert "mean" not in result.output
+
+
+def test_a_folder_of_seeds_that_has_nothing_to_measure_is_refused_at_once(runs: Path) -> None:
+    begun_seeds(runs / "none", 0)
+    result = run("runs/snn", "runs/none", "--T", "1", "--limit", "9")
+    assert result.exit_code == 1 and "runs/none holds no checkpoint.safetensors" in result.stderr
+    begun_seeds(runs / "damaged", 1)
+    (runs / "damaged" / "summary.json").write_text("[")
+    result = run("runs/damaged", "--T", "1", "--limit", "9")
+    assert result.exit_code == 1 and "summary.json" in result.stderr
+
+
 def test_parts_limits_and_the_default(runs: Path) -> None:
     (runs / "latest").symlink_to("snn")
     result = run("--split", "validation", "--limit", "20", "--json", "e.json")

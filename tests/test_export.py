@@ -1137,6 +1137,7 @@ class CountsSteps(Small):
     ("layer2.0.weight", torch.nan),
     ("layer2.0.weight", -torch.inf),
     ("layer2.1.running_var", torch.nan),
+    ("layer2.1.running_mean", torch.inf),
 ])  # fmt: skip
 def test_weights_that_are_not_finite_are_named(name: str, value: float, options: Options, earlier: Path) -> None:
     net = copy.deepcopy(convsnn())
@@ -1147,9 +1148,12 @@ def test_weights_that_are_not_finite_are_named(name: str, value: float, options:
 
 
 class DividesByZero(Small):
+    """Its masks are infinite, as those of attention are."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("mask", torch.tensor(torch.inf))  # as those of attention are
+        self.register_buffer("mask", torch.tensor(torch.inf))
+        self.frozen = nn.Parameter(torch.tensor(-torch.inf), requires_grad=False)
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         return super().forward(x, T) / (1 / self.mask)

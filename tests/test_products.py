@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from tetdeploy.energy import Layer, Operations, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, counters
+from tetdeploy.inspection import inspect
 from tetdeploy.networks import Classifier
 from tetdeploy.neurons import LIF
+from tetdeploy.report.tables import input_kind
 
 Product = Callable[[Tensor, Tensor], Tensor]
 Way = Callable[[Product, Tensor, Tensor, Tensor], Tensor]
@@ -154,6 +156,12 @@ def test_a_product_says_what_it_is(layout: Any, tmp_path: Path) -> None:
     scores, mixed = layers["products.by_heads"], layers["products.by_heads#2"]
     assert scores == Layer("products.by_heads", (8 * 4 * 8,), 1, positions=2, product=True)
     assert (mixed.input_shape, mixed.dense_ops(), mixed.num_weights) == ((8 * 8 * 4,), 2 * 8 * 8 * 4, 0)
+    shown = {layer["name"]: (layer["type"], layer["input"]) for layer in inspect(tmp_path / "m.onnx")["layers"]}
+    assert shown["products.softmax"] == ("product", "pairs of spikes") and shown["readout"] == ("linear", "analogue")
+    by_layer = operations_of(runner, digits().images[:5], 3).by_layer([3])
+    kinds = {layer["name"]: input_kind(layer) for layer in by_layer}
+    assert (kinds["products.by_heads#2"], kinds["products.softmax#2"]) == ("pairs of spikes", "pairs")
+    assert (kinds["embed"], kinds["readout"]) == ("image", "analogue")
 
 
 @pytest.mark.parametrize(("layout", "uncounted"), [("unrolled", 2), ("dynamic", 2), ("step", 1)])

@@ -712,9 +712,12 @@ def test_resume_with_other_settings_shows_the_difference(copied: Path) -> None:
     with pytest.raises(
         ValueError,
         match=r"training\.epochs: 3 -> 4; training\.lr: 0\.002 -> 0\.1; resume with the old ones, or start a new run "
-        rf"in another --out, from these weights with --init {re.escape(str(copied))}$",
+        rf"in another --out, from these weights with --init {re.escape(str(copied))} and its other options$",
     ):
         run(copied, config=settings(epochs=4, lr=0.1), resume=True)
+    (copied / "checkpoint.safetensors").unlink()  # as before the first epoch's end, and in a folder of seeds
+    with pytest.raises(ValueError, match=r"lr: 0\.002 -> 0\.1; resume .* in another --out$"):
+        run(copied, config=settings(lr=0.1), resume=True)
     with pytest.raises(ValueError, match=r"data\.val_images: 31 -> 0"):
         train(toy(), TRAIN, None, settings(), copied, resume=True, progress=False)
 

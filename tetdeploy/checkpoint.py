@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from tetdeploy.arguments import check_flag
 from tetdeploy.extras import import_extra
+from tetdeploy.form import check_form
 from tetdeploy.names import section, shorten
+from tetdeploy.provenance import PARENT
 from tetdeploy.run_folder import CHECKPOINT_NAME, weights_file
 from tetdeploy.shards import is_sharded, read_shards, read_shards_content
 from tetdeploy.tensor_file import FORMAT, read_content, read_tensors, write_tensors
@@ -153,6 +155,10 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     missing = missing or ["network.model"] * ("model" not in content["network"])
     if missing:
         raise ValueError(f"{file}: its metadata lacks {', '.join(missing)}; the file was changed after it was written")
+    try:
+        check_form(content["provenance"], {"init": PARENT})
+    except ValueError as error:
+        raise ValueError(f"{file}: of its metadata, {error}; the file was changed after it was written") from error
     return content
 
 

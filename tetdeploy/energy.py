@@ -199,7 +199,7 @@ class Operations:
             "weights": layer.num_weights,
             "dense_ops": layer.dense_ops(),
             "rows": rows,
-        }
+        } | ({"product": True} if layer.product else {})
 
 
 @dataclass(frozen=True)

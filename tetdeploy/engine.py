@@ -299,7 +299,7 @@ class Engine:
         if self.encoding == "direct" and T > MAX_T:
             raise ValueError(
                 f"T must be at most {MAX_T} for images, got {T}; show one for longer with engine.stream(), which "
-                "takes a model of layout step and keeps no step"
+                "takes a model of layout step or --with-state and keeps no step"
             )
         if self.encoding == "frames" and x.shape[1] < T:
             raise ValueError(f"T={T} steps need as many frames, got {x.shape[1]}")

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._prims_common import suggest_memory_format
 
 from tetdeploy.arguments import check_flag
 from tetdeploy.names import numbered
@@ -207,8 +206,8 @@ def _layer_before(bn: fx.Node, name: str) -> fx.Node:
     axis = node.meta["val"].dim() + 1 - node.args[1].meta["val"].dim()  # before those of a kernel
     if _axes(node)[axis : axis + 1] != [channels]:  # a linear layer whose weight is a vector has none
         raise FoldingError(
-            f"cannot fold BN {name!r}: it normalises axis 1 of its input {_shape(before)}, which is not where "
-            f"{module_path(node)!r} has its channels, axis {axis} of {_shape(node)}; move them there"
+            f"cannot fold BN {name!r}: it normalises axis 1 of its input {_shape(before)}, which is not seen to be the "
+            f"channels of {module_path(node)!r}, axis {axis} of {_shape(node)}; move them there"
         )
     layer: fx.Node = node
     return layer
@@ -301,12 +300,18 @@ def _replace_on_the_way(bn: fx.Node, layer: fx.Node, folded: fx.Node) -> None:
         chain.append(copied)
     if moved:  # BN gave memory in this order, and what reads it may view and write it so
         with bn.graph.inserting_before(bn):
-            order: Any = {"memory_format": suggest_memory_format(before.meta["val"])}
+            order: Any = {"memory_format": _memory_format(before.meta["val"])}
             chain.append(bn.graph.call_function(aten.clone.default, (chain[-1],), order))
+        chain[-1].meta = dict(bn.meta)  # read where a second BN follows
     bn.replace_all_uses_with(chain[-1])
     bn.graph.erase_node(bn)
     if len(chain) > 1 and not moved:
         _skip_views(chain)
+
+
+def _memory_format(value: Tensor) -> torch.memory_format:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(value.dim())
+    return last if last is not None and value.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
 def _skip_views(chain: list[fx.Node]) -> None:

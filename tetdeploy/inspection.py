@@ -147,7 +147,11 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "name": layer.name,
         "type": "convolution" if layer.kernel else "product" if layer.product else "linear",
         "input_shape": list(layer.input_shape),
-        "input": "pixels" if layer.from_input else "spikes" if layer.binary else "analogue",
+        "input": "pixels"
+        if layer.from_input
+        else f"{'pairs of ' * layer.product}spikes"
+        if layer.binary
+        else "analogue",
         "outputs": layer.outputs,
         "kernel": list(layer.kernel),
         "precision": layer.precision,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.form import NUMBER, STEP, check_form, parse_json
+from tetdeploy.provenance import PARENT
 
 METADATA_KEY = "tetdeploy"  # of a checkpoint as well
 FORMAT = 2  # of the metadata; 1 was written before the first release
@@ -28,7 +29,7 @@ _METADATA = {
     "uncounted!": [str],
     "other_ops!": {"*": {"*": NUMBER}},
     "counting_overlay!": str,
-    "source!": {},
+    "source!": {"provenance": {"init": PARENT}},
 }
 
 

@@ -17,6 +17,8 @@ from tetdeploy.batches import parts
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
 
+PARENT = {"path!": str, "checkpoint_sha256!": str}  # what `--init` leaves in a run's files, see `tetdeploy.form`
+
 
 def written(**packages: str) -> dict[str, Any]:
     """Who writes a file, and when, as JSON: `versions` of tetdeploy, Python and `packages`, and `created`, in UTC."""

@@ -20,6 +20,7 @@ from tetdeploy.data import LabelledSet
 from tetdeploy.files import made_folder, write_json
 from tetdeploy.form import NUMBER, check_form, parse_json
 from tetdeploy.networks import Classifier
+from tetdeploy.provenance import PARENT
 from tetdeploy.run_folder import (
     CHECKPOINT_NAME,
     CONFIG_NAME,
@@ -41,7 +42,7 @@ _CONFIG = {
     "network": {"model": str, "ann": bool} | dict.fromkeys(("width", "tau", "v_th", "gamma", "smooth_spike"), NUMBER),
     "data": {"name": str},
     "training": {},
-    "init": {"path!": str, "checkpoint_sha256!": str},
+    "init": PARENT,
     "how": {"cuda_graphs": bool, "recompute": bool, "shards_mb": NUMBER},
     "seeds": [NUMBER],
 }
@@ -208,9 +209,11 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
     for name in ("recipe", "int8", "init", "restarted", "how"):  # where it came from, what was measured: no settings
         started.pop(name, None)
     if different := run_differences(started, settings):
+        fits = all(started["network"].get(name) == settings["network"].get(name) for name in ("model", "width"))
+        further = f", from these weights with --init {out} and its other options"
         raise ValueError(
-            f"{out} was started with other settings: {'; '.join(different)}; "
-            f"resume with the old ones, or start a new run in another --out, from these weights with --init {out}"
+            f"{out} was started with other settings: {'; '.join(different)}; resume with the old ones, or start a new "
+            f"run in another --out{further if fits and (out / CHECKPOINT_NAME).is_file() else ''}"
         )
 
 

@@ -14,7 +14,7 @@ from tetdeploy.cli.options import AT_LEAST_1, PARTS, data_dir_option, json_optio
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
-from tetdeploy.run_folder import newest_run, seed_runs, weights_file
+from tetdeploy.run_folder import CHECKPOINT_NAME, newest_run, seed_runs, weights_file
 from tetdeploy.steps import trained_T
 
 if TYPE_CHECKING:
@@ -79,14 +79,17 @@ def evaluate(
     torch = import_extra("torch", "train")
     from tetdeploy.checkpoint import read_metadata, trained_on
     from tetdeploy.provenance import written
+    from tetdeploy.report.reading import read_summary
     from tetdeploy.train.device import device_name, pick_device, pick_precision
 
     checkpoints = checkpoints or (newest_run(runs),)
     on = pick_device(device)
     chosen = pick_precision(precision, on)
-    seeds = {folder: found for folder in checkpoints if (found := seed_runs(folder))}
+    begun = {folder: found for folder in checkpoints if (found := seed_runs(folder))}
+    summaries = {folder: read_summary(folder) for folder in begun}  # a damaged one is told before all measuring
+    seeds = {folder: [run for run in found if (run / CHECKPOINT_NAME).exists()] for folder, found in begun.items()}
     rows, exportable = list[dict[str, Any]](), list[Path]()
-    for path in (run for given in checkpoints for run in seeds.get(given, [given])):
+    for path in (run for given in checkpoints for run in seeds.get(given) or [given]):
         file = weights_file(path)
         metadata = read_metadata(file)
         classifier = load_classifier(file, metadata, model)
@@ -107,7 +110,7 @@ def evaluate(
         )
     result = {"kind": "evaluate", "split": split, "device": device_name(on), "precision": chosen, "runs": rows}
     if seeds:
-        result["seeds"] = [_over_seeds(folder, rows) for folder in seeds]
+        result["seeds"] = [_over_seeds(folder, summary, rows) for folder, summary in summaries.items()]
     if json_path is not None:
         write_json(json_path, result | written(torch=torch.__version__))
     _print(result)
@@ -127,12 +130,11 @@ def _images(name: str, split: str, limit: int | None, data_dir: Path, metadata: 
     return images if limit is None else images.select(slice(limit))
 
 
-def _over_seeds(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation at each T, over the seeds that are finished."""
-    from tetdeploy.report.reading import read_summary
+def _over_seeds(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and sample standard deviation at each T, over the seeds that `summary` says are finished."""
     from tetdeploy.train.seeds import mean_and_std
 
-    begun = read_summary(folder).get("runs") or []
+    begun = summary.get("runs") or []
     finished = [str(folder / f"seed-{run.get('seed')}") for run in begun if not run.get("interrupted")]
     of_folder = {row["run"]: row for row in rows if Path(row["run"]).parent == folder}
     averaged = [of_folder[run] for run in finished if run in of_folder]
@@ -202,13 +204,14 @@ def _print(result: Mapping[str, Any]) -> None:
             continue
         cells = (f"{found[T]:.2%}{'*' * (row['trained_T'] == T)}" if T in found else "" for T in steps)
         table.add_row(row["run"], *cells)
-    for folder in result.get("seeds", ()):
+    averaged = [folder for folder in result.get("seeds", ()) if folder["num_finished"]]
+    for folder in averaged:
         entries = {entry["T"]: entry for entry in folder["accuracy"]}
         for label, key in ((f"mean (n={folder['num_finished']})", "mean"), ("± standard deviation", "std")):
             cells = (percent(entries.get(T, {}).get(key)) for T in ([1] if folder["ann"] else steps))
             table.add_row(f"{folder['run']} {label}", *cells)
     console.print(table)
     notes = ["* the T of the training" + "; an ANN has no time" * any(row["ann"] for row in rows)]
-    if "seeds" in result:
+    if averaged:
         notes.append("mean and standard deviation (over n - 1) are of the seeds that summary.json says are finished")
     print_notes(notes)

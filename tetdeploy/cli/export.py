@@ -362,7 +362,7 @@ def _say_whether_calibrated(path: Path) -> None:
 def _print_int8(int8: dict[str, Any]) -> None:
     number = len(int8["in_float32"])
     others = f" ({counted(number, 'layer')} between neurons in float32)" if number else ""
-    convolutions = f"int8: {len(int8['scales'])} convolutions{others}"
+    convolutions = f"int8: {counted(len(int8['scales']), 'convolution')}{others}"
     if int8["fine_tuned"]:
         console.print(f"{convolutions}, at the scales that the run was fine-tuned at (--qat)")
     else:

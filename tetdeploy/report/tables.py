@@ -81,11 +81,21 @@ def layers_table(details: Mapping[str, Any], T: int, *, conventions: Sequence[st
     for layer in details["layers"]:
         row = next(row for row in layer["rows"] if row["T"] == T)
         total = {key: total[key] + row[key] for key in columns}
-        kind = "image" if layer["from_input"] else "spikes" if layer["binary"] else "analogue"
-        table.add_row(layer["name"], kind, rate(row["input_rate"]), f"{layer['fan_out']:.4g}", *written(row, columns))
+        table.add_row(
+            layer["name"], input_kind(layer), rate(row["input_rate"]), f"{layer['fan_out']:.4g}", *written(row, columns)
+        )
     table.add_section()
     table.add_row("all layers", "", "", "", *written(total, columns))
     return table
+
+
+def input_kind(layer: Mapping[str, Any]) -> str:
+    """What a layer reads, of a result's JSON."""
+    if layer.get("from_input"):
+        return "image"
+    if layer.get("product"):
+        return "pairs of spikes" if layer.get("binary", True) else "pairs"
+    return "spikes" if layer.get("binary", True) else "analogue"
 
 
 def other_ops_table(details: Mapping[str, Any], T: int) -> Table:

@@ -194,8 +194,8 @@ class _Uvicorn(uvicorn.Server):
 class _H11(H11Protocol):
     """Says nothing of upgrades, which are not offered: uvicorn would advise to install libraries for WebSockets."""
 
-    def _should_upgrade(self) -> bool:
-        return False
+    def _unsupported_upgrade_warning(self, *_: Any) -> None:
+        pass
 
 
 def _http_server(app: ASGIApp) -> uvicorn.Server:

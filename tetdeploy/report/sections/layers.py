@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tetdeploy.report.document import NONE, Plot, Row, Section, Table
 from tetdeploy.report.drawing import energy_unit
 from tetdeploy.report.entry_plot import plot_by_entry
 from tetdeploy.report.numbers import count, energy, rate, text, three_digits
 from tetdeploy.report.results import Measurement, Results
+from tetdeploy.report.tables import input_kind
 
 
 def layers(results: Results) -> Section | None:
@@ -67,7 +67,7 @@ def _layers_table(m: Measurement) -> Table:
     rows = tuple(
         (
             layer["name"],
-            _input_kind(layer),
+            input_kind(layer),
             text(layer.get("weights"), lambda v: f"{v:,.0f}"),
             three_digits(layer.get("fan_out")),
             text(row.get("input_rate"), lambda v: f"{v:.1%}"),
@@ -81,9 +81,3 @@ def _layers_table(m: Measurement) -> Table:
     )
     caption = f"{m.name} at T={m.T}, per image. Fan-out: outputs that an input value reaches, on average."
     return Table(caption, headers, rows).without_empty_columns()
-
-
-def _input_kind(layer: dict[str, Any]) -> str:
-    if layer.get("from_input"):
-        return "image"
-    return "spikes" if layer.get("binary", True) else "analogue"
