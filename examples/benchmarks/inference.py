@@ -45,7 +45,7 @@ from tetdeploy.data import LabelledSet, load_data
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.files import write_json
 from tetdeploy.native.fusing import fuse_model
-from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.networks import Classifier, NetworkConfig, build_network, import_network
 
 sys.path.insert(0, str(Path(__file__).parent))
 from peers import reset, with_spikingjelly
@@ -86,11 +86,12 @@ def untrained(model: str, width: float, data_dir: Path, T: int) -> tuple[Classif
     data = load_images("cifar10", data_dir)
     config = NetworkConfig(model, num_classes=10, in_channels=3, image_size=(32, 32), width=width)
     torch.manual_seed(0)
+    network = import_network(config) if config.is_own else build_network(config)
     classifier = Classifier(
-        build_network(config), config=config, mean=data.mean, std=data.std, class_names=data.class_names, data="cifar10"
+        network, config=config, mean=data.mean, std=data.std, class_names=data.class_names, data="cifar10"
     )
     for module in classifier.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.momentum = None  # the mean over the batches below
     with torch.no_grad():
         for start in range(0, 96, 32):
