@@ -271,31 +271,31 @@ def test_smaller_file_and_the_same_operations(small: Callable[[str], Exported]) 
 
 
 class Residual(nn.Module):
-    """A strided, a grouped and a 1x3 convolution of spikes; one of a residual sum, which may be 2 and stays float."""
+    """A grouped and a 1x3 convolution of spikes; a strided one of a residual sum; one of currents stays float."""
 
     def __init__(self) -> None:
         super().__init__()
         self.encode, self.lif1 = DirectEncoding(nn.Conv2d(1, 8, 3, padding=1)), LIF()
         self.a, self.lif2 = OverTime(nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(8)), LIF()
         self.b, self.lif3 = OverTime(nn.Conv2d(8, 8, (1, 3), padding=(0, 1))), LIF()
-        self.c = OverTime(nn.Conv2d(8, 6, 3, stride=2))
+        self.c, self.d = OverTime(nn.Conv2d(8, 6, 3, stride=2)), OverTime(nn.Conv2d(6, 6, 1))
         self.readout = OverTime(nn.Flatten(), nn.Linear(6 * 9, 10))
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         spikes = self.lif1(self.encode(x, T))
         branch = self.lif3(self.b(self.lif2(self.a(spikes))))
-        logits: Tensor = self.readout(self.c(branch + spikes))
+        logits: Tensor = self.readout(self.d(self.c(branch + spikes)))
         return logits
 
 
 def test_own_network_with_groups_strides_and_a_sum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(3)
     exported = export(tmp_path / "m.onnx", network=classifier(Residual()))
-    assert exported.int8 is not None and list(exported.int8["scales"]) == ["a.0", "b.0"]
-    assert exported.int8["in_float32"] == ["c.0"]
+    assert exported.int8 is not None and list(exported.int8["scales"]) == ["a.0", "b.0", "c.0"]
+    assert exported.int8["in_float32"] == ["d.0"]
     assert exported.parity is not None and exported.parity.local_mismatch_rate <= 1e-4
     print_exported(exported, ExportConfig(precision="int8"))
-    assert "int8: 2 convolutions (1 layer between neurons in float32), scales by" in capsys.readouterr().out
+    assert "int8: 3 convolutions (1 layer between neurons in float32), scales by" in capsys.readouterr().out
 
 
 def test_the_gate_sees_a_scale_that_is_two_percent_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,7 +564,7 @@ def test_least_squares_errs_less_than_any_percentile() -> None:
 def test_convolutions_of_spikes_are_found_by_name() -> None:
     torch.manual_seed(3)
     module = Tracer(classifier(Residual()), encoding="direct", uint8=True).folded(2)
-    assert list(spiking_convolutions(module).values()) == ["a.0", "b.0"]  # not the first, which reads the image
+    assert list(spiking_convolutions(module).values()) == ["a.0", "b.0", "c.0"]  # not the first, which reads the image
 
 
 # --- a network's own loop over the steps
@@ -773,9 +773,49 @@ def test_spikes_that_are_moved_are_spikes(tmp_path: Path) -> None:
     np.testing.assert_allclose(native.run(images, 3).per_step, plain.run(images, 3).per_step, rtol=0.0, atol=1e-5)
 
 
+def doubled(s: Tensor, times: int) -> Tensor:
+    for _ in range(times):
+        s = s + s
+    return s
+
+
+SUMS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda s: s.split(2, 2)[0] + s[:, :, 2:].roll(1, 3),
+    lambda s: (s + s.flip(3)) * s.roll(1, 4),
+    lambda s: doubled(s, 6),  # 64
+    lambda s: torch.cat(
+        [s + s.flip(4), nn.functional.max_pool2d((s + s).flatten(0, 1), 3, 1, 1).unflatten(0, s.shape[:2])], 2
+    ),
+)
+
+
+@pytest.mark.parametrize("target", ["cpu", "openvino"])
+def test_sums_of_spikes_are_whole_numbers(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    exported = export(tmp_path / "m.onnx", network=classifier(Moved(*SUMS)), T=3, target=target)
+    assert exported.int8 is not None
+    assert list(exported.int8["scales"]) == [f"branches.{k}.0" for k in range(len(SUMS))]
+    assert exported.parity is not None and exported.parity.is_local
+    plain, native = (Engine(exported.path, threads=1, native=native) for native in (False, True))
+    layers = [layer for layer in plain.metadata["layers"] if layer["precision"] == "int8"]
+    assert len(layers) == len(SUMS) and not any(layer["binary"] for layer in layers)
+    images = digits().images[:20]
+    np.testing.assert_allclose(native.run(images, 3).per_step, plain.run(images, 3).per_step, rtol=0.0, atol=1e-5)
+
+
+def test_sums_too_large_to_be_exact_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Tracer(classifier(Moved(*SUMS[:3])), encoding="direct", uint8=True).folded(2)
+    monkeypatch.setattr(quantisation, "_EXACT", 64 * 127 * 4 * 9)
+    assert list(spiking_convolutions(module).values()) == ["branches.0.0", "branches.1.0"]
+
+
 def test_what_is_no_longer_spikes_stays_in_float32() -> None:
     network = Moved(
-        lambda s: s.unbind(0)[0] + s,
+        lambda s: s - s.roll(1, 4),
+        lambda s: torch.add(s, s.roll(1, 4), alpha=2),
+        lambda s: s + 1,
+        lambda s: s * 0.5 + s,
+        lambda s: doubled(s, 7),  # 128
         lambda s: s.mean(2, keepdim=True),
         lambda s: s.cumsum(0).chunk(2, 2)[0],
         lambda s: torch.stack([s, s * 0.5]).sum(0),

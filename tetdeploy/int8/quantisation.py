@@ -1,7 +1,7 @@
 """Convolutions in 8-bit integers, with exact spikes.
 
-A spike is 0 or 1 and loses nothing at scale 1. Weights take a scale for each output channel, the output current one
-scale and zero point for the layer::
+A spike is 0 or 1 and loses nothing at scale 1, and neither does a sum of spikes, as a residual one. Weights take a
+scale for each output channel, the output current one scale and zero point for the layer::
 
     W_q = round(W / s_w),  |W_q| <= 127        b_q = round(b / s_w), 32 bits
     a   = sum W_q s + b_q                      exact: whole numbers
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -236,7 +237,7 @@ def _scale_of(name: str, scales: Scales, names: set[str]) -> str | None:
 
 
 def spiking_convolutions(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
-    """The convolutions that read spikes and nothing else, in the order in which they run, with their names.
+    """The convolutions that read spikes, or sums of some, and nothing else, in the order in which they run, with names.
 
     That is the name of the module, whichever call it is: a network's own loop over the steps calls it once a step. With
     other parameters (another BN behind it, or several convolutions in one module's code) it is numbered: `conv#2`.
@@ -246,13 +247,16 @@ def spiking_convolutions(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
     found: dict[fx.Node, str] = {}
     names: dict[tuple[str, ...], str] = {}
     counted: Counter[str] = Counter()
+    largest = _largest_sums(graph_module.graph)
     for node in graph_module.graph.nodes:
         if node.target not in CONVOLUTIONS:
             continue
         own = (module_path(node), *parameter_names(node))
         if own not in names:
             names[own] = layer_name(node, counted)
-        if _is_spikes(node.args[0]) and _has_parameters(node) and _padding(node) is not None:
+        most = largest.get(node.args[0])
+        exact = most == 1 or (most is not None and most * _largest_weights(node) < _EXACT)
+        if exact and _has_parameters(node) and _padding(node) is not None:
             found[node] = names[own]
     return found
 
@@ -288,9 +292,13 @@ def _places(convolution: fx.Node) -> tuple[list[int], list[int], list[int], int]
 
 
 def _check_sums(name: str, convolution: fx.Node) -> None:
-    count = _arguments(convolution)[1].meta["val"].shape[1:].numel()
-    if 127 * count >= _EXACT:
-        raise Int8Error(f"{name} sums {count:,} weights, too many for exact 8-bit arithmetic")
+    if (largest := _largest_weights(convolution)) >= _EXACT:
+        raise Int8Error(f"{name} sums {largest // 127:,} weights, too many for exact 8-bit arithmetic")
+
+
+def _largest_weights(convolution: fx.Node) -> int:
+    """What the weights of an output may add up to."""
+    return 127 * int(_arguments(convolution)[1].meta["val"].shape[1:].numel())
 
 
 def _quantised_once(graph_module: fx.GraphModule, node: fx.Node, current: CurrentScale) -> fx.Node:
@@ -330,6 +338,9 @@ def _numbers(value: Any, dims: int, default: int) -> list[int]:
     return numbers * dims if len(numbers) == 1 else numbers
 
 
+_LARGEST_SUM = 127  # fits every target's bytes, and two times a weight fit 16 bits
+_OF_TWO: dict[Any, Callable[[list[int]], int]] = {aten.add.Tensor: sum, aten.mul.Tensor: math.prod}
+_OF_LIST: dict[Any, Callable[[list[int]], int]] = {aten.cat.default: max, aten.stack.default: max}
 _PARTS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _HAND_ON = {
     *VIEWS, *MOVES, *DROPOUT, aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.squeeze.dims,
@@ -351,13 +362,27 @@ def _hands_on(node: fx.Node) -> bool:
     return node.target in _HAND_ON or node.target in _PARTS
 
 
-def _is_spikes(node: Any) -> bool:
-    """Whether a value is spikes, seen through what only hands values on."""
-    while isinstance(node, fx.Node) and _hands_on(node):
-        node = node.args[0]
-    if not isinstance(node, fx.Node):
-        return False
-    if node.target in (aten.cat.default, aten.stack.default):
-        return all(_is_spikes(part) for part in node.args[0])  # type: ignore[union-attr]
-    lif = node.args[0] if node.args else None
-    return isinstance(lif, fx.Node) and lif.target is torch.ops.tetdeploy.lif.default and node.args[1:] == (0,)
+def _largest_sums(graph: fx.Graph) -> dict[fx.Node, int]:
+    """The largest that values can be, of those seen to be whole numbers from 0 to `_LARGEST_SUM`: spikes, and sums and
+    products of spikes."""
+    largest: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        found = _largest_of(node, largest)
+        if found is not None and found <= _LARGEST_SUM:
+            largest[node] = found
+    return largest
+
+
+def _largest_of(node: fx.Node, largest: Mapping[fx.Node, int]) -> int | None:
+    """What follows for a value from those before it."""
+    if node.target is operator.getitem:
+        fired: Any = node.args[0]
+        if fired.target is torch.ops.tetdeploy.lif.default:
+            return 1 if node.args[1] == 0 else None
+    if _hands_on(node):
+        return largest.get(node.args[0])  # type: ignore[arg-type]
+    parts: Any = node.args if node.target in _OF_TWO else node.args[0] if node.target in _OF_LIST else ()
+    known = [largest[part] for part in parts if isinstance(part, fx.Node) and part in largest]
+    if not parts or len(known) < len(parts) or "alpha" in node.kwargs:  # of a sum
+        return None
+    return (_OF_TWO | _OF_LIST)[node.target](known)
