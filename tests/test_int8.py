@@ -871,7 +871,7 @@ def test_a_network_without_convolutions_of_spikes_is_refused(tmp_path: Path) -> 
             logits: Tensor = self.readout(self.lif(self.encode(x, T)))
             return logits
 
-    why = "no convolution of the network is seen to read spikes alone.* so none can run in int8"
+    why = "no convolution of the network is seen to read spikes or sums of spikes alone.* so none can run in int8"
     refused(tmp_path, f"{why}; use --precision fp32$", INT8, calibration(), classifier(Dense()))
     config = TrainConfig(T=2, epochs=1, qat=True, device="cpu", batch_size=64)
     with pytest.raises(Int8Error, match=f"{why}; leave out --qat$"):

@@ -165,8 +165,8 @@ def record_currents(
     nodes = spiking_convolutions(graph_module)
     if not nodes:
         raise Int8Error(
-            "no convolution of the network is seen to read spikes alone, with weights of its own and padding alike on "
-            "both sides, so none can run in int8"
+            "no convolution of the network is seen to read spikes or sums of spikes alone, with weights of its own and "
+            "padding alike on both sides, so none can run in int8"
         )
     recorder = _Recorder(graph_module, nodes)
     logits = []
