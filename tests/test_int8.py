@@ -809,8 +809,16 @@ def test_sums_too_large_to_be_exact_stay_in_float32(monkeypatch: pytest.MonkeyPa
     assert list(spiking_convolutions(module).values()) == ["branches.0.0", "branches.1.0"]
 
 
+def written_over(value: Tensor) -> Tensor:
+    """A part of it, in a view."""
+    value[:, :, 0].mul_(0.5)
+    return value
+
+
 def test_what_is_no_longer_spikes_stays_in_float32() -> None:
     network = Moved(
+        lambda s: written_over(s + s.roll(1, 4)),
+        lambda s: written_over(s.clone()),
         lambda s: s - s.roll(1, 4),
         lambda s: torch.add(s, s.roll(1, 4), alpha=2),
         lambda s: s + 1,

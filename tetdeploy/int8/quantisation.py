@@ -37,6 +37,7 @@ from tetdeploy.folding import (
     DROPOUT,
     MOVES,
     VIEWS,
+    is_overwritten,
     is_parameter,
     layer_name,
     module_path,
@@ -368,7 +369,7 @@ def _largest_sums(graph: fx.Graph) -> dict[fx.Node, int]:
     largest: dict[fx.Node, int] = {}
     for node in graph.nodes:
         found = _largest_of(node, largest)
-        if found is not None and found <= _LARGEST_SUM:
+        if found is not None and found <= _LARGEST_SUM and not is_overwritten(node):
             largest[node] = found
     return largest
 
