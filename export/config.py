@@ -40,8 +40,8 @@ class ExportConfig:
         encoding: `direct` for images shown at every step, `frames` for an input that changes.
         normalize: input normalisation is part of the graph, which then takes uint8.
         fold_bn: fold BN (Eq. 6).
-        precision: `int8` computes the convolutions that read spikes in 8 bits, see `tetdeploy.int8.quantisation`;
-            `fp16` the layers between neurons in float16, see `export.half`.
+        precision: `int8` computes the convolutions of spikes and their sums in 8 bits, see
+            `tetdeploy.int8.quantisation`; `fp16` the layers between neurons in float16, see `export.half`.
         target: where the graph is to run; says which precisions there are.
     """
 

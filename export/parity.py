@@ -59,8 +59,8 @@ class Parity:
             with every weight moved by up to one unit in the last place (the largest of four such comparisons).
         at_threshold: measured only where `amplified` does not show that all is rounding, on the same images: every
             neuron that fires on one side alone, both reading and reset by the engine's spikes, is nearer to its
-            threshold than PyTorch, rounding otherwise, moves membranes of its layer, times AMPLIFICATION. So rounding
-            began all differences, though few neurons are so near.
+            threshold than PyTorch, rounding otherwise, moves membranes near it in its layer, times AMPLIFICATION. So
+            rounding began all differences, though few neurons are so near.
         silent: layers of which no neuron fired in the graph: what stands behind them was compared at 0 only.
     """
 
@@ -163,7 +163,7 @@ def compare(
     state = None if first_state is None else [u[worst_images] for u in first_state]
     there = float(images[worst_images].mean() / (sums.whole.sizes.sum() * T))
     parity = replace(parity, amplified=(there, _rounding(classifier, x[worst_images], T, state)))
-    if parity.is_rounding:
+    if parity.is_rounding or not parity.is_local:
         return parity
     return replace(parity, at_threshold=_is_at_threshold(classifier, engine, x[worst_images], T, state))
 
@@ -209,8 +209,9 @@ def _is_at_threshold(
     classifier: Runnable, engine: Engine, x: NDArray[Any], T: int, state: Sequence[NDArray[Any]] | None
 ) -> bool:
     """Whether neurons fire on one side alone, both reading and reset by the engine's spikes, and each is nearer to its
-    threshold than membranes of its layer move where PyTorch rounds otherwise, times AMPLIFICATION."""
+    threshold than membranes near it move in its layer where PyTorch rounds otherwise, times AMPLIFICATION."""
     names = [neuron["name"] for neuron in engine.metadata["neurons"]]
+    others = list(_rounding_otherwise(classifier))
     differ = np.zeros(len(names), np.bool_)
     farthest, moved = np.zeros(len(names)), np.zeros(len(names))
     for k in range(len(x)):
@@ -218,16 +219,16 @@ def _is_at_threshold(
         by_name = _run_engine(engine, spikes_overlay(names), image, T, names, u)[1]
         spikes = [by_name[f"spikes.{name}"] for name in names]
         own = _layers_alone(classifier, image, T, spikes, u)
-        for layer, (_, distances) in enumerate(own):
+        for layer, (_, _, distances) in enumerate(own):
             differ[layer] |= distances.numel() > 0
             farthest[layer] = max([farthest[layer], *distances.tolist()])
-        if not any(distances.numel() for _, distances in own):
+        if not any(distances.numel() for *_, distances in own):
             continue
-        for other, context in _rounding_otherwise(classifier):
+        for other, context in others:
             with context:
-                others = _layers_alone(other, image, T, spikes, u)
-            for layer, ((h, _), (other_h, _)) in enumerate(zip(own, others, strict=True)):
-                moved[layer] = max(moved[layer], float((other_h - h).abs().max()))
+                otherwise = _layers_alone(other, image, T, spikes, u)
+            for layer, ((h, near, _), (other_h, *_)) in enumerate(zip(own, otherwise, strict=True)):
+                moved[layer] = max(moved[layer], float(((other_h - h).abs() * near).max()))
     return bool(differ.any() and (farthest < AMPLIFICATION * moved)[differ].all())
 
 
@@ -237,16 +238,17 @@ def _layers_alone(
     T: int,
     spikes: Sequence[NDArray[Any]],
     state: Sequence[NDArray[Any]] | None,
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Of each layer, reading given spikes and reset by its own of these, the membranes before the reset, `[T, N, ...]`,
-    and how far from the threshold those are that would not fire as given."""
+    which are within v_th of the threshold, and how far from it those are that would not fire as given."""
     found = []
 
     def note(layer: int, current: Tensor, own: Tensor, different: Tensor, tau: float, v_th: float) -> None:
         start = None if state is None else torch.from_numpy(state[layer]).to(current)
         given = torch.where(different, 1 - own, own)
         h = membranes(current, given, tau, start)
-        found.append((h, (h - v_th).abs()[(h > v_th) != given.bool()]))
+        distance = (h - v_th).abs()
+        found.append((h, distance < v_th, distance[(h > v_th) != given.bool()]))
 
     compare_torch(classifier, x, T, spikes, state, replacing=True, watch=note)
     return found

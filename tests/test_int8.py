@@ -803,6 +803,28 @@ def test_sums_of_spikes_are_whole_numbers(target: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(native.run(images, 3).per_step, plain.run(images, 3).per_step, rtol=0.0, atol=1e-5)
 
 
+class InPlace(nn.Module):
+    """Dropout that writes over spikes, if it drops any, and a sum that does once they were read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1, self.lif2 = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1)), LIF(v_th=0.3), LIF(v_th=0.3)
+        self.drop = OverTime(nn.Dropout2d(0.5, inplace=True), nn.Conv2d(4, 4, 3, padding=1))
+        self.conv = OverTime(nn.Conv2d(4, 4, 3, padding=1))
+        self.readout = OverTime(nn.Flatten(), nn.Linear(4 * 64, 10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes = self.lif2(self.drop(self.lif1(self.encode(x, T))))
+        spikes += self.lif1(self.conv(spikes))
+        logits: Tensor = self.readout(spikes)
+        return logits
+
+
+def test_spikes_that_are_written_over_later_are_spikes() -> None:
+    module = Tracer(classifier(InPlace()), encoding="direct", uint8=True).folded(2)
+    assert list(spiking_convolutions(module).values()) == ["drop.1", "conv.0"]
+
+
 def test_sums_too_large_to_be_exact_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Tracer(classifier(Moved(*SUMS[:3])), encoding="direct", uint8=True).folded(2)
     monkeypatch.setattr(quantisation, "_EXACT", 64 * 127 * 4 * 9)
@@ -818,7 +840,8 @@ def written_over(value: Tensor) -> Tensor:
 def test_what_is_no_longer_spikes_stays_in_float32() -> None:
     network = Moved(
         lambda s: written_over(s + s.roll(1, 4)),
-        lambda s: written_over(s.clone()),
+        lambda s: written_over(s.clone()) + s,
+        lambda s: nn.functional.dropout(s + s, 0.5, training=True),
         lambda s: s - s.roll(1, 4),
         lambda s: torch.add(s, s.roll(1, 4), alpha=2),
         lambda s: s + 1,

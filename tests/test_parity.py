@@ -243,11 +243,11 @@ def test_rounding_is_the_most_that_pytorch_differs_from_itself() -> None:
 
 
 class Constant(nn.Module):
-    """Four neurons, whose currents are the same at every step; the first is at the threshold, v_th = 0.5."""
+    """Four neurons, whose currents are the same at every step; the first is at the threshold, v_th = 0.5, or near."""
 
-    def __init__(self, exact: bool = False) -> None:
+    def __init__(self, exact: bool = False, first: float = 0.5, last: float = 0.75) -> None:
         super().__init__()
-        current = torch.tensor([0.5, 0.25, 0.125, 0.75])
+        current = torch.tensor([first, 0.25, 0.125, last])
         self.current: Tensor
         if exact:
             self.register_buffer("current", current)  # nothing moves it
@@ -272,6 +272,9 @@ OWN = [[0, 0, 0, 1], [1, 0, 0, 1]]  # what PyTorch fires, by step
         ([[0, 1, 0, 1], [1, 0, 0, 1]], {}, None, False),
         ([[1, 1, 0, 1], [0, 0, 0, 1]], {}, None, False),
         ([[0, 1, 0, 1], [1, 0, 0, 1]], {}, [0.0, 0.5, 0.0, 0.0], True),
+        ([[1, 0, 0, 1], [0, 0, 0, 1]], {"first": 0.499995}, None, False),
+        # That a membrane far away moves more, in a channel that never fires, says nothing of those near the threshold.
+        ([[1, 0, 0, 0], [0, 0, 0, 0]], {"first": 0.499995, "last": -100.0}, None, False),
     ],
 )
 def test_what_rounding_began(
@@ -292,6 +295,8 @@ def test_where_few_neurons_are_near_the_threshold_it_is_asked_whether_these_bega
     x, engine = digits().images[:8], exported_engine("unrolled", T=3)
     assert not compare(doubled(), engine, x, 3).at_threshold and asked == []  # PyTorch differs from itself as much
     monkeypatch.setattr("tetdeploy.export.parity._rounding", lambda *args: 0.0)
+    assert not compare(doubled(), engine, x, 3).at_threshold and asked == []  # a layer is wrong by itself
+    monkeypatch.setattr(Parity, "is_local", True)
     parity = compare(doubled(), engine, x, 3)
     assert parity.at_threshold and parity.is_rounding
     np.testing.assert_array_equal(asked[0][2], measured[0][0])

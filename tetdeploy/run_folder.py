@@ -86,7 +86,9 @@ def checkpoint_file(path: Path | str) -> Path:
             if (path / STATE_NAME).exists():
                 remedy = "its first epoch is not finished: go on with --resume"
             elif seeds := seed_runs(path):
-                remedy = f"it holds the runs of several seeds: name one, such as {seeds[0]}"
+                finished = [run for run in seeds if (run / CHECKPOINT_NAME).exists()]
+                one = f"name one, such as {finished[0]}" if finished else "none has finished an epoch yet"
+                remedy = f"it holds the runs of several seeds: {one}"
             elif (shards := newest_shards(path)) is not None:
                 remedy = (
                     f"it holds shards: name one of their files, such as {min(shards.glob('model-*'), default=shards)}"

@@ -90,8 +90,8 @@ Examples:
     default="fp32",
     show_default=True,
     type=click.Choice(("fp32", "fp16", "int8")),
-    help="int8: convolutions that read spikes compute in 8 bits; fp16: layers between neurons in float16, on GPUs. "
-    "Spikes stay exact.",
+    help="int8: convolutions of spikes and their sums compute in 8 bits; fp16: layers between neurons in float16, on "
+    "GPUs. Spikes stay exact.",
 )
 @click.option(
     "--target",

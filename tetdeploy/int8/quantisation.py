@@ -369,7 +369,10 @@ def _largest_sums(graph: fx.Graph) -> dict[fx.Node, int]:
     largest: dict[fx.Node, int] = {}
     for node in graph.nodes:
         found = _largest_of(node, largest)
-        if found is not None and found <= _LARGEST_SUM and not is_overwritten(node):
+        if found is None or found > _LARGEST_SUM:
+            continue
+        values: Any = (node, *node.args) if node.target in _OF_TWO else (node,) if found > 1 else ()
+        if not any(is_overwritten(value) for value in values):
             largest[node] = found
     return largest
 
@@ -381,7 +384,8 @@ def _largest_of(node: fx.Node, largest: Mapping[fx.Node, int]) -> int | None:
         if fired.target is torch.ops.tetdeploy.lif.default:
             return 1 if node.args[1] == 0 else None
     if _hands_on(node):
-        return largest.get(node.args[0])  # type: ignore[arg-type]
+        drops = node.target in DROPOUT and node.args[2]  # in inference, too
+        return None if drops else largest.get(node.args[0])  # type: ignore[arg-type]
     parts: Any = node.args if node.target in _OF_TWO else node.args[0] if node.target in _OF_LIST else ()
     known = [largest[part] for part in parts if isinstance(part, fx.Node) and part in largest]
     if not parts or len(known) < len(parts) or "alpha" in node.kwargs:  # of a sum
