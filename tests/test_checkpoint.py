@@ -193,7 +193,7 @@ def test_folders_without_checkpoint_say_what_they_are(tmp_path: Path) -> None:
     seed = tmp_path / "seed-1" / "config.json"
     seed.parent.mkdir()
     seed.touch()
-    with pytest.raises(FileNotFoundError, match="the runs of several seeds: none has finished an epoch yet$"):
+    with pytest.raises(FileNotFoundError, match=r"the runs of several seeds: none has finished an epoch yet$"):
         load(tmp_path)
     (seed.parent / "checkpoint.safetensors").touch()
     with pytest.raises(FileNotFoundError, match=f"the runs of several seeds: name one, such as {seed.parent}"):
