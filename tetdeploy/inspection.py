@@ -147,11 +147,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "name": layer.name,
         "type": "convolution" if layer.kernel else "product" if layer.product else "linear",
         "input_shape": list(layer.input_shape),
-        "input": "pixels"
-        if layer.from_input
-        else f"{'pairs of ' * layer.product}spikes"
-        if layer.binary
-        else "analogue",
+        "input": _input(layer),
         "outputs": layer.outputs,
         "kernel": list(layer.kernel),
         "precision": layer.precision,
@@ -161,6 +157,14 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "dense_ops": layer.dense_ops(),
         "once": layer.once,
     }
+
+
+def _input(layer: Layer) -> str:
+    if layer.from_input:
+        return "pixels"
+    if not layer.binary:
+        return "analogue"
+    return "pairs of spikes" if layer.product else "spikes"
 
 
 def _session(file: Path) -> Any:

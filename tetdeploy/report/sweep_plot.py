@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
-from tetdeploy.report.drawing import Style, drawable, end_at
+from tetdeploy.report.drawing import Style, drawable, end_at, whole_numbers
 from tetdeploy.sweep import Sweep
 
 
@@ -19,7 +19,6 @@ def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:
     """
     import_extra("matplotlib", "report")
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     path = Path(path)
     blue, orange = (Style.of(number).colour for number in range(2))
@@ -39,7 +38,7 @@ def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:
     right.set_ylim(bottom=0)
     left.margins(y=0.12)  # so that the lowest point lies above the text
     end_at(left, 100)
-    left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    whole_numbers(left.xaxis)
     left.grid(axis="y", color="0.9")
     title = f"{Path(result.model).name} on {result.num_samples:,} images of {result.data}"
     left.set_title(drawable(title), fontsize=10, parse_math=False)
