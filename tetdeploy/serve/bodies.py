@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from types import TracebackType
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -94,9 +93,7 @@ class Share:
     def __enter__(self) -> Share:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.give_back()
 
 
