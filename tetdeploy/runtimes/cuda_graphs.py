@@ -156,7 +156,7 @@ class _Shown:
         return len(self.array)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        return self.array if dtype is None else self.array.astype(dtype)
+        return np.asarray(self.array, dtype)
 
 
 @dataclass(eq=False)

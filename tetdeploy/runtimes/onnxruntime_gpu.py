@@ -83,8 +83,7 @@ class DeviceArray:
         return tuple(self.value.shape())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        array: Array = self.value.numpy()
-        return array if dtype is None else array.astype(dtype)
+        return np.asarray(self.value.numpy(), dtype)
 
 
 class DeviceZeros(DeviceArray):

@@ -164,8 +164,7 @@ class GpuArray:
         weakref.finalize(self, gpu.cuda.cudaFreeAsync, self.address, gpu.stream)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        array = self.gpu.get(self)
-        return array if dtype is None else array.astype(dtype)
+        return np.asarray(self.gpu.get(self), dtype)
 
 
 class Session:
