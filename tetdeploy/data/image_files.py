@@ -84,6 +84,7 @@ class FileImages:
     """
 
     dtype = np.dtype(np.uint8)
+    ndim = 4
 
     def __init__(
         self, data: ImageFiles, convert: Callable[[NDArray[Any]], NDArray[Any]] = lambda pixels: pixels
@@ -97,10 +98,6 @@ class FileImages:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return len(self._data.files), 3, self._data.size, self._data.size
-
-    @property
-    def ndim(self) -> int:
-        return 4
 
     def __len__(self) -> int:
         return len(self._data.files)
