@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from tetdeploy.data import Encoding
-from tetdeploy.extras import MissingExtraError, import_extra
+from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
 from tetdeploy.folding import DROPOUT, VIEWS, count_batchnorm, fold_batchnorm, module_path, parameter
 from tetdeploy.model_file import METADATA_KEY
@@ -83,7 +83,7 @@ def export_nir(
 
     Raises:
         ValueError: NIR has no node for a part of the network, which the message names. Nothing is written then.
-        MissingExtraError: the package nir is not installed, or too old.
+        MissingExtraError: the package nir is not installed.
         OSError: the folder cannot be written.
     """
     nir = import_extra("nir", "nir")
@@ -354,16 +354,10 @@ class _Writer:
 
     def _neurons(self, shape: tuple[int, ...], tau: float, v_th: float) -> Any:
         zero, threshold = np.zeros(shape), np.full(shape, v_th)
-        try:
-            if tau == 1.0:
-                return self.nir.IF(np.full(shape, 1 / DT), threshold, v_reset=zero)
-            leak = 1.0 - tau
-            return self.nir.LIF(np.full(shape, DT / leak), np.full(shape, 1 / leak), zero, threshold, v_reset=zero)
-        except TypeError as error:
-            raise MissingExtraError(
-                "the package 'nir' that is installed is too old: its neurons have no v_reset; "
-                "nir>=1.0.6 comes with: pip install 'tetdeploy[nir]'"
-            ) from error
+        if tau == 1.0:
+            return self.nir.IF(np.full(shape, 1 / DT), threshold, v_reset=zero)
+        leak = 1.0 - tau
+        return self.nir.LIF(np.full(shape, DT / leak), np.full(shape, 1 / leak), zero, threshold, v_reset=zero)
 
     def _spikes(self, node: fx.Node) -> Sources:
         if node.args[1] != 0 and node.users:

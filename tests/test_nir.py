@@ -23,7 +23,6 @@ from tetdeploy.cli import main
 from tetdeploy.export.margins import margins
 from tetdeploy.export.nir_format import DT, export_nir, nir_graph
 from tetdeploy.export.recorder import NeuronRecorder, compare_torch
-from tetdeploy.extras import MissingExtraError
 from tetdeploy.folding import FoldingError
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import NETWORKS, Classifier, NetworkConfig
@@ -480,17 +479,6 @@ def test_a_network_that_cannot_be_traced_and_does_not_say_why() -> None:
 def test_batch_normalisation_that_cannot_be_folded() -> None:
     with pytest.raises(FoldingError, match=r"cannot fold BN 'change\.0'.* move the BN behind one$"):
         nir_graph(calibrated(Everything(nn.BatchNorm2d(4))))
-
-
-@pytest.mark.parametrize(("kind", "count"), [("LIF", 4), ("IF", 2)])
-def test_a_nir_whose_neurons_have_no_reset(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Old(getattr(nir, kind)):  # type: ignore[misc]  # of nir 1.0.4, where types follow the first parameters
-        def __init__(self, *given: Any, input_type: Any = None, output_type: Any = None) -> None:
-            super().__init__(*given[:count])
-
-    monkeypatch.setattr(nir, kind, Old)
-    with pytest.raises(MissingExtraError, match=r"no v_reset; nir>=1\.0\.6 comes with: pip install 'tetdeploy\[nir\]'"):
-        nir_graph(calibrated(Everything()))
 
 
 def test_neurons_that_nothing_reads() -> None:
