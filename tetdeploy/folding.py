@@ -184,7 +184,7 @@ def _fold(graph_module: fx.GraphModule, bn: fx.Node, trainable: bool) -> None:
     graph = graph_module.graph
     with graph.inserting_before(layer):
         make = _folded_at_each_call if trainable else _folded_once
-        parameters = make(graph_module, parts, [_eps(bn), _transposed_groups(layer)], bn)
+        parameters = make(graph_module, parts, [bn.args[7], _transposed_groups(layer)], bn)
         folded = graph.create_node("call_function", layer.target, (layer.args[0], *parameters, *layer.args[3:]))
     folded.meta = layer.meta | {_PARAMETERS: (*parameter_names(layer), *_targets(bn.args[1:5]))}
     _replace_on_the_way(bn, layer, folded)
@@ -259,10 +259,6 @@ def _folded_at_each_call(graph_module: fx.GraphModule, parts: list[Any], rest: l
     for node, like in zip(nodes, (parts[0], bn.args[3]), strict=True):
         node.meta["val"] = like.meta["val"]
     return nodes
-
-
-def _eps(bn: fx.Node) -> float:
-    return float(bn.args[7])  # type: ignore[arg-type]
 
 
 def _transposed_groups(layer: fx.Node) -> Any:

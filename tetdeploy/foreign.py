@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tetdeploy.arguments import check_count
 from tetdeploy.checkpoint import check_keys, save_checkpoint
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
 from tetdeploy.files import sha256_of
@@ -151,8 +152,8 @@ def import_to_checkpoint(
             VGGSNN) of pixels than the data have; the run folder already holds a checkpoint.
     """
     path = output_file(Path(output))
-    if T is not None and T < 1:
-        raise ValueError(f"T must be at least 1, got {T}")
+    if T is not None:
+        check_count("T", T)
     if data is not None and data not in _DATA:
         raise ValueError(f"the normalisation of {data!r} is not known; choose one of {', '.join(_DATA)}{_OTHER_DATA}")
     chosen = _DATA[data] if data else None

@@ -41,10 +41,7 @@ class VGGSNN(nn.Module):
     ) -> None:
         super().__init__()
         check_flag("strided", strided)
-        if strided:
-            check_image_size("vggsnn-strided", image_size, minimum=8)
-        else:
-            check_image_size("vggsnn", image_size, minimum=16)
+        check_image_size("vggsnn-strided" if strided else "vggsnn", image_size, minimum=8 if strided else 16)
         neuron = {"tau": tau, "v_th": v_th, "gamma": gamma}
         channels = scaled((64, 128, 256, 256, 512, 512, 512, 512), width)
         self.encode = DirectEncoding(*conv_bn(in_channels, channels[0], 3, bias=True, v_th=v_th))
