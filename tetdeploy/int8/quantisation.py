@@ -163,15 +163,7 @@ class _FakeQuantised(torch.autograd.Function):
 
 
 def fake_quantised_conv(
-    spikes: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    zero: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    spikes: Tensor, weight: Tensor, bias: Tensor | None, scale: float, zero: int, *places: Any
 ) -> Tensor:
     """`int8_conv` of weights and biases that are quantised here, with gradients for them and for the spikes.
 
@@ -180,11 +172,9 @@ def fake_quantised_conv(
         weight: float32 [C', C / groups, *kernel].
         bias: float32 [C'].
         scale, zero: see `CurrentScale`.
+        places: stride, padding, dilation and groups.
     """
-    current: Tensor = _FakeQuantised.apply(  # type: ignore[no-untyped-call]
-        spikes, weight, bias, scale, zero, stride, padding, dilation, groups
-    )
-    return current
+    return _FakeQuantised.apply(spikes, weight, bias, scale, zero, *places)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Int8Error(ValueError):
