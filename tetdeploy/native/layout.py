@@ -232,7 +232,7 @@ class _ToLast:
 
 
 def _turns(node: onnx.NodeProto, perm: tuple[int, ...]) -> bool:
-    return node.op_type == "Transpose" and any(a.name == "perm" and tuple(a.ints) == perm for a in node.attribute)
+    return node.op_type == "Transpose" and attribute(node, "perm", None) == list(perm)
 
 
 def _reduced(node: onnx.NodeProto, last: str, axes: Sequence[int]) -> list[onnx.NodeProto]:

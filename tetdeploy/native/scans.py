@@ -14,7 +14,16 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper, shape_inference
 
-from tetdeploy.native.graphs import leading_to, put_nodes, reads, scalar, steps_input, without_weights
+from tetdeploy.native.graphs import (
+    attribute,
+    attributes_of,
+    leading_to,
+    put_nodes,
+    reads,
+    scalar,
+    steps_input,
+    without_weights,
+)
 
 _FIRST_MARK = 2**21  # no threshold is as high, and float32 tells it from the numbers that follow
 
@@ -141,18 +150,16 @@ class _Merged:
 
 def _neuron_step(scan: onnx.NodeProto) -> NeuronStep | None:
     """The body of a `Scan` over one current, from the first step to the last, with one membrane."""
-    attributes = {a.name: a for a in scan.attribute}
-    if set(attributes) != {"body", "num_scan_inputs"} or attributes["num_scan_inputs"].i != 1 or len(scan.input) != 2:
+    attributes = attributes_of(scan)
+    if set(attributes) != {"body", "num_scan_inputs"} or attributes["num_scan_inputs"] != 1 or len(scan.input) != 2:
         return None
-    body = attributes["body"].g
+    body = attributes["body"]
     if len(body.output) != 2:
         return None
     constants = [*body.initializer]
     for node in body.node:
-        if node.op_type == "Constant":
-            constants += [
-                onnx.TensorProto.FromString(a.t.SerializeToString()) for a in node.attribute if a.name == "value"
-            ]
+        if node.op_type == "Constant" and (value := attribute(node, "value", None)) is not None:
+            constants.append(onnx.TensorProto.FromString(value.SerializeToString()))
             constants[-1].name = node.output[0]
     numbers = {t.name: number for t in constants if (number := scalar(t)) is not None}
     nodes = tuple(node for node in body.node if node.op_type != "Constant")
@@ -160,5 +167,5 @@ def _neuron_step(scan: onnx.NodeProto) -> NeuronStep | None:
 
 
 def _is_zeros(node: onnx.NodeProto) -> bool:
-    values = [numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"]
-    return node.op_type == "ConstantOfShape" and not any(value.any() for value in values)
+    value = attribute(node, "value", None)
+    return node.op_type == "ConstantOfShape" and (value is None or not numpy_helper.to_array(value).any())

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tetdeploy import native
 from tetdeploy.native import TO_FIRST, TO_LAST
 from tetdeploy.native.convolution import can_add, can_convolve, has_additions, native_convolution
-from tetdeploy.native.graphs import Kind, attributes_of, copied, leading_to, put_nodes, reading
+from tetdeploy.native.graphs import Kind, attribute, attributes_of, copied, leading_to, put_nodes, reading
 from tetdeploy.native.packing import digits_of, rows_of, tiles_of, whole_weights
 from tetdeploy.native.scans import NeuronStep
 from tetdeploy.native.whole_numbers import Whole, WholeNumbers, threshold
@@ -155,7 +155,7 @@ def compared(neurons: NeuronStep) -> NeuronStep:
 
 def _comparison(step: onnx.NodeProto, v_th: str, y: str, element: int) -> list[onnx.NodeProto]:
     """What gives the same as a steep `HardSigmoid`, but 0 of a membrane that is no number."""
-    fires = "Greater" if next(a.f for a in step.attribute if a.name == "alpha") > 0 else "Less"
+    fires = "Greater" if attribute(step, "alpha", 0.2) > 0 else "Less"
     return [
         helper.make_node(fires, [step.input[0], v_th], [f"{y}.fires"]),
         helper.make_node("Cast", [f"{y}.fires"], [y], to=element),
@@ -227,7 +227,7 @@ class _LastWriter:
 
     def convolve(self, stand_in: onnx.NodeProto, y: str) -> None:
         x, weights = stand_in.input
-        convolution, attributes = self._marked[weights], {a.name: a.ints for a in stand_in.attribute}
+        convolution, attributes = self._marked[weights], attributes_of(stand_in)
         if weights not in self._packed:
             constants = _constants(convolution, weights, self._tiles)
             self.constants += constants

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from tetdeploy.native.graphs import attributes_of, constants_of, scalar
+from tetdeploy.native.graphs import attribute, attributes_of, constants_of, scalar
 from tetdeploy.native.scans import NeuronStep, marked
 
 COMPARISONS = ("Less", "Greater", "LessOrEqual", "GreaterOrEqual")
@@ -72,8 +72,7 @@ class WholeNumbers:
             comparison = self.producer.get(node.input[0])
             if comparison is not None and self._fires(comparison):
                 return Whole(1)
-            holds = any(a.name == "to" and a.i in HOLD_BYTES for a in node.attribute)
-            return self.of(node.input[0]) if holds else None
+            return self.of(node.input[0]) if attribute(node, "to", None) in HOLD_BYTES else None
         return Whole(1) if threshold(node) is not None else None
 
     def _fires(self, comparison: onnx.NodeProto) -> bool:
@@ -110,8 +109,7 @@ def threshold(node: onnx.NodeProto) -> np.float32 | None:
     with a negative slope of those below; None of any other node."""
     if node.op_type != "HardSigmoid":
         return None
-    attributes = {a.name: np.float32(a.f) for a in node.attribute}
-    slope, offset = attributes.get("alpha", np.float32(0.2)), attributes.get("beta", np.float32(0.5))
+    slope, offset = (np.float32(attribute(node, name, default)) for name, default in (("alpha", 0.2), ("beta", 0.5)))
     if abs(np.frexp(slope)[0]) != 0.5:  # times a power of two is exact
         return None
     zero = -offset / slope
