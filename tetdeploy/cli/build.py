@@ -138,9 +138,7 @@ def print_built(built: Built, *, verbose: bool) -> None:
 def _kernels(layers: list[dict[str, Any]]) -> Any:
     from tetdeploy.report.result_table import ResultTable
 
-    table = ResultTable()
-    for name in ("kernel", "reads", "writes", "operators fused", "neurons"):
-        table.add_column(name)
+    table = ResultTable("kernel", "reads", "writes", "operators fused", "neurons")
     for layer in layers:
         operators = " ".join(name if n == 1 else f"{n}x{name}" for name, n in layer["operators"].items())
         reads, writes = (", ".join(layer[side]) for side in ("inputs", "outputs"))

@@ -194,9 +194,7 @@ def _print(result: Mapping[str, Any]) -> None:
     steps = sorted({entry["T"] for row in rows if not row["ann"] for entry in row["accuracy"]}) or [1]
     sets = ", ".join(dict.fromkeys(f"{row['num_images']:,} images of {row['data']}" for row in rows))
     console.print(f"{sets}, {result['split']}   {result['precision']} on {result['device']}", markup=False)
-    table = ResultTable()
-    table.add_column("")
-    table.add_numbers(*(f"T={T}" for T in steps))
+    table = ResultTable("", numbers=(f"T={T}" for T in steps))
     for row in rows:
         found = {entry["T"]: entry["accuracy"] for entry in row["accuracy"]}
         if row["ann"]:

@@ -384,8 +384,7 @@ def _print_kept(kept: dict[str, Any], precision: str) -> None:
         "accuracy_fp32": "accuracy\nof fp32",
     }
     shown = [name for name in headers if name in kept]  # without labels no accuracies
-    table = ResultTable()
-    table.add_numbers("T", *(headers[name] for name in shown))
+    table = ResultTable(numbers=("T", *(headers[name] for name in shown)))
     for k, T in enumerate(kept["T"]):
         table.add_row(str(T), *(f"{kept[name][k]:.2%}" for name in shown))
     console.print(f"{precision} on the {kept['num_images']:,} checked images")

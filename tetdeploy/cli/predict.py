@@ -92,9 +92,8 @@ def _print(path: Path, certainty: Any, class_names: tuple[str, ...], top: int) -
     from tetdeploy.report.result_table import ResultTable
 
     order = certainty[-1].argsort()[::-1][:top]
-    table = ResultTable(title=Text(str(path), style="table.title"))
-    table.add_column("class")
-    table.add_numbers(*(f"T={t}" for t in range(1, len(certainty) + 1)))
+    steps = (f"T={t}" for t in range(1, len(certainty) + 1))
+    table = ResultTable("class", numbers=steps, title=Text(str(path), style="table.title"))
     for k in order:
         table.add_row(Text(class_names[k]), *(f"{certainty[t, k]:.1%}" for t in range(len(certainty))))
     console.print(table)

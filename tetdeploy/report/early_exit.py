@@ -68,9 +68,8 @@ def _frontier_table(result: Mapping[str, Any]) -> Table:
         "mean T",
         "of T\nsteps",
     )
-    table = ResultTable()
-    for header in headers:
-        table.add_column(header, justify="left" if header == "criterion" else "right", no_wrap=True)
+    table = ResultTable(numbers=headers)
+    table.columns[1].justify = "left"
     for entry in result["frontier"]:
         table.add_row(
             f"{entry['allowed_loss'] * 100:g}{'*' if entry['allowed_loss'] == result['allowed_loss'] else ' '}",
@@ -89,9 +88,7 @@ def savings_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
     """What the terminal shows of an early exit's JSON, from top to bottom."""
     early = result["early_exit"]
     yield f"{_measured(result)}   {rule(early)}"
-    table = ResultTable()
-    table.add_column()
-    table.add_numbers(f"T={early['T']}", "early exit", "")
+    table = ResultTable("", numbers=(f"T={early['T']}", "early exit", ""))
     for cells in compared(early):
         table.add_row(*cells)
     yield table

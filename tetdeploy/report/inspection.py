@@ -144,7 +144,7 @@ def _facts(facts: Mapping[str, Any]) -> Table:
 
 
 def _ports(found: Mapping[str, Any]) -> Table:
-    table = _table("", "name", "shape", "dtype", num_labels=2)
+    table = ResultTable("", "name", "shape", "dtype", num_labels=2)
     for direction in ("inputs", "outputs"):
         for port in found[direction]:
             _add_row(table, direction.removesuffix("s"), port["name"], _shape(port["shape"]), port["dtype"])
@@ -152,7 +152,7 @@ def _ports(found: Mapping[str, Any]) -> Table:
 
 
 def _layers(layers: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table(
+    table = ResultTable(
         "layer", "reads", "shape", numbers=("kernel", "stride", "outputs", "weights", "fan-out", "dense ops")
     )
     for layer in layers:
@@ -173,7 +173,7 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _neurons(neurons: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("neurons", "state input", numbers=("tau", "v_th", "shape", "size"))
+    table = ResultTable("neurons", "state input", numbers=("tau", "v_th", "shape", "size"))
     for neuron in neurons:
         numbers = (f"{neuron['tau']:g}", f"{neuron['v_th']:g}", _shape(neuron["shape"]), f"{neuron['size']:,}")
         _add_row(table, neuron["name"], neuron["state"] or "none: starts at 0", *numbers)
@@ -181,18 +181,10 @@ def _neurons(neurons: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _modules(layers: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("layer", "type", "dtype", numbers=("weight", "bias", "parameters"))
+    table = ResultTable("layer", "type", "dtype", numbers=("weight", "bias", "parameters"))
     for layer in layers:
         shape, bias = "×".join(map(str, layer["shape"])) or "–", "yes" if layer["bias"] else "no"
         _add_row(table, layer["name"], layer["type"], layer["dtype"] or "–", shape, bias, f"{layer['parameters']:,}")
-    return table
-
-
-def _table(*headers: str, numbers: Sequence[str] = (), num_labels: int = 1) -> Table:
-    table = ResultTable(num_labels=num_labels)
-    for header in headers:
-        table.add_column(header)
-    table.add_numbers(*numbers)
     return table
 
 

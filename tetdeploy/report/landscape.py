@@ -50,10 +50,8 @@ def summarise(landscape: Landscape, radius: float) -> list[dict[str, Any]]:
 
 def landscape_table(landscape: Landscape, radius: float) -> Table:
     """`summarise` as a table."""
-    table = ResultTable()
-    table.add_column("checkpoint")
     rises = (f"mean rise\nr <= {radius:g}", "largest\nrise")
-    table.add_numbers("accuracy", "L_SDT", *rises, "L_TET", *rises)
+    table = ResultTable("checkpoint", numbers=("accuracy", "L_SDT", *rises, "L_TET", *rises))
     for row in summarise(landscape, radius):
         numbers = [
             "-" if (value := row[key]) is None else f"{value:.4f}"

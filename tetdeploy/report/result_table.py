@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -20,17 +20,18 @@ class ResultTable(Table):
     beside the labels again. What is in other columns than those of numbers is wrapped or folded first.
 
     Args:
+        headers: of columns of words.
+        numbers: headers of the columns of numbers behind them: to the right, and in one line.
         num_labels: the first columns, which say what a row is.
         title: above it, on the left.
     """
 
-    def __init__(self, *, num_labels: int = 1, title: TextType | None = None) -> None:
-        super().__init__(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    def __init__(
+        self, *headers: str, numbers: Iterable[str] = (), num_labels: int = 1, title: TextType | None = None
+    ) -> None:
+        super().__init__(*headers, box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
         self.num_labels = num_labels
-
-    def add_numbers(self, *headers: str) -> None:
-        """Columns of numbers: to the right, and in one line."""
-        for header in headers:
+        for header in numbers:
             self.add_column(header, justify="right", no_wrap=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -51,7 +51,7 @@ def sweep_table(
 def rows_table(rows: Sequence[Mapping[str, Any]], columns: Columns, trained_T: int | None) -> Table:
     """What was measured of some columns at each T; the T of the training is marked."""
     columns = with_values(columns, rows)
-    table = numbers_table("T", *(header for header, _ in columns.values()))
+    table = ResultTable(numbers=("T", *(header for header, _ in columns.values())))
     for row in rows:
         table.add_row(f"{row['T']}{'*' if row['T'] == trained_T else ' '}", *written(row, columns))
     return table
@@ -74,9 +74,8 @@ def layers_table(details: Mapping[str, Any], T: int, *, conventions: Sequence[st
         details: `Sweep.details`, or the JSON of a result, with T among its rows.
     """
     columns = {key: COSTS[key] for key in ("ac_ops", "mac_ops", *(BILLS[name] for name in conventions))}
-    table = numbers_table("layer", "input", "rate", "fan-out", *(header for header, _ in columns.values()))
-    table.columns[0].justify = table.columns[1].justify = "left"
-    table.columns[0].no_wrap = False
+    table = ResultTable("layer", numbers=("input", "rate", "fan-out", *(header for header, _ in columns.values())))
+    table.columns[1].justify = "left"
     total = dict.fromkeys(columns, 0.0)
     for layer in details["layers"]:
         row = next(row for row in layer["rows"] if row["T"] == T)
@@ -100,9 +99,8 @@ def input_kind(layer: Mapping[str, Any]) -> str:
 
 def other_ops_table(details: Mapping[str, Any], T: int) -> Table:
     """What no energy above includes, per image in T steps."""
-    table = numbers_table("not in the energy", "ops", "energy", "what is counted")
-    table.columns[0].justify = table.columns[3].justify = "left"
-    table.columns[3].no_wrap = False
+    table = ResultTable("not in the energy", numbers=("ops", "energy"))
+    table.add_column("what is counted")
     for kind, ops in details["other_ops"].items():
         bill = details["other_ops_pj"][kind]
         table.add_row(kind.replace("_", " "), count(ops * T), energy(bill * T), OTHER_OPS[kind])
@@ -115,7 +113,7 @@ NUM_BENCH_LABELS = 3
 
 def bench_table(result: Mapping[str, Any]) -> Table:
     """Latency and throughput: the JSON of a bench."""
-    table = numbers_table(*BENCH_COLUMNS, num_labels=NUM_BENCH_LABELS)
+    table = ResultTable(numbers=BENCH_COLUMNS, num_labels=NUM_BENCH_LABELS)
     for row in result["rows"]:
         table.add_row(*bench_cells(row))
     return table
@@ -132,13 +130,6 @@ def hardware(machine: Mapping[str, Any]) -> str:
     """The processor and its cores, and the GPU if there is one."""
     gpu = machine["gpu"]
     return f"{machine['cpu']}, {machine['cores']} cores" + (f", {gpu}" if gpu else "")
-
-
-def numbers_table(*headers: str, num_labels: int = 1) -> Table:
-    """A table of numbers, without rows."""
-    table = ResultTable(num_labels=num_labels)
-    table.add_numbers(*headers)
-    return table
 
 
 def images_of(number: int, data: str) -> str:

@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tetdeploy.report.numbers import percent, ppm, rate, scientific, text
-from tetdeploy.report.tables import COSTS, Columns, images_of, numbers_table, rows_table, with_values, written
+from tetdeploy.report.result_table import ResultTable
+from tetdeploy.report.tables import COSTS, Columns, images_of, rows_table, with_values, written
 
 _COSTS = ("accuracy", "firing_rate", "ac_ops", "mac_ops", "energy_pj", "latency_ms", "torch_latency_ms")
 _AGREEMENT: Columns = {
@@ -83,8 +84,8 @@ def _neurons_table(neurons: Sequence[Mapping[str, Any]]) -> Table:
     }
     columns = with_values(columns, neurons)
     margins = _MARGINS if any("margin" in layer for layer in neurons) else {}
-    table = numbers_table("", "firing\nrate", *(header for header, _ in columns.values()), *margins.values())
-    table.columns[0].justify = "left"
+    headers = (header for header, _ in columns.values())
+    table = ResultTable("", numbers=("firing\nrate", *headers, *margins.values()))
     for layer in neurons:
         fired = layer.get("engine_firing_rate", layer["rows"][-1]["firing_rate"])
         cells = [rate(fired), *written(layer, columns)]
