@@ -319,7 +319,7 @@ class TestRefusals:
             (images, labels[:-1], "40, 1, 8, 8. with 39 labels"),
             (images[:0], labels[:0], "wanted one or more"),
             (images[:, :, :7], labels, r"shape \(1, 7, 8\); a takes \(1, 8, 8\)"),
-            (images, labels + 1, "labels run from 1 to 10; a has 10 classes"),
+            (images, labels + 1, "labels run from 1 to 10, but a has 10 classes"),
         ):
             with pytest.raises(ValueError, match=message):
                 measure_landscape({"a": classifier_of()}, x, y, CONFIG, tmp_path / "l.npz")

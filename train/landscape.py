@@ -30,6 +30,7 @@ from tetdeploy.checkpoint import data_settings
 from tetdeploy.files import read_npz, write_npz
 from tetdeploy.form import parse_json
 from tetdeploy.networks import Classifier
+from tetdeploy.sweep import check_class_numbers
 
 from .config import PRECISIONS
 from .device import autocast, pick_device, pick_precision, tuned_convolutions
@@ -371,9 +372,6 @@ def _check(
         )
     if images.shape[-3:] != classifier.image_shape:
         raise ValueError(f"the images have the shape {images.shape[-3:]}; {name} takes {classifier.image_shape}")
-    if labels.min() < 0 or labels.max() >= len(classifier.class_names):
-        raise ValueError(
-            f"labels run from {labels.min()} to {labels.max()}; {name} has {len(classifier.class_names)} classes"
-        )
+    check_class_numbers(labels, len(images), len(classifier.class_names), name)
     if images.ndim == 5 and images.shape[1] < config.T:
         raise ValueError(f"T is {config.T}, but the frames hold {images.shape[1]} steps; take a smaller T")
