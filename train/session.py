@@ -133,8 +133,7 @@ def check_sets(train_set: LabelledSet, val_set: LabelledSet | None) -> None:
 
 
 def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
-    """Refuse inputs and labels the classifier cannot take: kind, shape, dtype, none at all, labels out of range or of
-    other classes.
+    """Refuse inputs and labels the classifier cannot take: kind, shape, labels out of range or of other classes.
 
     Raises:
         ValueError: with what it got and what it wants.
@@ -145,16 +144,11 @@ def check_data(data: LabelledSet, classifier: Classifier, T: int) -> None:
         raise ValueError(
             f"{data.name} has images of shape {data.image_shape}; the network wants {classifier.image_shape}"
         )
-    if data.x.dtype != np.uint8:
-        raise ValueError(f"{data.name} has {data.x.dtype} images; training wants uint8 from 0 to 255")
     if data.encoding == "frames" and data.x.shape[1] < T:
         raise ValueError(f"{data.name} has {data.x.shape[1]} frames a recording, too few for T={T}; lower --T")
-    if len(data.labels) == 0:
-        raise ValueError(f"{data.name} has no {data.split} images to train or validate on; change val_fraction")
-    low, high = int(data.labels.min()), int(data.labels.max())
-    if low < 0 or high >= len(classifier.class_names):
+    if (high := data.labels.max()) >= len(classifier.class_names):
         raise ValueError(
-            f"{data.name} has labels from {low} to {high}; "
+            f"{data.name} has labels from {data.labels.min()} to {high}; "
             f"the network has {len(classifier.class_names)} classes, counted from 0"
         )
     check_classes("the network", classifier.class_names, data.name, data.class_names, known=is_known(data.name))
