@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tetdeploy.networks import Classifier, run_network
 
@@ -63,7 +64,7 @@ def update_average(average: dict[str, Tensor], network: nn.Module, *, decay: flo
     """
     d = min(decay, (1 + step) / (10 + step))
     weights = trainable(network)
-    torch._foreach_lerp_([*average.values()], [weights[name] for name in average], 1.0 - d)
+    get_ema_multi_avg_fn(d)([*average.values()], [weights[name] for name in average], step)
 
 
 @contextmanager
