@@ -7,7 +7,7 @@ what would run, but with nothing gained.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
 
@@ -17,9 +17,9 @@ from tetdeploy.data import Encoding
 Layout = Literal["unrolled", "dynamic", "step"]
 Precision = Literal["fp32", "fp16", "int8"]
 Target = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino"]
-LAYOUTS: tuple[Layout, ...] = ("unrolled", "dynamic", "step")
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-TARGETS: tuple[Target, ...] = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino")
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+TARGETS: tuple[Target, ...] = get_args(Target)
 GPU_TARGETS: tuple[Target, ...] = ("cuda", "tensorrt", "tensorrt-rtx")
 REFUSED: dict[tuple[Target, Precision], str] = {
     ("cpu", "fp16"): "ONNX Runtime computes float16 in float32 on x86",
