@@ -604,6 +604,30 @@ def test_sums_of_spikes_biases_and_batch_norms(fold_bn: bool, tmp_path: Path) ->
     assert metadata["uncounted"] == []
 
 
+class Differences(nn.Module):
+    """A difference in each step, and sums over two steps, of which there is none in the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lif, self.left, self.right = LIF(v_th=0.3), nn.Linear(64, 10, bias=False), nn.Linear(64, 10, bias=False)
+        self.later = Later()
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(x.flatten(1).expand(T, -1, -1))
+        return self.later(self.left(spikes) - self.right(spikes))
+
+
+class Later(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:1], x[1:] + x[:-1]])
+
+
+def test_differences_are_counted_and_sums_of_some_steps_are_named(tmp_path: Path) -> None:
+    metadata = unchecked(Differences(), tmp_path / "m.onnx", ExportConfig(T=3)).metadata
+    assert [*metadata["other_ops"]["residual_adds"].values()] == [10]
+    assert metadata["uncounted"] == ["later (residual_adds)"]
+
+
 # ------------------------------------------------------------------------------------------- exact sums
 
 

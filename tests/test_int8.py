@@ -196,6 +196,8 @@ def test_every_layout_computes_what_pytorch_computes(small: Callable[[str], Expo
     assert kept["num_images"] == 90 and kept["agreement"][-1] > 0.9 and len(kept["accuracy_int8"]) == len(kept["T"])
     engine = Engine(exported.path)
     assert engine.metadata["precision"] == "int8" and not exported.uncounted
+    adds = {"encode.0": 8 * 64, "layer2.0": 16 * 64, "layer3.1": 16 * 16, "readout.2": 10}
+    assert engine.metadata["other_ops"]["bias_adds"] == adds
     result, _ = engine.count(digits().images[:20], 3)
     assert np.array_equal(result.per_step, engine.run(digits().images[:20], 3).per_step)
 

@@ -148,6 +148,15 @@ class TestNumbers:
         for name, value in classifier.state_dict().items():
             assert torch.equal(value, before[name]), name
 
+    def test_precision_is_that_of_the_passes(self, tmp_path: Path) -> None:
+        full, half = (
+            measure_landscape(
+                {"a": classifier_of()}, *digits(), dataclasses.replace(CONFIG, precision=of), tmp_path / f"{of}.npz"
+            )
+            for of in ("fp32", "bf16")
+        )
+        assert not np.array_equal(full.sdt_loss, half.sdt_loss)
+
     def test_nothing_is_kept_for_gradients(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         kept, counted = list[bool](), landscape.count_correct
 
@@ -502,6 +511,14 @@ class TestCommand:
             assert result.exit_code == 0, result.output
             digests.add(load_landscape(f"{split}.npz").settings["images"])
         assert len(digests) == 3  # val is validation
+
+    def test_a_few_images_are_taken_from_all_over_the_set(self, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        digests = set()
+        for name, order in (("first", np.arange), ("last", lambda count: np.arange(count)[::-1])):
+            monkeypatch.setattr("tetdeploy.data.images.mixed_order", order)
+            assert run("runs/sdt", "--radius", "1", "--out", f"{name}.npz").exit_code == 0
+            digests.add(load_landscape(f"{name}.npz").settings["images"])
+        assert len(digests) == 2
 
     def test_all_runs_trained_on_the_images_or_none_did(self, runs: Path) -> None:
         path = runs / "more" / "checkpoint.safetensors"

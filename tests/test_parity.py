@@ -287,6 +287,40 @@ def test_what_rounding_began(
     assert _is_at_threshold(net, engine, digits().images[:2], 2, u) is expected
 
 
+@pytest.mark.parametrize(("other", "expected"), [(OWN, True), ([[0, 1, 0, 1], [1, 0, 0, 1]], False)])
+@pytest.mark.parametrize("first", [False, True])
+def test_every_image_says_what_rounding_began(
+    other: Any, expected: bool, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, engine = [[1, 0, 0, 1], [0, 0, 0, 1]], SimpleNamespace(metadata={"neurons": [{"name": "lif"}]})
+    left = [np.array(fired, np.float32)[:, None] for fired in ((other, near) if first else (near, other))]
+    monkeypatch.setattr("tetdeploy.export.parity._run_engine", lambda *args: (None, {"spikes.lif": left.pop(0)}))
+    net, images = calibrated(Constant()), digits().images[:2]
+    assert _is_at_threshold(net, engine, images, 2, None) is expected  # type: ignore[arg-type]
+
+
+class TwoLayers(nn.Module):
+    """One whose first neuron is far enough from the threshold not to fire by rounding, and one that rounds more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = Constant(first=0.499995)
+        self.coarse, self.lif = nn.Parameter(torch.full((4,), 300.0)), LIF(v_th=300.0)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        logits: Tensor = self.one(x, T) + self.lif(self.coarse.expand(T, len(x), -1)).sum(-1, keepdim=True)
+        return logits
+
+
+def test_each_layer_is_judged_by_its_own_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(metadata={"neurons": [{"name": "one"}, {"name": "two"}]})
+    fired = {"one": [[1, 0, 0, 1], [0, 0, 0, 1]], "two": [[0] * 4, [1] * 4]}
+    spikes = {f"spikes.{name}": np.array(of, np.float32)[:, None] for name, of in fired.items()}
+    monkeypatch.setattr("tetdeploy.export.parity._run_engine", lambda *args: (None, spikes))
+    net = calibrated(TwoLayers())
+    assert not _is_at_threshold(net, engine, digits().images[:1], 2, None)  # type: ignore[arg-type]
+
+
 def test_where_few_neurons_are_near_the_threshold_it_is_asked_whether_these_began_it(
     measured: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

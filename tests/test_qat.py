@@ -24,6 +24,7 @@ from tetdeploy.export.trained import Trained
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import CurrentScale, fake_quantised_conv
+from tetdeploy.names import section
 from tetdeploy.traced_network import TracedNetwork
 from tetdeploy.tracing import Tracer
 from tetdeploy.train import TrainConfig, TrainResult, qat, session, train
@@ -153,13 +154,15 @@ def test_the_export_computes_what_was_trained(trained: Path, tmp_path: Path) -> 
 
 def test_weights_train_and_statistics_stay(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "pick_precision", lambda *_: "bf16")  # as on a GPU
-    result = tuned(tmp_path / "run", trained, ema=0.5, random_T="1:3", loss="sdt", tit="")
+    result = tuned(tmp_path / "run", trained, epochs=1, ema=0.5, random_T="1:3", loss="sdt", tit="")
     before, after = (load_file(folder / "checkpoint.safetensors") for folder in (trained, result.out))
     assert before.keys() == after.keys()
     for name in before:
         fixed = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         assert torch.equal(before[name], after[name]) == fixed, name
     assert read_metadata(result.out)["provenance"]["precision"] == "fp32"
+    averages = section(load_file(result.out / "last.safetensors"), "average.")
+    assert averages and all(torch.equal(after[name], average) for name, average in averages.items())
 
 
 def test_an_interrupted_run_goes_on_with_the_same_scales_and_weights(trained: Path, tmp_path: Path) -> None:

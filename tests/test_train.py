@@ -874,6 +874,11 @@ def test_what_memory_or_bn_lacks_is_said_with_what_the_run_may_still_change(tmp_
         run(tmp_path / "c", broken, config=bf16)
 
 
+def test_recomputing_reaches_the_network(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Toy has nothing to recompute"):
+        run(tmp_path, how=How(recompute=True))
+
+
 def test_data_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     wide = ImageSet(**(vars(TRAIN) | {"images": np.zeros((52, 1, 4, 5), np.uint8)}))
     with pytest.raises(ValueError, match=r"toy has images of shape \(1, 4, 5\); the network wants \(1, 4, 4\)"):
