@@ -93,7 +93,7 @@ def energy_constants(
         return CONSTANTS[precision]
     source = "given: " + ", ".join(f"{name} {check_number(name, value):g}" for name, value in own.items())
     if len(own) == 2:
-        return EnergyConstants(**own, source=source)
+        return EnergyConstants(own["ac_pj"], own["mac_pj"], source)
     known = CONSTANTS[precision]
     (other,) = {"ac_pj", "mac_pj"} - own.keys()
     constants = replace(known, **own, source=f"{source}; the other: {known.source}", by_layer=other)
