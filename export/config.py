@@ -43,6 +43,11 @@ class ExportConfig:
         precision: `int8` computes the convolutions of spikes and their sums in 8 bits, see
             `tetdeploy.int8.quantisation`; `fp16` the layers between neurons in float16, see `export.half`.
         target: where the graph is to run; says which precisions there are.
+
+    Raises:
+        ValueError: a name is unknown, T or trained_T is no whole number from 1 on, a flag is none, or things do not go
+            together: the target and the precision, a precision below float32 and BN that is not folded, with_state and
+            another layout.
     """
 
     layout: Layout = "unrolled"

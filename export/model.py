@@ -88,14 +88,15 @@ def export_model(
     calibration: CalibrationImages | Calibration | None = None,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a classifier as ONNX, with 256 reference images beside it, after checking it against PyTorch.
+    """Write a classifier as ONNX, with up to 256 reference images beside it, after checking it against PyTorch.
 
     Args:
         classifier: put into inference mode here. Only its neurons may carry anything from one step to the next, and
             nothing from one image of a batch to another.
         path: the `.onnx` file; the reference goes to `<path without .onnx>.reference.npz`.
         images: real input, uint8 `[N, C, H, W]` or frames `[N, T, C, H, W]`; float32 that is normalised already where
-            `config.normalize` is off and the data have no pixels. The first `num_check` are compared, 256 are kept.
+            `config.normalize` is off and the data have no pixels. The first `num_check` are compared, up to 256
+            are kept.
         labels: of the images, whole numbers `[N]`, kept with the reference.
         source: what the model was made from, kept in the metadata.
         num_check: images compared with PyTorch; 0 leaves the check out.

@@ -524,6 +524,7 @@ def no_work(*arguments: Any, **options: Any) -> Any:
     (["--data", "digits", "--split", "train", "--min-T", "9"], {}, "min_T must lie within the T=8 steps, got 9"),
     (["--data", "digits", "--loss", "-1"], {}, "-1.0 is not in the range"),
     (["--data", "digits", "--split", "val"], {}, "digits is not what was trained on, so nothing is held out"),
+    (["--data", "own.npz", "--split", "train"], {}, "own.npz is one set, of which all images are used: leave out"),
     (["--split", "test"], {"source": {"data": {"name": "digits"}}}, "the test set of digits is for tetdeploy early"),
 ])  # fmt: skip
 def test_what_calibrate_refuses_before_any_work(

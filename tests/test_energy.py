@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import itertools
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,17 @@ def test_each_layer_is_billed_at_its_own_precision() -> None:
     assert operations.ann()["energy_pj"] == pytest.approx(6 * 5 * 4.6 + 7 * 2 * 0.3)
 
 
+def test_of_one_constant_that_is_given_the_other_stays_each_layers_own() -> None:
+    layers = (Layer("first", (6,), 5, from_input=True), Layer("rounded", (7,), 2, binary=False, precision="int8"))
+    operations = Operations(layers, constants=energy_constants("int8", ac_pj=0.2))
+    operations.add({"active.rounded": np.array([[3.0]])}, 1, 1)
+    assert operations.at(1).energy_pj == pytest.approx(30 * 4.6 + 6 * 0.2)
+    assert operations.at(1).energy_exact_pj == pytest.approx(30 * 4.6 + 6 * 0.3)
+    assert operations.ann()["energy_pj"] == pytest.approx(30 * 4.6 + 14 * 0.3)
+    given = dataclasses.replace(operations, constants=energy_constants("int8", ac_pj=0.2, mac_pj=0.3))
+    assert given.at(1).energy_pj == pytest.approx(30 * 0.3 + 6 * 0.2)
+
+
 def two_layers(once: bool = True, **options: Any) -> Operations:
     """Five steps of one image: a first layer of 40 operations a step, and one where 1, 2, 3, 4, 5 spikes reach 6."""
     first = Layer("first", (4,), 10, from_input=True, binary=False, once=once)
@@ -269,6 +280,8 @@ def test_the_constants_of_a_precision_and_of_ones_own() -> None:
     ("fp32", {"mac_pj": float("nan")}, "mac_pj must be a positive number of picojoules, at most a joule, got nan"),
     ("fp32", {"ac_pj": "1", "mac_pj": "2"}, "ac_pj must be a number, got '1'"),
     ("fp32", {"ac_pj": 5.0}, "contains an accumulate, so mac_pj must be at least ac_pj=5.0; got 4.6"),
+    ("int8", {"ac_pj": 0.5}, "mac_pj must be at least ac_pj=0.5; got 0.3; give mac_pj as well"),
+    ("int8", {"mac_pj": 0.5}, "mac_pj must be at least ac_pj=0.9; got 0.5"),  # of its layers of float32
 ])  # fmt: skip
 def test_constants_that_cannot_be(precision: str, own: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
@@ -614,7 +627,7 @@ def test_a_layer_on_tokens_counts_every_token(layout: str, tmp_path: Path) -> No
 # ------------------------------------------------------------------------ brute force, through the exported graph
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Geometry:
     """A convolution along one or two axes of spikes `[4, 5, 6]` (or `[4, 5]`), or a linear layer on the last axis."""
 

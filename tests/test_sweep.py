@@ -29,7 +29,7 @@ from tetdeploy.cli.sweep import sweep as sweep_command
 from tetdeploy.early_exit.threshold import run_answers
 from tetdeploy.energy import CONVENTIONS, layers_of
 from tetdeploy.engine import Engine
-from tetdeploy.picojoules import CONSTANTS, EnergyConstants
+from tetdeploy.picojoules import CONSTANTS, EnergyConstants, energy_constants
 from tetdeploy.provenance import images_sha256
 from tetdeploy.report.numbers import count, energy
 from tetdeploy.report.sweep_plot import plot_sweep
@@ -123,7 +123,7 @@ def test_what_lies_behind_the_rows() -> None:
         assert row["ann_ratio"] == pytest.approx(written["ann"]["energy_pj"] / row["energy_pj"])
     dense = sum(layer["dense_ops"] for layer in written["layers"])
     assert written["ann"] == {"mac_ops": dense, "energy_pj": pytest.approx(dense * 4.6)}
-    assert written["constants"] == dataclasses.asdict(CONSTANTS["fp32"])
+    assert written["constants"] == CONSTANTS["fp32"].to_dict()
 
     right = np.cumsum(run.per_step, axis=1).argmax(-1)[:, 1:] == labels[:, None]
     for k, entry in enumerate(written["by_class"]):
@@ -199,7 +199,7 @@ def test_layers_of_another_precision_than_the_model_have_their_own_price() -> No
         layer["precision"] = "int8"
     result = sweep(engine, digits().images[:8], digits().labels[:8], (2,), num_timed=1)
     assert result.rows[0].energy_pj == pytest.approx(0.1 * result.rows[0].ac_ops + 4.6 * result.rows[0].mac_ops)
-    assert result.details["constants"] == dataclasses.asdict(CONSTANTS["int8"])
+    assert result.details["constants"] == CONSTANTS["int8"].to_dict()
     adds = result.details["other_ops"]["bias_adds"]
     assert result.details["other_ops_pj"]["bias_adds"] == pytest.approx(0.9 * adds) and adds > 0
     engine.metadata["layers"] = []
@@ -216,6 +216,11 @@ def test_prices_are_those_of_each_precision_unless_given() -> None:
     for source, prices in shown.items():
         details = {"constants": {"ac_pj": 0.5, "mac_pj": 2.0, "source": source}, "layers": layers}
         assert _prices(SimpleNamespace(details=details)) == prices  # type: ignore[arg-type]
+    details = {"constants": energy_constants("int8", ac_pj=0.2).to_dict(), "layers": layers}
+    assert _prices(SimpleNamespace(details=details)) == (  # type: ignore[arg-type]
+        "4.6 pJ a multiply-accumulate and 0.2 pJ an addition in fp32, "
+        "0.3 pJ a multiply-accumulate and 0.2 pJ an addition in int8"
+    )
 
 
 def test_a_precision_without_cited_energies_needs_ones_own() -> None:

@@ -81,7 +81,8 @@ def load(path: Path | str, *, network: nn.Module | None = None) -> Classifier:
             (`package.module:function`): a file never decides what code is imported.
 
     Returns:
-        A `Classifier`: `classifier(x, T=6)` gives logits [T, N, K] for images x [N, C, H, W], uint8 or normalised.
+        A `Classifier`: `classifier(x, T=6)` gives logits [T, N, K] for images x [N, C, H, W], uint8 or normalised;
+        of a network of frames x is [T, N, C, H, W].
 
     Raises:
         FileNotFoundError: there is no such file, or the run has no checkpoint yet.
@@ -135,6 +136,9 @@ def load_weights(classifier: Classifier, path: Path | str, *, other_classes: boo
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
     """What a checkpoint says about itself, without torch: {"format", "network", "data", "training", "provenance"}.
+
+    Fine-tuned in 8 bits, it has "int8" as well, the scales; shards have "how" the run ran, and "restart", where it
+    stood.
 
     Args:
         path: a checkpoint, a run folder that holds one, or a folder of shards.

@@ -28,7 +28,7 @@ from tetdeploy.picojoules import EnergyConstants, energy_constants
 CONVENTIONS = {
     "paper": "the first layer multiplies, at every step; all others only add (TET, and most papers)",
     "exact": "every layer whose input is not binary multiplies, so that average pooling counts",
-    "once": "as paper, but a first layer that sees the same image at every step multiplies once, as the engine does",
+    "once": "as paper, but a first layer that sees the same image at every step multiplies once: no more is needed",
 }
 OTHER_OPS = {
     "bias_adds": "an addition for every output of a layer with a bias",
@@ -50,8 +50,9 @@ class Layer:
         from_input: no neurons lie between the network's input and this layer: the paper's first layer.
         binary: the layer's input is spikes, 0 or 1; of a product, that of one factor is.
         positions: how often the layer is applied to one image in one step, as a linear layer is to tokens.
-        once: the graph computes the layer once for an image, not at every step: direct encoding's first layer.
-        precision: of its arithmetic, `fp32` or `int8`; it decides what an operation costs.
+        once: the layer has to be computed once for an image, not at every step: direct encoding's first layer. (A step
+            graph for a GPU computes it at every step all the same.)
+        precision: of its arithmetic, `fp32`, `fp16` or `int8`; it decides what an operation costs.
         product: it multiplies two activations, as attention does, and has no weights.
     """
 
@@ -129,7 +130,7 @@ class Operations:
     """Operations summed over images, by layer and step: `counts[layer][t]` for step t + 1, `active` their inputs.
 
     Attributes:
-        constants: one's own, for every layer; by default those for each layer's precision.
+        constants: one's own; by default those for each layer's precision.
         chunk: steps of one call of the graph, after which layers that are computed once are computed again; None if
             one call does.
     """
@@ -171,7 +172,7 @@ class Operations:
 
     def price(self, layer: Layer) -> EnergyConstants:
         """What the operations of a layer cost."""
-        return self.constants or energy_constants(layer.precision)
+        return self.constants.of(layer.precision) if self.constants else energy_constants(layer.precision)
 
     def input_rate(self, layer: Layer, T: int) -> float:
         """The share of a layer's inputs that counted in the first T steps; 1 where every value does."""

@@ -59,8 +59,9 @@ class Engine:
         runtime: `onnxruntime`, or `openvino` on a CPU.
         native: whether this package's own operators, in C (`tetdeploy.native`), run what stands between convolutions
             and, where the processor has AVX2 or AMX, convolutions: the results of ONNX Runtime's own in less time, but
-            for the last digits of float32 convolutions of spikes, which are exact there. None: where that can be and
-            the network is large enough for it to count.
+            for the last digits of float32 convolutions of spikes: there sums are exact, of weights that are rounded to
+            24 bits of the largest of their channel (docs/native.md). None: where that can be and the network is large
+            enough for it to count.
         cuda_graphs: on device `cuda`, record the kernels of a call once for each batch size and launch them as one, so
             that small batches do not wait for the CPU. Not for dynamic graphs. Counting goes without. While a batch
             size comes up for the first time nothing else of the process may use the GPU.
@@ -68,9 +69,10 @@ class Engine:
     Attributes:
         metadata: what the export wrote into the file: layout, T, class names, normalisation, neurons, layers, versions.
         path, sha256 (of the file), device, runtime, layout (`unrolled`, `dynamic` or `step`), T (steps of a call: 1 of
-        a step graph, None of a dynamic one), trained_T (of the training), precision (`fp32`, `fp16` or `int8`),
-        encoding (`direct` or `frames`), input_shape `(C, H, W)`, input_dtype, class_names, min_batch and max_batch
-        (least and most images in a call, None is any), native and cuda_graphs (whether it does), states_last (state
+        a step graph, None of a dynamic one), with_state (whether membranes go in and out, as in any step graph),
+        trained_T (of the training), precision (`fp32`, `fp16` or `int8`), encoding (`direct` or `frames`), input_shape
+        `(C, H, W)`, input_dtype, class_names, min_batch and max_batch (least and most images in a call, None is any),
+        native and cuda_graphs (whether it does), states_last (state
         inputs `[N, C, H, W]` that it need not copy if their channels lie last in memory).
 
     Raises:

@@ -38,7 +38,8 @@ def fire(lif: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def fire_sum(lif: nn.Module, layer: nn.Module, x: Tensor, shortcut: nn.Module, skipped: Tensor) -> Tensor:
-    """`lif(layer(x) + shortcut(skipped))`: see `fire`; `shortcut` is another such layer, or `nn.Identity`."""
+    """`lif(layer(x) + shortcut(skipped))`, `[T, N, C, H, W]`: see `fire`; `shortcut` is another such layer, or
+    `nn.Identity`. `x` and `skipped` are `[T, N, ...]`, and both terms must have one shape."""
     each_recomputes = any(isinstance(part, Layer) and part.recomputes for part in (layer, shortcut))
     bn = None if each_recomputes else _bn_to_fuse(OverTime, layer, lif, x)  # they are blocks of their own
     identity = type(shortcut) is nn.Identity and not has_hooks(shortcut)
@@ -53,7 +54,12 @@ def fire_sum(lif: nn.Module, layer: nn.Module, x: Tensor, shortcut: nn.Module, s
 
 
 def fire_encoded(lif: nn.Module, encode: nn.Module, x: Tensor, T: int | None = None) -> Tensor:
-    """`lif(encode(x, T))` for `DirectEncoding`; the current of an image is computed once and serves all T steps."""
+    """`lif(encode(x, T))` for `DirectEncoding`: images `[N, C, H, W]` with T, or frames `[T, N, C, H, W]`, to spikes
+    `[T, N, C', H', W']`. The current of an image is computed once and serves all T steps.
+
+    Raises:
+        ValueError: images without T, a T that is no number of steps, or that is not the frames'; any other shape.
+    """
     bn = _bn_to_fuse(DirectEncoding, encode, lif, x)
     if bn is not None and x.dim() == 5 and T in (None, len(x)):
         return _fire_fused(lif, encode, bn, x)
@@ -64,7 +70,8 @@ def fire_encoded(lif: nn.Module, encode: nn.Module, x: Tensor, T: int | None = N
 
 
 def fire_each(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """The layers one after the other; neurons together with the layer in front of them."""
+    """The layers one after the other, `[T, N, ...]` to `[T, N, ...]`; neurons together with the layer in front of them,
+    see `fire`."""
     modules = [*layers]
     while modules:
         layer = modules.pop(0)

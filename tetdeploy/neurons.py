@@ -11,7 +11,8 @@ Equations: Deng et al., Temporal Efficient Training of Spiking Neural Network vi
 
 The whole sequence is one operator, `torch.ops.tetdeploy.lif`. It shows up as one node in `torch.compile` and
 `torch.export` (which is what the exporter lowers), its backward goes through the reset as well, and all it keeps for
-backward is its own input: the membranes are integrated again there, bit for bit as in forward.
+backward is its own input, the currents and a u that was given: the membranes are integrated again there, bit for bit as
+in forward.
 
 Below stand the equations in torch operations, the reference, which runs anywhere. In their place run, with the same
 bits, numba on a CPU and Triton on a GPU, each in one pass over memory (`tetdeploy.kernels`). On a GPU neurons are taken
@@ -254,8 +255,9 @@ def lif(
 ) -> tuple[Tensor, Tensor]:
     """Run LIF neurons over a whole sequence (Eqs. 1-3); the gradient uses the triangle surrogate (Eq. 5).
 
-    Nothing is detached: the gradient flows through the reset and through time. For backward one tensor is kept,
-    `current` itself; in inference nothing is. With half-precision currents (autocast) the membrane is kept in float32.
+    Nothing is detached: the gradient flows through the reset and through time. For backward `current` is
+    kept, and `u` where it is given; in inference nothing is. With half-precision currents (autocast) the membrane is
+    kept in float32.
 
     Args:
         current: pre-synaptic input I, `[T, ...]`, any floating dtype; time is axis 0, everything else are neurons.

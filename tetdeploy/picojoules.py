@@ -6,7 +6,8 @@ the TET paper follows. They are of the arithmetic alone: memory, which costs mor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from tetdeploy.arguments import check_number
 
@@ -17,6 +18,9 @@ _JOULE = 1e12  # in picojoules
 class EnergyConstants:
     """Picojoules of an accumulate and of a multiply-accumulate, and where the figures come from.
 
+    Attributes:
+        by_layer: `ac_pj` or `mac_pj` if each layer has its own, that of its precision, and only the other was given.
+
     Raises:
         ValueError: a figure is no positive number, or more than a joule, or a multiply-accumulate costs less than its
             addition.
@@ -25,6 +29,7 @@ class EnergyConstants:
     ac_pj: float
     mac_pj: float
     source: str
+    by_layer: str = ""
 
     def __post_init__(self) -> None:
         for name, value in (("ac_pj", self.ac_pj), ("mac_pj", self.mac_pj)):
@@ -32,10 +37,21 @@ class EnergyConstants:
             if not 0 < value <= _JOULE:
                 raise ValueError(f"{name} must be a positive number of picojoules, at most a joule, got {value}")
         if self.mac_pj < self.ac_pj:
+            remedy = f"; give {self.by_layer} as well" if self.by_layer else ""
             raise ValueError(
                 f"a multiply-accumulate contains an accumulate, so mac_pj must be at least ac_pj={self.ac_pj}; "
-                f"got {self.mac_pj}"
+                f"got {self.mac_pj}{remedy}"
             )
+
+    def of(self, precision: str) -> EnergyConstants:
+        """What a layer of this precision is billed."""
+        if not self.by_layer:
+            return self
+        return replace(self, **{self.by_layer: getattr(CONSTANTS[precision], self.by_layer)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: `by_layer` only where there is one."""
+        return {key: value for key, value in asdict(self).items() if key != "by_layer" or value}
 
 
 _HOROWITZ = "M. Horowitz, Computing's energy problem, ISSCC 2014, 45 nm"
@@ -61,8 +77,11 @@ def energy_constants(
 ) -> EnergyConstants:
     """The constants for a model's arithmetic, `fp32`, `fp16` or `int8`, or one's own instead of one or both.
 
+    One that is given holds for every layer; the other stays each layer's own, as layers of an int8 model compute in
+    float32, too.
+
     Raises:
-        ValueError: no cited figures for this precision, and not both are given; a figure is no positive number.
+        ValueError: no cited figures for this precision, and not both are given; see also `EnergyConstants`.
     """
     own = {name: value for name, value in (("ac_pj", ac_pj), ("mac_pj", mac_pj)) if value is not None}
     if precision not in CONSTANTS and len(own) < 2:
@@ -74,6 +93,9 @@ def energy_constants(
         return CONSTANTS[precision]
     source = "given: " + ", ".join(f"{name} {check_number(name, value):g}" for name, value in own.items())
     if len(own) == 2:
-        return EnergyConstants(**own, source=source)
+        return EnergyConstants(own["ac_pj"], own["mac_pj"], source)
     known = CONSTANTS[precision]
-    return replace(known, **own, source=f"{source}; the other: {known.source}")
+    (other,) = {"ac_pj", "mac_pj"} - own.keys()
+    constants = replace(known, **own, source=f"{source}; the other: {known.source}", by_layer=other)
+    constants.of("fp32")  # the first layer and the neurons of any model
+    return constants

@@ -73,7 +73,7 @@ class Tally:
         operations: of the convolutions and linear layers.
 
     Args:
-        constants: picojoules of an operation, of every layer; by default those for each layer's precision.
+        constants: picojoules of an operation; by default those for each layer's precision.
 
     Raises:
         ValueError: there are none for it.
@@ -124,7 +124,7 @@ class Tally:
         """What lies behind the rows at every T of `steps`, as JSON: by layer, by layer of neurons, by class; the ANN
         twin; what no row's energy includes; the constants and the conventions."""
         # What is not the layers' computes in float32, whatever they do.
-        constants = self.operations.constants or energy_constants("fp32")
+        constants = (self.operations.constants or energy_constants()).of("fp32")
         return {
             "layers": self.operations.by_layer(steps),
             "neurons": [self._neuron_dict(k, name, steps) for k, name in enumerate(self.neurons)],
@@ -132,7 +132,7 @@ class Tally:
             "ann": self.operations.ann(),
             "other_ops": other_ops(self.metadata),
             "other_ops_pj": other_ops_pj(self.metadata, constants),
-            "constants": asdict(self.constants),
+            "constants": self.constants.to_dict(),
             "conventions": dict(CONVENTIONS),
             "by_class": [self._class_dict(k, name, steps) for k, name in enumerate(self.class_names)],
         }

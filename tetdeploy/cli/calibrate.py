@@ -44,8 +44,8 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     "--split",
     type=PARTS,
     help="Of the training's data: validation, the images held out, or train, those trained on, whose answers are surer "
-    "than those of new images. Of another set: train or test, the whole of it. [default: validation; of another set "
-    "train]",
+    "than those of new images. Of another set: train or test, the whole of it; not of another FILE.npz. "
+    "[default: validation; of another set train]",
 )
 @click.option("--limit", type=AT_LEAST_1, help="Only the first so many images.")
 @click.option("--T", "T", type=STEPS, help="The most steps. [default: 8; with frames that of the training]")

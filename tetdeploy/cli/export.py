@@ -154,9 +154,9 @@ def export(
     """Write a trained network as ONNX, checked against PyTorch, as NIR, or for servers of many machines.
 
     RUN is a run folder, a checkpoint, or shards (RUN/shards: the last weights, not the best epoch's); the newest run by
-    default. Beside an ONNX model lie 256 reference images with PyTorch's answers, MODEL.reference.npz. A NIR file is
-    not run here: docs/nir.md says how others read it. For Triton and KServe RUN may also be an exported model, or for
-    Triton a TensorRT engine: docs/cluster.md.
+    default. Beside an ONNX model lie up to 256 reference images, of the training set or of --data, with PyTorch's
+    answers: MODEL.reference.npz. A NIR file is not run here: docs/nir.md says how others read it. For Triton and KServe
+    RUN may also be an exported model, or for Triton a TensorRT engine: docs/cluster.md.
     """
     _refuse_cluster_options(ctx, file_format)
     if file_format == "nir":

@@ -99,6 +99,8 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
     name = _data_name(engine, data)
     trained_on = same_data(name, own_data(engine))
     if is_npz(name) and not trained_on:
+        if split is not None:
+            raise click.UsageError(f"{name} is one set, of which all images are used: leave out --split")
         return load_inputs(engine, name, data_dir, limit)
     split = split or ("validation" if trained_on else "train")
     if split == "test" and trained_on:

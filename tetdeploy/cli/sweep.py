@@ -67,8 +67,16 @@ Examples:
 )
 @click.option("--layers", "show_layers", is_flag=True, help="Also a table of the layers, at the T of the training.")
 @click.option("--other-ops", is_flag=True, help="Also what no energy includes: biases, residual sums, the neurons.")
-@click.option("--ac-pj", type=float, help="Picojoules of an accumulate. [default: 0.9 for fp32; 45 nm]")
-@click.option("--mac-pj", type=float, help="Picojoules of a multiply-accumulate. [default: 4.6 for fp32; 45 nm]")
+@click.option(
+    "--ac-pj",
+    type=float,
+    help="Picojoules of an accumulate. [default: by the layer's precision, 0.9 for fp32; 45 nm]",
+)
+@click.option(
+    "--mac-pj",
+    type=float,
+    help="Picojoules of a multiply-accumulate. [default: by the layer's precision, 4.6 for fp32; 45 nm]",
+)
 @opens_model()
 @result_option(".sweep.json")
 @click.option(
@@ -179,16 +187,19 @@ def _bills(result: Sweep, conventions: Sequence[str]) -> str:
 
 
 def _prices(result: Sweep) -> str:
-    """What an operation costs, for each precision of the layers unless figures were given."""
-    from tetdeploy.picojoules import CONSTANTS
+    """What an operation costs, for each precision of the layers unless both figures were given."""
+    from tetdeploy.picojoules import CONSTANTS, EnergyConstants
 
-    given = result.details["constants"]
-    prices = {"": (given["mac_pj"], given["ac_pj"])}
+    constants = EnergyConstants(**result.details["constants"])
+    prices = {"": constants}
     precisions = sorted({layer["precision"] for layer in result.details["layers"]})
-    if len(precisions) > 1 and not given["source"].startswith("given"):
-        prices = {f" in {name}": (CONSTANTS[name].mac_pj, CONSTANTS[name].ac_pj) for name in precisions}
+    if len(precisions) > 1 and constants.by_layer:
+        prices = {f" in {name}": constants.of(name) for name in precisions}
+    elif len(precisions) > 1 and not constants.source.startswith("given"):
+        prices = {f" in {name}": CONSTANTS[name] for name in precisions}
     return ", ".join(
-        f"{mac:g} pJ a multiply-accumulate and {ac:g} pJ an addition{name}" for name, (mac, ac) in prices.items()
+        f"{price.mac_pj:g} pJ a multiply-accumulate and {price.ac_pj:g} pJ an addition{name}"
+        for name, price in prices.items()
     )
 
 

@@ -121,7 +121,11 @@ Examples:
 @click.option("--cutout", default=0, show_default=True, metavar="PIXELS", help="Side of a blank square; 0 is off.")
 @click.option("--ema", default=0.0, show_default=True, help="Decay of the weights' moving average; 0 is off.")
 @click.option(
-    "--random-T", "random_T", default="", metavar="LOW:HIGH[:DRAWS]", help="Draw T anew at each training step."
+    "--random-T",
+    "random_T",
+    default="",
+    metavar="LOW:HIGH[:DRAWS]",
+    help="Draw T anew at each training step, DRAWS times (3).",
 )
 @click.option("--distill", default="", metavar="RUN", help="Learn from this ANN twin at every time step.")
 @click.option("--distill-alpha", default=1.0, show_default=True, help="Weight of the distillation.")
@@ -151,7 +155,8 @@ Examples:
     type=FiniteRange(min=0),
     default=0.0,
     show_default=True,
-    help="Also write the last weights to RUN/shards, in files of at most so many MB, for --restart-from; 0 is off.",
+    help="Also write the last weights to RUN/shards, in files of at most so many MB, for --restart-from "
+    "(not with --qat); 0 is off.",
 )
 @click.option("--tensorboard", is_flag=True, help="Also write curves to RUN/tensorboard.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: RUNS/<data>-<model>, numbered]")

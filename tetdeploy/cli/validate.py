@@ -99,9 +99,10 @@ def validate(
 ) -> None:
     """Does an exported model compute what PyTorch computes, here?
 
-    MODEL is an .onnx file; the newest export by default. Without more, the 256 images that the export kept are run and
-    compared with PyTorch's answers; with --data the accuracy at each T as well. Neither needs torch. --against runs
-    PyTorch side by side. Ctrl-C keeps what is done; the same command goes on. Writes MODEL.validate.json.
+    MODEL is an .onnx file; the newest export by default. Without more, the images that the export kept (up to 256)
+    are run and compared with PyTorch's answers; with --data the accuracy at each T as well. Neither needs torch.
+    --against runs PyTorch side by side. Ctrl-C keeps what is done; the same command goes on. Writes
+    MODEL.validate.json.
     """
     if against is None and (num_torch is not None or network is not None):
         raise click.UsageError("--num-torch and --model go with --against CHECKPOINT")

@@ -88,7 +88,7 @@ class Savings:
             "early_exit": self._early() | {"batch_size": batch_size, "load": self._load},
             "machine": machine(self.engine),
             "ann": self.tally.operations.ann(),
-            "constants": asdict(self.tally.constants),
+            "constants": self.tally.constants.to_dict(),
         } | engine_provenance(self.engine)
 
     def _early(self) -> dict[str, Any]:

@@ -286,7 +286,7 @@ def find_threshold(
         confident: see `Frontier.cheapest`.
 
     Raises:
-        ValueError: `loss` is below 0; `min_T` is not within T.
+        ValueError: `loss` is not within 0..1; `min_T` is not within T.
     """
     check_min_T(min_T, answers.right.shape[1])
     if not 0 <= loss <= 1:

@@ -56,6 +56,17 @@ class Classifier(nn.Module):
     `classifier(x, T)` normalises uint8 images, (x / 255 - mean) / std per channel; floating-point input is taken as
     normalised already. Everything else is the network's: `[N, C, H, W]` with T or `[T, N, C, H, W]` in, `[T, N, K]`
     out. `encoding` says which of the two the data are: "direct" or "frames".
+
+    Args:
+        config: what the network is; a checkpoint keeps it.
+        mean, std: of the pixels over 255, a value a channel.
+        class_names: one a class.
+        data: the name of the data set; empty if there is none to name.
+
+    Raises:
+        ValueError: `network` is no module, or another twin, or none, than `config` says; mean, std or class_names are
+            not as many as the channels or classes; std is not above 0; the encoding is unknown. When called: x is none
+            of the two, or not of the image's shape.
     """
 
     mean: Tensor

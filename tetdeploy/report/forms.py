@@ -75,7 +75,7 @@ RESULT = {
     "ann": {"energy_pj": AMOUNT, "mac_ops": AMOUNT},
     "other_ops": {"*": AMOUNT},
     "other_ops_pj": {"*": AMOUNT},
-    "constants": {"ac_pj!": AMOUNT, "mac_pj!": AMOUNT, "source!": str},
+    "constants": {"ac_pj!": AMOUNT, "mac_pj!": AMOUNT, "source!": str, "by_layer": str},
     "by_class": [{"name!": str, "num_samples!": AMOUNT, "accuracy!": [FRACTION]}],
     "early_exit": _EARLY_EXIT,
     "agreement": {"with": str, "num_images": AMOUNT, "data": str},
