@@ -75,10 +75,10 @@ class _NamedNeurons(NeuronRecorder):
     def fired(self, current: Tensor, spikes: Tensor, u_last: Tensor, tau: float, v_th: float) -> Tensor:
         *_, name = max(self.modules.parents, key=len).split(".", 2)  # of Classifier.network.NAME
         self.names.append("lif" if name == "network" else name)
-        self.currents.append(current)
+        self.currents.append(current.clone())
         own = super().fired(current, spikes, u_last, tau, v_th)
         other = self.others[self.num_layers] if self.num_layers < len(self.others) else own
-        return (other if other.shape == own.shape else own).clone()  # networks may write over what they read
+        return other.clone() if other.shape == own.shape else own
 
 
 @torch.no_grad()
