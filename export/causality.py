@@ -244,7 +244,7 @@ def _recorded(
     recorder = _NamedNeurons(state, others)
     try:
         with InFloat64(), recorder.modules, recorder:  # type: ignore[no-untyped-call]
-            logits = run_network(classifier, x, T)
+            logits = run_network(classifier, x.clone(), T)
     except Exception as error:  # whatever the user's network may raise
         if isinstance(error, OSError) and lacks_temporary_folder(error):
             raise

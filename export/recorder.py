@@ -128,7 +128,7 @@ def compare_torch(
 
 
 def _logits(classifier: Runnable, x: NDArray[Any], T: int) -> NDArray[Any]:
-    inputs = torch.from_numpy(x).to(classifier.mean.device)
+    inputs = torch.tensor(x, device=classifier.mean.device)  # the network may write over them
     inputs = inputs if x.dtype == np.uint8 else inputs.to(classifier.mean.dtype)
     return run_network(classifier, inputs, T).transpose(0, 1).cpu().numpy()
 

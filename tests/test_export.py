@@ -453,6 +453,22 @@ def test_spikes_that_the_network_writes_over(precision: Precision, tmp_path: Pat
         assert [layer["precision"] for layer in engine.metadata["layers"]] == ["fp32", "int8", "int8", "int8", "fp32"]
 
 
+class WritesOverItsInput(WritesOver):
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        x *= 2
+        return super().forward(x, T)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_input_that_the_network_writes_over(precision: Precision, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(40, 1, 8, 8)).astype(np.float32)
+    before, config = x.copy(), ExportConfig("step", normalize=False, precision=precision)
+    given = {"calibration": (x, None)} if precision == "int8" else {}
+    written = export_model(classifier(WritesOverItsInput()), tmp_path / "m.onnx", config, x, **given)
+    assert written.parity is not None and written.parity.is_local
+    np.testing.assert_array_equal(x, before)
+
+
 def export_convsnn(*arguments: Any, **options: Any) -> Exported:
     with shared_traces():
         return export_model(convsnn(), *arguments, **options)
