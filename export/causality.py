@@ -248,5 +248,8 @@ def _recorded(
     except Exception as error:  # whatever the user's network may raise
         if isinstance(error, OSError) and lacks_temporary_folder(error):
             raise
-        raise ValueError(f"the network fails at T={T} on input {list(x.shape)}: {error}") from error
+        raise ValueError(
+            f"the network fails at T={T} on input {list(x.shape)}, and must run at any T, as its steps do one by one: "
+            f"{error}"
+        ) from error
     return recorder, logits
