@@ -75,10 +75,10 @@ class _NamedNeurons(NeuronRecorder):
     def fired(self, current: Tensor, spikes: Tensor, u_last: Tensor, tau: float, v_th: float) -> Tensor:
         *_, name = max(self.modules.parents, key=len).split(".", 2)  # of Classifier.network.NAME
         self.names.append("lif" if name == "network" else name)
-        self.currents.append(current)
+        self.currents.append(current.clone())
         own = super().fired(current, spikes, u_last, tau, v_th)
         other = self.others[self.num_layers] if self.num_layers < len(self.others) else own
-        return (other if other.shape == own.shape else own).clone()  # networks may write over what they read
+        return other.clone() if other.shape == own.shape else own
 
 
 @torch.no_grad()
@@ -244,9 +244,12 @@ def _recorded(
     recorder = _NamedNeurons(state, others)
     try:
         with InFloat64(), recorder.modules, recorder:  # type: ignore[no-untyped-call]
-            logits = run_network(classifier, x, T)
+            logits = run_network(classifier, x.clone(), T)
     except Exception as error:  # whatever the user's network may raise
         if isinstance(error, OSError) and lacks_temporary_folder(error):
             raise
-        raise ValueError(f"the network fails at T={T} on input {list(x.shape)}: {error}") from error
+        raise ValueError(
+            f"the network fails at T={T} on input {list(x.shape)}, and must run at any T, as its steps do one by one: "
+            f"{error}"
+        ) from error
     return recorder, logits

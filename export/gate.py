@@ -58,7 +58,7 @@ def check_graph(
     if isinstance(classifier, TracedNetwork):
         _check_folding(classifier, engine, x[:_NUM_FOLDED], T)
     if isinstance(classifier, HalfNetwork | Int8Network):
-        some = torch.from_numpy(x[:_NUM_ROUNDED]).to(classifier.mean.device)
+        some = torch.tensor(x[:_NUM_ROUNDED], device=classifier.mean.device)
         classifier.check_layers(some[:, :T] if config.encoding == "frames" else some, T)
     found = _check_engine(classifier, engine, config, x, progress)
     own = classifier.classifier if isinstance(classifier, TracedNetwork) else classifier

@@ -321,7 +321,7 @@ class _Writer:
         return self._layer(node, self.nir.AvgPool2d(*(np.array(pair) for pair in geometry)))
 
     def _add(self, node: fx.Node) -> Sources:
-        terms = node.args[:2]
+        terms = [term for term in node.args[:2] if term != 0]  # sum([a, b]) is 0 + a + b
         if node.kwargs.get("alpha", 1) != 1 or not all(isinstance(t, fx.Node) and t in self.sources for t in terms):
             raise _no_node(node, "a sum with something that is not computed from the input, or scaled")
         if len({_shape(term) for term in terms}) != 1:

@@ -44,9 +44,9 @@ class NeuronRecorder(TorchDispatchMode):
         return read, u_last
 
     def fired(self, current: Tensor, spikes: Tensor, u_last: Tensor, tau: float, v_th: float) -> Tensor:
-        """Take note of a layer's spikes; what is returned the next layers read."""
-        self.spikes.append(spikes)
-        self.state.append(u_last)
+        """Take note of a layer's spikes; what is returned the next layers read, and may write over."""
+        self.spikes.append(spikes.clone())
+        self.state.append(u_last.clone())
         return spikes
 
 
@@ -84,7 +84,7 @@ class SpikeComparison(NeuronRecorder):
         self.differing.append(different.reshape(*spikes.shape[:2], -1).sum(2).cpu().numpy())
         if self.watch is not None:
             self.watch(layer, current, spikes, different, tau, v_th)
-        return other if self.replacing else spikes
+        return other.clone() if self.replacing else spikes  # networks may write over what they read
 
 
 @torch.no_grad()
@@ -128,7 +128,7 @@ def compare_torch(
 
 
 def _logits(classifier: Runnable, x: NDArray[Any], T: int) -> NDArray[Any]:
-    inputs = torch.from_numpy(x).to(classifier.mean.device)
+    inputs = torch.tensor(x, device=classifier.mean.device)  # the network may write over them
     inputs = inputs if x.dtype == np.uint8 else inputs.to(classifier.mean.dtype)
     return run_network(classifier, inputs, T).transpose(0, 1).cpu().numpy()
 

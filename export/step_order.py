@@ -70,6 +70,8 @@ class StepOrder:
             perm = list(node.attributes.get_ints("perm", default))
             within = left // math.prod(before[:axis])
             return within * math.prod(before[k] for k in perm[: perm.index(axis)])
+        if node.op_type == "ScatterND" and axis and before[1:] == after[1:]:  # parts along the first axis
+            return left // before[0] * after[0]
         grown = len(after) > len(before) and node.op_type not in _TAKE  # by an axis in front, be it as long
         if after[: axis + 1] == before[: axis + 1] and not grown:
             return left

@@ -503,6 +503,14 @@ def test_a_layer_with_more_than_the_batch_before_its_steps_is_named(
     assert {layer["name"] for layer in metadata["layers"]} == {"embed", "mlp", "head"} - set(uncounted)
 
 
+def written_in_parts(a: Tensor) -> Tensor:
+    made = torch.zeros_like(a)
+    made[:, :, 1:] = a[:, :, :1]
+    made[:, :, :1, ::2] = 1 - a[:, :, 1:, 1::2]
+    made[..., 0] = a[..., 3]
+    return made
+
+
 Reading = Callable[[Tensor], Tensor]
 # What a layer reads of spikes `[T, N, ...]`, and what is read of what it gives; by whether its steps can be told apart.
 FOLLOWED: dict[str, tuple[Reading, Reading]] = {
@@ -510,6 +518,8 @@ FOLLOWED: dict[str, tuple[Reading, Reading]] = {
     "interleaved": (lambda a: a.repeat_interleave(2, 0), lambda y: y.unflatten(0, (-1, 2)).sum(1)),
     "late": (lambda a: torch.cat([torch.zeros_like(a[:1]), a[:-1]]), lambda y: y),
     "step_by_step": (lambda a: torch.stack([step.flip(2) for step in a]), lambda y: y),
+    "written": (written_in_parts, lambda y: y),
+    "written_batch_first": (lambda a: written_in_parts(a.transpose(0, 1)), lambda y: y.transpose(0, 1)),
 }
 NOT_FOLLOWED: dict[str, tuple[Reading, Reading]] = {
     "two_streams": (lambda a: torch.stack([a, 1 - a]), lambda y: y.sum(0)),

@@ -19,7 +19,7 @@ from tetdeploy.cli import main
 from tetdeploy.cli.beginnings import note_trained_on
 from tetdeploy.data import load_data, save_npz, split_validation
 from tetdeploy.export.trained import Trained
-from tetdeploy.networks import Classifier, NetworkConfig, build_network, run_network
+from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig, build_network, run_network
 from tetdeploy.train import evaluate
 from tetdeploy.train.validation import accuracy_by_step, count_correct
 
@@ -114,6 +114,21 @@ def test_a_run_and_what_has_no_export(runs: Path) -> None:
     assert content["versions"]["torch"] == torch.__version__
     assert result.output.endswith("next: tetdeploy export runs/snn\n")
     assert "next" not in run("runs/ann", "runs/smooth", "--T", "1", "--limit", "9").output
+
+
+def test_a_network_of_a_fixed_T_says_at_which_T_it_fails(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = ConvSNN.forward
+
+    def attended(self: ConvSNN, x: Tensor, T: int) -> Tensor:
+        weights = nn.Linear(4, 1)(torch.ones(T))
+        return forward(self, x, T) * weights
+
+    monkeypatch.setattr(ConvSNN, "forward", attended)
+    result = run("runs/snn", "--limit", "9")
+    assert result.exit_code == 1
+    assert "Error: the network of runs/snn fails at T=8, beyond the T=4 of its training" in result.stderr
+    assert result.stderr.endswith("; choose --T 1:4\n")
+    assert run("runs/snn", "--limit", "9", "--T", "1:4").exit_code == 0
 
 
 def test_mean_and_deviation_over_seeds(runs: Path) -> None:

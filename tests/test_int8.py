@@ -788,6 +788,8 @@ SUMS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda s: torch.cat(
         [s + s.flip(4), nn.functional.max_pool2d((s + s).flatten(0, 1), 3, 1, 1).unflatten(0, s.shape[:2])], 2
     ),
+    lambda s: sum([s, s.roll(1, 4)]),  # type: ignore[return-value]  # from 0
+    lambda s: s.clone().add_(s.flip(3)).mul_(s.roll(1, 4)) + 1,
 )
 
 
@@ -839,14 +841,24 @@ def written_over(value: Tensor) -> Tensor:
     return value
 
 
+def overwritten(value: Tensor) -> Tensor:
+    """A view of what is written over after that."""
+    view = value.mT
+    value *= 0.5
+    return view
+
+
 def test_what_is_no_longer_spikes_stays_in_float32() -> None:
     network = Moved(
         lambda s: written_over(s + s.roll(1, 4)),
         lambda s: written_over(s.clone()) + s,
+        lambda s: written_over(s.clone()),
+        lambda s: overwritten(s.clone()),
         lambda s: nn.functional.dropout(s + s, 0.5, training=True),
         lambda s: s - s.roll(1, 4),
         lambda s: torch.add(s, s.roll(1, 4), alpha=2),
-        lambda s: s + 1,
+        lambda s: s + 0.5,
+        lambda s: s + -1,
         lambda s: s * 0.5 + s,
         lambda s: doubled(s, 7),  # 128
         lambda s: s.mean(2, keepdim=True),

@@ -111,7 +111,7 @@ class Oblong(nn.Module):
         second = self.layer2(first)  # [T, N, 4, 3, 6]
         second += self.down(first)
         spikes = self.lif2(second)
-        logits: Tensor = self.readout(self.pool2(spikes)) + self.second(spikes.mean((-1, 3)))
+        logits: Tensor = sum([self.readout(self.pool2(spikes)), self.second(spikes.mean((-1, 3)))])  # from 0
         return logits
 
 

@@ -313,7 +313,7 @@ def _memory_format(value: Tensor) -> torch.memory_format:
 def _skip_views(chain: list[fx.Node]) -> None:
     """Where views of a chain's end lead back to the shape of one in the chain, let their readers read that: with no BN
     between merging time and splitting it off, torch.export cannot trace the graph once more."""
-    if is_overwritten(chain[-1]):  # a chain that copies, as clone does, has other memory before that
+    if _is_overwritten(chain[-1]):  # a chain that copies, as clone does, has other memory before that
         return
     for view in list(chain[-1].users):
         if view.target not in _ORDERED_VIEWS:
@@ -323,20 +323,22 @@ def _skip_views(chain: list[fx.Node]) -> None:
             view.replace_all_uses_with(before)
             # Views may read what is expanded now, which they refuse; a reshape copies it.
             for other in view.graph.find_nodes(op="call_function", target=aten.view.default):
-                if not is_overwritten(other):
+                if not _is_overwritten(other):
                     other.target = aten.reshape.default
 
 
-def is_overwritten(value: fx.Node) -> bool:
+def _is_overwritten(value: fx.Node) -> bool:
     """Whether an operation in place has the value, or a view or a part of it, as an input."""
-    return any(_writes(user) or (_shares_memory(user) and is_overwritten(user)) for user in value.users)
+    return any(writes(user) or (shares_memory(user) and _is_overwritten(user)) for user in value.users)
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
+    """Whether an operation is one in place."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _shares_memory(node: fx.Node) -> bool:
+def shares_memory(node: fx.Node) -> bool:
+    """Whether what an operation returns may be the memory of its input."""
     if node.target is operator.getitem:  # of what unbind or chunk returns
         return True
     return isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns)

@@ -14,6 +14,7 @@ from tetdeploy.cli.options import AT_LEAST_1, PARTS, data_dir_option, json_optio
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
+from tetdeploy.names import first_line
 from tetdeploy.run_folder import CHECKPOINT_NAME, newest_run, seed_runs, weights_file
 from tetdeploy.steps import trained_T
 
@@ -97,7 +98,13 @@ def evaluate(
         wanted = _steps(steps, classifier, trained_T(metadata))
         if classifier.config.is_spiking:
             exportable.append(path)
-        accuracy = _measure(str(path), classifier, images, max(wanted), batch_size, on, chosen)
+        try:
+            accuracy = _measure(str(path), classifier, images, max(wanted), batch_size, on, chosen)
+        except (RuntimeError, IndexError) as error:  # of the network's own code
+            if max(wanted) <= (T := trained_T(metadata)):
+                raise
+            reason = f"fails at T={max(wanted)}, beyond the T={T} of its training ({first_line(error)})"
+            raise ValueError(f"the network of {path} {reason}; choose --T 1:{T}") from error
         rows.append(
             {
                 "run": str(path),

@@ -74,7 +74,7 @@ def calibrate(
     if len(x) < MIN_IMAGES:
         raise ValueError(f"calibration takes at least {MIN_IMAGES} images of the training set, got {len(x)}")
     x = x[:, :T] if tracer.encoding == "frames" else x
-    inputs = torch.from_numpy(x).to(tracer.classifier.mean.device)
+    inputs = torch.tensor(x, device=tracer.classifier.mean.device)  # the network may write over them
     histograms, full = record_currents(tracer.folded(T), inputs.split(_BATCH), tick)
     expected = full.cpu().numpy()
     candidates = {name: {layer: scale(h) for layer, h in histograms.items()} for name, scale in METHODS.items()}

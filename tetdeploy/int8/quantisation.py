@@ -37,12 +37,13 @@ from tetdeploy.folding import (
     DROPOUT,
     MOVES,
     VIEWS,
-    is_overwritten,
     is_parameter,
     layer_name,
     module_path,
     parameter,
     parameter_names,
+    shares_memory,
+    writes,
 )
 
 aten = torch.ops.aten
@@ -238,14 +239,14 @@ def spiking_convolutions(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
     found: dict[fx.Node, str] = {}
     names: dict[tuple[str, ...], str] = {}
     counted: Counter[str] = Counter()
-    largest = _largest_sums(graph_module.graph)
+    largest = _largest_inputs(graph_module.graph)
     for node in graph_module.graph.nodes:
         if node.target not in CONVOLUTIONS:
             continue
         own = (module_path(node), *parameter_names(node))
         if own not in names:
             names[own] = layer_name(node, counted)
-        most = largest.get(node.args[0])
+        most = largest.get(node)
         exact = most == 1 or (most is not None and most * _largest_weights(node) < _EXACT)
         if exact and _has_parameters(node) and _padding(node) is not None:
             found[node] = names[own]
@@ -330,7 +331,9 @@ def _numbers(value: Any, dims: int, default: int) -> list[int]:
 
 
 _LARGEST_SUM = 127  # fits every target's bytes, and two times a weight fit 16 bits
-_OF_TWO: dict[Any, Callable[[list[int]], int]] = {aten.add.Tensor: sum, aten.mul.Tensor: math.prod}
+_OF_TWO: dict[Any, Callable[[list[int]], int]] = {
+    aten.add.Tensor: sum, aten.add_.Tensor: sum, aten.mul.Tensor: math.prod, aten.mul_.Tensor: math.prod,
+}  # fmt: skip
 _OF_LIST: dict[Any, Callable[[list[int]], int]] = {aten.cat.default: max, aten.stack.default: max}
 _PARTS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _HAND_ON = {
@@ -353,18 +356,24 @@ def _hands_on(node: fx.Node) -> bool:
     return node.target in _HAND_ON or node.target in _PARTS
 
 
-def _largest_sums(graph: fx.Graph) -> dict[fx.Node, int]:
-    """The largest that values can be, of those seen to be whole numbers from 0 to `_LARGEST_SUM`: spikes, and sums and
-    products of spikes."""
+def _largest_inputs(graph: fx.Graph) -> dict[fx.Node, int]:
+    """By convolution, the largest that what it reads can be, where that is seen to be whole numbers from 0 to
+    `_LARGEST_SUM`: spikes, and sums and products of spikes. Spikes may be written over before it reads them, or later.
+    """
     largest: dict[fx.Node, int] = {}
+    memory: dict[fx.Node, fx.Node] = {}  # the first of the values that may lie in the same
+    read: dict[fx.Node, int] = {}
     for node in graph.nodes:
+        if node.target in CONVOLUTIONS and node.args[0] in largest:
+            read[node] = largest[node.args[0]]
         found = _largest_of(node, largest)
-        if found is None or found > _LARGEST_SUM:
-            continue
-        values: Any = (node, *node.args) if node.target in _OF_TWO else (node,) if found > 1 else ()
-        if not any(is_overwritten(value) for value in values):
+        shares = node.target in DROPOUT or shares_memory(node)
+        memory[node] = memory[node.kwargs.get("out") or node.args[0]] if shares else node
+        if writes(node):
+            largest = {value: most for value, most in largest.items() if memory[value] is not memory[node]}
+        if found is not None and found <= _LARGEST_SUM:
             largest[node] = found
-    return largest
+    return read
 
 
 def _largest_of(node: fx.Node, largest: Mapping[fx.Node, int]) -> int | None:
@@ -377,7 +386,7 @@ def _largest_of(node: fx.Node, largest: Mapping[fx.Node, int]) -> int | None:
         drops = node.target in DROPOUT and node.args[2]  # in inference, too
         return None if drops else largest.get(node.args[0])  # type: ignore[arg-type]
     parts: Any = node.args if node.target in _OF_TWO else node.args[0] if node.target in _OF_LIST else ()
-    known = [largest[part] for part in parts if isinstance(part, fx.Node) and part in largest]
-    if not parts or len(known) < len(parts) or "alpha" in node.kwargs:  # of a sum
+    known = [part if isinstance(part, int) else largest.get(part, -1) for part in parts]  # sum([a, b]) is 0 + a + b
+    if not parts or min(known) < 0 or "alpha" in node.kwargs:  # of a sum
         return None
     return (_OF_TWO | _OF_LIST)[node.target](known)
