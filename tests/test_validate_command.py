@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -23,6 +24,7 @@ from tetdeploy.cli import main
 from tetdeploy.cli.gates import Gate, check_gates, describe, parse_gate, place_gates
 from tetdeploy.engine import Engine
 from tetdeploy.files import sha256_of
+from tetdeploy.model_file import METADATA_KEY
 from tetdeploy.networks import Classifier, NetworkConfig, build_network, import_network
 from tetdeploy.provenance import images_sha256
 from tetdeploy.report.validation import shown as shown_in_terminal
@@ -405,6 +407,19 @@ class TestGates:
         assert "T=9 is not measured (1, 2, 3)" in refused(MODEL, "--fail-under", "energy=1@9")
         message = refused(DYNAMIC, "--data", "digits", "--fail-under", "agreement=0.9@8")
         assert "the reference holds no T=8" in message
+
+    def test_an_energy_that_leaves_layers_out_is_no_gate(self) -> None:
+        model = onnx.load(MODEL)
+        (metadata,) = (entry for entry in model.metadata_props if entry.key == METADATA_KEY)
+        metadata.value = json.dumps(json.loads(metadata.value) | {"uncounted": ["up.0"]})
+        onnx.save(model, "some.onnx")
+        of_digits = ("some.onnx", "--data", "digits", "--limit", "20")
+        told = "operations not counted, and left out of the energies: up.0; export --layout step may count them"
+        assert told in " ".join(run(*of_digits, "--fail-under", "accuracy=0").output.split())
+        Path("some.validate.json").unlink()
+        message = refused(*of_digits, "--fail-under", "energy=1e9")
+        assert f"--fail-under energy cannot be judged: {told}" in message
+        assert not Path("some.validate.json").exists()
 
     def test_the_default_T_is_the_training_s(self) -> None:
         gate = parse_gate("accuracy=0.5")

@@ -227,8 +227,13 @@ class _Job:
 
     def _placed(self, steps: tuple[int, ...], *, compared: Any, accuracy: bool = True) -> list[Gate]:
         """The gates, each at its T; those that could only fail for want of a number are refused before any work."""
+        from tetdeploy.report.tables import uncounted_note
+
         gates = place_gates(self.gates, steps, self.trained_T)
+        left_out = uncounted_note(self.engine.metadata["uncounted"], self.engine.layout)
         for gate in gates:
+            if gate.key == "energy" and left_out:
+                raise ValueError(f"--fail-under energy cannot be judged: {left_out[0]}")
             if gate.key == "accuracy" and not accuracy:
                 raise ValueError("--fail-under accuracy needs a test set: name one with --data")
             if gate.key == "agreement" and gate.T not in compared:

@@ -141,6 +141,12 @@ def numbers_table(*headers: str, num_labels: int = 1) -> Table:
     return table
 
 
+def uncounted_note(names: Sequence[str], layout: str) -> list[str]:
+    """What the energies leave out: a line, if anything."""
+    way_out = "" if layout == "step" else "; export --layout step may count them"
+    return [f"operations not counted, and left out of the energies: {', '.join(names)}{way_out}"] if names else []
+
+
 def images_of(number: int, data: str) -> str:
     """`359 images of digits`; `256 reference images`."""
     return f"{number:,} {data}" if data == "reference images" else f"{number:,} images of {data}"
