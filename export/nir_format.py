@@ -206,6 +206,8 @@ class _Writer:
             aten.max_pool2d.default: self._max_pool,
             aten.add.Tensor: self._add,
             aten.add_.Tensor: self._add,
+            aten.repeat.default: self._view,
+            aten.stack.default: self._stack,
             torch.ops.tetdeploy.lif.default: self._lif,
         }
         translations |= dict.fromkeys(DROPOUT, self._dropout) | dict.fromkeys(VIEWS, self._view)
@@ -336,6 +338,13 @@ class _Writer:
             raise _no_node(node, f"a change of shape from {list(before)} to {list(after)}")
         # From the back, so that it holds with a batch in front as well: readers differ in whether they add one.
         return self._layer(node, self.nir.Flatten({"input": np.array(before)}, -len(before), -1))
+
+    def _stack(self, node: fx.Node) -> Sources:
+        """The same image at each step; anything else would be one step's part."""
+        first, *others = node.args[0]  # type: ignore[misc, union-attr]
+        if any(other is not first for other in others) or _shape(first) != _shape(node):
+            raise _no_node(node, "a stack of other than the same image at each step; use DirectEncoding or expand")
+        return self.sources[first]  # type: ignore[index]
 
     def _lif(self, node: fx.Node) -> Sources:
         _, u, tau, v_th, _ = node.args
