@@ -341,10 +341,10 @@ class _Writer:
 
     def _stack(self, node: fx.Node) -> Sources:
         """The same image at each step; anything else would be one step's part."""
-        first, *others = node.args[0]  # type: ignore[misc, union-attr]
-        if any(other is not first for other in others) or _shape(first) != _shape(node):
+        first, *others = node.all_input_nodes
+        if others or _shape(first) != _shape(node):
             raise _no_node(node, "a stack of other than the same image at each step; use DirectEncoding or expand")
-        return self.sources[first]  # type: ignore[index]
+        return self.sources[first]
 
     def _lif(self, node: fx.Node) -> Sources:
         _, u, tau, v_th, _ = node.args
