@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.module_tracker import ModuleTracker
 
 from tetdeploy.data import Encoding
@@ -81,6 +82,14 @@ class _NamedNeurons(NeuronRecorder):
         return other.clone() if other.shape == own.shape else own
 
 
+def check_on_noise(classifier: Classifier, encoding: Encoding) -> int:
+    """`check_steps` of a classifier in inference for want of images: no value matters, only whether two ways of running
+    the steps agree."""
+    shape = (2, 4, *classifier.image_shape) if encoding == "frames" else (2, *classifier.image_shape)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return check_steps(classifier, torch.from_numpy(pixels).to(classifier.mean.device), encoding)
+
+
 @torch.no_grad()
 def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int = 4) -> int:
     """Refuse a network in which more than neurons carries something from one step to the next, or which mixes the
@@ -129,7 +138,7 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         _check_axes(whole, T, f"T={T} and 2 images", 2)
         same = all(torch.equal(a[0], b[t]) for a, b in zip(single.spikes, whole.spikes, strict=True))
         if not same or not _same_step(single, step, whole, logits, t):
-            raise _mixed_time(t, T)
+            raise _mixed_time(double, x, t, T)
     _check_alone(double, shown, before, single.spikes, single, step)
     if not all(layer.any() for layer in whole.spikes):
         _check_random(double, x, encoding, whole.spikes, T)
@@ -146,7 +155,7 @@ def _check_random(double: Classifier, x: Tensor, encoding: Encoding, like: Seque
         shown, read = x[:, t : t + 1] if encoding == "frames" else x, [layer[t : t + 1] for layer in spikes]
         single, step = _recorded(double, shown, 1, others=read)
         if not _same_step(single, step, whole, logits, t):
-            raise _mixed_time(t, T)
+            raise _mixed_time(double, x, t, T, spikes)
     _check_alone(double, shown, None, read, single, step)
 
 
@@ -156,12 +165,33 @@ def _same_step(single: _NamedNeurons, step: Tensor, whole: _NamedNeurons, logits
     return all(_close(a[0], b[t]) for a, b in pairs)
 
 
-def _mixed_time(t: int, T: int) -> ValueError:
+def _mixed_time(double: Classifier, x: Tensor, t: int, T: int, others: Sequence[Tensor] = ()) -> ValueError:
+    """Why step t of T differs from a single step: random numbers, or what is carried from step to step."""
+    before, one, other = (copy.deepcopy(double) for _ in range(3))
+    (run, logits), (again, same) = _recorded(one, x, T, others=others), _recorded(other, x, T, others=others)
+    if not all(map(_close, [*run.currents, logits], [*again.currents, same])):
+        return ValueError(
+            "the network draws random numbers in inference: the same images give other answers when they are run "
+            "again, and an exported graph draws none; encode images without them, as DirectEncoding does, and pass "
+            "training=self.training to F.dropout"
+        )
+    changed = [
+        f"{name.removeprefix('network.')} ({type(module).__name__} of {type(module).__module__.partition('.')[0]})"
+        for (name, module), earlier in zip(one.named_modules(), before.modules(), strict=True)
+        if _state_of(module) != _state_of(earlier)
+    ]
+    what_changed = f"; this run changed what is kept in {shorten(changed)}" if changed else ""
     return ValueError(
         f"the network mixes time outside its neurons: its answer at step {t + 1} of T={T} differs from that of a "
-        "single step that starts from the same membranes; only LIF and IF neurons may carry anything from one step to "
-        "the next"
+        "single step that starts from the same membranes; only LIF and IF of tetdeploy.neurons may carry anything from "
+        f"one step to the next{what_changed}"
     )
+
+
+def _state_of(module: nn.Module) -> list[Any]:
+    """The numbers that a module itself keeps beside its parameters, to compare."""
+    kept = tree_leaves({name: value for name, value in vars(module).items() if name != "_parameters"})
+    return [v.tolist() if isinstance(v, Tensor) else v for v in kept if isinstance(v, int | float | Tensor)]
 
 
 def _paler(x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from tetdeploy.networks import Classifier
 from tetdeploy.provenance import written
 from tetdeploy.tracing import quiet
 
-from .causality import check_steps
+from .causality import check_on_noise
 
 aten = torch.ops.aten
 DT = 1e-4  # seconds a step: what snnTorch and SpikingJelly assume of a NIR graph, which does not say
@@ -103,7 +103,7 @@ def export_nir(
 def nir_graph(classifier: Classifier, *, encoding: Encoding = "direct") -> tuple[Any, int]:
     """The `nir.NIRGraph` of a classifier in inference, and how many BN were folded. Errors: see `export_nir`."""
     nir = import_extra("nir", "nir")
-    num_layers = _check(classifier, encoding)
+    num_layers = check_on_noise(classifier, encoding)
     with torch.no_grad(), quiet():
         program = _traced(classifier, encoding)
         _refuse_overwritten(program.graph)
@@ -116,14 +116,6 @@ def nir_graph(classifier: Classifier, *, encoding: Encoding = "direct") -> tuple
             "logits; all must, and at least one"
         )
     return graph, num_folded
-
-
-def _check(classifier: Classifier, encoding: Encoding) -> int:
-    """How many neuron layers run, and that nothing but they knows time. Noise does: no value matters, only whether two
-    ways of running the steps agree."""
-    shape = (2, 4, *classifier.image_shape) if encoding == "frames" else (2, *classifier.image_shape)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    return check_steps(classifier, torch.from_numpy(pixels).to(classifier.mean.device), encoding)
 
 
 def _traced(classifier: Classifier, encoding: Encoding) -> torch.export.ExportedProgram:
@@ -214,6 +206,8 @@ class _Writer:
             aten.max_pool2d.default: self._max_pool,
             aten.add.Tensor: self._add,
             aten.add_.Tensor: self._add,
+            aten.repeat.default: self._view,
+            aten.stack.default: self._stack,
             torch.ops.tetdeploy.lif.default: self._lif,
         }
         translations |= dict.fromkeys(DROPOUT, self._dropout) | dict.fromkeys(VIEWS, self._view)
@@ -344,6 +338,13 @@ class _Writer:
             raise _no_node(node, f"a change of shape from {list(before)} to {list(after)}")
         # From the back, so that it holds with a batch in front as well: readers differ in whether they add one.
         return self._layer(node, self.nir.Flatten({"input": np.array(before)}, -len(before), -1))
+
+    def _stack(self, node: fx.Node) -> Sources:
+        """The same image at each step; anything else would be one step's part."""
+        first, *others = node.all_input_nodes
+        if others or _shape(first) != _shape(node):
+            raise _no_node(node, "a stack of other than the same image at each step; use DirectEncoding or expand")
+        return self.sources[first]
 
     def _lif(self, node: fx.Node) -> Sources:
         _, u, tau, v_th, _ = node.args

@@ -27,6 +27,8 @@ from click.testing import CliRunner, Result
 from image_helpers import write_deep_png
 from PIL import Image
 from rich.progress import ProgressColumn
+from run_helpers import metrics
+from safetensors.torch import load_file
 
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
@@ -89,6 +91,23 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 RUN = "runs/digits-convsnn"
 MODEL = f"{RUN}/model-T3.onnx"
+NOT_EXPORTED = "this network trains, but cannot be exported:"
+RANDOM_NET = """
+import torch
+from torch import nn
+from tetdeploy.layers import OverTime
+from tetdeploy.neurons import LIF
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layer, self.lif = OverTime(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.2)), LIF()
+        self.readout = nn.Linear(4, num_classes)
+    def forward(self, x, T):
+        x = x.expand(T, *x.shape)
+        return self.readout(self.lif(self.layer((torch.rand_like(x) < x).to(x.dtype))).mean((-2, -1)))
+def net(num_classes, in_channels, image_size):
+    return Net(num_classes)
+"""
 
 
 class TestCommands:
@@ -330,10 +349,29 @@ class TestCommands:
             "    return Net(64, num_classes)\n"
         )
         monkeypatch.syspath_prepend(str(tmp_path))
-        trained = run("train", "--model", "silent_net:net", "--epochs", "1", "--T", "2")
+        with pytest.warns(RuntimeWarning, match=f"silent_net:net: {NOT_EXPORTED} it has no LIF or IF of tetdeploy.neu"):
+            trained = run("train", "--model", "silent_net:net", "--epochs", "1", "--T", "2")
         assert trained.exit_code == 0, trained.output
-        assert "silent_net:net has no LIF or IF of tetdeploy.neurons" in " ".join(trained.output.split())
 
+    def test_training_is_warned_of_what_export_will_refuse_and_not_changed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "random_net.py").write_text(RANDOM_NET)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        options = ("train", "--model", "random_net:net", "--epochs", "2", "--T", "2")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["tetdeploy.cli.train"], "_warn_of_export", lambda classifier: None)
+            assert run(*options, "--out", "unchecked").exit_code == 0
+        with pytest.warns(RuntimeWarning, match=f"{NOT_EXPORTED} the network draws random numbers in in") as warned:
+            assert run(*options, "--out", "checked", "--seeds", "0,1").exit_code == 0
+        assert len(warned) == 1
+        kept = [load_file(f"{name}/checkpoint.safetensors") for name in ("unchecked", "checked/seed-0")]
+        assert kept[0].keys() == kept[1].keys()
+        assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
+        assert metrics(Path("unchecked")) == metrics(Path("checked/seed-0"))
+        assert run(*options, "--ann", "--T", "1", "--out", "ann").exit_code == 0  # and is not warned
+
+    @pytest.mark.filterwarnings("ignore:cut_net.net. this network trains, but cannot be exported:RuntimeWarning")
     def test_an_own_network_is_resumed_only_when_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "cut_net.py").write_text(
             "import signal\n"

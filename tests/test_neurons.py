@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tetdeploy import kernels, neurons
+from tetdeploy.layers import OverTime
 from tetdeploy.neurons import IF, LIF, lif
 
 # torch.export copies its own tree specifications in a way that it deprecates itself
@@ -604,3 +605,68 @@ def test_a_membrane_on_another_device_is_refused() -> None:
 
 def test_settings_are_shown() -> None:
     assert repr(LIF(tau=0.25, gamma=2.0)) == "LIF(tau=0.25, v_th=1.0, gamma=2.0)"
+
+
+# --- other frameworks' neurons, as docs/training.md says -----------------------------------------------------------
+
+
+def currents_for_peers() -> Tensor:
+    return 0.4 + torch.randn((60, 500), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def fires_alike(ours: LIF, theirs: Tensor) -> None:
+    spikes = ours(currents_for_peers())
+    assert 0.01 < spikes.mean() < 0.6
+    assert torch.equal(spikes, theirs)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("v_th", [0.4, 1.0])
+@pytest.mark.parametrize("tau", [1.25, 1.5, 2.0, 3.0])
+def test_spikingjelly_s_neurons_are_these_of_another_tau(tau: float, v_th: float) -> None:
+    peer = pytest.importorskip("spikingjelly.activation_based.neuron", reason="needs spikingjelly 2.0")
+    x = currents_for_peers()
+    assert peer.LIFNode().tau == 2.0 and peer.LIFNode().decay_input  # the defaults that the page speaks of
+    decayed = peer.LIFNode(tau=tau, v_threshold=v_th, step_mode="m")(x)
+    fires_alike(LIF(tau=1 - 1 / tau, v_th=tau * v_th), decayed)
+    whole = peer.LIFNode(tau=tau, decay_input=False, v_threshold=v_th, step_mode="m")(x)
+    fires_alike(LIF(tau=1 - 1 / tau, v_th=v_th), whole)
+    fires_alike(IF(v_th=v_th), peer.IFNode(v_threshold=v_th, step_mode="m")(x))
+    soft = peer.LIFNode(tau=tau, decay_input=False, v_threshold=v_th, v_reset=None, step_mode="m")(x)
+    assert not torch.equal(LIF(tau=1 - 1 / tau, v_th=v_th)(x), soft)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(("beta", "v_th"), [(0.5, 1.0), (0.9, 0.7)])
+def test_snntorch_s_leaky_of_a_reset_to_zero_is_this_neuron(beta: float, v_th: float) -> None:
+    peer = pytest.importorskip("snntorch", reason="needs snntorch")
+    spikes = {}
+    for reset in ("zero", "subtract"):
+        neuron = peer.Leaky(beta=beta, threshold=v_th, reset_mechanism=reset)
+        membrane, fired = neuron.reset_mem(), []
+        for current in currents_for_peers():
+            spike, membrane = neuron(current, membrane)
+            fired.append(spike)
+        spikes[reset] = torch.stack(fired)
+    fires_alike(LIF(tau=beta, v_th=v_th), spikes["zero"])
+    assert not torch.equal(spikes["zero"], spikes["subtract"])
+
+
+@pytest.mark.peer
+def test_spikingjelly_s_weights_go_into_the_same_layers() -> None:
+    layer = pytest.importorskip("spikingjelly.activation_based.layer", reason="needs spikingjelly 2.0")
+    peer = pytest.importorskip("spikingjelly.activation_based.neuron", reason="needs spikingjelly 2.0")
+    torch.manual_seed(0)
+    theirs = nn.Sequential(
+        layer.Conv2d(1, 4, 3, step_mode="m"),
+        layer.BatchNorm2d(4, step_mode="m"),
+        peer.LIFNode(step_mode="m"),
+        layer.Flatten(step_mode="m"),
+        layer.Linear(144, 10, step_mode="m"),
+    ).double()
+    nn.init.normal_(theirs[1].weight, 2.0)
+    convolution = OverTime(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    ours = nn.Sequential(convolution, LIF(tau=0.5, v_th=2.0), nn.Flatten(2), nn.Linear(144, 10)).double()
+    ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
+    x = torch.randn(6, 3, 1, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))

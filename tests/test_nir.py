@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -393,6 +394,28 @@ def test_that_comparison_sees_a_leak_that_is_one_percent_off(tmp_path: Path) -> 
     assert alone > 20 and margin > 1e-4
 
 
+SHOWN: list[Callable[[Tensor, int], Tensor]] = [
+    lambda x, T: x.expand(T, *x.shape),
+    lambda x, T: x.unsqueeze(0).repeat(T, 1, 1, 1, 1),
+    lambda x, T: x.repeat(T, 1, 1, 1).unflatten(0, (T, -1)),
+    lambda x, T: torch.stack([x] * T),
+]
+
+
+@pytest.mark.parametrize("show", SHOWN, ids=["expand", "repeat", "repeat-batch", "stack"])
+def test_an_image_may_be_shown_in_several_ways(show: Callable[[Tensor, int], Tensor]) -> None:
+    class Shown(Everything):
+        def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+            return super().forward(x if T is None else show(x, T))
+
+    torch.manual_seed(0)
+    network, x = calibrated(Shown()), torch.from_numpy(images()[:4])
+    graph, _ = nir_graph(network)
+    with torch.no_grad():
+        expected = network.double()(x, 3)
+    torch.testing.assert_close(in_euler(graph, network.normalize(x), 3), expected, rtol=1e-4, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -455,6 +478,11 @@ def summed_in_place(x: Tensor) -> Tensor:
             Thrown(lambda x: x.reshape(-1, 8, 4, 8).reshape(-1, 4, 8, 8)),
             r"a change of shape from \[4, 8, 8\] to \[8, 4, 8\]",
         ),
+        (
+            Thrown(lambda x: torch.stack([x, smooth(x)], 2).mean(2)),
+            "a stack of other than the same image .* or expand",
+        ),
+        (Thrown(lambda x: x.repeat(1, 2, 1, 1)[:, :4]), r"a change of shape from \[4, 8, 8\] to \[8, 8, 8\]"),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), "weights that the network computes"),
         (nn.Linear(8, 8), r"a linear layer on \[4, 8, 8\]"),
     ],

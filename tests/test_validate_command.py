@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -23,6 +24,7 @@ from tetdeploy.cli import main
 from tetdeploy.cli.gates import Gate, check_gates, describe, parse_gate, place_gates
 from tetdeploy.engine import Engine
 from tetdeploy.files import sha256_of
+from tetdeploy.model_file import METADATA_KEY
 from tetdeploy.networks import Classifier, NetworkConfig, build_network, import_network
 from tetdeploy.provenance import images_sha256
 from tetdeploy.report.validation import shown as shown_in_terminal
@@ -405,6 +407,20 @@ class TestGates:
         assert "T=9 is not measured (1, 2, 3)" in refused(MODEL, "--fail-under", "energy=1@9")
         message = refused(DYNAMIC, "--data", "digits", "--fail-under", "agreement=0.9@8")
         assert "the reference holds no T=8" in message
+
+    def test_an_energy_that_leaves_layers_out_is_no_gate(self) -> None:
+        model = onnx.load(MODEL)
+        (metadata,) = (entry for entry in model.metadata_props if entry.key == METADATA_KEY)
+        known = json.loads(metadata.value)
+        for name in ("up.0", "later (residual_adds)"):  # a layer, and what is in no energy anyhow
+            metadata.value = json.dumps(known | {"uncounted": [name]})
+            onnx.save(model, f"{name}.onnx")
+        of_digits = ("--data", "digits", "--limit", "20", "--fail-under", "energy=1e9")
+        told = "operations not counted, and in no energy: later (residual_adds); export --layout step may count them"
+        assert told in " ".join(run("later (residual_adds).onnx", *of_digits).output.split())
+        message = refused("up.0.onnx", *of_digits)
+        assert "--fail-under energy cannot be judged: the energies lack up.0, whose operations" in message
+        assert not Path("up.0.validate.json").exists()
 
     def test_the_default_T_is_the_training_s(self) -> None:
         gate = parse_gate("accuracy=0.5")

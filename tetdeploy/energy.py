@@ -16,7 +16,7 @@ count those apart. `docs/energy.md` has the formulas, an audit by hand, and how 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
@@ -118,6 +118,11 @@ def axis_fan_out(size: int, kernel: int, stride: int, pads: tuple[int, int], dil
     num_outputs = (size + sum(pads) - dilation * (kernel - 1) - 1) // stride + 1
     taps = np.arange(num_outputs)[:, None] * stride - pads[0] + np.arange(kernel) * dilation
     return np.bincount(taps[(taps >= 0) & (taps < size)], minlength=size).astype(np.int64)
+
+
+def uncounted_layers(names: Iterable[str]) -> list[str]:
+    """Of the metadata's `uncounted` the layers that the energies lack; other operations (`OTHER_OPS`) are in none."""
+    return [name for name in names if not name.endswith(tuple(f" ({kind})" for kind in OTHER_OPS))]
 
 
 def layers_of(metadata: Mapping[str, Any]) -> tuple[Layer, ...]:

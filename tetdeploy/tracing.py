@@ -109,7 +109,8 @@ class Tracer:
 
 _GUARDS = {  # what stands in a guard, and why torch made it
     r"\bmin\(": "it merges axes with that of the batch and splits them again with no operation between, as "
-    "flatten(0, 1) and unflatten do round a dropout, which is none in inference; leave them out then, as OverTime does",
+    "flatten(0, 1) and unflatten do round a dropout, which is none in inference; leave them out then, as OverTime does "
+    "(SpikingJelly's layer.Flatten does so, too: write nn.Flatten(2), as time is axis 0 and the batch axis 1)",
     "//": "it cuts an axis with the batch in it into parts, as chunk(2) does; write unflatten(0, (2, ...)) and take "
     "the parts by their index",
 }
@@ -122,6 +123,8 @@ def reason(error: Exception) -> str:
     if line.endswith(":") or "For more information" in line:
         others = (other.strip() for other in str(error).split(line, 1)[1].splitlines())
         line = next((other.removeprefix("- ") for other in others if other), line)
+    if "marked T as dynamic" in line:  # what torch advises is of its own functions
+        return "it loops over its steps, as `for step in x` does, or counts them, which fixes T as it is traced"
     known = [why for sign, why in _GUARDS.items() if re.search(f"generated guard .*{sign}", line)]
     return ": ".join([*known, line])
 

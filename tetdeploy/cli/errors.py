@@ -61,7 +61,7 @@ class CleanErrors(click.Command):
             _drop_unwritten()
             raise click.ClickException(_describe(error)) from error
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not any(text in str(error) for text in _OUT_OF_MEMORY):
+            if not lacks_memory(error):
                 raise
             reason = str(error).partition("\n")[0] or "out of memory"
             raise click.ClickException(
@@ -74,6 +74,11 @@ class CleanErrors(click.Command):
 
 class CleanGroup(CleanErrors, click.Group):
     """The same of all commands in a group."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory that does not suffice is what an error says."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetdeploy.cli.errors import lacks_memory
 from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file
 from tetdeploy.cli.options import AT_LEAST_1, PARTS, data_dir_option, json_option, parsed_steps, runs_option
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
@@ -101,7 +102,7 @@ def evaluate(
         try:
             accuracy = _measure(str(path), classifier, images, max(wanted), batch_size, on, chosen)
         except (RuntimeError, IndexError) as error:  # of the network's own code
-            if max(wanted) <= (T := trained_T(metadata)):
+            if max(wanted) <= (T := trained_T(metadata)) or lacks_memory(error):
                 raise
             reason = f"fails at T={max(wanted)}, beyond the T={T} of its training ({first_line(error)})"
             raise ValueError(f"the network of {path} {reason}; choose --T 1:{T}") from error

@@ -146,7 +146,7 @@ def run_sweep(
 
 def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> None:
     from tetdeploy.report.numbers import energy
-    from tetdeploy.report.tables import sweep_table
+    from tetdeploy.report.tables import sweep_table, uncounted_note
 
     trained_T = engine.trained_T
     console.print(f"{result.model}   {result.num_samples:,} images of {result.data}   {engine.layout}", markup=False)
@@ -158,9 +158,7 @@ def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> No
     ]
     if engine.layout == "unrolled" and not engine.with_state:
         notes.append(f"an unrolled graph always runs its T={engine.T} steps: the latency is the same at every T")
-    if engine.metadata["uncounted"]:
-        notes.append(f"operations not counted: {', '.join(engine.metadata['uncounted'])}")
-    print_notes(notes)
+    print_notes([*notes, *uncounted_note(engine.metadata["uncounted"], engine.layout)])
 
 
 def print_details(result: Sweep, engine: Engine, conventions: Sequence[str], *, layers: bool, other_ops: bool) -> None:

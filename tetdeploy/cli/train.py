@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -264,6 +266,7 @@ class _Job:
     network: dict[str, Any]
     train: LabelledSet
     val: LabelledSet | None
+    models_checked: set[str] = field(default_factory=set)
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -275,7 +278,7 @@ class _Job:
         import torch
 
         from tetdeploy.networks import Classifier, NetworkConfig
-        from tetdeploy.networks.ann import has_neurons
+        from tetdeploy.train.ranks import current_ranks
 
         data = self.train
         config: NetworkConfig = NetworkConfig(
@@ -286,13 +289,7 @@ class _Job:
         )
         torch.manual_seed(seed)
         network = network_of(config, config.model if config.is_own else None)
-        if not config.ann and not has_neurons(network):
-            console.print(
-                f"{config.model} has no LIF or IF of tetdeploy.neurons: it trains, but cannot be exported",
-                style="yellow",
-                markup=False,
-            )
-        return Classifier(
+        classifier = Classifier(
             network,
             config=config,
             mean=data.mean,
@@ -301,6 +298,29 @@ class _Job:
             data=data.name,
             encoding=data.encoding,
         )
+        if config.is_own and config.is_spiking and not self.models_checked and current_ranks().writes:
+            self.models_checked.add(config.model)  # of several seeds once
+            _warn_of_export(classifier)
+        return classifier
+
+
+def _warn_of_export(classifier: Classifier) -> None:
+    """Say before the training why a network cannot be exported after it, as far as two images of noise show that."""
+    import torch
+
+    from tetdeploy.export.causality import check_on_noise
+    from tetdeploy.networks.ann import has_neurons
+    from tetdeploy.tracing import quiet
+
+    reason = "it has no LIF or IF of tetdeploy.neurons"
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            if has_neurons(classifier) and check_on_noise(copy.deepcopy(classifier).eval(), classifier.encoding):
+                return
+    except Exception as error:  # whatever the user's network may raise
+        reason = str(error)
+    text = f"{classifier.config.model}: this network trains, but cannot be exported: {reason}"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def default_by_network(ctx: click.Context, options: dict[str, Any]) -> None:

@@ -132,6 +132,12 @@ def hardware(machine: Mapping[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores" + (f", {gpu}" if gpu else "")
 
 
+def uncounted_note(names: Sequence[str], layout: str) -> list[str]:
+    """What no energy includes for want of a way to count it: a line, if anything."""
+    way_out = "" if layout == "step" else "; export --layout step may count them"
+    return [f"operations not counted, and in no energy: {', '.join(names)}{way_out}"] if names else []
+
+
 def images_of(number: int, data: str) -> str:
     """`359 images of digits`; `256 reference images`."""
     return f"{number:,} {data}" if data == "reference images" else f"{number:,} images of {data}"

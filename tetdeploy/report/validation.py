@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tetdeploy.report.numbers import percent, ppm, rate, scientific, text
 from tetdeploy.report.result_table import ResultTable
-from tetdeploy.report.tables import COSTS, Columns, images_of, rows_table, with_values, written
+from tetdeploy.report.tables import COSTS, Columns, images_of, rows_table, uncounted_note, with_values, written
 
 _COSTS = ("accuracy", "firing_rate", "ac_ops", "mac_ops", "energy_pj", "latency_ms", "torch_latency_ms")
 _AGREEMENT: Columns = {
@@ -34,6 +34,8 @@ def shown(result: Mapping[str, Any], *, layers: bool) -> Iterator[str | Table]:
     rows, agreement, trained_T = result["rows"], result["agreement"], result["trained_T"]
     yield escape(f"{result['model']}   {images_of(result['num_samples'], result['data'])}   {result['layout']}")
     yield rows_table(rows, {key: COSTS[key] for key in _COSTS}, trained_T)
+    for note in uncounted_note(result["uncounted"], result["layout"]):
+        yield f"[dim]{escape(note)}[/dim]"
     if rows[0]["accuracy"] is None:
         yield "[dim]images of the training: their accuracy says nothing; name a test set with --data[/dim]"
     if agreement is not None:
