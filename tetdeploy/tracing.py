@@ -110,7 +110,8 @@ class Tracer:
 _GUARDS = {  # what stands in a guard, and why torch made it
     r"\bmin\(": "it merges axes with that of the batch and splits them again with no operation between, as "
     "flatten(0, 1) and unflatten do round a dropout, which is none in inference; leave them out then, as OverTime does "
-    "(SpikingJelly's layer.Flatten does so, too: write nn.Flatten(2), as time is axis 0 and the batch axis 1)",
+    "(SpikingJelly's layer.Flatten does so, too: write nn.Flatten(2), as time is axis 0 and the batch axis 1)"
+    + ("; PyTorch 2.13 traces more of these" if torch.__version__ < "2.13" else ""),
     "//": "it cuts an axis with the batch in it into parts, as chunk(2) does; write unflatten(0, (2, ...)) and take "
     "the parts by their index",
 }
