@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -320,25 +321,34 @@ def landscape(at: Place) -> None:
 
 
 def switch(at: Place) -> None:
-    """Both losses and the accuracy on the held-out set by epoch, with and without the switch."""
+    """Both losses and the accuracy on the held-out set by epoch, with and without the switch, which is marked."""
     figure, axes = subplots(3)
     curves = {}
     for entry in TABLES["figure3"]:
         rows = metrics(trained(entry, at)[0])
         curves[entry.name] = rows
-        for axis, key, label in zip(
-            axes, ("val_sdt_loss", "val_tet_loss", "val_accuracy"), ("L_SDT", "L_TET", "accuracy"), strict=True
+        line = "-" if "TET" in entry.name else "--"  # before the switch both are one, and both are to be seen
+        for axis, key, label, unit in zip(
+            axes,
+            ("val_sdt_loss", "val_tet_loss", "val_accuracy"),
+            ("L_SDT", "L_TET", "accuracy (%)"),
+            (1, 1, 100),
+            strict=True,
         ):
-            axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], label=entry.name)
+            axis.plot([row["epoch"] for row in rows], [unit * row[key] for row in rows], line, label=entry.name)
+            for before, after in pairwise(rows):
+                if before["loss"] != after["loss"]:
+                    axis.axvline(before["epoch"] + 0.5, color="0.4", linestyle=":", label="switch to TET")
             axis.set(xlabel="epoch", ylabel=f"{label}, held out")
-    axes[0].legend(frameon=False)
+    axes[0].legend(framealpha=1, edgecolor="none")
     write_json(at.result(".json"), {"scale": at.scale, "curves": curves})
     save(figure, at)
 
 
 def scalability(at: Place) -> None:
-    """Accuracy against T and against energy, with no training at the new T; the T of the training is a large marker."""
-    figure, (left, right) = subplots(2)
+    """Accuracy against T and against energy, with no training at the new T; the T of the training is a large marker,
+    SDT's are hollow."""
+    figure, (left, right) = subplots(2, sharey=True)
     curves = {}
     for entry in TABLES["figure4"]:
         folders = trained(entry, at)
@@ -350,11 +360,13 @@ def scalability(at: Place) -> None:
         curve = {"T": steps, "accuracy_percent": accuracy, "energy_uj": energy, "seeds": len(runs), "trained_T": T}
         curves[entry.name] = curve
         color, line = COLORS[T], "--" if "sdt" in entry.options else ":" if "tit" in entry.recipe else "-"
+        points = {"color": color, "markerfacecolor": "white" if "sdt" in entry.options else color}
         for axis, x in ((left, steps), (right, energy)):
-            axis.plot(x, accuracy, "o", linestyle=line, color=color, markersize=4, label=entry.name)
-            axis.plot(x[steps.index(T)], accuracy[steps.index(T)], "o", color=color, markersize=9)
+            axis.plot(x, accuracy, "o", linestyle=line, markersize=4, label=entry.name, **points)
+            axis.plot(x[steps.index(T)], accuracy[steps.index(T)], "o", markersize=9, **points)
+    left.plot([], [], "o", color="0.4", markersize=9, label="large: T of the training")
     left.set(xlabel="time steps T", ylabel="test accuracy (%)")
-    right.set(xlabel="energy (µJ per image)", ylabel="test accuracy (%)")
+    right.set(xlabel="energy (µJ per image)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     write_json(at.result(".json"), {"scale": at.scale, "curves": curves})
     rows = [[name, *(f"{a:.2f}" for a in curve["accuracy_percent"])] for name, curve in curves.items()]
@@ -362,12 +374,12 @@ def scalability(at: Place) -> None:
     save(figure, at)
 
 
-def subplots(count: int) -> tuple[Any, Any]:
+def subplots(count: int, *, sharey: bool = False) -> tuple[Any, Any]:
     from cycler import cycler
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * count, 3.8), layout="constrained")
-    axes = figure.subplots(1, count)
+    axes = figure.subplots(1, count, sharey=sharey)
     for axis in axes:
         axis.set_prop_cycle(cycler(color=PALETTE))
         axis.grid(color="0.92")

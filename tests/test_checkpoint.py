@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tetdeploy.checkpoint import load, load_weights, read_metadata, save_checkpo
 from tetdeploy.files import atomic_folder, atomic_write, check_writable, write_json
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.run_folder import newest_run, other_checkpoint, weights_sha256
+from tetdeploy.run_folder import checkpoint_file, latest_run, newest_run, other_checkpoint, weights_sha256
 
 
 class OwnNetwork(nn.Module):
@@ -440,6 +441,29 @@ def test_newest_run_without_a_run(tmp_path: Path) -> None:
         (tmp_path / "latest").write_bytes(text)
         with pytest.raises(FileNotFoundError, match=f"latest {fault}; name another run folder"):
             newest_run(tmp_path)
+
+
+def test_a_newest_run_without_a_checkpoint_gives_way_to_the_newest_that_has_one(tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to("failed")
+    for name in ("failed", "seeds/seed-1"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+    (tmp_path / "failed" / "last.safetensors").touch()
+    assert newest_run(tmp_path) == tmp_path / "failed"  # nothing else is there
+    for name, age in (("old", 50), ("seeds/seed-1", 10)):
+        file = tmp_path / name / "checkpoint.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        os.utime(file, (time.time() - age, time.time() - age))
+    seed = tmp_path / "seeds" / "seed-1"
+    with pytest.warns(RuntimeWarning, match=f"failed, the newest run, has no checkpoint.safetensors; taking {seed}, "):
+        assert newest_run(tmp_path) == seed
+    assert latest_run(tmp_path) == tmp_path / "failed"
+    with pytest.raises(FileNotFoundError, match=f"--resume, or name another run, such as {seed}$"):
+        checkpoint_file(tmp_path / "latest")
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("seeds")  # of which one has a checkpoint
+    assert newest_run(tmp_path) == tmp_path / "seeds"
 
 
 def test_the_normalisation_comes_back_to_the_bit(tmp_path: Path) -> None:

@@ -505,6 +505,18 @@ class TestBadInput:
     def test_nothing_there_yet(self, command: tuple[str, ...]) -> None:
         assert "tetdeploy " in refused(*command)
 
+    def test_a_bare_resume_takes_the_newest_run_whether_it_has_a_checkpoint_or_not(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("runs/cut").mkdir(parents=True)
+        Path("runs/latest").symlink_to("cut")
+        Path("runs/done").mkdir()
+        Path("runs/done/checkpoint.safetensors").touch()
+        assert "runs/cut" in refused("train", "--resume")
+        with pytest.warns(RuntimeWarning, match="taking runs/done"):
+            assert "runs/done" in refused("export")
+
     def test_unknown_names_list_the_choices(self, workplace: Path) -> None:
         assert "convsnn, resnet19" in refused("train", "--model", "resnet1999")
         assert "digits, fashion-mnist, cifar10, cifar100" in refused("train", "--data", "mnist")
@@ -512,13 +524,13 @@ class TestBadInput:
         assert "cpu, cuda, tensorrt" in refused("sweep", "--device", "tpu")
         assert "adamw, sgd" in refused("train", "--optimizer", "adam")
 
-    @pytest.mark.parametrize("T", ["0", "-1", "two"])
+    @pytest.mark.parametrize("T", ["0", "-1", "1025", "two"])
     def test_bad_T(self, T: str, workplace: Path) -> None:
         before = snapshot(workplace)
         refused("export", "--T", T, code=2)
         refused("predict", MODEL, "a.png", "--T", T, code=2)
         refused("sweep", "--T", T, code=2)
-        refused("train", "--T", T, code=2 if T == "two" else 1)
+        refused("train", "--T", T, code=2)
         assert snapshot(workplace) == before
 
     def test_quickstart_goes_the_whole_path(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

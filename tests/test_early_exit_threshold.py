@@ -366,7 +366,7 @@ def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_pat
     assert done.exit_code == 0, done.output
     content = json.loads(exit_path(model).read_text())
     assert content == json.loads((tmp_path / "copy.json").read_text())
-    exit, calibrated_T = load_rule(model)
+    exit, calibrated_T, _ = load_rule(model)
     assert (exit.threshold, exit.criterion, calibrated_T) == (content["threshold"], content["criterion"], T)
     assert content["fixed_accuracy"] == 1.0 and 0.95 <= content["accuracy"] < 1 and content["mean_T"] < T
     assert sum(content["num_images_by_steps"]) == content["num_samples"] == 120
@@ -502,6 +502,10 @@ def test_the_images_held_out_from_the_training_by_default(model: Path) -> None:
     done = run("calibrate", model, "--T", 3, "--point-estimate")
     assert done.exit_code == 0 and not json.loads(exit_path(model).read_text())["confident"]
     assert "one image is 0.7 points here" in done.output
+    done = run("early-exit", model, "--data", "digits", "--limit", 20)
+    assert "The threshold is a point estimate" in " ".join(done.output.split()), done.output
+    document = document_of(read_results([model.with_suffix(".early-exit.json")]))
+    assert "The threshold is a point estimate" in str(document)
     assert "calibrate on" not in run("calibrate", model, "--T", 3, "--loss", 0, "--point-estimate").output
     done = run("calibrate", model, "--T", 3, "--split", "val")  # another word for validation
     assert done.exit_code == 0 and json.loads(exit_path(model).read_text())["data"] == "digits (held out)"

@@ -411,6 +411,7 @@ class TestFigure:
         assert [panel.get_xlabel() for panel in panels] == ["", "", *["α, first direction"] * 2]
         assert [panel.get_ylabel() for panel in panels] == ["β, second direction", ""] * 2
         assert panels[0].figure.get_suptitle() == "1,000 images"
+        assert panels[0].figure.get_supxlabel().startswith("dashed circle: r = 0.5, ")
 
     @pytest.mark.parametrize(
         ("decades", "levels"),
@@ -492,6 +493,24 @@ def run(*arguments: str) -> Result:
 
 
 class TestCommand:
+    @pytest.mark.parametrize(
+        ("paths", "names"),
+        [
+            (("out/SDT/seed-0", "out/TET/seed-0"), ["SDT", "TET"]),
+            (("a/run", "run"), ["a/run", "run"]),
+            (("x/run", "x/x/run"), ["run", "x/run"]),
+        ],
+    )
+    def test_runs_of_one_name_are_called_by_what_sets_their_paths_apart(
+        self, paths: tuple[str, ...], names: list[str], runs: Path
+    ) -> None:
+        for path in paths:
+            (runs / path).mkdir(parents=True)
+            (runs / path / "checkpoint.safetensors").hardlink_to(runs / "sdt" / "checkpoint.safetensors")
+        result = run(*(str(runs / path) for path in paths), "--radius", "1", "--json", "l.json")
+        assert result.exit_code == 0, result.output
+        assert [row["name"] for row in json.loads(Path("l.json").read_text())["rows"]] == names
+
     def test_two_runs(self, runs: Path) -> None:
         result = run("runs/sdt", "runs/tet", "--radius", "1", "--json", "l.json")
         assert result.exit_code == 0, result.output
@@ -600,7 +619,7 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["runs/none"], "runs/none does not exist"),
-            (["runs/sdt", "runs/sdt"], "a checkpoint is named twice: runs/sdt, runs/sdt"),
+            (["runs/sdt", "runs/sdt"], "a checkpoint is named twice: sdt, sdt"),
             (["runs/sdt", "--radius", "0.1"], "--radius 0.1 is shorter than a step of the grid, 1; give more --points"),
             (["runs/sdt", "--points", "4"], "points is 4; it must be odd"),
             (["runs/sdt", "--device", "cuda:99"], "device cuda:99 is not there"),

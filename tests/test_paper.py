@@ -153,7 +153,9 @@ class Stub:
             settings = {"network": network, "training": {"T": T}, "data": {"name": context.params["data"]}}
             (run / "config.json").write_text(json.dumps(settings))
             losses = {"val_sdt_loss": 1.0, "val_tet_loss": 2.0}
+            switches = context.params["switch_to_tet"]
             rows = [{"epoch": k, "val_accuracy": 0.9 - k / 10} | losses for k in (1, 2)]
+            rows = [row | {"loss": "tet" if switches and row["epoch"] > 1 else "sdt"} for row in rows]
             (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             self.runs[run] = training, seed
 
@@ -244,7 +246,11 @@ def test_the_modern_recipe_is_compared_on_one_set_and_as_many_seeds(
     assert Path(options[options.index("--distill", options.index("--distill") + 1) + 1]) in stub.runs
 
 
-def test_figure_4_is_of_both_losses_with_energy_in_microjoules(paper: ModuleType, stub: Stub, tmp_path: Path) -> None:
+def test_figure_4_is_of_both_losses_with_energy_in_microjoules(
+    paper: ModuleType, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(paper, "save", lambda figure, at: figures.append(figure))
     run(paper, "figure4", "--small", "--out", str(tmp_path))
     curves = json.loads((tmp_path / "figure4.json").read_text())["curves"]
     assert {name: curve["trained_T"] for name, curve in curves.items()} == {
@@ -257,6 +263,10 @@ def test_figure_4_is_of_both_losses_with_energy_in_microjoules(paper: ModuleType
         assert curve["energy_uj"] == pytest.approx([10 * training + T for T in range(1, 9)])
     for name in curves:
         assert ("sdt" in stub.options_of(name.replace(" ", "-").replace("=", ""))) == name.startswith("SDT")
+    drawn, *_, large = figures[0].axes[0].get_lines()
+    assert drawn.get_label() == "TET T=2" and large.get_label() == "large: T of the training"
+    hollow = {line.get_label() for line in figures[0].axes[1].get_lines() if line.get_markerfacecolor() == "white"}
+    assert hollow >= {f"SDT T={T}" for T in (2, 3, 4)} and not any("T" in name[:1] for name in hollow)
 
 
 def test_figure_3_switches_after_two_thirds_as_the_full_run_does(paper: ModuleType) -> None:
@@ -271,10 +281,13 @@ def test_figure_3_has_each_loss_on_its_own_axes(
     run(paper, "figure3", "--smoke", "--out", str(tmp_path))
     shown = {axis.set.call_args.kwargs["ylabel"]: axis.plot.call_args.args for axis in axes}
     assert shown == {
-        "L_SDT, held out": ([1, 2], [1.0, 1.0]),
-        "L_TET, held out": ([1, 2], [2.0, 2.0]),
-        "accuracy, held out": ([1, 2], pytest.approx([0.8, 0.7])),
+        "L_SDT, held out": ([1, 2], [1.0, 1.0], "--"),
+        "L_TET, held out": ([1, 2], [2.0, 2.0], "--"),
+        "accuracy (%), held out": ([1, 2], pytest.approx([80, 70]), "--"),
     }
+    for axis in axes:
+        assert axis.plot.call_args_list[0].args[2] == "-"
+        assert [call.args for call in axis.axvline.call_args_list] == [(1.5,)]  # of the run that switches alone
 
 
 def test_what_is_done_is_not_trained_again_and_what_was_interrupted_goes_on(

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from report_helpers import EARLY_EXIT, MACHINE, epoch, result, run_folder, without_rendering, write
 
-from tetdeploy.report.drawing import Style, draw, end_at, short, whole_numbers
+from tetdeploy.report.drawing import Style, draw, end_at, short, whole_numbers, wide_enough
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
 
@@ -37,6 +37,32 @@ def test_an_axis_ends_where_the_points_do() -> None:
     axes.plot([1, 2], [0.2, 0.4])
     end_at(axes, 1.0)
     assert 0.4 < axes.get_ylim()[1] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "num_images", "limits"),
+    [
+        ([94.9, 95.1], 359, (94, 96)),  # one image is 0.28 points
+        ([94.999, 95.001], 50_000, (94.99, 95.01)),
+        ([99.9, 100], 359, (98, 100)),
+        ([0, 0.1], 359, (0, 2)),
+        ([90, 95], 359, (90, 95)),
+    ],
+)
+def test_an_axis_of_accuracies_spans_some_images(
+    accuracies: list[float], num_images: int, limits: tuple[float, float]
+) -> None:
+    axes = Figure().add_subplot()
+    axes.set_ylim(*accuracies)
+    wide_enough(axes, num_images, 100)
+    assert axes.get_ylim() == pytest.approx(limits)
+
+
+def test_one_image_fills_no_axis_of_accuracies(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    rows = [row | {"accuracy": 0.9 + row["T"] / 359} for row in result()["rows"]]
+    report(tmp_path, rows=rows, num_samples=359, early_exit=EARLY_EXIT)
+    axes = [*painted["sections.accuracy"], *painted["sections.pareto"], painted["sections.early_exit"][1]]
+    assert [one.get_ylim()[1] - one.get_ylim()[0] for one in axes] == pytest.approx([0.02] * 4)
 
 
 @pytest.mark.parametrize(

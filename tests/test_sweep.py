@@ -366,6 +366,15 @@ def test_a_plot_is_of_per_cent_and_microjoules(tmp_path: Path, monkeypatch: pyte
     assert drawn == [([1, 2], pytest.approx([91, 92])), ([1, 2], pytest.approx([4, 8]))]
 
 
+def test_one_image_fills_no_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = list[Figure]()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    rows = tuple(dataclasses.replace(row, accuracy=0.9 + row.T / 359) for row in two_steps().rows)
+    plot_sweep(dataclasses.replace(two_steps(), rows=rows, num_samples=359), tmp_path / "plot.png", 2)
+    low, high = figures[0].axes[0].get_ylim()
+    assert high - low == pytest.approx(2)
+
+
 def test_a_plot_has_the_format_of_its_ending(tmp_path: Path) -> None:
     plot_sweep(two_steps(), tmp_path / "plot.pdf", 2)
     assert (tmp_path / "plot.pdf").read_bytes().startswith(b"%PDF")

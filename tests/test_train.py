@@ -838,7 +838,8 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_remedy(tmp_path: Path) ->
             nn.init.constant_(classifier.network.conv.bias, math.nan)
 
     classifier = toy(poison)
-    with pytest.raises(ValueError, match=r"loss is nan at step 8 \(epoch 2, lr 0\.0015\); lower --lr or switch on"):
+    message = r"loss is nan at step 8 \(epoch 2, lr 0\.0015\); lower --lr or switch on --clip 1, in a new run, as"
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, classifier)
     assert len(metrics(tmp_path)) == 1
     assert all(value.isfinite().all() for value in load_file(tmp_path / "last.safetensors").values())

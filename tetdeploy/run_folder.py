@@ -4,6 +4,7 @@ torch."""
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 from tetdeploy.arguments import check_path
@@ -20,6 +21,20 @@ LATEST_NAME = "latest"
 
 
 def newest_run(runs: Path) -> Path:
+    """The `latest_run`, or, while that has no checkpoint, the newest one in `runs` that has, with a warning.
+
+    Raises:
+        FileNotFoundError: see `latest_run`.
+    """
+    latest = latest_run(runs)
+    if _has_weights(latest) or (other := _newest_trained(runs)) is None:
+        return latest
+    text = f"{latest}, the newest run, has no {CHECKPOINT_NAME}; taking {other}, the newest that has one"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return other
+
+
+def latest_run(runs: Path) -> Path:
     """The run folder that `runs/latest` points at: a symlink, or a text file where symlinks are not to be had.
 
     Raises:
@@ -41,14 +56,30 @@ def newest_run(runs: Path) -> Path:
     return run
 
 
+def _has_weights(run: Path) -> bool:
+    """Whether a run, or one of several seeds, has a checkpoint."""
+    return any((folder / CHECKPOINT_NAME).exists() for folder in (run, *seed_runs(run)))
+
+
+def _newest_trained(runs: Path) -> Path | None:
+    """Of the runs in a folder, those of several seeds too, the one with the newest checkpoint."""
+    names = (CHECKPOINT_NAME, f"seed-*/{CHECKPOINT_NAME}")
+    files = (file for folder in _folders(runs) for name in names for file in folder.glob(name))
+    newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
+    return None if newest is None else newest.parent
+
+
+def _folders(runs: Path) -> list[Path]:
+    return [folder for folder in runs.glob("*") if not folder.is_symlink()]  # latest is one of the others
+
+
 def newest_export(runs: Path) -> Path:
     """The newest exported model of any run in the folder, of a run of one of several seeds too.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    folders = [folder for folder in runs.glob("*") if not folder.is_symlink()]  # latest is one of the others
-    models = [path for folder in folders for found in ("*.onnx", "seed-*/*.onnx") for path in folder.glob(found)]
+    models = [path for folder in _folders(runs) for found in ("*.onnx", "seed-*/*.onnx") for path in folder.glob(found)]
     if not models:
         raise FileNotFoundError(f"no exported model in {runs}/; write one with: tetdeploy export, or name the file")
     return max(models, key=lambda path: path.stat().st_mtime)
@@ -84,7 +115,9 @@ def checkpoint_file(path: Path | str) -> Path:
         if not file.exists():
             remedy = "it is not a run folder"
             if (path / STATE_NAME).exists():
-                remedy = "its first epoch is not finished: go on with --resume"
+                other = _newest_trained(path.parent)
+                such = f", such as {other}" if other else ""
+                remedy = f"its first epoch is not finished: go on with --resume, or name another run{such}"
             elif seeds := seed_runs(path):
                 finished = [run for run in seeds if (run / CHECKPOINT_NAME).exists()]
                 one = f"name one, such as {finished[0]}" if finished else "none has finished an epoch yet"

@@ -477,8 +477,8 @@ def _check_finite(session: Session, state: TrainState, val_loss: float | None) -
     where, value = ("loss", state.losses[bad[0]].item()) if bad else ("validation loss after the epoch", val_loss)
     raise ValueError(
         f"the {where} is {value} at step {step} (epoch {state.epoch + 1}, lr {session.rate(step):.3g}); "
-        f"lower --lr{'' if session.precision == 'fp32' else ', use --precision fp32'} or switch on --clip 1. The files "
-        "of the finished epochs are as they were"
+        f"lower --lr{'' if session.precision == 'fp32' else ', use --precision fp32'} or switch on --clip 1, in a new "
+        "run, as --resume would come to this again. The files of the finished epochs are as they were"
     )
 
 

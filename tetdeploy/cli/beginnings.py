@@ -12,7 +12,7 @@ import click
 from tetdeploy.cli.recipe import is_given, is_typed
 from tetdeploy.cli.terminal import console
 from tetdeploy.names import is_own_model
-from tetdeploy.run_folder import newest_run
+from tetdeploy.run_folder import latest_run
 
 if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
@@ -75,7 +75,7 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     metadata = {} if init is None else read_metadata(init)
     before: Mapping[str, Any] = {}
     if resume is not None:
-        out = Path(resume) if resume else out or newest_run(ctx.params["runs"])
+        out = Path(resume) if resume else out or latest_run(ctx.params["runs"])
         settings = read_run_config(out)
         _check_named(ctx, out, settings.get("network", {}))
         seeds = _take_settings(ctx, settings, options) or seeds

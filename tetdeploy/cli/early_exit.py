@@ -63,7 +63,7 @@ def early_exit(
     engine = chosen.engine()
     note_other_checkpoint(engine)
     engine.check_early_exit()
-    exit, calibrated_T = load_rule(engine.path)
+    exit, calibrated_T, confident = load_rule(engine.path)
     T = T or calibrated_T
     check_calibrated(engine.path, calibrated_T, T)
     if calibrated_T < T:
@@ -77,6 +77,7 @@ def early_exit(
     name, x, labels = load_inputs(engine, data, data_dir, limit)
     with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
         result = measure(engine, x, labels, exit, T, data=name, batch_size=batch_size, tick=tick)
+    result["early_exit"]["confident"] = confident
     write_json(json_path, result)
     for part in savings_shown(result):
         console.print(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,10 +215,19 @@ def _classifiers(
     """The checkpoints' classifiers by a name for the table and the plot."""
     names = [path.name if path.is_dir() else path.parent.name + "/" + path.name for path in paths]
     if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
+        names = _without_common_parts(paths)
     if len(set(names)) < len(names):
         raise ValueError(f"a checkpoint is named twice: {', '.join(names)}")
     return {name: load_classifier(file, m, model) for name, file, m in zip(names, files, metadata, strict=True)}
+
+
+def _without_common_parts(paths: Sequence[Path]) -> list[str]:
+    """Several paths without the parts that all of them begin or end with; something of each remains."""
+    parts = [path.parts for path in paths]
+    most = min(map(len, parts)) - 1
+    first = next((k for k in range(most) if len({own[k] for own in parts}) > 1), most)
+    last = next((k for k in range(most - first) if len({own[-1 - k] for own in parts}) > 1), most - first)
+    return [str(Path(*own[first : len(own) - last])) for own in parts]
 
 
 def _default_out(files: list[Path]) -> Path:

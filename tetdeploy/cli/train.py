@@ -23,7 +23,7 @@ from tetdeploy.cli.beginnings import (
 )
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import network_of
-from tetdeploy.cli.options import FiniteRange, data_dir_option, json_option, runs_option
+from tetdeploy.cli.options import STEPS, FiniteRange, data_dir_option, json_option, runs_option
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.cli.terminal import command_line, console, say_next
 from tetdeploy.extras import import_extra
@@ -85,7 +85,7 @@ Examples:
     metavar="K",
     help="Sigmoid(K x) for the Heaviside function (Table 2); 0 is off.",
 )
-@click.option("--T", "T", default=4, show_default=True, help="Time steps; 1 with --ann.")
+@click.option("--T", "T", type=STEPS, default=4, show_default=True, help="Time steps; 1 with --ann.")
 @click.option("--epochs", default=30, show_default=True, help="Passes over the training images.")
 @click.option(
     "--tit", default="", metavar="T:EPOCHS[:LR],...", help="Time inheritance training, in place of --T and --epochs."

@@ -25,7 +25,14 @@ from tetdeploy.runtimes.manifest import read_manifest
 
 Criterion = Literal["confidence", "margin"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
-_FORM = {"threshold!": FRACTION, "criterion!": str, "min_T!": STEP, "T!": STEP, "model_sha256!": str}
+_FORM = {
+    "threshold!": FRACTION,
+    "criterion!": str,
+    "min_T!": STEP,
+    "T!": STEP,
+    "confident": bool,
+    "model_sha256!": str,
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ def load_exit(model: Path | str, T: int | None = None) -> Exit:
         ValueError: `model` is no path, or a folder; the rule's file is damaged, is that of another model, or was found
             for more steps than T.
     """
-    found, calibrated_T = load_rule(model)
+    found, calibrated_T, _ = load_rule(model)
     if T is not None:
         check_calibrated(model, calibrated_T, T)
     return found
@@ -113,8 +120,9 @@ def check_calibrated(model: Path | str, calibrated_T: int, T: int) -> None:
         )
 
 
-def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, int]:
-    """The rule of a model, and the T that it was found for. Raises: as `load_exit` without T.
+def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, int, bool]:
+    """The rule of a model, the T that it was found for, and whether it is confident, no point estimate. Raises: as
+    `load_exit` without T.
 
     Args:
         sha256: of the `.onnx` file as it was loaded; None reads it.
@@ -135,7 +143,7 @@ def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, in
         raise ValueError(f"{path} is damaged; {again}") from error
     if content["model_sha256"] != sha256:
         raise ValueError(f"{path} holds the threshold of another model than {model}; {again}")
-    return found, content["T"]
+    return found, content["T"], content.get("confident", True)
 
 
 def _graph(model: Path) -> tuple[Path, str | None]:

@@ -98,12 +98,25 @@ def draw(
     return Plot(_inline(file.getvalue(), description), description, caption)
 
 
-def percent_axis(axis: Any) -> None:
-    """Fractions as per cent, where all is drawn; the unit stands in the label of the axis."""
+def percent_axis(axis: Any, num_images: int | None = None) -> None:
+    """Fractions as per cent, where all is drawn; the unit stands in the label of the axis. Of accuracies `num_images`
+    is on how many each was measured, see `wide_enough`."""
     from matplotlib.ticker import PercentFormatter
 
     axis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     end_at(axis.axes, 1.0)
+    if num_images is not None:
+        wide_enough(axis.axes, num_images, 1.0)
+
+
+def wide_enough(axes: Any, num_images: int, most: float) -> None:
+    """The y axis, of accuracies up to `most`, spans at least ten images, or two points where that is less: one image
+    more or less is no cliff."""
+    low, high = axes.get_ylim()
+    span = most * min(10 / num_images, 0.02)
+    if high - low < span:
+        low = min(max((low + high - span) / 2, 0), most - span)
+        axes.set_ylim(low, min(low + span, most))
 
 
 def end_at(axes: Any, most: float) -> None:

@@ -118,8 +118,11 @@ def lost(entry: Mapping[str, Any]) -> str:
 
 
 def turned(early: Mapping[str, Any]) -> str:
-    """The paired flips in words."""
-    return f"Against T={early['T']} for every image, answers turned wrong: {early['lost']}, right: {early['gained']}."
+    """The paired flips in words; and of a threshold that is a point estimate, how little it promises."""
+    flips = f"Against T={early['T']} for every image, answers turned wrong: {early['lost']}, right: {early['gained']}."
+    if early.get("confident", True):
+        return flips
+    return f"{flips} The threshold is a point estimate: on other images it may well lose more than was allowed."
 
 
 def rule(exit: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ _EARLY_EXIT = {
     "criterion!": str,
     "threshold!": NUMBER,
     "min_T!": STEP,
+    "confident": bool,
     "T!": STEP,
     "accuracy!": FRACTION,
     "fixed_accuracy!": FRACTION,

@@ -68,7 +68,7 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
     Args:
         landscape: complete.
         path: PNG, or what the file's ending says.
-        radius: drawn as a dashed circle.
+        radius: drawn as a dashed circle, as a caption says.
         title: above all panels.
 
     Raises:
@@ -82,7 +82,7 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
 
     path = Path(path)
     runs = len(landscape.names)
-    figure = Figure(figsize=(8.4, 0.9 + 3.15 * runs), layout="compressed")
+    figure = Figure(figsize=(8.4, 1.1 + 3.15 * runs), layout="compressed")
     axes = figure.subplots(runs, len(LOSSES), sharex=True, sharey=True, squeeze=False)
     levels, norm = _levels(landscape)
     letters = (first + second for first in ("", *ascii_uppercase) for second in ascii_uppercase)
@@ -92,7 +92,7 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
             shades = _panel(panel, landscape, getattr(landscape, loss)[k], levels, norm)
             circle = Circle((0, 0), radius, fill=False, linestyle="--", edgecolor="white", linewidth=0.8)
             panel.add_patch(circle)
-            shown = name if len(name) <= 32 else f"…{name[-31:]}"  # what tells runs apart is at the end of their paths
+            shown = name if len(name) <= 26 else f"…{name[-25:]}"  # what tells runs apart is at the end of their paths
             heading = f"{next(letters)}   {label}   {shown}"
             panel.set_title(drawable(heading), fontsize=10, loc="left", parse_math=False)
             if k == runs - 1:
@@ -102,6 +102,8 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
     bar = figure.colorbar(shades, ax=axes, ticks=levels, format="%.3g", label="loss (the same colours in all panels)")
     bar.minorticks_off()
     figure.suptitle(drawable(title), fontsize=10, parse_math=False)
+    caption = f"dashed circle: r = {radius:g}, inside which the mean and the largest rise of each loss are taken"
+    figure.supxlabel(caption, fontsize=9)
     figure.draw_without_rendering()  # so that the labels have their places
     for panel in axes.flat:
         _thin_out(panel)

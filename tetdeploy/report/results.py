@@ -144,6 +144,11 @@ class Results:
         return [m for source in self.sources for m in source.measurements]
 
     @property
+    def fewest_images(self) -> int:
+        """That any of the measurements is on."""
+        return min(int(m.content["num_samples"]) for m in self.measurements)
+
+    @property
     def trained(self) -> list[Source]:
         """The sources whose training is known."""
         return [source for source in self.sources if source.runs]

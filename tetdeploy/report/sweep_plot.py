@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
-from tetdeploy.report.drawing import Style, drawable, end_at, whole_numbers
+from tetdeploy.report.drawing import Style, drawable, end_at, whole_numbers, wide_enough
 from tetdeploy.sweep import Sweep
 
 
@@ -38,6 +38,7 @@ def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:
     right.set_ylim(bottom=0)
     left.margins(y=0.12)  # so that the lowest point lies above the text
     end_at(left, 100)
+    wide_enough(left, result.num_samples, 100)
     whole_numbers(left.xaxis)
     left.grid(axis="y", color="0.9")
     title = f"{Path(result.model).name} on {result.num_samples:,} images of {result.data}"

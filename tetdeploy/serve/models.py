@@ -209,7 +209,7 @@ def _calibrated(engine: Engine) -> tuple[Exit, int] | None:
     """The rule of `tetdeploy calibrate` for a model and the T that it was found for, if there is one. Read once: the
     file may be overwritten with another model, whose rule is none for this one."""
     try:
-        return load_rule(engine.path, sha256=None if engine.path.suffix == ".engine" else engine.sha256)
+        return load_rule(engine.path, sha256=None if engine.path.suffix == ".engine" else engine.sha256)[:2]
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:

@@ -37,7 +37,7 @@ def _by_steps(results: Results) -> Plot | None:
         axes.set_xlabel("time steps T")
         axes.set_ylabel("accuracy (%)")
         whole_numbers(axes.xaxis)
-        percent_axis(axes.yaxis)
+        percent_axis(axes.yaxis, results.fewest_images)
 
     ends = [f"{m.name} {_ends(m)}" for m in measured]
     return draw(paint, description=f"Accuracy against time steps: {'; '.join(ends)}", caption=_steps_caption(measured))
@@ -67,7 +67,7 @@ def _by_energy(results: Results) -> Plot | None:
             axes.plot(energy_pj / size, validation, "*", label=f"{short(name)} (ANN, validation)", **star)
         energy_axis(axes, energies, unit)
         axes.set_ylabel("accuracy (%)")
-        percent_axis(axes.yaxis)
+        percent_axis(axes.yaxis, results.fewest_images)
 
     points = [
         f"{m.name} at T={m.T}: {percent(m.headline.get('accuracy'))} for {energy(m.headline.get('energy_pj'))}"

@@ -66,7 +66,7 @@ def _accuracy(results: Results, measured: Sequence[Measurement]) -> Plot:
             axes.plot(early[name]["cost"]["energy_pj"] / size, early[name]["accuracy"], **star)
         energy_axis(axes, energies, unit)
         axes.set_ylabel("accuracy (%)")
-        percent_axis(axes.yaxis)
+        percent_axis(axes.yaxis, results.fewest_images)
 
     listed = "; ".join(f"{name}: {e['accuracy']:.2%} with {e['mean_T']:.2f} steps" for name, e in early.items())
     return draw(

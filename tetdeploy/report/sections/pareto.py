@@ -37,7 +37,7 @@ def pareto_front(results: Results) -> Section | None:
             _draw_points(axes, [p for p in points if p.name == name], front, results.style_of[name], size)
         energy_axis(axes, [p.energy_pj for p in points], unit)
         axes.set_ylabel("accuracy (%)")
-        percent_axis(axes.yaxis)
+        percent_axis(axes.yaxis, results.fewest_images)
 
     plot = draw(
         paint,
