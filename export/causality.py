@@ -167,19 +167,15 @@ def _same_step(single: _NamedNeurons, step: Tensor, whole: _NamedNeurons, logits
 
 def _mixed_time(double: Classifier, x: Tensor, t: int, T: int, others: Sequence[Tensor] = ()) -> ValueError:
     """Why step t of T differs from a single step: random numbers, or what is carried from step to step."""
-    before, one, other = (copy.deepcopy(double) for _ in range(3))
-    (run, logits), (again, same) = _recorded(one, x, T, others=others), _recorded(other, x, T, others=others)
-    if not all(map(_close, [*run.currents, logits], [*again.currents, same])):
+    try:
+        draws, changed = _traces(double, x, T, others)
+    except Exception:  # what a network keeps may be none that can be copied or compared
+        draws, changed = False, []
+    if draws:
         return ValueError(
-            "the network draws random numbers in inference: the same images give other answers when they are run "
-            "again, and an exported graph draws none; encode images without them, as DirectEncoding does, and pass "
-            "training=self.training to F.dropout"
+            "the network draws random numbers in inference, and an exported graph draws none; encode images without "
+            "them, as DirectEncoding does, and pass training=self.training to F.dropout"
         )
-    changed = [
-        f"{name.removeprefix('network.')} ({type(module).__name__} of {type(module).__module__.partition('.')[0]})"
-        for (name, module), earlier in zip(one.named_modules(), before.modules(), strict=True)
-        if _state_of(module) != _state_of(earlier)
-    ]
     what_changed = f"; this run changed what is kept in {shorten(changed)}" if changed else ""
     return ValueError(
         f"the network mixes time outside its neurons: its answer at step {t + 1} of T={T} differs from that of a "
@@ -188,10 +184,34 @@ def _mixed_time(double: Classifier, x: Tensor, t: int, T: int, others: Sequence[
     )
 
 
-def _state_of(module: nn.Module) -> list[Any]:
-    """The numbers that a module itself keeps beside its parameters, to compare."""
-    kept = tree_leaves({name: value for name, value in vars(module).items() if name != "_parameters"})
-    return [v.tolist() if isinstance(v, Tensor) else v for v in kept if isinstance(v, int | float | Tensor)]
+def _traces(double: Classifier, x: Tensor, T: int, others: Sequence[Tensor]) -> tuple[bool, list[str]]:
+    """What a run leaves behind: whether it drew random numbers, and which modules keep something else than before."""
+    earlier, later = copy.deepcopy(double), copy.deepcopy(double)
+    generator = torch.cuda.get_rng_state if x.is_cuda else torch.get_rng_state
+    numbers = generator()
+    _recorded(later, x, T, others=others)
+    changed = [
+        f"{name.removeprefix('network.')} ({type(module).__name__} of {type(module).__module__.partition('.')[0]})"
+        for (name, module), before in zip(later.named_modules(), earlier.modules(), strict=True)
+        if not _same_state(module, before)
+    ]
+    return not torch.equal(numbers, generator()), changed
+
+
+def _same_state(module: nn.Module, other: nn.Module) -> bool:
+    """Whether the numbers that two modules keep themselves, beside their parameters, are the same."""
+    kept = [
+        [value for value in tree_leaves(_beside_parameters(m)) if isinstance(value, int | float | Tensor)]
+        for m in (module, other)
+    ]
+    return len(kept[0]) == len(kept[1]) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        for a, b in zip(*kept, strict=True)
+    )
+
+
+def _beside_parameters(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name != "_parameters"}
 
 
 def _paler(x: Tensor) -> Tensor:

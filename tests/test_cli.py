@@ -93,17 +93,21 @@ RUN = "runs/digits-convsnn"
 MODEL = f"{RUN}/model-T3.onnx"
 NOT_EXPORTED = "this network trains, but cannot be exported:"
 RANDOM_NET = """
+import functools
 import torch
 from torch import nn
 from tetdeploy.layers import OverTime
 from tetdeploy.neurons import LIF
+@functools.lru_cache  # which a check in the same process would fill with float64
+def window(size):
+    return torch.linspace(0.5, 1, size)
 class Net(nn.Module):
     def __init__(self, num_classes):
         super().__init__()
         self.layer, self.lif = OverTime(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.2)), LIF()
         self.readout = nn.Linear(4, num_classes)
     def forward(self, x, T):
-        x = x.expand(T, *x.shape)
+        x = (x * window(x.shape[-1])).expand(T, *x.shape)
         return self.readout(self.lif(self.layer((torch.rand_like(x) < x).to(x.dtype))).mean((-2, -1)))
 def net(num_classes, in_channels, image_size):
     return Net(num_classes)
@@ -360,7 +364,7 @@ class TestCommands:
         monkeypatch.syspath_prepend(str(tmp_path))
         options = ("train", "--model", "random_net:net", "--epochs", "2", "--T", "2")
         with monkeypatch.context() as patch:
-            patch.setattr(sys.modules["tetdeploy.cli.train"], "_warn_of_export", lambda classifier: None)
+            patch.setattr("tetdeploy.export.preflight.why_not", lambda *_: None)
             assert run(*options, "--out", "unchecked").exit_code == 0
         with pytest.warns(RuntimeWarning, match=f"{NOT_EXPORTED} the network draws random numbers in in") as warned:
             assert run(*options, "--out", "checked", "--seeds", "0,1").exit_code == 0
@@ -370,6 +374,17 @@ class TestCommands:
         assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
         assert metrics(Path("unchecked")) == metrics(Path("checked/seed-0"))
         assert run(*options, "--ann", "--T", "1", "--out", "ann").exit_code == 0  # and is not warned
+
+    def test_weights_of_half_precision_are_not_trained(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "half_net.py").write_text(
+            "from torch import nn\n"
+            "def net(num_classes, in_channels, image_size):\n"
+            "    return nn.Linear(8, num_classes).bfloat16()\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setattr("tetdeploy.export.preflight.why_not", lambda *_: None)
+        said = refused("train", "--model", "half_net:net")
+        assert "half_net:net returns a network whose 'weight' is torch.bfloat16; weights that are trained must" in said
 
     @pytest.mark.filterwarnings("ignore:cut_net.net. this network trains, but cannot be exported:RuntimeWarning")
     def test_an_own_network_is_resumed_only_when_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,9 +245,6 @@ def too_few(num_classes):
 def normed(num_classes, in_channels, image_size):
     return nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(1, num_classes)))
 
-def half(num_classes, in_channels, image_size):
-    return nn.Linear(1, num_classes).bfloat16()
-
 def lazy(num_classes, in_channels, image_size):
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
 
@@ -278,7 +275,6 @@ def test_an_own_network_is_found_in_the_current_folder(own_module: str) -> None:
         ("number", r"own_\d+:number must return a torch\.nn\.Module, got int"),
         ("too_few", r"own_\d+:too_few must be a function of num_classes, in_channels, image_size: got an unexpected"),
         ("normed", r"own_\d+:normed returns a network whose '1' keeps a weight that it computes of others"),
-        ("half", r"own_\d+:half returns a network whose 'weight' is torch\.bfloat16; .* must be float32"),
         ("lazy", r"own_\d+:lazy returns a network whose .1\.weight. gets its size from the first image; .* run the"),
         ("value", r"own_\d+:value must be a function of num_classes, .*: 3 is not a callable object"),
     ],

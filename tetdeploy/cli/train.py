@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +20,18 @@ from tetdeploy.cli.beginnings import (
     note_trained_on,
     start_from,
 )
-from tetdeploy.cli.errors import INTERRUPTED
+from tetdeploy.cli.errors import INTERRUPTED, lacks_memory
 from tetdeploy.cli.inputs import network_of
 from tetdeploy.cli.options import STEPS, FiniteRange, data_dir_option, json_option, runs_option
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
-from tetdeploy.cli.terminal import command_line, console, say_next
+from tetdeploy.cli.terminal import command_line, console, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write, write_json
 from tetdeploy.names import counted, is_own_model
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier, NetworkConfig
     from tetdeploy.train import SeedsResult, TrainConfig, TrainResult
@@ -226,6 +227,8 @@ def train(
         json_path = json_path if ranks.writes else None
         also: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
         also["how"] = begun.how
+        if ranks.writes:
+            job.warn_of_export()
         if several:
             recipe = None if config is None else str(config)
             many = train_seeds(job.classifier, job.train, job.val, job.config, several, out, recipe=recipe, **also)
@@ -266,7 +269,7 @@ class _Job:
     network: dict[str, Any]
     train: LabelledSet
     val: LabelledSet | None
-    models_checked: set[str] = field(default_factory=set)
+    begins: bool  # with weights that no run trained yet
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -277,19 +280,14 @@ class _Job:
         """A freshly initialised classifier for the data set; `seed` decides its weights."""
         import torch
 
-        from tetdeploy.networks import Classifier, NetworkConfig
-        from tetdeploy.train.ranks import current_ranks
+        from tetdeploy.networks import Classifier
 
-        data = self.train
-        config: NetworkConfig = NetworkConfig(
-            num_classes=len(data.class_names),
-            in_channels=data.image_shape[0],
-            image_size=data.image_shape[1:],
-            **self.network,
-        )
+        data, config = self.train, self.network_config
         torch.manual_seed(seed)
         network = network_of(config, config.model if config.is_own else None)
-        classifier = Classifier(
+        if config.is_own and self.begins:
+            _refuse_half(network, config.model)
+        return Classifier(
             network,
             config=config,
             mean=data.mean,
@@ -298,29 +296,40 @@ class _Job:
             data=data.name,
             encoding=data.encoding,
         )
-        if config.is_own and config.is_spiking and not self.models_checked and current_ranks().writes:
-            self.models_checked.add(config.model)  # of several seeds once
-            _warn_of_export(classifier)
-        return classifier
+
+    @property
+    def network_config(self) -> NetworkConfig:
+        from tetdeploy.networks import NetworkConfig
+
+        return NetworkConfig(
+            num_classes=len(self.train.class_names),
+            in_channels=self.train.image_shape[0],
+            image_size=self.train.image_shape[1:],
+            **self.network,
+        )
+
+    def warn_of_export(self) -> None:
+        """Say before a training why a network of the user's own cannot be exported after it."""
+        config = self.network_config
+        if not (self.begins and config.is_own and config.is_spiking):
+            return
+        from tetdeploy.export.preflight import why_not
+
+        with progress_bar() as bar:
+            bar.add_task(f"can {config.model} be exported?", total=None)
+            reason = why_not(config, self.train.encoding)
+        if reason is not None and not lacks_memory(ValueError(reason)):
+            text = f"{config.model}: this network trains, but cannot be exported: {reason}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
-def _warn_of_export(classifier: Classifier) -> None:
-    """Say before the training why a network cannot be exported after it, as far as two images of noise show that."""
-    import torch
-
-    from tetdeploy.export.causality import check_on_noise
-    from tetdeploy.networks.ann import has_neurons
-    from tetdeploy.tracing import quiet
-
-    reason = "it has no LIF or IF of tetdeploy.neurons"
-    try:
-        with quiet(), torch.random.fork_rng(devices=[]):
-            if has_neurons(classifier) and check_on_noise(copy.deepcopy(classifier).eval(), classifier.encoding):
-                return
-    except Exception as error:  # whatever the user's network may raise
-        reason = str(error)
-    text = f"{classifier.config.model}: this network trains, but cannot be exported: {reason}"
-    warnings.warn(text, RuntimeWarning, stacklevel=2)
+def _refuse_half(network: nn.Module, model: str) -> None:
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+            raise ValueError(
+                f"{model} returns a network whose {name!r} is {parameter.dtype}; weights that are trained must be "
+                "float32 (call .float()): --precision bf16 computes in bfloat16 with them"
+            )
 
 
 def default_by_network(ctx: click.Context, options: dict[str, Any]) -> None:
@@ -344,7 +353,8 @@ def _job(ctx: click.Context, options: dict[str, Any]) -> _Job:
         raise click.UsageError("--tau is 1 for sew-resnet34, whose IF neurons do not leak: leave it out")
     config = train_config(ctx, options, v_th=network["v_th"])
     train, val = load_parts(name, data_dir=data_dir, T=config.longest_T, fraction=config.val_fraction)
-    return _Job(config, network, train, val)
+    begins = ctx.params["resume"] is None and ctx.params["restart_from"] is None
+    return _Job(config, network, train, val, begins)
 
 
 def train_config(ctx: click.Context, options: dict[str, Any], *, v_th: float) -> TrainConfig:

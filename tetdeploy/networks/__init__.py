@@ -139,8 +139,7 @@ def import_network(config: NetworkConfig) -> nn.Module:
 
     Raises:
         ValueError: the module or the function is not there, does not take num_classes, in_channels and image_size, or
-            what it returns is not an `nn.Module`, or has lazy layers that saw no image yet, or weights that it computed
-            or that are trained in float16 or bfloat16.
+            what it returns is not an `nn.Module`, or has lazy layers that saw no image yet or weights that it computed.
     """
     module_name, _, function_name = config.model.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # as `python -m` does; a console script has its own folder instead
@@ -171,12 +170,6 @@ def import_network(config: NetworkConfig) -> nn.Module:
             f"{config.model} returns a network whose {lazy[0]!r} gets its size from the first image; let the function "
             "run the network once, on zeros of the image's size, before it returns it"
         )
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad and parameter.dtype.itemsize < 4:
-            raise ValueError(
-                f"{config.model} returns a network whose {name!r} is {parameter.dtype}; weights that are trained must "
-                "be float32 (call .float()): --precision bf16 computes in bfloat16 with them"
-            )
     return _variant(network, config)
 
 

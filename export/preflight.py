@@ -1,0 +1,62 @@
+"""Whether a network of one's own can be exported, asked before a training that may take days.
+
+A process of its own runs the network, in float64: what the user's code keeps outside of it, such as a table in a cache,
+would reach the training otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+from tetdeploy.data import Encoding
+from tetdeploy.networks import Classifier, NetworkConfig, import_network
+from tetdeploy.networks.ann import has_neurons
+from tetdeploy.tracing import quiet
+
+from .causality import check_on_noise
+
+_SECONDS = 300
+
+
+def why_not(config: NetworkConfig, encoding: Encoding) -> str | None:
+    """Why a network of one's own cannot be exported, as far as two images of noise show that; None if they show nothing
+    against it, or the process ended without an answer."""
+    paths = os.pathsep.join(filter(None, sys.path))
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-m", "tetdeploy.export.preflight"],
+            input=json.dumps([asdict(config), encoding]),
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            env=os.environ | {"PYTHONPATH": paths},
+        )
+        answer: str | None = json.loads(asked.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return answer
+
+
+def _answer(config: NetworkConfig, encoding: Encoding) -> str | None:
+    network = import_network(config)
+    if not has_neurons(network):
+        return "it has no LIF or IF of tetdeploy.neurons"
+    mean, std = (0.5,) * config.in_channels, (0.25,) * config.in_channels
+    class_names = tuple(map(str, range(config.num_classes)))
+    classifier = Classifier(network, config=config, mean=mean, std=std, class_names=class_names, encoding=encoding)
+    try:
+        check_on_noise(classifier.eval(), encoding)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+if __name__ == "__main__":
+    settings, encoding = json.load(sys.stdin)
+    with quiet():  # the user's code may print
+        found = _answer(NetworkConfig(**settings), encoding)
+    print(json.dumps(found))
