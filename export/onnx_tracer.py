@@ -109,6 +109,7 @@ def _exported_again(folded: fx.GraphModule, inputs: Any, shapes: Any) -> torch.e
 
 
 def _to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
+    _make_bounds_alike(program.graph)
     try:
         with torch.no_grad(), quiet():
             exported = torch.onnx.export(
@@ -126,6 +127,15 @@ def _to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
         raise ValueError(_why_not_onnx(error, program.graph)) from error
     assert exported is not None
     return exported
+
+
+def _make_bounds_alike(graph: fx.Graph) -> None:
+    """Of a whole number and a fraction, as in `clamp(x, -1, 1.5)`, torch.onnx knows no clamp."""
+    for node in graph.nodes:
+        x, *bounds = node.args or (None,)
+        clamps = node.target in (torch.ops.aten.clamp.default, torch.ops.aten.clamp_.default)
+        if clamps and any(isinstance(bound, float) for bound in bounds):
+            node.args = (x, *(None if bound is None else float(bound) for bound in bounds))
 
 
 def _why_not_onnx(error: BaseException, graph: fx.Graph) -> str:

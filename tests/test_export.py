@@ -1250,6 +1250,17 @@ class AsksForTheBatch(nn.Module):
         return x if x.shape[1] < 100 else x * 2
 
 
+class Clamped(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return (spikes * 2).clamp(0, 1.5).clamp_(max=1).clamp_(0.5, 2)
+
+
+@pytest.mark.parametrize("fold_bn", [True, False])
+def test_a_clamp_may_have_a_whole_number_and_a_fraction(fold_bn: bool, tmp_path: Path) -> None:
+    x = digits().images[:40]
+    assert export_model(classifier(Clamped()), tmp_path / "m.onnx", ExportConfig(T=4, fold_bn=fold_bn), x).parity
+
+
 @pytest.mark.parametrize("T", [4, None])
 def test_frames_may_go_to_neurons_as_they_are(T: int | None) -> None:
     net = untested(OfFrames(DirectEncoding(nn.Identity())))
