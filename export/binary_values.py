@@ -16,7 +16,7 @@ import onnx_ir as ir
 _VIEWS = {
     "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Expand", "Slice", "Gather", "Split", "Tile",
     "MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "Cast", "CastLike", "DepthToSpace", "SpaceToDepth", "Relu",
-    "Abs", "Sign", "Ceil", "Floor", "Round",
+    "Abs", "Ceil", "Floor", "Round",
 }  # fmt: skip
 _OF_ALL: dict[str, Callable[[Iterable[float]], float]] = {
     "Concat": max,
@@ -25,6 +25,7 @@ _OF_ALL: dict[str, Callable[[Iterable[float]], float]] = {
     "Add": sum,
     "Sum": sum,
     "Mul": math.prod,
+    "Sign": lambda _: 1.0,
 }
 
 

@@ -7,6 +7,7 @@ input for the dynamic layout. What a LIF node becomes is `lowering`'s business.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -65,6 +66,7 @@ class OnnxTracer:
         self._optimise(program, T)
         program.model.ir_version = IR_VERSION
         _name_boundary(program.model, T, self.tracer.encoding)
+        _complete_shapes(program.model.graph)
         num_folded = count_batchnorm(self.tracer.program(T, step=step).graph) if self._fold_bn else 0
         return program.model, num_folded
 
@@ -109,6 +111,7 @@ def _exported_again(folded: fx.GraphModule, inputs: Any, shapes: Any) -> torch.e
 
 
 def _to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
+    _make_bounds_alike(program.graph)
     try:
         with torch.no_grad(), quiet():
             exported = torch.onnx.export(
@@ -126,6 +129,15 @@ def _to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
         raise ValueError(_why_not_onnx(error, program.graph)) from error
     assert exported is not None
     return exported
+
+
+def _make_bounds_alike(graph: fx.Graph) -> None:
+    """Of a whole number and a fraction, as in `clamp(x, -1, 1.5)`, torch.onnx knows no clamp."""
+    for node in graph.nodes:
+        x, *bounds = node.args or (None,)
+        clamps = node.target in (torch.ops.aten.clamp.default, torch.ops.aten.clamp_.default)
+        if clamps and any(isinstance(bound, float) for bound in bounds):
+            node.args = (x, *(None if bound is None else float(bound) for bound in bounds))
 
 
 def _why_not_onnx(error: BaseException, graph: fx.Graph) -> str:
@@ -181,6 +193,26 @@ def _name_boundary(model: ir.Model, T: int | None, encoding: Encoding) -> None:
                     for dim in value.shape
                 ]
             )
+
+
+def _complete_shapes(graph: ir.Graph) -> None:
+    """Work out the one axis that a Reshape to `[-1, ...]` may leave open, and those of a Transpose behind it, as in
+    pixel_unshuffle: ONNX's own inference multiplies no symbols."""
+    for node in graph:
+        if node.op_type not in ("Reshape", "Transpose") or node.inputs[0] is None:
+            continue
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        if before is None or before.is_static() or before.has_unknown_dim() or after is None:
+            continue
+        if node.op_type == "Transpose":
+            perm = node.attributes.get_ints("perm", range(len(before))[::-1])
+            node.outputs[0].shape = ir.Shape([before[k] for k in perm])
+            continue
+        known = [dim for axis, dim in enumerate(after) if not after.is_unknown_dim(axis)]
+        if len(known) == len(after) - 1:
+            size: Any = math.prod(before) / math.prod(known)  # of symbols, perhaps a number
+            axes = [size.evaluate({}) if after.is_unknown_dim(axis) else dim for axis, dim in enumerate(after)]
+            node.outputs[0].shape = ir.Shape(axes)
 
 
 def _lif_schema() -> onnx.defs.OpSchema:

@@ -19,6 +19,7 @@ from .onnx_tracer import is_of_network, module_name
 from .step_order import BATCH, StepOrder, sizes
 
 _UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm", "Conv"}
+_KIND_NAMES = {"ConvTranspose": "conv_transpose", "BatchNormalization": "batch_norm"}
 
 
 class Layers:
@@ -61,13 +62,14 @@ class Layers:
         self._after_neurons = set(spikes)
         self._order = StepOrder(spikes, T)
         names: Counter[str] = Counter()
+        functions = Counter(module_name(node) for node in graph if node.op_type in _UNCOUNTED)  # numbered after modules
         encodes = set(encoder)
         for node in graph:
             self._propagate(node)
             self._count_other(node)
             if node.op_type not in _UNCOUNTED:
                 continue
-            name = numbered(module_name(node) or str(node.name), names)
+            name = numbered(module, names) if (module := module_name(node)) else numbered(_kind_name(node), functions)
             layer = self._layer(node, name, node in encodes)
             if layer is None:
                 self.uncounted.append(name)
@@ -112,7 +114,7 @@ class Layers:
         if not before or not after or len(before) != len(after) or before[0] % BATCH:
             return False
         longer = [axis for axis, size in enumerate(before) if after[axis] != size]
-        if len(longer) != 1 or (longer != [0] and len(after) == self._image_rank):
+        if len(longer) != 1 or (longer != [0] and (before[longer[0]] > 1 or len(after) == self._image_rank)):
             return False
         return after[longer[0]] == before[longer[0]] * self._T
 
@@ -123,7 +125,7 @@ class Layers:
             return
         self._counted.add(node)
         timed = lowered.outputs[0] in self._timed
-        name, ops = module_name(node) or str(node.name), self._repeats(node.outputs[0], None, timed=timed)
+        name, ops = module_name(node) or _kind_name(node), self._repeats(node.outputs[0], None, timed=timed)
         if ops is None:
             self.uncounted.append(f"{name} ({kind})")
         else:
@@ -197,6 +199,14 @@ class Layers:
             count *= one
         repeats, rest = divmod(count, (self._T or 1) if timed else 1)
         return repeats if rest == 0 else None
+
+
+def _kind_name(node: ir.Node) -> str:
+    """What an operation that the network's own forward calls as a function goes by."""
+    if node.op_type in ("MatMul", "Gemm"):
+        weight = node.inputs[1]
+        return "matmul" if weight is None or _parameter_shape(weight) is None else "linear"
+    return _KIND_NAMES.get(node.op_type, node.op_type.lower())
 
 
 def _other_kind(node: ir.Node) -> str | None:

@@ -140,12 +140,14 @@ def test_what_operations_make_of_spikes_and_of_their_sums() -> None:
     change = ("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum", "CumSum", "Neg", "Softmax")
     binary: list[tuple[str, list[ir.Value | None]]] = [
         *((kind, [s]) for kind in (*stay, "Pad")),
+        ("Sign", [total]),
         *[("Max", [s, s]), ("Min", [total, s]), ("Mul", [s, s]), ("Mul", [s, constant(0, 1)]), ("Sub", [one, s])],
         *[("Clip", [total, zero, one]), ("QuantizeLinear", [s, one, zero])],
     ]
     other: list[tuple[str, list[ir.Value | None]]] = [
         *((kind, [total]) for kind in stay),
         *((kind, [s]) for kind in change),
+        ("Sign", [unknown]),
         *[("Max", [s, total]), ("Max", [s, half]), ("Sum", [s, s]), ("Div", [s, total])],
         *[("Concat", [s, total]), ("Concat", [s, unknown]), ("Where", [None, s, total]), ("Where", [None, total, s])],
         *[("Mul", [total, s]), ("Mul", [s, constant(0, 2)]), ("Mul", [s, constant(-1)])],

@@ -634,6 +634,61 @@ def test_a_layer_on_tokens_counts_every_token(layout: str, tmp_path: Path) -> No
         np.testing.assert_array_equal(counts[f"networks.{k}.readout"], spikes[1].flatten(1).sum(1).numpy() * 10)
 
 
+class Unshuffled(nn.Module):
+    """A linear layer of an image repeated along its features as often as there are steps, a convolution of spikes
+    behind pixel_unshuffle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(17)
+            self.encode, self.conv, self.readout = nn.Linear(4 * 64, 64), nn.Conv2d(4, 3, 3), nn.Linear(12, 10)
+        self.lif = LIF(v_th=0.3)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.encode(x.flatten(1).repeat(1, 4)).view(-1, 1, 8, 8)
+        spikes = self.lif(current.expand(T, *current.shape))
+        parts = nn.functional.pixel_unshuffle(spikes.flatten(0, 1), 2)
+        return self.readout(self.lif(self.conv(parts).unflatten(0, spikes.shape[:2])).flatten(2))
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_an_image_repeated_and_spikes_unshuffled_are_counted(layout: str, tmp_path: Path) -> None:
+    net, x, T = classifier(Unshuffled()), digits().images[:9], 4
+    runner = unchecked(net.network, tmp_path / "m.onnx", ExportConfig(layout=layout, T=T))  # type: ignore[arg-type]
+    assert runner.metadata["uncounted"] == []
+    counts, expected = counted(runner, x, T).counts, torch_operations(net, x, T)
+    np.testing.assert_array_equal(counts["encode"], np.full(T, 9 * 4 * 64 * 64))
+    for name in ("conv", "readout"):
+        np.testing.assert_array_equal(counts[name], expected[name], err_msg=name)
+
+
+class AsFunctions(nn.Module):
+    """Layers that forward calls as functions, two of them before a module that is named as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(18)
+            self.kernel, self.other = nn.Parameter(torch.randn(1, 1, 3, 3)), nn.Parameter(torch.randn(1, 1, 3, 3))
+            self.weight, self.conv = nn.Parameter(torch.randn(10, 64)), nn.Conv2d(1, 1, 3, padding=1)
+        self.lif = LIF(v_th=0.3)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = nn.functional.conv2d(x, self.kernel, padding=1)
+        spikes = self.lif(current.expand(T, *current.shape))
+        current = nn.functional.conv2d(spikes.flatten(0, 1), self.other, padding=1)
+        spikes = self.lif(self.conv(current).unflatten(0, spikes.shape[:2]) + spikes)
+        return nn.functional.linear((spikes @ spikes.mT).flatten(2), self.weight)
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_layers_that_are_functions_are_called_alike_in_every_layout(layout: str, tmp_path: Path) -> None:
+    metadata = unchecked(AsFunctions(), tmp_path / "m.onnx", ExportConfig(layout=layout, T=4)).metadata  # type: ignore[arg-type]
+    assert [layer["name"] for layer in metadata["layers"]] == ["conv#2", "conv#3", "conv", "matmul", "linear"]
+    assert {name for kind in metadata["other_ops"].values() for name in kind} == {"conv", "add"}
+
+
 # ------------------------------------------------------------------------ brute force, through the exported graph
 
 

@@ -790,6 +790,7 @@ SUMS: tuple[Callable[[Tensor], Tensor], ...] = (
     ),
     lambda s: sum([s, s.roll(1, 4)]),  # type: ignore[return-value]  # from 0
     lambda s: s.clone().add_(s.flip(3)).mul_(s.roll(1, 4)) + 1,
+    lambda s: (1 - s) * s.roll(1, 4) + (1.0 - s.flip(3)),
 )
 
 
@@ -859,6 +860,9 @@ def test_what_is_no_longer_spikes_stays_in_float32() -> None:
         lambda s: torch.add(s, s.roll(1, 4), alpha=2),
         lambda s: s + 0.5,
         lambda s: s + -1,
+        lambda s: 1 - (s + s.roll(1, 4)),
+        lambda s: 2 - s,
+        lambda s: torch.rsub(s, 1, alpha=2),
         lambda s: s * 0.5 + s,
         lambda s: doubled(s, 7),  # 128
         lambda s: s.mean(2, keepdim=True),

@@ -343,7 +343,7 @@ def _check_parameters(tau: float, v_th: float, gamma: float) -> None:
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(
                 f"{name} must be a number, got a {type(value).__name__}: the gradient does not reach it, so it could "
-                f"not be learned; pass float({name})"
+                f"not be learned; pass float({name}), made once in __init__"
             )
         check_number(name, value)
     _require(0.0 <= tau <= 1.0, "tau", tau, "in [0, 1]; it is the leak factor per step, not a time constant")

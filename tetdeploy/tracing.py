@@ -126,6 +126,11 @@ def reason(error: Exception) -> str:
         line = next((other.removeprefix("- ") for other in others if other), line)
     if "marked T as dynamic" in line:  # what torch advises is of its own functions
         return "it loops over its steps, as `for step in x` does, or counts them, which fixes T as it is traced"
+    if line.startswith("Could not guard on data-dependent expression"):  # in terms of torch's own symbols
+        return (
+            "its forward makes a Python number of a tensor's values, by float(), .item() or a condition on them; make "
+            "neurons once, in __init__, of numbers, and write a condition as torch.where"
+        )
     known = [why for sign, why in _GUARDS.items() if re.search(f"generated guard .*{sign}", line)]
     return ": ".join([*known, line])
 

@@ -385,6 +385,9 @@ def _largest_of(node: fx.Node, largest: Mapping[fx.Node, int]) -> int | None:
     if _hands_on(node):
         drops = node.target in DROPOUT and node.args[2]  # in inference, too
         return None if drops else largest.get(node.args[0])  # type: ignore[arg-type]
+    if node.target is aten.rsub.Scalar:  # 1 - s: with a product it makes AND NOT of spikes
+        is_one = node.args[1:] == (1,) and not node.kwargs
+        return 1 if is_one and largest.get(node.args[0], 2) <= 1 else None  # type: ignore[arg-type]
     parts: Any = node.args if node.target in _OF_TWO else node.args[0] if node.target in _OF_LIST else ()
     known = [part if isinstance(part, int) else largest.get(part, -1) for part in parts]  # sum([a, b]) is 0 + a + b
     if not parts or min(known) < 0 or "alpha" in node.kwargs:  # of a sum
