@@ -162,6 +162,4 @@ def _of_differing(current: Tensor, spikes: Tensor, different: Tensor, tau: float
 @torch.no_grad()
 def torch_latency(classifier: Classifier, x: NDArray[Any], steps: tuple[int, ...]) -> dict[int, float]:
     """Median milliseconds of PyTorch for one image, by T; the T take turns, ten times after one to warm up."""
-    return median_ms(
-        lambda image, t: run_network(classifier, torch.from_numpy(image), t), x, steps, repeats=10, warm_up=1
-    )
+    return median_ms(lambda image, t: run_network(classifier, torch.tensor(image), t), x, steps, repeats=10, warm_up=1)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -447,7 +447,9 @@ def test_spikes_that_the_network_writes_over(precision: Precision, tmp_path: Pat
     with np.load(reference_path(written.path)) as reference:
         fired = reference["spike_counts"].sum((0, 1))
     found = [counts[f"fired.{layer['name']}"].sum() for layer in engine.metadata["neurons"]]
-    np.testing.assert_allclose(found, fired, rtol=1e-4)
+    np.testing.assert_allclose(
+        found, fired, rtol=0.0, atol=8
+    )  # of 81,920 neuron-steps, as many as the check lets through
     assert all(fired)
     if precision == "int8":
         assert [layer["precision"] for layer in engine.metadata["layers"]] == ["fp32", "int8", "int8", "int8", "fp32"]
@@ -910,6 +912,20 @@ class RunningSum(Small):
         return logits.cumsum(0)
 
 
+class KeptOutside(Small):
+    """What it carries on lies in no module; and what it keeps cannot be compared."""
+
+    answers: ClassVar[list[Tensor]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sparse", torch.eye(2).to_sparse())
+
+    def after(self, logits: Tensor) -> Tensor:
+        self.answers.append(logits)
+        return logits + len(self.answers)
+
+
 class DependsOnT(Small):
     def after(self, logits: Tensor) -> Tensor:
         return logits / len(logits)
@@ -1024,8 +1040,9 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (pooled_by(nn.AvgPool2d((2, 3), 3, (1, 0), ceil_mode=True)), ValueError, r"'pool\.0' .* its ceil_mode or c"),
     (pooled_by(nn.AdaptiveMaxPool2d(3)), ValueError, r"cannot export 'pool\.0': .*adaptive_max_pool2d.*x\.amax"),
     (MeanOverTime, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs.* to the next$"),
-    (DropsOut, ValueError, r"draws random numbers in inference: .* training=self\.training to F\.dropout"),
+    (DropsOut, ValueError, r"draws random numbers in inference, .* training=self\.training to F\.dropout"),
     (RunningSum, ValueError, "mixes time outside its neurons: its answer at step 2 of T=6 differs"),
+    (KeptOutside, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs.* to the next$"),
     (DependsOnT, ValueError, "mixes time outside its neurons"),
     (LateEcho, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
     (OneStepAtATime, ValueError, r"runs its neurons 12 times for T=6 and 2 times for .* in one call"),

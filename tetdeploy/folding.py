@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from tetdeploy.arguments import check_flag
 from tetdeploy.names import numbered
@@ -329,12 +330,17 @@ def _skip_views(chain: list[fx.Node]) -> None:
 
 def _is_overwritten(value: fx.Node) -> bool:
     """Whether an operation in place has the value, or a view or a part of it, as an input."""
-    return any(writes(user) or (shares_memory(user) and _is_overwritten(user)) for user in value.users)
+    return any(written(user) or (shares_memory(user) and _is_overwritten(user)) for user in value.users)
 
 
-def writes(node: fx.Node) -> bool:
-    """Whether an operation is one in place."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+def written(node: fx.Node) -> list[fx.Node]:
+    """What an operation in place writes over; none of any other."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    arguments = node.target._schema.arguments
+    given = {a.name: value for a, value in zip(arguments, node.args, strict=False)} | node.kwargs
+    over = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [value for value in tree_leaves(over) if isinstance(value, fx.Node)]
 
 
 def shares_memory(node: fx.Node) -> bool:

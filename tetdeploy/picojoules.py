@@ -96,6 +96,6 @@ def energy_constants(
         return EnergyConstants(own["ac_pj"], own["mac_pj"], source)
     known = CONSTANTS[precision]
     (other,) = {"ac_pj", "mac_pj"} - own.keys()
-    constants = replace(known, **own, source=f"{source}; the other: {known.source}", by_layer=other)
+    constants = replace(known, **own, source=f"{source}; the other by precision: {_HOROWITZ}", by_layer=other)
     constants.of("fp32")  # the first layer and the neurons of any model
     return constants

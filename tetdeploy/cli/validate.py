@@ -22,7 +22,6 @@ from tetdeploy.cli.options import (
 from tetdeploy.cli.terminal import console, image_bar, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
-from tetdeploy.names import shorten
 from tetdeploy.run_folder import weights_file, weights_sha256
 
 if TYPE_CHECKING:
@@ -230,15 +229,13 @@ class _Job:
     def _placed(self, steps: tuple[int, ...], *, compared: Any, accuracy: bool = True) -> list[Gate]:
         """The gates, each at its T; those that could only fail for want of a number are refused before any work."""
         from tetdeploy.energy import uncounted_layers
+        from tetdeploy.report.tables import uncounted_note
 
         gates = place_gates(self.gates, steps, self.trained_T)
-        left_out = uncounted_layers(self.engine.metadata["uncounted"])
+        left_out = uncounted_note(uncounted_layers(self.engine.metadata["uncounted"]), self.engine.layout)
         for gate in gates:
             if gate.key == "energy" and left_out:
-                raise ValueError(
-                    f"--fail-under energy cannot be judged: the energies lack {shorten(left_out)}, whose operations "
-                    "cannot be counted"
-                )
+                raise ValueError(f"--fail-under energy cannot be judged: {left_out[0]}")
             if gate.key == "accuracy" and not accuracy:
                 raise ValueError("--fail-under accuracy needs a test set: name one with --data")
             if gate.key == "agreement" and gate.T not in compared:

@@ -43,7 +43,7 @@ from tetdeploy.folding import (
     parameter,
     parameter_names,
     shares_memory,
-    writes,
+    written,
 )
 
 aten = torch.ops.aten
@@ -366,11 +366,11 @@ def _largest_inputs(graph: fx.Graph) -> dict[fx.Node, int]:
     for node in graph.nodes:
         if node.target in CONVOLUTIONS and node.args[0] in largest:
             read[node] = largest[node.args[0]]
-        found = _largest_of(node, largest)
+        found, over = _largest_of(node, largest), written(node)
         shares = node.target in DROPOUT or shares_memory(node)
-        memory[node] = memory[node.kwargs.get("out") or node.args[0]] if shares else node
-        if writes(node):
-            largest = {value: most for value, most in largest.items() if memory[value] is not memory[node]}
+        memory[node] = memory[over[0] if over else node.args[0]] if shares else node
+        lost = {memory[value] for value in over}
+        largest = {value: most for value, most in largest.items() if memory[value] not in lost}
         if found is not None and found <= _LARGEST_SUM:
             largest[node] = found
     return read

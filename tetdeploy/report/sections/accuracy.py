@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tetdeploy.picojoules import CONSTANTS
 from tetdeploy.report.document import Note, Plot, Row, Section
 from tetdeploy.report.drawing import Style, draw, energy_axis, energy_unit, mark, percent_axis, short, whole_numbers
 from tetdeploy.report.numbers import energy, percent
@@ -146,4 +147,6 @@ def _constants(given: dict[str, Any]) -> str:
     if not given:
         return "No constants are given"
     add, multiply = given["ac_pj"], given["mac_pj"]
-    return f"{add:g} pJ an addition (AC), {multiply:g} pJ a multiply-accumulate (MAC): {given['source']}"
+    own = {"ac_pj": CONSTANTS["fp32"].ac_pj, "mac_pj": CONSTANTS["fp32"].mac_pj}.get(given.get("by_layer", ""))
+    float32 = f" (that which is not given {own:g} pJ in layers of float32)" if own else ""
+    return f"{add:g} pJ an addition (AC), {multiply:g} pJ a multiply-accumulate (MAC){float32}: {given['source']}"
