@@ -41,6 +41,8 @@ from tetdeploy.data import load_data
 from tetdeploy.engine import Engine
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import newest_export
+from tetdeploy.train import TrainResult
+from tetdeploy.train.state import Best
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +94,15 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 RUN = "runs/digits-convsnn"
 MODEL = f"{RUN}/model-T3.onnx"
 NOT_EXPORTED = "this network trains, but cannot be exported:"
+FRAMES_NET = """
+from torch import nn
+from tetdeploy.neurons import LIF
+class Net(nn.Sequential):
+    def forward(self, frames):
+        return super().forward(frames.flatten(2))
+def net(num_classes, in_channels, image_size):
+    return Net(nn.Linear(64, 8), LIF(), nn.Linear(8, num_classes))
+"""
 RANDOM_NET = """
 import functools
 import torch
@@ -145,6 +156,17 @@ class TestCommands:
         assert {"checkpoint.safetensors", "last.safetensors", "metrics.jsonl", "config.json"} <= names
         assert (workplace / "runs" / "latest").resolve() == folder.resolve()
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+
+    def test_the_json_of_a_training_is_of_its_best_epoch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ended = TrainResult(Path("run"), 3, Best(2, 0.5, 1.25), interrupted=False, seconds=1.0)
+        monkeypatch.setattr("tetdeploy.train.train", lambda *args, **options: ended)
+        assert run("train", "--out", "run", "--json", "t.json").exit_code == 0
+        said = {"run": "run", "epochs": 3, "seconds": 1.0, "best_epoch": 2, "val_accuracy": 0.5, "val_loss": 1.25}
+        assert json.loads(Path("t.json").read_text()) == said
+
+    def test_one_seed_and_several_are_refused(self) -> None:
+        said = refused("train", "--seed", "1", "--seeds", "0,1", code=2)
+        assert "--seed and --seeds both decide the random numbers: choose one of them" in said
 
     @pytest.mark.parametrize(
         ("target", "command"),
@@ -234,6 +256,12 @@ class TestCommands:
         (row,) = written["rows"]
         assert row["energy_pj"] == pytest.approx(0.5 * row["ac_ops"] + 2 * row["mac_ops"])
         assert written["constants"] == {"ac_pj": 0.5, "mac_pj": 2.0, "source": "given: ac_pj 0.5, mac_pj 2"}
+
+    def test_sweep_runs_as_many_images_together_as_said(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        measured = Mock(side_effect=ValueError("enough"))
+        monkeypatch.setattr("tetdeploy.sweep.sweep", measured)
+        refused("sweep", MODEL, "--batch-size", "7")
+        assert measured.call_args.kwargs["batch_size"] == 7
 
     def test_sweep_takes_npz_data(self, workplace: Path) -> None:
         generator = np.random.default_rng(0)
@@ -385,6 +413,16 @@ class TestCommands:
         monkeypatch.setattr("tetdeploy.export.preflight.why_not", lambda *_: None)
         said = refused("train", "--model", "half_net:net")
         assert "half_net:net returns a network whose 'weight' is torch.bfloat16; weights that are trained must" in said
+
+    def test_a_network_for_frames_is_checked_on_frames(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "frames_net.py").write_text(FRAMES_NET)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        checked = Mock(return_value=None)
+        monkeypatch.setattr("tetdeploy.export.preflight.why_not", checked)
+        np.savez("frames.npz", images=np.zeros((20, 2, 1, 8, 8), np.uint8), labels=np.arange(20) % 2)
+        trained = run("train", "--data", "frames.npz", "--model", "frames_net:net", "--epochs", "1", "--T", "2")
+        assert trained.exit_code == 0, trained.output
+        assert [call.args[1] for call in checked.call_args_list] == ["frames"]
 
     @pytest.mark.filterwarnings("ignore:cut_net.net. this network trains, but cannot be exported:RuntimeWarning")
     def test_an_own_network_is_resumed_only_when_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

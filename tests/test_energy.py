@@ -511,6 +511,12 @@ def written_in_parts(a: Tensor) -> Tensor:
     return made
 
 
+def written_at_a_step(a: Tensor) -> Tensor:
+    made = a.clone()
+    made[:1] = 1 - a[:1]
+    return made
+
+
 Reading = Callable[[Tensor], Tensor]
 # What a layer reads of spikes `[T, N, ...]`, and what is read of what it gives; by whether its steps can be told apart.
 FOLLOWED: dict[str, tuple[Reading, Reading]] = {
@@ -519,6 +525,7 @@ FOLLOWED: dict[str, tuple[Reading, Reading]] = {
     "late": (lambda a: torch.cat([torch.zeros_like(a[:1]), a[:-1]]), lambda y: y),
     "step_by_step": (lambda a: torch.stack([step.flip(2) for step in a]), lambda y: y),
     "written": (written_in_parts, lambda y: y),
+    "written_at_a_step": (written_at_a_step, lambda y: y),
     "written_batch_first": (lambda a: written_in_parts(a.transpose(0, 1)), lambda y: y.transpose(0, 1)),
 }
 NOT_FOLLOWED: dict[str, tuple[Reading, Reading]] = {

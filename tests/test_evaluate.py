@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import tetdeploy
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.beginnings import note_trained_on
-from tetdeploy.data import load_data, save_npz, split_validation
+from tetdeploy.data import FrameSet, load_data, save_npz, split_validation
 from tetdeploy.export.trained import Trained
 from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig, build_network, run_network
 from tetdeploy.train import evaluate
@@ -129,6 +130,36 @@ def test_a_network_of_a_fixed_T_says_at_which_T_it_fails(runs: Path, monkeypatch
     assert "Error: the network of runs/snn fails at T=8, beyond the T=4 of its training" in result.stderr
     assert result.stderr.endswith("; choose --T 1:4\n")
     assert run("runs/snn", "--limit", "9", "--T", "1:4").exit_code == 0
+    monkeypatch.setattr(ConvSNN, "forward", Mock(side_effect=RuntimeError("at any T")))
+    assert str(run("runs/snn", "--limit", "9", "--T", "1:4").exception) == "at any T"
+    monkeypatch.setattr(ConvSNN, "forward", Mock(side_effect=IndexError("index 4")))
+    assert "fails at T=8, beyond the T=4 of its training (index 4)" in run("runs/snn", "--limit", "9").stderr
+    monkeypatch.setattr(ConvSNN, "forward", Mock(side_effect=RuntimeError("CUDA out of memory")))
+    assert "choose --T" not in run("runs/snn", "--limit", "9").stderr
+
+
+def test_recordings_are_measured_at_each_T_of_the_training(runs: Path) -> None:
+    frames, labels = np.zeros((20, 3, 1, 8, 8), np.uint8), np.arange(20) % 10
+    save_npz(FrameSet("own.npz", "train", frames, labels, digits().class_names, (0.0,), (1.0,)), "own.npz")
+    classifier = ann()
+    classifier.data, classifier.encoding = "own.npz", "frames"
+    save_checkpoint(runs / "own" / "checkpoint.safetensors", classifier, training=TRAINING | {"T": 3}, provenance={})
+    assert run("runs/own", "--json", "e.json").exit_code == 0
+    (only,) = json.loads(Path("e.json").read_text())["runs"]
+    assert [entry["T"] for entry in only["accuracy"]] == [1, 2, 3]
+
+
+def test_the_batches_and_the_precision_are_those_asked_for(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[Any]()
+
+    def measured(classifier: Classifier, batches: Any, **options: Any) -> list[float]:
+        seen.append(([len(labels) for _, labels in batches], options))
+        return [0.5]
+
+    monkeypatch.setattr("tetdeploy.train.validation.accuracy_by_step", measured)
+    asked = ("--T", "1", "--limit", "9", "--batch-size", "7", "--precision", "bf16")
+    assert run("runs/snn", *asked).exit_code == 0
+    assert seen == [([7, 2], {"T": 1, "precision": "bf16"})]
 
 
 def test_mean_and_deviation_over_seeds(runs: Path) -> None:
@@ -147,6 +178,7 @@ def test_mean_and_deviation_over_seeds(runs: Path) -> None:
     assert [row["run"] for row in content["runs"]] == [f"runs/{name}" for name in names]
     tet, twins = content["seeds"]
     assert (tet["run"], tet["num_finished"], twins["num_finished"]) == ("runs/tet", 2, 1)
+    assert (tet["ann"], twins["ann"]) == (False, True)
     first, second = ([entry["accuracy"] for entry in row["accuracy"]] for row in content["runs"][:2])
     assert first != second
     for entry, a, b in zip(tet["accuracy"], first, second, strict=True):

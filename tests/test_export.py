@@ -907,6 +907,24 @@ class DropsOut(Small):
         return nn.functional.dropout(spikes, 0.5)
 
 
+class CountsCalls(Small):
+    calls = 0
+
+    def between(self, spikes: Tensor) -> Tensor:
+        self.calls += 1
+        return spikes * self.calls
+
+
+class HidesWhatNeuronsRead(Small):
+    """Neurons too far from the threshold to tell read a current that mixes time and is written over after that."""
+
+    def between(self, spikes: Tensor) -> Tensor:
+        current = (spikes - spikes.mean(0)) * 0.1
+        fired: Tensor = self.lif(current)
+        current.zero_()
+        return spikes + fired
+
+
 class RunningSum(Small):
     def after(self, logits: Tensor) -> Tensor:
         return logits.cumsum(0)
@@ -1041,6 +1059,8 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (pooled_by(nn.AdaptiveMaxPool2d(3)), ValueError, r"cannot export 'pool\.0': .*adaptive_max_pool2d.*x\.amax"),
     (MeanOverTime, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs.* to the next$"),
     (DropsOut, ValueError, r"draws random numbers in inference, .* training=self\.training to F\.dropout"),
+    (CountsCalls, ValueError, r"mixes time .* changed what is kept in network \(CountsCalls of test_export\)$"),
+    (HidesWhatNeuronsRead, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs"),
     (RunningSum, ValueError, "mixes time outside its neurons: its answer at step 2 of T=6 differs"),
     (KeptOutside, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs.* to the next$"),
     (DependsOnT, ValueError, "mixes time outside its neurons"),

@@ -831,7 +831,8 @@ def test_spikes_that_are_written_over_later_are_spikes() -> None:
 
 
 def test_sums_too_large_to_be_exact_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = Tracer(classifier(Moved(*SUMS[:3])), encoding="direct", uint8=True).folded(2)
+    network = Moved(*SUMS[:3], lambda s: torch.stack([s, doubled(s, 6)])[1], lambda s: torch.cat([doubled(s, 6), s], 2))
+    module = Tracer(classifier(network), encoding="direct", uint8=True).folded(2)
     monkeypatch.setattr(quantisation, "_EXACT", 64 * 127 * 4 * 9)
     assert list(spiking_convolutions(module).values()) == ["branches.0.0", "branches.1.0"]
 
@@ -849,12 +850,28 @@ def overwritten(value: Tensor) -> Tensor:
     return view
 
 
+def overwritten_behind_dropout(value: Tensor) -> Tensor:
+    """What dropout hands on as it is, in inference, written over."""
+    handed_on = nn.functional.dropout(value, 0.5, training=False)
+    handed_on *= 0.5
+    return value
+
+
+def given_as_output(value: Tensor) -> Tensor:
+    """A view of what another operation writes its result to."""
+    view = value.mT
+    torch.mul(value.roll(1, 4), 0.5, out=value)
+    return view
+
+
 def test_what_is_no_longer_spikes_stays_in_float32() -> None:
     network = Moved(
         lambda s: written_over(s + s.roll(1, 4)),
         lambda s: written_over(s.clone()) + s,
         lambda s: written_over(s.clone()),
         lambda s: overwritten(s.clone()),
+        lambda s: overwritten_behind_dropout(s.clone()),
+        lambda s: given_as_output(s.clone()),
         lambda s: nn.functional.dropout(s + s, 0.5, training=True),
         lambda s: s - s.roll(1, 4),
         lambda s: torch.add(s, s.roll(1, 4), alpha=2),

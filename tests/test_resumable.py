@@ -44,6 +44,13 @@ def test_what_a_half_done_batch_left_is_not_kept(
     assert kept is not None and (kept["done"], kept["total"]) == (1, 1)
 
 
+def test_ctrl_c_before_anything_is_done_leaves_no_file(tmp_path: Path) -> None:
+    partial = Partial(tmp_path / "p.npz", {})
+    with pytest.raises(KeyboardInterrupt):
+        finish(Images(1, KeyboardInterrupt), partial, lambda count: None)  # type: ignore[arg-type]
+    assert partial.load() is None
+
+
 def test_it_is_kept_every_20_seconds_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, kept = Images(10), list[int]()
     monkeypatch.setattr("tetdeploy.resumable.time", SimpleNamespace(monotonic=lambda: 7.0 * images.done))

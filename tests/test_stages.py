@@ -44,6 +44,7 @@ from tetdeploy.train.objective import Teacher, draw_lengths, load_teacher, prefi
 from tetdeploy.train.runs import read_run_config
 from tetdeploy.train.session import BN_BATCHES
 from tetdeploy.train.stages import Stage, TimeRange, parse_random_T, parse_tit
+from tetdeploy.train.state import Best
 
 DIGITS = load_data("digits", "train", data_dir=Path())
 assert isinstance(DIGITS, ImageSet)
@@ -603,6 +604,13 @@ def test_interrupted_seeds_go_on(tmp_path: Path, whole_seeds: tuple[Path, Any]) 
     assert (tmp_path / "seed-0" / "last.safetensors").stat().st_mtime_ns == finished
     read = [json.loads((folder / "summary.json").read_text()) for folder in (tmp_path, whole_seeds[0] / "many")]
     assert read[0] == read[1]
+
+
+def test_a_summary_names_the_best_epoch_of_each_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = TrainResult(tmp_path / "seed-0", 3, Best(2, 0.5, 1.25), interrupted=False, seconds=1.0)
+    monkeypatch.setattr("tetdeploy.train.seeds.train", lambda *args, **options: ended)
+    (found,) = json.loads(seeds(tmp_path, of_seed, seeds=(0,)).summary.read_text())["runs"]
+    assert [found[key] for key in ("epochs", "best_epoch", "val_accuracy", "val_loss")] == [3, 2, 0.5, 1.25]
 
 
 def test_seeds_refuse(tmp_path: Path) -> None:

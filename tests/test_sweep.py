@@ -350,6 +350,8 @@ def test_each_number_of_a_sweep_is_in_its_column() -> None:
         ("1 ", "91.00%", "0.100", "2 M", "300 k", "4 µJ", "5 µJ", "2", "0.50 ms"),
         ("2*", "92.00%", "0.100", "4 M", "600 k", "8 µJ", "10 µJ", "1", "1.00 ms"),
     ]
+    once = cells(sweep_table(two_steps(), 2, conventions=("once", "paper")))  # with which the ANN is compared
+    assert [row[5:8] for row in once] == [("1 µJ", "4 µJ", "8"), ("1 µJ", "8 µJ", "8")]
 
 
 def test_each_number_of_a_layer_is_in_its_column() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -234,6 +235,15 @@ class TestAgainst:
         run(MODEL, "--against", f"{RUN}/checkpoint.safetensors", "--num-torch", "0")
         assert written()["agreement"]["num_images"] == written()["num_samples"] == 359
 
+    def test_how_many_images_pytorch_sees_and_with_how_many_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        run_both, set_threads = Mock(side_effect=ValueError("enough")), Mock()
+        monkeypatch.setattr(sys.modules["tetdeploy.cli.validate"]._Job, "side_by_side", run_both)
+        monkeypatch.setattr("torch.set_num_threads", set_threads)
+        for given in ((), ("--num-torch", "0"), ("--num-torch", "9")):
+            refused(MODEL, "--against", f"{RUN}/checkpoint.safetensors", "--threads", "1", *given)
+        assert [call.args[-2] for call in run_both.call_args_list] == [2000, 0, 9]
+        set_threads.assert_called_with(1)
+
     def test_a_checkpoint_of_another_model(self) -> None:
         message = refused(MODEL, "--against", OTHER)
         assert "model-T3.onnx was not exported from other/checkpoint.safetensors" in message
@@ -421,6 +431,7 @@ class TestGates:
         message = refused("up.0.onnx", *of_digits)
         assert f"--fail-under energy cannot be judged: {told.replace('later (residual_adds)', 'up.0')}" in message
         assert not Path("up.0.validate.json").exists()
+        run("up.0.onnx", "--data", "digits", "--limit", "20", "--fail-under", "accuracy=0")
 
     def test_the_default_T_is_the_training_s(self) -> None:
         gate = parse_gate("accuracy=0.5")
