@@ -131,12 +131,19 @@ def _to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
     return exported
 
 
+_CLAMPS = (
+    torch.ops.aten.clamp.default,
+    torch.ops.aten.clamp_.default,
+    torch.ops.aten.clip.default,
+    torch.ops.aten.clip_.default,
+)
+
+
 def _make_bounds_alike(graph: fx.Graph) -> None:
     """Of a whole number and a fraction, as in `clamp(x, -1, 1.5)`, torch.onnx knows no clamp."""
     for node in graph.nodes:
         x, *bounds = node.args or (None,)
-        clamps = node.target in (torch.ops.aten.clamp.default, torch.ops.aten.clamp_.default)
-        if clamps and any(isinstance(bound, float) for bound in bounds):
+        if node.target in _CLAMPS and any(isinstance(bound, float) for bound in bounds):
             node.args = (x, *(None if bound is None else float(bound) for bound in bounds))
 
 

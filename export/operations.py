@@ -114,7 +114,7 @@ class Layers:
         if not before or not after or len(before) != len(after) or before[0] % BATCH:
             return False
         longer = [axis for axis, size in enumerate(before) if after[axis] != size]
-        if len(longer) != 1 or (longer != [0] and (before[longer[0]] > 1 or len(after) == self._image_rank)):
+        if len(longer) != 1 or (longer != [0] and len(after) == self._image_rank):
             return False
         return after[longer[0]] == before[longer[0]] * self._T
 

@@ -11,11 +11,12 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tetdeploy.data import Encoding
 from tetdeploy.networks import Classifier, NetworkConfig, import_network
 from tetdeploy.networks.ann import has_neurons
-from tetdeploy.tracing import quiet
 
 from .causality import check_on_noise
 
@@ -25,18 +26,23 @@ _SECONDS = 300
 def why_not(config: NetworkConfig, encoding: Encoding) -> str | None:
     """Why a network of one's own cannot be exported, as far as two images of noise show that; None if they show nothing
     against it, or the process ended without an answer."""
-    paths = os.pathsep.join(filter(None, sys.path))
+    here = str(Path.cwd())  # which `import_network` adds; before the standard library's its files would be in the way
+    paths = os.pathsep.join(path for path in sys.path if isinstance(path, str) and path not in ("", here))
     try:
-        asked = subprocess.run(
-            [sys.executable, "-m", "tetdeploy.export.preflight"],
-            input=json.dumps([asdict(config), encoding]),
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            env=os.environ | {"PYTHONPATH": paths},
-        )
-        answer: str | None = json.loads(asked.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
+        with TemporaryDirectory() as folder:  # the user's code may print, and leave processes that hold a pipe
+            file = Path(folder) / "answer.json"
+            file.write_text(json.dumps([asdict(config), encoding, sys.argv]))
+            subprocess.run(
+                [sys.executable, "-P", "-m", "tetdeploy.export.preflight", str(file)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=_SECONDS,
+                check=True,
+                env=os.environ | {"PYTHONPATH": paths},
+            )
+            answer: str | None = json.loads(file.read_text())
+    except (OSError, subprocess.SubprocessError):
         return None
     return answer
 
@@ -56,7 +62,6 @@ def _answer(config: NetworkConfig, encoding: Encoding) -> str | None:
 
 
 if __name__ == "__main__":
-    settings, encoding = json.load(sys.stdin)
-    with quiet():  # the user's code may print
-        found = _answer(NetworkConfig(**settings), encoding)
-    print(json.dumps(found))
+    file = Path(sys.argv[1])
+    settings, encoding, sys.argv = json.loads(file.read_text())  # the user's module may read the command's words
+    file.write_text(json.dumps(_answer(NetworkConfig(**settings), encoding)))

@@ -105,10 +105,12 @@ def net(num_classes, in_channels, image_size):
 """
 RANDOM_NET = """
 import functools
+import os
 import torch
 from torch import nn
 from tetdeploy.layers import OverTime
 from tetdeploy.neurons import LIF
+os.write(1, b"\\xff printed at import")
 @functools.lru_cache  # which a check in the same process would fill with float64
 def window(size):
     return torch.linspace(0.5, 1, size)
@@ -389,6 +391,7 @@ class TestCommands:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "random_net.py").write_text(RANDOM_NET)
+        Path("queue.py").write_text("raise SystemExit('a file in the folder that is called as one of Python is')")
         monkeypatch.syspath_prepend(str(tmp_path))
         options = ("train", "--model", "random_net:net", "--epochs", "2", "--T", "2")
         with monkeypatch.context() as patch:

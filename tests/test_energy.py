@@ -642,32 +642,54 @@ def test_a_layer_on_tokens_counts_every_token(layout: str, tmp_path: Path) -> No
 
 
 class Unshuffled(nn.Module):
-    """A linear layer of an image repeated along its features as often as there are steps, a convolution of spikes
-    behind pixel_unshuffle."""
+    """A convolution of spikes behind pixel_unshuffle."""
 
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(17)
-            self.encode, self.conv, self.readout = nn.Linear(4 * 64, 64), nn.Conv2d(4, 3, 3), nn.Linear(12, 10)
+            self.conv, self.readout = nn.Conv2d(4, 3, 3), nn.Linear(12, 10)
         self.lif = LIF(v_th=0.3)
 
     def forward(self, x: Tensor, T: int) -> Tensor:
-        current = self.encode(x.flatten(1).repeat(1, 4)).view(-1, 1, 8, 8)
-        spikes = self.lif(current.expand(T, *current.shape))
+        spikes = self.lif(x.expand(T, *x.shape))
         parts = nn.functional.pixel_unshuffle(spikes.flatten(0, 1), 2)
         return self.readout(self.lif(self.conv(parts).unflatten(0, spikes.shape[:2])).flatten(2))
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-def test_an_image_repeated_and_spikes_unshuffled_are_counted(layout: str, tmp_path: Path) -> None:
+def test_spikes_unshuffled_are_counted(layout: str, tmp_path: Path) -> None:
     net, x, T = classifier(Unshuffled()), digits().images[:9], 4
     runner = unchecked(net.network, tmp_path / "m.onnx", ExportConfig(layout=layout, T=T))  # type: ignore[arg-type]
     assert runner.metadata["uncounted"] == []
     counts, expected = counted(runner, x, T).counts, torch_operations(net, x, T)
-    np.testing.assert_array_equal(counts["encode"], np.full(T, 9 * 4 * 64 * 64))
     for name in ("conv", "readout"):
         np.testing.assert_array_equal(counts[name], expected[name], err_msg=name)
+
+
+class ShownBehindTheBatch(nn.Module):
+    """Shows the image at each step as features, or as tokens, that are told apart again."""
+
+    def __init__(self, repeated: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.repeated, self.encode, self.readout = repeated, nn.Linear(64, 32), nn.Linear(32, 10)
+        self.lif = LIF(v_th=0.1)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        logits: Tensor = self.readout(self.lif(self.encode(self.repeated(x.flatten(1), T)).transpose(0, 1)))
+        return logits
+
+
+@pytest.mark.parametrize("repeated", [
+    lambda x, T: x.repeat(1, T).view(-1, T, 64), lambda x, T: x.unsqueeze(1).repeat(1, T, 1),
+])  # fmt: skip
+def test_an_image_shown_behind_the_batch_counts_once_a_step(
+    repeated: Callable[[Tensor, int], Tensor], tmp_path: Path
+) -> None:
+    x, T = digits().images[:9], 4
+    runner = unchecked(ShownBehindTheBatch(repeated), tmp_path / "m.onnx", ExportConfig(T=T))
+    assert runner.metadata["uncounted"] == []
+    np.testing.assert_array_equal(counted(runner, x, T).counts["encode"], np.full(T, 9 * 64 * 32))
 
 
 class AsFunctions(nn.Module):

@@ -1290,7 +1290,7 @@ class AsksForTheBatch(nn.Module):
 
 class Clamped(Small):
     def between(self, spikes: Tensor) -> Tensor:
-        return (spikes * 2).clamp(0, 1.5).clamp_(max=1).clamp_(0.5, 2)
+        return (spikes * 2).clamp(0, 1.5).clamp_(max=1).clamp_(0.5, 2).clip(-1, 2.5)
 
 
 @pytest.mark.parametrize("fold_bn", [True, False])

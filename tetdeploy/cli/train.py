@@ -227,9 +227,8 @@ def train(
         json_path = json_path if ranks.writes else None
         also: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
         also["how"] = begun.how
-        if ranks.writes:
-            job.warn_of_export()
         if several:
+            job.warn_of_export(ranks)
             recipe = None if config is None else str(config)
             many = train_seeds(job.classifier, job.train, job.val, job.config, several, out, recipe=recipe, **also)
             _report_seeds(ctx, many, job, json_path)
@@ -239,6 +238,7 @@ def train(
             start_from(ctx, classifier, init, begun.metadata)
             if job.val is not None:
                 note_trained_on(init, begun.metadata, job.val, job.config.val_fraction)
+        job.warn_of_export(ranks)
         also |= {"init": init, "restart_from": restart_from}
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **also), job, json_path)
 
@@ -308,13 +308,15 @@ class _Job:
             **self.network,
         )
 
-    def warn_of_export(self) -> None:
+    def warn_of_export(self, ranks: Ranks) -> None:
         """Say before a training why a network of the user's own cannot be exported after it."""
         config = self.network_config
-        if not (self.begins and config.is_own and config.is_spiking):
+        if not (self.begins and config.is_own and config.is_spiking and ranks.writes):
             return
         from tetdeploy.export.preflight import why_not
+        from tetdeploy.train.device import pick_device
 
+        pick_device(self.config.device)  # what is not there is refused at once
         with progress_bar() as bar:
             bar.add_task(f"can {config.model} be exported?", total=None)
             reason = why_not(config, self.train.encoding)
