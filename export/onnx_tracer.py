@@ -203,17 +203,13 @@ def _name_boundary(model: ir.Model, T: int | None, encoding: Encoding) -> None:
 
 
 def _complete_shapes(graph: ir.Graph) -> None:
-    """Work out the one axis that a Reshape to `[-1, ...]` may leave open, and those of a Transpose behind it, as in
+    """Work out the one axis that a Reshape to `[-1, ...]`, or a Transpose behind it, may leave open, as in
     pixel_unshuffle: ONNX's own inference multiplies no symbols."""
     for node in graph:
         if node.op_type not in ("Reshape", "Transpose") or node.inputs[0] is None:
             continue
         before, after = node.inputs[0].shape, node.outputs[0].shape
         if before is None or before.is_static() or before.has_unknown_dim() or after is None:
-            continue
-        if node.op_type == "Transpose":
-            perm = node.attributes.get_ints("perm", range(len(before))[::-1])
-            node.outputs[0].shape = ir.Shape([before[k] for k in perm])
             continue
         known = [dim for axis, dim in enumerate(after) if not after.is_unknown_dim(axis)]
         if len(known) == len(after) - 1:

@@ -106,11 +106,13 @@ def net(num_classes, in_channels, image_size):
 RANDOM_NET = """
 import functools
 import os
+import sys
 import torch
 from torch import nn
 from tetdeploy.layers import OverTime
 from tetdeploy.neurons import LIF
 os.write(1, b"\\xff printed at import")
+assert not sys.argv[-1].endswith("answer.json")  # a module may read the words of its command
 @functools.lru_cache  # which a check in the same process would fill with float64
 def window(size):
     return torch.linspace(0.5, 1, size)
@@ -404,6 +406,7 @@ class TestCommands:
         assert kept[0].keys() == kept[1].keys()
         assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
         assert metrics(Path("unchecked")) == metrics(Path("checked/seed-0"))
+        assert run("train", "--resume", "unchecked", "--model", "random_net:net").exit_code == 0  # nor is this warned
         assert run(*options, "--ann", "--T", "1", "--out", "ann").exit_code == 0  # and is not warned
 
     def test_weights_of_half_precision_are_not_trained(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,11 +423,13 @@ class TestCommands:
     def test_a_network_for_frames_is_checked_on_frames(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "frames_net.py").write_text(FRAMES_NET)
         monkeypatch.syspath_prepend(str(tmp_path))
-        checked = Mock(return_value=None)
+        checked = Mock(return_value="the network fails at T=4: DefaultCPUAllocator: can't allocate memory")
         monkeypatch.setattr("tetdeploy.export.preflight.why_not", checked)
         np.savez("frames.npz", images=np.zeros((20, 2, 1, 8, 8), np.uint8), labels=np.arange(20) % 2)
-        trained = run("train", "--data", "frames.npz", "--model", "frames_net:net", "--epochs", "1", "--T", "2")
-        assert trained.exit_code == 0, trained.output
+        options = ("train", "--data", "frames.npz", "--model", "frames_net:net", "--epochs", "1", "--T", "2")
+        assert "cuda:99" in refused(*options, "--device", "cuda:99") and not checked.called
+        trained = run(*options)
+        assert trained.exit_code == 0, trained.output  # without a warning: nothing was found out
         assert [call.args[1] for call in checked.call_args_list] == ["frames"]
 
     @pytest.mark.filterwarnings("ignore:cut_net.net. this network trains, but cannot be exported:RuntimeWarning")

@@ -860,8 +860,13 @@ def overwritten_behind_dropout(value: Tensor) -> Tensor:
 def given_as_output(value: Tensor) -> Tensor:
     """A view of what another operation writes its result to."""
     view = value.mT
-    torch.mul(value.roll(1, 4), 0.5, out=value)
+    torch.cat([value.roll(1, 4) * 0.5], out=value)
     return view
+
+
+def overwritten_in_a_list(value: Tensor) -> Tensor:
+    torch._foreach_mul_([value], 0.5)
+    return value
 
 
 def test_what_is_no_longer_spikes_stays_in_float32() -> None:
@@ -872,6 +877,7 @@ def test_what_is_no_longer_spikes_stays_in_float32() -> None:
         lambda s: overwritten(s.clone()),
         lambda s: overwritten_behind_dropout(s.clone()),
         lambda s: given_as_output(s.clone()),
+        lambda s: overwritten_in_a_list(s.clone()),
         lambda s: nn.functional.dropout(s + s, 0.5, training=True),
         lambda s: s - s.roll(1, 4),
         lambda s: torch.add(s, s.roll(1, 4), alpha=2),

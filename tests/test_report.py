@@ -204,6 +204,9 @@ class TestSections:
             "a: 0.9 pJ an addition (AC), 4.6 pJ a multiply-accumulate (MAC): Horowitz, ISSCC 2014; b: 0.03 pJ" in note
         )
         assert "estimated from counted operations, not measured" in note
+        int8 |= {"source": "given: ac_pj 0.03", "by_layer": "mac_pj"}
+        files = [files[0], write(tmp_path / "b.json", result(constants=int8))]
+        assert "0.03 pJ an addition (AC), 0.23 pJ a multiply-accumulate (MAC; 4.6 pJ in layers of" in note_of(files)
         files = [files[1], write(tmp_path / "c.json", result(constants=None))]
         assert "; c: No constants are given. As in" in note_of(files)
 

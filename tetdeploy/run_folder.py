@@ -57,8 +57,8 @@ def latest_run(runs: Path) -> Path:
 
 
 def _has_weights(run: Path) -> bool:
-    """Whether a run, or one of several seeds, has a checkpoint, or shards."""
-    return any((folder / CHECKPOINT_NAME).exists() or newest_shards(folder) for folder in (run, *seed_runs(run)))
+    """Whether a run, or one of several seeds, has a checkpoint."""
+    return any((folder / CHECKPOINT_NAME).exists() for folder in (run, *seed_runs(run)))
 
 
 def _newest_trained(runs: Path) -> Path | None:

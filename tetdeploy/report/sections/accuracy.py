@@ -146,7 +146,8 @@ def _bills(results: Results) -> str:
 def _constants(given: dict[str, Any]) -> str:
     if not given:
         return "No constants are given"
-    add, multiply = given["ac_pj"], given["mac_pj"]
-    own = {"ac_pj": CONSTANTS["fp32"].ac_pj, "mac_pj": CONSTANTS["fp32"].mac_pj}.get(given.get("by_layer", ""))
-    float32 = f" (that which is not given {own:g} pJ in layers of float32)" if own else ""
-    return f"{add:g} pJ an addition (AC), {multiply:g} pJ a multiply-accumulate (MAC){float32}: {given['source']}"
+    costs = []
+    for name, what, abbreviation in (("ac_pj", "an addition", "AC"), ("mac_pj", "a multiply-accumulate", "MAC")):
+        float32 = f"; {getattr(CONSTANTS['fp32'], name):g} pJ in layers of float32"
+        costs.append(f"{given[name]:g} pJ {what} ({abbreviation}{float32 if given.get('by_layer') == name else ''})")
+    return f"{', '.join(costs)}: {given['source']}"
