@@ -199,19 +199,14 @@ def _traces(double: Classifier, x: Tensor, T: int, others: Sequence[Tensor]) -> 
 
 
 def _same_state(module: nn.Module, other: nn.Module) -> bool:
-    """Whether the numbers that two modules keep themselves, beside their parameters, are the same."""
+    """Whether the numbers that two modules keep themselves are the same."""
     kept = [
-        [value for value in tree_leaves(_beside_parameters(m)) if isinstance(value, int | float | Tensor)]
-        for m in (module, other)
+        [value for value in tree_leaves(vars(m)) if isinstance(value, int | float | Tensor)] for m in (module, other)
     ]
     return len(kept[0]) == len(kept[1]) and all(
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
         for a, b in zip(*kept, strict=True)
     )
-
-
-def _beside_parameters(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name != "_parameters"}
 
 
 def _paler(x: Tensor) -> Tensor:

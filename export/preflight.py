@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 
 from tetdeploy.data import Encoding
 from tetdeploy.networks import Classifier, NetworkConfig, import_network
-from tetdeploy.networks.ann import has_neurons
 
 from .causality import check_on_noise
 
@@ -49,16 +48,14 @@ def why_not(config: NetworkConfig, encoding: Encoding) -> str | None:
 
 def _answer(config: NetworkConfig, encoding: Encoding) -> str | None:
     network = import_network(config)
-    if not has_neurons(network):
-        return "it has no LIF or IF of tetdeploy.neurons"
     mean, std = (0.5,) * config.in_channels, (0.25,) * config.in_channels
     class_names = tuple(map(str, range(config.num_classes)))
     classifier = Classifier(network, config=config, mean=mean, std=std, class_names=class_names, encoding=encoding)
     try:
-        check_on_noise(classifier.eval(), encoding)
+        num_layers = check_on_noise(classifier.eval(), encoding)
     except ValueError as error:
         return str(error)
-    return None
+    return None if num_layers else "it has no LIF or IF of tetdeploy.neurons"
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from tetdeploy.cli.predict import _read_image
 from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 from tetdeploy.data import load_data
 from tetdeploy.engine import Engine
+from tetdeploy.export import preflight
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import newest_export
 from tetdeploy.train import TrainResult
@@ -408,6 +409,21 @@ class TestCommands:
         assert metrics(Path("unchecked")) == metrics(Path("checked/seed-0"))
         assert run("train", "--resume", "unchecked", "--model", "random_net:net").exit_code == 0  # nor is this warned
         assert run(*options, "--ann", "--T", "1", "--out", "ann").exit_code == 0  # and is not warned
+
+    def test_neurons_that_are_called_as_functions_are_seen(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "function_net.py").write_text(
+            "from torch import nn\n"
+            "from tetdeploy.neurons import lif\n"
+            "class Net(nn.Linear):\n"
+            "    def forward(self, x, T):\n"
+            "        return super().forward(lif(x.flatten(1).expand(T, -1, -1))[0])\n"
+            "def net(num_classes, in_channels, image_size):\n"
+            "    return Net(64, num_classes)\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        assert preflight._answer(NetworkConfig("function_net:net", 10, 1, (8, 8)), "direct") is None
 
     def test_weights_of_half_precision_are_not_trained(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "half_net.py").write_text(

@@ -72,8 +72,8 @@ class Engine:
         a step graph, None of a dynamic one), with_state (whether membranes go in and out, as in any step graph),
         trained_T (of the training), precision (`fp32`, `fp16` or `int8`), encoding (`direct` or `frames`), input_shape
         `(C, H, W)`, input_dtype, class_names, min_batch and max_batch (least and most images in a call, None is any),
-        native and cuda_graphs (whether it does), states_last (state
-        inputs `[N, C, H, W]` that it need not copy if their channels lie last in memory).
+        native and cuda_graphs (whether it does), states_last (state inputs `[N, C, H, W]` that it need not copy if
+        their channels lie last in memory).
 
     Raises:
         ValueError: `model` is no path; the file is no ONNX model, none of ours, or not what its metadata say; the

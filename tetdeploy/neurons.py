@@ -255,9 +255,9 @@ def lif(
 ) -> tuple[Tensor, Tensor]:
     """Run LIF neurons over a whole sequence (Eqs. 1-3); the gradient uses the triangle surrogate (Eq. 5).
 
-    Nothing is detached: the gradient flows through the reset and through time. For backward `current` is
-    kept, and `u` where it is given; in inference nothing is. With half-precision currents (autocast) the membrane is
-    kept in float32.
+    Nothing is detached: the gradient flows through the reset and through time. For backward `current` is kept, and
+    `u` where it is given; in inference nothing is. With half-precision currents (autocast) the membrane is kept in
+    float32.
 
     Args:
         current: pre-synaptic input I, `[T, ...]`, any floating dtype; time is axis 0, everything else are neurons.

@@ -117,9 +117,9 @@ def serve(
     """Serve exported models over HTTP and gRPC: the Open Inference Protocol v2.
 
     MODEL is an .onnx file, or an .engine of tetdeploy build. It is called by its file's name without the ending, or by
-    NAME. Requests that come together share a call of the
-    engine. There is no authentication: beyond this machine, put it behind something that has. Ctrl-C, SIGTERM
-    or SIGHUP finishes the requests taken; the exit code is 1 if some could not be answered in time. Needs no torch.
+    NAME. Requests that come together share a call of the engine. There is no authentication: beyond this machine, put
+    it behind something that has. Ctrl-C, SIGTERM or SIGHUP finishes the requests taken; the exit code is 1 if some
+    could not be answered in time. Needs no torch.
     """
     from tetdeploy.engine import open_engine
 
