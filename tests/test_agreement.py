@@ -73,6 +73,13 @@ def test_logits_by_step() -> None:
     assert running_class(per_step).tolist() == [[0, 1, 1], [1, 1, 1], [0, 1, 1]]
 
 
+def test_what_is_tied_is_judged_by_the_logits_of_its_own_step() -> None:
+    ours, theirs = (np.array([[[1e-3, 0.0], [1000.0, last]]]) for last in (1000.0014, 1000.0006))
+    sums = LogitAgreement(2)
+    sums.add(ours, theirs)
+    assert sums.same.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("offset", [0, -2])
 @pytest.mark.parametrize("factor", [1, 1e3, 1e-3])
 def test_of_tied_classes_either_agrees(factor: float, offset: float) -> None:

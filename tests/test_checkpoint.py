@@ -356,6 +356,12 @@ def test_folders_that_were_made_go_again_where_nothing_is_written(write: Any, tm
     assert os.umask(before) == 0o022
 
 
+def test_another_file_that_is_missing_meanwhile_has_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "written"):
+        (tmp_path / "read").read_bytes()
+    assert caught.value.filename == str(tmp_path / "read")
+
+
 @pytest.mark.parametrize("write", [atomic_write, atomic_folder])
 def test_content_is_on_the_disk_before_it_has_its_name(
     write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

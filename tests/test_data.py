@@ -30,6 +30,7 @@ from image_helpers import DEEP, write_deep_png
 from numpy.typing import NDArray
 from PIL import Image
 
+from tetdeploy import files
 from tetdeploy.cli import main
 from tetdeploy.data import (
     DATA_NAMES,
@@ -433,8 +434,11 @@ def test_npz_refuses_files_that_are_not_one(tmp_path: Path) -> None:
     np.savez_compressed(deflated, images=image_set().images)
     stream = bytearray(deflated.getvalue())
     stream[30 + sum(struct.unpack_from("<2H", stream, 26))] |= 0b110  # the third kind of block, which there is not
+    bytes_alone = io.BytesIO()
+    with zipfile.ZipFile(bytes_alone, "w") as written:
+        written.writestr("images.npy", b"no array")
     contents = (whole[: len(whole) // 2], whole[:-30], b"", b"hello", bytes(damaged), bytes(stream), single.getvalue())
-    for content in (*contents, header.getvalue()):
+    for content in (*contents, header.getvalue(), bytes_alone.getvalue()):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.npz is damaged: .*; write it with numpy.savez"):
             load_data(str(path), "train", data_dir=NO_DATA)
@@ -615,6 +619,13 @@ def test_cache_is_used_until_a_source_changes(tmp_path: Path, cache_folder: Path
         before = len(calls)
         assert len(get()) == before + 1  # made anew,
         assert len(get()) == before + 1  # and kept
+
+
+def test_cache_is_not_scattered_over_working_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The standard of XDG_CACHE_HOME says to take no relative path."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.cache_folder() == tmp_path / ".cache" / "tetdeploy"
 
 
 def test_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ from tetdeploy.early_exit.threshold import (
 )
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
+from tetdeploy.files import sha256_of
 from tetdeploy.provenance import images_sha256
 from tetdeploy.report.early_exit import _frontier_table, by_steps, calibration_shown, compared, savings_shown
 from tetdeploy.report.early_exit import rule as rule_shown
@@ -359,6 +360,15 @@ def describe(model: Path, **changes: Any) -> None:
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [*map(str, arguments)])
+
+
+def test_a_rule_of_an_earlier_version_is_no_point_estimate(tmp_path: Path) -> None:
+    model = tmp_path / "m.onnx"
+    model.write_bytes(b"model")
+    content = {"threshold": 0.5, "criterion": "margin", "min_T": 1, "T": 4, "model_sha256": sha256_of(model)}
+    for confident, written in ((True, content), (False, content | {"confident": False})):
+        exit_path(model).write_text(json.dumps(written))
+        assert load_rule(model) == (Exit(0.5, "margin"), 4, confident)
 
 
 def test_calibrate_then_measure_then_report(model: Path, held_out: Path, tmp_path: Path) -> None:

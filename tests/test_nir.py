@@ -443,6 +443,34 @@ def summed_in_place(x: Tensor) -> Tensor:
     return y + rows.view(y.shape)
 
 
+def summed_into_a_copy(x: Tensor) -> Tensor:
+    y = smooth(x)
+    z = y.clone()
+    z += x
+    return z + smooth(y)
+
+
+def test_a_sum_may_take_the_place_of_a_copy() -> None:
+    torch.manual_seed(0)
+    nir_graph(calibrated(Everything(Thrown(summed_into_a_copy))))
+
+
+def test_a_maximum_of_sums_of_spikes_is_none_of_spikes() -> None:
+    class Summed(Everything):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lif4 = LIF(v_th=0.5)
+
+        def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+            first = self.lif1(self.encode(x, T))
+            second = self.layer2(self.change(first + self.lif4(first))) + first
+            return self.readout(self.lif3(self.hidden(self.pool(self.if2(second)))))
+
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="max pooling of values that are not spikes"):
+        nir_graph(calibrated(Summed()))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -124,6 +124,14 @@ def test_an_index_that_leaves_tensors_out_is_refused(folder: Path) -> None:
         read_shards(folder)
 
 
+def test_an_index_that_lists_a_tensor_of_no_shard_is_refused(folder: Path) -> None:
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"]["nowhere"] = next(iter(index["weight_map"].values()))
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"does not list the tensors of its shards"):
+        read_shards(folder)
+
+
 def test_content_is_read_without_torch(folder: Path) -> None:
     assert is_sharded(folder) and not is_sharded(folder.parent)
     code = (

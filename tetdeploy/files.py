@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
 from tetdeploy.form import json_text, parse_json
@@ -264,6 +265,10 @@ def opened_npz(handle: BinaryIO, name: str) -> Iterator[Mapping[str, NDArray[Any
             raise ValueError("it is no .npz, or is cut short")
         handle.seek(0)
         with np.load(handle, allow_pickle=False) as file:
+            for name_of_member in file.zip.namelist():
+                with file.zip.open(name_of_member) as member:
+                    if member.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:  # of such a one NumPy would give the bytes
+                        raise ValueError(f"{name_of_member.removesuffix('.npy')} is no array")
             yield file
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, BadZipFile, TokenError, zlib.error) as error:
         raise ValueError(f"{name} is damaged: {error}") from error
