@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -147,6 +151,18 @@ def unchecked(network: nn.Module, path: Path, config: ExportConfig) -> Engine:
     graph, *_ = model.build_graph(classifier(network), config)
     path.write_bytes(ir.to_proto(graph.model).SerializeToString())
     return Engine(path, threads=1)
+
+
+needs_emulator = pytest.mark.skipif(
+    shutil.which("qemu-x86_64") is None, reason="qemu-x86_64 (Debian's qemu-user) is not installed"
+)
+
+
+def run_emulated(processor: str, *arguments: object) -> None:
+    """Python on another x86-64 processor, which NumPy's OpenBLAS may not be told to take for this one."""
+    command = ["qemu-x86_64", "-cpu", processor, sys.executable, *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
+    subprocess.run(command, check=True, capture_output=True, timeout=1200, env=environment)
 
 
 def computed(graph: ir.Model, x: np.ndarray[Any, Any]) -> list[Any]:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +20,16 @@ import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
-from export_helpers import classifier, convsnn, digits, frames, int8_exported, shared_traces
+from export_helpers import (
+    classifier,
+    convsnn,
+    digits,
+    frames,
+    int8_exported,
+    needs_emulator,
+    run_emulated,
+    shared_traces,
+)
 from export_helpers import exported as fp32_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -952,15 +957,13 @@ def test_a_network_without_convolutions_of_spikes_is_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="qemu-x86_64 (Debian's qemu-user) is not installed")
+@needs_emulator
 @pytest.mark.parametrize("processor", ["Nehalem", "Haswell"])
 def test_processors_without_vnni_compute_the_same(processor: str, tmp_path: Path) -> None:
     """Emulated: Nehalem has no AVX, Haswell AVX2 alone. 8-bit products may saturate there; those with spikes do not."""
     path = int8_exported("unrolled")
     result = tmp_path / "result.json"
-    command = ["qemu-x86_64", "-cpu", processor, sys.executable, "-m", "tetdeploy", "validate", str(path)]
-    environment = {**os.environ, "OPENBLAS_CORETYPE": processor}  # NumPy's takes qemu 10's Nehalem for a Haswell
-    subprocess.run([*command, "--json", str(result)], check=True, capture_output=True, timeout=1200, env=environment)
+    run_emulated(processor, "-m", "tetdeploy", "validate", path, "--json", result)
     row = json.loads(result.read_text())["rows"][-1]
     assert row["T"] == 3 and row["top1_agreement"] == 1.0 and row["spike_count_error"] == 0.0
     assert row["max_abs_logit_error"] < 1e-5

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from export_helpers import (
     frames,
     int8_exported,
     keep_ort_convolutions,
+    needs_emulator,
+    run_emulated,
     shared_traces,
     unchecked,
 )
@@ -814,7 +815,7 @@ def test_sessions_may_be_shared_by_threads() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="qemu-x86_64 (Debian's qemu-user) is not installed")
+@needs_emulator
 @pytest.mark.parametrize("processor", ["Nehalem", "Haswell", "max"])
 def test_older_processors_take_other_code_with_the_same_bits(processor: str, tmp_path: Path) -> None:
     """Emulated: Nehalem has no AVX, Haswell AVX2, the last one what the emulator knows."""
@@ -827,9 +828,8 @@ path, x = sys.argv[1], np.load(sys.argv[2])
 for native in (False, True):
     np.save(f"{sys.argv[2]}.{native}.npy", Engine(path, native=native, threads=1).run(x).per_step)
 """
-    path, x = int8_exported("unrolled"), str(tmp_path / "x.npy")
-    command = ["qemu-x86_64", "-cpu", processor, sys.executable, "-c", code, str(path), x]
-    subprocess.run(command, check=True, capture_output=True, timeout=1200)
+    x = tmp_path / "x.npy"
+    run_emulated(processor, "-c", code, int8_exported("unrolled"), x)
     np.testing.assert_array_equal(np.load(f"{x}.True.npy"), np.load(f"{x}.False.npy"))
 
 
