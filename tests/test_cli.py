@@ -290,7 +290,7 @@ class TestCommands:
         name = os.fsdecode(b"d\xe9\xff \xce\xbb.png")  # no UTF-8 on Linux, so not to be printed as it is
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(Path(name))
         printed = []
-        for arguments in (["sweep", "--limit", "9"], ["inspect", MODEL], ["predict", MODEL, name], ["validate", "-h"]):
+        for arguments in (["sweep", "--limit", "9"], ["inspect", MODEL], ["predict", MODEL, name], ["validate", "--help"]):
             result = CliRunner(charset=encoding).invoke(main, arguments)
             assert result.exit_code == 0, result.output
             printed.append(result.stdout_bytes)
