@@ -90,7 +90,7 @@ class OnnxTracer:
                 if self._fold_bn:
                     program.optimize()
                 else:  # TensorRT wants constants; the optimiser would fold BN as well
-                    fold_constants(program.model)
+                    fold_constants(program.model, onnx_shape_inference=True)
         except Exception as error:  # the optimiser's own, of what it cannot read in a graph
             if T is None:
                 self.tracer.program(3)  # if it cannot be traced with so many either, it says why

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 BATCH, _OPEN_T = 2**31 - 1, 2**61 - 1  # primes that stand for the batch and a T left open: no other axis is so long
 _SIZES = {"T": _OPEN_T, "batch": BATCH}
+_UNKNOWN = 2**89 - 1  # a prime, too, for an axis of unknown size
 _SOME_STEPS = 0  # in place of what lies left of T
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _TAKE = ("Gather", "Slice", "Split")
@@ -56,9 +57,10 @@ class StepOrder:
             return 1
         if left is None or node.op_type in _VIEWS:
             return left
-        before, after = sizes(value), sizes(node.outputs[0])
+        moves = node.op_type in _MOVE
+        before, after = (sizes(of, partly=moves) for of in (value, node.outputs[0]))
         if before is None or after is None:  # as of a part of a layer, in a graph that is not optimised
-            return None if node.op_type in _MOVE else left
+            return None if moves else left
         if left == _SOME_STEPS:
             joined = node.op_type == "Concat" and node.attributes.get_int("axis", 0) in (0, -len(after))
             return 1 if joined and after[0] % self._T == 0 else left
@@ -72,8 +74,10 @@ class StepOrder:
             return within * math.prod(before[k] for k in perm[: perm.index(axis)])
         if node.op_type == "ScatterND" and axis and before[1:] == after[1:]:  # parts along the first axis
             return left // before[0] * after[0]
-        grown = len(after) > len(before) and node.op_type not in _TAKE  # by an axis in front, be it as long
-        if after[: axis + 1] == before[: axis + 1] and not grown:
+        others = len(after) > len(before)  # other axes: there is one in front, be it as long
+        if node.op_type == "Gather":  # by a number or a table
+            others = len(after) != len(before) and node.attributes.get_int("axis", 0) % len(before) <= axis
+        if after[: axis + 1] == before[: axis + 1] and not others:
             return left
         return _SOME_STEPS if left == 1 and node.op_type in _TAKE else None
 
@@ -86,13 +90,14 @@ class StepOrder:
         return None
 
 
-def sizes(value: ir.Value) -> list[int] | None:
-    """A value's axes with BATCH for the batch; None if they are unknown."""
+def sizes(value: ir.Value, *, partly: bool = False) -> list[int] | None:
+    """A value's axes with BATCH for the batch; None if they are unknown, or `partly` if all of them are."""
     if value.shape is None:
         return None
     found = [dim if isinstance(dim, int) else _size(dim) for dim in value.shape]
-    return [size for size in found if isinstance(size, int)] if all(isinstance(size, int) for size in found) else None
+    return found if partly or _UNKNOWN not in found else None
 
 
-def _size(dim: ir.SymbolicDim) -> object:
-    return dim.evaluate({name: size for name, size in _SIZES.items() if name in dim.free_symbols()})
+def _size(dim: ir.SymbolicDim) -> int:
+    size = dim.evaluate({name: size for name, size in _SIZES.items() if name in dim.free_symbols()})
+    return size if isinstance(size, int) else _UNKNOWN

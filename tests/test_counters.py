@@ -459,7 +459,7 @@ def test_a_graph_that_takes_means_for_spikes_is_not_written(tmp_path: Path, monk
     refused(tmp_path, r"layer 'readout.2', which is said to read spikes alone, reads other", classifier(Means()))
 
 
-def after(order: StepOrder, op: str, given: list[ir.Value], *shape: int | str, **attributes: Any) -> ir.Value:
+def after(order: StepOrder, op: str, given: list[ir.Value], *shape: Any, **attributes: Any) -> ir.Value:
     node = ir.node(op, given, attributes)
     node.outputs[0].shape = ir.Shape(shape)
     order.propagate(node)
@@ -491,6 +491,28 @@ def test_where_the_steps_are_kept_and_moved() -> None:
     assert order.left_of_steps(after(order, "Reshape", [spikes], "3*batch", 8)) == 1
     assert order.left_of_steps(after(order, "Flatten", [spikes], "3*batch", 8)) == 1
     assert order.left_of_steps(after(order, "Transpose", [flat], "batch", 3)) == BATCH  # without perm, in reverse
+
+
+def test_what_is_gathered_along_the_steps_or_to_axes_of_unknown_size() -> None:
+    spikes = ir.Value(shape=ir.Shape((3, "batch", 8)))
+    order, some = StepOrder([spikes], 3), ir.SymbolicDim(None)
+    cut = after(order, "Gather", [spikes], 3, "batch", 2, some, axis=2)
+    assert order.left_of_steps(cut) == 1
+    assert order.left_of_steps(after(order, "Transpose", [cut], 3, "batch", some, 2, perm=[0, 1, 3, 2])) == 1
+    swapped = after(order, "Transpose", [cut], "batch", 3, 2, some, perm=[1, 0, 2, 3])
+    assert order.left_of_steps(swapped) == BATCH
+    assert order.left_of_steps(after(order, "Gather", [swapped], some, 3, 2, some, axis=0)) is None  # some images
+    behind = after(order, "Transpose", [cut], some, 3, "batch", 2, perm=[3, 0, 1, 2])
+    assert order.left_of_steps(behind) not in (0, 1, BATCH)
+    assert order.left_of_steps(after(order, "Transpose", [behind], 3, "batch", 2, some, perm=[1, 2, 3, 0])) == 1
+    for taken in ((some, "batch", 8), (3, 2, "batch", 8), (3, some, "batch", 8)):
+        of_steps = after(order, "Gather", [spikes], *taken, axis=0)
+        assert order.left_of_steps(of_steps) == 0, taken
+        assert order.left_of_steps(after(order, "Concat", [of_steps] * 2, some, *taken[1:], axis=0)) == 0
+    squares = ir.Value(shape=ir.Shape((3, 3, "batch")))
+    order = StepOrder([squares], 3)
+    assert order.left_of_steps(after(order, "Gather", [squares], 3, "batch", axis=0)) == 0  # of one step
+    assert order.left_of_steps(after(order, "Gather", [squares], 3, "batch", axis=1)) == 1
 
 
 @pytest.mark.parametrize("op", ["Gather", "Slice", "Split", "Concat", "Expand", "Tile", "Transpose", "Relu"])

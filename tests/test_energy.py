@@ -31,6 +31,7 @@ from tetdeploy.energy import (
 )
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model
+from tetdeploy.export.config import Layout
 from tetdeploy.export.counters import spikes_overlay
 from tetdeploy.export.model import build_graph
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
@@ -517,6 +518,11 @@ def written_at_a_step(a: Tensor) -> Tensor:
     return made
 
 
+def patches(a: Tensor) -> Tensor:
+    """Those of 2x2 pixels, as tokens."""
+    return nn.functional.unfold(a.flatten(0, 1), 2, stride=2).mT.unflatten(0, a.shape[:2])
+
+
 Reading = Callable[[Tensor], Tensor]
 # What a layer reads of spikes `[T, N, ...]`, and what is read of what it gives; by whether its steps can be told apart.
 FOLLOWED: dict[str, tuple[Reading, Reading]] = {
@@ -527,6 +533,9 @@ FOLLOWED: dict[str, tuple[Reading, Reading]] = {
     "written": (written_in_parts, lambda y: y),
     "written_at_a_step": (written_at_a_step, lambda y: y),
     "written_batch_first": (lambda a: written_in_parts(a.transpose(0, 1)), lambda y: y.transpose(0, 1)),
+    "averaged": (lambda a: torch.stack([a, a.flip(2)], 2).mean(2), lambda y: y),
+    "patches": (lambda a: patches(a), lambda y: y.unflatten(2, (2, 8))),
+    "patches_batch_first": (lambda a: patches(a.transpose(0, 1)), lambda y: y.transpose(0, 1).unflatten(2, (2, 8))),
 }
 NOT_FOLLOWED: dict[str, tuple[Reading, Reading]] = {
     "two_streams": (lambda a: torch.stack([a, 1 - a]), lambda y: y.sum(0)),
@@ -559,14 +568,14 @@ class Joined(nn.Module):
         return self.readout(self.lif(torch.stack(torch.broadcast_tensors(*read)).sum(0)).flatten(2))
 
 
-@pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
-def test_steps_are_told_apart_or_their_layer_is_named(layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "fold_bn"), [("unrolled", True), ("unrolled", False), ("dynamic", True)])
+def test_steps_are_told_apart_or_their_layer_is_named(layout: Layout, fold_bn: bool, tmp_path: Path) -> None:
     """A network is causal, so that its operations in T steps are those of the same network at this T."""
     ways = FOLLOWED | NOT_FOLLOWED
     if layout == "dynamic":
         ways = {name: way for name, way in ways.items() if name not in FIXED_T}
     net, x = classifier(Joined(ways)), digits().images[:9]
-    runner = unchecked(net.network, tmp_path / "m.onnx", ExportConfig(layout=layout, T=3))  # type: ignore[arg-type]
+    runner = unchecked(net.network, tmp_path / "m.onnx", ExportConfig(layout=layout, T=3, fold_bn=fold_bn))
     assert set(runner.metadata["uncounted"]) == {f"layers.{name}" for name in ways.keys() & NOT_FOLLOWED}
     operations = counted(runner, x, 3)
     for T in (1, 2, 3):

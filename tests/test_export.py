@@ -1041,6 +1041,20 @@ class BehindPooling(Small):
         return self.norm(spikes)
 
 
+class NormalisesTheImage(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm2d(1)
+
+    def current(self, x: Tensor, T: int) -> Tensor:
+        return super().current(self.first(x), T)
+
+
+class BehindItsOwnPadding(NormalisesTheImage):
+    def current(self, x: Tensor, T: int) -> Tensor:
+        return super().current(nn.functional.pad(x[..., 1:], (1, 0)), T)
+
+
 def pooled_by(pool: nn.Module) -> type[nn.Module]:
     class Pooled(Small):
         def __init__(self) -> None:
@@ -1079,6 +1093,8 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (Centred, ValueError, "mixes the images of a batch: the logits for an image by itself differ"),
     (LooksAtTheData, ValueError, r"cannot trace the network: its forward makes a Python number of .* as torch\.where$"),
     (Fails, ValueError, r"the network fails at T=6 on input \[2, 1, 8, 8\], and must run at any T, "),
+    (NormalisesTheImage, FoldingError, "cannot fold BN 'first': what comes before it is the input, not"),
+    (BehindItsOwnPadding, FoldingError, r"what comes before it is aten\.pad\.default \(network\), not"),
     (BehindPooling, FoldingError, r"cannot fold BN 'norm\.1': .*\(norm\.0\).* without folding \(--no-fold-bn\)$"),
 ])  # fmt: skip
 def test_refused_networks(

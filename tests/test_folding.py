@@ -565,12 +565,17 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "after neurons": (
         named(conv=OverTime(nn.Conv2d(2, 4, 3)), lif=LIF(), late=tdBN(4)),
         (3, 2, 2, 4, 4),
-        r"BN 'late': what comes before it is .*getitem.* \(lif\)",
+        r"BN 'late': what comes before it is the neuron layer 'lif', not",
     ),
     "after a sum": (
         Permuted(lambda y: y + 1, nn.BatchNorm2d(4)),
         (2, 2, 4, 4),
         r"BN 'bn': what comes before it is aten\.add\.Tensor",
+    ),
+    "after a part": (
+        Permuted(lambda y: y.chunk(2, 2)[0], nn.BatchNorm2d(4)),
+        (2, 2, 4, 4),
+        r"BN 'bn': what comes before it is aten\.chunk\.default \(",
     ),
     "after pooling of a BN": (
         named(conv=nn.Conv2d(2, 4, 3), bn=nn.BatchNorm2d(4), pool=nn.MaxPool2d(2), again=nn.BatchNorm2d(4)),

@@ -42,7 +42,7 @@ from tetdeploy.export import ExportConfig, Exported, ParityError, export_model
 from tetdeploy.export.onnx_tracer import OnnxTracer
 from tetdeploy.int8 import network as int8_network
 from tetdeploy.int8 import quantisation
-from tetdeploy.int8.calibration import METHODS, CurrentHistogram, _squared_error, calibrate, record_currents
+from tetdeploy.int8.calibration import METHODS, MIN_IMAGES, CurrentHistogram, _squared_error, calibrate, record_currents
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import (
     CurrentScale,
@@ -917,7 +917,8 @@ INT8 = ExportConfig(T=3, trained_T=3, precision="int8")
 
 def test_what_int8_needs(tmp_path: Path) -> None:
     refused(tmp_path, "give some as calibration", INT8, None)
-    refused(tmp_path, "at least 32 images of the training set, got 31", INT8, calibration(31))
+    few = r"at least 32 images of the training set, got 31 \(another --data may have more\); use --precision fp32$"
+    refused(tmp_path, few, INT8, calibration(31))
     refused(tmp_path, r"takes images \(1, 8, 8\), got \(1, 8, 9\)", INT8, (np.zeros((40, 1, 8, 9), np.uint8), None))
     refused(tmp_path, "40 images, 39 labels", INT8, (digits().images[-40:], digits().labels[-39:]))
     with pytest.raises(ValueError, match="int8 needs BN folded"):
@@ -936,6 +937,8 @@ def test_a_temporary_folder_that_is_full_is_named(tmp_path: Path, monkeypatch: p
 def test_calibrate_goes_with_int8() -> None:
     refused = CliRunner().invoke(main, ["export", "--calibrate", "64"])
     assert refused.exit_code == 2 and "--calibrate goes with --precision int8" in refused.output
+    refused = CliRunner().invoke(main, ["export", "--precision", "int8", "--calibrate", str(MIN_IMAGES - 1)])
+    assert refused.exit_code == 2 and f"{MIN_IMAGES - 1} is not in the range x>={MIN_IMAGES}" in refused.output
 
 
 def test_a_network_without_convolutions_of_spikes_is_refused(tmp_path: Path) -> None:

@@ -199,10 +199,9 @@ def _layer_before(bn: fx.Node, name: str) -> fx.Node:
         channels = _channels_before(node, channels)
         node = node.args[0]
     if node.target not in (*LAYERS, *_TRANSPOSED):
-        kind = "the input" if node.op == "placeholder" else str(node.target)
         raise FoldingError(
-            f"cannot fold BN {name!r}: what comes before it is {kind} ({module_path(node)}), not a convolution or "
-            "linear layer; move the BN behind one"
+            f"cannot fold BN {name!r}: what comes before it is {_kind(node)}, not a convolution or linear layer; move "
+            "the BN behind one"
         )
     axis = node.meta["val"].dim() + 1 - node.args[1].meta["val"].dim()  # before those of a kernel
     if _axes(node)[axis : axis + 1] != [channels]:  # a linear layer whose weight is a vector has none
@@ -212,6 +211,17 @@ def _layer_before(bn: fx.Node, name: str) -> fx.Node:
         )
     layer: fx.Node = node
     return layer
+
+
+def _kind(node: Any) -> str:
+    """What a refusal calls an operation."""
+    if node.target is operator.getitem:  # of what it returns
+        node = node.args[0]
+    if node.op == "placeholder":
+        return "the input"
+    if str(node.target) == "tetdeploy.lif.default":
+        return f"the neuron layer {module_path(node)!r}"
+    return f"{node.target} ({module_path(node)})"
 
 
 def _axes(node: fx.Node) -> list[tuple[str, str]]:

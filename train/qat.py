@@ -42,7 +42,7 @@ def find_scales(classifier: Classifier, train_set: LabelledSet, T: int) -> Calib
     """The scales to train with, from the last training images, on the classifier's device.
 
     Raises:
-        ValueError: there are too few images; Int8Error: no convolution of the network can run in int8, or one cannot.
+        Int8Error: there are too few images, no convolution of the network can run in int8, or one cannot.
     """
     frames = classifier.encoding == "frames"
     x = train_set.x[-NUM_CALIBRATION:]

@@ -69,10 +69,13 @@ def calibrate(
         tick: called with the number of images done.
 
     Raises:
-        ValueError: there are too few images; Int8Error: see `record_currents`.
+        Int8Error: there are too few images; and see `record_currents`.
     """
     if len(x) < MIN_IMAGES:
-        raise ValueError(f"calibration takes at least {MIN_IMAGES} images of the training set, got {len(x)}")
+        raise Int8Error(
+            f"calibration takes at least {MIN_IMAGES} images of the training set, got {len(x)} (another --data may "
+            "have more)"
+        )
     x = x[:, :T] if tracer.encoding == "frames" else x
     inputs = torch.tensor(x, device=tracer.classifier.mean.device)  # the network may write over them
     histograms, full = record_currents(tracer.folded(T), inputs.split(_BATCH), tick)

@@ -179,7 +179,8 @@ def fake_quantised_conv(
 
 
 class Int8Error(ValueError):
-    """A network has nothing that could run in int8, or a layer that cannot. What to do instead the caller knows."""
+    """A network has nothing that could run in int8, a layer that cannot, or too few images to calibrate. What to do
+    instead the caller knows."""
 
 
 def quantise(graph_module: fx.GraphModule, scales: Scales, *, trainable: bool = False) -> list[str]:
