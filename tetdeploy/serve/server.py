@@ -191,6 +191,12 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
+def _names_something(record: logging.LogRecord) -> bool:
+    """Whether uvicorn says more than that some request was malformed, which any client can have it say until a pipe
+    that nobody reads is full, and the server waits for ever."""
+    return record.msg != "Invalid HTTP request received."
+
+
 class _H11(H11Protocol):
     """Says nothing of upgrades, which are not offered: uvicorn would advise to install libraries for WebSockets."""
 
@@ -209,6 +215,7 @@ def _http_server(app: ASGIApp) -> uvicorn.Server:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(GRACE_SECONDS),
     )
+    logging.getLogger("uvicorn.error").addFilter(_names_something)
     return _Uvicorn(config)
 
 
