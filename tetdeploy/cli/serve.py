@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ def serve(
     """
     from tetdeploy.engine import open_engine
 
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
     paths = _by_name(models)
     server = import_extra("tetdeploy.serve.server", "serve")
     from tetdeploy.serve.bodies import Sizes

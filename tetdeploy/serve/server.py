@@ -229,6 +229,7 @@ def _http_server(app: ASGIApp) -> uvicorn.Server:
         http=_H11,  # the other one takes the body of a request with `Upgrade: h2c` for a request of its own
         ws="none",
         lifespan="off",
+        log_config=None,  # as everything else here
         log_level="warning",
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
