@@ -71,6 +71,19 @@ def test_another_method_is_refused_with_those_that_are_allowed() -> None:
     assert set(headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
+@pytest.mark.parametrize("path", ["/v2/", "/v2/models/m/", "/v2/health/ready/"])
+def test_nobody_is_sent_to_another_address(path: str) -> None:
+    status, headers, answer = call(None, "GET", path, host="m")
+    assert (status, "location" in headers) == (404, False)
+    assert answer["error"].startswith(f"Not Found: GET {path}; ")
+
+
+def test_a_model_begins_with_no_answers() -> None:
+    registry = CollectorRegistry()
+    Metrics(registry).watch(SimpleNamespace(name="m", sequences=None, scheduler=SimpleNamespace(waiting=0)))  # type: ignore[arg-type]
+    assert registry.get_sample_value("tetdeploy_request_seconds_count", {"model": "m"}) == 0
+
+
 def test_a_model_that_stops_is_not_ready_and_neither_is_its_server() -> None:
     known: list[Any] = [SimpleNamespace(name="a", ready=True), SimpleNamespace(name="b", ready=False)]
     both = Models(known)
