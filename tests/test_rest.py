@@ -90,6 +90,7 @@ def test_a_model_that_stops_is_not_ready_and_neither_is_its_server() -> None:
     assert call(both, "GET", "/v2/health/ready")[::2] == (503, {"ready": False})
     assert call(both, "GET", "/v2/models/a/ready")[::2] == (200, {"name": "a", "ready": True})
     assert call(both, "GET", "/v2/models/b/ready")[::2] == (503, {"name": "b", "ready": False})
+    assert [rpc._health(both, name) for name in ("", "a", "b")] == [b"\x08\x02", b"\x08\x01", b"\x08\x02"]
     probes = rpc._probes(both)
     assert not probes["ServerReady"](None).ready
     assert [probes["ModelReady"](service_pb2.ModelReadyRequest(name=name)).ready for name in "ab"] == [True, False]

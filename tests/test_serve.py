@@ -498,6 +498,16 @@ def test_what_is_not_offered_over_grpc_is_unimplemented(server: Server, call: st
     assert grpc_refusal(server, request, call)[0] == "UNIMPLEMENTED"
 
 
+def test_the_standard_probe_of_grpc(server: Server) -> None:
+    """A `HealthCheckRequest` has one field, `string service = 1`; the answer `ServingStatus status = 1`."""
+    with rpc.grpc.insecure_channel(server.grpc) as channel:
+        call = channel.unary_unary("/grpc.health.v1.Health/Check")
+        assert [call(service, timeout=PATIENCE) for service in (b"", b"\x0a\x04step")] == [b"\x08\x01"] * 2
+        with pytest.raises(rpc.grpc.RpcError) as refused:
+            call(b"\x0a\x06nobody", timeout=PATIENCE)
+        assert refused.value.code().name == "NOT_FOUND"
+
+
 def test_numbers_one_by_one_are_bounded_over_grpc(server: Server) -> None:
     request = grpc_request()
     x = request.inputs.add(name="x", datatype="UINT8", shape=[1, 1, 8, 8])
