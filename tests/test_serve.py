@@ -907,6 +907,22 @@ def test_the_url_that_is_announced_is_one_to_ask(monkeypatch: pytest.MonkeyPatch
     assert "http://127.0.0.1:1/v2/models/a%20b%3Fc/infer" in output
 
 
+@pytest.mark.parametrize(
+    ("asked", "left", "said"),
+    [("1", 2, "   1 thread   "), (None, 2, "   2 threads   "), (None, None, "   all cores   ")],
+)
+def test_the_threads_are_announced(
+    asked: str | None, left: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve(*arguments: Any, announce: Callable[[str, str], None], **options: Any) -> None:
+        announce("127.0.0.1:1", "127.0.0.1:2")
+
+    monkeypatch.setattr("tetdeploy.serve.server.serve", serve)
+    monkeypatch.setattr("tetdeploy.machine.default_threads", lambda: left)
+    options = [] if asked is None else ["--threads", asked]
+    assert said in CliRunner().invoke(main, ["serve", str(exported("step")), *options]).output
+
+
 def test_an_address_of_ipv6_is_one_to_ask() -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
