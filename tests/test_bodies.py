@@ -172,6 +172,27 @@ def test_a_refused_body_that_keeps_coming_gets_its_refusal_when_the_time_is_up(m
     running(test)
 
 
+def test_on_a_stop_what_is_half_sent_is_refused_at_once() -> None:
+    async def test(limit: BodyLimit, app: App) -> None:
+        whole, half, large, late = (Client(limit) for _ in range(4))
+        await whole.send(bytes(10))
+        await half.send(bytes(80), more=True)
+        await large.send(bytes(101), more=True)
+        limit.stop()
+        await late.send(bytes(20), more=True)
+        for client in (half, late):
+            status, error = await client.answer()
+            assert (status, "the server is shutting down" in error) == (503, True)
+            assert (b"connection", b"close") in client._sent[0]["headers"]
+        assert (await large.answer())[0] == 413
+        app.let_go.set()
+        again = Client(limit)
+        await again.send(bytes(30))
+        assert [await client.answer() for client in (whole, again)] == [(200, "")] * 2
+
+    running(test)
+
+
 def test_an_answer_that_nobody_reads_holds_nothing() -> None:
     async def test(limit: BodyLimit, app: App) -> None:
         client = Client(limit)
@@ -220,6 +241,21 @@ def test_a_compressed_body_is_refused_before_it_comes() -> None:
         await plain.send(bytes(5))
         assert await plain.answer() == (200, "")
         assert app.lengths == [5]
+
+    running(test)
+
+
+def test_a_body_that_is_too_large_is_not_asked_for() -> None:
+    async def test(limit: BodyLimit, app: App) -> None:
+        waits = (b"expect", b"100-Continue")
+        large = Client(limit, headers=((b"content-length", b"101"), waits))  # it sends nothing
+        status, error = await large.answer()
+        assert (status, "at most 100 bytes, got 101; --max-request-mb" in error) == (413, True)
+        assert (b"connection", b"close") in large._sent[0]["headers"]  # a body would be read as another request
+        app.let_go.set()
+        small = Client(limit, headers=((b"content-length", b"100"), waits))
+        await small.send(bytes(100))
+        assert await small.answer() == (200, "")
 
     running(test)
 

@@ -71,12 +71,26 @@ def test_another_method_is_refused_with_those_that_are_allowed() -> None:
     assert set(headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
+@pytest.mark.parametrize("path", ["/v2/", "/v2/models/m/", "/v2/health/ready/"])
+def test_nobody_is_sent_to_another_address(path: str) -> None:
+    status, headers, answer = call(None, "GET", path, host="m")
+    assert (status, "location" in headers) == (404, False)
+    assert answer["error"].startswith(f"Not Found: GET {path}; ")
+
+
+def test_a_model_begins_with_no_answers() -> None:
+    registry = CollectorRegistry()
+    Metrics(registry).watch(SimpleNamespace(name="m", sequences=None, scheduler=SimpleNamespace(waiting=0)))  # type: ignore[arg-type]
+    assert registry.get_sample_value("tetdeploy_request_seconds_count", {"model": "m"}) == 0
+
+
 def test_a_model_that_stops_is_not_ready_and_neither_is_its_server() -> None:
     known: list[Any] = [SimpleNamespace(name="a", ready=True), SimpleNamespace(name="b", ready=False)]
     both = Models(known)
     assert call(both, "GET", "/v2/health/ready")[::2] == (503, {"ready": False})
     assert call(both, "GET", "/v2/models/a/ready")[::2] == (200, {"name": "a", "ready": True})
     assert call(both, "GET", "/v2/models/b/ready")[::2] == (503, {"name": "b", "ready": False})
+    assert [rpc._health(both, name) for name in ("", "a", "b")] == [b"\x08\x02", b"\x08\x01", b"\x08\x02"]
     probes = rpc._probes(both)
     assert not probes["ServerReady"](None).ready
     assert [probes["ModelReady"](service_pb2.ModelReadyRequest(name=name)).ready for name in "ab"] == [True, False]

@@ -498,6 +498,16 @@ def test_what_is_not_offered_over_grpc_is_unimplemented(server: Server, call: st
     assert grpc_refusal(server, request, call)[0] == "UNIMPLEMENTED"
 
 
+def test_the_standard_probe_of_grpc(server: Server) -> None:
+    """A `HealthCheckRequest` has one field, `string service = 1`; the answer `ServingStatus status = 1`."""
+    with rpc.grpc.insecure_channel(server.grpc) as channel:
+        call = channel.unary_unary("/grpc.health.v1.Health/Check")
+        assert [call(service, timeout=PATIENCE) for service in (b"", b"\x0a\x04step")] == [b"\x08\x01"] * 2
+        with pytest.raises(rpc.grpc.RpcError) as refused:
+            call(b"\x0a\x06nobody", timeout=PATIENCE)
+        assert refused.value.code().name == "NOT_FOUND"
+
+
 def test_numbers_one_by_one_are_bounded_over_grpc(server: Server) -> None:
     request = grpc_request()
     x = request.inputs.add(name="x", datatype="UINT8", shape=[1, 1, 8, 8])
@@ -614,25 +624,48 @@ def test_clients_are_told_of_the_stop_before_connections_close() -> None:
     assert sorted(outcomes) == ["503"] * 8 + ["StatusCode.UNAVAILABLE"] * 8
 
 
-SHORT_GRACE = """
-import sys
-import tetdeploy.serve.server
+PROGRAM = """
+import sys, time
 from tetdeploy.cli import main
-tetdeploy.serve.server.GRACE_SECONDS = 1
-main(sys.argv[1:])
+from tetdeploy.engine import Engine
+from tetdeploy.serve import server
+server.GRACE_SECONDS, server.CALL_SECONDS, seconds = map(float, sys.argv[1:4])
+ran = Engine.run
+def run(*given, **options):
+    print("running", flush=True)
+    time.sleep(seconds)
+    return ran(*given, **options)
+Engine.run = run
+main(sys.argv[4:])
 """
 
 
-def test_what_the_grace_does_not_suffice_for_is_told_so() -> None:
-    options = ["--http-port", "0", "--grpc-port", "0", "--threads", "1"]
-    command = [sys.executable, "-c", SHORT_GRACE, "serve", f"step={exported('step')}", *options]
-    running = started(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+def start_slow(*options: str, grace: float = 1, call: float = 1, seconds: float = 0) -> Server:
+    """A server of so little grace, whose calls take so long, and may do so for `call` after the grace."""
+    command = [sys.executable, "-c", PROGRAM, *map(str, (grace, call, seconds)), "serve", f"step={exported('step')}"]
+    command += ["--http-port", "0", "--grpc-port", "0", "--threads", "1", *options]
+    return started(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+
+
+def sending(running: Server, sent: bytes, length: int) -> socket.socket:
+    """A connection on which the first bytes of a body of such a length were sent."""
     host, port = running.http.split(":")
-    with socket.create_connection((host, int(port)), timeout=PATIENCE) as half:
-        half.sendall(b"POST /v2/models/step/infer HTTP/1.1\r\nHost: m\r\nContent-Length: 9\r\n\r\n{")
-        running.post("models/step/infer", body())  # by now the half of a body has come
+    connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
+    head = f"POST /v2/models/step/infer HTTP/1.1\r\nHost: m\r\nContent-Length: {length}\r\n\r\n"
+    connection.sendall(head.encode() + sent)
+    return connection
+
+
+def wait_for_call(running: Server) -> None:
+    assert running.process.stdout is not None and running.process.stdout.readline() == "running\n"
+
+
+def test_what_the_grace_does_not_suffice_for_is_told_so() -> None:
+    running = start_slow(call=60, seconds=3)
+    with sending(running, body(), len(body())) as client:
+        wait_for_call(running)
         running.process.send_signal(signal.SIGTERM)
-        with half.makefile() as told:
+        with client.makefile() as told:
             answer = told.read()
     _, log = running.process.communicate(timeout=PATIENCE)
     assert answer.startswith("HTTP/1.1 503") and "could not finish this in time" in answer
@@ -640,10 +673,38 @@ def test_what_the_grace_does_not_suffice_for_is_told_so() -> None:
     assert "stopped, but 1 of the requests taken could not be answered in time" in log and "Traceback" not in log
 
 
+@pytest.mark.parametrize("stays", [True, False], ids=["its client waits", "its client has left"])
+def test_a_call_that_never_ends_does_not_keep_the_server(stays: bool) -> None:
+    running = start_slow(seconds=600)
+    try:
+        with sending(running, body(), len(body())) as client:
+            wait_for_call(running)
+            if not stays:
+                client.close()
+            running.process.send_signal(signal.SIGTERM)
+            if stays:
+                assert client.recv(65_536).startswith(b"HTTP/1.1 503")
+            _, log = running.process.communicate(timeout=PATIENCE)
+    finally:
+        running.process.kill()
+    assert running.process.returncode == 1
+    assert f"stopped in the middle of a call of step; {int(stays)} of the requests taken could not be answered" in log
+
+
+def test_a_body_that_is_half_sent_does_not_keep_the_server() -> None:
+    running = start_slow(grace=30)
+    with sending(running, b"{", 9) as half:
+        running.post("models/step/infer", body())  # by now the half of a body has come
+        running.process.send_signal(signal.SIGTERM)
+        with half.makefile() as told:
+            answer = told.read()
+    _, log = running.process.communicate(timeout=20)
+    assert answer.startswith("HTTP/1.1 503") and "connection: close" in answer
+    assert (running.process.returncode, log) == (0, "")
+
+
 def test_an_answer_that_is_not_read_to_its_end_is_cut_off() -> None:
-    options = ["--http-port", "0", "--grpc-port", "0", "--threads", "1", "--max-T", "600"]
-    command = [sys.executable, "-c", SHORT_GRACE, "serve", f"step={exported('step')}", *options]
-    running = started(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    running = start_slow("--max-T", "600")
     host, port = running.http.split(":")
     sent = body(shape=[64, 1, 8, 8], data=images(64).ravel().tolist(), parameters={"T": 600})
     with socket.socket() as slow:
@@ -676,9 +737,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def test_an_answer_that_is_not_read_over_grpc_is_cut_off() -> None:
-    options = ["--http-port", "0", "--grpc-port", "0", "--threads", "1", "--max-T", "600"]
-    command = [sys.executable, "-c", SHORT_GRACE, "serve", f"step={exported('step')}", *options]
-    running = started(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    running = start_slow("--max-T", "600")
     with subprocess.Popen([sys.executable, "-c", DEAF, running.grpc], stdout=subprocess.PIPE, text=True) as deaf:
         try:
             wait_until(lambda: running.metric("tetdeploy_request_seconds_count", model="step") == 1)
@@ -743,11 +802,10 @@ def test_idle_sequences_end() -> None:
 
 
 def test_ctrl_c_once_more_ends_the_server_at_once() -> None:
-    running = start(f"step={exported('step')}")
+    running = start_slow(grace=30, seconds=600)
     host, port = running.http.split(":")
-    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
-        connection.sendall(b"POST /v2/models/step/infer HTTP/1.1\r\nHost: m\r\nContent-Length: 9\r\n\r\n{")
-        running.post("models/step/infer", body())  # by now the half of a body has come
+    with sending(running, body(), len(body())):
+        wait_for_call(running)
         running.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not accepts(host, int(port)))
         for number in (signal.SIGTERM, signal.SIGHUP):  # once more, and still what was taken is finished
@@ -755,7 +813,8 @@ def test_ctrl_c_once_more_ends_the_server_at_once() -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             running.process.wait(0.3)
         running.process.send_signal(signal.SIGINT)
-        assert stop(running) == 130
+        running.process.communicate(timeout=PATIENCE)
+    assert running.process.returncode == 130
 
 
 def accepts(host: str, port: int) -> bool:
@@ -846,6 +905,22 @@ def test_the_url_that_is_announced_is_one_to_ask(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tetdeploy.serve.server.serve", serve)
     output = CliRunner().invoke(main, ["serve", f"a b?c={exported('step')}"]).output
     assert "http://127.0.0.1:1/v2/models/a%20b%3Fc/infer" in output
+
+
+@pytest.mark.parametrize(
+    ("asked", "left", "said"),
+    [("1", 2, "   1 thread   "), (None, 2, "   2 threads   "), (None, None, "   all cores   ")],
+)
+def test_the_threads_are_announced(
+    asked: str | None, left: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve(*arguments: Any, announce: Callable[[str, str], None], **options: Any) -> None:
+        announce("127.0.0.1:1", "127.0.0.1:2")
+
+    monkeypatch.setattr("tetdeploy.serve.server.serve", serve)
+    monkeypatch.setattr("tetdeploy.machine.default_threads", lambda: left)
+    options = [] if asked is None else ["--threads", asked]
+    assert said in CliRunner().invoke(main, ["serve", str(exported("step")), *options]).output
 
 
 def test_an_address_of_ipv6_is_one_to_ask() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 import socket
 import subprocess
 import sys
@@ -97,9 +98,19 @@ def test_connections_stay_open_for_as_long_as_is_said() -> None:
     assert f"An HTTP connection that is idle is closed {KEEP_ALIVE_SECONDS} seconds after" in document
 
 
-@pytest.mark.parametrize("upgrade", ["h2c", "websocket"])
-def test_nothing_is_logged_of_an_upgrade_that_is_not_offered(upgrade: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """uvicorn would advise to install WebSockets."""
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ("GET / HTTP/1.1\r\nHost: m\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", 200),
+        ("GET / HTTP/1.1\r\nHost: m\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", 200),
+        ("garbage\r\n\r\n", 400),
+    ],
+    ids=["h2c", "websocket", "malformed"],
+)
+def test_nothing_is_logged_of_what_any_client_may_send(
+    sent: str, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of an upgrade uvicorn would advise to install WebSockets; malformed requests would fill a pipe nobody reads."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await Response()(scope, receive, send)
@@ -108,13 +119,15 @@ def test_nothing_is_logged_of_an_upgrade_that_is_not_offered(upgrade: str, capsy
         config = server._http_server(app).config
         config.load()
         protocol: Any = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})  # type: ignore[call-arg]
-        protocol.connection_made(Mock())
-        head = f"GET / HTTP/1.1\r\nHost: m\r\nConnection: Upgrade\r\nUpgrade: {upgrade}\r\n\r\n"
-        protocol.data_received(head.encode())
-        await asyncio.wait(protocol.tasks)
+        transport = Mock()
+        protocol.connection_made(transport)
+        protocol.data_received(sent.encode())
+        if protocol.tasks:
+            await asyncio.wait(protocol.tasks)
+        assert transport.write.call_args_list[0].args[0].startswith(f"HTTP/1.1 {status}".encode())
 
     asyncio.run(scenario())
-    assert capsys.readouterr().err == ""
+    assert not caplog.messages
 
 
 def test_sequences_that_idle_are_looked_for_once_a_second_at_least() -> None:
@@ -189,7 +202,9 @@ def test_more_connections_than_files_fill_no_log() -> None:
     assert running.process.stderr is not None
     try:
         idle = [socket.create_connection((host, int(port)), timeout=PATIENCE) for _ in range(100)]
-        assert "allow more (ulimit -n, LimitNOFILE=)" in running.process.stderr.readline()
+        said = running.process.stderr.readline()
+        assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ERROR tetdeploy\.serve\.server: no connection can be", said)
+        assert "allow more (ulimit -n, LimitNOFILE=)" in said
         for connection in idle:
             connection.close()
         assert running.post("models/m/infer", b"{}")[0] == 400  # it accepts again

@@ -55,7 +55,7 @@ class Engine:
         model: path of the `.onnx` file.
         device: `cpu`, `cuda` or `tensorrt`. Another device than the one asked for is never used instead. On a GPU (the
             first that CUDA shows) state and images stay there between the steps of a run or a stream.
-        threads: threads of one operation; None leaves it to the runtime (all cores).
+        threads: threads of one operation; by default all cores, or those that affinity and a CPU quota leave.
         runtime: `onnxruntime`, or `openvino` on a CPU.
         native: whether this package's own operators, in C (`tetdeploy.native`), run what stands between convolutions
             and, where the processor has AVX2 or AMX, convolutions: the results of ONNX Runtime's own in less time, but

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
-    """Logical cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Logical cores that this process may run on, or as many as the CPU quota of a container is worth, if fewer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"])  # of control groups, version 2 and 1
+    for files in quotas:
+        with suppress(OSError, ValueError):  # there is none; or it is "max"
+            quota, period = (int(word) for file in files for word in (_CGROUP / file).read_text().split())
+            if quota > 0 and period > 0:
+                cores = min(cores, math.ceil(quota / period))
+    return cores
+
+
+def default_threads() -> int | None:
+    """Threads where none are asked for; None, which leaves it to a runtime, where this process may use all cores:
+    runtimes know how many there are, but not how many are left to them."""
+    cores = usable_cores()
+    return cores if cores < (os.cpu_count() or 1) else None
 
 
 def load_average() -> float | None:

@@ -143,7 +143,9 @@ def check_distinct(outputs: Mapping[str, Path | None]) -> None:
             raise click.UsageError(f"{other} and {option} would be one file, {path}; choose another with one of them")
 
 
-threads_option = click.option("--threads", type=AT_LEAST_1, help="CPU threads; all cores by default.")
+threads_option = click.option(
+    "--threads", type=AT_LEAST_1, help="CPU threads. [default: all cores, or those that affinity and a CPU quota leave]"
+)
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="cpu, cuda or tensorrt; no other is used in its place."
 )

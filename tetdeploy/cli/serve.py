@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,9 @@ def serve(
     could not be answered in time. Needs no torch.
     """
     from tetdeploy.engine import open_engine
+    from tetdeploy.machine import default_threads
 
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
     paths = _by_name(models)
     server = import_extra("tetdeploy.serve.server", "serve")
     from tetdeploy.serve.bodies import Sizes
@@ -132,10 +135,14 @@ def serve(
     sizes = Sizes(max_request, max_json, max_total or 4 * max_request)
     engines = {name: open_engine(path, device=device, threads=threads, runtime=runtime) for name, path in paths.items()}
 
+    count = threads or default_threads()
+    cores = "all cores" if count is None else f"{count} thread{'s' * (count > 1)}"
+
     def announce(http: str, rpc: str) -> None:
         for name, engine in engines.items():
             url = f"http://{http}/v2/models/{quote(name, safe='')}/infer"
-            console.print(f"{name}   {engine.path}   layout {engine.layout}   {url}", markup=False)
+            place = cores if engine.device == "cpu" else engine.device
+            console.print(f"{name}   {engine.path}   layout {engine.layout}   {place}   {url}", markup=False)
             if engine.lacks_native:
                 console.print(f"{name} is slower than it could be: {engine.lacks_native}", style="yellow", markup=False)
         console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops", markup=False)

@@ -17,6 +17,7 @@ from typing import Any
 from tetdeploy import native
 from tetdeploy.arguments import check_whole
 from tetdeploy.extras import import_extra
+from tetdeploy.machine import default_threads
 from tetdeploy.model_file import METADATA_KEY, parse_metadata, read_model, session_metadata, state_outputs
 from tetdeploy.names import first_line
 from tetdeploy.runtimes.cuda_graphs import PROVIDER_OPTIONS as GRAPH_OPTIONS
@@ -45,7 +46,8 @@ class Sessions:
         self._providers = _providers(device) if runtime == "onnxruntime" else []
         if threads is not None and not 1 <= check_whole("threads", threads) <= MOST_THREADS:
             raise ValueError(f"threads must be 1 to {MOST_THREADS}, got {threads}")
-        self._path, self._device, self._runtime, self._threads = path, device, runtime, threads
+        self._path, self._device, self._runtime = path, device, runtime
+        self._threads = default_threads() if threads is None else threads
         self._model = read_model(path)
         self.sha256 = hashlib.sha256(self._model).hexdigest()
         self._metadata: dict[str, Any] = {}

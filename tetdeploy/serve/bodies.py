@@ -6,6 +6,8 @@ What a request holds counts from its first byte until its answer begins, since i
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
@@ -102,6 +104,13 @@ class BodyLimit:
 
     def __init__(self, app: ASGIApp, max_bytes: int, budget: Budget) -> None:
         self.app, self.max_bytes, self.budget = app, max_bytes, budget
+        self._seconds, self._arriving = BODY_SECONDS, set[asyncio.Timeout]()
+
+    def stop(self) -> None:
+        """Wait for no body any more, nor for the rest of one."""
+        self._seconds = 0
+        for arriving in self._arriving:
+            arriving.reschedule(0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -129,10 +138,11 @@ class BodyLimit:
         as it comes: a client that is still sending when the connection closes would not see the answer."""
         if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in scope["headers"]):
             raise HTTPException(415, "compressed bodies are not read here; send them as they are")
+        self._check_announced(dict(scope["headers"]))
         body, size, more = bytearray(), 0, True  # a list of small parts would hold more than their bytes
         refused: HTTPException | None = None
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with self._in_time():
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -146,15 +156,33 @@ class BodyLimit:
                         body.clear()
                         share.give_back()
         except TimeoutError:
-            late = f"the body took more than {BODY_SECONDS:g} s to arrive"
-            refused = refused or HTTPException(408, late, {"Connection": "close"})
+            late = (408, f"the body took more than {self._seconds:g} s to arrive") if self._seconds else (503, CUT_OFF)
+            refused = refused or HTTPException(*late, {"Connection": "close"})
         if size > self.max_bytes:
-            wanted = f"a request may hold at most {self.max_bytes:,} bytes, got {size:,}"
-            refused = HTTPException(413, f"{wanted}; --max-request-mb sets the server's limit")
+            refused = HTTPException(413, self._too_large(size))
         if refused is not None:
             body.clear()  # the error's traceback holds this frame while it is answered
             raise refused
         return _replay(body, receive)
+
+    def _check_announced(self, headers: Mapping[bytes, bytes]) -> None:
+        """Refuse a body that is too large before it is sent, where its client waits to be told to send it."""
+        size = int(headers.get(b"content-length", 0))
+        if size > self.max_bytes and headers.get(b"expect", b"").lower() == b"100-continue":
+            raise HTTPException(413, self._too_large(size), {"Connection": "close"})
+
+    def _too_large(self, size: int) -> str:
+        wanted = f"a request may hold at most {self.max_bytes:,} bytes, got {size:,}"
+        return f"{wanted}; --max-request-mb sets the server's limit"
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        async with asyncio.timeout(self._seconds) as arriving:
+            self._arriving.add(arriving)
+            try:
+                yield
+            finally:
+                self._arriving.discard(arriving)
 
     def _refusal(self, size: int, added: int, share: Share) -> HTTPException | None:
         """Why a body of which `size` bytes came, the last `added` just now, is not kept."""

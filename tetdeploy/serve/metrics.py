@@ -72,8 +72,9 @@ class Metrics:
         self.refused.labels(name if name in self._names else "unknown", str(status)).inc()
 
     def watch(self, model: ServedModel) -> None:
-        """Show the length of a model's queue and its number of open sequences."""
+        """Show the length of a model's queue and its number of open sequences, and that it has answered nothing yet."""
         self._names.add(model.name)
+        self.seconds.labels(model.name)
         self.queue.labels(model.name).set_function(lambda: model.scheduler.waiting)
         if (sequences := model.sequences) is not None:
             self.sequences.labels(model.name).set_function(lambda: len(sequences))

@@ -44,7 +44,9 @@ def application(models: Models, metrics: Metrics, sizes: Sizes) -> Starlette:
     ]
     # A handler of the application for Exception would have the error raised once more, and uvicorn log it once more.
     every = Middleware(ExceptionMiddleware, handlers={Exception: ends.failed})
-    return Starlette(routes=routes, middleware=[every], exception_handlers={HTTPException: ends.failed})
+    app = Starlette(routes=routes, middleware=[every], exception_handlers={HTTPException: ends.failed})
+    app.router.redirect_slashes = False  # to http://, which behind a proxy with TLS leads out of it
+    return app
 
 
 class _Endpoints:

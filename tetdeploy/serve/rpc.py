@@ -37,8 +37,23 @@ def grpc_server(models: Models, inferences: Inferences, sizes: Sizes) -> grpc.ai
     handlers["ModelInfer"] = grpc.unary_unary_rpc_method_handler(
         inferences.answer, response_serializer=pb.ModelInferResponse.SerializeToString
     )
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)])
+    # The standard probe, of Kubernetes for one. Its request's one field, a text, is the first of this message too.
+    health = {
+        "Check": grpc.unary_unary_rpc_method_handler(
+            _answering(lambda request: _health(models, request.name)), pb.ModelReadyRequest.FromString
+        )
+    }
+    services = {"inference.GRPCInferenceService": handlers, "grpc.health.v1.Health": health}
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler(name, calls) for name, calls in services.items()]
+    )
     return server
+
+
+def _health(models: Models, service: str) -> bytes:
+    """A `HealthCheckResponse` of a model, or of the server where none is named: field 1 is SERVING or NOT_SERVING."""
+    ready = models.find(service).ready if service else models.ready
+    return b"\x08\x01" if ready else b"\x08\x02"
 
 
 def _probes(models: Models) -> dict[str, Callable[[Any], Any]]:

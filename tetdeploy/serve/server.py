@@ -34,6 +34,7 @@ KEEP_ALIVE_SECONDS = 75  # longer than proxies keep a connection idle, or they m
 # In which a server that is to stop still says so to who asks. Closing cancels gRPC calls (grpc/grpc#41785) and resets
 # HTTP connections that come at that moment, so clients are to have gone by then.
 LEAVING_SECONDS = 0.3
+CALL_SECONDS = 1.0  # that a call of the engine may run on after the grace; nothing can end it but the process
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ async def serve(
     threads: int | None,
     announce: Callable[[str, str], None],
 ) -> int:
-    """Serve models, by name, until SIGINT, SIGTERM or SIGHUP; then finish what was taken.
+    """Serve models, by name, until SIGINT, SIGTERM or SIGHUP; then finish what was taken. The process ends here where
+    a call of an engine runs on after the grace.
 
     Args:
         threads: what the engines were made with, for the engine that counts operations.
@@ -83,7 +85,8 @@ async def serve(
         inferences = Inferences(named, metrics, sizes, budget)
         rpc = grpc_server(named, inferences, sizes)
         grpc_port = await _start_grpc(rpc, address, listener.getsockname()[0])
-        server = _http_server(BodyLimit(application(named, metrics, sizes), sizes.max_request, budget))
+        limit = BodyLimit(application(named, metrics, sizes), sizes.max_request, budget)
+        server = _http_server(limit)
         http = asyncio.create_task(server.serve([listener]))
         expiry = asyncio.create_task(_expire([model.served for model in models], bounds.sequence_timeout))
         try:
@@ -94,11 +97,13 @@ async def serve(
                 model.ready = False
                 model.served.scheduler.hurry()
             await asyncio.sleep(LEAVING_SECONDS)
+            limit.stop()  # what is half sent now would be refused when it is here
             server.should_exit = True
+            end = asyncio.get_running_loop().time() + GRACE_SECONDS + CALL_SECONDS
             cut_off = sum(await asyncio.gather(_stop_http(server, http), _stop_grpc(rpc, inferences)))
             expiry.cancel()
             # What still waits has nobody to answer: requests that were cut off, steps whose client has left.
-            await asyncio.gather(*(model.served.scheduler.drain(finish=False) for model in models))
+            await _drain(models, end, cut_off)
         return cut_off
 
 
@@ -120,6 +125,20 @@ async def _stop_grpc(server: grpc.aio.Server, inferences: Inferences) -> int:
     cut_off, inferences.stopping = 0 if stopping.done() else max(inferences.running, 1), True
     await asyncio.gather(server.stop(None), stopping)
     return cut_off
+
+
+async def _drain(models: list[OpenInferenceModel], end: float, cut_off: int) -> None:
+    """Wait for the calls that run until `end`, and CALL_SECONDS at least, then leave: a thread has no other end."""
+    loop = asyncio.get_running_loop()
+    drains = {model.name: loop.create_task(model.served.scheduler.drain(finish=False)) for model in models}
+    await asyncio.wait(drains.values(), timeout=max(end - loop.time(), CALL_SECONDS))
+    if running := [name for name, drain in drains.items() if not drain.done()]:
+        logger.error(
+            "stopped in the middle of a call of %s; %d of the requests taken could not be answered in time",
+            *(" and of ".join(running), cut_off),
+        )
+        logging.shutdown()
+        os._exit(1)
 
 
 def _stop_signal() -> asyncio.Event:
@@ -191,6 +210,12 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
+def _names_something(record: logging.LogRecord) -> bool:
+    """Whether uvicorn says more than that some request was malformed, which any client can have it say until a pipe
+    that nobody reads is full, and the server waits for ever."""
+    return record.msg != "Invalid HTTP request received."
+
+
 class _H11(H11Protocol):
     """Says nothing of upgrades, which are not offered: uvicorn would advise to install libraries for WebSockets."""
 
@@ -204,11 +229,13 @@ def _http_server(app: ASGIApp) -> uvicorn.Server:
         http=_H11,  # the other one takes the body of a request with `Upgrade: h2c` for a request of its own
         ws="none",
         lifespan="off",
+        log_config=None,  # as everything else here
         log_level="warning",
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(GRACE_SECONDS),
     )
+    logging.getLogger("uvicorn.error").addFilter(_names_something)
     return _Uvicorn(config)
 
 

@@ -1,0 +1,71 @@
+"""How many cores a process may use, and what follows from that."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from export_helpers import exported
+
+from tetdeploy import Engine, __main__, machine
+
+
+def group(folder: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int = 8) -> None:
+    """A machine with so many cores and control groups."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.setattr(machine, "_CGROUP", folder)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+
+
+def version_1(quota: str, period: str) -> dict[str, str]:
+    return {"cpu/cpu.cfs_quota_us": quota, "cpu/cpu.cfs_period_us": period}
+
+
+@pytest.mark.parametrize(
+    ("files", "cores", "usable"),
+    [
+        ({}, 8, 8),
+        ({}, 3, 3),
+        ({"cpu.max": "200000 100000\n"}, 8, 2),
+        ({"cpu.max": "150000 100000\n"}, 8, 2),
+        ({"cpu.max": "10000 100000\n"}, 8, 1),
+        ({"cpu.max": "400000 100000\n"}, 3, 3),
+        ({"cpu.max": "max 100000\n"}, 8, 8),
+        ({"cpu.max": "garbage\n"}, 8, 8),
+        (version_1("250000\n", "100000\n"), 8, 3),
+        (version_1("-1\n", "100000\n"), 8, 8),
+        ({"cpu/cpu.cfs_quota_us": "250000\n"}, 8, 8),
+    ],
+)
+def test_a_quota_counts_where_it_is_less_than_the_affinity(
+    files: dict[str, str], cores: int, usable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group(tmp_path, monkeypatch, files, cores)
+    assert machine.usable_cores() == usable
+    assert machine.default_threads() == (usable if usable < 8 else None)
+
+
+@pytest.mark.parametrize(("quota", "asked", "threads"), [("200000", None, 2), ("200000", 4, 4), ("max", None, 0)])
+def test_an_engine_heeds_a_quota(
+    quota: str, asked: int | None, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group(tmp_path, monkeypatch, {"cpu.max": f"{quota} 100000"})
+    options = Engine(exported("step"), threads=asked)._session.get_session_options()
+    assert options.intra_op_num_threads == threads  # 0: ONNX Runtime's own choice
+
+
+@pytest.mark.parametrize(("own", "threads"), [(None, "2"), ("5", "5")])
+def test_commands_heed_a_quota(own: str | None, threads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group(tmp_path, monkeypatch, {"cpu.max": "200000 100000"})
+    monkeypatch.setenv("OMP_NUM_THREADS", own or "")
+    if own is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    said: list[Any] = []
+    monkeypatch.setattr("tetdeploy.cli.main", lambda **options: said.append(os.environ["OMP_NUM_THREADS"]))
+    __main__.main()
+    assert said == [threads]
