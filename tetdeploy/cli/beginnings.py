@@ -173,7 +173,7 @@ def _take_network(ctx: click.Context, init: Path, network: Mapping[str, Any], op
     for name in ("tau", "v_th", "gamma") if is_another else ("model", "width", "tau", "v_th", "gamma"):
         if not is_given(ctx, name) and network.get(name, options[name]) != options[name]:
             options[name] = network[name]
-            console.print(f"{name} {network[name]}, as in {init}", style="yellow", markup=False)
+            console.print(f"{name} {network[name]}, as in {init}", style="yellow")
 
 
 def start_from(ctx: click.Context, classifier: Classifier, init: Path, metadata: Mapping[str, Any]) -> None:
@@ -199,7 +199,6 @@ def start_from(ctx: click.Context, classifier: Classifier, init: Path, metadata:
         console.print(
             f"{init} knows {known} classes, {classifier.data} has {num_classes}: {', '.join(anew)} start anew",
             style="yellow",
-            markup=False,
         )
 
 
@@ -215,7 +214,6 @@ def note_trained_on(init: Path, metadata: Mapping[str, Any], data: LabelledSet, 
             f"{data.name}: {init} held out other images and was trained on some of these, so the validation accuracy "
             "will look better than it is; name the folder it was trained from, --data-dir",
             style="yellow",
-            markup=False,
         )
 
 

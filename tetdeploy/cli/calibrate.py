@@ -116,5 +116,5 @@ def calibrate(
         write_json(path, result)
     for part in calibration_shown(result):
         console.print(part)
-    console.print("   ".join(map(str, written)), markup=False)
+    console.print("   ".join(map(str, written)))
     say_next("early-exit", engine.path)

@@ -71,7 +71,6 @@ def early_exit(
             f"the threshold was found for T={calibrated_T} and promises nothing against T={T}; for that run "
             + command_line("calibrate", engine.path, "--T", T),
             style="yellow",
-            markup=False,
         )
     json_path = output_path(json_path, engine, ".early-exit.json")
     name, x, labels = load_inputs(engine, data, data_dir, limit)
@@ -81,5 +80,5 @@ def early_exit(
     write_json(json_path, result)
     for part in savings_shown(result):
         console.print(part)
-    console.print(str(json_path), markup=False)
+    console.print(str(json_path))
     say_next("report", json_path)

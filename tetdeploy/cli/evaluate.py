@@ -123,7 +123,7 @@ def evaluate(
         write_json(json_path, result | written(torch=torch.__version__))
     _print(result)
     if json_path is not None:
-        console.print(str(json_path), markup=False)
+        console.print(str(json_path))
     if exportable:
         say_next("export", exportable[0], *(("--model", model) if model else ()))
 
@@ -201,7 +201,7 @@ def _print(result: Mapping[str, Any]) -> None:
     rows = result["runs"]
     steps = sorted({entry["T"] for row in rows if not row["ann"] for entry in row["accuracy"]}) or [1]
     sets = ", ".join(dict.fromkeys(f"{row['num_images']:,} images of {row['data']}" for row in rows))
-    console.print(f"{sets}, {result['split']}   {result['precision']} on {result['device']}", markup=False)
+    console.print(f"{sets}, {result['split']}   {result['precision']} on {result['device']}")
     table = ResultTable("", numbers=(f"T={T}" for T in steps))
     for row in rows:
         found = {entry["T"]: entry["accuracy"] for entry in row["accuracy"]}

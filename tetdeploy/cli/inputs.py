@@ -49,7 +49,6 @@ def note_own_file(name: str, own: str) -> None:
         console.print(
             f"{name} is one set with no test part: these images were trained on; give others with --data TEST.npz",
             style="yellow",
-            markup=False,
         )
 
 
@@ -61,7 +60,6 @@ def note_other_checkpoint(engine: Engine) -> None:
             f"{engine.path.name} was exported from another checkpoint than {folder} has now; for that one run "
             f"{_export_again(engine)}",
             style="yellow",
-            markup=False,
         )
 
 

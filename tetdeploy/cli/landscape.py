@@ -118,7 +118,6 @@ def landscape(
         console.print(
             f"interrupted after {result.finished:,} of {result.total:,} points, kept in {path}; "
             "the same command goes on from there",
-            markup=False,
         )
         ctx.exit(INTERRUPTED)
     _report(result, path, plot, json_path, radius, f"{images.name}, {split}")
@@ -144,7 +143,7 @@ def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeC
         def begun(finished: int, total: int) -> None:
             bar.update(task, completed=finished, total=total)
             if finished:
-                console.print(f"{path} holds {finished:,} of {total:,} points already", markup=False)
+                console.print(f"{path} holds {finished:,} of {total:,} points already")
 
         return measure_landscape(
             classifiers,
@@ -167,13 +166,13 @@ def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, r
     steps = f"T={settings['T']}" + (f" of {frames} frames" if frames else "")
     console.print(landscape_table(result, radius))
     rises = f"rises over the grid points at most {radius:g} away; {count:,} images of {images}; {steps}"
-    console.print(rises, style="dim", markup=False)
+    console.print(rises, style="dim")
     plot_landscape(result, plot, radius=radius, title=f"{count:,} images of {images}   {steps}")
     if json_path is not None:
         rows = summarise(result, radius)
         content = {"numbers": str(path), "plot": str(plot), "images": images, "radius": radius}
         write_json(json_path, content | {"settings": dict(settings), "rows": rows})
-    console.print("   ".join(str(written) for written in (path, plot, json_path) if written is not None), markup=False)
+    console.print("   ".join(str(written) for written in (path, plot, json_path) if written is not None))
     console.print("next: look at the plot; a flatter minimum has fewer lines inside the circle")
 
 

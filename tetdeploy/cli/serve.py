@@ -135,10 +135,10 @@ def serve(
     def announce(http: str, rpc: str) -> None:
         for name, engine in engines.items():
             url = f"http://{http}/v2/models/{quote(name, safe='')}/infer"
-            console.print(f"{name}   {engine.path}   layout {engine.layout}   {url}", markup=False)
+            console.print(f"{name}   {engine.path}   layout {engine.layout}   {url}")
             if engine.lacks_native:
-                console.print(f"{name} is slower than it could be: {engine.lacks_native}", style="yellow", markup=False)
-        console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops", markup=False)
+                console.print(f"{name} is slower than it could be: {engine.lacks_native}", style="yellow")
+        console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops")
 
     serving = server.serve(
         engines,

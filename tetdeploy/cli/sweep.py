@@ -121,7 +121,7 @@ def sweep(
     written = save_sweep(result, engine, json_path, picture)  # before a line is printed: `| head` may end that
     print_sweep(result, engine, conventions)
     print_details(result, engine, conventions, layers=show_layers, other_ops=other_ops)
-    console.print("   ".join(map(str, written)), markup=False)
+    console.print("   ".join(map(str, written)))
     in_run = json_path.name.endswith(".sweep.json") and (json_path.parent / CONFIG_NAME).is_file()
     say_next("report", json_path.parent if in_run else json_path)
 
@@ -149,7 +149,7 @@ def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> No
     from tetdeploy.report.tables import sweep_table, uncounted_note
 
     trained_T = engine.trained_T
-    console.print(f"{result.model}   {result.num_samples:,} images of {result.data}   {engine.layout}", markup=False)
+    console.print(f"{result.model}   {result.num_samples:,} images of {result.data}   {engine.layout}")
     console.print(sweep_table(result, trained_T, conventions=conventions))
     star = "* the T of the training; " if trained_T in [row.T for row in result.rows] else ""
     notes = [
@@ -213,7 +213,7 @@ def save_sweep(result: Sweep, engine: Engine, json_path: Path, picture: Path) ->
     try:
         plot_sweep(result, picture, engine.trained_T)
     except MissingExtraError as error:
-        console.print(f"no plot: {error}", style="dim", markup=False)
+        console.print(f"no plot: {error}", style="dim")
         return [json_path]
     except OSError as error:
         raise OSError(f"{json_path} is written, but not {picture}: {error.strerror or error}") from error

@@ -414,7 +414,7 @@ def _new_folder(runs: Path, recipe: Path | None, job: _Job) -> AbstractContextMa
 def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path | None) -> None:
     if result.interrupted:
         again = command_line("train", "--resume", result.out, *job.own)
-        console.print(f"interrupted after {counted(result.epochs, 'epoch')}; go on with: {again}", markup=False)
+        console.print(f"interrupted after {counted(result.epochs, 'epoch')}; go on with: {again}")
         ctx.exit(INTERRUPTED)
     best = result.best
     if json_path is not None:
@@ -425,21 +425,19 @@ def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path 
         )
         write_json(json_path, {"run": str(result.out), "epochs": result.epochs, "seconds": result.seconds, **fields})
     if best is not None and best.val_accuracy is not None:
-        console.print(f"best val {best.val_accuracy:.2%} at epoch {best.epoch}  ->  {result.checkpoint}", markup=False)
+        console.print(f"best val {best.val_accuracy:.2%} at epoch {best.epoch}  ->  {result.checkpoint}")
     else:
-        console.print(f"last epoch  ->  {result.checkpoint}", markup=False)
+        console.print(f"last epoch  ->  {result.checkpoint}")
     _say_next(result.out, job)
 
 
 def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path: Path | None) -> None:
     for run in result.runs:
         if run.best is not None and run.best.val_accuracy is not None:
-            console.print(
-                f"{run.out.name}  best val {run.best.val_accuracy:.2%} at epoch {run.best.epoch}", markup=False
-            )
+            console.print(f"{run.out.name}  best val {run.best.val_accuracy:.2%} at epoch {run.best.epoch}")
     if result.interrupted:
         again = command_line("train", "--resume", result.out, *job.own)
-        console.print(f"interrupted; go on with: {again}", markup=False)
+        console.print(f"interrupted; go on with: {again}")
         ctx.exit(INTERRUPTED)
     if json_path is not None:
         with atomic_write(json_path) as temporary:
@@ -448,7 +446,6 @@ def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path:
         spread = "" if result.std is None else f" +- {result.std:.2%}"
         console.print(
             f"best val {result.mean:.2%}{spread} over {counted(len(result.runs), 'seed')}  ->  {result.summary}",
-            markup=False,
         )
     if result.best is not None:
         _say_next(result.best.out, job)
