@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
-from tetdeploy.names import counted
 from tetdeploy.networks import Classifier
+from tetdeploy.wording import counted
 
 from .counters import spikes_overlay
 from .recorder import compare_torch

@@ -16,9 +16,10 @@ from tetdeploy.extras import import_extra
 from tetdeploy.files import is_utf8, sha256_of
 from tetdeploy.form import NUMBER, check_form
 from tetdeploy.model_file import METADATA_KEY, parse_metadata, session_metadata
-from tetdeploy.names import first_line, section
+from tetdeploy.names import section
 from tetdeploy.run_folder import checkpoint_file
 from tetdeploy.tensor_file import read_content, read_header
+from tetdeploy.wording import first_line
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _DTYPES |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from tetdeploy.class_names import check_classes
 from tetdeploy.data import ImageFiles, LabelledSet, is_known
 from tetdeploy.int8.calibration import Calibration
-from tetdeploy.names import check_classes, counted, is_npz
+from tetdeploy.names import is_npz
 from tetdeploy.networks import Classifier
 from tetdeploy.provenance import written
 from tetdeploy.traced_network import Runnable
+from tetdeploy.wording import counted
 
 from .augment import RESIZED_CROP
 from .batches import Batch, DeviceImages, Draws, Images

@@ -15,9 +15,9 @@ from tetdeploy.cli.options import AT_LEAST_1, PARTS, data_dir_option, json_optio
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
-from tetdeploy.names import first_line
 from tetdeploy.run_folder import CHECKPOINT_NAME, newest_run, seed_runs, weights_file
 from tetdeploy.steps import trained_T
+from tetdeploy.wording import first_line
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from tetdeploy.cli.recipe import is_typed
 from tetdeploy.cli.terminal import console, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
-from tetdeploy.names import counted
+from tetdeploy.wording import counted
 
 if TYPE_CHECKING:
     from tetdeploy.export import ExportConfig, Exported

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetdeploy.class_names import check_classes
 from tetdeploy.cli.terminal import command_line, console
-from tetdeploy.names import check_classes, is_npz, is_own_model
+from tetdeploy.names import is_npz, is_own_model
 from tetdeploy.run_folder import other_checkpoint
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetdeploy.class_names import check_classes
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import load_classifier, load_part
 from tetdeploy.cli.options import (
@@ -24,7 +25,7 @@ from tetdeploy.cli.options import (
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
-from tetdeploy.names import check_classes, is_npz
+from tetdeploy.names import is_npz
 from tetdeploy.run_folder import newest_run, weights_file
 from tetdeploy.signals import deferred_interrupt
 from tetdeploy.steps import trained_T

@@ -27,7 +27,8 @@ from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.cli.terminal import command_line, console, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write, write_json
-from tetdeploy.names import counted, is_own_model
+from tetdeploy.names import is_own_model
+from tetdeploy.wording import counted
 
 if TYPE_CHECKING:
     from torch import nn

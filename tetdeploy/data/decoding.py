@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.extras import import_extra
 from tetdeploy.machine import usable_cores
-from tetdeploy.names import shorten
+from tetdeploy.wording import shorten
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
