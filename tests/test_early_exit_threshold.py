@@ -451,7 +451,7 @@ def test_calibrate_says_why_no_image_stops_early(
     assert lines[0].endswith(f"step.onnx   {num_images:,} images of digits   T=2")
     assert lines[1].startswith("every image the same T, 1 to 2: ") and lines[-1].startswith("steps  1: ")
     promise = "a test shows that less is lost than may be" if found.confident else "it is within what may be lost"
-    assert lines[2].endswith(f"{promise}")
+    assert lines[2].endswith(promise)
     few = [line for line in lines if line.startswith("one image is ")]
     assert len(few) == (num_images == 500 and not found.confident)
     assert all(line.startswith("one image is 0.2 points here, more than may be lost") for line in few)

@@ -27,8 +27,19 @@ MODULES = [
     *(
         f"tetdeploy.{name}"
         for name in (
-            *("agreement", "bench", "cli", "data", "energy", "engine", "inspection", "model_file", "native"),
-            *("early_exit.savings", "early_exit.threshold", "resumable", "serve", "stream", "streams", "sweep"),
+            *(
+                "agreement",
+                "bench",
+                "cli",
+                "data",
+                "energy",
+                "engine",
+                "engine_stream",
+                "inspection",
+                "model_file",
+                "native",
+            ),
+            *("early_exit.savings", "early_exit.threshold", "resumable", "serve", "streams", "sweep"),
             *("report.sweep_plot", "report.tables"),
             *("runtimes.nvidia", "runtimes.onnxruntime_gpu", "runtimes.openvino_session", "runtimes.sessions"),
         )

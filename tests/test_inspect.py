@@ -18,7 +18,6 @@ import torch
 from click.testing import CliRunner
 from export_helpers import convsnn, exported
 from onnx import TensorProto, helper
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from test_imports import HEAVY, loaded_by
@@ -29,6 +28,7 @@ from tetdeploy.energy import Layer
 from tetdeploy.export.sequence_graph import sequence_graph
 from tetdeploy.inspection import _layer, _type, inspect
 from tetdeploy.report.inspection import inspection_tables, size
+from tetdeploy.standard_output import StandardOutput
 from tetdeploy.tensor_file import write_tensors
 
 TRAINING = {"T": 3, "epochs": 2, "tit": "", "loss": "tet", "lam": 0.05, "optimizer": "adamw", "lr": 0.002, "seed": 7}
@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown(found: dict[str, Any], width: int = 100) -> str:
-    console = Console(width=width, file=io.StringIO())
+    console = StandardOutput(width=width, file=io.StringIO())
     for table in inspection_tables(found):
         console.print(table)
     assert isinstance(console.file, io.StringIO)
