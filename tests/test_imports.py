@@ -197,6 +197,15 @@ def test_imports_go_one_way(folder: str, unknown: str) -> None:
     assert not found
 
 
+@pytest.mark.parametrize("folder", ["train", "export", "tetdeploy/serve"])
+def test_a_package_names_its_modules(folder: str) -> None:
+    """In the docstring that says what each is for."""
+    named = re.findall(r"`(\w+)`", ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text())) or "")
+    modules = {file.stem for file in (ROOT / folder).glob("*.py")} - {"__init__"}
+    assert modules - set(named) == set()
+    assert set(named) - modules <= {"export_model", "serve"}  # a function, an extra
+
+
 def imported_by(source: str, package: Sequence[str]) -> Iterator[str]:
     """Names of all that a file of `package` imports, relative imports by their whole name."""
     for node in ast.walk(ast.parse(source)):
