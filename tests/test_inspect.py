@@ -133,7 +133,7 @@ class TestModel:
                 assert neuron["state"] is None
         convolutions = [m for m in convsnn().modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
         assert [layer["weights"] for layer in found["layers"]] == [m.weight.numel() for m in convolutions]
-        assert [layer["input"] for layer in found["layers"]] == ["pixels", "spikes", "spikes", "spikes"]
+        assert [layer["input"] for layer in found["layers"]] == ["image", "spikes", "spikes", "spikes"]
         assert found["num_weights"] == sum(m.weight.numel() for m in convolutions)
         assert found["num_neurons"] == sum(neuron["size"] for neuron in found["neurons"])
 
@@ -155,7 +155,7 @@ class TestModel:
             "once": False,
         }
         of_frames = _layer(replace(layer, from_input=True))
-        assert (of_frames["input"], of_frames["once"]) == ("pixels", False)
+        assert (of_frames["input"], of_frames["once"]) == ("image", False)
         assert _layer(replace(layer, once=True))["once"] and _layer(replace(layer, binary=True))["input"] == "spikes"
         kinds = ["linear", "convolution 1d", "convolution", "convolution 3d", "other"]
         assert [_type(False, {"weight": [1] * axes}) for axes in (2, 3, 4, 5, 6)] == kinds
@@ -193,7 +193,7 @@ MODEL |= {
     "inputs": [{"name": "x", "shape": ["n", None], "dtype": "uint8"}],
     "outputs": [{"name": "y", "shape": ["n", 2], "dtype": "float32"}],
     "layers": [
-        {"name": "c", "input": "pixels", "once": True, "input_shape": [1, 8, 8], "kernel": [3, 5], "strides": [2, 1]}
+        {"name": "c", "input": "image", "once": True, "input_shape": [1, 8, 8], "kernel": [3, 5], "strides": [2, 1]}
         | {"outputs": 1000, "weights": 2000, "precision": "int8", "fan_out": 1.5, "dense_ops": 3e6},
         {"name": "f", "input": "spikes", "once": False, "input_shape": [4], "kernel": [], "strides": []}
         | {"outputs": 2, "weights": 8, "precision": "fp32", "fan_out": 2.0, "dense_ops": 8},
@@ -232,7 +232,7 @@ class TestTables:
         ]
         assert ports == [("input", "x", "[n, ?]", "uint8"), ("output", "y", "[n, 2]", "float32")]
         assert layers == [
-            ("c", "pixels, once", "[1, 8, 8]", "3×5", "2×1", "1,000", "2,000 int8", "1.5", "3 M"),
+            ("c", "image, once", "[1, 8, 8]", "3×5", "2×1", "1,000", "2,000 int8", "1.5", "3 M"),
             ("f", "spikes", "[4]", "–", "–", "2", "8", "2", "8"),
         ]
         assert neurons == [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.checkpoint import read_metadata
-from tetdeploy.energy import Layer, layers_of
+from tetdeploy.energy import Layer, input_kind, layers_of
 from tetdeploy.extras import import_extra
 from tetdeploy.files import is_utf8, sha256_of
 from tetdeploy.form import NUMBER, check_form
@@ -148,7 +148,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "name": layer.name,
         "type": "convolution" if layer.kernel else "product" if layer.product else "linear",
         "input_shape": list(layer.input_shape),
-        "input": _input(layer),
+        "input": input_kind(layer.to_dict()),
         "outputs": layer.outputs,
         "kernel": list(layer.kernel),
         "precision": layer.precision,
@@ -158,14 +158,6 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "dense_ops": layer.dense_ops(),
         "once": layer.once,
     }
-
-
-def _input(layer: Layer) -> str:
-    if layer.from_input:
-        return "pixels"
-    if not layer.binary:
-        return "analogue"
-    return "pairs of spikes" if layer.product else "spikes"
 
 
 def _session(file: Path) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from tetdeploy.energy import OTHER_OPS
+from tetdeploy.energy import OTHER_OPS, input_kind
 from tetdeploy.report.numbers import count, energy, latency, milliseconds, percent, rate, three_digits
 from tetdeploy.report.result_table import ResultTable
 
@@ -86,15 +86,6 @@ def layers_table(details: Mapping[str, Any], T: int, *, conventions: Sequence[st
     table.add_section()
     table.add_row("all layers", "", "", "", *written(total, columns))
     return table
-
-
-def input_kind(layer: Mapping[str, Any]) -> str:
-    """What a layer reads, of a result's JSON."""
-    if layer.get("from_input"):
-        return "image"
-    if layer.get("product"):
-        return "pairs of spikes" if layer.get("binary", True) else "pairs"
-    return "spikes" if layer.get("binary", True) else "analogue"
 
 
 def other_ops_table(details: Mapping[str, Any], T: int) -> Table:
