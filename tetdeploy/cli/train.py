@@ -215,8 +215,7 @@ def train(
     default_by_network(ctx, options)
     with ExitStack() as made, process_group() as ranks, _one_voice(ranks):
         with ranks.first(), _naming(config):
-            begun = begin(ctx, options, out=out, seeds=seeds)
-            several = _parse_seeds(ctx, begun.seeds)
+            begun = begin(ctx, options, out=out, seeds=_parse_seeds(seeds))
             job = _job(ctx, options)
             if options["qat"] and init is not None:
                 check_same_inputs(init, begun.metadata, job.train)
@@ -228,10 +227,10 @@ def train(
         json_path = json_path if ranks.writes else None
         also: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
         also["how"] = begun.how
-        if several:
+        if begun.seeds:
             job.warn_of_export(ranks)
             recipe = None if config is None else str(config)
-            many = train_seeds(job.classifier, job.train, job.val, job.config, several, out, recipe=recipe, **also)
+            many = train_seeds(job.classifier, job.train, job.val, job.config, begun.seeds, out, recipe=recipe, **also)
             _report_seeds(ctx, many, job, json_path)
             return
         classifier = job.classifier(job.config.seed)
@@ -389,7 +388,7 @@ def _naming(recipe: Path | None) -> Iterator[None]:
         raise ValueError(f"{recipe}, with what was typed: {error}") from error
 
 
-def _parse_seeds(ctx: click.Context, text: str) -> tuple[int, ...]:
+def _parse_seeds(text: str) -> tuple[int, ...]:
     """The seeds of `--seeds`; none without it."""
     if not text:
         return ()
@@ -399,8 +398,6 @@ def _parse_seeds(ctx: click.Context, text: str) -> tuple[int, ...]:
         seeds = (-1,)
     if min(seeds) < 0:
         raise ValueError(f"seeds is {text!r}; it must be whole numbers from 0, separated by commas, such as 0,1,2")
-    if is_typed(ctx, "seed"):
-        raise click.UsageError("--seed and --seeds both decide the random numbers: choose one of them")
     return seeds
 
 
