@@ -12,6 +12,7 @@ from tetdeploy.cli.options import (
     STEPS,
     ChosenModel,
     data_dir_option,
+    limit_option,
     opens_model,
     output_path,
     result_option,
@@ -37,7 +38,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",
 )
 @data_dir_option
-@click.option("--limit", type=AT_LEAST_1, help="Only the first so many images.")
+@limit_option
 @click.option("--batch-size", default=64, show_default=True, type=AT_LEAST_1, help="Images that start together.")
 @opens_model()
 @result_option(".early-exit.json")

@@ -11,7 +11,18 @@ import click
 
 from tetdeploy.cli.errors import lacks_memory
 from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file
-from tetdeploy.cli.options import AT_LEAST_1, PARTS, data_dir_option, json_option, parsed_steps, runs_option
+from tetdeploy.cli.options import (
+    PARTS,
+    data_dir_option,
+    json_option,
+    limit_option,
+    own_network_option,
+    parsed_steps,
+    runs_option,
+    torch_batch_option,
+    torch_device_option,
+    torch_precision_option,
+)
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
@@ -49,13 +60,13 @@ Examples:
     type=PARTS,
     help="Images to measure on; train and validation are the run's own parts.",
 )
-@click.option("--limit", type=AT_LEAST_1, help="Only the first images.")
+@limit_option
 @click.option("--data", help="Another data set. [default: each training's]")
 @data_dir_option
-@click.option("--model", help="package.module:function, if the network is your own.")
-@click.option("--batch-size", type=AT_LEAST_1, help="[default: 64 on a CPU, 512 on a GPU]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(("fp32", "bf16", "fp16", "auto")))
+@own_network_option
+@torch_batch_option
+@torch_device_option
+@torch_precision_option
 @runs_option
 @json_option
 def evaluate(
@@ -169,14 +180,14 @@ def _steps(steps: tuple[int, ...] | None, classifier: Classifier, trained: int) 
 def _measure(
     name: str, classifier: Classifier, images: Any, T: int, batch_size: int | None, device: torch.device, precision: str
 ) -> list[float]:
-    from tetdeploy.train.device import place, reused_memory, tuned_convolutions, wants_channels_last
+    from tetdeploy.train.device import forward_batch, place, reused_memory, tuned_convolutions, wants_channels_last
     from tetdeploy.train.session import check_data
     from tetdeploy.train.validation import accuracy_by_step
 
     check_data(images, classifier, T)
     channels_last = wants_channels_last(classifier.config, device, precision, fusable=False)
     place(classifier, device, channels_last=channels_last)
-    size = batch_size or (64 if device.type == "cpu" else 512)
+    size = batch_size or forward_batch(device)
     memory = reused_memory() if device.type == "cpu" else nullcontext()
     with image_bar(f"{name} on {images.name}", len(images)) as tick, tuned_convolutions(), memory:
         batches = _batches(images, size, device, tick)

@@ -12,7 +12,7 @@ from rich.progress import TaskID
 
 from tetdeploy.cli.cluster import FORMATS, export_for_cluster
 from tetdeploy.cli.inputs import load_classifier
-from tetdeploy.cli.options import AT_LEAST_1, STEPS, data_dir_option, json_option, runs_option
+from tetdeploy.cli.options import AT_LEAST_1, STEPS, data_dir_option, json_option, own_network_option, runs_option
 from tetdeploy.cli.recipe import is_typed
 from tetdeploy.cli.terminal import console, progress_bar, say_next
 from tetdeploy.extras import import_extra
@@ -108,7 +108,7 @@ Examples:
     type=AT_LEAST_1,
     help="Training images that int8 takes the scales of the input currents from; a run of train --qat has its own.",
 )
-@click.option("--model", help="package.module:function, if the network is your own.")
+@own_network_option
 @click.option("--data", help="Images for the check and the reference. [default: the training images of the run]")
 @data_dir_option
 @click.option(

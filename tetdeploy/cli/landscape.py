@@ -20,7 +20,11 @@ from tetdeploy.cli.options import (
     data_dir_option,
     default_plot,
     json_option,
+    own_network_option,
     runs_option,
+    torch_batch_option,
+    torch_device_option,
+    torch_precision_option,
 )
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
@@ -61,10 +65,10 @@ Examples:
 @click.option("--radius", type=float, help="Of the sharpness measure. [default: half the extent]")
 @click.option("--data", help="Another data set. [default: the training's]")
 @data_dir_option
-@click.option("--model", help="package.module:function, if the network is your own.")
-@click.option("--batch-size", type=AT_LEAST_1, help="[default: 64 on a CPU, 512 on a GPU]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
-@click.option("--precision", default="fp32", show_default=True, help="fp32, bf16, fp16 or auto.")
+@own_network_option
+@torch_batch_option
+@torch_device_option
+@torch_precision_option
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="The numbers. [default: RUN/landscape.npz]")
 @click.option("--plot", type=click.Path(path_type=Path), help="The plot. [default: beside the numbers, .png]")
 @runs_option

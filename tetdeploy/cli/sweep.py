@@ -16,6 +16,7 @@ from tetdeploy.cli.options import (
     check_plot,
     data_dir_option,
     default_plot,
+    limit_option,
     opens_model,
     output_path,
     parsed_steps,
@@ -53,7 +54,7 @@ Examples:
     help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",
 )
 @data_dir_option
-@click.option("--limit", type=AT_LEAST_1, help="Only the first so many images.")
+@limit_option
 @click.option("--batch-size", default=64, show_default=True, type=AT_LEAST_1)
 @click.option(
     "--energy",

@@ -22,7 +22,7 @@ from tetdeploy.cli.beginnings import (
 )
 from tetdeploy.cli.errors import INTERRUPTED, lacks_memory
 from tetdeploy.cli.inputs import network_of
-from tetdeploy.cli.options import STEPS, FiniteRange, data_dir_option, json_option, runs_option
+from tetdeploy.cli.options import STEPS, FiniteRange, data_dir_option, json_option, runs_option, torch_device_option
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.cli.terminal import command_line, console, progress_bar, say_next
 from tetdeploy.extras import import_extra
@@ -134,7 +134,7 @@ Examples:
 @click.option("--distill", default="", metavar="RUN", help="Learn from this ANN twin at every time step.")
 @click.option("--distill-alpha", default=1.0, show_default=True, help="Weight of the distillation.")
 @click.option("--distill-tau", default=3.0, show_default=True, help="Temperature of the distillation.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@torch_device_option
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
 @click.option(
     "--workers", type=click.IntRange(min=0), help="Processes that read ImageNet; 0 reads in this one. [default: cores]"
