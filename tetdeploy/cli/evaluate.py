@@ -93,7 +93,7 @@ def evaluate(
     from tetdeploy.checkpoint import read_metadata, trained_on
     from tetdeploy.provenance import written
     from tetdeploy.report.reading import read_summary
-    from tetdeploy.train.device import device_name, pick_device, pick_precision
+    from tetdeploy.train.device import device_name, forward_batch, pick_device, pick_precision
 
     checkpoints = checkpoints or (newest_run(runs),)
     on = pick_device(device)
@@ -110,13 +110,8 @@ def evaluate(
         wanted = _steps(steps, classifier, trained_T(metadata))
         if classifier.config.is_spiking:
             exportable.append(path)
-        try:
-            accuracy = _measure(str(path), classifier, images, max(wanted), batch_size, on, chosen)
-        except (RuntimeError, IndexError) as error:  # of the network's own code
-            if max(wanted) <= (T := trained_T(metadata)) or lacks_memory(error):
-                raise
-            reason = f"fails at T={max(wanted)}, beyond the T={T} of its training ({first_line(error)})"
-            raise ValueError(f"the network of {path} {reason}; choose --T 1:{T}") from error
+        size = batch_size or forward_batch(on)
+        accuracy = _measure(str(path), classifier, images, max(wanted), size, on, chosen, trained=trained_T(metadata))
         rows.append(
             {
                 "run": str(path),
@@ -178,20 +173,38 @@ def _steps(steps: tuple[int, ...] | None, classifier: Classifier, trained: int) 
 
 
 def _measure(
-    name: str, classifier: Classifier, images: Any, T: int, batch_size: int | None, device: torch.device, precision: str
+    name: str,
+    classifier: Classifier,
+    images: Any,
+    T: int,
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    *,
+    trained: int,
 ) -> list[float]:
-    from tetdeploy.train.device import forward_batch, place, reused_memory, tuned_convolutions, wants_channels_last
+    """The accuracy after each of T steps.
+
+    Raises:
+        ValueError: the images do not fit, or the network's own code fails beyond the T that it was trained with.
+    """
+    from tetdeploy.train.device import place, reused_memory, tuned_convolutions, wants_channels_last
     from tetdeploy.train.session import check_data
     from tetdeploy.train.validation import accuracy_by_step
 
     check_data(images, classifier, T)
     channels_last = wants_channels_last(classifier.config, device, precision, fusable=False)
     place(classifier, device, channels_last=channels_last)
-    size = batch_size or forward_batch(device)
     memory = reused_memory() if device.type == "cpu" else nullcontext()
     with image_bar(f"{name} on {images.name}", len(images)) as tick, tuned_convolutions(), memory:
-        batches = _batches(images, size, device, tick)
-        return accuracy_by_step(classifier, batches, T=T, precision=precision)
+        batches = _batches(images, batch_size, device, tick)
+        try:
+            return accuracy_by_step(classifier, batches, T=T, precision=precision)
+        except (RuntimeError, IndexError) as error:
+            if trained >= T or lacks_memory(error):
+                raise
+            reason = f"fails at T={T}, beyond the T={trained} of its training ({first_line(error)})"
+            raise ValueError(f"the network of {name} {reason}; choose --T 1:{trained}") from error
 
 
 def _batches(images: Any, size: int, device: torch.device, tick: Any) -> Iterator[tuple[Any, Any]]:
