@@ -28,7 +28,7 @@ from torch.func import functional_call
 
 from tetdeploy.checkpoint import data_settings
 from tetdeploy.files import read_npz, write_npz
-from tetdeploy.form import parse_json
+from tetdeploy.form import as_json, parse_json
 from tetdeploy.networks import Classifier
 from tetdeploy.sweep import check_class_numbers
 
@@ -339,7 +339,7 @@ def _settings(
         ],
         "networks": networks,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    plain: dict[str, Any] = as_json(settings)
     return plain
 
 

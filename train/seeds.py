@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import statistics
 import weakref
 from collections.abc import Callable, Sequence
@@ -191,7 +191,7 @@ def mean_and_std(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 def _summary(result: SeedsResult, settings: dict[str, Any], recipe: str | None) -> dict[str, Any]:
     """What summary.json holds: the recipe with all its settings, and which of its runs made which number."""
-    shared = json.loads(json.dumps(settings))
+    shared = copy.deepcopy(settings)
     seeds = shared.pop("seeds")
     shared["training"].pop("seed")
     return {
