@@ -10,6 +10,7 @@ from rich.table import Table
 from tetdeploy.names import is_own_model
 from tetdeploy.report.numbers import count, percent, three_digits
 from tetdeploy.report.result_table import ResultTable
+from tetdeploy.report.tables import versions
 
 _KINDS = {
     "checkpoint": "a checkpoint of tetdeploy: trained weights, with how they were trained",
@@ -68,7 +69,7 @@ def _model_facts(found: Mapping[str, Any]) -> dict[str, Any]:
             "weights": f"{found['num_weights']:,} of convolutions and linear layers, {found['precision']}",
             "BN": "folded into the convolutions (Eq. 6)" if found.get("fold_bn", True) else "not folded",
             "operations not counted": ", ".join(found["uncounted"]),
-            "exported": f"{found['created']} with {_versions(found['versions'])}",
+            "exported": f"{found['created']} with {versions(found['versions']) or 'unknown versions'}",
             "from checkpoint": found["source"].get("checkpoint_sha256", ""),
         }
         | _origin_facts(found["source"])
@@ -114,9 +115,8 @@ def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
     if origin.get("epoch") is not None:
         facts["kept"] = f"epoch {origin['epoch']}, validation accuracy {percent(origin.get('val_accuracy'))}"
     if origin.get("created"):
-        facts["trained"] = (
-            f"{origin['created']} on {origin.get('device', '?')} with {_versions(origin.get('versions'))}"
-        )
+        made_with = versions(origin.get("versions")) or "unknown versions"
+        facts["trained"] = f"{origin['created']} on {origin.get('device', '?')} with {made_with}"
     return facts
 
 
@@ -193,10 +193,6 @@ def size(num_bytes: int) -> str:
 
 def _shape(shape: Sequence[Any]) -> str:
     return f"[{', '.join('?' if dim is None else str(dim) for dim in shape)}]"
-
-
-def _versions(versions: Mapping[str, Any] | None) -> str:
-    return ", ".join(f"{name} {version}" for name, version in (versions or {}).items()) or "unknown versions"
 
 
 def _classes(names: Sequence[str]) -> str:

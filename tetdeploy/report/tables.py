@@ -123,6 +123,11 @@ def hardware(machine: Mapping[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores" + (f", {gpu}" if gpu else "")
 
 
+def versions(of: Any) -> str:
+    """What something was made with; nothing where that is not said."""
+    return ", ".join(f"{name} {version}" for name, version in of.items()) if isinstance(of, dict) else ""
+
+
 def uncounted_note(names: Sequence[str], layout: str) -> list[str]:
     """What no energy includes for want of a way to count it: a line, if anything."""
     way_out = "" if layout == "step" else "; export --layout step may count them"
