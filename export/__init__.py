@@ -1,4 +1,20 @@
-"""From a trained network to an ONNX file that carries all serving needs."""
+"""From a trained network to an ONNX file that carries all serving needs. The parts, in the order of an export:
+
+- `model`: `export_model`, from start to end. It takes what `trained` finds, as `config` says, tells `progress`, and
+  writes the graph and its `reference`.
+- `preflight`, `causality`: what is refused, before a training and before a trace.
+- `onnx_tracer`: from PyTorch to ONNX, each layer of neurons one node; `pooling`, `half`, `int8`: operators that it
+  writes otherwise.
+- `lowering`, `neuron_steps`: those nodes become steps of neurons, in each layout; `encoder`: what a step graph computes
+  once for an image; `openvino`: a runtime's own form.
+- `operations`: what is counted, for which `binary_values` and `step_order` look at the values; `counters`: outputs that
+  count.
+- `description`: what a graph says of itself; `reading`: an exported graph, read back.
+- `gate`: what an export is compared on before it is kept; `parity`, `sidebyside`, `comparison`: PyTorch and the engine;
+  `recorder`, `margins`: spikes and membranes for that; `audit`: operation counts; `kept_answers`: what lower precision
+  keeps.
+- Other forms: `nir_format`; `tensorrt`, `tensorrt_graph`; `repository`, `sequence_graph` for Triton; `kserve`.
+"""
 
 from __future__ import annotations
 

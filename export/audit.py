@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Engine
-from tetdeploy.names import counted
 from tetdeploy.networks import Classifier
+from tetdeploy.wording import counted
 
 from .counters import spikes_overlay
 from .recorder import compare_torch
@@ -121,13 +121,13 @@ def _reading(classifier: Classifier) -> Iterator[dict[nn.Module | None, _Read]]:
             hook.remove()
 
 
-def _operations(layer: nn.Module, counted: Tensor) -> float:
+def _operations(layer: nn.Module, values: Tensor) -> float:
     """Inputs that count times the outputs that they reach. All inputs of a group reach as many, so that a kernel of
     ones over their sum tells."""
     if isinstance(layer, nn.Linear):
-        return float(counted.sum(dtype=torch.float64)) * layer.out_features
+        return float(values.sum(dtype=torch.float64)) * layer.out_features
     assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    summed = counted.sum(1, keepdim=True, dtype=torch.float64)
+    summed = values.sum(1, keepdim=True, dtype=torch.float64)
     ones = summed.new_ones(1, 1, *layer.kernel_size)
     reached = _CONVOLVE[type(layer)](summed, ones, None, layer.stride, layer.padding, layer.dilation)
     return float(reached.sum()) * (layer.out_channels // layer.groups)
@@ -140,10 +140,10 @@ def _pads(layer: nn.Module | None) -> tuple[tuple[int, int], ...] | None:
     return None if isinstance(padding, str) else tuple((pad, pad) for pad in padding)
 
 
-def _compare(name: str, what: str, counted: float, bounds: tuple[float, float]) -> None:
-    if not bounds[0] <= counted <= bounds[1]:
+def _compare(name: str, what: str, ops: float, bounds: tuple[float, float]) -> None:
+    if not bounds[0] <= ops <= bounds[1]:
         wanted = " to ".join(f"{bound:,.0f}" for bound in dict.fromkeys(bounds))
-        raise CountError(_message(name, f"operations {what}: the graph counts {counted:,.0f}, PyTorch {wanted}"))
+        raise CountError(_message(name, f"operations {what}: the graph counts {ops:,.0f}, PyTorch {wanted}"))
 
 
 def _message(name: str, what: str) -> str:

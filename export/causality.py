@@ -17,9 +17,9 @@ from torch.utils.module_tracker import ModuleTracker
 
 from tetdeploy.data import Encoding
 from tetdeploy.files import lacks_temporary_folder
-from tetdeploy.names import shorten
 from tetdeploy.networks import Classifier, run_network
 from tetdeploy.networks.smooth_spike import steepness
+from tetdeploy.wording import shorten
 
 from .lowering import misplaced
 from .recorder import NeuronRecorder

@@ -79,25 +79,30 @@ class Comparison:
         spikes: Sequence[NDArray[Any]],
         state: Sequence[NDArray[Any]] | None = None,
         *,
-        replacing: bool = False,
         watch: Watch | None = None,
     ) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Run a batch through PyTorch beside the engine's `per_step [N, T, K]` and `spikes [T, N, ...]` by layer.
 
-        Args:
-            replacing: each layer of PyTorch reads the engine's spikes; `local` and `local_error` are about these runs,
-                all else about the others.
-
         Returns:
             PyTorch's logits `[N, T, K]` and the neuron-steps that differ by image, `[N]`.
         """
-        expected, differing = compare_torch(self.classifier, x, self.T, spikes, state, replacing=replacing, watch=watch)
-        if replacing:
-            self.count_local(per_step, expected, differing)
-        else:
-            self.logits.add(per_step, expected)
-            self.whole.add(differing)
+        expected, differing = compare_torch(self.classifier, x, self.T, spikes, state, watch=watch)
+        self.logits.add(per_step, expected)
+        self.whole.add(differing)
         return expected, differing.sum((0, 1))
+
+    def add_local(
+        self,
+        x: NDArray[Any],
+        per_step: NDArray[Any],
+        spikes: Sequence[NDArray[Any]],
+        state: Sequence[NDArray[Any]] | None = None,
+        *,
+        watch: Watch | None = None,
+    ) -> None:
+        """The same of each layer by itself, which reads the engine's spikes: `local` and `local_error`."""
+        found = compare_torch(self.classifier, x, self.T, spikes, state, replacing=True, watch=watch)
+        self.count_local(per_step, *found)
 
     def count_local(self, per_step: NDArray[Any], expected: NDArray[Any], differing: NDArray[np.int64]) -> None:
         """Add what each layer by itself made of images: PyTorch's logits `[N, T, K]`, neurons that differ

@@ -22,11 +22,11 @@ from tetdeploy.folding import FoldingError
 from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Int8Error, Scales
-from tetdeploy.names import first_line
 from tetdeploy.networks import Classifier, check_classifier
 from tetdeploy.sweep import check_class_numbers
 from tetdeploy.traced_network import Runnable
 from tetdeploy.tracing import Tracer
+from tetdeploy.wording import first_line
 
 from .causality import check_steps
 from .config import GPU_TARGETS, ExportConfig
@@ -36,7 +36,6 @@ from .gate import check_graph, gate_runtimes
 from .half import HalfNetwork
 from .kept_answers import measure_kept, per_step_logits
 from .lowering import lower
-from .neuron_steps import Neurons
 from .onnx_tracer import OnnxTracer
 from .openvino import write_for_openvino
 from .operations import Layers
@@ -117,9 +116,10 @@ def export_model(
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)
     num_layers = check_steps(classifier, some, config.encoding, T=max(4, config.T, config.trained_T + 2))
     graph, expected, scales = build_graph(classifier, config, calibration=calibration, source=source, progress=progress)
-    if len(graph.neurons) != num_layers:
+    num_neurons = len(graph.description["neurons"])
+    if num_neurons != num_layers:
         raise ValueError(
-            f"the network runs {num_layers} neuron layers, but only {len(graph.neurons)} of them reach its logits; "
+            f"the network runs {num_layers} neuron layers, but only {num_neurons} of them reach its logits; "
             "take out those whose spikes are not used"
         )
     parity = from_state = kept = None
@@ -141,12 +141,12 @@ def export_model(
     return Exported(
         path,
         graph.num_folded,
-        len(graph.neurons),
+        num_neurons,
         len(model),
         parity,
         from_state,
         gate_runtimes(config) if num_check else (),
-        tuple(graph.uncounted),
+        tuple(graph.description["uncounted"]),
         int8=reduced if config.precision == "int8" else None,
         fp16=reduced if config.precision == "fp16" else None,
     )
@@ -223,12 +223,10 @@ def _as_input(classifier: Classifier, config: ExportConfig, images: NDArray[Any]
 
 @dataclass(frozen=True)
 class LoweredGraph:
-    """A lowered graph with its metadata; `uncounted` names layers whose operations cannot be counted."""
+    """A lowered graph with its metadata."""
 
     model: ir.Model
     description: dict[str, Any]
-    neurons: list[Neurons]
-    uncounted: list[str]
     num_folded: int
 
 
@@ -318,7 +316,7 @@ def _build(
     description = describe(model, classifier, config, neurons, encoders, layers, source, int8)
     if config.target == "openvino":
         write_for_openvino(model, int8=int8 is not None)
-    return LoweredGraph(model, description, neurons, layers.uncounted, num_folded)
+    return LoweredGraph(model, description, num_folded)
 
 
 def _in_memory(graph: LoweredGraph) -> Engine:

@@ -87,9 +87,6 @@ class StepBuilder:
     def number(self, value: float) -> ir.Value:
         return self("Constant", value=ir.tensor(np.array(value, np.float32)))
 
-    def byte(self, value: int) -> ir.Value:
-        return self("Constant", value=ir.tensor(np.array(value, np.uint8)))
-
     def reshape(self, value: ir.Value, shape: Sequence[int | ir.SymbolicDim]) -> ir.Value:
         """`value` with other axes, all but one of known length."""
         reshaped = self("Reshape", value, self.ints([dim if isinstance(dim, int) else -1 for dim in shape]))
@@ -119,7 +116,7 @@ class StepBuilder:
         is free, as it goes into scales: of currents that come from 8 bits, spikes and sums of these."""
         assert current is not None
         if current in self.forms.by_step and self.spikes == BYTE:
-            one, none = self.number(1.0), self.byte(0)
+            one, none = self.number(1.0), self("Constant", value=ir.tensor(np.array(0, np.uint8)))
             return [partial(self._dequantised, spikes, one, none) for spikes in self.forms.by_step[current]], True
         producer = current.producer()
         if producer is not None and producer.op_type == "Add" and _all_like(current, producer.inputs):

@@ -36,10 +36,10 @@ from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write
 from tetdeploy.folding import DROPOUT, VIEWS, count_batchnorm, fold_batchnorm, module_path, parameter
 from tetdeploy.model_file import METADATA_KEY
-from tetdeploy.names import first_line
 from tetdeploy.networks import Classifier
 from tetdeploy.provenance import written
 from tetdeploy.tracing import quiet
+from tetdeploy.wording import first_line
 
 from .causality import check_on_noise
 

@@ -22,8 +22,8 @@ from torch import fx
 from tetdeploy.data import Encoding
 from tetdeploy.folding import count_batchnorm, layer_name
 from tetdeploy.int8.quantisation import Scales, quantise
-from tetdeploy.names import first_line
 from tetdeploy.tracing import Tracer, quiet, reason
+from tetdeploy.wording import first_line
 
 from .half import halve
 from .int8 import set_scales, translate_int8_conv

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tetdeploy.batches import parts
 from tetdeploy.engine import Engine
+from tetdeploy.engine_stream import Stream
 from tetdeploy.networks import Classifier
-from tetdeploy.stream import Stream
 from tetdeploy.traced_network import Runnable, TracedNetwork
 
 from .causality import InFloat64
@@ -151,7 +151,7 @@ def compare(
         fired |= [layer.any() for layer in spikes]
         by_image.append(sums.add(batch, per_step, spikes, state)[1])
         if part.start < _NUM_LOCAL:
-            sums.add(batch, per_step, spikes, state, replacing=True)
+            sums.add_local(batch, per_step, spikes, state)
     silent = tuple(name for name, once in zip(names, fired, strict=True) if not once)
     parity = replace(_parity(sums, T), silent=silent)
     # One step from random membranes may leave two classes near a tie: there the gate does not look at classes.
@@ -175,7 +175,7 @@ def compare_folded(reduced: TracedNetwork, engine: Engine, x: NDArray[Any], T: i
     for part in parts(len(x), _BATCH):
         per_step, spikes = run_torch(reduced.classifier, x[part], T)
         sums.add(x[part], per_step, spikes)
-        sums.add(x[part], per_step, spikes, replacing=True)
+        sums.add_local(x[part], per_step, spikes)
     return _parity(sums, T)
 
 

@@ -82,7 +82,7 @@ class SideBySide:
             self.sums.count_local(per_step[~some], expected[~some], nothing)
             x, per_step, spikes = x[some], per_step[some], [layer[:, some] for layer in spikes]
         if len(x):
-            self.sums.add(x, per_step, spikes, replacing=True, watch=self._watch_local)
+            self.sums.add_local(x, per_step, spikes, watch=self._watch_local)
 
     def _watch(self, layer: int, current: Tensor, spikes: Tensor, different: Tensor, tau: float, v_th: float) -> None:
         self.fired[0, layer] += spikes.reshape(self.T, -1).sum(1).to(torch.int64).cpu().numpy()

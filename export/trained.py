@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.checkpoint import read_metadata, trained_on
+from tetdeploy.class_names import check_classes
 from tetdeploy.data import Encoding, LabelledSet, holds_out_others, load_frames, load_parts, same_data
 from tetdeploy.int8.calibration import Calibration
-from tetdeploy.names import check_classes, is_npz
+from tetdeploy.names import is_npz
 from tetdeploy.run_folder import newest_run, weights_file, weights_sha256
 from tetdeploy.steps import trained_T
 

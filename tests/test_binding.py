@@ -22,8 +22,8 @@ from onnxruntime import OrtValue
 
 from tetdeploy.early_exit import Exit, certainty
 from tetdeploy.engine import Engine
+from tetdeploy.engine_stream import Stream
 from tetdeploy.runtimes.onnxruntime_gpu import BoundSession, DeviceArray, DeviceZeros, provider_options
-from tetdeploy.stream import Stream
 
 Array = np.ndarray[Any, Any]
 

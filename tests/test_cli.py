@@ -469,6 +469,8 @@ class TestCommands:
             del sys.modules["cut_net"]
             assert "holds a network of your own: pass --model cut_net:net" in refused(*again.split())
             assert "cut_net" not in sys.modules
+            if options:
+                assert "--seed and --seeds both decide" in refused(*again.split(), *own, "--seed", "1", code=2)
             assert run(*again.split(), *own).exit_code == 130
 
     def test_resume_goes_on_to_the_weights_of_an_uninterrupted_run(self, tmp_path: Path) -> None:

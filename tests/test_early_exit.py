@@ -116,7 +116,7 @@ def test_any_batch_answers_as_each_image_alone(
 
 
 def test_the_work_shrinks_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tetdeploy.stream import Stream
+    from tetdeploy.engine_stream import Stream
 
     sizes: list[dict[str, int]] = []
     call = Stream.call

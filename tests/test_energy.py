@@ -469,7 +469,7 @@ def test_layers_that_run_batch_first_count_each_step(layout: str, options: dict[
     graph, *_ = build_graph(net, ExportConfig(layout=layout, **options))  # type: ignore[arg-type]
     path = tmp_path / "m.onnx"
     path.write_bytes(ir.to_proto(graph.model).SerializeToString())
-    assert graph.uncounted == []
+    assert graph.description["uncounted"] == []
     expected = torch_operations(net, x, 4, batch_first=("summed", "strided", "tokens", "hidden"))
     assert set(expected) == {"summed", "strided", "tokens", "hidden", "readout"}
     for native in (False, True):
@@ -607,7 +607,7 @@ def test_a_layer_that_has_steps_and_tokens_in_one_axis_counts_each_step(layout: 
     graph, *_ = build_graph(net, ExportConfig(layout=layout, T=4))  # type: ignore[arg-type]
     path = tmp_path / "m.onnx"
     path.write_bytes(ir.to_proto(graph.model).SerializeToString())
-    assert graph.uncounted == []
+    assert graph.description["uncounted"] == []
     operations = counted(Engine(path, threads=1), x, 4)
     expected = torch_operations(net, x, 4, batch_first=("mlp",))
     for name in ("mlp", "head"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,6 +19,7 @@ import tetdeploy
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.beginnings import note_trained_on
+from tetdeploy.cli.terminal import command_line
 from tetdeploy.data import FrameSet, load_data, save_npz, split_validation
 from tetdeploy.export.trained import Trained
 from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig, build_network, run_network
@@ -115,6 +117,15 @@ def test_a_run_and_what_has_no_export(runs: Path) -> None:
     assert content["versions"]["torch"] == torch.__version__
     assert result.output.endswith("next: tetdeploy export runs/snn\n")
     assert "next" not in run("runs/ann", "runs/smooth", "--T", "1", "--limit", "9").output
+
+
+@pytest.mark.parametrize("folder", ["r/[tet]", "r/[/tet]", "r/:bug:"])
+def test_the_name_of_a_folder_is_text(runs: Path, folder: str) -> None:
+    shutil.copytree(runs / "snn", folder)
+    result = run(folder, "--T", "1", "--limit", "9")
+    assert result.exit_code == 0, result.output
+    *_, row, _, following = (line.rstrip() for line in result.output.splitlines() if line.strip())
+    assert row.split()[0] == folder and following == f"next: {command_line('export', Path(folder))}"
 
 
 def test_a_network_of_a_fixed_T_says_at_which_T_it_fails(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

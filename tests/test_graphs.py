@@ -26,8 +26,8 @@ from tetdeploy.data import ImageSet
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import How, TrainConfig, loop, train
 from tetdeploy.train.config import PRECISIONS
+from tetdeploy.train.cuda_graphs import WARM_UP, Compute, Recorded, StepGraphs, check_graphs
 from tetdeploy.train.device import place, tuned_convolutions
-from tetdeploy.train.graphs import WARM_UP, Compute, Recorded, StepGraphs, check_graphs
 from tetdeploy.train.optimizer import build_optimizer
 from tetdeploy.train.ranks import Ranks
 
@@ -347,7 +347,7 @@ def test_recording_leaves_bn_and_random_numbers_as_they_were() -> None:
 
 WAITING = """
 import torch
-from tetdeploy.train.graphs import StepGraphs
+from tetdeploy.train.cuda_graphs import StepGraphs
 
 network, x = torch.nn.Linear(2, 1).cuda(), torch.ones(3, 2, device="cuda")
 

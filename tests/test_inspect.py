@@ -18,7 +18,6 @@ import torch
 from click.testing import CliRunner
 from export_helpers import convsnn, exported
 from onnx import TensorProto, helper
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from test_imports import HEAVY, loaded_by
@@ -29,6 +28,7 @@ from tetdeploy.energy import Layer
 from tetdeploy.export.sequence_graph import sequence_graph
 from tetdeploy.inspection import _layer, _type, inspect
 from tetdeploy.report.inspection import inspection_tables, size
+from tetdeploy.standard_output import StandardOutput
 from tetdeploy.tensor_file import write_tensors
 
 TRAINING = {"T": 3, "epochs": 2, "tit": "", "loss": "tet", "lam": 0.05, "optimizer": "adamw", "lr": 0.002, "seed": 7}
@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown(found: dict[str, Any], width: int = 100) -> str:
-    console = Console(width=width, file=io.StringIO())
+    console = StandardOutput(width=width, file=io.StringIO())
     for table in inspection_tables(found):
         console.print(table)
     assert isinstance(console.file, io.StringIO)
@@ -133,7 +133,7 @@ class TestModel:
                 assert neuron["state"] is None
         convolutions = [m for m in convsnn().modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
         assert [layer["weights"] for layer in found["layers"]] == [m.weight.numel() for m in convolutions]
-        assert [layer["input"] for layer in found["layers"]] == ["pixels", "spikes", "spikes", "spikes"]
+        assert [layer["input"] for layer in found["layers"]] == ["image", "spikes", "spikes", "spikes"]
         assert found["num_weights"] == sum(m.weight.numel() for m in convolutions)
         assert found["num_neurons"] == sum(neuron["size"] for neuron in found["neurons"])
 
@@ -155,7 +155,7 @@ class TestModel:
             "once": False,
         }
         of_frames = _layer(replace(layer, from_input=True))
-        assert (of_frames["input"], of_frames["once"]) == ("pixels", False)
+        assert (of_frames["input"], of_frames["once"]) == ("image", False)
         assert _layer(replace(layer, once=True))["once"] and _layer(replace(layer, binary=True))["input"] == "spikes"
         kinds = ["linear", "convolution 1d", "convolution", "convolution 3d", "other"]
         assert [_type(False, {"weight": [1] * axes}) for axes in (2, 3, 4, 5, 6)] == kinds
@@ -193,7 +193,7 @@ MODEL |= {
     "inputs": [{"name": "x", "shape": ["n", None], "dtype": "uint8"}],
     "outputs": [{"name": "y", "shape": ["n", 2], "dtype": "float32"}],
     "layers": [
-        {"name": "c", "input": "pixels", "once": True, "input_shape": [1, 8, 8], "kernel": [3, 5], "strides": [2, 1]}
+        {"name": "c", "input": "image", "once": True, "input_shape": [1, 8, 8], "kernel": [3, 5], "strides": [2, 1]}
         | {"outputs": 1000, "weights": 2000, "precision": "int8", "fan_out": 1.5, "dense_ops": 3e6},
         {"name": "f", "input": "spikes", "once": False, "input_shape": [4], "kernel": [], "strides": []}
         | {"outputs": 2, "weights": 8, "precision": "fp32", "fan_out": 2.0, "dense_ops": 8},
@@ -232,7 +232,7 @@ class TestTables:
         ]
         assert ports == [("input", "x", "[n, ?]", "uint8"), ("output", "y", "[n, 2]", "float32")]
         assert layers == [
-            ("c", "pixels, once", "[1, 8, 8]", "3×5", "2×1", "1,000", "2,000 int8", "1.5", "3 M"),
+            ("c", "image, once", "[1, 8, 8]", "3×5", "2×1", "1,000", "2,000 int8", "1.5", "3 M"),
             ("f", "spikes", "[4]", "–", "–", "2", "8", "2", "8"),
         ]
         assert neurons == [

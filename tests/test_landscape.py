@@ -632,6 +632,10 @@ class TestCommand:
         assert f"Error: {message}" in result.output
         assert not list(runs.rglob("*.npz"))
 
+    def test_an_unknown_precision_is_wrong_usage(self, runs: Path) -> None:
+        result = run("runs/sdt", "--precision", "int4")
+        assert result.exit_code == 2 and "Invalid value for '--precision'" in result.output
+
     def test_runs_that_differ(self, runs: Path) -> None:
         path = runs / "long" / "checkpoint.safetensors"
         save_checkpoint(path, classifier_of(), training={"T": 6}, provenance={})

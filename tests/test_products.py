@@ -12,13 +12,12 @@ import torch
 from export_helpers import classifier, digits, unchecked
 from torch import Tensor, nn
 
-from tetdeploy.energy import Layer, Operations, layers_of
+from tetdeploy.energy import Layer, Operations, input_kind, layers_of
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, counters
 from tetdeploy.inspection import inspect
 from tetdeploy.networks import Classifier
 from tetdeploy.neurons import LIF
-from tetdeploy.report.tables import input_kind
 
 Product = Callable[[Tensor, Tensor], Tensor]
 Way = Callable[[Product, Tensor, Tensor, Tensor], Tensor]
@@ -158,6 +157,7 @@ def test_a_product_says_what_it_is(layout: Any, tmp_path: Path) -> None:
     assert (mixed.input_shape, mixed.dense_ops(), mixed.num_weights) == ((8 * 8 * 4,), 2 * 8 * 8 * 4, 0)
     shown = {layer["name"]: (layer["type"], layer["input"]) for layer in inspect(tmp_path / "m.onnx")["layers"]}
     assert shown["products.softmax"] == ("product", "pairs of spikes") and shown["readout"] == ("linear", "analogue")
+    assert (shown["products.softmax#2"], shown["embed"][1]) == (("product", "pairs"), "image")
     by_layer = operations_of(runner, digits().images[:5], 3).by_layer([3])
     kinds = {layer["name"]: input_kind(layer) for layer in by_layer}
     assert (kinds["products.by_heads#2"], kinds["products.softmax#2"]) == ("pairs of spikes", "pairs")

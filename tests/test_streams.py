@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetdeploy.engine import Engine
-from tetdeploy.stream import Stream
+from tetdeploy.engine_stream import Stream
 from tetdeploy.streams import StreamPool, StreamState, _Rows
 
 Array = np.ndarray[Any, Any]

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from tetdeploy.arguments import check_flag
 from tetdeploy.extras import import_extra
 from tetdeploy.form import check_form
-from tetdeploy.names import section, shorten
+from tetdeploy.names import section
 from tetdeploy.provenance import PARENT
 from tetdeploy.run_folder import CHECKPOINT_NAME, weights_file
 from tetdeploy.shards import is_sharded, read_shards, read_shards_content
 from tetdeploy.tensor_file import FORMAT, read_content, read_tensors, write_tensors
+from tetdeploy.wording import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

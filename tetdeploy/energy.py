@@ -130,6 +130,15 @@ def layers_of(metadata: Mapping[str, Any]) -> tuple[Layer, ...]:
     return tuple(Layer.from_dict(layer) for layer in metadata["layers"])
 
 
+def input_kind(layer: Mapping[str, Any]) -> str:
+    """What a layer reads: `Layer.to_dict`, or a layer of a result's JSON, which may lack what is so by default."""
+    if layer.get("from_input"):
+        return "image"
+    if layer.get("product"):
+        return "pairs of spikes" if layer.get("binary", True) else "pairs"
+    return "spikes" if layer.get("binary", True) else "analogue"
+
+
 @dataclass
 class Operations:
     """Operations summed over images, by layer and step: `counts[layer][t]` for step t + 1, `active` their inputs.

@@ -20,12 +20,12 @@ from tetdeploy import native
 from tetdeploy.arguments import check_count, check_flag, check_path, check_unmasked
 from tetdeploy.early_exit import Exit
 from tetdeploy.energy import layers_of
+from tetdeploy.engine_stream import Stream
 from tetdeploy.model_file import check_outputs
-from tetdeploy.names import first_line
 from tetdeploy.runtimes.native_session import zeros_last
 from tetdeploy.runtimes.sessions import Sessions, check_runtime, gains_from_native
 from tetdeploy.steps import MAX_T
-from tetdeploy.stream import Stream
+from tetdeploy.wording import first_line
 
 Array = NDArray[Any]
 IN_CACHE = 2**22  # spikes of a layer, over images and steps: with more in a call each image takes a CPU longer

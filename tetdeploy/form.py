@@ -28,6 +28,11 @@ def _with_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def as_json(value: Any) -> Any:
+    """`value` as JSON would give it back: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
 def parse_json(text: str | bytes) -> Any:
     """What JSON of a file holds.
 

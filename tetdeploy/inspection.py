@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.checkpoint import read_metadata
-from tetdeploy.energy import Layer, layers_of
+from tetdeploy.energy import Layer, input_kind, layers_of
 from tetdeploy.extras import import_extra
 from tetdeploy.files import is_utf8, sha256_of
 from tetdeploy.form import NUMBER, check_form
 from tetdeploy.model_file import METADATA_KEY, parse_metadata, session_metadata
-from tetdeploy.names import first_line, section
+from tetdeploy.names import section
 from tetdeploy.run_folder import checkpoint_file
 from tetdeploy.tensor_file import read_content, read_header
+from tetdeploy.wording import first_line
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _DTYPES |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
@@ -147,7 +148,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "name": layer.name,
         "type": "convolution" if layer.kernel else "product" if layer.product else "linear",
         "input_shape": list(layer.input_shape),
-        "input": _input(layer),
+        "input": input_kind(layer.to_dict()),
         "outputs": layer.outputs,
         "kernel": list(layer.kernel),
         "precision": layer.precision,
@@ -157,14 +158,6 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "dense_ops": layer.dense_ops(),
         "once": layer.once,
     }
-
-
-def _input(layer: Layer) -> str:
-    if layer.from_input:
-        return "pixels"
-    if not layer.binary:
-        return "analogue"
-    return "pairs of spikes" if layer.product else "spikes"
 
 
 def _session(file: Path) -> Any:

@@ -8,7 +8,11 @@ from rich.console import Console
 
 
 class StandardOutput(Console):
-    """A console whose errors, a full disk for instance, say that it is the one: the system does not."""
+    """A console that prints text as it is, `[x]` and `:x:` too, on lines as long as it wants. Its errors, a full disk
+    for instance, say that it is the one: the system does not."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
         try:

@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 
 from tetdeploy.data import Encoding
 from tetdeploy.folding import FoldingError, fold_batchnorm
-from tetdeploy.names import first_line
 from tetdeploy.networks import Classifier
+from tetdeploy.wording import first_line
 
 
 class _Boundary(nn.Module):

@@ -1,4 +1,14 @@
-"""Training: losses, schedules, stages, the loop, several seeds."""
+"""Training: losses, schedules, stages, the loop, several seeds. The parts:
+
+- What is asked for: `config`; `stages`, its short notation; `schedule`, learning rates and random numbers of each step.
+- Data: `batches`, of images in memory or of files (`disk_images`), with `augment` and `autoaugment`.
+- A step: `losses`; `objective`, what is minimised; `optimizer`; `cuda_graphs`, `recompute` and `qat`, other ways to
+  compute it.
+- A run: `loop`, over what stays the same (`session`) and what changes (`state`); `runs`, its folder; `restart`, going
+  on from weights alone; `validation`; `averaging`; `progress` and `board`, what is shown.
+- Several: `ranks`, processes of one run; `synchronised`, their BN; `seeds`, runs of one recipe.
+- Beside training: `device`, where and in what precision; `landscape`, losses round trained weights.
+"""
 
 from .config import How, TrainConfig
 from .loop import TrainResult, train

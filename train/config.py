@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tetdeploy.arguments import check_flags, check_number, check_whole
-from tetdeploy.names import counted
 from tetdeploy.steps import MAX_T
+from tetdeploy.wording import counted
 
 from .augment import AUGMENTATIONS, RESIZED_CROP
 from .device import check_device

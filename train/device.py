@@ -75,6 +75,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def forward_batch(device: torch.device) -> int:
+    """Images at a time where nothing is trained: on a CPU activations then fit the cache."""
+    return 64 if device.type == "cpu" else 512
+
+
 def place(network: nn.Module, device: torch.device, *, channels_last: bool) -> None:
     """Move a network to its device in place; if so wished, its convolutions get channels-last weights.
 

@@ -28,12 +28,12 @@ from torch.func import functional_call
 
 from tetdeploy.checkpoint import data_settings
 from tetdeploy.files import read_npz, write_npz
-from tetdeploy.form import parse_json
+from tetdeploy.form import as_json, parse_json
 from tetdeploy.networks import Classifier
 from tetdeploy.sweep import check_class_numbers
 
 from .config import PRECISIONS
-from .device import autocast, pick_device, pick_precision, tuned_convolutions
+from .device import autocast, forward_batch, pick_device, pick_precision, tuned_convolutions
 from .losses import sdt_loss, tet_loss
 from .runs import differences
 from .schedule import derive_seed
@@ -52,7 +52,7 @@ class LandscapeConfig:
         points: grid points along each direction; odd, so that the weights themselves are one of them.
         extent: alpha and beta run from -extent to extent; at 1 the perturbation is as long as the weights.
         seed: of the two directions; checkpoints of one network share them up to the norms of their filters.
-        batch_size: images at a time; None is 64 on a CPU, where activations then fit the cache, and 512 on a GPU.
+        batch_size: images at a time; None is 64 on a CPU and 512 on a GPU.
         device: "auto", "cpu", "cuda" or "cuda:1".
         precision: "fp32", "bf16" or "fp16" autocast, or "auto", see `TrainConfig.precision`.
     """
@@ -339,7 +339,7 @@ def _settings(
         ],
         "networks": networks,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    plain: dict[str, Any] = as_json(settings)
     return plain
 
 
@@ -356,7 +356,7 @@ def _batches(
 ) -> list[tuple[Tensor, Tensor]]:
     """Batches on the device: uint8 [N, C, H, W], or with time first [T, N, C, H, W]; and their labels [N]."""
     x = torch.tensor(images[:, : config.T] if images.ndim == 5 else images, device=device)
-    size = config.batch_size or (64 if device.type == "cpu" else 512)
+    size = config.batch_size or forward_batch(device)
     inputs = [part.transpose(0, 1).contiguous() if part.dim() == 5 else part for part in x.split(size)]
     return list(zip(inputs, torch.tensor(labels, device=device).split(size), strict=True))
 

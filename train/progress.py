@@ -50,7 +50,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line of its own."""
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(line)
 
     def due(self) -> bool:
         """Whether it is time for another look; at most once an INTERVAL."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import tempfile
@@ -18,7 +17,7 @@ from filelock import FileLock, Timeout
 from tetdeploy.checkpoint import data_settings
 from tetdeploy.data import LabelledSet
 from tetdeploy.files import made_folder, write_json
-from tetdeploy.form import NUMBER, check_form, parse_json
+from tetdeploy.form import NUMBER, as_json, check_form, parse_json
 from tetdeploy.networks import Classifier
 from tetdeploy.provenance import PARENT
 from tetdeploy.run_folder import (
@@ -72,7 +71,7 @@ def run_settings(
         "data": data_settings(classifier) | images,
         "training": asdict(config) | _teacher(config.distill),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    plain: dict[str, Any] = as_json(settings)
     return plain
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import statistics
 import weakref
 from collections.abc import Callable, Sequence
@@ -111,7 +111,7 @@ def train_seeds(
     settings = run_settings(made[seeds[0]], train_set, val_set, configs[seeds[0]])
     settings |= {"seeds": list(seeds)}
     options: dict[str, Any] = {"how": how, "progress": progress, "board": board, "workers": workers}
-    console = StandardOutput(quiet=progress is False or not ranks.writes, highlight=False, soft_wrap=True)
+    console = StandardOutput(quiet=progress is False or not ranks.writes)
     results: list[TrainResult] = []
     with only_trainer(out, resume=resume):  # and of each seed, in `train`: it may be resumed by itself
         with ranks.first():
@@ -126,7 +126,7 @@ def train_seeds(
 
         for number, seed in enumerate(seeds, 1):
             folder = out / f"seed-{seed}"
-            console.print(f"seed {seed}, {number} of {len(seeds)}  ->  {folder}", markup=False)
+            console.print(f"seed {seed}, {number} of {len(seeds)}  ->  {folder}")
             begun = ranks.agreed(resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file())
             options |= {"resume": begun, "before_writing": None if results else begin}
             classifier = made.pop(seed, None) or fresh.classifier(seed)
@@ -191,7 +191,7 @@ def mean_and_std(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 def _summary(result: SeedsResult, settings: dict[str, Any], recipe: str | None) -> dict[str, Any]:
     """What summary.json holds: the recipe with all its settings, and which of its runs made which number."""
-    shared = json.loads(json.dumps(settings))
+    shared = copy.deepcopy(settings)
     seeds = shared.pop("seeds")
     shared["training"].pop("seed")
     return {

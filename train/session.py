@@ -11,19 +11,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from tetdeploy.class_names import check_classes
 from tetdeploy.data import ImageFiles, LabelledSet, is_known
 from tetdeploy.int8.calibration import Calibration
-from tetdeploy.names import check_classes, counted, is_npz
+from tetdeploy.names import is_npz
 from tetdeploy.networks import Classifier
 from tetdeploy.provenance import written
 from tetdeploy.traced_network import Runnable
+from tetdeploy.wording import counted
 
 from .augment import RESIZED_CROP
 from .batches import Batch, DeviceImages, Draws, Images
 from .config import How, TrainConfig
+from .cuda_graphs import StepGraphs, check_graphs
 from .device import device_name, pick_device, pick_precision, place, tuned_convolutions, wants_channels_last
 from .disk_images import DiskImages, ImageReader
-from .graphs import StepGraphs, check_graphs
 from .objective import Teacher, load_teacher
 from .optimizer import build_optimizer
 from .qat import check_qat, find_scales, int8_network, read_scales

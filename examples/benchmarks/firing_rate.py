@@ -25,7 +25,7 @@ from tetdeploy import native
 from tetdeploy.cli.errors import CleanErrors
 
 sys.path.insert(0, str(Path(__file__).parent))
-from inference import convolution_share
+from subject import convolution_share
 
 RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8, 1.0)
 

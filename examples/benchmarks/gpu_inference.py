@@ -46,7 +46,7 @@ from tetdeploy.files import write_json
 from tetdeploy.train.device import device_name, pick_device
 
 sys.path.insert(0, str(Path(__file__).parent))
-from inference import untrained
+from subject import untrained
 from training_step import resetting, variant
 from turns import Answer, Worker
 

@@ -19,9 +19,9 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from inference import load_images, untrained
 from rich.console import Console
 from rich.table import Table
+from subject import load_images, untrained
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -30,7 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 from tetdeploy.cli.errors import CleanErrors
-from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, Numbers, json_option
+from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, Numbers, json_option, torch_device_option
 from tetdeploy.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -171,7 +171,7 @@ def growth(steps: Sequence[int], rows: Sequence[dict[str, Any]]) -> list[str]:
 @click.option("--image-size", default=32, type=AT_LEAST_1, show_default=True)
 @click.option("--batch-size", default=32, type=AT_LEAST_1, show_default=True)
 @click.option("--T", "T", default="1,2,4,8", type=Numbers(), show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@torch_device_option
 @click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16", "fp16"]), show_default=True)
 @click.option("--repeats", default=2, type=AT_LEAST_1, show_default=True)
 @click.option("--measure", "case", hidden=True)  # one case, in the process started for it

@@ -333,7 +333,7 @@ def main(
 
 def convsnn(folder: Path, data_dir: Path) -> Path:
     """An export of a network as large as one would serve on a CPU."""
-    from inference import untrained  # beside this file
+    from subject import untrained  # beside this file
 
     from tetdeploy.export import ExportConfig, export_model
 

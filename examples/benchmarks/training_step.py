@@ -49,8 +49,8 @@ from tetdeploy.files import write_json
 from tetdeploy.networks import NetworkConfig, ann_twin, build_network
 from tetdeploy.neurons import LIF
 from tetdeploy.train import TrainConfig, total_loss
+from tetdeploy.train.cuda_graphs import StepGraphs, check_graphs
 from tetdeploy.train.device import autocast, device_name, pick_device, pick_precision, place, reused_memory
-from tetdeploy.train.graphs import StepGraphs, check_graphs
 from tetdeploy.train.optimizer import build_optimizer
 from tetdeploy.train.ranks import Ranks
 

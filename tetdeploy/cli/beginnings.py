@@ -46,18 +46,18 @@ class Beginning:
 
     Attributes:
         out: the folder; None for a new one.
-        seeds: as --seeds is typed.
+        seeds: of several runs; none of one.
         how: see `_how`.
         metadata: what the checkpoint of --init says; nothing without one.
     """
 
     out: Path | None
-    seeds: str
+    seeds: tuple[int, ...]
     how: How
     metadata: Mapping[str, Any]
 
 
-def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seeds: str) -> Beginning:
+def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seeds: tuple[int, ...]) -> Beginning:
     """Give options that were neither typed nor in a recipe what the run or the checkpoint has that is begun from; of
     --init alone that is the network, its neurons included.
 
@@ -67,6 +67,7 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     Raises:
         ValueError: see `_take_carried` and `_take_checkpoint`; what is begun from cannot be read, or holds a network of
             the user's own that is not named.
+        click.UsageError: --seed was typed for several seeds.
     """
     from tetdeploy.checkpoint import read_metadata
     from tetdeploy.train.runs import read_run_config
@@ -86,6 +87,8 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
         _take_checkpoint(ctx, init, metadata, options)
     elif init is not None:
         _take_network(ctx, init, metadata["network"], options)
+    if seeds and is_typed(ctx, "seed"):
+        raise click.UsageError("--seed and --seeds both decide the random numbers: choose one of them")
     return Beginning(out, seeds, _how(ctx, before), metadata)
 
 
@@ -114,13 +117,17 @@ def _check_named(ctx: click.Context, begun_from: Path, network: Mapping[str, Any
         raise ValueError(f"{begun_from} holds a network of your own: pass --model {network['model']}")
 
 
-def _take_settings(ctx: click.Context, settings: Mapping[str, Any], options: dict[str, Any]) -> str:
-    """Give options that were neither typed nor in a recipe the settings of a run; its seeds, if it has several."""
+def _take_settings(ctx: click.Context, settings: Mapping[str, Any], options: dict[str, Any]) -> tuple[int, ...]:
+    """Give options that were neither typed nor in a recipe the settings of a run.
+
+    Returns:
+        Its seeds, if it has several and none are given.
+    """
     data = {"data": settings.get("data", {}).get("name", options["data"])}
     for name, value in {**settings.get("network", {}), **settings.get("training", {}), **data}.items():
         if name in options and not is_given(ctx, name):
             options[name] = value
-    return "" if is_given(ctx, "seeds") else ",".join(map(str, settings.get("seeds", ())))
+    return () if is_given(ctx, "seeds") else tuple(settings.get("seeds", ()))
 
 
 def _how(ctx: click.Context, before: Mapping[str, Any]) -> How:
@@ -173,7 +180,7 @@ def _take_network(ctx: click.Context, init: Path, network: Mapping[str, Any], op
     for name in ("tau", "v_th", "gamma") if is_another else ("model", "width", "tau", "v_th", "gamma"):
         if not is_given(ctx, name) and network.get(name, options[name]) != options[name]:
             options[name] = network[name]
-            console.print(f"{name} {network[name]}, as in {init}", style="yellow", markup=False)
+            console.print(f"{name} {network[name]}, as in {init}", style="yellow")
 
 
 def start_from(ctx: click.Context, classifier: Classifier, init: Path, metadata: Mapping[str, Any]) -> None:
@@ -199,7 +206,6 @@ def start_from(ctx: click.Context, classifier: Classifier, init: Path, metadata:
         console.print(
             f"{init} knows {known} classes, {classifier.data} has {num_classes}: {', '.join(anew)} start anew",
             style="yellow",
-            markup=False,
         )
 
 
@@ -215,7 +221,6 @@ def note_trained_on(init: Path, metadata: Mapping[str, Any], data: LabelledSet, 
             f"{data.name}: {init} held out other images and was trained on some of these, so the validation accuracy "
             "will look better than it is; name the folder it was trained from, --data-dir",
             style="yellow",
-            markup=False,
         )
 
 

@@ -116,7 +116,7 @@ def bench(
         if not earlier:
             write_json(json_path, result)
         print_bench(result, timing.engine)
-        console.print(str(json_path), markup=False)
+        console.print(str(json_path))
     if interrupted:
         kept = "that file stays as it was: name another with --json" if earlier else "what was timed until then is kept"
         console.print(f"interrupted; {kept}" if timing.rows else "interrupted")
@@ -156,10 +156,8 @@ def print_bench(result: dict[str, Any], engine: Engine) -> None:
     from tetdeploy.report.tables import bench_table, hardware
 
     on = result["machine"]
-    console.print(
-        f"{result['model']}   {result['size_bytes'] / 1e6:.1f} MB   {engine.layout}   {result['data']}", markup=False
-    )
-    console.print(f"{hardware(on)}, {on['system']}, {on['provider']}", markup=False)
+    console.print(f"{result['model']}   {result['size_bytes'] / 1e6:.1f} MB   {engine.layout}   {result['data']}")
+    console.print(f"{hardware(on)}, {on['system']}, {on['provider']}")
     console.print(bench_table(result))
     notes = ["times of one call; loading: " + _loading(result)]
     if engine.lacks_native:

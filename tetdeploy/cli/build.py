@@ -131,8 +131,8 @@ def print_built(built: Built, *, verbose: bool) -> None:
     console.print(f"built in {manifest['build_seconds']:.1f} s   {made_of}")
     if verbose:
         console.print(_kernels(manifest["layers"]))
-    console.print(f"{built.path}   {manifest['engine_bytes'] / 1e6:.1f} MB", markup=False)
-    console.print("[dim]it was built, not run; tetdeploy predict --device tensorrt runs it on an NVIDIA GPU[/dim]")
+    console.print(f"{built.path}   {manifest['engine_bytes'] / 1e6:.1f} MB")
+    console.print("it was built, not run; tetdeploy predict --device tensorrt runs it on an NVIDIA GPU", style="dim")
 
 
 def _kernels(layers: list[dict[str, Any]]) -> Any:

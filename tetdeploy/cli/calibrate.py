@@ -15,6 +15,7 @@ from tetdeploy.cli.options import (
     FiniteRange,
     data_dir_option,
     json_option,
+    limit_option,
     opens_model,
 )
 from tetdeploy.cli.terminal import console, image_bar, say_next
@@ -47,7 +48,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     "than those of new images. Of another set: train or test, the whole of it; not of another FILE.npz. "
     "[default: validation; of another set train]",
 )
-@click.option("--limit", type=AT_LEAST_1, help="Only the first so many images.")
+@limit_option
 @click.option("--T", "T", type=STEPS, help="The most steps. [default: 8; with frames that of the training]")
 @click.option(
     "--loss",
@@ -116,5 +117,5 @@ def calibrate(
         write_json(path, result)
     for part in calibration_shown(result):
         console.print(part)
-    console.print("   ".join(map(str, written)), markup=False)
+    console.print("   ".join(map(str, written)))
     say_next("early-exit", engine.path)

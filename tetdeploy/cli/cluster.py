@@ -84,10 +84,10 @@ def _write_repository(ctx: click.Context, models: list[Path], name: str) -> None
     repository = ctx.params["out"] or models[0].parent / "triton"
     added = add_to_repository(repository, models, name)
     for model in added:
-        console.print(f"{model.path}/{model.version}   {model.platform}", markup=False)
+        console.print(f"{model.path}/{model.version}   {model.platform}")
     if ctx.params["json_path"] is not None:
         write_json(ctx.params["json_path"], {"models": [model.to_dict() for model in added]})
-    console.print(f"next: tritonserver --model-repository {repository}   (docs/cluster.md)", markup=False)
+    console.print(f"next: tritonserver --model-repository {repository}   (docs/cluster.md)")
 
 
 def _write_service(ctx: click.Context, model: Path, name: str) -> None:
@@ -104,12 +104,11 @@ def _write_service(ctx: click.Context, model: Path, name: str) -> None:
     service = inference_service(name, model_file=model.name, storage_uri=storage_uri, image=image)
     path = ctx.params["out"] or model.parent / "kserve.yaml"
     write_inference_service(path, service)
-    console.print(f"{path}   {service['metadata']['name']}   {image}", markup=False)
+    console.print(f"{path}   {service['metadata']['name']}   {image}")
     if ctx.params["json_path"] is not None:
         write_json(ctx.params["json_path"], {"path": str(path), "service": service})
     # Beside it: what the estimated energy and early_exit: true need.
     copied = [model, *filter(Path.exists, (reference_path(model), exit_path(model)))]
     console.print(
         f"next: copy {', '.join(map(str, copied))} to {storage_uri}, then kubectl apply -f {path}   (docs/cluster.md)",
-        markup=False,
     )

@@ -12,6 +12,7 @@ from tetdeploy.cli.options import (
     STEPS,
     ChosenModel,
     data_dir_option,
+    limit_option,
     opens_model,
     output_path,
     result_option,
@@ -37,7 +38,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
     help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",
 )
 @data_dir_option
-@click.option("--limit", type=AT_LEAST_1, help="Only the first so many images.")
+@limit_option
 @click.option("--batch-size", default=64, show_default=True, type=AT_LEAST_1, help="Images that start together.")
 @opens_model()
 @result_option(".early-exit.json")
@@ -71,7 +72,6 @@ def early_exit(
             f"the threshold was found for T={calibrated_T} and promises nothing against T={T}; for that run "
             + command_line("calibrate", engine.path, "--T", T),
             style="yellow",
-            markup=False,
         )
     json_path = output_path(json_path, engine, ".early-exit.json")
     name, x, labels = load_inputs(engine, data, data_dir, limit)
@@ -81,5 +81,5 @@ def early_exit(
     write_json(json_path, result)
     for part in savings_shown(result):
         console.print(part)
-    console.print(str(json_path), markup=False)
+    console.print(str(json_path))
     say_next("report", json_path)

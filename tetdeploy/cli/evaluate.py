@@ -11,13 +11,24 @@ import click
 
 from tetdeploy.cli.errors import lacks_memory
 from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file
-from tetdeploy.cli.options import AT_LEAST_1, PARTS, data_dir_option, json_option, parsed_steps, runs_option
+from tetdeploy.cli.options import (
+    PARTS,
+    data_dir_option,
+    json_option,
+    limit_option,
+    own_network_option,
+    parsed_steps,
+    runs_option,
+    torch_batch_option,
+    torch_device_option,
+    torch_precision_option,
+)
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
-from tetdeploy.names import first_line
 from tetdeploy.run_folder import CHECKPOINT_NAME, newest_run, seed_runs, weights_file
 from tetdeploy.steps import trained_T
+from tetdeploy.wording import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -49,13 +60,13 @@ Examples:
     type=PARTS,
     help="Images to measure on; train and validation are the run's own parts.",
 )
-@click.option("--limit", type=AT_LEAST_1, help="Only the first images.")
+@limit_option
 @click.option("--data", help="Another data set. [default: each training's]")
 @data_dir_option
-@click.option("--model", help="package.module:function, if the network is your own.")
-@click.option("--batch-size", type=AT_LEAST_1, help="[default: 64 on a CPU, 512 on a GPU]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(("fp32", "bf16", "fp16", "auto")))
+@own_network_option
+@torch_batch_option
+@torch_device_option
+@torch_precision_option
 @runs_option
 @json_option
 def evaluate(
@@ -82,7 +93,7 @@ def evaluate(
     from tetdeploy.checkpoint import read_metadata, trained_on
     from tetdeploy.provenance import written
     from tetdeploy.report.reading import read_summary
-    from tetdeploy.train.device import device_name, pick_device, pick_precision
+    from tetdeploy.train.device import device_name, forward_batch, pick_device, pick_precision
 
     checkpoints = checkpoints or (newest_run(runs),)
     on = pick_device(device)
@@ -99,13 +110,8 @@ def evaluate(
         wanted = _steps(steps, classifier, trained_T(metadata))
         if classifier.config.is_spiking:
             exportable.append(path)
-        try:
-            accuracy = _measure(str(path), classifier, images, max(wanted), batch_size, on, chosen)
-        except (RuntimeError, IndexError) as error:  # of the network's own code
-            if max(wanted) <= (T := trained_T(metadata)) or lacks_memory(error):
-                raise
-            reason = f"fails at T={max(wanted)}, beyond the T={T} of its training ({first_line(error)})"
-            raise ValueError(f"the network of {path} {reason}; choose --T 1:{T}") from error
+        size = batch_size or forward_batch(on)
+        accuracy = _measure(str(path), classifier, images, max(wanted), size, on, chosen, trained=trained_T(metadata))
         rows.append(
             {
                 "run": str(path),
@@ -123,7 +129,7 @@ def evaluate(
         write_json(json_path, result | written(torch=torch.__version__))
     _print(result)
     if json_path is not None:
-        console.print(str(json_path), markup=False)
+        console.print(str(json_path))
     if exportable:
         say_next("export", exportable[0], *(("--model", model) if model else ()))
 
@@ -167,8 +173,21 @@ def _steps(steps: tuple[int, ...] | None, classifier: Classifier, trained: int) 
 
 
 def _measure(
-    name: str, classifier: Classifier, images: Any, T: int, batch_size: int | None, device: torch.device, precision: str
+    name: str,
+    classifier: Classifier,
+    images: Any,
+    T: int,
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    *,
+    trained: int,
 ) -> list[float]:
+    """The accuracy after each of T steps.
+
+    Raises:
+        ValueError: the images do not fit, or the network's own code fails beyond the T that it was trained with.
+    """
     from tetdeploy.train.device import place, reused_memory, tuned_convolutions, wants_channels_last
     from tetdeploy.train.session import check_data
     from tetdeploy.train.validation import accuracy_by_step
@@ -176,11 +195,16 @@ def _measure(
     check_data(images, classifier, T)
     channels_last = wants_channels_last(classifier.config, device, precision, fusable=False)
     place(classifier, device, channels_last=channels_last)
-    size = batch_size or (64 if device.type == "cpu" else 512)
     memory = reused_memory() if device.type == "cpu" else nullcontext()
     with image_bar(f"{name} on {images.name}", len(images)) as tick, tuned_convolutions(), memory:
-        batches = _batches(images, size, device, tick)
-        return accuracy_by_step(classifier, batches, T=T, precision=precision)
+        batches = _batches(images, batch_size, device, tick)
+        try:
+            return accuracy_by_step(classifier, batches, T=T, precision=precision)
+        except (RuntimeError, IndexError) as error:
+            if trained >= T or lacks_memory(error):
+                raise
+            reason = f"fails at T={T}, beyond the T={trained} of its training ({first_line(error)})"
+            raise ValueError(f"the network of {name} {reason}; choose --T 1:{trained}") from error
 
 
 def _batches(images: Any, size: int, device: torch.device, tick: Any) -> Iterator[tuple[Any, Any]]:
@@ -201,7 +225,7 @@ def _print(result: Mapping[str, Any]) -> None:
     rows = result["runs"]
     steps = sorted({entry["T"] for row in rows if not row["ann"] for entry in row["accuracy"]}) or [1]
     sets = ", ".join(dict.fromkeys(f"{row['num_images']:,} images of {row['data']}" for row in rows))
-    console.print(f"{sets}, {result['split']}   {result['precision']} on {result['device']}", markup=False)
+    console.print(f"{sets}, {result['split']}   {result['precision']} on {result['device']}")
     table = ResultTable("", numbers=(f"T={T}" for T in steps))
     for row in rows:
         found = {entry["T"]: entry["accuracy"] for entry in row["accuracy"]}

@@ -12,12 +12,12 @@ from rich.progress import TaskID
 
 from tetdeploy.cli.cluster import FORMATS, export_for_cluster
 from tetdeploy.cli.inputs import load_classifier
-from tetdeploy.cli.options import STEPS, data_dir_option, json_option, runs_option
+from tetdeploy.cli.options import STEPS, data_dir_option, json_option, own_network_option, runs_option
 from tetdeploy.cli.recipe import is_typed
 from tetdeploy.cli.terminal import console, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
-from tetdeploy.names import counted
+from tetdeploy.wording import counted
 
 if TYPE_CHECKING:
     from tetdeploy.export import ExportConfig, Exported
@@ -108,7 +108,7 @@ Examples:
     type=click.IntRange(min=32),
     help="Training images that int8 takes the scales of the input currents from; a run of train --qat has its own.",
 )
-@click.option("--model", help="package.module:function, if the network is your own.")
+@own_network_option
 @click.option("--data", help="Images for the check and the reference. [default: the training images of the run]")
 @data_dir_option
 @click.option(
@@ -285,7 +285,7 @@ def _export_nir(
 def print_nir(exported: NirExported) -> None:
     nodes = ", ".join(f"{count} {kind}" for kind, count in exported.nodes.items() if kind not in ("Input", "Output"))
     console.print(f"folded {exported.num_folded} BN | {nodes} | {exported.num_edges} edges")
-    console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB", markup=False)
+    console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB")
     console.print("it takes normalised images, and a step is 0.1 ms: docs/nir.md", style="dim")
 
 
@@ -324,11 +324,10 @@ def print_exported(exported: Exported, config: ExportConfig) -> None:
             "checked under OpenVINO too, within the same limits"
             if "openvino" in exported.checked_under
             else "OpenVINO itself was not run, as it is not installed here: pip install 'tetdeploy[openvino]'",
-            markup=False,
         )
     if exported.uncounted:
-        console.print(f"operations of these layers will not be counted: {', '.join(exported.uncounted)}", markup=False)
-    console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB", markup=False)
+        console.print(f"operations of these layers will not be counted: {', '.join(exported.uncounted)}")
+    console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB")
 
 
 def _print_silent(silent: list[str], num_images: int) -> None:
@@ -336,7 +335,6 @@ def _print_silent(silent: list[str], num_images: int) -> None:
         f"no neuron of {', '.join(silent)} fired on the {num_images:,} checked images: what reads them was compared at "
         "0 only; train longer, or check more images with --check",
         style="yellow",
-        markup=False,
     )
 
 
@@ -356,7 +354,7 @@ def _say_whether_calibrated(path: Path) -> None:
         try:
             load_exit(path)
         except (ValueError, OSError) as error:
-            console.print(str(error), style="yellow", markup=False)
+            console.print(str(error), style="yellow")
 
 
 def _print_int8(int8: dict[str, Any]) -> None:
@@ -398,5 +396,4 @@ def _say_which(trained: Trained) -> None:
         epoch, step = (trained.metadata.get("restart", {}).get(name, 0) for name in ("epoch", "step"))
         console.print(
             f"{trained.file}: the weights after {epoch} epochs and {step} steps, not the best epoch's{besides}",
-            markup=False,
         )

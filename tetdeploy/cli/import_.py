@@ -50,12 +50,11 @@ def import_(file: Path, arch: str, out: Path, json_path: Path | None, **options:
             json_path,
             {"path": str(report.path), "data": report.data, "keys": report.num_keys, "merged": report.num_merged},
         )
-    console.print(str(report.path), markup=False)
+    console.print(str(report.path))
     if not report.names_data:
         console.print(
             f"its frames must be made as the authors made theirs, which those of --data {report.data} are not "
             "(docs/training.md), so the checkpoint names no data",
             style="yellow",
-            markup=False,
         )
     say_next("export", out, "--T", 6, "--fold-bn", *(() if report.names_data else ("--data", "FRAMES.npz")))

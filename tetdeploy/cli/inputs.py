@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetdeploy.class_names import check_classes
 from tetdeploy.cli.terminal import command_line, console
-from tetdeploy.names import check_classes, is_npz, is_own_model
+from tetdeploy.names import is_npz, is_own_model
 from tetdeploy.run_folder import other_checkpoint
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ def note_own_file(name: str, own: str) -> None:
         console.print(
             f"{name} is one set with no test part: these images were trained on; give others with --data TEST.npz",
             style="yellow",
-            markup=False,
         )
 
 
@@ -61,7 +61,6 @@ def note_other_checkpoint(engine: Engine) -> None:
             f"{engine.path.name} was exported from another checkpoint than {folder} has now; for that one run "
             f"{_export_again(engine)}",
             style="yellow",
-            markup=False,
         )
 
 

@@ -36,4 +36,4 @@ def inspect(file: Path, json_path: Path | None) -> None:
     for table in inspection_tables(found):
         console.print(table)
     if json_path is not None:
-        console.print(str(json_path), markup=False)
+        console.print(str(json_path))

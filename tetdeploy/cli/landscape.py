@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetdeploy.class_names import check_classes
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.inputs import load_classifier, load_part
 from tetdeploy.cli.options import (
@@ -19,12 +20,16 @@ from tetdeploy.cli.options import (
     data_dir_option,
     default_plot,
     json_option,
+    own_network_option,
     runs_option,
+    torch_batch_option,
+    torch_device_option,
+    torch_precision_option,
 )
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
-from tetdeploy.names import check_classes, is_npz
+from tetdeploy.names import is_npz
 from tetdeploy.run_folder import newest_run, weights_file
 from tetdeploy.signals import deferred_interrupt
 from tetdeploy.steps import trained_T
@@ -60,10 +65,10 @@ Examples:
 @click.option("--radius", type=float, help="Of the sharpness measure. [default: half the extent]")
 @click.option("--data", help="Another data set. [default: the training's]")
 @data_dir_option
-@click.option("--model", help="package.module:function, if the network is your own.")
-@click.option("--batch-size", type=AT_LEAST_1, help="[default: 64 on a CPU, 512 on a GPU]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
-@click.option("--precision", default="fp32", show_default=True, help="fp32, bf16, fp16 or auto.")
+@own_network_option
+@torch_batch_option
+@torch_device_option
+@torch_precision_option
 @click.option("--out", "-o", type=click.Path(path_type=Path), help="The numbers. [default: RUN/landscape.npz]")
 @click.option("--plot", type=click.Path(path_type=Path), help="The plot. [default: beside the numbers, .png]")
 @runs_option
@@ -118,7 +123,6 @@ def landscape(
         console.print(
             f"interrupted after {result.finished:,} of {result.total:,} points, kept in {path}; "
             "the same command goes on from there",
-            markup=False,
         )
         ctx.exit(INTERRUPTED)
     _report(result, path, plot, json_path, radius, f"{images.name}, {split}")
@@ -144,7 +148,7 @@ def _measure(classifiers: dict[str, Classifier], images: Any, config: LandscapeC
         def begun(finished: int, total: int) -> None:
             bar.update(task, completed=finished, total=total)
             if finished:
-                console.print(f"{path} holds {finished:,} of {total:,} points already", markup=False)
+                console.print(f"{path} holds {finished:,} of {total:,} points already")
 
         return measure_landscape(
             classifiers,
@@ -167,13 +171,13 @@ def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, r
     steps = f"T={settings['T']}" + (f" of {frames} frames" if frames else "")
     console.print(landscape_table(result, radius))
     rises = f"rises over the grid points at most {radius:g} away; {count:,} images of {images}; {steps}"
-    console.print(rises, style="dim", markup=False)
+    console.print(rises, style="dim")
     plot_landscape(result, plot, radius=radius, title=f"{count:,} images of {images}   {steps}")
     if json_path is not None:
         rows = summarise(result, radius)
         content = {"numbers": str(path), "plot": str(plot), "images": images, "radius": radius}
         write_json(json_path, content | {"settings": dict(settings), "rows": rows})
-    console.print("   ".join(str(written) for written in (path, plot, json_path) if written is not None), markup=False)
+    console.print("   ".join(str(written) for written in (path, plot, json_path) if written is not None))
     console.print("next: look at the plot; a flatter minimum has fewer lines inside the circle")
 
 

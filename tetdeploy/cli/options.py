@@ -143,6 +143,13 @@ def check_distinct(outputs: Mapping[str, Path | None]) -> None:
             raise click.UsageError(f"{other} and {option} would be one file, {path}; choose another with one of them")
 
 
+limit_option = click.option("--limit", type=AT_LEAST_1, help="Only the first so many images.")
+own_network_option = click.option("--model", help="package.module:function, if the network is your own.")
+torch_device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+torch_batch_option = click.option("--batch-size", type=AT_LEAST_1, help="[default: 64 on a CPU, 512 on a GPU]")
+torch_precision_option = click.option(
+    "--precision", default="fp32", show_default=True, type=click.Choice(("fp32", "bf16", "fp16", "auto"))
+)
 threads_option = click.option(
     "--threads", type=AT_LEAST_1, help="CPU threads. [default: all cores, or those that affinity and a CPU quota leave]"
 )

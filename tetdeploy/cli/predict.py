@@ -82,7 +82,7 @@ def predict(
     for path, by_step in zip(images, certainty, strict=True):
         _print(path, by_step, engine.class_names, top)
     if json_path is not None:
-        console.print(str(json_path), markup=False)
+        console.print(str(json_path))
 
 
 def _print(path: Path, certainty: Any, class_names: tuple[str, ...], top: int) -> None:

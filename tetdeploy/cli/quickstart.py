@@ -31,10 +31,10 @@ def quickstart(ctx: click.Context, seed: int, runs: Path) -> None:
     Trains a small convolutional SNN with TET at T=4 on scikit-learn's 1,797 scanned digits; works offline.
     """
     native.missing()  # a value of TETDEPLOY_NATIVE that the last step would refuse, before any work
-    console.print("[bold]1  tetdeploy train[/bold]")
+    console.print("1  tetdeploy train", style="bold")
     ctx.invoke(train, seed=seed, runs=runs)
-    console.print("\n[bold]2  tetdeploy export --T 8 --fold-bn[/bold]")
+    console.print("\n2  tetdeploy export --T 8 --fold-bn", style="bold")
     ctx.invoke(export, T=8, runs=runs)
-    console.print("\n[bold]3  tetdeploy sweep --T 1:8[/bold]")
+    console.print("\n3  tetdeploy sweep --T 1:8", style="bold")
     ctx.invoke(sweep, steps=tuple(range(1, 9)), runs=runs)
-    console.print(f"\nthe model: {newest_export(runs)}", markup=False)
+    console.print(f"\nthe model: {newest_export(runs)}")

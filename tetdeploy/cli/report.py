@@ -73,5 +73,5 @@ def report(
             temporary.write_text(text, encoding="utf-8", errors="replace")  # names of files may be no UTF-8
     print_notes(results.notes)
     console.print(f"{len(document.sections)} sections: {', '.join(s.title for s in document.sections)}")
-    console.print("   ".join(map(str, texts)), markup=False)
-    console.print(f"next: open {out} in a browser", markup=False)
+    console.print("   ".join(map(str, texts)))
+    console.print(f"next: open {out} in a browser")

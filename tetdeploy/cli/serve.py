@@ -142,10 +142,10 @@ def serve(
         for name, engine in engines.items():
             url = f"http://{http}/v2/models/{quote(name, safe='')}/infer"
             place = cores if engine.device == "cpu" else engine.device
-            console.print(f"{name}   {engine.path}   layout {engine.layout}   {place}   {url}", markup=False)
+            console.print(f"{name}   {engine.path}   layout {engine.layout}   {place}   {url}")
             if engine.lacks_native:
-                console.print(f"{name} is slower than it could be: {engine.lacks_native}", style="yellow", markup=False)
-        console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops", markup=False)
+                console.print(f"{name} is slower than it could be: {engine.lacks_native}", style="yellow")
+        console.print(f"ready: http://{http}   grpc {rpc}   metrics http://{http}/metrics   Ctrl-C stops")
 
     serving = server.serve(
         engines,

@@ -16,6 +16,7 @@ from tetdeploy.cli.options import (
     check_plot,
     data_dir_option,
     default_plot,
+    limit_option,
     opens_model,
     output_path,
     parsed_steps,
@@ -53,7 +54,7 @@ Examples:
     help="A data set's name or FILE.npz with images and labels. [default: the test set of the training's data]",
 )
 @data_dir_option
-@click.option("--limit", type=AT_LEAST_1, help="Only the first so many images.")
+@limit_option
 @click.option("--batch-size", default=64, show_default=True, type=AT_LEAST_1)
 @click.option(
     "--energy",
@@ -121,7 +122,7 @@ def sweep(
     written = save_sweep(result, engine, json_path, picture)  # before a line is printed: `| head` may end that
     print_sweep(result, engine, conventions)
     print_details(result, engine, conventions, layers=show_layers, other_ops=other_ops)
-    console.print("   ".join(map(str, written)), markup=False)
+    console.print("   ".join(map(str, written)))
     in_run = json_path.name.endswith(".sweep.json") and (json_path.parent / CONFIG_NAME).is_file()
     say_next("report", json_path.parent if in_run else json_path)
 
@@ -149,7 +150,7 @@ def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> No
     from tetdeploy.report.tables import sweep_table, uncounted_note
 
     trained_T = engine.trained_T
-    console.print(f"{result.model}   {result.num_samples:,} images of {result.data}   {engine.layout}", markup=False)
+    console.print(f"{result.model}   {result.num_samples:,} images of {result.data}   {engine.layout}")
     console.print(sweep_table(result, trained_T, conventions=conventions))
     star = "* the T of the training; " if trained_T in [row.T for row in result.rows] else ""
     notes = [
@@ -213,7 +214,7 @@ def save_sweep(result: Sweep, engine: Engine, json_path: Path, picture: Path) ->
     try:
         plot_sweep(result, picture, engine.trained_T)
     except MissingExtraError as error:
-        console.print(f"no plot: {error}", style="dim", markup=False)
+        console.print(f"no plot: {error}", style="dim")
         return [json_path]
     except OSError as error:
         raise OSError(f"{json_path} is written, but not {picture}: {error.strerror or error}") from error

@@ -24,12 +24,12 @@ from rich.text import Text
 from tetdeploy.standard_output import StandardOutput
 
 # As wide as COLUMNS says, or the terminal; rich alone would take the width of stderr for a pipe.
-console = StandardOutput(highlight=False, soft_wrap=True, width=get_terminal_size(fallback=(120, 24)).columns)
+console = StandardOutput(width=get_terminal_size(fallback=(120, 24)).columns)
 
 
 def say_next(*words: object) -> None:
     """The command that goes on with a result, quoted for a shell."""
-    console.print(f"next: {command_line(*words)}", markup=False)
+    console.print(f"next: {command_line(*words)}")
 
 
 def command_line(*words: object) -> str:
@@ -77,4 +77,4 @@ def image_bar(what: str, num_images: int) -> Iterator[Callable[[int], None]]:
 def print_notes(notes: Iterable[str]) -> None:
     """What stands below a table."""
     for note in notes:
-        console.print(note, style="dim", markup=False)
+        console.print(note, style="dim")

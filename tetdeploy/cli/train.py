@@ -22,12 +22,13 @@ from tetdeploy.cli.beginnings import (
 )
 from tetdeploy.cli.errors import INTERRUPTED, lacks_memory
 from tetdeploy.cli.inputs import network_of
-from tetdeploy.cli.options import STEPS, FiniteRange, data_dir_option, json_option, runs_option
+from tetdeploy.cli.options import STEPS, FiniteRange, data_dir_option, json_option, runs_option, torch_device_option
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.cli.terminal import command_line, console, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write, write_json
-from tetdeploy.names import counted, is_own_model
+from tetdeploy.names import is_own_model
+from tetdeploy.wording import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -133,7 +134,7 @@ Examples:
 @click.option("--distill", default="", metavar="RUN", help="Learn from this ANN twin at every time step.")
 @click.option("--distill-alpha", default=1.0, show_default=True, help="Weight of the distillation.")
 @click.option("--distill-tau", default=3.0, show_default=True, help="Temperature of the distillation.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:1.")
+@torch_device_option
 @click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16.")
 @click.option(
     "--workers", type=click.IntRange(min=0), help="Processes that read ImageNet; 0 reads in this one. [default: cores]"
@@ -214,8 +215,7 @@ def train(
     default_by_network(ctx, options)
     with ExitStack() as made, process_group() as ranks, _one_voice(ranks):
         with ranks.first(), _naming(config):
-            begun = begin(ctx, options, out=out, seeds=seeds)
-            several = _parse_seeds(ctx, begun.seeds)
+            begun = begin(ctx, options, out=out, seeds=_parse_seeds(seeds))
             job = _job(ctx, options)
             if options["qat"] and init is not None:
                 check_same_inputs(init, begun.metadata, job.train)
@@ -227,10 +227,10 @@ def train(
         json_path = json_path if ranks.writes else None
         also: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
         also["how"] = begun.how
-        if several:
+        if begun.seeds:
             job.warn_of_export(ranks)
             recipe = None if config is None else str(config)
-            many = train_seeds(job.classifier, job.train, job.val, job.config, several, out, recipe=recipe, **also)
+            many = train_seeds(job.classifier, job.train, job.val, job.config, begun.seeds, out, recipe=recipe, **also)
             _report_seeds(ctx, many, job, json_path)
             return
         classifier = job.classifier(job.config.seed)
@@ -388,7 +388,7 @@ def _naming(recipe: Path | None) -> Iterator[None]:
         raise ValueError(f"{recipe}, with what was typed: {error}") from error
 
 
-def _parse_seeds(ctx: click.Context, text: str) -> tuple[int, ...]:
+def _parse_seeds(text: str) -> tuple[int, ...]:
     """The seeds of `--seeds`; none without it."""
     if not text:
         return ()
@@ -398,8 +398,6 @@ def _parse_seeds(ctx: click.Context, text: str) -> tuple[int, ...]:
         seeds = (-1,)
     if min(seeds) < 0:
         raise ValueError(f"seeds is {text!r}; it must be whole numbers from 0, separated by commas, such as 0,1,2")
-    if is_typed(ctx, "seed"):
-        raise click.UsageError("--seed and --seeds both decide the random numbers: choose one of them")
     return seeds
 
 
@@ -414,7 +412,7 @@ def _new_folder(runs: Path, recipe: Path | None, job: _Job) -> AbstractContextMa
 def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path | None) -> None:
     if result.interrupted:
         again = command_line("train", "--resume", result.out, *job.own)
-        console.print(f"interrupted after {counted(result.epochs, 'epoch')}; go on with: {again}", markup=False)
+        console.print(f"interrupted after {counted(result.epochs, 'epoch')}; go on with: {again}")
         ctx.exit(INTERRUPTED)
     best = result.best
     if json_path is not None:
@@ -425,21 +423,19 @@ def _report(ctx: click.Context, result: TrainResult, job: _Job, json_path: Path 
         )
         write_json(json_path, {"run": str(result.out), "epochs": result.epochs, "seconds": result.seconds, **fields})
     if best is not None and best.val_accuracy is not None:
-        console.print(f"best val {best.val_accuracy:.2%} at epoch {best.epoch}  ->  {result.checkpoint}", markup=False)
+        console.print(f"best val {best.val_accuracy:.2%} at epoch {best.epoch}  ->  {result.checkpoint}")
     else:
-        console.print(f"last epoch  ->  {result.checkpoint}", markup=False)
+        console.print(f"last epoch  ->  {result.checkpoint}")
     _say_next(result.out, job)
 
 
 def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path: Path | None) -> None:
     for run in result.runs:
         if run.best is not None and run.best.val_accuracy is not None:
-            console.print(
-                f"{run.out.name}  best val {run.best.val_accuracy:.2%} at epoch {run.best.epoch}", markup=False
-            )
+            console.print(f"{run.out.name}  best val {run.best.val_accuracy:.2%} at epoch {run.best.epoch}")
     if result.interrupted:
         again = command_line("train", "--resume", result.out, *job.own)
-        console.print(f"interrupted; go on with: {again}", markup=False)
+        console.print(f"interrupted; go on with: {again}")
         ctx.exit(INTERRUPTED)
     if json_path is not None:
         with atomic_write(json_path) as temporary:
@@ -448,7 +444,6 @@ def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path:
         spread = "" if result.std is None else f" +- {result.std:.2%}"
         console.print(
             f"best val {result.mean:.2%}{spread} over {counted(len(result.runs), 'seed')}  ->  {result.summary}",
-            markup=False,
         )
     if result.best is not None:
         _say_next(result.best.out, job)

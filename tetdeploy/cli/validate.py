@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.text import Text
 
 from tetdeploy.cli.errors import INTERRUPTED
 from tetdeploy.cli.gates import FAILED, Gate, check_gates, describe, parse_gates, place_gates
@@ -125,7 +126,7 @@ def validate(
             result = job.reference_only()
     except KeyboardInterrupt:
         kept = f"; what is done lies in {partial_path} and the same command goes on" if partial_path.exists() else ""
-        console.print(f"interrupted{kept}", markup=False)
+        console.print(f"interrupted{kept}")
         ctx.exit(INTERRUPTED)
     write_json(json_path, result)
     if long:
@@ -141,10 +142,10 @@ def _tell(result: dict[str, Any], json_path: Path, *, layers: bool) -> None:
 
     for part in shown(result, layers=layers):
         console.print(part)
-    console.print(str(json_path), markup=False)
+    console.print(str(json_path))
     for gate in result["gates"]:
-        verdict = "[green]passed:[/green]" if gate["passed"] else "[red]failed:[/red]"
-        console.print(f"{verdict} {describe(gate)}")
+        verdict = ("passed:", "green") if gate["passed"] else ("failed:", "red")
+        console.print(Text.assemble(verdict, f" {describe(gate)}"))
     say_next("report", json_path)
 
 
@@ -183,9 +184,7 @@ class _Job:
         there = reference_path(engine.path).exists()
         reference = load_reference(engine) if there or self._needs_agreement else None
         if reference is None:
-            console.print(
-                f"no {reference_path(engine.path).name}, so nothing is compared with PyTorch", style="dim", markup=False
-            )
+            console.print(f"no {reference_path(engine.path).name}, so nothing is compared with PyTorch", style="dim")
         gates = self._placed(steps, compared=[t for t in steps if reference is not None and t <= reference.T])
         check_images(engine, x, labels, max(steps))
         run = Pass(engine, x, labels, max(steps), batch_size=self.batch_size)

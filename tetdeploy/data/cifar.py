@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from tetdeploy.extras import import_extra
-from tetdeploy.names import shorten
+from tetdeploy.wording import shorten
 
 from .cache import Arrays, cached
 from .decoding import ImageFile, decode_images

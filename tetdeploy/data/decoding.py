@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.extras import import_extra
 from tetdeploy.machine import usable_cores
-from tetdeploy.names import shorten
+from tetdeploy.wording import shorten
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -134,10 +134,12 @@ def in_threads(decode: Callable[[int], None], count: int, text: str | None, *, c
 def _progress(text: str | None, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the number of images done; a bar appears when it takes more than a second."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TextColumn
 
     console = Console(stderr=True)
-    progress = Progress(console=console, disable=text is None or not console.is_terminal, transient=True)
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, *Progress.get_default_columns()[1:])
+    progress = Progress(*columns, console=console, disable=text is None or not console.is_terminal, transient=True)
     task = progress.add_task(text or "", total=total)
     begin = time.monotonic()
 

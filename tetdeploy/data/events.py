@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.extras import MissingExtraError, import_extra
 from tetdeploy.files import opened_npz
-from tetdeploy.names import shorten
+from tetdeploy.wording import shorten
 
 from .decoding import in_threads, refuse_failed
 

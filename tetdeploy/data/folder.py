@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.names import shorten
+from tetdeploy.wording import shorten
 
 from .cache import Arrays, cached
 from .decoding import SUFFIXES, ImageFile, decode_images

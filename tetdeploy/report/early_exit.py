@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tetdeploy.early_exit.threshold import images_to_prove, provable_loss
 from tetdeploy.report.numbers import energy, three_digits
@@ -16,16 +16,17 @@ from tetdeploy.report.tables import BILLS, hardware
 Cells = tuple[str, str, str, str]  # what, T steps for each image, early exit, the difference
 
 
-def calibration_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
+def calibration_shown(result: Mapping[str, Any]) -> Iterator[str | Text | Table]:
     """What the terminal shows of a calibration's JSON, from top to bottom."""
     yield f"{_measured(result)}   T={result['T']}"
     yield _frontier_table(result)
     fixed = "  ".join(f"{accuracy:.2%}" for accuracy in result["accuracy_by_T"])
-    yield f"[dim]every image the same T, 1 to {result['T']}: {fixed}[/dim]"
+    yield Text(f"every image the same T, 1 to {result['T']}: {fixed}", "dim")
     promise = "a test shows that less is lost than may be" if result["confident"] else "it is within what may be lost"
-    yield (
-        f"[dim]* goes beside the model; lost: points of accuracy against T={result['T']} for every image, with the "
-        f"95 % interval that the answers turned wrong and right on the same images give; {promise}[/dim]"
+    yield Text(
+        f"* goes beside the model; lost: points of accuracy against T={result['T']} for every image, with the "
+        f"95 % interval that the answers turned wrong and right on the same images give; {promise}",
+        "dim",
     )
     if result["mean_T"] == result["T"]:
         yield f"no image stops early: {_why_none_stops(result)}"
@@ -54,7 +55,7 @@ def _why_none_stops(result: Mapping[str, Any]) -> str:
 
 
 def _measured(result: Mapping[str, Any]) -> str:
-    return escape(f"{result['model']}   {result['num_samples']:,} images of {result['data']}")
+    return f"{result['model']}   {result['num_samples']:,} images of {result['data']}"
 
 
 def _frontier_table(result: Mapping[str, Any]) -> Table:
@@ -84,7 +85,7 @@ def _frontier_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def savings_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
+def savings_shown(result: Mapping[str, Any]) -> Iterator[str | Text | Table]:
     """What the terminal shows of an early exit's JSON, from top to bottom."""
     early = result["early_exit"]
     yield f"{_measured(result)}   {rule(early)}"
@@ -94,10 +95,10 @@ def savings_shown(result: Mapping[str, Any]) -> Iterator[str | Table]:
     yield table
     yield f"steps  {by_steps([entry['num_images'] for entry in early['by_steps']])}"
     on = result["machine"]
-    yield f"[dim]{hardware(on)}, {on['provider']}, batches of {early['batch_size']}[/dim]"
-    yield f"[dim]{turned(early)}[/dim]"
+    yield Text(f"{hardware(on)}, {on['provider']}, batches of {early['batch_size']}", "dim")
+    yield Text(f"{turned(early)}", "dim")
     if (early["load"] or 0) >= 1:
-        yield f"[dim]{early['load']:.1f} processes were running when this began: an idle machine is faster[/dim]"
+        yield Text(f"{early['load']:.1f} processes were running when this began: an idle machine is faster", "dim")
 
 
 def compared(early: Mapping[str, Any]) -> Iterator[Cells]:

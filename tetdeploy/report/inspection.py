@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from tetdeploy.names import is_own_model
 from tetdeploy.report.numbers import count, percent, three_digits
 from tetdeploy.report.result_table import ResultTable
+from tetdeploy.report.tables import versions
 
 _KINDS = {
     "checkpoint": "a checkpoint of tetdeploy: trained weights, with how they were trained",
@@ -69,7 +69,7 @@ def _model_facts(found: Mapping[str, Any]) -> dict[str, Any]:
             "weights": f"{found['num_weights']:,} of convolutions and linear layers, {found['precision']}",
             "BN": "folded into the convolutions (Eq. 6)" if found.get("fold_bn", True) else "not folded",
             "operations not counted": ", ".join(found["uncounted"]),
-            "exported": f"{found['created']} with {_versions(found['versions'])}",
+            "exported": f"{found['created']} with {versions(found['versions']) or 'unknown versions'}",
             "from checkpoint": found["source"].get("checkpoint_sha256", ""),
         }
         | _origin_facts(found["source"])
@@ -115,9 +115,8 @@ def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
     if origin.get("epoch") is not None:
         facts["kept"] = f"epoch {origin['epoch']}, validation accuracy {percent(origin.get('val_accuracy'))}"
     if origin.get("created"):
-        facts["trained"] = (
-            f"{origin['created']} on {origin.get('device', '?')} with {_versions(origin.get('versions'))}"
-        )
+        made_with = versions(origin.get("versions")) or "unknown versions"
+        facts["trained"] = f"{origin['created']} on {origin.get('device', '?')} with {made_with}"
     return facts
 
 
@@ -139,7 +138,7 @@ def _facts(facts: Mapping[str, Any]) -> Table:
     table.add_column(overflow="fold")
     for label, value in facts.items():
         if value not in (None, ""):
-            table.add_row(label, Text(str(value)))
+            table.add_row(label, str(value))
     return table
 
 
@@ -147,7 +146,7 @@ def _ports(found: Mapping[str, Any]) -> Table:
     table = ResultTable("", "name", "shape", "dtype", num_labels=2)
     for direction in ("inputs", "outputs"):
         for port in found[direction]:
-            _add_row(table, direction.removesuffix("s"), port["name"], _shape(port["shape"]), port["dtype"])
+            table.add_row(direction.removesuffix("s"), port["name"], _shape(port["shape"]), port["dtype"])
     return table
 
 
@@ -157,8 +156,7 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Table:
     )
     for layer in layers:
         fan_out = layer["fan_out"]
-        _add_row(
-            table,
+        table.add_row(
             layer["name"],
             layer["input"] + (", once" if layer["once"] else ""),
             _shape(layer["input_shape"]),
@@ -176,7 +174,7 @@ def _neurons(neurons: Sequence[Mapping[str, Any]]) -> Table:
     table = ResultTable("neurons", "state input", numbers=("tau", "v_th", "shape", "size"))
     for neuron in neurons:
         numbers = (f"{neuron['tau']:g}", f"{neuron['v_th']:g}", _shape(neuron["shape"]), f"{neuron['size']:,}")
-        _add_row(table, neuron["name"], neuron["state"] or "none: starts at 0", *numbers)
+        table.add_row(neuron["name"], neuron["state"] or "none: starts at 0", *numbers)
     return table
 
 
@@ -184,12 +182,8 @@ def _modules(layers: Sequence[Mapping[str, Any]]) -> Table:
     table = ResultTable("layer", "type", "dtype", numbers=("weight", "bias", "parameters"))
     for layer in layers:
         shape, bias = "×".join(map(str, layer["shape"])) or "–", "yes" if layer["bias"] else "no"
-        _add_row(table, layer["name"], layer["type"], layer["dtype"] or "–", shape, bias, f"{layer['parameters']:,}")
+        table.add_row(layer["name"], layer["type"], layer["dtype"] or "–", shape, bias, f"{layer['parameters']:,}")
     return table
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    table.add_row(*map(Text, cells))  # text as it is: rich would take a [batch] or a name in brackets for markup
 
 
 def size(num_bytes: int) -> str:
@@ -199,10 +193,6 @@ def size(num_bytes: int) -> str:
 
 def _shape(shape: Sequence[Any]) -> str:
     return f"[{', '.join('?' if dim is None else str(dim) for dim in shape)}]"
-
-
-def _versions(versions: Mapping[str, Any] | None) -> str:
-    return ", ".join(f"{name} {version}" for name, version in (versions or {}).items()) or "unknown versions"
 
 
 def _classes(names: Sequence[str]) -> str:

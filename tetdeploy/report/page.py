@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tetdeploy.names import shorten
 from tetdeploy.report.document import Document
 from tetdeploy.report.results import Results
 from tetdeploy.report.sections import SECTIONS
+from tetdeploy.wording import shorten
 
 _FEW = 4  # as many names stand in the title
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from tetdeploy.energy import OTHER_OPS
+from tetdeploy.energy import OTHER_OPS, input_kind
 from tetdeploy.report.numbers import count, energy, latency, milliseconds, percent, rate, three_digits
 from tetdeploy.report.result_table import ResultTable
 
@@ -88,15 +88,6 @@ def layers_table(details: Mapping[str, Any], T: int, *, conventions: Sequence[st
     return table
 
 
-def input_kind(layer: Mapping[str, Any]) -> str:
-    """What a layer reads, of a result's JSON."""
-    if layer.get("from_input"):
-        return "image"
-    if layer.get("product"):
-        return "pairs of spikes" if layer.get("binary", True) else "pairs"
-    return "spikes" if layer.get("binary", True) else "analogue"
-
-
 def other_ops_table(details: Mapping[str, Any], T: int) -> Table:
     """What no energy above includes, per image in T steps."""
     table = ResultTable("not in the energy", numbers=("ops", "energy"))
@@ -130,6 +121,11 @@ def hardware(machine: Mapping[str, Any]) -> str:
     """The processor and its cores, and the GPU if there is one."""
     gpu = machine["gpu"]
     return f"{machine['cpu']}, {machine['cores']} cores" + (f", {gpu}" if gpu else "")
+
+
+def versions(of: Any) -> str:
+    """What something was made with; nothing where that is not said."""
+    return ", ".join(f"{name} {version}" for name, version in of.items()) if isinstance(of, dict) else ""
 
 
 def uncounted_note(names: Sequence[str], layout: str) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tetdeploy.report.numbers import percent, ppm, rate, scientific, text
 from tetdeploy.report.result_table import ResultTable
@@ -25,23 +25,23 @@ _AGREEMENT: Columns = {
 _MARGINS = {"differing": "margin where\nthey differ", "local": "by itself,\nat first", "every": "every-\nwhere"}
 
 
-def shown(result: Mapping[str, Any], *, layers: bool) -> Iterator[str | Table]:
+def shown(result: Mapping[str, Any], *, layers: bool) -> Iterator[str | Text | Table]:
     """What the terminal shows of a validation's JSON, from top to bottom.
 
     Args:
         layers: also a table of the layers of neurons.
     """
     rows, agreement, trained_T = result["rows"], result["agreement"], result["trained_T"]
-    yield escape(f"{result['model']}   {images_of(result['num_samples'], result['data'])}   {result['layout']}")
+    yield f"{result['model']}   {images_of(result['num_samples'], result['data'])}   {result['layout']}"
     yield rows_table(rows, {key: COSTS[key] for key in _COSTS}, trained_T)
     for note in uncounted_note(result["uncounted"], result["layout"]):
-        yield f"[dim]{escape(note)}[/dim]"
+        yield Text(f"{note}", "dim")
     if rows[0]["accuracy"] is None:
-        yield "[dim]images of the training: their accuracy says nothing; name a test set with --data[/dim]"
+        yield Text("images of the training: their accuracy says nothing; name a test set with --data", "dim")
     if agreement is not None:
         yield _heading(agreement)
         yield rows_table(rows, _AGREEMENT, trained_T)
-        yield f"[dim]* the T of the training; {_reading(agreement)}[/dim]"
+        yield Text(f"* the T of the training; {_reading(agreement)}", "dim")
     if layers:
         yield f"layers of neurons, T={rows[-1]['T']}{_seen_by_both(result)}"
         yield _neurons_table(result["neurons"])

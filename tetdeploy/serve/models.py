@@ -19,9 +19,9 @@ from tetdeploy.agreement import load_reference
 from tetdeploy.early_exit import Exit, load_rule
 from tetdeploy.energy import Operations, layers_of
 from tetdeploy.engine import Array, Engine, Result
+from tetdeploy.engine_stream import StepResult
 from tetdeploy.serve.scheduler import Limits, Scheduler
 from tetdeploy.serve.sequences import LostSequenceError, Sequences
-from tetdeploy.stream import StepResult
 from tetdeploy.streams import StreamPool
 
 logger = logging.getLogger(__name__)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tetdeploy.energy import input_kind
 from tetdeploy.report.document import NONE, Plot, Row, Section, Table
 from tetdeploy.report.drawing import energy_unit
 from tetdeploy.report.entry_plot import plot_by_entry
 from tetdeploy.report.numbers import count, energy, rate, text, three_digits
 from tetdeploy.report.results import Measurement, Results
-from tetdeploy.report.tables import input_kind
 
 
 def layers(results: Results) -> Section | None:

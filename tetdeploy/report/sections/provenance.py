@@ -8,6 +8,7 @@ from tetdeploy.files import sha256_of
 from tetdeploy.report.document import Section, Table
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Measurement, Results
+from tetdeploy.report.tables import versions
 from tetdeploy.run_folder import CHECKPOINT_NAME
 
 
@@ -24,7 +25,7 @@ def _run_table(name: str, run: Run) -> Table:
         "checkpoint": CHECKPOINT_NAME if file.is_file() else "none yet",
         "its SHA-256": sha256_of(file) if file.is_file() else "",
         "written": origin.get("created"),
-        "versions": _versions(origin.get("versions")),
+        "versions": versions(origin.get("versions")),
     }
     return _facts(f"{name}: the training.", facts)
 
@@ -40,7 +41,7 @@ def _measurement_table(m: Measurement) -> Table:
         "their SHA-256": content.get("images_sha256"),
         "device": content.get("device"),
         "measured": content.get("created"),
-        "versions": _versions(content.get("versions")),
+        "versions": versions(content.get("versions")),
     }
     return _facts(f"{m.name}: the measurement.", facts)
 
@@ -48,7 +49,3 @@ def _measurement_table(m: Measurement) -> Table:
 def _facts(caption: str, facts: dict[str, Any]) -> Table:
     rows = tuple((label, str(value)) for label, value in facts.items() if value not in (None, ""))
     return Table(caption, ("", ""), rows, num_labels=2, wide=True)
-
-
-def _versions(versions: Any) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""

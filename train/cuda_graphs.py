@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tetdeploy.names import first_line
+from tetdeploy.wording import first_line
 
 from .config import TrainConfig
 from .ranks import Ranks

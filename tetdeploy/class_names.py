@@ -1,0 +1,37 @@
+"""Whether a label means the same class to the data as to the model."""
+
+from __future__ import annotations
+
+from tetdeploy.names import is_npz
+
+
+def check_classes(
+    model: str, own_names: tuple[str, ...], data: str, names: tuple[str, ...], *, known: bool = True
+) -> None:
+    """Refuse data to which a label means another class than to the model. A .npz, or a set that is not `known` but was
+    made in Python, need not name its classes, which are numbered then, nor have them all.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if names == own_names:
+        return
+    if (is_npz(data) or not known) and (
+        names == own_names[: len(names)]
+        or _are_numbers(names)
+        or (_are_numbers(own_names) and not set(names) & set(own_names))
+    ):
+        return
+    pairs = enumerate(zip(names, own_names, strict=False))
+    first = next(
+        (f"; label {k} means {other} to it, and {own} to {model}" for k, (other, own) in pairs if other != own), ""
+    )
+    own, others = (f"{len(n)} classes ({', '.join(n[:3])}{', ...' * (len(n) > 3)})" for n in (own_names, names))
+    raise ValueError(
+        f"the labels of {data} do not match the model's: it has {others}, {model} knows {own}{first}; "
+        "is this the data it was trained on?"
+    )
+
+
+def _are_numbers(names: tuple[str, ...]) -> bool:
+    return names == tuple(str(k) for k in range(len(names)))
