@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import Bomb
+from run_helpers import Bomb, same_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tetdeploy
-from tetdeploy.checkpoint import load, load_weights, read_metadata, save_checkpoint
+from tetdeploy.checkpoint import load, load_weights, read_checkpoint, read_metadata, save_checkpoint
 from tetdeploy.files import atomic_folder, atomic_write, check_writable, write_json
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
@@ -112,6 +112,16 @@ def test_metadata_are_read_without_torch_and_safetensors(saved: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False)
     assert (result.stdout, result.stderr) == ("1\n", "")
+
+
+def test_what_was_read_stays_where_another_file_takes_its_place(saved: Path) -> None:
+    before, weights, sha256 = read_checkpoint(saved), load(saved), weights_sha256(saved)
+    save_checkpoint(saved, convsnn(), training={"T": 5}, provenance={})
+    assert (before.sha256, before.metadata["training"]["T"]) == (sha256, 4)
+    other = convsnn()
+    load_weights(other, before)
+    assert same_weights(load(before), weights) and same_weights(other, weights)
+    assert not same_weights(load(saved), weights)
 
 
 def test_own_networks_are_never_imported_because_a_file_says_so(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from rich.progress import ProgressColumn
 from run_helpers import metrics
 from safetensors.torch import load_file
 
+from tetdeploy import data
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.characters import _like
@@ -40,8 +41,10 @@ from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 from tetdeploy.data import load_data
 from tetdeploy.engine import Engine
 from tetdeploy.export import preflight
+from tetdeploy.files import sha256_of
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import newest_export
+from tetdeploy.tensor_file import read_content, write_tensors
 from tetdeploy.train import TrainResult
 from tetdeploy.train.state import Best
 
@@ -535,6 +538,27 @@ class TestCommands:
         Path("recipe.toml").write_text('model = "resnet19"\nepochs = 1\n')
         message = refused("train", "--config", "recipe.toml", "--init", RUN, "--width", "1")
         assert message.endswith("leave out model in the recipe and --width\n")
+
+    def test_a_checkpoint_that_is_replaced_while_it_is_used(
+        self, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a run that still trains does where an epoch is better."""
+        file, load_parts = Path(RUN, "checkpoint.safetensors"), data.load_parts
+
+        def replaced(*arguments: Any, **options: Any) -> Any:
+            write_tensors(file, {name: value * 2 for name, value in load_file(file).items()}, read_content(file))
+            return load_parts(*arguments, **options)
+
+        for module in ("tetdeploy.data", "tetdeploy.export.trained"):
+            monkeypatch.setattr(f"{module}.load_parts", replaced)
+        before = sha256_of(file)
+        assert run("export", RUN, "--T", "2", "--check", "9", "-o", "a.onnx").exit_code == 0
+        assert Engine("a.onnx").metadata["source"]["checkpoint_sha256"] == before != sha256_of(file)
+
+        before = sha256_of(file)
+        assert run("train", "--init", RUN, "--epochs", "1", "--out", "runs/second").exit_code == 0
+        init = json.loads(Path("runs/second/config.json").read_text())["init"]
+        assert init == {"path": RUN, "checkpoint_sha256": before} and before != sha256_of(file)
 
     def test_init_keeps_the_network_that_the_weights_are_of(self, workplace: Path) -> None:
         short = ("--width", "0.25", "--epochs", "1", "--warmup-epochs", "0")

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tetdeploy.checkpoint import data_settings
+from tetdeploy.checkpoint import Checkpoint, data_settings
 from tetdeploy.data import LabelledSet
 from tetdeploy.files import made_folder, write_json
 from tetdeploy.form import NUMBER, check_form, parse_json
@@ -88,12 +88,14 @@ def _teacher(distill: str) -> dict[str, str]:
     return {"distill": _place(distill), "distill_sha256": sha256}
 
 
-def weights_origin(init: Path | str) -> dict[str, str]:
+def weights_origin(init: Path | str | Checkpoint) -> dict[str, str]:
     """What a run's files say of the weights that it began with (`--init`): where they lie, and which ones they are.
 
     Raises:
         FileNotFoundError: there are none.
     """
+    if isinstance(init, Checkpoint):
+        return {"path": _place(init.path), "checkpoint_sha256": init.sha256}
     return {"path": _place(init), "checkpoint_sha256": weights_sha256(weights_file(init))}
 
 

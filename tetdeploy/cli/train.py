@@ -217,8 +217,8 @@ def train(
             begun = begin(ctx, options, out=out, seeds=seeds)
             several = _parse_seeds(ctx, begun.seeds)
             job = _job(ctx, options)
-            if options["qat"] and init is not None:
-                check_same_inputs(init, begun.metadata, job.train)
+            if options["qat"] and begun.init is not None:
+                check_same_inputs(begun.init.path, begun.init.metadata, job.train)
         out = begun.out
         if out is None and ranks.writes:
             out = made.enter_context(_new_folder(runs, config, job))
@@ -234,12 +234,12 @@ def train(
             _report_seeds(ctx, many, job, json_path)
             return
         classifier = job.classifier(job.config.seed)
-        if init is not None:
-            start_from(ctx, classifier, init, begun.metadata)
+        if begun.init is not None:
+            start_from(ctx, classifier, begun.init)
             if job.val is not None:
-                note_trained_on(init, begun.metadata, job.val, job.config.val_fraction)
+                note_trained_on(begun.init.path, begun.init.metadata, job.val, job.config.val_fraction)
         job.warn_of_export(ranks)
-        also |= {"init": init, "restart_from": restart_from}
+        also |= {"init": begun.init, "restart_from": restart_from}
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **also), job, json_path)
 
 

@@ -22,7 +22,6 @@ from tetdeploy.cli.options import (
 from tetdeploy.cli.terminal import console, image_bar, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
-from tetdeploy.run_folder import weights_file, weights_sha256
 
 if TYPE_CHECKING:
     from tetdeploy.agreement import Compared, Reference
@@ -287,20 +286,20 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
     """
     torch = import_extra("torch", "train")
     import_extra("onnxscript", "train")
-    from tetdeploy.checkpoint import read_metadata
+    from tetdeploy.checkpoint import read_checkpoint
 
-    file = weights_file(path)
-    metadata, digest = read_metadata(file), weights_sha256(file)
+    checkpoint = read_checkpoint(path)
     wanted = str(engine.metadata["source"].get("checkpoint_sha256", ""))
-    if digest != wanted:
+    if checkpoint.sha256 != wanted:
         raise ValueError(
-            f"{engine.path.name} was not exported from {file}: it was made from "
-            f"{f'the checkpoint {wanted[:12]}' if wanted else 'a network it does not name'}, this is {digest[:12]} "
-            f"(SHA-256); name that checkpoint, or export this one again: tetdeploy export {path}"
+            f"{engine.path.name} was not exported from {checkpoint.file}: it was made from "
+            f"{f'the checkpoint {wanted[:12]}' if wanted else 'a network it does not name'}, this is "
+            f"{checkpoint.sha256[:12]} (SHA-256); name that checkpoint, or export this one again: "
+            f"tetdeploy export {path}"
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_classifier(file, metadata, own), digest
+    return load_classifier(checkpoint, checkpoint.metadata, own), checkpoint.sha256
 
 
 def _partial(path: Path, run: Pass, name: str, **settings: str) -> Partial:
