@@ -197,7 +197,7 @@ def train(
     restart_from: Path | None,
     json_path: Path | None,
     **options: Any,
-) -> None:
+) -> Path:
     """Train a network with Temporal Efficient Training.
 
     Writes RUN/checkpoint.safetensors (the best epoch on held-out training images; the test set is not touched),
@@ -232,7 +232,7 @@ def train(
             recipe = None if config is None else str(config)
             many = train_seeds(job.classifier, job.train, job.val, job.config, several, out, recipe=recipe, **also)
             _report_seeds(ctx, many, job, json_path)
-            return
+            return out
         classifier = job.classifier(job.config.seed)
         if begun.init is not None:
             start_from(ctx, classifier, begun.init)
@@ -241,6 +241,7 @@ def train(
         job.warn_of_export(ranks)
         also |= {"init": begun.init, "restart_from": restart_from}
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **also), job, json_path)
+        return out
 
 
 @contextmanager
