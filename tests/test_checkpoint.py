@@ -26,7 +26,14 @@ from tetdeploy.checkpoint import load, load_weights, read_checkpoint, read_metad
 from tetdeploy.files import atomic_folder, atomic_write, check_writable, write_json
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.run_folder import checkpoint_file, latest_run, newest_run, other_checkpoint, weights_sha256
+from tetdeploy.run_folder import (
+    checkpoint_file,
+    latest_run,
+    newest_export,
+    newest_run,
+    other_checkpoint,
+    weights_sha256,
+)
 
 
 class OwnNetwork(nn.Module):
@@ -451,6 +458,14 @@ def test_newest_run_without_a_run(tmp_path: Path) -> None:
         (tmp_path / "latest").write_bytes(text)
         with pytest.raises(FileNotFoundError, match=f"latest {fault}; name another run folder"):
             newest_run(tmp_path)
+
+
+def test_what_is_there_for_a_moment_is_no_run(tmp_path: Path) -> None:
+    for name in ("one", ".latest.abcd"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").touch()
+    os.utime(tmp_path / "one" / "model.onnx", (0, 0))
+    assert newest_export(tmp_path) == tmp_path / "one" / "model.onnx"
 
 
 def test_a_newest_run_without_a_checkpoint_gives_way_to_the_newest_that_has_one(tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def _newest_trained(runs: Path) -> Path | None:
 
 
 def _folders(runs: Path) -> list[Path]:
-    return [folder for folder in runs.glob("*") if not folder.is_symlink()]  # latest is one of the others
+    # latest is one of the others, and a name that begins with a dot is there for a moment
+    return [folder for folder in runs.glob("[!.]*") if not folder.is_symlink()]
 
 
 def newest_export(runs: Path) -> Path:
