@@ -1023,6 +1023,27 @@ def test_latest_points_at_the_newest_run(tmp_path: Path) -> None:
     assert (runs / "latest" / "checkpoint.safetensors").is_file()
 
 
+def test_latest_points_at_the_newest_run_where_runs_is_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scratch/me/runs").mkdir(parents=True)
+    runs = Path("runs")
+    runs.symlink_to("scratch/me/runs")
+    for name in ("runs/one", "two"):
+        Path(name).mkdir()
+        mark_latest(Path(name), runs)
+        assert (runs / "latest").samefile(name) and newest_run(runs).samefile(name)
+    mark_latest(Path("runs/one"), runs)
+    assert newest_run(runs) == Path("runs/one")
+
+
+def test_latest_is_the_whole_path_of_a_run_on_another_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setattr(os.path, "relpath", Mock(side_effect=ValueError("path is on mount 'D:', start on mount 'C:'")))
+    mark_latest(run, tmp_path / "runs")
+    assert (tmp_path / "runs" / "latest").readlink() == run == newest_run(tmp_path / "runs")
+
+
 def test_latest_is_a_text_file_where_there_are_no_symlinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> None:
         raise OSError("symlinks need a privilege")

@@ -49,7 +49,9 @@ def latest_run(runs: Path) -> Path:
         if run := next(runs.glob(f"*/{CONFIG_NAME}"), None):
             raise FileNotFoundError(f"{latest} is missing; name a run folder, such as {run.parent}")
         raise FileNotFoundError(f"no run in {runs}: train one first (tetdeploy train), or name a run folder")
-    run = Path(os.path.normpath(runs / target))
+    # Where `runs` is a link, `..` goes up from where it points.
+    up = ".." in target.parts and runs.absolute() != Path(os.path.realpath(runs))
+    run = Path(os.path.normpath((Path(os.path.realpath(runs)) if up else runs) / target))
     if not target.name or not run.is_dir():
         fault = f"points at {run}, which is gone" if target.name else "is empty"
         raise FileNotFoundError(f"{latest} {fault}; name another run folder")

@@ -275,14 +275,14 @@ def new_run_folder(runs: Path, name: str) -> Iterator[Path]:
 
 
 def mark_latest(out: Path, runs: Path) -> None:
-    """Let `runs/latest` point at `out`: a relative symlink, or a text file with the path where there are no symlinks.
+    """Let `runs/latest` point at `out`: a symlink, relative unless `out` is on another drive of Windows, or a text file
+    with the path where there are no symlinks.
     Where that cannot be written, a warning says so of a run that lies elsewhere.
 
     Raises:
         OSError: it cannot be written, and the run lies in `runs`, of which later commands take the latest.
     """
-    target = Path(os.path.relpath(out.absolute(), runs.absolute()))
-    latest = runs / LATEST_NAME
+    target, latest = _seen_from(runs, out.absolute()), runs / LATEST_NAME
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".latest.", dir=runs) as folder:
@@ -298,6 +298,15 @@ def mark_latest(out: Path, runs: Path) -> None:
             raise OSError(f"{text}: remove it, or train with another --runs") from error
         text += ": name the run in later commands, or train with another --runs"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _seen_from(runs: Path, out: Path) -> Path:
+    """Where `out` is from where `runs`, which may be a symlink, really lies."""
+    out = Path(os.path.realpath(out.parent), out.name)
+    try:
+        return Path(os.path.relpath(out, os.path.realpath(runs)))
+    except ValueError:  # it is on another drive of Windows
+        return out
 
 
 def run_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
