@@ -109,8 +109,7 @@ def validate(
     note_other_checkpoint(engine)
     json_path = output_path(json_path, engine, ".validate.json")
     partial_path = json_path.with_suffix(".partial.npz")
-    long = against is not None or data is not None
-    if restart and long:
+    if restart and (against is not None or data is not None):
         partial_path.unlink(missing_ok=True)
     job = _Job(engine, steps, gates, batch_size)
     try:
@@ -127,8 +126,8 @@ def validate(
         console.print(f"interrupted{kept}", markup=False)
         ctx.exit(INTERRUPTED)
     write_json(json_path, result)
-    if long:
-        partial_path.unlink(missing_ok=True)
+    if job.partial is not None:
+        job.partial.remove()
     _tell(result, json_path, layers=against is not None if layers is None else layers)
     if not all(gate["passed"] for gate in result["gates"]):
         ctx.exit(FAILED)
@@ -148,13 +147,15 @@ def _tell(result: dict[str, Any], json_path: Path, *, layers: bool) -> None:
 
 
 class _Job:
-    """What to measure of a model; its methods are the three kinds of validation and give their JSON."""
+    """What to measure of a model; its methods are the three kinds of validation and give their JSON. `partial` is what
+    one leaves where it is interrupted."""
 
     def __init__(
         self, engine: Engine, wanted: tuple[int, ...] | None, gates: tuple[Gate, ...], batch_size: int
     ) -> None:
         self.engine, self.wanted, self.gates, self.batch_size = engine, wanted, gates, batch_size
         self.trained_T = engine.trained_T
+        self.partial: Partial | None = None
 
     def reference_only(self) -> dict[str, Any]:
         """The kept images alone: no test accuracy."""
@@ -253,7 +254,7 @@ class _Job:
         """Run a pass to its end, with a bar for the images that PyTorch sees too and one for the others."""
         from tetdeploy.resumable import finish
 
-        kept = partial.load()
+        self.partial, kept = partial, partial.load()
         if kept is not None:
             run.restore(kept)
             console.print(f"going on after {run.done:,} of {len(run.x):,} images (--restart begins anew)")
