@@ -113,6 +113,8 @@ def checkpoint_file(path: Path | str) -> Path:
         FileNotFoundError: there is no such path, or the folder has no checkpoint.
     """
     path = Path(path)
+    if path.name == LATEST_NAME and path.is_file():  # where there are no symlinks
+        path = latest_run(path.parent)
     if path.is_dir():
         file = path / CHECKPOINT_NAME
         if not file.exists():

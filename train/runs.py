@@ -145,9 +145,10 @@ def _locked(out: Path) -> Iterator[None]:
             stacklevel=2,
         )
     try:
-        with suppress(OSError):
-            if lock.is_locked:
+        if lock.is_locked:
+            with suppress(OSError):  # as on Windows, where nobody writes to a locked file
                 file.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+            with suppress(OSError):
                 _sweep(out)
         yield
     finally:
