@@ -20,7 +20,6 @@ ONNX files exported for it.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -44,6 +43,7 @@ from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, STEPS, Numbers, data_dir_
 from tetdeploy.data import LabelledSet, load_data
 from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.files import write_json
+from tetdeploy.machine import usable_cores
 from tetdeploy.native.fusing import fuse_model
 from tetdeploy.networks import Classifier, NetworkConfig, build_network, import_network
 
@@ -246,7 +246,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
 @click.option("--width", default=1.0, type=ABOVE_0, show_default=True)
 @click.option("--T", "T", default=4, type=STEPS, show_default=True)
 @click.option("--batch", "sizes", default="1,8", type=Numbers(), show_default=True)
-@click.option("--threads", default=len(os.sched_getaffinity(0)), type=AT_LEAST_1, show_default=True)
+@click.option("--threads", default=usable_cores(), type=AT_LEAST_1, show_default=True)
 @click.option("--turns", default=4, show_default=True, type=AT_LEAST_1, help=f"Of each side, {CALLS} calls each.")
 @click.option("--without", multiple=True, type=click.Choice(OTHERS), help="Leave one of the others out.")
 @data_dir_option
