@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.checkpoint import read_metadata, trained_on
+from tetdeploy.checkpoint import Checkpoint, read_checkpoint, trained_on
 from tetdeploy.class_names import check_classes
 from tetdeploy.data import Encoding, LabelledSet, holds_out_others, load_frames, load_parts, same_data
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import is_npz
-from tetdeploy.run_folder import newest_run, weights_file, weights_sha256
+from tetdeploy.run_folder import newest_run
 from tetdeploy.steps import trained_T
 
 Labelled = tuple[NDArray[Any], NDArray[np.int64]]  # images [N, C, H, W] or frames [N, T, C, H, W], and labels [N]
@@ -24,10 +24,9 @@ Labelled = tuple[NDArray[Any], NDArray[np.int64]]  # images [N, C, H, W] or fram
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint or a folder of shards, and its metadata."""
+    """A checkpoint or a folder of shards, as it was when it was read."""
 
-    file: Path
-    metadata: Mapping[str, Any]
+    checkpoint: Checkpoint
 
     @classmethod
     def find(cls, run: Path | None, runs: Path) -> Trained:
@@ -35,10 +34,19 @@ class Trained:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: see `read_metadata`.
+            ValueError: see `read_checkpoint`.
         """
-        file = weights_file(run or newest_run(runs))
-        return cls(file, read_metadata(file))
+        return cls(read_checkpoint(run or newest_run(runs)))
+
+    @property
+    def file(self) -> Path:
+        """The checkpoint, or the folder of shards."""
+        return self.checkpoint.file
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """See `read_metadata`."""
+        return self.checkpoint.metadata
 
     @property
     def T(self) -> int:
@@ -55,7 +63,7 @@ class Trained:
     def source(self) -> dict[str, Any]:
         """What a model made of it says of its origin."""
         sections = {name: self.metadata[name] for name in ("network", "data", "training", "provenance")}
-        return {"checkpoint_sha256": weights_sha256(self.file)} | sections
+        return {"checkpoint_sha256": self.checkpoint.sha256} | sections
 
     @property
     def scales(self) -> Calibration | None:

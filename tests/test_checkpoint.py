@@ -17,16 +17,23 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import Bomb
+from run_helpers import Bomb, same_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tetdeploy
-from tetdeploy.checkpoint import load, load_weights, read_metadata, save_checkpoint
+from tetdeploy.checkpoint import load, load_weights, read_checkpoint, read_metadata, save_checkpoint
 from tetdeploy.files import atomic_folder, atomic_write, check_writable, write_json
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.run_folder import checkpoint_file, latest_run, newest_run, other_checkpoint, weights_sha256
+from tetdeploy.run_folder import (
+    checkpoint_file,
+    latest_run,
+    newest_export,
+    newest_run,
+    other_checkpoint,
+    weights_sha256,
+)
 
 
 class OwnNetwork(nn.Module):
@@ -112,6 +119,16 @@ def test_metadata_are_read_without_torch_and_safetensors(saved: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False)
     assert (result.stdout, result.stderr) == ("1\n", "")
+
+
+def test_what_was_read_stays_where_another_file_takes_its_place(saved: Path) -> None:
+    before, weights, sha256 = read_checkpoint(saved), load(saved), weights_sha256(saved)
+    save_checkpoint(saved, convsnn(), training={"T": 5}, provenance={})
+    assert (before.sha256, before.metadata["training"]["T"]) == (sha256, 4)
+    other = convsnn()
+    load_weights(other, before)
+    assert same_weights(load(before), weights) and same_weights(other, weights)
+    assert not same_weights(load(saved), weights)
 
 
 def test_own_networks_are_never_imported_because_a_file_says_so(tmp_path: Path) -> None:
@@ -447,6 +464,14 @@ def test_newest_run_without_a_run(tmp_path: Path) -> None:
         (tmp_path / "latest").write_bytes(text)
         with pytest.raises(FileNotFoundError, match=f"latest {fault}; name another run folder"):
             newest_run(tmp_path)
+
+
+def test_what_is_there_for_a_moment_is_no_run(tmp_path: Path) -> None:
+    for name in ("one", ".latest.abcd"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").touch()
+    os.utime(tmp_path / "one" / "model.onnx", (0, 0))
+    assert newest_export(tmp_path) == tmp_path / "one" / "model.onnx"
 
 
 def test_a_newest_run_without_a_checkpoint_gives_way_to_the_newest_that_has_one(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from rich.progress import ProgressColumn
 from run_helpers import metrics
 from safetensors.torch import load_file
 
+from tetdeploy import data
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.characters import _like
@@ -40,8 +41,10 @@ from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 from tetdeploy.data import load_data
 from tetdeploy.engine import Engine
 from tetdeploy.export import preflight
+from tetdeploy.files import sha256_of
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import newest_export
+from tetdeploy.tensor_file import read_content, write_tensors
 from tetdeploy.train import TrainResult
 from tetdeploy.train.state import Best
 
@@ -290,7 +293,12 @@ class TestCommands:
         name = os.fsdecode(b"d\xe9\xff \xce\xbb.png")  # no UTF-8 on Linux, so not to be printed as it is
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(Path(name))
         printed = []
-        for arguments in (["sweep", "--limit", "9"], ["inspect", MODEL], ["predict", MODEL, name], ["validate", "--help"]):
+        for arguments in (
+            ["sweep", "--limit", "9"],
+            ["inspect", MODEL],
+            ["predict", MODEL, name],
+            ["validate", "--help"],
+        ):
             result = CliRunner(charset=encoding).invoke(main, arguments)
             assert result.exit_code == 0, result.output
             printed.append(result.stdout_bytes)
@@ -538,6 +546,27 @@ class TestCommands:
         message = refused("train", "--config", "recipe.toml", "--init", RUN, "--width", "1")
         assert message.endswith("leave out model in the recipe and --width\n")
 
+    def test_a_checkpoint_that_is_replaced_while_it_is_used(
+        self, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a run that still trains does where an epoch is better."""
+        file, load_parts = Path(RUN, "checkpoint.safetensors"), data.load_parts
+
+        def replaced(*arguments: Any, **options: Any) -> Any:
+            write_tensors(file, {name: value * 2 for name, value in load_file(file).items()}, read_content(file))
+            return load_parts(*arguments, **options)
+
+        for module in ("tetdeploy.data", "tetdeploy.export.trained"):
+            monkeypatch.setattr(f"{module}.load_parts", replaced)
+        before = sha256_of(file)
+        assert run("export", RUN, "--T", "2", "--check", "9", "-o", "a.onnx").exit_code == 0
+        assert Engine("a.onnx").metadata["source"]["checkpoint_sha256"] == before != sha256_of(file)
+
+        before = sha256_of(file)
+        assert run("train", "--init", RUN, "--epochs", "1", "--out", "runs/second").exit_code == 0
+        init = json.loads(Path("runs/second/config.json").read_text())["init"]
+        assert init == {"path": RUN, "checkpoint_sha256": before} and before != sha256_of(file)
+
     def test_init_keeps_the_network_that_the_weights_are_of(self, workplace: Path) -> None:
         short = ("--width", "0.25", "--epochs", "1", "--warmup-epochs", "0")
         assert run("train", *short, "--v-th", "0.5", "--tau", "0.75", "--out", "runs/first").exit_code == 0
@@ -613,10 +642,21 @@ class TestBadInput:
         assert snapshot(workplace) == before
 
     def test_quickstart_goes_the_whole_path(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Beside an earlier run and its model, which none of its steps may take for its own."""
+        """Beside another run and its model, begun later, which none of its steps may take for its own."""
         epochs = next(parameter for parameter in main.commands["train"].params if parameter.name == "epochs")
         monkeypatch.setattr(epochs, "default", 2)
-        folder = Path(f"{RUN}-2")
+        folder, printed = Path(f"{RUN}-2"), console.print
+
+        def tell(text: Any = "", **options: Any) -> None:
+            if "tetdeploy export --T 8" in str(text):
+                Path("runs/latest").unlink()
+                Path("runs/latest").symlink_to(Path(RUN).name)
+            if "tetdeploy sweep" in str(text):
+                later = time.time() + 60
+                os.utime(MODEL, (later, later))
+            printed(text, **options)
+
+        monkeypatch.setattr(console, "print", tell)
         result = run("quickstart", "--seed", "7")
         assert result.exit_code == 0, result.output
         assert result.output.splitlines()[-1] == f"the model: {folder}/model-T8.onnx"

@@ -49,6 +49,7 @@ from tetdeploy.data import (
 )
 from tetdeploy.data.cache import cached
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
+from tetdeploy.data.download import download
 from tetdeploy.data.images import channel_statistics, mixed_order
 
 NO_DATA = Path("nowhere")
@@ -953,6 +954,21 @@ def test_broken_download_leaves_nothing(
     with pytest.raises(OSError, match="could not be downloaded"):
         load_data("cifar10", "train", data_dir=tmp_path / "new" / "data")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["server"]
+
+
+def test_two_jobs_may_download_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(root: str) -> None:
+        Path(root, "set").mkdir()
+        Path(root, "set", "a").write_bytes(b"whole")
+
+    def replace(made: Path, target: Path) -> None:
+        make(str(tmp_path))  # the other job's
+        os.replace(made, target)  # noqa: PTH105
+
+    monkeypatch.setattr(Path, "replace", replace)
+    download("made", make, "set", tmp_path, looked_for=[])
+    assert [path.read_bytes() for path in tmp_path.glob("set/*")] == [b"whole"]
+    assert not list(tmp_path.glob(".tetdeploy-download-*"))
 
 
 @pytest.mark.usefixtures("no_network")

@@ -428,8 +428,8 @@ def test_a_step_adds_the_loss_of_a_resting_teacher_to_the_mean_over_lengths(
     modes: list[bool] = []
     batches: list[tuple[Tensor, Tensor]] = []
 
-    def watched(config: TrainConfig, student: Classifier) -> Teacher:
-        made = load_teacher(config, student)
+    def watched(config: TrainConfig, student: Classifier, *, sha256: str) -> Teacher:
+        made = load_teacher(config, student, sha256=sha256)
         assert made is not None
         made.classifier.register_forward_hook(lambda of, *_: modes.extend(module.training for module in of.modules()))
         teachers.append(made)
@@ -478,6 +478,22 @@ def test_teachers_that_do_not_fit(tmp_path: Path, teacher: Path) -> None:
     student.class_names = other.class_names
     with pytest.raises(ValueError, match=r"was trained on other data: its class_names is \('0', .*not \('a'"):
         train(student, other, None, settings(distill=str(teacher)), tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_teacher_that_is_replaced_while_it_is_read(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann = shutil.copytree(teacher, tmp_path / "ann")
+    file = ann / "checkpoint.safetensors"
+
+    def replaced(device: str) -> torch.device:
+        write_tensors(file, {name: value + 1 for name, value in load_file(file).items()}, read_content(file))
+        return torch.device(device)
+
+    monkeypatch.setattr("tetdeploy.train.session.pick_device", replaced)
+    with pytest.raises(ValueError, match=r"the teacher .*ann was replaced while it was read .*: start again"):
+        run(tmp_path / "student", distill=str(ann))
     assert not (tmp_path / "student").exists()
 
 

@@ -34,7 +34,7 @@ import tetdeploy
 from tetdeploy.checkpoint import load_weights, read_metadata
 from tetdeploy.data import ImageSet, load_data, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.run_folder import newest_run
+from tetdeploy.run_folder import newest_run, weights_file
 from tetdeploy.shards import INDEX_NAME
 from tetdeploy.tensor_file import read_content, read_tensors, write_tensors
 from tetdeploy.train import How, TrainConfig, TrainResult, evaluate, loop, train, train_seeds
@@ -1023,6 +1023,27 @@ def test_latest_points_at_the_newest_run(tmp_path: Path) -> None:
     assert (runs / "latest" / "checkpoint.safetensors").is_file()
 
 
+def test_latest_points_at_the_newest_run_where_runs_is_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scratch/me/runs").mkdir(parents=True)
+    runs = Path("runs")
+    runs.symlink_to("scratch/me/runs")
+    for name in ("runs/one", "two"):
+        Path(name).mkdir()
+        mark_latest(Path(name), runs)
+        assert (runs / "latest").samefile(name) and newest_run(runs).samefile(name)
+    mark_latest(Path("runs/one"), runs)
+    assert newest_run(runs) == Path("runs/one")
+
+
+def test_latest_is_the_whole_path_of_a_run_on_another_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setattr(os.path, "relpath", Mock(side_effect=ValueError("path is on mount 'D:', start on mount 'C:'")))
+    mark_latest(run, tmp_path / "runs")
+    assert (tmp_path / "runs" / "latest").readlink() == run == newest_run(tmp_path / "runs")
+
+
 def test_latest_is_a_text_file_where_there_are_no_symlinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> None:
         raise OSError("symlinks need a privilege")
@@ -1031,9 +1052,11 @@ def test_latest_is_a_text_file_where_there_are_no_symlinks(tmp_path: Path, monke
     for name in (b"one", b"two\xff"):
         folder = tmp_path / "runs" / os.fsdecode(name)
         folder.mkdir(parents=True)
+        (folder / "checkpoint.safetensors").touch()
         mark_latest(folder, tmp_path / "runs")
         assert (tmp_path / "runs" / "latest").read_bytes() == name + b"\n"
         assert newest_run(tmp_path / "runs") == folder
+        assert weights_file(tmp_path / "runs" / "latest") == folder / "checkpoint.safetensors"
 
 
 def test_a_latest_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
@@ -1117,6 +1140,16 @@ with FileLock(sys.argv[1]):
         (tmp_path / f".{name}.k1ll3d.tmp").touch()
     run(tmp_path)
     assert [path.name for path in tmp_path.glob(".*")] == [".model.onnx.k1ll3d.tmp"]
+
+
+def test_what_was_left_half_done_goes_where_the_lock_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / ".last.safetensors.k1ll3d.tmp"
+    left.touch()
+    monkeypatch.setattr(Path, "write_text", Mock(side_effect=PermissionError))  # as on Windows
+    with only_trainer(tmp_path, resume=False):
+        assert not left.exists()
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK])

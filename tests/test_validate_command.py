@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -24,12 +25,12 @@ from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.gates import Gate, check_gates, describe, parse_gate, place_gates
 from tetdeploy.engine import Engine
-from tetdeploy.files import sha256_of
+from tetdeploy.files import sha256_of, write_json
 from tetdeploy.model_file import METADATA_KEY
 from tetdeploy.networks import Classifier, NetworkConfig, build_network, import_network
 from tetdeploy.provenance import images_sha256
 from tetdeploy.report.validation import shown as shown_in_terminal
-from tetdeploy.resumable import Pass
+from tetdeploy.resumable import Partial, Pass
 
 CONTRACT = {"T", "accuracy", "firing_rate", "ac_ops", "mac_ops", "energy_pj", "energy_exact_pj", "latency_ms"}
 CONTRACT |= {"top1_agreement", "spike_mismatch_rate", "max_abs_logit_error"}
@@ -357,6 +358,16 @@ class TestGoingOn:
         assert self.PARTIAL.exists()
         assert "going on" not in run(*self.OPTIONS, "--restart").output
         assert not self.PARTIAL.exists()
+
+    def test_the_file_of_another_process_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def beside(path: Path, result: Any) -> None:
+            Partial(self.PARTIAL, {"T": 9}).save({})
+            write_json(path, result)
+
+        monkeypatch.setattr(import_module("tetdeploy.cli.validate"), "write_json", beside)
+        run(*self.OPTIONS)
+        assert self.PARTIAL.exists()
+        assert "if another process is at it, give this one its own --json" in refused(*self.OPTIONS)
 
     def test_changed_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
         images, labels = digits().images[:64].copy(), digits().labels[:64]

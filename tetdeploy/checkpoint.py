@@ -8,7 +8,7 @@ metadata needs neither torch nor safetensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,9 @@ from tetdeploy.extras import import_extra
 from tetdeploy.form import check_form
 from tetdeploy.names import section
 from tetdeploy.provenance import PARENT
-from tetdeploy.run_folder import CHECKPOINT_NAME, weights_file
+from tetdeploy.run_folder import CHECKPOINT_NAME, weights_file, weights_sha256
 from tetdeploy.shards import is_sharded, read_shards, read_shards_content
-from tetdeploy.tensor_file import FORMAT, read_content, read_tensors, write_tensors
+from tetdeploy.tensor_file import FORMAT, read_content, read_whole, write_tensors
 from tetdeploy.wording import shorten
 
 if TYPE_CHECKING:
@@ -34,6 +34,43 @@ _KEYS_SHOWN = 20
 
 class MisfitError(ValueError):
     """Weights of other names or shapes than the network's."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file held when it was read: a run that goes on puts others in its place.
+
+    Attributes:
+        path: as it was named: a checkpoint, a run folder, or a folder of shards.
+        file: the checkpoint, or the folder of shards.
+        metadata: see `read_metadata`.
+        tensors: the network's, by name, on the CPU.
+        sha256: see `run_folder.weights_sha256`.
+    """
+
+    path: Path
+    file: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    sha256: str
+
+
+def read_checkpoint(path: Path | str) -> Checkpoint:
+    """Read weights, what they say of themselves, and their SHA-256 at once.
+
+    Args:
+        path: a checkpoint, a run folder that holds one, or a folder of shards.
+
+    Raises:
+        FileNotFoundError: see `read_metadata`.
+        ValueError: see `read_metadata`; the tensors are damaged.
+    """
+    file = weights_file(path)
+    if is_sharded(file):  # which nobody writes again
+        metadata = _checked(read_shards_content(file), file)
+        return Checkpoint(Path(path), file, metadata, section(read_shards(file), "network."), weights_sha256(file))
+    content, tensors, sha256 = read_whole(file)
+    return Checkpoint(Path(path), file, _checked(content, file), tensors, sha256)
 
 
 def save_checkpoint(
@@ -72,12 +109,12 @@ def save_checkpoint(
     write_tensors(path, classifier.network.state_dict(), content)
 
 
-def load(path: Path | str, *, network: nn.Module | None = None) -> Classifier:
+def load(path: Path | str | Checkpoint, *, network: nn.Module | None = None) -> Classifier:
     """The trained classifier of a checkpoint, on the CPU and in eval mode.
 
     Args:
         path: a checkpoint, a run folder that holds one, or a folder of shards (`tetdeploy train --shards-mb`), of more
-            in it the latest.
+            in it the latest; or what `read_checkpoint` has read.
         network: an instance of the user's own network, needed if the checkpoint was trained with one
             (`package.module:function`): a file never decides what code is imported.
 
@@ -93,19 +130,19 @@ def load(path: Path | str, *, network: nn.Module | None = None) -> Classifier:
     import_extra("torch", "train")
     from tetdeploy.networks import Classifier, build_network
 
-    file = weights_file(path)
-    config, arguments = _classifier_arguments(read_metadata(file), file)
+    checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
+    config, arguments = _classifier_arguments(checkpoint.metadata, checkpoint.file)
     classifier = Classifier(build_network(config) if network is None else network, config=config, **arguments)
-    load_weights(classifier, file)
+    load_weights(classifier, checkpoint)
     return classifier.eval()
 
 
-def load_weights(classifier: Classifier, path: Path | str, *, other_classes: bool = False) -> list[str]:
+def load_weights(classifier: Classifier, path: Path | str | Checkpoint, *, other_classes: bool = False) -> list[str]:
     """Copy a checkpoint's weights into the network of `classifier`, in place (`--init`).
 
     Args:
         classifier: keeps its own configuration and normalisation; only its network's state changes.
-        path: a checkpoint, a run folder that holds one, or a folder of shards.
+        path: a checkpoint, a run folder that holds one, or a folder of shards; or what `read_checkpoint` has read.
         other_classes: the checkpoint may be of another number of classes. What differs in it alone, the readout, is
             not copied.
 
@@ -118,11 +155,10 @@ def load_weights(classifier: Classifier, path: Path | str, *, other_classes: boo
         MisfitError: keys are missing, unexpected or misshapen (up to 20 of each are named).
     """
     check_flag("other_classes", other_classes)
-    file = weights_file(path)
-    num_classes = read_metadata(file)["network"].get("num_classes")
-    tensors = section(read_shards(file), "network.") if is_sharded(file) else read_tensors(file)
+    checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
+    file, tensors = checkpoint.file, dict(checkpoint.tensors)
     own = classifier.network.state_dict()
-    sizes = (num_classes, classifier.config.num_classes)
+    sizes = (checkpoint.metadata["network"].get("num_classes"), classifier.config.num_classes)
     kept = _resized(tensors, own, sizes) if other_classes and sizes[0] != sizes[1] else []
     tensors |= {name: own[name] for name in kept}
     check_keys(tensors, own, file)
@@ -149,7 +185,10 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         ValueError: not a checkpoint of ours, truncated, or a pickle.
     """
     file = weights_file(path)
-    content = read_shards_content(file) if is_sharded(file) else read_content(file)
+    return _checked(read_shards_content(file) if is_sharded(file) else read_content(file), file)
+
+
+def _checked(content: dict[str, Any], file: Path) -> dict[str, Any]:
     if "resume" in content:
         raise ValueError(
             f"{file} holds the state of a training run (for --resume), not a checkpoint; "

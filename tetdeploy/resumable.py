@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -137,12 +138,19 @@ class Partial:
             changes = ", ".join(f"{n}: {settings.get(n)} -> {self.settings.get(n)}" for n in other)
             raise ValueError(
                 f"{self.path} holds an unfinished run with other settings ({changes}); "
-                "go on with those, or pass --restart to begin anew"
+                "go on with those, or pass --restart to begin anew; or, if another process is at it, give this one its "
+                "own --json"
             )
         return arrays
 
     def save(self, arrays: Arrays) -> None:
         write_npz(self.path, {"settings": json.dumps(self.settings), **arrays})
+
+    def remove(self) -> None:
+        """Remove the file, unless it is of another run by now."""
+        with suppress(ValueError):
+            self.load()
+            self.path.unlink(missing_ok=True)
 
 
 def finish(run: Pass, partial: Partial, tick: Callable[[int], None]) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tetdeploy.checkpoint import load, read_metadata
+from tetdeploy.checkpoint import Checkpoint, load, read_checkpoint
 from tetdeploy.names import is_own_model
 from tetdeploy.networks import Classifier, NetworkConfig, import_network, run_network
-from tetdeploy.run_folder import weights_file
 
 from .config import TrainConfig
 from .losses import distillation_loss, sdt_loss, tet_loss, total_loss
@@ -87,17 +85,26 @@ class Teacher:
         return self.alpha * distillation_loss(logits, targets, tau_kd=self.tau_kd)
 
 
-def load_teacher(config: TrainConfig, student: Classifier) -> Teacher | None:
+def load_teacher(config: TrainConfig, student: Classifier, *, sha256: str) -> Teacher | None:
     """The teacher of `config.distill`, in eval mode on the CPU; None if there is none.
+
+    Args:
+        sha256: of its weights, as the run's files say it.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is no ANN twin, one for other images or classes, or one of the user's own code which the student
-            is not.
+        ValueError: it has other weights; it is no ANN twin, one for other images or classes, or one of the user's own
+            code which the student is not.
     """
     if not config.distill:
         return None
-    classifier = load(Path(config.distill), network=_own_network(config.distill, student))
+    checkpoint = read_checkpoint(config.distill)
+    if checkpoint.sha256 != sha256:
+        raise ValueError(
+            f"the teacher {config.distill} was replaced while it was read (it is still being trained): start again, "
+            "best when its training has ended"
+        )
+    classifier = load(checkpoint, network=_own_network(checkpoint, student))
     if not classifier.config.ann:
         raise ValueError(f"the teacher {config.distill} is no ANN: train one with --ann and give its run to --distill")
     for name in ("image_shape", "class_names"):
@@ -109,14 +116,14 @@ def load_teacher(config: TrainConfig, student: Classifier) -> Teacher | None:
     return Teacher(classifier.requires_grad_(False), config.distill_alpha, config.distill_tau)
 
 
-def _own_network(teacher: str, student: Classifier) -> nn.Module | None:
+def _own_network(teacher: Checkpoint, student: Classifier) -> nn.Module | None:
     """A network of the teacher's checkpoint if that is the user's own, who has named its function for the student."""
-    theirs = read_metadata(weights_file(Path(teacher)))["network"]
+    theirs = teacher.metadata["network"]
     if not is_own_model(str(theirs["model"])):
         return None
     if theirs["model"] != student.config.model:
         raise ValueError(
-            f"the teacher {teacher} is a network of your own, {theirs['model']}, and the student is "
+            f"the teacher {teacher.path} is a network of your own, {theirs['model']}, and the student is "
             f"{student.config.model}: no file can have code imported, so teach with the student's --model or a "
             "built-in network"
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tetdeploy.checkpoint import data_settings
+from tetdeploy.checkpoint import Checkpoint, data_settings
 from tetdeploy.data import LabelledSet
 from tetdeploy.files import made_folder, write_json
 from tetdeploy.form import NUMBER, as_json, check_form, parse_json
@@ -87,12 +87,14 @@ def _teacher(distill: str) -> dict[str, str]:
     return {"distill": _place(distill), "distill_sha256": sha256}
 
 
-def weights_origin(init: Path | str) -> dict[str, str]:
+def weights_origin(init: Path | str | Checkpoint) -> dict[str, str]:
     """What a run's files say of the weights that it began with (`--init`): where they lie, and which ones they are.
 
     Raises:
         FileNotFoundError: there are none.
     """
+    if isinstance(init, Checkpoint):
+        return {"path": _place(init.path), "checkpoint_sha256": init.sha256}
     return {"path": _place(init), "checkpoint_sha256": weights_sha256(weights_file(init))}
 
 
@@ -142,9 +144,10 @@ def _locked(out: Path) -> Iterator[None]:
             stacklevel=2,
         )
     try:
-        with suppress(OSError):
-            if lock.is_locked:
+        if lock.is_locked:
+            with suppress(OSError):  # as on Windows, where nobody writes to a locked file
                 file.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+            with suppress(OSError):
                 _sweep(out)
         yield
     finally:
@@ -272,14 +275,14 @@ def new_run_folder(runs: Path, name: str) -> Iterator[Path]:
 
 
 def mark_latest(out: Path, runs: Path) -> None:
-    """Let `runs/latest` point at `out`: a relative symlink, or a text file with the path where there are no symlinks.
+    """Let `runs/latest` point at `out`: a symlink, relative unless `out` is on another drive of Windows, or a text file
+    with the path where there are no symlinks.
     Where that cannot be written, a warning says so of a run that lies elsewhere.
 
     Raises:
         OSError: it cannot be written, and the run lies in `runs`, of which later commands take the latest.
     """
-    target = Path(os.path.relpath(out.absolute(), runs.absolute()))
-    latest = runs / LATEST_NAME
+    target, latest = _seen_from(runs, out.absolute()), runs / LATEST_NAME
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".latest.", dir=runs) as folder:
@@ -295,6 +298,15 @@ def mark_latest(out: Path, runs: Path) -> None:
             raise OSError(f"{text}: remove it, or train with another --runs") from error
         text += ": name the run in later commands, or train with another --runs"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _seen_from(runs: Path, out: Path) -> Path:
+    """Where `out` is from where `runs`, which may be a symlink, really lies."""
+    out = Path(os.path.realpath(out.parent), out.name)
+    try:
+        return Path(os.path.relpath(out, os.path.realpath(runs)))
+    except ValueError:  # it is on another drive of Windows
+        return out
 
 
 def run_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

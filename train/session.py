@@ -224,7 +224,7 @@ def prepare(task: Task, *, settings: dict[str, Any], resume: bool, workers: int 
         check_graphs(config, device, precision, ranks)
     if how.recompute:
         recompute_blocks(classifier.network)
-    teacher = load_teacher(config, classifier)
+    teacher = load_teacher(config, classifier, sha256=settings["training"].get("distill_sha256", ""))
     _place_all(classifier, teacher, device, precision, fusable=not config.qat and ranks.size == 1)
     trained: Runnable = classifier
     calibration = _find_calibration(task, resume=resume) if config.qat else None

@@ -15,6 +15,7 @@ from tetdeploy.names import is_own_model
 from tetdeploy.run_folder import latest_run
 
 if TYPE_CHECKING:
+    from tetdeploy.checkpoint import Checkpoint
     from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier
     from tetdeploy.train import How
@@ -48,13 +49,13 @@ class Beginning:
         out: the folder; None for a new one.
         seeds: of several runs; none of one.
         how: see `_how`.
-        metadata: what the checkpoint of --init says; nothing without one.
+        init: the checkpoint of --init, as it was when it was read.
     """
 
     out: Path | None
     seeds: tuple[int, ...]
     how: How
-    metadata: Mapping[str, Any]
+    init: Checkpoint | None
 
 
 def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seeds: tuple[int, ...]) -> Beginning:
@@ -69,11 +70,11 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
             the user's own that is not named.
         click.UsageError: --seed was typed for several seeds.
     """
-    from tetdeploy.checkpoint import read_metadata
+    from tetdeploy.checkpoint import read_checkpoint
     from tetdeploy.train.runs import read_run_config
 
-    resume, restart_from, init = (ctx.params[name] for name in ("resume", "restart_from", "init"))
-    metadata = {} if init is None else read_metadata(init)
+    resume, restart_from = ctx.params["resume"], ctx.params["restart_from"]
+    init = None if ctx.params["init"] is None else read_checkpoint(ctx.params["init"])
     before: Mapping[str, Any] = {}
     if resume is not None:
         out = Path(resume) if resume else out or latest_run(ctx.params["runs"])
@@ -84,12 +85,12 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     elif restart_from is not None:
         before = _take_carried(ctx, restart_from, options)
     elif options["qat"]:
-        _take_checkpoint(ctx, init, metadata, options)
+        _take_checkpoint(ctx, init, options)
     elif init is not None:
-        _take_network(ctx, init, metadata["network"], options)
+        _take_network(ctx, init.path, init.metadata["network"], options)
     if seeds and is_typed(ctx, "seed"):
         raise click.UsageError("--seed and --seeds both decide the random numbers: choose one of them")
-    return Beginning(out, seeds, _how(ctx, before), metadata)
+    return Beginning(out, seeds, _how(ctx, before), init)
 
 
 def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -140,9 +141,7 @@ def _how(ctx: click.Context, before: Mapping[str, Any]) -> How:
     return How(**values | {"shards_mb": values["shards_mb"] or None})
 
 
-def _take_checkpoint(
-    ctx: click.Context, init: Path | None, metadata: Mapping[str, Any], options: dict[str, Any]
-) -> None:
+def _take_checkpoint(ctx: click.Context, init: Checkpoint | None, options: dict[str, Any]) -> None:
     """Give options that were neither typed nor in a recipe what the checkpoint to fine-tune says, or qat's defaults.
 
     Raises:
@@ -153,17 +152,17 @@ def _take_checkpoint(
 
     if init is None:
         raise click.UsageError("--qat fine-tunes a trained network: name its run or checkpoint with --init")
-    network, training = metadata["network"], metadata["training"]
-    _check_named(ctx, init, network)
+    network, training = init.metadata["network"], init.metadata["training"]
+    _check_named(ctx, init.path, network)
     for name in NETWORK_OPTIONS:
         value = network.get(name, options[name])
         if is_given(ctx, name) and options[name] != value:
-            raise ValueError(f"{init} has {name} {value}, not {options[name]}: leave it out")
+            raise ValueError(f"{init.path} has {name} {value}, not {options[name]}: leave it out")
         options[name] = value
     kept = {name: training[name] for name in _KEPT_BY_QAT if name in training}
     kept["loss"] = "tet" if training.get("switch_to_tet") else training.get("loss", options["loss"])
     if not is_given(ctx, "data"):
-        kept["data"] = trained_on(metadata, init)
+        kept["data"] = trained_on(init.metadata, init.path)
     for name, value in {**kept, **_QAT_DEFAULTS}.items():
         if not is_given(ctx, name):
             options[name] = value
@@ -183,7 +182,7 @@ def _take_network(ctx: click.Context, init: Path, network: Mapping[str, Any], op
             console.print(f"{name} {network[name]}, as in {init}", style="yellow")
 
 
-def start_from(ctx: click.Context, classifier: Classifier, init: Path, metadata: Mapping[str, Any]) -> None:
+def start_from(ctx: click.Context, classifier: Classifier, init: Checkpoint) -> None:
     """Take the weights of `init`, and say which ones its number of classes leaves out.
 
     Raises:
@@ -194,17 +193,17 @@ def start_from(ctx: click.Context, classifier: Classifier, init: Path, metadata:
     try:
         anew = load_weights(classifier, init, other_classes=True)
     except MisfitError as error:
-        theirs, ours = metadata["network"], {"model": classifier.config.model, "width": classifier.config.width}
+        theirs, ours = init.metadata["network"], {"model": classifier.config.model, "width": classifier.config.width}
         others = {k: value for k, value in ours.items() if is_given(ctx, k) and theirs.get(k, value) != value}
         if not others:
             raise
         differ = ", and ".join(f"{name} {theirs[name]}, not {value}" for name, value in others.items())
         options = " and ".join(f"--{name}" if is_typed(ctx, name) else f"{name} in the recipe" for name in others)
-        raise ValueError(f"{init} has {differ}, which its weights do not fit: leave out {options}") from error
+        raise ValueError(f"{init.path} has {differ}, which its weights do not fit: leave out {options}") from error
     if anew:
-        known, num_classes = metadata["network"]["num_classes"], classifier.config.num_classes
+        known, num_classes = init.metadata["network"]["num_classes"], classifier.config.num_classes
         console.print(
-            f"{init} knows {known} classes, {classifier.data} has {num_classes}: {', '.join(anew)} start anew",
+            f"{init.path} knows {known} classes, {classifier.data} has {num_classes}: {', '.join(anew)} start anew",
             style="yellow",
         )
 

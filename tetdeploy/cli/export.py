@@ -201,7 +201,7 @@ def _export_onnx(ctx: click.Context, trained: Trained, path: Path, config: Expor
         raise click.UsageError(
             f"{trained.file} was fine-tuned at scales of its own (train --qat): leave out --calibrate"
         )
-    classifier = load_classifier(trained.file, trained.metadata, given["model"])
+    classifier = load_classifier(trained.checkpoint, trained.metadata, given["model"])
     (images, labels), calibration = trained.images(
         given["data"],
         given["data_dir"],
@@ -271,7 +271,7 @@ def _export_nir(
     path = out or trained.file.parent / "model.nir"
     check_writable(path, ".nir", remedy="choose another with --out")
     exported = export_nir(
-        load_classifier(trained.file, trained.metadata, model),
+        load_classifier(trained.checkpoint, trained.metadata, model),
         path,
         trained_T=trained.T,
         encoding=encoding or trained.encoding,

@@ -14,6 +14,7 @@ from tetdeploy.names import is_npz, is_own_model
 from tetdeploy.run_folder import other_checkpoint
 
 if TYPE_CHECKING:
+    from tetdeploy.checkpoint import Checkpoint
     from tetdeploy.data import LabelledSet
     from tetdeploy.engine import Engine
 
@@ -210,7 +211,7 @@ def network_of(config: Any, own: str | None) -> Any:
     return import_network(config) if own is not None and config.is_own else build_network(config)
 
 
-def load_classifier(file: Path, metadata: Mapping[str, Any], own: str | None) -> Any:
+def load_classifier(file: Path | Checkpoint, metadata: Mapping[str, Any], own: str | None) -> Any:
     """The classifier of a checkpoint; `own` is --model, for a network of the user's own."""
     from tetdeploy.checkpoint import load
     from tetdeploy.networks import NetworkConfig

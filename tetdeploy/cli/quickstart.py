@@ -12,7 +12,6 @@ from tetdeploy.cli.options import runs_option
 from tetdeploy.cli.sweep import sweep
 from tetdeploy.cli.terminal import console
 from tetdeploy.cli.train import train
-from tetdeploy.run_folder import newest_export
 
 
 @click.command(
@@ -32,9 +31,9 @@ def quickstart(ctx: click.Context, seed: int, runs: Path) -> None:
     """
     native.missing()  # a value of TETDEPLOY_NATIVE that the last step would refuse, before any work
     console.print("1  tetdeploy train", style="bold")
-    ctx.invoke(train, seed=seed, runs=runs)
+    run = ctx.invoke(train, seed=seed, runs=runs)
     console.print("\n2  tetdeploy export --T 8 --fold-bn", style="bold")
-    ctx.invoke(export, T=8, runs=runs)
+    model = ctx.invoke(export, run=run, T=8)
     console.print("\n3  tetdeploy sweep --T 1:8", style="bold")
-    ctx.invoke(sweep, steps=tuple(range(1, 9)), runs=runs)
-    console.print(f"\nthe model: {newest_export(runs)}")
+    ctx.invoke(sweep, model=model, steps=tuple(range(1, 9)))
+    console.print(f"\nthe model: {model}")

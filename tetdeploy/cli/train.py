@@ -198,7 +198,7 @@ def train(
     restart_from: Path | None,
     json_path: Path | None,
     **options: Any,
-) -> None:
+) -> Path:
     """Train a network with Temporal Efficient Training.
 
     Writes RUN/checkpoint.safetensors (the best epoch on held-out training images; the test set is not touched),
@@ -217,8 +217,8 @@ def train(
         with ranks.first(), _naming(config):
             begun = begin(ctx, options, out=out, seeds=_parse_seeds(seeds))
             job = _job(ctx, options)
-            if options["qat"] and init is not None:
-                check_same_inputs(init, begun.metadata, job.train)
+            if options["qat"] and begun.init is not None:
+                check_same_inputs(begun.init.path, begun.init.metadata, job.train)
         out = begun.out
         if out is None and ranks.writes:
             out = made.enter_context(_new_folder(runs, config, job))
@@ -232,15 +232,16 @@ def train(
             recipe = None if config is None else str(config)
             many = train_seeds(job.classifier, job.train, job.val, job.config, begun.seeds, out, recipe=recipe, **also)
             _report_seeds(ctx, many, job, json_path)
-            return
+            return out
         classifier = job.classifier(job.config.seed)
-        if init is not None:
-            start_from(ctx, classifier, init, begun.metadata)
+        if begun.init is not None:
+            start_from(ctx, classifier, begun.init)
             if job.val is not None:
-                note_trained_on(init, begun.metadata, job.val, job.config.val_fraction)
+                note_trained_on(begun.init.path, begun.init.metadata, job.val, job.config.val_fraction)
         job.warn_of_export(ranks)
-        also |= {"init": init, "restart_from": restart_from}
+        also |= {"init": begun.init, "restart_from": restart_from}
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **also), job, json_path)
+        return out
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from tetdeploy.cli.options import (
 from tetdeploy.cli.terminal import console, image_bar, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
-from tetdeploy.run_folder import weights_file, weights_sha256
 
 if TYPE_CHECKING:
     from tetdeploy.agreement import Compared, Reference
@@ -111,8 +110,7 @@ def validate(
     note_other_checkpoint(engine)
     json_path = output_path(json_path, engine, ".validate.json")
     partial_path = json_path.with_suffix(".partial.npz")
-    long = against is not None or data is not None
-    if restart and long:
+    if restart and (against is not None or data is not None):
         partial_path.unlink(missing_ok=True)
     job = _Job(engine, steps, gates, batch_size)
     try:
@@ -129,8 +127,8 @@ def validate(
         console.print(f"interrupted{kept}")
         ctx.exit(INTERRUPTED)
     write_json(json_path, result)
-    if long:
-        partial_path.unlink(missing_ok=True)
+    if job.partial is not None:
+        job.partial.remove()
     _tell(result, json_path, layers=against is not None if layers is None else layers)
     if not all(gate["passed"] for gate in result["gates"]):
         ctx.exit(FAILED)
@@ -150,13 +148,15 @@ def _tell(result: dict[str, Any], json_path: Path, *, layers: bool) -> None:
 
 
 class _Job:
-    """What to measure of a model; its methods are the three kinds of validation and give their JSON."""
+    """What to measure of a model; its methods are the three kinds of validation and give their JSON. `partial` is what
+    one leaves where it is interrupted."""
 
     def __init__(
         self, engine: Engine, wanted: tuple[int, ...] | None, gates: tuple[Gate, ...], batch_size: int
     ) -> None:
         self.engine, self.wanted, self.gates, self.batch_size = engine, wanted, gates, batch_size
         self.trained_T = engine.trained_T
+        self.partial: Partial | None = None
 
     def reference_only(self) -> dict[str, Any]:
         """The kept images alone: no test accuracy."""
@@ -253,7 +253,7 @@ class _Job:
         """Run a pass to its end, with a bar for the images that PyTorch sees too and one for the others."""
         from tetdeploy.resumable import finish
 
-        kept = partial.load()
+        self.partial, kept = partial, partial.load()
         if kept is not None:
             run.restore(kept)
             console.print(f"going on after {run.done:,} of {len(run.x):,} images (--restart begins anew)")
@@ -286,20 +286,20 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
     """
     torch = import_extra("torch", "train")
     import_extra("onnxscript", "train")
-    from tetdeploy.checkpoint import read_metadata
+    from tetdeploy.checkpoint import read_checkpoint
 
-    file = weights_file(path)
-    metadata, digest = read_metadata(file), weights_sha256(file)
+    checkpoint = read_checkpoint(path)
     wanted = str(engine.metadata["source"].get("checkpoint_sha256", ""))
-    if digest != wanted:
+    if checkpoint.sha256 != wanted:
         raise ValueError(
-            f"{engine.path.name} was not exported from {file}: it was made from "
-            f"{f'the checkpoint {wanted[:12]}' if wanted else 'a network it does not name'}, this is {digest[:12]} "
-            f"(SHA-256); name that checkpoint, or export this one again: tetdeploy export {path}"
+            f"{engine.path.name} was not exported from {checkpoint.file}: it was made from "
+            f"{f'the checkpoint {wanted[:12]}' if wanted else 'a network it does not name'}, this is "
+            f"{checkpoint.sha256[:12]} (SHA-256); name that checkpoint, or export this one again: "
+            f"tetdeploy export {path}"
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_classifier(file, metadata, own), digest
+    return load_classifier(checkpoint, checkpoint.metadata, own), checkpoint.sha256
 
 
 def _partial(path: Path, run: Pass, name: str, **settings: str) -> Partial:

@@ -60,10 +60,13 @@ def download(
                 make(temporary)
             data_dir.mkdir(parents=True, exist_ok=True)
             made, target = Path(temporary) / folder, data_dir / folder
-            if target.exists():  # an earlier, incomplete one
-                shutil.copytree(made, target, dirs_exist_ok=True, copy_function=os.replace)
-            else:
+            try:
                 made.replace(target)
+            except OSError:
+                if not target.exists():
+                    raise
+                # an earlier, incomplete one, or that of another job which has ended in between
+                shutil.copytree(made, target, dirs_exist_ok=True, copy_function=os.replace)
     except (MissingExtraError, OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
