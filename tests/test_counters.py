@@ -512,6 +512,7 @@ def test_what_is_gathered_along_the_steps_or_to_axes_of_unknown_size() -> None:
     squares = ir.Value(shape=ir.Shape((3, 3, "batch")))
     order = StepOrder([squares], 3)
     assert order.left_of_steps(after(order, "Gather", [squares], 3, "batch", axis=0)) == 0  # of one step
+    assert order.left_of_steps(after(order, "Gather", [squares], 3, "batch", axis=-3)) == 0
     assert order.left_of_steps(after(order, "Gather", [squares], 3, "batch", axis=1)) == 1
 
 

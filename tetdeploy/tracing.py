@@ -79,8 +79,8 @@ class Tracer:
                 return fold_batchnorm(self.program(T, step=step), trainable=trainable)
             except FoldingError as error:  # modules are called as the network does, without our boundary round it
                 message = re.sub(r"\S+ \(classifier\)", "the input", str(error))  # normalised
-                message = message.replace("classifier.network.", "").replace("classifier.network", "network")
-                raise FoldingError(message) from error
+                message = re.sub(r"(?<![\w.])classifier\.network\.", "", message)
+                raise FoldingError(re.sub(r"(?<![\w.])classifier\.network\b", "network", message)) from error
 
     def example(self, T: int | None, step: bool) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """Example inputs (a batch of 2) and which of their dimensions are dynamic."""

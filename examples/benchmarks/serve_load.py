@@ -293,7 +293,7 @@ def _end_after(seconds: float, end: Callable[[], None]) -> None:
 @data_dir_option
 @click.option("--clients", default="1,16,64,256", type=Numbers(), show_default=True)
 @click.option("--seconds", default=10.0, type=ABOVE_0, show_default=True, help="Of each number of clients.")
-@click.option("--threads", type=AT_LEAST_1, help="Cores of the engine; all by default.")
+@click.option("--threads", type=AT_LEAST_1, help="Threads of the engine. [default: as serve]")
 @click.option("--soak", "minutes", type=ABOVE_0, help="Watch the server's memory for so many minutes instead.")
 @click.option("--faults", "with_faults", is_flag=True, help="Misbehave, stop, kill and restart instead.")
 @json_option
