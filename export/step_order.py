@@ -91,7 +91,7 @@ class StepOrder:
 
 
 def sizes(value: ir.Value, *, partly: bool = False) -> list[int] | None:
-    """A value's axes with BATCH for the batch; None if one is unknown, unless asked for `partly`: _UNKNOWN stands there."""
+    """A value's axes with BATCH for the batch; None if one is unknown, but if `partly` it is _UNKNOWN there."""
     if value.shape is None:
         return None
     found = [dim if isinstance(dim, int) else _size(dim) for dim in value.shape]

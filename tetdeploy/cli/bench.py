@@ -43,7 +43,11 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 """
 )
 @click.option("--batch", "batches", default="1,8", show_default=True, type=Numbers(), help="Images a call.")
-@click.option("--threads", type=Numbers(), help="Threads of an operation. [default: 1 and all cores, or those that affinity and a CPU quota leave; on a GPU 1]")
+@click.option(
+    "--threads",
+    type=Numbers(),
+    help="Threads of an operation. [default: 1 and all cores, or those that affinity and a CPU quota leave; on a GPU 1]",
+)
 @click.option(
     "--T",
     "steps",
