@@ -1475,7 +1475,7 @@ def test_why_the_batch_cannot_be_left_open(network: type[nn.Module], match: str,
 
 @pytest.mark.parametrize(("fold_bn", "T"), [(True, None), (False, 4)])
 def test_errors_of_the_optimiser_are_told(fold_bn: bool, T: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: Any) -> None:
+    def fails(*args: Any, **options: Any) -> None:
         failed = RuntimeError("a pass failed")
         failed.__cause__ = TypeError("no ndim")
         raise RuntimeError("not optimised") from failed
