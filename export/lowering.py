@@ -188,7 +188,6 @@ def _pass_bytes(graph: ir.Graph, spikes: list[ir.Value]) -> None:
         if node.op_type in _HAND_ON:
             copied = ir.Node("", node.op_type, [bytes_of[source], *node.inputs[1:]], node.attributes.values())
             copied.outputs[0].type, copied.outputs[0].shape = BYTE, node.outputs[0].shape
-            copied.metadata_props.update(node.metadata_props)
             graph.insert_after(node, copied)
             bytes_of[node.outputs[0]] = copied.outputs[0]
             views += [node, copied]

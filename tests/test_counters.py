@@ -26,6 +26,7 @@ from tetdeploy.export.audit import CountError, _operations, _Read, audit
 from tetdeploy.export.binary_values import BinaryValues
 from tetdeploy.export.config import Layout
 from tetdeploy.export.counters import counting_overlay
+from tetdeploy.export.model import build_graph
 from tetdeploy.export.neuron_steps import Neurons
 from tetdeploy.export.operations import Layers
 from tetdeploy.export.step_order import BATCH, StepOrder
@@ -651,6 +652,33 @@ def test_differences_are_counted_and_sums_of_some_steps_are_named(tmp_path: Path
     metadata = unchecked(Differences(), tmp_path / "m.onnx", ExportConfig(T=3)).metadata
     assert [*metadata["other_ops"]["residual_adds"].values()] == [10]
     assert metadata["uncounted"] == ["later (residual_adds)"]
+
+
+class FromNeuronsToNeurons(nn.Module):
+    """The second neurons alone read the first, step by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encode, self.between = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.lif1, self.lif2, self.lif3 = LIF(v_th=0.2), LIF(v_th=0.9), LIF(v_th=0.3)
+        self.readout = nn.Linear(512, 10)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.encode(x)
+        spikes = self.lif2(self.lif1(current.unsqueeze(0).expand(T, *current.shape)))
+        spikes = self.lif3(self.between(spikes.flatten(0, 1)).unflatten(0, (T, -1)))
+        logits: Tensor = self.readout(spikes.flatten(2))
+        return logits
+
+
+def test_neurons_that_neurons_alone_read_are_counted(tmp_path: Path) -> None:
+    """In int8 neurons read single steps, and nobody the spikes of all."""
+    config = ExportConfig(T=3, trained_T=3, precision="int8")
+    graph, *_ = build_graph(classifier(FromNeuronsToNeurons()), config, calibration=(digits().images[:32], None))
+    (tmp_path / "m.onnx").write_bytes(ir.to_proto(graph.model).SerializeToString())
+    counts = Engine(tmp_path / "m.onnx", threads=1).count(digits().images[:8], 3)[1]
+    assert counts["fired.lif1"].any()
 
 
 # ------------------------------------------------------------------------------------------- exact sums

@@ -1475,7 +1475,7 @@ def test_why_the_batch_cannot_be_left_open(network: type[nn.Module], match: str,
 
 @pytest.mark.parametrize(("fold_bn", "T"), [(True, None), (False, 4)])
 def test_errors_of_the_optimiser_are_told(fold_bn: bool, T: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: Any) -> None:
+    def fails(*args: Any, **options: Any) -> None:
         failed = RuntimeError("a pass failed")
         failed.__cause__ = TypeError("no ndim")
         raise RuntimeError("not optimised") from failed
@@ -1826,6 +1826,28 @@ def test_layers_read_sums_without_a_reshape(layout: str, tmp_path: Path) -> None
     producer = {name: node for node in nodes for name in node.output}
     read = [producer[node.input[0]].op_type for node in nodes if node.op_type == "Conv" and node.input[0] in producer]
     assert "Add" in read
+
+
+class ReadTwice(nn.Module):
+    """A sum of spikes that a convolution reads, and then neurons themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.skip = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(1, 6, 3, padding=1)
+        self.between, self.readout = nn.Conv2d(6, 6, 3, padding=1), nn.Linear(384, 10)
+        self.lif1, self.lif2, self.lif3, self.lif4 = LIF(v_th=0.4), LIF(v_th=0.3), LIF(v_th=0.7), LIF(v_th=0.5)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        one, other = (layer(x).unsqueeze(0).repeat(T, 1, 1, 1, 1) for layer in (self.encode, self.skip))
+        total = self.lif1(one) + self.lif2(other)
+        current = self.between(total.flatten(0, 1)).unflatten(0, (T, -1))
+        logits: Tensor = self.readout((self.lif3(total) + self.lif4(current)).flatten(2))
+        return logits
+
+
+def test_nodes_stand_behind_what_they_read(tmp_path: Path) -> None:
+    unchecked(ReadTwice(), tmp_path / "m.onnx", ExportConfig(T=3))
+    onnx.checker.check_model(tmp_path / "m.onnx", full_check=True)
 
 
 class SumOfTurned(nn.Module):

@@ -264,6 +264,26 @@ def test_a_linear_layer_between_neurons(tmp_path: Path) -> None:
     assert [layer["precision"] for layer in Engine(exported.path).metadata["layers"]] == ["fp32", "fp16", "fp32"]
 
 
+class BehindBoth(nn.Module):
+    """What a layer reads is a sum of which only the second part comes from neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1 = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1)), LIF()
+        self.conv, self.lif2 = OverTime(nn.Conv2d(4, 4, 3, padding=1)), LIF()
+        self.readout = OverTime(nn.Flatten(), nn.Linear(256, 10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        current = self.encode(x, T)
+        logits: Tensor = self.readout(self.lif2(self.conv(current + self.lif1(current))))
+        return logits
+
+
+def test_a_layer_lies_behind_neurons_whichever_part_of_a_sum_does() -> None:
+    module = Tracer(classifier(BehindBoth()), encoding="direct", uint8=True).folded(2)
+    assert [layer.place for layer in placed_layers(module)] == ["first", "inner", "readout"]
+
+
 def test_what_float16_cannot_hold_or_has_no_layer_for() -> None:
     torch.manual_seed(3)
     network = classifier(Linear())
@@ -384,9 +404,9 @@ def test_the_gate_lets_through_what_rounding_makes_and_no_more(kind: str, monkey
         check_layers(network)
 
 
-def _without_most_channels(module: torch.fx.GraphModule, layer: half.PlacedLayer) -> torch.fx.Node:
+def _without_most_channels(module: torch.fx.GraphModule, layer: half.PlacedLayer, axes: int = 3) -> torch.fx.Node:
     current, (x, weight, *rest) = halve_layer(module, layer), layer.node.args
-    first = (torch.arange(4) == 0).view(4, 1, 1, 1).half()
+    first = (torch.arange(4) == 0).view(4, *[1] * axes).half()
     module.register_buffer("first_channel", first)
     with module.graph.inserting_before(layer.node):
         kept = module.graph.call_function(torch.mul, (weight, module.graph.get_attr("first_channel")))
@@ -411,6 +431,32 @@ def test_the_gate_compares_each_channel_by_itself(rest: float, monkeypatch: pyte
     monkeypatch.setattr(half, "_halve_layer", _without_most_channels)
     with pytest.raises(HalfError, match=r"convolve\.0 in float16 differ .* in channel [123], where"):
         check_layers(uneven(rest))
+
+
+class OfTokens(nn.Module):
+    """A linear layer of tokens, `[T, N, L, C]`, whose first channel has by far the largest weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.encode = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1))
+            self.hidden, self.readout = nn.Linear(4, 4), OverTime(nn.Flatten(), nn.Linear(256, 10))
+        self.lif1, self.lif2 = LIF(v_th=0.3), LIF(v_th=0.3)
+        with torch.no_grad():
+            self.hidden.weight[0] = 1000.0
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        tokens = self.lif1(self.encode(x, T)).flatten(3).mT
+        logits: Tensor = self.readout(self.lif2(self.hidden(tokens)))
+        return logits
+
+
+def test_the_gate_compares_each_feature_of_tokens_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_layers(classifier(OfTokens()))
+    monkeypatch.setattr(half, "_halve_layer", partial(_without_most_channels, axes=1))
+    with pytest.raises(HalfError, match=r"hidden in float16 differ .* in channel [123], where"):
+        check_layers(classifier(OfTokens()))
 
 
 def test_channels_that_hardly_count_may_round_to_the_smallest_numbers() -> None:

@@ -836,6 +836,20 @@ def test_spikes_that_are_written_over_later_are_spikes() -> None:
     assert list(spiking_convolutions(module).values()) == ["drop.1", "conv.0"]
 
 
+class Darker(InPlace):
+    """It writes over its input."""
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        return super().forward(x.mul_(0.5), T)
+
+
+def test_calibration_does_not_write_over_the_images() -> None:
+    x = (digits().images[:32] / 16).astype(np.float32)
+    before, tracer = x.copy(), Tracer(classifier(Darker()), encoding="direct", uint8=False)
+    calibrate(tracer, x, None, 2, lambda scales: np.zeros((32, 2, 10), np.float32))
+    np.testing.assert_array_equal(x, before)
+
+
 def test_sums_too_large_to_be_exact_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     network = Moved(*SUMS[:3], lambda s: torch.stack([s, doubled(s, 6)])[1], lambda s: torch.cat([doubled(s, 6), s], 2))
     module = Tracer(classifier(network), encoding="direct", uint8=True).folded(2)

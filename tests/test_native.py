@@ -432,6 +432,19 @@ def test_averages_of_spikes_lose_their_fraction_as_bytes() -> None:
     assert "Elementwise" in assert_same(model, {"x": floats(3, 2, 4, 4)})
 
 
+def test_images_turned_with_their_blocks_that_are_as_wide_as_deep() -> None:
+    """ONNX Runtime writes a convolution's blocks with channels last, of the shape that they had."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Transpose", ["a"], ["b"], perm=[0, 2, 3, 1]),
+        helper.make_node("Mul", ["b", "k"], ["c"]),
+        helper.make_node("Sub", ["c", "b"], ["y"]),
+    ]
+    x, w = (np.random.default_rng(0).normal(size=(n, 16, s, s)).astype(np.float32) for n, s in ((2, 16), (16, 3)))
+    model = graph(nodes, {"x": (FLOAT, ["N", 16, 16, 16])}, {"y": FLOAT}, {"w": w, "k": np.array(0.7, np.float32)})
+    assert "Elementwise" in assert_same(model, {"x": x})
+
+
 def test_what_nobody_reads_is_left_out() -> None:
     nodes = [helper.make_node("Mul", ["x", "k"], ["a"]), helper.make_node("Sub", ["a", "x"], ["y"])]
     nodes += [helper.make_node("Relu", ["x"], ["b"]), helper.make_node("Sub", ["b", "x"], ["c"])]
@@ -507,12 +520,13 @@ class Mixed(nn.Module):
 
 
 class OnceForAll(Mixed):
-    """A current that all steps share is added to those of each."""
+    """A current that all steps share is added to those of each, and they to it."""
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         current = self.encode(x)
         spikes = self.lif1(current.unsqueeze(0).expand(T, *current.shape))
-        logits: Tensor = self.readout(self.lif2(spikes * 0.5 + current.unsqueeze(0)).flatten(2))
+        shared, own = current.unsqueeze(0), spikes * 0.5
+        logits: Tensor = self.readout((self.lif2(own + shared) + self.lif2(shared + own)).flatten(2))
         return logits
 
 
@@ -541,6 +555,30 @@ class Doubled(Mixed):
 def test_networks_of_ones_own(layout: str, tmp_path: Path) -> None:
     network = SideBySide(Mixed, OnceForAll, Grey, Doubled)
     unchecked(network, tmp_path / "m.onnx", ExportConfig(layout=layout, T=4))  # type: ignore[arg-type]
+    assert_same_answers(tmp_path / "m.onnx", digits().images, [4])
+
+
+class OneBehindTheOther(Mixed):
+    """A convolution reads the spikes of two layers of neurons, one batch behind the other, as of two views."""
+
+    def __init__(self, seed: int = 2) -> None:
+        super().__init__(seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.between = nn.Conv2d(6, 6, 3, padding=1)
+        self.lif3 = LIF(v_th=0.3)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.encode(x).unsqueeze(0).repeat(T, 1, 1, 1, 1)
+        both = torch.cat([lif(current).flatten(0, 1) for lif in (self.lif1, self.lif2)])
+        one, other = self.between(both).unflatten(0, (2, T, -1))
+        logits: Tensor = self.readout(self.lif3(one - other).flatten(2))
+        return logits
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
+def test_neurons_that_are_joined_along_the_batch(layout: Any, tmp_path: Path) -> None:
+    unchecked(OneBehindTheOther(), tmp_path / "m.onnx", ExportConfig(layout=layout, T=4))
     assert_same_answers(tmp_path / "m.onnx", digits().images, [4])
 
 

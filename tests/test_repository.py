@@ -227,7 +227,16 @@ def test_other_states_are_no_new_version(tmp_path: Path) -> None:
         add_to_repository(folder.parent, [exported("step")], "digits")
 
 
-@pytest.mark.parametrize("config", [None, "", 'name: "theirs"', "no configuration"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        "",
+        'name: "theirs"',
+        'parameters { key: "mode" value { string_value: "theirs" } }',
+        "no configuration",
+    ],
+)
 def test_a_foreign_folder_is_left_alone(config: str | None, tmp_path: Path) -> None:
     folder = tmp_path / "digits"
     folder.mkdir()

@@ -479,6 +479,20 @@ def test_convolutions_may_have_their_weights_in_common(attributes: dict[str, Any
         np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("spiking_op", [16], indirect=True)
+def test_weights_in_common_have_the_scale_of_each_input(spiking_op: str) -> None:
+    """A convolution of spikes, and the same of means of them."""
+    model = convolution(weights_of(20, WIDE, 3, 3))
+    model.graph.node.append(node("AveragePool", ["s"], "mean", kernel_shape=[2, 2], strides=[2, 2]))
+    model.graph.node.append(node("Conv", ["mean", "w"], "z"))
+    model.graph.output.append(helper.make_tensor_value_info("z", FLOAT, None))
+    made, operators = fused(model)
+    assert operators.count(spiking_op) == 2
+    x = images(3, WIDE)
+    for y, expected in zip(run_all(made, x), run_all(model.SerializeToString(), x), strict=True):
+        np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_of_constant_spikes_currents_are_right(spiking_op: str) -> None:
     """They are computed before the first call, while something stands in for the weights."""
     weights = weights_of(20, WIDE, 3, 3)

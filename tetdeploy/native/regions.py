@@ -160,8 +160,6 @@ class Regions:
                 outside = self._read_outside(writers)
                 made = [writer.node(outside) for writer in writers]
             except UnfusableError as error:
-                if any(self.region.get(k) == error.args[0] for k in self.neurons):
-                    raise
                 self.region = {k: first for k, first in self.region.items() if first != error.args[0]}
                 continue
             if not self.neurons.keys() <= self.region.keys():
