@@ -46,7 +46,7 @@ Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
 @click.option(
     "--threads",
     type=Numbers(),
-    help="Threads of an operation. [default: 1 and all cores, or those that affinity and a CPU quota leave; on a GPU 1]",
+    help="Threads of an operation. [default: 1 and all cores, or what affinity and a CPU quota leave; on a GPU 1]",
 )
 @click.option(
     "--T",

@@ -96,7 +96,7 @@ def savings_shown(result: Mapping[str, Any]) -> Iterator[str | Text | Table]:
     yield f"steps  {by_steps([entry['num_images'] for entry in early['by_steps']])}"
     on = result["machine"]
     yield Text(f"{hardware(on)}, {on['provider']}, batches of {early['batch_size']}", "dim")
-    yield Text(f"{turned(early)}", "dim")
+    yield Text(turned(early), "dim")
     if (early["load"] or 0) >= 1:
         yield Text(f"{early['load']:.1f} processes were running when this began: an idle machine is faster", "dim")
 

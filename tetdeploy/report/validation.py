@@ -35,7 +35,7 @@ def shown(result: Mapping[str, Any], *, layers: bool) -> Iterator[str | Text | T
     yield f"{result['model']}   {images_of(result['num_samples'], result['data'])}   {result['layout']}"
     yield rows_table(rows, {key: COSTS[key] for key in _COSTS}, trained_T)
     for note in uncounted_note(result["uncounted"], result["layout"]):
-        yield Text(f"{note}", "dim")
+        yield Text(note, "dim")
     if rows[0]["accuracy"] is None:
         yield Text("images of the training: their accuracy says nothing; name a test set with --data", "dim")
     if agreement is not None:
