@@ -245,21 +245,6 @@ def test_a_compressed_body_is_refused_before_it_comes() -> None:
     running(test)
 
 
-def test_a_body_that_is_too_large_is_not_asked_for() -> None:
-    async def test(limit: BodyLimit, app: App) -> None:
-        waits = (b"expect", b"100-Continue")
-        large = Client(limit, headers=((b"content-length", b"101"), waits))  # it sends nothing
-        status, error = await large.answer()
-        assert (status, "at most 100 bytes, got 101; --max-request-mb" in error) == (413, True)
-        assert (b"connection", b"close") in large._sent[0]["headers"]  # a body would be read as another request
-        app.let_go.set()
-        small = Client(limit, headers=((b"content-length", b"100"), waits))
-        await small.send(bytes(100))
-        assert await small.answer() == (200, "")
-
-    running(test)
-
-
 def test_only_posts_are_read_here() -> None:
     async def test(limit: BodyLimit, app: App) -> None:
         app.let_go.set()
