@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -189,6 +190,22 @@ def test_on_a_stop_what_is_half_sent_is_refused_at_once() -> None:
         again = Client(limit)
         await again.send(bytes(30))
         assert [await client.answer() for client in (whole, again)] == [(200, "")] * 2
+
+    running(test)
+
+
+def test_a_stop_at_the_moment_when_a_body_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
+
+    async def test(limit: BodyLimit, app: App) -> None:
+        client = Client(limit)
+        await client.send(bytes(80), more=True)
+        loop = asyncio.get_running_loop()
+        errors: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda loop, context: errors.append(context))
+        loop.call_at(loop.time() + 0.05, limit.stop)  # in the turn in which the time is up, after it
+        time.sleep(0.1)
+        assert ((await client.answer())[0], errors) == (503, [])
 
     running(test)
 

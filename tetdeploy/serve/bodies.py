@@ -110,7 +110,8 @@ class BodyLimit:
         """Wait for no body any more, nor for the rest of one."""
         self._seconds = 0
         for arriving in self._arriving:
-            arriving.reschedule(0)
+            if not arriving.expired():
+                arriving.reschedule(0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
