@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -193,6 +194,22 @@ def test_on_a_stop_what_is_half_sent_is_refused_at_once() -> None:
     running(test)
 
 
+def test_a_stop_at_the_moment_when_a_body_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
+
+    async def test(limit: BodyLimit, app: App) -> None:
+        client = Client(limit)
+        await client.send(bytes(80), more=True)
+        loop = asyncio.get_running_loop()
+        errors: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda loop, context: errors.append(context))
+        loop.call_at(loop.time() + 0.05, limit.stop)  # in the turn in which the time is up, after it
+        time.sleep(0.1)
+        assert ((await client.answer())[0], errors) == (503, [])
+
+    running(test)
+
+
 def test_an_answer_that_nobody_reads_holds_nothing() -> None:
     async def test(limit: BodyLimit, app: App) -> None:
         client = Client(limit)
@@ -241,21 +258,6 @@ def test_a_compressed_body_is_refused_before_it_comes() -> None:
         await plain.send(bytes(5))
         assert await plain.answer() == (200, "")
         assert app.lengths == [5]
-
-    running(test)
-
-
-def test_a_body_that_is_too_large_is_not_asked_for() -> None:
-    async def test(limit: BodyLimit, app: App) -> None:
-        waits = (b"expect", b"100-Continue")
-        large = Client(limit, headers=((b"content-length", b"101"), waits))  # it sends nothing
-        status, error = await large.answer()
-        assert (status, "at most 100 bytes, got 101; --max-request-mb" in error) == (413, True)
-        assert (b"connection", b"close") in large._sent[0]["headers"]  # a body would be read as another request
-        app.let_go.set()
-        small = Client(limit, headers=((b"content-length", b"100"), waits))
-        await small.send(bytes(100))
-        assert await small.answer() == (200, "")
 
     running(test)
 

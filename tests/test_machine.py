@@ -18,6 +18,7 @@ def group(folder: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], 
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     monkeypatch.setattr(machine, "_CGROUP", folder)
+    monkeypatch.setattr(machine, "_CORES", folder)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
 
@@ -50,6 +51,21 @@ def test_a_quota_counts_where_it_is_less_than_the_affinity(
     assert machine.default_threads() == (usable if usable < 8 else None)
 
 
+@pytest.mark.parametrize(
+    ("quota", "cores", "threads"), [("max", 8, None), ("max", 7, 4), ("max", 3, 2), ("600000", 8, 4), ("300000", 8, 3)]
+)
+def test_threads_are_no_more_than_physical_cores(
+    quota: str, cores: int, threads: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which this machine has four, with two logical ones each: 0 and 1, 2 and 3, ..."""
+    for core in range(8):
+        topology = tmp_path / f"cpu{core}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"{core // 2 * 2}-{core // 2 * 2 + 1}\n")
+    group(tmp_path, monkeypatch, {"cpu.max": f"{quota} 100000\n"}, cores)
+    assert machine.default_threads() == threads
+
+
 @pytest.mark.parametrize(("quota", "asked", "threads"), [("200000", None, 2), ("200000", 4, 4), ("max", None, 0)])
 def test_an_engine_heeds_a_quota(
     quota: str, asked: int | None, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -59,7 +75,7 @@ def test_an_engine_heeds_a_quota(
     assert options.intra_op_num_threads == threads  # 0: ONNX Runtime's own choice
 
 
-@pytest.mark.parametrize(("own", "threads"), [(None, "2"), ("5", "5")])
+@pytest.mark.parametrize(("own", "threads"), [(None, "2"), ("", "2"), ("5", "5")])
 def test_commands_heed_a_quota(own: str | None, threads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group(tmp_path, monkeypatch, {"cpu.max": "200000 100000"})
     monkeypatch.setenv("OMP_NUM_THREADS", own or "")

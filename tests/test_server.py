@@ -18,10 +18,15 @@ from export_helpers import exported
 from serve_helpers import PATIENCE, started, stop
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
+import grpc
 from starlette.responses import Response
 from uvicorn.server import ServerState
 
 from tetdeploy.serve import server
+from tetdeploy.serve.bodies import Budget, Sizes
+from tetdeploy.serve.metrics import Metrics
+from tetdeploy.serve.protocol import Models
+from tetdeploy.serve.rpc import Inferences, grpc_server
 from tetdeploy.serve.server import KEEP_ALIVE_SECONDS, Address
 
 
@@ -127,6 +132,44 @@ def test_nothing_is_logged_of_what_any_client_may_send(
         assert transport.write.call_args_list[0].args[0].startswith(f"HTTP/1.1 {status}".encode())
 
     asyncio.run(scenario())
+    assert not caplog.messages
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """Of HTTP/2."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def _headers(**fields: bytes) -> bytes:
+    return b"".join(
+        bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value for name, value in fields.items()
+    )
+
+
+def test_nothing_is_logged_of_what_any_client_may_send_over_grpc(caplog: pytest.LogCaptureFixture) -> None:
+    calls = ["inference.GRPCInferenceService/ModelReady", "inference.GRPCInferenceService/ServerLive"]
+    calls += ["inference.GRPCInferenceService/ModelInfer", "grpc.health.v1.Health/Check"]
+
+    async def scenario() -> None:
+        sizes = Sizes(1000, 1000, 1000)
+        models, metrics = Models([]), Metrics()
+        rpc = grpc_server(models, Inferences(models, metrics, sizes, Budget(1000)), sizes)
+        port = await server._start_grpc(rpc, Address("127.0.0.1", 0, 0), "127.0.0.1")
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            for call in calls:
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await channel.unary_unary(f"/{call}")(b"\xff\xff", timeout=PATIENCE)
+                assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT, call
+        asked = {":method": b"POST", ":scheme": b"http", ":path": f"/{calls[-1]}".encode(), ":authority": b"m"}
+        fields = _headers(**asked, te=b"trailers", x=b"\xff", **{"content-type": b"application/grpc"})
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, b"") + _frame(1, 4, 1, fields))
+        writer.write(_frame(0, 1, 1, bytes(5)))
+        await reader.readuntil(b"grpc-status\x010")
+        writer.close()
+        await rpc.stop(None)
+
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
     assert not caplog.messages
 
 

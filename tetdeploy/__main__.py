@@ -10,8 +10,8 @@ from tetdeploy.machine import default_threads
 
 def main() -> None:
     """The command line. It takes a moment to import, which Ctrl-C ends as it ends a command: with a line and 130."""
-    if (threads := default_threads()) is not None:  # which PyTorch, numba and BLAS would not find out
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if not os.environ.get("OMP_NUM_THREADS") and (threads := default_threads()) is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # which PyTorch and BLAS would not find out
     try:
         from tetdeploy.cli import main as command_line
     except KeyboardInterrupt:

@@ -10,11 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+_CORES = Path("/sys/devices/system/cpu")
 
 
 def usable_cores() -> int:
     """Logical cores that this process may run on, or as many as the CPU quota of a container is worth, if fewer."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(_affinity())
     quotas = (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"])  # of control groups, version 2 and 1
     for files in quotas:
         with suppress(OSError, ValueError):  # there is none; or it is "max"
@@ -26,9 +27,19 @@ def usable_cores() -> int:
 
 def default_threads() -> int | None:
     """Threads where none are asked for; None, which leaves it to a runtime, where this process may use all cores:
-    runtimes know how many there are, but not how many are left to them."""
-    cores = usable_cores()
-    return cores if cores < (os.cpu_count() or 1) else None
+    runtimes know how many there are, but not how many are left to them. One a physical core, as they choose."""
+    threads = usable_cores()
+    if threads >= (os.cpu_count() or 1):
+        return None
+    with suppress(OSError):  # only Linux says which logical cores are of one physical one
+        siblings = {(_CORES / f"cpu{core}/topology/thread_siblings_list").read_text() for core in _affinity()}
+        threads = min(threads, len(siblings))
+    return threads
+
+
+def _affinity() -> set[int]:
+    """The logical cores that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def load_average() -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
@@ -14,11 +15,12 @@ from tetdeploy.serve.bodies import Budget, Share, Sizes
 from tetdeploy.serve.errors import CLIENT_LEFT, forget_frames, status_of
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.protocol import SERVER, Models, refuse_loading
-from tetdeploy.serve.rpc_messages import check_tensors, parse, read_request, write_response
+from tetdeploy.serve.rpc_messages import check_tensors, parse, parse_probe, read_request, write_response
 
 
 def grpc_server(models: Models, inferences: Inferences, sizes: Sizes) -> grpc.aio.Server:
     """The server, which listens nowhere yet. Calls that it does not know are UNIMPLEMENTED."""
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_names_something)
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", sizes.max_request),
@@ -28,9 +30,8 @@ def grpc_server(models: Models, inferences: Inferences, sizes: Sizes) -> grpc.ai
     )
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
-            _answering(answer),
-            getattr(pb, f"{name}Request").FromString,
-            getattr(pb, f"{name}Response").SerializeToString,
+            _answering(answer, getattr(pb, f"{name}Request")),
+            response_serializer=getattr(pb, f"{name}Response").SerializeToString,
         )
         for name, answer in _probes(models).items()
     }
@@ -40,7 +41,7 @@ def grpc_server(models: Models, inferences: Inferences, sizes: Sizes) -> grpc.ai
     # The standard probe, of Kubernetes for one. Its request's one field, a text, is the first of this message too.
     health = {
         "Check": grpc.unary_unary_rpc_method_handler(
-            _answering(lambda request: _health(models, request.name)), pb.ModelReadyRequest.FromString
+            _answering(lambda request: _health(models, request.name), pb.ModelReadyRequest)
         )
     }
     services = {"inference.GRPCInferenceService": handlers, "grpc.health.v1.Health": health}
@@ -48,6 +49,12 @@ def grpc_server(models: Models, inferences: Inferences, sizes: Sizes) -> grpc.ai
         [grpc.method_handlers_generic_handler(name, calls) for name, calls in services.items()]
     )
     return server
+
+
+def _names_something(record: logging.LogRecord) -> bool:
+    """Whether gRPC says more than that a client sent metadata that are no text, or left at an awkward moment, which any
+    client can have it say until a pipe that nobody reads is full, and the server waits for ever."""
+    return not record.getMessage().startswith(("Invalid encoding on", "ExecuteBatchError"))
 
 
 def _health(models: Models, service: str) -> bytes:
@@ -75,14 +82,14 @@ def _probes(models: Models) -> dict[str, Callable[[Any], Any]]:
     }
 
 
-def _answering(answer: Callable[[Any], Any]) -> Callable[[Any, Any], Awaitable[Any]]:
-    async def call(request: Any, context: Any) -> Any:
+def _answering(answer: Callable[[Any], Any], kind: Any) -> Callable[[bytes, Any], Awaitable[Any]]:
+    async def call(data: bytes, context: Any) -> Any:
         try:
-            return answer(request)
+            return answer(parse_probe(data, kind))
         except Exception as error:
             _, code, message = status_of(error)
             forget_frames(error)
-            del request  # gRPC keeps what abort raises, and that keeps this frame
+            del data  # gRPC keeps what abort raises, and that keeps this frame
             await context.abort(code, message)
 
     return call

@@ -56,6 +56,18 @@ def parse(data: bytes, sizes: Sizes) -> Any:
         raise InvalidRequestError("the message is no ModelInferRequest, or was cut off") from error
 
 
+def parse_probe(data: bytes, kind: Any) -> Any:
+    """A message of another kind.
+
+    Raises:
+        InvalidRequestError: it is none.
+    """
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise InvalidRequestError("the message is malformed, or was cut off") from error
+
+
 def _fields(data: bytes) -> Iterator[tuple[int, int]]:
     """The number of each field of a message, and its size, without what is inside it. Raises IndexError at its end if
     it is cut off, or holds something else."""
