@@ -645,13 +645,15 @@ class TestBadInput:
         """Beside another run and its model, begun later, which none of its steps may take for its own."""
         epochs = next(parameter for parameter in main.commands["train"].params if parameter.name == "epochs")
         monkeypatch.setattr(epochs, "default", 2)
-        folder, printed = Path(f"{RUN}-2"), console.print
+        folder, printed, begun = Path(f"{RUN}-2"), console.print, list[str]()
 
         def tell(text: Any = "", **options: Any) -> None:
             if "tetdeploy export --T 8" in str(text):
+                begun.append("export")
                 Path("runs/latest").unlink()
                 Path("runs/latest").symlink_to(Path(RUN).name)
-            if "tetdeploy sweep" in str(text):
+            if "tetdeploy sweep --T" in str(text):
+                begun.append("sweep")
                 later = time.time() + 60
                 os.utime(MODEL, (later, later))
             printed(text, **options)
@@ -659,6 +661,7 @@ class TestBadInput:
         monkeypatch.setattr(console, "print", tell)
         result = run("quickstart", "--seed", "7")
         assert result.exit_code == 0, result.output
+        assert begun == ["export", "sweep"]
         assert result.output.splitlines()[-1] == f"the model: {folder}/model-T8.onnx"
         assert Path(folder, "model-T8.onnx").exists()
         training = json.loads(Path(folder, "config.json").read_text())["training"]
