@@ -467,11 +467,11 @@ def test_newest_run_without_a_run(tmp_path: Path) -> None:
 
 
 def test_what_is_there_for_a_moment_is_no_run(tmp_path: Path) -> None:
-    for name in ("one", ".latest.abcd"):
+    for name in (".one", ".latest.abcd"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.onnx").touch()
-    os.utime(tmp_path / "one" / "model.onnx", (0, 0))
-    assert newest_export(tmp_path) == tmp_path / "one" / "model.onnx"
+    os.utime(tmp_path / ".one" / "model.onnx", (0, 0))
+    assert newest_export(tmp_path) == tmp_path / ".one" / "model.onnx"
 
 
 def test_a_newest_run_without_a_checkpoint_gives_way_to_the_newest_that_has_one(tmp_path: Path) -> None:
