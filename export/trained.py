@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.checkpoint import Checkpoint, read_checkpoint, trained_on
+from tetdeploy.checkpoint import Checkpoint, trained_on
 from tetdeploy.class_names import check_classes
 from tetdeploy.data import Encoding, LabelledSet, holds_out_others, load_frames, load_parts, same_data
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import is_npz
-from tetdeploy.run_folder import newest_run
 from tetdeploy.steps import trained_T
 
 Labelled = tuple[NDArray[Any], NDArray[np.int64]]  # images [N, C, H, W] or frames [N, T, C, H, W], and labels [N]
@@ -24,29 +23,15 @@ Labelled = tuple[NDArray[Any], NDArray[np.int64]]  # images [N, C, H, W] or fram
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint or a folder of shards, as it was when it was read."""
+    """What is known of a checkpoint or a folder of shards without its tensors, see `Checkpoint`."""
 
-    checkpoint: Checkpoint
+    file: Path
+    metadata: Mapping[str, Any]
+    sha256: str
 
     @classmethod
-    def find(cls, run: Path | None, runs: Path) -> Trained:
-        """Of a run folder, a checkpoint, or shards; None is the newest run.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: see `read_checkpoint`.
-        """
-        return cls(read_checkpoint(run or newest_run(runs)))
-
-    @property
-    def file(self) -> Path:
-        """The checkpoint, or the folder of shards."""
-        return self.checkpoint.file
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """See `read_metadata`."""
-        return self.checkpoint.metadata
+    def of(cls, checkpoint: Checkpoint) -> Trained:
+        return cls(checkpoint.file, checkpoint.metadata, checkpoint.sha256)
 
     @property
     def T(self) -> int:
@@ -63,7 +48,7 @@ class Trained:
     def source(self) -> dict[str, Any]:
         """What a model made of it says of its origin."""
         sections = {name: self.metadata[name] for name in ("network", "data", "training", "provenance")}
-        return {"checkpoint_sha256": self.checkpoint.sha256} | sections
+        return {"checkpoint_sha256": self.sha256} | sections
 
     @property
     def scales(self) -> Calibration | None:

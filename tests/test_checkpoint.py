@@ -7,10 +7,12 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ from tetdeploy.run_folder import (
     other_checkpoint,
     weights_sha256,
 )
+from tetdeploy.shards import read_shards, write_shards
+from tetdeploy.tensor_file import read_tensors
 
 
 class OwnNetwork(nn.Module):
@@ -129,6 +133,66 @@ def test_what_was_read_stays_where_another_file_takes_its_place(saved: Path) -> 
     load_weights(other, before)
     assert same_weights(load(before), weights) and same_weights(other, weights)
     assert not same_weights(load(saved), weights)
+
+
+def test_what_is_read_is_of_one_file_where_another_takes_its_place_meanwhile(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced = 0
+
+    def replacing(file: Path) -> str:
+        nonlocal replaced
+        replaced += 1
+        if replaced != 2:
+            save_checkpoint(file, convsnn(), training={"T": replaced}, provenance={})
+        return weights_sha256(file)
+
+    monkeypatch.setattr("tetdeploy.checkpoint.weights_sha256", replacing)
+    read = read_checkpoint(saved)
+    assert (read.sha256, read.metadata["training"]["T"]) == (weights_sha256(saved), 1)
+    assert all(torch.equal(tensor, read.tensors[name]) for name, tensor in load_file(saved).items())
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is being written: others took its place each time"):
+        read_checkpoint(saved)
+    assert replaced == 2 + 5
+
+
+def test_shards_that_are_gone_while_they_are_read_give_way_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(epoch: int) -> Path:
+        save_checkpoint(tmp_path / "c.safetensors", convsnn(), training={"T": epoch}, provenance={})
+        content, network = read_metadata(tmp_path / "c.safetensors"), load_file(tmp_path / "c.safetensors")
+        folder = tmp_path / f"epoch-{epoch}"
+        write_shards(folder, {f"network.{name}": tensor for name, tensor in network.items()}, content, limit=10**6)
+        return folder
+
+    def removing(folder: Path) -> dict[str, Tensor]:
+        if folder == first:
+            write(2)
+            shutil.rmtree(folder)
+        return read_shards(folder)
+
+    first = write(1)
+    monkeypatch.setattr("tetdeploy.checkpoint.read_shards", removing)
+    read = read_checkpoint(tmp_path)
+    assert (read.file, read.metadata["training"]["T"]) == (tmp_path / "epoch-2", 2)
+    with pytest.raises(FileNotFoundError, match="epoch-1 does not exist"):
+        read_checkpoint(first)
+
+
+@pytest.mark.parametrize("read", [read_tensors, read_checkpoint])
+def test_weights_are_mapped_and_not_copied(tmp_path: Path, read: Any) -> None:
+    file, large = tmp_path / "c.safetensors", OwnNetwork(10**6)
+    save_checkpoint(
+        file, classifier_of(large, NetworkConfig("mine.nets:small", 3, 1, (4, 4))), training={}, provenance={}
+    )
+    read(file)  # what is imported meanwhile
+    tracemalloc.start()
+    try:
+        read(file)
+        assert tracemalloc.get_traced_memory()[1] < 1e6 < file.stat().st_size
+    finally:
+        tracemalloc.stop()
 
 
 def test_own_networks_are_never_imported_because_a_file_says_so(tmp_path: Path) -> None:
@@ -467,11 +531,11 @@ def test_newest_run_without_a_run(tmp_path: Path) -> None:
 
 
 def test_what_is_there_for_a_moment_is_no_run(tmp_path: Path) -> None:
-    for name in ("one", ".latest.abcd"):
+    for name in (".one", ".latest.abcd"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.onnx").touch()
-    os.utime(tmp_path / "one" / "model.onnx", (0, 0))
-    assert newest_export(tmp_path) == tmp_path / "one" / "model.onnx"
+    os.utime(tmp_path / ".one" / "model.onnx", (0, 0))
+    assert newest_export(tmp_path) == tmp_path / ".one" / "model.onnx"
 
 
 def test_a_newest_run_without_a_checkpoint_gives_way_to_the_newest_that_has_one(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from rich.progress import ProgressColumn
 from run_helpers import metrics
 from safetensors.torch import load_file
 
-from tetdeploy import data
-from tetdeploy.checkpoint import save_checkpoint
+from tetdeploy import checkpoint, data
+from tetdeploy.checkpoint import Checkpoint, save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.characters import _like
 from tetdeploy.cli.errors import CleanErrors, CleanGroup
@@ -567,6 +568,35 @@ class TestCommands:
         init = json.loads(Path("runs/second/config.json").read_text())["init"]
         assert init == {"path": RUN, "checkpoint_sha256": before} and before != sha256_of(file)
 
+    @pytest.mark.parametrize(
+        ("command", "work"),
+        [
+            ("train --epochs 1 --out runs/second --init", "tetdeploy.train.loop.prepare"),
+            ("export", "tetdeploy.export.export_model"),
+            pytest.param("export --format nir", "tetdeploy.export.nir_format.export_nir", marks=needs("nir")),
+            ("evaluate", "tetdeploy.train.validation.accuracy_by_step"),
+            ("landscape", "tetdeploy.train.landscape.measure_landscape"),
+        ],
+    )
+    def test_the_tensors_of_a_checkpoint_are_not_kept_after_the_network_has_them(
+        self, workplace: Path, command: str, work: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They are a copy, and mapped, which on Windows keeps a training from putting others in their place."""
+        tensors, read = list[weakref.ref[torch.Tensor]](), checkpoint.read_checkpoint
+
+        def watched(path: Path | str) -> Checkpoint:
+            found = read(path)
+            tensors.extend(map(weakref.ref, found.tensors.values()))
+            return found
+
+        def at_work(*_: Any, **__: Any) -> None:
+            kept = sum(tensor() is not None for tensor in tensors)
+            raise ValueError(f"{kept} of {len(tensors)} tensors")
+
+        monkeypatch.setattr(checkpoint, "read_checkpoint", watched)
+        monkeypatch.setattr(work, at_work)
+        assert re.fullmatch(r"Error: 0 of [1-9]\d* tensors\n", refused(*command.split(), RUN).splitlines(True)[-1])
+
     def test_init_keeps_the_network_that_the_weights_are_of(self, workplace: Path) -> None:
         short = ("--width", "0.25", "--epochs", "1", "--warmup-epochs", "0")
         assert run("train", *short, "--v-th", "0.5", "--tau", "0.75", "--out", "runs/first").exit_code == 0
@@ -645,13 +675,15 @@ class TestBadInput:
         """Beside another run and its model, begun later, which none of its steps may take for its own."""
         epochs = next(parameter for parameter in main.commands["train"].params if parameter.name == "epochs")
         monkeypatch.setattr(epochs, "default", 2)
-        folder, printed = Path(f"{RUN}-2"), console.print
+        folder, printed, begun = Path(f"{RUN}-2"), console.print, list[str]()
 
         def tell(text: Any = "", **options: Any) -> None:
             if "tetdeploy export --T 8" in str(text):
+                begun.append("export")
                 Path("runs/latest").unlink()
                 Path("runs/latest").symlink_to(Path(RUN).name)
-            if "tetdeploy sweep" in str(text):
+            if "tetdeploy sweep --T" in str(text):
+                begun.append("sweep")
                 later = time.time() + 60
                 os.utime(MODEL, (later, later))
             printed(text, **options)
@@ -659,6 +691,7 @@ class TestBadInput:
         monkeypatch.setattr(console, "print", tell)
         result = run("quickstart", "--seed", "7")
         assert result.exit_code == 0, result.output
+        assert begun == ["export", "sweep"]
         assert result.output.splitlines()[-1] == f"the model: {folder}/model-T8.onnx"
         assert Path(folder, "model-T8.onnx").exists()
         training = json.loads(Path(folder, "config.json").read_text())["training"]

@@ -445,6 +445,15 @@ def test_npz_refuses_files_that_are_not_one(tmp_path: Path) -> None:
             load_data(str(path), "train", data_dir=NO_DATA)
 
 
+def test_an_npz_may_hold_other_files_beside_the_arrays(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    save_npz(image_set(), path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("README.txt", "__MACOSX/", "__MACOSX/._images.npy"):
+            archive.writestr(name, b"" if name.endswith("/") else b"text")
+    np.testing.assert_array_equal(load_data(str(path), "train", data_dir=NO_DATA).images, image_set().images)
+
+
 def test_save_npz_refuses_other_suffixes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the name must end in \.npz"):
         save_npz(image_set(), tmp_path / "x.zip")

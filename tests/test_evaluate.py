@@ -16,7 +16,7 @@ from export_helpers import convsnn, digits, engine
 from torch import Tensor, nn
 
 import tetdeploy
-from tetdeploy.checkpoint import save_checkpoint
+from tetdeploy.checkpoint import read_checkpoint, save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.beginnings import note_trained_on
 from tetdeploy.cli.terminal import command_line
@@ -286,7 +286,7 @@ def test_images_that_were_trained_on_are_not_taken_for_those_held_out(reordered:
 def test_an_export_and_a_new_run_say_that_they_check_on_what_was_trained_on(
     reordered: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained = Trained.find(reordered, Path("runs"))
+    trained = Trained.of(read_checkpoint(reordered))
     with pytest.warns(RuntimeWarning, match="own.npz: the training held out other images than are found here"):
         (x, _), _ = trained.images(None, Path("nowhere"), "direct", num_check=9, num_calibration=0)
     assert len(x) == 9

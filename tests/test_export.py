@@ -40,7 +40,6 @@ from torch import Tensor, nn
 import tetdeploy
 from tetdeploy import folding
 from tetdeploy.agreement import reference_path
-from tetdeploy.checkpoint import Checkpoint
 from tetdeploy.cli.export import print_exported
 from tetdeploy.data import load_parts
 from tetdeploy.engine import Engine
@@ -1643,16 +1642,12 @@ def test_networks_without_spikes_are_refused(changes: dict[str, Any], match: str
         export_model(classifier, earlier, ExportConfig(), digits().images[:9])
 
 
-def trained_of(metadata: dict[str, Any]) -> Trained:
-    return Trained(Checkpoint(Path("run"), Path("run"), metadata, {}, ""))
-
-
 def test_images_of_ones_own_are_not_split(tmp_path: Path) -> None:
     """They are no training set; one of a class has no part to hold out."""
     data = tmp_path / "mine.npz"
     np.savez(data, images=digits().images[:2], labels=np.arange(2))
     known = {"name": "digits", "class_names": list("0123456789")}
-    trained = trained_of({"data": known, "training": {"val_fraction": 0.1}})
+    trained = Trained(tmp_path, {"data": known, "training": {"val_fraction": 0.1}}, "")
     (x, labels), _ = trained.images(str(data), tmp_path, "direct", num_check=9, num_calibration=0)
     np.testing.assert_array_equal(x, digits().images[:2])
     assert labels.tolist() == [0, 1]
@@ -1662,7 +1657,7 @@ def test_images_to_check_and_to_calibrate_on_keep_their_labels(tmp_path: Path) -
     data, pixels = tmp_path / "mine.npz", np.arange(100, dtype=np.uint8)
     np.savez(data, images=np.tile(pixels[:, None, None], (1, 8, 8)), labels=pixels % 10)
     known = {"name": str(data), "class_names": list("0123456789")}
-    trained = trained_of({"data": known, "training": {"val_fraction": 0.2}})
+    trained = Trained(tmp_path, {"data": known, "training": {"val_fraction": 0.2}}, "")
     checked, others = trained.images(None, tmp_path, "direct", num_check=30, num_calibration=40)
     train, val = load_parts(str(data), data_dir=tmp_path, fraction=0.2)
     assert val is not None and others is not None

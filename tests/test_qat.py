@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from tetdeploy import Engine
-from tetdeploy.checkpoint import Checkpoint, load, read_metadata
+from tetdeploy.checkpoint import load, read_metadata
 from tetdeploy.cli import main
 from tetdeploy.data import load_data, split_validation
 from tetdeploy.export.trained import Trained
@@ -222,7 +222,7 @@ def test_scales_that_cannot_be_read(trained: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json lacks the scales of --qat; start the run again with --init"):
         qat.read_scales(trained)
     with pytest.raises(ValueError, match="its int8 metadata cannot be read"):
-        _ = Trained(Checkpoint(trained, trained, {"int8": {"scales": []}}, {}, "")).scales
+        _ = Trained(trained, {"int8": {"scales": []}}, "").scales
 
 
 def test_scales_are_found_on_the_last_training_images(monkeypatch: pytest.MonkeyPatch) -> None:

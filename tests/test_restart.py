@@ -308,6 +308,17 @@ def test_of_a_run_the_later_of_shards_and_checkpoint_goes_on(tmp_path: Path) -> 
     assert find_restart(tmp_path / "r" / "shards").epoch == 1
 
 
+def test_a_checkpoint_that_is_replaced_between_its_settings_and_its_weights(tmp_path: Path) -> None:
+    interrupted(tmp_path / "r", STEPS + 2, how=How())
+    found, file = find_restart(tmp_path / "r"), tmp_path / "r" / "checkpoint.safetensors"
+    found.tensors()
+    content = read_content(file)
+    content["provenance"]["epoch"] = 2
+    write_tensors(file, load_file(file), content)
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors was replaced while it was read .*: start again"):
+        found.tensors()
+
+
 def test_shards_of_an_earlier_version_and_without_metrics_go_on(tmp_path: Path) -> None:
     """They do not say how long the epoch took so far; metrics that did not come along are left out."""
     interrupted(tmp_path / "first", 2 * STEPS + 1)

@@ -34,7 +34,7 @@ import tetdeploy
 from tetdeploy.checkpoint import load_weights, read_metadata
 from tetdeploy.data import ImageSet, load_data, split_validation
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.run_folder import newest_run, weights_file
+from tetdeploy.run_folder import newest_run
 from tetdeploy.shards import INDEX_NAME
 from tetdeploy.tensor_file import read_content, read_tensors, write_tensors
 from tetdeploy.train import How, TrainConfig, TrainResult, evaluate, loop, train, train_seeds
@@ -802,6 +802,7 @@ def test_a_training_state_is_no_checkpoint(finished: Path) -> None:
         ('{"training": []}', r"is damaged: training must be an object, got \[\]"),
         ('{"network": {"width": "x"}}', "is damaged: network.width must be a finite number, got 'x'"),
         ('{"seeds": 7}', "is damaged: seeds must be a list, got 7"),
+        ('{"seeds": [-1]}', r"is damaged: seeds\[0\] must be a whole number of at least 0, got -1; mend it by hand"),
     ],
 )
 def test_a_broken_config_file_is_named(copied: Path, broken: str, reason: str) -> None:
@@ -1034,6 +1035,9 @@ def test_latest_points_at_the_newest_run_where_runs_is_a_link(tmp_path: Path, mo
         assert (runs / "latest").samefile(name) and newest_run(runs).samefile(name)
     mark_latest(Path("runs/one"), runs)
     assert newest_run(runs) == Path("runs/one")
+    (runs / "latest").unlink()
+    (runs / "latest").symlink_to("../two")  # of an earlier version
+    assert newest_run(runs) == Path("two")
 
 
 def test_latest_is_the_whole_path_of_a_run_on_another_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1052,11 +1056,9 @@ def test_latest_is_a_text_file_where_there_are_no_symlinks(tmp_path: Path, monke
     for name in (b"one", b"two\xff"):
         folder = tmp_path / "runs" / os.fsdecode(name)
         folder.mkdir(parents=True)
-        (folder / "checkpoint.safetensors").touch()
         mark_latest(folder, tmp_path / "runs")
         assert (tmp_path / "runs" / "latest").read_bytes() == name + b"\n"
         assert newest_run(tmp_path / "runs") == folder
-        assert weights_file(tmp_path / "runs" / "latest") == folder / "checkpoint.safetensors"
 
 
 def test_a_latest_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:

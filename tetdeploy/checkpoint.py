@@ -19,7 +19,7 @@ from tetdeploy.names import section
 from tetdeploy.provenance import PARENT
 from tetdeploy.run_folder import CHECKPOINT_NAME, weights_file, weights_sha256
 from tetdeploy.shards import is_sharded, read_shards, read_shards_content
-from tetdeploy.tensor_file import FORMAT, read_content, read_whole, write_tensors
+from tetdeploy.tensor_file import FORMAT, read_content, read_tensors, write_tensors
 from tetdeploy.wording import shorten
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _SECTIONS = ("network", "data", "training", "provenance")
 _DATA = ("name", "encoding", "mean", "std", "class_names", "image_shape")
 _KEYS_SHOWN = 20
+_READS = 5  # at most, of what is replaced meanwhile
 
 
 class MisfitError(ValueError):
@@ -63,14 +64,31 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
 
     Raises:
         FileNotFoundError: see `read_metadata`.
-        ValueError: see `read_metadata`; the tensors are damaged.
+        ValueError: see `read_metadata`; the tensors are damaged; others take their place as often as they are read.
     """
-    file = weights_file(path)
-    if is_sharded(file):  # which nobody writes again
-        metadata = _checked(read_shards_content(file), file)
-        return Checkpoint(Path(path), file, metadata, section(read_shards(file), "network."), weights_sha256(file))
-    content, tensors, sha256 = read_whole(file)
-    return Checkpoint(Path(path), file, _checked(content, file), tensors, sha256)
+    for _ in range(_READS):
+        file = weights_file(path)
+        before = _identity(file)
+        try:
+            metadata = read_metadata(file)
+            tensors = section(read_shards(file), "network.") if is_sharded(file) else read_tensors(file)
+            sha256 = weights_sha256(file)
+        except (OSError, ValueError):
+            if _identity(file) == before:
+                raise
+        else:
+            if _identity(file) == before:
+                return Checkpoint(Path(path), file, metadata, tensors, sha256)
+    raise ValueError(f"{file} is being written: others took its place each time it was read; try again later")
+
+
+def _identity(file: Path) -> tuple[int, ...] | None:
+    """What tells a file, or a folder of shards, from another one that takes its place; None if it is gone."""
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def save_checkpoint(

@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
-from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
 from tetdeploy.form import json_text, parse_json
@@ -258,20 +257,38 @@ def opened_npz(handle: BinaryIO, name: str) -> Iterator[Mapping[str, NDArray[Any
     """Yield the arrays of an open `.npz`, each read as it is asked for; errors call it `name`.
 
     Raises:
-        ValueError: it is none, is damaged, or holds Python objects.
+        ValueError: it is none, is damaged, or holds Python objects; what is taken is no array.
     """
     try:
         if not is_zipfile(handle):
             raise ValueError("it is no .npz, or is cut short")
         handle.seek(0)
         with np.load(handle, allow_pickle=False) as file:
-            for name_of_member in file.zip.namelist():
-                with file.zip.open(name_of_member) as member:
-                    if member.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:  # of such a one NumPy would give the bytes
-                        raise ValueError(f"{name_of_member.removesuffix('.npy')} is no array")
-            yield file
+            yield _Arrays(file)
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, BadZipFile, TokenError, zlib.error) as error:
         raise ValueError(f"{name} is damaged: {error}") from error
+
+
+class _Arrays(Mapping[str, "NDArray[Any]"]):
+    """Those of a `.npz`, and whatever else lies beside them, of which NumPy gives the bytes."""
+
+    def __init__(self, file: Mapping[str, Any]) -> None:
+        self._file = file
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        value = self._file[name]
+        if not isinstance(value, np.ndarray):
+            raise ValueError(f"{name} is no array")
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)
 
 
 @contextmanager

@@ -49,9 +49,10 @@ def latest_run(runs: Path) -> Path:
         if run := next(runs.glob(f"*/{CONFIG_NAME}"), None):
             raise FileNotFoundError(f"{latest} is missing; name a run folder, such as {run.parent}")
         raise FileNotFoundError(f"no run in {runs}: train one first (tetdeploy train), or name a run folder")
-    # Where `runs` is a link, `..` goes up from where it points.
+    # Where `runs` is a link, `..` goes up from where it points; in a link of an earlier version, from its name.
     up = ".." in target.parts and runs.absolute() != Path(os.path.realpath(runs))
-    run = Path(os.path.normpath((Path(os.path.realpath(runs)) if up else runs) / target))
+    found = [Path(os.path.normpath(folder / target)) for folder in ([os.path.realpath(runs)] * up + [runs])]
+    run = next(filter(Path.is_dir, found), found[0])
     if not target.name or not run.is_dir():
         fault = f"points at {run}, which is gone" if target.name else "is empty"
         raise FileNotFoundError(f"{latest} {fault}; name another run folder")
@@ -72,8 +73,9 @@ def _newest_trained(runs: Path) -> Path | None:
 
 
 def _folders(runs: Path) -> list[Path]:
-    # latest is one of the others, and a name that begins with a dot is there for a moment
-    return [folder for folder in runs.glob("[!.]*") if not folder.is_symlink()]
+    # latest is one of the others, and what is made to take its place is there for a moment
+    found = (folder for folder in runs.glob("*") if not folder.is_symlink())
+    return [folder for folder in found if not folder.name.startswith(f".{LATEST_NAME}.")]
 
 
 def newest_export(runs: Path) -> Path:
@@ -113,8 +115,6 @@ def checkpoint_file(path: Path | str) -> Path:
         FileNotFoundError: there is no such path, or the folder has no checkpoint.
     """
     path = Path(path)
-    if path.name == LATEST_NAME and path.is_file():  # where there are no symlinks
-        path = latest_run(path.parent)
     if path.is_dir():
         file = path / CHECKPOINT_NAME
         if not file.exists():

@@ -6,17 +6,14 @@ Pickles, and so torch's own files, are recognised by their first bytes and never
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from tetdeploy.extras import import_extra
-from tetdeploy.files import atomic_write
+from tetdeploy.files import atomic_write, is_utf8
 from tetdeploy.form import parse_json
 from tetdeploy.model_file import METADATA_KEY
 
@@ -49,22 +46,14 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], content: Mapp
 
 def read_tensors(path: Path | str) -> dict[str, Tensor]:
     """All tensors of a safetensors file whose header `read_content` accepts, on the CPU."""
-    return read_whole(path)[1]
-
-
-def read_whole(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    """What `read_content` and `read_tensors` give, and the file's SHA-256, of the same bytes: a run that goes on may
-    put another file there at any time."""
-    path = Path(path)
-    with _opened(path) as file:
-        content = _content(_header(file, path), path)
-        file.seek(0)
-        raw = file.read()
+    read_content(path)
     safetensors = import_extra("safetensors.torch", "train")
     from safetensors import SafetensorError
 
     try:
-        return content, dict(safetensors.load(raw)), hashlib.sha256(raw).hexdigest()
+        if not is_utf8(path):  # which safetensors itself cannot open
+            return dict(safetensors.load(Path(path).read_bytes()))
+        return dict(safetensors.load_file(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -77,10 +66,7 @@ def read_content(path: Path | str) -> dict[str, Any]:
         ValueError: a pickle, truncated, not safetensors, not ours, or of a newer format.
     """
     path = Path(path)
-    return _content(read_header(path), path)
-
-
-def _content(header: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    header = read_header(path)
     text = (header.get("__metadata__") or {}).get(METADATA_KEY)
     if text is None:
         raise ValueError(f"{path} is a safetensors file but not a tetdeploy checkpoint: no {METADATA_KEY!r} metadata")
@@ -103,27 +89,17 @@ def read_header(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: a pickle, truncated, or not safetensors.
     """
-    with _opened(path) as file:
-        return _header(file, path)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
-            yield file
+            start = file.read(8)
+            _refuse_pickle(path, start)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            raw = file.read(length) if 0 < length <= min(size - 8, _HEADER_LIMIT) else b""
     except IsADirectoryError as error:
         raise ValueError(f"{path} is a folder; a checkpoint is a .safetensors file") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist") from error
-
-
-def _header(file: BinaryIO, path: Path) -> dict[str, Any]:
-    size = os.fstat(file.fileno()).st_size
-    start = file.read(8)
-    _refuse_pickle(path, start)
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    raw = file.read(length) if 0 < length <= min(size - 8, _HEADER_LIMIT) else b""
     if 8 + length > size and length <= _HEADER_LIMIT:
         raise ValueError(f"{path} is truncated: {size} bytes, its header alone has {8 + length}; {_AGAIN}")
     try:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tetdeploy.arguments import check_flag, check_type
-from tetdeploy.checkpoint import Checkpoint, read_metadata, save_checkpoint
+from tetdeploy.checkpoint import read_metadata, save_checkpoint
 from tetdeploy.data import LabelledSet
 from tetdeploy.extras import import_extra
 from tetdeploy.files import is_utf8, lacks_temporary_folder
@@ -92,7 +92,7 @@ def train(
     board: bool = False,
     workers: int | None = None,
     how: How | None = None,
-    init: Path | str | Checkpoint | None = None,
+    init: Path | str | Mapping[str, str] | None = None,
     restart_from: Path | str | None = None,
     before_writing: Callable[[], object] | None = None,
 ) -> TrainResult:
@@ -116,7 +116,7 @@ def train(
             process. With them a script needs `if __name__ == "__main__":`, as always with multiprocessing.
         how: with CUDA graphs, with less memory, with shards; a run may go on otherwise than it began.
         init: the checkpoint, run or shards that the weights of `classifier` are from, for the run's files to name, or
-            what `read_checkpoint` has read of them; they are not loaded here.
+            what `runs.weights_origin` says of them; they are not loaded here.
         restart_from: go on in `out`, which holds no run, from such weights, or from a checkpoint; the settings must be
             those of its run, but for device, precision and the place of a teacher.
         before_writing: called once everything is checked and on the device, before the first file is written.
@@ -197,13 +197,13 @@ def _check(task: Task, how: How) -> None:
 
 
 def _parent(
-    out: Path, init: Path | str | Checkpoint | None, restart: Restart | None, *, resume: bool
+    out: Path, init: Path | str | Mapping[str, str] | None, restart: Restart | None, *, resume: bool
 ) -> Mapping[str, Any] | None:
     """The weights that the run began with, as `weights_origin` names them; of a run that goes on, as it named them."""
     if resume or restart is not None:
         before: Mapping[str, Any] = read_run_config(out) if restart is None else restart.settings["provenance"]
         return before.get("init")
-    return None if init is None else weights_origin(init)
+    return init if init is None or isinstance(init, Mapping) else weights_origin(init)
 
 
 @contextmanager

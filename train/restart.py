@@ -18,12 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tetdeploy.checkpoint import check_keys, read_metadata
+from tetdeploy.checkpoint import check_keys, read_checkpoint, read_metadata
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.names import section
 from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, METRICS_NAME, SHARDS_NAME, checkpoint_file
 from tetdeploy.shards import check_limit, is_complete, newest_shards, read_shards, write_shards
-from tetdeploy.tensor_file import FORMAT, read_tensors
+from tetdeploy.tensor_file import FORMAT
 
 from .averaging import trainable
 from .runs import read_run_config, run_differences
@@ -57,10 +57,19 @@ class Restart:
     how: dict[str, Any]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Named as in the run's state: `network.*`, and of shards `average.*` and `epoch.*`."""
+        """Named as in the run's state: `network.*`, and of shards `average.*` and `epoch.*`.
+
+        Raises:
+            ValueError: they are damaged; the checkpoint is another one than was found.
+        """
         if self.path.is_dir():
             return read_shards(self.path)
-        return {f"network.{name}": tensor for name, tensor in read_tensors(self.path).items()}
+        checkpoint = read_checkpoint(self.path)
+        if checkpoint.metadata["provenance"] != self.settings["provenance"]:
+            raise ValueError(
+                f"{self.path} was replaced while it was read (its run goes on): start again, best when that has ended"
+            )
+        return {f"network.{name}": tensor for name, tensor in checkpoint.tensors.items()}
 
 
 def find_restart(path: Path | str) -> Restart:

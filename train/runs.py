@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from tetdeploy.checkpoint import Checkpoint, data_settings
 from tetdeploy.data import LabelledSet
 from tetdeploy.files import made_folder, write_json
-from tetdeploy.form import NUMBER, as_json, check_form, parse_json
+from tetdeploy.form import COUNT, NUMBER, as_json, check_form, parse_json
 from tetdeploy.networks import Classifier
 from tetdeploy.provenance import PARENT
 from tetdeploy.run_folder import (
@@ -43,7 +43,7 @@ _CONFIG = {
     "training": {},
     "init": PARENT,
     "how": {"cuda_graphs": bool, "recompute": bool, "shards_mb": NUMBER},
-    "seeds": [NUMBER],
+    "seeds": [COUNT],
 }
 
 _OTHER_IMAGES = (

@@ -26,7 +26,7 @@ from tetdeploy.cli.options import (
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
-from tetdeploy.run_folder import CHECKPOINT_NAME, newest_run, seed_runs, weights_file
+from tetdeploy.run_folder import CHECKPOINT_NAME, newest_run, seed_runs
 from tetdeploy.steps import trained_T
 from tetdeploy.wording import first_line
 
@@ -90,7 +90,7 @@ def evaluate(
     sweep, with its energy.
     """
     torch = import_extra("torch", "train")
-    from tetdeploy.checkpoint import read_metadata, trained_on
+    from tetdeploy.checkpoint import read_checkpoint, trained_on
     from tetdeploy.provenance import written
     from tetdeploy.report.reading import read_summary
     from tetdeploy.train.device import device_name, forward_batch, pick_device, pick_precision
@@ -103,9 +103,9 @@ def evaluate(
     seeds = {folder: [run for run in found if (run / CHECKPOINT_NAME).exists()] for folder, found in begun.items()}
     rows, exportable = list[dict[str, Any]](), list[Path]()
     for path in (run for given in checkpoints for run in seeds.get(given) or [given]):
-        file = weights_file(path)
-        metadata = read_metadata(file)
-        classifier = load_classifier(file, metadata, model)
+        checkpoint = read_checkpoint(path)
+        file, metadata, classifier = checkpoint.file, checkpoint.metadata, load_classifier(checkpoint, model)
+        del checkpoint  # its tensors
         images = _images(data or trained_on(metadata, file), split, limit, data_dir, metadata)
         wanted = _steps(steps, classifier, trained_T(metadata))
         if classifier.config.is_spiking:

@@ -17,12 +17,14 @@ from tetdeploy.cli.recipe import is_typed
 from tetdeploy.cli.terminal import console, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
+from tetdeploy.run_folder import newest_run
 from tetdeploy.wording import counted
 
 if TYPE_CHECKING:
     from tetdeploy.export import ExportConfig, Exported
     from tetdeploy.export.nir_format import NirExported
     from tetdeploy.export.trained import Trained
+    from tetdeploy.networks import Classifier
 
 # What says how an ONNX graph runs and is checked; a NIR graph is one step of a normalised image, whatever runs it.
 _ONNX_ONLY = {
@@ -170,16 +172,20 @@ def export(
         return None
     for package, extra in (("torch", "train"), ("onnxscript", "train"), ("onnxruntime", "cpu")):
         import_extra(package, extra)
+    from tetdeploy.checkpoint import read_checkpoint
     from tetdeploy.export import ExportConfig
     from tetdeploy.export.trained import Trained
 
-    trained = Trained.find(run, runs)
+    checkpoint = read_checkpoint(run or newest_run(runs))
+    trained = Trained.of(checkpoint)
     _say_which(trained)
     options["encoding"] = options["encoding"] or trained.encoding
     config = ExportConfig(T=T or trained.T, trained_T=trained.T, **options)
     path = out or trained.file.parent / config.file_name
     check_writable(path, ".onnx", remedy="choose another with --out")
-    exported = _export_onnx(ctx, trained, path, config)
+    classifier = load_classifier(checkpoint, model)
+    del checkpoint  # its tensors
+    exported = _export_onnx(ctx, trained, classifier, path, config)
     if json_path is not None:
         write_json(json_path, exported.to_dict())
     print_exported(exported, config)
@@ -189,8 +195,10 @@ def export(
     return exported.path
 
 
-def _export_onnx(ctx: click.Context, trained: Trained, path: Path, config: ExportConfig) -> Exported:
-    """Load network and images, and export with a progress bar."""
+def _export_onnx(
+    ctx: click.Context, trained: Trained, classifier: Classifier, path: Path, config: ExportConfig
+) -> Exported:
+    """Load images, and export with a progress bar."""
     from tetdeploy.export import export_model
     from tetdeploy.export.reference import NUM_REFERENCE
 
@@ -201,7 +209,6 @@ def _export_onnx(ctx: click.Context, trained: Trained, path: Path, config: Expor
         raise click.UsageError(
             f"{trained.file} was fine-tuned at scales of its own (train --qat): leave out --calibrate"
         )
-    classifier = load_classifier(trained.checkpoint, trained.metadata, given["model"])
     (images, labels), calibration = trained.images(
         given["data"],
         given["data_dir"],
@@ -263,15 +270,19 @@ def _export_nir(
 ) -> None:
     for package, extra in (("torch", "train"), ("onnxscript", "train"), ("nir", "nir")):
         import_extra(package, extra)
+    from tetdeploy.checkpoint import read_checkpoint
     from tetdeploy.export.nir_format import export_nir
     from tetdeploy.export.trained import Trained
 
-    trained = Trained.find(run, runs)
+    checkpoint = read_checkpoint(run or newest_run(runs))
+    trained = Trained.of(checkpoint)
     _say_which(trained)
     path = out or trained.file.parent / "model.nir"
     check_writable(path, ".nir", remedy="choose another with --out")
+    classifier = load_classifier(checkpoint, model)
+    del checkpoint  # its tensors
     exported = export_nir(
-        load_classifier(trained.checkpoint, trained.metadata, model),
+        classifier,
         path,
         trained_T=trained.T,
         encoding=encoding or trained.encoding,

@@ -211,9 +211,9 @@ def network_of(config: Any, own: str | None) -> Any:
     return import_network(config) if own is not None and config.is_own else build_network(config)
 
 
-def load_classifier(file: Path | Checkpoint, metadata: Mapping[str, Any], own: str | None) -> Any:
+def load_classifier(checkpoint: Checkpoint, own: str | None) -> Any:
     """The classifier of a checkpoint; `own` is --model, for a network of the user's own."""
     from tetdeploy.checkpoint import load
     from tetdeploy.networks import NetworkConfig
 
-    return load(file, network=network_of(NetworkConfig(**metadata["network"]), own))
+    return load(checkpoint, network=network_of(NetworkConfig(**checkpoint.metadata["network"]), own))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +30,12 @@ from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
 from tetdeploy.names import is_npz
-from tetdeploy.run_folder import newest_run, weights_file
+from tetdeploy.run_folder import newest_run
 from tetdeploy.signals import deferred_interrupt
 from tetdeploy.steps import trained_T
 
 if TYPE_CHECKING:
+    from tetdeploy.checkpoint import Checkpoint
     from tetdeploy.networks import Classifier
     from tetdeploy.train.landscape import Landscape, LandscapeConfig
 
@@ -100,12 +101,12 @@ def landscape(
     Sharpness is the mean rise of a loss over the grid points at most RADIUS away from the trained weights.
     """
     import_extra("torch", "train")
-    from tetdeploy.checkpoint import read_metadata, trained_on
+    from tetdeploy.checkpoint import read_checkpoint, trained_on
     from tetdeploy.train.landscape import LandscapeConfig
 
     checkpoints = checkpoints or (newest_run(runs),)
-    files = [weights_file(path) for path in checkpoints]
-    metadata = [read_metadata(file) for file in files]
+    weights = [read_checkpoint(path) for path in checkpoints]
+    files, metadata = [each.file for each in weights], [each.metadata for each in weights]
     config = LandscapeConfig(T=T or _common("T", files, [trained_T(m) for m in metadata]), **options)
     step = config.extent / (config.points // 2)
     radius = max(config.extent / 2, step) if radius is None else radius
@@ -115,7 +116,8 @@ def landscape(
     plot = _checked_plot(path, plot, json_path, named=out is not None)
     source = data or _common("data", files, list(map(trained_on, metadata, files)))
     images = _images(source, split, limit, data_dir, files, metadata)
-    classifiers = _classifiers(checkpoints, files, metadata, model)
+    classifiers = _classifiers(checkpoints, weights, model)
+    del weights  # their tensors
     for name, classifier in classifiers.items():
         check_classes(name, classifier.class_names, images.name, images.class_names)
     result = _measure(classifiers, images, config, path)
@@ -182,7 +184,7 @@ def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, r
 
 
 def _images(
-    source: str, split: str, limit: int, data_dir: Path, files: list[Path], metadata: list[dict[str, Any]]
+    source: str, split: str, limit: int, data_dir: Path, files: list[Path], metadata: list[Mapping[str, Any]]
 ) -> Any:
     """The images to measure on, a fair sample of at most `limit`.
 
@@ -213,16 +215,14 @@ def _images(
     return images.select(mixed_order(len(images))[:limit])
 
 
-def _classifiers(
-    paths: tuple[Path, ...], files: list[Path], metadata: list[dict[str, Any]], model: str | None
-) -> dict[str, Classifier]:
+def _classifiers(paths: tuple[Path, ...], weights: list[Checkpoint], model: str | None) -> dict[str, Classifier]:
     """The checkpoints' classifiers by a name for the table and the plot."""
     names = [path.name if path.is_dir() else path.parent.name + "/" + path.name for path in paths]
     if len(set(names)) < len(names):
         names = _without_common_parts(paths)
     if len(set(names)) < len(names):
         raise ValueError(f"a checkpoint is named twice: {', '.join(names)}")
-    return {name: load_classifier(file, m, model) for name, file, m in zip(names, files, metadata, strict=True)}
+    return {name: load_classifier(each, model) for name, each in zip(names, weights, strict=True)}
 
 
 def _without_common_parts(paths: Sequence[Path]) -> list[str]:

@@ -209,6 +209,7 @@ def train(
     from tetdeploy.train import train as run_training
     from tetdeploy.train import train_seeds
     from tetdeploy.train.ranks import process_group
+    from tetdeploy.train.runs import weights_origin
 
     check_beginnings(ctx)
     options = {name: value for name, value in options.items() if name not in HOW_OPTIONS}
@@ -234,12 +235,15 @@ def train(
             _report_seeds(ctx, many, job, json_path)
             return out
         classifier = job.classifier(job.config.seed)
+        origin = None
         if begun.init is not None:
             start_from(ctx, classifier, begun.init)
             if job.val is not None:
                 note_trained_on(begun.init.path, begun.init.metadata, job.val, job.config.val_fraction)
+            origin = weights_origin(begun.init)
+        del begun  # the tensors of --init
         job.warn_of_export(ranks)
-        also |= {"init": begun.init, "restart_from": restart_from}
+        also |= {"init": origin, "restart_from": restart_from}
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **also), job, json_path)
         return out
 

@@ -299,7 +299,7 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_classifier(checkpoint, checkpoint.metadata, own), checkpoint.sha256
+    return load_classifier(checkpoint, own), checkpoint.sha256
 
 
 def _partial(path: Path, run: Pass, name: str, **settings: str) -> Partial:
