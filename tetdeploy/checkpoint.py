@@ -203,10 +203,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         ValueError: not a checkpoint of ours, truncated, or a pickle.
     """
     file = weights_file(path)
-    return _checked(read_shards_content(file) if is_sharded(file) else read_content(file), file)
-
-
-def _checked(content: dict[str, Any], file: Path) -> dict[str, Any]:
+    content = read_shards_content(file) if is_sharded(file) else read_content(file)
     if "resume" in content:
         raise ValueError(
             f"{file} holds the state of a training run (for --resume), not a checkpoint; "

@@ -172,19 +172,13 @@ def export(
         return None
     for package, extra in (("torch", "train"), ("onnxscript", "train"), ("onnxruntime", "cpu")):
         import_extra(package, extra)
-    from tetdeploy.checkpoint import read_checkpoint
     from tetdeploy.export import ExportConfig
-    from tetdeploy.export.trained import Trained
 
-    checkpoint = read_checkpoint(run or newest_run(runs))
-    trained = Trained.of(checkpoint)
-    _say_which(trained)
+    trained, classifier = _load(run, runs, model)
     options["encoding"] = options["encoding"] or trained.encoding
     config = ExportConfig(T=T or trained.T, trained_T=trained.T, **options)
     path = out or trained.file.parent / config.file_name
     check_writable(path, ".onnx", remedy="choose another with --out")
-    classifier = load_classifier(checkpoint, model)
-    del checkpoint  # its tensors
     exported = _export_onnx(ctx, trained, classifier, path, config)
     if json_path is not None:
         write_json(json_path, exported.to_dict())
@@ -270,17 +264,11 @@ def _export_nir(
 ) -> None:
     for package, extra in (("torch", "train"), ("onnxscript", "train"), ("nir", "nir")):
         import_extra(package, extra)
-    from tetdeploy.checkpoint import read_checkpoint
     from tetdeploy.export.nir_format import export_nir
-    from tetdeploy.export.trained import Trained
 
-    checkpoint = read_checkpoint(run or newest_run(runs))
-    trained = Trained.of(checkpoint)
-    _say_which(trained)
+    trained, classifier = _load(run, runs, model)
     path = out or trained.file.parent / "model.nir"
     check_writable(path, ".nir", remedy="choose another with --out")
-    classifier = load_classifier(checkpoint, model)
-    del checkpoint  # its tensors
     exported = export_nir(
         classifier,
         path,
@@ -400,11 +388,18 @@ def _print_kept(kept: dict[str, Any], precision: str) -> None:
     console.print(table)
 
 
-def _say_which(trained: Trained) -> None:
-    """Of shards, which hold other weights than the checkpoint of their run."""
+def _load(run: Path | None, runs: Path, own: str | None) -> tuple[Trained, Classifier]:
+    """What a checkpoint says, and its network; shards, which hold other weights than the checkpoint of their run, are
+    told."""
+    from tetdeploy.checkpoint import read_checkpoint
+    from tetdeploy.export.trained import Trained
+
+    checkpoint = read_checkpoint(run or newest_run(runs))
+    trained = Trained.of(checkpoint)
     if trained.file.is_dir():
         besides = " and not their moving average" if trained.metadata["training"].get("ema") else ""
         epoch, step = (trained.metadata.get("restart", {}).get(name, 0) for name in ("epoch", "step"))
         console.print(
             f"{trained.file}: the weights after {epoch} epochs and {step} steps, not the best epoch's{besides}",
         )
+    return trained, load_classifier(checkpoint, own)
