@@ -308,7 +308,7 @@ def test_of_a_run_the_later_of_shards_and_checkpoint_goes_on(tmp_path: Path) -> 
     assert find_restart(tmp_path / "r" / "shards").epoch == 1
 
 
-def test_a_checkpoint_that_is_replaced_between_its_settings_and_its_weights(tmp_path: Path) -> None:
+def test_weights_that_are_replaced_after_their_settings_were_read(tmp_path: Path) -> None:
     interrupted(tmp_path / "r", STEPS + 2, how=How())
     found, file = find_restart(tmp_path / "r"), tmp_path / "r" / "checkpoint.safetensors"
     found.tensors()
@@ -316,6 +316,11 @@ def test_a_checkpoint_that_is_replaced_between_its_settings_and_its_weights(tmp_
     content["provenance"]["epoch"] = 2
     write_tensors(file, load_file(file), content)
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors was replaced while it was read .*: start again"):
+        found.tensors()
+    interrupted(tmp_path / "s", STEPS + 2)
+    found = find_restart(tmp_path / "s")
+    shutil.rmtree(found.path)
+    with pytest.raises(ValueError, match="was replaced while it was read"):
         found.tensors()
 
 

@@ -238,12 +238,18 @@ def test_a_server_that_hangs_as_it_starts_fails_its_test() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs ulimit")
 def test_more_connections_than_files_fill_no_log() -> None:
-    """asyncio would write 2,048 tracebacks a second."""
+    """asyncio would write 2,048 tracebacks a second, and gRPC's C core a line for headers that it cannot read."""
     command = ["bash", "-c", 'ulimit -n 60; exec "$@"', "bash", *COMMAND, f"m={exported('step')}"]
     running = started(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     host, port = running.http.split(":")
     assert running.process.stderr is not None
+    unreadable = {"grpc-timeout": b"zz", "content-type": b"application/grpc", ":method": b"POST", ":path": b"/a/B"}
+    opened = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, b"")
     try:
+        with socket.create_connection(("127.0.0.1", int(running.grpc.split(":")[1])), timeout=PATIENCE) as caller:
+            caller.sendall(opened + _frame(1, 5, 1, _headers(**unreadable, **{":scheme": b"http", ":authority": b"m"})))
+            while b"grpc-status" not in (answer := caller.recv(4096)):  # it may answer in parts
+                assert answer
         idle = [socket.create_connection((host, int(port)), timeout=PATIENCE) for _ in range(100)]
         said = running.process.stderr.readline()
         assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ERROR tetdeploy\.serve\.server: no connection can be", said)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,17 @@ class Restart:
         """Named as in the run's state: `network.*`, and of shards `average.*` and `epoch.*`.
 
         Raises:
-            ValueError: they are damaged; the checkpoint is another one than was found.
+            ValueError: they are damaged; what was found is gone, or the checkpoint is another one.
         """
-        if self.path.is_dir():
-            return read_shards(self.path)
-        checkpoint = read_checkpoint(self.path)
-        if checkpoint.metadata["provenance"] != self.settings["provenance"]:
-            raise ValueError(
-                f"{self.path} was replaced while it was read (its run goes on): start again, best when that has ended"
-            )
-        return {f"network.{name}": tensor for name, tensor in checkpoint.tensors.items()}
+        with suppress(FileNotFoundError):
+            if self.path.is_dir():
+                return read_shards(self.path)
+            checkpoint = read_checkpoint(self.path)
+            if checkpoint.metadata["provenance"] == self.settings["provenance"]:
+                return {f"network.{name}": tensor for name, tensor in checkpoint.tensors.items()}
+        raise ValueError(
+            f"{self.path} was replaced while it was read (its run goes on): start again, best when that has ended"
+        )
 
 
 def find_restart(path: Path | str) -> Restart:

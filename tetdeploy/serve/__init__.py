@@ -14,3 +14,9 @@
 
 `bodies` and those after it need the extra `serve`.
 """
+
+import os
+
+# Before gRPC is imported: its C core writes a line for each call with headers that it cannot read, which any client can
+# have it do until a pipe that nobody reads is full, and the server waits for ever.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
