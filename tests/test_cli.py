@@ -559,14 +559,18 @@ class TestCommands:
 
         for module in ("tetdeploy.data", "tetdeploy.export.trained"):
             monkeypatch.setattr(f"{module}.load_parts", replaced)
+        read = Mock(wraps=checkpoint.read_checkpoint)  # once, or the weights may be others than the SHA-256 says
+        monkeypatch.setattr(checkpoint, "read_checkpoint", read)
         before = sha256_of(file)
         assert run("export", RUN, "--T", "2", "--check", "9", "-o", "a.onnx").exit_code == 0
+        assert read.call_count == 1
         assert Engine("a.onnx").metadata["source"]["checkpoint_sha256"] == before != sha256_of(file)
 
         before = sha256_of(file)
         assert run("train", "--init", RUN, "--epochs", "1", "--out", "runs/second").exit_code == 0
         init = json.loads(Path("runs/second/config.json").read_text())["init"]
         assert init == {"path": RUN, "checkpoint_sha256": before} and before != sha256_of(file)
+        assert read.call_count == 2
 
     @pytest.mark.parametrize(
         ("command", "work"),
