@@ -14,6 +14,11 @@ from tetdeploy.serve.sequences import LostSequenceError, TooManySequencesError, 
 
 logger = logging.getLogger(__name__)
 CLIENT_LEFT = 499  # nginx's status for a request whose client did not wait; only metrics see it
+_ANY_CLIENT = (
+    "Invalid HTTP request received.",  # uvicorn
+    "Invalid encoding on",  # gRPC, of metadata that are no text
+    "ExecuteBatchError",  # gRPC, of a client that left at an awkward moment
+)
 LONGEST = 600  # characters of a message: it may repeat the request, and gRPC sends it as a header of 8 KB at most
 
 # The first class that fits. Anything else is our bug, and says nothing to clients.
@@ -46,6 +51,12 @@ def status_of(error: Exception) -> tuple[int, grpc.StatusCode, str]:
 def forget_frames(error: Exception) -> None:
     """Let go of what an error has seen on its way, a request's body above all, for as long as something keeps it."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
+
+
+def names_something(record: logging.LogRecord) -> bool:
+    """Whether a library's log says more than any client can have it say until a pipe that nobody reads is full, and the
+    server waits for ever."""
+    return not record.getMessage().startswith(_ANY_CLIENT)
 
 
 def _shortened(message: str) -> str:

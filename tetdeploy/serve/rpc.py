@@ -12,7 +12,7 @@ import grpc
 from tritonclient.grpc import service_pb2 as pb
 
 from tetdeploy.serve.bodies import Budget, Share, Sizes
-from tetdeploy.serve.errors import CLIENT_LEFT, forget_frames, status_of
+from tetdeploy.serve.errors import CLIENT_LEFT, forget_frames, names_something, status_of
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.protocol import SERVER, Models, refuse_loading
 from tetdeploy.serve.rpc_messages import check_tensors, parse, parse_probe, read_request, write_response
@@ -20,7 +20,7 @@ from tetdeploy.serve.rpc_messages import check_tensors, parse, parse_probe, read
 
 def grpc_server(models: Models, inferences: Inferences, sizes: Sizes) -> grpc.aio.Server:
     """The server, which listens nowhere yet. Calls that it does not know are UNIMPLEMENTED."""
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_names_something)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(names_something)
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", sizes.max_request),
@@ -49,12 +49,6 @@ def grpc_server(models: Models, inferences: Inferences, sizes: Sizes) -> grpc.ai
         [grpc.method_handlers_generic_handler(name, calls) for name, calls in services.items()]
     )
     return server
-
-
-def _names_something(record: logging.LogRecord) -> bool:
-    """Whether gRPC says more than that a client sent metadata that are no text, or left at an awkward moment, which any
-    client can have it say until a pipe that nobody reads is full, and the server waits for ever."""
-    return not record.getMessage().startswith(("Invalid encoding on", "ExecuteBatchError"))
 
 
 def _health(models: Models, service: str) -> bytes:

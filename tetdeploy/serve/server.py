@@ -21,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tetdeploy.engine import Engine
 from tetdeploy.serve.bodies import BodyLimit, Budget, Sizes
+from tetdeploy.serve.errors import names_something
 from tetdeploy.serve.metrics import Metrics
 from tetdeploy.serve.models import Bounds, ServedModel, step_energy_pj
 from tetdeploy.serve.protocol import Models, OpenInferenceModel
@@ -210,12 +211,6 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def _names_something(record: logging.LogRecord) -> bool:
-    """Whether uvicorn says more than that some request was malformed, which any client can have it say until a pipe
-    that nobody reads is full, and the server waits for ever."""
-    return record.msg != "Invalid HTTP request received."
-
-
 class _H11(H11Protocol):
     """Says nothing of upgrades, which are not offered: uvicorn would advise to install libraries for WebSockets."""
 
@@ -235,7 +230,7 @@ def _http_server(app: ASGIApp) -> uvicorn.Server:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(GRACE_SECONDS),
     )
-    logging.getLogger("uvicorn.error").addFilter(_names_something)
+    logging.getLogger("uvicorn.error").addFilter(names_something)
     return _Uvicorn(config)
 
 
