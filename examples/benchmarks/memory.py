@@ -5,9 +5,10 @@
 
 What is counted is what forward and backward add at their peak to a process that holds the network, its gradients and
 the batch: on a GPU by PyTorch's own counters, on a CPU as resident memory (`ru_maxrss`). Every number comes from a
-process of its own, since a peak never goes down again; on a CPU it is exact to some 10 MB, so take a batch that fills
-hundreds. The images are random: memory does not depend on them. The time is that of one forward and backward pass,
-the fastest of `--repeats`.
+process of its own, since a peak never goes down again. On a CPU it goes by what is in use, not by the holes that glibc
+leaves in its heap: tensors come from the system one by one and go back to it (`MALLOC_MMAP_THRESHOLD_`), which takes
+time that training with `tetdeploy train` does not spend. The images are random: memory does not depend on them. The
+time is that of one forward and backward pass, the fastest of `--repeats`.
 
 `loop` is LIF as one would write it with autograd: PyTorch keeps several tensors of every step, ours keeps one. With
 `recompute` (`tetdeploy train --recompute`) only what goes into each block is kept, see `train/recompute.py`.
@@ -16,6 +17,7 @@ the fastest of `--repeats`.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,7 +43,9 @@ NEURONS = ("ours", "loop")
 def in_own_process(case: dict[str, Any]) -> dict[str, Any]:
     """`measure` in a fresh process. This one imports no torch: a child's `ru_maxrss` begins at its parent's size."""
     command = [sys.executable, __file__, "--measure", json.dumps(case)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # fixed, or glibc raises it up to 32 MB, and the same case differs by 30 % from one run to the next
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if result.returncode != 0:
         what = ", ".join(f"{name}={case[name]}" for name in ("T", "neurons", "recompute"))
         said = result.stderr.strip().splitlines() if result.returncode > 0 else []  # what is killed says nothing of it
