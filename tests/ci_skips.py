@@ -22,6 +22,7 @@ EXPECTED = (  # besides all that the marker `gpu` is for
     r"one core has no second thread to start$",
     r"qemu-x86_64 .*is not installed$",
     r"needs nvidia-pytriton",
+    r"git is not installed$",
     r"root (writes into read-only folders|may write anywhere)$",
     r"has no device that is always full$",
     r"finds the processes in /proc$",

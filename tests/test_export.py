@@ -37,7 +37,6 @@ from export_helpers import (
 )
 from torch import Tensor, nn
 
-import tetdeploy
 from tetdeploy import folding
 from tetdeploy.agreement import reference_path
 from tetdeploy.cli.export import print_exported
@@ -65,6 +64,7 @@ from tetdeploy.folding import FoldingError
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.neurons import IF, LIF, lif
+from tetdeploy.provenance import version
 from tetdeploy.tracing import Tracer, quiet, reason
 
 Options = dict[str, Any]
@@ -372,7 +372,7 @@ def test_metadata_carry_all_that_serving_needs(case: tuple[str, Options]) -> Non
     assert [layer["from_input"] for layer in value["layers"]] == [True, False, False, False]
     assert [layer["binary"] for layer in value["layers"]] == [False, True, True, True]
     assert value["uncounted"] == []
-    assert value["versions"]["tetdeploy"] == tetdeploy.__version__
+    assert value["versions"]["tetdeploy"] == version()
     assert value["versions"]["torch"] == torch.__version__ and value["versions"]["onnx"] == onnx.__version__
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import platform
+import subprocess
 from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,9 +27,24 @@ PARENT = {"path!": str, "checkpoint_sha256!": str}  # what `--init` leaves in a 
 def written(**packages: str) -> dict[str, Any]:
     """Who writes a file, and when, as JSON: `versions` of tetdeploy, Python and `packages`, and `created`, in UTC."""
     return {
-        "versions": {"tetdeploy": __version__, "python": platform.python_version(), **packages},
+        "versions": {"tetdeploy": version(), "python": platform.python_version(), **packages},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+@cache
+def version() -> str:
+    """tetdeploy's, and where it runs from a Git checkout the commit, as in 0.1.0+g1f3c2a9b4d5e; .dirty with changes."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():
+        return __version__
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty=.dirty", "--exclude=*", "--abbrev=12"]
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # that it writes nothing there
+    try:
+        commit = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):  # no Git, or a checkout that it does not trust
+        return __version__
+    return f"{__version__}+g{commit.strip()}"
 
 
 def engine_provenance(engine: Engine) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""What files say of the version that wrote them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tetdeploy import __version__, provenance
+from tetdeploy.provenance import version
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder where the package lies, as far as `version` can tell."""
+    (tmp_path / "tetdeploy").mkdir()
+    (tmp_path / "tetdeploy" / "provenance.py").write_text("")
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "tetdeploy" / "provenance.py"))
+    version.cache_clear()
+    yield tmp_path
+    version.cache_clear()
+
+
+@pytest.fixture
+def git(package: Path) -> Callable[..., str]:
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+
+    def run(*arguments: str) -> str:
+        of = ["-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(package), *of, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    run("init")
+    run("add", ".")
+    run("commit", "-m", "first")
+    return run
+
+
+def test_a_checkout_names_its_commit(git: Callable[..., str]) -> None:
+    git("tag", "v9")  # which a description would begin with
+    assert version() == f"{__version__}+g{git('rev-parse', 'HEAD')[:12]}"
+    assert provenance.written()["versions"]["tetdeploy"] == version()
+
+
+def test_a_changed_checkout_says_so(git: Callable[..., str], package: Path) -> None:
+    (package / "runs").mkdir()
+    (package / "runs" / "new").write_text("what is not of the repository changes nothing")
+    commit = git("rev-parse", "HEAD")[:12]
+    assert version() == f"{__version__}+g{commit}"
+    version.cache_clear()
+    (package / "tetdeploy" / "provenance.py").write_text("changed")
+    assert version() == f"{__version__}+g{commit}.dirty"
+
+
+def test_elsewhere_it_is_the_release(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert version() == __version__  # installed: beside the package is no repository
+    version.cache_clear()
+    (package / ".git").mkdir()  # of which Git can make nothing
+    assert version() == __version__
+    version.cache_clear()
+    monkeypatch.setenv("PATH", str(package))  # no Git
+    assert version() == __version__
