@@ -28,6 +28,7 @@ from tetdeploy.export import ExportConfig
 from tetdeploy.extras import MissingExtraError
 from tetdeploy.inspection import inspect
 from tetdeploy.layers import DirectEncoding, OverTime
+from tetdeploy.machine import default_threads
 from tetdeploy.neurons import LIF
 
 Array = np.ndarray[Any, Any]
@@ -190,7 +191,7 @@ def test_threads_may_share_an_engine(layout: str, options: dict[str, Any]) -> No
 @pytest.mark.parametrize("threads", [1, 2, None])
 def test_any_number_of_threads_gives_the_same_answer(threads: int | None) -> None:
     runner = Engine(exported("dynamic"), threads=threads)
-    assert runner._session.get_session_options().intra_op_num_threads == (threads or 0)
+    assert runner._session.get_session_options().intra_op_num_threads == (threads or default_threads() or 0)
     np.testing.assert_allclose(runner.run(images(5), 4).logits, engine("dynamic").run(images(5), 4).logits, atol=1e-6)
 
 

@@ -27,7 +27,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def git(package: Path) -> Callable[..., str]:
     if shutil.which("git") is None:
-        pytest.skip("git is not installed")
+        pytest.skip("needs git")
 
     def run(*arguments: str) -> str:
         of = ["-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]

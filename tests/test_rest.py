@@ -210,7 +210,7 @@ def test_a_client_that_leaves_is_not_worked_for(caplog: pytest.LogCaptureFixture
         answering = asyncio.create_task(app(scope("POST", INFER), coming.get, send))
         await began.wait()
         coming.put_nowait({"type": "http.disconnect"})
-        await asyncio.wait_for(answering, 30)
+        await asyncio.wait_for(answering, 60)
 
     asyncio.run(scenario())
     assert (sent[0]["status"], ended, budget.held) == (499, ["cancelled"], 0)
@@ -232,7 +232,7 @@ def test_a_call_over_grpc_that_the_server_cuts_off_is_no_client_that_left(stoppi
         inferences = Inferences(served(predict), Metrics(registry), SIZES, Budget(100))
         message = service_pb2.ModelInferRequest(model_name="m").SerializeToString()
         answering = asyncio.create_task(inferences.answer(message, None))
-        await asyncio.wait_for(began.wait(), 30)
+        await asyncio.wait_for(began.wait(), 60)
         inferences.stopping = stopping
         answering.cancel()
         await asyncio.wait([answering])

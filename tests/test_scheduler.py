@@ -26,7 +26,7 @@ from tetdeploy.serve.scheduler import (
 from tetdeploy.serve.sequences import LostSequenceError, Sequences, Step, TooManySequencesError, UnknownSequenceError
 
 R = TypeVar("R")
-PATIENCE = 30  # seconds before a test that hangs fails
+PATIENCE = 60  # seconds before a test that hangs fails
 
 
 def run(coroutine: Coroutine[Any, Any, R]) -> R:

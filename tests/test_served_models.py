@@ -30,7 +30,7 @@ PATIENCE = 60
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(coroutine, PATIENCE))
+    asyncio.run(asyncio.wait_for(coroutine, 2 * PATIENCE))
 
 
 class UpToFour(Engine):
@@ -196,7 +196,7 @@ def test_a_sequence_is_idle_from_its_answer_on(monkeypatch: pytest.MonkeyPatch) 
         engine = Held(exported("step"), threads=1)
         model = ServedModel("m", engine, Limits(), Bounds(64, 10, 9))
         push = asyncio.create_task(model.push("s", digits().images[:1], start=True))
-        assert await asyncio.to_thread(engine.called.wait, PATIENCE / 2)
+        assert await asyncio.to_thread(engine.called.wait, PATIENCE)
         passed += 11  # longer than a sequence may idle
         engine.let_go.set()
         await push

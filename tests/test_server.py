@@ -19,6 +19,7 @@ from serve_helpers import PATIENCE, started, stop
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 import grpc
+from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 from uvicorn.server import ServerState
 
@@ -152,7 +153,7 @@ def test_nothing_is_logged_of_what_any_client_may_send_over_grpc(caplog: pytest.
 
     async def scenario() -> None:
         sizes = Sizes(1000, 1000, 1000)
-        models, metrics = Models([]), Metrics()
+        models, metrics = Models([]), Metrics(CollectorRegistry())
         rpc = grpc_server(models, Inferences(models, metrics, sizes, Budget(1000)), sizes)
         port = await server._start_grpc(rpc, Address("127.0.0.1", 0, 0), "127.0.0.1")
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -177,9 +178,12 @@ def test_sequences_that_idle_are_looked_for_once_a_second_at_least() -> None:
     assert [server._expiry_period(timeout) for timeout in (60, 2, 0.001)] == [1, 0.5, 0.01]
 
 
-def test_a_lack_of_files_is_said_once_a_second(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lack_of_files_is_said_once_a_second(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scenario() -> None:
-        loop = asyncio.get_running_loop()
+        loop, now = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+        monkeypatch.setattr(loop, "time", lambda: now)
         loop.set_exception_handler(server._LoopErrors())
         for _ in range(100):
             loop.call_exception_handler(
@@ -201,21 +205,25 @@ def test_nothing_is_said_of_a_closed_listener_that_was_to_accept_again(
             raise OSError(errno.EMFILE, "Too many open files")
 
     tried: list[str] = []
+    serving: Any = None
 
     class Noted(server._LoopErrors):
         def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            if not tried:
+                loop.call_soon(close)  # which comes before the timer of the next try, however late that is
             tried.append(type(context["exception"]).__name__)
             super().__call__(loop, context)
 
+    def close() -> None:
+        serving.close()
+
     async def scenario() -> None:
+        nonlocal serving
         asyncio.get_running_loop().set_exception_handler(Noted())
         listener = Full()
         listener.bind(("127.0.0.1", 0))
         serving = await asyncio.start_server(lambda reader, writer: None, sock=listener, backlog=7)
         with socket.create_connection(listener.getsockname()):
-            while not tried:
-                await asyncio.sleep(0.001)
-            serving.close()
             while "ValueError" not in tried:
                 await asyncio.sleep(0.001)
 

@@ -1227,4 +1227,4 @@ def test_the_small_network_learns_real_digits(tmp_path: Path) -> None:
     )
     result = train(classifier, train_set, val_set, settings(T=2, epochs=5, batch_size=32, lr=0.01), tmp_path / "run")
     assert result.best is not None and result.best.val_accuracy is not None
-    assert result.best.val_accuracy > 0.9
+    assert result.best.val_accuracy > 0.8  # 0.98 here; 0.91 with another seed
