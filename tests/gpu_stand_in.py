@@ -42,6 +42,7 @@ class Cuda:
         self.driver, self.count, self.error = driver, count, error
         self.architecture = dict(zip(("major", "minor"), architecture, strict=True))
         self.memory: dict[int, Any] = {}
+        self.num_streams = 0
         self.copied = {"up": 0, "down": 0}
         self.under_way: list[tuple[int, Any]] = []
         self.device = 0  # that of the thread, which its owner may have changed
@@ -72,9 +73,11 @@ class Cuda:
         return (0,)
 
     def cudaStreamCreate(self) -> tuple[int, Stream]:
+        self.num_streams += 1
         return 0, Stream(7)
 
     def cudaStreamDestroy(self, stream: Stream) -> tuple[int]:
+        self.num_streams -= 1
         return (0,)
 
     def cudaStreamSynchronize(self, stream: Stream) -> tuple[int]:

@@ -415,7 +415,7 @@ class TestCommands:
         assert trained.exit_code == 0, trained.output
 
     def test_training_is_warned_of_what_export_will_refuse_and_not_changed(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / "random_net.py").write_text(RANDOM_NET)
         Path("queue.py").write_text("raise SystemExit('a file in the folder that is called as one of Python is')")
@@ -427,12 +427,21 @@ class TestCommands:
         with pytest.warns(RuntimeWarning, match=f"{NOT_EXPORTED} the network draws random numbers in in") as warned:
             assert run(*options, "--out", "checked", "--seeds", "0,1").exit_code == 0
         assert len(warned) == 1
+        assert capfd.readouterr().out.count("printed at import") == 1  # by the training, which is this process
         kept = [load_file(f"{name}/checkpoint.safetensors") for name in ("unchecked", "checked/seed-0")]
         assert kept[0].keys() == kept[1].keys()
         assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
         assert metrics(Path("unchecked")) == metrics(Path("checked/seed-0"))
         assert run("train", "--resume", "unchecked", "--model", "random_net:net").exit_code == 0  # nor is this warned
         assert run(*options, "--ann", "--T", "1", "--out", "ann").exit_code == 0  # and is not warned
+
+    def test_a_check_that_ends_without_an_answer_says_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def run_other(command: list[str], **options: Any) -> Any:
+            return run_process([sys.executable, "-c", "raise SystemExit(3)"], **options)
+
+        run_process = subprocess.run
+        monkeypatch.setattr(subprocess, "run", run_other)
+        assert preflight.why_not(NetworkConfig("mine:net", 10, 1, (8, 8)), "direct") is None
 
     def test_neurons_that_are_called_as_functions_are_seen(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -442,7 +451,8 @@ class TestCommands:
             "from tetdeploy.neurons import lif\n"
             "class Net(nn.Linear):\n"
             "    def forward(self, x, T):\n"
-            "        return super().forward(lif(x.flatten(1).expand(T, -1, -1))[0])\n"
+            "        spikes = lif(x.flatten(1).expand(T, -1, -1))[0]\n"
+            "        return super().forward(nn.functional.dropout(spikes, training=self.training))\n"
             "def net(num_classes, in_channels, image_size):\n"
             "    return Net(64, num_classes)\n"
         )

@@ -135,6 +135,7 @@ def test_what_operations_make_of_spikes_and_of_their_sums() -> None:
     zero, one, half, unknown = constant(0), constant(1), constant(0.5), ir.Value(name="unknown")
     s = ir.Value(name="s")
     known, add = BinaryValues([s]), ir.node("Add", [s, s])
+    assert known.is_binary(constant(0, 1)) and not known.is_binary(constant(0, 2)) and not known.is_binary(constant())
     known.propagate(add)
     (total,) = add.outputs  # 0, 1 or 2
     stay = ("Relu", "Abs", "MaxPool", "ReduceMax", "ReduceMin", "Transpose")

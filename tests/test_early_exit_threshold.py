@@ -106,6 +106,8 @@ def test_a_calibration_by_hand() -> None:
     found = find_threshold(some, loss=0.0, criteria=["margin"], confident=False)
     assert found.point.exit == Exit(0.125, "margin") and found.accuracy_by_T == [2 / 3, 2 / 3, 2 / 3]
     assert find_threshold(some, min_T=3).point.mean_T == 3
+    earliest = find_threshold(some, loss=1.0, confident=False)
+    assert earliest.to_dict(engine("step"), "")["num_images_by_steps"] == [3, 0, 0]
     for options, message in (
         ({"loss": -0.1}, "loss of accuracy must lie in 0..1, a fraction, got -0.1"),
         ({"min_T": 4}, "min_T must lie within the T=3 steps, got 4"),
@@ -207,6 +209,10 @@ def test_so_many_images_prove_a_loss_and_one_fewer_do_not(loss: float) -> None:
     assert provable_loss(count) < loss <= provable_loss(count - 1)
     assert shows_less(count, 0, 0, loss) and not shows_less(count - 1, 0, 0, loss)
     assert not shows_less(count, 1, 0, loss)
+
+
+def test_that_no_answer_flips_is_no_proof_of_no_loss() -> None:
+    assert not shows_less(1_000_000, 0, 0, 0.0)
 
 
 def test_the_score_test_is_tangos() -> None:

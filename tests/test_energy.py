@@ -28,6 +28,7 @@ from tetdeploy.energy import (
     layers_of,
     other_ops,
     other_ops_pj,
+    uncounted_layers,
 )
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, export_model
@@ -253,6 +254,11 @@ def test_what_no_bill_includes() -> None:
         "batch_norm_macs": 50,
         "neuron_ops": 12 * (2 * 9 + 3) + 10 * (9 + 3),
     }
+
+
+def test_only_layers_are_missing_in_the_energies() -> None:
+    named = ["conv_transpose", "mix(2)", "mix(2) (residual_adds)", "bn (batch_norm_macs)", "conv (bias_adds)"]
+    assert uncounted_layers(named) == ["conv_transpose", "mix(2)"]
 
 
 # ------------------------------------------------------------------------------------------------ the constants

@@ -18,7 +18,7 @@ from torch import Tensor
 import tetdeploy
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.cli import main
-from tetdeploy.foreign import ARCHITECTURES, import_checkpoint, import_to_checkpoint, their_names
+from tetdeploy.foreign import ARCHITECTURES, import_checkpoint, import_to_checkpoint, output_file, their_names
 
 ENTRIES = {
     arch: json.loads((Path(__file__).parent / "fixtures" / "tet_reference_state_dict_keys.json").read_text())[key][
@@ -258,10 +258,11 @@ def test_missing_unexpected_and_misshapen_keys_are_listed_at_once(file: Path) ->
     state["layer4.0.conv1.weight"] = torch.zeros(2)
     state["layer1.0.conv1.weight"] = torch.zeros(128, 64, 5, 5)
     state["fc2.weight"] = torch.zeros(10)
+    state["module.fc1.bias"] = state.pop("fc1.bias")
     torch.save(state, file)
-    with pytest.raises(ValueError, match=r"missing: layer2\.0\.bn1\.seqbn\.module\.bias; ") as caught:
+    with pytest.raises(ValueError, match=r"missing: .*layer2\.0\.bn1\.seqbn\.module\.bias.*; ") as caught:
         import_checkpoint(file, "resnet19")
-    assert "unexpected: layer4.0.conv1.weight; " in str(caught.value)
+    assert "unexpected: layer4.0.conv1.weight, module.fc1.bias; " in str(caught.value)  # not all begin with it
     assert "layer1.0.conv1.weight [128, 64, 5, 5], wanted [128, 64, 3, 3]" in str(caught.value)
     assert "fc2.weight [10], wanted [10, 256]" in str(caught.value)
 
@@ -301,6 +302,13 @@ def test_half_and_double_become_float32(file: Path) -> None:
 
 WEIGHT, VARIANCE = "features.0.fwd.module.0.weight", "features.0.fwd.module.1.running_var"
 COUNT = "features.0.fwd.module.1.num_batches_tracked"
+
+
+def test_counts_of_32_bits_and_variances_of_0_are_taken(file: Path) -> None:
+    state = flat_state("vggsnn")
+    state[COUNT], state[VARIANCE] = state[COUNT].int(), torch.zeros_like(state[VARIANCE])  # of channels never read
+    torch.save(state, file)
+    assert not import_checkpoint(file, "vggsnn").network.state_dict()["encode.1.running_var"].any()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # quantised tensors are deprecated
@@ -423,3 +431,5 @@ def test_a_run_is_not_written_over(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="already holds a run"):
         import_to_checkpoint(file, "vggsnn", tmp_path / "run" / "checkpoint.safetensors")
     assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == b"mine"
+    (tmp_path / "vgg.safetensors").write_bytes(b"an earlier import")
+    assert output_file(tmp_path / "vgg.safetensors") == tmp_path / "vgg.safetensors"  # no run: written over

@@ -279,6 +279,21 @@ class BehindBoth(nn.Module):
         return logits
 
 
+class ComputedWeights(BehindBoth):
+    """A convolution whose weights lose their mean at each call."""
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        spikes, weight = self.lif1(self.encode(x, T)), self.conv[0].weight
+        current = nn.functional.conv2d(spikes.flatten(0, 1), weight - weight.mean(), padding=1)
+        logits: Tensor = self.readout(self.lif2(self.conv(self.lif2(current.unflatten(0, spikes.shape[:2])))))
+        return logits
+
+
+def test_a_layer_whose_weights_are_computed_stays_in_float32() -> None:
+    module = Tracer(classifier(ComputedWeights()), encoding="direct", uint8=True).folded(2)
+    assert [layer.name for layer in halve(module).values()] == ["conv.0"]
+
+
 def test_a_layer_lies_behind_neurons_whichever_part_of_a_sum_does() -> None:
     module = Tracer(classifier(BehindBoth()), encoding="direct", uint8=True).folded(2)
     assert [layer.place for layer in placed_layers(module)] == ["first", "inner", "readout"]
@@ -297,6 +312,12 @@ def test_what_float16_cannot_hold_or_has_no_layer_for() -> None:
         network.network.hidden[1].bias[0] = 0.0
     with pytest.raises(HalfError, match="may reach 65519 and float16 ends at 65504"):
         halve(Tracer(network, encoding="direct", uint8=True).folded(2))
+    biased = classifier(BehindBoth())
+    with torch.no_grad():
+        biased.network.conv[0].weight[0], biased.network.conv[0].bias[0] = 0.0, -6000.0
+        biased.network.conv[0].weight[0, 0, 1, 1] = 60000.0
+    with pytest.raises(HalfError, match=r"currents of conv\.0 may reach 66000 and float16 ends at 65504"):
+        halve(Tracer(biased, encoding="direct", uint8=True).folded(2))
     with pytest.raises(HalfError, match="no layer of the network lies between neurons"):
         halve(torch.fx.symbolic_trace(nn.Linear(2, 2)))
 
@@ -308,6 +329,15 @@ def test_what_float16_cannot_hold_of_a_network_s_currents_is_seen_on_images(tmp_
             layer.weight.mul_(300)
     with pytest.raises(HalfError, match=r"middle\.3 reads or puts out .* float16 ends at 65504; use --precision fp32"):
         export(tmp_path / "m.onnx", network=network)
+
+
+def test_what_a_layer_reads_may_be_too_large_for_float16_where_its_currents_are_not() -> None:
+    network = classifier(BehindBoth())
+    with torch.no_grad():
+        network.network.encode[0].bias.add_(70_000.0)
+        network.network.conv[0].weight.mul_(1e-3)
+    with pytest.raises(HalfError, match=r"conv\.0 reads or puts out 7\d\d\d\d(\.\d+)? and float16 ends at 65504"):
+        check_layers(network)
 
 
 class Unbiased(nn.Module):
@@ -388,6 +418,14 @@ def test_the_gate_sees_a_layer_that_is_another_in_float16(
     with pytest.raises(HalfError, match=rf"the currents of {name} in float16 differ from those in float32 by"):
         export(tmp_path / "m.onnx", network=biased(kind))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_gate_sees_what_is_no_number() -> None:
+    network = copy.deepcopy(biased("convolution"))
+    with torch.no_grad():
+        network.network.convolve[0].weight[2, 0, 1, 1] = torch.nan  # type: ignore[index,union-attr]
+    with pytest.raises(HalfError, match=r"currents of convolve\.0 in float16 differ .*, where rounding makes nan at"):
+        check_layers(network)
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])

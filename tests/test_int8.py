@@ -40,6 +40,7 @@ from tetdeploy.cli import main
 from tetdeploy.cli.export import print_exported
 from tetdeploy.export import ExportConfig, Exported, ParityError, export_model
 from tetdeploy.export.onnx_tracer import OnnxTracer
+from tetdeploy.int8 import calibration as calibrating
 from tetdeploy.int8 import network as int8_network
 from tetdeploy.int8 import quantisation
 from tetdeploy.int8.calibration import METHODS, MIN_IMAGES, CurrentHistogram, _squared_error, calibrate, record_currents
@@ -366,6 +367,32 @@ def test_the_gate_sees_a_layer_that_is_another_in_int8(
     assert not list(tmp_path.iterdir())
 
 
+class Biased(nn.Module):
+    """A convolution that never sees a spike, of 32 channels without weights and 32 with some; its biases lie where both
+    they and the currents, in steps of 0.1, round by half a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1 = DirectEncoding(nn.Conv2d(1, 1, 3, padding=1)), LIF(v_th=1e9)
+        self.conv, self.lif2 = OverTime(nn.Conv2d(1, 64, 1)), LIF(v_th=0.3)
+        self.readout = OverTime(nn.Flatten(), nn.Linear(64 * 64, 10))
+        with torch.no_grad():
+            k = torch.arange(32)
+            halves = 0.1 * (k + 0.5)
+            self.conv[0].weight[:32], self.conv[0].bias[:32] = 0.0, halves
+            self.conv[0].weight[32:], self.conv[0].bias[32:] = 1.27, halves + 0.003 * (-1) ** k  # in steps of 0.01
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        logits: Tensor = self.readout(self.lif2(self.conv(self.lif1(self.encode(x, T)))))
+        return logits
+
+
+def test_the_gate_lets_a_bias_and_a_current_round_by_half_a_step_each() -> None:
+    scales = {"conv.0": CurrentScale(float(np.float32(0.1)), 0)}
+    network = Int8Network(Tracer(classifier(Biased()), encoding="direct", uint8=True), scales)
+    network.check_layers(torch.from_numpy(digits().images[:4]), 2)
+
+
 def test_scales_are_told_apart_by_name_scale_and_zero() -> None:
     every = [{"a": CurrentScale(0.1, 5)}, {"b": CurrentScale(0.1, 5)}, {"a": CurrentScale(0.2, 5)}]
     assert len({scales_sha256(scales) for scales in (*every, {"a": CurrentScale(0.1, 6)}, {})}) == 5
@@ -567,6 +594,25 @@ def test_least_squares_errs_less_than_any_percentile() -> None:
     for percent in (100, 99.999, 99.99, 99.9, 99, 95):
         assert best <= error(histogram.percentile(percent)) * 1.001, percent  # the histogram has bins of some width
     assert best < error(histogram.percentile(100))
+
+
+def test_one_current_of_millions_may_be_worth_all_of_the_range() -> None:
+    """Less than the percentiles leave out, but an error that weighs more than those of all others together."""
+    histogram = CurrentHistogram()
+    histogram.add(torch.cat([torch.linspace(0, 1, 3_000_000), torch.tensor([10_000.0])]))
+    assert histogram.percentile(100 - 1e-4).scale < 1
+    assert histogram.least_squares() == CurrentScale.covering(0, 10_000)
+
+
+def test_a_bin_errs_as_its_middle_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    histogram = CurrentHistogram()
+    histogram.add(torch.tensor([-1.0, 3.0]))  # -2..4, as the range reaches a quarter beyond
+    errors = Mock(return_value=0.0)
+    monkeypatch.setattr(calibrating, "_squared_error", errors)
+    histogram.least_squares()
+    _, values, weights = errors.call_args.args
+    edges = np.linspace(-2, 4, len(weights) + 1)
+    np.testing.assert_allclose(values, (edges[1:] + edges[:-1]) / 2)
 
 
 def test_convolutions_of_spikes_are_found_by_name() -> None:

@@ -160,6 +160,7 @@ def test_a_product_says_what_it_is(layout: Any, tmp_path: Path) -> None:
     assert (shown["products.softmax#2"], shown["embed"][1]) == (("product", "pairs"), "image")
     by_layer = operations_of(runner, digits().images[:5], 3).by_layer([3])
     kinds = {layer["name"]: input_kind(layer) for layer in by_layer}
+    assert input_kind({"product": True}) == "pairs of spikes"  # a result may lack what is so by default
     assert (kinds["products.by_heads#2"], kinds["products.softmax#2"]) == ("pairs of spikes", "pairs")
     assert (kinds["embed"], kinds["readout"]) == ("image", "analogue")
 

@@ -211,6 +211,9 @@ class TestGoingOn:
         beside = SideBySide(moved(1.3, channel=True), model, T)
         return Pass(model, data.x[:60], data.labels[:60], T, batch_size=8, beside=beside, num_beside=num_beside)
 
+    def test_no_more_images_than_there_are_run_beside(self) -> None:
+        assert self.make(num_beside=100).num_beside == 60  # what the bars show, and a later run is compared with
+
     @pytest.mark.parametrize("at", [8, 24, 48])
     def test_an_interrupted_run_ends_as_one_that_was_not(self, at: int, tmp_path: Path) -> None:
         whole, cut = self.make(), self.make()

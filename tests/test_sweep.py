@@ -27,7 +27,7 @@ from tetdeploy import sweep as sweeping
 from tetdeploy.cli.sweep import _prices, print_sweep
 from tetdeploy.cli.sweep import sweep as sweep_command
 from tetdeploy.early_exit.threshold import run_answers
-from tetdeploy.energy import CONVENTIONS, layers_of
+from tetdeploy.energy import CONVENTIONS, layers_of, other_ops_pj
 from tetdeploy.engine import Engine
 from tetdeploy.picojoules import CONSTANTS, EnergyConstants, energy_constants
 from tetdeploy.provenance import images_sha256
@@ -202,6 +202,10 @@ def test_layers_of_another_precision_than_the_model_have_their_own_price() -> No
     assert result.details["constants"] == CONSTANTS["int8"].to_dict()
     adds = result.details["other_ops"]["bias_adds"]
     assert result.details["other_ops_pj"]["bias_adds"] == pytest.approx(0.9 * adds) and adds > 0
+    own = energy_constants("int8", ac_pj=0.2)
+    of_one = sweep(engine, digits().images[:8], digits().labels[:8], (2,), num_timed=1, constants=own)
+    in_float32 = other_ops_pj(engine.metadata, EnergyConstants(0.2, 4.6, "ours"))
+    assert of_one.details["other_ops_pj"] == pytest.approx(in_float32)
     engine.metadata["layers"] = []
     assert sweep(engine, digits().images[:8], digits().labels[:8], (2,), num_timed=1).rows[0].ann_ratio is None
 

@@ -141,10 +141,21 @@ def test_int8_convolutions_stay_int8(layout: str, options: dict[str, Any], tmp_p
     assert {name for layer in built.manifest["layers"] for name in layer["neurons"]} == {"lif1", "lif2", "lif3"}
 
 
+def _narrow(graph: onnx.ModelProto) -> None:
+    """A quarter of the range that currents have, so that they are clipped at both ends."""
+    scales = {node.input[1] for node in graph.graph.node if node.op_type == "QuantizeLinear"}
+    for tensor in graph.graph.initializer:
+        if tensor.name in scales and (value := onnx.numpy_helper.to_array(tensor)) != 1:  # that of spikes
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value / 4, tensor.name))
+
+
 @pytest.mark.parametrize(("layout", "options"), INT8, ids=lambda value: str(value))
 def test_what_is_prepared_of_int8_computes_the_same(layout: str, options: dict[str, Any]) -> None:
     model = int8_exported(layout, target=TARGET, **options)
-    graph = prepare(onnx.load(model))
+    given = onnx.load(model)
+    _narrow(given)
+    plain_bytes = given.SerializeToString()
+    graph = prepare(given)
     onnx.checker.check_model(graph, full_check=True)
     used = {name for node in graph.graph.node for name in node.input}
     types = {tensor.data_type for tensor in graph.graph.initializer if tensor.name in used}
@@ -153,7 +164,7 @@ def test_what_is_prepared_of_int8_computes_the_same(layout: str, options: dict[s
     plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # both then sum in float32
     before, after = (
         ort.InferenceSession(bytes_, plain, providers=["CPUExecutionProvider"]).run(None, feed(model))
-        for bytes_ in (model.read_bytes(), graph.SerializeToString())
+        for bytes_ in (plain_bytes, graph.SerializeToString())
     )
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -206,6 +217,12 @@ def test_ranges_and_limits_reach_tensorrt(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "MinShape: [2,1], OptShape: [3,7], MaxShape: [5,9]" in reports[0]
 
 
+@pytest.mark.parametrize(("trained_T", "most"), [(4, 16), (8, 16), (9, 18)])
+def test_t_may_be_16_or_twice_that_of_the_training(trained_T: int, most: int) -> None:
+    metadata = {"layout": "dynamic", "trained_T": trained_T}
+    assert tensorrt._steps(None, metadata, Path("m.onnx")) == (1, trained_T, most)
+
+
 def test_architectures_are_those_asked_for(tmp_path: Path) -> None:
     config = BuildConfig("tensorrt-rtx", gpu_architectures=("12.0", "8.9"))
     built = build_engine(exported("step"), tmp_path / "a.engine", config)
@@ -231,7 +248,7 @@ def test_these_cards_are_for_the_other_package(name: str) -> None:
         target_architectures(trt, "tensorrt-rtx", ("8.9", name))
 
 
-@pytest.mark.parametrize("name", ["6.1", "", "ada"])
+@pytest.mark.parametrize("name", ["6.1", "", "ada", "8.9a"])
 def test_other_cards_are_for_none(name: str) -> None:
     with pytest.raises(ValueError, match=r"it can for 8\.0, 8\.6, 8\.9, 12\.0, 12\.1\.$"):
         target_architectures(trt, "tensorrt-rtx", (name,))
@@ -251,6 +268,8 @@ def test_tensorrt_builds_for_the_gpu_at_hand(with_gpu: None, tmp_path: Path) -> 
     assert (built.manifest["package"], built.manifest["gpu_architectures"]) == ("tensorrt", ["9.0"])
     with pytest.raises(ValueError, match=r"for the GPU at hand, here 9\.0, not for 8\.9; .*--package tensorrt-rtx"):
         build_engine(exported("step"), tmp_path / "n.engine", BuildConfig("tensorrt", gpu_architectures=("8.9",)))
+    with pytest.raises(ValueError, match=r"for the GPU at hand, here 9\.0, not for 9\.0, 8\.9; "):
+        target_architectures(trt, "tensorrt", ("9.0", "8.9"))
 
 
 def test_a_timing_cache_is_kept_where_there_is_one(with_gpu: None, tmp_path: Path) -> None:
@@ -313,6 +332,23 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(number: signal.Signals, tmp_pat
     assert seen and all(1 <= done <= total for _, done, total in seen)
     assert signal.getsignal(number) is before
     assert not names_in(tmp_path)
+
+
+def test_progress_is_that_of_the_whole_build() -> None:
+    seen = []
+    _, monitor = tensorrt._observers(trt, lambda *done: seen.append(done))
+    monitor.phase_start("Building", None, 6)
+    monitor.phase_start("Timing kernels", "Building", 90)
+    assert monitor.step_complete("Timing kernels", 0) and monitor.step_complete("Building", 2)
+    assert seen == [("Building", 3, 6)]
+    monitor.stopped = True
+    assert not monitor.step_complete("Building", 3)  # which ends the build there
+
+
+def test_a_refused_node_is_named_with_the_reason_behind_the_refusal() -> None:
+    said = "In function importScan:\nAssertion failed: no such input\nIn node 7"
+    error = SimpleNamespace(node_operator=lambda: "Scan", node_name=lambda: "lif1", desc=lambda: said)
+    assert tensorrt._reason(error) == "Scan lif1: In function importScan: Assertion failed: no such input"
 
 
 def test_a_graph_that_tensorrt_cannot_parse_is_refused(tmp_path: Path) -> None:

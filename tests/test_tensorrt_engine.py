@@ -22,7 +22,7 @@ from tetdeploy.engine import Engine, open_engine
 from tetdeploy.runtimes import tensorrt_engine
 from tetdeploy.runtimes.manifest import manifest_path
 from tetdeploy.runtimes.nvidia import NoGpuError, choose_package, gpu_architecture, gpu_runtime
-from tetdeploy.runtimes.tensorrt_engine import TensorRTEngine
+from tetdeploy.runtimes.tensorrt_engine import TensorRTEngine, check_target
 from tetdeploy.streams import StreamPool
 
 
@@ -116,7 +116,10 @@ def test_gpu_memory_is_given_back(cuda: Cuda, tmp_path: Path) -> None:
     assert len(cuda.memory) == states + 1  # and the image
     del stream
     gc.collect()
-    assert not cuda.memory
+    assert not cuda.memory and cuda.num_streams == 1
+    del trt
+    gc.collect()
+    assert not cuda.num_streams
 
 
 def test_threads_share_an_engine(cuda: Cuda, tmp_path: Path) -> None:
@@ -133,6 +136,8 @@ def test_it_says_what_it_is(cuda: Cuda, tmp_path: Path) -> None:
     assert isinstance(trt, TensorRTEngine)
     assert (trt.device, trt.layout, trt.T, trt.input_shape) == ("tensorrt", "dynamic", None, (1, 8, 8))
     assert trt.class_names == engine("dynamic").class_names
+    for architecture in trt.manifest["gpu_architectures"]:
+        check_target(trt.manifest, "m.engine", TensorRT(cuda), architecture)  # without an error
     assert trt.sha256 == trt.manifest["engine_sha256"]
     assert trt.run(digits().images[:2]).per_step.shape == (2, 4, 10)  # the training's T
 
@@ -285,6 +290,10 @@ def test_an_engine_needs_its_manifest(tmp_path: Path) -> None:
     manifest_path(path).unlink()
     with pytest.raises(FileNotFoundError, match=r"there is no .*m\.engine\.json; build it again"):
         TensorRTEngine(path)
+    with pytest.raises(FileNotFoundError, match=r"there is no .*other\.engine;"):
+        TensorRTEngine(tmp_path / "other.engine")
+    (tmp_path / "other.engine").mkdir()
+    manifest_path(tmp_path / "other.engine").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"there is no .*other\.engine;"):
         TensorRTEngine(tmp_path / "other.engine")
 
