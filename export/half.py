@@ -237,7 +237,7 @@ class _LayerComparison(_RoundingInterpreter):
                     f"the weights of {name}, {float(weight.abs().max()):.3g} at most, are too small for float16, whose "
                     f"smallest numbers are {_STEP:.3g} apart; nothing was written: use --precision fp32"
                 )
-            k = int((error - limit).nan_to_num(torch.inf).argmax())
+            k = int((error - limit).argmax())
             raise HalfError(
                 f"the currents of {name} in float16 differ from those in float32 by {float(error[k]):.3g} in channel "
                 f"{k}, where rounding makes {float(limit[k]):.3g} at most; nothing was written: use --precision fp32"

@@ -84,7 +84,7 @@ class Tally:
         self.T, self.class_names, self.metadata = T, engine.class_names, engine.metadata
         self.neurons = {n["name"]: int(np.prod(n["shape"])) for n in engine.metadata["neurons"]}
         self.constants = constants or energy_constants(engine.precision)
-        chunk = engine.T if engine.with_state and engine.layout == "unrolled" else None
+        chunk = engine.T if engine.layout == "unrolled" else None
         self.operations = Operations(layers_of(engine.metadata), constants=constants, chunk=chunk)
         self.seen = np.zeros(num_classes, np.int64)
         self.correct = np.zeros((num_classes, T), np.int64)
