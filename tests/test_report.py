@@ -262,6 +262,22 @@ class TestTraining:
         marked = {table.rows[k] for k in table.marked}  # type: ignore[union-attr]
         assert marked == {("time steps T", "2", "6"), ("loss", "SDT", "TET")}
 
+    def test_a_training_by_equation_7_alone_has_no_mse_term(self, tmp_path: Path) -> None:
+        losses: dict[str, dict[str, Any]] = {
+            "sdt": {"loss": "sdt"},
+            "tet": {"loss": "tet"},
+            "both": {"loss": "sdt", "switch_to_tet": 1},
+        }
+        folders = [run_folder(tmp_path / name, lam=0.05, phi=1.0, **loss) for name, loss in losses.items()]
+        (table,) = document_of(read_results(folders)).sections[1].blocks
+        assert isinstance(table, Table)
+        terms = ("λ, weight of the MSE term (Eq. 13)", "φ, target of the MSE term (Eq. 12)")
+        assert [row for row in table.rows if "MSE" in row[0]] == [
+            (terms[0], "–", "0.05", "0.05"),
+            (terms[1], "–", "1", "1"),
+        ]
+        assert "MSE" not in page(folders[0]).text
+
     def test_the_weights_that_a_run_began_with_are_named(self, tmp_path: Path) -> None:
         parent = {"path": "runs/old", "checkpoint_sha256": "ab" * 32}
         folders = [run_folder(tmp_path / "a", kept=1), run_folder(tmp_path / "b", kept=1, init=parent)]
