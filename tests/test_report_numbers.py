@@ -215,7 +215,7 @@ def test_a_trained_ann_stands_beside_the_others_with_the_epoch_that_was_kept(
     before, after, measured = tables(results, "Versions and hashes")
     sha256 = sha256_of(ann / "checkpoint.safetensors")
     origin = (("checkpoint", "checkpoint.safetensors"), ("its SHA-256", sha256), ("written", "now"))
-    assert (before.rows, after.rows) == ((("checkpoint", "none yet"),), (*origin, ("versions", "torch 9")))
+    assert (before.rows, after.rows) == ((("checkpoint", "not here"),), (*origin, ("versions", "torch 9")))
     assert {("results", "m.validate.json, m.sweep.json"), ("layout", "unrolled"), ("device", "cpu")} <= {*measured.rows}
 
 

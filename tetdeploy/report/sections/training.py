@@ -124,9 +124,14 @@ def _losses(run: Run) -> str:
 
 
 def _kept_epochs(sources: Sequence[Source]) -> Table:
-    rows = tuple(_kept(name, run) for source in sources for name, run in source.runs.items() if run.metrics)
+    runs = {name: run for source in sources for name, run in source.runs.items() if run.metrics}
+    caption = "The epoch whose weights were kept, and the time of all epochs."
+    if gone := [name for name, run in runs.items() if not run.checkpoint]:
+        caption += (
+            f" Of {', '.join(gone)}, whose checkpoint is not here, it is the one that training keeps by these numbers."
+        )
     headers = ("run", "epochs", "kept epoch", "validation accuracy", "validation loss", "training accuracy", "time")
-    return Table("The epoch whose weights were kept, and the time of all epochs.", headers, rows)
+    return Table(caption, headers, tuple(_kept(name, run) for name, run in runs.items()))
 
 
 def _kept(name: str, run: Run) -> tuple[str, ...]:
