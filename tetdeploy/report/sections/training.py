@@ -167,6 +167,6 @@ def _seeds_table(source: Source) -> Table:
     mean, std = source.summary.get("mean_val_accuracy"), source.summary.get("std_val_accuracy")
     caption = f"{source.name}: best validation accuracy of each seed."
     if mean is not None:
-        rows.append(("mean ± standard deviation", "", f"{percent(mean)} ± {percent(std)}"))
+        rows.append(("mean ± standard deviation", "", percent(mean, std)))
         caption += f" Mean and deviation are of {source.finished_seeds}, the deviation over n - 1."
     return Table(caption, ("seed", "kept epoch", "validation accuracy"), tuple(rows), marked=frozenset({len(runs)}))
