@@ -117,6 +117,25 @@ def run_folder(
     return folder
 
 
+def seeds_folder(folder: Path, *measured: dict[str, Any] | None, unfinished: tuple[int, ...] = ()) -> Path:
+    """The runs of several seeds, each with the sweep given for it, or none."""
+    for seed, content in enumerate(measured):
+        run = run_folder(folder / f"seed-{seed}", seed=seed)
+        if content is not None:
+            write(run / "m.sweep.json", content)
+    runs = [{"seed": seed, "interrupted": seed in unfinished} for seed in range(len(measured))]
+    write(folder / "summary.json", {"runs": runs, "num_finished": len(runs) - len(unfinished)})
+    return folder
+
+
+def sweep(scale: float, **changes: Any) -> dict[str, Any]:
+    """Of a model that takes so many times the energy of `result`, whose accuracy is as much less in points."""
+    content = result(kind="sweep", **changes)
+    for row in content["rows"]:
+        row |= {"energy_pj": row["energy_pj"] * scale, "accuracy": row["accuracy"] - scale / 100}
+    return content
+
+
 MACHINE = {"cpu": "c", "cores": 1, "gpu": None, "provider": "p"}
 EARLY_EXIT: dict[str, Any] = {
     "criterion": "confidence",

@@ -452,9 +452,10 @@ class TestFigure:
         assert [title.split()[0] for title in titles] == [*ascii_uppercase, "AA", "AB"]
         assert [str(name) for name in landscape_table(many, 1.0).columns[0].cells] == list(names)
 
-    def test_no_label_covers_another(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_labels_are_whole_and_none_covers_another(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         steep = bowl()
         steep.sdt_loss **= 3  # levels lie close round the minimum
+        steep.tet_loss[0] += 0.9 * np.add.outer(steep.alphas, steep.betas)  # levels cut off corners
         thin_out, num_labels = landscape_figure._thin_out, []
 
         def watched(panel: Any) -> None:
@@ -462,6 +463,7 @@ class TestFigure:
             thin_out(panel)
             boxes = [text.get_bbox_patch().get_window_extent() for text in panel.texts]
             assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+            assert all(panel.bbox.contains(*box.min) and panel.bbox.contains(*box.max) for box in boxes)
             num_labels.append((before, len(boxes)))
 
         monkeypatch.setattr(landscape_figure, "_thin_out", watched)

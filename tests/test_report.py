@@ -23,10 +23,12 @@ from tetdeploy.report.document import Table
 from tetdeploy.report.drawing import draw, energy_axis, mark
 from tetdeploy.report.numbers import count, energy, milliseconds
 from tetdeploy.report.page import document_of
+from tetdeploy.report.reading import read_run
 from tetdeploy.report.results import Results, read_results
 from tetdeploy.report.sections.pareto import Point, pareto
 from tetdeploy.report.staleness import stale
 from tetdeploy.report.writers import to_html, to_markdown
+from tetdeploy.train.state import Best
 
 
 def page(*paths: Path, names: tuple[str, ...] = ()) -> Page:
@@ -262,6 +264,22 @@ class TestTraining:
         marked = {table.rows[k] for k in table.marked}  # type: ignore[union-attr]
         assert marked == {("time steps T", "2", "6"), ("loss", "SDT", "TET")}
 
+    def test_a_training_by_equation_7_alone_has_no_mse_term(self, tmp_path: Path) -> None:
+        losses: dict[str, dict[str, Any]] = {
+            "sdt": {"loss": "sdt"},
+            "tet": {"loss": "tet"},
+            "both": {"loss": "sdt", "switch_to_tet": 1},
+        }
+        folders = [run_folder(tmp_path / name, lam=0.05, phi=1.0, **loss) for name, loss in losses.items()]
+        (table,) = document_of(read_results(folders)).sections[1].blocks
+        assert isinstance(table, Table)
+        terms = ("λ, weight of the MSE term (Eq. 13)", "φ, target of the MSE term (Eq. 12)")
+        assert [row for row in table.rows if "MSE" in row[0]] == [
+            (terms[0], "–", "0.05", "0.05"),
+            (terms[1], "–", "1", "1"),
+        ]
+        assert "MSE" not in page(folders[0]).text
+
     def test_the_weights_that_a_run_began_with_are_named(self, tmp_path: Path) -> None:
         parent = {"path": "runs/old", "checkpoint_sha256": "ab" * 32}
         folders = [run_folder(tmp_path / "a", kept=1), run_folder(tmp_path / "b", kept=1, init=parent)]
@@ -273,6 +291,55 @@ class TestTraining:
         metrics = [epoch(1, loss="sdt"), epoch(2), epoch(3, T=6, stage=2), epoch(4, T=6, stage=3)]
         text = page(run_folder(tmp_path / "a", metrics=metrics)).text
         assert "a goes on with TET after epoch 1; a goes on with T=6 after epoch 2; a goes on with stage 3" in text
+
+    def test_a_run_without_its_checkpoint_has_the_epoch_that_training_keeps(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a", metrics=[epoch(1, val_accuracy=0.9), epoch(2)])
+        text = to_markdown(document_of(read_results([run])))
+        assert "| validation accuracy at T=2 | 90.00% |" in text
+        assert "| a | 2 of 2 | 1 | 90.00% |" in text
+        assert "Of a, whose checkpoint is not here, it is the one that training keeps by these numbers." in text
+        assert "| checkpoint | not here |" in text
+        kept = to_markdown(document_of(read_results([run_folder(tmp_path / "b", kept=2)])))
+        assert "not here" not in kept and "| b | 2 of 2 | 2 |" in kept
+
+    @pytest.mark.parametrize(
+        ("changes", "training", "kept"),
+        [
+            ([(0.7, 1.0, 2.0, 1), (0.8, 1.0, 2.0, 1), (0.75, 0.5, 0.5, 1)], {}, 2),
+            (
+                [(0.8, 1.0, 2.0, 1), (0.8, 0.9, 3.0, 1), (0.8, 0.9, 1.0, 1)],
+                {},
+                2,
+            ),  # the lower loss, then the first
+            ([(0.8, 1.0, 2.0, 1), (0.8, 0.9, 3.0, 1)], {"loss": "sdt", "switch_to_tet": 1}, 1),  # by L_TET
+            ([(0.9, 1.0, 2.0, 1), (0.8, 1.0, 2.0, 2), (0.7, 1.0, 2.0, 2)], {}, 2),  # the last stage
+            ([(None, None, None, 1), (None, None, None, 1)], {}, 2),  # without validation images
+        ],
+    )
+    def test_the_epoch_that_training_keeps(
+        self, tmp_path: Path, changes: list[tuple[Any, ...]], training: dict[str, Any], kept: int
+    ) -> None:
+        keys = ("val_accuracy", "val_loss", "val_tet_loss", "stage")
+        metrics = [epoch(k, **dict(zip(keys, values, strict=True))) for k, values in enumerate(changes, start=1)]
+        best = read_run(run_folder(tmp_path / "a", metrics=metrics, **training)).best
+        assert best is not None and best["epoch"] == kept
+        chosen: Best | None = None  # as the training itself goes about it
+        for record in metrics:
+            loss = record["val_tet_loss" if training else "val_loss"]
+            this = Best(record["epoch"], record["val_accuracy"], loss, record["stage"])
+            chosen = this if chosen is None or chosen.is_beaten_by(this) else chosen
+        assert chosen is not None and chosen.epoch == kept
+
+    def test_a_restarted_run_keeps_one_of_its_own_epochs(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a", metrics=[epoch(1, val_accuracy=0.9), epoch(2, val_accuracy=0.8)])
+        config = json.loads((run / "config.json").read_text())
+        for number, kept in ((0, 1), (1, 2), (2, None)):
+            write(run / "config.json", config | {"restarted": {"epoch": number, "step": 3, "provenance": {}}})
+            best = read_run(run).best
+            assert (best and best["epoch"]) == kept
+        write(run / "config.json", config | {"restarted": {"epoch": "one"}})
+        with pytest.raises(ValueError, match=r"config.json is damaged: restarted.epoch must be a"):
+            read_run(run)
 
     def test_several_seeds(self, tmp_path: Path) -> None:
         for seed in (0, 1):

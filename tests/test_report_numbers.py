@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_helpers import EARLY_EXIT, MACHINE, epoch, result, run_folder, without_rendering, write
+from report_helpers import (
+    EARLY_EXIT,
+    MACHINE,
+    epoch,
+    result,
+    run_folder,
+    seeds_folder,
+    sweep,
+    without_rendering,
+    write,
+)
 
 from tetdeploy.files import sha256_of
 from tetdeploy.report.document import Block, Cards, Note, Plot, Row, Table
 from tetdeploy.report.drawing import energy_unit
+from tetdeploy.report.means import mean_of
 from tetdeploy.report.page import document_of
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Results, read_results
@@ -215,7 +226,7 @@ def test_a_trained_ann_stands_beside_the_others_with_the_epoch_that_was_kept(
     before, after, measured = tables(results, "Versions and hashes")
     sha256 = sha256_of(ann / "checkpoint.safetensors")
     origin = (("checkpoint", "checkpoint.safetensors"), ("its SHA-256", sha256), ("written", "now"))
-    assert (before.rows, after.rows) == ((("checkpoint", "none yet"),), (*origin, ("versions", "torch 9")))
+    assert (before.rows, after.rows) == ((("checkpoint", "not here"),), (*origin, ("versions", "torch 9")))
     assert {("results", "m.validate.json, m.sweep.json"), ("layout", "unrolled"), ("device", "cpu")} <= {*measured.rows}
 
 
@@ -229,6 +240,110 @@ def test_seeds_stand_in_their_order_and_one_that_finished_has_no_deviation(tmp_p
     assert [*results.sources[0].runs] == ["a seed-2", "a seed-10"]
     (table,) = tables(results, "Seeds")
     assert table.rows[0] == ("2", "–", "80.00%") and table.marked == {2}
+
+
+def test_seeds_are_compared_by_their_means(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    one = seeds_folder(tmp_path / "one", sweep(1.0), sweep(2.0), None)
+    other = write(tmp_path / "other.sweep.json", result(kind="sweep"))
+    results = read_results([one, other])
+    assert results.notes == ("one: its means are of 2 of 3 seeds; seed-2 is not measured (export, then sweep).",)
+    cards, note = blocks(results, "At a glance")
+    assert isinstance(cards, Cards) and isinstance(note, Note) and note.text in results.notes
+    assert [card.title for card in cards.cards] == ["one", "other"]
+    facts = dict(cards.cards[0].facts)
+    assert facts["accuracy at T=2, as trained"] == "90.50% ± 0.71%" and facts["mean of"] == "2 of 3 seeds"
+    assert facts["energy per image"] == "4.08 ± 1.92 µJ"
+    assert facts["spikes per neuron and step"] == "0.100 ± 0.000"
+    assert "mean of" not in dict(cards.cards[1].facts)
+
+    steps, energy = painted["sections.accuracy"]
+    assert list(steps.lines[0].get_xdata()) == [1, 2, 3]
+    assert list(steps.lines[0].get_ydata()) == pytest.approx([0.895, 0.905, 0.915])
+    bar = steps.collections[1].get_segments()[1]
+    assert bar[:, 1] == pytest.approx([0.905 - 0.5**0.5 / 100, 0.905 + 0.5**0.5 / 100])
+    assert [axes.get_legend_handles_labels()[1] for axes in (steps, energy)] == [["one", "other"]] * 2
+
+    (front,) = tables(results, "Pareto front")
+    assert [row[0] for row in front.rows] == ["other"] * 3  # as all are beaten by it
+    means, *own, single = tables(results, "Cost by time steps")
+    assert means.caption.startswith("one, mean of 2 of 3 seeds ± standard deviation (over n - 1): 200 images of digits")
+    assert means.rows[1][:3] == ("2 *", "90.50% ± 0.71%", "0.100 ± 0.000")
+    assert [table.caption.split(":")[0] for table in (*own, single)] == ["one seed-0", "one seed-1", "other"]
+    assert single.rows[1][1] == "92.00%"
+    assert tables(results, "Accuracy by class")[0].headers[-2:] == ("one, T=2", "other, T=2")
+
+
+def test_a_point_of_the_front_has_its_deviations(tmp_path: Path) -> None:
+    (front,) = tables(read_results([seeds_folder(tmp_path / "a", sweep(1.0), sweep(2.0))]), "Pareto front")
+    assert front.rows[1] == ("a", "2", "90.50% ± 0.71%", "4.08 ± 1.92 µJ", "2 ×")
+
+
+@pytest.mark.parametrize(
+    ("others", "unfinished", "notes"),
+    [
+        ((sweep(2.0),), (), ()),
+        ((sweep(2.0),), (1,), ("a: its means are of 1 of 2 seeds; seed-1 is unfinished.",)),
+        (
+            (sweep(2.0), None),
+            (0, 1),
+            (
+                "a: the seeds stand each by itself, as none is finished; seed-0 is unfinished; seed-1 is unfinished; "
+                "seed-2 is not measured (export, then sweep).",
+            ),
+        ),
+        (
+            (sweep(2.0, constants={"ac_pj": 0.03, "mac_pj": 0.23, "source": "given"}),),
+            (),
+            ("a: the seeds stand each by itself, as their results differ in constants.",),
+        ),
+        (
+            (sweep(2.0, rows=result()["rows"][:2], by_class=None),),
+            (),
+            ("a: its means are of the T at which each of the seeds was measured, 1, 2.",),
+        ),
+        (
+            (sweep(2.0, rows=[row | {"T": 9} for row in result()["rows"][:1]], by_class=None),),
+            (),
+            ("a: the seeds stand each by itself, as their results differ in T.",),
+        ),
+    ],
+    ids=["alike", "one unfinished", "all unfinished", "prices", "some T", "no T"],
+)
+def test_of_which_seeds_the_means_are_is_said(
+    tmp_path: Path, others: tuple[dict[str, Any] | None, ...], unfinished: tuple[int, ...], notes: tuple[str, ...]
+) -> None:
+    results = read_results([seeds_folder(tmp_path / "a", sweep(1.0), *others, unfinished=unfinished)])
+    assert results.notes == notes
+    alone = any("by itself" in note for note in notes)
+    assert [m.name for m in results.series] == (["a seed-0", "a seed-1"] if alone else ["a"])
+    document_of(results)
+
+
+def test_several_models_of_several_seeds_have_a_mean_each(tmp_path: Path) -> None:
+    folder = seeds_folder(tmp_path / "a", sweep(1.0), sweep(2.0))
+    write(folder / "seed-1" / "m-int8.sweep.json", sweep(1.0))
+    results = read_results([folder])
+    assert [(m.name, m.counted_seeds) for m in results.series] == [("a m", "2 seeds"), ("a m-int8", "1 of 2 seeds")]
+    cards, _ = blocks(results, "At a glance")
+    assert isinstance(cards, Cards) and cards.cards[1].facts[0][1] == "91.00%"  # one seed has no deviation
+
+
+def test_the_star_of_an_ann_of_several_seeds_is_their_mean(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    snn = run_folder(tmp_path / "snn")
+    write(snn / "m.sweep.json", result(kind="sweep"))
+    for seed in range(2):
+        run_folder(tmp_path / "ann" / f"seed-{seed}", ann=True, seed=seed)
+    write(tmp_path / "ann" / "summary.json", {"runs": [], "mean_val_accuracy": 0.75})
+    document_of(read_results([snn, tmp_path / "ann"]))
+    assert [*painted["sections.accuracy"][1].lines[-1].get_ydata()] == [0.75]
+
+
+def test_the_mean_of_results_is_that_of_each_number_that_all_have() -> None:
+    one = {"a": 1, "b": True, "c": "x", "rows": [{"T": 1, "y": 1.0}, {"T": 2, "y": 5.0}], "only": 1, "same": [1, 2]}
+    two = {"a": 2, "b": False, "c": "y", "rows": [{"T": 2, "y": 6.0}, {"T": 3, "y": 1.0}], "same": [1, 2]}
+    wanted = {"a": 1.5, "b": None, "c": None, "rows": [{"T": 2, "y": 5.5}], "same": [1, 2]}
+    assert mean_of([one, two]) == wanted
+    assert mean_of([{"y": None}, {"y": 1.0}]) == {"y": None}
 
 
 def test_a_stage_has_its_T_and_its_epochs(tmp_path: Path) -> None:

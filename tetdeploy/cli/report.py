@@ -51,9 +51,9 @@ def report(
     """One HTML page on trained and measured models, alone or side by side.
 
     RUN_OR_JSON is a run folder, with whatever sweeps, validations and early exits lie in it, a folder of several seeds,
-    or a result file of sweep, validate, bench or early-exit; the newest run by default. The page shows what was found:
-    settings, training curves, accuracy against T and energy, the Pareto front, layers, latency, early exit, agreement,
-    classes, hashes. It works offline.
+    compared by their means, or a result file of sweep, validate, bench or early-exit; the newest run by default. The
+    page shows what was found: settings, training curves, accuracy against T and energy, the Pareto front, layers,
+    latency, early exit, agreement, classes, hashes. It works offline.
     """
     for package in ("matplotlib", "jinja2"):
         import_extra(package, "report")

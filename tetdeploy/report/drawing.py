@@ -98,6 +98,16 @@ def draw(
     return Plot(_inline(file.getvalue(), description), description, caption)
 
 
+def error_bars(
+    axes: Any, places: Sequence[tuple[float, float]], deviations: Sequence[tuple[float, float]], colour: str
+) -> None:
+    """Of points (x, y) the standard deviations in both, where there are any."""
+    if any(map(any, deviations)):
+        x, y = zip(*places, strict=True)
+        x_std, y_std = zip(*deviations, strict=True)
+        axes.errorbar(x, y, y_std, x_std, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
+
+
 def percent_axis(axis: Any, num_images: int | None = None) -> None:
     """Fractions as per cent, where all is drawn; the unit stands in the label of the axis. Of accuracies `num_images`
     is on how many each was measured, see `wide_enough`."""

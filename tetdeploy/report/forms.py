@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tetdeploy.form import AMOUNT, FRACTION, NUMBER, STEP
+from tetdeploy.form import AMOUNT, COUNT, FRACTION, NUMBER, STEP
 
 _ROW = {
     "T!": STEP,
@@ -88,6 +88,7 @@ RUN = {
     "network!": {"model": str, "ann": bool},
     "data!": {"name": str, "image_shape": [NUMBER], "train_images": AMOUNT, "val_images": AMOUNT},
     "training!": {"T": STEP, "tit": str, "loss": str},
+    "restarted": {"epoch": COUNT},
 }
 SUMMARY = {
     "mean_val_accuracy": FRACTION,

@@ -131,11 +131,13 @@ def _panel(panel: Any, landscape: Landscape, loss: NDArray[np.float64], levels: 
 
 
 def _thin_out(panel: Any) -> None:
-    """Take away labels that would cover another: where lines lie close some are named, and the colour bar has all."""
+    """Take away labels that would cover another or be cut off at the frame: some lines are named, and the colour bar
+    has all."""
     kept: list[Any] = []
     for text in list(panel.texts):
         box = text.get_bbox_patch().get_window_extent()
-        if any(box.overlaps(other) for other in kept):
+        whole = panel.bbox.contains(*box.min) and panel.bbox.contains(*box.max)
+        if not whole or any(box.overlaps(other) for other in kept):
             text.remove()
         else:
             kept.append(box)

@@ -35,7 +35,7 @@ def merged(files: Sequence[Path]) -> tuple[dict[str, Any], list[Path], list[str]
     content, used, notes = contents[first], [first], []
     for file in others:
         other = contents[file]
-        differing = _apart(content, other)
+        differing = apart(content, other)
         if not differing:
             content = _filled(content, other)
         elif not {"model_sha256", *_LATENCY} & {*differing} and not agrees(content) and agrees(other):
@@ -61,8 +61,8 @@ def _rank(content: Mapping[str, Any]) -> tuple[bool, int]:
     return has_accuracy(content), KINDS.index(content["kind"])
 
 
-def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """What tells two results of one file name apart: another model, other images or prices, or another device for the
+def apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What tells two results apart: another model, other images or prices, or another device for the
     latencies of both. What only one of them says is no difference."""
     keys = ["data", "num_samples", "images_sha256", "model_sha256", "constants"]
     keys += _LATENCY if _timed(first) and _timed(second) else ()

@@ -7,17 +7,20 @@ from collections.abc import Callable
 from tetdeploy.report.document import NONE
 
 
-def text(value: float | None, form: Callable[[float], str]) -> str:
-    return NONE if value is None else form(float(value))
+def text(value: float | None, form: Callable[[float], str], std: float | None = None) -> str:
+    """A number, and its standard deviation if there is one: `36.30% ± 1.56%`."""
+    if value is None:
+        return NONE
+    return form(float(value)) + ("" if std is None else f" ± {form(float(std))}")
 
 
-def percent(value: float | None) -> str:
-    return text(value, lambda v: f"{v:.2%}")
+def percent(value: float | None, std: float | None = None) -> str:
+    return text(value, lambda v: f"{v:.2%}", std)
 
 
-def rate(value: float | None) -> str:
+def rate(value: float | None, std: float | None = None) -> str:
     """A firing rate, spikes a neuron and step."""
-    return text(value, lambda v: f"{v:.3f}")
+    return text(value, lambda v: f"{v:.3f}", std)
 
 
 def scientific(value: float | None) -> str:
@@ -25,8 +28,8 @@ def scientific(value: float | None) -> str:
     return text(value, lambda v: f"{v:.1e}")
 
 
-def milliseconds(value: float | None) -> str:
-    return text(value, lambda v: f"{three_digits(v)} ms")
+def milliseconds(value: float | None, std: float | None = None) -> str:
+    return _in_unit(value, std, "ms")
 
 
 def latency(milliseconds: float | None) -> str:
@@ -34,18 +37,18 @@ def latency(milliseconds: float | None) -> str:
     return text(milliseconds, lambda v: f"{v:.2f} ms")
 
 
-def times(value: float | None) -> str:
-    return text(value, lambda v: f"{three_digits(v)} ×")
+def times(value: float | None, std: float | None = None) -> str:
+    return _in_unit(value, std, "×")
 
 
-def count(number: float | None) -> str:
+def count(number: float | None, std: float | None = None) -> str:
     """A number of operations in engineering units: `1.66 M`."""
-    return text(number, lambda v: _scaled(v, (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))))
+    return _scaled(number, std, (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)))
 
 
-def energy(picojoules: float | None) -> str:
+def energy(picojoules: float | None, std: float | None = None) -> str:
     """An energy in engineering units: `1.92 µJ`."""
-    return text(picojoules, lambda v: _scaled(v, (("mJ", 1e9), ("µJ", 1e6), ("nJ", 1e3), ("pJ", 1.0))))
+    return _scaled(picojoules, std, (("mJ", 1e9), ("µJ", 1e6), ("nJ", 1e3), ("pJ", 1.0)))
 
 
 def ppm(rate: float | None) -> str:
@@ -58,7 +61,14 @@ def three_digits(number: float | None) -> str:
     return text(number, lambda v: f"{v:,.0f}" if v >= 99.5 else f"{v:.3g}")
 
 
-def _scaled(number: float, units: tuple[tuple[str, float], ...]) -> str:
+def _scaled(number: float | None, std: float | None, units: tuple[tuple[str, float], ...]) -> str:
     # what would be 1,000 by its three digits is 1 of the next unit
-    unit, size = next((u for u in units if number >= 0.9995 * u[1]), units[-1])
-    return f"{three_digits(number / size)} {unit}".rstrip()
+    unit, size = next((u for u in units if number is not None and number >= 0.9995 * u[1]), units[-1])
+    return _in_unit(number, std, unit, size)
+
+
+def _in_unit(number: float | None, std: float | None, unit: str, size: float = 1.0) -> str:
+    """`1.22 ± 0.0567 µJ`, where the unit is of so many of what the number is in."""
+    if number is None:
+        return NONE
+    return f"{text(number / size, three_digits, None if std is None else std / size)} {unit}".rstrip()

@@ -24,6 +24,7 @@ class Run:
         network, data, training: of its config.json.
         metrics: one record an epoch.
         checkpoint: the metadata of its best weights; {} without any.
+        restarted: after so many epochs, which another run trained (`--restart-from`).
     """
 
     folder: Path
@@ -32,12 +33,25 @@ class Run:
     training: dict[str, Any]
     metrics: tuple[dict[str, Any], ...]
     checkpoint: dict[str, Any]
+    restarted: int = 0
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The record of the epoch whose weights were kept."""
+        """The record of the epoch whose weights were kept; without the checkpoint, of the one that training keeps."""
+        if not self.checkpoint:
+            return self._chosen()
         epoch = self.checkpoint.get("provenance", {}).get("epoch")
         return next((record for record in self.metrics if record["epoch"] == epoch), None)
+
+    def _chosen(self) -> dict[str, Any] | None:
+        """As `tetdeploy.train.state.Best` has it."""
+        own = [record for record in self.metrics if record["epoch"] > self.restarted]
+        last = [record for record in own if record.get("stage") == own[-1].get("stage")]
+        validated = [record for record in last if record.get("val_accuracy") is not None]
+        loss = "val_tet_loss" if self.training.get("switch_to_tet") else "val_loss"
+        if not validated:
+            return last[-1] if last else None
+        return max(validated, key=lambda record: (record["val_accuracy"], -(record.get(loss) or 0.0)))
 
 
 def read_run(folder: Path) -> Run:
@@ -56,7 +70,8 @@ def read_run(folder: Path) -> Run:
     checkpoint = folder / CHECKPOINT_NAME
     metadata = read_metadata(checkpoint) if checkpoint.is_file() else {}
     parts = (config["network"], config["data"], config["training"])
-    return Run(folder, *parts, tuple(read_metrics(folder)), metadata)
+    restarted = (config.get("restarted") or {}).get("epoch") or 0
+    return Run(folder, *parts, tuple(read_metrics(folder)), metadata, restarted)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

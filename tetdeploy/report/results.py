@@ -6,19 +6,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from tetdeploy.names import is_npz
 from tetdeploy.picojoules import CONSTANTS
+from tetdeploy.report.document import NONE
 from tetdeploy.report.drawing import Style
-from tetdeploy.report.merging import has_accuracy, merged
+from tetdeploy.report.means import mean_of
+from tetdeploy.report.merging import apart, has_accuracy, merged
 from tetdeploy.report.reading import Run, model_stem, read_run, read_summary, result_files
 from tetdeploy.report.staleness import stale
 from tetdeploy.report.tables import images_of
 from tetdeploy.report.timings import is_bench, read_benches
 from tetdeploy.run_folder import seed_runs
+from tetdeploy.wording import counted
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,26 @@ class Measurement:
         content: as in the JSON.
         files: where that comes from.
         run: what it was trained in, if the report was given the run folder.
+        seeds: what it is the mean of, if it is one; of it no files are known.
+        begun: how many seeds there are.
     """
 
     name: str
     content: dict[str, Any]
     files: tuple[Path, ...]
     run: Run | None
+    seeds: tuple[Measurement, ...] = ()
+    begun: int = 0
+
+    @property
+    def counted_seeds(self) -> str:
+        """Of how many seeds it is the mean: `2 of 3 seeds`."""
+        return _of_seeds(len(self.seeds), self.begun) if self.seeds else NONE
+
+    @property
+    def heading(self) -> str:
+        """The name; of a mean with the number of seeds."""
+        return f"{self.name}, mean of {self.counted_seeds}" if self.seeds else self.name
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -93,6 +111,16 @@ class Measurement:
         pairs = [(row["T"], row.get(x), row.get(y)) for row in self.rows]
         return [(T, float(a), float(b)) for T, a, b in pairs if a is not None and b is not None]
 
+    def std(self, T: int, key: str) -> float | None:
+        """The standard deviation of a number over the seeds (over n - 1); None of fewer than two."""
+        values = [row.get(key) for seed in self.seeds for row in seed.rows if row["T"] == T]
+        known = [float(value) for value in values if value is not None]
+        return stdev(known) if 1 < len(known) == len(self.seeds) else None
+
+    def deviations(self, x: str, y: str) -> list[tuple[float, float]]:
+        """The standard deviations of `points`, 0 where there are none."""
+        return [(self.std(T, x) or 0.0, self.std(T, y) or 0.0) for T, *_ in self.points(x, y)]
+
     def by_entry(self, part: str, key: str) -> dict[str, float]:
         """A number of every entry of `layers`, `neurons` or `by_class` at the headline's T, by the entry's name."""
         entries = self.content.get(part) or []
@@ -106,24 +134,22 @@ class Source:
 
     Attributes:
         runs: its trainings by name; several where it holds several seeds.
+        measurements: of each model by itself.
+        series: what plots and tables compare: the measurements, of several seeds their means.
         summary: of several seeds, else {}.
     """
 
     name: str
     runs: dict[str, Run]
     measurements: tuple[Measurement, ...]
+    series: tuple[Measurement, ...]
     summary: dict[str, Any]
 
     @property
     def finished_seeds(self) -> str:
         """Over how many the summary's mean is: `3 seeds`, or `2 of 3 seeds` where one was interrupted."""
         begun, finished = len(self.runs), self.summary.get("num_finished")
-        return f"{begun} seeds" if finished in (None, begun) else f"{finished} of {begun} seeds"
-
-    @property
-    def series(self) -> list[str]:
-        """Names in plots and tables: of the models measured, or its own."""
-        return [m.name for m in self.measurements] or [self.name]
+        return _of_seeds(begun if finished is None else finished, begun)
 
     @property
     def run(self) -> Run | None:
@@ -144,6 +170,10 @@ class Results:
         return [m for source in self.sources for m in source.measurements]
 
     @property
+    def series(self) -> list[Measurement]:
+        return [m for source in self.sources for m in source.series]
+
+    @property
     def fewest_images(self) -> int:
         """That any of the measurements is on."""
         return min(int(m.content["num_samples"]) for m in self.measurements)
@@ -159,10 +189,11 @@ class Results:
 
     @cached_property
     def style_of(self) -> dict[str, Style]:
-        """How every series is drawn; a source as its first series."""
-        names = [name for source in self.sources for name in source.series]
-        styles = {name: Style.of(k) for k, name in enumerate(names)}
-        return {source.name: styles[source.series[0]] for source in self.sources} | styles
+        """How every series is drawn, and every seed where it stands alone; a source as its first series."""
+        series = {source.name: [m.name for m in source.series] or [source.name] for source in self.sources}
+        names = [*(name for own in series.values() for name in own), *(m.name for m in self.measurements)]
+        styles = {name: Style.of(k) for k, name in enumerate(dict.fromkeys(names))}
+        return {source: styles[own[0]] for source, own in series.items()} | styles
 
     def twin_energy(self, run: Run) -> float | None:
         """The energy of an ANN run, in pJ an image in float32, if a spiking network of its very shape was measured."""
@@ -218,7 +249,8 @@ def check_comparable(sources: Sequence[Source]) -> None:
 def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
     """A run, several seeds, or the result files of one model."""
     if not paths[0].is_dir():
-        return Source(name, {}, (_measurement(name, paths, None, notes),), {})
+        alone = (_measurement(name, paths, None, notes),)
+        return Source(name, {}, alone, alone, {})
     folder = paths[0]
     seeds = seed_runs(folder)
     runs = {f"{name} {seed.name}": read_run(seed) for seed in seeds} or {name: read_run(folder)}
@@ -226,11 +258,61 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
         (label, run, stem, files) for label, run in runs.items() for stem, files in result_files(run.folder).items()
     ]
     single = Counter(label for label, *_ in found)
-    measurements = tuple(
-        _measurement(label if single[label] == 1 else f"{label} {stem}", files, run, notes)
+    measured = [
+        (stem, _measurement(label if single[label] == 1 else f"{label} {stem}", files, run, notes))
         for label, run, stem, files in found
+    ]
+    measurements = tuple(m for _, m in measured)
+    if not seeds:
+        return Source(name, runs, measurements, measurements, {})
+    summary = read_summary(folder)
+    by_stem: dict[str, list[Measurement]] = {}
+    for stem, m in measured:
+        by_stem.setdefault(stem, []).append(m)
+    series = [
+        _over_seeds(f"{name} {stem}" if len(by_stem) > 1 else name, group, seeds, summary, notes)
+        for stem, group in by_stem.items()
+    ]
+    return Source(name, runs, measurements, tuple(chain.from_iterable(series)), summary)
+
+
+def _over_seeds(
+    name: str, measured: Sequence[Measurement], folders: Sequence[Path], summary: Mapping[str, Any], notes: list[str]
+) -> Sequence[Measurement]:
+    """The mean of what was measured of one model of several seeds, those that are unfinished left out; each by itself
+    where the results do not compare."""
+    unfinished = {f"seed-{run.get('seed')}" for run in summary.get("runs") or [] if run.get("interrupted")}
+    seeds = {m.run.folder.name: m for m in measured if m.run is not None and m.run.folder.name not in unfinished}
+    left_out = "".join(
+        f"; {folder.name} is {'unfinished' if folder.name in unfinished else 'not measured (export, then sweep)'}"
+        for folder in folders
+        if folder.name not in seeds
     )
-    return Source(name, runs, measurements, read_summary(folder) if seeds else {})
+    contents = [m.content for m in seeds.values()]
+    differing = {key for one, other in combinations(contents, 2) for key in apart(one, other)} - {"model_sha256"}
+    steps = [{row["T"] for row in content["rows"]} for content in contents]
+    common = set[int]().union(*steps).intersection(*steps)
+    if differing or not common:
+        reason = f"their results differ in {', '.join(sorted(differing or {'T'}))}" if seeds else "none is finished"
+        notes.append(f"{name}: the seeds stand each by itself, as {reason}{left_out}.")
+        return measured
+    if left_out:
+        notes.append(f"{name}: its means are of {_of_seeds(len(seeds), len(folders))}{left_out}.")
+    if common != set.union(*steps):
+        listed = ", ".join(map(str, sorted(common)))
+        notes.append(f"{name}: its means are of the T at which each of the seeds was measured, {listed}.")
+    return [Measurement(name, mean_of(contents), (), measured[0].run, tuple(seeds.values()), len(folders))]
+
+
+def means_caption(measured: Sequence[Measurement]) -> str:
+    """What a plot of several seeds shows of them."""
+    means = [f"{m.name}: {m.counted_seeds}" for m in measured if m.seeds]
+    return f" Means over seeds, with their standard deviation ({', '.join(means)})." if means else ""
+
+
+def _of_seeds(number: int, begun: int) -> str:
+    """`3 seeds`, or `2 of 3 seeds`."""
+    return counted(number, "seed") if number == begun else f"{number} of {begun} seeds"
 
 
 def _measurement(name: str, files: Sequence[Path], run: Run | None, notes: list[str]) -> Measurement:

@@ -7,9 +7,19 @@ from typing import Any
 
 from tetdeploy.picojoules import CONSTANTS
 from tetdeploy.report.document import Note, Plot, Row, Section
-from tetdeploy.report.drawing import Style, draw, energy_axis, energy_unit, mark, percent_axis, short, whole_numbers
+from tetdeploy.report.drawing import (
+    Style,
+    draw,
+    energy_axis,
+    energy_unit,
+    error_bars,
+    mark,
+    percent_axis,
+    short,
+    whole_numbers,
+)
 from tetdeploy.report.numbers import energy, percent
-from tetdeploy.report.results import Measurement, Results
+from tetdeploy.report.results import Measurement, Results, means_caption
 
 _SHORT = 18
 Twin = tuple[str, float, float]  # a trained ANN: name, energy in pJ an image, validation accuracy
@@ -23,7 +33,7 @@ def accuracy(results: Results) -> Section | None:
 
 def _by_steps(results: Results) -> Plot | None:
     """Figure 4A."""
-    measured = [m for m in results.measurements if m.points("T", "accuracy")]
+    measured = [m for m in results.series if m.points("T", "accuracy")]
     if not measured:
         return None
 
@@ -32,6 +42,7 @@ def _by_steps(results: Results) -> Plot | None:
             style = results.style_of[m.name]
             points = m.points("T", "accuracy")
             axes.plot([T for T, *_ in points], [y for *_, y in points], label=short(m.name), **style.options)
+            error_bars(axes, [(T, y) for T, _, y in points], m.deviations("T", "accuracy"), style.colour)
             for T, _, y in points:
                 if m.trained_T == T:
                     axes.plot(T, y, "o", color=style.colour, markersize=12, fillstyle="none", zorder=3)
@@ -46,7 +57,7 @@ def _by_steps(results: Results) -> Plot | None:
 
 def _by_energy(results: Results) -> Plot | None:
     """Figure 4B, with the ANN twin."""
-    measured = [m for m in results.measurements if m.points("energy_pj", "accuracy")]
+    measured = [m for m in results.series if m.points("energy_pj", "accuracy")]
     if not measured:
         return None
     twins: dict[float, list[str]] = {}  # by energy, of which models
@@ -74,7 +85,7 @@ def _by_energy(results: Results) -> Plot | None:
         f"{m.name} at T={m.T}: {percent(m.headline.get('accuracy'))} for {energy(m.headline.get('energy_pj'))}"
         for m in measured
     ]
-    caption = _energy_caption(has_twin=bool(twins), has_trained_twin=bool(trained_twins))
+    caption = _energy_caption(has_twin=bool(twins), has_trained_twin=bool(trained_twins)) + means_caption(measured)
     return draw(paint, description=f"Accuracy against energy per image: {'; '.join(points)}", caption=caption)
 
 
@@ -88,6 +99,8 @@ def _draw_model(axes: Any, m: Measurement, style: Style, size: float) -> None:
     """A line with a point for each T; the first, the last and the trained one are named."""
     points = [(T, energy_pj / size, y) for T, energy_pj, y in m.points("energy_pj", "accuracy")]
     axes.plot([x for _, x, _ in points], [y for *_, y in points], label=short(m.name), **style.options)
+    deviations = [(x / size, y) for x, y in m.deviations("energy_pj", "accuracy")]
+    error_bars(axes, [(x, y) for _, x, y in points], deviations, style.colour)
     for T, x, y in points:
         if T in (m.T, points[0][0], points[-1][0]):
             mark(axes, f"T={T}", x, y)
@@ -98,9 +111,10 @@ def _trained_twins(results: Results) -> list[Twin]:
     found = []
     for source in results.unmeasured:
         energy_pj = results.twin_energy(source.run) if source.run else None
-        best = source.run.best if source.run else None
-        if energy_pj is not None and best is not None and best.get("val_accuracy") is not None:
-            found.append((source.name, energy_pj, float(best["val_accuracy"])))
+        best = (source.run.best if source.run else None) or {}
+        validation = source.summary.get("mean_val_accuracy") or best.get("val_accuracy")
+        if energy_pj is not None and validation is not None:
+            found.append((source.name, energy_pj, float(validation)))
     return found
 
 
@@ -114,7 +128,8 @@ def _steps_caption(measured: Sequence[Measurement]) -> str:
     trained = {f"{m.name}: T={m.trained_T}": m.trained_T for m in measured if m.trained_T}
     same = len(set(trained.values())) == 1
     listed = f"T={next(iter(trained.values()))}" if same else ", ".join(trained)
-    return "Accuracy after T time steps." + (f" A ring marks the T of the training ({listed})." if trained else "")
+    ring = f" A ring marks the T of the training ({listed})." if trained else ""
+    return f"Accuracy after T time steps.{ring}{means_caption(measured)}"
 
 
 def _energy_caption(*, has_twin: bool, has_trained_twin: bool) -> str:
@@ -124,7 +139,7 @@ def _energy_caption(*, has_twin: bool, has_trained_twin: bool) -> str:
     if has_trained_twin:
         caption += (
             " The star is a trained ANN: it is not exported, so its accuracy is that on the validation images of its "
-            "training, not on those of the others, and its energy is that of float32."
+            "training (of several seeds the mean), not on those of the others, and its energy is that of float32."
         )
     return caption
 
@@ -132,7 +147,7 @@ def _energy_caption(*, has_twin: bool, has_trained_twin: bool) -> str:
 def _bills(results: Results) -> str:
     """What an energy is; models of another precision have other constants."""
     constants: dict[str, list[str]] = {}
-    for m in results.measurements:
+    for m in results.series:
         constants.setdefault(_constants(m.content.get("constants") or {}), []).append(m.name)
     several = len(constants) > 1
     listed = "; ".join(f"{', '.join(n)}: {text}" if several else text for text, n in constants.items())

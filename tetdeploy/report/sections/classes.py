@@ -13,7 +13,7 @@ _ENDS = 8
 
 def accuracy_by_class(results: Results) -> Section | None:
     """At the T of the training."""
-    measured = [m for m in results.measurements if m.by_entry("by_class", "accuracy")]
+    measured = [m for m in results.series if m.by_entry("by_class", "accuracy")]
     if not measured:
         return None
     if max(len(m.content["by_class"]) for m in measured) > _FEW:
@@ -51,7 +51,7 @@ def _compact(m: Measurement) -> tuple[Block, ...]:
     )
     tenths = [sum(int(v * 10) == k or (k == 9 and v == 1) for v in values.values()) for k in range(10)]
     spread = ", ".join(f"{10 * k}-{10 * k + 10} %: {n}" for k, n in enumerate(tenths) if n)
-    caption = f"{m.name} at T={m.T}: the lowest and the highest of {len(values)} classes."
+    caption = f"{m.heading} at T={m.T}: the lowest and the highest of {len(values)} classes."
     table = Table(caption, ("lowest", "accuracy", "highest", "accuracy"), rows)
     return table, Note(
         f"{m.name}: classes by accuracy: {spread}. Median {percent(values[ordered[len(ordered) // 2]])}."

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tetdeploy.report.document import Note, Plot, Row, Section, Table
-from tetdeploy.report.drawing import draw, energy_unit, short, whole_numbers
+from tetdeploy.report.drawing import draw, energy_unit, error_bars, short, whole_numbers
 from tetdeploy.report.numbers import count, energy, milliseconds, percent, rate, times
-from tetdeploy.report.results import Measurement, Results
-from tetdeploy.report.tables import Columns, written
+from tetdeploy.report.results import Measurement, Results, means_caption
 
-_COLUMNS: Columns = {
+# by key of a row: the header, how the number and its standard deviation are written
+_COLUMNS: Mapping[str, tuple[str, Callable[[float | None, float | None], str]]] = {
     "accuracy": ("accuracy", percent),
     "firing_rate": ("firing rate", rate),
     "ac_ops": ("AC ops", count),
@@ -26,8 +26,8 @@ _COLUMNS: Columns = {
 
 
 def cost(results: Results) -> Section | None:
-    """Energy and latency as plots, all numbers in a table for each model."""
-    measured = results.measurements
+    """Energy and latency as plots, all numbers in a table for each model, those of seeds after their means."""
+    measured = results.series
     if not measured:
         return None
     plots = (
@@ -35,12 +35,13 @@ def cost(results: Results) -> Section | None:
         _plot(results, "latency_ms", _latency_caption(measured), "latency (ms per image)", 1.0),
     )
     row = Row(tuple(plot for plot in plots if plot is not None))
-    return Section("Cost by time steps", (*([row] if row.items else []), *map(_table, measured), *_notes(measured)))
+    tables = [_table(one) for m in measured for one in (m, *m.seeds)]
+    return Section("Cost by time steps", (*([row] if row.items else []), *tables, *_notes(measured)))
 
 
 def _plot(results: Results, key: str, caption: str, label: str, size: float) -> Plot | None:
     """A number by T, from 0 on."""
-    measured = [m for m in results.measurements if m.points("T", key)]
+    measured = [m for m in results.series if m.points("T", key)]
     if not measured:
         return None
 
@@ -49,7 +50,10 @@ def _plot(results: Results, key: str, caption: str, label: str, size: float) -> 
         for m in measured:
             values = [value / size for *_, value in m.points("T", key)]
             style = results.style_of[m.name]
-            axes.plot([T for T, *_ in m.points("T", key)], values, label=short(m.name), **style.options)
+            steps = [T for T, *_ in m.points("T", key)]
+            axes.plot(steps, values, label=short(m.name), **style.options)
+            deviations = [(0.0, std / size) for _, std in m.deviations("T", key)]
+            error_bars(axes, list(zip(steps, values, strict=True)), deviations, style.colour)
             highest = max(highest, *values)
         axes.set_xlabel("time steps T")
         axes.set_ylabel(label)
@@ -59,7 +63,12 @@ def _plot(results: Results, key: str, caption: str, label: str, size: float) -> 
     numbers = "; ".join(
         f"{m.name} at T={m.T}: {float(m.headline[key]) / size:.3g}" for m in measured if m.headline.get(key)
     )
-    return draw(paint, description=f"{label} against time steps. {numbers}", caption=caption, legend=len(measured) > 1)
+    return draw(
+        paint,
+        description=f"{label} against time steps. {numbers}",
+        caption=caption + means_caption(measured),
+        legend=len(measured) > 1,
+    )
 
 
 def _energy_axis(measured: Sequence[Measurement]) -> tuple[str, float]:
@@ -92,10 +101,17 @@ def _notes(measured: Sequence[Measurement]) -> list[Note]:
 
 
 def _table(m: Measurement) -> Table:
-    rows = tuple((f"{row['T']}{' *' if row['T'] == m.trained_T else ''}", *written(row, _COLUMNS)) for row in m.rows)
+    rows = tuple(
+        (
+            f"{row['T']}{' *' if row['T'] == m.trained_T else ''}",
+            *(form(row.get(key), m.std(row["T"], key)) for key, (_, form) in _COLUMNS.items()),
+        )
+        for row in m.rows
+    )
     marked = frozenset(k for k, row in enumerate(m.rows) if row["T"] == m.trained_T)
     star = "; * is the T of the training" if marked else ""
-    caption = f"{m.name}: {m.images}{star}."
+    std = " ± standard deviation (over n - 1)" if len(m.seeds) > 1 else ""
+    caption = f"{m.heading}{std}: {m.images}{star}."
     headers = ("T", *(header for header, _ in _COLUMNS.values()))
     return Table(caption, headers, rows, marked=marked).without_empty_columns()
 

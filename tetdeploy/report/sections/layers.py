@@ -14,8 +14,8 @@ from tetdeploy.report.results import Measurement, Results
 
 def layers(results: Results) -> Section | None:
     """At the T of the training as plots; firing rates at every T as a table."""
-    firing = [m for m in results.measurements if m.by_entry("neurons", "firing_rate")]
-    costing = [m for m in results.measurements if m.by_entry("layers", "energy_pj")]
+    firing = [m for m in results.series if m.by_entry("neurons", "firing_rate")]
+    costing = [m for m in results.series if m.by_entry("layers", "energy_pj")]
     plots = [_firing_plot(results, firing)] if firing else []
     if costing:
         plots.append(_energy_plot(results, costing))
@@ -46,7 +46,7 @@ def _neurons_table(m: Measurement) -> Table:
             (entry["name"], text(entry.get("size"), lambda v: f"{v:,.0f}"), *(rate(rates.get(T)) for T in steps))
         )
     headers = ("layer", "neurons", *(f"T={T}{' *' if m.trained_T == T else ''}" for T in steps))
-    return Table(f"{m.name}: firing rate of each layer by T.", headers, tuple(rows))
+    return Table(f"{m.heading}: firing rate of each layer by T.", headers, tuple(rows))
 
 
 def _layers_table(m: Measurement) -> Table:
@@ -79,5 +79,5 @@ def _layers_table(m: Measurement) -> Table:
         )
         for layer, row in found
     )
-    caption = f"{m.name} at T={m.T}, per image. Fan-out: outputs that an input value reaches, on average."
+    caption = f"{m.heading} at T={m.T}, per image. Fan-out: outputs that an input value reaches, on average."
     return Table(caption, headers, rows).without_empty_columns()

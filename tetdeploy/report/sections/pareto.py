@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from tetdeploy.report.document import NONE, Row, Section, Table
-from tetdeploy.report.drawing import Style, draw, energy_axis, energy_unit, mark, percent_axis, short
+from tetdeploy.report.drawing import Style, draw, energy_axis, energy_unit, error_bars, mark, percent_axis, short
 from tetdeploy.report.numbers import energy, percent, times
-from tetdeploy.report.results import Results
+from tetdeploy.report.results import Results, means_caption
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model at one T; energy per image."""
+    """A model at one T; energy per image. Of a mean over seeds with the standard deviation of both."""
 
     name: str
     T: int
     energy_pj: float
     accuracy: float
+    deviation: tuple[float, float] = (0.0, 0.0)
 
 
 def pareto_front(results: Results) -> Section | None:
@@ -42,7 +43,8 @@ def pareto_front(results: Results) -> Section | None:
     plot = draw(
         paint,
         description="Pareto front of accuracy and energy: " + "; ".join(f"{p.name} at T={p.T}" for p in front),
-        caption="The Pareto front: no other model or T is as accurate for less energy. Points behind it are pale.",
+        caption="The Pareto front: no other model or T is as accurate for less energy. Points behind it are pale."
+        + means_caption(results.series),
     )
     return Section("Pareto front", (Row((plot, _table(front))),))
 
@@ -63,9 +65,11 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 def _points(results: Results) -> list[Point]:
     """Every model at every T where accuracy and energy are known."""
     return [
-        Point(m.name, T, energy_pj, accuracy)
-        for m in results.measurements
-        for T, energy_pj, accuracy in m.points("energy_pj", "accuracy")
+        Point(m.name, T, energy_pj, accuracy, deviation)
+        for m in results.series
+        for (T, energy_pj, accuracy), deviation in zip(
+            m.points("energy_pj", "accuracy"), m.deviations("energy_pj", "accuracy"), strict=True
+        )
     ]
 
 
@@ -76,6 +80,9 @@ def _draw_points(axes: Any, own: Sequence[Point], front: Sequence[Point], style:
     best = [p for p in own if p in front]
     x, y = [p.energy_pj / size for p in best], [p.accuracy for p in best]
     axes.plot(x, y, style.marker, color=style.colour, markersize=7, zorder=3, label=short(own[0].name))
+    error_bars(
+        axes, list(zip(x, y, strict=True)), [(p.deviation[0] / size, p.deviation[1]) for p in best], style.colour
+    )
     for point in best:
         mark(axes, f"T={point.T}", point.energy_pj / size, point.accuracy)
 
@@ -86,8 +93,8 @@ def _table(front: Sequence[Point]) -> Table:
         (
             p.name,
             str(p.T),
-            percent(p.accuracy),
-            energy(p.energy_pj),
+            percent(p.accuracy, p.deviation[1] or None),
+            energy(p.energy_pj, p.deviation[0] or None),
             times(p.energy_pj / cheapest) if cheapest else NONE,
         )
         for p in front

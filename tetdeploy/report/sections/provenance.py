@@ -22,7 +22,7 @@ def _run_table(name: str, run: Run) -> Table:
     origin: dict[str, Any] = run.checkpoint.get("provenance") or {}
     file = run.folder / CHECKPOINT_NAME
     facts = {
-        "checkpoint": CHECKPOINT_NAME if file.is_file() else "none yet",
+        "checkpoint": CHECKPOINT_NAME if file.is_file() else "not here" if run.metrics else "none yet",
         "its SHA-256": sha256_of(file) if file.is_file() else "",
         "written": origin.get("created"),
         "versions": versions(origin.get("versions")),

@@ -71,7 +71,7 @@ def _config_facts(runs: Sequence[Run]) -> dict[str, list[str]]:
     found = {}
     for part, labels in (("network", _NETWORK), ("training", _TRAINING)):
         for name, label in labels.items():
-            values = [None if name in _BUILT_IN and _is_own(run) else getattr(run, part).get(name) for run in runs]
+            values = [None if _plays_no_part(name, run) else getattr(run, part).get(name) for run in runs]
             if not all(value in _OFF for value in values):
                 found[label] = [_value(name, value) for value in values]
     return found
@@ -88,8 +88,11 @@ def _origin_facts(sources: Sequence[Source], runs: Sequence[Run]) -> dict[str, l
     }
 
 
-def _is_own(run: Run) -> bool:
-    return is_own_model(str(run.network.get("model", "")))
+def _plays_no_part(name: str, run: Run) -> bool:
+    """What a network of the user's own decides for itself, and the MSE term of a training by Eq. 7 alone."""
+    if name in ("lam", "phi"):
+        return run.training.get("loss") == "sdt" and not run.training.get("switch_to_tet")
+    return name in _BUILT_IN and is_own_model(str(run.network.get("model", "")))
 
 
 def _network(run: Run) -> str:

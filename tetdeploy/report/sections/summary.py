@@ -12,7 +12,7 @@ def at_a_glance(results: Results) -> Section:
     cards = [
         card
         for source in results.sources
-        for card in ([_measured(m) for m in source.measurements] or [_trained(source, results)])
+        for card in ([_measured(m) for m in source.series] or [_trained(source, results)])
     ]
     notes = [Note(note) for note in results.notes]
     return Section("At a glance", (Cards(tuple(cards)), *notes))
@@ -20,15 +20,17 @@ def at_a_glance(results: Results) -> Section:
 
 def _measured(m: Measurement) -> Card:
     row = m.headline
+    std = {key: m.std(m.T, key) for key in ("accuracy", "energy_pj", "firing_rate", "latency_ms", "top1_agreement")}
     where = f"T={m.T}" + (", as trained" if m.trained_T == m.T else "")
     facts = [
-        (f"accuracy at {where}", percent(row.get("accuracy"))),
+        (f"accuracy at {where}", percent(row.get("accuracy"), std["accuracy"])),
+        ("mean of", m.counted_seeds),
         ("measured on", m.images),
-        ("energy per image", energy(row.get("energy_pj"))),
+        ("energy per image", energy(row.get("energy_pj"), std["energy_pj"])),
         ("against its ANN twin", _against(row.get("ann_ratio"), m, row.get("energy_pj"))),
-        ("spikes per neuron and step", rate(row.get("firing_rate"))),
-        ("latency of one image", milliseconds(row.get("latency_ms"))),
-        ("same answer as PyTorch", percent(row.get("top1_agreement"))),
+        ("spikes per neuron and step", rate(row.get("firing_rate"), std["firing_rate"])),
+        ("latency of one image", milliseconds(row.get("latency_ms"), std["latency_ms"])),
+        ("same answer as PyTorch", percent(row.get("top1_agreement"), std["top1_agreement"])),
     ]
     if row.get("accuracy") is None:
         facts.insert(0, facts.pop())  # without labels agreement is the headline
@@ -52,8 +54,7 @@ def _trained(source: Source, results: Results) -> Card:
     facts = []
     if (mean := source.summary.get("mean_val_accuracy")) is not None:
         std = source.summary.get("std_val_accuracy")
-        spread = "" if std is None else f" ± {std:.2%}"
-        facts.append((f"validation accuracy, {source.finished_seeds}", f"{percent(mean)}{spread}"))
+        facts.append((f"validation accuracy, {source.finished_seeds}", percent(mean, std)))
     elif run.best is not None and run.best.get("val_accuracy") is not None:
         facts.append((f"validation accuracy at T={run.best.get('T')}", percent(run.best["val_accuracy"])))
     if (energy_pj := results.twin_energy(run)) is not None:

@@ -124,9 +124,14 @@ def _losses(run: Run) -> str:
 
 
 def _kept_epochs(sources: Sequence[Source]) -> Table:
-    rows = tuple(_kept(name, run) for source in sources for name, run in source.runs.items() if run.metrics)
+    runs = {name: run for source in sources for name, run in source.runs.items() if run.metrics}
+    caption = "The epoch whose weights were kept, and the time of all epochs."
+    if gone := [name for name, run in runs.items() if not run.checkpoint]:
+        caption += (
+            f" Of {', '.join(gone)}, whose checkpoint is not here, it is the one that training keeps by these numbers."
+        )
     headers = ("run", "epochs", "kept epoch", "validation accuracy", "validation loss", "training accuracy", "time")
-    return Table("The epoch whose weights were kept, and the time of all epochs.", headers, rows)
+    return Table(caption, headers, tuple(_kept(name, run) for name, run in runs.items()))
 
 
 def _kept(name: str, run: Run) -> tuple[str, ...]:
@@ -162,6 +167,6 @@ def _seeds_table(source: Source) -> Table:
     mean, std = source.summary.get("mean_val_accuracy"), source.summary.get("std_val_accuracy")
     caption = f"{source.name}: best validation accuracy of each seed."
     if mean is not None:
-        rows.append(("mean ± standard deviation", "", f"{percent(mean)} ± {percent(std)}"))
+        rows.append(("mean ± standard deviation", "", percent(mean, std)))
         caption += f" Mean and deviation are of {source.finished_seeds}, the deviation over n - 1."
     return Table(caption, ("seed", "kept epoch", "validation accuracy"), tuple(rows), marked=frozenset({len(runs)}))
