@@ -273,6 +273,10 @@ def _build_int8(
         return _build(onnx_tracer, config, source, calibration.scales), calibration
     if calibration is None:
         raise ValueError("precision int8 takes its scales from images of the training set; give some as calibration")
+    if not isinstance(calibration, tuple | list) or len(calibration) != 2:
+        raise ValueError(
+            f"calibration must be a pair, (images, labels) or (images, None), got {type(calibration).__name__}"
+        )
     _check_labels(onnx_tracer.tracer.classifier, *calibration)
     x = _as_input(onnx_tracer.tracer.classifier, config, calibration[0][:])  # of images on disk, too
     T = replace(config, T=config.trained_T).steps_on(x)

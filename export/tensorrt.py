@@ -84,7 +84,7 @@ def build_engine(
 
     Raises:
         ValueError: the graph is none of ours, the configuration does not fit it, the package or the GPU, or TensorRT
-            refuses it. Nothing is written then, and earlier files stay as they were.
+            refuses it or the timing cache. Nothing is written then, and earlier files stay as they were.
         OSError: a file cannot be read or written, a full disk for one.
         MissingExtraError: TensorRT is not installed.
     """
@@ -177,7 +177,11 @@ class _Build:
         if config.timing_cache is not None:
             kept = config.timing_cache.read_bytes() if config.timing_cache.exists() else b""
             self._timings = settings.create_timing_cache(kept)
-            settings.set_timing_cache(self._timings, ignore_mismatch=False)
+            if self._timings is None or not settings.set_timing_cache(self._timings, ignore_mismatch=False):
+                raise ValueError(
+                    f"{config.timing_cache} is no timing cache of this version of TensorRT and this GPU; delete it, or "
+                    "name another file"
+                )
         profile = self._builder.create_optimization_profile()
         for k in range(self._network.num_inputs):
             value = self._network.get_input(k)

@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import json
+import math
 import operator
 import os
 import pickle
@@ -71,6 +72,7 @@ def test_the_wishes_take_the_fastest_of_each_kind(module: Any) -> None:
     ratios = module("training_step").ratios
     sides = {
         "loop": side(30, 200),
+        "loop NHWC": side(20, 250),
         "NCHW": side(5),
         "tetdeploy": side(12, 90),
         "tetdeploy graphs": side(10, 130),
@@ -80,20 +82,47 @@ def test_the_wishes_take_the_fastest_of_each_kind(module: Any) -> None:
         "SJ cuda NCHW": {"failed": "why"},
         "ANN": side(8),
     }
-    assert ratios(sides) == [
-        ("plain loop / ours", 3.0, "at least 1.5", True),
-        ("SpikingJelly's best / ours", 1.2, "at least 1.3", False),
-        ("ours / ANN twin, whose BN and ReLU are not fused", 1.25, "at most 1.15", False),
-        ("memory, ours / plain loop", 0.65, "at most 0.6", False),
+    assert ratios(sides, "fp32") == [
+        ("plain loop / ours", 2.0, "at least 1.5", True, ""),
+        ("SpikingJelly's best / ours", 1.2, "at least 1.3", False, ""),
+        ("ours / ANN twin, whose BN and ReLU are not fused", 1.25, "at most 1.15", False, ""),
+        ("memory, ours / plain loop", 0.65, "at most 0.6", False, ""),
     ]
-    assert ratios({"loop": {"failed": "why"}, "tetdeploy": side(10)}) == []
+    assert ratios({"loop": {"failed": "why"}, "tetdeploy": side(10)}, "fp32") == []
     own = {"tetdeploy malloc": side(15, 80)}
-    assert ratios({name: sides[name] for name in ("loop", "tetdeploy")} | own) == [
-        ("plain loop / ours", 2.5, "at least 1.5", True),
-        ("memory, ours / plain loop", 0.45, "at most 0.6", True),
-        ("plain loop / ours, with malloc as it is", 2.0, "at least 1.5", True),
-        ("memory, ours / plain loop, with malloc as it is", 0.4, "at most 0.6", True),
+    assert ratios({name: sides[name] for name in ("loop", "tetdeploy")} | own, "fp32") == [
+        ("plain loop / ours", 2.5, "at least 1.5", True, ""),
+        ("memory, ours / plain loop", 0.45, "at most 0.6", True, ""),
+        ("plain loop / ours, with malloc as it is", 2.0, "at least 1.5", True, ""),
+        ("memory, ours / plain loop, with malloc as it is", 0.4, "at most 0.6", True, ""),
     ]
+
+
+def test_in_16_bits_a_ratio_says_that_gradients_differ_and_is_not_left_out(module: Any) -> None:
+    def side(ms: float, norm: float) -> dict[str, Any]:
+        return {"median_ms": ms, "peak_mb": 100, "first_gradient": norm}
+
+    ratios = module("training_step").ratios
+    sides = {"tetdeploy": side(10, 2.0), "loop": side(30, 2.3), "SJ torch NCHW": side(20, 1.95), "ANN": side(8, 9.0)}
+    sides |= {"SJ cuda NCHW": side(1, math.nan), "ANN graphs": side(1, math.inf)}
+    remark = "loop: its gradient's norm differs from ours by 15 %"
+    assert [(row[0], row[1], row[-1]) for row in ratios(sides, "bf16")] == [
+        ("plain loop / ours", 3.0, remark),
+        ("SpikingJelly's best / ours", 2.0, ""),
+        ("ours / ANN twin, whose BN and ReLU are not fused", 1.25, ""),
+        ("memory, ours / plain loop", 1.0, remark),
+    ]
+
+
+@pytest.mark.parametrize(("side", "channels_last"), [("loop", False), ("loop NHWC", True)])
+def test_the_loop_runs_in_both_layouts(side: str, channels_last: bool, module: Any) -> None:
+    training = module("training_step")
+    step = training.Step(side, training.Case("convsnn", 0.1, 8, 2, 2, "cpu", "fp32", 1))
+    convolution = next(
+        layer for layer in step.network.modules() if isinstance(layer, nn.Conv2d) and layer.in_channels > 3
+    )
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last) is channels_last
+    assert any(type(layer).__name__ == "LoopLIF" for layer in step.network.modules())
 
 
 @pytest.mark.parametrize(("side", "kept"), [("tetdeploy", True), ("tetdeploy malloc", False), ("loop", False)])
@@ -225,12 +254,19 @@ def test_a_side_that_the_device_has_not_is_left_out(
     others = {"loop": measured | {"first_gradient": 2.2}, "NCHW": measured | {"first_gradient": 2.05}}
     others |= {"ANN": measured | {"first_gradient": 3.0}, "unfused": measured | {"first_gradient": float("nan")}}
     sides = {"tetdeploy": measured, "tetdeploy graphs": {"failed": "why"}, **others}
-    training.show(
-        {"case": vars(case), "card": "cpu", "precision": "fp32", "sides": sides, "floor": {"failed": "as well"}}
-    )
+    results = {"case": vars(case), "card": "cpu", "precision": "fp32", "sides": sides, "floor": {"failed": "as well"}}
+    training.show(results)
     shown = capsys.readouterr().out
     assert "tetdeploy graphs left out: why" in shown and "no floor: as well" in shown
-    assert [line.split()[0] for line in shown.splitlines() if "other gradients" in line] == ["loop", "unfused"]
+    assert [line for line in shown.splitlines() if "left out below" in line] == [
+        "loop is left out below: its gradient's norm differs from ours by 10 %",
+        "unfused is left out below: its gradients are not finite",
+    ]
+    results |= {"precision": "bf16"}
+    training.show(results)
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines() if "left out below" in line] == ["unfused"]
+    assert "plain loop / ours: 1.00 (loop: its gradient's norm differs from ours by 10 %)" in shown
 
 
 class InThisProcess:

@@ -307,6 +307,7 @@ class TestRefusals:
                 "is truncated",
             ),
             ("a.pth", b"PK\x03\x04rest", "a zip archive, as torch.save writes"),
+            ("a.engine", b"", r"is a TensorRT engine, which a\.engine\.json beside it describes; .* the \.onnx file"),
             ("a.json", b"{}", "is neither a checkpoint .* nor a model .* tetdeploy report"),
         ],
     )

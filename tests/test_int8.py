@@ -977,6 +977,9 @@ INT8 = ExportConfig(T=3, trained_T=3, precision="int8")
 
 def test_what_int8_needs(tmp_path: Path) -> None:
     refused(tmp_path, "give some as calibration", INT8, None)
+    pair = r"calibration must be a pair, \(images, labels\) or \(images, None\), got "
+    refused(tmp_path, f"{pair}ndarray$", INT8, calibration()[0])
+    refused(tmp_path, f"{pair}tuple$", INT8, calibration()[:1])
     few = r"at least 32 images of the training set, got 31 \(another --data may have more\); use --precision fp32$"
     refused(tmp_path, few, INT8, calibration(31))
     refused(tmp_path, r"takes images \(1, 8, 8\), got \(1, 8, 9\)", INT8, (np.zeros((40, 1, 8, 9), np.uint8), None))

@@ -283,6 +283,19 @@ def test_a_timing_cache_is_kept_where_there_is_one(with_gpu: None, tmp_path: Pat
         build_engine(exported("step"), tmp_path / "m.engine", BuildConfig("tensorrt-rtx", timing_cache=timings))
 
 
+@pytest.mark.parametrize("refused", [{"create_timing_cache": None}, {"set_timing_cache": False}], ids=str)
+def test_a_timing_cache_that_tensorrt_does_not_take_stays_as_it_was(
+    refused: dict[str, Any], with_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings = tmp_path / "timings.bin"
+    timings.write_bytes(b"of another card")
+    for name, answer in refused.items():  # TensorRT-RTX, which stands in here, takes anything
+        monkeypatch.setattr(trt.IBuilderConfig, name, lambda *_, answer=answer, **__: answer)
+    with pytest.raises(ValueError, match=r"timings\.bin is no timing cache of this version of TensorRT and this GPU; "):
+        build_engine(exported("step"), tmp_path / "m.engine", BuildConfig("tensorrt", timing_cache=timings))
+    assert names_in(tmp_path) == ["timings.bin"] and timings.read_bytes() == b"of another card"
+
+
 def test_tensorrt_without_a_driver_is_refused_before_it_is_touched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

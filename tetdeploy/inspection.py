@@ -18,6 +18,7 @@ from tetdeploy.form import NUMBER, check_form
 from tetdeploy.model_file import METADATA_KEY, parse_metadata, session_metadata
 from tetdeploy.names import section
 from tetdeploy.run_folder import checkpoint_file
+from tetdeploy.runtimes.manifest import manifest_path
 from tetdeploy.tensor_file import read_content, read_header
 from tetdeploy.wording import first_line
 
@@ -35,7 +36,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file, or the folder holds no checkpoint.
-        ValueError: neither safetensors nor ONNX, or damaged.
+        ValueError: neither safetensors nor ONNX, such as a TensorRT engine, or damaged.
         MissingExtraError: an ONNX model, and onnxruntime is not installed.
     """
     if not Path(path).exists():
@@ -45,6 +46,11 @@ def inspect(path: Path | str) -> dict[str, Any]:
         found = _inspect_onnx(file)
     elif file.suffix in (".safetensors", *_PICKLES):
         found = _inspect_safetensors(file)
+    elif file.suffix == ".engine":
+        raise ValueError(
+            f"{file} is a TensorRT engine, which {manifest_path(file).name} beside it describes; "
+            "inspect shows the .onnx file it was built from"
+        )
     else:
         raise ValueError(
             f"{file} is neither a checkpoint (.safetensors) nor a model (.onnx); "

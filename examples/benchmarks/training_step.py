@@ -8,11 +8,14 @@ Every side trains the same layers (the ANN twin with ReLU for neurons, on T time
 with TET's loss and SGD, each in a process of its own on the same device: SpikingJelly chooses its kernels at import
 (`SJ_LIF_CUDA_IMPLEMENTATION`), and a side that fails says why and takes nothing with it. The sides take turns; times
 are medians, on a card of CUDA events round a step. `gradient` is the norm of the first step's gradients, from the same
-weights: a side with another one than ours is named below the table (not the ANN, which is another network). Memory is
-what PyTorch had allocated at most once cuDNN had tried its algorithms; of graphs, whose memory stays theirs between
-replays, what it had reserved, which is more; on a CPU what the process had at most.
+weights: in fp32 a side with another one than ours is left out of the ratios (not the ANN, which is another network). In
+16 bits the peers round membranes that we keep in float32, and spikes flip: there a ratio only says by how much the norm
+differs, and `--precision fp32` shows that the networks are the same. Memory is what PyTorch had allocated at most once
+cuDNN had tried its algorithms; of graphs, whose memory stays theirs between replays, what it had reserved, which is
+more; on a CPU what the process had at most. Ratios take the fastest of a kind, for memory the loop that needs least.
 
     loop             LIF as a loop of PyTorch operations over T, contiguous (peers.py)
+    loop NHWC        the same, channels-last
     NCHW             our neurons with BN fused into them, contiguous
     unfused          our neurons, BN by PyTorch, channels-last (on a CPU contiguous, which is faster there)
     tetdeploy        what `tetdeploy train` does: channels-last weights; on a CPU, memory that is freed is kept
@@ -27,6 +30,7 @@ The floor is what floor.py measures: the convolutions by themselves, plus what t
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -61,7 +65,7 @@ from peers import loop_twin, reset, with_spikingjelly
 from turns import LIMIT_S, Answer, Worker
 
 MALLOC = "tetdeploy malloc"
-SIDES = ("loop", "NCHW", "unfused", "tetdeploy", MALLOC, "tetdeploy graphs")
+SIDES = ("loop", "loop NHWC", "NCHW", "unfused", "tetdeploy", MALLOC, "tetdeploy graphs")
 SIDES += tuple(f"SJ {backend} {layout}" for backend in ("torch", "triton", "cuda") for layout in ("NCHW", "NHWC"))
 SIDES += ("ANN", "ANN graphs")
 FLOOR = "floor"
@@ -73,7 +77,7 @@ KINDS = {
     "optimiser": ("optimizer", "_fused_sgd"),
 }
 REST = "rest"
-SAME_GRADIENT = 0.05  # of its norm: rounding flips spikes, most of all in 16 bits
+SAME_GRADIENT = 0.05  # of its norm: rounding flips spikes
 PROFILED = 3  # steps: reading what the profiler saw takes longer than they do
 
 
@@ -150,7 +154,7 @@ def variant(side: str, network: nn.Module, device: torch.device) -> nn.Module:
     Raises:
         ValueError: the side needs a GPU.
     """
-    if side == "loop":
+    if side.startswith("loop"):
         return loop_twin(network)
     if side.startswith("ANN"):
         return ann_twin(network)
@@ -292,43 +296,58 @@ def medians(answers: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def other_gradients(found: dict[str, Any]) -> list[str]:
-    """The sides that do not compute what we compute, as their first gradients have another norm; the ANN aside."""
+def other_gradients(found: dict[str, Any]) -> dict[str, float]:
+    """The sides whose first gradients have another norm than ours, and by what share of it: infinite where the norm is.
+
+    The ANN, which is another network, need only have a finite one.
+    """
     norms = {name: side["first_gradient"] for name, side in found.items() if "first_gradient" in side}
-    ours = norms.get("tetdeploy")
-    if ours is None:
-        return []
-    return [
-        name
-        for name, norm in norms.items()
-        if not name.startswith("ANN") and not abs(norm - ours) <= SAME_GRADIENT * ours
-    ]
+    ours = norms.get("tetdeploy", math.nan)
+    shares = {name: 0.0 if name.startswith("ANN") else abs(norm / ours - 1) for name, norm in norms.items()}
+    shares |= {name: math.inf for name, norm in norms.items() if not math.isfinite(norm)}
+    return {name: share for name, share in shares.items() if share > SAME_GRADIENT}
 
 
-def ratios(found: dict[str, Any]) -> list[tuple[str, float, str, bool]]:
-    """What is to be reached: its name, the number, the wish, whether it holds. Without a side there is no number."""
+def left_out(found: dict[str, Any], precision: str) -> dict[str, str]:
+    """The sides that ratios leave out, as they do not compute what we compute, and why."""
     others = other_gradients(found)
-    counted = {name: side for name, side in found.items() if name not in others and "failed" not in side}
-    malloc = counted.pop(MALLOC, None)
+    reasons = {name: "its gradients are not finite" for name, share in others.items() if share == math.inf}
+    if precision == "fp32":
+        reasons = {name: _differs(share) for name, share in others.items()} | reasons
+    return reasons
 
-    def fastest(begins: str) -> dict[str, Any] | None:
-        sides = [side for name, side in counted.items() if name.startswith(begins)]
-        return min(sides, key=lambda side: float(side["median_ms"]), default=None)
 
-    loop, theirs, ann = fastest("loop"), fastest("SJ"), fastest("ANN")
-    rows: list[tuple[str, float, str, bool]] = []
-    for ours, how in ((fastest("tetdeploy"), ""), (malloc, ", with malloc as it is")):
-        for name, one, other, key, wanted, at_least in (
+def _differs(share: float) -> str:
+    return f"its gradient's norm differs from ours by {100 * share:.0f} %"
+
+
+def ratios(found: dict[str, Any], precision: str) -> list[tuple[str, float, str, bool, str]]:
+    """What is to be reached: its name, the number, the wish, whether it holds, whose gradients are others.
+
+    Without a side there is no number.
+    """
+    others, out = other_gradients(found), left_out(found, precision)
+    counted = {name: side for name, side in found.items() if name not in out and "failed" not in side}
+
+    def least(begins: str, key: str = "median_ms") -> str | None:
+        sides = (name for name in counted if name.startswith(begins) and name != MALLOC)
+        return min(sides, key=lambda name: float(counted[name][key]), default=None)
+
+    loop, small_loop, theirs, ann = least("loop"), least("loop", "peak_mb"), least("SJ"), least("ANN")
+    rows: list[tuple[str, float, str, bool, str]] = []
+    for ours, how in ((least("tetdeploy"), ""), (MALLOC, ", with malloc as it is")):
+        for title, one, other, key, wanted, at_least in (
             ("plain loop / ours", loop, ours, "median_ms", 1.5, True),
             ("SpikingJelly's best / ours", theirs, ours, "median_ms", 1.3, True),
             ("ours / ANN twin, whose BN and ReLU are not fused", ours, ann, "median_ms", 1.15, False),
-            ("memory, ours / plain loop", ours, loop, "peak_mb", 0.6, False),
+            ("memory, ours / plain loop", ours, small_loop, "peak_mb", 0.6, False),
         ):
-            if one is not None and other is not None:
-                value = one[key] / other[key]
+            if one in counted and other in counted:
+                value = counted[one][key] / counted[other][key]
                 sign = "at least" if at_least else "at most"
                 holds = value >= wanted if at_least else value <= wanted
-                rows.append((name + how, value, f"{sign} {wanted}", holds))
+                remarks = [f"{side}: {_differs(others[side])}" for side in (one, other) if side in others]
+                rows.append((title + how, value, f"{sign} {wanted}", holds, ", ".join(remarks)))
     return rows
 
 
@@ -360,8 +379,8 @@ def show(results: dict[str, Any]) -> None:
             console.print(f"{side} left out: {found['failed']}", markup=False)
         elif "not_profiled" in found:
             console.print(f"{side} not profiled: {found['not_profiled']}", markup=False)
-    for side in other_gradients(results["sides"]):
-        console.print(f"{side} is left out below: other gradients than ours, or none that are finite")
+    for side, reason in left_out(results["sides"], results["precision"]).items():
+        console.print(f"{side} is left out below: {reason}")
     floor = results["floor"]
     if "failed" in floor:
         console.print(f"no floor: {floor['failed']}", markup=False)
@@ -374,9 +393,9 @@ def show(results: dict[str, Any]) -> None:
                 f", {floor['gb']:.3g} GB at 3 TB/s {floor['memory_ms']:.2f} ms: floor {floor['floor_ms']:.2f} ms"
             )
         console.print(f"convolutions {convolutions}")
-    for name, value, wish, holds in ratios(results["sides"]):
+    for name, value, wish, holds, remark in ratios(results["sides"], results["precision"]):
         wanted = f", wanted {wish}: {'reached' if holds else 'NOT reached'}" if on_card else ""
-        console.print(f"{name}: {value:.2f}{wanted}")
+        console.print(f"{name}: {value:.2f}{wanted}{f' ({remark})' if remark else ''}")
 
 
 @click.command(cls=CleanErrors)
@@ -429,7 +448,7 @@ def main(
 
     def keep(measured: dict[str, Any]) -> None:
         results.update(measured)
-        results["reached"] = ratios(results["sides"]) if found.type == "cuda" else []
+        results["reached"] = ratios(results["sides"], chosen) if found.type == "cuda" else []
         if json_path is not None:
             write_json(json_path, results)
 
