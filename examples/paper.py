@@ -6,9 +6,9 @@
     python examples/paper.py figure4 --out results --data-dir ~/data
 
 Trains by the recipes in `examples/recipes`, one after the other; what is finished is not trained again, what was
-interrupted (Ctrl-C, SIGTERM, SIGHUP) goes on. Test accuracies are those of exported models under ONNX Runtime; of ANN
-twins and smooth spikes, which have no export, those of PyTorch. A smoke run shows that the path works; its numbers say
-nothing about the paper.
+interrupted (Ctrl-C, SIGTERM, SIGHUP) goes on, and what was trained by another recipe than it has now is refused. Test
+accuracies are those of exported models under ONNX Runtime; of ANN twins and smooth spikes, which have no export, those
+of PyTorch. A smoke run shows that the path works; its numbers say nothing about the paper.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,8 +28,8 @@ from typing import Any
 import click
 
 from tetdeploy.checkpoint import read_metadata
-from tetdeploy.files import atomic_write, write_json
-from tetdeploy.run_folder import CHECKPOINT_NAME
+from tetdeploy.files import atomic_write, sha256_of, write_json
+from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, seed_runs
 from tetdeploy.signals import handled, terminations
 
 COMMAND = (sys.executable, "-m", "tetdeploy")
@@ -70,6 +71,13 @@ class Entry:
     def chosen(self, scale: str) -> tuple[str, ...]:
         """The options beside the recipe, which they override; of a shorter run its own come last."""
         return (*self.options, *SCALES[scale], *{"full": (), "small": self.small, "smoke": self.smoke}[scale])
+
+    def settings(self, scale: str) -> dict[str, str]:
+        """What recipe and options say, by option; without the seeds, of which there may be more later."""
+        recipe = tomllib.loads((RECIPES / f"{self.recipe}.toml").read_text(encoding="utf-8"))
+        names, values = self.chosen(scale)[::2], self.chosen(scale)[1::2]
+        said = recipe | dict(zip((name.removeprefix("--") for name in names), values, strict=True))
+        return {name: str(value) for name, value in said.items() if name != "seeds"}
 
 
 @dataclass(frozen=True)
@@ -208,27 +216,42 @@ def tetdeploy(*arguments: object) -> None:
 
 
 def trained(entry: Entry, at: Place) -> list[Path]:
-    """Train an entry unless that is done; its runs, one for each seed."""
+    """Train an entry, or what of it is not finished; its runs, one for each seed.
+
+    Refuses a folder that was begun by another recipe: `train --resume` does so where the recipe says otherwise than the
+    run, or the images or the teacher are others; for what the recipe says no more it would take what the run has.
+    """
     folder = at.runs / entry.name.replace(" ", "-").replace(",", "").replace("=", "")
-    done = folder / "done"
-    if not done.exists():
-        if (folder / "config.json").exists():
-            tetdeploy("train", "--resume", folder, "--data-dir", at.data_dir, "--runs", at.runs)
-        else:
-            recipe = ("--config", RECIPES / f"{entry.recipe}.toml", "--data-dir", at.data_dir, "--runs", at.runs)
-            options = (option.format(runs=at.runs) for option in entry.chosen(at.scale))
-            tetdeploy("train", *recipe, *options, "--out", folder)
-        done.touch()
-    return sorted(folder.glob("seed-*")) or [folder]
+    begun, recipe, now = (folder / CONFIG_NAME).exists(), folder / "recipe.json", entry.settings(at.scale)
+    before = json.loads(recipe.read_text()) if begun and recipe.exists() else now
+    if before != now:
+        names = [name for name in before | now if before.get(name) != now.get(name)]
+        changes = "; ".join(f"{name}: {before.get(name, '(none)')} -> {now.get(name, '(none)')}" for name in names)
+        raise click.ClickException(
+            f"{folder} was trained by another recipe: {changes}; remove it to train anew, or choose another --out"
+        )
+    if not begun:
+        write_json(recipe, now)
+    where = ("--data-dir", at.data_dir, "--runs", at.runs, "--resume" if begun else "--out", folder)
+    options = (option.format(runs=at.runs) for option in entry.chosen(at.scale))
+    tetdeploy("train", "--config", RECIPES / f"{entry.recipe}.toml", *options, *where)
+    return seed_runs(folder) or [folder]
+
+
+def measured(result: Path, run: Path) -> Any:
+    """What a file of results says of the run's weights; None without it, or if it is of others."""
+    found = json.loads(result.read_text()) if result.exists() else {}
+    (first, *_) = found.get("runs", [found])
+    return found if first.get("checkpoint_sha256") == sha256_of(run / CHECKPOINT_NAME) else None
 
 
 def swept(run: Path, at: Place, steps: str) -> list[dict[str, Any]]:
     """Export a run for any T and sweep it over its test set; the rows."""
     model, result = run / "model-dynamic.onnx", run / "sweep.json"
-    if not result.exists():
+    if measured(result, run) is None:
         tetdeploy("export", run, "--layout", "dynamic", "--fold-bn", "--data-dir", at.data_dir, "--check", 200)
         tetdeploy("sweep", model, "--T", steps, "--data-dir", at.data_dir, "--json", result)
-    rows: list[dict[str, Any]] = json.loads(result.read_text())["rows"]
+    rows: list[dict[str, Any]] = measured(result, run)["rows"]
     return rows
 
 
@@ -238,9 +261,9 @@ def final_accuracy(run: Path, at: Place, steps: str) -> float:
     if not network["ann"] and not network["smooth_spike"]:
         return float(next(row["accuracy"] for row in swept(run, at, steps) if row["T"] == T))
     result = run / "evaluate.json"
-    if not result.exists():
+    if measured(result, run) is None:
         tetdeploy("evaluate", run, "--T", T, "--data-dir", at.data_dir, "--json", result)
-    return float(json.loads(result.read_text())["runs"][0]["accuracy"][0]["accuracy"])
+    return float(measured(result, run)["runs"][0]["accuracy"][0]["accuracy"])
 
 
 def mean_std(values: Sequence[float]) -> str:
