@@ -8,7 +8,8 @@
 Trains by the recipes in `examples/recipes`, one after the other; what is finished is not trained again, what was
 interrupted (Ctrl-C, SIGTERM, SIGHUP) goes on, and what was trained by another recipe than it has now is refused. Test
 accuracies are those of exported models under ONNX Runtime; of ANN twins and smooth spikes, which have no export, those
-of PyTorch. A smoke run shows that the path works; its numbers say nothing about the paper.
+of PyTorch. The JSON beside a table or plot names the runs of each number: folder, seed, T, SHA-256 of the weights. A
+smoke run shows that the path works; its numbers say nothing about the paper.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import click
 
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.files import atomic_write, sha256_of, write_json
+from tetdeploy.provenance import written
 from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, seed_runs
 from tetdeploy.signals import handled, terminations
 
@@ -292,6 +294,26 @@ def held_out_accuracy(run: Path) -> float:
     return float(read_metadata(run / CHECKPOINT_NAME)["provenance"]["val_accuracy"])
 
 
+def traced(runs: Sequence[Path], at: Place) -> list[dict[str, Any]]:
+    """What a number can be traced back by: of each run its folder beside the results, seed, T and weights, and the
+    versions that trained it."""
+    return [
+        {
+            "run": run.relative_to(at.out).as_posix(),
+            "seed": provenance["seed"],
+            "T": trained_T(run),
+            "checkpoint_sha256": sha256_of(run / CHECKPOINT_NAME),
+            "versions": provenance["versions"],
+        }
+        for run in runs
+        for provenance in [read_metadata(run / CHECKPOINT_NAME)["provenance"]]
+    ]
+
+
+def write_numbers(at: Place, content: dict[str, Any]) -> None:
+    write_json(at.result(".json"), {"scale": at.scale} | content | written())
+
+
 def write_table(at: Place, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Markdown, to a file and to the terminal."""
     lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
@@ -316,9 +338,10 @@ def accuracy_table(at: Place) -> None:
         ]  # of frames there are no more
         test = [final_accuracy(run, at, wanted) for run, wanted in zip(runs, steps, strict=True)]
         name = entry.name if at.scale == "full" or at.what != "comparison" else ran(entry, runs[0])
-        numbers.append({"name": name, "recipe": entry.recipe, "held_out": held_out, "test": test})
+        of = {"name": name, "recipe": entry.recipe, "runs": traced(runs, at)}
+        numbers.append(of | {"held_out": held_out, "test": test})
         rows.append([name, mean_std(held_out), mean_std(test), str(len(runs))])
-    write_json(at.result(".json"), {"scale": at.scale, "rows": numbers})
+    write_numbers(at, {"rows": numbers})
     write_table(at, ["", "held out (%)", "test (%)", "seeds"], rows)
 
 
@@ -328,11 +351,13 @@ def modern_table(at: Place) -> None:
     trained(teacher, at)
     shown, rows, numbers = (1, 2, 4, 6), [], []
     for entry in TABLES["modern"]:
-        swept_runs = [swept(run, at, "1:8") for run in trained(entry, at)]
+        runs = trained(entry, at)
+        swept_runs = [swept(run, at, "1:8") for run in runs]
         accuracy = {T: [row["accuracy"] for run in swept_runs for row in run if row["T"] == T] for T in shown}
-        numbers.append({"name": entry.name, "test": accuracy})
+        of = {"name": entry.name, "recipe": entry.recipe, "runs": traced(runs, at)}
+        numbers.append(of | {"test": accuracy})
         rows.append([entry.name, *(mean_std(accuracy[T]) for T in shown)])
-    write_json(at.result(".json"), {"scale": at.scale, "rows": numbers})
+    write_numbers(at, {"rows": numbers})
     write_table(at, ["trained at T=4, test (%)", *(f"T={T}" for T in shown)], rows)
 
 
@@ -346,9 +371,10 @@ def landscape(at: Place) -> None:
 def switch(at: Place) -> None:
     """Both losses and the accuracy on the held-out set by epoch, with and without the switch, which is marked."""
     figure, axes = subplots(3)
-    curves = {}
+    curves, runs = {}, {}
     for entry in TABLES["figure3"]:
-        rows = metrics(trained(entry, at)[0])
+        folders = trained(entry, at)
+        rows, runs[entry.name] = metrics(folders[0]), traced(folders, at)
         curves[entry.name] = rows
         line = "-" if "TET" in entry.name else "--"  # before the switch both are one, and both are to be seen
         for axis, key, label, unit in zip(
@@ -364,35 +390,38 @@ def switch(at: Place) -> None:
                     axis.axvline(before["epoch"] + 0.5, color="0.4", linestyle=":", label="switch to TET")
             axis.set(xlabel="epoch", ylabel=f"{label}, held out")
     axes[0].legend(framealpha=1, edgecolor="none")
-    write_json(at.result(".json"), {"scale": at.scale, "curves": curves})
+    write_numbers(at, {"curves": curves, "runs": runs})
     save(figure, at)
 
 
 def scalability(at: Place) -> None:
     """Accuracy against T and against energy, with no training at the new T; the T of the training is a large marker,
-    SDT's are hollow."""
+    SDT's are hollow. Of several seeds it is the mean, and bars are the standard deviation."""
     figure, (left, right) = subplots(2, sharey=True)
-    curves = {}
+    curves, rows = {}, []
     for entry in TABLES["figure4"]:
         folders = trained(entry, at)
         runs = [swept(run, at, "1:8") for run in folders]
         steps = [row["T"] for row in runs[0]]
-        accuracy = [statistics.mean(100 * run[k]["accuracy"] for run in runs) for k in range(len(steps))]
+        fractions = [[run[k]["accuracy"] for run in runs] for k in range(len(steps))]
+        accuracy = [100 * statistics.mean(values) for values in fractions]
+        std = [100 * statistics.stdev(values) for values in fractions] if len(runs) > 1 else None
         energy = [statistics.mean(run[k]["energy_pj"] / 1e6 for run in runs) for k in range(len(steps))]
         T = trained_T(folders[0])
-        curve = {"T": steps, "accuracy_percent": accuracy, "energy_uj": energy, "seeds": len(runs), "trained_T": T}
-        curves[entry.name] = curve
+        curve = {"T": steps, "accuracy_percent": accuracy, "accuracy_std": std, "energy_uj": energy}
+        curves[entry.name] = curve | {"trained_T": T, "recipe": entry.recipe, "runs": traced(folders, at)}
+        rows.append([entry.name, *map(mean_std, fractions)])
         color, line = COLORS[T], "--" if "sdt" in entry.options else ":" if "tit" in entry.recipe else "-"
         points = {"color": color, "markerfacecolor": "white" if "sdt" in entry.options else color}
         for axis, x in ((left, steps), (right, energy)):
             axis.plot(x, accuracy, "o", linestyle=line, markersize=4, label=entry.name, **points)
+            axis.errorbar(x, accuracy, std, linestyle="none", color=color, capsize=2)
             axis.plot(x[steps.index(T)], accuracy[steps.index(T)], "o", markersize=9, **points)
     left.plot([], [], "o", color="0.4", markersize=9, label="large: T of the training")
     left.set(xlabel="time steps T", ylabel="test accuracy (%)")
     right.set(xlabel="energy (µJ per image)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    write_json(at.result(".json"), {"scale": at.scale, "curves": curves})
-    rows = [[name, *(f"{a:.2f}" for a in curve["accuracy_percent"])] for name, curve in curves.items()]
+    write_numbers(at, {"curves": curves})
     write_table(at, ["test (%)", *(f"T={t}" for t in range(1, 9))], rows)
     save(figure, at)
 

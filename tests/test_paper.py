@@ -21,6 +21,7 @@ from unittest.mock import Mock
 import pytest
 from click.testing import CliRunner
 
+import tetdeploy
 from tetdeploy.cli.train import default_by_network, train, train_config
 from tetdeploy.files import sha256_of
 from tetdeploy.signals import handled
@@ -176,7 +177,8 @@ class Stub:
 
     def read_metadata(self, checkpoint: Path) -> dict[str, Any]:
         training, seed = self.runs[checkpoint.parent]
-        return {"provenance": {"val_accuracy": training / 25 + seed / 200}}
+        versions = {"torch": "9"}
+        return {"provenance": {"val_accuracy": training / 25 + seed / 200, "seed": seed, "versions": versions}}
 
     def options_of(self, folder: str) -> list[str]:
         """With which the run in it was trained."""
@@ -200,13 +202,19 @@ def test_a_table_has_the_kept_weights_accuracies_at_the_T_of_each_training(
     paper: ModuleType, stub: Stub, tmp_path: Path
 ) -> None:
     run(paper, "table1", "--smoke", "--out", str(tmp_path))
-    rows = json.loads((tmp_path / "table1.json").read_text())["rows"]
+    content = json.loads((tmp_path / "table1.json").read_text())
+    rows = content["rows"]
     assert [(row["name"], row["recipe"]) for row in rows] == [
         (f"{loss.upper()} T={T}", f"table1-{loss}-T{T}") for T in (4, 6) for loss in ("sdt", "tet")
     ]
     for training, (row, T) in enumerate(zip(rows, (4, 4, 6, 6), strict=True)):
         assert row["held_out"] == [training / 25 + seed / 200 for seed in (0, 1)]
         assert row["test"] == [Stub.accuracy(training, seed, T) for seed in (0, 1)]
+        for seed, of in enumerate(row["runs"]):
+            assert (of["seed"], of["T"], of["versions"]) == (seed, T, {"torch": "9"})
+            assert stub.runs[tmp_path / of["run"]] == (training, seed)
+            assert of["checkpoint_sha256"] == sha256_of(tmp_path / of["run"] / "checkpoint.safetensors")
+    assert content["versions"]["tetdeploy"] == tetdeploy.__version__
     held_out, test = (paper.mean_std(rows[1][part]) for part in ("held_out", "test"))
     assert f"| TET T=4 | {held_out} | {test} | 2 |" in (tmp_path / "table1.md").read_text()
 
@@ -256,6 +264,9 @@ def test_the_modern_recipe_is_compared_on_one_set_and_as_many_seeds(
     rows = json.loads((tmp_path / "modern.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [entry.name for entry in paper.TABLES["modern"]]
     for training, row in enumerate(rows, 1):  # behind the teacher
+        assert row["recipe"] and [stub.runs[tmp_path / of["run"]] for of in row["runs"]] == [
+            (training, seed) for seed in (0, 1, 2)
+        ]
         assert row["test"] == {str(T): [Stub.accuracy(training, seed, T) for seed in (0, 1, 2)] for T in (1, 2, 4, 6)}
     options = stub.options_of("SGD-distilled")
     assert Path(options[options.index("--distill", options.index("--distill") + 1) + 1]) in stub.runs
@@ -284,6 +295,22 @@ def test_figure_4_is_of_both_losses_with_energy_in_microjoules(
     assert hollow >= {f"SDT T={T}" for T in (2, 3, 4)} and not any("T" in name[:1] for name in hollow)
 
 
+def test_figure_4_is_of_mean_and_deviation_over_seeds(
+    paper: ModuleType, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(paper, "save", lambda figure, at: figures.append(figure))
+    monkeypatch.setitem(paper.TABLES, "figure4", (paper.Entry("TET T=4", "figure4a-T4", smoke=("--seeds", "0,1,2")),))
+    run(paper, "figure4", "--smoke", "--out", str(tmp_path))
+    (curve,) = json.loads((tmp_path / "figure4.json").read_text())["curves"].values()
+    assert curve["accuracy_std"] == pytest.approx([1.0] * 8)  # of 0, 1 and 2 points more
+    assert [of["run"] for of in curve["runs"]] == [f"runs/figure4-smoke/TET-T4/seed-{seed}" for seed in (0, 1, 2)]
+    assert "| TET T=4 | 1.10 ± 1.00 | 1.20 ± 1.00 |" in (tmp_path / "figure4.md").read_text()
+    for axis in figures[0].axes:
+        (bars,) = (bars.lines[2][0].get_segments() for bars in axis.containers)
+        assert [high - low for (_, low), (_, high) in bars] == pytest.approx([2.0] * 8)
+
+
 def test_figure_3_switches_after_two_thirds_as_the_full_run_does(paper: ModuleType) -> None:
     assert paper.switched(12) == ("--epochs", "12", "--switch-to-tet", "8", "--T", "4")
 
@@ -295,6 +322,11 @@ def test_figure_3_has_each_loss_on_its_own_axes(
     monkeypatch.setattr(paper, "subplots", lambda count: (figure, axes[:count]))
     run(paper, "figure3", "--smoke", "--out", str(tmp_path))
     shown = {axis.set.call_args.kwargs["ylabel"]: axis.plot.call_args.args for axis in axes}
+    runs = json.loads((tmp_path / "figure3.json").read_text())["runs"]
+    assert {name: of[0]["run"] for name, of in runs.items()} == {
+        "SDT, then TET": "runs/figure3-smoke/SDT-then-TET",
+        "SDT": "runs/figure3-smoke/SDT",
+    }
     assert shown == {
         "L_SDT, held out": ([1, 2], [1.0, 1.0], "--"),
         "L_TET, held out": ([1, 2], [2.0, 2.0], "--"),
