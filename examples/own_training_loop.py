@@ -1,20 +1,28 @@
-"""Neurons and losses alone, in a plain PyTorch loop: no configuration, no run folder, no command line.
+"""Neurons and losses in a plain PyTorch loop of your own, which ends with a checkpoint. From this folder:
 
-    python examples/own_training_loop.py
+    python own_training_loop.py
+    tetdeploy export runs/own-loop --model own_training_loop:my_network --T 6
+    tetdeploy sweep runs/own-loop/model-T6.onnx
 
-trains a small spiking network on scikit-learn's digits in some 10 s and prints the test accuracy at T = 1 to 6.
-Everything of tetdeploy in it is imported below: `LIF` maps currents [T, N, ...] to spikes, `total_loss` is Eq. 13.
+The loop trains a small spiking network on the digits in some 10 s and prints the test accuracy at T = 1 to 6.
+Everything of tetdeploy in it is imported below: `LIF` maps currents [T, N, ...] to spikes, `total_loss` is Eq. 13 (any
+loss of logits [T, N, K] may take its place); a `Classifier` adds to the network what its data need, and
+`save_checkpoint` writes what the commands read.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from tetdeploy.checkpoint import save_checkpoint
+from tetdeploy.data import load_data
+from tetdeploy.networks import Classifier, NetworkConfig
 from tetdeploy.neurons import LIF
+from tetdeploy.provenance import written
 from tetdeploy.train import total_loss
 
 
@@ -38,23 +46,29 @@ class Network(nn.Module):
         return logits
 
 
+def my_network(num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+    """What `--model own_training_loop:my_network` calls; this network is for the digits alone."""
+    return Network()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--T", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path("runs/own-loop"))
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    labels = torch.tensor(digits.target)
-    test, train = torch.randperm(len(images)).split([360, len(images) - 360])
-
-    network = Network()
+    train, test = (load_data("digits", part, data_dir=Path("data")) for part in ("train", "test"))
+    images, labels = torch.tensor(train.x), torch.tensor(train.labels)  # uint8, which the classifier normalises
+    config = NetworkConfig("own_training_loop:my_network", len(train.class_names), in_channels=1, image_size=(8, 8))
+    network = Classifier(
+        Network(), config=config, mean=train.mean, std=train.std, class_names=train.class_names, data=train.name
+    )
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     for epoch in range(options.epochs):
         network.train()
-        for batch in train[torch.randperm(len(train))].split(64):
+        for batch in torch.randperm(len(images)).split(64):
             loss = total_loss(network(images[batch], options.T), labels[batch], lam=0.05, phi=1.0)
             optimizer.zero_grad()
             loss.backward()
@@ -63,10 +77,14 @@ def main() -> None:
 
     network.eval()
     with torch.inference_mode():
-        logits = network(images[test], 6)
+        logits = network(torch.tensor(test.x), 6)
     for T in range(1, 7):  # the mean of the first T steps is what a run of T steps answers
-        accuracy = (logits[:T].mean(0).argmax(-1) == labels[test]).float().mean().item()
+        accuracy = (logits[:T].mean(0).argmax(-1) == torch.tensor(test.labels)).float().mean().item()
         print(f"T={T}: accuracy {accuracy:.1%}")
+    file = options.out / "checkpoint.safetensors"
+    training, provenance = {"T": options.T, "epochs": options.epochs}, {"device": "cpu"}
+    save_checkpoint(file, network, training=training, provenance=provenance | written(torch=torch.__version__))
+    print(file)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@
     python examples/paper.py figure4 --out results --data-dir ~/data
 
 Trains by the recipes in `examples/recipes`, one after the other; what is finished is not trained again, what was
-interrupted (Ctrl-C, SIGTERM, SIGHUP) goes on. Test accuracies are those of exported models under ONNX Runtime; of ANN
-twins and smooth spikes, which have no export, those of PyTorch. A smoke run shows that the path works; its numbers say
-nothing about the paper.
+interrupted (Ctrl-C, SIGTERM, SIGHUP) goes on, and what was trained by another recipe than it has now is refused. Test
+accuracies are those of exported models under ONNX Runtime; of ANN twins and smooth spikes, which have no export, those
+of PyTorch. The JSON beside a table or plot names the runs of each number: folder, seed, T, SHA-256 of the weights. A
+smoke run shows that the path works; its numbers say nothing about the paper.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,8 +29,9 @@ from typing import Any
 import click
 
 from tetdeploy.checkpoint import read_metadata
-from tetdeploy.files import atomic_write, write_json
-from tetdeploy.run_folder import CHECKPOINT_NAME
+from tetdeploy.files import atomic_write, sha256_of, write_json
+from tetdeploy.provenance import written
+from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, seed_runs
 from tetdeploy.signals import handled, terminations
 
 COMMAND = (sys.executable, "-m", "tetdeploy")
@@ -70,6 +73,13 @@ class Entry:
     def chosen(self, scale: str) -> tuple[str, ...]:
         """The options beside the recipe, which they override; of a shorter run its own come last."""
         return (*self.options, *SCALES[scale], *{"full": (), "small": self.small, "smoke": self.smoke}[scale])
+
+    def settings(self, scale: str) -> dict[str, str]:
+        """What recipe and options say, by option; without the seeds, of which there may be more later."""
+        recipe = tomllib.loads((RECIPES / f"{self.recipe}.toml").read_text(encoding="utf-8"))
+        names, values = self.chosen(scale)[::2], self.chosen(scale)[1::2]
+        said = recipe | dict(zip((name.removeprefix("--") for name in names), values, strict=True))
+        return {name: str(value) for name, value in said.items() if name != "seeds"}
 
 
 @dataclass(frozen=True)
@@ -208,27 +218,42 @@ def tetdeploy(*arguments: object) -> None:
 
 
 def trained(entry: Entry, at: Place) -> list[Path]:
-    """Train an entry unless that is done; its runs, one for each seed."""
+    """Train an entry, or what of it is not finished; its runs, one for each seed.
+
+    Refuses a folder that was begun by another recipe: `train --resume` does so where the recipe says otherwise than the
+    run, or the images or the teacher are others; for what the recipe says no more it would take what the run has.
+    """
     folder = at.runs / entry.name.replace(" ", "-").replace(",", "").replace("=", "")
-    done = folder / "done"
-    if not done.exists():
-        if (folder / "config.json").exists():
-            tetdeploy("train", "--resume", folder, "--data-dir", at.data_dir, "--runs", at.runs)
-        else:
-            recipe = ("--config", RECIPES / f"{entry.recipe}.toml", "--data-dir", at.data_dir, "--runs", at.runs)
-            options = (option.format(runs=at.runs) for option in entry.chosen(at.scale))
-            tetdeploy("train", *recipe, *options, "--out", folder)
-        done.touch()
-    return sorted(folder.glob("seed-*")) or [folder]
+    begun, recipe, now = (folder / CONFIG_NAME).exists(), folder / "recipe.json", entry.settings(at.scale)
+    before = json.loads(recipe.read_text()) if begun and recipe.exists() else now
+    if before != now:
+        names = [name for name in before | now if before.get(name) != now.get(name)]
+        changes = "; ".join(f"{name}: {before.get(name, '(none)')} -> {now.get(name, '(none)')}" for name in names)
+        raise click.ClickException(
+            f"{folder} was trained by another recipe: {changes}; remove it to train anew, or choose another --out"
+        )
+    if not begun:
+        write_json(recipe, now)
+    where = ("--data-dir", at.data_dir, "--runs", at.runs, "--resume" if begun else "--out", folder)
+    options = (option.format(runs=at.runs) for option in entry.chosen(at.scale))
+    tetdeploy("train", "--config", RECIPES / f"{entry.recipe}.toml", *options, *where)
+    return seed_runs(folder) or [folder]
+
+
+def measured(result: Path, run: Path) -> Any:
+    """What a file of results says of the run's weights; None without it, or if it is of others."""
+    found = json.loads(result.read_text()) if result.exists() else {}
+    (first, *_) = found.get("runs", [found])
+    return found if first.get("checkpoint_sha256") == sha256_of(run / CHECKPOINT_NAME) else None
 
 
 def swept(run: Path, at: Place, steps: str) -> list[dict[str, Any]]:
     """Export a run for any T and sweep it over its test set; the rows."""
     model, result = run / "model-dynamic.onnx", run / "sweep.json"
-    if not result.exists():
+    if measured(result, run) is None:
         tetdeploy("export", run, "--layout", "dynamic", "--fold-bn", "--data-dir", at.data_dir, "--check", 200)
         tetdeploy("sweep", model, "--T", steps, "--data-dir", at.data_dir, "--json", result)
-    rows: list[dict[str, Any]] = json.loads(result.read_text())["rows"]
+    rows: list[dict[str, Any]] = measured(result, run)["rows"]
     return rows
 
 
@@ -238,9 +263,9 @@ def final_accuracy(run: Path, at: Place, steps: str) -> float:
     if not network["ann"] and not network["smooth_spike"]:
         return float(next(row["accuracy"] for row in swept(run, at, steps) if row["T"] == T))
     result = run / "evaluate.json"
-    if not result.exists():
+    if measured(result, run) is None:
         tetdeploy("evaluate", run, "--T", T, "--data-dir", at.data_dir, "--json", result)
-    return float(json.loads(result.read_text())["runs"][0]["accuracy"][0]["accuracy"])
+    return float(measured(result, run)["runs"][0]["accuracy"][0]["accuracy"])
 
 
 def mean_std(values: Sequence[float]) -> str:
@@ -269,6 +294,26 @@ def held_out_accuracy(run: Path) -> float:
     return float(read_metadata(run / CHECKPOINT_NAME)["provenance"]["val_accuracy"])
 
 
+def traced(runs: Sequence[Path], at: Place) -> list[dict[str, Any]]:
+    """What a number can be traced back by: of each run its folder beside the results, seed, T and weights, and the
+    versions that trained it."""
+    return [
+        {
+            "run": run.relative_to(at.out).as_posix(),
+            "seed": provenance["seed"],
+            "T": trained_T(run),
+            "checkpoint_sha256": sha256_of(run / CHECKPOINT_NAME),
+            "versions": provenance["versions"],
+        }
+        for run in runs
+        for provenance in [read_metadata(run / CHECKPOINT_NAME)["provenance"]]
+    ]
+
+
+def write_numbers(at: Place, content: dict[str, Any]) -> None:
+    write_json(at.result(".json"), {"scale": at.scale} | content | written())
+
+
 def write_table(at: Place, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Markdown, to a file and to the terminal."""
     lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
@@ -293,9 +338,10 @@ def accuracy_table(at: Place) -> None:
         ]  # of frames there are no more
         test = [final_accuracy(run, at, wanted) for run, wanted in zip(runs, steps, strict=True)]
         name = entry.name if at.scale == "full" or at.what != "comparison" else ran(entry, runs[0])
-        numbers.append({"name": name, "recipe": entry.recipe, "held_out": held_out, "test": test})
+        of = {"name": name, "recipe": entry.recipe, "runs": traced(runs, at)}
+        numbers.append(of | {"held_out": held_out, "test": test})
         rows.append([name, mean_std(held_out), mean_std(test), str(len(runs))])
-    write_json(at.result(".json"), {"scale": at.scale, "rows": numbers})
+    write_numbers(at, {"rows": numbers})
     write_table(at, ["", "held out (%)", "test (%)", "seeds"], rows)
 
 
@@ -305,11 +351,13 @@ def modern_table(at: Place) -> None:
     trained(teacher, at)
     shown, rows, numbers = (1, 2, 4, 6), [], []
     for entry in TABLES["modern"]:
-        swept_runs = [swept(run, at, "1:8") for run in trained(entry, at)]
+        runs = trained(entry, at)
+        swept_runs = [swept(run, at, "1:8") for run in runs]
         accuracy = {T: [row["accuracy"] for run in swept_runs for row in run if row["T"] == T] for T in shown}
-        numbers.append({"name": entry.name, "test": accuracy})
+        of = {"name": entry.name, "recipe": entry.recipe, "runs": traced(runs, at)}
+        numbers.append(of | {"test": accuracy})
         rows.append([entry.name, *(mean_std(accuracy[T]) for T in shown)])
-    write_json(at.result(".json"), {"scale": at.scale, "rows": numbers})
+    write_numbers(at, {"rows": numbers})
     write_table(at, ["trained at T=4, test (%)", *(f"T={T}" for T in shown)], rows)
 
 
@@ -323,9 +371,10 @@ def landscape(at: Place) -> None:
 def switch(at: Place) -> None:
     """Both losses and the accuracy on the held-out set by epoch, with and without the switch, which is marked."""
     figure, axes = subplots(3)
-    curves = {}
+    curves, runs = {}, {}
     for entry in TABLES["figure3"]:
-        rows = metrics(trained(entry, at)[0])
+        folders = trained(entry, at)
+        rows, runs[entry.name] = metrics(folders[0]), traced(folders, at)
         curves[entry.name] = rows
         line = "-" if "TET" in entry.name else "--"  # before the switch both are one, and both are to be seen
         for axis, key, label, unit in zip(
@@ -341,35 +390,38 @@ def switch(at: Place) -> None:
                     axis.axvline(before["epoch"] + 0.5, color="0.4", linestyle=":", label="switch to TET")
             axis.set(xlabel="epoch", ylabel=f"{label}, held out")
     axes[0].legend(framealpha=1, edgecolor="none")
-    write_json(at.result(".json"), {"scale": at.scale, "curves": curves})
+    write_numbers(at, {"curves": curves, "runs": runs})
     save(figure, at)
 
 
 def scalability(at: Place) -> None:
     """Accuracy against T and against energy, with no training at the new T; the T of the training is a large marker,
-    SDT's are hollow."""
+    SDT's are hollow. Of several seeds it is the mean, and bars are the standard deviation."""
     figure, (left, right) = subplots(2, sharey=True)
-    curves = {}
+    curves, rows = {}, []
     for entry in TABLES["figure4"]:
         folders = trained(entry, at)
         runs = [swept(run, at, "1:8") for run in folders]
         steps = [row["T"] for row in runs[0]]
-        accuracy = [statistics.mean(100 * run[k]["accuracy"] for run in runs) for k in range(len(steps))]
+        fractions = [[run[k]["accuracy"] for run in runs] for k in range(len(steps))]
+        accuracy = [100 * statistics.mean(values) for values in fractions]
+        std = [100 * statistics.stdev(values) for values in fractions] if len(runs) > 1 else None
         energy = [statistics.mean(run[k]["energy_pj"] / 1e6 for run in runs) for k in range(len(steps))]
         T = trained_T(folders[0])
-        curve = {"T": steps, "accuracy_percent": accuracy, "energy_uj": energy, "seeds": len(runs), "trained_T": T}
-        curves[entry.name] = curve
+        curve = {"T": steps, "accuracy_percent": accuracy, "accuracy_std": std, "energy_uj": energy}
+        curves[entry.name] = curve | {"trained_T": T, "recipe": entry.recipe, "runs": traced(folders, at)}
+        rows.append([entry.name, *map(mean_std, fractions)])
         color, line = COLORS[T], "--" if "sdt" in entry.options else ":" if "tit" in entry.recipe else "-"
         points = {"color": color, "markerfacecolor": "white" if "sdt" in entry.options else color}
         for axis, x in ((left, steps), (right, energy)):
             axis.plot(x, accuracy, "o", linestyle=line, markersize=4, label=entry.name, **points)
+            axis.errorbar(x, accuracy, std, linestyle="none", color=color, capsize=2)
             axis.plot(x[steps.index(T)], accuracy[steps.index(T)], "o", markersize=9, **points)
     left.plot([], [], "o", color="0.4", markersize=9, label="large: T of the training")
     left.set(xlabel="time steps T", ylabel="test accuracy (%)")
     right.set(xlabel="energy (µJ per image)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    write_json(at.result(".json"), {"scale": at.scale, "curves": curves})
-    rows = [[name, *(f"{a:.2f}" for a in curve["accuracy_percent"])] for name, curve in curves.items()]
+    write_numbers(at, {"curves": curves})
     write_table(at, ["test (%)", *(f"T={t}" for t in range(1, 9))], rows)
     save(figure, at)
 

@@ -12,18 +12,32 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from tetdeploy.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_own_training_loop_learns_the_digits() -> None:
+def test_own_training_loop_learns_the_digits_and_ends_with_what_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = [sys.executable, "-W", "error", str(EXAMPLES / "own_training_loop.py"), "--epochs", "2", "--T", "2"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     accuracies = {int(T): float(percent) for T, percent in re.findall(r"T=(\d): accuracy ([\d.]+)%", result.stdout)}
     assert list(accuracies) == [1, 2, 3, 4, 5, 6]
     assert accuracies[2] > 80
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    text = (EXAMPLES / "own_training_loop.py").read_text(encoding="utf-8")
+    for line in re.findall(r"^    tetdeploy (.*)$", text, re.MULTILINE):
+        done = CliRunner().invoke(main, shlex.split(line))
+        assert done.exit_code == 0, done.output
+    sweep = json.loads((tmp_path / "runs" / "own-loop" / "model-T6.sweep.json").read_text(encoding="utf-8"))
+    assert sweep["trained_T"] == 2
+    assert [100 * row["accuracy"] for row in sweep["rows"]] == pytest.approx([*accuracies.values()], abs=0.5)
 
 
 @pytest.mark.slow

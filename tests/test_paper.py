@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from unittest.mock import Mock
 import pytest
 from click.testing import CliRunner
 
+import tetdeploy
 from tetdeploy.cli.train import default_by_network, train, train_config
+from tetdeploy.files import sha256_of
 from tetdeploy.signals import handled
 from tetdeploy.train import TrainConfig
 
@@ -87,19 +90,27 @@ def test_what_has_no_export_is_measured_in_pytorch(
 ) -> None:
     made = {"network": {"ann": False, "smooth_spike": 0.0} | network, "training": {"T": 2}}
     (tmp_path / "config.json").write_text(json.dumps(made))
+    weights = tmp_path / "checkpoint.safetensors"
+    weights.write_text("")
     commands = []
 
     def tetdeploy(*arguments: Any) -> None:
         commands.append(arguments[0])
         rows = [{"T": T, "accuracy": T / 4} for T in ((1, 2, 3) if arguments[0] == "sweep" else (2,))]
         if "--json" in arguments:
-            found = {"sweep": {"rows": rows}, "evaluate": {"runs": [{"accuracy": rows}]}}[arguments[0]]
+            of = {"checkpoint_sha256": sha256_of(weights)}
+            found = {"sweep": {"rows": rows} | of, "evaluate": {"runs": [{"accuracy": rows} | of]}}[arguments[0]]
             arguments[-1].write_text(json.dumps(found))
 
     monkeypatch.setattr(paper, "tetdeploy", tetdeploy)
+    wanted = ["export", "sweep"] if exported else ["evaluate"]
+    place = paper.Place(tmp_path, Path("data"), "table1", "smoke")
     for _ in range(2):  # the second time there is nothing to do
-        assert paper.final_accuracy(tmp_path, paper.Place(tmp_path, Path("data"), "table1", "smoke"), "1:3") == 0.5
-    assert commands == (["export", "sweep"] if exported else ["evaluate"])
+        assert paper.final_accuracy(tmp_path, place, "1:3") == 0.5
+    assert commands == wanted
+    weights.write_text("trained anew")
+    assert paper.final_accuracy(tmp_path, place, "1:3") == 0.5
+    assert commands == 2 * wanted
 
 
 class Stub:
@@ -117,7 +128,8 @@ class Stub:
         if words[0] == "train":
             self.train(words, options)
         elif words[0] in ("sweep", "evaluate"):
-            training, seed = self.runs[Path(words[1]) if words[0] == "evaluate" else Path(words[1]).parent]
+            run = Path(words[1]) if words[0] == "evaluate" else Path(words[1]).parent
+            training, seed = self.runs[run]
             steps = range(1, 9) if words[0] == "sweep" else [int(options["--T"])]
             rows = [
                 {
@@ -127,7 +139,8 @@ class Stub:
                 }
                 for T in steps
             ]
-            found = {"rows": rows} if words[0] == "sweep" else {"runs": [{"accuracy": rows}]}
+            of = {"checkpoint_sha256": sha256_of(run / "checkpoint.safetensors")}
+            found = {"rows": rows} | of if words[0] == "sweep" else {"runs": [{"accuracy": rows} | of]}
             Path(options["--json"]).write_text(json.dumps(found))
 
     @staticmethod
@@ -142,14 +155,17 @@ class Stub:
         default_by_network(context, context.params)
         T = int((context.params["tit"] or f"{context.params['T']}:1").split(",")[-1].split(":")[0])
         training = len(self.runs) and 1 + max(training for training, _ in self.runs.values())
-        folders = [folder / f"seed-{seed}" for seed in seeds] if len(seeds) > 1 else [folder]
+        folders = [folder / f"seed-{seed}" for seed in seeds] if context.params["seeds"] else [folder]
         network = {"ann": context.params["ann"], "smooth_spike": context.params["smooth_spike"] or 0.0}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text("{}")
         if self.interrupted:
             raise SystemExit(130)
         for run, seed in zip(folders, seeds, strict=True):
+            if run in self.runs:  # finished
+                continue
             run.mkdir(exist_ok=True)
+            (run / "checkpoint.safetensors").write_text(f"{training} {seed}")
             settings = {"network": network, "training": {"T": T}, "data": {"name": context.params["data"]}}
             (run / "config.json").write_text(json.dumps(settings))
             losses = {"val_sdt_loss": 1.0, "val_tet_loss": 2.0}
@@ -161,7 +177,8 @@ class Stub:
 
     def read_metadata(self, checkpoint: Path) -> dict[str, Any]:
         training, seed = self.runs[checkpoint.parent]
-        return {"provenance": {"val_accuracy": training / 25 + seed / 200}}
+        versions = {"torch": "9"}
+        return {"provenance": {"val_accuracy": training / 25 + seed / 200, "seed": seed, "versions": versions}}
 
     def options_of(self, folder: str) -> list[str]:
         """With which the run in it was trained."""
@@ -185,13 +202,19 @@ def test_a_table_has_the_kept_weights_accuracies_at_the_T_of_each_training(
     paper: ModuleType, stub: Stub, tmp_path: Path
 ) -> None:
     run(paper, "table1", "--smoke", "--out", str(tmp_path))
-    rows = json.loads((tmp_path / "table1.json").read_text())["rows"]
+    content = json.loads((tmp_path / "table1.json").read_text())
+    rows = content["rows"]
     assert [(row["name"], row["recipe"]) for row in rows] == [
         (f"{loss.upper()} T={T}", f"table1-{loss}-T{T}") for T in (4, 6) for loss in ("sdt", "tet")
     ]
     for training, (row, T) in enumerate(zip(rows, (4, 4, 6, 6), strict=True)):
         assert row["held_out"] == [training / 25 + seed / 200 for seed in (0, 1)]
         assert row["test"] == [Stub.accuracy(training, seed, T) for seed in (0, 1)]
+        for seed, of in enumerate(row["runs"]):
+            assert (of["seed"], of["T"], of["versions"]) == (seed, T, {"torch": "9"})
+            assert stub.runs[tmp_path / of["run"]] == (training, seed)
+            assert of["checkpoint_sha256"] == sha256_of(tmp_path / of["run"] / "checkpoint.safetensors")
+    assert content["versions"]["tetdeploy"] == tetdeploy.__version__
     held_out, test = (paper.mean_std(rows[1][part]) for part in ("held_out", "test"))
     assert f"| TET T=4 | {held_out} | {test} | 2 |" in (tmp_path / "table1.md").read_text()
 
@@ -241,6 +264,9 @@ def test_the_modern_recipe_is_compared_on_one_set_and_as_many_seeds(
     rows = json.loads((tmp_path / "modern.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [entry.name for entry in paper.TABLES["modern"]]
     for training, row in enumerate(rows, 1):  # behind the teacher
+        assert row["recipe"] and [stub.runs[tmp_path / of["run"]] for of in row["runs"]] == [
+            (training, seed) for seed in (0, 1, 2)
+        ]
         assert row["test"] == {str(T): [Stub.accuracy(training, seed, T) for seed in (0, 1, 2)] for T in (1, 2, 4, 6)}
     options = stub.options_of("SGD-distilled")
     assert Path(options[options.index("--distill", options.index("--distill") + 1) + 1]) in stub.runs
@@ -269,6 +295,22 @@ def test_figure_4_is_of_both_losses_with_energy_in_microjoules(
     assert hollow >= {f"SDT T={T}" for T in (2, 3, 4)} and not any("T" in name[:1] for name in hollow)
 
 
+def test_figure_4_is_of_mean_and_deviation_over_seeds(
+    paper: ModuleType, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(paper, "save", lambda figure, at: figures.append(figure))
+    monkeypatch.setitem(paper.TABLES, "figure4", (paper.Entry("TET T=4", "figure4a-T4", smoke=("--seeds", "0,1,2")),))
+    run(paper, "figure4", "--smoke", "--out", str(tmp_path))
+    (curve,) = json.loads((tmp_path / "figure4.json").read_text())["curves"].values()
+    assert curve["accuracy_std"] == pytest.approx([1.0] * 8)  # of 0, 1 and 2 points more
+    assert [of["run"] for of in curve["runs"]] == [f"runs/figure4-smoke/TET-T4/seed-{seed}" for seed in (0, 1, 2)]
+    assert "| TET T=4 | 1.10 ± 1.00 | 1.20 ± 1.00 |" in (tmp_path / "figure4.md").read_text()
+    for axis in figures[0].axes:
+        (bars,) = (bars.lines[2][0].get_segments() for bars in axis.containers)
+        assert [high - low for (_, low), (_, high) in bars] == pytest.approx([2.0] * 8)
+
+
 def test_figure_3_switches_after_two_thirds_as_the_full_run_does(paper: ModuleType) -> None:
     assert paper.switched(12) == ("--epochs", "12", "--switch-to-tet", "8", "--T", "4")
 
@@ -280,6 +322,11 @@ def test_figure_3_has_each_loss_on_its_own_axes(
     monkeypatch.setattr(paper, "subplots", lambda count: (figure, axes[:count]))
     run(paper, "figure3", "--smoke", "--out", str(tmp_path))
     shown = {axis.set.call_args.kwargs["ylabel"]: axis.plot.call_args.args for axis in axes}
+    runs = json.loads((tmp_path / "figure3.json").read_text())["runs"]
+    assert {name: of[0]["run"] for name, of in runs.items()} == {
+        "SDT, then TET": "runs/figure3-smoke/SDT-then-TET",
+        "SDT": "runs/figure3-smoke/SDT",
+    }
     assert shown == {
         "L_SDT, held out": ([1, 2], [1.0, 1.0], "--"),
         "L_TET, held out": ([1, 2], [2.0, 2.0], "--"),
@@ -299,14 +346,37 @@ def test_what_is_done_is_not_trained_again_and_what_was_interrupted_goes_on(
     stub.interrupted = False
     run(paper, *command[:-2])
     folder = str(tmp_path / "runs" / "figure2-smoke" / "SDT")
-    assert [words[:3] for words in stub.commands[:2]] == [
-        ["train", "--config", str(paper.RECIPES / "table1-sdt-T4.toml")],
-        ["train", "--resume", folder],
-    ]
-    assert stub.commands[-1][:3] == ["landscape", folder, folder.replace("SDT", "TET")]
+    for words, where in zip(stub.commands, ("--out", "--resume"), strict=False):
+        assert words[:3] == ["train", "--config", str(paper.RECIPES / "table1-sdt-T4.toml")]
+        assert words[-2:] == [where, folder]
+    seeds = [str(Path(at, "seed-0")) for at in (folder, folder.replace("SDT", "TET"))]
+    assert stub.commands[-1][:3] == ["landscape", *seeds]
     before = len(stub.commands)
     run(paper, *command[:-2])
-    assert [words[0] for words in stub.commands[before:]] == ["landscape"]
+    assert [words[0] for words in stub.commands[before:]] == ["train", "train", "landscape"]
+    assert all("--resume" in words for words in stub.commands[before:-1])  # which leaves alone what is finished
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_runs_of_another_recipe_are_refused(
+    paper: ModuleType, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    monkeypatch.setattr(paper, "RECIPES", shutil.copytree(paper.RECIPES, tmp_path / "recipes"))
+    recipe = tmp_path / "recipes" / "table1-sdt-T4.toml"
+    command = ["figure2", "--smoke", "--out", str(tmp_path), "--data-dir", "data"]
+    stub.interrupted = interrupted
+    assert CliRunner().invoke(paper.main, command).exit_code == (130 if interrupted else 0)
+    stub.interrupted = False
+    text = recipe.read_text()
+    recipe.write_text(text.replace("lr = 1e-3", "lr = 2e-3").replace("weight-decay = 0.0\n", "") + "clip = 1\n")
+    before = len(stub.commands)
+    result = CliRunner().invoke(paper.main, command)
+    folder = tmp_path / "runs" / "figure2-smoke" / "SDT"
+    changes = "lr: 0.001 -> 0.002; weight-decay: 0.0 -> (none); clip: (none) -> 1"
+    assert result.exit_code == 1 and len(stub.commands) == before
+    assert f"{folder} was trained by another recipe: {changes}; remove it to train anew" in result.output
+    recipe.write_text(text.replace("# Table 1", "# Table one").replace('"0,1,2"', '"0,1,2,3"'))
+    run(paper, *command[:-2])  # a comment, and seeds, of which there may be more
 
 
 def test_runs_of_other_tables_and_scales_are_not_taken_for_its_own(

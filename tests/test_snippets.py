@@ -114,6 +114,40 @@ def test_nir_in_snntorch(place: Path, images: Any, monkeypatch: pytest.MonkeyPat
     np.testing.assert_allclose(answer, ours, atol=1e-2)
 
 
+NETWORK = """
+from torch import nn
+from tetdeploy.layers import DirectEncoding, OverTime, tdBN
+
+def network(num_classes, in_channels, image_size):
+    stem = DirectEncoding(nn.Conv2d(in_channels, 4, 3, padding=1), tdBN(4))
+    size = 4 * image_size[0] * image_size[1]
+    return Network([stem, ATanLIF(), OverTime(nn.Flatten(), nn.Linear(size, num_classes))])
+
+class Network(nn.ModuleList):
+    def forward(self, x, T):
+        stem, lif, readout = self
+        return readout(lif(stem(x, T)))
+"""
+
+
+def test_a_surrogate_of_your_own_has_its_gradient_and_exports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code = block("docs/training.md", "class ATanLIF")
+    lif = run(code)["ATanLIF"](tau=0.5)
+    current = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    spikes = lif(current)
+    assert spikes.any() and torch.equal(spikes, lif.eval()(current))
+    (gradient,) = torch.autograd.grad(spikes[0].sum(), current)
+    torch.testing.assert_close(gradient[0], 1 / (1 + (torch.pi * (current[0] - 1)).square()))
+    (tmp_path / "atan_network.py").write_text(code + NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    named = ["--model", "atan_network:network"]
+    for words in (["train", "--epochs", "1", "--out", "r"], ["export", "r", "--check", "64"]):
+        result = CliRunner().invoke(main, [*words, *named])
+        assert result.exit_code == 0 and "Warning" not in result.output, result.output
+    assert "spike mismatch 0.00 ppm" in result.output
+
+
 @pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: str(path.stem))
 def test_a_page_defines_the_names_that_it_uses(document: Path) -> None:
     known = set(dir(builtins))
@@ -123,6 +157,8 @@ def test_a_page_defines_the_names_that_it_uses(document: Path) -> None:
         nodes = list(ast.walk(ast.parse(code)))
         imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
         known |= {name.asname or name.name for node in imports for name in node.names}
+        known |= {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
         names = [node for node in nodes if isinstance(node, ast.Name)]
         known |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
         assert not {node.id for node in names} - known

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import signal
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -635,8 +636,33 @@ def test_seeds_refuse(tmp_path: Path) -> None:
     seeds(tmp_path / "a", of_seed, seeds=(0,))
     with pytest.raises(ValueError, match=r"already holds a run \(config.json\)"):
         seeds(tmp_path / "a", of_seed, seeds=(0,))
-    with pytest.raises(ValueError, match=r"seeds: \[0\] -> \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"a has the seeds \[0\], of which \[1, 2\] lacks \[0\]: seeds may be added"):
+        seeds(tmp_path / "a", of_seed, seeds=(1, 2), resume=True)
+    (tmp_path / "a" / "seed-1").mkdir()
+    (tmp_path / "a" / "seed-1" / "checkpoint.safetensors").touch()
+    with pytest.raises(ValueError, match=r"seed-1 already holds a run"):
         seeds(tmp_path / "a", of_seed, seeds=(0, 1), resume=True)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["seeds"] == [0]
+
+
+@pytest.mark.parametrize("order", [(0, 3, 5), (5, 3, 0)])
+def test_seeds_are_added(tmp_path: Path, whole_seeds: tuple[Path, Any], order: tuple[int, ...]) -> None:
+    """The new one alone is trained; record and summary are then as if there had been all of them from the start."""
+    out = tmp_path / "many"
+    shutil.copytree(whole_seeds[0] / "many", out)
+    before = {file: file.stat().st_mtime_ns for file in out.glob("seed-*/*")}
+    result = seeds(out, of_seed, seeds=order, resume=True, recipe=None)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    run(tmp_path / "five", classifier_of(seed=5), epochs=3, seed=5)
+    assert same_files(out / "seed-5", tmp_path / "five")
+    settings = json.loads((out / "config.json").read_text())
+    assert (settings["seeds"], settings["training"]["seed"], settings["recipe"]) == (list(order), order[0], "my.toml")
+    summary = json.loads((out / "summary.json").read_text())
+    accuracies = [run["val_accuracy"] for run in summary["runs"]]
+    assert [run["seed"] for run in summary["runs"]] == list(order) and summary["num_finished"] == 3
+    assert summary["mean_val_accuracy"] == result.mean == pytest.approx(statistics.mean(accuracies))
+    assert summary["std_val_accuracy"] == pytest.approx(statistics.stdev(accuracies))
+    assert not seeds(out, of_seed, seeds=order, resume=True, recipe=None).interrupted
 
 
 @pytest.mark.parametrize(

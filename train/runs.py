@@ -243,13 +243,15 @@ def read_run_config(out: Path) -> dict[str, Any]:
 
 
 def write_run_config(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
-    """Write config.json; of a resumed run only "how" it runs and where its teacher lies may have changed.
+    """Write config.json; of a resumed run only "how" it runs, where its teacher lies, and how many seeds of several
+    there are may have changed.
 
     Raises:
         OSError: it cannot be written.
     """
     before = read_run_config(out) if resume else None
-    now = dict(settings) if before is None else before | {name: settings[name] for name in ("training", "how")}
+    changing = settings.keys() & {"training", "how", "seeds"}
+    now = dict(settings) if before is None else before | {name: settings[name] for name in changing}
     if now != before:
         write_json(out / CONFIG_NAME, now)
 

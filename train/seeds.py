@@ -24,6 +24,7 @@ from .config import How, TrainConfig
 from .loop import TrainResult, train
 from .ranks import current_ranks
 from .runs import (
+    check_run,
     check_settings,
     mark_latest,
     only_trainer,
@@ -91,12 +92,14 @@ def train_seeds(
         seeds: distinct, each at least 0.
         out: folder of the runs.
         recipe: what the summary calls the recipe, the file it came from for instance.
-        resume: go on: finished seeds stay as they are, the interrupted one goes on, the others are trained.
+        resume: go on: finished seeds stay as they are, the interrupted one goes on, the others are trained; `seeds` may
+            be more than before.
         runs: folder whose `latest` points at `out` until all are trained, then at the best of the runs.
 
     Raises:
-        ValueError: no seed, or one twice; make_classifier returns the same weights again; and what `train` raises, for
-            the first seed before anything is written.
+        ValueError: no seed, or one twice; when resuming, not all of those before; make_classifier returns the same
+            weights again; the folder of a seed holds another run; and what `train` raises, for the first seed before
+            anything is written.
         OSError: see `train`.
     """
     out, ranks, how = Path(out), current_ranks(), how or How()
@@ -127,7 +130,7 @@ def train_seeds(
         for number, seed in enumerate(seeds, 1):
             folder = out / f"seed-{seed}"
             console.print(f"seed {seed}, {number} of {len(seeds)}  ->  {folder}")
-            begun = ranks.agreed(resume and (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file())
+            begun = ranks.agreed(resume and _is_begun(folder))
             options |= {"resume": begun, "before_writing": None if results else begin}
             classifier = made.pop(seed, None) or fresh.classifier(seed)
             results.append(train(classifier, train_set, val_set, configs[seed], folder, **options))
@@ -166,12 +169,34 @@ class _Fresh:
 
 
 def _check(out: Path, settings: dict[str, Any], recipe: str | None, *, resume: bool) -> str | None:
-    """Refuse a folder that holds another run; the recipe that the seeds were begun with."""
+    """Refuse a folder that holds another run, itself or in a seed's; the recipe that the seeds were begun with."""
     if resume:
-        check_settings(out, settings)
-        return read_run_config(out).get("recipe")
-    refuse_held(out)
+        recipe = _check_resumed(out, settings)
+    else:
+        refuse_held(out)
+    for seed in settings["seeds"]:
+        one = {name: settings[name] for name in ("network", "data")}
+        one["training"] = settings["training"] | {"seed": seed}
+        check_run(out / f"seed-{seed}", one, resume=resume and _is_begun(out / f"seed-{seed}"))
     return recipe
+
+
+def _check_resumed(out: Path, settings: dict[str, Any]) -> str | None:
+    before = read_run_config(out)
+    if missing := [seed for seed in before.get("seeds", ()) if seed not in settings["seeds"]]:
+        raise ValueError(
+            f"{out} has the seeds {before['seeds']}, of which {settings['seeds']} lacks {missing}: seeds may be added, "
+            "none left out; name all of them with --seeds, or start a new run in another --out"
+        )
+    if "seeds" in before:  # there may be more now, and another one the first
+        first = {name: value for name, value in before.get("training", {}).items() if name == "seed"}
+        settings = settings | {"seeds": before["seeds"], "training": settings["training"] | first}
+    check_settings(out, settings)
+    return before.get("recipe")
+
+
+def _is_begun(folder: Path) -> bool:
+    return (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file()
 
 
 def _accuracy(run: TrainResult) -> float:

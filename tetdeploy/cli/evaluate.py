@@ -105,6 +105,7 @@ def evaluate(
     for path in (run for given in checkpoints for run in seeds.get(given) or [given]):
         checkpoint = read_checkpoint(path)
         file, metadata, classifier = checkpoint.file, checkpoint.metadata, load_classifier(checkpoint, model)
+        sha256 = checkpoint.sha256
         del checkpoint  # its tensors
         images = _images(data or trained_on(metadata, file), split, limit, data_dir, metadata)
         wanted = _steps(steps, classifier, trained_T(metadata))
@@ -115,6 +116,7 @@ def evaluate(
         rows.append(
             {
                 "run": str(path),
+                "checkpoint_sha256": sha256,
                 "ann": classifier.config.ann,
                 "trained_T": trained_T(metadata),
                 "data": images.name,
