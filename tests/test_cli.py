@@ -28,7 +28,7 @@ from image_helpers import write_deep_png
 from PIL import Image
 from rich.progress import ProgressColumn
 from run_helpers import metrics
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tetdeploy import checkpoint, data
 from tetdeploy.checkpoint import Checkpoint, save_checkpoint
@@ -306,7 +306,7 @@ class TestCommands:
 
     @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
     def test_any_encoding_of_stdout_will_do(self, encoding: str, workplace: Path) -> None:
-        name = os.fsdecode(b"d\xe9\xff \xce\xbb.png")  # no UTF-8 on Linux, so not to be printed as it is
+        name = os.fsdecode(b"d\xe9\xff \xce\xbb.png")  # no UTF-8 on Linux
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(Path(name))
         printed = []
         for arguments in (
@@ -320,7 +320,7 @@ class TestCommands:
             printed.append(result.stdout_bytes)
         assert ("µJ" if encoding != "ascii" else "uJ").encode(encoding) in printed[0]
         assert ("λ=" if encoding == "utf-8" else "lambda=").encode(encoding) in printed[1]
-        assert b"?" in printed[2]
+        assert b"d\xe9\xff" in printed[2]
 
     def test_so_will_that_of_a_pipe(self, workplace: Path) -> None:
         command = [sys.executable, "-m", "tetdeploy", "inspect", MODEL]
@@ -1138,6 +1138,14 @@ def test_stderr_that_is_closed_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> 
 def test_each_of_several_lacking_characters_has_one_like_it() -> None:
     codecs.register_error("tetdeploy.like", _like)
     assert "2±µλ漢 ×".encode("ascii", "tetdeploy.like") == b"2+-ulambda? x"
+
+
+def test_a_path_in_ascii_keeps_its_bytes(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(1)}, tmp_path / "m.safetensors")
+    command = [sys.executable, "-m", "tetdeploy", "inspect", "m.safetensors", "--json", "é.json"]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=True)
+    assert done.stdout.splitlines()[-1] == "é.json".encode()
 
 
 def test_names_in_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

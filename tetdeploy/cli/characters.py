@@ -10,12 +10,14 @@ _LIKE = {"µ": "u", "±": "+-", "×": "x", "–": "-", "…": "...", "λ": "lamb
 
 
 def replace_lacking_characters() -> None:
-    """From now on stdout writes what is like a character that its encoding lacks, or `?`."""
+    """From now on stdout writes what is like a character that its encoding lacks, or `?`; bytes of paths stay."""
     codecs.register_error("tetdeploy.like", _like)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="tetdeploy.like")
 
 
-def _like(error: UnicodeError) -> tuple[str, int]:
+def _like(error: UnicodeError) -> tuple[bytes, int]:
     assert isinstance(error, UnicodeEncodeError)
-    return "".join(_LIKE.get(character, "?") for character in error.object[error.start : error.end]), error.end
+    lacking = error.object[error.start : error.end]
+    like = "".join(c if "\udc80" <= c <= "\udcff" else _LIKE.get(c, "?") for c in lacking)
+    return like.encode("ascii", "surrogateescape"), error.end
