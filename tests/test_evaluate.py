@@ -250,13 +250,18 @@ def test_parts_limits_and_the_default(runs: Path) -> None:
 
 def test_the_file_that_was_trained_on_is_named(runs: Path) -> None:
     save_npz(digits(), "own.npz")
-    assert "own.npz is one set with no test part" not in run("runs/snn", "--data", "own.npz", "--T", "1").output
+    result = run("runs/snn", "--data", "own.npz", "--T", "1", "--json", "e.json")
+    assert "own.npz is one set with no test part" not in result.output
+    assert "trained_on" not in json.loads(Path("e.json").read_text())["runs"][0]
     classifier = ann()
     classifier.data = "own.npz"
     save_checkpoint(runs / "own" / "checkpoint.safetensors", classifier, training=TRAINING, provenance={})
-    result = run("runs/own", "--T", "1")
+    result = run("runs/own", "--T", "1", "--json", "e.json")
     assert result.exit_code == 0 and "own.npz is one set with no test part" in result.output
-    assert "with no test part" not in run("runs/own", "--T", "1", "--split", "validation").output
+    assert json.loads(Path("e.json").read_text())["runs"][0]["trained_on"] is True
+    result = run("runs/own", "--T", "1", "--split", "validation", "--json", "e.json")
+    assert "with no test part" not in result.output
+    assert "trained_on" not in json.loads(Path("e.json").read_text())["runs"][0]
 
 
 @pytest.fixture

@@ -91,6 +91,7 @@ def evaluate(
     """
     torch = import_extra("torch", "train")
     from tetdeploy.checkpoint import read_checkpoint, trained_on
+    from tetdeploy.data import is_own_file
     from tetdeploy.provenance import written
     from tetdeploy.report.reading import read_summary
     from tetdeploy.train.device import device_name, forward_batch, pick_device, pick_precision
@@ -106,22 +107,24 @@ def evaluate(
         checkpoint = read_checkpoint(path)
         file, metadata, classifier = checkpoint.file, checkpoint.metadata, load_classifier(checkpoint, model)
         del checkpoint  # its tensors
-        images = _images(data or trained_on(metadata, file), split, limit, data_dir, metadata)
+        name = data or trained_on(metadata, file)
+        images = _images(name, split, limit, data_dir, metadata)
         wanted = _steps(steps, classifier, trained_T(metadata))
         if classifier.config.is_spiking:
             exportable.append(path)
         size = batch_size or forward_batch(on)
         accuracy = _measure(str(path), classifier, images, max(wanted), size, on, chosen, trained=trained_T(metadata))
-        rows.append(
-            {
-                "run": str(path),
-                "ann": classifier.config.ann,
-                "trained_T": trained_T(metadata),
-                "data": images.name,
-                "num_images": len(images),
-                "accuracy": [{"T": T, "accuracy": accuracy[T - 1]} for T in wanted],
-            }
-        )
+        row = {
+            "run": str(path),
+            "ann": classifier.config.ann,
+            "trained_T": trained_T(metadata),
+            "data": images.name,
+            "num_images": len(images),
+            "accuracy": [{"T": T, "accuracy": accuracy[T - 1]} for T in wanted],
+        }
+        if split == "test" and is_own_file(name, metadata["data"]["name"]):
+            row["trained_on"] = True
+        rows.append(row)
     result = {"kind": "evaluate", "split": split, "device": device_name(on), "precision": chosen, "runs": rows}
     if seeds:
         result["seeds"] = [_over_seeds(folder, summary, rows) for folder, summary in summaries.items()]
