@@ -22,11 +22,13 @@ from tetdeploy.cli.beginnings import note_trained_on
 from tetdeploy.cli.terminal import command_line
 from tetdeploy.data import FrameSet, load_data, save_npz, split_validation
 from tetdeploy.export.trained import Trained
+from tetdeploy.files import sha256_of
 from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig, build_network, run_network
+from tetdeploy.provenance import images_sha256
 from tetdeploy.train import evaluate
 from tetdeploy.train.validation import accuracy_by_step, count_correct
 
-TRAINING = {"T": 4, "val_fraction": 0.1}
+TRAINING = {"T": 4, "val_fraction": 0.1, "seed": 3}
 
 
 def ann(seed: int = 0, **options: Any) -> Classifier:
@@ -103,6 +105,9 @@ def test_a_run_and_what_has_no_export(runs: Path) -> None:
     content = json.loads(Path("e.json").read_text())
     snn, twin, smooth = content["runs"]
     assert (snn["trained_T"], snn["num_images"], snn["ann"], twin["ann"]) == (4, 359, False, True)
+    assert snn["checkpoint_sha256"] == sha256_of(runs / "snn" / "checkpoint.safetensors")
+    assert {row["images_sha256"] for row in content["runs"]} == {images_sha256(digits().images, digits().labels)}
+    assert (snn["seed"], twin["seed"]) == (3, None)
     exported = engine("dynamic").run(digits().images, 6).per_step
     wanted = [float((exported[:, :T].mean(1).argmax(-1) == digits().labels).mean()) for T in (1, 2, 3, 6)]
     assert [entry["accuracy"] for entry in snn["accuracy"]] == pytest.approx(wanted, abs=1.5 / 359)

@@ -105,7 +105,8 @@ def evaluate(
     rows, exportable = list[dict[str, Any]](), list[Path]()
     for path in (run for given in checkpoints for run in seeds.get(given) or [given]):
         checkpoint = read_checkpoint(path)
-        file, metadata, classifier = checkpoint.file, checkpoint.metadata, load_classifier(checkpoint, model)
+        file, metadata, sha256 = checkpoint.file, checkpoint.metadata, checkpoint.sha256
+        classifier = load_classifier(checkpoint, model)
         del checkpoint  # its tensors
         name = data or trained_on(metadata, file)
         images = _images(name, split, limit, data_dir, metadata)
@@ -116,10 +117,13 @@ def evaluate(
         accuracy = _measure(str(path), classifier, images, max(wanted), size, on, chosen, trained=trained_T(metadata))
         row = {
             "run": str(path),
+            "checkpoint_sha256": sha256,
+            "seed": metadata["training"].get("seed"),
             "ann": classifier.config.ann,
             "trained_T": trained_T(metadata),
             "data": images.name,
             "num_images": len(images),
+            "images_sha256": images.fingerprint,
             "accuracy": [{"T": T, "accuracy": accuracy[T - 1]} for T in wanted],
         }
         if split == "test" and is_own_file(name, metadata["data"]["name"]):
