@@ -598,7 +598,7 @@ class TestCommands:
             ("train --epochs 1 --out runs/second --init", "tetdeploy.train.loop.prepare"),
             ("export", "tetdeploy.export.export_model"),
             pytest.param("export --format nir", "tetdeploy.export.nir_format.export_nir", marks=needs("nir")),
-            ("evaluate", "tetdeploy.train.validation.accuracy_by_step"),
+            ("evaluate", "tetdeploy.train.validation.classes_by_step"),
             ("landscape", "tetdeploy.train.landscape.measure_landscape"),
         ],
     )
@@ -897,6 +897,7 @@ class TestBadInput:
             *((name, MODEL, "--json") for name in ("sweep", "bench", "validate", "inspect", "build")),
             *(("sweep", MODEL, "--plot"), ("predict", MODEL, "a.png", "--json")),
             *((name, "--json") for name in ("train", "export", "landscape")),
+            ("evaluate", "--predictions"),
             *(("report", RUN, "-o"), ("report", RUN, "--markdown"), ("landscape", RUN, "-o"), ("landscape", "--plot")),
             ("export", "-o"),
             pytest.param(("export", "--format", "triton-repository", "-o"), marks=needs("tritonclient")),
@@ -932,6 +933,7 @@ class TestBadInput:
             ("report", RUN, "-o", f"{RUN}/config.json"),
             *((command, MODEL, "--json", f"{RUN}/model-T3.reference.npz") for command in ("validate", "inspect")),
             ("report", RUN, "--markdown", f"{RUN}/last.safetensors"),
+            ("evaluate", RUN, "--predictions", f"{RUN}/config.json"),
         ],
     )
     def test_an_output_does_not_take_the_place_of_something_else(
@@ -982,7 +984,11 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("command", "first", "second"),
-        [(("report", RUN), "--out", "--markdown"), (("sweep", MODEL), "--json", "--plot")],
+        [
+            (("report", RUN), "--out", "--markdown"),
+            (("sweep", MODEL), "--json", "--plot"),
+            (("evaluate", RUN), "--json", "--predictions"),
+        ],
     )
     def test_two_outputs_are_two_files(
         self, command: tuple[str, ...], first: str, second: str, workplace: Path

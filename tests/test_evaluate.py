@@ -22,12 +22,13 @@ from tetdeploy.cli.beginnings import note_trained_on
 from tetdeploy.cli.terminal import command_line
 from tetdeploy.data import FrameSet, load_data, save_npz, split_validation
 from tetdeploy.export.trained import Trained
-from tetdeploy.files import sha256_of
+from tetdeploy.files import read_npz, sha256_of
 from tetdeploy.networks import Classifier, ConvSNN, NetworkConfig, build_network, run_network
+from tetdeploy.provenance import images_sha256
 from tetdeploy.train import evaluate
-from tetdeploy.train.validation import accuracy_by_step, count_correct
+from tetdeploy.train.validation import classes_by_step, count_correct
 
-TRAINING = {"T": 4, "val_fraction": 0.1}
+TRAINING = {"T": 4, "val_fraction": 0.1, "seed": 3}
 
 
 def ann(seed: int = 0, **options: Any) -> Classifier:
@@ -60,10 +61,9 @@ def run(*arguments: object) -> Result:
 
 def test_every_T_is_a_run_of_that_T() -> None:
     x, y = torch.tensor(digits().images[:90]), torch.tensor(digits().labels[:90])
-    batches = list(zip(x.split(40), y.split(40), strict=True))
     classifier = convsnn()
     classifier.train()
-    found = accuracy_by_step(classifier, batches, T=5)
+    found = (classes_by_step(classifier, x.split(40), T=5) == y).double().mean(1).tolist()
     assert classifier.training
     classifier.eval()
     assert found == pytest.approx([evaluate(classifier, x, y, T=T)[1] for T in range(1, 6)], abs=1e-7)
@@ -82,7 +82,7 @@ class Close(nn.Module):
 def test_logits_in_half_precision_are_averaged_in_float32() -> None:
     x, y = torch.zeros(1, 1, 2, 2), torch.tensor([1])
     assert count_correct(Close()(x, 2), y) == 1
-    assert accuracy_by_step(Close(), [(x, y)], T=2) == [0, 1]  # type: ignore[arg-type]
+    assert classes_by_step(Close(), [x], T=2).tolist() == [[0], [1]]  # type: ignore[arg-type]
 
 
 def test_no_other_number_of_frames_is_taken_for_T() -> None:
@@ -92,7 +92,7 @@ def test_no_other_number_of_frames_is_taken_for_T() -> None:
         with pytest.raises(ValueError, match=message):
             evaluate(convsnn(), x, y, T=T)
         with pytest.raises(ValueError, match=message):
-            accuracy_by_step(convsnn(), [(x, y)], T=T)
+            classes_by_step(convsnn(), [x], T=T)
     with pytest.raises(ValueError, match="T=-1 steps need as many frames, from 1 to the 3"):
         run_network(convsnn(), x, -1)
 
@@ -104,7 +104,9 @@ def test_a_run_and_what_has_no_export(runs: Path) -> None:
     content = json.loads(Path("e.json").read_text())
     snn, twin, smooth = content["runs"]
     assert (snn["trained_T"], snn["num_images"], snn["ann"], twin["ann"]) == (4, 359, False, True)
-    assert snn["checkpoint_sha256"] == sha256_of(Path("runs/snn/checkpoint.safetensors"))
+    assert snn["checkpoint_sha256"] == sha256_of(runs / "snn" / "checkpoint.safetensors")
+    assert {row["images_sha256"] for row in content["runs"]} == {images_sha256(digits().images, digits().labels)}
+    assert (snn["seed"], twin["seed"]) == (3, None)
     exported = engine("dynamic").run(digits().images, 6).per_step
     wanted = [float((exported[:, :T].mean(1).argmax(-1) == digits().labels).mean()) for T in (1, 2, 3, 6)]
     assert [entry["accuracy"] for entry in snn["accuracy"]] == pytest.approx(wanted, abs=1.5 / 359)
@@ -119,6 +121,29 @@ def test_a_run_and_what_has_no_export(runs: Path) -> None:
     assert content["versions"]["torch"] == torch.__version__
     assert result.output.endswith("next: tetdeploy export runs/snn\n")
     assert "next" not in run("runs/ann", "runs/smooth", "--T", "1", "--limit", "9").output
+
+
+def test_the_class_of_each_image_is_kept(runs: Path) -> None:
+    result = run("runs/snn", "runs/ann", "--T", "2,4", "--limit", "50", "--json", "e.json", "--predictions", "p.npz")
+    assert result.exit_code == 0, result.output
+    assert "e.json   p.npz\n" in result.output
+    kept, rows = read_npz("p.npz"), json.loads(Path("e.json").read_text())["runs"]
+    assert kept["runs"].tolist() == ["runs/snn", "runs/ann"] and kept["T"].tolist() == [1, 2, 4]
+    np.testing.assert_array_equal(kept["labels"], digits().labels[:50])
+    assert kept["images_sha256"].tolist() == [row["images_sha256"] for row in rows]
+    for row, predicted in zip(rows, kept["predicted"], strict=True):
+        measured = {entry["T"]: entry["accuracy"] for entry in row["accuracy"]}
+        for T, classes in zip(kept["T"], predicted, strict=True):
+            assert (classes == kept["labels"]).mean() == measured[T] if T in measured else (classes == -1).all()
+    save_npz(digits().select(slice(None, None, -1)), "turned.npz")
+    classifier = ann()
+    classifier.data = "turned.npz"
+    save_checkpoint(runs / "turned" / "checkpoint.safetensors", classifier, training=TRAINING, provenance={})
+    result = run("runs/snn", "runs/turned", "--T", "1", "--limit", "9", "--predictions", "q.npz")
+    assert result.exit_code == 1
+    assert "--predictions: runs/turned is measured on other images than runs/snn; choose --data" in result.stderr
+    assert not Path("q.npz").exists()
+    assert run("runs/snn", "runs/turned", "--T", "1", "--limit", "9").exit_code == 0
 
 
 @pytest.mark.parametrize("folder", ["r/[tet]", "r/[/tet]", "r/:bug:"])
@@ -165,11 +190,11 @@ def test_recordings_are_measured_at_each_T_of_the_training(runs: Path) -> None:
 def test_the_batches_and_the_precision_are_those_asked_for(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = list[Any]()
 
-    def measured(classifier: Classifier, batches: Any, **options: Any) -> list[float]:
-        seen.append(([len(labels) for _, labels in batches], options))
-        return [0.5]
+    def measured(classifier: Classifier, batches: Any, **options: Any) -> Tensor:
+        seen.append(([len(x) for x in batches], options))
+        return torch.zeros(1, 9, dtype=torch.int64)
 
-    monkeypatch.setattr("tetdeploy.train.validation.accuracy_by_step", measured)
+    monkeypatch.setattr("tetdeploy.train.validation.classes_by_step", measured)
     asked = ("--T", "1", "--limit", "9", "--batch-size", "7", "--precision", "bf16")
     assert run("runs/snn", *asked).exit_code == 0
     assert seen == [([7, 2], {"T": 1, "precision": "bf16"})]
@@ -252,13 +277,18 @@ def test_parts_limits_and_the_default(runs: Path) -> None:
 
 def test_the_file_that_was_trained_on_is_named(runs: Path) -> None:
     save_npz(digits(), "own.npz")
-    assert "own.npz is one set with no test part" not in run("runs/snn", "--data", "own.npz", "--T", "1").output
+    result = run("runs/snn", "--data", "own.npz", "--T", "1", "--json", "e.json")
+    assert "own.npz is one set with no test part" not in result.output
+    assert "trained_on" not in json.loads(Path("e.json").read_text())["runs"][0]
     classifier = ann()
     classifier.data = "own.npz"
     save_checkpoint(runs / "own" / "checkpoint.safetensors", classifier, training=TRAINING, provenance={})
-    result = run("runs/own", "--T", "1")
+    result = run("runs/own", "--T", "1", "--json", "e.json")
     assert result.exit_code == 0 and "own.npz is one set with no test part" in result.output
-    assert "with no test part" not in run("runs/own", "--T", "1", "--split", "validation").output
+    assert json.loads(Path("e.json").read_text())["runs"][0]["trained_on"] is True
+    result = run("runs/own", "--T", "1", "--split", "validation", "--json", "e.json")
+    assert "with no test part" not in result.output
+    assert "trained_on" not in json.loads(Path("e.json").read_text())["runs"][0]
 
 
 @pytest.fixture

@@ -99,6 +99,22 @@ def test_a_step_graph_in_plain_onnx_runtime(place: Path, images: Any, monkeypatc
     np.testing.assert_allclose(run(code, pixels=images)["logits"], wanted, atol=1e-2)
 
 
+def test_two_networks_on_the_same_images(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["evaluate", str(place / "runs" / "latest"), "--T", "2,4", "--predictions", "first.npz"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    first = dict(np.load("first.npz"))
+    right = first["predicted"][0, 1] == first["labels"]
+    other = first["predicted"].copy()
+    other[0, 1, np.flatnonzero(right)[:9]] = -1
+    np.savez("second.npz", **first | {"predicted": other})
+    assert run(block("docs/training.md", "binomtest"))["p"] == 2 * 0.5**9
+    assert "only the first is right: 9, only the second: 0, p = 0.00391" in capsys.readouterr().out
+
+
 @pytest.mark.peer
 @pytest.mark.filterwarnings("ignore")  # snnTorch's
 def test_nir_in_snntorch(place: Path, images: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -67,6 +67,17 @@ def test_images_are_known_by_pixels_and_labels() -> None:
     assert (written["images_sha256"], written["checkpoint_sha256"]) == (known, None)
 
 
+def test_a_result_says_that_its_images_were_trained_on() -> None:
+    engine = Engine(exported("dynamic"), threads=1)
+    engine.metadata["source"]["data"] = {"name": "own.npz"}
+    x, labels = digits().images[:4], digits().labels[:4]
+    for data, expected in {"./own.npz": True, "other.npz": None}.items():
+        written = sweep(engine, x, labels, (1,), data=data, num_timed=1).to_dict()
+        assert written.get("trained_on") is expected
+    engine.metadata["source"]["data"] = {"name": "digits"}
+    assert "trained_on" not in sweep(engine, x, labels, (1,), data="digits", num_timed=1).to_dict()
+
+
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
 def test_a_sweep_is_what_single_runs_give(layout: str) -> None:
     engine = Engine(exported(layout))

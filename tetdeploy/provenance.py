@@ -7,6 +7,7 @@ import importlib
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -61,6 +62,26 @@ def engine_provenance(engine: Engine) -> dict[str, Any]:
         "device": engine.device,
         "runtime": engine.runtime,
     } | written(**{"numpy": np.__version__, engine.runtime: str(runtime.__version__)})
+
+
+def own_data(engine: Engine) -> str:
+    """What the model was trained on; empty where it does not say."""
+    return str(said_of_data(engine).get("name", ""))
+
+
+def said_of_data(engine: Engine) -> Mapping[str, Any]:
+    """The settings of its training's data that the model has in its metadata."""
+    data = engine.metadata["source"].get("data")
+    return data if isinstance(data, Mapping) else {}  # who exports from Python may say anything
+
+
+def images_provenance(engine: Engine, name: str, x: NDArray[Any], labels: NDArray[np.int64] | None) -> dict[str, Any]:
+    """What a result must say of the data set `name` besides its numbers, as JSON: `images_sha256`, and `trained_on` if
+    that is the file that the model was trained on."""
+    from tetdeploy.data import is_own_file
+
+    found: dict[str, Any] = {"images_sha256": images_sha256(x, labels)}
+    return found | {"trained_on": True} if is_own_file(name, own_data(engine)) else found
 
 
 def images_sha256(x: NDArray[Any], labels: NDArray[np.int64] | None) -> str:

@@ -16,7 +16,7 @@ from tetdeploy.energy import CONVENTIONS, Operations, layers_of, other_ops, othe
 from tetdeploy.engine import Engine
 from tetdeploy.names import section
 from tetdeploy.picojoules import EnergyConstants, energy_constants
-from tetdeploy.provenance import engine_provenance, images_sha256
+from tetdeploy.provenance import engine_provenance, images_provenance
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Sweep:
     """The rows, and what they were measured on.
 
     Attributes:
-        origin: `engine_provenance` of the model and of the measurement, and `images_sha256`.
+        origin: `engine_provenance` of the model and of the measurement, and `images_provenance`.
         details: `Tally.details`: layers, neurons, the ANN twin, other operations, constants, classes.
     """
 
@@ -245,7 +245,7 @@ def summarise(
     """The sweep that the sums over all of `x` make, with latencies measured now. Args: see `sweep`."""
     latency = measure_latency(engine, x, steps, num_timed)
     rows = tuple(tally.row(t, latency[t]) for t in steps)
-    origin = engine_provenance(engine) | {"images_sha256": images_sha256(x, labels)}
+    origin = engine_provenance(engine) | images_provenance(engine, data, x, labels)
     return Sweep(str(engine.path), data, len(x), rows, origin, tally.details(steps))
 
 

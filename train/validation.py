@@ -86,29 +86,20 @@ def measure(
     return dict(zip((*losses, "accuracy"), (totals[:-1] / totals[-1]).tolist(), strict=True))
 
 
-def accuracy_by_step(
-    classifier: Runnable,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    T: int,
-    precision: str = "fp32",
-) -> list[float]:
-    """Accuracy after 1..T steps in eval mode, `[T]`, from one pass: neurons are causal, and the mean of the logits so
-    far decides. The classifier's mode is put back afterwards.
+def classes_by_step(classifier: Runnable, batches: Iterable[Tensor], *, T: int, precision: str = "fp32") -> Tensor:
+    """The predicted class of each image after 1..T steps in eval mode, int64 `[T, N]` on the CPU, from one pass:
+    neurons are causal, and the mean of the logits so far decides. The classifier's mode is put back afterwards.
 
-    Args: see `measure`.
+    Args: see `measure`; `batches` are of images alone.
 
     Raises:
         ValueError: T is no whole number of at least 1, or there are fewer frames.
     """
     T = check_count("T", T)
-    with _evaluation(classifier, precision) as device:
-        correct, count = torch.zeros(T, dtype=torch.int64, device=device), 0
-        for x, y in batches:
-            so_far = run_network(classifier, x, T).float().cumsum(0)  # the mean has the same largest
-            correct += (so_far.argmax(-1) == y).sum(1)
-            count += len(y)
-    return (correct.double() / count).tolist()
+    with _evaluation(classifier, precision):
+        # the largest of the sum is that of the mean
+        classes = [run_network(classifier, x, T).float().cumsum(0).argmax(-1) for x in batches]
+        return torch.cat(classes, 1).cpu()
 
 
 @contextmanager

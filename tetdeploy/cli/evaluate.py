@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 
 from tetdeploy.cli.errors import lacks_memory
 from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file
 from tetdeploy.cli.options import (
     PARTS,
+    check_distinct,
+    checked_output,
     data_dir_option,
     json_option,
     limit_option,
@@ -25,7 +29,7 @@ from tetdeploy.cli.options import (
 )
 from tetdeploy.cli.terminal import console, image_bar, print_notes, say_next
 from tetdeploy.extras import import_extra
-from tetdeploy.files import write_json
+from tetdeploy.files import write_json, write_npz
 from tetdeploy.run_folder import CHECKPOINT_NAME, newest_run, seed_runs
 from tetdeploy.steps import trained_T
 from tetdeploy.wording import first_line
@@ -43,6 +47,7 @@ Examples:
   tetdeploy evaluate runs/tet runs/ann --T 1:6          a network and its ANN twin
   tetdeploy evaluate runs/sdt runs/tet --json seeds.json
                                                         of folders of several seeds also mean and standard deviation
+  tetdeploy evaluate runs/tet --predictions tet.npz     the class of each image, for a paired test
   tetdeploy evaluate runs/r19 --device cuda --precision bf16 --batch-size 1024
 """
 )
@@ -69,6 +74,12 @@ Examples:
 @torch_precision_option
 @runs_option
 @json_option
+@click.option(
+    "--predictions",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=checked_output,
+    help="Also write labels, and the class that each run predicts for each image at each T, here (.npz).",
+)
 def evaluate(
     checkpoints: tuple[Path, ...],
     steps: tuple[int, ...] | None,
@@ -82,6 +93,7 @@ def evaluate(
     precision: str,
     runs: Path,
     json_path: Path | None,
+    predictions: Path | None,
 ) -> None:
     """Accuracy of trained weights at each T, in PyTorch.
 
@@ -89,8 +101,10 @@ def evaluate(
     what has no export, ANN twins and smooth spikes, and before an export; what is deployed is measured by tetdeploy
     sweep, with its energy.
     """
+    check_distinct({"--json": json_path, "--predictions": predictions})
     torch = import_extra("torch", "train")
     from tetdeploy.checkpoint import read_checkpoint, trained_on
+    from tetdeploy.data import is_own_file
     from tetdeploy.provenance import written
     from tetdeploy.report.reading import read_summary
     from tetdeploy.train.device import device_name, forward_batch, pick_device, pick_precision
@@ -102,36 +116,52 @@ def evaluate(
     summaries = {folder: read_summary(folder) for folder in begun}  # a damaged one is told before all measuring
     seeds = {folder: [run for run in found if (run / CHECKPOINT_NAME).exists()] for folder, found in begun.items()}
     rows, exportable = list[dict[str, Any]](), list[Path]()
+    labels, predicted = list[NDArray[np.int64]](), list[dict[int, NDArray[np.int64]]]()
     for path in (run for given in checkpoints for run in seeds.get(given) or [given]):
         checkpoint = read_checkpoint(path)
-        file, metadata, classifier = checkpoint.file, checkpoint.metadata, load_classifier(checkpoint, model)
-        sha256 = checkpoint.sha256
+        file, metadata, sha256 = checkpoint.file, checkpoint.metadata, checkpoint.sha256
+        classifier = load_classifier(checkpoint, model)
         del checkpoint  # its tensors
-        images = _images(data or trained_on(metadata, file), split, limit, data_dir, metadata)
+        name = data or trained_on(metadata, file)
+        images = _images(name, split, limit, data_dir, metadata)
+        labels.append(images.labels)
+        if predictions is not None and not np.array_equal(labels[-1], labels[0]):
+            raise ValueError(
+                f"--predictions: {path} is measured on other images than {rows[0]['run']}; choose --data, or write a "
+                "file for each"
+            )
         wanted = _steps(steps, classifier, trained_T(metadata))
         if classifier.config.is_spiking:
             exportable.append(path)
         size = batch_size or forward_batch(on)
-        accuracy = _measure(str(path), classifier, images, max(wanted), size, on, chosen, trained=trained_T(metadata))
-        rows.append(
-            {
-                "run": str(path),
-                "checkpoint_sha256": sha256,
-                "ann": classifier.config.ann,
-                "trained_T": trained_T(metadata),
-                "data": images.name,
-                "num_images": len(images),
-                "accuracy": [{"T": T, "accuracy": accuracy[T - 1]} for T in wanted],
-            }
-        )
+        classes = _measure(str(path), classifier, images, max(wanted), size, on, chosen, trained=trained_T(metadata))
+        predicted.append({T: classes[T - 1] for T in wanted})
+        row = {
+            "run": str(path),
+            "checkpoint_sha256": sha256,
+            "seed": metadata["training"].get("seed"),
+            "ann": classifier.config.ann,
+            "trained_T": trained_T(metadata),
+            "data": images.name,
+            "num_images": len(images),
+            "images_sha256": images.fingerprint,
+            "accuracy": [
+                {"T": T, "accuracy": float((found == images.labels).mean())} for T, found in predicted[-1].items()
+            ],
+        }
+        if split == "test" and is_own_file(name, metadata["data"]["name"]):
+            row["trained_on"] = True
+        rows.append(row)
     result = {"kind": "evaluate", "split": split, "device": device_name(on), "precision": chosen, "runs": rows}
     if seeds:
         result["seeds"] = [_over_seeds(folder, summary, rows) for folder, summary in summaries.items()]
     if json_path is not None:
         write_json(json_path, result | written(torch=torch.__version__))
+    if predictions is not None:
+        write_npz(predictions, _predictions(rows, predicted, labels[0]))
     _print(result)
-    if json_path is not None:
-        console.print(str(json_path))
+    if files := [str(path) for path in (json_path, predictions) if path is not None]:
+        console.print("   ".join(files))
     if exportable:
         say_next("export", exportable[0], *(("--model", model) if model else ()))
 
@@ -167,6 +197,20 @@ def _over_seeds(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping
     }
 
 
+def _predictions(
+    rows: Sequence[Mapping[str, Any]], predicted: Sequence[Mapping[int, NDArray[np.int64]]], labels: NDArray[np.int64]
+) -> dict[str, Any]:
+    """The arrays of --predictions; -1 where a run was not measured at a T."""
+    steps, none = sorted({T for of_run in predicted for T in of_run}), np.full_like(labels, -1)
+    return {
+        "labels": labels,
+        "T": np.array(steps),
+        "predicted": np.array([[of_run.get(T, none) for T in steps] for of_run in predicted]),
+        "runs": np.array([row["run"] for row in rows]),
+        "images_sha256": np.array([row["images_sha256"] for row in rows]),
+    }
+
+
 def _steps(steps: tuple[int, ...] | None, classifier: Classifier, trained: int) -> tuple[int, ...]:
     """The numbers of steps to measure at; an ANN has one."""
     if classifier.config.ann:
@@ -184,15 +228,15 @@ def _measure(
     precision: str,
     *,
     trained: int,
-) -> list[float]:
-    """The accuracy after each of T steps.
+) -> NDArray[np.int64]:
+    """The predicted class of each image after each of T steps, `[T, N]`.
 
     Raises:
         ValueError: the images do not fit, or the network's own code fails beyond the T that it was trained with.
     """
     from tetdeploy.train.device import place, reused_memory, tuned_convolutions, wants_channels_last
     from tetdeploy.train.session import check_data
-    from tetdeploy.train.validation import accuracy_by_step
+    from tetdeploy.train.validation import classes_by_step
 
     check_data(images, classifier, T)
     channels_last = wants_channels_last(classifier.config, device, precision, fusable=False)
@@ -201,23 +245,22 @@ def _measure(
     with image_bar(f"{name} on {images.name}", len(images)) as tick, tuned_convolutions(), memory:
         batches = _batches(images, batch_size, device, tick)
         try:
-            return accuracy_by_step(classifier, batches, T=T, precision=precision)
+            classes: NDArray[np.int64] = classes_by_step(classifier, batches, T=T, precision=precision).numpy()
         except (RuntimeError, IndexError) as error:
             if trained >= T or lacks_memory(error):
                 raise
             reason = f"fails at T={T}, beyond the T={trained} of its training ({first_line(error)})"
             raise ValueError(f"the network of {name} {reason}; choose --T 1:{trained}") from error
+    return classes
 
 
-def _batches(images: Any, size: int, device: torch.device, tick: Any) -> Iterator[tuple[Any, Any]]:
-    import numpy as np
+def _batches(images: Any, size: int, device: torch.device, tick: Any) -> Iterator[torch.Tensor]:
     import torch
 
     from tetdeploy.batches import parts
 
     for part in parts(len(images), size, tick):
-        x, y = np.ascontiguousarray(images.x[part]), images.labels[part]
-        yield torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+        yield torch.from_numpy(np.ascontiguousarray(images.x[part])).to(device)
 
 
 def _print(result: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import click
 from tetdeploy.class_names import check_classes
 from tetdeploy.cli.terminal import command_line, console
 from tetdeploy.names import is_npz, is_own_model
+from tetdeploy.provenance import own_data, said_of_data
 from tetdeploy.run_folder import other_checkpoint
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
 
 def note_own_file(name: str, own: str) -> None:
     """Say so if `name`, whose test set is meant, is the very file that was trained on, which has none."""
-    from tetdeploy.data import same_data
+    from tetdeploy.data import is_own_file
 
-    if is_npz(name) and same_data(name, own):
+    if is_own_file(name, own):
         console.print(
             f"{name} is one set with no test part: these images were trained on; give others with --data TEST.npz",
             style="yellow",
@@ -115,7 +116,7 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
             f"the training of {engine.path.name} held out no images (its val_fraction is 0), so there are none to "
             "calibrate on; name others with --data, or take those it was trained on with --split train"
         )
-    known = _said_of_data(engine)
+    known = said_of_data(engine)
     images = load_part(name, split, data_dir=data_dir, T=engine.trained_T, fraction=fraction, known=known)
     check_classes(engine.path.name, engine.class_names, name, images.class_names)
     chosen = images.select(slice(limit))
@@ -130,16 +131,6 @@ def _data_name(engine: Engine, data: str | None) -> str:
     if not name:
         raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
     return name
-
-
-def own_data(engine: Engine) -> str:
-    """What the model was trained on; empty where it does not say."""
-    return str(_said_of_data(engine).get("name", ""))
-
-
-def _said_of_data(engine: Engine) -> Mapping[str, Any]:
-    data = engine.metadata["source"].get("data")
-    return data if isinstance(data, Mapping) else {}  # who exports from Python may say anything
 
 
 def load_part(
@@ -187,7 +178,7 @@ def as_model_input(engine: Engine, pixels: Any, **statistics: Any) -> Any:
 
     if engine.input_dtype == np.uint8:
         return pixels
-    known = statistics | dict(_said_of_data(engine))
+    known = statistics | dict(said_of_data(engine))
     if "mean" not in known:
         raise ValueError(f"{engine.path.name} takes normalised float32 input and does not say how; run it from Python")
     mean, std = (np.array(known[key], np.float32)[:, None, None] for key in ("mean", "std"))

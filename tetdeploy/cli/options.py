@@ -91,7 +91,8 @@ def checked_output(ctx: click.Context, param: click.Parameter, path: Path | None
 
 
 def _check_output(path: Path, option: str) -> None:
-    check_writable(path, begins=b"{" if option == "--json" else b"", remedy=f"choose another with {option}")
+    begins = {"--json": b"{", "--predictions": b"PK"}.get(option, b"")
+    check_writable(path, begins=begins, remedy=f"choose another with {option}")
 
 
 def parsed_steps(ctx: click.Context, param: click.Parameter, steps: str | None) -> tuple[int, ...] | None:

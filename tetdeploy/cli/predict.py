@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.inputs import as_model_input, own_data
+from tetdeploy.cli.inputs import as_model_input
 from tetdeploy.cli.options import AT_LEAST_1, STEPS, device_option, json_option, runtime_option, threads_option
 from tetdeploy.cli.terminal import console
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
+from tetdeploy.provenance import own_data
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine

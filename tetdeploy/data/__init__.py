@@ -146,6 +146,11 @@ def same_data(name: str, other: str) -> bool:
     return _place(name) == _place(other)
 
 
+def is_own_file(name: str, own: str) -> bool:
+    """Whether `name` is the very `.npz` that a training on `own` was given: one set, which has no test part."""
+    return is_npz(name) and same_data(name, own)
+
+
 def _place(name: str) -> tuple[str, Path]:
     plain = name.removeprefix(_BY_TIME)
     kind, _, path = (re.sub(r"@\d+$", "", plain) if plain.startswith("imagenet") else plain).rpartition(":")

@@ -22,7 +22,7 @@ from tetdeploy.early_exit.threshold import Paired
 from tetdeploy.energy import Operations
 from tetdeploy.engine import Engine, Result
 from tetdeploy.machine import load_average
-from tetdeploy.provenance import engine_provenance, images_sha256
+from tetdeploy.provenance import engine_provenance, images_provenance
 from tetdeploy.sweep import Tally, check_images
 
 Array = NDArray[Any]
@@ -158,4 +158,4 @@ def measure(
     savings = Savings(engine, exit, T)
     for part in parts(len(x), batch_size, tick):
         savings.add(x[part], labels[part])
-    return savings.to_dict(data, batch_size) | {"images_sha256": images_sha256(x, labels)}
+    return savings.to_dict(data, batch_size) | images_provenance(engine, data, x, labels)
