@@ -77,9 +77,9 @@ class Engine:
 
     Raises:
         ValueError: `model` is no path; the file is no ONNX model, none of ours, or not what its metadata say; the
-            device is unknown or its provider not available; the runtime is unknown, or cannot run on the device;
-            threads is no whole number from 1 on, or too large; native or cuda_graphs is no flag, or True where that
-            cannot be.
+            device is unknown or its provider not available; the runtime is unknown, cannot run on the device, or may
+            compute the graph wrongly; threads is no whole number from 1 on, or too large; native or cuda_graphs is no
+            flag, or True where that cannot be.
         OSError: the file cannot be read.
         MissingExtraError: the runtime is not installed.
     """

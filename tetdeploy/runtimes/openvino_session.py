@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from tetdeploy.extras import import_extra
 
 Array = NDArray[Any]
+# What makes an average behind it one of float32, or of spikes; and shapes, which are no currents.
+_ENDS = {"Add", "Convolution", "Greater", "GroupConvolution", "Less", "MatMul", "Maximum", "ShapeOf", "TensorIterator"}
 
 
 class OpenVINOSession:
@@ -28,7 +30,7 @@ class OpenVINOSession:
         name: of the model, for errors.
 
     Raises:
-        ValueError: OpenVINO cannot read or compile it.
+        ValueError: OpenVINO cannot read or compile it, or may compute it wrongly.
         MissingExtraError: openvino is not installed.
     """
 
@@ -40,6 +42,11 @@ class OpenVINOSession:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
             read = core.read_model(model)
+            if wrong := next(filter(None, map(_wrong, _operations(read))), None):
+                raise ValueError(
+                    f"OpenVINO may compute {name} wrongly, as it has {wrong}: export it again with --target openvino, "
+                    "which writes this otherwise, or run it with ONNX Runtime"
+                )
             self._compiled = core.compile_model(read, "CPU", options)
         except RuntimeError as error:
             fault = (
@@ -86,6 +93,36 @@ def _core() -> Any:
     core goes, puts back what was there before: of two cores that may be the other's, freed, and the next signal
     (Ctrl-C) ends the process with a segmentation fault."""
     return import_extra("openvino", "openvino").Core()
+
+
+def _operations(model: Any) -> Iterator[Any]:
+    """Of a model, and of the encoder that a step graph runs once for an image."""
+    for node in model.get_ops():
+        yield node
+        if node.get_type_name() == "If":
+            for branch in range(2):
+                yield from _operations(node.get_function(branch))
+
+
+def _wrong(node: Any) -> str | None:
+    """What OpenVINO 2026.4 computes wrongly, if `node` is such a thing; `tetdeploy.export.openvino` has the reasons."""
+    if node.get_type_name() == "AvgPool" and _is_current(node.input_value(0)):
+        return "an average of 8-bit currents"
+    if node.get_type_name() != "Convolution":
+        return None
+    given, kernel = node.get_attributes(), list(node.get_input_partial_shape(1))[2:]
+    padded = any([*given["pads_begin"], *given["pads_end"]])
+    if padded and max(given["strides"]) > 1 and all(size == 1 for size in kernel):
+        return "a 1x1 convolution with a stride and padding"
+    return None
+
+
+def _is_current(value: Any) -> bool:
+    """Whether it is made of 8 bits that a convolution's output was rounded to."""
+    node = value.get_node()
+    if node.get_type_name() == "FakeQuantize":
+        return True
+    return node.get_type_name() not in _ENDS and any(map(_is_current, node.input_values()))
 
 
 def _reason(error: RuntimeError) -> str:
