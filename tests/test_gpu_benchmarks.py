@@ -323,6 +323,18 @@ def test_a_smoke_run_of_the_loader(module: Any, tmp_path: Path, monkeypatch: pyt
     assert all(row["loader_images_per_s"] > 0 < row["step_images_per_s"] for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--export-only"], "--export-only needs --graphs FOLDER, in which the graphs are left"),
+        (["--side", "eager", "--side", "nosuch"], "--side 'nosuch' begins none of eager fp32, "),
+    ],
+)
+def test_what_would_come_to_nothing_is_refused(options: list[str], message: str, module: Any) -> None:
+    refused = CliRunner().invoke(module("gpu_inference").main, [*options, "--device", "cpu"])
+    assert refused.exit_code == 2 and message in refused.output
+
+
 @pytest.mark.parametrize("name", ["training_step", "gpu_inference"])
 def test_without_a_gpu_there_is_one_line(name: str, module: Any) -> None:
     refused = CliRunner().invoke(module(name).main, ["--device", "cuda:99"])

@@ -245,6 +245,10 @@ def main(
     data_dir: Path,
     json_path: Path | None,
 ) -> None:
+    if export_only and graphs is None:
+        raise click.UsageError("--export-only needs --graphs FOLDER, in which the graphs are left")
+    if unknown := [name for name in begins if not any(side.startswith(name) for side in SIDES)]:
+        raise click.UsageError(f"--side {unknown[0]!r} begins none of {', '.join(SIDES)}")
     sizes = tuple(sorted(batch))
     sides = [side for side in SIDES if side.startswith(begins or "")]
     with tempfile.TemporaryDirectory() as name:

@@ -78,6 +78,7 @@ class Worker:
 
 
 def _serve(connection: Connection, open_side: Callable[..., Answer], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who asks ends this
     answer: Answer | None = None
     while (request := connection.recv()) is not None:
         try:
