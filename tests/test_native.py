@@ -888,6 +888,11 @@ def test_large_networks_have_it_by_themselves(monkeypatch: pytest.MonkeyPatch) -
         Engine(exported("step"), native=True)
 
 
+def test_where_there_is_nothing_to_do_the_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetdeploy.native.fusing.fuse_model", lambda model, states: None)
+    assert not Engine(exported("step"), native=True).native
+
+
 def test_only_what_runs_on_a_cpu_and_is_large_gains_from_it() -> None:
     large, small = ({"neurons": [{"shape": [2, 50, 100]}, {"shape": [n]}]} for n in (10_000, 9_999))
     assert gains_from_native(large, "cpu", "onnxruntime") and not gains_from_native(small, "cpu", "onnxruntime")

@@ -61,7 +61,8 @@ class Engine:
             and, where the processor has AVX2 or AMX, convolutions: the results of ONNX Runtime's own in less time, but
             for the last digits of float32 convolutions of spikes: there sums are exact, of weights that are rounded to
             24 bits of the largest of their channel (docs/native.md). None: where that can be and the network is large
-            enough for it to count.
+            enough for it to count. True fails where they are missing; in a graph that has nothing for them to do,
+            ONNX Runtime's own run, as the attribute says.
         cuda_graphs: on device `cuda`, record the kernels of a call once for each batch size and launch them as one, so
             that small batches do not wait for the CPU. Not for dynamic graphs. Counting goes without. While a batch
             size comes up for the first time nothing else of the process may use the GPU.

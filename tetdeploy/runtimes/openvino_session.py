@@ -50,8 +50,8 @@ class OpenVINOSession:
             self._compiled = core.compile_model(read, "CPU", options)
         except RuntimeError as error:
             fault = (
-                "it has an operation that OpenVINO has not, or is damaged; export for ONNX Runtime with --target cpu"
-                if b'"target": "openvino"' in model  # metadata can be asked only of what could be read
+                "it has an operation that OpenVINO has not; run it with ONNX Runtime, for which --target cpu exports"
+                if "OpConversionFailure" in str(error)
                 else "not an ONNX model, a damaged one, or one that was exported for another runtime, then export "
                 "again with --target openvino"
             )
