@@ -31,7 +31,7 @@ from run_helpers import metrics
 from safetensors.torch import load_file, save_file
 
 from tetdeploy import checkpoint, data
-from tetdeploy.checkpoint import Checkpoint, save_checkpoint
+from tetdeploy.checkpoint import Checkpoint, read_metadata, save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.characters import _like
 from tetdeploy.cli.errors import CleanErrors, CleanGroup
@@ -506,6 +506,42 @@ class TestCommands:
             if options:
                 assert "--seed and --seeds both decide" in refused(*again.split(), *own, "--seed", "1", code=2)
             assert run(*again.split(), *own).exit_code == 130
+
+    @pytest.mark.filterwarnings("ignore:tau_net.net. this network trains, but cannot be exported:RuntimeWarning")
+    def test_an_own_network_whose_code_has_changed_is_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        code = Path("tau_net.py")
+        code.write_text(
+            "from torch import nn\n"
+            "class Net(nn.Linear):\n"
+            "    def forward(self, x, T):\n"
+            "        return super().forward(x.flatten(1)).expand(T, -1, -1)\n"
+            "def net(num_classes, in_channels, image_size):\n"
+            "    return Net(64, num_classes)\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        own, short = ("--model", "tau_net:net"), ("--epochs", "1", "--T", "1")
+        assert run("train", *own, *short, "--seeds", "0", "--out", "own").exit_code == 0
+        begun, before = "own/seed-0", sha256_of(code)
+        assert json.loads(Path(begun, "config.json").read_text())["code_sha256"] == before
+        assert read_metadata(begun)["provenance"]["code_sha256"] == before
+        commands = [
+            ("evaluate", begun, "--limit", "9", "--T", "1"),
+            ("train", "--resume", "own"),
+            ("train", "--init", begun, *short, "--out", "second"),
+        ]
+        assert run(*commands[0], *own).exit_code == 0  # without a warning
+        code.write_text(code.read_text() + "# another tau\n")
+        assert run(*commands[0], *own).exit_code == 0  # this process has the earlier code
+        for command in commands:
+            sys.modules.pop("tau_net")
+            said = f"tau_net.py has changed since the training of {begun}: its results may be of another network"
+            with pytest.warns(RuntimeWarning, match=said) as told:
+                assert run(*command, *own).exit_code == 0
+            assert sum("has changed" in str(warning.message) for warning in told) == 1
+        assert read_metadata("second")["provenance"]["code_sha256"] == sha256_of(code) != before
+        sys.modules.pop("tau_net")
 
     def test_resume_goes_on_to_the_weights_of_an_uninterrupted_run(self, tmp_path: Path) -> None:
         options = ["--epochs", "3", "--width", "0.25", "--T", "2"]

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tetdeploy.files import sha256_of
 from tetdeploy.layers import tdBN
-from tetdeploy.networks import NETWORKS, Classifier, NetworkConfig, build_network, import_network
+from tetdeploy.networks import NETWORKS, Classifier, NetworkConfig, build_network, code_sha256, import_network
 from tetdeploy.networks.blocks import conv_bn
 from tetdeploy.networks.resnet19 import ResNet19
 from tetdeploy.networks.vggsnn import VGGSNN
@@ -266,6 +267,15 @@ def test_an_own_network_is_found_in_the_current_folder(own_module: str) -> None:
     network = import_network(config)
     assert config.is_own and isinstance(network, nn.Linear)
     assert (network.in_features, network.out_features) == (24, 7)
+
+
+def test_the_code_of_an_own_network_is_told_by_its_file(own_module: str) -> None:
+    config = NetworkConfig(f"{own_module}:network", 7, 2, (3, 4))
+    assert code_sha256(config) is None  # it is not imported for this
+    import_network(config)
+    assert code_sha256(config) == sha256_of(Path(f"{own_module}.py"))
+    for model in ("convsnn", "__main__:network", "sys:network"):
+        assert code_sha256(NetworkConfig(model, 7, 2, (3, 4))) is None
 
 
 @pytest.mark.parametrize(

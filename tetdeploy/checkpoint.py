@@ -165,16 +165,21 @@ def load_weights(classifier: Classifier, path: Path | str | Checkpoint, *, other
             not copied.
 
     Returns:
-        The names of the weights that were not copied.
+        The names of the weights that were not copied. A warning says if the user's own network has other code by now.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not a checkpoint of ours; a weight is NaN.
         MisfitError: keys are missing, unexpected or misshapen (up to 20 of each are named).
     """
+    from tetdeploy.networks import warn_of_other_code
+
     check_flag("other_classes", other_classes)
     checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
     file, tensors = checkpoint.file, dict(checkpoint.tensors)
+    if checkpoint.metadata["network"]["model"] == classifier.config.model:
+        before = checkpoint.metadata["provenance"].get("code_sha256")
+        warn_of_other_code(classifier.config, before, checkpoint.path)
     own = classifier.network.state_dict()
     sizes = (checkpoint.metadata["network"].get("num_classes"), classifier.config.num_classes)
     kept = _resized(tensors, own, sizes) if other_classes and sizes[0] != sizes[1] else []
@@ -215,7 +220,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{file}: its metadata lacks {', '.join(missing)}; the file was changed after it was written")
     try:
-        check_form(content["provenance"], {"init": PARENT})
+        check_form(content["provenance"], {"init": PARENT, "code_sha256": str})
     except ValueError as error:
         raise ValueError(f"{file}: of its metadata, {error}; the file was changed after it was written") from error
     return content

@@ -27,7 +27,7 @@ from tetdeploy.data import LabelledSet
 from tetdeploy.extras import import_extra
 from tetdeploy.files import is_utf8, lacks_temporary_folder
 from tetdeploy.metrics import read_metrics, write_metrics
-from tetdeploy.networks import Classifier, check_classifier, run_network
+from tetdeploy.networks import Classifier, check_classifier, code_sha256, run_network, warn_of_other_code
 from tetdeploy.run_folder import CHECKPOINT_NAME, STATE_NAME
 from tetdeploy.signals import deferred_interrupt
 
@@ -165,8 +165,7 @@ def train(
             if restart_from is not None:
                 restart = find_restart(restart_from)
                 check_restart(restart, settings)
-            if parent := _parent(out, init, restart, resume=resume):
-                settings["init"] = parent
+            settings |= _origin(task, init, restart, resume=resume)
         settings["how"] = asdict(how)
         if restart is not None:
             settings["restarted"] = restart_origin(restart)
@@ -196,14 +195,21 @@ def _check(task: Task, how: How) -> None:
     current_ranks().check_batch(config.batch_size, len(task.train_set))
 
 
-def _parent(
-    out: Path, init: Path | str | Mapping[str, str] | None, restart: Restart | None, *, resume: bool
-) -> Mapping[str, Any] | None:
-    """The weights that the run began with, as `weights_origin` names them; of a run that goes on, as it named them."""
+def _origin(
+    task: Task, init: Path | str | Mapping[str, str] | None, restart: Restart | None, *, resume: bool
+) -> dict[str, Any]:
+    """What the run's files say of the weights that it began with, as `weights_origin` names them, or, of a run that
+    goes on, as it named them; and of the code of the user's own network."""
     if resume or restart is not None:
-        before: Mapping[str, Any] = read_run_config(out) if restart is None else restart.settings["provenance"]
-        return before.get("init")
-    return init if init is None or isinstance(init, Mapping) else weights_origin(init)
+        before: Mapping[str, Any] = read_run_config(task.out) if restart is None else restart.settings["provenance"]
+        parent = before.get("init")
+        if current_ranks().writes:
+            trained = task.out if restart is None else restart.path
+            warn_of_other_code(task.classifier.config, before.get("code_sha256"), trained)
+    else:
+        parent = init if init is None or isinstance(init, Mapping) else weights_origin(init)
+    found = {"init": parent, "code_sha256": code_sha256(task.classifier.config)}
+    return {name: value for name, value in found.items() if value}
 
 
 @contextmanager

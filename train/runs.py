@@ -42,6 +42,7 @@ _CONFIG = {
     "data": {"name": str},
     "training": {},
     "init": PARENT,
+    "code_sha256": str,
     "how": {"cuda_graphs": bool, "recompute": bool, "shards_mb": NUMBER},
     "seeds": [COUNT],
 }
@@ -208,7 +209,8 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
         ValueError: it was started with other settings; each difference is named.
     """
     started = read_run_config(out)
-    for name in ("recipe", "int8", "init", "restarted", "how"):  # where it came from, what was measured: no settings
+    # where it came from, what was measured: no settings
+    for name in ("recipe", "int8", "init", "code_sha256", "restarted", "how"):
         started.pop(name, None)
     if different := run_differences(started, settings):
         fits = all(started["network"].get(name) == settings["network"].get(name) for name in ("model", "width"))

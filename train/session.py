@@ -332,5 +332,5 @@ def provenance(session: Session, epoch: int, val_accuracy: float | None) -> dict
         "T": session.config.stage(max(epoch - 1, 0)).T,
         "val_accuracy": val_accuracy,
         "seed": session.config.seed,
-        **{name: value for name, value in session.settings.items() if name == "init"},
+        **{name: value for name, value in session.settings.items() if name in ("init", "code_sha256")},
     }

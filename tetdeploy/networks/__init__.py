@@ -6,15 +6,18 @@ import importlib
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tetdeploy.arguments import check_count, check_flags, check_number
+from tetdeploy.files import sha256_of
 from tetdeploy.networks.classifier import Classifier, check_classifier
 from tetdeploy.networks.convsnn import ConvSNN
 from tetdeploy.networks.resnet19 import ResNet19
@@ -35,9 +38,11 @@ __all__ = [
     "ann_twin",
     "build_network",
     "check_classifier",
+    "code_sha256",
     "import_network",
     "run_network",
     "smooth_twin",
+    "warn_of_other_code",
 ]
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -171,6 +176,32 @@ def import_network(config: NetworkConfig) -> nn.Module:
             "run the network once, on zeros of the image's size, before it returns it"
         )
     return _variant(network, config)
+
+
+def code_sha256(config: NetworkConfig) -> str | None:
+    """The SHA-256 of the source file of the user's own module, of that file alone; None of a built-in network, of a
+    module that was not imported or has no such file, and of a program itself."""
+    name = config.model.partition(":")[0]
+    module = sys.modules.get(name) if config.is_own and name != "__main__" else None
+    return None if module is None else _source_sha256(module)
+
+
+@cache  # of what was imported: the file may be edited while a run goes on
+def _source_sha256(module: ModuleType) -> str | None:
+    file = Path(getattr(module, "__file__", None) or "")
+    return sha256_of(file) if file.suffix == ".py" and file.is_file() else None
+
+
+def warn_of_other_code(config: NetworkConfig, before: str | None, trained: Path) -> None:
+    """Warn if the `code_sha256` of the user's own network is not what it was `before`, when `trained` was trained.
+
+    None, as in files of earlier versions, is no difference.
+    """
+    now = code_sha256(config)
+    if None not in (before, now) and now != before:
+        file = sys.modules[config.model.partition(":")[0]].__file__
+        text = f"{file} has changed since the training of {trained}: its results may be of another network"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _keeps_computed(module: nn.Module) -> bool:
