@@ -4,9 +4,9 @@
     tetdeploy export runs/own --model own_network:my_network --T 6
     tetdeploy sweep runs/own/model-T6.onnx
 
-`--model` is given to `export` again, and to `train --resume`, because no file can have code imported. Everything else
-is as for the built-in networks: BN folds, the sweep counts what fired. `--width`, `--tau`, `--v-th` and `--gamma` alone
-are yours to decide.
+`--model` is given to `export` again, as to all that takes up the weights (`train --resume`, `evaluate`, `validate
+--against`), because no file can have code imported. Everything else is as for the built-in networks: BN folds, the
+sweep counts what fired. `--width`, `--tau`, `--v-th` and `--gamma` alone are yours to decide.
 What the network must keep to: images [N, C, H, W] with T, or frames [T, N, C, H, W], become logits [T, N, K], only the
 neurons carry anything from one step to the next, nothing is computed across the batch (no x / x.max(), no BN without
 running statistics: an image's answer must not depend on what is served with it), and the neurons' currents are

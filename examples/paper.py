@@ -237,6 +237,8 @@ def trained(entry: Entry, at: Place) -> list[Path]:
     where = ("--data-dir", at.data_dir, "--runs", at.runs, "--resume" if begun else "--out", folder)
     options = (option.format(runs=at.runs) for option in entry.chosen(at.scale))
     tetdeploy("train", "--config", RECIPES / f"{entry.recipe}.toml", *options, *where)
+    if not recipe.exists():  # of a run begun by an earlier version
+        write_json(recipe, now)
     return seed_runs(folder) or [folder]
 
 

@@ -120,9 +120,10 @@ def run_folder(
 def seeds_folder(folder: Path, *measured: dict[str, Any] | None, unfinished: tuple[int, ...] = ()) -> Path:
     """The runs of several seeds, each with the sweep given for it, or none."""
     for seed, content in enumerate(measured):
-        run = run_folder(folder / f"seed-{seed}", seed=seed)
+        metrics = [epoch(1)] if seed in unfinished else None
+        run = run_folder(folder / f"seed-{seed}", seed=seed, metrics=metrics)
         if content is not None:
-            write(run / "m.sweep.json", content)
+            write(run / "m.sweep.json", content | {"model_sha256": f"{seed}" * 64})
     runs = [{"seed": seed, "interrupted": seed in unfinished} for seed in range(len(measured))]
     write(folder / "summary.json", {"runs": runs, "num_finished": len(runs) - len(unfinished)})
     return folder

@@ -21,9 +21,9 @@ from unittest.mock import Mock
 import pytest
 from click.testing import CliRunner
 
-import tetdeploy
 from tetdeploy.cli.train import default_by_network, train, train_config
 from tetdeploy.files import sha256_of
+from tetdeploy.provenance import version
 from tetdeploy.signals import handled
 from tetdeploy.train import TrainConfig
 
@@ -214,7 +214,7 @@ def test_a_table_has_the_kept_weights_accuracies_at_the_T_of_each_training(
             assert (of["seed"], of["T"], of["versions"]) == (seed, T, {"torch": "9"})
             assert stub.runs[tmp_path / of["run"]] == (training, seed)
             assert of["checkpoint_sha256"] == sha256_of(tmp_path / of["run"] / "checkpoint.safetensors")
-    assert content["versions"]["tetdeploy"] == tetdeploy.__version__
+    assert content["versions"]["tetdeploy"] == version()
     held_out, test = (paper.mean_std(rows[1][part]) for part in ("held_out", "test"))
     assert f"| TET T=4 | {held_out} | {test} | 2 |" in (tmp_path / "table1.md").read_text()
 

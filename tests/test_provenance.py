@@ -46,6 +46,17 @@ def test_a_checkout_names_its_commit(git: Callable[..., str]) -> None:
     assert provenance.written()["versions"]["tetdeploy"] == version()
 
 
+def test_a_hook_of_another_repository_and_the_index_are_left_alone(
+    git: Callable[..., str], package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, commit = package / ".git" / "index", git("rev-parse", "HEAD")[:12]
+    monkeypatch.setenv("GIT_DIR", str(package / "elsewhere"))
+    (package / "tetdeploy" / "provenance.py").touch()  # the index has another time
+    before = index.stat().st_mtime_ns
+    assert version() == f"{__version__}+g{commit}"
+    assert index.stat().st_mtime_ns == before
+
+
 def test_a_changed_checkout_says_so(git: Callable[..., str], package: Path) -> None:
     (package / "runs").mkdir()
     (package / "runs" / "new").write_text("what is not of the repository changes nothing")
@@ -60,7 +71,7 @@ def test_elsewhere_it_is_the_release(package: Path, monkeypatch: pytest.MonkeyPa
     assert version() == __version__  # installed: beside the package is no repository
     version.cache_clear()
     (package / ".git").mkdir()  # of which Git can make nothing
-    assert version() == __version__
+    assert version() == f"{__version__}+unknown"
     version.cache_clear()
     monkeypatch.setenv("PATH", str(package))  # no Git
-    assert version() == __version__
+    assert version() == f"{__version__}+unknown"

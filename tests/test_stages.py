@@ -647,8 +647,8 @@ def test_seeds_refuse(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", [(0, 3, 5), (5, 3, 0)])
 def test_seeds_are_added(tmp_path: Path, whole_seeds: tuple[Path, Any], order: tuple[int, ...]) -> None:
-    """The new one alone is trained; record and summary are then as if there had been all of them from the start."""
-    out = tmp_path / "many"
+    """The new one alone is trained, behind those before; record and summary are as if all had been there at first."""
+    out, kept = tmp_path / "many", [0, 3, 5]
     shutil.copytree(whole_seeds[0] / "many", out)
     before = {file: file.stat().st_mtime_ns for file in out.glob("seed-*/*")}
     result = seeds(out, of_seed, seeds=order, resume=True, recipe=None)
@@ -656,13 +656,22 @@ def test_seeds_are_added(tmp_path: Path, whole_seeds: tuple[Path, Any], order: t
     run(tmp_path / "five", classifier_of(seed=5), epochs=3, seed=5)
     assert same_files(out / "seed-5", tmp_path / "five")
     settings = json.loads((out / "config.json").read_text())
-    assert (settings["seeds"], settings["training"]["seed"], settings["recipe"]) == (list(order), order[0], "my.toml")
+    assert (settings["seeds"], settings["training"]["seed"], settings["recipe"]) == (kept, 0, "my.toml")
     summary = json.loads((out / "summary.json").read_text())
     accuracies = [run["val_accuracy"] for run in summary["runs"]]
-    assert [run["seed"] for run in summary["runs"]] == list(order) and summary["num_finished"] == 3
+    assert [run["seed"] for run in summary["runs"]] == kept and summary["num_finished"] == 3
     assert summary["mean_val_accuracy"] == result.mean == pytest.approx(statistics.mean(accuracies))
     assert summary["std_val_accuracy"] == pytest.approx(statistics.stdev(accuracies))
     assert not seeds(out, of_seed, seeds=order, resume=True, recipe=None).interrupted
+
+
+def test_a_seed_that_has_not_begun_may_be_left_out_again(tmp_path: Path, whole_seeds: tuple[Path, Any]) -> None:
+    out = tmp_path / "many"
+    shutil.copytree(whole_seeds[0] / "many", out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"seeds": [0, 3, 44]}))  # and its folder could not be made
+    seeds(out, of_seed, seeds=(0, 3), resume=True, recipe=None)
+    assert json.loads((out / "config.json").read_text())["seeds"] == [0, 3]
 
 
 @pytest.mark.parametrize(

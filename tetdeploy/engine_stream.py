@@ -93,7 +93,9 @@ class Stream:
         Raises:
             ValueError: another shape, dtype or batch than the stream's; None before any image, or with frames.
         """
-        if x is None and (self._image is None or self.engine.encoding == "frames"):
+        if x is None and self.engine.encoding == "frames":
+            raise ValueError("a model of frames takes a new one at each step: push(frame)")
+        if x is None and self._image is None:
             raise ValueError("push() repeats the last image of a directly encoded stream; there is none: push(image)")
         if x is not None:
             frames = self.engine.encoding == "frames"

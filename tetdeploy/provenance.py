@@ -35,17 +35,21 @@ def written(**packages: str) -> dict[str, Any]:
 
 @cache
 def version() -> str:
-    """tetdeploy's, and where it runs from a Git checkout the commit, as in 0.1.0+g1f3c2a9b4d5e; .dirty with changes."""
+    """tetdeploy's, and where it runs from a Git checkout the commit, as in 0.1.0+g1f3c2a9b4d5e; .dirty with changes,
+    and 0.1.0+unknown where Git does not say."""
     checkout = Path(__file__).parents[1]
     if not (checkout / ".git").exists():
         return __version__
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty=.dirty", "--exclude=*", "--abbrev=12"]
-    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # that it writes nothing there
+    command = ["git", "-C", str(checkout), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's, say
+    environment |= {"GIT_OPTIONAL_LOCKS": "0"}  # that it writes nothing there
     try:
-        commit = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=10).stdout
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):  # no Git, or a checkout that it does not trust
-        return __version__
-    return f"{__version__}+g{commit.strip()}"
+        return f"{__version__}+unknown"
+    branch, *lines = said.splitlines()  # the first is "# branch.oid" and the commit
+    changed = any(not line.startswith("#") for line in lines)
+    return f"{__version__}+g{branch.split()[-1][:12]}{'.dirty' if changed else ''}"
 
 
 def engine_provenance(engine: Engine) -> dict[str, Any]:

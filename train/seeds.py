@@ -103,6 +103,9 @@ def train_seeds(
         OSError: see `train`.
     """
     out, ranks, how = Path(out), current_ranks(), how or How()
+    if resume:  # those before come first: what is finished stays in the summary
+        before = [seed for seed in read_run_config(out).get("seeds", ()) if seed in seeds]
+        seeds = [*before, *(seed for seed in seeds if seed not in before)]
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
     check_type("config", config, TrainConfig)
@@ -183,7 +186,8 @@ def _check(out: Path, settings: dict[str, Any], recipe: str | None, *, resume: b
 
 def _check_resumed(out: Path, settings: dict[str, Any]) -> str | None:
     before = read_run_config(out)
-    if missing := [seed for seed in before.get("seeds", ()) if seed not in settings["seeds"]]:
+    left_out = [seed for seed in before.get("seeds", ()) if seed not in settings["seeds"]]
+    if missing := [seed for seed in left_out if _is_begun(out / f"seed-{seed}")]:
         raise ValueError(
             f"{out} has the seeds {before['seeds']}, of which {settings['seeds']} lacks {missing}: seeds may be added, "
             "none left out; name all of them with --seeds, or start a new run in another --out"

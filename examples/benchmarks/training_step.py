@@ -303,7 +303,10 @@ def other_gradients(found: dict[str, Any]) -> dict[str, float]:
     """
     norms = {name: side["first_gradient"] for name, side in found.items() if "first_gradient" in side}
     ours = norms.get("tetdeploy", math.nan)
-    shares = {name: 0.0 if name.startswith("ANN") else abs(norm / ours - 1) for name, norm in norms.items()}
+    shares = {
+        name: 0.0 if name.startswith("ANN") or norm == ours else abs(norm - ours) / (ours or 1.0)
+        for name, norm in norms.items()
+    }
     shares |= {name: math.inf for name, norm in norms.items() if not math.isfinite(norm)}
     return {name: share for name, share in shares.items() if share > SAME_GRADIENT}
 

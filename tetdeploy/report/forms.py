@@ -87,7 +87,7 @@ RESULT = {
 RUN = {
     "network!": {"model": str, "ann": bool},
     "data!": {"name": str, "image_shape": [NUMBER], "train_images": AMOUNT, "val_images": AMOUNT},
-    "training!": {"T": STEP, "tit": str, "loss": str},
+    "training!": {"T": STEP, "tit": str, "loss": str, "epochs": STEP},
     "restarted": {"epoch": COUNT},
 }
 SUMMARY = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ class Run:
         epoch = self.checkpoint.get("provenance", {}).get("epoch")
         return next((record for record in self.metrics if record["epoch"] == epoch), None)
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether some of its epochs are still to come."""
+        return bool(self.metrics) and self.metrics[-1]["epoch"] < (self.training.get("epochs") or 0)
+
     def _chosen(self) -> dict[str, Any] | None:
         """As `tetdeploy.train.state.Best` has it."""
         own = [record for record in self.metrics if record["epoch"] > self.restarted]
@@ -51,7 +57,12 @@ class Run:
         loss = "val_tet_loss" if self.training.get("switch_to_tet") else "val_loss"
         if not validated:
             return last[-1] if last else None
-        return max(validated, key=lambda record: (record["val_accuracy"], -(record.get(loss) or 0.0)))
+        return max(validated, key=lambda record: (record["val_accuracy"], -_or_inf(record.get(loss))))
+
+
+def _or_inf(loss: float | None) -> float:
+    """A loss that was NaN, for which null stands, is worse than any."""
+    return math.inf if loss is None else loss
 
 
 def read_run(folder: Path) -> Run:

@@ -265,31 +265,31 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
     measurements = tuple(m for _, m in measured)
     if not seeds:
         return Source(name, runs, measurements, measurements, {})
-    summary = read_summary(folder)
     by_stem: dict[str, list[Measurement]] = {}
     for stem, m in measured:
         by_stem.setdefault(stem, []).append(m)
     series = [
-        _over_seeds(f"{name} {stem}" if len(by_stem) > 1 else name, group, seeds, summary, notes)
+        _over_seeds(f"{name} {stem}" if len(by_stem) > 1 else name, group, [*runs.values()], notes)
         for stem, group in by_stem.items()
     ]
-    return Source(name, runs, measurements, tuple(chain.from_iterable(series)), summary)
+    return Source(name, runs, measurements, tuple(chain.from_iterable(series)), read_summary(folder))
 
 
 def _over_seeds(
-    name: str, measured: Sequence[Measurement], folders: Sequence[Path], summary: Mapping[str, Any], notes: list[str]
+    name: str, measured: Sequence[Measurement], runs: Sequence[Run], notes: list[str]
 ) -> Sequence[Measurement]:
     """The mean of what was measured of one model of several seeds, those that are unfinished left out; each by itself
     where the results do not compare."""
-    unfinished = {f"seed-{run.get('seed')}" for run in summary.get("runs") or [] if run.get("interrupted")}
-    seeds = {m.run.folder.name: m for m in measured if m.run is not None and m.run.folder.name not in unfinished}
+    unfinished = {run.folder.name for run in runs if run.is_unfinished}
+    labelled = [m for m in measured if has_accuracy(m.content)] or measured  # agreement alone has no part in a mean
+    seeds = {m.run.folder.name: m for m in labelled if m.run is not None and m.run.folder.name not in unfinished}
     left_out = "".join(
         f"; {folder.name} is {'unfinished' if folder.name in unfinished else 'not measured (export, then sweep)'}"
-        for folder in folders
+        for folder in (run.folder for run in runs)
         if folder.name not in seeds
     )
     contents = [m.content for m in seeds.values()]
-    differing = {key for one, other in combinations(contents, 2) for key in apart(one, other)} - {"model_sha256"}
+    differing = {key for one, other in combinations(contents, 2) for key in _differing(one, other)}
     steps = [{row["T"] for row in content["rows"]} for content in contents]
     common = set[int]().union(*steps).intersection(*steps)
     if differing or not common:
@@ -297,11 +297,17 @@ def _over_seeds(
         notes.append(f"{name}: the seeds stand each by itself, as {reason}{left_out}.")
         return measured
     if left_out:
-        notes.append(f"{name}: its means are of {_of_seeds(len(seeds), len(folders))}{left_out}.")
+        notes.append(f"{name}: its means are of {_of_seeds(len(seeds), len(runs))}{left_out}.")
     if common != set.union(*steps):
         listed = ", ".join(map(str, sorted(common)))
         notes.append(f"{name}: its means are of the T at which each of the seeds was measured, {listed}.")
-    return [Measurement(name, mean_of(contents), (), measured[0].run, tuple(seeds.values()), len(folders))]
+    return [Measurement(name, mean_of(contents), (), measured[0].run, tuple(seeds.values()), len(runs))]
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What keeps the results of two seeds out of one mean; what only one of them says is no difference."""
+    own = [key for key in ("trained_T", "layout") if one.get(key) and other.get(key) and one[key] != other[key]]
+    return [key for key in apart(one, other) if key != "model_sha256"] + own
 
 
 def means_caption(measured: Sequence[Measurement]) -> str:

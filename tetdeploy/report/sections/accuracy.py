@@ -112,7 +112,8 @@ def _trained_twins(results: Results) -> list[Twin]:
     for source in results.unmeasured:
         energy_pj = results.twin_energy(source.run) if source.run else None
         best = (source.run.best if source.run else None) or {}
-        validation = source.summary.get("mean_val_accuracy") or best.get("val_accuracy")
+        validation = source.summary.get("mean_val_accuracy")
+        validation = best.get("val_accuracy") if validation is None else validation
         if energy_pj is not None and validation is not None:
             found.append((source.name, energy_pj, float(validation)))
     return found

@@ -54,7 +54,7 @@ def _plot(results: Results, key: str, caption: str, label: str, size: float) -> 
             axes.plot(steps, values, label=short(m.name), **style.options)
             deviations = [(0.0, std / size) for _, std in m.deviations("T", key)]
             error_bars(axes, list(zip(steps, values, strict=True)), deviations, style.colour)
-            highest = max(highest, *values)
+            highest = max(highest, *(value + std for value, (_, std) in zip(values, deviations, strict=True)))
         axes.set_xlabel("time steps T")
         axes.set_ylabel(label)
         axes.set_ylim(0, 1.08 * highest or 1.0)
@@ -77,7 +77,9 @@ def _energy_axis(measured: Sequence[Measurement]) -> tuple[str, float]:
 
 
 def _latency_caption(measured: Sequence[Measurement]) -> str:
-    devices = ", ".join(dict.fromkeys(str(m.content.get("device", "cpu")) for m in measured))
+    devices = ", ".join(
+        dict.fromkeys(str(one.content.get("device", "cpu")) for m in measured for one in m.seeds or (m,))
+    )
     caption = f"Median time of one image at a time, on {devices}."
     unrolled = [m.name for m in measured if m.content.get("layout") == "unrolled"]
     always = "An unrolled graph always runs all of its steps: it takes as long for every T"

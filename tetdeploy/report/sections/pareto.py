@@ -20,7 +20,7 @@ class Point:
     T: int
     energy_pj: float
     accuracy: float
-    deviation: tuple[float, float] = (0.0, 0.0)
+    deviation: tuple[float, float] | None = None
 
 
 def pareto_front(results: Results) -> Section | None:
@@ -65,7 +65,7 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 def _points(results: Results) -> list[Point]:
     """Every model at every T where accuracy and energy are known."""
     return [
-        Point(m.name, T, energy_pj, accuracy, deviation)
+        Point(m.name, T, energy_pj, accuracy, deviation if len(m.seeds) > 1 else None)
         for m in results.series
         for (T, energy_pj, accuracy), deviation in zip(
             m.points("energy_pj", "accuracy"), m.deviations("energy_pj", "accuracy"), strict=True
@@ -80,9 +80,8 @@ def _draw_points(axes: Any, own: Sequence[Point], front: Sequence[Point], style:
     best = [p for p in own if p in front]
     x, y = [p.energy_pj / size for p in best], [p.accuracy for p in best]
     axes.plot(x, y, style.marker, color=style.colour, markersize=7, zorder=3, label=short(own[0].name))
-    error_bars(
-        axes, list(zip(x, y, strict=True)), [(p.deviation[0] / size, p.deviation[1]) for p in best], style.colour
-    )
+    deviations = [p.deviation or (0.0, 0.0) for p in best]
+    error_bars(axes, list(zip(x, y, strict=True)), [(x_std / size, y_std) for x_std, y_std in deviations], style.colour)
     for point in best:
         mark(axes, f"T={point.T}", point.energy_pj / size, point.accuracy)
 
@@ -93,8 +92,8 @@ def _table(front: Sequence[Point]) -> Table:
         (
             p.name,
             str(p.T),
-            percent(p.accuracy, p.deviation[1] or None),
-            energy(p.energy_pj, p.deviation[0] or None),
+            percent(p.accuracy, p.deviation and p.deviation[1]),
+            energy(p.energy_pj, p.deviation and p.deviation[0]),
             times(p.energy_pj / cheapest) if cheapest else NONE,
         )
         for p in front
