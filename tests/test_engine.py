@@ -595,7 +595,7 @@ def test_refused_streams() -> None:
         engine("step").stream().push(None)
     frame_stream = engine("step", encoding="frames").stream()
     frame_stream.push(frames(1, 1)[:, 0])
-    with pytest.raises(ValueError, match="repeats the last image of a directly encoded stream"):
+    with pytest.raises(ValueError, match="a model of frames takes a new one at each step"):
         frame_stream.push(None)
     with pytest.raises(ValueError, match="the input is a masked array"):
         frame_stream.push(np.ma.masked_less(frames(1, 1)[:, 0], 3))
