@@ -744,7 +744,7 @@ def test_frames_are_streamed(trained: Path) -> None:
     for t in range(3):
         result = stream.push(frames[:, t])
     np.testing.assert_allclose(result.logits, whole.run(frames).logits, atol=1e-4)
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="a model of frames takes a new one"):
         stream.push()
 
 

@@ -103,13 +103,13 @@ def train_seeds(
         OSError: see `train`.
     """
     out, ranks, how = Path(out), current_ranks(), how or How()
-    if resume:  # those before come first: what is finished stays in the summary
-        before = [seed for seed in read_run_config(out).get("seeds", ()) if seed in seeds]
-        seeds = [*before, *(seed for seed in seeds if seed not in before)]
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
     check_type("config", config, TrainConfig)
     check_flag("resume", resume)  # the other flags are left to `train`
+    if resume:  # those before come first: what is finished stays in the summary
+        before = [seed for seed in read_run_config(out).get("seeds", ()) if seed in seeds]
+        seeds = [*before, *(seed for seed in seeds if seed not in before)]
     configs = {seed: replace(config, seed=seed) for seed in seeds}
     fresh = _Fresh(make_classifier)
     check_sets(train_set, val_set)
