@@ -123,6 +123,15 @@ class Net(nn.Sequential):
 def net(num_classes, in_channels, image_size):
     return Net(nn.Linear(64, 8), LIF(), nn.Linear(8, num_classes))
 """
+# A network without neurons.
+LINEAR_NET = """
+from torch import nn
+class Net(nn.Linear):
+    def forward(self, x, T):
+        return super().forward(x.flatten(1)).expand(T, -1, -1)
+def net(num_classes, in_channels, image_size):
+    return Net(64, num_classes)
+"""
 RANDOM_NET = """
 import functools
 import os
@@ -401,14 +410,7 @@ class TestCommands:
     def test_training_says_when_nothing_of_an_own_network_can_be_exported(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (tmp_path / "silent_net.py").write_text(
-            "from torch import nn\n"
-            "class Net(nn.Linear):\n"
-            "    def forward(self, x, T):\n"
-            "        return super().forward(x.flatten(1)).expand(T, -1, -1)\n"
-            "def net(num_classes, in_channels, image_size):\n"
-            "    return Net(64, num_classes)\n"
-        )
+        (tmp_path / "silent_net.py").write_text(LINEAR_NET)
         monkeypatch.syspath_prepend(str(tmp_path))
         with pytest.warns(RuntimeWarning, match=f"silent_net:net: {NOT_EXPORTED} it has no LIF or IF of tetdeploy.neu"):
             trained = run("train", "--model", "silent_net:net", "--epochs", "1", "--T", "2")
@@ -512,14 +514,7 @@ class TestCommands:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         code = Path("tau_net.py")
-        code.write_text(
-            "from torch import nn\n"
-            "class Net(nn.Linear):\n"
-            "    def forward(self, x, T):\n"
-            "        return super().forward(x.flatten(1)).expand(T, -1, -1)\n"
-            "def net(num_classes, in_channels, image_size):\n"
-            "    return Net(64, num_classes)\n"
-        )
+        code.write_text(LINEAR_NET)
         monkeypatch.syspath_prepend(str(tmp_path))
         own, short = ("--model", "tau_net:net"), ("--epochs", "1", "--T", "1")
         assert run("train", *own, *short, "--seeds", "0", "--out", "own").exit_code == 0
