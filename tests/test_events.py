@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tetdeploy.checkpoint import load, read_metadata
 from tetdeploy.cli import main
 from tetdeploy.data import (
     FrameSet,
@@ -33,10 +34,13 @@ from tetdeploy.data import (
     split_validation,
 )
 from tetdeploy.data.cifar import CIFAR10
-from tetdeploy.data.events import Binning, Recording, frame_size, read_aedat4, read_bin, read_npz, to_frames
+from tetdeploy.data.events import Binning, Framing, Recording, frame_size, read_aedat4, read_bin, read_npz, to_frames
 from tetdeploy.data.frames import count_statistics
 from tetdeploy.data.saccades import NUM_STEPS, saccade_events, saccade_frames, saccade_path
+from tetdeploy.early_exit import softmax
 from tetdeploy.engine import Engine
+from tetdeploy.form import as_json
+from tetdeploy.provenance import images_sha256
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NOWHERE = Path("nowhere")
@@ -304,10 +308,64 @@ def test_a_sensor_that_nothing_says_is_named_where_it_is_scaled(tmp_path: Path) 
     root = event_folder(tmp_path / "dvs", (40, 128))
     with pytest.warns(RuntimeWarning, match=said):
         assert load_data(f"events:{root}", "train", data_dir=NOWHERE, T=2).image_shape == (2, 40, 48)
+    with pytest.warns(RuntimeWarning, match=said):  # from the cache as well
+        load_data(f"events:{root}", "test", data_dir=NOWHERE, T=2)
+    say_sensor(root, 128, 40)
+    known = load_data(f"events:{root}", "train", data_dir=NOWHERE, T=2)  # a warning would be an error
+    assert known.framing == Framing("count", (40, 128))
+
+
+def say_sensor(root: Path, width: int, height: int) -> None:
     one = next(root.rglob("*.npz"))
     with np.load(one) as arrays:
-        np.savez(one, **arrays, sensor_size=[128, 40])
-    load_data(f"events:{root}", "train", data_dir=NOWHERE, T=2)  # a warning would be an error
+        np.savez(one, **dict(arrays) | {"sensor_size": [width, height]})
+
+
+def test_what_recordings_do_not_say_of_their_sensor_is_as_in_the_training(tmp_path: Path) -> None:
+    root, like = event_folder(tmp_path / "set", (60, 100)), Framing("count", (70, 130))
+    name = f"events:{root}"
+    again = [load_data(name, "test", data_dir=NOWHERE, T=2, like=like) for _ in range(2)]
+    assert again[0].framing == like and (again[0].x == again[1].x).all()
+    part = load_parts(name, data_dir=NOWHERE, T=2, fraction=0.3, like=like)[1]
+    assert part is not None and part.framing == like
+    say_sensor(root, 130, 70)
+    said = load_data(name, "test", data_dir=NOWHERE, T=2, like=like)
+    np.testing.assert_array_equal(said.x, again[0].x)
+    say_sensor(root, 100, 60)
+    other = r"sensor of 100x60 pixels .*; the network was trained on .*130x70 pixels"
+    with pytest.warns(RuntimeWarning, match=other):
+        own = load_data(name, "test", data_dir=NOWHERE, T=2, like=like)
+    assert own.framing == Framing("count", (60, 100)) and (own.x != said.x).any()
+
+
+def test_events_beyond_the_sensor_of_the_training_come_from_another(tmp_path: Path) -> None:
+    name, like = f"events:{event_folder(tmp_path / 'set', (60, 100))}", Framing("count", (60, 90))
+    with pytest.warns(RuntimeWarning) as caught:
+        frames = load_data(name, "test", data_dir=NOWHERE, T=2, like=like)
+    assert frames.framing is not None and frames.framing.sensor[1] > 90
+    assert [m for m in ("no recording of set says", "trained on") if not any(m in str(w.message) for w in caught)] == []
+
+
+@pytest.mark.parametrize("name", ["events:set", "saccades:digits"])
+def test_frames_cut_otherwise_than_in_the_training_are_named(tmp_path: Path, name: str) -> None:
+    event_folder(tmp_path / "set")
+    like = load_data(name, "test", data_dir=NOWHERE, T=2).framing
+    assert like is not None and like.by == "count"
+    load_data(name, "test", data_dir=NOWHERE, T=2, like=like)
+    with pytest.warns(
+        RuntimeWarning, match=f"by-time:{name} holds frames of equal time, .* trained on .* equal counts"
+    ):
+        load_data(f"by-time:{name}", "test", data_dir=NOWHERE, T=2, like=like)
+
+
+@pytest.mark.parametrize(
+    "said", ["count", {"by": "count"}, {"by": "width", "sensor": [2, 3]}, {"by": "time", "sensor": [2]}, {"sensor": 3}]
+)
+def test_framing_in_a_file_that_was_changed_is_refused(said: Any) -> None:
+    assert Framing.of(as_json({"framing": Framing("time", (3, 4)).to_dict()})) == Framing("time", (3, 4))
+    assert Framing.of({}) is None
+    with pytest.raises(ValueError, match=r"framing of the data is .*; wanted by, count or time, and sensor"):
+        Framing.of({"framing": said})
 
 
 def test_recordings_that_cannot_be_used_are_counted_and_named(tmp_path: Path) -> None:
@@ -721,6 +779,61 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if arguments[0] == "train":
             assert f"next: tetdeploy export {folder}/runs/saccades-digits-convsnn --fold-bn" in result.output
     return folder / "runs" / "saccades-digits-convsnn"
+
+
+def test_a_model_of_recordings_says_how_they_were_framed_and_predict_frames_alike(tmp_path: Path) -> None:
+    root = event_folder(tmp_path / "set", (60, 100))
+    say_sensor(root, 110, 60)
+    small = ["--data", f"by-time:events:{root}", "--T", "2", "--epochs", "1", "--width", "0.1", "--batch-size", "2"]
+    assert run("train", *small, "--out", "run").exit_code == 0
+    framing = Framing("time", (60, 110))
+    assert Framing.of(read_metadata("run")["data"]) == load("run").framing == framing
+    assert run("export", "run", "--check", "2", "-o", "model.onnx").exit_code == 0
+    for file in ("run", "model.onnx"):
+        assert "of a sensor of 110x60 pixels" in run("inspect", file).output
+
+    one = next(path for path in root.rglob("*.npz") if read_npz(path).sensor is None)
+    recording = read_npz(one)
+    engine = Engine("model.onnx")
+    result = run("predict", "model.onnx", str(one), "--json", "p.json")
+    assert result.exit_code == 0, result.output
+    certainty = json.loads(Path("p.json").read_text())["images"][0]["certainty"]
+    logits = engine.run(to_frames(recording, Binning(2, "time"), framing.sensor)[None]).per_step[0]
+    np.testing.assert_allclose(certainty, softmax(np.cumsum(logits, 0) / [[1], [2]]), rtol=1e-5)
+
+    write_npz(Path("wide.npz"), recording, sensor_size=[120, 60])
+    write_npz(Path("far.npz"), random_recording(1, 50, (90, 110)))
+    Path("broken.npz").write_bytes(b"PK")
+    for arguments, message, code in (
+        (
+            ["wide.npz"],
+            "wide.npz is of a sensor of 120x60 pixels (width x height); the network was trained on 110x60",
+            1,
+        ),
+        (["far.npz"], "far.npz: it reaches the pixel x=", 1),
+        (["broken.npz"], "broken.npz cannot be read as a recording: it is damaged", 1),
+        (["a.png"], "a.png: recordings end in .npz, .aedat4, .bin", 1),
+        (["none.npz"], "no recording at none.npz", 1),
+        ([str(one), "--resize"], "--resize is for images", 2),
+    ):
+        refused = run("predict", "model.onnx", *arguments)
+        assert (refused.exit_code, message in " ".join(refused.output.split())) == (code, True), refused.output
+
+    unsaid = event_folder(tmp_path / "unsaid", (60, 100))
+    sweep = run("sweep", "model.onnx", "--data", f"by-time:events:{unsaid}", "--json", "s.json")
+    assert sweep.exit_code == 0, sweep.output
+    swept = json.loads(Path("s.json").read_text())
+    alike = load_data(f"by-time:events:{unsaid}", "test", data_dir=NOWHERE, T=2, like=framing)
+    assert swept["images_sha256"] == images_sha256(alike.x, alike.labels)
+
+
+def test_predict_refuses_recordings_where_the_model_does_not_say_how_they_were_framed() -> None:
+    frames = load_data("saccades:digits", "train", data_dir=NOWHERE, T=3)
+    save_npz(frames, "frames.npz")
+    small = ["--data", "frames.npz", "--T", "3", "--epochs", "1", "--width", "0.1", "--out", "run"]
+    assert run("train", *small).exit_code == 0 and run("export", "run", "--check", "2", "-o", "m.onnx").exit_code == 0
+    result = run("predict", "m.onnx", "a.npz")
+    assert result.exit_code == 1 and "m.onnx does not say how recordings became the frames" in result.output
 
 
 def test_frames_are_trained_exported_and_swept(trained: Path, tmp_path: Path) -> None:

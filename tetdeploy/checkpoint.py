@@ -239,8 +239,9 @@ def trained_on(metadata: Mapping[str, Any], path: Path | str) -> str:
 
 
 def data_settings(classifier: Classifier) -> dict[str, Any]:
-    """What a classifier knows of its data, JSON-able: name, encoding, mean, std, class names and image shape."""
-    return {
+    """What a classifier knows of its data, JSON-able: name, encoding, mean, std, class names and image shape; of
+    recordings the framing."""
+    settings: dict[str, Any] = {
         "name": classifier.data,
         "encoding": classifier.encoding,
         "mean": _short_floats(classifier.mean),
@@ -248,6 +249,7 @@ def data_settings(classifier: Classifier) -> dict[str, Any]:
         "class_names": list(classifier.class_names),
         "image_shape": list(classifier.image_shape),
     }
+    return settings if classifier.framing is None else settings | {"framing": classifier.framing.to_dict()}
 
 
 def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path | str) -> None:
@@ -284,6 +286,7 @@ def _resized(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sizes:
 
 def _classifier_arguments(metadata: Mapping[str, Any], file: Path) -> tuple[Any, dict[str, Any]]:
     """The `NetworkConfig` and the other arguments of the `Classifier` that metadata describe."""
+    from tetdeploy.data import Framing
     from tetdeploy.networks import NetworkConfig
 
     data = metadata["data"]
@@ -295,6 +298,7 @@ def _classifier_arguments(metadata: Mapping[str, Any], file: Path) -> tuple[Any,
             "class_names": tuple(str(name) for name in data["class_names"]),
             "data": str(data["name"]),
             "encoding": str(data["encoding"]),
+            "framing": Framing.of(data),
         }
     except (TypeError, KeyError, IndexError) as error:
         raise ValueError(f"{file}: its metadata do not describe a network this tetdeploy knows: {error}") from error

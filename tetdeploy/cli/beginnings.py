@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tetdeploy.data import LabelledSet
     from tetdeploy.networks import Classifier
     from tetdeploy.train import How
+    from tetdeploy.train.restart import Restart
 
 NETWORK_OPTIONS = ("model", "width", "tau", "v_th", "gamma", "ann", "smooth_spike")
 HOW_OPTIONS = ("cuda_graphs", "recompute", "shards_mb")  # of no effect on the result
@@ -50,12 +51,14 @@ class Beginning:
         seeds: of several runs; none of one.
         how: see `_how`.
         init: the checkpoint of --init, as it was when it was read.
+        data: the data settings of what is begun from; none of a run from scratch.
     """
 
     out: Path | None
     seeds: tuple[int, ...]
     how: How
     init: Checkpoint | None
+    data: Mapping[str, Any]
 
 
 def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seeds: tuple[int, ...]) -> Beginning:
@@ -76,28 +79,27 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     resume, restart_from = ctx.params["resume"], ctx.params["restart_from"]
     init = None if ctx.params["init"] is None else read_checkpoint(ctx.params["init"])
     before: Mapping[str, Any] = {}
+    data: Mapping[str, Any] = {} if init is None else init.metadata["data"]
     if resume is not None:
         out = Path(resume) if resume else out or latest_run(ctx.params["runs"])
         settings = read_run_config(out)
         _check_named(ctx, out, settings.get("network", {}))
         seeds = _take_settings(ctx, settings, options) or seeds
-        before = settings.get("how", {})
+        before, data = settings.get("how", {}), settings.get("data", {})
     elif restart_from is not None:
-        before = _take_carried(ctx, restart_from, options)
+        restart = _take_carried(ctx, restart_from, options)
+        before, data = restart.how, restart.settings.get("data", {})
     elif options["qat"]:
         _take_checkpoint(ctx, init, options)
     elif init is not None:
         _take_network(ctx, init.path, init.metadata["network"], options)
     if seeds and is_typed(ctx, "seed"):
         raise click.UsageError("--seed and --seeds both decide the random numbers: choose one of them")
-    return Beginning(out, seeds, _how(ctx, before), init)
+    return Beginning(out, seeds, _how(ctx, before), init, data)
 
 
-def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) -> dict[str, Any]:
+def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) -> Restart:
     """Give options that were neither typed nor in a recipe the settings of the run that the weights are from.
-
-    Returns:
-        How that run ran, see `_how`.
 
     Raises:
         ValueError: there are none, or their network is the user's own and not named.
@@ -109,7 +111,7 @@ def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) ->
     _check_named(ctx, weights, settings["network"])
     here = {name: value for name, value in settings["training"].items() if name != "device"}
     _take_settings(ctx, settings | {"training": here}, options)
-    return restart.how
+    return restart
 
 
 def _check_named(ctx: click.Context, begun_from: Path, network: Mapping[str, Any]) -> None:

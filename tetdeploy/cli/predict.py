@@ -10,9 +10,9 @@ import click
 from tetdeploy.cli.inputs import as_model_input
 from tetdeploy.cli.options import AT_LEAST_1, STEPS, device_option, json_option, runtime_option, threads_option
 from tetdeploy.cli.terminal import console
-from tetdeploy.extras import import_extra
+from tetdeploy.extras import MissingExtraError, import_extra
 from tetdeploy.files import write_json
-from tetdeploy.provenance import own_data
+from tetdeploy.provenance import own_data, said_of_data
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
@@ -24,10 +24,11 @@ Examples:
   tetdeploy predict runs/r19/model-T6.onnx cat.png dog.jpg
   tetdeploy predict model-dynamic.onnx photo.jpg --resize --T 8 --top 5
   tetdeploy predict model-T4.engine cat.png --device tensorrt
+  tetdeploy predict runs/gestures/model-T10.onnx recording.aedat4
 """
 )
 @click.argument("model", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--T", "T", type=STEPS, help="Steps. [default: the T of the graph, or of the training]")
 @click.option("--top", default=3, show_default=True, type=AT_LEAST_1, help="How many classes to show.")
 @click.option(
@@ -42,7 +43,7 @@ Examples:
 @json_option
 def predict(
     model: Path,
-    images: tuple[Path, ...],
+    files: tuple[Path, ...],
     T: int | None,
     top: int,
     resize: bool,
@@ -51,10 +52,10 @@ def predict(
     threads: int | None,
     json_path: Path | None,
 ) -> None:
-    """Classify image files: the most likely classes, and how certain they are after each step.
+    """Classify image files, or recordings of an event camera: the likeliest classes after each step, and how certain.
 
     Certainty is the softmax of the mean logits so far. Files are read as those of the data set that the model was
-    trained on. Needs no torch.
+    trained on; recordings (.npz, .aedat4, .bin) are cut into frames as these were. Needs no torch.
     """
     import numpy as np
 
@@ -63,10 +64,11 @@ def predict(
 
     engine = open_engine(model, device=device, threads=threads, runtime=runtime)
     if engine.encoding == "frames":
-        raise ValueError(
-            f"{model} takes frames [N, T, C, H, W], not images; run it from Python: Engine(...).run(frames)"
-        )
-    x = np.stack([_read_image(path, engine, resize) for path in images])
+        if resize:
+            raise click.UsageError(f"--resize is for images; {model} takes frames of recordings")
+        x = np.stack([_read_recording(path, engine) for path in files])
+    else:
+        x = np.stack([_read_image(path, engine, resize) for path in files])
     result = engine.run(x, T)
     steps = np.arange(1, result.per_step.shape[1] + 1)[None, :, None]
     certainty = softmax(np.cumsum(result.per_step, axis=1) / steps)
@@ -77,10 +79,10 @@ def predict(
                 "model": str(model),
                 "T": int(steps.size),
                 "class_names": engine.class_names,
-                "images": [{"file": str(p), "certainty": c.tolist()} for p, c in zip(images, certainty, strict=True)],
+                "images": [{"file": str(p), "certainty": c.tolist()} for p, c in zip(files, certainty, strict=True)],
             },
         )
-    for path, by_step in zip(images, certainty, strict=True):
+    for path, by_step in zip(files, certainty, strict=True):
         _print(path, by_step, engine.class_names, top)
     if json_path is not None:
         console.print(str(json_path))
@@ -107,6 +109,34 @@ def _read_image(path: Path, engine: Engine, resize: bool) -> Any:
     import_extra("PIL.Image", "cpu")
     cropped = is_imagenet(own_data(engine)) and engine.input_shape[0] == 3
     return as_model_input(engine, _cropped(path, engine.input_shape[-1]) if cropped else _whole(path, engine, resize))
+
+
+def _read_recording(path: Path, engine: Engine) -> Any:
+    """A recording as the graph takes it, `[T, C, H, W]`: framed as those that its accuracy was measured on."""
+    from tetdeploy.data import Binning, Framing, read_recording, to_frames
+
+    framing = Framing.of(said_of_data(engine))
+    if framing is None:
+        raise ValueError(
+            f"{engine.path.name} does not say how recordings became the frames that it was trained on; run it from "
+            "Python: Engine(...).run(frames) with frames [N, T, C, H, W]"
+        )
+    try:
+        recording = read_recording(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no recording at {path}") from None
+    except MissingExtraError:
+        raise
+    except Exception as error:  # tonic and its readers raise whatever they like for damaged files
+        raise ValueError(f"{path} cannot be read as a recording: {error or type(error).__name__}") from error
+    if recording.sensor not in (None, framing.sensor):
+        said, own = (f"{width}x{height}" for height, width in (recording.sensor, framing.sensor))
+        raise ValueError(f"{path} is of a sensor of {said} pixels (width x height); the network was trained on {own}")
+    try:
+        frames = to_frames(recording, Binning(engine.trained_T, framing.by), framing.sensor)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}, which the network was trained on") from error
+    return as_model_input(engine, frames)
 
 
 def _cropped(path: Path, size: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,7 +217,7 @@ def train(
     with ExitStack() as made, process_group() as ranks, _one_voice(ranks):
         with ranks.first(), _naming(config):
             begun = begin(ctx, options, out=out, seeds=_parse_seeds(seeds))
-            job = _job(ctx, options)
+            job = _job(ctx, options, begun.data)
             if options["qat"] and begun.init is not None:
                 check_same_inputs(begun.init.path, begun.init.metadata, job.train)
         out = begun.out
@@ -300,6 +300,7 @@ class _Job:
             class_names=data.class_names,
             data=data.name,
             encoding=data.encoding,
+            framing=data.framing,
         )
 
     @property
@@ -345,8 +346,9 @@ def default_by_network(ctx: click.Context, options: dict[str, Any]) -> None:
         options |= {name: value for name, value in {"T": 1, "lam": 0.0}.items() if not is_given(ctx, name)}
 
 
-def _job(ctx: click.Context, options: dict[str, Any]) -> _Job:
-    from tetdeploy.data import load_parts
+def _job(ctx: click.Context, options: dict[str, Any], before: Mapping[str, Any]) -> _Job:
+    """Args: before: the data settings of what is begun from, if anything is."""
+    from tetdeploy.data import Framing, load_parts
 
     name, data_dir = options.pop("data"), options.pop("data_dir")
     network = {option: options.pop(option) for option in NETWORK_OPTIONS}
@@ -359,7 +361,8 @@ def _job(ctx: click.Context, options: dict[str, Any]) -> _Job:
     if network["model"] == "sew-resnet34" and is_given(ctx, "tau") and network["tau"] != 1.0:
         raise click.UsageError("--tau is 1 for sew-resnet34, whose IF neurons do not leak: leave it out")
     config = train_config(ctx, options, v_th=network["v_th"])
-    train, val = load_parts(name, data_dir=data_dir, T=config.longest_T, fraction=config.val_fraction)
+    T, like = config.longest_T, Framing.of(before)
+    train, val = load_parts(name, data_dir=data_dir, T=T, fraction=config.val_fraction, like=like)
     begins = ctx.params["resume"] is None and ctx.params["restart_from"] is None
     return _Job(config, network, train, val, begins)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from tetdeploy.names import is_npz
 from .cifar import load_cifar10, load_cifar100
 from .digits import load_digits
 from .event_sets import load_dvs_cifar10, load_event_folder, load_n_mnist
-from .events import Binning
+from .events import Binning, Framing, Recording, read_recording, to_frames
 from .fashion_mnist import load_fashion_mnist
 from .folder import load_folder
 from .frames import FrameSet, load_frames, load_npz
@@ -26,11 +27,14 @@ from .saccades import saccade_set
 
 __all__ = [
     "DATA_NAMES",
+    "Binning",
     "Encoding",
     "FrameSet",
+    "Framing",
     "ImageFiles",
     "ImageSet",
     "LabelledSet",
+    "Recording",
     "Split",
     "holds_out_others",
     "is_imagenet",
@@ -39,9 +43,11 @@ __all__ = [
     "load_frames",
     "load_parts",
     "read_crop",
+    "read_recording",
     "same_data",
     "save_npz",
     "split_validation",
+    "to_frames",
 ]
 
 _IMAGE_SETS: dict[str, Callable[[Split, Path], ImageSet]] = {
@@ -63,7 +69,7 @@ _EVENTS = "events:"
 _SACCADES = "saccades:"
 
 
-def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10) -> LabelledSet:
+def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10, like: Framing | None = None) -> LabelledSet:
     """Load an image set or an event set.
 
     Args:
@@ -75,6 +81,8 @@ def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10) -> Labell
         split: "train" or "test".
         data_dir: where data sets are looked for, and downloaded to when missing.
         T: frames that a recording is cut into. Images and a `.npz` are as they are.
+        like: of the recordings that a network was trained on, which is to see these: the sensor is taken from there
+            where "events:PATH" does not say its own, and a warning says where the two differ.
 
     Returns:
         An `ImageSet`, `ImageFiles` for ImageNet, which stays on disk, or a `FrameSet` for events; the order of its
@@ -94,11 +102,12 @@ def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10) -> Labell
     plain = name.removeprefix(_BY_TIME)
     binning = Binning(T, "count" if plain == name else "time")
     if plain in _EVENT_SETS:
-        return replace(_EVENT_SETS[plain](split, data_dir, binning), name=name)
+        return _compared(replace(_EVENT_SETS[plain](split, data_dir, binning), name=name), like)
     if plain.startswith(_EVENTS):
-        return replace(load_event_folder(plain.removeprefix(_EVENTS), split, binning), name=name)
+        frames = load_event_folder(plain.removeprefix(_EVENTS), split, binning, like)
+        return _compared(replace(frames, name=name), like)
     if plain.startswith(_SACCADES):
-        return _load_saccades(name, plain.removeprefix(_SACCADES), split, data_dir, binning)
+        return _compared(_load_saccades(name, plain.removeprefix(_SACCADES), split, data_dir, binning), like)
     if plain != name:
         raise ValueError(f"{name!r}: only events are cut into frames; give an event set, or leave out {_BY_TIME}")
     return _load_images(name, split, data_dir)
@@ -109,7 +118,20 @@ def is_known(name: str) -> bool:
     return name in DATA_NAMES or is_imagenet(name) or is_npz(name) or ":" in name
 
 
-def load_parts(name: str, *, data_dir: Path, T: int = 10, fraction: float) -> tuple[LabelledSet, LabelledSet | None]:
+def _compared(data: FrameSet, like: Framing | None) -> FrameSet:
+    """`data`, with a warning if they are framed otherwise than what the network was trained on."""
+    if like is not None and data.framing != like:
+        warnings.warn(
+            f"{data.name} holds {data.framing}; the network was trained on {like}: its accuracy may be another one",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return data
+
+
+def load_parts(
+    name: str, *, data_dir: Path, T: int = 10, fraction: float, like: Framing | None = None
+) -> tuple[LabelledSet, LabelledSet | None]:
     """The training images of a set in two parts: those that a run trains on, and those it holds out for validation.
 
     What comes after the training asks here too, with the run's own `val_fraction`: a threshold or a check on images
@@ -120,7 +142,7 @@ def load_parts(name: str, *, data_dir: Path, T: int = 10, fraction: float) -> tu
 
     Raises: as `load_data` and `split_validation`.
     """
-    data = load_data(name, "train", data_dir=data_dir, T=T)
+    data = load_data(name, "train", data_dir=data_dir, T=T, like=like)
     return split_validation(data, fraction=fraction) if fraction else (data, None)
 
 

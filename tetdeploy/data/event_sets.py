@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tetdeploy.extras import import_extra
 from .cache import Arrays, cached
 from .cifar import CIFAR10
 from .download import download
-from .events import READERS, Binning, Size, decode_recordings
+from .events import READERS, Binning, Framing, Size, decode_recordings, frame_size, measure_sensor
 from .folder import class_files, in_mixed_order, refuse_different_classes
 from .frames import NUM_MEASURED, FrameSet, count_statistics
 from .images import mixed_order
@@ -28,13 +29,13 @@ COUNTS: dict[str, dict[Split, int]] = {
 _DIGITS = tuple("0123456789")
 
 
-def load_event_folder(root: Path | str, split: Split, binning: Binning) -> FrameSet:
+def load_event_folder(root: Path | str, split: Split, binning: Binning, like: Framing | None = None) -> FrameSet:
     """Read PATH/train/<class>/* and PATH/test/<class>/*: `.npz` (t, x, y, p), `.aedat4` and N-MNIST's `.bin`.
 
     Classes are the folders' names, sorted. All recordings must come from sensors of one size: a `.npz` says it in
-    `sensor_size` (width, height); if no file says it, it is the smallest sensor that holds every event; if that is
-    scaled, a warning says so when the recordings are first read. The order is
-    fixed and mixed over the classes. Names that begin with a dot are ignored.
+    `sensor_size` (width, height); if no file says it, it is that of `like`, or, without one or where events lie outside
+    it, the smallest sensor that holds every event; if that is scaled, a warning says so. The order is fixed and mixed
+    over the classes. Names that begin with a dot are ignored.
 
     Returns:
         Frames uint8 [N, T, 2, H, W], H and W at most 48, see `to_frames`.
@@ -49,15 +50,40 @@ def load_event_folder(root: Path | str, split: Split, binning: Binning) -> Frame
     train, test = (class_files(root / part, suffixes=tuple(READERS), kind="recordings") for part in ("train", "test"))
     refuse_different_classes(root, train, test)
     paths, labels = in_mixed_order(train, test)
+    sensor = _sensor(root, paths, like)  # of both splits: they share one
 
     def decode() -> Arrays:
-        return {"frames": decode_recordings(paths, binning, text=root.name)}  # both splits: they share one sensor
+        return {"frames": decode_recordings(paths, binning, sensor, text=root.name)}
 
-    frames = cached(f"events-{root.resolve().name}-{_suffix(binning)}", root, paths, decode)["frames"]
+    key = f"events-{root.resolve().name}-{_suffix(binning)}-{sensor[1]}x{sensor[0]}"
+    frames = cached(key, root, paths, decode)["frames"]
     num_train = sum(map(len, train.values()))
     mean, std = count_statistics(frames[:num_train])
     part = slice(num_train) if split == "train" else slice(num_train, None)
-    return FrameSet(f"events:{root}", split, frames[part], labels[part], tuple(train), mean, std)
+    framing = Framing(binning.by, sensor)
+    return FrameSet(f"events:{root}", split, frames[part], labels[part], tuple(train), mean, std, framing)
+
+
+def _sensor(root: Path, paths: list[Path], like: Framing | None) -> Size:
+    def measure() -> Arrays:
+        size, is_said = measure_sensor(paths, text=f"measuring {root.name}")
+        return {"sensor": np.array(size), "is_said": np.array(is_said)}
+
+    measured = cached(f"sensor-{root.resolve().name}", root, paths, measure)
+    height, width = map(int, measured["sensor"])
+    if measured["is_said"]:
+        return height, width
+    if like is not None and height <= like.sensor[0] and width <= like.sensor[1]:
+        return like.sensor
+    if (cells := frame_size((height, width))) != (height, width):
+        warnings.warn(
+            f"no recording of {root.name} says the size of its sensor: the {width}x{height} pixels (width x height) "
+            f"that events reach are scaled to {cells[1]}x{cells[0]}, and another folder of the same camera may be "
+            "scaled otherwise; write sensor_size (width, height) into one recording, or into all",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return height, width
 
 
 def load_n_mnist(split: Split, data_dir: Path, binning: Binning) -> FrameSet:
@@ -127,13 +153,13 @@ def _frame_set(
     mixed: dict[Split, list[Path]] = {p: [paths[i] for i in mixed_order(len(paths))] for p, paths in found.items()}
 
     def decode(paths: list[Path]) -> NDArray[np.uint8]:
-        return decode_recordings(paths, binning, sensor=sensor, text=f"{name} {split}")
+        return decode_recordings(paths, binning, sensor, text=f"{name} {split}")
 
     key = f"{name}-{split}-{_suffix(binning)}"
     frames = cached(key, root, mixed[split], lambda: {"frames": decode(mixed[split])})["frames"]
     mean, std = count_statistics(frames if split == "train" else decode(mixed["train"][:NUM_MEASURED]))
     labels = np.array([class_names.index(path.parent.name) for path in mixed[split]], np.int64)
-    return FrameSet(name, split, frames, labels, class_names, mean, std)
+    return FrameSet(name, split, frames, labels, class_names, mean, std, Framing(binning.by, sensor))
 
 
 def _suffix(binning: Binning) -> str:

@@ -5,8 +5,7 @@ tonic reads the cameras' formats; `.npz` needs numpy only.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +41,41 @@ class Binning:
             raise ValueError(f"recordings are cut into T of at least 1 frames, got {self.T}")
         if self.by not in ("count", "time"):
             raise ValueError(f"recordings are cut by {self.by!r}; choose count or time")
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What turned the recordings of a data set into frames, besides T; a network must see others framed alike.
+
+    Attributes:
+        by: see `Binning`.
+        sensor: height and width of the camera, which are brought to those of the frames.
+    """
+
+    by: Literal["count", "time"]
+    sensor: Size
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Framing | None:
+        """That of the settings of a training's data; None for images, frames of a `.npz`, and in older files.
+
+        Raises:
+            ValueError: it is not as `to_dict` gives it.
+        """
+        if (said := settings.get("framing")) is None:
+            return None
+        try:
+            height, width = said["sensor"]
+            return cls(Binning(1, said["by"]).by, (int(height), int(width)))
+        except (TypeError, KeyError, ValueError):
+            raise ValueError(f"framing of the data is {said!r}; wanted by, count or time, and sensor, [H, W]") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"by": self.by, "sensor": list(self.sensor)}
+
+    def __str__(self) -> str:
+        kind = {"count": "equal counts", "time": "equal time"}[self.by]
+        return f"frames of {kind}, of a sensor of {self.sensor[1]}x{self.sensor[0]} pixels (width x height)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,29 +203,22 @@ def _shares(pixels: int, cells: int) -> NDArray[np.float64]:
     return overlap.clip(0)
 
 
-def decode_recordings(
-    paths: Sequence[Path], binning: Binning, *, sensor: Size | None = None, text: str
-) -> NDArray[np.uint8]:
+def decode_recordings(paths: Sequence[Path], binning: Binning, sensor: Size, *, text: str) -> NDArray[np.uint8]:
     """Read recordings and cut them into frames, in threads.
 
     Args:
         paths: one or more files that end in a key of `READERS`.
         binning: how each is cut.
-        sensor: height and width of the camera. None: what the files say; where none of them does, the smallest sensor
-            that holds every event of all of them, with a warning if that is scaled.
+        sensor: height and width of the camera.
         text: what the progress bar says.
 
     Returns:
         uint8 [N, T, 2, H, W], see `to_frames`.
 
     Raises:
-        ValueError: some files cannot be read or hold events that cannot be (all are counted, the first ones named),
-            or they come from sensors of different sizes.
+        ValueError: some files cannot be read or hold events that cannot be (all are counted, the first ones named).
         MissingExtraError: tonic is needed and not installed.
     """
-    if any(path.suffix.lower() != ".npz" for path in paths):
-        import_extra("tonic", "events")
-    sensor = sensor or _common_sensor(paths, text)
     frames = np.zeros((len(paths), binning.T, 2, *frame_size(sensor)), np.uint8)
 
     def decode(index: int, recording: Recording) -> None:
@@ -201,7 +228,13 @@ def decode_recordings(
     return frames
 
 
-def _common_sensor(paths: Sequence[Path], text: str) -> Size:
+def measure_sensor(paths: Sequence[Path], *, text: str) -> tuple[Size, bool]:
+    """Height and width of the camera that the files say, and whether one does; if none of them does, the smallest
+    sensor that holds every event of all of them.
+
+    Raises: as `decode_recordings`.
+        ValueError: they come from sensors of different sizes.
+    """
     said: dict[int, Size] = {}
     reached: dict[int, Size] = {}
 
@@ -210,33 +243,25 @@ def _common_sensor(paths: Sequence[Path], text: str) -> Size:
         if recording.sensor is not None:
             said[index] = recording.sensor
 
-    _read_all(paths, measure, f"measuring for {text}")
+    _read_all(paths, measure, text)
     sizes = sorted(set(said.values()))
     if len(sizes) > 1:
         examples = [f"{w}x{h} in {next(paths[i] for i in sorted(said) if said[i] == (h, w))}" for h, w in sizes]
         raise ValueError(f"the recordings come from sensors of {len(sizes)} sizes: {shorten(examples)}; wanted one")
     if sizes:
-        return sizes[0]
-    sensor = max(height for height, _ in reached.values()), max(width for _, width in reached.values())
-    if (grid := frame_size(sensor)) != sensor:
-        shown, cells = (f"{width}x{height}" for height, width in (sensor, grid))
-        warnings.warn(
-            f"no recording of {text} says the size of its sensor: the {shown} pixels (width x height) that events "
-            f"reach are scaled to {cells}, and another folder of the same camera may be scaled otherwise; write "
-            "sensor_size (width, height) into one recording, or into all",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return sensor
+        return sizes[0], True
+    return (max(height for height, _ in reached.values()), max(width for _, width in reached.values())), False
 
 
 def _read_all(paths: Sequence[Path], use: Callable[[int, Recording], None], text: str) -> None:
     """Read every file and hand it on with its index; then refuse, all at once, those that cannot be used."""
+    if any(path.suffix.lower() != ".npz" for path in paths):
+        import_extra("tonic", "events")
     errors: dict[int, str] = {}
 
     def read(index: int) -> None:
         try:
-            use(index, READERS[paths[index].suffix.lower()](paths[index]))
+            use(index, read_recording(paths[index]))
         except MissingExtraError:
             raise
         except Exception as error:  # tonic and its readers raise whatever they like for damaged files
@@ -244,6 +269,20 @@ def _read_all(paths: Sequence[Path], use: Callable[[int, Recording], None], text
 
     in_threads(read, len(paths), text)
     refuse_failed([errors[index] for index in sorted(errors)], f"{len(paths)} recordings cannot be used")
+
+
+def read_recording(path: Path) -> Recording:
+    """The events of a file that ends in `.npz`, `.aedat4` or `.bin`.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it ends otherwise, is damaged or holds no events that can be. (Readers of `.aedat4` and `.bin` raise
+            other errors, too.)
+        MissingExtraError: `.aedat4` and `.bin` need tonic.
+    """
+    if path.suffix.lower() not in READERS:
+        raise ValueError(f"{path}: recordings end in {', '.join(READERS)}")
+    return READERS[path.suffix.lower()](path)
 
 
 def read_npz(path: Path) -> Recording:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.names import is_npz
 
+from .events import Framing
 from .images import channels_last, image_set, read_arrays, usable_labels, usable_names
 from .labelled import Encoding, LabelledSet, Split
 
@@ -30,6 +31,7 @@ class FrameSet(LabelledSet):
         class_names: K distinct names; label k means class_names[k].
         mean: per channel, of frames / 255; 0 for counts, so that a pixel without events is 0 to the network as well.
         std: per channel, of frames / 255; greater than 0.
+        framing: how recordings became these frames; None where that is not known, as of a `.npz`.
 
     Raises:
         ValueError: the parts do not fit each other.
@@ -46,6 +48,7 @@ class FrameSet(LabelledSet):
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    framing: Framing | None = None
 
     def __post_init__(self) -> None:
         self._check("[N, T, C, H, W]")

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from tetdeploy.provenance import images_sha256
 
+from .events import Framing
+
 Split = Literal["train", "test"]
 Encoding = Literal["direct", "frames"]
 
@@ -23,6 +25,7 @@ class LabelledSet:
         encoding: "direct" for images, shown at every step; "frames" for an input of its own at each step.
         x: the images uint8 [N, C, H, W], or the frames uint8 [N, T, C, H, W]; of `ImageFiles` decoded where sliced.
         image_shape: (C, H, W).
+        framing: of recordings, how they became frames.
     """
 
     encoding: ClassVar[Encoding]
@@ -35,6 +38,7 @@ class LabelledSet:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    framing: Framing | None = None
 
     @property
     def x(self) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.batches import parts
 
-from .events import Binning
+from .events import Binning, Framing
 from .frames import NUM_MEASURED, FrameSet, count_statistics
 from .images import ImageSet
 
@@ -47,7 +47,8 @@ def saccade_set(images: ImageSet, train: ImageSet, name: str, binning: Binning) 
         raise ValueError(f"{name} moves in {NUM_STEPS} steps, too few for T={binning.T}; choose a smaller T")
     mean, std = count_statistics(saccade_frames(train.images[:NUM_MEASURED], binning))
     frames = saccade_frames(images.images, binning)
-    return FrameSet(name, images.split, frames, images.labels, images.class_names, mean, std)
+    framing = Framing(binning.by, images.image_shape[1:])
+    return FrameSet(name, images.split, frames, images.labels, images.class_names, mean, std, framing)
 
 
 def saccade_frames(images: NDArray[np.uint8], binning: Binning) -> NDArray[np.uint8]:

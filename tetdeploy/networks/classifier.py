@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdeploy.arguments import check_type
-from tetdeploy.data import Encoding
+from tetdeploy.data import Encoding, Framing
 from tetdeploy.networks.ann import has_neurons, is_ann_twin
 from tetdeploy.networks.smooth_spike import steepness
 
@@ -62,6 +62,7 @@ class Classifier(nn.Module):
         mean, std: of the pixels over 255, a value a channel.
         class_names: one a class.
         data: the name of the data set; empty if there is none to name.
+        framing: of recordings, how they become frames; None where that is not known.
 
     Raises:
         ValueError: `network` is no module, or another twin, or none, than `config` says; mean, std or class_names are
@@ -82,6 +83,7 @@ class Classifier(nn.Module):
         class_names: tuple[str, ...],
         data: str = "",
         encoding: Encoding = "direct",
+        framing: Framing | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
@@ -100,6 +102,7 @@ class Classifier(nn.Module):
         self.class_names = tuple(class_names)
         self.data = data
         self.encoding: Encoding = encoding
+        self.framing = framing
         shape = (config.in_channels, 1, 1)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(shape), persistent=False)

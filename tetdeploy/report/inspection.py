@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from tetdeploy.data import Framing
 from tetdeploy.names import is_own_model
 from tetdeploy.report.numbers import count, percent, three_digits
 from tetdeploy.report.result_table import ResultTable
@@ -106,6 +107,8 @@ def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:
             facts["network"] += f", width {network.get('width') or 1:g}; {neurons}"
     if data:
         facts["data"] = f"{data.get('name')}, images {_shape(data.get('image_shape') or [])}"
+        if (framing := Framing.of(data)) is not None:
+            facts["recordings"] = str(framing)
         if "class_names" in data:
             facts["classes"] = _classes(data["class_names"])
     if training:
