@@ -23,6 +23,7 @@ from .config import ExportConfig
 from .half import HalfNetwork
 from .parity import Parity, ParityError, compare, compare_folded
 from .progress import Progress, ticker
+from .reference import Answers
 
 _NUM_FOLDED, _NUM_COUNTED, _NUM_ROUNDED = 8, 4, 2
 
@@ -33,7 +34,12 @@ def gate_runtimes(config: ExportConfig) -> tuple[str, ...]:
 
 
 def check_graph(
-    classifier: Runnable, file: Path, config: ExportConfig, x: NDArray[Any], progress: Progress | None
+    classifier: Runnable,
+    file: Path,
+    config: ExportConfig,
+    x: NDArray[Any],
+    answers: Answers,
+    progress: Progress | None,
 ) -> tuple[Parity, Parity | None]:
     """Compare at the graph's own T, or two steps beyond the training's; from random membranes too, where it has state.
     A graph that hands on the state of T steps is called twice: the second call reads what the first one gave.
@@ -42,6 +48,7 @@ def check_graph(
         classifier: what computes the graph's answers in PyTorch.
         file: the graph.
         x: input as the graph takes it.
+        answers: is given PyTorch's, of at least the graph's own T.
 
     Returns:
         How far ONNX Runtime is from PyTorch.
@@ -60,7 +67,7 @@ def check_graph(
     if isinstance(classifier, HalfNetwork | Int8Network):
         some = torch.tensor(x[:_NUM_ROUNDED], device=classifier.mean.device)
         classifier.check_layers(some[:, :T] if config.encoding == "frames" else some, T)
-    found = _check_engine(classifier, engine, config, x, progress)
+    found = _check_engine(classifier, engine, config, x, progress, answers)
     own = classifier.classifier if isinstance(classifier, TracedNetwork) else classifier
     audit(own, engine, x[:_NUM_COUNTED], T)
     for other in others:
@@ -69,7 +76,12 @@ def check_graph(
 
 
 def _check_engine(
-    classifier: Runnable, engine: Engine, config: ExportConfig, x: NDArray[Any], progress: Progress | None
+    classifier: Runnable,
+    engine: Engine,
+    config: ExportConfig,
+    x: NDArray[Any],
+    progress: Progress | None,
+    answers: Answers | None = None,
 ) -> tuple[Parity, Parity | None]:
     """Args: `engine` is without native operators: spikes are read by an overlay, from the plain graph."""
     T = config.steps_on(x, beyond=2)
@@ -79,7 +91,8 @@ def _check_engine(
             x = np.concatenate([x, x], axis=1)  # the same frames again
     under = "" if engine.runtime == "onnxruntime" else f" under {engine.runtime}"
     what = f"the {config.layout} graph{under}"
-    parity = compare(classifier, engine, x, T, tick=ticker(progress, f"checking against PyTorch{under}", len(x)))
+    tick = ticker(progress, f"checking against PyTorch{under}", len(x))
+    parity = compare(classifier, engine, x, T, answers=answers, tick=tick)
     parity.check(what)
     if config.layout == "dynamic":
         for other in {1, min(T, config.trained_T)} - {T}:

@@ -22,6 +22,7 @@ from tetdeploy.folding import FoldingError
 from tetdeploy.int8.calibration import Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Int8Error, Scales
+from tetdeploy.memory import reused_memory
 from tetdeploy.networks import Classifier, check_classifier
 from tetdeploy.sweep import check_class_numbers
 from tetdeploy.traced_network import Runnable
@@ -42,7 +43,7 @@ from .operations import Layers
 from .parity import Parity
 from .pooling import close_windows, refuse_divisors
 from .progress import Progress, ticker
-from .reference import NUM_REFERENCE, write_reference
+from .reference import NUM_REFERENCE, Answers, write_reference
 
 CalibrationImages = tuple[NDArray[Any], NDArray[np.int64] | None]  # and their labels
 
@@ -123,14 +124,17 @@ def export_model(
             "take out those whose spikes are not used"
         )
     parity = from_state = kept = None
-    with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference:
+    answers = Answers()
+    with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference, reused_memory():
         model = serialised(graph.model, path)
         temporary.write_bytes(model)
         with _without_naming(temporary):
             _check_form(model, classifier)
             if num_check:
-                parity, from_state = check_graph(expected, temporary, config, x[:num_check], progress)
-            write_reference(reference, expected, x[:NUM_REFERENCE], labels, config, graph.description)
+                parity, from_state = check_graph(expected, temporary, config, x[:num_check], answers, progress)
+            kept_x = x[:NUM_REFERENCE]
+            tick = ticker(progress, "reference images", len(kept_x) - answers.num_images)
+            write_reference(reference, expected, kept_x, labels, config, graph.description, answers, tick)
             if num_check and config.precision != "fp32":
                 kept = measure_kept(classifier, temporary, config, x[:num_check], labels)
     reduced: dict[str, Any] = {"kept": kept}

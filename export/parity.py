@@ -7,9 +7,11 @@ therefore a rate, the neuron-steps that differ over all neuron-steps, with the t
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,12 +30,13 @@ from .comparison import Comparison
 from .counters import spikes_overlay
 from .margins import membranes
 from .recorder import compare_torch, run_torch
+from .reference import NUM_REFERENCE, Answers
 
 MAX_MISMATCH = 100e-6
 MIN_AGREEMENT = 0.999
 MAX_LOGIT_ERROR = 1e-4  # of the largest logit, layer by layer
 AMPLIFICATION = 4.0  # of PyTorch's own rounding: the engine rounds as often, and independently
-_BATCH = 50
+_BATCH = 25
 _NUM_LOCAL, _NUM_ROUNDING = 100, 20
 
 
@@ -56,7 +59,8 @@ class Parity:
         local_logit_error: the same layer by layer, as a fraction of the largest logit.
         amplified: measured only where the gate would fail without it, on up to 20 of the images that differ most: how
             many of their neuron-steps differ between engine and PyTorch, and between PyTorch and itself, in float64 and
-            with every weight moved by up to one unit in the last place (the largest of four such comparisons).
+            with every weight moved by up to one unit in the last place (the largest of four such comparisons, or of
+            those up to the first that shows that all is rounding).
         at_threshold: measured only where `amplified` does not show that all is rounding, on the same images: every
             neuron that fires on one side alone, both reading and reset by the engine's spikes, is nearer to its
             threshold than PyTorch, rounding otherwise, moves membranes near it in its layer, times AMPLIFICATION. So
@@ -123,6 +127,7 @@ def compare(
     T: int,
     *,
     from_random_state: bool = False,
+    answers: Answers | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> Parity:
     """Run `x` through PyTorch and the engine and compare every spike and logit.
@@ -130,6 +135,7 @@ def compare(
     Args:
         from_random_state: start both from the same random membranes in [0, v_th) instead of zero (T must then be what
             one call of the graph runs).
+        answers: is given PyTorch's for the first images, as many as a reference has.
         tick: called with the number of images done, for a progress bar.
     """
     neurons = [(n["name"], float(n["v_th"]), tuple(n["shape"])) for n in engine.metadata["neurons"]]
@@ -149,7 +155,13 @@ def compare(
         per_step, by_name = _run_engine(engine, overlay, batch, T, names, state)
         spikes = [by_name[f"spikes.{name}"] for name in names]
         fired |= [layer.any() for layer in spikes]
-        by_image.append(sums.add(batch, per_step, spikes, state)[1])
+        counts: list[NDArray[np.int64]] = []
+        wanted = answers is not None and answers.num_images < NUM_REFERENCE
+        watch = partial(_count, counts) if wanted else None
+        expected, differing = sums.add(batch, per_step, spikes, state, watch=watch)
+        by_image.append(differing)
+        if answers is not None and wanted:
+            answers.add(expected, counts)
         if part.start < _NUM_LOCAL:
             sums.add_local(batch, per_step, spikes, state)
     silent = tuple(name for name, once in zip(names, fired, strict=True) if not once)
@@ -162,10 +174,18 @@ def compare(
     worst_images = np.argsort(-images, kind="stable")[:_NUM_ROUNDING]
     state = None if first_state is None else [u[worst_images] for u in first_state]
     there = float(images[worst_images].mean() / (sums.whole.sizes.sum() * T))
-    parity = replace(parity, amplified=(there, _rounding(classifier, x[worst_images], T, state)))
+    enough = there / AMPLIFICATION or math.inf
+    parity = replace(parity, amplified=(there, _rounding(classifier, x[worst_images], T, state, enough)))
     if parity.is_rounding or not parity.is_local:
         return parity
     return replace(parity, at_threshold=_is_at_threshold(classifier, engine, x[worst_images], T, state))
+
+
+def _count(
+    counts: list[NDArray[np.int64]], layer: int, current: Tensor, own: Tensor, different: Tensor, *_: float
+) -> None:
+    """Note how many neurons of a layer fire in PyTorch, `[T, N]`; see `Watch`."""
+    counts.append(own.reshape(*own.shape[:2], -1).sum(2).cpu().numpy().astype(np.int64))
 
 
 def compare_folded(reduced: TracedNetwork, engine: Engine, x: NDArray[Any], T: int) -> Parity:
@@ -194,15 +214,27 @@ def _parity(sums: Comparison, T: int) -> Parity:
     )
 
 
-def _rounding(classifier: Runnable, x: NDArray[Any], T: int, state: Sequence[NDArray[Any]] | None) -> float:
-    """How much PyTorch differs from itself where it rounds otherwise: in float64, and with weights one ulp away."""
+def _rounding(
+    classifier: Runnable,
+    x: NDArray[Any],
+    T: int,
+    state: Sequence[NDArray[Any]] | None,
+    enough: float = math.inf,
+) -> float:
+    """How much PyTorch differs from itself where it rounds otherwise: with weights one ulp away, and in float64.
+
+    Args:
+        enough: a rate with which nothing else is tried.
+    """
     expected = run_torch(classifier, x, T, state)[1]
-    differing = []
+    size = sum(layer.size for layer in expected)
+    largest = 0.0
     for other, context in _rounding_otherwise(classifier):
         with context:
-            differing.append(compare_torch(other, x, T, expected, state)[1])
-    size = sum(layer.size for layer in expected)
-    return max(float(d.sum()) / size for d in differing)
+            largest = max(largest, float(compare_torch(other, x, T, expected, state)[1].sum()) / size)
+        if largest >= enough:
+            break
+    return largest
 
 
 def _is_at_threshold(
@@ -255,10 +287,8 @@ def _layers_alone(
 
 
 def _rounding_otherwise(classifier: Runnable) -> Iterator[tuple[Runnable, AbstractContextManager[Any]]]:
-    """The network in float64, and with every weight moved by up to one unit in the last place, three times; and in
-    which context each runs."""
-    if isinstance(classifier, Classifier):  # an int8 network has no form in float64
-        yield copy.deepcopy(classifier).double(), InFloat64()  # type: ignore[no-untyped-call]
+    """The network with every weight moved by up to one unit in the last place, three times, and in float64, which takes
+    longest; and in which context each runs."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         moved = copy.deepcopy(classifier)
@@ -266,6 +296,8 @@ def _rounding_otherwise(classifier: Runnable) -> Iterator[tuple[Runnable, Abstra
             ulps = torch.rand(parameter.shape, generator=generator).to(parameter) * 2 - 1
             parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps * ulps)
         yield moved, nullcontext()
+    if isinstance(classifier, Classifier):  # an int8 network has no form in float64
+        yield copy.deepcopy(classifier).double(), InFloat64()  # type: ignore[no-untyped-call]
 
 
 def _run_engine(

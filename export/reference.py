@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,29 @@ from .recorder import run_torch
 NUM_REFERENCE = 256
 
 
+class Answers:
+    """What PyTorch computes for the first images, a batch after the other.
+
+    Attributes:
+        num_images: images noted so far.
+    """
+
+    def __init__(self) -> None:
+        self.num_images = 0
+        self._per_step: list[NDArray[Any]] = []
+        self._counts: list[NDArray[np.int64]] = []
+
+    def add(self, per_step: NDArray[Any], counts: Sequence[NDArray[np.int64]]) -> None:
+        """Note a batch: logits `[N, T, K]`, and how many neurons of each layer fire, `[T, N]` by layer."""
+        self.num_images += len(per_step)
+        self._per_step.append(per_step)
+        self._counts.append(np.stack(counts, axis=-1).transpose(1, 0, 2))
+
+    def first(self, count: int, T: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Logits `[N, T, K]` and spike counts `[N, T, layers]` of the first images and steps."""
+        return np.concatenate(self._per_step)[:count, :T], np.concatenate(self._counts)[:count, :T]
+
+
 def write_reference(
     file: Path,
     classifier: Runnable,
@@ -26,6 +49,8 @@ def write_reference(
     labels: NDArray[np.int64] | None,
     config: ExportConfig,
     description: Mapping[str, Any],
+    answers: Answers,
+    tick: Callable[[int], None] | None = None,
 ) -> None:
     """Write what PyTorch computes for `x`, so that another machine can prove it computes the same.
 
@@ -34,17 +59,18 @@ def write_reference(
         x: input as the graph takes it.
         labels: of at least these images.
         description: the metadata of the graph.
+        answers: what is known of them; those of the other images are added.
+        tick: called with the number of images that were run for this, for a progress bar.
     """
-    T = config.steps_on(x)
-    per_step, counts = [], []
-    for part in parts(len(x), 32):
-        logits, spikes = run_torch(classifier, x[part], T)
-        per_step.append(logits)
-        counts.append(np.stack([s.reshape(T, s.shape[1], -1).sum(-1).T for s in spikes], axis=-1).astype(np.int64))
+    T, known = config.steps_on(x), answers.num_images
+    for part in parts(max(len(x) - known, 0), 32, tick):
+        per_step, spikes = run_torch(classifier, x[known:][part], T)
+        answers.add(per_step, [s.reshape(T, s.shape[1], -1).sum(-1).astype(np.int64) for s in spikes])
+    per_step, counts = answers.first(len(x), T)
     arrays: dict[str, Any] = {
         "x": x,
-        "per_step": np.concatenate(per_step),
-        "spike_counts": np.concatenate(counts),
+        "per_step": per_step,
+        "spike_counts": counts,
         "neurons": np.array([layer["name"] for layer in description["neurons"]]),
     } | {key: np.array(value) for key, value in computed_by(description).items()}
     if labels is not None:

@@ -91,7 +91,7 @@ PAGES = """
 import resource
 from contextlib import nullcontext
 import torch
-from tetdeploy.train.device import reused_memory
+from tetdeploy.memory import reused_memory
 
 def new_pages(megabytes):
     "What comes anew for blocks that are freed before the next: after a first one, of ten; the kernel may add its own."

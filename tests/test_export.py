@@ -52,6 +52,7 @@ from tetdeploy.export import (
     model,
     neuron_steps,
     onnx_tracer,
+    recorder,
 )
 from tetdeploy.export.causality import check_steps
 from tetdeploy.export.config import GPU_TARGETS, Precision
@@ -489,6 +490,29 @@ def test_the_reference_holds_256_images(tmp_path: Path) -> None:
     assert made.num_folded == 3 and made.num_neurons == 3
     assert made.size_bytes == (tmp_path / "m.onnx").stat().st_size
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.reference.npz"]
+
+
+def test_the_reference_takes_what_the_check_computed_and_runs_the_other_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def run_torch(classifier: Any, x: Any, T: int) -> Any:
+        ran.append(len(x))
+        return recorder.run_torch(classifier, x, T)
+
+    monkeypatch.setattr("tetdeploy.export.reference.run_torch", run_torch)
+    monkeypatch.setattr("tetdeploy.export.parity._BATCH", 20)
+    answers = {}
+    for num_check in (60, 30, 0):
+        ran.clear()
+        export_convsnn(tmp_path / "m.onnx", ExportConfig(T=2), digits().images[:60], num_check=num_check)
+        assert sum(ran) == 60 - num_check
+        with np.load(tmp_path / "m.reference.npz") as reference:
+            answers[num_check] = reference["per_step"], reference["spike_counts"]
+    for per_step, counts in answers.values():
+        np.testing.assert_allclose(per_step, answers[0][0], rtol=0, atol=2e-5)
+        assert np.abs(counts - answers[0][1]).sum() <= 1e-4 * answers[0][1].sum()
 
 
 def test_the_check_may_be_left_out_and_the_path_be_no_utf8(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tetdeploy.export.comparison import Comparison
 from tetdeploy.export.config import Layout
 from tetdeploy.export.model import build_graph
 from tetdeploy.export.parity import _is_at_threshold, _parity, _rounding, compare
+from tetdeploy.export.recorder import compare_torch
 from tetdeploy.networks import Classifier, NetworkConfig, ResNet19, build_network
 from tetdeploy.neurons import LIF
 
@@ -164,7 +165,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The images and the membranes of which PyTorch's rounding is measured: two of batches of three."""
     seen: list[Any] = []
 
-    def rounding(classifier: Classifier, x: Any, T: int, state: Any) -> float:
+    def rounding(classifier: Classifier, x: Any, T: int, state: Any, enough: float) -> float:
         seen.append((x, state))
         return 0.5
 
@@ -240,6 +241,19 @@ def test_rounding_is_the_most_that_pytorch_differs_from_itself() -> None:
     assert _rounding(convsnn(), x, 4, None) < 1e-4
     # Of numbers in -1..1 that many are above 0.5, and so make 1 + eps of 1 + eps u.
     assert _rounding(calibrated(AtTheThreshold()), x, 1, None) == pytest.approx(0.25, abs=0.05)
+
+
+def test_rounding_is_not_measured_further_than_to_show_what_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+
+    def compared(*args: Any) -> Any:
+        tried.append(args)
+        return compare_torch(*args)
+
+    monkeypatch.setattr("tetdeploy.export.parity.compare_torch", compared)
+    x, network = digits().images[:4], calibrated(AtTheThreshold())
+    found = [_rounding(network, x, 1, None, enough) for enough in (0.1, 0.9)]
+    assert found == [pytest.approx(0.25, abs=0.05)] * 2 and len(tried) == 1 + 4
 
 
 class Constant(nn.Module):

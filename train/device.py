@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +15,6 @@ from tetdeploy.networks import NetworkConfig
 from .ranks import current_ranks
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def check_device(name: str) -> None:
@@ -132,32 +128,6 @@ def tuned_convolutions() -> Iterator[None]:
     finally:
         cudnn.benchmark, cudnn.allow_tf32 = benchmark, conv == "tf32"
         cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = conv, rnn
-
-
-@contextmanager
-def reused_memory() -> Iterator[None]:
-    """Within it memory that is freed stays with the process, which takes it again at the next step.
-
-    The GNU C library gives blocks above 32 MB back at once, so that each activation of that size comes as new pages,
-    which the system clears: a fifth of a training step in float32. Nothing happens with another C library.
-    """
-    mallopt, trim = (getattr(_c_library(), name, None) for name in ("mallopt", "malloc_trim"))
-    if mallopt is None or trim is None:
-        yield
-        return
-    try:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
-        yield
-    finally:  # to where the library's own adjustment ends, which the first call has switched off for good
-        mallopt(_M_MMAP_MAX, 65_536)
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
-        trim(0)
-
-
-def _c_library() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -26,6 +26,7 @@ from tetdeploy.checkpoint import read_metadata, save_checkpoint
 from tetdeploy.data import LabelledSet
 from tetdeploy.extras import import_extra
 from tetdeploy.files import is_utf8, lacks_temporary_folder
+from tetdeploy.memory import reused_memory
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import Classifier, check_classifier, code_sha256, run_network, warn_of_other_code
 from tetdeploy.run_folder import CHECKPOINT_NAME, STATE_NAME
@@ -34,7 +35,7 @@ from tetdeploy.signals import deferred_interrupt
 from .averaging import kept_classifier, trainable, update_average
 from .board import tensorboard
 from .config import How, TrainConfig
-from .device import autocast, reused_memory, tuned_convolutions
+from .device import autocast, tuned_convolutions
 from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
 from .progress import Progress
 from .ranks import current_ranks

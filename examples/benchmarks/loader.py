@@ -31,6 +31,7 @@ from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, Numbers, json_option
 from tetdeploy.data import ImageFiles, ImageSet, LabelledSet, load_data
 from tetdeploy.files import write_json
+from tetdeploy.memory import reused_memory
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig
 from tetdeploy.train.batches import Batch, DeviceImages, Draws, Images
@@ -40,7 +41,6 @@ from tetdeploy.train.device import (
     pick_device,
     pick_precision,
     place,
-    reused_memory,
     tuned_convolutions,
     wants_channels_last,
 )

@@ -234,7 +234,8 @@ def _measure(
     Raises:
         ValueError: the images do not fit, or the network's own code fails beyond the T that it was trained with.
     """
-    from tetdeploy.train.device import place, reused_memory, tuned_convolutions, wants_channels_last
+    from tetdeploy.memory import reused_memory
+    from tetdeploy.train.device import place, tuned_convolutions, wants_channels_last
     from tetdeploy.train.session import check_data
     from tetdeploy.train.validation import classes_by_step
 

@@ -23,6 +23,7 @@ from tetdeploy.cli.options import (
 from tetdeploy.cli.terminal import console, image_bar, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
+from tetdeploy.memory import reused_memory
 
 if TYPE_CHECKING:
     from tetdeploy.agreement import Compared, Reference
@@ -214,7 +215,8 @@ class _Job:
             beside=beside,
             num_beside=num_torch or len(x),
         )
-        self._finish(run, _partial(partial_path, run, name, checkpoint=digest))
+        with reused_memory():
+            self._finish(run, _partial(partial_path, run, name, checkpoint=digest))
         result = self._json(self._sweep(run.tally, x, labels, steps, name), beside, gates)
         result["agreement"]["checkpoint_sha256"] = digest
         latency = torch_latency(classifier, x, steps)
