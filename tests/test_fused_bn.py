@@ -756,3 +756,30 @@ def test_the_kernels_compile_for_an_h100_without_fused_multiply_adds() -> None:
 @pytest.mark.slow  # 5 s of ptxas
 def test_registers_suffice_for_most_steps_with_bn_on_the_residual() -> None:
     run_compiled(BUILD + 'backward("bf16", last, 16, ())')
+
+
+LAUNCH = """
+import torch
+from triton_helpers import launch_nothing
+from tetdeploy.kernels import triton_bn_lif, triton_lif
+
+launched = launch_nothing()
+y = torch.randn(4 * 2, 6, 3, 3).bfloat16().contiguous(memory_format=torch.channels_last)
+bn, spikes = torch.nn.BatchNorm2d(6), torch.empty_like(y).unflatten(0, (4, 2))
+vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+norm = triton_bn_lif.statistics(y, *vectors, momentum=bn.momentum, eps=bn.eps)
+triton_bn_lif.forward(y, norm, y, norm, spikes, 0.5, 1.0)
+g, sums = triton_bn_lif.backward(y, norm, None, None, spikes, 0.5, 1.0, 1.0)
+triton_bn_lif.norm_backward(g, y, norm, sums[0], sums[1], into=g)
+current = torch.randn(17, 5)
+triton_lif.forward(current, None, current, None, 0.5, 1.0)
+triton_lif.backward(current, None, current, None, current, torch.empty(5), 0.5, 1.0, 1.0)
+print(*[name for name, grid in launched], sep="\\n")
+"""
+
+
+def test_the_kernels_take_the_arguments_that_they_are_launched_with() -> None:
+    """Triton's own binding and compilation of them for an H100; without it the interpreter would take any option."""
+    names = ["_statistics", "_merge", "_forward", "_backward", "_norm_backward"]
+    pieces = ["_forward", "_forward", "_forward", "_backward", "_backward"]  # 16 steps and one; the first once more
+    assert run_compiled(LAUNCH) == names + pieces

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks_helpers import load, on_ranks, save
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tetdeploy.layers import OverTime, tdBN
 from tetdeploy.train.ranks import current_ranks
@@ -49,6 +51,18 @@ def passes(layers: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "grad.x": x.grad, "inference": inference.detach(), **gradients, **layers.state_dict()}
 
 
+class FromHost(TorchDispatchMode):
+    """Counts the tensors that are made of Python's numbers, which a GPU would have to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
 def _work(folder: Path) -> None:
     ranks, layers = current_ranks(), network()
     synchronise_bn(layers)
@@ -57,8 +71,10 @@ def _work(folder: Path) -> None:
         synchronise_bn(each)
     copied, share = copy.deepcopy(layers), batch().split([2, 4], 1)[ranks.rank]
     half = passes(norm, share.bfloat16())
+    with FromHost() as from_host:
+        bare(share)
     found = {"itself": passes(layers, share), "copied": passes(copied, share), "untracked": passes(bare, share)}
-    save(folder, ranks.rank, half=half, **found)
+    save(folder, ranks.rank, half=half, from_host=from_host.count, **found)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +104,13 @@ def test_without_running_statistics_a_batch_has_those_of_all_ranks(folder: Path)
     halves, whole = [load(folder, rank)["untracked"] for rank in (0, 1)], passes(untracked(), batch())
     for name in ("y", "grad.x"):
         torch.testing.assert_close(torch.cat([h[name] for h in halves], 1), whole[name], rtol=1e-9, atol=1e-9)
+
+
+def test_no_number_of_the_host_is_waited_for(folder: Path) -> None:
+    assert [load(folder, rank)["from_host"] for rank in (0, 1)] == [0, 0]
+    with FromHost() as from_host:
+        torch.zeros(1).new_tensor([2.5])
+    assert from_host.count == 1
 
 
 def test_in_half_precision_statistics_are_float32(folder: Path) -> None:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,6 +114,42 @@ def ptx_for_h100(kernel: Any, dtype: str, types: Mapping[str, str], constants: M
     assert "fma." not in ptx, f"{case}: a multiply-add was fused"
     assert stack_bytes(compiled.asm["cubin"]) == 0, f"{case}: registers do not suffice"
     return ptx
+
+
+def launch_nothing() -> list[tuple[str, tuple[int, ...]]]:
+    """From here on this process has an H100, as far as Triton knows, whose kernels are compiled from the arguments that
+    they are launched with, and are not launched. Gives the list of their names and grids, which grows."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    launched: list[tuple[str, tuple[int, ...]]] = []
+
+    class Launcher:
+        def __init__(self, source: Any, metadata: Any) -> None:
+            self.name = source.fn.__name__
+
+        def __call__(self, *arguments: Any) -> None:
+            launched.append((self.name, arguments[:3]))
+
+    class Driver:
+        launcher_cls = Launcher
+        utils = SimpleNamespace(
+            load_binary=lambda *_: (1, 1, 32, 0, 1024),  # module, function, registers, spills, most threads
+            get_device_properties=lambda device: {"max_shared_mem": 232_448},
+            unload_module=lambda module: None,
+        )
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", 90, 32)
+
+    triton.runtime.driver.set_active(Driver())
+    return launched
 
 
 def stack_bytes(cubin: bytes) -> int:

@@ -94,7 +94,7 @@ class _GroupNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, _but_channels(x), correction=0)
-        count = mean.new_tensor([x.numel() / x.shape[1]])
+        count = mean.new_full((1,), x.numel() / x.shape[1])  # no list, whose copy would wait for the GPU
         own = torch.cat([mean, var, count])
         every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(every, own)
