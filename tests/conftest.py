@@ -31,8 +31,8 @@ os.fsync = lambda number: None  # no test's file outlives a power cut; 1,700 too
 settings.register_profile("the same examples each time", derandomize=True, deadline=None, database=None)
 settings.load_profile("the same examples each time")
 
-for name in ("FORCE_COLOR", "COLUMNS"):  # what commands print is not to depend on where the tests run
-    os.environ.pop(name, None)
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
+    os.environ.pop(name, None)  # what commands print is not to depend on where the tests run
 os.environ["no_proxy"] = "127.0.0.1,localhost,::1"  # servers of the tests are asked directly
 
 

@@ -493,7 +493,7 @@ def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None
     path = tmp_path / ("a" * longest)
     check_writable(path, remedy="choose another with --json")
     write_json(path, {})
-    write_json(tmp_path / ("\u56fe" * (longest // 3)), {})  # three bytes each
+    write_json(tmp_path / os.fsdecode("\u56fe".encode() * (longest // 3)), {})  # three bytes each
     with atomic_folder(tmp_path / ("b" * longest)):
         pass
     assert len([*tmp_path.iterdir()]) == 3

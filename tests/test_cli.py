@@ -306,9 +306,9 @@ class TestCommands:
 
     @pytest.mark.parametrize(("columns", "width"), [("60", 60), ("100", 100), ("0", 120), ("", 120)])
     def test_piped_tables_are_as_wide_as_COLUMNS(self, columns: str, width: int, workplace: Path) -> None:
-        environment = os.environ | {"COLUMNS": columns}
+        environment = os.environ | {"COLUMNS": columns, "PYTHONIOENCODING": "utf-8"}  # in ASCII λ has six letters
         command = [sys.executable, "-m", "tetdeploy", "inspect", MODEL]
-        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout.decode()
         longest = max(map(len, output.splitlines()))
         assert longest == width  # the file's SHA-256 and versions are folded
         assert "…" not in output and "kernel" in output and "dense ops" in output
@@ -1179,10 +1179,11 @@ def test_each_of_several_lacking_characters_has_one_like_it() -> None:
 
 def test_a_path_in_ascii_keeps_its_bytes(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, tmp_path / "m.safetensors")
-    command = [sys.executable, "-m", "tetdeploy", "inspect", "m.safetensors", "--json", "é.json"]
+    name = "é.json".encode()
+    command = [sys.executable, "-m", "tetdeploy", "inspect", "m.safetensors", "--json", os.fsdecode(name)]
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=True)
-    assert done.stdout.splitlines()[-1] == "é.json".encode()
+    assert done.stdout.splitlines()[-1] == name
 
 
 def test_names_in_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

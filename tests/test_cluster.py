@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,9 +50,7 @@ def test_a_run_becomes_a_repository_and_then_its_next_version(run: Path, tmp_pat
     arguments = ["export", run, "--layout", "dynamic", "--check", 20, "--format", "triton-repository", "-o", tmp_path]
     output = call(*arguments, "--json", tmp_path / "written.json")
     assert f"{tmp_path}/digits-convsnn-stream/1   onnxruntime_onnx" in output
-    assert output.endswith(
-        f"next: tritonserver --model-repository {tmp_path} (docs/cluster.md)\n".replace(" (", "   (")
-    )
+    assert output.endswith(f"next: tritonserver --model-repository {shlex.quote(str(tmp_path))}   (docs/cluster.md)\n")
     assert output.count("next: ") == 1
     models = json.loads((tmp_path / "written.json").read_text())["models"]
     assert [(m["name"], m["version"]) for m in models] == [("digits-convsnn", 1), ("digits-convsnn-stream", 1)]
@@ -71,9 +70,10 @@ def test_paths_with_brackets_are_shown_whole(run: Path, tmp_path: Path) -> None:
     output = call("export", run, "--layout", "dynamic", "--check", 20, "-o", model)
     assert f"{model}   " in output and f"next: tetdeploy sweep '{model}'\n" in output
     output = call("export", model, "--format", "triton-repository", "--name", "m", "-o", folder / "triton")
-    assert f"{folder / 'triton' / 'm'}/1   onnx" in output and f"--model-repository {folder / 'triton'}   " in output
+    assert f"{folder / 'triton' / 'm'}/1   onnx" in output and f"--model-repository '{folder / 'triton'}'   " in output
     output = call("export", model, "--format", "kserve", "--storage-uri", URI, "--name", "m", "-o", folder / "m.yaml")
-    assert f"{folder / 'm.yaml'}   m" in output and f"copy {model}, {folder}/m.reference.npz to" in output
+    assert f"{folder / 'm.yaml'}   m" in output and f"copy '{model}', '{folder}/m.reference.npz' to" in output
+    assert f"kubectl apply -f '{folder / 'm.yaml'}'   (docs" in output
     output = call("predict", model, image, "--json", result)
     assert "[bold].png" in output and f"{result}\n" in output
     output = call("validate", model, "--json", result)
@@ -83,11 +83,13 @@ def test_paths_with_brackets_are_shown_whole(run: Path, tmp_path: Path) -> None:
 def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path) -> None:
     file, model = tmp_path / "digits.yaml", Path(shutil.copy(exported("step"), tmp_path))
     arguments = "export", model, "--format", "kserve", "--name", "Digits_T4", "--storage-uri", URI, "-o", file
-    assert f"next: copy {model} to {URI}, then kubectl apply -f {file}" in call(*arguments)
+    quoted = shlex.quote(str(model))
+    assert f"next: copy {quoted} to {URI}, then kubectl apply -f {shlex.quote(str(file))}" in call(*arguments)
     beside = [tmp_path / f"{model.stem}{ending}" for ending in (".reference.npz", ".exit.json")]
     for path in beside:
         path.touch()
-    assert f"next: copy {model}, {beside[0]}, {beside[1]} to {URI}, then" in call(*arguments)
+    all_three = ", ".join(shlex.quote(str(path)) for path in (model, *beside))
+    assert f"next: copy {all_three} to {URI}, then" in call(*arguments)
     service = yaml.safe_load(file.read_text())
     assert (service["apiVersion"], service["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
     assert service["metadata"]["name"] == "digits-t4"

@@ -27,7 +27,7 @@ def commands(text: str) -> Iterator[str]:
             yield from (part.strip()[10:] for part in parts if part.strip().startswith("tetdeploy "))
     for inline in INLINE.findall(BLOCK.sub("", text)):
         if "..." not in inline:
-            words = re.sub(r"\$\w+", "", re.sub(r":[NM]\b", ":3", inline)).split()
+            words = re.sub(r"\$\w+", "", re.sub(r"\$\w+(?=/)", ".", re.sub(r":[NM]\b", ":3", inline))).split()
             yield " ".join(words if words[1:] else [*words, "--help"])  # a name alone speaks of the command
 
 
@@ -47,15 +47,20 @@ T=4 tetdeploy
 ```
 `tetdeploy bench
 MODEL`, `tetdeploy train ...`, `tetdeploy.train`, `python3 -m tetdeploy inspect M`,
-`for g in a b; do timeout -k 1 9 tetdeploy train $g --tit 2:N:0.1; cp x y; done`"""
+`for g in a b; do timeout -k 1 9 tetdeploy train $g --tit 2:N:0.1; cp x y; done`,
+`tetdeploy sweep --json $OUT/s.json`"""
     wanted = ["train --T 4", "sweep", "export --T 6", "bench MODEL", "inspect M", "train --tit 2:3:0.1"]
+    wanted += ["sweep --json ./s.json"]
     assert list(commands(text)) == wanted
     assert {name for name, _ in shown()} >= {"README.md", "training.md", "tensorrt.md"}
 
 
 @pytest.mark.parametrize(("document", "command"), shown())
-def test_a_command_that_is_shown_parses(document: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)  # a recipe is read
+def test_a_command_that_is_shown_parses(
+    document: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")  # a recipe is read
+    monkeypatch.chdir(tmp_path)  # where results can be written, unlike in a checkout of somebody else's
     name, *arguments = shlex.split(command)
     wanted = main.commands[name]
     if "--help" not in arguments:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,17 @@ def test_a_threshold_is_loaded(model: Path) -> None:
     write_exit(model)
     assert exit_path(model) == model.parent / "m.exit.json"
     assert load_exit(model) == load_exit(str(model), T=6) == load_exit(model, T=9) == Exit(0.9, "margin", 2)
+
+
+def test_what_to_run_is_quoted_for_a_shell(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    moved = Path(shutil.move(model, tmp_path / "a b"))
+    command = re.escape(f"; run: tetdeploy calibrate {shlex.quote(str(moved))}")
+    with pytest.raises(FileNotFoundError, match=rf"{command}$"):
+        load_exit(moved)
+    write_exit(moved)
+    with pytest.raises(ValueError, match=rf"{command} --T 4$"):
+        load_exit(moved, T=4)
 
 
 def test_what_load_exit_refuses(model: Path) -> None:

@@ -8,6 +8,7 @@ t = 1,000,000 + 100 i, x = 7 i mod width, y = 13 i mod height, ON where 3 divide
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -777,7 +778,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         result = run(*arguments, *runs)
         assert result.exit_code == 0, result.output
         if arguments[0] == "train":
-            assert f"next: tetdeploy export {folder}/runs/saccades-digits-convsnn --fold-bn" in result.output
+            made = shlex.quote(f"{folder}/runs/saccades-digits-convsnn")
+            assert f"next: tetdeploy export {made} --fold-bn" in result.output
     return folder / "runs" / "saccades-digits-convsnn"
 
 

@@ -361,7 +361,8 @@ def test_what_is_done_is_not_trained_again_and_what_was_interrupted_goes_on(
 def test_runs_of_another_recipe_are_refused(
     paper: ModuleType, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
 ) -> None:
-    monkeypatch.setattr(paper, "RECIPES", shutil.copytree(paper.RECIPES, tmp_path / "recipes"))
+    recipes = shutil.copytree(paper.RECIPES, tmp_path / "recipes", copy_function=shutil.copyfile)  # may be read-only
+    monkeypatch.setattr(paper, "RECIPES", recipes)
     recipe = tmp_path / "recipes" / "table1-sdt-T4.toml"
     command = ["figure2", "--smoke", "--out", str(tmp_path), "--data-dir", "data"]
     stub.interrupted = interrupted

@@ -253,6 +253,10 @@ class TestAgainst:
             digest = hashlib.sha256(Path(name, "checkpoint.safetensors").read_bytes()).hexdigest()
             assert digest[:12] in message
 
+    def test_the_command_that_exports_it_is_quoted_for_a_shell(self) -> None:
+        shutil.copytree(OTHER, "an other")
+        assert refused(MODEL, "--against", "an other").rstrip().endswith(": tetdeploy export 'an other'")
+
     def test_the_same_run_trained_on(self) -> None:
         write_run(Path(RUN), 5)
         assert "was not exported from run/checkpoint.safetensors" in refused(MODEL, "--against", RUN)

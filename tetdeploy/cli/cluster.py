@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import click
@@ -87,7 +88,7 @@ def _write_repository(ctx: click.Context, models: list[Path], name: str) -> None
         console.print(f"{model.path}/{model.version}   {model.platform}")
     if ctx.params["json_path"] is not None:
         write_json(ctx.params["json_path"], {"models": [model.to_dict() for model in added]})
-    console.print(f"next: tritonserver --model-repository {repository}   (docs/cluster.md)")
+    console.print(f"next: tritonserver --model-repository {shlex.quote(str(repository))}   (docs/cluster.md)")
 
 
 def _write_service(ctx: click.Context, model: Path, name: str) -> None:
@@ -109,6 +110,5 @@ def _write_service(ctx: click.Context, model: Path, name: str) -> None:
         write_json(ctx.params["json_path"], {"path": str(path), "service": service})
     # Beside it: what the estimated energy and early_exit: true need.
     copied = [model, *filter(Path.exists, (reference_path(model), exit_path(model)))]
-    console.print(
-        f"next: copy {', '.join(map(str, copied))} to {storage_uri}, then kubectl apply -f {path}   (docs/cluster.md)",
-    )
+    files, manifest = ", ".join(shlex.quote(str(file)) for file in copied), shlex.quote(str(path))
+    console.print(f"next: copy {files} to {storage_uri}, then kubectl apply -f {manifest}   (docs/cluster.md)")

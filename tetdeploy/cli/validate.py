@@ -20,7 +20,7 @@ from tetdeploy.cli.options import (
     parsed_steps,
     result_option,
 )
-from tetdeploy.cli.terminal import console, image_bar, progress_bar, say_next
+from tetdeploy.cli.terminal import command_line, console, image_bar, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
 from tetdeploy.memory import reused_memory
@@ -297,7 +297,7 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
             f"{engine.path.name} was not exported from {checkpoint.file}: it was made from "
             f"{f'the checkpoint {wanted[:12]}' if wanted else 'a network it does not name'}, this is "
             f"{checkpoint.sha256[:12]} (SHA-256); name that checkpoint, or export this one again: "
-            f"tetdeploy export {path}"
+            f"{command_line('export', path)}"
         )
     if threads is not None:
         torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ and after T steps in any case. A threshold of 1 stops no image early.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -116,7 +117,7 @@ def check_calibrated(model: Path | str, calibrated_T: int, T: int) -> None:
     if calibrated_T > T:
         raise ValueError(
             f"the threshold of {model} was found for T={calibrated_T} and says nothing of T={T}; "
-            f"run: tetdeploy calibrate {_graph(Path(model))[0]} --T {T}"
+            f"run: tetdeploy calibrate {shlex.quote(str(_graph(Path(model))[0]))} --T {T}"
         )
 
 
@@ -132,7 +133,7 @@ def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, in
     if graph.is_dir():
         raise ValueError(f"{graph} is a folder, not an .onnx file")
     sha256 = sha256 or (sha256_of(graph) if said is None else said)
-    path, again = exit_path(graph), f"run: tetdeploy calibrate {graph}"
+    path, again = exit_path(graph), f"run: tetdeploy calibrate {shlex.quote(str(graph))}"
     if not path.is_file():
         raise FileNotFoundError(f"no early-exit threshold at {path}; {again}")
     try:
