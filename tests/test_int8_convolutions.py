@@ -197,7 +197,7 @@ def test_the_largest_sums(weight: int, x: int | list[int], way: Way) -> None:
     numbers = {"w": np.full((33, 300, 3, 3), weight, np.int8), "bias": np.zeros(33, np.int32), "y_scale": np.float32(1)}
     numbers["w_scale"] = np.full(33, 2.0**-13, np.float32)
     model = convolution((300, 33), pads=[0] * 4, zero=128, change=numbers)
-    inputs = np.resize(np.array(x, np.uint8).clip(None, Few.most), (2, 7, 5, 300))
+    inputs = np.resize(np.array(x).clip(None, Few.most).astype(np.uint8), (2, 7, 5, 300))
     windows = np.lib.stride_tricks.sliding_window_view(inputs.astype(np.int64), (3, 3), (1, 2))
     expected = (np.rint(windows.sum((3, 4, 5)) * weight * 2.0**-13) + 128).clip(0, 255)
     y = session(replaced(model, way)).run(None, {"x": inputs})[0]

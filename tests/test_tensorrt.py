@@ -146,7 +146,7 @@ def _narrow(graph: onnx.ModelProto) -> None:
     scales = {node.input[1] for node in graph.graph.node if node.op_type == "QuantizeLinear"}
     for tensor in graph.graph.initializer:
         if tensor.name in scales and (value := onnx.numpy_helper.to_array(tensor)) != 1:  # that of spikes
-            tensor.CopyFrom(onnx.numpy_helper.from_array(value / 4, tensor.name))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value / np.float32(4), tensor.name))
 
 
 @pytest.mark.parametrize(("layout", "options"), INT8, ids=lambda value: str(value))
