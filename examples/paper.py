@@ -30,7 +30,7 @@ import click
 
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.files import atomic_write, sha256_of, write_json
-from tetdeploy.provenance import written
+from tetdeploy.provenance import version, written
 from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, seed_runs
 from tetdeploy.signals import handled, terminations
 
@@ -456,6 +456,7 @@ def save(figure: Any, at: Place) -> None:
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
 def main(what: str, scale: str | None, out: Path | None, data_dir: Path) -> None:
     """Train, measure and write one of the paper's tables or figures."""
+    version()  # as of now, whatever a `git pull` brings while it trains
     out = out or Path("results") / (f"{what}-{scale}" if scale else what)
     scale = scale or "full"
     if not any(scale in entry.scales for entry in TABLES[what]):

@@ -11,7 +11,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.cli.errors import lacks_memory
+from tetdeploy.cli.errors import Recorded, lacks_memory
 from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file
 from tetdeploy.cli.options import (
     PARTS,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=Recorded,
     epilog="""\b
 Examples:
   tetdeploy evaluate                                    the newest run on its test set, at T=1..8
@@ -49,7 +50,7 @@ Examples:
                                                         of folders of several seeds also mean and standard deviation
   tetdeploy evaluate runs/tet --predictions tet.npz     the class of each image, for a paired test
   tetdeploy evaluate runs/r19 --device cuda --precision bf16 --batch-size 1024
-"""
+""",
 )
 @click.argument("checkpoints", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
 @click.option(
