@@ -30,7 +30,7 @@ import click
 
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.files import atomic_write, sha256_of, write_json
-from tetdeploy.provenance import written
+from tetdeploy.provenance import version, written
 from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, seed_runs
 from tetdeploy.signals import handled, terminations
 
@@ -217,13 +217,19 @@ def tetdeploy(*arguments: object) -> None:
         raise SystemExit(code or 130)
 
 
+def folder_of(entry: Entry, at: Place) -> Path:
+    """Its name has nothing that a shell reads otherwise; one that an earlier version began keeps its apostrophe."""
+    name = entry.name.replace(" ", "-").replace(",", "").replace("=", "")
+    return at.runs / (name if (at.runs / name).exists() else name.replace("'", ""))
+
+
 def trained(entry: Entry, at: Place) -> list[Path]:
     """Train an entry, or what of it is not finished; its runs, one for each seed.
 
     Refuses a folder that was begun by another recipe: `train --resume` does so where the recipe says otherwise than the
     run, or the images or the teacher are others; for what the recipe says no more it would take what the run has.
     """
-    folder = at.runs / entry.name.replace(" ", "-").replace(",", "").replace("=", "")
+    folder = folder_of(entry, at)
     begun, recipe, now = (folder / CONFIG_NAME).exists(), folder / "recipe.json", entry.settings(at.scale)
     before = json.loads(recipe.read_text()) if begun and recipe.exists() else now
     if before != now:
@@ -252,10 +258,12 @@ def measured(result: Path, run: Path) -> Any:
 def swept(run: Path, at: Place, steps: str) -> list[dict[str, Any]]:
     """Export a run for any T and sweep it over its test set; the rows."""
     model, result = run / "model-dynamic.onnx", run / "sweep.json"
-    if measured(result, run) is None:
+    found = measured(result, run)
+    if found is None:
         tetdeploy("export", run, "--layout", "dynamic", "--fold-bn", "--data-dir", at.data_dir, "--check", 200)
         tetdeploy("sweep", model, "--T", steps, "--data-dir", at.data_dir, "--json", result)
-    rows: list[dict[str, Any]] = measured(result, run)["rows"]
+        found = json.loads(result.read_text())
+    rows: list[dict[str, Any]] = found["rows"]
     return rows
 
 
@@ -265,9 +273,11 @@ def final_accuracy(run: Path, at: Place, steps: str) -> float:
     if not network["ann"] and not network["smooth_spike"]:
         return float(next(row["accuracy"] for row in swept(run, at, steps) if row["T"] == T))
     result = run / "evaluate.json"
-    if measured(result, run) is None:
+    found = measured(result, run)
+    if found is None:
         tetdeploy("evaluate", run, "--T", T, "--data-dir", at.data_dir, "--json", result)
-    return float(measured(result, run)["runs"][0]["accuracy"][0]["accuracy"])
+        found = json.loads(result.read_text())
+    return float(found["runs"][0]["accuracy"][0]["accuracy"])
 
 
 def mean_std(values: Sequence[float]) -> str:
@@ -456,6 +466,7 @@ def save(figure: Any, at: Place) -> None:
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), envvar="TETDEPLOY_DATA")
 def main(what: str, scale: str | None, out: Path | None, data_dir: Path) -> None:
     """Train, measure and write one of the paper's tables or figures."""
+    version()  # as of now, whatever a `git pull` brings while it trains
     out = out or Path("results") / (f"{what}-{scale}" if scale else what)
     scale = scale or "full"
     if not any(scale in entry.scales for entry in TABLES[what]):

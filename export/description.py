@@ -88,6 +88,12 @@ def describe(
     return description
 
 
+def describe_check(model: ir.Model, description: dict[str, Any], *, checked: bool) -> None:
+    """Add to both whether the model is compared with PyTorch before it is kept."""
+    description["checked"] = checked
+    model.metadata_props[METADATA_KEY] = json.dumps(description)
+
+
 def _strip(model: ir.Model) -> None:
     """torch's exporter leaves stack traces with paths of this machine in every node."""
     model.metadata_props.clear()

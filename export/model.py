@@ -31,7 +31,7 @@ from tetdeploy.wording import first_line
 
 from .causality import check_steps
 from .config import GPU_TARGETS, ExportConfig
-from .description import describe, serialised
+from .description import describe, describe_check, serialised
 from .encoder import find_encoder, is_one_layer, split_encoder
 from .gate import check_graph, gate_runtimes
 from .half import HalfNetwork
@@ -123,6 +123,7 @@ def export_model(
             f"the network runs {num_layers} neuron layers, but only {num_neurons} of them reach its logits; "
             "take out those whose spikes are not used"
         )
+    describe_check(graph.model, graph.description, checked=num_check > 0)
     parity = from_state = kept = None
     answers = Answers()
     with atomic_write(path) as temporary, atomic_write(reference_path(path)) as reference, reused_memory():

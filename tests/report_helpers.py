@@ -168,6 +168,11 @@ def epoch(number: int, **changes: Any) -> dict[str, Any]:
     return record | changes
 
 
+def reached(accuracy: float) -> list[dict[str, Any]]:
+    """Two epochs, of which the second is the best."""
+    return [epoch(1, val_accuracy=accuracy - 0.1), epoch(2, val_accuracy=accuracy)]
+
+
 def without_rendering(patch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """From now on plots are painted and not rendered; their axes, by the module that draws them."""
     painted: dict[str, list[Any]] = {name: [] for name in PLOTTERS}

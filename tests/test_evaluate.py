@@ -123,6 +123,22 @@ def test_a_run_and_what_has_no_export(runs: Path) -> None:
     assert "next" not in run("runs/ann", "runs/smooth", "--T", "1", "--limit", "9").output
 
 
+def test_of_a_network_fine_tuned_in_8_bits_it_is_said_that_others_are_measured(runs: Path) -> None:
+    assert "not int8" not in run("runs/snn", "--T", "1", "--limit", "9", "--json", "e.json").output
+    assert json.loads(Path("e.json").read_text())["runs"][0]["qat"] is False
+    save_checkpoint(runs / "tuned" / "checkpoint.safetensors", ann(), training=TRAINING | {"qat": True}, provenance={})
+    result = run("runs/tuned", "runs/snn", "--T", "1", "--limit", "9", "--precision", "bf16", "--json", "e.json")
+    assert result.exit_code == 0, result.output
+    shown = result.output.splitlines()
+    first, second, *_ = (line.split()[:-1] for line in shown if "runs/" in line)
+    assert (first, second) == (["runs/tuned", "(not", "int8)"], ["runs/snn"])
+    said = " ".join(result.output.split())
+    assert "not int8: fine-tuned in 8 bits (--qat), but measured in bf16; tetdeploy export --precision int8 and" in said
+    assert "then tetdeploy sweep measure it in 8 bits" in said
+    assert [row["qat"] for row in json.loads(Path("e.json").read_text())["runs"]] == [True, False]
+    assert shown[-1] == "next: tetdeploy export runs/tuned --precision int8"
+
+
 def test_the_class_of_each_image_is_kept(runs: Path) -> None:
     result = run("runs/snn", "runs/ann", "--T", "2,4", "--limit", "50", "--json", "e.json", "--predictions", "p.npz")
     assert result.exit_code == 0, result.output

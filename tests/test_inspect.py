@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from export_helpers import convsnn, exported
+from export_helpers import convsnn, digits, exported
 from onnx import TensorProto, helper
 from rich.table import Table
 from safetensors.torch import save_file
@@ -25,6 +25,7 @@ from test_imports import HEAVY, loaded_by
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.energy import Layer
+from tetdeploy.export import ExportConfig, export_model
 from tetdeploy.export.sequence_graph import sequence_graph
 from tetdeploy.inspection import _layer, _type, inspect
 from tetdeploy.report.inspection import inspection_tables, size
@@ -168,6 +169,18 @@ class TestModel:
         assert "…" not in text
         for part in ("step, T=1", "u.lif1", "[batch, 1, 8, 8]", "folded into the convolutions (Eq. 6)"):
             assert part in text, part
+
+    def test_a_model_that_was_never_compared_says_so(self, tmp_path: Path) -> None:
+        told = []
+        for num_check in (0, 4):
+            file = tmp_path / f"{num_check}.onnx"
+            found = export_model(convsnn(), file, ExportConfig(T=2), digits().images[:4], num_check=num_check)
+            assert (found.parity is None, inspect(file)["checked"]) == (num_check == 0, num_check > 0)
+            told.append([line for line in shown(inspect(file)).splitlines() if "compared with PyTorch" in line])
+        (never,), (before,) = ([line.rstrip() for line in lines] for lines in told)
+        assert never.endswith("no (--check 0); tetdeploy validate does so") and before.endswith("before it was written")
+        earlier = {name: value for name, value in inspect(file).items() if name != "checked"}
+        assert "compared with PyTorch" not in shown(earlier)
 
     def test_a_step_graph_for_triton(self, tmp_path: Path) -> None:
         step = onnx.load(exported("step"))

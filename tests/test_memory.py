@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from tetdeploy.cli.errors import CleanErrors
 from tetdeploy.networks import NetworkConfig, build_network
 from tetdeploy.train import total_loss
 
@@ -66,6 +68,34 @@ def test_a_case_that_fails_is_named() -> None:
     assert result.returncode == 1
     assert result.stderr.startswith("Error: T=3, neurons=ours, recompute=False: unknown model 'nothing'; choose one of")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_case_that_lacks_memory_has_no_numbers_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, file = script(), tmp_path / "m.json"
+    told = CliRunner().invoke(CleanErrors("m", callback=Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))))
+
+    def ended(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        case = json.loads(command[-1])
+        row = {name: case[name] for name in ("T", "neurons", "recompute")}
+        if case["T"] == 4 and case["neurons"] == "loop":
+            code, said = (-signal.SIGKILL, "") if case["recompute"] else (told.exit_code, told.stderr)
+            return subprocess.CompletedProcess(command, code, "", said)
+        numbers = row | {"device": "GPU7", "peak_mb": 100.0 * case["T"], "seconds": 0.5}
+        return subprocess.CompletedProcess(command, 0, json.dumps(numbers), "")
+
+    monkeypatch.setattr(memory.subprocess, "run", ended)
+    done = CliRunner().invoke(memory.main, ["--T", "1,2,4", "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    last = next(line for line in done.stdout.splitlines() if line.split()[:1] == ["4"])
+    assert last.split() == ["4", "400", "0.500", "400", "0.500", *["no", "memory"] * 2]
+    assert "at T=2: ours 100%" in done.stdout and "ours 100.0, ours recompute 100.0, loop 100.0" in done.stdout
+    *_, first, second = json.loads(file.read_text())["rows"]
+    assert first["lacks_memory"].startswith("the memory does not suffice (CUDA out of memory)")
+    assert (second["peak_mb"], second["lacks_memory"]) == (None, "its process ended with -9")
+    none = CliRunner().invoke(memory.main, ["--T", "4"])
+    assert none.exit_code == 0 and "at every T a case lacks memory: nothing to compare" in none.stdout
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is_measured(

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,17 @@ def test_every_entry_has_its_recipe_and_a_name_of_its_own(paper: ModuleType) -> 
         assert len({entry.name for entry in entries}) == len(entries) > 1
         for entry in entries:
             assert (paper.RECIPES / f"{entry.recipe}.toml").is_file(), entry.recipe
+
+
+def test_folders_have_names_that_shells_take_as_they_are(paper: ModuleType, tmp_path: Path) -> None:
+    at = paper.Place(tmp_path, Path("data"), "modern", "smoke")
+    for entries in paper.TABLES.values():
+        folders = {str(paper.folder_of(entry, at)) for entry in entries}
+        assert len(folders) == len(entries) and all(shlex.quote(folder) == folder for folder in folders)
+    entry = next(entry for entry in paper.TABLES["modern"] if "'" in entry.name)
+    begun = at.runs / "paper's-recipe"
+    begun.mkdir(parents=True)  # by an earlier version, and goes on there
+    assert paper.folder_of(entry, at) == begun
 
 
 @pytest.mark.parametrize("scale", ["full", "small", "smoke"])
@@ -102,12 +114,14 @@ def test_what_has_no_export_is_measured_in_pytorch(
             found = {"sweep": {"rows": rows} | of, "evaluate": {"runs": [{"accuracy": rows} | of]}}[arguments[0]]
             arguments[-1].write_text(json.dumps(found))
 
+    hashed = Mock(side_effect=sha256_of)
+    monkeypatch.setattr(paper, "sha256_of", hashed)
     monkeypatch.setattr(paper, "tetdeploy", tetdeploy)
     wanted = ["export", "sweep"] if exported else ["evaluate"]
     place = paper.Place(tmp_path, Path("data"), "table1", "smoke")
     for _ in range(2):  # the second time there is nothing to do
         assert paper.final_accuracy(tmp_path, place, "1:3") == 0.5
-    assert commands == wanted
+    assert commands == wanted and hashed.call_count == 2
     weights.write_text("trained anew")
     assert paper.final_accuracy(tmp_path, place, "1:3") == 0.5
     assert commands == 2 * wanted

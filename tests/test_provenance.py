@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from tetdeploy import __version__, provenance
+from tetdeploy.cli import main
+from tetdeploy.cli.errors import Recorded
 from tetdeploy.provenance import version
 
 
@@ -79,3 +82,22 @@ def test_elsewhere_it_is_the_release(package: Path, monkeypatch: pytest.MonkeyPa
     version.cache_clear()
     monkeypatch.setenv("PATH", str(package))  # no Git
     assert version() == f"{__version__}+unknown"
+
+
+def test_a_command_records_the_version_with_which_it_began(git: Callable[..., str]) -> None:
+    begun, recorded = git("rev-parse", "HEAD")[:12], []
+
+    def pulls() -> None:
+        git("commit", "--allow-empty", "-m", "second")
+        recorded.append(provenance.written()["versions"]["tetdeploy"])
+
+    command = Recorded("measure", callback=pulls)
+    assert CliRunner().invoke(command, ["--help"]).exit_code == 0
+    assert version.cache_info().currsize == 0  # no Git for a help page
+    assert CliRunner().invoke(command).exit_code == 0
+    assert recorded == [f"{__version__}+g{begun}"] and not git("rev-parse", "HEAD").startswith(begun)
+
+
+def test_every_command_that_writes_files_is_recorded() -> None:
+    without = {"inspect", "landscape", "predict", "report", "serve"}  # what these write names no version
+    assert {name for name, command in main.commands.items() if not isinstance(command, Recorded)} == without

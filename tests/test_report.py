@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from report_helpers import EARLY_EXIT, Page, epoch, result, run_folder, write
+from report_helpers import EARLY_EXIT, Page, epoch, reached, result, run_folder, write
 
 from tetdeploy.cli import main
 from tetdeploy.files import sha256_of
@@ -343,10 +343,7 @@ class TestTraining:
 
     def test_several_seeds(self, tmp_path: Path) -> None:
         for seed in (0, 1):
-            run_folder(tmp_path / "a" / f"seed-{seed}", seed=seed)
-        runs = [{"seed": seed, "best_epoch": 2, "val_accuracy": 0.8 + seed / 10} for seed in (0, 1)]
-        summary = {"runs": runs, "mean_val_accuracy": 0.85, "std_val_accuracy": 0.0707}
-        write(tmp_path / "a" / "summary.json", summary)
+            run_folder(tmp_path / "a" / f"seed-{seed}", seed=seed, metrics=reached(0.8 + seed / 10))
         write(tmp_path / "a" / "config.json", {"seeds": [0, 1]})
         text = page(tmp_path / "a").text
         assert "85.00% ± 7.07%" in text
@@ -355,14 +352,8 @@ class TestTraining:
 
     def test_of_several_seeds_an_interrupted_one_is_not_in_the_mean(self, tmp_path: Path) -> None:
         for seed in (0, 1, 2):
-            run_folder(tmp_path / "a" / f"seed-{seed}", seed=seed)
-        runs = [
-            {"seed": seed, "interrupted": seed == 2, "best_epoch": 2, "val_accuracy": 0.8 + seed / 10}
-            for seed in range(3)
-        ]
-        summary = {"runs": runs, "mean_val_accuracy": 0.85, "std_val_accuracy": 0.0707, "num_finished": 2}
-        write(tmp_path / "a" / "summary.json", summary)
-        write(tmp_path / "a" / "config.json", {"seeds": [0, 1, 2]})
+            metrics = reached(0.8 + seed / 10)[: 1 if seed == 2 else None]
+            run_folder(tmp_path / "a" / f"seed-{seed}", seed=seed, metrics=metrics)
         document = document_of(read_results([tmp_path / "a"]))
         assert "validation accuracy, 2 of 3 seeds" in Page(to_html(document)).texts
         (table,) = next(s for s in document.sections if s.title == "Seeds").blocks
@@ -370,10 +361,26 @@ class TestTraining:
         assert [row[0] for row in table.rows[:3]] == ["0", "1", "2, unfinished, not in the mean"]
         assert "Mean and deviation are of 2 of 3 seeds" in table.caption
         assert "| **mean ± standard deviation** |  | **85.00% ± 7.07%** |" in to_markdown(document)
-        write(tmp_path / "a" / "summary.json", {"runs": runs[2:], "mean_val_accuracy": None, "num_finished": 0})
+        for seed in (0, 1):
+            (tmp_path / "a" / f"seed-{seed}" / "config.json").unlink()
         (table,) = next(s for s in document_of(read_results([tmp_path / "a"])).sections if s.title == "Seeds").blocks
         assert isinstance(table, Table)
         assert len(table.rows) == 1 and "Mean" not in table.caption
+
+    def test_of_a_seed_that_was_resumed_by_itself_its_own_numbers_count(self, tmp_path: Path) -> None:
+        """summary.json has what it had reached before, and nothing of one that was killed."""
+        for seed in range(3):
+            run_folder(tmp_path / "a" / f"seed-{seed}", seed=seed, metrics=reached(0.7 + seed / 10))
+        told = [{"seed": seed, "interrupted": seed == 1, "best_epoch": 1, "val_accuracy": 0.6} for seed in (0, 1)]
+        write(tmp_path / "a" / "summary.json", {"runs": told, "mean_val_accuracy": 0.7, "num_finished": 1})
+        (table,) = next(s for s in document_of(read_results([tmp_path / "a"])).sections if s.title == "Seeds").blocks
+        assert isinstance(table, Table)
+        wanted = [(str(seed), "2", f"{70 + 10 * seed}.00%") for seed in range(3)]
+        assert [*table.rows] == [*wanted, ("mean ± standard deviation", "", "80.00% ± 10.00%")]
+        (tmp_path / "a" / "seed-0" / "metrics.jsonl").unlink()  # then summary.json is all that tells of it
+        results = read_results([tmp_path / "a"])
+        assert results.sources[0].summary["runs"][0] == told[0]
+        assert results.sources[0].finished_seeds == "3 seeds"
 
     def test_no_validation_images(self, tmp_path: Path) -> None:
         nothing = {"val_loss": None, "val_accuracy": None}
@@ -440,6 +447,11 @@ class TestReading:
             *("0", "0.5", "999", "1 k", "12.3 k", "999 k", "1 M", "1,234 G"),
         ]
         assert [energy(e) for e in (999.6, 999.6e9)] == ["1 nJ", "1,000 mJ"]
+        deviations = {(1.2, 0.0567): "1.20 ± 0.06", (0.01234, 0.01): "0.0123 ± 0.0100", (98.98, 0.426): "99.0 ± 0.4"}
+        deviations |= {(99.96, 0.426): "100 ± 0", (1234.0, 1100.4): "1,234 ± 1,100", (0.0, 0.0): "0.00 ± 0.00"}
+        for (mean, std), wanted in deviations.items():
+            assert milliseconds(mean, std) == f"{wanted} ms"
+        assert energy(1.2e6, 56_700.0) == "1.20 ± 0.06 µJ" and count(12.3, 0.426) == "12.3 ± 0.4"
         assert [milliseconds(t) for t in (0.1234, 99.96, 1234.0, None)] == ["0.123 ms", "100 ms", "1,234 ms", "–"]
 
     @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.collections import LineCollection
 from report_helpers import (
     EARLY_EXIT,
     MACHINE,
     epoch,
+    reached,
     result,
     run_folder,
     seeds_folder,
@@ -26,6 +28,8 @@ from tetdeploy.report.page import document_of
 from tetdeploy.report.reading import Run
 from tetdeploy.report.results import Results, read_results
 from tetdeploy.report.sections.training import _duration, _kept
+
+CURVES = ("Accuracy by time steps and energy", "Pareto front", "Cost by time steps")
 
 
 @pytest.fixture(autouse=True)
@@ -232,14 +236,12 @@ def test_a_trained_ann_stands_beside_the_others_with_the_epoch_that_was_kept(
 
 def test_seeds_stand_in_their_order_and_one_that_finished_has_no_deviation(tmp_path: Path) -> None:
     for seed in (10, 2):
-        run_folder(tmp_path / f"seed-{seed}", seed=seed)
-    runs = [{"seed": 2, "val_accuracy": 0.8}, {"seed": 10, "interrupted": True}]
-    write(tmp_path / "summary.json", {"runs": runs, "mean_val_accuracy": 0.8, "num_finished": 1})
+        run_folder(tmp_path / f"seed-{seed}", seed=seed, metrics=reached(0.8)[: 2 if seed == 2 else 1])
     results = read_results([tmp_path], ["a"])
     assert said(results, "At a glance")[0] == ("validation accuracy, 1 of 2 seeds", "80.00%")
     assert [*results.sources[0].runs] == ["a seed-2", "a seed-10"]
     (table,) = tables(results, "Seeds")
-    assert table.rows[0] == ("2", "–", "80.00%") and table.marked == {2}
+    assert table.rows[0] == ("2", "2", "80.00%") and table.marked == {2}
 
 
 def test_seeds_are_compared_by_their_means(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
@@ -263,6 +265,9 @@ def test_seeds_are_compared_by_their_means(tmp_path: Path, painted: dict[str, li
     assert bar[:, 1] == pytest.approx([0.905 - 0.5**0.5 / 100, 0.905 + 0.5**0.5 / 100])
     assert [axes.get_legend_handles_labels()[1] for axes in (steps, energy)] == [["one", "other"]] * 2
 
+    captions = [item.caption for section in CURVES for item in items(results, section) if isinstance(item, Plot)]
+    told = "Means over seeds (one: 2 of 3 seeds); bars are their standard deviation."
+    assert len(captions) >= 4 and all(caption.endswith(told) for caption in captions)
     (front,) = tables(results, "Pareto front")
     assert [row[0] for row in front.rows] == ["other"] * 3  # as all are beaten by it
     means, *own, single = tables(results, "Cost by time steps")
@@ -328,12 +333,18 @@ def test_several_models_of_several_seeds_have_a_mean_each(tmp_path: Path) -> Non
     assert isinstance(cards, Cards) and cards.cards[1].facts[0][1] == "91.00%"  # one seed has no deviation
 
 
+def test_of_a_single_seed_no_bars_are_spoken_of(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    results = read_results([seeds_folder(tmp_path / "a", sweep(1.0), None)])
+    captions = [item.caption for section in CURVES for item in items(results, section) if isinstance(item, Plot)]
+    assert captions and all(caption.endswith("Means over seeds (a: 1 of 2 seeds).") for caption in captions)
+    assert not any(isinstance(drawn, LineCollection) for axes in painted["sections.cost"] for drawn in axes.collections)
+
+
 def test_the_star_of_an_ann_of_several_seeds_is_their_mean(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
     snn = run_folder(tmp_path / "snn")
     write(snn / "m.sweep.json", result(kind="sweep"))
     for seed in range(2):
-        run_folder(tmp_path / "ann" / f"seed-{seed}", ann=True, seed=seed)
-    write(tmp_path / "ann" / "summary.json", {"runs": [], "mean_val_accuracy": 0.75})
+        run_folder(tmp_path / "ann" / f"seed-{seed}", ann=True, seed=seed, metrics=reached(0.7 + seed / 10))
     document_of(read_results([snn, tmp_path / "ann"]))
     assert [*painted["sections.accuracy"][1].lines[-1].get_ydata()] == [0.75]
 

@@ -180,7 +180,6 @@ def test_curves_are_the_mean_of_the_seeds_and_the_band_their_range(
     for seed, loss in ((0, 1.0), (1, 3.0)):
         run_folder(tmp_path / f"seed-{seed}", seed=seed, metrics=[epoch(1, val_loss=loss, train_loss=loss / 2)])
     write(tmp_path / "config.json", {"seeds": [0, 1]})
-    write(tmp_path / "summary.json", {"runs": [], "mean_val_accuracy": 0.85, "std_val_accuracy": 0.1})
     document_of(read_results([tmp_path]))
     loss_axes, *_ = painted["sections.training"]
     assert [(line.get_linestyle(), line.get_ydata()[0]) for line in loss_axes.lines] == [("--", 1.0), ("-", 2.0)]

@@ -8,6 +8,7 @@ import shutil
 import signal
 import statistics
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -602,6 +603,14 @@ def test_seeds_make_a_run_each_and_a_summary(tmp_path: Path, whole_seeds: tuple[
     assert summary["settings"]["training"]["epochs"] == 3 and "seed" not in summary["settings"]["training"]
     best = runs / "many" / ("seed-0" if a >= b else "seed-3")
     assert (runs / "latest").resolve() == best.resolve() == result.best.out.resolve()
+
+
+def test_seeds_warn_once_of_a_latest_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("default")  # as outside of the tests
+        assert seeds(tmp_path / "many", of_seed, runs=tmp_path / "runs").best is not None
+    assert len([w for w in warned if "runs/latest cannot be written" in str(w.message)]) == 1
 
 
 def test_interrupted_seeds_go_on(tmp_path: Path, whole_seeds: tuple[Path, Any]) -> None:

@@ -32,7 +32,7 @@ from tetdeploy.networks import Classifier, check_classifier, code_sha256, run_ne
 from tetdeploy.run_folder import CHECKPOINT_NAME, STATE_NAME
 from tetdeploy.signals import deferred_interrupt
 
-from .averaging import kept_classifier, trainable, update_average
+from .averaging import kept_classifier, lagging_bn, trainable, update_average
 from .board import tensorboard
 from .config import How, TrainConfig
 from .device import autocast, tuned_convolutions
@@ -322,6 +322,8 @@ def _run(session: Session, state: TrainState, show: bool | None, board: bool) ->
         bar,
     ):
         bar.say(headline(session))
+        if done == 0 and (lagging := lagging_bn(session)):
+            bar.say(lagging)
         if state.precision not in ("", session.precision):
             bar.say(f"computed in {state.precision} until now, which `precision auto` does not choose on this device")
         state.precision = session.precision

@@ -11,13 +11,15 @@ time that training with `tetdeploy train` does not spend. The images are random:
 time is that of one forward and backward pass, the fastest of `--repeats`.
 
 `loop` is LIF as one would write it with autograd: PyTorch keeps several tensors of every step, ours keeps one. With
-`recompute` (`tetdeploy train --recompute`) only what goes into each block is kept, see `train/recompute.py`.
+`recompute` (`tetdeploy train --recompute`) only what goes into each block is kept, see `train/recompute.py`. A case
+that lacks memory, or whose process the system kills for lack of it, has no numbers, and the others go on.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,19 +40,30 @@ from tetdeploy.files import write_json
 sys.path.insert(0, str(Path(__file__).parent))
 
 NEURONS = ("ours", "loop")
+LACKS_MEMORY = "the memory does not suffice"  # as `CleanErrors` says it, whose text the other process gives
 
 
 def in_own_process(case: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a fresh process. This one imports no torch: a child's `ru_maxrss` begins at its parent's size."""
+    """`measure` in a fresh process; where memory lacks, its row with None for the numbers, and the reason.
+
+    This process imports no torch: a child's `ru_maxrss` begins at its parent's size.
+
+    Raises:
+        click.ClickException: it fails for another reason.
+    """
     command = [sys.executable, __file__, "--measure", json.dumps(case)]
     # fixed, or glibc raises it up to 32 MB, and the same case differs by 30 % from one run to the next
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if result.returncode != 0:
-        what = ", ".join(f"{name}={case[name]}" for name in ("T", "neurons", "recompute"))
+        of = {name: case[name] for name in ("T", "neurons", "recompute")}
         said = result.stderr.strip().splitlines() if result.returncode > 0 else []  # what is killed says nothing of it
         reason = said[-1].removeprefix("Error: ") if said else f"its process ended with {result.returncode}"
-        raise click.ClickException(f"{what}: {reason}")
+        if (
+            reason.startswith(LACKS_MEMORY) or result.returncode == -signal.SIGKILL
+        ):  # as a system without memory ends it
+            return {**of, "peak_mb": None, "seconds": None, "lacks_memory": reason}
+        raise click.ClickException(f"{', '.join(f'{name}={value}' for name, value in of.items())}: {reason}")
     row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return row
 
@@ -128,10 +141,10 @@ def peak_bytes(device: Any) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def value(rows: Sequence[dict[str, Any]], T: int, neurons: str, recompute: bool, key: str) -> float:
+def value(rows: Sequence[dict[str, Any]], T: int, neurons: str, recompute: bool, key: str) -> Any:
+    """A number of a case; None where memory lacked."""
     (row,) = [r for r in rows if (r["T"], r["neurons"], r["recompute"]) == (T, neurons, recompute)]
-    number: float = row[key]
-    return number
+    return row[key]
 
 
 def table(steps: Sequence[int], rows: Sequence[dict[str, Any]]) -> Table:
@@ -143,15 +156,19 @@ def table(steps: Sequence[int], rows: Sequence[dict[str, Any]]) -> Table:
     for T in steps:
         cells = [str(T)]
         for neurons, recompute in product(NEURONS, (False, True)):
-            cells.append(f"{value(rows, T, neurons, recompute, 'peak_mb'):,.0f}")
-            cells.append(f"{value(rows, T, neurons, recompute, 'seconds'):.3f}")
+            peak, seconds = (value(rows, T, neurons, recompute, key) for key in ("peak_mb", "seconds"))
+            cells += ["no memory", ""] if peak is None else [f"{peak:,.0f}", f"{seconds:.3f}"]
         shown.add_row(*cells)
     return shown
 
 
 def growth(steps: Sequence[int], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What one more step costs, and the ratios at the largest T."""
-    first, last = min(steps), max(steps)
+    """What one more step costs, and the ratios at the largest T that was measured in all four ways."""
+    lacking = {row["T"] for row in rows if row["peak_mb"] is None}
+    whole = [T for T in steps if T not in lacking]
+    if not whole:
+        return ["at every T a case lacks memory: nothing to compare; take a smaller --batch-size"]
+    first, last = min(whole), max(whole)
     peak = {(n, r): value(rows, last, n, r, "peak_mb") for n, r in product(NEURONS, (False, True))}
     if not all(peak.values()):
         return ["too little memory to compare; take a larger --batch-size"]
@@ -194,9 +211,10 @@ def main(T: tuple[int, ...], case: str | None, json_path: Path | None, **options
         rows.append(in_own_process(options | {"T": steps, "neurons": neurons, "recompute": recompute}))
         if json_path is not None:  # a run that is cut leaves what it has measured
             write_json(json_path, {"settings": options | {"T": T}, "rows": rows})
+    device = next((row["device"] for row in rows if "device" in row), options["device"])
     console.print(
         f"{options['model']} width {options['width']:g}, batch {options['batch_size']} of {options['image_size']}x"
-        f"{options['image_size']}, {rows[0]['device']}: MB at the peak of forward and backward, seconds a pass"
+        f"{options['image_size']}, {device}: MB at the peak of forward and backward, seconds a pass"
     )
     console.print(table(T, rows))
     for line in growth(T, rows):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.errors import INTERRUPTED
+from tetdeploy.cli.errors import INTERRUPTED, Recorded
 from tetdeploy.cli.inputs import load_inputs
 from tetdeploy.cli.options import (
     ABOVE_0,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=Recorded,
     epilog="""\b
 Examples:
   tetdeploy bench                                               the newest export
@@ -40,7 +41,7 @@ Examples:
 
 \b
 Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
-"""
+""",
 )
 @click.option("--batch", "batches", default="1,8", show_default=True, type=Numbers(), help="Images a call.")
 @click.option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tetdeploy.cli.errors import Recorded
 from tetdeploy.cli.options import AT_LEAST_1, json_option, runs_option
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
@@ -36,6 +37,7 @@ def parse_architectures(text: str) -> tuple[str, ...]:
 
 
 @click.command(
+    cls=Recorded,
     epilog="""\b
 Examples:
   tetdeploy build                                     the newest export, for all cards that TensorRT-RTX knows
@@ -43,7 +45,7 @@ Examples:
   tetdeploy build model-dynamic.onnx --T 1:4:8
   tetdeploy build model-T4.onnx --package tensorrt --timing-cache timings.bin      on the machine with the GPU
   tetdeploy predict model-T4.engine cat.png --device tensorrt
-"""
+""",
 )
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from tetdeploy.cli.errors import Recorded
 from tetdeploy.cli.inputs import default_steps, held_out
 from tetdeploy.cli.options import (
     AT_LEAST_1,
@@ -23,6 +24,7 @@ from tetdeploy.files import check_writable, write_json
 
 
 @click.command(
+    cls=Recorded,
     epilog="""\b
 Examples:
   tetdeploy export --layout step && tetdeploy calibrate     the newest export, T = 8, at most 0.1 points lost
@@ -33,7 +35,7 @@ Examples:
 
 \b
 Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
-"""
+""",
 )
 @click.option(
     "--data",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from tetdeploy.cli.errors import Recorded
 from tetdeploy.cli.inputs import load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import (
     AT_LEAST_1,
@@ -22,6 +23,7 @@ from tetdeploy.files import write_json
 
 
 @click.command(
+    cls=Recorded,
     epilog="""\b
 Examples:
   tetdeploy early-exit                                   the newest export, on the test set of its training's data
@@ -30,7 +32,7 @@ Examples:
 
 \b
 Exit codes: 0, 1 an error, 2 wrong usage, 130 Ctrl-C.
-"""
+""",
 )
 @click.option("--T", "T", type=STEPS, help="The most steps. [default: that of the calibration]")
 @click.option(

@@ -21,6 +21,7 @@ import click
 from tetdeploy.cli.characters import replace_lacking_characters
 from tetdeploy.extras import MissingExtraError
 from tetdeploy.files import lacks_temporary_folder
+from tetdeploy.provenance import version
 from tetdeploy.signals import handled, terminations
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's of a CPU, and of a GPU
@@ -74,6 +75,15 @@ class CleanErrors(click.Command):
 
 class CleanGroup(CleanErrors, click.Group):
     """The same of all commands in a group."""
+
+
+class Recorded(click.Command):
+    """A command whose files say which version wrote them: that with which it began, whatever a `git pull` brings while
+    it runs. `--help` does not come here."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        version()  # which is kept
+        return super().invoke(ctx)
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from tetdeploy.cli.errors import lacks_memory
+from tetdeploy.cli.errors import Recorded, lacks_memory
 from tetdeploy.cli.inputs import load_classifier, load_part, note_own_file
 from tetdeploy.cli.options import (
     PARTS,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=Recorded,
     epilog="""\b
 Examples:
   tetdeploy evaluate                                    the newest run on its test set, at T=1..8
@@ -49,7 +50,7 @@ Examples:
                                                         of folders of several seeds also mean and standard deviation
   tetdeploy evaluate runs/tet --predictions tet.npz     the class of each image, for a paired test
   tetdeploy evaluate runs/r19 --device cuda --precision bf16 --batch-size 1024
-"""
+""",
 )
 @click.argument("checkpoints", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
 @click.option(
@@ -99,7 +100,7 @@ def evaluate(
 
     RUN is a run folder, one of several seeds, a .safetensors or a folder of shards; the newest run by default. For
     what has no export, ANN twins and smooth spikes, and before an export; what is deployed is measured by tetdeploy
-    sweep, with its energy.
+    sweep, with its energy. Of a run of train --qat this is the network in float32, not the one in 8 bits.
     """
     check_distinct({"--json": json_path, "--predictions": predictions})
     torch = import_extra("torch", "train")
@@ -115,8 +116,9 @@ def evaluate(
     begun = {folder: found for folder in checkpoints if (found := seed_runs(folder))}
     summaries = {folder: read_summary(folder) for folder in begun}  # a damaged one is told before all measuring
     seeds = {folder: [run for run in found if (run / CHECKPOINT_NAME).exists()] for folder, found in begun.items()}
-    rows, exportable = list[dict[str, Any]](), list[Path]()
-    labels, predicted = list[NDArray[np.int64]](), list[dict[int, NDArray[np.int64]]]()
+    rows, following = list[dict[str, Any]](), list[tuple[Path | str, ...]]()
+    predicted = list[dict[int, NDArray[np.int64]]]()
+    labels: NDArray[np.int64] | None = None  # of the first run
     for path in (run for given in checkpoints for run in seeds.get(given) or [given]):
         checkpoint = read_checkpoint(path)
         file, metadata, sha256 = checkpoint.file, checkpoint.metadata, checkpoint.sha256
@@ -124,15 +126,16 @@ def evaluate(
         del checkpoint  # its tensors
         name = data or trained_on(metadata, file)
         images = _images(name, split, limit, data_dir, metadata)
-        labels.append(images.labels)
-        if predictions is not None and not np.array_equal(labels[-1], labels[0]):
+        labels = images.labels if labels is None else labels
+        if predictions is not None and not np.array_equal(images.labels, labels):
             raise ValueError(
                 f"--predictions: {path} is measured on other images than {rows[0]['run']}; choose --data, or write a "
                 "file for each"
             )
         wanted = _steps(steps, classifier, trained_T(metadata))
+        qat = bool(metadata["training"].get("qat"))
         if classifier.config.is_spiking:
-            exportable.append(path)
+            following.append((path, *(("--precision", "int8") if qat else ())))
         size = batch_size or forward_batch(on)
         classes = _measure(str(path), classifier, images, max(wanted), size, on, chosen, trained=trained_T(metadata))
         predicted.append({T: classes[T - 1] for T in wanted})
@@ -141,6 +144,7 @@ def evaluate(
             "checkpoint_sha256": sha256,
             "seed": metadata["training"].get("seed"),
             "ann": classifier.config.ann,
+            "qat": qat,
             "trained_T": trained_T(metadata),
             "data": images.name,
             "num_images": len(images),
@@ -158,12 +162,13 @@ def evaluate(
     if json_path is not None:
         write_json(json_path, result | written(torch=torch.__version__))
     if predictions is not None:
-        write_npz(predictions, _predictions(rows, predicted, labels[0]))
+        assert labels is not None
+        write_npz(predictions, _predictions(rows, predicted, labels))
     _print(result)
     if files := [str(path) for path in (json_path, predictions) if path is not None]:
         console.print("   ".join(files))
-    if exportable:
-        say_next("export", exportable[0], *(("--model", model) if model else ()))
+    if following:
+        say_next("export", *following[0], *(("--model", model) if model else ()))
 
 
 def _images(name: str, split: str, limit: int | None, data_dir: Path, metadata: Mapping[str, Any]) -> Any:
@@ -279,7 +284,7 @@ def _print(result: Mapping[str, Any]) -> None:
             table.add_row(f"{row['run']} (ANN)", f"{found[1]:.2%}")
             continue
         cells = (f"{found[T]:.2%}{'*' * (row['trained_T'] == T)}" if T in found else "" for T in steps)
-        table.add_row(row["run"], *cells)
+        table.add_row(f"{row['run']} (not int8)" if row["qat"] else row["run"], *cells)
     averaged = [folder for folder in result.get("seeds", ()) if folder["num_finished"]]
     for folder in averaged:
         entries = {entry["T"]: entry for entry in folder["accuracy"]}
@@ -290,4 +295,9 @@ def _print(result: Mapping[str, Any]) -> None:
     notes = ["* the T of the training" + "; an ANN has no time" * any(row["ann"] for row in rows)]
     if averaged:
         notes.append("mean and standard deviation (over n - 1) are of the seeds that summary.json says are finished")
+    if any(row["qat"] for row in rows):
+        notes.append(
+            f"not int8: fine-tuned in 8 bits (--qat), but measured in {result['precision']}; tetdeploy export "
+            "--precision int8 and then tetdeploy sweep measure it in 8 bits"
+        )
     print_notes(notes)

@@ -11,6 +11,7 @@ import click
 from rich.progress import TaskID
 
 from tetdeploy.cli.cluster import FORMATS, export_for_cluster
+from tetdeploy.cli.errors import Recorded
 from tetdeploy.cli.inputs import load_classifier
 from tetdeploy.cli.options import STEPS, data_dir_option, json_option, own_network_option, runs_option
 from tetdeploy.cli.recipe import is_typed
@@ -41,6 +42,7 @@ _ONNX_ONLY = {
 
 
 @click.command(
+    cls=Recorded,
     epilog="""\b
 Examples:
   tetdeploy export --T 6 --fold-bn                 the newest run, unrolled over 6 steps
@@ -52,7 +54,7 @@ Examples:
   tetdeploy export runs/r19 --format nir -o r19.nir
   tetdeploy export runs/r19 --layout dynamic --format triton-repository -o models
   tetdeploy export runs/r19/model-step.onnx --format kserve --storage-uri s3://models/r19
-"""
+""",
 )
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option(

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from tetdeploy.cli.errors import Recorded
 from tetdeploy.cli.options import STEPS, json_option
 from tetdeploy.cli.terminal import console, say_next
 from tetdeploy.extras import import_extra
@@ -15,6 +16,7 @@ from tetdeploy.files import check_writable, write_json
 
 @click.command(
     "import",
+    cls=Recorded,
     epilog="""\b
 Examples:
   tetdeploy import resnet19.pth --arch resnet19 -o runs/theirs

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from tetdeploy import native
+from tetdeploy.cli.errors import Recorded
 from tetdeploy.cli.export import export
 from tetdeploy.cli.options import runs_option
 from tetdeploy.cli.sweep import sweep
@@ -15,11 +16,12 @@ from tetdeploy.cli.train import train
 
 
 @click.command(
+    cls=Recorded,
     epilog="""\b
 Examples:
   tetdeploy quickstart
   tetdeploy quickstart --seed 1 --runs /tmp/runs
-"""
+""",
 )
 @click.option("--seed", default=0, show_default=True)
 @runs_option

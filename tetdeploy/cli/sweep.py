@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tetdeploy.cli.errors import Recorded
 from tetdeploy.cli.inputs import default_steps, load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import (
     AT_LEAST_1,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=Recorded,
     epilog="""\b
 Examples:
   tetdeploy sweep                                    the newest export, every T it holds
@@ -41,7 +43,7 @@ Examples:
   tetdeploy sweep model-dynamic.onnx --T 1,2,4,8,16 --data test.npz     no torch needed
   tetdeploy sweep --layers --other-ops               where the energy goes, and what it leaves out
   tetdeploy sweep --energy once --ac-pj 0.03 --mac-pj 0.23
-"""
+""",
 )
 @click.option(
     "--T",

@@ -20,7 +20,7 @@ from tetdeploy.cli.beginnings import (
     note_trained_on,
     start_from,
 )
-from tetdeploy.cli.errors import INTERRUPTED, lacks_memory
+from tetdeploy.cli.errors import INTERRUPTED, Recorded, lacks_memory
 from tetdeploy.cli.inputs import network_of
 from tetdeploy.cli.options import STEPS, FiniteRange, data_dir_option, json_option, runs_option, torch_device_option
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
@@ -43,6 +43,7 @@ _OF_BUILT_IN = ("width", "tau", "v_th", "gamma")
 
 
 @click.command(
+    cls=Recorded,
     epilog="""\b
 Examples:
   tetdeploy train                                         the digits, with the small convsnn
@@ -61,7 +62,7 @@ Examples:
   tetdeploy train --distill runs/ann
   tetdeploy train --model my_package.my_module:my_network your own network
   torchrun --nproc-per-node 2 -m tetdeploy train          two processes, each with its share of every batch
-"""
+""",
 )
 @config_option
 @click.option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.text import Text
 
-from tetdeploy.cli.errors import INTERRUPTED
+from tetdeploy.cli.errors import INTERRUPTED, Recorded
 from tetdeploy.cli.gates import FAILED, Gate, check_gates, describe, parse_gates, place_gates
 from tetdeploy.cli.inputs import default_steps, load_classifier, load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=Recorded,
     epilog="""\b
 Examples:
   tetdeploy validate runs/r19/model-T4.onnx                     does this machine compute what PyTorch computed?
@@ -42,7 +43,7 @@ Examples:
 
 \b
 Exit codes: 0, 1 an error, 2 wrong usage, 3 a --fail-under that failed, 130 Ctrl-C.
-"""
+""",
 )
 @click.option(
     "--T",

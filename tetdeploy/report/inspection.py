@@ -70,6 +70,7 @@ def _model_facts(found: Mapping[str, Any]) -> dict[str, Any]:
             "weights": f"{found['num_weights']:,} of convolutions and linear layers, {found['precision']}",
             "BN": "folded into the convolutions (Eq. 6)" if found.get("fold_bn", True) else "not folded",
             "operations not counted": ", ".join(found["uncounted"]),
+            "compared with PyTorch": _checked(found),
             "exported": f"{found['created']} with {versions(found['versions']) or 'unknown versions'}",
             "from checkpoint": found["source"].get("checkpoint_sha256", ""),
         }
@@ -92,6 +93,13 @@ _FACTS = {
     "safetensors": _foreign_facts,
     "onnx": _foreign_facts,
 }
+
+
+def _checked(found: Mapping[str, Any]) -> str:
+    """Models of earlier versions do not say it."""
+    if "checked" not in found:
+        return ""
+    return "before it was written" if found["checked"] else "no (--check 0); tetdeploy validate does so"
 
 
 def _origin_facts(source: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,12 @@ def _scaled(number: float | None, std: float | None, units: tuple[tuple[str, flo
 
 
 def _in_unit(number: float | None, std: float | None, unit: str, size: float = 1.0) -> str:
-    """`1.22 ± 0.0567 µJ`, where the unit is of so many of what the number is in."""
+    """`1.20 ± 0.06 µJ`, where the unit is of so many of what the number is in: three digits of the number, and as many
+    decimals of the deviation."""
     if number is None:
         return NONE
-    return f"{text(number / size, three_digits, None if std is None else std / size)} {unit}".rstrip()
+    value = number / size
+    if std is None:
+        return f"{three_digits(value)} {unit}".rstrip()
+    decimals = 0 if value >= 99.5 else 2 - int(f"{value:.2e}".partition("e")[2])
+    return f"{text(value, lambda v: f'{v:,.{decimals}f}', std / size)} {unit}".rstrip()

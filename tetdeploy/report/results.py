@@ -17,7 +17,8 @@ from tetdeploy.report.document import NONE
 from tetdeploy.report.drawing import Style
 from tetdeploy.report.means import mean_of
 from tetdeploy.report.merging import apart, has_accuracy, merged
-from tetdeploy.report.reading import Run, model_stem, read_run, read_summary, result_files
+from tetdeploy.report.reading import Run, model_stem, read_run, result_files
+from tetdeploy.report.seeds import summary_of
 from tetdeploy.report.staleness import stale
 from tetdeploy.report.tables import images_of
 from tetdeploy.report.timings import is_bench, read_benches
@@ -136,7 +137,7 @@ class Source:
         runs: its trainings by name; several where it holds several seeds.
         measurements: of each model by itself.
         series: what plots and tables compare: the measurements, of several seeds their means.
-        summary: of several seeds, else {}.
+        summary: of several seeds, see `summary_of`, else {}.
     """
 
     name: str
@@ -148,8 +149,7 @@ class Source:
     @property
     def finished_seeds(self) -> str:
         """Over how many the summary's mean is: `3 seeds`, or `2 of 3 seeds` where one was interrupted."""
-        begun, finished = len(self.runs), self.summary.get("num_finished")
-        return _of_seeds(begun if finished is None else finished, begun)
+        return _of_seeds(self.summary["num_finished"], len(self.runs))
 
     @property
     def run(self) -> Run | None:
@@ -272,7 +272,7 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
         _over_seeds(f"{name} {stem}" if len(by_stem) > 1 else name, group, [*runs.values()], notes)
         for stem, group in by_stem.items()
     ]
-    return Source(name, runs, measurements, tuple(chain.from_iterable(series)), read_summary(folder))
+    return Source(name, runs, measurements, tuple(chain.from_iterable(series)), summary_of(folder, [*runs.values()]))
 
 
 def _over_seeds(
@@ -311,9 +311,10 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def means_caption(measured: Sequence[Measurement]) -> str:
-    """What a plot of several seeds shows of them."""
+    """What a plot of several seeds shows of them: means, and bars where there are two seeds or more."""
     means = [f"{m.name}: {m.counted_seeds}" for m in measured if m.seeds]
-    return f" Means over seeds, with their standard deviation ({', '.join(means)})." if means else ""
+    bars = "; bars are their standard deviation" if any(len(m.seeds) > 1 for m in measured) else ""
+    return f" Means over seeds ({', '.join(means)}){bars}." if means else ""
 
 
 def _of_seeds(number: int, begun: int) -> str:

@@ -1,0 +1,47 @@
+"""What is known of several seeds of one training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from tetdeploy.report.reading import Run, read_summary
+
+
+def summary_of(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
+    """As summary.json is, of the numbers that each seed's own files have by now: of a seed that was resumed by itself,
+    or whose training was killed, summary.json tells what was before, or nothing.
+
+    Args:
+        folder: of the seeds.
+        runs: theirs, in order.
+
+    Raises:
+        ValueError: its summary.json is damaged.
+    """
+    told = {entry.get("seed"): entry for entry in read_summary(folder).get("runs") or []}
+    entries = []
+    for run in runs:
+        seed = run.training.get("seed")
+        entries.append(told.get(seed, {"interrupted": True}) | {"seed": seed} | _own(run))
+    finished = [entry for entry in entries if not entry.get("interrupted")]
+    accuracies = [entry["val_accuracy"] for entry in finished if entry.get("val_accuracy") is not None]
+    return {
+        "mean_val_accuracy": fmean(accuracies) if accuracies else None,
+        "std_val_accuracy": stdev(accuracies) if len(accuracies) > 1 else None,
+        "num_finished": len(finished),
+        "runs": entries,
+    }
+
+
+def _own(run: Run) -> dict[str, Any]:
+    """What a run's metrics and checkpoint say; {} before its first epoch is finished."""
+    best = run.best or {}
+    found = {
+        "interrupted": run.is_unfinished,
+        "best_epoch": best.get("epoch"),
+        "val_accuracy": best.get("val_accuracy"),
+    }
+    return found if run.metrics else {}
