@@ -38,8 +38,10 @@ class Answers:
         self._counts.append(np.stack(counts, axis=-1).transpose(1, 0, 2))
 
     def first(self, count: int, T: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Logits `[N, T, K]` and spike counts `[N, T, layers]` of the first images and steps."""
-        return np.concatenate(self._per_step)[:count, :T], np.concatenate(self._counts)[:count, :T]
+        """Logits `[N, T, K]` and spike counts `[N, T, layers]` of the first images and steps, of which batches may have
+        more."""
+        per_step, counts = (np.concatenate([b[:, :T] for b in batches]) for batches in (self._per_step, self._counts))
+        return per_step[:count], counts[:count]
 
 
 def write_reference(

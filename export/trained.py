@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 
 from tetdeploy.checkpoint import Checkpoint, trained_on
 from tetdeploy.class_names import check_classes
-from tetdeploy.data import Encoding, Framing, LabelledSet, holds_out_others, load_frames, load_parts, same_data
+from tetdeploy.data import (
+    Encoding,
+    Framing,
+    LabelledSet,
+    holds_out_others,
+    load_frames,
+    load_parts,
+    same_data,
+    warn_of_other_framing,
+)
 from tetdeploy.int8.calibration import Calibration
 from tetdeploy.names import is_npz
 from tetdeploy.steps import trained_T
@@ -86,8 +95,10 @@ class Trained:
             check_classes("the network", own_names, name, names)
             return (x, labels), _last(x, labels, num_calibration)
         fraction = float(self.metadata["training"].get("val_fraction", 0.0)) if same_data(name, own) else 0.0
-        like = Framing.of(self.metadata["data"])
-        train, val = load_parts(name, data_dir=data_dir, T=self.T, fraction=fraction, like=like)
+        framing = Framing.of(self.metadata["data"])
+        sensor = None if framing is None else framing.sensor
+        train, val = load_parts(name, data_dir=data_dir, T=self.T, fraction=fraction, sensor=sensor)
+        warn_of_other_framing(train, framing, "the network")
         if train.encoding != encoding:
             raise ValueError(self._other_encoding(train, encoding))
         check_classes("the network", own_names, name, train.class_names)

@@ -492,8 +492,18 @@ def test_the_reference_holds_256_images(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.reference.npz"]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        ExportConfig(T=2),
+        ExportConfig(T=2, with_state=True),
+        ExportConfig("dynamic", trained_T=2),
+        ExportConfig("step", trained_T=2),
+    ],
+    ids=["unrolled", "with-state", "dynamic", "step"],
+)
 def test_the_reference_takes_what_the_check_computed_and_runs_the_other_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []
 
@@ -506,7 +516,7 @@ def test_the_reference_takes_what_the_check_computed_and_runs_the_other_images(
     answers = {}
     for num_check in (60, 30, 0):
         ran.clear()
-        export_convsnn(tmp_path / "m.onnx", ExportConfig(T=2), digits().images[:60], num_check=num_check)
+        export_convsnn(tmp_path / "m.onnx", config, digits().images[:60], num_check=num_check)
         assert sum(ran) == 60 - num_check
         with np.load(tmp_path / "m.reference.npz") as reference:
             answers[num_check] = reference["per_step"], reference["spike_counts"]

@@ -44,7 +44,7 @@ def version() -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's, say
     environment |= {"GIT_OPTIONAL_LOCKS": "0"}  # that it writes nothing there
     try:
-        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=10).stdout
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=3).stdout
     except (OSError, subprocess.SubprocessError):  # no Git, or a checkout that it does not trust
         return f"{__version__}+unknown"
     branch, *lines = said.splitlines()  # the first is "# branch.oid" and the commit

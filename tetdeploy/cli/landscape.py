@@ -191,6 +191,7 @@ def _images(
     Raises:
         ValueError: recordings, which are cut into T frames, and the runs were trained at different T.
     """
+    from tetdeploy.data import Framing, warn_of_other_framing
     from tetdeploy.data.images import mixed_order
 
     steps = [trained_T(m) for m in metadata]
@@ -212,6 +213,10 @@ def _images(
         distinct = {(fraction, known.get("fingerprint")): known for fraction, known in runs}
         # What the smaller share holds out is part of what the larger one does: no run trained on the images.
         images = min((part(fraction, known) for (fraction, _), known in distinct.items()), key=len)
+    framings = [Framing.of(m["data"]) for m in metadata]
+    for file, framing in zip(files, framings, strict=True):
+        if framing != framings[0]:  # of which `load_part` warns
+            warn_of_other_framing(images, framing, str(file))
     return images.select(mixed_order(len(images))[:limit])
 
 

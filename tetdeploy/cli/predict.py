@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tetdeploy.cli.inputs import as_model_input
+from tetdeploy.cli.inputs import as_model_input, default_steps
 from tetdeploy.cli.options import AT_LEAST_1, STEPS, device_option, json_option, runtime_option, threads_option
 from tetdeploy.cli.terminal import console
 from tetdeploy.extras import MissingExtraError, import_extra
@@ -69,6 +69,8 @@ def predict(
         x = np.stack([_read_recording(path, engine) for path in files])
     else:
         x = np.stack([_read_image(path, engine, resize) for path in files])
+    if T is None and engine.encoding == "frames":
+        T = default_steps(engine)[-1]
     result = engine.run(x, T)
     steps = np.arange(1, result.per_step.shape[1] + 1)[None, :, None]
     certainty = softmax(np.cumsum(result.per_step, axis=1) / steps)
@@ -121,14 +123,15 @@ def _read_recording(path: Path, engine: Engine) -> Any:
             f"{engine.path.name} does not say how recordings became the frames that it was trained on; run it from "
             "Python: Engine(...).run(frames) with frames [N, T, C, H, W]"
         )
+    if not path.exists():
+        raise FileNotFoundError(f"no recording at {path}")
     try:
         recording = read_recording(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no recording at {path}") from None
     except MissingExtraError:
         raise
     except Exception as error:  # tonic and its readers raise whatever they like for damaged files
-        raise ValueError(f"{path} cannot be read as a recording: {error or type(error).__name__}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read as a recording: {reason}") from error
     if recording.sensor not in (None, framing.sensor):
         said, own = (f"{width}x{height}" for height, width in (recording.sensor, framing.sensor))
         raise ValueError(f"{path} is of a sensor of {said} pixels (width x height); the network was trained on {own}")

@@ -15,7 +15,7 @@ from tetdeploy.names import is_npz
 from .cifar import load_cifar10, load_cifar100
 from .digits import load_digits
 from .event_sets import load_dvs_cifar10, load_event_folder, load_n_mnist
-from .events import Binning, Framing, Recording, read_recording, to_frames
+from .events import Binning, Framing, Recording, Size, read_recording, to_frames
 from .fashion_mnist import load_fashion_mnist
 from .folder import load_folder
 from .frames import FrameSet, load_frames, load_npz
@@ -48,6 +48,7 @@ __all__ = [
     "save_npz",
     "split_validation",
     "to_frames",
+    "warn_of_other_framing",
 ]
 
 _IMAGE_SETS: dict[str, Callable[[Split, Path], ImageSet]] = {
@@ -69,7 +70,7 @@ _EVENTS = "events:"
 _SACCADES = "saccades:"
 
 
-def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10, like: Framing | None = None) -> LabelledSet:
+def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10, sensor: Size | None = None) -> LabelledSet:
     """Load an image set or an event set.
 
     Args:
@@ -81,8 +82,8 @@ def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10, like: Fra
         split: "train" or "test".
         data_dir: where data sets are looked for, and downloaded to when missing.
         T: frames that a recording is cut into. Images and a `.npz` are as they are.
-        like: of the recordings that a network was trained on, which is to see these: the sensor is taken from there
-            where "events:PATH" does not say its own, and a warning says where the two differ.
+        sensor: height and width of the camera that "events:PATH" is from, where the recordings do not say it and it
+            holds their events; `Framing` of what a network was trained on has it.
 
     Returns:
         An `ImageSet`, `ImageFiles` for ImageNet, which stays on disk, or a `FrameSet` for events; the order of its
@@ -102,12 +103,11 @@ def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10, like: Fra
     plain = name.removeprefix(_BY_TIME)
     binning = Binning(T, "count" if plain == name else "time")
     if plain in _EVENT_SETS:
-        return _compared(replace(_EVENT_SETS[plain](split, data_dir, binning), name=name), like)
+        return replace(_EVENT_SETS[plain](split, data_dir, binning), name=name)
     if plain.startswith(_EVENTS):
-        frames = load_event_folder(plain.removeprefix(_EVENTS), split, binning, like)
-        return _compared(replace(frames, name=name), like)
+        return replace(load_event_folder(plain.removeprefix(_EVENTS), split, binning, sensor), name=name)
     if plain.startswith(_SACCADES):
-        return _compared(_load_saccades(name, plain.removeprefix(_SACCADES), split, data_dir, binning), like)
+        return _load_saccades(name, plain.removeprefix(_SACCADES), split, data_dir, binning)
     if plain != name:
         raise ValueError(f"{name!r}: only events are cut into frames; give an event set, or leave out {_BY_TIME}")
     return _load_images(name, split, data_dir)
@@ -118,19 +118,21 @@ def is_known(name: str) -> bool:
     return name in DATA_NAMES or is_imagenet(name) or is_npz(name) or ":" in name
 
 
-def _compared(data: FrameSet, like: Framing | None) -> FrameSet:
-    """`data`, with a warning if they are framed otherwise than what the network was trained on."""
-    if like is not None and data.framing != like:
+def warn_of_other_framing(data: LabelledSet, trained: Framing | None, network: str) -> None:
+    """Warn if recordings are framed otherwise than those that `network` was trained on, as far as that is known."""
+    own = data.framing
+    if own is None or trained is None:
+        return
+    if own.sensor != trained.sensor or (own.by != trained.by and data.x.shape[1] > 1):  # one frame has all events
         warnings.warn(
-            f"{data.name} holds {data.framing}; the network was trained on {like}: its accuracy may be another one",
+            f"{data.name} holds {own}; {network} was trained on {trained}: its accuracy may be another one",
             RuntimeWarning,
             stacklevel=3,
         )
-    return data
 
 
 def load_parts(
-    name: str, *, data_dir: Path, T: int = 10, fraction: float, like: Framing | None = None
+    name: str, *, data_dir: Path, T: int = 10, fraction: float, sensor: Size | None = None
 ) -> tuple[LabelledSet, LabelledSet | None]:
     """The training images of a set in two parts: those that a run trains on, and those it holds out for validation.
 
@@ -142,7 +144,7 @@ def load_parts(
 
     Raises: as `load_data` and `split_validation`.
     """
-    data = load_data(name, "train", data_dir=data_dir, T=T, like=like)
+    data = load_data(name, "train", data_dir=data_dir, T=T, sensor=sensor)
     return split_validation(data, fraction=fraction) if fraction else (data, None)
 
 

@@ -5,6 +5,7 @@ tonic reads the cameras' formats; `.npz` needs numpy only.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,10 @@ class Framing:
     by: Literal["count", "time"]
     sensor: Size
 
+    def __post_init__(self) -> None:
+        if min(self.sensor) < 1:
+            raise ValueError(f"a sensor has a height and a width of at least 1, got {self.sensor}")
+
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Framing | None:
         """That of the settings of a training's data; None for images, frames of a `.npz`, and in older files.
@@ -66,7 +71,7 @@ class Framing:
             return None
         try:
             height, width = said["sensor"]
-            return cls(Binning(1, said["by"]).by, (int(height), int(width)))
+            return cls(Binning(1, said["by"]).by, (operator.index(height), operator.index(width)))
         except (TypeError, KeyError, ValueError):
             raise ValueError(f"framing of the data is {said!r}; wanted by, count or time, and sensor, [H, W]") from None
 
@@ -281,7 +286,7 @@ def read_recording(path: Path) -> Recording:
         MissingExtraError: `.aedat4` and `.bin` need tonic.
     """
     if path.suffix.lower() not in READERS:
-        raise ValueError(f"{path}: recordings end in {', '.join(READERS)}")
+        raise ValueError(f"recordings end in {', '.join(READERS)}")
     return READERS[path.suffix.lower()](path)
 
 
@@ -293,6 +298,8 @@ def read_npz(path: Path) -> Recording:
     if missing := [name for name in "txyp" if name not in arrays]:
         raise ValueError(f"it holds {found} but not {', '.join(missing)}")
     size = arrays.pop("sensor_size", None)
+    if size is not None and (size.shape != (2,) or size.dtype.kind not in "iuf" or not (size % 1 == 0).all()):
+        raise ValueError(f"its sensor_size is {size.tolist()}; wanted two whole numbers, width and height")
     return Recording(**arrays, sensor=None if size is None else (int(size[1]), int(size[0])))
 
 

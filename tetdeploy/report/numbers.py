@@ -69,11 +69,18 @@ def _scaled(number: float | None, std: float | None, units: tuple[tuple[str, flo
 
 def _in_unit(number: float | None, std: float | None, unit: str, size: float = 1.0) -> str:
     """`1.20 ± 0.06 µJ`, where the unit is of so many of what the number is in: three digits of the number, and as many
-    decimals of the deviation."""
+    decimals of the deviation, or of both so many that a deviation is not shown as 0."""
     if number is None:
         return NONE
     value = number / size
     if std is None:
         return f"{three_digits(value)} {unit}".rstrip()
-    decimals = 0 if value >= 99.5 else 2 - int(f"{value:.2e}".partition("e")[2])
+    decimals = 0 if value >= 99.5 else max(0, 2 - _exponent(value))
+    if std and not float(f"{std / size:.{decimals}f}"):
+        decimals = -_exponent(std / size)
     return f"{text(value, lambda v: f'{v:,.{decimals}f}', std / size)} {unit}".rstrip()
+
+
+def _exponent(value: float) -> int:
+    """Of ten, in the first of three digits."""
+    return int(f"{value:.2e}".partition("e")[2])

@@ -38,10 +38,9 @@ def summary_of(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
 
 def _own(run: Run) -> dict[str, Any]:
     """What a run's metrics and checkpoint say; {} before its first epoch is finished."""
-    best = run.best or {}
-    found = {
-        "interrupted": run.is_unfinished,
-        "best_epoch": best.get("epoch"),
-        "val_accuracy": best.get("val_accuracy"),
-    }
-    return found if run.metrics else {}
+    if not run.metrics:
+        return {}
+    found: dict[str, Any] = {"interrupted": run.is_unfinished}
+    if run.best is not None:  # else its line is missing, and summary.json may know it
+        found |= {"best_epoch": run.best.get("epoch"), "val_accuracy": run.best.get("val_accuracy")}
+    return found
