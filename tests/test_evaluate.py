@@ -135,6 +135,14 @@ def test_of_a_network_fine_tuned_in_8_bits_it_is_said_that_others_are_measured(r
     said = " ".join(result.output.split())
     assert "not int8: fine-tuned in 8 bits (--qat), but measured in bf16; tetdeploy export --precision int8 and" in said
     assert "then tetdeploy sweep measure it in 8 bits" in said
+
+    seed = runs / "seeds" / "seed-0"
+    save_checkpoint(seed / "checkpoint.safetensors", ann(), training=TRAINING | {"qat": True}, provenance={})
+    (seed / "config.json").write_text("{}")
+    (runs / "seeds" / "summary.json").write_text(json.dumps({"runs": [{"seed": 0, "interrupted": False}]}))
+    result = run("runs/seeds", "--T", "1", "--limit", "9", "--json", "e.json")
+    assert "mean (n=1) (not int8)" in " ".join(result.output.split())
+    assert json.loads(Path("e.json").read_text())["seeds"][0]["qat"] is True
     assert [row["qat"] for row in json.loads(Path("e.json").read_text())["runs"]] == [True, False]
     assert shown[-1] == "next: tetdeploy export runs/tuned --precision int8"
 
@@ -232,7 +240,7 @@ def test_mean_and_deviation_over_seeds(runs: Path) -> None:
     assert [row["run"] for row in content["runs"]] == [f"runs/{name}" for name in names]
     tet, twins = content["seeds"]
     assert (tet["run"], tet["num_finished"], twins["num_finished"]) == ("runs/tet", 2, 1)
-    assert (tet["ann"], twins["ann"]) == (False, True)
+    assert (tet["ann"], twins["ann"], tet["qat"]) == (False, True, False)
     first, second = ([entry["accuracy"] for entry in row["accuracy"]] for row in content["runs"][:2])
     assert first != second
     for entry, a, b in zip(tet["accuracy"], first, second, strict=True):

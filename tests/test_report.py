@@ -350,6 +350,19 @@ class TestTraining:
         assert "the band goes from the lowest to the highest" in text
         assert "0, 1" in text.splitlines()  # the seeds
 
+    def test_of_several_seeds_those_not_begun_are_told_and_what_their_metrics_lack(self, tmp_path: Path) -> None:
+        run_folder(tmp_path / "a" / "seed-0", seed=0, metrics=reached(0.8))
+        for seed in (1, 2):  # the line of the epoch that was kept is missing
+            run_folder(tmp_path / "a" / f"seed-{seed}", seed=seed, kept=1, metrics=[epoch(2, val_accuracy=0.5)])
+        write(tmp_path / "a" / "config.json", {"seeds": [0, 1, 2, 3]})
+        told = {"seed": 1, "interrupted": False, "best_epoch": 1, "val_accuracy": 0.6}
+        write(tmp_path / "a" / "summary.json", {"runs": [told]})
+        (table,) = next(s for s in document_of(read_results([tmp_path / "a"])).sections if s.title == "Seeds").blocks
+        assert isinstance(table, Table)
+        wanted = [("0", "2", "80.00%"), ("1", "1", "60.00%"), ("2", "–", "–"), ("3, not begun, not in the mean", "–", "–")]
+        assert [*table.rows] == [*wanted, ("mean ± standard deviation", "", "70.00% ± 14.14%")]
+        assert "of 2 of 4 seeds" in table.caption
+
     def test_of_several_seeds_an_interrupted_one_is_not_in_the_mean(self, tmp_path: Path) -> None:
         for seed in (0, 1, 2):
             metrics = reached(0.8 + seed / 10)[: 1 if seed == 2 else None]

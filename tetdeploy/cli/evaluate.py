@@ -197,6 +197,7 @@ def _over_seeds(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping
     return {
         "run": str(folder),
         "ann": any(row["ann"] for row in of_folder.values()),
+        "qat": any(row["qat"] for row in of_folder.values()),
         "num_finished": len(averaged),
         "accuracy": [{"T": T, "mean": mean, "std": std} for T, (mean, std) in means.items()],
     }
@@ -290,7 +291,7 @@ def _print(result: Mapping[str, Any]) -> None:
         entries = {entry["T"]: entry for entry in folder["accuracy"]}
         for label, key in ((f"mean (n={folder['num_finished']})", "mean"), ("± standard deviation", "std")):
             cells = (percent(entries.get(T, {}).get(key)) for T in ([1] if folder["ann"] else steps))
-            table.add_row(f"{folder['run']} {label}", *cells)
+            table.add_row(f"{folder['run']} {label}{' (not int8)' * folder['qat']}", *cells)
     console.print(table)
     notes = ["* the T of the training" + "; an ANN has no time" * any(row["ann"] for row in rows)]
     if averaged:

@@ -149,7 +149,7 @@ class Source:
     @property
     def finished_seeds(self) -> str:
         """Over how many the summary's mean is: `3 seeds`, or `2 of 3 seeds` where one was interrupted."""
-        return _of_seeds(self.summary["num_finished"], len(self.runs))
+        return _of_seeds(self.summary["num_finished"], len(self.summary["runs"]))
 
     @property
     def run(self) -> Run | None:

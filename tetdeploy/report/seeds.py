@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from tetdeploy.report.reading import Run, read_summary
+from tetdeploy.report.reading import Run, json_object, read_summary
+from tetdeploy.run_folder import CONFIG_NAME
 
 
 def summary_of(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
@@ -19,21 +20,29 @@ def summary_of(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
         runs: theirs, in order.
 
     Raises:
-        ValueError: its summary.json is damaged.
+        ValueError: its summary.json or config.json is damaged.
     """
     told = {entry.get("seed"): entry for entry in read_summary(folder).get("runs") or []}
     entries = []
     for run in runs:
         seed = run.training.get("seed")
         entries.append(told.get(seed, {"interrupted": True}) | {"seed": seed} | _own(run))
+    kept = {entry["seed"] for entry in entries}
+    entries += [{"seed": seed, "interrupted": True, "begun": False} for seed in _wanted(folder) if seed not in kept]
     finished = [entry for entry in entries if not entry.get("interrupted")]
     accuracies = [entry["val_accuracy"] for entry in finished if entry.get("val_accuracy") is not None]
     return {
         "mean_val_accuracy": fmean(accuracies) if accuracies else None,
         "std_val_accuracy": stdev(accuracies) if len(accuracies) > 1 else None,
-        "num_finished": len(finished),
+        "num_finished": len(accuracies) or len(finished),
         "runs": entries,
     }
+
+
+def _wanted(folder: Path) -> list[Any]:
+    """The seeds that were to be trained; [] where the folder does not say."""
+    config = folder / CONFIG_NAME
+    return json_object(config).get("seeds") or [] if config.is_file() else []
 
 
 def _own(run: Run) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -154,11 +154,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def _lacks(entry: Mapping[str, Any]) -> str:
+    if not entry.get("interrupted"):
+        return ""
+    return f", {'unfinished' if entry.get('begun', True) else 'not begun'}, not in the mean"
+
+
 def _seeds_table(source: Source) -> Table:
     runs = source.summary.get("runs") or []
     rows = [
         (
-            f"{r.get('seed')}, unfinished, not in the mean" if r.get("interrupted") else str(r.get("seed")),
+            f"{r.get('seed')}{_lacks(r)}",
             str(r.get("best_epoch") or NONE),
             percent(r.get("val_accuracy")),
         )
