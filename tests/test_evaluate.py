@@ -135,6 +135,7 @@ def test_of_a_network_fine_tuned_in_8_bits_it_is_said_that_others_are_measured(r
     said = " ".join(result.output.split())
     assert "not int8: fine-tuned in 8 bits (--qat), but measured in bf16; tetdeploy export --precision int8 and" in said
     assert "then tetdeploy sweep measure it in 8 bits" in said
+    assert [row["qat"] for row in json.loads(Path("e.json").read_text())["runs"]] == [True, False]
 
     seed = runs / "seeds" / "seed-0"
     save_checkpoint(seed / "checkpoint.safetensors", ann(), training=TRAINING | {"qat": True}, provenance={})
@@ -143,7 +144,6 @@ def test_of_a_network_fine_tuned_in_8_bits_it_is_said_that_others_are_measured(r
     result = run("runs/seeds", "--T", "1", "--limit", "9", "--json", "e.json")
     assert "mean (n=1) (not int8)" in " ".join(result.output.split())
     assert json.loads(Path("e.json").read_text())["seeds"][0]["qat"] is True
-    assert [row["qat"] for row in json.loads(Path("e.json").read_text())["runs"]] == [True, False]
     assert shown[-1] == "next: tetdeploy export runs/tuned --precision int8"
 
 
