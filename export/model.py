@@ -133,9 +133,9 @@ def export_model(
             _check_form(model, classifier)
             if num_check:
                 parity, from_state = check_graph(expected, temporary, config, x[:num_check], answers, progress)
-            kept_x = x[:NUM_REFERENCE]
-            tick = ticker(progress, "reference images", len(kept_x) - answers.num_images)
-            write_reference(reference, expected, kept_x, labels, config, graph.description, answers, tick)
+            first = x[:NUM_REFERENCE]
+            tick = ticker(progress, "reference images", len(first) - answers.num_images)
+            write_reference(reference, expected, first, labels, config, graph.description, answers, tick)
             if num_check and config.precision != "fp32":
                 kept = measure_kept(classifier, temporary, config, x[:num_check], labels)
     reduced: dict[str, Any] = {"kept": kept}

@@ -156,12 +156,12 @@ def compare(
         spikes = [by_name[f"spikes.{name}"] for name in names]
         fired |= [layer.any() for layer in spikes]
         counts: list[NDArray[np.int64]] = []
-        wanted = answers is not None and answers.num_images < NUM_REFERENCE
-        watch = partial(_count, counts) if wanted else None
+        taken = answers if answers is not None and answers.num_images < NUM_REFERENCE else None
+        watch = None if taken is None else partial(_count, counts)
         expected, differing = sums.add(batch, per_step, spikes, state, watch=watch)
         by_image.append(differing)
-        if answers is not None and wanted:
-            answers.add(expected, counts)
+        if taken is not None:
+            taken.add(expected, counts)
         if part.start < _NUM_LOCAL:
             sums.add_local(batch, per_step, spikes, state)
     silent = tuple(name for name, once in zip(names, fired, strict=True) if not once)

@@ -59,9 +59,8 @@ def in_own_process(case: dict[str, Any]) -> dict[str, Any]:
         of = {name: case[name] for name in ("T", "neurons", "recompute")}
         said = result.stderr.strip().splitlines() if result.returncode > 0 else []  # what is killed says nothing of it
         reason = said[-1].removeprefix("Error: ") if said else f"its process ended with {result.returncode}"
-        if (
-            reason.startswith(LACKS_MEMORY) or result.returncode == -signal.SIGKILL
-        ):  # as a system without memory ends it
+        killed = result.returncode == -signal.SIGKILL  # as a system without memory ends it
+        if killed or reason.startswith(LACKS_MEMORY):
             return {**of, "peak_mb": None, "seconds": None, "lacks_memory": reason}
         raise click.ClickException(f"{', '.join(f'{name}={value}' for name, value in of.items())}: {reason}")
     row: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
