@@ -260,6 +260,7 @@ def test_a_killed_rank_ends_the_run_and_resume_goes_on(tmp_path: Path, torchrun:
     wait_until(lambda: (run / "metrics.jsonl").is_file(), begun)
     os.kill(workers(begun)[1], signal.SIGKILL)
     output = begun.communicate(timeout=_SECONDS)[0]
+    print(output)  # whole, if it is another
     assert begun.returncode != 0 and "another process of this run has ended" in output
     finished = len(metrics(run))
     assert 1 <= finished < 400
@@ -392,6 +393,30 @@ def test_only_what_a_lost_process_causes_is_said_to_be_that(said: str, lost: boo
     with pytest.raises(kind, match=match), process_group():
         raise RuntimeError(said)
     assert asked == ["gloo", "end"]
+
+
+def test_what_torchrun_sends_after_a_loss_hides_it_not(asked: list[Any]) -> None:
+    """It sees the same end, and this process is on its way out of the batch, or of the group."""
+
+    def leave_batch() -> None:
+        try:
+            raise RuntimeError("Connection closed by peer")
+        finally:
+            raise KeyboardInterrupt
+
+    with pytest.raises((ConnectionError, KeyboardInterrupt)) as ended, process_group():
+        leave_batch()
+    assert "another process of this run has ended" in str(ended.value)
+    with pytest.raises(KeyboardInterrupt), process_group():
+        raise KeyboardInterrupt
+    assert asked == ["gloo", "end"] * 2
+
+
+def test_a_group_ends_before_an_interrupt(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises((ConnectionError, KeyboardInterrupt)) as ended, process_group():
+        raise RuntimeError("Connection closed by peer")
+    assert ended.type is ConnectionError
 
 
 def test_an_error_does_not_keep_the_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ def process_group() -> Iterator[Ranks]:
     before = sys.exception()
     try:
         yield current_ranks()
-    except RuntimeError as error:
+    except (RuntimeError, KeyboardInterrupt) as error:
         if not _is_lost(error):
             raise
         raise ConnectionError(
@@ -170,8 +170,12 @@ def _end_group(before: BaseException | None) -> None:
         error = error.__context__
     with handled(lambda *_: None, signal.SIGINT, *terminations()):
         gc.collect()  # meanwhile torchrun asks a process to end that is to say, after this, that another one has
-    dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
-def _is_lost(error: RuntimeError) -> bool:
-    return any(sign in str(error) for sign in _LOST)
+def _is_lost(error: BaseException | None) -> bool:
+    """Whether it comes of another process's end. torchrun, too, sees that, and asks this one to end: an interrupt then
+    meets the first error on its way here."""
+    if isinstance(error, KeyboardInterrupt):
+        return _is_lost(error.__context__)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)
