@@ -72,7 +72,7 @@ def test_own_networks_go_the_whole_path_by_the_commands_in_their_text(
     text = Path(f"{name}.py").read_text(encoding="utf-8")
     train, export, sweep = (shlex.split(line) for line in re.findall(r"^    tetdeploy (.*)$", text, re.MULTILINE))
     assert [train[0], export[0], sweep[0]] == ["train", "export", "sweep"]
-    assert f"--model {model}" in by_script(*train, "--epochs", "2").splitlines()[-1]
+    assert f"--model {model}" in by_script(*train, "--epochs", "2", "--T", "2").splitlines()[-1]
     said = in_this_process(*export, "--check", "64")
     assert folded in said and "will not be counted" not in said
     del sys.modules[name]
