@@ -4,7 +4,7 @@ of a batch."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ from tetdeploy.networks import Classifier, run_network
 from tetdeploy.networks.smooth_spike import steepness
 from tetdeploy.wording import shorten
 
-from .lowering import misplaced
 from .recorder import NeuronRecorder
 
 
@@ -222,6 +221,15 @@ def _check_axes(run: _NamedNeurons, steps: int, what: str, count: int) -> None:
     for name, spikes in zip(run.names, run.spikes, strict=True):
         if spikes.shape[:2] != (steps, count):
             raise ValueError(f"for {what} {misplaced(name, spikes.shape)}")
+
+
+def misplaced(name: str, shape: Iterable[object]) -> str:
+    """Why neurons that get currents of such a shape cannot be exported, and what to do."""
+    return (
+        f"neurons {name!r} get currents [{', '.join(map(str, shape))}], but axis 0 must be the T steps and axis 1 the "
+        "batch alone, as in [T, N, tokens, C]; give tokens or windows an axis of their own there, and merge them again "
+        "after the neurons"
+    )
 
 
 def _check_alone(

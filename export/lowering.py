@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +16,7 @@ from onnx_ir.passes import common
 
 from tetdeploy.names import numbered
 
+from .causality import misplaced
 from .neuron_steps import BYTE, FLOAT, Forms, Neurons, StepBuilder, float_value, inputs_of, producer_of
 from .onnx_tracer import LIF_DOMAIN, module_name
 
@@ -67,15 +67,6 @@ def lower(
     _remove_unused(model, [layer.spikes for layer in neurons])
     model.opset_imports.pop(LIF_DOMAIN, None)
     return neurons
-
-
-def misplaced(name: str, shape: Iterable[object]) -> str:
-    """Why neurons that get currents of such a shape cannot be exported, and what to do."""
-    return (
-        f"neurons {name!r} get currents [{', '.join(map(str, shape))}], but axis 0 must be the T steps and axis 1 the "
-        "batch alone, as in [T, N, tokens, C]; give tokens or windows an axis of their own there, and merge them again "
-        "after the neurons"
-    )
 
 
 def _describe(node: ir.Node, names: Counter[str], x: ir.Value) -> Neurons:

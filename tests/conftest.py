@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import typing
 from collections.abc import Iterator
 from functools import cache
 
@@ -12,6 +13,7 @@ import torch
 import torch._export.utils
 from hypothesis import settings
 from onnxscript.values import TracedOnnxFunction
+from torch.fx.traceback import NodeSource
 from torch.onnx._internal.exporter import _schemas
 
 import tetdeploy  # noqa: F401  before a test imports ONNX Runtime, which then sends nothing
@@ -23,6 +25,8 @@ pytest_plugins = ["ci_skips"]
 TracedOnnxFunction.function_ir = property(cache(TracedOnnxFunction.function_ir.fget))
 _schemas.op_signature_from_function = cache(_schemas.op_signature_from_function)  # a sixth, of 500 functions again
 torch._export.utils._materialize_cpp_cia_ops = cache(torch._export.utils._materialize_cpp_cia_ops)  # 30 times each
+torch._ops.Callable = typing.Callable  # each export writes Callable[_P, _T] 20,000 times, and typing keeps what that is
+NodeSource.__deepcopy__ = lambda self, memo: self  # where a node comes from, copied at each pass, and changed by none
 
 gc.set_threshold(20_000, 20, 20)  # a twelfth of the suite, most of it over what PyTorch and onnxscript keep for good
 

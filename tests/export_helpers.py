@@ -114,11 +114,16 @@ def _export(config: ExportConfig, images: np.ndarray[Any, Any], **options: Any) 
 
 
 @contextmanager
-def shared_traces() -> Iterator[None]:
-    """Within it no trace is taken twice, whatever target and precision are, of networks whose weights stay."""
+def shared_traces(*, onnx: bool = True) -> Iterator[None]:
+    """Within it no trace is taken twice, whatever target and precision are, of networks whose weights stay.
+
+    Args:
+        onnx: nor is one made ONNX twice; not where a test has what lies between changed, as the 8-bit arithmetic.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "Tracer", _shared_tracer)
-        patch.setattr(model, "OnnxTracer", _shared_onnx_tracer)
+        if onnx:
+            patch.setattr(model, "OnnxTracer", _shared_onnx_tracer)
         yield
 
 
@@ -147,8 +152,8 @@ def pooled(of: Engine, x: np.ndarray[Any, Any], T: int) -> np.ndarray[Any, Any]:
 
 
 def unchecked(network: nn.Module, path: Path, config: ExportConfig) -> Engine:
-    """A network's graph, which no gate has seen: for networks whose answers do not matter."""
-    graph, *_ = model.build_graph(classifier(network), config)
+    """A network's graph, or a classifier's, which no gate has seen: for networks whose answers do not matter."""
+    graph, *_ = model.build_graph(network if isinstance(network, Classifier) else classifier(network), config)
     path.write_bytes(ir.to_proto(graph.model).SerializeToString())
     return Engine(path, threads=1)
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ from tetdeploy.cli.errors import CleanErrors, CleanGroup
 from tetdeploy.cli.export import _next as after_export
 from tetdeploy.cli.predict import _read_image
 from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
-from tetdeploy.data import load_data
+from tetdeploy.data import load_data, save_npz
 from tetdeploy.engine import Engine
 from tetdeploy.export import preflight
 from tetdeploy.files import sha256_of
@@ -46,6 +47,7 @@ from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import newest_export
 from tetdeploy.tensor_file import read_content, write_tensors
 from tetdeploy.train import TrainResult
+from tetdeploy.train.progress import Progress
 from tetdeploy.train.state import Best
 
 
@@ -54,20 +56,17 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-# A run that Ctrl-C reaches as it has shown its first epoch.
-CUT = """
-import os, signal, sys
-from tetdeploy.cli import main
-from tetdeploy.train.progress import Progress
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what runs in its background
-shown = Progress.epoch
-def epoch(self, record):
-    shown(self, record)
-    if record["epoch"] == 1:
-        os.kill(os.getpid(), signal.SIGINT)
-Progress.epoch = epoch
-main()
-"""
+@pytest.fixture
+def _not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a network of one's own can be exported is not asked, which takes a process, before it is trained."""
+    monkeypatch.setattr("tetdeploy.export.preflight.why_not", lambda *_: None)
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """Some of the digits, which are read without scikit-learn."""
+    save_npz(load_data("digits", "train", data_dir=tmp_path).select(slice(200)), tmp_path / "few.npz")
+    return Path("few.npz")
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +112,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 RUN = "runs/digits-convsnn"
 MODEL = f"{RUN}/model-T3.onnx"
+TRAIN_FEW = ("train", "--data", "few.npz", "--epochs", "1", "--width", "0.25", "--out", "new")
 NOT_EXPORTED = "this network trains, but cannot be exported:"
 FRAMES_NET = """
 from torch import nn
@@ -408,21 +408,22 @@ class TestCommands:
         assert f"--tau {message}" in refused("train", "--config", "recipe.toml", "--model", "mine:net", code=2)
 
     def test_training_says_when_nothing_of_an_own_network_can_be_exported(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "silent_net.py").write_text(LINEAR_NET)
         monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setattr(preflight, "why_not", preflight._answer)  # in this process
         with pytest.warns(RuntimeWarning, match=f"silent_net:net: {NOT_EXPORTED} it has no LIF or IF of tetdeploy.neu"):
-            trained = run("train", "--model", "silent_net:net", "--epochs", "1", "--T", "2")
+            trained = run("train", "--model", "silent_net:net", "--epochs", "1", "--T", "2", "--data", str(few))
         assert trained.exit_code == 0, trained.output
 
     def test_training_is_warned_of_what_export_will_refuse_and_not_changed(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+        self, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / "random_net.py").write_text(RANDOM_NET)
         Path("queue.py").write_text("raise SystemExit('a file in the folder that is called as one of Python is')")
         monkeypatch.syspath_prepend(str(tmp_path))
-        options = ("train", "--model", "random_net:net", "--epochs", "2", "--T", "2")
+        options = ("train", "--data", str(few), "--model", "random_net:net", "--epochs", "2", "--T", "2")
         with monkeypatch.context() as patch:
             patch.setattr("tetdeploy.export.preflight.why_not", lambda *_: None)
             assert run(*options, "--out", "unchecked").exit_code == 0
@@ -484,7 +485,7 @@ class TestCommands:
         assert trained.exit_code == 0, trained.output  # without a warning: nothing was found out
         assert [call.args[1] for call in checked.call_args_list] == ["frames"]
 
-    @pytest.mark.filterwarnings("ignore:cut_net.net. this network trains, but cannot be exported:RuntimeWarning")
+    @pytest.mark.usefixtures("_not_asked")
     def test_an_own_network_is_resumed_only_when_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "cut_net.py").write_text(
             "import signal\n"
@@ -509,20 +510,20 @@ class TestCommands:
                 assert "--seed and --seeds both decide" in refused(*again.split(), *own, "--seed", "1", code=2)
             assert run(*again.split(), *own).exit_code == 130
 
-    @pytest.mark.filterwarnings("ignore:tau_net.net. this network trains, but cannot be exported:RuntimeWarning")
+    @pytest.mark.usefixtures("_not_asked")
     def test_an_own_network_whose_code_has_changed_is_told(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         code = Path("tau_net.py")
         code.write_text(LINEAR_NET)
         monkeypatch.syspath_prepend(str(tmp_path))
-        own, short = ("--model", "tau_net:net"), ("--epochs", "1", "--T", "1")
+        own, short = ("--model", "tau_net:net"), ("--data", str(few), "--epochs", "1", "--T", "1")
         assert run("train", *own, *short, "--seeds", "0", "--out", "own").exit_code == 0
         begun, before = "own/seed-0", sha256_of(code)
         assert json.loads(Path(begun, "config.json").read_text())["code_sha256"] == before
         assert read_metadata(begun)["provenance"]["code_sha256"] == before
         commands = [
-            ("evaluate", begun, "--limit", "9", "--T", "1"),
+            ("evaluate", begun, "--data", str(few), "--limit", "9", "--T", "1"),
             ("train", "--resume", "own"),
             ("train", "--init", begun, *short, "--out", "second"),
         ]
@@ -538,13 +539,23 @@ class TestCommands:
         assert read_metadata("second")["provenance"]["code_sha256"] == sha256_of(code) != before
         sys.modules.pop("tau_net")
 
-    def test_resume_goes_on_to_the_weights_of_an_uninterrupted_run(self, tmp_path: Path) -> None:
-        options = ["--epochs", "3", "--width", "0.25", "--T", "2"]
+    def test_resume_goes_on_to_the_weights_of_an_uninterrupted_run(
+        self, few: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        options = ["--data", str(few), "--epochs", "3", "--width", "0.25", "--T", "2"]
         assert run("train", *options, "--out", "whole").exit_code == 0
-        command = [sys.executable, "-c", CUT, "train", *options, "--out", "cut"]
-        cut = subprocess.run(command, capture_output=True, text=True, check=False)
-        rest = cut.stdout + cut.stderr
-        assert cut.returncode == 130, rest
+        shown = Progress.epoch
+
+        def cut_after_the_first(self: Progress, record: dict[str, Any]) -> None:
+            shown(self, record)
+            if record["epoch"] == 1:
+                signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Progress, "epoch", cut_after_the_first)
+            cut = run("train", *options, "--out", "cut")
+        rest = cut.output
+        assert cut.exit_code == 130, rest
         assert "Traceback" not in rest and "epoch 2/" not in rest
         assert "tetdeploy train --resume cut" in rest
         resumed = run("train", "--resume", "cut")
@@ -728,8 +739,10 @@ class TestBadInput:
 
     def test_quickstart_goes_the_whole_path(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Beside another run and its model, begun later, which none of its steps may take for its own."""
-        epochs = next(parameter for parameter in main.commands["train"].params if parameter.name == "epochs")
-        monkeypatch.setattr(epochs, "default", 2)
+        smaller = {"epochs": 2, "width": 0.5}
+        for parameter in main.commands["train"].params:
+            if parameter.name in smaller:
+                monkeypatch.setattr(parameter, "default", smaller[parameter.name])
         folder, printed, begun = Path(f"{RUN}-2"), console.print, list[str]()
 
         def tell(text: Any = "", **options: Any) -> None:
@@ -1114,8 +1127,8 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("command", "rest", "unbuffered"),
     [
-        (("train", "--epochs", "1", "--out", "new"), "; what was written before is as it was: go on with --resume", ""),
-        (("train", "--epochs", "1", "--out", "new", "--seeds", "0,1"), "", ""),
+        (TRAIN_FEW, "; what was written before is as it was: go on with --resume", ""),
+        ((*TRAIN_FEW, "--seeds", "0,1"), "", ""),
         (("inspect", MODEL), "", ""),
         (("inspect", MODEL), "", "1"),
         (("--help",), "", ""),
@@ -1123,7 +1136,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
     ],
 )
 def test_standard_output_that_is_full_is_named(
-    command: tuple[str, ...], rest: str, unbuffered: str, workplace: Path
+    command: tuple[str, ...], rest: str, unbuffered: str, workplace: Path, few: Path
 ) -> None:
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("w") as full:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from export_helpers import classifier, convsnn, digits, engine, unchecked
+from export_helpers import classifier, convsnn, digits, engine, shared_traces, unchecked
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
@@ -109,20 +109,27 @@ class Heads(nn.Module):
         return self.readout(torch.cat(read, -1))
 
 
+@cache
+def heads() -> Classifier:
+    return classifier(Heads())
+
+
 @pytest.mark.parametrize("fold_bn", [True, False])
 def test_which_inputs_are_binary(fold_bn: bool, tmp_path: Path) -> None:
-    net, x = Heads(), digits().images[:40]
-    runner = unchecked(net, tmp_path / "m.onnx", ExportConfig(T=3, fold_bn=fold_bn))
+    net, x = heads(), digits().images[:40]
+    with shared_traces():
+        runner = unchecked(net, tmp_path / "m.onnx", ExportConfig(T=3, fold_bn=fold_bn))
     said = {layer.name.removeprefix("heads."): layer.binary for layer in layers_of(runner.metadata)}
     seen: dict[str, bool] = {}
 
     def watch(name: str) -> Any:
         return lambda module, inputs, output: seen.update({name: bool(((inputs[0] == 0) | (inputs[0] == 1)).all())})
 
-    for name in HEADS:
-        net.heads[name].register_forward_hook(watch(name))
+    hooks = [net.network.heads[name].register_forward_hook(watch(name)) for name in HEADS]
     with torch.no_grad():
-        classifier(net)(torch.from_numpy(x), 3)
+        net(torch.from_numpy(x), 3)
+    for hook in hooks:
+        hook.remove()
     assert seen == {name: name in BINARY for name in HEADS}
     assert {name: said[name] for name in HEADS} == seen
     assert runner.metadata["uncounted"] == []

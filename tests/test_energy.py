@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from export_helpers import SideBySide, classifier, convsnn, digits, engine, frames, unchecked
+from export_helpers import SideBySide, classifier, convsnn, digits, engine, frames, shared_traces, unchecked
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -574,14 +574,20 @@ class Joined(nn.Module):
         return self.readout(self.lif(torch.stack(torch.broadcast_tensors(*read)).sum(0)).flatten(2))
 
 
+@cache
+def joined(*names: str) -> Classifier:
+    return classifier(Joined({name: (FOLLOWED | NOT_FOLLOWED)[name] for name in names}))
+
+
 @pytest.mark.parametrize(("layout", "fold_bn"), [("unrolled", True), ("unrolled", False), ("dynamic", True)])
 def test_steps_are_told_apart_or_their_layer_is_named(layout: Layout, fold_bn: bool, tmp_path: Path) -> None:
     """A network is causal, so that its operations in T steps are those of the same network at this T."""
     ways = FOLLOWED | NOT_FOLLOWED
     if layout == "dynamic":
         ways = {name: way for name, way in ways.items() if name not in FIXED_T}
-    net, x = classifier(Joined(ways)), digits().images[:9]
-    runner = unchecked(net.network, tmp_path / "m.onnx", ExportConfig(layout=layout, T=3, fold_bn=fold_bn))
+    net, x = joined(*ways), digits().images[:9]
+    with shared_traces():
+        runner = unchecked(net, tmp_path / "m.onnx", ExportConfig(layout=layout, T=3, fold_bn=fold_bn))
     assert set(runner.metadata["uncounted"]) == {f"layers.{name}" for name in ways.keys() & NOT_FOLLOWED}
     operations = counted(runner, x, 3)
     for T in (1, 2, 3):

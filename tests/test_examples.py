@@ -40,6 +40,20 @@ def test_own_training_loop_learns_the_digits_and_ends_with_what_is_exported(
     assert [100 * row["accuracy"] for row in sweep["rows"]] == pytest.approx([*accuracies.values()], abs=0.5)
 
 
+def by_script(*arguments: str) -> str:
+    """What the console script prints, in the current folder."""
+    command = [Path(sys.executable).with_name("tetdeploy"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def in_this_process(*arguments: str) -> str:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "folded", "steps"),
@@ -47,26 +61,24 @@ def test_own_training_loop_learns_the_digits_and_ends_with_what_is_exported(
      ("spikformer:spikformer_2_64", "folded 17 BN | 19 neuron layers", 8)],
 )  # fmt: skip
 def test_own_networks_go_the_whole_path_by_the_commands_in_their_text(
-    model: str, folded: str, steps: int, tmp_path: Path
+    model: str, folded: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The console script in the folder of the module, as the text says; only the training is cut short."""
-    module = f"{model.partition(':')[0]}.py"
-    shutil.copy(EXAMPLES / module, tmp_path)
-    text = (tmp_path / module).read_text(encoding="utf-8")
-    commands = [shlex.split(line) for line in re.findall(r"^    (tetdeploy .*)$", text, re.MULTILINE)]
-    assert [command[1] for command in commands] == ["train", "export", "sweep"]
-    for command in commands:
-        short = ["--epochs", "2"] if command[1] == "train" else []
-        script = str(Path(sys.executable).with_name(command[0]))
-        result = subprocess.run(
-            [script, *command[1:], *short], capture_output=True, text=True, check=False, env=ONE_THREAD, cwd=tmp_path
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        if command[1] == "train":
-            assert f"--model {model}" in result.stdout.splitlines()[-1]
-        if command[1] == "export":
-            assert folded in result.stdout and "will not be counted" not in result.stdout
+    """In the folder of the module, as the text says; only what they work on is cut short. The training, which asks in
+    one more process whether the network exports, is by the console script."""
+    name = model.partition(":")[0]
+    shutil.copy(EXAMPLES / f"{name}.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    text = Path(f"{name}.py").read_text(encoding="utf-8")
+    train, export, sweep = (shlex.split(line) for line in re.findall(r"^    tetdeploy (.*)$", text, re.MULTILINE))
+    assert [train[0], export[0], sweep[0]] == ["train", "export", "sweep"]
+    assert f"--model {model}" in by_script(*train, "--epochs", "2", "--T", "2").splitlines()[-1]
+    said = in_this_process(*export, "--check", "64")
+    assert folded in said and "will not be counted" not in said
+    del sys.modules[name]
+    in_this_process(*sweep, "--limit", "64")
+    assert name not in sys.modules  # an exported model needs no code
     (written,) = {file.resolve() for file in tmp_path.glob("runs/*/*.sweep.json")}  # runs/latest has it, too
-    sweep = json.loads(written.read_text(encoding="utf-8"))
-    assert [row["T"] for row in sweep["rows"]] == [*range(1, steps + 1)]
-    assert sweep["rows"][3]["accuracy"] > 0.5
+    rows = json.loads(written.read_text(encoding="utf-8"))["rows"]
+    assert [row["T"] for row in rows] == [*range(1, steps + 1)]
+    assert rows[3]["accuracy"] > 0.5

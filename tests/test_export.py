@@ -1367,6 +1367,15 @@ def test_torch_logs_as_before_once_it_has_traced(caplog: pytest.LogCaptureFixtur
         assert logger.level == 17
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.fx.config, "do_not_emit_stack_traces"), reason="this PyTorch notes them whatever it is told"
+)
+def test_a_trace_does_not_note_where_its_nodes_are_made_and_torch_does_so_again_after_it() -> None:
+    nodes = Tracer(convsnn(), encoding="direct", uint8=True).program(1).graph.nodes
+    assert len(nodes) > 9 and not any("in forward" in (node.stack_trace or "") for node in nodes)
+    assert not torch.fx.config.do_not_emit_stack_traces
+
+
 @pytest.mark.parametrize("T", [4, None])
 def test_what_cannot_be_traced_at_any_T_is_told_torchs_reason(T: int | None) -> None:
     net = untested(OfFrames(AsksForTheBatch()))

@@ -293,6 +293,7 @@ def test_a_smoke_run_of_the_training_step(module: Any, tmp_path: Path, monkeypat
     training = module("training_step")
     monkeypatch.setattr(training, "Worker", InThisProcess)
     tiny = ["--device", "cpu", "--width", "0.0625", "--size", "8", "--batch", "2", "--turns", "1", "--steps", "1"]
+    tiny += ["--model", "convsnn"]
     sides = ["--side", "loop", "--side", "tetdeploy", "--threads", "1"]
     result = tmp_path / "step.json"
     done = CliRunner().invoke(training.main, [*tiny, *sides, "--json", str(result)])
@@ -303,7 +304,7 @@ def test_a_smoke_run_of_the_training_step(module: Any, tmp_path: Path, monkeypat
     assert found["sides"]["tetdeploy"]["first_gradient"] == pytest.approx(
         found["sides"]["loop"]["first_gradient"], rel=1e-4
     )
-    # 20 convolutions forward and backward at T x N = 8, the first without a gradient for its images
+    # 3 convolutions forward and backward at T x N = 8, the first without a gradient for its images
     assert 0 < found["floor"]["tflop"] < 1e-3 and found["reached"] == []
     assert "floor_ms" not in found["floor"]
 
@@ -315,11 +316,12 @@ def test_a_smoke_run_of_the_loader(module: Any, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(loader, "cifar_sized", lambda count: few_images())
     monkeypatch.setattr(loader, "write_jpegs", lambda folder, count: few_files(folder))
     tiny = ["--workers", "0", "--steps", "1", "--batch-size", "2", "--threads", "1", "--device", "cpu"]
+    tiny += ["--width", "0.03125"]
     result = tmp_path / "loader.json"
     done = CliRunner().invoke(loader.main, [*tiny, "--data-dir", str(tmp_path), "--json", str(result)])
     assert done.exit_code == 0, done.output
     rows = json.loads(result.read_text())["rows"]
-    assert [row["network"] for row in rows] == ["convsnn x1", "spiking-resnet34 x0.125"]
+    assert [row["network"] for row in rows] == ["convsnn x1", "spiking-resnet34 x0.03125"]
     assert all(row["loader_images_per_s"] > 0 < row["step_images_per_s"] for row in rows)
 
 

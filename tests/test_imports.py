@@ -73,9 +73,11 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
         assert "onnxruntime" not in loaded
 
 
-def test_training_knows_nothing_of_reports() -> None:
-    code = "import tetdeploy.train, sys; assert not [name for name in sys.modules if 'tetdeploy.report' in name]"
-    assert "torch" in loaded_by(code)
+def test_training_and_what_is_asked_before_it_know_nothing_of_reports_and_of_graphs() -> None:
+    modules = "tetdeploy.train, tetdeploy.export.preflight"
+    code = f"import {modules}, sys; assert not [name for name in sys.modules if 'tetdeploy.report' in name]"
+    loaded = loaded_by(code)
+    assert "torch" in loaded and not loaded & {"onnx", "onnxscript", "onnx_ir"}
 
 
 def test_the_rules_of_early_exit_need_no_engine() -> None:

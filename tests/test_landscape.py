@@ -489,6 +489,12 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.fixture
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is not drawn, which takes longer."""
+    monkeypatch.setattr(landscape_figure, "plot_landscape", lambda landscape, path, **options: Path(path).touch())
+
+
 def run(*arguments: str) -> Result:
     options = ["--points", "3", "--limit", "30", "--device", "cpu"]
     return CliRunner().invoke(main, ["landscape", *options, *arguments])
@@ -503,6 +509,7 @@ class TestCommand:
             (("x/run", "x/x/run"), ["run", "x/run"]),
         ],
     )
+    @pytest.mark.usefixtures("_undrawn")
     def test_runs_of_one_name_are_called_by_what_sets_their_paths_apart(
         self, paths: tuple[str, ...], names: list[str], runs: Path
     ) -> None:
@@ -525,6 +532,7 @@ class TestCommand:
         assert content["rows"][1]["sdt_loss"] == measured.sdt_loss[1, 1, 1]
         assert content["settings"]["T"] == 2 and content["radius"] == 1
 
+    @pytest.mark.usefixtures("_undrawn")
     def test_parts_of_the_data(self, runs: Path) -> None:
         digests = set()
         for split in ("train", "validation", "val", "test"):
@@ -533,6 +541,7 @@ class TestCommand:
             digests.add(load_landscape(f"{split}.npz").settings["images"])
         assert len(digests) == 3  # val is validation
 
+    @pytest.mark.usefixtures("_undrawn")
     def test_a_few_images_are_taken_from_all_over_the_set(self, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         digests = set()
         for name, order in (("first", np.arange), ("last", lambda count: np.arange(count)[::-1])):
@@ -541,6 +550,7 @@ class TestCommand:
             digests.add(load_landscape(f"{name}.npz").settings["images"])
         assert len(digests) == 2
 
+    @pytest.mark.usefixtures("_undrawn")
     def test_all_runs_trained_on_the_images_or_none_did(self, runs: Path) -> None:
         path = runs / "more" / "checkpoint.safetensors"
         save_checkpoint(path, classifier_of(), training={"T": 2, "val_fraction": 0.3}, provenance={})
@@ -563,6 +573,7 @@ class TestCommand:
         assert result.exit_code == 1
         assert "whatever --T, and these differ (e2: 2, e4: 4); measure each run by itself" in result.output
 
+    @pytest.mark.usefixtures("_undrawn")
     def test_frames_of_a_file_are_the_same_for_all_runs(self, runs: Path) -> None:
         path = runs / "more" / "checkpoint.safetensors"
         save_checkpoint(path, classifier_of(), training={"T": 3, "val_fraction": 0.1}, provenance={})
@@ -598,6 +609,7 @@ class TestCommand:
         assert message in " ".join(result.output.split())
         assert {path.name for path in runs.parent.iterdir()} == {"runs"}
 
+    @pytest.mark.usefixtures("_undrawn")
     def test_ctrl_c_keeps_what_is_measured(self, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         count, counted = 0, landscape.count_correct
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import config as fx_config
 
 from tetdeploy.data import Encoding
 from tetdeploy.folding import FoldingError, fold_batchnorm
@@ -139,15 +140,19 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch's exporter warns of its own internals and prints graphs; nothing a user can act on."""
+    """torch's exporter warns of its own internals and prints graphs; nothing a user can act on. Nor does it note
+    where in the code each node is made: nobody reads it, and in a large network it takes seconds."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    without_places = getattr(fx_config, "do_not_emit_stack_traces", False)  # no PyTorch before 2.13 knows it
+    fx_config.do_not_emit_stack_traces = True
     try:
         with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
+        fx_config.do_not_emit_stack_traces = without_places
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
