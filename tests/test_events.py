@@ -325,24 +325,24 @@ def say_sensor(root: Path, width: int, height: int) -> None:
 
 
 def test_what_recordings_do_not_say_of_their_sensor_is_as_in_the_training(tmp_path: Path) -> None:
-    root, sensor = event_folder(tmp_path / "set", (60, 100)), (70, 130)
+    root, trained = event_folder(tmp_path / "set", (60, 100)), Framing("count", (70, 130))
     name = f"events:{root}"
-    again = [load_data(name, "test", data_dir=NOWHERE, T=2, sensor=sensor) for _ in range(2)]
-    assert again[0].framing == Framing("count", sensor) and (again[0].x == again[1].x).all()
-    part = load_parts(name, data_dir=NOWHERE, T=2, fraction=0.3, sensor=sensor)[1]
+    again = [load_data(name, "test", data_dir=NOWHERE, T=2, trained=trained) for _ in range(2)]
+    assert again[0].framing == trained and (again[0].x == again[1].x).all()
+    part = load_parts(name, data_dir=NOWHERE, T=2, fraction=0.3, trained=trained)[1]
     assert part is not None and part.framing == again[0].framing
     say_sensor(root, 130, 70)
-    said = load_data(name, "test", data_dir=NOWHERE, T=2, sensor=(90, 140))
+    said = load_data(name, "test", data_dir=NOWHERE, T=2, trained=Framing("count", (90, 140)))
     np.testing.assert_array_equal(said.x, again[0].x)
     say_sensor(root, 100, 60)
-    own = load_data(name, "test", data_dir=NOWHERE, T=2, sensor=sensor)
+    own = load_data(name, "test", data_dir=NOWHERE, T=2, trained=trained)
     assert own.framing == Framing("count", (60, 100)) and (own.x != said.x).any()
 
 
 def test_events_beyond_the_sensor_of_the_training_come_from_another(tmp_path: Path) -> None:
     name = f"events:{event_folder(tmp_path / 'set', (60, 100))}"
     with pytest.warns(RuntimeWarning, match="no recording of set says"):
-        frames = load_data(name, "test", data_dir=NOWHERE, T=2, sensor=(60, 90))
+        frames = load_data(name, "test", data_dir=NOWHERE, T=2, trained=Framing("count", (60, 90)))
     assert frames.framing is not None and frames.framing.sensor[1] > 90
 
 
@@ -844,7 +844,7 @@ def test_a_model_of_recordings_says_how_they_were_framed_and_predict_frames_alik
     sweep = run("sweep", "model.onnx", "--data", f"by-time:events:{unsaid}", "--json", "s.json")
     assert sweep.exit_code == 0, sweep.output
     swept = json.loads(Path("s.json").read_text())
-    alike = load_data(f"by-time:events:{unsaid}", "test", data_dir=NOWHERE, T=2, sensor=framing.sensor)
+    alike = load_data(f"by-time:events:{unsaid}", "test", data_dir=NOWHERE, T=2, trained=framing)
     assert swept["images_sha256"] == images_sha256(alike.x, alike.labels)
     for command in (["sweep", "model.onnx"], ["evaluate", "run"], ["export", "run", "--check", "2"]):
         with pytest.warns(RuntimeWarning, match="was trained on frames of equal time"):
