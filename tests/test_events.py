@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.checkpoint import load, read_metadata
 from tetdeploy.cli import main
+from tetdeploy.cli.predict import _read_recording
 from tetdeploy.data import (
     FrameSet,
     ImageSet,
@@ -37,7 +39,18 @@ from tetdeploy.data import (
     warn_of_other_framing,
 )
 from tetdeploy.data.cifar import CIFAR10
-from tetdeploy.data.events import Binning, Framing, Recording, frame_size, read_aedat4, read_bin, read_npz, to_frames
+from tetdeploy.data.events import (
+    READERS,
+    Binning,
+    Framing,
+    Recording,
+    decode_recordings,
+    frame_size,
+    read_aedat4,
+    read_bin,
+    read_npz,
+    to_frames,
+)
 from tetdeploy.data.frames import count_statistics
 from tetdeploy.data.saccades import NUM_STEPS, saccade_events, saccade_frames, saccade_path
 from tetdeploy.early_exit import softmax
@@ -403,6 +416,20 @@ def test_recordings_that_cannot_be_used_are_counted_and_named(tmp_path: Path) ->
         shutil.copy(root / "train/left/1.npz", root / f"{name}.npz")
     with pytest.raises(ValueError, match=r"1 of 10 .*test/left/0.npz \(it reaches the pixel x=30, y=2, outside"):
         load_data(f"events:{root}", "test", data_dir=NOWHERE)
+
+
+def test_what_a_reader_says_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[Exception] = [ValueError("two\n  lines"), MemoryError()]
+    monkeypatch.setitem(READERS, ".npz", Mock(side_effect=errors))
+    said = r"2 of 2 recordings cannot be used: a\.npz \(two lines\), b\.npz \(MemoryError\);"
+    with pytest.raises(ValueError, match=said):
+        decode_recordings([Path("a.npz"), Path("b.npz")], Binning(1), (2, 2), text="")
+    engine = Mock(metadata={"source": {"data": {"framing": Framing("count", (2, 2)).to_dict()}}})
+    (file := tmp_path / "a.npz").touch()
+    for error, said in zip(errors, ("two lines", "MemoryError"), strict=True):
+        monkeypatch.setitem(READERS, ".npz", Mock(side_effect=error))
+        with pytest.raises(ValueError, match=f"a.npz cannot be read as a recording: {said}$"):
+            _read_recording(file, engine)
 
 
 @pytest.mark.parametrize(
