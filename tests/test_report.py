@@ -467,6 +467,8 @@ class TestReading:
             (336.0, 0.0): "336 ± 0",
             (1234.0, 1100.4): "1,234 ± 1,100",
             (0.0, 0.0): "0.00 ± 0.00",
+            (1.23e-5, 0.5): "0.000 ± 0.500",
+            (1.2, 1100.4): "1 ± 1,100",
         }
         for (mean, std), wanted in deviations.items():
             assert milliseconds(mean, std) == f"{wanted} ms"
