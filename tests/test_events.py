@@ -956,6 +956,25 @@ def test_a_teacher_without_time_sees_recordings_whole(tmp_path: Path) -> None:
         train(classifier, data, None, TrainConfig(T=1, distill="ann"), tmp_path / "run")
 
 
+def test_recordings_have_the_sensor_of_a_teacher_or_a_warning_says_that_it_is_another(tmp_path: Path) -> None:
+    said, unsaid = (event_folder(tmp_path / name, (60, 100)) for name in ("said", "unsaid"))
+    say_sensor(said, 110, 60)
+    small = ["--epochs", "1", "--width", "0.1", "--batch-size", "2"]
+    taught = ["train", *small, "--distill", "ann", "--T", "2", "--data"]
+    assert run("train", *small, "--ann", "--data", f"events:{said}", "--out", "ann").exit_code == 0
+    for name, framing in ((f"events:{unsaid}", Framing("count", (60, 110))), (f"by-time:events:{said}", None)):
+        result = run(*taught, name, "--out", "run")  # alike when seen whole; a warning would be an error
+        assert result.exit_code == 0, result.output
+        assert framing in (None, load("run").framing)
+        shutil.rmtree("run")
+    say_sensor(unsaid, 120, 60)
+    other = "of a sensor of 120x60 pixels .*; the teacher ann was trained on .* 110x60"
+    with pytest.warns(RuntimeWarning, match=other):
+        assert run(*taught, f"events:{unsaid}", "--out", "run").exit_code == 0
+    refused = run("train", *small, "--distill", "nothing")
+    assert refused.exit_code == 1 and "--distill: nothing does not exist" in refused.output
+
+
 def test_a_teacher_without_time_sees_255_events_a_pixel_at_most() -> None:
     torch = pytest.importorskip("torch")
     from tetdeploy.networks import Classifier, NetworkConfig, build_network
