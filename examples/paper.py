@@ -31,6 +31,7 @@ import click
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.files import atomic_write, sha256_of, write_json
 from tetdeploy.provenance import version, written
+from tetdeploy.report.drawing import save_plot
 from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, seed_runs
 from tetdeploy.signals import handled, terminations
 
@@ -453,8 +454,7 @@ def subplots(count: int, *, sharey: bool = False) -> tuple[Any, Any]:
 def save(figure: Any, at: Place) -> None:
     figure.suptitle(at.caption.replace("**", ""), fontsize=10)
     file = at.result(".png")
-    with atomic_write(file) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save_plot(figure, file)
     print(file)
 
 

@@ -95,10 +95,9 @@ class Trained:
             check_classes("the network", own_names, name, names)
             return (x, labels), _last(x, labels, num_calibration)
         fraction = float(self.metadata["training"].get("val_fraction", 0.0)) if same_data(name, own) else 0.0
-        framing = Framing.of(self.metadata["data"])
-        sensor = None if framing is None else framing.sensor
-        train, val = load_parts(name, data_dir=data_dir, T=self.T, fraction=fraction, sensor=sensor)
-        warn_of_other_framing(train, framing, "the network")
+        trained = Framing.of(self.metadata["data"])
+        train, val = load_parts(name, data_dir=data_dir, T=self.T, fraction=fraction, trained=trained)
+        warn_of_other_framing(train, trained, "the network")
         if train.encoding != encoding:
             raise ValueError(self._other_encoding(train, encoding))
         check_classes("the network", own_names, name, train.class_names)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from export_helpers import convsnn, digits, engine
+from report_helpers import epoch, run_folder
 from torch import Tensor, nn
 
 import tetdeploy
@@ -137,10 +138,8 @@ def test_of_a_network_fine_tuned_in_8_bits_it_is_said_that_others_are_measured(r
     assert "then tetdeploy sweep measure it in 8 bits" in said
     assert [row["qat"] for row in json.loads(Path("e.json").read_text())["runs"]] == [True, False]
 
-    seed = runs / "seeds" / "seed-0"
+    seed = run_folder(runs / "seeds" / "seed-0")
     save_checkpoint(seed / "checkpoint.safetensors", ann(), training=TRAINING | {"qat": True}, provenance={})
-    (seed / "config.json").write_text("{}")
-    (runs / "seeds" / "summary.json").write_text(json.dumps({"runs": [{"seed": 0, "interrupted": False}]}))
     result = run("runs/seeds", "--T", "1", "--limit", "9", "--json", "e.json")
     assert "mean (n=1) (not int8)" in " ".join(result.output.split())
     assert json.loads(Path("e.json").read_text())["seeds"][0]["qat"] is True
@@ -227,12 +226,11 @@ def test_the_batches_and_the_precision_are_those_asked_for(runs: Path, monkeypat
 def test_mean_and_deviation_over_seeds(runs: Path) -> None:
     for name, count in (("tet", 3), ("twins", 1)):
         for seed in range(count):
-            run_of = runs / name / f"seed-{seed}"
+            run_of = run_folder(runs / name / f"seed-{seed}", seed=seed, metrics=[epoch(1), epoch(2)][: 3 - seed])
             classifier = ann(seed, ann=name == "twins")
             save_checkpoint(run_of / "checkpoint.safetensors", classifier, training=TRAINING, provenance={})
-            (run_of / "config.json").write_text("{}")
-        told = [{"seed": seed, "interrupted": seed == 2} for seed in range(count)]
-        (runs / name / "summary.json").write_text(json.dumps({"runs": told}))
+    told = [{"seed": seed, "interrupted": seed == 1} for seed in (0, 1)]  # 1 was resumed by itself, 2 was killed
+    (runs / "tet" / "summary.json").write_text(json.dumps({"runs": told}))
     result = run("runs/tet", "runs/snn", "runs/twins", "--T", "1,2", "--json", "e.json")
     assert result.exit_code == 0, result.output
     content = json.loads(Path("e.json").read_text())
@@ -255,17 +253,13 @@ def test_mean_and_deviation_over_seeds(runs: Path) -> None:
 def begun_seeds(folder: Path, num_finished: int) -> None:
     """A folder of three seeds, whose training was cut in the first epoch of the one behind those that are finished."""
     for seed in range(num_finished + 1):
-        run_of = folder / f"seed-{seed}"
-        run_of.mkdir(parents=True)
-        (run_of / "config.json").write_text("{}")
+        run_of = run_folder(folder / f"seed-{seed}", seed=seed, metrics=None if seed < num_finished else [])
         if seed < num_finished:
             save_checkpoint(run_of / "checkpoint.safetensors", ann(seed), training=TRAINING, provenance={})
 
 
 def test_a_seed_without_an_epoch_is_left_out(runs: Path) -> None:
     begun_seeds(runs / "cut", 2)
-    told = [{"seed": seed, "interrupted": seed == 2} for seed in range(3)]
-    (runs / "cut" / "summary.json").write_text(json.dumps({"runs": told}))
     result = run("runs/cut", "--T", "1", "--limit", "9", "--json", "e.json")
     assert result.exit_code == 0, result.output
     content = json.loads(Path("e.json").read_text())
@@ -275,6 +269,7 @@ def test_a_seed_without_an_epoch_is_left_out(runs: Path) -> None:
 
 def test_seeds_of_which_none_is_known_to_be_finished_have_no_mean(runs: Path) -> None:
     begun_seeds(runs / "first", 1)
+    (runs / "first" / "seed-0" / "metrics.jsonl").unlink()
     result = run("runs/first", "--T", "1", "--limit", "9")
     assert result.exit_code == 0 and "seed-0" in result.output
     assert "mean" not in result.output

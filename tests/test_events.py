@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.checkpoint import load, read_metadata
 from tetdeploy.cli import main
+from tetdeploy.cli.predict import _read_recording
 from tetdeploy.data import (
     FrameSet,
     ImageSet,
@@ -37,7 +39,18 @@ from tetdeploy.data import (
     warn_of_other_framing,
 )
 from tetdeploy.data.cifar import CIFAR10
-from tetdeploy.data.events import Binning, Framing, Recording, frame_size, read_aedat4, read_bin, read_npz, to_frames
+from tetdeploy.data.events import (
+    READERS,
+    Binning,
+    Framing,
+    Recording,
+    decode_recordings,
+    frame_size,
+    read_aedat4,
+    read_bin,
+    read_npz,
+    to_frames,
+)
 from tetdeploy.data.frames import count_statistics
 from tetdeploy.data.saccades import NUM_STEPS, saccade_events, saccade_frames, saccade_path
 from tetdeploy.early_exit import softmax
@@ -325,24 +338,24 @@ def say_sensor(root: Path, width: int, height: int) -> None:
 
 
 def test_what_recordings_do_not_say_of_their_sensor_is_as_in_the_training(tmp_path: Path) -> None:
-    root, sensor = event_folder(tmp_path / "set", (60, 100)), (70, 130)
+    root, trained = event_folder(tmp_path / "set", (60, 100)), Framing("count", (70, 130))
     name = f"events:{root}"
-    again = [load_data(name, "test", data_dir=NOWHERE, T=2, sensor=sensor) for _ in range(2)]
-    assert again[0].framing == Framing("count", sensor) and (again[0].x == again[1].x).all()
-    part = load_parts(name, data_dir=NOWHERE, T=2, fraction=0.3, sensor=sensor)[1]
+    again = [load_data(name, "test", data_dir=NOWHERE, T=2, trained=trained) for _ in range(2)]
+    assert again[0].framing == trained and (again[0].x == again[1].x).all()
+    part = load_parts(name, data_dir=NOWHERE, T=2, fraction=0.3, trained=trained)[1]
     assert part is not None and part.framing == again[0].framing
     say_sensor(root, 130, 70)
-    said = load_data(name, "test", data_dir=NOWHERE, T=2, sensor=(90, 140))
+    said = load_data(name, "test", data_dir=NOWHERE, T=2, trained=Framing("count", (90, 140)))
     np.testing.assert_array_equal(said.x, again[0].x)
     say_sensor(root, 100, 60)
-    own = load_data(name, "test", data_dir=NOWHERE, T=2, sensor=sensor)
+    own = load_data(name, "test", data_dir=NOWHERE, T=2, trained=trained)
     assert own.framing == Framing("count", (60, 100)) and (own.x != said.x).any()
 
 
 def test_events_beyond_the_sensor_of_the_training_come_from_another(tmp_path: Path) -> None:
     name = f"events:{event_folder(tmp_path / 'set', (60, 100))}"
     with pytest.warns(RuntimeWarning, match="no recording of set says"):
-        frames = load_data(name, "test", data_dir=NOWHERE, T=2, sensor=(60, 90))
+        frames = load_data(name, "test", data_dir=NOWHERE, T=2, trained=Framing("count", (60, 90)))
     assert frames.framing is not None and frames.framing.sensor[1] > 90
 
 
@@ -403,6 +416,20 @@ def test_recordings_that_cannot_be_used_are_counted_and_named(tmp_path: Path) ->
         shutil.copy(root / "train/left/1.npz", root / f"{name}.npz")
     with pytest.raises(ValueError, match=r"1 of 10 .*test/left/0.npz \(it reaches the pixel x=30, y=2, outside"):
         load_data(f"events:{root}", "test", data_dir=NOWHERE)
+
+
+def test_what_a_reader_says_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[Exception] = [ValueError("two\n  lines"), MemoryError()]
+    monkeypatch.setitem(READERS, ".npz", Mock(side_effect=errors))
+    said = r"2 of 2 recordings cannot be used: a\.npz \(two lines\), b\.npz \(MemoryError\);"
+    with pytest.raises(ValueError, match=said):
+        decode_recordings([Path("a.npz"), Path("b.npz")], Binning(1), (2, 2), text="")
+    engine = Mock(metadata={"source": {"data": {"framing": Framing("count", (2, 2)).to_dict()}}})
+    (file := tmp_path / "a.npz").touch()
+    for error, said in zip(errors, ("two lines", "MemoryError"), strict=True):
+        monkeypatch.setitem(READERS, ".npz", Mock(side_effect=error))
+        with pytest.raises(ValueError, match=f"a.npz cannot be read as a recording: {said}$"):
+            _read_recording(file, engine)
 
 
 @pytest.mark.parametrize(
@@ -844,7 +871,7 @@ def test_a_model_of_recordings_says_how_they_were_framed_and_predict_frames_alik
     sweep = run("sweep", "model.onnx", "--data", f"by-time:events:{unsaid}", "--json", "s.json")
     assert sweep.exit_code == 0, sweep.output
     swept = json.loads(Path("s.json").read_text())
-    alike = load_data(f"by-time:events:{unsaid}", "test", data_dir=NOWHERE, T=2, sensor=framing.sensor)
+    alike = load_data(f"by-time:events:{unsaid}", "test", data_dir=NOWHERE, T=2, trained=framing)
     assert swept["images_sha256"] == images_sha256(alike.x, alike.labels)
     for command in (["sweep", "model.onnx"], ["evaluate", "run"], ["export", "run", "--check", "2"]):
         with pytest.warns(RuntimeWarning, match="was trained on frames of equal time"):
@@ -927,6 +954,25 @@ def test_a_teacher_without_time_sees_recordings_whole(tmp_path: Path) -> None:
     data = load_data(str(tmp_path / "cut.npz"), "train", data_dir=NOWHERE)
     with pytest.raises(ValueError, match=r"a teacher without time learns from whole recordings: for distill choose"):
         train(classifier, data, None, TrainConfig(T=1, distill="ann"), tmp_path / "run")
+
+
+def test_recordings_have_the_sensor_of_a_teacher_or_a_warning_says_that_it_is_another(tmp_path: Path) -> None:
+    said, unsaid = (event_folder(tmp_path / name, (60, 100)) for name in ("said", "unsaid"))
+    say_sensor(said, 110, 60)
+    small = ["--epochs", "1", "--width", "0.1", "--batch-size", "2"]
+    taught = ["train", *small, "--distill", "ann", "--T", "2", "--data"]
+    assert run("train", *small, "--ann", "--data", f"events:{said}", "--out", "ann").exit_code == 0
+    for name, framing in ((f"events:{unsaid}", Framing("count", (60, 110))), (f"by-time:events:{said}", None)):
+        result = run(*taught, name, "--out", "run")  # alike when seen whole; a warning would be an error
+        assert result.exit_code == 0, result.output
+        assert framing in (None, load("run").framing)
+        shutil.rmtree("run")
+    say_sensor(unsaid, 120, 60)
+    other = "of a sensor of 120x60 pixels .*; the teacher ann was trained on .* 110x60"
+    with pytest.warns(RuntimeWarning, match=other):
+        assert run(*taught, f"events:{unsaid}", "--out", "run").exit_code == 0
+    refused = run("train", *small, "--distill", "nothing")
+    assert refused.exit_code == 1 and "--distill: nothing does not exist" in refused.output
 
 
 def test_a_teacher_without_time_sees_255_events_a_pixel_at_most() -> None:

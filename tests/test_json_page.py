@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from export_helpers import convsnn, digits, exported
+from report_helpers import run_folder
 
 from tetdeploy.checkpoint import save_checkpoint
 from tetdeploy.cli import main
@@ -65,10 +66,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     statistics: dict[str, Any] = {"mean": data.mean, "std": data.std, "class_names": data.class_names}
     config = NetworkConfig("convsnn", 10, 1, (8, 8), width=0.25)
     trained = Classifier(snn.network, config=config, data="digits", **statistics)
+    run_folder(folder / "seeds/seed-0")
     for run in ("run", "seeds/seed-0"):
         save_checkpoint(folder / run / "checkpoint.safetensors", trained, training={"T": 2}, provenance={})
-    (folder / "seeds/seed-0/config.json").write_text("{}")
-    (folder / "seeds/summary.json").write_text('{"runs": [{"seed": 0}]}')
     np.savez(folder / "own.npz", images=data.images[:40], labels=data.labels[:40], class_names=data.class_names)
     shutil.copy(exported("step"), folder / "step.onnx")
     model, step, own = (str(folder / name) for name in ("run/model-T2.onnx", "step.onnx", "own.npz"))

@@ -435,7 +435,7 @@ class TestFigure:
         assert (meshes[0].norm.vmin, meshes[0].norm.vmax) == (pytest.approx(0.1), pytest.approx(9.1))
 
     def test_names_of_any_bytes(self, tmp_path: Path) -> None:
-        name = r"$\frac$ " + os.fsdecode(b"\xff")
+        name = r"$\frac$ 数字-שלום " + os.fsdecode(b"\xff")
         shown = dataclasses.replace(bowl(), names=("flat", name))
         plot_landscape(shown, tmp_path / "plot.png", radius=0.5, title=f"1 images of folder:{name}")
         assert (tmp_path / "plot.png").exists()

@@ -393,7 +393,7 @@ class TestTraining:
         assert [*table.rows] == [*wanted, ("mean ± standard deviation", "", "80.00% ± 10.00%")]
         (tmp_path / "a" / "seed-0" / "metrics.jsonl").unlink()  # then summary.json is all that tells of it
         results = read_results([tmp_path / "a"])
-        assert results.sources[0].summary["runs"][0] == told[0]
+        assert results.sources[0].summary["runs"][0] == told[0] | {"run": "seed-0"}
         assert results.sources[0].finished_seeds == "3 seeds"
 
     def test_no_validation_images(self, tmp_path: Path) -> None:
@@ -467,6 +467,8 @@ class TestReading:
             (336.0, 0.0): "336 ± 0",
             (1234.0, 1100.4): "1,234 ± 1,100",
             (0.0, 0.0): "0.00 ± 0.00",
+            (1.23e-5, 0.5): "0.000 ± 0.500",
+            (1.2, 1100.4): "1 ± 1,100",
         }
         for (mean, std), wanted in deviations.items():
             assert milliseconds(mean, std) == f"{wanted} ms"

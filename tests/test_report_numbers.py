@@ -324,6 +324,13 @@ def test_of_which_seeds_the_means_are_is_said(
     document_of(results)
 
 
+def test_the_means_are_of_the_seeds_that_the_table_of_seeds_counts(tmp_path: Path) -> None:
+    folder = seeds_folder(tmp_path / "a", sweep(1.0), sweep(2.0), unfinished=(1,))
+    (folder / "seed-1" / "metrics.jsonl").unlink()  # summary.json is all that tells of it
+    (source,) = read_results([folder]).sources
+    assert source.finished_seeds == source.series[0].counted_seeds == "1 of 2 seeds"
+
+
 def test_several_models_of_several_seeds_have_a_mean_each(tmp_path: Path) -> None:
     folder = seeds_folder(tmp_path / "a", sweep(1.0), sweep(2.0))
     write(folder / "seed-1" / "m-int8.sweep.json", sweep(1.0))

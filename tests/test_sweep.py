@@ -313,7 +313,7 @@ def test_the_table_marks_the_trained_T_and_the_plot_is_a_picture(tmp_path: Path)
     assert "2*" in text
     assert "…" not in text  # nothing is cut at 80 columns
     picture = tmp_path / "plot.png"
-    for model in (result.model, r"$\frac$.onnx", os.fsdecode(b"m\xff.onnx")):  # any name, no formula
+    for model in (result.model, r"$\frac$.onnx", os.fsdecode(b"m\xff.onnx"), "数字-שלום.onnx"):  # any name, no formula
         plot_sweep(dataclasses.replace(result, model=model), picture, 2)
         with Image.open(picture) as image:
             assert min(image.size) > 400

@@ -16,6 +16,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def in_one_line(error: BaseException) -> str:
+    """All that an error says, in a line; of one without text its type."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in a line; of one without text, as MemoryError often is, its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

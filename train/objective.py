@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,8 @@ def load_teacher(config: TrainConfig, student: Classifier, *, sha256: str) -> Te
         FileNotFoundError: there is no such checkpoint.
         ValueError: it has other weights; it is no ANN twin, one for other images or classes, or one of the user's own
             code which the student is not.
+
+    A warning says where it was trained on recordings of another sensor.
     """
     if not config.distill:
         return None
@@ -113,6 +116,10 @@ def load_teacher(config: TrainConfig, student: Classifier, *, sha256: str) -> Te
             raise ValueError(
                 f"the teacher {config.distill} was trained on other data: its {name} is {theirs}, not {ours}"
             )
+    ours, theirs = student.framing, classifier.framing
+    if ours is not None and theirs is not None and ours.sensor != theirs.sensor:  # how they are cut is not seen
+        text = f"{student.data} holds {ours}; the teacher {config.distill} was trained on {theirs}: it may teach worse"
+        warnings.warn(text, RuntimeWarning, stacklevel=1)  # of one place, so that it is shown once of several seeds
     return Teacher(classifier.requires_grad_(False), config.distill_alpha, config.distill_tau)
 
 

@@ -81,11 +81,19 @@ def _teacher(distill: str) -> dict[str, str]:
     say so too, so the place is told without that of the working folder."""
     if not distill:
         return {}
+    return {"distill": _place(distill), "distill_sha256": weights_sha256(teacher_file(distill))}
+
+
+def teacher_file(distill: str) -> Path:
+    """The weights of the teacher that `config.distill` names.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
     try:
-        sha256 = weights_sha256(weights_file(distill))
+        return weights_file(distill)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--distill: {error}") from error
-    return {"distill": _place(distill), "distill_sha256": sha256}
 
 
 def weights_origin(init: Path | str | Checkpoint) -> dict[str, str]:

@@ -51,7 +51,7 @@ class Beginning:
         seeds: of several runs; none of one.
         how: see `_how`.
         init: the checkpoint of --init, as it was when it was read.
-        data: the data settings of what is begun from; none of a run from scratch.
+        data: the data settings of what is begun from, or of a teacher; none of a run from scratch.
     """
 
     out: Path | None
@@ -73,8 +73,8 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
             the user's own that is not named.
         click.UsageError: --seed was typed for several seeds.
     """
-    from tetdeploy.checkpoint import read_checkpoint
-    from tetdeploy.train.runs import read_run_config
+    from tetdeploy.checkpoint import read_checkpoint, read_metadata
+    from tetdeploy.train.runs import read_run_config, teacher_file
 
     resume, restart_from = ctx.params["resume"], ctx.params["restart_from"]
     init = None if ctx.params["init"] is None else read_checkpoint(ctx.params["init"])
@@ -93,6 +93,8 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
         _take_checkpoint(ctx, init, options)
     elif init is not None:
         _take_network(ctx, init.path, init.metadata["network"], options)
+    if options["distill"] and not data:
+        data = read_metadata(teacher_file(options["distill"]))["data"]
     if seeds and is_typed(ctx, "seed"):
         raise click.UsageError("--seed and --seeds both decide the random numbers: choose one of them")
     return Beginning(out, seeds, _how(ctx, before), init, data)

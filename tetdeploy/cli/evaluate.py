@@ -107,14 +107,16 @@ def evaluate(
     from tetdeploy.checkpoint import read_checkpoint, trained_on
     from tetdeploy.data import is_own_file
     from tetdeploy.provenance import written
-    from tetdeploy.report.reading import read_summary
+    from tetdeploy.report.reading import read_run
+    from tetdeploy.report.seeds import summary_of
     from tetdeploy.train.device import device_name, forward_batch, pick_device, pick_precision
 
     checkpoints = checkpoints or (newest_run(runs),)
     on = pick_device(device)
     chosen = pick_precision(precision, on)
     begun = {folder: found for folder in checkpoints if (found := seed_runs(folder))}
-    summaries = {folder: read_summary(folder) for folder in begun}  # a damaged one is told before all measuring
+    # before all measuring: what is damaged is told at once
+    summaries = {folder: summary_of(folder, [read_run(run) for run in found]) for folder, found in begun.items()}
     seeds = {folder: [run for run in found if (run / CHECKPOINT_NAME).exists()] for folder, found in begun.items()}
     rows, following = list[dict[str, Any]](), list[tuple[Path | str, ...]]()
     predicted = list[dict[int, NDArray[np.int64]]]()
@@ -182,13 +184,12 @@ def _images(name: str, split: str, limit: int | None, data_dir: Path, metadata: 
 
 
 def _over_seeds(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation at each T, over the seeds that `summary` says are finished."""
+    """Mean and sample standard deviation at each T, over the seeds that are finished by `summary_of`."""
+    from tetdeploy.report.seeds import finished_seeds
     from tetdeploy.train.seeds import mean_and_std
 
-    begun = summary.get("runs") or []
-    finished = [str(folder / f"seed-{run.get('seed')}") for run in begun if not run.get("interrupted")]
-    of_folder = {row["run"]: row for row in rows if Path(row["run"]).parent == folder}
-    averaged = [of_folder[run] for run in finished if run in of_folder]
+    of_folder = {Path(row["run"]).name: row for row in rows if Path(row["run"]).parent == folder}
+    averaged = [of_folder[name] for name in finished_seeds(summary) if name in of_folder]
     accuracies: dict[int, list[float]] = {}
     for row in averaged:
         for entry in row["accuracy"]:
@@ -295,7 +296,7 @@ def _print(result: Mapping[str, Any]) -> None:
     console.print(table)
     notes = ["* the T of the training" + "; an ANN has no time" * any(row["ann"] for row in rows)]
     if averaged:
-        notes.append("mean and standard deviation (over n - 1) are of the seeds that summary.json says are finished")
+        notes.append("mean and standard deviation (over n - 1) are of the seeds that are finished")
     if any(row["qat"] for row in rows):
         notes.append(
             f"not int8: fine-tuned in 8 bits (--qat), but measured in {result['precision']}; tetdeploy export "

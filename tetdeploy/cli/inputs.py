@@ -16,7 +16,7 @@ from tetdeploy.run_folder import other_checkpoint
 
 if TYPE_CHECKING:
     from tetdeploy.checkpoint import Checkpoint
-    from tetdeploy.data import Framing, LabelledSet
+    from tetdeploy.data import LabelledSet
     from tetdeploy.engine import Engine
 
 
@@ -30,7 +30,7 @@ def default_steps(engine: Engine) -> tuple[int, ...]:
 def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | None) -> tuple[str, Any, Any]:
     """Name, images or frames as the graph takes them, and labels of a data set; by default the test set of the data
     that the model was trained on."""
-    from tetdeploy.data import load_data, load_frames, warn_of_other_framing
+    from tetdeploy.data import Framing, load_data, load_frames, warn_of_other_framing
 
     name = _data_name(engine, data)
     note_own_file(name, own_data(engine))
@@ -38,9 +38,9 @@ def load_inputs(engine: Engine, data: str | None, data_dir: Path, limit: int | N
         x, labels, names = load_frames(name)
         check_classes(engine.path.name, engine.class_names, name, names)
         return name, x[:limit], labels[:limit]
-    framing, sensor = framing_of(said_of_data(engine))
-    test = load_data(name, "test", data_dir=data_dir, T=engine.trained_T, sensor=sensor)
-    warn_of_other_framing(test, framing, engine.path.name)
+    trained = Framing.of(said_of_data(engine))
+    test = load_data(name, "test", data_dir=data_dir, T=engine.trained_T, trained=trained)
+    warn_of_other_framing(test, trained, engine.path.name)
     check_classes(engine.path.name, engine.class_names, name, test.class_names)
     test = test if limit is None else test.select(slice(limit))  # images on disk are decoded later, batch by batch
     return name, as_model_input(engine, test.x, mean=test.mean, std=test.std), test.labels
@@ -147,15 +147,15 @@ def load_part(
     Raises:
         ValueError: the run held out no images, or others than these; and what `load_data` raises.
     """
-    from tetdeploy.data import holds_out_others, load_data, load_parts, warn_of_other_framing
+    from tetdeploy.data import Framing, holds_out_others, load_data, load_parts, warn_of_other_framing
 
-    framing, sensor = framing_of(known)
+    trained = Framing.of(known)
     if part == "test":
-        test = load_data(name, "test", data_dir=data_dir, T=T, sensor=sensor)
-        warn_of_other_framing(test, framing, "the network")
+        test = load_data(name, "test", data_dir=data_dir, T=T, trained=trained)
+        warn_of_other_framing(test, trained, "the network")
         return test
-    train, val = load_parts(name, data_dir=data_dir, T=T, fraction=fraction, sensor=sensor)
-    warn_of_other_framing(train, framing, "the network")
+    train, val = load_parts(name, data_dir=data_dir, T=T, fraction=fraction, trained=trained)
+    warn_of_other_framing(train, trained, "the network")
     if part == "train":
         return train
     if val is None:
@@ -167,14 +167,6 @@ def load_part(
             "--data-dir, or choose another --split or --data"
         )
     return val
-
-
-def framing_of(known: Mapping[str, Any]) -> tuple[Framing | None, tuple[int, int] | None]:
-    """How the recordings of a training became frames, and the sensor of it, as far as its settings of the data say."""
-    from tetdeploy.data import Framing
-
-    framing = Framing.of(known)
-    return framing, None if framing is None else framing.sensor
 
 
 def as_model_input(engine: Engine, pixels: Any, **statistics: Any) -> Any:

@@ -13,6 +13,7 @@ from tetdeploy.cli.terminal import console
 from tetdeploy.extras import MissingExtraError, import_extra
 from tetdeploy.files import write_json
 from tetdeploy.provenance import own_data, said_of_data
+from tetdeploy.wording import in_one_line
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
@@ -130,8 +131,7 @@ def _read_recording(path: Path, engine: Engine) -> Any:
     except MissingExtraError:
         raise
     except Exception as error:  # tonic and its readers raise whatever they like for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read as a recording: {reason}") from error
+        raise ValueError(f"{path} cannot be read as a recording: {in_one_line(error)}") from error
     if recording.sensor not in (None, framing.sensor):
         said, own = (f"{width}x{height}" for height, width in (recording.sensor, framing.sensor))
         raise ValueError(f"{path} is of a sensor of {said} pixels (width x height); the network was trained on {own}")

@@ -21,7 +21,7 @@ from tetdeploy.cli.beginnings import (
     start_from,
 )
 from tetdeploy.cli.errors import INTERRUPTED, Recorded, lacks_memory
-from tetdeploy.cli.inputs import framing_of, network_of
+from tetdeploy.cli.inputs import network_of
 from tetdeploy.cli.options import STEPS, FiniteRange, data_dir_option, json_option, runs_option, torch_device_option
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.cli.terminal import command_line, console, progress_bar, say_next
@@ -349,7 +349,7 @@ def default_by_network(ctx: click.Context, options: dict[str, Any]) -> None:
 
 def _job(ctx: click.Context, options: dict[str, Any], before: Mapping[str, Any]) -> _Job:
     """Args: before: the data settings of what is begun from, if anything is."""
-    from tetdeploy.data import load_parts
+    from tetdeploy.data import Framing, load_parts
 
     name, data_dir = options.pop("data"), options.pop("data_dir")
     network = {option: options.pop(option) for option in NETWORK_OPTIONS}
@@ -362,8 +362,8 @@ def _job(ctx: click.Context, options: dict[str, Any], before: Mapping[str, Any])
     if network["model"] == "sew-resnet34" and is_given(ctx, "tau") and network["tau"] != 1.0:
         raise click.UsageError("--tau is 1 for sew-resnet34, whose IF neurons do not leak: leave it out")
     config = train_config(ctx, options, v_th=network["v_th"])
-    T, (_, sensor) = config.longest_T, framing_of(before)
-    train, val = load_parts(name, data_dir=data_dir, T=T, fraction=config.val_fraction, sensor=sensor)
+    T, trained = config.longest_T, Framing.of(before)
+    train, val = load_parts(name, data_dir=data_dir, T=T, fraction=config.val_fraction, trained=trained)
     begins = ctx.params["resume"] is None and ctx.params["restart_from"] is None
     return _Job(config, network, train, val, begins)
 

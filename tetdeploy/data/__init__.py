@@ -15,7 +15,7 @@ from tetdeploy.names import is_npz
 from .cifar import load_cifar10, load_cifar100
 from .digits import load_digits
 from .event_sets import load_dvs_cifar10, load_event_folder, load_n_mnist
-from .events import Binning, Framing, Recording, Size, read_recording, to_frames
+from .events import Binning, Framing, Recording, read_recording, to_frames
 from .fashion_mnist import load_fashion_mnist
 from .folder import load_folder
 from .frames import FrameSet, load_frames, load_npz
@@ -70,7 +70,7 @@ _EVENTS = "events:"
 _SACCADES = "saccades:"
 
 
-def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10, sensor: Size | None = None) -> LabelledSet:
+def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10, trained: Framing | None = None) -> LabelledSet:
     """Load an image set or an event set.
 
     Args:
@@ -82,8 +82,8 @@ def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10, sensor: S
         split: "train" or "test".
         data_dir: where data sets are looked for, and downloaded to when missing.
         T: frames that a recording is cut into. Images and a `.npz` are as they are.
-        sensor: height and width of the camera that "events:PATH" is from, where the recordings do not say it and it
-            holds their events; `Framing` of what a network was trained on has it.
+        trained: how what a network was trained on was framed: its sensor is that of "events:PATH", too, where the
+            recordings do not say theirs and it holds their events. How they are cut is as `name` says.
 
     Returns:
         An `ImageSet`, `ImageFiles` for ImageNet, which stays on disk, or a `FrameSet` for events; the order of its
@@ -105,7 +105,7 @@ def load_data(name: str, split: Split, *, data_dir: Path, T: int = 10, sensor: S
     if plain in _EVENT_SETS:
         return replace(_EVENT_SETS[plain](split, data_dir, binning), name=name)
     if plain.startswith(_EVENTS):
-        return replace(load_event_folder(plain.removeprefix(_EVENTS), split, binning, sensor), name=name)
+        return replace(load_event_folder(plain.removeprefix(_EVENTS), split, binning, trained), name=name)
     if plain.startswith(_SACCADES):
         return _load_saccades(name, plain.removeprefix(_SACCADES), split, data_dir, binning)
     if plain != name:
@@ -132,7 +132,7 @@ def warn_of_other_framing(data: LabelledSet, trained: Framing | None, network: s
 
 
 def load_parts(
-    name: str, *, data_dir: Path, T: int = 10, fraction: float, sensor: Size | None = None
+    name: str, *, data_dir: Path, T: int = 10, fraction: float, trained: Framing | None = None
 ) -> tuple[LabelledSet, LabelledSet | None]:
     """The training images of a set in two parts: those that a run trains on, and those it holds out for validation.
 
@@ -144,7 +144,7 @@ def load_parts(
 
     Raises: as `load_data` and `split_validation`.
     """
-    data = load_data(name, "train", data_dir=data_dir, T=T, sensor=sensor)
+    data = load_data(name, "train", data_dir=data_dir, T=T, trained=trained)
     return split_validation(data, fraction=fraction) if fraction else (data, None)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tetdeploy.extras import MissingExtraError, import_extra
+from tetdeploy.wording import in_one_line
 
 _STALL_SECONDS = 30.0
 
@@ -68,9 +69,8 @@ def download(
                 # an earlier, incomplete one, or that of another job which has ended in between
                 shutil.copytree(made, target, dirs_exist_ok=True, copy_function=os.replace)
     except (MissingExtraError, OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
-            f"{name} was not found in {data_dir} and could not be downloaded ({reason}). "
+            f"{name} was not found in {data_dir} and could not be downloaded ({in_one_line(error)}). "
             f"Looked for: {'; '.join(looked_for)}. Put one of these there, or name another folder with --data-dir"
         ) from None
 

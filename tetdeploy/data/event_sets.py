@@ -29,13 +29,13 @@ COUNTS: dict[str, dict[Split, int]] = {
 _DIGITS = tuple("0123456789")
 
 
-def load_event_folder(root: Path | str, split: Split, binning: Binning, known: Size | None = None) -> FrameSet:
+def load_event_folder(root: Path | str, split: Split, binning: Binning, trained: Framing | None = None) -> FrameSet:
     """Read PATH/train/<class>/* and PATH/test/<class>/*: `.npz` (t, x, y, p), `.aedat4` and N-MNIST's `.bin`.
 
     Classes are the folders' names, sorted. All recordings must come from sensors of one size: a `.npz` says it in
-    `sensor_size` (width, height). If no file says it, it is `known`, or, without that or where events lie outside it,
-    the smallest sensor that holds every event; if that is scaled, a warning says so. The order is fixed and mixed over
-    the classes. Names that begin with a dot are ignored.
+    `sensor_size` (width, height). If no file says it, it is that of `trained`, or, without that or where events lie
+    outside it, the smallest sensor that holds every event; if that is scaled, a warning says so. The order is
+    fixed and mixed over the classes. Names that begin with a dot are ignored.
 
     Returns:
         Frames uint8 [N, T, 2, H, W], H and W at most 48, see `to_frames`.
@@ -50,7 +50,7 @@ def load_event_folder(root: Path | str, split: Split, binning: Binning, known: S
     train, test = (class_files(root / part, suffixes=tuple(READERS), kind="recordings") for part in ("train", "test"))
     refuse_different_classes(root, train, test)
     paths, labels = in_mixed_order(train, test)
-    sensor = _sensor(root, paths, known)  # of both splits: they share one
+    sensor = _sensor(root, paths, trained)  # of both splits: they share one
 
     def decode() -> Arrays:
         return {"frames": decode_recordings(paths, binning, sensor, text=root.name)}
@@ -64,7 +64,7 @@ def load_event_folder(root: Path | str, split: Split, binning: Binning, known: S
     return FrameSet(f"events:{root}", split, frames[part], labels[part], tuple(train), mean, std, framing)
 
 
-def _sensor(root: Path, paths: list[Path], known: Size | None) -> Size:
+def _sensor(root: Path, paths: list[Path], trained: Framing | None) -> Size:
     def measure() -> Arrays:
         size, is_said = measure_sensor(paths, text=f"measuring {root.name}")
         return {"sensor": np.array(size), "is_said": np.array(is_said)}
@@ -73,8 +73,8 @@ def _sensor(root: Path, paths: list[Path], known: Size | None) -> Size:
     height, width = map(int, measured["sensor"])
     if measured["is_said"]:
         return height, width
-    if known is not None and height <= known[0] and width <= known[1]:
-        return known
+    if trained is not None and height <= trained.sensor[0] and width <= trained.sensor[1]:
+        return trained.sensor
     if (cells := frame_size((height, width))) != (height, width):
         warnings.warn(
             f"no recording of {root.name} says the size of its sensor: the {width}x{height} pixels (width x height) "

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tetdeploy.extras import MissingExtraError, import_extra
 from tetdeploy.files import opened_npz
-from tetdeploy.wording import shorten
+from tetdeploy.wording import in_one_line, shorten
 
 from .decoding import in_threads, refuse_failed
 
@@ -270,7 +270,7 @@ def _read_all(paths: Sequence[Path], use: Callable[[int, Recording], None], text
         except MissingExtraError:
             raise
         except Exception as error:  # tonic and its readers raise whatever they like for damaged files
-            errors[index] = f"{paths[index]} ({' '.join(str(error).split()) or type(error).__name__})"
+            errors[index] = f"{paths[index]} ({in_one_line(error)})"
 
     in_threads(read, len(paths), text)
     refuse_failed([errors[index] for index in sorted(errors)], f"{len(paths)} recordings cannot be used")

@@ -6,11 +6,14 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tetdeploy.extras import import_extra
+from tetdeploy.files import atomic_write
 from tetdeploy.report.document import Plot
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; without its yellow, which is lost on white.
@@ -83,8 +86,7 @@ def draw(
     matplotlib = import_extra("matplotlib", "report")
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_RC | {"svg.hashsalt": drawable(caption)}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has a font for it
+    with matplotlib.rc_context(_RC | {"svg.hashsalt": drawable(caption)}), any_letters():  # browsers have fonts for all
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
         paint(axes)
@@ -96,6 +98,24 @@ def draw(
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return Plot(_inline(file.getvalue(), description), description, caption)
+
+
+@contextmanager
+def any_letters() -> Iterator[None]:
+    """Within it, letters that matplotlib's font lacks are boxes without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font|Matplotlib currently does not support")
+        yield
+
+
+def save_plot(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, or what the file's ending says, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with atomic_write(path) as temporary, any_letters():
+        figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix(".") or "png")
 
 
 def error_bars(

@@ -13,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tetdeploy.extras import import_extra
-from tetdeploy.files import atomic_write
-from tetdeploy.report.drawing import drawable
+from tetdeploy.report.drawing import any_letters, drawable, save_plot
 from tetdeploy.report.result_table import ResultTable
 
 if TYPE_CHECKING:
@@ -80,7 +79,6 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle
 
-    path = Path(path)
     runs = len(landscape.names)
     figure = Figure(figsize=(8.4, 1.1 + 3.15 * runs), layout="compressed")
     axes = figure.subplots(runs, len(LOSSES), sharex=True, sharey=True, squeeze=False)
@@ -104,11 +102,11 @@ def plot_landscape(landscape: Landscape, path: Path | str, *, radius: float, tit
     figure.suptitle(drawable(title), fontsize=10, parse_math=False)
     caption = f"dashed circle: r = {radius:g}, inside which the mean and the largest rise of each loss are taken"
     figure.supxlabel(caption, fontsize=9)
-    figure.draw_without_rendering()  # so that the labels have their places
+    with any_letters():
+        figure.draw_without_rendering()  # so that the labels have their places
     for panel in axes.flat:
         _thin_out(panel)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix(".") or "png")
+    save_plot(figure, Path(path))
 
 
 def _panel(panel: Any, landscape: Landscape, loss: NDArray[np.float64], levels: Any, norm: Any) -> Any:

@@ -68,14 +68,15 @@ def _scaled(number: float | None, std: float | None, units: tuple[tuple[str, flo
 
 
 def _in_unit(number: float | None, std: float | None, unit: str, size: float = 1.0) -> str:
-    """`1.20 ± 0.06 µJ`, where the unit is of so many of what the number is in: three digits of the number, and as many
-    decimals of the deviation, or of both so many that a deviation is not shown as 0."""
+    """`1.20 ± 0.06 µJ`, where the unit is of so many of what the number is in: three digits of the larger of the two,
+    and as many decimals of the other, or of both so many that a deviation is not shown as 0."""
     if number is None:
         return NONE
     value = number / size
     if std is None:
         return f"{three_digits(value)} {unit}".rstrip()
-    decimals = 0 if value >= 99.5 else max(0, 2 - _exponent(value))
+    larger = max(value, std / size)
+    decimals = 0 if larger >= 99.5 else max(0, 2 - _exponent(larger))
     if std and not float(f"{std / size:.{decimals}f}"):
         decimals = -_exponent(std / size)
     return f"{text(value, lambda v: f'{v:,.{decimals}f}', std / size)} {unit}".rstrip()

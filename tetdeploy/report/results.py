@@ -18,7 +18,7 @@ from tetdeploy.report.drawing import Style
 from tetdeploy.report.means import mean_of
 from tetdeploy.report.merging import apart, has_accuracy, merged
 from tetdeploy.report.reading import Run, model_stem, read_run, result_files
-from tetdeploy.report.seeds import summary_of
+from tetdeploy.report.seeds import finished_seeds, summary_of
 from tetdeploy.report.staleness import stale
 from tetdeploy.report.tables import images_of
 from tetdeploy.report.timings import is_bench, read_benches
@@ -268,25 +268,26 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
     by_stem: dict[str, list[Measurement]] = {}
     for stem, m in measured:
         by_stem.setdefault(stem, []).append(m)
+    summary = summary_of(folder, [*runs.values()])
+    finished, begun = finished_seeds(summary), [seed.name for seed in seeds]
     series = [
-        _over_seeds(f"{name} {stem}" if len(by_stem) > 1 else name, group, [*runs.values()], notes)
+        _over_seeds(f"{name} {stem}" if len(by_stem) > 1 else name, group, finished, begun, notes)
         for stem, group in by_stem.items()
     ]
-    return Source(name, runs, measurements, tuple(chain.from_iterable(series)), summary_of(folder, [*runs.values()]))
+    return Source(name, runs, measurements, tuple(chain.from_iterable(series)), summary)
 
 
 def _over_seeds(
-    name: str, measured: Sequence[Measurement], runs: Sequence[Run], notes: list[str]
+    name: str, measured: Sequence[Measurement], finished: Sequence[str], begun: Sequence[str], notes: list[str]
 ) -> Sequence[Measurement]:
-    """The mean of what was measured of one model of several seeds, those that are unfinished left out; each by itself
-    where the results do not compare."""
-    unfinished = {run.folder.name for run in runs if run.is_unfinished}
+    """The mean of what was measured of one model of several seeds, of those that are finished; each by itself where the
+    results do not compare."""
     labelled = [m for m in measured if has_accuracy(m.content)] or measured  # agreement alone has no part in a mean
-    seeds = {m.run.folder.name: m for m in labelled if m.run is not None and m.run.folder.name not in unfinished}
+    seeds = {m.run.folder.name: m for m in labelled if m.run is not None and m.run.folder.name in finished}
     left_out = "".join(
-        f"; {folder.name} is {'unfinished' if folder.name in unfinished else 'not measured (export, then sweep)'}"
-        for folder in (run.folder for run in runs)
-        if folder.name not in seeds
+        f"; {seed} is {'not measured (export, then sweep)' if seed in finished else 'unfinished'}"
+        for seed in begun
+        if seed not in seeds
     )
     contents = [m.content for m in seeds.values()]
     differing = {key for one, other in combinations(contents, 2) for key in _differing(one, other)}
@@ -297,11 +298,11 @@ def _over_seeds(
         notes.append(f"{name}: the seeds stand each by itself, as {reason}{left_out}.")
         return measured
     if left_out:
-        notes.append(f"{name}: its means are of {_of_seeds(len(seeds), len(runs))}{left_out}.")
+        notes.append(f"{name}: its means are of {_of_seeds(len(seeds), len(begun))}{left_out}.")
     if common != set.union(*steps):
         listed = ", ".join(map(str, sorted(common)))
         notes.append(f"{name}: its means are of the T at which each of the seeds was measured, {listed}.")
-    return [Measurement(name, mean_of(contents), (), measured[0].run, tuple(seeds.values()), len(runs))]
+    return [Measurement(name, mean_of(contents), (), measured[0].run, tuple(seeds.values()), len(begun))]
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

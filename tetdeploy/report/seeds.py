@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -26,10 +26,11 @@ def summary_of(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
     entries = []
     for run in runs:
         seed = run.training.get("seed")
-        entries.append(told.get(seed, {"interrupted": True}) | {"seed": seed} | _own(run))
+        known = told.get(seed, {"interrupted": True}) | {"seed": seed, "run": run.folder.name}
+        entries.append(known | _own(run))
     kept = {entry["seed"] for entry in entries}
     entries += [{"seed": seed, "interrupted": True, "begun": False} for seed in _wanted(folder) if seed not in kept]
-    finished = [entry for entry in entries if not entry.get("interrupted")]
+    finished = _finished(entries)
     accuracies = [entry["val_accuracy"] for entry in finished if entry.get("val_accuracy") is not None]
     return {
         "mean_val_accuracy": fmean(accuracies) if accuracies else None,
@@ -37,6 +38,15 @@ def summary_of(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
         "num_finished": len(accuracies) or len(finished),
         "runs": entries,
     }
+
+
+def finished_seeds(summary: Mapping[str, Any]) -> list[str]:
+    """The names of the folders of those that are finished, by `summary_of`; a mean is of these."""
+    return [entry["run"] for entry in _finished(summary["runs"])]
+
+
+def _finished(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [entry for entry in entries if not entry.get("interrupted")]
 
 
 def _wanted(folder: Path) -> list[Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tetdeploy.extras import import_extra
-from tetdeploy.files import atomic_write
-from tetdeploy.report.drawing import Style, drawable, end_at, whole_numbers, wide_enough
+from tetdeploy.report.drawing import Style, drawable, end_at, save_plot, whole_numbers, wide_enough
 from tetdeploy.sweep import Sweep
 
 
@@ -20,7 +19,6 @@ def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:
     import_extra("matplotlib", "report")
     from matplotlib.figure import Figure
 
-    path = Path(path)
     blue, orange = (Style.of(number).colour for number in range(2))
     steps = [row.T for row in result.rows]
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -43,5 +41,4 @@ def plot_sweep(result: Sweep, path: Path | str, trained_T: int) -> None:
     left.grid(axis="y", color="0.9")
     title = f"{Path(result.model).name} on {result.num_samples:,} images of {result.data}"
     left.set_title(drawable(title), fontsize=10, parse_math=False)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix(".") or "png")
+    save_plot(figure, Path(path))
