@@ -60,10 +60,6 @@ def loaded_by(code: str, *arguments: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_the_probe_sees_what_is_loaded() -> None:
-    assert {"torch", "onnx"} <= loaded_by("from tetdeploy.export import export_model")
-
-
 @pytest.mark.parametrize("module", MODULES)
 def test_importing_loads_nothing_heavy(module: str) -> None:
     loaded = loaded_by(f"import {module}")
@@ -74,8 +70,9 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 
 
 def test_training_knows_nothing_of_reports() -> None:
+    """And what the tests above look for is seen where it is loaded."""
     code = "import tetdeploy.train, sys; assert not [name for name in sys.modules if 'tetdeploy.report' in name]"
-    assert "torch" in loaded_by(code)
+    assert {"torch", "onnx"} <= loaded_by(f"{code}\nfrom tetdeploy.export import export_model")
 
 
 def test_the_rules_of_early_exit_need_no_engine() -> None:
