@@ -47,3 +47,12 @@ def _as_if_alone() -> Iterator[None]:
     yield
     if torch.get_num_threads() != threads:  # two on a core that another process uses take a hundred times as long
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def collects_its_own() -> Iterator[None]:
+    """A garbage collection within the test goes through what the test itself has made: through all that the suite keeps
+    by then it takes a second and more."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -22,27 +22,14 @@ import torch
 from tetdeploy import kernels
 
 SCRIPT = """
-import torch
-from tetdeploy.neurons import lif
-lif(torch.ones(2, 3))
-print(torch.get_num_threads())
-"""
-
-
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core has no second thread to start")
-def test_the_first_call_does_not_raise_torchs_number_of_threads() -> None:
-    pytest.importorskip("numba")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", "-c", SCRIPT]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.strip() == "1"
-
-
-FORKED = """
-import multiprocessing, torch
+import multiprocessing, torch, warnings
 from tetdeploy import kernels
 from tetdeploy.neurons import lif
 
+lif(torch.ones(2, 3))
+print(torch.get_num_threads(), flush=True)
+
+warnings.simplefilter("ignore")  # Python's own, of a fork beside threads
 x = torch.linspace(0, 2, 500_000).expand(4, 500_000).contiguous()  # more than one thread would take
 
 def spikes(k):
@@ -57,11 +44,23 @@ assert (found == expected).all() and kernels.by_numba(x) is not None
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_process_does_without_numba() -> None:
+@pytest.fixture(scope="module")
+def process() -> subprocess.CompletedProcess[str]:
+    """Calls the kernels for the first time, and forks."""
     pytest.importorskip("numba")
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-c", SCRIPT]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core has no second thread to start")
+def test_the_first_call_does_not_raise_torchs_number_of_threads(process: subprocess.CompletedProcess[str]) -> None:
+    assert process.stdout.split() == ["1"], process.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_does_without_numba(process: subprocess.CompletedProcess[str]) -> None:
+    assert process.returncode == 0, process.stderr
 
 
 def test_two_processes_keep_a_kernel_for_two_dtypes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,7 +325,7 @@ def test_an_environment_that_torchrun_did_not_make(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def asked(collects_its_own: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What is asked of PyTorch by a process that torchrun has started as the second on the second of two machines."""
     names = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in names.items():
@@ -419,6 +419,7 @@ def test_a_group_ends_before_an_interrupt(asked: list[Any], monkeypatch: pytest.
     assert ended.type is ConnectionError
 
 
+@pytest.mark.usefixtures("collects_its_own")
 def test_an_error_does_not_keep_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The networks of its frames hold it, and those that are in a reference cycle."""
     groups: list[weakref.ref[Any]] = []

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from report_helpers import EARLY_EXIT, Page, epoch, reached, result, run_folder, write
+from report_helpers import EARLY_EXIT, Page, epoch, reached, result, run_folder, without_rendering, write
 
 from tetdeploy.cli import main
 from tetdeploy.files import sha256_of
@@ -61,6 +61,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("whole")
     write(run_folder(folder / "a") / "m.validate.json", result())
     return html(read_results([folder / "a", run_folder(folder / "b", loss="sdt")]))
+
+
+@pytest.fixture
+def _unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what stands beside plots, which are painted still: to render those of a page takes half a second."""
+    without_rendering(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +158,7 @@ class TestPage:
             assert len(re.findall(r"(?<!\\)\|", before)) == len(re.findall(r"\|", after))
 
 
+@pytest.mark.usefixtures("_unrendered")
 class TestSections:
     def test_all_of_a_validation(self, tmp_path: Path) -> None:
         assert sections(read_results([write(tmp_path / "a.json", result())])) == ALL
@@ -241,6 +248,7 @@ class TestSections:
         )
 
 
+@pytest.mark.usefixtures("_unrendered")
 class TestTraining:
     def test_what_a_network_of_ones_own_decides_is_not_told(self, tmp_path: Path) -> None:
         neurons = {"tau": 0.5, "v_th": 1.0, "gamma": 1.0}
@@ -415,6 +423,7 @@ class TestTraining:
             assert results.twin_energy(results.sources[1].run) == 4.6e6  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("_unrendered")
 class TestReading:
     def test_sweep_fills_in_what_a_validation_lacks(self, tmp_path: Path) -> None:
         run = run_folder(tmp_path / "a")

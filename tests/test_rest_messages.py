@@ -43,6 +43,7 @@ def collections() -> Iterator[list[int]]:
         gc.callbacks.remove(note)
 
 
+@pytest.mark.usefixtures("collects_its_own")
 def test_json_is_read_without_garbage_collection_and_its_lists_are_gone() -> None:
     many = body(b",".join([b"[1]"] * 200_000))
     gc.collect()
@@ -55,6 +56,7 @@ def test_json_is_read_without_garbage_collection_and_its_lists_are_gone() -> Non
     np.testing.assert_array_equal(x.data, np.ones((200_000, 1)))
 
 
+@pytest.mark.usefixtures("collects_its_own")
 @pytest.mark.parametrize("last", [b"2", b'"2"]', b"[{}]"])
 def test_a_refusal_keeps_no_lists(last: bytes) -> None:
     many = body(b",".join([*[b"[1]"] * 200_000, last]))

@@ -703,7 +703,7 @@ def test_what_the_grace_does_not_suffice_for_is_told_so() -> None:
 
 @pytest.mark.parametrize("stays", [True, False], ids=["its client waits", "its client has left"])
 def test_a_call_that_never_ends_does_not_keep_the_server(stays: bool) -> None:
-    running = start_slow(seconds=600)
+    running = start_slow(call=0.2, seconds=600)
     try:
         with sending(running, body(), len(body())) as client:
             wait_for_call(running)

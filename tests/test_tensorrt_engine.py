@@ -106,6 +106,7 @@ def test_state_is_saved_and_put_back(cuda: Cuda, tmp_path: Path) -> None:
     np.testing.assert_array_equal(other.push(x[:, 1]).step_logits, wanted.step_logits)
 
 
+@pytest.mark.usefixtures("collects_its_own")
 def test_gpu_memory_is_given_back(cuda: Cuda, tmp_path: Path) -> None:
     trt = TensorRTEngine(write_engine(tmp_path / "m.engine", "step", {}))
     stream = trt.stream(3)

@@ -274,10 +274,20 @@ def test_the_kernels_compile_for_an_h100_without_fused_multiply_adds() -> None:
     assert len(lines) == 20 and not any(line.endswith("False") for line in lines), lines  # several values a load
 
 
-WITHOUT_TRITON = """
-import sys, warnings
-sys.modules["triton"] = None
+def test_on_a_cpu_spikes_are_contiguous_whatever_the_currents_are() -> None:
+    """Convolutions of images with one channel may answer in channels-last, and networks call view on spikes."""
+    current = currents((4, 2, 3, 5, 7), "channels_last", torch.float32, "cpu")
+    spikes, u_last = lif(current)
+    assert not current.is_contiguous() and spikes.is_contiguous() and u_last.is_contiguous()
+
+
+ON_A_CPU = """
+import sys, torch, warnings
 from tetdeploy import kernels
+from tetdeploy.neurons import LIF
+LIF()(torch.ones(2, 3))
+print("tetdeploy.kernels.triton_lif" in sys.modules)
+sys.modules["triton"] = None
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     assert kernels.triton_kernels() is None and kernels.triton_kernels() is None
@@ -286,20 +296,8 @@ print(warning.message)
 """
 
 
-def test_without_triton_that_is_said_once() -> None:
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=True)
-    assert "Triton is not installed: LIF neurons run on the GPU by plain PyTorch operations" in done.stdout
-
-
-def test_on_a_cpu_spikes_are_contiguous_whatever_the_currents_are() -> None:
-    """Convolutions of images with one channel may answer in channels-last, and networks call view on spikes."""
-    current = currents((4, 2, 3, 5, 7), "channels_last", torch.float32, "cpu")
-    spikes, u_last = lif(current)
-    assert not current.is_contiguous() and spikes.is_contiguous() and u_last.is_contiguous()
-
-
-def test_cpu_tensors_do_not_load_the_kernels() -> None:
-    code = "import sys, torch, tetdeploy.neurons as n; n.LIF()(torch.ones(2, 3)); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = done.stdout.split()
-    assert "tetdeploy.neurons" in loaded and "tetdeploy.kernels.triton_lif" not in loaded
+def test_cpu_tensors_do_not_load_the_kernels_and_without_triton_that_is_said_once() -> None:
+    done = subprocess.run([sys.executable, "-c", ON_A_CPU], capture_output=True, text=True, check=True)
+    loaded, said = done.stdout.splitlines()
+    assert loaded == "False"
+    assert "Triton is not installed: LIF neurons run on the GPU by plain PyTorch operations" in said
