@@ -22,7 +22,7 @@ from .audit import audit
 from .config import ExportConfig
 from .half import HalfNetwork
 from .parity import Parity, ParityError, compare, compare_folded
-from .progress import Progress, ticker
+from .progress import Progress
 from .reference import Answers
 
 _NUM_FOLDED, _NUM_COUNTED, _NUM_ROUNDED = 8, 4, 2
@@ -91,22 +91,22 @@ def _check_engine(
             x = np.concatenate([x, x], axis=1)  # the same frames again
     under = "" if engine.runtime == "onnxruntime" else f" under {engine.runtime}"
     what = f"the {config.layout} graph{under}"
-    tick = ticker(progress, f"checking against PyTorch{under}", len(x))
-    parity = compare(classifier, engine, x, T, answers=answers, tick=tick)
+    bar = f"checking against PyTorch{under}"
+    parity = compare(classifier, engine, x, T, answers=answers, progress=progress, what=bar)
     parity.check(what)
     if config.layout == "dynamic":
         for other in {1, min(T, config.trained_T)} - {T}:
             compare(classifier, engine, x[:64], other).check(f"{what} at T={other}")
     if not engine.with_state:
         return parity, None
-    steps, some = engine.chunk_T, x[:200]
     from_state = compare(
         classifier,
         engine,
-        some,
-        steps,
+        x[:200],
+        engine.chunk_T,
         from_random_state=True,
-        tick=ticker(progress, f"from a state{under}", len(some)),
+        progress=progress,
+        what=f"from a state{under}",
     )
     # Here spikes decide, not classes: see `compare`.
     replace(from_state, top1_agreement=1.0).check(f"{what} from a non-zero state")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,25 @@ from tetdeploy.networks import Classifier
 from tetdeploy.sweep import running_class
 
 from .config import ExportConfig, Precision
+from .progress import Progress, ticker
 from .recorder import torch_logits
 
 _BATCH = 32
 
 
 def measure_kept(
-    classifier: Classifier, file: Path, config: ExportConfig, x: NDArray[Any], labels: NDArray[np.int64] | None
+    classifier: Classifier,
+    file: Path,
+    config: ExportConfig,
+    x: NDArray[Any],
+    labels: NDArray[np.int64] | None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run the float32 network and the graph in `file` on `x`; see `kept_answers`."""
     T = config.steps_on(x)
-    full = torch_logits(classifier, x, T)
-    return kept_answers(full, per_step_logits(Engine(file), x, T), config.precision, labels)
+    full = torch_logits(classifier, x, T, ticker(progress, "answers in fp32", len(x)))
+    tick = ticker(progress, f"answers in {config.precision}", len(x))
+    return kept_answers(full, per_step_logits(Engine(file), x, T, tick), config.precision, labels)
 
 
 def kept_answers(
@@ -52,6 +60,8 @@ def kept_answers(
     return kept
 
 
-def per_step_logits(engine: Engine, x: NDArray[Any], T: int) -> NDArray[np.float32]:
-    """Per-step logits `[N, T, K]`, a batch at a time."""
-    return np.concatenate([engine.run(x[part], T).per_step for part in parts(len(x), _BATCH)])
+def per_step_logits(
+    engine: Engine, x: NDArray[Any], T: int, tick: Callable[[int], None] | None = None
+) -> NDArray[np.float32]:
+    """Per-step logits `[N, T, K]`, a batch at a time; `tick` is called with its images."""
+    return np.concatenate([engine.run(x[part], T).per_step for part in parts(len(x), _BATCH, tick)])

@@ -19,7 +19,7 @@ from tetdeploy.arguments import check_type
 from tetdeploy.engine import Engine
 from tetdeploy.files import atomic_write, temporary_folder
 from tetdeploy.folding import FoldingError
-from tetdeploy.int8.calibration import Calibration, calibrate
+from tetdeploy.int8.calibration import METHODS, Calibration, calibrate
 from tetdeploy.int8.network import Int8Network
 from tetdeploy.int8.quantisation import Int8Error, Scales
 from tetdeploy.memory import reused_memory
@@ -102,7 +102,8 @@ def export_model(
         num_check: images compared with PyTorch; 0 leaves the check out.
         calibration: images and labels of the training set that an int8 graph takes its scales from, other ones than
             `images` where there are enough; or the scales themselves, of a network that was fine-tuned at them.
-        progress: called with (what, done, all) during calibration and check.
+        progress: called with (what, done, all) while images run: of the calibration, of the check, and of what int8 or
+            fp16 keeps.
 
     Raises:
         ValueError: the network cannot be exported so, and why (FoldingError, ParityError among them). Nothing is
@@ -137,7 +138,7 @@ def export_model(
             tick = ticker(progress, "reference images", len(first) - answers.num_images)
             write_reference(reference, expected, first, labels, config, graph.description, answers, tick)
             if num_check and config.precision != "fp32":
-                kept = measure_kept(classifier, temporary, config, x[:num_check], labels)
+                kept = measure_kept(classifier, temporary, config, x[:num_check], labels, progress)
     reduced: dict[str, Any] = {"kept": kept}
     if scales:
         behind = [layer for layer in graph.description["layers"] if not (layer["from_input"] or "product" in layer)]
@@ -255,7 +256,7 @@ def build_graph(
     try:
         if config.precision == "int8":
             graph, found = _build_int8(onnx_tracer, config, calibration, source, progress)
-            return graph, Int8Network(tracer, found.scales), found
+            return graph, Int8Network(tracer, found.scales, frozen=True), found
         graph = _build(onnx_tracer, config, source)
     except Int8Error as error:
         raise Int8Error(f"{error}; use --precision fp32") from error
@@ -291,9 +292,12 @@ def _build_int8(
     def answers(scales: Scales) -> NDArray[np.float32]:
         graph = _build(onnx_tracer, trial, source, scales)
         trials.append((scales, graph))
-        return per_step_logits(_in_memory(graph), x, trial.steps_on(x))[:, :T]
+        tick = ticker(progress, f"trying scales {len(trials)} of {len(METHODS)}", len(x))
+        return per_step_logits(_in_memory(graph), x, trial.steps_on(x), tick)[:, :T]
 
-    found = calibrate(onnx_tracer.tracer, x, calibration[1], T, answers, ticker(progress, "calibrating", len(x)))
+    tick = ticker(progress, "calibrating", len(x))
+    with reused_memory():
+        found = calibrate(onnx_tracer.tracer, x, calibration[1], T, answers, tick)
     if trial.steps != config.steps:
         return _build(onnx_tracer, config, source, found.scales), found
     return next(graph for scales, graph in trials if scales == found.scales), found

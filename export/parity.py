@@ -29,6 +29,7 @@ from .causality import InFloat64
 from .comparison import Comparison
 from .counters import spikes_overlay
 from .margins import membranes
+from .progress import Progress, ticker
 from .recorder import compare_torch, run_torch
 from .reference import NUM_REFERENCE, Answers
 
@@ -37,7 +38,7 @@ MIN_AGREEMENT = 0.999
 MAX_LOGIT_ERROR = 1e-4  # of the largest logit, layer by layer
 AMPLIFICATION = 4.0  # of PyTorch's own rounding: the engine rounds as often, and independently
 _BATCH = 25
-_NUM_LOCAL, _NUM_ROUNDING = 100, 20
+_NUM_LOCAL, _NUM_ROUNDING, _NUM_MOVED = 100, 20, 3
 
 
 class ParityError(ValueError):
@@ -128,7 +129,8 @@ def compare(
     *,
     from_random_state: bool = False,
     answers: Answers | None = None,
-    tick: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
+    what: str = "comparing with PyTorch",
 ) -> Parity:
     """Run `x` through PyTorch and the engine and compare every spike and logit.
 
@@ -136,34 +138,27 @@ def compare(
         from_random_state: start both from the same random membranes in [0, v_th) instead of zero (T must then be what
             one call of the graph runs).
         answers: is given PyTorch's for the first images, as many as a reference has.
-        tick: called with the number of images done, for a progress bar.
+        progress: called with (what, done, all), of the images and, where it has to be measured, of PyTorch's own
+            rounding.
+        what: the comparison is called in this.
     """
     neurons = [(n["name"], float(n["v_th"]), tuple(n["shape"])) for n in engine.metadata["neurons"]]
     names = [name for name, _, _ in neurons]
-    overlay = spikes_overlay(names)
     generator = np.random.default_rng(0)
     sums = Comparison(classifier, engine, T)
     by_image: list[NDArray[np.int64]] = []
     first_state = None
     fired = np.zeros(len(names), np.bool_)
-    for part in parts(len(x), _BATCH, tick):
+    for part in parts(len(x), _BATCH, ticker(progress, what, len(x))):
         batch = x[part]
         state = None
         if from_random_state:
             state = [generator.random((len(batch), *shape), np.float32) * v_th for _, v_th, shape in neurons]
         first_state = first_state or state
-        per_step, by_name = _run_engine(engine, overlay, batch, T, names, state)
-        spikes = [by_name[f"spikes.{name}"] for name in names]
-        fired |= [layer.any() for layer in spikes]
-        counts: list[NDArray[np.int64]] = []
         taken = answers if answers is not None and answers.num_images < NUM_REFERENCE else None
-        watch = None if taken is None else partial(_count, counts)
-        expected, differing = sums.add(batch, per_step, spikes, state, watch=watch)
+        differing, firing = _compare_batch(sums, engine, batch, state, taken, local=part.start < _NUM_LOCAL)
         by_image.append(differing)
-        if taken is not None:
-            taken.add(expected, counts)
-        if part.start < _NUM_LOCAL:
-            sums.add_local(batch, per_step, spikes, state)
+        fired |= firing
     silent = tuple(name for name, once in zip(names, fired, strict=True) if not once)
     parity = replace(_parity(sums, T), silent=silent)
     # One step from random membranes may leave two classes near a tie: there the gate does not look at classes.
@@ -172,13 +167,48 @@ def compare(
     # Membranes are kept for the first batch alone: from random ones, the images are chosen there.
     images = by_image[0] if first_state else np.concatenate(by_image)
     worst_images = np.argsort(-images, kind="stable")[:_NUM_ROUNDING]
-    state = None if first_state is None else [u[worst_images] for u in first_state]
+    worst, state = x[worst_images], None if first_state is None else [u[worst_images] for u in first_state]
     there = float(images[worst_images].mean() / (sums.whole.sizes.sum() * T))
-    enough = there / AMPLIFICATION or math.inf
-    parity = replace(parity, amplified=(there, _rounding(classifier, x[worst_images], T, state, enough)))
+    enough, others = there / AMPLIFICATION or math.inf, RoundedOtherwise(classifier)
+    tick = ticker(progress, f"{what}: its own rounding", len(worst) * (1 + len(others)))
+    parity = replace(parity, amplified=(there, _rounding(classifier, worst, T, state, enough, others, tick)))
     if parity.is_rounding or not parity.is_local:
         return parity
-    return replace(parity, at_threshold=_is_at_threshold(classifier, engine, x[worst_images], T, state))
+    tick = ticker(progress, f"{what}: distances from the threshold", len(worst))
+    return replace(parity, at_threshold=_is_at_threshold(classifier, engine, worst, T, state, others, tick))
+
+
+def _compare_batch(
+    sums: Comparison,
+    engine: Engine,
+    x: NDArray[Any],
+    state: Sequence[NDArray[Any]] | None,
+    answers: Answers | None,
+    *,
+    local: bool,
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Run a batch through both sides. Its spikes are gone when this returns.
+
+    Args:
+        answers: is given PyTorch's.
+        local: compare each layer by itself, too.
+
+    Returns:
+        The neuron-steps that differ by image, `[N]`, and which layers fired in the graph, `[layers]`.
+    """
+    names = [neuron["name"] for neuron in engine.metadata["neurons"]]
+    per_step, by_name = _run_engine(engine, spikes_overlay(names), x, sums.T, names, state)
+    spikes = [by_name[f"spikes.{name}"] for name in names]
+    counts: list[NDArray[np.int64]] = []
+    watch = None if answers is None else partial(_count, counts)
+    expected, differing = sums.add(x, per_step, spikes, state, watch=watch)
+    if answers is not None:
+        answers.add(expected, counts)
+    if local and differing.any():
+        sums.add_local(x, per_step, spikes, state)
+    elif local:  # each layer of PyTorch has read the engine's spikes already
+        sums.count_local(per_step, expected, np.zeros((len(spikes), sums.T, len(x)), np.int64))
+    return differing, np.array([layer.any() for layer in spikes])
 
 
 def _count(
@@ -220,34 +250,52 @@ def _rounding(
     T: int,
     state: Sequence[NDArray[Any]] | None,
     enough: float = math.inf,
+    others: RoundedOtherwise | None = None,
+    tick: Callable[[int], None] | None = None,
 ) -> float:
     """How much PyTorch differs from itself where it rounds otherwise: with weights one ulp away, and in float64.
 
     Args:
         enough: a rate with which nothing else is tried.
+        others: of the classifier.
+        tick: called with the number of images done, of all networks; those that are not tried count as done.
     """
+    others = others or RoundedOtherwise(classifier)
+    tick = tick or (lambda _: None)
     expected = run_torch(classifier, x, T, state)[1]
+    tick(len(x))
     size = sum(layer.size for layer in expected)
     largest = 0.0
-    for other, context in _rounding_otherwise(classifier):
+    for tried, (other, context) in enumerate(others, 1):
         with context:
             largest = max(largest, float(compare_torch(other, x, T, expected, state)[1].sum()) / size)
         if largest >= enough:
+            tick(len(x) * (1 + len(others) - tried))
             break
+        tick(len(x))
     return largest
 
 
 def _is_at_threshold(
-    classifier: Runnable, engine: Engine, x: NDArray[Any], T: int, state: Sequence[NDArray[Any]] | None
+    classifier: Runnable,
+    engine: Engine,
+    x: NDArray[Any],
+    T: int,
+    state: Sequence[NDArray[Any]] | None,
+    others: RoundedOtherwise | None = None,
+    tick: Callable[[int], None] | None = None,
 ) -> bool:
     """Whether neurons fire on one side alone, both reading and reset by the engine's spikes, and each is nearer to its
-    threshold than membranes near it move in its layer where PyTorch rounds otherwise, times AMPLIFICATION."""
+    threshold than membranes near it move in its layer where PyTorch rounds otherwise, times AMPLIFICATION.
+
+    Args: see `_rounding`; here each image is ticked once.
+    """
     names = [neuron["name"] for neuron in engine.metadata["neurons"]]
-    others = list(_rounding_otherwise(classifier))
+    others = others or RoundedOtherwise(classifier)
     differ = np.zeros(len(names), np.bool_)
     farthest, moved = np.zeros(len(names)), np.zeros(len(names))
-    for k in range(len(x)):
-        image, u = x[k : k + 1], None if state is None else [layer[k : k + 1] for layer in state]
+    for part in parts(len(x), 1, tick):
+        image, u = x[part], None if state is None else [layer[part] for layer in state]
         by_name = _run_engine(engine, spikes_overlay(names), image, T, names, u)[1]
         spikes = [by_name[f"spikes.{name}"] for name in names]
         own = _layers_alone(classifier, image, T, spikes, u)
@@ -286,18 +334,36 @@ def _layers_alone(
     return found
 
 
-def _rounding_otherwise(classifier: Runnable) -> Iterator[tuple[Runnable, AbstractContextManager[Any]]]:
+class RoundedOtherwise:
     """The network with every weight moved by up to one unit in the last place, three times, and in float64, which takes
-    longest; and in which context each runs."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        moved = copy.deepcopy(classifier)
-        for parameter in moved.parameters():
-            ulps = torch.rand(parameter.shape, generator=generator).to(parameter) * 2 - 1
-            parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps * ulps)
-        yield moved, nullcontext()
-    if isinstance(classifier, Classifier):  # an int8 network has no form in float64
-        yield copy.deepcopy(classifier).double(), InFloat64()  # type: ignore[no-untyped-call]
+    longest; and in which context each runs. Each is made when an iteration first comes to it, and kept: it may have
+    been traced."""
+
+    def __init__(self, classifier: Runnable) -> None:
+        self._classifier = classifier
+        self._has_float64 = isinstance(classifier, Classifier)  # an int8 network has no form in float64
+        self._made: list[tuple[Runnable, AbstractContextManager[Any]]] = []
+        self._to_come = self._make()
+
+    def __len__(self) -> int:
+        return _NUM_MOVED + self._has_float64
+
+    def __iter__(self) -> Iterator[tuple[Runnable, AbstractContextManager[Any]]]:
+        yield from list(self._made)
+        for other in self._to_come:
+            self._made.append(other)
+            yield other
+
+    def _make(self) -> Iterator[tuple[Runnable, AbstractContextManager[Any]]]:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(_NUM_MOVED):
+            moved = copy.deepcopy(self._classifier)
+            for parameter in moved.parameters():
+                ulps = torch.rand(parameter.shape, generator=generator).to(parameter) * 2 - 1
+                parameter.data.mul_(1 + torch.finfo(parameter.dtype).eps * ulps)
+            yield moved, nullcontext()
+        if self._has_float64:
+            yield copy.deepcopy(self._classifier).double(), InFloat64()  # type: ignore[no-untyped-call]
 
 
 def _run_engine(

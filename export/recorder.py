@@ -102,9 +102,11 @@ def run_torch(
 
 
 @torch.no_grad()
-def torch_logits(classifier: Classifier, x: NDArray[Any], T: int) -> NDArray[Any]:
-    """Per-step logits `[N, T, K]`, as PyTorch computes them, a batch at a time."""
-    return np.concatenate([_logits(classifier, x[part], T) for part in parts(len(x), _BATCH)])
+def torch_logits(
+    classifier: Classifier, x: NDArray[Any], T: int, tick: Callable[[int], None] | None = None
+) -> NDArray[Any]:
+    """Per-step logits `[N, T, K]`, as PyTorch computes them, a batch at a time; `tick` is called with its images."""
+    return np.concatenate([_logits(classifier, x[part], T) for part in parts(len(x), _BATCH, tick)])
 
 
 @torch.no_grad()

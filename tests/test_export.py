@@ -486,7 +486,7 @@ def test_the_reference_holds_256_images(tmp_path: Path) -> None:
     with np.load(tmp_path / "m.reference.npz") as reference:
         np.testing.assert_array_equal(reference["x"], images[:256])
     assert made.parity is not None and made.parity.num_images == 270
-    assert ticks[-1] == ("checking against PyTorch", 270, 270)
+    assert ticks[0] == ("checking against PyTorch", 0, 270) and ticks[-1] == ("checking against PyTorch", 270, 270)
     assert made.num_folded == 3 and made.num_neurons == 3
     assert made.size_bytes == (tmp_path / "m.onnx").stat().st_size
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.reference.npz"]

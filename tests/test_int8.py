@@ -214,7 +214,14 @@ def test_one_trace_serves_the_calibration_the_graph_and_the_check(tmp_path: Path
     with counted_traces() as calls:  # others calibrate and are checked at more than one T
         export_anew(tmp_path / "m.onnx", T=3, progress=lambda what, done, total: told.update({what: (done, total)}))
     assert calls == {"export": 1, "_trace": 1}
-    assert told == {"calibrating": (128, 128), "checking against PyTorch": (90, 90)}
+    assert told == {
+        "calibrating": (128, 128),
+        "trying scales 1 of 2": (128, 128),
+        "trying scales 2 of 2": (128, 128),
+        "checking against PyTorch": (90, 90),
+        "answers in fp32": (90, 90),
+        "answers in int8": (90, 90),
+    }
 
 
 def test_a_trace_with_other_scales_is_a_trace_at_these() -> None:

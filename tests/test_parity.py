@@ -22,8 +22,9 @@ from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig, Parity, ParityError, gate
 from tetdeploy.export.comparison import Comparison
 from tetdeploy.export.config import Layout
+from tetdeploy.export.counters import spikes_overlay
 from tetdeploy.export.model import build_graph
-from tetdeploy.export.parity import _is_at_threshold, _parity, _rounding, compare
+from tetdeploy.export.parity import RoundedOtherwise, _is_at_threshold, _parity, _rounding, compare
 from tetdeploy.export.recorder import compare_torch
 from tetdeploy.networks import Classifier, NetworkConfig, ResNet19, build_network
 from tetdeploy.neurons import LIF
@@ -165,7 +166,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The images and the membranes of which PyTorch's rounding is measured: two of batches of three."""
     seen: list[Any] = []
 
-    def rounding(classifier: Classifier, x: Any, T: int, state: Any, enough: float) -> float:
+    def rounding(classifier: Classifier, x: Any, T: int, state: Any, *_: Any) -> float:
         seen.append((x, state))
         return 0.5
 
@@ -173,6 +174,20 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr("tetdeploy.export.parity._BATCH", 3)
     monkeypatch.setattr("tetdeploy.export.parity._NUM_ROUNDING", 2)
     return seen
+
+
+def test_layers_are_not_run_by_themselves_where_they_have_read_the_engines_spikes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, engine = digits().images[:8], exported_engine("unrolled", T=3)
+    result, outputs = engine.run_with(spikes_overlay(n["name"] for n in engine.metadata["neurons"]), x, 3)
+    alone = Comparison(convsnn(), engine, 3)
+    alone.add_local(x, result.per_step, [outputs[f"spikes.{n['name']}"] for n in engine.metadata["neurons"]])
+    assert not alone.local.differing.any()
+    monkeypatch.setattr(Comparison, "add_local", lambda *_: pytest.fail("they were run"))
+    parity = compare(convsnn(), engine, x, 3)
+    assert parity.spike_mismatch_rate == parity.local_mismatch_rate == 0
+    assert parity.local_logit_error == alone.local_error > 0
 
 
 def doubled() -> Classifier:
@@ -254,6 +269,36 @@ def test_rounding_is_not_measured_further_than_to_show_what_it_must(monkeypatch:
     x, network = digits().images[:4], calibrated(AtTheThreshold())
     found = [_rounding(network, x, 1, None, enough) for enough in (0.1, 0.9)]
     assert found == [pytest.approx(0.25, abs=0.05)] * 2 and len(tried) == 1 + 4
+
+
+def test_networks_that_round_otherwise_are_made_once_and_only_as_far_as_asked_for() -> None:
+    network = calibrated(AtTheThreshold())
+    others, weights = RoundedOtherwise(network), network.network.scale.detach()
+    first = next(iter(others))
+    every = list(others)
+    assert every[0] is first and [other for other, _ in others] == [other for other, _ in every]
+    moved = [other.network.scale.detach() - weights for other, _ in every]
+    assert len(every) == len(others) == 4 and every[3][0].network.scale.dtype == torch.float64
+    assert all(0 < float(by.abs().max()) <= 2**-24 for by in moved[:3]) and not torch.equal(moved[0], moved[1])
+    assert not moved[3].any()
+
+
+@pytest.mark.parametrize(("enough", "shown"), [(0.1, [4, 20]), (0.9, [4, 8, 12, 16, 20])])
+def test_how_far_the_measurement_of_rounding_is_is_told(enough: float, shown: list[int]) -> None:
+    done: list[int] = []
+    _rounding(calibrated(AtTheThreshold()), digits().images[:4], 1, None, enough, tick=done.append)
+    assert np.cumsum(done).tolist() == shown
+
+
+def test_a_comparison_has_a_bar_for_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int, int]] = []
+    x, engine = digits().images[:3], exported_engine("unrolled", T=3)
+    monkeypatch.setattr(Parity, "is_rounding", False)
+    monkeypatch.setattr(Parity, "is_local", True)
+    compare(doubled(), engine, x, 3, progress=lambda *told_of: told.append(told_of), what="it")
+    rounding, near = "it: its own rounding", "it: distances from the threshold"
+    assert [call for call in told if call[1] == 0] == [("it", 0, 3), (rounding, 0, 15), (near, 0, 3)]
+    assert {what: done for what, done, _ in told} == {"it": 3, rounding: 15, near: 3}
 
 
 class Constant(nn.Module):

@@ -97,6 +97,35 @@ def test_gradients_reach_every_parameter_and_bn_keeps_its_statistics(encoding: A
     assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
 
 
+@torch.no_grad()
+def test_a_frozen_network_computes_the_same_bits_and_a_copy_of_it_the_weights_it_has_when_called() -> None:
+    tracer = Tracer(copy.deepcopy(convsnn()), encoding="direct", uint8=True)
+    x, frozen = torch.from_numpy(digits().images[:30]), Int8Network(tracer, SCALES, frozen=True)
+    expected = Int8Network(tracer, SCALES)(x, 3)
+    assert torch.equal(frozen(x, 3), expected)
+    copied = copy.deepcopy(frozen)
+    for parameter in copied.parameters():
+        parameter.mul_(0.5)
+    assert not torch.equal(copied(x, 3), expected) and torch.equal(frozen(x, 3), expected)
+    assert torch.equal(copied(x, 3), Int8Network(copied.tracer, SCALES)(x, 3))
+
+
+@pytest.mark.parametrize("shape", [(7, 8, 5), (7, 8, 5, 5), (7, 8, 3, 3, 3), (0, 8, 5, 5)])
+def test_currents_round_alike_in_parts(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    dims, generator = len(shape) - 2, torch.Generator().manual_seed(0)
+    spikes = (torch.rand(shape, generator=generator) < 0.3).float()
+    weight = torch.randint(-127, 128, (4, 8, *[3] * dims), generator=generator, dtype=torch.int8)
+    bias = torch.randint(-(2**29), 2**29, (4,), generator=generator, dtype=torch.int32) // 2 ** torch.arange(0, 28, 7)
+    scale = 0.001 + torch.rand(4, generator=generator) / 100
+    given = (spikes, weight, scale, bias.int(), 0.02, 90, [1] * dims, [1] * dims, [1] * dims, 1)
+    found = []
+    for in_cache in (1, 3 * shape[1] * 5**dims, 2**18):
+        monkeypatch.setattr("tetdeploy.int8.quantisation._IN_CACHE", in_cache)
+        found.append(torch.ops.tetdeploy.int8_conv(*given))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert shape[0] == 0 or len(found[0].unique()) > 20
+
+
 def test_bn_of_tokens_trains_with_the_linear_layer_before_it() -> None:
     tokens = classifier(LinearTokens())
     scales = qat.find_scales(tokens, TRAIN, 2).scales

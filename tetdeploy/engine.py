@@ -353,10 +353,10 @@ class Engine:
         extra = {name: np.concatenate([self._by_step(name, call) for call in calls], 1 - joined)[:T] for name in names}
         return Result(per_step.mean(1), per_step, np.full(len(x), per_step.shape[1])), extra
 
-    def _by_step(self, name: str, outputs: Mapping[str, Array]) -> Array:
-        """An output of an overlay as `[T, N, ...]`; graphs may have merged its first axes."""
+    def _by_step(self, name: str, outputs: dict[str, Array]) -> Array:
+        """An output of an overlay, taken out, as `[T, N, ...]`; graphs may have merged its first axes."""
         N, T = outputs["per_step"].shape[:2]
-        return outputs[name].reshape(T, N, *self._overlay_axes[name])
+        return outputs.pop(name).reshape(T, N, *self._overlay_axes[name])  # spikes of all layers are not held twice
 
     @cached_property
     def _overlay_axes(self) -> dict[str, tuple[int, ...]]:

@@ -49,7 +49,7 @@ def find_scales(classifier: Classifier, train_set: LabelledSet, T: int) -> Calib
     x = np.ascontiguousarray(x[:, :T] if frames else x)
 
     def answers(scales: Scales) -> NDArray[np.float32]:
-        return _per_step(Int8Network(tracer, scales), x, T)
+        return _per_step(Int8Network(tracer, scales, frozen=True), x, T)
 
     classifier.eval()
     labels = train_set.labels[-NUM_CALIBRATION:]

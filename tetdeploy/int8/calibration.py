@@ -190,7 +190,8 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n in self._nodes:
-            largest = float(result.abs().max())
+            low, high = (float(v) for v in result.aminmax())
+            largest = max(-low, high)
             if not largest <= _LARGEST:
                 raise Int8Error(
                     f"{self._nodes[n]} puts out currents up to {largest:.3g}, at most {_LARGEST:g} can be held"

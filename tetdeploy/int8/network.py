@@ -21,16 +21,19 @@ class Int8Network(TracedNetwork):
     It has the classifier's own parameters, folded (Eq. 6) and quantised at each call, and gradients for them; BN takes
     its running statistics and dropout is off, in training as well.
 
-    Args: see `TracedNetwork`; `scales` are those of the convolutions that compute in 8 bits.
+    Args: see `TracedNetwork`, and
+        scales: of the convolutions that compute in 8 bits.
+        frozen: parameters are folded and quantised at the first call with a T, to the same bits, without gradients;
+            they must stay as they are then.
     """
 
-    def __init__(self, tracer: Tracer, scales: Scales) -> None:
+    def __init__(self, tracer: Tracer, scales: Scales, *, frozen: bool = False) -> None:
         super().__init__(tracer)
-        self._scales = scales
+        self._scales, self._frozen = scales, frozen
 
     def trace(self, T: int) -> fx.GraphModule:
-        module = self.tracer.folded(T, trainable=True)
-        quantise(module, self._scales, trainable=True)
+        module = self.tracer.folded(T, trainable=not self._frozen)
+        quantise(module, self._scales, trainable=not self._frozen)
         return module
 
     @torch.no_grad()

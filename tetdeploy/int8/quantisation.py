@@ -49,6 +49,7 @@ from tetdeploy.folding import (
 aten = torch.ops.aten
 _EXACT = 2**24  # whole numbers up to here are exact in float32
 _LARGEST_BIAS = 2.0**30  # leaves room in 32 bits for the sums
+_IN_CACHE = 2**18  # values; 1 MB, and as much while they are whole numbers
 
 
 @dataclass(frozen=True)
@@ -97,21 +98,34 @@ def int8_conv(
         bias: int32 [C'].
         scale, zero: see `CurrentScale`.
     """
-    rounded, step = _rounded(spikes, weight, weight_scale, bias, scale, stride, padding, dilation, groups)
-    return rounded.clamp(-zero, 255 - zero) * step
+    sums = _sums(spikes, weight, stride, padding, dilation, groups)
+    step = torch.tensor(scale, dtype=torch.float32, device=sums.device)
+    for part in _in_cache(sums):
+        _round(part, weight_scale / step, bias).clamp_(-zero, 255 - zero).mul_(step)
+    return sums
 
 
-def _rounded(
-    spikes: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, scale: float, *places: Any
-) -> tuple[Tensor, Tensor]:
-    """I_q - z before it is clipped, and s_I, both float32."""
+def _sums(spikes: Tensor, weight: Tensor, *places: Any) -> Tensor:
+    """sum W_q s, to the last roundings of some kernels."""
+    return _CONV[weight.dim() - 2](spikes.float(), weight.float(), None, *places)
+
+
+def _in_cache(values: Tensor) -> tuple[Tensor, ...]:
+    """Values `[N, ...]` in the parts in which several operations, one after another, take least time: on a CPU so many
+    images as stay in its caches."""
+    if values.device.type != "cpu":
+        return (values,)
+    parts: tuple[Tensor, ...] = values.split(max(1, _IN_CACHE // max(1, values[:1].numel())))
+    return parts
+
+
+def _round(sums: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
+    """I_q - z before it is clipped, float32, in place of `sums`; `factor` is s_w / s_I."""
+    channels = _channels(sums.dim(), 1)
     # Every partial sum is a whole number below 2^24, which float32 holds exactly, in any order of summation; but some
     # kernels (Winograd's) multiply by fractions and miss a whole number by a little.
-    sums = _CONV[weight.dim() - 2](spikes.float(), weight.float(), None, *places).round()
-    channels = _channels(weight.dim(), 1)
-    whole = (sums.to(torch.int32) + bias.view(channels)).float()
-    step = torch.tensor(scale, dtype=torch.float32, device=whole.device)
-    return torch.round(whole * (weight_scale / step).view(channels)), step
+    whole = sums.copy_(sums.round_().to(torch.int32).add_(bias.view(channels)))
+    return whole.mul_(factor.view(channels)).round_()
 
 
 def _channels(dims: int, axis: int) -> list[int]:
@@ -145,11 +159,14 @@ class _FakeQuantised(torch.autograd.Function):
     ) -> Tensor:
         quantised = _quantised(weight, bias)
         held, weight_scale, shift = quantised.values()
-        rounded, step = _rounded(spikes, held, weight_scale, shift, scale, *places)
+        rounded = _sums(spikes, held, *places)
+        step = torch.tensor(scale, dtype=torch.float32, device=rounded.device)
+        for part in _in_cache(rounded):
+            _round(part, weight_scale / step, shift)
         clipped = rounded.clamp(-zero, 255 - zero)
         ctx.save_for_backward(spikes, held, weight_scale, rounded == clipped)
         ctx.places = places
-        return clipped * step
+        return clipped.mul_(step)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
