@@ -280,8 +280,8 @@ def new_run_folder(runs: Path, name: str) -> Iterator[Path]:
 
 def mark_latest(out: Path, runs: Path) -> None:
     """Let `runs/latest` point at `out`: a symlink, relative unless `out` is on another drive of Windows, or a text file
-    with the path where there are no symlinks.
-    Where that cannot be written, a warning says so of a run that lies elsewhere.
+    with the path where there are no symlinks. Where that cannot be written, a warning says so of a run that lies
+    elsewhere.
 
     Raises:
         OSError: it cannot be written, and the run lies in `runs`, of which later commands take the latest.
