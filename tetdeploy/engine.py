@@ -343,7 +343,7 @@ class Engine:
         """Run T steps in as many calls as the layout needs; outputs `names` come back as `[T, N, ...]`."""
         if self.with_state:
             stream = Stream(self, len(x), session)
-            calls = [stream.call(part, names) for part in _chunks(x, T, self.chunk_T, self.encoding)]
+            calls = [stream.call(part, names) for part in self._chunks(x, T)]
         else:
             calls = [self._call(self._feed(part, T), ["per_step", *names], session) for part in self._parts(x, T)]
         joined = 1 if self.with_state else 0  # the axis of [N, T, K]: steps, or images
@@ -372,6 +372,14 @@ class Engine:
         most = max(1, IN_CACHE // (largest * (self.T or T))) if self.device == "cpu" else len(x)
         return np.array_split(x, math.ceil(len(x) / most))
 
+    def _chunks(self, x: Array, T: int) -> list[Array | None]:
+        """The input of each call of a graph with state; None is the same image again."""
+        size = self.chunk_T
+        starts = range(0, T, size)
+        if self.encoding == "direct":
+            return [x if start == 0 else None for start in starts]
+        return [_pad_time(x[:, start : start + size], size) for start in starts]
+
     def _feed(self, x: Array, T: int) -> dict[str, Array]:
         """The inputs of a graph that runs T steps in one call."""
         if self.encoding == "frames":
@@ -388,7 +396,7 @@ class Engine:
         stream, batch, running = Stream(self, len(x)), np.arange(len(x)), np.full(len(x), True)
         per_step = np.full((len(x), T, len(self.class_names)), np.nan, np.float32)
         total, steps = np.zeros((len(x), len(self.class_names)), np.float32), np.full(len(x), T)
-        for t, part in enumerate(_chunks(x, T, 1, self.encoding), start=1):
+        for t, part in enumerate(self._chunks(x, T), start=1):
             logits = stream.call(None if part is None else part[batch], [])["per_step"][:, 0]
             heeded = batch[running[batch]]
             per_step[heeded, t - 1] = logits[running[batch]]
@@ -445,14 +453,6 @@ def _wrong_dtype(name: str, got: np.dtype[Any], wanted: np.dtype[Any]) -> str:
             "convert the images, or export with --no-normalize for float32 input"
         )
     return f"{name} takes {wanted} input that is normalised already, got {got}; convert it with .astype('{wanted}')"
-
-
-def _chunks(x: Array, T: int, size: int, encoding: str) -> list[Array | None]:
-    """The input of each call of a graph that runs `size` steps at a time; None is the same image again."""
-    starts = range(0, T, size)
-    if encoding == "direct":
-        return [x if start == 0 else None for start in starts]
-    return [_pad_time(x[:, start : start + size], size) for start in starts]
 
 
 def _pad_time(frames: Array, T: int) -> Array:
