@@ -238,11 +238,7 @@ class Engine:
         return self._session.zeros(shape) if hasattr(self._session, "zeros") else np.zeros(shape, np.float32)
 
     def check_streams(self) -> None:
-        """Refuse a model that cannot stream.
-
-        Raises:
-            ValueError: the graph gives no state out.
-        """
+        """Refuse, with ValueError, a model that cannot stream, as its graph gives no state out."""
         if not self.with_state:
             raise ValueError(
                 f"{self.path.name} gives no LIF state out, so it cannot stream; export with --layout step "
@@ -263,11 +259,8 @@ class Engine:
         self.check_small_batches("early exit goes on with those images that are not certain yet")
 
     def check_small_batches(self, purpose: str) -> None:
-        """Refuse a TensorRT engine that was built for no fewer than so many images. `purpose` is what has fewer.
-
-        Raises:
-            ValueError: it is so.
-        """
+        """Refuse, with ValueError, a TensorRT engine that was built for no fewer than so many images; `purpose` is what
+        has fewer."""
         if self.min_batch > 1:
             raise ValueError(
                 f"{self.path.name} was built for {self.min_batch} to {self.max_batch} images in a call, and {purpose}, "

@@ -1,7 +1,7 @@
 """Augmentation of whole batches of uint8 images, on the device they live on.
 
-Every function takes the generator it draws from: the same generator state gives the same images. Frames are
-augmented by `same_at_every_step`.
+Every function takes images [N, C, H, W], of any dtype, and the generator that it draws from, on their device, and gives
+new images of that shape: the same generator state gives the same ones. Frames are augmented by `same_at_every_step`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,6 @@ def random_crop(images: Tensor, generator: Generator, *, padding: int) -> Tensor
     """Shift each image on its own by up to `padding` pixels up, down, left and right; what comes in is 0 (black).
 
     The same as padding by `padding` on every side and cutting out a window of the old size at random.
-
-    Args:
-        images: [N, C, H, W], any dtype.
-        generator: on the device of `images`.
-        padding: pixels, at least 0.
-
-    Returns:
-        New images, [N, C, H, W].
     """
     N, _, H, W = images.shape
     padded = functional.pad(images, (padding,) * 4)
@@ -38,30 +30,13 @@ def random_crop(images: Tensor, generator: Generator, *, padding: int) -> Tensor
 
 
 def random_flip(images: Tensor, generator: Generator) -> Tensor:
-    """Mirror each image left to right with probability 1/2.
-
-    Args:
-        images: [N, C, H, W], any dtype.
-        generator: on the device of `images`.
-
-    Returns:
-        New images, [N, C, H, W].
-    """
+    """Mirror each image left to right with probability 1/2."""
     flip = torch.rand(len(images), generator=generator, device=images.device) < 0.5
     return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def random_roll(images: Tensor, generator: Generator, *, pixels: int) -> Tensor:
-    """Roll each image on its own by up to `pixels` up, down, left and right; what leaves comes in on the other side.
-
-    Args:
-        images: [N, C, H, W], any dtype.
-        generator: on the device of `images`.
-        pixels: at least 0.
-
-    Returns:
-        New images, [N, C, H, W].
-    """
+    """Roll each image on its own by up to `pixels` up, down, left and right; what leaves comes in on the other side."""
     N, _, H, W = images.shape
     device = images.device
     down, right = torch.randint(-pixels, pixels + 1, (2, N, 1), generator=generator, device=device)
@@ -77,13 +52,8 @@ def cutout(images: Tensor, generator: Generator, *, size: int, fill: Tensor) -> 
     (DeVries and Taylor, Improved Regularization of Convolutional Neural Networks with Cutout, 2017.)
 
     Args:
-        images: [N, C, H, W], any dtype.
-        generator: on the device of `images`.
         size: side of the square, at least 0.
         fill: values of a blank pixel, [C] in the dtype of `images`; fewer are repeated over the channels.
-
-    Returns:
-        New images, [N, C, H, W].
     """
     N, C, H, W = images.shape
     device = images.device

@@ -191,11 +191,7 @@ def check_run(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
 
 
 def refuse_held(out: Path) -> None:
-    """Refuse to write over a run.
-
-    Raises:
-        ValueError: `out` holds one.
-    """
+    """Refuse to write over a run, with ValueError."""
     held = [name for name in (CONFIG_NAME, CHECKPOINT_NAME) if (out / name).exists()]
     if held:
         raise ValueError(f"{out} already holds a run ({', '.join(held)}); choose another --out, or --resume it")
