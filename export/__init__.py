@@ -7,8 +7,8 @@
   writes otherwise.
 - `lowering`, `neuron_steps`: those nodes become steps of neurons, in each layout; `encoder`: what a step graph computes
   once for an image; `openvino`: a runtime's own form.
-- `operations`: what is counted, for which `binary_values` and `step_order` look at the values; `counters`: outputs that
-  count.
+- `operations`: what is counted, for which `binary_values` and `step_order` look at the values (`values`: their makers
+  and constants); `counters`: outputs that count.
 - `description`: what a graph says of itself; `reading`: an exported graph, read back.
 - `gate`: what an export is compared on before it is kept; `parity`, `sidebyside`, `comparison`: PyTorch and the engine;
   `recorder`, `margins`: spikes and membranes for that; `audit`: operation counts; `kept_answers`: what lower precision

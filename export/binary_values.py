@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import onnx_ir as ir
 
+from .values import constant, made_by
+
 # Operations that only hand values on, copy or drop them, or put zeros beside them.
 _VIEWS = {
     "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Expand", "Slice", "Gather", "Split", "Tile",
@@ -46,12 +48,10 @@ class BinaryValues:
 
     def _largest_of(self, value: ir.Value | None) -> float | None:
         """The largest value possible; None where the values may be negative or fractions."""
-        if value is None:
-            return None
         if value in self._largest:
             return self._largest[value]
-        tensor = ir.convenience.get_const_tensor(value)
-        return None if tensor is None else _largest_constant(tensor.numpy())
+        array = constant(value)
+        return None if array is None else _largest_constant(array)
 
     def propagate(self, node: ir.Node) -> None:
         """What follows for the outputs of a node whose inputs are known already."""
@@ -98,21 +98,16 @@ class BinaryValues:
 
 def _keeps_values(node: ir.Node) -> bool:
     """Whether a quantisation has scale 1 and zero point 0, as that of spikes."""
-    if not _is_one(node.inputs[1]):
-        return False
-    tensor = ir.convenience.get_const_tensor(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
-    return tensor is None or not tensor.numpy().any()
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    return _is_one(node.inputs[1]) and (zero is None or not zero.any())
 
 
 def _is_one(value: ir.Value | None) -> bool:
     """Whether a value is constant and 1, perhaps of another type first."""
-    if value is None:
-        return False
-    producer = value.producer()
-    if producer is not None and producer.op_type in ("Cast", "CastLike"):
-        return _is_one(producer.inputs[0])
-    tensor = ir.convenience.get_const_tensor(value)
-    return tensor is not None and bool((tensor.numpy() == 1).all())
+    if (cast := made_by(value, "Cast", "CastLike")) is not None:
+        return _is_one(cast.inputs[0])
+    array = constant(value)
+    return array is not None and bool((array == 1).all())
 
 
 def _copies_values(node: ir.Node) -> bool:
@@ -123,8 +118,8 @@ def _copies_values(node: ir.Node) -> bool:
         return False
     if node.attributes.get_string("mode", "constant") != "constant" or len(node.inputs) < 3 or node.inputs[2] is None:
         return True
-    constant = ir.convenience.get_const_tensor(node.inputs[2])
-    return constant is not None and not constant.numpy().any()
+    padding = constant(node.inputs[2])
+    return padding is not None and not padding.any()
 
 
 def _largest_constant(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> float | None:

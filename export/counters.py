@@ -19,6 +19,7 @@ from tetdeploy.energy import Layer
 
 from .neuron_steps import Neurons
 from .operations import Layers
+from .values import made_by
 
 _EXACT = 2**24  # float32 holds whole numbers up to here
 
@@ -47,12 +48,11 @@ def spikes_overlay(neurons: Iterable[str]) -> bytes:
 
 def _in_float32(graph: onnx.GraphProto, read: ir.Value, name: str) -> str:
     """The name of what a layer reads, cast to `name` if it is in float16: counts would not fit into 11 bits."""
-    producer = read.producer()
-    if read.dtype == ir.DataType.FLOAT16 and producer is not None and producer.op_type == "Cast":
-        assert producer.inputs[0] is not None
-        return str(producer.inputs[0].name)
     if read.dtype != ir.DataType.FLOAT16:
         return str(read.name)
+    if (cast := made_by(read, "Cast")) is not None:
+        assert cast.inputs[0] is not None
+        return str(cast.inputs[0].name)
     graph.node.append(helper.make_node("Cast", [str(read.name)], [name], to=TensorProto.FLOAT))
     return name
 

@@ -26,8 +26,7 @@ def find_encoder(graph: ir.Graph) -> list[ir.Node]:
     only view, or whose result does not have the batch as its first axis; with the shapes that they compute from each
     other. None where others read these shapes as well."""
     batch = graph.inputs[0].shape[0]  # type: ignore[index]
-    image, others = graph.inputs[0], set(graph.inputs[1:])
-    from_image, from_others = {image}, set(others)
+    from_image, from_others = {graph.inputs[0]}, set(graph.inputs[1:])
     nodes = []
     for node in graph:
         values = {value for value in node.inputs if value is not None}
@@ -89,10 +88,9 @@ def _between(graph: ir.Graph, nodes: list[ir.Node]) -> list[ir.Node]:
 
 
 def _is_loose_end(node: ir.Node, nodes: list[ir.Node], batch: Any) -> bool:
-    results = [value for value in node.outputs if _leaves(value, nodes)]
     if node.op_type in _VIEWS:
         return not any(use.node in nodes for use in node.outputs[0].uses())
-    return not all(_is_per_image(value, batch) for value in results)
+    return not all(_is_per_image(value, batch) for value in node.outputs if _leaves(value, nodes))
 
 
 def _is_per_image(value: ir.Value, batch: Any) -> bool:

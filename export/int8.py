@@ -14,7 +14,7 @@ from onnxscript import opset20
 
 from tetdeploy.int8.quantisation import CurrentScale
 
-from .neuron_steps import producer_of
+from .values import producer_of
 
 
 def translate_int8_conv(

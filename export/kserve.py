@@ -22,11 +22,7 @@ LEAVES = 5  # seconds in which the pod is taken out of the service, before it is
 
 
 def check_service_name(name: str) -> None:
-    """Refuse what Kubernetes takes for no name of a service.
-
-    Raises:
-        ValueError: it is so.
-    """
+    """Refuse, with ValueError, what Kubernetes takes for no name of a service."""
     if len(name) > LONGEST or not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name):
         raise ValueError(
             f"{name!r} is no name for a service of Kubernetes, which is small letters, digits and '-', begins with a "
@@ -35,11 +31,7 @@ def check_service_name(name: str) -> None:
 
 
 def check_storage_uri(uri: str) -> None:
-    """Refuse what KServe cannot fetch from.
-
-    Raises:
-        ValueError: it has no scheme.
-    """
+    """Refuse, with ValueError, what KServe cannot fetch from: what has no scheme."""
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", uri):
         raise ValueError(f"{uri!r} is no storage URI; give one such as pvc://models/digits or s3://bucket/digits")
 

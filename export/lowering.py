@@ -17,8 +17,9 @@ from onnx_ir.passes import common
 from tetdeploy.names import numbered
 
 from .causality import misplaced
-from .neuron_steps import BYTE, FLOAT, Forms, Neurons, StepBuilder, float_value, inputs_of, producer_of
+from .neuron_steps import BYTE, FLOAT, Forms, Neurons, StepBuilder, float_value
 from .onnx_tracer import LIF_DOMAIN, module_name
+from .values import inputs_of, made_by, producer_of
 
 _HAND_ON = ("Unsqueeze", "Reshape", "Squeeze", "Flatten", "Transpose", "Identity", "MaxPool", "Slice")
 
@@ -196,12 +197,11 @@ def _remove_views(graph: ir.Graph, forms: Forms) -> None:
         before, after = node.inputs[0] if node.inputs else None, node.outputs[0]
         if node.op_type != "Reshape" or before is None or before.shape is None or after.shape is None:
             continue
-        producer = before.producer()
         if not all(isinstance(dim, int) and dim > 0 for dim in after.shape[1:]):
             continue  # the first axis is known by what is left for it
         if len(before.shape) == len(after.shape) and before.shape[1:] == after.shape[1:]:
             source = before
-        elif _merges(node, before) and producer is not None and producer.op_type in ("Add", "Reshape"):
+        elif _merges(node, before) and made_by(before, "Add", "Reshape") is not None:
             source = StepBuilder(graph, node, FLOAT, forms).merge(before)
         else:
             continue

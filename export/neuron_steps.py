@@ -28,6 +28,8 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from .values import constant, inputs_of, made_by, producer_of
+
 Scaled = Callable[[float], ir.Value]
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 BYTE = ir.TensorType(ir.DataType.UINT8)
@@ -118,14 +120,14 @@ class StepBuilder:
         if current in self.forms.by_step and self.spikes == BYTE:
             one, none = self.number(1.0), self("Constant", value=ir.tensor(np.array(0, np.uint8)))
             return [partial(self._dequantised, spikes, one, none) for spikes in self.forms.by_step[current]], True
-        producer = current.producer()
-        if producer is not None and producer.op_type == "Add" and _all_like(current, producer.inputs):
-            parts = [self.currents(part, T) for part in producer.inputs]
+        total = made_by(current, "Add")
+        if total is not None and _all_like(current, total.inputs):
+            parts = [self.currents(part, T) for part in total.inputs]
             if all(scalable for _, scalable in parts):
                 pairs = zip(*(steps for steps, _ in parts), strict=True)
-                return [partial(self._sum, producer, *pair) for pair in pairs], True
-        before = self.merge(current).producer() if _repeated(current) is None else None
-        if before is not None and before.op_type == "DequantizeLinear":
+                return [partial(self._sum, total, *pair) for pair in pairs], True
+        before = made_by(self.merge(current), "DequantizeLinear") if _repeated(current) is None else None
+        if before is not None:
             quantised, scale, zero = inputs_of(before)
             steps = self.many("Split", [quantised], T, axis=0, num_outputs=T)
             return [partial(self._dequantised, step, scale, zero) for step in steps], True
@@ -133,9 +135,9 @@ class StepBuilder:
 
     def _dequantised(self, value: ir.Value, scale: ir.Value, zero: ir.Value, factor: float) -> ir.Value:
         if factor != 1.0:
-            tensor = ir.convenience.get_const_tensor(scale)
-            assert tensor is not None
-            scale = self.number(float(tensor.numpy()) * factor)
+            array = constant(scale)
+            assert array is not None
+            scale = self.number(float(array) * factor)
         return self("DequantizeLinear", value, scale, zero)
 
     def _sum(self, of: ir.Node, one: Scaled, other: Scaled, factor: float) -> ir.Value:
@@ -151,14 +153,15 @@ class StepBuilder:
 
     def _merge(self, value: ir.Value) -> ir.Value:
         assert value.shape is not None
-        producer = value.producer()
-        if producer is not None and producer.op_type in ("Reshape", "Unsqueeze"):
-            before = producer.inputs[0]
+        view = made_by(value, "Reshape", "Unsqueeze")
+        if view is not None:
+            before = view.inputs[0]
             if before is not None and before.shape is not None and before.shape[1:] == value.shape[2:]:
                 return before
-        if producer is not None and producer.op_type == "Add" and _all_like(value, producer.inputs):
-            total = self("Add", *(self.merge(part) for part in producer.inputs if part is not None))
-            producer_of(total).meta[_STANDS_FOR] = producer
+        of = made_by(value, "Add")
+        if of is not None and _all_like(value, of.inputs):
+            total = self("Add", *map(self.merge, inputs_of(of)))
+            producer_of(total).meta[_STANDS_FOR] = of
             total.type, total.shape = value.type, ir.Shape([value.shape[0] * value.shape[1], *value.shape[2:]])
             return total
         return self.reshape(value, [value.shape[0] * value.shape[1], *value.shape[2:]])
@@ -210,23 +213,12 @@ def _unscaled(value: ir.Value, factor: float) -> ir.Value:
 
 def _repeated(current: ir.Value) -> ir.Value | None:
     """The one step `[1, N, ...]` that `current [T, N, ...]` repeats, if it does."""
-    producer = current.producer()
-    if producer is None or producer.op_type != "Expand" or current.shape is None:
+    expand = made_by(current, "Expand")
+    if expand is None or current.shape is None:
         return None
-    source = producer.inputs[0]
+    source = expand.inputs[0]
     same = source is not None and source.shape is not None and source.shape == ir.Shape([1, *current.shape[1:]])
     return source if same else None
-
-
-def producer_of(value: ir.Value) -> ir.Node:
-    producer = value.producer()
-    assert producer is not None
-    return producer
-
-
-def inputs_of(node: ir.Node) -> list[ir.Value]:
-    """Inputs of a node of which none is left out."""
-    return [value for value in node.inputs if value is not None]
 
 
 def _all_like(value: ir.Value, parts: Sequence[ir.Value | None]) -> bool:

@@ -28,6 +28,7 @@ from tetdeploy.wording import first_line
 from .half import halve
 from .int8 import set_scales, translate_int8_conv
 
+aten = torch.ops.aten
 OPSET, IR_VERSION, LIF_DOMAIN = 20, 10, "tetdeploy"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -131,12 +132,7 @@ def _to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
     return exported
 
 
-_CLAMPS = (
-    torch.ops.aten.clamp.default,
-    torch.ops.aten.clamp_.default,
-    torch.ops.aten.clip.default,
-    torch.ops.aten.clip_.default,
-)
+_CLAMPS = (aten.clamp.default, aten.clamp_.default, aten.clip.default, aten.clip_.default)
 
 
 def _make_bounds_alike(graph: fx.Graph) -> None:

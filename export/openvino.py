@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .neuron_steps import FLOAT, Forms, StepBuilder
+from .values import made_by
 
 
 def write_for_openvino(model: ir.Model, *, int8: bool) -> None:
@@ -45,8 +46,8 @@ def _skips_padding(conv: ir.Node) -> bool:
 def _widen(graph: ir.Graph, conv: ir.Node) -> None:
     """Put a zero on either side of the kernel, along its first axis."""
     weight = _weight(conv)
-    dequantised = weight.producer()
-    if dequantised is not None and dequantised.op_type == "DequantizeLinear":
+    dequantised = made_by(weight, "DequantizeLinear")
+    if dequantised is not None:
         weight.shape = None
         _put_zeros(graph, dequantised, 0)
     else:

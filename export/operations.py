@@ -17,6 +17,7 @@ from .binary_values import BinaryValues
 from .neuron_steps import Neurons, network_node
 from .onnx_tracer import is_of_network, module_name
 from .step_order import BATCH, StepOrder, sizes
+from .values import constant, made_by
 
 _UNCOUNTED = {"ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "MatMul", "Gemm", "Conv"}
 _KIND_NAMES = {"ConvTranspose": "conv_transpose", "BatchNormalization": "batch_norm"}
@@ -164,7 +165,7 @@ class Layers:
     def _product(self, name: str, left: ir.Value, right: ir.Value) -> Layer | None:
         """A product `[..., M, K] @ [..., K, N]` of two values behind neurons, as of queries and keys."""
         axes, of_right = sizes(left), sizes(right)
-        if not {left, right} <= self._after_neurons or axes is None or of_right is None or axes[:-2] != of_right[:-2]:
+        if axes is None or of_right is None or axes[:-2] != of_right[:-2]:
             return None
         positions = self._repeats(left, -2, timed=left in self._timed)
         if positions is None or not all(self._finds_steps(name, factor) for factor in (left, right)):
@@ -180,7 +181,7 @@ class Layers:
         )
 
     def _finds_steps(self, name: str, value: ir.Value) -> bool:
-        """Whether the steps of what a layer reads can be told apart."""
+        """Whether the steps of what a layer reads can be told apart, to which spikes must lead."""
         left = self._order.left_of_steps(value)
         if left == BATCH:
             self.batch_first.add(name)
@@ -204,8 +205,7 @@ class Layers:
 def _kind_name(node: ir.Node) -> str:
     """What an operation that the network's own forward calls as a function goes by."""
     if node.op_type in ("MatMul", "Gemm"):
-        weight = node.inputs[1]
-        return "matmul" if weight is None or _parameter_shape(weight) is None else "linear"
+        return "matmul" if _parameter_shape(node.inputs[1]) is None else "linear"
     return _KIND_NAMES.get(node.op_type, node.op_type.lower())
 
 
@@ -229,34 +229,27 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 def _is_parameter(value: ir.Value | None) -> bool:
     """Whether a value is a constant that is not zero: the exporter gives every convolution a bias, if only of zeros."""
-    producer = None if value is None else value.producer()
-    if producer is not None and producer.op_type == "DequantizeLinear":
-        return _is_parameter(producer.inputs[0])
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return tensor is not None and bool(tensor.numpy().any())
+    if (dequantised := made_by(value, "DequantizeLinear")) is not None:
+        return _is_parameter(dequantised.inputs[0])
+    array = constant(value)
+    return array is not None and bool(array.any())
 
 
 def _precision(weight: ir.Value) -> str:
-    if _is_quantised(weight):
+    if made_by(weight, "DequantizeLinear") is not None:
         return "int8"
     return "fp16" if weight.dtype == ir.DataType.FLOAT16 else "fp32"
 
 
-def _is_quantised(weight: ir.Value) -> bool:
-    producer = weight.producer()
-    return producer is not None and producer.op_type == "DequantizeLinear"
-
-
-def _parameter_shape(weight: ir.Value) -> tuple[int, ...] | None:
+def _parameter_shape(weight: ir.Value | None) -> tuple[int, ...] | None:
     """The shape of a constant, of one in 8 bits, or of a matrix transposed, as linear layers have it in a graph that is
     not optimised; None for what is computed."""
-    producer = weight.producer()
-    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
-        shape = _parameter_shape(producer.inputs[0])
+    if (transposed := made_by(weight, "Transpose")) is not None:
+        shape = _parameter_shape(transposed.inputs[0])
         return shape[::-1] if shape is not None and len(shape) == 2 else None
-    if producer is not None and _is_quantised(weight) and producer.inputs[0] is not None:
-        return _parameter_shape(producer.inputs[0])
-    tensor = ir.convenience.get_const_tensor(weight)
+    if (dequantised := made_by(weight, "DequantizeLinear")) is not None:
+        return _parameter_shape(dequantised.inputs[0])
+    tensor = None if weight is None else ir.convenience.get_const_tensor(weight)
     return None if tensor is None else tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
 
 

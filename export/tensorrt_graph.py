@@ -105,8 +105,8 @@ def _spikes(given: str, node: onnx.NodeProto, constants: Mapping[str, NDArray[An
 
 def _current(given: str, node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> list[onnx.NodeProto]:
     scale, zero = node.input[1], int(constants[node.input[2]])
-    steps = [f"{node.output[0]}.{step}" for step in ("low", "high", "scaled", "rounded", "clipped")]
-    low, high, scaled, rounded, clipped = steps
+    names = ("low", "high", "scaled", "rounded", "clipped")
+    low, high, scaled, rounded, clipped = (f"{node.output[0]}.{name}" for name in names)
     return [
         helper.make_node("Constant", [], [low], value_float=float(-zero)),
         helper.make_node("Constant", [], [high], value_float=float(255 - zero)),

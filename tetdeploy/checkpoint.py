@@ -258,14 +258,13 @@ def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path
     Raises:
         MisfitError: they differ; missing, unexpected and misshapen names are listed.
     """
-    shared = [name for name in wanted if name in tensors]
     problems = {
         "missing": [name for name in wanted if name not in tensors],
         "unexpected": [name for name in tensors if name not in wanted],
         "misshapen": [
             f"{name} {list(tensors[name].shape)}, wanted {list(wanted[name].shape)}"
-            for name in shared
-            if tensors[name].shape != wanted[name].shape
+            for name in wanted
+            if name in tensors and tensors[name].shape != wanted[name].shape
         ],
     }
     listed = [f"{kind}: {shorten(names, _KEYS_SHOWN)}" for kind, names in problems.items() if names]

@@ -8,12 +8,8 @@ from tetdeploy.names import is_npz
 def check_classes(
     model: str, own_names: tuple[str, ...], data: str, names: tuple[str, ...], *, known: bool = True
 ) -> None:
-    """Refuse data to which a label means another class than to the model. A .npz, or a set that is not `known` but was
-    made in Python, need not name its classes, which are numbered then, nor have them all.
-
-    Raises:
-        ValueError: it is so.
-    """
+    """Refuse, with ValueError, data to which a label means another class than to the model. A .npz, or a set that is
+    not `known` but was made in Python, need not name its classes, which are numbered then, nor have them all."""
     if names == own_names:
         return
     if (is_npz(data) or not known) and (

@@ -238,11 +238,7 @@ class Engine:
         return self._session.zeros(shape) if hasattr(self._session, "zeros") else np.zeros(shape, np.float32)
 
     def check_streams(self) -> None:
-        """Refuse a model that cannot stream.
-
-        Raises:
-            ValueError: the graph gives no state out.
-        """
+        """Refuse, with ValueError, a model that cannot stream, as its graph gives no state out."""
         if not self.with_state:
             raise ValueError(
                 f"{self.path.name} gives no LIF state out, so it cannot stream; export with --layout step "
@@ -263,11 +259,8 @@ class Engine:
         self.check_small_batches("early exit goes on with those images that are not certain yet")
 
     def check_small_batches(self, purpose: str) -> None:
-        """Refuse a TensorRT engine that was built for no fewer than so many images. `purpose` is what has fewer.
-
-        Raises:
-            ValueError: it is so.
-        """
+        """Refuse, with ValueError, a TensorRT engine that was built for no fewer than so many images; `purpose` is what
+        has fewer."""
         if self.min_batch > 1:
             raise ValueError(
                 f"{self.path.name} was built for {self.min_batch} to {self.max_batch} images in a call, and {purpose}, "
@@ -343,7 +336,7 @@ class Engine:
         """Run T steps in as many calls as the layout needs; outputs `names` come back as `[T, N, ...]`."""
         if self.with_state:
             stream = Stream(self, len(x), session)
-            calls = [stream.call(part, names) for part in _chunks(x, T, self.chunk_T, self.encoding)]
+            calls = [stream.call(part, names) for part in self._chunks(x, T)]
         else:
             calls = [self._call(self._feed(part, T), ["per_step", *names], session) for part in self._parts(x, T)]
         joined = 1 if self.with_state else 0  # the axis of [N, T, K]: steps, or images
@@ -372,6 +365,14 @@ class Engine:
         most = max(1, IN_CACHE // (largest * (self.T or T))) if self.device == "cpu" else len(x)
         return np.array_split(x, math.ceil(len(x) / most))
 
+    def _chunks(self, x: Array, T: int) -> list[Array | None]:
+        """The input of each call of a graph with state; None is the same image again."""
+        size = self.chunk_T
+        starts = range(0, T, size)
+        if self.encoding == "direct":
+            return [x if start == 0 else None for start in starts]
+        return [_pad_time(x[:, start : start + size], size) for start in starts]
+
     def _feed(self, x: Array, T: int) -> dict[str, Array]:
         """The inputs of a graph that runs T steps in one call."""
         if self.encoding == "frames":
@@ -388,7 +389,7 @@ class Engine:
         stream, batch, running = Stream(self, len(x)), np.arange(len(x)), np.full(len(x), True)
         per_step = np.full((len(x), T, len(self.class_names)), np.nan, np.float32)
         total, steps = np.zeros((len(x), len(self.class_names)), np.float32), np.full(len(x), T)
-        for t, part in enumerate(_chunks(x, T, 1, self.encoding), start=1):
+        for t, part in enumerate(self._chunks(x, T), start=1):
             logits = stream.call(None if part is None else part[batch], [])["per_step"][:, 0]
             heeded = batch[running[batch]]
             per_step[heeded, t - 1] = logits[running[batch]]
@@ -445,14 +446,6 @@ def _wrong_dtype(name: str, got: np.dtype[Any], wanted: np.dtype[Any]) -> str:
             "convert the images, or export with --no-normalize for float32 input"
         )
     return f"{name} takes {wanted} input that is normalised already, got {got}; convert it with .astype('{wanted}')"
-
-
-def _chunks(x: Array, T: int, size: int, encoding: str) -> list[Array | None]:
-    """The input of each call of a graph that runs `size` steps at a time; None is the same image again."""
-    starts = range(0, T, size)
-    if encoding == "direct":
-        return [x if start == 0 else None for start in starts]
-    return [_pad_time(x[:, start : start + size], size) for start in starts]
 
 
 def _pad_time(frames: Array, T: int) -> Array:

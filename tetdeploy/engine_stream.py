@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tetdeploy.arguments import check_count, check_unmasked
+from tetdeploy.model_file import state_outputs
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Array, Engine
@@ -125,7 +126,7 @@ class Stream:
         feed: dict[str, Array] = {"x": shown, **self._u}
         if self._encoded:
             feed |= {"encode": np.array([x is not None]), **self._kept}
-        wanted = ["per_step", *names, *(s[1] for s in self._states), *(e[1] for e in self._encoded)]
+        wanted = ["per_step", *names, *state_outputs(self.engine.metadata)]
         outputs = self.engine.call(feed, wanted, self._session)
         self._u = {name: outputs[output] for name, output, _ in self._states}
         self._kept = {name: outputs[output] for name, output, _ in self._encoded}

@@ -101,13 +101,10 @@ def check_metadata(value: Any, path: Path) -> dict[str, Any]:
 
 
 def check_outputs(outputs: Iterable[Any], metadata: Mapping[str, Any], path: Path) -> None:
-    """Refuse a graph whose outputs are not those that its metadata say.
+    """Refuse, with ValueError, a graph whose outputs are not those that its metadata say.
 
     Args:
         outputs: of its session, each with `name` and `shape`, in which a free axis is no number.
-
-    Raises:
-        ValueError: it is so.
     """
     classes = len(metadata["class_names"])
     wanted = {"logits": [classes], "per_step": [metadata["T"], classes]}

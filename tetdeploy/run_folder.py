@@ -115,27 +115,29 @@ def checkpoint_file(path: Path | str) -> Path:
         FileNotFoundError: there is no such path, or the folder has no checkpoint.
     """
     path = Path(path)
-    if path.is_dir():
-        file = path / CHECKPOINT_NAME
-        if not file.exists():
-            remedy = "it is not a run folder"
-            if (path / STATE_NAME).exists():
-                other = _newest_trained(path.parent)
-                such = f", such as {other}" if other else ""
-                remedy = f"its first epoch is not finished: go on with --resume, or name another run{such}"
-            elif seeds := seed_runs(path):
-                finished = [run for run in seeds if (run / CHECKPOINT_NAME).exists()]
-                one = f"name one, such as {finished[0]}" if finished else "none has finished an epoch yet"
-                remedy = f"it holds the runs of several seeds: {one}"
-            elif (shards := newest_shards(path)) is not None:
-                remedy = (
-                    f"it holds shards: name one of their files, such as {min(shards.glob('model-*'), default=shards)}"
-                )
-            raise FileNotFoundError(f"{path} holds no {CHECKPOINT_NAME}; {remedy}")
-        return file
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a checkpoint (.safetensors) or a run folder")
-    return path
+    if not path.is_dir():
+        return path
+    file = path / CHECKPOINT_NAME
+    if not file.exists():
+        raise FileNotFoundError(f"{path} holds no {CHECKPOINT_NAME}; {_why_none(path)}")
+    return file
+
+
+def _why_none(folder: Path) -> str:
+    """Why a folder has no checkpoint, and what to name instead."""
+    if (folder / STATE_NAME).exists():
+        other = _newest_trained(folder.parent)
+        such = f", such as {other}" if other else ""
+        return f"its first epoch is not finished: go on with --resume, or name another run{such}"
+    if seeds := seed_runs(folder):
+        finished = [run for run in seeds if (run / CHECKPOINT_NAME).exists()]
+        one = f"name one, such as {finished[0]}" if finished else "none has finished an epoch yet"
+        return f"it holds the runs of several seeds: {one}"
+    if (shards := newest_shards(folder)) is not None:
+        return f"it holds shards: name one of their files, such as {min(shards.glob('model-*'), default=shards)}"
+    return "it is not a run folder"
 
 
 def other_checkpoint(folder: Path, checkpoint_sha256: str | None) -> str | None:

@@ -278,22 +278,15 @@ def median_ms(
 
 
 def check_images(engine: Engine, x: NDArray[Any], labels: NDArray[np.int64], T: int) -> None:
-    """Refuse, before a long run, labels that do not fit the images or the model's classes, and images of which it
-    cannot run T steps.
-
-    Raises:
-        ValueError: it is so; see also `Engine.run`.
-    """
+    """Refuse with ValueError, before a long run, labels that do not fit the images or the model's classes, and images
+    of which it cannot run T steps; see also `Engine.run`."""
     check_class_numbers(labels, len(x), len(engine.class_names), engine.path.name)
     engine.check_T(T, engine.check_input(x[:1]))
 
 
 def check_class_numbers(labels: Any, num_images: int, num_classes: int, model: str) -> None:
-    """Refuse labels that do not give each image the number of a class; `model` is what errors call the model.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Refuse, with ValueError, labels that do not give each image the number of a class; `model` is what the error
+    calls the model."""
     if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.ndim != 1:
         got = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else type(labels).__name__
         raise ValueError(f"labels must be a NumPy array of whole numbers [N], one an image, got {got}")

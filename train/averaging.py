@@ -17,6 +17,7 @@ from tetdeploy.wording import counted
 
 from .device import autocast
 from .objective import draw_lengths
+from .optimizer import trainable
 from .schedule import derive_seed
 from .session import BN_BATCHES, Session
 from .state import TrainState
@@ -48,11 +49,6 @@ def kept_classifier(session: Session, state: TrainState) -> Classifier:
             T = max(draw_lengths(config, state.epoch, derive_seed(config.seed, "bn T", number)))
             run_network(kept, x, T)
     return kept
-
-
-def trainable(network: nn.Module) -> dict[str, Tensor]:
-    """The parameters an optimizer changes, by name, detached."""
-    return {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class How:
     """How a run is computed and carried, of no effect on its results; what goes on with a run goes on so by default.
 
     Attributes:
-        cuda_graphs: replay the training step as CUDA graphs, see `graphs`.
+        cuda_graphs: replay the training step as CUDA graphs, see `cuda_graphs`.
         recompute: compute blocks once more in the backward pass, for less memory, see `recompute`.
         shards_mb: after every epoch, also write to `out/shards` the weights alone, in files of at most so many MB (of
             10^6 bytes), see `restart`; None does not.

@@ -32,11 +32,12 @@ from tetdeploy.networks import Classifier, check_classifier, code_sha256, run_ne
 from tetdeploy.run_folder import CHECKPOINT_NAME, STATE_NAME
 from tetdeploy.signals import deferred_interrupt
 
-from .averaging import kept_classifier, lagging_bn, trainable, update_average
+from .averaging import kept_classifier, lagging_bn, update_average
 from .board import tensorboard
 from .config import How, TrainConfig
 from .device import autocast, tuned_convolutions
 from .objective import draw_lengths, epoch_loss, prefix_mean, validation_losses
+from .optimizer import trainable
 from .progress import Progress
 from .ranks import current_ranks
 from .restart import (

@@ -41,6 +41,11 @@ def build_optimizer(network: nn.Module, config: TrainConfig, *, scaled: bool) ->
     return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
 
 
+def trainable(network: nn.Module) -> dict[str, Tensor]:
+    """The parameters that an optimizer changes, by name, detached."""
+    return {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state by name: `<parameter>.<entry>`, for instance `readout.weight.exp_avg`.
 

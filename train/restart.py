@@ -26,7 +26,7 @@ from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, METRICS_NAME, SHA
 from tetdeploy.shards import check_limit, is_complete, newest_shards, read_shards, write_shards
 from tetdeploy.tensor_file import FORMAT
 
-from .averaging import trainable
+from .optimizer import trainable
 from .runs import read_run_config, run_differences
 from .session import Session, provenance
 from .state import TrainState, like_weights

@@ -199,11 +199,7 @@ def check_run(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
 
 
 def refuse_held(out: Path) -> None:
-    """Refuse to write over a run.
-
-    Raises:
-        ValueError: `out` holds one.
-    """
+    """Refuse to write over a run, with ValueError."""
     held = [name for name in (CONFIG_NAME, CHECKPOINT_NAME) if (out / name).exists()]
     if held:
         raise ValueError(f"{out} already holds a run ({', '.join(held)}); choose another --out, or --resume it")
@@ -288,8 +284,8 @@ def new_run_folder(runs: Path, name: str) -> Iterator[Path]:
 
 def mark_latest(out: Path, runs: Path) -> None:
     """Let `runs/latest` point at `out`: a symlink, relative unless `out` is on another drive of Windows, or a text file
-    with the path where there are no symlinks.
-    Where that cannot be written, a warning says so of a run that lies elsewhere.
+    with the path where there are no symlinks. Where that cannot be written, a warning says so of a run that lies
+    elsewhere.
 
     Raises:
         OSError: it cannot be written, and the run lies in `runs`, of which later commands take the latest.

@@ -121,11 +121,7 @@ class Session:
 
 
 def check_sets(train_set: LabelledSet, val_set: LabelledSet | None) -> None:
-    """Refuse what is no data set.
-
-    Raises:
-        ValueError: it is so.
-    """
+    """Refuse what is no data set, with ValueError."""
     for name, data in {"train_set": train_set, "val_set": val_set}.items():
         if not isinstance(data, LabelledSet) and (data is not None or name == "train_set"):
             raise ValueError(

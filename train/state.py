@@ -16,7 +16,7 @@ from tetdeploy.run_folder import SHARDS_NAME
 from tetdeploy.shards import newest_shards
 from tetdeploy.tensor_file import FORMAT, read_content, read_tensors, write_tensors
 
-from .optimizer import load_optimizer_tensors, optimizer_tensors
+from .optimizer import load_optimizer_tensors, optimizer_tensors, trainable
 
 _POSITION = {
     "epoch!": COUNT,
@@ -136,7 +136,7 @@ def restore_state(
     weights, average = section(tensors, "network."), section(tensors, "average.")
     check_keys(weights, network.state_dict(), path)
     if average:
-        check_keys(average, {name: p for name, p in network.named_parameters() if p.requires_grad}, path)
+        check_keys(average, trainable(network), path)
     network.load_state_dict(weights)
     try:
         load_optimizer_tensors(optimizer, network, section(tensors, "optimizer."))

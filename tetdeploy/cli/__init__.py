@@ -58,21 +58,7 @@ def main() -> None:
 
 
 for command in (
-    quickstart,
-    train,
-    export,
-    sweep,
-    bench,
-    validate,
-    calibrate,
-    early_exit,
-    serve,
-    report,
-    build,
-    inspect,
-    predict,
-    evaluate,
-    landscape,
-    import_,
-):
+    quickstart, train, export, sweep, bench, validate, calibrate, early_exit, serve, report, build, inspect, predict,
+    evaluate, landscape, import_,
+):  # fmt: skip
     main.add_command(command)

@@ -164,7 +164,8 @@ def print_bench(result: dict[str, Any], engine: Engine) -> None:
     console.print(f"{result['model']}   {result['size_bytes'] / 1e6:.1f} MB   {engine.layout}   {result['data']}")
     console.print(f"{hardware(on)}, {on['system']}, {on['provider']}")
     console.print(bench_table(result))
-    notes = ["times of one call; loading: " + _loading(result)]
+    loading = ", ".join(f"{entry['load_ms']:.0f} ms with {entry['threads']} threads" for entry in result["load_ms"])
+    notes = [f"times of one call; loading: {loading}"]
     if engine.lacks_native:
         notes.append(f"slower than it could be: {engine.lacks_native}")
     if result["data"] == "noise":
@@ -179,7 +180,3 @@ def print_bench(result: dict[str, Any], engine: Engine) -> None:
     if (on["load"] or 0) >= 1:
         notes.append(f"{on['load']:.1f} processes were running when this began: an idle machine is faster")
     print_notes(notes)
-
-
-def _loading(result: dict[str, Any]) -> str:
-    return ", ".join(f"{entry['load_ms']:.0f} ms with {entry['threads']} threads" for entry in result["load_ms"])

@@ -22,7 +22,7 @@ from tetdeploy.run_folder import newest_run
 from tetdeploy.wording import counted
 
 if TYPE_CHECKING:
-    from tetdeploy.export import ExportConfig, Exported
+    from tetdeploy.export import ExportConfig, Exported, Parity
     from tetdeploy.export.nir_format import NirExported
     from tetdeploy.export.trained import Trained
     from tetdeploy.networks import Classifier
@@ -297,21 +297,7 @@ def print_exported(exported: Exported, config: ExportConfig) -> None:
     console.print(f"folded {exported.num_folded} BN | {exported.num_neurons} neuron layers | {lowered}")
     for what, parity in (("from u = 0", exported.parity), ("from random u", exported.from_state)):
         if parity is not None:
-            console.print(
-                f"checked {what} on {parity.num_images:,} images at T={parity.T}: "
-                f"top-1 agreement {parity.top1_agreement:.2%}   "
-                f"spike mismatch {parity.spike_mismatch_rate * 1e6:.2f} ppm "
-                f"({parity.local_mismatch_rate * 1e6:.2f} in the worst layer by itself)   "
-                f"largest logit error {parity.max_abs_logit_error:.1e}"
-            )
-            if parity.amplified is not None:
-                there, floor = (f"{rate * 1e6:,.0f} ppm" for rate in parity.amplified)
-                itself = f"PyTorch rounded otherwise differs from itself in {floor}"
-                begun = "all began within rounding of a threshold"
-                console.print(
-                    f"  the network amplifies rounding: on the images that differ most {there} differ, and "
-                    f"{begun if parity.at_threshold else itself}"
-                )
+            _print_parity(what, parity)
     if exported.parity is not None and exported.silent:
         _print_silent(exported.silent, exported.parity.num_images)
     if exported.int8 is not None:
@@ -329,6 +315,24 @@ def print_exported(exported: Exported, config: ExportConfig) -> None:
     if exported.uncounted:
         console.print(f"operations of these layers will not be counted: {', '.join(exported.uncounted)}")
     console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB")
+
+
+def _print_parity(what: str, parity: Parity) -> None:
+    console.print(
+        f"checked {what} on {parity.num_images:,} images at T={parity.T}: "
+        f"top-1 agreement {parity.top1_agreement:.2%}   "
+        f"spike mismatch {parity.spike_mismatch_rate * 1e6:.2f} ppm "
+        f"({parity.local_mismatch_rate * 1e6:.2f} in the worst layer by itself)   "
+        f"largest logit error {parity.max_abs_logit_error:.1e}"
+    )
+    if parity.amplified is not None:
+        there, floor = (f"{rate * 1e6:,.0f} ppm" for rate in parity.amplified)
+        itself = f"PyTorch rounded otherwise differs from itself in {floor}"
+        begun = "all began within rounding of a threshold"
+        console.print(
+            f"  the network amplifies rounding: on the images that differ most {there} differ, and "
+            f"{begun if parity.at_threshold else itself}"
+        )
 
 
 def _print_silent(silent: list[str], num_images: int) -> None:

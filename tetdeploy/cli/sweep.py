@@ -30,7 +30,6 @@ from tetdeploy.run_folder import CONFIG_NAME
 
 if TYPE_CHECKING:
     from tetdeploy.engine import Engine
-    from tetdeploy.picojoules import EnergyConstants
     from tetdeploy.sweep import Sweep
 
 
@@ -106,6 +105,7 @@ def sweep(
     test set. Needs no torch.
     """
     from tetdeploy.picojoules import energy_constants
+    from tetdeploy.sweep import sweep as measure
 
     if plot is not None:
         import_extra("matplotlib", "report")  # before any work
@@ -120,31 +120,15 @@ def sweep(
     wanted = steps or default_steps(engine)
     own = ac_pj is not None or mac_pj is not None
     constants = energy_constants(engine.precision, ac_pj=ac_pj, mac_pj=mac_pj) if own else None
-    result = run_sweep(engine, wanted, data, data_dir, limit=limit, batch_size=batch_size, constants=constants)
+    name, x, labels = load_inputs(engine, data, data_dir, limit)
+    with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
+        result = measure(engine, x, labels, wanted, data=name, batch_size=batch_size, constants=constants, tick=tick)
     written = save_sweep(result, engine, json_path, picture)  # before a line is printed: `| head` may end that
     print_sweep(result, engine, conventions)
     print_details(result, engine, conventions, layers=show_layers, other_ops=other_ops)
     console.print("   ".join(map(str, written)))
     in_run = json_path.name.endswith(".sweep.json") and (json_path.parent / CONFIG_NAME).is_file()
     say_next("report", json_path.parent if in_run else json_path)
-
-
-def run_sweep(
-    engine: Engine,
-    steps: tuple[int, ...],
-    data: str | None,
-    data_dir: Path,
-    *,
-    limit: int | None,
-    batch_size: int,
-    constants: EnergyConstants | None,
-) -> Sweep:
-    """Load the data and sweep, with a progress bar."""
-    from tetdeploy.sweep import sweep as measure
-
-    name, x, labels = load_inputs(engine, data, data_dir, limit)
-    with image_bar(f"{engine.path.name} on {name}", len(x)) as tick:
-        return measure(engine, x, labels, steps, data=name, batch_size=batch_size, constants=constants, tick=tick)
 
 
 def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> None:

@@ -152,15 +152,16 @@ def _from_zips(cifar: _Cifar, split: Split, zips: list[Path]) -> Arrays:
             for info in archive.infolist():
                 parts = PurePosixPath(info.filename).parts
                 hidden = any(part.startswith(".") for part in parts)  # left out, as in a tree
-                if parts[:2] == (cifar.name, split) and len(parts) == 4 and not hidden:
-                    if parts in found:
-                        raise ValueError(
-                            f"{path} holds {info.filename}, which is in {found[parts]} already; remove one of them, "
-                            "or the set would have images twice"
-                        )
-                    found[parts] = path
-                    read = functools.partial(archive.read, info)
-                    files.setdefault(parts[2], []).append(ImageFile(f"{path}/{info.filename}", read))
+                if parts[:2] != (cifar.name, split) or len(parts) != 4 or hidden:
+                    continue
+                if parts in found:
+                    raise ValueError(
+                        f"{path} holds {info.filename}, which is in {found[parts]} already; remove one of them, "
+                        "or the set would have images twice"
+                    )
+                found[parts] = path
+                read = functools.partial(archive.read, info)
+                files.setdefault(parts[2], []).append(ImageFile(f"{path}/{info.filename}", read))
         return _decode(cifar, split, files, ", ".join(map(str, zips)))
 
 

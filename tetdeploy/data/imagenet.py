@@ -41,20 +41,10 @@ def load_imagenet(name: str, split: Split, *, data_dir: Path) -> ImageFiles:
     classes = class_file_names(root / part)
     pair = (classes, class_folders(root / other))
     refuse_different_classes(root, *(pair if split == "train" else pair[::-1]), test_name="val")
-    files = [os.fsencode(f"{folder}/{file}") for folder, members in classes.items() for file in members]
-    labels = np.repeat(np.arange(len(classes)), [len(members) for members in classes.values()])
+    files = np.array([os.fsencode(f"{folder}/{file}") for folder, members in classes.items() for file in members])
+    labels = np.repeat(np.arange(len(classes)), [len(members) for members in classes.values()]).astype(np.int64)
     order = mixed_order(len(files))
-    return ImageFiles(
-        name,
-        split,
-        root / part,
-        np.array(files)[order],
-        labels[order].astype(np.int64),
-        tuple(classes),
-        MEAN,
-        STD,
-        size,
-    )
+    return ImageFiles(name, split, root / part, files[order], labels[order], tuple(classes), MEAN, STD, size)
 
 
 def is_imagenet(name: str) -> bool:

@@ -109,11 +109,7 @@ def load_exit(model: Path | str, T: int | None = None) -> Exit:
 
 
 def check_calibrated(model: Path | str, calibrated_T: int, T: int) -> None:
-    """Refuse to run fewer steps than the rule of a model was found for.
-
-    Raises:
-        ValueError: T is below `calibrated_T`.
-    """
+    """Refuse, with ValueError, to run fewer steps than the rule of a model was found for."""
     if calibrated_T > T:
         raise ValueError(
             f"the threshold of {model} was found for T={calibrated_T} and says nothing of T={T}; "

@@ -262,11 +262,7 @@ class FoundThreshold:
 
 
 def check_min_T(min_T: int, T: int) -> None:
-    """Refuse a least number of steps that is none of T.
-
-    Raises:
-        ValueError: it is so.
-    """
+    """Refuse a least number of steps that is none of T, with ValueError."""
     if not 1 <= min_T <= T:
         raise ValueError(f"min_T must lie within the T={T} steps, got {min_T}")
 

@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_classifier(classifier: Any) -> None:
-    """Refuse what is no `Classifier`.
-
-    Raises:
-        ValueError: it is so.
-    """
+    """Refuse what is no `Classifier`, with ValueError."""
     if not isinstance(classifier, Classifier):
         raise ValueError(
             f"classifier must be a Classifier, got {type(classifier).__name__}; a network becomes one by "
@@ -30,12 +26,8 @@ def check_classifier(classifier: Any) -> None:
 
 
 def _check_kind(network: nn.Module, config: NetworkConfig) -> None:
-    """Refuse a network that is another twin, or none, than the configuration says: by that it is made anew from a
-    checkpoint.
-
-    Raises:
-        ValueError: it is so.
-    """
+    """Refuse, with ValueError, a network that is another twin, or none, than the configuration says: by that it is made
+    anew from a checkpoint."""
     if config.ann and has_neurons(network):
         raise ValueError("the configuration says ann, but the network has neurons; pass ann_twin(network)")
     if not config.ann and is_ann_twin(network) and not has_neurons(network):

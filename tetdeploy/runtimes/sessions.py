@@ -153,11 +153,7 @@ def gains_from_native(metadata: Mapping[str, Any], device: str, runtime: str) ->
 
 
 def check_runtime(runtime: str, device: str) -> None:
-    """Refuse a runtime that there is not, or not on this device.
-
-    Raises:
-        ValueError: it is so.
-    """
+    """Refuse a runtime that there is not, or not on this device, with ValueError."""
     if runtime not in RUNTIMES:
         raise ValueError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
     if runtime == "openvino" and device != "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,27 +20,11 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._names: set[str] = set()  # a client must not make up labels
-        self.seconds = Histogram(
-            "tetdeploy_request_seconds",
-            "From a whole request, still to be parsed, to its answer, still to be sent",
-            ["model"],
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self.batch = Histogram(
-            "tetdeploy_batch_images",
-            "Images that ran together",
-            ["model"],
-            buckets=COUNTS,
-            registry=registry,
-        )
-        self.steps = Histogram(
-            "tetdeploy_image_steps",
-            "Time steps that an image took",
-            ["model"],
-            buckets=COUNTS,
-            registry=registry,
-        )
+        histogram = partial(Histogram, labelnames=["model"], registry=registry)
+        span = "From a whole request, still to be parsed, to its answer, still to be sent"
+        self.seconds = histogram("tetdeploy_request_seconds", span, buckets=SECONDS)
+        self.batch = histogram("tetdeploy_batch_images", "Images that ran together", buckets=COUNTS)
+        self.steps = histogram("tetdeploy_image_steps", "Time steps that an image took", buckets=COUNTS)
         self.refused = Counter(
             "tetdeploy_refused", "Requests without an answer, by HTTP status", ["model", "status"], registry=registry
         )

@@ -99,11 +99,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def check_tensors(message: Any) -> None:
-    """Refuse more tensors than a request may name, and raw ones that do not fit.
-
-    Raises:
-        InvalidRequestError: it is so.
-    """
+    """Refuse more tensors than a request may name, and raw ones that do not fit, with InvalidRequestError."""
     for what in ("inputs", "outputs"):
         if (count := len(getattr(message, what))) > MAX_TENSORS:
             raise InvalidRequestError(f"a request may name {MAX_TENSORS} {what}, got {count:,}")

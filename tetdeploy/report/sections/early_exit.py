@@ -51,7 +51,7 @@ def _steps(results: Results, measured: Sequence[Measurement]) -> Plot:
 
 def _accuracy(results: Results, measured: Sequence[Measurement]) -> Plot:
     """Accuracy against energy: every image the same T, and early exit."""
-    points = {m.name: [(T, pj, y) for T, pj, y in m.points("energy_pj", "accuracy")] for m in measured}
+    points = {m.name: m.points("energy_pj", "accuracy") for m in measured}
     early = {m.name: m.content["early_exit"] for m in measured}
     energies = [pj for own in points.values() for _, pj, _ in own] + [e["cost"]["energy_pj"] for e in early.values()]
     unit, size = energy_unit(max(energies))

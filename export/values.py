@@ -1,0 +1,31 @@
+"""Values of an ONNX graph: what makes them, and what they hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+
+def made_by(value: ir.Value | None, *kinds: str) -> ir.Node | None:
+    """The node that makes a value, if it is of one of these kinds."""
+    producer = None if value is None else value.producer()
+    return producer if producer is not None and producer.op_type in kinds else None
+
+
+def producer_of(value: ir.Value) -> ir.Node:
+    producer = value.producer()
+    assert producer is not None
+    return producer
+
+
+def inputs_of(node: ir.Node) -> list[ir.Value]:
+    """Inputs of a node of which none is left out."""
+    return [value for value in node.inputs if value is not None]
+
+
+def constant(value: ir.Value | None) -> NDArray[Any] | None:
+    """What a value holds in any call; None of one that is computed, or an input."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
