@@ -997,6 +997,13 @@ def test_a_temporary_folder_that_is_full_is_named(tmp_path: Path, monkeypatch: p
         export_model(convsnn(), tmp_path / "m.onnx", INT8, digits().images[:60], calibration=calibration())
 
 
+@pytest.mark.parametrize("layout", ["dynamic", "step"])
+@pytest.mark.parametrize("file_format", ["onnx", "triton-repository"])
+def test_T_goes_with_the_unrolled_layout(layout: str, file_format: str) -> None:
+    refused = CliRunner().invoke(main, ["export", "--layout", layout, "--T", "3", "--format", file_format])
+    assert refused.exit_code == 2 and f"--T goes with --layout unrolled: a {layout} graph" in refused.output
+
+
 def test_calibrate_goes_with_int8() -> None:
     refused = CliRunner().invoke(main, ["export", "--calibrate", "64"])
     assert refused.exit_code == 2 and "--calibrate goes with --precision int8" in refused.output

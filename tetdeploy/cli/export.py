@@ -169,6 +169,9 @@ def export(
         return None
     if is_typed(ctx, "num_calibration") and options["precision"] != "int8":
         raise click.UsageError("--calibrate goes with --precision int8")
+    if is_typed(ctx, "T") and options["layout"] in ("dynamic", "step"):
+        runs_it = "any T, which each call says" if options["layout"] == "dynamic" else "one step a call"
+        raise click.UsageError(f"--T goes with --layout unrolled: a {options['layout']} graph runs {runs_it}")
     if file_format in FORMATS:
         export_for_cluster(ctx, _typed_onnx_options(ctx))
         return None
