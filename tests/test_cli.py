@@ -778,6 +778,7 @@ class TestBadInput:
         assert "--resize" in refused("predict", MODEL, "a.png")
         Path("b.png").write_text("no image")
         assert "cannot be read as an image" in refused("predict", MODEL, "b.png")
+        assert "cannot be read as an image: Is a directory; give a png" in refused("predict", MODEL, ".")
         refused("predict", MODEL, "a.png", "--T", "1000000000", code=2)
         assert "no image at c.png" in refused("predict", MODEL, "c.png")
 
