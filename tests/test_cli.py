@@ -1111,16 +1111,19 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
     assert "Error" not in done.output and snapshot(workplace) == before
 
 
+ELSEWHERE = "; make room, or write elsewhere"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
 @pytest.mark.parametrize(
     ("command", "rest", "unbuffered"),
     [
         (("train", "--epochs", "1", "--out", "new"), "; what was written before is as it was: go on with --resume", ""),
-        (("train", "--epochs", "1", "--out", "new", "--seeds", "0,1"), "", ""),
-        (("inspect", MODEL), "", ""),
-        (("inspect", MODEL), "", "1"),
-        (("--help",), "", ""),
-        (("--help",), "", "1"),
+        (("train", "--epochs", "1", "--out", "new", "--seeds", "0,1"), ELSEWHERE, ""),
+        (("inspect", MODEL), ELSEWHERE, ""),
+        (("inspect", MODEL), ELSEWHERE, "1"),
+        (("--help",), ELSEWHERE, ""),
+        (("--help",), ELSEWHERE, "1"),
     ],
 )
 def test_standard_output_that_is_full_is_named(

@@ -150,5 +150,5 @@ def _describe(error: OSError, unnamed: str | None = None) -> str:
     name = unnamed if error.filename is None else error.filename
     if error.errno is None or name is None:
         return str(error)
-    remedy = "; make room, or write elsewhere" if error.errno in _FULL and error.filename is not None else ""
+    remedy = "; make room, or write elsewhere" if error.errno in _FULL else ""
     return f"{name}: {error.strerror}{remedy}"
