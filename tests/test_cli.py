@@ -791,6 +791,7 @@ class TestBadInput:
         assert "--resize" in refused("predict", MODEL, "a.png")
         Path("b.png").write_text("no image")
         assert "cannot be read as an image" in refused("predict", MODEL, "b.png")
+        assert "cannot be read as an image: Is a directory; give a png" in refused("predict", MODEL, ".")
         refused("predict", MODEL, "a.png", "--T", "1000000000", code=2)
         assert "no image at c.png" in refused("predict", MODEL, "c.png")
 
@@ -1123,16 +1124,19 @@ def test_ctrl_c_is_one_line_and_leaves_nothing_behind(
     assert "Error" not in done.output and snapshot(workplace) == before
 
 
+ELSEWHERE = "; make room, or write elsewhere"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
 @pytest.mark.parametrize(
     ("command", "rest", "unbuffered"),
     [
         (TRAIN_FEW, "; what was written before is as it was: go on with --resume", ""),
-        ((*TRAIN_FEW, "--seeds", "0,1"), "", ""),
-        (("inspect", MODEL), "", ""),
-        (("inspect", MODEL), "", "1"),
-        (("--help",), "", ""),
-        (("--help",), "", "1"),
+        ((*TRAIN_FEW, "--seeds", "0,1"), ELSEWHERE, ""),
+        (("inspect", MODEL), ELSEWHERE, ""),
+        (("inspect", MODEL), ELSEWHERE, "1"),
+        (("--help",), ELSEWHERE, ""),
+        (("--help",), ELSEWHERE, "1"),
     ],
 )
 def test_standard_output_that_is_full_is_named(

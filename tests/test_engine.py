@@ -300,8 +300,11 @@ def test_refused_models(tmp_path: Path) -> None:
     for known, remedy in ((1, "export the model again"), (3, "update tetdeploy")):
         with pytest.raises(ValueError, match=f"has metadata of format {known}; this tetdeploy reads 2: {remedy}$"):
             Engine(foreign(tmp_path / "other.onnx", json.dumps({"format": known})))
-    with pytest.raises(ValueError, match=r"is a folder, not an \.onnx file"):
+    with pytest.raises(ValueError, match=r"a folder, not an \.onnx file; name a model in it, such as .*damaged\.onnx$"):
         Engine(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"is a folder, not an \.onnx file; write a model with: tetdeploy export$"):
+        Engine(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match=r"no model at .*absent\.onnx; write one with: tetdeploy export"):
         Engine(tmp_path / "absent.onnx")
     for name, content in (("text.onnx", b"these are just words\n" * 20), ("empty.onnx", b"")):
@@ -391,7 +394,9 @@ def test_what_fails_gives_one_line(error: Exception, line: str, monkeypatch: pyt
         runner.run(images(2))
     monkeypatch.setattr(onnxruntime, "InferenceSession", Mock(side_effect=error))
     for read in (Engine, inspect):
-        with pytest.raises(ValueError, match=rf"cannot be loaded: not an ONNX model, or a damaged one \({line}\)$"):
+        with pytest.raises(
+            ValueError, match=rf"not an ONNX model, or a damaged one; export or copy it again \({line}\)$"
+        ):
             read(path)
 
 

@@ -1005,6 +1005,13 @@ def test_a_temporary_folder_that_is_full_is_named(tmp_path: Path, monkeypatch: p
         export_model(convsnn(), tmp_path / "m.onnx", INT8, digits().images[:60], calibration=calibration())
 
 
+@pytest.mark.parametrize(("layout", "runs"), [("dynamic", "any T, which each call says"), ("step", "one step a call")])
+@pytest.mark.parametrize("file_format", ["onnx", "triton-repository"])
+def test_T_of_a_graph_that_has_none_is_warned_of(layout: str, runs: str, file_format: str) -> None:
+    with pytest.warns(RuntimeWarning, match=f"--T has no effect with --layout {layout}, whose graph runs {runs}"):
+        CliRunner().invoke(main, ["export", "absent", "--layout", layout, "--T", "3", "--format", file_format])
+
+
 def test_calibrate_goes_with_int8() -> None:
     refused = CliRunner().invoke(main, ["export", "--calibrate", "64"])
     assert refused.exit_code == 2 and "--calibrate goes with --precision int8" in refused.output

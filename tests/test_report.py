@@ -747,12 +747,13 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("text", "match"),
         [
-            ("{", "is not JSON"),
+            ("{", "is not JSON: .*; give JSON of"),
             ("[" * 100_000, "is not JSON"),
             ("\xff\xfe", "is not a result|is not JSON"),
-            ("[1]", "holds a list, not an object"),
+            ("[1]", "holds a list, not an object; give JSON of"),
+            ("null", "holds null, not an object; give JSON of"),
             ("{}", 'it has no "kind"'),
-            ('{"kind": "poem"}', "its kind is 'poem'; give JSON of early-exit, sweep or validate"),
+            ('{"kind": "poem"}', "its kind is 'poem'; give JSON of early-exit, sweep, validate or bench"),
             ('{"kind": "sweep"}', "does not have the form of a sweep: model is missing"),
             ('{"kind": "sweep", "model": "m", "data": "d", "num_samples": 1, "rows": []}', "it needs rows"),
             (

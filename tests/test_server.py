@@ -281,4 +281,5 @@ def test_a_server_that_cannot_say_where_it_is_ends_in_order() -> None:
         done = subprocess.run(
             [*COMMAND, str(exported("step"))], stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE
         )
-    assert (done.returncode, done.stderr.strip()) == (1, "Error: standard output: No space left on device")
+    said = "Error: standard output: No space left on device; make room, or write elsewhere"
+    assert (done.returncode, done.stderr.strip()) == (1, said)

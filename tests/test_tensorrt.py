@@ -325,7 +325,8 @@ def test_a_full_disk_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch, tmp_
         build_engine(exported("step"), path, RTX)
     assert caught.value.filename == str(path)
     refused = CliRunner().invoke(main, ["build", str(exported("step")), "-o", str(path)])
-    assert (refused.exit_code, refused.output) == (1, f"Error: {path}: No space left on device\n")
+    said = f"Error: {path}: No space left on device; make room, or write elsewhere\n"
+    assert (refused.exit_code, refused.output) == (1, said)
     assert names_in(tmp_path) == ["m.engine"]
     assert path.read_bytes() == b"an earlier engine"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 
-from tetdeploy.machine import default_threads
-
 
 def main() -> None:
     """The command line. It takes a moment to import, which Ctrl-C ends as it ends a command: with a line and 130."""
-    if not os.environ.get("OMP_NUM_THREADS") and (threads := default_threads()) is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # which PyTorch and BLAS would not find out
     try:
+        from tetdeploy.machine import default_threads
+
+        if not os.environ.get("OMP_NUM_THREADS") and (threads := default_threads()) is not None:
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # which PyTorch and BLAS would not find out
         from tetdeploy.cli import main as command_line
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -265,8 +265,14 @@ def opened_npz(handle: BinaryIO, name: str) -> Iterator[Mapping[str, NDArray[Any
         handle.seek(0)
         with np.load(handle, allow_pickle=False) as file:
             yield _Arrays(file)
+    except _HoldsObjectsError as error:
+        raise ValueError(f"{name}: {error}") from error
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, BadZipFile, TokenError, zlib.error) as error:
         raise ValueError(f"{name} is damaged: {error}") from error
+
+
+class _HoldsObjectsError(ValueError):
+    """An array of a `.npz` has the dtype object, which NumPy would unpickle."""
 
 
 class _Arrays(Mapping[str, "NDArray[Any]"]):
@@ -276,7 +282,15 @@ class _Arrays(Mapping[str, "NDArray[Any]"]):
         self._file = file
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        value = self._file[name]
+        try:
+            value = self._file[name]
+        except ValueError as error:
+            if not str(error).startswith("Object arrays"):
+                raise
+            raise _HoldsObjectsError(
+                f"{name} holds Python objects, which are not read, because unpickling can run code; "
+                "cast it to numbers, or names with astype('U')"
+            ) from error
         if not isinstance(value, np.ndarray):
             raise ValueError(f"{name} is no array")
         return value

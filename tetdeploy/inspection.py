@@ -176,7 +176,7 @@ def _session(file: Path) -> Any:
         model = file if is_utf8(file) else file.read_bytes()  # of bytes it finds no data beside the model
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exception classes are private
-        fault = f"not an ONNX model, or a damaged one ({first_line(error)})"
+        fault = f"not an ONNX model, or a damaged one; export or copy it again ({first_line(error)})"
         raise ValueError(f"{file} cannot be loaded: {fault}") from error
 
 

@@ -40,8 +40,7 @@ def read_model(path: Path) -> bytes:
         ValueError: it is a folder, a TensorRT engine, or a checkpoint.
         OSError: it is not there or cannot be read.
     """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not an .onnx file")
+    refuse_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"no model at {path}; write one with: tetdeploy export")
     if path.suffix == ".engine":
@@ -51,6 +50,18 @@ def read_model(path: Path) -> bytes:
             f"{path} is a checkpoint, not an .onnx file; write one with: tetdeploy export {shlex.quote(str(path))}"
         )
     return path.read_bytes()
+
+
+def refuse_folder(path: Path) -> None:
+    """Refuse a folder where a model is needed, as of a run, and name a model in it.
+
+    Raises:
+        ValueError: `path` is a folder.
+    """
+    if path.is_dir():
+        models = sorted(path.glob("*.onnx"))
+        remedy = f"name a model in it, such as {models[0]}" if models else "write a model with: tetdeploy export"
+        raise ValueError(f"{path} is a folder, not an .onnx file; {remedy}")
 
 
 def session_metadata(session: Any, path: Path) -> dict[str, str]:

@@ -26,6 +26,7 @@ from tetdeploy.signals import handled, terminations
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's of a CPU, and of a GPU
 _SAME_SECONDS = 5  # in which a second signal is no other
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, and of what a user may take of it
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
@@ -147,4 +148,7 @@ def _describe(error: OSError, unnamed: str | None = None) -> str:
     if lacks_temporary_folder(error):
         return f"cannot write a temporary file: {error.strerror}; set TMPDIR to a folder with room"
     name = unnamed if error.filename is None else error.filename
-    return str(error) if error.errno is None or name is None else f"{name}: {error.strerror}"
+    if error.errno is None or name is None:
+        return str(error)
+    remedy = "; make room, or write elsewhere" if error.errno in _FULL else ""
+    return f"{name}: {error.strerror}{remedy}"

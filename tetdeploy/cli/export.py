@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,6 +170,10 @@ def export(
         return None
     if is_typed(ctx, "num_calibration") and options["precision"] != "int8":
         raise click.UsageError("--calibrate goes with --precision int8")
+    if is_typed(ctx, "T") and options["layout"] in ("dynamic", "step"):
+        runs_it = "any T, which each call says" if options["layout"] == "dynamic" else "one step a call"
+        text = f"--T has no effect with --layout {options['layout']}, whose graph runs {runs_it}"
+        warnings.warn(text, RuntimeWarning, stacklevel=1)
     if file_format in FORMATS:
         export_for_cluster(ctx, _typed_onnx_options(ctx))
         return None

@@ -168,8 +168,9 @@ def _whole(path: Path, engine: Engine, resize: bool) -> Any:
     except FileNotFoundError:
         raise FileNotFoundError(f"no image at {path}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for damaged files
+        reason = (isinstance(error, OSError) and error.strerror) or error
         raise ValueError(
-            f"{path} cannot be read as an image: {error}; give a png, jpeg, webp or bmp of 8 bits a channel"
+            f"{path} cannot be read as an image: {reason}; give a png, jpeg, webp or bmp of 8 bits a channel"
         ) from error
     if image.size != (width, height):
         if not resize:

@@ -192,11 +192,16 @@ def channels_last(shape: tuple[int, ...]) -> bool:
 
 
 def usable_labels(path: Path | str, labels: NDArray[Any]) -> NDArray[np.int64]:
+    got = f"{path}: labels are {labels.dtype} {list(labels.shape)}; wanted integers [N], one class number an image"
+    if labels.ndim == 2:
+        how = "labels[:, 0]" if labels.shape[1] == 1 else "labels.argmax(1), if they have a column for each class"
+        raise ValueError(f"{got}: give {how}")
+    if labels.dtype.kind in "US":
+        raise ValueError(f"{got}: np.unique(labels, return_inverse=True) gives the names, sorted, and the numbers")
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
-        raise ValueError(
-            f"{path}: labels are {labels.dtype} {list(labels.shape)}; "
-            "wanted integers [N], one class number an image: cast them with labels.astype('int64')"
-        )
+        raise ValueError(f"{got}: cast them with labels.astype('int64')")
+    if labels.size and (highest := int(labels.max())) > np.iinfo(np.int64).max:
+        raise ValueError(f"{path}: the highest label is {highest}; number the classes from 0")
     return labels.astype(np.int64)
 
 

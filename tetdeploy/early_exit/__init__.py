@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tetdeploy.arguments import check_count, check_number, check_path
 from tetdeploy.files import sha256_of
 from tetdeploy.form import FRACTION, STEP, check_form, parse_json
+from tetdeploy.model_file import refuse_folder
 from tetdeploy.runtimes.manifest import read_manifest
 
 Criterion = Literal["confidence", "margin"]
@@ -126,8 +127,7 @@ def load_rule(model: Path | str, *, sha256: str | None = None) -> tuple[Exit, in
     """
     check_path("model", model, "an .onnx file")
     graph, said = _graph(Path(model))
-    if graph.is_dir():
-        raise ValueError(f"{graph} is a folder, not an .onnx file")
+    refuse_folder(graph)
     sha256 = sha256 or (sha256_of(graph) if said is None else said)
     path, again = exit_path(graph), f"run: tetdeploy calibrate {shlex.quote(str(graph))}"
     if not path.is_file():

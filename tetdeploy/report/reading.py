@@ -15,6 +15,7 @@ from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, SUMMARY_NAME
 
 # What a file is follows from its "kind", and in a run folder from its name, MODEL.<kind>.json.
 KINDS = ("early-exit", "sweep", "validate")
+_WANTED = f"give JSON of {', '.join(KINDS)} or bench"
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,7 @@ def read_result(file: Path) -> dict[str, Any]:
     kind = "sweep" if is_plain_sweep else content.get("kind")
     if kind not in KINDS:
         what = f"its kind is {kind!r}" if kind else 'it has no "kind"'
-        *kinds, last = KINDS
-        raise ValueError(
-            f"{file} is not a result that a report can show: {what}; give JSON of {', '.join(kinds)} or {last}"
-        )
+        raise ValueError(f"{file} is not a result that a report can show: {what}; {_WANTED}")
     try:
         check_form(content, RESULT)
         return _normalised(content) | {"kind": kind}
@@ -149,9 +147,10 @@ def json_object(file: Path) -> dict[str, Any]:
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise ValueError(f"{file} is not JSON: {error}; {_WANTED}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a result: it holds a {type(content).__name__}, not an object")
+        what = "null" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"{file} is not a result: it holds {what}, not an object; {_WANTED}")
     return content
 
 
