@@ -102,8 +102,8 @@ def export_model(
         num_check: images compared with PyTorch; 0 leaves the check out.
         calibration: images and labels of the training set that an int8 graph takes its scales from, other ones than
             `images` where there are enough; or the scales themselves, of a network that was fine-tuned at them.
-        progress: called with (what, done, all) while images run: of the calibration, of the check, and of what int8 or
-            fp16 keeps.
+        progress: called with (what, done, all), done from 0 on, while images run: of the calibration, of the check,
+            and of what int8 or fp16 keeps.
 
     Raises:
         ValueError: the network cannot be exported so, and why (FoldingError, ParityError among them). Nothing is

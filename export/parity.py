@@ -138,8 +138,8 @@ def compare(
         from_random_state: start both from the same random membranes in [0, v_th) instead of zero (T must then be what
             one call of the graph runs).
         answers: is given PyTorch's for the first images, as many as a reference has.
-        progress: called with (what, done, all), of the images and, where it has to be measured, of PyTorch's own
-            rounding.
+        progress: called with (what, done, all), done from 0 on, of the images and, where it has to be measured, of
+            PyTorch's own rounding.
         what: the comparison is called in this.
     """
     neurons = [(n["name"], float(n["v_th"]), tuple(n["shape"])) for n in engine.metadata["neurons"]]
@@ -170,11 +170,11 @@ def compare(
     worst, state = x[worst_images], None if first_state is None else [u[worst_images] for u in first_state]
     there = float(images[worst_images].mean() / (sums.whole.sizes.sum() * T))
     enough, others = there / AMPLIFICATION or math.inf, RoundedOtherwise(classifier)
-    tick = ticker(progress, f"{what}: its own rounding", len(worst) * (1 + len(others)))
+    tick = ticker(progress, f"{what}: rounding", len(worst) * (1 + len(others)))
     parity = replace(parity, amplified=(there, _rounding(classifier, worst, T, state, enough, others, tick)))
     if parity.is_rounding or not parity.is_local:
         return parity
-    tick = ticker(progress, f"{what}: distances from the threshold", len(worst))
+    tick = ticker(progress, f"{what}: membranes", len(worst))
     return replace(parity, at_threshold=_is_at_threshold(classifier, engine, worst, T, state, others, tick))
 
 

@@ -971,6 +971,11 @@ def test_recordings_have_the_sensor_of_a_teacher_or_a_warning_says_that_it_is_an
     other = "of a sensor of 120x60 pixels .*; the teacher ann was trained on .* 110x60"
     with pytest.warns(RuntimeWarning, match=other):
         assert run(*taught, f"events:{unsaid}", "--out", "run").exit_code == 0
+    assert run("train", *small, "--T", "2", "--data", f"events:{unsaid}", "--out", "first").exit_code == 0
+    shutil.rmtree(unsaid)
+    event_folder(unsaid, (60, 100))  # without a word again
+    with pytest.warns(RuntimeWarning, match=other):  # what the run begins with goes before the teacher
+        assert run(*taught, f"events:{unsaid}", "--init", "first", "--out", "second").exit_code == 0
     refused = run("train", *small, "--distill", "nothing")
     assert refused.exit_code == 1 and "--distill: nothing does not exist" in refused.output
 

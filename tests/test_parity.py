@@ -296,7 +296,7 @@ def test_a_comparison_has_a_bar_for_each_part(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Parity, "is_rounding", False)
     monkeypatch.setattr(Parity, "is_local", True)
     compare(doubled(), engine, x, 3, progress=lambda *told_of: told.append(told_of), what="it")
-    rounding, near = "it: its own rounding", "it: distances from the threshold"
+    rounding, near = "it: rounding", "it: membranes"
     assert [call for call in told if call[1] == 0] == [("it", 0, 3), (rounding, 0, 15), (near, 0, 3)]
     assert {what: done for what, done, _ in told} == {"it": 3, rounding: 15, near: 3}
 

@@ -102,12 +102,15 @@ def test_a_frozen_network_computes_the_same_bits_and_a_copy_of_it_the_weights_it
     tracer = Tracer(copy.deepcopy(convsnn()), encoding="direct", uint8=True)
     x, frozen = torch.from_numpy(digits().images[:30]), Int8Network(tracer, SCALES, frozen=True)
     expected = Int8Network(tracer, SCALES)(x, 3)
-    assert torch.equal(frozen(x, 3), expected)
+    assert torch.equal(frozen(x, 3), expected) and not any(p.requires_grad for p in frozen.trace(3).parameters())
     copied = copy.deepcopy(frozen)
     for parameter in copied.parameters():
         parameter.mul_(0.5)
     assert not torch.equal(copied(x, 3), expected) and torch.equal(frozen(x, 3), expected)
     assert torch.equal(copied(x, 3), Int8Network(copied.tracer, SCALES)(x, 3))
+    for parameter in frozen.parameters():
+        parameter.mul_(0.5)  # too late
+    assert torch.equal(frozen(x, 3), expected) and not torch.equal(Int8Network(tracer, SCALES)(x, 3), expected)
 
 
 @pytest.mark.parametrize("shape", [(7, 8, 5), (7, 8, 5, 5), (7, 8, 3, 3, 3), (0, 8, 5, 5)])

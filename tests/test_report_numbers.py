@@ -287,12 +287,13 @@ def test_a_point_of_the_front_has_its_deviations(tmp_path: Path) -> None:
     ("others", "unfinished", "notes"),
     [
         ((sweep(2.0),), (), ()),
-        ((sweep(2.0),), (1,), ("a: its means are of 1 of 2 seeds; seed-1 is unfinished.",)),
+        ((sweep(2.0),), (1,), ("a: its means are of 1 of 2 seeds; seed-1 is unfinished, as far as its files say.",)),
         (
             (sweep(2.0), None),
             (0, 1),
             (
-                "a: the seeds stand each by itself, as none is finished; seed-0 is unfinished; seed-1 is unfinished; "
+                "a: the seeds stand each by itself, as none is finished; "
+                "seed-0 is unfinished, as far as its files say; seed-1 is unfinished, as far as its files say; "
                 "seed-2 is not measured (export, then sweep).",
             ),
         ),

@@ -119,7 +119,7 @@ def load_teacher(config: TrainConfig, student: Classifier, *, sha256: str) -> Te
     ours, theirs = student.framing, classifier.framing
     if ours is not None and theirs is not None and ours.sensor != theirs.sensor:  # how they are cut is not seen
         text = f"{student.data} holds {ours}; the teacher {config.distill} was trained on {theirs}: it may teach worse"
-        warnings.warn(text, RuntimeWarning, stacklevel=1)  # of one place, so that it is shown once of several seeds
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     return Teacher(classifier.requires_grad_(False), config.distill_alpha, config.distill_tau)
 
 

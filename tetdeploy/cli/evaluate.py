@@ -295,6 +295,11 @@ def _print(result: Mapping[str, Any]) -> None:
             table.add_row(f"{folder['run']} {label}{' (not int8)' * folder['qat']}", *cells)
     console.print(table)
     notes = ["* the T of the training" + "; an ANN has no time" * any(row["ann"] for row in rows)]
+    notes += [
+        f"{folder['run']} has no mean: none of its seeds is finished, as far as their files say"
+        for folder in result.get("seeds", ())
+        if not folder["num_finished"]
+    ]
     if averaged:
         notes.append("mean and standard deviation (over n - 1) are of the seeds that are finished")
     if any(row["qat"] for row in rows):

@@ -194,7 +194,7 @@ def channels_last(shape: tuple[int, ...]) -> bool:
 def usable_labels(path: Path | str, labels: NDArray[Any]) -> NDArray[np.int64]:
     got = f"{path}: labels are {labels.dtype} {list(labels.shape)}; wanted integers [N], one class number an image"
     if labels.ndim == 2:
-        how = "labels[:, 0]" if labels.shape[1] == 1 else "labels.argmax(1), if they have a column for each class"
+        how = "labels.ravel()" if 1 in labels.shape else "labels.argmax(1), if they have a column for each class"
         raise ValueError(f"{got}: give {how}")
     if labels.dtype.kind in "US":
         raise ValueError(f"{got}: np.unique(labels, return_inverse=True) gives the names, sorted, and the numbers")

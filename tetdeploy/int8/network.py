@@ -34,7 +34,7 @@ class Int8Network(TracedNetwork):
     def trace(self, T: int) -> fx.GraphModule:
         module = self.tracer.folded(T, trainable=not self._frozen)
         quantise(module, self._scales, trainable=not self._frozen)
-        return module
+        return module.requires_grad_(not self._frozen)
 
     @torch.no_grad()
     def check_layers(self, x: Tensor, T: int) -> None:

@@ -15,7 +15,7 @@ from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, SUMMARY_NAME
 
 # What a file is follows from its "kind", and in a run folder from its name, MODEL.<kind>.json.
 KINDS = ("early-exit", "sweep", "validate")
-_WANTED = f"give JSON of {', '.join(KINDS)} or bench"
+WANTED = f"; give JSON of {', '.join(KINDS)} or bench"
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,12 @@ def read_result(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not JSON, of a kind that is not known, or not in the form of that kind.
     """
-    content = json_object(file)
+    content = json_object(file, remedy=WANTED)
     is_plain_sweep = "kind" not in content and {"model", "data", "num_samples", "rows"} <= content.keys()
     kind = "sweep" if is_plain_sweep else content.get("kind")
     if kind not in KINDS:
         what = f"its kind is {kind!r}" if kind else 'it has no "kind"'
-        raise ValueError(f"{file} is not a result that a report can show: {what}; {_WANTED}")
+        raise ValueError(f"{file} is not a result that a report can show: {what}{WANTED}")
     try:
         check_form(content, RESULT)
         return _normalised(content) | {"kind": kind}
@@ -134,11 +134,11 @@ def read_result(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} does not have the form of a {kind}: {error}; run tetdeploy {kind} again") from error
 
 
-def json_object(file: Path) -> dict[str, Any]:
+def json_object(file: Path, *, remedy: str = "") -> dict[str, Any]:
     """The JSON object of a file.
 
     Raises:
-        ValueError: it holds no JSON, or no object.
+        ValueError: it holds no JSON, or no object; `remedy` says what to do.
     """
     if file.suffix in (".onnx", ".engine"):
         raise ValueError(
@@ -147,10 +147,10 @@ def json_object(file: Path) -> dict[str, Any]:
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}; {_WANTED}") from error
+        raise ValueError(f"{file} is not JSON: {error}{remedy}") from error
     if not isinstance(content, dict):
         what = "null" if content is None else f"a {type(content).__name__}"
-        raise ValueError(f"{file} is not a result: it holds {what}, not an object; {_WANTED}")
+        raise ValueError(f"{file} holds {what}, not an object{remedy}")
     return content
 
 

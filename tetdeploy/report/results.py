@@ -284,11 +284,8 @@ def _over_seeds(
     results do not compare."""
     labelled = [m for m in measured if has_accuracy(m.content)] or measured  # agreement alone has no part in a mean
     seeds = {m.run.folder.name: m for m in labelled if m.run is not None and m.run.folder.name in finished}
-    left_out = "".join(
-        f"; {seed} is {'not measured (export, then sweep)' if seed in finished else 'unfinished'}"
-        for seed in begun
-        if seed not in seeds
-    )
+    why = {True: "not measured (export, then sweep)", False: "unfinished, as far as its files say"}
+    left_out = "".join(f"; {seed} is {why[seed in finished]}" for seed in begun if seed not in seeds)
     contents = [m.content for m in seeds.values()]
     differing = {key for one, other in combinations(contents, 2) for key in _differing(one, other)}
     steps = [{row["T"] for row in content["rows"]} for content in contents]

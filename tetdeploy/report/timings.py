@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.report.reading import json_object
+from tetdeploy.report.reading import WANTED, json_object
 from tetdeploy.report.tables import bench_cells
 
 _SUFFIX = ".bench.json"
@@ -16,7 +16,7 @@ def is_bench(path: Path) -> bool:
     """Whether a file is the result of a bench, by its name or else its content."""
     if not path.is_file():
         return False
-    return path.name.endswith(_SUFFIX) or json_object(path).get("kind") == "bench"
+    return path.name.endswith(_SUFFIX) or json_object(path, remedy=WANTED).get("kind") == "bench"
 
 
 def read_benches(folders: Sequence[Path], files: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -40,7 +40,7 @@ def _named(folders: Sequence[Path], files: Sequence[Path]) -> Iterator[tuple[str
 
 
 def _read(file: Path) -> dict[str, Any]:
-    content = json_object(file)
+    content = json_object(file, remedy=WANTED)
     try:
         if content["kind"] != "bench" or not content["rows"]:
             raise ValueError("its kind is not bench, or it has no rows")
