@@ -288,8 +288,8 @@ class _Arrays(Mapping[str, "NDArray[Any]"]):
             if not str(error).startswith("Object arrays"):
                 raise
             raise _HoldsObjectsError(
-                f"{name} holds Python objects, which are not read, because unpickling can run code; "
-                "cast it to numbers, or names with astype('U')"
+                f"{name} holds Python objects, which are not read, because unpickling can run code: give numbers, or "
+                "names as astype('U')"
             ) from error
         if not isinstance(value, np.ndarray):
             raise ValueError(f"{name} is no array")
