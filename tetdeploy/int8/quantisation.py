@@ -100,8 +100,9 @@ def int8_conv(
     """
     sums = _sums(spikes, weight, stride, padding, dilation, groups)
     step = torch.tensor(scale, dtype=torch.float32, device=sums.device)
+    factor = weight_scale / step
     for part in _in_cache(sums):
-        _round(part, weight_scale / step, bias).clamp_(-zero, 255 - zero).mul_(step)
+        _round(part, factor, bias).clamp_(-zero, 255 - zero).mul_(step)
     return sums
 
 
@@ -161,8 +162,9 @@ class _FakeQuantised(torch.autograd.Function):
         held, weight_scale, shift = quantised.values()
         rounded = _sums(spikes, held, *places)
         step = torch.tensor(scale, dtype=torch.float32, device=rounded.device)
+        factor = weight_scale / step
         for part in _in_cache(rounded):
-            _round(part, weight_scale / step, shift)
+            _round(part, factor, shift)
         clipped = rounded.clamp(-zero, 255 - zero)
         ctx.save_for_backward(spikes, held, weight_scale, rounded == clipped)
         ctx.places = places

@@ -103,12 +103,9 @@ def draw(
 @contextmanager
 def any_letters() -> Iterator[None]:
     """Within it, letters that matplotlib's font lacks are boxes without a warning."""
+    messages = "Glyph .* missing from font|Matplotlib currently does not support"  # the second before 3.11
     with warnings.catch_warnings():
-        for message in (
-            "Glyph .* missing from font",
-            "Matplotlib currently does not support",
-        ):  # the second before 3.11
-            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", message=messages)
         yield
 
 
