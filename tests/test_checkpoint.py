@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from run_helpers import Bomb, same_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -380,14 +381,26 @@ def test_newer_and_unreadable_formats_are_refused(saved: Path) -> None:
             load(saved)
 
 
-def test_a_failed_write_leaves_the_earlier_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(tensors: Any, path: Path, metadata: Any) -> None:
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (SafetensorError("it is odd"), r"cannot write .*: it is odd; an earlier file there is as it was"),
+        (
+            SafetensorError("I/O error: No space left (os error 28)"),
+            r"\[Errno 28\] No space left on device: '.*checkpoint",
+        ),
+    ],
+)
+def test_a_failed_write_leaves_the_earlier_file(
+    error: Exception, message: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(tensors: Any, path: Path, metadata: Any) -> None:
         path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
 
     before = saved.read_bytes()
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match=r"cannot write .*checkpoint.safetensors: .*No space.*earlier file there is as"):
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match=message):
         save_checkpoint(saved, convsnn(), training={}, provenance={})
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]

@@ -1149,6 +1149,32 @@ def test_standard_output_that_is_full_is_named(
     assert (done.returncode, done.stderr) == (1, f"Error: standard output: No space left on device{rest}\n")
 
 
+def test_a_run_that_a_full_disk_does_not_let_begin_is_not_one_to_go_on_with(workplace: Path, few: Path) -> None:
+    resource = pytest.importorskip("resource", reason="no limits on this system")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # bytes of a file
+    try:
+        said = refused(*TRAIN_FEW)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert said.endswith("Error: new/last.safetensors: File too large\n")
+    assert not Path("new").exists()
+
+
+def test_what_foreign_files_say_does_not_steer_the_terminal(workplace: Path) -> None:
+    """To hide a line, say, or to turn the letters of a name around."""
+    hostile = {"a\x1b[8mb\u202ec.weight": torch.ones(2, 3)}
+    save_file(hostile, "foreign.safetensors", metadata={"made": "x\x1b]0;title\x07y\x9b2J"})
+    said = run("inspect", "foreign.safetensors").output
+    assert "a[8mbc " in said and "made=x]0;titley2J\n" in said.replace(" ", "")
+
+    @click.command(cls=CleanErrors)
+    def fail() -> None:
+        raise ValueError("no layer a\x1b[8mb")
+
+    assert CliRunner().invoke(fail).output == "Error: no layer a[8mb\n"
+
+
 @pytest.mark.parametrize(
     ("command", "work"),
     [

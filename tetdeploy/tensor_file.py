@@ -7,6 +7,8 @@ Pickles, and so torch's own files, are recognised by their first bytes and never
 from __future__ import annotations
 
 import json
+import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the content
 
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors format
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, whose errors are its own, tells one of the system
 _AGAIN = "copy or train it again"
 
 
@@ -30,7 +33,8 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], content: Mapp
     """Write named tensors and JSON content as one safetensors file, atomically.
 
     Raises:
-        OSError: the file cannot be written; an earlier one is as it was.
+        OSError: the file cannot be written; an earlier one is as it was. Its number is the system's, of a full disk for
+            instance.
     """
     safetensors = import_extra("safetensors.torch", "train")
     from safetensors import SafetensorError
@@ -40,8 +44,11 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], content: Mapp
     with atomic_write(path) as temporary:
         try:
             safetensors.save_file(copies, temporary, metadata={METADATA_KEY: json.dumps(content)})
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"cannot write {path}: {error}; an earlier file there is as it was") from error
+        except SafetensorError as error:
+            number = _OS_ERROR.search(str(error))
+            if number is None:
+                raise OSError(f"cannot write {path}: {error}; an earlier file there is as it was") from error
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def read_tensors(path: Path | str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Words for messages: many names in one line, a number with its noun, what an error says."""
+"""Words for messages: many names in one line, a number with its noun, what an error says, text of unknown origin."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def in_one_line(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says, in a line; of one without text, as MemoryError often is, its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# C0 but for tab and newline, DEL and C1, which terminals obey, and what turns the direction of the text around it.
+_UNSEEN = dict.fromkeys([*{*range(32), *range(0x7F, 0xA0)} - {9, 10}, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+
+
+def visible(text: str) -> str:
+    """Text that may come from a foreign file, for a terminal: without the characters that would steer it."""
+    return text.translate(_UNSEEN)

@@ -222,7 +222,8 @@ def _explained(task: Task, how: How) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or lacks_temporary_folder(error):  # says what and where already
+        says_all = error.errno is None or lacks_temporary_folder(error)
+        if says_all or not (task.out / STATE_NAME).is_file():  # there is nothing to go on with
             raise
         raise OSError(
             f"{error.filename or task.out}: {error.strerror}; what was written before is as it was: "

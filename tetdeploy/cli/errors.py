@@ -23,6 +23,7 @@ from tetdeploy.extras import MissingExtraError
 from tetdeploy.files import lacks_temporary_folder
 from tetdeploy.provenance import version
 from tetdeploy.signals import handled, terminations
+from tetdeploy.wording import visible
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's of a CPU, and of a GPU
 _SAME_SECONDS = 5  # in which a second signal is no other
@@ -58,10 +59,10 @@ class CleanErrors(click.Command):
             _check_current_folder()
             return super().invoke(ctx)
         except (ValueError, MissingExtraError) as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(visible(str(error))) from error
         except OSError as error:
             _drop_unwritten()
-            raise click.ClickException(_describe(error)) from error
+            raise click.ClickException(visible(_describe(error))) from error
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
@@ -115,7 +116,7 @@ def _one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning as a command's user needs it, without the line of code that gave it."""
-    return f"Warning: {message}\n"
+    return f"Warning: {visible(str(message))}\n"
 
 
 def _expand_home(argument: str) -> str:
