@@ -1910,3 +1910,30 @@ def test_sums_of_turned_spikes(layout: str, tmp_path: Path) -> None:
     config = ExportConfig(layout, T=3, trained_T=3)  # type: ignore[arg-type]
     made = export_model(classifier(SumOfTurned()), tmp_path / "m.onnx", config, digits().images[:40], num_check=40)
     assert made.parity is not None and made.parity.spike_mismatch_rate == 0.0
+
+
+class TwoAlike(nn.Module):
+    """Two layers of equal neurons that read one current, as the two branches of a block that begins with neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encode, self.main, self.down = (nn.Conv2d(size, 4, 3, padding=1) for size in (1, 4, 4))
+        self.lif, self.lif_main, self.lif_down = LIF(v_th=0.3), LIF(), LIF()
+        self.readout = OverTime(nn.Flatten(), nn.Linear(256, 10))
+
+    def forward(self, x: torch.Tensor, T: int) -> torch.Tensor:
+        current = 3 * OverTime(self.main)(self.lif(self.encode(x).expand(T, -1, -1, -1, -1)))
+        branches = self.lif_main(current) + OverTime(self.down)(self.lif_down(current))
+        logits: torch.Tensor = self.readout(branches)
+        return logits
+
+
+@pytest.mark.parametrize("fold_bn", [True, False])
+@pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
+def test_layers_of_equal_neurons_may_read_one_current(layout: str, fold_bn: bool, tmp_path: Path) -> None:
+    config = ExportConfig(layout, T=3, trained_T=3, fold_bn=fold_bn)  # type: ignore[arg-type]
+    made = export_model(classifier(TwoAlike()), tmp_path / "m.onnx", config, digits().images[:40], num_check=40)
+    assert made.parity is not None and made.parity.spike_mismatch_rate == 0.0
+    neurons = Engine(made.path, threads=1).metadata["neurons"]
+    assert [neuron["name"] for neuron in neurons] == ["lif", "lif_main", "lif_down"]
