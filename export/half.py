@@ -80,7 +80,10 @@ def halve(graph_module: fx.GraphModule, layers: Iterable[PlacedLayer] | None = N
     if layers is None:
         layers = [layer for layer in placed_layers(graph_module) if layer.place == "inner"]
         if not layers:
-            raise HalfError("no layer of the network lies between neurons, so none can run in float16; use fp32")
+            raise HalfError(
+                "no linear layer and no convolution, but for transposed ones, lies between neurons, so none can run in "
+                "float16; use fp32"
+            )
     currents = {_halve_layer(graph_module, layer): layer for layer in layers}
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
