@@ -358,6 +358,16 @@ def test_damaged_metadata_are_refused(saved: Path) -> None:
         load(saved)
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(-1, r"of its metadata, network\.model must be str, got -1; the file was"), (None, r"network\.model is missing")],
+)
+def test_a_network_that_is_no_text_is_refused(saved: Path, model: Any, message: str) -> None:
+    rewrite(saved, lambda content: content["network"].update(model=model))
+    with pytest.raises(ValueError, match=message):
+        read_metadata(saved)
+
+
 @pytest.mark.parametrize("name", ["encoding", "image_shape"])
 def test_metadata_that_lack_a_setting_of_the_data_are_refused(saved: Path, name: str) -> None:
     rewrite(saved, lambda content: content["data"].pop(name))
@@ -367,7 +377,7 @@ def test_metadata_that_lack_a_setting_of_the_data_are_refused(saved: Path, name:
 
 def test_damaged_words_on_what_a_run_began_with_are_refused(saved: Path) -> None:
     rewrite(saved, lambda content: content["provenance"].update(init={"path": "runs/a"}))
-    with pytest.raises(ValueError, match=r"of its metadata, init.checkpoint_sha256 is missing; the file was changed"):
+    with pytest.raises(ValueError, match=r"of its metadata, provenance\.init\.checkpoint_sha256 is missing; the file"):
         read_metadata(saved)
 
 

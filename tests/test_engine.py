@@ -282,6 +282,17 @@ def test_counters_of_layers_that_the_metadata_do_not_name(tmp_path: Path) -> Non
         damaged.overlaid(damaged.counting_overlay)
 
 
+def test_what_may_be_null_in_the_metadata_may_be_missing(tmp_path: Path) -> None:
+    model = engine("dynamic").path.read_bytes()
+    (tmp_path / "m.onnx").write_bytes(
+        model.replace(b'"T": null', b'"t": null').replace(b'"normalization"', b'"n0rmalization"')
+    )
+    x = digits().images[:3]
+    changed = Engine(tmp_path / "m.onnx", threads=1)
+    np.testing.assert_array_equal(changed.run(x, 3).per_step, engine("dynamic").run(x, 3).per_step)
+    assert (changed.metadata["T"], changed.metadata["normalization"]) == (None, None)
+
+
 def test_refused_models(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other\.onnx is an ONNX model, but not one that tetdeploy exported"):
         Engine(foreign(tmp_path / "other.onnx"))

@@ -198,6 +198,16 @@ def test_numbers_that_are_not_whole_are_refused(name: str) -> None:
     assert json.dumps(asdict(NetworkConfig("convsnn", **settings | {name: np.int64(3)})))
 
 
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [((8,), "height and width, got"), (8, "height and width, got 8"), ((8, 0), "at least 1"), ((8, 8.5), "a whole")],
+)
+def test_sizes_that_are_no_height_and_width_are_refused(size: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"image_size must be {message}"):
+        NetworkConfig("convsnn", 10, 3, size)
+    assert NetworkConfig("convsnn", 10, 3, torch.zeros(8, 9).shape).image_size == (8, 9)
+
+
 @pytest.mark.parametrize("name", ["width", "v_th", "gamma"])
 @pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])
 def test_settings_out_of_their_range_are_refused(name: str, value: float) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _SECTIONS = ("network", "data", "training", "provenance")
 _DATA = ("name", "encoding", "mean", "std", "class_names", "image_shape")
+_FORM = {"network": {"model!": str}, "provenance": {"init": PARENT, "code_sha256": str}}
 _KEYS_SHOWN = 20
 _READS = 5  # at most, of what is replaced meanwhile
 
@@ -220,7 +221,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{file}: its metadata lacks {', '.join(missing)}; the file was changed after it was written")
     try:
-        check_form(content["provenance"], {"init": PARENT, "code_sha256": str})
+        check_form(content, _FORM)
     except ValueError as error:
         raise ValueError(f"{file}: of its metadata, {error}; the file was changed after it was written") from error
     return content

@@ -22,7 +22,9 @@ _METADATA = {
     "class_names!": [str],
     "precision!": str,
     "target!": str,
-    "neurons!": [{"name!": str, "shape!": [STEP]}],
+    "fires!": str,
+    "reset!": str,
+    "neurons!": [{"name!": str, "tau!": NUMBER, "v_th!": NUMBER, "shape!": [STEP]}],
     "states!": [_TENSOR],
     "encoded!": [_TENSOR],
     "layers!": [{"name!": str, "input_shape!": [STEP], "once!": bool, "precision!": str}],
@@ -107,7 +109,7 @@ def check_metadata(value: Any, path: Path) -> dict[str, Any]:
     if value["format"] != FORMAT:
         remedy = "export the model again" if value["format"] < FORMAT else "update tetdeploy"
         raise ValueError(f"{path} has metadata of format {value['format']}; this tetdeploy reads {FORMAT}: {remedy}")
-    known: dict[str, Any] = value
+    known: dict[str, Any] = {"T": None, "normalization": None} | value
     return known
 
 

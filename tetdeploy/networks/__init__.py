@@ -7,11 +7,12 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -103,7 +104,7 @@ class NetworkConfig:
             raise ValueError("ann and smooth_spike exclude each other: an ANN has no spikes to make smooth")
         if self.model == "sew-resnet34":
             object.__setattr__(self, "tau", 1.0)  # what is saved says what is computed
-        object.__setattr__(self, "image_size", (int(self.image_size[0]), int(self.image_size[1])))
+        object.__setattr__(self, "image_size", _height_and_width(self.image_size))
 
     @property
     def is_spiking(self) -> bool:
@@ -114,6 +115,12 @@ class NetworkConfig:
     def is_own(self) -> bool:
         """Whether the network is the user's own code."""
         return self.model not in NETWORKS
+
+
+def _height_and_width(size: Any) -> tuple[int, int]:
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"image_size must be height and width, got {size!r}")
+    return check_count("image_size", size[0]), check_count("image_size", size[1])
 
 
 def build_network(config: NetworkConfig) -> nn.Module:

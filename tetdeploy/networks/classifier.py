@@ -91,7 +91,7 @@ class Classifier(nn.Module):
         _check_kind(network, config)
         self.network = network
         self.config = config
-        self.class_names = tuple(class_names)
+        self.class_names = tuple(map(str, class_names))
         self.data = data
         self.encoding: Encoding = encoding
         self.framing = framing
