@@ -1113,7 +1113,7 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (KeptOutside, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs.* to the next$"),
     (DependsOnT, ValueError, "mixes time outside its neurons"),
     (LateEcho, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
-    (OneStepAtATime, ValueError, r"runs its neurons 12 times for T=6 and 2 times for .* in one call"),
+    (OneStepAtATime, ValueError, r"runs its neurons 12 times for T=6 and 2 times for .* in one call; where .* recu"),
     (FiresOnce, ValueError, r"for T=6 and 2 images neurons 'lif' get currents \[1, 2, 4, 8, 8\], but axis 0 must be"),
     (StartsElsewhere, ValueError, r"neurons 'lif#2' start from a membrane u .* leave u out"),
     (Unused, ValueError, r"runs 3 neuron layers, but only 2 .* take out those"),
@@ -1178,6 +1178,40 @@ def test_what_stands_behind_silent_neurons_is_checked(behind: Callable[[Tensor],
     assert check_steps(untested(Silent()), x, "direct") == 3
     with pytest.raises(ValueError, match=match):
         check_steps(untested(Silent(behind)), x, "direct")
+
+
+class HardlyFires(Silent):
+    """`quiet` gets currents of 0.3 in images that make the first layer fire more than `least` times a step."""
+
+    def __init__(self, behind: Callable[[Tensor], Tensor], quiet: LIF, least: int) -> None:
+        super().__init__(behind)
+        self.quiet, self.least = quiet, least
+
+    def between(self, spikes: Tensor) -> Tensor:
+        fires = spikes.sum((2, 3, 4), keepdim=True) > self.least
+        return self.behind(self.quiet(fires.expand(spikes.shape) * spikes.new_tensor(0.3)))
+
+
+@pytest.mark.parametrize(
+    ("behind", "quiet", "least", "match"),
+    [
+        (lambda y: y.cumsum(0), IF(), -1, "mixes time outside its neurons: its answer at step 4 of T=4 differs"),
+        (
+            lambda y: y + y * (y.sum(1, keepdim=True) - y),
+            LIF(v_th=0.2),
+            20,
+            "mixes the images of a batch: the currents of neurons 'lif'",
+        ),
+    ],
+    ids=["at the last step alone", "of the brighter image alone"],
+)
+def test_what_stands_behind_neurons_that_hardly_fire_is_checked(
+    behind: Callable[[Tensor], Tensor], quiet: LIF, least: int, match: str
+) -> None:
+    x = torch.from_numpy(digits().images[:2])
+    assert check_steps(untested(HardlyFires(lambda y: y, quiet, least)), x, "direct") == 3
+    with pytest.raises(ValueError, match=match):
+        check_steps(untested(HardlyFires(behind, quiet, least)), x, "direct")
 
 
 def test_an_export_names_layers_that_no_checked_image_makes_fire(
