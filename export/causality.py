@@ -19,7 +19,7 @@ from tetdeploy.data import Encoding
 from tetdeploy.files import lacks_temporary_folder
 from tetdeploy.networks import Classifier, run_network
 from tetdeploy.networks.smooth_spike import steepness
-from tetdeploy.wording import shorten
+from tetdeploy.wording import counted, shorten
 
 from .recorder import NeuronRecorder
 
@@ -96,8 +96,8 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
 
     In float64, T steps at once are compared with T single steps between which only membranes are handed on; and two
     images, of which the second is made paler lest both have the same extremes, with each by itself at the last step.
-    If they leave a layer of neurons silent, then the same where layers read random spikes in place of each other's,
-    which reach what stands behind it.
+    If a layer of neurons fires too little for that, then the same where layers read random spikes in place of each
+    other's, which reach what stands behind it.
 
     Args:
         x: images `[N, C, H, W]`, or frames `[N, T, C, H, W]`, of which the first two are taken, or twice the only one;
@@ -130,8 +130,10 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         state = single.state
         if len(single.spikes) != len(whole.spikes):
             raise ValueError(
-                f"the network runs its neurons {len(whole.spikes)} times for T={T} and {len(single.spikes)} times for "
-                "one step; give each layer of neurons its whole sequence [T, ...] in one call"
+                f"the network runs its neurons {counted(len(whole.spikes), 'time')} for T={T} and "
+                f"{counted(len(single.spikes), 'time')} for one step; give each layer of neurons its whole sequence "
+                "[T, ...] in one call; where its current takes spikes of the step before, as in a recurrent layer, the "
+                "network cannot be exported"
             )
         _check_axes(single, 1, "one step of 2 images", 2)
         _check_axes(whole, T, f"T={T} and 2 images", 2)
@@ -139,9 +141,15 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         if not same or not _same_step(single, step, whole, logits, t):
             raise _mixed_time(double, x, t, T)
     _check_alone(double, shown, before, single.spikes, single, step)
-    if not all(layer.any() for layer in whole.spikes):
+    if not all(_tells(layer) for layer in whole.spikes):
         _check_random(double, x, encoding, whole.spikes, T)
     return len(whole.spikes)
+
+
+def _tells(spikes: Tensor) -> bool:
+    """Whether spikes `[T, N, ...]` show what stands behind their layer: some before the last step, what is carried on;
+    some of each image at the last step, what goes from one to another."""
+    return bool(spikes[:-1].any() and spikes[-1].reshape(spikes.shape[1], -1).any(1).all())
 
 
 def _check_random(double: Classifier, x: Tensor, encoding: Encoding, like: Sequence[Tensor], T: int) -> None:
@@ -178,8 +186,8 @@ def _mixed_time(double: Classifier, x: Tensor, t: int, T: int, others: Sequence[
     what_changed = f"; this run changed what is kept in {shorten(changed)}" if changed else ""
     return ValueError(
         f"the network mixes time outside its neurons: its answer at step {t + 1} of T={T} differs from that of a "
-        "single step that starts from the same membranes; only LIF and IF of tetdeploy.neurons may carry anything from "
-        f"one step to the next{what_changed}"
+        "single step that starts from the same membranes; every step must be computed alike, by the same weights, and "
+        f"only LIF and IF of tetdeploy.neurons may carry anything from one step to the next{what_changed}"
     )
 
 

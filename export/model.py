@@ -113,6 +113,7 @@ def export_model(
     path = Path(path)
     check_classifier(classifier)
     check_type("config", config, ExportConfig)
+    _refuse_other_floats(classifier)
     classifier.eval()
     x = _checked_input(classifier, config, images, labels, num_check)
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)
@@ -156,6 +157,15 @@ def export_model(
         int8=reduced if config.precision == "int8" else None,
         fp16=reduced if config.precision == "fp16" else None,
     )
+
+
+def _refuse_other_floats(classifier: Classifier) -> None:
+    """Of a classifier that was turned into another type as a whole; `_check_form` refuses one in several."""
+    if classifier.mean.dtype != torch.float32:
+        raise ValueError(
+            f"classifier must be in float32, as a graph's neurons are, got {classifier.mean.dtype}; call "
+            "classifier.float(), and choose what a graph computes in by its precision"
+        )
 
 
 def _check_form(model: bytes, classifier: Classifier) -> None:

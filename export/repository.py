@@ -173,11 +173,18 @@ def _read(path: Path) -> _Source:
             f"{path} is an unrolled graph with its state outside, which Triton cannot keep in chunks of T; for streams "
             "export with --layout step"
         )
-    if source.target not in _KINDS:
-        raise ValueError(
-            f"{path} was made for {source.target}, which Triton has not; choose --target {', '.join(_KINDS)}"
-        )
+    check_target(path, source.target)
     return source
+
+
+def check_target(what: object, target: str) -> None:
+    """Refuse what was made, or is to be, for a target that Triton has not.
+
+    Raises:
+        ValueError: it is such a target.
+    """
+    if target not in _KINDS:
+        raise ValueError(f"{what} is for {target}, which Triton has not; choose --target {', '.join(_KINDS)}")
 
 
 def _read_graph(path: Path) -> _Source:

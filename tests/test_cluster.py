@@ -173,12 +173,14 @@ def test_what_does_not_go_together_is_refused(options: tuple[object, ...], messa
     ("options", "message"),
     [
         (("triton-repository", "--name", "a/b"), "'a/b' is no name for a served model"),
+        (("triton-repository", "--with-state"), "--with-state cannot go with --format triton-repository"),
+        (("triton-repository", "--target", "tensorrt-rtx"), "the export is for tensorrt-rtx, which Triton has not"),
         (("kserve", "--storage-uri", URI, "--name", "7"), "'7' is no name for a service of Kubernetes"),
         (("kserve", "--storage-uri", URI, "--name", "a" * 54), "has at most 53 of them, as KServe adds -predictor"),
         (("kserve", "--storage-uri", "models/digits"), "'models/digits' is no storage URI"),
     ],
 )
-def test_a_wrong_name_is_refused_before_the_export(run: Path, options: tuple[str, ...], message: str) -> None:
+def test_what_cannot_be_served_is_refused_before_the_export(run: Path, options: tuple[str, ...], message: str) -> None:
     before = {file: file.stat().st_mtime_ns for file in run.iterdir()}
     assert message in refused("export", run, "--format", *options)
     assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before

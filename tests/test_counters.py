@@ -422,8 +422,13 @@ def test_inputs_that_may_round_to_zero_may_count_or_not() -> None:
     assert _operations(nn.Conv2d(4, 6, 3, groups=2), torch.ones(1, 4, 5, 5)) == 9 * 6 * 9 * 2
 
 
+@cache
+def means() -> Classifier:
+    return classifier(Means())
+
+
 def refused(folder: Path, match: str, net: Classifier | None = None) -> None:
-    with pytest.raises(CountError, match=match):
+    with shared_traces(), pytest.raises(CountError, match=match):
         export_model(net or convsnn(), folder / "m.onnx", ExportConfig(), digits().images[:20], num_check=20)
     assert list(folder.iterdir()) == []
 
@@ -458,14 +463,14 @@ def test_a_graph_that_counts_too_many_currents_is_not_written(tmp_path: Path, mo
             graph.node.append(helper.make_node("Mul", ["right", "factor"], [layer.counter]))
 
     monkeypatch.setattr(counters, "_count_inputs", one_percent_more)
-    refused(tmp_path, r"'readout.2', operations in 4 steps of inputs that are not 0: the graph", classifier(Means()))
+    refused(tmp_path, r"'readout.2', operations in 4 steps of inputs that are not 0: the graph", means())
 
 
 def test_a_graph_that_takes_means_for_spikes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layers._layer
     monkeypatch.setattr(Layers, "_layer", lambda *args: replace(layer(*args), binary=True))  # type: ignore[type-var]
     monkeypatch.setattr(counters, "_count_inputs", partial(_count_any_inputs, counters._count_inputs))
-    refused(tmp_path, r"layer 'readout.2', which is said to read spikes alone, reads other", classifier(Means()))
+    refused(tmp_path, r"layer 'readout.2', which is said to read spikes alone, reads other", means())
 
 
 def after(order: StepOrder, op: str, given: list[ir.Value], *shape: Any, **attributes: Any) -> ir.Value:

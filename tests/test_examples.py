@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,15 +57,20 @@ def in_this_process(*arguments: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "folded", "steps"),
-    [("own_network:my_network", "folded 4 BN | 4 neuron layers", 6),
-     ("spikformer:spikformer_2_64", "folded 17 BN | 19 neuron layers", 8)],
+    ("model", "train_by", "folded", "steps"),
+    [("own_network:my_network", by_script, "folded 4 BN | 4 neuron layers", 6),
+     ("spikformer:spikformer_2_64", in_this_process, "folded 17 BN | 19 neuron layers", 8)],
 )  # fmt: skip
 def test_own_networks_go_the_whole_path_by_the_commands_in_their_text(
-    model: str, folded: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str,
+    train_by: Callable[..., str],
+    folded: str,
+    steps: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the folder of the module, as the text says; only what they work on is cut short. The training, which asks in
-    one more process whether the network exports, is by the console script."""
+    one more process whether the network exports, is by the console script once: a process imports torch for seconds."""
     name = model.partition(":")[0]
     shutil.copy(EXAMPLES / f"{name}.py", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -72,7 +78,8 @@ def test_own_networks_go_the_whole_path_by_the_commands_in_their_text(
     text = Path(f"{name}.py").read_text(encoding="utf-8")
     train, export, sweep = (shlex.split(line) for line in re.findall(r"^    tetdeploy (.*)$", text, re.MULTILINE))
     assert [train[0], export[0], sweep[0]] == ["train", "export", "sweep"]
-    assert f"--model {model}" in by_script(*train, "--epochs", "2", "--T", "2").splitlines()[-1]
+    assert f"--model {model}" in train_by(*train, "--epochs", "2", "--T", "2").splitlines()[-1]
+    sys.modules.pop(name, None)  # the export imports it by itself
     said = in_this_process(*export, "--check", "64")
     assert folded in said and "will not be counted" not in said
     del sys.modules[name]

@@ -975,7 +975,7 @@ def test_what_is_no_longer_spikes_stays_in_float32() -> None:
 
 
 def refused(tmp_path: Path, match: str, config: ExportConfig, given: Any, network: Any = None) -> None:
-    with pytest.raises(ValueError, match=match):
+    with shared_traces(), pytest.raises(ValueError, match=match):
         export_model(network or convsnn(), tmp_path / "m.onnx", config, digits().images[:60], calibration=given)
     assert not list(tmp_path.iterdir())
 
@@ -1001,7 +1001,7 @@ def test_what_int8_needs(tmp_path: Path) -> None:
 def test_a_temporary_folder_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=OSError(28, "No space left on device")))
     full = r"cannot write a temporary file in .+: No space left on device; set TMPDIR to a folder with room"
-    with pytest.raises(OSError, match=full):
+    with shared_traces(), pytest.raises(OSError, match=full):
         export_model(convsnn(), tmp_path / "m.onnx", INT8, digits().images[:60], calibration=calibration())
 
 

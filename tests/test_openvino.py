@@ -333,7 +333,8 @@ def run(*arguments: str | Path) -> str:
 def test_every_command_that_opens_an_engine(tmp_path: Path) -> None:
     model = tmp_path / "m.onnx"
     config = ExportConfig(T=3, trained_T=3)
-    export_model(convsnn(), model, config, digits().images[:40], labels=digits().labels[:40], num_check=40)
+    with shared_traces():
+        export_model(convsnn(), model, config, digits().images[:40], labels=digits().labels[:40], num_check=40)
     files = {name: tmp_path / f"{name}.json" for name in ("sweep", "validate", "bench")}
     limited = ("--data", "digits", "--limit", "50", "--threads", "1")
     run("sweep", model, *limited, "--json", files["sweep"])

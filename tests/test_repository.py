@@ -306,7 +306,7 @@ def test_instances_are_the_owners_to_edit(tmp_path: Path) -> None:
 
 
 def test_a_target_that_triton_has_not_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="was made for tensorrt-rtx, which Triton has not; choose --target"):
+    with pytest.raises(ValueError, match="is for tensorrt-rtx, which Triton has not; choose --target"):
         served_with(tmp_path, target="tensorrt-rtx")
 
 

@@ -36,6 +36,8 @@ def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
     is_model = run is not None and run.suffix in _SERVED
     if is_model and onnx_options:
         raise click.UsageError(f"{', '.join(onnx_options)}: {run} is exported already; give the run to export anew")
+    if file_format == "triton-repository" and not is_model:
+        _refuse_what_triton_lacks(ctx)
     name = _checked_name(ctx, run if is_model else _checkpoint(ctx))
     if out := ctx.params["out"]:  # before the exports that may come first
         written = out if file_format == "kserve" else out / name / "config.pbtxt"
@@ -45,6 +47,17 @@ def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
         _write_service(ctx, models[0], name)
     else:
         _write_repository(ctx, models, name)
+
+
+def _refuse_what_triton_lacks(ctx: click.Context) -> None:
+    from tetdeploy.export.repository import check_target
+
+    if ctx.params["with_state"]:
+        raise click.UsageError(
+            "--with-state cannot go with --format triton-repository: Triton cannot keep its state in chunks of T; the "
+            "step layout, which is added to any other, serves streams"
+        )
+    check_target("the export", ctx.params["target"])
 
 
 def _checkpoint(ctx: click.Context) -> Path:
