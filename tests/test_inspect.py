@@ -352,15 +352,19 @@ def damaged(path: Path, content: dict[str, Any], tensors: str = "") -> Path:
 def test_damaged_metadata_are_one_line(tmp_path: Path) -> None:
     data = {"name": "x", "encoding": "direct", "mean": [0], "std": [1], "class_names": ["a"], "image_shape": [1, 8, 8]}
     parts: dict[str, Any] = {"data": data, "training": {}, "provenance": {}}
+    shapes = {"num_classes": 1, "in_channels": 1, "image_size": [8, 8]}
+    network = {"model": "convsnn", "tau": None, "v_th": 1.0} | shapes
     file = tmp_path / "m.safetensors"
     for content, tensors, message in (
         (parts | {"network": {"tau": 1.0}}, "", "its metadata lacks network.model"),
+        (parts | {"network": network | {"width": [1]}}, "", r"network\.width must be a finite number, got \[1\]"),
+        (parts | {"network": network, "data": data | {"class_names": [1]}}, "", r"class_names\[0\] must be str, got 1"),
         ({"resume": {"epoch": 1}}, "", "is damaged: where the run stands, step is missing"),
         ({}, ', "w": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 0]}', "does not describe its tensors"),
     ):
         with pytest.raises(ValueError, match=message):
             inspect(damaged(file, content, tensors))
-    found = inspect(damaged(file, parts | {"network": {"model": "convsnn", "tau": None, "v_th": 1.0}}))
+    found = inspect(damaged(file, parts | {"network": network}))
     assert list(inspection_tables(found))
 
 

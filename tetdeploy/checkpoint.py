@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tetdeploy.arguments import check_flag
 from tetdeploy.extras import import_extra
-from tetdeploy.form import check_form
+from tetdeploy.form import NUMBER, STEP, check_form
 from tetdeploy.names import section
 from tetdeploy.provenance import PARENT
 from tetdeploy.run_folder import CHECKPOINT_NAME, weights_file, weights_sha256
@@ -29,7 +29,18 @@ if TYPE_CHECKING:
 
 _SECTIONS = ("network", "data", "training", "provenance")
 _DATA = ("name", "encoding", "mean", "std", "class_names", "image_shape")
-_FORM = {"network": {"model!": str}, "provenance": {"init": PARENT, "code_sha256": str}}
+_FORM = {
+    "network": {
+        "model!": str,
+        "num_classes!": STEP,
+        "in_channels!": STEP,
+        "image_size!": [STEP],
+        **dict.fromkeys(("width", "tau", "v_th", "gamma", "smooth_spike"), NUMBER),
+        "ann": bool,
+    },
+    "data": {"class_names": [str]},
+    "provenance": {"init": PARENT, "code_sha256": str},
+}
 _KEYS_SHOWN = 20
 _READS = 5  # at most, of what is replaced meanwhile
 

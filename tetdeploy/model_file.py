@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.form import NUMBER, STEP, check_form, parse_json
+from tetdeploy.form import COUNT, NUMBER, STEP, check_form, parse_json
 from tetdeploy.provenance import PARENT
 
 METADATA_KEY = "tetdeploy"  # of a checkpoint as well
@@ -27,10 +27,23 @@ _METADATA = {
     "neurons!": [{"name!": str, "tau!": NUMBER, "v_th!": NUMBER, "shape!": [STEP]}],
     "states!": [_TENSOR],
     "encoded!": [_TENSOR],
-    "layers!": [{"name!": str, "input_shape!": [STEP], "once!": bool, "precision!": str}],
+    "layers!": [
+        {
+            "name!": str,
+            "input_shape!": [STEP],
+            "outputs!": STEP,
+            "pads!": [[COUNT]],
+            **dict.fromkeys(("kernel", "strides", "dilations"), [STEP]),
+            **dict.fromkeys(("from_input", "binary", "product"), bool),
+            "positions": STEP,
+            "once!": bool,
+            "precision!": str,
+        }
+    ],
     "uncounted!": [str],
     "other_ops!": {"*": {"*": NUMBER}},
     "counting_overlay!": str,
+    "created!": str,
     "source!": {"provenance": {"init": PARENT}},
 }
 
