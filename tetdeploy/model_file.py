@@ -33,7 +33,7 @@ _METADATA = {
             "input_shape!": [STEP],
             "outputs!": STEP,
             "pads!": [[COUNT]],
-            **dict.fromkeys(("kernel", "strides", "dilations"), [STEP]),
+            **{axes: [STEP] for axes in ("kernel", "strides", "dilations")},
             **dict.fromkeys(("from_input", "binary", "product"), bool),
             "positions": STEP,
             "once!": bool,
