@@ -146,7 +146,9 @@ main(["validate", "run/model-T3.onnx", "--data", "mine.npz", "--fail-under", "ag
             assert two[key] == other[key]
 
     def test_the_reference_may_hold_fewer_steps_than_asked_for(self) -> None:
-        assert "holds T=3 steps, too few for T=5" in refused(DYNAMIC, "--T", "1:5")
+        said = "holds T=3 steps, too few for T=5; "
+        assert f"{said}name data with --data, or choose a smaller --T" in refused(DYNAMIC, "--T", "1:5")
+        assert f"{said}choose a smaller --T" in refused(MODEL, "--T", "1:5")  # no data would do
         run(DYNAMIC, "--T", "2,5", "--data", "digits", "--json", "v.json")
         two, five = written("v.json")["rows"]
         assert two["top1_agreement"] == 1.0
