@@ -309,8 +309,9 @@ def _recorded(
     except Exception as error:  # whatever the user's network may raise
         if isinstance(error, OSError) and lacks_temporary_folder(error):
             raise
+        instead = ", with random spikes in place of its neurons'" if others else ""
         raise ValueError(
-            f"the network fails at T={T} on input {list(x.shape)}, and must run at any T, as its steps do one by one: "
-            f"{error}"
+            f"the network fails at T={T} on input {list(x.shape)}{instead}, and must run at any T, as its steps do one "
+            f"by one: {error}"
         ) from error
     return recorder, logits

@@ -160,12 +160,15 @@ def export_model(
 
 
 def _refuse_other_floats(classifier: Classifier) -> None:
-    """Of a classifier that was turned into another type as a whole; `_check_form` refuses one in several."""
-    if classifier.mean.dtype != torch.float32:
-        raise ValueError(
-            f"classifier must be in float32, as a graph's neurons are, got {classifier.mean.dtype}; call "
-            "classifier.float(), and choose what a graph computes in by its precision"
-        )
+    """Of a classifier, or its network, that was turned into another type as a whole; `_check_form` refuses one in
+    several."""
+    network = {parameter.dtype for parameter in classifier.parameters() if parameter.is_floating_point()}
+    for types in ({classifier.mean.dtype}, network):
+        if types and torch.float32 not in types:
+            raise ValueError(
+                f"classifier must be in float32, as a graph's neurons are, got {', '.join(map(str, types))}; call "
+                "classifier.float(), and choose what a graph computes in by its precision"
+            )
 
 
 def _check_form(model: bytes, classifier: Classifier) -> None:

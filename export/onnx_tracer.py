@@ -10,8 +10,6 @@ import ast
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import onnx
@@ -91,8 +89,8 @@ class OnnxTracer:
         try:
             with torch.no_grad(), quiet():
                 if self._fold_bn:
-                    with _told_apart(program.model.graph):
-                        program.optimize()
+                    _tell_apart(program.model.graph)
+                    program.optimize()
                 else:  # TensorRT wants constants; the optimiser would fold BN as well
                     fold_constants(program.model, onnx_shape_inference=True)
         except Exception as error:  # the optimiser's own, of what it cannot read in a graph
@@ -103,15 +101,10 @@ class OnnxTracer:
             raise ValueError(f"the network's ONNX graph cannot be optimised: {causes}{way_out}") from error
 
 
-@contextmanager
-def _told_apart(graph: ir.Graph) -> Iterator[None]:
-    """Within it no two LIF nodes are alike: the optimiser would make one of two layers that read the same current."""
+def _tell_apart(graph: ir.Graph) -> None:
+    """Number the LIF nodes: of two layers that read the same current, the optimiser would make one."""
     for number, node in enumerate(node for node in graph if node.domain == LIF_DOMAIN):
         node.attributes["number"] = ir.AttrInt64("number", number)
-    yield
-    for node in graph:
-        if node.domain == LIF_DOMAIN:
-            del node.attributes["number"]
 
 
 def _exported_again(folded: fx.GraphModule, inputs: Any, shapes: Any) -> torch.export.ExportedProgram:

@@ -359,13 +359,29 @@ def test_damaged_metadata_are_refused(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
-    [(-1, r"of its metadata, network\.model must be str, got -1; the file was"), (None, r"network\.model is missing")],
+    ("name", "value", "message"),
+    [
+        ("model", -1, "must be str, got -1"),
+        ("num_classes", None, "is missing"),
+        ("in_channels", 0, "must be a whole number of at least 1, got 0"),
+        ("image_size", [8, "8"], "must be a whole number of at least 1, got '8'"),
+        *(
+            (name, "1", "must be a finite number, got '1'")
+            for name in ("width", "tau", "v_th", "gamma", "smooth_spike")
+        ),
+        ("ann", 1, "must be bool, got 1"),
+    ],
 )
-def test_a_network_that_is_no_text_is_refused(saved: Path, model: Any, message: str) -> None:
-    rewrite(saved, lambda content: content["network"].update(model=model))
-    with pytest.raises(ValueError, match=message):
+def test_a_network_with_damaged_settings_is_refused(saved: Path, name: str, value: Any, message: str) -> None:
+    rewrite(saved, lambda content: content["network"].update({name: value}))
+    with pytest.raises(ValueError, match=rf"of its metadata, network\.{name}\S* {message}; the file was changed"):
         read_metadata(saved)
+
+
+def test_names_of_classes_that_are_numbers_become_texts() -> None:
+    net, statistics = convsnn(), {"mean": (0.5,), "std": (0.2,), "data": "x"}
+    made = Classifier(net.network, config=net.config, class_names=range(3), **statistics)  # type: ignore[arg-type]
+    assert made.class_names == ("0", "1", "2")
 
 
 @pytest.mark.parametrize("name", ["encoding", "image_shape"])
@@ -395,10 +411,8 @@ def test_newer_and_unreadable_formats_are_refused(saved: Path) -> None:
     ("error", "message"),
     [
         (SafetensorError("it is odd"), r"cannot write .*: it is odd; an earlier file there is as it was"),
-        (
-            SafetensorError("I/O error: No space left (os error 28)"),
-            r"\[Errno 28\] No space left on device: '.*checkpoint",
-        ),
+        (SafetensorError("I/O error: No space left (os error 28)"), r"No space left on device: '.*checkpoint"),
+        (SafetensorError("IoError(Os { code: 28, kind: StorageFull })"), r"No space left on device: '.*checkpoint"),
     ],
 )
 def test_a_failed_write_leaves_the_earlier_file(

@@ -46,7 +46,7 @@ from tetdeploy.files import sha256_of
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import newest_export
 from tetdeploy.tensor_file import read_content, write_tensors
-from tetdeploy.train import TrainResult
+from tetdeploy.train import TrainResult, loop
 from tetdeploy.train.progress import Progress
 from tetdeploy.train.state import Best
 
@@ -1159,6 +1159,23 @@ def test_a_run_that_a_full_disk_does_not_let_begin_is_not_one_to_go_on_with(work
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert said.endswith("Error: new/last.safetensors: File too large\n")
     assert not Path("new").exists()
+
+
+def test_a_disk_that_is_full_when_another_seed_begins_leaves_a_run_to_go_on_with(
+    workplace: Path, few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = loop.save_state
+
+    def save_the_first(path: Path, *rest: Any) -> None:
+        if path.parent.name == "seed-1":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_state", save_the_first)
+        said = refused(*TRAIN_FEW, "--seeds", "0,1")
+    assert "new/seed-1/last.safetensors: No space left on device; what was written before is as it was: go on" in said
+    assert run("train", "--resume", "new").exit_code == 0
 
 
 def test_what_foreign_files_say_does_not_steer_the_terminal(workplace: Path) -> None:

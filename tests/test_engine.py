@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.metadata
 import json
@@ -29,6 +30,7 @@ from tetdeploy.extras import MissingExtraError
 from tetdeploy.inspection import inspect
 from tetdeploy.layers import DirectEncoding, OverTime
 from tetdeploy.machine import default_threads
+from tetdeploy.model_file import check_metadata
 from tetdeploy.neurons import LIF
 
 Array = np.ndarray[Any, Any]
@@ -291,6 +293,27 @@ def test_what_may_be_null_in_the_metadata_may_be_missing(tmp_path: Path) -> None
     changed = Engine(tmp_path / "m.onnx", threads=1)
     np.testing.assert_array_equal(changed.run(x, 3).per_step, engine("dynamic").run(x, 3).per_step)
     assert (changed.metadata["T"], changed.metadata["normalization"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "place", ["fires", "reset", "created", "neurons.tau", "neurons.v_th", "layers.outputs", "layers.pads"]
+)
+def test_what_the_metadata_must_have(place: str) -> None:
+    metadata = copy.deepcopy(engine("dynamic").metadata)
+    part, _, name = place.rpartition(".")
+    del (metadata[part][0] if part else metadata)[name]
+    with pytest.raises(ValueError, match=rf"m\.onnx has damaged metadata \(.*{name} is missing\); export the model"):
+        check_metadata(metadata, Path("m.onnx"))
+
+
+@pytest.mark.parametrize(
+    "name", ["kernel", "strides", "dilations", "pads", "from_input", "binary", "positions", "once"]
+)
+def test_what_a_layer_of_the_metadata_is(name: str) -> None:
+    metadata = copy.deepcopy(engine("dynamic").metadata)
+    metadata["layers"][0][name] = "x"
+    with pytest.raises(ValueError, match=rf"damaged metadata \(layers\[0\]\.{name} must be .*, got 'x'\)"):
+        check_metadata(metadata, Path("m.onnx"))
 
 
 def test_refused_models(tmp_path: Path) -> None:

@@ -1694,6 +1694,10 @@ def test_a_bare_network_and_one_in_float64_are_refused(earlier: Path) -> None:
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         with pytest.raises(ValueError, match=rf"must be in float32, .* got {dtype}; call classifier\.float\(\)"):
             export_model(copy.deepcopy(convsnn()).to(dtype), earlier, ExportConfig(), digits().images[:9])
+        other = copy.deepcopy(convsnn())
+        other.network.to(dtype)
+        with pytest.raises(ValueError, match=rf"must be in float32, .* got {dtype}; call classifier\.float\(\)"):
+            export_model(other, earlier, ExportConfig(), digits().images[:9])
     with pytest.raises(ValueError, match="config must be of type ExportConfig, got dict"):
         export_model(convsnn(), earlier, {}, digits().images[:9])  # type: ignore[arg-type]
 

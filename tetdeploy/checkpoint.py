@@ -38,7 +38,6 @@ _FORM = {
         **dict.fromkeys(("width", "tau", "v_th", "gamma", "smooth_spike"), NUMBER),
         "ann": bool,
     },
-    "data": {"class_names": [str]},
     "provenance": {"init": PARENT, "code_sha256": str},
 }
 _KEYS_SHOWN = 20

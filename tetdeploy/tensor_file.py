@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the content
 
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors format
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, whose errors are its own, tells one of the system
+# How safetensors, whose errors are its own, tells one of the system; the second form is that of versions before 0.5.
+_OS_ERROR = re.compile(r"(?:os error |Os \{ code: )(\d+)")
 _AGAIN = "copy or train it again"
 
 

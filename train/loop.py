@@ -29,7 +29,7 @@ from tetdeploy.files import is_utf8, lacks_temporary_folder
 from tetdeploy.memory import reused_memory
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import Classifier, check_classifier, code_sha256, run_network, warn_of_other_code
-from tetdeploy.run_folder import CHECKPOINT_NAME, STATE_NAME
+from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, STATE_NAME
 from tetdeploy.signals import deferred_interrupt
 
 from .averaging import kept_classifier, lagging_bn, update_average
@@ -50,7 +50,16 @@ from .restart import (
     restart_state,
     write_restart,
 )
-from .runs import check_run, mark_latest, only_trainer, read_run_config, run_settings, weights_origin, write_run_config
+from .runs import (
+    check_run,
+    is_begun,
+    mark_latest,
+    only_trainer,
+    read_run_config,
+    run_settings,
+    weights_origin,
+    write_run_config,
+)
 from .schedule import derive_seed
 from .session import Session, Task, check_data, check_sets, check_together, headline, prepare, provenance
 from .state import Best, TrainState, is_finished, restore_state, save_state
@@ -223,7 +232,8 @@ def _explained(task: Task, how: How) -> Iterator[None]:
         yield
     except OSError as error:
         says_all = error.errno is None or lacks_temporary_folder(error)
-        if says_all or not (task.out / STATE_NAME).is_file():  # there is nothing to go on with
+        of_seeds = (task.out.parent / CONFIG_NAME).is_file()  # of whom others may be trained
+        if says_all or not (is_begun(task.out) or of_seeds):
             raise
         raise OSError(
             f"{error.filename or task.out}: {error.strerror}; what was written before is as it was: "

@@ -181,6 +181,11 @@ def _holder(lock: Path) -> str:
         return ""
 
 
+def is_begun(out: Path) -> bool:
+    """Whether a folder holds a run that can be resumed."""
+    return (out / STATE_NAME).is_file() and (out / CONFIG_NAME).is_file()
+
+
 def check_run(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
     """Refuse to write over a run, or to go on with one under other settings.
 
@@ -191,7 +196,7 @@ def check_run(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
     if not resume:
         refuse_held(out)
         return
-    if not (out / CONFIG_NAME).is_file() or not (out / STATE_NAME).is_file():
+    if not is_begun(out):
         raise ValueError(
             f"nothing to resume in {out}: it has no {CONFIG_NAME} and {STATE_NAME}; train without --resume"
         )

@@ -17,7 +17,7 @@ from tetdeploy.arguments import check_flag, check_type
 from tetdeploy.data import LabelledSet
 from tetdeploy.files import write_json
 from tetdeploy.networks import Classifier, check_classifier
-from tetdeploy.run_folder import CONFIG_NAME, STATE_NAME, SUMMARY_NAME
+from tetdeploy.run_folder import SUMMARY_NAME
 from tetdeploy.standard_output import StandardOutput
 
 from .config import How, TrainConfig
@@ -26,6 +26,7 @@ from .ranks import current_ranks
 from .runs import (
     check_run,
     check_settings,
+    is_begun,
     mark_latest,
     only_trainer,
     read_run_config,
@@ -133,7 +134,7 @@ def train_seeds(
         for number, seed in enumerate(seeds, 1):
             folder = out / f"seed-{seed}"
             console.print(f"seed {seed}, {number} of {len(seeds)}  ->  {folder}")
-            begun = ranks.agreed(resume and _is_begun(folder))
+            begun = ranks.agreed(resume and is_begun(folder))
             options |= {"resume": begun, "before_writing": None if results else begin}
             classifier = made.pop(seed, None) or fresh.classifier(seed)
             results.append(train(classifier, train_set, val_set, configs[seed], folder, **options))
@@ -180,14 +181,14 @@ def _check(out: Path, settings: dict[str, Any], recipe: str | None, *, resume: b
     for seed in settings["seeds"]:
         one = {name: settings[name] for name in ("network", "data")}
         one["training"] = settings["training"] | {"seed": seed}
-        check_run(out / f"seed-{seed}", one, resume=resume and _is_begun(out / f"seed-{seed}"))
+        check_run(out / f"seed-{seed}", one, resume=resume and is_begun(out / f"seed-{seed}"))
     return recipe
 
 
 def _check_resumed(out: Path, settings: dict[str, Any]) -> str | None:
     before = read_run_config(out)
     left_out = [seed for seed in before.get("seeds", ()) if seed not in settings["seeds"]]
-    if missing := [seed for seed in left_out if _is_begun(out / f"seed-{seed}")]:
+    if missing := [seed for seed in left_out if is_begun(out / f"seed-{seed}")]:
         raise ValueError(
             f"{out} has the seeds {before['seeds']}, of which {settings['seeds']} lacks {missing}: seeds may be added, "
             "none left out; name all of them with --seeds, or start a new run in another --out"
@@ -197,10 +198,6 @@ def _check_resumed(out: Path, settings: dict[str, Any]) -> str | None:
         settings = settings | {"seeds": before["seeds"], "training": settings["training"] | first}
     check_settings(out, settings)
     return before.get("recipe")
-
-
-def _is_begun(folder: Path) -> bool:
-    return (folder / STATE_NAME).is_file() and (folder / CONFIG_NAME).is_file()
 
 
 def _accuracy(run: TrainResult) -> float:

@@ -66,7 +66,7 @@ class CleanErrors(click.Command):
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
-            reason = str(error).partition("\n")[0] or "out of memory"
+            reason = visible(str(error)).partition("\n")[0] or "out of memory"
             raise click.ClickException(
                 f"the memory does not suffice ({reason}); take fewer images at once, a smaller T or a smaller network"
             ) from error

@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -118,9 +118,11 @@ class NetworkConfig:
 
 
 def _height_and_width(size: Any) -> tuple[int, int]:
-    if not isinstance(size, Sequence) or len(size) != 2:
-        raise ValueError(f"image_size must be height and width, got {size!r}")
-    return check_count("image_size", size[0]), check_count("image_size", size[1])
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        raise ValueError(f"image_size must be height and width, got {size!r}") from None
+    return check_count("image_size", height), check_count("image_size", width)
 
 
 def build_network(config: NetworkConfig) -> nn.Module:

@@ -206,6 +206,6 @@ def _shape(shape: Sequence[Any]) -> str:
     return f"[{', '.join('?' if dim is None else str(dim) for dim in shape)}]"
 
 
-def _classes(names: Sequence[str]) -> str:
+def _classes(names: Sequence[Any]) -> str:
     more = ", …" if len(names) > 10 else ""
-    return f"{len(names)}: {', '.join(names[:10])}{more}"
+    return f"{len(names)}: {', '.join(map(str, names[:10]))}{more}"

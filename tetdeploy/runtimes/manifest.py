@@ -38,5 +38,4 @@ def read_manifest(engine: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is a manifest of format {known}; this tetdeploy reads format 1")
     if _NEEDED - manifest.keys() or manifest["package"] not in MODULES:
         raise ValueError(f"{path} is damaged; {AGAIN}")
-    check_metadata(manifest["metadata"], path)
-    return manifest
+    return manifest | {"metadata": check_metadata(manifest["metadata"], path)}
