@@ -366,8 +366,8 @@ def test_the_mean_of_results_is_that_of_each_number_that_all_have() -> None:
 
 
 def test_a_stage_has_its_T_and_its_epochs(tmp_path: Path) -> None:
-    (table,) = tables(read_results([run_folder(tmp_path / "a", tit="2:30,6:5")]), "What was trained, on what and how")
-    assert ("time inheritance training", "T=2 for 30 epochs, then T=6 for 5 epochs") in table.rows
+    (table,) = tables(read_results([run_folder(tmp_path / "a", tit="2:30,6:1")]), "What was trained, on what and how")
+    assert ("time inheritance training", "T=2 for 30 epochs, then T=6 for 1 epoch") in table.rows
 
 
 def test_a_validation_comes_before_a_sweep(tmp_path: Path) -> None:

@@ -106,7 +106,9 @@ def _value(name: str, value: Any) -> str:
         return str(value).upper()
     if name == "tit":
         stages = [stage.split(":") for stage in str(value).split(",")]
-        return ", then ".join(f"T={stage[0]} for {stage[1]} epochs" for stage in stages if len(stage) > 1)
+        return ", then ".join(
+            f"T={stage[0]} for {stage[1]} epoch{'s' * (stage[1] != '1')}" for stage in stages if len(stage) > 1
+        )
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
