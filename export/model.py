@@ -162,8 +162,7 @@ def export_model(
 def _refuse_other_floats(classifier: Classifier) -> None:
     """Of a classifier, or its network, that was turned into another type as a whole; `_check_form` refuses one in
     several."""
-    network = {parameter.dtype for parameter in classifier.parameters() if parameter.is_floating_point()}
-    for types in ({classifier.mean.dtype}, network):
+    for types in ({classifier.mean.dtype}, _float_types(classifier)):
         if types and torch.float32 not in types:
             raise ValueError(
                 f"classifier must be in float32, as a graph's neurons are, got {', '.join(map(str, types))}; call "
@@ -171,13 +170,17 @@ def _refuse_other_floats(classifier: Classifier) -> None:
             )
 
 
+def _float_types(classifier: Classifier) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in classifier.parameters() if parameter.is_floating_point()}
+
+
 def _check_form(model: bytes, classifier: Classifier) -> None:
     """Raises: ValueError: a node of a graph is not as ONNX describes it."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        others = {str(p.dtype) for p in classifier.parameters() if p.is_floating_point()} - {"torch.float32"}
-        floats = f"it has parameters in {', '.join(sorted(others))}, call classifier.float()"
+        others = _float_types(classifier) - {torch.float32}
+        floats = f"it has parameters in {', '.join(sorted(map(str, others)))}, call classifier.float()"
         raise ValueError(
             f"torch.onnx wrote a layer of the network otherwise than ONNX describes it: {first_line(error)}; nothing "
             f"was written: {floats if others else 'compute that layer by other operations'}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,18 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
     wanted = other.state_dict()
     return all(torch.equal(value, wanted[name]) for name, value in one.state_dict().items())
+
+
+@contextmanager
+def small_files(num_bytes: int) -> Iterator[None]:
+    """Within it no file can be larger, as on a disk that is full. Skips the test on a system that has no such limit."""
+    resource = pytest.importorskip("resource", reason="no limits on this system")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class Bomb:

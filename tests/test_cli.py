@@ -28,7 +28,7 @@ from click.testing import CliRunner, Result
 from image_helpers import write_deep_png
 from PIL import Image
 from rich.progress import ProgressColumn
-from run_helpers import metrics
+from run_helpers import metrics, small_files
 from safetensors.torch import load_file, save_file
 
 from tetdeploy import checkpoint, data
@@ -1150,13 +1150,8 @@ def test_standard_output_that_is_full_is_named(
 
 
 def test_a_run_that_a_full_disk_does_not_let_begin_is_not_one_to_go_on_with(workplace: Path, few: Path) -> None:
-    resource = pytest.importorskip("resource", reason="no limits on this system")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # bytes of a file
-    try:
+    with small_files(4096):
         said = refused(*TRAIN_FEW)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert said.endswith("Error: new/last.safetensors: File too large\n")
     assert not Path("new").exists()
 

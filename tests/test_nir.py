@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from export_helpers import digits
+from run_helpers import small_files
 from torch import Tensor, nn
 
 from tetdeploy.cli import main
@@ -607,14 +608,9 @@ def test_export_writes_the_newest_run(runs: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line(runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    resource = pytest.importorskip("resource", reason="no limits on this system")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # bytes of a file
-    try:
+    with small_files(4096):
         arguments = ["export", "--format", "nir", "--runs", str(runs), "-o", str(tmp_path / "m.nir")]
         result = CliRunner().invoke(main, arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (result.exit_code, result.stderr) == (1, f"Error: {tmp_path / 'm.nir'}: File too large\n")
     assert capfd.readouterr().err == ""  # nor does HDF5 say anything
     assert list(tmp_path.iterdir()) == []

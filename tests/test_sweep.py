@@ -151,6 +151,8 @@ def test_latency_is_the_median_after_a_warm_up_in_milliseconds(
     clock, calls = [0.0], []
 
     class Slow:
+        is_fixed = Engine.is_fixed
+
         def __init__(self) -> None:
             self.layout, self.with_state = layout, with_state
 

@@ -268,6 +268,11 @@ class Engine:
             )
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether every call runs the graph's own T steps, and no more can be run: unrolled, without state."""
+        return self.layout == "unrolled" and not self.with_state
+
+    @property
     def own_T(self) -> int:
         """The steps that `run` takes for images by default: an unrolled graph's own, else those of the training."""
         return self.T if self.layout == "unrolled" and self.T is not None else self.trained_T

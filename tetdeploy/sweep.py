@@ -251,9 +251,8 @@ def summarise(
 
 def measure_latency(engine: Engine, x: NDArray[Any], steps: Sequence[int], num_timed: int) -> dict[int, float]:
     """Median milliseconds for one image by T, after two rounds to warm up."""
-    fixed = engine.layout == "unrolled" and not engine.with_state
-    medians = median_ms(engine.run, x, [max(steps)] if fixed else steps, repeats=num_timed, warm_up=2)
-    return {t: medians[max(steps)] if fixed else medians[t] for t in steps}
+    medians = median_ms(engine.run, x, [max(steps)] if engine.is_fixed else steps, repeats=num_timed, warm_up=2)
+    return {t: medians[max(steps)] if engine.is_fixed else medians[t] for t in steps}
 
 
 def median_ms(

@@ -173,7 +173,7 @@ def print_bench(result: dict[str, Any], engine: Engine) -> None:
             "no reference images beside the model: noise takes as long, but in float32 on a CPU without AMX, where "
             "more spikes take longer"
         )
-    if engine.layout == "unrolled" and not engine.with_state:
+    if engine.is_fixed:
         notes.append(f"an unrolled graph always runs its T={engine.T} steps: a smaller T takes as long")
     if (least := min(row["calls"] for row in result["rows"])) < 100:
         notes.append(f"{least} calls of a setting: for a 99th percentile time 100 and more (--repeats, --seconds)")

@@ -143,7 +143,7 @@ def print_sweep(result: Sweep, engine: Engine, conventions: Sequence[str]) -> No
         f"{star}energy per image: {_bills(result, conventions)}",
         f"ANN: the same layers once, all inputs multiplied, {energy(result.details['ann']['energy_pj'])}",
     ]
-    if engine.layout == "unrolled" and not engine.with_state:
+    if engine.is_fixed:
         notes.append(f"an unrolled graph always runs its T={engine.T} steps: the latency is the same at every T")
     print_notes([*notes, *uncounted_note(engine.metadata["uncounted"], engine.layout)])
 

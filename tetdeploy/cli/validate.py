@@ -167,10 +167,9 @@ class _Job:
         engine, reference = self.engine, load_reference(self.engine)
         steps = self.wanted or tuple(range(1, reference.T + 1))
         if max(steps) > reference.T:
-            takes_more = engine.layout != "unrolled" or engine.with_state
             raise ValueError(
                 f"the reference of {engine.path.name} holds T={reference.T} steps, too few for T={max(steps)}; "
-                f"{'name data with --data, or ' * takes_more}choose a smaller --T"
+                f"{'' if engine.is_fixed else 'name data with --data, or '}choose a smaller --T"
             )
         gates = self._placed(steps, compared=steps, accuracy=False)
         compared = self._compare(reference, max(steps))
