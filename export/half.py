@@ -103,7 +103,9 @@ def _halve_layer(graph_module: fx.GraphModule, layer: PlacedLayer) -> fx.Node:
     with graph.inserting_after(node):
         current = graph.call_function(aten.to.dtype, (node, torch.float32))
     node.replace_all_uses_with(current, delete_user_cb=lambda user: user is not current)
-    current.meta, inputs[0].meta = dict(node.meta), dict(node.meta)
+    current.meta = dict(node.meta)
+    inputs[0].meta = node.meta | {"val": x.meta["val"].half()}
+    node.meta = node.meta | {"val": node.meta["val"].half()}
     if not linear or bias is None:
         return current
     with graph.inserting_after(current):

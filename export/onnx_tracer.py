@@ -27,6 +27,7 @@ from tetdeploy.wording import first_line
 
 from .half import halve
 from .int8 import set_scales, translate_int8_conv
+from .program import as_program
 
 aten = torch.ops.aten
 OPSET, IR_VERSION, LIF_DOMAIN = 20, 10, "tetdeploy"
@@ -76,13 +77,12 @@ class OnnxTracer:
         tracer, rounded = self.tracer, []
         program = tracer.program(T, step=step)
         if self._fold_bn:
-            inputs, shapes = tracer.example(T, step)
             folded = tracer.folded(T, step=step)
             with torch.no_grad(), quiet():
                 rounded = quantise(folded, int8)
                 if self._half:
                     halve(folded)
-                program = _exported_again(folded, inputs, shapes)
+                program = as_program(folded, program) or _exported_again(folded, *tracer.example(T, step))
         return _to_onnx(program), rounded
 
     def _optimise(self, program: torch.onnx.ONNXProgram, T: int | None) -> None:
