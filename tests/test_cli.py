@@ -6,6 +6,7 @@ import codecs
 import errno
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -1185,6 +1186,11 @@ def test_what_foreign_files_say_does_not_steer_the_terminal(workplace: Path) -> 
         raise ValueError("no layer a\x1b[8mb")
 
     assert CliRunner().invoke(fail).output == "Error: no layer a[8mb\n"
+    assert "argument (model.onnx)" in refused("inspect", RUN, "model\u202e.onnx", code=2)
+    bar = progress_bar()
+    bar.console.file = io.StringIO()
+    bar.console.print("model\u202e.onnx")
+    assert bar.console.file.getvalue() == "model.onnx\n"
 
 
 @pytest.mark.parametrize(
