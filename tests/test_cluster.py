@@ -82,7 +82,7 @@ def test_paths_with_brackets_are_shown_whole(run: Path, tmp_path: Path) -> None:
 
 def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path) -> None:
     file, model = tmp_path / "digits.yaml", Path(shutil.copy(exported("step"), tmp_path))
-    arguments = "export", model, "--format", "kserve", "--name", "Digits_T4", "--storage-uri", URI, "-o", file
+    arguments = "export", model, "--format", "kserve", "--name", "digits-t4", "--storage-uri", URI, "-o", file
     quoted = shlex.quote(str(model))
     assert f"next: copy {quoted} to {URI}, then kubectl apply -f {shlex.quote(str(file))}" in call(*arguments)
     beside = [tmp_path / f"{model.stem}{ending}" for ending in (".reference.npz", ".exit.json")]
@@ -175,6 +175,7 @@ def test_what_does_not_go_together_is_refused(options: tuple[object, ...], messa
         (("triton-repository", "--name", "a/b"), "'a/b' is no name for a served model"),
         (("triton-repository", "--with-state"), "--with-state cannot go with --format triton-repository"),
         (("triton-repository", "--target", "tensorrt-rtx"), "the export is for tensorrt-rtx, which Triton has not"),
+        (("kserve", "--storage-uri", URI, "--name", "Digits_T4"), "'Digits_T4' is no name for a service of Kubernetes"),
         (("kserve", "--storage-uri", URI, "--name", "7"), "'7' is no name for a service of Kubernetes"),
         (("kserve", "--storage-uri", URI, "--name", "a" * 54), "has at most 53 of them, as KServe adds -predictor"),
         (("kserve", "--storage-uri", "models/digits"), "'models/digits' is no storage URI"),

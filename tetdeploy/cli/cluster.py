@@ -75,9 +75,8 @@ def _checked_name(ctx: click.Context, source: Path) -> str:
         return name
     from tetdeploy.export.kserve import check_service_name, check_storage_uri
 
-    name = re.sub("[_.]", "-", name.lower())
     if ctx.params["name"] is None:
-        name = re.sub("[^a-z0-9]+", "-", name).strip("-")
+        name = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
     check_service_name(name)
     check_storage_uri(ctx.params["storage_uri"])
     return name
