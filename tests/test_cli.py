@@ -958,9 +958,10 @@ class TestBadInput:
         before = snapshot(workplace)
         for name in ("export.export_model", "train.train", "engine.Engine.run", "foreign.import_to_checkpoint"):
             monkeypatch.setattr(f"tetdeploy.{name}", self.works)
-        message = refused(*command, "file/a.onnx").splitlines()[-1]
+        file = "file/a.npz" if command[0] == "landscape" else "file/a.onnx"
+        message = refused(*command, file).splitlines()[-1]
         option = "--out" if command[-1] == "-o" else command[-1]
-        said = rf"Error: cannot write file/a.onnx\S*: Not a directory; choose another with {option}"
+        said = rf"Error: cannot write {file}\S*: Not a directory; choose another with {option}"
         assert re.fullmatch(said, message), message
         assert snapshot(workplace) == before
 
@@ -1004,17 +1005,18 @@ class TestBadInput:
         assert f"{name.rstrip('/')}: its name must end in .{file_format}; choose another with --out" in message
 
     @pytest.mark.parametrize(
-        ("command", "result"), [(("sweep", MODEL, "--json"), "photo.json"), (("landscape", RUN, "-o"), "photo.npz")]
+        ("command", "result", "begins"),
+        [(("sweep", MODEL, "--json"), "photo.json", "{"), (("landscape", RUN, "-o"), "photo.npz", "PK")],
     )
     def test_a_picture_without_the_result_is_no_plot_of_it(
-        self, command: tuple[str, ...], result: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+        self, command: tuple[str, ...], result: str, begins: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name in ("engine.Engine.run_with", "train.landscape.measure_landscape"):
             monkeypatch.setattr(f"tetdeploy.{name}", self.works)
         Path("photo.png").write_bytes(b"a cat")
         said = f"photo.png: it is there without {result}, and so something else; choose another with --plot"
         assert said in refused(*command, result).replace("\n", " ")
-        Path(result).write_text("{}")
+        Path(result).write_text(begins)
         assert isinstance(run(*command, result).exception, AssertionError)  # it began to work
         Path(f"{RUN}/model-T3.sweep.json").unlink(missing_ok=True)
         Path(f"{RUN}/model-T3.sweep.png").touch()  # a name that nobody chose
