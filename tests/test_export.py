@@ -1650,8 +1650,8 @@ def test_tokens_may_be_merged_elsewhere(layout: str, tmp_path: Path) -> None:
     ({"fold_bn": "no"}, "fold_bn must be True or False, got 'no'"),
     ({"with_state": np.True_}, f"with_state must be True or False, got {np.True_!r}"),
     ({"normalize": 0}, "normalize must be True or False, got 0"),
-    ({"layout": "step", "with_state": True}, "goes with the unrolled layout; a step graph always has its state"),
-    ({"layout": "dynamic", "with_state": True}, "goes with the unrolled layout; a dynamic graph runs any T"),
+    ({"layout": "step", "with_state": True}, "goes with --layout unrolled; a step graph always has its state"),
+    ({"layout": "dynamic", "with_state": True}, "--with-state goes with --layout unrolled; a dynamic graph runs any T"),
 ])  # fmt: skip
 def test_refused_options(options: Options, match: str) -> None:
     with pytest.raises(ValueError, match=match):
