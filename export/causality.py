@@ -107,10 +107,12 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         The number of neuron layers that run.
 
     Raises:
-        ValueError: a weight is NaN or infinite; either pair differs; the network fails or does not return finite
-            `[T, N, K]`; neurons get other than `[T, N, ...]`; it is an ANN twin, or one with smooth spikes.
+        ValueError: the classifier is not in float32; a weight is NaN or infinite; either pair differs; the network
+            fails or does not return finite `[T, N, K]`; neurons get other than `[T, N, ...]`; it is an ANN twin, or one
+            with smooth spikes.
     """
     _refuse_without_spikes(classifier)
+    _refuse_other_floats(classifier)
     _refuse_broken_weights(classifier)
     double = copy.deepcopy(classifier).double()
     x = x if x.dtype == torch.uint8 else x.double()
@@ -268,6 +270,22 @@ def _check_alone(
                     "nothing across the batch, axis 1 of [T, N, ...], as BN without running statistics and x / x.max() "
                     "do"
                 )
+
+
+def _refuse_other_floats(classifier: Classifier) -> None:
+    """Of a classifier, or its network, that was turned into another type as a whole; the check of an ONNX graph's form
+    refuses one in several."""
+    for types in ({classifier.mean.dtype}, float_types(classifier)):
+        if types and torch.float32 not in types:
+            raise ValueError(
+                f"classifier must be in float32, as a graph's neurons are, got {', '.join(map(str, types))}; call "
+                "classifier.float(); what an ONNX graph computes in is its own precision"
+            )
+
+
+def float_types(classifier: Classifier) -> set[torch.dtype]:
+    """In which a classifier has parameters."""
+    return {parameter.dtype for parameter in classifier.parameters() if parameter.is_floating_point()}
 
 
 def _refuse_broken_weights(classifier: Classifier) -> None:
