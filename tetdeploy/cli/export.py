@@ -319,7 +319,8 @@ def print_exported(exported: Exported, config: ExportConfig) -> None:
             else "OpenVINO itself was not run, as it is not installed here: pip install 'tetdeploy[openvino]'",
         )
     if exported.uncounted:
-        console.print(f"operations of these layers will not be counted: {', '.join(exported.uncounted)}")
+        names = ", ".join(exported.uncounted)
+        console.print(f"operations of these layers will not be counted: {names} (why: docs/energy.md)")
     console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB")
 
 
