@@ -19,6 +19,7 @@ from tetdeploy.data import Encoding
 from tetdeploy.files import lacks_temporary_folder
 from tetdeploy.networks import Classifier, run_network
 from tetdeploy.networks.smooth_spike import steepness
+from tetdeploy.tracing import MAKES_NUMBERS
 from tetdeploy.wording import counted, shorten
 
 from .recorder import NeuronRecorder
@@ -27,9 +28,14 @@ from .recorder import NeuronRecorder
 class InFloat64(TorchDispatchMode):
     """Within it, what a network asks for in float32, as `x.float()` does, is float64; so is what it makes in the
     default dtype, as `torch.zeros(x.shape)` does, and what it reads of float32 that it keeps beside its parameters. The
-    default dtype itself stays as it is: all threads share it."""
+    default dtype itself stays as it is: all threads share it.
+
+    `makes_numbers` says whether a Python number was made of a tensor's values, as a condition does."""
+
+    makes_numbers = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.makes_numbers |= func is torch.ops.aten._local_scalar_dense.default
         kwargs = dict(kwargs or {})
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
@@ -68,6 +74,7 @@ class _NamedNeurons(NeuronRecorder):
     def __init__(self, state: Sequence[Tensor] | None = None, others: Sequence[Tensor] = ()) -> None:
         super().__init__(state)
         self.others = others
+        self.in_float64 = InFloat64()  # type: ignore[no-untyped-call]
         self.modules = ModuleTracker()
         self.names: list[str] = []
         self.currents: list[Tensor] = []
@@ -107,10 +114,12 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         The number of neuron layers that run.
 
     Raises:
-        ValueError: a weight is NaN or infinite; either pair differs; the network fails or does not return finite
-            `[T, N, K]`; neurons get other than `[T, N, ...]`; it is an ANN twin, or one with smooth spikes.
+        ValueError: the classifier is not in float32; a weight is NaN or infinite; either pair differs; the network
+            fails or does not return finite `[T, N, K]`; neurons get other than `[T, N, ...]`; it is an ANN twin, or one
+            with smooth spikes.
     """
     _refuse_without_spikes(classifier)
+    _refuse_other_floats(classifier)
     _refuse_broken_weights(classifier)
     double = copy.deepcopy(classifier).double()
     x = x if x.dtype == torch.uint8 else x.double()
@@ -175,9 +184,9 @@ def _same_step(single: _NamedNeurons, step: Tensor, whole: _NamedNeurons, logits
 def _mixed_time(double: Classifier, x: Tensor, t: int, T: int, others: Sequence[Tensor] = ()) -> ValueError:
     """Why step t of T differs from a single step: random numbers, or what is carried from step to step."""
     try:
-        draws, changed = _traces(double, x, T, others)
+        draws, numbers, changed = _traces(double, x, T, others)
     except Exception:  # what a network keeps may be none that can be copied or compared
-        draws, changed = False, []
+        draws, numbers, changed = False, "", []
     if draws:
         return ValueError(
             "the network draws random numbers in inference, and an exported graph draws none; encode images without "
@@ -187,22 +196,28 @@ def _mixed_time(double: Classifier, x: Tensor, t: int, T: int, others: Sequence[
     return ValueError(
         f"the network mixes time outside its neurons: its answer at step {t + 1} of T={T} differs from that of a "
         "single step that starts from the same membranes; every step must be computed alike, by the same weights, and "
-        f"only LIF and IF of tetdeploy.neurons may carry anything from one step to the next{what_changed}"
+        f"only LIF and IF of tetdeploy.neurons may carry anything from one step to the next{what_changed}{numbers}"
     )
 
 
-def _traces(double: Classifier, x: Tensor, T: int, others: Sequence[Tensor]) -> tuple[bool, list[str]]:
-    """What a run leaves behind: whether it drew random numbers, and which modules keep something else than before."""
+def _traces(double: Classifier, x: Tensor, T: int, others: Sequence[Tensor]) -> tuple[bool, str, list[str]]:
+    """What a run leaves behind: whether it drew random numbers, what is to be said of Python numbers that it made, and
+    which modules keep something else than before."""
     earlier, later = copy.deepcopy(double), copy.deepcopy(double)
     generator = torch.cuda.get_rng_state if x.is_cuda else torch.get_rng_state
     numbers = generator()
-    _recorded(later, x, T, others=others)
+    run, _ = _recorded(later, x, T, others=others)
     changed = [
         f"{name.removeprefix('network.')} ({type(module).__name__} of {type(module).__module__.partition('.')[0]})"
         for (name, module), before in zip(later.named_modules(), earlier.modules(), strict=True)
         if not _same_state(module, before)
     ]
-    return not torch.equal(numbers, generator()), changed
+    return not torch.equal(numbers, generator()), _of_numbers(run), changed
+
+
+def _of_numbers(run: _NamedNeurons) -> str:
+    """Of numbers that depend on the step or the image, why these differ."""
+    return f"; {MAKES_NUMBERS}" if run.in_float64.makes_numbers else ""
 
 
 def _same_state(module: nn.Module, other: nn.Module) -> bool:
@@ -266,8 +281,24 @@ def _check_alone(
                     f"the network mixes the images of a batch: {what} for an image by itself differ from those for "
                     "the same image beside another, so that answers would depend on what is served together; compute "
                     "nothing across the batch, axis 1 of [T, N, ...], as BN without running statistics and x / x.max() "
-                    "do"
+                    f"do{_of_numbers(together)}"
                 )
+
+
+def _refuse_other_floats(classifier: Classifier) -> None:
+    """Of a classifier, or its network, that was turned into another type as a whole; the check of an ONNX graph's form
+    refuses one in several."""
+    for types in ({classifier.mean.dtype}, float_types(classifier)):
+        if types and torch.float32 not in types:
+            raise ValueError(
+                f"classifier must be in float32, as a graph's neurons are, got {', '.join(map(str, types))}; call "
+                "classifier.float(); what an ONNX graph computes in is its own precision"
+            )
+
+
+def float_types(classifier: Classifier) -> set[torch.dtype]:
+    """In which a classifier has parameters."""
+    return {parameter.dtype for parameter in classifier.parameters() if parameter.is_floating_point()}
 
 
 def _refuse_broken_weights(classifier: Classifier) -> None:
@@ -304,7 +335,7 @@ def _recorded(
     but for a temporary folder that is lacking."""
     recorder = _NamedNeurons(state, others)
     try:
-        with InFloat64(), recorder.modules, recorder:  # type: ignore[no-untyped-call]
+        with recorder.in_float64, recorder.modules, recorder:
             logits = run_network(classifier, x.clone(), T)
     except Exception as error:  # whatever the user's network may raise
         if isinstance(error, OSError) and lacks_temporary_folder(error):

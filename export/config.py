@@ -75,7 +75,7 @@ class ExportConfig:
             object.__setattr__(self, name, check_count(name, getattr(self, name)))
         if self.with_state and self.layout != "unrolled":
             raise ValueError(
-                f"with_state goes with the unrolled layout; a {self.layout} graph "
+                f"--with-state goes with --layout unrolled; a {self.layout} graph "
                 + ("always has its state outside" if self.layout == "step" else "runs any T in one call")
             )
 

@@ -29,7 +29,7 @@ from tetdeploy.traced_network import Runnable
 from tetdeploy.tracing import Tracer
 from tetdeploy.wording import first_line
 
-from .causality import check_steps
+from .causality import check_steps, float_types
 from .config import GPU_TARGETS, ExportConfig
 from .description import describe, describe_check, serialised
 from .encoder import find_encoder, is_one_layer, split_encoder
@@ -113,7 +113,6 @@ def export_model(
     path = Path(path)
     check_classifier(classifier)
     check_type("config", config, ExportConfig)
-    _refuse_other_floats(classifier)
     classifier.eval()
     x = _checked_input(classifier, config, images, labels, num_check)
     some = torch.from_numpy(x[:2]).to(classifier.mean.device)
@@ -159,27 +158,12 @@ def export_model(
     )
 
 
-def _refuse_other_floats(classifier: Classifier) -> None:
-    """Of a classifier, or its network, that was turned into another type as a whole; `_check_form` refuses one in
-    several."""
-    for types in ({classifier.mean.dtype}, _float_types(classifier)):
-        if types and torch.float32 not in types:
-            raise ValueError(
-                f"classifier must be in float32, as a graph's neurons are, got {', '.join(map(str, types))}; call "
-                "classifier.float(), and choose what a graph computes in by its precision"
-            )
-
-
-def _float_types(classifier: Classifier) -> set[torch.dtype]:
-    return {parameter.dtype for parameter in classifier.parameters() if parameter.is_floating_point()}
-
-
 def _check_form(model: bytes, classifier: Classifier) -> None:
     """Raises: ValueError: a node of a graph is not as ONNX describes it."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        others = _float_types(classifier) - {torch.float32}
+        others = float_types(classifier) - {torch.float32}
         floats = f"it has parameters in {', '.join(sorted(map(str, others)))}, call classifier.float()"
         raise ValueError(
             f"torch.onnx wrote a layer of the network otherwise than ONNX describes it: {first_line(error)}; nothing "

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from tetdeploy.data import Encoding
 from tetdeploy.networks import Classifier, NetworkConfig, import_network
+from tetdeploy.tracing import Tracer
 
 from .causality import check_on_noise
 
@@ -23,8 +24,8 @@ _SECONDS = 300
 
 
 def why_not(config: NetworkConfig, encoding: Encoding) -> str | None:
-    """Why a network of one's own cannot be exported, as far as two images of noise show that; None if they show nothing
-    against it, or the process ended without an answer."""
+    """Why a network of one's own cannot be exported, as far as a trace and two images of noise show that; None if they
+    show nothing against it, or the process ended without an answer."""
     here = str(Path.cwd())  # which `import_network` adds; before the standard library's its files would be in the way
     paths = os.pathsep.join(path for path in sys.path if isinstance(path, str) and path not in ("", here))
     try:
@@ -53,6 +54,8 @@ def _answer(config: NetworkConfig, encoding: Encoding) -> str | None:
     classifier = Classifier(network, config=config, mean=mean, std=std, class_names=class_names, encoding=encoding)
     try:
         num_layers = check_on_noise(classifier.eval(), encoding)
+        if num_layers:
+            Tracer(classifier, encoding=encoding, uint8=True).program(3)
     except ValueError as error:
         return str(error)
     return None if num_layers else "it has no LIF or IF of tetdeploy.neurons"

@@ -6,6 +6,7 @@ import codecs
 import errno
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -461,6 +462,13 @@ class TestCommands:
         )
         monkeypatch.syspath_prepend(str(tmp_path))
         assert preflight._answer(NetworkConfig("function_net:net", 10, 1, (8, 8)), "direct") is None
+
+    def test_a_network_that_cannot_be_traced_is_seen(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        branching = "frames.flatten(2) * (2 if frames.mean() > -9 else 1)"  # as it is for all noise
+        (tmp_path / "branch_net.py").write_text(FRAMES_NET.replace("frames.flatten(2)", branching))
+        monkeypatch.syspath_prepend(str(tmp_path))
+        said = preflight._answer(NetworkConfig("branch_net:net", 10, 1, (8, 8)), "frames")
+        assert said is not None and "cannot trace the network: its forward makes a Python number of" in said
 
     def test_weights_of_half_precision_are_not_trained(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "half_net.py").write_text(
@@ -957,9 +965,10 @@ class TestBadInput:
         before = snapshot(workplace)
         for name in ("export.export_model", "train.train", "engine.Engine.run", "foreign.import_to_checkpoint"):
             monkeypatch.setattr(f"tetdeploy.{name}", self.works)
-        message = refused(*command, "file/a.onnx").splitlines()[-1]
+        file = "file/a.npz" if command[0] == "landscape" else "file/a.onnx"
+        message = refused(*command, file).splitlines()[-1]
         option = "--out" if command[-1] == "-o" else command[-1]
-        said = rf"Error: cannot write file/a.onnx\S*: Not a directory; choose another with {option}"
+        said = rf"Error: cannot write {file}\S*: Not a directory; choose another with {option}"
         assert re.fullmatch(said, message), message
         assert snapshot(workplace) == before
 
@@ -1003,17 +1012,18 @@ class TestBadInput:
         assert f"{name.rstrip('/')}: its name must end in .{file_format}; choose another with --out" in message
 
     @pytest.mark.parametrize(
-        ("command", "result"), [(("sweep", MODEL, "--json"), "photo.json"), (("landscape", RUN, "-o"), "photo.npz")]
+        ("command", "result", "begins"),
+        [(("sweep", MODEL, "--json"), "photo.json", "{"), (("landscape", RUN, "-o"), "photo.npz", "PK")],
     )
     def test_a_picture_without_the_result_is_no_plot_of_it(
-        self, command: tuple[str, ...], result: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+        self, command: tuple[str, ...], result: str, begins: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name in ("engine.Engine.run_with", "train.landscape.measure_landscape"):
             monkeypatch.setattr(f"tetdeploy.{name}", self.works)
         Path("photo.png").write_bytes(b"a cat")
         said = f"photo.png: it is there without {result}, and so something else; choose another with --plot"
         assert said in refused(*command, result).replace("\n", " ")
-        Path(result).write_text("{}")
+        Path(result).write_text(begins)
         assert isinstance(run(*command, result).exception, AssertionError)  # it began to work
         Path(f"{RUN}/model-T3.sweep.json").unlink(missing_ok=True)
         Path(f"{RUN}/model-T3.sweep.png").touch()  # a name that nobody chose
@@ -1185,6 +1195,11 @@ def test_what_foreign_files_say_does_not_steer_the_terminal(workplace: Path) -> 
         raise ValueError("no layer a\x1b[8mb")
 
     assert CliRunner().invoke(fail).output == "Error: no layer a[8mb\n"
+    assert "argument (model.onnx)" in refused("inspect", RUN, "model\u202e.onnx", code=2)
+    bar = progress_bar()
+    bar.console.file = io.StringIO()
+    bar.console.print("model\u202e.onnx")
+    assert bar.console.file.getvalue() == "model.onnx\n"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import yaml
 from tetdeploy.cli import main
 from tetdeploy.cli.serve import serve
 from tetdeploy.export.kserve import inference_service
+from tetdeploy.files import sha256_of, write_json
 from tetdeploy.serve.scheduler import GRACE_SECONDS
 
 URI = "s3://models/digits"
@@ -82,12 +83,16 @@ def test_paths_with_brackets_are_shown_whole(run: Path, tmp_path: Path) -> None:
 
 def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path) -> None:
     file, model = tmp_path / "digits.yaml", Path(shutil.copy(exported("step"), tmp_path))
-    arguments = "export", model, "--format", "kserve", "--name", "Digits_T4", "--storage-uri", URI, "-o", file
+    arguments = "export", model, "--format", "kserve", "--name", "digits-t4", "--storage-uri", URI, "-o", file
     quoted = shlex.quote(str(model))
     assert f"next: copy {quoted} to {URI}, then kubectl apply -f {shlex.quote(str(file))}" in call(*arguments)
     beside = [tmp_path / f"{model.stem}{ending}" for ending in (".reference.npz", ".exit.json")]
-    for path in beside:
-        path.touch()
+    beside[0].touch()
+    write_json(beside[1], {"threshold": 0.9, "criterion": "margin", "min_T": 1, "T": 3, "model_sha256": "another's"})
+    said = call(*arguments)
+    assert f"{beside[1]} holds the threshold of another model" in said
+    assert f"next: copy {quoted}, {shlex.quote(str(beside[0]))} to {URI}, then" in said
+    write_json(beside[1], json.loads(beside[1].read_text()) | {"model_sha256": sha256_of(model)})
     all_three = ", ".join(shlex.quote(str(path)) for path in (model, *beside))
     assert f"next: copy {all_three} to {URI}, then" in call(*arguments)
     service = yaml.safe_load(file.read_text())
@@ -175,6 +180,7 @@ def test_what_does_not_go_together_is_refused(options: tuple[object, ...], messa
         (("triton-repository", "--name", "a/b"), "'a/b' is no name for a served model"),
         (("triton-repository", "--with-state"), "--with-state cannot go with --format triton-repository"),
         (("triton-repository", "--target", "tensorrt-rtx"), "the export is for tensorrt-rtx, which Triton has not"),
+        (("kserve", "--storage-uri", URI, "--name", "Digits_T4"), "'Digits_T4' is no name for a service of Kubernetes"),
         (("kserve", "--storage-uri", URI, "--name", "7"), "'7' is no name for a service of Kubernetes"),
         (("kserve", "--storage-uri", URI, "--name", "a" * 54), "has at most 53 of them, as KServe adds -predictor"),
         (("kserve", "--storage-uri", "models/digits"), "'models/digits' is no storage URI"),

@@ -284,6 +284,14 @@ def test_counters_of_layers_that_the_metadata_do_not_name(tmp_path: Path) -> Non
         damaged.overlaid(damaged.counting_overlay)
 
 
+@pytest.mark.parametrize("overlay", ["", "x"])
+def test_counters_that_are_lost(overlay: str) -> None:
+    damaged = Engine(engine("dynamic").path)
+    damaged.metadata["counting_overlay"] = overlay
+    with pytest.raises(ValueError, match=r"\.onnx has damaged metadata: counting_overlay holds nothing; export the"):
+        damaged.count(digits().images[:1], 1)
+
+
 def test_what_may_be_null_in_the_metadata_may_be_missing(tmp_path: Path) -> None:
     model = engine("dynamic").path.read_bytes()
     (tmp_path / "m.onnx").write_bytes(

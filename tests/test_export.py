@@ -1028,6 +1028,16 @@ class LooksAtTheData(Small):
         return spikes * 2 if spikes.sum() >= 0 else spikes
 
 
+class BrightOnAverage(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return spikes * 2 if spikes.mean() > 0.1 else spikes
+
+
+class BusyForThreeSteps(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return spikes * 2 if spikes[:3].sum() > spikes[3:].sum() else spikes
+
+
 class Brightest(Small):
     def current(self, x: Tensor, T: int) -> Tensor:
         return super().current(x / x.abs().max(), T)
@@ -1104,6 +1114,8 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (RunningSum, ValueError, "mixes time outside its neurons: its answer at step 2 of T=6 differs"),
     (KeptOutside, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs.* to the next$"),
     (DependsOnT, ValueError, "mixes time outside its neurons"),
+    (BusyForThreeSteps, ValueError, r"mixes time outside .*; its forward makes a Python number .* as torch\.where$"),
+    (BrightOnAverage, ValueError, r"mixes the images .*; its forward makes a Python number .* as torch\.where$"),
     (LateEcho, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
     (OneStepAtATime, ValueError, r"runs its neurons 12 times for T=6 and 2 times for .* in one call; where .* recu"),
     (FiresOnce, ValueError, r"for T=6 and 2 images neurons 'lif' get currents \[1, 2, 4, 8, 8\], but axis 0 must be"),
@@ -1650,8 +1662,8 @@ def test_tokens_may_be_merged_elsewhere(layout: str, tmp_path: Path) -> None:
     ({"fold_bn": "no"}, "fold_bn must be True or False, got 'no'"),
     ({"with_state": np.True_}, f"with_state must be True or False, got {np.True_!r}"),
     ({"normalize": 0}, "normalize must be True or False, got 0"),
-    ({"layout": "step", "with_state": True}, "goes with the unrolled layout; a step graph always has its state"),
-    ({"layout": "dynamic", "with_state": True}, "goes with the unrolled layout; a dynamic graph runs any T"),
+    ({"layout": "step", "with_state": True}, "goes with --layout unrolled; a step graph always has its state"),
+    ({"layout": "dynamic", "with_state": True}, "--with-state goes with --layout unrolled; a dynamic graph runs any T"),
 ])  # fmt: skip
 def test_refused_options(options: Options, match: str) -> None:
     with pytest.raises(ValueError, match=match):

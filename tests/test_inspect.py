@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,10 @@ def safetensors(
     return path
 
 
-def relu(path: Path) -> Path:
+def relu(path: Path, names: Sequence[str] = "xy") -> Path:
     """An ONNX model of somebody else."""
-    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "theirs", ports[:1], ports[1:])
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3]) for name in names]
+    graph = helper.make_graph([helper.make_node("Relu", names[:1], names[1:])], "theirs", ports[:1], ports[1:])
     opsets = [helper.make_opsetid("", 20)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="[bold]them[/x]")
     onnx.save(model, path)
@@ -295,6 +296,11 @@ class TestOthers:
         assert (found["kind"], found["producer"]) == ("onnx", "[bold]them[/x]")
         assert found["inputs"] == [{"name": "x", "shape": ["n", 3], "dtype": "float32"}]
         assert "[bold]them[/x]" in shown(found)
+
+    def test_a_line_break_in_a_name_makes_no_row(self, tmp_path: Path) -> None:
+        file = relu(tmp_path / "a.onnx", names=("x\n         z", "y"))
+        *_, first, second = map(str.split, shown(inspect(file)).strip().splitlines())
+        assert (first[:2], first[2], second) == (["input", "x\\n"], "z", ["output", "y", "[n,", "3]", "float32"])
 
     def test_what_others_keep_in_and_beside_an_onnx_model(self, tmp_path: Path) -> None:
         model = onnx.load(relu(tmp_path / "a.onnx"))

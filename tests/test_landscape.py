@@ -596,10 +596,10 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--out", "fig2.png"], "--out and --plot would be one file, fig2.png"),
+            (["--out", "fig2.npz", "--plot", "fig2.npz"], "--out and --plot would be one file, fig2.npz"),
+            (["--out", "l4.txt"], "cannot write l4.txt: its name must end in .npz; choose another with --out"),
             (["--out", "l3.npz", "--json", "runs/../l3.npz"], "--out and --json would be one file"),
             (["--out", "l.npz", "--plot", "l.pdf", "--json", "l.pdf"], "--plot and --json would be one file, l.pdf"),
-            (["--out", "."], "cannot write .: Is a directory; choose another with --out"),
             (["--json", "-"], "cannot write -: a result goes to a file, not to the terminal; choose another with"),
         ],
     )
@@ -635,6 +635,7 @@ class TestCommand:
             (["runs/none"], "runs/none does not exist"),
             (["runs/sdt", "runs/sdt"], "a checkpoint is named twice: sdt, sdt"),
             (["runs/sdt", "--radius", "0.1"], "--radius 0.1 is shorter than a step of the grid, 1; give more --points"),
+            (["runs/sdt", "--radius", "1.5"], "--radius 1.5 leaves the grid, which ends at 1; give a larger --extent"),
             (["runs/sdt", "--points", "4"], "points is 4; it must be odd"),
             (["runs/sdt", "--device", "cuda:99"], "device cuda:99 is not there"),
             (["runs/sdt", "--data", "nowhere"], "unknown data set 'nowhere'"),

@@ -418,6 +418,13 @@ def test_an_image_may_be_shown_in_several_ways(show: Callable[[Tensor, int], Ten
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_classifier_in_another_type_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"must be in float32, .* got {dtype}; call classifier\.float\(\)"):
+        export_nir(calibrated(Everything()).to(dtype), tmp_path / "m.nir", trained_T=3)
+    assert not list(tmp_path.iterdir())
+
+
 class Thrown(nn.Module):
     """Applies a function to spikes `[N, 4, 8, 8]`."""
 

@@ -608,9 +608,23 @@ def test_seeds_make_a_run_each_and_a_summary(tmp_path: Path, whole_seeds: tuple[
 def test_seeds_warn_once_of_a_latest_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("default")  # as outside of the tests
+        warnings.simplefilter("always")  # Python's default forgets what it has shown where a library adds a filter
         assert seeds(tmp_path / "many", of_seed, runs=tmp_path / "runs").best is not None
     assert len([w for w in warned if "runs/latest cannot be written" in str(w.message)]) == 1
+
+
+def test_a_warning_of_each_seed_is_given_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warns(classifier: Classifier, train_set: Any, val_set: Any, config: TrainConfig, out: Path, **_: Any) -> Any:
+        warnings.warn("of all", RuntimeWarning, stacklevel=1)
+        warnings.warn(f"of seed {config.seed}", RuntimeWarning, stacklevel=1)
+        return TrainResult(out, 3, None, interrupted=False, seconds=1.0)
+
+    monkeypatch.setattr("tetdeploy.train.seeds.train", warns)
+    for folder in ("first", "again"):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            seeds(tmp_path / folder, of_seed)
+        assert [str(warning.message) for warning in warned] == ["of all", "of seed 0", "of seed 3"]
 
 
 def test_interrupted_seeds_go_on(tmp_path: Path, whole_seeds: tuple[Path, Any]) -> None:

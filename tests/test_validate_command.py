@@ -443,7 +443,8 @@ class TestGates:
             metadata.value = json.dumps(known | {"uncounted": [name]})
             onnx.save(model, f"{name}.onnx")
         of_digits = ("--data", "digits", "--limit", "20", "--fail-under", "energy=1e9")
-        told = "operations not counted, and in no energy: later (residual_adds); export --layout step may count them"
+        told = "operations not counted, and in no energy: later (residual_adds); export --layout step may count them "
+        told += "(why: docs/energy.md)"
         assert told in " ".join(run("later (residual_adds).onnx", *of_digits).output.split())
         message = refused("up.0.onnx", *of_digits)
         assert f"--fail-under energy cannot be judged: {told.replace('later (residual_adds)', 'up.0')}" in message

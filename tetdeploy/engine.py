@@ -181,7 +181,15 @@ class Engine:
 
     @cached_property
     def counting_overlay(self) -> bytes:
-        return base64.b64decode(self.metadata["counting_overlay"])
+        try:
+            overlay = base64.b64decode(self.metadata["counting_overlay"])
+        except ValueError:
+            overlay = b""
+        if not overlay:
+            raise ValueError(
+                f"{self.path} has damaged metadata: counting_overlay holds nothing; export the model again"
+            )
+        return overlay
 
     def stream(self, batch: int = 1) -> Stream:
         """A session that keeps the LIF state of `batch` streams from one `push` to the next.

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tokenize import TokenError  # of a damaged header, from NumPy's parser
 from typing import Any, BinaryIO
-from zipfile import BadZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -278,12 +278,16 @@ class _HoldsObjectsError(ValueError):
 class _Arrays(Mapping[str, "NDArray[Any]"]):
     """Those of a `.npz`, and whatever else lies beside them, of which NumPy gives the bytes."""
 
-    def __init__(self, file: Mapping[str, Any]) -> None:
+    def __init__(self, file: Any) -> None:
         self._file = file
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         try:
             value = self._file[name]
+        except MemoryError as error:
+            size = self._size(name)
+            np.empty(size, np.uint8)  # if that does not fit either, it is the memory
+            raise ValueError(f"{name} claims to be larger than the {size:,} bytes that are there") from error
         except ValueError as error:
             if not str(error).startswith("Object arrays"):
                 raise
@@ -294,6 +298,11 @@ class _Arrays(Mapping[str, "NDArray[Any]"]):
         if not isinstance(value, np.ndarray):
             raise ValueError(f"{name} is no array")
         return value
+
+    def _size(self, name: str) -> int:
+        """The bytes of an array and its header."""
+        archive: ZipFile = self._file.zip
+        return archive.getinfo(name if name in archive.namelist() else f"{name}.npy").file_size
 
     def __contains__(self, name: object) -> bool:
         return name in self._file

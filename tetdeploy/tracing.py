@@ -120,6 +120,12 @@ _GUARDS = {  # what stands in a guard, and why torch made it
 }
 
 
+MAKES_NUMBERS = (
+    "its forward makes a Python number of a tensor's values, by float(), .item() or a condition on them; make neurons "
+    "once, in __init__, of numbers, and write a condition as torch.where"
+)
+
+
 def reason(error: Exception) -> str:
     """The first line of torch's message, or the second where the first one only announces it; and what led to it, where
     that is known."""
@@ -130,10 +136,7 @@ def reason(error: Exception) -> str:
     if "marked T as dynamic" in line:  # what torch advises is of its own functions
         return "it loops over its steps, as `for step in x` does, or counts them, which fixes T as it is traced"
     if line.startswith("Could not guard on data-dependent expression"):  # in terms of torch's own symbols
-        return (
-            "its forward makes a Python number of a tensor's values, by float(), .item() or a condition on them; make "
-            "neurons once, in __init__, of numbers, and write a condition as torch.where"
-        )
+        return MAKES_NUMBERS
     known = [why for sign, why in _GUARDS.items() if re.search(f"generated guard .*{sign}", line)]
     return ": ".join([*known, line])
 

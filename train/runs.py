@@ -310,7 +310,7 @@ def mark_latest(out: Path, runs: Path) -> None:
         if target.parent == Path():
             raise OSError(f"{text}: remove it, or train with another --runs") from error
         text += ": name the run in later commands, or train with another --runs"
-        warnings.warn(text, RuntimeWarning, stacklevel=1)  # of one place, so that it is shown once of several seeds
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def _seen_from(runs: Path, out: Path) -> Path:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import statistics
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +122,8 @@ def train_seeds(
     options: dict[str, Any] = {"how": how, "progress": progress, "board": board, "workers": workers}
     console = StandardOutput(quiet=progress is False or not ranks.writes)
     results: list[TrainResult] = []
-    with only_trainer(out, resume=resume):  # and of each seed, in `train`: it may be resumed by itself
+    # The only trainer of each seed too, in `train`: a seed may be resumed by itself.
+    with _each_warning_once(), only_trainer(out, resume=resume):
         with ranks.first():
             if ranks.writes:
                 recipe = _check(out, settings, recipe, resume=resume)
@@ -146,6 +149,25 @@ def train_seeds(
         if runs is not None and result.best is not None and ranks.writes:
             mark_latest(result.best.out, runs)
         return result
+
+
+@contextmanager
+def _each_warning_once() -> Iterator[None]:
+    """What is the same for several seeds is told once: Python forgets which warnings it has shown where a library that
+    is imported adds a filter."""
+    show = warnings.showwarning
+    shown: set[str] = set()
+
+    def show_new(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            show(message, category, *where, **more)
+
+    warnings.showwarning = show_new
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 class _Fresh:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from tetdeploy.cli.calibrate import has_own_threshold
 from tetdeploy.cli.terminal import console
 from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
@@ -75,9 +76,8 @@ def _checked_name(ctx: click.Context, source: Path) -> str:
         return name
     from tetdeploy.export.kserve import check_service_name, check_storage_uri
 
-    name = re.sub("[_.]", "-", name.lower())
     if ctx.params["name"] is None:
-        name = re.sub("[^a-z0-9]+", "-", name).strip("-")
+        name = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
     check_service_name(name)
     check_storage_uri(ctx.params["storage_uri"])
     return name
@@ -122,6 +122,10 @@ def _write_service(ctx: click.Context, model: Path, name: str) -> None:
     if ctx.params["json_path"] is not None:
         write_json(ctx.params["json_path"], {"path": str(path), "service": service})
     # Beside it: what the estimated energy and early_exit: true need.
-    copied = [model, *filter(Path.exists, (reference_path(model), exit_path(model)))]
+    copied = [model]
+    if reference_path(model).exists():
+        copied.append(reference_path(model))
+    if has_own_threshold(model):
+        copied.append(exit_path(model))
     files, manifest = ", ".join(shlex.quote(str(file)) for file in copied), shlex.quote(str(path))
     console.print(f"next: copy {files} to {storage_uri}, then kubectl apply -f {manifest}   (docs/cluster.md)")

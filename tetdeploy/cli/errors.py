@@ -44,7 +44,8 @@ class CleanErrors(click.Command):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:
-            return super().make_context(*args, **kwargs)
+            with _visible_errors():
+                return super().make_context(*args, **kwargs)
         except OSError as error:  # `--help` and `--version` print here
             if error.errno == errno.EPIPE:  # of a reader that left, which click ends in silence
                 raise
@@ -55,18 +56,22 @@ class CleanErrors(click.Command):
         return super().parse_args(ctx, [_expand_home(argument) for argument in args])
 
     def invoke(self, ctx: click.Context) -> Any:
+        with _visible_errors():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: click.Context) -> Any:
         try:
             _check_current_folder()
             return super().invoke(ctx)
         except (ValueError, MissingExtraError) as error:
-            raise click.ClickException(visible(str(error))) from error
+            raise click.ClickException(str(error)) from error
         except OSError as error:
             _drop_unwritten()
-            raise click.ClickException(visible(_describe(error))) from error
+            raise click.ClickException(_describe(error)) from error
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
-            reason = visible(str(error)).partition("\n")[0] or "out of memory"
+            reason = str(error).partition("\n")[0] or "out of memory"
             raise click.ClickException(
                 f"the memory does not suffice ({reason}); take fewer images at once, a smaller T or a smaller network"
             ) from error
@@ -91,6 +96,16 @@ class Recorded(click.Command):
 def lacks_memory(error: BaseException) -> bool:
     """Whether memory that does not suffice is what an error says."""
     return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def _visible_errors() -> Iterator[None]:
+    """What click prints of an error, of a wrong argument too, does not steer the terminal."""
+    try:
+        yield
+    except click.ClickException as error:
+        vars(error)["message"] = visible(error.message)  # which newer versions of click type as final
+        raise
 
 
 @contextmanager

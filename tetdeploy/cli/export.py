@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import TaskID
 
+from tetdeploy.cli.calibrate import has_own_threshold
 from tetdeploy.cli.cluster import FORMATS, export_for_cluster
 from tetdeploy.cli.errors import Recorded
 from tetdeploy.cli.inputs import load_classifier
@@ -190,8 +191,8 @@ def export(
     if json_path is not None:
         write_json(json_path, exported.to_dict())
     print_exported(exported, config)
-    _say_whether_calibrated(exported.path)
     if ctx.parent is None or ctx.parent.command is not ctx.command:  # as for a cluster, which says itself what is next
+        has_own_threshold(exported.path)
         say_next(*_next(exported.path, config.target))
     return exported.path
 
@@ -318,7 +319,8 @@ def print_exported(exported: Exported, config: ExportConfig) -> None:
             else "OpenVINO itself was not run, as it is not installed here: pip install 'tetdeploy[openvino]'",
         )
     if exported.uncounted:
-        console.print(f"operations of these layers will not be counted: {', '.join(exported.uncounted)}")
+        names = ", ".join(exported.uncounted)
+        console.print(f"operations of these layers will not be counted: {names} (why: docs/energy.md)")
     console.print(f"{exported.path}   {exported.size_bytes / 1e6:.1f} MB")
 
 
@@ -354,17 +356,6 @@ def _next(path: Path, target: str) -> tuple[Path | str, ...]:
         return ("build", path, "--package", target)
     where = {"cuda": ("--device", "cuda"), "openvino": ("--runtime", "openvino")}
     return ("sweep", path, *where.get(target, ()))
-
-
-def _say_whether_calibrated(path: Path) -> None:
-    """What `tetdeploy calibrate` found for an earlier model of this name is not deleted, and does not fit this one."""
-    from tetdeploy.early_exit import exit_path, load_exit
-
-    if exit_path(path).exists():
-        try:
-            load_exit(path)
-        except (ValueError, OSError) as error:
-            console.print(str(error), style="yellow")
 
 
 def _print_int8(int8: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ Examples:
     "on, or all held out.",
 )
 @click.option("--limit", default=1000, show_default=True, type=AT_LEAST_1, help="At most so many of them.")
-@click.option("--radius", type=float, help="Of the sharpness measure. [default: half the extent]")
+@click.option("--radius", type=float, help="Of the sharpness measure, up to the extent. [default: half of it]")
 @click.option("--data", help="Another data set. [default: the training's]")
 @data_dir_option
 @own_network_option
@@ -112,6 +112,10 @@ def landscape(
     radius = max(config.extent / 2, step) if radius is None else radius
     if not radius >= step * (1 - 1e-9):
         raise ValueError(f"--radius {radius:g} is shorter than a step of the grid, {step:g}; give more --points")
+    if radius > config.extent * (1 + 1e-9):
+        raise ValueError(
+            f"--radius {radius:g} leaves the grid, which ends at {config.extent:g}; give a larger --extent"
+        )
     path = out or _default_out(files)
     plot = _checked_plot(path, plot, json_path, named=out is not None)
     source = data or _common("data", files, list(map(trained_on, metadata, files)))
@@ -132,7 +136,7 @@ def landscape(
 
 def _checked_plot(path: Path, plot: Path | None, json_path: Path | None, *, named: bool) -> Path:
     """Where the plot goes; outputs that cannot be written, or are one file, are refused before hours of measuring."""
-    check_writable(path, remedy="choose another with --out")
+    check_writable(path, ".npz", begins=b"PK", remedy="choose another with --out")
     plot = plot or default_plot(path, named=named)
     check_writable(plot, remedy="choose another with --plot")
     check_distinct({"--out": path, "--plot": plot, "--json": json_path})

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import get_terminal_size
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,7 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from tetdeploy.standard_output import StandardOutput
+from tetdeploy.standard_output import StandardOutput, VisibleConsole
 
 # As wide as COLUMNS says, or the terminal; rich alone would take the width of stderr for a pipe.
 console = StandardOutput(width=get_terminal_size(fallback=(120, 24)).columns)
@@ -58,7 +57,7 @@ def progress_bar(rate_of: str = "") -> Progress:
     Args:
         rate_of: what the tasks count, to show how many a second.
     """
-    stderr = Console(stderr=True)
+    stderr = VisibleConsole(stderr=True)
     shown = sys.stderr is not None and sys.stderr.isatty()  # None: closed, as a daemon's may be
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))

@@ -133,10 +133,11 @@ def in_threads(decode: Callable[[int], None], count: int, text: str | None, *, c
 @contextmanager
 def _progress(text: str | None, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the number of images done; a bar appears when it takes more than a second."""
-    from rich.console import Console
     from rich.progress import Progress, TextColumn
 
-    console = Console(stderr=True)
+    from tetdeploy.standard_output import VisibleConsole
+
+    console = VisibleConsole(stderr=True)
     name = TextColumn("{task.description}", markup=False)
     columns = (name, *Progress.get_default_columns()[1:])
     progress = Progress(*columns, console=console, disable=text is None or not console.is_terminal, transient=True)

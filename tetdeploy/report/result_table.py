@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import TextType
@@ -33,6 +34,11 @@ class ResultTable(Table):
         self.num_labels = num_labels
         for header in numbers:
             self.add_column(header, justify="right", no_wrap=True)
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        """A row; a line break in a name, which a foreign file may have, would begin what looks like another one."""
+        shown = [cell.replace("\n", "\\n") if isinstance(cell, str) else cell for cell in cells]
+        super().add_row(*shown, **options)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         widths = [_least_width(console, options, column) for column in self.columns]
