@@ -1201,9 +1201,8 @@ def test_without_locks_a_run_goes_on_and_says_so(tmp_path: Path, error: int, mon
 
 def test_a_lock_that_cannot_be_opened_may_be_held(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()  # as a file of another user, it cannot be opened to write
-    with pytest.raises(
-        OSError, match=rf"cannot lock {re.escape(str(tmp_path))}/\.lock: Is a directory; choose another --out"
-    ):
+    reason = rf"cannot lock {re.escape(str(tmp_path))}/\.lock: Is a directory; make its folder writable, or train anew"
+    with pytest.raises(OSError, match=reason):
         run(tmp_path)
     assert not (tmp_path / "config.json").exists()
 
