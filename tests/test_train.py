@@ -162,6 +162,7 @@ def interrupt_at(count: int) -> Callable[[int], None]:
         ({"precision": "int8"}, "unknown precision 'int8'; choose one of auto, fp32, bf16, fp16"),
         ({"qat": "no"}, "qat must be True or False, got 'no'"),
         ({"device": "tpu"}, "unknown device 'tpu'; choose auto, cpu, cuda"),
+        ({"batch_size": 2**63}, "batch_size is 9223372036854775808; .* at most 9223372036854775807"),
     ],
 )
 def test_config_refuses(changes: dict[str, Any], message: str) -> None:
