@@ -235,8 +235,10 @@ class _Writer:
         self._node("output", self.nir.Output({"output": np.array(shape)}), sources)
 
     def _node(self, name: str, node: Any, sources: Sources) -> Sources:
-        base, count = name, 1
-        while name in self.nodes:
+        """Add a node by a name of its own: readers make `a_b` of `a.b`, and HDF5 a folder of what precedes a slash."""
+        base, count, taken = name.replace("/", "_"), 1, {other.replace(".", "_") for other in self.nodes}
+        name = base
+        while name.replace(".", "_") in taken:
             count += 1
             name = f"{base}_{count}"
         self.nodes[name] = node

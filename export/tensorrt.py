@@ -29,6 +29,7 @@ from .reading import parse_graph
 from .tensorrt_graph import layers_of, prepare
 
 Range = tuple[int, int, int]
+_MOST = 2**31 - 1  # of a dimension, in TensorRT; its calls take no number beyond 64 bits
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ class BuildConfig:
         for name, value in (("batch", self.batch), ("T", self.T)):
             if value is not None and not 1 <= value[0] <= value[1] <= value[2]:
                 raise ValueError(f"{name} must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, got {value}")
-        if self.workspace_mb is not None and self.workspace_mb < 1:
-            raise ValueError(f"workspace_mb must be at least 1, got {self.workspace_mb}")
+            if value is not None and value[2] > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST}, got {value[2]}")
+        if self.workspace_mb is not None and not 1 <= self.workspace_mb <= _MOST:
+            raise ValueError(f"workspace_mb must lie in 1..{_MOST}, got {self.workspace_mb}")
 
 
 @dataclass(frozen=True)

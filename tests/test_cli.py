@@ -713,6 +713,11 @@ class TestBadInput:
         message = "Error: nothing does not exist; name a run folder, or train without --resume\n"
         assert refused("train", "--resume", "nothing", *seeds) == message
 
+    def test_a_run_is_resumed_in_its_own_folder(self) -> None:
+        said = refused("train", "--resume", "r/a", "--out", "r/b", code=2)
+        assert "--resume goes on in the run's own folder, r/a, and --out names r/b: leave it out" in said
+        assert "r/a does not exist" in refused("train", "--resume", "r/a", "--out", "./r/a")  # the same one
+
     @pytest.mark.parametrize("command", [("export",), ("sweep",), ("train", "--resume")])
     def test_nothing_there_yet(self, command: tuple[str, ...]) -> None:
         assert "tetdeploy " in refused(*command)

@@ -282,6 +282,30 @@ def test_a_layer_used_twice_becomes_two_nodes() -> None:
     assert {"lif1", "lif1_2", "layer2.0", "layer2.0_2"} <= set(graph.nodes)
 
 
+class Confusing(nn.Module):
+    """Names that readers, who write `_` for a dot, or HDF5, whose folders end at a slash, could take for others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1))
+        self.neurons = nn.ModuleDict({"3/4": LIF(v_th=0.1)})
+        self.b = OverTime(nn.Conv2d(4, 4, 3, padding=1))  # its convolution is b.0
+        self.b_0 = LIF(v_th=0.2)
+        self.readout = OverTime(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        logits: Tensor = self.readout(self.b_0(self.b(self.neurons["3/4"](self.encode(x, T)))))
+        return logits
+
+
+def test_no_two_nodes_have_names_that_a_reader_takes_for_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    export_nir(calibrated(Confusing()), tmp_path / "m.nir", trained_T=4)
+    names = nir.read(tmp_path / "m.nir").nodes.keys()
+    assert {"neurons.3_4", "b.0", "b_0_2"} < names
+    assert len({name.replace(".", "_") for name in names}) == len(names)
+
+
 # ------------------------------------------------------------------------------------------- in other frameworks
 
 
@@ -375,6 +399,20 @@ def test_others_add_two_heads_and_take_what_is_not_square(reader: str, tmp_path:
     logits, _ = their_spikes(READERS[reader](tmp_path / "m.nir"), network, pixels, 4)
     with torch.no_grad():
         torch.testing.assert_close(logits, network(pixels, 4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reader", READERS)
+def test_others_tell_names_apart(reader: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, pixels = calibrated(Confusing()), torch.from_numpy(images()[:16])
+    export_nir(network, tmp_path / "m.nir", trained_T=4)
+    module, state = READERS[reader](tmp_path / "m.nir").eval(), None
+    with torch.no_grad():
+        for expected in network(pixels, 4):
+            logits, state = module(network.normalize(pixels), state)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.peer

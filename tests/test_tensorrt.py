@@ -401,8 +401,18 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         BuildConfig(batch=(0, 1, 2))
     with pytest.raises(ValueError, match=r"T must be .*, got \(3, 2, 4\)"):
         BuildConfig(T=(3, 2, 4))
-    with pytest.raises(ValueError, match="workspace_mb must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"workspace_mb must lie in 1\.\.2147483647, got 0"):
         BuildConfig(workspace_mb=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch": (1, 1, 2**31)}, {"T": (1, 1, 10**20)}, {"workspace_mb": 2**31}],
+    ids=lambda options: next(iter(options)),
+)
+def test_numbers_that_tensorrt_cannot_hold(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^{next(iter(options))} must .*2147483647, got \d+$"):
+        BuildConfig(**options)
 
 
 def test_the_command_builds_and_reports(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def interrupt_at(count: int) -> Callable[[int], None]:
         ({"precision": "int8"}, "unknown precision 'int8'; choose one of auto, fp32, bf16, fp16"),
         ({"qat": "no"}, "qat must be True or False, got 'no'"),
         ({"device": "tpu"}, "unknown device 'tpu'; choose auto, cpu, cuda"),
+        ({"batch_size": 2**63}, "batch_size is 9223372036854775808; .* at most 9223372036854775807"),
     ],
 )
 def test_config_refuses(changes: dict[str, Any], message: str) -> None:
@@ -1201,9 +1202,8 @@ def test_without_locks_a_run_goes_on_and_says_so(tmp_path: Path, error: int, mon
 
 def test_a_lock_that_cannot_be_opened_may_be_held(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()  # as a file of another user, it cannot be opened to write
-    with pytest.raises(
-        OSError, match=rf"cannot lock {re.escape(str(tmp_path))}/\.lock: Is a directory; choose another --out"
-    ):
+    reason = rf"cannot lock {re.escape(str(tmp_path))}/\.lock: Is a directory; make its folder writable, or train anew"
+    with pytest.raises(OSError, match=reason):
         run(tmp_path)
     assert not (tmp_path / "config.json").exists()
 

@@ -22,7 +22,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _RANGES = {
     "T": (1, math.inf, True),
     "epochs": (1, math.inf, True),
-    "batch_size": (1, math.inf, True),
+    "batch_size": (1, 2**63 - 1, True),
     "lr": (0.0, math.inf, False),
     "weight_decay": (0.0, math.inf, True),
     "warmup_epochs": (0, math.inf, True),

@@ -146,7 +146,9 @@ def _locked(out: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         if error.filename is not None:  # it cannot be opened, and so another process may well hold its lock
-            raise OSError(f"cannot lock {file}: {error.strerror}; choose another --out") from error
+            raise OSError(
+                f"cannot lock {file}: {error.strerror}; make its folder writable, or train anew with another --out"
+            ) from error
         warnings.warn(
             f"{file} cannot be locked ({error.strerror}): see to it that no other process trains there",
             RuntimeWarning,

@@ -32,6 +32,9 @@ _QAT_DEFAULTS = {"lr": 1e-4, "epochs": 2}
 def check_beginnings(ctx: click.Context) -> None:
     """Refuse options that begin a run in different ways."""
     resume, init, restart = (ctx.params[name] is not None for name in ("resume", "init", "restart_from"))
+    run, out = ctx.params["resume"], ctx.params["out"]
+    if run and out is not None and Path(run).resolve() != out.resolve():
+        raise click.UsageError(f"--resume goes on in the run's own folder, {run}, and --out names {out}: leave it out")
     if init and resume:
         raise click.UsageError("--init starts a new run and --resume goes on with one: choose one of them")
     if init and ctx.params["seeds"]:
