@@ -3,8 +3,8 @@
 - `model`: `export_model`, from start to end. It takes what `trained` finds, as `config` says, tells `progress`, and
   writes the graph and its `reference`.
 - `preflight`, `causality`: what is refused, before a training and before a trace.
-- `onnx_tracer`: from PyTorch to ONNX, each layer of neurons one node; `pooling`, `half`, `int8`: operators that it
-  writes otherwise.
+- `onnx_tracer`: from PyTorch to ONNX, each layer of neurons one node; `program`: what torch.onnx translates of a folded
+  network; `pooling`, `half`, `int8`: operators that are written otherwise.
 - `lowering`, `neuron_steps`: those nodes become steps of neurons, in each layout; `encoder`: what a step graph computes
   once for an image; `openvino`: a runtime's own form.
 - `operations`: what is counted, for which `binary_values` and `step_order` look at the values (`values`: their makers

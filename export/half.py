@@ -93,6 +93,7 @@ def halve(graph_module: fx.GraphModule, layers: Iterable[PlacedLayer] | None = N
 def _halve_layer(graph_module: fx.GraphModule, layer: PlacedLayer) -> fx.Node:
     graph, node = graph_module.graph, layer.node
     x, weight, bias = (*node.args, None)[:3]
+    assert isinstance(x, fx.Node)
     with graph.inserting_before(node):
         inputs = [graph.call_function(aten.to.dtype, (x, torch.float16))]
         inputs += [graph.get_attr(name) for name in _half_parameters(graph_module, layer)]

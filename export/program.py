@@ -34,14 +34,12 @@ _TRANSLATED = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.relu.default,
     aten.mean.dim, aten.sum.dim_IntList, aten.amax.default,
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.avg_pool2d.default,
-    aten.view.default, aten.unsqueeze.default, aten.expand.default,
-    aten.transpose.int, aten.permute.default,
+    aten.unsqueeze.default, aten.expand.default, aten.transpose.int, aten.permute.default,
     aten.select.int, aten.slice.Tensor, aten.cat.default, aten.stack.default,
 }  # fmt: skip
-_WRITTEN_OTHERWISE = {
-    aten._assert_tensor_metadata.default, aten.mT.default, aten.flatten.using_ints, aten.unflatten.int,
-    aten.reshape.default,
-}  # fmt: skip
+_VIEWS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
+_WRITTEN_OTHERWISE = {*_VIEWS, aten.to.dtype, aten.mT.default, aten.adaptive_avg_pool2d.default}
+_ASSERTION = aten._assert_tensor_metadata.default
 
 
 class _Decomposed(ExportedProgram):
@@ -61,22 +59,21 @@ def as_program(folded: fx.GraphModule, traced: ExportedProgram) -> ExportedProgr
     graph = folded.graph
     if not all(map(_is_known, graph.nodes)):
         return None
+    sizes: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
-        _write_otherwise(node)
+        if isinstance(size := node.meta.get("val"), torch.SymInt):
+            sizes.setdefault(str(size), node)
+        _write_otherwise(node, sizes)
     graph.eliminate_dead_code()
     state, parameters = _lift(folded)
     given = [node for node in graph.find_nodes(op="placeholder") if node not in parameters]
     results: Any = graph.output_node().args[0]
-    signature = ExportGraphSignature(
-        [
-            *(
-                InputSpec(InputKind.BUFFER, _named(node), name, True)
-                for node, name in zip(parameters, state, strict=True)
-            ),
-            *(InputSpec(InputKind.USER_INPUT, _named(node), None) for node in given),
-        ],
-        [OutputSpec(OutputKind.USER_OUTPUT, _named(node), None) for node in results],
-    )
+    specs = [
+        InputSpec(InputKind.BUFFER, _named(node), name, True) for name, node in zip(state, parameters, strict=True)
+    ]
+    specs += [InputSpec(InputKind.USER_INPUT, _named(node), None) for node in given]
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, _named(node), None) for node in results]
+    signature = ExportGraphSignature(specs, outputs)
     return _Decomposed(
         folded, graph, signature, state, traced.range_constraints, traced.module_call_graph, verifiers=traced.verifiers
     )
@@ -87,49 +84,54 @@ def _named(node: fx.Node) -> TensorArgument:
 
 
 def _is_known(node: fx.Node) -> bool:
-    if node.target is aten.to.dtype:
-        return len(node.args) == 2
-    if node.target is aten.adaptive_avg_pool2d.default:
-        return node.args[1] == [1, 1]
-    return node.op != "call_function" or node.target in _TRANSLATED or node.target in _WRITTEN_OTHERWISE
+    if node.target is aten.to.dtype and len(node.args) > 2:
+        return False
+    if node.target is aten.adaptive_avg_pool2d.default and node.args[1] != [1, 1]:
+        return False
+    return (
+        node.op != "call_function"
+        or node.target in _TRANSLATED
+        or node.target is _ASSERTION
+        or (node.target in _WRITTEN_OTHERWISE and not node.kwargs)
+    )
 
 
-def _write_otherwise(node: fx.Node) -> None:
-    """A node as torch.onnx would write it, in place."""
+def _write_otherwise(node: fx.Node, sizes: dict[str, fx.Node]) -> None:
+    """A node as torch.onnx would write it, in place; `sizes` are those computed before it."""
     x = next(iter(node.args), None)
-    if node.op == "call_module" or node.target is aten._assert_tensor_metadata.default:
+    if node.op == "call_module" or node.target is _ASSERTION:
         node.graph.erase_node(node)  # what was assured as it was traced
     elif node.target is aten.to.dtype:
         _write(node, aten._to_copy.default, x, dtype=node.args[1])
-    elif node.target is aten.adaptive_avg_pool2d.default:
-        _write(node, aten.mean.dim, x, [-1, -2], True)
     elif node.target is aten.mT.default:
         _write(node, aten.transpose.int, x, -2, -1)
-    elif node.target in (aten.flatten.using_ints, aten.unflatten.int, aten.reshape.default):
-        _write(node, aten.view.default, _contiguous(node, x), _sizes(node))
+    elif node.target is aten.adaptive_avg_pool2d.default:
+        _write(node, aten.mean.dim, x, [-1, -2], True)
+    elif node.target in _VIEWS:
+        _write(node, aten.view.default, _contiguous(node, x), _shape(node, sizes))
 
 
 def _write(node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> None:
     node.target, node.args, node.kwargs = target, args, kwargs
 
 
-def _sizes(node: fx.Node) -> list[Any]:
-    """What `view` takes for the same as a reshape, flatten or unflatten: numbers, nodes that have some, and one -1."""
+def _shape(node: fx.Node, sizes: dict[str, fx.Node]) -> list[Any]:
+    """What `view` takes for the same as any of the views: numbers, nodes that have some, and one -1."""
     x: Any = node.args[0]
     given: Any = node.args[1:]
     shape = x.meta["val"].shape
-    if node.target is aten.reshape.default:
+    if node.target in (aten.view.default, aten.reshape.default):
         return list(given[0])
     if node.target is aten.unflatten.int:
         axis = given[0] % len(shape)
         first, middle, last = axis, list(given[1]), axis + 1
     else:
-        start, end = (*given, *(0, -1)[len(given) :])  # as flatten has them
+        start, end = given + (0, -1)[len(given) :]  # as flatten has them
         first, last = start % len(shape), end % len(shape) + 1
         merged = math.prod(shape[first:last])
         middle = [merged if isinstance(merged, int) else -1]
     with node.graph.inserting_before(node):
-        before, behind = ([_size(x, axis) for axis in part] for part in (range(first), range(last, len(shape))))
+        before, behind = ([_size(x, axis, sizes) for axis in part] for part in (range(first), range(last, len(shape))))
     return [*before, *middle, *behind]
 
 
@@ -141,14 +143,13 @@ def _contiguous(node: fx.Node, x: Any) -> fx.Node:
     return copy
 
 
-def _size(x: fx.Node, axis: int) -> Any:
+def _size(x: fx.Node, axis: int, sizes: dict[str, fx.Node]) -> Any:
     """The size of an axis, or a node that has it."""
     size = x.meta["val"].shape[axis]
-    if isinstance(size, int):
-        return size
-    node = x.graph.call_function(aten.sym_size.int, (x, axis))
-    node.meta["val"] = size
-    return node
+    if isinstance(size, torch.SymInt) and str(size) not in sizes:
+        sizes[str(size)] = x.graph.call_function(aten.sym_size.int, (x, axis))
+        sizes[str(size)].meta["val"] = size
+    return sizes.get(str(size), size)
 
 
 def _lift(module: fx.GraphModule) -> tuple[dict[str, Tensor], list[fx.Node]]:

@@ -1,0 +1,140 @@
+"""A folded network becomes the program that torch.onnx translates, or is traced once more: the graph is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from export_helpers import classifier
+from torch import Tensor, nn
+from zoo_helpers import MODELS, for_export
+
+from tetdeploy.export import onnx_tracer, program
+from tetdeploy.export.onnx_tracer import OnnxTracer
+from tetdeploy.int8.quantisation import CurrentScale, Scales, quantise, spiking_convolutions
+from tetdeploy.layers import OverTime
+from tetdeploy.neurons import LIF
+from tetdeploy.tracing import Tracer
+
+
+class _Everything(nn.Module):
+    """Every operation that needs no second trace, as blocks of networks have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.pooled = OverTime(nn.MaxPool2d(2), nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.AvgPool2d(2))
+        self.same = OverTime(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.line, self.space = nn.Conv1d(8, 8, 1), nn.Conv3d(8, 8, 1)
+        self.pool1, self.pool3 = nn.MaxPool1d(2, 1), nn.MaxPool3d(1)
+        self.tokens = nn.Linear(8, 8)
+        self.readout = nn.Linear(8, 10)
+        self.lif = nn.ModuleList(LIF(v_th=v_th) for v_th in (1.0, 0.5, 0.75, 0.5, 0.75))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        x = self.encode(x)
+        x = torch.stack([x, 0.5 * x]).sum(0)
+        s = self.lif[0](x.unsqueeze(0).expand(T, *x.shape))  # [T, N, 4, 8, 8]
+        s = self.lif[1](self.pooled(s))  # [T, N, 8, 2, 2]
+        s = self.lif[2](self.same(s) + s)
+        s = torch.cat([s[:, :, :4], s[:, :, 4:]], 2).flatten(3)  # [T, N, 8, 4]
+        channels = self.pool1(self.line(s.flatten(0, 1))).mean(2).view(T, -1, 8)
+        cells = self.pool3(self.space(s.reshape(T * s.shape[1], 8, 1, 2, 2))).amax((2, 3, 4)).unflatten(0, s.shape[:2])
+        tokens = self.tokens(s.mT).permute(0, 1, 3, 2)  # [T, N, 8, 4]
+        s = self.lif[3](tokens + (channels * 0.5 - cells / 2).unsqueeze(3))
+        mean = nn.functional.adaptive_avg_pool2d(s.unflatten(3, (2, 2)).flatten(0, 1), 1).flatten(1)
+        s = self.lif[4](mean.unflatten(0, s.shape[:2]) + s.select(3, 0).to(torch.float32))
+        return self.readout(s.transpose(0, 1)).transpose(0, 1)  # type: ignore[no-any-return]
+
+
+class _Swapped(nn.Module):
+    """One operation that is not among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lif, self.readout = LIF(), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        return self.readout(self.lif(x.expand(T, *x.shape)).movedim(3, 4).flatten(2))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _without(name: str, instead: Any) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_tracer, name, instead)
+        yield
+
+
+def _refused(*_: Any) -> None:
+    raise AssertionError("traced once more")
+
+
+def _content(model: ir.Model) -> list[Any]:
+    """All that a runtime reads of a graph, but for the names of its values."""
+
+    def value(of: ir.Value | None) -> Any:
+        if of is None:
+            return None
+        constant = None if of.const_value is None else of.const_value.numpy().tolist()
+        return of.producer() and nodes.index(of.producer()), str(of.shape), of.dtype, constant
+
+    nodes = list(model.graph)
+    return [
+        (
+            node.op_type,
+            onnx_tracer.module_name(node),
+            [*map(value, node.inputs)],
+            [*map(value, node.outputs)],
+            sorted((key, str(attribute.value)) for key, attribute in node.attributes.items()),
+        )
+        for node in nodes
+    ]
+
+
+def _scales(tracer: Tracer, T: int | None, step: bool) -> Scales:
+    return {name: CurrentScale(0.02, 100) for name in spiking_convolutions(tracer.folded(T, step=step)).values()}
+
+
+@pytest.mark.parametrize(("precision", "T", "step"), [("fp32", None, False), ("int8", 3, False), ("fp16", 1, True)])
+def test_the_graph_is_that_of_a_network_traced_once_more(precision: str, T: int | None, step: bool) -> None:
+    tracer = Tracer(classifier(_Everything()), encoding="direct", uint8=True)
+    int8 = _scales(tracer, T, step) if precision == "int8" else None
+
+    def graph() -> list[Any]:
+        half = precision == "fp16"
+        return _content(OnnxTracer(tracer, fold_bn=True, half=half).graph(T, step=step, int8=int8)[0])
+
+    with _without("_exported_again", _refused):
+        once = graph()
+    with _without("as_program", lambda *_: None):
+        assert graph() == once
+    assert "Conv" in {node[0] for node in once}
+
+
+def test_that_network_has_every_operation() -> None:
+    tracer = Tracer(classifier(_Everything()), encoding="direct", uint8=True)
+    found = set()
+    for T in (3, None):
+        folded = tracer.folded(T)
+        scales = dict(list(_scales(tracer, T, step=False).items())[:1])
+        quantise(folded, scales)
+        found |= {node.target for node in folded.graph.nodes}
+    assert found >= program._TRANSLATED | program._WRITTEN_OTHERWISE
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_built_in_networks_are_traced_once(model: str) -> None:
+    tracer = Tracer(for_export(model), encoding="direct", uint8=True)
+    assert program.as_program(tracer.folded(2), tracer.program(2)) is not None
+
+
+def test_a_network_with_other_operations_is_left_as_it_is() -> None:
+    tracer = Tracer(classifier(_Swapped()), encoding="direct", uint8=True)
+    folded = tracer.folded(2)
+    before = str(folded.graph)
+    assert program.as_program(folded, tracer.program(2)) is None
+    assert str(folded.graph) == before
