@@ -30,12 +30,13 @@ aten = torch.ops.aten
 _TRANSLATED = {
     torch.ops.tetdeploy.lif.default, torch.ops.tetdeploy.int8_conv.default,
     operator.getitem, operator.mul, aten.sym_size.int,
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default,
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.relu.default,
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default, aten.matmul.default,
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.relu.default, aten.softmax.int,
     aten.mean.dim, aten.sum.dim_IntList, aten.amax.default,
     aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.avg_pool2d.default,
-    aten.unsqueeze.default, aten.expand.default, aten.transpose.int, aten.permute.default,
-    aten.select.int, aten.slice.Tensor, aten.cat.default, aten.stack.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int, aten.permute.default, aten.flip.default,
+    aten.expand.default, aten.repeat.default, aten.clone.default, aten.pad.default, aten.upsample_nearest2d.vec,
+    aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.unbind.int, aten.cat.default, aten.stack.default,
 }  # fmt: skip
 _VIEWS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
 _WRITTEN_OTHERWISE = {*_VIEWS, aten.to.dtype, aten.mT.default, aten.adaptive_avg_pool2d.default}

@@ -26,7 +26,7 @@ class _Everything(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encode = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.encode = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
         self.pooled = OverTime(nn.MaxPool2d(2), nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.AvgPool2d(2))
         self.same = OverTime(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
         self.line, self.space = nn.Conv1d(8, 8, 1), nn.Conv3d(8, 8, 1)
@@ -37,17 +37,21 @@ class _Everything(nn.Module):
 
     def forward(self, x: Tensor, T: int) -> Tensor:
         x = self.encode(x)
-        x = torch.stack([x, 0.5 * x]).sum(0)
+        x = torch.stack([x, 0.5 * x.repeat(1, 1, 1, 1)]).sum(0)
         s = self.lif[0](x.unsqueeze(0).expand(T, *x.shape))  # [T, N, 4, 8, 8]
         s = self.lif[1](self.pooled(s))  # [T, N, 8, 2, 2]
         s = self.lif[2](self.same(s) + s)
-        s = torch.cat([s[:, :, :4], s[:, :, 4:]], 2).flatten(3)  # [T, N, 8, 4]
+        early, late = s.split(4, 2)
+        s = torch.cat([s[:, :, :4], late.flip(3), early], 2)[:, :, 4:].flatten(3).clone()  # [T, N, 8, 4]
         channels = self.pool1(self.line(s.flatten(0, 1))).mean(2).view(T, -1, 8)
         cells = self.pool3(self.space(s.reshape(T * s.shape[1], 8, 1, 2, 2))).amax((2, 3, 4)).unflatten(0, s.shape[:2])
         tokens = self.tokens(s.mT).permute(0, 1, 3, 2)  # [T, N, 8, 4]
+        tokens = tokens + s @ (tokens.mT @ s).softmax(3)
         s = self.lif[3](tokens + (channels * 0.5 - cells / 2).unsqueeze(3))
         mean = nn.functional.adaptive_avg_pool2d(s.unflatten(3, (2, 2)).flatten(0, 1), 1).flatten(1)
-        s = self.lif[4](mean.unflatten(0, s.shape[:2]) + s.select(3, 0).to(torch.float32))
+        larger = nn.functional.interpolate(mean.unflatten(1, (2, 2, 2)), scale_factor=2.0).unbind(3)[0]  # [TN, 2, 4]
+        s = s.select(3, 0).to(torch.float32) + larger.flatten(1).unflatten(0, s.shape[:2])
+        s = self.lif[4](s.unsqueeze(3).squeeze(3))
         return self.readout(s.transpose(0, 1)).transpose(0, 1)  # type: ignore[no-any-return]
 
 
