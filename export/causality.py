@@ -216,8 +216,8 @@ def _traces(double: Classifier, x: Tensor, T: int, others: Sequence[Tensor]) -> 
 
 
 def _of_numbers(run: _NamedNeurons) -> str:
-    """Of numbers that depend on the step or the image, why these differ."""
-    return f"; {MAKES_NUMBERS}" if run.in_float64.makes_numbers else ""
+    """Numbers that depend on the step or the image may be why these differ."""
+    return f"; perhaps because {MAKES_NUMBERS}" if run.in_float64.makes_numbers else ""
 
 
 def _same_state(module: nn.Module, other: nn.Module) -> bool:

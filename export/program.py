@@ -8,8 +8,8 @@ parameters as inputs.
 
 from __future__ import annotations
 
-import math
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,8 +38,8 @@ _TRANSLATED = {
     aten.expand.default, aten.repeat.default, aten.clone.default, aten.pad.default, aten.upsample_nearest2d.vec,
     aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.unbind.int, aten.cat.default, aten.stack.default,
 }  # fmt: skip
-_VIEWS = {aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
-_WRITTEN_OTHERWISE = {*_VIEWS, aten.to.dtype, aten.mT.default, aten.adaptive_avg_pool2d.default}
+_VIEWS = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
+_WRITTEN_OTHERWISE = {*_VIEWS, aten.view.default, aten.to.dtype, aten.mT.default, aten.adaptive_avg_pool2d.default}
 _ASSERTION = aten._assert_tensor_metadata.default
 
 
@@ -58,12 +58,11 @@ def as_program(folded: fx.GraphModule, traced: ExportedProgram) -> ExportedProgr
         traced: what it was made from; it knows the range of each axis.
     """
     graph = folded.graph
-    if not all(map(_is_known, graph.nodes)):
+    axes = _input_axes(graph)
+    if not all(_is_known(node, axes) for node in graph.nodes):
         return None
-    sizes: dict[str, fx.Node] = {}
+    sizes = _sizes(graph, axes)
     for node in list(graph.nodes):
-        if isinstance(size := node.meta.get("val"), torch.SymInt):
-            sizes.setdefault(str(size), node)
         _write_otherwise(node, sizes)
     graph.eliminate_dead_code()
     state, parameters = _lift(folded)
@@ -84,22 +83,41 @@ def _named(node: fx.Node) -> TensorArgument:
     return TensorArgument(node.name)
 
 
-def _is_known(node: fx.Node) -> bool:
-    if node.target is aten.to.dtype and len(node.args) > 2:
-        return False
-    if node.target is aten.adaptive_avg_pool2d.default and node.args[1] != [1, 1]:
-        return False
-    return (
-        node.op != "call_function"
-        or node.target in _TRANSLATED
-        or node.target is _ASSERTION
-        or (node.target in _WRITTEN_OTHERWISE and not node.kwargs)
-    )
+def _input_axes(graph: fx.Graph) -> dict[str, tuple[fx.Node, int]]:
+    """The axes of the inputs that may have any size, batch and time, by the symbol of that size."""
+    inputs = graph.find_nodes(op="placeholder")
+    shapes = ((node, axis, size) for node in inputs for axis, size in enumerate(node.meta["val"].shape))
+    return {str(size): (node, axis) for node, axis, size in shapes if isinstance(size, torch.SymInt)}
 
 
-def _write_otherwise(node: fx.Node, sizes: dict[str, fx.Node]) -> None:
-    """A node as torch.onnx would write it, in place; `sizes` are those computed before it."""
-    x = next(iter(node.args), None)
+def _is_known(node: fx.Node, axes: Mapping[str, Any]) -> bool:
+    if node.op != "call_function" or node.target in _TRANSLATED or node.target is _ASSERTION:
+        return True
+    if node.target not in _WRITTEN_OTHERWISE or node.kwargs:
+        return False
+    if node.target in _VIEWS:
+        return sum(not isinstance(size, int) and str(size) not in axes for size in node.meta["val"].shape) <= 1
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return node.args[1] == [1, 1]
+    return node.target is not aten.to.dtype or len(node.args) == 2
+
+
+def _sizes(graph: fx.Graph, axes: Mapping[str, tuple[fx.Node, int]]) -> dict[str, fx.Node]:
+    """Nodes that have the sizes of these axes, right behind the inputs."""
+    asked = graph.find_nodes(op="call_function", target=aten.sym_size.int)
+    own = {str(node.meta["val"]): node for node in asked if node.args[0].op == "placeholder"}
+    sizes = {}
+    *_, last = graph.find_nodes(op="placeholder")
+    for symbol, (x, axis) in reversed(list(axes.items())):
+        sizes[symbol] = own.get(symbol) or graph.call_function(aten.sym_size.int, (x, axis))
+        sizes[symbol].meta.setdefault("val", x.meta["val"].shape[axis])
+        last.append(sizes[symbol])
+    return sizes
+
+
+def _write_otherwise(node: fx.Node, sizes: Mapping[str, fx.Node]) -> None:
+    """A node as torch.onnx would write it, in place."""
+    x: Any = next(iter(node.args), None)
     if node.op == "call_module" or node.target is _ASSERTION:
         node.graph.erase_node(node)  # what was assured as it was traced
     elif node.target is aten.to.dtype:
@@ -108,49 +126,23 @@ def _write_otherwise(node: fx.Node, sizes: dict[str, fx.Node]) -> None:
         _write(node, aten.transpose.int, x, -2, -1)
     elif node.target is aten.adaptive_avg_pool2d.default:
         _write(node, aten.mean.dim, x, [-1, -2], True)
+    elif node.target is aten.view.default:
+        _write(node, aten.view.default, _contiguous(node, x), node.args[1])
     elif node.target in _VIEWS:
-        _write(node, aten.view.default, _contiguous(node, x), _shape(node, sizes))
+        shape = [size if isinstance(size, int) else sizes.get(str(size), -1) for size in node.meta["val"].shape]
+        _write(node, aten.view.default, _contiguous(node, x), shape)
 
 
 def _write(node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> None:
     node.target, node.args, node.kwargs = target, args, kwargs
 
 
-def _shape(node: fx.Node, sizes: dict[str, fx.Node]) -> list[Any]:
-    """What `view` takes for the same as any of the views: numbers, nodes that have some, and one -1."""
-    x: Any = node.args[0]
-    given: Any = node.args[1:]
-    shape = x.meta["val"].shape
-    if node.target in (aten.view.default, aten.reshape.default):
-        return list(given[0])
-    if node.target is aten.unflatten.int:
-        axis = given[0] % len(shape)
-        first, middle, last = axis, list(given[1]), axis + 1
-    else:
-        start, end = given + (0, -1)[len(given) :]  # as flatten has them
-        first, last = start % len(shape), end % len(shape) + 1
-        merged = math.prod(shape[first:last])
-        middle = [merged if isinstance(merged, int) else -1]
-    with node.graph.inserting_before(node):
-        before, behind = ([_size(x, axis, sizes) for axis in part] for part in (range(first), range(last, len(shape))))
-    return [*before, *middle, *behind]
-
-
-def _contiguous(node: fx.Node, x: Any) -> fx.Node:
+def _contiguous(node: fx.Node, x: fx.Node) -> fx.Node:
     """A copy of `x`, whose axes lie in memory as `view` needs them; no ONNX graph keeps it."""
     with node.graph.inserting_before(node):
         copy = node.graph.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
     copy.meta["val"] = x.meta["val"].contiguous()
     return copy
-
-
-def _size(x: fx.Node, axis: int, sizes: dict[str, fx.Node]) -> Any:
-    """The size of an axis, or a node that has it."""
-    size = x.meta["val"].shape[axis]
-    if isinstance(size, torch.SymInt) and str(size) not in sizes:
-        sizes[str(size)] = x.graph.call_function(aten.sym_size.int, (x, axis))
-        sizes[str(size)].meta["val"] = size
-    return sizes.get(str(size), size)
 
 
 def _lift(module: fx.GraphModule) -> tuple[dict[str, Tensor], list[fx.Node]]:
@@ -161,8 +153,8 @@ def _lift(module: fx.GraphModule) -> tuple[dict[str, Tensor], list[fx.Node]]:
     mode = next(node.meta["val"].fake_mode for node in graph.find_nodes(op="placeholder"))
     inputs = {}
     with graph.inserting_before(next(iter(graph.nodes))):
-        for name, value in state.items():
-            inputs[name] = graph.placeholder(name.replace(".", "_"))
+        for number, (name, value) in enumerate(state.items()):
+            inputs[name] = graph.placeholder(f"parameter_{number}")
             inputs[name].meta["val"] = mode.from_tensor(value, static_shapes=True)
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         node.replace_all_uses_with(inputs[str(node.target)])

@@ -13,6 +13,7 @@ from export_helpers import classifier
 from torch import Tensor, nn
 from zoo_helpers import MODELS, for_export
 
+from tetdeploy.data import Encoding
 from tetdeploy.export import onnx_tracer, program
 from tetdeploy.export.onnx_tracer import OnnxTracer
 from tetdeploy.int8.quantisation import CurrentScale, Scales, quantise, spiking_convolutions
@@ -55,6 +56,26 @@ class _Everything(nn.Module):
         return self.readout(s.transpose(0, 1)).transpose(0, 1)  # type: ignore[no-any-return]
 
 
+class _Awkward(nn.Module):
+    """Parameters of like names, of no axis, used twice, and of another type than what they meet; frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.a_b = nn.Module(), nn.Module()
+        self.a.b_c = nn.Parameter(torch.rand(4, 1, 1))
+        self.a_b.c = nn.Parameter(torch.rand(4, 1, 1))
+        self.x = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("levels", torch.arange(4, dtype=torch.uint8).view(4, 1, 1), persistent=False)
+        self.conv = OverTime(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.lif, self.readout = LIF(), nn.Linear(256, 10)
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        frames = x if T is None else x.expand(T, *x.shape)
+        current = self.conv(frames) * self.a.b_c + self.a_b.c * self.x.flatten() + self.levels * self.a.b_c
+        s = self.lif(current)[..., ::2].mT
+        return self.readout(s.reshape(*s.shape[:2], 128).repeat(1, 1, 2))  # type: ignore[no-any-return]
+
+
 class _Swapped(nn.Module):
     """One operation that is not among them."""
 
@@ -90,7 +111,7 @@ def _content(model: ir.Model) -> list[Any]:
     return [
         (
             node.op_type,
-            onnx_tracer.module_name(node),
+            onnx_tracer.is_of_network(node) and onnx_tracer.module_name(node),
             [*map(value, node.inputs)],
             [*map(value, node.outputs)],
             sorted((key, str(attribute.value)) for key, attribute in node.attributes.items()),
@@ -103,9 +124,20 @@ def _scales(tracer: Tracer, T: int | None, step: bool) -> Scales:
     return {name: CurrentScale(0.02, 100) for name in spiking_convolutions(tracer.folded(T, step=step)).values()}
 
 
-@pytest.mark.parametrize(("precision", "T", "step"), [("fp32", None, False), ("int8", 3, False), ("fp16", 1, True)])
-def test_the_graph_is_that_of_a_network_traced_once_more(precision: str, T: int | None, step: bool) -> None:
-    tracer = Tracer(classifier(_Everything()), encoding="direct", uint8=True)
+@pytest.mark.parametrize(
+    ("network", "precision", "T", "step"),
+    [
+        (_Everything, "fp32", None, False),
+        (_Everything, "int8", 3, False),
+        (_Everything, "fp16", 1, True),
+        (_Awkward, "fp32", 2, False),
+    ],
+)
+def test_the_graph_is_that_of_a_network_traced_once_more(
+    network: type[nn.Module], precision: str, T: int | None, step: bool
+) -> None:
+    encoding: Encoding = "frames" if network is _Awkward else "direct"
+    tracer = Tracer(classifier(network()), encoding=encoding, uint8=True)
     int8 = _scales(tracer, T, step) if precision == "int8" else None
 
     def graph() -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -285,9 +286,10 @@ class _Arrays(Mapping[str, "NDArray[Any]"]):
         try:
             value = self._file[name]
         except MemoryError as error:
-            size = self._size(name)
-            np.empty(size, np.uint8)  # if that does not fit either, it is the memory
-            raise ValueError(f"{name} claims to be larger than the {size:,} bytes that are there") from error
+            claimed, size = self._sizes(name)
+            if claimed <= size:
+                raise
+            raise ValueError(f"{name} claims {claimed:,} bytes, of which at most {size:,} are there") from error
         except ValueError as error:
             if not str(error).startswith("Object arrays"):
                 raise
@@ -299,10 +301,15 @@ class _Arrays(Mapping[str, "NDArray[Any]"]):
             raise ValueError(f"{name} is no array")
         return value
 
-    def _size(self, name: str) -> int:
-        """The bytes of an array and its header."""
+    def _sizes(self, name: str) -> tuple[int, int]:
+        """The bytes of an array by its header, and those that the file has for both."""
         archive: ZipFile = self._file.zip
-        return archive.getinfo(name if name in archive.namelist() else f"{name}.npy").file_size
+        member = archive.getinfo(name if name in archive.namelist() else f"{name}.npy")
+        with archive.open(member) as file:
+            short = np.lib.format.read_magic(file) == (1, 0)
+            read = np.lib.format.read_array_header_1_0 if short else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        return math.prod(shape) * dtype.itemsize, member.file_size
 
     def __contains__(self, name: object) -> bool:
         return name in self._file

@@ -156,11 +156,11 @@ def _each_warning_once() -> Iterator[None]:
     """What is the same for several seeds is told once: Python forgets which warnings it has shown where a library that
     is imported adds a filter."""
     show = warnings.showwarning
-    shown: set[str] = set()
+    shown: set[tuple[type[Warning], str]] = set()
 
     def show_new(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if str(message) not in shown:
-            shown.add(str(message))
+        if (category, str(message)) not in shown:
+            shown.add((category, str(message)))
             show(message, category, *where, **more)
 
     warnings.showwarning = show_new

@@ -121,18 +121,3 @@ def calibrate(
         console.print(part)
     console.print("   ".join(map(str, written)))
     say_next("early-exit", engine.path)
-
-
-def has_own_threshold(model: Path) -> bool:
-    """Whether a threshold lies beside a model that was found for it. That of an earlier model of this name is not
-    deleted, and said not to fit."""
-    from tetdeploy.early_exit import exit_path, load_exit
-
-    if not exit_path(model).exists():
-        return False
-    try:
-        load_exit(model)
-    except (ValueError, OSError) as error:
-        console.print(str(error), style="yellow")
-        return False
-    return True

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from tetdeploy.cli.calibrate import has_own_threshold
+from tetdeploy.cli.inputs import note_unfit_threshold
 from tetdeploy.cli.terminal import console
 from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
@@ -44,6 +44,8 @@ def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
         written = out if file_format == "kserve" else out / name / "config.pbtxt"
         check_writable(written, remedy="choose another with --out")
     models = [run] if is_model else _exported(ctx)
+    if is_model:
+        note_unfit_threshold(run)
     if file_format == "kserve":
         _write_service(ctx, models[0], name)
     else:
@@ -106,7 +108,7 @@ def _write_repository(ctx: click.Context, models: list[Path], name: str) -> None
 
 def _write_service(ctx: click.Context, model: Path, name: str) -> None:
     from tetdeploy.agreement import reference_path
-    from tetdeploy.early_exit import exit_path
+    from tetdeploy.early_exit import exit_path, why_unfit
     from tetdeploy.export.kserve import inference_service, write_inference_service
     from tetdeploy.export.reading import parse_graph
 
@@ -122,10 +124,7 @@ def _write_service(ctx: click.Context, model: Path, name: str) -> None:
     if ctx.params["json_path"] is not None:
         write_json(ctx.params["json_path"], {"path": str(path), "service": service})
     # Beside it: what the estimated energy and early_exit: true need.
-    copied = [model]
-    if reference_path(model).exists():
-        copied.append(reference_path(model))
-    if has_own_threshold(model):
-        copied.append(exit_path(model))
+    beside = [reference_path(model)] if why_unfit(model) else [reference_path(model), exit_path(model)]
+    copied = [model, *filter(Path.exists, beside)]
     files, manifest = ", ".join(shlex.quote(str(file)) for file in copied), shlex.quote(str(path))
     console.print(f"next: copy {files} to {storage_uri}, then kubectl apply -f {manifest}   (docs/cluster.md)")

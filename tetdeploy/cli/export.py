@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import TaskID
 
-from tetdeploy.cli.calibrate import has_own_threshold
 from tetdeploy.cli.cluster import FORMATS, export_for_cluster
 from tetdeploy.cli.errors import Recorded
-from tetdeploy.cli.inputs import load_classifier
+from tetdeploy.cli.inputs import load_classifier, note_unfit_threshold
 from tetdeploy.cli.options import STEPS, data_dir_option, json_option, own_network_option, runs_option
 from tetdeploy.cli.recipe import is_typed
 from tetdeploy.cli.terminal import console, progress_bar, say_next
@@ -191,8 +190,8 @@ def export(
     if json_path is not None:
         write_json(json_path, exported.to_dict())
     print_exported(exported, config)
+    note_unfit_threshold(exported.path)
     if ctx.parent is None or ctx.parent.command is not ctx.command:  # as for a cluster, which says itself what is next
-        has_own_threshold(exported.path)
         say_next(*_next(exported.path, config.target))
     return exported.path
 

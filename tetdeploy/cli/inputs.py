@@ -68,6 +68,14 @@ def note_other_checkpoint(engine: Engine) -> None:
         )
 
 
+def note_unfit_threshold(model: Path) -> None:
+    """Say so if the early-exit threshold beside a model was found for another."""
+    from tetdeploy.early_exit import why_unfit
+
+    if (reason := why_unfit(model)) is not None:
+        console.print(reason, style="yellow")
+
+
 def _export_again(engine: Engine) -> str:
     """What writes a model anew, of the run in whose folder it lies."""
     metadata, graph = engine.metadata, engine.path.with_suffix(".onnx")

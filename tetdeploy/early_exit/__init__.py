@@ -109,6 +109,18 @@ def load_exit(model: Path | str, T: int | None = None) -> Exit:
     return found
 
 
+def why_unfit(model: Path) -> str | None:
+    """Why the rule that lies beside a model is not its own: that of an earlier model of this name is not deleted. None
+    if it is, or if none lies there."""
+    if not exit_path(model).exists():
+        return None
+    try:
+        load_exit(model)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
 def check_calibrated(model: Path | str, calibrated_T: int, T: int) -> None:
     """Refuse, with ValueError, to run fewer steps than the rule of a model was found for."""
     if calibrated_T > T:
