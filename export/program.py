@@ -9,7 +9,7 @@ parameters as inputs.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -58,20 +58,19 @@ def as_program(folded: fx.GraphModule, traced: ExportedProgram) -> ExportedProgr
         traced: what it was made from; it knows the range of each axis.
     """
     graph = folded.graph
-    axes = _input_axes(graph)
+    inputs = graph.find_nodes(op="placeholder")
+    axes = _open_axes(inputs)
     if not all(_is_known(node, axes) for node in graph.nodes):
         return None
-    sizes = _sizes(graph, axes)
+    sizes = _sizes(graph, axes, behind=inputs[-1])
     for node in list(graph.nodes):
         _write_otherwise(node, sizes)
     graph.eliminate_dead_code()
-    state, parameters = _lift(folded)
-    given = [node for node in graph.find_nodes(op="placeholder") if node not in parameters]
+    state = {str(node.target): parameter(folded, node) for node in graph.find_nodes(op="get_attr")}
+    parameters = _lift(graph, state, inputs[0].meta["val"].fake_mode)
     results: Any = graph.output_node().args[0]
-    specs = [
-        InputSpec(InputKind.BUFFER, _named(node), name, True) for name, node in zip(state, parameters, strict=True)
-    ]
-    specs += [InputSpec(InputKind.USER_INPUT, _named(node), None) for node in given]
+    specs = [InputSpec(InputKind.BUFFER, _named(node), name, True) for name, node in parameters.items()]
+    specs += [InputSpec(InputKind.USER_INPUT, _named(node), None) for node in inputs]
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, _named(node), None) for node in results]
     signature = ExportGraphSignature(specs, outputs)
     return _Decomposed(
@@ -83,9 +82,8 @@ def _named(node: fx.Node) -> TensorArgument:
     return TensorArgument(node.name)
 
 
-def _input_axes(graph: fx.Graph) -> dict[str, tuple[fx.Node, int]]:
+def _open_axes(inputs: Iterable[fx.Node]) -> dict[str, tuple[fx.Node, int]]:
     """The axes of the inputs that may have any size, batch and time, by the symbol of that size."""
-    inputs = graph.find_nodes(op="placeholder")
     shapes = ((node, axis, size) for node in inputs for axis, size in enumerate(node.meta["val"].shape))
     return {str(size): (node, axis) for node, axis, size in shapes if isinstance(size, torch.SymInt)}
 
@@ -102,16 +100,15 @@ def _is_known(node: fx.Node, axes: Mapping[str, Any]) -> bool:
     return node.target is not aten.to.dtype or len(node.args) == 2
 
 
-def _sizes(graph: fx.Graph, axes: Mapping[str, tuple[fx.Node, int]]) -> dict[str, fx.Node]:
-    """Nodes that have the sizes of these axes, right behind the inputs."""
+def _sizes(graph: fx.Graph, axes: Mapping[str, tuple[fx.Node, int]], behind: fx.Node) -> dict[str, fx.Node]:
+    """Nodes that have the sizes of these axes, right behind the last of the inputs."""
     asked = graph.find_nodes(op="call_function", target=aten.sym_size.int)
     own = {str(node.meta["val"]): node for node in asked if node.args[0].op == "placeholder"}
     sizes = {}
-    *_, last = graph.find_nodes(op="placeholder")
     for symbol, (x, axis) in reversed(list(axes.items())):
         sizes[symbol] = own.get(symbol) or graph.call_function(aten.sym_size.int, (x, axis))
         sizes[symbol].meta.setdefault("val", x.meta["val"].shape[axis])
-        last.append(sizes[symbol])
+        behind.append(sizes[symbol])
     return sizes
 
 
@@ -145,18 +142,14 @@ def _contiguous(node: fx.Node, x: fx.Node) -> fx.Node:
     return copy
 
 
-def _lift(module: fx.GraphModule) -> tuple[dict[str, Tensor], list[fx.Node]]:
-    """Let the graph take its parameters as inputs: these by name, and those in the same order."""
-    graph = module.graph
-    read = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
-    state = {name: parameter(module, node) for name, node in read.items()}
-    mode = next(node.meta["val"].fake_mode for node in graph.find_nodes(op="placeholder"))
+def _lift(graph: fx.Graph, state: Mapping[str, Tensor], mode: Any) -> dict[str, fx.Node]:
+    """Let a graph take its parameters as inputs, which are returned by name; `mode` makes fake tensors."""
     inputs = {}
     with graph.inserting_before(next(iter(graph.nodes))):
         for number, (name, value) in enumerate(state.items()):
             inputs[name] = graph.placeholder(f"parameter_{number}")
             inputs[name].meta["val"] = mode.from_tensor(value, static_shapes=True)
-    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+    for node in graph.find_nodes(op="get_attr"):
         node.replace_all_uses_with(inputs[str(node.target)])
         graph.erase_node(node)
-    return state, list(inputs.values())
+    return inputs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
@@ -87,17 +85,6 @@ class _Swapped(nn.Module):
         return self.readout(self.lif(x.expand(T, *x.shape)).movedim(3, 4).flatten(2))  # type: ignore[no-any-return]
 
 
-@contextmanager
-def _without(name: str, instead: Any) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_tracer, name, instead)
-        yield
-
-
-def _refused(*_: Any) -> None:
-    raise AssertionError("traced once more")
-
-
 def _content(model: ir.Model) -> list[Any]:
     """All that a runtime reads of a graph, but for the names of its values."""
 
@@ -134,7 +121,7 @@ def _scales(tracer: Tracer, T: int | None, step: bool) -> Scales:
     ],
 )
 def test_the_graph_is_that_of_a_network_traced_once_more(
-    network: type[nn.Module], precision: str, T: int | None, step: bool
+    network: type[nn.Module], precision: str, T: int | None, step: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoding: Encoding = "frames" if network is _Awkward else "direct"
     tracer = Tracer(classifier(network()), encoding=encoding, uint8=True)
@@ -144,10 +131,11 @@ def test_the_graph_is_that_of_a_network_traced_once_more(
         half = precision == "fp16"
         return _content(OnnxTracer(tracer, fold_bn=True, half=half).graph(T, step=step, int8=int8)[0])
 
-    with _without("_exported_again", _refused):
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_tracer, "_exported_again", lambda *_: pytest.fail("traced once more"))
         once = graph()
-    with _without("as_program", lambda *_: None):
-        assert graph() == once
+    monkeypatch.setattr(onnx_tracer, "as_program", lambda *_: None)
+    assert graph() == once
     assert "Conv" in {node[0] for node in once}
 
 

@@ -130,12 +130,10 @@ def versions(of: Any) -> str:
 
 def uncounted_note(names: Sequence[str], layout: str) -> list[str]:
     """What no energy includes for want of a way to count it: a line, if anything."""
+    if not names:
+        return []
     way_out = "" if layout == "step" else "; export --layout step may count them"
-    return (
-        [f"operations not counted, and in no energy: {', '.join(names)}{way_out} (why: docs/energy.md)"]
-        if names
-        else []
-    )
+    return [f"operations not counted, and in no energy: {', '.join(names)}{way_out} (why: docs/energy.md)"]
 
 
 def images_of(number: int, data: str) -> str:
