@@ -1170,5 +1170,5 @@ def test_compiles_for_the_processor_alone(source: str, tmp_path: Path) -> None:
 
 
 def test_a_library_of_another_version_is_named() -> None:
-    with pytest.raises(RuntimeError, match=r"_operators.* was compiled from another version: install tetdeploy again"):
+    with pytest.raises(RuntimeError, match=r"_library.* was compiled from another version: install tetdeploy again"):
         native._ask("of_a_later_version")

@@ -21,7 +21,7 @@ TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # where the channels go
 
 def library() -> Path | None:
     """The compiled operators; None where they could not be compiled at installation."""
-    found = importlib.util.find_spec("tetdeploy.native._operators")
+    found = importlib.util.find_spec("tetdeploy.native._library")
     return Path(found.origin) if found is not None and found.origin else None
 
 
