@@ -15,6 +15,7 @@ smoke run shows that the path works; its numbers say nothing about the paper.
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import statistics
 import subprocess
@@ -200,7 +201,7 @@ def tetdeploy(*arguments: object) -> None:
     """Run a command. Ctrl-C, which a terminal sends to it as well, and SIGTERM and SIGHUP, which are handed on, end it
     as it ends itself, with what it saves; and then this program."""
     words = list(map(str, arguments))
-    print("$ tetdeploy", *words, flush=True)
+    print("$", shlex.join(["tetdeploy", *words]), flush=True)
     asked: list[int] = []
     started: list[subprocess.Popen[bytes]] = []
 

@@ -192,6 +192,7 @@ def test_json_and_table(model: Path) -> None:
     assert all(row.keys() == keys and row["calls"] == 6 for row in content["rows"])
     for text in ("median", "p99", "images/s", content["machine"]["cpu"], "6 calls of a setting", ".bench.json"):
         assert text in done.output
+    assert " with 1 thread\n" in done.output
 
 
 def test_a_row_has_its_percentiles_in_order() -> None:

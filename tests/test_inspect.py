@@ -261,6 +261,11 @@ class TestTables:
             (MODEL | {"normalization": {"mean": [0]}}, "input", "[1, 8, 8] uint8; normalised inside the graph"),
             (MODEL | {"source": OWN}, "network", "nets:mine"),
             (MODEL | {"source": TIT}, "training", "TIT 2:3, SDT, optimizer adamw, lr 0.002, seed 7"),
+            (
+                MODEL | {"source": {"training": TRAINING | {"qat": True}}},
+                "training",
+                "T=3, 2 epochs, TET λ=0.05, optimizer adamw, lr 0.002, seed 7, fine-tuned in 8 bits (--qat)",
+            ),
             (MODEL | {"source": {"provenance": {"init": PARENT}}}, "began with", "runs/old, checkpoint abcd"),
             (MODEL | {"source": {"provenance": BEST | {"epoch": 0}}}, "kept", "epoch 0, validation accuracy 50.00%"),
             (

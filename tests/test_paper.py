@@ -441,6 +441,15 @@ def test_a_signal_lets_the_training_save(
     assert ended.value.code == 130 and (tmp_path / "saved").read_text() == str(int(number))
 
 
+def test_a_command_is_printed_as_a_shell_takes_it(
+    paper: ModuleType, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper, "COMMAND", (sys.executable, "-c", ""))
+    words = ["train", "--random-T", "", "--out", "my runs/a"]
+    paper.tetdeploy(*words)
+    assert shlex.split(capfd.readouterr().out) == ["$", "tetdeploy", *words]
+
+
 @pytest.mark.parametrize("started", [False, True], ids=["before", "after"])
 def test_a_signal_as_the_training_is_started_ends_both(
     paper: ModuleType, started: bool, monkeypatch: pytest.MonkeyPatch

@@ -295,6 +295,12 @@ class TestTraining:
         assert "| **began with** | **–** | **runs/old, checkpoint abababababab** |" in both
         assert "began with" not in first
 
+    def test_fine_tuning_in_8_bits_is_told(self, tmp_path: Path) -> None:
+        folders = [run_folder(tmp_path / "a", kept=1), run_folder(tmp_path / "b", kept=1, qat=True)]
+        both, first = (to_markdown(document_of(read_results(given))) for given in (folders, folders[:1]))
+        assert "| **fine-tuned in 8 bits (--qat)** | **–** | **yes** |" in both
+        assert "8 bits" not in first
+
     def test_changes_of_T_and_of_the_loss_are_marked(self, tmp_path: Path) -> None:
         metrics = [epoch(1, loss="sdt"), epoch(2), epoch(3, T=6, stage=2), epoch(4, T=6, stage=3)]
         text = page(run_folder(tmp_path / "a", metrics=metrics)).text

@@ -13,6 +13,7 @@ from report_helpers import EARLY_EXIT, MACHINE, epoch, result, run_folder, witho
 from tetdeploy.report.drawing import Style, draw, end_at, short, whole_numbers, wide_enough
 from tetdeploy.report.page import document_of
 from tetdeploy.report.results import read_results
+from tetdeploy.report.writers import to_html
 
 ENERGIES = [1.36, 2.72, 4.08]  # µJ at T = 1, 2, 3
 ACCURACIES = [0.91, 0.92, 0.93]
@@ -110,6 +111,20 @@ def test_accuracy_by_steps_and_by_energy(tmp_path: Path, painted: dict[str, list
     assert twin[0] == [6.8, 6.8]
     assert own == (ENERGIES, ACCURACIES)
     assert {text.get_text() for text in energy.texts} == {"ANN twin", "T=1", "T=2", "T=3"}
+
+
+def test_energies_of_several_ann_twins_are_told_below_the_plot(tmp_path: Path, painted: dict[str, list[Any]]) -> None:
+    ann = result()["ann"]
+    of_precision = (("fp32", 6.8e6), ("int8", 0.5e6), ("step", 6.8e6))
+    files = [
+        write(tmp_path / f"{name}.json", result(model=f"runs/a/{name}.onnx", ann=ann | {"energy_pj": energy_pj}))
+        for name, energy_pj in of_precision
+    ]
+    document = document_of(read_results(files, ("float", "bytes", "a very long name of a network in single steps")))
+    axes = painted["sections.accuracy"][1]
+    assert [text.get_text() for text in axes.texts].count("ANN twin") == 2
+    told = "500 nJ of bytes; 6.8 µJ of float, a very long name of a network in single steps."
+    assert f"Dotted lines are the energies of ANN twins, the same layers, dense, once: {told}" in to_html(document)
 
 
 def test_no_accuracy_axis_goes_beyond_100_per_cent(tmp_path: Path, painted: dict[str, list[Any]]) -> None:

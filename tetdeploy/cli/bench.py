@@ -164,7 +164,8 @@ def print_bench(result: dict[str, Any], engine: Engine) -> None:
     console.print(f"{result['model']}   {result['size_bytes'] / 1e6:.1f} MB   {engine.layout}   {result['data']}")
     console.print(f"{hardware(on)}, {on['system']}, {on['provider']}")
     console.print(bench_table(result))
-    loading = ", ".join(f"{entry['load_ms']:.0f} ms with {entry['threads']} threads" for entry in result["load_ms"])
+    loads = ((entry["load_ms"], entry["threads"]) for entry in result["load_ms"])
+    loading = ", ".join(f"{load_ms:.0f} ms with {count} thread{'s' * (count > 1)}" for load_ms, count in loads)
     notes = [f"times of one call; loading: {loading}"]
     if engine.lacks_native:
         notes.append(f"slower than it could be: {engine.lacks_native}")

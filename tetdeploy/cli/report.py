@@ -31,7 +31,7 @@ Examples:
     "--out",
     "-o",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The page. [default: RUN/report.html; of several report.html]",
+    help="The page. [default: RUN/report.html; of several, or of a JSON, report.html]",
 )
 @click.option(
     "--markdown",

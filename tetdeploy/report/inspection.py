@@ -140,7 +140,8 @@ def _training(training: Mapping[str, Any]) -> str:
     rest = ", ".join(
         f"{name} {training[name]}" for name in ("optimizer", "lr", "batch_size", "seed") if name in training
     )
-    return ", ".join(part for part in (steps, f"{loss}{lam}", rest.replace("_", " ")) if part)
+    qat = "fine-tuned in 8 bits (--qat)" if training.get("qat") else ""
+    return ", ".join(part for part in (steps, f"{loss}{lam}", rest.replace("_", " "), qat) if part)
 
 
 def _facts(facts: Mapping[str, Any]) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tetdeploy.picojoules import CONSTANTS
@@ -21,7 +21,6 @@ from tetdeploy.report.drawing import (
 from tetdeploy.report.numbers import energy, percent
 from tetdeploy.report.results import Measurement, Results, means_caption
 
-_SHORT = 18
 Twin = tuple[str, float, float]  # a trained ANN: name, energy in pJ an image, validation accuracy
 
 
@@ -63,15 +62,15 @@ def _by_energy(results: Results) -> Plot | None:
     twins: dict[float, list[str]] = {}  # by energy, of which models
     for m in measured:
         if m.ann_pj:
-            twins.setdefault(m.ann_pj, []).append(short(m.name, _SHORT))
+            twins.setdefault(m.ann_pj, []).append(m.name)
     trained_twins = _trained_twins(results)
     energies = [energy_pj for m in measured for _, energy_pj, _ in m.points("energy_pj", "accuracy")]
     energies += [*twins, *(energy_pj for _, energy_pj, _ in trained_twins)]
     unit, size = energy_unit(max(energies))
 
     def paint(axes: Any) -> None:
-        for energy_pj, names in twins.items():
-            _draw_twin(axes, energy_pj / size, f" of {', '.join(names[:2])}" if len(twins) > 1 else "")
+        for energy_pj in twins:
+            _draw_twin(axes, energy_pj / size)
         for m in measured:
             _draw_model(axes, m, results.style_of[m.name], size)
         for name, energy_pj, validation in trained_twins:
@@ -85,14 +84,14 @@ def _by_energy(results: Results) -> Plot | None:
         f"{m.name} at T={m.T}: {percent(m.headline.get('accuracy'))} for {energy(m.headline.get('energy_pj'))}"
         for m in measured
     ]
-    caption = _energy_caption(has_twin=bool(twins), has_trained_twin=bool(trained_twins)) + means_caption(measured)
+    caption = _energy_caption(twins, has_trained_twin=bool(trained_twins)) + means_caption(measured)
     return draw(paint, description=f"Accuracy against energy per image: {'; '.join(points)}", caption=caption)
 
 
-def _draw_twin(axes: Any, energy: float, whose: str) -> None:
+def _draw_twin(axes: Any, energy: float) -> None:
     axes.axvline(energy, color="0.35", linestyle=":", linewidth=1.4)
     upright = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right"}
-    axes.annotate(f"ANN twin{whose}", (energy, 0.02), color="0.35", fontsize=8, **upright)
+    axes.annotate("ANN twin", (energy, 0.02), color="0.35", fontsize=8, **upright)
 
 
 def _draw_model(axes: Any, m: Measurement, style: Style, size: float) -> None:
@@ -133,10 +132,13 @@ def _steps_caption(measured: Sequence[Measurement]) -> str:
     return f"Accuracy after T time steps.{ring}{means_caption(measured)}"
 
 
-def _energy_caption(*, has_twin: bool, has_trained_twin: bool) -> str:
+def _energy_caption(twins: Mapping[float, Sequence[str]], *, has_trained_twin: bool) -> str:
     caption = "Accuracy against energy per image; each point is one T."
-    if has_twin:
+    if len(twins) == 1:
         caption += " The dotted line is the energy of the ANN twin: the same layers, dense, once."
+    elif twins:
+        listed = "; ".join(f"{energy(energy_pj)} of {', '.join(names)}" for energy_pj, names in sorted(twins.items()))
+        caption += f" Dotted lines are the energies of ANN twins, the same layers, dense, once: {listed}."
     if has_trained_twin:
         caption += (
             " The star is a trained ANN: it is not exported, so its accuracy is that on the validation images of its "

@@ -37,6 +37,7 @@ _TRAINING = {
     "ema": "moving average of the weights, decay",
     "augment": "augmentation",
     "cutout": "cutout, pixels",
+    "qat": "fine-tuned in 8 bits (--qat)",
 }
 _OFF: tuple[Any, ...] = (None, "", 0, "none")  # not shown where no run uses them
 
@@ -109,6 +110,8 @@ def _value(name: str, value: Any) -> str:
         return ", then ".join(
             f"T={stage[0]} for {stage[1]} epoch{'s' * (stage[1] != '1')}" for stage in stages if len(stage) > 1
         )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
