@@ -1,5 +1,6 @@
 """One convolution of spikes on a CPU by how many neurons fire: ONNX Runtime's own, by additions, lookups, and in tiles.
 
+    \b
     python examples/benchmarks/firing_rate.py [--int8] [--channels 256] [--size 16] [--images 32] [--threads 1]
 
 3x3 taps, random spikes, as many output as input channels; medians over ten runs of the convolution's kernel in ONNX
@@ -71,7 +72,7 @@ def measure(side: str, model: Path, x: np.ndarray, threads: int) -> float:
         return convolution_share(model, x, threads, own=side == "ONNX Runtime")["convolutions"]
 
 
-@click.command(cls=CleanErrors)
+@click.command(cls=CleanErrors, help=__doc__)
 @click.option("--int8", is_flag=True, help="In int8, in place of float32.")
 @click.option("--channels", default=256, show_default=True, type=click.IntRange(32))
 @click.option("--size", default=16, show_default=True, type=click.IntRange(1), help="Height and width.")

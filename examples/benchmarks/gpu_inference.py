@@ -1,5 +1,6 @@
 """One call of a network on a GPU: ONNX Runtime's CUDA provider and TensorRT against PyTorch and SpikingJelly.
 
+    \b
     pip uninstall -y onnxruntime                                                      it and onnxruntime-gpu clash
     pip install 'tetdeploy[gpu]' spikingjelly                                         and TensorRT, see docs/tensorrt.md
     python examples/benchmarks/gpu_inference.py --json inference.json                 ResNet-19, T=4, one card
@@ -213,7 +214,7 @@ def show(results: dict[str, Any], sizes: tuple[int, ...]) -> None:
         console.print("a smoke run: on a CPU these numbers say nothing about a card")
 
 
-@click.command(cls=CleanErrors)
+@click.command(cls=CleanErrors, help=__doc__)
 @click.option("--model", default="resnet19", show_default=True)
 @click.option("--width", default=1.0, type=ABOVE_0, show_default=True)
 @click.option("--T", "T", default=4, type=STEPS, show_default=True)

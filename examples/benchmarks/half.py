@@ -1,5 +1,6 @@
 """What float16 does to the spikes: which layers may round, and whether membranes may.
 
+    \b
     tetdeploy train --out runs/digits
     python examples/benchmarks/half.py --run runs/digits --data digits --limit 359
     python examples/benchmarks/half.py --width 0.25                          ResNet-19 on CIFAR-10 images, untrained
@@ -74,7 +75,7 @@ def measure(classifier: Any, x: Any, T: int, places: tuple[Place, ...], membrane
     return float(np.sum(whole) / np.sum(sizes)) * 1e6, float(np.max(local / sizes)) * 1e6, same / len(x)
 
 
-@click.command(cls=CleanErrors)
+@click.command(cls=CleanErrors, help=__doc__)
 @click.option("--run", type=click.Path(path_type=Path), help="A run folder. [default: ResNet-19, untrained]")
 @click.option("--data", default="cifar10", show_default=True, help="The run's data; their test set is used.")
 @click.option("--width", default=0.25, type=ABOVE_0, show_default=True, help="Of ResNet-19.")

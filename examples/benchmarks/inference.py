@@ -1,5 +1,6 @@
 """One call of an exported network on a CPU: this engine in float32 and int8 against others, and what convolutions take.
 
+    \b
     pip install spikingjelly openvino
     python examples/benchmarks/inference.py [--model resnet19] [--batch 1,8] [--threads 2] [--json inference.json]
 
@@ -165,7 +166,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
 }
 
 
-@click.command(cls=CleanErrors)
+@click.command(cls=CleanErrors, help=__doc__)
 @click.option("--model", default="resnet19", show_default=True)
 @click.option("--width", default=1.0, type=ABOVE_0, show_default=True)
 @click.option("--T", "T", default=4, type=STEPS, show_default=True)

@@ -1,5 +1,6 @@
 """Can the loader feed the training? Images a second of the loader alone, of the training step alone, and of both.
 
+    \b
     python examples/benchmarks/loader.py [--workers 0,2] [--json loader.json]
     python examples/benchmarks/loader.py --data-dir ~/data --device cuda --workers 4,8,16 --batch-size 256 --width 1
 
@@ -167,7 +168,7 @@ def files_row(data: ImageFiles, step: Step, workers: int, steps: int, batch_size
         return Row(f"{name}, 224x224", step.name, workers, *measured(images, step, steps, batch_size, workers=workers))
 
 
-@click.command(cls=CleanErrors)
+@click.command(cls=CleanErrors, help=__doc__)
 @click.option(
     "--workers", default=f"0,{rank_cores()}", type=Numbers(0), show_default=True, help="Numbers of processes to try."
 )

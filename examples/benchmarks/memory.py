@@ -1,5 +1,6 @@
 """Training memory against T: our neurons and a plain autograd loop, with and without recomputation.
 
+    \b
     python examples/benchmarks/memory.py
     python examples/benchmarks/memory.py --model resnet19 --width 1 --batch-size 128 --device cuda --json memory.json
 
@@ -185,7 +186,7 @@ def growth(steps: Sequence[int], rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-@click.command(cls=CleanErrors)
+@click.command(cls=CleanErrors, help=__doc__)
 @click.option("--model", default="resnet19", show_default=True, help="A network of tetdeploy.")
 @click.option("--width", default=0.25, type=ABOVE_0, show_default=True, help="Factor on its channels.")
 @click.option("--image-size", default=32, type=AT_LEAST_1, show_default=True)
@@ -197,7 +198,6 @@ def growth(steps: Sequence[int], rows: Sequence[dict[str, Any]]) -> list[str]:
 @click.option("--measure", "case", hidden=True)  # one case, in the process started for it
 @json_option
 def main(T: tuple[int, ...], case: str | None, json_path: Path | None, **options: Any) -> None:
-    """Training memory against T: our neurons and a plain autograd loop, with and without recomputation."""
     if case is not None:
         print(json.dumps(measure(**json.loads(case))))
         return

@@ -1,5 +1,6 @@
 """How fast and how large LIF neurons train on this machine: ours against a plain autograd loop, and SpikingJelly's.
 
+    \b
     python examples/benchmarks/neurons.py [--threads 2] [--json neurons.json]
     python examples/benchmarks/neurons.py --device cuda        # also: pip install spikingjelly
 
@@ -166,7 +167,7 @@ def measure(
     return {side: {**values, "seconds": statistics.median(values["seconds"])} for side, values in found.items()}
 
 
-@click.command(cls=CleanErrors)
+@click.command(cls=CleanErrors, help=__doc__)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", default=torch.get_num_threads(), type=AT_LEAST_1, show_default=True)
 @click.option("--repeats", default=25, type=AT_LEAST_1, show_default=True)

@@ -1,5 +1,6 @@
 """Load and faults of `tetdeploy serve`: throughput and latency beside the engine's own, a soak, bad clients.
 
+    \b
     pip install 'tetdeploy[cpu,serve,train]'
     python examples/benchmarks/serve_load.py --convsnn [--clients 1,16,64,256] [--json load.json]
     python examples/benchmarks/serve_load.py MODEL --soak 10
@@ -287,7 +288,7 @@ def _end_after(seconds: float, end: Callable[[], None]) -> None:
     time.sleep(2)
 
 
-@click.command(cls=CleanErrors)
+@click.command(cls=CleanErrors, help=__doc__)
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--convsnn", "make", is_flag=True, help="Make a model in place of MODEL.")
 @data_dir_option
@@ -308,7 +309,6 @@ def main(
     with_faults: bool,
     json_path: Path | None,
 ) -> None:
-    """Load and faults of `tetdeploy serve`."""
     if (model is None) != make:
         raise click.UsageError("name a MODEL, or let --convsnn make one")
     with tempfile.TemporaryDirectory() as folder:

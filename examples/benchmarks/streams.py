@@ -1,5 +1,6 @@
 """Many streams of one model, in a pool: pushes per second, and whether memory stays as it is.
 
+    \b
     python examples/benchmarks/streams.py MODEL.onnx [--streams 1,10,100,1000] [--seconds 10] [--json streams.json]
 
 MODEL is a step-layout export that takes uint8 (`tetdeploy export --layout step`). Each stream begins with a digit of

@@ -1,5 +1,6 @@
 """A training step of ResNet-19: ours against the plain loop, SpikingJelly 2.0 and the ANN twin, and the floor.
 
+    \b
     pip install spikingjelly
     python examples/benchmarks/training_step.py --json step.json                         one card, bf16, T=4, batch 256
     python examples/benchmarks/training_step.py --device cpu --batch 16 --steps 2        on a CPU, fp32
@@ -402,7 +403,7 @@ def show(results: dict[str, Any]) -> None:
         console.print(f"{name}: {value:.2f}{wanted}{f' ({remark})' if remark else ''}")
 
 
-@click.command(cls=CleanErrors)
+@click.command(cls=CleanErrors, help=__doc__)
 @click.option("--model", default="resnet19", show_default=True)
 @click.option("--width", default=1.0, type=ABOVE_0, show_default=True)
 @click.option("--size", default=32, type=AT_LEAST_1, show_default=True, help="Side of the images.")

@@ -44,14 +44,14 @@ def main() -> None:
     tetdeploy sweep                      accuracy, energy and latency at each T
     tetdeploy bench                      latency and throughput by batch, threads and T
     tetdeploy validate                   does it compute what PyTorch computes, here? a gate for CI
-    tetdeploy calibrate MODEL            when an answer is certain enough to stop: early exit's threshold
-    tetdeploy early-exit MODEL           what stopping early keeps and saves
+    tetdeploy calibrate [MODEL]          when an answer is certain enough to stop: early exit's threshold
+    tetdeploy early-exit [MODEL]         what stopping early keeps and saves
     tetdeploy serve MODEL...             answer requests over HTTP and gRPC: the Open Inference Protocol
-    tetdeploy report RUN...              one HTML page: curves, accuracy, energy, layers, hashes
-    tetdeploy build MODEL                a TensorRT engine of it, for NVIDIA GPUs
+    tetdeploy report [RUN...]            one HTML page: curves, accuracy, energy, layers, hashes
+    tetdeploy build [MODEL]              a TensorRT engine of it, for NVIDIA GPUs
     tetdeploy inspect FILE               what a checkpoint or a model is, layer by layer
     tetdeploy predict MODEL IMAGE...     classify image files
-    tetdeploy evaluate RUN...            accuracy of trained weights at each T, in PyTorch; ANN twins too
+    tetdeploy evaluate [RUN...]          accuracy of trained weights at each T, in PyTorch; ANN twins too
     tetdeploy landscape RUN...           both losses round trained weights
     tetdeploy import FILE --arch ...     a checkpoint of the TET authors
     """
