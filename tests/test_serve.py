@@ -967,6 +967,14 @@ def test_an_address_of_ipv6_is_one_to_ask() -> None:
         assert stop(running) == 0
 
 
+def test_a_stop_is_graceful_though_nobody_reads_of_it() -> None:
+    """As of `tetdeploy serve MODEL | tee log`, of which Ctrl-C ends `tee` first: the exit code was 1."""
+    running = start(f"step={exported('step')}")
+    assert running.process.stdout is not None
+    running.process.stdout.close()
+    assert stop(running) == 0
+
+
 def test_says_what_makes_it_slower_than_it_could_be(monkeypatch: pytest.MonkeyPatch) -> None:
     async def serve(*arguments: Any, announce: Callable[[str, str], None], **options: Any) -> None:
         announce("127.0.0.1:1", "127.0.0.1:2")
