@@ -389,12 +389,19 @@ def test_wrong_usage(model: Path, options: tuple[str, ...], message: str) -> Non
         (("--T", "5"), "is unrolled to T=3 and cannot run T=5"),
         (("--device", "tpu"), "unknown device 'tpu'"),
         (("--data", "nothing.npz"), "nothing.npz"),
+        (("--batch", str(10**20)), f"batch must be at most {2**31 - 1}, got {10**20}"),
     ],
 )
 def test_one_line_for_what_cannot_be_timed(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
     done = run(exported("unrolled", T=3), "--threads", 1, "--json", tmp_path / "a.json", *options)
     assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output, done.output
     assert not (tmp_path / "a.json").exists()
+
+
+def test_too_many_threads_are_refused_and_not_warned_of(model: Path) -> None:
+    done = run(model, "--threads", "1,100000")
+    assert done.exit_code == 1 and "threads must be at most" in done.output
+    assert "they will wait for each other" not in done.output
 
 
 def test_no_model(tmp_path: Path) -> None:

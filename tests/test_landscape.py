@@ -260,6 +260,7 @@ class TestRefusals:
         [
             ({"points": 4}, "points is 4; it must be odd"),
             ({"points": 1}, "points is 1; it must be odd, .* at least 3"),
+            ({"points": 10**20 + 1}, f"points is {10**20 + 1}; it must be at most 1001"),
             ({"extent": 0.0}, "extent is 0.0; it must be above 0"),
             ({"extent": float("nan")}, "extent is nan"),
             ({"extent": float("inf")}, "extent is inf"),

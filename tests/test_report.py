@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -823,6 +825,24 @@ class TestRefusals:
         write(run / "config.json", {"network": 1})
         self.refused(run, match="config.json is damaged: network must be an object, got 1")
 
+    def test_a_damaged_result_in_a_run_folder_is_left_out_with_a_note(self, tmp_path: Path) -> None:
+        """By its folder; named by itself it is refused."""
+        one, two = run_folder(tmp_path / "one"), run_folder(tmp_path / "two")
+        write(two / "m.sweep.json", result(kind="sweep"))
+        write(one / "m.validate.json", result())
+        cut, bench = one / "m.sweep.json", one / "m.bench.json"
+        cut.write_text('{"kind": "swe')
+        write(bench, {"kind": "bench"})
+        results = read_results([one, two])
+        assert [m.files for m in results.measurements] == [(one / "m.validate.json",), (two / "m.sweep.json",)]
+        assert not results.benches
+        notes = [note for note in results.notes if note.startswith("Left out until it is measured again: ")]
+        assert [str(file) in note for file, note in zip((cut, bench), notes, strict=True)] == [True, True]
+        assert "is not JSON" in notes[0] and "form of a bench" in notes[1] and cut.name in page(one, two).text
+        (one / "m.validate.json").unlink()
+        assert [source.name for source in read_results([one, two]).unmeasured] == ["one"]
+        self.refused(cut, match="m.sweep.json is not JSON")
+
     def test_results_of_different_data(self, tmp_path: Path) -> None:
         files = [write(tmp_path / f"{name}.json", result(data=f"folder:{name}/test")) for name in "ab"]
         different = "they were measured on different data: a on folder:a/test, b on folder:b/test;"
@@ -874,6 +894,16 @@ class TestCommand:
         titles = [s.split(",")[0] for s in ("What was trained, on what and how", "Training", *ALL[:5], *ALL[6:])]
         assert all(any(text.startswith(title) for text in found.texts) for title in titles)
         assert (tmp_path / "r.md").read_text(encoding="utf-8").startswith("# Two epochs\n")
+
+    def test_without_a_home_to_write_to(self, tmp_path: Path) -> None:
+        """In which Matplotlib keeps its fonts: it warned of that in two lines."""
+        file = write(tmp_path / "a.sweep.json", result(kind="sweep"))
+        command = [sys.executable, "-m", "tetdeploy", "report", file, "-o", tmp_path / "a.html"]
+        environment = {k: v for k, v in os.environ.items() if k not in ("MPLCONFIGDIR", "XDG_CACHE_HOME")}
+        environment |= {"HOME": str(tmp_path / "a.sweep.json" / "no"), "XDG_CONFIG_HOME": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        assert (tmp_path / "a.html").exists()
 
     def test_several_go_beside_each_other_in_the_working_folder(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -356,7 +356,7 @@ def test_a_request_that_offers_to_upgrade_keeps_its_body(server: Server) -> None
 
 
 def test_binary_requests_that_do_not_fit_their_header(server: Server) -> None:
-    def post(size: int, sent: bytes, length: int | str | None = None) -> tuple[int, str]:
+    def post(size: int | str, sent: bytes, length: int | str | None = None) -> tuple[int, str]:
         given = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "UINT8", "parameters": {"binary_data_size": size}}
         head = json.dumps({"inputs": [given]}).encode()
         header = {"Inference-Header-Content-Length": str(len(head) if length is None else length)}
@@ -365,6 +365,7 @@ def test_binary_requests_that_do_not_fit_their_header(server: Server) -> None:
 
     assert post(64, bytes(64)) == (200, "")
     assert post(64, bytes(63)) == (400, "input x has binary_data_size 64, but 63 bytes follow")
+    assert post("64", bytes(64)) == (400, "input x has binary_data_size '64', but 64 bytes follow")
     assert post(60, bytes(60))[1] == "x of shape [1, 1, 8, 8] has 64 values, got 60"
     assert post(64, bytes(70)) == (400, "6 bytes follow the JSON that belong to no input")
     assert post(64, bytes(64), length=10**6)[0] == 400
@@ -964,6 +965,14 @@ def test_an_address_of_ipv6_is_one_to_ask() -> None:
             assert client.infer("step", asked(rpc, images(1))).as_numpy("logits").shape == (1, 10)
     finally:
         assert stop(running) == 0
+
+
+def test_a_stop_is_graceful_though_nobody_reads_of_it() -> None:
+    """As of `tetdeploy serve MODEL | tee log`, of which Ctrl-C ends `tee` first: the exit code was 1."""
+    running = start(f"step={exported('step')}")
+    assert running.process.stdout is not None
+    running.process.stdout.close()
+    assert stop(running) == 0
 
 
 def test_says_what_makes_it_slower_than_it_could_be(monkeypatch: pytest.MonkeyPatch) -> None:

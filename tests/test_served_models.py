@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import math
+import re
 import shutil
 import threading
 from collections.abc import Coroutine
@@ -186,6 +187,27 @@ def test_a_T_that_the_server_would_refuse_is_said_when_it_starts(caplog: pytest.
     ServedModel("m", engine, Limits(), Bounds(engine.trained_T - 1, 60, 9))
     (said,) = caplog.messages
     assert said.startswith(f"m takes {engine.trained_T} steps unless a request says T")
+
+
+@pytest.mark.parametrize(
+    ("layout", "max_T", "T", "told"),
+    [
+        ("step", 64, 65, "1..64, got 65; --max-T lets a server run more, and a sequence takes more"),
+        ("step", 64, 1025, "1..64, got 1025; a sequence takes more"),
+        ("step", 2000, 1025, "1..1024, got 1025; a sequence takes more"),
+        ("dynamic", 2000, 1025, "1..1024, got 1025; a sequence of a model of layout step takes more"),
+    ],
+)
+def test_more_steps_than_a_server_runs_have_a_remedy_of_the_server(layout: str, max_T: int, T: int, told: str) -> None:
+    """Not the engine's `engine.stream()`, which it has not."""
+
+    async def scenario() -> None:
+        model = ServedModel("m", Engine(exported(layout), threads=1), Limits(), Bounds(max_T, 60, 9))
+        with pytest.raises(ValueError, match=f"^T must lie in {re.escape(told)} in several requests$"):
+            await model.infer(digits().images[:1], T=T)
+        await model.scheduler.drain()
+
+    run(scenario())
 
 
 def test_a_sequence_is_idle_from_its_answer_on(monkeypatch: pytest.MonkeyPatch) -> None:

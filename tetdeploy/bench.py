@@ -23,9 +23,10 @@ from tetdeploy.extras import import_extra
 from tetdeploy.machine import cpu_model, load_average, read_cpuinfo, usable_cores
 from tetdeploy.provenance import engine_provenance
 from tetdeploy.runtimes.nvidia import gpu_name
-from tetdeploy.runtimes.sessions import PROVIDERS, RUNTIMES, check_runtime
+from tetdeploy.runtimes.sessions import MOST_THREADS, PROVIDERS, RUNTIMES, check_runtime
 
 CALLS_PER_TURN = 5
+MAX_SIZE = 2**31 - 1  # images, steps: beyond it numpy and runtimes fail without saying of what
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Bench:
         load_ms: what making each of them took.
 
     Raises:
-        ValueError: a number is below 1, or a T beyond the graph; see also `Engine`.
+        ValueError: a number is below 1 or too large, or a T beyond the graph; see also `Engine`.
     """
 
     def __init__(
@@ -64,9 +65,12 @@ class Bench:
         runtime: str = "onnxruntime",
         cuda_graphs: bool = False,
     ) -> None:
-        for name, numbers in (("batch", batches), ("threads", threads), ("T", steps)):
+        bounds = (("batch", batches, MAX_SIZE), ("threads", threads, MOST_THREADS), ("T", steps, MAX_SIZE))
+        for name, numbers, most in bounds:
             if any(number < 1 for number in numbers):
                 raise ValueError(f"{name} must be at least 1, got {min(numbers)}")
+            if any(number > most for number in numbers):
+                raise ValueError(f"{name} must be at most {most}, got {max(numbers)}")
         self._load = load_average()
         self.engines: dict[int, Engine] = {}
         self.load_ms: dict[int, float] = {}

@@ -40,6 +40,7 @@ from .schedule import derive_seed
 from .validation import count_correct
 
 FORMAT = 1
+MAX_POINTS = 1001  # along a direction: of a million points each is a pass over the images
 _SURFACES = ("sdt_loss", "tet_loss", "accuracy")
 
 
@@ -49,7 +50,7 @@ class LandscapeConfig:
 
     Attributes:
         T: time steps of every forward pass.
-        points: grid points along each direction; odd, so that the weights themselves are one of them.
+        points: grid points along each direction; odd, so that the weights themselves are one of them; 3 to 1,001.
         extent: alpha and beta run from -extent to extent; at 1 the perturbation is as long as the weights.
         seed: of the two directions; checkpoints of one network share them up to the norms of their filters.
         batch_size: images at a time; None is 64 on a CPU and 512 on a GPU.
@@ -70,6 +71,8 @@ class LandscapeConfig:
             raise ValueError(f"T and batch_size must be at least 1, got {self.T} and {self.batch_size}")
         if self.points < 3 or self.points % 2 == 0:
             raise ValueError(f"points is {self.points}; it must be odd, for the centre to be one, and at least 3")
+        if self.points > MAX_POINTS:
+            raise ValueError(f"points is {self.points}; it must be at most {MAX_POINTS}")
         if not 0.0 < self.extent < float("inf"):
             raise ValueError(f"extent is {self.extent}; it must be above 0 and finite")
         if self.seed < 0:

@@ -97,8 +97,6 @@ def bench(
         raise click.UsageError("--repeats and --seconds exclude each other")
     cores = usable_cores()
     threads = threads or (tuple(sorted({1, cores})) if chosen.device == "cpu" else (1,))
-    if max(threads) > cores:
-        console.print(f"{max(threads)} threads on {cores} cores: they will wait for each other", style="yellow")
     timing = Bench(
         chosen.path,
         batches=batches,
@@ -109,6 +107,8 @@ def bench(
         cuda_graphs=cuda_graphs,
     )
     named, json_path = json_path is not None, output_path(json_path, timing.engine, ".bench.json")
+    if max(threads) > cores:
+        console.print(f"{max(threads)} threads on {cores} cores: they will wait for each other", style="yellow")
     name, x = _inputs(timing, data, data_dir)
     interrupted = False
     try:

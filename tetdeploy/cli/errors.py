@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import re
@@ -39,6 +40,8 @@ class CleanErrors(click.Command):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         replace_lacking_characters()
         warnings.formatwarning = _one_line
+        # Without a home to write to it says so in two lines, though its plots are the same.
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
         with _terminations_like_ctrl_c():
             return super().main(*args, **kwargs)
 

@@ -51,7 +51,9 @@ Examples:
 )
 @click.argument("checkpoints", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
 @click.option("--T", "T", type=STEPS, help="Time steps. [default: the training's]")
-@click.option("--points", default=21, show_default=True, help="Grid points along each direction, an odd number.")
+@click.option(
+    "--points", default=21, show_default=True, help="Grid points along each direction, an odd number up to 1001."
+)
 @click.option("--extent", default=1.0, show_default=True, help="The grid runs from -extent to extent, in filter norms.")
 @click.option("--seed", default=0, show_default=True, help="Of the two random directions.")
 @click.option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -159,7 +160,8 @@ def serve(
     cut_off = asyncio.run(serving)
     if cut_off:
         raise click.ClickException(f"stopped, but {cut_off} of the requests taken could not be answered in time")
-    console.print("stopped; all requests taken were answered")
+    with suppress(SystemExit):  # rich's, where the reader has left, as of `| tee log`, which the same Ctrl-C ends
+        console.print("stopped; all requests taken were answered")
 
 
 def _by_name(models: tuple[str, ...]) -> dict[str, str]:

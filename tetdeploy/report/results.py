@@ -17,7 +17,7 @@ from tetdeploy.report.document import NONE
 from tetdeploy.report.drawing import Style
 from tetdeploy.report.means import mean_of
 from tetdeploy.report.merging import apart, has_accuracy, merged
-from tetdeploy.report.reading import Run, model_stem, read_run, result_files
+from tetdeploy.report.reading import Run, model_stem, read_result, read_run, result_files
 from tetdeploy.report.seeds import finished_seeds, summary_of
 from tetdeploy.report.staleness import stale
 from tetdeploy.report.tables import images_of
@@ -211,8 +211,9 @@ def read_results(paths: Sequence[Path], names: Sequence[str] = ()) -> Results:
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: no path, or one twice; a path is no result, or damaged; names that do not fit; the results are of
-            different data and cannot be compared.
+        ValueError: no path, or one twice; a path is no result, or damaged; a run folder's config.json, metrics.jsonl or
+            checkpoint is (of a result in it a note says so, and it is left out); names that do not fit; the results are
+            of different data and cannot be compared.
     """
     timings = [path for path in paths if is_bench(path)]
     if timings and len(timings) == len(paths):
@@ -230,7 +231,8 @@ def read_results(paths: Sequence[Path], names: Sequence[str] = ()) -> Results:
         )
     check_comparable(sources)
     folders = [run.folder for source in sources for run in source.runs.values()]
-    return Results(sources, tuple(notes + list(_cautions(sources))), read_benches(folders, timings))
+    benches = read_benches(folders, timings, notes)
+    return Results(sources, tuple(notes + list(_cautions(sources))), benches)
 
 
 def check_comparable(sources: Sequence[Source]) -> None:
@@ -255,7 +257,10 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
     seeds = seed_runs(folder)
     runs = {f"{name} {seed.name}": read_run(seed) for seed in seeds} or {name: read_run(folder)}
     found = [
-        (label, run, stem, files) for label, run in runs.items() for stem, files in result_files(run.folder).items()
+        (label, run, stem, files)
+        for label, run in runs.items()
+        for stem, all_files in result_files(run.folder).items()
+        if (files := _readable(all_files, notes))
     ]
     single = Counter(label for label, *_ in found)
     measured = [
@@ -275,6 +280,19 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
         for stem, group in by_stem.items()
     ]
     return Source(name, runs, measurements, tuple(chain.from_iterable(series)), summary)
+
+
+def _readable(files: Sequence[Path], notes: list[str]) -> list[Path]:
+    """Those of the results found in a run folder that can be read; a note names each other."""
+    readable = []
+    for file in files:
+        try:
+            read_result(file)
+        except ValueError as error:
+            notes.append(f"Left out until it is measured again: {error}.")
+        else:
+            readable.append(file)
+    return readable
 
 
 def _over_seeds(

@@ -19,13 +19,22 @@ def is_bench(path: Path) -> bool:
     return path.name.endswith(_SUFFIX) or json_object(path, remedy=WANTED).get("kind") == "bench"
 
 
-def read_benches(folders: Sequence[Path], files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """The benches in some run folders, and in files of their own, by a name for each.
+def read_benches(folders: Sequence[Path], files: Sequence[Path], notes: list[str]) -> dict[str, dict[str, Any]]:
+    """The benches in some run folders, of which a note names those left out as they are damaged, and in files of their
+    own, by a name for each.
 
     Raises:
-        ValueError: a file is no bench, or damaged.
+        ValueError: one of the files is no bench, or damaged.
     """
-    return {name: _read(file) for name, file in _named(folders, files)}
+    named, benches = {file.resolve() for file in files}, {}
+    for name, file in _named(folders, files):
+        try:
+            benches[name] = _read(file)
+        except ValueError as error:
+            if file.resolve() in named:
+                raise
+            notes.append(f"Left out until it is measured again: {error}.")
+    return benches
 
 
 def _named(folders: Sequence[Path], files: Sequence[Path]) -> Iterator[tuple[str, Path]]:

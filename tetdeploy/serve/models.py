@@ -22,6 +22,7 @@ from tetdeploy.engine import Array, Engine, Result
 from tetdeploy.engine_stream import StepResult
 from tetdeploy.serve.scheduler import Limits, Scheduler
 from tetdeploy.serve.sequences import LostSequenceError, Sequences
+from tetdeploy.steps import MAX_T
 from tetdeploy.streams import StreamPool
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,9 @@ class ServedModel:
         x = self.engine.check_input(x)
         if T is None and early_exit is True and self._rule is not None and self.engine.encoding == "direct":
             T = self._rule[1]
-        T = self._check_T(self.engine.check_T(T, x))
+        if T is not None and T > 0:  # before the engine, whose remedy is one of Python's
+            self._check_T(T, whole=True)
+        T = self._check_T(self.engine.check_T(T, x), whole=True)
         key = (T, x.shape[1:], self._exit(early_exit, T))
         [answer] = await self.scheduler.submit(key, [x], size=len(x))
         assert isinstance(answer, Result)
@@ -180,9 +183,14 @@ class ServedModel:
             return [x[0], *[None] * (self._check_T(1 if T is None else T) - 1)]
         return list(x[0, : self._check_T(self.engine.check_T(T, x))])
 
-    def _check_T(self, T: int) -> int:
-        if not 1 <= T <= self.bounds.max_T:
-            raise ValueError(f"T must lie in 1..{self.bounds.max_T}, got {T}; --max-T lets a server run more")
+    def _check_T(self, T: int, *, whole: bool = False) -> int:
+        """`whole`: of a request that is no part of a sequence. It keeps each step of its images, for MAX_T at most."""
+        bounded = whole and self.engine.encoding == "direct"
+        most = min(self.bounds.max_T, MAX_T) if bounded else self.bounds.max_T
+        if not 1 <= T <= most:
+            raised = "" if bounded and T > MAX_T else "--max-T lets a server run more, and "
+            kept = "a sequence" if self.sequences is not None else "a sequence of a model of layout step"
+            raise ValueError(f"T must lie in 1..{most}, got {T}; {raised}{kept} takes more in several requests")
         return T
 
     def _exit(self, wanted: bool | float, T: int) -> Exit | None:

@@ -108,7 +108,7 @@ def _inputs(given: list[_Input], binary: memoryview) -> list[Input]:
                 raise InvalidRequestError(f"input {one.name} has data and {SIZE}; send one of them")
             left = len(binary) - start
             if type(size) is not int or not 0 <= size <= left:
-                raise InvalidRequestError(f"input {one.name} has {SIZE} {size}, but {left} bytes follow")
+                raise InvalidRequestError(f"input {one.name} has {SIZE} {size!r}, but {left} bytes follow")
             data = binary[start : start + size]
             start += size
             inputs.append(Input(one.name, one.datatype.upper(), one.shape, data))

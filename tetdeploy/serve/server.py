@@ -46,6 +46,10 @@ class Address:
     http_port: int
     grpc_port: int
 
+    def __post_init__(self) -> None:
+        if not self.host:  # sockets take it for every interface, and it is what an unset variable leaves
+            raise ValueError("--host is empty; name an interface, or :: for all of them")
+
     def at(self, port: int) -> str:
         """`127.0.0.1:8080`, `[::1]:8080`."""
         return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
