@@ -259,6 +259,19 @@ def normed(num_classes, in_channels, image_size):
 def lazy(num_classes, in_channels, image_size):
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
 
+class InAList(nn.Module):
+    def __init__(self, num_classes, register):
+        super().__init__()
+        self.layers = [nn.Flatten(), nn.Linear(24, num_classes)]
+        if register:
+            self.readout = self.layers[-1]
+
+def in_a_list(num_classes, in_channels, image_size):
+    return nn.Sequential(nn.Identity(), InAList(num_classes, register=False))
+
+def in_a_list_too(num_classes, in_channels, image_size):
+    return InAList(num_classes, register=True)
+
 value = 3
 """
 
@@ -296,6 +309,7 @@ def test_the_code_of_an_own_network_is_told_by_its_file(own_module: str) -> None
         ("too_few", r"own_\d+:too_few must be a function of num_classes, in_channels, image_size: got an unexpected"),
         ("normed", r"own_\d+:normed returns a network whose '1' keeps a weight that it computes of others"),
         ("lazy", r"own_\d+:lazy returns a network whose .1\.weight. gets its size from the first image; .* run the"),
+        ("in_a_list", r"own_\d+:in_a_list returns a network whose '1' holds layers .* in a list, .*; use nn\.Mod"),
         ("value", r"own_\d+:value must be a function of num_classes, .*: 3 is not a callable object"),
     ],
 )
@@ -303,6 +317,11 @@ def test_the_code_of_an_own_network_is_told_by_its_file(own_module: str) -> None
 def test_own_networks_that_are_none_are_refused(own_module: str, function: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         import_network(NetworkConfig(f"{own_module}:{function}", 7, 2, (3, 4)))
+
+
+def test_layers_of_an_own_network_may_be_in_a_list_as_well(own_module: str) -> None:
+    network = import_network(NetworkConfig(f"{own_module}:in_a_list_too", 7, 2, (3, 4)))
+    assert set(network.state_dict()) == {"readout.weight", "readout.bias"}
 
 
 def test_an_own_module_that_is_not_there_is_named() -> None:

@@ -576,6 +576,12 @@ def test_parameters_that_could_not_learn_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^{name} must .*, got a Tensor: .* float\({name}\), made once in __init__"):
         lif(torch.ones(1, 2), **computed)
     LIF(**{name: torch.tensor(0.5)})  # a number, too
+    neurons = LIF()
+    for later in (learned, computed):  # as a subclass does in __init__ or in its forward
+        setattr(neurons, name, later[name])
+        with pytest.raises(ValueError, match=rf"^{name} must be a number, got a .*: the gradient does not reach it"):
+            neurons(torch.ones(1, 2))
+        delattr(neurons, name)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3)])

@@ -312,6 +312,9 @@ def _replace_on_the_way(bn: fx.Node, layer: fx.Node, folded: fx.Node) -> None:
         chain[-1].meta = dict(bn.meta)  # read where a second BN follows
     bn.replace_all_uses_with(chain[-1])
     bn.graph.erase_node(bn)
+    for node in (*views, layer):
+        if not node.users:  # fx would keep a dropout, which may draw random numbers, and the layer that it reads
+            node.graph.erase_node(node)
     if len(chain) > 1 and not moved:
         _skip_views(chain)
 

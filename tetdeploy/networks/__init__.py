@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from tetdeploy.arguments import check_count, check_flags, check_number
 from tetdeploy.files import sha256_of
@@ -153,7 +154,8 @@ def import_network(config: NetworkConfig) -> nn.Module:
 
     Raises:
         ValueError: the module or the function is not there, does not take num_classes, in_channels and image_size, or
-            what it returns is not an `nn.Module`, or has lazy layers that saw no image yet or weights that it computed.
+            what it returns is not an `nn.Module`, or has lazy layers that saw no image yet, weights that it computed,
+            or weights to train that its state dict lacks.
     """
     module_name, _, function_name = config.model.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # as `python -m` does; a console script has its own folder instead
@@ -178,6 +180,13 @@ def import_network(config: NetworkConfig) -> nn.Module:
             f"{config.model} returns a network whose {fixed[0] or 'module'!r} keeps a weight that it computes of "
             "others, as torch.nn.utils.weight_norm and prune do, which cannot be copied or exported; use "
             "torch.nn.utils.parametrizations.weight_norm, or prune.remove"
+        )
+    known = {id(parameter) for parameter in network.parameters()}
+    if hidden := [path for path, module in network.named_modules() if _hides_weights(module, known)]:
+        raise ValueError(
+            f"{config.model} returns a network whose {hidden[0] or 'module'!r} holds layers or parameters in a list, "
+            "tuple or dict of Python: they would not train, and no checkpoint would have them; use nn.ModuleList, "
+            "nn.ModuleDict or nn.ParameterList"
         )
     if lazy := [name for name, parameter in network.named_parameters() if is_lazy(parameter)]:
         raise ValueError(
@@ -215,6 +224,15 @@ def warn_of_other_code(config: NetworkConfig, before: str | None, trained: Path)
 
 def _keeps_computed(module: nn.Module) -> bool:
     return any(isinstance(value, Tensor) and value.grad_fn is not None for value in vars(module).values())
+
+
+def _hides_weights(module: nn.Module, known: Container[int]) -> bool:
+    """Whether a module keeps parameters to train, or layers with such, whose `id` is not among those of the network."""
+    kept = [value for name, value in vars(module).items() if name not in ("_parameters", "_modules")]
+    leaves = tree_leaves(kept)
+    parameters = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
+    parameters += [parameter for leaf in leaves if isinstance(leaf, nn.Module) for parameter in leaf.parameters()]
+    return any(parameter.requires_grad and id(parameter) not in known for parameter in parameters)
 
 
 def run_network(network: Callable[..., Tensor], x: Tensor, T: int) -> Tensor:
