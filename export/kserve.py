@@ -18,6 +18,12 @@ STATE_MB = "250"  # of sequences: their arrays take up to twice that, beside 0.7
 PERIOD = 5  # seconds between two probes
 STARTS = 60  # probes that a start may take: five minutes, for large models on few cores
 LONGEST = 63 - len("-predictor")  # of a service's name: KServe adds this, and Kubernetes takes 63 (RFC 1035)
+CONFINED = {  # what Pod Security's level `restricted` asks of each container
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "runAsNonRoot": True,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
 LEAVES = 5  # seconds in which the pod is taken out of the service, before it is told to stop and accepts no more
 
 
@@ -44,7 +50,7 @@ def inference_service(name: str, *, model_file: str, storage_uri: str, image: st
         name: of the service, and of the model in its requests.
         model_file: the `.onnx` file's name at the storage URI.
         storage_uri: where KServe finds it: `pvc://claim/folder`, `s3://bucket/folder`, ...
-        image: of the container, whose entry point is `tetdeploy`.
+        image: of the container, whose entry point is `tetdeploy` and whose user is one by number, not 0.
 
     Raises:
         ValueError: the name is none for Kubernetes, or the URI has no scheme.
@@ -67,6 +73,7 @@ def inference_service(name: str, *, model_file: str, storage_uri: str, image: st
         ],
         "ports": [{"name": "http1", "containerPort": HTTP_PORT, "protocol": "TCP"}],
         "resources": {"requests": dict(resources), "limits": dict(resources)},
+        "securityContext": CONFINED,
         "readinessProbe": probe("/v2/health/ready"),
         "startupProbe": probe("/v2/health/live", failureThreshold=STARTS),  # the others wait for it
         "livenessProbe": probe("/v2/health/live"),

@@ -108,6 +108,9 @@ def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path
     assert (options["host"], options["http_port"], options["threads"]) == ("::", 8080, 2)
     assert options["max_state"] == 250e6
     assert container["resources"] == {kind: {"cpu": "2", "memory": "2Gi"} for kind in ("requests", "limits")}
+    confined = container["securityContext"]
+    assert confined["runAsNonRoot"] and not confined["allowPrivilegeEscalation"]
+    assert confined["capabilities"] == {"drop": ["ALL"]} and confined["seccompProfile"] == {"type": "RuntimeDefault"}
     assert all(container[f"{kind}Probe"]["timeoutSeconds"] == 5 for kind in ("readiness", "startup", "liveness"))
     assert container["ports"][0]["containerPort"] == container["readinessProbe"]["httpGet"]["port"] == 8080
     assert container["readinessProbe"]["httpGet"]["path"] == "/v2/health/ready"
@@ -225,6 +228,8 @@ def test_the_image_is_made_of_what_is_there() -> None:
     assert image[0] == "FROM python:3.12-slim" and "COPY --from=build /wheel /wheel" in image
     copied = [name for line in build if line.startswith("COPY") for name in line.split()[1:-1]]
     assert copied and all((ROOT / name).exists() for name in copied)
+    [user] = [line.partition(" ")[2] for line in image if line.startswith("USER")]
+    assert int(user) > 0  # of a name Kubernetes would not know that it is not root's
     entry = [json.loads(line.partition(" ")[2]) for line in lines if line.startswith(("ENTRYPOINT", "CMD"))]
     assert [words[0] for words in entry] == ["tetdeploy", "serve"]
     serve.make_context("serve", entry[1][1:])
