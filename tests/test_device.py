@@ -89,32 +89,32 @@ def test_a_run_on_a_cpu_fuses_every_layer(options: dict[str, Any], layers: int, 
 
 PAGES = """
 import resource
-from contextlib import nullcontext
 import torch
 from tetdeploy.memory import reused_memory
 
-def new_pages(megabytes):
-    "What comes anew for blocks that are freed before the next: after a first one, of ten; the kernel may add its own."
+def new_pages(megabytes, blocks=10):
+    "What comes anew for blocks that are freed before the next: not for the first ones; the kernel may add its own."
     counts = []
     for _ in range(4):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(10):
+        for _ in range(blocks):
             torch.ones(megabytes << 18)
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     return min(counts[1:])
 
-def kept(gigabytes):
+def kept(megabytes):
     "Megabytes of address space that stay after so much was taken and freed; nothing is written."
     def size():
         return int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) / 1024
     before = size()
-    blocks = [torch.empty(256 << 18) for _ in range(4 * gigabytes)]
+    blocks = [torch.empty(256 << 18) for _ in range(megabytes // 256)]
     del blocks
     return size() - before
 
 with reused_memory():
-    print(new_pages(8), new_pages(64), kept(3))
-print(new_pages(1), new_pages(8), new_pages(64), kept(3))
+    print(new_pages(8), new_pages(64), kept(512))
+# Below memory that stays in use there may be as much address space as was kept, free for what fits in it.
+print(new_pages(1), new_pages(8), new_pages(640, blocks=1), kept(3072))
 """
 
 
@@ -123,6 +123,6 @@ def test_freed_memory_is_taken_again_within_and_given_back_after() -> None:
     """In a process of its own, of which nobody has changed the allocator."""
     done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
     within, after = (list(map(float, line.split())) for line in done.stdout.splitlines())
-    assert max(within[:2]) < 50 and within[2] > 3_000
+    assert max(within[:2]) < 50 and within[2] > 400
     assert max(after[:2]) < 50  # as of a process that never was within
     assert after[2] > 100 and after[3] < 500

@@ -216,7 +216,7 @@ def profile(step: Step, case: Case) -> dict[str, float]:
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
     step()
     steps = min(case.steps, PROFILED)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(steps):
             step()
         if on_gpu:

@@ -51,7 +51,7 @@ class OpenVINOSession:
         except RuntimeError as error:
             fault = (
                 "it has an operation that OpenVINO has not; run it with ONNX Runtime, for which --target cpu exports"
-                if "OpConversionFailure" in str(error)
+                if "FrontEnd API failed" in str(error)  # it could read the file
                 else "not an ONNX model, a damaged one, or one that was exported for another runtime, then export "
                 "again with --target openvino"
             )
