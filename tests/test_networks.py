@@ -262,9 +262,10 @@ def lazy(num_classes, in_channels, image_size):
 class InAList(nn.Module):
     def __init__(self, num_classes, register):
         super().__init__()
-        self.layers = [nn.Flatten(), nn.Linear(24, num_classes)]
+        self.layers = [nn.Flatten(), nn.Linear(24, num_classes), {"teacher": nn.Linear(1, 1).requires_grad_(False)}]
+        self.layers.append(self.layers)
         if register:
-            self.readout = self.layers[-1]
+            self.readout = self.layers[1]
 
 def in_a_list(num_classes, in_channels, image_size):
     return nn.Sequential(nn.Identity(), InAList(num_classes, register=False))
@@ -309,7 +310,7 @@ def test_the_code_of_an_own_network_is_told_by_its_file(own_module: str) -> None
         ("too_few", r"own_\d+:too_few must be a function of num_classes, in_channels, image_size: got an unexpected"),
         ("normed", r"own_\d+:normed returns a network whose '1' keeps a weight that it computes of others"),
         ("lazy", r"own_\d+:lazy returns a network whose .1\.weight. gets its size from the first image; .* run the"),
-        ("in_a_list", r"own_\d+:in_a_list returns a network whose '1' holds layers .* in a list, .*; use nn\.Mod"),
+        ("in_a_list", r"own_\d+:in_a_list returns a network whose '1' keeps weights to train out of .*; use nn\.Mod"),
         ("value", r"own_\d+:value must be a function of num_classes, .*: 3 is not a callable object"),
     ],
 )

@@ -582,6 +582,8 @@ def test_parameters_that_could_not_learn_are_refused(name: str) -> None:
         with pytest.raises(ValueError, match=rf"^{name} must be a number, got a .*: the gradient does not reach it"):
             neurons(torch.ones(1, 2))
         delattr(neurons, name)
+    setattr(neurons, name, torch.tensor(0.5))
+    assert torch.export.export(neurons, (torch.ones(1, 2),)).module()(torch.ones(1, 2)).shape == (1, 2)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3)])

@@ -841,6 +841,8 @@ class TestRefusals:
         assert "is not JSON" in notes[0] and "form of a bench" in notes[1] and cut.name in page(one, two).text
         (one / "m.validate.json").unlink()
         assert [source.name for source in read_results([one, two]).unmeasured] == ["one"]
+        (one / "metrics.jsonl").write_text("")
+        self.refused(one, match=rf"nothing to report on in {one}: .*run tetdeploy sweep\. Left out until .*{cut}")
         self.refused(cut, match="m.sweep.json is not JSON")
 
     def test_results_of_different_data(self, tmp_path: Path) -> None:

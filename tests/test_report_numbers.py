@@ -248,7 +248,7 @@ def test_seeds_are_compared_by_their_means(tmp_path: Path, painted: dict[str, li
     one = seeds_folder(tmp_path / "one", sweep(1.0), sweep(2.0), None)
     other = write(tmp_path / "other.sweep.json", result(kind="sweep"))
     results = read_results([one, other])
-    assert results.notes == ("one: its means are of 2 of 3 seeds; seed-2 is not measured (export, then sweep).",)
+    assert results.notes == ("one: its means are of 2 of 3 seeds; seed-2 has no result (export, then sweep).",)
     cards, note = blocks(results, "At a glance")
     assert isinstance(cards, Cards) and isinstance(note, Note) and note.text in results.notes
     assert [card.title for card in cards.cards] == ["one", "other"]
@@ -294,7 +294,7 @@ def test_a_point_of_the_front_has_its_deviations(tmp_path: Path) -> None:
             (
                 "a: the seeds stand each by itself, as none is finished; "
                 "seed-0 is unfinished, as far as its files say; seed-1 is unfinished, as far as its files say; "
-                "seed-2 is not measured (export, then sweep).",
+                "seed-2 has no result (export, then sweep).",
             ),
         ),
         (

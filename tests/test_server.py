@@ -36,13 +36,13 @@ def reached(family: int, address: str, port: int) -> bool:
         return client.connect_ex((address, port)) == 0
 
 
-@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
 def test_an_empty_host_is_not_every_interface() -> None:
     """As which sockets take it: `--host "$HOST"` of a variable that is not set."""
     with pytest.raises(ValueError, match=r"--host is empty; name an interface, or :: for all"):
         Address("", 0, 0)
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
 @pytest.mark.parametrize(("host", "v6"), [("::", True), ("0.0.0.0", False), ("localhost", False)])
 def test_what_a_host_stands_for(host: str, v6: bool) -> None:
     with server._listening(Address(host, 0, 0)) as listener:

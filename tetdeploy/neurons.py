@@ -312,7 +312,7 @@ class LIF(nn.Module):
     """Leaky integrate-and-fire neurons, u(0) = 0 (Eqs. 1-5). Maps currents `[T, ...]` to spikes `[T, ...]`.
 
     Args and errors: see `lif`; a parameter that is out of its range or wants a gradient raises ValueError, one that is
-    set to a tensor later when the neurons are called.
+    set later to what wants a gradient when the neurons are called.
     """
 
     def __init__(self, *, tau: float = 0.5, v_th: float = 1.0, gamma: float = 1.0) -> None:
@@ -321,14 +321,15 @@ class LIF(nn.Module):
         self.tau, self.v_th, self.gamma = float(tau), float(v_th), float(gamma)
 
     def forward(self, current: Tensor) -> Tensor:
-        if self.has_tensors:
+        if self.wants_gradient:
             _check_parameters(self.tau, self.v_th, self.gamma)
         return _checked_lif(current, None, self.tau, self.v_th, self.gamma, wants_u=False)[0]
 
     @property
-    def has_tensors(self) -> bool:
-        """Whether a tensor, perhaps one that wants a gradient, was put in the place of tau, v_th or gamma."""
-        return any(isinstance(value, Tensor) for value in (self.tau, self.v_th, self.gamma))
+    def wants_gradient(self) -> bool:
+        """Whether what wants a gradient was put in the place of tau, v_th or gamma."""
+        given: tuple[Any, ...] = self.tau, self.v_th, self.gamma
+        return any(isinstance(value, Tensor) and value.requires_grad for value in given)
 
     def with_state(self, current: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Spikes `[T, ...]` and the last membrane `[...]`, starting from `u`: for long sequences in pieces."""

@@ -13,6 +13,7 @@ with the reason. `agrees` is the share of images with the class of PyTorch in fl
 has the statistics of the images): time does not depend on them, but where logits lie close, agreement does. fp32 is
 float32 on every side: PyTorch's convolutions, which take TF32 unless told otherwise, may not, as ours never may.
 
+    \b
     eager, compiled     PyTorch's; compiled with CUDA graphs (mode="reduce-overhead")
     SJ ...              the same layers with SpikingJelly's neurons, each of its implementations
     CUDA ...            `Engine(device="cuda")` for each layout; on --device cpu ONNX Runtime's CPU provider

@@ -15,6 +15,7 @@ differs, and `--precision fp32` shows that the networks are the same. Memory is 
 cuDNN had tried its algorithms; of graphs, whose memory stays theirs between replays, what it had reserved, which is
 more; on a CPU what the process had at most. Ratios take the fastest of a kind, for memory the loop that needs least.
 
+    \b
     loop             LIF as a loop of PyTorch operations over T, contiguous (peers.py)
     loop NHWC        the same, channels-last
     NCHW             our neurons with BN fused into them, contiguous

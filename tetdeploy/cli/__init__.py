@@ -52,7 +52,7 @@ def main() -> None:
     tetdeploy inspect FILE               what a checkpoint or a model is, layer by layer
     tetdeploy predict MODEL IMAGE...     classify image files
     tetdeploy evaluate [RUN...]          accuracy of trained weights at each T, in PyTorch; ANN twins too
-    tetdeploy landscape RUN...           both losses round trained weights
+    tetdeploy landscape [RUN...]         both losses round trained weights
     tetdeploy import FILE --arch ...     a checkpoint of the TET authors
     """
 

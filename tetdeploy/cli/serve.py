@@ -133,6 +133,7 @@ def serve(
     from tetdeploy.serve.models import Bounds
     from tetdeploy.serve.scheduler import Limits
 
+    address = server.Address(host, http_port, grpc_port)
     sizes = Sizes(max_request, max_json, max_total or 4 * max_request)
     engines = {name: open_engine(path, device=device, threads=threads, runtime=runtime) for name, path in paths.items()}
 
@@ -150,7 +151,7 @@ def serve(
 
     serving = server.serve(
         engines,
-        server.Address(host, http_port, grpc_port),
+        address,
         Limits(max_batch, max_wait_ms / 1000, queue),
         Bounds(max_T, sequence_timeout, max_sequences, max_state),
         sizes=sizes,

@@ -39,7 +39,7 @@ def missing() -> str | None:
     if switch == "0":
         return "the native operator is switched off by TETDEPLOY_NATIVE=0"
     if library() is None:
-        return "the native operator was not compiled: install a C compiler (GCC or Clang), then tetdeploy again"
+        return "the native operator was not compiled: with a C compiler (GCC or Clang) at hand, install tetdeploy again"
     if importlib.util.find_spec("onnx") is None:
         return "the native operator needs the package onnx: pip install onnx"
     return None

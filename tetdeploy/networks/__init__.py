@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
 from tetdeploy.arguments import check_count, check_flags, check_number
 from tetdeploy.files import sha256_of
@@ -184,9 +183,9 @@ def import_network(config: NetworkConfig) -> nn.Module:
     known = {id(parameter) for parameter in network.parameters()}
     if hidden := [path for path, module in network.named_modules() if _hides_weights(module, known)]:
         raise ValueError(
-            f"{config.model} returns a network whose {hidden[0] or 'module'!r} holds layers or parameters in a list, "
-            "tuple or dict of Python: they would not train, and no checkpoint would have them; use nn.ModuleList, "
-            "nn.ModuleDict or nn.ParameterList"
+            f"{config.model} returns a network whose {hidden[0] or 'module'!r} keeps weights to train out of its state "
+            "dict, as a list of Python does: no optimiser and no checkpoint would see them; use nn.ModuleList, "
+            "nn.ModuleDict or nn.ParameterList, or .requires_grad_(False) for those that are not to train"
         )
     if lazy := [name for name, parameter in network.named_parameters() if is_lazy(parameter)]:
         raise ValueError(
@@ -228,11 +227,17 @@ def _keeps_computed(module: nn.Module) -> bool:
 
 def _hides_weights(module: nn.Module, known: Container[int]) -> bool:
     """Whether a module keeps parameters to train, or layers with such, whose `id` is not among those of the network."""
-    kept = [value for name, value in vars(module).items() if name not in ("_parameters", "_modules")]
-    leaves = tree_leaves(kept)
-    parameters = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
-    parameters += [parameter for leaf in leaves if isinstance(leaf, nn.Module) for parameter in leaf.parameters()]
-    return any(parameter.requires_grad and id(parameter) not in known for parameter in parameters)
+    left = [value for name, value in vars(module).items() if name not in ("_parameters", "_modules")]
+    seen = set[int]()
+    while left:
+        value = left.pop()
+        if isinstance(value, list | tuple | dict) and id(value) not in seen:
+            seen.add(id(value))  # it may contain itself
+            left += value.values() if isinstance(value, dict) else value
+        parameters = value.parameters() if isinstance(value, nn.Module) else [value]
+        if any(isinstance(p, nn.Parameter) and p.requires_grad and id(p) not in known for p in parameters):
+            return True
+    return False
 
 
 def run_network(network: Callable[..., Tensor], x: Tensor, T: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,15 @@ def read_result(file: Path) -> dict[str, Any]:
         return _normalised(content) | {"kind": kind}
     except ValueError as error:
         raise ValueError(f"{file} does not have the form of a {kind}: {error}; run tetdeploy {kind} again") from error
+
+
+def readable(read: Callable[[Path], dict[str, Any]], file: Path, notes: list[str]) -> dict[str, Any] | None:
+    """What `read` makes of a file that was found in a run folder; None where it is damaged, as a note says then."""
+    try:
+        return read(file)
+    except ValueError as error:
+        notes.append(f"Left out until it is measured again: {str(error).removesuffix(WANTED)}.")
+        return None
 
 
 def json_object(file: Path, *, remedy: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tetdeploy.report.document import NONE
 from tetdeploy.report.drawing import Style
 from tetdeploy.report.means import mean_of
 from tetdeploy.report.merging import apart, has_accuracy, merged
-from tetdeploy.report.reading import Run, model_stem, read_result, read_run, result_files
+from tetdeploy.report.reading import Run, model_stem, read_result, read_run, readable, result_files
 from tetdeploy.report.seeds import finished_seeds, summary_of
 from tetdeploy.report.staleness import stale
 from tetdeploy.report.tables import images_of
@@ -227,7 +227,7 @@ def read_results(paths: Sequence[Path], names: Sequence[str] = ()) -> Results:
     if empty:
         raise ValueError(
             f"nothing to report on in {', '.join(empty)}: no epoch is finished and nothing was measured; "
-            "train further (--resume), or export and run tetdeploy sweep"
+            f"train further (--resume), or export and run tetdeploy sweep{''.join(f'. {note}' for note in notes)}"
         )
     check_comparable(sources)
     folders = [run.folder for source in sources for run in source.runs.values()]
@@ -260,7 +260,7 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
         (label, run, stem, files)
         for label, run in runs.items()
         for stem, all_files in result_files(run.folder).items()
-        if (files := _readable(all_files, notes))
+        if (files := [file for file in all_files if readable(read_result, file, notes)])
     ]
     single = Counter(label for label, *_ in found)
     measured = [
@@ -282,19 +282,6 @@ def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
     return Source(name, runs, measurements, tuple(chain.from_iterable(series)), summary)
 
 
-def _readable(files: Sequence[Path], notes: list[str]) -> list[Path]:
-    """Those of the results found in a run folder that can be read; a note names each other."""
-    readable = []
-    for file in files:
-        try:
-            read_result(file)
-        except ValueError as error:
-            notes.append(f"Left out until it is measured again: {error}.")
-        else:
-            readable.append(file)
-    return readable
-
-
 def _over_seeds(
     name: str, measured: Sequence[Measurement], finished: Sequence[str], begun: Sequence[str], notes: list[str]
 ) -> Sequence[Measurement]:
@@ -302,8 +289,8 @@ def _over_seeds(
     results do not compare."""
     labelled = [m for m in measured if has_accuracy(m.content)] or measured  # agreement alone has no part in a mean
     seeds = {m.run.folder.name: m for m in labelled if m.run is not None and m.run.folder.name in finished}
-    why = {True: "not measured (export, then sweep)", False: "unfinished, as far as its files say"}
-    left_out = "".join(f"; {seed} is {why[seed in finished]}" for seed in begun if seed not in seeds)
+    why = {True: "has no result (export, then sweep)", False: "is unfinished, as far as its files say"}
+    left_out = "".join(f"; {seed} {why[seed in finished]}" for seed in begun if seed not in seeds)
     contents = [m.content for m in seeds.values()]
     differing = {key for one, other in combinations(contents, 2) for key in _differing(one, other)}
     steps = [{row["T"] for row in content["rows"]} for content in contents]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.report.reading import WANTED, json_object
+from tetdeploy.report.reading import WANTED, json_object, readable
 from tetdeploy.report.tables import bench_cells
 
 _SUFFIX = ".bench.json"
@@ -26,14 +26,11 @@ def read_benches(folders: Sequence[Path], files: Sequence[Path], notes: list[str
     Raises:
         ValueError: one of the files is no bench, or damaged.
     """
-    named, benches = {file.resolve() for file in files}, {}
+    given, benches = {file.resolve() for file in files}, {}
     for name, file in _named(folders, files):
-        try:
-            benches[name] = _read(file)
-        except ValueError as error:
-            if file.resolve() in named:
-                raise
-            notes.append(f"Left out until it is measured again: {error}.")
+        content = _read(file) if file.resolve() in given else readable(_read, file, notes)
+        if content is not None:
+            benches[name] = content
     return benches
 
 

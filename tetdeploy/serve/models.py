@@ -99,8 +99,8 @@ class ServedModel:
         x = self.engine.check_input(x)
         if T is None and early_exit is True and self._rule is not None and self.engine.encoding == "direct":
             T = self._rule[1]
-        if T is not None and T > 0:  # before the engine, whose remedy is one of Python's
-            self._check_T(T, whole=True)
+        if T is not None and T > MAX_T and not self.engine.is_fixed and self.engine.encoding == "direct":
+            self._check_T(T, whole=True)  # before the engine, whose remedy is one of Python's
         T = self._check_T(self.engine.check_T(T, x), whole=True)
         key = (T, x.shape[1:], self._exit(early_exit, T))
         [answer] = await self.scheduler.submit(key, [x], size=len(x))
