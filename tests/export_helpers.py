@@ -158,6 +158,8 @@ def unchecked(network: nn.Module, path: Path, config: ExportConfig) -> Engine:
     return Engine(path, threads=1)
 
 
+needs_torch_2_13 = pytest.mark.skipif(torch.__version__ < "2.13", reason="an earlier PyTorch cannot trace it")
+
 needs_emulator = pytest.mark.skipif(
     shutil.which("qemu-x86_64") is None, reason="qemu-x86_64 (Debian's qemu-user) is not installed"
 )

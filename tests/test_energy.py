@@ -16,7 +16,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from export_helpers import SideBySide, classifier, convsnn, digits, engine, frames, shared_traces, unchecked
+from export_helpers import (
+    SideBySide,
+    classifier,
+    convsnn,
+    digits,
+    engine,
+    frames,
+    needs_torch_2_13,
+    shared_traces,
+    unchecked,
+)
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -580,7 +590,7 @@ def joined(*names: str) -> Classifier:
 
 
 @pytest.mark.parametrize(("layout", "fold_bn"), [("unrolled", True), ("unrolled", False), ("dynamic", True)])
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="an earlier PyTorch cannot trace it")
+@needs_torch_2_13
 def test_steps_are_told_apart_or_their_layer_is_named(layout: Layout, fold_bn: bool, tmp_path: Path) -> None:
     """A network is causal, so that its operations in T steps are those of the same network at this T."""
     ways = FOLLOWED | NOT_FOLLOWED
@@ -615,7 +625,7 @@ class TokensBehindSteps(nn.Module):
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="an earlier PyTorch cannot trace it")
+@needs_torch_2_13
 def test_a_layer_that_has_steps_and_tokens_in_one_axis_counts_each_step(layout: str, tmp_path: Path) -> None:
     net, x = classifier(TokensBehindSteps()), digits().images[:9]
     graph, *_ = build_graph(net, ExportConfig(layout=layout, T=4))  # type: ignore[arg-type]

@@ -32,6 +32,7 @@ from export_helpers import (
     exported,
     frames,
     int8_exported,
+    needs_torch_2_13,
     shared_traces,
     unchecked,
 )
@@ -1971,7 +1972,7 @@ class SumOfTurned(nn.Module):
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic", "step"])
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="an earlier PyTorch cannot trace it")
+@needs_torch_2_13
 def test_sums_of_turned_spikes(layout: str, tmp_path: Path) -> None:
     config = ExportConfig(layout, T=3, trained_T=3)  # type: ignore[arg-type]
     made = export_model(classifier(SumOfTurned()), tmp_path / "m.onnx", config, digits().images[:40], num_check=40)

@@ -25,6 +25,7 @@ from export_helpers import (
     int8_exported,
     keep_ort_convolutions,
     needs_emulator,
+    needs_torch_2_13,
     run_emulated,
     shared_traces,
     unchecked,
@@ -551,7 +552,7 @@ class Doubled(Mixed):
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "dynamic"])
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="an earlier PyTorch cannot trace it")
+@needs_torch_2_13
 def test_networks_of_ones_own(layout: str, tmp_path: Path) -> None:
     network = SideBySide(Mixed, OnceForAll, Grey, Doubled)
     unchecked(network, tmp_path / "m.onnx", ExportConfig(layout=layout, T=4))  # type: ignore[arg-type]
