@@ -205,10 +205,10 @@ def _kernels_serve(
     repeated: bool,
 ) -> bool:
     compiled = kernels.for_bn_lif(y)
-    if compiled is None or type(lif) not in (LIF, IF) or torch.compiler.is_compiling() or y.dim() != 4:
+    if compiled is None or torch.compiler.is_compiling() or y.dim() != 4:
         return False
-    if lif.wants_gradient:
-        return False  # they refuse it
+    if type(lif) not in (LIF, IF) or lif.wants_gradient:  # which the neurons themselves refuse
+        return False
     same = residual is None or (residual.dtype == y.dtype and residual.shape == y.shape and not repeated)
     norms = [bn] if residual_bn is None else [bn, residual_bn]
     return same and compiled.serves(y, T) and y.numel() > y.shape[1] and all(map(_may_be_fused, norms))

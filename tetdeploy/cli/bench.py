@@ -23,6 +23,7 @@ from tetdeploy.cli.options import (
 from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 from tetdeploy.files import write_json
 from tetdeploy.run_folder import CONFIG_NAME
+from tetdeploy.wording import counted
 
 if TYPE_CHECKING:
     from tetdeploy.bench import Bench
@@ -164,8 +165,8 @@ def print_bench(result: dict[str, Any], engine: Engine) -> None:
     console.print(f"{result['model']}   {result['size_bytes'] / 1e6:.1f} MB   {engine.layout}   {result['data']}")
     console.print(f"{hardware(on)}, {on['system']}, {on['provider']}")
     console.print(bench_table(result))
-    loads = ((entry["load_ms"], entry["threads"]) for entry in result["load_ms"])
-    loading = ", ".join(f"{load_ms:.0f} ms with {count} thread{'s' * (count > 1)}" for load_ms, count in loads)
+    loads = ((entry["load_ms"], counted(entry["threads"], "thread")) for entry in result["load_ms"])
+    loading = ", ".join(f"{load_ms:.0f} ms with {threads}" for load_ms, threads in loads)
     notes = [f"times of one call; loading: {loading}"]
     if engine.lacks_native:
         notes.append(f"slower than it could be: {engine.lacks_native}")

@@ -15,6 +15,7 @@ import click
 from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, FiniteRange, device_option, runtime_option, threads_option
 from tetdeploy.cli.terminal import console
 from tetdeploy.extras import import_extra
+from tetdeploy.wording import counted
 
 
 class Megabytes(FiniteRange):
@@ -138,7 +139,7 @@ def serve(
     engines = {name: open_engine(path, device=device, threads=threads, runtime=runtime) for name, path in paths.items()}
 
     count = threads or default_threads()
-    cores = "all cores" if count is None else f"{count} thread{'s' * (count > 1)}"
+    cores = "all cores" if count is None else counted(count, "thread")
 
     def announce(http: str, rpc: str) -> None:
         for name, engine in engines.items():

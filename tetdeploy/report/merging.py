@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tetdeploy.report.reading import KINDS, read_result
+from tetdeploy.report.reading import KINDS
 
 AGREEMENT = (
     "top1_agreement",
@@ -20,18 +20,20 @@ _LATENCY = ("device", "runtime")  # what latencies belong to
 _ENTRIES = ("layers", "neurons", "by_class")  # each with rows by T
 
 
-def merged(files: Sequence[Path]) -> tuple[dict[str, Any], list[Path], list[str]]:
+def merged(contents: Mapping[Path, dict[str, Any]]) -> tuple[dict[str, Any], list[Path], list[str]]:
     """What was measured of one model.
 
     A result with accuracies leads, of two such the one of the later kind in `KINDS`. It takes what it lacks, steps
     among it, from the others if they measured the same images, and the agreement with PyTorch whatever images that is
     of: an export's reference images have no part in the accuracy.
 
+    Args:
+        contents: of one result file or several, as `read_result` gives them.
+
     Returns:
         The content, the files it is of, and notes on those that were left out.
     """
-    contents = {file: read_result(file) for file in files}
-    first, *others = sorted(files, key=lambda file: _rank(contents[file]), reverse=True)
+    first, *others = sorted(contents, key=lambda file: _rank(contents[file]), reverse=True)
     content, used, notes = contents[first], [first], []
     for file in others:
         other = contents[file]

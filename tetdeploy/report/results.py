@@ -251,21 +251,21 @@ def check_comparable(sources: Sequence[Source]) -> None:
 def _source(name: str, paths: tuple[Path, ...], notes: list[str]) -> Source:
     """A run, several seeds, or the result files of one model."""
     if not paths[0].is_dir():
-        alone = (_measurement(name, paths, None, notes),)
+        alone = (_measurement(name, {path: read_result(path) for path in paths}, None, notes),)
         return Source(name, {}, alone, alone, {})
     folder = paths[0]
     seeds = seed_runs(folder)
     runs = {f"{name} {seed.name}": read_run(seed) for seed in seeds} or {name: read_run(folder)}
     found = [
-        (label, run, stem, files)
+        (label, run, stem, contents)
         for label, run in runs.items()
-        for stem, all_files in result_files(run.folder).items()
-        if (files := [file for file in all_files if readable(read_result, file, notes)])
+        for stem, files in result_files(run.folder).items()
+        if (contents := {file: content for file in files if (content := readable(read_result, file, notes))})
     ]
     single = Counter(label for label, *_ in found)
     measured = [
-        (stem, _measurement(label if single[label] == 1 else f"{label} {stem}", files, run, notes))
-        for label, run, stem, files in found
+        (stem, _measurement(label if single[label] == 1 else f"{label} {stem}", contents, run, notes))
+        for label, run, stem, contents in found
     ]
     measurements = tuple(m for _, m in measured)
     if not seeds:
@@ -325,8 +325,8 @@ def _of_seeds(number: int, begun: int) -> str:
     return counted(number, "seed") if number == begun else f"{number} of {begun} seeds"
 
 
-def _measurement(name: str, files: Sequence[Path], run: Run | None, notes: list[str]) -> Measurement:
-    content, used, left_out = merged(files)
+def _measurement(name: str, contents: Mapping[Path, dict[str, Any]], run: Run | None, notes: list[str]) -> Measurement:
+    content, used, left_out = merged(contents)
     notes += left_out
     if note := stale(content, used):
         notes.append(note)
