@@ -154,9 +154,10 @@ def test_wrong_dtypes_and_weights_are_refused() -> None:
         total_loss(logits, labels, lam=-0.1)
 
 
-def test_distillation_against_a_naive_loop() -> None:
+@pytest.mark.parametrize("tau_kd", [0.5, 3.0])
+def test_distillation_against_a_naive_loop(tau_kd: float) -> None:
     logits, _ = draw()
-    teacher, tau_kd = torch.randn(7, 4, dtype=torch.float64), 3.0
+    teacher = torch.randn(7, 4, dtype=torch.float64)
     total = 0.0
     for step in logits:
         for student_row, teacher_row in zip(step, teacher, strict=True):
@@ -164,9 +165,14 @@ def test_distillation_against_a_naive_loop() -> None:
             total += (p * (p / q).log()).sum().item()
     expected = tau_kd**2 * total / (5 * 7)
     assert distillation_loss(logits, teacher, tau_kd=tau_kd).item() == pytest.approx(expected)
-    assert distillation_loss(logits, teacher).item() == pytest.approx(expected)  # 3 is the temperature by default
     same = logits[:1].expand(5, -1, -1)
-    assert distillation_loss(same, logits[0]).item() == pytest.approx(0.0, abs=1e-12)
+    assert distillation_loss(same, logits[0], tau_kd=tau_kd).item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_temperature_is_3_by_default() -> None:
+    logits, _ = draw()
+    teacher = torch.randn(7, 4, dtype=torch.float64)
+    assert distillation_loss(logits, teacher) == distillation_loss(logits, teacher, tau_kd=3.0)
 
 
 def test_distillation_teaches_the_student_alone() -> None:
