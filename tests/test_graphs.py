@@ -140,6 +140,33 @@ def test_a_run_with_graphs_is_the_run_without(
         assert torch.equal(value, replayed.state_dict()[name]), name
 
 
+def test_nothing_of_a_steps_autograd_graph_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node that adds to a parameter's gradient keeps the stream that it was made on: one that lived on from the
+    warm-up would break the recording."""
+    trained, mean, step, lived = classifier(), loop.prefix_mean, loop._train_step, list[bool]()
+
+    def marks() -> list[dict[str, Any]]:
+        """Notes at those nodes, which go with them."""
+        made = [p.view_as(p).grad_fn for p in trained.network.parameters()]
+        return [of.next_functions[0][0].metadata for of in made if of is not None]
+
+    def marked(*arguments: Any) -> Tensor:
+        loss = mean(*arguments)
+        for mark in marks():
+            mark["of an earlier step"] = True
+        lived.append(all(marks()))
+        return loss
+
+    def watched(*arguments: Any) -> None:
+        assert not any(marks())
+        step(*arguments)
+
+    monkeypatch.setattr(loop, "prefix_mean", marked)
+    monkeypatch.setattr(loop, "_train_step", watched)
+    train(trained, TRAIN, VAL, settings(device="cpu", epochs=1), tmp_path, progress=False)
+    assert len(lived) == 5 and all(lived)
+
+
 class BrokenRecording:
     """`torch.cuda.graph` after an error in it: its end raises another, and leaves the process on its stream."""
 

@@ -434,6 +434,17 @@ def test_a_damaged_or_missing_shard_is_named(tmp_path: Path) -> None:
         run(tmp_path / "third", restart_from=folder)
 
 
+def test_shards_that_came_without_their_index_are_named(tmp_path: Path) -> None:
+    """As the last file of an archive that was cut."""
+    interrupted(tmp_path / "first", 3)
+    shards = carried(tmp_path / "first", tmp_path / "carried" / "shards")
+    (folder,) = shards.iterdir()
+    (folder / INDEX_NAME).unlink()
+    for named in (folder, shards, shards.parent):
+        with pytest.raises(FileNotFoundError, match=rf"{folder.name} has shards, but not their {INDEX_NAME}: copy all"):
+            run(tmp_path / "second", restart_from=named)
+
+
 def test_nothing_is_left_to_train(tmp_path: Path) -> None:
     run(tmp_path / "first")
     with pytest.raises(ValueError, match=r"is of the last of 4 epochs: nothing is left to train; .*--init"):

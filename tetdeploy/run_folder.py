@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from tetdeploy.arguments import check_path
@@ -137,7 +138,15 @@ def _why_none(folder: Path) -> str:
         return f"it holds the runs of several seeds: {one}"
     if (shards := newest_shards(folder)) is not None:
         return f"it holds shards: name one of their files, such as {min(shards.glob('model-*'), default=shards)}"
+    if (part := next(_parts(folder), None)) is not None:
+        return f"{part.parent} has shards, but not their {INDEX_NAME}: copy all of its files"
     return "it is not a run folder"
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    """Files of shards in a folder of them, in one of several, or in a run."""
+    for where in ("", "epoch-*/", f"{SHARDS_NAME}/epoch-*/"):
+        yield from folder.glob(f"{where}model-*-of-*.safetensors")
 
 
 def other_checkpoint(folder: Path, checkpoint_sha256: str | None) -> str | None:
