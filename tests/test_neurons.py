@@ -542,6 +542,14 @@ def test_a_forward_mode_derivative_is_refused() -> None:
             torch.func.jvp(function, (x,), (torch.ones_like(x),))
 
 
+@pytest.mark.parametrize("of", [lif, torch.vmap(lif, in_dims=1)])
+def test_a_gradient_by_torch_func_is_refused(of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match=r"no gradient by torch\.func \(.*\); use backward\(\)"):
+            transform(lambda current: of(current)[0].sum())(torch.rand(3, 2))
+    assert torch.func.functional_call(LIF(), {}, torch.ones(3, 2)).shape == (3, 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -565,6 +573,14 @@ def test_parameters_out_of_range_are_refused(options: dict[str, Any], message: s
     for neuron in (lambda: LIF(**options), lambda: lif(torch.zeros(2, 3), **options)):
         with pytest.raises(ValueError, match=message):
             neuron()
+
+
+@pytest.mark.parametrize(("name", "value"), [("tau", 2.0), ("v_th", -1.0), ("gamma", 0.0), ("tau", "0.5")])
+def test_parameters_that_are_set_out_of_range_later_are_refused(name: str, value: Any) -> None:
+    neurons = LIF()
+    setattr(neurons, name, value)
+    with pytest.raises(ValueError, match=rf"^{name} must be .*got {value!r}"):
+        neurons(torch.ones(1, 2))
 
 
 @pytest.mark.parametrize("name", ["tau", "v_th", "gamma"])

@@ -275,7 +275,7 @@ def lif(
     Raises:
         ValueError: T is 0, `current` is no tensor or not floating point, `u` has another shape or device than one step,
             or a parameter is no number, out of its range or wants a gradient.
-        RuntimeError: a second derivative, or forward-mode differentiation, is asked for.
+        RuntimeError: a second derivative, forward-mode differentiation, or a gradient by torch.func is asked for.
     """
     _check_parameters(tau, v_th, gamma)
     spikes, u_last = _checked_lif(current, u, tau, v_th, gamma, wants_u=True)
@@ -301,6 +301,7 @@ def _checked_lif(
         u = u.to(membrane_dtype(current.dtype))
     if not torch.compiler.is_compiling():
         _refuse_forward_mode(current, u)
+        _refuse_func()
         if kernels.by_triton(current) and not is_in_torch_dispatch_mode():
             gpu: tuple[Tensor, Tensor | None] = _OnGpu.apply(current, u, tau, v_th, gamma, wants_u)  # type: ignore[no-untyped-call]
             return gpu
@@ -312,7 +313,7 @@ class LIF(nn.Module):
     """Leaky integrate-and-fire neurons, u(0) = 0 (Eqs. 1-5). Maps currents `[T, ...]` to spikes `[T, ...]`.
 
     Args and errors: see `lif`; a parameter that is out of its range or wants a gradient raises ValueError, one that is
-    set later to what wants a gradient when the neurons are called.
+    set later when the neurons are called.
     """
 
     def __init__(self, *, tau: float = 0.5, v_th: float = 1.0, gamma: float = 1.0) -> None:
@@ -321,9 +322,13 @@ class LIF(nn.Module):
         self.tau, self.v_th, self.gamma = float(tau), float(v_th), float(gamma)
 
     def forward(self, current: Tensor) -> Tensor:
-        if self.wants_gradient:
-            _check_parameters(self.tau, self.v_th, self.gamma)
+        if not torch.compiler.is_compiling() or self.wants_gradient:
+            self.check()
         return _checked_lif(current, None, self.tau, self.v_th, self.gamma, wants_u=False)[0]
+
+    def check(self) -> None:
+        """Refuse, with ValueError, a tau, v_th or gamma that was set later to what it must not be."""
+        _check_parameters(self.tau, self.v_th, self.gamma)
 
     @property
     def wants_gradient(self) -> bool:
@@ -364,6 +369,15 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
     """torch gives a custom operator a forward-mode derivative of zero, silently."""
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError("LIF neurons have no forward-mode derivative; use backward() or torch.autograd.grad")
+
+
+def _refuse_func() -> None:
+    """torch.func differentiates no registered operator, and says so in words for who registered it."""
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if any(transform.key() == torch._C._functorch.TransformType.Grad for transform in transforms):
+        raise RuntimeError(
+            "LIF neurons have no gradient by torch.func (grad, vjp, jacrev); use backward() or torch.autograd.grad"
+        )
 
 
 def _require(holds: bool, name: str, value: float, wanted: str) -> None:
