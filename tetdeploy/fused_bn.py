@@ -207,9 +207,8 @@ def _kernels_serve(
     compiled = kernels.for_bn_lif(y)
     if compiled is None or torch.compiler.is_compiling() or y.dim() != 4:
         return False
-    if not isinstance(lif, LIF) or type(lif) not in (LIF, IF):
+    if type(lif) not in (LIF, IF):
         return False
-    lif.check()
     same = residual is None or (residual.dtype == y.dtype and residual.shape == y.shape and not repeated)
     norms = [bn] if residual_bn is None else [bn, residual_bn]
     return same and compiled.serves(y, T) and y.numel() > y.shape[1] and all(map(_may_be_fused, norms))
