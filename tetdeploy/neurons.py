@@ -325,7 +325,9 @@ class LIF(nn.Module):
         self.tau, self.v_th, self.gamma = tau, v_th, gamma
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, float(_checked_parameter(name, value)) if name in _RANGES else value)
+        if name in _RANGES:
+            value = float(_checked_parameter(name, value))
+        super().__setattr__(name, value)
 
     def forward(self, current: Tensor) -> Tensor:
         return _checked_lif(current, None, self.tau, self.v_th, self.gamma, wants_u=False)[0]
@@ -349,10 +351,7 @@ class IF(LIF):
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "tau": (lambda tau: 0.0 <= tau <= 1.0, "in [0, 1]; it is the leak factor per step, not a time constant"),
     "v_th": (lambda v_th: 0.0 < v_th < float("inf"), "above 0 and finite"),
-    "gamma": (
-        lambda gamma: 1e-18 <= gamma <= 1e18,
-        "from 1e-18 to 1e18; in float32 nothing is left of other squares",
-    ),
+    "gamma": (lambda gamma: 1e-18 <= gamma <= 1e18, "from 1e-18 to 1e18; float32 leaves nothing of other squares"),
 }
 
 
