@@ -190,7 +190,7 @@ def _load_images(name: str, split: Split, data_dir: Path) -> LabelledSet:
         return load_folder(name.removeprefix("folder:"), split)
     if is_npz(name):
         return load_npz(Path(name).expanduser(), split)
-    hint = f" (for the folder of that name: folder:{name})" if Path(name).is_dir() else ""
+    hint = f" (for the folder of that name: folder:{name})" if name and Path(name).is_dir() else ""
     raise ValueError(f"unknown data set {name!r}{hint}; choose {_CHOICES}")
 
 
