@@ -10,6 +10,8 @@ from google.protobuf.message import DecodeError
 
 from tetdeploy.model_file import METADATA_KEY, parse_metadata
 
+_DAMAGED = "not an ONNX model, or a damaged one; export or copy it again"
+
 
 def parse_graph(data: bytes, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """An exported graph and its metadata from the bytes of the file `path`.
@@ -20,6 +22,8 @@ def parse_graph(data: bytes, path: Path) -> tuple[onnx.ModelProto, dict[str, Any
     try:
         graph = onnx.load_from_string(data)
     except DecodeError as error:
-        raise ValueError(f"{path} cannot be loaded: not an ONNX model, or a damaged one") from error
+        raise ValueError(f"{path} cannot be loaded: {_DAMAGED}") from error
+    if not graph.HasField("graph"):  # an empty file is a message without fields
+        raise ValueError(f"{path} cannot be loaded: {_DAMAGED}")
     texts = {entry.key: entry.value for entry in graph.metadata_props}
     return graph, parse_metadata(texts.get(METADATA_KEY), path)

@@ -1007,6 +1007,25 @@ class TestBadInput:
         assert re.search("(it is there, and something else|its name must end in .*); choose another with --", message)
         assert snapshot(workplace) == before
 
+    @pytest.mark.parametrize(
+        ("command", "message"),
+        [
+            *(
+                (command, "cannot write loop.onnx: it is a link that leads to itself; choose another with --")
+                for command in (("export", "-o", "loop.onnx"), ("bench", MODEL, "--json", "loop.onnx"))
+            ),
+            (("sweep", MODEL, "--data", "loop.npz"), "no file loop.npz; give the path of a .npz"),
+        ],
+    )
+    def test_a_link_that_leads_to_itself_is_refused(
+        self, command: tuple[str, ...], message: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("loop.onnx", "loop.npz"):
+            Path(name).symlink_to(name)
+        for name in ("export.export_model", "engine.Engine.run"):
+            monkeypatch.setattr(f"tetdeploy.{name}", self.works)
+        assert message in refused(*command).replace("\n", " ")
+
     @pytest.mark.parametrize("name", ["nodir/", "model.json"])
     @pytest.mark.parametrize("file_format", ["onnx", pytest.param("nir", marks=needs("nir"))])
     def test_an_export_is_called_as_what_it_is(

@@ -542,6 +542,7 @@ def no_work(*arguments: Any, **options: Any) -> Any:
     ([], {}, "does not say what data it was trained on; name some with --data"),
     ([], {"source": {"data": {"name": "digits"}}}, "held out no images .* take those it was trained on with --split"),
     (["--data", "poems"], {"source": {"training": {"val_fraction": 0.1}}}, "unknown data set 'poems'"),
+    (["--data", ""], {"source": {"data": {"name": "digits"}}}, "unknown data set ''; choose"),
     (["--data", "digits", "--split", "train"], {"class_names": list("abcdefghij")}, "do not match the model's"),
     (["--data", "digits", "--split", "train", "--min-T", "9"], {}, "min_T must lie within the T=8 steps, got 9"),
     (["--data", "digits", "--loss", "-1"], {}, "-1.0 is not in the range"),

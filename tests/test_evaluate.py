@@ -363,6 +363,7 @@ def test_an_export_and_a_new_run_say_that_they_check_on_what_was_trained_on(
         (["runs/snn", "--precision", "int8"], 2, "Invalid value for '--precision'"),
         (["runs/snn", "--T", "0"], 2, "T must lie in 1..1024"),
         (["runs/ann", "--split", "val"], 1, "Error: --split validation: a run held out no images"),
+        (["runs/snn", "--data", ""], 1, "Error: unknown data set ''; choose"),
         (["runs/snn", "--data", "other.npz"], 1, "Error: other.npz has images of shape (1, 6, 6); the network wants"),
     ],
 )

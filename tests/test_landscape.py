@@ -640,6 +640,7 @@ class TestCommand:
             (["runs/sdt", "--points", "4"], "points is 4; it must be odd"),
             (["runs/sdt", "--device", "cuda:99"], "device cuda:99 is not there"),
             (["runs/sdt", "--data", "nowhere"], "unknown data set 'nowhere'"),
+            (["runs/sdt", "--data", ""], "unknown data set ''; choose"),
         ],
     )
     def test_refusals(self, runs: Path, arguments: list[str], message: str) -> None:

@@ -733,8 +733,9 @@ class TestRefusals:
             read_results(paths, names)
 
     def test_a_model(self, tmp_path: Path) -> None:
-        (tmp_path / "m.onnx").write_bytes(b"\x08\x0a\xff")
-        self.refused(tmp_path / "m.onnx", match="is a model, not a result; give its run folder, or the JSON of")
+        for name in ("m.onnx", "checkpoint.safetensors"):
+            (tmp_path / name).write_bytes(b"\x08\x0a\xff")
+            self.refused(tmp_path / name, match="is a model, not a result; give its run folder, or the JSON of")
 
     def test_nothing(self) -> None:
         self.refused(match="nothing to report on: give run folders")

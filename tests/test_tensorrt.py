@@ -377,9 +377,10 @@ def test_a_graph_that_tensorrt_cannot_parse_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_model_of_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no model at"):
         build_engine(tmp_path / "no.onnx", config=RTX)
-    (tmp_path / "m.onnx").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="not an ONNX model, or a damaged one"):
-        build_engine(tmp_path / "m.onnx", config=RTX)
+    for damaged in (b"not a model", b""):
+        (tmp_path / "m.onnx").write_bytes(damaged)
+        with pytest.raises(ValueError, match="not an ONNX model, or a damaged one; export or copy it again"):
+            build_engine(tmp_path / "m.onnx", config=RTX)
     graph = onnx.load(exported("unrolled", T=3))
     graph.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
     (tmp_path / "m.onnx").write_bytes(graph.SerializeToString())

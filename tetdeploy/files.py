@@ -179,14 +179,17 @@ def _regular(path: Path | str, remedy: str = "choose another name") -> Path:
 
     Raises:
         OSError: what is there is neither a file nor a folder: a device or a pipe, whose place a file is not to take; or
-            the name is too long.
+            the name is too long, or a link leads to itself.
     """
     path = Path(path)
     with _making(path, remedy):
         is_other = path.exists() and not (path.is_file() or path.is_dir())
     if is_other:
         raise OSError(f"cannot write {path}: it is a device or a pipe; {remedy}")
-    return path.resolve() if path.is_symlink() else path
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path  # of a loop Python 3.11's resolve() raises
+    if target.is_symlink():
+        raise OSError(f"cannot write {path}: it is a link that leads to itself; {remedy}")
+    return target
 
 
 def cache_folder() -> Path:

@@ -8,6 +8,7 @@ damaged. Every file carries the whole JSON content that a single one would.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,12 +132,14 @@ def _split(tensors: Mapping[str, Tensor], limit: int, header: int) -> list[list[
     parts: list[list[str]] = [[]]
     header += 64  # length, alignment, brackets
     filled = header
-    for name, tensor in tensors.items():
-        size = _size(tensor) + len(name) + _ENTRY
-        if header + size > limit:
-            raise ValueError(
-                f"{name} alone takes {(header + size) / 1e6:.2f} MB; shards of at most {limit / 1e6:g} MB are too small"
-            )
+    sizes = {name: _size(tensor) + len(name) + _ENTRY for name, tensor in tensors.items()}
+    largest = max(sizes, key=sizes.__getitem__)
+    if (least := header + sizes[largest]) > limit:
+        raise ValueError(
+            f"{largest} alone takes {least / 1e6:g} MB; shards of at most {limit / 1e6:g} MB are too small: "
+            f"allow {math.ceil(least / 1e4) / 100:g} MB or more"
+        )
+    for name, size in sizes.items():
         if filled + size > limit:
             parts.append([])
             filled = header

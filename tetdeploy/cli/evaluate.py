@@ -126,7 +126,7 @@ def evaluate(
         file, metadata, sha256 = checkpoint.file, checkpoint.metadata, checkpoint.sha256
         classifier = load_classifier(checkpoint, model)
         del checkpoint  # its tensors
-        name = data or trained_on(metadata, file)
+        name = trained_on(metadata, file) if data is None else data
         images = _images(name, split, limit, data_dir, metadata)
         labels = images.labels if labels is None else labels
         if predictions is not None and not np.array_equal(images.labels, labels):

@@ -137,8 +137,8 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
 
 def _data_name(engine: Engine, data: str | None) -> str:
     """What --data names, or else what the model was trained on."""
-    name = data or own_data(engine)
-    if not name:
+    name = own_data(engine) if data is None else data
+    if data is None and not name:
         raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
     return name
 

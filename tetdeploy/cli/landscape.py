@@ -120,7 +120,7 @@ def landscape(
         )
     path = out or _default_out(files)
     plot = _checked_plot(path, plot, json_path, named=out is not None)
-    source = data or _common("data", files, list(map(trained_on, metadata, files)))
+    source = _common("data", files, list(map(trained_on, metadata, files))) if data is None else data
     images = _images(source, split, limit, data_dir, files, metadata)
     classifiers = _classifiers(checkpoints, weights, model)
     del weights  # their tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -138,9 +139,9 @@ def check_distinct(outputs: Mapping[str, Path | None]) -> None:
     Raises:
         click.UsageError: two are one file.
     """
-    taken: dict[Path, str] = {}
+    taken: dict[str, str] = {}
     for option, path in outputs.items():
-        if path is not None and (other := taken.setdefault(path.resolve(), option)) != option:
+        if path is not None and (other := taken.setdefault(os.path.realpath(path), option)) != option:
             raise click.UsageError(f"{other} and {option} would be one file, {path}; choose another with one of them")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -175,10 +176,10 @@ def is_own_file(name: str, own: str) -> bool:
     return is_npz(name) and same_data(name, own)
 
 
-def _place(name: str) -> tuple[str, Path]:
+def _place(name: str) -> tuple[str, str]:
     plain = name.removeprefix(_BY_TIME)
     kind, _, path = (re.sub(r"@\d+$", "", plain) if plain.startswith("imagenet") else plain).rpartition(":")
-    return kind, Path(path).expanduser().resolve()
+    return kind, os.path.realpath(Path(path).expanduser())
 
 
 def _load_images(name: str, split: Split, data_dir: Path) -> LabelledSet:
@@ -190,7 +191,7 @@ def _load_images(name: str, split: Split, data_dir: Path) -> LabelledSet:
         return load_folder(name.removeprefix("folder:"), split)
     if is_npz(name):
         return load_npz(Path(name).expanduser(), split)
-    hint = f" (for the folder of that name: folder:{name})" if Path(name).is_dir() else ""
+    hint = f" (for the folder of that name: folder:{name})" if name and Path(name).is_dir() else ""
     raise ValueError(f"unknown data set {name!r}{hint}; choose {_CHOICES}")
 
 

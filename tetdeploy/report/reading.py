@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tetdeploy.checkpoint import read_metadata
+from tetdeploy.files import MODELS
 from tetdeploy.form import check_form, parse_json
 from tetdeploy.metrics import read_metrics
 from tetdeploy.report.forms import RESULT, RUN, SUMMARY
@@ -150,7 +151,7 @@ def json_object(file: Path, *, remedy: str = "") -> dict[str, Any]:
     Raises:
         ValueError: it holds no JSON, or no object; `remedy` says what to do.
     """
-    if file.suffix in (".onnx", ".engine"):
+    if file.suffix in MODELS:
         raise ValueError(
             f"{file} is a model, not a result; give its run folder, or the JSON of tetdeploy sweep, bench or validate"
         )
