@@ -471,7 +471,8 @@ def main(what: str, scale: str | None, out: Path | None, data_dir: Path) -> None
     out = out or Path("results") / (f"{what}-{scale}" if scale else what)
     scale = scale or "full"
     if not any(scale in entry.scales for entry in TABLES[what]):
-        raise click.UsageError(f"{what} has no --{scale} run; choose {' or '.join(TABLES[what][0].scales)}")
+        others = " or ".join(f"--{other}" for other in TABLES[what][0].scales if other != "full")
+        raise click.UsageError(f"{what} has no --{scale} run; choose {others}, or neither for the full size")
     programs = {"figure2": landscape, "figure3": switch, "figure4": scalability, "modern": modern_table}
     programs.get(what, accuracy_table)(Place(out, data_dir, what, scale))
 
