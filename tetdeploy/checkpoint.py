@@ -173,7 +173,8 @@ def _remove_parametrizations(classifier: Classifier) -> None:
     from torch.nn.utils import parametrize
 
     for module in [*classifier.modules()]:
-        for name in [*module.parametrizations] if parametrize.is_parametrized(module) else []:
+        of_weights = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
+        for name in list(of_weights or ()):
             parametrize.remove_parametrizations(module, name)
 
 
