@@ -258,6 +258,9 @@ def too_few(num_classes):
 def normed(num_classes, in_channels, image_size):
     return nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(1, num_classes)))
 
+def spectral(num_classes, in_channels, image_size):
+    return nn.Sequential(nn.Flatten(), nn.utils.spectral_norm(nn.Linear(1, num_classes)))
+
 def lazy(num_classes, in_channels, image_size):
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
 
@@ -335,6 +338,7 @@ def test_the_code_of_an_own_network_is_told_by_its_file(own_module: str) -> None
         ("number", r"own_\d+:number must return a torch\.nn\.Module, got int"),
         ("too_few", r"own_\d+:too_few must be a function of num_classes, in_channels, image_size: got an unexpected"),
         ("normed", r"own_\d+:normed returns a network whose '1' keeps a weight that it computes of others"),
+        ("spectral", r"own_\d+:spectral returns a network whose '1' keeps a weight that it computes of others"),
         ("lazy", r"own_\d+:lazy returns a network whose .1\.weight. gets its size from the first image; .* run the"),
         ("in_a_list", r"own_\d+:in_a_list returns a network whose '1' keeps weights to train out of .*; use nn\.Mod"),
         ("drawn", r"own_\d+:drawn returns a network whose '1' keeps a tensor out of its state dict .*register_buffer"),

@@ -178,8 +178,8 @@ def import_network(config: NetworkConfig) -> nn.Module:
     if fixed := [path for path, module in network.named_modules() if _keeps_computed(module)]:
         raise ValueError(
             f"{config.model} returns a network whose {fixed[0] or 'module'!r} keeps a weight that it computes of "
-            "others, as torch.nn.utils.weight_norm and prune do, which cannot be copied or exported; use "
-            "torch.nn.utils.parametrizations.weight_norm, or prune.remove"
+            "others, as torch.nn.utils.weight_norm, spectral_norm and prune do, which cannot be copied or exported; "
+            "use those of torch.nn.utils.parametrizations, or prune.remove"
         )
     known = {id(parameter) for parameter in network.parameters()}
     if hidden := [path for path, module in network.named_modules() if _hides_weights(module, known)]:
@@ -232,7 +232,10 @@ def warn_of_other_code(config: NetworkConfig, before: str | None, trained: Path)
 
 
 def _keeps_computed(module: nn.Module) -> bool:
-    return any(isinstance(value, Tensor) and value.grad_fn is not None for value in vars(module).values())
+    return any(
+        isinstance(value, Tensor) and (value.grad_fn is not None or f"{name}_orig" in module._parameters)
+        for name, value in vars(module).items()
+    )
 
 
 def _hides_weights(module: nn.Module, known: Container[int]) -> bool:
