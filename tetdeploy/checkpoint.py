@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tetdeploy.arguments import check_flag
 from tetdeploy.extras import import_extra
@@ -173,9 +173,9 @@ def _remove_parametrizations(classifier: Classifier) -> None:
     from torch.nn.utils import parametrize
 
     for module in [*classifier.modules()]:
-        of_weights = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
-        for name in list(of_weights or ()):
-            parametrize.remove_parametrizations(module, name)
+        if parametrize.is_parametrized(module):
+            for name in [*cast("nn.ModuleDict", module.parametrizations)]:
+                parametrize.remove_parametrizations(module, name)
 
 
 def load_weights(classifier: Classifier, path: Path | str | Checkpoint, *, other_classes: bool = False) -> list[str]:
