@@ -477,7 +477,8 @@ def test_a_signal_as_the_training_is_started_ends_both(
 
 def test_a_scale_that_no_entry_has_is_refused_before_any_training(paper: ModuleType, tmp_path: Path) -> None:
     result = CliRunner().invoke(paper.main, ["modern", "--small", "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2 and "modern has no --small run; choose --smoke, or neither for the full size" in result.output
+    assert result.exit_code == 2
+    assert "modern has no --small run; choose --smoke, or neither for the full size" in result.output
     assert not (tmp_path / "out").exists()
 
 
