@@ -910,6 +910,18 @@ def test_what_memory_or_bn_lacks_is_said_with_what_the_run_may_still_change(tmp_
         run(tmp_path / "c", broken, config=bf16)
 
 
+def test_a_state_that_outlives_its_batch_is_named(tmp_path: Path) -> None:
+    class Stateful(Toy):
+        u: Tensor | float = 0.0
+
+        def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+            self.u = self.u + super().forward(x, T)
+            return self.u
+
+    with pytest.raises(ValueError, match=r"tests:toy goes on with what it computed of the batch before, .*: reset"):
+        run(tmp_path, wrap(Stateful()))
+
+
 def test_recomputing_reaches_the_network(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Toy has nothing to recompute"):
         run(tmp_path, how=How(recompute=True))

@@ -225,7 +225,8 @@ def _origin(
 
 @contextmanager
 def _explained(task: Task, how: How) -> Iterator[None]:
-    """Within it, a full disk, too little memory and batches too small for BN are errors that say what to do."""
+    """Within it, a full disk, too little memory, batches too small for BN and a state that outlives its batch are
+    errors that say what to do."""
     config, network = task.config, task.classifier.config
     own = f" --model {network.model}" if network.is_own else ""
     try:
@@ -245,6 +246,13 @@ def _explained(task: Task, how: How) -> Iterator[None]:
         raise ValueError(
             f"out of GPU memory at batch_size {config.batch_size}, T={config.longest_T}, precision {config.precision}; "
             f"{less}train anew with a lower --batch-size or --T"
+        ) from error
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):  # PyTorch's
+            raise
+        raise ValueError(
+            f"{network.model} goes on with what it computed of the batch before, as neurons do that are not reset: "
+            "reset them where its forward begins, or take tetdeploy's LIF"
         ) from error
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):  # PyTorch's
