@@ -22,12 +22,10 @@ from run_helpers import Bomb, same_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 import tetdeploy
 from tetdeploy.checkpoint import load, load_weights, read_checkpoint, read_metadata, save_checkpoint
 from tetdeploy.files import atomic_folder, atomic_write, check_writable, write_json
-from tetdeploy.int8.quantisation import spiking_convolutions
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.run_folder import (
@@ -40,7 +38,6 @@ from tetdeploy.run_folder import (
     weights_sha256,
 )
 from tetdeploy.shards import read_shards, write_shards
-from tetdeploy.tracing import Tracer
 
 
 class OwnNetwork(nn.Module):
@@ -211,27 +208,6 @@ def test_own_networks_are_never_imported_because_a_file_says_so(tmp_path: Path) 
             load(path, network=other)
     images = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
     torch.testing.assert_close(loaded(images, 2), classifier.eval()(images, 2), rtol=0, atol=0)
-
-
-def test_what_parametrizations_compute_is_loaded_as_weights(tmp_path: Path) -> None:
-    def network() -> nn.Module:
-        made = build_network(NetworkConfig("convsnn", 3, 1, (8, 8), width=0.125))
-        parametrizations.weight_norm(made.get_submodule("layer2.0"))
-        parametrizations.spectral_norm(made.get_submodule("layer3.1"))
-        parametrizations.orthogonal(made.get_submodule("readout.2"))
-        return made
-
-    torch.manual_seed(0)
-    path, classifier = tmp_path / "own.safetensors", classifier_of(network(), NetworkConfig("my:net", 3, 1, (8, 8)))
-    images = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8)
-    classifier.train()(images, 3)
-    save_checkpoint(path, classifier, training={}, provenance={})
-    loaded = load(path, network=network())
-    assert set(loaded.network.state_dict()) == set(convsnn().network.state_dict())
-    assert all(parameter.requires_grad and parameter.is_leaf for parameter in loaded.parameters())
-    torch.testing.assert_close(loaded(images, 5), classifier.eval()(images, 5), rtol=0, atol=0)
-    module = Tracer(loaded, encoding="direct", uint8=True).folded(3)  # BN folds into these
-    assert list(spiking_convolutions(module).values()) == ["layer2.0", "layer3.1"]
 
 
 def test_weights_start_another_run(saved: Path) -> None:

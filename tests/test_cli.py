@@ -33,11 +33,12 @@ from run_helpers import metrics, small_files
 from safetensors.torch import load_file, save_file
 
 from tetdeploy import checkpoint, data
-from tetdeploy.checkpoint import Checkpoint, read_metadata, save_checkpoint
+from tetdeploy.checkpoint import Checkpoint, read_checkpoint, read_metadata, save_checkpoint
 from tetdeploy.cli import main
 from tetdeploy.cli.characters import _like
 from tetdeploy.cli.errors import CleanErrors, CleanGroup
 from tetdeploy.cli.export import _next as after_export
+from tetdeploy.cli.inputs import load_classifier
 from tetdeploy.cli.predict import _read_image
 from tetdeploy.cli.terminal import console, print_notes, progress_bar, say_next
 from tetdeploy.data import load_data, save_npz
@@ -132,6 +133,17 @@ class Net(nn.Linear):
         return super().forward(x.flatten(1)).expand(T, -1, -1)
 def net(num_classes, in_channels, image_size):
     return Net(64, num_classes)
+"""
+DRAWN_NET = """
+import torch
+from torch import nn
+class Net(nn.Linear):
+    def forward(self, x, T):
+        return super().forward(x.flatten(1) * self.mask).expand(T, -1, -1)
+def net(num_classes, in_channels, image_size):
+    made = Net(64, num_classes)
+    made.mask = torch.rand(64) > 0.5
+    return made
 """
 RANDOM_NET = """
 import functools
@@ -546,6 +558,25 @@ class TestCommands:
             assert sum("has changed" in str(warning.message) for warning in told) == 1
         assert read_metadata("second")["provenance"]["code_sha256"] == sha256_of(code) != before
         sys.modules.pop("tau_net")
+
+    @pytest.mark.usefixtures("_not_asked")
+    def test_what_an_own_network_draws_and_no_state_dict_holds_is_drawn_as_for_the_training(
+        self, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Path("drawn_net.py").write_text(DRAWN_NET)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        own, options = ("--model", "drawn_net:net"), ("--data", str(few), "--epochs", "1", "--T", "1", "--seed", "5")
+        assert run("train", *own, *options, "--out", "own").exit_code == 0
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            mask = sys.modules["drawn_net"].net(10, 1, (8, 8)).mask
+        before = torch.get_rng_state()
+        assert torch.equal(load_classifier(read_checkpoint("own"), own[1]).network.mask, mask)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert run("evaluate", "own", *own, "--split", "validation", "--T", "1", "--json", "e.json").exit_code == 0
+        [measured] = json.loads(Path("e.json").read_text())["runs"]
+        assert measured["accuracy"][0]["accuracy"] == pytest.approx(metrics(Path("own"))[0]["val_accuracy"])
+        sys.modules.pop("drawn_net")
 
     def test_resume_goes_on_to_the_weights_of_an_uninterrupted_run(
         self, few: Path, monkeypatch: pytest.MonkeyPatch
@@ -1015,9 +1046,13 @@ class TestBadInput:
                 for command in (("export", "-o", "loop.onnx"), ("bench", MODEL, "--json", "loop.onnx"))
             ),
             (("sweep", MODEL, "--data", "loop.npz"), "no file loop.npz; give the path of a .npz"),
+            (
+                ("sweep", MODEL, "--data", "~no-such-user/x.npz"),
+                "Could not determine home directory; give another path",
+            ),
         ],
     )
-    def test_a_link_that_leads_to_itself_is_refused(
+    def test_a_link_that_leads_to_itself_or_a_home_that_is_not_there_is_refused(
         self, command: tuple[str, ...], message: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for name in ("loop.onnx", "loop.npz"):

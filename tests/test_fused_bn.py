@@ -442,6 +442,14 @@ def test_the_function_by_itself_calls_the_modules_wherever_the_kernels_do_not_se
 
     assert launches() == 1
     assert launches(lif=type("Own", (LIF,), {})()) == 0
+    learned = LIF()
+    learned.v_th = nn.Parameter(torch.tensor(1.0))  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="v_th must be a number, got a Parameter: the gradient does not reach it"):
+        launches(lif=learned)
+    learned = LIF()
+    learned.v_th = -1.0
+    with pytest.raises(ValueError, match="v_th must be above 0 and finite; got -1"):
+        launches(lif=learned)
     assert launches(y.bfloat16(), copy.deepcopy(module.bn).bfloat16()) == 0
     with pytest.raises(ValueError, match="expected 4D input"):
         launches(y[..., 0])

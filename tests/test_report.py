@@ -354,7 +354,7 @@ class TestTraining:
             best = read_run(run).best
             assert (best and best["epoch"]) == kept
             told = to_markdown(document_of(read_results([run])))
-            assert (f"| restarted, by --restart-from, after epoch | {number} |" in told) == (number > 0)
+            assert f"| restarted, by --restart-from, after epoch | {number} |" in told
         write(run / "config.json", config | {"restarted": {"epoch": "one"}})
         with pytest.raises(ValueError, match=r"config.json is damaged: restarted.epoch must be a"):
             read_run(run)

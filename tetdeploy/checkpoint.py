@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from tetdeploy.arguments import check_flag
 from tetdeploy.extras import import_extra
@@ -145,8 +145,7 @@ def load(path: Path | str | Checkpoint, *, network: nn.Module | None = None) -> 
         path: a checkpoint, a run folder that holds one, or a folder of shards (`tetdeploy train --shards-mb`), of more
             in it the latest; or what `read_checkpoint` has read.
         network: an instance of the user's own network, needed if the checkpoint was trained with one
-            (`package.module:function`): a file never decides what code is imported. It is changed in place: what its
-            parametrizations (`torch.nn.utils.parametrize`) compute of the weights becomes plain parameters.
+            (`package.module:function`): a file never decides what code is imported.
 
     Returns:
         A `Classifier`: `classifier(x, T=6)` gives logits [T, N, K] for images x [N, C, H, W], uint8 or normalised;
@@ -164,18 +163,7 @@ def load(path: Path | str | Checkpoint, *, network: nn.Module | None = None) -> 
     config, arguments = _classifier_arguments(checkpoint.metadata, checkpoint.file)
     classifier = Classifier(build_network(config) if network is None else network, config=config, **arguments)
     load_weights(classifier, checkpoint)
-    _remove_parametrizations(classifier.eval())
-    return classifier
-
-
-def _remove_parametrizations(classifier: Classifier) -> None:
-    """No BN would fold into weights that are computed at each call, nor would these be computed in 8 bits."""
-    from torch.nn.utils import parametrize
-
-    for module in [*classifier.modules()]:
-        if parametrize.is_parametrized(module):
-            for name in [*cast("nn.ModuleDict", module.parametrizations)]:
-                parametrize.remove_parametrizations(module, name)
+    return classifier.eval()
 
 
 def load_weights(classifier: Classifier, path: Path | str | Checkpoint, *, other_classes: bool = False) -> list[str]:

@@ -207,8 +207,9 @@ def _kernels_serve(
     compiled = kernels.for_bn_lif(y)
     if compiled is None or torch.compiler.is_compiling() or y.dim() != 4:
         return False
-    if type(lif) not in (LIF, IF):
+    if type(lif) is not LIF and type(lif) is not IF:
         return False
+    lif.check()
     same = residual is None or (residual.dtype == y.dtype and residual.shape == y.shape and not repeated)
     norms = [bn] if residual_bn is None else [bn, residual_bn]
     return same and compiled.serves(y, T) and y.numel() > y.shape[1] and all(map(_may_be_fused, norms))

@@ -24,7 +24,7 @@ is fused with the neurons, see `fused_bn`, they lie as what the convolution wrot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -277,8 +277,7 @@ def lif(
             or a parameter is no number, out of its range or wants a gradient.
         RuntimeError: a second derivative, or forward-mode differentiation, is asked for.
     """
-    given = {"tau": tau, "v_th": v_th, "gamma": gamma}
-    tau, v_th, gamma = (_checked_parameter(name, value) for name, value in given.items())
+    _check_parameters(tau, v_th, gamma)
     spikes, u_last = _checked_lif(current, u, tau, v_th, gamma, wants_u=True)
     assert u_last is not None
     return spikes, u_last
@@ -312,25 +311,25 @@ def _checked_lif(
 class LIF(nn.Module):
     """Leaky integrate-and-fire neurons, u(0) = 0 (Eqs. 1-5). Maps currents `[T, ...]` to spikes `[T, ...]`.
 
-    Args and errors: see `lif`; a parameter that is no number, out of its range or wants a gradient raises ValueError,
-    also where it is set later.
+    Args and errors: see `lif`; a parameter that is out of its range or wants a gradient raises ValueError, one that is
+    set later when the neurons are called.
     """
-
-    tau: float
-    v_th: float
-    gamma: float
 
     def __init__(self, *, tau: float = 0.5, v_th: float = 1.0, gamma: float = 1.0) -> None:
         super().__init__()
-        self.tau, self.v_th, self.gamma = tau, v_th, gamma
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _RANGES:
-            value = float(_checked_parameter(name, value))
-        super().__setattr__(name, value)
+        _check_parameters(tau, v_th, gamma)
+        self.tau, self.v_th, self.gamma = float(tau), float(v_th), float(gamma)
 
     def forward(self, current: Tensor) -> Tensor:
+        self.check()
         return _checked_lif(current, None, self.tau, self.v_th, self.gamma, wants_u=False)[0]
+
+    def check(self) -> None:
+        """Refuse, with ValueError, a tau, v_th or gamma that was set later to what it must not be."""
+        given: tuple[Any, ...] = self.tau, self.v_th, self.gamma
+        wants_gradient = any(isinstance(value, Tensor) and value.requires_grad for value in given)
+        if wants_gradient or not torch.compiler.is_compiling():  # where a tensor has no number to compare
+            _check_parameters(*given)
 
     def with_state(self, current: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Spikes `[T, ...]` and the last membrane `[...]`, starting from `u`: for long sequences in pieces."""
@@ -347,29 +346,26 @@ class IF(LIF):
         super().__init__(tau=1.0, v_th=v_th, gamma=gamma)
 
 
-# By parameter: its range, and what is said of it.
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "tau": (lambda tau: 0.0 <= tau <= 1.0, "in [0, 1]; it is the leak factor per step, not a time constant"),
-    "v_th": (lambda v_th: 0.0 < v_th < float("inf"), "above 0 and finite"),
-    "gamma": (lambda gamma: 1e-18 <= gamma <= 1e18, "from 1e-18 to 1e18; float32 leaves nothing of other squares"),
-}
-
-
-def _checked_parameter(name: str, value: Any) -> float:
-    """One of `_RANGES` as a number. Raises: ValueError: it is none, out of its range, or wants a gradient."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(
-            f"{name} must be a number, got a {type(value).__name__}: the gradient does not reach it, so it could "
-            f"not be learned; pass float({name}), made once in __init__"
-        )
-    number = check_number(name, value)
-    holds, wanted = _RANGES[name]
-    if not holds(number):
-        raise ValueError(f"{name} must be {wanted}; got {value}")
-    return number
+def _check_parameters(tau: float, v_th: float, gamma: float) -> None:
+    given: dict[str, Any] = {"tau": tau, "v_th": v_th, "gamma": gamma}
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{name} must be a number, got a {type(value).__name__}: the gradient does not reach it, so it could "
+                f"not be learned; pass float({name}), made once in __init__"
+            )
+        check_number(name, value)
+    _require(0.0 <= tau <= 1.0, "tau", tau, "in [0, 1]; it is the leak factor per step, not a time constant")
+    _require(0.0 < v_th < float("inf"), "v_th", v_th, "above 0 and finite")
+    _require(1e-18 <= gamma <= 1e18, "gamma", gamma, "from 1e-18 to 1e18; in float32 nothing is left of other squares")
 
 
 def _refuse_forward_mode(*tensors: Tensor | None) -> None:
     """torch gives a custom operator a forward-mode derivative of zero, silently."""
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError("LIF neurons have no forward-mode derivative; use backward() or torch.autograd.grad")
+
+
+def _require(holds: bool, name: str, value: float, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {wanted}; got {value}")

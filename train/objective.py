@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tetdeploy.checkpoint import Checkpoint, load, read_checkpoint
 from tetdeploy.names import is_own_model
-from tetdeploy.networks import Classifier, NetworkConfig, import_network, run_network
+from tetdeploy.networks import Classifier, NetworkConfig, drawn_as_trained, import_network, run_network
 
 from .config import TrainConfig
 from .losses import distillation_loss, sdt_loss, tet_loss, total_loss
@@ -134,4 +134,5 @@ def _own_network(teacher: Checkpoint, student: Classifier) -> nn.Module | None:
             f"{student.config.model}: no file can have code imported, so teach with the student's --model or a "
             "built-in network"
         )
-    return import_network(NetworkConfig(**theirs))
+    with drawn_as_trained(teacher.metadata["training"]):
+        return import_network(NetworkConfig(**theirs))

@@ -27,6 +27,7 @@ from tetdeploy.signals import handled, terminations
 from tetdeploy.wording import visible
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's of a CPU, and of a GPU
+_OF_PATHS = ("Symlink loop", "Could not determine home directory")  # RuntimeErrors of pathlib, the first until 3.12
 _SAME_SECONDS = 5  # in which a second signal is no other
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, and of what a user may take of it
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
@@ -72,6 +73,8 @@ class CleanErrors(click.Command):
             _drop_unwritten()
             raise click.ClickException(_describe(error)) from error
         except (MemoryError, RuntimeError) as error:
+            if any(text in str(error) for text in _OF_PATHS):
+                raise click.ClickException(f"{str(error).rstrip('.')}; give another path") from error
             if not lacks_memory(error):
                 raise
             reason = str(error).partition("\n")[0] or "out of memory"

@@ -219,6 +219,8 @@ def network_of(config: Any, own: str | None) -> Any:
 def load_classifier(checkpoint: Checkpoint, own: str | None) -> Any:
     """The classifier of a checkpoint; `own` is --model, for a network of the user's own."""
     from tetdeploy.checkpoint import load
-    from tetdeploy.networks import NetworkConfig
+    from tetdeploy.networks import NetworkConfig, drawn_as_trained
 
-    return load(checkpoint, network=network_of(NetworkConfig(**checkpoint.metadata["network"]), own))
+    with drawn_as_trained(checkpoint.metadata["training"]):
+        network = network_of(NetworkConfig(**checkpoint.metadata["network"]), own)
+    return load(checkpoint, network=network)

@@ -7,7 +7,8 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -155,7 +156,7 @@ def import_network(config: NetworkConfig) -> nn.Module:
     Raises:
         ValueError: the module or the function is not there, does not take num_classes, in_channels and image_size, or
             what it returns is not an `nn.Module`, or has lazy layers that saw no image yet, weights that it computed,
-            weights to train that its state dict lacks, or tensors that it lacks and that another call makes otherwise.
+            or weights to train that its state dict lacks.
     """
     module_name, _, function_name = config.model.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # as `python -m` does; a console script has its own folder instead
@@ -178,8 +179,8 @@ def import_network(config: NetworkConfig) -> nn.Module:
     if fixed := [path for path, module in network.named_modules() if _keeps_computed(module)]:
         raise ValueError(
             f"{config.model} returns a network whose {fixed[0] or 'module'!r} keeps a weight that it computes of "
-            "others, as torch.nn.utils.weight_norm, spectral_norm and prune do, which cannot be copied or exported; "
-            "use those of torch.nn.utils.parametrizations, or prune.remove"
+            "others, as torch.nn.utils.weight_norm and prune do, which cannot be copied or exported; use "
+            "torch.nn.utils.parametrizations.weight_norm, or prune.remove"
         )
     known = {id(parameter) for parameter in network.parameters()}
     if hidden := [path for path, module in network.named_modules() if _hides_weights(module, known)]:
@@ -193,16 +194,20 @@ def import_network(config: NetworkConfig) -> nn.Module:
             f"{config.model} returns a network whose {lazy[0]!r} gets its size from the first image; let the function "
             "run the network once, on zeros of the image's size, before it returns it"
         )
-    if unsaved := _unsaved(network):
-        with torch.random.fork_rng(devices=[]):  # later draws are those of a network without such tensors
-            again = _unsaved(function(**options))
-        if changed := [path for (path, a), (_, b) in zip(unsaved, again, strict=False) if not _same(a, b)]:
-            raise ValueError(
-                f"{config.model} returns a network whose {changed[0] or 'module'!r} keeps a tensor out of its state "
-                "dict that has other values at each call, as one of random numbers: no checkpoint would hold it; keep "
-                "it by self.register_buffer"
-            )
     return _variant(network, config)
+
+
+@contextmanager
+def drawn_as_trained(training: Mapping[str, Any]) -> Iterator[None]:
+    """Within it a network of the user's own draws what it drew for a training, by whose seed it began: a mask for
+    instance, which no state dict holds. What is drawn after it stays as it was.
+
+    Args:
+        training: of a checkpoint's metadata.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.get("seed", 0))
+        yield
 
 
 def code_sha256(config: NetworkConfig) -> str | None:
@@ -232,20 +237,11 @@ def warn_of_other_code(config: NetworkConfig, before: str | None, trained: Path)
 
 
 def _keeps_computed(module: nn.Module) -> bool:
-    return any(
-        isinstance(value, Tensor) and (value.grad_fn is not None or f"{name}_orig" in module._parameters)
-        for name, value in vars(module).items()
-    )
+    return any(isinstance(value, Tensor) and value.grad_fn is not None for value in vars(module).values())
 
 
 def _hides_weights(module: nn.Module, known: Container[int]) -> bool:
     """Whether a module keeps parameters to train, or layers with such, whose `id` is not among those of the network."""
-    return any(isinstance(t, nn.Parameter) and t.requires_grad and id(t) not in known for t in _kept_beside(module))
-
-
-def _kept_beside(module: nn.Module) -> Iterator[Tensor]:
-    """The tensors that a module keeps beside its parameters and layers, buffers among them, or that layers which it
-    keeps there have."""
     left = [value for name, value in vars(module).items() if name not in ("_parameters", "_modules")]
     seen = set[int]()
     while left:
@@ -253,21 +249,10 @@ def _kept_beside(module: nn.Module) -> Iterator[Tensor]:
         if isinstance(value, list | tuple | dict) and id(value) not in seen:
             seen.add(id(value))  # it may contain itself
             left += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, nn.Module):
-            yield from (*value.parameters(), *value.buffers())
-        elif isinstance(value, Tensor):
-            yield value
-
-
-def _unsaved(network: nn.Module) -> list[tuple[str, Tensor]]:
-    """The dense tensors that a network keeps out of its state dict, with the path of the module that does."""
-    saved = {value.data_ptr() for value in network.state_dict().values() if isinstance(value, Tensor)}
-    kept = ((path, value) for path, module in network.named_modules() for value in _kept_beside(module))
-    return [(path, value) for path, value in kept if value.layout is torch.strided and value.data_ptr() not in saved]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.nan_to_num(), b.nan_to_num())
+        parameters = value.parameters() if isinstance(value, nn.Module) else [value]
+        if any(isinstance(p, nn.Parameter) and p.requires_grad and id(p) not in known for p in parameters):
+            return True
+    return False
 
 
 def run_network(network: Callable[..., Tensor], x: Tensor, T: int) -> Tensor:

@@ -28,7 +28,7 @@ class Run:
         network, data, training: of its config.json.
         metrics: one record an epoch.
         checkpoint: the metadata of its best weights; {} without any.
-        restarted: after so many epochs, which another run trained (`--restart-from`).
+        restarted: after so many epochs, which another run trained (`--restart-from`); None if it was not.
     """
 
     folder: Path
@@ -37,7 +37,7 @@ class Run:
     training: dict[str, Any]
     metrics: tuple[dict[str, Any], ...]
     checkpoint: dict[str, Any]
-    restarted: int = 0
+    restarted: int | None = None
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -54,7 +54,7 @@ class Run:
 
     def _chosen(self) -> dict[str, Any] | None:
         """As `tetdeploy.train.state.Best` has it."""
-        own = [record for record in self.metrics if record["epoch"] > self.restarted]
+        own = [record for record in self.metrics if record["epoch"] > (self.restarted or 0)]
         last = [record for record in own if record.get("stage") == own[-1].get("stage")]
         validated = [record for record in last if record.get("val_accuracy") is not None]
         loss = "val_tet_loss" if self.training.get("switch_to_tet") else "val_loss"
@@ -84,7 +84,7 @@ def read_run(folder: Path) -> Run:
     checkpoint = folder / CHECKPOINT_NAME
     metadata = read_metadata(checkpoint) if checkpoint.is_file() else {}
     parts = (config["network"], config["data"], config["training"])
-    restarted = (config.get("restarted") or {}).get("epoch") or 0
+    restarted = (config.get("restarted") or {}).get("epoch")
     return Run(folder, *parts, tuple(read_metrics(folder)), metadata, restarted)
 
 

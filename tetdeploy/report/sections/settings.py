@@ -83,7 +83,7 @@ def _origin_facts(sources: Sequence[Source], runs: Sequence[Run]) -> dict[str, l
     parents = [origin.get("init") or {} for origin in origins]
     return {
         "began with": [f"{p['path']}, checkpoint {p['checkpoint_sha256'][:12]}" if p else NONE for p in parents],
-        "restarted, by --restart-from, after epoch": [str(run.restarted or NONE) for run in runs],
+        "restarted, by --restart-from, after epoch": [NONE if (n := run.restarted) is None else str(n) for run in runs],
         "seed": [", ".join(str(run.training.get("seed", NONE)) for run in source.runs.values()) for source in sources],
         "device": [str(origin.get("device", NONE)) for origin in origins],
         "precision": [str(origin.get("precision", NONE)) for origin in origins],
