@@ -136,7 +136,7 @@ def _split(tensors: Mapping[str, Tensor], limit: int, header: int) -> list[list[
     largest = max(sizes, key=sizes.__getitem__)
     if (least := header + sizes[largest]) > limit:
         raise ValueError(
-            f"{largest} alone takes {least / 1e6:g} MB; shards of at most {limit / 1e6:g} MB are too small: "
+            f"{largest} alone takes {least / 1e6:.3g} MB; shards of at most {limit / 1e6:g} MB are too small: "
             f"allow {math.ceil(least / 1e4) / 100:g} MB or more"
         )
     for name, size in sizes.items():
