@@ -205,8 +205,9 @@ def drawn_as_trained(training: Mapping[str, Any]) -> Iterator[None]:
     Args:
         training: of a checkpoint's metadata.
     """
+    seed = training.get("seed")  # one of another tool may name none
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.get("seed", 0))
+        torch.manual_seed(seed if isinstance(seed, int) else 0)
         yield
 
 
