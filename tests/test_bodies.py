@@ -172,7 +172,9 @@ def test_a_refused_body_that_keeps_coming_gets_its_refusal_when_the_time_is_up()
     running(test)
 
 
-def test_on_a_stop_what_is_half_sent_is_refused_at_once() -> None:
+def test_on_a_stop_what_is_half_sent_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 600.0)  # longer than a client here waits
+
     async def test(limit: BodyLimit, app: App) -> None:
         whole, half, large, late = (Client(limit) for _ in range(4))
         await whole.send(bytes(10))
