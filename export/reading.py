@@ -10,8 +10,6 @@ from google.protobuf.message import DecodeError
 
 from tetdeploy.model_file import METADATA_KEY, parse_metadata
 
-_DAMAGED = "not an ONNX model, or a damaged one; export or copy it again"
-
 
 def parse_graph(data: bytes, path: Path) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """An exported graph and its metadata from the bytes of the file `path`.
@@ -21,9 +19,10 @@ def parse_graph(data: bytes, path: Path) -> tuple[onnx.ModelProto, dict[str, Any
     """
     try:
         graph = onnx.load_from_string(data)
+        if not graph.HasField("graph"):  # an empty file is a message without fields
+            raise DecodeError("it has no graph")
     except DecodeError as error:
-        raise ValueError(f"{path} cannot be loaded: {_DAMAGED}") from error
-    if not graph.HasField("graph"):  # an empty file is a message without fields
-        raise ValueError(f"{path} cannot be loaded: {_DAMAGED}")
+        reason = "not an ONNX model, or a damaged one; export or copy it again"
+        raise ValueError(f"{path} cannot be loaded: {reason}") from error
     texts = {entry.key: entry.value for entry in graph.metadata_props}
     return graph, parse_metadata(texts.get(METADATA_KEY), path)

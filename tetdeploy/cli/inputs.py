@@ -137,10 +137,11 @@ def held_out(engine: Engine, data: str | None, data_dir: Path, split: str | None
 
 def _data_name(engine: Engine, data: str | None) -> str:
     """What --data names, or else what the model was trained on."""
-    name = own_data(engine) if data is None else data
-    if data is None and not name:
+    if data is not None:
+        return data
+    if not (own := own_data(engine)):
         raise click.UsageError(f"{engine.path.name} does not say what data it was trained on; name some with --data")
-    return name
+    return own
 
 
 def load_part(
