@@ -27,8 +27,9 @@ from tetdeploy.files import sha256_of
 from tetdeploy.inspection import inspect
 from tetdeploy.metrics import read_metrics
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
-from tetdeploy.run_folder import weights_file
-from tetdeploy.shards import INDEX_NAME, newest_shards, read_shards, read_shards_content, write_shards
+from tetdeploy.report.inspection import inspection_tables
+from tetdeploy.run_folder import newest_shards, weights_file
+from tetdeploy.shards import INDEX_NAME, read_shards, read_shards_content, write_shards
 from tetdeploy.tensor_file import read_content, write_tensors
 from tetdeploy.train import How, TrainConfig, TrainResult, loop, train
 from tetdeploy.train.restart import check_restart, find_restart, has_shards
@@ -131,9 +132,28 @@ def test_of_several_shards_the_latest_are_read_but_a_checkpoint_comes_first(tmp_
     shutil.copy(tmp_path / "r" / "checkpoint.safetensors", tmp_path / "carried")
     assert weights_file(tmp_path / "carried") == tmp_path / "carried" / "checkpoint.safetensors"
     assert weights_file(tmp_path / "r") == tmp_path / "r" / "checkpoint.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"it holds shards: name one of their files, such as .*model-00001-of"):
-        inspect(tmp_path / "r" / "shards")
-    assert inspect(max(folder.glob("model-*")))["kind"] == "checkpoint"
+
+
+def test_inspect_describes_shards_and_one_of_them(tmp_path: Path) -> None:
+    run(tmp_path / "r", how=How(shards_mb=0.007))
+    whole = inspect(tmp_path / "r")
+    shutil.move(tmp_path / "r" / "shards", tmp_path / "carried")
+    (folder,) = (tmp_path / "carried").iterdir()
+    found = inspect(tmp_path / "carried")
+    assert (found["kind"], found["path"]) == ("shards", str(folder))
+    assert {name: found["restart"][name] for name in ("epoch", "step")} == {"epoch": 4, "step": 0}
+    assert (found["parameters"], found["layers"]) == (whole["parameters"], whole["layers"])
+    files = list(folder.glob("model-*-of-*"))
+    assert found["size_bytes"] == sum(file.stat().st_size for file in files)
+    each = [inspect(file) for file in files]
+    assert sum(part["parameters"] for part in each) == whole["parameters"] and len(each) > 1
+    for part in (found, *each):
+        facts = next(inspection_tables(part))
+        values = [*facts.columns[1].cells]
+        assert "4 epochs and 0 steps finished" in values and "–" not in values
+    files[0].unlink()
+    with pytest.raises(ValueError, match=rf"lacks {files[0].name}, of {len(files)} shards; copy them all"):
+        inspect(folder)
 
 
 def test_a_finished_run_writes_the_shards_that_a_full_disk_left_an_epoch_old(
@@ -399,7 +419,7 @@ IN_8_BITS = r"was fine-tuned in 8 bits \(--qat\); start that again with --init"
         ({"int8": {}}, IN_8_BITS),
         ({"training": {"qat": True}}, IN_8_BITS),
         ({"provenance": {}}, "does not say which epoch it is of; use it with --init"),
-        ({"restart": {"epoch": 1}}, "does not say which epoch it is of; use it with --init"),
+        ({"restart": {"epoch": 1}}, r"restart\.step is missing"),
     ],
 )
 def test_weights_in_8_bits_or_of_no_epoch_are_refused(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
@@ -441,8 +461,30 @@ def test_shards_that_came_without_their_index_are_named(tmp_path: Path) -> None:
     (folder,) = shards.iterdir()
     (folder / INDEX_NAME).unlink()
     for named in (folder, shards, shards.parent):
-        with pytest.raises(FileNotFoundError, match=rf"{folder.name} has shards, but not their {INDEX_NAME}: copy all"):
+        with pytest.raises(FileNotFoundError, match=rf"{folder.name} has shards, but not their {INDEX_NAME}; copy all"):
             run(tmp_path / "second", restart_from=named)
+        with pytest.raises(FileNotFoundError, match="but not their"):
+            tetdeploy.load(named)
+
+
+@pytest.mark.parametrize("lost", [INDEX_NAME, "model-00001-of-*"])
+def test_no_earlier_weights_are_taken_where_the_newest_shards_lack_a_file(tmp_path: Path, lost: str) -> None:
+    interrupted(tmp_path / "first", STEPS + 2)
+    (newest,) = (tmp_path / "first" / "shards").iterdir()
+    shutil.copytree(newest, newest.with_name("epoch-00001-step-000000"))
+    (file,) = newest.glob(lost)
+    file.unlink()
+    for named in (tmp_path / "first", newest.parent):
+        with pytest.raises((FileNotFoundError, ValueError), match=rf"{newest.name} (has shards, but not|lacks model)"):
+            find_restart(named)
+
+
+def test_a_run_in_its_first_epoch_has_no_weights_though_it_has_shards(tmp_path: Path) -> None:
+    interrupted(tmp_path / "first", 3)
+    with pytest.raises(FileNotFoundError, match="its first epoch is not finished"):
+        tetdeploy.load(tmp_path / "first")
+    (tmp_path / "first" / "last.safetensors").unlink()
+    assert tetdeploy.load(tmp_path / "first")
 
 
 def test_nothing_is_left_to_train(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tetdeploy.shards import INDEX_NAME, is_sharded, read_shards, read_shards_content, write_shards
+from tetdeploy.shards import INDEX_NAME, holds_shards, read_shards, read_shards_content, write_shards
 
 CONTENT = {"format": 1, "said": 'with "quotes"'}
 
@@ -78,7 +78,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_is_wrong_with_a_folder_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"holds no shards: it has no {INDEX_NAME}"):
+    with pytest.raises(FileNotFoundError, match=rf"holds no shards: it has no {INDEX_NAME}"):
         read_shards(tmp_path)
     second = folder / "model-00002-of-00003.safetensors"
     whole = second.read_bytes()
@@ -92,7 +92,7 @@ def test_what_is_wrong_with_a_folder_is_named(folder: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"lacks model-00002-of-00003\.safetensors, of 3 shards; copy them all"):
         read_shards(folder)
     (folder / "model-00001-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"lacks model-00001-of-00003\.safetensors; copy all of its files"):
+    with pytest.raises(ValueError, match=r"lacks model-00001-of-00003\.safetensors, .*, of 3 shards; copy them all"):
         read_shards_content(folder)
 
 
@@ -133,7 +133,7 @@ def test_an_index_that_lists_a_tensor_of_no_shard_is_refused(folder: Path) -> No
 
 
 def test_content_is_read_without_torch(folder: Path) -> None:
-    assert is_sharded(folder) and not is_sharded(folder.parent)
+    assert holds_shards(folder) and not holds_shards(folder.parent)
     code = (
         "import sys; from tetdeploy import shards; print(shards.read_shards_content(sys.argv[1])['format']);"
         "assert not {'torch', 'safetensors'} & set(sys.modules)"

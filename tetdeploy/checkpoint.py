@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from tetdeploy.arguments import check_flag
 from tetdeploy.extras import import_extra
-from tetdeploy.form import NUMBER, STEP, check_form
+from tetdeploy.form import COUNT, NUMBER, STEP, check_form
 from tetdeploy.names import section
 from tetdeploy.provenance import PARENT
 from tetdeploy.run_folder import CHECKPOINT_NAME, weights_file, weights_sha256
-from tetdeploy.shards import is_sharded, read_shards, read_shards_content
+from tetdeploy.shards import read_shards, read_shards_content
 from tetdeploy.tensor_file import FORMAT, read_content, read_tensors, write_tensors
 from tetdeploy.wording import shorten
 
@@ -39,6 +39,7 @@ _FORM = {
         "ann": bool,
     },
     "provenance": {"init": PARENT, "code_sha256": str},
+    "restart": {"epoch!": COUNT, "step!": COUNT, "seconds": NUMBER},
 }
 _KEYS_SHOWN = 20
 _READS = 5  # at most, of what is replaced meanwhile
@@ -82,7 +83,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         before = _identity(file)
         try:
             metadata = read_metadata(file)
-            tensors = section(read_shards(file), "network.") if is_sharded(file) else read_tensors(file)
+            tensors = section(read_shards(file), "network.") if file.is_dir() else read_tensors(file)
             sha256 = weights_sha256(file)
         except (OSError, ValueError, RuntimeError):  # the last one of a mapping that is longer than the file by then
             if before is not None and _identity(file) == before:
@@ -219,7 +220,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         ValueError: not a checkpoint of ours, truncated, or a pickle.
     """
     file = weights_file(path)
-    content = read_shards_content(file) if is_sharded(file) else read_content(file)
+    content = read_shards_content(file) if file.is_dir() else read_content(file)
     if "resume" in content:
         raise ValueError(
             f"{file} holds the state of a training run (for --resume), not a checkpoint; "

@@ -13,12 +13,13 @@ from typing import Any
 from tetdeploy.checkpoint import read_metadata
 from tetdeploy.energy import Layer, input_kind, layers_of
 from tetdeploy.extras import import_extra
-from tetdeploy.files import is_utf8, sha256_of
+from tetdeploy.files import is_utf8
 from tetdeploy.form import NUMBER, check_form
 from tetdeploy.model_file import METADATA_KEY, parse_metadata, session_metadata
 from tetdeploy.names import section
-from tetdeploy.run_folder import checkpoint_file
+from tetdeploy.run_folder import weights_file, weights_sha256
 from tetdeploy.runtimes.manifest import manifest_path
+from tetdeploy.shards import shard_files
 from tetdeploy.tensor_file import read_content, read_header
 from tetdeploy.wording import first_line
 
@@ -29,20 +30,23 @@ _BN_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def inspect(path: Path | str) -> dict[str, Any]:
-    """Describe a file, or the checkpoint of a run folder.
+    """Describe a file, the checkpoint of a run folder, or a folder of shards.
 
     Returns:
-        Of kind "checkpoint", "training state", "model", "safetensors" or "onnx"; the last two are not of tetdeploy.
+        Of kind "checkpoint", "shards", "training state", "model", "safetensors" or "onnx"; the last two are not of
+        tetdeploy.
 
     Raises:
         FileNotFoundError: there is no such file, or the folder holds no checkpoint.
-        ValueError: neither safetensors nor ONNX, such as a TensorRT engine, or damaged.
+        ValueError: neither safetensors nor ONNX, such as a TensorRT engine; damaged; shards of which some are missing.
         MissingExtraError: an ONNX model, and onnxruntime is not installed.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist; give a run folder, a .safetensors or an .onnx file")
-    file = checkpoint_file(path)
-    if file.suffix == ".onnx":
+    file = weights_file(path)
+    if file.is_dir():
+        found = _inspect_shards(file)
+    elif file.suffix == ".onnx":
         found = _inspect_onnx(file)
     elif file.suffix in (".safetensors", *_PICKLES):
         found = _inspect_safetensors(file)
@@ -56,23 +60,26 @@ def inspect(path: Path | str) -> dict[str, Any]:
             f"{file} is neither a checkpoint (.safetensors) nor a model (.onnx); "
             "a result of sweep or validate is shown by tetdeploy report"
         )
-    same = {"path": str(file), "size_bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    size = sum(part.stat().st_size for part in (shard_files(file) if file.is_dir() else [file]))
+    same = {"path": str(file), "size_bytes": size, "sha256": weights_sha256(file)}
     return {"kind": found.pop("kind")} | same | found
 
 
 _RESUME = {"epoch!": NUMBER, "step!": NUMBER, "best": {"epoch!": NUMBER, "val_accuracy": NUMBER}}
 
 
+def _inspect_shards(path: Path) -> dict[str, Any]:
+    """Of all files of a folder, or of one."""
+    files = shard_files(path) if path.is_dir() else [path]
+    tensors = {name: tensor for file in files for name, tensor in _tensors(file)[0].items()}
+    metadata = read_metadata(path)
+    if not metadata.get("restart"):
+        raise ValueError(f"{path} is damaged: it does not say where its run stood")
+    return {"kind": "shards"} | metadata | _modules(section(tensors, "network."))
+
+
 def _inspect_safetensors(file: Path) -> dict[str, Any]:
-    header = read_header(file)
-    metadata = header.pop("__metadata__", None) or {}
-    try:
-        tensors = {
-            name: (_DTYPES.get(entry["dtype"], str(entry["dtype"])), [int(d) for d in entry["shape"]])
-            for name, entry in header.items()
-        }
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{file} is damaged: its header does not describe its tensors ({error!r})") from error
+    tensors, metadata = _tensors(file)
     if METADATA_KEY not in metadata:
         return {"kind": "safetensors", "metadata": metadata} | _modules(tensors)
     content = read_content(file)
@@ -83,7 +90,23 @@ def _inspect_safetensors(file: Path) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"{file} is damaged: where the run stands, {error}") from error
         return {"kind": "training state", "resume": content["resume"], "num_tensors": len(tensors)} | network
+    if "restart" in content:
+        return _inspect_shards(file)
     return {"kind": "checkpoint"} | read_metadata(file) | _modules(tensors)
+
+
+def _tensors(file: Path) -> tuple[dict[str, tuple[str, list[int]]], dict[str, str]]:
+    """Type and shape of each tensor, and the file's metadata."""
+    header = read_header(file)
+    metadata = header.pop("__metadata__", None) or {}
+    try:
+        tensors = {
+            name: (_DTYPES.get(entry["dtype"], str(entry["dtype"])), [int(d) for d in entry["shape"]])
+            for name, entry in header.items()
+        }
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{file} is damaged: its header does not describe its tensors ({error!r})") from error
+    return tensors, metadata
 
 
 def _modules(tensors: Mapping[str, tuple[str, list[int]]]) -> dict[str, Any]:

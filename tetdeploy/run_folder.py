@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from tetdeploy.arguments import check_path
 from tetdeploy.files import sha256_of
-from tetdeploy.shards import INDEX_NAME, newest_shards
+from tetdeploy.shards import INDEX_NAME, holds_shards
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 STATE_NAME = "last.safetensors"
@@ -98,15 +97,28 @@ def seed_runs(folder: Path) -> list[Path]:
 
 
 def weights_file(path: Path | str) -> Path:
-    """A folder of shards, `path` itself or the latest in it (RUN/shards), or the `checkpoint_file` that `path` names.
+    """The `newest_shards` of a folder that has nothing else to go by, or the `checkpoint_file` that `path` names.
 
     Raises:
         FileNotFoundError: see `checkpoint_file`.
         ValueError: `path` is none.
     """
     check_path("path", path, "a checkpoint or a run folder")
-    held = (Path(path) / CHECKPOINT_NAME).exists()  # shards beside a checkpoint would be a choice
-    return (None if held else newest_shards(path)) or checkpoint_file(path)
+    # beside a checkpoint they would be a choice, and a run in its first epoch has none yet
+    trains = any((Path(path) / name).exists() for name in (CHECKPOINT_NAME, STATE_NAME))
+    return (None if trains else newest_shards(path)) or checkpoint_file(path)
+
+
+def newest_shards(path: Path | str) -> Path | None:
+    """A folder of shards: `path`, or the latest (`epoch-00031-step-000000`) of those in it or in a run; None without.
+
+    Some of their files may be missing, as of a copy that was cut: reading them says so, and no earlier ones are taken.
+    """
+    path = Path(path)
+    if holds_shards(path):
+        return path
+    found = (folder for where in (path, path / SHARDS_NAME) for folder in where.glob("epoch-*"))
+    return max(filter(holds_shards, found), key=lambda folder: folder.name, default=None)
 
 
 def checkpoint_file(path: Path | str) -> Path:
@@ -136,17 +148,7 @@ def _why_none(folder: Path) -> str:
         finished = [run for run in seeds if (run / CHECKPOINT_NAME).exists()]
         one = f"name one, such as {finished[0]}" if finished else "none has finished an epoch yet"
         return f"it holds the runs of several seeds: {one}"
-    if (shards := newest_shards(folder)) is not None:
-        return f"it holds shards: name one of their files, such as {min(shards.glob('model-*'), default=shards)}"
-    if (part := next(_parts(folder), None)) is not None:
-        return f"{part.parent} has shards, but not their {INDEX_NAME}: copy all of its files"
     return "it is not a run folder"
-
-
-def _parts(folder: Path) -> Iterator[Path]:
-    """Files of shards in a folder of them, in one of several, or in a run."""
-    for where in ("", "epoch-*/", f"{SHARDS_NAME}/epoch-*/"):
-        yield from folder.glob(f"{where}model-*-of-*.safetensors")
 
 
 def other_checkpoint(folder: Path, checkpoint_sha256: str | None) -> str | None:

@@ -26,28 +26,17 @@ INDEX_NAME = "model.safetensors.index.json"
 _ENTRY = 120  # bytes of the header for one tensor, beside its name
 
 
-def is_sharded(path: Path | str) -> bool:
-    """Whether a folder holds shards."""
-    return (Path(path) / INDEX_NAME).is_file()
-
-
-def newest_shards(path: Path | str) -> Path | None:
-    """A folder of shards: `path` itself, or the latest of those in it (`epoch-00031-step-000000`); None without any."""
-    if is_sharded(path):
-        return Path(path)
-    return max(filter(is_sharded, Path(path).glob("epoch-*")), key=lambda folder: folder.name, default=None)
+def holds_shards(folder: Path) -> bool:
+    """Whether a folder holds shards, be they only some of their files: reading them then says which are missing."""
+    return (folder / INDEX_NAME).is_file() or any(folder.glob("model-*-of-*.safetensors"))
 
 
 def is_complete(folder: Path | str, limit: int) -> bool:
     """Whether a folder holds shards, all that its index names, none larger than `limit` bytes."""
-    folder = Path(folder)
-    if not is_sharded(folder):
-        return False
     try:
-        names = _read_index(folder)["metadata"]["sha256"]
-    except ValueError:
+        return all(file.stat().st_size <= limit for file in shard_files(folder))
+    except (FileNotFoundError, ValueError):
         return False
-    return all((folder / name).is_file() and (folder / name).stat().st_size <= limit for name in names)
 
 
 def check_limit(tensors: Mapping[str, Tensor], content: Mapping[str, Any], *, limit: int) -> None:
@@ -92,18 +81,16 @@ def read_shards(folder: Path | str) -> dict[str, Tensor]:
     """All tensors of a folder's shards, on the CPU, in the order they were written in.
 
     Raises:
-        ValueError: no index, a damaged one, or files that are missing, damaged or not those the index was written for.
+        FileNotFoundError: no index.
+        ValueError: a damaged one, or files that are missing, damaged or not those the index was written for.
     """
     folder = Path(folder)
     index = _read_index(folder)
-    sums: dict[str, str] = index["metadata"]["sha256"]
-    if missing := [name for name in sums if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}, of {len(sums)} shards; copy them all")
     tensors: dict[str, Tensor] = {}
-    for name, wanted in sums.items():
-        if sha256_of(folder / name) != wanted:
-            raise ValueError(f"{folder / name} is not the file that {INDEX_NAME} was written for; copy it again")
-        tensors |= read_tensors(folder / name)
+    for file in shard_files(folder):
+        if sha256_of(file) != index["metadata"]["sha256"][file.name]:
+            raise ValueError(f"{file} is not the file that {INDEX_NAME} was written for; copy it again")
+        tensors |= read_tensors(file)
     if tensors.keys() != index["weight_map"].keys():
         raise ValueError(f"{folder / INDEX_NAME} does not list the tensors of its shards; copy it again")
     return {name: tensors[name] for name in index["weight_map"]}
@@ -113,13 +100,24 @@ def read_shards_content(folder: Path | str) -> dict[str, Any]:
     """The JSON content, as `write_shards` was given it, without torch.
 
     Raises:
-        ValueError: no index, a damaged one, or the first file is missing or not ours.
+        FileNotFoundError: no index.
+        ValueError: a damaged one, files are missing, or the first is not ours.
+    """
+    return read_content(shard_files(folder)[0])
+
+
+def shard_files(folder: Path | str) -> list[Path]:
+    """The files that the index of a folder names; each is there.
+
+    Raises:
+        FileNotFoundError: no index.
+        ValueError: a damaged one, or files are missing.
     """
     folder = Path(folder)
-    first = folder / next(iter(_read_index(folder)["metadata"]["sha256"]))
-    if not first.is_file():
-        raise ValueError(f"{folder} lacks {first.name}; copy all of its files")
-    return read_content(first)
+    files = [folder / name for name in _read_index(folder)["metadata"]["sha256"]]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, of {len(files)} shards; copy them all")
+    return files
 
 
 def _header(content: Mapping[str, Any]) -> int:
@@ -152,7 +150,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     """The index, checked: some files, by plain names."""
     file = folder / INDEX_NAME
     if not file.is_file():
-        raise ValueError(f"{folder} holds no shards: it has no {INDEX_NAME}")
+        held = "has shards, but not their" if holds_shards(folder) else "holds no shards: it has no"
+        raise FileNotFoundError(f"{folder} {held} {INDEX_NAME}; copy all of its files, or name a checkpoint")
     try:
         index: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
         sums, weight_map = index["metadata"]["sha256"], index["weight_map"]

@@ -22,8 +22,8 @@ from torch import Tensor
 from tetdeploy.checkpoint import check_keys, read_checkpoint, read_metadata
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.names import section
-from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, METRICS_NAME, SHARDS_NAME, checkpoint_file
-from tetdeploy.shards import check_limit, is_complete, newest_shards, read_shards, write_shards
+from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, METRICS_NAME, SHARDS_NAME, checkpoint_file, newest_shards
+from tetdeploy.shards import check_limit, is_complete, read_shards, write_shards
 from tetdeploy.tensor_file import FORMAT
 
 from .optimizer import trainable
@@ -82,7 +82,7 @@ def find_restart(path: Path | str) -> Restart:
         ValueError: it is damaged, no checkpoint, or of a run in 8 bits.
     """
     path = Path(path)
-    shards = newest_shards(path) or newest_shards(path / SHARDS_NAME)
+    shards = newest_shards(path)
     if shards is None:
         return _read(checkpoint_file(path))
     found = [shards]

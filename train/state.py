@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from tetdeploy.checkpoint import check_keys
 from tetdeploy.form import COUNT, LOOSE_NUMBER, NUMBER, STEP, check_form
 from tetdeploy.names import section
-from tetdeploy.run_folder import SHARDS_NAME
-from tetdeploy.shards import newest_shards
+from tetdeploy.run_folder import SHARDS_NAME, newest_shards
 from tetdeploy.tensor_file import FORMAT, read_content, read_tensors, write_tensors
 
 from .optimizer import load_optimizer_tensors, optimizer_tensors, trainable

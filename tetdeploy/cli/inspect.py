@@ -24,8 +24,8 @@ Examples:
 def inspect(file: Path, json_path: Path | None) -> None:
     """What a checkpoint or an exported model is: how it was made, inputs and outputs, layers, neurons, state.
 
-    FILE is a run folder, a .safetensors or an .onnx file, also one that another tool wrote, as far as it can be read.
-    Needs no torch.
+    FILE is a run folder, a folder of shards, a .safetensors or an .onnx file, also one that another tool wrote, as far
+    as it can be read. Needs no torch.
     """
     from tetdeploy.inspection import inspect as describe
     from tetdeploy.report.inspection import inspection_tables

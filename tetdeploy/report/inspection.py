@@ -15,6 +15,7 @@ from tetdeploy.report.tables import versions
 
 _KINDS = {
     "checkpoint": "a checkpoint of tetdeploy: trained weights, with how they were trained",
+    "shards": "the last weights of a training run of tetdeploy in shards, for train --restart-from",
     "training state": "the state of a training run of tetdeploy, for train --resume",
     "model": "a model that tetdeploy exported",
     "safetensors": "a safetensors file, not a checkpoint of tetdeploy (see tetdeploy import)",
@@ -46,15 +47,25 @@ def _checkpoint_facts(found: Mapping[str, Any]) -> dict[str, Any]:
     return _file_facts(found) | {"parameters": f"{found['parameters']:,}"} | _origin_facts(found)
 
 
+def _shards_facts(found: Mapping[str, Any]) -> dict[str, Any]:
+    facts = _checkpoint_facts(found) | {"where it stands": _stand(found["restart"])}
+    facts.pop("kept", None)  # these are the last weights, not the best
+    return facts
+
+
 def _state_facts(found: Mapping[str, Any]) -> dict[str, Any]:
     resume = found["resume"]
     best = resume.get("best") or {}
     kept = f"{best['epoch']}, {percent(best.get('val_accuracy'))} of validation images right" if best else "none yet"
     return _file_facts(found) | {
-        "where it stands": f"{resume['epoch']} epochs and {resume['step']} steps finished",
+        "where it stands": _stand(resume),
         "best epoch": kept,
         "parameters": f"{found['parameters']:,}, with the optimizer's state {found['num_tensors']} tensors",
     }
+
+
+def _stand(position: Mapping[str, Any]) -> str:
+    return f"{position['epoch']} epochs and {position['step']} steps finished"
 
 
 def _model_facts(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,6 +99,7 @@ def _foreign_facts(found: Mapping[str, Any]) -> dict[str, Any]:
 
 _FACTS = {
     "checkpoint": _checkpoint_facts,
+    "shards": _shards_facts,
     "training state": _state_facts,
     "model": _model_facts,
     "safetensors": _foreign_facts,
