@@ -29,7 +29,8 @@ from tetdeploy.wording import visible
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's of a CPU, and of a GPU
 _OF_PATHS = ("Symlink loop", "Could not determine home directory")  # RuntimeErrors of pathlib, the first until 3.12
 _SAME_SECONDS = 5  # in which a second signal is no other
-_FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, and of what a user may take of it
+_ROOM = "make room, or write elsewhere"
+_REMEDIES = {errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EISDIR: "name a file"}
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
@@ -172,5 +173,5 @@ def _describe(error: OSError, unnamed: str | None = None) -> str:
     name = unnamed if error.filename is None else error.filename
     if error.errno is None or name is None:
         return str(error)
-    remedy = "; make room, or write elsewhere" if error.errno in _FULL else ""
-    return f"{name}: {error.strerror}{remedy}"
+    remedy = _REMEDIES.get(error.errno)
+    return f"{name}: {error.strerror}" + (f"; {remedy}" if remedy else "")
