@@ -344,6 +344,10 @@ def test_refused_models(tmp_path: Path) -> None:
             Engine(foreign(tmp_path / "other.onnx", json.dumps({"format": known})))
     with pytest.raises(ValueError, match=r"a folder, not an \.onnx file; name a model in it, such as .*damaged\.onnx$"):
         Engine(tmp_path)
+    (tmp_path / "seeds" / "seed-0").mkdir(parents=True)
+    (tmp_path / "seeds" / "seed-0" / "m.onnx").touch()
+    with pytest.raises(ValueError, match=r"name a model in it, such as .*seeds/seed-0/m\.onnx$"):
+        Engine(tmp_path / "seeds")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"is a folder, not an \.onnx file; write a model with: tetdeploy export$"):
         Engine(tmp_path / "empty")

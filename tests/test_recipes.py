@@ -16,6 +16,7 @@ from tetdeploy.cli.recipe import read_recipe
 from tetdeploy.cli.train import default_by_network, train, train_config
 from tetdeploy.data import DATA_NAMES
 from tetdeploy.networks import NETWORKS, NetworkConfig
+from tetdeploy.run_folder import latest_run
 from tetdeploy.train import TrainConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.toml"))
@@ -153,6 +154,23 @@ def test_seeds_from_a_recipe_end_in_a_summary_that_names_it(tmp_path: Path) -> N
     run("--resume", "runs/three")
     assert Path("runs/three/summary.json").read_text() == before
     assert "training.lr: 0.002 -> 0.1" in refused("--resume", "runs/three", "--lr", "0.1")
+    alone = refused("--resume", "runs/three/seed-1", "--seeds", "0,1,2,3")
+    assert "seeds: (none) -> [0, 1, 2, 3]" in alone and "--init" not in alone
+    both = refused("--resume", "runs/three", "--seed", "1", code=2)
+    assert "choose one of them (runs/three has the seeds 0, 1, 2)" in both
+
+
+def test_seeds_are_added_to_those_of_which_latest_is_the_best(tmp_path: Path) -> None:
+    run(*QUICK, "--seeds", "0", "--out", "runs/s")
+    assert latest_run(Path("runs")) == Path("runs/s/seed-0")
+    run("--resume", "--seeds", "0,1")
+    assert [one["seed"] for one in json.loads(Path("runs/s/summary.json").read_text())["runs"]] == [0, 1]
+
+
+def test_seeds_without_validation_say_where_their_summary_is() -> None:
+    assert (
+        "\n2 seeds  ->  r/summary.json\n" in run(*QUICK, "--seeds", "0,1", "--val-fraction", "0", "--out", "r").output
+    )
 
 
 def test_what_is_trained_is_said_before_and_after_it() -> None:
@@ -253,7 +271,7 @@ def test_a_smooth_network_trains_and_does_not_export(tmp_path: Path) -> None:
         ('lr = "fast"', "r.toml: lr is 'fast'; it must be a number"),
         ("ann = 1", "r.toml: ann is 1; it must be true or false"),
         ("tit = 3", "r.toml: tit is 3; it must be a text in quotes"),
-        ("seeds = [0, 1]", "r.toml: seeds is [0, 1]; it must be a text in quotes"),
+        ("seeds = [0, 1]", 'r.toml: seeds is [0, 1]; it must be a text in quotes, such as "0,1"'),
         ('random-T = "1:2"\nrandom_T = "1:3"', "r.toml: random_T is there twice"),
         ("T = ", "r.toml is not TOML: "),
         (f"T = {'[' * 5000}", "r.toml is not TOML: "),

@@ -516,6 +516,24 @@ class TestReading:
         assert f"m.sweep.json is left out: it and m.validate.json differ in {key}." in results.notes[0]
         assert results.notes[0] in Page(html(results)).text
 
+    def test_more_images_lead_and_take_the_agreement_of_fewer(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a")
+        few = result(images_sha256="ab", num_samples=64)
+        for row in few["rows"]:
+            row["accuracy"] = 0.5
+        write(run / "m.validate.json", few)
+        sweep = result(kind="sweep", images_sha256="cd", num_samples=10_000)
+        for row in sweep["rows"]:
+            for key in ("top1_agreement", "spike_mismatch_rate", "max_abs_logit_error"):
+                row.pop(key, None)
+        write(run / "m.sweep.json", sweep)
+        results = read_results([run])
+        (m,) = results.measurements
+        assert results.notes == ()
+        assert (m.content["num_samples"], m.content["agreement"]["num_images"]) == (10_000, 64)
+        assert [row["accuracy"] for row in m.rows] == [row["accuracy"] for row in sweep["rows"]]
+        assert m.headline["top1_agreement"] == few["rows"][m.T - 1]["top1_agreement"]
+
     def test_what_an_older_file_does_not_say_is_no_difference(self, tmp_path: Path) -> None:
         run = run_folder(tmp_path / "a")
         write(run / "m.validate.json", result(images_sha256="ab", runtime="openvino", device="cuda"))

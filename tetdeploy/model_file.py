@@ -74,7 +74,7 @@ def refuse_folder(path: Path) -> None:
         ValueError: `path` is a folder.
     """
     if path.is_dir():
-        models = sorted(path.glob("*.onnx"))
+        models = [*sorted(path.glob("*.onnx")), *sorted(path.glob("seed-*/*.onnx"))]
         remedy = f"name a model in it, such as {models[0]}" if models else "write a model with: tetdeploy export"
         raise ValueError(f"{path} is a folder, not an .onnx file; {remedy}")
 

@@ -96,6 +96,11 @@ def seed_runs(folder: Path) -> list[Path]:
     return sorted(runs, key=lambda run: (len(run.name), run.name))
 
 
+def seeds_folder(run: Path) -> Path:
+    """The folder of several seeds that a run is one of; of any other run itself."""
+    return run.parent if run in seed_runs(run.parent) else run
+
+
 def weights_file(path: Path | str) -> Path:
     """The `newest_shards` of a folder that has nothing else to go by, or the `checkpoint_file` that `path` names.
 

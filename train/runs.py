@@ -225,10 +225,11 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
         started.pop(name, None)
     if different := run_differences(started, settings):
         fits = all(started["network"].get(name) == settings["network"].get(name) for name in ("model", "width"))
-        further = f", from these weights with --init {out} and its other options"
+        fits = fits and "seeds" not in settings and (out / CHECKPOINT_NAME).is_file()
+        further = f", from these weights with --init {out} and its other options" if fits else ""
         raise ValueError(
             f"{out} was started with other settings: {'; '.join(different)}; resume with the old ones, or start a new "
-            f"run in another --out{further if fits and (out / CHECKPOINT_NAME).is_file() else ''}"
+            f"run in another --out{further}"
         )
 
 

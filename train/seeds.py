@@ -213,7 +213,8 @@ def _check_resumed(out: Path, settings: dict[str, Any]) -> str | None:
     if missing := [seed for seed in left_out if is_begun(out / f"seed-{seed}")]:
         raise ValueError(
             f"{out} has the seeds {before['seeds']}, of which {settings['seeds']} lacks {missing}: seeds may be added, "
-            "none left out; name all of them with --seeds, or start a new run in another --out"
+            "none left out; name all of them with --seeds, delete the folders of those to leave out, or start a new "
+            "run in another --out"
         )
     if "seeds" in before:  # there may be more now, and another one the first
         first = {name: value for name, value in before.get("training", {}).items() if name == "seed"}

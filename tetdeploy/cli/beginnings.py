@@ -12,7 +12,7 @@ import click
 from tetdeploy.cli.recipe import is_given, is_typed
 from tetdeploy.cli.terminal import console
 from tetdeploy.names import is_own_model
-from tetdeploy.run_folder import latest_run
+from tetdeploy.run_folder import latest_run, seeds_folder
 
 if TYPE_CHECKING:
     from tetdeploy.checkpoint import Checkpoint
@@ -85,6 +85,7 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     data: Mapping[str, Any] = {} if init is None else init.metadata["data"]
     if resume is not None:
         out = Path(resume) if resume else out or latest_run(ctx.params["runs"])
+        out = out if resume or not seeds else seeds_folder(out)  # once all are trained, `latest` is the best of them
         settings = read_run_config(out)
         _check_named(ctx, out, settings.get("network", {}))
         seeds = _take_settings(ctx, settings, options) or seeds
@@ -99,7 +100,8 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     if options["distill"] and not data:
         data = read_metadata(teacher_file(options["distill"]))["data"]
     if seeds and is_typed(ctx, "seed"):
-        raise click.UsageError("--seed and --seeds both decide the random numbers: choose one of them")
+        held = f" ({out} has the seeds {', '.join(map(str, seeds))})" if resume is not None else ""
+        raise click.UsageError(f"--seed and --seeds both decide the random numbers: choose one of them{held}")
     return Beginning(out, seeds, _how(ctx, before), init, data)
 
 

@@ -294,7 +294,8 @@ def _print(result: Mapping[str, Any]) -> None:
             cells = (percent(entries.get(T, {}).get(key)) for T in ([1] if folder["ann"] else steps))
             table.add_row(f"{folder['run']} {label}{' (not int8)' * folder['qat']}", *cells)
     console.print(table)
-    notes = ["* the T of the training" + "; an ANN has no time" * any(row["ann"] for row in rows)]
+    notes = ["* the T of the training"] * any(not row["ann"] for row in rows)
+    notes += ["an ANN has no time"] * any(row["ann"] for row in rows)
     notes += [
         f"{folder['run']} has no mean: none of its seeds is finished, as far as their files say"
         for folder in result.get("seeds", ())

@@ -51,6 +51,8 @@ def _check_type(path: Path, key: str, value: Any, option: click.Option) -> None:
         fits, wanted = type(value) in (int, float), "a number"
     else:
         fits, wanted = isinstance(value, str), "a text in quotes"
+        if isinstance(value, list):
+            wanted += f""", such as "{",".join(map(str, value))}\""""
     if not fits:
         raise ValueError(f"{path}: {key} is {value!r}; it must be {wanted} ({option.help})")
 

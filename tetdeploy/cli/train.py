@@ -449,11 +449,11 @@ def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path:
     if json_path is not None:
         with atomic_write(json_path) as temporary:
             temporary.write_bytes(result.summary.read_bytes())
+    trained = counted(len(result.runs), "seed")
     if result.mean is not None:
         spread = "" if result.std is None else f" +- {result.std:.2%}"
-        console.print(
-            f"best val {result.mean:.2%}{spread} over {counted(len(result.runs), 'seed')}  ->  {result.summary}",
-        )
+        trained = f"best val {result.mean:.2%}{spread} over {trained}"
+    console.print(f"{trained}  ->  {result.summary}")
     if result.best is not None:
         _say_next(result.best.out, job)
 

@@ -71,7 +71,8 @@ def download(
     except (MissingExtraError, OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
         raise OSError(
             f"{name} was not found in {data_dir} and could not be downloaded ({in_one_line(error)}). "
-            f"Looked for: {'; '.join(looked_for)}. Put one of these there, or name another folder with --data-dir"
+            f"Looked for: {'; '.join(looked_for)}. Put one of these there, or name another folder with "
+            "--data-dir or TETDEPLOY_DATA"
         ) from None
 
 

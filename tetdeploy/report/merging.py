@@ -23,7 +23,7 @@ _ENTRIES = ("layers", "neurons", "by_class")  # each with rows by T
 def merged(contents: Mapping[Path, dict[str, Any]]) -> tuple[dict[str, Any], list[Path], list[str]]:
     """What was measured of one model.
 
-    A result with accuracies leads, of two such the one of the later kind in `KINDS`. It takes what it lacks, steps
+    A result with accuracies leads, of two such the one of more images, then that of the later kind in `KINDS`. It takes what it lacks, steps
     among it, from the others if they measured the same images, and the agreement with PyTorch whatever images that is
     of: an export's reference images have no part in the accuracy.
 
@@ -59,8 +59,8 @@ def has_accuracy(content: Mapping[str, Any]) -> bool:
     return any(row.get("accuracy") is not None for row in content["rows"])
 
 
-def _rank(content: Mapping[str, Any]) -> tuple[bool, int]:
-    return has_accuracy(content), KINDS.index(content["kind"])
+def _rank(content: Mapping[str, Any]) -> tuple[bool, int, int]:
+    return has_accuracy(content), content["num_samples"], KINDS.index(content["kind"])
 
 
 def apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
