@@ -111,12 +111,12 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
             where frames hold fewer steps they come round again.
 
     Returns:
-        The number of neuron layers that run.
+        The number of neuron layers that run, 1 or more.
 
     Raises:
         ValueError: the classifier is not in float32; a weight is NaN or infinite; either pair differs; the network
-            fails or does not return finite `[T, N, K]`; neurons get other than `[T, N, ...]`; it is an ANN twin, or one
-            with smooth spikes.
+            fails or does not return finite `[T, N, K]`; it has no neurons, or they get other than `[T, N, ...]`; it is
+            an ANN twin, or one with smooth spikes.
     """
     _refuse_without_spikes(classifier)
     _refuse_other_floats(classifier)
@@ -127,6 +127,11 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         x = x[:, [t % x.shape[1] for t in range(T)]]
     x = torch.stack([x[0], _paler(x[:2][-1])])
     whole, logits = _recorded(double, x, T)
+    if not whole.spikes:
+        raise ValueError(
+            "the network has no LIF or IF of tetdeploy.neurons, so there is nothing that spikes to export; put them in "
+            "place of its own neurons: docs/training.md, Porting a network, says which compute the same"
+        )
     if not logits.isfinite().all():
         raise ValueError(
             "the network gives NaN or infinite logits, though its weights are finite: does it divide by 0, or take a "

@@ -1014,6 +1014,25 @@ class NoNeurons(Small):
         return self.readout(self.layer2(self.current(x, T).flatten(2)))
 
 
+class AllUnused(NoNeurons):
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        self.lif(self.current(x, T))
+        return super().forward(x, T)
+
+
+class NeuronsOfItsOwn(NoNeurons):
+    """Neurons of another library keep membranes: that none are ours is the reason to name, not that they mix time."""
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.current(x, T)
+        u, spikes = torch.zeros_like(current[0]), []
+        for i in current:
+            u = 0.5 * u + i
+            spikes.append((u > 1).to(u.dtype))
+            u = u - spikes[-1]
+        return self.readout(self.layer2(torch.stack(spikes).flatten(2)))
+
+
 class OnlyTheMean(Small):
     def after(self, logits: Tensor) -> Tensor:
         return logits.mean(0)
@@ -1122,7 +1141,9 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (FiresOnce, ValueError, r"for T=6 and 2 images neurons 'lif' get currents \[1, 2, 4, 8, 8\], but axis 0 must be"),
     (StartsElsewhere, ValueError, r"neurons 'lif#2' start from a membrane u .* leave u out"),
     (Unused, ValueError, r"runs 3 neuron layers, but only 2 .* take out those"),
-    (NoNeurons, ValueError, "no LIF or IF neurons of tetdeploy"),
+    (NoNeurons, ValueError, r"no LIF or IF of tetdeploy\.neurons, so .* put them in place of its own neurons"),
+    (AllUnused, ValueError, "no LIF or IF of the network reaches its logits; take out those"),
+    (NeuronsOfItsOwn, ValueError, r"no LIF or IF of tetdeploy\.neurons"),
     (OnlyTheMean, ValueError, r"must give logits \[T, N, K\], here \[6, 2, 10\], got \[2, 10\]"),
     (Exotic, ValueError, "torch.onnx cannot export an operation of the network: .*linalg_matrix_exp"),
     (Brightest, ValueError, r"mixes the images of a batch: the currents of neurons 'lif' for an .* axis 1 of \[T, N"),
@@ -1233,6 +1254,10 @@ def test_an_export_names_layers_that_no_checked_image_makes_fire(
     for others in ({"parity": fires}, {"from_state": fires}, {"parity": None, "from_state": None}):
         assert dataclasses.replace(written, **others).silent == []
     assert dataclasses.replace(written, from_state=None).silent == ["quiet", "lif#2"]
+    many = dataclasses.replace(written.parity, silent=tuple(f"lif{k}" for k in range(156)))
+    print_exported(dataclasses.replace(written, parity=many, from_state=None), config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no neuron of lif0, lif1, lif2, lif3, lif4 and 151 more fired on the 20 checked images" in said
 
 
 def test_a_layer_that_fires_in_one_batch_alone_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
