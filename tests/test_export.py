@@ -998,6 +998,18 @@ class FiresOnce(Small):
         return self.readout(self.lif(self.layer2(spikes.flatten(2)) * 2))
 
 
+class FiresLater(Small):
+    """Neurons of its own, which no spike makes fire within the steps that are compared."""
+
+    def between(self, spikes: Tensor) -> Tensor:
+        u, fired = torch.zeros_like(spikes[0]), []
+        for s in spikes:
+            u = u + 0.01 * s
+            fired.append((u > 0.5).to(s.dtype))
+            u = u * (1 - fired[-1])
+        return spikes + torch.stack(fired)
+
+
 class StartsElsewhere(Small):
     def between(self, spikes: Tensor) -> Tensor:
         return lif(spikes, torch.full_like(spikes[0], 0.2), v_th=0.6)[0]
@@ -1137,6 +1149,7 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (BusyForThreeSteps, ValueError, r"mixes time outside .*; perhaps because its .* makes a Python number"),
     (BrightOnAverage, ValueError, r"mixes the images .*; perhaps because its .* makes a Python number"),
     (LateEcho, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
+    (FiresLater, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
     (OneStepAtATime, ValueError, r"runs its neurons 12 times for T=6 and 2 times for .* in one call; where .* recu"),
     (FiresOnce, ValueError, r"for T=6 and 2 images neurons 'lif' get currents \[1, 2, 4, 8, 8\], but axis 0 must be"),
     (StartsElsewhere, ValueError, r"neurons 'lif#2' start from a membrane u .* leave u out"),
@@ -1204,6 +1217,17 @@ def test_what_stands_behind_silent_neurons_is_checked(behind: Callable[[Tensor],
     assert check_steps(untested(Silent()), x, "direct") == 3
     with pytest.raises(ValueError, match=match):
         check_steps(untested(Silent(behind)), x, "direct")
+
+
+class RefusesLargeNumbers(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        if spikes.abs().max() > 1:
+            raise RuntimeError("these are no spikes")
+        return spikes
+
+
+def test_a_network_may_refuse_the_large_numbers_of_the_check() -> None:
+    assert check_steps(untested(RefusesLargeNumbers()), torch.from_numpy(digits().images[:2]), "direct") == 2
 
 
 class HardlyFires(Silent):
