@@ -4,7 +4,7 @@ of a batch."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -104,19 +104,19 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
     In float64, T steps at once are compared with T single steps between which only membranes are handed on; and two
     images, of which the second is made paler lest both have the same extremes, with each by itself at the last step.
     If a layer of neurons fires too little for that, then the same where layers read random spikes in place of each
-    other's, which reach what stands behind it.
+    other's, which reach what stands behind it. And once more the last step where image and spikes are large numbers.
 
     Args:
         x: images `[N, C, H, W]`, or frames `[N, T, C, H, W]`, of which the first two are taken, or twice the only one;
             where frames hold fewer steps they come round again.
 
     Returns:
-        The number of neuron layers that run.
+        The number of neuron layers that run, 1 or more.
 
     Raises:
         ValueError: the classifier is not in float32; a weight is NaN or infinite; either pair differs; the network
-            fails or does not return finite `[T, N, K]`; neurons get other than `[T, N, ...]`; it is an ANN twin, or one
-            with smooth spikes.
+            fails or does not return finite `[T, N, K]`; it has no neurons, or they get other than `[T, N, ...]`; it is
+            an ANN twin, or one with smooth spikes.
     """
     _refuse_without_spikes(classifier)
     _refuse_other_floats(classifier)
@@ -127,6 +127,11 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         x = x[:, [t % x.shape[1] for t in range(T)]]
     x = torch.stack([x[0], _paler(x[:2][-1])])
     whole, logits = _recorded(double, x, T)
+    if not whole.spikes:
+        raise ValueError(
+            "the network has no LIF or IF of tetdeploy.neurons, so there is nothing that spikes to export; put them in "
+            "place of its own neurons: docs/training.md, Porting a network, says which compute the same"
+        )
     if not logits.isfinite().all():
         raise ValueError(
             "the network gives NaN or infinite logits, though its weights are finite: does it divide by 0, or take a "
@@ -152,6 +157,7 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
     _check_alone(double, shown, before, single.spikes, single, step)
     if not all(_tells(layer) for layer in whole.spikes):
         _check_random(double, x, encoding, whole.spikes, T)
+    _check_loud(double, x, encoding, whole.spikes, T)
     return len(whole.spikes)
 
 
@@ -175,10 +181,39 @@ def _check_random(double: Classifier, x: Tensor, encoding: Encoding, like: Seque
     _check_alone(double, shown, None, read, single, step)
 
 
-def _same_step(single: _NamedNeurons, step: Tensor, whole: _NamedNeurons, logits: Tensor, t: int) -> bool:
+_LOUD = 1000.0  # times what spikes and normalised pixels are: as many steps reach a threshold at once
+
+
+def _check_loud(double: Classifier, x: Tensor, encoding: Encoding, like: Sequence[Tensor], T: int) -> None:
+    """Compare the last step where the image and the spikes of each layer are large random numbers. Neurons that are not
+    ours may keep membranes that take more than these T steps to reach their threshold, and show nothing till then."""
+    generator = torch.Generator().manual_seed(1)
+    x, *spikes = (
+        _LOUD * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+        for value in (x, *like)
+    )
+    shown, read = x[:, T - 1 :] if encoding == "frames" else x, [layer[T - 1 :] for layer in spikes]
+    try:
+        whole, logits = _recorded(double, x, T, others=spikes)
+        single, step = _recorded(double, shown, 1, others=read)
+        same = _same_step(single, step, whole, logits, T - 1, close=_close_for_its_size)
+    except ValueError:  # a network may refuse such numbers, which tells nothing of those that it takes
+        return
+    if not same and not whole.in_float64.makes_numbers:  # a condition on them is the trace's to refuse
+        raise _mixed_time(double, x, T - 1, T, spikes)
+
+
+def _same_step(
+    single: _NamedNeurons,
+    step: Tensor,
+    whole: _NamedNeurons,
+    logits: Tensor,
+    t: int,
+    close: Callable[[Tensor, Tensor], bool] | None = None,
+) -> bool:
     """Whether the currents and logits of a single step are those of step t of a whole run."""
     pairs = [*zip(single.currents, whole.currents, strict=True), (step, logits)]
-    return all(_close(a[0], b[t]) for a, b in pairs)
+    return all((close or _close)(a[0], b[t]) for a, b in pairs)
 
 
 def _mixed_time(double: Classifier, x: Tensor, t: int, T: int, others: Sequence[Tensor] = ()) -> ValueError:
@@ -236,8 +271,14 @@ def _paler(x: Tensor) -> Tensor:
     return x // 2 + 64 if x.dtype == torch.uint8 else x / 2
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+def _close(a: Tensor, b: Tensor, atol: float = 1e-9) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=atol, equal_nan=True)
+
+
+def _close_for_its_size(a: Tensor, b: Tensor) -> bool:
+    """The same of large values, whose rounding is so much larger."""
+    finite = b[b.isfinite()]
+    return _close(a, b, atol=1e-9 * max(1.0, float(finite.abs().max()) if len(finite) else 0.0))
 
 
 def _check_axes(run: _NamedNeurons, steps: int, what: str, count: int) -> None:

@@ -321,7 +321,7 @@ def _build(
         for_cpu=config.target == "cpu",
     )
     if not neurons:
-        raise ValueError("the network has no LIF or IF neurons of tetdeploy, so there is nothing that spikes to export")
+        raise ValueError("no LIF or IF of the network reaches its logits; take out those whose spikes are not used")
     encoder = find_encoder(model.graph) if config.layout == "step" and config.encoding == "direct" else []
     layers = Layers(model.graph, neurons, config.steps, frames=config.encoding == "frames", encoder=encoder)
     encoders = [] if config.target in GPU_TARGETS and is_one_layer(encoder) else split_encoder(model, encoder)

@@ -110,10 +110,10 @@ def nir_graph(classifier: Classifier, *, encoding: Encoding = "direct") -> tuple
         num_folded, folded = count_batchnorm(program.graph), fold_batchnorm(program)
     writer = _Writer(folded, nir)
     graph = writer.write()
-    if writer.num_layers != num_layers or not num_layers:
+    if writer.num_layers != num_layers:
         raise ValueError(
             f"the network runs {num_layers} layers of tetdeploy's neurons, of which {writer.num_layers} reach its "
-            "logits; all must, and at least one"
+            "logits; all must"
         )
     return graph, num_folded
 

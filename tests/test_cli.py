@@ -426,7 +426,7 @@ class TestCommands:
         (tmp_path / "silent_net.py").write_text(LINEAR_NET)
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.setattr(preflight, "why_not", preflight._answer)  # in this process
-        with pytest.warns(RuntimeWarning, match=f"silent_net:net: {NOT_EXPORTED} it has no LIF or IF of tetdeploy.neu"):
+        with pytest.warns(RuntimeWarning, match=f"silent_net:net: {NOT_EXPORTED} the network has no LIF or IF of tet"):
             trained = run("train", "--model", "silent_net:net", "--epochs", "1", "--T", "2", "--data", str(few))
         assert trained.exit_code == 0, trained.output
 

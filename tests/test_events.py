@@ -187,15 +187,21 @@ def test_counts_are_clipped_at_255() -> None:
     [
         ({name: [] for name in "txyp"}, "it holds no event"),
         ({"t": [0, 1, -2, 3, 4, 5]}, "it has a negative time, -2; times start at 0"),
-        ({"t": [0, 1, 7, 3, 4, 5]}, "its times are not sorted: event 3 is at 3, after 7; sort all arrays by t"),
+        (
+            {"t": [0, 1, 7, 3, 4, 5]},
+            "not sorted: event 3 is at 3, after 7; sort all arrays by t, or, where the",
+        ),
         ({"t": [0, 1, 2, 3, 4, np.nan]}, "its times are float64, or not finite"),
         ({"t": ["a"] * 6}, "its times are <U1"),
         ({"x": [0, 1, 2, 3, 4, 0]}, "it reaches the pixel x=4, y=2, outside the sensor of 4x3 pixels"),
         ({"y": [0, 1, 3, 0, 1, 0]}, "it reaches the pixel x=3, y=3, outside the sensor"),
         ({"y": [0, 1, -1, 0, 1, 0]}, "it has an event at y=-1; pixels are counted from 0"),
+        ({"x": [0, 1, 65_535, 0, 1, 0]}, "an event at x=65535, and no camera has 16,384 pixels a line"),
         ({"x": [0.5] * 6}, "x is float64; wanted integers"),
         ({"p": [0, 1, 2, 0, 1, 0]}, "its polarities run from 0 to 2; wanted 0 .OFF. and 1"),
         ({"p": [0, 1, -1, 0, 1, 0]}, "its polarities run from -1 to 1"),
+        ({"p": ["a"] * 6}, "its polarities are <U1; wanted 0 .OFF. and 1"),
+        ({"p": [1j] * 6}, "its polarities are complex128"),
         ({"p": [0, 1]}, r"shapes t \[6\], x \[6\], y \[6\], p \[2\]; wanted \[n\], all of one length"),
         ({"p": np.zeros((6, 1), int)}, r"p \[6, 1\]; wanted \[n\]"),
     ],
@@ -240,6 +246,13 @@ def test_npz_is_read(tmp_path: Path) -> None:
     assert got.sensor == (10, 20)
     write_npz(tmp_path / "b.npz", events)
     assert read_npz(tmp_path / "b.npz").sensor is None
+
+
+@pytest.mark.parametrize("size", [[np.inf, 3], [np.nan, 3], [-4, 3], [0, 3], [4, 3, 2], [4.5, 3], [16_385, 3]])
+def test_sizes_that_no_sensor_has_are_refused(size: list[float], tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", recording(), sensor_size=np.array(size))
+    with pytest.raises(ValueError, match=r"sensor_size is \[.*\]; wanted two whole numbers from 1 to 16,384, width"):
+        READERS[".npz"](tmp_path / "a.npz")
 
 
 def test_n_mnists_bin_is_read(tmp_path: Path) -> None:

@@ -998,6 +998,18 @@ class FiresOnce(Small):
         return self.readout(self.lif(self.layer2(spikes.flatten(2)) * 2))
 
 
+class FiresLater(Small):
+    """Neurons of its own, which no spike makes fire within the steps that are compared."""
+
+    def between(self, spikes: Tensor) -> Tensor:
+        u, fired = torch.zeros_like(spikes[0]), []
+        for s in spikes:
+            u = u + 0.01 * s
+            fired.append((u > 0.5).to(s.dtype))
+            u = u * (1 - fired[-1])
+        return spikes + torch.stack(fired)
+
+
 class StartsElsewhere(Small):
     def between(self, spikes: Tensor) -> Tensor:
         return lif(spikes, torch.full_like(spikes[0], 0.2), v_th=0.6)[0]
@@ -1012,6 +1024,25 @@ class Unused(Small):
 class NoNeurons(Small):
     def forward(self, x: Tensor, T: int) -> Tensor:
         return self.readout(self.layer2(self.current(x, T).flatten(2)))
+
+
+class AllUnused(NoNeurons):
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        self.lif(self.current(x, T))
+        return super().forward(x, T)
+
+
+class NeuronsOfItsOwn(NoNeurons):
+    """Neurons of another library keep membranes: that none are ours is the reason to name, not that they mix time."""
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        current = self.current(x, T)
+        u, spikes = torch.zeros_like(current[0]), []
+        for i in current:
+            u = 0.5 * u + i
+            spikes.append((u > 1).to(u.dtype))
+            u = u - spikes[-1]
+        return self.readout(self.layer2(torch.stack(spikes).flatten(2)))
 
 
 class OnlyTheMean(Small):
@@ -1118,11 +1149,14 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (BusyForThreeSteps, ValueError, r"mixes time outside .*; perhaps because its .* makes a Python number"),
     (BrightOnAverage, ValueError, r"mixes the images .*; perhaps because its .* makes a Python number"),
     (LateEcho, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
+    (FiresLater, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
     (OneStepAtATime, ValueError, r"runs its neurons 12 times for T=6 and 2 times for .* in one call; where .* recu"),
     (FiresOnce, ValueError, r"for T=6 and 2 images neurons 'lif' get currents \[1, 2, 4, 8, 8\], but axis 0 must be"),
     (StartsElsewhere, ValueError, r"neurons 'lif#2' start from a membrane u .* leave u out"),
     (Unused, ValueError, r"runs 3 neuron layers, but only 2 .* take out those"),
-    (NoNeurons, ValueError, "no LIF or IF neurons of tetdeploy"),
+    (NoNeurons, ValueError, r"no LIF or IF of tetdeploy\.neurons, so .* put them in place of its own neurons"),
+    (AllUnused, ValueError, "no LIF or IF of the network reaches its logits; take out those"),
+    (NeuronsOfItsOwn, ValueError, r"no LIF or IF of tetdeploy\.neurons"),
     (OnlyTheMean, ValueError, r"must give logits \[T, N, K\], here \[6, 2, 10\], got \[2, 10\]"),
     (Exotic, ValueError, "torch.onnx cannot export an operation of the network: .*linalg_matrix_exp"),
     (Brightest, ValueError, r"mixes the images of a batch: the currents of neurons 'lif' for an .* axis 1 of \[T, N"),
@@ -1185,6 +1219,17 @@ def test_what_stands_behind_silent_neurons_is_checked(behind: Callable[[Tensor],
         check_steps(untested(Silent(behind)), x, "direct")
 
 
+class RefusesLargeNumbers(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        if spikes.abs().max() > 1:
+            raise RuntimeError("these are no spikes")
+        return spikes
+
+
+def test_a_network_may_refuse_the_large_numbers_of_the_check() -> None:
+    assert check_steps(untested(RefusesLargeNumbers()), torch.from_numpy(digits().images[:2]), "direct") == 2
+
+
 class HardlyFires(Silent):
     """`quiet` gets currents of 0.3 in images that make the first layer fire more than `least` times a step."""
 
@@ -1233,6 +1278,10 @@ def test_an_export_names_layers_that_no_checked_image_makes_fire(
     for others in ({"parity": fires}, {"from_state": fires}, {"parity": None, "from_state": None}):
         assert dataclasses.replace(written, **others).silent == []
     assert dataclasses.replace(written, from_state=None).silent == ["quiet", "lif#2"]
+    many = dataclasses.replace(written.parity, silent=tuple(f"lif{k}" for k in range(156)))
+    print_exported(dataclasses.replace(written, parity=many, from_state=None), config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no neuron of lif0, lif1, lif2, lif3, lif4 and 151 more fired on the 20 checked images" in said
 
 
 def test_a_layer_that_fires_in_one_batch_alone_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

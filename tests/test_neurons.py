@@ -653,6 +653,21 @@ def test_spikingjelly_s_neurons_are_these_of_another_tau(tau: float, v_th: float
 
 
 @pytest.mark.peer
+@pytest.mark.parametrize("decay_input", [True, False])
+def test_spikingjelly_s_trained_tau_is_a_number_here(decay_input: bool) -> None:
+    peer = pytest.importorskip("spikingjelly.activation_based.neuron", reason="needs spikingjelly 2.0")
+    node = peer.ParametricLIFNode(init_tau=2.7, v_threshold=0.8, decay_input=decay_input, step_mode="m").double()
+    s = float(node.w.detach().sigmoid())
+    fires_alike(LIF(tau=1 - s, v_th=0.8 / s if decay_input else 0.8), node(currents_for_peers()).detach())
+
+
+def test_whole_numbers_without_memory_are_a_sum_of_layers() -> None:
+    x, D = 2 * currents_for_peers(), 4
+    integers = sum(LIF(tau=0.0, v_th=k - 0.5)(x) for k in range(1, D + 1))
+    assert torch.equal(integers, x.clip(0, D).round()) and integers.unique().tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.peer
 @pytest.mark.parametrize(("beta", "v_th"), [(0.5, 1.0), (0.9, 0.7)])
 def test_snntorch_s_leaky_of_a_reset_to_zero_is_this_neuron(beta: float, v_th: float) -> None:
     peer = pytest.importorskip("snntorch", reason="needs snntorch")

@@ -20,7 +20,7 @@ from tetdeploy.cli.terminal import console, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
 from tetdeploy.run_folder import newest_run
-from tetdeploy.wording import counted
+from tetdeploy.wording import counted, shorten
 
 if TYPE_CHECKING:
     from tetdeploy.export import ExportConfig, Exported, Parity
@@ -343,7 +343,7 @@ def _print_parity(what: str, parity: Parity) -> None:
 
 def _print_silent(silent: list[str], num_images: int) -> None:
     console.print(
-        f"no neuron of {', '.join(silent)} fired on the {num_images:,} checked images: what reads them was compared at "
+        f"no neuron of {shorten(silent)} fired on the {num_images:,} checked images: what reads them was compared at "
         "0 only; train longer, or check more images with --check",
         style="yellow",
     )

@@ -21,6 +21,7 @@ from tetdeploy.wording import in_one_line, shorten
 from .decoding import in_threads, refuse_failed
 
 FRAME_SIZE = 48  # pixels; sensors with more are brought to it, as in the paper
+LARGEST_SENSOR = 16_384  # pixels a line, more than any event camera has; a damaged event reaches further
 
 Size = tuple[int, int]  # height, width
 
@@ -95,7 +96,7 @@ class Recording:
 
     Raises:
         ValueError: no event; arrays that do not fit; times that are negative or not ascending; pixels outside the
-            sensor; other polarities.
+            sensor, or beyond any (`LARGEST_SENSOR`); other polarities.
     """
 
     t: NDArray[Any]
@@ -117,8 +118,15 @@ class Recording:
                 raise ValueError(f"{name} is {getattr(self, name).dtype}; wanted integers, pixels counted from 0")
             if getattr(self, name).min() < 0:
                 raise ValueError(f"it has an event at {name}={getattr(self, name).min()}; pixels are counted from 0")
+            if getattr(self, name).max() >= LARGEST_SENSOR:
+                raise ValueError(
+                    f"it has an event at {name}={getattr(self, name).max()}, and no camera has {LARGEST_SENSOR:,} "
+                    "pixels a line; take damaged events out"
+                )
         if self.sensor is not None:
             self.check_inside(self.sensor)
+        if self.p.dtype.kind not in "biuf":
+            raise ValueError(f"its polarities are {self.p.dtype}; wanted 0 (OFF) and 1 (ON), or -1 and 1")
         on = self.p == 1
         if not (on | (self.p == 0)).all() and not (on | (self.p == -1)).all():
             raise ValueError(
@@ -135,7 +143,7 @@ class Recording:
             i = int(back[0])
             raise ValueError(
                 f"its times are not sorted: event {i + 1} is at {self.t[i + 1]}, after {self.t[i]}; "
-                "sort all arrays by t"
+                "sort all arrays by t, or, where the camera's clock began anew, add what it had reached to later times"
             )
 
     def check_inside(self, sensor: Size) -> None:
@@ -298,9 +306,18 @@ def read_npz(path: Path) -> Recording:
     if missing := [name for name in "txyp" if name not in arrays]:
         raise ValueError(f"it holds {found} but not {', '.join(missing)}")
     size = arrays.pop("sensor_size", None)
-    if size is not None and (size.shape != (2,) or size.dtype.kind not in "iuf" or not (size % 1 == 0).all()):
-        raise ValueError(f"its sensor_size is {size.tolist()}; wanted two whole numbers, width and height")
+    if size is not None and not _is_size(size):
+        raise ValueError(
+            f"its sensor_size is {size.tolist()}; wanted two whole numbers from 1 to {LARGEST_SENSOR:,}, width and "
+            "height"
+        )
     return Recording(**arrays, sensor=None if size is None else (int(size[1]), int(size[0])))
+
+
+def _is_size(size: NDArray[Any]) -> bool:
+    if size.shape != (2,) or size.dtype.kind not in "iuf":
+        return False
+    return all(1 <= pixels <= LARGEST_SENSOR and pixels % 1 == 0 for pixels in size.tolist())  # NaN is neither
 
 
 def read_aedat4(path: Path) -> Recording:
