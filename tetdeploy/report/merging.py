@@ -23,9 +23,9 @@ _ENTRIES = ("layers", "neurons", "by_class")  # each with rows by T
 def merged(contents: Mapping[Path, dict[str, Any]]) -> tuple[dict[str, Any], list[Path], list[str]]:
     """What was measured of one model.
 
-    A result with accuracies leads, of two such the one of more images, then that of the later kind in `KINDS`. It takes what it lacks, steps
-    among it, from the others if they measured the same images, and the agreement with PyTorch whatever images that is
-    of: an export's reference images have no part in the accuracy.
+    A result with accuracies leads, of two such the one of more images, of as many the one of the later kind in `KINDS`.
+    It takes what it lacks, steps among it, from the others if they measured the same images, and the agreement with
+    PyTorch whatever images that is of: an export's reference images have no part in the accuracy.
 
     Args:
         contents: of one result file or several, as `read_result` gives them.
