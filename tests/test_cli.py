@@ -429,6 +429,9 @@ class TestCommands:
         with pytest.warns(RuntimeWarning, match=f"silent_net:net: {NOT_EXPORTED} the network has no LIF or IF of tet"):
             trained = run("train", "--model", "silent_net:net", "--epochs", "1", "--T", "2", "--data", str(few))
         assert trained.exit_code == 0, trained.output
+        again = trained.output.rpartition("next: tetdeploy ")[2].split()
+        assert again[0] == "evaluate"
+        assert run(*again, "--data", str(few)).exit_code == 0
 
     def test_training_is_warned_of_what_export_will_refuse_and_not_changed(
         self, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

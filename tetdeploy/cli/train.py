@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,7 +230,7 @@ def train(
         also: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
         also["how"] = begun.how
         if begun.seeds:
-            job.warn_of_export(ranks)
+            job = job.asked_of_export(ranks)
             recipe = None if config is None else str(config)
             many = train_seeds(job.classifier, job.train, job.val, job.config, begun.seeds, out, recipe=recipe, **also)
             _report_seeds(ctx, many, job, json_path)
@@ -243,7 +243,7 @@ def train(
                 note_trained_on(begun.init.path, begun.init.metadata, job.val, job.config.val_fraction)
             origin = weights_origin(begun.init)
         del begun  # the tensors of --init
-        job.warn_of_export(ranks)
+        job = job.asked_of_export(ranks)
         also |= {"init": origin, "restart_from": restart_from}
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **also), job, json_path)
         return out
@@ -276,6 +276,7 @@ class _Job:
     train: LabelledSet
     val: LabelledSet | None
     begins: bool  # with weights that no run trained yet
+    exports: bool = True  # as far as is known
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -315,11 +316,11 @@ class _Job:
             **self.network,
         )
 
-    def warn_of_export(self, ranks: Ranks) -> None:
-        """Say before a training why a network of the user's own cannot be exported after it."""
+    def asked_of_export(self, ranks: Ranks) -> _Job:
+        """Say before a training why a network of the user's own cannot be exported after it. The job that knows it."""
         config = self.network_config
         if not (self.begins and config.is_own and config.is_spiking and ranks.writes):
-            return
+            return self
         from tetdeploy.export.preflight import why_not
         from tetdeploy.train.device import pick_device
 
@@ -327,9 +328,11 @@ class _Job:
         with progress_bar() as bar:
             bar.add_task(f"can {config.model} be exported?", total=None)
             reason = why_not(config, self.train.encoding)
-        if reason is not None and not lacks_memory(ValueError(reason)):
-            text = f"{config.model}: this network trains, but cannot be exported: {reason}"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        if reason is None or lacks_memory(ValueError(reason)):
+            return self
+        text = f"{config.model}: this network trains, but cannot be exported: {reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return replace(self, exports=False)
 
 
 def _refuse_half(network: nn.Module, model: str) -> None:
@@ -461,6 +464,8 @@ def _report_seeds(ctx: click.Context, result: SeedsResult, job: _Job, json_path:
 def _say_next(run: Path, job: _Job) -> None:
     if job.network["ann"]:
         say_next("train", "--distill", run, *job.own)
+    elif not job.exports:
+        say_next("evaluate", run, *job.own)
     elif not job.network["smooth_spike"]:
         steps = ("--T", 6) if job.train.encoding == "direct" else ()  # recordings were cut into the training's T frames
         form = ("--precision", "int8") if job.config.qat else ("--fold-bn",)
