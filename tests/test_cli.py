@@ -479,7 +479,7 @@ class TestCommands:
         assert preflight._answer(NetworkConfig("function_net:net", 10, 1, (8, 8)), "direct") is None
 
     def test_a_network_that_cannot_be_traced_is_seen(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        branching = "frames.flatten(2) * (2 if frames.mean() > -9 else 1)"  # as it is for all noise
+        branching = "frames.flatten(2) * (2 if frames.mean() > -1e9 else 1)"  # as it is for all noise
         (tmp_path / "branch_net.py").write_text(FRAMES_NET.replace("frames.flatten(2)", branching))
         monkeypatch.syspath_prepend(str(tmp_path))
         said = preflight._answer(NetworkConfig("branch_net:net", 10, 1, (8, 8)), "frames")

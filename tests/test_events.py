@@ -187,16 +187,13 @@ def test_counts_are_clipped_at_255() -> None:
     [
         ({name: [] for name in "txyp"}, "it holds no event"),
         ({"t": [0, 1, -2, 3, 4, 5]}, "it has a negative time, -2; times start at 0"),
-        (
-            {"t": [0, 1, 7, 3, 4, 5]},
-            "not sorted: event 3 is at 3, after 7; sort all arrays by t, or, where the",
-        ),
+        ({"t": [0, 1, 7, 3, 4, 5]}, "not sorted: event 3 is at 3, after 7; sort all arrays by t, or, where the"),
         ({"t": [0, 1, 2, 3, 4, np.nan]}, "its times are float64, or not finite"),
         ({"t": ["a"] * 6}, "its times are <U1"),
         ({"x": [0, 1, 2, 3, 4, 0]}, "it reaches the pixel x=4, y=2, outside the sensor of 4x3 pixels"),
         ({"y": [0, 1, 3, 0, 1, 0]}, "it reaches the pixel x=3, y=3, outside the sensor"),
         ({"y": [0, 1, -1, 0, 1, 0]}, "it has an event at y=-1; pixels are counted from 0"),
-        ({"x": [0, 1, 65_535, 0, 1, 0]}, "an event at x=65535, and no camera has 16,384 pixels a line"),
+        ({"x": [0, 1, 65_535, 0, 1, 0]}, "it reaches the pixel x=65535, y=2, outside the sensor of 4x3 pixels"),
         ({"x": [0.5] * 6}, "x is float64; wanted integers"),
         ({"p": [0, 1, 2, 0, 1, 0]}, "its polarities run from 0 to 2; wanted 0 .OFF. and 1"),
         ({"p": [0, 1, -1, 0, 1, 0]}, "its polarities run from -1 to 1"),
@@ -209,6 +206,12 @@ def test_counts_are_clipped_at_255() -> None:
 def test_a_recording_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recording(**changes)
+
+
+def test_a_pixel_that_no_sensor_has_is_refused_where_none_is_named() -> None:
+    of_none = replace(recording(), sensor=None)
+    with pytest.raises(ValueError, match=r"an event at x=65535, and no camera has 16,384 pixels a line; take damaged"):
+        replace(of_none, x=np.where(np.arange(len(of_none.x)) == 2, 65_535, of_none.x))
 
 
 def test_frames_refuse_a_sensor_that_is_too_small() -> None:

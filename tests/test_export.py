@@ -1010,6 +1010,18 @@ class FiresLater(Small):
         return spikes + torch.stack(fired)
 
 
+class FiresLaterBesideANumber(FiresLater):
+    """One-hot vectors of a class make a Python number, which is no condition."""
+
+    def after(self, logits: Tensor) -> Tensor:
+        return logits + 0.01 * nn.functional.one_hot(logits.argmax(-1), 10)
+
+
+class FiresLaterBesideInfinities(FiresLater):
+    def between(self, spikes: Tensor) -> Tensor:
+        return super().between(spikes).exp().log1p()
+
+
 class StartsElsewhere(Small):
     def between(self, spikes: Tensor) -> Tensor:
         return lif(spikes, torch.full_like(spikes[0], 0.2), v_th=0.6)[0]
@@ -1057,7 +1069,7 @@ class Exotic(Small):
 
 class LooksAtTheData(Small):
     def between(self, spikes: Tensor) -> Tensor:
-        return spikes * 2 if spikes.sum() >= 0 else spikes
+        return spikes * 2 if spikes.sum() > -1e9 else spikes
 
 
 class BrightOnAverage(Small):
@@ -1150,6 +1162,8 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (BrightOnAverage, ValueError, r"mixes the images .*; perhaps because its .* makes a Python number"),
     (LateEcho, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
     (FiresLater, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
+    (FiresLaterBesideANumber, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
+    (FiresLaterBesideInfinities, ValueError, "mixes time outside its neurons: its answer at step 6 of T=6 differs"),
     (OneStepAtATime, ValueError, r"runs its neurons 12 times for T=6 and 2 times for .* in one call; where .* recu"),
     (FiresOnce, ValueError, r"for T=6 and 2 images neurons 'lif' get currents \[1, 2, 4, 8, 8\], but axis 0 must be"),
     (StartsElsewhere, ValueError, r"neurons 'lif#2' start from a membrane u .* leave u out"),
@@ -1226,8 +1240,16 @@ class RefusesLargeNumbers(Small):
         return spikes
 
 
-def test_a_network_may_refuse_the_large_numbers_of_the_check() -> None:
-    assert check_steps(untested(RefusesLargeNumbers()), torch.from_numpy(digits().images[:2]), "direct") == 2
+class RoundsOtherwise(Small):
+    """One step by itself may be rounded otherwise than as one of several; a sine of large numbers shows it."""
+
+    def between(self, spikes: Tensor) -> Tensor:
+        return (spikes**3 * (1 + 2**-52 * (len(spikes) == 1))).sin()
+
+
+@pytest.mark.parametrize("network", [RefusesLargeNumbers, RoundsOtherwise])
+def test_what_large_numbers_do_to_a_network_is_no_mixing_of_time(network: type[nn.Module]) -> None:
+    assert check_steps(untested(network()), torch.from_numpy(digits().images[:2]), "direct") == 2
 
 
 class HardlyFires(Silent):

@@ -158,13 +158,23 @@ def test_seeds_from_a_recipe_end_in_a_summary_that_names_it(tmp_path: Path) -> N
     assert "seeds: (none) -> [0, 1, 2, 3]" in alone and "--init" not in alone
     both = refused("--resume", "runs/three", "--seed", "1", code=2)
     assert "choose one of them (runs/three has the seeds 0, 1, 2)" in both
+    both = refused("--resume", "runs/three", "--seed", "1", "--seeds", "0,1,2,3", code=2)
+    assert "random numbers: choose one of them\n" in both
 
 
 def test_seeds_are_added_to_those_of_which_latest_is_the_best(tmp_path: Path) -> None:
     run(*QUICK, "--seeds", "0", "--out", "runs/s")
     assert latest_run(Path("runs")) == Path("runs/s/seed-0")
+    said = refused("--resume", "--out", "runs/s/seed-0", "--seeds", "0,1")
+    assert "runs/s/seed-0 was started with other settings: seeds: (none) -> [0, 1]" in said
     run("--resume", "--seeds", "0,1")
     assert [one["seed"] for one in json.loads(Path("runs/s/summary.json").read_text())["runs"]] == [0, 1]
+
+
+def test_a_run_that_is_called_like_one_of_several_seeds_is_one_by_itself(tmp_path: Path) -> None:
+    run(*QUICK, "--out", "runs/seed-0")
+    said = refused("--resume", "--seeds", "0,1")
+    assert "runs/seed-0 was started with other settings: seeds: (none) -> [0, 1]" in said
 
 
 def test_seeds_without_validation_say_where_their_summary_is() -> None:
@@ -271,6 +281,7 @@ def test_a_smooth_network_trains_and_does_not_export(tmp_path: Path) -> None:
         ('lr = "fast"', "r.toml: lr is 'fast'; it must be a number"),
         ("ann = 1", "r.toml: ann is 1; it must be true or false"),
         ("tit = 3", "r.toml: tit is 3; it must be a text in quotes"),
+        ('seeds = [0, "a"]', "r.toml: seeds is [0, 'a']; it must be a text in quotes ("),
         ("seeds = [0, 1]", 'r.toml: seeds is [0, 1]; it must be a text in quotes, such as "0,1"'),
         ('random-T = "1:2"\nrandom_T = "1:3"', "r.toml: random_T is there twice"),
         ("T = ", "r.toml is not TOML: "),

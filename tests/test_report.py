@@ -522,6 +522,7 @@ class TestReading:
         for row in few["rows"]:
             row["accuracy"] = 0.5
         write(run / "m.validate.json", few)
+        write(run / "m.early-exit.json", result(kind="early-exit", images_sha256="cd", num_samples=20_000))
         sweep = result(kind="sweep", images_sha256="cd", num_samples=10_000)
         for row in sweep["rows"]:
             for key in ("top1_agreement", "spike_mismatch_rate", "max_abs_logit_error"):
@@ -529,10 +530,17 @@ class TestReading:
         write(run / "m.sweep.json", sweep)
         results = read_results([run])
         (m,) = results.measurements
-        assert results.notes == ()
+        assert [note for note in results.notes if "early-exit.json" not in note] == []
         assert (m.content["num_samples"], m.content["agreement"]["num_images"]) == (10_000, 64)
         assert [row["accuracy"] for row in m.rows] == [row["accuracy"] for row in sweep["rows"]]
         assert m.headline["top1_agreement"] == few["rows"][m.T - 1]["top1_agreement"]
+
+    def test_more_images_of_another_model_do_not_lead(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a")
+        write(run / "m.validate.json", result(model_sha256="ab", num_samples=64))
+        write(run / "m.sweep.json", result(kind="sweep", model_sha256="cd", num_samples=10_000))
+        (m,) = read_results([run]).measurements
+        assert (m.content["model_sha256"], m.content["num_samples"]) == ("ab", 64)
 
     def test_what_an_older_file_does_not_say_is_no_difference(self, tmp_path: Path) -> None:
         run = run_folder(tmp_path / "a")

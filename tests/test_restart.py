@@ -151,9 +151,26 @@ def test_inspect_describes_shards_and_one_of_them(tmp_path: Path) -> None:
         facts = next(inspection_tables(part))
         values = [*facts.columns[1].cells]
         assert "4 epochs and 0 steps finished" in values and "–" not in values
+    for refuse in (tetdeploy.load, find_restart):
+        with pytest.raises(
+            ValueError, match=rf"is one of several files with weights; name their folder, .*{folder.name}"
+        ):
+            refuse(files[0])
+    whole_file = files[0].read_bytes()
+    files[0].write_bytes(whole_file[:-1] + bytes([whole_file[-1] ^ 1]))
+    with pytest.raises(ValueError, match=rf"{files[0].name} is not the file that {INDEX_NAME} was written for"):
+        inspect(folder)
     files[0].unlink()
     with pytest.raises(ValueError, match=rf"lacks {files[0].name}, of {len(files)} shards; copy them all"):
         inspect(folder)
+
+
+def test_inspect_says_whether_there_is_a_moving_average(tmp_path: Path) -> None:
+    for ema in (0.0, 0.5):
+        run(tmp_path / f"{ema}", config=settings(ema=ema))
+        (found,) = (tmp_path / f"{ema}" / "shards").iterdir()
+        facts = next(inspection_tables(inspect(found)))
+        assert ("moving average" in facts.columns[0].cells) == inspect(found)["averaged"] == bool(ema)
 
 
 def test_a_finished_run_writes_the_shards_that_a_full_disk_left_an_epoch_old(
@@ -463,6 +480,7 @@ def test_shards_that_came_without_their_index_are_named(tmp_path: Path) -> None:
     for named in (folder, shards, shards.parent):
         with pytest.raises(FileNotFoundError, match=rf"{folder.name} has shards, but not their {INDEX_NAME}; copy all"):
             run(tmp_path / "second", restart_from=named)
+    for named in (folder, shards):
         with pytest.raises(FileNotFoundError, match="but not their"):
             tetdeploy.load(named)
 
@@ -484,7 +502,9 @@ def test_a_run_in_its_first_epoch_has_no_weights_though_it_has_shards(tmp_path: 
     with pytest.raises(FileNotFoundError, match="its first epoch is not finished"):
         tetdeploy.load(tmp_path / "first")
     (tmp_path / "first" / "last.safetensors").unlink()
-    assert tetdeploy.load(tmp_path / "first")
+    with pytest.raises(FileNotFoundError, match=r"its last weights are in shards: name .*first.shards"):
+        tetdeploy.load(tmp_path / "first")
+    assert tetdeploy.load(tmp_path / "first" / "shards")
 
 
 def test_nothing_is_left_to_train(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         before = _identity(file)
         try:
             metadata = read_metadata(file)
+            refuse_one_shard(file, metadata)
             tensors = section(read_shards(file), "network.") if file.is_dir() else read_tensors(file)
             sha256 = weights_sha256(file)
         except (OSError, ValueError, RuntimeError):  # the last one of a mapping that is longer than the file by then
@@ -92,6 +93,12 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
             if _identity(file) == before:
                 return Checkpoint(Path(path), file, metadata, tensors, sha256)
     raise ValueError(f"{file} is being written: others took its place each time it was read; try again later")
+
+
+def refuse_one_shard(file: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse, with ValueError, one of several files of weights, which holds only some of them."""
+    if metadata.get("restart") and not file.is_dir():
+        raise ValueError(f"{file} is one of several files with weights; name their folder, {file.parent}")
 
 
 def _identity(file: Path) -> tuple[int, ...] | None:

@@ -19,7 +19,7 @@ from tetdeploy.model_file import METADATA_KEY, parse_metadata, session_metadata
 from tetdeploy.names import section
 from tetdeploy.run_folder import weights_file, weights_sha256
 from tetdeploy.runtimes.manifest import manifest_path
-from tetdeploy.shards import shard_files
+from tetdeploy.shards import checked_shard_files, shard_files
 from tetdeploy.tensor_file import read_content, read_header
 from tetdeploy.wording import first_line
 
@@ -70,12 +70,13 @@ _RESUME = {"epoch!": NUMBER, "step!": NUMBER, "best": {"epoch!": NUMBER, "val_ac
 
 def _inspect_shards(path: Path) -> dict[str, Any]:
     """Of all files of a folder, or of one."""
-    files = shard_files(path) if path.is_dir() else [path]
+    files = checked_shard_files(path) if path.is_dir() else [path]
     tensors = {name: tensor for file in files for name, tensor in _tensors(file)[0].items()}
     metadata = read_metadata(path)
     if not metadata.get("restart"):
         raise ValueError(f"{path} is damaged: it does not say where its run stood")
-    return {"kind": "shards"} | metadata | _modules(section(tensors, "network."))
+    averaged = any(name.startswith("average.") for name in tensors)
+    return {"kind": "shards", "averaged": averaged} | metadata | _modules(section(tensors, "network."))
 
 
 def _inspect_safetensors(file: Path) -> dict[str, Any]:

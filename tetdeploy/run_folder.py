@@ -98,32 +98,31 @@ def seed_runs(folder: Path) -> list[Path]:
 
 def seeds_folder(run: Path) -> Path:
     """The folder of several seeds that a run is one of; of any other run itself."""
-    return run.parent if run in seed_runs(run.parent) else run
+    several = (run.parent / CONFIG_NAME).is_file() and run in seed_runs(run.parent)
+    return run.parent if several else run
 
 
 def weights_file(path: Path | str) -> Path:
-    """The `newest_shards` of a folder that has nothing else to go by, or the `checkpoint_file` that `path` names.
+    """A folder of shards, `path` itself or the latest in it (RUN/shards), or the `checkpoint_file` that `path` names.
 
     Raises:
         FileNotFoundError: see `checkpoint_file`.
         ValueError: `path` is none.
     """
     check_path("path", path, "a checkpoint or a run folder")
-    # beside a checkpoint they would be a choice, and a run in its first epoch has none yet
-    trains = any((Path(path) / name).exists() for name in (CHECKPOINT_NAME, STATE_NAME))
-    return (None if trains else newest_shards(path)) or checkpoint_file(path)
+    held = (Path(path) / CHECKPOINT_NAME).exists()  # shards beside a checkpoint would be a choice
+    return (None if held else newest_shards(path)) or checkpoint_file(path)
 
 
 def newest_shards(path: Path | str) -> Path | None:
-    """A folder of shards: `path`, or the latest (`epoch-00031-step-000000`) of those in it or in a run; None without.
+    """A folder of shards: `path` itself, or the latest of those in it (`epoch-00031-step-000000`); None without any.
 
     Some of their files may be missing, as of a copy that was cut: reading them says so, and no earlier ones are taken.
     """
     path = Path(path)
     if holds_shards(path):
         return path
-    found = (folder for where in (path, path / SHARDS_NAME) for folder in where.glob("epoch-*"))
-    return max(filter(holds_shards, found), key=lambda folder: folder.name, default=None)
+    return max(filter(holds_shards, path.glob("epoch-*")), key=lambda folder: folder.name, default=None)
 
 
 def checkpoint_file(path: Path | str) -> Path:
@@ -153,6 +152,8 @@ def _why_none(folder: Path) -> str:
         finished = [run for run in seeds if (run / CHECKPOINT_NAME).exists()]
         one = f"name one, such as {finished[0]}" if finished else "none has finished an epoch yet"
         return f"it holds the runs of several seeds: {one}"
+    if newest_shards(folder / SHARDS_NAME) is not None:
+        return f"its last weights are in shards: name {folder / SHARDS_NAME}"
     return "it is not a run folder"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,12 +85,10 @@ def read_shards(folder: Path | str) -> dict[str, Tensor]:
         ValueError: a damaged one, or files that are missing, damaged or not those the index was written for.
     """
     folder = Path(folder)
-    index = _read_index(folder)
     tensors: dict[str, Tensor] = {}
-    for file in shard_files(folder):
-        if sha256_of(file) != index["metadata"]["sha256"][file.name]:
-            raise ValueError(f"{file} is not the file that {INDEX_NAME} was written for; copy it again")
+    for file in checked_shard_files(folder):
         tensors |= read_tensors(file)
+    index = _read_index(folder)
     if tensors.keys() != index["weight_map"].keys():
         raise ValueError(f"{folder / INDEX_NAME} does not list the tensors of its shards; copy it again")
     return {name: tensors[name] for name in index["weight_map"]}
@@ -118,6 +116,20 @@ def shard_files(folder: Path | str) -> list[Path]:
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, of {len(files)} shards; copy them all")
     return files
+
+
+def checked_shard_files(folder: Path | str) -> Iterator[Path]:
+    """The `shard_files` one by one, each of which is the file that the index was written for.
+
+    Raises:
+        FileNotFoundError, ValueError: see `shard_files`; a file is another one.
+    """
+    folder = Path(folder)
+    sums = _read_index(folder)["metadata"]["sha256"]
+    for file in shard_files(folder):
+        if sha256_of(file) != sums[file.name]:
+            raise ValueError(f"{file} is not the file that {INDEX_NAME} was written for; copy it again")
+        yield file
 
 
 def _header(content: Mapping[str, Any]) -> int:
@@ -161,7 +173,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
         usable = False
     if not usable:
         raise ValueError(
-            f"{file} is damaged, or was not written by tetdeploy: it must hold metadata.sha256, weight_map"
+            f"{file} is damaged, or was not written by tetdeploy: it must hold metadata.sha256, weight_map; "
+            "one file of the folder can be inspected by itself"
         )
     return index
 

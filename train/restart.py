@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tetdeploy.checkpoint import check_keys, read_checkpoint, read_metadata
+from tetdeploy.checkpoint import check_keys, read_checkpoint, read_metadata, refuse_one_shard
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.names import section
 from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, METRICS_NAME, SHARDS_NAME, checkpoint_file, newest_shards
@@ -82,7 +82,7 @@ def find_restart(path: Path | str) -> Restart:
         ValueError: it is damaged, no checkpoint, or of a run in 8 bits.
     """
     path = Path(path)
-    shards = newest_shards(path)
+    shards = newest_shards(path) or newest_shards(path / SHARDS_NAME)
     if shards is None:
         return _read(checkpoint_file(path))
     found = [shards]
@@ -93,10 +93,11 @@ def find_restart(path: Path | str) -> Restart:
 
 def _read(path: Path) -> Restart:
     content = read_metadata(path)
+    refuse_one_shard(path, content)
     if "int8" in content or content["training"].get("qat"):
         raise ValueError(f"{path} was fine-tuned in 8 bits (--qat); start that again with --init")
     position = content.get("restart") or {"epoch": content["provenance"].get("epoch"), "step": 0}
-    if not all(isinstance(position.get(name), int) for name in ("epoch", "step")):
+    if not isinstance(position["epoch"], int):
         raise ValueError(f"{path} does not say which epoch it is of; use it with --init")
     epoch, step, seconds = position["epoch"], position["step"], position.get("seconds", 0.0)
     return Restart(path, content, epoch, step, seconds, content.get("how") or _how_beside(path))

@@ -84,8 +84,7 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     before: Mapping[str, Any] = {}
     data: Mapping[str, Any] = {} if init is None else init.metadata["data"]
     if resume is not None:
-        out = Path(resume) if resume else out or latest_run(ctx.params["runs"])
-        out = out if resume or not seeds else seeds_folder(out)  # once all are trained, `latest` is the best of them
+        out = Path(resume) if resume else out or _latest(ctx.params["runs"], several=bool(seeds))
         settings = read_run_config(out)
         _check_named(ctx, out, settings.get("network", {}))
         seeds = _take_settings(ctx, settings, options) or seeds
@@ -100,9 +99,15 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     if options["distill"] and not data:
         data = read_metadata(teacher_file(options["distill"]))["data"]
     if seeds and is_typed(ctx, "seed"):
-        held = f" ({out} has the seeds {', '.join(map(str, seeds))})" if resume is not None else ""
+        held = "" if is_given(ctx, "seeds") else f" ({out} has the seeds {', '.join(map(str, seeds))})"
         raise click.UsageError(f"--seed and --seeds both decide the random numbers: choose one of them{held}")
     return Beginning(out, seeds, _how(ctx, before), init, data)
+
+
+def _latest(runs: Path, *, several: bool) -> Path:
+    """The newest run; for several seeds the folder of all, of which `latest` is the best once they are trained."""
+    run = latest_run(runs)
+    return seeds_folder(run) if several else run
 
 
 def _take_carried(ctx: click.Context, weights: Path, options: dict[str, Any]) -> Restart:

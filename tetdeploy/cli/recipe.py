@@ -51,7 +51,7 @@ def _check_type(path: Path, key: str, value: Any, option: click.Option) -> None:
         fits, wanted = type(value) in (int, float), "a number"
     else:
         fits, wanted = isinstance(value, str), "a text in quotes"
-        if isinstance(value, list):
+        if isinstance(value, list) and value and all(type(item) is int for item in value):
             wanted += f""", such as "{",".join(map(str, value))}\""""
     if not fits:
         raise ValueError(f"{path}: {key} is {value!r}; it must be {wanted} ({option.help})")

@@ -118,7 +118,7 @@ class Recording:
                 raise ValueError(f"{name} is {getattr(self, name).dtype}; wanted integers, pixels counted from 0")
             if getattr(self, name).min() < 0:
                 raise ValueError(f"it has an event at {name}={getattr(self, name).min()}; pixels are counted from 0")
-            if getattr(self, name).max() >= LARGEST_SENSOR:
+            if self.sensor is None and getattr(self, name).max() >= LARGEST_SENSOR:
                 raise ValueError(
                     f"it has an event at {name}={getattr(self, name).max()}, and no camera has {LARGEST_SENSOR:,} "
                     "pixels a line; take damaged events out"

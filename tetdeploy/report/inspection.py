@@ -49,6 +49,10 @@ def _checkpoint_facts(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shards_facts(found: Mapping[str, Any]) -> dict[str, Any]:
     facts = _checkpoint_facts(found) | {"where it stands": _stand(found["restart"])}
+    if found["path"].endswith(".safetensors"):
+        facts["what"] = f"one of several files with {_KINDS['shards']}: name their folder"
+    if found["averaged"]:
+        facts["moving average"] = "of the weights, beside them"
     facts.pop("kept", None)  # these are the last weights, not the best
     return facts
 

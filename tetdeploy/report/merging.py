@@ -23,9 +23,10 @@ _ENTRIES = ("layers", "neurons", "by_class")  # each with rows by T
 def merged(contents: Mapping[Path, dict[str, Any]]) -> tuple[dict[str, Any], list[Path], list[str]]:
     """What was measured of one model.
 
-    A result with accuracies leads, of two such the one of more images, of as many the one of the later kind in `KINDS`.
-    It takes what it lacks, steps among it, from the others if they measured the same images, and the agreement with
-    PyTorch whatever images that is of: an export's reference images have no part in the accuracy.
+    A result with accuracies leads, of two such the one of the later kind in `KINDS`, but a sweep or a validation of the
+    same model on more images comes first. It takes what it lacks, steps among it, from the others if they measured the
+    same images, and the agreement with PyTorch whatever images that is of: an export's reference images have no part in
+    the accuracy.
 
     Args:
         contents: of one result file or several, as `read_result` gives them.
@@ -33,7 +34,9 @@ def merged(contents: Mapping[Path, dict[str, Any]]) -> tuple[dict[str, Any], lis
     Returns:
         The content, the files it is of, and notes on those that were left out.
     """
-    first, *others = sorted(contents, key=lambda file: _rank(contents[file]), reverse=True)
+    ordered = sorted(contents, key=lambda file: _rank(contents[file]), reverse=True)
+    first = _of_most_images(ordered, contents)
+    others = [file for file in ordered if file != first]
     content, used, notes = contents[first], [first], []
     for file in others:
         other = contents[file]
@@ -59,8 +62,22 @@ def has_accuracy(content: Mapping[str, Any]) -> bool:
     return any(row.get("accuracy") is not None for row in content["rows"])
 
 
-def _rank(content: Mapping[str, Any]) -> tuple[bool, int, int]:
-    return has_accuracy(content), content["num_samples"], KINDS.index(content["kind"])
+def _rank(content: Mapping[str, Any]) -> tuple[bool, int]:
+    return has_accuracy(content), KINDS.index(content["kind"])
+
+
+def _of_most_images(ordered: Sequence[Path], contents: Mapping[Path, Mapping[str, Any]]) -> Path:
+    """Of the first result and of those that measured the accuracy of its very model over all images, that of the most
+    images, of as many the first."""
+    first = contents[ordered[0]]
+    model = first.get("model_sha256")
+    alike = [
+        file
+        for file in ordered[1:]
+        if model and contents[file].get("model_sha256") == model and contents[file]["data"] == first["data"]
+        if has_accuracy(contents[file]) and contents[file]["kind"] != "early-exit"
+    ]
+    return max([ordered[0], *alike], key=lambda file: int(contents[file]["num_samples"]))
 
 
 def apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
