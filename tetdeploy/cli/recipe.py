@@ -52,7 +52,8 @@ def _check_type(path: Path, key: str, value: Any, option: click.Option) -> None:
     else:
         fits, wanted = isinstance(value, str), "a text in quotes"
         if isinstance(value, list) and value and all(type(item) is int for item in value):
-            wanted += f""", such as "{",".join(map(str, value))}\""""
+            joined = ",".join(map(str, value))
+            wanted += f', such as "{joined}"'
     if not fits:
         raise ValueError(f"{path}: {key} is {value!r}; it must be {wanted} ({option.help})")
 
