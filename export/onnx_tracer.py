@@ -10,12 +10,14 @@ import ast
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import values
+from onnxscript import rewriter, values
 from onnxscript.optimizer import fold_constants
 from torch import fx
 
@@ -32,6 +34,7 @@ from .program import as_program
 aten = torch.ops.aten
 OPSET, IR_VERSION, LIF_DOMAIN = 20, 10, "tetdeploy"
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_RULES = "_DEFAULT_REWRITE_RULES"
 
 
 class OnnxTracer:
@@ -90,7 +93,8 @@ class OnnxTracer:
             with torch.no_grad(), quiet():
                 if self._fold_bn:
                     _tell_apart(program.model.graph)
-                    program.optimize()
+                    with _fewer_rules(program.model.graph):
+                        program.optimize()
                 else:  # TensorRT wants constants; the optimiser would fold BN as well
                     fold_constants(program.model, onnx_shape_inference=True)
         except Exception as error:  # the optimiser's own, of what it cannot read in a graph
@@ -99,6 +103,26 @@ class OnnxTracer:
             way_out = "; use --layout unrolled" if T is None else ""
             causes = ": ".join(map(first_line, _causes(error)[-2:]))
             raise ValueError(f"the network's ONNX graph cannot be optimised: {causes}{way_out}") from error
+
+
+@contextmanager
+def _fewer_rules(graph: ir.Graph) -> Iterator[None]:
+    """Leave out the optimiser's rule that makes a Split of two slices without steps, where no two such read the same:
+    `x[a:b]` has steps.
+
+    It goes through all nodes for each of them, which is more than half of the time that a transformer with some
+    thousands takes. onnxscript has no option to leave it out; where its table of rules is not found, all are tried.
+    """
+    rules = getattr(rewriter, _RULES, ())
+    sliced = Counter(node.inputs[0] for node in graph if node.op_type == "Slice" and len(node.inputs) < 5)
+    if not rules or max(sliced.values(), default=0) > 1:
+        yield
+        return
+    setattr(rewriter, _RULES, tuple(rule for rule in rules if rule.name != "SlicesSplit"))
+    try:
+        yield
+    finally:
+        setattr(rewriter, _RULES, rules)
 
 
 def _tell_apart(graph: ir.Graph) -> None:

@@ -36,6 +36,7 @@ from export_helpers import (
     shared_traces,
     unchecked,
 )
+from onnxscript import rewriter
 from torch import Tensor, nn
 
 from tetdeploy import folding
@@ -1645,6 +1646,34 @@ def test_errors_of_the_optimiser_are_told(fold_bn: bool, T: int | None, monkeypa
     config = ExportConfig("dynamic" if T is None else "unrolled", T=T or 3, fold_bn=fold_bn)
     with shared_traces(), pytest.raises(ValueError, match=match):
         model.build_graph(convsnn(), config)
+
+
+class CutsTwice(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return torch.cat([spikes[..., 4:], spikes[..., :4]], -1)
+
+
+class RealAndImaginary(Small):
+    def between(self, spikes: Tensor) -> Tensor:
+        return (torch.fft.fft(spikes) * torch.fft.fft(spikes.flip(-1))).real
+
+
+@pytest.mark.parametrize(("network", "tried"), [(CutsTwice, False), (RealAndImaginary, True)])
+def test_slices_are_looked_through_in_pairs_only_where_that_can_find_any(
+    network: type[nn.Module], tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = rewriter._DEFAULT_REWRITE_RULES
+    during, optimize = [], torch.onnx.ONNXProgram.optimize
+
+    def watched(program: torch.onnx.ONNXProgram) -> None:
+        during.append({rule.name for rule in rewriter._DEFAULT_REWRITE_RULES})
+        optimize(program)
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "optimize", watched)
+    model.build_graph(untested(network()), ExportConfig(T=3))
+    assert during and all(("SlicesSplit" in names) == tried for names in during)
+    assert all(names >= {rule.name for rule in known} - {"SlicesSplit"} for names in during)
+    assert rewriter._DEFAULT_REWRITE_RULES is known
 
 
 class Patches(nn.Module):
