@@ -139,7 +139,7 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         )
     state: list[Tensor] | None = None
     for t in range(T):
-        before, shown = state, x[:, t : t + 1] if encoding == "frames" else x
+        before, shown = state, _shown(x, encoding, t)
         single, step = _recorded(double, shown, 1, before)
         state = single.state
         if len(single.spikes) != len(whole.spikes):
@@ -161,6 +161,11 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
     return len(whole.spikes)
 
 
+def _shown(x: Tensor, encoding: Encoding, t: int) -> Tensor:
+    """What step t of x is run on by itself."""
+    return x[:, t : t + 1] if encoding == "frames" else x
+
+
 def _tells(spikes: Tensor) -> bool:
     """Whether spikes `[T, N, ...]` show what stands behind their layer: some before the last step, what is carried on;
     some of each image at the last step, what goes from one to another."""
@@ -174,7 +179,7 @@ def _check_random(double: Classifier, x: Tensor, encoding: Encoding, like: Seque
     spikes = [torch.randint(2, layer.shape, generator=generator).to(layer) for layer in like]
     whole, logits = _recorded(double, x, T, others=spikes)
     for t in (0, T - 1):
-        shown, read = x[:, t : t + 1] if encoding == "frames" else x, [layer[t : t + 1] for layer in spikes]
+        shown, read = _shown(x, encoding, t), [layer[t : t + 1] for layer in spikes]
         single, step = _recorded(double, shown, 1, others=read)
         if not _same_step(single, step, whole, logits, t):
             raise _mixed_time(double, x, t, T, spikes)
@@ -198,7 +203,7 @@ def _check_loud(double: Classifier, x: Tensor, encoding: Encoding, like: Sequenc
         x, *spikes = (
             times * torch.randn(value.shape, generator=generator, dtype=torch.float64) for value in (x, *like)
         )
-        shown, read = x[:, T - 1 :] if encoding == "frames" else x, [layer[T - 1 :] for layer in spikes]
+        shown, read = _shown(x, encoding, T - 1), [layer[T - 1 :] for layer in spikes]
         try:
             whole, logits = _recorded(double, x, T, others=spikes)
             single, step = _recorded(double, shown, 1, others=read)
@@ -211,17 +216,26 @@ def _check_loud(double: Classifier, x: Tensor, encoding: Encoding, like: Sequenc
         return
 
 
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def _close_for_its_size(a: Tensor, b: Tensor) -> bool:
+    """The same of what was computed from large values, whose rounding may be large beside it, as in a sine of them."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+
 def _same_step(
     single: _NamedNeurons,
     step: Tensor,
     whole: _NamedNeurons,
     logits: Tensor,
     t: int,
-    close: Callable[[Tensor, Tensor], bool] | None = None,
+    close: Callable[[Tensor, Tensor], bool] = _close,
 ) -> bool:
     """Whether the currents and logits of a single step are those of step t of a whole run."""
     pairs = [*zip(single.currents, whole.currents, strict=True), (step, logits)]
-    return all((close or _close)(a[0], b[t]) for a, b in pairs)
+    return all(close(a[0], b[t]) for a, b in pairs)
 
 
 def _mixed_time(double: Classifier, x: Tensor, t: int, T: int, others: Sequence[Tensor] = ()) -> ValueError:
@@ -277,15 +291,6 @@ def _same_state(module: nn.Module, other: nn.Module) -> bool:
 def _paler(x: Tensor) -> Tensor:
     """The image with half its contrast: other extremes than before, but for a darkest value of 0 in floating point."""
     return x // 2 + 64 if x.dtype == torch.uint8 else x / 2
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
-
-
-def _close_for_its_size(a: Tensor, b: Tensor) -> bool:
-    """The same of what was computed from large values, whose rounding may be large beside it, as in a sine of them."""
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(b.abs().max())))
 
 
 def _check_axes(run: _NamedNeurons, steps: int, what: str, count: int) -> None:

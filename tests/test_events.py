@@ -187,7 +187,10 @@ def test_counts_are_clipped_at_255() -> None:
     [
         ({name: [] for name in "txyp"}, "it holds no event"),
         ({"t": [0, 1, -2, 3, 4, 5]}, "it has a negative time, -2; times start at 0"),
-        ({"t": [0, 1, 7, 3, 4, 5]}, "not sorted: event 3 is at 3, after 7; sort all arrays by t, or, where the"),
+        (
+            {"t": [0, 1, 7, 3, 4, 5]},
+            "its times are not sorted: event 3 is at 3, after 7; sort all arrays by t, or, where the camera's clock",
+        ),
         ({"t": [0, 1, 2, 3, 4, np.nan]}, "its times are float64, or not finite"),
         ({"t": ["a"] * 6}, "its times are <U1"),
         ({"x": [0, 1, 2, 3, 4, 0]}, "it reaches the pixel x=4, y=2, outside the sensor of 4x3 pixels"),

@@ -178,9 +178,8 @@ def test_a_run_that_is_called_like_one_of_several_seeds_is_one_by_itself(tmp_pat
 
 
 def test_seeds_without_validation_say_where_their_summary_is() -> None:
-    assert (
-        "\n2 seeds  ->  r/summary.json\n" in run(*QUICK, "--seeds", "0,1", "--val-fraction", "0", "--out", "r").output
-    )
+    output = run(*QUICK, "--seeds", "0,1", "--val-fraction", "0", "--out", "r").output
+    assert "\n2 seeds  ->  r/summary.json\n" in output
 
 
 def test_what_is_trained_is_said_before_and_after_it() -> None:

@@ -19,7 +19,7 @@ from tetdeploy.model_file import METADATA_KEY, parse_metadata, session_metadata
 from tetdeploy.names import section
 from tetdeploy.run_folder import weights_file, weights_sha256
 from tetdeploy.runtimes.manifest import manifest_path
-from tetdeploy.shards import checked_shard_files, shard_files
+from tetdeploy.shards import shard_files
 from tetdeploy.tensor_file import read_content, read_header
 from tetdeploy.wording import first_line
 
@@ -60,18 +60,21 @@ def inspect(path: Path | str) -> dict[str, Any]:
             f"{file} is neither a checkpoint (.safetensors) nor a model (.onnx); "
             "a result of sweep or validate is shown by tetdeploy report"
         )
-    size = sum(part.stat().st_size for part in (shard_files(file) if file.is_dir() else [file]))
-    same = {"path": str(file), "size_bytes": size, "sha256": weights_sha256(file)}
+    same = {"path": str(file), "size_bytes": file.stat().st_size, "sha256": weights_sha256(file)}
     return {"kind": found.pop("kind")} | same | found
 
 
 _RESUME = {"epoch!": NUMBER, "step!": NUMBER, "best": {"epoch!": NUMBER, "val_accuracy": NUMBER}}
 
 
-def _inspect_shards(path: Path) -> dict[str, Any]:
-    """Of all files of a folder, or of one."""
-    files = checked_shard_files(path) if path.is_dir() else [path]
+def _inspect_shards(folder: Path) -> dict[str, Any]:
+    files = shard_files(folder)
     tensors = {name: tensor for file in files for name, tensor in _tensors(file)[0].items()}
+    return _shards(folder, tensors) | {"size_bytes": sum(file.stat().st_size for file in files)}
+
+
+def _shards(path: Path, tensors: Mapping[str, tuple[str, list[int]]]) -> dict[str, Any]:
+    """Of the tensors of all files of a folder, or of one file."""
     metadata = read_metadata(path)
     if not metadata.get("restart"):
         raise ValueError(f"{path} is damaged: it does not say where its run stood")
@@ -92,7 +95,7 @@ def _inspect_safetensors(file: Path) -> dict[str, Any]:
             raise ValueError(f"{file} is damaged: where the run stands, {error}") from error
         return {"kind": "training state", "resume": content["resume"], "num_tensors": len(tensors)} | network
     if "restart" in content:
-        return _inspect_shards(file)
+        return _shards(file, tensors)
     return {"kind": "checkpoint"} | read_metadata(file) | _modules(tensors)
 
 

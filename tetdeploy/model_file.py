@@ -67,6 +67,11 @@ def read_model(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def models_in(run: Path) -> list[Path]:
+    """The exported models in a run's folder, then those of the runs of several seeds in it."""
+    return [*sorted(run.glob("*.onnx")), *sorted(run.glob("seed-*/*.onnx"))]
+
+
 def refuse_folder(path: Path) -> None:
     """Refuse a folder where a model is needed, as of a run, and name a model in it.
 
@@ -74,7 +79,7 @@ def refuse_folder(path: Path) -> None:
         ValueError: `path` is a folder.
     """
     if path.is_dir():
-        models = [*sorted(path.glob("*.onnx")), *sorted(path.glob("seed-*/*.onnx"))]
+        models = models_in(path)
         remedy = f"name a model in it, such as {models[0]}" if models else "write a model with: tetdeploy export"
         raise ValueError(f"{path} is a folder, not an .onnx file; {remedy}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tetdeploy.arguments import check_path
 from tetdeploy.files import sha256_of
+from tetdeploy.model_file import models_in
 from tetdeploy.shards import INDEX_NAME, holds_shards
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
@@ -84,7 +85,7 @@ def newest_export(runs: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    models = [path for folder in _folders(runs) for found in ("*.onnx", "seed-*/*.onnx") for path in folder.glob(found)]
+    models = [model for folder in _folders(runs) for model in models_in(folder)]
     if not models:
         raise FileNotFoundError(f"no exported model in {runs}/; write one with: tetdeploy export, or name the file")
     return max(models, key=lambda path: path.stat().st_mtime)

@@ -34,7 +34,7 @@ def holds_shards(folder: Path) -> bool:
 def is_complete(folder: Path | str, limit: int) -> bool:
     """Whether a folder holds shards, all that its index names, none larger than `limit` bytes."""
     try:
-        return all(file.stat().st_size <= limit for file in shard_files(folder))
+        return all(file.stat().st_size <= limit for file in _files(Path(folder)))
     except (FileNotFoundError, ValueError):
         return False
 
@@ -85,10 +85,10 @@ def read_shards(folder: Path | str) -> dict[str, Tensor]:
         ValueError: a damaged one, or files that are missing, damaged or not those the index was written for.
     """
     folder = Path(folder)
-    tensors: dict[str, Tensor] = {}
-    for file in checked_shard_files(folder):
-        tensors |= read_tensors(file)
     index = _read_index(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in _checked_files(folder, index):
+        tensors |= read_tensors(file)
     if tensors.keys() != index["weight_map"].keys():
         raise ValueError(f"{folder / INDEX_NAME} does not list the tensors of its shards; copy it again")
     return {name: tensors[name] for name in index["weight_map"]}
@@ -101,35 +101,32 @@ def read_shards_content(folder: Path | str) -> dict[str, Any]:
         FileNotFoundError: no index.
         ValueError: a damaged one, files are missing, or the first is not ours.
     """
-    return read_content(shard_files(folder)[0])
+    return read_content(_files(Path(folder))[0])
 
 
 def shard_files(folder: Path | str) -> list[Path]:
-    """The files that the index of a folder names; each is there.
+    """The files that the index of a folder names, each of which is the one that it was written for.
 
     Raises:
-        FileNotFoundError: no index.
-        ValueError: a damaged one, or files are missing.
+        FileNotFoundError, ValueError: see `read_shards`.
     """
     folder = Path(folder)
-    files = [folder / name for name in _read_index(folder)["metadata"]["sha256"]]
+    return list(_checked_files(folder, _read_index(folder)))
+
+
+def _checked_files(folder: Path, index: Mapping[str, Any]) -> Iterator[Path]:
+    for file in _files(folder, index):
+        if sha256_of(file) != index["metadata"]["sha256"][file.name]:
+            raise ValueError(f"{file} is not the file that {INDEX_NAME} was written for; copy it again")
+        yield file
+
+
+def _files(folder: Path, index: Mapping[str, Any] | None = None) -> list[Path]:
+    """The files that the index names; each is there."""
+    files = [folder / name for name in (index or _read_index(folder))["metadata"]["sha256"]]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, of {len(files)} shards; copy them all")
     return files
-
-
-def checked_shard_files(folder: Path | str) -> Iterator[Path]:
-    """The `shard_files` one by one, each of which is the file that the index was written for.
-
-    Raises:
-        FileNotFoundError, ValueError: see `shard_files`; a file is another one.
-    """
-    folder = Path(folder)
-    sums = _read_index(folder)["metadata"]["sha256"]
-    for file in shard_files(folder):
-        if sha256_of(file) != sums[file.name]:
-            raise ValueError(f"{file} is not the file that {INDEX_NAME} was written for; copy it again")
-        yield file
 
 
 def _header(content: Mapping[str, Any]) -> int:
