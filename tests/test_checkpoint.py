@@ -566,6 +566,20 @@ def test_newest_run_without_a_run(tmp_path: Path) -> None:
             newest_run(tmp_path)
 
 
+@pytest.mark.parametrize("kept", ["config.json", "checkpoint.safetensors", "seed-1/checkpoint.safetensors"])
+def test_a_copy_that_followed_the_link_has_the_newest_run_in_latest_itself(kept: str, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").touch()
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"latest is a folder without a run; name a run folder, such as .*one$"):
+        newest_run(tmp_path)
+    file = tmp_path / "latest" / kept
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    file.with_name("config.json").touch()
+    assert latest_run(tmp_path) == newest_run(tmp_path) == tmp_path / "latest"
+
+
 def test_what_is_there_for_a_moment_is_no_run(tmp_path: Path) -> None:
     for name in (".one", ".latest.abcd"):
         (tmp_path / name).mkdir()

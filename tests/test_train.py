@@ -1114,6 +1114,28 @@ def test_a_latest_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
         assert run(tmp_path / "elsewhere", runs=tmp_path / "runs").epochs == 3
 
 
+def test_a_folder_in_the_place_of_latest_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    (runs / "latest").mkdir(parents=True)
+    refused = r"latest is a folder, where a link .* is to be: rename or remove it, or train with another --runs"
+    with pytest.raises(OSError, match=refused):
+        run(runs / "new", runs=runs)
+    with pytest.raises(OSError, match=refused):
+        train_seeds(
+            lambda seed: toy(seed=seed), TRAIN, VAL, settings(), (0, 1), runs / "new", runs=runs, progress=False
+        )
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "latest"]
+    with pytest.warns(RuntimeWarning, match=r"latest cannot be written"):
+        assert run(tmp_path / "elsewhere", runs=runs).checkpoint.exists()
+
+
+def test_a_run_in_latest_itself_goes_on(tmp_path: Path) -> None:
+    latest = tmp_path / "latest"
+    run(latest, toy(interrupt_at(9)))
+    assert not run(latest, resume=True, runs=tmp_path).interrupted
+    assert not latest.is_symlink() and newest_run(tmp_path) == latest
+
+
 def test_latest_is_never_written_through_a_symlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, full = tmp_path / "runs", OSError(28, "No space left on device")
     runs.mkdir()

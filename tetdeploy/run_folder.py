@@ -36,7 +36,8 @@ def newest_run(runs: Path) -> Path:
 
 
 def latest_run(runs: Path) -> Path:
-    """The run folder that `runs/latest` points at: a symlink, or a text file where symlinks are not to be had.
+    """The run folder that `runs/latest` points at: a symlink, or a text file where symlinks are not to be had. Or
+    `runs/latest` itself, where a copy that followed the symlink, as scp's and zip's do, made a folder of it.
 
     Raises:
         FileNotFoundError: nothing was trained there, or the newest run is gone.
@@ -46,9 +47,12 @@ def latest_run(runs: Path) -> Path:
         target = latest.readlink()
     elif latest.is_file():
         target = Path(os.fsdecode(latest.read_bytes().strip()))
+    elif (latest / CONFIG_NAME).is_file() or _has_weights(latest):
+        return latest
     else:
         if run := next(runs.glob(f"*/{CONFIG_NAME}"), None):
-            raise FileNotFoundError(f"{latest} is missing; name a run folder, such as {run.parent}")
+            fault = "is a folder without a run" if latest.is_dir() else "is missing"
+            raise FileNotFoundError(f"{latest} {fault}; name a run folder, such as {run.parent}")
         raise FileNotFoundError(f"no run in {runs}: train one first (tetdeploy train), or name a run folder")
     # Where `runs` is a link, `..` goes up from where it points; in a link of an earlier version, from its name.
     up = ".." in target.parts and runs.absolute() != Path(os.path.realpath(runs))

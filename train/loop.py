@@ -51,6 +51,7 @@ from .restart import (
     write_restart,
 )
 from .runs import (
+    check_latest,
     check_run,
     is_begun,
     mark_latest,
@@ -173,6 +174,8 @@ def train(
             settings = run_settings(classifier, train_set, val_set, config)
             if ranks.writes:
                 check_run(out, settings, resume=resume)
+                if runs is not None and not finished:
+                    check_latest(out, runs)
             if restart_from is not None:
                 restart = find_restart(restart_from)
                 check_restart(restart, settings)

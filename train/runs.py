@@ -290,15 +290,41 @@ def new_run_folder(runs: Path, name: str) -> Iterator[Path]:
         yield folder
 
 
+def check_latest(out: Path, runs: Path) -> None:
+    """Refuse to train in `runs`, before anything is written, where `mark_latest` would find a folder in its way.
+
+    Raises:
+        OSError: `runs/latest` is a folder, as a copy makes one that follows the link, and another one than `out`.
+    """
+    latest = runs / LATEST_NAME
+    in_runs = _seen_from(runs, out.absolute()).parent == Path()
+    if in_runs and _is_folder(latest) and not _is_latest(out, latest):
+        raise OSError(
+            f"{latest} is a folder, where a link to the newest run is to be: rename or remove it, or train with "
+            "another --runs"
+        )
+
+
+def _is_folder(latest: Path) -> bool:
+    return latest.is_dir() and not latest.is_symlink()
+
+
+def _is_latest(out: Path, latest: Path) -> bool:
+    """Whether a run lies in a folder `latest` itself."""
+    return _is_folder(latest) and out.exists() and latest.samefile(out)
+
+
 def mark_latest(out: Path, runs: Path) -> None:
-    """Let `runs/latest` point at `out`: a symlink, relative unless `out` is on another drive of Windows, or a text file
-    with the path where there are no symlinks. Where that cannot be written, a warning says so of a run that lies
-    elsewhere.
+    """Let `runs/latest` point at `out`, unless that is a folder of this name: a symlink, relative unless `out` is on
+    another drive of Windows, or a text file with the path where there are no symlinks. Where that cannot be written, a
+    warning says so of a run that lies elsewhere.
 
     Raises:
         OSError: it cannot be written, and the run lies in `runs`, of which later commands take the latest.
     """
     target, latest = _seen_from(runs, out.absolute()), runs / LATEST_NAME
+    if _is_latest(out, latest):
+        return
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".latest.", dir=runs) as folder:

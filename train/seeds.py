@@ -26,6 +26,7 @@ from .config import How, TrainConfig
 from .loop import TrainResult, train
 from .ranks import current_ranks
 from .runs import (
+    check_latest,
     check_run,
     check_settings,
     is_begun,
@@ -127,6 +128,8 @@ def train_seeds(
         with ranks.first():
             if ranks.writes:
                 recipe = _check(out, settings, recipe, resume=resume)
+                if runs is not None:
+                    check_latest(out, runs)
 
         def begin() -> None:
             if ranks.writes:
