@@ -1124,6 +1124,18 @@ class TestBadInput:
             assert f"cannot write {terminal}: {why}" in said
         assert not Path("-").exists()
 
+    @pytest.mark.parametrize(
+        ("command", "option"),
+        [
+            (("train",), "--out"),
+            (("train",), "--runs"),
+            (("export", "--format", "triton-repository"), "--out"),
+            (("import", "a.pth", "--arch", "resnet19"), "--out"),
+        ],
+    )
+    def test_an_empty_output_is_not_the_current_folder(self, command: tuple[str, ...], option: str) -> None:
+        assert "it is empty; name a place" in refused(*command, option, "", code=2)
+
     def test_an_output_beside_the_model_names_the_option_for_another(self, workplace: Path) -> None:
         for command, ending, option in (
             ("sweep", "sweep.png", "--plot"),

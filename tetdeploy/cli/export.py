@@ -14,7 +14,7 @@ from rich.progress import TaskID
 from tetdeploy.cli.cluster import FORMATS, export_for_cluster
 from tetdeploy.cli.errors import Recorded
 from tetdeploy.cli.inputs import load_classifier, note_unfit_threshold
-from tetdeploy.cli.options import STEPS, data_dir_option, json_option, own_network_option, runs_option
+from tetdeploy.cli.options import STEPS, PlaceToWrite, data_dir_option, json_option, own_network_option, runs_option
 from tetdeploy.cli.recipe import is_typed
 from tetdeploy.cli.terminal import console, progress_bar, say_next
 from tetdeploy.extras import import_extra
@@ -127,7 +127,7 @@ Examples:
 @click.option(
     "--out",
     "-o",
-    type=click.Path(path_type=Path),
+    type=PlaceToWrite(path_type=Path),
     help="The file (.onnx, .nir), or Triton's folder. [default: in RUN: model-T6.onnx, model-step-int8.onnx and so on, "
     "by layout, precision and target; model.nir; triton; kserve.yaml]",
 )

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from tetdeploy.cli.errors import Recorded
-from tetdeploy.cli.options import STEPS, json_option
+from tetdeploy.cli.options import STEPS, PlaceToWrite, json_option
 from tetdeploy.cli.terminal import console, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
@@ -26,7 +26,7 @@ Examples:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--arch", required=True, help="resnet19, vggsnn or vggsnn-strided.")
 @click.option(
-    "--out", "-o", required=True, type=click.Path(path_type=Path), help="A .safetensors file or a run folder."
+    "--out", "-o", required=True, type=PlaceToWrite(path_type=Path), help="A .safetensors file or a run folder."
 )
 @click.option("--data", help="What it was trained on: cifar10, cifar100, dvs-cifar10. [default: by the classes]")
 @click.option("--T", "T", type=STEPS, help="Steps it was trained with, if known.")

@@ -52,6 +52,16 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in new vers
         return numbers
 
 
+class PlaceToWrite(click.Path):
+    """Where files go. No empty path, as a shell's variable that is not set gives one: it would be the current
+    folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty; name a place, or leave the option out", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 STEPS = click.IntRange(1, MAX_T)  # the type of a --T that takes one number
 AT_LEAST_1 = click.IntRange(min=1)
 ABOVE_0 = FiniteRange(min=0, min_open=True)
@@ -77,7 +87,7 @@ data_dir_option = click.option(
 )
 runs_option = click.option(
     "--runs",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=PlaceToWrite(path_type=Path, file_okay=False),
     default=Path("runs"),
     show_default=True,
     help="Folder of the runs.",

@@ -22,7 +22,15 @@ from tetdeploy.cli.beginnings import (
 )
 from tetdeploy.cli.errors import INTERRUPTED, Recorded, lacks_memory
 from tetdeploy.cli.inputs import network_of
-from tetdeploy.cli.options import STEPS, FiniteRange, data_dir_option, json_option, runs_option, torch_device_option
+from tetdeploy.cli.options import (
+    STEPS,
+    FiniteRange,
+    PlaceToWrite,
+    data_dir_option,
+    json_option,
+    runs_option,
+    torch_device_option,
+)
 from tetdeploy.cli.recipe import config_option, is_given, is_typed
 from tetdeploy.cli.terminal import command_line, console, progress_bar, say_next
 from tetdeploy.extras import import_extra
@@ -164,7 +172,7 @@ Examples:
     "(not with --qat); 0 is off.",
 )
 @click.option("--tensorboard", is_flag=True, help="Also write curves to RUN/tensorboard.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder. [default: RUNS/<data>-<model>, numbered]")
+@click.option("--out", type=PlaceToWrite(path_type=Path), help="Run folder. [default: RUNS/<data>-<model>, numbered]")
 @runs_option
 @click.option(
     "--resume",
