@@ -1401,6 +1401,21 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="which tells no process of the signal that ended it")
+@pytest.mark.parametrize(("handler", "code"), [("default_int_handler", -signal.SIGINT), ("SIG_IGN", 0)])
+def test_ctrl_c_as_python_exits_shows_no_traceback(handler: str, code: int) -> None:
+    program = """
+import atexit, os, signal, sys
+signal.signal(signal.SIGINT, getattr(signal, sys.argv.pop(1)))
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+from tetdeploy.__main__ import main
+main()
+"""
+    command = [sys.executable, "-c", program, handler, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
 @pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGHUP"), ("SIGHUP", "SIGTERM"), ("SIGHUP", "SIGHUP")])
 def test_a_termination_leaves_nothing_half_written(first: str, second: str, tmp_path: Path) -> None:
     code = """

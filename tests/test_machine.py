@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from export_helpers import exported
 
 from tetdeploy import Engine, __main__, machine
+from tetdeploy.signals import handled
 
 
 def group(folder: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int = 8) -> None:
@@ -83,5 +85,6 @@ def test_commands_heed_a_quota(own: str | None, threads: str, tmp_path: Path, mo
         monkeypatch.delenv("OMP_NUM_THREADS")
     said: list[Any] = []
     monkeypatch.setattr("tetdeploy.cli.main", lambda **options: said.append(os.environ["OMP_NUM_THREADS"]))
-    __main__.main()
+    with handled(signal.default_int_handler, signal.SIGINT):  # which it leaves as the process should end with it
+        __main__.main()
     assert said == [threads]
