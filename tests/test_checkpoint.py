@@ -562,8 +562,11 @@ def test_newest_run_without_a_run(tmp_path: Path) -> None:
         (b"\n", "is empty"),
     ):
         (tmp_path / "latest").write_bytes(text)
-        with pytest.raises(FileNotFoundError, match=f"latest {fault}; name another run folder"):
+        with pytest.raises(FileNotFoundError, match=f"latest {fault}; name another run folder$"):
             newest_run(tmp_path)
+    (tmp_path / "one" / "checkpoint.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r"is empty; name another run folder, such as .*one$"):
+        newest_run(tmp_path)
 
 
 @pytest.mark.parametrize("kept", ["config.json", "checkpoint.safetensors", "seed-1/checkpoint.safetensors"])

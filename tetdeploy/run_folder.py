@@ -60,7 +60,7 @@ def latest_run(runs: Path) -> Path:
     run = next(filter(Path.is_dir, found), found[0])
     if not target.name or not run.is_dir():
         fault = f"points at {run}, which is gone" if target.name else "is empty"
-        raise FileNotFoundError(f"{latest} {fault}; name another run folder")
+        raise FileNotFoundError(f"{latest} {fault}; name another run folder{_such(_newest_trained(runs))}")
     return run
 
 
@@ -75,6 +75,10 @@ def _newest_trained(runs: Path) -> Path | None:
     files = (file for folder in _folders(runs) for name in names for file in folder.glob(name))
     newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
     return None if newest is None else newest.parent
+
+
+def _such(run: Path | None) -> str:
+    return "" if run is None else f", such as {run}"
 
 
 def _folders(runs: Path) -> list[Path]:
@@ -151,8 +155,7 @@ def _why_none(folder: Path) -> str:
     """Why a folder has no checkpoint, and what to name instead."""
     if (folder / STATE_NAME).exists():
         other = _newest_trained(folder.parent)
-        such = f", such as {other}" if other else ""
-        return f"its first epoch is not finished: go on with --resume, or name another run{such}"
+        return f"its first epoch is not finished: go on with --resume, or name another run{_such(other)}"
     if seeds := seed_runs(folder):
         finished = [run for run in seeds if (run / CHECKPOINT_NAME).exists()]
         one = f"name one, such as {finished[0]}" if finished else "none has finished an epoch yet"
