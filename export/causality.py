@@ -64,8 +64,8 @@ _doubled = partial(_as_real, dtype=torch.float64)
 
 
 class _NamedNeurons(NeuronRecorder):
-    """Keeps the currents as well, and the names of the modules that fire; of neurons in a forward of the network itself
-    "lif".
+    """Keeps the currents as well, spikes as bool (in float64 they would be half of all that is kept), and the names of
+    the modules that fire; of neurons in a forward of the network itself "lif".
 
     Args:
         others: spikes that the next layers read in place of the network's own, in the same order.
@@ -83,9 +83,10 @@ class _NamedNeurons(NeuronRecorder):
         *_, name = max(self.modules.parents, key=len).split(".", 2)  # of Classifier.network.NAME
         self.names.append("lif" if name == "network" else name)
         self.currents.append(current.clone())
-        own = super().fired(current, spikes, u_last, tau, v_th)
-        other = self.others[self.num_layers] if self.num_layers < len(self.others) else own
-        return other.clone() if other.shape == own.shape else own
+        self.spikes.append(spikes > 0)
+        self.state.append(u_last.clone())
+        other = self.others[self.num_layers] if self.num_layers < len(self.others) else spikes
+        return other.to(spikes, copy=True) if other.shape == spikes.shape else spikes
 
 
 def check_on_noise(classifier: Classifier, encoding: Encoding) -> int:
@@ -155,10 +156,12 @@ def check_steps(classifier: Classifier, x: Tensor, encoding: Encoding, *, T: int
         if not same or not _same_step(single, step, whole, logits, t):
             raise _mixed_time(double, x, t, T)
     _check_alone(double, shown, before, single.spikes, single, step)
-    if not all(_tells(layer) for layer in whole.spikes):
-        _check_random(double, x, encoding, whole.spikes, T)
-    _check_loud(double, x, encoding, whole.spikes, T)
-    return len(whole.spikes)
+    tells, shapes = all(map(_tells, whole.spikes)), [layer.shape for layer in whole.spikes]
+    del whole, single, state, before  # each may take as much memory as a run that follows
+    if not tells:
+        _check_random(double, x, encoding, shapes, T)
+    _check_loud(double, x, encoding, shapes, T)
+    return len(shapes)
 
 
 def _shown(x: Tensor, encoding: Encoding, t: int) -> Tensor:
@@ -172,11 +175,11 @@ def _tells(spikes: Tensor) -> bool:
     return bool(spikes[:-1].any() and spikes[-1].reshape(spikes.shape[1], -1).any(1).all())
 
 
-def _check_random(double: Classifier, x: Tensor, encoding: Encoding, like: Sequence[Tensor], T: int) -> None:
-    """Compare the first and the last step, and at the last each image by itself, where layers read random spikes of the
-    shapes `like`, `[T, N, ...]`. Currents do not depend on membranes then."""
+def _check_random(double: Classifier, x: Tensor, encoding: Encoding, shapes: Sequence[torch.Size], T: int) -> None:
+    """Compare the first and the last step, and at the last each image by itself, where layers read random spikes of
+    these shapes, `[T, N, ...]`. Currents do not depend on membranes then."""
     generator = torch.Generator().manual_seed(0)
-    spikes = [torch.randint(2, layer.shape, generator=generator).to(layer) for layer in like]
+    spikes = [torch.randint(2, shape, generator=generator).to(x.device, torch.bool) for shape in shapes]
     whole, logits = _recorded(double, x, T, others=spikes)
     for t in (0, T - 1):
         shown, read = _shown(x, encoding, t), [layer[t : t + 1] for layer in spikes]
@@ -191,9 +194,10 @@ def _check_random(double: Classifier, x: Tensor, encoding: Encoding, like: Seque
 _LOUD = (1000.0, 30.0)
 
 
-def _check_loud(double: Classifier, x: Tensor, encoding: Encoding, like: Sequence[Tensor], T: int) -> None:
-    """Compare the last step where the image and the spikes of each layer are large random numbers. Neurons that are not
-    ours may keep membranes that take more than these T steps to reach their threshold, and show nothing till then.
+def _check_loud(double: Classifier, x: Tensor, encoding: Encoding, shapes: Sequence[torch.Size], T: int) -> None:
+    """Compare the last step where the image and the spikes of each layer, of these shapes, are large random numbers.
+    Neurons that are not ours may keep membranes that take more than these T steps to reach their threshold, and show
+    nothing till then.
 
     On a CPU alone: where such numbers are an index out of range, a GPU is of no use to the process any more."""
     if x.device.type != "cpu":
@@ -201,7 +205,7 @@ def _check_loud(double: Classifier, x: Tensor, encoding: Encoding, like: Sequenc
     for times in _LOUD:
         generator = torch.Generator().manual_seed(1)
         x, *spikes = (
-            times * torch.randn(value.shape, generator=generator, dtype=torch.float64) for value in (x, *like)
+            times * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (x.shape, *shapes)
         )
         shown, read = _shown(x, encoding, T - 1), [layer[T - 1 :] for layer in spikes]
         try:

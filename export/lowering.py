@@ -117,7 +117,7 @@ def _unroll_for_cpu(build: StepBuilder, node: ir.Node, layer: Neurons, T: int) -
     for t, current in enumerate(currents):
         factor = layer.tau**-t if scaled else 1.0
         inner = replace(layer, tau=1.0, v_th=layer.v_th * factor) if scaled else layer
-        fired, r = build.negated_step(current(factor), r, inner, reset=t + 1 < T)
+        fired, r = build.negated_step(current(build, factor), r, inner, reset=t + 1 < T)
         spikes.append(fired)
     return build("Concat", *spikes, axis=0)
 

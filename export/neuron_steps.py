@@ -23,14 +23,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from .values import constant, inputs_of, made_by, producer_of
 
-Scaled = Callable[[float], ir.Value]
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 BYTE = ir.TensorType(ir.DataType.UINT8)
 _STANDS_FOR = "tetdeploy.stands_for"
@@ -51,10 +49,29 @@ class Neurons:
 @dataclass(frozen=True)
 class Forms:
     """In which forms values `[T, N, ...]` of a graph are there: `merged` as `[T * N, ...]`, and `by_step` the neurons'
-    spikes of each step, `[N, ...]`."""
+    spikes of each step, `[N, ...]`; and what is known of `currents`, which several layers may read: a sum along a path
+    of residuals is part of all behind it."""
 
     merged: dict[ir.Value, ir.Value] = field(default_factory=dict)
     by_step: dict[ir.Value, list[ir.Value]] = field(default_factory=dict)
+    currents: dict[ir.Value, tuple[list[Scaled], bool]] = field(default_factory=dict)
+
+
+class Scaled:
+    """One step `[N, ...]` of a current, times a factor: written once for each factor, before the first that reads it.
+
+    Args:
+        write: what writes it.
+    """
+
+    def __init__(self, write: Callable[[StepBuilder, float], ir.Value]) -> None:
+        self._write = write
+        self._written: dict[float, ir.Value] = {}
+
+    def __call__(self, build: StepBuilder, factor: float) -> ir.Value:
+        if factor not in self._written:
+            self._written[factor] = self._write(build, factor)
+        return self._written[factor]
 
 
 class StepBuilder:
@@ -114,36 +131,29 @@ class StepBuilder:
         return self.many("Split", [whole], T, axis=0, num_outputs=T)
 
     def currents(self, current: ir.Value | None, T: int) -> tuple[list[Scaled], bool]:
-        """The T steps of `current [T, N, ...]`, each a function that writes it times a factor; and whether the factor
-        is free, as it goes into scales: of currents that come from 8 bits, spikes and sums of these."""
+        """The T steps of `current [T, N, ...]`, each to be written times a factor; and whether the factor is free, as
+        it goes into scales: of currents that come from 8 bits, spikes and sums of these."""
         assert current is not None
+        if current not in self.forms.currents:
+            self.forms.currents[current] = self._currents(current, T)
+        return self.forms.currents[current]
+
+    def _currents(self, current: ir.Value, T: int) -> tuple[list[Scaled], bool]:
         if current in self.forms.by_step and self.spikes == BYTE:
             one, none = self.number(1.0), self("Constant", value=ir.tensor(np.array(0, np.uint8)))
-            return [partial(self._dequantised, spikes, one, none) for spikes in self.forms.by_step[current]], True
+            return [_dequantised(spikes, one, none) for spikes in self.forms.by_step[current]], True
         total = made_by(current, "Add")
         if total is not None and _all_like(current, total.inputs):
             parts = [self.currents(part, T) for part in total.inputs]
             if all(scalable for _, scalable in parts):
                 pairs = zip(*(steps for steps, _ in parts), strict=True)
-                return [partial(self._sum, total, *pair) for pair in pairs], True
+                return [_sum(total, one, other) for one, other in pairs], True
         before = made_by(self.merge(current), "DequantizeLinear") if _repeated(current) is None else None
         if before is not None:
             quantised, scale, zero = inputs_of(before)
             steps = self.many("Split", [quantised], T, axis=0, num_outputs=T)
-            return [partial(self._dequantised, step, scale, zero) for step in steps], True
-        return [partial(_unscaled, step) for step in self.split(current, T)], False
-
-    def _dequantised(self, value: ir.Value, scale: ir.Value, zero: ir.Value, factor: float) -> ir.Value:
-        if factor != 1.0:
-            array = constant(scale)
-            assert array is not None
-            scale = self.number(float(array) * factor)
-        return self("DequantizeLinear", value, scale, zero)
-
-    def _sum(self, of: ir.Node, one: Scaled, other: Scaled, factor: float) -> ir.Value:
-        total = self("Add", one(factor), other(factor))
-        producer_of(total).meta[_STANDS_FOR] = of
-        return total
+            return [_dequantised(step, scale, zero) for step in steps], True
+        return [_unscaled(step) for step in self.split(current, T)], False
 
     def merge(self, value: ir.Value) -> ir.Value:
         """`value [T, N, ...]` as `[T * N, ...]`, from before it was taken apart; sums are taken there as well."""
@@ -206,9 +216,32 @@ def network_node(node: ir.Node) -> ir.Node:
     return of
 
 
-def _unscaled(value: ir.Value, factor: float) -> ir.Value:
-    assert factor == 1.0
-    return value
+def _dequantised(value: ir.Value, scale: ir.Value, zero: ir.Value) -> Scaled:
+    def write(build: StepBuilder, factor: float) -> ir.Value:
+        if factor == 1.0:
+            return build("DequantizeLinear", value, scale, zero)
+        array = constant(scale)
+        assert array is not None
+        return build("DequantizeLinear", value, build.number(float(array) * factor), zero)
+
+    return Scaled(write)
+
+
+def _sum(of: ir.Node, one: Scaled, other: Scaled) -> Scaled:
+    def write(build: StepBuilder, factor: float) -> ir.Value:
+        total = build("Add", one(build, factor), other(build, factor))
+        producer_of(total).meta[_STANDS_FOR] = of
+        return total
+
+    return Scaled(write)
+
+
+def _unscaled(value: ir.Value) -> Scaled:
+    def write(_: StepBuilder, factor: float) -> ir.Value:
+        assert factor == 1.0
+        return value
+
+    return Scaled(write)
 
 
 def _repeated(current: ir.Value) -> ir.Value | None:

@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,7 @@ from tetdeploy.export import (
     ExportConfig,
     Exported,
     ParityError,
+    causality,
     description,
     export_model,
     gate,
@@ -1232,6 +1234,22 @@ def test_what_stands_behind_silent_neurons_is_checked(behind: Callable[[Tensor],
     assert check_steps(untested(Silent()), x, "direct") == 3
     with pytest.raises(ValueError, match=match):
         check_steps(untested(Silent(behind)), x, "direct")
+
+
+def test_no_run_of_the_check_keeps_what_an_earlier_one_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All currents and spikes of T steps are the most that an export keeps of a large network."""
+    original, runs, kept = causality._recorded, list[weakref.ref[Any]](), list[int]()
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        kept.append(sum((run := of_all()) is not None and len(run.spikes[0]) > 1 for of_all in runs))
+        run, logits = original(*args, **options)
+        assert all(spikes.dtype == torch.bool for spikes in run.spikes)
+        runs.append(weakref.ref(run))
+        return run, logits
+
+    monkeypatch.setattr(causality, "_recorded", recorded)
+    check_steps(untested(Silent()), torch.from_numpy(digits().images[:2]), "direct")
+    assert kept == [0, *[1] * 6, 0, *[1] * 4, 0, 1]  # steps and images alone; with random spikes; with large numbers
 
 
 class RefusesLargeNumbers(Small):
