@@ -80,6 +80,7 @@ def test_an_engine_heeds_a_quota(
 @pytest.mark.parametrize(("own", "threads"), [(None, "2"), ("", "2"), ("5", "5")])
 def test_commands_heed_a_quota(own: str | None, threads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group(tmp_path, monkeypatch, {"cpu.max": "200000 100000"})
+    monkeypatch.setenv("GOMP_SPINCOUNT", "30")
     monkeypatch.setenv("OMP_NUM_THREADS", own or "")
     if own is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
@@ -88,3 +89,18 @@ def test_commands_heed_a_quota(own: str | None, threads: str, tmp_path: Path, mo
     with handled(signal.default_int_handler, signal.SIGINT):  # which it leaves as the process should end with it
         __main__.main()
     assert said == [threads]
+
+
+@pytest.mark.parametrize(
+    ("own", "spins"),
+    [
+        ({}, "1000"),
+        ({"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}, "1000"),
+        ({"GOMP_SPINCOUNT": "30"}, "30"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ],
+)
+def test_waiting_threads_of_commands_sleep_soon_unless_told_otherwise(own: dict[str, str], spins: str | None) -> None:
+    environment = {"OMP_NUM_THREADS": "2", **own}
+    __main__._settle_openmp(environment)
+    assert environment.get("GOMP_SPINCOUNT") == spins

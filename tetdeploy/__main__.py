@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import MutableMapping
 
 
 def main() -> None:
@@ -12,10 +13,7 @@ def main() -> None:
     the command's last word Ctrl-C, as the second of two, ends the process in silence: it would interrupt what libraries
     do as Python exits, which then shows their tracebacks."""
     try:
-        from tetdeploy.machine import default_threads
-
-        if not os.environ.get("OMP_NUM_THREADS") and (threads := default_threads()) is not None:
-            os.environ["OMP_NUM_THREADS"] = str(threads)  # which PyTorch and BLAS would not find out
+        _settle_openmp(os.environ)
         from tetdeploy.cli import main as command_line
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -25,6 +23,18 @@ def main() -> None:
     finally:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _settle_openmp(environment: MutableMapping[str, str]) -> None:
+    """What OpenMP reads when it is loaded, where the user leaves it open."""
+    from tetdeploy.machine import default_threads
+
+    if not environment.get("OMP_NUM_THREADS") and (threads := default_threads()) is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)  # which PyTorch and BLAS would not find out
+    if not environment.get("OMP_WAIT_POLICY") and not environment.get("GOMP_SPINCOUNT"):
+        # Turns of a loop in which a thread waits before it sleeps. libgomp's own number, where it does not know itself
+        # short of cores, is milliseconds' worth, in which a thread that has nothing to do keeps others from their core.
+        environment["GOMP_SPINCOUNT"] = "1000"
 
 
 if __name__ == "__main__":
