@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tetdeploy.batches import parts
+from tetdeploy.batches import images_with_spikes, parts
 from tetdeploy.engine import Engine
 from tetdeploy.engine_stream import Stream
 from tetdeploy.networks import Classifier
@@ -39,6 +39,7 @@ MAX_LOGIT_ERROR = 1e-4  # of the largest logit, layer by layer
 AMPLIFICATION = 4.0  # of PyTorch's own rounding: the engine rounds as often, and independently
 _BATCH = 25
 _NUM_LOCAL, _NUM_ROUNDING, _NUM_MOVED = 100, 20, 3
+_PART_OF_ROUNDING = 5  # images whose spikes are all in memory
 
 
 class ParityError(ValueError):
@@ -149,7 +150,9 @@ def compare(
     by_image: list[NDArray[np.int64]] = []
     first_state = None
     fired = np.zeros(len(names), np.bool_)
-    for part in parts(len(x), _BATCH, ticker(progress, what, len(x))):
+    # From random membranes the first batch is looked at once more, below: it must not be of a few images.
+    size = _BATCH if from_random_state else min(_BATCH, images_with_spikes(engine.metadata["neurons"], T))
+    for part in parts(len(x), size, ticker(progress, what, len(x))):
         batch = x[part]
         state = None
         if from_random_state:
@@ -222,7 +225,7 @@ def compare_folded(reduced: TracedNetwork, engine: Engine, x: NDArray[Any], T: i
     """The folded network in float32, of which int8 and fp16 are made, beside the classifier, which stands for the
     engine: both in PyTorch."""
     sums = Comparison(TracedNetwork(reduced.tracer), engine, T)
-    for part in parts(len(x), _BATCH):
+    for part in parts(len(x), min(_BATCH, images_with_spikes(engine.metadata["neurons"], T))):
         per_step, spikes = run_torch(reduced.classifier, x[part], T)
         sums.add(x[part], per_step, spikes)
         sums.add_local(x[part], per_step, spikes)
@@ -262,17 +265,26 @@ def _rounding(
     """
     others = others or RoundedOtherwise(classifier)
     tick = tick or (lambda _: None)
-    expected = run_torch(classifier, x, T, state)[1]
-    tick(len(x))
-    size = sum(layer.size for layer in expected)
+    given = [
+        (x[part], None if state is None else [layer[part] for layer in state])
+        for part in parts(len(x), _PART_OF_ROUNDING)
+    ]
+    expected = []
+    for images, u in given:
+        expected.append([layer.astype(np.uint8) for layer in run_torch(classifier, images, T, u)[1]])
+        tick(len(images))
+    size = sum(layer.size for spikes in expected for layer in spikes)
     largest = 0.0
     for tried, (other, context) in enumerate(others, 1):
-        with context:
-            largest = max(largest, float(compare_torch(other, x, T, expected, state)[1].sum()) / size)
+        differing = 0
+        for (images, u), spikes in zip(given, expected, strict=True):
+            with context:
+                differing += int(compare_torch(other, images, T, spikes, u)[1].sum())
+            tick(len(images))
+        largest = max(largest, differing / size)
         if largest >= enough:
-            tick(len(x) * (1 + len(others) - tried))
+            tick(len(x) * (len(others) - tried))
             break
-        tick(len(x))
     return largest
 
 

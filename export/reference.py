@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetdeploy.agreement import computed_by
-from tetdeploy.batches import parts
+from tetdeploy.batches import images_with_spikes, parts
 from tetdeploy.traced_network import Runnable
 
 from .config import ExportConfig
 from .recorder import run_torch
 
 NUM_REFERENCE = 256
+_BATCH = 32
 
 
 class Answers:
@@ -65,7 +66,8 @@ def write_reference(
         tick: called with the number of images that were run for this, for a progress bar.
     """
     T, known = config.steps_on(x), answers.num_images
-    for part in parts(max(len(x) - known, 0), 32, tick):
+    size = min(_BATCH, images_with_spikes(description["neurons"], T))
+    for part in parts(max(len(x) - known, 0), size, tick):
         per_step, spikes = run_torch(classifier, x[known:][part], T)
         answers.add(per_step, [s.reshape(T, s.shape[1], -1).sum(-1).astype(np.int64) for s in spikes])
     per_step, counts = answers.first(len(x), T)

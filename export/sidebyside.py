@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tetdeploy.batches import images_with_spikes
 from tetdeploy.engine import Engine, Result
 from tetdeploy.names import section
 from tetdeploy.networks import Classifier, run_network
@@ -26,7 +27,6 @@ from .comparison import Comparison
 from .counters import spikes_overlay
 from .margins import Margins, margins
 
-_SPIKE_BYTES = 4e8  # what the engine's spikes of one batch may take
 _NUM_EVERY = 32  # images whose every neuron-step goes into the margins
 
 
@@ -49,7 +49,7 @@ class SideBySide:
         self.correct = np.zeros((2, T), np.int64)
         self.fired = np.zeros((2, len(self.names), T), np.int64)
         self.differing, self.local, self.every = (Margins(len(self.names)) for _ in range(3))
-        self.batch_size = max(1, int(_SPIKE_BYTES // (4 * T * int(self.sums.whole.sizes.sum()))))
+        self.batch_size = images_with_spikes(engine.metadata["neurons"], T)
 
     @property
     def num_images(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetdeploy.batches import parts
+from tetdeploy.batches import images_with_spikes, parts
 
 
 @given(st.integers(0, 50), st.integers(1, 60))
@@ -23,3 +23,10 @@ def test_a_part_is_ticked_off_when_it_is_done() -> None:
     assert (next(running), done) == (slice(0, 3), [])
     assert (next(running), done) == (slice(3, 5), [3])
     assert (list(running), done) == ([], [3, 2])
+
+
+def test_a_batch_has_as_many_images_as_fit_with_all_their_spikes() -> None:
+    layers = [{"shape": [64, 32, 32]}, {"shape": [1000]}]
+    per_image = (64 * 32 * 32 + 1000) * 3 * 4
+    assert images_with_spikes(layers, T=3) == 200_000_000 // per_image == 250
+    assert images_with_spikes(layers, T=1_000_000) == 1

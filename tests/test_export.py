@@ -523,6 +523,23 @@ def test_the_reference_takes_what_the_check_computed_and_runs_the_other_images(
         assert np.abs(counts - answers[0][1]).sum() <= 1e-4 * answers[0][1].sum()
 
 
+def test_the_reference_runs_as_many_images_at_once_as_their_spikes_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def run_torch(classifier: Any, x: Any, T: int) -> Any:
+        ran.append(len(x))
+        return recorder.run_torch(classifier, x, T)
+
+    monkeypatch.setattr("tetdeploy.export.reference.run_torch", run_torch)
+    export_convsnn(tmp_path / "m.onnx", ExportConfig(T=3), digits().images[:40], num_check=0)
+    neurons = Engine(tmp_path / "m.onnx").metadata["neurons"]
+    monkeypatch.setattr("tetdeploy.batches._SPIKE_BYTES", 15.5 * 4 * 3 * sum(int(np.prod(n["shape"])) for n in neurons))
+    export_convsnn(tmp_path / "m.onnx", ExportConfig(T=3), digits().images[:40], num_check=0)
+    assert ran == [32, 8, 15, 15, 10]
+
+
 def test_the_check_may_be_left_out_and_the_path_be_no_utf8(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"n\xe9") / "m.onnx"
     made = export_convsnn(path, ExportConfig(T=4), digits().images[:5], num_check=0)

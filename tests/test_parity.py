@@ -258,6 +258,30 @@ def test_rounding_is_the_most_that_pytorch_differs_from_itself() -> None:
     assert _rounding(calibrated(AtTheThreshold()), x, 1, None) == pytest.approx(0.25, abs=0.05)
 
 
+@pytest.mark.parametrize("from_state", [False, True])
+def test_rounding_is_the_same_in_parts(from_state: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, neurons = digits().images[:8], exported_engine("step").metadata["neurons"]
+    generator = np.random.default_rng(0)
+    state = [generator.random((8, *n["shape"]), np.float32) * n["v_th"] for n in neurons] if from_state else None
+
+    def differing(part: int) -> list[int]:
+        counts: list[int] = []
+
+        def compared(_: Any, *given: Any) -> Any:
+            logits, differ = compare_torch(doubled(), *given)
+            counts.append(int(differ.sum()))
+            return logits, differ
+
+        monkeypatch.setattr("tetdeploy.export.parity._PART_OF_ROUNDING", part)
+        monkeypatch.setattr("tetdeploy.export.parity.compare_torch", compared)
+        rate = _rounding(convsnn(), x, 2, state, enough=1e-9)
+        assert rate == pytest.approx(sum(counts) / (8 * 2 * sum(np.prod(n["shape"]) for n in neurons)))
+        return counts
+
+    whole, parts = differing(8), differing(3)
+    assert len(parts) == 3 and sum(parts) == pytest.approx(whole[0], rel=1e-3) and whole[0] > 1000
+
+
 def test_rounding_is_not_measured_further_than_to_show_what_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
 
@@ -283,11 +307,23 @@ def test_networks_that_round_otherwise_are_made_once_and_only_as_far_as_asked_fo
     assert not moved[3].any()
 
 
-@pytest.mark.parametrize(("enough", "shown"), [(0.1, [4, 20]), (0.9, [4, 8, 12, 16, 20])])
+@pytest.mark.parametrize(("enough", "shown"), [(0.1, [4, 8, 20]), (0.9, [4, 8, 12, 16, 20])])
 def test_how_far_the_measurement_of_rounding_is_is_told(enough: float, shown: list[int]) -> None:
     done: list[int] = []
     _rounding(calibrated(AtTheThreshold()), digits().images[:4], 1, None, enough, tick=done.append)
     assert np.cumsum(done).tolist() == shown
+
+
+def test_a_batch_is_as_large_as_its_spikes_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, engine, done = digits().images[:8], exported_engine("step"), list[int]()
+    size = sum(int(np.prod(n["shape"])) for n in engine.metadata["neurons"])
+    monkeypatch.setattr("tetdeploy.batches._SPIKE_BYTES", 5.5 * 4 * 3 * size)
+    whole = compare(convsnn(), engine, x, 3, progress=lambda _, now, __: done.append(now))
+    assert done == [0, 5, 8] and whole.num_images == 8
+    # Of the first batch from random membranes, those that differ most are run again.
+    done.clear()
+    compare(convsnn(), engine, x, 1, from_random_state=True, progress=lambda _, now, __: done.append(now))
+    assert done == [0, 8]
 
 
 def test_a_comparison_has_a_bar_for_each_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,7 +278,7 @@ class TestGoingOn:
 def test_a_batch_is_as_large_as_its_spikes_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     model = engine("unrolled")
     size = sum(int(np.prod(n["shape"])) for n in model.metadata["neurons"])
-    monkeypatch.setattr("tetdeploy.export.sidebyside._SPIKE_BYTES", 5.5 * 4 * T * size)
+    monkeypatch.setattr("tetdeploy.batches._SPIKE_BYTES", 5.5 * 4 * T * size)
     assert SideBySide(convsnn(), model, T).batch_size == 5
-    monkeypatch.setattr("tetdeploy.export.sidebyside._SPIKE_BYTES", 1)
+    monkeypatch.setattr("tetdeploy.batches._SPIKE_BYTES", 1)
     assert SideBySide(convsnn(), Engine(exported("unrolled")), T).batch_size == 1

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+_SPIKE_BYTES = 2e8
 
 
 def parts(count: int, size: int, tick: Callable[[int], None] | None = None) -> Iterator[slice]:
@@ -21,3 +25,13 @@ def parts(count: int, size: int, tick: Callable[[int], None] | None = None) -> I
         yield slice(start, stop)
         if tick:
             tick(stop - start)
+
+
+def images_with_spikes(neurons: Sequence[Mapping[str, Any]], T: int) -> int:
+    """Images of a batch all of whose spikes over T steps are kept: as many as 200 MB of float32 hold, 1 at least.
+
+    Args:
+        neurons: the layers, as in a model's metadata.
+    """
+    spikes = T * sum(math.prod(layer["shape"]) for layer in neurons)
+    return max(1, int(_SPIKE_BYTES // (4 * max(spikes, 1))))
