@@ -55,7 +55,7 @@ class Parity:
         top1_agreement: images whose predicted class is the same, or tied, a fraction, after all T steps.
         top1_agreement_by_step: the same after 1..T steps.
         spike_mismatch_rate: differing neuron-steps over all neuron-steps.
-        local_mismatch_rate: the same where every layer of PyTorch reads the engine's spikes, on up to 100 images; that
+        local_mismatch_rate: the same where every layer of PyTorch reads the engine's spikes, on some 100 images; that
             of the worst layer, as one wrong layer is little of a whole network. (One or two spikes make no rate.)
         max_abs_logit_error: the largest difference of a per-step logit.
         local_logit_error: the same layer by layer, as a fraction of the largest logit.

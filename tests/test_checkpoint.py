@@ -36,6 +36,7 @@ from tetdeploy.run_folder import (
     other_checkpoint,
     weights_file,
     weights_sha256,
+    without_latest,
 )
 from tetdeploy.shards import read_shards, write_shards
 
@@ -579,8 +580,24 @@ def test_a_copy_that_followed_the_link_has_the_newest_run_in_latest_itself(kept:
     file = tmp_path / "latest" / kept
     file.parent.mkdir(exist_ok=True)
     file.touch()
-    file.with_name("config.json").touch()
+    if file.parent.name == "seed-1":
+        file.with_name("config.json").touch()
     assert latest_run(tmp_path) == newest_run(tmp_path) == tmp_path / "latest"
+
+
+def test_a_path_through_the_link_latest_is_one_of_the_run_itself(tmp_path: Path) -> None:
+    (tmp_path / "one" / "seed-1").mkdir(parents=True)
+    (tmp_path / "latest").symlink_to("one")
+    assert without_latest(tmp_path / "latest") == tmp_path / "one"
+    assert without_latest(tmp_path / "latest" / "seed-1") == tmp_path / "one" / "seed-1"
+    assert without_latest(tmp_path / "one") == tmp_path / "one"
+    (tmp_path / "runs").symlink_to(tmp_path)  # no other link is followed
+    assert without_latest(tmp_path / "runs" / "one") == tmp_path / "runs" / "one"
+    (tmp_path / "copy" / "latest").mkdir(parents=True)
+    assert without_latest(tmp_path / "copy" / "latest") == tmp_path / "copy" / "latest"
+    shutil.rmtree(tmp_path / "one")
+    with pytest.raises(FileNotFoundError, match=r"latest points at .*one, which is gone"):
+        without_latest(tmp_path / "latest")
 
 
 def test_what_is_there_for_a_moment_is_no_run(tmp_path: Path) -> None:

@@ -1130,11 +1130,14 @@ class TestBadInput:
             (("train",), "--out"),
             (("train",), "--runs"),
             (("export", "--format", "triton-repository"), "--out"),
-            (("import", "a.pth", "--arch", "resnet19"), "--out"),
         ],
     )
     def test_an_empty_output_is_not_the_current_folder(self, command: tuple[str, ...], option: str) -> None:
-        assert "it is empty; name a place" in refused(*command, option, "", code=2)
+        assert "it is empty; name a place, or leave the option out" in refused(*command, option, "", code=2)
+
+    def test_an_empty_output_that_must_be_given_is_to_be_named(self) -> None:
+        said = refused("import", "a.pth", "--arch", "resnet19", "--out", "", code=2)
+        assert said.endswith("it is empty; name a place\n")
 
     def test_an_output_beside_the_model_names_the_option_for_another(self, workplace: Path) -> None:
         for command, ending, option in (

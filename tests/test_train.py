@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import product
@@ -1134,6 +1135,34 @@ def test_a_run_in_latest_itself_goes_on(tmp_path: Path) -> None:
     run(latest, toy(interrupt_at(9)))
     assert not run(latest, resume=True, runs=tmp_path).interrupted
     assert not latest.is_symlink() and newest_run(tmp_path) == latest
+
+
+def test_a_run_goes_on_by_the_link_latest(tmp_path: Path) -> None:
+    run(tmp_path / "one", toy(interrupt_at(9)), runs=tmp_path)
+    result = run(tmp_path / "latest", resume=True, runs=tmp_path)
+    assert not result.interrupted and result.out == tmp_path / "one"
+    assert (tmp_path / "latest").readlink() == Path("one")
+
+
+@pytest.mark.parametrize("kept", ["a link", "a folder"])
+def test_seeds_go_on_by_latest(kept: str, tmp_path: Path) -> None:
+    def seeds(out: Path, *seeds: int, **options: Any) -> Any:
+        return train_seeds(
+            lambda seed: toy(seed=seed), TRAIN, VAL, settings(), seeds, out, runs=tmp_path, progress=False, **options
+        )
+
+    several, latest = tmp_path / "several", tmp_path / "latest"
+    seeds(several, 0)
+    latest.unlink()
+    if kept == "a link":
+        latest.symlink_to("several")
+    else:
+        several.rename(latest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = seeds(latest, 0, 1, resume=True)
+    assert len(result.runs) == 2 and newest_run(tmp_path).name in ("latest", "seed-0", "seed-1")
+    assert latest.is_symlink() == (kept == "a link")
 
 
 def test_latest_is_never_written_through_a_symlink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from collections.abc import MutableMapping
 
 def main() -> None:
     """The command line. It takes a moment to import, which Ctrl-C ends as it ends a command: with a line and 130. After
-    the command's last word Ctrl-C, as the second of two, ends the process in silence: it would interrupt what libraries
-    do as Python exits, which then shows their tracebacks."""
+    the command's last word Ctrl-C ends the process in silence, as by its signal: it would interrupt what libraries do
+    as Python exits, which then shows their tracebacks."""
     try:
         _settle_openmp(os.environ)
         from tetdeploy.cli import main as command_line

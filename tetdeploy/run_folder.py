@@ -77,6 +77,16 @@ def _newest_trained(runs: Path) -> Path | None:
     return None if newest is None else newest.parent
 
 
+def without_latest(path: Path) -> Path:
+    """`path` with the run itself in place of a link `latest`, which may point at another one before the work is done.
+
+    Raises:
+        FileNotFoundError: see `latest_run`.
+    """
+    link = next((link for link in (path, *path.parents) if link.name == LATEST_NAME and link.is_symlink()), None)
+    return path if link is None else latest_run(link.parent) / path.relative_to(link)
+
+
 def _such(run: Path | None) -> str:
     return "" if run is None else f", such as {run}"
 

@@ -29,7 +29,7 @@ from tetdeploy.files import is_utf8, lacks_temporary_folder
 from tetdeploy.memory import reused_memory
 from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import Classifier, check_classifier, code_sha256, run_network, warn_of_other_code
-from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, STATE_NAME
+from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, STATE_NAME, without_latest
 from tetdeploy.signals import deferred_interrupt
 
 from .averaging import kept_classifier, lagging_bn, update_average
@@ -144,7 +144,7 @@ def train(
         MissingExtraError: the package tensorboard is wanted and not installed.
         OSError: something cannot be written; earlier files are as they were.
     """
-    start, out, how = time.perf_counter(), Path(out), how or How()
+    start, out, how = time.perf_counter(), without_latest(Path(out)), how or How()
     check_type("config", config, TrainConfig)
     check_type("how", how, How)
     for name, flag in (("resume", resume), ("board", board)):

@@ -310,8 +310,8 @@ def _is_folder(latest: Path) -> bool:
 
 
 def _is_latest(out: Path, latest: Path) -> bool:
-    """Whether a run lies in a folder `latest` itself."""
-    return _is_folder(latest) and out.exists() and latest.samefile(out)
+    """Whether a run, or one of several seeds, lies in a folder `latest` itself."""
+    return _is_folder(latest) and out.resolve().is_relative_to(latest.resolve())
 
 
 def mark_latest(out: Path, runs: Path) -> None:

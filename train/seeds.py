@@ -19,7 +19,7 @@ from tetdeploy.arguments import check_flag, check_type
 from tetdeploy.data import LabelledSet
 from tetdeploy.files import write_json
 from tetdeploy.networks import Classifier, check_classifier
-from tetdeploy.run_folder import SUMMARY_NAME
+from tetdeploy.run_folder import SUMMARY_NAME, without_latest
 from tetdeploy.standard_output import StandardOutput
 
 from .config import How, TrainConfig
@@ -106,7 +106,7 @@ def train_seeds(
             anything is written.
         OSError: see `train`.
     """
-    out, ranks, how = Path(out), current_ranks(), how or How()
+    out, ranks, how = without_latest(Path(out)), current_ranks(), how or How()
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, and none twice")
     check_type("config", config, TrainConfig)

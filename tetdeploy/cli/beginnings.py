@@ -12,7 +12,7 @@ import click
 from tetdeploy.cli.recipe import is_given, is_typed
 from tetdeploy.cli.terminal import console
 from tetdeploy.names import is_own_model
-from tetdeploy.run_folder import latest_run, seeds_folder
+from tetdeploy.run_folder import latest_run, seeds_folder, without_latest
 
 if TYPE_CHECKING:
     from tetdeploy.checkpoint import Checkpoint
@@ -84,7 +84,7 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
     before: Mapping[str, Any] = {}
     data: Mapping[str, Any] = {} if init is None else init.metadata["data"]
     if resume is not None:
-        out = Path(resume) if resume else out or _latest(ctx.params["runs"], several=bool(seeds))
+        out = without_latest(Path(resume)) if resume else out or _latest(ctx.params["runs"], several=bool(seeds))
         settings = read_run_config(out)
         _check_named(ctx, out, settings.get("network", {}))
         seeds = _take_settings(ctx, settings, options) or seeds

@@ -58,7 +58,8 @@ class PlaceToWrite(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
-            self.fail("it is empty; name a place, or leave the option out", param, ctx)
+            way_out = "" if param is not None and param.required else ", or leave the option out"
+            self.fail(f"it is empty; name a place{way_out}", param, ctx)
         return super().convert(value, param, ctx)
 
 
