@@ -591,6 +591,9 @@ def test_a_path_through_the_link_latest_is_one_of_the_run_itself(tmp_path: Path)
     assert without_latest(tmp_path / "latest") == tmp_path / "one"
     assert without_latest(tmp_path / "latest" / "seed-1") == tmp_path / "one" / "seed-1"
     assert without_latest(tmp_path / "one") == tmp_path / "one"
+    weights = tmp_path / "one" / "checkpoint.safetensors"
+    weights.touch()
+    assert weights_file(tmp_path / "latest") == weights_file(tmp_path / "latest" / weights.name) == weights
     (tmp_path / "runs").symlink_to(tmp_path)  # no other link is followed
     assert without_latest(tmp_path / "runs" / "one") == tmp_path / "runs" / "one"
     (tmp_path / "copy" / "latest").mkdir(parents=True)

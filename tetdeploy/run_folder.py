@@ -125,11 +125,12 @@ def weights_file(path: Path | str) -> Path:
     """A folder of shards, `path` itself or the latest in it (RUN/shards), or the `checkpoint_file` that `path` names.
 
     Raises:
-        FileNotFoundError: see `checkpoint_file`.
+        FileNotFoundError: see `checkpoint_file` and `latest_run`.
         ValueError: `path` is none.
     """
     check_path("path", path, "a checkpoint or a run folder")
-    held = (Path(path) / CHECKPOINT_NAME).exists()  # shards beside a checkpoint would be a choice
+    path = without_latest(Path(path))  # what is made of the weights goes beside them
+    held = (path / CHECKPOINT_NAME).exists()  # shards beside a checkpoint would be a choice
     return (None if held else newest_shards(path)) or checkpoint_file(path)
 
 
