@@ -490,6 +490,19 @@ def test_the_reference_holds_256_images(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.reference.npz"]
 
 
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images PyTorch runs at once for a reference, call by call."""
+    ran: list[int] = []
+
+    def run_torch(classifier: Any, x: Any, T: int) -> Any:
+        ran.append(len(x))
+        return recorder.run_torch(classifier, x, T)
+
+    monkeypatch.setattr("tetdeploy.export.reference.run_torch", run_torch)
+    return ran
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -501,15 +514,8 @@ def test_the_reference_holds_256_images(tmp_path: Path) -> None:
     ids=["unrolled", "with-state", "dynamic", "step"],
 )
 def test_the_reference_takes_what_the_check_computed_and_runs_the_other_images(
-    config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: ExportConfig, ran: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[int] = []
-
-    def run_torch(classifier: Any, x: Any, T: int) -> Any:
-        ran.append(len(x))
-        return recorder.run_torch(classifier, x, T)
-
-    monkeypatch.setattr("tetdeploy.export.reference.run_torch", run_torch)
     monkeypatch.setattr("tetdeploy.export.parity._BATCH", 20)
     answers = {}
     for num_check in (60, 30, 0):
@@ -524,15 +530,8 @@ def test_the_reference_takes_what_the_check_computed_and_runs_the_other_images(
 
 
 def test_the_reference_runs_as_many_images_at_once_as_their_spikes_allow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ran: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[int] = []
-
-    def run_torch(classifier: Any, x: Any, T: int) -> Any:
-        ran.append(len(x))
-        return recorder.run_torch(classifier, x, T)
-
-    monkeypatch.setattr("tetdeploy.export.reference.run_torch", run_torch)
     export_convsnn(tmp_path / "m.onnx", ExportConfig(T=3), digits().images[:40], num_check=0)
     neurons = Engine(tmp_path / "m.onnx").metadata["neurons"]
     monkeypatch.setattr("tetdeploy.batches._SPIKE_BYTES", 15.5 * 4 * 3 * sum(int(np.prod(n["shape"])) for n in neurons))
