@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from tetdeploy.data import ImageSet
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.train import TrainConfig, train
-from tetdeploy.train.device import place, wants_channels_last
+from tetdeploy.train.device import pick_precision, place, wants_channels_last
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NETWORK = NetworkConfig("resnet19", 10, 3, (32, 32))
@@ -50,6 +51,28 @@ def test_only_convolutions_change_their_layout(channels_last: bool) -> None:
     assert network[0].weight.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert network[1].weight.is_contiguous()
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "emulated"),
+    [
+        ("flags\t\t: avx2 avx512f avx512_vnni", {"bf16", "fp16"}),
+        ("flags\t\t: avx512_vnni avx512_bf16", {"fp16"}),
+        ("flags\t\t: amx_bf16 avx512_fp16", set()),
+        ("Features\t: asimd", set()),  # of another kind of processor, of which nothing is known
+        ("", set()),
+    ],
+)
+def test_a_cpu_that_emulates_a_precision_is_named(
+    cpuinfo: str, emulated: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tetdeploy.train.device.read_cpuinfo", cpuinfo.splitlines)
+    for asked, precision in {"fp32": "fp32", "auto": "fp32", "bf16": "bf16", "fp16": "fp16"}.items():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert pick_precision(asked, CPU) == precision
+        expected = f"this processor has no instructions for {precision}, which is slower than fp32 here"
+        assert [str(warning.message) for warning in said] == [expected] * (asked in emulated)
 
 
 IMAGES = ImageSet(

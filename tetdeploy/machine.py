@@ -49,10 +49,19 @@ def load_average() -> float | None:
 
 def cpu_model(cpuinfo: Iterable[str]) -> str:
     """The processor's name by /proc/cpuinfo, or else by Python."""
-    fields: Mapping[str, str] = {
-        key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in cpuinfo) if colon
-    }
+    fields = _fields(cpuinfo)
     return fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine()
+
+
+def emulates(precision: str, cpuinfo: Iterable[str]) -> bool:
+    """Whether this is an x86 processor without instructions that multiply numbers of "bf16" or "fp16", by
+    /proc/cpuinfo; False where that does not say."""
+    flags = _fields(cpuinfo).get("flags", "").split()
+    return bool(flags) and not any(f"{unit}_{precision}" in flags for unit in ("amx", "avx512"))
+
+
+def _fields(cpuinfo: Iterable[str]) -> Mapping[str, str]:
+    return {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in cpuinfo) if colon}
 
 
 def read_cpuinfo() -> list[str]:

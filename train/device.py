@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tetdeploy import kernels
+from tetdeploy.machine import emulates, read_cpuinfo
 from tetdeploy.networks import NetworkConfig
 
 from .ranks import current_ranks
@@ -51,13 +53,18 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """The precision of `TrainConfig.precision` on a device: what "auto" comes to, or `name` itself.
+    """The precision of `TrainConfig.precision` on a device: what "auto" comes to, or `name` itself. Warns of one that
+    a CPU only emulates.
 
     Raises:
         ValueError: bf16 on a GPU that has none.
     """
     if device.type == "cpu":
-        return "fp32" if name == "auto" else name
+        name = "fp32" if name == "auto" else name
+        if name != "fp32" and emulates(name, read_cpuinfo()):
+            text = f"this processor has no instructions for {name}, which is slower than fp32 here"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return name
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "bf16" and not has_bf16:
         raise ValueError(f"{device_name(device)} has no bf16; use --precision fp16 or fp32")
