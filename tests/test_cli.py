@@ -752,6 +752,10 @@ class TestBadInput:
         assert "--resume goes on in the run's own folder, r/a, and --out names r/b: leave it out" in said
         assert "r/a does not exist" in refused("train", "--resume", "r/a", "--out", "./r/a")  # the same one
 
+    def test_an_empty_run_is_not_the_newest(self, workplace: Path) -> None:
+        said = refused("train", "--resume", "", code=2)
+        assert said.endswith("it is empty; name a run, or give --resume alone to go on with the newest\n")
+
     @pytest.mark.parametrize("command", [("export",), ("sweep",), ("train", "--resume")])
     def test_nothing_there_yet(self, command: tuple[str, ...]) -> None:
         assert "tetdeploy " in refused(*command)

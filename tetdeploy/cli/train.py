@@ -48,6 +48,18 @@ if TYPE_CHECKING:
 
 
 _OF_BUILT_IN = ("width", "tau", "v_th", "gamma")
+_NEWEST = "\0"  # of a bare --resume: nobody can type it, while a shell's variable that is not set gives ""
+
+
+class _Resumed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions only
+    """The run of --resume; "" is the newest."""
+
+    name = "run"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value == "":
+            self.fail("it is empty; name a run, or give --resume alone to go on with the newest", param, ctx)
+        return value.removeprefix(_NEWEST)
 
 
 @click.command(
@@ -176,8 +188,9 @@ Examples:
 @runs_option
 @click.option(
     "--resume",
+    type=_Resumed(),
     is_flag=False,
-    flag_value="",
+    flag_value=_NEWEST,
     metavar="[RUN]",
     help="Go on with a run, the newest by default, with its settings.",
 )
