@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -96,6 +97,30 @@ def test_two_processes_keep_a_kernel_for_two_dtypes_at_once(tmp_path: Path, monk
     kept = numba_kernels.compiled(twice, parallel=False)
     assert [kept(number) for number in numbers] == [3, 3]
     assert sum(kept.stats.cache_hits.values()) == 2
+
+
+@pytest.mark.parametrize(
+    ("installed", "named", "folder"),
+    [(True, "", "user/numba"), (True, "named", "named"), (False, "", "code"), (False, "named", "named")],
+)
+def test_kernels_of_an_installed_package_are_not_kept_in_it(
+    installed: bool, named: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once pip had removed the package, Python would import what is left of its folder."""
+    numba_kernels = pytest.importorskip("tetdeploy.kernels.numba_kernels")
+    import numba
+
+    monkeypatch.setattr(numba_kernels, "_INSTALLED", installed)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", named and str(tmp_path / named))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    code = tmp_path / "code" / "twice.py"
+    code.parent.mkdir()
+    code.write_text("def twice(number):\n    return 2 * number\n")
+    kernel = numba_kernels.compiled(runpy.run_path(str(code))["twice"], parallel=False)
+    assert kernel(3) == 6
+    assert Path(kernel._cache.cache_path).is_relative_to(tmp_path / folder)
+    assert {part.relative_to(tmp_path).parts[0] for part in tmp_path.rglob("*.nbi")} == {folder.split("/")[0]}
+    assert (named and str(tmp_path / named)) == numba.config.CACHE_DIR
 
 
 @pytest.mark.parametrize("error", [PermissionError, NotImplementedError])

@@ -29,6 +29,7 @@ import torch
 from filelock import FileLock  # which torch needs, too
 from llvmlite import ir
 from numba import extending, njit, prange, types
+from numba.misc.appdirs import AppDirs
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -51,11 +52,30 @@ def threads() -> Iterator[None]:
         yield
 
 
+# Where pip put it: pip would leave kernels behind that lay beside it, and Python import their folder as the package.
+_INSTALLED = not {"site-packages", "dist-packages"}.isdisjoint(Path(__file__).parts)
+
+
+@contextmanager
+def _out_of_the_package() -> Iterator[None]:
+    """Within it numba keeps what it compiles of an installed package in the user's cache, unless NUMBA_CACHE_DIR names
+    a folder."""
+    config: Any = numba.config
+    named = config.CACHE_DIR
+    if _INSTALLED and not named:
+        config.CACHE_DIR = AppDirs(appname="numba", appauthor=False).user_cache_dir  # numba's own
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = named
+
+
 def compiled(function: Any, **options: Any) -> Any:
     """Compiled at the first call, and kept on disk for the next process where a folder for that can be written."""
     options = {"parallel": True, "nogil": True} | options
     try:
-        return _kept_in_turn(njit(function, cache=True, **options))
+        with _out_of_the_package():
+            return _kept_in_turn(njit(function, cache=True, **options))
     except RuntimeError:  # "no locator available": neither the package's folder nor the user's cache is writable
         return njit(function, **options)
 
