@@ -8,6 +8,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,15 @@ def test_a_cpu_that_emulates_a_precision_is_named(
             assert pick_precision(asked, CPU) == precision
         expected = f"this processor has no instructions for {precision}, which is slower than fp32 here"
         assert [str(warning.message) for warning in said] == [expected] * (asked in emulated)
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_processes_the_first_names_it(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetdeploy.train.device.read_cpuinfo", lambda: ["flags: avx2"])
+    monkeypatch.setattr("tetdeploy.train.device.current_ranks", lambda: SimpleNamespace(writes=first))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert pick_precision("bf16", CPU) == "bf16"
+    assert len(said) == first
 
 
 IMAGES = ImageSet(

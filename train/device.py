@@ -61,7 +61,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     """
     if device.type == "cpu":
         name = "fp32" if name == "auto" else name
-        if name != "fp32" and emulates(name, read_cpuinfo()):
+        if name != "fp32" and current_ranks().writes and emulates(name, read_cpuinfo()):
             text = f"this processor has no instructions for {name}, which is slower than fp32 here"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         return name
