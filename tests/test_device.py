@@ -75,6 +75,7 @@ def test_a_cpu_that_emulates_a_precision_is_named(
         expected = f"this processor has no instructions for {precision}, which is slower than fp32 here"
         assert [str(warning.message) for warning in said] == [expected] * (asked in emulated)
 
+
 @pytest.mark.parametrize("first", [True, False])
 def test_of_several_processes_the_first_names_it(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tetdeploy.train.device.read_cpuinfo", lambda: ["flags: avx2"])
