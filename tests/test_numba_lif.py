@@ -111,7 +111,8 @@ def test_kernels_of_an_installed_package_are_not_kept_in_it(
     import numba
 
     monkeypatch.setattr(numba_kernels, "_INSTALLED", installed)
-    monkeypatch.setattr(numba.config, "CACHE_DIR", named and str(tmp_path / named))
+    setting = str(tmp_path / named) if named else ""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", setting)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     code = tmp_path / "code" / "twice.py"
     code.parent.mkdir()
@@ -120,7 +121,7 @@ def test_kernels_of_an_installed_package_are_not_kept_in_it(
     assert kernel(3) == 6
     assert Path(kernel._cache.cache_path).is_relative_to(tmp_path / folder)
     assert {part.relative_to(tmp_path).parts[0] for part in tmp_path.rglob("*.nbi")} == {folder.split("/")[0]}
-    assert (named and str(tmp_path / named)) == numba.config.CACHE_DIR
+    assert numba.config.CACHE_DIR == setting
 
 
 @pytest.mark.parametrize("error", [PermissionError, NotImplementedError])

@@ -59,7 +59,7 @@ class _Resumed(click.ParamType):  # type: ignore[type-arg]  # generic in new ver
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value == "":
             self.fail("it is empty; name a run, or give --resume alone to go on with the newest", param, ctx)
-        return value.removeprefix(_NEWEST)
+        return "" if value == _NEWEST else value
 
 
 @click.command(
