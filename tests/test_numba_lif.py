@@ -121,7 +121,7 @@ def test_kernels_of_an_installed_package_are_not_kept_in_it(
     assert kernel(3) == 6
     assert Path(kernel._cache.cache_path).is_relative_to(tmp_path / folder)
     assert {part.relative_to(tmp_path).parts[0] for part in tmp_path.rglob("*.nbi")} == {folder.split("/")[0]}
-    assert numba.config.CACHE_DIR == setting
+    assert setting == numba.config.CACHE_DIR
 
 
 @pytest.mark.parametrize("error", [PermissionError, NotImplementedError])
