@@ -124,6 +124,21 @@ def test_kernels_of_an_installed_package_are_not_kept_in_it(
     assert setting == numba.config.CACHE_DIR
 
 
+def test_without_a_home_kernels_of_an_installed_package_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container with any user's number; a folder named `~` would lie in the current one."""
+    numba_kernels = pytest.importorskip("tetdeploy.kernels.numba_kernels")
+    monkeypatch.setattr(numba_kernels, "_INSTALLED", True)
+    monkeypatch.setattr(numba_kernels.numba.config, "CACHE_DIR", "")
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError))
+    monkeypatch.chdir(tmp_path)
+    assert numba_kernels.compiled(lambda number: 2 * number, parallel=False)(3) == 6
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [PermissionError, NotImplementedError])
 def test_a_kernel_is_kept_where_nothing_can_be_locked(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")

@@ -59,11 +59,18 @@ _INSTALLED = not {"site-packages", "dist-packages"}.isdisjoint(Path(__file__).pa
 @contextmanager
 def _out_of_the_package() -> Iterator[None]:
     """Within it numba keeps what it compiles of an installed package in the user's cache, unless NUMBA_CACHE_DIR names
-    a folder."""
+    a folder.
+
+    Raises:
+        RuntimeError: the user has no home, as in a container with any user's number, so that `~` stays a name.
+    """
     config: Any = numba.config
     named = config.CACHE_DIR
     if _INSTALLED and not named:
-        config.CACHE_DIR = AppDirs(appname="numba", appauthor=False).user_cache_dir  # numba's own
+        folder = AppDirs(appname="numba", appauthor=False).user_cache_dir  # numba's own
+        if not Path(folder).is_absolute():
+            raise RuntimeError("no home")
+        config.CACHE_DIR = folder
     try:
         yield
     finally:
@@ -76,7 +83,7 @@ def compiled(function: Any, **options: Any) -> Any:
     try:
         with _out_of_the_package():
             return _kept_in_turn(njit(function, cache=True, **options))
-    except RuntimeError:  # "no locator available": neither the package's folder nor the user's cache is writable
+    except RuntimeError:  # "no locator available": no folder to write to; or no home
         return njit(function, **options)
 
 
