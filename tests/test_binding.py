@@ -182,9 +182,9 @@ def test_on_a_device_certain_images_stay_until_they_are_half(
     sizes: list[int] = []
     call = Stream.call
 
-    def recorded(stream: Stream, shown: Array | None, names: list[str]) -> dict[str, Array]:
+    def recorded(stream: Stream, *arguments: Any, **options: Any) -> dict[str, Array]:
         sizes.append(stream.batch)
-        return call(stream, shown, names)
+        return call(stream, *arguments, **options)
 
     monkeypatch.setattr(Stream, "call", recorded)
     confidence = certainty(np.cumsum(plain.run(x, T).per_step, 1) / np.arange(1, T + 1)[:, None], "confidence")

@@ -123,8 +123,8 @@ def test_the_work_shrinks_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> Non
     sizes: list[dict[str, int]] = []
     call = Stream.call
 
-    def recorded(stream: Stream, x: Array | None, names: list[str]) -> dict[str, Array]:
-        outputs = call(stream, x, names)
+    def recorded(stream: Stream, *arguments: Any, **options: Any) -> dict[str, Array]:
+        outputs = call(stream, *arguments, **options)
         sizes.append({name: len(value) for name, value in outputs.items()})
         return outputs
 

@@ -23,7 +23,7 @@ from export_helpers import digits, engine, exported, frames, unchecked
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from tetdeploy.early_exit import Exit
+from tetdeploy.early_exit import Exit, certainty
 from tetdeploy.engine import Engine
 from tetdeploy.export import ExportConfig
 from tetdeploy.extras import MissingExtraError
@@ -61,9 +61,19 @@ def test_T_defaults_to_that_of_the_export(layout: str, options: dict[str, Any], 
 
 
 @pytest.mark.parametrize("encoding", ["direct", "frames"])
-@pytest.mark.parametrize(("layout", "options"), [("unrolled", {"T": 4}), ("dynamic", {}), ("step", {})], ids=str)
+@pytest.mark.parametrize(("layout", "options", "calls_in_parts", "calls_of_all"), [
+    ("unrolled", {"T": 4}, [(3, 4), (2, 4), (2, 4)], [(7, 4)]),
+    ("unrolled", {"T": 4, "with_state": True}, [(2, 4), (2, 4), (2, 4), (1, 4)], [(7, 4)]),
+    ("dynamic", {}, [(4, 3), (3, 3)], [(7, 3)]),
+    ("step", {}, [(4, 1)] * 3 + [(3, 1)] * 3, [(7, 1)] * 3),
+], ids=str)  # fmt: skip
 def test_a_large_batch_runs_in_parts(
-    layout: str, options: dict[str, Any], encoding: str, monkeypatch: pytest.MonkeyPatch
+    layout: str,
+    options: dict[str, Any],
+    calls_in_parts: list[tuple[int, int]],
+    calls_of_all: list[tuple[int, int]],
+    encoding: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runner = engine(layout, encoding=encoding, **options)
     x = images(7) if encoding == "direct" else frames(7, 4)
@@ -72,19 +82,35 @@ def test_a_large_batch_runs_in_parts(
     assert {name: c.shape for name, c in counts.items()} == {name: c.shape for name, c in steps.items()}
     assert all(c.shape[:2] == (3, 7) for c in steps.values())
     largest = max(int(np.prod(layer["shape"])) for layer in runner.metadata["neurons"])
-    monkeypatch.setattr("tetdeploy.engine.IN_CACHE", largest * 12)  # an unrolled graph runs four steps, another three
+    monkeypatch.setattr("tetdeploy.engine.IN_CACHE", largest * 12)  # of 4, 6 (4 and state), 3, and 3 (1 and state) steps
     calls = list[tuple[int, int]]()
     session = runner.overlaid(runner.counting_overlay)[0]
     monkeypatch.setattr(runner, "overlaid", lambda overlay, *, native: (_Spy(session, calls), list(counts)))
     parts, their_counts = runner.count(x, 3)
-    assert calls == {"unrolled": [(3, 4), (2, 4), (2, 4)], "dynamic": [(4, 3), (3, 3)], "step": [(7, 1)] * 3}[layout]
+    assert calls == calls_in_parts
     np.testing.assert_allclose(parts.per_step, whole.per_step, atol=1e-6)
     for name, count in counts.items():
         np.testing.assert_array_equal(their_counts[name], count)
     calls.clear()
     monkeypatch.setattr(runner, "device", "cuda")  # a GPU wants it whole
     runner.count(x, 3)
-    assert calls == {"unrolled": [(7, 4)], "dynamic": [(7, 3)], "step": [(7, 1)] * 3}[layout]
+    assert calls == calls_of_all
+
+
+def test_early_exit_of_a_large_batch_runs_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = engine("step")
+    exit = Exit(float(np.median(certainty(runner.run(images(40), 1).logits, "confidence"))))
+    whole = runner.run(images(40), 4, exit=exit)
+    assert len(set(whole.steps.tolist())) > 1
+    largest = max(int(np.prod(layer["shape"])) for layer in runner.metadata["neurons"])
+    monkeypatch.setattr("tetdeploy.engine.IN_CACHE", largest * 3 * 7)
+    calls = list[tuple[int, int]]()
+    monkeypatch.setattr(runner, "_session", _Spy(runner._session, calls))
+    parts = runner.run(images(40), 4, exit=exit)
+    assert max(n for n, _ in calls) == 7 and len(calls) > 6  # parts of 7, 7, 7, 7, 6 and 6 images, which grow smaller
+    np.testing.assert_array_equal(parts.steps, whole.steps)
+    np.testing.assert_allclose(parts.per_step, whole.per_step, atol=1e-6)
+    np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-6)
 
 
 class Narrow(nn.Module):
@@ -504,6 +530,35 @@ def test_an_image_out_of_range_does_not_take_the_answers_of_others(
         runner.run(x[1:])
 
 
+class _DarkImagesFail:
+    """A session whose logits of black images are NaN."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+
+    def run(self, names: list[str], feed: dict[str, Array]) -> list[Array]:
+        outputs: list[Array] = self.session.run(names, feed)
+        outputs[names.index("per_step")][~feed["x"].any((1, 2, 3))] = np.nan
+        return outputs
+
+
+@pytest.mark.parametrize("in_cache", [1, 10**9])
+@pytest.mark.parametrize("exit", [None, Exit(0.01)])
+def test_an_image_without_an_answer_leaves_others_theirs_step_by_step(
+    exit: Exit | None, in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tetdeploy.engine.IN_CACHE", in_cache)
+    runner, x = engine("step"), images(3)
+    wanted = runner.run(x, 4, exit=exit)
+    monkeypatch.setattr(runner, "_session", _DarkImagesFail(runner._session))
+    x[1] = 0
+    result = runner.run(x, 4, exit=exit)
+    assert np.isnan(result.logits[1]).all() and result.steps[1] == 4
+    np.testing.assert_allclose(result.logits[[0, 2]], wanted.logits[[0, 2]], atol=1e-6)
+    with pytest.raises(ValueError, match="the input far out of range"):
+        runner.run(x[1:2], 4, exit=exit)
+
+
 # ------------------------------------------------------------------------------------------------ streams
 
 
@@ -528,9 +583,9 @@ def test_an_image_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Engine(exported("step"), threads=1)
     encoded, call = list[bool](), runner.call
 
-    def recorded(feed: dict[str, Array], names: list[str], session: Any) -> dict[str, Array]:
+    def recorded(feed: dict[str, Array], *arguments: Any, **options: Any) -> dict[str, Array]:
         encoded.append(bool(feed["encode"][0]))
-        return call(feed, names, session)
+        return call(feed, *arguments, **options)
 
     monkeypatch.setattr(runner, "call", recorded)
     runner.run(images(2), 3)

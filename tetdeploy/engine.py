@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -200,11 +200,14 @@ class Engine:
         """
         return Stream(self, batch)
 
-    def call(self, feed: Mapping[str, Array], names: Sequence[str], session: Any = None) -> dict[str, Array]:
+    def call(
+        self, feed: Mapping[str, Array], names: Sequence[str], session: Any = None, *, check: bool = True
+    ) -> dict[str, Array]:
         """The outputs `names` of one call of the graph, whose inputs are `feed`, which is not checked.
 
         Args:
             session: of the graph with an overlay (`overlaid`); None is the graph's own.
+            check: whether some image must have finite logits.
 
         Returns:
             By name. On a GPU state outputs lie there, to be fed to the next call; with `cuda_graphs` only until the
@@ -213,19 +216,16 @@ class Engine:
         Raises:
             ValueError: the runtime failed, or no image has finite logits.
         """
-        outputs = self._call(feed, names, session)
-        if "per_step" in outputs:
-            self._check_finite(outputs["per_step"])
-        return outputs
-
-    def _call(self, feed: Mapping[str, Array], names: Sequence[str], session: Any) -> dict[str, Array]:
         try:
-            return dict(zip(names, (session or self._session).run(list(names), feed), strict=True))
+            outputs = dict(zip(names, (session or self._session).run(list(names), feed), strict=True))
         except ValueError:  # of a session of TensorRT or OpenVINO, which speaks for itself
             raise
         except Exception as error:  # ONNX Runtime's own exception classes are private
             shape = list(feed["x"].shape)
             raise ValueError(f"ONNX Runtime failed on x of shape {shape}: {first_line(error)}") from error
+        if check and "per_step" in outputs:
+            self._check_finite(outputs["per_step"])
+        return outputs
 
     def _check_finite(self, per_step: Array) -> None:
         # None at all: one image's float32 input may be far out of range, and a server batches it with those of others.
@@ -346,23 +346,31 @@ class Engine:
         return np.ascontiguousarray(x)
 
     def _collect(self, session: Any, x: Array, T: int, names: list[str]) -> tuple[Result, dict[str, Array]]:
-        """Run T steps in as many calls as the layout needs; outputs `names` come back as `[T, N, ...]`."""
-        if self.with_state:
-            stream = Stream(self, len(x), session)
-            calls = [stream.call(part, names) for part in self._chunks(x, T)]
-        else:
-            calls = [self._call(self._feed(part, T), ["per_step", *names], session) for part in self._parts(x, T)]
-        joined = 1 if self.with_state else 0  # the axis of [N, T, K]: steps, or images
-        per_step = np.concatenate([call["per_step"] for call in calls], joined)[:, :T]
-        if not self.with_state:  # a stream's calls were checked one by one
-            self._check_finite(per_step)
-        extra = {name: np.concatenate([self._by_step(name, call) for call in calls], 1 - joined)[:T] for name in names}
+        """Run T steps in as many calls as parts and layout need; outputs `names` come back as `[T, N, ...]`.
+
+        They are taken out as they are joined: spikes of all layers are not held twice.
+        """
+        run = self._step_by_step if self.with_state else self._at_once
+        made = [run(session, part, T, names) for part in self._parts(x, T)]
+        per_step = np.concatenate([part for part, _ in made])[:, :T]
+        self._check_finite(per_step)
+        extra = {name: np.concatenate([part.pop(name) for _, part in made], 1)[:T] for name in names}
         return Result(per_step.mean(1), per_step, np.full(len(x), per_step.shape[1])), extra
+
+    def _at_once(self, session: Any, x: Array, T: int, names: list[str]) -> tuple[Array, dict[str, Array]]:
+        call = self.call(self._feed(x, T), ["per_step", *names], session, check=False)
+        return call["per_step"], {name: self._by_step(name, call) for name in names}
+
+    def _step_by_step(self, session: Any, x: Array, T: int, names: list[str]) -> tuple[Array, dict[str, Array]]:
+        stream = Stream(self, len(x), session)
+        calls = [stream.call(chunk, names, check=False) for chunk in self._chunks(x, T)]
+        per_step = np.concatenate([call["per_step"] for call in calls], 1)
+        return per_step, {name: np.concatenate([self._by_step(name, call) for call in calls]) for name in names}
 
     def _by_step(self, name: str, outputs: dict[str, Array]) -> Array:
         """An output of an overlay, taken out, as `[T, N, ...]`; graphs may have merged its first axes."""
         N, T = outputs["per_step"].shape[:2]
-        return outputs.pop(name).reshape(T, N, *self._overlay_axes[name])  # spikes of all layers are not held twice
+        return outputs.pop(name).reshape(T, N, *self._overlay_axes[name])
 
     @cached_property
     def _overlay_axes(self) -> dict[str, tuple[int, ...]]:
@@ -375,7 +383,8 @@ class Engine:
     def _parts(self, x: Array, T: int) -> list[Array]:
         """`x` in parts that a CPU's caches hold the layers of; a GPU wants it whole."""
         largest = max(math.prod(layer["shape"]) for layer in self.metadata["neurons"])
-        most = max(1, IN_CACHE // (largest * (self.T or T))) if self.device == "cpu" else len(x)
+        steps = (self.T or T) + (2 if self.with_state else 0)  # membranes that go in and out take as much as a step
+        most = max(1, IN_CACHE // (largest * steps)) if self.device == "cpu" else len(x)
         return np.array_split(x, math.ceil(len(x) / most))
 
     def _chunks(self, x: Array, T: int) -> list[Array | None]:
@@ -393,17 +402,24 @@ class Engine:
         return {"x": x, "steps": np.zeros((len(x), T), np.uint8)} if self.layout == "dynamic" else {"x": x}
 
     def _run_until_certain(self, x: Array, T: int, exit: Exit) -> Result:
-        """Run at most T steps; after each the images that are certain leave the batch.
+        """Run at most T steps of each image, and no more once it is certain."""
+        self.check_early_exit()
+        made = [self._part_until_certain(part, T, exit) for part in self._parts(x, T)]
+        result = Result(*(np.concatenate([getattr(part, of.name) for part in made]) for of in fields(Result)))
+        self._check_finite(result.logits[:, None])
+        return result
+
+    def _part_until_certain(self, x: Array, T: int, exit: Exit) -> Result:
+        """Run steps; after each the images that are certain leave the batch.
 
         On a GPU they stay, unheeded, until they are half of it: their state would have to come to the host and go back,
         and each new batch size takes ONNX Runtime time to prepare for.
         """
-        self.check_early_exit()
         stream, batch, running = Stream(self, len(x)), np.arange(len(x)), np.full(len(x), True)
         per_step = np.full((len(x), T, len(self.class_names)), np.nan, np.float32)
         total, steps = np.zeros((len(x), len(self.class_names)), np.float32), np.full(len(x), T)
-        for t, part in enumerate(self._chunks(x, T), start=1):
-            logits = stream.call(None if part is None else part[batch], [])["per_step"][:, 0]
+        for t, chunk in enumerate(self._chunks(x, T), start=1):
+            logits = stream.call(None if chunk is None else chunk[batch], [], check=False)["per_step"][:, 0]
             heeded = batch[running[batch]]
             per_step[heeded, t - 1] = logits[running[batch]]
             total[heeded] += per_step[heeded, t - 1]

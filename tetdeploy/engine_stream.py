@@ -117,8 +117,9 @@ class Stream:
         self._image = None if self._image is None else self.engine.put(np.asarray(self._image)[which])
         self._sum = self._sum[which]
 
-    def call(self, x: Array | None, names: Sequence[str]) -> dict[str, Array]:
-        """One call of the graph on checked input: its `per_step` and the outputs `names`. State moves on."""
+    def call(self, x: Array | None, names: Sequence[str], *, check: bool = True) -> dict[str, Array]:
+        """One call of the graph on checked input: its `per_step` and the outputs `names`. State moves on, unless no
+        image has finite logits, which `check` refuses."""
         if x is not None and len(x) != self.batch:
             raise ValueError(f"this stream has a batch of {self.batch}, got {len(x)}")
         shown = self._image if x is None else self.engine.put(x[:, 0] if self._one_frame() else x)
@@ -127,7 +128,7 @@ class Stream:
         if self._encoded:
             feed |= {"encode": np.array([x is not None]), **self._kept}
         wanted = ["per_step", *names, *state_outputs(self.engine.metadata)]
-        outputs = self.engine.call(feed, wanted, self._session)
+        outputs = self.engine.call(feed, wanted, self._session, check=check)
         self._u = {name: outputs[output] for name, output, _ in self._states}
         self._kept = {name: outputs[output] for name, output, _ in self._encoded}
         self._image = shown

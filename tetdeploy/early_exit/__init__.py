@@ -78,8 +78,9 @@ def certainty(mean_logits: NDArray[Any], criterion: Criterion) -> NDArray[np.flo
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Of `[..., K]`, in float64."""
-    p: NDArray[np.float64] = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    """Of `[..., K]`, in float64; of infinite logits NaN."""
+    with np.errstate(invalid="ignore"):
+        p: NDArray[np.float64] = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     return p
 
