@@ -183,7 +183,7 @@ def test_a_call_that_failed_may_be_made_again() -> None:
     wanted = engine("step", **STEP).run(x, 3).per_step
     stream.push(x)
     with (
-        patch.object(other, "_check_finite", side_effect=ValueError("no finite logits")),
+        patch.object(other, "check_finite", side_effect=ValueError("no finite logits")),
         pytest.raises(ValueError, match="no finite"),
     ):
         stream.push()

@@ -82,7 +82,7 @@ def test_a_large_batch_runs_in_parts(
     assert {name: c.shape for name, c in counts.items()} == {name: c.shape for name, c in steps.items()}
     assert all(c.shape[:2] == (3, 7) for c in steps.values())
     largest = max(int(np.prod(layer["shape"])) for layer in runner.metadata["neurons"])
-    monkeypatch.setattr("tetdeploy.engine.IN_CACHE", largest * 12)  # of 4, 6 (4 and state), 3, and 3 (1 and state) steps
+    monkeypatch.setattr("tetdeploy.engine.IN_CACHE", largest * 12)  # of 4, 4 + 2 (state), 3, and 1 + 2 steps
     calls = list[tuple[int, int]]()
     session = runner.overlaid(runner.counting_overlay)[0]
     monkeypatch.setattr(runner, "overlaid", lambda overlay, *, native: (_Spy(session, calls), list(counts)))

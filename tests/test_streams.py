@@ -120,14 +120,19 @@ def test_a_whole_run_in_a_pool_is_engine_run() -> None:
     assert {steps[-1][id].t for id in ids} == {4}
 
 
-def test_one_call_for_as_many_as_a_batch_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = StreamPool(Engine(engine("step").path, threads=1), max_batch=10)
+@pytest.mark.parametrize("bound", ["max_batch", "cache"])
+def test_one_call_for_as_many_as_a_batch_holds(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = Engine(engine("step").path, threads=1)
+    if bound == "cache":  # of a network so large that ten streams fill a CPU's
+        largest = max(int(np.prod(layer["shape"])) for layer in of.metadata["neurons"])
+        monkeypatch.setattr("tetdeploy.engine.IN_CACHE", largest * 3 * 10)
+    pool = StreamPool(of, max_batch=10 if bound == "max_batch" else 64)
     sizes: list[tuple[int, bool]] = []
     call = pool.engine.call
 
-    def counted(feed: dict[str, Array], names: list[str]) -> dict[str, Array]:
+    def counted(feed: dict[str, Array], names: list[str], **options: Any) -> dict[str, Array]:
         sizes.append((len(feed["x"]), bool(feed["encode"][0])))
-        return call(feed, names)
+        return call(feed, names, **options)
 
     monkeypatch.setattr(pool.engine, "call", counted)
     ids = [pool.open() for _ in range(25)]
@@ -164,11 +169,11 @@ def test_threads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     x, state, call = frame(pool.engine, 0), pool.state(first), pool.engine.call
     entered, go_on = threading.Event(), threading.Event()
 
-    def blocks(feed: dict[str, Array], names: list[str]) -> dict[str, Array]:
+    def blocks(*arguments: Any, **options: Any) -> dict[str, Array]:
         if not entered.is_set():
             entered.set()
             assert go_on.wait(60)
-        return call(feed, names)
+        return call(*arguments, **options)
 
     monkeypatch.setattr(pool.engine, "call", blocks)
     others = [
@@ -433,16 +438,41 @@ def test_a_call_that_fails_moves_nobody(monkeypatch: pytest.MonkeyPatch) -> None
     before = [pool.state(id).to_bytes() for id in ids]
     call, calls = pool.engine.call, []
 
-    def fails(feed: dict[str, Array], names: list[str]) -> dict[str, Array]:
+    def fails(feed: dict[str, Array], names: list[str], **options: Any) -> dict[str, Array]:
         calls.append(feed)
         if len(calls) == 3:
             raise ValueError("ONNX Runtime failed: bad allocation")
-        return call(feed, names)
+        return call(feed, names, **options)
 
     monkeypatch.setattr(pool.engine, "call", fails)
     with pytest.raises(ValueError, match="bad allocation"):
         pool.push(dict.fromkeys(ids))
     assert [pool.state(id).to_bytes() for id in ids] == before
+
+
+@pytest.mark.parametrize("broken", [range(1, 3), range(5)], ids=["some", "all"])
+def test_streams_without_an_answer_leave_others_theirs(broken: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where they are all of a call; only if no stream has one is the model damaged, and none moves on."""
+    pool = StreamPool(Engine(engine("step").path, threads=1), max_batch=1)
+    ids, call = [pool.open() for _ in range(5)], pool.engine.call
+    calls = list[int]()
+
+    def without(*arguments: Any, **options: Any) -> dict[str, Array]:
+        outputs = call(*arguments, **options)
+        if len(calls) in broken:
+            outputs["per_step"][:] = np.nan
+        calls.append(1)
+        return outputs
+
+    monkeypatch.setattr(pool.engine, "call", without)
+    frames_of = {id: frame(pool.engine, id) for id in ids}
+    if len(broken) == len(ids):
+        with pytest.raises(ValueError, match="gives NaN or infinite logits"):
+            pool.push(frames_of)
+        assert {pool.state(id).t for id in ids} == {0}
+    else:
+        finite = [bool(np.isfinite(result.logits).all()) for result in pool.push(frames_of).values()]
+        assert finite == [True, False, False, True, True]
 
 
 def test_nan_is_refused_by_stream() -> None:

@@ -224,10 +224,11 @@ class Engine:
             shape = list(feed["x"].shape)
             raise ValueError(f"ONNX Runtime failed on x of shape {shape}: {first_line(error)}") from error
         if check and "per_step" in outputs:
-            self._check_finite(outputs["per_step"])
+            self.check_finite(outputs["per_step"])
         return outputs
 
-    def _check_finite(self, per_step: Array) -> None:
+    def check_finite(self, per_step: Array) -> None:
+        """Refuse, with ValueError, logits `[N, t, K]` of which those of no image are finite."""
         # None at all: one image's float32 input may be far out of range, and a server batches it with those of others.
         if not np.isfinite(per_step).all((1, 2)).any():
             raise ValueError(
@@ -353,7 +354,7 @@ class Engine:
         run = self._step_by_step if self.with_state else self._at_once
         made = [run(session, part, T, names) for part in self._parts(x, T)]
         per_step = np.concatenate([part for part, _ in made])[:, :T]
-        self._check_finite(per_step)
+        self.check_finite(per_step)
         extra = {name: np.concatenate([part.pop(name) for _, part in made], 1)[:T] for name in names}
         return Result(per_step.mean(1), per_step, np.full(len(x), per_step.shape[1])), extra
 
@@ -382,10 +383,15 @@ class Engine:
 
     def _parts(self, x: Array, T: int) -> list[Array]:
         """`x` in parts that a CPU's caches hold the layers of; a GPU wants it whole."""
-        largest = max(math.prod(layer["shape"]) for layer in self.metadata["neurons"])
+        return np.array_split(x, math.ceil(len(x) / self.most_at_once(len(x), T)))
+
+    def most_at_once(self, N: int, T: int) -> int:
+        """Of N images or streams as many as one call should have; T is its steps, where the graph does not say them."""
+        if self.device != "cpu":
+            return N
+        largest: int = max(math.prod(layer["shape"]) for layer in self.metadata["neurons"])
         steps = (self.T or T) + (2 if self.with_state else 0)  # membranes that go in and out take as much as a step
-        most = max(1, IN_CACHE // (largest * steps)) if self.device == "cpu" else len(x)
-        return np.array_split(x, math.ceil(len(x) / most))
+        return min(N, max(1, IN_CACHE // (largest * steps)))
 
     def _chunks(self, x: Array, T: int) -> list[Array | None]:
         """The input of each call of a graph with state; None is the same image again."""
@@ -406,7 +412,7 @@ class Engine:
         self.check_early_exit()
         made = [self._part_until_certain(part, T, exit) for part in self._parts(x, T)]
         result = Result(*(np.concatenate([getattr(part, of.name) for part in made]) for of in fields(Result)))
-        self._check_finite(result.logits[:, None])
+        self.check_finite(result.logits[:, None])
         return result
 
     def _part_until_certain(self, x: Array, T: int, exit: Exit) -> Result:

@@ -96,7 +96,7 @@ class StreamPool:
     Args:
         engine: of a model that gives its state out: layout step, or unrolled with `--with-state`.
         max_batch: most streams in one call of the graph; a push of more takes several calls. A TensorRT engine may
-            have been built for fewer.
+            have been built for fewer, and a CPU takes fewer of a large network.
 
     Raises:
         ValueError: `engine` is none; the graph gives no state out; `max_batch` is no whole number, or below 1; the
@@ -110,6 +110,7 @@ class StreamPool:
         max_batch = check_count("max_batch", max_batch)
         self.engine = engine
         self.max_batch = min(max_batch, engine.max_batch or max_batch)
+        self._at_once = engine.most_at_once(self.max_batch, engine.chunk_T)
         states, encoded = engine.metadata["states"], engine.metadata["encoded"]
         self._outputs = {s["input"]: s["output"] for s in (*states, *encoded)}
         self._encodes = bool(encoded)
@@ -219,12 +220,14 @@ class StreamPool:
             if not self._encodes and repeated:  # what is shown again is computed again, so that all share a call
                 shown |= {id: self._carried["x"][self._row[id]] for id in repeated}
                 repeated = []
-            groups = [[*shown][part] for part in parts(len(shown), self.max_batch)]
+            groups = [[*shown][part] for part in parts(len(shown), self._at_once)]
             pushes: list[tuple[list[int], Array | None]] = [
                 (ids, self._stack({id: shown[id] for id in ids})) for ids in groups
             ]
-            pushes += [(repeated[part], None) for part in parts(len(repeated), self.max_batch)]
+            pushes += [(repeated[part], None) for part in parts(len(repeated), self._at_once)]
             calls = [(ids, x, self._call(ids, x)) for ids, x in pushes]
+            if calls:
+                self.engine.check_finite(np.concatenate([outputs["per_step"] for _, _, outputs in calls]))
             results: dict[int, StepResult] = {}
             for ids, x, outputs in calls:
                 results |= self._move_on(ids, x, outputs)
@@ -238,7 +241,7 @@ class StreamPool:
             feed["x"] = x
         if self._encodes:
             feed["encode"] = np.array([x is not None])
-        return self.engine.call(feed, ["per_step", *self._outputs.values()])
+        return self.engine.call(feed, ["per_step", *self._outputs.values()], check=False)
 
     def _move_on(self, ids: Sequence[int], x: Array | None, outputs: Mapping[str, Array]) -> dict[int, StepResult]:
         """Take over what a call gave."""
