@@ -1,8 +1,11 @@
-"""What OpenVINO computes wrongly, written so that it computes it right.
+"""What OpenVINO computes wrongly, or cannot compile, written otherwise.
 
 It moves an average of currents in 8 bits in front of their scale and rounds it to 8 bits, though not past a Max. And of
 what a 1x1 convolution with a stride does not read it computes nothing in the layers before, without regard to its
 padding; a kernel of three, two of them zero, is no 1x1.
+
+It cannot compile a transposition between two reshapings of any number of images, as of a network that computes images
+first and steps second: it takes it for a shuffling of channels, though not with a Max behind it.
 """
 
 from __future__ import annotations
@@ -20,38 +23,52 @@ def write_for_openvino(model: ir.Model, *, int8: bool) -> None:
     Args:
         int8: it has currents in 8 bits.
     """
-    for graph in model.graphs():
-        for node in list(graph):
-            if node.op_type == "AveragePool" and int8:
-                _keep_in_place(graph, node)
-            elif node.op_type == "Conv" and _skips_padding(node):
-                _widen(graph, node)
+    nodes = [(graph, node) for graph in model.graphs() for node in graph]
+    narrow = [(graph, conv) for graph, conv in nodes if _skips_padding(conv)]
+    widened = set[ir.Node]()
+    for graph, node in nodes:
+        if (node.op_type == "AveragePool" and int8) or _reshapes_transposed(node):
+            _keep_in_place(graph, node)
+    for graph, conv in narrow:
+        dequantised = made_by(conv.inputs[1], "DequantizeLinear")
+        if dequantised is None:
+            _put_zeros(graph, conv, 1)
+        elif dequantised not in widened:  # calls of one module share it
+            widened.add(dequantised)
+            dequantised.outputs[0].shape = None
+            _put_zeros(graph, dequantised, 0)
+        _read_widened(conv)
 
 
-def _keep_in_place(graph: ir.Graph, pool: ir.Node) -> None:
-    """Put a Max that changes nothing before an average."""
-    build = StepBuilder(graph, pool, FLOAT, Forms())
-    lowest = build.number(float(np.finfo(np.float32).min))
-    currents = build("Max", pool.inputs[0], lowest)
-    _name(pool, lowest=lowest, currents=currents)
-    pool.replace_input_with(0, currents)
+def _reshapes_transposed(node: ir.Node) -> bool:
+    """Whether it reshapes what was reshaped and had its first two axes, steps and images, exchanged then."""
+    transposed = made_by(node.inputs[0], "Transpose") if node.op_type == "Reshape" else None
+    if transposed is None or made_by(transposed.inputs[0], "Reshape") is None:
+        return False
+    return list(transposed.attributes.get_ints("perm", ()))[:2] == [1, 0]
+
+
+def _keep_in_place(graph: ir.Graph, node: ir.Node) -> None:
+    """Put a Max that changes nothing before it."""
+    value = node.inputs[0]
+    assert value is not None and value.dtype is not None
+    build, kind = StepBuilder(graph, node, FLOAT, Forms()), value.dtype.numpy()
+    lowest = build("Constant", value=ir.tensor(np.array(0 if kind == np.uint8 else np.finfo(kind).min, kind)))
+    kept = build("Max", value, lowest)
+    _name(node, lowest=lowest, kept=kept)
+    node.replace_input_with(0, kept)
 
 
 def _skips_padding(conv: ir.Node) -> bool:
     """Whether it is a 1x1 convolution with stride and padding."""
+    if conv.op_type != "Conv":
+        return False
     stride, pads = (conv.attributes.get_ints(name, ()) for name in ("strides", "pads"))
     return max(stride, default=1) > 1 and any(pads) and all(size == 1 for size in _weight(conv).shape[2:])  # type: ignore[index]
 
 
-def _widen(graph: ir.Graph, conv: ir.Node) -> None:
-    """Put a zero on either side of the kernel, along its first axis."""
-    weight = _weight(conv)
-    dequantised = made_by(weight, "DequantizeLinear")
-    if dequantised is not None:
-        weight.shape = None
-        _put_zeros(graph, dequantised, 0)
-    else:
-        _put_zeros(graph, conv, 1)
+def _read_widened(conv: ir.Node) -> None:
+    """A convolution whose kernel got a zero on either side, along its first axis."""
     pads, axes = list(conv.attributes.get_ints("pads", ())), len(conv.attributes.get_ints("pads", ())) // 2
     reach = conv.attributes.get_ints("dilations", [1])[0]
     pads[0], pads[axes] = pads[0] + reach, pads[axes] + reach

@@ -67,7 +67,7 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
 def _use_int8(graph: onnx.GraphProto, constants: Mapping[str, NDArray[Any]]) -> None:
     """No uint8 inside `graph`: see the top of this file."""
     makers = {output: node for node in graph.node for output in node.output}
-    read_by_convolutions = {node.input[0] for node in graph.node if node.op_type == "Conv"}
+    by_convolutions = {node.input[0] for node in graph.node if node.op_type == "Conv"}
     nodes = []
     for node in graph.node:
         if node.op_type == "Cast" and node.attribute[0].i == TensorProto.UINT8:
@@ -76,8 +76,16 @@ def _use_int8(graph: onnx.GraphProto, constants: Mapping[str, NDArray[Any]]) -> 
             nodes.append(node)
         elif node.op_type == "DequantizeLinear":
             source = makers[node.input[0]]
-            given = source.input[0] if source.op_type == "QuantizeLinear" else node.input[0]
-            build = _spikes if node.output[0] in read_by_convolutions else _current
+            handed_on = source.op_type != "QuantizeLinear"  # spikes as they are
+            given = node.input[0] if handed_on else source.input[0]
+            as_they_are = (constants[node.input[1]] == 1).all() and not constants[node.input[2]].any()
+            if handed_on and not as_they_are:
+                raise ValueError(
+                    f"uint8 spikes, {given}, are read with a scale or a zero of their own, as in no export of "
+                    "tetdeploy; export again with tetdeploy export --precision int8"
+                )
+            # A convolution may read a current, too: that of a convolution before it.
+            build = _spikes if as_they_are and node.output[0] in by_convolutions else _current
             nodes.extend(build(given, node, constants))
     del graph.node[:]
     graph.node.extend(nodes)
@@ -90,13 +98,8 @@ def _is_uint8(node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> bo
     return len(node.input) > 2 and constants[node.input[2]].dtype == np.uint8
 
 
-def _spikes(given: str, node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> list[onnx.NodeProto]:
+def _spikes(given: str, node: onnx.NodeProto, _: Mapping[str, NDArray[Any]]) -> list[onnx.NodeProto]:
     quantised, scale = f"{node.output[0]}.int8", node.input[1]
-    if (constants[scale] != 1).any() or constants[node.input[2]].any():
-        raise ValueError(
-            f"a convolution reads {given} as uint8 with a scale of its own; TensorRT has int8 around zero only: "
-            "quantise with tetdeploy export --precision int8"
-        )
     return [
         helper.make_node("QuantizeLinear", [given, scale, _ZERO], [quantised]),
         helper.make_node("DequantizeLinear", [quantised, scale, _ZERO], node.output),

@@ -117,18 +117,43 @@ class Awkward(nn.Module):
         return logits
 
 
+class Unusual(nn.Module):
+    """A layer that computes images first and steps second, which OpenVINO could not compile, and a 1x1 convolution with
+    stride and padding that is called for each step by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1 = DirectEncoding(nn.Conv2d(1, 8, 3, padding=1)), LIF(v_th=0.3)
+        self.images_first, self.lif2 = nn.Conv2d(8, 8, 3, padding=1), LIF(v_th=0.3)
+        self.each, self.lif3 = nn.Conv2d(8, 8, 1, stride=2, padding=1), LIF(v_th=0.3)
+        self.readout = OverTime(nn.Flatten(), nn.Linear(8 * 5 * 5, 10))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif1(self.encode(x, T))
+        images_first = self.images_first(spikes.transpose(0, 1).flatten(0, 1)).unflatten(0, (spikes.shape[1], T))
+        spikes = self.lif2(images_first.transpose(0, 1))
+        logits: Tensor = self.readout(self.lif3(torch.stack([self.each(spikes[t]) for t in range(T)])))
+        return logits
+
+
 @cache
-def awkward() -> Classifier:
+def of_this_network(kind: type[nn.Module]) -> Classifier:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return classifier(Awkward())
+        return classifier(kind())
 
 
-def export_awkward(path: Path, layout: Layout, precision: Precision, target: Target = "openvino") -> Exported:
+def export_awkward(
+    path: Path,
+    layout: Layout,
+    precision: Precision,
+    target: Target = "openvino",
+    kind: type[nn.Module] = Awkward,
+) -> Exported:
     config = ExportConfig(layout=layout, T=3, trained_T=3, precision=precision, target=target)
     images = digits().images[:40]
     with shared_traces():
-        return export_model(awkward(), path, config, images, num_check=40, calibration=(images, None))
+        return export_model(of_this_network(kind), path, config, images, num_check=40, calibration=(images, None))
 
 
 @pytest.mark.parametrize(("layout", "precision"), [("unrolled", "int8"), ("step", "fp32")])
@@ -138,6 +163,16 @@ def test_what_openvino_computes_wrongly_is_written_otherwise(
     exported = export_awkward(tmp_path / "m.onnx", layout, precision)
     assert exported.checked_under == ("onnxruntime", "openvino")
     same_answers(exported.path, 4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_what_openvino_cannot_compile_is_written_otherwise(precision: Precision, tmp_path: Path) -> None:
+    exported = export_awkward(tmp_path / "m.onnx", "unrolled", precision, kind=Unusual)
+    assert exported.checked_under == ("onnxruntime", "openvino")
+    same_answers(exported.path)
+    export_awkward(tmp_path / "n.onnx", "unrolled", precision, "cpu", Unusual)
+    with pytest.raises(ValueError, match=r"(cannot compile|may compute) n\.onnx.* --target openvino.* ONNX Runtime"):
+        in_openvino(tmp_path / "n.onnx")
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,17 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from click.testing import CliRunner
-from export_helpers import digits, engine, exported, folder, frames, int8_exported, layouts
+from export_helpers import classifier, digits, engine, exported, folder, frames, int8_exported, layouts
+from torch import Tensor, nn
 
 from tetdeploy.cli import main
-from tetdeploy.export import tensorrt
+from tetdeploy.export import ExportConfig, export_model, tensorrt
 from tetdeploy.export.tensorrt import BuildConfig, Built, build_engine
 from tetdeploy.export.tensorrt_graph import prepare
+from tetdeploy.layers import DirectEncoding, OverTime, tdBN
+from tetdeploy.neurons import LIF
 from tetdeploy.runtimes import nvidia
 from tetdeploy.runtimes.nvidia import NoGpuError, target_architectures
 
@@ -151,7 +155,36 @@ def _narrow(graph: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize(("layout", "options"), INT8, ids=lambda value: str(value))
 def test_what_is_prepared_of_int8_computes_the_same(layout: str, options: dict[str, Any]) -> None:
-    model = int8_exported(layout, target=TARGET, **options)
+    prepared_computes_the_same(int8_exported(layout, target=TARGET, **options))
+
+
+class Separable(nn.Module):
+    """A depthwise convolution, and a pointwise one of its current."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif1 = DirectEncoding(nn.Conv2d(1, 8, 3, padding=1)), LIF(v_th=0.3)
+        self.separable = OverTime(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1), tdBN(8))
+        self.lif2, self.readout = LIF(v_th=0.3), OverTime(nn.Flatten(), nn.Linear(8 * 8 * 8, 10))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        logits: Tensor = self.readout(self.lif2(self.separable(self.lif1(self.encode(x, T)))))
+        return logits
+
+
+def test_a_convolution_of_the_current_of_another_one_in_int8(tmp_path: Path) -> None:
+    images = digits().images[:40]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = classifier(Separable())
+    config = ExportConfig(T=3, trained_T=3, precision="int8", target=TARGET)
+    model = export_model(network, tmp_path / "m.onnx", config, images, num_check=40, calibration=(images, None)).path
+    prepared_computes_the_same(model)
+    built = build_engine(model, config=RTX)
+    assert built.path.exists() and "Int8" in reads(built, "Conv")
+
+
+def prepared_computes_the_same(model: Path) -> None:
     given = onnx.load(model)
     _narrow(given)
     plain_bytes = given.SerializeToString()
@@ -459,6 +492,6 @@ def test_int8_of_others_is_refused(place: int, other: np.generic, tmp_path: Path
     spikes.input[place] = "other"  # a tensor of its own: others may read the one that it has
     graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array(other), "other"))
     onnx.save(graph, tmp_path / "m.onnx")
-    with pytest.raises(ValueError, match=r"as uint8 with a scale of its own; .*tetdeploy export --precision int8"):
+    with pytest.raises(ValueError, match=r"^uint8 spikes, .* of their own, .*tetdeploy export --precision int8"):
         build_engine(tmp_path / "m.onnx", config=RTX)
     assert names_in(tmp_path) == ["m.onnx"]

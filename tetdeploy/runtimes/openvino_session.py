@@ -42,12 +42,6 @@ class OpenVINOSession:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
             read = core.read_model(model)
-            if wrong := next(filter(None, map(_wrong, _operations(read))), None):
-                raise ValueError(
-                    f"OpenVINO may compute {name} wrongly, as it has {wrong}: export it again with --target openvino, "
-                    "which writes this otherwise, or run it with ONNX Runtime"
-                )
-            self._compiled = core.compile_model(read, "CPU", options)
         except RuntimeError as error:
             fault = (
                 "it has an operation that OpenVINO has not; run it with ONNX Runtime, for which --target cpu exports"
@@ -56,6 +50,18 @@ class OpenVINOSession:
                 "again with --target openvino"
             )
             raise ValueError(f"OpenVINO cannot load {name}: {fault} ({_reason(error)})") from error
+        if wrong := next(filter(None, map(_wrong, _operations(read))), None):
+            raise ValueError(
+                f"OpenVINO may compute {name} wrongly, as it has {wrong}: export it again with --target openvino, "
+                "which writes this otherwise, or run it with ONNX Runtime"
+            )
+        try:
+            self._compiled = core.compile_model(read, "CPU", options)
+        except RuntimeError as error:
+            raise ValueError(
+                f"OpenVINO cannot compile {name}: --target openvino writes otherwise what is known to fail; if it was "
+                f"exported so, run it with ONNX Runtime, for which --target cpu exports ({_reason(error)})"
+            ) from error
         # One that is made of another, as by a padding of nothing, has both names once it is compiled.
         self._outputs = [output.any_name for output in read.outputs]
         self._metadata = dict(read.get_rt_info("framework").value) if read.has_rt_info("framework") else {}
