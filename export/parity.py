@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -143,23 +143,15 @@ def compare(
             PyTorch's own rounding.
         what: the comparison is called in this.
     """
-    neurons = [(n["name"], float(n["v_th"]), tuple(n["shape"])) for n in engine.metadata["neurons"]]
-    names = [name for name, _, _ in neurons]
-    generator = np.random.default_rng(0)
+    neurons = engine.metadata["neurons"]
+    names = [neuron["name"] for neuron in neurons]
     sums = Comparison(classifier, engine, T)
     by_image: list[NDArray[np.int64]] = []
-    first_state = None
     fired = np.zeros(len(names), np.bool_)
-    # From random membranes the first batch is looked at once more, below: it must not be of a few images.
-    size = _BATCH if from_random_state else min(_BATCH, images_with_spikes(engine.metadata["neurons"], T))
-    for part in parts(len(x), size, ticker(progress, what, len(x))):
-        batch = x[part]
-        state = None
-        if from_random_state:
-            state = [generator.random((len(batch), *shape), np.float32) * v_th for _, v_th, shape in neurons]
-        first_state = first_state or state
+    for part in parts(len(x), min(_BATCH, images_with_spikes(neurons, T)), ticker(progress, what, len(x))):
+        state = _membranes(neurons, range(len(x))[part]) if from_random_state else None
         taken = answers if answers is not None and answers.num_images < NUM_REFERENCE else None
-        differing, firing = _compare_batch(sums, engine, batch, state, taken, local=part.start < _NUM_LOCAL)
+        differing, firing = _compare_batch(sums, engine, x[part], state, taken, local=part.start < _NUM_LOCAL)
         by_image.append(differing)
         fired |= firing
     silent = tuple(name for name, once in zip(names, fired, strict=True) if not once)
@@ -167,10 +159,9 @@ def compare(
     # One step from random membranes may leave two classes near a tie: there the gate does not look at classes.
     if not (replace(parity, top1_agreement=1.0) if from_random_state else parity).differs:
         return parity
-    # Membranes are kept for the first batch alone: from random ones, the images are chosen there.
-    images = by_image[0] if first_state else np.concatenate(by_image)
+    images = np.concatenate(by_image)
     worst_images = np.argsort(-images, kind="stable")[:_NUM_ROUNDING]
-    worst, state = x[worst_images], None if first_state is None else [u[worst_images] for u in first_state]
+    worst, state = x[worst_images], _membranes(neurons, worst_images) if from_random_state else None
     there = float(images[worst_images].mean() / (sums.whole.sizes.sum() * T))
     enough, others = there / AMPLIFICATION or math.inf, RoundedOtherwise(classifier)
     tick = ticker(progress, f"{what}: rounding", len(worst) * (1 + len(others)))
@@ -179,6 +170,15 @@ def compare(
         return parity
     tick = ticker(progress, f"{what}: membranes", len(worst))
     return replace(parity, at_threshold=_is_at_threshold(classifier, engine, worst, T, state, others, tick))
+
+
+def _membranes(neurons: Sequence[Mapping[str, Any]], images: Iterable[int]) -> list[NDArray[Any]]:
+    """Random membranes in [0, v_th) of each layer, `[N, *shape]`; those of an image are always the same."""
+    generators = [np.random.default_rng(int(image)) for image in images]
+    return [
+        np.stack([generator.random(layer["shape"], np.float32) for generator in generators]) * np.float32(layer["v_th"])
+        for layer in neurons
+    ]
 
 
 def _compare_batch(
