@@ -144,6 +144,7 @@ def _exported_again(folded: fx.GraphModule, inputs: Any, shapes: Any) -> torch.e
 
 def _to_onnx(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
     _make_bounds_alike(program.graph)
+    _rewrite_unbiased_conv3d(program.graph)
     try:
         with torch.no_grad(), quiet():
             exported = torch.onnx.export(
@@ -172,6 +173,16 @@ def _make_bounds_alike(graph: fx.Graph) -> None:
         x, *bounds = node.args or (None,)
         if node.target in _CLAMPS and any(isinstance(bound, float) for bound in bounds):
             node.args = (x, *(None if bound is None else float(bound) for bound in bounds))
+
+
+def _rewrite_unbiased_conv3d(graph: fx.Graph) -> None:
+    """torch.onnx gives a conv3d without a bias one of the wrong shape; the same convolution by its general name not."""
+    defaults = (None, None, None, [1] * 3, [0] * 3, [1] * 3, 1)
+    for node in graph.nodes:
+        if node.target is aten.conv3d.default:
+            x, weight, bias, *steps, groups = (*node.args, *defaults[len(node.args) :])
+            if bias is None:
+                node.target, node.args = aten.convolution.default, (x, weight, None, *steps, False, [0] * 3, groups)
 
 
 def _why_not_onnx(error: BaseException, graph: fx.Graph) -> str:

@@ -1495,6 +1495,27 @@ def test_a_clamp_may_have_a_whole_number_and_a_fraction(tmp_path: Path) -> None:
             assert export_model(net, tmp_path / "m.onnx", ExportConfig(T=4, fold_bn=fold_bn), x).parity
 
 
+class Volumes(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.volume = nn.Conv3d(1, 1, 3, padding=1, bias=False)
+
+    def between(self, spikes: Tensor) -> Tensor:
+        return self.volume(spikes.flatten(0, 1).unsqueeze(1)).squeeze(1).unflatten(0, spikes.shape[:2])
+
+
+@pytest.mark.parametrize("fold_bn", [True, False])
+def test_a_convolution_over_volumes_needs_no_bias(fold_bn: bool, tmp_path: Path) -> None:
+    exported = export_model(
+        classifier(Volumes()), tmp_path / "m.onnx", ExportConfig(T=4, fold_bn=fold_bn), digits().images[:40]
+    )
+    assert exported.parity
+    convolutions = [
+        node for node in onnx.load(exported.path).graph.node if node.op_type == "Conv" and "volume" in node.input[1]
+    ]
+    assert [len(node.input) for node in convolutions] == [2]
+
+
 @pytest.mark.parametrize("T", [4, None])
 def test_frames_may_go_to_neurons_as_they_are(T: int | None) -> None:
     net = untested(OfFrames(DirectEncoding(nn.Identity())))
