@@ -127,10 +127,10 @@ class Layers:
         self._counted.add(node)
         timed = lowered.outputs[0] in self._timed
         name, ops = module_name(node) or _kind_name(node), self._repeats(node.outputs[0], None, timed=timed)
-        if ops is None:
-            self.uncounted.append(f"{name} ({kind})")
-        else:
+        if ops is not None:
             self.other_ops[kind][name] += ops
+        elif (of_kind := f"{name} ({kind})") not in self.uncounted:  # a module may be called at each step
+            self.uncounted.append(of_kind)
 
     def _layer(self, node: ir.Node, name: str, encodes: bool) -> Layer | None:
         value, weight = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None

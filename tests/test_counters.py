@@ -667,6 +667,24 @@ def test_differences_are_counted_and_sums_of_some_steps_are_named(tmp_path: Path
     assert metadata["uncounted"] == ["later (residual_adds)"]
 
 
+class EachStep(nn.Module):
+    """A convolution that is called for each step by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif = DirectEncoding(nn.Conv2d(1, 4, 3, padding=1)), LIF(v_th=0.3)
+        self.each, self.readout = nn.Conv2d(4, 2, 3, padding=1), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(self.encode(x, T))
+        return self.readout(self.lif(torch.stack([self.each(spikes[t]) for t in range(T)])).flatten(2))
+
+
+def test_what_is_uncounted_of_each_step_is_named_once(tmp_path: Path) -> None:
+    metadata = unchecked(EachStep(), tmp_path / "m.onnx", ExportConfig(T=3)).metadata
+    assert metadata["uncounted"] == ["each (bias_adds)", "each", "each#2", "each#3"]
+
+
 class FromNeuronsToNeurons(nn.Module):
     """The second neurons alone read the first, step by step."""
 
