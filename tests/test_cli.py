@@ -725,6 +725,17 @@ class TestCommands:
         assert f"{RUN} knows 10 classes, three.npz has 3: readout.2.weight, readout.2.bias start anew" in said
         assert "of 10 classes; three.npz has" in refused("train", "--qat", *options)
 
+    def test_where_no_data_are_named_they_are_those_of_the_weights_or_of_the_teacher(self, workplace: Path) -> None:
+        images = np.random.default_rng(0).integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
+        np.savez("colour.npz", images=images, labels=np.arange(60) % 3)
+        short = ("--epochs", "1", "--width", "0.25")
+        assert run("train", *short, "--data", "colour.npz", "--ann", "--out", "runs/ann").exit_code == 0
+        taught = run("train", *short, "--distill", "runs/ann", "--out", "runs/taught")
+        assert taught.exit_code == 0 and "data colour.npz, as in runs/ann" in " ".join(taught.output.split())
+        further = run("train", *short[:2], "--init", "runs/taught", "--out", "runs/further")
+        assert further.exit_code == 0 and "data colour.npz, as in runs/taught" in " ".join(further.output.split())
+        assert "image_shape" in refused("train", *short, "--data", "digits", "--distill", "runs/ann")
+
 
 class TestBadInput:
     @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class Beginning:
 
 def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seeds: tuple[int, ...]) -> Beginning:
     """Give options that were neither typed nor in a recipe what the run or the checkpoint has that is begun from; of
-    --init alone that is the network, its neurons included.
+    --init alone that is the network, its neurons included, and the data; of --distill the data.
 
     Args:
         out, seeds: those given; a run that is resumed has its own.
@@ -96,8 +96,11 @@ def begin(ctx: click.Context, options: dict[str, Any], *, out: Path | None, seed
         _take_checkpoint(ctx, init, options)
     elif init is not None:
         _take_network(ctx, init.path, init.metadata["network"], options)
+        _take_data(ctx, init.path, data, options)
     if options["distill"] and not data:
-        data = read_metadata(teacher_file(options["distill"]))["data"]
+        teacher = teacher_file(options["distill"])
+        data = read_metadata(teacher)["data"]
+        _take_data(ctx, teacher, data, options)
     if seeds and is_typed(ctx, "seed"):
         held = "" if is_given(ctx, "seeds") else f" ({out} has the seeds {', '.join(map(str, seeds))})"
         raise click.UsageError(f"--seed and --seeds both decide the random numbers: choose one of them{held}")
@@ -194,6 +197,13 @@ def _take_network(ctx: click.Context, init: Path, network: Mapping[str, Any], op
         if not is_given(ctx, name) and network.get(name, options[name]) != options[name]:
             options[name] = network[name]
             console.print(f"{name} {network[name]}, as in {init}", style="yellow")
+
+
+def _take_data(ctx: click.Context, weights: Path, data: Mapping[str, Any], options: dict[str, Any]) -> None:
+    """Where no data are named, those that the weights were trained on, if they say so."""
+    if data["name"] and data["name"] != options["data"] and not is_given(ctx, "data"):
+        options["data"] = data["name"]
+        console.print(f"data {data['name']}, as in {weights}", style="yellow")
 
 
 def start_from(ctx: click.Context, classifier: Classifier, init: Checkpoint) -> None:
