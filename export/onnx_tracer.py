@@ -177,12 +177,12 @@ def _make_bounds_alike(graph: fx.Graph) -> None:
 
 def _rewrite_unbiased_conv3d(graph: fx.Graph) -> None:
     """torch.onnx gives a conv3d without a bias one of the wrong shape; the same convolution by its general name not."""
-    defaults = (None, None, None, [1] * 3, [0] * 3, [1] * 3, 1)
+    defaults: tuple[Any, ...] = (None, None, None, [1] * 3, [0] * 3, [1] * 3, 1)
     for node in graph.nodes:
         if node.target is aten.conv3d.default:
-            x, weight, bias, *steps, groups = (*node.args, *defaults[len(node.args) :])
-            if bias is None:
-                node.target, node.args = aten.convolution.default, (x, weight, None, *steps, False, [0] * 3, groups)
+            given = (*node.args, *defaults[len(node.args) :])
+            if given[2] is None:
+                node.target, node.args = aten.convolution.default, (*given[:6], False, [0] * 3, given[6])
 
 
 def _why_not_onnx(error: BaseException, graph: fx.Graph) -> str:

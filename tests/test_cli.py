@@ -1348,6 +1348,21 @@ def test_a_path_in_ascii_keeps_its_bytes(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == name
 
 
+def test_the_next_command_looks_for_data_where_this_one_did(capsys: pytest.CaptureFixture[str]) -> None:
+    command = click.Command("train", params=[click.Option(["--data-dir"], type=Path, default=Path("data"))])
+    for typed in ([], ["--data-dir", "my data"]):
+        with command.make_context("train", typed):
+            say_next("export", Path("runs/a"), "--fold-bn")
+            say_next("report", Path("runs/a"))
+    next_ones = [
+        "export runs/a --fold-bn",
+        "report runs/a",
+        "export runs/a --fold-bn --data-dir 'my data'",
+        "report runs/a",
+    ]
+    assert capsys.readouterr().out == "".join(f"next: tetdeploy {words}\n" for words in next_ones)
+
+
 def test_names_in_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     say_next("report", "a b/[x].onnx")
     print_notes(["of [x].onnx"])

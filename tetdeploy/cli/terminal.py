@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import get_terminal_size
 
+import click
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -32,8 +33,20 @@ def say_next(*words: object) -> None:
 
 
 def command_line(*words: object) -> str:
-    """`tetdeploy` with these words, quoted for a shell; paths that begin with a dash are no options."""
+    """`tetdeploy` with these words, and the --data-dir that was typed for this command, quoted for a shell; paths that
+    begin with a dash are no options."""
+    words += () if words[0] in _WITHOUT_DATA else _typed_data_dir()
     return shlex.join(["tetdeploy", *(_undashed(word) if isinstance(word, Path) else str(word) for word in words)])
+
+
+_WITHOUT_DATA = ("build", "report")  # of the commands that are named as the next
+
+
+def _typed_data_dir() -> tuple[object, ...]:
+    ctx = click.get_current_context(silent=True)
+    if ctx is None or ctx.get_parameter_source("data_dir") is not click.core.ParameterSource.COMMANDLINE:
+        return ()
+    return "--data-dir", ctx.params["data_dir"]
 
 
 def _undashed(path: Path) -> str:

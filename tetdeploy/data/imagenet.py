@@ -35,7 +35,7 @@ def load_imagenet(name: str, split: Split, *, data_dir: Path) -> ImageFiles:
     if not root.is_dir():
         raise FileNotFoundError(
             f"no folder {root}: ImageNet is not downloaded; lay train/<wnid>/ and val/<wnid>/ there, or name another "
-            "folder, imagenet:PATH"
+            "folder, imagenet:PATH, or with --data-dir the one that imagenet lies in"
         )
     part, other = ("train", "val") if split == "train" else ("val", "train")
     classes = class_file_names(root / part)
