@@ -400,6 +400,6 @@ def _recorded(
         instead = ", with random spikes in place of its neurons'" if others else ""
         raise ValueError(
             f"the network fails at T={T} on input {list(x.shape)}{instead}, and must run at any T, as its steps do one "
-            f"by one: {error}"
+            f"by one, and on any number of images: {str(error) or type(error).__name__}"
         ) from error
     return recorder, logits

@@ -1198,7 +1198,7 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
     (NearlyAlone, ValueError, "mixes the images of a batch: the currents of neurons 'lif'"),
     (Centred, ValueError, "mixes the images of a batch: the logits for an image by itself differ"),
     (LooksAtTheData, ValueError, r"cannot trace the network: its forward makes a Python number of .* as torch\.where$"),
-    (Fails, ValueError, r"the network fails at T=6 on input \[2, 1, 8, 8\], and must run at any T, "),
+    (Fails, ValueError, r"the network fails at T=6 on input \[2, 1, 8, 8\], and must run at any T, .* images: \w"),
     (NormalisesTheImage, FoldingError, "cannot fold BN 'first': what comes before it is the input, not"),
     (BehindItsOwnPadding, FoldingError, r"what comes before it is aten\.pad\.default \(network\), not"),
     (BehindPooling, FoldingError, r"cannot fold BN 'norm\.1': .*\(norm\.0\).* without folding \(--no-fold-bn\)$"),
