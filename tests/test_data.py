@@ -50,7 +50,7 @@ from tetdeploy.data import (
 from tetdeploy.data.cache import cached
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
 from tetdeploy.data.download import download
-from tetdeploy.data.images import channel_statistics, mixed_order
+from tetdeploy.data.images import channel_statistics, mixed_order, stratified
 
 NO_DATA = Path("nowhere")
 
@@ -209,6 +209,31 @@ def test_split_validation_refuses_what_it_cannot_split() -> None:
     single = image_set().select([0, 3, 5])
     with pytest.raises(ValueError, match="no class has two images"):
         split_validation(single, fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.zeros(0, np.int64),
+        np.array([7]),
+        np.full(9, 3),
+        np.repeat([5, 0, 2], [1, 90, 9]),  # 1, 3 and 4 are empty
+        np.random.default_rng(0).integers(0, 1000, 3000),
+        np.random.default_rng(1).geometric(0.3, 500) - 1,
+        np.random.default_rng(2).integers(-2, 3, 200),
+    ],
+)
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.999])
+def test_the_split_is_the_same_for_ever(labels: NDArray[np.int64], fraction: float) -> None:
+    """Or a run of before would have trained on what a later version holds out."""
+    rng = np.random.RandomState(0)
+    held_out: list[int] = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        held_out += members[: min(max(round(fraction * len(members)), 1), len(members) - 1)].tolist()
+    first, second = stratified(labels, fraction=fraction)
+    assert second.tolist() == sorted(held_out)
+    assert first.tolist() == sorted(set(range(len(labels))) - set(held_out))
 
 
 def test_the_mixed_order_is_the_same_for_ever() -> None:

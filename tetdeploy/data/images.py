@@ -91,8 +91,9 @@ def stratified(labels: NDArray[np.int64], *, fraction: float) -> tuple[NDArray[n
     # numpy promises that RandomState's stream never changes; default_rng's may with numpy's version
     rng = np.random.RandomState(0)
     second = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
+    by_class = np.argsort(labels, kind="stable")
+    for members in np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1):
+        members = rng.permutation(members)
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         second[members[:count]] = True
     return np.flatnonzero(~second), np.flatnonzero(second)
