@@ -548,6 +548,40 @@ def test_n_mnist_is_found_in_tonics_layout(tmp_path: Path, monkeypatch: pytest.M
         load_data("n-mnist", "test", data_dir=tmp_path)
 
 
+def test_the_training_recordings_that_normalise_n_mnists_test_set_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tonic")
+    monkeypatch.setitem(event_sets.COUNTS, "n-mnist", {"train": 20, "test": 10})
+    train = [tmp_path / f"NMNIST/Train/{digit}/{i}.bin" for digit in range(10) for i in range(2)]
+    for i, path in enumerate((*train, *(tmp_path / f"NMNIST/Test/{digit}/0.bin" for digit in range(10)))):
+        write_bin(path, random_recording(i, 60, (34, 34)))
+    decoded: list[int] = []
+
+    def count(paths: list[Path], *args: Any, **more: Any) -> NDArray[np.uint8]:
+        decoded.append(len(paths))
+        return decode_recordings(paths, *args, **more)
+
+    monkeypatch.setattr(event_sets, "decode_recordings", count)
+
+    def std(split: Any = "test", name: str = "n-mnist", T: int = 3) -> tuple[float, ...]:
+        decoded.clear()
+        return load_data(name, split, data_dir=tmp_path, T=T).std
+
+    first = std()
+    assert decoded == [10, 20] and (std(), decoded) == (first, [])
+    assert (std("train"), decoded) == (first, [20])
+    assert std(T=2) != first and decoded == [10, 20]  # each binning has its own
+    assert std(name="by-time:n-mnist") != first and decoded == [10, 20]
+    assert (std(), decoded) == (first, [])
+    [kept] = (tmp_path / "cache/tetdeploy").glob("n-mnist-statistics-T3-count-*.npz")
+    kept.write_bytes(kept.read_bytes()[:-40])
+    assert (std(), decoded) == (first, [20])  # damaged
+    write_bin(train[0], random_recording(0, 600, (34, 34)))
+    assert std() != first and decoded == [20]  # of other files
+    assert std("train") == std()
+
+
 def test_dvs_cifar10_is_found_in_tonics_layout_and_split_by_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,7 +157,13 @@ def _frame_set(
 
     key = f"{name}-{split}-{_suffix(binning)}"
     frames = cached(key, root, mixed[split], lambda: {"frames": decode(mixed[split])})["frames"]
-    mean, std = count_statistics(frames if split == "train" else decode(mixed["train"][:NUM_MEASURED]))
+    measured = mixed["train"][:NUM_MEASURED]
+
+    def measure() -> Arrays:
+        return {"statistics": np.array(count_statistics(frames if split == "train" else decode(measured)))}
+
+    statistics = cached(f"{name}-statistics-{_suffix(binning)}", root, measured, measure)["statistics"]
+    mean, std = map(tuple, statistics.tolist())
     labels = np.array([class_names.index(path.parent.name) for path in mixed[split]], np.int64)
     return FrameSet(name, split, frames, labels, class_names, mean, std, Framing(binning.by, sensor))
 
