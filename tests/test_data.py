@@ -50,6 +50,7 @@ from tetdeploy.data import (
 from tetdeploy.data.cache import cached
 from tetdeploy.data.cifar import CIFAR10, CIFAR100
 from tetdeploy.data.download import download
+from tetdeploy.data.folder import class_files
 from tetdeploy.data.images import channel_statistics, mixed_order, stratified
 
 NO_DATA = Path("nowhere")
@@ -662,6 +663,30 @@ def test_cache_is_used_until_a_source_changes(tmp_path: Path, cache_folder: Path
         before = len(calls)
         assert len(get()) == before + 1  # made anew,
         assert len(get()) == before + 1  # and kept
+
+
+@pytest.mark.parametrize("root", ["set", ".", "/"])
+def test_caches_of_before_are_valid(
+    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    """Their fingerprints were made of Paths."""
+    folder = make_tree(tmp_path / "set")
+    (folder / "train/cat/é\udcff.png").symlink_to("gone.png")
+    monkeypatch.chdir(folder if root == "." else tmp_path)
+    place = {"set": Path("set"), ".": Path(), "/": folder}[root]
+    digest = hashlib.sha256(b"2")
+    paths = sorted((place / "train").glob("*/*"))
+    for path in paths:
+        digest.update(os.fsencode(path.relative_to(root)))
+        if path.exists():
+            digest.update(f"\0{path.stat().st_size}\0{path.stat().st_mtime_ns}\0".encode())
+    listed = [path for found in class_files(place / "train").values() for path in found]
+    assert listed == [str(path) for path in paths] and len(listed) == 7
+    for sources in (paths, listed):
+        cached("made", Path(root), sources, lambda: {"a": np.zeros(1)})
+        [kept] = cache_folder.iterdir()
+        assert files.read_npz(kept)["fingerprint"] == digest.hexdigest()
+        kept.unlink()
 
 
 def test_cache_is_not_scattered_over_working_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,9 +135,13 @@ def _from_torchvision(cifar: _Cifar, split: Split, data_dir: Path) -> Arrays:
 
 def _from_tree(cifar: _Cifar, split: Split, tree: Path) -> Arrays:
     classes = class_files(tree)
-    files = {name: [ImageFile(str(path), path.read_bytes) for path in found] for name, found in classes.items()}
     paths = [path for found in classes.values() for path in found]
-    return cached(f"{cifar.name}-{split}-tree", tree, paths, lambda: _decode(cifar, split, files, str(tree)))
+
+    def decode() -> Arrays:
+        files = {name: [ImageFile(path, Path(path).read_bytes) for path in found] for name, found in classes.items()}
+        return _decode(cifar, split, files, str(tree))
+
+    return cached(f"{cifar.name}-{split}-tree", tree, paths, decode)
 
 
 def _from_zips(cifar: _Cifar, split: Split, zips: list[Path]) -> Arrays:

@@ -53,7 +53,7 @@ def load_event_folder(root: Path | str, split: Split, binning: Binning, trained:
     sensor = _sensor(root, paths, trained)  # of both splits: they share one
 
     def decode() -> Arrays:
-        return {"frames": decode_recordings(paths, binning, sensor, text=root.name)}
+        return {"frames": decode_recordings(list(map(Path, paths)), binning, sensor, text=root.name)}
 
     key = f"events-{root.resolve().name}-{_suffix(binning)}-{sensor[1]}x{sensor[0]}"
     frames = cached(key, root, paths, decode)["frames"]
@@ -64,9 +64,9 @@ def load_event_folder(root: Path | str, split: Split, binning: Binning, trained:
     return FrameSet(f"events:{root}", split, frames[part], labels[part], tuple(train), mean, std, framing)
 
 
-def _sensor(root: Path, paths: list[Path], trained: Framing | None) -> Size:
+def _sensor(root: Path, paths: list[str], trained: Framing | None) -> Size:
     def measure() -> Arrays:
-        size, is_said = measure_sensor(paths, text=f"measuring {root.name}")
+        size, is_said = measure_sensor(list(map(Path, paths)), text=f"measuring {root.name}")
         return {"sensor": np.array(size), "is_said": np.array(is_said)}
 
     measured = cached(f"sensor-{root.resolve().name}", root, paths, measure)
