@@ -18,15 +18,14 @@ def stale(content: Mapping[str, Any], files: Sequence[Path]) -> str | None:
     does not say what it is of."""
     folder, named = files[0].parent, _listed(files)
     model = folder / Path(content["model"]).name
-    again = f"measure again: {', then '.join(command for file in files for command in _commands(file, model))}"
     measured = content.get("model_sha256")
     if measured and model.is_file() and (found := sha256_of(model)) != measured:
-        return f"{named} of another model ({measured[:12]}) than {model} is now ({found[:12]}); {again}"
+        return f"{named} of another model ({measured[:12]}) than {model} is now ({found[:12]}); {_again(files, model)}"
     own = content.get("checkpoint_sha256")
     if own and (other := other_checkpoint(folder, own)):
         return (
             f"{named} of another checkpoint ({own[:12]}) than that of {folder} ({other[:12]}); "
-            f"export {model} once more, with the options that it had, then {again}"
+            f"export {model} once more, with the options that it had, then {_again(files, model)}"
         )
     return None
 
@@ -35,6 +34,10 @@ def _listed(files: Sequence[Path]) -> str:
     """`a.json is`, `a.json and b.json are`."""
     *others, last = map(str, files)
     return f"{', '.join(others)} and {last} are" if others else f"{last} is"
+
+
+def _again(files: Sequence[Path], model: Path) -> str:
+    return f"measure again: {', then '.join(command for file in files for command in _commands(file, model))}"
 
 
 def _commands(file: Path, model: Path) -> list[str]:
