@@ -35,6 +35,7 @@ from tetdeploy.networks import Classifier, NetworkConfig
 from tetdeploy.train import TrainConfig, TrainResult, train
 from tetdeploy.train.batches import Batch, Draws
 from tetdeploy.train.disk_images import DiskImages, ImageReader, random_crop_flip, rank_cores
+from tetdeploy.train.schedule import derive_seed
 
 WNIDS = ("n01440764", "n01443537", "n02102040")
 CPU = torch.device("cpu")
@@ -221,6 +222,9 @@ def test_workers_shares_and_passes_change_no_pixel(imagenet: Path) -> None:
     for one, other in zip(own, others, strict=True):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
     assert torch.equal(torch.cat([y for _, y in own[:6]]), torch.tensor(data.labels).flip(0))
+    for x, seed, index in ((own[0][0][2], 1, 33), (own[5][0][5], 6, 0)):  # as in runs of before
+        crop = random_crop_flip(image_files.read_image(data.path(index)), 16, derive_seed(seed, "image", index))
+        np.testing.assert_array_equal(x, crop)
     assert torch.equal(torch.cat([x for x, _ in own[6:]]), torch.from_numpy(data.x[:]))
     for whole, part in zip(own[:6], drawn(data, 0, slice(2, 4)), strict=False):
         assert torch.equal(whole[0][2:4], part[0])

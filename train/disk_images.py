@@ -39,7 +39,8 @@ class Wanted(NamedTuple):
     path: str
     label: int
     size: int  # of the crop, in pixels
-    seed: int | None  # of a random crop and flip; None for the crop of the evaluation
+    image: int  # its index in the set
+    batch_seed: int | None  # decides, with `image`, a random crop and flip; None for the crop of the evaluation
 
 
 class ImageReader:
@@ -142,9 +143,8 @@ class DiskImages:
         return self._reader.read([self._wanted(index, None) for index in part] for part in parts)
 
     def _wanted(self, index: int, batch_seed: int | None) -> Wanted:
-        """An image's own seed, of the batch's and its index: its place in the batch, and so its rank, play no part."""
-        seed = derive_seed(batch_seed, "image", index) if self._augment and batch_seed is not None else None
-        return Wanted(self._data.path(index), int(self._data.labels[index]), self._data.size, seed)
+        path, label = self._data.path(index), int(self._data.labels[index])
+        return Wanted(path, label, self._data.size, index, batch_seed if self._augment else None)
 
 
 def rank_cores() -> int:
@@ -188,9 +188,11 @@ class _Files(Dataset["Batch | list[str]"]):
 
 
 def _cropped(wanted: Wanted) -> NDArray[np.uint8]:
-    if wanted.seed is None:
+    if wanted.batch_seed is None:
         return read_crop(wanted.path, wanted.size)
-    return random_crop_flip(read_image(wanted.path), wanted.size, wanted.seed)
+    # the image's own: its place in the batch, and so its rank, play no part
+    seed = derive_seed(wanted.batch_seed, "image", wanted.image)
+    return random_crop_flip(read_image(wanted.path), wanted.size, seed)
 
 
 def _as_it_is(batch: Batch | list[str]) -> Batch | list[str]:
