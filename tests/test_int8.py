@@ -761,9 +761,12 @@ class Volumes(nn.Module):
         return logits
 
 
-def test_a_convolution_behind_3d_pooling_of_spikes_is_quantised(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pool", [nn.MaxPool3d((1, 2, 2)), nn.AdaptiveMaxPool3d((1, 3, 3))])
+def test_a_convolution_behind_3d_pooling_of_spikes_is_quantised(pool: nn.Module, tmp_path: Path) -> None:
     torch.manual_seed(3)
-    exported = export(tmp_path / "m.onnx", network=classifier(Volumes()))
+    network = Volumes()
+    network.pooled[0] = pool
+    exported = export(tmp_path / "m.onnx", network=classifier(network))
     assert exported.int8 is not None and list(exported.int8["scales"]) == ["pooled.1"]
     assert exported.parity is not None and exported.parity.local_mismatch_rate <= 1e-4
 

@@ -356,11 +356,12 @@ _OF_TWO: dict[Any, Callable[[list[int]], int]] = {
 }  # fmt: skip
 _OF_LIST: dict[Any, Callable[[list[int]], int]] = {aten.cat.default: max, aten.stack.default: max}
 _PARTS = (aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+_MAXIMA = (aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)
 _HAND_ON = {
     *VIEWS, *MOVES, *DROPOUT, aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.squeeze.dims,
     aten.flip.default, aten.roll.default, aten.repeat.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
     aten.channel_shuffle.default,
-    aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
+    aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, *_MAXIMA,
     aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec,
 }  # fmt: skip
 
@@ -372,7 +373,7 @@ def _hands_on(node: fx.Node) -> bool:
         return mode not in (None, "constant") or not value
     if node.target is operator.getitem:
         parts: Any = node.args[0]
-        return parts.target in _PARTS
+        return parts.target in _PARTS or (parts.target in _MAXIMA and node.args[1] == 0)  # 1 is where they lie
     return node.target in _HAND_ON or node.target in _PARTS
 
 
