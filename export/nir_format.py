@@ -21,6 +21,7 @@ from __future__ import annotations
 import io
 import json
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from tetdeploy.data import Encoding
-from tetdeploy.extras import import_extra
+from tetdeploy.extras import MissingExtraError, import_extra
 from tetdeploy.files import atomic_write
 from tetdeploy.folding import DROPOUT, VIEWS, count_batchnorm, fold_batchnorm, module_path, parameter
 from tetdeploy.model_file import METADATA_KEY
@@ -44,6 +45,7 @@ from tetdeploy.wording import first_line
 from .causality import check_on_noise
 
 aten = torch.ops.aten
+_OLDEST = (1, 0, 6)  # of the package nir: its neurons have v_reset
 DT = 1e-4  # seconds a step: what snnTorch and SpikingJelly assume of a NIR graph, which does not say
 
 
@@ -83,10 +85,10 @@ def export_nir(
 
     Raises:
         ValueError: NIR has no node for a part of the network, which the message names. Nothing is written then.
-        MissingExtraError: the package nir is not installed.
+        MissingExtraError: the package nir is not installed, or too old.
         OSError: the folder cannot be written.
     """
-    nir = import_extra("nir", "nir")
+    nir = _import_nir()
     path = Path(path)
     graph, num_folded = nir_graph(classifier.eval(), encoding=encoding)
     graph.metadata = {METADATA_KEY: json.dumps(_describe(classifier, trained_T, encoding, source))}
@@ -102,7 +104,7 @@ def export_nir(
 
 def nir_graph(classifier: Classifier, *, encoding: Encoding = "direct") -> tuple[Any, int]:
     """The `nir.NIRGraph` of a classifier in inference, and how many BN were folded. Errors: see `export_nir`."""
-    nir = import_extra("nir", "nir")
+    nir = _import_nir()
     num_layers = check_on_noise(classifier, encoding)
     with torch.no_grad(), quiet():
         program = _traced(classifier, encoding)
@@ -116,6 +118,15 @@ def nir_graph(classifier: Classifier, *, encoding: Encoding = "direct") -> tuple
             "logits; all must"
         )
     return graph, num_folded
+
+
+def _import_nir() -> Any:
+    """The package nir; `pip install sinabs` takes an older one back."""
+    nir = import_extra("nir", "nir")
+    if tuple(map(int, re.findall(r"\d+", nir.version)[:3])) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise MissingExtraError(f"nir {nir.version} is too old; {oldest} or later is needed: pip install -U nir")
+    return nir
 
 
 def _traced(classifier: Classifier, encoding: Encoding) -> torch.export.ExportedProgram:
@@ -175,7 +186,7 @@ def _describe(
         "class_names": classifier.class_names,
         "logits": "the mean of the output over the steps",
         "source": dict(source or {}),
-    } | written(nir=import_extra("nir", "nir").version, torch=torch.__version__)
+    } | written(nir=_import_nir().version, torch=torch.__version__)
 
 
 Sources = tuple[str, ...]  # the NIR nodes whose outputs a traced value is the sum of
