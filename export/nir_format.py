@@ -35,7 +35,15 @@ from torch import fx
 from tetdeploy.data import Encoding
 from tetdeploy.extras import MissingExtraError, import_extra
 from tetdeploy.files import atomic_write
-from tetdeploy.folding import DROPOUT, VIEWS, count_batchnorm, fold_batchnorm, module_path, parameter
+from tetdeploy.folding import (
+    DROPOUT,
+    VIEWS,
+    count_batchnorm,
+    fold_batchnorm,
+    module_path,
+    parameter,
+    remedy_of_computed,
+)
 from tetdeploy.model_file import METADATA_KEY
 from tetdeploy.networks import Classifier
 from tetdeploy.provenance import written
@@ -387,7 +395,7 @@ class _Writer:
         if given is None:
             return None
         if given.op != "get_attr":
-            raise _no_node(node, "weights that the network computes; remove the parametrization first")
+            raise _no_node(node, f"weights that the network computes; {remedy_of_computed(given)}")
         return parameter(self.module, given).cpu().numpy()
 
 

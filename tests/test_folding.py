@@ -522,6 +522,14 @@ def test_dropout_between_a_layer_and_its_bn_is_none_in_inference(dropout: nn.Mod
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
+class Standardised(nn.Conv2d):
+    """Weight standardisation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
 def named(**modules: nn.Module) -> nn.Sequential:
     network = nn.Sequential()
     for name, module in modules.items():
@@ -645,7 +653,12 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "weights that are computed": (
         named(conv=weight_normed(), bn=nn.BatchNorm2d(4)),
         (2, 2, 4, 4),
-        r"BN 'bn': \w+ \(conv\.parametrizations.*\) is computed in the network, not a parameter of it; remove the",
+        r"BN 'bn': \w+ \(conv\.parametrizations.*\) is computed in the network, not a parameter of it; remove the para",
+    ),
+    "weights that the layer's own forward computes": (
+        named(conv=Standardised(2, 4, 3), bn=nn.BatchNorm2d(4)),
+        (2, 2, 4, 4),
+        r"BN 'bn': \w+ \(conv\) is computed in the network, not a parameter of it; put a plain layer with the weight",
     ),
 }
 

@@ -475,6 +475,13 @@ class Thrown(nn.Module):
         return result
 
 
+class Halved(nn.Conv2d):
+    """A convolution whose own forward computes its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight / 2, self.bias)
+
+
 def smooth(x: Tensor) -> Tensor:
     return nn.functional.avg_pool2d(x, 3, 1, 1)
 
@@ -555,7 +562,8 @@ def test_a_maximum_of_sums_of_spikes_is_none_of_spikes() -> None:
             "a stack of other than the same image .* or expand",
         ),
         (Thrown(lambda x: x.repeat(1, 2, 1, 1)[:, :4]), r"a change of shape from \[4, 8, 8\] to \[8, 8, 8\]"),
-        (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), "weights that the network computes"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), r"network computes; remove the parametrization"),
+        (Halved(4, 4, 1), "weights that the network computes; put a plain layer"),
         (nn.Linear(8, 8), r"a linear layer on \[4, 8, 8\]"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,

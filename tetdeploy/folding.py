@@ -285,8 +285,15 @@ def _refuse_computed(argument: Any, bn: fx.Node) -> None:
         return
     raise FoldingError(
         f"cannot fold BN {module_path(bn)!r}: {argument} ({module_path(argument)}) is computed in the network, not "
-        "a parameter of it; remove the parametrization first"
+        f"a parameter of it; {remedy_of_computed(argument)}"
     )
+
+
+def remedy_of_computed(weight: fx.Node) -> str:
+    """What to do about a weight that the network computes, in a refusal of it."""
+    if "parametrizations" in module_path(weight).split("."):
+        return "remove the parametrization first"
+    return "put a plain layer with the weight that is computed now in its place first"
 
 
 def _replace_on_the_way(bn: fx.Node, layer: fx.Node, folded: fx.Node) -> None:
