@@ -923,6 +923,22 @@ def test_a_state_that_outlives_its_batch_is_named(tmp_path: Path) -> None:
         run(tmp_path, wrap(Stateful()))
 
 
+def test_a_state_that_a_checkpoint_would_hold_in_the_batch_s_shape_is_refused(tmp_path: Path) -> None:
+    class Stateful(Toy):
+        def __init__(self, *, persistent: bool) -> None:
+            super().__init__()
+            self.register_buffer("v_mem", torch.zeros(0), persistent=persistent)
+
+        def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+            self.v_mem = x.detach()
+            return super().forward(x, T)
+
+    with pytest.raises(ValueError, match=r"not fit a new network: v_mem \[8, 1, 4, 4\], not \[0\] as before; take"):
+        run(tmp_path / "kept", wrap(Stateful(persistent=True)))
+    assert not (tmp_path / "kept" / "checkpoint.safetensors").exists()
+    assert run(tmp_path / "other", wrap(Stateful(persistent=False))).checkpoint.is_file()
+
+
 def test_recomputing_reaches_the_network(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Toy has nothing to recompute"):
         run(tmp_path, how=How(recompute=True))

@@ -31,6 +31,7 @@ from tetdeploy.metrics import read_metrics, write_metrics
 from tetdeploy.networks import Classifier, check_classifier, code_sha256, run_network, warn_of_other_code
 from tetdeploy.run_folder import CHECKPOINT_NAME, CONFIG_NAME, STATE_NAME, without_latest
 from tetdeploy.signals import deferred_interrupt
+from tetdeploy.wording import shorten
 
 from .averaging import kept_classifier, lagging_bn, update_average
 from .board import tensorboard
@@ -138,9 +139,10 @@ def train(
 
     Raises:
         ValueError: data or settings do not fit the classifier, `out` holds a run or one with other settings, another
-            process trains there, the device is not there, its memory does not suffice, an image cannot be read, or the
-            loss is not finite; there is nothing to restart from, it is damaged, or a tensor is larger than a shard; the
-            step has no graph; the checkpoint of a run that is finished is damaged.
+            process trains there, the device is not there, its memory does not suffice, an image cannot be read, the
+            loss is not finite, or a batch changes the shapes of the state dict; there is nothing to restart from, it is
+            damaged, or a tensor is larger than a shard; the step has no graph; the checkpoint of a run that is finished
+            is damaged.
         MissingExtraError: the package tensorboard is wanted and not installed.
         OSError: something cannot be written; earlier files are as they were.
     """
@@ -395,11 +397,14 @@ def _train_steps(session: Session, state: TrainState, bar: Progress, interrupt: 
         session.optimizer.state.clear()  # moments of another T mislead the first steps of a stage
     session.classifier.train()
     start, trained = time.perf_counter() - state.seconds, True
-    for x, labels in session.batches(state.epoch, first_step=state.step):
+    shapes, first = _shapes(session), state.step
+    for x, labels in session.batches(state.epoch, first_step=first):
         trained = not session.ranks.any(interrupt.is_set())
         if not trained:
             break
         _train_step(session, state, x, labels)
+        if state.step == first:
+            _refuse_reshaped(session, shapes)
         state.step += 1
         if bar.due():
             loss, accuracy = _running_means(session, state)
@@ -409,6 +414,23 @@ def _train_steps(session: Session, state: TrainState, bar: Progress, interrupt: 
     _running_means(session, state)  # nothing that is not finite is ever saved; on a GPU this also waits for the steps
     state.seconds = time.perf_counter() - start
     return trained
+
+
+def _shapes(session: Session) -> dict[str, list[int]]:
+    held = session.classifier.network.state_dict()
+    return {name: list(value.shape) for name, value in held.items() if isinstance(value, Tensor)}
+
+
+def _refuse_reshaped(session: Session, before: Mapping[str, list[int]]) -> None:
+    """Refuse a network whose state dict has other shapes once it has run: no new network takes such a checkpoint."""
+    after = _shapes(session)
+    changed = [f"{name} {shape}, not {before.get(name)}" for name, shape in after.items() if shape != before.get(name)]
+    if changed:
+        raise ValueError(
+            f"{session.classifier.config.model} keeps in its state dict what a batch has left, so that its checkpoint "
+            f"would not fit a new network: {shorten(changed)} as before; take tetdeploy's LIF in place of neurons that "
+            "do so, as those of sinabs, or register the buffer with persistent=False"
+        )
 
 
 def _train_step(session: Session, state: TrainState, x: Tensor, labels: Tensor) -> None:
