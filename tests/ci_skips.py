@@ -21,7 +21,7 @@ EXPECTED = (  # besides all that the marker `gpu` is for
     r"this processor has AMX$",
     r"one core has no second thread to start$",
     r"qemu-x86_64 .*is not installed$",
-    r"needs (nvidia-pytriton|curl$|git$|/dev/full$)",
+    r"needs (nvidia-pytriton|norse$|sinabs$|curl$|git$|/dev/full$)",
     r"root (writes into read-only folders|may write anywhere)$",
     r"has no device that is always full$",
     r"finds the processes in /proc$",

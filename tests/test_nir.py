@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 from collections import Counter
@@ -399,6 +400,27 @@ def test_others_add_two_heads_and_take_what_is_not_square(reader: str, tmp_path:
     logits, _ = their_spikes(READERS[reader](tmp_path / "m.nir"), network, pixels, 4)
     with torch.no_grad():
         torch.testing.assert_close(logits, network(pixels, 4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reader", ["norse", "sinabs"])
+@pytest.mark.parametrize(("name", "width", "neuron"), NETS, ids=lambda value: str(value).strip("{}") or "default")
+def test_norse_and_sinabs_by_the_example(
+    reader: str, name: str, width: float, neuron: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(reader, reason=f"needs {reader}")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    logits_of = getattr(importlib.import_module("nir_readers"), f"{reader}_logits")
+    network, x = built(name, width, **neuron), torch.from_numpy(images()[:8])
+    export_nir(network, tmp_path / "m.nir", trained_T=4)
+    with torch.no_grad(), NeuronRecorder() as ours:
+        expected = network(x, 4)
+    with torch.no_grad():
+        logits = logits_of(tmp_path / "m.nir", network.normalize(x), 4)
+    assert 0.01 < ours.spikes[-1].mean() < 0.9
+    alike = ((logits - expected).abs() < 1e-5).all(-1)  # of each step of each image; one spike changes more
+    assert alike.double().mean() > 0.9
 
 
 @pytest.mark.peer
