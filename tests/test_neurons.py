@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -681,6 +682,81 @@ def test_snntorch_s_leaky_of_a_reset_to_zero_is_this_neuron(beta: float, v_th: f
         spikes[reset] = torch.stack(fired)
     fires_alike(LIF(tau=beta, v_th=v_th), spikes["zero"])
     assert not torch.equal(spikes["zero"], spikes["subtract"])
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("theta", [0.7, 1.3])
+def test_snntorch_s_learned_threshold_is_a_learned_scale(theta: float) -> None:
+    peer = pytest.importorskip("snntorch", reason="needs snntorch")
+    neuron = peer.Leaky(beta=0.5, threshold=theta, learn_threshold=True, reset_mechanism="zero")
+    membrane, fired = neuron.reset_mem(), []
+    for current in currents_for_peers():
+        spike, membrane = neuron(current, membrane)
+        fired.append(spike)
+    g = nn.Parameter(1 / neuron.threshold.detach())
+    spikes = LIF(tau=0.5, v_th=1.0)(currents_for_peers() * g)
+    assert 0.01 < spikes.mean() < 0.6 and torch.equal(spikes, torch.stack(fired))
+    spikes.sum().backward()
+    assert g.grad is not None and g.grad != 0
+
+
+def in_norse(cell: Any, currents: Tensor) -> Tensor:
+    state, fired = None, []
+    for current in currents:
+        spikes, state = cell(current, state)
+        fired.append(spikes.detach())
+    return torch.stack(fired)
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")  # of its imports
+@pytest.mark.parametrize(
+    ("tau_mem_inv", "v_th", "v_leak", "dt"),
+    [(300.0, 0.3, 0.0, 1e-3), (500.0, 0.2, -0.1, 1e-3), (100.0, -49.7, -50.0, 2e-3), (1000.0, 0.5, 0.0, 1e-3)],
+)
+def test_norse_s_neurons_are_these_of_another_threshold(
+    tau_mem_inv: float, v_th: float, v_leak: float, dt: float
+) -> None:
+    peer = pytest.importorskip("norse.torch", reason="needs norse")
+    default = peer.LIFBoxCell()
+    k = float(default.dt * default.p.tau_mem_inv)
+    assert (1 - k, float(default.p.v_th - default.p.v_leak) / k) == pytest.approx((0.9, 10.0))
+    parameters = {"tau_mem_inv": tau_mem_inv, "v_th": v_th, "v_leak": v_leak, "v_reset": v_leak}
+    p = {name: torch.tensor(value, dtype=torch.float64) for name, value in parameters.items()}
+    cell = peer.LIFBoxCell(peer.LIFBoxParameters(**p), dt=dt)
+    k = float(cell.dt * cell.p.tau_mem_inv)
+    ours = LIF(tau=1 - k, v_th=float(cell.p.v_th - cell.p.v_leak) / k)
+    fires_alike(ours, in_norse(cell, currents_for_peers()))
+    at_once = peer.LIFCell(peer.LIFParameters(**p, tau_syn_inv=torch.tensor(1 / dt, dtype=torch.float64)), dt=dt)
+    fires_alike(ours, in_norse(at_once, currents_for_peers()))
+    assert not torch.equal(
+        ours(currents_for_peers()), in_norse(peer.LIFCell(peer.LIFParameters(**p), dt=dt), currents_for_peers())
+    )
+    cell = peer.IAFCell(peer.IAFParameters(v_th=torch.tensor(0.8), v_reset=torch.tensor(-0.2)))
+    fires_alike(IF(v_th=float(cell.p.v_th - cell.p.v_reset)), in_norse(cell, currents_for_peers()))
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tau_mem", [1.5, 3.0, 20.0])
+def test_sinabs_s_neurons_of_a_hard_reset_are_these_of_another_threshold(tau_mem: float) -> None:
+    peer = pytest.importorskip("sinabs.layers", reason="needs sinabs")
+    activation = importlib.import_module("sinabs.activation")
+    hard = {"spike_fn": activation.SingleSpike, "reset_fn": activation.MembraneReset()}
+    v_th, a = 0.25, float(torch.exp(torch.tensor(-1 / tau_mem, dtype=torch.float64)))
+
+    def theirs(kind: str, **options: Any) -> Tensor:
+        layer = getattr(peer, kind)(spike_threshold=torch.tensor(v_th), **options).double()
+        x = currents_for_peers().T.unsqueeze(-1)  # [N, T, 1]
+        fired: Tensor = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if "Squeeze" in kind else layer(x)
+        return fired.detach().squeeze(-1).T
+
+    for squeeze, steps in (("", {}), ("Squeeze", {"num_timesteps": 60})):
+        options = {"tau_mem": tau_mem, **steps}
+        fires_alike(LIF(tau=a, v_th=v_th / (1 - a)), theirs(f"LIF{squeeze}", **options, **hard))
+        fires_alike(LIF(tau=a, v_th=v_th), theirs(f"LIF{squeeze}", **options, **hard, norm_input=False))
+        fires_alike(IF(v_th=v_th), theirs(f"IAF{squeeze}", **steps, **hard))
+    assert not torch.equal(IF(v_th=v_th)(currents_for_peers()), theirs("IAF"))
 
 
 @pytest.mark.peer
