@@ -25,6 +25,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as triton
 
 from tetdeploy import __version__
+from tetdeploy.class_names import as_utf8
 from tetdeploy.files import atomic_folder
 from tetdeploy.model_file import parse_metadata, read_model
 from tetdeploy.runtimes.manifest import read_manifest
@@ -84,7 +85,7 @@ class _Source:
     @property
     def labels(self) -> str:
         # a line is a class; a name may be that of a folder, which can have a line break
-        return "".join(name.replace("\n", " ") + "\n" for name in self.metadata["class_names"])
+        return "".join(as_utf8(name).replace("\n", " ") + "\n" for name in self.metadata["class_names"])
 
 
 def add_to_repository(repository: Path | str, models: Sequence[Path], name: str) -> list[Added]:

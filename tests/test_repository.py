@@ -4,6 +4,7 @@ ONNX Runtime exactly as the configuration says, against the engine."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -313,6 +314,12 @@ def test_a_target_that_triton_has_not_is_refused(tmp_path: Path) -> None:
 def test_a_line_break_in_a_class_name_moves_no_label(tmp_path: Path) -> None:
     names = ["a\nb", *"123456789"]
     assert (served_with(tmp_path, class_names=names) / "labels.txt").read_text() == "a b\n1\n2\n3\n4\n5\n6\n7\n8\n9\n"
+
+
+def test_class_names_that_are_no_utf8_are_told_apart(tmp_path: Path) -> None:
+    names = [*map(os.fsdecode, (b"caf\xe9", b"caf\xe8")), *"23456789"]
+    labels = (served_with(tmp_path, class_names=names) / "labels.txt").read_text(encoding="utf-8")
+    assert labels.splitlines()[:3] == [r"caf\udce9", r"caf\udce8", "2"]
 
 
 def served_with(tmp_path: Path, **changed: Any) -> Path:

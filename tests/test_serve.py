@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -20,10 +21,11 @@ from typing import Any
 from unittest.mock import AsyncMock, Mock
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from client_helpers import triton_client
-from export_helpers import digits, engine, exported, frames
+from export_helpers import digits, engine, exported, folder, frames
 from serve_helpers import PATIENCE, Server, start, started, stop
 
 from tetdeploy.cli import main
@@ -42,6 +44,17 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def named_after_folders() -> Path:
+    """A model whose classes have the names of folders, which are no UTF-8."""
+    graph = onnx.load(exported("dynamic"))
+    metadata = json.loads(graph.metadata_props[0].value)
+    names = [os.fsdecode(b"caf" + bytes([0xE0 + k])) for k in range(10)]
+    graph.metadata_props[0].value = json.dumps(metadata | {"class_names": names})
+    path = folder() / "folders.onnx"
+    onnx.save(graph, path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     models = {
@@ -49,6 +62,7 @@ def server() -> Iterator[Server]:
         "frames": exported("step", encoding="frames"),
         "dynamic": exported("dynamic"),
         "float": exported("step", normalize=False),
+        "folders": named_after_folders(),
     }
     sizes = "--max-request-mb", "1", "--max-json-mb", "0.8"
     running = start(*(f"{name}={path}" for name, path in models.items()), *sizes, "--max-batch", "8")
@@ -97,6 +111,12 @@ def test_stock_clients_get_the_engines_answers(client: Any, model: str, layout: 
     assert answer.as_numpy("steps").tolist() == [3] * 5
     names = engine(layout).class_names
     assert [name.decode() for name in answer.as_numpy("class")] == [names[k] for k in expected.logits.argmax(1)]
+
+
+def test_class_names_that_are_no_utf8_are_answered(client: Any) -> None:
+    answer = client("folders", images(8))
+    classes = answer.as_numpy("logits").argmax(1)
+    assert [name.decode() for name in answer.as_numpy("class")] == [rf"caf\udce{k}" for k in classes]
 
 
 def test_frames_of_an_event_camera(client: Any) -> None:
@@ -194,7 +214,7 @@ def test_metadata_and_health(server: Server) -> None:
         assert client.get_server_metadata()["name"] == "tetdeploy"
         described = client.get_model_metadata("frames")
     with urllib.request.urlopen(f"http://{server.http}/v2/models", timeout=PATIENCE) as answer:
-        assert json.load(answer) == {"models": ["step", "frames", "dynamic", "float"]}
+        assert json.load(answer) == {"models": ["step", "frames", "dynamic", "float", "folders"]}
     assert described["inputs"] == [{"name": "x", "datatype": "UINT8", "shape": [-1, -1, 1, 8, 8]}]
     assert [(o["name"], o["shape"]) for o in described["outputs"]] == [
         ("logits", [-1, 10]),
@@ -925,6 +945,16 @@ def test_a_name_that_no_url_reaches_is_refused() -> None:
     result = CliRunner().invoke(main, ["serve", f"a/b={exported('step')}"])
     assert result.exit_code == 1
     assert "'a/b' is no name for a model" in result.output
+
+
+def test_a_file_whose_name_is_no_utf8_is_served_by_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = os.fsdecode(b"caf\xe9.onnx")
+    message = r"'caf\\udce9' is no name for a model, since a URL holds UTF-8; give it another: NAME="
+    for named in (file, f"{Path(file).stem}=x.onnx"):
+        with pytest.raises(ValueError, match=message):
+            _by_name((named,))
+    assert _by_name((f"cafe={file}",)) == {"cafe": file}
 
 
 def test_the_url_that_is_announced_is_one_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Whether a label means the same class to the data as to the model."""
+"""Whether a label means the same class to the data as to the model, and class names where only UTF-8 goes."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def check_classes(
         f"the labels of {data} do not match the model's: it has {others}, {model} knows {own}{first}; "
         "is this the data it was trained on?"
     )
+
+
+def as_utf8(name: str) -> str:
+    """A name where only UTF-8 goes. Bytes of a folder's name that are none stand as JSON files have them, `caf\\udce9`:
+    with one sign for all of them two classes might have one name."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _are_numbers(names: tuple[str, ...]) -> bool:

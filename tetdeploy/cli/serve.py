@@ -15,6 +15,7 @@ import click
 from tetdeploy.cli.options import ABOVE_0, AT_LEAST_1, FiniteRange, device_option, runtime_option, threads_option
 from tetdeploy.cli.terminal import console
 from tetdeploy.extras import import_extra
+from tetdeploy.files import is_utf8
 from tetdeploy.wording import counted
 
 
@@ -170,7 +171,7 @@ def _by_name(models: tuple[str, ...]) -> dict[str, str]:
     """The models' paths, by what requests call them.
 
     Raises:
-        ValueError: two have one name, or one holds a `/`.
+        ValueError: two have one name, or one holds a `/`, or is no UTF-8.
     """
     paths: dict[str, str] = {}
     for model in models:
@@ -180,6 +181,8 @@ def _by_name(models: tuple[str, ...]) -> dict[str, str]:
         name = name or Path(path).stem
         if "/" in name:
             raise ValueError(f"{name!r} is no name for a model, since a URL holds it; choose one without '/'")
+        if not is_utf8(name):
+            raise ValueError(f"{name!r} is no name for a model, since a URL holds UTF-8; give it another: NAME={path}")
         if name in paths:
             raise ValueError(f"two models are called {name}; give one another name: NAME={path}")
         paths[name] = path

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from tetdeploy import __version__
+from tetdeploy.class_names import as_utf8
 from tetdeploy.engine import Array, Result
 from tetdeploy.serve.models import ServedModel
 from tetdeploy.serve.requests import DATATYPES, InferRequest, Input, InvalidRequestError, Parameters, tensor
@@ -50,6 +51,7 @@ class OpenInferenceModel:
 
     def __init__(self, served: ServedModel) -> None:
         self.name, self.served, self.ready = served.name, served, True
+        self._class_names = np.array([as_utf8(name) for name in served.engine.class_names], object)
         self._output_names = [output["name"] for output in self.metadata()["outputs"]]
 
     def metadata(self) -> dict[str, Any]:
@@ -83,12 +85,11 @@ class OpenInferenceModel:
             if type(error) is ValueError:
                 raise InvalidRequestError(str(error)) from error
             raise
-        names = np.array(self.served.engine.class_names, object)
         values = {
             "logits": result.logits,
             "per_step": result.per_step,
             "steps": result.steps,
-            "class": names[result.logits.argmax(-1)],
+            "class": self._class_names[result.logits.argmax(-1)],
         }
         return {name: values[name] for name in wanted}
 
