@@ -1127,7 +1127,80 @@ class TestBadInput:
     ) -> None:
         said = refused(*command, first, "r.svg", second, f"{workplace}/r.svg", code=2).replace("\n", "")
         assert f"{first} and {second} would be one file" in said
+        assert f"choose another with {first} or {second}" in said
         assert not Path("r.svg").exists()
+
+    @pytest.mark.parametrize(
+        ("command", "file"),
+        [
+            (("export", RUN, "-o", "x.onnx"), "x.onnx"),
+            (("export", RUN, "-o", "x.onnx"), "x.reference.npz"),
+            (("export", RUN, "-o", "y.onnx"), "link.json"),
+            (("export", RUN, "--format", "nir"), f"{RUN}/model.nir"),
+            (("train", "--out", "new"), "new/checkpoint.safetensors"),
+            (("import", "x.pth", "--arch", "resnet19", "-o", "new"), "new/checkpoint.safetensors"),
+            (("build", MODEL, "-o", "b.engine"), "b.engine"),
+        ],
+    )
+    def test_a_result_has_no_name_of_what_the_command_writes(
+        self, command: tuple[str, ...], file: str, workplace: Path
+    ) -> None:
+        Path("link.json").symlink_to("y.onnx")
+        before = snapshot(workplace)
+        said = f"cannot write {file}: JSON has no name in {Path(os.path.realpath(file)).suffix}; choose"
+        assert said in refused(*command, "--json", file).replace("\n", " ")
+        assert snapshot(workplace) == before
+
+    @pytest.mark.parametrize(
+        ("command", "file", "other"),
+        [
+            (("train", "--out", "new"), "new/config.json", "config.json of new"),
+            (("train", "--out", "new"), "new/metrics.jsonl", "metrics.jsonl of new"),
+            (("train", "--out", "new", "--seeds", "0,1"), "new/summary.json", "summary.json of new"),
+            (("train", "--out", "new", "--seeds", "0,1"), "new/seed-1/config.json", "config.json of new/seed-1"),
+            (("train", "--resume", RUN), f"{RUN}/config.json", f"config.json of {RUN}"),
+            (("train",), f"{RUN}-2/config.json", f"config.json of {RUN}-2"),
+            (("train", "--out", "new", "--runs", "others"), "others/latest", "the link to the newest run"),
+            *(
+                pytest.param(command, file, other, marks=needs("onnx"))
+                for command, file, other in (
+                    (("build", MODEL), f"{RUN}/model-T3.engine.json", "the manifest"),
+                    (("build", MODEL, "--timing-cache", "t.json"), "t.json", "--timing-cache"),
+                )
+            ),
+            pytest.param(
+                ("export", RUN, "--format", "kserve", "--storage-uri", "s3://m"),
+                f"{RUN}/kserve.yaml",
+                "--out",
+                marks=[needs("onnx"), needs("yaml")],
+            ),
+            pytest.param(
+                ("export", RUN, "--format", "triton-repository", "-o", "models", "--name", "a"),
+                "models/a-stream/labels.txt",
+                "a-stream/labels.txt",
+                marks=[needs("onnx"), needs("tritonclient")],
+            ),
+        ],
+    )
+    def test_a_result_does_not_take_the_place_of_another(
+        self,
+        command: tuple[str, ...],
+        file: str,
+        other: str,
+        workplace: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        for name in ("export.export_model", "train.train", "train.train_seeds"):
+            monkeypatch.setattr(f"tetdeploy.{name}", self.works)
+        before = snapshot(workplace)
+        said = " ".join(refused(*command, "--json", file, code=2).split())
+        assert f"{other} and --json would be one file, {file}; choose another with" in said
+        assert said.endswith("--json")
+        assert snapshot(workplace) == before
+
+    def test_a_result_may_lie_in_the_run(self, workplace: Path) -> None:
+        assert run("export", RUN, "--check", "0", "--json", f"{RUN}/any.json").exit_code == 0
+        assert json.loads(Path(f"{RUN}/any.json").read_text())["path"].startswith(RUN)
 
     @pytest.mark.parametrize(
         "command", [("sweep", MODEL), ("validate", MODEL), ("evaluate", RUN), ("inspect", MODEL), ("train",)]

@@ -599,7 +599,7 @@ class TestCommand:
         [
             (["--out", "fig2.npz", "--plot", "fig2.npz"], "--out and --plot would be one file, fig2.npz"),
             (["--out", "l4.txt"], "cannot write l4.txt: its name must end in .npz; choose another with --out"),
-            (["--out", "l3.npz", "--json", "runs/../l3.npz"], "--out and --json would be one file"),
+            (["--out", "l3.npz", "--json", "runs/../l3.npz"], "cannot write runs/../l3.npz: JSON has no name in .npz"),
             (["--out", "l.npz", "--plot", "l.pdf", "--json", "l.pdf"], "--plot and --json would be one file, l.pdf"),
             (["--json", "-"], "cannot write -: a result goes to a file, not to the terminal; choose another with"),
         ],

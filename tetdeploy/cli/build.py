@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetdeploy.cli.errors import Recorded
-from tetdeploy.cli.options import AT_LEAST_1, json_option, runs_option
+from tetdeploy.cli.options import AT_LEAST_1, check_distinct, json_option, runs_option
 from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
 from tetdeploy.files import write_json
@@ -103,11 +103,16 @@ def build(
     """
     import_extra("onnx", "rtx")
     from tetdeploy.export.tensorrt import BuildConfig, build_engine
+    from tetdeploy.runtimes.manifest import manifest_path
 
+    model = model or newest_export(runs)
+    out = out or model.with_suffix(".engine")
+    cache = options["timing_cache"]
+    check_distinct({"--out": out, "the manifest": manifest_path(out), "--timing-cache": cache, "--json": json_path})
     with progress_bar() as bar:
         task = bar.add_task("building", total=None)
         built = build_engine(
-            model or newest_export(runs),
+            model,
             out,
             BuildConfig(**options),
             progress=lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total),

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from tetdeploy.cli.inputs import note_unfit_threshold
+from tetdeploy.cli.options import check_distinct
 from tetdeploy.cli.terminal import console
 from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
@@ -39,17 +40,27 @@ def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
         raise click.UsageError(f"{', '.join(onnx_options)}: {run} is exported already; give the run to export anew")
     if file_format == "triton-repository" and not is_model:
         _refuse_what_triton_lacks(ctx)
-    name = _checked_name(ctx, run if is_model else _checkpoint(ctx))
-    if out := ctx.params["out"]:  # before the exports that may come first
-        written = out if file_format == "kserve" else out / name / "config.pbtxt"
-        check_writable(written, remedy="choose another with --out")
+    source = run if is_model else _checkpoint(ctx)
+    name = _checked_name(ctx, source)
+    out = ctx.params["out"] or source.parent / ("kserve.yaml" if file_format == "kserve" else "triton")
+    _check_outputs(out, name, file_format, ctx.params["json_path"])  # before the exports that may come first
     models = [run] if is_model else _exported(ctx)
     if is_model:
         note_unfit_threshold(run)
     if file_format == "kserve":
-        _write_service(ctx, models[0], name)
+        _write_service(ctx, models[0], name, out)
     else:
-        _write_repository(ctx, models, name)
+        _write_repository(ctx, models, name, out)
+
+
+def _check_outputs(out: Path, name: str, file_format: str, json_path: Path | None) -> None:
+    written = {"--out": out}
+    if file_format != "kserve":
+        folders, texts = (name, f"{name}-stream"), ("config.pbtxt", "labels.txt")
+        written = {f"{folder}/{text}": out / folder / text for folder in folders for text in texts}
+    for path in written.values():
+        check_writable(path, remedy="choose another with --out")
+    check_distinct(written | {"--json": json_path})
 
 
 def _refuse_what_triton_lacks(ctx: click.Context) -> None:
@@ -94,10 +105,9 @@ def _exported(ctx: click.Context) -> list[Path]:
     return [ctx.invoke(ctx.command, **ctx.params | own | {"layout": layout}) for layout in layouts]
 
 
-def _write_repository(ctx: click.Context, models: list[Path], name: str) -> None:
+def _write_repository(ctx: click.Context, models: list[Path], name: str, repository: Path) -> None:
     from tetdeploy.export.repository import add_to_repository
 
-    repository = ctx.params["out"] or models[0].parent / "triton"
     added = add_to_repository(repository, models, name)
     for model in added:
         console.print(f"{model.path}/{model.version}   {model.platform}")
@@ -106,7 +116,7 @@ def _write_repository(ctx: click.Context, models: list[Path], name: str) -> None
     console.print(f"next: tritonserver --model-repository {shlex.quote(str(repository))}   (docs/cluster.md)")
 
 
-def _write_service(ctx: click.Context, model: Path, name: str) -> None:
+def _write_service(ctx: click.Context, model: Path, name: str, path: Path) -> None:
     from tetdeploy.agreement import reference_path
     from tetdeploy.early_exit import exit_path, why_unfit
     from tetdeploy.export.kserve import inference_service, write_inference_service
@@ -118,7 +128,6 @@ def _write_service(ctx: click.Context, model: Path, name: str) -> None:
         raise ValueError(f"{model} is a step graph for Triton, which keeps its state; give the one it was made of")
     storage_uri, image = ctx.params["storage_uri"], ctx.params["image"] or DEFAULT_IMAGE
     service = inference_service(name, model_file=model.name, storage_uri=storage_uri, image=image)
-    path = ctx.params["out"] or model.parent / "kserve.yaml"
     write_inference_service(path, service)
     console.print(f"{path}   {service['metadata']['name']}   {image}")
     if ctx.params["json_path"] is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tetdeploy.files import check_writable
+from tetdeploy.files import MODELS, check_writable
 from tetdeploy.run_folder import newest_export
 from tetdeploy.steps import MAX_T, parse_steps
 
@@ -105,6 +105,9 @@ def checked_output(ctx: click.Context, param: click.Parameter, path: Path | None
 def _check_output(path: Path, option: str) -> None:
     begins = {"--json": b"{", "--predictions": b"PK"}.get(option, b"")
     check_writable(path, begins=begins, remedy=f"choose another with {option}")
+    ending = Path(os.path.realpath(path)).suffix
+    if option == "--json" and ending in {*MODELS, ".npz"}:  # it might be what the command writes
+        raise OSError(f"cannot write {path}: JSON has no name in {ending}; choose another with --json")
 
 
 def parsed_steps(ctx: click.Context, param: click.Parameter, steps: str | None) -> tuple[int, ...] | None:
@@ -145,7 +148,7 @@ def output_path(given: Path | None, engine: Engine, ending: str) -> Path:
 
 
 def check_distinct(outputs: Mapping[str, Path | None]) -> None:
-    """Refuse outputs, by their options, of which one would take another's place.
+    """Refuse outputs, by their options or what they are, of which one would take another's place.
 
     Raises:
         click.UsageError: two are one file.
@@ -153,7 +156,8 @@ def check_distinct(outputs: Mapping[str, Path | None]) -> None:
     taken: dict[str, str] = {}
     for option, path in outputs.items():
         if path is not None and (other := taken.setdefault(os.path.realpath(path), option)) != option:
-            raise click.UsageError(f"{other} and {option} would be one file, {path}; choose another with one of them")
+            options = " or ".join(name for name in (other, option) if name.startswith("--"))
+            raise click.UsageError(f"{other} and {option} would be one file, {path}; choose another with {options}")
 
 
 limit_option = click.option("--limit", type=AT_LEAST_1, help="Only the first so many images.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from tetdeploy.cli.options import (
     STEPS,
     FiniteRange,
     PlaceToWrite,
+    check_distinct,
     data_dir_option,
     json_option,
     runs_option,
@@ -36,6 +37,7 @@ from tetdeploy.cli.terminal import command_line, console, progress_bar, say_next
 from tetdeploy.extras import import_extra
 from tetdeploy.files import atomic_write, write_json
 from tetdeploy.names import is_own_model
+from tetdeploy.run_folder import CONFIG_NAME, LATEST_NAME, METRICS_NAME, SUMMARY_NAME
 from tetdeploy.wording import counted
 
 if TYPE_CHECKING:
@@ -247,6 +249,8 @@ def train(
             out = made.enter_context(_new_folder(runs, config, job))
         out = ranks.agreed(out)
         assert out is not None
+        with ranks.first():
+            _check_json(json_path, out, begun.seeds, runs)
         json_path = json_path if ranks.writes else None
         also: dict[str, Any] = {"resume": resume is not None, "runs": runs, "board": tensorboard, "workers": workers}
         also["how"] = begun.how
@@ -268,6 +272,14 @@ def train(
         also |= {"init": origin, "restart_from": restart_from}
         _report(ctx, run_training(classifier, job.train, job.val, job.config, out, **also), job, json_path)
         return out
+
+
+def _check_json(json_path: Path | None, out: Path, seeds: Sequence[int], runs: Path) -> None:
+    """Refuse a --json in the place of what a run's folder, or one of several seeds, holds."""
+    folders = [out, *(out / f"seed-{seed}" for seed in seeds)]
+    names = [CONFIG_NAME, METRICS_NAME, *[SUMMARY_NAME] * bool(seeds)]
+    kept = {f"{name} of {folder}": folder / name for folder in folders for name in names}
+    check_distinct(kept | {"the link to the newest run": runs / LATEST_NAME, "--json": json_path})
 
 
 @contextmanager
