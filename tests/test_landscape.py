@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tetdeploy.checkpoint import save_checkpoint
@@ -28,6 +29,8 @@ from tetdeploy.data import load_data
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
 from tetdeploy.report import landscape as landscape_figure
 from tetdeploy.report.landscape import landscape_table, plot_landscape, summarise
+from tetdeploy.shards import write_shards
+from tetdeploy.tensor_file import read_content
 from tetdeploy.train import evaluate, landscape, sdt_loss, tet_loss
 from tetdeploy.train.landscape import (
     Landscape,
@@ -520,6 +523,46 @@ class TestCommand:
         result = run(*(str(runs / path) for path in paths), "--radius", "1", "--json", "l.json")
         assert result.exit_code == 0, result.output
         assert [row["name"] for row in json.loads(Path("l.json").read_text())["rows"]] == names
+
+    @pytest.mark.usefixtures("_undrawn")
+    @pytest.mark.parametrize(
+        ("paths", "names", "out"),
+        [
+            ((".",), ["sdt"], "landscape.npz"),
+            (("checkpoint.safetensors",), ["sdt/checkpoint.safetensors"], "landscape.npz"),
+            (("../tet", "."), ["tet", "sdt"], "../tet/landscape-sdt.npz"),
+        ],
+    )
+    def test_a_run_has_its_name_in_its_own_folder(
+        self, paths: tuple[str, ...], names: list[str], out: str, runs: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(runs / "sdt")
+        result = run(*paths, "--radius", "1", "--json", "l.json")
+        assert result.exit_code == 0, result.output
+        found = json.loads(Path("l.json").read_text())
+        assert ([row["name"] for row in found["rows"]], found["numbers"]) == (names, out)
+
+    @pytest.mark.usefixtures("_undrawn")
+    @pytest.mark.parametrize(
+        ("folder", "paths", "out"),
+        [
+            ("", ("runs/sdt/shards",), "runs/sdt/landscape.npz"),
+            ("", ("runs/sdt/shards/epoch-00001-step-000000",), "runs/sdt/landscape.npz"),
+            ("", ("runs/tet", "runs/sdt/shards"), "runs/tet/landscape-sdt.npz"),
+            ("runs/sdt/shards", (".",), "../landscape.npz"),
+        ],
+    )
+    def test_of_shards_it_lies_in_the_folder_of_their_run(
+        self, folder: str, paths: tuple[str, ...], out: str, runs: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        checkpoint = runs / "sdt" / "checkpoint.safetensors"
+        shards, content = runs / "sdt" / "shards" / "epoch-00001-step-000000", read_content(checkpoint)
+        weights = {f"network.{name}": weight for name, weight in load_file(checkpoint).items()}
+        write_shards(shards, weights, content, limit=10**6)
+        monkeypatch.chdir(runs.parent / folder)
+        result = run(*paths, "--radius", "1", "--json", "l.json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(Path("l.json").read_text())["numbers"] == out
 
     def test_two_runs(self, runs: Path) -> None:
         result = run("runs/sdt", "runs/tet", "--radius", "1", "--json", "l.json")

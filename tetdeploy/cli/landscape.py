@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from tetdeploy.cli.terminal import console, progress_bar
 from tetdeploy.extras import import_extra
 from tetdeploy.files import check_writable, write_json
 from tetdeploy.names import is_npz
-from tetdeploy.run_folder import newest_run
+from tetdeploy.run_folder import SHARDS_NAME, newest_run
 from tetdeploy.signals import deferred_interrupt
 from tetdeploy.steps import trained_T
 
@@ -228,9 +229,10 @@ def _images(
 
 def _classifiers(paths: tuple[Path, ...], weights: list[Checkpoint], model: str | None) -> dict[str, Classifier]:
     """The checkpoints' classifiers by a name for the table and the plot."""
-    names = [path.name if path.is_dir() else path.parent.name + "/" + path.name for path in paths]
+    named = [path.resolve() for path in paths]  # "." has no name
+    names = [path.name if path.is_dir() else path.parent.name + "/" + path.name for path in named]
     if len(set(names)) < len(names):
-        names = _without_common_parts(paths)
+        names = _without_common_parts(named)
     if len(set(names)) < len(names):
         raise ValueError(f"a checkpoint is named twice: {', '.join(names)}")
     return {name: load_classifier(each, model) for name, each in zip(names, weights, strict=True)}
@@ -246,8 +248,18 @@ def _without_common_parts(paths: Sequence[Path]) -> list[str]:
 
 
 def _default_out(files: list[Path]) -> Path:
-    others = "".join(f"-{file.parent.name}" for file in files[1:])
-    return files[0].parent / f"landscape{others}.npz"
+    others = "".join(f"-{_name(file)}" for file in files[1:])
+    return _run(files[0]) / f"landscape{others}.npz"
+
+
+def _run(file: Path) -> Path:
+    """The folder of the run that weights are of; shards lie in a folder of it."""
+    in_shards = file.is_dir() and file.parent.absolute().name == SHARDS_NAME
+    return Path(os.path.normpath(file.parent / "..")) if in_shards else file.parent
+
+
+def _name(file: Path) -> str:
+    return _run(file).resolve().name
 
 
 def _common(what: str, files: list[Path], values: list[Any]) -> Any:
@@ -259,4 +271,4 @@ def _common(what: str, files: list[Path], values: list[Any]) -> Any:
 
 
 def _listed(files: list[Path], values: list[Any]) -> str:
-    return ", ".join(f"{file.parent.name}: {value}" for file, value in zip(files, values, strict=True))
+    return ", ".join(f"{_name(file)}: {value}" for file, value in zip(files, values, strict=True))
