@@ -654,6 +654,14 @@ class TestCommand:
         assert {path.name for path in runs.parent.iterdir()} == {"runs"}
 
     @pytest.mark.usefixtures("_undrawn")
+    def test_a_batch_of_any_size_is_all_images_at_most(self, runs: Path) -> None:
+        for size in (30, 10**20):
+            result = run("runs/sdt", "--radius", "1", "--batch-size", str(size), "--out", f"{size}.npz")
+            assert result.exit_code == 0, result.output
+        whole, larger = (load_landscape(f"{size}.npz").tet_loss for size in (30, 10**20))
+        np.testing.assert_array_equal(larger, whole)
+
+    @pytest.mark.usefixtures("_undrawn")
     def test_ctrl_c_keeps_what_is_measured(self, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         count, counted = 0, landscape.count_correct
 

@@ -359,7 +359,7 @@ def _batches(
 ) -> list[tuple[Tensor, Tensor]]:
     """Batches on the device: uint8 [N, C, H, W], or with time first [T, N, C, H, W]; and their labels [N]."""
     x = torch.tensor(images[:, : config.T] if images.ndim == 5 else images, device=device)
-    size = config.batch_size or forward_batch(device)
+    size = min(config.batch_size or forward_batch(device), len(images))  # torch takes no integer beyond 64 bits
     inputs = [part.transpose(0, 1).contiguous() if part.dim() == 5 else part for part in x.split(size)]
     return list(zip(inputs, torch.tensor(labels, device=device).split(size), strict=True))
 
