@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from export_helpers import convsnn, digits, engine
-from report_helpers import epoch, run_folder
+from report_helpers import epoch, reached, run_folder
 from torch import Tensor, nn
 
 import tetdeploy
@@ -248,6 +248,17 @@ def test_mean_and_deviation_over_seeds(runs: Path) -> None:
     for key, label in (("mean", "mean (n=2)"), ("std", "± standard deviation")):
         assert ["runs/tet", *label.split(), *(f"{entry[key]:.2%}" for entry in tet["accuracy"])] in shown
     assert result.output.endswith("next: tetdeploy export runs/tet/seed-0\n")
+
+
+def test_of_several_seeds_the_best_goes_on(runs: Path) -> None:
+    """By the accuracy on images held out, as `train` says; a checkpoint is to be had of it."""
+    for seed, accuracy in enumerate((0.4, 0.6, 0.5, 0.9)):
+        run_of = run_folder(runs / "tet" / f"seed-{seed}", seed=seed, metrics=reached(accuracy))
+        if seed < 3:
+            save_checkpoint(run_of / "checkpoint.safetensors", ann(seed), training=TRAINING, provenance={"epoch": 2})
+    result = run("runs/ann", "runs/tet", "--T", "1", "--limit", "9")
+    assert result.exit_code == 0, result.output
+    assert result.output.endswith("next: tetdeploy export runs/tet/seed-1\n")
 
 
 def begun_seeds(folder: Path, num_finished: int) -> None:

@@ -118,6 +118,7 @@ def evaluate(
     # before all measuring: what is damaged is told at once
     summaries = {folder: summary_of(folder, [read_run(run) for run in found]) for folder, found in begun.items()}
     seeds = {folder: [run for run in found if (run / CHECKPOINT_NAME).exists()] for folder, found in begun.items()}
+    beaten = {run for folder, found in seeds.items() for run in found if run != _best(summaries[folder], found)}
     rows, following = list[dict[str, Any]](), list[tuple[Path | str, ...]]()
     predicted = list[dict[int, NDArray[np.int64]]]()
     labels: NDArray[np.int64] | None = None  # of the first run
@@ -136,7 +137,7 @@ def evaluate(
             )
         wanted = _steps(steps, classifier, trained_T(metadata))
         qat = bool(metadata["training"].get("qat"))
-        if classifier.config.is_spiking:
+        if classifier.config.is_spiking and path not in beaten:
             following.append((path, *(("--precision", "int8") if qat else ())))
         size = batch_size or forward_batch(on)
         classes = _measure(str(path), classifier, images, max(wanted), size, on, chosen, trained=trained_T(metadata))
@@ -181,6 +182,13 @@ def _images(name: str, split: str, limit: int | None, data_dir: Path, metadata: 
     T, known = trained_T(metadata), metadata["data"]
     images = load_part(name, split, data_dir=data_dir, T=T, fraction=fraction, known=known)
     return images if limit is None else images.select(slice(limit))
+
+
+def _best(summary: Mapping[str, Any], runs: Sequence[Path]) -> Path | None:
+    """Of the runs of several seeds the one with the highest validation accuracy, as `train` names it; without
+    validation the first."""
+    accuracies = {entry["run"]: entry.get("val_accuracy") or 0.0 for entry in summary["runs"] if "run" in entry}
+    return max(runs, key=lambda run: accuracies[run.name], default=None)
 
 
 def _over_seeds(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
