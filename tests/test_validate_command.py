@@ -316,6 +316,8 @@ def test_a_model_of_an_earlier_checkpoint_is_told_and_how_to_export_it_anew(opti
     said = rf"{name} was exported from another checkpoint than a run has now; for that one run tetdeploy export"
     found = re.search(rf"{said} (.* --out '.*\.onnx')", told())
     assert found is not None
+    message = refused(f"a run/{name}", "--against", "a run").rstrip()
+    assert message.endswith(f"or export this one again: tetdeploy export {found[1]}")
     assert export(found[1]) == before
     assert "another checkpoint" not in told()
 

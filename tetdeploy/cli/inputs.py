@@ -63,7 +63,7 @@ def note_other_checkpoint(engine: Engine) -> None:
     if other_checkpoint(folder, engine.metadata["source"].get("checkpoint_sha256")):
         console.print(
             f"{engine.path.name} was exported from another checkpoint than {folder} has now; for that one run "
-            f"{_export_again(engine)}",
+            f"{export_again(engine, folder)}",
             style="yellow",
         )
 
@@ -76,8 +76,8 @@ def note_unfit_threshold(model: Path) -> None:
         console.print(reason, style="yellow")
 
 
-def _export_again(engine: Engine) -> str:
-    """What writes a model anew, of the run in whose folder it lies."""
+def export_again(engine: Engine, run: Path) -> str:
+    """What writes a model anew, in its place, of a run or checkpoint."""
     metadata, graph = engine.metadata, engine.path.with_suffix(".onnx")
     unrolled, network = metadata["layout"] == "unrolled", metadata["source"].get("network", {}).get("model", "")
     options = {
@@ -94,7 +94,7 @@ def _export_again(engine: Engine) -> str:
     }
     words = [word for option, value in options.items() if value for word in (option, value)]
     words += [flag for flag, given in flags.items() if given]
-    command = command_line("export", graph.parent, *words, "--out", graph)
+    command = command_line("export", run, *words, "--out", graph)
     return command if graph == engine.path else f"{command}, then {command_line('build', graph)}"
 
 

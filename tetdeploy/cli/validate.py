@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tetdeploy.cli.errors import INTERRUPTED, Recorded
 from tetdeploy.cli.gates import FAILED, Gate, check_gates, describe, parse_gates, place_gates
-from tetdeploy.cli.inputs import default_steps, load_classifier, load_inputs, note_other_checkpoint
+from tetdeploy.cli.inputs import default_steps, export_again, load_classifier, load_inputs, note_other_checkpoint
 from tetdeploy.cli.options import (
     AT_LEAST_1,
     ChosenModel,
@@ -294,11 +294,12 @@ def _beside(engine: Engine, path: Path, own: str | None, threads: int | None) ->
     checkpoint = read_checkpoint(path)
     wanted = str(engine.metadata["source"].get("checkpoint_sha256", ""))
     if checkpoint.sha256 != wanted:
+        beside = checkpoint.file.parent.resolve() == engine.path.parent.resolve()
         raise ValueError(
             f"{engine.path.name} was not exported from {checkpoint.file}: it was made from "
             f"{f'the checkpoint {wanted[:12]}' if wanted else 'a network it does not name'}, this is "
             f"{checkpoint.sha256[:12]} (SHA-256); name that checkpoint, or export this one again: "
-            f"{command_line('export', path)}"
+            f"{export_again(engine, path) if beside else command_line('export', path)}"
         )
     if threads is not None:
         torch.set_num_threads(threads)
