@@ -1559,6 +1559,11 @@ def test_newest_export_is_the_last_written(tmp_path: Path) -> None:
     seeded.write_bytes(b"")
     (tmp_path / "latest").symlink_to("s")
     assert newest_export(tmp_path) == seeded
+    for run_of in ("c", "s/seed-0"):
+        of_shards = tmp_path / run_of / "shards" / "model-T4.onnx"
+        of_shards.parent.mkdir()
+        of_shards.write_bytes(b"")
+        assert newest_export(tmp_path) == of_shards
 
 
 def test_a_warning_is_one_line() -> None:

@@ -68,8 +68,9 @@ def read_model(path: Path) -> bytes:
 
 
 def models_in(run: Path) -> list[Path]:
-    """The exported models in a run's folder, then those of the runs of several seeds in it."""
-    return [*sorted(run.glob("*.onnx")), *sorted(run.glob("seed-*/*.onnx"))]
+    """The exported models in a run's folder and beside its shards, then those of the runs of several seeds in it."""
+    patterns = ("*.onnx", "shards/*.onnx", "seed-*/*.onnx", "seed-*/shards/*.onnx")
+    return [model for pattern in patterns for model in sorted(run.glob(pattern))]
 
 
 def refuse_folder(path: Path) -> None:
