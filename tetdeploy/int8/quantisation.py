@@ -373,7 +373,7 @@ def _hands_on(node: fx.Node) -> bool:
         return mode not in (None, "constant") or not value
     if node.target is operator.getitem:
         parts: Any = node.args[0]
-        return parts.target in _PARTS or (parts.target in _MAXIMA and node.args[1] == 0)  # 1 is where they lie
+        return parts.target in _PARTS or (parts.target in _MAXIMA and bool(node.args[1] == 0))  # 1 is where they lie
     return node.target in _HAND_ON or node.target in _PARTS
 
 
