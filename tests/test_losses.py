@@ -150,8 +150,9 @@ def test_wrong_dtypes_and_weights_are_refused() -> None:
                 loss(logits, torch.full_like(labels, label), label_smoothing=smoothing)
             with pytest.raises(ValueError, match=match):
                 loss(logits, labels.index_fill(0, torch.tensor(0), label), label_smoothing=smoothing)
-    with pytest.raises(ValueError, match=r"lam is -0.1; .*\[0, 1\]"):
-        total_loss(logits, labels, lam=-0.1)
+    for lam in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=rf"lam is {lam}; .*\[0, 1\]"):
+            total_loss(logits, labels, lam=lam)
 
 
 @pytest.mark.parametrize("tau_kd", [0.5, 3.0])
