@@ -22,11 +22,12 @@ from torch import Generator, Tensor, nn
 
 import tetdeploy
 from tetdeploy.checkpoint import read_metadata
-from tetdeploy.data import ImageSet, load_data, split_validation
+from tetdeploy.data import Framing, ImageSet, load_data, split_validation
 from tetdeploy.extras import MissingExtraError
 from tetdeploy.files import sha256_of, write_json
 from tetdeploy.names import section
 from tetdeploy.networks import Classifier, NetworkConfig, build_network
+from tetdeploy.steps import MAX_T
 from tetdeploy.tensor_file import read_content, write_tensors
 from tetdeploy.train import (
     How,
@@ -118,9 +119,17 @@ def test_tit_that_does_not_parse(text: str) -> None:
         TrainConfig(tit=text)
 
 
+def test_of_several_stages_the_one_that_does_not_parse_is_named() -> None:
+    with pytest.raises(ValueError, match=r"tit is '2:300,6:x' \('6:x' in it does not parse\); it must"):
+        parse_tit("2:300,6:x", lr=0.1)
+    with pytest.raises(ValueError, match=r"tit is '6:x'; it must"):
+        parse_tit("6:x", lr=0.1)
+
+
 def test_random_T_notation() -> None:
     assert parse_random_T("1:6") == TimeRange(1, 6, 3)
     assert parse_random_T("2:4:1") == TimeRange(2, 4, 1)
+    assert parse_random_T(f"2:4:{MAX_T}").draws == MAX_T
     for text in ("6", "3:3", "6:1", "0:3", "1:6:0", "1:6:2:2", "1:6:1000000000", "a:b"):
         with pytest.raises(ValueError, match=r"random_T is '.*'; it must be LOW:HIGH .* such as 1:6"):
             TrainConfig(random_T=text)
@@ -356,7 +365,9 @@ def test_prefix_mean_is_the_mean_of_the_runs() -> None:
 
 def test_lengths_follow_from_the_step_and_cover_the_range() -> None:
     config = settings(random_T="2:5:3")
+    before = torch.get_rng_state()
     drawn = [draw_lengths(config, 0, step) for step in range(100)]
+    assert torch.equal(torch.get_rng_state(), before)  # of which dropout draws
     assert drawn == [draw_lengths(config, 0, step) for step in range(100)]
     assert drawn != [draw_lengths(settings(random_T="2:5:3", seed=1), 0, step) for step in range(100)]
     assert {T for lengths in drawn for T in lengths} == {2, 3, 4, 5}
@@ -413,7 +424,7 @@ def test_the_weight_and_the_temperature_of_distillation_are_those_given() -> Non
     teacher = Teacher(Answers(), 0.25, 2.0)  # type: ignore[arg-type]
     p, log_q = (answers[0].double() / 2).softmax(-1), (logits.double() / 2).log_softmax(-1)
     wanted = 0.25 * 2.0**2 * (p * (p.log() - log_q)).sum(-1).mean()
-    images = torch.randint(0, 256, (4, 1, 2, 2), dtype=torch.uint8)
+    images = torch.randint(0, 256, (4, 3, 2, 2), dtype=torch.uint8)
     frames = torch.tensor([100, 0, 200], dtype=torch.uint8).view(1, 3, 1, 1, 1).expand(4, 3, 1, 2, 2).clone()
     frames[0, 2] = 7
     for x in (images, frames):
@@ -481,6 +492,20 @@ def test_teachers_that_do_not_fit(tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(ValueError, match=r"was trained on other data: its class_names is \('0', .*not \('a'"):
         train(student, other, None, settings(distill=str(teacher)), tmp_path / "student")
     assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize("unknown", ["teacher", "student"])
+def test_where_one_sensor_is_not_known_nothing_is_said_of_the_other(
+    teacher: Path, unknown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the frames of a `.npz`, or of a checkpoint of before."""
+    student, loaded = classifier_of(), tetdeploy.load(teacher)
+    (student if unknown == "teacher" else loaded).framing = Framing("count", (8, 8))
+    monkeypatch.setattr("tetdeploy.train.objective.load", lambda *_, **__: loaded)
+    found = load_teacher(  # a warning would be an error
+        settings(distill=str(teacher)), student, sha256=sha256_of(teacher / "checkpoint.safetensors")
+    )
+    assert found is not None and found.classifier is loaded
 
 
 def test_a_teacher_that_is_replaced_while_it_is_read(
