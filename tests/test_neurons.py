@@ -553,6 +553,7 @@ def test_a_forward_mode_derivative_is_refused() -> None:
         ({"v_th": math.inf}, "v_th must be above 0 and finite; got inf"),
         ({"gamma": 0.0}, r"gamma must be from 1e-18 to 1e18; .* got 0\.0"),
         ({"gamma": 1e-23}, "gamma must be from 1e-18 to 1e18; .* got 1e-23"),  # whose square float32 takes for 0
+        ({"gamma": 1.1e18}, r"gamma must be from 1e-18 to 1e18; .* got 1\.1e\+18"),
         ({"gamma": math.nan}, "gamma must be from 1e-18 to 1e18; .* got nan"),
         ({"tau": "0.5"}, "tau must be a number, got '0.5'"),
         ({"tau": torch.tensor([0.5, 0.6])}, r"tau must be a number, got tensor\(\[0.5"),
@@ -566,6 +567,11 @@ def test_parameters_out_of_range_are_refused(options: dict[str, Any], message: s
     for neuron in (lambda: LIF(**options), lambda: lif(torch.zeros(2, 3), **options)):
         with pytest.raises(ValueError, match=message):
             neuron()
+
+
+@pytest.mark.parametrize(("name", "value"), [("tau", 0.0), ("tau", 1.0), ("gamma", 1e-18), ("gamma", 1e18)])
+def test_parameters_at_the_ends_of_their_range_are_taken(name: str, value: float) -> None:
+    assert getattr(LIF(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize(("name", "value"), [("tau", 2.0), ("v_th", -1.0), ("gamma", 0.0), ("tau", "0.5")])
@@ -590,6 +596,8 @@ def test_parameters_that_could_not_learn_are_refused(name: str) -> None:
         setattr(neurons, name, later[name])
         with pytest.raises(ValueError, match=rf"^{name} must be a number, got a .*: the gradient does not reach it"):
             neurons(torch.ones(1, 2))
+        with pytest.raises(ValueError, match=rf"^{name} must be a number, got a .*: the gradient does not reach it"):
+            torch.export.export(neurons, (torch.ones(1, 2),))
         delattr(neurons, name)
     setattr(neurons, name, torch.tensor(0.5))
     assert torch.export.export(neurons, (torch.ones(1, 2),)).module()(torch.ones(1, 2)).shape == (1, 2)
