@@ -744,6 +744,27 @@ def test_convolutions_of_other_parameters_have_scales_of_their_own(trainable: bo
     assert quantise(module, scales, trainable=trainable) == names
 
 
+class ReadsTwo(nn.Module):
+    """One convolution of spikes and of pooled spikes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.lif = DirectEncoding(nn.Conv2d(1, 8, 3, padding=1)), LIF(v_th=0.3)
+        self.conv, self.readout = nn.Conv2d(8, 8, 1), OverTime(nn.Linear(8, 10))
+
+    def forward(self, x: Tensor, T: int) -> Tensor:
+        spikes = self.lif(self.encode(x, T)).flatten(0, 1)
+        pooled = nn.functional.max_pool2d(spikes, 2)
+        currents = self.conv(spikes).mean((2, 3)) + self.conv(pooled).mean((2, 3))
+        logits: Tensor = self.readout(currents.unflatten(0, (T, -1)))
+        return logits
+
+
+def test_calls_of_one_convolution_have_one_scale_whatever_they_read() -> None:
+    module = Tracer(classifier(ReadsTwo()), encoding="direct", uint8=True).folded(3)
+    assert list(spiking_convolutions(module).values()) == ["conv", "conv"]
+
+
 # --- what is spikes
 
 
