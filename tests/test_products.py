@@ -200,6 +200,16 @@ def test_products_whose_pairs_cannot_be_told_are_named(
     assert runner_of(layout).metadata["uncounted"] == [f"products.{name}" for name in [*NOT_COUNTED][:uncounted]]
 
 
+def test_a_product_of_which_one_factor_has_some_of_the_steps_is_named(tmp_path: Path) -> None:
+    def first_keys(product: Product, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return product(q, k[:1].expand_as(k).mT).sum(-1, keepdim=True) + v
+
+    network = classifier(Attention({"first_keys": first_keys})).network
+    metadata = unchecked(network, tmp_path / "m.onnx", ExportConfig(T=3)).metadata
+    assert metadata["uncounted"] == ["products.first_keys"]
+    assert [layer["name"] for layer in metadata["layers"]] == ["embed", "readout"]
+
+
 def test_a_product_of_the_image_alone_is_named(tmp_path: Path) -> None:
     class OfTheImage(nn.Module):
         def __init__(self) -> None:
