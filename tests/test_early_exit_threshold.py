@@ -290,6 +290,9 @@ def test_savings_are_those_of_the_steps_that_each_image_took() -> None:
     ].tolist()
     assert early["accuracy"] == pytest.approx((alone.logits.argmax(-1) == labels).mean())
     assert early["fixed_accuracy"] == 1.0 == result["rows"][-1]["accuracy"] and early["lost"] > 0
+    assert [(row["T"], row["accuracy"]) for row in result["rows"]] == [
+        (t, pytest.approx((runner.run(x, t).logits.argmax(-1) == labels).mean())) for t in range(1, T + 1)
+    ]
     each = []
     for image, steps in zip(x, alone.steps, strict=True):
         operations = Operations(layers_of(runner.metadata))
