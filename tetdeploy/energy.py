@@ -104,7 +104,7 @@ class Layer:
         """How many outputs an input value reaches, by its position: `[*spatial]`, a scalar for a linear layer."""
         axes = zip(self.input_shape[1:], self.kernel, self.strides, self.pads, self.dilations, strict=True)
         fan_out = np.array(self.outputs, dtype=np.int64)
-        for axis in axes if self.kernel else ():
+        for axis in axes:
             fan_out = np.multiply.outer(fan_out, axis_fan_out(*axis))
         return fan_out
 
