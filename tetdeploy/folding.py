@@ -138,9 +138,7 @@ def parameter(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
 
 def is_parameter(node: Any) -> bool:
     """Whether a node of a traced graph reads a parameter or buffer, or one that is folded at each call."""
-    if not isinstance(node, fx.Node):
-        return False
-    return node.op == "get_attr" or (node.target is operator.getitem and node.args[0].target is fold)  # type: ignore[union-attr]
+    return node.op == "get_attr" or (node.target is operator.getitem and node.args[0].target is fold)
 
 
 def fold(
