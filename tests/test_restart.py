@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -235,6 +236,33 @@ def test_what_a_killed_write_left_is_swept(tmp_path: Path) -> None:
     (left / "model-00001-of-00002.safetensors").write_bytes(b"half")
     run(tmp_path / "r", resume=True)
     assert [folder.name for folder in (tmp_path / "r" / "shards").iterdir()] == ["epoch-00004-step-000000"]
+
+
+def killed(out: Path, before: str, **options: Any) -> None:
+    """A beginning that ends before this function of the loop."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, before, Mock(side_effect=SystemExit))
+        with pytest.raises(SystemExit):
+            run(out, **options)
+
+
+def test_shards_of_a_killed_beginning_are_not_those_of_the_next_run_there(tmp_path: Path) -> None:
+    killed(tmp_path / "r", "write_run_config", config=settings(lr=0.01))
+    assert find_restart(tmp_path / "r" / "shards").settings["training"]["lr"] == 0.01
+    killed(tmp_path / "r", "_run", config=settings(lr=0.02))
+    assert find_restart(tmp_path / "r").settings["training"]["lr"] == 0.02
+
+
+def test_metrics_of_a_killed_restart_are_not_those_of_the_next_one_there(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        interrupted(tmp_path / name, 2 * STEPS + 1)
+    killed(tmp_path / "c", "_save", restart_from=tmp_path / "a")
+    assert [record["epoch"] for record in read_metrics(tmp_path / "c")] == [1, 2]
+    shutil.copytree(tmp_path / "b" / "shards", tmp_path / "carried")
+    for file in (tmp_path / "carried").rglob("metrics.jsonl"):
+        file.unlink()
+    run(tmp_path / "c", restart_from=tmp_path / "carried")
+    assert [record["epoch"] for record in read_metrics(tmp_path / "c")] == [3, 4]
 
 
 # --- where it goes on

@@ -47,6 +47,7 @@ from .restart import (
     check_shards,
     find_restart,
     has_shards,
+    remove_shards,
     restart_origin,
     restart_state,
     write_restart,
@@ -281,6 +282,8 @@ def _begin(session: Session, restart: Restart | None, *, resume: bool, runs: Pat
         weights = trainable(session.classifier.network) if session.config.ema else {}
         average = {name: weight.clone() for name, weight in weights.items()}
         state = TrainState.start(session.steps_per_epoch, session.device, average)
+        if session.ranks.writes and session.how.shard_bytes is not None:
+            remove_shards(session)
     if not resume:
         _save(session, state)
     else:  # a full disk or a kill may have come between state and shards

@@ -158,9 +158,14 @@ def restart_state(restart: Restart, session: Session) -> TrainState:
         state.losses.copy_(tensors["epoch.losses"])
         state.correct.copy_(tensors["epoch.correct"])
     folder = restart.path if restart.path.is_dir() else restart.path.parent
-    if session.ranks.writes and (earlier := read_metrics(folder, epochs=restart.epoch)):
-        write_metrics(session.out, earlier)
+    if session.ranks.writes:  # even if there are none: a beginning that was killed may have left those of another run
+        write_metrics(session.out, read_metrics(folder, epochs=restart.epoch))
     return state
+
+
+def remove_shards(session: Session) -> None:
+    """Those of a beginning that was killed, which the new run would take for its own first ones."""
+    shutil.rmtree(session.out / SHARDS_NAME, ignore_errors=True)
 
 
 def restart_origin(restart: Restart) -> dict[str, Any]:
