@@ -20,6 +20,7 @@ from tetdeploy.data import (
     holds_out_others,
     load_frames,
     load_parts,
+    remedy_of_others,
     same_data,
     warn_of_other_framing,
 )
@@ -104,7 +105,7 @@ class Trained:
         if val is not None and holds_out_others(name, val, self.metadata["data"]):
             warnings.warn(
                 f"{name}: the training held out other images than are found here, so that the check is on some it was "
-                "trained on; name the folder it was trained from, --data-dir",
+                f"trained on; {remedy_of_others(name)}",
                 RuntimeWarning,
                 stacklevel=2,
             )

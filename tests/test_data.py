@@ -43,6 +43,7 @@ from tetdeploy.data import (
     imagenet,
     load_data,
     load_parts,
+    remedy_of_others,
     same_data,
     save_npz,
     split_validation,
@@ -281,6 +282,15 @@ def test_a_fingerprint_tells_order_labels_and_pixels() -> None:
 )
 def test_other_images_than_those_held_out_are_known(name: str, known: dict[str, str], others: bool) -> None:
     assert holds_out_others(name, image_set(), known) == others
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10", "imagenet@64", "saccades:cifar10", "a/set.npz", "folder:a", "imagenet:a@64"]
+)
+def test_only_data_that_are_looked_for_have_another_folder(name: str) -> None:
+    of_its_own = name in ("a/set.npz", "folder:a", "imagenet:a@64", "by-time:events:a")
+    assert ("--data-dir" in remedy_of_others(name)) != of_its_own
+    assert ("the file or folder as it was then" in remedy_of_others(name)) == of_its_own
 
 
 def test_the_parts_of_a_run_are_its_split_or_all(tmp_path: Path) -> None:

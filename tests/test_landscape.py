@@ -610,12 +610,13 @@ class TestCommand:
     def test_recordings_cut_for_another_T_are_refused(self, runs: Path, split: str) -> None:
         for name, T in (("e2", 2), ("e4", 4)):
             classifier = classifier_of()
-            classifier.data = "saccades:digits"
+            classifier.data, classifier.encoding = "saccades:digits", "frames"
             training = {"T": T, "val_fraction": 0.1}
             save_checkpoint(runs / name / "checkpoint.safetensors", classifier, training=training, provenance={})
-        result = run("runs/e2", "runs/e4", "--T", "2", "--split", split)
-        assert result.exit_code == 1
-        assert "whatever --T, and these differ (e2: 2, e4: 4); measure each run by itself" in result.output
+        for steps in ([], ["--T", "2"]):
+            result = run("runs/e2", "runs/e4", *steps, "--split", split)
+            assert result.exit_code == 1
+            assert "whatever --T, and these differ (e2: 2, e4: 4); measure each run by itself" in result.output
 
     @pytest.mark.usefixtures("_undrawn")
     def test_frames_of_a_file_are_the_same_for_all_runs(self, runs: Path) -> None:

@@ -272,7 +272,9 @@ def test_a_smooth_network_trains_and_does_not_export(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("epoch = 3", "r.toml: unknown key 'epoch' (did you mean epochs?); allowed are data, model, width, tau"),
-        ('out = "x"', "r.toml: unknown key 'out'"),
+        ('out = "x"', "r.toml: out belongs to one machine or one call, not to a recipe: type it as an option"),
+        ('data-dir = "x"', "r.toml: data-dir belongs to one machine or one call"),
+        ('json = "x"', "r.toml: json belongs to one machine or one call"),
         ("[train]\nT = 3", "r.toml: unknown key 'train'"),
         ('T = "4"', "r.toml: T is '4'; it must be a whole number (Time steps"),
         ("T = 4.0", "r.toml: T is 4.0; it must be a whole number"),

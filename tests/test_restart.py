@@ -428,7 +428,7 @@ def test_images_in_another_order_are_refused(tmp_path: Path, how: How) -> None:
     interrupted(tmp_path / "first", STEPS + 2, how=how)
     found = find_restart(tmp_path / "first")
     others = run_settings(classifier(), TRAIN, images_of(24, 3), settings())
-    with pytest.raises(ValueError, match=r"the images are others or in another order .* --data-dir; go on with the"):
+    with pytest.raises(ValueError, match=r"the images are others or in another order, .* --data-dir; go on with the"):
         check_restart(found, others)
     shorter = run_settings(classifier(), TRAIN, images_of(20, 3), settings(val_fraction=0.2))
     with pytest.raises(ValueError, match=r"val_fraction: 0.1 -> 0.2; go on with the"):  # which explains the rest

@@ -153,7 +153,7 @@ def checkpoint_file(path: Path | str) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give a checkpoint (.safetensors) or a run folder")
+        raise FileNotFoundError(f"{path} does not exist; give a checkpoint (.safetensors), a run folder or shards")
     if not path.is_dir():
         return path
     file = path / CHECKPOINT_NAME

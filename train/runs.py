@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tetdeploy.checkpoint import Checkpoint, data_settings
-from tetdeploy.data import LabelledSet
+from tetdeploy.data import LabelledSet, remedy_of_others
 from tetdeploy.files import made_folder, write_json
 from tetdeploy.form import COUNT, NUMBER, as_json, check_form, parse_json
 from tetdeploy.networks import Classifier
@@ -47,10 +47,6 @@ _CONFIG = {
     "seeds": [COUNT],
 }
 
-_OTHER_IMAGES = (
-    "the images are others or in another order (CIFAR's in zips is not that of torchvision's files), and some it was "
-    "trained on might be held out now: name the folder it was started with, --data-dir"
-)
 _OTHER_TEACHER = "the teacher has other weights than the one it learned from: name that one with --distill"
 
 
@@ -365,7 +361,11 @@ def run_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
     images = [part.pop("fingerprint", None) for part in data]
     teachers = [part.pop("distill_sha256", None) for part in training]
     found = differences(*({**s, "data": d, "training": t} for s, d, t in zip((old, new), data, training, strict=True)))
-    others = {_OTHER_IMAGES: images, _OTHER_TEACHER: teachers}
+    other_images = (
+        "the images are others or in another order, and some it was trained on might be held out now: "
+        f"{remedy_of_others(str(new.get('data', {}).get('name', '')))}"
+    )
+    others = {other_images: images, _OTHER_TEACHER: teachers}
     return found or [text for text, (before, now) in others.items() if None not in (before, now) and before != now]
 
 

@@ -234,7 +234,7 @@ def start_from(ctx: click.Context, classifier: Classifier, init: Checkpoint) -> 
 
 def note_trained_on(init: Path, metadata: Mapping[str, Any], data: LabelledSet, val_fraction: float) -> None:
     """Say so if `data`, to validate on, are not what the run of `init` held out by the same share of the same set."""
-    from tetdeploy.data import holds_out_others
+    from tetdeploy.data import holds_out_others, remedy_of_others
 
     training = metadata["training"]
     if data.encoding == "frames" and data.x.shape[1] != training.get("T"):  # the same recordings cut otherwise
@@ -242,7 +242,7 @@ def note_trained_on(init: Path, metadata: Mapping[str, Any], data: LabelledSet, 
     if training.get("val_fraction") == val_fraction and holds_out_others(data.name, data, metadata["data"]):
         console.print(
             f"{data.name}: {init} held out other images and was trained on some of these, so the validation accuracy "
-            "will look better than it is; name the folder it was trained from, --data-dir",
+            f"will look better than it is; {remedy_of_others(data.name)}",
             style="yellow",
         )
 

@@ -156,7 +156,7 @@ def load_part(
     Raises:
         ValueError: the run held out no images, or others than these; and what `load_data` raises.
     """
-    from tetdeploy.data import Framing, holds_out_others, load_data, load_parts, warn_of_other_framing
+    from tetdeploy.data import Framing, holds_out_others, load_data, load_parts, remedy_of_others, warn_of_other_framing
 
     trained = Framing.of(known)
     if part == "test":
@@ -172,8 +172,7 @@ def load_part(
     if holds_out_others(name, val, known):
         raise ValueError(
             f"{name}: the training held out other images, and was trained on some of these: they are others or in "
-            "another order (CIFAR's in zips is not that of torchvision's files); name the folder it was trained from, "
-            "--data-dir, or choose another --split or --data"
+            f"another order; {remedy_of_others(name)}, or choose another --split or --data"
         )
     return val
 

@@ -110,7 +110,10 @@ def landscape(
     checkpoints = checkpoints or (newest_run(runs),)
     weights = [read_checkpoint(path) for path in checkpoints]
     files, metadata = [each.file for each in weights], [each.metadata for each in weights]
-    config = LandscapeConfig(T=T or _common("T", files, [trained_T(m) for m in metadata]), **options)
+    steps = [trained_T(m) for m in metadata]
+    if T is None and metadata[0]["data"]["encoding"] == "frames" and not is_npz(data or ""):
+        _refuse_recordings_cut_otherwise(files, steps)
+    config = LandscapeConfig(T=T or _common("T", files, steps), **options)
     step = config.extent / (config.points // 2)
     radius = max(config.extent / 2, step) if radius is None else radius
     if not radius >= step * (1 - 1e-9):
@@ -205,11 +208,8 @@ def _images(
 
     def part(fraction: float, known: Any) -> Any:
         images = load_part(source, split, data_dir=data_dir, T=steps[0], fraction=fraction, known=known)
-        if images.encoding == "frames" and not is_npz(source) and len(set(steps)) > 1:
-            raise ValueError(
-                f"recordings of {source} are cut into as many frames as a run was trained with, whatever --T, and "
-                f"these differ ({_listed(files, steps)}); measure each run by itself"
-            )
+        if images.encoding == "frames" and not is_npz(source):
+            _refuse_recordings_cut_otherwise(files, steps)
         return images
 
     fractions = [float(m["training"].get("val_fraction", 0.0)) for m in metadata]
@@ -225,6 +225,14 @@ def _images(
         if framing != framings[0]:  # of which `load_part` warns
             warn_of_other_framing(images, framing, str(file))
     return images.select(mixed_order(len(images))[:limit])
+
+
+def _refuse_recordings_cut_otherwise(files: list[Path], steps: list[int]) -> None:
+    if len(set(steps)) > 1:
+        raise ValueError(
+            "recordings are cut into as many frames as a run was trained with, whatever --T, and these differ "
+            f"({_listed(files, steps)}); measure each run by itself"
+        )
 
 
 def _classifiers(paths: tuple[Path, ...], weights: list[Checkpoint], model: str | None) -> dict[str, Classifier]:

@@ -28,6 +28,8 @@ def read_recipe(path: Path, command: click.Command) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for key, value in content.items():
         name = key.replace("-", "_")
+        if name in _NOT_IN_FILES or key == "json":
+            raise ValueError(f"{path}: {key} belongs to one machine or one call, not to a recipe: type it as an option")
         if name not in allowed:
             raise ValueError(f"{path}: unknown key {key!r}{_hint(name, allowed)}; allowed are {', '.join(allowed)}")
         if name in options:

@@ -45,6 +45,7 @@ __all__ = [
     "load_parts",
     "read_crop",
     "read_recording",
+    "remedy_of_others",
     "same_data",
     "save_npz",
     "split_validation",
@@ -163,6 +164,13 @@ def holds_out_others(name: str, val: LabelledSet, known: Mapping[str, Any]) -> b
     wanted, own = known.get("fingerprint"), str(known.get("name", ""))
     comparable = same_data(name, own) and name.startswith(_BY_TIME) == own.startswith(_BY_TIME)
     return wanted is not None and comparable and val.fingerprint != wanted
+
+
+def remedy_of_others(name: str) -> str:
+    """What to do about images that are not those of the training, by the name of the data set."""
+    if is_npz(name) or name.removeprefix(_BY_TIME).startswith(("folder:", "events:", "imagenet:")):
+        return "take the file or folder as it was then"
+    return "name the folder it was trained from (CIFAR's zips have another order than torchvision's files), --data-dir"
 
 
 def same_data(name: str, other: str) -> bool:
