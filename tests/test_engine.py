@@ -548,7 +548,7 @@ def test_an_image_without_an_answer_leaves_others_theirs_step_by_step(
     exit: Exit | None, in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tetdeploy.engine.IN_CACHE", in_cache)
-    runner, x = engine("step"), images(3)
+    runner, x = engine("step"), images(3).copy()
     wanted = runner.run(x, 4, exit=exit)
     monkeypatch.setattr(runner, "_session", _DarkImagesFail(runner._session))
     x[1] = 0
