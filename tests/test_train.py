@@ -761,7 +761,9 @@ def test_resume_with_the_images_in_another_order_is_refused(copied: Path) -> Non
     config = copied / "config.json"
     assert read_metadata(copied)["data"]["fingerprint"] == json.loads(config.read_text())["data"]["fingerprint"]
     others = images_of(31, seed=3)
-    reason = r"other settings: the images are others or in another order, .*: name the folder it was trained .*--data-dir"
+    reason = (
+        r"other settings: the images are others or in another order, .*: name the folder it was trained .*--data-dir"
+    )
     with pytest.raises(ValueError, match=reason):
         train(toy(), TRAIN, others, settings(), copied, resume=True, progress=False)
     written = json.loads(config.read_text())
