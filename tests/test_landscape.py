@@ -618,6 +618,13 @@ class TestCommand:
             assert result.exit_code == 1
             assert "whatever --T, and these differ (e2: 2, e4: 4); measure each run by itself" in result.output
 
+    def test_frames_of_a_file_are_not_cut_for_a_T(self, runs: Path) -> None:
+        for name, T in (("e2", 2), ("e4", 4)):
+            classifier = classifier_of()
+            classifier.data, classifier.encoding = "frames.npz", "frames"
+            save_checkpoint(runs / name / "checkpoint.safetensors", classifier, training={"T": T}, provenance={})
+        assert "different T (e2: 2, e4: 4); say which with --T" in run("runs/e2", "runs/e4").output
+
     @pytest.mark.usefixtures("_undrawn")
     def test_frames_of_a_file_are_the_same_for_all_runs(self, runs: Path) -> None:
         path = runs / "more" / "checkpoint.safetensors"

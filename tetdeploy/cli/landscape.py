@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,9 +111,13 @@ def landscape(
     checkpoints = checkpoints or (newest_run(runs),)
     weights = [read_checkpoint(path) for path in checkpoints]
     files, metadata = [each.file for each in weights], [each.metadata for each in weights]
+    source = _common("data", files, list(map(trained_on, metadata, files))) if data is None else data
     steps = [trained_T(m) for m in metadata]
-    if T is None and metadata[0]["data"]["encoding"] == "frames" and not is_npz(data or ""):
-        _refuse_recordings_cut_otherwise(files, steps)
+    if metadata[0]["data"]["encoding"] == "frames" and not is_npz(source) and len(set(steps)) > 1:
+        raise ValueError(
+            f"recordings of {source} are cut into as many frames as a run was trained with, whatever --T, and these "
+            f"differ ({_listed(files, steps)}); measure each run by itself"
+        )
     config = LandscapeConfig(T=T or _common("T", files, steps), **options)
     step = config.extent / (config.points // 2)
     radius = max(config.extent / 2, step) if radius is None else radius
@@ -124,7 +129,6 @@ def landscape(
         )
     path = out or _default_out(files)
     plot = _checked_plot(path, plot, json_path, named=out is not None)
-    source = _common("data", files, list(map(trained_on, metadata, files))) if data is None else data
     images = _images(source, split, limit, data_dir, files, metadata)
     classifiers = _classifiers(checkpoints, weights, model)
     del weights  # their tensors
@@ -196,43 +200,24 @@ def _report(result: Landscape, path: Path, plot: Path, json_path: Path | None, r
 def _images(
     source: str, split: str, limit: int, data_dir: Path, files: list[Path], metadata: list[Mapping[str, Any]]
 ) -> Any:
-    """The images to measure on, a fair sample of at most `limit`.
-
-    Raises:
-        ValueError: recordings, which are cut into T frames, and the runs were trained at different T.
-    """
+    """The images to measure on, a fair sample of at most `limit`. Recordings are cut for the T of the first run."""
     from tetdeploy.data import Framing, warn_of_other_framing
     from tetdeploy.data.images import mixed_order
 
-    steps = [trained_T(m) for m in metadata]
-
-    def part(fraction: float, known: Any) -> Any:
-        images = load_part(source, split, data_dir=data_dir, T=steps[0], fraction=fraction, known=known)
-        if images.encoding == "frames" and not is_npz(source):
-            _refuse_recordings_cut_otherwise(files, steps)
-        return images
-
+    part = partial(load_part, source, split, data_dir=data_dir, T=trained_T(metadata[0]))
     fractions = [float(m["training"].get("val_fraction", 0.0)) for m in metadata]
     if split != "validation":
-        images = part(max(fractions), metadata[0]["data"])
+        images = part(fraction=max(fractions), known=metadata[0]["data"])
     else:
         runs = zip(fractions, (m["data"] for m in metadata), strict=True)
         distinct = {(fraction, known.get("fingerprint")): known for fraction, known in runs}
         # What the smaller share holds out is part of what the larger one does: no run trained on the images.
-        images = min((part(fraction, known) for (fraction, _), known in distinct.items()), key=len)
+        images = min((part(fraction=fraction, known=known) for (fraction, _), known in distinct.items()), key=len)
     framings = [Framing.of(m["data"]) for m in metadata]
     for file, framing in zip(files, framings, strict=True):
         if framing != framings[0]:  # of which `load_part` warns
             warn_of_other_framing(images, framing, str(file))
     return images.select(mixed_order(len(images))[:limit])
-
-
-def _refuse_recordings_cut_otherwise(files: list[Path], steps: list[int]) -> None:
-    if len(set(steps)) > 1:
-        raise ValueError(
-            "recordings are cut into as many frames as a run was trained with, whatever --T, and these differ "
-            f"({_listed(files, steps)}); measure each run by itself"
-        )
 
 
 def _classifiers(paths: tuple[Path, ...], weights: list[Checkpoint], model: str | None) -> dict[str, Classifier]:
