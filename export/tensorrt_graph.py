@@ -85,8 +85,8 @@ def _use_int8(graph: onnx.GraphProto, constants: Mapping[str, NDArray[Any]]) -> 
                     "tetdeploy; export again with tetdeploy export --precision int8"
                 )
             # A convolution may read a current, too: that of a convolution before it.
-            build = _spikes if as_they_are and node.output[0] in by_convolutions else _current
-            nodes.extend(build(given, node, constants))
+            is_of_spikes = as_they_are and node.output[0] in by_convolutions
+            nodes.extend(_spikes(given, node) if is_of_spikes else _current(given, node, constants))
     del graph.node[:]
     graph.node.extend(nodes)
     for value in graph.output:
@@ -98,7 +98,7 @@ def _is_uint8(node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> bo
     return len(node.input) > 2 and constants[node.input[2]].dtype == np.uint8
 
 
-def _spikes(given: str, node: onnx.NodeProto, _: Mapping[str, NDArray[Any]]) -> list[onnx.NodeProto]:
+def _spikes(given: str, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     quantised, scale = f"{node.output[0]}.int8", node.input[1]
     return [
         helper.make_node("QuantizeLinear", [given, scale, _ZERO], [quantised]),

@@ -285,10 +285,13 @@ def test_other_images_than_those_held_out_are_known(name: str, known: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "name", ["cifar10", "imagenet@64", "saccades:cifar10", "a/set.npz", "folder:a", "imagenet:a@64"]
+    ("name", "of_its_own"),
+    [
+        *((name, False) for name in ("cifar10", "imagenet@64", "saccades:cifar10")),
+        *((name, True) for name in ("a/set.npz", "folder:a", "imagenet:a@64", "by-time:events:a")),
+    ],
 )
-def test_only_data_that_are_looked_for_have_another_folder(name: str) -> None:
-    of_its_own = name in ("a/set.npz", "folder:a", "imagenet:a@64", "by-time:events:a")
+def test_only_data_that_are_looked_for_have_another_folder(name: str, of_its_own: bool) -> None:
     assert ("--data-dir" in remedy_of_others(name)) != of_its_own
     assert ("the file or folder as it was then" in remedy_of_others(name)) == of_its_own
 

@@ -118,7 +118,8 @@ def evaluate(
     # before all measuring: what is damaged is told at once
     summaries = {folder: summary_of(folder, [read_run(run) for run in found]) for folder, found in begun.items()}
     seeds = {folder: [run for run in found if (run / CHECKPOINT_NAME).exists()] for folder, found in begun.items()}
-    beaten = {run for folder, found in seeds.items() for run in found if run != _best(summaries[folder], found)}
+    best = {_best(summaries[folder], found) for folder, found in seeds.items()}
+    beaten = {run for found in seeds.values() for run in found} - best
     rows, following = list[dict[str, Any]](), list[tuple[Path | str, ...]]()
     predicted = list[dict[int, NDArray[np.int64]]]()
     labels: NDArray[np.int64] | None = None  # of the first run
