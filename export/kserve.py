@@ -24,6 +24,7 @@ CONFINED = {  # what Pod Security's level `restricted` asks of each container
     "runAsNonRoot": True,
     "seccompProfile": {"type": "RuntimeDefault"},
 }
+RUNTIMES = {"cpu": "onnxruntime", "openvino": "openvino"}  # of `tetdeploy serve`, by the target of a graph
 LEAVES = 5  # seconds in which the pod is taken out of the service, before it is told to stop and accepts no more
 
 
@@ -42,7 +43,18 @@ def check_storage_uri(uri: str) -> None:
         raise ValueError(f"{uri!r} is no storage URI; give one such as pvc://models/digits or s3://bucket/digits")
 
 
-def inference_service(name: str, *, model_file: str, storage_uri: str, image: str) -> dict[str, Any]:
+def check_target(what: object, target: str) -> None:
+    """Refuse, with ValueError, what was made, or is to be, for a GPU: neither image nor manifest has one."""
+    if target not in RUNTIMES:
+        raise ValueError(
+            f"{what} is for {target}, and the container that KServe runs has no GPU; choose --target "
+            f"{' or '.join(RUNTIMES)}"
+        )
+
+
+def inference_service(
+    name: str, *, model_file: str, storage_uri: str, image: str, runtime: str = "onnxruntime"
+) -> dict[str, Any]:
     """The InferenceService (v1beta1) that serves one model over the Open Inference Protocol v2, as a Deployment, as
     Knative takes no pod that sleeps before it stops.
 
@@ -51,6 +63,7 @@ def inference_service(name: str, *, model_file: str, storage_uri: str, image: st
         model_file: the `.onnx` file's name at the storage URI.
         storage_uri: where KServe finds it: `pvc://claim/folder`, `s3://bucket/folder`, ...
         image: of the container, whose entry point is `tetdeploy` and whose user is one by number, not 0.
+        runtime: of `tetdeploy serve`, one of `RUNTIMES`; the image has it.
 
     Raises:
         ValueError: the name is none for Kubernetes, or the URI has no scheme.
@@ -63,6 +76,7 @@ def inference_service(name: str, *, model_file: str, storage_uri: str, image: st
 
     resources = {"cpu": CPUS, "memory": MEMORY}
     options = ["--host", HOST, "--http-port", str(HTTP_PORT), "--threads", CPUS, "--max-state-mb", STATE_MB]
+    options += [] if runtime == "onnxruntime" else ["--runtime", runtime]
     container = {
         "name": "kserve-container",  # by which KServe knows the one that answers
         "image": image,

@@ -120,6 +120,15 @@ def test_the_inference_service_is_what_kserve_and_our_server_know(tmp_path: Path
     assert service["spec"]["predictor"]["terminationGracePeriodSeconds"] > int(sleep) + GRACE_SECONDS
 
 
+def test_graphs_of_openvino_are_served_by_it(tmp_path: Path) -> None:
+    file, model = tmp_path / "m.yaml", exported("step", target="openvino")
+    output = call("export", model, "--format", "kserve", "--name", "m", "--storage-uri", URI, "-o", file)
+    assert "tetdeploy:latest needs the runtime: docker build --build-arg RUNTIME=openvino" in output
+    (container,) = yaml.safe_load(file.read_text())["spec"]["predictor"]["containers"]
+    assert serve.make_context("serve", container["args"][1:]).params["runtime"] == "openvino"
+    assert "ARG RUNTIME=cpu\n" in (ROOT / "examples" / "serving" / "Dockerfile").read_text()
+
+
 @pytest.mark.parametrize("folder", ["_r19 (2)_", "R19.2-", "r19__2"])
 def test_a_service_is_called_as_the_folder_of_its_model(folder: str, tmp_path: Path) -> None:
     (tmp_path / folder).mkdir()
@@ -187,6 +196,7 @@ def test_what_does_not_go_together_is_refused(options: tuple[object, ...], messa
         (("kserve", "--storage-uri", URI, "--name", "7"), "'7' is no name for a service of Kubernetes"),
         (("kserve", "--storage-uri", URI, "--name", "a" * 54), "has at most 53 of them, as KServe adds -predictor"),
         (("kserve", "--storage-uri", "models/digits"), "'models/digits' is no storage URI"),
+        (("kserve", "--storage-uri", URI, "--target", "cuda"), "the export is for cuda, and the container that KServe"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_the_export(run: Path, options: tuple[str, ...], message: str) -> None:

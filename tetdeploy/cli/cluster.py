@@ -38,8 +38,8 @@ def export_for_cluster(ctx: click.Context, onnx_options: list[str]) -> None:
     is_model = run is not None and run.suffix in _SERVED
     if is_model and onnx_options:
         raise click.UsageError(f"{', '.join(onnx_options)}: {run} is exported already; give the run to export anew")
-    if file_format == "triton-repository" and not is_model:
-        _refuse_what_triton_lacks(ctx)
+    if not is_model:
+        _refuse_what_the_cluster_lacks(ctx)
     source = run if is_model else _checkpoint(ctx)
     name = _checked_name(ctx, source)
     out = ctx.params["out"] or source.parent / ("kserve.yaml" if file_format == "kserve" else "triton")
@@ -63,7 +63,12 @@ def _check_outputs(out: Path, name: str, file_format: str, json_path: Path | Non
     check_distinct(written | {"--json": json_path})
 
 
-def _refuse_what_triton_lacks(ctx: click.Context) -> None:
+def _refuse_what_the_cluster_lacks(ctx: click.Context) -> None:
+    if ctx.params["file_format"] == "kserve":
+        from tetdeploy.export.kserve import check_target
+
+        check_target("the export", ctx.params["target"])
+        return
     from tetdeploy.export.repository import check_target
 
     if ctx.params["with_state"]:
@@ -119,15 +124,18 @@ def _write_repository(ctx: click.Context, models: list[Path], name: str, reposit
 def _write_service(ctx: click.Context, model: Path, name: str, path: Path) -> None:
     from tetdeploy.agreement import reference_path
     from tetdeploy.early_exit import exit_path, why_unfit
-    from tetdeploy.export.kserve import inference_service, write_inference_service
+    from tetdeploy.export.kserve import RUNTIMES, check_target, inference_service, write_inference_service
     from tetdeploy.export.reading import parse_graph
 
     if model.suffix != ".onnx":
         raise ValueError(f"{model} is a TensorRT engine; the container that KServe runs takes the .onnx file")
-    if parse_graph(read_model(model), model)[1]["layout"] == "sequence":
+    metadata = parse_graph(read_model(model), model)[1]
+    if metadata["layout"] == "sequence":
         raise ValueError(f"{model} is a step graph for Triton, which keeps its state; give the one it was made of")
+    check_target(model, metadata["target"])
     storage_uri, image = ctx.params["storage_uri"], ctx.params["image"] or DEFAULT_IMAGE
-    service = inference_service(name, model_file=model.name, storage_uri=storage_uri, image=image)
+    runtime = RUNTIMES[metadata["target"]]
+    service = inference_service(name, model_file=model.name, storage_uri=storage_uri, image=image, runtime=runtime)
     write_inference_service(path, service)
     console.print(f"{path}   {service['metadata']['name']}   {image}")
     if ctx.params["json_path"] is not None:
@@ -135,5 +143,7 @@ def _write_service(ctx: click.Context, model: Path, name: str, path: Path) -> No
     # Beside it: what the estimated energy and early_exit: true need.
     beside = [reference_path(model)] if why_unfit(model) else [reference_path(model), exit_path(model)]
     copied = [model, *filter(Path.exists, beside)]
+    if runtime != "onnxruntime":
+        console.print(f"{image} needs the runtime: docker build --build-arg RUNTIME={runtime} ...   (docs/cluster.md)")
     files, manifest = ", ".join(shlex.quote(str(file)) for file in copied), shlex.quote(str(path))
     console.print(f"next: copy {files} to {storage_uri}, then kubectl apply -f {manifest}   (docs/cluster.md)")
