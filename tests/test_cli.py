@@ -1548,21 +1548,22 @@ command([])
 
 
 def test_newest_export_is_the_last_written(tmp_path: Path) -> None:
-    for name, age in (("a", 100), ("b", 0), ("c", 50)):
-        model = tmp_path / name / "model-T4.onnx"
-        model.parent.mkdir()
+    """The times are set: two files that are written within one tick of the kernel's clock have the same."""
+
+    def write_model(folder: str, age: float) -> Path:
+        model = tmp_path / folder / "model-T4.onnx"
+        model.parent.mkdir(parents=True)
         model.write_bytes(b"")
         os.utime(model, (time.time() - age, time.time() - age))
-    assert newest_export(tmp_path).parent.name == "b"
-    seeded = tmp_path / "s" / "seed-0" / "model-T4.onnx"
-    seeded.parent.mkdir(parents=True)
-    seeded.write_bytes(b"")
+        return model
+
+    _, newest, _ = write_model("a", 300), write_model("b", 200), write_model("c", 250)
+    assert newest_export(tmp_path) == newest
+    seeded = write_model("s/seed-0", 100)
     (tmp_path / "latest").symlink_to("s")
     assert newest_export(tmp_path) == seeded
-    for run_of in ("c", "s/seed-0"):
-        of_shards = tmp_path / run_of / "shards" / "model-T4.onnx"
-        of_shards.parent.mkdir()
-        of_shards.write_bytes(b"")
+    for folder, age in (("c/shards", 50), ("s/seed-0/shards", 0)):
+        of_shards = write_model(folder, age)
         assert newest_export(tmp_path) == of_shards
 
 
