@@ -5,7 +5,7 @@ what a 1x1 convolution with a stride does not read it computes nothing in the la
 padding; a kernel of three, two of them zero, is no 1x1.
 
 It cannot compile a transposition between two reshapings of any number of images, as of a network that computes images
-first and steps second: it takes it for a shuffling of channels, though not with a Max behind it.
+first and steps second, or channels last: it takes it for a shuffling of channels, though not with a Max behind it.
 """
 
 from __future__ import annotations
@@ -41,11 +41,9 @@ def write_for_openvino(model: ir.Model, *, int8: bool) -> None:
 
 
 def _reshapes_transposed(node: ir.Node) -> bool:
-    """Whether it reshapes what was reshaped and had its first two axes, steps and images, exchanged then."""
+    """Whether it reshapes what was reshaped and had axes exchanged then."""
     transposed = made_by(node.inputs[0], "Transpose") if node.op_type == "Reshape" else None
-    if transposed is None or made_by(transposed.inputs[0], "Reshape") is None:
-        return False
-    return list(transposed.attributes.get_ints("perm", ()))[:2] == [1, 0]
+    return transposed is not None and made_by(transposed.inputs[0], "Reshape") is not None
 
 
 def _keep_in_place(graph: ir.Graph, node: ir.Node) -> None:
