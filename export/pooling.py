@@ -11,7 +11,7 @@ from torch import fx
 
 from tetdeploy.folding import layer_name
 
-from .onnx_tracer import module_name
+from .neuron_steps import FLOAT, Forms, StepBuilder
 
 aten = torch.ops.aten
 _AVERAGES = (aten.avg_pool2d.default, aten.avg_pool3d.default)
@@ -36,12 +36,33 @@ def close_windows(model: ir.Model) -> None:
     """PyTorch leaves out a window of ceil_mode that would begin behind the values, in the padding or past it; ONNX's
     shapes have it. Such a pool gets padding up to its last window, and ceil_mode goes.
 
-    Raises:
-        ValueError: so much padding would count in an average.
+    Where the padding of an average counts, it becomes values: what such a window has beyond its padding does not count,
+    and OpenVINO counts it.
     """
-    for node in model.graph:
+    for node in list(model.graph):
         if node.op_type in ("MaxPool", "AveragePool") and node.attributes.get_int("ceil_mode"):
+            if node.attributes.get_int("count_include_pad"):
+                _pad(model.graph, node)
             _close(node)
+
+
+def _pad(graph: ir.Graph, pool: ir.Node) -> None:
+    """Put the padding of an average that counts it into what it reads."""
+    value, pads = pool.inputs[0], list(pool.attributes.get_ints("pads", ()))
+    pool.attributes["count_include_pad"] = ir.AttrInt64("count_include_pad", 0)
+    if not any(pads):
+        return
+    assert value is not None and value.shape is not None
+    axes = len(pads) // 2
+    before, after = ([0] * (len(value.shape) - axes) + part for part in (pads[:axes], pads[axes:]))
+    build = StepBuilder(graph, pool, FLOAT, Forms())
+    padded = build("Pad", value, build.ints(before + after))
+    padded.type = value.type
+    padded.shape = ir.Shape(
+        [dim + sum(more) if any(more) else dim for dim, *more in zip(value.shape, before, after, strict=True)]
+    )
+    pool.replace_input_with(0, padded)
+    pool.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads))
 
 
 def _close(pool: ir.Node) -> None:
@@ -60,12 +81,5 @@ def _close(pool: ir.Node) -> None:
     if (windows == -((size + begin + end - reach) // -stride) + 1).all():
         return
     needed = np.maximum((windows - 1) * stride + reach - size - begin, 0)
-    if pool.attributes.get_int("count_include_pad") and (needed > end).any():
-        if begin.any() or end.any():
-            raise ValueError(
-                f"{module_name(pool)!r} averages in windows of ceil_mode of which ONNX has no count: set its ceil_mode "
-                "or count_include_pad to False"
-            )
-        pool.attributes["count_include_pad"] = ir.AttrInt64("count_include_pad", 0)
     pool.attributes["pads"] = ir.AttrInt64s("pads", [*begin.tolist(), *needed.tolist()])
     pool.attributes["ceil_mode"] = ir.AttrInt64("ceil_mode", 0)

@@ -1168,7 +1168,6 @@ def pooled_by(pool: nn.Module) -> type[nn.Module]:
 
 @pytest.mark.parametrize(("network", "error", "match"), [
     (pooled_by(nn.AvgPool2d(2, divisor_override=2)), ValueError, r"'pool\.0' averages with divisor_override=2"),
-    (pooled_by(nn.AvgPool2d((2, 3), 3, (1, 0), ceil_mode=True)), ValueError, r"'pool\.0' .* its ceil_mode or c"),
     (pooled_by(nn.AdaptiveMaxPool2d(3)), ValueError, r"cannot export 'pool\.0': .*adaptive_max_pool2d.*x\.amax"),
     (MeanOverTime, ValueError, "mixes time outside its neurons: its answer at step 1 of T=6 differs.* to the next$"),
     (DropsOut, ValueError, r"draws random numbers in inference, .* training=self\.training to F\.dropout"),

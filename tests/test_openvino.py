@@ -38,6 +38,7 @@ from tetdeploy.engine import Engine, open_engine
 from tetdeploy.export import ExportConfig, Exported, Parity, ParityError, export_model, gate, openvino
 from tetdeploy.export.config import Layout, Precision, Target
 from tetdeploy.export.counters import spikes_overlay
+from tetdeploy.export.pooling import close_windows
 from tetdeploy.extras import MissingExtraError
 from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import Classifier
@@ -195,6 +196,18 @@ def test_a_1x1_convolution_alone_gets_zeros_beside_its_weights(kernel: tuple[int
     openvino.write_for_openvino(model, int8=False)
     np.testing.assert_array_equal(computed(model, x)[0], before)
     assert ("Concat" in [node.op_type for node in model.graph]) == (kernel == (1, 1))
+
+
+def test_an_average_of_ceil_mode_leaves_out_what_lies_beyond_its_padding() -> None:
+    x = torch.arange(64.0).view(1, 1, 8, 8)
+    model = ir.from_proto(
+        onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 20]>
+        g (float[1, 1, 8, 8] x) => (float[1, 1, 5, 5] y) { y = AveragePool<kernel_shape = [3, 3], strides = [2, 2],
+        pads = [1, 1, 1, 1], ceil_mode = 1, count_include_pad = 1> (x) }""")
+    )
+    close_windows(model)
+    session = openvino_session.OpenVINOSession(ir.to_proto(model).SerializeToString(), 1, "m")
+    np.testing.assert_allclose(session.run(["y"], {"x": x.numpy()})[0], nn.AvgPool2d(3, 2, 1, ceil_mode=True)(x))
 
 
 def test_outputs_have_the_names_of_the_graph() -> None:
