@@ -79,7 +79,14 @@ class StepOrder:
             others = len(after) != len(before) and node.attributes.get_int("axis", 0) % len(before) <= axis
         if after[: axis + 1] == before[: axis + 1] and not others:
             return left
+        if node.op_type in _TAKE and self._is_in_front(node, axis, before, after):
+            return left // math.prod(before[:axis]) * math.prod(after[: axis - len(before)])
         return _SOME_STEPS if left == 1 and node.op_type in _TAKE else None
+
+    def _is_in_front(self, node: ir.Node, axis: int, before: Sequence[int], after: Sequence[int]) -> bool:
+        """Whether parts are taken along axes left of that of the steps alone, as queries of `[3, T, N, ...]`."""
+        by_number = node.op_type == "Gather" and node.attributes.get_int("axis", 0) % len(before) >= axis
+        return not by_number and _UNKNOWN not in after and after[axis - len(before) :] == before[axis:]
 
     def _axis(self, shape: Sequence[int], left: int) -> int | None:
         """The axis that holds all steps, perhaps among others."""

@@ -530,6 +530,18 @@ def test_what_is_gathered_along_the_steps_or_to_axes_of_unknown_size() -> None:
     assert order.left_of_steps(after(order, "Gather", [squares], 3, "batch", axis=1)) == 1
 
 
+def test_queries_that_were_in_front_of_the_steps_with_keys_and_values_have_them() -> None:
+    """As of one linear layer for all three, and no mistaking as many steps for them."""
+    spikes = ir.Value(shape=ir.Shape((3, "batch", 16, 3, 8)))
+    order = StepOrder([spikes], 3)
+    joined = after(order, "Transpose", [spikes], 3, 3, "batch", 16, 8, perm=[3, 0, 1, 2, 4])
+    assert order.left_of_steps(joined) == 3
+    assert order.left_of_steps(after(order, "Split", [joined], 1, 3, "batch", 16, 8)) == 1
+    assert order.left_of_steps(after(order, "Gather", [joined], 3, "batch", 16, 8, axis=0)) == 1
+    assert order.left_of_steps(after(order, "Gather", [joined], 3, "batch", 16, 8, axis=1)) is None
+    assert order.left_of_steps(after(order, "Split", [joined], 3, 1, "batch", 16, 8)) is None
+
+
 @pytest.mark.parametrize("op", ["Gather", "Slice", "Split", "Concat", "Expand", "Tile", "Transpose", "Relu"])
 def test_what_moves_values_to_an_unknown_shape_loses_the_steps(op: str) -> None:
     spikes = ir.Value(shape=ir.Shape((3, "batch", 8)))
