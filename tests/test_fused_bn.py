@@ -457,6 +457,16 @@ def test_the_function_by_itself_calls_the_modules_wherever_the_kernels_do_not_se
     assert launches() == 0
 
 
+@pytest.mark.parametrize("module", [ResidualBlock(3, 4, stride=2, tau=0.5, v_th=1.0, gamma=1.0), Behind(3, 4, "bn")])
+def test_training_compiles_into_one_graph(module: nn.Module) -> None:
+    torch._dynamo.reset()
+    module, x = copy.deepcopy(module).to(memory_format=torch.channels_last), draw(8, 3, 5, 5)
+    x = x.unflatten(0, (4, 2)) if isinstance(module, ResidualBlock) else x.to(memory_format=torch.channels_last)
+    with by_modules():
+        wanted = copy.deepcopy(module)(x)
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), wanted)
+
+
 def test_a_frozen_bn_of_the_residual_keeps_its_statistics(device: str) -> None:
     module, y = Behind(3, 4, "bn").to(device), draw(8, 3, 5, 5).to(device, memory_format=torch.channels_last)
     module.residual_bn.eval()

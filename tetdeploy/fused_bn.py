@@ -187,10 +187,12 @@ def _bn_to_fuse(kind: type[Layer], layer: nn.Module, lif: nn.Module, x: Tensor) 
     """The BN at the end of a layer, if it may be taken out of it."""
     if not isinstance(layer, kind) or not (type(layer) is kind or layer.recomputes):
         return None
+    if torch.compiler.is_compiling():  # asked first: torch.compile cannot trace the search for kernels
+        return None
     if not (layer.training and type(lif) in (LIF, IF) and kernels.for_bn_lif(x)):
         return None
     bn = [None, *layer][-1]
-    if type(bn) not in (tdBN, nn.BatchNorm2d) or torch.compiler.is_compiling():
+    if type(bn) not in (tdBN, nn.BatchNorm2d):
         return None
     return None if any(map(has_hooks, (lif, layer, bn))) else bn
 
@@ -204,8 +206,8 @@ def _kernels_serve(
     T: int,
     repeated: bool,
 ) -> bool:
-    compiled = kernels.for_bn_lif(y)
-    if compiled is None or torch.compiler.is_compiling() or y.dim() != 4:
+    compiled = None if torch.compiler.is_compiling() else kernels.for_bn_lif(y)
+    if compiled is None or y.dim() != 4:
         return False
     if type(lif) is not LIF and type(lif) is not IF:
         return False
