@@ -263,8 +263,9 @@ def swept(run: Path, at: Place, steps: str) -> list[dict[str, Any]]:
     found = measured(result, run)
     if found is None:
         tetdeploy("export", run, "--layout", "dynamic", "--fold-bn", "--data-dir", at.data_dir, "--check", 200)
-        tetdeploy("sweep", model, "--T", steps, "--data-dir", at.data_dir, "--json", result)
-        found = json.loads(result.read_text())
+        tetdeploy("sweep", model, "--T", steps, "--data-dir", at.data_dir)
+        found = json.loads(model.with_suffix(".sweep.json").read_text())  # what `tetdeploy report` shows of the run
+        write_json(result, found)  # a copy: the table stays as it is where a sweep by hand replaces the other
     rows: list[dict[str, Any]] = found["rows"]
     return rows
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ from click.testing import CliRunner
 from tetdeploy.cli.train import default_by_network, train, train_config
 from tetdeploy.files import sha256_of
 from tetdeploy.provenance import version
+from tetdeploy.report.reading import result_files
 from tetdeploy.signals import handled
 from tetdeploy.train import TrainConfig
 
@@ -96,6 +98,12 @@ def test_what_is_left_out_says_why(paper: ModuleType, tmp_path: Path) -> None:
     assert events.left_out("smoke", tmp_path) == "" and events.left_out("small", tmp_path) != ""
 
 
+def written(words: Sequence[Any]) -> Path:
+    """Where sweep or evaluate writes its numbers."""
+    options = dict(itertools.pairwise(words))
+    return Path(options["--json"]) if "--json" in options else Path(words[1]).with_suffix(".sweep.json")
+
+
 @pytest.mark.parametrize(("network", "exported"), [({"ann": True}, False), ({"smooth_spike": 10.0}, False), ({}, True)])
 def test_what_has_no_export_is_measured_in_pytorch(
     paper: ModuleType, network: dict[str, Any], exported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -109,10 +117,11 @@ def test_what_has_no_export_is_measured_in_pytorch(
     def tetdeploy(*arguments: Any) -> None:
         commands.append(arguments[0])
         rows = [{"T": T, "accuracy": T / 4} for T in ((1, 2, 3) if arguments[0] == "sweep" else (2,))]
-        if "--json" in arguments:
-            of = {"checkpoint_sha256": sha256_of(weights)}
-            found = {"sweep": {"rows": rows} | of, "evaluate": {"runs": [{"accuracy": rows} | of]}}[arguments[0]]
-            arguments[-1].write_text(json.dumps(found))
+        of = {"checkpoint_sha256": sha256_of(weights)}
+        if arguments[0] == "sweep":
+            written(arguments).write_text(json.dumps({"rows": rows} | of))
+        elif arguments[0] == "evaluate":
+            written(arguments).write_text(json.dumps({"runs": [{"accuracy": rows} | of]}))
 
     hashed = Mock(side_effect=sha256_of)
     monkeypatch.setattr(paper, "sha256_of", hashed)
@@ -122,6 +131,7 @@ def test_what_has_no_export_is_measured_in_pytorch(
     for _ in range(2):  # the second time there is nothing to do
         assert paper.final_accuracy(tmp_path, place, "1:3") == 0.5
     assert commands == wanted and hashed.call_count == 2
+    assert len(result_files(tmp_path)) == exported  # which the report of the run shows
     weights.write_text("trained anew")
     assert paper.final_accuracy(tmp_path, place, "1:3") == 0.5
     assert commands == 2 * wanted
@@ -155,7 +165,7 @@ class Stub:
             ]
             of = {"checkpoint_sha256": sha256_of(run / "checkpoint.safetensors")}
             found = {"rows": rows} | of if words[0] == "sweep" else {"runs": [{"accuracy": rows} | of]}
-            Path(options["--json"]).write_text(json.dumps(found))
+            written(words).write_text(json.dumps(found))
 
     @staticmethod
     def accuracy(training: int, seed: int, T: int) -> float:
