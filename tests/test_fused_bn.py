@@ -24,6 +24,7 @@ from tetdeploy.layers import DirectEncoding, OverTime, tdBN
 from tetdeploy.networks import NETWORKS, NetworkConfig, ann_twin, build_network, smooth_twin
 from tetdeploy.networks.blocks import ResidualBlock, conv_bn
 from tetdeploy.neurons import IF, LIF
+from tetdeploy.train.averaging import estimating_bn
 from tetdeploy.train.recompute import recompute_blocks
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -465,6 +466,19 @@ def test_training_compiles_into_one_graph(module: nn.Module) -> None:
     with by_modules():
         wanted = copy.deepcopy(module)(x)
     assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), wanted)
+
+
+def test_bn_is_estimated_anew_by_the_kernels(device: str) -> None:
+    """As `ema` and `random_T` do it, with all but BN in inference."""
+    block = ResidualBlock(3, 4, stride=2, tau=0.5, v_th=1.0, gamma=1.0).to(device, memory_format=torch.channels_last)
+    plain, passes = copy.deepcopy(block), [draw(2, 2, 3, 4, 4, seed=seed).to(device) for seed in (1, 2)]
+    with by_modules(), estimating_bn(plain):
+        wanted = [plain(x) for x in passes]
+    with counted() as calls, estimating_bn(block):
+        assert all(map(torch.equal, [block(x) for x in passes], wanted))
+    assert calls.count("forward") == 4
+    for name, value in plain.state_dict().items():
+        close(block.state_dict()[name], value, 1e-5)
 
 
 def test_a_frozen_bn_of_the_residual_keeps_its_statistics(device: str) -> None:

@@ -189,10 +189,10 @@ def _bn_to_fuse(kind: type[Layer], layer: nn.Module, lif: nn.Module, x: Tensor) 
         return None
     if torch.compiler.is_compiling():  # asked first: torch.compile cannot trace the search for kernels
         return None
-    if not (layer.training and type(lif) in (LIF, IF) and kernels.for_bn_lif(x)):
+    if not (type(lif) in (LIF, IF) and kernels.for_bn_lif(x)):
         return None
     bn = [None, *layer][-1]
-    if type(bn) not in (tdBN, nn.BatchNorm2d):
+    if type(bn) not in (tdBN, nn.BatchNorm2d) or not bn.training:
         return None
     return None if any(map(has_hooks, (lif, layer, bn))) else bn
 
