@@ -125,7 +125,10 @@ def split_validation(data: S, *, fraction: float) -> tuple[S, S]:
         raise ValueError(f"validation fraction is {fraction}; wanted a number between 0 and 1, such as 0.1")
     train, validation = stratified(data.labels, fraction=fraction)
     if not len(validation):
-        raise ValueError(f"{data.name} {data.split}: no class has two images, so none can go to validation; add images")
+        raise ValueError(
+            f"{data.name} {data.split}: no class has two images, so none can go to validation; add images, "
+            "or train without validation (--val-fraction 0)"
+        )
     return data.select(train), data.select(validation)
 
 
