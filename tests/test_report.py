@@ -150,8 +150,8 @@ class TestPage:
 
     def test_markdown_has_the_tables_and_shows_names_as_they_are(self, tmp_path: Path) -> None:
         file = write(tmp_path / "a.validate.json", result())
-        text = to_markdown(document_of(read_results([file], ["a|b <i> *c* [d](#e)"])))
-        assert "| a\\|b \\<i\\> \\*c\\* \\[d\\](\\#e) |" in text
+        text = to_markdown(document_of(read_results([file], ["a|b <i> *c* [d](#e) $x^2$ ~"])))
+        assert "| a\\|b \\<i\\> \\*c\\* \\[d\\](\\#e) \\$x\\^2\\$ \\~ |" in text
         assert "| **2 \\*** | **92.00%** |" in text
         lines = [line for line in text.splitlines() if line.startswith("|")]
         rules = [(before, after) for before, after in pairwise(lines) if "--" in after and set(after) <= set("|:- ")]

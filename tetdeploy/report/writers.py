@@ -86,5 +86,5 @@ def _cell(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line: names may hold anything."""
-    return re.sub(r"([\\`*_\[\]<>&#])", r"\\\1", " ".join(text.split()))
+    """Text that Markdown shows as it is, as pandoc has it too, on one line: names may hold anything."""
+    return re.sub(r"([\\`*_\[\]<>&#~^$])", r"\\\1", " ".join(text.split()))
