@@ -207,6 +207,13 @@ def test_without_reference_images_noise_is_shown(model: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "a.json").read_text())["data"] == "noise"
 
 
+def test_reference_frames_that_are_too_few_are_not_said_to_be_missing(tmp_path: Path) -> None:
+    source = exported("dynamic", encoding="frames")
+    done = run(source, "--T", "10", "--repeats", "1", "--threads", "1", "--json", tmp_path / "a.json")
+    assert "no reference images of so many steps beside the model" in " ".join(done.output.split())
+    assert "1 call of a setting" in done.output
+
+
 def test_images_of_a_data_set(model: Path, tmp_path: Path) -> None:
     done = run(model, "--repeats", 1, "--threads", 1, "--data", "digits", "--json", tmp_path / "a.json")
     assert done.exit_code == 0, done.output

@@ -171,14 +171,16 @@ def print_bench(result: dict[str, Any], engine: Engine) -> None:
     if engine.lacks_native:
         notes.append(f"slower than it could be: {engine.lacks_native}")
     if result["data"] == "noise":
+        length = " of so many steps" if engine.encoding == "frames" else ""
         notes.append(
-            "no reference images beside the model: noise takes as long, but in float32 on a CPU without AMX, where "
-            "more spikes take longer"
+            f"no reference images{length} beside the model: noise takes as long, but in float32 on a CPU without AMX, "
+            "where more spikes take longer"
         )
     if engine.is_fixed:
         notes.append(f"an unrolled graph always runs its T={engine.T} steps: a smaller T takes as long")
     if (least := min(row["calls"] for row in result["rows"])) < 100:
-        notes.append(f"{least} calls of a setting: for a 99th percentile time 100 and more (--repeats, --seconds)")
+        few = f"{counted(least, 'call')} of a setting"
+        notes.append(f"{few}: for a 99th percentile time 100 and more (--repeats, --seconds)")
     if (on["load"] or 0) >= 1:
         notes.append(f"{on['load']:.1f} processes were running when this began: an idle machine is faster")
     print_notes(notes)
