@@ -605,6 +605,16 @@ class TestReading:
             write(file, kept | {"checkpoint_sha256": same})
             assert read_results([file]).notes == ()
 
+    def test_what_was_validated_beside_pytorch_is_so_again(self, tmp_path: Path) -> None:
+        run = run_folder(tmp_path / "a", kept=1)
+        (run / "model-T3.onnx").write_bytes(b"a new export")
+        file = write(run / "model-T3.validate.json", result(agreement={"with": "checkpoint", "num_images": 200}))
+        (note,) = read_results([run]).notes
+        assert note.endswith(f": tetdeploy validate {run / 'model-T3.onnx'} --data digits --against {run}")
+        (run / "checkpoint.safetensors").unlink()
+        (note,) = read_results([file]).notes
+        assert note.endswith("--data digits")
+
     def test_each_of_several_results_of_another_checkpoint_is_measured_anew(self, tmp_path: Path) -> None:
         run = tmp_path / "a run"
         write(run / "checkpoint.safetensors", "of a later epoch")

@@ -10,7 +10,7 @@ from typing import Any
 from tetdeploy.files import sha256_of
 from tetdeploy.report.merging import has_accuracy
 from tetdeploy.report.reading import read_result
-from tetdeploy.run_folder import other_checkpoint
+from tetdeploy.run_folder import CHECKPOINT_NAME, other_checkpoint
 
 
 def stale(content: Mapping[str, Any], files: Sequence[Path]) -> str | None:
@@ -46,7 +46,9 @@ def _commands(file: Path, model: Path) -> list[str]:
     on = ["--device", content["device"]] if content.get("device", "cpu") != "cpu" else []
     on += ["--runtime", "openvino"] if content.get("runtime") == "openvino" else []
     data = ["--data", content["data"]] if has_accuracy(content) and content["data"] else []
-    commands = [["tetdeploy", content["kind"], str(model), *data, *on]]
+    beside = (content.get("agreement") or {}).get("with") == "checkpoint" and (model.parent / CHECKPOINT_NAME).is_file()
+    against = ["--against", str(model.parent)] if beside else []
+    commands = [["tetdeploy", content["kind"], str(model), *data, *against, *on]]
     if content["kind"] == "early-exit":
         commands.insert(0, ["tetdeploy", "calibrate", str(model), *on])
     return [shlex.join(words) for words in commands]
