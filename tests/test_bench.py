@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 from export_helpers import digits, exported
 from gpu_stand_in import gpu_build
+from report_helpers import MACHINE, run_folder, write
 from report_helpers import result as sweep_result
-from report_helpers import run_folder, write
 
 from tetdeploy import native
 from tetdeploy.bench import CALLS_PER_TURN, Bench, Setting, random_input
@@ -348,6 +348,19 @@ def test_the_next_step_is_the_report_of_the_run(model: Path) -> None:
     assert any(section.title == "Latency and throughput" for section in document_of(read_results([folder])).sections)
 
 
+def test_a_report_says_which_timings_are_of_another_model_than_lies_beside_them(model: Path, clocked: Any) -> None:
+    clocked(lambda call, k: 1e-3)
+    assert run(model, "--repeats", 1, "--threads", 1, "--batch", 1).exit_code == 0
+    timings, folder = model.with_suffix(".bench.json"), run_folder(model.parent)
+    assert read_results([folder]).notes == ()
+    model.write_bytes(b"a new export")
+    sweep = write(folder / "other" / "a.sweep.json", sweep_result(kind="sweep"))
+    for given in ([folder], [sweep, timings]):
+        (note,) = read_results(given).notes
+        assert note.startswith(f"{timings} is of another model (")
+        assert note.endswith(f"; measure again: tetdeploy bench {model}")
+
+
 def test_a_report_refuses_timings_alone_and_damaged_ones(tmp_path: Path) -> None:
     damaged = {"kind": "bench", "model": "m", "machine": {}, "rows": [{"batch": 1}]}
     bad, by_its_content = (write(tmp_path / name, damaged) for name in ("a.bench.json", "a.json"))
@@ -361,9 +374,11 @@ def test_a_report_refuses_timings_alone_and_damaged_ones(tmp_path: Path) -> None
         read_results([sweep, bad])
     times = dict.fromkeys(("median_ms", "p95_ms", "p99_ms", "images_per_s"), 1.0)
     row = times | dict.fromkeys(("T", "threads", "batch", "calls"), 1)
-    machine = {"cpu": "x", "cores": 1, "provider": "CPUExecutionProvider"}
-    write(bad, {"kind": "bench", "model": "m", "machine": machine, "rows": [row]})
-    with pytest.raises(ValueError, match=r"form of a bench: KeyError\('gpu'\); run tetdeploy bench again"):
+    write(bad, {"kind": "bench", "model": "m", "machine": MACHINE | {"provider": None}, "rows": [row]})
+    with pytest.raises(ValueError, match=r"form of a bench: machine.provider is missing; run tetdeploy bench again"):
+        read_results([sweep, bad])
+    write(bad, {"kind": "bench", "model": "m", "machine": MACHINE, "rows": [row | {"p99_ms": "1"}]})
+    with pytest.raises(ValueError, match=r"rows\[0\].p99_ms must be a finite number of at least 0, got '1'"):
         read_results([sweep, bad])
     write(bad, {"kind": "sweep"})
     with pytest.raises(ValueError, match="its kind is not bench"):

@@ -584,7 +584,7 @@ class TestReading:
             assert f"{file} is of another model (abababababab) than {model} is now" in note
             assert note.endswith(f"measure again: tetdeploy sweep {shlex.quote(str(model))} --data digits")
         write(file, result(kind="sweep", model_sha256=sha256_of(model)))
-        monkeypatch.setattr("tetdeploy.report.staleness.read_result", None)  # for the note alone
+        monkeypatch.setattr("tetdeploy.report.staleness.json_object", None)  # for the note alone
         assert read_results([run]).notes == ()
 
     def test_a_result_of_another_checkpoint_than_the_runs_is_told(self, tmp_path: Path) -> None:

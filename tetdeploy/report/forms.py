@@ -45,6 +45,7 @@ _EARLY_EXIT = {
     "fixed_seconds!": AMOUNT,
     "speedup!": AMOUNT,
 }
+_TIMES = ("median_ms!", "p95_ms!", "p99_ms!", "images_per_s!")
 RESULT = {
     "model!": str,
     "data!": str,
@@ -83,6 +84,16 @@ RESULT = {
     "gates": [
         {"key!": str, "T!": STEP, "wanted!": NUMBER, "at_most": bool, "unit": str, "got": NUMBER, "passed!": bool}
     ],
+}
+BENCH = {
+    "kind!": str,
+    "model!": str,
+    "rows!": [{**dict.fromkeys(("T!", "threads!", "batch!", "calls!"), STEP), **dict.fromkeys(_TIMES, AMOUNT)}],
+    "machine!": {"cpu!": str, "cores!": STEP, "gpu": str, "provider!": str},
+    "model_sha256": str,
+    "checkpoint_sha256": str,
+    "device": str,
+    "runtime": str,
 }
 RUN = {
     "network!": {"model": str, "ann": bool},

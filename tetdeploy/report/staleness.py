@@ -9,7 +9,7 @@ from typing import Any
 
 from tetdeploy.files import sha256_of
 from tetdeploy.report.merging import has_accuracy
-from tetdeploy.report.reading import read_result
+from tetdeploy.report.reading import json_object
 from tetdeploy.run_folder import CHECKPOINT_NAME, other_checkpoint
 
 
@@ -42,13 +42,14 @@ def _again(files: Sequence[Path], model: Path) -> str:
 
 def _commands(file: Path, model: Path) -> list[str]:
     """What measures as a result says that it was measured; an early exit by a threshold of this model."""
-    content = read_result(file)
+    content = json_object(file)
     on = ["--device", content["device"]] if content.get("device", "cpu") != "cpu" else []
     on += ["--runtime", "openvino"] if content.get("runtime") == "openvino" else []
     data = ["--data", content["data"]] if has_accuracy(content) and content["data"] else []
     beside = (content.get("agreement") or {}).get("with") == "checkpoint" and (model.parent / CHECKPOINT_NAME).is_file()
     against = ["--against", str(model.parent)] if beside else []
-    commands = [["tetdeploy", content["kind"], str(model), *data, *against, *on]]
-    if content["kind"] == "early-exit":
+    kind = content.get("kind", "sweep")
+    commands = [["tetdeploy", kind, str(model), *data, *against, *on]]
+    if kind == "early-exit":
         commands.insert(0, ["tetdeploy", "calibrate", str(model), *on])
     return [shlex.join(words) for words in commands]

@@ -119,7 +119,7 @@ def bench_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def hardware(machine: Mapping[str, Any]) -> str:
     """The processor and its cores, and the GPU if there is one."""
-    gpu = machine["gpu"]
+    gpu = machine.get("gpu")
     return f"{machine['cpu']}, {machine['cores']} cores" + (f", {gpu}" if gpu else "")
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tetdeploy.form import check_form
+from tetdeploy.report.forms import BENCH
 from tetdeploy.report.reading import WANTED, json_object, readable
-from tetdeploy.report.tables import bench_cells
+from tetdeploy.report.staleness import stale
 
 _SUFFIX = ".bench.json"
 
@@ -21,7 +23,7 @@ def is_bench(path: Path) -> bool:
 
 def read_benches(folders: Sequence[Path], files: Sequence[Path], notes: list[str]) -> dict[str, dict[str, Any]]:
     """The benches in some run folders, of which a note names those left out as they are damaged, and in files of their
-    own, by a name for each.
+    own, by a name for each. Notes name those of another model than lies beside them, too.
 
     Raises:
         ValueError: one of the files is no bench, or damaged.
@@ -31,6 +33,8 @@ def read_benches(folders: Sequence[Path], files: Sequence[Path], notes: list[str
         content = _read(file) if file.resolve() in given else readable(_read, file, notes)
         if content is not None:
             benches[name] = content
+            if note := stale(content, [file]):
+                notes.append(note)
     return benches
 
 
@@ -48,11 +52,9 @@ def _named(folders: Sequence[Path], files: Sequence[Path]) -> Iterator[tuple[str
 def _read(file: Path) -> dict[str, Any]:
     content = json_object(file, remedy=WANTED)
     try:
-        if content["kind"] != "bench" or not content["rows"]:
+        if content.get("kind") != "bench" or not content.get("rows"):
             raise ValueError("its kind is not bench, or it has no rows")
-        for row in content["rows"]:
-            bench_cells(row)
-        _ = str(content["model"]), [content["machine"][key] for key in ("cpu", "cores", "gpu", "provider")]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not have the form of a bench: {error!r}; run tetdeploy bench again") from error
+        check_form(content, BENCH)
+    except ValueError as error:
+        raise ValueError(f"{file} does not have the form of a bench: {error}; run tetdeploy bench again") from error
     return content
